@@ -56,6 +56,7 @@ template <class Params>
 void run(const Params& params, const GroupedRows& rows, const std::vector<GroupedEntry>& entries, const Tensor& like) {
   const GpuStream stream = current_stream(like);
   const Tensor workspace = empty_bytes({grouped_workspace_bytes(params, rows, entries, stream)}, like);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();  // another library's error, before anything changes
   launch_grouped(params, rows, entries, workspace.mutable_data_ptr(), stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -11,6 +11,7 @@ namespace lora_ext::cuda {
 namespace {
 
 void run(const MergeCall& call, MergeMode mode, const Tensor& like) {
+  STD_CUDA_KERNEL_LAUNCH_CHECK();  // another library's error, before anything changes
   launch_merge(mode, call.params, call.layers, current_stream(like));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -118,8 +119,20 @@ class RecordedMerge {
         return {non_finite, {}, {}};
       }
       std::vector<Tensor> corrections;
-      for (int64_t i = 0; i < num_layers; ++i) corrections.push_back(empty_int16({counts[num_layers + i]}, like_));
-      const auto ends = attach_record(call_, words_, corrections);
+      std::optional<Tensor> ends;
+      const auto allocate = [&] {
+        corrections.clear();
+        for (int64_t i = 0; i < num_layers; ++i) corrections.push_back(empty_int16({counts[num_layers + i]}, like_));
+        ends = attach_record(call_, words_, corrections);
+      };
+      try {
+        allocate();
+      } catch (...) {  // no room for the record next to the slots: two passes need no slots
+        if (!slots_) throw;
+        restore();
+        drop_slots();
+        allocate();
+      }
       if (slots_) {
         launch_gather_records(call_.params, call_.layers, current_stream(like_));
         STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -137,6 +150,11 @@ class RecordedMerge {
   // Does nothing without slots: until the last launch, the weights are as they were.
   void restore() {
     if (slots_) run(call_, MergeMode::kUnmerge, like_);
+  }
+
+  void drop_slots() {
+    slots_.reset();
+    for (MergeLayer& layer : call_.layers) layer.slots = nullptr;
   }
 
   MergeCall& call_;

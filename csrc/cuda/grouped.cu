@@ -79,7 +79,11 @@ struct BackwardWorkspace {
         grad_xa(carver.take(rows.num_tokens * p.max_rank * acc_size(p.dtype))) {
     const Ranges ranges(p.out_features, rows, stream);
     if (ranges.count > 1) partial = carver.take(rows.num_tokens * p.max_rank * acc_size(p.dtype) * ranges.count);
-    const int64_t features = std::max(p.in_features, p.out_features);
+    int64_t features = 0;
+    for (const GroupedEntry& entry : entries) {
+      if (entry.wants_grad_A) features = std::max(features, p.in_features);
+      if (entry.wants_grad_B) features = std::max(features, p.out_features);
+    }
     chunks = carver.take(partial_chunks(rows) * p.max_rank * features * acc_size(p.dtype));
   }
 };

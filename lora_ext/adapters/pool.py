@@ -24,6 +24,8 @@ from lora_ext.adapters.pool_slots import SlotTable
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.injection.pool_layers import attach_pool, detach_pool, pool_layers
+from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.model.invocations import InvocationLimits
 from lora_ext.nn.module_slots import module_tensors
 from lora_ext.nn.rows import BASE
 
@@ -122,7 +124,9 @@ class AdapterPool:
         slots = max_bytes // slot_bytes
         if slots < 1:
             raise ValueError(f"AdapterPool: max_bytes is {max_bytes}, but one slot of rank {r} takes {slot_bytes}")
-        self._shape, self._timeout, self._slot_bytes = PoolShape(shapes, r, modules), timeout, slot_bytes
+        limits = InvocationLimits.of(BareModel(root_module(model)))
+        self._shape = PoolShape(shapes, r, modules, limits)
+        self._timeout, self._slot_bytes = timeout, slot_bytes
         self._table = SlotTable(slots, self._load)
         self._added: dict[str, Path] = {}
         self._lock = threading.Lock()  # of what follows

@@ -14,6 +14,7 @@ from lora_ext._common.printable import listed
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
 from lora_ext.files.save_load import config_of, with_positive_alphas
+from lora_ext.model.invocations import InvocationLimits
 
 _SUFFIXES = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B"}
 
@@ -34,11 +35,13 @@ class PoolShape:
         layers: layers with low-rank updates, by path.
         r: the largest rank.
         modules: modules that adapters train in full, by path: their tensors by name, for shapes and dtypes.
+        invocations: what the model says about invocation tokens (aLoRA).
     """
 
     layers: Mapping[str, LayerShape]
     r: int
     modules: Mapping[str, Mapping[str, Tensor]]
+    invocations: InvocationLimits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,8 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
     modules = {path: names for path, names in shape.modules.items() if _is_in(file, path, names)}
     of_modules = {f"{KEY_PREFIX}{path}.{name}" for path, names in modules.items() for name in names}
     problems = _parts_of_other_kinds(config)
+    if tokens := config.alora_invocation_tokens:
+        problems += filter(None, [shape.invocations.problem(tokens)])
     if absent := [name for name in config.trained_modules if _is_absent(file, name, shape)]:
         problems.append(f"modules_to_save: the pool has no {absent}; make it with modules_to_save={absent}")
     keys: dict[str, dict[str, str]] = {}
@@ -155,7 +160,7 @@ def _is_absent(file: AdapterFile, name: str, shape: PoolShape) -> bool:
     """Whether the file has a module trained in full, by its name in the config, that the pool has not."""
 
     def is_named(path: str) -> bool:
-        return f".{path}".endswith(f".{name}")
+        return f".{name}." in f".{path}."  # the module, or one inside it
 
     paths = {key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in file.keys()}  # noqa: SIM118  not a dict
     return any(map(is_named, paths)) and not any(map(is_named, shape.modules))

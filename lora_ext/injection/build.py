@@ -15,6 +15,7 @@ from lora_ext.injection.targets import Targets
 from lora_ext.matching.path_names import Parents, is_inside
 from lora_ext.model.adapter_set import AdapterSet, Part, located
 from lora_ext.model.bare_model import BareModel, file_path
+from lora_ext.model.invocations import InvocationLimits
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
 from lora_ext.nn.adapter_layer import innermost
@@ -35,7 +36,9 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
             or a module was adapted by ``target_modules`` and is now a target of ``target_parameters``, or the reverse.
     """
     _check_kinds(bare, targets, config)
-    _check_invocation(bare, config)
+    tokens = config.alora_invocation_tokens
+    if tokens is not None and (problem := InvocationLimits.of(bare).problem(tokens)):
+        raise ValueError(f"inject: {problem}")
     _check_trained(bare, targets)
     _check_tokens(bare, targets)
     _check_parameters(bare, targets)
@@ -100,25 +103,6 @@ def _why_not_invoked(bare: BareModel, path: str, kind: type[LoraLayer]) -> str |
     if issubclass(kind, LoraLinear) and _attention_around(bare, path) is None:
         return None
     return "an adapter that acts from its invocation tokens on (alora_invocation_tokens) adapts linear layers only"
-
-
-def _check_invocation(bare: BareModel, config: LoraConfig) -> None:
-    """Refuses invocation tokens that the model cannot have, and models whose rows are more than one sequence."""
-    tokens = config.alora_invocation_tokens
-    if tokens is None:
-        return
-    if getattr(getattr(bare.root, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"inject: alora_invocation_tokens is set, but {type(bare.root).__name__} has an encoder and a decoder, "
-            "which read different tokens; aLoRA is for decoders alone"
-        )
-    weight = getattr(bare.embedding, "weight", None)
-    wrong = [] if weight is None else [token for token in tokens if token >= len(weight)]
-    if wrong:
-        raise ValueError(
-            f"inject: alora_invocation_tokens has {shown(wrong)}, but the model's input embedding has {len(weight)} "
-            "tokens; resize the embedding first (resize_token_embeddings)"
-        )
 
 
 def _check_trained(bare: BareModel, targets: Targets) -> None:

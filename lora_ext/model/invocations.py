@@ -8,16 +8,53 @@ it does not act. ``generate`` looks at the prompt only. A caller may say the pla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_ext._common.printable import shown
 from lora_ext.nn.invocations import ActiveTokens
 from lora_ext.nn.rows import BASE
 
+if TYPE_CHECKING:
+    from lora_ext.model.bare_model import BareModel
+
 OFFSETS = "alora_offsets"
 Invocations = Mapping[str, tuple[int, ...]]
+
+
+class InvocationLimits(NamedTuple):
+    """What a model says about invocation tokens.
+
+    Attributes:
+        encoder_decoder: the class of a model with an encoder and a decoder, or "".
+        num_tokens: rows of the input embedding; None: not known.
+    """
+
+    encoder_decoder: str
+    num_tokens: int | None
+
+    @classmethod
+    def of(cls, bare: BareModel) -> InvocationLimits:
+        has_both = getattr(getattr(bare.root, "config", None), "is_encoder_decoder", False)
+        weight = getattr(bare.embedding, "weight", None)
+        return cls(type(bare.root).__name__ if has_both else "", None if weight is None else len(weight))
+
+    def problem(self, tokens: Sequence[int]) -> str | None:
+        """Returns why the model cannot have these invocation tokens, or None."""
+        if self.encoder_decoder:
+            return (
+                f"alora_invocation_tokens is set, but {self.encoder_decoder} has an encoder and a decoder, which read "
+                "different tokens; aLoRA is for decoders alone"
+            )
+        if self.num_tokens is None or not (wrong := [token for token in tokens if token >= self.num_tokens]):
+            return None
+        return (
+            f"alora_invocation_tokens has {shown(wrong)}, but the model's input embedding has {self.num_tokens} "
+            "tokens; resize the embedding first (resize_token_embeddings)"
+        )
 
 
 def find_starts(
@@ -69,21 +106,48 @@ def active_tokens(
     return ActiveTokens([n for n in before for _ in range(times)], length, kept)
 
 
-def past_tokens(values: Mapping[str, Any], caller: str) -> int:
-    """How many tokens of the sequence a step of ``generate`` has computed before: those in its cache."""
+def tokens_in_row(values: Mapping[str, Any], caller: str) -> int:
+    """Returns the number of tokens in a row of a call."""
+    return _length(values, _token_ids(values), caller)
+
+
+def past_tokens(values: Mapping[str, Any], prompt: int, caller: str) -> int:
+    """Returns how many tokens of the sequence a step of ``generate`` has computed before: those in its cache.
+
+    Args:
+        prompt: the number of tokens in the prompt. A step of one token comes after all of them: caches that hold states
+            (Mamba, RWKV) do not tell how many tokens they have seen.
+
+    Raises:
+        ValueError: such a cache, and a step of several tokens, but not of the whole prompt.
+    """
     for value in values.values():
         if callable(length := getattr(value, "get_seq_length", None)):
-            return int(length())
+            with suppress(ValueError):  # a cache of states only
+                return int(length())
+    length = tokens_in_row(values, caller)
     mask = values.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return max(mask.shape[1] - _length(values, _token_ids(values), caller), 0)
-    return 0
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > length:
+        return mask.shape[1] - length
+    if length >= prompt:
+        return 0
+    if length == 1:
+        return prompt  # an active token, or one of a row without an invocation: which of them makes no difference
+    raise ValueError(
+        f"{caller}: {length} of the prompt's {prompt} tokens, and a cache that does not tell how many it holds; aLoRA "
+        "needs that: pass use_cache=False, or no prefill_chunk_size"
+    )
 
 
 def _last_occurrences(ids: Tensor, tokens: tuple[int, ...]) -> list[int | None]:
     """For each row of ``ids [rows, length]``, where ``tokens`` occur for the last time."""
     if ids.shape[1] < len(tokens):
         return [None] * len(ids)
+    if ids.is_meta or type(ids).__name__ == "FakeTensor":  # importing the class takes 100 ms
+        raise ValueError(
+            f"adapters with invocation tokens (aLoRA) look for them in input_ids, which have no values here; "
+            f"pass {OFFSETS}"
+        )
     wanted = torch.tensor(tokens, device=ids.device)
     is_here = (ids.unfold(1, len(tokens), 1) == wanted).all(-1)
     places = torch.arange(1, is_here.shape[1] + 1, device=ids.device)
@@ -135,7 +199,7 @@ def _check_one_sequence_a_row(values: Mapping[str, Any], name: str, caller: str)
         begins = positions.diff() < 0
         mask = values.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == positions.shape:
-            begins &= mask[:, :-1] != 0  # after padding, the only sequence begins
+            begins &= (mask[:, :-1] != 0) & (mask[:, 1:] != 0)  # padding on either side begins no sequence
         is_packed = bool(begins.any())
     if is_packed:
         raise ValueError(

@@ -18,7 +18,15 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext.model.adapter_set import AdapterSet, adapter_set, check_names, find_adapters
 from lora_ext.model.bare_model import adapter_layers, root_module
-from lora_ext.model.invocations import OFFSETS, active_tokens, are_invoked, find_starts, past_tokens, position
+from lora_ext.model.invocations import (
+    OFFSETS,
+    active_tokens,
+    are_invoked,
+    find_starts,
+    past_tokens,
+    position,
+    tokens_in_row,
+)
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.rows import (
     BASE,
@@ -147,7 +155,7 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     values = _values(args, kwargs)
     choice = _choice_of_call(module, adapters, values, outer, type(module).__name__)
     if outer is not None and names is None:
-        choice.starts = outer.starts
+        choice.starts, choice.prompt = outer.starts, outer.prompt
     times, choice.multiples = _multiples(type(module).__name__, module, choice, values)
     enter(choice)
     try:
@@ -241,7 +249,7 @@ def choose_tokens(choice: RowChoice, times: int, values: Mapping[str, Any], call
         names = [name for name in choice.names_of_rows for _ in range(times)]
         starts, times = find_starts(values, names, _invocations(choice), caller), 1
     else:  # a step of generate
-        starts, first = choice.starts, past_tokens(values, caller)
+        starts, first = choice.starts, past_tokens(values, choice.prompt, caller)
     choice.tokens = active_tokens(starts, times, values, first, caller)
     choice.invoked = frozenset(_invocations(choice)).intersection(choice.names)
     choice.is_plain = choice.is_of_active and choice.tokens.are_all
@@ -313,7 +321,10 @@ class GenerateByRows:
         caller = f"{type(self.model).__name__}.{_METHOD}"
         values = _values(args, kwargs)
         choice = _choice_of_call(self.model, self.adapters, values, outer, caller)
+        if outer is not None and names is None:  # a name may be for several prompts, with other places
+            choice = choice.repeated(_multiples(caller, self.model, choice, values)[0])
         with choosing(choice):
             if _are_invoked(choice):
                 choice.starts = find_starts(values, choice.names_of_rows, _invocations(choice), caller)
+                choice.prompt = tokens_in_row(values, caller)
             return self.original(*args, **rest)

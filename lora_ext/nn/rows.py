@@ -48,6 +48,7 @@ class RowChoice:
         frames: the Python frames of the call, if it has no other end than them.
         starts: in ``generate``, for each row the position in the prompt from which on its adapter acts, or None if it
             does not act: its invocation tokens are not there (aLoRA).
+        prompt: in ``generate``, the number of tokens in a row of the prompt.
         tokens: in a model's call, on which tokens the chosen adapters act; None: on all.
         invoked: the names that act on ``tokens`` only.
         is_of_active: whether all rows use the active adapter, because it acts on ``tokens`` only.
@@ -67,6 +68,7 @@ class RowChoice:
         self.outer: RowChoice | None = None
         self.frames: tuple[FrameType | None, ...] = ()
         self.starts: list[int | None] | None = None
+        self.prompt = 0
         self.tokens: ActiveTokens | None = None
         self.invoked: frozenset[str] = frozenset()
         self.is_of_active = self.is_plain = False
@@ -77,6 +79,14 @@ class RowChoice:
     def names_of_rows(self) -> list[str]:
         """A name for each row."""
         return [self.names[i] if i >= 0 else BASE for i in self.rows]
+
+    def repeated(self, times: int) -> RowChoice:
+        """Returns the choice with a name of its own for each of the ``times`` rows that share one."""
+        if times == 1:
+            return self
+        choice = RowChoice(self.active, [name for name in self.names_of_rows for _ in range(times)])
+        choice.pool, choice.pool_names, choice.is_of_active = self.pool, self.pool_names, self.is_of_active
+        return choice
 
     def aligned(self, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, int]:
         """Returns ``x`` and how many consecutive rows of it belong to each name.

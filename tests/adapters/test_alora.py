@@ -27,7 +27,7 @@ from support.alora import (
 )
 from support.models import VOCABULARY, refused, shaken
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM, Trainer, TrainingArguments
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import (
@@ -161,6 +161,45 @@ def test_a_cache_of_the_base_model_is_shared():
         torch.testing.assert_close(found, expected)
         tokens = model.generate(row, past_key_values=past, max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert torch.equal(tokens, model.generate(row, max_new_tokens=3, do_sample=False, pad_token_id=0))
+
+
+def test_generate_within_choose_adapters_finds_the_place_of_each_prompt():
+    model, (ids, mask) = shaken(adapted()), prompts()
+    expected = generated(model, ids, mask)
+    with choose_adapters(model, ["default"]):
+        found = generated(model, ids, mask)
+        beams = generated(model, ids, mask, num_beams=2)[0]
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+    assert torch.equal(beams, generated(model, ids, mask, num_beams=2)[0])
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "mamba"])
+def test_caches_that_hold_states(kind):
+    """They do not tell how many tokens they have seen."""
+    if kind == "rwkv":
+        settings = RwkvConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
+        model, target = RwkvForCausalLM(settings).eval(), "key"
+    else:
+        settings = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
+        model, target = MambaForCausalLM(settings).eval(), "in_proj"
+    model = shaken(inject(model, config(target_modules=[target]))).eval()
+    ids = torch.tensor([[1, 3, *TOKENS, 5, 2], [4, 3, 2, 1, 3, 5]])
+    ids = ids[:1] if kind == "rwkv" else ids  # Transformers 5.24 mixes up the rows of RWKV's steps
+    found, expected = (
+        generated(model, ids, torch.ones_like(ids), use_cache=use_cache, eos_token_id=None)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_on_the_right_is_no_packing():
+    model, mask = adapted(), torch.ones(2, 6, dtype=torch.int64)
+    ids, mask[:, 4:] = torch.tensor([[1, *TOKENS, 3, 0, 0]] * 2), 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    found = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(found[:, :4], model(ids[:, :4]).logits)
 
 
 def test_beams_equal_rows_alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from support.alora import (
@@ -16,7 +18,7 @@ from support.models import VOCABULARY, bert, llama, refused
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lora_ext import inject, merge, save_adapter, set_adapter
+from lora_ext import AdapterPool, inject, merge, save_adapter, set_adapter
 from lora_ext.adapters import (
     add_weighted_adapter,
     merge_and_unload,
@@ -200,3 +202,23 @@ def test_exported_models_refuse():
 def test_encoders_need_another_config():
     with pytest.raises(ValueError, match="causal language models"):
         inject(bert(), config(target_modules=["query"], task_type="SEQ_CLS"))
+
+
+def test_pools_refuse_tokens_that_the_model_cannot_have(tmp_path):
+    model = llama().eval()
+    pool = AdapterPool(model, tmp_path, target_modules=["q_proj"], r=4, max_bytes=2**20)
+    source = inject(llama(), config(target_modules=["q_proj"]))
+    save_adapter(source, tmp_path / "a")
+    values = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    values["alora_invocation_tokens"] = [VOCABULARY + 5]
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(values))
+    wanted = f"alora_invocation_tokens has .*, but the model's input embedding has {VOCABULARY}"
+    with pytest.raises(ValueError, match=wanted):
+        model(torch.tensor([[1, 2]]), adapter_names=["a"])
+    pool.close()
+
+
+def test_tokens_without_values():
+    model = adapted().to("meta")
+    with pytest.raises(ValueError, match="input_ids, which have no values here; pass alora_offsets"):
+        model(torch.ones(2, 4, dtype=torch.int64, device="meta"))

@@ -96,7 +96,18 @@ def test_results_that_are_not_finite_leave_the_weights(ops, passes):
 def test_no_memory_for_the_record_leaves_the_weights(ops, passes, monkeypatch):
     weights, As, Bs = layers(0.1)
     before = copies(weights)
-    monkeypatch.setenv("LORA_EXT_TEST_NO_CORRECTIONS", "1")
+    monkeypatch.setenv("LORA_EXT_TEST_NO_CORRECTIONS", "1000")
     with pytest.raises(RuntimeError, match="lora_merge_record_: .*(out of memory|cannot allocate)"):
         ops.lora_merge_record_(weights, As, Bs)
+    assert all(all_same(weights, before))
+
+
+def test_no_memory_for_the_record_next_to_the_slots_takes_two_passes(ops, monkeypatch):
+    weights, As, Bs = layers(0.1)
+    before, on_cpu = copies(weights), copies(weights)
+    expected = torch.ops.lora_ext.lora_merge_record_(on_cpu, As, Bs)
+    monkeypatch.setenv("LORA_EXT_TEST_NO_CORRECTIONS", "1")
+    result = ops.lora_merge_record_(weights, As, Bs)
+    assert all(all_same(weights, on_cpu)) and all(map(torch.equal, result[1] + result[2], expected[1] + expected[2]))
+    ops.lora_unmerge_(weights, As, Bs, *result[1:])
     assert all(all_same(weights, before))

@@ -108,6 +108,7 @@ def test_a_graph_follows_what_rows_choose(num_tokens, entries):
     y, before = case.y.clone(), case.y.clone()
     add = lambda: functional.lora_grouped_(y, case.x, case.lora_As, case.lora_Bs, *case.choice())  # noqa: E731
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         add()
     side.synchronize()

@@ -135,6 +135,17 @@ def test_ranks_that_do_not_exist_give_nan_to_their_rows_only(num_tokens, rank):
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16)], ids=str)
+def test_infinite_inputs_leave_the_gradients_of_unused_ranks_zero(dtypes):
+    case = random_groups(90, (72, 48), [(2, 8)], dtypes, groups=torch.arange(90) % 2)
+    case.ranks = torch.tensor([3, 8])
+    case.x[0, 0] = case.grad_y[2, 1] = torch.inf
+    forward = grouped_ops.forward(case, 0.0, SEED)
+    found = grouped_ops.backward(case, forward.xa, forward.mask, 0.0)
+    grad_A, grad_B = found.grad_As[0][0], found.grad_Bs[0][0]
+    assert not grad_A[3:].any() and not grad_B[:, 3:].any() and grad_A[:3].isnan().any()
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16)], ids=str)
 @pytest.mark.parametrize("library", [kernels, few_blocks])
 @pytest.mark.parametrize("num_tokens", [20, 530])
 def test_same_bits_in_every_order_of_threads(num_tokens, library, dtypes):

@@ -351,14 +351,19 @@ def test_jobs_make_the_bits_of_runs_one_after_the_other(command: list[str], tmp_
 def test_ctrl_c_ends_the_jobs_and_resume_continues_them(command: list[str], tmp_path: Path):
     longer, out = [*command, "--epochs", "60"], tmp_path / "out"
     process = subprocess.Popen(
-        [*longer, *JOBS, "--out", out], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*longer, *JOBS, "--out", out],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     logs = [out / "runs" / "lora-r=2" / f"seed-{seed}.log" for seed in (0, 1)]
     try:
         begun = lambda: all(log.is_file() and "finetune: " in log.read_text() for log in logs)  # noqa: E731
         until(lambda: process.poll() is not None or begun(), seconds=600)
     finally:
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         said = process.communicate(timeout=300)[0]
     assert process.returncode == 130, said
     assert f"to continue: lora-ext compare --resume --out {out} {' '.join(JOBS)}" in said

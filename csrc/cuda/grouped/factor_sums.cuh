@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(FactorSumsTraits<A>::kThreads, sizeof(A) == 8 
   for (int j = 0; j < Traits::kThreadR; ++j) {
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
-      store_sum(p, chunk, gradient, rank0 + rank_in_tile + j, feature0 + column + e, sum[j].v[e]);
+      store_sum(p, chunk, gradient, group.rank, rank0 + rank_in_tile + j, feature0 + column + e, sum[j].v[e]);
     }
   }
 }

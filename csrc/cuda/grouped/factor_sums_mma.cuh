@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(FactorSumsMmaTraits<T>::kThreads, 2)
   for (int n = 0; n < 4; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      store_sum(p, chunk, gradient, rank0 + lane / 4 + i / 2 * 8, feature0 + warp * 32 + n * 8 + lane % 4 * 2 + i % 2,
-                sums[n / 2][n % 2][i]);
+      store_sum(p, chunk, gradient, group.rank, rank0 + lane / 4 + i / 2 * 8,
+                feature0 + warp * 32 + n * 8 + lane % 4 * 2 + i % 2, sums[n / 2][n % 2][i]);
     }
   }
 }

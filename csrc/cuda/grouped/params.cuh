@@ -94,11 +94,14 @@ struct GroupGradient {
   }
 };
 
-// Where a block of the sums over rows stores an element: the gradient, or the partial sum of a chunk.
+// Where a block of the sums over rows stores an element: the gradient, or the partial sum of a chunk. Zero for ranks
+// that the group does not use: their operand is zero, and zero times an infinity is NaN.
 template <bool kOfB, class A>
 __device__ __forceinline__ void store_sum(const FactorSumsParams<A>& p, const RowsOfTile& chunk,
-                                          const GroupGradient<kOfB>& gradient, int64_t rank, int64_t feature, A sum) {
+                                          const GroupGradient<kOfB>& gradient, int64_t used_ranks, int64_t rank,
+                                          int64_t feature, A sum) {
   if (rank >= gradient.ranks || feature >= p.features) return;
+  if (rank >= used_ranks) sum = A(0);
   if (chunk.group_count <= kChunkRows) {
     store_as(gradient.data, gradient.at(rank, feature, p.features), p.factor_dtype, sum);
   } else {

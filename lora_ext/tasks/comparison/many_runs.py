@@ -18,6 +18,7 @@ from lora_ext.files import read_json_object
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.comparison.launch import Launch
 from lora_ext.tasks.comparison.pools import LocalPool, Pool, pool_of
+from lora_ext.tasks.comparison.trimmed_base import is_same_run
 from lora_ext.tasks.finetune import busy_machine
 from lora_ext.tasks.finetune.data import saved_fingerprint
 from lora_ext.tasks.finetune.settings import Settings, checked_options, saved_threads
@@ -158,7 +159,7 @@ def finished(run: Run, out: Path) -> dict[str, Any] | None:
     try:
         metrics = read_json_object(run.directory(out) / "metrics.json", "", 10_000_000)
         # Options added later get their defaults.
-        same = Settings(**checked_options(metrics["settings"])) == run.settings
+        same = is_same_run(Settings(**checked_options(metrics["settings"])), run.settings, out)
         scores = [metrics["after"], *([metrics["validation"]] if metrics["validation"] else [])]
         figures = [metrics[name] for name in _FIGURES]
         figures += [score[name] for score in scores for name in ("accuracy", "macro_f1")]

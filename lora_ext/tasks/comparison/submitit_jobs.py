@@ -6,20 +6,24 @@ to the run's log, on the file system that both see: the job's number, its progre
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import submitit
 import torch
 from submitit.core import utils
+from submitit.local import local
 
 from lora_ext._common.install_hint import install_hint
 from lora_ext.files import read_json_object
@@ -73,6 +77,23 @@ def _executor(launch: Launch, folder: Path, threads: int) -> submitit.AutoExecut
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TaskError(f"--launcher-set {' '.join(launch.more)}: {reason}") from error
     return executor
+
+
+@contextmanager
+def _own_session(cluster: str) -> Iterator[None]:
+    """Starts jobs of this machine in sessions of their own, which a terminal's Ctrl-C does not reach.
+
+    submitit's controller would take it, and kill the job before a checkpoint is written.
+    """
+    if cluster != "local":
+        yield
+        return
+    popen = functools.partial(subprocess.Popen, start_new_session=True)
+    local.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+    try:
+        yield
+    finally:
+        local.subprocess = subprocess
 
 
 def _file_system(path: Path) -> tuple[str, str]:
@@ -158,10 +179,15 @@ class SubmititPool:
                 with writing(self._folder):
                     self._folder.mkdir(parents=True, exist_ok=True)
                     files.log.parent.mkdir(parents=True, exist_ok=True)
-                job = executor.submit(work)
+                with _own_session(self._launch.cluster):
+                    job = executor.submit(work)
             except (utils.FailedJobError, utils.FailedSubmissionError) as error:  # sbatch refuses
                 raise TaskError(f"submitit: {' '.join(str(error).split())}") from error
-        write_json(files.job, {"cluster": self._launch.cluster, "id": job.job_id, "work": name})
+        try:
+            write_json(files.job, {"cluster": self._launch.cluster, "id": job.job_id, "work": name})
+        except BaseException:  # the next command could not find it
+            job.cancel(check=False)
+            raise
         return job
 
     def _job_before(self, files: _Files, work: str) -> Any | None:

@@ -17,7 +17,7 @@ from lora_ext.tasks.finetune.task_model import TaskModel
 from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim
 from lora_ext.tasks.shared.whole_files import write_json
 
-__all__ = ["OUTPUTS", "TrimmedBase", "of_base", "trimmed_base"]
+__all__ = ["OUTPUTS", "TrimmedBase", "is_same_run", "of_base", "trimmed_base"]
 
 _BASE, _RECORD = "base", "base.json"
 OUTPUTS = (_BASE, _RECORD)
@@ -51,6 +51,14 @@ def trimmed_base(task_model: TaskModel, splits: Splits) -> TrimmedBase:
     trimmed = trim(task_model.path, task_model.tokenizer, task_model.model, texts)
     without = {*head_parameters(task_model.model), *task_model.drawn}
     return TrimmedBase(trimmed, task_model.model, frozenset(without))
+
+
+def is_same_run(saved: Settings, wanted: Settings, out: Path) -> bool:
+    """Whether a run in ``out`` had these settings. The checkpoint in ``out`` may have moved with it."""
+    base = str((out / _BASE).resolve())
+    if wanted.model == base and Path(saved.model or "").name == _BASE:
+        saved = replace(saved, model=base)
+    return saved == wanted
 
 
 def of_base(settings: Settings, out: Path) -> Settings:
