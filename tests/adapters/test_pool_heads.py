@@ -215,6 +215,17 @@ def test_pools_that_cannot_be():
         AdapterPool(model, target_modules=["c_attn"], modules_to_save=["lm_head"], r=2, max_bytes=100)
 
 
+def test_a_head_of_several_layers_is_named_where_the_pool_has_none(tmp_path):
+    model = roberta().eval()
+    source = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    save_adapter(inject(roberta(), source), tmp_path / "a")
+    with (
+        AdapterPool(model, tmp_path, target_modules=["query"], r=2, max_bytes=1 << 20),
+        refused(model, ValueError, "the pool has no ['classifier']; make it with modules_to_save=['classifier']"),
+    ):
+        model(token_ids(1), adapter_names=["a"])
+
+
 def test_adapters_of_finetune(tmp_path):
     base = tiny_classifier.save_model(tmp_path / "model")
     data = tiny_classifier.save_reviews(tmp_path / "data.csv", tiny_classifier.reviews(60))

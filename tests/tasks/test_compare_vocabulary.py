@@ -45,3 +45,8 @@ def test_all_runs_of_a_comparison_take_one_trimmed_checkpoint(tmp_path: Path, mo
     before = (tmp_path / "compare/base/model.safetensors").stat().st_mtime_ns
     compare(["lora:r=2"], [0], options, tmp_path / "compare", resume=True, say=said.append)
     assert (tmp_path / "compare/base/model.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "compare").rename(tmp_path / "moved")
+    done = tmp_path / "moved/runs/lora-r=2/seed-0/metrics.json"
+    written = done.stat().st_mtime_ns
+    compare(["lora:r=2"], [0], options, tmp_path / "moved", resume=True, say=said.append)
+    assert done.stat().st_mtime_ns == written  # the run was not repeated
