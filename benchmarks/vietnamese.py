@@ -34,7 +34,6 @@ from typing import Any
 
 import torch
 
-from lora_ext.methods import head_parameters
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
 from lora_ext.tasks.comparison.many_runs import Run, finished, run_all
@@ -44,7 +43,7 @@ from lora_ext.tasks.finetune.data import fingerprint
 from lora_ext.tasks.finetune.settings import LEARNING_RATES, PRECISIONS, Settings
 from lora_ext.tasks.finetune.task_data import load_data
 from lora_ext.tasks.finetune.task_model import load_task_model
-from lora_ext.tasks.finetune.vocabulary import save_trimmed, trim
+from lora_ext.tasks.finetune.vocabulary import save_trimmed, trim_task_model
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.markdown import table
 from lora_ext.tasks.shared.whole_files import write_json, write_whole
@@ -328,13 +327,11 @@ def _trimmed(options: Mapping[str, Any], out: Path) -> str:
         return str(out)
     task_model, splits = load_task_model(Settings(**options))
     try:
-        texts = [example.text for split in splits for example in split]
-        trimmed = trim(task_model.path, task_model.tokenizer, task_model.model, texts)
+        trimmed, without = trim_task_model(task_model, splits)
     except TaskError as error:
         print(f"{error}; the whole vocabulary stays")
         return options["model"]
     print(trimmed.line())
-    without = {*head_parameters(task_model.model), *task_model.drawn}
     save_trimmed(out, task_model.model, trimmed.tokenizer, without)
     return str(out)
 

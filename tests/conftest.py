@@ -90,6 +90,13 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+@pytest.fixture
+def on_gpu(gpu: torch.device) -> Iterator[None]:
+    """Creates new tensors on the GPU."""
+    with gpu:
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """Seeds each test case, so that cases have different inputs and every run repeats them."""

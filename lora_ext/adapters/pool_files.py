@@ -29,13 +29,13 @@ class LayerShape:
 
 @dataclasses.dataclass(frozen=True)
 class PoolShape:
-    """What a pool holds of an adapter.
+    """The parts of an adapter that a pool stores.
 
     Attributes:
         layers: layers with low-rank updates, by path.
         r: the largest rank.
         modules: modules that adapters train in full, by path: their tensors by name, for shapes and dtypes.
-        invocations: what the model says about invocation tokens (aLoRA).
+        invocations: the limits of the model for invocation tokens (aLoRA).
     """
 
     layers: Mapping[str, LayerShape]

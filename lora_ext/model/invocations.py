@@ -26,7 +26,7 @@ Invocations = Mapping[str, tuple[int, ...]]
 
 
 class InvocationLimits(NamedTuple):
-    """What a model says about invocation tokens.
+    """The limits that a model sets to invocation tokens.
 
     Attributes:
         encoder_decoder: the class of a model with an encoder and a decoder, or "".
@@ -72,7 +72,7 @@ def find_starts(
     """
     ids, given = _token_ids(values), values.get(OFFSETS)
     if given is not None:
-        return _starts_given(given, names, invocations, _length(values, ids, caller), caller)
+        return _starts_given(given, names, invocations, tokens_in_row(values, caller), caller)
     first = next(name for name in names if name in invocations)
     if ids is None:
         raise ValueError(
@@ -99,16 +99,11 @@ def active_tokens(
         times: consecutive rows of the batch for each start.
         first: the position of the call's first token.
     """
-    length = _length(values, _token_ids(values), caller)
+    length = tokens_in_row(values, caller)
     before = [length if start is None else min(max(start - first, 0), length) for start in starts]
     kept = values.get("logits_to_keep")
     kept = min(kept, length) if isinstance(kept, int) else None
     return ActiveTokens([n for n in before for _ in range(times)], length, kept)
-
-
-def tokens_in_row(values: Mapping[str, Any], caller: str) -> int:
-    """Returns the number of tokens in a row of a call."""
-    return _length(values, _token_ids(values), caller)
 
 
 def past_tokens(values: Mapping[str, Any], prompt: int, caller: str) -> int:
@@ -182,10 +177,10 @@ def _token_ids(values: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def _length(values: Mapping[str, Any], ids: Tensor | None, caller: str) -> int:
-    """The number of tokens in a row."""
-    embedded = values.get("inputs_embeds")
-    tokens = ids if ids is not None and ids.shape[1] else embedded
+def tokens_in_row(values: Mapping[str, Any], caller: str) -> int:
+    """Returns the number of tokens in a row of a call. ValueError: it has neither input_ids nor inputs_embeds."""
+    ids = _token_ids(values)
+    tokens = ids if ids is not None and ids.shape[1] else values.get("inputs_embeds")
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{caller}: aLoRA needs input_ids or inputs_embeds, which tell how many tokens a row has")
     return tokens.shape[1]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: time, options, facts about the machine, folders of results."""
+"""Tests the shared code of the benchmarks: time, options, facts about the machine, folders of results."""
 
 import importlib
 import json

@@ -16,11 +16,7 @@ from lora_ext import functional, reference
 SEED = 0x0123_4567_89AB_CDEF
 BF16 = (torch.bfloat16, torch.bfloat16)
 
-
-@pytest.fixture(autouse=True)
-def on_gpu(gpu):
-    with gpu:  # new tensors are on the GPU
-        yield
+pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 def seed_tensor() -> Tensor:

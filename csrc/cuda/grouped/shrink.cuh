@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(ShrinkTraits<A, kRanks>::kThreads, sizeof(A) =
   const int64_t begin = range * p.features_per_range, end = min(begin + p.features_per_range, p.features);
   const int steps = ranks > 0 ? static_cast<int>((end - begin + kStep - 1) / kStep) : 0;
 
-  // What a thread loads: an eight of a row of x, and of a row of lora_A or of lora_B.
+  // A thread loads eight elements of a row of x, and eight of a row of lora_A or lora_B.
   constexpr int kRowEights = kStep / kEight, kFactorRowEights = (kBackward ? kRanks : kStep) / kEight;
   const int x_row = thread / kRowEights, x_column = thread % kRowEights * kEight;
   const int factor_row = thread / kFactorRowEights, factor_column = thread % kFactorRowEights * kEight;

@@ -24,7 +24,7 @@ from lora_ext.tasks.causal_lm.packing import Collator, pack
 from lora_ext.tasks.causal_lm.rendering import Encoded, Renderer, encode, use_template
 from lora_ext.tasks.causal_lm.settings import TASK, CausalSettings, command_line
 from lora_ext.tasks.causal_lm.trainer import CausalTrainer, build_causal_trainer
-from lora_ext.tasks.finetune.data import DATA_FILE, Splits, fingerprint, save_fingerprint, saved_fingerprint
+from lora_ext.tasks.finetune.data import DATA_FILE, Splits, fingerprint, resumed_fingerprint, save_fingerprint
 from lora_ext.tasks.finetune.quantize import quantization_of
 from lora_ext.tasks.finetune.results import plot_loss
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
@@ -65,9 +65,7 @@ def finetune(
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
     splits = load_conversations(settings, say)
-    texts = fingerprint(splits)
-    if resume and saved_fingerprint(out) not in (None, texts):
-        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
+    texts = resumed_fingerprint(splits, out) if resume else fingerprint(splits)
     check_training_arguments(settings, len(splits.train))
     check_has_validation(settings, len(splits.validation))
     if resume and checkpoint is None:

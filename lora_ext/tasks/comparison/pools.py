@@ -1,4 +1,4 @@
-"""Where runs go: processes of this machine, or jobs of submitit. A pool calls a function there and waits for it."""
+"""Executes runs in processes of this machine, or in jobs of submitit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["LocalPool", "Pool", "pool_of"]
 
 
 class Pool(Protocol):
-    """What several threads call side by side.
+    """A place where runs are executed. Several threads may call it at the same time.
 
     Attributes:
         at_once: most runs at the same time.

@@ -266,7 +266,7 @@ class _Files:
 
 
 class _Work:
-    """What a job does; submitit calls it, again if the job is started again."""
+    """The work of a job. submitit calls it, and calls it again if it starts the job again."""
 
     def __init__(
         self, function: Callable[..., Any], args: tuple, files: _Files, threads: int, has_device: bool

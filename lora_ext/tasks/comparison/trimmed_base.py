@@ -10,11 +10,10 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from lora_ext.files import read_json_object
-from lora_ext.methods import head_parameters
 from lora_ext.tasks.finetune.data import Splits
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_model import TaskModel
-from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim
+from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim_task_model
 from lora_ext.tasks.shared.whole_files import write_json
 
 __all__ = ["OUTPUTS", "TrimmedBase", "is_same_run", "of_base", "trimmed_base"]
@@ -47,10 +46,8 @@ class TrimmedBase(NamedTuple):
 
 def trimmed_base(task_model: TaskModel, splits: Splits) -> TrimmedBase:
     """Trims the model, in place. TaskError: it or its tokenizer cannot be trimmed."""
-    texts = [example.text for split in splits for example in split]
-    trimmed = trim(task_model.path, task_model.tokenizer, task_model.model, texts)
-    without = {*head_parameters(task_model.model), *task_model.drawn}
-    return TrimmedBase(trimmed, task_model.model, frozenset(without))
+    trimmed, without = trim_task_model(task_model, splits)
+    return TrimmedBase(trimmed, task_model.model, without)
 
 
 def is_same_run(saved: Settings, wanted: Settings, out: Path) -> bool:

@@ -185,6 +185,14 @@ def saved_fingerprint(out: Path) -> str | None:
     return sha256
 
 
+def resumed_fingerprint(splits: Splits, out: Path) -> str:
+    """Returns :func:`fingerprint`. TaskError: the run in ``out`` was started with other texts."""
+    texts = fingerprint(splits)
+    if saved_fingerprint(out) not in (None, texts):
+        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
+    return texts
+
+
 def without_texts_of(examples: list[Example], others: Iterable[Example]) -> list[Example]:
     """Returns ``examples`` without those whose text is also in ``others``."""
     keys = {_text_key(example.text) for example in others}

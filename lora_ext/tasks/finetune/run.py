@@ -14,10 +14,9 @@ import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerState, set_seed
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
-from lora_ext.methods import head_parameter_count, head_parameters, load_method, pooling_of
-from lora_ext.tasks import TaskError
+from lora_ext.methods import head_parameter_count, load_method, pooling_of
 from lora_ext.tasks.finetune import demo, results
-from lora_ext.tasks.finetune.data import DATA_FILE, fingerprint, save_fingerprint, saved_fingerprint
+from lora_ext.tasks.finetune.data import DATA_FILE, fingerprint, resumed_fingerprint, save_fingerprint
 from lora_ext.tasks.finetune.quantize import quantization_of
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
 from lora_ext.tasks.finetune.scores import scores, summary_scores
@@ -37,7 +36,7 @@ from lora_ext.tasks.finetune.task_model import (
 from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of, predict, train
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
-from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim
+from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim_task_model
 from lora_ext.tasks.shared import measuring, provenance, team
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json
@@ -92,9 +91,7 @@ def finetune(
     check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
     splits, duplicates = load_sides(settings, say)
-    texts = fingerprint(splits)
-    if resume and saved_fingerprint(out) not in (None, texts):
-        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
+    texts = resumed_fingerprint(splits, out) if resume else fingerprint(splits)
     check_training_arguments(settings, len(splits.train))
     check_has_validation(settings, len(splits.validation))
     if resume and checkpoint is None:
@@ -112,10 +109,8 @@ def finetune(
         say(f"{model_path} has no pooler: a new one is trained with the head (--pooling mean needs none)")
     trimmed = None
     if settings.trim_vocabulary:
-        everything = [example.text for split in splits for example in split]
-        trimmed = trim(model_path, task_model.tokenizer, task_model.model, everything)
+        trimmed, without = trim_task_model(task_model, splits)
         say(trimmed.line())
-        new = {*head_parameters(task_model.model), *task_model.drawn}
         model_path = str((out / _BASE).resolve())
         task_model = task_model._replace(tokenizer=trimmed.tokenizer, path=model_path)
     tokenizer, model, most = task_model.tokenizer, task_model.model, most_tokens(task_model.model)
@@ -137,7 +132,7 @@ def finetune(
         save_fingerprint(out, texts)
         tidy(out / "checkpoints")
         if trimmed_base is not None:
-            save_trimmed(out / _BASE, trimmed_base, tokenizer, without=new)
+            save_trimmed(out / _BASE, trimmed_base, tokenizer, without)
 
     prepare_out(out, _OUTPUTS, resume, save)
     trainer = build_trainer(

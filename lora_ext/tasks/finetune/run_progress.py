@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a run besides weights: time, tokens and losses."""
+"""The progress of a run that a checkpoint keeps next to the weights: time, tokens and losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: seeds, logs, evaluations, checkpoints, progress, Ctrl-C."""
+"""Callbacks of the trainer: seeds, logs, evaluations, checkpoints, progress, Ctrl-C."""
 
 from __future__ import annotations
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lora_ext.methods import ARCHITECTURES
+from lora_ext.methods import ARCHITECTURES, head_parameters
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.finetune.data import shown
+from lora_ext.tasks.finetune.data import Splits, shown
 from lora_ext.tasks.shared.whole_files import whole_directory, write_json
+
+if TYPE_CHECKING:
+    from lora_ext.tasks.finetune.task_model import TaskModel
 
 _LETTERS = 0x1F00  # single characters below this code point stay: Latin with Vietnamese, Greek, Cyrillic ... Thai
 _KINDS = ("Unigram", "WordPiece", "WordLevel", "BPE")
@@ -93,6 +96,17 @@ def trim(path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
     for name in _token_ids(model):
         setattr(model.config, name, new[getattr(model.config, name)])
     return result
+
+
+def trim_task_model(task_model: TaskModel, splits: Splits) -> tuple[Trimmed, frozenset[str]]:
+    """Trims the model to the tokens of all texts, in place, by :func:`trim`.
+
+    Returns:
+        The trimmed tokenizer, and the parameters that no file of the base has: of the new head, or missing before.
+    """
+    texts = [example.text for split in splits for example in split]
+    trimmed = trim(task_model.path, task_model.tokenizer, task_model.model, texts)
+    return trimmed, frozenset({*head_parameters(task_model.model), *task_model.drawn})
 
 
 def save_trimmed(
