@@ -4,6 +4,8 @@
     python benchmarks/vietnamese.py --hours 10          # trains; the same command continues after any interruption
     python benchmarks/vietnamese.py --hours 0 --write   # only the table, into benchmarks/results/vietnamese
 
+Several processes may share the work: give each other --tasks or --methods, and one --out.
+
 The experiment of the slides that this project began with: PhoBERT-base, 96 % with full fine-tuning and 90 % with LoRA
 of rank 8 on query and value. PhoBERT's weights are in no package, so multilingual-e5-small takes its place (--model
 names another one). The vocabulary is cut to the tokens of the data, which changes no result: rows that no text uses
@@ -27,8 +29,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +158,8 @@ def cells(bench: Bench, task: Task) -> Iterator[tuple[str, float, float, list[Ru
     def cell(name: str, rate: float, epochs: float, changes: Mapping[str, Any]) -> tuple[str, float, float, list[Run]]:
         return name, rate, epochs, [task.run(name, rate, epochs, seed, changes) for seed in SEEDS]
 
-    for names in (MAIN, [name for name in task.methods if name not in MAIN]):
+    main = [name for name in task.methods if name in MAIN]
+    for names in (main, [name for name in task.methods if name not in MAIN]):
         for name in names:
             rates[name] = bench.tuned_rate(task, name)
         for epochs in task.epochs:
@@ -164,8 +167,10 @@ def cells(bench: Bench, task: Task) -> Iterator[tuple[str, float, float, list[Ru
                 yield cell(name, rates[name], epochs, METHODS[name])
     if task.name == "vsfc":
         for name, (base, changes) in VARIANTS.items():
+            if base not in rates:
+                continue
             yield cell(name, rates[base], task.epochs[-1], METHODS[base] | changes)
-    for name in MAIN:
+    for name in main:
         if rates[name] != default_rate(name):
             yield cell(f"{name}-default-rate", default_rate(name), task.epochs[-1], METHODS[name])
 
@@ -201,14 +206,22 @@ def results_of(task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             scores = {f"{rate:.1e}": validation_score(found[rate]) for rate in sorted(found)}
             seconds = sum(metrics["train_seconds"] for metrics in found.values())
             tuning.append({"method": name, "validation_scores": scores, "train_seconds": seconds})
-    try:
-        for name, rate, epochs, runs in cells(bench, task):
-            metrics = [known for run in runs if (known := finished(run, task.out)) is not None]
-            if metrics:
-                rows.append(_row(name, rate, epochs, metrics))
-    except OutOfTime:
-        pass
-    return rows, tuning
+    for method in task.methods:  # one by one: another process may not have tuned its methods yet
+        try:
+            for name, rate, epochs, runs in cells(bench, replace(task, methods=(method,))):
+                metrics = [known for run in runs if (known := finished(run, task.out)) is not None]
+                if metrics:
+                    rows.append(_row(name, rate, epochs, metrics))
+        except OutOfTime:
+            continue
+    groups = [list(MAIN), list(METHODS), list(VARIANTS)]
+
+    def place(row: Mapping[str, Any]) -> tuple[int, float, int]:
+        group = next((number for number, names in enumerate(groups) if row["name"] in names), len(groups))
+        names = [*METHODS, *VARIANTS, row["name"]]
+        return group, row["epochs"], names.index(row["name"])
+
+    return sorted(rows, key=place), tuning
 
 
 def _row(name: str, rate: float, epochs: float, metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -274,7 +287,7 @@ def estimate(tasks: list[Task], out: Path) -> dict[str, Any]:
     for task in tasks:
         settings = {name: task.run(name, default_rate(name), 1, 0, METHODS[name]).settings for name in task.methods}
         costs = in_process(measure_costs, settings, log=out / f"estimate-{task.name}.log")
-        batch = settings["full"].batch_size
+        batch = next(iter(settings.values())).batch_size
         steps = {name: costs[name]["step_ms"]["median"] / 1e3 for name in settings}
         hours = 0.0
         for name, seconds in steps.items():
@@ -294,9 +307,15 @@ def estimate(tasks: list[Task], out: Path) -> dict[str, Any]:
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def make_tasks(out: Path, model: Path, data: Path, names: list[str], precision: str = "float32") -> list[Task]:
-    """Lays out data and model, and returns the tasks. TaskError: one of them is missing or damaged."""
-    tasks = []
+def make_tasks(
+    out: Path, model: Path, data: Path, names: list[str], precision: str = "float32", methods: Sequence[str] = ()
+) -> list[Task]:
+    """Lays out data and model, and returns the tasks with all or some methods.
+
+    Raises:
+        TaskError: data or model is missing or damaged.
+    """
+    tasks, methods = [], tuple(name for name in METHODS if name in (methods or METHODS))
     if "vsfc" in names:
         if model == ROOT / "build" / "e5-small" and not model.is_dir():
             _script("convert_e5.py", model)
@@ -307,9 +326,9 @@ def make_tasks(out: Path, model: Path, data: Path, names: list[str], precision: 
         options |= {"model": _trimmed(options, out / "base")} | (
             {"pooling": "mean"} if model.name == "e5-small" else {}
         )
-        tasks.append(Task("vsfc", options, (1, 3), tuple(METHODS), out / "vsfc"))
+        tasks.append(Task("vsfc", options, (1, 3), methods, out / "vsfc"))
     if "reviews" in names:
-        tasks.append(Task("reviews", {}, (2,), tuple(METHODS), out / "reviews"))
+        tasks.append(Task("reviews", {}, (2,), methods, out / "reviews"))
     for task in tasks:
         task.options["precision"] = precision
         task.prepare()
@@ -342,6 +361,7 @@ def main() -> None:
     add("--hours", type=float, default=0.0, help="no run begins later; 0: only the table of what is finished")
     add("--estimate", action="store_true", help="measure a step of every method, and say how long all would take")
     add("--tasks", nargs="+", choices=["vsfc", "reviews"], default=["vsfc", "reviews"])
+    add("--methods", nargs="+", choices=list(METHODS), default=[], metavar="NAME", help="some methods; default: all")
     add(
         "--model",
         type=Path,
@@ -359,7 +379,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        tasks = make_tasks(args.out, args.model.resolve(), args.data, args.tasks, args.precision)
+        tasks = make_tasks(args.out, args.model.resolve(), args.data, args.tasks, args.precision, args.methods)
         if args.estimate:
             _say_estimate(estimate(tasks, args.out))
             return
@@ -370,7 +390,8 @@ def main() -> None:
         sys.exit("interrupted; the same command continues")
     found = [(task, *results_of(task)) for task in tasks]
     result = {
-        "command": ["python", "benchmarks/vietnamese.py", "--tasks", *args.tasks, "--precision", args.precision],
+        "command": ["python", "benchmarks/vietnamese.py", "--tasks", *args.tasks, "--precision", args.precision]
+        + (["--methods", *args.methods] if args.methods else []),
         "date": provenance.made_by()["date"],
         "machine": provenance.machine(),
         "complete": complete,

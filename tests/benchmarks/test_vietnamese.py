@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,23 @@ def test_an_early_end_leaves_a_table(tasks: list[Task], made: list[str], monkeyp
     text = vietnamese.markdown(content)
     assert "| full (slides) |" in text and "F1 neutral, %" in text and "Not complete" in text
     assert "/data/" not in json.dumps(content["tasks"])  # no path of the machine
+
+
+def test_processes_share_the_methods(tasks: list[Task], made: list[str]):
+    main, others = (replace(tasks[0], methods=names) for names in (("lora-qv", "full"), ("bitfit", "lora-all")))
+    assert vietnamese.carry_out([main], hours=1)
+    first = {*made}
+    assert {name_of(run.partition("/")[0]) for run in first} >= {
+        "full",
+        "lora-qv",
+        "full-pooler",
+        "lora-qv-default-rate",
+    }
+    rows, _ = vietnamese.results_of(tasks[0])  # the other methods have no rate yet
+    assert {"full", "full-pooler"} <= {row["name"] for row in rows} and "lora-all" not in {r["name"] for r in rows}
+    assert vietnamese.carry_out([others], hours=1)
+    assert len(made) == len({*made})
+    rows, _ = vietnamese.results_of(tasks[0])
+    named = [(row["name"], row["epochs"]) for row in rows]
+    assert named[:7] == [(name, epochs) for epochs in (1, 3) for name in MAIN] + [("bitfit", 1)]
+    assert named[-1] == ("lora-qv-default-rate", 3) and ("lora-all-pooler", 3) in named
