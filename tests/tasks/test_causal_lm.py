@@ -342,6 +342,15 @@ def test_answers_end_where_the_model_does(settings: CausalSettings, files: Path,
     assert metrics["before"]["cut"] == 6 and metrics["settings"]["packing"]
 
 
+def test_the_default_length_is_at_most_the_models(settings: CausalSettings, tmp_path: Path):
+    said: list[str] = []
+    lengths = replace(settings, max_length=CausalSettings.max_length, epochs=1, answers=0)
+    metrics = finetune(lengths, tmp_path / "out", measure=False, say=said.append)
+    assert metrics["settings"]["max_length"] == tiny_decoder.LENGTH < CausalSettings.max_length
+    assert any(line.startswith(f"--max-length is {tiny_decoder.LENGTH}: ") for line in said)
+    assert CausalSettings.load(tmp_path / "out").max_length == tiny_decoder.LENGTH
+
+
 def test_the_command_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     out, held = tmp_path / "out", tmp_path / "held.jsonl"
     lines = (files / "chats.jsonl").read_text().splitlines(keepends=True)

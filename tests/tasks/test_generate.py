@@ -161,6 +161,17 @@ def test_an_answer_ends_with_the_turn(directory: Path, capsys, monkeypatch):
     assert (text["tokens"], text["ended"]) == (12, False)
 
 
+def test_an_answer_that_the_model_has_no_room_for_is_called_cut(directory: Path, capsys):
+    prompt = "sea " * 60
+    assert main(["generate", "--model", str(directory / "plain"), prompt, "--json", "--max-new-tokens", "999"]) == 0
+    captured = capsys.readouterr()
+    (answer,) = json.loads(captured.out)["answers"]
+    assert answer["at_the_limit"] and not answer["ended"] and 0 < answer["tokens"] < tiny_decoder.LENGTH
+    assert f"this answer is cut: {directory / 'plain'} takes {tiny_decoder.LENGTH} tokens in all" in captured.err
+    (answer,) = run(capsys, "--model", directory / "plain", prompt)
+    assert not answer["at_the_limit"] and answer["tokens"] == 12
+
+
 def test_sampling_depends_on_the_seed_alone(directory: Path, capsys):
     common = ["--model", directory / "model", "--temperature", "1.5", "--top-p", "0.9", "--top-k", "50", PROMPT, PROMPT]
     first = [answer["text"] for answer in run(capsys, *common)]

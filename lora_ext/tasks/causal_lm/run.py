@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def finetune(
     model, tokenizer = decoder.model, decoder.tokenizer
     if settings.chat_template_file is not None:
         use_template(tokenizer, settings.chat_template_file)
-    _check_length(decoder, settings)
+    settings = _within(decoder, settings, say)
     renderer = Renderer(tokenizer, path)
     say("tokenising ...")
     encoded = _encoded(splits, renderer, settings, say)
@@ -168,10 +168,15 @@ def model_path_of(model: str | None, say: Callable[[str], None] = print) -> str:
     return str(Path(model).resolve()) if Path(model).exists() else model
 
 
-def _check_length(decoder: Decoder, settings: CausalSettings) -> None:
+def _within(decoder: Decoder, settings: CausalSettings, say: Callable[[str], None]) -> CausalSettings:
+    """Lowers the default ``max_length`` to what the model takes; refuses another one above it."""
     most = decoder.most_tokens
-    if most is not None and settings.max_length > most:
+    if most is None or settings.max_length <= most:
+        return settings
+    if settings.max_length != CausalSettings.max_length:
         raise TaskError(f"--max-length is {settings.max_length}, but {decoder.path} takes at most {most} tokens")
+    say(f"--max-length is {most}: {decoder.path} takes no more tokens")
+    return replace(settings, max_length=most)
 
 
 def _encoded(

@@ -96,7 +96,9 @@ def generate(
         say: shows a line about the progress.
 
     Returns:
-        ``{"answers": [{"prompt", "adapter", "text", "tokens", "ended", "seconds", "tokens_per_second"}, ...], ...}``.
+        ``{"answers": [{"prompt", "adapter", "text", "tokens", "ended", "at_the_limit", "seconds",
+        "tokens_per_second"}, ...], ...}``; ``at_the_limit``: the model takes no more tokens, although
+        ``max_new_tokens`` allows more.
 
     Raises:
         TaskError: a mistake in the options, the prompts or the adapters, or a model that cannot be loaded.
@@ -126,6 +128,8 @@ def generate(
                 answers.append({"prompt": _content(prompt), "adapter": name if adapters else None})
                 answers[-1] |= _answer(decoder, settings, ids, end, stream)
                 say("{tokens} tokens, {tokens_per_second:.1f} tokens/s".format(**answers[-1]))
+                if answers[-1]["at_the_limit"]:
+                    say(f"this answer is cut: {settings.model} takes {decoder.most_tokens:,} tokens in all")
     return {
         **provenance.made_by(),
         "machine": provenance.machine(),
@@ -197,10 +201,12 @@ def _answer(
     seconds = time.perf_counter() - start
     times = streamer.times[1:]  # the first is the prompt's
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else len(times) / seconds
+    ended = bool(output) and output[-1] in ends
     return {
         "text": tokenizer.decode(output, skip_special_tokens=True),
         "tokens": len(output),
-        "ended": bool(output) and output[-1] in ends,
+        "ended": ended,
+        "at_the_limit": not ended and len(output) == room < settings.max_new_tokens,
         "seconds": seconds,
         "tokens_per_second": rate,
     }
