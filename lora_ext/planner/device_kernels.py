@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+_one_thread = threading.RLock()  # functions are replaced for the whole process
 _FLASH_MOST_FEATURES = 256  # per head, in PyTorch's FlashAttention kernels for CUDA
 
 
@@ -25,8 +27,9 @@ def device_kernels(device: str) -> Iterator[None]:
     or the memory-efficient kernel (Rabe and Staats 2021, arXiv 2112.05682) on CUDA, the CPU's FlashAttention there. If
     no such kernel supports the arguments, the probabilities are kept too.
 
-    Two functions of ``torch.nn.functional`` are replaced. A ``TorchFunctionMode`` would not work: it is off during
-    ``backward``, which computes checkpointed layers again.
+    Two functions of ``torch.nn.functional`` are replaced, for meta tensors; other tensors, which other threads may
+    compute meanwhile, take PyTorch's. A second thread waits for the end of the block. A ``TorchFunctionMode`` would not
+    work: it is off during ``backward``, which computes checkpointed layers again.
 
     Under ``torch.autocast("cpu")`` attention casts its arguments (:mod:`lora_ext.planner.meta_autocast`).
 
@@ -35,17 +38,27 @@ def device_kernels(device: str) -> Iterator[None]:
     if device not in _KERNELS:
         raise ValueError(f"device is {device!r}, want one of {', '.join(_KERNELS)}")
     kernels = _KERNELS[device]
-    before = {name: getattr(F, name) for name in kernels}
-    try:
-        for name, kernel in kernels.items():
-            setattr(F, name, kernel)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(F, name, function)
+    with _one_thread:
+        before = {name: getattr(F, name) for name in kernels}
+        try:
+            for name, kernel in kernels.items():
+                setattr(F, name, _of_meta_tensors(kernel, before[name]))
+            yield
+        finally:
+            for name, function in before.items():
+                setattr(F, name, function)
 
 
 _plain_attention = F.scaled_dot_product_attention
+
+
+def _of_meta_tensors(kernel: Callable[..., Tensor], others: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(others)
+    def chosen(*arguments: Any, **named: Any) -> Tensor:
+        first = arguments[0] if arguments else next(iter(named.values()), None)
+        return (kernel if isinstance(first, Tensor) and first.is_meta else others)(*arguments, **named)
+
+    return chosen
 
 
 def _autocast(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:

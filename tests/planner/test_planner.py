@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +189,29 @@ def test_attention_on_the_cpu_with_dropout_keeps_probabilities():
 def test_other_devices_are_refused():
     with pytest.raises(ValueError, match="device is 'tpu', want one of cuda, cpu"), device_kernels("tpu"):
         pass
+
+
+def test_real_tensors_and_other_threads_are_left_alone():
+    """A thread that trains while another plans has PyTorch's functions; two threads that plan take turns."""
+    dropout, attention = nn.functional.dropout, nn.functional.scaled_dot_product_attention
+    real = torch.ones(1, 2, 3, 4)
+    meta = torch.empty(2, 3, 64, 8, device="meta", requires_grad=True)
+    with device_kernels("cuda"):
+        torch.manual_seed(0)
+        drawn = nn.functional.dropout(real, 0.5)
+        torch.manual_seed(0)
+        assert torch.equal(drawn, dropout(real, 0.5))
+        y = nn.functional.scaled_dot_product_attention(real, real, value=real)
+        assert torch.equal(y, attention(real, real, real))
+
+    def plan(device: str) -> int:
+        return kept(lambda: nn.functional.dropout(meta, 0.5), meta, device=device)
+
+    expected = {device: plan(device) for device in ("cpu", "cuda")}
+    assert expected["cuda"] < expected["cpu"]
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(plan, ["cpu", "cuda"] * 20)] == [expected["cpu"], expected["cuda"]] * 20
+    assert nn.functional.dropout is dropout and nn.functional.scaled_dot_product_attention is attention
 
 
 def test_a_mask_is_converted_to_numbers():
