@@ -167,6 +167,11 @@ def cells(bench: Bench, task: Task) -> Iterator[tuple[str, float, float, list[Ru
     def cell(name: str, rate: float, epochs: float, changes: Mapping[str, Any]) -> tuple[str, float, float, list[Run]]:
         return name, rate, epochs, [task.run(name, rate, epochs, seed, changes) for seed in SEEDS]
 
+    def candidates() -> Iterator[tuple[str, float, float, list[Run]]]:
+        for name, (base, changes) in CANDIDATES.items():
+            if base in rates and (task.name == "reviews" or "modules_to_save" not in changes):  # E5 has no pooler
+                yield cell(name, rates[base], task.epochs[0], METHODS[base] | changes)
+
     main = [name for name in task.methods if name in MAIN]
     for names in (main, [name for name in task.methods if name not in MAIN]):
         for name in names:
@@ -174,9 +179,8 @@ def cells(bench: Bench, task: Task) -> Iterator[tuple[str, float, float, list[Ru
         for epochs in task.epochs:
             for name in names:
                 yield cell(name, rates[name], epochs, METHODS[name])
-    for name, (base, changes) in CANDIDATES.items():
-        if base in rates and (task.name == "reviews" or "modules_to_save" not in changes):  # E5 has no pooler
-            yield cell(name, rates[base], task.epochs[0], METHODS[base] | changes)
+            if names is main and epochs == task.epochs[0]:
+                yield from candidates()
     if task.name == "vsfc":
         for name, (base, changes) in VARIANTS.items():
             if base not in rates:
