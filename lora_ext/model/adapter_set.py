@@ -178,10 +178,18 @@ class AdapterSet:
                 changed |= set(names)
                 self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
             changed |= self._trainable & (set(before) ^ set(names))
+            # Single factors that the user froze stay frozen; an adapter frozen as a whole (model.requires_grad_(False))
+            # does not.
+            changed |= {name for name in self._trainable & set(before) & set(names) if self._is_frozen(name)}
             for name in changed:
                 self._set_requires_grad(name, name in names and name in self._trainable)
             for name, biases in self.biases.items():
                 biases.use(name in names)
+
+    def _is_frozen(self, name: str) -> bool:
+        """Whether no parameter of the adapter requires a gradient."""
+        found = (p for parameters in self._parameters[name] for p in parameters.values() if p is not None)
+        return not any(parameter.requires_grad for parameter in found)
 
     def _set_requires_grad(self, name: str, requires_grad: bool) -> None:
         for parameters in self._parameters[name]:

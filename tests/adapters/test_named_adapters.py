@@ -140,6 +140,11 @@ def test_only_active_adapters_train_and_frozen_ones_stay_frozen(tmp_path):
     assert trainable() == {"frozen"}
     set_adapter(model, "frozen", trainable=False)
     assert trainable() == set()
+    set_adapter(model, "a")
+    model.requires_grad_(False)
+    assert trainable() == set()
+    set_adapter(model, ["a", "frozen"])
+    assert trainable() == {"a"}  # as when it was added, although it was active and is no news
 
 
 def test_switching_changes_no_flag_of_adapters_that_stay_active():
