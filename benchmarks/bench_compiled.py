@@ -43,7 +43,6 @@ def adapted(bases: Siblings, rank: int, dropout: float) -> Siblings:
 
 
 def measure(dtype: torch.dtype, shape: SiblingShape, run: Report) -> dict[str, object]:
-    torch._dynamo.reset()
     num_tokens, in_features, widths = shape
     args = run.args
     kwargs = {"dtype": dtype, "device": args.device}
@@ -56,6 +55,7 @@ def measure(dtype: torch.dtype, shape: SiblingShape, run: Report) -> dict[str, o
     tried = {"single": exact, "shared": torch.compile(exact, backend=share_inputs("eager"), fullgraph=True)}
     contestants.check_agreement(tried, some, grads)
 
+    torch._dynamo.reset()  # or another dropout than before would be no constant in the graph
     model = adapted(bases, args.rank, args.dropout)
     modules = {
         FROZEN: torch.compile(bases, backend=args.backend, fullgraph=True),
