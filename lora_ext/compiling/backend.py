@@ -15,7 +15,7 @@ from lora_ext.nn.input_groups import InputGroup, InputGroups
 
 
 class SharingBackend:
-    """What :func:`share_inputs` returns. Two of them are equal if their ``backend`` is.
+    """What :func:`share_inputs` returns. PyTorch compiles again for another one, but not for a copy.
 
     Attributes:
         backend: the name or function of the backend that compiles the changed graphs.
@@ -57,14 +57,8 @@ class SharingBackend:
         for compiler in self._compilers:
             compiler.reset()
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SharingBackend) and self.backend == other.backend
-
-    def __hash__(self) -> int:
-        return hash((SharingBackend, self.backend))
-
     def __deepcopy__(self, memo: dict) -> SharingBackend:
-        return self  # generate copies its CompileConfig for each call, and groups are read from the original
+        return self  # generate copies its CompileConfig for every call
 
     def __repr__(self) -> str:
         return f"share_inputs({self.backend!r})"

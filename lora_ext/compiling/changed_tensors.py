@@ -43,9 +43,9 @@ def _changed_arguments(node: fx.Node) -> list[fx.Node] | None:
         written = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         leaves = pytree.tree_leaves([arguments.get(name) for name in written])
         return [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
-    if node.is_impure(impure_random=False) or isinstance(target, HigherOrderOperator) or _is_in_place(node):
+    if node.op == "call_module" or isinstance(target, HigherOrderOperator):
         return node.all_input_nodes
-    return None
+    return node.all_input_nodes if node.is_impure(impure_random=False) or _is_in_place(node) else None
 
 
 def _is_in_place(node: fx.Node) -> bool:
@@ -54,7 +54,8 @@ def _is_in_place(node: fx.Node) -> bool:
         return False
     if any(value is True for value in (*node.args, node.kwargs.get("inplace"))):  # F.dropout(x, 0.1, True, True)
         return True
-    return node.target in _IN_PLACE or node.target.__name__.endswith("_") or "out" in node.kwargs
+    name = getattr(node.target, "__name__", "_")  # what has no name may do anything
+    return node.target in _IN_PLACE or name.endswith("_") or "out" in node.kwargs
 
 
 def _storages(nodes: Iterable[fx.Node]) -> set[int] | None:

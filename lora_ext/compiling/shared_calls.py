@@ -104,8 +104,8 @@ class _Group:
         moved = _nodes_to_move(call, first.node)
         if moved is None:
             return "its parameters are computed after the others are called"
-        read = {call.x, *moved, *(node for node in call.node.all_input_nodes if node is not call.seed)}
-        read.update(*(node.all_input_nodes for node in moved))
+        read = {node for node in call.node.all_input_nodes if node is not call.seed}
+        read.update(moved, *(node.all_input_nodes for node in moved))
         node = first.node
         while (node := node.next) is not call.node:
             if may_change(node, read):
@@ -138,10 +138,10 @@ def _groups(graph: fx.Graph) -> Iterator[_Group]:
                 groups.append(_Group([call], reason))
         if len(candidates) > 1:
             for group in groups:
-                if len(group.calls) == 1:
-                    group.reason = group.reason or "the other layers of its module are not computed with it"
-                else:
+                if len(group.calls) > 1:
                     group.reason = ""
+                elif not group.reason:
+                    group.reason = "the other layers of its module are not computed with it"
             yield from groups
 
 
