@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from support.models import llama
+from support.shared_inputs import net, some_x
 from transformers import AutoModelForSequenceClassification
 
 from lora_ext import LoraConfig, cli, functional, inject, save_adapter
@@ -83,9 +84,11 @@ def test_python_of_many_adapters_md(in_tmp_path):
 
 def test_python_of_adapters_md(in_tmp_path):
     run(python_blocks("README.md")[0])
-    (several,) = python_blocks("docs/adapters.md")
+    several, sharing = python_blocks("docs/adapters.md")
     names = run(several, model=bare_model())
     assert adapter_names(names["model"]) == ["first", "second", "both"]
+    names = run(sharing.replace('"inductor"', '"eager"'), model=net(), inputs={"x": some_x()})
+    assert [group.paths for group in names["backend"].groups] == [("blocks.0.q", "blocks.0.k", "blocks.0.v")]
 
 
 def test_python_of_peft_md():

@@ -95,8 +95,8 @@ def input_groups(model: nn.Module) -> InputGroups:
     """Reports which layers of ``model`` read one tensor and are computed together, and why others are not.
 
     Layers are listed if they may share an input: linear layers of one module with equal ``in_features``, adapted by
-    :func:`lora_ext.inject` or by PEFT and ``accelerate``. Compiled graphs compute every layer alone, and are not
-    reported.
+    :func:`lora_ext.inject` or by PEFT and ``accelerate``. Compiled graphs are not reported:
+    :func:`lora_ext.compiling.share_inputs` does that.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
