@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
-from lora_ext._ops import checks, checks_grouped, composite, linear, refusals, siblings
+from lora_ext._ops import checks, checks_grouped, composite, grouped, linear, refusals, siblings
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
@@ -256,10 +256,7 @@ def lora_grouped_(
             seed = draw_seed(x.device)
         if x.dtype != y.dtype:
             x = _cast_to(y, x)
-        check_inference("lora_grouped_", "y", y)
-        torch.ops.lora_ext.lora_grouped_.default(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
-        if torch.is_inference_mode_enabled() and not y.is_inference():  # as in lora_delta_
-            count_change(y)
+        grouped.lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
     except refusals.UNEXPLAINED as error:
         arguments = {"y": y, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "group_of_row": group_of_row}
         arguments |= {"scalings": scalings, "ranks": ranks, "dropout_p": dropout_p, "seed": seed}

@@ -64,8 +64,9 @@ struct GroupedScratch {
 struct GroupRows {
   const int64_t* at;  // [count]
   int64_t count;
-  void* grad_A = nullptr;    // [rank, padded_columns(in_features)], acc
-  void* grad_B_t = nullptr;  // [rank, padded_columns(out_features)], acc
+  const LoraGroup* next = nullptr;  // the group that this thread takes next, whose factors may be fetched; or null
+  void* grad_A = nullptr;           // [rank, padded_columns(in_features)], acc
+  void* grad_B_t = nullptr;         // [rank, padded_columns(out_features)], acc
 };
 
 constexpr int64_t kMostFewTokens = 32;

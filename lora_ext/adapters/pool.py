@@ -207,7 +207,8 @@ class AdapterPool:
 
     def acquire(self, names: Sequence[str]) -> dict[str, int]:
         """The slots of ``names``, loaded, which they keep until :meth:`release`. For the model's calls."""
-        self.check_known(names, "AdapterPool")
+        resident = self._table.entries
+        self.check_known([name for name in names if name not in resident], "AdapterPool")
         return self._table.acquire(names, self._timeout)
 
     def release(self, names: Sequence[str]) -> None:
@@ -228,6 +229,7 @@ class AdapterPool:
             OSError, ValueError: an adapter cannot be read, or does not fit.
         """
         names = tuple(dict.fromkeys(names))
+        self.check_known(names, "AdapterPool")
         self.acquire(names)
         self._table.pin(names, 1)
 

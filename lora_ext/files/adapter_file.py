@@ -339,7 +339,7 @@ class AdapterFile:
 
 def holds_adapter(directory: Path) -> bool:
     """Whether the directory has an adapter config, valid or not."""
-    return os.path.lexists(directory / CONFIG_FILE)
+    return os.path.lexists(os.path.join(directory, CONFIG_FILE))
 
 
 def read_unchanged(files: Iterable[Path], read: Callable[[set[Path]], ReadT], caller: str) -> ReadT:

@@ -187,6 +187,17 @@ class LoraAdapter(nn.Module):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, scaling={self.scaling:g}"
 
 
+def factors_at_hand(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns ``lora_A``, ``lora_B`` and ``lora_bias`` of :func:`at_hand`: fast for parameters that are in place."""
+    state = adapter.__dict__
+    factors = state["_parameters"]
+    lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
+    if lora_A is None or lora_B is None or state["_forward_pre_hooks"] or "forward" in state:
+        held = at_hand(adapter)
+        return held.lora_A, held.lora_B, held.lora_bias
+    return lora_A, lora_B, adapter.lora_bias
+
+
 def at_hand(adapter: nn.Module) -> LoraAdapter | FactorsAtHand:
     """``adapter``, or its parameters brought by a call of it: by a forward that replaced its own, or by FSDP2's hooks.
 

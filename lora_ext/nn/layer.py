@@ -177,7 +177,8 @@ class LoraLayer(AdapterLayer):
         if choice is not None:
             if self._merged is not None:
                 raise RuntimeError(f"{type(self).__name__}: {self._merged.names} were merged during a call by rows")
-            return tuple(name for name in choice.names if name in self.adapters)
+            adapters = self._modules["adapters"]._modules
+            return tuple([name for name in choice.names if name in adapters])
         if self._merged is None:
             return self.active_adapters
         merged = self._merged.names

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext._common.sharded import is_fully_sharded, is_sharded
-from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.adapter import LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
@@ -150,23 +150,30 @@ class LoraLinear(SharesInputs, LoraLayer):
         if plain is None or x is not given:
             y = own_copy(self, y.expand(len(x), *y.shape[1:]) if x is not given else y)
             x = x.to(y.device)
-        seeds = None if (shared := shared_inputs(self)) is None else shared.seeds(self, given)
-        updates = {name: self._row_update(name) for name in self._applied(choice)}
-        y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds, self)
+        shared = shared_inputs(self) if self.training else None
+        seeds = None if shared is None else shared.seeds(self, given)
+        if x.dtype is not y.dtype:
+            x = x.to(y.dtype)
+        if names := self._applied(choice):
+            y = add_chosen(y, x, choice, self._row_updates(names), times, seeds, self)
         if choice.slots and self.slots is not None:
-            y = self.slots.add_chosen(y, x.to(y.dtype), choice, times, self)
+            y = self.slots.add_chosen(y, x, choice, times, self)
         return y
 
     @property
     def is_needed(self) -> bool:
         return super().is_needed or self.slots is not None
 
-    def _row_update(self, name: str) -> RowUpdate:
-        adapter = at_hand(self.adapters[name])
-        dropout_p = adapter.lora_dropout if self.training else 0.0
-        lora_B = self._full_lora_B(name, adapter.lora_B)
-        bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias
-        return RowUpdate(adapter.lora_A, lora_B, adapter.scaling, dropout_p, bias)
+    def _row_updates(self, names: tuple[str, ...]) -> dict[str, RowUpdate]:
+        adapters, training, updates = self._modules["adapters"]._modules, self.training, {}
+        for name in names:
+            adapter = adapters[name]
+            lora_A, lora_B, bias = factors_at_hand(adapter)
+            scaling, dropout_p = adapter.scaling, adapter.lora_dropout if training else 0.0
+            if bias is not None:
+                bias = scaling * bias
+            updates[name] = RowUpdate(lora_A, self._full_lora_B(name, lora_B), scaling, dropout_p, bias)
+        return updates
 
     def _check_exportable(self) -> None:
         weight = quantized_weight(self.base_layer)

@@ -47,10 +47,12 @@ def add_chosen(
         seeds: gives the dropout seed for a probability; None: each op draws one.
         layer: the layer, for messages.
     """
-    alike: dict[tuple[float, torch.dtype], dict[str, RowUpdate]] = {}  # what one op can do
-    for name, update in updates.items():
-        alike.setdefault((update.dropout_p, update.lora_A.dtype), {})[name] = update
-    for (dropout_p, _), held in alike.items():
+    kinds = [(update.dropout_p, update.lora_A.dtype) for update in updates.values()]
+    for kind in dict.fromkeys(kinds):  # one op for those that are alike
+        held = updates
+        if kinds.count(kind) < len(kinds):
+            held = {name: update for (name, update), own in zip(updates.items(), kinds, strict=True) if own == kind}
+        dropout_p = kind[0]
         groups = choice.token_groups(tuple(held), times, x, layer)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
         lora_As, lora_Bs, values, *_ = zip(*held.values(), strict=True)

@@ -99,9 +99,16 @@ def test_gradcheck():
 @of_delta
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
-def test_rows_have_the_bits_of_lora_delta(dtypes, dropout_p):
-    """With the same seed, all rows have one mask: lora_delta_ gets all of x, and the group's rows are compared."""
-    case = random_groups(100, (515, 257), [8, 17, (3, 40), 100], dtypes, ranks=True)
+@pytest.mark.parametrize("rows", ["many", "few"])
+def test_rows_have_the_bits_of_lora_delta(rows, dtypes, dropout_p):
+    """With the same seed, all rows have one mask: lora_delta_ gets all of x, and the group's rows are compared.
+
+    Groups of one to four rows have kernels of their own.
+    """
+    groups = torch.randint(-1, 6, (100,))
+    if rows == "few":
+        groups = torch.arange(-1, 6).repeat_interleave(torch.tensor([1, 2, 3, 4, 5, 1, 1]))[torch.randperm(17)]
+    case = random_groups(len(groups), (515, 257), [8, 17, (3, 40), 100], dtypes, ranks=True, groups=groups)
     found = results(ours, case, dropout_p)
     for g, (A, B) in enumerate(case.pairs()):
         rows = case.group_of_row == g

@@ -1,4 +1,4 @@
-"""functional.lora_linear skips the dispatcher where nothing else would see the call, and only there."""
+"""functional.lora_linear and lora_grouped_ skip the dispatcher where nothing else sees the call, and only there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from support.groups import random_groups
 from support.layers import random_layer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -103,6 +104,27 @@ def test_modes_and_subclasses_see_the_op(trains):
     y = functional.lora_linear(layer.x.as_subclass(Subclass), *layer.args()[1:])
     assert torch.equal(y.as_subclass(Tensor), expected) and y.requires_grad == trains
     assert any("lora_linear" in name for name in Subclass.seen)
+
+
+def test_modes_and_subclasses_see_lora_grouped():
+    case = random_groups(5, (8, 6), [2, 3])
+
+    def added(x: Tensor) -> Tensor:
+        y = case.y.clone()
+        version = y._version
+        functional.lora_grouped_(y, x, case.lora_As, case.lora_Bs, *case.choice())
+        assert y._version == version + 1  # a change that autograd must know of
+        return y
+
+    expected = added(case.x)
+    for mode in (FunctionMode(), DispatchMode()):
+        with mode:
+            y = added(case.x)
+        assert torch.equal(y, expected)
+        assert any("lora_grouped_" in name for name in mode.seen)
+    Subclass.seen.clear()
+    assert torch.equal(added(case.x.as_subclass(Subclass)), expected)
+    assert any("lora_grouped_" in name for name in Subclass.seen)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
