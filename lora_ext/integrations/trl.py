@@ -159,7 +159,8 @@ class InjectedModel(WrapsModel, PeftModel):
             raise ValueError(f"for_trl: selected_adapters is empty; the adapters are {adapter_names(model)}")
         for name in names:
             if is_main_process:
-                save_adapter(model, Path(save_directory) / ("" if name == _NAME else name), name)
+                directory = Path(save_directory) / ("" if name == _NAME else name)
+                save_adapter(model, directory, name, save_embedding_layers=save_embedding_layers)
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
