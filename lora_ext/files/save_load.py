@@ -34,6 +34,7 @@ from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
 from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter
+from lora_ext.model.adapter_state import lost_parameters
 from lora_ext.model.bare_model import root_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.tied import TiedAdapter
@@ -71,7 +72,8 @@ def save_adapter(
             with the adapter.
 
     Warns:
-        UserWarning: the vocabulary was resized, so the file holds the embedding and the head.
+        UserWarning: the vocabulary was resized, so the file holds the embedding and the head; or parameters require
+            gradients that no adapter trains, and the file does not hold them.
 
     Raises:
         ValueError: the model is not injected; or ``adapter_name`` is None and not exactly one adapter is active.
@@ -82,11 +84,25 @@ def save_adapter(
     """
     prepare_shards("save_adapter", model)
     adapter = find_adapter(model, "save_adapter", adapter_name)
-    content = file_content(model, adapter, base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers))
+    base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
+    content = file_content(model, adapter, base)
+    _warn_of_lost_parameters(model, adapter, base)
     with first_rank_writes(sharded_tensors(adapter)) as writes:
         if writes:
             with staged_files(Path(directory), ADAPTER_FILES, "save_adapter") as staging:
                 write_content(staging, content)
+
+
+def _warn_of_lost_parameters(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
+    saved, parameters = {id(tensor) for tensor in base.values()}, dict(root_module(model).named_parameters())
+    lost = [name for name in lost_parameters(root_module(model), adapter.into) if id(parameters[name]) not in saved]
+    if lost:
+        warn_user(
+            f"save_adapter: {shown(lost[0])} requires a gradient but belongs to no adapter (one of {len(lost)} "
+            "parameters), and the file does not hold it; name its module in modules_to_save, pass "
+            "save_embedding_layers=True for an embedding or head, or call lora_ext.methods.save_method if a method "
+            "trains it"
+        )
 
 
 @checked
