@@ -52,7 +52,8 @@ def base_tensors_to_save(
     if sizes is not None and wanted:
         warn_user(
             f"{caller}: the vocabulary of {shown(bare.root.name_or_path)} was resized ({sizes[0]:,} -> {sizes[1]:,}), "
-            "so the file holds the embedding and the output head, too; save_embedding_layers=False leaves them out"
+            "so the file holds the embedding and the output head, too; save_adapter(..., save_embedding_layers=False) "
+            "leaves them out"
         )
     _check_not_merged(caller, bare, adapter, wanted)
     if offloaded := [key for key in sorted(wanted) if tensors[key].is_meta]:

@@ -94,9 +94,7 @@ def save_adapter(
 
 
 def _warn_of_lost_parameters(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
-    saved, parameters = {id(tensor) for tensor in base.values()}, dict(root_module(model).named_parameters())
-    lost = [name for name in lost_parameters(root_module(model), adapter.into) if id(parameters[name]) not in saved]
-    if lost:
+    if lost := lost_parameters(root_module(model), adapter.into, saved=base.values()):
         warn_user(
             f"save_adapter: {shown(lost[0])} requires a gradient but belongs to no adapter (one of {len(lost)} "
             "parameters), and the file does not hold it; name its module in modules_to_save, pass "

@@ -217,7 +217,8 @@ def _write_adapters(
         if adapter_set(module) is not adapters:
             adapter = dataclasses.replace(adapter, config=_config_within(call.name, module, adapter))
         contents[name] = file_content(module, adapter, base[name])
-    if lost := lost_parameters(module, adapters):
+    saved = [tensor for tensors in base.values() for tensor in tensors.values()]
+    if lost := lost_parameters(module, adapters, saved=saved):
         warn_user(
             f"{call.name}: {shown(lost[0])} requires a gradient but belongs to no adapter (one of {len(lost)} "
             "parameters): Trainer resumes with it, but load_adapter will not restore it; name its module in "

@@ -56,3 +56,4 @@ def test_what_the_file_holds_is_not_named(tmp_path):
         again = load_adapter(llama(), tmp_path / "d", trainable=True)
         again.get_input_embeddings().requires_grad_(True)  # came with the adapter, and is saved with it
         save_adapter(again, tmp_path / "e")
+        again.save_pretrained(tmp_path / "f")
