@@ -136,7 +136,7 @@ class AdapterPool:
         self._host_bytes, self._host_limit = 0, host_bytes
         self._prefetcher: ThreadPoolExecutor | None = None
         self._slots, self._modules = attach_pool(model, layers, self, slots, r, dtypes)
-        self._model = weakref.ref(model)
+        self._model = weakref.ref(root_module(model))
         self._pins_memory = any(held.lora_A.is_cuda for held in self._slots.values())
 
     # --- names -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from lora_ext._common.sharded import first_rank_writes, is_sharded, local, part_
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, TensorFile
+from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
 from lora_ext.files.expert_layout import in_present_layout, with_version
 from lora_ext.files.hub import download_adapter
 from lora_ext.files.packed_projection import from_peft_form, to_peft_form
@@ -33,7 +34,8 @@ from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
 from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter
-from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.model.adapter_state import lost_parameters
+from lora_ext.model.bare_model import root_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trained import TrainedModule
@@ -43,7 +45,13 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 @checked
 @one_at_a_time
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    save_embedding_layers: SaveEmbeddings = "auto",
+) -> None:
     """Saves an adapter of an injected ``model`` to ``directory``, where PEFT's ``from_pretrained`` can read it.
 
     Creates the directory if needed; replaces an adapter in it and keeps other files. A reader always finds the whole
@@ -58,20 +66,41 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         model: an injected model.
         directory: target directory.
         adapter_name: the adapter to save; None: the active one.
+        save_embedding_layers: True also saves the input embedding and the output head of the base model, which
+            :func:`load_adapter` and PEFT load; False saves none. "auto": both if the vocabulary was resized, decided
+            like in PEFT by the config of the model's ``name_or_path``; and base layers that :func:`load_adapter` loaded
+            with the adapter.
+
+    Warns:
+        UserWarning: the vocabulary was resized, so the file holds the embedding and the head; or parameters require
+            gradients that no adapter trains, and the file does not hold them.
 
     Raises:
         ValueError: the model is not injected; or ``adapter_name`` is None and not exactly one adapter is active.
         KeyError: there is no such adapter; the message lists the existing ones.
         OSError: the directory cannot be written; its content is unchanged.
-        RuntimeError: another rank could not write a sharded model.
+        RuntimeError: another rank could not write a sharded model; or a base layer that is saved contains a merged
+            adapter.
     """
     prepare_shards("save_adapter", model)
     adapter = find_adapter(model, "save_adapter", adapter_name)
-    content = file_content(model, adapter)
+    base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
+    content = file_content(model, adapter, base)
+    _warn_of_lost_parameters(model, adapter, base)
     with first_rank_writes(sharded_tensors(adapter)) as writes:
         if writes:
             with staged_files(Path(directory), ADAPTER_FILES, "save_adapter") as staging:
                 write_content(staging, content)
+
+
+def _warn_of_lost_parameters(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
+    if lost := lost_parameters(root_module(model), adapter.into, saved=base.values()):
+        warn_user(
+            f"save_adapter: {shown(lost[0])} requires a gradient but belongs to no adapter (one of {len(lost)} "
+            "parameters), and the file does not hold it; name its module in modules_to_save, pass "
+            "save_embedding_layers=True for an embedding or head, or call lora_ext.methods.save_method if a method "
+            "trains it"
+        )
 
 
 @checked
@@ -91,7 +120,8 @@ def load_adapter(
     if it has an adapter of that name, only the values of that adapter are replaced, in place.
 
     The file is mapped and read tensor by tensor. Values are cast to the dtype of the parameters that they fill. Base
-    layers in the file are loaded too: PEFT saves those of adapted or resized embeddings.
+    layers in the file are loaded too, and saved again with the adapter: PEFT saves those of adapted or resized
+    embeddings.
 
     Args:
         model: any module.
@@ -165,6 +195,9 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if not replaces:
             apply_injection(model, adapter)
+        if loaded := {key for key in base_tensors(model, adapter) if f"{KEY_PREFIX}{key}" in targets}:
+            held = adapter.into.loaded_base
+            held[adapter_name] = held.get(adapter_name, frozenset()) | loaded
 
 
 def fill(target: Tensor, values: Tensor) -> None:
@@ -235,12 +268,8 @@ def _unsaved_biases(adapter: Adapter, file: AdapterFile) -> set[str]:
 def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile, unsaved: set[str]) -> dict[str, Tensor]:
     """Returns the tensors of the model that the file should fill, by the file's keys."""
     targets = {key: tensor for key, tensor in adapter.tensors().items() if key not in unsaved}
-    bare = BareModel(root_module(model))
-    base = adapter.base_tensors()
-    for path, module in bare.modules.items():
-        if module is bare.embedding or module is bare.head:
-            base |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
-    targets |= {key: tensor for key, tensor in base.items() if f"{KEY_PREFIX}{key}" in file and key not in targets}
+    base = base_tensors(model, adapter)
+    targets |= {key: tensor for key, tensor in base.items() if f"{KEY_PREFIX}{key}" in file}
     return {f"{KEY_PREFIX}{key}": tensor for key, tensor in targets.items()}
 
 
@@ -260,9 +289,10 @@ class FileContent:
     metadata: dict[str, str]
 
 
-def file_content(model: nn.Module, adapter: Adapter) -> FileContent:
+def file_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor] | None = None) -> FileContent:
     """Returns an adapter's config and copies of its tensors on the CPU, in the form of PEFT's files.
 
+    ``base`` are tensors of base layers, from :func:`~lora_ext.files.base_layers.base_tensors_to_save`.
     All ranks of a sharded model must call it.
     """
     values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT writes it
@@ -273,7 +303,7 @@ def file_content(model: nn.Module, adapter: Adapter) -> FileContent:
     # Copies, because tied modules share memory and the tensors of a file must not.
     tensors = {
         f"{KEY_PREFIX}{key}": whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, tensor in adapter.tensors().items()
+        for key, tensor in (adapter.tensors() | dict(base or {})).items()
     }
     for key, scale in scales.items():
         tensors[f"{KEY_PREFIX}{key}"] *= scale

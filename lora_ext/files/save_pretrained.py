@@ -26,6 +26,7 @@ from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
+from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.safetensors_format import read_header
 from lora_ext.files.save_load import ADAPTER_FILES, file_content, write_content
 from lora_ext.files.staged_files import staged_files
@@ -162,12 +163,13 @@ def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Any:
             return type(module).state_dict(module, *args, **kwargs)
         with own_keys():
             # Here, not before: push_to_hub uploads what was written after the call began.
+            base = _base_layers(call.name, module, adapters)
             if call.get("is_main_process", True):
-                _write_adapters(call, module, adapters)
+                _write_adapters(call, module, adapters, base)
                 # With it, Transformers takes the directory for a whole model, and PEFT's config for an addition.
                 (call.directory / "config.json").unlink(missing_ok=True)
             _saves.count += 1
-            return adapter_state(module, adapters)
+            return adapter_state(module, adapters) | _state_of(module, base)
 
     reason = (
         f"{call.name}: it saves a part of {type(module).__name__} by itself, and would lose the adapters there; "
@@ -191,16 +193,32 @@ def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Any:
     return result
 
 
-def _write_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> None:
+def _base_layers(caller: str, module: nn.Module, adapters: AdapterSet) -> dict[str, dict[str, Tensor]]:
+    """The tensors of base layers that the adapters' files hold, by adapter and key."""
     held = {name for _, layer in adapter_layers(module) for name in layer.adapters}
+    names = (name for name in adapters.configs if name in held)
+    return {name: base_tensors_to_save(caller, module, adapter_in(module, adapters, name)) for name in names}
+
+
+def _state_of(module: nn.Module, base: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The same tensors by the keys of :func:`own_state`."""
+    wanted = {id(tensor) for tensors in base.values() for tensor in tensors.values()}
+    state = {key: tensor for key, tensor in own_state(module).items() if id(tensor) in wanted} if wanted else {}
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
+
+
+def _write_adapters(
+    call: _Call, module: nn.Module, adapters: AdapterSet, base: Mapping[str, Mapping[str, Tensor]]
+) -> None:
     contents = {}
-    for name in (name for name in adapters.configs if name in held):
+    for name in base:
         adapter = adapter_in(module, adapters, name)
         check_at_hand(call.name, adapter)
         if adapter_set(module) is not adapters:
             adapter = dataclasses.replace(adapter, config=_config_within(call.name, module, adapter))
-        contents[name] = file_content(module, adapter)
-    if lost := lost_parameters(module, adapters):
+        contents[name] = file_content(module, adapter, base[name])
+    saved = [tensor for tensors in base.values() for tensor in tensors.values()]
+    if lost := lost_parameters(module, adapters, saved=saved):
         warn_user(
             f"{call.name}: {shown(lost[0])} requires a gradient but belongs to no adapter (one of {len(lost)} "
             "parameters): Trainer resumes with it, but load_adapter will not restore it; name its module in "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 try:
     from peft import LoraConfig as PeftLoraConfig
@@ -18,10 +19,20 @@ except ModuleNotFoundError as error:
 
     raise ImportError(f"lora_ext.integrations.trl needs peft ({error}): {install_hint('peft')}") from error
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter, set_adapter
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext._common.arguments import checked
-from lora_ext.adapters import adapter_names, delete_adapter, disable_adapters, lora_modules
+from lora_ext._common.wrapped import WrapsModel
+from lora_ext.adapters import (
+    adapter_names,
+    add_weighted_adapter,
+    delete_adapter,
+    disable_adapters,
+    lora_modules,
+    merge_and_unload,
+    unload,
+)
 from lora_ext.injection.trainers import why_head_unusable
+from lora_ext.integrations.trl_status import layer_status, model_status
 from lora_ext.model.adapter_set import find_adapters
 from lora_ext.model.bare_model import root_module
 
@@ -61,8 +72,11 @@ def for_trl(model: nn.Module) -> PeftModel:
     return InjectedModel(model)
 
 
-class InjectedModel(PeftModel):
-    """An injected model with the interface of ``peft.PeftModel``, as far as TRL and Transformers' Trainer use it."""
+class InjectedModel(WrapsModel, PeftModel):
+    """An injected model with the interface of ``peft.PeftModel``; every function of lora_ext takes it, too.
+
+    Calls of PEFT that it cannot serve raise NotImplementedError with the call that can.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -109,7 +123,7 @@ class InjectedModel(PeftModel):
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} not found.")  # PEFT's words
-        set_adapter(self.get_base_model(), adapter_name)
+        set_adapter(self.get_base_model(), adapter_name, trainable=False if inference_mode else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         delete_adapter(self.get_base_model(), adapter_name)
@@ -121,13 +135,32 @@ class InjectedModel(PeftModel):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Saves adapters where PEFT does: "default" in the directory, others in subdirectories of their names."""
+        """Saves adapters where PEFT does: "default" in the directory, others in subdirectories of their names.
+
+        If adapters are merged, or none is left, it saves the model itself, as the model's ``save_pretrained`` does.
+        Adapters named in ``selected_adapters`` are saved as adapters in any case.
+        """
+        if path_initial_model_for_weight_conversion is not None:
+            _refuse("save_pretrained(path_initial_model_for_weight_conversion=...)", "lora_ext has no such adapters")
         model = self.get_base_model()
-        for name in adapter_names(model) if selected_adapters is None else selected_adapters:
+        names = adapter_names(model) if selected_adapters is None else selected_adapters
+        is_merged = any(layer.is_merged for _, layer in lora_modules(model))
+        if selected_adapters is None and (is_merged or not names):
+            root = root_module(model)
+            if state_dict is not None:
+                state_dict = {key.removeprefix(_PREFIX): tensor for key, tensor in state_dict.items()}
+            root.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+            return
+        if not names:
+            raise ValueError(f"for_trl: selected_adapters is empty; the adapters are {adapter_names(model)}")
+        for name in names:
             if is_main_process:
-                save_adapter(model, Path(save_directory) / ("" if name == _NAME else name), name)
+                directory = Path(save_directory) / ("" if name == _NAME else name)
+                save_adapter(model, directory, name, save_embedding_layers=save_embedding_layers)
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
@@ -137,9 +170,38 @@ class InjectedModel(PeftModel):
         load_adapter(model, model_id, is_trainable, adapter_name)
         set_adapter(model, before)
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """TRL merges to hand the weights to vLLM, under names that vLLM knows for PEFT's models only."""
-        raise NotImplementedError("for_trl: merging for vLLM is not supported; set use_vllm=False")
+    def get_layer_status(self) -> list[Any]:
+        return layer_status(self.get_base_model())
+
+    def get_model_status(self) -> Any:
+        return model_status(self.get_base_model(), self.base_model)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if _caller_module() == _STATES_OF_PEFT:
+            _refuse("get_peft_model_state_dict(model)", "call save_adapter(model, directory) and read its file")
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if _caller_module() == _STATES_OF_PEFT:
+            _refuse("set_peft_model_state_dict(model, ...)", "call load_adapter(model, directory)")
+        return super().load_state_dict(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("from_pretrained", "call for_trl(load_adapter(model, directory, trainable=True))")
+
+
+_PREFIX = "base_model.model."  # of the model's keys in the wrapper's state_dict
+_STATES_OF_PEFT = "peft.utils.save_and_load"
+
+
+def _refuse(call: str, remedy: str) -> NoReturn:
+    raise NotImplementedError(f"for_trl: {call} does not know the layers of lora_ext: {remedy}")
+
+
+def _caller_module() -> str:
+    """The module that called the function that calls this one."""
+    return sys._getframe(2).f_globals.get("__name__", "")
 
 
 class _Tuner(nn.Module):
@@ -161,6 +223,68 @@ class _Tuner(nn.Module):
                 values = {key: value for key, value in config.to_dict().items() if key != "peft_type"}
                 self._shown[name] = config, PeftLoraConfig(**values)
         return {name: self._shown[name][1] for name in configs}
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merges for good and returns the plain model. Every merge is checked, ``safe_merge`` or not."""
+        return merge_and_unload(self.model, adapter_names)
+
+    def unload(self) -> nn.Module:
+        return unload(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if _caller_module().startswith("trl."):  # it hands the weights to vLLM, under names for PEFT's models
+            raise NotImplementedError("for_trl: merging for vLLM is not supported; set use_vllm=False")
+        merge(self.model, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        unmerge(self.model)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds the combination, and leaves the active adapters active. ``svd_full_matrices`` changes no result."""
+        before = find_adapters(self.model, "for_trl").active.names
+        add_weighted_adapter(
+            self.model,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_driver=svd_driver,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
+        set_adapter(self.model, before)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        active = find_adapters(self.model, "for_trl").active.names
+        if {*names} != {*active}:
+            _refuse(f"set_requires_grad({names})", f"the active adapters are {list(active)}; call set_adapter first")
+        set_adapter(self.model, active, trainable=requires_grad)
+
+    def disable_adapter_layers(self) -> NoReturn:
+        _refuse("disable_adapter_layers()", "use `with model.disable_adapter():`")
+
+    def enable_adapter_layers(self) -> NoReturn:
+        _refuse("enable_adapter_layers()", "use `with model.disable_adapter():` in place of disable_adapter_layers()")
+
+    def supports_lora_conversion(self, adapter_name: str = _NAME) -> bool:
+        return False  # the adapters are LoRA
 
     def __getattr__(self, name: str) -> Any:
         try:

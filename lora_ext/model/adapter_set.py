@@ -117,6 +117,7 @@ class AdapterSet:
         active: the names in use; all layers of the model share this object.
         biases: by adapter name; at most one adapter trains the model's biases.
         trained: by adapter name, the paths of the modules that it trains in full.
+        loaded_base: by adapter name, the file keys of base layers that were loaded with it; saved again with it.
         share_inputs: whether layers that read one tensor are computed together.
         pool: where rows find adapters that the layers lack, or None: a :class:`lora_ext.AdapterPool`.
     """
@@ -129,6 +130,7 @@ class AdapterSet:
         self.active = ActiveAdapters()
         self.biases: dict[str, TrainedBiases] = {}
         self.trained: dict[str, frozenset[str]] = {}
+        self.loaded_base: dict[str, frozenset[str]] = {}
         self._trainable: set[str] = set()
         # By adapter name, the ``_parameters`` dicts of its modules: finding them would take most of a switch's time.
         self._parameters: dict[str, list[dict[str, nn.Parameter | None]]] = {}
@@ -157,12 +159,20 @@ class AdapterSet:
     def remove(self, name: str) -> None:
         del self.configs[name], self._parameters[name], self.trained[name]
         self.biases.pop(name, None)
+        self.loaded_base.pop(name, None)
         self.active.invocations.pop(name, None)
         self._trainable.discard(name)
 
     def rename(self, old: str, new: str) -> None:
         """Renames an adapter; it keeps its place in the order."""
-        for held in (self.configs, self._parameters, self.trained, self.biases, self.active.invocations):
+        for held in (
+            self.configs,
+            self._parameters,
+            self.trained,
+            self.biases,
+            self.loaded_base,
+            self.active.invocations,
+        ):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
             held.update(entries)

@@ -7,7 +7,7 @@ tensor that fits no parameter: an injected model takes the adapters, every other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -49,11 +49,14 @@ def adapter_state(module: nn.Module, adapters: AdapterSet) -> dict[str, Tensor]:
     return {MARKER: torch.zeros(1, dtype=torch.uint8)} | misfits | state
 
 
-def lost_parameters(module: nn.Module, adapters: AdapterSet) -> list[str]:
-    """Names the parameters that require gradients and belong to no adapter: adapter files do not hold them."""
-    is_adapters = _is_adapters(module, adapters)
-    named = module.named_parameters()
-    return [name for name, parameter in named if parameter.requires_grad and not is_adapters(name, parameter)]
+def lost_parameters(module: nn.Module, adapters: AdapterSet, *, saved: Iterable[Tensor] = ()) -> list[str]:
+    """Names the parameters that require gradients and belong to no adapter, except those in ``saved``.
+
+    Adapter files do not hold them.
+    """
+    is_adapters, kept = _is_adapters(module, adapters), {id(tensor) for tensor in saved}
+    named = ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+    return [name for name, parameter in named if not is_adapters(name, parameter) and id(parameter) not in kept]
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:

@@ -6,31 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lora_ext._common.sharded import is_fully_sharded, is_sharded
+from lora_ext._common.wrapped import DATA_PARALLEL, root_module, without_thin_wrappers
 from lora_ext.nn import AdapterLayer, LoraLayer
 from lora_ext.nn.adapter_layer import innermost, layers_around
-
-_DATA_PARALLEL = (DistributedDataParallel, DataParallel)
-
-
-def root_module(model: nn.Module) -> nn.Module:
-    """``model``, or the module inside ``torch.compile``'s and data-parallel wrappers: paths must not depend on them."""
-    while True:
-        if isinstance(model, _DATA_PARALLEL):
-            model = model.module
-        elif (inner := getattr(model, "_orig_mod", None)) is not None:
-            model = inner
-        else:
-            return model
 
 
 def check_not_parallel(caller: str, model: nn.Module) -> None:
     """Checks that no wrapper keeps a list of the parameters that train now. ValueError: one does."""
-    while (inner := getattr(model, "_orig_mod", None)) is not None:
-        model = inner
-    if isinstance(model, _DATA_PARALLEL):
+    model = without_thin_wrappers(model)
+    if isinstance(model, DATA_PARALLEL):
         kind = type(model).__name__
         raise ValueError(
             f"{caller}: the model is wrapped by {kind}, which knows only the parameters that trained when it was made; "

@@ -63,8 +63,10 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def file_tensors_of_base(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
-        """Frozen and tied tensors that a file may hold next to the adapter's, by PEFT's keys."""
-        return {f"{path}.base_layer.{name}": tensor for name, tensor in self.base_layer.state_dict().items()}
+        """The live frozen and tied tensors that a file may hold next to the adapter's, by PEFT's keys."""
+        return {
+            f"{path}.base_layer.{name}": tensor for name, tensor in self.base_layer.state_dict(keep_vars=True).items()
+        }
 
     def unloaded(self, merged: bool) -> nn.Module:
         """Returns the module that replaces this layer on unloading; ``merged``: it keeps active adapters' values."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lora_ext._common.arguments import checked
+from lora_ext._common.wrapped import root_module
 from lora_ext.nn.shared_inputs import LARGEST, Group, SharedInputs, SharesInputs, set_shared_inputs, shared_inputs
 
 
@@ -101,7 +102,7 @@ def input_groups(model: nn.Module) -> InputGroups:
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
-    paths = {id(module): path for path, module in getattr(model, "_orig_mod", model).named_modules()}
+    paths = {id(module): path for path, module in root_module(model).named_modules()}
     seen: dict[int, Group] = {}
     reports = []
     for module in list(model.modules()):

@@ -177,7 +177,10 @@ class TrainableTokens(TransparentLayer):
         return {f"{path}.token_adapter.trainable_tokens_delta": adapter.rows}
 
     def file_tensors_of_base(self, path: str, adapter: TokenRows | TiedRows) -> dict[str, Tensor]:
-        base = {f"{path}.token_adapter.base_layer.{name}": t for name, t in self.inner_layer.state_dict().items()}
+        base = {
+            f"{path}.token_adapter.base_layer.{name}": t
+            for name, t in self.inner_layer.state_dict(keep_vars=True).items()
+        }
         if isinstance(adapter, TiedRows):
             base |= self.file_tensors(path, adapter.source)
         return base

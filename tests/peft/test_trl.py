@@ -263,9 +263,7 @@ def test_for_trl_refuses_models_that_it_cannot_serve():
     with pytest.raises(RuntimeError, match=r"merged.*unmerge"):
         for_trl(model)
     unmerge(model)
-    wrapped = for_trl(model)
-    with pytest.raises(NotImplementedError, match="vllm"):
-        wrapped.merge_adapter()
+    for_trl(model)
     with pytest.raises(ValueError, match="PeftModel"):
         for_trl(peft.get_peft_model(decoder(), peft.LoraConfig(target_modules=TARGETS)))
 

@@ -140,9 +140,19 @@ CALLS: list[Call] = [
     ),
     Call(
         save_adapter,
-        lambda path: {"model": injected(), "directory": path / "out", "adapter_name": "a"},
+        lambda path: {
+            "model": injected(),
+            "directory": path / "out",
+            "adapter_name": "a",
+            "save_embedding_layers": False,
+        },
         [
             *NOT_INJECTED,
+            (
+                {"save_embedding_layers": "yes"},
+                TypeError,
+                "'yes' of type str, want True or False or 'auto'",
+            ),
             ({"adapter_name": "x"}, KeyError, f"save_adapter: there is {NO_ADAPTER}"),
             (
                 lambda _: {"model": adapters.set_adapter(injected(), ["a", "b"]), "adapter_name": None},

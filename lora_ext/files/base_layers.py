@@ -1,0 +1,111 @@
+"""Base layers in adapter files: a resized or trained embedding, the output head, and what PEFT saves of adapted ones.
+
+Their keys are ``base_model.model.<path>.weight``, or ``base_model.model.<path>.base_layer.weight`` of an adapted layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lora_ext._common.printable import shown
+from lora_ext._common.warnings import warn_user
+from lora_ext.model.adapter_set import Adapter
+from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.nn import LoraLayer
+
+SaveEmbeddings = bool | Literal["auto"]
+
+
+def base_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The live tensors of base layers that a file of ``adapter`` may hold, by their keys without the common prefix."""
+    tensors = adapter.base_tensors()
+    for path, module in _embeddings(BareModel(root_module(model))):
+        tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    own = adapter.tensors()
+    return {key: tensor for key, tensor in tensors.items() if key not in own}
+
+
+def base_tensors_to_save(
+    caller: str, model: nn.Module, adapter: Adapter, save_embedding_layers: SaveEmbeddings = "auto"
+) -> dict[str, Tensor]:
+    """The tensors of base layers that belong into a file of ``adapter``.
+
+    True: the input embedding and the output head. "auto": both if the vocabulary was resized, with a warning, and the
+    base layers that were loaded with the adapter. False: none.
+
+    Raises:
+        RuntimeError: an adapter is merged into one of them.
+    """
+    if save_embedding_layers is False:
+        return {}
+    tensors = base_tensors(model, adapter)
+    loaded = adapter.into.loaded_base.get(adapter.name, frozenset())
+    # A part of a model (Transformer of a SentenceTransformer) has the end of the path in the whole model.
+    wanted = {key for key in tensors if key in loaded or any(other.endswith(f".{key}") for other in loaded)}
+    bare = BareModel(root_module(model))
+    sizes = _resized(bare.root) if save_embedding_layers == "auto" else None
+    if sizes is not None or save_embedding_layers is True:
+        wanted |= {key for key in _embedding_keys(bare, adapter) if key in tensors}
+    if sizes is not None and wanted:
+        warn_user(
+            f"{caller}: the vocabulary of {shown(bare.root.name_or_path)} was resized ({sizes[0]:,} -> {sizes[1]:,}), "
+            "so the file holds the embedding and the output head, too; save_adapter(..., save_embedding_layers=False) "
+            "leaves them out"
+        )
+    _check_not_merged(caller, bare, adapter, wanted)
+    if offloaded := [key for key in sorted(wanted) if tensors[key].is_meta]:
+        warn_user(f"{caller}: {offloaded[0]!r} is offloaded, so the file lacks it; save without offloading")
+    return {key: tensors[key] for key in sorted(wanted.difference(offloaded))}
+
+
+def _embeddings(bare: BareModel) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in bare.modules.items():
+        if module is bare.embedding or module is bare.head:
+            yield path, module
+
+
+def _embedding_keys(bare: BareModel, adapter: Adapter) -> Iterator[str]:
+    """The keys of the embedding and the head; those of the base layer if ``adapter`` adapts them."""
+    for path, module in _embeddings(bare):
+        around = [part for part in adapter.parts if part.path == path]
+        if not around:
+            yield from (f"{path}.{name}" for name in module.state_dict())
+        for part in around:
+            if part.layer.base_layer is module:
+                yield from part.layer.file_tensors_of_base(part.file_path, part.adapter)
+
+
+def _check_not_merged(caller: str, bare: BareModel, adapter: Adapter, keys: set[str]) -> None:
+    for path, around in bare.layers.items():
+        if any(isinstance(layer, LoraLayer) and layer.is_merged for layer in around):
+            of_part = {part.file_path for part in adapter.parts if part.path == path} | {path}
+            if any(key.startswith(f"{prefix}.") for key in keys for prefix in of_part):
+                raise RuntimeError(
+                    f"{caller}: the file holds the base layer {path!r}, and an adapter is merged into it; call "
+                    "unmerge(model) first"
+                )
+
+
+def _resized(root: nn.Module) -> tuple[int, int] | None:
+    """The vocabulary's sizes in the base model's config and in ``root``, if they differ.
+
+    Like PEFT, but without the network: the config is read from the directory, or from the hub's cache.
+    """
+    config, name = getattr(root, "config", None), getattr(root, "name_or_path", None)
+    now = _vocabulary(config)
+    if not name or now is None or not hasattr(type(config), "from_pretrained"):
+        return None
+    try:
+        before = _vocabulary(type(config).from_pretrained(name, local_files_only=True))
+    except (OSError, ValueError, KeyError, TypeError):  # no such directory, or no config that this class reads
+        return None
+    return None if before is None or before == now else (before, now)
+
+
+def _vocabulary(config: Any) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) else None

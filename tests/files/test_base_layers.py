@@ -1,0 +1,181 @@
+"""Base layers in adapter files: loaded ones are saved again, and resized embeddings are saved, as PEFT does."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.models import VOCABULARY, llama
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
+from lora_ext.adapters import rename_adapter, set_adapter
+from lora_ext.integrations.trl import for_trl
+
+NEW = VOCABULARY + 2
+IDS = torch.tensor([[1, VOCABULARY, VOCABULARY + 1, 2]])
+SETTINGS = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def base(request, tmp_path) -> Path:
+    torch.manual_seed(0)
+    llama(request.param).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def plain(base: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(base)
+
+
+def resized(base: Path, seed: int) -> LlamaForCausalLM:
+    """A model with two new tokens, whose rows are random."""
+    model = plain(base)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(NEW)
+    return model
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def keys(directory: Path) -> set[str]:
+    return set(load_file(directory / "adapter_model.safetensors"))
+
+
+def trained_by_peft(base: Path, directory: Path) -> Tensor:
+    """Saves an adapter of PEFT with another embedding than the base's, and returns its outputs."""
+    model = peft.get_peft_model(plain(base), peft.LoraConfig(**SETTINGS))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(torch.randn(VOCABULARY, 16))
+    model.save_pretrained(directory, save_embedding_layers=True)
+    assert {EMBEDDING, HEAD} <= keys(directory)
+    return logits(model, IDS % VOCABULARY)
+
+
+WAYS = {
+    "save_adapter": lambda model, directory: save_adapter(model, directory),
+    "save_pretrained": lambda model, directory: model.save_pretrained(directory),
+    "for_trl": lambda model, directory: for_trl(model).save_pretrained(directory),
+    "of a copy": lambda model, directory: save_adapter(copy.deepcopy(model), directory),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loaded_base_layers_are_saved_again(way, base, tmp_path):
+    expected = trained_by_peft(base, tmp_path / "peft")
+    model = load_adapter(plain(base), tmp_path / "peft", trainable=True)
+    torch.testing.assert_close(logits(model, IDS % VOCABULARY), expected)
+    WAYS[way](model, tmp_path / "again")
+    assert keys(tmp_path / "again") == keys(tmp_path / "peft")
+    for again in (
+        load_adapter(plain(base), tmp_path / "again"),
+        peft.PeftModel.from_pretrained(plain(base), tmp_path / "again"),
+    ):
+        torch.testing.assert_close(logits(again, IDS % VOCABULARY), expected)
+
+
+def test_they_belong_to_the_adapter_that_brought_them(base, tmp_path):
+    trained_by_peft(base, tmp_path / "peft")
+    model = inject(plain(base), LoraConfig(**SETTINGS))
+    load_adapter(model, tmp_path / "peft", adapter_name="theirs")
+    rename_adapter(model, "theirs", "renamed")
+    save_adapter(model, tmp_path / "renamed", "renamed")
+    save_adapter(model, tmp_path / "default", "default")
+    assert EMBEDDING in keys(tmp_path / "renamed") and EMBEDDING not in keys(tmp_path / "default")
+    set_adapter(model, "default")
+    load_adapter(model, tmp_path / "renamed", adapter_name="default")  # into the adapter that is there
+    save_adapter(model, tmp_path / "default", "default")
+    assert EMBEDDING in keys(tmp_path / "default")
+    save_adapter(model, tmp_path / "without", "default", save_embedding_layers=False)
+    assert EMBEDDING not in keys(tmp_path / "without")
+
+
+CONFIGS = {
+    "attention": {},
+    "embedding too": {"target_modules": ["q_proj", "embed_tokens"]},
+    "tokens": {"trainable_token_indices": [3, VOCABULARY]},
+    "embedding in full": {"modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.filterwarnings("ignore:.*(modules_to_save|tied|target_modules)")
+def test_resized_embeddings_are_saved_with_a_warning(name, base, tmp_path):
+    settings = SETTINGS | CONFIGS[name]
+    model = inject(resized(base, 1), LoraConfig(**settings))
+    with pytest.warns(UserWarning, match=rf"resized \({VOCABULARY} -> {NEW}\)"):
+        save_adapter(model, tmp_path / "ours")
+    again = load_adapter(resized(base, 2), tmp_path / "ours")
+    torch.testing.assert_close(logits(again), logits(model))
+    theirs = peft.PeftModel.from_pretrained(resized(base, 2), tmp_path / "ours")
+    torch.testing.assert_close(logits(theirs), logits(model))
+    if name == "attention":
+        peft.get_peft_model(resized(base, 1), peft.LoraConfig(**settings)).save_pretrained(tmp_path / "peft")
+        assert keys(tmp_path / "ours") == keys(tmp_path / "peft")
+    shapes = rf"{NEW}, 16\] in the file, \[{VOCABULARY}, 16\] in the model"
+    with pytest.raises(ValueError, match=rf"{shapes}|resize_token_embeddings"):
+        load_adapter(plain(base), tmp_path / "ours")
+
+
+def test_save_pretrained_and_trl_save_them_too(base, tmp_path):
+    model = inject(resized(base, 1), LoraConfig(**SETTINGS))
+    for way in ("save_pretrained", "for_trl"):
+        with pytest.warns(UserWarning, match="resized"):
+            WAYS[way](model, tmp_path / way)
+        again = load_adapter(resized(base, 2), tmp_path / way)
+        torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_trainer_resumes_with_them(base, tmp_path):
+    """Trainer loads the weights file of a checkpoint into a model that the caller resized again."""
+    model = inject(resized(base, 1), LoraConfig(**SETTINGS))
+    with pytest.warns(UserWarning, match="resized"):
+        model.save_pretrained(tmp_path / "out")
+    again = inject(resized(base, 2), LoraConfig(**SETTINGS))
+    again.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=False)
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_a_vocabulary_that_was_not_resized_is_not_saved(base, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(inject(plain(base), LoraConfig(**SETTINGS)), tmp_path / "same")
+        elsewhere = inject(resized(base, 1), LoraConfig(**SETTINGS))
+        elsewhere.name_or_path = "some/model-that-is-not-in-the-cache"
+        save_adapter(elsewhere, tmp_path / "unknown")
+        save_adapter(inject(llama(), LoraConfig(**SETTINGS)), tmp_path / "unnamed")
+        model = inject(resized(base, 1), LoraConfig(**SETTINGS))
+        save_adapter(model, tmp_path / "off", save_embedding_layers=False)
+    for name in ("same", "unknown", "unnamed", "off"):
+        assert not {EMBEDDING, HEAD} & keys(tmp_path / name)
+
+
+def test_embeddings_are_saved_on_demand(base, tmp_path):
+    model = inject(plain(base), LoraConfig(**SETTINGS))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    save_adapter(model, tmp_path / "out", save_embedding_layers=True)
+    again = load_adapter(plain(base), tmp_path / "out")
+    torch.testing.assert_close(logits(again, IDS % VOCABULARY), logits(model, IDS % VOCABULARY))
+
+
+def test_a_base_layer_with_a_merged_adapter_is_refused(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    model = inject(resized(tmp_path / "base", 1), LoraConfig(**SETTINGS | {"target_modules": ["embed_tokens"]}))
+    expected = logits(model)
+    merge(model)
+    with pytest.warns(UserWarning, match="resized"), pytest.raises(RuntimeError, match=r"embed_tokens.*unmerge"):
+        save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out")  # the model itself
+    torch.testing.assert_close(logits(plain(tmp_path / "out")), expected)
