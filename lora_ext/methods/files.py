@@ -40,11 +40,13 @@ from lora_ext.methods.adapted import (
 )
 from lora_ext.methods.base import Method, pooling_of
 from lora_ext.methods.combined import Combined
+from lora_ext.methods.inserted import Inserted
 from lora_ext.methods.lora import Lora
 from lora_ext.methods.pooling import POOLINGS, with_pooling
 from lora_ext.methods.registry import METHODS, new_method
 from lora_ext.model.adapter_set import adapter_set, find_adapter
 from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.model.method_files import MethodFiles
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -67,26 +69,48 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     method = applied_method(model, "save_method")
     _check_has_adapter(model, method, "save_method")
-    trained = method_parameters(model) | method.buffers(BareModel(root_module(model)))
-    tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained.items()}
-    content = {
-        "format": "lora_ext.methods/1",
-        "methods": [{"name": part.name, "options": part.options()} for part in method.parts],
-        "base_model_name_or_path": base_name(model),
-    }
-    if (pooling := pooling_of(model)) is not None:
-        content["pooling"] = pooling
+    files = _files(model, method)
     adapter = None
     if adapter_set(model) is not None:
         # "default", not the active one: others may have been added.
         adapter = file_content(model, find_adapter(model, "save_method", "default"))
-    names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
-    with staged_files(Path(directory), names, "save_method") as staging:
+    with staged_files(Path(directory), files.names, "save_method") as staging:
         if adapter is not None:
             write_content(staging, adapter)
+        files.write(staging)
+
+
+def _files(model: nn.Module, method: Method) -> MethodFiles:
+    trained = method_parameters(model) | method.buffers(BareModel(root_module(model)))
+    inserts = any(isinstance(module, Inserted) for module in model.modules())
+    names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
+
+    def write(staging: Path) -> None:
+        content = {
+            "format": "lora_ext.methods/1",
+            "methods": [{"name": part.name, "options": part.options()} for part in method.parts],
+            "base_model_name_or_path": base_name(model),
+        }
+        if (pooling := pooling_of(model)) is not None:
+            content["pooling"] = pooling
+        tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained.items()}
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
         (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    return MethodFiles(method.name, inserts, method.lora_config(model) is not None, trained, names, write)
+
+
+def _needed_files(module: nn.Module) -> MethodFiles | None:
+    """Returns the files of the method applied to ``module``; None if a base model's or an adapter's files hold all."""
+    if (method := method_of(module)) is None:
+        return None
+    files = _files(module, method)
+    has_both = files.has_adapter and files.tensors and adapter_set(module) is not None
+    return files if files.inserts or has_both else None
+
+
+MethodFiles.of = staticmethod(_needed_files)
 
 
 @checked
