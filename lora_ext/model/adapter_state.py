@@ -8,7 +8,7 @@ method of lora_ext.methods trains is saved and loaded in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,9 +56,7 @@ def adapter_state(
         if changes and id(tensor) not in seen:
             seen.add(id(tensor))
             state[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    base = {"": module, **BareModel(module).modules}
-    keys = [f"{path}.{name}" if path else name for path, held in base.items() for name in held._parameters]
-    misfits = {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in keys if key not in state}
+    misfits = {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in _base_keys(module) if key not in state}
     marker = MARKER if method is None else METHOD_MARKER
     return {marker: torch.zeros(1, dtype=torch.uint8)} | misfits | state
 
@@ -68,6 +66,17 @@ def lost_parameters(module: nn.Module, adapters: AdapterSet | None, method: Meth
     is_adapters = _is_adapters(module, adapters, method)
     named = module.named_parameters()
     return [name for name, parameter in named if parameter.requires_grad and not is_adapters(name, parameter)]
+
+
+def _base_keys(module: nn.Module) -> list[str]:
+    """The keys of the base model's parameters in its ``state_dict``."""
+    base = {"": module, **BareModel(module).modules}
+    return [
+        f"{path}.{name}" if path else name
+        for path, held in base.items()
+        for name, parameter in held._parameters.items()
+        if parameter is not None
+    ]
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
@@ -107,6 +116,7 @@ class StateGuard:
             self._complete(module, state_dict, prefix)
         elif self.adapters is not None and has_peft_keys(state_dict, prefix):
             translate_peft_keys(module, self.adapters, own_state(module), state_dict, prefix)
+        _check_not_of_base(module, state_dict, prefix)
         for path, layer in adapter_layers(module):
             if isinstance(layer, LoraLayer):
                 check_same_merged(layer, state_dict, f"{prefix}{path}." if path else prefix)
@@ -134,6 +144,23 @@ class StateGuard:
                 continue  # scales of bitsandbytes: no parameters, which it refuses to load or calls unexpected
             elif not is_adapters(key, tensor):
                 state_dict[prefix + key] = tensor
+
+
+def _check_not_of_base(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Checks that no adapted layer has its values under the base model's key, where they would not be found.
+
+    That is how a merged model is saved, and a model without adapters. Partial states have the keys of ``module``.
+
+    RuntimeError: one has.
+    """
+    of_base = [key for key in _base_keys(module) if prefix + key in state_dict]
+    own = own_state(module) if of_base else {}
+    if strange := [key for key in of_base if key not in own]:
+        raise RuntimeError(
+            f"load_state_dict: the state has {shown(prefix + strange[0])}, the base model's key of a layer that has "
+            f"adapters here (one of {len(strange)}); it is the state of a merged model or of one without adapters: "
+            "load it before inject, or call unmerge before Trainer or save_pretrained saves the model"
+        )
 
 
 def _check_same_method(module: nn.Module, method: MethodFiles | None, in_state: bool, given: dict[int, Tensor]) -> None:
