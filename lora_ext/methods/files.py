@@ -16,6 +16,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.printable import listed, shown
+from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
 from lora_ext.files.packed_projection import from_peft_form
@@ -45,6 +46,7 @@ from lora_ext.methods.lora import Lora
 from lora_ext.methods.pooling import POOLINGS, with_pooling
 from lora_ext.methods.registry import METHODS, new_method
 from lora_ext.model.adapter_set import adapter_set, find_adapter
+from lora_ext.model.adapter_state import lost_parameters
 from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.model.method_files import MethodFiles
 
@@ -60,24 +62,45 @@ TENSORS_FILE = "method.safetensors"
 def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Saves the applied method and the parameters that it trains to ``directory``.
 
-    A low-rank adapter is saved as ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT can read. All
-    files change at once, as in :func:`lora_ext.save_adapter`.
+    The low-rank adapter of ``lora`` is saved as ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT
+    can read. All files change at once, as in :func:`lora_ext.save_adapter`.
 
     Raises:
         ValueError: no method was applied, or its low-rank adapter was merged for good or removed.
         OSError: the directory cannot be written; its content is unchanged.
+
+    Warns:
+        UserWarning: other parameters require gradients, or other adapters were added: the files do not hold them.
     """
     method = applied_method(model, "save_method")
     _check_has_adapter(model, method, "save_method")
     files = _files(model, method)
     adapter = None
-    if adapter_set(model) is not None:
+    if files.has_adapter:
         # "default", not the active one: others may have been added.
         adapter = file_content(model, find_adapter(model, "save_method", "default"))
+    _warn_of_parts_left_out(model, files)
     with staged_files(Path(directory), files.names, "save_method") as staging:
         if adapter is not None:
             write_content(staging, adapter)
         files.write(staging)
+
+
+def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles) -> None:
+    adapters = adapter_set(model)
+    if lost := lost_parameters(root_module(model), adapters, files):
+        warn_user(
+            f"save_method: {shown(lost[0])} requires a gradient but does not belong to {files.name} (one of "
+            f"{len(lost)} parameters): load_method will not restore it; freeze it, or save it yourself"
+        )
+    others = (
+        [] if adapters is None else [name for name in adapters.configs if not files.has_adapter or name != "default"]
+    )
+    if others:
+        warn_user(
+            f"save_method: the adapters {others} are no part of {files.name}, and load_method will not restore them; "
+            "save them by lora_ext.save_adapter to directories of their own"
+        )
 
 
 def _files(model: nn.Module, method: Method) -> MethodFiles:
