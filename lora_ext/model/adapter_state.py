@@ -2,8 +2,8 @@
 
 Transformers' ``Trainer`` resumes and restores its best model by ``load_state_dict(file, strict=False)`` of a file that
 ``from_pretrained`` reads, too. So a state of adapters alone has one of :data:`MARKERS`, and under every key of the base
-model a tensor that fits no parameter: an adapted model takes the adapters, every other model fails to load it. What a
-method of lora_ext.methods trains is saved and loaded in the same way.
+model a tensor that fits no parameter, once more with PEFT's prefix: an adapted model takes the adapters, every other
+model fails to load it. What a method of lora_ext.methods trains is saved and loaded in the same way.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ METHOD_MARKER = (
 MARKERS = (MARKER, METHOD_MARKER)
 
 _MISFIT = (1,) * 7  # no layer of PyTorch has a parameter with seven dimensions
+_PEFT_PREFIX = "base_model.model."  # of a PeftModel's keys; with strict=False it would ignore all others
 
 
 def adapter_state(
@@ -56,7 +57,9 @@ def adapter_state(
         if changes and id(tensor) not in seen:
             seen.add(id(tensor))
             state[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    misfits = {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in _base_keys(module) if key not in state}
+    base = _base_keys(module)
+    wanted = [*base, *(f"{_PEFT_PREFIX}{key}" for key in base)]
+    misfits = {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in wanted if key not in state}
     marker = MARKER if method is None else METHOD_MARKER
     return {marker: torch.zeros(1, dtype=torch.uint8)} | misfits | state
 
@@ -66,6 +69,10 @@ def lost_parameters(module: nn.Module, adapters: AdapterSet | None, method: Meth
     is_adapters = _is_adapters(module, adapters, method)
     named = module.named_parameters()
     return [name for name, parameter in named if parameter.requires_grad and not is_adapters(name, parameter)]
+
+
+def _is_misfit(value: Any) -> bool:
+    return getattr(value, "shape", None) == _MISFIT
 
 
 def _base_keys(module: nn.Module) -> list[str]:
@@ -116,6 +123,11 @@ class StateGuard:
             self._complete(module, state_dict, prefix)
         elif self.adapters is not None and has_peft_keys(state_dict, prefix):
             translate_peft_keys(module, self.adapters, own_state(module), state_dict, prefix)
+        if any(_is_misfit(value) for key, value in state_dict.items() if key.startswith(prefix)):
+            raise RuntimeError(
+                f"load_state_dict: the state holds the adapters of a model without the wrapper around this "
+                f"{type(module).__name__}; load it into the model inside, or call lora_ext.load_adapter"
+            )
         _check_not_of_base(module, state_dict, prefix)
         for path, layer in adapter_layers(module):
             if isinstance(layer, LoraLayer):
@@ -125,7 +137,7 @@ class StateGuard:
         """Completes a state of adapters alone by the tensors of ``module``, so that loading leaves them as they are."""
         method, own = MethodFiles.of(module), own_state(module)
         is_adapters = _is_adapters(module, self.adapters, method)
-        misfits = {key for key, value in state_dict.items() if getattr(value, "shape", None) == _MISFIT}
+        misfits = {key for key, value in state_dict.items() if _is_misfit(value)}
         # By the id of the parameter, because shared tensors are in the state once.
         given = {
             id(tensor): state_dict[prefix + key]
