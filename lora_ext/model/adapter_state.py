@@ -114,9 +114,8 @@ class StateGuard:
         has_method: whether a method (lora_ext.methods) inserted modules.
     """
 
-    def __init__(self) -> None:
-        self.adapters: AdapterSet | None = None
-        self.has_method = False
+    adapters: AdapterSet | None = None
+    has_method = False
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         if any(prefix + marker in state_dict for marker in MARKERS):
@@ -125,7 +124,7 @@ class StateGuard:
             translate_peft_keys(module, self.adapters, own_state(module), state_dict, prefix)
         if any(_is_misfit(value) for key, value in state_dict.items() if key.startswith(prefix)):
             raise RuntimeError(
-                f"load_state_dict: the state holds the adapters of a model without the wrapper around this "
+                "load_state_dict: the state holds the adapters of a model without the wrapper around this "
                 f"{type(module).__name__}; load it into the model inside, or call lora_ext.load_adapter"
             )
         _check_not_of_base(module, state_dict, prefix)
@@ -165,9 +164,8 @@ def _check_not_of_base(module: nn.Module, state_dict: Mapping[str, Any], prefix:
 
     RuntimeError: one has.
     """
-    of_base = [key for key in _base_keys(module) if prefix + key in state_dict]
-    own = own_state(module) if of_base else {}
-    if strange := [key for key in of_base if key not in own]:
+    own = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+    if strange := [key for key in _base_keys(module) if prefix + key in state_dict and key not in own]:
         raise RuntimeError(
             f"load_state_dict: the state has {shown(prefix + strange[0])}, the base model's key of a layer that has "
             f"adapters here (one of {len(strange)}); it is the state of a merged model or of one without adapters: "

@@ -38,6 +38,3 @@ class MethodFiles:
     of: ClassVar[Callable[[nn.Module], MethodFiles | None]] = staticmethod(lambda root: None)
     """Returns the method that was applied to a module and that neither base model nor adapter files can hold, or None;
     lora_ext.methods sets it."""
-
-    def owns(self, tensor: Tensor) -> bool:
-        return any(tensor is held for held in self.tensors.values())

@@ -31,10 +31,11 @@ class SavePretrained:
 
     save: ClassVar[Callable[..., Any]]
 
+    adapters: AdapterSet | None = None
+    has_method = False
+
     def __init__(self, module: nn.Module, replaced: Any) -> None:
         self.module, self.replaced = module, replaced
-        self.adapters: AdapterSet | None = None
-        self.has_method = False
 
     @property
     def original(self) -> Callable[..., Any]:
