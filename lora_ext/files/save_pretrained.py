@@ -1,9 +1,10 @@
-"""What ``save_pretrained`` of an injected model writes: never the model's own keys, which ``from_pretrained`` misreads.
+"""What ``save_pretrained`` of an adapted model writes: never the model's own keys, which ``from_pretrained`` misreads.
 
 - A merged model: what the library writes of the base model, with the merged weights.
 - Otherwise the adapters, as PEFT does: :func:`~lora_ext.save_adapter`'s two files, for adapters other than "default" in
   a subdirectory of that name. The library's own weights file holds the state of the adapters alone
   (lora_ext/model/adapter_state.py), from which ``Trainer`` resumes; loading it as a model fails.
+- A model with the modules of a method (lora_ext.methods): the files of ``save_method``, and such a weights file.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.safetensors_format import read_header
-from lora_ext.files.save_load import ADAPTER_FILES, file_content, write_content
+from lora_ext.files.save_load import ADAPTER_FILES, FileContent, file_content, write_content
 from lora_ext.files.staged_files import staged_files
 from lora_ext.injection.targets import find_targets
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_in, adapter_set, check_at_hand
-from lora_ext.model.adapter_state import MARKER, adapter_state, lost_parameters, own_state
+from lora_ext.model.adapter_state import MARKERS, adapter_state, lost_parameters, own_state
 from lora_ext.model.bare_model import BareModel, adapter_layers
+from lora_ext.model.method_files import MethodFiles
 from lora_ext.model.saver import SavePretrained
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.merged_state import MERGED_KEY
@@ -46,24 +48,26 @@ _DEFAULT = "default"  # the adapter that PEFT saves in the directory itself
 
 
 @one_at_a_time
-def save_injected(
-    module: nn.Module,
-    adapters: AdapterSet,
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """Calls ``original``, the ``save_pretrained`` of ``module``, so that what it writes can be loaded.
+def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Calls the library's ``save_pretrained`` of ``saver.module``, so that what it writes can be loaded.
 
     Raises:
         ValueError: some of the active adapters are merged and others are not; the directory holds a whole model, or for
             a merged model an adapter; ``distributed_checkpoint`` is set; FSDP1 wraps a part (nothing is written then).
-            Or no config describes the adapters in a part of the model; or ``original`` would write a part with adapters
-            by itself.
-        RuntimeError: ``original`` did not ask for the state of ``module``.
+            Or no config describes the adapters in a part of the model; or the library would write a part with adapters
+            by itself; or the model has a method's modules, and adapters are merged, or it is a part of the model.
+        RuntimeError: the library did not ask for the state of the module.
     """
-    call = _Call(f"{type(module).__name__}.save_pretrained", original, args, kwargs)
-    if not any(len(layer.adapters) for _, layer in adapter_layers(module)):  # all were deleted, or are in a pool
+    module, adapters = saver.module, saver.adapters
+    call = _Call(f"{type(module).__name__}.save_pretrained", saver.original, args, kwargs)
+    method = MethodFiles.of(module)
+    if saver.has_method and method is None:
+        raise ValueError(
+            f"{call.name}: the method that was applied to the whole model inserted modules into this part, which "
+            f"{type(module).__name__} lacks; call lora_ext.methods.save_method, or save_pretrained, on the whole model"
+        )
+    has_adapters = any(len(layer.adapters) for _, layer in adapter_layers(module))
+    if not has_adapters and method is None:  # all adapters were deleted, or are in a pool
         with base_keys():
             return call.run()
     if call.get("distributed_checkpoint"):
@@ -88,6 +92,12 @@ def save_injected(
         )
     with _with_values(call.name, module, given):
         if _is_merged(call.name, module):
+            if method is not None and method.inserts:
+                raise ValueError(
+                    f"{call.name}: adapters are merged, but {method.name} inserted modules that the base model lacks, "
+                    "so that no files of the base model can hold the result; call unmerge(model), or "
+                    "lora_ext.methods.save_method"
+                )
             if holds_adapter(call.directory):
                 raise ValueError(
                     f"{call.name}: {call.directory} holds an adapter ({CONFIG_FILE}), which would be loaded on top of "
@@ -95,10 +105,10 @@ def save_injected(
                 )
             with base_keys():
                 return call.run()
-        return _save_adapters(call, module, adapters)
+        return _save_adapters(call, module, adapters, method)
 
 
-SavePretrained.save = staticmethod(save_injected)
+SavePretrained.save = staticmethod(save_adapted)
 
 
 class _Call:
@@ -152,7 +162,7 @@ class _Saves(threading.local):
 _saves = _Saves()
 
 
-def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Any:
+def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet | None, method: MethodFiles | None) -> Any:
     _check_no_model(call)
     call.take("max_shard_size")  # an adapter is one file
     call.set_if_known("save_original_format", False)  # the names in it are those of the injected model
@@ -165,11 +175,12 @@ def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Any:
             # Here, not before: push_to_hub uploads what was written after the call began.
             base = _base_layers(call.name, module, adapters)
             if call.get("is_main_process", True):
-                _write_adapters(call, module, adapters, base)
-                # With it, Transformers takes the directory for a whole model, and PEFT's config for an addition.
-                (call.directory / "config.json").unlink(missing_ok=True)
+                _write_adapters(call, module, adapters, base, method)
+                if holds_adapter(call.directory):
+                    # With it, Transformers takes the directory for a whole model, and PEFT's config for an addition.
+                    (call.directory / "config.json").unlink(missing_ok=True)
             _saves.count += 1
-            return adapter_state(module, adapters) | _state_of(module, base)
+            return adapter_state(module, adapters, method) | _state_of(module, base)
 
     reason = (
         f"{call.name}: it saves a part of {type(module).__name__} by itself, and would lose the adapters there; "
@@ -193,8 +204,10 @@ def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet) -> Any:
     return result
 
 
-def _base_layers(caller: str, module: nn.Module, adapters: AdapterSet) -> dict[str, dict[str, Tensor]]:
+def _base_layers(caller: str, module: nn.Module, adapters: AdapterSet | None) -> dict[str, dict[str, Tensor]]:
     """The tensors of base layers that the adapters' files hold, by adapter and key."""
+    if adapters is None:
+        return {}
     held = {name for _, layer in adapter_layers(module) for name in layer.adapters}
     names = (name for name in adapters.configs if name in held)
     return {name: base_tensors_to_save(caller, module, adapter_in(module, adapters, name)) for name in names}
@@ -208,7 +221,11 @@ def _state_of(module: nn.Module, base: Mapping[str, Mapping[str, Tensor]]) -> di
 
 
 def _write_adapters(
-    call: _Call, module: nn.Module, adapters: AdapterSet, base: Mapping[str, Mapping[str, Tensor]]
+    call: _Call,
+    module: nn.Module,
+    adapters: AdapterSet | None,
+    base: Mapping[str, Mapping[str, Tensor]],
+    method: MethodFiles | None,
 ) -> None:
     contents = {}
     for name in base:
@@ -217,17 +234,44 @@ def _write_adapters(
         if adapter_set(module) is not adapters:
             adapter = dataclasses.replace(adapter, config=_config_within(call.name, module, adapter))
         contents[name] = file_content(module, adapter, base[name])
-    saved = [tensor for tensors in base.values() for tensor in tensors.values()]
-    if lost := lost_parameters(module, adapters, saved=saved):
-        warn_user(
-            f"{call.name}: {shown(lost[0])} requires a gradient but belongs to no adapter (one of {len(lost)} "
-            "parameters): Trainer resumes with it, but load_adapter will not restore it; name its module in "
-            "modules_to_save"
+    if method is not None and method.has_adapter and _DEFAULT not in contents:
+        raise ValueError(
+            f"{call.name}: the adapter {_DEFAULT!r}, a part of {method.name}, was merged for good, removed or renamed; "
+            "call lora_ext.methods.remove_method(model), which keeps the weights"
         )
+    saved = [tensor for tensors in base.values() for tensor in tensors.values()]
+    if lost := lost_parameters(module, adapters, method, saved=saved):
+        if method is None:
+            owner, loader, remedy = "belongs to no adapter", "load_adapter", "name its module in modules_to_save"
+        else:
+            owner, loader, remedy = f"does not belong to {method.name}", "load_method", "freeze it, or save it yourself"
+        warn_user(
+            f"{call.name}: {shown(lost[0])} requires a gradient but {owner} (one of {len(lost)} parameters): Trainer "
+            f"resumes with it, but {loader} will not restore it; {remedy}"
+        )
+    if method is not None:
+        _write_method(call, method, contents)
     for name, content in contents.items():
         directory = call.directory if name == _DEFAULT else call.directory / name
         with staged_files(directory, ADAPTER_FILES, call.name) as staging:
             write_content(staging, content)
+
+
+def _write_method(call: _Call, method: MethodFiles, contents: dict[str, FileContent]) -> None:
+    """Writes what ``save_method`` does; takes the adapter "default" out of ``contents``, as it is written too."""
+    if contents:
+        part_of_it = {_DEFAULT} if method.has_adapter else set()
+        added = ", then the other adapters by load_adapter" if contents.keys() - part_of_it else ""
+        warn_user(
+            f"{call.name}: PEFT and from_pretrained read the low-rank adapter in {call.directory} without what "
+            f"{method.name} trained; load all of it into the base model by lora_ext.methods.load_method(model, "
+            f"directory){added}"
+        )
+    default = contents.pop(_DEFAULT, None)
+    with staged_files(call.directory, method.names, call.name) as staging:
+        if default is not None:
+            write_content(staging, default)
+        method.write(staging)
 
 
 _MODEL_FILE = re.compile(
@@ -248,7 +292,7 @@ def _check_no_model(call: _Call) -> None:
 def _holds_adapters_only(path: Path) -> bool:
     """Whether an earlier save of adapters wrote the weights file ``path``."""
     try:
-        return path.suffix == ".safetensors" and MARKER in read_header(path)[0]
+        return path.suffix == ".safetensors" and not read_header(path)[0].keys().isdisjoint(MARKERS)
     except (OSError, ValueError, RuntimeError):
         return False
 

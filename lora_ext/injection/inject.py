@@ -173,10 +173,10 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     prepare_quantized(root)
     guard_against_trainers(root)
     serve_adapter_names(root, adapters)
-    guard_loading(root, adapters)
+    guard_loading(root, adapters=adapters)
     for module in savers(root):
-        guard_loading(module, adapters)
-        replace_save_pretrained(module, adapters)
+        guard_loading(module, adapters=adapters)
+        replace_save_pretrained(module, adapters=adapters)
 
 
 def remove_empty_layers(model: nn.Module, adapters: AdapterSet) -> None:
@@ -196,8 +196,8 @@ def forget_injection(model: nn.Module) -> None:
     for module in model.modules():
         forget_adapter_set(module)
         forget_adapter_names(module)
-        forget_guard(module)
-        restore_save_pretrained(module)
+        forget_guard(module, adapters=True)
+        restore_save_pretrained(module, adapters=True)
         _restore_fast_path(module)
         remove_guard(module)
 

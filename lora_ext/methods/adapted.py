@@ -16,7 +16,9 @@ from lora_ext.merging.model import unload
 from lora_ext.methods.base import Method, head_paths
 from lora_ext.methods.inserted import Inserted, Insertion, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
+from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.model.saver import has_save_pretrained, replace_save_pretrained, restore_save_pretrained
 from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -87,8 +89,18 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
         for insertion in insertions:
             insert(insertion)
         setattr(root, _ATTRIBUTE, method)
+        if insertions:
+            _guard_files(root)
         for parameter in method_parameters(model).values():
             parameter.requires_grad_(True)
+
+
+def _guard_files(root: nn.Module) -> None:
+    """Lets no ``save_pretrained`` write the inserted modules into files of the base model, which would load without."""
+    guard_loading(root, has_method=True)
+    for module in root.modules():
+        if has_save_pretrained(module) and any(isinstance(inner, Inserted) for inner in module.modules()):
+            replace_save_pretrained(module, has_method=True)
 
 
 @checked
@@ -125,6 +137,9 @@ def remove_method(model: ModelT) -> ModelT:
     with uninterrupted():
         remove_inserted(root_module(model))
         release_quantized(root_module(model))
+        for module in model.modules():
+            forget_guard(module, method=True)
+            restore_save_pretrained(module, method=True)
         delattr(root_module(model), _ATTRIBUTE)
         weights = (weight for module in model.modules() if (weight := quantized_weight(module)) is not None)
         quantized = {id(weight.module.weight) for weight in weights}

@@ -16,6 +16,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.printable import listed, shown
+from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
 from lora_ext.files.packed_projection import from_peft_form
@@ -40,11 +41,14 @@ from lora_ext.methods.adapted import (
 )
 from lora_ext.methods.base import Method, pooling_of
 from lora_ext.methods.combined import Combined
+from lora_ext.methods.inserted import Inserted
 from lora_ext.methods.lora import Lora
 from lora_ext.methods.pooling import POOLINGS, with_pooling
 from lora_ext.methods.registry import METHODS, new_method
 from lora_ext.model.adapter_set import adapter_set, find_adapter
+from lora_ext.model.adapter_state import lost_parameters
 from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.model.method_files import MethodFiles
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -58,35 +62,78 @@ TENSORS_FILE = "method.safetensors"
 def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Saves the applied method and the parameters that it trains to ``directory``.
 
-    A low-rank adapter is saved as ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT can read. All
-    files change at once, as in :func:`lora_ext.save_adapter`.
+    The low-rank adapter of ``lora`` is saved as ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT
+    can read. All files change at once, as in :func:`lora_ext.save_adapter`.
 
     Raises:
         ValueError: no method was applied, or its low-rank adapter was merged for good or removed.
         OSError: the directory cannot be written; its content is unchanged.
+
+    Warns:
+        UserWarning: other parameters require gradients, or other adapters were added: the files do not hold them.
     """
     method = applied_method(model, "save_method")
     _check_has_adapter(model, method, "save_method")
-    trained = method_parameters(model) | method.buffers(BareModel(root_module(model)))
-    tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained.items()}
-    content = {
-        "format": "lora_ext.methods/1",
-        "methods": [{"name": part.name, "options": part.options()} for part in method.parts],
-        "base_model_name_or_path": base_name(model),
-    }
-    if (pooling := pooling_of(model)) is not None:
-        content["pooling"] = pooling
+    files = _files(model, method)
     adapter = None
-    if adapter_set(model) is not None:
+    if files.has_adapter:
         # "default", not the active one: others may have been added.
         adapter = file_content(model, find_adapter(model, "save_method", "default"))
-    names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
-    with staged_files(Path(directory), names, "save_method") as staging:
+    _warn_of_parts_left_out(model, files)
+    with staged_files(Path(directory), files.names, "save_method") as staging:
         if adapter is not None:
             write_content(staging, adapter)
+        files.write(staging)
+
+
+def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles) -> None:
+    adapters = adapter_set(model)
+    if lost := lost_parameters(root_module(model), adapters, files):
+        warn_user(
+            f"save_method: {shown(lost[0])} requires a gradient but does not belong to {files.name} (one of "
+            f"{len(lost)} parameters): load_method will not restore it; freeze it, or save it yourself"
+        )
+    others = (
+        [] if adapters is None else [name for name in adapters.configs if not files.has_adapter or name != "default"]
+    )
+    if others:
+        warn_user(
+            f"save_method: the adapters {others} are no part of {files.name}, and load_method will not restore them; "
+            "save them by lora_ext.save_adapter to directories of their own"
+        )
+
+
+def _files(model: nn.Module, method: Method) -> MethodFiles:
+    trained = method_parameters(model) | method.buffers(BareModel(root_module(model)))
+    inserts = any(isinstance(module, Inserted) for module in model.modules())
+    names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
+
+    def write(staging: Path) -> None:
+        content = {
+            "format": "lora_ext.methods/1",
+            "methods": [{"name": part.name, "options": part.options()} for part in method.parts],
+            "base_model_name_or_path": base_name(model),
+        }
+        if (pooling := pooling_of(model)) is not None:
+            content["pooling"] = pooling
+        tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained.items()}
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
         (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    return MethodFiles(method.name, inserts, method.lora_config(model) is not None, trained, names, write)
+
+
+def _needed_files(module: nn.Module) -> MethodFiles | None:
+    """Returns the files of the method applied to ``module``; None if a base model's or an adapter's files hold all."""
+    if (method := method_of(module)) is None:
+        return None
+    files = _files(module, method)
+    has_both = files.has_adapter and files.tensors and adapter_set(module) is not None
+    return files if files.inserts or has_both else None
+
+
+MethodFiles.of = staticmethod(_needed_files)
 
 
 @checked

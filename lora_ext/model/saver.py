@@ -1,4 +1,4 @@
-"""Replaces ``save_pretrained`` of an injected model, and of its modules that have one, on the instance.
+"""Replaces ``save_pretrained`` of an adapted model, and of its modules that have one, on the instance.
 
 Other libraries call it on the model or on a part: Transformers' ``Trainer``, sentence-transformers, diffusers'
 pipelines. lora_ext/files/save_pretrained.py decides what it writes.
@@ -19,18 +19,23 @@ _METHOD = "save_pretrained"
 
 
 class SavePretrained:
-    """The ``save_pretrained`` of a module that has adapters inside. It is copied and pickled with the module.
+    """The ``save_pretrained`` of a module with adapters or inserted modules, copied and pickled with the module.
 
     Attributes:
-        save: called with the module, its adapters, the original method, and the arguments.
-        module, adapters: what to save.
+        save: called with this object and the arguments.
+        module: what to save.
         replaced: what the instance had as its ``save_pretrained``, or None.
+        adapters: the adapters inside ``module``, or None.
+        has_method: whether a method (lora_ext.methods) inserted modules inside.
     """
 
     save: ClassVar[Callable[..., Any]]
 
-    def __init__(self, module: nn.Module, adapters: AdapterSet, replaced: Any) -> None:
-        self.module, self.adapters, self.replaced = module, adapters, replaced
+    adapters: AdapterSet | None = None
+    has_method = False
+
+    def __init__(self, module: nn.Module, replaced: Any) -> None:
+        self.module, self.replaced = module, replaced
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -42,29 +47,39 @@ class SavePretrained:
         return inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return SavePretrained.save(self.module, self.adapters, self.original, args, kwargs)
+        return SavePretrained.save(self, args, kwargs)
 
 
 def savers(root: nn.Module) -> list[nn.Module]:
     """``root`` and the modules in it that have a ``save_pretrained`` and adapters inside."""
-    return [
-        module
-        for module in root.modules()
-        if callable(getattr(type(module), _METHOD, None)) and any(adapter_layers(module))
-    ]
+    return [module for module in root.modules() if has_save_pretrained(module) and any(adapter_layers(module))]
 
 
-def replace_save_pretrained(module: nn.Module, adapters: AdapterSet) -> None:
-    """Makes ``module`` save itself by :class:`SavePretrained`."""
-    replaced = vars(module).get(_METHOD)
-    if not isinstance(replaced, SavePretrained):
-        setattr(module, _METHOD, SavePretrained(module, adapters, replaced))
+def has_save_pretrained(module: nn.Module) -> bool:
+    return callable(getattr(type(module), _METHOD, None))
 
 
-def restore_save_pretrained(module: nn.Module) -> None:
-    """Undoes :func:`replace_save_pretrained`."""
+def replace_save_pretrained(module: nn.Module, *, adapters: AdapterSet | None = None, has_method: bool = False) -> None:
+    """Makes ``module`` save itself by :class:`SavePretrained`, because of adapters or of a method's modules."""
     saver = vars(module).get(_METHOD)
-    if isinstance(saver, SavePretrained):
+    if not isinstance(saver, SavePretrained):
+        saver = SavePretrained(module, saver)
+        setattr(module, _METHOD, saver)
+    if adapters is not None:
+        saver.adapters = adapters
+    saver.has_method |= has_method
+
+
+def restore_save_pretrained(module: nn.Module, *, adapters: bool = False, method: bool = False) -> None:
+    """Undoes :func:`replace_save_pretrained` for adapters, or for a method; nothing happens if it was not called."""
+    saver = vars(module).get(_METHOD)
+    if not isinstance(saver, SavePretrained):
+        return
+    if adapters:
+        saver.adapters = None
+    if method:
+        saver.has_method = False
+    if saver.adapters is None and not saver.has_method:
         del vars(module)[_METHOD]
         if saver.replaced is not None:
             setattr(module, _METHOD, saver.replaced)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from support.models import bert, llama, token_ids
 from support.spoil import Spoil
@@ -168,3 +169,25 @@ def test_save_model_of_a_merged_model_gives_the_merged_model(tmp_path):
     trainer(model, tmp_path / "run").save_model(str(tmp_path / "merged"))
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert torch.equal(again(ids).logits, expected)
+
+
+def test_a_checkpoint_resumed_with_peft_layers_fails_instead_of_starting_again(tmp_path):
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    base = bert()
+    trainer(injected(base, **options), tmp_path / "run", max_steps=1).train()
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, **options))
+    with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\.bert\.embeddings"):
+        trainer(model, tmp_path / "run", max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_loaded_into_the_wrapper_for_trl_names_the_remedy(tmp_path):
+    pytest.importorskip("peft")
+    from lora_ext.integrations.trl import for_trl
+
+    options = {"target_modules": ["q_proj"]}
+    base = llama()
+    injected(base, **options).save_pretrained(tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="without the wrapper around this LlamaForCausalLM.*load_adapter"):
+        for_trl(injected(base, **options)).load_state_dict(state, strict=False)

@@ -1,0 +1,218 @@
+"""save_pretrained and Trainer write files of a method that loads by load_method, and fail to load as a plain model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from support.models import bert, llama, refused, shaken, token_ids
+from support.spoil import Spoil
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, unmerge
+from lora_ext.adapters import merge_and_unload, unload
+from lora_ext.methods import apply_method, load_method, new_method, remove_method, save_method
+
+pytestmark = pytest.mark.cpu_only("files are about the CPU, and the Trainer chooses the device")
+
+INSERTING = ("adapter-h", "prefix-layer", "prefix-embed")
+WITH_ADAPTER = ("lora+adapter-p", "lora+prefix-embed")
+MORE_OF_LLAMA = ("adapter-h", "prefix-layer", *WITH_ADAPTER)
+AUTO = {"BertForSequenceClassification": AutoModelForSequenceClassification, "LlamaForCausalLM": AutoModelForCausalLM}
+
+
+def adapted(base: nn.Module, name: str) -> nn.Module:
+    targets = {"target_modules": ["query" if hasattr(base, "bert") else "q_proj"]} if "lora" in name else {}
+    return apply_method(copy.deepcopy(base), new_method(name, **targets))
+
+
+def on_disk(base: nn.Module, directory) -> nn.Module:
+    base.save_pretrained(directory)
+    return AUTO[type(base).__name__].from_pretrained(directory).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [(name, bert) for name in (*INSERTING, *WITH_ADAPTER)]
+    + [("prefix-embed", llama), *(pytest.param(name, llama, marks=pytest.mark.full) for name in MORE_OF_LLAMA)],
+)
+def test_saved_files_load_by_load_method_and_by_no_from_pretrained(name, make, tmp_path, caplog):
+    base = on_disk(make(), tmp_path / "base")
+    model = shaken(adapted(base, name), by=0.3).eval()
+    saved, ids = tmp_path / "saved", token_ids()
+    if "lora" in name:
+        with pytest.warns(UserWarning, match="without what .* trained; load all of it .* by .*load_method"):
+            model.save_pretrained(saved)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.save_pretrained(saved)
+        with pytest.raises(RuntimeError, match="mismatch"), caplog.at_level("WARNING"):
+            AUTO[type(base).__name__].from_pretrained(saved)
+        assert "lora_ext.methods.load_method(model, directory)" in caplog.text
+    state = safetensors.torch.load_file(saved / "model.safetensors")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        copy.deepcopy(base).load_state_dict(state, strict=False)
+    again = load_method(base, saved).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def rows() -> list[dict]:
+    torch.manual_seed(1)
+    return [{"input_ids": ids, "labels": i % 2} for i, ids in enumerate(token_ids(16).tolist())]
+
+
+def trainer(model: nn.Module, directory, **options) -> Trainer:
+    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4} | options
+    arguments = TrainingArguments(
+        str(directory), report_to=[], per_device_train_batch_size=2, disable_tqdm=True, use_cpu=True, seed=3, **options
+    )
+    return Trainer(model, arguments, train_dataset=rows(), eval_dataset=rows()[:4])
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*without what .* trained")
+@pytest.mark.parametrize("name", ["adapter-h", "lora+prefix-embed", pytest.param("bitfit", marks=pytest.mark.full)])
+def test_the_stock_trainer_resumes_and_loads_the_best_model(name, tmp_path, caplog):
+    base = bert()
+    torch.manual_seed(0)
+    start = adapted(base, name)
+    whole, resumed, best = (copy.deepcopy(start) for _ in range(3))
+    trainer(whole, tmp_path / "run").train()
+    with caplog.at_level("WARNING"):
+        checkpoint = tmp_path / "run" / "checkpoint-2"
+        trainer(resumed, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+    assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
+    assert_same(trained(resumed), trained(whole))
+    ends_badly = trainer(best, tmp_path / "best", eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    ends_badly.add_callback(Spoil())
+    ends_badly.train()
+    if name != "bitfit":
+        again = load_method(copy.deepcopy(base), ends_badly.state.best_model_checkpoint).eval()
+        ids = token_ids()
+        assert torch.equal(again(ids).logits, best.eval()(ids).logits)
+
+
+def test_a_checkpoint_of_another_method_is_not_taken(tmp_path):
+    base = bert()
+    trainer(adapted(base, "adapter-h"), tmp_path / "run", max_steps=1).train()
+    state = safetensors.torch.load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    for other in (
+        adapted(base, "prefix-layer"),
+        adapted(base, "adapter-l"),
+        inject(copy.deepcopy(base), LoraConfig(target_modules=["query"])),
+    ):
+        with refused(other, RuntimeError, "load_state_dict: the state is of a method", "apply_method"):
+            other.load_state_dict(state, strict=False)
+    lora = inject(copy.deepcopy(base), LoraConfig(target_modules=["query"]))
+    trainer(lora, tmp_path / "lora", max_steps=1).train()
+    state = safetensors.torch.load_file(tmp_path / "lora" / "checkpoint-1" / "model.safetensors")
+    both = adapted(base, "lora+adapter-p")
+    with refused(both, RuntimeError, "the state is of adapters without a method", "lora+adapter-p was applied"):
+        both.load_state_dict(state, strict=False)
+
+
+def test_merged_adapters_next_to_inserted_modules_are_not_saved_as_a_model(tmp_path):
+    model = merge(shaken(adapted(bert(), "lora+adapter-p")))
+    with refused(model, ValueError, "lora+adapter-p inserted modules", "unmerge(model)", "save_method"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.warns(UserWarning, match="load_method"):
+        unmerge(model).save_pretrained(tmp_path / "saved")
+    merge_and_unload(model)
+    with refused(model, ValueError, "merged for good", "remove_method"):
+        model.save_pretrained(tmp_path / "other")
+
+
+def test_a_part_with_inserted_modules_is_refused(tmp_path):
+    model = adapted(bert(), "adapter-h")
+    with refused(model, ValueError, "BertModel.save_pretrained", "on the whole model"):
+        model.bert.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_guarded_too(again, tmp_path):
+    model = shaken(adapted(bert(), "prefix-layer")).eval()
+    copied = again(model)
+    shaken(copied)
+    copied.save_pretrained(tmp_path)
+    ids = token_ids()
+    loaded = load_method(bert(), tmp_path)
+    bare = remove_method(copy.deepcopy(copied))
+    loaded.load_state_dict({key: value for key, value in bare.state_dict().items() if "classifier" not in key}, False)
+    assert torch.equal(loaded.eval()(ids).logits, copied(ids).logits)
+    assert not torch.equal(model(ids).logits, copied(ids).logits)
+
+
+def test_without_the_method_the_model_saves_itself_again(tmp_path):
+    base = bert().eval()
+    for model in (
+        remove_method(adapted(base, "adapter-h")),
+        remove_method(adapted(base, "lora+adapter-p")),
+        remove_method(load_method(copy.deepcopy(base), _saved(base, tmp_path / "method"))),
+    ):
+        assert "save_pretrained" not in vars(model) and "save_pretrained" not in vars(model.bert)
+        assert not model._load_state_dict_pre_hooks
+        model.save_pretrained(tmp_path / "model")
+        assert_same(trained(AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")), trained(model))
+
+
+def _saved(base: nn.Module, directory):
+    save_method(adapted(base, "lora+prefix-layer"), directory)
+    return directory
+
+
+def test_an_adapter_injected_later_and_removed(tmp_path):
+    base = on_disk(bert(), tmp_path / "base")
+    model = shaken(adapted(base, "adapter-h"))
+    inject(model, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)).eval()
+    with pytest.warns(UserWarning, match="load_method.*then the other adapters by load_adapter"):
+        model.save_pretrained(tmp_path / "both")
+    ids = token_ids()
+    again = load_adapter(load_method(copy.deepcopy(base), tmp_path / "both"), tmp_path / "both").eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    unload(model).save_pretrained(tmp_path / "one")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
+    assert torch.equal(load_method(base, tmp_path / "one").eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["bitfit", "full", "head-only"])
+def test_methods_that_insert_nothing_save_the_whole_model(name, tmp_path):
+    model = shaken(apply_method(bert(), new_method(name))).eval()
+    model.save_pretrained(tmp_path)
+    ids = token_ids()
+    assert torch.equal(AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_lora_with_trained_biases_names_load_method(tmp_path):
+    base = on_disk(bert(), tmp_path / "base")
+    model = shaken(adapted(base, "lora+bitfit")).eval()
+    with pytest.warns(UserWarning, match="load_method"):
+        model.save_pretrained(tmp_path / "saved")
+    ids = token_ids()
+    assert torch.equal(load_method(base, tmp_path / "saved").eval()(ids).logits, model(ids).logits)
+    merge(model).save_pretrained(tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(merged(ids).logits, model(ids).logits)
+
+
+def test_parameters_that_the_method_does_not_train_are_named(tmp_path):
+    model = adapted(bert(), "adapter-h")
+    model.bert.embeddings.requires_grad_(True)
+    with pytest.warns(UserWarning, match="does not belong to adapter-h .*load_method will not restore"):
+        model.save_pretrained(tmp_path)
