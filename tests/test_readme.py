@@ -6,7 +6,7 @@ import argparse
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -91,11 +91,16 @@ def test_python_of_adapters_md(in_tmp_path):
     assert [group.paths for group in names["backend"].groups] == [("blocks.0.q", "blocks.0.k", "blocks.0.v")]
 
 
-def test_python_of_peft_md():
-    under_trl, block = python_blocks("docs/peft.md")
+def test_python_of_peft_md(in_tmp_path):
+    under_trl, after, block = python_blocks("docs/peft.md")
     injected = inject(bare_model(), LoraConfig(target_modules=["query"]))
-    trained = run(under_trl, model=injected, args=None, DPOTrainer=lambda model, args: model)["trainer"]
-    assert trained.get_base_model() is injected
+    trainer = run(under_trl, model=injected, args=None, DPOTrainer=lambda model, args: SimpleNamespace(model=model))[
+        "trainer"
+    ]
+    assert trainer.model.get_base_model() is injected
+    run(after, trainer=trainer)
+    assert (in_tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    assert type(AutoModelForSequenceClassification.from_pretrained("merged")) is type(injected)
     names = run(block, model=bare_model())
     entries = names["report"](names["model"]).layers
     assert len(entries) == 12 and all(entry.accelerated for entry in entries)
