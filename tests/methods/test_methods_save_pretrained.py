@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import safetensors.torch
@@ -13,6 +14,7 @@ from support.models import bert, llama, refused, shaken, token_ids
 from support.spoil import Spoil
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import logging as transformers_logging
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, unmerge
 from lora_ext.adapters import merge_and_unload, unload
@@ -36,12 +38,21 @@ def on_disk(base: nn.Module, directory) -> nn.Module:
     return AUTO[type(base).__name__].from_pretrained(directory).eval()
 
 
+@pytest.fixture
+def says() -> Iterator[None]:
+    """Lets Transformers log warnings, which other tests' commands turn off."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    yield
+    transformers_logging.set_verbosity(before)
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [(name, bert) for name in (*INSERTING, *WITH_ADAPTER)]
     + [("prefix-embed", llama), *(pytest.param(name, llama, marks=pytest.mark.full) for name in MORE_OF_LLAMA)],
 )
-def test_saved_files_load_by_load_method_and_by_no_from_pretrained(name, make, tmp_path, caplog):
+def test_saved_files_load_by_load_method_and_by_no_from_pretrained(name, make, tmp_path, caplog, says):
     base = on_disk(make(), tmp_path / "base")
     model = shaken(adapted(base, name), by=0.3).eval()
     saved, ids = tmp_path / "saved", token_ids()
@@ -86,7 +97,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 @pytest.mark.filterwarnings("ignore:.*without what .* trained")
 @pytest.mark.parametrize("name", ["adapter-h", "lora+prefix-embed", pytest.param("bitfit", marks=pytest.mark.full)])
-def test_the_stock_trainer_resumes_and_loads_the_best_model(name, tmp_path, caplog):
+def test_the_stock_trainer_resumes_and_loads_the_best_model(name, tmp_path, caplog, says):
     base = bert()
     torch.manual_seed(0)
     start = adapted(base, name)

@@ -115,9 +115,7 @@ def test_we_compute_the_same_from_pefts_file(tied, everything, tmp_path):
     save_adapter(ours, tmp_path / "again")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     first = load_file(tmp_path / "adapter_model.safetensors")
-    assert {key for key in again if "token_adapter" in key} == {
-        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
-    }
+    assert again.keys() == first.keys()
     assert all(same_bits(tensor, first[key]) for key, tensor in again.items())
     load_adapter(ours, tmp_path)  # replaces the present values
 
