@@ -193,6 +193,37 @@ class TwiceA(Pair):
         return self.a(x) - self.a(x)
 
 
+class UnderTwoNames(Pair):
+    """One layer with two names is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) - self.b(x)
+
+
+class Renormalised(Pair):
+    """An embedding changes its weight, which is the second layer's, too, as it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, WIDTH, max_norm=0.1)
+        self.b.weight = self.table.weight
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        rows = self.table(torch.arange(4))
+        return y * self.b(x) + rows.sum()
+
+
+@torch.compiler.allow_in_graph
+def not_traced(x: Tensor) -> Tensor:
+    return x.mul_(3)
+
+
 class OtherParent(Pair):
     def __init__(self) -> None:
         super().__init__()
@@ -247,6 +278,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[int], str]] = {
     "other dropout": (with_other_dropout, [1, 1], "its dropout is 0.25, that of the others 0.5"),
     "another input": (with_input_hook, [1, 1], ""),
     "a hook on the base layer": (with_base_hook, [1], ""),
+    "a function that is not traced": (lambda: ours(Pair(lambda x, y: not_traced(x))), [1, 1], "not_traced"),
+    "a table is renormalised": (lambda: ours(Renormalised()), [1, 1], "may change"),
+    "one layer, two names": (lambda: ours(UnderTwoNames(), lora_dropout=0.5), [1, 1], "called again"),
     "called twice": (lambda: ours(TwiceA(), lora_dropout=0.5), [1, 1], "called again"),
     "layers of two modules": (lambda: ours(OtherParent(), target_modules=r"a|b\.0"), [1, 1], ""),
 }
@@ -263,13 +297,38 @@ def test_what_is_computed_together(case):
     torch.manual_seed(0)
     actual = run(some_x())
     torch.manual_seed(0)
-    if case != "called twice":
+    if reason != "called again":
         torch.testing.assert_close(actual, model(some_x()))
     else:
         assert actual.abs().max() > 0.01
     assert counting.graphs == [calls]
     assert sum(group.shared for group in backend.groups) == calls.count(2)
     assert reason in " ".join(group.reason for group in backend.groups)
+
+
+def test_layers_of_a_function_are_of_no_module():
+    q, k = (ours(Pair(), lora_dropout=0.5).a for _ in range(2))
+    k.load_state_dict(q.state_dict())
+
+    def closure(x: Tensor) -> Tensor:
+        return q(x) - k(x)
+
+    def arguments(x: Tensor, q: nn.Module, k: nn.Module) -> Tensor:
+        return q(x) - k(x)
+
+    for function, layers in ((closure, ()), (arguments, (q, k))):
+        counting = Counting()
+        y = torch.compile(function, backend=share_inputs(counting))(some_x(), *layers)
+        assert counting.graphs == [[1, 1]] and y.abs().max() > 0.01  # two masks
+
+
+def test_another_scaling_is_shared_too():
+    model = ours(Pair())
+    run, counting = compiled(model)
+    for scaling in (1.0, 3.0, 0.5):
+        model.b.adapters["default"].scaling = scaling
+        torch.testing.assert_close(run(some_x()), model(some_x()))
+    assert {tuple(graph) for graph in counting.graphs} == {(2,)}
 
 
 def test_quantised_layers_compute_alone():

@@ -183,9 +183,9 @@ struct GroupedRun {
     torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         const size_t t = static_cast<size_t>(thread);
-        const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
-        for (size_t i = take(), following; i < items.size(); i = following) {
-          following = take();  // before its turn, so that its factors can be fetched
+        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) {
+          // Only a guess, so that its factors can be fetched: another thread may take it.
+          const size_t following = next.load(std::memory_order_relaxed);
           const Item& item = items[i];
           GroupRows rows = item.count == 1 ? thread_sums[t] : item_sums[i];
           rows.at = sorted.rows.data() + item.begin;

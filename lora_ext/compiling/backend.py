@@ -19,8 +19,8 @@ class SharingBackend:
 
     Attributes:
         backend: the name or function of the backend that compiles the changed graphs.
-        groups: for all graphs so far, the layers that read one tensor: computed together, or the reason why not.
-            ``print`` shows a summary.
+        groups: the layers that read one tensor: computed together, or the reason why not. ``print`` shows a summary.
+            Of several graphs with a layer of one path, the last counts.
     """
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
@@ -50,7 +50,8 @@ class SharingBackend:
 
     @property
     def groups(self) -> InputGroups:
-        return InputGroups(tuple({id(group): group for group in self._groups.values()}.values()))
+        groups = [*self._groups.values()]  # at once: another thread may compile
+        return InputGroups(tuple({id(group): group for group in groups}.values()))
 
     def reset(self) -> None:
         """Frees what the backends keep; ``torch.compiler.reset`` calls it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
@@ -12,6 +13,11 @@ from torch.utils import _pytree as pytree
 # operator.iadd, ..., setitem
 _IN_PLACE = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and hasattr(operator, n[1:])}
 _IN_PLACE |= {operator.setitem, operator.delitem}
+
+
+_CHANGE_STATISTICS = (F.batch_norm, F.instance_norm)
+_RENORMALISE = (F.embedding, F.embedding_bag)  # the weight, with max_norm, their fourth argument
+_KNOWN = ("torch", "_operator", "operator", "math", "builtins")  # packages whose functions change what their names say
 
 
 def may_change(node: fx.Node, tensors: Iterable[fx.Node]) -> bool:
@@ -54,6 +60,12 @@ def _is_in_place(node: fx.Node) -> bool:
         return False
     if any(value is True for value in (*node.args, node.kwargs.get("inplace"))):  # F.dropout(x, 0.1, True, True)
         return True
+    if node.target in _CHANGE_STATISTICS:
+        return True
+    if node.target in _RENORMALISE:
+        return (node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")) is not None
+    if (getattr(node.target, "__module__", None) or "torch").partition(".")[0] not in _KNOWN:
+        return True  # a function of torch.compiler.allow_in_graph
     name = getattr(node.target, "__name__", "_")  # what has no name may do anything
     return node.target in _IN_PLACE or name.endswith("_") or "out" in node.kwargs
 

@@ -30,7 +30,7 @@ _SINGLE, _SIBLINGS = op_named("lora_linear"), op_named("lora_linear_siblings")
 _TARGETS = (_SINGLE, _SINGLE.overloadpacket)
 _NAMES = [argument.name for argument in _SINGLE._schema.arguments]
 _DEFAULTS = {a.name: a.default_value for a in _SINGLE._schema.arguments if a.has_default_value()}
-_MOVABLE = (operator.add, operator.mul, operator.neg, "to")  # how layers compute operands from their parameters
+_MOVABLE = (operator.add, operator.mul, operator.neg, "to", "item")  # how layers compute operands from their parameters
 
 
 def share(graph: fx.GraphModule) -> list[InputGroup]:
@@ -92,7 +92,8 @@ class _Group:
         first = self.calls[0]
         if len(self.calls) == LARGEST:
             return f"{LARGEST} others are computed together already"
-        if any(call.path == other.path for other in self.calls):
+        # A layer that is in the model under two names has two paths and the same factors.
+        if any(call.path == other.path or call.lora_A is other.lora_A for other in self.calls):
             return "it is called again with the same tensor"
         mine, theirs = call.operands(), first.operands()
         if mine is None or theirs is None:
@@ -123,7 +124,9 @@ def _groups(graph: fx.Graph) -> Iterator[_Group]:
         if node.op == "call_function" and node.target in _TARGETS and (path := _layer_path(node)):
             call = _Call(node, path)
             if isinstance(call.dropout_p, (int, float)) and _only_ys_are_used(node):
-                calls[call.x, path.rpartition(".")[0]].append(call)
+                calls[call.x, path.rpartition(".")[0] or path].append(
+                    call
+                )  # a compiled function's layers have no module
     for candidates in calls.values():
         groups: list[_Group] = []
         for call in candidates:
@@ -146,7 +149,8 @@ def _groups(graph: fx.Graph) -> Iterator[_Group]:
 
 
 def _shown(call: _Call) -> str:
-    return re.sub(r"^L\['\w+'\](\[\d+\])?\.?", "", call.path)  # Dynamo's L['self'].layers.0.q_proj
+    # Dynamo's L['self'].layers.0.q_proj
+    return re.sub(r"^L\['\w+'\](\[\d+\])?\.?", "", call.path) or call.path
 
 
 def _layer_path(node: fx.Node) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext._common.sharded import is_fully_sharded, is_sharded
+from lora_ext.nn import few_tokens
 from lora_ext.nn.adapter import LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
 from lora_ext.nn.layer import LoraLayer, Matrix
@@ -146,7 +146,7 @@ class LoraLinear(SharesInputs, LoraLayer):
         given = x
         x, times = choice.aligned(self, x)
         plain = None if args or kwargs else plain_linear(self.base_layer)
-        y = self.base_layer(given, *args, **kwargs) if plain is None else F.linear(given, *plain)
+        y = self.base_layer(given, *args, **kwargs) if plain is None else few_tokens.product(given, *plain)
         if plain is None or x is not given:
             y = own_copy(self, y.expand(len(x), *y.shape[1:]) if x is not given else y)
             x = x.to(y.device)

@@ -51,7 +51,7 @@ def add_chosen(
     for kind in dict.fromkeys(kinds):  # one op for those that are alike
         held = updates
         if kinds.count(kind) < len(kinds):
-            held = {name: update for (name, update), own in zip(updates.items(), kinds, strict=True) if own == kind}
+            held = {name: update for (name, update), other in zip(updates.items(), kinds, strict=True) if other == kind}
         dropout_p = kind[0]
         groups = choice.token_groups(tuple(held), times, x, layer)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
