@@ -5,7 +5,7 @@ Their keys are ``base_model.model.<path>.weight``, or ``base_model.model.<path>.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -61,6 +61,18 @@ def base_tensors_to_save(
     return {key: tensors[key] for key in sorted(wanted.difference(offloaded))}
 
 
+def warn_of_resized_vocabulary(caller: str, model: nn.Module, held: Iterable[Tensor]) -> None:
+    """Warns if the vocabulary was resized and the embedding is not among the tensors ``held`` by the files."""
+    bare = BareModel(root_module(model))
+    held = {id(tensor) for tensor in held}
+    lacks_it = bare.embedding is not None and any(id(p) not in held for p in bare.embedding.parameters())
+    if lacks_it and (sizes := _resized(bare.root)) is not None:
+        warn_user(
+            f"{caller}: the vocabulary of {shown(bare.root.name_or_path)} was resized ({sizes[0]:,} -> {sizes[1]:,}), "
+            "and the files do not hold the embedding and the output head: save the base model, too"
+        )
+
+
 def _embeddings(bare: BareModel) -> Iterator[tuple[str, nn.Module]]:
     for path, module in bare.modules.items():
         if module is bare.embedding or module is bare.head:
@@ -73,9 +85,11 @@ def _embedding_keys(bare: BareModel, adapter: Adapter) -> Iterator[str]:
         around = [part for part in adapter.parts if part.path == path]
         if not around:
             yield from (f"{path}.{name}" for name in module.state_dict())
-        for part in around:
-            if part.layer.base_layer is module:
-                yield from part.layer.file_tensors_of_base(part.file_path, part.adapter)
+            continue
+        # Layers of other adapters may be between this adapter's innermost one and the module.
+        layers = bare.layers[path]
+        inner = max(around, key=lambda part: next(i for i, layer in enumerate(layers) if layer is part.layer))
+        yield from inner.layer.file_tensors_of_base(inner.file_path, inner.adapter)
 
 
 def _check_not_merged(caller: str, bare: BareModel, adapter: Adapter, keys: set[str]) -> None:
@@ -100,7 +114,7 @@ def _resized(root: nn.Module) -> tuple[int, int] | None:
         return None
     try:
         before = _vocabulary(type(config).from_pretrained(name, local_files_only=True))
-    except (OSError, ValueError, KeyError, TypeError):  # no such directory, or no config that this class reads
+    except Exception:  # no such directory, or a config that this class refuses in a way of its own
         return None
     return None if before is None or before == now else (before, now)
 

@@ -67,6 +67,11 @@ def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[s
             f"{type(module).__name__} lacks; call lora_ext.methods.save_method, or save_pretrained, on the whole model"
         )
     has_adapters = any(len(layer.adapters) for _, layer in adapter_layers(module))
+    if has_adapters and adapters is None:
+        raise ValueError(
+            f"{call.name}: a part of {type(module).__name__} was injected by itself, and its adapters would be lost; "
+            "call lora_ext.save_adapter on that part, or inject the whole model"
+        )
     if not has_adapters and method is None:  # all adapters were deleted, or are in a pool
         with base_keys():
             return call.run()
@@ -90,7 +95,8 @@ def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[s
             "or gather its state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) and pass it to "
             "save_pretrained(directory, state_dict=...)"
         )
-    with _with_values(call.name, module, given):
+    with with_values(call.name, module, given):
+        method = MethodFiles.of(module)  # once more: its tensors are those of given now
         if _is_merged(call.name, module):
             if method is not None and method.inserts:
                 raise ValueError(
@@ -216,8 +222,12 @@ def _base_layers(caller: str, module: nn.Module, adapters: AdapterSet | None) ->
 def _state_of(module: nn.Module, base: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The same tensors by the keys of :func:`own_state`."""
     wanted = {id(tensor) for tensors in base.values() for tensor in tensors.values()}
-    state = {key: tensor for key, tensor in own_state(module).items() if id(tensor) in wanted} if wanted else {}
-    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
+    state = {}
+    for key, tensor in own_state(module).items() if wanted else ():
+        if id(tensor) in wanted:
+            wanted.remove(id(tensor))  # a tied tensor once
+            state[key] = tensor.detach().to("cpu", copy=True)
+    return state
 
 
 def _write_adapters(
@@ -369,7 +379,7 @@ def _is_merged(caller: str, module: nn.Module) -> bool:
 
 
 @contextmanager
-def _with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | None) -> Iterator[None]:
+def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Gives ``module`` the tensors of the ``state_dict`` that a caller gathered, e.g. from FSDP's shards, and back."""
     if given is None:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext._common.arguments import checked
+from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._common.wrapped import WrapsModel
 from lora_ext.adapters import (
     adapter_names,
@@ -31,6 +32,7 @@ from lora_ext.adapters import (
     merge_and_unload,
     unload,
 )
+from lora_ext.files.save_pretrained import with_values
 from lora_ext.injection.trainers import why_head_unusable
 from lora_ext.integrations.trl_status import layer_status, model_status
 from lora_ext.model.adapter_set import find_adapters
@@ -157,8 +159,13 @@ class InjectedModel(WrapsModel, PeftModel):
             return
         if not names:
             raise ValueError(f"for_trl: selected_adapters is empty; the adapters are {adapter_names(model)}")
-        for name in names:
-            if is_main_process:
+        if state_dict is not None and any(is_fully_sharded(part) for part in model.modules()):
+            values = {key.removeprefix(_PREFIX): tensor for key, tensor in state_dict.items()}
+            given = with_values("for_trl: save_pretrained", root_module(model), values)
+        else:  # the model has these values
+            given = nullcontext()
+        with given:
+            for name in names if is_main_process else ():
                 directory = Path(save_directory) / ("" if name == _NAME else name)
                 save_adapter(model, directory, name, save_embedding_layers=save_embedding_layers)
 

@@ -16,9 +16,11 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.printable import listed, shown
+from lora_ext._common.sharded import is_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
+from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_vocabulary
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import (
     ADAPTER_FILES,
@@ -66,7 +68,7 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     can read. All files change at once, as in :func:`lora_ext.save_adapter`.
 
     Raises:
-        ValueError: no method was applied, or its low-rank adapter was merged for good or removed.
+        ValueError: no method was applied, its low-rank adapter was merged for good or removed, or the model is sharded.
         OSError: the directory cannot be written; its content is unchanged.
 
     Warns:
@@ -75,20 +77,27 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     method = applied_method(model, "save_method")
     _check_has_adapter(model, method, "save_method")
     files = _files(model, method)
-    adapter = None
+    if any(is_sharded(tensor) for tensor in files.tensors.values()):
+        raise ValueError(
+            "save_method: the model is sharded; gather its state_dict (torch.distributed.checkpoint.state_dict, "
+            "full_state_dict=True) and pass it to model.save_pretrained(directory, state_dict=...)"
+        )
+    content, base = None, {}
     if files.has_adapter:
         # "default", not the active one: others may have been added.
-        adapter = file_content(model, find_adapter(model, "save_method", "default"))
-    _warn_of_parts_left_out(model, files)
+        adapter = find_adapter(model, "save_method", "default")
+        base = base_tensors_to_save("save_method", model, adapter)
+        content = file_content(model, adapter, base)
+    _warn_of_parts_left_out(model, files, base)
     with staged_files(Path(directory), files.names, "save_method") as staging:
-        if adapter is not None:
-            write_content(staging, adapter)
+        if content is not None:
+            write_content(staging, content)
         files.write(staging)
 
 
-def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles) -> None:
+def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles, base: Mapping[str, Tensor]) -> None:
     adapters = adapter_set(model)
-    if lost := lost_parameters(root_module(model), adapters, files):
+    if lost := lost_parameters(root_module(model), adapters, files, saved=base.values()):
         warn_user(
             f"save_method: {shown(lost[0])} requires a gradient but does not belong to {files.name} (one of "
             f"{len(lost)} parameters): load_method will not restore it; freeze it, or save it yourself"
@@ -106,6 +115,7 @@ def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles) -> None:
 def _files(model: nn.Module, method: Method) -> MethodFiles:
     trained = method_parameters(model) | method.buffers(BareModel(root_module(model)))
     inserts = any(isinstance(module, Inserted) for module in model.modules())
+    has_adapter = method.lora_config(model) is not None
     names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
 
     def write(staging: Path) -> None:
@@ -116,12 +126,14 @@ def _files(model: nn.Module, method: Method) -> MethodFiles:
         }
         if (pooling := pooling_of(model)) is not None:
             content["pooling"] = pooling
+        if not has_adapter:
+            warn_of_resized_vocabulary("save_method", model, trained.values())
         tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained.items()}
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
         (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    return MethodFiles(method.name, inserts, method.lora_config(model) is not None, trained, names, write)
+    return MethodFiles(method.name, inserts, has_adapter, trained, names, write)
 
 
 def _needed_files(module: nn.Module) -> MethodFiles | None:

@@ -65,7 +65,8 @@ class AdapterLayer(nn.Module):
     def file_tensors_of_base(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
         """The live frozen and tied tensors that a file may hold next to the adapter's, by PEFT's keys."""
         return {
-            f"{path}.base_layer.{name}": tensor for name, tensor in self.base_layer.state_dict(keep_vars=True).items()
+            f"{path}.base_layer.{name}": tensor
+            for name, tensor in innermost(self.base_layer).state_dict(keep_vars=True).items()
         }
 
     def unloaded(self, merged: bool) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import LlamaForCausalLM
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import rename_adapter, set_adapter
 from lora_ext.integrations.trl import for_trl
+from lora_ext.methods import apply_method, load_method, new_method, save_method
 
 NEW = VOCABULARY + 2
 IDS = torch.tensor([[1, VOCABULARY, VOCABULARY + 1, 2]])
@@ -158,6 +160,46 @@ def test_a_vocabulary_that_was_not_resized_is_not_saved(base, tmp_path):
         save_adapter(model, tmp_path / "off", save_embedding_layers=False)
     for name in ("same", "unknown", "unnamed", "off"):
         assert not {EMBEDDING, HEAD} & keys(tmp_path / name)
+
+
+@pytest.mark.parametrize("first", ["rows", "lora"])
+@pytest.mark.parametrize("saved", ["rows", "lora"])
+def test_another_adapter_around_the_embedding_hides_nothing(first, saved, base, tmp_path):
+    configs = {
+        "rows": {**SETTINGS, "trainable_token_indices": [1, 2]},
+        "lora": {**SETTINGS, "target_modules": ["q_proj", "embed_tokens"]},
+    }
+    model = resized(base, 0)
+    for name in (first, *(configs.keys() - {first})):
+        inject(model, LoraConfig(**configs[name]), name)
+    with pytest.warns(UserWarning, match="was resized"):
+        save_adapter(model, tmp_path / "saved", saved)
+    set_adapter(model, saved)
+    again = load_adapter(resized(base, 9), tmp_path / "saved")
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": "many"}, {"rope_parameters": 3}, {"num_attention_heads": 3}])
+def test_a_config_that_transformers_refuses_decides_nothing(change, base, tmp_path):
+    model = inject(plain(base), LoraConfig(**SETTINGS))
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    save_adapter(model, tmp_path / "saved")
+    assert not {EMBEDDING, HEAD} & keys(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["lora+prefix-embed", "lora", "prefix-embed"])
+def test_files_of_methods_hold_them_too_or_say_that_they_do_not(name, base, tmp_path):
+    model = apply_method(
+        resized(base, 0), new_method(name, **({"r": 2, "target_modules": ["q_proj"]} if "lora" in name else {}))
+    )
+    with pytest.warns(UserWarning, match="was resized"):
+        save_method(model, tmp_path / "saved")
+    if "lora" in name:
+        again = load_method(resized(base, 9), tmp_path / "saved")
+        torch.testing.assert_close(logits(again), logits(model))
+        save_method(again, tmp_path / "again")
+        assert keys(tmp_path / "again") == keys(tmp_path / "saved") >= {EMBEDDING}
 
 
 def test_embeddings_are_saved_on_demand(base, tmp_path):

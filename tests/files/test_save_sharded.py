@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.distributed
-from support.models import llama, token_ids
+from safetensors.torch import load_file
+from support.models import bert, llama, token_ids
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
+from lora_ext.methods import apply_method, new_method, save_method
 
 pytestmark = pytest.mark.cpu_only("one process with gloo")
 WHOLE = StateDictOptions(full_state_dict=True)
@@ -45,6 +49,41 @@ def test_a_gathered_state_is_saved(one_process, tmp_path):
     save_adapter(model, tmp_path / "sharded")
     for file in (tmp_path / "sharded").iterdir():
         assert file.read_bytes() == (tmp_path / "adapter" / file.name).read_bytes()
+
+
+def test_the_wrapper_for_trl_saves_a_gathered_state(one_process, tmp_path, monkeypatch):
+    """Trainer gathers it on all ranks, and saves on the first alone: nothing may ask the others then."""
+    trl = pytest.importorskip("lora_ext.integrations.trl")
+    base, ids = llama().eval(), token_ids()
+    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    expected = model(ids).logits
+    fully_shard(model)
+    wrapper = trl.for_trl(model)
+    gathered = get_model_state_dict(wrapper, options=WHOLE)
+    with monkeypatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", lambda *_: pytest.fail("asks the other ranks"))
+        wrapper.save_pretrained(tmp_path / "adapter", state_dict=gathered)
+    assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "adapter").eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("name", ["prefix-layer", "lora+bitfit"])
+def test_a_methods_files_have_the_values_of_a_given_state(name, is_sharded, one_process, tmp_path):
+    model = apply_method(bert(), new_method(name, **({"target_modules": ["query"]} if "lora" in name else {})))
+    if is_sharded:
+        fully_shard(model)
+        with pytest.raises(ValueError, match="save_method: the model is sharded; gather"):
+            save_method(model, tmp_path / "method")
+    gathered = {key: value + 1 for key, value in get_model_state_dict(model, options=WHOLE).items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path / "saved", state_dict=gathered)
+    assert not [w for w in caught if "does not belong" in str(w.message)]
+    file, whole = (load_file(tmp_path / "saved" / f"{name}.safetensors") for name in ("method", "model"))
+    plain = {key.replace(".base_layer.", "."): key for key in gathered}  # the method's keys are the base model's
+    assert len(file) > 3
+    for key, tensor in file.items():
+        assert torch.equal(tensor, gathered[plain[key]]) and torch.equal(tensor, whole[plain[key]])
 
 
 def test_a_model_wrapped_by_fsdp1_is_refused(one_process, tmp_path):

@@ -155,6 +155,15 @@ def test_a_part_with_inserted_modules_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_part_injected_by_itself_is_not_lost(tmp_path):
+    model = bert()
+    inject(model.bert, LoraConfig(r=2, target_modules=["query"]))
+    apply_method(model, new_method("prefix-layer"))
+    with pytest.raises(ValueError, match="a part of .* was injected by itself, and its adapters would be lost"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_guarded_too(again, tmp_path):
     model = shaken(adapted(bert(), "prefix-layer")).eval()
