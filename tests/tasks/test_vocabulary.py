@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import tiny_classifier
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -237,6 +238,8 @@ def test_a_run_trains_on_the_trimmed_checkpoint_and_resumes(tmp_path: Path):
     assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(
         base
     )
+    saved = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert saved and not any("embeddings" in key for key in saved)  # the vocabulary is that of the new checkpoint
     predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     adapted = load_method(AutoModelForSequenceClassification.from_pretrained(base), tmp_path / "run" / "adapter").eval()
     batch = AutoTokenizer.from_pretrained(base)([row["text"] for row in predictions], padding=True, return_tensors="pt")

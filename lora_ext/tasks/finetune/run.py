@@ -113,6 +113,8 @@ def finetune(
         say(trimmed.line())
         model_path = str((out / _BASE).resolve())
         task_model = task_model._replace(tokenizer=trimmed.tokenizer, path=model_path)
+        # Files that are saved later compare the vocabulary with this checkpoint's.
+        task_model.model.name_or_path = task_model.model.config.name_or_path = model_path
     tokenizer, model, most = task_model.tokenizer, task_model.model, most_tokens(task_model.model)
     bare = {"head_parameters": head_parameter_count(model), "full_checkpoint_bytes": measuring.tensor_bytes(model)}
     trimmed_base = None if trimmed is None else sharing(model)
