@@ -101,6 +101,7 @@ class Report:
         torch.set_num_threads(args.threads)
         torch.manual_seed(0)
         self.facts = info.gather() | {"torch_cpu": machine_isa.facts()}
+        self.facts["libraries"] = [Path(path).name for path in self.facts["libraries"]]  # no folder of this machine
         self.clock: Clock = CudaClock() if self.on_cuda else wall_clock
         self.machine = machine_name(args.device)
         kernels = "CUDA kernels"
