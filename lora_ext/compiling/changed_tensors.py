@@ -13,8 +13,6 @@ from torch.utils import _pytree as pytree
 # operator.iadd, ..., setitem
 _IN_PLACE = {getattr(operator, n) for n in dir(operator) if n.startswith("i") and hasattr(operator, n[1:])}
 _IN_PLACE |= {operator.setitem, operator.delitem}
-
-
 _CHANGE_STATISTICS = (F.batch_norm, F.instance_norm)
 _RENORMALISE = (F.embedding, F.embedding_bag)  # the weight, with max_norm, their fourth argument
 _KNOWN = ("torch", "_operator", "operator", "math", "builtins")  # packages whose functions change what their names say

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_ext._common.printable import check_name, shown
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.files.file_bytes import file_state
 from lora_ext.files.regular_file import check_regular
 from lora_ext.files.safetensors_format import read_header
@@ -44,8 +45,6 @@ INDEX_FILES = ("adapter_model.safetensors.index.json", "model.safetensors.index.
 _SHARDS = "adapter_model-*.safetensors"
 ADAPTER_FILE_PATTERNS = (CONFIG_FILE, WEIGHTS_FILE, *INDEX_FILES, _SHARDS)
 """The files that an adapter can consist of, without pickles."""
-KEY_PREFIX = "base_model.model."
-"""Prefix of the module path in every key that PEFT writes."""
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hugging Face hub
 LARGEST_CONFIG = 16 << 20  # bytes; a config that names every expert of the largest mixtures has 8 million

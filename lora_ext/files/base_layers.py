@@ -51,8 +51,8 @@ def base_tensors_to_save(
         wanted |= {key for key in _embedding_keys(bare, adapter) if key in tensors}
     if sizes is not None and wanted:
         warn_user(
-            f"{caller}: the vocabulary of {shown(bare.root.name_or_path)} was resized ({sizes[0]:,} -> {sizes[1]:,}), "
-            "so the file holds the embedding and the output head, too; save_adapter(..., save_embedding_layers=False) "
+            f"{caller}: {_resizing(bare.root, sizes)}, so the file holds the embedding and the output head, too; "
+            "save_adapter(..., save_embedding_layers=False) "
             "leaves them out"
         )
     _check_not_merged(caller, bare, adapter, wanted)
@@ -68,8 +68,8 @@ def warn_of_resized_vocabulary(caller: str, model: nn.Module, held: Iterable[Ten
     lacks_it = bare.embedding is not None and any(id(p) not in held for p in bare.embedding.parameters())
     if lacks_it and (sizes := _resized(bare.root)) is not None:
         warn_user(
-            f"{caller}: the vocabulary of {shown(bare.root.name_or_path)} was resized ({sizes[0]:,} -> {sizes[1]:,}), "
-            "and the files do not hold the embedding and the output head: save the base model, too"
+            f"{caller}: {_resizing(bare.root, sizes)}, and the files do not hold the embedding and the output "
+            "head: save the base model, too"
         )
 
 
@@ -117,6 +117,10 @@ def _resized(root: nn.Module) -> tuple[int, int] | None:
     except Exception:  # no such directory, or a config that this class refuses in a way of its own
         return None
     return None if before is None or before == now else (before, now)
+
+
+def _resizing(root: nn.Module, sizes: tuple[int, int]) -> str:
+    return f"the vocabulary of {shown(root.name_or_path)} was resized ({sizes[0]:,} -> {sizes[1]:,})"
 
 
 def _vocabulary(config: Any) -> int | None:

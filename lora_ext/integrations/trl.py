@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import is_fully_sharded
-from lora_ext._common.wrapped import WrapsModel
+from lora_ext._common.wrapped import KEY_PREFIX, WrapsModel
 from lora_ext.adapters import (
     adapter_names,
     add_weighted_adapter,
@@ -149,19 +149,19 @@ class InjectedModel(WrapsModel, PeftModel):
         if path_initial_model_for_weight_conversion is not None:
             _refuse("save_pretrained(path_initial_model_for_weight_conversion=...)", "lora_ext has no such adapters")
         model = self.get_base_model()
+        if state_dict is not None:
+            state_dict = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in state_dict.items()}
         names = adapter_names(model) if selected_adapters is None else selected_adapters
         is_merged = any(layer.is_merged for _, layer in lora_modules(model))
         if selected_adapters is None and (is_merged or not names):
-            root = root_module(model)
-            if state_dict is not None:
-                state_dict = {key.removeprefix(_PREFIX): tensor for key, tensor in state_dict.items()}
-            root.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+            root_module(model).save_pretrained(
+                save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+            )
             return
         if not names:
             raise ValueError(f"for_trl: selected_adapters is empty; the adapters are {adapter_names(model)}")
         if state_dict is not None and any(is_fully_sharded(part) for part in model.modules()):
-            values = {key.removeprefix(_PREFIX): tensor for key, tensor in state_dict.items()}
-            given = with_values("for_trl: save_pretrained", root_module(model), values)
+            given = with_values("for_trl: save_pretrained", root_module(model), state_dict)
         else:  # the model has these values
             given = nullcontext()
         with given:
@@ -198,7 +198,6 @@ class InjectedModel(WrapsModel, PeftModel):
         _refuse("from_pretrained", "call for_trl(load_adapter(model, directory, trainable=True))")
 
 
-_PREFIX = "base_model.model."  # of the model's keys in the wrapper's state_dict
 _STATES_OF_PEFT = "peft.utils.save_and_load"
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.printable import shown
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.model.adapter_set import AdapterSet
 from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.method_files import MethodFiles
@@ -36,7 +37,6 @@ METHOD_MARKER = (
 MARKERS = (MARKER, METHOD_MARKER)
 
 _MISFIT = (1,) * 7  # no layer of PyTorch has a parameter with seven dimensions
-_PEFT_PREFIX = "base_model.model."  # of a PeftModel's keys; with strict=False it would ignore all others
 
 
 def adapter_state(
@@ -58,7 +58,7 @@ def adapter_state(
             seen.add(id(tensor))
             state[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     base = _base_keys(module)
-    wanted = [*base, *(f"{_PEFT_PREFIX}{key}" for key in base)]
+    wanted = [*base, *(f"{KEY_PREFIX}{key}" for key in base)]  # with strict=False a PeftModel ignores other keys
     misfits = {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in wanted if key not in state}
     marker = MARKER if method is None else METHOD_MARKER
     return {marker: torch.zeros(1, dtype=torch.uint8)} | misfits | state
