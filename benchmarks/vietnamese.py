@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.paired import correct_answers, paired_difference
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
@@ -72,7 +73,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: the method whose ra
 }
 _AVERAGED = {"schedule": "constant", "ema_decay": 0.995}
 _POOLER = {"r": 6, "modules_to_save": "pooler"}  # as many parameters as rank 8 without a pooler, and 0.3 % more
+_EMBEDDINGS = _AVERAGED | {  # what docs/results.md found on the reviews
+    "target_modules": "query,key,value,dense,word_embeddings",
+    "r": 4,
+    "lora_alpha": 0.8,
+    "learning_rate": 2e-4,
+    "lora_plus_ratio": 60.0,
+}
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # for the defaults of LoRA; as VARIANTS, on both tasks
+    "lora-embeddings": ("lora-all", _EMBEDDINGS),
+    "lora-embeddings-trained-pooler": ("lora-all", _EMBEDDINGS | {"modules_to_save": "pooler"}),
     "full-averaged": ("full", _AVERAGED),
     "lora-all-averaged": ("lora-all", _AVERAGED),
     "lora-all-trained-pooler": ("lora-all", _POOLER),
@@ -170,7 +180,8 @@ def cells(bench: Bench, task: Task) -> Iterator[tuple[str, float, float, list[Ru
     def candidates() -> Iterator[tuple[str, float, float, list[Run]]]:
         for name, (base, changes) in CANDIDATES.items():
             if base in rates and (task.name == "reviews" or "modules_to_save" not in changes):  # E5 has no pooler
-                yield cell(name, rates[base], task.epochs[0], METHODS[base] | changes)
+                rate = changes.get("learning_rate", rates[base])
+                yield cell(name, rate, task.epochs[0], METHODS[base] | changes)
 
     main = [name for name in task.methods if name in MAIN]
     for names in (main, [name for name in task.methods if name not in MAIN]):
@@ -210,7 +221,8 @@ def carry_out(tasks: list[Task], hours: float) -> bool:
 def results_of(task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the rows of the table and of the tuning for what is finished."""
     bench = Bench(0.0)
-    rows, tuning = [], []
+    tuning: list[dict[str, Any]] = []
+    found_rows: list[tuple[dict[str, Any], list[Path]]] = []  # with the directories of the runs
     for name in task.methods:
         found = {}
         for path in sorted((task.out / "runs").glob(f"{name}-*-1/seed-0/metrics.json")):
@@ -224,11 +236,16 @@ def results_of(task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for method in task.methods:  # one by one: another process may not have tuned its methods yet
         try:
             for name, rate, epochs, runs in cells(bench, replace(task, methods=(method,))):
-                metrics = [known for run in runs if (known := finished(run, task.out)) is not None]
-                if metrics:
-                    rows.append(_row(name, rate, epochs, metrics))
+                known = {run: one for run in runs if (one := finished(run, task.out)) is not None}
+                if known:
+                    row = _row(name, rate, epochs, [*known.values()])
+                    found_rows.append((row, [run.directory(task.out) for run in known]))
         except OutOfTime:
             continue
+    full = {row["epochs"]: correct_answers(runs) for row, runs in found_rows if row["name"] == "full"}
+    for row, runs in found_rows:
+        if row["name"] != "full" and row["epochs"] in full:
+            row["accuracy_minus_full"] = paired_difference(correct_answers(runs), full[row["epochs"]])
     groups = [list(MAIN), list(METHODS), list(CANDIDATES), list(VARIANTS)]
 
     def place(row: Mapping[str, Any]) -> tuple[int, float, int]:
@@ -236,7 +253,7 @@ def results_of(task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         names = [*METHODS, *CANDIDATES, *VARIANTS, row["name"]]
         return group, row["epochs"], names.index(row["name"])
 
-    return sorted(rows, key=place), tuning
+    return sorted((row for row, _ in found_rows), key=place), tuning
 
 
 def _row(name: str, rate: float, epochs: float, metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -262,7 +279,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = ["# UIT-VSFC and the demo's reviews: full fine-tuning, LoRA and the other methods\n"]
     for task in result["tasks"]:
         labels = list(task["rows"][0]["f1"]) if task["rows"] else []
-        heading = ["method", "epochs", "seeds", "rate", "trained", "accuracy, %", "macro-F1, %", "weighted F1, %"]
+        heading = ["method", "epochs", "seeds", "rate", "trained", "accuracy, %", "minus full, points"]
+        heading += ["macro-F1, %", "weighted F1, %"]
         heading += [f"F1 {label}, %" for label in labels] + ["training, s", "peak memory, MiB"]
         rows = []
         if task["name"] == "vsfc":
@@ -270,13 +288,18 @@ def markdown(result: Mapping[str, Any]) -> str:
                 [name, "", "", "", trained, accuracy] + [""] * (len(heading) - 6) for name, trained, accuracy in SLIDES
             ]
         for row in task["rows"]:
-            shares = [percent(row[key]) for key in ("accuracy", "macro_f1", "weighted_f1")]
+            shares = [percent(row["accuracy"]), _points(row.get("accuracy_minus_full"))]
+            shares += [percent(row[key]) for key in ("macro_f1", "weighted_f1")]
             shares += [percent(row["f1"][label]) for label in labels]
             costs = [f"{row['train_seconds']['mean']:.0f}", f"{row['peak_memory_bytes']['mean'] / 2**20:,.0f}"]
             sizes = [f"{row['epochs']:g}", str(len(row["seeds"])), f"{row['learning_rate']:.1e}"]
             rows.append([row["name"], *sizes, f"{row['trained_parameters']:,}", *shares, *costs])
         sizes = ", ".join(f"{number:,} for {side}" for side, number in task["texts"].items())
-        parts.append(f"## {task['name']}: {sizes}\n\n{table(heading, rows)}\n")
+        of_points = (
+            "Minus full: accuracy minus full fine-tuning's after as many epochs, with a 95 % interval (bootstrap of\n"
+        )
+        of_points += "test texts and seeds)."
+        parts.append(f"## {task['name']}: {sizes}\n\n{table(heading, rows)}\n\n{of_points}\n")
         tuned = [
             [one["method"], "; ".join(f"{rate}: {100 * score:.1f}" for rate, score in one["validation_scores"].items())]
             + [f"{one['train_seconds']:.0f}"]
@@ -288,6 +311,12 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts.append("Not complete: runs are missing.\n")
     parts.append(f"`{' '.join(result['command'])}`\n\n{provenance.measured_on(result)}\n")
     return "\n".join(parts)
+
+
+def _points(difference: Mapping[str, float] | None) -> str:
+    if difference is None:
+        return ""
+    return "{mean:+.1f} ({low:+.1f} to {high:+.1f})".format(**{key: 100 * one for key, one in difference.items()})
 
 
 # --- an estimate ------------------------------------------------------------------------------------------------------

@@ -60,6 +60,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         directory = run.directory(out)
         directory.mkdir(parents=True)
         (directory / "metrics.json").write_text(json.dumps(metrics))
+        wrong = 6 if name == "lora-all" else 3
+        answers = [{"line": i, "label": "a", "predicted": "b" if i < wrong else "a"} for i in range(30)]
+        (directory / "predictions.jsonl").write_text("\n".join(map(json.dumps, answers)))
         assert finished(run, out) is not None
         return {run: metrics}
 
@@ -80,9 +83,9 @@ def test_everything_is_made_once_and_the_main_methods_first(tasks: list[Task], m
     assert len(made) == len({*made})
     names = [name_of(text.partition("/")[0]) for text in made]
     others = next(number for number, name in enumerate(names) if name not in {*MAIN, *CANDIDATES})
-    # three rates each and two more of lora-qv; both numbers of epochs from three seeds, one of which is known; and two
-    # candidates for the defaults
-    assert others == 3 * 3 + 2 + 3 * (3 + 3) - 3 + 3 * 2
+    # three rates each and two more of lora-qv; both numbers of epochs from three seeds, one of which is known; and
+    # three candidates for the defaults
+    assert others == 3 * 3 + 2 + 3 * (3 + 3) - 3 + 3 * 3
     averaged = {name for name in CANDIDATES if "pooler" not in name}
     assert {*names} == {*METHODS, *VARIANTS, *averaged, "lora-qv-default-rate"}
     count = len(made)
@@ -120,7 +123,12 @@ def test_an_early_end_leaves_a_table(tasks: list[Task], made: list[str], monkeyp
     content["machine"] = vietnamese.provenance.machine()
     for task, found in zip(tasks, (complete, vietnamese.results_of(tasks[1])[0]), strict=True):
         content["tasks"].append({"name": task.name, "texts": task.texts, "rows": found, "tuning": tuning})
+    minus = {row["name"]: row.get("accuracy_minus_full") for row in complete if row["epochs"] == 1}
+    assert minus["full"] is None and minus["lora-qv"] == {"mean": 0, "low": 0, "high": 0}
+    assert minus["lora-all"]["low"] < -0.1 < minus["lora-all"]["high"]
+    assert minus["lora-all"]["mean"] == pytest.approx(-0.1)
     text = vietnamese.markdown(content)
+    assert "| -10.0 (-2" in text
     assert "| full (slides) |" in text and "F1 neutral, %" in text and "Not complete" in text
     assert "/data/" not in json.dumps(content["tasks"])  # no path of the machine
 
