@@ -115,7 +115,7 @@ def lora_grouped(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """What ``lora_grouped_`` adds to y, a row at a time: :func:`lora_delta` of each row's factors, with one mask."""
+    """Returns what ``lora_grouped_`` adds to y: :func:`lora_delta` of each row's factors, row by row, with one mask."""
     pairs = [
         pair
         for A, B in zip(lora_As, lora_Bs, strict=True)

@@ -95,7 +95,7 @@ def list_parts(facts: dict[str, str], home: Path | None, cores: int, library: Pa
 
 
 def list_dry_parts(facts: dict[str, str], home: Path | None) -> list[Part]:
-    """What of the check runs without a GPU: compiling for the card, collecting the tests, the benchmarks on the CPU."""
+    """Lists the parts that run without a GPU: compiling, collecting the tests, and the benchmarks on the CPU."""
     python = sys.executable
 
     def bench(script: str, *arguments: str, name: str = "", shapes: str = "") -> Part:

@@ -7,7 +7,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 DATA_PARALLEL = (DistributedDataParallel, DataParallel)
 KEY_PREFIX = "base_model.model."
-"""Of all keys in the state of a PeftModel, and in PEFT's files."""
+"""Prefix of all keys in the state of a PeftModel, and in PEFT's files."""
 
 
 class WrapsModel:

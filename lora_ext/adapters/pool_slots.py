@@ -1,4 +1,4 @@
-"""Which adapter is in which slot of a pool: least-recently-used eviction, users, pins, and threads that wait."""
+"""Assigns adapters to the slots of a pool: least-recently-used eviction, users, pins, and threads that wait."""
 
 from __future__ import annotations
 

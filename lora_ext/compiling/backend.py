@@ -15,7 +15,9 @@ from lora_ext.nn.input_groups import InputGroup, InputGroups
 
 
 class SharingBackend:
-    """What :func:`share_inputs` returns. PyTorch compiles again for another one, but not for a copy.
+    """A backend of ``torch.compile``, made by :func:`share_inputs`.
+
+    PyTorch compiles a model again for another backend, but not for a copy of the same one.
 
     Attributes:
         backend: the name or function of the backend that compiles the changed graphs.

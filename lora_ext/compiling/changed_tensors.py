@@ -1,4 +1,4 @@
-"""Which tensors a node of Dynamo's graph may change. These graphs have in-place operations and views."""
+"""Finds the tensors that a node of Dynamo's graph may change. These graphs have in-place operations and views."""
 
 from __future__ import annotations
 

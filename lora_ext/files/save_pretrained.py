@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` of an adapted model writes: never the model's own keys, which ``from_pretrained`` misreads.
+"""``save_pretrained`` of an adapted model: never writes the model's own keys, which ``from_pretrained`` misreads.
 
 - A merged model: what the library writes of the base model, with the merged weights.
 - Otherwise the adapters, as PEFT does: :func:`~lora_ext.save_adapter`'s two files, for adapters other than "default" in

@@ -1,4 +1,4 @@
-"""What ``target_modules="all-linear"`` means in a mixture of experts.
+"""Defines ``target_modules="all-linear"`` in a mixture of experts.
 
 Since version 5, Transformers keeps a mixture's experts as 3-dimensional parameters and its routers as modules with a
 bare weight. PEFT adapts them as ``target_parameters`` in the architectures that Transformers' table names.

@@ -41,7 +41,7 @@ class PoolLayers:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """By path, the dtype that a new low-rank adapter has there."""
+        """Maps the path of each layer to the dtype of a new low-rank adapter."""
         return {part.path: part.adapter.lora_A.dtype for part in self.adapter.parts if part.path in self.found}
 
 

@@ -28,7 +28,7 @@ class MergeError:
 
 @dataclasses.dataclass(eq=False)
 class QuantizedRecord:
-    """What restores a quantised weight, in place of a :class:`~lora_ext.merging.weights.MergeRecord`.
+    """Restores a quantised weight; takes the place of a :class:`~lora_ext.merging.weights.MergeRecord`.
 
     Attributes:
         lora_A: ``[r, in_features]``, float32.

@@ -1,7 +1,7 @@
-"""What a method of lora_ext.methods trains in a model next to adapters, and how it is saved.
+"""Saves the modules that a method of lora_ext.methods trains in a model next to adapters.
 
-The parts below lora_ext/methods know methods by this alone: their parameters belong to no adapter, but are no longer
-the base model's.
+Modules below lora_ext/methods know a method only through this interface. A method's parameters belong to no adapter and
+are not the base model's either.
 """
 
 from __future__ import annotations

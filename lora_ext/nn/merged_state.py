@@ -1,4 +1,4 @@
-"""Which adapters are merged travels with the ``state_dict``, so that no update is counted twice or lost.
+"""Keeps in the ``state_dict`` which adapters are merged, so that no update is counted twice or lost.
 
 A merged layer adds one small tensor to its state, the names of its merged adapters; a layer with nothing merged adds
 nothing, and its keys are exactly those of its parameters and buffers.

@@ -1,4 +1,4 @@
-"""What merging and adapting need to know of a quantised weight; one subclass for each format."""
+"""Describes a quantised weight to merging and injection; one subclass for each format."""
 
 from __future__ import annotations
 

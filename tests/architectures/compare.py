@@ -25,7 +25,7 @@ NEW_TOKENS = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found for one architecture and one choice of targets.
+    """The result of comparing one architecture with PEFT for one choice of targets.
 
     Attributes:
         layers: number of modules and parameters that PEFT adapts; 0 if PEFT refuses, or its forward fails.

@@ -147,7 +147,7 @@ def noisy_latents_of_sd3() -> dict[str, Tensor]:
 
 
 def noisy_patches() -> dict[str, Tensor]:
-    """What Flux denoises: patches and text, each with positions."""
+    """Inputs of Flux: noisy patches and text, each with positions."""
     positions = {"img_ids": torch.randint(4, (16, 3)).double(), "txt_ids": torch.zeros(5, 3, dtype=torch.float64)}
     inputs = noisy_latents()
     text = {"encoder_hidden_states": inputs["encoder_hidden_states"], "pooled_projections": _random(16)}

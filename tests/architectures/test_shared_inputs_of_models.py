@@ -1,4 +1,4 @@
-"""Which layers of Transformers' models are computed together, natively and under PEFT, with unchanged results."""
+"""Tests which layers of Transformers' models are computed together, natively and under PEFT, with unchanged results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sentence-transformers and diffusers save of injected models, and parts of models that save themselves."""
+"""Tests how sentence-transformers and diffusers save injected models, and parts of models that save themselves."""
 
 from __future__ import annotations
 

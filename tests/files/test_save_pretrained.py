@@ -1,4 +1,4 @@
-"""What save_pretrained of an injected model writes loads by the documented calls, or fails to load."""
+"""Tests that files of save_pretrained of injected models load by the documented calls, or fail to load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models take ``adapter_names``: injected ones and their copies, instead of swallowing it in ``**kwargs``."""
+"""Tests which models take ``adapter_names``: injected ones and their copies; others refuse it, despite ``**kwargs``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which merges wait for a GPU, tested without one: to read a value of a fake tensor raises an error."""
+"""Tests which merges wait for a GPU, without one: reading a value of a fake tensor raises an error."""
 
 from __future__ import annotations
 

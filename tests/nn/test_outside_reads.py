@@ -150,7 +150,7 @@ class Reader(nn.Module):
 
 
 def test_a_layer_that_runs_in_some_calls_only():
-    """What decides is the first whole call after the one in which the weight was read first."""
+    """The first whole call after the one that first reads the weight decides."""
     calls = iter([False, True, False, False])
     model, x = adapted(Reader(lambda: next(calls)), "read"), torch.randn(2, 4)
     with no_warnings():

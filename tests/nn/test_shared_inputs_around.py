@@ -171,7 +171,7 @@ def test_activation_checkpointing(reentrant, forwards, calls):
 
 
 def test_selective_checkpointing():
-    """Which replays the operations of the first forward by their order."""
+    """Selective checkpointing replays the operations of the first forward by their order."""
 
     def policy(_, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mul.Tensor else CheckpointPolicy.PREFER_RECOMPUTE

@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 class Ragged(nn.Module):
-    """What PyTorch computes of nested tensors."""
+    """A model of layers that PyTorch applies to nested tensors."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def start(request, tmp_path_factory) -> tuple[nn.Module, Path]:
 
 @pytest.fixture(scope="module")
 def with_peft(start, tmp_path_factory) -> Iterator[Callable[[str], list[float]]]:
-    """What PEFT's model gives for a run; each is run once."""
+    """Returns the losses of PEFT's model for a run; each run is done once."""
     found: dict[str, list[float]] = {}
 
     def of(name: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""What ``for_trl`` returns: every function takes it, PeftModel's methods work, and saving writes what loads."""
+"""Tests ``for_trl``: every function takes its model, PeftModel's methods work, and saved files load."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ WARM_UP = 0.3  # share of the time after which memory is measured first
 
 @dataclasses.dataclass
 class Outcome:
-    """What a soak found.
+    """The result of a soak.
 
     Attributes:
         done: how often each action ran.

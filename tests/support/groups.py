@@ -27,7 +27,7 @@ class Grouped:
         return replace(self, lora_As=As, lora_Bs=Bs, **tensors)
 
     def choice(self) -> tuple:
-        """What says which rows use what: the arguments after the factors."""
+        """Returns the arguments after the factors: which rows use which factors."""
         return self.group_of_row, self.scalings, self.ranks
 
     def args(self) -> tuple:

@@ -33,7 +33,7 @@ _OF_CONSTRUCTOR = ("slurm_python", "slurm_max_num_timeout")
 
 @dataclass(frozen=True)
 class Launch:
-    """Where the runs go.
+    """Tells where the runs of a comparison are executed.
 
     Attributes:
         launcher: "local", for processes of this machine, or "submitit", for jobs.

@@ -1,4 +1,4 @@
-"""Which weights a run keeps, and how much a text of each class counts in its loss."""
+"""Selects the weights that a run keeps, and weights the classes in its loss."""
 
 from __future__ import annotations
 
