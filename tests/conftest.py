@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="without the files and tests marked full")
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests create their tensors")
-    parser.addoption("--lives", type=int, default=60, help="number of models that go through random operations")
+    parser.addoption("--lives", type=int, default=30, help="number of models that go through random operations")
 
 
 def no_cuda_reason() -> str:
@@ -36,6 +36,7 @@ def no_cuda_reason() -> str:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: takes long; left out by --quick (make test-quick)")
     config.addinivalue_line("markers", "slow: takes minutes; skipped without --slow (make test-full)")
+    config.addinivalue_line("markers", "pairs: without --slow, every pair of the parameters' values, not their product")
     config.addinivalue_line("markers", "large: wants gigabytes of memory; a GPU check runs these one at a time")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
     if config.getoption("--device") == "cuda":
@@ -67,10 +68,27 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    excess: list[pytest.Item] = []
     if config.getoption("--quick"):
-        full = [item for item in items if item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=full)
-        items[:] = [item for item in items if item not in full]
+        excess += [item for item in items if item.get_closest_marker("full")]
+    if not config.getoption("--slow"):
+        excess += _beyond_pairs([item for item in items if item.get_closest_marker("pairs")])
+    config.hook.pytest_deselected(items=excess)
+    left_out = set(excess)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _beyond_pairs(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Returns the half of each product of three or more parameters without which every pair of values is left."""
+    numbers: dict[tuple[str, int], dict[str, int]] = {}  # of a parameter's values, in order
+    found = []
+    for item in items:
+        function, ids = item.nodeid.partition("[")[0], item.callspec._idlist
+        assert len(ids) > 2, f"{function}: the mark pairs is for three or more parameters"
+        known = [numbers.setdefault((function, i), {}) for i in range(len(ids))]
+        if sum(values.setdefault(name, len(values)) for values, name in zip(known, ids, strict=True)) % 2 == 1:
+            found.append(item)
+    return found
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

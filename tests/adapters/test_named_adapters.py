@@ -29,7 +29,6 @@ from lora_ext.adapters import (
 ALIVE = {"lora_alpha": 8, "init_lora_weights": False}
 FIRST = LoraConfig(r=2, target_modules=["up", "down"], modules_to_save=["head"], **ALIVE)
 SECOND = LoraConfig(r=3, target_modules=["up"], **ALIVE)
-THIRD = LoraConfig(r=1, target_modules=["down", "head"], use_rslora=True, **ALIVE)
 
 
 def three() -> Net:

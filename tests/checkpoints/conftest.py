@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from support.checkpoint_files import peft_adapter
+from support.checkpoint_records import make_files
 from support.models import llama
 
 
@@ -14,3 +17,16 @@ def llama_files(tmp_path: Path) -> tuple[Path, Path]:
     model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
     peft_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
     return tmp_path / "base", tmp_path / "adapter"
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Path:
+    """A base, and a checkpoint merged from it with a record, for the tests of records."""
+    return make_files(tmp_path_factory.mktemp("record"))
+
+
+@pytest.fixture
+def merged(files, tmp_path, monkeypatch) -> Path:
+    """A copy of the merged checkpoint that a test may change."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    return Path(shutil.copytree(files / "merged", tmp_path / "merged"))

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoint_records import INDEX, make_files, outcome, resigned
+from support.checkpoint_records import INDEX, outcome, resigned
 
 from lora_ext.checkpoints.digests import TextDigest
 from lora_ext.checkpoints.record_format import FileRecord
 from lora_ext.files.safetensors_format import encode_header, header_bytes, read_header
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return make_files(tmp_path_factory.mktemp("record"))
-
-
-@pytest.fixture
-def merged(files, tmp_path, monkeypatch) -> Path:
-    """A copy of the merged checkpoint that a test may change."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    return Path(shutil.copytree(files / "merged", tmp_path / "merged"))
 
 
 def forged(merged: Path, name: str, parts: dict[str, torch.Tensor], **tensors) -> None:

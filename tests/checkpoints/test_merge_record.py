@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_files import peft_adapter, snapshot, tensors_of
-from support.checkpoint_records import INDEX, make_files, outcome, resigned
+from support.checkpoint_records import INDEX, outcome, resigned
 from support.models import llama
 from torch import nn
 
@@ -23,18 +23,6 @@ from lora_ext.checkpoints.record_format import Manifest
 from lora_ext.files.safetensors_format import header_bytes, read_header
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return make_files(tmp_path_factory.mktemp("record"))
-
-
-@pytest.fixture
-def merged(files, tmp_path, monkeypatch) -> Path:
-    """A copy of the merged checkpoint that a test may change."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    return Path(shutil.copytree(files / "merged", tmp_path / "merged"))
 
 
 def places(path: Path) -> Iterator[tuple[str, int]]:

@@ -16,7 +16,7 @@ def test_cmake_builds_the_kernels_and_their_tests_pass():
     assert cmake and ctest, "cmake is a dependency of the test extra: pip install 'lora_ext[test]'"
     folder = ROOT / "build" / "cpp"
     for command in (
-        [cmake, "-S", ROOT, "-B", folder, "-DCMAKE_CXX_FLAGS_RELEASE=-O1"],  # half the time of -O3, as setup.py builds
+        [cmake, "-S", ROOT, "-B", folder, "-DCMAKE_CXX_FLAGS_RELEASE=-O0"],  # a quarter of the time of -O1
         [cmake, "--build", folder, "--parallel", "2"],
         [ctest, "--test-dir", folder, "--output-on-failure"],
     ):

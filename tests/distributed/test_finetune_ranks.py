@@ -34,10 +34,7 @@ OPTIONS += ["--lora-dropout", "0", "--ema-decay", "0.5", "--learning-rate", "0.0
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[str]:
     top = tmp_path_factory.mktemp("inputs")
-    model = tiny_classifier.save_model(top / "model")
-    config = json.loads((model / "config.json").read_text())
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (model / "config.json").write_text(json.dumps(config | no_dropout))
+    model = tiny_classifier.save_model(top / "model", **tiny_classifier.NO_DROPOUT)
     data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(40))  # 32 to train on: 4 steps
     return ["--model", str(model), "--data", str(data)]
 

@@ -53,5 +53,6 @@ def run_script(name: str, *arguments: str | Path) -> Any:
         OMP_NUM_THREADS="1",  # a process that has started threads cannot fork
         PYTHONDONTWRITEBYTECODE="1",
     )
-    assert result.returncode == 0, f"{name} {' '.join(map(str, arguments))}\n{result.stdout[-2000:]}\n{result.stderr}"
+    said = f"{name} {' '.join(map(str, arguments))}: {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr}"
+    assert result.returncode == 0, said
     return json.loads(result.stdout.splitlines()[-1])

@@ -40,4 +40,4 @@ def run(resume: bool) -> None:
 
 
 how = {"marker": "compare-settings.json", "left_alone": ["compare.md"]}
-print(json.dumps({kind: try_calls(run, out, kind, step, **how) for kind in kinds}))
+print(json.dumps(try_calls(run, out, kinds, step, **how)))

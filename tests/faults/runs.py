@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from faults.tries import Fault, attempt
+from faults.tries import Fault, Outcome, attempt
 from lora_ext.tasks.comparison import compare
 from lora_ext.tasks.finetune import results
 from lora_ext.tasks.shared.whole_files import write_whole
@@ -52,23 +54,25 @@ def _without_times(content: Any) -> Any:
 def try_calls(
     run: Callable[[bool], None],
     out: Path,
-    kind: str,
+    kinds: Sequence[str],
     step: int,
     *,
     marker: str,
     left_alone: Sequence[str] = (),
     check: Callable[[dict[str, Any]], None] = lambda expected: None,
-) -> dict[str, Any]:
-    """Runs ``run(resume)`` with the fault at every ``step``-th call, and resumes it.
+) -> dict[str, dict[str, Any]]:
+    """Runs ``run(resume)`` with each kind of fault at its first call and at some of the others, and resumes it.
 
     Args:
         run: writes its results to ``out``; calls below the parent of ``out`` are counted.
+        step: distance between the tried calls of all kinds, which take turns: with three kinds and a step of 30, the
+            first one meets calls 1, 31, 121, 211 ..., the second one 1, 61, 151 ... With a step of 1, every call.
         marker: the file that marks a run that can be resumed.
         left_alone: names of files that differ from run to run.
         check: checks ``out`` after a fault; gets the results of a run without faults.
 
     Returns:
-        ``calls`` of a whole run, ``tries``, and ``kinds``: the number of failed calls by name.
+        For each kind, ``calls`` of a whole run, ``tries``, and ``kinds``: the number of failed calls by name.
     """
 
     def prepare() -> None:
@@ -78,31 +82,40 @@ def try_calls(
     def written() -> dict[str, Any]:
         return {name: content for name, content in content_of(out).items() if name not in left_alone}
 
-    prepare()
-    first = attempt(lambda: run(False), Fault(out.parent))
-    assert first.ended == "returned", first
-    expected = written()
-    at, tries, kinds = 1, 0, {}
-    while True:
+    def try_call(kind: str, at: int) -> Outcome | None:
+        """Returns the outcome, or None if there are fewer calls."""
         prepare()
         outcome = attempt(lambda: run(False), Fault(out.parent, kind, at))
         if outcome.ended == "returned" and outcome.calls < at:
-            return {"calls": first.calls, "tries": tries, "kinds": kinds}
-        tries += 1
+            return None
         where = (kind, at, outcome)
         if kind == "kill":
             assert outcome.ended in ("killed", "returned"), where
         else:
             assert outcome.ended == "raised" and outcome.error == "WriteError", where
             assert len(outcome.message.splitlines()) == 1 and "cannot be written: " in outcome.message, where
-            kinds[outcome.last] = kinds.get(outcome.last, 0) + 1
         if out.exists():
             check(expected)
         resume = (out / marker).is_file()
-        again = attempt(lambda resume=resume: run(resume), Fault(out.parent))
+        again = attempt(lambda: run(resume), Fault(out.parent))
         assert again.ended == "returned", (where, again)
         found = written()
         different = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
         assert not different, (where, different)
         assert not list(out.rglob(".*")), where
-        at += step
+        return outcome
+
+    prepare()
+    first = attempt(lambda: run(False), Fault(out.parent))
+    assert first.ended == "returned", first
+    expected, results = written(), {}
+    for number, kind in enumerate(kinds, 1):
+        later = itertools.count(2) if step == 1 else itertools.count(1 + number * step, len(kinds) * step)
+        outcomes = [try_call(kind, 1)]
+        while outcomes[-1] is not None:
+            at = next(later)
+            # The number of calls that take space is unknown.
+            outcomes.append(try_call(kind, at) if at <= first.calls or kind == "disk full" else None)
+        failed = Counter(outcome.last for outcome in outcomes[:-1] if kind != "kill")
+        results[kind] = {"calls": first.calls, "tries": len(outcomes) - 1, "kinds": failed}
+    return results

@@ -1,8 +1,9 @@
 """Tests finetune and compare with a kill, a full disk or a read-only disk at calls that change files.
 
 Files under their final names are whole, an error is one line, and ``--resume`` ends with the bits of a run without
-faults. A run on a tiny model makes about a hundred such calls, and each try is two runs of a second. So every 31st call
-is tried, which varies the file and the kind of call; ``make test-full`` tries them all.
+faults. A run on a tiny model makes about a hundred such calls, and each try is two runs of a second. So the first call
+and every 30th are tried, which varies the file and the kind of call: the first call meets every fault, the others take
+turns. ``make test-full`` tries every fault at every call.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ KINDS = ["kill", "disk full", "read-only"]
 
 
 SCRIPTS = {
-    "finetune_faults": [",".join(KINDS), "31", "lora"],
-    "compare_faults": [",".join(KINDS), "31"],
+    "finetune_faults": [",".join(KINDS), "30", "lora"],
+    "compare_faults": [",".join(KINDS), "30"],
     "small_commands_faults": [],
 }
 
@@ -37,7 +38,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
 def test_some_calls(results, script):
     assert "failed" not in results[script], results[script]["failed"]
     for kind, found in results[script].items():
-        assert found["calls"] > 50 and found["tries"] >= (1 if kind == "disk full" else found["calls"] // 32)
+        assert found["calls"] > 90 and found["tries"] >= 2
         assert kind == "kill" or len(found["kinds"]) > 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from faults import run_script
 from faults.saving import adapted
 from peft import PeftConfig
 from peft.utils import load_peft_weights
-from support.processes import environment
+from support.processes import Forked
 from torch import nn
 
 from lora_ext import load_adapter, save_adapter
@@ -62,15 +61,8 @@ def alpha_of(directory: Path) -> int:
 def test_concurrent_savers_and_readers_see_whole_adapters(tmp_path):
     """Two processes with two threads each; some are paused, so that others meet half-done saves."""
     directory = tmp_path / "saved"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "faults.saving", str(directory), str(first), str(first + 1)],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for first in (1, 3)
-    ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    processes = [Forked("-m", "faults.saving", directory, first, first + 1, **pipes, text=False) for first in (1, 3)]
     try:
         for process in processes:
             assert process.stdout.readline() == b"ready\n"

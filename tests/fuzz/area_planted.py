@@ -76,10 +76,6 @@ def _changes_without_a_trace(x: Tensor, size: int) -> Tensor:
     return x.clone()
 
 
-def _mixes_devices(x: Tensor, size: int) -> Tensor:
-    return x.clone()
-
-
 _CALLS = itertools.count()
 
 

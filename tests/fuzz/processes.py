@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from support.processes import Forked
+
 from .outcomes import POISON, Finding
+from .worker import is_sanitized
 
 _TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Limits; a case takes milliseconds. Processor time, because other processes can delay this one; clock time, for a case
@@ -54,7 +57,7 @@ class Worker:
     ):
         self.area, self.folder = area, folder
         self.processor_seconds, self.clock_seconds = processor_seconds, clock_seconds
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._child = 0  # process id of the child that runs the cases
         self._errors: Any = None
         self._said_before = 0  # offset in _errors at which the child's words begin
@@ -100,21 +103,23 @@ class Worker:
         self.stop()
 
     def _start(self) -> None:
-        environment = {
-            **os.environ,
-            # The working directory has the library of a sanitizer.
-            "PYTHONPATH": os.pathsep.join(filter(None, [_TESTS, os.getcwd(), os.environ.get("PYTHONPATH", "")])),
+        variables = {
             "PYTHONFAULTHANDLER": "1",
             "FUZZ_FOLDER": self.folder,
             "OMP_WAIT_POLICY": "passive",
             "OPENBLAS_NUM_THREADS": "1",  # a process that has started threads cannot fork under ThreadSanitizer
             "MALLOC_PERTURB_": str(POISON ^ 0xFF),  # the C library fills new memory with its complement
         }
-        command = [sys.executable, "-m", "fuzz.worker", self.area]
+        arguments = "-m", "fuzz.worker", self.area
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the process
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         # Cases write to relative paths, too.
-        self._process = subprocess.Popen(command, **streams, env=environment, cwd=self.folder)
+        how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "cwd": self.folder}
+        if is_sanitized():
+            path = [_TESTS, os.getcwd(), os.environ.get("PYTHONPATH", "")]  # the second has the sanitizer's library
+            variables = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+            self._process = subprocess.Popen([sys.executable, *arguments], env=variables, **how)
+        else:
+            self._process = Forked(*arguments, text=False, **how, **variables)
         self._unread = b""
         self._child = self._process.pid  # it imports
         self._wait_for_child()

@@ -9,6 +9,7 @@ its child has {"ended": exit code} as its outcome, and the next child says {"rea
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -19,11 +20,16 @@ import traceback
 import warnings
 from typing import Any
 
+_M_PERTURB = -6  # of malloc.h
 _ADDRESS_SPACE = 2 << 30  # bytes beyond python and torch; larger requests are refused
 
 
+def is_sanitized() -> bool:
+    return "san.so" in os.environ.get("LD_PRELOAD", "")
+
+
 def _limit_memory() -> None:
-    if "san.so" in os.environ.get("LD_PRELOAD", ""):
+    if is_sanitized():
         return  # a sanitizer's own tables take terabytes of address space
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
@@ -46,6 +52,8 @@ def main() -> None:
     from .areas import make_case
     from .choices import Choices
 
+    if not is_sanitized():
+        ctypes.CDLL(None).mallopt(_M_PERTURB, int(os.environ["MALLOC_PERTURB_"]))  # which is read when Python starts
     torch.set_num_threads(1)  # a process that has started threads cannot fork
     make_case(area, Choices(0))  # imports the area's modules
 

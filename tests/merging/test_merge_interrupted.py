@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.merged_models import all_same, assert_restores, hard_layer, hard_model, merged_sets, refused, weights
 from support.merging import same_bits
-from support.processes import run_python
+from support.processes import run_forked
 from torch import nn
 
 from lora_ext import functional, merge, unmerge
@@ -112,7 +112,7 @@ assert not any(map(torch.equal, weights, before))
     ids=["factors", "records, 16", "records, 40", "records, 80", "records, 120"],
 )
 def test_out_of_memory_in_an_op(script):
-    result = run_python("-c", script)
+    result = run_forked("-c", script)
     assert result.returncode == 0, result.stderr
 
 

@@ -88,6 +88,7 @@ def by_hand(model: PreTrainedModel, ids: Tensor, special: Tensor, num_prefix: in
     return text
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("lengths", [(NUM_PREFIX, 0), (0, NUM_INFIX), (NUM_PREFIX, NUM_INFIX)])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", EVERY)
@@ -228,6 +229,7 @@ def states_of(model: PreTrainedModel) -> list[Tensor]:
     return [layer.prefix_states.weight.detach() for _, layer in layers_of(model, architecture_of(model, "test"))]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 @pytest.mark.parametrize("family", EVERY)

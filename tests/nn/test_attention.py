@@ -22,6 +22,7 @@ from lora_ext.adapters import (
 )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -70,6 +71,7 @@ def _masks(kind: str, batched: bool, length: int) -> dict[str, Any]:
     }[kind]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"add_bias_kv": True, "add_zero_attn": True}])

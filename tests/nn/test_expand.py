@@ -26,6 +26,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("chunk", [1, 16, 50, 10**6])
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.float64)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -29,6 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 65), (8, 65), (2, 4, 65), (9, 65), (32, 65), (33, 65), (0, 65), (65,)])
 @pytest.mark.parametrize("has_bias", [True, False])

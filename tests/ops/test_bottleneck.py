@@ -87,6 +87,7 @@ def assert_as_good_as_torch(shape, dtypes, activation="relu", **options) -> None
     assert_errors_as_plain(compared, *dtypes)
 
 
+@pytest.mark.pairs
 @pytest.mark.full
 @pytest.mark.parametrize("own_residual", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))

@@ -25,6 +25,7 @@ OF_X = ("x", "weight", "weights", "bias", "biases", "base", "bases", "y", "grad_
 FORWARDS = ("lora_linear", "lora_linear_siblings", "lora_delta_siblings", "lora_shrink", "lora_expand")
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("op", [op for op in HAVE_KERNELS if "merge" not in op])

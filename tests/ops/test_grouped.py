@@ -75,6 +75,7 @@ CASES = {
 }
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("name", CASES)
@@ -96,6 +97,7 @@ def test_gradcheck():
 # --- the bits of lora_delta_ ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @of_delta
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))

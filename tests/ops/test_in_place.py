@@ -96,6 +96,7 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,6 +182,7 @@ def merge_call(op: str, make: Callable[[], Tensor]) -> dict:
     return call
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("op", MERGES)

@@ -43,6 +43,7 @@ def assert_as_good_as_torch(layers: list[Layer], dropout_p: float = 0.0) -> None
     assert_errors_as_plain(compared, layers[0].x.dtype, layers[0].lora_A.dtype)
 
 
+@pytest.mark.pairs
 @pytest.mark.full
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))

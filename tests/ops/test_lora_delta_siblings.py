@@ -42,6 +42,7 @@ def forward_backward(function, siblings: Siblings, dropout_p: float) -> dict[str
     return dict(zip(names, (*(y.detach() for y in ys), *grads[1:]), strict=True)) | {"grad_x": grads[0]}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -70,6 +71,7 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("num_tokens", [3, 70])
 @pytest.mark.parametrize("scaling", [0.0, 1.0])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))

@@ -14,7 +14,7 @@ from support.layers import (
     random_layers,
     relative_error,
 )
-from support.processes import run_python
+from support.processes import run_forked
 from support.properties import given, settings, st
 
 from lora_ext import functional, reference
@@ -22,6 +22,7 @@ from lora_ext import functional, reference
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -197,5 +198,5 @@ def test_recovers_from_running_out_of_memory():
         call(300)
         print("recovered")
     """
-    result = run_python("-c", code)
+    result = run_forked("-c", code)
     assert "refused:" in result.stdout and "recovered" in result.stdout, (result.returncode, result.stderr[-2000:])

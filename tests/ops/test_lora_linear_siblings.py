@@ -76,6 +76,7 @@ def assert_as_good_as_torch(
     assert_errors_as_plain(results, siblings[0].x.dtype, siblings[0].layers[0].lora_A.dtype)
 
 
+@pytest.mark.pairs
 @pytest.mark.full
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
@@ -124,6 +125,7 @@ def assert_equals_one_by_one(siblings: Siblings | list[Siblings], dropout_p: flo
     assert error <= 2 * separate_error + floor * exact_grad_x.norm()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("shape", SIBLINGS, ids=str)

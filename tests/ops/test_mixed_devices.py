@@ -54,6 +54,7 @@ def test_there_is_a_good_call_of_every_op():
     assert places == {(op, name) for op, names in tensors.items() for name in names}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("use", [lambda call: call, unused], ids=["used", "unused"])
 @pytest.mark.parametrize(("op", "name", "i"), PLACES)

@@ -68,6 +68,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.pairs
 @pytest.mark.full
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))

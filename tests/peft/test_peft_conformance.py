@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import run_python
+from support.processes import run_forked
 
 pytestmark = pytest.mark.full
 
@@ -90,7 +90,7 @@ def test_conforming_layers(tmp_path):
 
 def test_a_difference_fails_and_rounding_is_tried_again(tmp_path):
     first = "import zlib; FIRST = zlib.crc32(b'tests/test_custom_models.py::test_lora_at_a_float_s_mercy')\n"
-    done = run_python("-c", FORKED, *save(tmp_path, TESTS + ONLY_PEFT + first + ROUNDING), OMP_NUM_THREADS="1")
+    done = run_forked("-c", FORKED, *save(tmp_path, TESTS + ONLY_PEFT + first + ROUNDING), OMP_NUM_THREADS="1")
     assert done.returncode == 1
     assert "PEFT alone: 1 failed, 3 passed, 1 skipped\nwith lora_ext: 3 failed, 1 passed, 1 skipped\n" in done.stdout
     assert "through lora_ext: 1 calls of lora_linear, 1 calls of merge_all_" in done.stdout
@@ -111,7 +111,7 @@ def test_layers_that_never_ran_fail(monkeypatch):
 
 
 def test_a_tree_that_cannot_be_tested(tmp_path):
-    done = run(tmp_path, "import no_such_module")
+    done = run_forked("-c", FORKED, *save(tmp_path, "import no_such_module"), OMP_NUM_THREADS="1")
     assert done.returncode == 1 and "pytest ended with 2" in done.stderr and "no_such_module" in done.stderr
     done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "absent")], capture_output=True, text=True)
     assert done.returncode == 1 and "is not a source tree of peft" in done.stderr and "PEFT_SOURCE" in done.stderr

@@ -141,6 +141,7 @@ def test_merge_and_unload_leaves_a_quantised_model(format):
     torch.testing.assert_close(model(x), other(x), rtol=0, atol=0.02 * other(x).abs().max().item())
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("merged_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
@@ -221,6 +222,7 @@ def test_a_merged_model_that_is_not_dequantised_stays_merged():
     unmerge(model)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("merged", [(), ("a",)], ids=str)
 @pytest.mark.parametrize("failing", ["dense", "quantised"])
 @pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])

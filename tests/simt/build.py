@@ -15,7 +15,7 @@ CACHE = ROOT / "build" / "simt"
 _OBJECTS = ObjectCache(CACHE)
 locked = _OBJECTS.locked
 
-COMMON_FLAGS = ["-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+COMMON_FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 RUNTIME_FLAGS = [*COMMON_FLAGS, "-O2"]
 KERNEL_FLAGS = [
     *COMMON_FLAGS,

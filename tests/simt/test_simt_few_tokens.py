@@ -35,6 +35,7 @@ def run_kernel(siblings: Siblings, dropout_p: float, **options) -> dict[str, Ten
     return {f"y[{i}]": y for i, y in enumerate(forward.ys)}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("sizes", [[(40, 8)], [(33, 5), (16, 64), (130, 1)]], ids=["one", "three"])
 @pytest.mark.parametrize(
     ("tokens", "in_features", "dropout_p"),

@@ -145,6 +145,7 @@ def test_infinite_inputs_leave_the_gradients_of_unused_ranks_zero(dtypes):
     assert not grad_A[3:].any() and not grad_B[:, 3:].any() and grad_A[:3].isnan().any()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16)], ids=str)
 @pytest.mark.parametrize("library", [kernels, few_blocks])
 @pytest.mark.parametrize("num_tokens", [20, 530])

@@ -94,6 +94,7 @@ def assert_as_good_as_torch(siblings: Siblings, dropout_p: float = 0.0, **option
     return ours
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("count", SIBLINGS)
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 100])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_name)
@@ -102,6 +103,7 @@ def test_dtypes_and_ranks(dtypes, rank, count):
     assert_as_good_as_torch(siblings_of(count, (21, 72, 40, rank), dtypes), 0.3 * (rank % 2))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("count", SIBLINGS)
 @pytest.mark.parametrize(
     ("shape", "dropout_p"),
@@ -134,6 +136,7 @@ def test_shapes_that_many_blocks_share(dtypes, shape, dropout_p):
     assert_as_good_as_torch(siblings_of(1, shape, dtypes), dropout_p)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("rank", [12, 40])
 @pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (torch.bfloat16, torch.float32)], ids=dtype_name)
@@ -167,6 +170,7 @@ ZEROS = {
 }
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("output_mask", [m for m in product([True, False], repeat=3) if any(m)], ids=wanted_names)
 @pytest.mark.parametrize("shape", ZEROS)
 @pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
@@ -208,6 +212,7 @@ def test_adds_to_what_is_there(dtypes, count):
     assert_as_good_as_torch(siblings, 0.3, add_to=(ys, torch.randn_like(siblings.x)))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("count", SIBLINGS)
 @pytest.mark.parametrize("dtypes", [MAIN_DTYPES[1], MAIN_DTYPES[2]], ids=dtype_name)
 @pytest.mark.parametrize(
@@ -224,6 +229,7 @@ def test_only_wanted_gradients(output_mask, dtypes, count):
     assert [name for name in results if name in ("grad_x", "A[0]", "B[0]")] == sorted(wanted)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("blocks", ["many blocks", "few blocks"])
 @pytest.mark.parametrize(
     ("shape", "count"), [((70, 264, 136, 20), max(SIBLINGS)), ((3, 900, 130, 5), 1), ((300, 24, 16, 17), 1)], ids=str

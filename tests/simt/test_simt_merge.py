@@ -195,6 +195,7 @@ def test_nothing_to_do(dtype):
 # --- every plan, every order of threads -------------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("schedule", [0, 1, 2])
 @pytest.mark.parametrize("blocks", ["many blocks", "few blocks"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+
+from lora_ext.tasks.comparison.processes import _context
 
 SECONDS = 400.0
 """Time for one call. A collective that some rank does not reach raises after half of it."""
@@ -56,7 +57,7 @@ class Ranks:
         return [results[rank] for rank in range(number)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # forked processes inherit OpenMP's threads, which hang
+        context = _context()  # the server that they fork from has imported everything and started no threads
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()

@@ -29,22 +29,19 @@ def save_tokenizer(directory: Path, **options: Any) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(directory)
 
 
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
 def config(**options: Any) -> BertConfig:
-    return BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        num_hidden_layers=options.pop("num_hidden_layers", 2),
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=LENGTH,
-        **options,
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    return BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=LENGTH, **sizes | options)
 
 
-def save_model(directory: Path) -> Path:
+def save_model(directory: Path, **options: Any) -> Path:
+    """Saves a model with ``options`` of :func:`config` and its tokenizer."""
     save_tokenizer(directory)
     torch.manual_seed(0)
-    BertForSequenceClassification(config()).bert.save_pretrained(directory)
+    BertForSequenceClassification(config(**options)).bert.save_pretrained(directory)
     return directory
 
 

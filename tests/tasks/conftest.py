@@ -1,11 +1,28 @@
-"""Settings of a run of seconds, for test files without their own."""
+"""Settings of a run of seconds, for test files without their own; and what makes all runs shorter."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from sys import modules
 
 import pytest
 from support import tiny_classifier
 
 from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.shared.whole_files import write_whole
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rounds_and_no_curves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Times models in few rounds, and draws loss curves in files with ``DRAWS`` only: both take a quarter of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "lora_ext.tasks.finetune.run" in modules:  # its import takes seconds
+            patch.setattr("lora_ext.tasks.finetune.run._SECONDS", 0.0)
+            if not hasattr(request.module, "DRAWS"):
+                draw = lambda path, figure: write_whole(path, b"a picture")  # noqa: E731
+                patch.setattr("lora_ext.tasks.finetune.results.write_picture", draw)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -20,3 +37,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         learning_rate=2e-2,
         max_length=32,
     )
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of compare, sweep, analyze, plan and finetune in one directory."""
+    from support.report_results import results_of_the_session  # imports the Trainer, for seconds
+
+    return results_of_the_session(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on ``results``."""
+    from lora_ext.tasks.report import write_report
+
+    return write_report(results, tmp_path_factory.mktemp("page") / "report.html", say=lambda line: None)

@@ -9,7 +9,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +20,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from support import tiny_classifier
-from support.processes import environment
+from support.processes import Forked
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from lora_ext import cli
@@ -33,6 +32,11 @@ from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings, command_line
 
 pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
+DRAWS = True
+
+
+def unmeasured(settings: Settings, out: Path, **more: Any) -> dict[str, Any]:
+    return finetune(settings, out, measure=False, **more)
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +138,14 @@ def test_checkpoints_are_few_and_hold_no_base_weights(run: tuple[Path, dict[str,
     assert not {"model.safetensors", "pytorch_model.bin"} & names
 
 
-def test_the_seed_decides_the_result(tiny: Settings, run: tuple[Path, dict[str, Any]], tmp_path: Path):
-    finetune(tiny, tmp_path / "same")
-    assert_equal_weights(run[0], tmp_path / "same")
-    finetune(replace(tiny, seed=1), tmp_path / "other")
-    key = next(key for key in adapter_weights(run[0]) if "lora_B" in key)
-    assert not torch.equal(adapter_weights(run[0])[key], adapter_weights(tmp_path / "other")[key])
+def test_the_seed_decides_the_result(tiny: Settings, tmp_path: Path):
+    settings = replace(tiny, epochs=1)
+    for name, seed in (("first", 0), ("same", 0), ("other", 1)):
+        unmeasured(replace(settings, seed=seed), tmp_path / name)
+    assert_equal_weights(tmp_path / "first", tmp_path / "same")
+    first, other = (adapter_weights(tmp_path / name) for name in ("first", "other"))
+    key = next(key for key in first if "lora_B" in key)
+    assert not torch.equal(first[key], other[key])
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
@@ -155,9 +161,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_still_works(
         newest = before
     (newest / name).write_bytes(b"damaged")
     with pytest.raises(TaskError, match=rf"--resume: .*{newest.name} cannot be read .*; delete it to continue from"):
-        finetune(tiny, out, resume=True)
+        unmeasured(tiny, out, resume=True)
     shutil.rmtree(newest)
-    assert finetune(tiny, out, resume=True)["after"] == metrics["after"]
+    assert unmeasured(tiny, out, resume=True)["after"] == metrics["after"]
 
 
 EVERY_STEP = """
@@ -172,14 +178,12 @@ sys.exit(main())
 def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_path: Path, monkeypatch):
     settings = ["--model", tiny.model, "--data", tiny.data, "--target-modules", "query,value", "--epochs", "3"]
     settings += ["--batch-size", "8", "--max-length", "32"]
-    command = [sys.executable, "-c", EVERY_STEP, "finetune"]
     out = tmp_path / "interrupted"
-    process = subprocess.Popen(
-        [*command, *settings, "--out", str(out)],
-        env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())),
+    process = Forked(
+        *("-c", EVERY_STEP, "finetune", *settings, "--out", out),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        OMP_NUM_THREADS=str(torch.get_num_threads()),
     )
     while not list(out.glob("checkpoints/*/trainer_state.json")):  # long before the end of 90 steps
         assert process.poll() is None, process.stdout.read()
@@ -206,9 +210,9 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
 
 def test_resuming_a_finished_run_trains_no_further(tiny: Settings, tmp_path: Path):
     settings = replace(tiny, epochs=1)
-    first = finetune(settings, tmp_path)
+    first = unmeasured(settings, tmp_path)
     weights = adapter_weights(tmp_path)
-    again = finetune(settings, tmp_path, resume=True)
+    again = unmeasured(settings, tmp_path, resume=True)
     assert again["after"] == first["after"] and again["validation"] == first["validation"]
     assert again["train_seconds"] == first["train_seconds"] > 0  # of all parts of the run
     assert again["tokens_per_second"] == first["tokens_per_second"]
@@ -222,7 +226,7 @@ def test_a_test_file_is_the_test_set_and_its_texts_are_not_trained_on(tiny: Sett
     test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", test_rows)
     data = tiny_classifier.save_reviews(tmp_path / "all.csv", rows)
     settings = replace(tiny, data=str(data), test_file=str(test_file), epochs=1)
-    metrics = finetune(settings, tmp_path / "out")
+    metrics = unmeasured(settings, tmp_path / "out")
     assert metrics["examples"]["test"] == 50
     assert metrics["examples"]["train"] + metrics["examples"]["validation"] <= 200 - distinct
 
@@ -235,7 +239,7 @@ def test_every_method_learns_and_resumes(tiny: Settings, tmp_path: Path, method:
     assert_it_has_learned(tmp_path)
     checkpoint = newest_checkpoint(tmp_path)
     shutil.rmtree(checkpoint)
-    again = finetune(settings, tmp_path, resume=True)
+    again = unmeasured(settings, tmp_path, resume=True)
     assert again["after"] == metrics["after"]
     assert again["trainable_parameters"] == metrics["trainable_parameters"] < metrics["total_parameters"] / 2
     assert metrics["adapter_bytes"] < metrics["full_checkpoint_bytes"] / 2
@@ -269,9 +273,9 @@ def test_an_average_is_evaluated_saved_and_resumed(tiny: Settings, tmp_path: Pat
     rate = {"lora": tiny.learning_rate, "full": 5e-3}[method]
     changes = {"learning_rate": rate, "epochs": 2, "schedule": "constant"}
     plain = replace(tiny.with_method(method), **changes)
-    finetune(plain, tmp_path / "plain")
+    unmeasured(plain, tmp_path / "plain")
     settings = replace(plain, ema_decay=0.9)
-    metrics = finetune(settings, tmp_path / "averaged")
+    metrics = unmeasured(settings, tmp_path / "averaged")
     assert metrics["after"]["accuracy"] > 0.6
     file = {"lora": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}[method]
     last, averaged = (load_file(tmp_path / name / file) for name in ("plain", "averaged"))
@@ -281,7 +285,7 @@ def test_an_average_is_evaluated_saved_and_resumed(tiny: Settings, tmp_path: Pat
     trained = load_file(checkpoint / Path(file).name)
     assert all(torch.equal(trained[name], last[name]) for name in last)  # checkpoints hold the trained values
     shutil.rmtree(checkpoint)
-    again = finetune(settings, tmp_path / "averaged", resume=True)
+    again = unmeasured(settings, tmp_path / "averaged", resume=True)
     assert (again["after"], again["validation"]) == (metrics["after"], metrics["validation"])
     resumed = load_file(tmp_path / "averaged" / file)
     assert all(torch.equal(resumed[name], averaged[name]) for name in averaged)
@@ -296,7 +300,7 @@ def test_every_method_learns_in_bfloat16(tiny: Settings, tmp_path: Path, method:
     rates = {"bitfit": 0.1, "head-only": 0.1, "full": 5e-3}
     rate = rates.get(method, tiny.learning_rate)
     changes = {"learning_rate": rate, "precision": "bfloat16", "epochs": 3}
-    metrics = finetune(replace(tiny.with_method(method), **changes), tmp_path)
+    metrics = finetune(replace(tiny.with_method(method), **changes), tmp_path, measure=method == "lora")
     assert_it_has_learned(tmp_path)
     weights = load_file(
         next(tmp_path.glob("adapter/*.safetensors") if method != "full" else tmp_path.glob("model/*.saf*"))
@@ -309,7 +313,7 @@ def test_every_method_learns_in_bfloat16(tiny: Settings, tmp_path: Path, method:
 def test_lora_plus_is_a_higher_rate_of_lora_B_alone(tiny: Settings, tmp_path: Path):
     """AdamW's first step moves each number by its learning rate, or slightly less if the gradient is tiny."""
     settings = replace(tiny, lora_plus_ratio=4.0, epochs=0.01, warmup=0.0, lora_dropout=0.0)
-    finetune(settings, tmp_path)
+    unmeasured(settings, tmp_path)
     trained = adapter_weights(tmp_path)
     moved = {name: tensor.abs().max().item() for name, tensor in trained.items() if "lora_B" in name}  # from zero
     rate = 4 * settings.learning_rate
@@ -335,7 +339,7 @@ def test_all_linear_and_regular_expressions_select_layers(tiny: Settings, tmp_pa
     counts = {}
     for targets in ("all-linear", r"bert\.encoder\.layer\.1\..*(query|value)"):
         settings = replace(tiny, target_modules=targets, epochs=1)
-        counts[targets] = finetune(settings, tmp_path / str(len(counts)))["trainable_parameters"]
+        counts[targets] = unmeasured(settings, tmp_path / str(len(counts)))["trainable_parameters"]
     head = 2 * 32 + 2
     layer = 4 * (4 * 64) + 2 * 4 * (32 + 48)  # query, key, value, output; intermediate, output
     assert list(counts.values()) == [2 * layer + 4 * 64 + head, 2 * (4 * 64) + head]  # the first includes the pooler

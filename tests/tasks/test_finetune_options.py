@@ -34,13 +34,9 @@ pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mar
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of runs whose model has no dropout; 64 texts are for training."""
     directory = tmp_path_factory.mktemp("tiny")
-    tiny_classifier.save_model(directory / "model")
-    config = tiny_classifier.config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    torch.manual_seed(0)
-    BertForSequenceClassification(config).bert.save_pretrained(directory / "model")
     rows = list(dict(tiny_classifier.reviews(200)).items())[:80]
     return Settings(
-        model=str(directory / "model"),
+        model=str(tiny_classifier.save_model(directory / "model", **tiny_classifier.NO_DROPOUT)),
         data=str(tiny_classifier.save_reviews(directory / "reviews.csv", rows)),
         target_modules="query,value",
         r=4,

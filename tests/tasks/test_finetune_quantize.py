@@ -33,15 +33,10 @@ pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mar
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     directory = tmp_path_factory.mktemp("tiny")
-    tiny_classifier.save_tokenizer(directory / "model")
-    torch.manual_seed(0)
-    config = tiny_classifier.config()
-    config.hidden_size, config.intermediate_size = 64, 128  # multiples of bitsandbytes' block size
-    BertForSequenceClassification(config).bert.save_pretrained(directory / "model")
-    data = tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(240))
+    sizes = {"hidden_size": 64, "intermediate_size": 128}  # multiples of bitsandbytes' block size
     return Settings(
-        model=str(directory / "model"),
-        data=str(data),
+        model=str(tiny_classifier.save_model(directory / "model", **sizes)),
+        data=str(tiny_classifier.save_reviews(directory / "reviews.csv", tiny_classifier.reviews(240))),
         quantize="nf4",
         r=4,
         lora_alpha=8,

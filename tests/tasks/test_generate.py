@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from support import tiny_decoder, tiny_gguf
 from support.models import bert, shaken
-from support.processes import environment
+from support.processes import Forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ext import LoraConfig, inject, save_adapter
@@ -319,11 +319,9 @@ sys.exit(main())
 
 
 def test_ctrl_c_ends_it(directory: Path):
-    command = [sys.executable, "-c", SLOW, "generate", "--model", str(directory / "model"), "--adapter"]
-    command += [str(directory / "first"), "--merge", PROMPT, "--max-new-tokens", "200"]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
-    )
+    arguments = ["-c", SLOW, "generate", "--model", directory / "model", "--adapter", directory / "first"]
+    arguments += ["--merge", PROMPT, "--max-new-tokens", "200"]
+    process = Forked(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=False)
     first = os.read(process.stdout.fileno(), 1)
     assert first, process.stderr.read()
     time.sleep(0.3)

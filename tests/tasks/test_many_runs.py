@@ -6,12 +6,11 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from support.processes import environment
+from support.processes import Forked
 
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.comparison import many_runs
@@ -77,23 +76,22 @@ def goes_on(run: Run, directory: Path, runs_here: int, on_progress) -> None:
 
 
 INTERRUPTED = """
-import multiprocessing, sys
+import sys
 from pathlib import Path
 import test_many_runs
-from lora_ext.tasks.comparison import many_runs, processes
+from lora_ext.tasks.comparison import many_runs
 from lora_ext.tasks.comparison.launch import Launch
 from lora_ext.tasks.comparison.many_runs import Run
 from lora_ext.tasks.finetune.settings import Settings
 
 if __name__ == "__main__":
     many_runs._finetune = getattr(test_many_runs, sys.argv[3])
-    processes._context = lambda: multiprocessing.get_context("forkserver")  # without the imports of a real run
     runs = [Run("lora", Settings(seed=seed), "") for seed in range(3)]
     many_runs.run_all(runs, Path(sys.argv[1]), "compare", Launch(jobs=int(sys.argv[2])))
 """
 
 
-def until_begun(process: subprocess.Popen, out: Path, jobs: int) -> list[Path]:
+def until_begun(process: Forked, out: Path, jobs: int) -> list[Path]:
     while len(begun := list(out.glob("runs/lora/*/started"))) < jobs:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -111,13 +109,8 @@ def until_begun(process: subprocess.Popen, out: Path, jobs: int) -> list[Path]:
 )
 def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, send, jobs: int):
     (script := tmp_path / "script.py").write_text(INTERRUPTED)
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path), str(jobs), "counts_interrupts"],
-        env=environment(),
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = [script, tmp_path, jobs, "counts_interrupts"]
+    process = Forked(*arguments, start_new_session=True, stderr=subprocess.PIPE)
     until_begun(process, tmp_path, jobs)
     send(process.pid, signal.SIGINT)
     output = process.communicate(timeout=60)[1]
@@ -128,8 +121,7 @@ def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, se
 
 def test_runs_end_after_their_command_was_killed(tmp_path: Path):
     (script := tmp_path / "script.py").write_text(INTERRUPTED)
-    command = [sys.executable, str(script), str(tmp_path), "2", "goes_on"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = Forked(script, tmp_path, 2, "goes_on", stderr=subprocess.PIPE)
     begun = until_begun(process, tmp_path, 2)
     process.kill()
     process.wait()

@@ -11,22 +11,12 @@ import numpy as np
 import pytest
 from support import browser
 from support.optional import matplotlib  # noqa: F401
-from support.report_results import COMPARE, METHODS, results_of_the_session
+from support.report_results import COMPARE, METHODS
 
 from lora_ext.tasks.report import charts, write_report
 from lora_ext.tasks.report.charts import Bar
 
 pytestmark = [pytest.mark.cpu_only("is about files"), pytest.mark.full]
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return results_of_the_session(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(results, tmp_path_factory.mktemp("page") / "report.html", say=lambda line: None)
 
 
 @pytest.fixture(scope="module")

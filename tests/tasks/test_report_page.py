@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support.optional import matplotlib  # noqa: F401
 from support.processes import run_python
-from support.report_results import ANALYSIS, COMPARE, METHODS, PLAN, SWEEP, change_json, results_of_the_session
+from support.report_results import ANALYSIS, COMPARE, METHODS, PLAN, SWEEP, change_json
 
 from lora_ext.cli import main
 from lora_ext.tasks import TaskError
@@ -27,16 +27,6 @@ from lora_ext.tasks.plan.results import readable
 from lora_ext.tasks.report import write_report
 
 pytestmark = pytest.mark.cpu_only("is about files")
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return results_of_the_session(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(results, tmp_path_factory.mktemp("page") / "report.html", say=lambda line: None)
 
 
 @pytest.fixture
