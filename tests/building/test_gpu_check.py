@@ -332,6 +332,19 @@ def test_report_and_json(tmp_path, logs):
     assert machine_folder(FACTS["card"]) == "nvidia_h100_80gb_hbm3"
 
 
+def test_a_failed_build_is_reported_though_lora_ext_cannot_be_imported(tmp_path, logs, monkeypatch):
+    """The benchmarks, which format the tables, import lora_ext."""
+    monkeypatch.setitem(sys.modules, "bench_grouped", None)
+    path = tmp_path / "gpu_check.json"
+    gpu_report.add_outcome(path, FACTS, Outcome("build", FAILED, 5.0, "python setup.py", "nvcc: error"))
+    text = gpu_report.format_report(gpu_report.read_result(path), FACTS, ["build", "layer"])
+    assert text.endswith("| build | failed | 5 | nvcc: error |\n| layer | not run | 0 | not in this run, nor before |")
+    (logs / "layer.json").write_text("[3]")  # from an earlier run
+    gpu_report.add_outcome(path, FACTS, Outcome("layer", PASSED, 9.0, "python", "good"), "layer.json")
+    text = gpu_report.format_report(gpu_report.read_result(path), FACTS, ["build", "layer"])
+    assert "| layer | passed | 9 | good |\n\nNo tables of the figures, which are in the result file: " in text
+
+
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
