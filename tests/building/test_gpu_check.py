@@ -106,7 +106,7 @@ def test_missing_packages_are_said_before_anything_else(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert caught.value.code == 2
     command = f"{sys.executable} -m pip install 'regex>=2025.10.22' 'ninja>=1.11'"
-    assert said == f"gpu_check: regex and ninja are missing: {command}\n"
+    assert said == f"gpu_check: regex is missing, ninja is missing: {command}\n"
     with pytest.raises(SystemExit):
         gpu_check.say_what_is_missing(builds=False)  # ninja is needed to build only
     assert "regex is missing" in (said := capsys.readouterr().err) and "ninja" not in said
@@ -116,6 +116,20 @@ def test_missing_packages_are_said_before_anything_else(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_check.say_what_is_missing(builds=True)
     assert "no C++ compiler (c++): install g++ 11 or newer" in capsys.readouterr().err
+
+
+def test_packages_that_are_too_old_are_said_before_anything_else(monkeypatch, capsys):
+    versions = {"setuptools": "68.1.2", "torch": "2.11.0+cu130", "pytest": "8", "regex": "2025.9.1"}
+    monkeypatch.setattr(gpu_toolkit.importlib.metadata, "version", lambda name: versions.get(name, "1000"))
+    monkeypatch.setattr(gpu_toolkit, "find_program", lambda name: "/bin/x")
+    with pytest.raises(SystemExit):
+        gpu_check.say_what_is_missing(builds=True)
+    command = f"{sys.executable} -m pip install 'regex>=2025.10.22' 'setuptools>=77'"
+    said = "gpu_check: regex 2025.9.1 is too old, setuptools 68.1.2 is too old"
+    assert capsys.readouterr().err == f"{said}: {command}\n"
+    with pytest.raises(SystemExit):
+        gpu_check.say_what_is_missing(builds=False)
+    assert "setuptools" not in capsys.readouterr().err
 
 
 def test_what_is_looked_for_is_what_the_package_requires():
