@@ -40,9 +40,7 @@ def say_what_is_missing(builds: bool) -> None:
     lines = [gpu_toolkit.missing_compiler()] if builds else []
     if missing := gpu_toolkit.missing_packages(builds):
         requirements = " ".join(f"'{requirement}'" for requirement in missing.values())
-        names = " and ".join(missing)
-        lines.append(f"{names} {'are' if len(missing) > 1 else 'is'} missing: {sys.executable} -m pip install ")
-        lines[-1] += requirements
+        lines.append(f"{', '.join(missing)}: {sys.executable} -m pip install {requirements}")
     if lines := list(filter(None, lines)):
         print("\n".join(f"gpu_check: {line}" for line in lines), file=sys.stderr)
         sys.exit(2)

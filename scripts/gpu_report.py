@@ -81,6 +81,19 @@ def parts_table(result: dict, facts: dict[str, str], order: list[str]) -> list[s
 
 def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
     """Formats tables of the parts, of what was measured, and of measured next to predicted."""
+    lines = [f"{facts['card']}, driver {facts['driver']}, torch {facts['torch']}, nvcc {facts['nvcc']}"]
+    lines[0] += f", commit {facts['commit'][:12]}, {facts['date']}"
+    lines += ["", *parts_table(result, facts, order)]
+    if any(part.get("measured") for part in result["parts"].values()):
+        try:
+            lines += figures_tables(result, facts)
+        except ImportError as error:  # the benchmarks import lora_ext, which may not be built
+            lines += ["", f"No tables of the figures, which are in the result file: {error}"]
+    return "\n".join(lines)
+
+
+def figures_tables(result: dict, facts: dict[str, str]) -> list[str]:
+    """Formats what was measured, and measured next to predicted. ImportError: lora_ext is not built."""
     import bench_grouped
     import bench_kernels
     import bench_layer
@@ -88,9 +101,7 @@ def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
     import predictions
     from harness import report
 
-    lines = [f"{facts['card']}, driver {facts['driver']}, torch {facts['torch']}, nvcc {facts['nvcc']}"]
-    lines[0] += f", commit {facts['commit'][:12]}, {facts['date']}"
-    lines += ["", *parts_table(result, facts, order)]
+    lines: list[str] = []
     kernels, layer = measured(result, "kernels"), measured(result, "layer")
     siblings, host, grouped, rivals = (measured(result, name) for name in ("siblings", "host", "grouped", "rivals"))
     rates = kernels["ceilings"] if kernels else None
@@ -113,7 +124,7 @@ def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
         lines += ["", report.markdown(columns, cells)]
     card = predictions.card_named(facts["card"], rates)
     if card is None or not any((kernels, layer, siblings, host, grouped)):
-        return "\n".join(lines)
+        return lines
     rates_of = f"{card.bytes_s / 1e12:.2f} TB/s, {card.flops_s / 1e12:.0f} TFLOP/s"
     lines += ["", f"Measured next to predicted (benchmarks/predictions.py, {card.name} at {rates_of}):"]
     if kernels:
@@ -124,4 +135,4 @@ def format_report(result: dict, facts: dict[str, str], order: list[str]) -> str:
         lines += ["", predictions.beside_rows(grouped, 16, card)]
     if host:
         lines += ["", predictions.beside_host(host)]
-    return "\n".join(lines)
+    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -31,14 +32,31 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
+def release(version: str) -> tuple[int, ...]:
+    """Returns the numbers at the beginning of a version: ``(2, 11, 0)`` of "2.11.0+cu130"."""
+    return tuple(map(int, re.match(r"\d+(?:\.\d+)*", version)[0].split(".")))
+
+
+def why_not(name: str, requirement: str) -> str:
+    """Returns "<name> is missing" or "<name> <version> is too old"; "" if it is there."""
+    if name == "ninja":  # a program, which need not be pip's
+        return "" if find_program(name) else f"{name} is missing"
+    if not importlib.util.find_spec(name):
+        return f"{name} is missing"
+    least = re.search(r">=([\d.]+)", requirement)
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a source tree
+        return ""
+    return f"{name} {version} is too old" if least and release(version) < release(least[1]) else ""
+
+
 def missing_packages(builds: bool) -> dict[str, str]:
-    """Returns what has to be installed before anything else, by name. builds: a library is to be built."""
-
-    def is_found(name: str) -> bool:
-        return bool(find_program(name)) if name == "ninja" else bool(importlib.util.find_spec(name))
-
+    """Returns what has to be installed before anything else: requirements by what is wrong. builds: a library is to be
+    built.
+    """
     wanted = TO_RUN | TO_TEST | (TO_BUILD if builds else {})
-    return {name: requirement for name, requirement in wanted.items() if not is_found(name)}
+    return {reason: requirement for name, requirement in wanted.items() if (reason := why_not(name, requirement))}
 
 
 def missing_compiler() -> str:

@@ -19,10 +19,25 @@ struct MergeTraits {
   static constexpr int kWarpRows = sizeof(T) == 2 ? 4 : 2;  // a lane keeps their updates and elements in registers
   static constexpr int kTileRows = kWarps * kWarpRows;
   static constexpr int kRankTile = 16;
-  // Pads lora_B's tile: 16 lanes write one row's ranks to different banks, and a warp's rows stay one aligned vector.
+  // Pads lora_B's tile: at most two lanes that write it meet in a bank, without padding eight or sixteen. The rows that
+  // a warp reads stay one aligned vector.
   static constexpr int kPitchB = kTileRows + kWarpRows;
   static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // per multiprocessor: 255 registers per thread, or 128
 };
+
+// Returns how many lanes of a warp meet in a bank of shared memory when they write lora_B's tile, one after the other.
+// Half a warp at a time writes elements of 8 bytes.
+template <class T>
+constexpr int lanes_in_a_bank() {
+  using Traits = MergeTraits<T>;
+  constexpr int kLanes = 128 / sizeof(Acc<T>);  // a row of all banks
+  int lanes[kLanes] = {}, most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int place = lane % Traits::kRankTile * Traits::kPitchB + lane / Traits::kRankTile;
+    if (++lanes[place % kLanes] > most) most = lanes[place % kLanes];
+  }
+  return most;
+}
 
 // Rows of the next tile that a warp loads in advance. None where its registers are full: another block is on the
 // multiprocessor, too.
@@ -214,6 +229,7 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
   constexpr int kWarpRows = Traits::kWarpRows, kTileRows = Traits::kTileRows, kRankTile = Traits::kRankTile;
   constexpr int kPitchB = Traits::kPitchB;
   constexpr int kChunk = 16 / static_cast<int>(sizeof(A));
+  static_assert(lanes_in_a_bank<T>() <= 2, "the pitch of lora_B's tile spreads a row's ranks over the banks");
   alignas(16) __shared__ A lora_B_tile[kRankTile * kPitchB];        // [rank][row]
   alignas(16) __shared__ A lora_A_tile[kRankTile * kMergeSegment];  // [rank][shared_column]
 

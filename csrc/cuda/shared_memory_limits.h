@@ -1,5 +1,5 @@
 // Remembers how much dynamic shared memory each kernel may take on each device. Above 48 KiB a launch needs an opt-in,
-// which costs the host about a microsecond: it is given once, not for every launch.
+// which costs the host time: it is given once, not for every launch.
 #pragma once
 
 #include <cstdint>

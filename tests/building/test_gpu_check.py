@@ -106,7 +106,7 @@ def test_missing_packages_are_said_before_anything_else(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert caught.value.code == 2
     command = f"{sys.executable} -m pip install 'regex>=2025.10.22' 'ninja>=1.11'"
-    assert said == f"gpu_check: regex and ninja are missing: {command}\n"
+    assert said == f"gpu_check: regex is missing, ninja is missing: {command}\n"
     with pytest.raises(SystemExit):
         gpu_check.say_what_is_missing(builds=False)  # ninja is needed to build only
     assert "regex is missing" in (said := capsys.readouterr().err) and "ninja" not in said
@@ -116,6 +116,20 @@ def test_missing_packages_are_said_before_anything_else(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_check.say_what_is_missing(builds=True)
     assert "no C++ compiler (c++): install g++ 11 or newer" in capsys.readouterr().err
+
+
+def test_packages_that_are_too_old_are_said_before_anything_else(monkeypatch, capsys):
+    versions = {"setuptools": "68.1.2", "torch": "2.11.0+cu130", "pytest": "8", "regex": "2025.9.1"}
+    monkeypatch.setattr(gpu_toolkit.importlib.metadata, "version", lambda name: versions.get(name, "1000"))
+    monkeypatch.setattr(gpu_toolkit, "find_program", lambda name: "/bin/x")
+    with pytest.raises(SystemExit):
+        gpu_check.say_what_is_missing(builds=True)
+    command = f"{sys.executable} -m pip install 'regex>=2025.10.22' 'setuptools>=77'"
+    said = "gpu_check: regex 2025.9.1 is too old, setuptools 68.1.2 is too old"
+    assert capsys.readouterr().err == f"{said}: {command}\n"
+    with pytest.raises(SystemExit):
+        gpu_check.say_what_is_missing(builds=False)
+    assert "setuptools" not in capsys.readouterr().err
 
 
 def test_what_is_looked_for_is_what_the_package_requires():
@@ -330,6 +344,19 @@ def test_report_and_json(tmp_path, logs):
     empty = gpu_report.format_report({"parts": {}}, other, ["build"])
     assert "predicted" not in empty and "| build | not run |" in empty
     assert machine_folder(FACTS["card"]) == "nvidia_h100_80gb_hbm3"
+
+
+def test_a_failed_build_is_reported_though_lora_ext_cannot_be_imported(tmp_path, logs, monkeypatch):
+    """The benchmarks, which format the tables, import lora_ext."""
+    monkeypatch.setitem(sys.modules, "bench_grouped", None)
+    path = tmp_path / "gpu_check.json"
+    gpu_report.add_outcome(path, FACTS, Outcome("build", FAILED, 5.0, "python setup.py", "nvcc: error"))
+    text = gpu_report.format_report(gpu_report.read_result(path), FACTS, ["build", "layer"])
+    assert text.endswith("| build | failed | 5 | nvcc: error |\n| layer | not run | 0 | not in this run, nor before |")
+    (logs / "layer.json").write_text("[3]")  # from an earlier run
+    gpu_report.add_outcome(path, FACTS, Outcome("layer", PASSED, 9.0, "python", "good"), "layer.json")
+    text = gpu_report.format_report(gpu_report.read_result(path), FACTS, ["build", "layer"])
+    assert "| layer | passed | 9 | good |\n\nNo tables of the figures, which are in the result file: " in text
 
 
 def test_without_a_gpu_it_says_so():

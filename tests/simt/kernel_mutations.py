@@ -239,6 +239,18 @@ MUTATIONS = [
         "gradient_sums_kernel",
         "gradient_sums_kernel(const",
     ),
+    # --- the workspace
+    KernelMutation(
+        "the_workspace_is_half_as_large",
+        forward(BF16, 40, 840, 40, 8),
+        "workspace.h",
+        "int64_t total_bytes() const { return total_bytes_; }",
+        "int64_t total_bytes() const { return total_bytes_ / (BUG ? 2 : 1); }",
+        OUT_OF_BOUNDS,
+        "shrink_kernel",
+        "data[range * range_stride",
+        "mma/partial_sums.cuh",
+    ),
     # --- token passes
     KernelMutation(
         "shrink_does_not_wait",

@@ -34,7 +34,7 @@ inline int64_t divide_columns(ExpandParams& p, int64_t tile_cols) {
 // sum is read once for each tile of columns, mostly from the second-level cache. That may cost half of the bytes that
 // the kernel writes, or as much time as a launch.
 inline bool adds_partials(const ExpandParams& p, const LowRankSums& sums, int64_t tile_cols) {
-  constexpr int64_t kLaunchBytes = 16 << 20;  // read in about 4 us
+  constexpr int64_t kLaunchBytes = 16 << 20;  // predicted: read in as long as a launch takes
   if (!sums.pending) return false;
   int64_t read = 0, written = 0;
   for (int s = 0; s < p.num_siblings; ++s) {
