@@ -6,11 +6,14 @@ The experts of Qwen3-MoE (Transformers) with adapters on gate_up_proj and down_p
 adapters; every token chooses ``--top`` experts. Contestants: the frozen experts (forward plus backward to x), our
 layers, PEFT's, and PEFT's after ``accelerate``. They are timed only if they agree on outputs and gradients. A ratio
 compares the median with PEFT's; the quartiles of the round-by-round ratios follow. Peak memory is that of one step
-beyond what existed before it: weights and adapters are not counted, gradients of the adapters are.
+beyond what existed before it: weights and adapters are not counted, gradients of the adapters are. ``--implementation
+compiled`` is ``grouped_mm`` with every contestant compiled by ``torch.compile``; PEFT's graphs are compiled again in
+every call, until PyTorch's limit leaves them uncompiled.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +26,8 @@ from torch import Tensor, nn
 
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 PEFT, ACCELERATED, OURS = "peft", "peft accelerated", "lora_ext"
-IMPLEMENTATIONS = ("grouped_mm", "eager")
+COMPILED = "compiled"
+IMPLEMENTATIONS = ("grouped_mm", "eager", COMPILED)
 
 
 class Block(nn.Module):
@@ -122,22 +126,25 @@ def step(module: nn.Module, x: Tensor, grad_y: Tensor) -> Callable[[], object]:
     return lambda: gradients(module, x, grad_y) and None
 
 
-def measure(implementation: str, run: Report) -> dict[str, object]:
+def measure(dtype: str, implementation: str, run: Report) -> dict[str, object]:
     args = run.args
-    options = {"dtype": getattr(torch, args.dtype), "device": args.device}
+    options = {"dtype": getattr(torch, dtype), "device": args.device}
     scores = torch.rand(args.tokens, args.experts, device=args.device)
     weights, choices = scores.topk(args.top)
-    block = Block(make_experts(args, implementation, **options), choices, weights.softmax(-1).to(options["dtype"]))
+    experts = make_experts(args, "grouped_mm" if implementation == COMPILED else implementation, **options)
+    block = Block(experts, choices, weights.softmax(-1).to(options["dtype"]))
     x = torch.randn(args.tokens, args.hidden, **options).requires_grad_()
     grad_y = torch.randn(args.tokens, args.hidden, **options)
     modules = make_contestants(block, args.rank)
+    if implementation == COMPILED:
+        modules = {name: torch.compile(module, dynamic=False) for name, module in modules.items()}
     check_agreement(modules, x, grad_y)
     steps = {name: step(module, x, grad_y) for name, module in modules.items()}
     peaks = {name: memory.peak_bytes(call, args.device) for name, call in steps.items()}
     seconds = timing.interleaved(steps, args.rounds, budget_s=run.case_s, least=3, warmup=0, clock=run.clock)
     return {
         "implementation": implementation,
-        "dtype": args.dtype,
+        "dtype": dtype,
         "experts": [args.experts, args.hidden, args.intermediate],
         "tokens": [args.tokens, args.top],
         **report.against(seconds, PEFT),
@@ -165,12 +172,12 @@ def main() -> None:
     parser = report.parser(__doc__, "experts")
     for option, default in (("experts", 128), ("hidden", 2048), ("intermediate", 768), ("tokens", 2048), ("top", 8)):
         parser.add_argument(f"--{option}", type=report.at_least(1), default=default)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="repeat for both")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, action="append", help="repeat for several")
     args = parser.parse_args()
     run = Report(args, f"Adapters of experts against PEFT's, forward + backward, r={args.rank}")
-    cases = args.implementation or ["grouped_mm"]
-    rows = run.measure(cases, lambda case: [measure(case, run)], table)
+    cases = list(itertools.product(args.dtype or ["float32"], args.implementation or ["grouped_mm"]))
+    rows = run.measure(cases, lambda case: [measure(*case, run)], table)
     run.finish(rows, table(rows))
 
 

@@ -41,6 +41,10 @@ class _PlainPyTorch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = _OPS.get(func)
         if name is None:
+            for kind in types:
+                if not issubclass(kind, torch.Tensor):  # a parameter's stand-in: it may call our ops for this function
+                    with self:
+                        return kind.__torch_function__(func, types, args, kwargs)
             return func(*args, **kwargs or {})
         arguments = checked_arguments[name](*args, **kwargs or {})
         dropout_p = arguments.get("dropout_p", 0.0)
@@ -53,5 +57,13 @@ class _PlainPyTorch(TorchFunctionMode):
 
 
 # The forwards: autograd differentiates what they compute.
-_NAMES = ("lora_linear", "lora_linear_siblings", "lora_delta_", "lora_delta_siblings", "lora_shrink", "lora_expand")
+_NAMES = (
+    "lora_linear",
+    "lora_linear_siblings",
+    "lora_delta_",
+    "lora_delta_siblings",
+    "lora_grouped_",
+    "lora_shrink",
+    "lora_expand",
+)
 _OPS = {op: name for name in _NAMES for op in (getattr(torch.ops.lora_ext, name), op_named(name))}

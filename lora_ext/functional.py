@@ -265,6 +265,18 @@ def lora_grouped_(
     return y
 
 
+def plus_lora_grouped(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, group_of_row: Tensor, scalings: Tensor
+) -> Tensor:
+    """Adds the rows' updates to ``y``: in place as :func:`lora_grouped_`, or out of place under torch.func.
+
+    Use what is returned.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return lora_grouped_(y, x, lora_A, lora_B, group_of_row, scalings)
+    return composite.plus_lora_grouped(y, _cast_to(y, x), [lora_A], [lora_B], group_of_row, scalings)
+
+
 def _as_numbers(x: Tensor, scalings: Tensor | Sequence[float]) -> Tensor:
     """Returns the scalings of groups as the op takes them. Anything else than a list is left for the op to refuse."""
     if not isinstance(scalings, (list, tuple)):

@@ -190,9 +190,19 @@ def grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, dropout_p) -> tu
 
 def lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed):
     mask = draw_mask(x, dropout_p, seed)
-    xa_of_all, xa = grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, dropout_p)
-    y += _update(y, xa_of_all, _stacked_B(lora_Bs, xa.shape[1], xa.dtype))
+    update, xa = _grouped_update(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, mask, dropout_p)
+    y += update
     return xa.detach(), mask
+
+
+def plus_lora_grouped(y, x, lora_As, lora_Bs, group_of_row, scalings):
+    """Computes ``lora_grouped_`` out of place, without dropout."""
+    return (y + _grouped_update(y, x, lora_As, lora_Bs, group_of_row, scalings, None, None, 0.0)[0]).to(y.dtype)
+
+
+def _grouped_update(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, mask, dropout_p) -> tuple[Tensor, Tensor]:
+    xa_of_all, xa = grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, dropout_p)
+    return _update(y, xa_of_all, _stacked_B(lora_Bs, xa.shape[1], xa.dtype)), xa
 
 
 def lora_grouped_backward(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask):

@@ -15,6 +15,7 @@ from lora_ext.nn.stacked_updates import StackedUpdates, Update
 from lora_ext.nn.weight_views import WeightView
 
 _UNREAD = "its module does not read the parameter as an attribute"
+_TRACED = ("batched_mm", "grouped_mm")
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 if hasattr(os, "register_at_fork"):  # the child lacks the thread that holds a lock
@@ -45,6 +46,10 @@ def call_with_updates(
         NeedsWholeError: the call must be made with the whole updated parameter; see :func:`why_whole`.
         ValueError: a router chose an expert that does not exist.
     """
+    if torch.compiler.is_dynamo_compiling() and _loops_over_choices(module):
+        from lora_ext.nn.traced_views import uncompiled
+
+        return uncompiled(call_with_updates, call, module, name, updates, args, kwargs, flipped)
     weight = module._parameters[name]
     if reason := _obstacle(module, name):
         _note(module, name, reason)
@@ -53,9 +58,10 @@ def call_with_updates(
         _check_choices(module, name, weight.shape[0], (*args, *kwargs.values()))
     stacked = StackedUpdates(weight, flipped, updates)
     if torch.compiler.is_compiling():
-        return _call(call, module, name, WeightView.of(stacked), args, kwargs)
-    with _locks.setdefault(module, threading.RLock()):
         result = _call(call, module, name, WeightView.of(stacked), args, kwargs)
+    else:
+        with _locks.setdefault(module, threading.RLock()):
+            result = _call(call, module, name, WeightView.of(stacked), args, kwargs)
     if not stacked.is_read and any(isinstance(value, Tensor) and value.numel() for value in (*args, *kwargs.values())):
         _note(module, name, _UNREAD)
         raise NeedsWholeError(_UNREAD)
@@ -105,23 +111,26 @@ def _obstacle(module: nn.Module, name: str) -> str:
         return _UNREAD
     if hasattr(type(module), name):
         return f"{type(module).__name__} has an attribute of its own called {name}"
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
-        return "torch.func or a trace needs to see PyTorch's functions"
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
-            return "exported programs have PyTorch's functions only"
-        if not is_experts_of_transformers(module):
-            return "in compiled graphs, only the experts of Transformers are computed by group"
-        if _implementation(module) not in ("batched_mm", "grouped_mm"):
-            return "the loop over experts breaks the graph"
-        if module._parameters[name].dtype == torch.bfloat16 and _implementation(module) == "grouped_mm":
-            return "TorchDynamo does not let torch._grouped_mm be overridden"
+    if torch._C._get_tracing_state() is not None:
+        return "a trace needs to see PyTorch's functions"
+    if torch.compiler.is_compiling() and is_experts_of_transformers(module) and _implementation(module) not in _TRACED:
+        return f"experts_implementation={_implementation(module)!r} was not tried in compiled graphs"
+    if torch.compiler.is_dynamo_compiling():
+        from lora_ext.nn.traced_views import can_trace_views
+
+        if not can_trace_views():
+            return "this PyTorch has other tables of functions that can be overridden"
     return ""
 
 
 def is_experts_of_transformers(module: nn.Module) -> bool:
     """Whether Transformers' ``use_experts_implementation`` is about the class of ``module``."""
     return hasattr(type(module), "_apply_gate") and "_is_expert_parallel" in vars(module)
+
+
+def _loops_over_choices(module: nn.Module) -> bool:
+    """Whether the call of Transformers' experts loops over those that the router chose, which breaks every graph."""
+    return is_experts_of_transformers(module) and _implementation(module) in ("eager", None)
 
 
 def _implementation(module: nn.Module) -> str | None:
@@ -133,7 +142,9 @@ def _check_choices(module: nn.Module, name: str, num_experts: int, values: Seque
 
     Transformers' grouped product leaves rows of no expert uninitialised, and its loop drops some.
     """
-    if torch.compiler.is_compiling() or not is_experts_of_transformers(module) or module._is_expert_parallel:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # there are no values to see
+        return
+    if not is_experts_of_transformers(module) or module._is_expert_parallel:
         return
     for value in values:
         if type(value) is Tensor and value.dtype in (torch.int64, torch.int32) and value.is_cpu and value.numel():

@@ -52,6 +52,8 @@ class WeightView:
             return _linear(*args, **kwargs)
         if func in _PRODUCTS and len(args) == 2 and not kwargs:
             return _matmul(*args)
+        if func == Tensor.__rmatmul__:  # only TorchDynamo calls it, for view @ x
+            return _matmul(args[1], args[0])
         if func in _grouped_products():
             return _grouped(func, *args, **kwargs)
         return _with_tensors(func, args, kwargs)
@@ -202,11 +204,14 @@ _PRODUCTS = (
 
 def _grouped_products() -> tuple[Any, ...]:
     """PyTorch's grouped product, and what Transformers calls where PyTorch's cannot be compiled."""
-    products = (torch._grouped_mm,)
-    if "transformers.integrations.moe" in sys.modules:
-        fallback = torch.ops.transformers.grouped_mm_fallback
-        products = (*products, fallback, fallback.default)
-    return products
+    return torch._grouped_mm, *_fallbacks()
+
+
+def _fallbacks() -> tuple[Any, ...]:
+    if "transformers.integrations.moe" not in sys.modules:
+        return ()
+    fallback = torch.ops.transformers.grouped_mm_fallback
+    return fallback, fallback.default
 
 
 def _is_number(index: Any) -> bool:
@@ -281,16 +286,41 @@ def _grouped(func: Any, input: Any, weight: Any, offs: Tensor | None = None, *ar
         return _with_tensors(func, (input, weight), {"offs": offs, **kwargs})
     updates = weight.updates
     updates.is_read = True
-    y = func(input, weight.base, *args, offs=offs, **kwargs)
+    if (
+        func in _fallbacks()
+        and torch.is_grad_enabled()
+        and not (weight.base.requires_grad or torch.compiler.is_exporting())
+    ):
+        y = _FrozenFallback.apply(input, weight.base, offs)
+    else:
+        y = func(input, weight.base, *args, offs=offs, **kwargs).contiguous()
     rows = torch.arange(input.shape[0], device=offs.device, dtype=offs.dtype)
     experts = torch.searchsorted(offs, rows, right=True)
     return _add_by_expert(y, input, weight, torch.where(experts < updates.num_experts, experts, -1))
 
 
+class _FrozenFallback(torch.autograd.Function):
+    """Transformers' grouped product with frozen experts; its own backward also makes the experts' gradient."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        return torch.ops.transformers.grouped_mm_fallback(x, weight, offs)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, *saved = inputs
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        weight, offs = ctx.saved_tensors
+        return torch.ops.transformers.grouped_mm_fallback(grad_y, weight.transpose(-2, -1), offs), None, None
+
+
 def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> Tensor:
-    """Adds to ``y = x @ view``, in place, the updates of the ``experts`` of its rows; -1 has none."""
+    """Adds to ``y = x @ view`` the updates of the ``experts`` of its rows, in place where it can; -1 has none."""
     updates = view.updates
-    if 2 * experts.numel() > updates.num_experts:
+    if torch.compiler.is_exporting() or 2 * experts.numel() > updates.num_experts:  # programs take any number of rows
         factors = updates.in_rows()
     else:  # for few rows, copying the factors of all experts would take most of the time
         chosen, numbers = experts.flatten(), torch.arange(experts.numel(), device=experts.device)
@@ -298,7 +328,7 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
         experts = torch.where(chosen < 0, -1, numbers).view(experts.shape)
     for A, B, scaling in _over_rows(view, factors):
         scalings = torch.full((A.shape[0],), scaling, dtype=torch.float64, device=A.device)
-        functional.lora_grouped_(y, x, A, B, experts, scalings)
+        y = functional.plus_lora_grouped(y, x, A, B, experts, scalings)
     return y
 
 
@@ -314,6 +344,10 @@ def _mT(factor: Tensor) -> Tensor:
 def _with_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Calls ``func`` with tensors in the place of views, also of those in lists."""
     name = getattr(func, "__name__", str(func))
+    if torch.compiler.is_compiling() and len(args) == 2 and isinstance(args[0], (int, float)):
+        # TorchDynamo calls reflected functions: torch.lt(2.0, w) for w > 2.0.
+        number, view = args
+        args = torch.tensor(number, dtype=view.dtype, device=view.device), view
 
     def tensors(value: Any) -> Any:
         if isinstance(value, WeightView):
@@ -326,14 +360,20 @@ def _with_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _operator(name: str):
-    def run(self: WeightView, *args: Any) -> Any:
-        return WeightView.__torch_function__(getattr(Tensor, name), (), (self, *args), {})
+    # TorchDynamo does not trace a tensor's operators of comparison with numbers, but the functions of that name.
+    traced = getattr(Tensor, name if name in _COMPARISONS else f"__{name}__")
+    function = getattr(Tensor, f"__{name}__")
 
-    run.__name__ = name
+    def run(self: WeightView, *args: Any) -> Any:
+        func = traced if torch.compiler.is_compiling() else function
+        return WeightView.__torch_function__(func, (), (self, *args), {})
+
+    run.__name__ = f"__{name}__"
     return run
 
 
-_ARITHMETIC = "add and eq floordiv ge gt le lt matmul mod mul ne or pow radd rmul rpow rsub rtruediv sub truediv"
-for _name in (*_ARITHMETIC.split(), "abs", "bool", "float", "int", "invert", "neg", "pos"):
-    setattr(WeightView, f"__{_name}__", _operator(f"__{_name}__"))
+_COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
+_ARITHMETIC = "add and floordiv matmul mod mul or pow radd rmul rpow rsub rtruediv sub truediv"
+for _name in (*_ARITHMETIC.split(), *_COMPARISONS, "abs", "bool", "float", "int", "invert", "neg", "pos"):
+    setattr(WeightView, f"__{_name}__", _operator(_name))
 WeightView.__hash__ = object.__hash__

@@ -100,12 +100,15 @@ def test_rows(run):
 
 
 def test_experts(run):
-    options = ("--implementation", "grouped_mm", "--implementation", "eager")
+    options = [f"--implementation={how}" for how in ("grouped_mm", "eager")]
+    options += [f"--dtype={dtype}" for dtype in ("float32", "bfloat16")]
     rows = run("bench_experts", *small_benchmarks.EXPERTS, *options)["rows"]
-    assert [row["implementation"] for row in rows] == ["grouped_mm", "eager"]
+    cases = [(row["dtype"], row["implementation"]) for row in rows]
+    assert cases == [(dtype, how) for dtype in ("float32", "bfloat16") for how in ("grouped_mm", "eager")]
     for row in rows:
         assert list(row["ratio"]) == ["frozen", "peft accelerated", "lora_ext"]
-        assert row["peak_bytes"]["peft"] > 4 * 64 * 128 * 4 and row["peak_ratio"]["lora_ext"] < 0.5
+        itemsize = getattr(torch, row["dtype"]).itemsize
+        assert row["peak_bytes"]["peft"] > 4 * 64 * 128 * itemsize and row["peak_ratio"]["lora_ext"] < 0.5
 
 
 def test_bottleneck(run):

@@ -235,39 +235,3 @@ def test_threads(implementation):
     for thread in threads:
         thread.join()
     assert not failures
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("family", "how", "dtype"),
-    [
-        ("mixtral", "batched_mm", torch.float32),
-        ("mixtral", "grouped_mm", torch.float32),
-        ("gpt_oss", "batched_mm", torch.bfloat16),
-        ("gpt_oss", "grouped_mm", torch.float32),
-        ("gpt_oss", "grouped_mm", torch.bfloat16),  # with the whole updated parameter
-    ],
-)
-def test_compiled(family, how, dtype):
-    torch._dynamo.reset()
-    model = adapted(mixture(family, how).to(dtype)).train()
-    experts, x = model.model.layers[0].mlp.experts, torch.randn(5, 16, dtype=dtype, requires_grad=True)
-    choices, weights = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 0], [1, 2]]), torch.rand(5, 2, dtype=dtype)
-    code = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
-        code.append(graph.code)
-        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
-
-    compiled = torch.compile(experts, backend=backend, fullgraph=True)
-    results = []
-    for call in (experts, compiled):
-        experts.zero_grad()
-        y = call(x, choices, weights)
-        gradients = torch.autograd.grad(y.float().square().sum(), [x, *experts.adapters.parameters()])
-        results.append([y.detach(), *gradients])
-    tolerance = {"rtol": 0.1, "atol": 0.1} if dtype == torch.bfloat16 else TOLERANCES[torch.float32]
-    torch.testing.assert_close(*results, **tolerance)
-    whole = how == "grouped_mm" and dtype == torch.bfloat16
-    assert ("baddbmm" in "".join(code)) == whole
-    assert ("lora_grouped_" in "".join(code)) != whole
