@@ -380,6 +380,12 @@ def _check_shapes(model: nn.Module, targets: Mapping[str, Tensor], file: Adapter
         problems.insert(0, "the layout of experts: one adapter for each expert, as in Transformers 4; PEFT converts it")
     if problems and (part := _part_of(model, unexpected)) is not None:
         problems.insert(0, f"the file is of a part: load_adapter(model.get_submodule({part!r}), directory) loads it")
+    elif problems and unexpected == keys:
+        problems.insert(
+            0,
+            "all layers have other names: the file may be of another model, or of another version of Transformers. PEFT"
+            " converts some of these: PeftModel.from_pretrained(model, directory).save_pretrained(another)",
+        )
     problems += [f"unexpected key: {key}" for key in unexpected]
     problems += misfits(targets, file)
     _raise_misfit(problems, file)

@@ -225,9 +225,12 @@ def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
     """Checks the name of a new adapter. ValueError: it is taken or invalid."""
     check_adapter_name(caller, name)
     if adapters is not None and name in adapters.configs:
+        remove = (
+            "unload(model)" if caller == "inject" and len(adapters.configs) == 1 else f"delete_adapter(model, {name!r})"
+        )
         raise ValueError(
             f"{caller}: adapter {name!r} exists already; the adapters are {sorted(adapters.configs)}. Choose another "
-            "name, or delete_adapter(model, ...) first"
+            f"name, or {remove} first (lora_ext.adapters)"
         )
 
 
