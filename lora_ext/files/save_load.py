@@ -35,7 +35,8 @@ from lora_ext.injection.inject import Injection, apply_injection, lora_modules
 from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter
 from lora_ext.model.adapter_state import lost_parameters
-from lora_ext.model.bare_model import root_module
+from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.model.saver import has_save_pretrained
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trained import TrainedModule
@@ -181,7 +182,7 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
         adapter, give_memory = injection.build_without_memory()
     file = in_present_layout(adapter, file, "load_adapter")
     unsaved = _unsaved_biases(adapter, file)
-    _check_shapes(_targets(model, adapter, file, unsaved), file)
+    _check_shapes(model, _targets(model, adapter, file, unsaved), file)
     if not replaces:
         adapter = give_memory()
     targets = _targets(model, adapter, file, unsaved)
@@ -370,16 +371,35 @@ def _check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> N
             )
 
 
-def _check_shapes(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
+def _check_shapes(model: nn.Module, targets: Mapping[str, Tensor], file: AdapterFile) -> None:
     """Compares keys, shapes and dtypes of ``targets`` with the file's, without reading a tensor."""
     keys = [key for key in file.keys() if not key.endswith(_PEFT_DUPLICATES)]  # noqa: SIM118  not a dict
     problems = [f"missing key: {key}" for key in targets if key not in file]
     unexpected = [key for key in keys if key not in targets]
     if problems and any(_OF_ONE_EXPERT.search(key) for key in unexpected):
         problems.insert(0, "the layout of experts: one adapter for each expert, as in Transformers 4; PEFT converts it")
+    if problems and (part := _part_of(model, unexpected)) is not None:
+        problems.insert(0, f"the file is of a part: load_adapter(model.get_submodule({part!r}), directory) loads it")
+    elif problems and unexpected == keys:
+        problems.insert(
+            0,
+            "all layers have other names: the file may be of another model, or of another version of Transformers. PEFT"
+            " converts some of these: PeftModel.from_pretrained(model, directory).save_pretrained(another)",
+        )
     problems += [f"unexpected key: {key}" for key in unexpected]
     problems += misfits(targets, file)
     _raise_misfit(problems, file)
+
+
+def _part_of(model: nn.Module, keys: list[str]) -> str | None:
+    """The path of a part that has a ``save_pretrained`` of its own and the layers of these ``keys``, if there is one.
+
+    sentence-transformers saves the parts of a model one by one.
+    """
+    modules = BareModel(root_module(model)).modules
+    layers = {_LAYER.split(key.removeprefix(KEY_PREFIX))[0] for key in keys}
+    parts = (path for path, module in modules.items() if has_save_pretrained(module))
+    return next((part for part in parts if layers and all(f"{part}.{layer}" in modules for layer in layers)), None)
 
 
 def misfits(targets: Mapping[str, Tensor], file: TensorFile) -> list[str]:
@@ -424,6 +444,7 @@ def _in_order_of(target: Tensor, values: Tensor) -> Tensor:
     return values.permute(sorted(range(values.dim()), key=lambda dim: -target.stride(dim))).flatten()
 
 
+_LAYER = re.compile(r"\.lora_[^.]*|\.[^.]*$")  # what follows the path of a layer in a key
 _OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 # With bias="all" PEFT also writes the biases of modules_to_save under the names inside its wrappers.
 _PEFT_DUPLICATES = (".original_module.bias", ".modules_to_save.bias")

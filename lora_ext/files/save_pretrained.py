@@ -53,9 +53,10 @@ def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[s
 
     Raises:
         ValueError: some of the active adapters are merged and others are not; the directory holds a whole model, or for
-            a merged model an adapter; ``distributed_checkpoint`` is set; FSDP1 wraps a part (nothing is written then).
-            Or no config describes the adapters in a part of the model; or the library would write a part with adapters
-            by itself; or the model has a method's modules, and adapters are merged, or it is a part of the model.
+            a merged model an adapter; Transformers' ``add_adapter`` added PEFT's adapters; ``distributed_checkpoint``
+            is set; FSDP1 wraps a part (nothing is written then). Or no config describes the adapters in a part of the
+            model; or the library would write a part with adapters by itself; or the model has a method's modules, and
+            adapters are merged, or it is a part of the model.
         RuntimeError: the library did not ask for the state of the module.
     """
     module, adapters = saver.module, saver.adapters
@@ -75,6 +76,13 @@ def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[s
     if not has_adapters and method is None:  # all adapters were deleted, or are in a pool
         with base_keys():
             return call.run()
+    if getattr(module, "_hf_peft_config_loaded", False) and hasattr(module, "get_adapter_state_dict"):
+        # Transformers then saves PEFT's adapter only.
+        raise ValueError(
+            f"{call.name}: PEFT's adapters were added to {type(module).__name__} (add_adapter, load_adapter), and "
+            "their files would replace those of the adapters of inject; call lora_ext.save_adapter for these, and let "
+            "peft.get_peft_model add PEFT's, which saves its own"
+        )
     if call.get("distributed_checkpoint"):
         raise ValueError(
             f"{call.name}: distributed_checkpoint=True would write keys that from_pretrained cannot read; merge(model) "

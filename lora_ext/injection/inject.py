@@ -19,6 +19,7 @@ from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.sharded import prepare_shards
 from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.build import PartsBuilder, check_targets
+from lora_ext.injection.diffusion_scale import guard_against_scale, remove_scale_guard
 from lora_ext.injection.mixtures import warn_of_parts_left_out, with_experts
 from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
 from lora_ext.injection.targets import find_targets, is_all_linear
@@ -177,6 +178,7 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     for module in savers(root):
         guard_loading(module, adapters=adapters)
         replace_save_pretrained(module, adapters=adapters)
+        guard_against_scale(module)
 
 
 def remove_empty_layers(model: nn.Module, adapters: AdapterSet) -> None:
@@ -200,6 +202,7 @@ def forget_injection(model: nn.Module) -> None:
         restore_save_pretrained(module, adapters=True)
         _restore_fast_path(module)
         remove_guard(module)
+        remove_scale_guard(module)
 
 
 @checked
@@ -222,9 +225,12 @@ def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
     """Checks the name of a new adapter. ValueError: it is taken or invalid."""
     check_adapter_name(caller, name)
     if adapters is not None and name in adapters.configs:
+        remove = (
+            "unload(model)" if caller == "inject" and len(adapters.configs) == 1 else f"delete_adapter(model, {name!r})"
+        )
         raise ValueError(
             f"{caller}: adapter {name!r} exists already; the adapters are {sorted(adapters.configs)}. Choose another "
-            "name, or delete_adapter(model, ...) first"
+            f"name, or {remove} first (lora_ext.adapters)"
         )
 
 

@@ -290,8 +290,10 @@ class _Search:
         written = [name for name in unmatched[:_MOST_CLOSE] if len(name) <= _LONGEST_CLOSE]
         close = dict.fromkeys(match for name in written for match in difflib.get_close_matches(name, candidates))
         some = list(dict.fromkeys(known))[:8]
+        is_expression = key in ("target_modules", "exclude_modules") and isinstance(getattr(self.config, key), str)
         message = (
             f"inject: {key} {shown(unmatched)} matches no {kind} of {self.root_name}; "
+            + ("a string is an expression for the whole path of a module, write names as a list; " * is_expression)
             + (f"close matches: {', '.join(map(repr, close))}; " if close else "")
             + f"its {plural} include {', '.join(map(repr, some)) or 'none'}"
         )

@@ -10,8 +10,10 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
+from safetensors.torch import load_file, save_file
 from support.models import llama, refused, shaken
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 
@@ -258,3 +260,29 @@ def test_other_objects_are_no_config():
     model = llama()
     with refused(model, TypeError, "inject: config is", "want a LoraConfig"):
         inject(model, {"target_modules": TARGETS})
+
+
+def test_names_of_an_older_transformers(tmp_path):
+    """PEFT converts them; here a message names this remedy."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    base = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=llama().config,
+            vision_config=CLIPVisionConfig(**vision, image_size=16, patch_size=8),
+            image_token_id=1,
+        )
+    ).eval()
+    config = peft.LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    theirs = trained(peft.get_peft_model(copy.deepcopy(base), config))
+    old, new = tmp_path / "old", tmp_path / "new"
+    theirs.save_pretrained(old)
+    tensors = load_file(old / "adapter_model.safetensors")
+    names = {key: key.replace("model.model.language_model.", "model.language_model.model.") for key in tensors}
+    save_file({names[key]: tensor for key, tensor in tensors.items()}, old / "adapter_model.safetensors")
+
+    with pytest.raises(ValueError, match=r"all layers have other names: .* PeftModel\.from_pretrained\(model, dir"):
+        load_adapter(base, old)
+    peft.PeftModel.from_pretrained(copy.deepcopy(base), old).save_pretrained(new)
+    load_adapter(base, new)
+    ids = torch.arange(2, 9)[None]
+    torch.testing.assert_close(logits(base, ids), logits(theirs, ids))

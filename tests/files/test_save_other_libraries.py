@@ -42,7 +42,9 @@ def test_sentence_transformers(root, tmp_path):
     model.save_pretrained(str(tmp_path / "adapter"))
     torch.testing.assert_close(embeddings(sentence_transformer(tmp_path / "adapter")), expected)  # PEFT's layers
     again = sentence_transformer()
-    load_adapter(again[0].auto_model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"the file is of a part: load_adapter\(model.get_submodule\('0.model'\)"):
+        load_adapter(again, tmp_path / "adapter")
+    load_adapter(again.get_submodule("0.model"), tmp_path / "adapter")
     assert torch.equal(embeddings(again), expected)
     sizes = [path.stat().st_size for path in (tmp_path / "adapter").glob("*.safetensors")]
     assert sum(sizes) < (MINILM / "model.safetensors").stat().st_size / 20

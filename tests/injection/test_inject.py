@@ -199,7 +199,10 @@ def test_sharded_weights():
                 "its linear layers include 'query', 'key', 'value', 'dense', 'classifier'",
             ],
         ),
-        ({"target_modules": "query"}, ["target_modules ['query'] matches no module", "close matches: 'query'"]),
+        (
+            {"target_modules": "query"},
+            ["target_modules ['query'] matches no module", "an expression for the whole path", "write names as a list"],
+        ),
         ({"target_modules": ["uery"]}, ["target_modules ['uery'] matches no module", "close matches: 'query'"]),
         (
             {"target_modules": ["query"], "modules_to_save": ["clasifier"]},

@@ -10,7 +10,7 @@ import torch
 from support.models import gpt2, llama, refused, token_ids
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, save_adapter
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import disable_adapters, merge, unmerge
 from lora_ext.nn import AdapterLayer
 from lora_ext.nn.adapter_layer import innermost
@@ -161,3 +161,19 @@ def test_modules_that_peft_trains_are_refused():
     part.model = nn.Identity()
     with refused(part, ValueError, "inject: 'lm_head' is a layer of PEFT (ModulesToSaveWrapper)"):
         inject(part, LoraConfig(target_modules=["original_module"]))
+
+
+def test_save_pretrained_is_refused_where_transformers_would_save_another_adapter(tmp_path, monkeypatch):
+    """Transformers' add_adapter makes save_pretrained write PEFT's adapter under the names of ours."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)  # it wants PEFT 0.22
+    base = llama()
+    model = inject(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"], **ALIVE))
+    model.add_adapter(peft.LoraConfig(target_modules=["base_layer"], **ALIVE), "added")
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.save_pretrained: PEFT's adapters were added.*save_adapter"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    save_adapter(model, tmp_path / "saved")
+    again = load_adapter(base, tmp_path / "saved").eval()
+    ids = token_ids()
+    model.delete_adapter("added")
+    torch.testing.assert_close(logits(again, ids), logits(model.eval(), ids))
