@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from lora_ext.model.adapter_set import AdapterSet
+from lora_ext.model.batched_requests import GenerateBatch, InitContinuousBatching
 from lora_ext.model.generate_by_rows import GenerateByRows
 from lora_ext.model.row_adapters import ARGUMENT, end_choice, take_adapter_names
 
-_METHODS = (GenerateByRows,)
+_METHODS = (GenerateByRows, GenerateBatch, InitContinuousBatching)
 
 
 def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
