@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching import RequestState
 
 NAME = "adapter_name"
+_ENDS = "finish_request", "clear_cancelled_requests"  # methods of the scheduler after which requests run no more
 _MOST_NUMBERS = 100_000  # 20 MB; forgetting them loses shared prefixes only
 
 
@@ -42,7 +43,7 @@ class InitContinuousBatching(ReplacedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
         manager = self.original(*args, **kwargs)
-        if "add_request" not in vars(manager):  # otherwise a manager of an earlier call
+        if "add_request" not in vars(manager) and is_supported():  # otherwise a manager of an earlier call
             NamedRequests(self.model, self.adapters, manager)
         return manager
 
@@ -56,6 +57,11 @@ class GenerateBatch(ReplacedMethod):
         names = kwargs.pop(ARGUMENT, None)
         if names is None:
             return self.original(*args, **kwargs)
+        if not is_supported():
+            raise ValueError(
+                f"{self.caller}: adapter_names: this version of Transformers has another continuous batching; install "
+                "5.24, or use generate"
+            )
         call = inspect.signature(self.original).bind(*args, **kwargs)
         arguments = call.arguments
         inputs = _named(arguments["inputs"], names, self.caller)
@@ -68,6 +74,23 @@ class GenerateBatch(ReplacedMethod):
         config = arguments.get("continuous_batching_config")
         arguments |= {"inputs": inputs, "continuous_batching_config": _uncaptured(config, self.caller)}
         return self.original(*call.args, **call.kwargs)
+
+
+def is_supported() -> bool:
+    """Whether Transformers' continuous batching has the methods that :class:`NamedRequests` wraps."""
+    try:
+        from transformers.generation.continuous_batching import cache, cache_allocators, continuous_api, scheduler
+    except ImportError:
+        return False
+    wrapped = {
+        continuous_api.ContinuousBatchingManager: ("add_request", "add_requests", "_create_batch_processor"),
+        continuous_api.ContinuousBatchProcessor: ("_generation_step", "_handle_request_error"),
+        continuous_api.ContinuousBatchingLogitsProcessorList: ("check_kwargs",),
+        scheduler.Scheduler: ("schedule_batch", "_get_waiting_candidates", *_ENDS),
+        cache.PagedAttentionCache: ("search_prefix_match",),
+        cache_allocators.cache_allocator.CacheAllocator: ("mark_complete_blocks",),
+    }
+    return all(hasattr(kind, method) for kind, methods in wrapped.items() for method in methods)
 
 
 class _NamedPrompt(list):
@@ -205,7 +228,7 @@ class NamedRequests:
             _around(processor, "_generation_step", self._generation_step)
             _around(processor.scheduler, "schedule_batch", self._schedule_batch)
             _around(processor.scheduler, "_get_waiting_candidates", self._get_waiting_candidates)
-            for method in ("finish_request", "clear_cancelled_requests"):
+            for method in _ENDS:
                 _around(processor.scheduler, method, self._then_release)
             _around(processor.cache, "search_prefix_match", self._search_prefix_match)
             for allocator in processor.cache.cache_allocators.values():

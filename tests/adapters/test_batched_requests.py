@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching import continuous_api
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter
 from lora_ext.adapters import delete_adapter, disable_adapters, unload
+from lora_ext.model import batched_requests
 from lora_ext.nn.rows import _current
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj", "lm_head"]
@@ -76,8 +77,9 @@ def alone(model: nn.Module, inputs: list[list[int]], names: list[str]) -> list[l
     return [row[len(prompt) :] for row, prompt in zip(tokens, inputs, strict=True)]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("batch", [8, 64], ids=["chunks", "whole"])
+@pytest.mark.parametrize(
+    ("attention", "batch"), [("sdpa", 8), pytest.param("eager", 8, marks=pytest.mark.full), ("sdpa", 64)]
+)
 def test_requests_equal_generate(attention, batch):
     model, inputs = with_adapters(), prompts()
     model.set_attn_implementation(attention)
@@ -116,6 +118,7 @@ def test_requests_without_a_name_use_the_active_adapter():
         assert generated(model, inputs, ["b"] * 6) == generated(model, inputs, None)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("other", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_it(other):
     model, inputs = with_adapters(), prompts()[:2]
@@ -248,6 +251,12 @@ def test_a_running_request_keeps_its_slot(root):
         assert manager.get_result(timeout=60).error is None
         assert pool.stats().in_use == 0
         pool.evict("a")
+        pool.pin("b", "c")
+        manager.add_request([5, 6, 8], adapter_name="a")
+        manager.add_request([5, 6, 8], adapter_name="b")
+        results = sorted((manager.get_result(timeout=60) for _ in range(2)), key=lambda result: result.request_id)
+        assert "2 are pinned ('b', 'c')" in results[0].error and results[1].error is None
+        pool.unpin("b", "c")
     pool.close()
 
 
@@ -291,6 +300,17 @@ def test_bad_names():
     merge(model, "a")
     with refused(model, ValueError, "'a' is merged into", "unmerge(model)"):
         model.generate_batch(inputs, adapter_names=["b"] * 6, **options)
+
+
+def test_another_version_of_transformers(monkeypatch):
+    model, inputs = set_adapter(with_adapters(), "a"), prompts()[:2]
+    expected = generated(model, inputs, ["a", "a"])
+    monkeypatch.setattr(batched_requests, "is_supported", lambda: False)
+    assert generated(model, inputs, None) == expected
+    monkeypatch.undo()
+    monkeypatch.delattr(continuous_api.ContinuousBatchProcessor, "_generation_step")
+    with refused(model, ValueError, "generate_batch: adapter_names: this version of Transformers", "use generate"):
+        model.generate_batch(inputs, generation(), config(), adapter_names=["a", "b"])
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def losses(logits: Tensor, ids: Tensor, lengths: list[int]) -> list[Tensor]:
     return [nn.functional.cross_entropy(y[:-1], part[1:], reduction="sum") for y, part in parts]
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("checkpointing", [None, pytest.param(True, marks=pytest.mark.full), False])
 def test_training_equals_separate_runs(checkpointing):
     model, inputs = with_adapters(llama()).double().train(), packed()
     if checkpointing is not None:
