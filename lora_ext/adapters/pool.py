@@ -20,7 +20,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext.adapters.pool_files import LayerShape, PoolAdapter, PoolShape, read_adapter
-from lora_ext.adapters.pool_slots import SlotTable
+from lora_ext.adapters.pool_slots import SlotsInUseError, SlotTable
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.injection.pool_layers import attach_pool, detach_pool, pool_layers
@@ -210,6 +210,20 @@ class AdapterPool:
         resident = self._table.entries
         self.check_known([name for name in names if name not in resident], "AdapterPool")
         return self._table.acquire(names, self._timeout)
+
+    def try_acquire(self, name: str) -> bool:
+        """As :meth:`acquire`, without waiting. False: other calls use all slots."""
+        if name not in self._table.entries:
+            self.check_known((name,), "AdapterPool")
+        try:
+            self._table.acquire((name,), None)
+        except SlotsInUseError:
+            return False
+        return True
+
+    def content(self, name: str) -> object:
+        """Stands for what is in the slot of ``name``: another object when its files were read again."""
+        return self._table.entries.get(name)
 
     def release(self, names: Sequence[str]) -> None:
         self._table.release(names)

@@ -23,6 +23,10 @@ class Entry:
         self.error: BaseException | None = None
 
 
+class SlotsInUseError(RuntimeError):
+    """Running calls use the slots that a call needs; they will be free."""
+
+
 class _Abandoned(Exception):
     """Stands for a load that Ctrl-C interrupted."""
 
@@ -104,7 +108,7 @@ class SlotTable:
                 )
             left = None if deadline is None else deadline - time.monotonic()
             if left is None or left <= 0 or not self.changed.wait(left):
-                raise RuntimeError(
+                raise SlotsInUseError(
                     f"{caller}: running calls use the slots that {', '.join(map(repr, missing[:8]))} need; raise "
                     "max_bytes, or run fewer calls at the same time"
                 )

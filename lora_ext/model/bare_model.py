@@ -70,8 +70,8 @@ class BareModel:
         self.modules: dict[str, nn.Module] = {}
         self.layers: dict[str, list[AdapterLayer]] = {}
         self._visit("", root, set())
-        self.head = self._ask(root, "get_output_embeddings")
-        self.embedding = self._ask(root, "get_input_embeddings")
+        self.head = output_head(root)
+        self.embedding = _asked(root, "get_input_embeddings")
 
     def _visit(self, path: str, module: nn.Module, seen: set[int]) -> None:
         layers, module = layers_around(module), innermost(module)
@@ -86,13 +86,18 @@ class BareModel:
             if child is not None:
                 self._visit(f"{path}.{name}" if path else name, child, seen)
 
-    @staticmethod
-    def _ask(root: nn.Module, method: str) -> nn.Module | None:
-        ask = getattr(root, method, None)
-        try:
-            return innermost(ask()) if callable(ask) else None
-        except NotImplementedError:  # raised by Transformers models without one
-            return None
+
+def output_head(root: nn.Module) -> nn.Module | None:
+    """The output embeddings of a Transformers model, without adapter layers, or None."""
+    return _asked(root, "get_output_embeddings")
+
+
+def _asked(root: nn.Module, method: str) -> nn.Module | None:
+    ask = getattr(root, method, None)
+    try:
+        return innermost(ask()) if callable(ask) else None
+    except NotImplementedError:  # raised by Transformers models without one
+        return None
 
 
 def file_paths(layers: Iterable[tuple[str, AdapterLayer]]) -> dict[AdapterLayer, str]:

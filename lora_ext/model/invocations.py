@@ -70,7 +70,7 @@ def find_starts(
     Raises:
         ValueError: the tokens are not known, or ``alora_offsets`` does not fit.
     """
-    ids, given = _token_ids(values), values.get(OFFSETS)
+    ids, given = token_ids(values), values.get(OFFSETS)
     if given is not None:
         return _starts_given(given, names, invocations, tokens_in_row(values, caller), caller)
     first = next(name for name in names if name in invocations)
@@ -84,7 +84,7 @@ def find_starts(
     for name in dict.fromkeys(names):
         if name in invocations:
             rows = [i for i, chosen in enumerate(names) if chosen == name]
-            for i, start in zip(rows, _last_occurrences(ids[rows], invocations[name]), strict=True):
+            for i, start in zip(rows, last_occurrences(ids[rows], invocations[name]), strict=True):
                 starts[i] = start
     return starts
 
@@ -134,7 +134,7 @@ def past_tokens(values: Mapping[str, Any], prompt: int, caller: str) -> int:
     )
 
 
-def _last_occurrences(ids: Tensor, tokens: tuple[int, ...]) -> list[int | None]:
+def last_occurrences(ids: Tensor, tokens: tuple[int, ...]) -> list[int | None]:
     """For each row of ``ids [rows, length]``, where ``tokens`` occur for the last time."""
     if ids.shape[1] < len(tokens):
         return [None] * len(ids)
@@ -169,7 +169,7 @@ def position(i: int) -> str:
     return f"argument {i}"
 
 
-def _token_ids(values: Mapping[str, Any]) -> Tensor | None:
+def token_ids(values: Mapping[str, Any]) -> Tensor | None:
     for name in ("input_ids", "inputs", position(1)):
         ids = values.get(name)
         if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
@@ -179,7 +179,7 @@ def _token_ids(values: Mapping[str, Any]) -> Tensor | None:
 
 def tokens_in_row(values: Mapping[str, Any], caller: str) -> int:
     """Returns the number of tokens in a row of a call. ValueError: it has neither input_ids nor inputs_embeds."""
-    ids = _token_ids(values)
+    ids = token_ids(values)
     tokens = ids if ids is not None and ids.shape[1] else values.get("inputs_embeds")
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{caller}: aLoRA needs input_ids or inputs_embeds, which tell how many tokens a row has")
@@ -199,8 +199,8 @@ def _check_one_sequence_a_row(values: Mapping[str, Any], name: str, caller: str)
     if is_packed:
         raise ValueError(
             f"{caller}: the rows are packed of several sequences, but the adapter {name!r} acts from its invocation "
-            "tokens on (aLoRA), which are looked for once in a row; pass a sequence for each row (no packing, no "
-            "padding-free batches, no generate_batch)"
+            "tokens on (aLoRA), which are looked for once in a row; pass a sequence for each row, or adapter_names and "
+            "adapter_lengths, the number of tokens of each name"
         )
 
 

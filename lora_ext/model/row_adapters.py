@@ -1,19 +1,21 @@
 """``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])``: an adapter for each row.
 
+With ``adapter_lengths``, or in rows that hold several sequences, a name is for some of the tokens
+(lora_ext/model/packed_rows.py).
+
 Hooks of the model take the argument, as most models would swallow it in their ``**kwargs``. They check everything
 before the model runs, and put the choice in force for the layers (lora_ext/nn/rows.py).
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext.model.adapter_set import AdapterSet, adapter_set, check_names, find_adapters
@@ -25,9 +27,11 @@ from lora_ext.model.invocations import (
     find_starts,
     past_tokens,
     position,
-    tokens_in_row,
 )
+from lora_ext.model.packed_rows import LENGTHS, checked_lengths, find_invocations, fit, sequence_lengths
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.packed_rows import PackedChoice
 from lora_ext.nn.rows import (
     BASE,
     RowChoice,
@@ -40,12 +44,17 @@ from lora_ext.nn.rows import (
     token_multiples,
 )
 
-_ARGUMENT, _METHOD = "adapter_names", "generate"
+if TYPE_CHECKING:
+    from lora_ext.nn.active import ActiveAdapters
+
+ARGUMENT = "adapter_names"
 
 
 @checked
 @contextmanager
-def choose_adapters(model: nn.Module, names: list[str] | tuple[str, ...]) -> Iterator[None]:
+def choose_adapters(
+    model: nn.Module, names: list[str] | tuple[str, ...], lengths: list[int] | tuple[int, ...] | Tensor | None = None
+) -> Iterator[None]:
     """Makes each row of the batches that ``model`` computes within the context use an adapter, in this thread only.
 
     For code that calls the model without a way to pass ``adapter_names``, such as pipelines. Batches may have a
@@ -54,6 +63,8 @@ def choose_adapters(model: nn.Module, names: list[str] | tuple[str, ...]) -> Ite
     Args:
         model: an injected model.
         names: for each row an adapter's name, or ``"__base__"``; which adapters are active has no influence.
+        lengths: for rows that hold several sequences: the number of tokens of each name, int ``[names]``. Tokens are
+            counted row after row; all batches within the context have as many.
 
     Raises:
         ValueError: the model is not injected, or rows cannot choose: adapters are merged, or one of them has a part
@@ -61,11 +72,13 @@ def choose_adapters(model: nn.Module, names: list[str] | tuple[str, ...]) -> Ite
         KeyError: there is no such adapter; the message lists them.
     """
     adapters = find_adapters(model, "choose_adapters")
-    with choosing(_choice(root_module(model), adapters, names, "choose_adapters")):
+    with choosing(choice_of(root_module(model), adapters, names, "choose_adapters", lengths)):
         yield
 
 
-def _choice(root: nn.Module, adapters: AdapterSet, names: object, caller: str, what: str = _ARGUMENT) -> RowChoice:
+def choice_of(
+    root: nn.Module, adapters: AdapterSet, names: object, caller: str, lengths: object = None, what: str = ARGUMENT
+) -> RowChoice:
     """The choice of ``names``, checked. Errors as in :func:`choose_adapters`, and TypeError for other values.
 
     Args:
@@ -81,29 +94,43 @@ def _choice(root: nn.Module, adapters: AdapterSet, names: object, caller: str, w
         adapters.pool.check_known(pooled, caller, adapters.configs)
     else:
         check_names(caller, adapters.configs, used)
+    if lengths is not None:
+        lengths = checked_lengths(lengths, names, caller)
     obstacles = _obstacles(root, adapters)
     if obstacles.to_all:
         raise ValueError(f"{caller}: {what}: {obstacles.to_all}")
     for name in used:
         if name in obstacles.to_one:
             raise ValueError(f"{caller}: adapter_names: {name!r} cannot be chosen by a row: {obstacles.to_one[name]}")
+        if lengths is not None and (reason := obstacles.to_tokens.get(None if name in pooled else name)):
+            raise ValueError(f"{caller}: {LENGTHS}: {name!r} cannot be chosen by a token: {reason}")
+    if lengths is not None and getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{caller}: {LENGTHS}: {type(root).__name__} has an encoder and a decoder, which read different tokens; "
+            "pass a sequence for each row"
+        )
     if adapters.active.is_disabled:
-        return RowChoice(adapters.active, [BASE] * len(names))
+        names, pooled = [BASE] * len(names), ()
     if pooled and root.training and torch.is_grad_enabled():
         raise ValueError(
             f"{caller}: adapter_names: {pooled[0]!r} is in a pool, whose adapters do not train; call model.eval(), or "
             "load_adapter(model, directory, trainable=True)"
         )
-    choice = RowChoice(adapters.active, names)
+    rest = () if lengths is None else (lengths,)
+    choice = (PackedChoice if rest else RowChoice)(adapters.active, names, *rest)
     choice.pool, choice.pool_names = adapters.pool, pooled
     return choice
 
 
 class _Obstacles(NamedTuple):
-    """Why rows cannot choose: any adapter (or ""), and by name those that cannot be chosen."""
+    """Why rows cannot choose: any adapter (or ""), and by name those that rows, or only tokens, cannot choose.
+
+    The name None stands for the adapters of a pool.
+    """
 
     to_all: str
     to_one: dict[str, str]
+    to_tokens: dict[str | None, str]
 
 
 def _obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
@@ -112,7 +139,7 @@ def _obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
     changes, known = active.changes, active.row_obstacles
     if known is not None and known[0] == changes:
         return known[1]
-    to_all, to_one = "", {}
+    to_all, to_one, to_tokens = "", {}, {}
     for path, layer in adapter_layers(root):
         if isinstance(layer, LoraLayer) and layer.is_merged and not to_all:
             names = ", ".join(map(repr, layer.merged_adapters))
@@ -120,6 +147,11 @@ def _obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
         if not layer.rows_choose:
             reason = f"{path!r} is a {type(layer).__name__}, which computes all rows with one adapter"
             to_one = dict.fromkeys(layer.adapters, f"{reason}; call set_adapter and the model once for it") | to_one
+        if layer.rows_choose and not layer.tokens_choose:
+            base = type(innermost(layer)).__name__
+            reason = f"{path!r} is a {base}, which may mix the tokens of a row; pass a sequence for each row"
+            holders = [*layer.adapters, *([None] if getattr(layer, "slots", None) is not None else [])]
+            to_tokens = dict.fromkeys(holders, reason) | to_tokens
     for name, biases in adapters.biases.items():
         to_one[name] = "it trains the model's biases, which all rows share; train it with lora_bias=True instead"
         if biases.used:
@@ -127,7 +159,7 @@ def _obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
                 f"the active adapter {name!r} has changed the model's biases for all rows; activate another one "
                 "(set_adapter), or none"
             )
-    obstacles = _Obstacles(to_all, to_one)
+    obstacles = _Obstacles(to_all, to_one, to_tokens)
     active.row_obstacles = changes, obstacles
     return obstacles
 
@@ -138,8 +170,8 @@ def _obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
 def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
     """A hook before the forward: takes ``adapter_names`` out of its arguments, and puts the choice in force."""
     adapters = adapter_set(module)
-    active, names = adapters.active, kwargs.get(_ARGUMENT)
-    rest = _without_names(kwargs)
+    active, names = adapters.active, kwargs.get(ARGUMENT)
+    rest = without_names(kwargs)
     if torch.compiler.is_compiling():
         if names is not None or active.row_calls > 0:
             from lora_ext.nn.compiled_rows import refuse_compiled
@@ -148,18 +180,20 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return (args, rest) if len(rest) < len(kwargs) else None
     drop_interrupted()
     outer = chosen(active) if active.row_calls else None
-    if names is None and not (active.invoked if outer is None else _are_invoked(outer)):
+    if names is None and LENGTHS not in kwargs and not _chooses_by_call(active, outer):
         if outer is not None:
-            outer.multiples = _multiples(type(module).__name__, module, outer, _values(args, rest))[1]
+            outer.multiples = multiples(type(module).__name__, module, outer, values_of(args, rest))[1]
         return (args, rest) if len(rest) < len(kwargs) else None
-    values = _values(args, kwargs)
-    choice = _choice_of_call(module, adapters, values, outer, type(module).__name__)
-    if outer is not None and names is None:
-        choice.starts, choice.prompt = outer.starts, outer.prompt
-    times, choice.multiples = _multiples(type(module).__name__, module, choice, values)
+    values, caller = values_of(args, kwargs), type(module).__name__
+    lengths, times = values.pop(LENGTHS, None), 1
+    choice = choice_of_call(module, adapters, values, lengths, outer, caller)
+    if isinstance(choice, PackedChoice):
+        fit(choice, module, values, caller)
+    else:
+        times, choice.multiples = multiples(caller, module, choice, values)
     enter(choice)
     try:
-        choose_tokens(choice, times, values, type(module).__name__)
+        choose_tokens(choice, times, values, caller)
     except BaseException:
         leave(choice)
         raise
@@ -178,16 +212,26 @@ def end_choice(module: nn.Module, *_: Any) -> None:
         leave(choice)
 
 
-def _choice_of_call(
-    root: nn.Module, adapters: AdapterSet, values: Mapping[str, Any], outer: RowChoice | None, caller: str
+def _chooses_by_call(active: ActiveAdapters, outer: RowChoice | None) -> bool:
+    """Whether a call that names no adapters needs a choice of its own: another one has other tokens."""
+    return bool(active.invoked) if outer is None else isinstance(outer, PackedChoice) or is_invoked(outer)
+
+
+def choice_of_call(
+    root: nn.Module,
+    adapters: AdapterSet,
+    values: Mapping[str, Any],
+    lengths: object,
+    outer: RowChoice | None,
+    caller: str,
 ) -> RowChoice:
     """The choice of a call: of its ``adapter_names``, of the call around it, or of the active adapter (aLoRA)."""
-    names = values.get(_ARGUMENT)
+    names = values.get(ARGUMENT)
     first = first_rows(values, getattr(root, "main_input_name", None))
+    if names is None and lengths is not None:
+        raise ValueError(f"{caller}: {LENGTHS} needs adapter_names, a name for each entry")
     if names is None and outer is not None:
-        choice = RowChoice(adapters.active, outer.names_of_rows)
-        choice.pool, choice.pool_names, choice.is_of_active = outer.pool, outer.pool_names, outer.is_of_active
-        return choice
+        return outer.copied()
     if names is None:
         active = adapters.active.names
         if len(active) > 1:
@@ -201,21 +245,23 @@ def _choice_of_call(
                 f"{caller}: the active adapter {active[0]!r} acts from its invocation tokens on (aLoRA), but the call "
                 "has no input_ids"
             )
-        choice = _choice(root, adapters, [active[0]] * first[1].shape[0], caller, f"the active adapter {active[0]!r}")
+        names, what = [active[0]] * first[1].shape[0], f"the active adapter {active[0]!r}"
+        choice = choice_of(root, adapters, names, caller, what=what)
         choice.is_of_active = True
         return choice
-    choice = _choice(root, adapters, names, caller)
-    if first is not None and first[1].shape[0] != len(choice.rows):
+    rows = None if first is None else first[1].shape[0]
+    if lengths is None and rows is not None and isinstance(names, Sequence) and len(names) != rows:
+        lengths = sequence_lengths(values, len(names))
+    choice = choice_of(root, adapters, names, caller, lengths)
+    if lengths is None and rows is not None and rows != len(choice.rows):
         raise ValueError(
-            f"{caller}: adapter_names has {len(choice.rows)} names, but {first[0]} has {first[1].shape[0]} rows; "
-            "pass a name for each row"
+            f"{caller}: adapter_names has {len(choice.rows)} names, but {first[0]} has {rows} rows; "
+            f"pass a name for each row, or {LENGTHS}, the number of tokens of each name, if rows hold several sequences"
         )
     return choice
 
 
-def _multiples(
-    caller: str, root: nn.Module, choice: RowChoice, values: Mapping[str, Any]
-) -> tuple[int, frozenset[int]]:
+def multiples(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
     """How many rows of the batch belong to each name, and how many of a layer's input may."""
     first = first_rows(values, getattr(root, "main_input_name", None))
     if first is None:
@@ -230,101 +276,38 @@ def _multiples(
     return times, token_multiples(values, tensor.shape[0], times)
 
 
-def _invocations(choice: RowChoice) -> Mapping[str, tuple[int, ...]]:
+def invocations_of(choice: RowChoice) -> Mapping[str, tuple[int, ...]]:
     """The invocation tokens of the chosen adapters that act from them on; a choice of a pool must be in force."""
     known = choice.active.invocations
     return known | choice.pool.invocations(choice.pool_names) if choice.pool_names else known
 
 
-def _are_invoked(choice: RowChoice) -> bool:
-    return are_invoked(choice.names, _invocations(choice))
+def is_invoked(choice: RowChoice) -> bool:
+    return are_invoked(choice.names, invocations_of(choice))
 
 
 def choose_tokens(choice: RowChoice, times: int, values: Mapping[str, Any], caller: str) -> None:
     """Notes on which tokens of a call the adapters of ``choice`` act, which is in force."""
-    if not _are_invoked(choice):
+    if not is_invoked(choice):
+        return
+    if isinstance(choice, PackedChoice):
+        if choice.silent is None:
+            find_invocations(choice, choice.names_of_rows, invocations_of(choice), values, caller)
         return
     first = 0
     if choice.starts is None:
         names = [name for name in choice.names_of_rows for _ in range(times)]
-        starts, times = find_starts(values, names, _invocations(choice), caller), 1
+        starts, times = find_starts(values, names, invocations_of(choice), caller), 1
     else:  # a step of generate
         starts, first = choice.starts, past_tokens(values, choice.prompt, caller)
     choice.tokens = active_tokens(starts, times, values, first, caller)
-    choice.invoked = frozenset(_invocations(choice)).intersection(choice.names)
+    choice.invoked = frozenset(invocations_of(choice)).intersection(choice.names)
     choice.is_plain = choice.is_of_active and choice.tokens.are_all
 
 
-def _without_names(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in (_ARGUMENT, OFFSETS)}
+def without_names(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in (ARGUMENT, LENGTHS, OFFSETS)}
 
 
-def _values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def values_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {position(i): value for i, value in enumerate(args, start=1)} | dict(kwargs)
-
-
-def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
-    """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
-    if _hooks(root._forward_pre_hooks) or _ARGUMENT in inspect.signature(root.forward).parameters:
-        return
-    root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
-    root.register_forward_hook(end_choice, always_call=True)
-    if callable(getattr(type(root), _METHOD, None)):
-        setattr(root, _METHOD, GenerateByRows(root, adapters, vars(root).get(_METHOD)))
-
-
-def forget_adapter_names(module: nn.Module) -> None:
-    """Undoes :func:`serve_adapter_names`."""
-    for key in _hooks(module._forward_pre_hooks):
-        del module._forward_pre_hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
-    for key in _hooks(module._forward_hooks):
-        del module._forward_hooks[key]
-        module._forward_hooks_always_called.pop(key, None)
-    generate = vars(module).get(_METHOD)
-    if isinstance(generate, GenerateByRows):
-        delattr(module, _METHOD)
-        if generate.replaced is not None:
-            setattr(module, _METHOD, generate.replaced)
-
-
-def _hooks(hooks: Mapping[int, Callable]) -> list[int]:
-    return [key for key, hook in hooks.items() if hook in (take_adapter_names, end_choice)]
-
-
-class GenerateByRows:
-    """The ``generate`` of an injected model. It is copied and pickled with the model.
-
-    Attributes:
-        model, adapters: what generates.
-        replaced: what the instance had as its ``generate``, or None.
-    """
-
-    def __init__(self, model: nn.Module, adapters: AdapterSet, replaced: Any) -> None:
-        self.model, self.adapters, self.replaced = model, adapters, replaced
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The method that the model has without adapters."""
-        return self.replaced or getattr(type(self.model), _METHOD).__get__(self.model)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        drop_interrupted()
-        active, names = self.adapters.active, kwargs.get(_ARGUMENT)
-        rest, outer = _without_names(kwargs), chosen(active) if active.row_calls else None
-        if names is None and not (active.invoked if outer is None else _are_invoked(outer)):
-            return self.original(*args, **rest)
-        caller = f"{type(self.model).__name__}.{_METHOD}"
-        values = _values(args, kwargs)
-        choice = _choice_of_call(self.model, self.adapters, values, outer, caller)
-        if outer is not None and names is None:  # a name may be for several prompts, with other places
-            choice = choice.repeated(_multiples(caller, self.model, choice, values)[0])
-        with choosing(choice):
-            if _are_invoked(choice):
-                choice.starts = find_starts(values, choice.names_of_rows, _invocations(choice), caller)
-                choice.prompt = tokens_in_row(values, caller)
-            return self.original(*args, **rest)

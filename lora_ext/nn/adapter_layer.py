@@ -23,6 +23,7 @@ class AdapterLayer(nn.Module):
 
     place = 0
     rows_choose: ClassVar[bool] = False  # whether the forward asks row_choice() (lora_ext/nn/rows.py)
+    tokens_choose: bool = True  # whether the tokens of a row may use different adapters (lora_ext/nn/packed_rows.py)
 
     @checked
     def __init__(self, base_layer: nn.Module, active: ActiveAdapters | None = None) -> None:

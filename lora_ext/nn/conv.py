@@ -13,7 +13,8 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
+from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.split_rows import add_by_rows
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -37,6 +38,7 @@ class LoraConv(LoraLayer):
     base_kinds = "an nn.Conv1d, nn.Conv2d or nn.Conv3d"
 
     rows_choose = True
+    tokens_choose = False
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -115,7 +117,7 @@ class LoraConv(LoraLayer):
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
             return self._add(y, x, at_hand(self.adapters[name]))
 
-        return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, add)
+        return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, self, add)
 
     def _add(self, y: Tensor, x: Tensor, adapter: LoraAdapter) -> Tensor:
         base = self.convolution

@@ -13,7 +13,8 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer
-from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
+from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.split_rows import add_by_rows
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -149,7 +150,7 @@ class LoraEmbedding(LoraLayer):
         def add(y: Tensor, ids: Tensor, name: str) -> Tensor:
             return self._add(y, ids, at_hand(self.adapters[name]))
 
-        return add_by_rows(y, ids.to(y.device), choice, self._applied(choice), times, add)
+        return add_by_rows(y, ids.to(y.device), choice, self._applied(choice), times, self, add)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.in_features}, embedding_dim={self.out_features}, {self._state()}"

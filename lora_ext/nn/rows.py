@@ -7,9 +7,10 @@ backward, when the call is long over; :func:`_follow_checkpoints` gives that par
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import FrameType
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ext.nn.invocations import ActiveTokens
 
@@ -80,6 +81,12 @@ class RowChoice:
         """A name for each row."""
         return [self.names[i] if i >= 0 else BASE for i in self.rows]
 
+    def copied(self) -> RowChoice:
+        """Returns the same choice for another call, which may come at any time and on another device."""
+        choice = copy.copy(self)
+        choice.frames, choice._groups = (), {}
+        return choice
+
     def repeated(self, times: int) -> RowChoice:
         """Returns the choice with a name of its own for each of the ``times`` rows that share one."""
         if times == 1:
@@ -121,6 +128,15 @@ class RowChoice:
             groups = self._groups[key] = self._of_rows(numbers, times, device)
         return groups
 
+    def row_groups(self, present: tuple[str, ...], times: int, x: Tensor, layer: AdapterLayer) -> tuple[Tensor, int]:
+        """Returns :meth:`groups`, int64 ``[n]``, and how many first dimensions of ``x`` count these ``n``.
+
+        Args:
+            x: the layer's input, aligned.
+            layer: the layer, for messages.
+        """
+        return self.groups(present, times, x.device), 1
+
     def token_groups(self, present: tuple[str, ...], times: int, x: Tensor, layer: AdapterLayer | None) -> Tensor:
         """Returns :meth:`groups`, or int64 ``[rows, tokens]`` if adapters act on a part of the tokens.
 
@@ -134,12 +150,16 @@ class RowChoice:
 
     def slots_of(self, x: Tensor, times: int, layer: AdapterLayer | None) -> Tensor:
         """Returns the slot of each row (or token) of a layer's input, as :meth:`token_groups`; -1: none."""
-        key = None, times, x.device
-        slots = self._groups.get(key)
-        if slots is None:
-            slots = self._groups[key] = self._of_rows(self.slots, times, x.device)
+        slots = self._slot_groups(times, x.device)
         is_whole = self.tokens is None or self.invoked.isdisjoint(self.slots)
         return slots if is_whole else self.tokens.groups(layer, slots, x)
+
+    def _slot_groups(self, times: int, device: torch.device) -> Tensor:
+        key = None, times, device
+        slots = self._groups.get(key)
+        if slots is None:
+            slots = self._groups[key] = self._of_rows(self.slots, times, device)
+        return slots
 
     def scalings(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """``values`` as float64 on ``device``, kept for the next layer: a copy to a GPU waits for it."""
@@ -272,15 +292,8 @@ class _Recompute:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             for choice in self.choices.values():
-                stack.enter_context(choosing(_Again(choice)))
+                stack.enter_context(choosing(choice.copied()))  # in the backward, other calls may be around it
             return self.function(*args, **kwargs)
-
-
-class _Again(RowChoice):
-    """The same choice, entered another time: in the backward, other calls may be around it."""
-
-    def __init__(self, choice: RowChoice) -> None:
-        vars(self).update(vars(choice), frames=(), _groups={})
 
 
 def _follow_checkpoints(choice: RowChoice) -> None:
@@ -314,7 +327,7 @@ def _checkpointed(frame: FrameType) -> tuple[Any, str] | None:
 _CHECKPOINT = vars(torch.utils.checkpoint)
 _RECOMPUTE = _Recompute.__call__.__code__
 
-# --- tensors row by row -----------------------------------------------------------------------------------------------
+# --- the arguments of a call ------------------------------------------------------------------------------------------
 
 
 def first_rows(values: Mapping[str, Any], main: str | None) -> tuple[str, Tensor] | None:
@@ -345,64 +358,3 @@ def token_multiples(values: Mapping[str, Any], rows: int, times: int) -> frozens
     """
     lengths = {tensor.shape[1] for _, tensor in _tensors(values) if tensor.dim() > 1 and tensor.shape[0] == rows}
     return frozenset((1, times, *(times * length for length in lengths)))
-
-
-def sliced(value: Any, index: Tensor, rows: int) -> Any:
-    """Returns the chosen rows of ``value`` if it is a tensor with as many rows as the batch, otherwise ``value``."""
-    return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
-
-
-def add_by_rows(
-    y: Tensor,
-    x: Tensor,
-    choice: RowChoice,
-    present: tuple[str, ...],
-    times: int,
-    add: Callable[[Tensor, Tensor, str], Tensor],
-) -> Tensor:
-    """Replaces the rows of ``y`` that belong to an adapter by ``add(rows of y, rows of x, name)``, in place.
-
-    Args:
-        y, x: output and input of a layer, row by row.
-        present: the adapters that the layer has; rows of other names stay as they are.
-        times: consecutive rows for each name.
-    """
-    groups = choice.groups(present, times, y.device)
-    for i, name in enumerate(present):
-        rows = (groups == i).nonzero().squeeze(1)
-        y = y.index_copy_(0, rows, add(y[rows], x[rows], name))
-    return y
-
-
-def call_by_rows(
-    choice: RowChoice, layer: AdapterLayer, modules: Mapping[str, nn.Module], base: nn.Module, args: tuple, kwargs: dict
-) -> Tensor:
-    """Calls for each row the module of its adapter, or ``base``; every module once, with all its rows.
-
-    Raises:
-        ValueError: the first argument is no tensor with a row for each name, or a module returns something else.
-    """
-    if not args or not isinstance(args[0], Tensor):
-        raise ValueError(f"{type(layer).__name__}: adapter_names needs a tensor as the first argument of the layer")
-    x, times = choice.aligned(layer, args[0])
-    rows = x.shape[0]
-    if len(set(choice.rows)) == 1 and x is args[0]:
-        module = modules[choice.names[0]] if choice.names and choice.names[0] in modules else base
-        return module(*args, **kwargs)
-    present = tuple(name for name in choice.names if name in modules)
-    groups = choice.groups(present, times, x.device)
-    outputs, order = [], []
-    for i in range(-1, len(present)):
-        index = (groups == i).nonzero().squeeze(1)
-        if len(index):
-            module = base if i < 0 else modules[present[i]]
-            more = {name: sliced(value, index, rows) for name, value in kwargs.items()}
-            y = module(x[index], *(sliced(value, index, rows) for value in args[1:]), **more)
-            if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != len(index):
-                raise ValueError(
-                    f"{type(layer).__name__}: adapter_names needs a module that returns a tensor with a row for each "
-                    f"row of its input, not a {type(y).__name__}"
-                )
-            outputs.append(y)
-            order.append(index)
-    return torch.cat(outputs)[torch.cat(order).argsort()]

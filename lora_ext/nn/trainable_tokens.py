@@ -12,7 +12,8 @@ from lora_ext._ops.checks import accumulation_dtype
 from lora_ext.nn.adapter_layer import TransparentLayer, freeze, innermost
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
-from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
+from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.split_rows import add_by_rows
 
 
 class TokenRows(nn.Module):
@@ -156,7 +157,8 @@ class TrainableTokens(TransparentLayer):
             rows = self.adapters[name]
             return replace(y, x, rows.source if isinstance(rows, TiedRows) else rows)
 
-        return add_by_rows(y, x, choice, tuple(name for name in choice.names if name in self.adapters), times, add)
+        present = tuple(name for name in choice.names if name in self.adapters)
+        return add_by_rows(y, x, choice, present, times, self, add)
 
     def _looked_up(self, y: Tensor, ids: Tensor, rows: TokenRows) -> Tensor:
         base = self.inner_layer

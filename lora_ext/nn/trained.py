@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_ext.nn.adapter_layer import TransparentLayer
+from lora_ext.nn.adapter_layer import TransparentLayer, innermost
 from lora_ext.nn.module_slots import ModuleSlots
-from lora_ext.nn.rows import RowChoice, call_by_rows, row_choice
+from lora_ext.nn.packed_rows import is_tokenwise
+from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.split_rows import call_by_rows
 
 
 class TrainedModule(TransparentLayer):
@@ -29,6 +31,10 @@ class TrainedModule(TransparentLayer):
         self._check_is_new(name)
         self.adapters[name] = copy
         self.base_layer.requires_grad_(False)
+
+    @property
+    def tokens_choose(self) -> bool:
+        return is_tokenwise(innermost(self))
 
     @property
     def in_use(self) -> nn.Module:

@@ -209,9 +209,16 @@ CALLS: list[Call] = [
     ),
     Call(
         adapters.choose_adapters,
-        lambda _: {"model": injected(), "names": ["a", "__base__"]},
+        lambda _: {"model": injected(), "names": ["a", "__base__"], "lengths": None},
         [
             *NOT_INJECTED,
+            (
+                {"lengths": [3]},
+                ValueError,
+                "choose_adapters: adapter_lengths has 1 entries, but",
+            ),
+            ({"lengths": [3, -1]}, ValueError, "choose_adapters: adapter_lengths has the entry -1"),
+            ({"lengths": "ab"}, TypeError, "choose_adapters: lengths is 'ab' of type str, want a list"),
             ({"names": ["a", "x"]}, KeyError, f"choose_adapters: there is {NO_ADAPTER}"),
             ({"names": []}, ValueError, "choose_adapters: adapter_names is empty, want a name for each row"),
             ({"names": "a"}, TypeError, "choose_adapters: names is 'a' of type str, want a list"),

@@ -1,0 +1,381 @@
+"""Continuous batching of Transformers, for requests that name adapters.
+
+``generate_batch(prompts, adapter_names=[...])``, and ``manager.add_request(ids, adapter_name=...)`` for a manager of
+``init_continuous_batching`` or ``continuous_batching_context_manager``.
+
+Transformers packs the tokens of many requests into one row. A request's name travels with its
+``logit_processor_kwargs``, which Transformers keeps when it forks, restarts or moves a request; the objects below wrap
+methods of the manager and of its parts. Requests without a name use the active adapter, as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_ext.model.adapter_set import AdapterSet
+from lora_ext.model.generate_by_rows import ReplacedMethod
+from lora_ext.model.invocations import last_occurrences
+from lora_ext.model.row_adapters import ARGUMENT, choice_of, invocations_of
+from lora_ext.nn.rows import BASE, choosing
+
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
+    from transformers.generation.continuous_batching import RequestState
+
+NAME = "adapter_name"
+_ENDS = "finish_request", "clear_cancelled_requests"  # methods of the scheduler after which requests run no more
+_MOST_NUMBERS = 100_000  # 20 MB; forgetting them loses shared prefixes only
+
+
+class InitContinuousBatching(ReplacedMethod):
+    """The ``init_continuous_batching`` of an injected model, whose managers take names."""
+
+    name = "init_continuous_batching"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
+        manager = self.original(*args, **kwargs)
+        if "add_request" not in vars(manager) and is_supported():  # otherwise a manager of an earlier call
+            NamedRequests(self.model, self.adapters, manager)
+        return manager
+
+
+class GenerateBatch(ReplacedMethod):
+    """The ``generate_batch`` of an injected model, which takes ``adapter_names``, a name (or None) for each prompt."""
+
+    name = "generate_batch"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        names = kwargs.pop(ARGUMENT, None)
+        if names is None:
+            return self.original(*args, **kwargs)
+        if not is_supported():
+            raise ValueError(
+                f"{self.caller}: adapter_names: this version of Transformers has another continuous batching; install "
+                "5.24, or use generate"
+            )
+        call = inspect.signature(self.original).bind(*args, **kwargs)
+        arguments = call.arguments
+        inputs = _named(arguments["inputs"], names, self.caller)
+        for name in dict.fromkeys(names):
+            check_name(self.model, self.adapters, name, self.caller)
+        if (kept := getattr(self.model, "_cached_continuous_batching_manager", None)) is not None:
+            _check_runs_layers(kept, self.caller)
+        mesh = getattr(self.model, "_device_mesh", None)
+        _check_one_device(1 if mesh is None else mesh.size(), self.caller)
+        config = arguments.get("continuous_batching_config")
+        arguments |= {"inputs": inputs, "continuous_batching_config": _uncaptured(config, self.caller)}
+        return self.original(*call.args, **call.kwargs)
+
+
+def is_supported() -> bool:
+    """Whether Transformers' continuous batching has the methods that :class:`NamedRequests` wraps."""
+    try:
+        from transformers.generation.continuous_batching import cache, cache_allocators, continuous_api, scheduler
+    except ImportError:
+        return False
+    wrapped = {
+        continuous_api.ContinuousBatchingManager: ("add_request", "add_requests", "_create_batch_processor"),
+        continuous_api.ContinuousBatchProcessor: ("_generation_step", "_handle_request_error"),
+        continuous_api.ContinuousBatchingLogitsProcessorList: ("check_kwargs",),
+        scheduler.Scheduler: ("schedule_batch", "_get_waiting_candidates", *_ENDS),
+        cache.PagedAttentionCache: ("search_prefix_match",),
+        cache_allocators.cache_allocator.CacheAllocator: ("mark_complete_blocks",),
+    }
+    return all(hasattr(kind, method) for kind, methods in wrapped.items() for method in methods)
+
+
+class _NamedPrompt(list):
+    """A prompt's tokens, and the name of its adapter."""
+
+    name: str | None = None
+
+
+def _named(prompts: Sequence[Sequence[int]], names: Any, caller: str) -> list[_NamedPrompt]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(
+            f"{caller}: adapter_names is of type {type(names).__name__}, want a list with a name per prompt"
+        )
+    if len(names) != len(prompts):
+        raise ValueError(
+            f"{caller}: adapter_names has {len(names)} names, but there are {len(prompts)} prompts; pass a name, or "
+            "None, for each prompt"
+        )
+    named = [_NamedPrompt(prompt) for prompt in prompts]
+    for prompt, name in zip(named, names, strict=True):
+        prompt.name = name
+    return named
+
+
+def check_name(root: nn.Module, adapters: AdapterSet, name: str | None, caller: str) -> None:
+    """Checks that a request can name the adapter. Errors as in :func:`lora_ext.adapters.choose_adapters`."""
+    active = adapters.active
+    if name is None:
+        return
+    if len(active.names) > 1:
+        raise ValueError(
+            f"{caller}: the active adapters are {list(active.names)}; requests that name none use their sum, which "
+            "cannot be in a batch with other requests; activate one, or none (set_adapter)"
+        )
+    choice_of(root, adapters, [name], caller, [1])
+
+
+def _uncaptured(config: ContinuousBatchingConfig | None, caller: str) -> ContinuousBatchingConfig:
+    """A config that runs the layers in every batch, by default. ValueError: it asks for something else."""
+    from transformers import ContinuousBatchingConfig
+
+    config = ContinuousBatchingConfig() if config is None else copy.deepcopy(config)
+    config.use_cuda_graph = False if config.use_cuda_graph is None else config.use_cuda_graph
+    config.use_async_batching = False if config.use_async_batching is None else config.use_async_batching
+    _check_config(config, caller)
+    return config
+
+
+def _check_config(config: ContinuousBatchingConfig, caller: str) -> None:
+    if remedies := _remedies(config):
+        raise ValueError(
+            f"{caller}: {NAME}: captured, compiled and asynchronous batches do not ask which adapters their requests "
+            f"name; pass continuous_batching_config=ContinuousBatchingConfig({', '.join(remedies)})"
+        )
+
+
+def _remedies(config: ContinuousBatchingConfig) -> list[str]:
+    """The options that make the layers run in every batch; those that ``config`` has already are left out."""
+    reasons = {
+        "use_cuda_graph=False": any(config.cuda_graph_booleans),
+        "use_async_batching=False": config.use_async_batching,
+        "default_compile_level=0": config.default_compile_level,
+        "varlen_compile_config=None": config.varlen_compile_config is not None,
+        "decode_compile_config=None": config.decode_compile_config is not None,
+    }
+    return [remedy for remedy, is_asked in reasons.items() if is_asked]
+
+
+def _check_runs_layers(manager: ContinuousBatchingManager, caller: str) -> None:
+    _check_config(manager.continuous_batching_config, caller)
+    _check_one_device(manager.distributed_helper.tp_size, caller)
+
+
+def _check_one_device(size: int, caller: str) -> None:
+    if size > 1:
+        raise ValueError(
+            f"{caller}: {NAME}: the model is split over {size} devices; merge an adapter, or use one device"
+        )
+
+
+def _around(owner: Any, method: str, wrapper: Callable[..., Any]) -> None:
+    """Puts ``wrapper`` in the place of a method; it gets the method, and the arguments of the call."""
+    setattr(owner, method, functools.partial(wrapper, getattr(owner, method)))
+
+
+class NamedRequests:
+    """The adapters of a manager's requests.
+
+    Slots of a pool: a request waits until its adapter has one, in the order of arrival, and keeps it while it runs.
+
+    Prefixes: Transformers shares blocks of the cache between requests whose prompts begin with the same tokens. The
+    blocks depend on the adapter, too, so the first token of a request counts as another number for each adapter, each
+    reading of its files, and each place of its invocation (aLoRA).
+
+    Attributes:
+        held: the pool of each adapter that has a slot for running requests.
+    """
+
+    def __init__(self, root: nn.Module, adapters: AdapterSet, manager: ContinuousBatchingManager) -> None:
+        self.root, self.adapters, self.manager = root, adapters, manager
+        self.held: dict[str, Any] = {}
+        self._is_used, self._checked = False, -1
+        self._processor: Callable[[], Any] = lambda: None  # a weak reference: a processor has all memory of the cache
+        self._numbers: dict[tuple[Any, int], int] = {}
+        self._unused = itertools.count(1)
+        manager.logit_processor.supported_keys[NAME] = str
+        _around(manager, "add_request", self._add_request)
+        _around(manager, "add_requests", self._add_requests)
+        _around(manager, "_create_batch_processor", self._create_batch_processor)
+
+    # --- what users call ---------------------------------------------------------------------------------------------
+
+    def _add_request(self, original: Callable, input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:
+        name = kwargs.pop(NAME, input_ids.name if isinstance(input_ids, _NamedPrompt) else None)
+        if name is not None:
+            caller = "add_request"
+            check_name(self.root, self.adapters, name, caller)
+            _check_runs_layers(self.manager, caller)
+            kwargs[NAME], self._is_used = name, True
+        return original(input_ids, *args, **kwargs)
+
+    def _add_requests(self, original: Callable, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
+        if (names := kwargs.pop(ARGUMENT, None)) is not None:
+            inputs = _named(inputs, names, "add_requests")
+            for name in dict.fromkeys(names):
+                check_name(self.root, self.adapters, name, "add_requests")
+        return original(inputs, *args, **kwargs)
+
+    # --- the loop of the manager's thread ----------------------------------------------------------------------------
+
+    def _create_batch_processor(self, original: Callable) -> Any:
+        processor = original()
+        if processor is not self._processor():
+            self._processor = weakref.ref(processor)
+            _around(processor, "_generation_step", self._generation_step)
+            _around(processor.scheduler, "schedule_batch", self._schedule_batch)
+            _around(processor.scheduler, "_get_waiting_candidates", self._get_waiting_candidates)
+            for method in _ENDS:
+                _around(processor.scheduler, method, self._then_release)
+            _around(processor.cache, "search_prefix_match", self._search_prefix_match)
+            for allocator in processor.cache.cache_allocators.values():
+                _around(allocator, "mark_complete_blocks", self._mark_complete_blocks)
+        self._release()
+        return processor
+
+    def _generation_step(self, original: Callable, model: nn.Module) -> None:
+        """Computes a batch; each of its tokens uses the adapter of its request."""
+        batch = self._processor().inputs_and_outputs
+        requests = getattr(batch, "requests_in_batch", ())
+        names = [_name_of(request.state) for request in requests]
+        active = self.adapters.active
+        is_plain = not active.invoked or len(active.names) > 1 or _remedies(self.manager.continuous_batching_config)
+        if not requests or (is_plain and not any(names)):
+            return original(model)
+        if None in names and len(active.names) > 1:
+            raise ValueError(
+                f"generate_batch: a request names no adapter, and the active ones are {list(active.names)}; use one"
+            )
+        usual = active.names[0] if active.names else BASE
+        names = [usual if name is None else name for name in names]
+        lengths = [request.query_length for request in requests]
+        padding = batch.num_q_tokens - sum(lengths)
+        choice = choice_of(self.root, self.adapters, [*names, BASE], "generate_batch", [*lengths, padding])
+        with choosing(choice):
+            if invocations_of(choice):
+                starts = [self._start(request.state, name) for request, name in zip(requests, names, strict=True)]
+                before = [request.state.position_offset - request.query_length for request in requests]
+                silent = zip(starts, before, lengths, strict=True)
+                choice.silent = [n if s is None else min(max(s - past, 0), n) for s, past, n in silent] + [0]
+            return original(model)
+
+    def _schedule_batch(self, original: Callable, *args: Any) -> Any:
+        self._fail_those_without_adapter()
+        result = original(*args)
+        self._release()
+        return result
+
+    def _get_waiting_candidates(self, original: Callable) -> list[RequestState]:
+        """Returns the waiting requests that may run. Those after one that waits for a slot wait, too."""
+        states, able = original(), []
+        for state in states if self._is_used else ():
+            try:
+                if not self._hold(_name_of(state)):
+                    return able
+            except Exception as error:  # of the adapter's files
+                self._fail(state, error)
+            else:
+                able.append(state)
+        return able if self._is_used else states
+
+    def _then_release(self, original: Callable, *args: Any) -> Any:
+        result = original(*args)
+        self._release()
+        return result
+
+    def _hold(self, name: str | None) -> bool:
+        """Gives an adapter of the pool a slot. False: none is idle now. Raises what loading raises."""
+        if name is None or name == BASE or name in self.adapters.configs or name in self.held:
+            return True
+        pool = self.adapters.pool
+        if pool is None:
+            raise KeyError(f"generate_batch: there is no adapter {name!r} any more")
+        if not pool.try_acquire(name):
+            return False
+        if self.root.device.type == "cuda":  # the batches run on another stream than loading
+            torch.cuda.current_stream(self.root.device).synchronize()
+        self.held[name] = pool
+        return True
+
+    def _release(self) -> None:
+        """Frees the slots that no running request uses."""
+        if self.held:
+            used = set(map(_name_of, self._processor().scheduler.active_requests.values()))
+            for name in self.held.keys() - used:
+                self.held.pop(name).release((name,))
+
+    def _fail_those_without_adapter(self) -> None:
+        """Ends the requests whose adapters were deleted or merged while they ran or waited."""
+        changes = self.adapters.active.changes
+        if not self._is_used or changes == self._checked:
+            return
+        self._checked, scheduler = changes, self._processor().scheduler
+        states = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
+        for name in set(map(_name_of, states)):
+            try:
+                check_name(self.root, self.adapters, name, "generate_batch")
+            except (KeyError, ValueError) as error:
+                for state in states:
+                    if _name_of(state) == name:
+                        self._fail(state, error)
+
+    def _fail(self, state: RequestState, error: Exception) -> None:
+        processor, identity = self._processor(), state.request_id
+        scheduler = processor.scheduler
+        processor._handle_request_error(error, state)
+        if scheduler.waiting_requests.pop(identity, None) is None:
+            scheduler.finish_request(identity)
+        else:
+            scheduler.waiting_requests_order.remove(identity)
+            processor.offloading_manager.free_request_cpu_cache(state)
+
+    # --- shared prefixes ---------------------------------------------------------------------------------------------
+
+    def _search_prefix_match(self, original: Callable, request_id: str, prompt_ids: list[int]) -> int:
+        return original(request_id, self._numbered(request_id, prompt_ids))
+
+    def _mark_complete_blocks(self, original: Callable, request_id: str, token_ids: list[int], *args: Any) -> None:
+        original(request_id, self._numbered(request_id, token_ids), *args)
+
+    def _numbered(self, request_id: str, tokens: list[int]) -> list[int]:
+        """The tokens, the first of them as a number that no request with another adapter has."""
+        scheduler = self._processor().scheduler
+        state = scheduler.active_requests.get(request_id) or scheduler.waiting_requests.get(request_id)
+        space = None if state is None else self._space(state)
+        if space is None or not tokens:
+            return tokens
+        if len(self._numbers) > _MOST_NUMBERS:
+            self._numbers.clear()
+        key = space, tokens[0]
+        if key not in self._numbers:
+            self._numbers[key] = -next(self._unused)
+        return [self._numbers[key], *tokens[1:]]
+
+    def _space(self, state: RequestState) -> tuple[Any, ...] | None:
+        """What the keys and values of a request depend on besides its tokens; None: a request as without names."""
+        name, active = _name_of(state), self.adapters.active
+        if name is None and not active.invoked:
+            return None
+        used = name or active.names[0]
+        content = self.held[used].content(used) if used in self.held else active.changes
+        return used, name is None, content, self._start(state, used)
+
+    def _start(self, state: RequestState, name: str) -> int | None:
+        """The position from which on a request's adapter acts. None: its prompt has no invocation. 0: not an aLoRA."""
+        tokens = self.adapters.active.invocations.get(name)
+        if name in self.held:
+            tokens = self.held[name].invocations((name,)).get(name)
+        if tokens is None:
+            return 0
+        found = vars(state).get("_lora_ext_start")
+        if found is None:
+            prompt = state.initial_tokens[: state._true_initial_tokens or None]
+            found = state._lora_ext_start = tuple(last_occurrences(torch.tensor([prompt]), tokens))
+        return found[0]
+
+
+def _name_of(state: RequestState) -> str | None:
+    return state.logit_processor_kwargs.get(NAME)

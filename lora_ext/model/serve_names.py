@@ -1,0 +1,41 @@
+"""Makes a model take ``adapter_names``: hooks of its forward, and methods in place of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from lora_ext.model.adapter_set import AdapterSet
+from lora_ext.model.batched_requests import GenerateBatch, InitContinuousBatching
+from lora_ext.model.generate_by_rows import GenerateByRows
+from lora_ext.model.row_adapters import ARGUMENT, end_choice, take_adapter_names
+
+_METHODS = (GenerateByRows, GenerateBatch, InitContinuousBatching)
+
+
+def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
+    """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
+    if _hooks(root._forward_pre_hooks) or ARGUMENT in inspect.signature(root.forward).parameters:
+        return
+    root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
+    root.register_forward_hook(end_choice, always_call=True)
+    for method in _METHODS:
+        method.put(root, adapters)
+
+
+def forget_adapter_names(module: nn.Module) -> None:
+    """Undoes :func:`serve_adapter_names`."""
+    for key in _hooks(module._forward_pre_hooks):
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in _hooks(module._forward_hooks):
+        del module._forward_hooks[key]
+        module._forward_hooks_always_called.pop(key, None)
+    for method in _METHODS:
+        method.remove(module)
+
+
+def _hooks(hooks: Mapping[int, Callable]) -> list[int]:
+    return [key for key, hook in hooks.items() if hook in (take_adapter_names, end_choice)]

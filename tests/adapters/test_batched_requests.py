@@ -1,0 +1,351 @@
+"""Continuous batching: a request that names its adapter gets what ``generate`` computes for it alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import types
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from support.alora import TOKENS, with_three
+from support.models import VOCABULARY, llama, refused, shaken
+from torch import nn
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import continuous_api
+
+from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter
+from lora_ext.adapters import delete_adapter, disable_adapters, unload
+from lora_ext.model import batched_requests
+from lora_ext.nn.rows import _current
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj", "lm_head"]
+NAMES = ["b", "__base__", "a", "b", "c", "a"]
+NEW = 5
+
+
+@pytest.fixture(autouse=True)
+def _no_collections(monkeypatch) -> None:
+    """Stopping a manager collects garbage twice, which takes a second in a process with everything imported."""
+    monkeypatch.setattr(continuous_api, "gc", types.SimpleNamespace(collect=lambda: 0))
+
+
+def with_adapters(targets: list[str] = TARGETS, **options) -> nn.Module:
+    model = llama()
+    for name, r in {"a": 2, "b": 5, "c": 3}.items():
+        mine = targets[:-1] if name == "c" else targets
+        inject(model, LoraConfig(r=r, target_modules=mine, init_lora_weights=False, **options), name)
+        shaken(set_adapter(model, name))
+    return model.eval()
+
+
+def prompts(lengths: tuple[int, ...] = (9, 9, 9, 11, 3, 1)) -> list[list[int]]:
+    """Prompts that begin with the same tokens."""
+    ids = torch.randint(3, VOCABULARY, (max(lengths),)).tolist()
+    return [[*ids[: length - 1], 3 + i] for i, length in enumerate(lengths)]
+
+
+def config(**options) -> ContinuousBatchingConfig:
+    """Small batches, so that prompts are computed in several, and small blocks, so that requests share them."""
+    return ContinuousBatchingConfig(**{"page_size": 4, "num_blocks": 64, "max_batch_tokens": 8} | options)
+
+
+def generation(**options) -> GenerationConfig:
+    return GenerationConfig(
+        **{"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0} | options
+    )
+
+
+def generated(model: nn.Module, inputs: list[list[int]], names: list[str | None] | None, **options) -> list[list[int]]:
+    results = model.generate_batch(
+        inputs, generation_config=generation(), continuous_batching_config=config(**options), adapter_names=names
+    )
+    assert all(result.error is None for result in results.values())
+    return [result.generated_tokens for result in results.values()]
+
+
+def alone(model: nn.Module, inputs: list[list[int]], names: list[str]) -> list[list[int]]:
+    """What generate returns for each prompt."""
+    tokens = []
+    for prompt, name in zip(inputs, names, strict=True):
+        set_adapter(model, [] if name == "__base__" else name)
+        ids = torch.tensor([prompt])
+        tokens.append(model.generate(ids, generation_config=generation(), attention_mask=ids > -1)[0].tolist())
+    return [row[len(prompt) :] for row, prompt in zip(tokens, inputs, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("attention", "batch"), [("sdpa", 8), pytest.param("eager", 8, marks=pytest.mark.full), ("sdpa", 64)]
+)
+def test_requests_equal_generate(attention, batch):
+    model, inputs = with_adapters(), prompts()
+    model.set_attn_implementation(attention)
+    expected = alone(model, inputs, NAMES)
+    assert expected != alone(model, inputs, ["a", "b", "b", "a", "a", "b"])
+    assert generated(model, inputs, NAMES, max_batch_tokens=batch) == expected
+    assert _current.get() is None and model._lora_adapters.active.row_calls == 0
+
+
+def test_a_prefix_is_shared_by_requests_with_one_adapter_only():
+    """The same prompt for two adapters, one after the other and again: blocks are found, but those of the adapter."""
+    model, inputs = with_adapters(), prompts((13,)) * 6
+    names = ["a", "b", "a", None, "__base__", "b"]
+    set_adapter(model, "c")
+    computed, sizes = [], []
+    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+        for prompt, name in zip(inputs, names, strict=True):
+            calls = []
+            manager.add_request(prompt, adapter_name=name)
+            computed.append(manager.get_result(timeout=60).generated_tokens)
+            sizes.append(sum(calls))
+    assert sizes == [17, 17, 5, 17, 17, 5]  # the third and the last find the blocks of the first and the second
+    assert computed == alone(model, inputs, ["a", "b", "a", "c", "__base__", "b"])
+
+
+def test_requests_without_a_name_use_the_active_adapter():
+    model, inputs = with_adapters(), prompts()
+    expected = alone(model, inputs, ["a"] * 6)
+    mixed = alone(model, inputs, ["a", "b", "a", "__base__", "a", "c"])
+    set_adapter(model, "a")
+    assert generated(model, inputs, None) == expected
+    assert generated(model, inputs, [None] * 6) == expected
+    assert generated(model, inputs, [None, "b", None, "__base__", "a", "c"]) == mixed
+    with disable_adapters(model):
+        assert generated(model, inputs, ["b"] * 6) == generated(model, inputs, None)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("other", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_have_it(other):
+    model, inputs = with_adapters(), prompts()[:2]
+    expected = alone(model, inputs, ["a", "b"])
+    assert generated(other(model), inputs, ["a", "b"]) == expected
+    plain = unload(model)
+    assert not {"generate_batch", "init_continuous_batching", "generate"} & vars(plain).keys()
+
+
+def test_heads_trained_in_full_and_several_sequences():
+    model = llama()
+    inject(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), "a")
+    inject(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 6]}), "b")
+    for name in "ab":
+        shaken(set_adapter(model.eval(), name), 1.0)
+    inputs, names = [[5, 6, 7, 5, 9], [5, 6, 7, 5, 9], [6], [6]], ["a", "b", "b", "a"]
+    expected = alone(model, inputs, names)
+    assert generated(model, inputs, names) == expected
+    results = model.generate_batch(
+        inputs[:2],
+        generation_config=generation(num_return_sequences=3, do_sample=True, top_k=1),
+        continuous_batching_config=config(),
+        adapter_names=names[:2],
+    )
+    assert [result.generated_tokens for result in results.values()] == [expected[0]] * 3 + [expected[1]] * 3
+
+
+def test_a_cache_without_room_for_all():
+    """Requests give up their cache and begin again, with the tokens that they have generated in their prompt."""
+    model, inputs = with_adapters(), prompts((9, 10, 11, 9, 10, 11))
+    assert generated(model, inputs, NAMES, num_blocks=8, max_batch_tokens=64) == alone(model, inputs, NAMES)
+
+
+def test_a_stopped_manager_frees_its_cache():
+    model = with_adapters()
+    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+        manager.add_request([5, 6, 7], adapter_name="a")
+        assert manager.get_result(timeout=60).error is None
+        cache = weakref.ref(manager.batch_processor.cache)
+    gc.collect()  # as Transformers does
+    assert cache() is None
+
+
+def test_disabled_adapters_leave_no_prefix():
+    model, (prompt,) = with_adapters(), prompts((13,))
+    expected = alone(model, [prompt] * 2, ["__base__", "a"])
+    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+        with disable_adapters(model):
+            manager.add_request(prompt, adapter_name="a")
+            base = manager.get_result(timeout=60).generated_tokens
+        manager.add_request(prompt, adapter_name="a")
+        assert [base, manager.get_result(timeout=60).generated_tokens] == expected
+
+
+# --- aLoRA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_adapters_that_act_from_their_invocation_on(is_named):
+    model, ids = with_three(), torch.randint(10, VOCABULARY, (12,)).tolist()
+    late = [*ids[:8], *TOKENS, ids[8]]
+    early = [*ids[:1], *TOKENS, *ids[3:8], ids[9]]
+    inputs, names = [late, ids, early, [*early[:6], *TOKENS, 11], early], ["alora", "alora", "alora", "alora", "plain"]
+    if not is_named:
+        names = ["alora"] * 5
+    expected = alone(model, inputs, names)
+    set_adapter(model, "alora")
+    for _ in range(2):
+        assert generated(model, inputs, names if is_named else None) == expected
+    assert generated(model, inputs[::-1], names[::-1] if is_named else None) == expected[::-1]
+
+
+# --- a pool -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    model = with_adapters(TARGETS[:4])
+    for name in "abc":
+        save_adapter(model, tmp_path / name, name)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").write_text("{")
+    torch.save(unload(model).state_dict(), tmp_path / "base.pt")
+    return tmp_path
+
+
+def pooled(root: Path, slots: int) -> tuple[nn.Module, AdapterPool]:
+    model = llama().eval()
+    model.load_state_dict(torch.load(root / "base.pt"))
+    options = {"target_modules": TARGETS[:4], "r": 5, "timeout": 5.0}
+    with AdapterPool(model, root, max_bytes=1 << 20, **options) as pool:
+        size = pool.stats().slot_bytes
+    return model, AdapterPool(model, root, max_bytes=slots * size, **options)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_requests_wait_for_slots(root, slots):
+    model, inputs = with_adapters(TARGETS[:4]), prompts()
+    model = unload(model)
+    model.load_state_dict(torch.load(root / "base.pt"))
+    for name in "abc":
+        load_adapter(model, root / name, adapter_name=name)
+    expected = alone(model.eval(), inputs, NAMES)
+    model, pool = pooled(root, slots)
+    assert generated(model, inputs, NAMES) == expected
+    stats = pool.stats()
+    assert stats.in_use == 0 and stats.resident == slots and stats.loads >= 3
+    pool.close()
+
+
+def test_a_running_request_keeps_its_slot(root):
+    model, pool = pooled(root, 2)
+    options = {"continuous_batching_config": config(num_blocks=128)}
+    with model.continuous_batching_context_manager(generation(), **options) as manager:
+        manager.add_request([5, 6, 7], adapter_name="a", max_new_tokens=400)
+        manager.add_request([5, 6, 8], adapter_name="bad")
+        failed = manager.get_result(timeout=60)
+        assert "adapter_config.json" in failed.error and not failed.generated_tokens
+        assert pool.stats().in_use == 1
+        with pytest.raises(RuntimeError, match="AdapterPool.evict: 'a' is used by a running call"):
+            pool.evict("a")
+        with pytest.raises(RuntimeError, match="AdapterPool.close: running calls use the pool"):
+            pool.close()
+        for name in ("b", "c", "b"):
+            manager.add_request([5, 6, 8], adapter_name=name)
+            result = manager.get_result(timeout=60)
+            assert result.error is None and len(result.generated_tokens) == NEW
+        manager.cancel_request("req_0")
+        manager.add_request([5, 6, 8], adapter_name="b")
+        assert manager.get_result(timeout=60).error is None
+        assert pool.stats().in_use == 0
+        pool.evict("a")
+        pool.pin("b", "c")
+        manager.add_request([5, 6, 8], adapter_name="a")
+        manager.add_request([5, 6, 8], adapter_name="b")
+        results = sorted((manager.get_result(timeout=60) for _ in range(2)), key=lambda result: result.request_id)
+        assert "2 are pinned ('b', 'c')" in results[0].error and results[1].error is None
+        pool.unpin("b", "c")
+    pool.close()
+
+
+def test_an_adapter_that_is_read_again_shares_no_old_prefix(root):
+    model, pool = pooled(root, 1)
+    inputs = prompts((13,))
+    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+
+        def ask(name: str) -> list[int]:
+            manager.add_request(inputs[0], adapter_name=name)
+            return manager.get_result(timeout=60).generated_tokens
+
+        of_a, of_b = ask("a"), ask("b")
+        assert of_a != of_b
+        for path in (root / "b").iterdir():
+            path.replace(root / "a" / path.name)
+        assert ask("a") == of_b  # b's slot was taken, so a was read again
+    pool.close()
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_names():
+    model, inputs = with_adapters(), prompts()
+    options = {"generation_config": generation(), "continuous_batching_config": config()}
+    with refused(
+        model, KeyError, "LlamaForCausalLM.generate_batch: there is no adapter 'x'; the adapters are ['a', 'b'"
+    ):
+        model.generate_batch(inputs, adapter_names=["x"] * 6, **options)
+    with refused(model, ValueError, "generate_batch: adapter_names has 2 names, but there are 6 prompts"):
+        model.generate_batch(inputs, adapter_names=["a", "b"], **options)
+    with refused(model, TypeError, "generate_batch: adapter_names is of type str, want a list with a name per"):
+        model.generate_batch(inputs, adapter_names="a", **options)
+    with refused(model, TypeError, "generate_batch: adapter_names"):
+        model.generate_batch(inputs, adapter_names=[5] * 6, **options)
+    set_adapter(model, ["a", "b"])
+    with refused(model, ValueError, "the active adapters are ['a', 'b']", "activate one, or none (set_adapter)"):
+        model.generate_batch(inputs, adapter_names=["a"] * 6, **options)
+    set_adapter(model, "a")
+    merge(model, "a")
+    with refused(model, ValueError, "'a' is merged into", "unmerge(model)"):
+        model.generate_batch(inputs, adapter_names=["b"] * 6, **options)
+
+
+def test_another_version_of_transformers(monkeypatch):
+    model, inputs = set_adapter(with_adapters(), "a"), prompts()[:2]
+    expected = generated(model, inputs, ["a", "a"])
+    monkeypatch.setattr(batched_requests, "is_supported", lambda: False)
+    assert generated(model, inputs, None) == expected
+    monkeypatch.undo()
+    monkeypatch.delattr(continuous_api.ContinuousBatchProcessor, "_generation_step")
+    with refused(model, ValueError, "generate_batch: adapter_names: this version of Transformers", "use generate"):
+        model.generate_batch(inputs, generation(), config(), adapter_names=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"use_cuda_graph": True}, "use_cuda_graph=False"),
+        ({"use_cuda_graph": (False, True)}, "use_cuda_graph=False"),
+        ({"use_async_batching": True}, "use_async_batching=False"),
+        ({"default_compile_level": 1}, "default_compile_level=0"),
+        ({"varlen_compile_config": CompileConfig()}, "varlen_compile_config=None"),
+    ],
+    ids=str,
+)
+def test_batches_that_do_not_run_the_layers(options, remedy):
+    model = with_adapters()
+    with refused(model, ValueError, "captured, compiled and asynchronous batches", remedy):
+        model.generate_batch(prompts(), generation(), config(**options), adapter_names=NAMES)
+
+
+def test_a_manager_refuses_in_the_thread_that_asks():
+    model = set_adapter(with_adapters(), "a")
+    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+        with pytest.raises(KeyError, match="add_request: there is no adapter 'x'"):
+            manager.add_request([3, 4], adapter_name="x")
+        with pytest.raises(ValueError, match="add_requests: adapter_names has 1 names, but there are 2 prompts"):
+            manager.add_requests([[3, 4], [5]], adapter_names=["a"])
+        manager.add_requests([[3, 4], [5]], adapter_names=["a", "b"], max_new_tokens=3)
+        results = [manager.get_result(timeout=60) for _ in range(2)]
+        assert {len(result.generated_tokens) for result in results} == {3}
+        manager.add_request([5, 6, 7], adapter_name="c", max_new_tokens=200)
+        manager.add_request([5, 6], adapter_name="b", max_new_tokens=2)
+        assert manager.get_result(timeout=60).request_id == "req_3"
+        with manager.pause():
+            delete_adapter(model, "c")
+        failed = manager.get_result(timeout=60)
+        assert "there is no adapter 'c'" in failed.error and 0 < len(failed.generated_tokens) < 200
+        manager.add_request([5, 6], adapter_name="b", max_new_tokens=2)
+        assert manager.get_result(timeout=60).error is None
