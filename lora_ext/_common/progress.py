@@ -11,6 +11,7 @@ __all__ = ["Progress", "is_terminal", "progress"]
 
 _FIRST = 1.0  # seconds until the first line: what ends sooner needs none
 _BETWEEN = 10.0  # seconds between two lines, at least: short enough to see that the work continues
+_TOO_EARLY = 0.005  # no estimate below this fraction of the work: starting takes most of that time
 _PARTS = 100  # and at least this fraction of the work, so that a run of days has about a hundred lines too
 
 
@@ -89,7 +90,7 @@ class _Lines(Progress):
         self._next_done = self.done + self.total / _PARTS
         seconds, done = now - self._begin, self.done - self._done_before
         parts = [f"{self._what}: {self.done / self.total if self.total else 1.0:.0%}{self._of()}, {_clock(seconds)}"]
-        if done > 0 and self.done < self.total:
+        if done > _TOO_EARLY * self.total and self.done < self.total:
             parts.append(f"about {_clock(seconds / done * (self.total - self.done))} left")
         parts += [self._text] if self._text else []
         print(", ".join(parts), file=sys.stderr, flush=True)

@@ -56,6 +56,18 @@ def test_lines_are_at_least_10_seconds_apart(clock, capsys):
     assert len(lines) == 14
 
 
+def test_a_slow_start_gives_no_estimate(clock, capsys):
+    with progress("work", 1000, unit="steps") as shown:
+        clock.now += 30
+        shown.advance(4)
+        clock.now += 30
+        shown.advance(96)
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 0% of 1,000 steps, 0:30",
+        "work: 10% of 1,000 steps, 1:00, about 9:00 left",
+    ]
+
+
 def test_the_longest_run_prints_a_hundred_lines(clock, capsys):
     run(clock, 10_000, 20.0)
     lines = capsys.readouterr().err.splitlines()
