@@ -152,6 +152,21 @@ def test_a_cache_without_room_for_all():
     assert generated(model, inputs, NAMES, num_blocks=8, max_batch_tokens=64) == alone(model, inputs, NAMES)
 
 
+def test_calls_in_a_pause():
+    """Without a pause, Transformers itself mixes the threads: a call sets config.is_causal for its time."""
+    model, inputs = with_adapters(), prompts()
+    expected, ids = alone(model, inputs, NAMES), torch.randint(VOCABULARY, (3, 6))
+    with torch.no_grad():
+        y = model(ids, adapter_names=["c", "a", "__base__"]).logits
+        with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+            requests = manager.add_requests(inputs, adapter_names=NAMES)
+            for _ in range(3):
+                with manager.pause():
+                    assert torch.equal(model(ids, adapter_names=["c", "a", "__base__"]).logits, y)
+            results = {result.request_id: result for result in (manager.get_result(timeout=60) for _ in NAMES)}
+    assert [results[request].generated_tokens for request in requests] == expected
+
+
 def test_a_stopped_manager_frees_its_cache():
     model = with_adapters()
     with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
