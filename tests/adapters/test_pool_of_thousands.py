@@ -1,4 +1,4 @@
-"""A pool with 1,000 adapters of the demo model in memory and 10,000 on disk."""
+"""A pool with 1,000 adapters of the demo model in memory and 10,000 on disk; without --slow, a fifth of both."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lora_ext.tasks.finetune import demo
 
 pytestmark = pytest.mark.full
 
-ON_DISK, RESIDENT, WRITTEN = 10_000, 1_000, 25
+WRITTEN = 25
 TARGETS = ["query", "value"]
 
 
-def write_many(model: nn.Module, ids: Tensor, root: Path) -> list[Tensor]:
+def write_many(model: nn.Module, ids: Tensor, root: Path, number: int) -> list[Tensor]:
     """Writes adapters of ranks 1 to 4, and directories with links to their files. Returns what each one computes."""
     expected = []
     for i in range(WRITTEN):
@@ -30,7 +30,7 @@ def write_many(model: nn.Module, ids: Tensor, root: Path) -> list[Tensor]:
         expected.append(model(ids).last_hidden_state[0])
         unload(model)
     files = {name: [root / f"tenant-{i}" / name for i in range(WRITTEN)] for name in os.listdir(root / "tenant-0")}
-    for i in range(WRITTEN, ON_DISK):
+    for i in range(WRITTEN, number):
         directory = root / f"tenant-{i}"
         directory.mkdir()
         for name, paths in files.items():
@@ -38,23 +38,24 @@ def write_many(model: nn.Module, ids: Tensor, root: Path) -> list[Tensor]:
     return expected
 
 
+@pytest.mark.parametrize(("on_disk", "resident"), [(2_000, 200), pytest.param(10_000, 1_000, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_thousands_of_adapters(tmp_path):
+def test_thousands_of_adapters(tmp_path, on_disk, resident):
     model = AutoModel.from_pretrained(demo.model_path()).eval()
     ids = torch.randint(1000, 20000, (1, 3))
-    expected = write_many(model, ids, tmp_path)
+    expected = write_many(model, ids, tmp_path, on_disk)
     slot_bytes = 12 * (4 * 2 * 384 * 4 + 16)
-    pool = AdapterPool(model, tmp_path, target_modules=TARGETS, r=4, max_bytes=RESIDENT * slot_bytes + 5)
-    assert len(pool.names()) == ON_DISK
-    numbers = torch.randperm(ON_DISK)[: RESIDENT + 100].tolist()
+    pool = AdapterPool(model, tmp_path, target_modules=TARGETS, r=4, max_bytes=resident * slot_bytes + 5)
+    assert len(pool.names()) == on_disk
+    numbers = torch.randperm(on_disk)[: resident + 100].tolist()
     storage = [held.lora_A.data_ptr() for held in pool._slots.values()]
     for begin in range(0, len(numbers), 100):
         batch = numbers[begin : begin + 100]
         y = model(ids.expand(100, -1), adapter_names=[f"tenant-{i}" for i in batch]).last_hidden_state
         torch.testing.assert_close(y, torch.stack([expected[i % WRITTEN] for i in batch]), rtol=1e-4, atol=1e-4)
     stats = pool.stats()
-    assert (stats.slots, stats.slot_bytes, stats.resident) == (RESIDENT, slot_bytes, RESIDENT)
-    assert stats.loads == RESIDENT + 100 and stats.evictions == 100
+    assert (stats.slots, stats.slot_bytes, stats.resident) == (resident, slot_bytes, resident)
+    assert stats.loads == resident + 100 and stats.evictions == 100
     assert [held.lora_A.data_ptr() for held in pool._slots.values()] == storage
     held = sum(t.nbytes for slots in pool._slots.values() for t in (slots.lora_A, slots.lora_B))
-    assert held < RESIDENT * slot_bytes
+    assert held < resident * slot_bytes

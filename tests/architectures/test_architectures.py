@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -22,6 +24,14 @@ def named(names):
     return [pytest.param(name, marks=pytest.mark.slow) if name in SIMILAR else name for name in names]
 
 
+def both_ways(names):
+    """Both ways of merging each architecture; without --slow one of them, in turns."""
+    ways = itertools.cycle([merge, merge_and_unload])
+    cases = {name: next(ways) for name in names if name not in SIMILAR}
+    slow = [(name, way) for name in names for way in (merge, merge_and_unload) if cases.get(name) is not way]
+    return [*cases.items(), *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
+
+
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", named(BY_NAME))
 def test_equal_to_peft(name, targets):
@@ -35,8 +45,7 @@ NOT_MERGED = {name for name in BY_NAME for known in BY_NAME[name].known if known
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merge_it", [merge, merge_and_unload])
-@pytest.mark.parametrize("name", named(name for name in BY_NAME if name not in NOT_MERGED))
+@pytest.mark.parametrize(("name", "merge_it"), both_ways([name for name in BY_NAME if name not in NOT_MERGED]))
 def test_its_library_saves_and_loads_the_merged_model(name, merge_it, tmp_path):
     architecture = BY_NAME[name]
     base, inputs = architecture.build(), architecture.inputs()

@@ -15,25 +15,7 @@ pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 TESTS = Path(__file__).parents[1]
 
 
-def collect(*options: str) -> subprocess.CompletedProcess[str]:
-    """Collects tests with every optional package hidden."""
-    command = [sys.executable, "-m", "pytest", "-p", "support.gpu_machine", "-p", "no:cacheprovider", "-q"]
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *options], cwd=TESTS.parent, env=environment, capture_output=True, text=True)
-
-
-def test_the_whole_suite_is_collected_without_optional_packages():
-    result = collect("--collect-only")
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert int(re.search(r"(\d+) tests collected", result.stdout)[1]) > 9000
-    for path in TESTS.glob("ops/test_*.py"):  # these run on the GPU: none is skipped as a whole
-        assert f"{path.relative_to(TESTS.parent)}::" in result.stdout, path.name
-
-
-def test_what_is_hidden(tmp_path):
-    """A test that imports an optional package fails, so the plugin hides it; what a GPU machine has is found."""
-    source = """
+HIDDEN = """
 import importlib.util, peft, pytest, regex, safetensors, transformers, xdist
 
 @pytest.mark.parametrize("name", ["bitsandbytes", "diffusers", "gguf", "hypothesis", "loralib", "matplotlib", "trl"])
@@ -47,6 +29,23 @@ def test_hidden(name):
 def test_transformers_sees_none():
     assert not transformers.utils.is_bitsandbytes_available()
 """
-    (tmp_path / "test_hidden.py").write_text(source)
-    result = collect(str(tmp_path / "test_hidden.py"))
-    assert result.returncode == 0 and "8 passed" in result.stdout, result.stdout
+COUNTING = """
+def pytest_deselected(items):
+    print("of the suite:", *(item.path.name for item in items))
+"""
+
+
+def test_the_whole_suite_is_collected_without_optional_packages(tmp_path):
+    """One process collects the suite and runs ``HIDDEN``: what a GPU machine lacks is not found, the rest is."""
+    (tmp_path / "test_hidden.py").write_text(HIDDEN)
+    (tmp_path / "conftest.py").write_text(COUNTING)
+    command = [sys.executable, "-m", "pytest", "-p", "support.gpu_machine", "-p", "no:cacheprovider", "-q"]
+    command += [tmp_path, TESTS, "-k", "test_hidden.py"]
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "8 passed" in result.stdout, result.stdout[-4000:] + result.stderr[-2000:]
+    names = [name for line in re.findall(r"of the suite: (.*)", result.stdout) for name in line.split()]
+    assert len(names) > 9000
+    # These run on the GPU: none is skipped as a whole.
+    assert {path.name for path in TESTS.glob("ops/test_*.py")} <= set(names)

@@ -31,13 +31,13 @@ AREAS = {
 OF_FILES = [area for area in AREAS if area.endswith("_files") or area == "checkpoints"]
 # Number of cases of each area in `make test` and in `make test-full`, from the seeds 0, 1, 2 ...
 FIXED_CASES = {
-    "ops": (2500, 5000),
+    "ops": (1700, 5000),
     "values": (1250, 2500),
-    "models": (200, 400),
+    "models": (130, 400),
     "adapter_files": (350, 350),
     "checkpoints": (350, 350),  # fewer do not read with every function
     "data_files": (400, 800),
-    "result_files": (75, 150),
+    "result_files": (50, 150),
 }
 
 

@@ -56,14 +56,14 @@ def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]
     """Returns a config's text and words of the error, by kind of attack; "": it loads; None: either is fine.
 
     Args:
-        every_expression: pair each catastrophic expression with every key, instead of one or two of the five.
+        every_expression: pair each catastrophic expression with every key, instead of one of the five.
     """
     fine = ""
     found: dict[str, tuple[dict[str, Any] | str | bytes, str | None]] = {
         f"{key}, {name}": (with_expression(key, expression), None)
         for i, (name, expression) in enumerate(CATASTROPHIC.items())
         for j, key in enumerate(EXPRESSION_KEYS)
-        if every_expression or (i + j) % 3 == 0
+        if every_expression or i % len(EXPRESSION_KEYS) == j
     }
     found |= {
         "every expression": (

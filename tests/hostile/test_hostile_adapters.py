@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.processes import run_python
+from support.processes import run_forked
 
 pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), py
 def test_hostile_files_end_with_a_message(attacks, tmp_path):
     arguments = [tmp_path / "adapter", tmp_path / "results", *attacks]
     one_thread = {"OMP_NUM_THREADS": "1"}  # a process that has started threads cannot fork
-    done = run_python("-m", "hostile.reading", *arguments, **one_thread)
+    done = run_forked("-m", "hostile.reading", *arguments, **one_thread)
     assert done.returncode == 0, done.stderr
     wrong = []
     for name, words, report in json.loads((tmp_path / "results").read_text()):

@@ -58,7 +58,9 @@ class Forked:
             os.environ.update(env)
             os.dup2(stdout.fileno(), 1)
             os.dup2(1, 2)
-            os._exit(pytest.main(command[3:]))
+            code = pytest.main(command[3:])
+            sys.stdout.flush()
+            os._exit(code)
 
     def wait(self):
         self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])

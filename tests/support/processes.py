@@ -9,14 +9,13 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
-import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -44,54 +43,42 @@ def run_forked(*arguments: str | Path, **variables: str) -> subprocess.Completed
 class Forked:
     """A process for ``arguments`` of Python that is forked from a server: importing Transformers takes five seconds.
 
-    It is used like ``subprocess.Popen``. It has the modules of Transformers' Trainer and of lora_ext, so the variables
-    that they read in their import have no effect, except OMP_NUM_THREADS. Its own pools fork from the same server.
+    It is used like ``subprocess.Popen``, in text mode by default; its standard input is empty by default. It has the
+    modules of Transformers' Trainer and of lora_ext, so the variables that they read in their import have no effect,
+    except OMP_NUM_THREADS. Its own pools fork from the same server.
 
     Args:
-        arguments: as strings, ``-c`` and a program, ``-m`` and a module's name, or a path; then those of the program.
-        cwd: its working directory.
-        start_new_session: it gets its own process group.
-        stdin, stdout, stderr: a file, ``subprocess.PIPE``, or None: the standard input is empty, the others this
-            process's.
-        text: pipes carry text.
-        variables: over this process's environment.
+        arguments: ``-c`` and a program, ``-m`` and a module's name, or a path; then those of the program.
+        more: ``stdin``, ``stdout`` and ``stderr`` as for ``Popen``, and variables over this process's environment.
     """
 
     def __init__(
-        self,
-        *arguments: Any,
-        cwd: str | Path | None = None,
-        start_new_session: bool = False,
-        stdin: Any = None,
-        stdout: Any = None,
-        stderr: Any = None,
-        text: bool = True,
-        **variables: str,
+        self, *arguments: Any, cwd: Any = None, start_new_session: bool = False, text: bool = True, **more: Any
     ) -> None:
+        from lora_ext.tasks.comparison.processes import _context
+
         self.args = [sys.executable, *map(str, arguments)]
-        self.stdin, self.stdout, self.stderr = None, None, None
-        streams = {}
-        for number, (name, given) in enumerate({"stdin": stdin, "stdout": stdout, "stderr": stderr}.items()):
+        streams: dict[int, Connection] = {}
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            given, theirs = more.pop(name, None), number
+            setattr(self, name, None)
             if given == subprocess.PIPE:
-                reading, writing = os.pipe()
-                theirs, ours = (reading, writing) if name == "stdin" else (writing, reading)
-                opened: IO[Any] = os.fdopen(ours, "wb" if name == "stdin" else "rb", buffering=0 if not text else -1)
+                theirs, ours = os.pipe() if number == 0 else reversed(os.pipe())
+                opened = os.fdopen(ours, "rb" if number else "wb", buffering=-1 if text else 0)
                 setattr(self, name, io.TextIOWrapper(opened) if text else opened)
             elif given == subprocess.STDOUT:
                 theirs = os.dup(streams[1].fileno())
-            elif given is None:
-                theirs = os.open(os.devnull, os.O_RDONLY) if name == "stdin" else os.dup(number)
-            else:
+            elif given is not None:
                 theirs = os.dup(given if isinstance(given, int) else given.fileno())
-            streams[number] = Connection(theirs, readable=name == "stdin", writable=name != "stdin")
-        from lora_ext.tasks.comparison.processes import _context
-
-        how = (self.args[1:], environment(**variables), str(cwd or os.getcwd()), start_new_session, streams)
+            else:
+                theirs = os.dup(number) if number else os.open(os.devnull, os.O_RDONLY)
+            streams[number] = Connection(theirs, readable=number == 0, writable=number > 0)
+        how = (self.args[1:], environment(**more), str(cwd or os.getcwd()), start_new_session, streams)
         self._process = _context().Process(target=_run, args=how)
         self._process.start()
         for stream in streams.values():
             stream.close()
-        self.pid = self._process.pid
+        self.pid, self.kill = self._process.pid, self._process.kill
 
     @property
     def returncode(self) -> int | None:
@@ -106,28 +93,20 @@ class Forked:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
 
-    def kill(self) -> None:
-        self._process.kill()
-
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
-        """Reads both pipes to their end and waits."""
-        end = None if timeout is None else time.monotonic() + timeout
-        found: dict[str, Any] = {}
-
-        def read(name: str) -> None:
-            found[name] = getattr(self, name).read()
-
-        readers = [threading.Thread(target=read, args=[name]) for name in ("stdout", "stderr") if getattr(self, name)]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join(None if end is None else max(0.0, end - time.monotonic()))
-        self.wait(None if end is None else max(0.0, end - time.monotonic()))
-        return found.get("stdout"), found.get("stderr")
+    def communicate(self, timeout: float | None = None) -> list[Any]:
+        """Reads both pipes to their end and waits; kills the process after ``timeout`` seconds."""
+        with ThreadPoolExecutor() as pool:
+            read = [stream and pool.submit(stream.read) for stream in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            return [future and future.result() for future in read]
 
 
 def _run(

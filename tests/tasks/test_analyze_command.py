@@ -135,7 +135,7 @@ def test_whose_directory_it_is(files, tmp_path, capsys):
     assert cli.main([*arguments, "--out", str(out)]) == 2
     assert "holds a run already; --resume continues it, --overwrite replaces it" in capsys.readouterr().err
     (out / "mine.txt").write_text("mine")
-    both = ["analyze", "--adapter", str(files / "four"), str(files / "six"), "--no-base", "--overwrite"]
+    both = [*arguments, "--overwrite", "--adapter", str(files / "six")]
     assert cli.main([*both, "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir() if path.suffix in (".png", ".txt")) == [
         *("change.png", "mine.txt", "similarity_1_2.png", "spectrum.png")

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import pytest
 import torch
 from support import tiny_classifier
 from support.optional import matplotlib  # noqa: F401
-from support.processes import environment
+from support.processes import Forked
 from transformers import BertModel
 
 from lora_ext._common import progress
@@ -38,6 +37,7 @@ from lora_ext.tasks.finetune.settings import Settings
 
 pytestmark = pytest.mark.full
 
+DRAWS = True
 METHODS = ["full:learning-rate=5e-3", "lora:r=2", "lora+adapter-p"]
 
 
@@ -136,13 +136,14 @@ def test_resuming_with_other_texts_repeats_the_runs_and_costs(tmp_path: Path):
 
 
 def test_interrupted_and_resumed_ends_like_uninterrupted(options: list[str], tmp_path: Path):
-    longer = [*options, "--epochs", "20", "--methods", "lora", "bitfit", "--seeds", "0"]
-    command = [sys.executable, "-m", "lora_ext", "compare"]
+    longer = [*options, "--epochs", "20", "--methods", "lora", "bitfit:epochs=1", "--seeds", "0"]
     out = tmp_path / "interrupted"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    same_threads = environment(OMP_NUM_THREADS=str(torch.get_num_threads()))
-    process = subprocess.Popen(
-        [*command, *longer, "--out", str(out)], env=same_threads, start_new_session=True, **pipes
+    process = Forked(
+        *("-m", "lora_ext", "compare", *longer, "--out", out),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        OMP_NUM_THREADS=str(torch.get_num_threads()),
     )
     log = out / "runs" / "lora" / "seed-0.log"
     while not log.is_file() or "finetune: " not in log.read_text():  # until training has begun

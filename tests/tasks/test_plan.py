@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -336,7 +337,8 @@ def bert_directory(tmp_path) -> str:
     return save_bert(tmp_path / "bert", 4)
 
 
-def planned_by_finetune(options: list[str], model: str) -> dict:
+@functools.cache
+def planned_by_finetune(options: tuple[str, ...], model: str) -> dict:
     """Plans the run that finetune would do with ``options``."""
     parser = argparse.ArgumentParser()
     finetune_command.add_parser(parser.add_subparsers())
@@ -367,7 +369,7 @@ def test_what_fits_can_be_pasted_into_finetune(tmp_path, optimizer):
             if change["devices"] > 1 or setup["dtype"] in ("int8", "nf4"):
                 assert options is None or "--quantize" in options
                 continue
-            assert planned_by_finetune(options, model)["runs"]["lora"]["peak"] == change["peak"]
+            assert planned_by_finetune(tuple(options), model)["runs"]["lora"]["peak"] == change["peak"]
             assert int(options[1]) * int(options[3]) >= 36  # texts in an optimizer step
             found.add(change["what"][0].split()[0])
         assert results.notes(result)[-1].strip()
@@ -377,7 +379,7 @@ def test_what_fits_can_be_pasted_into_finetune(tmp_path, optimizer):
     wanted = {"gradient", "batches", "texts", "bfloat16"} if optimizer == "adamw" else {"batches", "texts"}
     assert found >= wanted, found
     fits = plan(dataclasses.replace(whole, gpu_memory=2 * peak, reserve=0))
-    assert planned_by_finetune(fits["finetune_options"], model)["runs"]["lora"]["peak"] == peak
+    assert planned_by_finetune(tuple(fits["finetune_options"]), model)["runs"]["lora"]["peak"] == peak
     assert results.notes(fits)[-1].startswith(
         "lora-ext finetune --batch-size 12 --accumulation-steps 3 --max-length 64 "
     )

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from support import tiny_classifier
-from support.processes import environment, run_python
+from support.processes import Forked, run_forked
 
 from lora_ext._common import progress as module
 from lora_ext._common.progress import progress
@@ -129,7 +128,7 @@ def arguments(tmp_path_factory) -> list[str]:
 @pytest.mark.full
 def test_finetune_prints_few_lines_into_a_pipe(arguments: list[str], tmp_path: Path):
     """Runs 180 steps and 30 evaluations; the Trainer's bars would print hundreds of states."""
-    done = run_python(*arguments, "--out", tmp_path / "out", OMP_WAIT_POLICY="passive")
+    done = run_forked(*arguments, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     lines = re.split(r"[\r\n]+", done.stderr.strip())
     assert len(lines) <= 12 and "|" not in done.stderr, done.stderr
@@ -140,9 +139,9 @@ def test_finetune_prints_few_lines_into_a_pipe(arguments: list[str], tmp_path: P
 def test_finetune_draws_bars_on_a_terminal(arguments: list[str], tmp_path: Path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    command = [sys.executable, *arguments, "--epochs", "1", "--out", str(tmp_path / "out")]
-    passive = environment(OMP_WAIT_POLICY="passive")
-    process = subprocess.Popen(command, env=passive, stdout=subprocess.DEVNULL, stderr=theirs)
+    with open(os.devnull, "w") as nothing:
+        more = ["--epochs", "1", "--out", tmp_path / "out"]
+        process = Forked(*arguments, *more, stdout=nothing, stderr=theirs)
     os.close(theirs)
     output = b""
     while True:
