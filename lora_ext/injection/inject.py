@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -136,14 +137,23 @@ class Injection:
         adapter = self._adapter(builder)
 
         def give_memory() -> Adapter:
-            builder.give_memory()  # low-rank factors, in place; copies of modules and rows are made again below
+            with _tensors_that_train():
+                builder.give_memory()  # low-rank factors, in place; copies of modules and rows are made again below
             return self._adapter(builder) if self._targets.trained or self._targets.tokens else adapter
 
         return adapter, give_memory
 
     def _adapter(self, builder: PartsBuilder) -> Adapter:
-        parts = builder.parts(self._targets)
-        return Adapter(self._name, self._config, self._into, parts, builder.biases(parts))
+        with _tensors_that_train():
+            parts = builder.parts(self._targets)
+            return Adapter(self._name, self._config, self._into, parts, builder.biases(parts))
+
+
+@contextmanager
+def _tensors_that_train() -> Iterator[None]:
+    """Leaves inference mode: autograd would refuse parameters that are made there, also later."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
 
 
 def apply_injection(model: nn.Module, adapter: Adapter) -> None:

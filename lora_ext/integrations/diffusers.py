@@ -50,10 +50,10 @@ def save_lora_weights(pipeline: Any, directory: str | os.PathLike[str], adapter_
         )
     known, content = inspect.signature(save).parameters, {}
     for name, model in _injected(pipeline, adapter_name).items():
-        if f"{name}_lora_layers" not in known:
+        if not {f"{name}_lora_layers", f"{name}_lora_adapter_metadata"} <= known.keys():
             raise ValueError(
-                f"save_lora_weights: {type(pipeline).__name__} keeps no adapters of its {name!r}; call "
-                f"lora_ext.save_adapter(pipeline.{name}, directory), and load_adapter to load it"
+                f"save_lora_weights: {type(pipeline).__name__} keeps no adapters of its {name!r} with their configs; "
+                f"call lora_ext.save_adapter(pipeline.{name}, directory), and load_adapter to load it"
             )
         layers, config = _layers_and_config(name, model, adapter_name)
         content |= {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": config}

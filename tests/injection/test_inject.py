@@ -15,7 +15,7 @@ from support.models import FAMILIES, Block, Net, bert, llama, refused, token_ids
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lora_ext import LoraConfig, inject
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import lora_modules, trainable_parameter_counts
 from lora_ext.nn import LoraLinear
 
@@ -402,3 +402,17 @@ def test_a_compiled_model_is_injected_inside():
     assert [path for path, _ in lora_modules(model)] == ["blocks.0.up"]
     x = torch.randn(4, 6)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_adapters_made_in_inference_mode_train_afterwards(tmp_path):
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], trainable_token_indices=[3])
+    injected = bert()
+    loaded = copy.deepcopy(injected)
+    with torch.inference_mode():
+        inject(injected, config)
+    save_adapter(injected, tmp_path)
+    with torch.inference_mode():
+        load_adapter(loaded, tmp_path, trainable=True)
+    for model in (injected, loaded):
+        model(input_ids=token_ids()).logits.sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
