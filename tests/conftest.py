@@ -36,7 +36,7 @@ def no_cuda_reason() -> str:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: takes long; left out by --quick (make test-quick)")
     config.addinivalue_line("markers", "slow: takes minutes; skipped without --slow (make test-full)")
-    config.addinivalue_line("markers", "pairs: without --slow, every pair of the parameters' values, not their product")
+    config.addinivalue_line("markers", "pairs: on the CPU without --slow, every pair of values, not the product")
     config.addinivalue_line("markers", "large: wants gigabytes of memory; a GPU check runs these one at a time")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
     if config.getoption("--device") == "cuda":
@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     excess: list[pytest.Item] = []
     if config.getoption("--quick"):
         excess += [item for item in items if item.get_closest_marker("full")]
-    if not config.getoption("--slow"):
+    if not config.getoption("--slow") and config.getoption("--device") == "cpu":  # GPU checks run all
         excess += _beyond_pairs([item for item in items if item.get_closest_marker("pairs")])
     config.hook.pytest_deselected(items=excess)
     left_out = set(excess)
