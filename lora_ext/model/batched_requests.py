@@ -15,7 +15,7 @@ import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching import RequestState
 
 NAME = "adapter_name"
+_REQUESTS = "_lora_ext_requests"  # the attribute of a manager that holds its NamedRequests
 _ENDS = "finish_request", "clear_cancelled_requests"  # methods of the scheduler after which requests run no more
 _MOST_NUMBERS = 100_000  # 20 MB; forgetting them loses shared prefixes only
 
@@ -43,8 +44,11 @@ class InitContinuousBatching(ReplacedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
         manager = self.original(*args, **kwargs)
-        if "add_request" not in vars(manager) and is_supported():  # otherwise a manager of an earlier call
-            NamedRequests(self.model, self.adapters, manager)
+        known = vars(manager).get(_REQUESTS)  # of a manager of an earlier call
+        if known is not None:
+            known.adopt(self.adapters)
+        elif is_supported():
+            setattr(manager, _REQUESTS, NamedRequests(self.model, self.adapters, manager))
         return manager
 
 
@@ -83,7 +87,9 @@ def is_supported() -> bool:
     except ImportError:
         return False
     wrapped = {
-        continuous_api.ContinuousBatchingManager: ("add_request", "add_requests", "_create_batch_processor"),
+        continuous_api.ContinuousBatchingManager: (
+            *("add_request", "add_requests", "_create_batch_processor", "_run_generation_loop"),
+        ),
         continuous_api.ContinuousBatchProcessor: ("_generation_step", "_handle_request_error"),
         continuous_api.ContinuousBatchingLogitsProcessorList: ("check_kwargs",),
         scheduler.Scheduler: ("schedule_batch", "_get_waiting_candidates", *_ENDS),
@@ -182,8 +188,9 @@ class NamedRequests:
     Slots of a pool: a request waits until its adapter has one, in the order of arrival, and keeps it while it runs.
 
     Prefixes: Transformers shares blocks of the cache between requests whose prompts begin with the same tokens. The
-    blocks depend on the adapter, too, so the first token of a request counts as another number for each adapter, each
-    reading of its files, and each place of its invocation (aLoRA).
+    blocks depend on the adapter, too, so the first token of a request, named or not, counts as another number for each
+    adapter, after each change of the model's adapters, for each reading of a pool's files, and for each place of an
+    invocation (aLoRA).
 
     Attributes:
         held: the pool of each adapter that has a slot for running requests.
@@ -200,6 +207,13 @@ class NamedRequests:
         _around(manager, "add_request", self._add_request)
         _around(manager, "add_requests", self._add_requests)
         _around(manager, "_create_batch_processor", self._create_batch_processor)
+        _around(manager, "_run_generation_loop", self._run_generation_loop)
+
+    def adopt(self, adapters: AdapterSet) -> None:
+        """Serves the names of ``adapters``: the model may have been injected again since the manager's last session."""
+        if adapters is not self.adapters:
+            self.adapters, self._checked = adapters, -1
+            self._numbers.clear()
 
     # --- what users call ---------------------------------------------------------------------------------------------
 
@@ -221,6 +235,12 @@ class NamedRequests:
 
     # --- the loop of the manager's thread ----------------------------------------------------------------------------
 
+    def _run_generation_loop(self, original: Callable, **kwargs: Any) -> None:
+        try:
+            original(**kwargs)
+        finally:  # an error may have come before the ends of the requests
+            self._release(())
+
     def _create_batch_processor(self, original: Callable) -> Any:
         processor = original()
         if processor is not self._processor():
@@ -233,7 +253,6 @@ class NamedRequests:
             _around(processor.cache, "search_prefix_match", self._search_prefix_match)
             for allocator in processor.cache.cache_allocators.values():
                 _around(allocator, "mark_complete_blocks", self._mark_complete_blocks)
-        self._release()
         return processor
 
     def _generation_step(self, original: Callable, model: nn.Module) -> None:
@@ -265,7 +284,7 @@ class NamedRequests:
     def _schedule_batch(self, original: Callable, *args: Any) -> Any:
         self._fail_those_without_adapter()
         result = original(*args)
-        self._release()
+        self._release(self._processor().scheduler.active_requests.values())
         return result
 
     def _get_waiting_candidates(self, original: Callable) -> list[RequestState]:
@@ -283,7 +302,7 @@ class NamedRequests:
 
     def _then_release(self, original: Callable, *args: Any) -> Any:
         result = original(*args)
-        self._release()
+        self._release(self._processor().scheduler.active_requests.values())
         return result
 
     def _hold(self, name: str | None) -> bool:
@@ -300,11 +319,10 @@ class NamedRequests:
         self.held[name] = pool
         return True
 
-    def _release(self) -> None:
+    def _release(self, running: Iterable[RequestState]) -> None:
         """Frees the slots that no running request uses."""
         if self.held:
-            used = set(map(_name_of, self._processor().scheduler.active_requests.values()))
-            for name in self.held.keys() - used:
+            for name in self.held.keys() - set(map(_name_of, running)):
                 self.held.pop(name).release((name,))
 
     def _fail_those_without_adapter(self) -> None:
@@ -328,6 +346,7 @@ class NamedRequests:
         processor._handle_request_error(error, state)
         if scheduler.waiting_requests.pop(identity, None) is None:
             scheduler.finish_request(identity)
+            scheduler.block_new_requests = False  # as at the end of other requests
         else:
             scheduler.waiting_requests_order.remove(identity)
             processor.offloading_manager.free_request_cpu_cache(state)
@@ -335,33 +354,40 @@ class NamedRequests:
     # --- shared prefixes ---------------------------------------------------------------------------------------------
 
     def _search_prefix_match(self, original: Callable, request_id: str, prompt_ids: list[int]) -> int:
-        return original(request_id, self._numbered(request_id, prompt_ids))
+        state = self._state(request_id)
+        number = self._number(state, prompt_ids)
+        state._lora_ext_number = number  # the last search is in the step that begins the request
+        return original(request_id, [number, *prompt_ids[1:]])
 
     def _mark_complete_blocks(self, original: Callable, request_id: str, token_ids: list[int], *args: Any) -> None:
-        original(request_id, self._numbered(request_id, token_ids), *args)
+        state = self._state(request_id)
+        if state is None:  # cancelled
+            return original(request_id, token_ids, *args)
+        number = self._number(state, token_ids)
+        if number != vars(state).get("_lora_ext_number"):  # the adapters changed while the request ran
+            number = -next(self._unused)
+        original(request_id, [number, *token_ids[1:]], *args)
 
-    def _numbered(self, request_id: str, tokens: list[int]) -> list[int]:
-        """The tokens, the first of them as a number that no request with another adapter has."""
+    def _state(self, request_id: str) -> RequestState | None:
         scheduler = self._processor().scheduler
-        state = scheduler.active_requests.get(request_id) or scheduler.waiting_requests.get(request_id)
-        space = None if state is None else self._space(state)
-        if space is None or not tokens:
-            return tokens
-        if len(self._numbers) > _MOST_NUMBERS:
-            self._numbers.clear()
-        key = space, tokens[0]
-        if key not in self._numbers:
-            self._numbers[key] = -next(self._unused)
-        return [self._numbers[key], *tokens[1:]]
+        return scheduler.active_requests.get(request_id) or scheduler.waiting_requests.get(request_id)
 
-    def _space(self, state: RequestState) -> tuple[Any, ...] | None:
-        """What the keys and values of a request depend on besides its tokens; None: a request as without names."""
+    def _number(self, state: RequestState, tokens: list[int]) -> int:
+        """Stands for the first token of a request; no request with another adapter has this number."""
+        key = self._space(state), *tokens[:1]
+        if key not in self._numbers:
+            if len(self._numbers) > _MOST_NUMBERS:
+                self._numbers.clear()
+            self._numbers[key] = -next(self._unused)
+        return self._numbers[key]
+
+    def _space(self, state: RequestState) -> tuple[Any, ...]:
+        """What the keys and values of a request depend on besides its tokens."""
         name, active = _name_of(state), self.adapters.active
-        if name is None and not active.invoked:
-            return None
-        used = name or active.names[0]
-        content = self.held[used].content(used) if used in self.held else active.changes
-        return used, name is None, content, self._start(state, used)
+        used = active.names if name is None else (name,)
+        content = self.held[name].content(name) if name in self.held else None
+        start = self._start(state, used[0]) if len(used) == 1 else 0
+        return used, name is None, content, active.changes, start
 
     def _start(self, state: RequestState, name: str) -> int | None:
         """The position from which on a request's adapter acts. None: its prompt has no invocation. 0: not an aLoRA."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
+from lora_ext._common.changes import one_at_a_time
 from lora_ext.model.adapter_set import AdapterSet, adapter_set, check_names, find_adapters
 from lora_ext.model.bare_model import adapter_layers, root_module
 from lora_ext.model.invocations import (
@@ -135,10 +136,13 @@ class _Obstacles(NamedTuple):
 
 def _obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
     """Walks the model once after every change of its adapters."""
-    active = adapters.active
-    changes, known = active.changes, active.row_obstacles
-    if known is not None and known[0] == changes:
-        return known[1]
+    known = adapters.active.row_obstacles
+    return known[1] if known is not None and known[0] == adapters.active.changes else _found_obstacles(root, adapters)
+
+
+@one_at_a_time  # another thread may be adding layers
+def _found_obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
+    active, changes = adapters.active, adapters.active.changes
     to_all, to_one, to_tokens = "", {}, {}
     for path, layer in adapter_layers(root):
         if isinstance(layer, LoraLayer) and layer.is_merged and not to_all:

@@ -210,8 +210,8 @@ def _grouped_products() -> tuple[Any, ...]:
 def _fallbacks() -> tuple[Any, ...]:
     if "transformers.integrations.moe" not in sys.modules:
         return ()
-    fallback = torch.ops.transformers.grouped_mm_fallback
-    return fallback, fallback.default
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # Transformers 5.0 has none
+    return () if fallback is None else (fallback, fallback.default)
 
 
 def _is_number(index: Any) -> bool:

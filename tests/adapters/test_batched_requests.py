@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import pickle
@@ -188,6 +189,87 @@ def test_disabled_adapters_leave_no_prefix():
         assert [base, manager.get_result(timeout=60).generated_tokens] == expected
 
 
+# --- the adapters change while a manager runs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", ["b", [], ["a", "b"]], ids=str)
+def test_another_active_adapter_leaves_no_prefix(then):
+    model, (prompt,) = set_adapter(with_adapters(), "a"), prompts((13,))
+    computed = []
+    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+        for names in ("a", then):
+            set_adapter(model, names)
+            manager.add_request(prompt)
+            computed.append(manager.get_result(timeout=60).generated_tokens)
+    ids = torch.tensor([prompt])
+    expected = model.generate(ids, generation_config=generation(), attention_mask=ids > -1)[0, 13:].tolist()
+    assert computed[1] == expected != computed[0]
+
+
+def test_a_block_that_two_adapters_computed_is_not_shared():
+    """The first block of the cache has four tokens: three of the prompt for a, and one that comes after a change."""
+    model, (prompt,) = with_adapters(), prompts((3,))
+    set_adapter(model, "a")
+    calls = []
+
+    def change(*_) -> None:
+        calls.append(0)
+        if len(calls) == 2:
+            set_adapter(model, "b")
+
+    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+        model.register_forward_pre_hook(change)
+        manager.add_request(prompt)
+        longer = [*prompt, manager.get_result(timeout=60).generated_tokens[0], 7, 8]
+        manager.add_request(longer)
+        computed = manager.get_result(timeout=60).generated_tokens
+    assert [computed] == alone(model, [longer], ["b"])
+
+
+def test_a_kept_manager_of_a_model_that_is_injected_again():
+    options = {"generation_config": generation(), "continuous_batching_config": config(), "persistent_manager": True}
+    model, inputs = set_adapter(with_adapters(), "a"), prompts((13,))
+
+    def asked(names: list[str] | None) -> list[list[int]]:
+        return [
+            result.generated_tokens for result in model.generate_batch(inputs, adapter_names=names, **options).values()
+        ]
+
+    assert asked(["b"]) != asked(None) == alone(model, inputs, ["a"])
+    unload(model)
+    bare = [result.generated_tokens for result in model.generate_batch(inputs, **options).values()]
+    ids = torch.tensor(inputs)
+    expected = model.generate(ids, generation_config=generation(), attention_mask=ids > -1)[0, 13:].tolist()
+    assert bare == [expected]
+    for name in "ab":
+        inject(model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False), name)
+        shaken(set_adapter(model, name))
+    assert asked(["a"]) == alone(model, inputs, ["a"])
+    assert asked(None) == alone(model, inputs, ["a"]) != asked(["b"]) == alone(model, inputs, ["b"])
+    model.destroy_cached_continuous_batching_manager()
+
+
+def test_requests_wait_no_longer_than_for_those_that_failed():
+    """A full cache holds back new requests until another one ends, which may be by an error."""
+    model, inputs = set_adapter(with_adapters(), "a"), prompts((9, 10, 5))
+    options = {"continuous_batching_config": config(num_blocks=8, max_batch_tokens=64)}
+    with model.continuous_batching_context_manager(generation(), **options) as manager:
+
+        def delete(*_) -> None:
+            if manager.batch_processor.scheduler.block_new_requests and "c" in model._lora_adapters.configs:
+                delete_adapter(model, "c")
+
+        hook = model.register_forward_pre_hook(delete)
+        for prompt, name in zip(inputs, "cca", strict=True):
+            manager.add_request(prompt, adapter_name=name, max_new_tokens=5 if name == "a" else 20)
+        results = {result.request_id: result for _ in range(3) if (result := manager.get_result(timeout=20))}
+        manager.stop(hard_stop=True)  # without a wait for requests that hang
+        hook.remove()
+    assert "c" not in model._lora_adapters.configs
+    assert "there is no adapter 'c'" in results["req_0"].error and "no adapter 'c'" in results["req_1"].error
+    assert [results["req_2"].generated_tokens] == alone(model, inputs[2:], ["a"])
+
+
 # --- aLoRA ------------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +371,39 @@ def test_an_adapter_that_is_read_again_shares_no_old_prefix(root):
         for path in (root / "b").iterdir():
             path.replace(root / "a" / path.name)
         assert ask("a") == of_b  # b's slot was taken, so a was read again
+    pool.close()
+
+
+def test_disabled_adapters_leave_no_prefix_of_a_pool(root):
+    model, pool = pooled(root, 2)
+    inputs = prompts((13,))
+    expected = generated(model, inputs, ["a"])
+    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+        with disable_adapters(model):
+            manager.add_request(inputs[0], adapter_name="a")
+            assert [manager.get_result(timeout=60).generated_tokens] != expected
+        manager.add_request(inputs[0], adapter_name="a")
+        assert [manager.get_result(timeout=60).generated_tokens] == expected
+    pool.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_manager_that_breaks_frees_its_slots(root):
+    """An event loop that is closed cannot take the results of requests, so that Transformers does not end them."""
+    model, pool = pooled(root, 2)
+
+    async def begun():
+        manager = model.init_continuous_batching(generation(max_new_tokens=400), config(num_blocks=128))
+        manager.start()
+        manager.register_result_handler("long", lambda result: None)
+        manager.add_request([5, 6, 7], request_id="long", adapter_name="a")
+        while not pool.stats().in_use:
+            await asyncio.sleep(0.01)
+        return manager
+
+    manager = asyncio.run(begun())
+    manager.stop(hard_stop=True)
+    assert pool.stats().in_use == 0
     pool.close()
 
 

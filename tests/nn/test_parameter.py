@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 
 import peft
@@ -373,3 +374,20 @@ def test_an_attention_by_its_parameters(tmp_path):
     ours = load_adapter(copy.deepcopy(base), tmp_path)
     assert (ours["a"](q, k, v)[0] - base["a"](q, k, v)[0]).abs().max() > 1e-3
     torch.testing.assert_close(ours["a"](q, k, v), theirs.base_model.model["a"](q, k, v))
+
+
+def test_a_version_of_transformers_without_a_grouped_product(monkeypatch):
+    """Transformers 5.0 has the module of the experts, but not the op grouped_mm_fallback."""
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.weight * 2.0).t()
+
+    model, x = inject(nn.Sequential(Doubled()), LoraConfig(**ALIVE, target_parameters=["0.weight"])), torch.randn(5, 4)
+    expected = model(x)
+    monkeypatch.setattr(torch.ops, "transformers", types.SimpleNamespace())
+    assert torch.equal(model(x), expected)
