@@ -110,10 +110,13 @@ def _resized(root: nn.Module) -> tuple[int, int] | None:
     """
     config, name = getattr(root, "config", None), getattr(root, "name_or_path", None)
     now = _vocabulary(config)
-    if not name or now is None or not hasattr(type(config), "from_pretrained"):
+    if not name or now is None or not hasattr(type(config), "get_config_dict"):
         return None
+    kind = type(config)
     try:
-        before = _vocabulary(type(config).from_pretrained(name, local_files_only=True))
+        values, _ = kind.get_config_dict(name, local_files_only=True)
+        # A directory without a config (of a GGUF file) has no values, which would become the defaults.
+        before = _vocabulary(kind.from_pretrained(name, local_files_only=True)) if values else None
     except Exception:  # no such directory, or a config that this class refuses in a way of its own
         return None
     return None if before is None or before == now else (before, now)
