@@ -66,7 +66,7 @@ class _Lines(Progress):
         self._what, self._unit, self._text = what, unit, ""
         self._begin, self._done_before = time.monotonic(), done
         self._next_time, self._next_done = self._begin + first, done
-        self._printed: float | None = None  # work done when the last line was printed
+        self._printed: tuple[float, str] | None = None  # the work done and the note of the last line
         self._lock = threading.Lock()  # runs side by side tell one display
 
     def set(self, done: float) -> None:
@@ -79,14 +79,14 @@ class _Lines(Progress):
         self._text = text
 
     def close(self) -> None:
-        """Prints the last line, if there was one before and the work has advanced since."""
+        """Prints the last line, if there was one before and the work has advanced or its note changed since."""
         with self._lock:
-            if self._printed not in (None, self.done):
+            if self._printed not in (None, (self.done, self._text)):
                 self._print()
 
     def _print(self) -> None:
         now = time.monotonic()
-        self._printed, self._next_time = self.done, now + _BETWEEN
+        self._printed, self._next_time = (self.done, self._text), now + _BETWEEN
         self._next_done = self.done + self.total / _PARTS
         seconds, done = now - self._begin, self.done - self._done_before
         parts = [f"{self._what}: {self.done / self.total if self.total else 1.0:.0%}{self._of()}, {_clock(seconds)}"]

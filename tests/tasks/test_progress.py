@@ -67,6 +67,15 @@ def test_a_slow_start_gives_no_estimate(clock, capsys):
     ]
 
 
+def test_the_last_line_has_the_last_note(clock, capsys):
+    with progress("work", 2, unit="steps") as shown:
+        clock.now += 2
+        shown.note("loss 2")
+        shown.advance(2)
+        shown.note("loss 1")
+    assert capsys.readouterr().err.splitlines()[-1] == "work: 100% of 2 steps, 0:02, loss 1"
+
+
 def test_the_longest_run_prints_a_hundred_lines(clock, capsys):
     run(clock, 10_000, 20.0)
     lines = capsys.readouterr().err.splitlines()
