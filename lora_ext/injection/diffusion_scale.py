@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext._common.hooks import has_pre_hook, remove_hooks
 from lora_ext.model.bare_model import adapter_layers
 
 _ARGUMENTS = {"cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"}  # of diffusers' forwards
@@ -17,19 +18,13 @@ _ARGUMENTS = {"cross_attention_kwargs", "joint_attention_kwargs", "attention_kwa
 
 def guard_against_scale(module: nn.Module) -> None:
     """Makes a model of diffusers check the scale that its calls ask for."""
-    if _ARGUMENTS & inspect.signature(module.forward).parameters.keys() and not _hooks(module):
+    if _ARGUMENTS & inspect.signature(module.forward).parameters.keys() and not has_pre_hook(module, check_scale):
         module.register_forward_pre_hook(check_scale, with_kwargs=True)
 
 
 def remove_scale_guard(module: nn.Module) -> None:
     """Undoes :func:`guard_against_scale`."""
-    for key in _hooks(module):
-        del module._forward_pre_hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _hooks(module: nn.Module) -> list[int]:
-    return [key for key, hook in module._forward_pre_hooks.items() if hook is check_scale]
+    remove_hooks(module, check_scale)
 
 
 def check_scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_ext._common.hooks import remove_hooks
 from lora_ext._common.interrupts import uninterrupted
 
 
@@ -81,13 +82,7 @@ def remove_inserted(model: nn.Module) -> None:
         for name, child in list(host.named_children()):
             if isinstance(child, Inserted):
                 delattr(host, name)
-        for hooks, flags in (
-            (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs),
-            (host._forward_hooks, host._forward_hooks_with_kwargs),
-        ):
-            for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
-                del hooks[key]
-                flags.pop(key, None)
+        remove_hooks(host, _enter, _leave)
 
 
 def _inserted(host: nn.Module) -> Iterator[Inserted]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.hooks import remove_hooks
 from lora_ext._common.printable import shown
 from lora_ext.methods.architectures import architecture_of, base_model
 from lora_ext.methods.base import POOLING, pooling_of, task_type
@@ -102,9 +103,7 @@ def _take_back(model: nn.Module, pooler: nn.Module | None) -> None:
     base.pooler = pooler
     if hasattr(root.config, "classifier_pooling"):
         del root.config.classifier_pooling
-    for key in [key for key, hook in base._forward_hooks.items() if hook in (_mean_for_the_head, _mean_as_first_token)]:
-        del base._forward_hooks[key]
-        base._forward_hooks_with_kwargs.pop(key, None)
+    remove_hooks(base, _mean_for_the_head, _mean_as_first_token)
 
 
 def _mean_for_the_head(base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

@@ -283,14 +283,14 @@ class NamedRequests:
 
     def _schedule_batch(self, original: Callable, *args: Any) -> Any:
         self._fail_those_without_adapter()
-        result = original(*args)
-        self._release(self._processor().scheduler.active_requests.values())
-        return result
+        return self._then_release(original, *args)
 
     def _get_waiting_candidates(self, original: Callable) -> list[RequestState]:
         """Returns the waiting requests that may run. Those after one that waits for a slot wait, too."""
         states, able = original(), []
-        for state in states if self._is_used else ():
+        if not self._is_used:
+            return states
+        for state in states:
             try:
                 if not self._hold(_name_of(state)):
                     return able
@@ -298,7 +298,7 @@ class NamedRequests:
                 self._fail(state, error)
             else:
                 able.append(state)
-        return able if self._is_used else states
+        return able
 
     def _then_release(self, original: Callable, *args: Any) -> Any:
         result = original(*args)
@@ -382,7 +382,7 @@ class NamedRequests:
         return self._numbers[key]
 
     def _space(self, state: RequestState) -> tuple[Any, ...]:
-        """What the keys and values of a request depend on besides its tokens."""
+        """Returns all that decides the keys and values of a request, except its tokens."""
         name, active = _name_of(state), self.adapters.active
         used = active.names if name is None else (name,)
         content = self.held[name].content(name) if name in self.held else None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from lora_ext._common.hooks import has_pre_hook, remove_hooks
 from lora_ext.model.adapter_set import AdapterSet
 from lora_ext.model.batched_requests import GenerateBatch, InitContinuousBatching
 from lora_ext.model.generate_by_rows import GenerateByRows
@@ -17,7 +17,7 @@ _METHODS = (GenerateByRows, GenerateBatch, InitContinuousBatching)
 
 def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
     """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
-    if _hooks(root._forward_pre_hooks) or ARGUMENT in inspect.signature(root.forward).parameters:
+    if has_pre_hook(root, take_adapter_names) or ARGUMENT in inspect.signature(root.forward).parameters:
         return
     root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
     root.register_forward_hook(end_choice, always_call=True)
@@ -27,15 +27,6 @@ def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
 
 def forget_adapter_names(module: nn.Module) -> None:
     """Undoes :func:`serve_adapter_names`."""
-    for key in _hooks(module._forward_pre_hooks):
-        del module._forward_pre_hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
-    for key in _hooks(module._forward_hooks):
-        del module._forward_hooks[key]
-        module._forward_hooks_always_called.pop(key, None)
+    remove_hooks(module, take_adapter_names, end_choice)
     for method in _METHODS:
         method.remove(module)
-
-
-def _hooks(hooks: Mapping[int, Callable]) -> list[int]:
-    return [key for key, hook in hooks.items() if hook in (take_adapter_names, end_choice)]

@@ -69,7 +69,7 @@ def generated(model: nn.Module, inputs: list[list[int]], names: list[str | None]
 
 
 def alone(model: nn.Module, inputs: list[list[int]], names: list[str]) -> list[list[int]]:
-    """What generate returns for each prompt."""
+    """Returns the new tokens of ``generate`` for each prompt by itself."""
     tokens = []
     for prompt, name in zip(inputs, names, strict=True):
         set_adapter(model, [] if name == "__base__" else name)
