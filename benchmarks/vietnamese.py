@@ -4,7 +4,8 @@
     python benchmarks/vietnamese.py --hours 10          # trains; the same command continues after any interruption
     python benchmarks/vietnamese.py --hours 0 --write   # only the table, into benchmarks/results/vietnamese
 
-Several processes may share the work: give each other --tasks or --methods, and one --out.
+Several processes may share the work: give each other --tasks or --methods, and one --out. What the committed table has
+is not trained again: the table grows by a run at a time, on any machine (--ignore-committed begins a new one).
 
 The experiment of the slides that this project began with: PhoBERT-base, 96 % with full fine-tuning and 90 % with LoRA
 of rank 8 on query and value. PhoBERT's weights are in no package, so multilingual-e5-small takes its place (--model
@@ -36,13 +37,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.paired import correct_answers, paired_difference
+from harness.seed_rows import add_differences, key, merged, row_of
+from harness.vietnamese_methods import CANDIDATES, MAIN, METHODS, SEEDS, VARIANTS
+from harness.vietnamese_table import markdown
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
 from lora_ext.tasks.comparison.many_runs import Run, finished, run_all
 from lora_ext.tasks.comparison.processes import in_process
-from lora_ext.tasks.comparison.spread import percent, summary
 from lora_ext.tasks.finetune.data import fingerprint
 from lora_ext.tasks.finetune.settings import LEARNING_RATES, PRECISIONS, Settings
 from lora_ext.tasks.finetune.task_data import load_data
@@ -54,44 +56,8 @@ from lora_ext.tasks.shared.whole_files import write_json, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vietnamese"
-SEEDS = (0, 1, 2)
 _STEP = math.sqrt(10)  # between two learning rates
 _MOST_RATES = 6
-
-_QV = {"method": "lora", "target_modules": "q,v"}
-MAIN = {"full": {"method": "full"}, "lora-qv": _QV, "lora-all": {"method": "lora"}}
-OTHERS = ("bitfit", "adapter-h", "adapter-l", "adapter-p", "adapter-drop", "prefix-embed", "prefix-layer", "head-only")
-METHODS: dict[str, dict[str, Any]] = MAIN | {name: {"method": name} for name in OTHERS}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: the method whose rate it takes, and what differs
-    "lora-qkvo": ("lora-qv", {"target_modules": "q,k,v,o"}),
-    "lora-qv-pooler": ("lora-qv", {"pooling": "cls"}),
-    "lora-qv-balanced": ("lora-qv", {"class_weights": "balanced"}),
-    "lora-all-pooler": ("lora-all", {"pooling": "cls"}),
-    "lora-all-balanced": ("lora-all", {"class_weights": "balanced"}),
-    "full-pooler": ("full", {"pooling": "cls"}),
-    "full-balanced": ("full", {"class_weights": "balanced"}),
-}
-_AVERAGED = {"schedule": "constant", "ema_decay": 0.995}
-_POOLER = {"r": 6, "modules_to_save": "pooler"}  # as many parameters as rank 8 without a pooler, and 0.3 % more
-_EMBEDDINGS = {  # what docs/results.md found on the reviews
-    "target_modules": "query,key,value,dense,word_embeddings",
-    "r": 4,
-    "lora_alpha": 0.8,
-    "learning_rate": 2e-4,
-    "lora_plus_ratio": 60.0,
-}
-_EMBEDDINGS_AND_POOLER = _EMBEDDINGS | {"modules_to_save": "pooler"}
-CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # for the defaults of LoRA; as VARIANTS, on both tasks
-    "lora-embeddings-trained-pooler": ("lora-all", _EMBEDDINGS_AND_POOLER),
-    "lora-embeddings": ("lora-all", _EMBEDDINGS),
-    "lora-embeddings-trained-pooler-averaged": ("lora-all", _EMBEDDINGS_AND_POOLER | _AVERAGED),
-    "lora-embeddings-averaged": ("lora-all", _EMBEDDINGS | _AVERAGED),
-    "full-averaged": ("full", _AVERAGED),
-    "lora-all-averaged": ("lora-all", _AVERAGED),
-    "lora-all-trained-pooler": ("lora-all", _POOLER),
-    "lora-all-trained-pooler-averaged": ("lora-all", _POOLER | _AVERAGED),
-}
-SLIDES = (("full (slides)", "135,000,000", "96"), ("lora-qv (slides)", "887,811", "90"))
 
 
 class OutOfTime(Exception):
@@ -106,6 +72,8 @@ class Task:
         options: fields of Settings for all runs.
         epochs: of the table.
         methods: names in :data:`METHODS` that are trained on it.
+        of: what the rows of one table have in common besides the texts: the model's name and the precision.
+        kept: rows and tuning of the committed table, if it is of the same texts, model and precision.
     """
 
     name: str
@@ -115,11 +83,26 @@ class Task:
     out: Path
     sha256: str = ""
     texts: dict[str, int] = field(default_factory=dict)
+    of: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"rows": [], "tuning": []})
 
     def prepare(self) -> None:
         splits = load_data(Settings(**self.options), lambda line: None)
         self.sha256 = fingerprint(splits)
         self.texts = {side: len(split) for side, split in splits._asdict().items()}
+
+    def keep(self, committed: Mapping[str, Any]) -> None:
+        """Takes over what a committed table has of this task."""
+        for one in committed["tasks"]:
+            if one["name"] == self.name and one["of"] == self.of | {"data_sha256": self.sha256}:
+                self.kept = {part: one[part] for part in ("rows", "tuning")}
+
+    def kept_row(self, name: str, rate: float, epochs: float) -> dict[str, Any] | None:
+        return next((row for row in self.kept["rows"] if key(row) == (name, rate, epochs)), None)
+
+    def kept_tuning(self, name: str) -> dict[str, Any]:
+        found = (one for one in self.kept["tuning"] if one["method"] == name)
+        return next(found, {"method": name, "validation_scores": {}, "train_seconds": 0.0})
 
     def run(self, name: str, rate: float, epochs: float, seed: int, changes: Mapping[str, Any]) -> Run:
         label = f"{name}-{rate:.1e}-{epochs:g}"
@@ -154,19 +137,22 @@ class Bench:
 
     def tuned_rate(self, task: Task, name: str) -> float:
         """Returns the learning rate that is best on the validation texts."""
-        scores = self.scores(task, name)
+        kept = {float(rate): score for rate, score in task.kept_tuning(name)["validation_scores"].items()}
+
+        def score(rate: float) -> float:
+            if rate in kept:
+                return kept[rate]
+            return validation_score(self.metrics(task, task.run(name, rate, 1, 0, METHODS[name])))
+
+        middle = default_rate(name)
+        scores = {rate: score(rate) for rate in (rounded(middle / _STEP), middle, rounded(middle * _STEP))}
         while len(scores) < _MOST_RATES:
             best = max(scores, key=scores.get)
             if min(scores) < best < max(scores):
                 break
             further = rounded(best / _STEP if best == min(scores) else best * _STEP)
-            scores[further] = validation_score(self.metrics(task, task.run(name, further, 1, 0, METHODS[name])))
+            scores[further] = score(further)
         return max(scores, key=scores.get)
-
-    def scores(self, task: Task, name: str) -> dict[float, float]:
-        middle = default_rate(name)
-        rates = [rounded(middle / _STEP), middle, rounded(middle * _STEP)]
-        return {rate: validation_score(self.metrics(task, task.run(name, rate, 1, 0, METHODS[name]))) for rate in rates}
 
 
 def validation_score(metrics: Mapping[str, Any]) -> float:
@@ -180,11 +166,11 @@ def cells(bench: Bench, task: Task) -> Iterator[tuple[str, float, float, list[Ru
     def cell(name: str, rate: float, epochs: float, changes: Mapping[str, Any]) -> tuple[str, float, float, list[Run]]:
         return name, rate, epochs, [task.run(name, rate, epochs, seed, changes) for seed in SEEDS]
 
-    def candidates() -> Iterator[tuple[str, float, float, list[Run]]]:
+    def candidates(epochs: float) -> Iterator[tuple[str, float, float, list[Run]]]:
         for name, (base, changes) in CANDIDATES.items():
             if base in rates and (task.name == "reviews" or "modules_to_save" not in changes):  # E5 has no pooler
                 rate = changes.get("learning_rate", rates[base])
-                yield cell(name, rate, task.epochs[0], METHODS[base] | changes)
+                yield cell(name, rate, epochs, METHODS[base] | changes)
 
     main = [name for name in task.methods if name in MAIN]
     for names in (main, [name for name in task.methods if name not in MAIN]):
@@ -193,8 +179,8 @@ def cells(bench: Bench, task: Task) -> Iterator[tuple[str, float, float, list[Ru
         for epochs in task.epochs:
             for name in names:
                 yield cell(name, rates[name], epochs, METHODS[name])
-            if names is main and epochs == task.epochs[0]:
-                yield from candidates()
+            if names is main:
+                yield from candidates(epochs)
     if task.name == "vsfc":
         for name, (base, changes) in VARIANTS.items():
             if base not in rates:
@@ -210,9 +196,11 @@ def carry_out(tasks: list[Task], hours: float) -> bool:
     bench = Bench(hours)
     try:
         for task in tasks:
-            for _, _, _, runs in cells(bench, task):
+            for name, rate, epochs, runs in cells(bench, task):
+                kept = task.kept_row(name, rate, epochs) or {"seeds": ()}
                 for run in runs:
-                    bench.metrics(task, run)
+                    if run.settings.seed not in kept["seeds"]:
+                        bench.metrics(task, run)
     except OutOfTime:
         return False
     return True
@@ -222,33 +210,33 @@ def carry_out(tasks: list[Task], hours: float) -> bool:
 
 
 def results_of(task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns the rows of the table and of the tuning for what is finished."""
-    bench = Bench(0.0)
-    tuning: list[dict[str, Any]] = []
-    found_rows: list[tuple[dict[str, Any], list[Path]]] = []  # with the directories of the runs
+    """Returns the rows of the table and of the tuning for what is committed or finished."""
+    bench, here = Bench(0.0), measured_here()
+    rows = {key(row): row for row in task.kept["rows"]}
+    tuning: dict[str, dict[str, Any]] = {one["method"]: one for one in task.kept["tuning"]}
     for name in task.methods:
-        found = {}
+        before = task.kept_tuning(name)
+        scores, seconds = dict(before["validation_scores"]), before["train_seconds"]
         for path in sorted((task.out / "runs").glob(f"{name}-*-1/seed-0/metrics.json")):
             rate = json.loads(path.read_text(encoding="utf-8"))["settings"]["learning_rate"]
-            if (known := finished(task.run(name, rate, 1, 0, METHODS[name]), task.out)) is not None:
-                found[rate] = known
-        if found:
-            scores = {f"{rate:.1e}": validation_score(found[rate]) for rate in sorted(found)}
-            seconds = sum(metrics["train_seconds"] for metrics in found.values())
-            tuning.append({"method": name, "validation_scores": scores, "train_seconds": seconds})
+            known = finished(task.run(name, rate, 1, 0, METHODS[name]), task.out)
+            if known is not None and f"{rate:.1e}" not in scores:
+                scores[f"{rate:.1e}"] = validation_score(known)
+                seconds += known["train_seconds"]
+        if scores:
+            scores = dict(sorted(scores.items(), key=lambda item: float(item[0])))
+            tuning[name] = {"method": name, "validation_scores": scores, "train_seconds": seconds}
     for method in task.methods:  # one by one: another process may not have tuned its methods yet
         try:
             for name, rate, epochs, runs in cells(bench, replace(task, methods=(method,))):
                 known = {run: one for run in runs if (one := finished(run, task.out)) is not None}
                 if known:
-                    row = _row(name, rate, epochs, [*known.values()])
-                    found_rows.append((row, [run.directory(task.out) for run in known]))
+                    found = {run.directory(task.out): one for run, one in known.items()}
+                    row = row_of(name, rate, epochs, found, here)
+                    rows[key(row)] = merged(rows.get(key(row)), row)
         except OutOfTime:
             continue
-    full = {row["epochs"]: correct_answers(runs) for row, runs in found_rows if row["name"] == "full"}
-    for row, runs in found_rows:
-        if row["name"] != "full" and row["epochs"] in full:
-            row["accuracy_minus_full"] = paired_difference(correct_answers(runs), full[row["epochs"]])
+    add_differences([*rows.values()], task.texts["test"])
     groups = [list(MAIN), list(METHODS), list(CANDIDATES), list(VARIANTS)]
 
     def place(row: Mapping[str, Any]) -> tuple[int, float, int]:
@@ -256,70 +244,11 @@ def results_of(task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         names = [*METHODS, *CANDIDATES, *VARIANTS, row["name"]]
         return group, row["epochs"], names.index(row["name"])
 
-    return sorted((row for row, _ in found_rows), key=place), tuning
+    return sorted(rows.values(), key=place), sorted(tuning.values(), key=lambda one: [*METHODS].index(one["method"]))
 
 
-def _row(name: str, rate: float, epochs: float, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    first = metrics[0]
-    classes = [one["label"] for one in first["after"]["classes"]]
-    f1 = {label: summary([run["after"]["classes"][i]["f1"] for run in metrics]) for i, label in enumerate(classes)}
-    return {
-        "name": name,
-        "learning_rate": rate,
-        "epochs": epochs,
-        "seeds": [run["settings"]["seed"] for run in metrics],
-        "trained_parameters": first["trainable_parameters"],
-        "head_parameters": first["head_parameters"],
-        "total_parameters": first["total_parameters"],
-        **{key: summary([run["after"][key] for run in metrics]) for key in ("accuracy", "macro_f1", "weighted_f1")},
-        "f1": f1,
-        "train_seconds": summary([run["train_seconds"] for run in metrics]),
-        "peak_memory_bytes": summary([run["peak_memory_bytes"] for run in metrics]),
-    }
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    parts = ["# UIT-VSFC and the demo's reviews: full fine-tuning, LoRA and the other methods\n"]
-    for task in result["tasks"]:
-        labels = list(task["rows"][0]["f1"]) if task["rows"] else []
-        heading = ["method", "epochs", "seeds", "rate", "trained", "accuracy, %", "minus full, points"]
-        heading += ["macro-F1, %", "weighted F1, %"]
-        heading += [f"F1 {label}, %" for label in labels] + ["training, s", "peak memory, MiB"]
-        rows = []
-        if task["name"] == "vsfc":
-            rows += [
-                [name, "", "", "", trained, accuracy] + [""] * (len(heading) - 6) for name, trained, accuracy in SLIDES
-            ]
-        for row in task["rows"]:
-            shares = [percent(row["accuracy"]), _points(row.get("accuracy_minus_full"))]
-            shares += [percent(row[key]) for key in ("macro_f1", "weighted_f1")]
-            shares += [percent(row["f1"][label]) for label in labels]
-            costs = [f"{row['train_seconds']['mean']:.0f}", f"{row['peak_memory_bytes']['mean'] / 2**20:,.0f}"]
-            sizes = [f"{row['epochs']:g}", str(len(row["seeds"])), f"{row['learning_rate']:.1e}"]
-            rows.append([row["name"], *sizes, f"{row['trained_parameters']:,}", *shares, *costs])
-        sizes = ", ".join(f"{number:,} for {side}" for side, number in task["texts"].items())
-        of_points = (
-            "Minus full: accuracy minus full fine-tuning's after as many epochs, with a 95 % interval (bootstrap of\n"
-        )
-        of_points += "test texts and seeds)."
-        parts.append(f"## {task['name']}: {sizes}\n\n{table(heading, rows)}\n\n{of_points}\n")
-        tuned = [
-            [one["method"], "; ".join(f"{rate}: {100 * score:.1f}" for rate, score in one["validation_scores"].items())]
-            + [f"{one['train_seconds']:.0f}"]
-            for one in task["tuning"]
-        ]
-        of_rates = "Learning rates: mean of validation accuracy and macro-F1 in percent, one epoch, seed 0."
-        parts.append(f"{of_rates}\n\n{table(['method', 'rate: score', 'training, s'], tuned)}\n")
-    if not result["complete"]:
-        parts.append("Not complete: runs are missing.\n")
-    parts.append(f"`{' '.join(result['command'])}`\n\n{provenance.measured_on(result)}\n")
-    return "\n".join(parts)
-
-
-def _points(difference: Mapping[str, float] | None) -> str:
-    if difference is None:
-        return ""
-    return "{mean:+.1f} ({low:+.1f} to {high:+.1f})".format(**{key: 100 * one for key, one in difference.items()})
+def measured_here() -> str:
+    return provenance.measured_on({"machine": provenance.machine(), **provenance.made_by()})
 
 
 # --- an estimate ------------------------------------------------------------------------------------------------------
@@ -342,7 +271,7 @@ def estimate(tasks: list[Task], out: Path) -> dict[str, Any]:
             variants = [one for one, (base, _) in VARIANTS.items() if base == name and task.name == "vsfc"]
             candidates = [one for one, (base, _) in CANDIDATES.items() if base == name]
             epochs += [task.epochs[-1]] * len(SEEDS) * (len(variants) + (name in MAIN))
-            epochs += [task.epochs[0]] * len(SEEDS) * len(candidates)
+            epochs += [*task.epochs] * len(SEEDS) * len(candidates)
             texts = sum(
                 e * (task.texts["train"] + task.texts["validation"] / 3) + task.texts["test"] / 3 for e in epochs
             )
@@ -380,6 +309,7 @@ def make_tasks(
         tasks.append(Task("reviews", {}, (2,), methods, out / "reviews"))
     for task in tasks:
         task.options["precision"] = precision
+        task.of = {"model": model.name if task.name == "vsfc" else "all-MiniLM-L6-v2", "precision": precision}
         task.prepare()
     return tasks
 
@@ -423,6 +353,7 @@ def main() -> None:
     add("--precision", choices=PRECISIONS, default="float32", help="of products; bfloat16 is faster with AMX")
     add("--threads", type=int, metavar="N", help="threads for PyTorch; default: the number of cores")
     add("--write", action="store_true", help=f"write table.json and table.md to {RESULTS.relative_to(ROOT)}")
+    add("--ignore-committed", action="store_true", help="begin a new table instead of continuing the one that is there")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -432,20 +363,27 @@ def main() -> None:
         if args.estimate:
             _say_estimate(estimate(tasks, args.out))
             return
+        committed: dict[str, Any] = {"tasks": []}
+        if not args.ignore_committed:
+            committed = json.loads((RESULTS / "table.json").read_text(encoding="utf-8"))
+        for task in tasks:
+            task.keep(committed)
         complete = carry_out(tasks, args.hours)
     except TaskError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues")
-    found = [(task, *results_of(task)) for task in tasks]
     result = {
-        "command": ["python", "benchmarks/vietnamese.py", "--tasks", *args.tasks, "--precision", args.precision]
-        + (["--methods", *args.methods] if args.methods else []),
-        "date": provenance.made_by()["date"],
-        "machine": provenance.machine(),
-        "complete": complete,
-        "tasks": [{"name": t.name, "texts": t.texts, "rows": rows, "tuning": tuning} for t, rows, tuning in found],
+        "command": ["python", "benchmarks/vietnamese.py", "--precision", args.precision],
+        "complete": complete and len(tasks) == 2 and not args.methods,
+        "tasks": [
+            {"name": t.name, "of": t.of | {"data_sha256": t.sha256}, "texts": t.texts, "rows": rows, "tuning": tuning}
+            for t, (rows, tuning) in ((task, results_of(task)) for task in tasks)
+        ],
     }
+    names = {task.name for task in tasks}
+    result["tasks"] += [one for one in committed["tasks"] if one["name"] not in names]
+    result["tasks"].sort(key=lambda one: ["vsfc", "reviews"].index(one["name"]))
     where = RESULTS if args.write else args.out
     where.mkdir(parents=True, exist_ok=True)
     write_json(where / "table.json", result)

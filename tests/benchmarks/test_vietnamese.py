@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import vietnamese
+from harness.seed_rows import add_differences
 from vietnamese import CANDIDATES, MAIN, METHODS, VARIANTS, Bench, OutOfTime, Task
 
 from lora_ext.tasks.comparison.many_runs import Run, finished
@@ -85,7 +86,7 @@ def test_everything_is_made_once_and_the_main_methods_first(tasks: list[Task], m
     others = next(number for number, name in enumerate(names) if name not in {*MAIN, *CANDIDATES})
     # three rates each and two more of lora-qv; both numbers of epochs from three seeds, one of which is known; and
     # four candidates for the defaults
-    assert others == 3 * 3 + 2 + 3 * (3 + 3) - 3 + 3 * 4
+    assert others == 3 * 3 + 2 + 3 * (3 + 3) - 3 + 2 * 3 * 4
     averaged = {name for name in CANDIDATES if "pooler" not in name}
     assert {*names} == {*METHODS, *VARIANTS, *averaged, "lora-qv-default-rate"}
     count = len(made)
@@ -119,12 +120,11 @@ def test_an_early_end_leaves_a_table(tasks: list[Task], made: list[str], monkeyp
     names = [row["name"] for row in complete]
     assert {*names} >= {*METHODS, *VARIANTS, "lora-qv-default-rate"}
     assert names.count("bitfit") == 2 and names.count("lora-qv-pooler") == 1
-    content = {"tasks": [], "complete": False, "command": ["python"], "date": "2026-11-28"}
-    content["machine"] = vietnamese.provenance.machine()
+    content = {"tasks": [], "complete": False, "command": ["python"]}
     for task, found in zip(tasks, (complete, vietnamese.results_of(tasks[1])[0]), strict=True):
         content["tasks"].append({"name": task.name, "texts": task.texts, "rows": found, "tuning": tuning})
     minus = {row["name"]: row.get("accuracy_minus_full") for row in complete if row["epochs"] == 1}
-    assert minus["full"] is None and minus["lora-qv"] == {"mean": 0, "low": 0, "high": 0}
+    assert minus["full"] is None and {**minus["lora-qv"], "mean": 0, "low": 0, "high": 0} == minus["lora-qv"]
     assert minus["lora-all"]["low"] < -0.1 < minus["lora-all"]["high"]
     assert minus["lora-all"]["mean"] == pytest.approx(-0.1)
     text = vietnamese.markdown(content)
@@ -151,3 +151,53 @@ def test_processes_share_the_methods(tasks: list[Task], made: list[str]):
     named = [(row["name"], row["epochs"]) for row in rows]
     assert named[:7] == [(name, epochs) for epochs in (1, 3) for name in MAIN] + [("bitfit", 1)]
     assert named[-1] == ("lora-qv-default-rate", 3) and ("lora-all-pooler", 3) in named
+
+
+def test_a_committed_table_is_continued(tasks: list[Task], made: list[str], tmp_path: Path):
+    task = replace(tasks[0], methods=("full", "lora-all"), of={"model": "small"})
+    assert vietnamese.carry_out([task], hours=1)
+    rows, tuning = vietnamese.results_of(task)
+    row = next(row for row in rows if row["name"] == "lora-all" and row["epochs"] == 3)
+    lost = {**row, "seeds": [2], "right": row["right"][2:]}
+    for score in ("accuracy", "macro_f1", "weighted_f1", "train_seconds", "peak_memory_bytes"):
+        lost[score] = {"values": [0.5], "mean": 0.5, "sd": None}
+    lost["f1"] = {label: {"values": [0.5], "mean": 0.5, "sd": None} for label in row["f1"]}
+    of = {"model": "small", "data_sha256": "sha"}
+    committed = {
+        "tasks": [{"name": "vsfc", "of": of, "rows": [lost if r is row else r for r in rows], "tuning": tuning}]
+    }
+    committed = json.loads(json.dumps(committed))
+
+    elsewhere = replace(task, out=tmp_path / "elsewhere", methods=("full", "lora-all"))
+    elsewhere.keep(committed)
+    made.clear()
+    assert vietnamese.carry_out([elsewhere], hours=1)
+    assert made == ["lora-all-1.0e-03-3/0", "lora-all-1.0e-03-3/1"]  # no rate again, and only the seeds that lack
+    continued, kept_tuning = vietnamese.results_of(elsewhere)
+    assert kept_tuning == tuning and [r["name"] for r in continued] == [r["name"] for r in rows]
+    found = next(r for r in continued if r["name"] == "lora-all" and r["epochs"] == 3)
+    assert found["seeds"] == [0, 1, 2] and found["accuracy"]["values"] == [*row["accuracy"]["values"][:2], 0.5]
+    assert found["right"] == row["right"]  # packed and read again
+    assert found["accuracy_minus_full"]["paired"]
+
+    other = replace(elsewhere, of={"model": "large"}, kept={"rows": [], "tuning": []})
+    other.keep(committed)
+    assert other.kept["rows"] == []  # of another model
+
+
+def test_without_the_answers_texts_are_not_paired(tasks: list[Task], made: list[str]):
+    task = replace(tasks[0], methods=("full", "lora-all"))
+    assert vietnamese.carry_out([task], hours=1)
+    rows, _ = vietnamese.results_of(task)
+    full, row = (next(r for r in rows if r["name"] == name and r["epochs"] == 1) for name in ("full", "lora-all"))
+    row["right"][1] = None
+    before = dict(row["accuracy_minus_full"])
+    add_differences(rows, 30)
+    assert row["accuracy_minus_full"] == before  # of the same seeds
+    row["accuracy_minus_full"]["of_seeds"] = [[0], [0, 1, 2]]
+    add_differences(rows, 30)
+    found = row["accuracy_minus_full"]
+    share, of_full = row["accuracy"]["mean"], full["accuracy"]["mean"]
+    assert not found["paired"] and found["mean"] == share - of_full
+    half = 1.96 * ((share * (1 - share) + of_full * (1 - of_full)) / 30) ** 0.5  # all seeds have one accuracy
+    assert found["high"] - found["low"] == pytest.approx(2 * half)

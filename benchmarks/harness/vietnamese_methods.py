@@ -1,0 +1,41 @@
+"""What benchmarks/vietnamese.py trains: methods, variants of them, and candidates for the defaults of LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SEEDS = (0, 1, 2)
+
+_QV = {"method": "lora", "target_modules": "q,v"}
+MAIN = {"full": {"method": "full"}, "lora-qv": _QV, "lora-all": {"method": "lora"}}
+OTHERS = ("bitfit", "adapter-h", "adapter-l", "adapter-p", "adapter-drop", "prefix-embed", "prefix-layer", "head-only")
+METHODS: dict[str, dict[str, Any]] = MAIN | {name: {"method": name} for name in OTHERS}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: the method whose rate it takes, and what differs
+    "lora-qkvo": ("lora-qv", {"target_modules": "q,k,v,o"}),
+    "lora-qv-pooler": ("lora-qv", {"pooling": "cls"}),
+    "lora-qv-balanced": ("lora-qv", {"class_weights": "balanced"}),
+    "lora-all-pooler": ("lora-all", {"pooling": "cls"}),
+    "lora-all-balanced": ("lora-all", {"class_weights": "balanced"}),
+    "full-pooler": ("full", {"pooling": "cls"}),
+    "full-balanced": ("full", {"class_weights": "balanced"}),
+}
+_AVERAGED = {"schedule": "constant", "ema_decay": 0.995}
+_POOLER = {"r": 6, "modules_to_save": "pooler"}  # as many parameters as rank 8 without a pooler, and 0.3 % more
+_EMBEDDINGS = {  # what docs/results.md found on the reviews
+    "target_modules": "query,key,value,dense,word_embeddings",
+    "r": 4,
+    "lora_alpha": 0.8,
+    "learning_rate": 2e-4,
+    "lora_plus_ratio": 60.0,
+}
+_EMBEDDINGS_AND_POOLER = _EMBEDDINGS | {"modules_to_save": "pooler"}
+CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # for the defaults of LoRA; as VARIANTS, on both tasks
+    "lora-embeddings-trained-pooler": ("lora-all", _EMBEDDINGS_AND_POOLER),
+    "lora-embeddings": ("lora-all", _EMBEDDINGS),
+    "lora-embeddings-trained-pooler-averaged": ("lora-all", _EMBEDDINGS_AND_POOLER | _AVERAGED),
+    "lora-embeddings-averaged": ("lora-all", _EMBEDDINGS | _AVERAGED),
+    "full-averaged": ("full", _AVERAGED),
+    "lora-all-averaged": ("lora-all", _AVERAGED),
+    "lora-all-trained-pooler": ("lora-all", _POOLER),
+    "lora-all-trained-pooler-averaged": ("lora-all", _POOLER | _AVERAGED),
+}
