@@ -46,7 +46,8 @@ from lora_ext.tasks.comparison.costs import measure_costs
 from lora_ext.tasks.comparison.many_runs import Run, finished, run_all
 from lora_ext.tasks.comparison.processes import in_process
 from lora_ext.tasks.finetune.data import fingerprint
-from lora_ext.tasks.finetune.settings import LEARNING_RATES, PRECISIONS, Settings
+from lora_ext.tasks.finetune.defaults import LEARNING_RATES
+from lora_ext.tasks.finetune.settings import PRECISIONS, Settings
 from lora_ext.tasks.finetune.task_data import load_data
 from lora_ext.tasks.finetune.task_model import load_task_model
 from lora_ext.tasks.finetune.vocabulary import save_trimmed, trim_task_model

@@ -63,8 +63,9 @@ class LoraConfig:
         lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``); positive.
         lora_dropout: dropout probability on the adapter's input while training, in [0, 1).
         target_modules: the modules to adapt: a list of names, each equal to a module's path or to its end after a dot;
-            a regular expression for the whole path; or ``"all-linear"``. May be None or empty with
-            ``target_parameters`` (for None PEFT chooses by model type; here no module is adapted).
+            a regular expression for the whole path; or ``"all-linear"``, alone or in a list (PEFT takes it alone).
+            May be None or empty with ``target_parameters`` (for None PEFT chooses by model type; here no module is
+            adapted).
         exclude_modules: modules never to adapt; a list or a regular expression, matched in the same way.
         target_parameters: bare ``nn.Parameter`` objects to adapt (the experts of a mixture): names of the form
             ``module.parameter``, each equal to a parameter's path or to its end after a dot.
@@ -193,6 +194,12 @@ class LoraConfig:
             raise ValueError('LoraConfig: target_modules is empty; name at least one layer, or use "all-linear"')
         for key in ("layers_to_transform", "layers_pattern"):
             value = getattr(self, key)
+            listed = () if isinstance(self.target_modules, str) else self.target_modules or ()
+            if ALL_LINEAR in listed and value not in (None, ()):
+                raise ValueError(
+                    f'LoraConfig: {key} is {shown(value)}, but target_modules has "all-linear", which means layers of '
+                    "any number; name the layers instead"
+                )
             if isinstance(self.target_modules, str) and value not in (None, ()):
                 raise ValueError(
                     f"LoraConfig: {key} is {shown(value)}, but target_modules is the string "

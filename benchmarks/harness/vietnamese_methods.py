@@ -7,7 +7,7 @@ from typing import Any
 SEEDS = (0, 1, 2)
 
 _QV = {"method": "lora", "target_modules": "q,v"}
-MAIN = {"full": {"method": "full"}, "lora-qv": _QV, "lora-all": {"method": "lora"}}
+MAIN = {"full": {"method": "full"}, "lora-qv": _QV, "lora-all": {"method": "lora", "target_modules": "all-linear"}}
 OTHERS = ("bitfit", "adapter-h", "adapter-l", "adapter-p", "adapter-drop", "prefix-embed", "prefix-layer", "head-only")
 METHODS: dict[str, dict[str, Any]] = MAIN | {name: {"method": name} for name in OTHERS}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: the method whose rate it takes, and what differs
@@ -21,7 +21,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: the method whose ra
 }
 _AVERAGED = {"schedule": "constant", "ema_decay": 0.995}
 _POOLER = {"r": 6, "modules_to_save": "pooler"}  # as many parameters as rank 8 without a pooler, and 0.3 % more
-_EMBEDDINGS = {  # what docs/results.md found on the reviews
+_EMBEDDINGS = {  # what docs/results.md found on the reviews; averaged, and with the pooler if there is one: the default
     "target_modules": "query,key,value,dense,word_embeddings",
     "r": 4,
     "lora_alpha": 0.8,

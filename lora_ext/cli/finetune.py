@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from lora_ext.cli import config_file, training
@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def _other_defaults() -> str:
     usual, causal = asdict(Settings()), asdict(CausalSettings())
-    other = [f"--{name.replace('_', '-')} {causal[name]}" for name in usual if usual[name] != causal[name]]
+    other = [f"--{n.replace('_', '-')} {causal[n]}" for n in usual if usual[n] != causal[n] and causal[n] is not None]
     return f"other defaults of this task: {', '.join(other)}"
 
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             were = ", ".join(f"--{name.replace('_', '-')} {saved[name]}, now {given[name]}" for name in changed)
             raise TaskError(f"--resume: the run in {args.out} was started with {were}")  # ... and must not change
     elif is_causal:
-        args = parse_again(**asdict(CausalSettings()) | {"learning_rate": None})
+        args = parse_again(**{field.name: field.default for field in fields(CausalSettings)})
     else:
         for name in only_causal():
             if name != "task" and getattr(args, name) is not None:

@@ -12,6 +12,7 @@ from lora_ext.cli import files, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.planner import OPTIMIZERS, WEIGHT_DTYPES
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.finetune.defaults import USUAL
 from lora_ext.tasks.finetune.settings import Settings
 
 _ABBREVIATIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -69,13 +70,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]) -> None:
     training.check_installed("plan", names=["transformers"])
     from lora_ext.tasks.plan import results
+    from lora_ext.tasks.plan.models import read_config, task_of
     from lora_ext.tasks.plan.run import PlanSettings, plan  # imports transformers, which takes seconds
 
     if args.seq_len < 1:
         raise TaskError(f"--seq-len is {args.seq_len}, want at least 1")
     if args.accumulation_steps < 1:
         raise TaskError(f"--accumulation-steps is {args.accumulation_steps}, want at least 1")
-    finetune = Settings(**{name: getattr(args, name) for name in _TRAINING}, max_length=args.seq_len)
+    training_options = {name: getattr(args, name) for name in _TRAINING}
+    if args.target_modules is None and args.method == "lora":  # finetune's default with this task
+        task = args.task or task_of(read_config(args.model))
+        training_options["target_modules"] = None if task == "classification" else USUAL["target_modules"]
+    finetune = Settings(**training_options, max_length=args.seq_len)
     names = (
         "task",
         "num_labels",

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lora_ext.methods import METHODS
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.comparison.launch import LAUNCHERS, Launch
 from lora_ext.tasks.finetune import extra_arguments
+from lora_ext.tasks.finetune.defaults import USUAL, WITH_EMBEDDINGS
 from lora_ext.tasks.finetune.settings import Settings, load_request
 
 
@@ -39,14 +40,18 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     pooling = "what the head reads: cls, the first token through the pooler, or mean, the mean over a text's tokens; "
     add("--pooling", metavar="NAME", help=f"{pooling}default: as the model's config says, or else cls")
     # torchrun takes --r for an abbreviation of its own options.
-    add("--r", "--rank", type=int, metavar="RANK", help="rank of the adapters")
-    add("--lora-alpha", type=float, metavar="ALPHA", help="the update is scaled by ALPHA / RANK")
+    usual = lambda name: f"default: {WITH_EMBEDDINGS[name]}, {USUAL[name]} if layers are named"  # noqa: E731
+    add("--r", "--rank", type=int, metavar="RANK", help=f"rank of the adapters; {usual('r')}")
+    alpha = f"default: 0.2 RANK, {USUAL['lora_alpha']} if layers are named"
+    add("--lora-alpha", type=float, metavar="ALPHA", help=f"the update is scaled by ALPHA / RANK; {alpha}")
     add("--lora-dropout", type=float, metavar="P", help="dropout on the adapters' input")
-    ratio = "learning rate of lora_B over that of the rest (LoRA+, arXiv 2402.12354)"
+    ratio = "learning rate of lora_B over that of the rest (LoRA+, arXiv 2402.12354); " + usual("lora_plus_ratio")
     add("--lora-plus-ratio", type=float, metavar="RATIO", help=ratio)
-    targets = "layers to adapt: some of q,k,v,o; or module names; or all-linear; or a regex"
+    targets = "layers to adapt: some of q,k,v,o; or module names, all-linear and embeddings among them; or a regex; "
+    targets += f"default: {WITH_EMBEDDINGS['target_modules']}, or {USUAL['target_modules']} with --quantize"
     add("--target-modules", metavar="NAMES", help=targets)
-    add("--modules-to-save", metavar="NAMES", help="modules to train in full, in addition to the head")
+    saved = "modules to train in full, in addition to the head; auto: the pooler, if there is one; default: auto, or "
+    add("--modules-to-save", metavar="NAMES", help=f"{saved}none if layers are named")
     add("--bottleneck-size", type=int, metavar="SIZE", help="hidden features of adapter-h, -l, -p and -drop")
     add("--drop-layers", type=int, metavar="N", help="lower layers without adapter-drop's adapters; default: 5 of 12")
     prefix = "trained tokens before the input: prefix-embed, -layer"
@@ -57,8 +62,11 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--accumulation-steps", type=int, metavar="N", help="batches whose gradients make one optimizer step")
     add("--learning-rate", type=float, help="peak learning rate; default: that of the method")
     add("--warmup", type=float, metavar="FRACTION", help="part of the steps in which the learning rate rises")
-    add("--schedule", metavar="NAME", help="learning rate after the warmup: linear, to 0, or constant")
-    average = "decay of a moving average of the trained weights, which is evaluated and saved; 0: none"
+    unlike = "for other methods, or if layers are named"
+    schedule = f"learning rate after the warmup: linear, to 0, or constant; default: constant, {unlike} linear"
+    add("--schedule", metavar="NAME", help=schedule)
+    average = "decay of a moving average of the trained weights, which is evaluated and saved; 0: none; default: "
+    average += f"{WITH_EMBEDDINGS['ema_decay']}, {unlike} 0"
     add("--ema-decay", type=float, metavar="DECAY", help=average)
     best = "keep the weights of the epoch with the best validation score"
     add("--best-metric", metavar="NAME", help=f"{best}: {', '.join(Settings.BEST_METRICS)}; default: the last ones")
@@ -87,8 +95,7 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--seed", type=int, help="seed of the new head, the adapters, the order of the texts and dropout")
     extra = "a field of transformers.TrainingArguments that no other option sets, such as weight_decay=0.01; repeatable"
     add("--set", action=_Set, metavar="NAME=VALUE", help=extra)
-    defaults = asdict(Settings()) | {"learning_rate": None}
-    parser.set_defaults(**{name: value for name, value in defaults.items() if name not in without})
+    parser.set_defaults(**{field.name: field.default for field in fields(Settings) if field.name not in without})
 
 
 class _Set(argparse.Action):

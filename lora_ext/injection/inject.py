@@ -21,9 +21,9 @@ from lora_ext._common.sharded import prepare_shards
 from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.build import PartsBuilder, check_targets
 from lora_ext.injection.diffusion_scale import guard_against_scale, remove_scale_guard
-from lora_ext.injection.mixtures import warn_of_parts_left_out, with_experts
+from lora_ext.injection.mixtures import warn_of_parts_left_out, with_parts
 from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
-from lora_ext.injection.targets import find_targets, is_all_linear
+from lora_ext.injection.targets import besides_all_linear, find_targets
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
@@ -112,12 +112,14 @@ class Injection:
         _check_state(root, adapters, config)
 
         self._bare = BareModel(root)
-        given, config = config, with_experts(config, self._bare) if is_all_linear(config) else config
+        given, others = config, besides_all_linear(config)
+        if others is not None:
+            config = with_parts(config, others, self._bare)
         self._targets = find_targets(
             config, type(root).__name__, self._bare.modules, self._bare.head, self._bare.embedding
         )
         check_targets(self._bare, self._targets, config)
-        if is_all_linear(given):
+        if others is not None:
             warn_of_parts_left_out(given, self._bare, self._targets)
             # Like PEFT, store the layers, not the rule: it would find other layers after the model changes.
             config = dataclasses.replace(config, target_modules=tuple(self._targets.modules))

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
-from lora_ext.config import LoraConfig
-from lora_ext.injection.targets import Targets, linear_layers
+from lora_ext.config import ALL_LINEAR, LoraConfig
+from lora_ext.injection.targets import Targets, is_all_linear, linear_layers
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable
 from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.bare_model import BareModel
@@ -36,7 +36,21 @@ _PARAMETERS = {
 _FUSED = "gate_up_proj"  # two projections in one parameter: twice the rank, with the same scaling
 
 
-def with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
+def with_parts(config: LoraConfig, others: Sequence[str], bare: BareModel) -> LoraConfig:
+    """Returns the config with the parts that "all-linear" means, if it is not the word alone that says them.
+
+    Args:
+        config: names "all-linear", alone or in a list.
+        others: the other names of the list.
+    """
+    config = _with_experts(dataclasses.replace(config, target_modules=ALL_LINEAR), bare)
+    if not others:
+        return config
+    layers = linear_layers(bare.modules, bare.head) if is_all_linear(config) else config.target_modules
+    return dataclasses.replace(config, target_modules=(*layers, *others))
+
+
+def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
     """Returns the config, which says "all-linear", with the parts that PEFT adapts in a mixture by name.
 
     Other models get their config back. PEFT knows a mixture's parts by the names of projections, and takes dense

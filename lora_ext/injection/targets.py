@@ -315,6 +315,15 @@ def is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
+def besides_all_linear(config: LoraConfig) -> tuple[str, ...] | None:
+    """Returns the other names of a config that names "all-linear", alone or in a list; None if it does not."""
+    if is_all_linear(config):
+        return ()
+    if isinstance(config.target_modules, str) or ALL_LINEAR not in (config.target_modules or ()):
+        return None
+    return tuple(name for name in config.target_modules if name != ALL_LINEAR)
+
+
 def _tied_embedding(modules: Mapping[str, nn.Module], embedding: nn.Module | None) -> tuple[str, list[str]]:
     """The path of the input embedding ("" if there is none), and the paths of the modules that share its weight."""
     paths = [path for path, module in modules.items() if module is embedding]

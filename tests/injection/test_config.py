@@ -119,6 +119,11 @@ def test_nested_values_are_frozen_hashable_copyable_and_picklable():
             "layers_to_transform is 0, but target_modules is the string 'all-linear'",
         ),
         (
+            {"target_modules": ["all-linear", "embed_tokens"], "layers_to_transform": [0]},
+            ValueError,
+            'layers_to_transform is (0,), but target_modules has "all-linear"',
+        ),
+        (
             {"target_modules": ".*q", "layers_pattern": "h", "layers_to_transform": None},
             ValueError,
             "layers_pattern is 'h', but target_modules is the string '.*q'",

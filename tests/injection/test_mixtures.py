@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from support.models import VOCABULARY, refused, token_ids
+from support.models import VOCABULARY, bert, llama, refused, token_ids
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
@@ -208,6 +211,33 @@ def test_a_second_adapter_takes_the_same_parts():
     count = trainable_parameter_counts(model)[0]
     inject(model, LoraConfig(**SETTINGS), "second")
     assert trainable_parameter_counts(model)[0] == count
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3, bert, llama])
+def test_all_linear_in_a_list_with_other_layers(make: Callable[[], nn.Module], tmp_path: Path):
+    base = make().eval()
+    name = "word_embeddings" if make is bert else "embed_tokens"
+    config = {"r": 2, "lora_alpha": 3, "init_lora_weights": False}
+    rule = inject(copy.deepcopy(base), LoraConfig(target_modules="all-linear", **config))
+    model = inject(copy.deepcopy(base), LoraConfig(target_modules=["all-linear", name], **config))
+    parts = {path for path, _ in lora_modules(rule)}
+    more = {path for path, _ in lora_modules(model)} - parts
+    assert len(more) == 1 and more.pop().endswith(name) and parts <= {path for path, _ in lora_modules(model)}
+
+    save_adapter(model, tmp_path)  # the layers, not the rule: PEFT takes the word alone
+    ids = token_ids()
+    output = model(ids).logits
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(theirs(ids).logits, output, rtol=1e-4, atol=1e-5)
+    again = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(again(ids).logits, output)
+
+
+def test_a_list_with_all_linear_leaves_out_what_is_excluded_or_trained_in_full():
+    config = LoraConfig(r=2, target_modules=["all-linear", "embed_tokens"], exclude_modules=["o_proj"])
+    model = inject(llama(), dataclasses.replace(config, modules_to_save=["down_proj"]))
+    names = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens"}
 
 
 def llama4() -> nn.Module:

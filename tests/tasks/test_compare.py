@@ -82,7 +82,7 @@ def test_the_table_matches_the_metrics_of_the_runs(compared: Path):
     full, lora, both = result["methods"]
     assert full["trained_parameters"] == full["total_parameters"]
     assert lora["settings"]["r"] == 2 and both["settings"]["r"] == 8
-    assert full["settings"]["learning_rate"] == 5e-3 and lora["settings"]["learning_rate"] == 1e-3
+    assert full["settings"]["learning_rate"] == 5e-3 and lora["settings"]["learning_rate"] == 2e-4
     assert lora["checkpoint_bytes"] < both["checkpoint_bytes"] < full["checkpoint_bytes"]
     text = (compared / "compare.md").read_text()
     assert all(f"| {method} |" in text for method in METHODS) and "over seeds 0, 1, on 35 test texts" in text

@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mar
     ("gpt2", "o", ["attn.c_proj"], None),
     ("gpt2", "c_attn,c_fc", ["c_attn", "c_fc"], None),
     ("llama", "all-linear", "all-linear", None),
+    ("llama", "all-linear,embeddings", ["all-linear", "model.embed_tokens"], None),
+    ("bert", "query, embeddings", ["query", "bert.embeddings.word_embeddings"], None),
     ("llama", r".*\.(q|k)_proj", r".*\.(q|k)_proj", None),
 ])  # fmt: skip
 def test_the_papers_names_of_weights(family, text, modules, enable_lora):

@@ -110,7 +110,7 @@ def test_the_loss_is_weighted(settings: Settings, tmp_path: Path, smoothing: flo
     model = BertForSequenceClassification(tiny_classifier.config(num_labels=3)).eval()
     rows = [{"input_ids": [2, 5 + i, 3], "labels": i % 3} for i in range(8)]
     batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
-    settings = replace(settings, method="full", set=f"label_smoothing_factor={smoothing}")
+    settings = replace(settings.with_method("full"), set=f"label_smoothing_factor={smoothing}")
     trainer = build_trainer(model, settings, tmp_path, rows, [], None)
     plain = float(Trainer.compute_loss(trainer, model, dict(batch)))
     assert float(trainer.compute_loss(model, dict(batch))) == plain

@@ -41,6 +41,7 @@ class CausalSettings(Settings):
 
     BEST_METRICS: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     INPUTS: ClassVar[tuple[str, ...]] = (*Settings.INPUTS, "chat_template_file")
+    IS_CLASSIFIER: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if unsuitable := [name for name in self.method.split("+") if name not in METHODS]:

@@ -59,6 +59,11 @@ def items(text: str) -> list[str]:
     return shlex.split(text)
 
 
+def names(text: str) -> list[str]:
+    """Returns the names in the string of the settings."""
+    return [item.partition("=")[0] for item in items(text)]
+
+
 def merged(text: str, *more: str) -> str:
     """Adds ``name=value`` to the string of the settings; a later value of a name replaces the earlier one."""
     values = {item.partition("=")[0]: item for item in [*items(text), *more]}

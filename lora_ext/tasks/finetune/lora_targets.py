@@ -8,14 +8,19 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lora_ext.methods import ARCHITECTURES
+from lora_ext.tasks import TaskError
 
 
 def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
     """Returns the fields of :class:`lora_ext.LoraConfig` for ``text``.
 
     ``q``, ``k``, ``v`` and ``o`` are the attention's projections if the architecture is known and no other name is
-    given; parts of a packed projection become ``enable_lora``. ``query,value`` is a list of names. ``all-linear`` is
-    passed on; text with a character that no name has is a regular expression.
+    given; parts of a packed projection become ``enable_lora``. ``query,value`` is a list of names, of which
+    ``embeddings`` is the model's input embedding. ``all-linear`` is passed on, alone and in a list; text with a
+    character that no name has is a regular expression.
+
+    Raises:
+        TaskError: ``embeddings`` is named, and the model has none.
     """
     names = split_names(text)
     architecture = ARCHITECTURES.get(model.config.model_type)
@@ -27,7 +32,19 @@ def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
         return {"target_modules": targets}
     if text == "all-linear" or re.search(r"[^\w., -]", text):
         return {"target_modules": text}
-    return {"target_modules": names}
+    return {"target_modules": [_embedding(model) if name == "embeddings" else name for name in names]}
+
+
+def _embedding(model: PreTrainedModel) -> str:
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # a model of Transformers without tokens
+        embedding = None
+    for path, module in model.named_modules():
+        if module is embedding and path:
+            return path
+    kind = type(model).__name__
+    raise TaskError(f"--target-modules: {kind} tells no input embeddings; name the layers, such as all-linear")
 
 
 def split_names(text: str) -> list[str]:

@@ -12,6 +12,12 @@ if TYPE_CHECKING:  # the command line parses options without it
     from transformers import PreTrainedModel
 
 
+def poolers(model: PreTrainedModel) -> list[str] | None:
+    """Returns names for modules_to_save: the model's poolers with weights; None if it has none."""
+    named = (path for path, module in model.named_modules() if any(True for _ in module.parameters()))
+    return ["pooler"] if any(path.rpartition(".")[2] == "pooler" for path in named) else None
+
+
 def check_pooling(pooling: str | None) -> None:
     if pooling not in (None, *POOLINGS):
         raise TaskError(f"--pooling is {pooling!r}, want one of {', '.join(POOLINGS)}")

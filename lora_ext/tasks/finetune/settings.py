@@ -14,6 +14,7 @@ from lora_ext.files import read_json_object
 from lora_ext.methods import METHODS, option_names
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import extra_arguments
+from lora_ext.tasks.finetune.defaults import USUAL, with_defaults
 from lora_ext.tasks.finetune.pooling import check_pooling
 from lora_ext.tasks.finetune.quantize import QUANTIZABLE, check_quantize
 from lora_ext.tasks.shared.whole_files import write_json
@@ -21,9 +22,6 @@ from lora_ext.tasks.shared.whole_files import write_json
 SETTINGS_FILE = "settings.json"
 COMPARE_FILE = "compare-settings.json"
 SWEEP_FILE = "sweep-settings.json"
-
-LEARNING_RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 1e-2, "prefix-layer": 5e-3, "head-only": 5e-3}
-"""Default learning rate by method; 1e-3 for other methods, the smallest rate of the parts for a combination."""
 
 PRECISIONS = ("float32", "bfloat16")
 """Precision of matrix products; bfloat16 uses PyTorch's autocast. Weights, gradients and sums stay float32."""
@@ -46,11 +44,10 @@ INPUTS = ("model", "data", "validation_file", "test_file")
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one run. None selects the demo's model or data, or the default learning rate of the method.
+    """Settings of one run. None selects the demo's model or data, or a default of the method (defaults.py).
 
-    The defaults were chosen by a few runs on the demo's validation texts, with seed 0 unless noted. Adapters on every
-    linear layer did better than on query and value only, in about the same time. Batches of 32 with twice the
-    learning rate did about as well, but failed to learn with seed 1. A third epoch (seed 2) did not help.
+    The other defaults were chosen by a few runs on the demo's validation texts, with seed 0 unless noted. Batches of
+    32 with twice the rate did about as well, but failed to learn with seed 1. A third epoch (seed 2) did not help.
     """
 
     model: str | None = None
@@ -63,11 +60,11 @@ class Settings:
     test_split: float = 0.1
     method: str = "lora"
     pooling: str | None = None
-    r: int = 8
-    lora_alpha: float = 16.0
+    r: int | None = None
+    lora_alpha: float | None = None
     lora_dropout: float = 0.1
-    lora_plus_ratio: float = 1.0
-    target_modules: str = "all-linear"
+    lora_plus_ratio: float | None = None
+    target_modules: str | None = None
     modules_to_save: str | None = None
     bottleneck_size: int = 16
     drop_layers: int | None = None
@@ -78,8 +75,8 @@ class Settings:
     accumulation_steps: int = 1
     learning_rate: float | None = None
     warmup: float = 0.1
-    schedule: str = "linear"
-    ema_decay: float = 0.0
+    schedule: str | None = None
+    ema_decay: float | None = None
     best_metric: str | None = None
     early_stopping: int | None = None
     class_weights: str | None = None
@@ -94,22 +91,24 @@ class Settings:
 
     INPUTS: ClassVar[tuple[str, ...]] = INPUTS
     BEST_METRICS: ClassVar[tuple[str, ...]] = BEST_METRICS
+    IS_CLASSIFIER: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         names = self.method.split("+")
         if unknown := [name for name in names if name not in METHODS]:
             raise TaskError(f"--method is {unknown[0]!r}, want one of {', '.join(METHODS)}, or several joined by +")
-        if self.learning_rate is None:
-            rates = [LEARNING_RATES.get(name, 1e-3) for name in names]
-            object.__setattr__(self, "learning_rate", min(rates))  # files and messages show the rate in use
         check_quantize(self.quantize, self.method)
         check_pooling(self.pooling)
         for field in fields(self):
-            if getattr(self, field.name) != field.default and not has_option(self.method, field.name):
+            unused = (field.default, USUAL.get(field.name))  # USUAL: in the file of a run without the option
+            if getattr(self, field.name) not in unused and not has_option(self.method, field.name):
                 raise TaskError(
                     f"--{field.name.replace('_', '-')} goes with {', '.join(OWNERS[field.name])}, "
                     f"not with --method {self.method}"
                 )
+        extra_arguments.check_names(self.set)
+        for name, value in with_defaults(asdict(self), self.IS_CLASSIFIER).items():
+            object.__setattr__(self, name, value)  # files and messages show the values in use
         numbers = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "lora_plus_ratio", "max_length")
         for name in numbers:
             if not 0 < getattr(self, name) < math.inf:
@@ -121,7 +120,6 @@ class Settings:
         if self.dtype not in DTYPES:
             why = ": gradients in float16 underflow; bfloat16 has float32's range" if self.dtype == "float16" else ""
             raise TaskError(f"--dtype is {self.dtype!r}, want one of {', '.join(DTYPES)}{why}")
-        extra_arguments.check_names(self.set)
         self._check_selection()
         if not 0.0 <= self.ema_decay < 1.0:
             raise TaskError(
@@ -153,10 +151,10 @@ class Settings:
             raise TaskError(f"--class-weights is {self.class_weights!r}, want balanced")
 
     def with_method(self, method: str) -> Settings:
-        """Returns these settings for another method, with defaults for the options that it does not support."""
-        return Settings(
-            **{name: v for name, v in asdict(self).items() if has_option(method, name)} | {"method": method}
-        )
+        """Returns these settings for another method, with its defaults in place of this method's."""
+        defaults = _defaults_with(asdict(self))
+        given = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        return Settings(**{name: v for name, v in given.items() if has_option(method, name)} | {"method": method})
 
     @property
     def texts_per_step(self) -> int:
@@ -173,6 +171,8 @@ class Settings:
         values = _read(out, SETTINGS_FILE)
         values.pop("threads", None)
         try:
+            if empty := [name for name in USUAL if name != "modules_to_save" and values.get(name, "") is None]:
+                raise ValueError(f"{empty[0]} is null")  # a run saves the values in use
             return cls(**checked_options(values, option_types(cls)))
         except (TaskError, ValueError) as error:
             raise TaskError(f"--resume: {out / SETTINGS_FILE} is damaged: {error}") from error
@@ -279,12 +279,25 @@ def command_line(command: str, options: Mapping[str, Any], out: Path, *first: st
     return ["lora-ext", command, *first, *option_list(options), "--out", str(out)]
 
 
+def _defaults_with(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a run with the method of ``options`` takes for options that are left out.
+
+    Without ``target_modules`` if the other defaults go with the layers named there.
+    """
+    about = {name: options.get(name) for name in ("method", "quantize")}
+    defaults, targets = asdict(Settings(**about)) | {"quantize": None}, options.get("target_modules")
+    saves_less = defaults["modules_to_save"] is not None and options.get("modules_to_save") is None
+    if targets is None or (targets == defaults["target_modules"] and not saves_less):
+        return defaults
+    return asdict(Settings(**about, target_modules=targets)) | {"quantize": None, "target_modules": None}
+
+
 def option_list(options: Mapping[str, Any]) -> list[str]:
     """Returns the ``options`` that differ from the defaults, as the command line has them."""
     if "method" in options:
-        defaults = asdict(Settings(method=options["method"])) | {"method": Settings.method}
-    else:  # several methods, each with its own default learning rate
-        defaults = asdict(Settings()) | {"learning_rate": None}
+        defaults = _defaults_with(options) | {"method": Settings.method}
+    else:  # several methods, each with its defaults
+        defaults = {field.name: field.default for field in fields(Settings)}
     changed = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
     extra = [part for item in extra_arguments.items(changed.pop("set", "")) for part in ("--set", item)]
     flags = [f"--{name.replace('_', '-')}" for name, value in changed.items() if value is True]

@@ -26,7 +26,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.finetune.data import Splits
 from lora_ext.tasks.finetune.lora_targets import lora_targets, split_names
-from lora_ext.tasks.finetune.pooling import choose_pooling
+from lora_ext.tasks.finetune.pooling import choose_pooling, poolers
 from lora_ext.tasks.finetune.quantize import (
     Quantization,
     avoid_packed_layout,
@@ -157,7 +157,7 @@ def check_fits(task_model: TaskModel, settings: Settings) -> None:
     """Raises TaskError if weights missing from the checkpoint would be neither trained nor saved."""
     if settings.method == "full":
         return
-    names = tuple(_modules_to_save(settings) or ())
+    names = tuple(_modules_to_save(task_model.model, settings) or ())
     saved = tuple(f"{path}." for path, _ in task_model.model.named_modules() if path.endswith(names))
     if missing := sorted({name.rpartition(".")[0] for name in task_model.drawn if not name.startswith(saved)}):
         raise TaskError(
@@ -167,7 +167,9 @@ def check_fits(task_model: TaskModel, settings: Settings) -> None:
         )
 
 
-def _modules_to_save(settings: Settings) -> list[str] | None:
+def _modules_to_save(model: PreTrainedModel, settings: Settings) -> list[str] | None:
+    if settings.modules_to_save == "auto":
+        return poolers(model)
     return split_names(settings.modules_to_save) if settings.modules_to_save else None
 
 
@@ -175,7 +177,7 @@ def method_for(model: PreTrainedModel, settings: Settings, model_path: str) -> M
     """Returns the method that ``settings`` ask for. ValueError, TypeError: an option is wrong."""
     values = asdict(settings) | {
         **lora_targets(model, settings.target_modules),
-        "modules_to_save": _modules_to_save(settings),
+        "modules_to_save": _modules_to_save(model, settings),
         "base_model_name_or_path": model_path,
     }
     options = {option for name in settings.method.split("+") for option in option_names(name)}

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import extra_arguments
+from lora_ext.tasks.finetune.defaults import USUAL
 from lora_ext.tasks.finetune.settings import SCHEDULES, Settings
 from lora_ext.tasks.shared import team
 
@@ -21,7 +22,7 @@ def training_arguments(settings: Settings, out: Path, texts: int) -> TrainingArg
         TaskError: transformers refuses a value of ``--set``.
     """
     extra = extra_arguments.typed(settings.set)
-    if "lr_scheduler_type" in extra and settings.schedule != Settings.schedule:
+    if "lr_scheduler_type" in extra and settings.schedule != USUAL["schedule"]:
         raise TaskError(f"--set lr_scheduler_type and --schedule {settings.schedule} contradict; give one of them")
     steps = texts / settings.texts_per_step * settings.epochs
     if extra.get("max_steps", -1) > 0:

@@ -90,7 +90,7 @@ def warnings(
     if adapter_parameters < bits:
         what = f"{texts * seq_len:,} tokens" if num_labels is None else f"{texts:,} labels ({bits:,.0f} bits)"
         rank = math.ceil(settings.r * bits / adapter_parameters)
-        all_linear = settings.target_modules == "all-linear"
+        all_linear = "all-linear" in settings.target_modules.split(",")
         found.append(
             f"the adapter has {adapter_parameters:,} parameters for {what}: where the data hold more than the adapter, "
             f"LoRA learns less than full fine-tuning; as many parameters need --r {rank}"
