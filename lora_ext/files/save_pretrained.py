@@ -104,7 +104,6 @@ def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[s
             "save_pretrained(directory, state_dict=...)"
         )
     with with_values(call.name, module, given):
-        method = MethodFiles.of(module)  # once more: its tensors are those of given now
         if _is_merged(call.name, module):
             if method is not None and method.inserts:
                 raise ValueError(

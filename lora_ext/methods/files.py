@@ -113,10 +113,12 @@ def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles, base: Mapping[
 
 
 def _files(model: nn.Module, method: Method) -> MethodFiles:
-    trained = method_parameters(model) | method.buffers(BareModel(root_module(model)))
     inserts = any(isinstance(module, Inserted) for module in model.modules())
     has_adapter = method.lora_config(model) is not None
     names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
+
+    def trained() -> dict[str, Tensor]:
+        return method_parameters(model) | method.buffers(BareModel(root_module(model)))
 
     def write(staging: Path) -> None:
         content = {
@@ -127,8 +129,8 @@ def _files(model: nn.Module, method: Method) -> MethodFiles:
         if (pooling := pooling_of(model)) is not None:
             content["pooling"] = pooling
         if not has_adapter:
-            warn_of_resized_vocabulary("save_method", model, trained.values())
-        tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained.items()}
+            warn_of_resized_vocabulary("save_method", model, trained().values())
+        tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained().items()}
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
         (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
