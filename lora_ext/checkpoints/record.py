@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import listed
-from lora_ext._ops.checks import FLOATING, accumulation_dtype, merge_segments
+from lora_ext._ops.checks import FLOATING, accumulation_dtype
+from lora_ext._ops.checks_merge import merge_segments
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks, read_tensor
 from lora_ext.checkpoints.digests import Hasher, TextDigest
 from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import check_name
-from lora_ext._ops.checks import merge_segments
+from lora_ext._ops.checks_merge import merge_segments
 from lora_ext.checkpoints.changes import MergeChanges
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
 from lora_ext.checkpoints.digests import Hasher, TextDigest
