@@ -38,11 +38,11 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def sample_text(rows: Sequence[Mapping[str, Any]], count: int = 3) -> str:
+def sample_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Formats the first answers before and after training for the console."""
     names = {"prompt": "prompt", "expected": "expected", "before": "before", "after": "after"}
     blocks = []
-    for row in rows[:count]:
+    for row in rows[:3]:
         lines = [f"  {name:<9} {_short(row[key])}" for key, name in names.items() if row[key] is not None]
         blocks.append("\n".join(lines))
     return "\n" + "\n\n".join(blocks) if blocks else ""

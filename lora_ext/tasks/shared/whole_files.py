@@ -76,8 +76,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
             raise
 
 
-def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    write_whole(path, json.dumps(content, indent=indent) + "\n")
+def write_json(path: Path, content: Any) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_picture(path: Path, figure: Any) -> None:
