@@ -17,8 +17,6 @@ from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import TensorInfo, read_header
 from lora_ext.files.shard_index import check_shards, read_index
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "raw_blocks", "read_tensor"]
-
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 

@@ -22,8 +22,6 @@ from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import DTYPES, TensorInfo, header_bytes, read_header
 from lora_ext.merging.weights import MergeRecord, unmerge_all_
 
-__all__ = ["Record"]
-
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:

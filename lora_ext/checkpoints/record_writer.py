@@ -23,8 +23,6 @@ from lora_ext.checkpoints.writing import Description, write_file
 from lora_ext.files.file_bytes import empty_block, read_into, tensor_bytes, write_bytes
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES, header_bytes
 
-__all__ = ["RecordWriter"]
-
 
 @dataclasses.dataclass
 class _Corrections:

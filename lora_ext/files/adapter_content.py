@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.sharded import whole
-from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from lora_ext._common.wrapped import KEY_PREFIX
+from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.expert_layout import with_version
 from lora_ext.files.packed_projection import to_peft_form
 from lora_ext.files.staged_files import write_tensors

@@ -23,9 +23,10 @@ from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import listed, shown
 from lora_ext._common.sharded import first_rank_writes, is_sharded, local, part_like, prepare_shards
 from lora_ext._common.warnings import warn_user
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_content import ADAPTER_FILES, file_content, write_content
-from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, AdapterFile, TensorFile
+from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile, TensorFile
 from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
 from lora_ext.files.expert_layout import in_present_layout
 from lora_ext.files.hub import download_adapter

@@ -35,8 +35,6 @@ from lora_ext._ops.merge import refuse_weight_that_requires_grad
 from lora_ext._ops.tensor_arguments import check_tensors
 from lora_ext.merging.shared_memory import check_disjoint
 
-__all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
-
 # Scratch memory of a merge with a record on CUDA. Each part of this size waits for the GPU once: 0.8 ms,
 # predicted at 3 TB/s.
 SCRATCH_BYTES = 1 << 30

@@ -10,8 +10,6 @@ from typing import Any
 from lora_ext.tasks.causal_lm.conversations import Example
 from lora_ext.tasks.shared.whole_files import write_whole
 
-__all__ = ["SAMPLES", "figures", "predictions", "reading", "sample_text", "table", "write_predictions"]
-
 SAMPLES = 5  # kept in metrics.json
 
 _ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}

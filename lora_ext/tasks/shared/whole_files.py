@@ -16,17 +16,6 @@ from safetensors import SafetensorError
 
 from lora_ext.tasks import WriteError
 
-__all__ = [
-    "discard",
-    "is_leftover",
-    "remove_leftovers",
-    "whole_directory",
-    "write_json",
-    "write_picture",
-    "write_whole",
-    "writing",
-]
-
 _FRESH, _OLD = ".unfinished", ".removed"  # endings of hidden names next to the written path
 
 
