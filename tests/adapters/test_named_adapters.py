@@ -241,8 +241,9 @@ def test_disabling_gives_the_base_model_with_its_head():
     with torch.no_grad():
         model.head.adapters["default"].weight.add_(1)
     adapted = model(x)
-    with disable_adapters(model):
+    with pytest.raises(KeyError, match="inner"), disable_adapters(model):
         assert torch.equal(model(x), base(x))
+        raise KeyError("inner")
     assert torch.equal(model(x), adapted)
 
 
