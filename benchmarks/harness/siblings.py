@@ -1,4 +1,4 @@
-"""What the benchmarks of layers that read one x share: cases, options and the table's columns."""
+"""Cases, options and the table of the benchmarks of layers that read one x."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter's files hold, in PEFT's format, and writing it."""
+"""The content of an adapter's files in PEFT's format, and writing it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether weights share memory."""
+"""Finds weights that share memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which batches of Transformers' continuous batching run the layers, so that requests can name adapters."""
+"""Checks that Transformers' continuous batching runs the layers in every batch, so that requests can name adapters."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def choose_adapters(
 
 
 def check_list(names: object, caller: str, per: str, kinds: Any = object) -> None:
-    """TypeError: ``names`` is no list of names; ``per``: of what each entry is the name's."""
+    """Raises TypeError if ``names`` is no list; ``per`` is what has a name each, for the message."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, kinds) for name in names):
         raise TypeError(f"{caller}: {ARGUMENT} is of type {type(names).__name__}, want a list with a name per {per}")
 

@@ -1,4 +1,4 @@
-"""What the models of the architectures take: the arguments of a forward for two samples."""
+"""Arguments of a forward for two samples, by the kind of model."""
 
 from __future__ import annotations
 

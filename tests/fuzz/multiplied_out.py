@@ -1,4 +1,4 @@
-"""What a model with adapters must compute: the weights and the adapters multiplied out."""
+"""Computes a model with adapters from plain tensors: the weights and the adapters multiplied out."""
 
 from __future__ import annotations
 
