@@ -10,11 +10,7 @@ from lora_ext._common.printable import listed
 from lora_ext.matching.path_names import is_inside
 from lora_ext.merging.layers import stored_matrices, update_identity
 from lora_ext.model.adapter_set import adapter_set
-from lora_ext.model.bare_model import (
-    adapter_layers,
-    parameter_paths,
-    root_module,
-)
+from lora_ext.model.bare_model import adapter_layers, parameter_paths, root_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.trainable_tokens import TrainableTokens
 

@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoint_files import (
-    add_tensor,
-    assert_same_bits,
-    peft_adapter,
-    save_checkpoint,
-    snapshot,
-    tensors_of,
-)
+from support.checkpoint_files import add_tensor, assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
 from torch import nn
 
 from lora_ext import cli

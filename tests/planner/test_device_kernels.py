@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ext.planner import (
-    simulate_step,
-)
+from lora_ext.planner import simulate_step
 from lora_ext.planner.device_kernels import device_kernels
 
 
