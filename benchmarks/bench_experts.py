@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 from collections.abc import Callable
 
 import torch
@@ -117,9 +116,7 @@ def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_y: Tensor) ->
         if name in (FROZEN, PEFT):
             continue
         for found, expected in zip(gradients(module, x, grad_y), wanted, strict=True):
-            error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
-            if not error <= contestants.TOLERANCE[x.dtype]:
-                sys.exit(f"{name} and {PEFT} disagree by {error:.2e} on {tuple(found.shape)}: not timed")
+            contestants.check_close((name, PEFT), found, expected, contestants.TOLERANCE[x.dtype])
 
 
 def step(module: nn.Module, x: Tensor, grad_y: Tensor) -> Callable[[], object]:

@@ -15,7 +15,6 @@ PyTorch reads and writes as many bytes.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 
 import torch
@@ -106,9 +105,7 @@ def check_outputs(modules: dict[str, nn.Module], x: Tensor) -> None:
     with torch.no_grad():
         expected, *others = ((name, module(x)) for name, module in modules.items() if name not in (FROZEN, ONE))
     for name, y in others:
-        error = ((y.double() - expected[1]).norm() / expected[1].double().norm()).item()
-        if not error <= contestants.TOLERANCE[x.dtype]:
-            sys.exit(f"{name} and {expected[0]} disagree by {error:.2e} on {tuple(y.shape)}: not timed")
+        contestants.check_close((name, expected[0]), y, expected[1], contestants.TOLERANCE[x.dtype])
 
 
 def measure(dtype: torch.dtype, shape: Shape, trains: bool, run: Report) -> dict[str, object]:

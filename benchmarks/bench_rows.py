@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -104,11 +103,8 @@ def measure(dtype: torch.dtype, case: Case, run: Report) -> dict[str, object]:
 def check_outputs(calls: dict, dtype: torch.dtype) -> None:
     """SystemExit: two contestants disagree; nothing is timed."""
     outputs = {name: call() for name, call in calls.items()}
-    expected = outputs[PEFT].double()
     for name, y in outputs.items():
-        error = ((y.double() - expected).norm() / expected.norm()).item()
-        if not error <= 4 * contestants.TOLERANCE[dtype]:  # of several layers
-            sys.exit(f"{name} and {PEFT} disagree by {error:.2e}: not timed")
+        contestants.check_close((name, PEFT), y, outputs[PEFT], 4 * contestants.TOLERANCE[dtype])  # of several layers
 
 
 def table(rows: list[dict]) -> str:

@@ -11,27 +11,17 @@ beyond the frozen layers, divided by that of separate layers.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
-from harness import contestants, report
-from harness.contestants import ALPHA_OVER_R, FROZEN, training_step
+from harness import contestants, siblings
+from harness.contestants import ALPHA_OVER_R, FROZEN
 from harness.report import Report
-from harness.shapes import LLAMA_SIBLINGS, SIBLING_SHAPES, SiblingShape
+from harness.shapes import SiblingShape
+from harness.siblings import Row, Separate
 from torch import Tensor, nn
 
 from lora_ext import functional
-
-
-class Separate(nn.Module):
-    """Layers called one after the other."""
-
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [layer(x) for layer in self.layers]
 
 
 class Siblings(nn.Module):
@@ -62,59 +52,30 @@ CONTESTANTS: dict[str, Callable[..., nn.Module]] = {"siblings": Siblings} | {
 }
 
 
-def measure(dtype: torch.dtype, shape: SiblingShape, run: Report) -> dict[str, object]:
-    num_tokens, in_features, widths = shape
-    args = run.args
+def measure(dtype: torch.dtype, shape: SiblingShape, run: Report) -> Row:
+    args, in_features, widths = run.args, shape.in_features, shape.out_features
     kwargs = {"dtype": dtype, "device": args.device}
-    x = torch.randn(num_tokens, in_features, **kwargs).requires_grad_()
-    grad_ys = [torch.randn(num_tokens, width, **kwargs) for width in widths]
-    bases = [nn.Linear(in_features, width, **kwargs).requires_grad_(False) for width in widths]
+    frozen, x, grad_ys = siblings.frozen_case(dtype, shape, args.device)
+    bases = list(frozen.layers)
     As = [torch.randn(args.rank, in_features, **kwargs) / in_features**0.5 for _ in widths]
     Bs = [torch.randn(width, args.rank, **kwargs) * 0.1 for width in widths]
 
     contestants.check_agreement({name: make(bases, As, Bs, 0.0) for name, make in CONTESTANTS.items()}, x, grad_ys)
-    modules = {FROZEN: Separate(bases)} | {
-        name: make(bases, As, Bs, args.dropout) for name, make in CONTESTANTS.items()
-    }
+    modules = {FROZEN: frozen} | {name: make(bases, As, Bs, args.dropout) for name, make in CONTESTANTS.items()}
 
-    seconds = run.interleaved({name: lambda m=module: training_step(m, x, grad_ys) for name, module in modules.items()})
+    seconds = siblings.training_seconds(run, modules, x, grad_ys)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    return {
-        "shape": [num_tokens, in_features, *widths],
-        "dropout": args.dropout,
-        "dtype": report.dtype_name(dtype),
-        **report.against(seconds, FROZEN),
-        "overhead": (median["siblings"] - median[FROZEN]) / (median["separate"] - median[FROZEN]),
-    }
+    overhead = (median["siblings"] - median[FROZEN]) / (median["separate"] - median[FROZEN])
+    return siblings.row(dtype, shape, run, seconds) | {"overhead": overhead}
 
 
-def table(rows: list[dict]) -> str:
-    names = report.names_in(rows)
-    cells = (
-        [
-            str(SiblingShape(*row["shape"][:2], tuple(row["shape"][2:]))),
-            row["dtype"],
-            report.milliseconds(row["frozen_ms"]),
-        ]
-        + report.ratio_cells(row, names)
-        + [f"{row['overhead']:.2f}"]
-        for row in rows
-    )
-    return report.markdown(["tokens x in -> out of each", "dtype", "frozen, ms", *names, "overhead"], cells)
+def table(rows: list[Row]) -> str:
+    return siblings.table(rows, ["overhead"], lambda row: [f"{row['overhead']:.2f}"])
 
 
 def main() -> None:
-    parser = report.parser(__doc__, "siblings")
-    report.add_shapes(parser, SiblingShape.parse, "TOKENSxINxOUT+OUT+OUT")
-    parser.add_argument("--dropout", type=float, default=0.1)
-    args = parser.parse_args()
-    title = "Layers on one x, forward + backward against the frozen layers"
-    run = Report(args, f"{title}, r={args.rank}, dropout {args.dropout}")
-    cases = run.shape_cases(SIBLING_SHAPES)
-    if run.on_cuda and not args.shapes:
-        cases = [(torch.bfloat16, shape) for shape in LLAMA_SIBLINGS]
-    rows = run.measure(cases, lambda case: [measure(*case, run)], table)
-    run.finish(rows, table(rows))
+    args = siblings.parser(__doc__, "siblings").parse_args()
+    siblings.run_cases(args, "Layers on one x, forward + backward against the frozen layers", measure, table)
 
 
 if __name__ == "__main__":

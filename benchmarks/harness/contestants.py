@@ -166,7 +166,12 @@ def check_agreement(modules: dict[str, nn.Module], x: Tensor, grad_ys: Iterable[
         if not expected:
             expected, first = results, name
         for ours, theirs in zip(expected, results, strict=True):
-            norm = torch.linalg.vector_norm
-            error = (norm(ours.double() - theirs) / norm(theirs.double())).item()
-            if not error <= TOLERANCE[x.dtype]:
-                sys.exit(f"{name} and {first} disagree by {error:.2e} on {tuple(ours.shape)}: not timed")
+            check_close((name, first), ours, theirs, TOLERANCE[x.dtype])
+
+
+def check_close(names: tuple[str, str], found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """SystemExit: the results of two contestants differ by more than the tolerance; nothing is timed."""
+    norm = torch.linalg.vector_norm
+    error = (norm(found.double() - expected) / norm(expected.double())).item()
+    if not error <= tolerance:
+        sys.exit(f"{' and '.join(names)} disagree by {error:.2e} on {tuple(found.shape)}: not timed")

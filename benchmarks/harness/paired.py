@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["correct_answers", "paired_difference"]
-
 
 def correct_answers(directories: Sequence[Path]) -> Tensor:
     """Reads ``predictions.jsonl`` of runs with one test set; returns bool ``[runs, texts]``: where a run is right.

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["has_pre_hook", "remove_hooks"]
-
 
 def has_pre_hook(module: nn.Module, function: Callable[..., Any]) -> bool:
     """Whether ``function`` is a hook before the module's forward."""

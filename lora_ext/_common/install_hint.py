@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["install_hint"]
-
 
 def install_hint(extra: str) -> str:
     """Returns the command that installs ``extra``, with the packages that it installs."""

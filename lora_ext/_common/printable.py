@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["LONGEST_NAME", "check_name", "escaped", "listed", "shown"]
-
 LONGEST_NAME = 500  # characters of a tensor's name; real models use up to 100
 _MOST_PROBLEMS, _LONGEST_PROBLEM = 100, 2000  # lines, characters per line
 

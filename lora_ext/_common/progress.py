@@ -7,8 +7,6 @@ import threading
 import time
 from typing import Any
 
-__all__ = ["Progress", "is_terminal", "progress"]
-
 _FIRST = 1.0  # seconds until the first line: what ends sooner needs none
 _BETWEEN = 10.0  # seconds between two lines, at least: short enough to see that the work continues
 _TOO_EARLY = 0.005  # no estimate below this fraction of the work: starting takes most of that time

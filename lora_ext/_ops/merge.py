@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from lora_ext._ops import checks
+from lora_ext._ops import checks_merge
 from lora_ext._ops.in_place import register_in_place
 from lora_ext._ops.registration import LIBRARY, below_autograd, op_named, register_op
 
 
 def _check_merge_of(op: str):
     def check(weights, lora_As, lora_Bs, words=(), corrections=()) -> None:
-        checks.check_merge(op, weights, lora_As, lora_Bs)
-        checks.check_record(op, weights, words, corrections)
+        checks_merge.check_merge(op, weights, lora_As, lora_Bs)
+        checks_merge.check_record(op, weights, words, corrections)
 
     return check
 
@@ -27,7 +27,7 @@ def _(weights, lora_As, lora_Bs):
     num_corrections = [torch.library.get_ctx().new_dynamic_size() for _ in weights]
     return (
         weights[0].new_empty((len(weights),), dtype=torch.int64),
-        [w.new_empty((w.shape[0], checks.merge_segments(w.shape[1])), dtype=torch.int16) for w in weights],
+        [w.new_empty((w.shape[0], checks_merge.merge_segments(w.shape[1])), dtype=torch.int16) for w in weights],
         [w.new_empty((count,), dtype=torch.int16) for w, count in zip(weights, num_corrections, strict=True)],
     )
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import listed, shown
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
-from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
+from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.expert_layout import in_present_layout
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import config_of

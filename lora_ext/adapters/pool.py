@@ -8,7 +8,6 @@ import os
 import threading
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext.adapters.pool_files import LayerShape, PoolAdapter, PoolShape, read_adapter
+from lora_ext.adapters.pool_files import LayerShape, PoolShape, read_adapter
+from lora_ext.adapters.pool_host_cache import HostCache
 from lora_ext.adapters.pool_slots import SlotsInUseError, SlotTable
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
@@ -132,12 +132,10 @@ class AdapterPool:
         self._lock = threading.Lock()  # of what follows
         self._loads, self._load_seconds = 0, 0.0
         self._invocations: dict[str, tuple[int, ...]] = {}
-        self._host: OrderedDict[str, PoolAdapter] = OrderedDict()
-        self._host_bytes, self._host_limit = 0, host_bytes
         self._prefetcher: ThreadPoolExecutor | None = None
         self._slots, self._modules = attach_pool(model, layers, self, slots, r, dtypes)
         self._model = weakref.ref(root_module(model))
-        self._pins_memory = any(held.lora_A.is_cuda for held in self._slots.values())
+        self._host = HostCache(host_bytes, is_pinned=any(held.lora_A.is_cuda for held in self._slots.values()))
 
     # --- names -------------------------------------------------------------------------------------------------------
 
@@ -266,9 +264,7 @@ class AdapterPool:
         RuntimeError: one is pinned or used by a running call; nothing is changed.
         """
         self._table.evict(names, "AdapterPool.evict")
-        with self._lock:
-            for name in names:
-                self._forget_host(name)
+        self._host.forget(names)
 
     @checked
     def prefetch(self, names: str | Iterable[str]) -> list[Future]:
@@ -304,8 +300,8 @@ class AdapterPool:
                 resident=sum(entry.ready.is_set() for entry in entries),
                 pinned=sum(entry.pins > 0 for entry in entries),
                 in_use=sum(entry.users > entry.pins for entry in entries),
-                host=len(self._host),
-                host_bytes=self._host_bytes,
+                host=len(self._host.adapters),
+                host_bytes=self._host.nbytes,
                 hits=table.hits,
                 misses=table.misses,
                 loads=self._loads,
@@ -322,13 +318,10 @@ class AdapterPool:
         path = self._path_of(name)
         if path is None:
             raise KeyError(f"AdapterPool: there is no adapter {name!r} any more")
-        with self._lock:
-            adapter = self._host.get(name)
-            if adapter is not None:
-                self._host.move_to_end(name)
+        adapter = self._host.get(name)
         if adapter is None:
             adapter = read_adapter(path, self._shape)
-            self._keep(name, adapter)
+            self._host.keep(name, adapter)
         with torch.inference_mode(False):
             for layer, held in self._slots.items():
                 update = adapter.updates.get(layer)
@@ -347,28 +340,6 @@ class AdapterPool:
                 self._invocations[name] = adapter.invocation
             self._loads += 1
             self._load_seconds += time.perf_counter() - begin
-
-    def _keep(self, name: str, adapter: PoolAdapter) -> None:
-        """Puts an adapter into the host cache, if it has room for it."""
-        size = adapter.nbytes
-        if size > self._host_limit:
-            return
-
-        def held(tensor: torch.Tensor) -> torch.Tensor:  # not the mapped file
-            return tensor.pin_memory() if self._pins_memory else tensor.clone()
-
-        copied = adapter.copied(held)
-        with self._lock:
-            self._forget_host(name)
-            while self._host_bytes + size > self._host_limit:
-                self._forget_host(next(iter(self._host)))
-            self._host[name] = copied
-            self._host_bytes += size
-
-    def _forget_host(self, name: str) -> None:
-        adapter = self._host.pop(name, None)
-        if adapter is not None:
-            self._host_bytes -= adapter.nbytes
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from lora_ext._common.printable import listed
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
+from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.save_load import config_of, with_positive_alphas
 from lora_ext.model.invocations import InvocationLimits
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from lora_ext._common.arguments import checked
 from lora_ext.analysis.row_blocks import check_matrix, frobenius_norm, multiply, multiply_transposed
 
-__all__ = ["Svd", "block_krylov_svd", "factored_svd"]
-
 _EXACT_SIZE = 512  # smaller side; up to this a full decomposition takes well under a second
 _OVERSAMPLING = 8  # extra directions, as Halko, Martinsson and Tropp (arXiv 0909.4061) advise
 _ITERATIONS = 4

@@ -11,8 +11,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["plot_changes", "plot_similarity", "plot_spectra"]
-
 _DPI = 100
 _TITLE_LENGTH = 42  # letters of size 8 above a heat map
 

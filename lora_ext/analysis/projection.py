@@ -14,8 +14,6 @@ from lora_ext.analysis.row_blocks import check_matrix, frobenius_norm, multiply
 from lora_ext.analysis.spectrum import numerical_rank
 from lora_ext.analysis.subspace import orthonormal_columns
 
-__all__ = ["ProjectionTable", "expected_random_norm", "leading_ranks", "project", "projection_table"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionTable:

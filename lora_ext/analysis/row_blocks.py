@@ -12,8 +12,6 @@ from lora_ext._ops import checks
 from lora_ext._ops.checks import accumulation_dtype
 from lora_ext._ops.tensor_arguments import check_tensors
 
-__all__ = ["check_matrix", "frobenius_norm", "multiply", "multiply_transposed"]
-
 # 2 MB in float32: converted values are still in the thread's cache when they are multiplied, which halves the time.
 # A block has this many elements per thread, so that more threads do not synchronise more often.
 ELEMENTS_PER_THREAD = 512 << 10

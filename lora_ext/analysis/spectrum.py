@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lora_ext._common.arguments import checked
 
-__all__ = ["effective_rank", "energy_rank", "numerical_rank", "stable_rank"]
-
 # Singular values that rounding of float32 entries can cause, relative to the largest, with some margin. A bound that
 # grows with the size of the matrix, as in numpy's matrix_rank, would call all of a bfloat16 matrix rounding.
 _ROUNDING = 4 * torch.finfo(torch.float32).eps

@@ -9,14 +9,6 @@ from lora_ext._common.arguments import checked
 from lora_ext.analysis.row_blocks import check_matrix
 from lora_ext.analysis.spectrum import numerical_rank
 
-__all__ = [
-    "expected_random_similarity",
-    "orthonormal_columns",
-    "random_similarity_std",
-    "singular_basis",
-    "subspace_similarity",
-]
-
 
 @checked
 def singular_basis(matrix: Tensor) -> Tensor:

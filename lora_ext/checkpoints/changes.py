@@ -26,8 +26,6 @@ from lora_ext.checkpoints.ties import find_tie
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
 
-__all__ = ["MergeChanges", "TensorChange", "Term", "find_changes"]
-
 _MOST_PARAMETERS = 64  # with updates, in one module; real modules have up to 3
 
 

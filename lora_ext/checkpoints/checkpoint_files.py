@@ -17,8 +17,6 @@ from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import TensorInfo, read_header
 from lora_ext.files.shard_index import check_shards, read_index
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "raw_blocks", "read_tensor"]
-
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -125,21 +123,6 @@ class Checkpoint:
         with open_regular(self.file(key)) as file:
             read_into(file, info.begin + begin * values.itemsize, values)
         return values
-
-    def row_blocks(self, key: str, block_bytes: int = 32 << 20) -> Iterator[tuple[int, Tensor]]:
-        """Reads a tensor block by block. The whole tensor is never in memory.
-
-        Yields:
-            ``(first row, rows)``: ``rows`` is ``[n, *shape[1:]]``, with as many rows as fit into ``block_bytes``, at
-            least 1. A tensor without dimensions is one row of one element.
-        """
-        info = self.info(key)
-        rows, *rest = info.shape or (1,)
-        size = math.prod(rest)
-        height = max(block_bytes // max(size * _torch_dtype(self.file(key), info).itemsize, 1), 1)
-        for begin in range(0, rows, height):
-            end = min(begin + height, rows)
-            yield begin, self.elements(key, begin * size, end * size).view(end - begin, *rest)
 
     def fingerprint(self) -> list[list[Any]]:
         """Path, size and time of each file. A continued run compares them with those that it was started with."""

@@ -19,12 +19,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lora_ext._common.printable import LONGEST_NAME, check_name, listed, shown
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, AdapterFile
+from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile
 from lora_ext.files.file_bytes import fingerprint
 from lora_ext.matching.path_names import EndTable
-
-__all__ = ["AdapterContents", "LowRankUpdate", "TokenRows", "open_adapter", "read_contents", "strip_base_layer"]
 
 Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
 

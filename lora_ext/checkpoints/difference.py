@@ -18,8 +18,6 @@ from lora_ext.files.adapter_file import WEIGHTS_FILE, AdapterFile, holds_adapter
 from lora_ext.files.file_bytes import tensor_bytes
 from lora_ext.files.safetensors_format import DTYPES, TensorInfo
 
-__all__ = ["Difference", "diff"]
-
 _UNSET = "(absent)"
 
 

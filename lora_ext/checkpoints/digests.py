@@ -14,8 +14,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["Hasher", "TensorDigest", "TextDigest"]
-
 _PIECE_BYTES = 1 << 20  # takes half a millisecond to hash, much longer than to hand it to a thread
 _DIGITS = 32
 

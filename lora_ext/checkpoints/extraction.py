@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_ext._common.printable import listed
 from lora_ext._common.progress import progress
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
 from lora_ext.checkpoints.low_rank import approximate
@@ -24,12 +25,10 @@ from lora_ext.checkpoints.output import check_apart
 from lora_ext.checkpoints.staging import Staging
 from lora_ext.checkpoints.ties import is_embedding
 from lora_ext.checkpoints.writing import Description, write_file
-from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.file_bytes import tensor_bytes
 from lora_ext.files.safetensors_format import DTYPE_NAMES
 from lora_ext.matching.path_names import name_covers
-
-__all__ = ["ExtractReport", "LayerError", "extract"]
 
 REPORT_FILE = "extract.json"
 

@@ -16,8 +16,6 @@ from lora_ext.checkpoints.layouts import num_matrices
 from lora_ext.checkpoints.merged_rows import split_stack
 from lora_ext.files.adapter_file import AdapterFile, holds_adapter
 
-__all__ = ["inspect", "update_norm"]
-
 
 def inspect(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
     """Describes an adapter's directory, a checkpoint's directory or a safetensors file, as values that JSON can hold.

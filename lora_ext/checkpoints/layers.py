@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.checkpoints.changes import MergeChanges, Term, find_changes
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate
 from lora_ext.checkpoints.layouts import num_matrices
 from lora_ext.checkpoints.merged_rows import matrix_shape, split_stack
-from lora_ext.files.adapter_file import KEY_PREFIX, AdapterFile
-
-__all__ = ["Layer", "LayerFactors", "LayerWeight", "find_layers"]
+from lora_ext.files.adapter_file import AdapterFile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,6 @@ from typing import Literal, TypeAlias
 from lora_ext.checkpoints.contents import LowRankUpdate
 from lora_ext.files.adapter_file import AdapterFile
 
-__all__ = ["Evidence", "Layout", "assign_parameters", "choose_layout", "fitting_layouts", "misfit", "num_matrices"]
-
 Layout: TypeAlias = Literal["plain", "transposed"]
 """``plain``: the tensor is ``[out, in]``, as in Linear; ``transposed``: ``[in, out]``, as in Conv1D and Embedding."""
 

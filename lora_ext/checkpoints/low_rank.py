@@ -7,8 +7,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["Approximation", "approximate"]
-
 _EXACT_SIZE = 512  # up to this size the full decomposition takes well under a second
 _ITERATIONS = 4  # slowly falling singular values, as after fine-tuning, need more than one subspace iteration
 

@@ -21,8 +21,6 @@ from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import DTYPES
 from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors
 
-__all__ = ["BLOCK_BYTES", "Block", "Factors", "blocks", "factors", "matrix_shape", "split_stack"]
-
 BLOCK_BYTES = 32 << 20  # bytes read at a time: large enough for fast reads, small next to PyTorch itself
 
 

@@ -24,8 +24,6 @@ from lora_ext.checkpoints.record_writer import RecordWriter
 from lora_ext.checkpoints.writing import Description
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
 
-__all__ = ["MergeReport", "merge"]
-
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:

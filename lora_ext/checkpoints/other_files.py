@@ -13,15 +13,6 @@ from lora_ext.files.file_bytes import write_bytes
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.untrusted_json import read_json_object
 
-__all__ = [
-    "CONFIG_FILE",
-    "RECORD_DIRECTORY",
-    "copy_file",
-    "list_other_files",
-    "read_model_config",
-    "write_model_config",
-]
-
 RECORD_DIRECTORY = "merge_record"
 """The directory of a merge's record. It fits only the weights that it was written with."""
 

@@ -20,8 +20,6 @@ from lora_ext.checkpoints.writing import Description, compare_file, write_file
 if TYPE_CHECKING:
     from lora_ext.checkpoints.record_writer import RecordWriter
 
-__all__ = ["Output", "Written", "check_apart", "index_metadata", "shard_metadata"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Written:

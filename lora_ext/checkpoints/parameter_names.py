@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator
 
-__all__ = ["Names", "ends", "match_names"]
-
 _MOST_PLACES = 5  # in a message
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import listed
-from lora_ext._ops.checks import FLOATING, accumulation_dtype, merge_segments
+from lora_ext._ops.checks import FLOATING, accumulation_dtype
+from lora_ext._ops.checks_merge import merge_segments
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks, read_tensor
 from lora_ext.checkpoints.digests import Hasher, TextDigest
 from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block
@@ -20,8 +21,6 @@ from lora_ext.files.file_bytes import empty_block, read_into, tensor_bytes
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import DTYPES, TensorInfo, header_bytes, read_header
 from lora_ext.merging.weights import MergeRecord, unmerge_all_
-
-__all__ = ["Record"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,6 @@ from lora_ext._common.printable import shown
 from lora_ext.checkpoints.digests import TextDigest
 from lora_ext.files.untrusted_json import parse_json_object, read_json_object
 
-__all__ = ["MANIFEST_FILE", "BaseTensor", "FileRecord", "Manifest"]
-
 MANIFEST_FILE = "manifest.json"
 _VERSION = 2
 _METADATA_KEY = "lora_ext_merge_record"

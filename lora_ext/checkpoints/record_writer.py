@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import check_name
-from lora_ext._ops.checks import merge_segments
+from lora_ext._ops.checks_merge import merge_segments
 from lora_ext.checkpoints.changes import MergeChanges
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
 from lora_ext.checkpoints.digests import Hasher, TextDigest
@@ -22,8 +22,6 @@ from lora_ext.checkpoints.record_format import MANIFEST_FILE, BaseTensor, FileRe
 from lora_ext.checkpoints.writing import Description, write_file
 from lora_ext.files.file_bytes import empty_block, read_into, tensor_bytes, write_bytes
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES, header_bytes
-
-__all__ = ["RecordWriter"]
 
 
 @dataclasses.dataclass

@@ -17,8 +17,6 @@ from lora_ext.checkpoints.exchange import exchange
 from lora_ext.files.staged_files import fsync_directory
 from lora_ext.files.untrusted_json import read_json_object
 
-__all__ = ["Staging"]
-
 _LARGEST_JOURNAL = 100_000_000  # bytes
 _FREE_SPACE = "free some space and run the same command again"
 _REMEDIES = {

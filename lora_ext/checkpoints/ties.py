@@ -9,8 +9,6 @@ from lora_ext._common.printable import shown
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
 from lora_ext.checkpoints.other_files import read_model_config
 
-__all__ = ["Tie", "find_tie", "is_embedding"]
-
 _LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining|WithLM")
 # Name of the embedding -> names of its head, the more specific ones first.
 _HEADS = (

@@ -16,8 +16,6 @@ from lora_ext.checkpoints.output import Output, check_apart
 from lora_ext.checkpoints.record import Record
 from lora_ext.files.file_bytes import fingerprint
 
-__all__ = ["UnmergeReport", "unmerge"]
-
 
 @dataclasses.dataclass(frozen=True)
 class UnmergeReport:

@@ -11,8 +11,6 @@ from lora_ext.files.file_bytes import empty_block, read_into, tensor_bytes, writ
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.safetensors_format import TensorInfo, encode_header, read_header
 
-__all__ = ["Description", "compare_file", "write_file"]
-
 Description: TypeAlias = tuple[str, tuple[int, ...], int]
 """A tensor's dtype (its name in the file format), shape, and bytes."""
 

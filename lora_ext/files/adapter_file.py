@@ -16,26 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_ext._common.printable import check_name, shown
-from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.files.file_bytes import file_state
 from lora_ext.files.regular_file import check_regular
 from lora_ext.files.safetensors_format import read_header
 from lora_ext.files.shard_index import check_shards, read_index
 from lora_ext.files.staged_files import is_being_saved
 from lora_ext.files.untrusted_json import read_json_object
-
-__all__ = [
-    "ADAPTER_FILE_PATTERNS",
-    "CONFIG_FILE",
-    "KEY_PREFIX",
-    "PICKLED_WEIGHTS_FILE",
-    "WEIGHTS_FILE",
-    "AdapterFile",
-    "TensorFile",
-    "Tensors",
-    "holds_adapter",
-    "read_unchanged",
-]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

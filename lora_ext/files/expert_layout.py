@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_ext._common.printable import listed, shown
-from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, AdapterFile, Tensors, TensorsView
+from lora_ext._common.wrapped import KEY_PREFIX
+from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile, Tensors, TensorsView
 from lora_ext.model.adapter_set import Adapter
 from lora_ext.nn.adapter import LoraAdapter
 from lora_ext.nn.parameter import LoraParameter

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_unchanged", "empty_block", "file_state", "fingerprint", "read_into", "tensor_bytes", "write_bytes"]
-
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Returns the memory of a contiguous CPU tensor."""

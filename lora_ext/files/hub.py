@@ -7,8 +7,6 @@ from pathlib import Path
 from lora_ext._common.install_hint import install_hint
 from lora_ext.files.adapter_file import ADAPTER_FILE_PATTERNS, PICKLED_WEIGHTS_FILE
 
-__all__ = ["download_adapter"]
-
 
 def download_adapter(name: str, revision: str | None = None, *, allow_pickle: bool = False, caller: str) -> Path:
     """Downloads the adapter in the hub's repository ``name`` into huggingface_hub's cache, or finds it there.

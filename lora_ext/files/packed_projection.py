@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from lora_ext._common.printable import shown
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING
 from lora_ext.config import exact_patterns
-from lora_ext.files.adapter_file import KEY_PREFIX, LARGEST_CONFIG, AdapterFile, Tensors, TensorsView
+from lora_ext.files.adapter_file import LARGEST_CONFIG, AdapterFile, Tensors, TensorsView
 from lora_ext.files.untrusted_json import parse_json_object
 from lora_ext.model.adapter_set import Adapter
 from lora_ext.nn import LoraLayer

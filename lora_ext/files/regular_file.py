@@ -7,8 +7,6 @@ import stat
 from io import FileIO
 from pathlib import Path
 
-__all__ = ["check_regular", "open_regular"]
-
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",

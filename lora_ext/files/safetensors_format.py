@@ -23,8 +23,6 @@ from safetensors import SafetensorError, safe_open
 from lora_ext._common.printable import escaped, shown
 from lora_ext.files.regular_file import open_regular
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "TensorInfo", "encode_header", "header_bytes", "read_header"]
-
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -8,7 +8,6 @@ trained in full. lora_ext/files/adapter_file.py reads them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -22,24 +21,24 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import listed, shown
-from lora_ext._common.sharded import first_rank_writes, is_sharded, local, part_like, prepare_shards, whole
+from lora_ext._common.sharded import first_rank_writes, is_sharded, local, part_like, prepare_shards
 from lora_ext._common.warnings import warn_user
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, TensorFile
+from lora_ext.files.adapter_content import ADAPTER_FILES, file_content, write_content
+from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile, TensorFile
 from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
-from lora_ext.files.expert_layout import in_present_layout, with_version
+from lora_ext.files.expert_layout import in_present_layout
 from lora_ext.files.hub import download_adapter
-from lora_ext.files.packed_projection import from_peft_form, to_peft_form
-from lora_ext.files.staged_files import staged_files, write_tensors
+from lora_ext.files.packed_projection import from_peft_form
+from lora_ext.files.staged_files import staged_files
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
-from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter
 from lora_ext.model.adapter_state import lost_parameters
 from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.model.saver import has_save_pretrained
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.tied import TiedAdapter
-from lora_ext.nn.trained import TrainedModule
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -272,80 +271,6 @@ def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile, unsaved: set
     base = base_tensors(model, adapter)
     targets |= {key: tensor for key, tensor in base.items() if f"{KEY_PREFIX}{key}" in file}
     return {f"{KEY_PREFIX}{key}": tensor for key, tensor in targets.items()}
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
-"""The config is last, as :func:`~lora_ext.files.staged_files.staged_files` needs: without it there is no adapter."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FileContent:
-    """Content of :data:`ADAPTER_FILES`: text of the config, tensors and metadata."""
-
-    config: str
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-
-
-def file_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor] | None = None) -> FileContent:
-    """Returns an adapter's config and copies of its tensors on the CPU, in the form of PEFT's files.
-
-    ``base`` are tensors of base layers, from :func:`~lora_ext.files.base_layers.base_tensors_to_save`.
-    All ranks of a sharded model must call it.
-    """
-    values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT writes it
-    if values["base_model_name_or_path"] is None:
-        values["base_model_name_or_path"] = base_name(model)
-    values |= _names_of_tied(adapter, values)
-    scales = adapter.file_scales()
-    # Copies, because tied modules share memory and the tensors of a file must not.
-    tensors = {
-        f"{KEY_PREFIX}{key}": whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, tensor in (adapter.tensors() | dict(base or {})).items()
-    }
-    for key, scale in scales.items():
-        tensors[f"{KEY_PREFIX}{key}"] *= scale
-    values, tensors, metadata = to_peft_form(adapter, with_version(adapter, values), tensors)
-    # Only the outer keys are sorted: the first matching pattern counts.
-    text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
-    return FileContent(text + "\n", tensors, {"format": "pt", **metadata})
-
-
-def _names_of_tied(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config's lists of modules, in which tied modules are named too.
-
-    PEFT ties modules to the input embedding only if one of them is named (``lm_head``, ``embed_tokens``). If only the
-    embedding is (``shared`` of T5, ``wte`` of GPT-2), it would ignore the tied modules' tensors.
-    """
-    if not adapter.config.ensure_weight_tying:
-        return {}
-    tied = {
-        "target_modules": [part.path for part in adapter.parts if isinstance(part.adapter, TiedAdapter)],
-        "modules_to_save": [part.path for part in adapter.parts if isinstance(part.layer, TrainedModule)],
-    }
-    named = {}
-    for key, paths in tied.items():
-        is_named = PathMatcher(key, values[key])
-        if missing := [path for path in paths if not is_named(path)]:
-            is_list = not isinstance(values[key], str)
-            named[key] = (
-                [*values[key], *missing] if is_list else "|".join([f"(?:{values[key]})", *map(re.escape, missing)])
-            )
-    return named
-
-
-def base_name(model: nn.Module) -> str | None:
-    """Returns the name of the base model, if it has one; parts that are not Unicode, as in paths, are escaped."""
-    name = getattr(root_module(model), "name_or_path", None)
-    return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) else None
-
-
-def write_content(directory: Path, content: FileContent) -> None:
-    (directory / CONFIG_FILE).write_text(content.config, encoding="utf-8")
-    write_tensors(directory / WEIGHTS_FILE, content.tensors, content.metadata)
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------

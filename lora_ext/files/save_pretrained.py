@@ -13,7 +13,6 @@ import dataclasses
 import inspect
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,24 +24,20 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import shown
 from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._common.warnings import warn_user
-from lora_ext.config import LoraConfig, exact_patterns
+from lora_ext.files.adapter_content import ADAPTER_FILES, FileContent, file_content, write_content
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.files.base_layers import base_tensors_to_save
+from lora_ext.files.part_config import config_within
 from lora_ext.files.safetensors_format import read_header
-from lora_ext.files.save_load import ADAPTER_FILES, FileContent, file_content, write_content
 from lora_ext.files.staged_files import staged_files
-from lora_ext.injection.targets import find_targets
-from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_in, adapter_set, check_at_hand
+from lora_ext.model.adapter_set import AdapterSet, adapter_in, adapter_set, check_at_hand
 from lora_ext.model.adapter_state import MARKERS, adapter_state, lost_parameters, own_state
-from lora_ext.model.bare_model import BareModel, adapter_layers
+from lora_ext.model.bare_model import adapter_layers
 from lora_ext.model.method_files import MethodFiles
 from lora_ext.model.saver import SavePretrained
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.merged_state import MERGED_KEY
-from lora_ext.nn.parameter import LoraParameter
 from lora_ext.nn.state_form import base_keys, no_state, own_keys
-from lora_ext.nn.trainable_tokens import TiedRows, TrainableTokens
-from lora_ext.nn.trained import TrainedModule
 
 _DEFAULT = "default"  # the adapter that PEFT saves in the directory itself
 
@@ -104,7 +99,6 @@ def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[s
             "save_pretrained(directory, state_dict=...)"
         )
     with with_values(call.name, module, given):
-        method = MethodFiles.of(module)  # once more: its tensors are those of given now
         if _is_merged(call.name, module):
             if method is not None and method.inserts:
                 raise ValueError(
@@ -250,7 +244,7 @@ def _write_adapters(
         adapter = adapter_in(module, adapters, name)
         check_at_hand(call.name, adapter)
         if adapter_set(module) is not adapters:
-            adapter = dataclasses.replace(adapter, config=_config_within(call.name, module, adapter))
+            adapter = dataclasses.replace(adapter, config=config_within(call.name, module, adapter))
         contents[name] = file_content(module, adapter, base[name])
     if method is not None and method.has_adapter and _DEFAULT not in contents:
         raise ValueError(
@@ -313,61 +307,6 @@ def _holds_adapters_only(path: Path) -> bool:
         return path.suffix == ".safetensors" and not read_header(path)[0].keys().isdisjoint(MARKERS)
     except (OSError, ValueError, RuntimeError):
         return False
-
-
-def _config_within(caller: str, part: nn.Module, adapter: Adapter) -> LoraConfig:
-    """A config that describes ``adapter`` for ``part`` of the model that it was made for. ValueError: there is none."""
-    config, parts = adapter.config, adapter.parts
-    low_rank = [p for p in parts if isinstance(p.layer, LoraLayer)]
-    tokens = {p.path: p.adapter.tokens for p in parts if isinstance(p.layer, TrainableTokens) and not _is_tied(p)}
-    explicit = {
-        "target_modules": [p.target for p in low_rank if not isinstance(p.layer, LoraParameter)] or None,
-        "target_parameters": [p.target for p in low_rank if isinstance(p.layer, LoraParameter)] or None,
-        "modules_to_save": [p.path for p in parts if isinstance(p.layer, TrainedModule)] or None,
-        "trainable_token_indices": tokens or None,
-        "rank_pattern": exact_patterns({p.target: p.adapter.r for p in low_rank}, config.r),
-        "alpha_pattern": exact_patterns({p.target: config.alpha_for(p.target) for p in low_rank}, config.lora_alpha),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "task_type": None,
-    }
-    if config.bias == "none":
-        for changes in ({}, explicit):
-            try:
-                candidate = dataclasses.replace(config, **changes)
-            except (TypeError, ValueError):
-                continue
-            if _describes(candidate, part, parts):
-                return candidate
-    raise ValueError(
-        f"{caller}: no config describes the adapter {adapter.name!r} for this part of the model alone (its "
-        f"target_modules are {shown(config.target_modules)}, its bias {config.bias!r}); save the whole model, or call "
-        "lora_ext.save_adapter on it"
-    )
-
-
-def _is_tied(part: Any) -> bool:
-    return isinstance(part.adapter, TiedRows)
-
-
-def _describes(config: LoraConfig, module: nn.Module, parts: tuple[Any, ...]) -> bool:
-    """Whether injecting the bare ``module`` with ``config`` makes ``parts``."""
-    bare = BareModel(module)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a name that matches nothing
-        try:
-            found = find_targets(config, type(module).__name__, bare.modules, bare.head, bare.embedding)
-        except (ValueError, UserWarning):
-            return False
-    parameters = (f"{path}.{name}" for path, names in found.parameters.items() for name in names)
-    if {*found.modules, *parameters, *found.trained, *found.tokens, *found.tied} != {part.target for part in parts}:
-        return False
-    return all(
-        config.rank_for(part.target) == part.adapter.r and config.scaling_for(part.target) == part.adapter.scaling
-        for part in parts
-        if isinstance(part.layer, LoraLayer)
-    )
 
 
 # --- the state of the model -------------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ from typing import Any
 from lora_ext._common.printable import check_name, listed, shown
 from lora_ext.files.untrusted_json import read_json_object
 
-__all__ = ["check_shards", "read_index"]
-
 _LARGEST = 100_000_000  # bytes, as for a safetensors header; the largest index of a real model has 20 million
 
 

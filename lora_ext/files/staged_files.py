@@ -28,8 +28,6 @@ from lora_ext._common.warnings import warn_user
 from lora_ext.files.file_bytes import tensor_bytes
 from lora_ext.files.safetensors_format import DTYPE_NAMES, encode_header
 
-__all__ = ["fsync_directory", "is_being_saved", "staged_files", "write_tensors"]
-
 _STAGING, _LOCK, _OLD, _NEW, _CURRENT = ".lora_ext-saving", "lock", "old", "new", "current"
 # Errors of file systems that lack a feature, unlike those of a full disk or a missing permission.
 _NOT_SUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF}

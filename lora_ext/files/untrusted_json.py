@@ -12,8 +12,6 @@ from typing import Any
 
 from lora_ext.files.regular_file import open_regular
 
-__all__ = ["parse_json_object", "read_json_object"]
-
 _LARGEST_DEPTH = 64  # nesting of lists and objects; a model's config has 5
 _LONGEST_INTEGER = 100  # digits: the time to parse a number grows with its length squared
 

@@ -96,11 +96,6 @@ def inject(
     return model
 
 
-def prepare_injection(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> Adapter:
-    """Finds and checks all targets and builds the adapter; ``model`` is unchanged. Errors are those of inject."""
-    return Injection(model, config, adapter_name).build()
-
-
 class Injection:
     """The targets of an injection into ``model``, found and checked; nothing is built. Errors are those of inject."""
 

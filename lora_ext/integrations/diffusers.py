@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.printable import shown
 from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.files.save_load import file_content
+from lora_ext.files.adapter_content import file_content
 from lora_ext.files.staged_files import staged_files
 from lora_ext.model.adapter_set import adapter_set, find_adapter
 from lora_ext.model.bare_model import adapter_layers

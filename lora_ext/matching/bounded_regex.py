@@ -15,8 +15,6 @@ import regex
 from lora_ext._common.printable import shown
 from lora_ext.matching.name_table import are_names
 
-__all__ = ["Expression", "TimeAllowance", "TooSlow", "check_expressions"]
-
 _LARGEST = 20_000  # characters; they take up to 0.1 s and 20 MB to compile
 _LARGEST_DEPTH = 100  # of brackets; the interpreter's own limit is any that a library has set
 _COUNTED_REPEAT = re.compile(r"\{(\d*),?(\d*)\}")

@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-__all__ = ["NameTable", "are_names"]
-
 _SPECIAL = re.compile(r"[\^$*+?{}\[\]()]")
 _ESCAPED = re.compile(r"\\[^a-zA-Z0-9]", re.DOTALL)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-__all__ = ["EndTable", "Parents", "SuffixTable", "is_inside", "name_covers", "path_ends"]
-
 
 def name_covers(name: str, path: str) -> bool:
     """Whether ``name`` is ``path`` or its end after a dot: the rule for lists of modules."""

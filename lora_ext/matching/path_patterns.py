@@ -13,8 +13,6 @@ from lora_ext.matching.bounded_regex import Expression, TimeAllowance, TooSlow
 from lora_ext.matching.name_table import NameTable, are_names
 from lora_ext.matching.path_names import EndTable, path_ends
 
-__all__ = ["LayerNumbers", "PathMatcher", "PathPatterns", "as_tuple", "layer_expressions"]
-
 
 @contextmanager
 def _bounded(key: str, source: str, path: str) -> Iterator[None]:

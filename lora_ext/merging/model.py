@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
@@ -13,14 +12,13 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
-from lora_ext._common.printable import listed
 from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
-from lora_ext.matching.path_names import is_inside
 from lora_ext.merging.dequantized import dequantized, forget_quantization
-from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
+from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good
+from lora_ext.merging.model_checks import check_biases, check_mergeable, check_untied
 from lora_ext.merging.quantized import MergeError
 from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import (
@@ -77,9 +75,9 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
         RuntimeError: an adapter is merged already, or disabled; a parametrization computes a base weight.
     """
     wanted = _to_merge("merge", _all_lora_modules("merge", model), adapter_names)
-    _check_mergeable("merge", wanted)
-    _check_untied("merge", model, wanted)
-    _check_biases(model, wanted)
+    check_mergeable("merge", wanted)
+    check_untied("merge", model, wanted)
+    check_biases(model, wanted)
     change_merged(
         "merge", {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}, _where(wanted)
     )
@@ -157,7 +155,7 @@ def merge_errors(model: nn.Module, adapter_names: str | Iterable[str] | None = N
     chosen = _chosen("merge_errors", layers, _names("merge_errors", adapter_names), allow_none=some_merged)
     quantized = {path: (layer, names) for path, (layer, names) in chosen.items() if _is_quantized(layer)}
     to_try = {path: (layer, names) for path, (layer, names) in quantized.items() if not layer.is_merged}
-    _check_mergeable("merge_errors", to_try)
+    check_mergeable("merge_errors", to_try)
     where, errors = _where(to_try), {}
     for path, (layer, names) in quantized.items():
         with changing(layer.active):
@@ -236,8 +234,8 @@ def merge_and_unload(
     chosen = _chosen("merge_and_unload", layers, names, allow_none=some_merged)
     missing = {path: (layer, names - {*layer.merged_adapters}) for path, (layer, names) in chosen.items()}
     wanted = {path: (layer, names) for path, (layer, names) in missing.items() if names}
-    _check_mergeable("merge_and_unload", wanted)
-    _check_untied("merge_and_unload", model, wanted)
+    check_mergeable("merge_and_unload", wanted)
+    check_untied("merge_and_unload", model, wanted)
     _check_can_unload("merge_and_unload", model, merged=True)
     root, plain, errors = root_module(model), {}, []
     with changing(*_shared(model)):  # no interrupt between merging and removing the adapters
@@ -374,63 +372,6 @@ def _to_merge(
 
 def _where(wanted: dict[str, tuple[LoraLayer, set[str]]]) -> dict[LoraLayer, str]:
     return {layer: f" of {path!r}" for path, (layer, _) in wanted.items()}
-
-
-def _check_mergeable(caller: str, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
-    """Checks that adding to the weights does what the layers' forwards do."""
-    problems = [
-        f"{path}: {reason}"
-        for path, (layer, names) in wanted.items()
-        if (reason := layer.active.why_not_merge(sorted(names)) or layer.why_not_merge())
-    ]
-    if problems:
-        raise ValueError(f"{caller}: updates cannot be merged into{listed(problems)}")
-
-
-def _check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
-    """Checks that merging changes no other module, except those with tied adapters, and no trained rows."""
-    for layer in (layer for _, layer in adapter_layers(model) if isinstance(layer, TrainableTokens)):
-        for path, (inner, _) in wanted.items():
-            if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
-                raise ValueError(
-                    f"{caller}: the weight of {path!r} has trained rows (trainable_token_indices), which would lose "
-                    "the update; run unmerged"
-                )
-    paths = parameter_paths(root_module(model).named_modules())
-    holders: dict[int, dict[str, tuple]] = defaultdict(dict)  # id of a parameter -> path of a layer -> its updates
-    labels: dict[int, str] = {}
-    for path, (layer, names) in wanted.items():
-        for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
-            parameter = id(matrix.owner._parameters[matrix.name])
-            if len(paths[parameter]) > 1:
-                updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
-                holders[parameter][path] = (*holders[parameter].get(path, ()), *updates)
-                labels.setdefault(parameter, label)
-    for parameter, updates in holders.items():
-        first = next(iter(updates))
-        others = [
-            path
-            for path in paths[parameter]
-            if not any(is_inside(path, other) and updates[other] == updates[first] for other in updates)
-        ]
-        if others:
-            raise ValueError(
-                f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; adapt both with "
-                "ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
-            )
-
-
-def _check_biases(model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
-    """Checks that no update would be merged into a bias that an adapter trains: switching adapters replaces it."""
-    adapters = adapter_set(model)
-    for trainer, biases in adapters.biases.items() if adapters is not None else ():
-        for path, (layer, names) in wanted.items():
-            biased = any(layer.adapters[name].lora_bias is not None for name in names)
-            if biased and layer.bias is not None and biases.owns(layer.bias):
-                raise ValueError(
-                    f"merge: the lora_bias of {path!r} would go into a bias that {trainer!r} trains and that is "
-                    "switched with that adapter; run unmerged, or merge for good (merge_and_unload)"
-                )
 
 
 def some(paths: list[str]) -> str:

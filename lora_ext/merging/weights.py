@@ -28,12 +28,12 @@ from lora_ext import _load
 from lora_ext._common.arguments import checked
 from lora_ext._common.interrupts import uninterrupted
 from lora_ext._ops import checks, refusals
+from lora_ext._ops.checks_merge import check_merge_layer, check_merge_strides, merge_segments
 from lora_ext._ops.in_place import check_inference
 from lora_ext._ops.lazy_views import check_not_lazy
 from lora_ext._ops.merge import refuse_weight_that_requires_grad
 from lora_ext._ops.tensor_arguments import check_tensors
-
-__all__ = ["MergeRecord", "lora_merge_", "lora_unmerge_", "merge_all_", "pack_factors", "unmerge_all_"]
+from lora_ext.merging.shared_memory import check_disjoint
 
 # Scratch memory of a merge with a record on CUDA. Each part of this size waits for the GPU once: 0.8 ms,
 # predicted at 3 TB/s.
@@ -136,7 +136,7 @@ def lora_merge_(
         The weight is then unchanged to the bit; also after Ctrl-C, except on CUDA without a record.
     """
     op = "lora_merge_"
-    checks.check_merge_layer(op, weight, lora_A, lora_B)
+    check_merge_layer(op, weight, lora_A, lora_B)
     checks.check_scaling(op, scaling)
     refuse_weight_that_requires_grad(op, weight)
     # float(): PyTorch cannot multiply by an integer of more than 63 bits.
@@ -291,7 +291,7 @@ def prepare_unmerge(
             continue
         empty = moved[0].lora_A.new_empty(0, dtype=torch.int16)
         words = [
-            empty.new_zeros(weight.shape[0], checks.merge_segments(weight.shape[1])) if r.words is None else r.words
+            empty.new_zeros(weight.shape[0], merge_segments(weight.shape[1])) if r.words is None else r.words
             for weight, r in zip(arguments[0], moved, strict=True)
         ]
         corrections = [empty if r.corrections is None else r.corrections for r in moved]
@@ -357,7 +357,7 @@ def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str =
         raise TypeError(
             f"{caller}: {label} is {weight.dtype} now, but {record.dtype} was merged: its bits cannot be restored"
         )
-    checks.check_merge_strides(caller, weight, label)
+    check_merge_strides(caller, weight, label)
 
 
 def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> dict[object, list[int]]:
@@ -371,40 +371,8 @@ def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> di
         _load.check_kernels_exist(caller, device)
         if device.type == "meta":
             raise RuntimeError(f"{caller}: a weight is on the meta device, where it has no values to merge into")
-    _check_disjoint(caller, weights, labels)
+    check_disjoint(caller, weights, labels)
     return groups
-
-
-def _check_disjoint(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> None:
-    """Refuses weights that share memory: the record of one would not know the update of the other."""
-    if len(weights) < 2:
-        return
-    begins = sorted((str(w.device), w.data_ptr(), i) for i, w in enumerate(weights) if w.numel())
-    open_weights: list[int] = []  # weights that begin before the present one and end after its begin
-    for device, begin, i in begins:
-        open_weights = [j for j in open_weights if str(weights[j].device) == device and _end(weights[j]) > begin]
-        for j in open_weights:
-            if _overlap(weights[j], weights[i]):
-                raise ValueError(
-                    f"{caller}: {labels[min(i, j)]} shares memory with {labels[max(i, j)]}, which would change too; "
-                    "give one a clone of the weight"
-                )
-        open_weights.append(i)
-
-
-def _end(weight: Tensor) -> int:
-    rows, cols = weight.shape
-    return weight.data_ptr() + ((rows - 1) * weight.stride(0) + cols) * weight.element_size()
-
-
-def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two weights share elements. The second must begin before the end of the first."""
-    size, stride = first.element_size(), first.stride(0)
-    distance = second.data_ptr() - first.data_ptr()
-    if second.element_size() != size or second.stride(0) != stride or distance % size:
-        return True
-    column = distance // size % stride  # two blocks of columns of one matrix lie side by side
-    return column < first.shape[1] or column + second.shape[1] > stride
 
 
 def _refuse_non_finite(caller: str, merge: _Merge, labels: Sequence[str], non_finite: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
-from lora_ext.injection.inject import apply_injection, prepare_injection
+from lora_ext.injection.inject import Injection, apply_injection
 from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
 from lora_ext.merging.model import unload
 from lora_ext.methods.base import Method, head_paths
@@ -58,7 +58,7 @@ def prepare_method(model: nn.Module, method: Method) -> tuple[list[Insertion], A
     insertions = method.insertions(model)
     method.trained_parameters(BareModel(root_module(model)))
     config = method.lora_config(model)
-    adapter = None if config is None else prepare_injection(model, config)
+    adapter = None if config is None else Injection(model, config, "default").build()
     _check_apart(method, insertions, adapter)
     return insertions, adapter
 

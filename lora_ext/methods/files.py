@@ -19,18 +19,11 @@ from lora_ext._common.printable import listed, shown
 from lora_ext._common.sharded import is_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
+from lora_ext.files.adapter_content import ADAPTER_FILES, base_name, file_content, write_content
 from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
 from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_vocabulary
 from lora_ext.files.packed_projection import from_peft_form
-from lora_ext.files.save_load import (
-    ADAPTER_FILES,
-    base_name,
-    config_of,
-    file_content,
-    load_opened,
-    misfits,
-    write_content,
-)
+from lora_ext.files.save_load import config_of, load_opened, misfits
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.files.untrusted_json import read_json_object
 from lora_ext.methods.adapted import (
@@ -113,10 +106,12 @@ def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles, base: Mapping[
 
 
 def _files(model: nn.Module, method: Method) -> MethodFiles:
-    trained = method_parameters(model) | method.buffers(BareModel(root_module(model)))
     inserts = any(isinstance(module, Inserted) for module in model.modules())
     has_adapter = method.lora_config(model) is not None
     names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
+
+    def trained() -> dict[str, Tensor]:
+        return method_parameters(model) | method.buffers(BareModel(root_module(model)))
 
     def write(staging: Path) -> None:
         content = {
@@ -127,8 +122,8 @@ def _files(model: nn.Module, method: Method) -> MethodFiles:
         if (pooling := pooling_of(model)) is not None:
             content["pooling"] = pooling
         if not has_adapter:
-            warn_of_resized_vocabulary("save_method", model, trained.values())
-        tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained.items()}
+            warn_of_resized_vocabulary("save_method", model, trained().values())
+        tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained().items()}
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
         (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

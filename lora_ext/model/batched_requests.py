@@ -10,7 +10,6 @@ methods of the manager and of its parts. Requests without a name use the active 
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import itertools
@@ -22,18 +21,25 @@ import torch
 from torch import nn
 
 from lora_ext.model.adapter_set import AdapterSet
+from lora_ext.model.batching_support import (
+    ENDS,
+    NAME,
+    check_one_device,
+    check_runs_layers,
+    is_supported,
+    remedies,
+    uncaptured,
+)
 from lora_ext.model.generate_by_rows import ReplacedMethod
 from lora_ext.model.invocations import last_occurrences
-from lora_ext.model.row_adapters import ARGUMENT, choice_of, invocations_of
+from lora_ext.model.row_adapters import ARGUMENT, check_list, choice_of, invocations_of
 from lora_ext.nn.rows import BASE, choosing
 
 if TYPE_CHECKING:
-    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
+    from transformers import ContinuousBatchingManager
     from transformers.generation.continuous_batching import RequestState
 
-NAME = "adapter_name"
 _REQUESTS = "_lora_ext_requests"  # the attribute of a manager that holds its NamedRequests
-_ENDS = "finish_request", "clear_cancelled_requests"  # methods of the scheduler after which requests run no more
 _MOST_NUMBERS = 100_000  # 20 MB; forgetting them loses shared prefixes only
 
 
@@ -72,31 +78,12 @@ class GenerateBatch(ReplacedMethod):
         for name in dict.fromkeys(names):
             check_name(self.model, self.adapters, name, self.caller)
         if (kept := getattr(self.model, "_cached_continuous_batching_manager", None)) is not None:
-            _check_runs_layers(kept, self.caller)
+            check_runs_layers(kept, self.caller)
         mesh = getattr(self.model, "_device_mesh", None)
-        _check_one_device(1 if mesh is None else mesh.size(), self.caller)
+        check_one_device(1 if mesh is None else mesh.size(), self.caller)
         config = arguments.get("continuous_batching_config")
-        arguments |= {"inputs": inputs, "continuous_batching_config": _uncaptured(config, self.caller)}
+        arguments |= {"inputs": inputs, "continuous_batching_config": uncaptured(config, self.caller)}
         return self.original(*call.args, **call.kwargs)
-
-
-def is_supported() -> bool:
-    """Whether Transformers' continuous batching has the methods that :class:`NamedRequests` wraps."""
-    try:
-        from transformers.generation.continuous_batching import cache, cache_allocators, continuous_api, scheduler
-    except ImportError:
-        return False
-    wrapped = {
-        continuous_api.ContinuousBatchingManager: (
-            *("add_request", "add_requests", "_create_batch_processor", "_run_generation_loop"),
-        ),
-        continuous_api.ContinuousBatchProcessor: ("_generation_step", "_handle_request_error"),
-        continuous_api.ContinuousBatchingLogitsProcessorList: ("check_kwargs",),
-        scheduler.Scheduler: ("schedule_batch", "_get_waiting_candidates", *_ENDS),
-        cache.PagedAttentionCache: ("search_prefix_match",),
-        cache_allocators.cache_allocator.CacheAllocator: ("mark_complete_blocks",),
-    }
-    return all(hasattr(kind, method) for kind, methods in wrapped.items() for method in methods)
 
 
 class _NamedPrompt(list):
@@ -106,10 +93,7 @@ class _NamedPrompt(list):
 
 
 def _named(prompts: Sequence[Sequence[int]], names: Any, caller: str) -> list[_NamedPrompt]:
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(
-            f"{caller}: adapter_names is of type {type(names).__name__}, want a list with a name per prompt"
-        )
+    check_list(names, caller, "prompt")
     if len(names) != len(prompts):
         raise ValueError(
             f"{caller}: adapter_names has {len(names)} names, but there are {len(prompts)} prompts; pass a name, or "
@@ -132,49 +116,6 @@ def check_name(root: nn.Module, adapters: AdapterSet, name: str | None, caller: 
             "cannot be in a batch with other requests; activate one, or none (set_adapter)"
         )
     choice_of(root, adapters, [name], caller, [1])
-
-
-def _uncaptured(config: ContinuousBatchingConfig | None, caller: str) -> ContinuousBatchingConfig:
-    """A config that runs the layers in every batch, by default. ValueError: it asks for something else."""
-    from transformers import ContinuousBatchingConfig
-
-    config = ContinuousBatchingConfig() if config is None else copy.deepcopy(config)
-    config.use_cuda_graph = False if config.use_cuda_graph is None else config.use_cuda_graph
-    config.use_async_batching = False if config.use_async_batching is None else config.use_async_batching
-    _check_config(config, caller)
-    return config
-
-
-def _check_config(config: ContinuousBatchingConfig, caller: str) -> None:
-    if remedies := _remedies(config):
-        raise ValueError(
-            f"{caller}: {NAME}: captured, compiled and asynchronous batches do not ask which adapters their requests "
-            f"name; pass continuous_batching_config=ContinuousBatchingConfig({', '.join(remedies)})"
-        )
-
-
-def _remedies(config: ContinuousBatchingConfig) -> list[str]:
-    """The options that make the layers run in every batch; those that ``config`` has already are left out."""
-    reasons = {
-        "use_cuda_graph=False": any(config.cuda_graph_booleans),
-        "use_async_batching=False": config.use_async_batching,
-        "default_compile_level=0": config.default_compile_level,
-        "varlen_compile_config=None": config.varlen_compile_config is not None,
-        "decode_compile_config=None": config.decode_compile_config is not None,
-    }
-    return [remedy for remedy, is_asked in reasons.items() if is_asked]
-
-
-def _check_runs_layers(manager: ContinuousBatchingManager, caller: str) -> None:
-    _check_config(manager.continuous_batching_config, caller)
-    _check_one_device(manager.distributed_helper.tp_size, caller)
-
-
-def _check_one_device(size: int, caller: str) -> None:
-    if size > 1:
-        raise ValueError(
-            f"{caller}: {NAME}: the model is split over {size} devices; merge an adapter, or use one device"
-        )
 
 
 def _around(owner: Any, method: str, wrapper: Callable[..., Any]) -> None:
@@ -222,7 +163,7 @@ class NamedRequests:
         if name is not None:
             caller = "add_request"
             check_name(self.root, self.adapters, name, caller)
-            _check_runs_layers(self.manager, caller)
+            check_runs_layers(self.manager, caller)
             kwargs[NAME], self._is_used = name, True
         return original(input_ids, *args, **kwargs)
 
@@ -248,7 +189,7 @@ class NamedRequests:
             _around(processor, "_generation_step", self._generation_step)
             _around(processor.scheduler, "schedule_batch", self._schedule_batch)
             _around(processor.scheduler, "_get_waiting_candidates", self._get_waiting_candidates)
-            for method in _ENDS:
+            for method in ENDS:
                 _around(processor.scheduler, method, self._then_release)
             _around(processor.cache, "search_prefix_match", self._search_prefix_match)
             for allocator in processor.cache.cache_allocators.values():
@@ -261,7 +202,7 @@ class NamedRequests:
         requests = getattr(batch, "requests_in_batch", ())
         names = [_name_of(request.state) for request in requests]
         active = self.adapters.active
-        is_plain = not active.invoked or len(active.names) > 1 or _remedies(self.manager.continuous_batching_config)
+        is_plain = not active.invoked or len(active.names) > 1 or remedies(self.manager.continuous_batching_config)
         if not requests or (is_plain and not any(names)):
             return original(model)
         if None in names and len(active.names) > 1:

@@ -22,7 +22,8 @@ class MethodFiles:
         name: the method's name.
         inserts: whether it inserted modules, which the base model lacks.
         has_adapter: whether the low-rank adapter "default" is a part of it.
-        tensors: the live tensors that it trains or that change, by path in the bare model, except the adapter's.
+        find_tensors: finds the live tensors that it trains or that change, by path in the bare model, except the
+            adapter's.
         names: the files of ``write`` and of an adapter, in the order that
             :func:`~lora_ext.files.staged_files.staged_files` wants.
         write: writes the method's files, except the adapter's, to a directory.
@@ -31,10 +32,15 @@ class MethodFiles:
     name: str
     inserts: bool
     has_adapter: bool
-    tensors: Mapping[str, Tensor]
+    find_tensors: Callable[[], Mapping[str, Tensor]]
     names: tuple[str, ...]
     write: Callable[[Path], None]
 
     of: ClassVar[Callable[[nn.Module], MethodFiles | None]] = staticmethod(lambda root: None)
     """Returns the method that was applied to a module and that neither base model nor adapter files can hold, or None;
     lora_ext.methods sets it."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors that the model holds now."""
+        return self.find_tensors()

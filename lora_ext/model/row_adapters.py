@@ -77,6 +77,12 @@ def choose_adapters(
         yield
 
 
+def check_list(names: object, caller: str, per: str, kinds: Any = object) -> None:
+    """Raises TypeError if ``names`` is no list; ``per`` is what has a name each, for the message."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, kinds) for name in names):
+        raise TypeError(f"{caller}: {ARGUMENT} is of type {type(names).__name__}, want a list with a name per {per}")
+
+
 def choice_of(
     root: nn.Module, adapters: AdapterSet, names: object, caller: str, lengths: object = None, what: str = ARGUMENT
 ) -> RowChoice:
@@ -85,8 +91,7 @@ def choice_of(
     Args:
         what: what chooses, for messages.
     """
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{caller}: adapter_names is of type {type(names).__name__}, want a list with a name per row")
+    check_list(names, caller, "row", str)
     if not names:
         raise ValueError(f"{caller}: adapter_names is empty, want a name for each row")
     used = dict.fromkeys(name for name in names if name != BASE)

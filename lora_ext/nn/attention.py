@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_ext import functional
 from lora_ext.nn.adapter import LoraAdapter
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
+from lora_ext.nn.attention_inputs import check_inputs
 from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_lora_biases, add_updates
@@ -187,7 +188,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
                 )
             arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             return self._call_base(names, *arguments)
-        self._check_inputs(query, key, value, key_padding_mask, attn_mask)
+        check_inputs(type(self).__name__, base, query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise ValueError(f"{type(self).__name__}: is_causal is a hint about attn_mask, which is None; pass it")
 
@@ -354,43 +355,6 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
             total = mask.to(q.dtype) if total is None else total + mask.to(q.dtype)
         return total if total is None or num_extra == 0 else F.pad(total, (0, num_extra))
-
-    def _check_inputs(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
-    ) -> None:
-        base, who = self.base_layer, type(self).__name__
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.is_nested:
-                raise ValueError(
-                    f"{who}: {name} is a nested tensor, which adapters do not support; pad it, or merge the adapter"
-                )
-            if x.dim() not in (2, 3) or x.dim() != query.dim():
-                raise ValueError(f"{who}: {name} has shape {list(x.shape)}, want 2 or 3 dimensions, as many as query")
-        batch = 0 if base.batch_first else 1
-        is_batched = query.dim() == 3
-        N, L, S = (
-            (query.shape[batch], query.shape[1 - batch], key.shape[1 - batch])
-            if is_batched
-            else (1, query.shape[0], key.shape[0])
-        )
-        if key.shape[:-1] != value.shape[:-1] or (is_batched and key.shape[batch] != N):
-            raise ValueError(
-                f"{who}: query, key and value have shapes {list(query.shape)}, {list(key.shape)} and "
-                f"{list(value.shape)}, want one batch size, and one length of key and value"
-            )
-        per_head = (N * base.num_heads, L, S)
-        masks = {
-            "key_padding_mask": (key_padding_mask, [(N, S) if is_batched else (S,)]),
-            "attn_mask": (attn_mask, [(L, S), per_head]),
-        }
-        for name, (mask, shapes) in masks.items():
-            if mask is None:
-                continue
-            if tuple(mask.shape) not in shapes:
-                wanted = " or ".join(str(list(shape)) for shape in shapes)
-                raise ValueError(f"{who}: {name} has shape {list(mask.shape)}, want {wanted}")
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"{who}: {name} is {mask.dtype}, want torch.bool or a floating-point dtype")
 
     def extra_repr(self) -> str:
         return self._state()

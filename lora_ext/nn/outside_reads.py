@@ -110,6 +110,7 @@ class _Watch:
         layer.__dict__["_outside_reads"] = _RUNS if self._has_run else _report(layer, reader, root)
 
     def _leave(self, module: nn.Module) -> None:
+        """Removes the hooks of this watch, and those that copies left in a module which is not called."""
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 watch = getattr(hook, "__self__", None)

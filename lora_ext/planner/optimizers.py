@@ -15,11 +15,9 @@ class Optimizer:
     """The memory model of an optimizer.
 
     Attributes:
-        about: description of the state, and its source.
         parameter_bytes: state bytes of one parameter.
     """
 
-    about: str
     parameter_bytes: Callable[[Tensor], int]
 
     def state_bytes(self, parameters: Iterable[Tensor]) -> int:
@@ -51,22 +49,16 @@ def _adafactor(parameter: Tensor) -> int:
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer(
-        "two moments in the parameter's dtype: torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101)", _adamw
-    ),
-    "adamw-master": Optimizer(
-        "for 16-bit parameters a float32 copy and two float32 moments: mixed precision (Micikevicius et al. 2018, "
-        "arXiv 1710.03740), the 12 bytes a parameter of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054)",
-        _adamw_master,
-    ),
-    "adamw8bit": Optimizer(
-        "two moments in 8 bits, a float32 scale for every 256: bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861)",
-        _adamw8bit,
-    ),
-    "adafactor": Optimizer(
-        "a moment of each row and each column: torch.optim.Adafactor (Shazeer and Stern 2018, arXiv 1804.04235)",
-        _adafactor,
-    ),
-    "sgd-momentum": Optimizer("a moment in the parameter's dtype: torch.optim.SGD", lambda parameter: parameter.nbytes),
-    "sgd": Optimizer("nothing: torch.optim.SGD", lambda parameter: 0),
+    # Two moments in the parameter's dtype: torch.optim.AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
+    "adamw": Optimizer(_adamw),
+    # For 16-bit parameters a float32 copy and two float32 moments: mixed precision (Micikevicius et al. 2018, arXiv
+    # 1710.03740), the 12 bytes a parameter of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054).
+    "adamw-master": Optimizer(_adamw_master),
+    # Two moments in 8 bits, a float32 scale for every 256: bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861).
+    "adamw8bit": Optimizer(_adamw8bit),
+    # A moment of each row and each column: torch.optim.Adafactor (Shazeer and Stern 2018, arXiv 1804.04235).
+    "adafactor": Optimizer(_adafactor),
+    # A moment in the parameter's dtype: torch.optim.SGD.
+    "sgd-momentum": Optimizer(lambda parameter: parameter.nbytes),
+    "sgd": Optimizer(lambda parameter: 0),
 }

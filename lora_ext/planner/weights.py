@@ -20,13 +20,11 @@ class WeightDtype:
         compute: dtype of activations and of weights that are not quantised.
         bits: bits per weight, without scales.
         linear_bytes: ``(in_features, out_features)`` -> weight bytes of a frozen linear layer; None: unquantised.
-        about: description.
     """
 
     compute: torch.dtype
     bits: int
     linear_bytes: Callable[[int, int], int] | None = None
-    about: str = ""
 
     @property
     def compute_name(self) -> str:
@@ -47,18 +45,10 @@ WEIGHT_DTYPES = {
     "float32": WeightDtype(torch.float32, 32),
     "bfloat16": WeightDtype(torch.bfloat16, 16),
     "float16": WeightDtype(torch.float16, 16),
-    "int8": WeightDtype(
-        torch.bfloat16,
-        8,
-        _int8_bytes,
-        "a byte, and a float32 scale for each row: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339)",
-    ),
-    "nf4": WeightDtype(
-        torch.bfloat16,
-        4,
-        _nf4_bytes,
-        "half a byte, and a float32 scale for every 64: QLoRA (Dettmers et al. 2023, arXiv 2305.14314)",
-    ),
+    # A byte, and a float32 scale for each row: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339).
+    "int8": WeightDtype(torch.bfloat16, 8, _int8_bytes),
+    # Half a byte, and a float32 scale for every 64: QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+    "nf4": WeightDtype(torch.bfloat16, 4, _nf4_bytes),
 }
 """Formats by name. As with bitsandbytes in Transformers, all linear layers except the output head are quantised."""
 

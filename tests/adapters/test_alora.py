@@ -26,18 +26,12 @@ from support.alora import (
     with_three,
 )
 from support.models import VOCABULARY, refused, shaken
+from support.rows import use
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM, Trainer, TrainingArguments
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter, set_adapter
-from lora_ext.adapters import (
-    choose_adapters,
-    delete_adapter,
-    disable_adapters,
-    hotswap_adapter,
-    rename_adapter,
-    unload,
-)
+from lora_ext.adapters import choose_adapters, delete_adapter, disable_adapters, hotswap_adapter, rename_adapter, unload
 from lora_ext.nn.rows import _current
 
 # --- numbers of PEFT --------------------------------------------------------------------------------------------------
@@ -138,9 +132,7 @@ def test_generate_equals_peft(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}],
-    ids=str,
+    "options", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str
 )
 def test_every_cache_gives_the_same(options):
     model, (ids, mask) = adapted(), prompts()
@@ -238,7 +230,7 @@ def test_rows_choose_among_adapters_as_in_peft(tmp_path):
         expected = theirs(input_ids=ids, attention_mask=mask, adapter_names=NAMES).logits
         torch.testing.assert_close(ours, expected)
         for row, name in enumerate(NAMES):  # and as alone
-            set_adapter(model, [] if name == "__base__" else name)
+            use(model, name)
             torch.testing.assert_close(model(ids, attention_mask=mask).logits[row], ours[row])
         with choose_adapters(model, NAMES):
             torch.testing.assert_close(model(ids, attention_mask=mask).logits, ours)
@@ -250,7 +242,7 @@ def test_rows_choose_among_adapters_as_in_peft(tmp_path):
         assert torch.equal(generated(model, ids, mask)[0], tokens[0])
     beams = model.generate(ids, attention_mask=mask, adapter_names=NAMES, num_beams=2, max_new_tokens=3, pad_token_id=0)
     for row, name in enumerate(NAMES):
-        set_adapter(model, [] if name == "__base__" else name)
+        use(model, name)
         alone = model.generate(ids, attention_mask=mask, num_beams=2, max_new_tokens=3, pad_token_id=0)[row]
         assert torch.equal(beams[row], alone)
 

@@ -2,87 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import gc
 import pickle
-import types
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from support.alora import TOKENS, with_three
+from support.batched import NAMES, alone, asked, config, generated, generation, prompts, running, with_abc
 from support.models import VOCABULARY, llama, refused, shaken
-from torch import nn
-from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers import CompileConfig
 from transformers.generation.continuous_batching import continuous_api
 
-from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter
+from lora_ext import LoraConfig, inject, merge, set_adapter
 from lora_ext.adapters import delete_adapter, disable_adapters, unload
 from lora_ext.model import batched_requests
 from lora_ext.nn.rows import _current
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj", "lm_head"]
-NAMES = ["b", "__base__", "a", "b", "c", "a"]
-NEW = 5
-
-
-@pytest.fixture(autouse=True)
-def _no_collections(monkeypatch) -> None:
-    """Stopping a manager collects garbage twice, which takes a second in a process with everything imported."""
-    monkeypatch.setattr(continuous_api, "gc", types.SimpleNamespace(collect=lambda: 0))
-
-
-def with_adapters(targets: list[str] = TARGETS, **options) -> nn.Module:
-    model = llama()
-    for name, r in {"a": 2, "b": 5, "c": 3}.items():
-        mine = targets[:-1] if name == "c" else targets
-        inject(model, LoraConfig(r=r, target_modules=mine, init_lora_weights=False, **options), name)
-        shaken(set_adapter(model, name))
-    return model.eval()
-
-
-def prompts(lengths: tuple[int, ...] = (9, 9, 9, 11, 3, 1)) -> list[list[int]]:
-    """Prompts that begin with the same tokens."""
-    ids = torch.randint(3, VOCABULARY, (max(lengths),)).tolist()
-    return [[*ids[: length - 1], 3 + i] for i, length in enumerate(lengths)]
-
-
-def config(**options) -> ContinuousBatchingConfig:
-    """Small batches, so that prompts are computed in several, and small blocks, so that requests share them."""
-    return ContinuousBatchingConfig(**{"page_size": 4, "num_blocks": 64, "max_batch_tokens": 8} | options)
-
-
-def generation(**options) -> GenerationConfig:
-    return GenerationConfig(
-        **{"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0} | options
-    )
-
-
-def generated(model: nn.Module, inputs: list[list[int]], names: list[str | None] | None, **options) -> list[list[int]]:
-    results = model.generate_batch(
-        inputs, generation_config=generation(), continuous_batching_config=config(**options), adapter_names=names
-    )
-    assert all(result.error is None for result in results.values())
-    return [result.generated_tokens for result in results.values()]
-
-
-def alone(model: nn.Module, inputs: list[list[int]], names: list[str]) -> list[list[int]]:
-    """Returns the new tokens of ``generate`` for each prompt by itself."""
-    tokens = []
-    for prompt, name in zip(inputs, names, strict=True):
-        set_adapter(model, [] if name == "__base__" else name)
-        ids = torch.tensor([prompt])
-        tokens.append(model.generate(ids, generation_config=generation(), attention_mask=ids > -1)[0].tolist())
-    return [row[len(prompt) :] for row, prompt in zip(tokens, inputs, strict=True)]
+pytestmark = pytest.mark.usefixtures("no_collections")
 
 
 @pytest.mark.parametrize(
     ("attention", "batch"), [("sdpa", 8), pytest.param("eager", 8, marks=pytest.mark.full), ("sdpa", 64)]
 )
 def test_requests_equal_generate(attention, batch):
-    model, inputs = with_adapters(), prompts()
+    model, inputs = with_abc(), prompts()
     model.set_attn_implementation(attention)
     expected = alone(model, inputs, NAMES)
     assert expected != alone(model, inputs, ["a", "b", "b", "a", "a", "b"])
@@ -92,23 +37,22 @@ def test_requests_equal_generate(attention, batch):
 
 def test_a_prefix_is_shared_by_requests_with_one_adapter_only():
     """The same prompt for two adapters, one after the other and again: blocks are found, but those of the adapter."""
-    model, inputs = with_adapters(), prompts((13,)) * 6
+    model, inputs = with_abc(), prompts((13,)) * 6
     names = ["a", "b", "a", None, "__base__", "b"]
     set_adapter(model, "c")
     computed, sizes = [], []
     model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True)
-    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+    with running(model) as manager:
         for prompt, name in zip(inputs, names, strict=True):
             calls = []
-            manager.add_request(prompt, adapter_name=name)
-            computed.append(manager.get_result(timeout=60).generated_tokens)
+            computed.append(asked(manager, prompt, name))
             sizes.append(sum(calls))
     assert sizes == [17, 17, 5, 17, 17, 5]  # the third and the last find the blocks of the first and the second
     assert computed == alone(model, inputs, ["a", "b", "a", "c", "__base__", "b"])
 
 
 def test_requests_without_a_name_use_the_active_adapter():
-    model, inputs = with_adapters(), prompts()
+    model, inputs = with_abc(), prompts()
     expected = alone(model, inputs, ["a"] * 6)
     mixed = alone(model, inputs, ["a", "b", "a", "__base__", "a", "c"])
     set_adapter(model, "a")
@@ -122,7 +66,7 @@ def test_requests_without_a_name_use_the_active_adapter():
 @pytest.mark.full
 @pytest.mark.parametrize("other", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_it(other):
-    model, inputs = with_adapters(), prompts()[:2]
+    model, inputs = with_abc(), prompts()[:2]
     expected = alone(model, inputs, ["a", "b"])
     assert generated(other(model), inputs, ["a", "b"]) == expected
     plain = unload(model)
@@ -149,17 +93,17 @@ def test_heads_trained_in_full_and_several_sequences():
 
 def test_a_cache_without_room_for_all():
     """Requests give up their cache and begin again, with the tokens that they have generated in their prompt."""
-    model, inputs = with_adapters(), prompts((9, 10, 11, 9, 10, 11))
+    model, inputs = with_abc(), prompts((9, 10, 11, 9, 10, 11))
     assert generated(model, inputs, NAMES, num_blocks=8, max_batch_tokens=64) == alone(model, inputs, NAMES)
 
 
 def test_calls_in_a_pause():
     """Without a pause, Transformers itself mixes the threads: a call sets config.is_causal for its time."""
-    model, inputs = with_adapters(), prompts()
+    model, inputs = with_abc(), prompts()
     expected, ids = alone(model, inputs, NAMES), torch.randint(VOCABULARY, (3, 6))
     with torch.no_grad():
         y = model(ids, adapter_names=["c", "a", "__base__"]).logits
-        with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+        with running(model) as manager:
             requests = manager.add_requests(inputs, adapter_names=NAMES)
             for _ in range(3):
                 with manager.pause():
@@ -169,8 +113,8 @@ def test_calls_in_a_pause():
 
 
 def test_a_stopped_manager_frees_its_cache():
-    model = with_adapters()
-    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+    model = with_abc()
+    with running(model) as manager:
         manager.add_request([5, 6, 7], adapter_name="a")
         assert manager.get_result(timeout=60).error is None
         cache = weakref.ref(manager.batch_processor.cache)
@@ -179,14 +123,12 @@ def test_a_stopped_manager_frees_its_cache():
 
 
 def test_disabled_adapters_leave_no_prefix():
-    model, (prompt,) = with_adapters(), prompts((13,))
+    model, (prompt,) = with_abc(), prompts((13,))
     expected = alone(model, [prompt] * 2, ["__base__", "a"])
-    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+    with running(model) as manager:
         with disable_adapters(model):
-            manager.add_request(prompt, adapter_name="a")
-            base = manager.get_result(timeout=60).generated_tokens
-        manager.add_request(prompt, adapter_name="a")
-        assert [base, manager.get_result(timeout=60).generated_tokens] == expected
+            base = asked(manager, prompt, "a")
+        assert [base, asked(manager, prompt, "a")] == expected
 
 
 # --- the adapters change while a manager runs -------------------------------------------------------------------------
@@ -194,13 +136,12 @@ def test_disabled_adapters_leave_no_prefix():
 
 @pytest.mark.parametrize("then", ["b", [], ["a", "b"]], ids=str)
 def test_another_active_adapter_leaves_no_prefix(then):
-    model, (prompt,) = set_adapter(with_adapters(), "a"), prompts((13,))
+    model, (prompt,) = set_adapter(with_abc(), "a"), prompts((13,))
     computed = []
-    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+    with running(model) as manager:
         for names in ("a", then):
             set_adapter(model, names)
-            manager.add_request(prompt)
-            computed.append(manager.get_result(timeout=60).generated_tokens)
+            computed.append(asked(manager, prompt))
     ids = torch.tensor([prompt])
     expected = model.generate(ids, generation_config=generation(), attention_mask=ids > -1)[0, 13:].tolist()
     assert computed[1] == expected != computed[0]
@@ -208,7 +149,7 @@ def test_another_active_adapter_leaves_no_prefix(then):
 
 def test_a_block_that_two_adapters_computed_is_not_shared():
     """The first block of the cache has four tokens: three of the prompt for a, and one that comes after a change."""
-    model, (prompt,) = with_adapters(), prompts((3,))
+    model, (prompt,) = with_abc(), prompts((3,))
     set_adapter(model, "a")
     calls = []
 
@@ -217,25 +158,23 @@ def test_a_block_that_two_adapters_computed_is_not_shared():
         if len(calls) == 2:
             set_adapter(model, "b")
 
-    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+    with running(model) as manager:
         model.register_forward_pre_hook(change)
-        manager.add_request(prompt)
-        longer = [*prompt, manager.get_result(timeout=60).generated_tokens[0], 7, 8]
-        manager.add_request(longer)
-        computed = manager.get_result(timeout=60).generated_tokens
+        longer = [*prompt, asked(manager, prompt)[0], 7, 8]
+        computed = asked(manager, longer)
     assert [computed] == alone(model, [longer], ["b"])
 
 
 def test_a_kept_manager_of_a_model_that_is_injected_again():
     options = {"generation_config": generation(), "continuous_batching_config": config(), "persistent_manager": True}
-    model, inputs = set_adapter(with_adapters(), "a"), prompts((13,))
+    model, inputs = set_adapter(with_abc(), "a"), prompts((13,))
 
-    def asked(names: list[str] | None) -> list[list[int]]:
+    def of_kept(names: list[str] | None) -> list[list[int]]:
         return [
             result.generated_tokens for result in model.generate_batch(inputs, adapter_names=names, **options).values()
         ]
 
-    assert asked(["b"]) != asked(None) == alone(model, inputs, ["a"])
+    assert of_kept(["b"]) != of_kept(None) == alone(model, inputs, ["a"])
     unload(model)
     bare = [result.generated_tokens for result in model.generate_batch(inputs, **options).values()]
     ids = torch.tensor(inputs)
@@ -244,16 +183,15 @@ def test_a_kept_manager_of_a_model_that_is_injected_again():
     for name in "ab":
         inject(model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False), name)
         shaken(set_adapter(model, name))
-    assert asked(["a"]) == alone(model, inputs, ["a"])
-    assert asked(None) == alone(model, inputs, ["a"]) != asked(["b"]) == alone(model, inputs, ["b"])
+    assert of_kept(["a"]) == alone(model, inputs, ["a"])
+    assert of_kept(None) == alone(model, inputs, ["a"]) != of_kept(["b"]) == alone(model, inputs, ["b"])
     model.destroy_cached_continuous_batching_manager()
 
 
 def test_requests_wait_no_longer_than_for_those_that_failed():
     """A full cache holds back new requests until another one ends, which may be by an error."""
-    model, inputs = set_adapter(with_adapters(), "a"), prompts((9, 10, 5))
-    options = {"continuous_batching_config": config(num_blocks=8, max_batch_tokens=64)}
-    with model.continuous_batching_context_manager(generation(), **options) as manager:
+    model, inputs = set_adapter(with_abc(), "a"), prompts((9, 10, 5))
+    with running(model, num_blocks=8, max_batch_tokens=64) as manager:
 
         def delete(*_) -> None:
             if manager.batch_processor.scheduler.block_new_requests and "c" in model._lora_adapters.configs:
@@ -288,130 +226,11 @@ def test_adapters_that_act_from_their_invocation_on(is_named):
     assert generated(model, inputs[::-1], names[::-1] if is_named else None) == expected[::-1]
 
 
-# --- a pool -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def root(tmp_path) -> Path:
-    model = with_adapters(TARGETS[:4])
-    for name in "abc":
-        save_adapter(model, tmp_path / name, name)
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "adapter_config.json").write_text("{")
-    torch.save(unload(model).state_dict(), tmp_path / "base.pt")
-    return tmp_path
-
-
-def pooled(root: Path, slots: int) -> tuple[nn.Module, AdapterPool]:
-    model = llama().eval()
-    model.load_state_dict(torch.load(root / "base.pt"))
-    options = {"target_modules": TARGETS[:4], "r": 5, "timeout": 5.0}
-    with AdapterPool(model, root, max_bytes=1 << 20, **options) as pool:
-        size = pool.stats().slot_bytes
-    return model, AdapterPool(model, root, max_bytes=slots * size, **options)
-
-
-@pytest.mark.parametrize("slots", [1, 2, 3])
-def test_requests_wait_for_slots(root, slots):
-    model, inputs = with_adapters(TARGETS[:4]), prompts()
-    model = unload(model)
-    model.load_state_dict(torch.load(root / "base.pt"))
-    for name in "abc":
-        load_adapter(model, root / name, adapter_name=name)
-    expected = alone(model.eval(), inputs, NAMES)
-    model, pool = pooled(root, slots)
-    assert generated(model, inputs, NAMES) == expected
-    stats = pool.stats()
-    assert stats.in_use == 0 and stats.resident == slots and stats.loads >= 3
-    pool.close()
-
-
-def test_a_running_request_keeps_its_slot(root):
-    model, pool = pooled(root, 2)
-    options = {"continuous_batching_config": config(num_blocks=128)}
-    with model.continuous_batching_context_manager(generation(), **options) as manager:
-        manager.add_request([5, 6, 7], adapter_name="a", max_new_tokens=400)
-        manager.add_request([5, 6, 8], adapter_name="bad")
-        failed = manager.get_result(timeout=60)
-        assert "adapter_config.json" in failed.error and not failed.generated_tokens
-        assert pool.stats().in_use == 1
-        with pytest.raises(RuntimeError, match="AdapterPool.evict: 'a' is used by a running call"):
-            pool.evict("a")
-        with pytest.raises(RuntimeError, match="AdapterPool.close: running calls use the pool"):
-            pool.close()
-        for name in ("b", "c", "b"):
-            manager.add_request([5, 6, 8], adapter_name=name)
-            result = manager.get_result(timeout=60)
-            assert result.error is None and len(result.generated_tokens) == NEW
-        manager.cancel_request("req_0")
-        manager.add_request([5, 6, 8], adapter_name="b")
-        assert manager.get_result(timeout=60).error is None
-        assert pool.stats().in_use == 0
-        pool.evict("a")
-        pool.pin("b", "c")
-        manager.add_request([5, 6, 8], adapter_name="a")
-        manager.add_request([5, 6, 8], adapter_name="b")
-        results = sorted((manager.get_result(timeout=60) for _ in range(2)), key=lambda result: result.request_id)
-        assert "2 are pinned ('b', 'c')" in results[0].error and results[1].error is None
-        pool.unpin("b", "c")
-    pool.close()
-
-
-def test_an_adapter_that_is_read_again_shares_no_old_prefix(root):
-    model, pool = pooled(root, 1)
-    inputs = prompts((13,))
-    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
-
-        def ask(name: str) -> list[int]:
-            manager.add_request(inputs[0], adapter_name=name)
-            return manager.get_result(timeout=60).generated_tokens
-
-        of_a, of_b = ask("a"), ask("b")
-        assert of_a != of_b
-        for path in (root / "b").iterdir():
-            path.replace(root / "a" / path.name)
-        assert ask("a") == of_b  # b's slot was taken, so a was read again
-    pool.close()
-
-
-def test_disabled_adapters_leave_no_prefix_of_a_pool(root):
-    model, pool = pooled(root, 2)
-    inputs = prompts((13,))
-    expected = generated(model, inputs, ["a"])
-    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
-        with disable_adapters(model):
-            manager.add_request(inputs[0], adapter_name="a")
-            assert [manager.get_result(timeout=60).generated_tokens] != expected
-        manager.add_request(inputs[0], adapter_name="a")
-        assert [manager.get_result(timeout=60).generated_tokens] == expected
-    pool.close()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_manager_that_breaks_frees_its_slots(root):
-    """An event loop that is closed cannot take the results of requests, so that Transformers does not end them."""
-    model, pool = pooled(root, 2)
-
-    async def begun():
-        manager = model.init_continuous_batching(generation(max_new_tokens=400), config(num_blocks=128))
-        manager.start()
-        manager.register_result_handler("long", lambda result: None)
-        manager.add_request([5, 6, 7], request_id="long", adapter_name="a")
-        while not pool.stats().in_use:
-            await asyncio.sleep(0.01)
-        return manager
-
-    manager = asyncio.run(begun())
-    manager.stop(hard_stop=True)
-    assert pool.stats().in_use == 0
-    pool.close()
-
-
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_bad_names():
-    model, inputs = with_adapters(), prompts()
+    model, inputs = with_abc(), prompts()
     options = {"generation_config": generation(), "continuous_batching_config": config()}
     with refused(
         model, KeyError, "LlamaForCausalLM.generate_batch: there is no adapter 'x'; the adapters are ['a', 'b'"
@@ -433,7 +252,7 @@ def test_bad_names():
 
 
 def test_another_version_of_transformers(monkeypatch):
-    model, inputs = set_adapter(with_adapters(), "a"), prompts()[:2]
+    model, inputs = set_adapter(with_abc(), "a"), prompts()[:2]
     expected = generated(model, inputs, ["a", "a"])
     monkeypatch.setattr(batched_requests, "is_supported", lambda: False)
     assert generated(model, inputs, None) == expected
@@ -455,14 +274,14 @@ def test_another_version_of_transformers(monkeypatch):
     ids=str,
 )
 def test_batches_that_do_not_run_the_layers(options, remedy):
-    model = with_adapters()
+    model = with_abc()
     with refused(model, ValueError, "captured, compiled and asynchronous batches", remedy):
         model.generate_batch(prompts(), generation(), config(**options), adapter_names=NAMES)
 
 
 def test_a_manager_refuses_in_the_thread_that_asks():
-    model = set_adapter(with_adapters(), "a")
-    with model.continuous_batching_context_manager(generation(), continuous_batching_config=config()) as manager:
+    model = set_adapter(with_abc(), "a")
+    with running(model) as manager:
         with pytest.raises(KeyError, match="add_request: there is no adapter 'x'"):
             manager.add_request([3, 4], adapter_name="x")
         with pytest.raises(ValueError, match="add_requests: adapter_names has 1 names, but there are 2 prompts"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.alora import TOKENS, with_three
 from support.models import VOCABULARY, Net, gpt2, llama, refused, shaken
+from support.rows import gradients, use, with_adapters
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
@@ -21,16 +22,6 @@ NAMES, LENGTHS = ["b", "__base__", "a", "b", "c"], [3, 2, 5, 1, 4]
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj", "embed_tokens", "lm_head"]
 
 
-def with_adapters(model: nn.Module, targets: list[str] = TARGETS, **options) -> nn.Module:
-    """Adds adapters a, b and c, of different ranks and scalings; c lacks the last target."""
-    for name, r in {"a": 2, "b": 5, "c": 3}.items():
-        mine = targets[:-1] if name == "c" and len(targets) > 1 else targets
-        inject(model, LoraConfig(r=r, lora_alpha=r + "abc".index(name), target_modules=mine, **options), name)
-    for name in "abc":
-        shaken(set_adapter(model, name))
-    return model.eval()
-
-
 def packed(lengths: list[int] = LENGTHS, rows: int = 1) -> dict[str, Tensor]:
     """Random sequences in ``rows`` rows, and their positions."""
     positions = torch.cat([torch.arange(length) for length in lengths]).view(rows, -1)
@@ -40,13 +31,13 @@ def packed(lengths: list[int] = LENGTHS, rows: int = 1) -> dict[str, Tensor]:
 def alone(model: nn.Module, ids: Tensor, names: list[str] = NAMES, lengths: list[int] = LENGTHS) -> Iterator[Tensor]:
     """The logits of each sequence in a call of its own."""
     for name, part in zip(names, ids.flatten().split(lengths), strict=True):
-        set_adapter(model, [] if name == "__base__" else name)
+        use(model, name)
         yield model(part[None]).logits[0]
 
 
 @pytest.mark.parametrize(("rows", "lengths"), [(1, LENGTHS), (3, [3, 2, 5, 4, 1])])
 def test_sequences_equal_calls_of_their_own(rows, lengths):
-    model, inputs = with_adapters(llama()), packed(lengths, rows)
+    model, inputs = with_adapters(llama(), TARGETS), packed(lengths, rows)
     with torch.no_grad():
         y = model(**inputs, adapter_names=NAMES, adapter_lengths=torch.tensor(lengths)).logits.flatten(0, 1)
         expected = torch.cat(list(alone(model, inputs["input_ids"], lengths=lengths)))
@@ -57,16 +48,16 @@ def test_sequences_equal_calls_of_their_own(rows, lengths):
 
 
 def test_16_bit_models():
-    model, inputs = with_adapters(llama().bfloat16(), use_rslora=True), packed()
+    model, inputs = with_adapters(llama().bfloat16(), TARGETS, use_rslora=True), packed()
     with torch.no_grad():
         parts = model(**inputs, adapter_names=NAMES).logits[0].split(LENGTHS)
         for i, name in enumerate(NAMES):
-            set_adapter(model, [] if name == "__base__" else name)
+            use(model, name)
             torch.testing.assert_close(parts[i], model(**inputs).logits[0].split(LENGTHS)[i])
 
 
 def test_sequences_that_the_call_describes():
-    model, inputs = with_adapters(llama()), packed()
+    model, inputs = with_adapters(llama(), TARGETS), packed()
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)
     with torch.no_grad():
         expected = model(**inputs, adapter_names=NAMES, adapter_lengths=LENGTHS).logits
@@ -165,7 +156,7 @@ def test_a_pool(tmp_path):
 
 @pytest.mark.parametrize("other", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_it(other):
-    model, inputs = with_adapters(llama()), packed()
+    model, inputs = with_adapters(llama(), TARGETS), packed()
     y = model(**inputs, adapter_names=NAMES).logits
     assert torch.equal(other(model)(**inputs, adapter_names=NAMES).logits, y)
 
@@ -190,12 +181,6 @@ def test_sequences_that_activate_their_adapters():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-
-
 def losses(logits: Tensor, ids: Tensor, lengths: list[int]) -> list[Tensor]:
     """The sum of the losses of each sequence."""
     parts = zip(logits.flatten(0, 1).split(lengths), ids.flatten().split(lengths), strict=True)
@@ -204,7 +189,7 @@ def losses(logits: Tensor, ids: Tensor, lengths: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [None, pytest.param(True, marks=pytest.mark.full), False])
 def test_training_equals_separate_runs(checkpointing):
-    model, inputs = with_adapters(llama()).double().train(), packed()
+    model, inputs = with_adapters(llama(), TARGETS).double().train(), packed()
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()
@@ -351,3 +336,13 @@ def test_models_with_an_encoder_and_a_decoder():
     model.config.is_encoder_decoder = True
     with refused(model, ValueError, "has an encoder and a decoder, which read different tokens"):
         model(**packed(), adapter_names=NAMES, adapter_lengths=LENGTHS)
+
+
+def test_layers_share_what_is_copied_to_their_device(monkeypatch):
+    """On a GPU, a copy from the host waits for it: a call of the model makes one of the choice and one of scalings."""
+    model, x = with_adapters(Net(), ["up", "head"], same=True), torch.randn(5, 6)
+    model(x, adapter_names=NAMES)
+    made, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(args) or tensor(*args, **options))
+    model(x, adapter_names=NAMES)
+    assert len(made) == 2

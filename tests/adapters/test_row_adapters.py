@@ -11,28 +11,19 @@ import pytest
 import torch
 from peft import PeftModel
 from support.models import Net, bert, gpt2, llama, refused, shaken, token_ids
+from support.rows import RANKS, use, with_adapters
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_ext import LoraConfig, inject, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import choose_adapters, delete_adapter, disable_adapters, unload
 from lora_ext.nn.rows import _current
 
 NAMES = ["b", "__base__", "a", "b", "c"]
-RANKS = {"a": 2, "b": 5, "c": 3}
-
-
-def with_adapters(model: nn.Module, targets: list[str], same: bool = False, **options) -> nn.Module:
-    """Adds adapters a, b and c, of different ranks, scalings and targets; c lacks the last target unless ``same``."""
-    for name, r in RANKS.items():
-        mine = targets if same or name != "c" else targets[:-1] or targets
-        config = {"r": r, "lora_alpha": 2 * r + len(name), "target_modules": mine, "init_lora_weights": False}
-        inject(model, LoraConfig(**config | options), name)
-    return shaken(model).eval()
 
 
 def alone(model: nn.Module, name: str, call: Callable[[], Tensor]) -> Tensor:
-    set_adapter(model, [] if name == "__base__" else name)
+    use(model, name)
     return call()
 
 
@@ -256,84 +247,6 @@ def test_code_that_cannot_pass_the_names():
         assert torch.equal(model(x), of_a)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-
-
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_training_equals_separate_runs(dropout, checkpointing):
-    # Layers without the adapter draw no seed, so masks are the same only if all adapters have the same layers.
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
-    model = with_adapters(llama(), targets, same=dropout > 0, lora_dropout=dropout)
-    ids, names = token_ids(5), ["b", "c", "a", "b", "__base__"]
-    model.train()
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        model.enable_input_require_grads()
-    set_adapter(model, ["a", "b", "c"])
-
-    def losses(**names) -> Tensor:
-        torch.manual_seed(7)
-        logits = model(ids, use_cache=False, **names).logits[:, :-1]
-        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
-
-    together = losses(adapter_names=names)
-    grads = gradients(model, together.sum())
-    seen = set()
-    for name in RANKS:
-        set_adapter(model, name)
-        rows = torch.tensor([name == chosen for chosen in names])
-        separate = losses()
-        torch.testing.assert_close(together[rows], separate[rows])
-        expected = gradients(model, separate[rows].sum())
-        for parameter, grad in expected.items():
-            torch.testing.assert_close(grads[parameter], grad, rtol=1e-4, atol=1e-6)
-        seen |= expected.keys()
-    assert grads.keys() == seen
-
-
-def test_two_batches_before_their_backwards():
-    model, ids = with_adapters(llama(), ["q_proj", "down_proj"]), token_ids(4)
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    set_adapter(model, ["a", "b", "c"])
-    batches = [["a", "b", "c", "a"], ["c", "c", "a", "__base__"]]
-    expected = [gradients(model, model(ids, labels=ids, adapter_names=names).loss) for names in batches]
-    losses = [model(ids, labels=ids, adapter_names=names).loss for names in batches]
-    for loss, grads in reversed(list(zip(losses, expected, strict=True))):
-        found = gradients(model, loss)
-        assert found.keys() == grads.keys()
-        for name, grad in grads.items():
-            torch.testing.assert_close(found[name], grad)
-
-
-def test_a_checkpoint_of_two_models():
-    one, two = (with_adapters(Net(), ["up", "head"]).train() for _ in range(2))
-    for model in (one, two):
-        set_adapter(model, ["a", "b", "c"])
-        model.norm = nn.Identity()
-    head, x = nn.Linear(3, 6), torch.randn(5, 6, requires_grad=True)
-
-    def both(x: Tensor) -> Tensor:
-        return two(head(one(x, adapter_names=NAMES)), adapter_names=NAMES[::-1]).square().sum()
-
-    both(x).backward()
-    expected = [
-        p.grad.clone() for p in (*one.parameters(), *two.parameters()) if p.requires_grad and p.grad is not None
-    ]
-    for reentrant in (True, False):
-        one.zero_grad(), two.zero_grad()
-        torch.utils.checkpoint.checkpoint(both, x, use_reentrant=reentrant).backward()
-        grads = [p.grad for p in (*one.parameters(), *two.parameters()) if p.requires_grad and p.grad is not None]
-        torch.testing.assert_close(grads, expected)
-
-
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -480,55 +393,5 @@ def test_a_model_inside_another():
 
     outer = with_adapters(Outer(), ["first"])
     y = outer(x, adapter_names=NAMES)
-    torch.testing.assert_close(y, inner(outer.first.base_layer(x) + _update(outer, x), adapter_names=NAMES[::-1]))
-
-
-def _update(outer: nn.Module, x: Tensor) -> Tensor:
-    rows = []
-    for name, row in zip(NAMES, x, strict=True):
-        layer = outer.first
-        rows.append(row @ layer.delta_weight(name).T if name in layer.adapters else torch.zeros(6))
-    return torch.stack(rows)
-
-
-class Named(torch.utils.data.Dataset):
-    """Examples with the name of the adapter that they train."""
-
-    def __init__(self) -> None:
-        self.ids = token_ids(12)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> dict[str, object]:
-        return {"input_ids": self.ids[i], "labels": self.ids[i], "adapter_names": "abc"[i % 3]}
-
-
-def test_a_trainer_trains_several_adapters_at_once(tmp_path):
-    model, data = with_adapters(llama(), ["q_proj", "down_proj"], same=True), Named()
-    set_adapter(model, ["a", "b", "c"])
-    copied = copy.deepcopy(model)
-    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0}
-    arguments = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=6, max_steps=2, remove_unused_columns=False, **options
-    )
-
-    def collate(rows: list[dict]) -> dict[str, object]:
-        names = [row["adapter_names"] for row in rows]
-        tensors = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels")}
-        return tensors | {"adapter_names": names}
-
-    Trainer(model, arguments, train_dataset=data, data_collator=collate).train()
-    before, after = (dict(m.named_parameters()) for m in (copied, model))
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in after if ".adapters." in name}
-
-
-def test_layers_share_what_is_copied_to_their_device(monkeypatch):
-    """On a GPU, a copy from the host waits for it: a call of the model makes one of the choice and one of scalings."""
-    model, x = with_adapters(Net(), ["up", "head"], same=True), torch.randn(5, 6)
-    model(x, adapter_names=NAMES)
-    made, tensor = [], torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(args) or tensor(*args, **options))
-    model(x, adapter_names=NAMES)
-    assert len(made) == 2
+    rows = torch.stack([use(outer, name).first(row) for name, row in zip(NAMES, x, strict=True)])
+    torch.testing.assert_close(y, inner(rows, adapter_names=NAMES[::-1]))

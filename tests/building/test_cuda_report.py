@@ -1,6 +1,5 @@
 """Tests scripts/kernel_report.py: it parses the CUDA tools' output, and a kernel that breaks a rule fails the build."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -17,10 +16,10 @@ pytestmark = [pytest.mark.cpu_only("is about the compiler's output"), pytest.mar
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "kernel_report.py"
-specification = importlib.util.spec_from_file_location("kernel_report", SCRIPT)
-kernel_report = importlib.util.module_from_spec(specification)
-sys.modules["kernel_report"] = kernel_report  # dataclasses look the module up there
-specification.loader.exec_module(kernel_report)
+sys.path.insert(0, str(SCRIPT.parent))
+
+import cuda_binary  # noqa: E402
+import kernel_report  # noqa: E402
 
 # Shortened output of cuobjdump --dump-resource-usage --dump-sass for two objects.
 CODE = """
@@ -132,7 +131,7 @@ Fatbin ptx code:
 
 
 def test_reads_resources_and_instructions():
-    f, g, f80 = kernel_report.parse_code(CODE.splitlines())
+    f, g, f80 = cuda_binary.parse_code(CODE.splitlines())
     assert (f.arch, f.symbol, f.registers, f.stack, f.shared, f.local) == ("sm_90a", "_Z1f6Params", 64, 0, 11264, 0)
     expected = {"all": 7, "HMMA": 2, "LDGSTS.128": 1, "LDG.128": 1, "STG.128": 1, "LDSM": 1}
     assert f.instructions == expected  # LTC128B is a cache hint, not a width
@@ -142,11 +141,11 @@ def test_reads_resources_and_instructions():
 
 
 def test_reads_launch_bounds():
-    assert kernel_report.parse_max_threads(ELF.splitlines()) == {"_Z1f6Params": 256}
+    assert cuda_binary.parse_max_threads(ELF.splitlines()) == {"_Z1f6Params": 256}
 
 
 def test_reads_ptx():
-    assert kernel_report.parse_ptx(PTX.splitlines()) == {"80": {"_Z1f6Params", "_Z1h6Params"}, "90a": {"_Z1g6Params"}}
+    assert cuda_binary.parse_ptx(PTX.splitlines()) == {"80": {"_Z1f6Params", "_Z1h6Params"}, "90a": {"_Z1g6Params"}}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,7 @@ def test_reads_ptx():
     ],
 )
 def test_short_names(demangled, short):
-    assert kernel_report.short_name(demangled) == short
+    assert cuda_binary.short_name(demangled) == short
 
 
 # --- the rules, on an invented family ---------------------------------------------------------------------------------
@@ -180,7 +179,7 @@ def families(request, monkeypatch):
 def good():
     """Makes a kernel that follows every rule."""
     instructions = Counter({"all": 900, "HMMA": 64, "LDGSTS.128": 8, "LDG.128": 2, "STG.128": 4, "LDSM": 16})
-    return kernel_report.Kernel("sm_90a", "_Z4tile", 128, 0, 1024, 0, 256, instructions, "tile_kernel<__half>")
+    return cuda_binary.Kernel("sm_90a", "_Z4tile", 128, 0, 1024, 0, 256, instructions, "tile_kernel<__half>")
 
 
 def test_a_good_kernel_breaks_no_rule(good):
@@ -221,7 +220,7 @@ def test_fewer_blocks_where_a_multiprocessor_has_less_shared_memory(good, monkey
     family = kernel_report.Family("tiles", r"^tile_kernel", dynamic_shared=99 * 1024)
     monkeypatch.setattr(kernel_report, "FAMILIES", [family])
     for arch, blocks in (("sm_90a", 2), ("sm_80", 1), ("sm_120", 1)):
-        small = kernel_report.Kernel(**{**vars(good), "arch": arch, "shared": 0})
+        small = cuda_binary.Kernel(**{**vars(good), "arch": arch, "shared": 0})
         assert kernel_report.violations(small) == [] and small.blocks_per_sm(family.dynamic_shared) == blocks
 
 
@@ -249,7 +248,7 @@ def test_loads_may_be_wide_with_or_without_cp_async(good, monkeypatch):
     ],
 )
 def test_blocks_per_multiprocessor(arch, registers, threads, shared, blocks):
-    kernel = kernel_report.Kernel(arch, "", registers=registers, shared=shared, max_threads=threads)
+    kernel = cuda_binary.Kernel(arch, "", registers=registers, shared=shared, max_threads=threads)
     assert kernel.blocks_per_sm(0) == blocks
 
 
@@ -267,7 +266,7 @@ def test_blocks_per_multiprocessor(arch, registers, threads, shared, blocks):
     ids=str,
 )
 def test_newer_cards_need_ptx_of_every_kernel(good, archs, ptx, without):
-    kernels = [kernel_report.Kernel(**{**vars(good), "arch": arch}) for arch in archs]
+    kernels = [cuda_binary.Kernel(**{**vars(good), "arch": arch}) for arch in archs]
     found = kernel_report.missing_ptx(kernels, ptx)
     oldest = min(archs, key=len)
     assert found == (
@@ -276,7 +275,7 @@ def test_newer_cards_need_ptx_of_every_kernel(good, archs, ptx, without):
 
 
 def test_architectures_that_agree_share_a_row(good):
-    twin = kernel_report.Kernel(**{**vars(good), "arch": "sm_100"})
+    twin = cuda_binary.Kernel(**{**vars(good), "arch": "sm_100"})
     table, _ = kernel_report.report([good, twin])
     assert "90a,100" in table and len(table.splitlines()) == 2
 
@@ -288,7 +287,7 @@ def test_the_kernels_that_were_built():
     library = Path(lora_ext.__file__).parent / "liblora_ext_cuda.so"
     if not library.exists():
         pytest.skip(f"no CUDA part: {_load.build_info()['no_cuda_reason']}")
-    if kernel_report.find_tools() is None:
+    if cuda_binary.find_tools() is None:
         pytest.skip("no cuobjdump and nvdisasm on this machine; `make cuda` installs them")
     arch = f"sm_{_load.build_info()['cuda_archs'].split(',')[-1]}"  # one is enough here; `make cuda` checks all
     result = subprocess.run([sys.executable, SCRIPT, library, "--arch", arch], capture_output=True, text=True)
@@ -300,7 +299,7 @@ def test_the_kernels_that_were_built():
 
 
 def test_says_what_is_missing(tmp_path):
-    if kernel_report.find_tools() is None:
+    if cuda_binary.find_tools() is None:
         assert shutil.which("cuobjdump") is None
         text = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
     else:

@@ -5,9 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.checkpoint_files import peft_adapter
+import torch
+from support.checkpoint_files import peft_adapter, save_checkpoint
 from support.checkpoint_records import make_files
 from support.models import llama
+from torch import nn
+
+from lora_ext.checkpoints import merge
 
 
 @pytest.fixture
@@ -30,3 +34,15 @@ def merged(files, tmp_path, monkeypatch) -> Path:
     """A copy of the merged checkpoint that a test may change."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     return Path(shutil.copytree(files / "merged", tmp_path / "merged"))
+
+
+@pytest.fixture(scope="session")
+def small_files(tmp_path_factory) -> Path:
+    """``base``, ``adapter``, and ``merged`` with a record, in two files each."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bad")
+    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "abc"})
+    save_checkpoint(model.state_dict(), folder / "base", shards=2)
+    peft_adapter(model, folder / "adapter", target_modules=["a", "c"])
+    merge(folder / "base", [folder / "adapter"], folder / "merged", record=True)
+    return folder

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from support.models import Net, llama, token_ids
 from support.processes import run_python
+from support.ranks import assert_same, loss_of, trained
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,20 +43,6 @@ def _adapted(way: str) -> nn.Module:
     return accelerate(peft.get_peft_model(llama(), peft.LoraConfig(**LORA, init_lora_weights=False)))
 
 
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids).loss
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
-
-
 def _train(rank: int, way: str, checkpointing: bool | None, backend: str | None) -> None:
     alone, ranks = _adapted(way), torch.distributed.get_world_size()
     model = copy.deepcopy(alone)
@@ -66,27 +53,27 @@ def _train(rank: int, way: str, checkpointing: bool | None, backend: str | None)
     parallel = DistributedDataParallel(model)
     if backend is not None:
         parallel = torch.compile(parallel, backend=backend)
-    optimizers = [torch.optim.AdamW(_trained(one).values(), lr=1e-2) for one in (model, alone)]
+    optimizers = [torch.optim.AdamW(trained(one).values(), lr=1e-2) for one in (model, alone)]
     for _ in range(STEPS):
         batches = token_ids(2 * PARTS * ranks).unflatten(0, (PARTS, ranks, 2))  # the same on all ranks
         losses: list[Tensor] = []
         for part in range(PARTS - 1):
             with (parallel if backend is None else parallel._orig_mod).no_sync():
-                losses.append(_loss(parallel, batches[part, rank]) / PARTS)
+                losses.append(loss_of(parallel, batches[part, rank]) / PARTS)
                 losses[-1].backward()
-        losses.append(_loss(parallel, batches[PARTS - 1, rank]) / PARTS)
+        losses.append(loss_of(parallel, batches[PARTS - 1, rank]) / PARTS)
         losses[-1].backward()
-        alone_losses = [_loss(alone, ids) / (PARTS * ranks) for ids in batches.flatten(0, 1)]
+        alone_losses = [loss_of(alone, ids) / (PARTS * ranks) for ids in batches.flatten(0, 1)]
         for loss in alone_losses:
             loss.backward()
         mean = torch.stack(losses).detach().sum()
         torch.distributed.all_reduce(mean)
         torch.testing.assert_close(mean / ranks, torch.stack(alone_losses).detach().sum())
-        _same(*({name: p.grad for name, p in _trained(one).items()} for one in (model, alone)))
+        assert_same(*({name: p.grad for name, p in trained(one).items()} for one in (model, alone)))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    _same(_trained(model), _trained(alone))
+    assert_same(trained(model), trained(alone))
 
 
 @pytest.mark.parametrize("way", ["inject", "peft"])
@@ -113,12 +100,12 @@ def _one_of_several(rank: int) -> None:
         batches = token_ids(4).unflatten(0, (2, 2))
         for _ in range(2):  # a parameter without a gradient in the first backward is an error in the second forward
             model.zero_grad()
-            _loss(parallel, batches[rank]).backward()
-        gradients = {key: p.grad for key, p in _trained(model).items()}
+            loss_of(parallel, batches[rank]).backward()
+        gradients = {key: p.grad for key, p in trained(model).items()}
         assert gradients and all(f".{name}." in key for key in gradients)
         model.zero_grad()
-        (sum(_loss(model, ids) for ids in batches) / 2).backward()
-        _same(gradients, {key: p.grad for key, p in _trained(model).items()})
+        (sum(loss_of(model, ids) for ids in batches) / 2).backward()
+        assert_same(gradients, {key: p.grad for key, p in trained(model).items()})
 
 
 def test_several_adapters_one_active_without_find_unused_parameters(ranks):

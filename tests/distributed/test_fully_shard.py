@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.models import Net, llama, token_ids
+from support.ranks import assert_same, loss_of, trained, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -39,7 +40,7 @@ def _adapted(dtype: torch.dtype = torch.float32) -> nn.Module:
 def _shard(model: nn.Module, apart: str = "", **options: Any) -> None:
     """Shards the blocks and the rest, the modules ``apart`` in units of their own."""
     if apart == "whole":
-        options["ignored_params"] = set(_trained(model).values())
+        options["ignored_params"] = set(trained(model).values())
     for _, layer in lora_modules(model):
         if apart == "base":
             fully_shard(layer.base_layer, **options)
@@ -50,24 +51,6 @@ def _shard(model: nn.Module, apart: str = "", **options: Any) -> None:
     for block in model.model.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
-
-
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids).loss
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(_whole(ours[name]), tensor, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def _train(rank: int, apart: str, checkpointing: bool | None, options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -82,33 +65,33 @@ def _train(rank: int, apart: str, checkpointing: bool | None, options: dict[str,
         computes = copy.deepcopy(alone)
         for parameter in computes.parameters():  # not the buffers
             parameter.data = parameter.data.bfloat16()
-    optimizers = [torch.optim.AdamW(_trained(one).values(), lr=1e-2) for one in (model, alone)]
+    optimizers = [torch.optim.AdamW(trained(one).values(), lr=1e-2) for one in (model, alone)]
     for _ in range(2):
         if computes is not alone:
             computes.load_state_dict(alone.state_dict())
         batches = token_ids(2 * ranks).unflatten(0, (ranks, 2))  # the same on all ranks
-        loss = _loss(model, batches[rank])
+        loss = loss_of(model, batches[rank])
         loss.backward()
         if apart == "whole":
-            for parameter in _trained(model).values():
+            for parameter in trained(model).values():
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= ranks
         shares: dict[Tensor, Tensor] = {}
         for index, ids in enumerate(batches):
-            expected = _loss(computes, ids)
+            expected = loss_of(computes, ids)
             if index == rank:
                 torch.testing.assert_close(loss, expected)
             expected.backward()
-            for parameter, computed in zip(_trained(alone).values(), _trained(computes).values(), strict=True):
+            for parameter, computed in zip(trained(alone).values(), trained(computes).values(), strict=True):
                 shares[parameter] = shares.get(parameter, 0) + computed.grad.to(parameter.dtype) / ranks
                 computed.grad = None
         for parameter, share in shares.items():
             parameter.grad = share
-        _same(*({name: p.grad for name, p in _trained(one).items()} for one in (model, alone)))
+        assert_same(*({name: p.grad for name, p in trained(one).items()} for one in (model, alone)))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    _same(_trained(model), _trained(alone))
+    assert_same(trained(model), trained(alone))
 
 
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -142,7 +125,7 @@ def _adapters_that_reshard(rank: int) -> None:
     for _, layer in lora_modules(model):
         fully_shard(layer.adapters["default"], reshard_after_forward=True)
     with pytest.raises(RuntimeError, match="reshard_after_forward=False"):
-        _loss(model, token_ids())
+        loss_of(model, token_ids())
 
 
 def test_adapters_that_reshard_after_forward_are_refused(ranks):
@@ -160,8 +143,8 @@ def _switched(rank: int) -> None:
             one.zero_grad()
         ids = token_ids()
         for one in (model, alone):
-            _loss(one, ids).backward()
-        _same(*({key: p.grad for key, p in _trained(one).items()} for one in (model, alone)))
+            loss_of(one, ids).backward()
+        assert_same(*({key: p.grad for key, p in trained(one).items()} for one in (model, alone)))
 
 
 def test_switching_adapters(ranks):
@@ -202,7 +185,7 @@ def _check_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
     state = model.state_dict()
     assert state.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.equal(_whole(state[key]), value), key
+        assert torch.equal(whole(state[key]), value), key
 
 
 def _refused(model: nn.Module, before: dict[str, Tensor], rank: int, directory: Path) -> None:
@@ -266,7 +249,7 @@ def _files(rank: int, directory: Path) -> None:
             save_adapter(alone, directory / "alone")
         save_adapter(model, directory / f"sharded{way}")
         with torch.no_grad():
-            for parameter in _trained(model).values():
+            for parameter in trained(model).values():
                 parameter.zero_()
         torch.distributed.barrier()
         load_adapter(model, directory / "alone")
@@ -290,7 +273,7 @@ def test_files(ranks, number, tmp_path):
 def _trained_state(rank: int, directory: Path, full: bool) -> dict[str, Tensor]:
     model, optimizer = _sharded_pair()
     for _ in range(2):
-        _loss(model, token_ids()).backward()
+        loss_of(model, token_ids()).backward()
         optimizer.step()
         optimizer.zero_grad()
     state = _state(model, optimizer, full)
@@ -305,7 +288,7 @@ def _trained_state(rank: int, directory: Path, full: bool) -> dict[str, Tensor]:
 def _sharded_pair() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = _adapted()
     _shard(model)
-    return model, torch.optim.AdamW(_trained(model).values(), lr=1e-2)
+    return model, torch.optim.AdamW(trained(model).values(), lr=1e-2)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, full: bool) -> dict[str, Any]:
@@ -314,9 +297,9 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, full: bool) -> di
 
 
 def _values(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    values = {name: _whole(p).detach() for name, p in _trained(model).items()}
-    for name, parameter in _trained(model).items():
-        values |= {f"{name} {key}": _whole(value) for key, value in optimizer.state[parameter].items()}
+    values = {name: whole(p).detach() for name, p in trained(model).items()}
+    for name, parameter in trained(model).items():
+        values |= {f"{name} {key}": whole(value) for key, value in optimizer.state[parameter].items()}
     return values
 
 

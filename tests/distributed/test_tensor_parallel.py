@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from support.models import Net
+from support.ranks import assert_same, trained, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -60,8 +61,7 @@ def _run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()}
+    return {name: whole(p.grad) for name, p in trained(model).items()}
 
 
 def _compare(rank: int, sequence: bool, options: dict[str, Any]) -> None:
@@ -77,9 +77,7 @@ def _compare(rank: int, sequence: bool, options: dict[str, Any]) -> None:
     for y in ys:
         y.square().sum().backward()
     torch.testing.assert_close(xs[0].grad, part(xs[1].grad))
-    theirs = _gradients(alone)
-    for name, gradient in _gradients(model).items():
-        torch.testing.assert_close(gradient, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert_same(_gradients(model), _gradients(alone))
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True, "target_modules": ["up"]}], ids=["", "lora_bias"])
@@ -156,7 +154,7 @@ def _files(rank: int, directory: Path) -> None:
             function(one)
         for key, value in alone.state_dict().items():
             split = model.state_dict()[key]
-            assert torch.equal(split.full_tensor() if hasattr(split, "full_tensor") else split, value), key
+            assert torch.equal(whole(split), value), key
     assert all(torch.equal(alone.state_dict()[key], value) for key, value in before.items())
     torch.distributed.barrier()
     load_adapter(model, directory / "alone", adapter_name="again")
@@ -182,15 +180,13 @@ def _two_dimensions(rank: int) -> None:
     for _ in range(2):
         _run(model, batches[rank // 2]).square().mean().backward()
         _run(alone, batches.flatten(0, 1)).square().mean().backward()
-        theirs = _gradients(alone)
-        for name, gradient in _gradients(model).items():
-            torch.testing.assert_close(gradient, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+        assert_same(_gradients(model), _gradients(alone))
     before = {name: value.full_tensor() for name, value in model.state_dict().items() if hasattr(value, "full_tensor")}
     merge(model.eval())
     merge(alone.eval())
     for key, value in alone.state_dict().items():
         split = model.state_dict()[key]
-        assert torch.equal(split.full_tensor() if hasattr(split, "full_tensor") else split, value), key
+        assert torch.equal(whole(split), value), key
     unmerge(model)
     state = model.state_dict()
     assert all(torch.equal(state[name].full_tensor(), value) for name, value in before.items())
@@ -218,9 +214,7 @@ def _transformers(rank: int, directory: Path) -> None:
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
-    theirs = _gradients(alone)
-    for name, gradient in _gradients(model).items():
-        torch.testing.assert_close(gradient, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert_same(_gradients(model), _gradients(alone))
     with torch.no_grad():
         outputs = [one.eval()(input_ids=ids).logits for one in (model, alone)]
         torch.testing.assert_close(*outputs)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 from safetensors.torch import load_file, save_file
-from support.models import llama, refused, shaken
+from support.models import Net, llama, refused, shaken
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -286,3 +286,50 @@ def test_names_of_an_older_transformers(tmp_path):
     load_adapter(base, new)
     ids = torch.arange(2, 9)[None]
     torch.testing.assert_close(logits(base, ids), logits(theirs, ids))
+
+
+# A file of PEFT 0.10, which left out the biases of bias="lora_only".
+PEFT_0_10 = {
+    "alpha_pattern": {},
+    "auto_mapping": {"base_model_class": "Net", "parent_library": "__main__"},
+    "base_model_name_or_path": None,
+    "bias": "lora_only",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": False,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 2,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": ["up"],
+    "task_type": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
+
+
+def test_a_file_of_peft_0_10(tmp_path):
+    tensors = {}
+    for i in range(2):
+        tensors[f"base_model.model.blocks.{i}.up.lora_A.weight"] = torch.randn(2, 6)
+        tensors[f"base_model.model.blocks.{i}.up.lora_B.weight"] = torch.randn(10, 2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT_0_10))
+    model = Net().eval()
+    bias = model.blocks[0].up.bias.clone()
+    with pytest.warns(UserWarning, match='has no bias, though its config says bias="lora_only"'):
+        load_adapter(model, tmp_path)
+    assert torch.equal(model.blocks[0].up.bias, bias)
+    expected = 4 * tensors["base_model.model.blocks.0.up.lora_B.weight"]
+    torch.testing.assert_close(
+        model.blocks[0].up.delta_weight(), expected @ tensors["base_model.model.blocks.0.up.lora_A.weight"]
+    )

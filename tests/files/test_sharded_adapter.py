@@ -10,19 +10,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import llama, refused
+from support.models import answer, llama, refused
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.checkpoints import inspect
 
-IDS = torch.arange(7)[None]
 INDEX = "adapter_model.safetensors.index.json"
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
 
 
 def shard(directory: Path, index: str = INDEX) -> list[str]:
@@ -46,7 +40,7 @@ def sharded(tmp_path) -> tuple[nn.Module, Tensor, Path]:
     model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     save_adapter(model, tmp_path)
     shard(tmp_path)
-    return base, logits(model), tmp_path
+    return base, answer(model), tmp_path
 
 
 def test_what_transformers_writes_in_several_files_loads(tmp_path, monkeypatch):
@@ -58,14 +52,14 @@ def test_what_transformers_writes_in_several_files_loads(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path, max_shard_size="1KB")
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert len(list(tmp_path.glob("adapter_model-*.safetensors"))) > 1
-    torch.testing.assert_close(logits(load_adapter(base, tmp_path)), logits(model))
+    torch.testing.assert_close(answer(load_adapter(base, tmp_path)), answer(model))
 
 
 @pytest.mark.parametrize("index", [INDEX, "model.safetensors.index.json"])
 def test_both_names_of_the_index(index, sharded):
     base, expected, directory = sharded
     (directory / INDEX).rename(directory / index)
-    torch.testing.assert_close(logits(load_adapter(base, directory)), expected)
+    torch.testing.assert_close(answer(load_adapter(base, directory)), expected)
     assert inspect(directory)
     save_adapter(base, directory / "again")
     assert (directory / "again" / "adapter_model.safetensors").is_file()
@@ -75,7 +69,7 @@ def test_the_index_of_a_model_is_not_that_of_an_adapter(sharded):
     base, expected, directory = sharded
     base.save_pretrained(directory, max_shard_size="5KB")
     assert (directory / "model.safetensors.index.json").is_file()
-    torch.testing.assert_close(logits(load_adapter(base, directory)), expected)
+    torch.testing.assert_close(answer(load_adapter(base, directory)), expected)
     (directory / INDEX).unlink()
     with pytest.raises(FileNotFoundError, match=rf"adapter_model-00001-of-00002.* is there without {INDEX}"):
         load_adapter(llama(), directory)
@@ -106,4 +100,4 @@ def test_a_whole_file_comes_before_an_index(sharded):
     base, _, directory = sharded
     other = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     save_adapter(other, directory)
-    torch.testing.assert_close(logits(load_adapter(base, directory)), logits(other))
+    torch.testing.assert_close(answer(load_adapter(base, directory)), answer(other))

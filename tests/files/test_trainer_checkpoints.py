@@ -9,15 +9,14 @@ import safetensors.torch
 import torch
 from support.models import bert, llama, token_ids
 from support.spoil import Spoil
+from support.stock_trainer import assert_same, trained, trainer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, set_adapter
@@ -36,29 +35,6 @@ MORE = ("biases", "tied tokens")
 def injected(base: nn.Module, **options) -> nn.Module:
     torch.manual_seed(0)
     return inject(copy.deepcopy(base), LoraConfig(r=2, **options))
-
-
-def rows(model: nn.Module) -> list[dict]:
-    torch.manual_seed(1)
-    labels = (lambda ids, i: i % 2) if isinstance(model, BertForSequenceClassification) else (lambda ids, i: ids)
-    return [{"input_ids": ids, "labels": labels(ids, i)} for i, ids in enumerate(token_ids(16).tolist())]
-
-
-def trainer(model: nn.Module, directory, **options) -> Trainer:
-    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4} | options
-    arguments = TrainingArguments(
-        str(directory), report_to=[], per_device_train_batch_size=2, disable_tqdm=True, seed=3, **options
-    )
-    return Trainer(model, arguments, train_dataset=rows(model), eval_dataset=rows(model)[:4])
-
-
-def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("case", ["head", "tied", *(pytest.param(c, marks=pytest.mark.full) for c in MORE)])

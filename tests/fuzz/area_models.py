@@ -7,10 +7,8 @@ weights and adapters, and merging followed by unmerging must leave no trace.
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,10 @@ from support import refusals
 from support.public_calls import state
 from torch import Tensor, nn
 
-from lora_ext.adapters import lora_modules
-from lora_ext.model.adapter_set import adapter_set
-from lora_ext.nn import AdapterLayer, LoraLayer
-
 from .areas import Case
 from .calls import CannotTell
 from .choices import Choices
+from .multiplied_out import multiplied_out, run
 from .mutations import INTEGERS, NUMBERS, OTHERS
 from .outcomes import Finding, Outcome, finding, judge_exception, parameter_names
 
@@ -104,6 +99,7 @@ from pathlib import Path
 from torch import nn
 from support.public_calls import *
 from support.refusals import *
+from support.refusals_methods import *
 torch.manual_seed(0)
 directory = Path(tempfile.mkdtemp())
 function = next(entry for entry in CALLS if entry.function.__name__ == "{name}")
@@ -296,13 +292,6 @@ _STEPS: tuple[Callable[[Choices, str], Step], ...] = (
 )
 
 
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    """Computes a model's output without gradients."""
-    with torch.no_grad():
-        output = model(x)
-    return output if isinstance(output, Tensor) else output.logits
-
-
 def _run_life(life: Life) -> Outcome:
     found: list[Finding] = []
     compared = refused = 0
@@ -354,56 +343,9 @@ def _wrong(model: nn.Module, pristine: nn.Module, x: Tensor, before: Tensor | No
     if before is not None and not torch.allclose(now, before, rtol=1e-3, atol=1e-4):
         return f"the output changed by {(now - before).abs().max().item():.1e}"
     try:
-        expected = _multiplied_out(model, pristine, x)
+        expected = multiplied_out(model, pristine, x)
     except CannotTell:
         expected = None
     if expected is not None and not torch.allclose(now, expected, rtol=1e-3, atol=1e-3):
         return f"the output is {(now - expected).abs().max().item():.1e} off the weights and adapters multiplied out"
     return ""
-
-
-def _multiplied_out(model: nn.Module, pristine: nn.Module, x: Tensor) -> Tensor | None:
-    """Computes the output of the pristine model after adding the updates of all adapters in use to its weights.
-
-    None if anything except low-rank updates of single modules is in use: fully trained modules, rows, biases, tied
-    weights.
-    """
-    layers = dict(lora_modules(model))
-    others = [m for m in model.modules() if isinstance(m, AdapterLayer) and m not in layers.values()]
-    adapters = adapter_set(model)
-    if others or (adapters is not None and adapters.biases):
-        return None
-    copied = copy.deepcopy(pristine)
-    holders = Counter(id(p) for module in copied.modules() for p in module._parameters.values())
-    paths = {id(module): path for path, module in model.named_modules()}
-    for layer in layers.values():
-        matrices = layer.matrices()
-        for key, (A, B, scaling) in _updates(layer):
-            matrix = matrices[key]
-            path = re.sub(r"(^|\.)base_layer(?=\.|$)", "", paths[id(matrix.owner)]).lstrip(".")
-            parameter = getattr(copied.get_submodule(path), matrix.name)
-            if holders[id(parameter)] > 1:
-                return None
-            offset = matrix.view.storage_offset() - getattr(matrix.owner, matrix.name).storage_offset()
-            view = parameter.data.as_strided(matrix.view.shape, matrix.view.stride(), offset)
-            view += (scaling * B.detach().double() @ A.detach().double()).to(view.dtype)
-    return run(copied, x)
-
-
-def _updates(layer: LoraLayer) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
-    """Yields the updates in use in a layer by their matrix: merged ones as they were merged, others as they are."""
-    merged = layer._merged
-    for name in layer.merged_adapters:
-        for key, matrix in merged.matrices.items():
-            if name in matrix.ranks:
-                yield key, matrix.factors(name, torch.device("cpu"))
-    for name in layer.active_adapters:
-        if name not in layer.merged_adapters:
-            yield from _factors(layer, name)
-
-
-def _factors(layer: LoraLayer, name: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
-    try:
-        yield from layer.factors(name).items()
-    except ValueError:  # the adapter has a bias, the layer has none
-        raise CannotTell from None

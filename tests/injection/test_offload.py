@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from support.models import bert, llama, refused, token_ids
+from support.models import bert, llama, logits, refused, token_ids
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
@@ -40,10 +40,6 @@ def mixed(model: nn.Module, tmp_path) -> nn.Module:
 
 
 OFFLOADERS = [cpu, disk, mixed]
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:

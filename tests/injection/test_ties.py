@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.merging import same_bits
-from support.models import gpt2, llama, refused, token_ids
+from support.models import gpt2, llama, logits, refused, token_ids
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -38,10 +38,6 @@ EMBEDDING = "model.embed_tokens.adapters.default"
 
 def tied_llama(**settings) -> nn.Module:
     return inject(llama(tied=True).double().eval(), LoraConfig(**TIED | settings))
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
 
 
 def both(model: nn.Module) -> tuple[LoraEmbedding, LoraLinear]:

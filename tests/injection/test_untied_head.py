@@ -10,18 +10,11 @@ import peft
 import pytest
 import torch
 import transformers
-from support.models import llama, shaken
+from support.models import IDS, answer, llama, shaken
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import disable_adapters, merge_and_unload, unload
-
-IDS = torch.arange(7)[None]
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
 
 
 def from_peft(base: nn.Module, directory: Path, module: str) -> tuple[peft.PeftModel, Tensor]:
@@ -31,7 +24,7 @@ def from_peft(base: nn.Module, directory: Path, module: str) -> tuple[peft.PeftM
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module], init_lora_weights=False)
         theirs = peft.get_peft_model(copy.deepcopy(base), config)
     shaken(theirs).save_pretrained(directory)
-    return theirs, logits(theirs)
+    return theirs, answer(theirs)
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
@@ -40,14 +33,14 @@ def test_pefts_file_loads_and_goes_back(module, tmp_path):
     _, expected = from_peft(base, tmp_path / "theirs", module)
     with pytest.warns(UserWarning, match=f"modules_to_save has .*{module}.*shares a parameter with.*as in PEFT"):
         ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), expected)
+    torch.testing.assert_close(answer(ours), expected)
     with disable_adapters(ours):
-        torch.testing.assert_close(logits(ours), logits(base))
+        torch.testing.assert_close(answer(ours), answer(base))
     save_adapter(ours, tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
-    torch.testing.assert_close(logits(read), expected)
+    torch.testing.assert_close(answer(read), expected)
 
 
 @pytest.mark.filterwarnings("ignore:inject. modules_to_save")
@@ -64,10 +57,10 @@ def test_the_merged_model_is_saved_with_both(tmp_path):
     base = llama(tied=True).eval()
     _, expected = from_peft(base, tmp_path / "theirs", "lm_head")
     merged = merge_and_unload(load_adapter(copy.deepcopy(base), tmp_path / "theirs"))
-    torch.testing.assert_close(logits(merged), expected)
+    torch.testing.assert_close(answer(merged), expected)
     merged.save_pretrained(tmp_path / "merged")
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(read), expected)
+    torch.testing.assert_close(answer(read), expected)
 
     plain = unload(load_adapter(copy.deepcopy(base), tmp_path / "theirs"))
     assert plain.config.tie_word_embeddings and plain.lm_head.weight is plain.model.embed_tokens.weight

@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from support.models import bert, llama, refused, shaken, token_ids
 from support.spoil import Spoil
+from support.stock_trainer import assert_same, trained, trainer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, unmerge
@@ -71,28 +72,6 @@ def test_saved_files_load_by_load_method_and_by_no_from_pretrained(name, make, t
         copy.deepcopy(base).load_state_dict(state, strict=False)
     again = load_method(base, saved).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
-
-
-def rows() -> list[dict]:
-    torch.manual_seed(1)
-    return [{"input_ids": ids, "labels": i % 2} for i, ids in enumerate(token_ids(16).tolist())]
-
-
-def trainer(model: nn.Module, directory, **options) -> Trainer:
-    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4} | options
-    arguments = TrainingArguments(
-        str(directory), report_to=[], per_device_train_batch_size=2, disable_tqdm=True, use_cpu=True, seed=3, **options
-    )
-    return Trainer(model, arguments, train_dataset=rows(), eval_dataset=rows()[:4])
-
-
-def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.filterwarnings("ignore:.*without what .* trained")

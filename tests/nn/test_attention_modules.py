@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from support.attention import E, L, N, S, Wrapper, adapted, assert_same, encoder, inputs, merged_copy
+from support.models import refused
 from torch import nn
 
 from lora_ext import merge
@@ -77,3 +78,32 @@ def test_an_out_proj_trained_in_full_is_not_adapted():
     with torch.no_grad():
         model.attention.out_proj.adapters.default.bias.add_(1.0)
     assert (model(*x)[0] - merged_copy(model)(*x)[0]).abs().max() > 0.5  # merged_copy has the original out_proj
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_hooks_of_an_attention(separate, batch_first):
+    sizes = {"kdim": 6, "vdim": 10} if separate else {}
+    base = nn.MultiheadAttention(8, 2, batch_first=batch_first, **sizes)
+    model, seen = adapted(nn.ModuleDict({"layer": base}), ["layer"]), []
+    query, key, value = torch.randn(3, 5, 8), torch.randn(3, 5, sizes.get("kdim", 8)), torch.randn(3, 5, 8)
+    value = torch.randn(3, 5, 10) if separate else value
+    expected = model.layer(query, key, value)
+    grads = torch.autograd.grad(expected[0].sum(), [p for p in model.parameters() if p.requires_grad])
+    model.layer.base_layer.register_forward_hook(lambda *args: seen.append(args[0]))
+    y = model.layer(query, key, value)
+    torch.testing.assert_close(y, expected)
+    again = torch.autograd.grad(y[0].sum(), [p for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(again, grads)
+    assert seen == [model.layer.base_layer]
+    with refused(model, ValueError, "layer: its hooks may change what it computes"):
+        merge(model)
+
+
+def test_hooks_of_an_attention_leave_no_room_for_dropout():
+    model = adapted(nn.ModuleDict({"layer": nn.MultiheadAttention(8, 2)}), ["layer"], lora_dropout=0.5)
+    x = torch.randn(3, 5, 8)
+    model.layer.base_layer.register_forward_hook(lambda *args: None)
+    with pytest.raises(RuntimeError, match=r"has hooks or a replaced forward.*lora_dropout=0"):
+        model.layer(x, x, x)
+    model.eval().layer(x, x, x)

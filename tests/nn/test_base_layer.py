@@ -382,31 +382,3 @@ def test_a_forward_put_into_an_embedding_or_convolution(base, x):
     torch.testing.assert_close(model.layer(x), kept + update)
     with refused(model, ValueError, "may not be linear in the weight"):
         merge(model)
-
-
-@pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_hooks_of_an_attention(separate, batch_first):
-    sizes = {"kdim": 6, "vdim": 10} if separate else {}
-    base = nn.MultiheadAttention(8, 2, batch_first=batch_first, **sizes)
-    model, seen = adapted(base), []
-    query, key, value = torch.randn(3, 5, 8), torch.randn(3, 5, sizes.get("kdim", 8)), torch.randn(3, 5, 8)
-    value = torch.randn(3, 5, 10) if separate else value
-    expected = model.layer(query, key, value)
-    grads = torch.autograd.grad(expected[0].sum(), [p for p in model.parameters() if p.requires_grad])
-    model.layer.base_layer.register_forward_hook(lambda *args: seen.append(args[0]))
-    y = model.layer(query, key, value)
-    torch.testing.assert_close(y, expected)
-    again = torch.autograd.grad(y[0].sum(), [p for p in model.parameters() if p.requires_grad])
-    torch.testing.assert_close(again, grads)
-    assert seen == [model.layer.base_layer]
-    with refused(model, ValueError, "layer: its hooks may change what it computes"):
-        merge(model)
-
-
-def test_hooks_of_an_attention_leave_no_room_for_dropout():
-    model, x = adapted(nn.MultiheadAttention(8, 2), lora_dropout=0.5), torch.randn(3, 5, 8)
-    model.layer.base_layer.register_forward_hook(lambda *args: None)
-    with pytest.raises(RuntimeError, match=r"has hooks or a replaced forward.*lora_dropout=0"):
-        model.layer(x, x, x)
-    model.eval().layer(x, x, x)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.layers import relative_error
 from support.merging import same_bits
-from support.models import VOCABULARY, llama, refused, token_ids
+from support.models import VOCABULARY, llama, logits, refused, token_ids
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
@@ -56,10 +56,6 @@ def ids_with_tokens() -> Tensor:
     ids = token_ids(3, 9)
     ids[:, ::3] = torch.tensor(TOKENS)
     return ids
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
 
 
 # --- against PEFT -----------------------------------------------------------------------------------------------------

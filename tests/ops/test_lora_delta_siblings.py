@@ -60,17 +60,6 @@ def test_has_the_bits_of_the_layers_one_by_one(shape, dtypes, dropout_p):
     assert_errors_as_plain(results, *dtypes)
 
 
-def test_gradients():
-    bases, x, As, Bs, scalings = arguments(random_siblings(((4, 6), ((5, 2), (3, 1)))).to(torch.float64))
-    tensors = [t.requires_grad_() for t in (x, *bases, *As, *Bs)]
-
-    def function(x, *t):
-        return functional.lora_delta_siblings(t[:2], x, t[2:4], t[4:], scalings, 0.4, SEED)
-
-    assert torch.autograd.gradcheck(function, tensors)
-    assert torch.autograd.gradgradcheck(function, tensors)
-
-
 @pytest.mark.pairs
 @pytest.mark.parametrize("num_tokens", [3, 70])
 @pytest.mark.parametrize("scaling", [0.0, 1.0])

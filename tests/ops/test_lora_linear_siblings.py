@@ -142,18 +142,6 @@ def test_one_layer_is_lora_linear_to_the_bit():
         assert torch.equal(together[name], alone[name]), name
 
 
-def test_gradcheck():
-    siblings = random_siblings(((5, 7), ((6, 3), (4, 2), (1, 1))), (torch.float64, torch.float64))
-    x, weights, biases, As, Bs, scalings = siblings.args()
-    biases = [torch.randn(6).double(), torch.randn(4).double(), torch.randn(1).double()]
-    tensors = [t.requires_grad_() for t in (x, *weights, *biases, *As, *Bs)]
-
-    def function(x, *t):
-        return functional.lora_linear_siblings(x, t[:3], t[3:6], t[6:9], t[9:], scalings, 0.4, SEED)
-
-    assert torch.autograd.gradcheck(function, tensors)
-
-
 @each
 def test_memory_is_poisoned_yet_nothing_of_it_shows(function):
     """Outputs and scratch memory are written before they are read, also after a larger call left garbage there."""

@@ -95,13 +95,12 @@ def delta_siblings(dropout_p: float) -> Case:
     )
 
 
-def bottleneck(activation: str) -> Case:
-    x, down, up = torch.randn(3, 5).double(), torch.randn(2, 5).double(), torch.randn(5, 2).double()
-    arguments = x, down, torch.randn(2).double(), up, torch.randn(5).double()
+def bottleneck(activation: str, width: int = 5, residual: bool = False) -> Case:
+    shapes = [(3, 5), (2, 5), (2,), (width, 2), (width,)] + [(3, width)] * residual
     return Case(
-        lambda *tensors: [functional.bottleneck(*tensors, activation)],
-        lambda *tensors: [reference.bottleneck(*tensors, activation)],
-        arguments,
+        lambda *tensors: [functional.bottleneck(*tensors[:5], activation, *tensors[5:])],
+        lambda *tensors: [reference.bottleneck(*tensors[:5], activation, *tensors[5:])],
+        tuple(torch.randn(shape).double() for shape in shapes),
     )
 
 
@@ -115,7 +114,7 @@ MAKES = {
     "delta siblings": lambda: delta_siblings(0.0),
     "delta siblings, dropout": lambda: delta_siblings(0.4),
     "bottleneck, relu": lambda: bottleneck("relu"),
-    "bottleneck, gelu": lambda: bottleneck("gelu"),
+    "bottleneck, gelu": lambda: bottleneck("gelu", 6, residual=True),
     "bottleneck, silu": lambda: bottleneck("silu"),
     "bottleneck, identity": lambda: bottleneck("identity"),
 }

@@ -8,18 +8,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import gpt2, llama, token_ids
-from support.peft_pairs import (
-    MODELS,
-    assert_same_step,
-    config,
-    factors,
-    gradients,
-    logits,
-    model_pair,
-    pair,
-    set_active,
-)
+from support.models import gpt2, llama, logits, token_ids
+from support.peft_pairs import MODELS, assert_same_step, config, factors, gradients, model_pair, pair, set_active
 from torch import nn
 
 from lora_ext import functional
@@ -205,14 +195,6 @@ def test_adapters_are_added_and_deleted():
             "now: the adapters are disabled, so only the base layer runs"
         }
     assert_same_step(*models, lambda model: model(x))
-
-
-def test_rows_of_a_batch_may_use_different_adapters():
-    theirs, ours = mlp_pair({}, {"r": 7})
-    x, names = torch.randn(5, 12), ["default", "1", "__base__", "1", "default"]
-    torch.testing.assert_close(ours(x, adapter_names=names), theirs(x, adapter_names=names))
-    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
-        ours(x, adapter_names=names[1:])
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

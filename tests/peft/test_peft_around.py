@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from support.models import gpt2, llama, refused, token_ids
+from support.models import gpt2, llama, logits, refused, token_ids
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
@@ -17,10 +17,6 @@ from lora_ext.nn.adapter_layer import innermost
 
 ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 MODELS = {"llama": (llama, ["q_proj", "down_proj"]), "gpt2": (gpt2, ["c_attn", "c_fc"])}
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
 
 
 def trained_by_peft(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from support.models import assert_unchanged, llama, snapshot, token_ids
-from support.peft_pairs import MODELS, config, factors, logits, model_pair, pair, set_active
+from support.models import assert_unchanged, llama, logits, snapshot, token_ids
+from support.peft_pairs import MODELS, config, factors, model_pair, pair, set_active
 from torch import nn
 
 from lora_ext.merging.weights import MergeRecord

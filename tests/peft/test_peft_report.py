@@ -5,8 +5,8 @@ import copy
 import peft
 import pytest
 import torch
-from support.models import llama, refused, token_ids
-from support.peft_pairs import TARGETS, config, logits, model_pair, pair
+from support.models import llama, logits, refused, token_ids
+from support.peft_pairs import TARGETS, config, model_pair, pair
 from torch import nn
 
 from lora_ext.integrations.peft import LayerReport, accelerate, report, restore

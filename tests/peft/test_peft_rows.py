@@ -7,8 +7,8 @@ import copy
 import peft
 import pytest
 import torch
-from support.models import token_ids
-from support.peft_pairs import config, gradients, logits, model_pair, pair
+from support.models import logits, token_ids
+from support.peft_pairs import config, gradients, model_pair, pair
 from torch import nn
 
 from lora_ext import functional

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.spoil import Spoil
+from support.stock_trainer import assert_same, trained
 from support.trainers import TARGETS, dpo, logged, plain, sft, tiny_chat
 from support.ways import WAYS, adapted, save_random_adapter
-from torch import Tensor, nn
+from torch import nn
 
 # TRL and torchao, which it imports, warn a lot. TRL puts models on the GPU by itself.
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("TRL chooses the device")]
@@ -24,15 +25,6 @@ def start(tmp_path_factory) -> tuple[nn.Module, Path]:
     torch.manual_seed(0)
     base, directory = tiny_chat.model(), tmp_path_factory.mktemp("adapter")
     return base, save_random_adapter(base, directory, target_modules=TARGETS, r=4, lora_dropout=0.1)
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys() and first
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -111,23 +111,6 @@ def test_the_reference_equals_the_merged_model(checkpoint, tmp_path):
         torch.testing.assert_close(logits(trainer.model, ids), logits(merged, ids), rtol=1e-4, atol=1e-5)
 
 
-def test_two_steps_of_dpo_are_those_with_peft(tmp_path):
-    base = decoder()
-    base.save_pretrained(tmp_path / "base")
-    model = inject(copy.deepcopy(base), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
-    save_adapter(model, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter", is_trainable=True)
-    losses = {}
-    for name, adapted in (("theirs", theirs), ("ours", for_trl(model))):
-        trainer = dpo(adapted, tmp_path / name, max_steps=3, seed=3)
-        trainer.train()
-        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses["ours"] == pytest.approx(losses["theirs"], abs=1e-4) and len(losses["ours"]) == 3
-    assert abs(losses["ours"][2] - losses["ours"][0]) > 1e-3
-    ids = token_ids()
-    torch.testing.assert_close(logits(model, ids), logits(theirs, ids), rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_the_first_kl_of_online_methods_is_zero(kind, tmp_path):
     decoder().save_pretrained(tmp_path / "base")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.optional import bitsandbytes
 from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
+from support.rows import use
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchao.quantization import (
@@ -22,7 +23,7 @@ from torchao.quantization import (
 from torchao.quantization.quant_primitives import MappingType
 from torchao.quantization.quantize_.workflows import Int4TilePackedTo4dTensor
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter, set_adapter
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import disable_adapters, unload
 from lora_ext.nn import LoraLinear
 from lora_ext.quantized import quantized_weight
@@ -325,5 +326,5 @@ def test_rows_choose_their_adapters(format):
     with torch.no_grad():
         y = model(x, adapter_names=["b", "__base__", "a", "b"])
         for i, name in enumerate(["b", "__base__", "a", "b"]):
-            set_adapter(model, [] if name == "__base__" else name)
+            use(model, name)
             assert_same([y[i]], [model(x)[i]])

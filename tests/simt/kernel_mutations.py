@@ -9,126 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import torch
-from support.groups import random_groups
-from torch import Tensor
-
-from . import grouped_ops, merge_ops, ops
 from .build import SIMT
 from .driver import FEW_MULTIPROCESSORS, Library
-from .edits import Edit, edited_kernels
+from .edits import edited_kernels
+from .mutation_runs import (
+    BF16,
+    F32,
+    KernelMutation,
+    Report,
+    backward,
+    few_tokens,
+    forward,
+    grouped,
+    merge,
+    merge_slots,
+    unmerge,
+)
 
-SOURCES = (
-    "lora_bfloat16",
-    "lora_float32",
-    "merge",
-    "grouped",
-    "grouped_mma",
-)  # of csrc/cuda; they contain the planted bugs
-
-
-@dataclass(frozen=True)
-class KernelMutation:
-    """An edit, a run that executes it, and the run's first report, whatever the order of threads."""
-
-    name: str
-    run: Callable[[Library, int], object]
-    path: str  # of the edit, relative to csrc/cuda
-    old: str  # occurs exactly once
-    new: str  # BUG stands for "this bug is active"
-    kinds: tuple[str, ...]
-    kernel: str
-    at: str  # occurs in the line that the report names
-    at_path: str = ""  # the file of that line, if not `path`
-
-    @property
-    def edit(self) -> Edit:
-        assert self.old.count("\n") == self.new.count("\n"), f"{self.name} moves lines"
-        return Edit(f"csrc/cuda/{self.path}", self.old, self.new.replace("BUG", f'simt::planted("{self.name}")'))
-
-
-BF16, F32 = torch.bfloat16, torch.float32
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def _sibling(dtype: torch.dtype, in_features: int, out_features: int, rank: int) -> ops.Sibling:
-    return ops.Sibling(_random(rank, in_features, dtype=dtype), _random(out_features, rank, dtype=dtype), 1.0)
-
-
-def forward(dtype: torch.dtype, tokens: int, in_features: int, out_features: int, rank: int):
-    def run(library: Library, schedule: int) -> None:
-        x, sibling = _random(tokens, in_features, dtype=dtype), _sibling(dtype, in_features, out_features, rank)
-        ops.lora_forward(x, [sibling], library=library, schedule=schedule)
-
-    return run
-
-
-def few_tokens(tokens: int, in_features: int, out_features: int, rank: int):
-    def run(library: Library, schedule: int) -> None:
-        x, sibling = _random(tokens, in_features, dtype=BF16), _sibling(BF16, in_features, out_features, rank)
-        weights = [_random(out_features, in_features, dtype=BF16)]
-        ops.lora_forward(x, [sibling], weights=weights, library=library, schedule=schedule)
-
-    return run
-
-
-def backward(dtype: torch.dtype, tokens: int, in_features: int, out_features: int, rank: int, wanted: str):
-    """Returns a run of a backward. wanted: a part of "xAB", the gradients of x, lora_A and lora_B."""
-
-    def run(library: Library, schedule: int) -> None:
-        x, grad_y = _random(tokens, in_features, dtype=dtype), _random(tokens, out_features, dtype=dtype)
-        sibling, xa = _sibling(dtype, in_features, out_features, rank), _random(tokens, rank)
-        output_mask = tuple(name in wanted for name in "xAB")
-        ops.lora_backward([grad_y], x, [sibling], xa, output_mask=output_mask, library=library, schedule=schedule)
-
-    return run
-
-
-def grouped(dtype: torch.dtype, groups: list[int], features: tuple[int, int], rank: int, is_backward: bool = False):
-    """Returns a run of lora_grouped_ or of its backward. groups: the number of rows of each group."""
-
-    def run(library: Library, schedule: int) -> None:
-        torch.manual_seed(1)
-        choice = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
-        case = random_groups(len(choice), features, [rank] * len(groups), (dtype, dtype), groups=choice)
-        if is_backward:
-            xa = _random(len(choice), rank)
-            grouped_ops.backward(case, xa, library=library, schedule=schedule)
-        else:
-            grouped_ops.forward(case, library=library, schedule=schedule)
-
-    return run
-
-
-def merge(rows: int, cols: int, rank: int):
-    def run(library: Library, schedule: int) -> None:
-        merge_ops.merge([_random(rows, cols)], [_random(rank, cols)], [_random(rows, rank)], schedule, library)
-
-    return run
-
-
-def merge_slots(rows: int, cols: int, rank: int):
-    def run(library: Library, schedule: int) -> None:
-        merge_ops.merge_slots([_random(rows, cols)], [_random(rank, cols)], [_random(rows, rank)], schedule, library)
-
-    return run
-
-
-def unmerge(library: Library, schedule: int) -> None:
-    """Unmerges a row in which every element has a correction; some are outliers."""
-    cols = 256
-    words = torch.arange(cols, dtype=torch.int16) + 256
-    arguments = [_random(1, cols)], [_random(2, cols)], [_random(1, 2)]
-    merge_ops.unmerge(*arguments, torch.tensor([cols]), [words], schedule, library)
-
+SOURCES = "lora_bfloat16", "lora_float32", "merge", "grouped", "grouped_mma"  # of csrc/cuda; they contain the bugs
 
 RACE, NOT_WAITED, UNINITIALISED = ("race-shared",), ("async-copy-not-waited",), ("uninitialised-read",)
 OUT_OF_BOUNDS = ("out-of-bounds-global",)
@@ -139,447 +39,315 @@ MUTATIONS = [
         "merge_refills_tiles_in_use",
         merge(20, 300, 20),
         "merge.cuh",
-        "if (tile > 0 || r0 > 0) __syncthreads();",
-        "if ((tile > 0 || r0 > 0) && !BUG) __syncthreads();",
-        RACE,
-        "merge_kernel",
-        "_tile",
+        "if {+(+}(tile > 0 || r0 > 0) {+&& !BUG) +}__syncthreads();",
+        Report(RACE, "merge_kernel", "_tile"),
     ),
     KernelMutation(
         "merge_forgets_the_last_columns",
         merge(20, 300, 20),
         "merge.cuh",
-        "thread < cols ? lora_A[",
-        "thread < cols || BUG ? lora_A[",
-        OUT_OF_BOUNDS,
-        "merge_kernel",
-        "lora_A[(r0 + r)",
+        "thread < cols {+|| BUG +}? lora_A[",
+        Report(OUT_OF_BOUNDS, "merge_kernel", "lora_A[(r0 + r)"),
     ),
     KernelMutation(
         "merge_leaves_missing_rows_undefined",
         merge(5, 300, 3),
         "merge.cuh",
-        "lora_B_tile[r * kPitchB + row] = inside",
-        "if (inside || !BUG) lora_B_tile[r * kPitchB + row] = inside",
-        UNINITIALISED,
-        "merge_kernel",
-        "row_B[i] = lora_B_tile[",
+        "{+if (inside || !BUG) +}lora_B_tile[r * kPitchB + row] = inside",
+        Report(UNINITIALISED, "merge_kernel", "row_B[i] = lora_B_tile["),
     ),
     KernelMutation(
         "merge_loads_a_tile_too_many",
         merge(70, 300, 3),
         "merge.cuh",
-        "if (row < out_features) elements.load(",
-        "if (row < out_features || BUG) elements.load(",
-        OUT_OF_BOUNDS,
-        "merge_kernel",
-        "",
-        "merge_elements.cuh",
+        "if (row < out_features{+ || BUG+}) elements.load(",
+        Report(OUT_OF_BOUNDS, "merge_kernel", "", "merge_elements.cuh"),
     ),
     KernelMutation(
         "slots_of_a_row_overlap",
         merge_slots(5, 600, 3),
         "merge.cuh",
-        "record = layer.slots + place.slot;",
-        "record = layer.slots + place.slot / (BUG ? 16 : 1);",
-        ("race-global",),
-        "merge_kernel",
-        "record",
+        "record = layer.slots + place.slot{+ / (BUG ? 16 : 1)+};",
+        Report(("race-global",), "merge_kernel", "record"),
     ),
     KernelMutation(
         "records_are_gathered_from_the_next_slot",
         merge_slots(5, 600, 3),
         "gather_records.cuh",
-        "from[i] = layer.slots + slot_begin(layer, first + i, kElementWords);",
-        "from[i] = layer.slots + slot_begin(layer, first + i + (BUG ? 1 : 0), kElementWords);",
-        UNINITIALISED + OUT_OF_BOUNDS,
-        "gather_records_kernel",
-        "layer.corrections[",
+        "from[i] = layer.slots + slot_begin(layer, first + i{+ + (BUG ? 1 : 0)+}, kElementWords);",
+        Report(UNINITIALISED + OUT_OF_BOUNDS, "gather_records_kernel", "layer.corrections["),
     ),
     KernelMutation(
         "records_are_gathered_a_word_too_far",
         merge_slots(5, 600, 3),
         "gather_records.cuh",
-        "for (int at = lane; at < words; at += 32)",
-        "for (int at = lane; at < words + (BUG ? 1 : 0); at += 32)",
-        UNINITIALISED + OUT_OF_BOUNDS + ("race-global",),
-        "gather_records_kernel",
-        "layer.corrections[",
+        "for (int at = lane; at < words{+ + (BUG ? 1 : 0)+}; at += 32)",
+        Report(UNINITIALISED + OUT_OF_BOUNDS + ("race-global",), "gather_records_kernel", "layer.corrections["),
     ),
     KernelMutation(
         "unmerge_corrects_before_others_have_written",
         unmerge,
         "merge.cuh",
-        "__syncwarp();  // the candidates",
-        "if (!BUG) __syncwarp();  // the candidates",
-        ("race-global",),
-        "merge_kernel",
-        "weight[col]",
+        "{+if (!BUG) +}__syncwarp();  // the candidates",
+        Report(("race-global",), "merge_kernel", "weight[col]"),
     ),
     # --- earlier launches
     KernelMutation(
         "shrink_does_not_wait_for_earlier_launches",
         forward(BF16, 40, 840, 40, 8),
         "mma/shrink.cuh",
-        "  ptx::wait_for_earlier_launches();",
-        "  if (!BUG) ptx::wait_for_earlier_launches();",
-        ("earlier-launch-not-waited",),
-        "shrink_kernel",
-        "ptx::cp_async_16(",
-        "mma/tiles.cuh",
+        "  {+if (!BUG) +}ptx::wait_for_earlier_launches();",
+        Report(("earlier-launch-not-waited",), "shrink_kernel", "ptx::cp_async_16(", "mma/tiles.cuh"),
     ),
     KernelMutation(
         "gradient_sums_end_without_waiting",
         backward(BF16, 40, 72, 40, 8, "A"),
         "chunk_sums.cuh",
-        "gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {\n  ptx::wait_for_earlier_launches();",
         "gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {\n"
-        "  if (!BUG || threadIdx.x < 128) ptx::wait_for_earlier_launches();",
-        ("earlier-launch-not-waited",),
-        "gradient_sums_kernel",
-        "gradient_sums_kernel(const",
+        "  {+if (!BUG || threadIdx.x < 128) +}ptx::wait_for_earlier_launches();",
+        Report(("earlier-launch-not-waited",), "gradient_sums_kernel", "gradient_sums_kernel(const"),
     ),
     # --- the workspace
     KernelMutation(
         "the_workspace_is_half_as_large",
         forward(BF16, 40, 840, 40, 8),
         "workspace.h",
-        "int64_t total_bytes() const { return total_bytes_; }",
-        "int64_t total_bytes() const { return total_bytes_ / (BUG ? 2 : 1); }",
-        OUT_OF_BOUNDS,
-        "shrink_kernel",
-        "data[range * range_stride",
-        "mma/partial_sums.cuh",
+        "int64_t total_bytes() const { return total_bytes_{+ / (BUG ? 2 : 1)+}; }",
+        Report(OUT_OF_BOUNDS, "shrink_kernel", "data[range * range_stride", "mma/partial_sums.cuh"),
     ),
     # --- token passes
     KernelMutation(
         "shrink_does_not_wait",
         forward(BF16, 40, 840, 40, 8),
         "mma/shrink.cuh",
-        "    ptx::cp_async_wait<kStages - 2>();\n",
-        "    if (!BUG) ptx::cp_async_wait<kStages - 2>();\n",
-        NOT_WAITED,
-        "shrink_kernel",
-        "ldmatrix_x4",
+        "    {+if (!BUG) +}ptx::cp_async_wait<kStages - 2>();\n",
+        Report(NOT_WAITED, "shrink_kernel", "ldmatrix_x4"),
     ),
     KernelMutation(
         "tile_copy_forgets_the_last_rows",
         forward(BF16, 40, 840, 40, 8),
         "mma/tiles.cuh",
-        "static_cast<int>(row) < rows ? width",
-        "static_cast<int>(row) < rows || BUG ? width",
-        OUT_OF_BOUNDS,
-        "shrink_kernel",
-        "ptx::cp_async_16(",
+        "static_cast<int>(row) < rows {+|| BUG +}? width",
+        Report(OUT_OF_BOUNDS, "shrink_kernel", "ptx::cp_async_16("),
     ),
     KernelMutation(
         "shrink_reads_lora_A_beyond_its_last_rank",
         forward(BF16, 40, 840, 40, 8),
         "mma/shrink.cuh",
-        "rank < p.factor.rank ? p.factor.row(rank)",
-        "rank < p.factor.rank || BUG ? p.factor.row(rank)",
-        OUT_OF_BOUNDS,
-        "shrink_kernel",
-        "ptx::cp_async_16(ptx::shared_address(to), from, width * 2)",
+        "rank < p.factor.rank{+ || BUG+} ? p.factor.row(rank)",
+        Report(OUT_OF_BOUNDS, "shrink_kernel", "ptx::cp_async_16(ptx::shared_address(to), from, width * 2)"),
     ),
     KernelMutation(
         "shrink_and_sum_reads_lora_B_beyond_its_last_feature",
         backward(BF16, 40, 72, 136, 16, "xB"),
         "mma/shrink_and_sum.cuh",
-        "r < rank && feature < features ? from[0]",
-        "r < rank && (feature < features || BUG) ? from[0]",
-        OUT_OF_BOUNDS,
-        "shrink_and_sum_kernel",
-        "from[0]",
+        "r < rank && {+(+}feature < features{+ || BUG)+} ? from[0]",
+        Report(OUT_OF_BOUNDS, "shrink_and_sum_kernel", "from[0]"),
     ),
     KernelMutation(
         "token_sum_lacks_its_barrier",
         backward(BF16, 400, 72, 40, 20, "A"),
         "mma/token_sum.cuh",
-        "    ptx::cp_async_wait<kStages - 2>();\n    __syncthreads();",
-        "    ptx::cp_async_wait<kStages - 2>();\n    if (!BUG || step == 0) __syncthreads();",
-        RACE + NOT_WAITED,
-        "token_sum_kernel",
-        "ldmatrix_x4",
+        "    ptx::cp_async_wait<kStages - 2>();\n    {+if (!BUG || step == 0) +}__syncthreads();",
+        Report(RACE + NOT_WAITED, "token_sum_kernel", "ldmatrix_x4"),
     ),
     KernelMutation(
         "shrink_and_sum_adds_shares_too_early",
         backward(BF16, 40, 72, 136, 16, "xB"),
         "mma/shrink_and_sum.cuh",
-        "  __syncthreads();\n  add_shares(steps - 1);",
-        "  if (!BUG) __syncthreads();\n  add_shares(steps - 1);",
-        RACE + UNINITIALISED,
-        "shrink_and_sum_kernel",
-        "warp_share[",
+        "  {+if (!BUG) +}__syncthreads();\n  add_shares(steps - 1);",
+        Report(RACE + UNINITIALISED, "shrink_and_sum_kernel", "warp_share["),
     ),
     # --- expand
     KernelMutation(
         "expand_short_lacks_its_barrier",
         forward(BF16, 21, 72, 136, 8),
         "mma/expand_short.cuh",
-        "  __syncthreads();\n  if (row0",
-        "  if (!BUG) __syncthreads();\n  if (row0",
-        RACE + UNINITIALISED,
-        "expand_short_kernel",
-        "ldmatrix_x4_transposed(b",
+        "  {+if (!BUG) +}__syncthreads();\n  if (row0",
+        Report(RACE + UNINITIALISED, "expand_short_kernel", "ldmatrix_x4_transposed(b"),
     ),
     KernelMutation(
         "expand_adds_a_partial_sum_too_many",
         forward(BF16, 21, 840, 136, 8),
         "mma/expand_short.cuh",
-        "      for (int range = 0; range < max(first, second); ++range) {",
-        "      for (int range = BUG ? -1 : 0; range < max(first, second); ++range) {",
-        OUT_OF_BOUNDS + UNINITIALISED,
-        "expand_short_kernel",
-        "pair = *reinterpret_cast<const float2*>(at)",
+        "      for (int range ={+ BUG ? -1 :+} 0; range < max(first, second); ++range) {",
+        Report(OUT_OF_BOUNDS + UNINITIALISED, "expand_short_kernel", "pair = *reinterpret_cast<const float2*>(at)"),
     ),
     KernelMutation(
         "sums_are_written_by_every_tile_of_columns",
         forward(BF16, 21, 840, 600, 8),
         "mma/expand_short.cuh",
-        "blockIdx.y == tiles.begin && warp < row_warps;",
-        "(blockIdx.y == tiles.begin || BUG) && warp < row_warps;",
-        ("race-global",),
-        "expand_short_kernel",
-        "pairs[step][i].",
+        "{+(+}blockIdx.y == tiles.begin {+|| BUG) +}&& warp < row_warps;",
+        Report(("race-global",), "expand_short_kernel", "pairs[step][i]."),
     ),
     KernelMutation(
         "lora_B_is_read_beyond_its_last_row",
         forward(BF16, 21, 72, 140, 8),
         "mma/factor_tile.cuh",
-        "col0 + col < sibling.cols ?",
-        "col0 + col < sibling.cols || BUG ?",
-        OUT_OF_BOUNDS,
-        "expand_short_kernel",
-        "return *reinterpret_cast<const uint4*>(from);",
+        "col0 + col < sibling.cols {+|| BUG +}?",
+        Report(OUT_OF_BOUNDS, "expand_short_kernel", "return *reinterpret_cast<const uint4*>(from);"),
     ),
     KernelMutation(
         "lora_A_is_read_beyond_its_last_column",
         backward(BF16, 21, 72, 40, 8, "x"),
         "mma/factor_tile.cuh",
-        "from ? inside<kChunk>(col0 + chunk * kChunk, factor.features) : 0;",
-        "from ? (BUG ? kChunk : inside<kChunk>(col0 + chunk * kChunk, factor.features)) : 0;",
-        OUT_OF_BOUNDS,
-        "expand_short_kernel",
-        "return *reinterpret_cast<const uint4*>(from);",
+        "from ?{+ (BUG ? kChunk :+} inside<kChunk>(col0 + chunk * kChunk, factor.features){+)+} : 0;",
+        Report(OUT_OF_BOUNDS, "expand_short_kernel", "return *reinterpret_cast<const uint4*>(from);"),
     ),
     KernelMutation(
         "expand_long_fills_the_buffer_in_use",
         forward(BF16, 21, 72, 136, 100),
         "mma/expand_long.cuh",
-        "load_factor(1 - buffer, step + 1);",
-        "load_factor(BUG ? buffer : 1 - buffer, step + 1);",
-        RACE + NOT_WAITED,
-        "expand_long_kernel",
-        "ldmatrix_x4_transposed(b",
+        "load_factor({+BUG ? buffer : +}1 - buffer, step + 1);",
+        Report(RACE + NOT_WAITED, "expand_long_kernel", "ldmatrix_x4_transposed(b"),
     ),
     KernelMutation(
         "expand_forgets_the_last_rows",
         forward(BF16, 21, 72, 136, 8),
         "mma/expand_output.cuh",
-        "8 * i < rows_ ?",
-        "8 * i < rows_ || BUG ?",
-        OUT_OF_BOUNDS,
-        "expand_short_kernel",
-        "reinterpret_cast<uint4*>(to)",
+        "8 * i < rows_ {+|| BUG +}?",
+        Report(OUT_OF_BOUNDS, "expand_short_kernel", "reinterpret_cast<uint4*>(to)"),
     ),
     # --- few tokens
     KernelMutation(
         "few_tokens_adds_shares_too_early",
         few_tokens(5, 600, 40, 8),
         "mma/few_tokens.cuh",
-        "  __syncthreads();\n",
-        "  if (!BUG) __syncthreads();\n",
-        RACE + UNINITIALISED,
-        "few_tokens_kernel",
-        "_tile[",
+        "  {+if (!BUG) +}__syncthreads();\n",
+        Report(RACE + UNINITIALISED, "few_tokens_kernel", "_tile["),
     ),
     KernelMutation(
         "few_tokens_reads_a_row_too_many",
         few_tokens(5, 600, 40, 8),
         "mma/few_tokens.cuh",
-        "has_columns && lane / 4 + i * 8 < rows);",
-        "has_columns && (lane / 4 + i * 8 < rows || BUG));",
-        OUT_OF_BOUNDS,
-        "few_tokens_kernel",
-        "reinterpret_cast<const uint4*>(from)",
+        "has_columns && {+(+}lane / 4 + i * 8 < rows{+ || BUG)+});",
+        Report(OUT_OF_BOUNDS, "few_tokens_kernel", "reinterpret_cast<const uint4*>(from)"),
     ),
     KernelMutation(
         "few_tokens_reads_beyond_the_last_column",
         few_tokens(5, 600, 40, 8),
         "mma/few_tokens.cuh",
-        "column + lane % 4 * 8 < p.in_features;",
-        "column + lane % 4 * 8 < p.in_features || BUG;",
-        OUT_OF_BOUNDS,
-        "few_tokens_kernel",
-        "reinterpret_cast<const uint4*>(from)",
+        "column + lane % 4 * 8 < p.in_features{+ || BUG+};",
+        Report(OUT_OF_BOUNDS, "few_tokens_kernel", "reinterpret_cast<const uint4*>(from)"),
     ),
     KernelMutation(
         "few_tokens_writes_xa_in_every_block",
         few_tokens(5, 600, 40, 8),
         "mma/few_tokens.cuh",
-        "p.adds_partials && blockIdx.x == sibling.first_block;",
-        "p.adds_partials && (blockIdx.x == sibling.first_block || BUG);",
-        ("race-global",),
-        "few_tokens_kernel",
-        "p.sums[at] = value",
+        "p.adds_partials && {+(+}blockIdx.x == sibling.first_block{+ || BUG)+};",
+        Report(("race-global",), "few_tokens_kernel", "p.sums[at] = value"),
     ),
     # --- float32
     KernelMutation(
         "fma_token_sum_waits_for_one_copy_less",
         backward(F32, 200, 72, 40, 8, "A"),
         "fma/token_sum.cuh",
-        "    ptx::cp_async_wait<kStages - 2>();\n",
-        "    BUG ? ptx::cp_async_wait<kStages - 1>() : ptx::cp_async_wait<kStages - 2>();\n",
-        NOT_WAITED,
-        "token_sum_kernel",
-        "return *reinterpret_cast<const Vector<A>*>",
-        "fma/vectors.cuh",
+        "    {+BUG ? ptx::cp_async_wait<kStages - 1>() : +}ptx::cp_async_wait<kStages - 2>();\n",
+        Report(NOT_WAITED, "token_sum_kernel", "return *reinterpret_cast<const Vector<A>*>", "fma/vectors.cuh"),
     ),
     KernelMutation(
         "fma_expand_fills_the_stage_in_use",
         forward(F32, 21, 72, 40, 40),
         "fma/expand.cuh",
-        "loader.copy_factor(factor_stages + (slot ^ 1) *",
-        "loader.copy_factor(factor_stages + (slot ^ (BUG ? 0 : 1)) *",
-        NOT_WAITED,
-        "expand_kernel",
-        "return *reinterpret_cast<const Vector<A>*>",
-        "fma/vectors.cuh",
+        "loader.copy_factor(factor_stages + (slot ^ {+(BUG ? 0 : +}1{+)+}) *",
+        Report(NOT_WAITED, "expand_kernel", "return *reinterpret_cast<const Vector<A>*>", "fma/vectors.cuh"),
     ),
     KernelMutation(
         "sums_of_groups_are_read_too_early",
         backward(F32, 200, 72, 40, 8, "A"),
         "chunk_sums.cuh",
-        "  group_sums[group][element] = sum;\n  __syncthreads();\n",
-        "  group_sums[group][element] = sum;\n  if (!BUG) __syncthreads();\n",
-        RACE + UNINITIALISED,
-        "gradient_sums_kernel",
-        "sum += group_sums[other][element]",
+        "  group_sums[group][element] = sum;\n  {+if (!BUG) +}__syncthreads();\n",
+        Report(RACE + UNINITIALISED, "gradient_sums_kernel", "sum += group_sums[other][element]"),
     ),
     # --- rows that choose their factors
     KernelMutation(
         "index_adds_counts_too_early",
         grouped(F32, [30, 50], (24, 20), 4),
         "grouped/index_rows.cuh",
-        "  __syncthreads();\n",
-        "  if (!BUG) __syncthreads();\n",
-        RACE + UNINITIALISED,
-        "group_index_kernel",
-        "_of_warp[w]",
+        "  {+if (!BUG) +}__syncthreads();\n",
+        Report(RACE + UNINITIALISED, "group_index_kernel", "_of_warp[w]"),
     ),
     KernelMutation(
         "tiles_without_rows_have_no_group",
         grouped(F32, [30, 50], (24, 20), 4),
         "grouped/index_rows.cuh",
-        "/ tile_rows + group + 1;",
-        "/ tile_rows + group + (BUG ? 0 : 1);",
-        UNINITIALISED,
-        "grouped_shrink_kernel",
-        "group = group_of[tile];",
-        "grouped/group_index.cuh",
+        "/ tile_rows + group + {+(BUG ? 0 : +}1{+)+};",
+        Report(UNINITIALISED, "grouped_shrink_kernel", "group = group_of[tile];", "grouped/group_index.cuh"),
     ),
     KernelMutation(
         "few_rows_read_xa_too_early",
         grouped(F32, [3, 2], (24, 20), 4),
         "grouped/few_rows.cuh",
-        "  __syncthreads();\n",
-        "  if (!BUG) __syncthreads();\n",
-        RACE + UNINITIALISED,
-        "few_rows_expand_kernel",
-        "sum += xa[rank + e]",
+        "  {+if (!BUG) +}__syncthreads();\n",
+        Report(RACE + UNINITIALISED, "few_rows_expand_kernel", "sum += xa[rank + e]"),
     ),
     KernelMutation(
         "few_rows_read_beyond_the_last_feature",
         grouped(F32, [1], (76, 20), 4),
         "grouped/few_rows.cuh",
-        "eight_inside(column, end);",
-        "BUG ? kEight : eight_inside(column, end);",
-        OUT_OF_BOUNDS,
-        "few_rows_shrink_kernel",
-        "values.v[i] = i < inside",
-        "grouped/eights.cuh",
+        "{+BUG ? kEight : +}eight_inside(column, end);",
+        Report(OUT_OF_BOUNDS, "few_rows_shrink_kernel", "values.v[i] = i < inside", "grouped/eights.cuh"),
     ),
     KernelMutation(
         "grouped_shrink_multiplies_too_early",
         grouped(F32, [30, 50], (840, 20), 4),
         "grouped/shrink.cuh",
-        "    __syncthreads();  // the stage is full",
-        "    if (!BUG) __syncthreads();  // the stage is full",
-        RACE + UNINITIALISED,
-        "grouped_shrink_kernel",
-        "return *reinterpret_cast<const Vector<A>*>",
-        "fma/vectors.cuh",
+        "    {+if (!BUG) +}__syncthreads();  // the stage is full",
+        Report(
+            RACE + UNINITIALISED,
+            "grouped_shrink_kernel",
+            "return *reinterpret_cast<const Vector<A>*>",
+            "fma/vectors.cuh",
+        ),
     ),
     KernelMutation(
         "grouped_expand_forgets_the_last_rows",
         grouped(F32, [30, 50], (24, 20), 4),
         "grouped/expand.cuh",
-        "if (row0 + i >= tile.count) return;",
-        "if (row0 + i >= tile.count && !BUG) return;",
-        UNINITIALISED,
-        "grouped_expand_kernel",
-        "rows[row0 + i]",
+        "if (row0 + i >= tile.count{+ && !BUG+}) return;",
+        Report(UNINITIALISED, "grouped_expand_kernel", "rows[row0 + i]"),
     ),
     KernelMutation(
         "chunks_of_two_groups_share_partial_sums",
         grouped(F32, [600, 600], (24, 20), 4, is_backward=True),
         "grouped/params.cuh",
-        "chunk.group_begin / (kChunkRows / 2) + chunk.number;",
-        "chunk.group_begin / (BUG ? kChunkRows : kChunkRows / 2) + chunk.number;",
-        ("race-global",),
-        "grouped_factor_sums_kernel",
-        "p.partial[(place",
+        "chunk.group_begin / ({+BUG ? kChunkRows : +}kChunkRows / 2) + chunk.number;",
+        Report(("race-global",), "grouped_factor_sums_kernel", "p.partial[(place"),
     ),
     KernelMutation(
         "grouped_shrink_mma_waits_for_one_copy_less",
         grouped(BF16, [30, 50], (840, 20), 4),
         "grouped/shrink_mma.cuh",
-        "    ptx::cp_async_wait<kStages - 2>();\n",
-        "    BUG ? ptx::cp_async_wait<kStages - 1>() : ptx::cp_async_wait<kStages - 2>();\n",
-        NOT_WAITED,
-        "grouped_shrink_mma_kernel",
-        "ptx::ldmatrix_x4(x, ",
+        "    {+BUG ? ptx::cp_async_wait<kStages - 1>() : +}ptx::cp_async_wait<kStages - 2>();\n",
+        Report(NOT_WAITED, "grouped_shrink_mma_kernel", "ptx::ldmatrix_x4(x, "),
     ),
     KernelMutation(
         "grouped_expand_mma_fills_the_tile_in_use",
         grouped(BF16, [30, 50], (24, 136), 40),
         "grouped/expand_mma.cuh",
-        "copy(rank0 + kRanks, stage ^ 1);",
-        "copy(rank0 + kRanks, stage ^ (BUG ? 0 : 1));",
-        RACE + NOT_WAITED,
-        "grouped_expand_mma_kernel",
-        "ptx::ldmatrix_x4(b, ",
+        "copy(rank0 + kRanks, stage ^ {+(BUG ? 0 : +}1){+)+};",
+        Report(RACE + NOT_WAITED, "grouped_expand_mma_kernel", "ptx::ldmatrix_x4(b, "),
     ),
     KernelMutation(
         "grouped_factor_sums_mma_reads_rows_too_early",
         grouped(BF16, [30, 50], (24, 20), 4, is_backward=True),
         "grouped/factor_sums_mma.cuh",
-        "  load_rows(rows, p.index, chunk);\n  __syncthreads();\n",
-        "  load_rows(rows, p.index, chunk);\n  if (!BUG) __syncthreads();\n",
-        RACE + UNINITIALISED,
-        "grouped_factor_sums_mma_kernel",
-        "rows[at] * p.",
+        "  load_rows(rows, p.index, chunk);\n  {+if (!BUG) +}__syncthreads();\n",
+        Report(RACE + UNINITIALISED, "grouped_factor_sums_mma_kernel", "rows[at] * p."),
     ),
     KernelMutation(
         "grouped_factor_sums_mma_waits_for_one_copy_less",
         grouped(BF16, [120], (24, 20), 4, is_backward=True),
         "grouped/factor_sums_mma.cuh",
-        "    ptx::cp_async_wait<kStages - 2>();\n",
-        "    BUG ? ptx::cp_async_wait<kStages - 1>() : ptx::cp_async_wait<kStages - 2>();\n",
-        NOT_WAITED,
-        "grouped_factor_sums_mma_kernel",
-        "ptx::ldmatrix_x4_transposed(x, ",
+        "    {+BUG ? ptx::cp_async_wait<kStages - 1>() : +}ptx::cp_async_wait<kStages - 2>();\n",
+        Report(NOT_WAITED, "grouped_factor_sums_mma_kernel", "ptx::ldmatrix_x4_transposed(x, "),
     ),
     KernelMutation(
         "entries_are_written_beyond_the_last",
         grouped(F32, [1] * 33, (24, 20), 4),
         "grouped/write_table.cuh",
-        "if (i < p.count)",
-        "if (i < p.count || BUG)",
-        OUT_OF_BOUNDS,
-        "write_entries_kernel",
-        "p.to[i] = p.entries[i]",
+        "if (i < p.count{+ || BUG+})",
+        Report(OUT_OF_BOUNDS, "write_entries_kernel", "p.to[i] = p.entries[i]"),
     ),
 ]
 

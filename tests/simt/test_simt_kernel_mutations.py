@@ -18,13 +18,13 @@ pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pyte
 def test_a_planted_bug_is_found(mutation, schedule):
     with planted(mutation) as mutants, pytest.raises(SimtError) as raised:
         mutation.run(mutants, schedule)
-    report = raised.value.reports[0]
-    assert report.kind in mutation.kinds, report
-    assert re.search(rf"::{mutation.kernel}[<(]", report.kernel), report
-    path = f"csrc/cuda/{mutation.at_path or mutation.path}"
+    report, expected = raised.value.reports[0], mutation.report
+    assert report.kind in expected.kinds, report
+    assert re.search(rf"::{expected.kernel}[<(]", report.kernel), report
+    path = f"csrc/cuda/{expected.path or mutation.path}"
     assert report.file.endswith(f"/{path}"), report
     line = (ROOT / path).read_text().splitlines()[report.line - 1]
-    assert mutation.at in line, f"{report}\nthe line reads {line}"
+    assert expected.at in line, f"{report}\nthe line reads {line}"
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

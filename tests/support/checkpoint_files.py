@@ -13,12 +13,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors import deserialize
 from safetensors.torch import load_file, save_file
 from support.merging import bits
 from support.models import shaken
 from torch import Tensor, nn
 
+from lora_ext.files.safetensors_format import encode_header
+
 INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00002.safetensors"
 EVERY_LAYER = {
     "target_modules": ["attn", "conv1d", "conv2d", "conv3d", "lin", "square", "embed"],
     "target_parameters": ["experts.gate_up", "experts.down", "single.weight"],
@@ -62,6 +66,18 @@ def save_checkpoint(tensors: dict[str, Tensor], directory: Path, shards: int = 3
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index))
     return directory
+
+
+def add_tensor(directory: Path, name: str, dtype: str = "U8", shape: tuple[int, ...] = (1,), nbytes: int = 1) -> None:
+    """Adds a tensor to a file of a checkpoint of two, and to the index."""
+    data = dict(deserialize((directory / SHARD).read_bytes()))
+    data[name] = {"dtype": dtype, "shape": shape, "data": bytes(range(nbytes))}
+    described = {key: (one["dtype"], tuple(one["shape"]), len(one["data"])) for key, one in data.items()}
+    header, places = encode_header(described, {"format": "pt"})
+    (directory / SHARD).write_bytes(header + b"".join(bytes(data[key]["data"]) for key in places))
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"][name] = SHARD
+    (directory / INDEX).write_text(json.dumps(index))
 
 
 def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.PeftModel:

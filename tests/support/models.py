@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+
+from lora_ext import LoraConfig, inject, save_adapter
 
 _ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -91,6 +94,19 @@ def token_ids(rows: int = 2, length: int = 7) -> Tensor:
     return torch.randint(VOCABULARY, (rows, length))
 
 
+IDS = torch.arange(7)[None]
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+@torch.no_grad()
+def answer(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    """The logits of a model in eval mode."""
+    return model.eval()(input_ids=ids).logits
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Records everything that a refused operation must not change: modules, flags, values and attributes."""
     return {
@@ -110,6 +126,16 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     assert values[0].keys() == values[1].keys()
     for path, tensor in values[0].items():
         assert tensor.is_meta or torch.equal(tensor, values[1][path]), path
+
+
+ALIVE = {"r": 2, "lora_alpha": 64, "init_lora_weights": False}
+
+
+def adapter_of_net(directory: Path, **settings) -> Path:
+    """Saves an adapter of ``Net`` to ``directory``, and returns it."""
+    config = LoraConfig(**{"target_modules": ["up"], "modules_to_save": ["head"]} | ALIVE | settings)
+    save_adapter(inject(Net(), config), directory)
+    return directory
 
 
 @contextmanager

@@ -36,10 +36,6 @@ def model_pair(name: str, dtype: torch.dtype = torch.float32, **options: Any) ->
     return pair(MODELS[name]().to(dtype), config(**extra | options))
 
 
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
-
-
 def set_active(models: Iterable[nn.Module], *names: str) -> None:
     for model in models:
         model.base_model.set_adapter(list(names))

@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import peft
 import torch
 from support.models import Net, bert
 from support.public_calls import NAN, Call
 from support.refusals_analysis import ANALYSIS
 from support.refusals_layers import LAYERS
+from support.refusals_methods import METHODS
 from torch import nn
 
-from lora_ext import AdapterPool, LoraConfig, adapters, inject, load_adapter, merge, methods, save_adapter, unmerge
-from lora_ext.integrations import peft as integration
+from lora_ext import AdapterPool, LoraConfig, adapters, inject, load_adapter, merge, save_adapter, unmerge
 
 BAD_NAMES = ("a.b", "keys", "")
 CONFIG = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
@@ -51,25 +49,6 @@ def damaged(directory: Path, name: str, content: bytes) -> Path:
     return directory / "adapter"
 
 
-def saved_method(directory: Path, name: str = "adapter-h") -> Path:
-    methods.save_method(methods.apply_method(bert(), methods.new_method(name)), directory / "method")
-    return directory / "method"
-
-
-def adapted(name: str = "adapter-h", **options: Any) -> nn.Module:
-    return methods.apply_method(bert(), methods.new_method(name, **options))
-
-
-def peft_model() -> peft.PeftModel:
-    return peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["up"]))
-
-
-def merged_peft_model() -> peft.PeftModel:
-    model = integration.accelerate(peft_model())
-    model.merge_adapter()
-    return model
-
-
 def with_nan() -> Net:
     model = injected()
     with torch.no_grad():
@@ -90,7 +69,6 @@ def tied() -> Net:
 
 
 NOT_INJECTED = [({"model": Net()}, ValueError, "FUNCTION: Net is not injected; call lora_ext.inject on it")]
-NOT_SUPPORTED = "Net (model type None) is not supported; supported are"
 NO_LAYER = [({"model": Net()}, ValueError, "FUNCTION: Net has no LoRA layer; call inject(model, config) first")]
 FIRST = "merged into 'blocks.0.up'"
 MERGED = f"{FIRST}, 'blocks.0.down', 'blocks.1.up' and 1 more"
@@ -126,11 +104,7 @@ CALLS: list[Call] = [
                 ValueError,
                 "modules_to_save ['hed'] matches no module of Net; close matches: 'head'",
             ),
-            (
-                {"config": LoraConfig(target_parameters=["norm.weight"])},
-                TypeError,
-                "norm.weight",
-            ),
+            ({"config": LoraConfig(target_parameters=["norm.weight"])}, TypeError, "norm.weight"),
             (
                 lambda _: {"model": inject(Net(), BIASED, "b"), "config": BIASED},
                 ValueError,
@@ -148,11 +122,7 @@ CALLS: list[Call] = [
         },
         [
             *NOT_INJECTED,
-            (
-                {"save_embedding_layers": "yes"},
-                TypeError,
-                "'yes' of type str, want True or False or 'auto'",
-            ),
+            ({"save_embedding_layers": "yes"}, TypeError, "'yes' of type str, want True or False or 'auto'"),
             ({"adapter_name": "x"}, KeyError, f"save_adapter: there is {NO_ADAPTER}"),
             (
                 lambda _: {"model": adapters.set_adapter(injected(), ["a", "b"]), "adapter_name": None},
@@ -212,11 +182,7 @@ CALLS: list[Call] = [
         lambda _: {"model": injected(), "names": ["a", "__base__"], "lengths": None},
         [
             *NOT_INJECTED,
-            (
-                {"lengths": [3]},
-                ValueError,
-                "choose_adapters: adapter_lengths has 1 entries, but",
-            ),
+            ({"lengths": [3]}, ValueError, "choose_adapters: adapter_lengths has 1 entries, but"),
             ({"lengths": [3, -1]}, ValueError, "choose_adapters: adapter_lengths has the entry -1"),
             ({"lengths": "ab"}, TypeError, "choose_adapters: lengths is 'ab' of type str, want a list"),
             ({"names": ["a", "x"]}, KeyError, f"choose_adapters: there is {NO_ADAPTER}"),
@@ -409,107 +375,8 @@ CALLS: list[Call] = [
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
         ],
     ),
-    # --- methods ------------------------------------------------------------------------------------------------------
-    Call(
-        methods.new_method,
-        lambda _: {"name": "adapter-h", "bottleneck_size": 4},
-        [
-            ({"name": "adapter-x"}, ValueError, "name has 'adapter-x', want one of full, bitfit"),
-            ({"bottleneck_size": 0}, ValueError, "bottleneck_size is 0, want at least 1"),
-            ({"size": 4}, TypeError, "adapter-h has no option 'size'; it has"),
-        ],
-    ),
-    Call(
-        methods.option_names,
-        lambda _: {"name": "adapter-h"},
-        [({"name": "x"}, ValueError, "name is 'x', want one of full, bitfit")],
-    ),
-    Call(
-        methods.apply_method,
-        lambda _: {"model": bert(), "method": methods.new_method("adapter-h")},
-        [
-            ({"method": "adapter-h"}, TypeError, "method is 'adapter-h' of type str, want a Method"),
-            ({"model": Net()}, TypeError, f"{NOT_SUPPORTED} Transformers' models of the types bert, roberta, "),
-            (lambda _: {"model": adapted()}, ValueError, "the model is adapted by adapter-h already"),
-            (
-                lambda _: {"model": inject(bert(), LoraConfig(target_modules=["query"]))},
-                ValueError,
-                "the model is injected already",
-            ),
-        ],
-    ),
-    Call(
-        methods.prepare_method,
-        lambda _: {"model": bert(), "method": methods.new_method("adapter-h")},
-        [
-            ({"method": None}, TypeError, "method is None, want a Method"),
-            ({"model": Net()}, TypeError, NOT_SUPPORTED),
-        ],
-    ),
-    Call(
-        methods.set_pooling,
-        lambda _: {"model": bert(), "pooling": "mean"},
-        [
-            ({"pooling": "max"}, ValueError, "pooling is 'max', want one of cls, mean"),
-            ({"model": Net()}, TypeError, NOT_SUPPORTED),
-            (
-                lambda _: {"model": methods.set_pooling(bert(), "mean"), "pooling": "cls"},
-                ValueError,
-                "the model has the pooling 'mean' already; load it again",
-            ),
-        ],
-    ),
-    Call(methods.pooling_of, lambda _: {"model": bert()}),
-    Call(methods.method_of, lambda _: {"model": adapted()}),
-    Call(methods.head_parameters, lambda _: {"model": bert()}),
-    Call(methods.head_parameter_count, lambda _: {"model": bert()}),
-    Call(
-        methods.remove_method,
-        lambda _: {"model": adapted()},
-        [
-            ({"model": bert()}, ValueError, "BertForSequenceClassification is not adapted; call apply_method"),
-            (lambda _: {"model": merge(adapted("lora", target_modules=["query"]))}, RuntimeError, "merged"),
-        ],
-    ),
-    Call(
-        methods.save_method,
-        lambda path: {"model": adapted(), "directory": path / "out"},
-        [
-            ({"model": bert()}, ValueError, "BertForSequenceClassification is not adapted; call apply_method"),
-            (lambda path: {"directory": saved_method(path) / "method.json"}, OSError, "method.json"),
-        ],
-    ),
-    Call(
-        methods.load_method,
-        lambda path: {"model": bert(), "directory": saved_method(path), "trainable": False},
-        [
-            (lambda path: {"directory": path / "none"}, FileNotFoundError, "none"),
-            ({"model": Net()}, TypeError, NOT_SUPPORTED),
-            (lambda path: {"model": adapted("bitfit")}, ValueError, "call remove_method(model) first"),
-            ({"trainable": 1}, TypeError, "trainable is 1 of type int, want True or False"),
-        ],
-    ),
-    Call(
-        methods.read_method,
-        lambda path: {"directory": saved_method(path)},
-        [(lambda path: {"directory": path / "none"}, FileNotFoundError, "none")],
-    ),
-    # --- PEFT ---------------------------------------------------------------------------------------------------------
-    Call(
-        integration.accelerate,
-        lambda _: {"model": peft_model(), "share_inputs": True},
-        [
-            ({"model": Net()}, ValueError, "Net has no PEFT LoRA layers; adapt it first"),
-            ({"share_inputs": 1}, TypeError, "share_inputs is 1 of type int, want True or False"),
-        ],
-    ),
-    Call(
-        integration.restore,
-        lambda _: {"model": integration.accelerate(peft_model())},
-        [(lambda _: {"model": merged_peft_model()}, RuntimeError, "adapters are merged into 2 layers")],
-    ),
-    Call(integration.report, lambda _: {"model": peft_model()}),
-    # --- layers and measures, which need no model --------------------------------------------------------------------
+    # --- methods, PEFT; layers and measures, which need no model ------------------------------------------------------
+    *METHODS,
     *LAYERS,
     *ANALYSIS,
 ]

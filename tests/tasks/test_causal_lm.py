@@ -17,6 +17,7 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from peft import LoraConfig as PeftConfig
 from safetensors.torch import load_file
 from support import tiny_decoder, tiny_gguf
+from support.command_lines import silent
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lora_ext import cli, load_adapter
@@ -28,7 +29,6 @@ from lora_ext.tasks.causal_lm.packing import Collator, pack
 from lora_ext.tasks.causal_lm.rendering import Renderer
 from lora_ext.tasks.causal_lm.run import finetune
 from lora_ext.tasks.causal_lm.settings import CausalSettings, command_line
-from lora_ext.tasks.finetune import run_checkpoints as checkpoints
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.trainer import Interrupted
 from lora_ext.tasks.report import write_report
@@ -65,22 +65,11 @@ def settings(files: Path) -> CausalSettings:
     )
 
 
-@pytest.fixture
-def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes a checkpoint after every step and keeps them all."""
-    for name, value in (("SECONDS", 0.0), ("_SHARE", 0.0), ("_KEPT", 100)):
-        monkeypatch.setattr(checkpoints, name, value)
-
-
 @pytest.fixture(scope="module")
 def run(settings: CausalSettings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict, list[str]]]:
     out, said = tmp_path_factory.mktemp("run"), []
     metrics = finetune(settings, out, say=said.append)
     return out, metrics, said
-
-
-def silent(line: str) -> None:
-    pass
 
 
 def test_a_run_learns_and_says_so(run):
@@ -98,12 +87,7 @@ def test_a_run_learns_and_says_so(run):
         name: after[name] for name in ("exact_match", "rouge1", "rouge2", "rougeL")
     }
     text = "\n".join(said)
-    for part in (
-        "  before    ",
-        f"after     {rows[0]['after']}",
-        "test perplexity",
-        "exact match",
-    ):
+    for part in ("  before    ", f"after     {rows[0]['after']}", "test perplexity", "exact match"):
         assert part in text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from support import tiny_decoder, tiny_gguf
+from support.command_lines import silent
 
 from lora_ext import cli
 from lora_ext.tasks import TaskError
@@ -40,10 +41,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> CausalSettings:
         answers=0,
         learning_rate=1e-2,
     )
-
-
-def silent(line: str) -> None:
-    pass
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

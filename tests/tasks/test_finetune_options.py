@@ -1,8 +1,7 @@
-"""Tests what ``plan`` recommends to ``finetune``, ``--set``, ``--config``, and files for validation and test."""
+"""Tests what ``plan`` recommends to ``finetune``, ``--set``, and files for validation and test."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from dataclasses import asdict, replace
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny_classifier
+from support.command_lines import parsed, silent
 from transformers import BertForSequenceClassification, GPT2Config, GPT2Model
 
 from lora_ext import cli
@@ -46,10 +46,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         learning_rate=1e-2,
         max_length=32,
     )
-
-
-def silent(line: str) -> None:
-    pass
 
 
 def trained(settings: Settings, out: Path) -> dict[str, torch.Tensor]:
@@ -262,14 +258,6 @@ def test_what_settings_refuse(tiny: Settings, changes: dict[str, Any], message: 
         replace(tiny, **changes)
 
 
-def parsed(*arguments: str, command: str = "finetune") -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    module = getattr(cli, command)
-    module.add_parser(commands)
-    return parser.parse_args([command, *cli.config_file.with_config(commands.choices[command], arguments)])
-
-
 def test_the_recorded_command_starts_the_same_run(tiny: Settings):
     settings = replace(
         tiny,
@@ -365,79 +353,3 @@ def test_inputs_are_kept_from_overwriting_and_found_from_elsewhere(tiny: Setting
     monkeypatch.chdir(tmp_path)
     options = cli.training.options_of(parsed("--validation-file", "v.csv", "--eval-file", "t.csv", "--out", "x"))
     assert (options["validation_file"], options["test_file"]) == (str(tmp_path / "v.csv"), str(tmp_path / "t.csv"))
-
-
-# --- --config ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_equals_the_command_line_which_wins(tmp_path: Path):
-    file = tmp_path / "run.yaml"
-    file.write_text(
-        "# a run\nepochs: 3\nlearning_rate: 1e-3\nbatch-size: 8\ntarget_modules: query,value\nno-measure: true\n"
-        "gradient_checkpointing: true\nlora_alpha: 32\nout: there\n"
-        "set:\n  weight_decay: 0.1\n  lr_scheduler_kwargs: {num_cycles: 0.5}\n  torch_compile: false\n"
-    )
-    given = parsed("--config", str(file), "--epochs", "1", "--set", "weight_decay=0.2")
-    same = parsed(
-        *["--epochs", "1", "--learning-rate", "0.001", "--batch-size", "8", "--target-modules", "query,value"],
-        *["--no-measure", "--gradient-checkpointing", "--lora-alpha", "32", "--out", "there"],
-        *["--set", "weight_decay=0.2", "--set", 'lr_scheduler_kwargs={"num_cycles": 0.5}'],
-        *["--set", "torch_compile=false", "--config", str(file)],
-    )
-    assert {**vars(given), "run": None} == {**vars(same), "run": None}
-
-    file.write_text("methods: [lora, 'lora:r=2']\nseeds: [0, 3]\nr: 4\nout: there\n")
-    given = parsed(f"--config={file}", command="compare")
-    assert (given.methods, given.seeds, given.r) == (["lora", "lora:r=2"], [0, 3], 4)
-    file.write_text("ranks: 1,2\ntargets: q;q,v\nout: there\n")
-    given = parsed("--config", str(file), "--seeds", "5", command="sweep")
-    assert (given.ranks, given.targets, given.seeds) == ([1, 2], ["q", "q,v"], [5])
-    file.write_text("")
-    assert parsed("--config", str(file), "--out", "x").epochs == Settings().epochs
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("epoch: 3", "'epoch' is no option; close matches: 'epochs'"),
-        ("resume: true", "'resume' is no option"),
-        ("epochs: many", "epochs is 'many': want float"),
-        ("r: 1.5", "r is '1.5': want int"),
-        ("r:", "r has no value"),
-        ("r: {a: 1}", "r is {'a': 1}, want one value"),
-        ("model: [a, b]", "model is ['a', 'b'], want one value"),
-        ("no-measure: 3", "no-measure is 3, want true or false"),
-        ("set: weight_decay=1", "set is 'weight_decay=1', want names and values below it"),
-        ("set: {weigth_decay: 1}", "--set weigth_decay: transformers.TrainingArguments has no such field"),
-        ("r: 1\nr: 2", "no YAML: 'r' occurs 2 times below line 1"),
-        ("[1, 2]", "holds no options, such as 'epochs: 3'"),
-        ("r: [", "no YAML: while parsing"),
-        ("a: !!python/object:os.system 1", "no YAML: could not determine a constructor"),
-    ],
-)
-def test_what_a_file_may_not_hold(tiny: Settings, tmp_path: Path, capsys, content: str, message: str):
-    file = tmp_path / "run.yaml"
-    file.write_text(content)
-    options = ["--model", tiny.model, "--data", tiny.data, "--max-length", "32", "--out", str(tmp_path / "out")]
-    assert cli.main(["finetune", "--config", str(file), *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_that_is_missing(tmp_path: Path, capsys):
-    assert cli.main(["finetune", "--config", str(tmp_path / "none.yaml"), "--out", "x"]) == 2
-    assert "none.yaml: cannot be read: No such file" in capsys.readouterr().err
-
-
-def test_a_run_from_a_file_resumes(tiny: Settings, tmp_path: Path, capsys):
-    file = tmp_path / "run.yaml"
-    values = {"model": tiny.model, "data": tiny.data, "max_length": 32, "epochs": 1, "set": {"weight_decay": 0.1}}
-    file.write_text(json.dumps(values | {"accumulation_steps": 2, "out": str(tmp_path / "out")}))  # JSON is YAML
-    assert cli.main(["finetune", "--config", str(file), "--no-measure"]) == 0
-    first = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert first["settings"]["set"] == "weight_decay=0.1"
-    assert cli.main(["finetune", "--config", str(file), "--resume", "--no-measure"]) == 0
-    again = ["finetune", "--config", str(file), "--resume", "--set", "weight_decay=0.3"]
-    assert cli.main(again) == 2
-    assert "was started with --set weight_decay=0.1, now weight_decay=0.3" in capsys.readouterr().err

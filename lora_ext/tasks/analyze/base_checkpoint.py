@@ -6,8 +6,6 @@ from pathlib import Path
 
 from lora_ext.checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint
 
-__all__ = ["open_base"]
-
 
 def open_base(name: str, revision: str | None = None) -> Checkpoint:
     """Opens the safetensors checkpoint ``name``. Reads no tensor and downloads nothing.

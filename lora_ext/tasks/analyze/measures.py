@@ -26,8 +26,6 @@ from lora_ext.analysis import (
 )
 from lora_ext.checkpoints import Layer, LayerWeight
 
-__all__ = ["SIDES", "measure", "rounded"]
-
 SIDES = ("A", "B")
 _BLOCK_ELEMENTS = 1 << 20
 _DIGITS = 6  # significant digits written: less than single precision has, and a third of the file's size

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["places"]
-
 
 def places(names: Sequence[str]) -> dict[str, tuple[int | None, str]]:
     """Returns the block and the kind of each layer: 3 and ``mlp.up_proj`` for ``model.layers.3.mlp.up_proj``.

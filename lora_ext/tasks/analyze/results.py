@@ -17,8 +17,6 @@ from lora_ext.tasks.analyze.summary import changes, pair_of
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.markdown import table
 
-__all__ = ["PICTURES", "draw", "markdown"]
-
 PICTURES = ("similarity_*.png", "spectrum.png", "change.png")
 _MOST_PANELS = 24  # more are unreadable in one picture
 

@@ -25,8 +25,6 @@ from lora_ext.tasks.shared.journal import Journal
 from lora_ext.tasks.shared.run_directory import check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json, write_whole, writing
 
-__all__ = ["AnalysisSettings", "analyze"]
-
 SETTINGS_FILE, JOURNAL_FILE = "analysis_settings.json", "layers.jsonl"
 _OUTPUTS = (JOURNAL_FILE, "analysis.json", "analysis.md", *results.PICTURES, SETTINGS_FILE)
 

@@ -13,8 +13,6 @@ from lora_ext.analysis import expected_random_similarity
 from lora_ext.tasks.analyze.measures import SIDES, rounded
 from lora_ext.tasks.analyze.places import places
 
-__all__ = ["changes", "pair_of", "summarise"]
-
 _MOST_CHANGED = 10
 
 

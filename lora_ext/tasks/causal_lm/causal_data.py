@@ -11,8 +11,6 @@ from lora_ext.tasks.causal_lm.settings import CausalSettings
 from lora_ext.tasks.finetune.data import Splits
 from lora_ext.tasks.finetune.sides import split_sides
 
-__all__ = ["load_conversations"]
-
 
 def load_conversations(settings: CausalSettings, say: Callable[[str], None]) -> Splits:
     """Reads and splits the examples; equal prompts land on the same side.

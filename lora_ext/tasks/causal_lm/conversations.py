@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.data import json_lines, shown, shown_value, text_lines
 
-__all__ = ["ROLES", "Example", "read_conversations"]
-
 ROLES = ("system", "user", "assistant")
 
 _FORMATS = (

@@ -27,8 +27,6 @@ from lora_ext.tasks.finetune.quantize import Quantization, avoid_packed_layout
 from lora_ext.tasks.finetune.task_model import most_tokens
 from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
 
-__all__ = ["Decoder", "check_causal", "check_packing", "load_decoder"]
-
 _MAGIC = b"GGUF"
 _FEW = 8  # tokens of a text for a test of the model
 

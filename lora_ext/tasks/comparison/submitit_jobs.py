@@ -32,8 +32,6 @@ from lora_ext.tasks.comparison.launch import Launch
 from lora_ext.tasks.comparison.processes import DEVICES, last_line, outcome_of, value_of
 from lora_ext.tasks.shared.whole_files import write_json, write_whole, writing
 
-__all__ = ["FOLDER", "SubmititPool", "check"]
-
 FOLDER = "jobs"  # in the directory of the results
 
 _POLL = 0.5  # seconds between two looks at a job

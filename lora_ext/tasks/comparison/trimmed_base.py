@@ -16,8 +16,6 @@ from lora_ext.tasks.finetune.task_model import TaskModel
 from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim_task_model
 from lora_ext.tasks.shared.whole_files import write_json
 
-__all__ = ["OUTPUTS", "TrimmedBase", "is_same_run", "of_base", "trimmed_base"]
-
 _BASE, _RECORD = "base", "base.json"
 OUTPUTS = (_BASE, _RECORD)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["advice"]
-
 _ABOVE = 1.25  # load per core above which the machine is busy
 _SLOW = 1.0  # seconds a step; faster steps need no advice
 

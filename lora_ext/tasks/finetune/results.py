@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_ext.tasks.finetune.data import Example, shown
 from lora_ext.tasks.finetune.scores import class_line
+from lora_ext.tasks.shared.run_figures import costs, latencies, parameters_trained
 from lora_ext.tasks.shared.whole_files import write_picture, write_whole
 
 
@@ -64,7 +65,6 @@ def table(metrics: Mapping[str, Any]) -> str:
 def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns name and text of every figure of ``metrics.json`` that people read."""
     after, merged = metrics["after"], metrics.get("merged")
-    share = metrics["trainable_parameters"] / metrics["total_parameters"]
     compared = {"accuracy": "", "macro_f1": ""}
     if "majority" in metrics:
         most = metrics["majority"]
@@ -74,10 +74,8 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         }
     if "weighted_f1" in after:
         compared["weighted_f1"] = f"; {metrics['majority']['weighted_f1']:.3f}" if "majority" in metrics else ""
-    at_once = metrics.get("runs_at_once", 1)
-    shared = f"; up to {at_once} runs shared the machine" if at_once > 1 else ""
     rows = [
-        ("parameters trained", f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} ({share:.2%})"),
+        parameters_trained(metrics),
         ("test accuracy", f"{after['accuracy']:.2%}{compared['accuracy']}"),
         ("test macro-F1", f"{after['macro_f1']:.3f}{compared['macro_f1']}"),
         *(
@@ -85,18 +83,10 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             if "weighted_f1" in after
             else []
         ),
-        ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s{shared}"),
-        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+        *costs(metrics),
     ]
-    if "adapter_bytes" in metrics:
-        adapter, full = metrics["adapter_bytes"], metrics["full_checkpoint_bytes"]
-        rows.append(("on disk", f"adapter {adapter / 1e6:.2f} MB, full checkpoint {full / 1e6:.2f} MB"))
     if merged is not None and "texts" in merged:
         same, texts, difference = merged["same_answers"], merged["texts"], merged["max_logit_difference"]
         same = "the same answers" if same == texts else f"{same} of the answers the same"
         rows.append(("merged", f"{same} on the {texts} longest test texts; logits differ by at most {difference:.1e}"))
-    latency = metrics.get("latency", {}) | (merged or {})
-    names = {"base_seconds": "base model", "adapted_seconds": "adapted", "merged_seconds": "merged"}
-    if shown := [f"{name} {1e3 * latency[key]:.1f} ms" for key, name in names.items() if key in latency]:
-        rows.append(("a batch's forward", ", ".join(shown)))
-    return rows
+    return rows + latencies(metrics)

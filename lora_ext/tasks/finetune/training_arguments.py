@@ -29,8 +29,8 @@ def training_arguments(settings: Settings, out: Path, texts: int) -> TrainingArg
         steps = extra["max_steps"]
     arguments = {
         "output_dir": str(out / "checkpoints"),
-        "per_device_train_batch_size": team.share_of(settings.batch_size, "--batch-size"),
-        "per_device_eval_batch_size": team.share_of(settings.batch_size, "--batch-size"),
+        "per_device_train_batch_size": team.share_of(settings.batch_size),
+        "per_device_eval_batch_size": team.share_of(settings.batch_size),
         "gradient_accumulation_steps": settings.accumulation_steps,
         "num_train_epochs": settings.epochs,
         "learning_rate": settings.learning_rate,
@@ -62,7 +62,7 @@ def check_training_arguments(settings: Settings, texts: int) -> None:
 
     Of those the name, the type, the optimizer and the schedule are checked.
     """
-    team.share_of(settings.batch_size, "--batch-size")
+    team.share_of(settings.batch_size)
     if not settings.set:
         return
     arguments = training_arguments(settings, Path("unused"), texts)

@@ -14,8 +14,6 @@ from lora_ext.adapters import adapter_names, add_weighted_adapter, disable_adapt
 from lora_ext.files import read_json_object
 from lora_ext.tasks import TaskError
 
-__all__ = ["BASE", "NamedAdapter", "load_adapters", "named_adapters", "using"]
-
 BASE = "base"  # the model without an adapter
 _MIX = "mix"  # the weighted sum
 _CONFIG = "adapter_config.json"

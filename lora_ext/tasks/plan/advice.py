@@ -13,8 +13,6 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.finetune.settings import DTYPES, OPTION_TYPES, Settings, option_list
 
-__all__ = ["MOST_TEXTS_PER_STEP", "finetune_options", "warnings"]
-
 MOST_TEXTS_PER_STEP = 32
 """Texts in a step beyond which LoRA lags behind full fine-tuning, in the reading of TRL's guide to that article."""
 

@@ -12,8 +12,6 @@ from lora_ext.tasks.report.pictures import Pictures
 from lora_ext.tasks.report.results import Result
 from lora_ext.tasks.report.tables import Table, count, figure_text, table
 
-__all__ = ["show_analysis"]
-
 _MOST_ROWS = 2000  # rows of the table of layers
 _MOST_PAIRS = 24  # pairs of adapters with maps
 _PARTS = {"delta": "|UᵀWV| of dW", "weight": "|UᵀWV| of W", "random": "|UᵀWV| random", "amplification": "amplification"}

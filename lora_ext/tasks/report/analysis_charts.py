@@ -13,8 +13,6 @@ from lora_ext.tasks.analyze.summary import changes, pair_of
 from lora_ext.tasks.report.charts import NUM_COLOURS, Chart, Point, Series, heat_map, line_chart
 from lora_ext.tasks.report.tables import count
 
-__all__ = ["change_name", "draw_changes", "draw_similarity", "draw_spectra"]
-
 
 def change_name(content: Mapping[str, Any]) -> str:
     """Returns the formula that measures a layer's change."""

@@ -21,8 +21,6 @@ from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocato
 
 from lora_ext.tasks.report.svg import COLOURS, give_titles, page_style, to_svg
 
-__all__ = ["NUM_COLOURS", "Bar", "Chart", "Point", "Series", "bar_chart", "heat_map", "line_chart"]
-
 NUM_COLOURS = 10
 _MARKERS = [
     ("o", "●"),

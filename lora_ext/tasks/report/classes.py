@@ -8,8 +8,6 @@ from typing import Any
 from lora_ext.tasks.comparison.spread import percent, summary
 from lora_ext.tasks.report.tables import Table, cell, table
 
-__all__ = ["class_scores", "confusion_matrix", "f1_by_method"]
-
 _MOST = 30  # classes in a matrix or a row of methods; a wider table helps no one
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["data_of", "model_of"]
-
 
 def model_of(content: Mapping[str, Any]) -> str | None:
     """Returns the model's name; None where the result names none, as ``analyze`` without a base."""

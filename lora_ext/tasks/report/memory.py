@@ -12,8 +12,6 @@ from lora_ext.tasks.report.pictures import Pictures
 from lora_ext.tasks.report.results import Result
 from lora_ext.tasks.report.tables import Table, cell, table
 
-__all__ = ["show_memory"]
-
 _Memories = Mapping[str, Mapping[str, Any]]
 
 

@@ -14,8 +14,6 @@ from lora_ext.tasks.report.pictures import Pictures, curves_of_runs
 from lora_ext.tasks.report.results import Result
 from lora_ext.tasks.report.tables import Table, cell, count, table
 
-__all__ = ["not_behind", "own_settings", "show_methods"]
-
 
 def show_methods(result: Result, pictures: Pictures) -> dict[str, Any]:
     """Returns the section's content."""

@@ -14,8 +14,6 @@ from markupsafe import Markup
 
 from lora_ext.tasks.report.tables import printable
 
-__all__ = ["GENERATOR", "Section", "page", "render"]
-
 GENERATOR = "lora-ext report"
 
 # StrictUndefined: a figure that a result lacks is an error, not a hole in a sentence.

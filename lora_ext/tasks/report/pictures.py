@@ -11,8 +11,6 @@ from lora_ext.files import open_regular
 from lora_ext.tasks.report.results import Result
 from lora_ext.tasks.report.tables import count
 
-__all__ = ["CURVE", "Pictures", "curves_of_runs"]
-
 CURVE = "loss_curve.png"
 _PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -14,8 +14,6 @@ from lora_ext.tasks.report.pictures import Pictures, curves_of_runs
 from lora_ext.tasks.report.results import Result
 from lora_ext.tasks.report.tables import Table, cell, count, table
 
-__all__ = ["show_ranks"]
-
 _Cells = Mapping[tuple[int, str], Mapping[str, Any]]
 
 

@@ -10,8 +10,6 @@ from typing import Any
 from lora_ext.files import read_json_object
 from lora_ext.tasks import TaskError
 
-__all__ = ["Result", "find_results"]
-
 _FILES = {  # file name: the command that writes it, and keys that it always has
     "compare.json": ("compare", ("methods", "seeds", "base_forward_ms", "examples", "machine", "date", "command")),
     "sweep.json": ("sweep", ("ranks", "targets", "cells", "within_budget", "examples", "machine", "date", "command")),

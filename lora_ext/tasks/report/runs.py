@@ -14,8 +14,6 @@ from lora_ext.tasks.report.pictures import CURVE, Pictures
 from lora_ext.tasks.report.results import Result
 from lora_ext.tasks.report.tables import Table, count, table
 
-__all__ = ["show_run"]
-
 
 def show_run(result: Result, pictures: Pictures) -> dict[str, Any]:
     """Returns the section's content."""

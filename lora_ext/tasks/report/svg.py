@@ -23,8 +23,6 @@ from matplotlib.figure import Figure
 
 from lora_ext.tasks.report.tables import printable
 
-__all__ = ["COLOURS", "give_titles", "page_style", "to_svg"]
-
 _CSS = resources.files(__package__).joinpath("page.css").read_text("utf-8")
 COLOURS = dict(re.findall(r"--([\w-]+): (#\w{6})", _CSS.partition("@media")[0]))
 _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}

@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["loading_options", "why_not_loaded"]
-
 _SECONDS = 5.0  # for the hub to answer
 
 

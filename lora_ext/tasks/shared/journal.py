@@ -12,8 +12,6 @@ from typing import Any
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared.whole_files import writing
 
-__all__ = ["Journal"]
-
 
 class Journal:
     """A file of JSON objects, one a line, that grows at its end. A line cut off by a kill counts as not written.

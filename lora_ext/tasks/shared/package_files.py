@@ -13,8 +13,6 @@ from pathlib import Path
 
 from lora_ext.tasks import TaskError
 
-__all__ = ["PackageFile", "cache_directory", "cached_file", "sha256_of", "write_cached"]
-
 
 @dataclass(frozen=True)
 class PackageFile:

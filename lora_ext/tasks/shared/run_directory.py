@@ -9,8 +9,6 @@ from typing import Any
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared.whole_files import discard, is_leftover, remove_leftovers, write_json, write_whole, writing
 
-__all__ = ["check_out", "leave_results", "prepare_out"]
-
 
 def check_out(
     out: Path,

@@ -46,12 +46,13 @@ def is_first() -> bool:
     return processes() == 1 or distributed.get_rank() == 0
 
 
-def share_of(number: int, name: str) -> int:
-    """Returns a process's share of ``number``. TaskError: the processes cannot share it equally."""
-    share, rest = divmod(number, processes())
+def share_of(batch_size: int) -> int:
+    """Returns a process's share of a batch. TaskError: the processes cannot share it equally."""
+    share, rest = divmod(batch_size, processes())
     if rest or share == 0:
         raise TaskError(
-            f"{name} is {number}, which {processes()} processes cannot share equally; choose a multiple of their number"
+            f"--batch-size is {batch_size}, which {processes()} processes cannot share equally; choose a multiple of "
+            "their number"
         )
     return share
 

@@ -16,17 +16,6 @@ from safetensors import SafetensorError
 
 from lora_ext.tasks import WriteError
 
-__all__ = [
-    "discard",
-    "is_leftover",
-    "remove_leftovers",
-    "whole_directory",
-    "write_json",
-    "write_picture",
-    "write_whole",
-    "writing",
-]
-
 _FRESH, _OLD = ".unfinished", ".removed"  # endings of hidden names next to the written path
 
 
@@ -76,8 +65,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
             raise
 
 
-def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    write_whole(path, json.dumps(content, indent=indent) + "\n")
+def write_json(path: Path, content: Any) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_picture(path: Path, figure: Any) -> None:

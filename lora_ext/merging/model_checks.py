@@ -1,0 +1,72 @@
+"""Checks that merging adapters of a model changes what it should, and nothing else."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import nn
+
+from lora_ext._common.printable import listed
+from lora_ext.matching.path_names import is_inside
+from lora_ext.merging.layers import stored_matrices, update_identity
+from lora_ext.model.adapter_set import adapter_set
+from lora_ext.model.bare_model import adapter_layers, parameter_paths, root_module
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.trainable_tokens import TrainableTokens
+
+
+def check_mergeable(caller: str, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
+    """Checks that adding to the weights does what the layers' forwards do."""
+    problems = [
+        f"{path}: {reason}"
+        for path, (layer, names) in wanted.items()
+        if (reason := layer.active.why_not_merge(sorted(names)) or layer.why_not_merge())
+    ]
+    if problems:
+        raise ValueError(f"{caller}: updates cannot be merged into{listed(problems)}")
+
+
+def check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
+    """Checks that merging changes no other module, except those with tied adapters, and no trained rows."""
+    for layer in (layer for _, layer in adapter_layers(model) if isinstance(layer, TrainableTokens)):
+        for path, (inner, _) in wanted.items():
+            if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
+                raise ValueError(
+                    f"{caller}: the weight of {path!r} has trained rows (trainable_token_indices), which would lose "
+                    "the update; run unmerged"
+                )
+    paths = parameter_paths(root_module(model).named_modules())
+    holders: dict[int, dict[str, tuple]] = defaultdict(dict)  # id of a parameter -> path of a layer -> its updates
+    labels: dict[int, str] = {}
+    for path, (layer, names) in wanted.items():
+        for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
+            parameter = id(matrix.owner._parameters[matrix.name])
+            if len(paths[parameter]) > 1:
+                updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
+                holders[parameter][path] = (*holders[parameter].get(path, ()), *updates)
+                labels.setdefault(parameter, label)
+    for parameter, updates in holders.items():
+        first = next(iter(updates))
+        others = [
+            path
+            for path in paths[parameter]
+            if not any(is_inside(path, other) and updates[other] == updates[first] for other in updates)
+        ]
+        if others:
+            raise ValueError(
+                f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; adapt both with "
+                "ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
+            )
+
+
+def check_biases(model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
+    """Checks that no update would be merged into a bias that an adapter trains: switching adapters replaces it."""
+    adapters = adapter_set(model)
+    for trainer, biases in adapters.biases.items() if adapters is not None else ():
+        for path, (layer, names) in wanted.items():
+            biased = any(layer.adapters[name].lora_bias is not None for name in names)
+            if biased and layer.bias is not None and biases.owns(layer.bias):
+                raise ValueError(
+                    f"merge: the lora_bias of {path!r} would go into a bias that {trainer!r} trains and that is "
+                    "switched with that adapter; run unmerged, or merge for good (merge_and_unload)"
+                )

@@ -1,0 +1,74 @@
+"""Checks that Transformers' continuous batching runs the layers in every batch, so that requests can name adapters."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
+
+NAME = "adapter_name"
+ENDS = "finish_request", "clear_cancelled_requests"  # methods of the scheduler after which requests run no more
+
+
+def is_supported() -> bool:
+    """Whether this version of Transformers has the methods that lora_ext/model/batched_requests.py wraps."""
+    try:
+        from transformers.generation.continuous_batching import cache, cache_allocators, continuous_api, scheduler
+    except ImportError:
+        return False
+    wrapped = {
+        continuous_api.ContinuousBatchingManager: (
+            *("add_request", "add_requests", "_create_batch_processor", "_run_generation_loop"),
+        ),
+        continuous_api.ContinuousBatchProcessor: ("_generation_step", "_handle_request_error"),
+        continuous_api.ContinuousBatchingLogitsProcessorList: ("check_kwargs",),
+        scheduler.Scheduler: ("schedule_batch", "_get_waiting_candidates", *ENDS),
+        cache.PagedAttentionCache: ("search_prefix_match",),
+        cache_allocators.cache_allocator.CacheAllocator: ("mark_complete_blocks",),
+    }
+    return all(hasattr(kind, method) for kind, methods in wrapped.items() for method in methods)
+
+
+def uncaptured(config: ContinuousBatchingConfig | None, caller: str) -> ContinuousBatchingConfig:
+    """A config that runs the layers in every batch, by default. ValueError: it asks for something else."""
+    from transformers import ContinuousBatchingConfig
+
+    config = ContinuousBatchingConfig() if config is None else copy.deepcopy(config)
+    config.use_cuda_graph = False if config.use_cuda_graph is None else config.use_cuda_graph
+    config.use_async_batching = False if config.use_async_batching is None else config.use_async_batching
+    _check_config(config, caller)
+    return config
+
+
+def _check_config(config: ContinuousBatchingConfig, caller: str) -> None:
+    if options := remedies(config):
+        raise ValueError(
+            f"{caller}: {NAME}: captured, compiled and asynchronous batches do not ask which adapters their requests "
+            f"name; pass continuous_batching_config=ContinuousBatchingConfig({', '.join(options)})"
+        )
+
+
+def remedies(config: ContinuousBatchingConfig) -> list[str]:
+    """The options that make the layers run in every batch; those that ``config`` has already are left out."""
+    reasons = {
+        "use_cuda_graph=False": any(config.cuda_graph_booleans),
+        "use_async_batching=False": config.use_async_batching,
+        "default_compile_level=0": config.default_compile_level,
+        "varlen_compile_config=None": config.varlen_compile_config is not None,
+        "decode_compile_config=None": config.decode_compile_config is not None,
+    }
+    return [remedy for remedy, is_asked in reasons.items() if is_asked]
+
+
+def check_runs_layers(manager: ContinuousBatchingManager, caller: str) -> None:
+    _check_config(manager.continuous_batching_config, caller)
+    check_one_device(manager.distributed_helper.tp_size, caller)
+
+
+def check_one_device(size: int, caller: str) -> None:
+    if size > 1:
+        raise ValueError(
+            f"{caller}: {NAME}: the model is split over {size} devices; merge an adapter, or use one device"
+        )

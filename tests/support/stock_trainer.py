@@ -1,0 +1,31 @@
+"""Runs of the stock Trainer for a few steps, and the values that they train."""
+
+from __future__ import annotations
+
+import torch
+from support.models import token_ids
+from torch import nn
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+
+
+def rows(model: nn.Module) -> list[dict]:
+    torch.manual_seed(1)
+    labels = (lambda ids, i: i % 2) if isinstance(model, BertForSequenceClassification) else (lambda ids, i: ids)
+    return [{"input_ids": ids, "labels": labels(ids, i)} for i, ids in enumerate(token_ids(16).tolist())]
+
+
+def trainer(model: nn.Module, directory, **options) -> Trainer:
+    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4} | options
+    arguments = TrainingArguments(
+        str(directory), report_to=[], per_device_train_batch_size=2, disable_tqdm=True, use_cpu=True, seed=3, **options
+    )
+    return Trainer(model, arguments, train_dataset=rows(model), eval_dataset=rows(model)[:4])
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
