@@ -11,7 +11,7 @@ __all__ = ["has_pre_hook", "remove_hooks"]
 
 
 def has_pre_hook(module: nn.Module, function: Callable[..., Any]) -> bool:
-    """Whether ``function`` is a hook before the module's forward."""
+    """Returns whether ``function`` is a hook before the module's forward."""
     return function in module._forward_pre_hooks.values()
 
 

@@ -205,7 +205,7 @@ def _rank_dim(update: LoraAdapter, tensor: Tensor) -> int | None:
 
 
 def _holds(tensor: Tensor, parameter: Tensor) -> bool:
-    """Whether ``tensor`` is the parameter, or its transpose (an embedding's)."""
+    """Returns whether ``tensor`` is the parameter, or its transpose (an embedding's)."""
     return tensor is parameter or tensor._base is parameter
 
 

@@ -206,13 +206,13 @@ class AdapterPool:
     # --- slots -------------------------------------------------------------------------------------------------------
 
     def acquire(self, names: Sequence[str]) -> dict[str, int]:
-        """The slots of ``names``, loaded, which they keep until :meth:`release`. For the model's calls."""
+        """Loads ``names`` and returns their slots, which they keep until :meth:`release`. For the model's calls."""
         resident = self._table.entries
         self.check_known([name for name in names if name not in resident], "AdapterPool")
         return self._table.acquire(names, self._timeout)
 
     def try_acquire(self, name: str) -> bool:
-        """As :meth:`acquire`, without waiting. False: other calls use all slots."""
+        """Acquires the slot of one adapter without waiting. False: other calls use all slots."""
         if name not in self._table.entries:
             self.check_known((name,), "AdapterPool")
         try:
@@ -229,7 +229,7 @@ class AdapterPool:
         self._table.release(names)
 
     def invocations(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """The tokens from which on those of ``names`` act that are aLoRA; the names must be acquired."""
+        """Returns the invocation tokens of those of ``names`` that are aLoRA; the names must be acquired."""
         with self._lock:
             return {name: self._invocations[name] for name in names if name in self._invocations}
 
@@ -410,7 +410,7 @@ class AdapterPool:
 
 
 def _is_one_component(name: str) -> bool:
-    """Whether ``name`` is a file name that leads nowhere else."""
+    """Returns whether ``name`` is a file name that leads nowhere else."""
     separators = {os.sep, os.altsep} - {None}
     return name not in ("", ".", "..", BASE) and not any(s in name for s in separators) and "\0" not in name
 

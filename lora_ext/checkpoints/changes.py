@@ -265,7 +265,7 @@ class _Entry:
             tensor.terms.append(Term(self.file, None, update.lora_bias, update.scaling * self.multiplier))
 
     def _is_own(self, target: str) -> bool:
-        """Whether ``target`` shares its values with no other tensor. Unties it if asked to, or else notes a problem."""
+        """Returns whether ``target`` shares its values with no tensor. Unties it if asked to, else notes a problem."""
         if self.tie is None or target not in (self.tie.head, self.tie.embedding):
             return True
         if not self.untie:
@@ -289,7 +289,7 @@ def _bias_name(update: LowRankUpdate) -> str:
 
 
 def _holds(tensor: TensorChange) -> bool:
-    """Whether the base's dtype can hold the replacement's values. A quantised tensor cannot: it needs its scales."""
+    """Returns whether the base's dtype can hold the replacement. A quantised tensor cannot: it needs its scales."""
     stored, given = DTYPES.get(tensor.dtype), _dtype(tensor.replacement)
     return stored == given or (stored in FLOATING and given in FLOATING)
 

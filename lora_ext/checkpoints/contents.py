@@ -203,7 +203,7 @@ def _update(
 
 
 def _is_attention(wrapped: str, factors: Mapping[str, Any]) -> bool:
-    """Whether this is a MultiheadAttention: it has an update, and so has the out_proj in it."""
+    """Returns whether this is a MultiheadAttention: it has an update, and so has the out_proj in it."""
     return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
 
 

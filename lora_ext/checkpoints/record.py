@@ -179,7 +179,7 @@ def _misfit(kept: _Kept, merged: TensorInfo) -> str:
         return f"{dtype} {list(shape)}"
 
     def has(kind: str, dtype: torch.dtype, *shape: int | None) -> bool:
-        """Whether there is such a part. None stands for any size."""
+        """Returns whether there is such a part. None stands for any size."""
         part = parts.get(kind)
         fits = part is not None and part.torch_dtype == dtype and len(part.shape) == len(shape)
         return fits and all(size in (None, actual) for size, actual in zip(shape, part.shape, strict=True))

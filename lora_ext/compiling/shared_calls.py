@@ -78,7 +78,7 @@ class _Call:
         return Operands(*tensors, None, self.scaling, self.dropout_p)
 
     def has_seed_like(self, other: _Call) -> bool:
-        """Whether both masks may come from one seed: they do already, or each call draws a seed for itself."""
+        """Returns whether both masks may come from one seed: they do already, or each call draws a seed for itself."""
         return self.seed is other.seed or (_draws(self) is not None and _draws(other) is not None)
 
 

@@ -307,7 +307,7 @@ class AdapterFile:
 
     @classmethod
     def of(cls, directory: Path, existing: set[Path], allow_pickle: bool = False) -> AdapterFile:
-        """Like :meth:`open`, given the files that exist; does not check whether a file was replaced."""
+        """Opens an adapter like :meth:`open`, given the files that exist; does not notice a file that is replaced."""
         path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
         try:
             config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)
@@ -337,7 +337,7 @@ class AdapterFile:
 
 
 def holds_adapter(directory: Path) -> bool:
-    """Whether the directory has an adapter config, valid or not."""
+    """Returns whether the directory has an adapter config, valid or not."""
     return os.path.lexists(os.path.join(directory, CONFIG_FILE))
 
 

@@ -308,7 +308,7 @@ def _check_no_model(call: _Call) -> None:
 
 
 def _holds_adapters_only(path: Path) -> bool:
-    """Whether an earlier save of adapters wrote the weights file ``path``."""
+    """Returns whether an earlier save of adapters wrote the weights file ``path``."""
     try:
         return path.suffix == ".safetensors" and not read_header(path)[0].keys().isdisjoint(MARKERS)
     except (OSError, ValueError, RuntimeError):
@@ -352,7 +352,7 @@ def _is_tied(part: Any) -> bool:
 
 
 def _describes(config: LoraConfig, module: nn.Module, parts: tuple[Any, ...]) -> bool:
-    """Whether injecting the bare ``module`` with ``config`` makes ``parts``."""
+    """Returns whether injecting the bare ``module`` with ``config`` makes ``parts``."""
     bare = BareModel(module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a name that matches nothing
@@ -374,7 +374,7 @@ def _describes(config: LoraConfig, module: nn.Module, parts: tuple[Any, ...]) ->
 
 
 def _is_merged(caller: str, module: nn.Module) -> bool:
-    """Whether the base weights contain all active adapters. ValueError: they contain some of them."""
+    """Returns whether the base weights contain all active adapters. ValueError: they contain some of them."""
     layers = {path: layer for path, layer in adapter_layers(module) if isinstance(layer, LoraLayer)}
     merged = {name for layer in layers.values() for name in layer.merged_adapters}
     waiting = {name for layer in layers.values() for name in {*layer.active_adapters} - {*layer.merged_adapters}}

@@ -1,4 +1,4 @@
-"""How a classifier pools a text's hidden states: through the first token, or by their mean."""
+"""The pooling of a classifier's hidden states: through a text's first token, or by their mean."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class GenerateBatch(ReplacedMethod):
 
 
 def is_supported() -> bool:
-    """Whether Transformers' continuous batching has the methods that :class:`NamedRequests` wraps."""
+    """Returns whether Transformers' continuous batching has the methods that :class:`NamedRequests` wraps."""
     try:
         from transformers.generation.continuous_batching import cache, cache_allocators, continuous_api, scheduler
     except ImportError:
@@ -390,7 +390,7 @@ class NamedRequests:
         return used, name is None, content, active.changes, start
 
     def _start(self, state: RequestState, name: str) -> int | None:
-        """The position from which on a request's adapter acts. None: its prompt has no invocation. 0: not an aLoRA."""
+        """Returns where a request's adapter begins to act. None: the prompt has no invocation. 0: not an aLoRA."""
         tokens = self.adapters.active.invocations.get(name)
         if name in self.held:
             tokens = self.held[name].invocations((name,)).get(name)

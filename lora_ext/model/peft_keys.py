@@ -19,7 +19,7 @@ _FACTOR = re.compile(r"\.(lora_[AB])\.(weight|bias)$")
 
 
 def has_peft_keys(state_dict: dict[str, Any], prefix: str) -> bool:
-    """Whether some keys below ``prefix`` are those of PEFT's layers."""
+    """Returns whether some keys below ``prefix`` are those of PEFT's layers."""
     return any(_PEFT.search(key) for key in state_dict if key.startswith(prefix))
 
 
@@ -43,7 +43,7 @@ def translate_peft_keys(
 
 
 def _is_transpose(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is the transpose of a whole parameter, as the ``lora_A`` of an embedding is in files."""
+    """Returns whether ``tensor`` is the transpose of a whole parameter, as an embedding's ``lora_A`` is in files."""
     base = tensor._base
     if base is None or base.dim() != 2:
         return False

@@ -117,7 +117,7 @@ def _against(weight: LayerWeight, svds: dict[int, Svd], seed: int) -> dict[int, 
 
 
 def _is_finite(matrix: Tensor) -> bool:
-    """Whether the matrix has a finite norm. Reads blocks of rows: isfinite() of the whole would make three copies."""
+    """Returns whether the matrix has a finite norm. Reads blocks of rows: isfinite(matrix) would make three copies."""
     height = max(_BLOCK_ELEMENTS // max(matrix.shape[1], 1), 1)
     return all(torch.linalg.vector_norm(rows, dtype=torch.float64).isfinite() for rows in matrix.split(height))
 

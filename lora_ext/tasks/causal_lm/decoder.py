@@ -171,6 +171,6 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _close(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two outputs differ by rounding only; another text changes them by far more."""
+    """Returns whether two outputs differ by rounding only; another text changes them by far more."""
     tolerance = 1e-4 if first.dtype == torch.float32 else 0.05
     return bool((first - second).abs().max() <= tolerance * second.abs().max())

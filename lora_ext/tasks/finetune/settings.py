@@ -270,7 +270,7 @@ OWNERS = {
 
 
 def has_option(method: str, option: str) -> bool:
-    """Whether an option of finetune affects ``method``, or one of the methods that it joins by +."""
+    """Returns whether an option of finetune affects ``method``, or one of the methods that it joins by +."""
     return option not in OWNERS or not set(OWNERS[option]).isdisjoint(method.split("+"))
 
 
