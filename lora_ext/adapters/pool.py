@@ -190,15 +190,15 @@ class AdapterPool:
         path = self._directory / name
         return path if holds_adapter(path) else None
 
-    def check_known(self, names: Iterable[str], caller: str, own: Iterable[str] = ()) -> None:
+    def check_known(self, names: Iterable[str], caller: str, adapters_of_model: Iterable[str] = ()) -> None:
         """Checks that the pool can find the adapters. KeyError: names the known ones.
 
         Args:
-            own: adapters of the model itself, for the message.
+            adapters_of_model: adapters of the model itself, for the message.
         """
         for name in names:
             if self._path_of(name) is None:
-                known = [*own, *self.names()]
+                known = [*adapters_of_model, *self.names()]
                 close = difflib.get_close_matches(name, known, 3)
                 meant = f" (close to {', '.join(map(repr, close))})" if close else ""
                 raise KeyError(f"{caller}: there is no adapter {name!r}{meant}; the adapters are {_some(known)}")

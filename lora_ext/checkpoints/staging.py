@@ -152,8 +152,10 @@ class Staging:
         try:
             self._discard()
         except OSError as error:
-            left = next((path for path in (self.path, self._old) if path.exists()), self._journal)
-            raise RuntimeError(f"{self.out} is complete, but {left} is left and has to be removed: {error}") from error
+            leftover = next((path for path in (self.path, self._old) if path.exists()), self._journal)
+            raise RuntimeError(
+                f"{self.out} is complete, but {leftover} is left and has to be removed: {error}"
+            ) from error
 
     def _rename(self) -> None:
         if not self.out.exists():

@@ -392,8 +392,8 @@ def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | No
     if given is None:
         yield
         return
-    own = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
-    missing = [key for key in own if key not in given]
+    wanted = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
+    missing = [key for key in wanted if key not in given]
     if missing:
         raise ValueError(
             f"{caller}: state_dict lacks {len(missing)} keys of model.state_dict(), {shown(missing[0])} for one; pass "
@@ -401,7 +401,7 @@ def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | No
         )
     values = {
         id(tensor): nn.Parameter(given[key], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else given[key]
-        for key, tensor in own.items()
+        for key, tensor in wanted.items()
     }
     with ExitStack() as stack:
         for sub in module.modules():

@@ -24,11 +24,11 @@ def has_peft_keys(state_dict: dict[str, Any], prefix: str) -> bool:
 
 
 def translate_peft_keys(
-    module: nn.Module, adapters: AdapterSet, own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str
+    module: nn.Module, adapters: AdapterSet, state: dict[str, Tensor], state_dict: dict[str, Any], prefix: str
 ) -> None:
-    """Renames PEFT's keys in ``state_dict`` to those of ``module``, in place; ``own`` is the state of ``module``."""
+    """Renames PEFT's keys in ``state_dict`` to those of ``module``, in place; ``state`` is the state of ``module``."""
     keys: dict[int, list[str]] = {}  # of tied parameters all
-    for key, tensor in own.items():
+    for key, tensor in state.items():
         keys.setdefault(id(tensor), []).append(prefix + key)
     for name in adapters.configs:
         adapter = adapter_in(module, adapters, name)

@@ -139,7 +139,7 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
     ids = _some_tokens(model)
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % _vocabulary(model)
-    logits, others = (model.eval()(input_ids=each, use_cache=False).logits[0, :-1] for each in (ids, changed))
+    logits, others = (model.eval()(input_ids=tokens, use_cache=False).logits[0, :-1] for tokens in (ids, changed))
     if not _close(logits, others):
         raise TaskError(
             f"--model {path}: {type(model).__name__} reads the tokens after a token, too, so it is no causal language "
