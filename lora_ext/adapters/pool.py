@@ -111,7 +111,10 @@ class AdapterPool:
     ) -> None:
         self._directory = None if directory is None else Path(directory)
         if self._directory is not None and not self._directory.is_dir():
-            raise ValueError(f"AdapterPool: directory is {os.fspath(directory)!r}, which is no directory")
+            raise ValueError(
+                f"AdapterPool: directory is {os.fspath(directory)!r}, which is no directory; want the one that holds "
+                "the adapters' directories"
+            )
         config = LoraConfig(r=r, target_modules=target_modules, modules_to_save=modules_to_save)
         layers = pool_layers(model, config)
         shapes = {path: LayerShape(layer.in_features, layer.out_features) for path, layer in layers.found.items()}
@@ -123,7 +126,10 @@ class AdapterPool:
         slot_bytes += sum(tensor.nbytes for tensors in modules.values() for tensor in tensors.values())
         slots = max_bytes // slot_bytes
         if slots < 1:
-            raise ValueError(f"AdapterPool: max_bytes is {max_bytes}, but one slot of rank {r} takes {slot_bytes}")
+            raise ValueError(
+                f"AdapterPool: max_bytes is {max_bytes}, but one slot of rank {r} takes {slot_bytes}; raise max_bytes, "
+                "or choose a smaller r or fewer target_modules"
+            )
         limits = InvocationLimits.of(BareModel(root_module(model)))
         self._shape = PoolShape(shapes, r, modules, limits)
         self._timeout, self._slot_bytes = timeout, slot_bytes

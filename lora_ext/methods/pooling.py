@@ -63,7 +63,10 @@ def with_pooling(model: nn.Module, pooling: str | None, caller: str) -> Iterator
         yield
         return
     if pooling is None:
-        raise ValueError(f"{caller}: the model has the pooling {before!r}, and the file was trained without it")
+        raise ValueError(
+            f"{caller}: the model has the pooling {before!r}, and the file was trained without it; load it into a "
+            "model without set_pooling"
+        )
     _check(model, pooling, caller)
     pooler = getattr(base_model(model), "pooler", None)
     _choose(model, pooling)

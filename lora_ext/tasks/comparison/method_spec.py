@@ -141,5 +141,5 @@ def without(methods: Iterable[str], left_out: Iterable[str]) -> list[str]:
             raise TaskError(f"--without {one}: there are {', '.join(spec.label for spec in specs)}")
     rest = [spec.text for spec in specs if not {spec.text, spec.label} & left_out]
     if not rest:
-        raise TaskError(f"--without {' '.join(sorted(left_out))} leaves no method")
+        raise TaskError(f"--without {' '.join(sorted(left_out))} leaves no method; name fewer")
     return rest
