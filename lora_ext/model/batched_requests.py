@@ -188,9 +188,9 @@ class NamedRequests:
     Slots of a pool: a request waits until its adapter has one, in the order of arrival, and keeps it while it runs.
 
     Prefixes: Transformers shares blocks of the cache between requests whose prompts begin with the same tokens. The
-    blocks depend on the adapter, too, so the first token of a request, named or not, counts as another number for each
-    adapter, after each change of the model's adapters, for each reading of a pool's files, and for each place of an
-    invocation (aLoRA).
+    blocks depend on the adapter, too, so the first token of a request, named or not, counts as another number whenever
+    something else differs: the adapter, the place of its invocation (aLoRA), a change of the model's adapters, or a
+    reading of a pool's files.
 
     Attributes:
         held: the pool of each adapter that has a slot for running requests.
