@@ -330,3 +330,9 @@ def test_ctrl_c_ends_it(directory: Path):
     assert process.returncode == 130, error
     assert error.decode().endswith("lora-ext: interrupted\n") and b"Traceback" not in error
     assert out.endswith(b"\n")
+
+
+def test_the_help_is_about_this_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--help"])
+    assert caught.value.code == 0 and "resume" not in capsys.readouterr().out
