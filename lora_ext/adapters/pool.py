@@ -112,8 +112,8 @@ class AdapterPool:
         self._directory = None if directory is None else Path(directory)
         if self._directory is not None and not self._directory.is_dir():
             raise ValueError(
-                f"AdapterPool: directory is {os.fspath(directory)!r}, which is no directory; want the one that holds "
-                "the adapters' directories"
+                f"AdapterPool: directory is {os.fspath(directory)!r}, which is not a directory; want the one that "
+                "holds the adapters' directories"
             )
         config = LoraConfig(r=r, target_modules=target_modules, modules_to_save=modules_to_save)
         layers = pool_layers(model, config)

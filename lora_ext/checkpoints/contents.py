@@ -142,7 +142,7 @@ def read_contents(file: AdapterFile) -> AdapterContents:
             except ValueError as error:
                 problems.append(str(error))
     if problems:
-        raise ValueError(f"{file.path} is no adapter that can be used here:{listed(problems)}")
+        raise ValueError(f"{file.path} is not an adapter that can be used here:{listed(problems)}")
     if not updates and not tokens and not replaced:
         raise ValueError(f"{file.path} holds no tensor")
     return AdapterContents(file, updates, tokens, replaced)

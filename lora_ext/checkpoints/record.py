@@ -138,7 +138,7 @@ class Record:
             begins = [begin for i in range(len(pairs)) for begin in range(i * per_pair, (i + 1) * per_pair, height)]
             if (words < 0).any() or words.sum(dtype=torch.int64) != kept.parts["corrections"].numel:
                 raise ValueError(
-                    f"{self._caller}: {kept.path} is no record of a merge: it miscounts {key}'s corrections"
+                    f"{self._caller}: {kept.path} is not a record of a merge: it miscounts {key}'s corrections"
                 )
         position = 0
         with open_regular(self._merged.file(key)) as file, open_regular(kept.path) as record_file:
@@ -166,7 +166,7 @@ class Record:
         indices = kept.read("indices").tolist()
         if len(set(indices)) < len(indices) or not all(0 <= index < kept.base.shape[0] for index in indices):
             raise ValueError(
-                f"{self._caller}: {kept.path} is no record of a merge: it names rows that {key} does not have"
+                f"{self._caller}: {kept.path} is not a record of a merge: it names rows that {key} does not have"
             )
         return dict(zip(indices, kept.read("rows"), strict=True))
 

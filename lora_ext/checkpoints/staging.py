@@ -171,7 +171,7 @@ class Staging:
     def _check(self) -> None:
         """Raises FileExistsError if ``out`` must not be replaced."""
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
-            raise FileExistsError(f"{self.out} exists and is no directory; name another output")
+            raise FileExistsError(f"{self.out} exists and is not a directory; name another output")
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         if not self.overwrite:

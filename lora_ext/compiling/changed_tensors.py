@@ -53,7 +53,7 @@ def _changed_arguments(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _is_in_place(node: fx.Node) -> bool:
-    """Returns whether a function that is no op changes an argument, according to its name and the arguments."""
+    """Returns whether a function that is not an op changes an argument, according to its name and the arguments."""
     if isinstance(node.target, OpOverload):
         return False
     if any(value is True for value in (*node.args, node.kwargs.get("inplace"))):  # F.dropout(x, 0.1, True, True)

@@ -83,7 +83,7 @@ def _check(model: nn.Module, pooling: str, caller: str) -> None:
     architecture = architecture_of(model, caller)
     if not architecture.keeps_first or task_type(model) != "SEQ_CLS":
         kind = type(root_module(model)).__name__
-        raise TypeError(f"{caller}: {kind} is no encoder for sequence classification, whose pooling can be chosen")
+        raise TypeError(f"{caller}: {kind} is not an encoder for sequence classification, whose pooling can be chosen")
     if pooling_of(model) not in (None, pooling):
         raise ValueError(f"{caller}: the model has the pooling {pooling_of(model)!r} already; load it again")
 

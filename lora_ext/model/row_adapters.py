@@ -275,7 +275,7 @@ def multiples(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[s
     if rest:
         raise ValueError(
             f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows, "
-            "which is no multiple of them"
+            "which is not a multiple of them"
         )
     return times, token_multiples(values, tensor.shape[0], times)
 

@@ -128,7 +128,7 @@ def frozen_product(base: nn.Module) -> tuple[Tensor, Tensor | None, nn.Module | 
     if plain is None and runs_quantized_product(base):
         parameters = base._parameters
         return parameters["weight"], parameters["bias"], base, base.training
-    return "its base layer is no plain or quantised nn.Linear, or has hooks or a forward of its own"
+    return "its base layer is not a plain or quantised nn.Linear, or has hooks or a forward of its own"
 
 
 class SharesInputs:

@@ -126,7 +126,7 @@ def test_out_must_be_new_and_apart(llama_files, tmp_path):
     for overwrite, text in ((False, "notes exists"), (True, "holds no safetensors file: it is not overwritten")):
         refuses(base, [adapter], tmp_path / "notes", text, error=FileExistsError, overwrite=overwrite)
     (tmp_path / "file").write_text("dear")
-    refuses(base, [adapter], tmp_path / "file", "is no directory", error=FileExistsError, overwrite=True)
+    refuses(base, [adapter], tmp_path / "file", "is not a directory", error=FileExistsError, overwrite=True)
 
     (tmp_path / "out" / "old").write_text("old")
     merge(base, [adapter], tmp_path / "out", overwrite=True)

@@ -211,7 +211,7 @@ def test_set_reaches_the_run(tiny: Settings, tmp_path: Path):
         ("weight_decay=much", "--set weight_decay is 'much', want a number"),
         ("max_steps=1.5", "--set max_steps is '1.5', want an integer"),
         ("torch_compile=perhaps", "--set torch_compile is 'perhaps', want true or false"),
-        ("lr_scheduler_kwargs={", "--set lr_scheduler_kwargs is '{', which is no JSON"),
+        ("lr_scheduler_kwargs={", "--set lr_scheduler_kwargs is '{', which is not JSON"),
         ("optim=adamm", "adamm is not a valid OptimizerNames"),
         ("optim=galore_adamw", "--set optim=galore_adamw: .*install.*galore_torch"),
         ("lr_scheduler_type=wavy", "wavy is not a valid SchedulerType"),
@@ -399,8 +399,8 @@ def test_a_file_equals_the_command_line_which_wins(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("epoch: 3", "'epoch' is no option; close matches: 'epochs'"),
-        ("resume: true", "'resume' is no option"),
+        ("epoch: 3", "'epoch' is not an option; close matches: 'epochs'"),
+        ("resume: true", "'resume' is not an option"),
         ("epochs: many", "epochs is 'many': want float"),
         ("r: 1.5", "r is '1.5': want int"),
         ("r:", "r has no value"),

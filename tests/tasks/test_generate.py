@@ -217,7 +217,7 @@ def test_answers_stream(directory: Path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--adapter", "nowhere"], "--adapter nowhere is no directory; want the directory of an adapter"),
+        (["--adapter", "nowhere"], "--adapter nowhere is not a directory; want the directory of an adapter"),
         (["--adapter", "model"], "model holds no adapter_config.json; want the directory of an adapter"),
         (["--adapter", "classifier"], "classifier is a classifier's (task_type SEQ_CLS), which generates no text"),
         (["--adapter", "a=first", "--adapter", "a=first"], "the name 'a' is taken"),
