@@ -315,6 +315,8 @@ class AdapterFile:
             wanted = "want a directory that save_adapter or PEFT wrote"
             if not directory.exists() and _REPOSITORY.fullmatch(str(directory)):
                 wanted += "; for an adapter on the Hugging Face hub: load_adapter(..., download=True)"
+            if inside := sorted(directory.glob(f"*/{CONFIG_FILE}")):  # of a run of finetune, or a pool's directory
+                wanted += f", such as {shown(str(inside[0].parent))}"
             raise FileNotFoundError(f"{directory / CONFIG_FILE} is missing; {wanted}") from error
         if path in existing:
             return cls(directory, config, TensorFile(path))
