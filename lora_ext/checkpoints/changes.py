@@ -176,7 +176,10 @@ class _Entry:
                 else:
                     changes.tensors[name] = TensorChange(self.file.shape(key), dtype, None, (self.file, key))
             else:
-                self.problems.append(f"not in the base, and cannot be added to it under another prefix: {name}")
+                self.problems.append(
+                    f"not in the base, whose names have another prefix, so it cannot be added: {name}; load the base "
+                    "and the adapter as a model (load_adapter), and call merge and save_pretrained there"
+                )
         for rows in contents.tokens:
             self._replace_rows(f"{rows.path}.weight", rows.key, rows.indices)
         targets = {update: self.keys[name] for update in low_rank if (name := _weight_name(update)) in self.keys}
