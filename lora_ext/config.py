@@ -85,15 +85,15 @@ class LoraConfig:
             embedding follows it, unless the dict gives it other tokens.
         ensure_weight_tying: modules that share the input embedding's weight (a tied head) follow the embedding: if
             ``target_modules`` or ``modules_to_save`` names one of them, all get one common adapter or copy. If False,
-            each named module gets its own, and merging it is refused, as that would change the others.
+            each named module gets a separate one, and merging it is refused, as that would change the others.
         bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
         lora_bias: the adapter has its own bias, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
-        init_lora_weights: True (``lora_A`` Kaiming-uniform, ``lora_B`` zero), ``"gaussian"`` (``lora_A`` normal with
-            standard deviation ``1 / r``), ``"orthogonal"`` (rows of ``lora_A`` and columns of ``lora_B`` from the two
-            halves of a random rotation, so that their product is zero; even ranks), or False (both random, so that the
-            adapter changes the output at once: for tests).
+        init_lora_weights: True: ``lora_A`` Kaiming-uniform, ``lora_B`` zero. ``"gaussian"``: ``lora_A`` normal with
+            standard deviation ``1 / r``. ``"orthogonal"``: rows of ``lora_A`` and columns of ``lora_B`` from the two
+            halves of a random rotation, so that their product is zero; even ranks. False: both random, so that the
+            adapter changes the output at once (for tests).
         enable_lora: for packed projections (query, key and value in one weight): maps the module's name (matched as in
             ``target_modules``) to one bool per equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts
             query and value. Parts that are off cost nothing. Not a PEFT key: :meth:`to_dict` leaves it out.

@@ -285,7 +285,7 @@ def _as_numbers(x: Tensor, scalings: Tensor | Sequence[float]) -> Tensor:
 
 
 def _cast_to(y: Tensor, x: Tensor) -> Tensor:
-    """Under autocast, casts ``x`` to the dtype that the base layer returned."""
+    """Casts ``x`` to the dtype that the base layer returned, under autocast only."""
     return x.to(y.dtype) if x.dtype != y.dtype and torch.is_autocast_enabled(autocast_device(x)) else x
 
 

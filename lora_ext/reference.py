@@ -24,7 +24,12 @@ def _mul_hi_lo(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-7 (Salmon et al., SC'11) on int64 tensors that hold 32-bit words."""
+    """Philox4x32-7 (Salmon et al., SC'11): four random words for each counter.
+
+    Args:
+        counter: four int64 tensors of one shape that hold 32-bit words; the results are the same.
+        seed: a key of 64 bits.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _U32, (seed >> 32) & _U32
     for _ in range(7):
@@ -41,7 +46,7 @@ def dropout_threshold(dropout_p: float) -> int:
 
 
 def dropout_keep(seed: int, num_tokens: int, in_features: int, dropout_p: float) -> Tensor:
-    """The dropout mask as booleans, True = kept: ``[num_tokens, in_features]``. csrc/common/dropout.h defines it."""
+    """The mask that csrc/common/dropout.h defines: bool ``[num_tokens, in_features]`` on the CPU, True = kept."""
     num_blocks = (in_features + 7) // 8
     block = torch.arange(num_blocks).expand(num_tokens, num_blocks)
     row = torch.arange(num_tokens).unsqueeze(1).expand(num_tokens, num_blocks)
@@ -64,7 +69,17 @@ def lora_delta(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """``scaling * dropout(x) @ lora_A.T @ lora_B.T`` in the wider of the two dtypes, as PEFT computes it."""
+    """``scaling * dropout(x) @ lora_A.T @ lora_B.T`` in the wider of the two dtypes, as PEFT computes it.
+
+    Args:
+        x: ``[..., in_features]``.
+        lora_A: ``[r, in_features]``.
+        lora_B: ``[out_features, r]``.
+        seed: int64 ``[]``, of the dropout mask; only read with dropout.
+
+    Returns:
+        ``[..., out_features]`` in the wider of the dtypes of ``x`` and ``lora_A``.
+    """
     x_dropped = x
     threshold = dropout_threshold(dropout_p)
     if threshold > 0:
@@ -85,7 +100,10 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``; differentiable by autograd."""
+    """``x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``; differentiable by autograd.
+
+    ``weight`` is ``[out_features, in_features]``, ``bias [out_features]``; the others are those of :func:`lora_delta`.
+    """
     y = torch.nn.functional.linear(x, weight, bias)
     return (y + lora_delta(x, lora_A, lora_B, scaling, dropout_p, seed)).to(x.dtype)
 
@@ -115,7 +133,10 @@ def lora_grouped(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Returns what ``lora_grouped_`` adds to y: :func:`lora_delta` of each row's factors, row by row, with one mask."""
+    """Returns what ``lora_grouped_`` adds to y: :func:`lora_delta` of each row's factors, row by row, with one mask.
+
+    The arguments are those of :func:`lora_ext.functional.lora_grouped_`.
+    """
     pairs = [
         pair
         for A, B in zip(lora_As, lora_Bs, strict=True)
@@ -150,7 +171,10 @@ def bottleneck(
     activation: str = "relu",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``residual + activation(x @ down_weight.T + down_bias) @ up_weight.T + up_bias``; differentiable by autograd."""
+    """``residual + activation(x @ down_weight.T + down_bias) @ up_weight.T + up_bias``; differentiable by autograd.
+
+    The arguments are those of :func:`lora_ext.functional.bottleneck`.
+    """
     residual = x if residual is None else residual
     wide = torch.promote_types(x.dtype, down_weight.dtype)
     hidden = torch.nn.functional.linear(x.to(wide), down_weight.to(wide))
@@ -162,6 +186,9 @@ def bottleneck(
 
 
 def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """``weight + scaling * lora_B @ lora_A`` accumulated in float32 (float64 for float64) and rounded once."""
+    """``weight + scaling * lora_B @ lora_A`` accumulated in float32 (float64 for float64) and rounded once.
+
+    ``weight`` is ``[out_features, in_features]``, the factors as in :func:`lora_delta`.
+    """
     acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return (weight.to(acc) + scaling * (lora_B.to(acc) @ lora_A.to(acc))).to(weight.dtype)

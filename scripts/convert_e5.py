@@ -219,7 +219,7 @@ def check_tokenizer(path: Path, pieces: Sequence[str], rows: int) -> None:
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise TaskError(f"{path} is no tokenizer.json of the kind Unigram: {error}") from error
+        raise TaskError(f"{path} is not a tokenizer.json of the kind Unigram: {error}") from error
     different = [number for number, (a, b) in enumerate(zip(tokens, pieces, strict=False)) if a != b]
     if different or len(tokens) != len(pieces):
         first = different[0] if different else min(len(tokens), len(pieces))

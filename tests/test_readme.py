@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -88,9 +89,13 @@ def test_python_of_many_adapters_md(in_tmp_path):
     assert stats.slots == 0 and 2 <= stats.loads <= 3
 
 
-def test_python_of_adapters_md(in_tmp_path):
+def test_python_of_adapters_md(in_tmp_path, capsys):
     run(python_blocks("README.md")[0])
-    several, sharing = python_blocks("docs/adapters.md")
+    finetuned, several, sharing = python_blocks("docs/adapters.md")
+    shutil.copytree("my-adapter", "my-run/adapter")
+    Path("my-run", "metrics.json").write_text('{"id2label": {"0": "negative", "1": "neutral", "2": "positive"}}')
+    assert adapter_names(run(finetuned)["model"]) == ["default"]
+    assert capsys.readouterr().out.strip() in ("negative", "neutral", "positive")
     names = run(several, model=bare_model())
     assert adapter_names(names["model"]) == ["first", "second", "both"]
     names = run(sharing.replace('"inductor"', '"eager"'), model=net(), inputs={"x": some_x()})
@@ -136,8 +141,8 @@ def test_python_of_export_md(in_tmp_path, capsys):
     assert "liblora_ext.so" in capsys.readouterr().out
 
 
-def test_python_of_performance_md():
-    (block,) = python_blocks("docs/performance.md")
+def test_python_of_decisions_md():
+    (block,) = python_blocks("docs/decisions.md")
     x, weight, bias, A, B = (torch.randn(shape) for shape in ((4, 24), (20, 24), (20,), (3, 24), (20, 3)))
     found = run(block, torch=torch, x=x, weight=weight, bias=bias, lora_A=A, lora_B=B)
     for name, scaling in (("y", 0.5), ("other", 0.25)):
@@ -149,7 +154,7 @@ def test_no_python_is_left_out():
         "README.md",
         *(
             f"docs/{name}.md"
-            for name in ("adapters", "export", "many-adapters", "methods", "peft", "performance", "quantized")
+            for name in ("adapters", "decisions", "export", "many-adapters", "methods", "peft", "quantized")
         ),
     }
     in_test_diffusers = {"docs/diffusers.md"}

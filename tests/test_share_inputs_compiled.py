@@ -145,7 +145,7 @@ def test_dynamic_shapes():
         for tokens in (4, 9):
             x = torch.randn(tokens, WIDTH)
             torch.testing.assert_close(run(x), model(x))
-    assert counting.graphs[-1] == [3, 1]  # in a graph before it, dropout and scaling are no constants
+    assert counting.graphs[-1] == [3, 1]  # in a graph before it, dropout and scaling are not constants
 
 
 def test_a_hot_swap_compiles_nothing(tmp_path):

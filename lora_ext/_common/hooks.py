@@ -9,7 +9,7 @@ from torch import nn
 
 
 def has_pre_hook(module: nn.Module, function: Callable[..., Any]) -> bool:
-    """Whether ``function`` is a hook before the module's forward."""
+    """Returns whether ``function`` is a hook before the module's forward."""
     return function in module._forward_pre_hooks.values()
 
 

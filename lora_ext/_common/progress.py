@@ -106,7 +106,7 @@ def _clock(seconds: float) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether standard error is a terminal, which can show a bar."""
+    """Returns whether standard error is a terminal, which can show a bar."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether ``tensor`` is a DTensor; imports nothing."""
+    """Returns whether ``tensor`` is a DTensor; imports nothing."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -47,7 +47,7 @@ def part_like(like: Tensor, values: Tensor, dims: Iterable[int] | None = None) -
 
 
 def any_rank(sharded: Iterable[Tensor], flag: bool) -> bool:
-    """Whether ``flag`` is true on a rank that shares one of the DTensors ``sharded``. All these ranks must call it."""
+    """Returns whether ``flag`` is true on a rank that shares a DTensor of ``sharded``. All these ranks must call it."""
     for mesh in {id(tensor.device_mesh): tensor.device_mesh for tensor in sharded}.values():
         seen = torch.tensor(int(flag), device=mesh.device_type)
         for group in mesh.get_all_groups():
@@ -57,7 +57,7 @@ def any_rank(sharded: Iterable[Tensor], flag: bool) -> bool:
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` (FSDP2) was called on ``module``."""
+    """Returns whether ``fully_shard`` (FSDP2) was called on ``module``."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 

@@ -73,13 +73,13 @@ def check_has_dimension(op: str, name: str, tensor: Tensor, features_name: str) 
 
 
 def check_num_features(op: str, name: str, tensor: Tensor, like_name: str, features: int, features_name: str) -> None:
-    """``tensor [..., features]`` with as many features as ``like_name``, another argument, says."""
+    """Checks that ``tensor [..., features]`` has as many features as ``like_name``, another argument, says."""
     if tensor.shape[-1] != features:
         raise refusal(op, "features", like_name, features_name, features, name, tensor.shape[-1])
 
 
 def check_leading_shape(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """``tensor`` has the tokens of ``like``: the same dimensions, except the last."""
+    """Checks that ``tensor`` has the tokens of ``like``: the same dimensions, except the last."""
     if tensor.dim() != like.dim() or tensor.shape[:-1] != like.shape[:-1]:
         raise refusal(op, "leading_shape", name, list(tensor.shape), like_name, list(like.shape))
 
@@ -91,7 +91,7 @@ def check_accumulation_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dt
 
 
 def is_contiguous(tensor: Tensor) -> bool:
-    """Whether kernels can read the tensor's memory in order. None reads a wrapper of torch.func, whose strides vary."""
+    """Returns whether the tensor is contiguous. Wrappers of torch.func count as such: no kernel reads them."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_contiguous()
 
 

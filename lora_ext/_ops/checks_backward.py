@@ -159,7 +159,7 @@ def _check_backward(
 def _check_tokens(
     op: str, name: str, tensor: Tensor, weight_name: str, weight: Tensor, features: int, features_name: str
 ) -> None:
-    """``tensor [..., features]`` in the weight's dtype."""
+    """Checks that ``tensor`` is ``[..., features]`` in the weight's dtype."""
     check_has_dimension(op, name, tensor, features_name)
     check_num_features(op, name, tensor, weight_name, features, features_name)
     check_same_dtype(op, name, tensor, weight_name, weight)
@@ -252,7 +252,7 @@ def _check_factor(op: str, name: str, factor: Tensor, rank_dim: int) -> None:
 
 
 def _check_features(op: str, name: str, tensor: Tensor, factor_name: str, features: int, features_name: str) -> None:
-    """``tensor [..., features]`` of a dtype that the kernels know."""
+    """Checks that ``tensor`` is ``[..., features]`` of a dtype that the kernels know."""
     check_has_dimension(op, name, tensor, features_name)
     check_floating(op, name, tensor)
     check_num_features(op, name, tensor, factor_name, features, features_name)
@@ -261,7 +261,7 @@ def _check_features(op: str, name: str, tensor: Tensor, factor_name: str, featur
 def _check_low_rank(
     op: str, name: str, tensor: Tensor, factor_name: str, rank: int, like_name: str, like: Tensor
 ) -> None:
-    """``tensor [..., rank]`` in the accumulation dtype of ``like``, with its tokens."""
+    """Checks that ``tensor`` is ``[..., rank]`` in the accumulation dtype of ``like``, with its tokens."""
     _check_features(op, name, tensor, factor_name, rank, "rank")
     _check_num_tokens(op, name, tensor, like_name, count_tokens(like))
     check_accumulation_dtype(op, name, tensor, like.dtype)

@@ -92,7 +92,7 @@ def _check_grouped(
     scalings: Tensor,
     ranks: Tensor | None,
 ) -> None:
-    """``tensor [..., out_features]`` is the result, or its gradient."""
+    """Checks a grouped call. ``tensor [..., out_features]`` is the result, or its gradient."""
     check_entries(op, lora_As, lora_Bs)
     check_has_dimension(op, name, tensor, "out_features")
     check_floating(op, name, tensor)

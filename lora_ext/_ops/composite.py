@@ -43,7 +43,7 @@ def dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
 def dropped_part(
     part: Tensor, dropout_p: float, seed: Tensor | None, whole: Sequence[int], begin: Sequence[int]
 ) -> Tensor:
-    """:func:`dropped` of a tensor of shape ``whole``, for its part that has ``begin`` as its first index."""
+    """Returns the part of :func:`dropped` that begins at index ``begin`` of a tensor of shape ``whole``."""
     if dropout_threshold(dropout_p) == 0:
         return part
     tokens, (features, first) = math.prod(whole[:-1]), (whole[-1], begin[-1])

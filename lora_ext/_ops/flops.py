@@ -20,7 +20,7 @@ _Shape = tuple[int, ...]
 
 
 def _layer_forward(x: _Shape, weights: Sequence[_Shape | None], As: Sequence[_Shape], Bs: Sequence[_Shape]) -> int:
-    """A weight of None: the base layer is not part of the op."""
+    """Counts the operations of a forward. A weight of None: the base layer is not part of the op."""
     base = sum(prod(weight) for weight in weights if weight is not None)
     return 2 * prod(x[:-1]) * (base + sum(map(prod, As)) + sum(map(prod, Bs)))
 

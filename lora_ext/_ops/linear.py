@@ -53,7 +53,7 @@ def _(seed, num_tokens, in_features, dropout_p):
 
 
 def _masks(info, in_dims, seed, *sizes):
-    """Under vmap with ``randomness="different"`` every sample has its own seed."""
+    """Draws a mask for each seed: under vmap with ``randomness="different"`` every sample has one."""
     seeds = seed.movedim(in_dims[0], 0).unbind()
     return torch.stack([torch.ops.lora_ext.lora_dropout_mask.default(entry, *sizes) for entry in seeds]), 0
 

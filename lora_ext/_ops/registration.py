@@ -39,7 +39,7 @@ with ThreadPoolExecutor(1) as _new_thread:  # this one may be within autocast, i
 
 
 def is_usual_state() -> bool:
-    """Whether this thread's calls go to autograd and then to the kernel, and nothing else is to see them.
+    """Returns whether this thread's calls go to autograd and then to the kernel, and nothing else is to see them.
 
     Autocast, inference mode, modes and transforms, tracing: all of them change the dispatch keys of the thread.
     """
@@ -69,7 +69,7 @@ def autocast_device(tensor: Tensor) -> str:
 
 
 def call_state(x: Tensor) -> tuple | None:
-    """Everything besides its arguments that decides what a call with ``x`` computes, and the state of ``x``.
+    """Returns the state of ``x`` and all else that decides, next to the arguments, what a call with ``x`` computes.
 
     None: not the usual state (:func:`is_usual_state`), autocast or a dispatch mode; or ``x`` is a subclass or an
     inference tensor.
@@ -87,7 +87,7 @@ def call_state(x: Tensor) -> tuple | None:
 
 
 def is_usual_call(*tensors: Tensor | None) -> bool:
-    """Whether Python may decide what the dispatcher would: :func:`is_usual_state`, and no subclass sees the call."""
+    """Returns whether Python may decide in the dispatcher's place: :func:`is_usual_state`, and no tensor subclass."""
     return is_usual_state() and not has_torch_function_variadic(*tensors)
 
 
@@ -116,7 +116,7 @@ def call_backward(op: Callable, *arguments: object) -> tuple:
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records an op with these tensors. A None from the user is left for the op to refuse."""
+    """Returns whether autograd records an op with these tensors. A None from the user is left for the op to refuse."""
     if torch.is_grad_enabled():
         for tensor in tensors:  # takes half the time of any()
             if tensor is not None and tensor.requires_grad:
@@ -227,14 +227,14 @@ def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode differentiation has given one of the tensors a tangent, which is lost below autograd."""
+    """Returns whether one of the tensors has a tangent (forward-mode differentiation), which is lost below autograd."""
     return forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     )
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether a Python function of these must use PyTorch's operations only: for a transform, batch or tangent."""
+    """Returns whether a function of these must use PyTorch's operations only: for a transform, batch or tangent."""
     return not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active()
         or has_tangent(*tensors)

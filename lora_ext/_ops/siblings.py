@@ -200,7 +200,7 @@ def _check_num(weights, biases, lora_As, lora_Bs, scalings) -> None:
 
 
 def lora_delta_siblings(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
-    """As :func:`lora_linear_siblings`, next to base layers that returned ``bases``."""
+    """Adds the updates of layers that read one ``x`` to ``bases``, the outputs of their base layers, out of place."""
     tensors = (*bases, *lora_As, *lora_Bs)
     same_number = len(bases) == len(lora_As) == len(lora_Bs) == len(scalings)
     if not (same_number and bases and is_usual_call(x, *tensors)):

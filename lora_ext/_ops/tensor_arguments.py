@@ -71,5 +71,5 @@ def explain_inference(op: str, arguments: Mapping[str, object], error: Exception
 
 
 def _is_same(device: torch.device, other: torch.device) -> bool:
-    """cpu:0 is the CPU."""
+    """Returns whether the two are one device: cpu:0 is the CPU."""
     return device == other or (device.type == other.type and device.type in ("cpu", "meta"))

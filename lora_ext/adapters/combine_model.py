@@ -83,7 +83,9 @@ def add_weighted_adapter(
     }
     kind = check_combination(combination_type, weights, len(adapters), **settings)
     if biased := [name for name in adapters if name in held.biases]:
-        raise ValueError(f"{caller}: {biased[0]!r} trains the model's own biases, which cannot be combined")
+        raise ValueError(
+            f"{caller}: {biased[0]!r} trains the model's own biases, which cannot be combined; leave it out"
+        )
 
     invocations = {name: held.configs[name].alora_invocation_tokens for name in adapters}
     if len(set(invocations.values())) > 1:
@@ -155,7 +157,9 @@ def _combined(
         )
     enabled = [getattr(adapter, "enable_lora", None) for adapter in adapters]
     if len(set(enabled)) > 1:
-        raise ValueError(f"add_weighted_adapter: at {path!r}: enable_lora differs: {enabled}")
+        raise ValueError(
+            f"add_weighted_adapter: at {path!r}: enable_lora differs: {enabled}; name adapters of the same parts"
+        )
     factors = [(adapter.file_A.detach(), adapter.lora_B.detach(), adapter.scaling) for adapter in adapters]
     try:
         file_A, lora_B, scaling = combine_factors(

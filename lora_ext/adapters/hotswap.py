@@ -206,7 +206,7 @@ def _rank_dim(update: LoraAdapter, tensor: Tensor) -> int | None:
 
 
 def _holds(tensor: Tensor, parameter: Tensor) -> bool:
-    """Whether ``tensor`` is the parameter, or its transpose (an embedding's)."""
+    """Returns whether ``tensor`` is the parameter, or its transpose (an embedding's)."""
     return tensor is parameter or tensor._base is parameter
 
 
@@ -225,7 +225,10 @@ def _padded(part: Part, r: int) -> tuple[Tensor, Tensor]:
             f"prepare_hotswap: r is {r}, but {part.path!r} has rank {adapter.r}; choose at least {adapter.r}"
         )
     if not adapter.has_plain_rank:
-        raise ValueError(f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}")
+        raise ValueError(
+            f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}; use "
+            "load_adapter and set_adapter for this model"
+        )
     padded = []
     for dim, factor in ((0, adapter.file_A), (1, adapter.lora_B)):
         shape = list(factor.shape)

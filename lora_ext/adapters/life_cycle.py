@@ -258,7 +258,7 @@ def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def check_unmerged(caller: str, model: nn.Module, name: str) -> None:
-    """RuntimeError if adapter ``name`` is merged into a layer of ``model``."""
+    """Raises a RuntimeError if adapter ``name`` is merged into a layer of ``model``."""
     merged = [path for path, layer in lora_modules(model) if name in layer.merged_adapters]
     if merged:
         raise RuntimeError(f"{caller}: {name!r} is merged into {some(merged)}; call unmerge(model, {name!r}) first")

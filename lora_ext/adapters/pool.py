@@ -111,7 +111,10 @@ class AdapterPool:
     ) -> None:
         self._directory = None if directory is None else Path(directory)
         if self._directory is not None and not self._directory.is_dir():
-            raise ValueError(f"AdapterPool: directory is {os.fspath(directory)!r}, which is no directory")
+            raise ValueError(
+                f"AdapterPool: directory is {os.fspath(directory)!r}, which is not a directory; want the one that "
+                "holds the adapters' directories"
+            )
         config = LoraConfig(r=r, target_modules=target_modules, modules_to_save=modules_to_save)
         layers = pool_layers(model, config)
         shapes = {path: LayerShape(layer.in_features, layer.out_features) for path, layer in layers.found.items()}
@@ -123,7 +126,10 @@ class AdapterPool:
         slot_bytes += sum(tensor.nbytes for tensors in modules.values() for tensor in tensors.values())
         slots = max_bytes // slot_bytes
         if slots < 1:
-            raise ValueError(f"AdapterPool: max_bytes is {max_bytes}, but one slot of rank {r} takes {slot_bytes}")
+            raise ValueError(
+                f"AdapterPool: max_bytes is {max_bytes}, but one slot of rank {r} takes {slot_bytes}; raise max_bytes, "
+                "or choose a smaller r or fewer target_modules"
+            )
         limits = InvocationLimits.of(BareModel(root_module(model)))
         self._shape = PoolShape(shapes, r, modules, limits)
         self._timeout, self._slot_bytes = timeout, slot_bytes
@@ -188,15 +194,15 @@ class AdapterPool:
         path = self._directory / name
         return path if holds_adapter(path) else None
 
-    def check_known(self, names: Iterable[str], caller: str, own: Iterable[str] = ()) -> None:
+    def check_known(self, names: Iterable[str], caller: str, adapters_of_model: Iterable[str] = ()) -> None:
         """Checks that the pool can find the adapters. KeyError: names the known ones.
 
         Args:
-            own: adapters of the model itself, for the message.
+            adapters_of_model: adapters of the model itself, for the message.
         """
         for name in names:
             if self._path_of(name) is None:
-                known = [*own, *self.names()]
+                known = [*adapters_of_model, *self.names()]
                 close = difflib.get_close_matches(name, known, 3)
                 meant = f" (close to {', '.join(map(repr, close))})" if close else ""
                 raise KeyError(f"{caller}: there is no adapter {name!r}{meant}; the adapters are {_some(known)}")
@@ -204,13 +210,13 @@ class AdapterPool:
     # --- slots -------------------------------------------------------------------------------------------------------
 
     def acquire(self, names: Sequence[str]) -> dict[str, int]:
-        """The slots of ``names``, loaded, which they keep until :meth:`release`. For the model's calls."""
+        """Loads ``names`` and returns their slots, which they keep until :meth:`release`. For the model's calls."""
         resident = self._table.entries
         self.check_known([name for name in names if name not in resident], "AdapterPool")
         return self._table.acquire(names, self._timeout)
 
     def try_acquire(self, name: str) -> bool:
-        """As :meth:`acquire`, without waiting. False: other calls use all slots."""
+        """Acquires the slot of one adapter without waiting. False: other calls use all slots."""
         if name not in self._table.entries:
             self.check_known((name,), "AdapterPool")
         try:
@@ -227,7 +233,7 @@ class AdapterPool:
         self._table.release(names)
 
     def invocations(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """The tokens from which on those of ``names`` act that are aLoRA; the names must be acquired."""
+        """Returns the invocation tokens of those of ``names`` that are aLoRA; the names must be acquired."""
         with self._lock:
             return {name: self._invocations[name] for name in names if name in self._invocations}
 
@@ -381,7 +387,7 @@ class AdapterPool:
 
 
 def _is_one_component(name: str) -> bool:
-    """Whether ``name`` is a file name that leads nowhere else."""
+    """Returns whether ``name`` is a file name that leads nowhere else."""
     separators = {os.sep, os.altsep} - {None}
     return name not in ("", ".", "..", BASE) and not any(s in name for s in separators) and "\0" not in name
 

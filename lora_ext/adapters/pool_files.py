@@ -139,7 +139,7 @@ def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:
 
 
 def _is_in(file: AdapterFile, path: str, names: Mapping[str, Tensor]) -> bool:
-    """Whether the file has a tensor of the module at ``path``."""
+    """Returns whether the file has a tensor of the module at ``path``."""
     return any(f"{KEY_PREFIX}{path}.{name}" in file for name in names)
 
 
@@ -158,7 +158,7 @@ def _misfits_of_modules(file: AdapterFile, modules: Mapping[str, Mapping[str, Te
 
 
 def _is_absent(file: AdapterFile, name: str, shape: PoolShape) -> bool:
-    """Whether the file has a module trained in full, by its name in the config, that the pool has not."""
+    """Returns whether the file has a module trained in full, by its name in the config, that the pool has not."""
 
     def is_named(path: str) -> bool:
         return f".{name}." in f".{path}."  # the module, or one inside it

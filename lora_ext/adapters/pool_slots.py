@@ -106,8 +106,8 @@ class SlotTable:
                     f"{len(pinned)} are pinned ({', '.join(map(repr, pinned[:8])) or 'none'}); unpin some, raise "
                     "max_bytes, or split the batch"
                 )
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is None or left <= 0 or not self.changed.wait(left):
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is None or remaining <= 0 or not self.changed.wait(remaining):
                 raise SlotsInUseError(
                     f"{caller}: running calls use the slots that {', '.join(map(repr, missing[:8]))} need; raise "
                     "max_bytes, or run fewer calls at the same time"

@@ -60,32 +60,34 @@ def project(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 
 @checked
-def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None = None) -> ProjectionTable:
+def projection_table(weight: Tensor, update: Svd, *, seed: int, weight_svd: Svd | None = None) -> ProjectionTable:
     """Compares ``weight [out, in]`` with its update, as table 7 does.
 
     Args:
         weight: any floating dtype.
         update: of the same shape, from :func:`~lora_ext.analysis.factored_svd`.
         seed: for the random directions and for computing those of the weight.
-        own: the weight's leading directions if known, at least as many as the update has; otherwise
+        weight_svd: the weight's leading directions if known, at least as many as the update has; otherwise
             :func:`~lora_ext.analysis.block_krylov_svd` computes them.
 
     Raises:
-        ValueError: the update has another shape, ``own`` has too few directions, or a value is not finite.
+        ValueError: the update has another shape, ``weight_svd`` has too few directions, or a value is not finite.
     """
     check_matrix("projection_table", "weight", weight)
-    for name, svd in (("update", update), ("own", own)):
+    for name, svd in (("update", update), ("weight_svd", weight_svd)):
         if svd is not None and (len(svd.U), len(svd.V)) != tuple(weight.shape):
             shape = [len(svd.U), len(svd.V)]
             raise ValueError(f"projection_table: {name} has shape {shape} but weight has {list(weight.shape)}")
     count = numerical_rank(update.S)
-    if own is not None and len(own.S) < count:
-        raise ValueError(f"projection_table: own has {len(own.S)} directions, want at least the {count} of update")
+    if weight_svd is not None and len(weight_svd.S) < count:
+        raise ValueError(
+            f"projection_table: weight_svd has {len(weight_svd.S)} directions, want at least the {count} of update"
+        )
     delta_norm, weight_norm = torch.linalg.vector_norm(update.S).item(), frobenius_norm(weight)
     if count == 0:
         return ProjectionTable([], [], [], [], [], [], delta_norm, weight_norm)
-    if own is None:
-        own = block_krylov_svd(weight, count, seed=seed)
+    if weight_svd is None:
+        weight_svd = block_krylov_svd(weight, count, seed=seed)
     out, in_ = weight.shape
     generator = torch.Generator(device=weight.device).manual_seed(int(seed))
     random = orthonormal_columns(out, count, generator), orthonormal_columns(in_, count, generator)
@@ -95,7 +97,7 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, own: Svd | None 
     return ProjectionTable(
         ranks,
         delta,
-        [torch.linalg.vector_norm(own.S[:r]).item() for r in ranks],  # W's singular vectors make it diagonal
+        [torch.linalg.vector_norm(weight_svd.S[:r]).item() for r in ranks],  # W's singular vectors make it diagonal
         _leading_norms(project(weight, *random), ranks),
         [expected_random_norm(weight_norm, out, in_, r) for r in ranks],
         [size / found if found > 0 else math.inf for size, found in zip(sizes, delta, strict=True)],

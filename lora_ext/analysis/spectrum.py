@@ -1,7 +1,4 @@
-"""Measures of how many directions a matrix really has, from its singular values.
-
-Each function takes singular values ``[k]`` in descending order (ValueError otherwise); their scale does not matter.
-"""
+"""Measures of how many directions a matrix really has, from its singular values; their scale does not matter."""
 
 from __future__ import annotations
 
@@ -19,7 +16,8 @@ _ROUNDING = 4 * torch.finfo(torch.float32).eps
 def effective_rank(singular_values: Tensor) -> float:
     """``exp`` of the entropy of ``S / sum(S)`` (Roy and Vetterli, 2007, "The effective rank"); 0 for a zero matrix.
 
-    It is 1 for a single direction and ``k`` for ``k`` equal ones.
+    It is 1 for a single direction and ``k`` for ``k`` equal ones. ValueError: ``singular_values [k]`` are not finite,
+    at least 0 and in descending order.
     """
     S = _normalised("effective_rank", singular_values)
     if len(S) == 0:
@@ -29,13 +27,19 @@ def effective_rank(singular_values: Tensor) -> float:
 
 @checked
 def stable_rank(singular_values: Tensor) -> float:
-    """``|M|_F^2 / |M|_2^2``: at most the rank, and insensitive to small singular values; 0 for a zero matrix."""
+    """``|M|_F^2 / |M|_2^2``: at most the rank, and insensitive to small singular values; 0 for a zero matrix.
+
+    ValueError: as in :func:`effective_rank`.
+    """
     return _normalised("stable_rank", singular_values).square().sum().item()
 
 
 @checked
 def energy_rank(singular_values: Tensor, energy: float) -> int:
-    """The smallest rank that keeps a part ``energy``, in (0, 1], of the squared norm; 0 for a zero matrix."""
+    """The smallest rank that keeps a part ``energy``, in (0, 1], of the squared norm; 0 for a zero matrix.
+
+    ValueError: ``energy`` is out of range, or as in :func:`effective_rank`.
+    """
     if not 0 < energy <= 1:
         raise ValueError(f"energy_rank: energy is {energy}, want 0 < energy <= 1")
     kept = _normalised("energy_rank", singular_values).square().cumsum(0)
@@ -44,7 +48,10 @@ def energy_rank(singular_values: Tensor, energy: float) -> int:
 
 @checked
 def numerical_rank(singular_values: Tensor) -> int:
-    """The number of singular values above 5e-7 of the largest: more than rounding of float32 entries."""
+    """The number of singular values above 5e-7 of the largest: more than rounding of float32 entries.
+
+    ValueError: as in :func:`effective_rank`.
+    """
     return int((_normalised("numerical_rank", singular_values) > _ROUNDING).sum())
 
 

@@ -174,7 +174,10 @@ class _Entry:
                 else:
                     changes.tensors[name] = TensorChange(self.file.shape(key), dtype, None, (self.file, key))
             else:
-                self.problems.append(f"not in the base, and cannot be added to it under another prefix: {name}")
+                self.problems.append(
+                    f"not in the base, whose names have another prefix, so it cannot be added: {name}; load the base "
+                    "and the adapter as a model (load_adapter), and call merge and save_pretrained there"
+                )
         for rows in contents.tokens:
             self._replace_rows(f"{rows.path}.weight", rows.key, rows.indices)
         targets = {update: self.keys[name] for update in low_rank if (name := _weight_name(update)) in self.keys}
@@ -263,7 +266,7 @@ class _Entry:
             tensor.terms.append(Term(self.file, None, update.lora_bias, update.scaling * self.multiplier))
 
     def _is_own(self, target: str) -> bool:
-        """Whether ``target`` shares its values with no other tensor. Unties it if asked to, or else notes a problem."""
+        """Returns whether ``target`` shares its values with no tensor. Unties it if asked to, else notes a problem."""
         if self.tie is None or target not in (self.tie.head, self.tie.embedding):
             return True
         if not self.untie:
@@ -287,7 +290,7 @@ def _bias_name(update: LowRankUpdate) -> str:
 
 
 def _holds(tensor: TensorChange) -> bool:
-    """Whether the base's dtype can hold the replacement's values. A quantised tensor cannot: it needs its scales."""
+    """Returns whether the base's dtype can hold the replacement. A quantised tensor cannot: it needs its scales."""
     stored, given = DTYPES.get(tensor.dtype), _dtype(tensor.replacement)
     return stored == given or (stored in FLOATING and given in FLOATING)
 

@@ -141,7 +141,7 @@ def read_contents(file: AdapterFile) -> AdapterContents:
             except ValueError as error:
                 problems.append(str(error))
     if problems:
-        raise ValueError(f"{file.path} is no adapter that can be used here:{listed(problems)}")
+        raise ValueError(f"{file.path} is not an adapter that can be used here:{listed(problems)}")
     if not updates and not tokens and not replaced:
         raise ValueError(f"{file.path} holds no tensor")
     return AdapterContents(file, updates, tokens, replaced)
@@ -202,7 +202,7 @@ def _update(
 
 
 def _is_attention(wrapped: str, factors: Mapping[str, Any]) -> bool:
-    """Whether this is a MultiheadAttention: it has an update, and so has the out_proj in it."""
+    """Returns whether this is a MultiheadAttention: it has an update, and so has the out_proj in it."""
     return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
 
 

@@ -153,7 +153,7 @@ def extract(
 
 
 def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
-    """Whether the two tensors have the same dtype, shape and bits."""
+    """Returns whether the two tensors have the same dtype, shape and bits."""
     first, second = old.info(key), new.info(key)
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False

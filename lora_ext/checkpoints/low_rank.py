@@ -60,6 +60,6 @@ def approximate(delta: Tensor, rank: int, energy: float | None = None) -> Approx
     for r in sorted({2**i for i in range(rank.bit_length()) if 2**i <= rank} | {rank}):
         delta.addmm_(B[:, done:r], A[done:r], alpha=-1)
         done = r
-        left = torch.linalg.vector_norm(delta, dtype=torch.float64).item()
-        errors[r] = left / norm if norm > 0 else 0.0
+        remaining = torch.linalg.vector_norm(delta, dtype=torch.float64).item()
+        errors[r] = remaining / norm if norm > 0 else 0.0
     return Approximation(A.contiguous(), B.contiguous(), norm, errors)

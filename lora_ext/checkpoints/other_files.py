@@ -76,7 +76,7 @@ def copy_file(source: Path, target: Path) -> str:
 
 
 def read_model_config(base: Checkpoint) -> dict[str, Any] | None:
-    """Reads ``config.json``; returns None if there is none. Raises ValueError if it is no JSON object."""
+    """Reads ``config.json``; returns None if there is none. Raises ValueError if it is not a JSON object."""
     try:
         return read_json_object(base.directory / CONFIG_FILE, "", _LARGEST_CONFIG)
     except FileNotFoundError:

@@ -137,7 +137,7 @@ class Record:
             begins = [begin for i in range(len(pairs)) for begin in range(i * per_pair, (i + 1) * per_pair, height)]
             if (words < 0).any() or words.sum(dtype=torch.int64) != kept.parts["corrections"].numel:
                 raise ValueError(
-                    f"{self._caller}: {kept.path} is no record of a merge: it miscounts {key}'s corrections"
+                    f"{self._caller}: {kept.path} is not a record of a merge: it miscounts {key}'s corrections"
                 )
         position = 0
         with open_regular(self._merged.file(key)) as file, open_regular(kept.path) as record_file:
@@ -165,7 +165,7 @@ class Record:
         indices = kept.read("indices").tolist()
         if len(set(indices)) < len(indices) or not all(0 <= index < kept.base.shape[0] for index in indices):
             raise ValueError(
-                f"{self._caller}: {kept.path} is no record of a merge: it names rows that {key} does not have"
+                f"{self._caller}: {kept.path} is not a record of a merge: it names rows that {key} does not have"
             )
         return dict(zip(indices, kept.read("rows"), strict=True))
 
@@ -178,7 +178,7 @@ def _misfit(kept: _Kept, merged: TensorInfo) -> str:
         return f"{dtype} {list(shape)}"
 
     def has(kind: str, dtype: torch.dtype, *shape: int | None) -> bool:
-        """Whether there is such a part. None stands for any size."""
+        """Returns whether there is such a part. None stands for any size."""
         part = parts.get(kind)
         fits = part is not None and part.torch_dtype == dtype and len(part.shape) == len(shape)
         return fits and all(size in (None, actual) for size, actual in zip(shape, part.shape, strict=True))

@@ -62,12 +62,12 @@ class FileRecord:
         content = parse_json_object(metadata.get(_METADATA_KEY, "{}"), f"{path}: its metadata")
         tensors, added = content.get("tensors"), content.get("added")
         if not isinstance(tensors, dict) or not _is_list_of(added, str):
-            raise ValueError(f"{path} is no record of a merge")
+            raise ValueError(f"{path} is not a record of a merge")
         for key, values in tensors.items():
             if not isinstance(values, list) or [type(value) for value in values] != [str, list, str]:
-                raise ValueError(f"{path} is no record of a merge: it does not say what {key} was")
+                raise ValueError(f"{path} is not a record of a merge: it does not say what {key} was")
             if not _is_list_of(values[1], int):
-                raise ValueError(f"{path} is no record of a merge: it does not say the shape of {key}")
+                raise ValueError(f"{path} is not a record of a merge: it does not say the shape of {key}")
         return cls({key: BaseTensor(values[0], tuple(values[1]), values[2]) for key, values in tensors.items()}, added)
 
 
@@ -113,10 +113,10 @@ class Manifest:
             )
         names = {field.name for field in dataclasses.fields(cls)}
         if content.keys() != names or not all(isinstance(one, dict) for one in content.values()):
-            raise ValueError(f"{caller}: {path} is no manifest of a record: it has {shown(list(content))}")
+            raise ValueError(f"{caller}: {path} is not a manifest of a record: it has {shown(list(content))}")
         for texts in (content["files"], content["other_files"], *content["metadata"].values()):
             if not isinstance(texts, dict) or not _is_list_of([*texts.values()], str):
-                raise ValueError(f"{caller}: {path} is no manifest of a record: want text in place of {shown(texts)}")
+                raise ValueError(f"{caller}: {path} is not a manifest of a record: want text for {shown(texts)}")
         return cls(**content)
 
 

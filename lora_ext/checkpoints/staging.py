@@ -150,8 +150,10 @@ class Staging:
         try:
             self._discard()
         except OSError as error:
-            left = next((path for path in (self.path, self._old) if path.exists()), self._journal)
-            raise RuntimeError(f"{self.out} is complete, but {left} is left and has to be removed: {error}") from error
+            leftover = next((path for path in (self.path, self._old) if path.exists()), self._journal)
+            raise RuntimeError(
+                f"{self.out} is complete, but {leftover} is left and has to be removed: {error}"
+            ) from error
 
     def _rename(self) -> None:
         if not self.out.exists():
@@ -167,7 +169,7 @@ class Staging:
     def _check(self) -> None:
         """Raises FileExistsError if ``out`` must not be replaced."""
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
-            raise FileExistsError(f"{self.out} exists and is no directory")
+            raise FileExistsError(f"{self.out} exists and is not a directory; name another output")
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         if not self.overwrite:
@@ -183,7 +185,7 @@ class Staging:
             except FileNotFoundError:
                 return None
             except BlockingIOError as error:
-                raise RuntimeError(f"another process is writing {self.out}") from error
+                raise RuntimeError(f"another process is writing {self.out}; wait for its end, or end it") from error
             if os.fstat(fd).st_uid != os.geteuid():
                 os.close(fd)
                 raise PermissionError(errno.EPERM, "it belongs to another user", str(self.path))

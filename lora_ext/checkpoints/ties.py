@@ -55,5 +55,5 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
 
 
 def is_embedding(path: str) -> bool:
-    """Whether the name is that of an embedding; a checkpoint has nothing else to distinguish it from a linear layer."""
+    """Returns whether the name is an embedding's: a checkpoint has nothing else to tell it from a linear layer."""
     return re.search(r"embed|(^|\.)(wte|wpe|shared)$", path) is not None

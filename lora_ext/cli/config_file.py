@@ -33,7 +33,7 @@ def with_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> li
         arguments: what follows the command's name.
 
     Raises:
-        TaskError: the file cannot be read or is no YAML, a key is no option, or a value is none of the option's.
+        TaskError: the file cannot be read or is no YAML, a key is not an option, or a value is none of the option's.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
@@ -50,7 +50,7 @@ def with_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> li
         if option not in options:
             close = difflib.get_close_matches(option, options)
             raise TaskError(
-                f"--config {path}: {key!r} is no option"
+                f"--config {path}: {key!r} is not an option"
                 + (f"; close matches: {', '.join(map(repr, close))}" if close else "")
             )
         given += _as_arguments(path, option, options[option], value)

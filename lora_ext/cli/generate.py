@@ -48,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0: from all")
     add("--seed", type=int, default=0, help="seed of every answer")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="dtype of the weights")
-    training.add_threads(parser)
+    training.add_threads(parser, resumes=False)
     parser.add_argument("--json", action="store_true", help="print the answers as JSON when all are complete")
     parser.set_defaults(run=run)
 

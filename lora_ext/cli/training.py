@@ -163,9 +163,9 @@ def check_installed(
         raise TaskError(f"{command} needs {', '.join(missing)}: {install_hint(extra)}")
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
-    default = "threads for PyTorch; default: the number of cores, or as the resumed run was started"
-    parser.add_argument("--threads", type=at_least_1, metavar="N", help=default)
+def add_threads(parser: argparse.ArgumentParser, resumes: bool = True) -> None:
+    default = "the number of cores, or as the resumed run was started" if resumes else "the number of cores"
+    parser.add_argument("--threads", type=at_least_1, metavar="N", help=f"threads for PyTorch; default: {default}")
 
 
 def use_threads(given: int | None, before: int | None = None) -> None:

@@ -19,7 +19,7 @@ _KNOWN = ("torch", "_operator", "operator", "math", "builtins")  # packages whos
 
 
 def may_change(node: fx.Node, tensors: Iterable[fx.Node]) -> bool:
-    """Whether ``node`` may change one of ``tensors``, or how the nodes after it compute (autocast, gradient mode)."""
+    """Returns whether ``node`` may change one of ``tensors``, or how later nodes compute (autocast, gradient mode)."""
     changed = _changed_arguments(node)
     if changed is None:
         return False
@@ -53,7 +53,7 @@ def _changed_arguments(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _is_in_place(node: fx.Node) -> bool:
-    """Whether a function that is no op changes an argument, according to its name and the arguments."""
+    """Returns whether a function that is not an op changes an argument, according to its name and the arguments."""
     if isinstance(node.target, OpOverload):
         return False
     if any(value is True for value in (*node.args, node.kwargs.get("inplace"))):  # F.dropout(x, 0.1, True, True)

@@ -69,7 +69,7 @@ class _Call:
         return [user for user in self.node.users if user.args[1] == 0]
 
     def operands(self) -> Operands | None:
-        """Returns the operands without values; None: the graph does not tell them, or they are no plain tensors."""
+        """Returns the operands without values; None: the graph does not tell them, or they are not plain tensors."""
         nodes = self.weight, self.bias, self.lora_A, self.lora_B
         tensors = [None if node is None else node.meta.get("example_value") for node in nodes]
         weight, _, lora_A, lora_B = tensors
@@ -78,7 +78,7 @@ class _Call:
         return Operands(*tensors, None, self.scaling, self.dropout_p)
 
     def has_seed_like(self, other: _Call) -> bool:
-        """Whether both masks may come from one seed: they do already, or each call draws a seed for itself."""
+        """Returns whether both masks may come from one seed: they do already, or each call draws a seed for itself."""
         return self.seed is other.seed or (_draws(self) is not None and _draws(other) is not None)
 
 
@@ -97,7 +97,7 @@ class _Group:
             return "it is called again with the same tensor"
         mine, theirs = call.operands(), first.operands()
         if mine is None or theirs is None:
-            return "the graph does not tell the dtypes of its tensors, or they are no plain ones"
+            return "the graph does not tell the dtypes of its tensors, or they are not plain"
         if why := mine.why_apart(theirs):
             return why
         if not call.has_seed_like(first):
@@ -154,7 +154,7 @@ def _shown(call: _Call) -> str:
 
 
 def _layer_path(node: fx.Node) -> str:
-    """Returns the path of the layer that called the op, or "" if it is no layer that shares inputs."""
+    """Returns the path of the layer that called the op, or "" if it is not a layer that shares inputs."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

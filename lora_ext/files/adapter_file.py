@@ -293,7 +293,7 @@ class AdapterFile:
 
     @classmethod
     def of(cls, directory: Path, existing: set[Path], allow_pickle: bool = False) -> AdapterFile:
-        """Like :meth:`open`, given the files that exist; does not check whether a file was replaced."""
+        """Opens an adapter like :meth:`open`, given the files that exist; does not notice a file that is replaced."""
         path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
         try:
             config = read_json_object(directory / CONFIG_FILE, "", LARGEST_CONFIG)
@@ -301,6 +301,8 @@ class AdapterFile:
             wanted = "want a directory that save_adapter or PEFT wrote"
             if not directory.exists() and _REPOSITORY.fullmatch(str(directory)):
                 wanted += "; for an adapter on the Hugging Face hub: load_adapter(..., download=True)"
+            if inside := sorted(directory.glob(f"*/{CONFIG_FILE}")):  # of a run of finetune, or a pool's directory
+                wanted += f", such as {shown(str(inside[0].parent))}"
             raise FileNotFoundError(f"{directory / CONFIG_FILE} is missing; {wanted}") from error
         if path in existing:
             return cls(directory, config, TensorFile(path))
@@ -323,7 +325,7 @@ class AdapterFile:
 
 
 def holds_adapter(directory: Path) -> bool:
-    """Whether the directory has an adapter config, valid or not."""
+    """Returns whether the directory has an adapter config, valid or not."""
     return os.path.lexists(os.path.join(directory, CONFIG_FILE))
 
 

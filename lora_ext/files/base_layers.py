@@ -24,8 +24,8 @@ def base_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     tensors = adapter.base_tensors()
     for path, module in _embeddings(BareModel(root_module(model))):
         tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-    own = adapter.tensors()
-    return {key: tensor for key, tensor in tensors.items() if key not in own}
+    in_adapter = adapter.tensors()
+    return {key: tensor for key, tensor in tensors.items() if key not in in_adapter}
 
 
 def base_tensors_to_save(

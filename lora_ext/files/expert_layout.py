@@ -114,7 +114,7 @@ def _shapes(pair: _Pair, is_exchanged: bool) -> tuple[tuple[int, ...], tuple[int
 
 
 def _layouts_of(version: tuple[int, ...] | None, stores_transposed: bool) -> set[bool]:
-    """Whether files of a version of PEFT have the factors exchanged; both if that is not known."""
+    """Returns whether files of a version of PEFT have the factors exchanged; both if that is not known."""
     if version is None or version == (0, 19, 1, 0):  # a development version from before or after the change
         return {False, True}
     if version >= _parsed(PRESENT):

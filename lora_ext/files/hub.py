@@ -37,7 +37,7 @@ def download_adapter(name: str, revision: str | None = None, *, allow_pickle: bo
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise ValueError(f"{caller}: {name!r} is no repository's name: {_first_line(error)}") from error
+        raise ValueError(f"{caller}: {name!r} is not a repository's name: {_first_line(error)}") from error
     except Exception as error:  # of the hub, the connection, the cache
         where = f"{name!r}" if revision is None else f"{name!r} at {revision!r}"
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""

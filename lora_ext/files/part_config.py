@@ -56,7 +56,7 @@ def _is_tied(part: Any) -> bool:
 
 
 def _describes(config: LoraConfig, module: nn.Module, parts: tuple[Any, ...]) -> bool:
-    """Whether injecting the bare ``module`` with ``config`` makes ``parts``."""
+    """Returns whether injecting the bare ``module`` with ``config`` makes ``parts``."""
     bare = BareModel(module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a name that matches nothing

@@ -163,7 +163,7 @@ def _load(
 
 
 def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, adapter_name: str = "default") -> None:
-    """Like :func:`load_adapter`, for a file from :func:`~lora_ext.files.packed_projection.from_peft_form`."""
+    """Loads a file from :func:`~lora_ext.files.packed_projection.from_peft_form` like :func:`load_adapter`."""
     file_alphas, file = file.config, with_positive_alphas(file)
     config = config_of(file, "load_adapter")
     prepare_shards("load_adapter", model)

@@ -302,7 +302,7 @@ def _check_no_model(call: _Call) -> None:
 
 
 def _holds_adapters_only(path: Path) -> bool:
-    """Whether an earlier save of adapters wrote the weights file ``path``."""
+    """Returns whether an earlier save of adapters wrote the weights file ``path``."""
     try:
         return path.suffix == ".safetensors" and not read_header(path)[0].keys().isdisjoint(MARKERS)
     except (OSError, ValueError, RuntimeError):
@@ -313,7 +313,7 @@ def _holds_adapters_only(path: Path) -> bool:
 
 
 def _is_merged(caller: str, module: nn.Module) -> bool:
-    """Whether the base weights contain all active adapters. ValueError: they contain some of them."""
+    """Returns whether the base weights contain all active adapters. ValueError: they contain some of them."""
     layers = {path: layer for path, layer in adapter_layers(module) if isinstance(layer, LoraLayer)}
     merged = {name for layer in layers.values() for name in layer.merged_adapters}
     waiting = {name for layer in layers.values() for name in {*layer.active_adapters} - {*layer.merged_adapters}}
@@ -331,8 +331,8 @@ def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | No
     if given is None:
         yield
         return
-    own = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
-    missing = [key for key in own if key not in given]
+    wanted = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
+    missing = [key for key in wanted if key not in given]
     if missing:
         raise ValueError(
             f"{caller}: state_dict lacks {len(missing)} keys of model.state_dict(), {shown(missing[0])} for one; pass "
@@ -340,7 +340,7 @@ def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | No
         )
     values = {
         id(tensor): nn.Parameter(given[key], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else given[key]
-        for key, tensor in own.items()
+        for key, tensor in wanted.items()
     }
     with ExitStack() as stack:
         for sub in module.modules():

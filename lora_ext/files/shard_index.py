@@ -25,12 +25,12 @@ def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     for part, values, wanted in (("weight_map", weight_map, dict), ("metadata", metadata, dict | None)):
         if not isinstance(values, wanted):
-            raise ValueError(f"{path} is no index of a checkpoint: {part} is {shown(values)}, want an object")
+            raise ValueError(f"{path} is not an index of a checkpoint: {part} is {shown(values)}, want an object")
     for name in weight_map.values():
         _check_file_name(path, name)
     names = list(dict.fromkeys(weight_map.values()))
     if not names:
-        raise ValueError(f"{path} is no index of a checkpoint: it names no file")
+        raise ValueError(f"{path} is not an index of a checkpoint: it names no file")
     if missing := [name for name in names if not (path.parent / name).exists()]:
         raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
     return index, names

@@ -114,7 +114,7 @@ def staged_files(directory: Path, names: Sequence[str], caller: str) -> Iterator
 
 
 def is_being_saved(directory: Path) -> bool:
-    """Whether :func:`staged_files` is saving there, or was killed while it did."""
+    """Returns whether :func:`staged_files` is saving there, or was killed while it did."""
     return os.path.lexists(directory / _STAGING)
 
 
@@ -131,7 +131,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def _make(directory: Path, made: list[Path]) -> None:
-    """Like ``mkdir(parents=True, exist_ok=True)``; appends created directories to ``made``, the outermost first."""
+    """Makes a directory and its parents; appends those that it created to ``made``, the outermost first."""
     missing = []
     path = directory
     while not os.path.lexists(path):
@@ -303,7 +303,7 @@ def _clear(directory: Path, names: Sequence[str]) -> None:
 
 
 def _clear_if_possible(directory: Path, names: Sequence[str]) -> OSError | None:
-    """Like :func:`_clear`, but returns the error. Nothing is lost then: the names refer to complete files."""
+    """Clears like :func:`_clear`, but returns the error. Nothing is lost then: the names refer to complete files."""
     try:
         with uninterrupted():
             _clear(directory, names)

@@ -99,7 +99,7 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
 
 
 def _why_not_invoked(bare: BareModel, path: str, kind: type[LoraLayer]) -> str | None:
-    """Why an adapter of this layer cannot act from its invocation tokens on, or None."""
+    """Returns the reason why an adapter of this layer cannot act from its invocation tokens on, or None."""
     if issubclass(kind, LoraLinear) and _attention_around(bare, path) is None:
         return None
     return "an adapter that acts from its invocation tokens on (alora_invocation_tokens) adapts linear layers only"
@@ -119,7 +119,7 @@ def _check_trained(bare: BareModel, targets: Targets) -> None:
 
 
 def _can_follow(module: nn.Module, source: nn.Module) -> bool:
-    """Whether ``module`` can have a :class:`TiedAdapter` on the adapter of ``source``."""
+    """Returns whether ``module`` can have a :class:`TiedAdapter` on the adapter of ``source``."""
     return isinstance(module, nn.Linear | nn.Embedding) and isinstance(source, nn.Embedding)
 
 
@@ -309,7 +309,7 @@ class PartsBuilder:
     def _packed_linear(
         self, path: str, module: nn.Module, num_parts: int
     ) -> tuple[LoraPackedLinear, dict[nn.Module, nn.Module]]:
-        """Like :meth:`_layer`; a new layer replaces a :class:`LoraLinear` and takes over its adapters."""
+        """Returns what :meth:`_layer` does; a new layer replaces a :class:`LoraLinear` and takes over its adapters."""
         made = LoraPackedLinear(module, num_parts, active=self.active)
         for layer in self.bare.layers.get(path, ()):
             if isinstance(layer, LoraPackedLinear):

@@ -28,7 +28,7 @@ def remove_scale_guard(module: nn.Module) -> None:
 
 
 def check_scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A hook before the forward.
+    """Refuses a scale for the adapters, which the model would not apply; a hook before the forward.
 
     Raises:
         ValueError: the call asks for a scale other than 1, and an adapter is in use.

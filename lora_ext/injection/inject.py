@@ -242,7 +242,7 @@ def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
 
 
 def check_none_merged(caller: str, root: nn.Module) -> None:
-    """ValueError: adapters are merged into a layer, and a new adapter, which becomes active, would come on top."""
+    """Raises a ValueError if adapters are merged into a layer: a new one becomes active and would come on top."""
     for path, layer in lora_modules(root):
         if layer.is_merged:
             raise ValueError(f"{caller}: adapters are merged into {path!r}; call unmerge(model) first")

@@ -230,7 +230,7 @@ class _Search:
         return tokens
 
     def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        """With ``ensure_weight_tying``, replaces modules tied to the input embedding by the embedding."""
+        """Replaces modules tied to the input embedding by the embedding, with ``ensure_weight_tying``."""
         if not (self.config.ensure_weight_tying and self.twins and {self.embedding, *self.twins} & found.keys()):
             return found
         self.tied.update(dict.fromkeys(self.twins, self.embedding))

@@ -94,8 +94,8 @@ def _layers_and_config(
     layers = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in content.tensors.items()}
     if others := [key for key in layers if not key.endswith(_FACTORS)]:
         raise ValueError(
-            f"save_lora_weights: the adapter of pipeline.{component} holds {shown(others[0])}, which is no factor of "
-            "a linear layer or a convolution, and diffusers would not load it; call "
+            f"save_lora_weights: the adapter of pipeline.{component} holds {shown(others[0])}, which is not a factor "
+            "of a linear layer or a convolution, and diffusers would not load it; call "
             f"lora_ext.save_adapter(pipeline.{component}, directory)"
         )
     return layers, json.loads(content.config)

@@ -62,7 +62,7 @@ class Expression:
         return self._run(self._compiled.match, text, allowance)
 
     def fullmatch(self, text: str, allowance: TimeAllowance) -> bool:
-        """Whether the whole ``text`` matches. TooSlow: as in :meth:`match`."""
+        """Returns whether the whole ``text`` matches. TooSlow: as in :meth:`match`."""
         return self._run(self._compiled.fullmatch, text, allowance) is not None
 
     def _run(self, match, text: str, allowance: TimeAllowance) -> regex.Match | None:

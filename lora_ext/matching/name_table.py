@@ -13,7 +13,7 @@ _ESCAPED = re.compile(r"\\[^a-zA-Z0-9]", re.DOTALL)
 
 
 def are_names(source: str) -> bool:
-    """Whether an expression is one name, or several separated by ``|``."""
+    """Returns whether an expression is one name, or several separated by ``|``."""
     rest = _ESCAPED.sub("_", source) if "\\" in source else source
     if "\\" in rest or _SPECIAL.search(rest) is not None:
         return False

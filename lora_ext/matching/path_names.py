@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 
 
 def name_covers(name: str, path: str) -> bool:
-    """Whether ``name`` is ``path`` or its end after a dot: the rule for lists of modules."""
+    """Returns whether ``name`` is ``path`` or its end after a dot: the rule for lists of modules."""
     return path == name or path.endswith(f".{name}")
 
 
 def is_inside(path: str, parent: str) -> bool:
-    """Whether ``path`` is ``parent`` or below it."""
+    """Returns whether ``path`` is ``parent`` or below it."""
     return path == parent or path.startswith(f"{parent}.")
 
 
@@ -60,6 +60,6 @@ class Parents:
         self._paths = frozenset(paths)
 
     def __contains__(self, path: str) -> bool:
-        """Whether ``path`` is one of the paths or below one."""
+        """Returns whether ``path`` is one of the paths or below one."""
         ends = (begin - 1 for begin in path_ends(path) if begin > 0)
         return path in self._paths or any(path[:end] in self._paths for end in ends)

@@ -39,7 +39,7 @@ class PathMatcher:
             self._expression, self._allowance = Expression(names), TimeAllowance()
 
     def __call__(self, path: str) -> bool:
-        """Whether ``path`` is covered. ValueError: the match takes too long."""
+        """Returns whether ``path`` is covered. ValueError: the match takes too long."""
         if self._expression is not None:
             with _bounded(self._key, self._expression.source, path):
                 return self._expression.fullmatch(path, self._allowance)
@@ -116,7 +116,7 @@ class LayerNumbers:
         self._expressions = [Expression(source) for source in layer_expressions(patterns)]
 
     def __contains__(self, path: str) -> bool:
-        """Whether ``path`` is accepted. ValueError: an expression takes too long."""
+        """Returns whether ``path`` is accepted. ValueError: an expression takes too long."""
         if self._numbers is None or path in self._whole:
             return True
         for expression in self._expressions:

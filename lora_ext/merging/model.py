@@ -362,7 +362,7 @@ def _chosen(
 def _to_merge(
     caller: str, layers: dict[str, LoraLayer], adapter_names: str | Iterable[str] | None
 ) -> dict[str, tuple[LoraLayer, set[str]]]:
-    """Like :func:`_chosen`. RuntimeError: one of the adapters is merged already."""
+    """Returns what :func:`_chosen` does. RuntimeError: one of the adapters is merged already."""
     wanted = _chosen(caller, layers, _names(caller, adapter_names))
     merged = [path for path, (layer, names) in wanted.items() if names & {*layer.merged_adapters}]
     if merged:

@@ -13,7 +13,7 @@ from lora_ext.quantized import QuantizedWeight
 
 @dataclasses.dataclass(frozen=True)
 class MergeError:
-    """How far a merged quantised weight is from the sum that was merged: the dequantised old weight plus the update.
+    """The distance of a merged quantised weight from the sum that was merged: dequantised old weight plus update.
 
     Attributes:
         largest: the largest absolute difference of an element.

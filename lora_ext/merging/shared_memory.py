@@ -30,7 +30,7 @@ def _end(weight: Tensor) -> int:
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two weights share elements. The second must begin before the end of the first."""
+    """Returns whether two weights share elements. The second must begin before the end of the first."""
     size, stride = first.element_size(), first.stride(0)
     distance = second.data_ptr() - first.data_ptr()
     if second.element_size() != size or second.stride(0) != stride or distance % size:

@@ -160,7 +160,7 @@ def method_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameters_of(model: nn.Module, method: Method, inserted: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Like :func:`method_parameters`, for a ``method``, applied or not, with the modules ``inserted``, by path."""
+    """Returns the parameters that ``method``, applied or not, trains, with the modules ``inserted`` (by path)."""
     bare = BareModel(root_module(model))
     found = dict(method.trained_parameters(bare))
     modules = dict(inserted)

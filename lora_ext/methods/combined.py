@@ -25,7 +25,7 @@ class Combined(Method):
     def __post_init__(self) -> None:
         names = [part.name for part in self.parts]
         if alone := {"full", "head-only"} & set(names):
-            raise ValueError(f"{self.name}: {min(alone)} cannot be combined with another method")
+            raise ValueError(f"{self.name}: {min(alone)} cannot be combined with another method; use it alone")
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name}: names {names}, want each method once")
 

@@ -100,8 +100,8 @@ def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles, base: Mapping[
     )
     if others:
         warn_user(
-            f"save_method: the adapters {others} are no part of {files.name}, and load_method will not restore them; "
-            "save them by lora_ext.save_adapter to directories of their own"
+            f"save_method: the adapters {others} are not a part of {files.name}, and load_method will not restore "
+            "them; save them by lora_ext.save_adapter to directories of their own"
         )
 
 

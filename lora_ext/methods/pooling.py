@@ -1,4 +1,4 @@
-"""How a classifier pools a text's hidden states: through the first token, or by their mean."""
+"""The pooling of a classifier's hidden states: through a text's first token, or by their mean."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def with_pooling(model: nn.Module, pooling: str | None, caller: str) -> Iterator
         yield
         return
     if pooling is None:
-        raise ValueError(f"{caller}: the model has the pooling {before!r}, and the file was trained without it")
+        raise ValueError(
+            f"{caller}: the model has the pooling {before!r}, and the file was trained without it; load it into a "
+            "model without set_pooling"
+        )
     _check(model, pooling, caller)
     pooler = getattr(base_model(model), "pooler", None)
     _choose(model, pooling)
@@ -80,7 +83,7 @@ def _check(model: nn.Module, pooling: str, caller: str) -> None:
     architecture = architecture_of(model, caller)
     if not architecture.keeps_first or task_type(model) != "SEQ_CLS":
         kind = type(root_module(model)).__name__
-        raise TypeError(f"{caller}: {kind} is no encoder for sequence classification, whose pooling can be chosen")
+        raise TypeError(f"{caller}: {kind} is not an encoder for sequence classification, whose pooling can be chosen")
     if pooling_of(model) not in (None, pooling):
         raise ValueError(f"{caller}: the model has the pooling {pooling_of(model)!r} already; load it again")
 

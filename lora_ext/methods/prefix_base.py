@@ -38,12 +38,12 @@ class PrefixMethod(Method):
 
 
 def is_causal(model: nn.Module, architecture: Architecture) -> bool:
-    """Whether tokens attend to earlier tokens only."""
+    """Returns whether tokens attend to earlier tokens only."""
     return not architecture.keeps_first or getattr(root_module(model).config, "is_decoder", False)
 
 
 def architecture_with_prefix(model: nn.Module, method: str) -> Architecture:
-    """Like :func:`architecture_of`; TypeError also for an encoder used as a decoder, as its first token stays first."""
+    """Returns :func:`architecture_of`. TypeError: an encoder is used as a decoder, and its first token stays first."""
     architecture = architecture_of(model, method)
     if architecture.keeps_first and is_causal(model, architecture):
         raise TypeError(f"{method}: {type(root_module(model)).__name__} has is_decoder=True, which is not supported")

@@ -17,7 +17,7 @@ _STATES, _ROTARY = "prefix_states", "prefix_rotary"  # arguments that the module
 
 
 class PrefixRotary(Inserted):
-    """On a base model: passes its rotary module to the layers, which have no reference to it.
+    """Passes the rotary module of a base model to the layers, which have no reference to it.
 
     It passes the module, not its values: some kinds choose frequencies by the length of the input when called.
 
@@ -43,7 +43,7 @@ class PrefixRotary(Inserted):
 
 
 class PrefixStates(Inserted):
-    """On a layer: holds the prefix's activations at its input, and passes them, normalised, to its attention.
+    """Holds the prefix's activations at a layer's input, and passes them, normalised, to the layer's attention.
 
     Args:
         weight: initial values, ``[special_tokens, d_model]``.
@@ -63,7 +63,7 @@ class PrefixStates(Inserted):
 
 
 class PrefixKeys(Inserted):
-    """On a layer's attention: prepends the prefix's keys and values to those of the input.
+    """Prepends the prefix's keys and values to those of the input, in a layer's attention.
 
     The cache is the one place where any attention implementation accepts keys and values after projection and
     rotation. So attention gets an object that adds the prefix to the result of the real cache. The real cache never

@@ -197,7 +197,7 @@ class AdapterSet:
                 biases.use(name in names)
 
     def _is_frozen(self, name: str) -> bool:
-        """Whether no parameter of the adapter requires a gradient."""
+        """Returns whether no parameter of the adapter requires a gradient."""
         found = (p for parameters in self._parameters[name] for p in parameters.values() if p is not None)
         return not any(parameter.requires_grad for parameter in found)
 
@@ -270,7 +270,7 @@ def adapter_in(module: nn.Module, adapters: AdapterSet, name: str) -> Adapter:
 
 
 def check_at_hand(caller: str, adapter: Adapter) -> None:
-    """RuntimeError: accelerate keeps values of the adapter elsewhere."""
+    """Raises a RuntimeError if accelerate keeps values of the adapter elsewhere."""
     for part in adapter.parts:
         if any(is_offloaded(module, key) for module in part.adapter.modules() for key in module._parameters):
             raise RuntimeError(

@@ -139,13 +139,13 @@ class StateGuard:
 
     def _complete(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Completes a state of adapters alone by the tensors of ``module``, so that loading leaves them as they are."""
-        method, own = MethodFiles.of(module), own_state(module)
+        method, tensors = MethodFiles.of(module), own_state(module)
         is_adapters = _is_adapters(module, self.adapters, method)
         misfits = {key for key, value in state_dict.items() if _is_misfit(value)}
         # By the id of the parameter, because shared tensors are in the state once.
         given = {
             id(tensor): state_dict[prefix + key]
-            for key, tensor in own.items()
+            for key, tensor in tensors.items()
             if prefix + key in state_dict and prefix + key not in misfits
         }
         _check_same_method(module, method, prefix + METHOD_MARKER in state_dict, given)
@@ -153,7 +153,7 @@ class StateGuard:
             state_dict.pop(key, None)
         quantized = [path for path, layer in module.named_modules() if quantized_weight(layer) is not None]
         of_quantized = tuple(f"{path}." for path in quantized)
-        for key, tensor in own.items():
+        for key, tensor in tensors.items():
             if id(tensor) in given:
                 state_dict[prefix + key] = given[id(tensor)]
             elif key.startswith(of_quantized) and not key.endswith((".weight", ".bias")):
@@ -169,8 +169,8 @@ def _check_not_of_base(module: nn.Module, state_dict: Mapping[str, Any], prefix:
 
     RuntimeError: one has.
     """
-    own = {key for key, _ in module.named_parameters(remove_duplicate=False)}
-    if strange := [key for key in _base_keys(module) if prefix + key in state_dict and key not in own]:
+    keys = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+    if strange := [key for key in _base_keys(module) if prefix + key in state_dict and key not in keys]:
         raise RuntimeError(
             f"load_state_dict: the state has {shown(prefix + strange[0])}, the base model's key of a layer that has "
             f"adapters here (one of {len(strange)}); it is the state of a merged model or of one without adapters: "

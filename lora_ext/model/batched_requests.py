@@ -129,9 +129,9 @@ class NamedRequests:
     Slots of a pool: a request waits until its adapter has one, in the order of arrival, and keeps it while it runs.
 
     Prefixes: Transformers shares blocks of the cache between requests whose prompts begin with the same tokens. The
-    blocks depend on the adapter, too, so the first token of a request, named or not, counts as another number for each
-    adapter, after each change of the model's adapters, for each reading of a pool's files, and for each place of an
-    invocation (aLoRA).
+    blocks depend on the adapter, too, so the first token of a request, named or not, counts as another number whenever
+    something else differs: the adapter, the place of its invocation (aLoRA), a change of the model's adapters, or a
+    reading of a pool's files.
 
     Attributes:
         held: the pool of each adapter that has a slot for running requests.
@@ -331,7 +331,7 @@ class NamedRequests:
         return used, name is None, content, active.changes, start
 
     def _start(self, state: RequestState, name: str) -> int | None:
-        """The position from which on a request's adapter acts. None: its prompt has no invocation. 0: not an aLoRA."""
+        """Returns where a request's adapter begins to act. None: the prompt has no invocation. 0: not an aLoRA."""
         tokens = self.adapters.active.invocations.get(name)
         if name in self.held:
             tokens = self.held[name].invocations((name,)).get(name)

@@ -60,7 +60,7 @@ class InvocationLimits(NamedTuple):
 def find_starts(
     values: Mapping[str, Any], names: Sequence[str], invocations: Invocations, caller: str
 ) -> list[int | None]:
-    """For each row the position of its first active token; None: the adapter does not act. 0 for other adapters.
+    """Finds the first active token of each row; None: the adapter does not act. 0 for adapters that are not aLoRA.
 
     Args:
         values: the arguments of the call, by name or by :func:`position`.
@@ -135,7 +135,7 @@ def past_tokens(values: Mapping[str, Any], prompt: int, caller: str) -> int:
 
 
 def last_occurrences(ids: Tensor, tokens: tuple[int, ...]) -> list[int | None]:
-    """For each row of ``ids [rows, length]``, where ``tokens`` occur for the last time."""
+    """Finds where ``tokens`` occur for the last time in each row of ``ids [rows, length]``; None: nowhere."""
     if ids.shape[1] < len(tokens):
         return [None] * len(ids)
     if ids.is_meta or type(ids).__name__ == "FakeTensor":  # importing the class takes 100 ms
@@ -205,5 +205,5 @@ def _check_one_sequence_a_row(values: Mapping[str, Any], name: str, caller: str)
 
 
 def are_invoked(names: Sequence[str], invocations: Invocations) -> bool:
-    """Whether one of the adapters acts from its invocation tokens on."""
+    """Returns whether one of the adapters acts from its invocation tokens on."""
     return bool(invocations) and any(name != BASE and name in invocations for name in names)

@@ -19,16 +19,16 @@ _FACTOR = re.compile(r"\.(lora_[AB])\.(weight|bias)$")
 
 
 def has_peft_keys(state_dict: dict[str, Any], prefix: str) -> bool:
-    """Whether some keys below ``prefix`` are those of PEFT's layers."""
+    """Returns whether some keys below ``prefix`` are those of PEFT's layers."""
     return any(_PEFT.search(key) for key in state_dict if key.startswith(prefix))
 
 
 def translate_peft_keys(
-    module: nn.Module, adapters: AdapterSet, own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str
+    module: nn.Module, adapters: AdapterSet, state: dict[str, Tensor], state_dict: dict[str, Any], prefix: str
 ) -> None:
-    """Renames PEFT's keys in ``state_dict`` to those of ``module``, in place; ``own`` is the state of ``module``."""
+    """Renames PEFT's keys in ``state_dict`` to those of ``module``, in place; ``state`` is the state of ``module``."""
     keys: dict[int, list[str]] = {}  # of tied parameters all
-    for key, tensor in own.items():
+    for key, tensor in state.items():
         keys.setdefault(id(tensor), []).append(prefix + key)
     for name in adapters.configs:
         adapter = adapter_in(module, adapters, name)
@@ -43,7 +43,7 @@ def translate_peft_keys(
 
 
 def _is_transpose(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is the transpose of a whole parameter, as the ``lora_A`` of an embedding is in files."""
+    """Returns whether ``tensor`` is the transpose of a whole parameter, as an embedding's ``lora_A`` is in files."""
     base = tensor._base
     if base is None or base.dim() != 2:
         return False

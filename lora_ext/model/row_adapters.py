@@ -129,7 +129,7 @@ def choice_of(
 
 
 class _Obstacles(NamedTuple):
-    """Why rows cannot choose: any adapter (or ""), and by name those that rows, or only tokens, cannot choose.
+    """Reasons why rows cannot choose: any adapter (or ""), and by name those that rows, or only tokens, cannot choose.
 
     The name None stands for the adapters of a pool.
     """
@@ -177,7 +177,7 @@ def _found_obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
 
 
 def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
-    """A hook before the forward: takes ``adapter_names`` out of its arguments, and puts the choice in force."""
+    """Takes ``adapter_names`` out of the arguments and puts the choice in force; a hook before the forward."""
     adapters = adapter_set(module)
     active, names = adapters.active, kwargs.get(ARGUMENT)
     rest = without_names(kwargs)
@@ -212,7 +212,7 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 
 def end_choice(module: nn.Module, *_: Any) -> None:
-    """A hook after the forward, which also runs after an error: ends the choice that the call began."""
+    """Ends the choice that the call began; a hook after the forward, which also runs after an error."""
     if torch.compiler.is_compiling():
         return
     adapters = adapter_set(module)
@@ -222,7 +222,7 @@ def end_choice(module: nn.Module, *_: Any) -> None:
 
 
 def _chooses_by_call(active: ActiveAdapters, outer: RowChoice | None) -> bool:
-    """Whether a call that names no adapters needs a choice of its own: another one has other tokens."""
+    """Returns whether a call that names no adapters needs a choice of its own: another one has other tokens."""
     return bool(active.invoked) if outer is None else isinstance(outer, PackedChoice) or is_invoked(outer)
 
 
@@ -271,7 +271,7 @@ def choice_of_call(
 
 
 def multiples(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
-    """How many rows of the batch belong to each name, and how many of a layer's input may."""
+    """Counts the rows of the batch that belong to each name, and those of a layer's input that may."""
     first = first_rows(values, getattr(root, "main_input_name", None))
     if first is None:
         return 1, choice.multiples
@@ -280,7 +280,7 @@ def multiples(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[s
     if rest:
         raise ValueError(
             f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows, "
-            "which is no multiple of them"
+            "which is not a multiple of them"
         )
     return times, token_multiples(values, tensor.shape[0], times)
 

@@ -42,7 +42,7 @@ class ActiveAdapters:
         return tuple([name for name in self.names if name in self.invocations])
 
     def why_not_merge(self, names: Iterable[str]) -> str | None:
-        """Why one of the adapters ``names`` cannot be in a weight, or None."""
+        """Returns the reason why one of the adapters ``names`` cannot be in a weight, or None."""
         for name in names:
             if name in self.invocations:
                 return (
@@ -63,12 +63,12 @@ class ActiveAdapters:
 
     @property
     def is_disabled(self) -> bool:
-        """Whether no adapter is used until :meth:`enable` is called."""
+        """True if no adapter is used until :meth:`enable` is called."""
         return self._disabled is not None
 
     @property
     def is_disabled_elsewhere(self) -> bool:
-        """Whether another thread called :meth:`disable`."""
+        """True if another thread called :meth:`disable`."""
         return self._disabled is not None and self._disabled[0] != threading.get_ident()
 
     def disable(self) -> None:

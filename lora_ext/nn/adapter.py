@@ -101,7 +101,7 @@ class LoraAdapter(nn.Module):
 
     @property
     def has_plain_rank(self) -> bool:
-        """Whether the rank is a separate dimension: the first of ``file_A``, the second of ``lora_B``."""
+        """True if the rank is a separate dimension: the first of ``file_A``, the second of ``lora_B``."""
         return self.file_A.shape[0] == self.r == self.lora_B.shape[1]
 
     @classmethod
@@ -199,7 +199,7 @@ def factors_at_hand(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def at_hand(adapter: nn.Module) -> LoraAdapter | FactorsAtHand:
-    """``adapter``, or its parameters brought by a call of it: by a forward that replaced its own, or by FSDP2's hooks.
+    """Returns ``adapter``, or its parameters if a call must bring them: FSDP2's hooks, or a replaced forward.
 
     RuntimeError: FSDP2 takes them away after the call.
     """

@@ -90,7 +90,7 @@ class AdapterLayer(nn.Module):
 
     @property
     def is_needed(self) -> bool:
-        """Whether some adapter can make this layer compute something else than its base layer."""
+        """True if some adapter can make this layer compute something else than its base layer."""
         return len(self.adapters) > 0
 
     def _existing(self, name: str | None) -> str:

@@ -96,7 +96,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
     @property
     def is_packed(self) -> bool:
-        """Whether the query, key and value weights are one parameter."""
+        """True if the query, key and value weights are one parameter."""
         return self.base_layer._qkv_same_embed_dim
 
     @property

@@ -29,7 +29,7 @@ _DENSE = (nn.Parameter, Tensor)
 
 
 def runs_alone(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs the forward of its class and nothing else."""
+    """Returns whether a call of ``module`` runs the forward of its class and nothing else."""
     state = module.__dict__  # nn.Module's attribute lookup takes ten times as long
     return not (
         state["_forward_hooks"]
@@ -72,7 +72,7 @@ _QUANTIZED_FORWARDS: dict[
 
 
 def runs_quantized_product(base: nn.Module) -> bool:
-    """Whether a call of ``base`` multiplies by a quantised weight of a known format, adds the bias, and does no more.
+    """Returns whether a call of ``base`` is the product with a quantised weight of a known format, plus the bias.
 
     Takes 1 us: the format depends on classes only, and is looked up once.
     """
@@ -85,7 +85,7 @@ def runs_quantized_product(base: nn.Module) -> bool:
 
 
 def is_dense(tensor: object) -> bool:
-    """Whether ``tensor`` is a tensor of PyTorch's own class, or stands for one while a graph is traced."""
+    """Returns whether ``tensor`` is a tensor of PyTorch's own class, or stands for one while a graph is traced."""
     kind = type(tensor)
     return kind in _DENSE or kind.__module__.startswith("torch._subclasses.")
 
@@ -117,7 +117,7 @@ def own_copy(layer: nn.Module, y: Any) -> Tensor:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is Transformers' ``Conv1D``, a linear layer that stores its weight transposed.
+    """Returns whether ``module`` is Transformers' ``Conv1D``, a linear layer that stores its weight transposed.
 
     Decided by the class's name: Transformers may not be installed.
     """
@@ -161,7 +161,7 @@ def _behaves_as_dense(tensor: Tensor) -> bool:
 
 
 def has_forward_of(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
-    """Whether ``module`` has the forward (and ``methods``) of ``kind``, neither overridden nor replaced.
+    """Returns whether ``module`` has the forward (and ``methods``) of ``kind``, neither overridden nor replaced.
 
     Accelerate replaces it to move tensors between devices; what it replaced is then checked.
     """
@@ -198,19 +198,19 @@ def why_not_merge(base: nn.Module, *kinds: type[nn.Module], methods: tuple[str, 
 
 
 def _gathers(hook: object) -> bool:
-    """Whether a hook is FSDP2's, which gathers parameters for a call."""
+    """Returns whether a hook is FSDP2's, which gathers parameters for a call."""
     return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
 
 
 def splits_tensors(function: object) -> bool:
-    """Whether a hook or forward only moves x and y between devices, for tensor parallelism."""
+    """Returns whether a hook or forward only moves x and y between devices, for tensor parallelism."""
     module = getattr(function, "__module__", None) or ""
     return module.startswith(("torch.distributed.tensor.", "transformers.distributed."))
 
 
 @torch.no_grad()
 def _is_product(base: nn.Linear) -> bool:
-    """Whether the forward that the class of ``base`` has instead of nn.Linear's is the same product.
+    """Returns whether the forward that the class of ``base`` has instead of nn.Linear's is the same product.
 
     Tried on a copy, with random numbers of several sizes for its weight, its bias and the input.
     """
@@ -234,7 +234,7 @@ def _is_product(base: nn.Linear) -> bool:
 
 
 def returns_a_tensor(module: nn.Module) -> bool:
-    """Whether a call of a linear layer returns one tensor; some routers return indices, too (Llama 4, PhiMoE).
+    """Returns whether a call of a linear layer returns one tensor; some routers return indices, too (Llama 4, PhiMoE).
 
     A forward that is not nn.Linear's is tried without memory, on the meta device; True if that fails.
     """
@@ -257,13 +257,13 @@ _KEEP_ON_DEVICE = "keep this module on a device (device_map)"
 
 
 def is_offloaded(module: nn.Module, name: str = "weight") -> bool:
-    """Whether accelerate keeps the parameter elsewhere, and brings it only for a call of ``module``."""
+    """Returns whether accelerate keeps the parameter elsewhere, and brings it only for a call of ``module``."""
     weight = module._parameters.get(name)
     return weight is not None and weight.is_meta and "_hf_hook" in vars(module)
 
 
 def check_not_offloaded(layer: nn.Module, module: nn.Module, name: str) -> None:
-    """RuntimeError: the values of the parameter are not at hand."""
+    """Raises a RuntimeError if the values of the parameter are not at hand."""
     if is_offloaded(module, name):
         raise RuntimeError(f"{type(layer).__name__}: {name} is offloaded; {_KEEP_ON_DEVICE}")
 
@@ -279,7 +279,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def brings_submodules(module: nn.Module) -> bool:
-    """Whether accelerate brings the parameters of modules inside ``module`` too, for a call of ``module``."""
+    """Returns whether accelerate brings the parameters of modules inside ``module`` too, for a call of ``module``."""
     return any(
         getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
         for hook in _accelerate_hooks(module)

@@ -43,7 +43,7 @@ class ActiveTokens:
         return torch.where(mask, groups.view(-1, *[1] * (mask.dim() - 1)), -1)
 
     def _mask(self, layer: AdapterLayer, x: Tensor) -> Tensor:
-        """Whether a token is active: bool ``[batch, tokens]``, ``[batch, 1]`` or ``[batch * tokens]``."""
+        """Returns whether a token is active: bool ``[batch, tokens]``, ``[batch, 1]`` or ``[batch * tokens]``."""
         rows, shape = len(self.before), tuple(x.shape[:-1])
         lengths = (self.length, self.kept)
         for length in lengths:

@@ -92,7 +92,7 @@ class LoraLayer(AdapterLayer):
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        """Whether ``module`` is of the kind that this class adapts."""
+        """Returns whether ``module`` is of the kind that this class adapts."""
         raise NotImplementedError
 
     @classmethod

@@ -235,7 +235,7 @@ def add_updates(
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear layer of PyTorch or Transformers."""
+    """Returns whether ``module`` is a linear layer of PyTorch or Transformers."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora_ext.nn.layer import LoraLayer
 
 MERGED_KEY = "_extra_state"
-"""PyTorch's name for state that is no parameter; its tools (torch.distributed.checkpoint) know it."""
+"""PyTorch's name for state that is not a parameter; its tools (torch.distributed.checkpoint) know it."""
 
 
 def encode_names(names: tuple[str, ...]) -> Tensor:

@@ -61,7 +61,7 @@ class PackedChoice(RowChoice):
         return self._audible(None, self._slot_groups(times, x.device), x, layer)
 
     def _audible(self, key: tuple[str, ...] | None, groups: Tensor, x: Tensor, layer: AdapterLayer) -> Tensor:
-        """``groups`` in the shape of the first dimensions of ``x``, and -1 for tokens before an invocation."""
+        """Returns ``groups`` in the shape of the first dimensions of ``x``, with -1 for tokens before an invocation."""
         dims, is_kept = self._dims(layer, x)
         shape = x.shape[:dims]
         found = self._groups.get((key, shape, is_kept, x.device))
@@ -74,7 +74,7 @@ class PackedChoice(RowChoice):
         return found
 
     def _is_silent(self) -> Tensor:
-        """Whether a token comes before its segment's invocation: bool ``[tokens]``."""
+        """Marks tokens that come before their segment's invocation: bool ``[tokens]``."""
         lengths, silent = torch.tensor(self.lengths), torch.tensor(self.silent)
         place = torch.arange(sum(self.lengths)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         return place < silent.repeat_interleave(lengths)
@@ -122,7 +122,7 @@ _TOKENWISE = (
 
 
 def is_tokenwise(module: nn.Module) -> bool:
-    """Whether ``module`` is known to compute each token by itself, from the token's features only."""
+    """Returns whether ``module`` is known to compute each token by itself, from the token's features only."""
     if isinstance(module, nn.Sequential):
         return all(map(is_tokenwise, module))
     return isinstance(module, _TOKENWISE) or is_conv1d(module) or type(module).__name__.endswith("RMSNorm")

@@ -167,7 +167,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
 
     @property
     def why_whole(self) -> str | None:
-        """Why the last call made a tensor of the parameter's size, or "" if it made none; None: no call yet."""
+        """The reason why the last call made a tensor of the parameter's size; "": it made none. None: no call yet."""
         return why_whole(self.module, self.parameter_name)
 
     def _path_from_base_layer(self) -> str:

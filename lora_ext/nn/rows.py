@@ -216,7 +216,7 @@ def check_invoked(layer: AdapterLayer) -> None:
 
 
 def chosen(active: ActiveAdapters) -> RowChoice | None:
-    """Returns the choice as :func:`row_choice` does, for callers that are no layers."""
+    """Returns the choice as :func:`row_choice` does, for callers that are not layers."""
     choice = _current.get()
     while choice is not None and choice.active is not active:
         choice = choice.outer

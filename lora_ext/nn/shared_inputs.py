@@ -71,7 +71,7 @@ class Operands(NamedTuple):
         return y if self.lora_bias is None else y + (self.scaling * self.lora_bias).to(y.dtype)
 
     def are(self, others: Operands) -> bool:
-        """Whether these are the same objects and numbers."""
+        """Returns whether these are the same objects and numbers."""
         return (
             self.weight is others.weight
             and self.lora_A is others.lora_A
@@ -128,7 +128,7 @@ def frozen_product(base: nn.Module) -> tuple[Tensor, Tensor | None, nn.Module | 
     if plain is None and runs_quantized_product(base):
         parameters = base._parameters
         return parameters["weight"], parameters["bias"], base, base.training
-    return "its base layer is no plain or quantised nn.Linear, or has hooks or a forward of its own"
+    return "its base layer is not a plain or quantised nn.Linear, or has hooks or a forward of its own"
 
 
 class SharesInputs:
@@ -298,7 +298,7 @@ class _Round:
         self._x = weakref.ref(x, lambda _: outputs.clear())
 
     def continues(self, shared: SharedInputs, key: int, x: Tensor, state: tuple) -> bool:
-        """Whether a call of the layer ``key`` belongs to this round."""
+        """Returns whether a call of the layer ``key`` belongs to this round."""
         return self._shared is shared and self._x() is x and self._state == state and key not in self.called
 
     def seed(self, dropout_p: float, x: Tensor) -> Tensor | None:

@@ -49,7 +49,7 @@ def _set(uses_base_keys: bool, refusal: str | None) -> Iterator[None]:
 
 
 def uses_base_keys() -> bool:
-    """Whether this thread is within :func:`base_keys`. ValueError: it is within :func:`no_state`."""
+    """Returns whether this thread is within :func:`base_keys`. ValueError: it is within :func:`no_state`."""
     if (reason := getattr(_thread, "refusal", None)) is not None:
         raise ValueError(reason)
     return getattr(_thread, "uses_base_keys", False)

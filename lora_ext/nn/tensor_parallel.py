@@ -171,7 +171,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Scattered(torch.autograd.Function):
-    """This device's tokens of the sum over devices."""
+    """Sums over devices and keeps this device's tokens."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, dim: int, group) -> Tensor:

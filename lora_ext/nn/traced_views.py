@@ -15,7 +15,7 @@ from torch import Tensor
 
 @torch.compiler.assume_constant_result
 def can_trace_views() -> bool:
-    """Whether TorchDynamo hands every product with a stand-in to its ``__torch_function__``, as uncompiled calls do.
+    """Returns whether TorchDynamo, like uncompiled calls, hands all products with a stand-in to its __torch_function__.
 
     Two entries are missing in the tables of PyTorch 2.13, and are added here. They change nothing for tensors:
 

@@ -124,12 +124,12 @@ def _obstacle(module: nn.Module, name: str) -> str:
 
 
 def is_experts_of_transformers(module: nn.Module) -> bool:
-    """Whether Transformers' ``use_experts_implementation`` is about the class of ``module``."""
+    """Returns whether Transformers' ``use_experts_implementation`` is about the class of ``module``."""
     return hasattr(type(module), "_apply_gate") and "_is_expert_parallel" in vars(module)
 
 
 def _loops_over_choices(module: nn.Module) -> bool:
-    """Whether the call of Transformers' experts loops over those that the router chose, which breaks every graph."""
+    """Returns whether Transformers' experts are called in a loop over the router's choice, which breaks every graph."""
     return is_experts_of_transformers(module) and _implementation(module) in ("eager", None)
 
 

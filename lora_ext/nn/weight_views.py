@@ -215,14 +215,14 @@ def _fallbacks() -> tuple[Any, ...]:
 
 
 def _is_number(index: Any) -> bool:
-    """Whether ``index`` is one number; a tensor in a traced graph has none."""
+    """Returns whether ``index`` is one number; a tensor in a traced graph has none."""
     return isinstance(index, int) or (
         isinstance(index, Tensor) and index.dim() == 0 and not torch.compiler.is_compiling()
     )
 
 
 def _is_choice(index: Any) -> bool:
-    """Whether ``index`` chooses experts: along the first dimension alone, and not by a mask of several dimensions."""
+    """Returns whether ``index`` chooses experts: along the first dimension, not by a mask of several dimensions."""
     if isinstance(index, Tensor):
         return index.dtype in (torch.int64, torch.int32) or (index.dtype == torch.bool and index.dim() == 1)
     return isinstance(index, (int, slice, list)) and not isinstance(index, bool)

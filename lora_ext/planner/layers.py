@@ -23,7 +23,7 @@ def layer_list(model: nn.Module, count: int | None) -> list[nn.Module]:
 
 
 def are_alike(layers: list[nn.Module]) -> bool:
-    """Whether all layers have equal modules and equal shapes, dtypes and flags of parameters."""
+    """Returns whether all layers have equal modules and equal shapes, dtypes and flags of parameters."""
     shapes = [_shape_of(layer) for layer in layers]
     return all(shape == shapes[0] for shape in shapes)
 

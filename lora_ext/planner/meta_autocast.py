@@ -124,5 +124,5 @@ def _lora_kernel(op: OpOverload, num_cast: int) -> Callable:
 
 
 def _is_cast(value: Any) -> bool:
-    """Whether autocast may cast ``value``: floating-point tensors, except float64."""
+    """Returns whether autocast may cast ``value``: floating-point tensors, except float64."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64

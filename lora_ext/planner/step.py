@@ -94,7 +94,7 @@ def simulate_forward(
     device: str = "cuda",
     autocast: torch.dtype | None = None,
 ) -> Step:
-    """Like :func:`simulate_step`, for inference: runs the forward only and keeps nothing for a backward."""
+    """Simulates inference as :func:`simulate_step` does a step: runs the forward only, keeps nothing for a backward."""
     _find_shared_inputs(model, run, device, autocast)
     tracker = StorageTracker([*model.parameters(), *model.buffers()])
     with tracker, device_kernels(device), _autocast_of(device, autocast) as forward_autocast:

@@ -13,7 +13,7 @@ _KNOWN = "load the model with BitsAndBytesConfig or a weight-only TorchAoConfig,
 
 
 def why_unsupported(module: nn.Module) -> str | None:
-    """How ``module`` is quantised, and the remedy, if the module has a quantised weight; else None.
+    """Says how ``module`` is quantised, with the remedy; None if the module has no quantised weight.
 
     For modules without a format in ``FORMATS``, such as quantised embeddings.
     """

@@ -28,7 +28,7 @@ class QuantizedWeight(ABC):
     @classmethod
     @abstractmethod
     def holds(cls, module: nn.Module) -> bool:
-        """Whether the weight of ``module`` has this format. Decided by names: the library may not be installed."""
+        """Returns whether the weight of ``module`` has this format, by names: the library may not be installed."""
 
     @property
     @abstractmethod
@@ -63,11 +63,11 @@ class QuantizedWeight(ABC):
             tensor.copy_(stored[name])
 
     def why_not_adapt(self) -> str | None:
-        """Why no adapter can be trained next to this weight, or None."""
+        """Returns the reason why no adapter can be trained next to this weight, or None."""
         return None
 
     def why_not_quantize(self) -> str | None:
-        """Why the sum of this weight and an update cannot be quantised, or None."""
+        """Returns the reason why the sum of this weight and an update cannot be quantised, or None."""
         return None
 
     @property

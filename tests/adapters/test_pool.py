@@ -296,7 +296,7 @@ BAD = [
     ({"target_modules": ["nothing"]}, ValueError, "nothing"),
     ({"target_modules": ["norm"]}, TypeError, "norm"),
     ({"max_bytes": "1GB"}, TypeError, "AdapterPool: max_bytes is '1GB' of type str, want an integer"),
-    ({"directory": "nowhere"}, ValueError, "AdapterPool: directory is 'nowhere', which is no directory"),
+    ({"directory": "nowhere"}, ValueError, "AdapterPool: directory is 'nowhere', which is not a directory"),
 ]
 
 

@@ -172,7 +172,7 @@ def test_existing_directories_and_missing_files(files: tuple[Path, Path], tmp_pa
     with pytest.raises(TaskError, match="nothing.bin cannot be read: No such file"):
         convert_e5.convert(tmp_path / "out", tmp_path / "nothing.bin", files[1], compare=False)
     files[1].write_text("{}")
-    with pytest.raises(TaskError, match="is no tokenizer.json of the kind Unigram"):
+    with pytest.raises(TaskError, match="is not a tokenizer.json of the kind Unigram"):
         convert_e5.convert(tmp_path / "out", *files, compare=False)
 
 

@@ -50,6 +50,14 @@ def test_names_with_several_places_are_refused(tmp_path):
     refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "lin.weight may be any of left.lin.weight, ri")
 
 
+def test_a_head_is_not_added_under_another_prefix(tmp_path):
+    model = bert()
+    model.bert.save_pretrained(tmp_path / "encoder")  # without "bert." in front of its names
+    peft_adapter(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
+    words = "it cannot be added: classifier.weight; load the base and the adapter as a model (load_adapter)"
+    refuses(tmp_path / "encoder", [tmp_path / "adapter"], tmp_path / "out", words)
+
+
 def test_adapters_that_replace_the_same_are_refused(tmp_path):
     model = bert()
     model.save_pretrained(tmp_path / "base")
@@ -95,7 +103,7 @@ def test_out_must_be_new_and_apart(llama_files, tmp_path):
     for overwrite, text in ((False, "notes exists"), (True, "holds no safetensors file: it is not overwritten")):
         refuses(base, [adapter], tmp_path / "notes", text, error=FileExistsError, overwrite=overwrite)
     (tmp_path / "file").write_text("dear")
-    refuses(base, [adapter], tmp_path / "file", "is no directory", error=FileExistsError, overwrite=True)
+    refuses(base, [adapter], tmp_path / "file", "is not a directory", error=FileExistsError, overwrite=True)
 
     (tmp_path / "out" / "old").write_text("old")
     merge(base, [adapter], tmp_path / "out", overwrite=True)

@@ -203,7 +203,7 @@ def test_records_without_digests_are_refused(files, merged):
         assert f"is of version {version!r}, want 2" in outcome(files, merged)
     for name, value in (("files", None), ("other_files", {"a": 1}), ("metadata", {"a": "b"}), ("more", {})):
         resigned(record / "manifest.json", **{"version": 2, name: value})
-        assert "is no manifest of a record" in outcome(files, merged), name
+        assert "is not a manifest of a record" in outcome(files, merged), name
         resigned(record / "manifest.json", **content["content"])
         if name == "more":
             break

@@ -81,7 +81,7 @@ def test_what_is_not_on_the_hub_is_refused(repository, online):
         load_adapter(base, "org/nothing", download=True)
     with refused(base, OSError, "load_adapter: 'org/adapter' at 'v9' cannot be downloaded"):
         load_adapter(base, "org/adapter", download=True, revision="v9")
-    with refused(base, ValueError, "is no repository's name"):
+    with refused(base, ValueError, "is not a repository's name"):
         load_adapter(base, "../up/and/away", download=True)
     (directory / "adapter_model.safetensors").unlink()
     with refused(base, FileNotFoundError, "adapter_model.safetensors is missing"):

@@ -283,6 +283,9 @@ def test_corrupted_weights(model, change, tmp_path):
 def test_missing_files(model, tmp_path):
     with refused(model, FileNotFoundError, f"{tmp_path}/none/adapter_config.json is missing"):
         load_adapter(model, tmp_path / "none")
+    adapter_of_net(tmp_path / "run" / "adapter")
+    with refused(model, FileNotFoundError, f"PEFT wrote, such as '{tmp_path}/run/adapter'"):
+        load_adapter(model, tmp_path / "run")
     adapter_of_net(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with refused(model, FileNotFoundError, "adapter_model.safetensors is missing"):

@@ -40,7 +40,7 @@ def test_an_adapter_that_is_no_part_of_the_method_is_named_and_not_written(tmp_p
     base = bert()
     model = shaken(apply_method(base, new_method("adapter-h")), by=0.3)
     inject(model, LoraConfig(r=2, init_lora_weights=False, **LORA)).eval()
-    with pytest.warns(UserWarning, match=r"adapters \['default'\] are no part of adapter-h.*save_adapter"):
+    with pytest.warns(UserWarning, match=r"adapters \['default'\] are not a part of adapter-h.*save_adapter"):
         save_method(model, tmp_path / "method")
     assert sorted(os.listdir(tmp_path / "method")) == ["method.json", "method.safetensors"]
     save_adapter(model, tmp_path / "adapter")
@@ -60,6 +60,6 @@ def _bare_state(model):
 def test_a_second_adapter_next_to_the_methods_is_named(tmp_path):
     model = apply_method(bert(), new_method("lora+prefix-embed", **LORA))
     inject(model, LoraConfig(r=2, **LORA), "later")
-    with pytest.warns(UserWarning, match=r"adapters \['later'\] are no part of lora\+prefix-embed"):
+    with pytest.warns(UserWarning, match=r"adapters \['later'\] are not a part of lora\+prefix-embed"):
         save_method(model, tmp_path)
     assert "adapter_model.safetensors" in os.listdir(tmp_path)

@@ -175,9 +175,9 @@ def test_refusals(tmp_path: Path):
     gpt2 = AutoModelForSequenceClassification.from_config(
         GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=1, pad_token_id=1)
     )
-    with pytest.raises(TypeError, match="GPT2ForSequenceClassification is no encoder for sequence classification"):
+    with pytest.raises(TypeError, match="GPT2ForSequenceClassification is not an encoder for sequence classification"):
         set_pooling(gpt2, "mean")
-    with pytest.raises(TypeError, match="BertModel is no encoder for sequence classification"):
+    with pytest.raises(TypeError, match="BertModel is not an encoder for sequence classification"):
         set_pooling(classifier().bert, "mean")
     with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
         model(input_ids=batch()["input_ids"], attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.bool))

@@ -211,7 +211,7 @@ CALLS: list[Call] = [
             ({"modules_to_save": ["hed"]}, ValueError, "modules_to_save"),
             ({"modules_to_save": "head"}, TypeError, "modules_to_save is 'head' of type str, want a list of strings"),
             ({"dtype": torch.int8}, ValueError, "AdapterPool: dtype is torch.int8, want one of torch.float64"),
-            ({"directory": "none"}, ValueError, "AdapterPool: directory is 'none', which is no directory"),
+            ({"directory": "none"}, ValueError, "AdapterPool: directory is 'none', which is not a directory"),
             (lambda _: {"model": merged()}, ValueError, "adapters are merged into"),
         ],
     ),

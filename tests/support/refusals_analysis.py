@@ -44,13 +44,18 @@ ANALYSIS: list[Call] = [
     ),
     Call(
         analysis.projection_table,
-        lambda _: {"weight": torch.randn(4, 6), "update": analysis.factored_svd(**factors()), "seed": 0, "own": None},
+        lambda _: {
+            "weight": torch.randn(4, 6),
+            "update": analysis.factored_svd(**factors()),
+            "seed": 0,
+            "weight_svd": None,
+        },
         [
             ({"weight": torch.randn(6, 4)}, ValueError, "update has shape [4, 6] but weight has [6, 4]"),
             (
-                {"own": analysis.block_krylov_svd(torch.randn(4, 6), 1, seed=0)},
+                {"weight_svd": analysis.block_krylov_svd(torch.randn(4, 6), 1, seed=0)},
                 ValueError,
-                "own has 1 directions, want at least the 2 of update",
+                "weight_svd has 1 directions, want at least the 2 of update",
             ),
         ],
     ),

@@ -165,7 +165,7 @@ def test_two_runs_do_not_write_one_file(tmp_path):
         (["--adapter", "nowhere"], "nowhere/adapter_config.json is missing"),
         (["--adapter", "{four}", "--base", "{four}"], "has no model.safetensors"),
         (["--adapter", "{four}", "--base", "{base}", "--no-base"], "exclude each other; give one of them"),
-        (["--adapter", "{four}", "--layers", "("], "--layers '(' is no regular expression"),
+        (["--adapter", "{four}", "--layers", "("], "--layers '(' is not a regular expression"),
         (["--adapter", "{four}", "--layers", "k_proj"], "--layers 'k_proj' matches none of the 4 names, such as model"),
         (["--adapter", "{four}", "--directions", "0"], "--directions is 0, want at least 1"),
         (["--adapter", "{four}", "--seed", "-1"], "--seed is -1, want at least 0"),

@@ -188,7 +188,7 @@ def test_bad_gguf_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(TaskError, match=f"--model .*{name}.gguf (cannot be loaded|is damaged): "):
             load_decoder(str(tmp_path / f"{name}.gguf"))
     (tmp_path / "text.gguf").write_text("no model")
-    with pytest.raises(TaskError, match="is no GGUF file: it does not begin with GGUF"):
+    with pytest.raises(TaskError, match="is not a GGUF file: it does not begin with GGUF"):
         load_decoder(str(tmp_path / "text.gguf"))
     with pytest.raises(TaskError, match=r"none\.gguf cannot be read: No such file"):
         load_decoder(str(tmp_path / "none.gguf"))

@@ -9,6 +9,7 @@ import pytest
 from support.processes import run_python
 
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.causal_lm import demo as causal_demo
 from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.finetune.data import split_examples
 from lora_ext.tasks.shared.package_files import cache_directory
@@ -111,3 +112,12 @@ def test_the_model_is_verified(tmp_path: Path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     result = run_python("-c", "from lora_ext.tasks.finetune import demo; demo.model_path()")
     assert f"{package / 'model.safetensors'} is not the demo model; reinstall it: pip install" in result.stderr
+
+
+@pytest.mark.parametrize("module", [demo, causal_demo])
+def test_only_what_a_run_used_is_credited(module):
+    model, data = module.credits(None, None)
+    assert model.startswith("Model: ") and data.startswith("Data: ")
+    assert module.credits(None, "mine.csv") == [model]
+    assert module.credits("mine", None) == [data]
+    assert module.credits("mine", "mine.csv") == []

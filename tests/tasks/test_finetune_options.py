@@ -207,7 +207,7 @@ def test_set_reaches_the_run(tiny: Settings, tmp_path: Path):
         ("weight_decay=much", "--set weight_decay is 'much', want a number"),
         ("max_steps=1.5", "--set max_steps is '1.5', want an integer"),
         ("torch_compile=perhaps", "--set torch_compile is 'perhaps', want true or false"),
-        ("lr_scheduler_kwargs={", "--set lr_scheduler_kwargs is '{', which is no JSON"),
+        ("lr_scheduler_kwargs={", "--set lr_scheduler_kwargs is '{', which is not JSON"),
         ("optim=adamm", "adamm is not a valid OptimizerNames"),
         ("optim=galore_adamw", "--set optim=galore_adamw: .*install.*galore_torch"),
         ("lr_scheduler_type=wavy", "wavy is not a valid SchedulerType"),

@@ -217,7 +217,7 @@ def test_answers_stream(directory: Path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--adapter", "nowhere"], "--adapter nowhere is no directory; want the directory of an adapter"),
+        (["--adapter", "nowhere"], "--adapter nowhere is not a directory; want the directory of an adapter"),
         (["--adapter", "model"], "model holds no adapter_config.json; want the directory of an adapter"),
         (["--adapter", "classifier"], "classifier is a classifier's (task_type SEQ_CLS), which generates no text"),
         (["--adapter", "a=first", "--adapter", "a=first"], "the name 'a' is taken"),
@@ -330,3 +330,9 @@ def test_ctrl_c_ends_it(directory: Path):
     assert process.returncode == 130, error
     assert error.decode().endswith("lora-ext: interrupted\n") and b"Traceback" not in error
     assert out.endswith(b"\n")
+
+
+def test_the_help_is_about_this_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--help"])
+    assert caught.value.code == 0 and "resume" not in capsys.readouterr().out

@@ -70,9 +70,9 @@ def test_a_method_may_carry_options():
         assert settings_of(spec, common, 0).target_modules == "(?:query|value)"
     assert settings_of("lora+bitfit", common, 0).learning_rate == 1e-3
     for spec, message in [
-        ("lora:r", "'r' is no option=value"),
-        ("lora:rank=3", "'rank=3' is no option=value"),
-        ("lora:seed=3", "'seed=3' is no option=value"),
+        ("lora:r", "'r' is not option=value"),
+        ("lora:rank=3", "'rank=3' is not option=value"),
+        ("lora:seed=3", "'seed=3' is not option=value"),
         ("lora:precision=bfloat16", "precision is the same for all; give --precision"),
         ("lora:r=two", "r is 'two', want a number"),
         ("dora:r=3", "--method is 'dora', want one of full"),
@@ -94,8 +94,8 @@ def test_a_method_may_carry_options():
         (["lora:name=a\x1b[1m"], r"name is 'a\x1b[1m', want at most 40"),
         (["lora:name=a\n"], r"name is 'a\n', want at most 40"),
         ([f"lora:name={'a' * 41}"], f"name is '{'a' * 41}', want at most 40"),
-        (["lora:name"], "'name' is no option=value of finetune"),
-        (["lora:name=a:b"], "'b' is no option=value of finetune"),
+        (["lora:name"], "'name' is not option=value of finetune"),
+        (["lora:name=a:b"], "'b' is not option=value of finetune"),
         (["lora:name=Base"], "name is 'Base', which tables use for the model without a method"),
         (["lora:name=bitfit"], "name is 'bitfit', which is another method"),
         (["lora:name=lora+bitfit"], "name is 'lora+bitfit', which is another method"),

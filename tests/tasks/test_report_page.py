@@ -346,9 +346,9 @@ def test_an_existing_file_is_not_replaced(copied: Path, tmp_path: Path, capsys: 
     mine = tmp_path / "mine.html"
     mine.write_text("mine")
     for out, message in (
-        (mine, "exists and is no page of lora-ext report; name another file"),
+        (mine, "exists and is not a page of lora-ext report; name another file"),
         (tmp_path, "is a directory; name the file in it"),
-        (tmp_path / "nowhere" / "page.html", "nowhere is no directory"),
+        (tmp_path / "nowhere" / "page.html", "nowhere is not a directory"),
     ):
         assert main(["report", str(copied), "--out", str(out)]) == 2
         assert message in capsys.readouterr().err

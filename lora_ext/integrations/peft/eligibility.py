@@ -37,7 +37,7 @@ class Adapter(NamedTuple):
 
 
 def is_eligible_call(x: object) -> bool:
-    """Whether ``x`` is a plain tensor on a supported device, and no transform needs to see PyTorch's ops.
+    """Returns whether ``x`` is a plain tensor on a supported device, and no transform needs to see PyTorch's ops.
 
     Such transforms are forward-mode differentiation, torch.func, tracing and exporting.
     """

@@ -115,12 +115,12 @@ _OFFSETS = "alora_offsets"
 
 
 def _are_offsets(offsets: object, x: Tensor) -> bool:
-    """Whether ``offsets`` are those of the rows of ``x [rows, tokens, in_features]``."""
+    """Returns whether ``offsets`` are those of the rows of ``x [rows, tokens, in_features]``."""
     return isinstance(offsets, list) and x.dim() == 3 and x.dtype in FLOATING and len(offsets) == len(x)
 
 
 def _before(offsets: list[int | None], x: Tensor) -> list[int]:
-    """For each row how many tokens come before those on which aLoRA acts."""
+    """Counts for each row the tokens before those on which aLoRA acts."""
     length = x.shape[1]
     return [length - min(offset or 0, length) for offset in offsets]
 

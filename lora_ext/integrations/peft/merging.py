@@ -91,7 +91,7 @@ def merge_obstacle(layer: LoraLayer, name: str) -> str:
 
 
 def has_exact_merges(layer: nn.Module) -> bool:
-    """Whether the layer has exact merges, which only its unmerge() restores bit by bit."""
+    """Returns whether the layer has exact merges, which only its unmerge() restores bit by bit."""
     return _MERGES in layer.__dict__
 
 

@@ -48,7 +48,7 @@ def _updates(layer: nn.Module) -> list[Update] | str:
         return reason
     weight = layer.get_base_layer()._parameters.get(layer.parameter_name)
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
-        return f"{layer.parameter_name} is no plain parameter in one of the ops' dtypes"
+        return f"{layer.parameter_name} is not a plain parameter in one of the ops' dtypes"
     updates = []
     for name in layer.active_adapters:
         if name not in layer.lora_A:

@@ -43,7 +43,7 @@ class LayerReport:
 
     @property
     def accelerated(self) -> bool:
-        """Whether the next forward runs the ops."""
+        """True if the next forward runs the ops."""
         return not self.forward
 
 

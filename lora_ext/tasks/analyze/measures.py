@@ -111,11 +111,11 @@ def _against(weight: LayerWeight, svds: dict[int, Svd], seed: int) -> dict[int, 
     as_stored = {n: Svd(svd.V, svd.S, svd.U) if weight.transposed else svd for n, svd in svds.items()}
     count = max(numerical_rank(svd.S) for svd in svds.values())
     weight_svd = block_krylov_svd(matrix, count, seed=seed) if count else None
-    return {n: vars(projection_table(matrix, svd, seed=seed, own=weight_svd)) for n, svd in as_stored.items()}
+    return {n: vars(projection_table(matrix, svd, seed=seed, weight_svd=weight_svd)) for n, svd in as_stored.items()}
 
 
 def _is_finite(matrix: Tensor) -> bool:
-    """Whether the matrix has a finite norm. Reads blocks of rows: isfinite() of the whole would make three copies."""
+    """Returns whether the matrix has a finite norm. Reads blocks of rows: isfinite(matrix) would make three copies."""
     height = max(_BLOCK_ELEMENTS // max(matrix.shape[1], 1), 1)
     return all(torch.linalg.vector_norm(rows, dtype=torch.float64).isfinite() for rows in matrix.split(height))
 

@@ -66,7 +66,7 @@ class AnalysisSettings:
         try:
             re.compile(self.layers or "")
         except re.error as error:
-            raise TaskError(f"--layers {self.layers!r} is no regular expression: {error}") from error
+            raise TaskError(f"--layers {self.layers!r} is not a regular expression: {error}") from error
 
     @classmethod
     def load(cls, out: Path) -> AnalysisSettings:

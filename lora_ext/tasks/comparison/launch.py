@@ -1,4 +1,4 @@
-"""How the runs of compare and sweep are started: side by side on this machine, or as jobs by submitit."""
+"""Starts the runs of compare and sweep: side by side on this machine, or as jobs by submitit."""
 
 from __future__ import annotations
 

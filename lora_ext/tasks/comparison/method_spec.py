@@ -60,7 +60,7 @@ class MethodSpec:
                 _check_name(text, method, value)
                 label = value
             elif not equals or option not in OPTION_TYPES or option in _VARIED:
-                raise TaskError(f"{text!r}: {pair!r} is no option=value of finetune; want one such as r=4, or name=...")
+                raise TaskError(f"{text!r}: {pair!r} is not option=value of finetune; want e.g. r=4, or name=...")
             elif option in _SHARED:
                 raise TaskError(f"{text!r}: {option} is the same for all; give --{option.replace('_', '-')}")
             elif not has_option(method, option):
@@ -139,5 +139,5 @@ def without(methods: Iterable[str], left_out: Iterable[str]) -> list[str]:
             raise TaskError(f"--without {one}: there are {', '.join(spec.label for spec in specs)}")
     rest = [spec.text for spec in specs if not {spec.text, spec.label} & left_out]
     if not rest:
-        raise TaskError(f"--without {' '.join(sorted(left_out))} leaves no method")
+        raise TaskError(f"--without {' '.join(sorted(left_out))} leaves no method; name fewer")
     return rest

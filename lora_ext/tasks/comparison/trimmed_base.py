@@ -49,7 +49,7 @@ def trimmed_base(task_model: TaskModel, splits: Splits) -> TrimmedBase:
 
 
 def is_same_run(saved: Settings, wanted: Settings, out: Path) -> bool:
-    """Whether a run in ``out`` had these settings. The checkpoint in ``out`` may have moved with it."""
+    """Returns whether a run in ``out`` had these settings. The checkpoint in ``out`` may have moved with it."""
     base = str((out / _BASE).resolve())
     if wanted.model == base and Path(saved.model or "").name == _BASE:
         saved = replace(saved, model=base)

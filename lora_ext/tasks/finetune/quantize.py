@@ -30,7 +30,7 @@ QUANTIZABLE = tuple(name for name in METHODS if name != "full")
 
 
 def check_quantize(name: str | None, method: str) -> None:
-    """TaskError: there is no such quantisation, or ``method`` trains the weights."""
+    """Raises a TaskError if there is no such quantisation, or ``method`` trains the weights."""
     if name is not None and name not in QUANTIZE:
         raise TaskError(f"--quantize is {name!r}, want one of {', '.join(QUANTIZE)}")
     if name is not None and (wrong := set(method.split("+")).difference(QUANTIZABLE)):
@@ -42,7 +42,7 @@ def check_quantize(name: str | None, method: str) -> None:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base model is quantised.
+    """The quantisation of the base model.
 
     Attributes:
         name: one of ``QUANTIZE``.

@@ -181,8 +181,8 @@ def finetune(
         metrics |= _measure(base, out / "adapter", trainer, settings, test_rows, logits, say)
         write_json(out / "metrics.json", metrics)
     say(f"\n{results.table(metrics)}\n\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-    if settings.model is None or settings.data is None:
-        say(demo.CREDIT)
+    for line in demo.credits(settings.model, settings.data):
+        say(line)
     return metrics
 
 

@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Whether no training remains: it belongs to the run's last step, or the run stopped early."""
+        """True if no training remains: it belongs to the run's last step, or the run stopped early."""
         stopped = self.state.stateful_callbacks.get(PROGRESS, {}).get("stopped", False)
         return self.state.global_step >= self.state.max_steps or stopped
 

@@ -246,7 +246,9 @@ def _read(out: Path, name: str) -> dict[str, Any]:
     try:
         return read_json_object(path, "", 1_000_000)
     except FileNotFoundError as error:
-        raise TaskError(f"--resume: {out} holds no run to continue: there is no {name}") from error
+        raise TaskError(
+            f"--resume: {out} holds no run to continue: there is no {name}; start it without --resume"
+        ) from error
     except OSError as error:
         raise TaskError(f"--resume: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -270,7 +272,7 @@ OWNERS = {
 
 
 def has_option(method: str, option: str) -> bool:
-    """Whether an option of finetune affects ``method``, or one of the methods that it joins by +."""
+    """Returns whether an option of finetune affects ``method``, or one of the methods that it joins by +."""
     return option not in OWNERS or not set(OWNERS[option]).isdisjoint(method.split("+"))
 
 

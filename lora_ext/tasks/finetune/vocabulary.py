@@ -180,7 +180,7 @@ def _kept(
 
 
 def _is_single(piece: str, seen: Collection[str]) -> bool:
-    """Whether a token is one character, or the mark of a word's begin, or a byte, as in <0x0A>."""
+    """Returns whether a token is one character, or the mark of a word's begin, or a byte, as in <0x0A>."""
     if piece in _CONTINUED or (len(piece) == 6 and piece.startswith("<0x")):
         return True
     for mark in _CONTINUED:

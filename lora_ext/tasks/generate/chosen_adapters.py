@@ -52,7 +52,7 @@ def _check(directory: Path) -> None:
     try:
         config = read_json_object(directory / _CONFIG, "", 10_000_000)
     except OSError as error:
-        there = f"holds no {_CONFIG}" if directory.is_dir() else "is no directory"
+        there = f"holds no {_CONFIG}" if directory.is_dir() else "is not a directory"
         raise TaskError(f"--adapter {directory} {there}; want the directory of an adapter in PEFT's format") from error
     except ValueError as error:
         raise TaskError(f"--adapter: {error}") from error

@@ -253,7 +253,7 @@ def _change(change: Change, settings: PlanSettings) -> dict[str, Any]:
 
 
 def _warnings(settings: PlanSettings, planner: Planner, setup: Setup, classifier: PretrainedConfig | None) -> list[str]:
-    """``classifier``: the config of a classifier, None for a language model."""
+    """Returns the lines that warn of a run. ``classifier``: a classifier's config, None for a language model."""
     names = ("lora_A", "lora_B")
     parameters = sum(
         parameter.numel()

@@ -79,9 +79,9 @@ def _check_out(out: Path) -> None:
     if out.is_dir():
         raise TaskError(f"--out {out} is a directory; name the file in it, such as {out / 'report.html'}")
     if not out.parent.is_dir():
-        raise TaskError(f"--out {out}: {out.parent} is no directory")
+        raise TaskError(f"--out {out}: {out.parent} is not a directory; make it first")
     if out.exists() and not (out.is_file() and f'content="{GENERATOR}"'.encode() in out.read_bytes()[:4096]):
-        raise TaskError(f"--out {out} exists and is no page of lora-ext report; name another file")
+        raise TaskError(f"--out {out} exists and is not a page of lora-ext report; name another file")
 
 
 def _section(result: Result, directory: Path, pictures: Pictures) -> Section:

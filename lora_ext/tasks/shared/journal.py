@@ -35,7 +35,7 @@ class Journal:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._fd)
-            raise TaskError(f"another process is writing {path}") from error
+            raise TaskError(f"another process is writing {path}; wait for its end, or end it") from error
         whole = 0
         for line in path.read_bytes().splitlines(keepends=True):
             try:

@@ -32,7 +32,7 @@ def started() -> int:
 
 
 def was_restarted() -> bool:
-    """Whether torchrun started the processes again, because one of them ended."""
+    """Returns whether torchrun started the processes again, because one of them ended."""
     return started() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
@@ -42,7 +42,7 @@ def processes() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process writes the results."""
+    """Returns whether this process writes the results."""
     return processes() == 1 or distributed.get_rank() == 0
 
 
@@ -136,7 +136,7 @@ def joined(out: Path, resume: bool) -> Iterator[Path]:
 
 
 def _first_says(store: distributed.Store, text: str) -> bool:
-    """Whether the first process ends for the same reason."""
+    """Returns whether the first process ends for the same reason."""
     with suppress(RuntimeError):  # it does not end, or its store has ended with it
         store.wait([_REFUSED], _SECONDS)
         return store.get(_REFUSED).decode() == text
@@ -144,12 +144,12 @@ def _first_says(store: distributed.Store, text: str) -> bool:
 
 
 def is_repeated(error: TaskError) -> bool:
-    """Whether the first process of this machine says the same, as about a mistake in the options."""
+    """Returns whether the first process of this machine says the same, as about a mistake in the options."""
     return is_silent() and not error.is_alone
 
 
 def is_silent() -> bool:
-    """Whether another process of this machine reports mistakes in the options."""
+    """Returns whether another process of this machine reports mistakes in the options."""
     return started() > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
 
 

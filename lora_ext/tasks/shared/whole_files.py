@@ -20,7 +20,7 @@ _FRESH, _OLD = ".unfinished", ".removed"  # endings of hidden names next to the 
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a killed process was writing or removing ``path``."""
+    """Returns whether a killed process was writing or removing ``path``."""
     return path.name.startswith(".") and path.name.endswith((_FRESH, _OLD))
 
 
@@ -47,7 +47,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _is_about_the_disk(error: Exception) -> bool:
-    """Whether a library made this error from an OSError."""
+    """Returns whether a library made this error from an OSError."""
     if isinstance(error, SafetensorError | RuntimeError):  # torch.save raises RuntimeError
         return True
     return type(error) is Exception and "(os error " in str(error)  # tokenizers raises these
