@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import threading
 import warnings
@@ -28,7 +29,7 @@ from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.files.base_layers import base_tensors_to_save
-from lora_ext.files.safetensors_format import read_header
+from lora_ext.files.safetensors_format import header_bytes, is_cut_off
 from lora_ext.files.save_load import ADAPTER_FILES, FileContent, file_content, write_content
 from lora_ext.files.staged_files import staged_files
 from lora_ext.injection.targets import find_targets
@@ -308,11 +309,14 @@ def _check_no_model(call: _Call) -> None:
 
 
 def _holds_adapters_only(path: Path) -> bool:
-    """Whether an earlier save of adapters wrote the weights file ``path``."""
-    try:
-        return path.suffix == ".safetensors" and not read_header(path)[0].keys().isdisjoint(MARKERS)
-    except (OSError, ValueError, RuntimeError):
+    """Whether a save of adapters wrote the weights file, or began to: safetensors before 0.8 writes in place."""
+    if path.suffix != ".safetensors":
         return False
+    try:
+        header = header_bytes(path)
+    except (OSError, ValueError):
+        return False
+    return is_cut_off(header) or any(json.dumps(marker).encode() in header for marker in MARKERS)
 
 
 def _config_within(caller: str, part: nn.Module, adapter: Adapter) -> LoraConfig:
