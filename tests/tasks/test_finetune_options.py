@@ -385,7 +385,7 @@ def test_inputs_are_kept_from_overwriting_and_found_from_elsewhere(tiny: Setting
 def test_a_file_equals_the_command_line_which_wins(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(
-        "# a run\nepochs: 3\nlearning_rate: 1e-3\nbatch-size: 8\ntarget_modules: query,value\nno-measure: true\n"
+        "# a run\nepochs: 3\nlearning_rate: 1e-3\nbatch-size: 8\ntarget_modules: [query, value]\nno-measure: true\n"
         "gradient_checkpointing: true\nlora_alpha: 32\nout: there\n"
         "set:\n  weight_decay: 0.1\n  lr_scheduler_kwargs: {num_cycles: 0.5}\n  torch_compile: false\n"
     )
@@ -418,6 +418,8 @@ def test_a_file_equals_the_command_line_which_wins(tmp_path: Path):
         ("r:", "r has no value"),
         ("r: {a: 1}", "r is {'a': 1}, want one value"),
         ("model: [a, b]", "model is ['a', 'b'], want one value"),
+        ("label-column: no", "label-column is false, want text; put yes, no, on and off in quotes"),
+        ("batch_size: 4\nbatch-size: 8", "batch-size occurs twice, with - and with _"),
         ("no-measure: 3", "no-measure is 3, want true or false"),
         ("set: weight_decay=1", "set is 'weight_decay=1', want names and values below it"),
         ("set: {weigth_decay: 1}", "--set weigth_decay: transformers.TrainingArguments has no such field"),
