@@ -399,6 +399,11 @@ def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | No
     own = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
     missing = [key for key in own if key not in given]
     if missing:
+        if any(key.startswith(f"_orig_mod.{missing[0]}") for key in given):
+            raise ValueError(
+                f"{caller}: state_dict has the keys of torch.compile(model), under which Trainer cannot resume; "
+                "compile in place by model.compile(), or by TrainingArguments(torch_compile=True)"
+            )
         raise ValueError(
             f"{caller}: state_dict lacks {len(missing)} keys of model.state_dict(), {shown(missing[0])} for one; pass "
             "all of them, or none"
