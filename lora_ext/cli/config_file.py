@@ -13,6 +13,7 @@ from lora_ext._common.install_hint import install_hint
 from lora_ext.tasks import TaskError
 
 _MOST_BYTES = 1_000_000
+_LISTS_OF_NAMES = ("target-modules", "modules-to-save")
 _NOT_IN_A_FILE = ("help", "config", "resume", "overwrite")  # they are about one call, not about the run
 
 
@@ -44,9 +45,12 @@ def with_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> li
     for name in _NOT_IN_A_FILE:
         options.pop(name, None)
     options = {option: action for option, action in options.items() if not option.startswith("-")}
-    given = []
+    given, seen = [], set()
     for key, value in _read(path).items():
         option = str(key).replace("_", "-")
+        if option in seen:
+            raise TaskError(f"--config {path}: {option} occurs twice, with - and with _")
+        seen.add(option)
         if option not in options:
             close = difflib.get_close_matches(option, options)
             raise TaskError(
@@ -73,10 +77,12 @@ def _as_arguments(path: Path, option: str, action: argparse.Action, value: Any) 
     if action.nargs == "+":
         values = [_text(one) for one in (value if isinstance(value, list) else [value])]
         return [name, *values]
-    if isinstance(value, dict) or (isinstance(value, list) and action.type is None):
+    if isinstance(value, dict) or (isinstance(value, list) and action.type is None and option not in _LISTS_OF_NAMES):
         raise TaskError(f"--config {path}: {option} is {value!r}, want one value")
     if action.nargs == "?" and isinstance(value, bool):  # --gradient-checkpointing, whose value can be left out
         return [name] if value else []
+    if isinstance(value, bool) and action.type is None:
+        raise TaskError(f"--config {path}: {option} is {_text(value)}, want text; put yes, no, on and off in quotes")
     text = ",".join(map(_text, value)) if isinstance(value, list) else _text(value)
     try:
         (action.type or str)(text)

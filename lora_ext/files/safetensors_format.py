@@ -104,10 +104,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def header_bytes(path: Path) -> bytes:
-    """Returns all bytes before the tensors of a safetensors file that :func:`read_header` has accepted."""
+    """Returns all bytes before the tensors of a safetensors file, fewer if it ends before: :func:`is_cut_off`."""
     with open_regular(path) as file:
         prefix = file.read(8)
         return prefix + file.read(min(_header_length(prefix), _LARGEST_HEADER))
+
+
+def is_cut_off(header: bytes) -> bool:
+    """Whether :func:`header_bytes` met the file's end: a stopped save left it, and none of its tensors is there."""
+    length = _header_length(header[:8])
+    return length <= _LARGEST_HEADER and len(header) < 8 + max(length, 1)
 
 
 def _header_length(prefix: bytes) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from lora_ext.files.adapter_content import ADAPTER_FILES, FileContent, file_cont
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.part_config import config_within
-from lora_ext.files.safetensors_format import read_header
+from lora_ext.files.safetensors_format import header_bytes, is_cut_off
 from lora_ext.files.staged_files import staged_files
 from lora_ext.model.adapter_set import AdapterSet, adapter_in, adapter_set, check_at_hand
 from lora_ext.model.adapter_state import MARKERS, adapter_state, lost_parameters, own_state
@@ -302,11 +303,14 @@ def _check_no_model(call: _Call) -> None:
 
 
 def _holds_adapters_only(path: Path) -> bool:
-    """Returns whether an earlier save of adapters wrote the weights file ``path``."""
-    try:
-        return path.suffix == ".safetensors" and not read_header(path)[0].keys().isdisjoint(MARKERS)
-    except (OSError, ValueError, RuntimeError):
+    """Returns whether a save of adapters wrote the weights file, or began to: safetensors before 0.8 writes in place."""
+    if path.suffix != ".safetensors":
         return False
+    try:
+        header = header_bytes(path)
+    except (OSError, ValueError):
+        return False
+    return is_cut_off(header) or any(json.dumps(marker).encode() in header for marker in MARKERS)
 
 
 # --- the state of the model -------------------------------------------------------------------------------------------
@@ -334,6 +338,11 @@ def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | No
     wanted = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
     missing = [key for key in wanted if key not in given]
     if missing:
+        if any(key.startswith(f"_orig_mod.{missing[0]}") for key in given):
+            raise ValueError(
+                f"{caller}: state_dict has the keys of torch.compile(model), under which Trainer cannot resume; "
+                "compile in place by model.compile(), or by TrainingArguments(torch_compile=True)"
+            )
         raise ValueError(
             f"{caller}: state_dict lacks {len(missing)} keys of model.state_dict(), {shown(missing[0])} for one; pass "
             "all of them, or none"

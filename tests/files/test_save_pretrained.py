@@ -194,6 +194,12 @@ def test_no_file_is_written_that_would_load_wrong(tmp_path):
     with refused(model, ValueError, "holds weights of a whole model", "choose another directory"):
         model.save_pretrained(tmp_path / "base")
     assert {path: (tmp_path / "base" / path).read_bytes() for path in files(tmp_path / "base")} == before
+    weights = tmp_path / "base" / "model.safetensors"
+    for damaged in (before[weights.name][:-1], b"no safetensors file"):  # it may still be of use
+        weights.write_bytes(damaged)
+        with refused(model, ValueError, "holds weights of a whole model"):
+            model.save_pretrained(tmp_path / "base")
+        assert weights.read_bytes() == damaged
     model.save_pretrained(tmp_path / "saved")
     model.save_pretrained(tmp_path / "saved")
     merge(model)
@@ -208,6 +214,9 @@ def test_no_file_is_written_that_would_load_wrong(tmp_path):
         model.save_pretrained(tmp_path / "mixed", distributed_checkpoint=True)
     with refused(model, ValueError, "state_dict lacks"):
         model.save_pretrained(tmp_path / "mixed", state_dict={"lm_head.weight": model.lm_head.weight})
+    compiled = {f"_orig_mod.{key}": tensor for key, tensor in model.state_dict().items()}
+    with refused(model, ValueError, "keys of torch.compile(model)", "model.compile()", "torch_compile=True"):
+        model.save_pretrained(tmp_path / "mixed", state_dict=compiled)
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         model.save_pretrained(tmp_path / "file")

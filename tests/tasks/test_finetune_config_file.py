@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mar
 def test_a_file_equals_the_command_line_which_wins(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(
-        "# a run\nepochs: 3\nlearning_rate: 1e-3\nbatch-size: 8\ntarget_modules: query,value\nno-measure: true\n"
+        "# a run\nepochs: 3\nlearning_rate: 1e-3\nbatch-size: 8\ntarget_modules: [query, value]\nno-measure: true\n"
         "gradient_checkpointing: true\nlora_alpha: 32\nout: there\n"
         "set:\n  weight_decay: 0.1\n  lr_scheduler_kwargs: {num_cycles: 0.5}\n  torch_compile: false\n"
     )
@@ -43,13 +43,15 @@ def test_a_file_equals_the_command_line_which_wins(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("epoch: 3", "'epoch' is no option; close matches: 'epochs'"),
-        ("resume: true", "'resume' is no option"),
+        ("epoch: 3", "'epoch' is not an option; close matches: 'epochs'"),
+        ("resume: true", "'resume' is not an option"),
         ("epochs: many", "epochs is 'many': want float"),
         ("r: 1.5", "r is '1.5': want int"),
         ("r:", "r has no value"),
         ("r: {a: 1}", "r is {'a': 1}, want one value"),
         ("model: [a, b]", "model is ['a', 'b'], want one value"),
+        ("label-column: no", "label-column is false, want text; put yes, no, on and off in quotes"),
+        ("batch_size: 4\nbatch-size: 8", "batch-size occurs twice, with - and with _"),
         ("no-measure: 3", "no-measure is 3, want true or false"),
         ("set: weight_decay=1", "set is 'weight_decay=1', want names and values below it"),
         ("set: {weigth_decay: 1}", "--set weigth_decay: transformers.TrainingArguments has no such field"),

@@ -95,7 +95,7 @@ def typed(text: str) -> dict[str, Any]:
     """Returns ``{name: value}`` with each value in the type of the field.
 
     Raises:
-        TaskError: there is no such field (with the close matches), or the value is none of its type.
+        TaskError: there is no such field (with the close matches), or the value is none of its type, too small or NaN.
     """
     from transformers import TrainingArguments
 
@@ -111,7 +111,11 @@ def typed(text: str) -> dict[str, Any]:
                 f"--set {name}: transformers.TrainingArguments has no such field"
                 + (f"; close matches: {', '.join(map(repr, close))}" if close else "")
             )
-        values[name] = _value(name, value, typing.get_args(kinds[name]) or (kinds[name],))
+        values[name] = read = _value(name, value, typing.get_args(kinds[name]) or (kinds[name],))
+        default = TrainingArguments.__dataclass_fields__[name].default  # None or -1 stand for none
+        least = 1 if default is None and type(read) is int else 0
+        if isinstance(read, int | float) and read != default and not read >= least:
+            raise TaskError(f"--set {name} is {value!r}, want at least {least}")  # for NaN, too
     return values
 
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from lora_ext.tasks import TaskError
@@ -60,7 +61,7 @@ def training_arguments(settings: Settings, out: Path, texts: int) -> TrainingArg
 def check_training_arguments(settings: Settings, texts: int) -> None:
     """Raises TaskError for what a run would refuse: a batch that its processes cannot share, and values of ``--set``.
 
-    Of those the name, the type, the optimizer and the schedule are checked.
+    Of those the name, the type, the optimizer, the schedule, the loaders and the compiler are checked.
     """
     team.share_of(settings.batch_size)
     if not settings.set:
@@ -68,7 +69,15 @@ def check_training_arguments(settings: Settings, texts: int) -> None:
     arguments = training_arguments(settings, Path("unused"), texts)
     weight = torch.nn.Parameter(torch.zeros(1))
     try:
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer([weight], **options)
+        workers, keep = arguments.dataloader_num_workers, arguments.dataloader_persistent_workers
+        for size in (arguments.train_batch_size, arguments.eval_batch_size):
+            DataLoader([weight], size, num_workers=workers, persistent_workers=keep)
+        if arguments.torch_compile:  # compiles nothing yet
+            torch.compile(
+                torch.nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode
+            )
         get_scheduler(
             arguments.lr_scheduler_type,
             torch.optim.SGD([weight], lr=0.1),
