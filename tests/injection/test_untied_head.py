@@ -1,4 +1,4 @@
-"""One of two tied modules is trained alone: a trained copy is untied, as in PEFT; rows need an untied weight to merge."""
+"""One of two tied modules is trained alone: a copy is untied, as in PEFT; rows do not merge into the shared weight."""
 
 from __future__ import annotations
 
