@@ -304,6 +304,9 @@ def file_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor] 
     values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT writes it
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = base_name(model)
+    if values["task_type"] is None:  # PEFT's AutoPeftModel classes then ask for the base model's class
+        kind = type(root_module(model))
+        values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     values |= _names_of_tied(adapter, values)
     scales = adapter.file_scales()
     # Copies, because tied modules share memory and the tensors of a file must not.

@@ -291,6 +291,20 @@ def test_other_objects_are_no_config():
         inject(model, {"target_modules": TARGETS})
 
 
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_pefts_auto_classes_find_the_base_model(task, tmp_path):
+    base = llama().eval()
+    base.save_pretrained(tmp_path / "base")
+    model = trained(
+        inject(type(base).from_pretrained(tmp_path / "base"), LoraConfig(target_modules=TARGETS, task_type=task))
+    )
+    save_adapter(model, tmp_path / "adapter")
+    kinds = [peft.AutoPeftModelForCausalLM, *([peft.AutoPeftModel] if task is None else [])]
+    for kind in kinds:
+        read = kind.from_pretrained(tmp_path / "adapter").eval()
+        torch.testing.assert_close(logits(read, IDS), logits(model, IDS))
+
+
 def test_names_of_an_older_transformers(tmp_path):
     """PEFT converts them; here a message names this remedy."""
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
