@@ -31,6 +31,20 @@ _REMARKS = re.compile(
     r"|(created|updated|saved|trained)_(at|by|on|with)"
     r"|(accelerate|axolotl|datasets|diffusers|library|python|safetensors|torch|transformers|trl|unsloth)_version"
 )
+# Options of PEFT 0.21 that this package does not have.
+_PEFT_ONLY = frozenset(
+    {
+        "arrow_config",
+        "kasa_config",
+        "layer_replication",
+        "megatron_config",
+        "monteclora_config",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "velora_config",
+    }
+)
 _CHANGES_THE_BASE = re.compile("pissa(_niter_[0-9]+)?|olora|corda|lora_ga|loftq")
 
 
@@ -47,18 +61,29 @@ def check_other_keys(values: Mapping[str, Any]) -> None:
         settings = ", ".join(f"{escaped(key)}={shown(value)}" for key, value in unsupported.items())
         settings = settings if len(settings) <= 2000 else f"{settings[:2000]}... ({len(unsupported)} keys)"
         raise ValueError(
-            f"LoraConfig: {settings} not supported; it would change what the adapter computes. If it is only a remark, "
-            "remove it from the config"
+            f"LoraConfig: {settings} not supported; it would change what the adapter computes. "
+            + (
+                "Use PEFT for it, with lora_ext.integrations.peft.accelerate; an adapter that PEFT has merged "
+                "(merge_and_unload), or converted to plain LoRA (peft.save_as_lora), can be used here"
+                if unsupported.keys() <= _PEFT_ONLY
+                else "If it is only a remark, remove it from the config"
+            )
         )
 
 
+def initialisation(value: Any) -> Any:
+    """Returns PEFT's ``init_lora_weights`` as :class:`LoraConfig` spells it: PEFT ignores case, and None is False."""
+    return False if value is None else value.lower() if isinstance(value, str) else value
+
+
 def initialisation_of_file(value: Any) -> Any:
-    """Returns the ``init_lora_weights`` to load a file with that says ``value``.
+    """Returns the ``init_lora_weights`` for a file whose config has ``value``.
 
     Raises:
         ValueError: the initialisation has changed the base weights.
     """
-    if value == "eva":  # lora_A from data and lora_B zero: the base weights stay
+    value = initialisation(value)
+    if value in ("eva", "mica"):  # one factor from data or from the weight, the other zero: the base weights stay
         return True
     if isinstance(value, str) and _CHANGES_THE_BASE.fullmatch(value):
         raise ValueError(

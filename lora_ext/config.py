@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 from lora_ext._common.printable import shown
-from lora_ext._config_keys import check_other_keys, initialisation_of_file
+from lora_ext._config_keys import check_other_keys, initialisation, initialisation_of_file
 from lora_ext._config_values import (
     FrozenDict,
     check_alpha,
@@ -304,15 +304,17 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``: PEFT's keys, tuples as lists, unsupported keys as they were read."""
         names = [f.name for f in fields(self) if f.name not in ("metadata", "enable_lora")]
-        return {**self.metadata, **{name: thaw(getattr(self, name)) for name in names}, "peft_type": "LORA"}
+        values = {**self.metadata, **{name: thaw(getattr(self, name)) for name in names}, "peft_type": "LORA"}
+        # PEFT would choose modules by the model's type for None.
+        return values | {"target_modules": values["target_modules"] or []}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
         """Reads the content of an ``adapter_config.json`` that PEFT or :meth:`to_dict` wrote.
 
         Keys without a field that have no effect (null, false, empty, or informational, like ``peft_version``) are kept
-        as metadata. An initialisation that leaves the base weights as they are (``"eva"``) does not matter for weights
-        that are in a file, and becomes True.
+        as metadata. An initialisation that leaves the base weights as they are (``"eva"``, ``"mica"``) does not matter
+        for weights that are in a file, and becomes True.
 
         Raises:
             ValueError: ``peft_type`` is not LORA; keys ask for unsupported features (all of them are named); or the
@@ -340,13 +342,18 @@ class LoraConfig:
 
         Raises:
             ValueError, TypeError: as :meth:`from_dict`; or the config asks for an initialisation from data or from the
-                weight, or has custom modules.
+                weight, has custom modules, or leaves the choice of modules next to ``target_parameters`` to PEFT.
         """
         values = {key: plain(value) for key, value in config.to_dict().items()}
         if values.get("peft_type") == "LORA":
             if getattr(config, "_custom_modules", None):
                 raise ValueError("LoraConfig: custom modules, registered with the config, are not supported")
-            cls._check_initialisation_value(values.get("init_lora_weights", True))
+            cls._check_initialisation_value(initialisation(values.get("init_lora_weights", True)))
+            if values.get("target_modules") is None and values.get("target_parameters"):
+                raise ValueError(
+                    "LoraConfig: target_modules is None, for which PEFT adapts modules by the model's type, next to "
+                    "target_parameters; name them, or set target_modules=[] to adapt none"
+                )
         return cls.from_dict(values)
 
 

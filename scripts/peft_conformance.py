@@ -1,6 +1,6 @@
 """Runs PEFT's LoRA tests with and without lora_ext's layers: tests that pass without them must pass with them.
 
-    python scripts/peft_conformance.py PEFT_SOURCE [--tests FILE ...] [--other-seeds 1,2,3]
+    python scripts/peft_conformance.py PEFT_SOURCE [--tests FILE ...] [--select EXPRESSION] [--other-seeds 1,2,3]
 
 PEFT_SOURCE is a source tree of peft; its tests need the packages ``diffusers`` and ``datasets``, and some other files
 than the default one ``parameterized``, ``attrs`` or a network (their tests then fail both ways). The tests run twice in
@@ -139,6 +139,7 @@ def main() -> int:
     parser.add_argument("source", metavar="PEFT_SOURCE", type=Path)
     parser.add_argument("--other-seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--tests", nargs="+", default=[TESTS], metavar="FILE", help=f"default: {TESTS}")
+    parser.add_argument("--select", default=SELECTION, metavar="EXPRESSION", help='pytest\'s -k; "" for all tests')
     args = parser.parse_args()
     source = args.source.resolve()
     for file in args.tests:
@@ -148,8 +149,8 @@ def main() -> int:
             )
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / "without.json", Path(name) / "with.json"]
-        runs = [start(source, files[0], *args.tests, "-k", SELECTION)]
-        runs.append(start(source, files[1], "--lora-ext", *args.tests, "-k", SELECTION))
+        runs = [start(source, files[0], *args.tests, "-k", args.select)]
+        runs.append(start(source, files[1], "--lora-ext", *args.tests, "-k", args.select))
         (without, _), (with_us, calls) = (finish(run, file) for run, file in zip(runs, files, strict=True))
         only_without = passing(without) - passing(with_us)
         broken = again(source, only_without, args.other_seeds, Path(name)) if only_without else set()

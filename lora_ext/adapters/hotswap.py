@@ -104,7 +104,7 @@ def hotswap_adapter(
 
     Raises:
         FileNotFoundError, ValueError: as in :func:`lora_ext.load_adapter`; or the file adapts other layers, or a layer
-            with a rank above the present one; all of them are listed.
+            with a rank above the present one, or holds other values of a base layer; all of them are listed.
         KeyError: there is no such adapter.
         RuntimeError: it is merged. The model is then unchanged.
     """
@@ -181,14 +181,25 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
         expected |= biases.keys()
         problems += [f"missing key: {key}" for key in biases if key not in file]
         slots += [_Slot(tensor, key) for key, tensor in biases.items()]
-    base = {f"{KEY_PREFIX}{key}" for key in adapter.base_tensors()}
-    problems += [f"unexpected key: {key}" for key in file.keys() if key not in expected | base]  # noqa: SIM118
+    base = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.base_tensors().items()}
+    problems += [f"unexpected key: {key}" for key in file.keys() if key not in expected | base.keys()]  # noqa: SIM118
+    # PEFT saves the base layer of an adapted embedding or head, too.
+    problems += [
+        f"base layer {key}: not the model's, and load_adapter loads it"
+        for key, tensor in base.items()
+        if key in file and key not in expected and not _equals(file, key, tensor)
+    ]
     if problems:
         raise ValueError(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
             f"prepare_hotswap first):{listed(problems)}"
         )
     return slots
+
+
+def _equals(file: AdapterFile, key: str, tensor: Tensor) -> bool:
+    """Whether the file has the values of ``tensor``, in its dtype."""
+    return file.shape(key) == tuple(tensor.shape) and torch.equal(file.tensor(key).to(tensor), tensor)
 
 
 def _updates_of(adapter: nn.Module) -> list[LoraAdapter]:

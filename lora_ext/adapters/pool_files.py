@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
         if path in layers:
             keys.setdefault(path, {})[_SUFFIXES[suffix]] = key
         elif key not in of_modules:
-            problems.append(f"unexpected key: {key}")
+            problems.append(f"unexpected key: {key}{_remedy(key, layers)}")
     for path, factors in keys.items():
         problems += _misfits(file, path, factors, layers[path], config.rank_for(path), r)
     problems += _misfits_of_modules(file, modules)
@@ -130,6 +130,16 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
         path: {name: file.tensor(f"{KEY_PREFIX}{path}.{name}") for name in names} for path, names in modules.items()
     }
     return PoolAdapter(updates, tensors, config.alora_invocation_tokens)
+
+
+def _remedy(key: str, layers: Container[str]) -> str:
+    """What to do about the base layer of an adapted embedding or head, which PEFT saves, too."""
+    path = key.removeprefix(KEY_PREFIX).rpartition(".")[0].removesuffix(".base_layer")
+    return (
+        " (a base layer; if it is the base model's: load_adapter, then save_adapter(..., save_embedding_layers=False))"
+        if path in layers
+        else ""
+    )
 
 
 def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:

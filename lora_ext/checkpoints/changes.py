@@ -178,8 +178,12 @@ class _Entry:
                     f"not in the base, whose names have another prefix, so it cannot be added: {name}; load the base "
                     "and the adapter as a model (load_adapter), and call merge and save_pretrained there"
                 )
-        for rows in contents.tokens:
-            self._replace_rows(f"{rows.path}.weight", rows.key, rows.indices)
+        # PEFT replaces rows of an embedding in the tied head too, unless the head has its own.
+        names_of_rows = [f"{rows.path}.weight" for rows in contents.tokens]
+        head_has_rows = self.tie is not None and self.tie.head in map(self.keys.get, names_of_rows)
+        for rows, name in zip(contents.tokens, names_of_rows, strict=True):
+            if name in self.keys and (not head_has_rows or self._is_own(self.keys[name])):
+                self._replace_rows(self.keys[name], rows.key, rows.indices)
         targets = {update: self.keys[name] for update in low_rank if (name := _weight_name(update)) in self.keys}
         by_path: dict[str, list[LowRankUpdate]] = {}
         for update in parameters:
@@ -201,11 +205,7 @@ class _Entry:
         else:
             tensor.replacement = (self.file, key)
 
-    def _replace_rows(self, name: str, key: str, indices: tuple[int, ...]) -> None:
-        if name not in self.keys:
-            return
-        # PEFT replaces the rows in both of two tied weights.
-        target = self.keys[name]
+    def _replace_rows(self, target: str, key: str, indices: tuple[int, ...]) -> None:
         tensor, shape = self.changes.tensors[target], self.file.shape(key)
         if not tensor.shape or shape != (len(indices), *tensor.shape[1:]):
             self.problems.append(

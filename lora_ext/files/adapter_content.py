@@ -46,6 +46,9 @@ def file_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor] 
     values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT writes it
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = base_name(model)
+    if values["task_type"] is None:  # PEFT's AutoPeftModel classes then ask for the base model's class
+        kind = type(root_module(model))
+        values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     values |= _names_of_tied(adapter, values)
     scales = adapter.file_scales()
     # Copies, because tied modules share memory and the tensors of a file must not.
@@ -87,7 +90,7 @@ def _names_of_tied(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any
 def base_name(model: nn.Module) -> str | None:
     """Returns the name of the base model, if it has one; parts that are not Unicode, as in paths, are escaped."""
     name = getattr(root_module(model), "name_or_path", None)
-    return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) else None
+    return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) and name else None
 
 
 def write_content(directory: Path, content: FileContent) -> None:

@@ -166,6 +166,11 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
     """Loads a file from :func:`~lora_ext.files.packed_projection.from_peft_form` like :func:`load_adapter`."""
     file_alphas, file = file.config, with_positive_alphas(file)
     config = config_of(file, "load_adapter")
+    if trainable and str(file_alphas.get("init_lora_weights")).lower() == "mica":
+        raise ValueError(
+            f'load_adapter: {file.directory / CONFIG_FILE}: init_lora_weights is "mica", with which PEFT trains lora_A '
+            'only; here both factors would be trained: if they may, set "init_lora_weights": true'
+        )
     prepare_shards("load_adapter", model)
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
@@ -305,6 +310,12 @@ def _check_shapes(model: nn.Module, targets: Mapping[str, Tensor], file: Adapter
         problems.insert(0, "the layout of experts: one adapter for each expert, as in Transformers 4; PEFT converts it")
     if problems and (part := _part_of(model, unexpected)) is not None:
         problems.insert(0, f"the file is of a part: load_adapter(model.get_submodule({part!r}), directory) loads it")
+    elif problems and file.config.get("ensure_weight_tying") and not unexpected:
+        problems.insert(
+            0,
+            "the config has ensure_weight_tying, and the file has nothing for the tied module: PEFT ties only modules "
+            'named lm_head or embed_tokens; set "ensure_weight_tying": false',
+        )
     elif problems and unexpected == keys:
         problems.insert(
             0,

@@ -235,8 +235,8 @@ def merge_and_unload(
     missing = {path: (layer, names - {*layer.merged_adapters}) for path, (layer, names) in chosen.items()}
     wanted = {path: (layer, names) for path, (layer, names) in missing.items() if names}
     check_mergeable("merge_and_unload", wanted)
-    check_untied("merge_and_unload", model, wanted)
     _check_can_unload("merge_and_unload", model, merged=True)
+    check_untied("merge_and_unload", model, wanted, unloads=True)
     root, plain, errors = root_module(model), {}, []
     with changing(*_shared(model)):  # no interrupt between merging and removing the adapters
         if dequantize is not False:

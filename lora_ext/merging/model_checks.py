@@ -26,8 +26,13 @@ def check_mergeable(caller: str, wanted: dict[str, tuple[LoraLayer, set[str]]]) 
         raise ValueError(f"{caller}: updates cannot be merged into{listed(problems)}")
 
 
-def check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
-    """Checks that merging changes no other module, except those with tied adapters, and no trained rows."""
+def check_untied(
+    caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]], unloads: bool = False
+) -> None:
+    """Checks that merging changes no other module, except those with tied adapters, and no trained rows.
+
+    ``unloads``: trained rows are written into the weights, too.
+    """
     for layer in (layer for _, layer in adapter_layers(model) if isinstance(layer, TrainableTokens)):
         for path, (inner, _) in wanted.items():
             if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
@@ -45,6 +50,11 @@ def check_untied(caller: str, model: nn.Module, wanted: dict[str, tuple[LoraLaye
                 updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
                 holders[parameter][path] = (*holders[parameter].get(path, ()), *updates)
                 labels.setdefault(parameter, label)
+    for path, layer in adapter_layers(model) if unloads else ():
+        if isinstance(layer, TrainableTokens) and (rows := layer.rows_in_use):
+            parameter = id(layer.inner_layer.weight)
+            holders[parameter][path] = (*holders[parameter].get(path, ()), *map(id, rows))
+            labels.setdefault(parameter, f"the weight of {path!r}")
     for parameter, updates in holders.items():
         first = next(iter(updates))
         others = [

@@ -151,3 +151,20 @@ def test_rows_of_other_tokens(tmp_path):
     model = inject(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]))
     with refused(model, ValueError, "trainable_token_indices: (1, 2) in the file, (3, 4) in the model"):
         hotswap_adapter(model, directory)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_the_base_layer_in_a_file_of_peft_must_be_the_model_s(tmp_path):
+    """PEFT saves the head below its adapter, too; a swap does not load it."""
+    base, ids = llama().eval(), token_ids()
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], **ALIVE)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config.to_dict())).eval()
+    theirs.save_pretrained(tmp_path / "same")
+    model = hotswap_adapter(inject(copy.deepcopy(base), config).eval(), tmp_path / "same")
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits)
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.base_layer.weight[3] += 1
+    theirs.save_pretrained(tmp_path / "other")
+    with refused(model, ValueError, "base layer base_model.model.lm_head.base_layer.weight: not the model's"):
+        hotswap_adapter(model, tmp_path / "other")
+    torch.testing.assert_close(load_adapter(model, tmp_path / "other")(ids).logits, theirs(ids).logits)

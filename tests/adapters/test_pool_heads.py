@@ -116,6 +116,22 @@ def test_a_decoders_output_head(tmp_path):
         assert pool.stats().in_use == 0
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_the_base_layer_in_a_file_of_peft_is_refused_with_the_remedy(tmp_path):
+    base, ids = llama().eval(), token_ids(2)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path / "x")
+    pool = AdapterPool(copy.deepcopy(base), tmp_path, target_modules=["q_proj", "lm_head"], r=2, max_bytes=1 << 20)
+    text = r"unexpected key: base_model.model.lm_head.base_layer.weight .*save_embedding_layers=False"
+    with pytest.raises(ValueError, match=text):
+        pool.prefetch("x")[0].result()
+    save_adapter(load_adapter(copy.deepcopy(base), tmp_path / "x"), tmp_path / "x", save_embedding_layers=False)
+    model = copy.deepcopy(base)
+    AdapterPool(model, tmp_path, target_modules=["q_proj", "lm_head"], r=2, max_bytes=1 << 20)
+    torch.testing.assert_close(model(ids, adapter_names=["x", "x"]).logits, theirs(ids).logits)
+
+
 def test_the_mode_of_the_model_is_that_of_the_heads(tmp_path):
     base, ids = roberta(), token_ids(2)
     base.classifier.dropout = nn.Dropout(0.5)

@@ -258,6 +258,20 @@ def test_tied_weights_are_refused_or_untied(target, tmp_path):
     assert_close_to(dict(merged.state_dict()), merged_by_peft(adapted))
 
 
+@pytest.mark.parametrize("tokens", [{"lm_head": [5]}, {"embed_tokens": [3, 4], "lm_head": [5]}])
+def test_rows_of_one_of_two_tied_weights_are_refused_or_untied(tokens, tmp_path):
+    model = llama(tied=True)
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft_adapter(model, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=tokens)
+    paths = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
+    with refused(paths[2], ValueError, "model.embed_tokens.weight and lm_head.weight are tied", "untie"):
+        merge(*paths)
+    assert merge(*paths, untie=True, verify=True).added == 1
+    merged = type(model).from_pretrained(tmp_path / "out")
+    x = torch.arange(10)[None]
+    torch.testing.assert_close(merged(x).logits, adapted(x).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 from safetensors.torch import load_file, save_file
-from support.models import Net, llama, refused, shaken
+from support.models import Net, gpt2, llama, refused, shaken
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -68,6 +68,18 @@ def test_eva_loads_as_a_plain_adapter(tmp_path):
     save_adapter(ours, tmp_path / "ours")
     read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
     torch.testing.assert_close(logits(read, IDS), logits(theirs, IDS))
+
+
+def test_mica_loads_as_a_plain_adapter_for_inference(tmp_path):
+    base = llama().eval()
+    theirs = adapted(base, init_lora_weights="mica")
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS))
+    with refused(base, ValueError, 'init_lora_weights is "mica"', "lora_A only", '"init_lora_weights": true'):
+        load_adapter(base, tmp_path, trainable=True)
+    edit(tmp_path, init_lora_weights=True)
+    torch.testing.assert_close(logits(load_adapter(base, tmp_path, trainable=True), IDS), logits(theirs, IDS))
 
 
 @pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights")
@@ -193,6 +205,22 @@ def test_no_option_of_peft_counts_as_a_remark():
             LoraConfig.from_dict(values)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["wte"]}, {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}]
+)
+def test_a_tie_that_peft_did_not_make(settings, tmp_path):
+    """PEFT ties what is named lm_head or embed_tokens, whatever ensure_weight_tying says."""
+    base = gpt2().eval()
+    config = peft.LoraConfig(r=4, ensure_weight_tying=True, fan_in_fan_out=True, **settings)
+    theirs = trained(peft.get_peft_model(copy.deepcopy(base), config))
+    theirs.save_pretrained(tmp_path)
+    with refused(base, ValueError, "missing key: base_model.model.lm_head", '"ensure_weight_tying": false'):
+        load_adapter(base, tmp_path)
+    edit(tmp_path, ensure_weight_tying=False)
+    torch.testing.assert_close(logits(load_adapter(base, tmp_path), IDS), logits(theirs, IDS))
+
+
 # --- PEFT's config objects --------------------------------------------------------------------------------------------
 
 
@@ -222,6 +250,7 @@ def test_inject_takes_pefts_config():
     ("config", "text"),
     [
         (lambda: peft.LoraConfig(target_modules=TARGETS, use_dora=True), "use_dora=True not supported"),
+        (lambda: peft.LoraConfig(target_modules=TARGETS, use_dora=True), "can be used here"),
         (
             lambda: peft.LoraConfig(target_modules=TARGETS, init_lora_weights="pissa"),
             "init_lora_weights is 'pissa', want",
@@ -260,6 +289,20 @@ def test_other_objects_are_no_config():
     model = llama()
     with refused(model, TypeError, "inject: config is", "want a LoraConfig"):
         inject(model, {"target_modules": TARGETS})
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_pefts_auto_classes_find_the_base_model(task, tmp_path):
+    base = llama().eval()
+    base.save_pretrained(tmp_path / "base")
+    model = trained(
+        inject(type(base).from_pretrained(tmp_path / "base"), LoraConfig(target_modules=TARGETS, task_type=task))
+    )
+    save_adapter(model, tmp_path / "adapter")
+    kinds = [peft.AutoPeftModelForCausalLM, *([peft.AutoPeftModel] if task is None else [])]
+    for kind in kinds:
+        read = kind.from_pretrained(tmp_path / "adapter").eval()
+        torch.testing.assert_close(logits(read, IDS), logits(model, IDS))
 
 
 def test_names_of_an_older_transformers(tmp_path):

@@ -206,7 +206,6 @@ def test_bad_values_are_named(settings, error, text):
         {"target_modules": ["q"], "trainable_token_indices": {"wte": [3, 1], "head": [0]}},
         {"target_modules": ["q"], "bias": "all", "lora_bias": True, "init_lora_weights": False},
         {"target_modules": ["q"], "bias": "lora_only", "fan_in_fan_out": True, "init_lora_weights": "orthogonal"},
-        {"target_modules": None, "target_parameters": ["experts.down"]},
         {"target_modules": [], "target_parameters": ["experts.down"], "base_model_name_or_path": "here"},
         {"target_modules": ["q"], "alora_invocation_tokens": [5, 3], "task_type": "CAUSAL_LM"},
     ],
@@ -223,6 +222,28 @@ def test_a_peft_file_survives_reading_and_writing(settings, tmp_path):
         unordered = isinstance(value, list) and key in ("target_modules", "exclude_modules")
         assert (sorted(written[key]) if unordered else written[key]) == value
     assert peft.LoraConfig.from_peft_type(**written).to_dict() == peft.LoraConfig(**settings).to_dict()
+
+
+def test_no_modules_next_to_parameters_are_written_as_a_list():
+    """For null, PEFT would adapt modules that it chooses by the model's type."""
+    config = LoraConfig(target_parameters=["experts.down"])
+    assert config.target_modules is None and config.to_dict()["target_modules"] == []
+    theirs = peft.LoraConfig(target_parameters=["experts.down"])
+    with pytest.raises(
+        ValueError, match=r"target_modules is None, .* next to target_parameters; .*target_modules=\[\]"
+    ):
+        LoraConfig.from_peft(theirs)
+    theirs.target_modules = []
+    assert LoraConfig.from_peft(theirs).target_parameters == ("experts.down",)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("Gaussian", "gaussian"), ("ORTHOGONAL", "orthogonal"), (None, False)])
+def test_spellings_of_initialisations_that_peft_takes(theirs, ours, tmp_path):
+    assert (
+        LoraConfig.from_peft(peft.LoraConfig(target_modules=["q"], init_lora_weights=theirs)).init_lora_weights == ours
+    )
+    file = peft_file(tmp_path, target_modules=["q"], init_lora_weights=theirs)
+    assert LoraConfig.from_dict(file).init_lora_weights == ours
 
 
 # The treatment of every key that a PEFT release from 0.3 to 0.21 writes. "refused": an error names the key once it has

@@ -1,4 +1,4 @@
-"""``modules_to_save`` with one of two tied modules: the trained copy is untied, as in PEFT."""
+"""One of two tied modules is trained alone: a copy is untied, as in PEFT; rows do not merge into the shared weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from support.models import IDS, answer, llama, shaken
+from support.models import IDS, answer, llama, refused, shaken
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
@@ -64,3 +64,17 @@ def test_the_merged_model_is_saved_with_both(tmp_path):
 
     plain = unload(load_adapter(copy.deepcopy(base), tmp_path / "theirs"))
     assert plain.config.tie_word_embeddings and plain.lm_head.weight is plain.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("tokens", [{"lm_head": [5]}, {"embed_tokens": [3, 4], "lm_head": [5]}])
+def test_trained_rows_of_one_of_two_tied_modules_do_not_merge_into_both(tokens):
+    """PEFT's merge writes them into the shared weight, which changes the other module."""
+    model = llama(tied=True)
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens, init_lora_weights=False)
+    shaken(inject(model, config))
+    expected = logits(model)
+    with refused(model, ValueError, "merge_and_unload: the weight of", "is shared with", "untie them"):
+        merge_and_unload(model)
+    head = model.lm_head.base_layer
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # the remedy
+    torch.testing.assert_close(logits(merge_and_unload(model)), expected)

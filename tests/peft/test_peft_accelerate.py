@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import gpt2, llama, logits, token_ids
+from support.models import gpt2, llama, logits, shaken, token_ids
 from support.peft_pairs import MODELS, assert_same_step, config, factors, gradients, model_pair, pair, set_active
 from torch import nn
 
@@ -114,6 +114,23 @@ def test_embeddings_and_output_projections(targets):
     ids = token_ids()
     assert_same_step(*models, lambda model: logits(model, ids))
     set_active(models, "default")
+
+
+def test_mica_runs_on_the_ops_with_its_frozen_factor():
+    """A variant of LoRA in PEFT that differs only in what is trained."""
+    options = {"target_modules": ["q_proj", "embed_tokens"], "init_lora_weights": "mica"}
+    base, ids = llama(), token_ids(3, 7)
+    theirs = shaken(peft.get_peft_model(base, config(**options))).eval()
+    ours = accelerate(copy.deepcopy(theirs))
+    assert all(layer.accelerated and not layer.merge for layer in report(ours))
+    assert not any(p.requires_grad for name, p in ours.named_parameters() if "lora_B" in name or "embedding_B" in name)
+    assert_same_step(theirs, ours, lambda model: logits(model, ids))
+    expected = logits(ours, ids)
+    ours.merge_adapter()
+    torch.testing.assert_close(logits(ours, ids), expected)
+    ours.unmerge_adapter()
+    weights = zip(theirs.modules(), ours.modules(), strict=True)
+    assert all(torch.equal(a.weight, b.weight) for a, b in weights if isinstance(a, nn.Linear))
 
 
 def test_gradients_reach_the_input():

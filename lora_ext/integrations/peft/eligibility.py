@@ -19,6 +19,7 @@ DISABLED = "now: the adapters are disabled, so only the base layer runs"
 MERGED = "now: adapters are merged, so only the base layer runs"
 NONE_ACTIVE = "now: the layer has none of the active adapters, so only the base layer runs"
 _INVOKED = "ALoraLinearVariant"
+_PLAIN = ("MiCALinearVariant", "MiCAEmbeddingVariant")  # they freeze a factor, and compute what LoRA does
 NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 
 
@@ -107,9 +108,10 @@ def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, Adapter]
 
 
 def variant_of(layer: LoraLayer, name: str) -> str:
-    """Returns the name of an adapter's variant in PEFT (DoRA, aLoRA, ...), or ""."""
+    """Returns the name of an adapter's variant in PEFT (DoRA, aLoRA, ...), or "" if it computes what LoRA does."""
     variant = layer.lora_variant.get(name)
-    return "" if variant is None else type(variant).__name__
+    kind = "" if variant is None else type(variant).__name__
+    return "" if kind in _PLAIN else kind
 
 
 def _module_obstacle(module: nn.Module) -> str:
