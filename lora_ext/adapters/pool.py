@@ -109,7 +109,7 @@ class AdapterPool:
         host_bytes: int = 0,
         timeout: float = 60.0,
     ) -> None:
-        self._directory = None if directory is None else Path(directory)
+        self._directory = None if directory is None else Path(directory).absolute()  # the current one may change
         if self._directory is not None and not self._directory.is_dir():
             raise ValueError(
                 f"AdapterPool: directory is {os.fspath(directory)!r}, which is not a directory; want the one that "
@@ -139,6 +139,7 @@ class AdapterPool:
         self._loads, self._load_seconds = 0, 0.0
         self._invocations: dict[str, tuple[int, ...]] = {}
         self._prefetcher: ThreadPoolExecutor | None = None
+        self._prefetcher_process = 0
         self._slots, self._modules = attach_pool(model, layers, self, slots, r, dtypes)
         self._model = weakref.ref(root_module(model))
         self._host = HostCache(host_bytes, is_pinned=any(held.lora_A.is_cuda for held in self._slots.values()))
@@ -153,7 +154,7 @@ class AdapterPool:
             ValueError: the name is taken, empty or ``"__base__"``.
             FileNotFoundError: there is no adapter in ``directory``.
         """
-        path = Path(directory)
+        path = Path(directory).absolute()
         if not name or name == BASE:
             raise ValueError(f"AdapterPool.add: name is {name!r}, want another one")
         if not holds_adapter(path):
@@ -176,7 +177,7 @@ class AdapterPool:
         """The known names: those of :meth:`add` and the subdirectories that hold an adapter; reads the directory."""
         with self._lock:
             names = set(self._added)
-        if self._directory is not None:
+        if self._directory is not None and self._directory.is_dir():  # it may be gone by now
             names |= {entry.name for entry in os.scandir(self._directory) if holds_adapter(Path(entry.path))}
         return sorted(names)
 
@@ -283,7 +284,8 @@ class AdapterPool:
         names = [names] if isinstance(names, str) else list(names)
         self.check_known(names, "AdapterPool.prefetch")
         with self._lock:
-            if self._prefetcher is None:
+            if self._prefetcher is None or self._prefetcher_process != os.getpid():  # a fork has no threads
+                self._prefetcher_process = os.getpid()
                 self._prefetcher = ThreadPoolExecutor(2, thread_name_prefix="lora_ext-pool")
             return [self._prefetcher.submit(self._prefetch, name) for name in names]
 

@@ -54,6 +54,9 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
             and the other a checkpoint.
     """
     a, b = Path(a), Path(b)
+    for path in (a, b):
+        if not os.path.lexists(path):
+            raise FileNotFoundError(f"{path} is missing; want the directory of an adapter or a checkpoint, or a file")
     kinds = ["adapter" if holds_adapter(path) else "checkpoint" for path in (a, b)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"diff: {a} is {_article(kinds[0])} and {b} is {_article(kinds[1])}: nothing to compare")

@@ -91,8 +91,8 @@ def merge(
     Raises:
         FileNotFoundError: a file is missing.
         FileExistsError: ``out`` exists.
-        ValueError: a file is corrupted; an adapter does not fit (the message lists every misfit); a result is not
-            finite.
+        ValueError: a file is corrupted; an adapter is given twice, or does not fit (the message lists every misfit); a
+            result is not finite.
         OSError: the disk is too small, or cannot be written.
     """
     caller = "unmerge" if subtract else "merge"
@@ -104,6 +104,10 @@ def merge(
         raise ValueError(f"{caller}: no adapter is given")
     if not len(checkpoint):
         raise ValueError(f"{caller}: {base} holds no tensor")
+    adapters = list(adapters)
+    for i, directory in enumerate(adapters):
+        if any(os.path.realpath(directory) == os.path.realpath(other) for other in adapters[:i]):
+            raise ValueError(f"{caller}: {directory} is given twice, and its update would count twice; give it once")
     contents = [open_adapter(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
     for held in contents:
         if held.file.config.get("alora_invocation_tokens"):

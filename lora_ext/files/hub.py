@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from lora_ext._common.install_hint import install_hint
 from lora_ext.files.adapter_file import ADAPTER_FILE_PATTERNS, PICKLED_WEIGHTS_FILE
 
 
-def download_adapter(name: str, revision: str | None = None, *, allow_pickle: bool = False, caller: str) -> Path:
+def download_adapter(
+    name: str, revision: str | None = None, *, subfolder: str = "", allow_pickle: bool = False, caller: str
+) -> Path:
     """Downloads the adapter in the hub's repository ``name`` into huggingface_hub's cache, or finds it there.
 
     Nothing else of the repository is fetched. Offline mode (``HF_HUB_OFFLINE=1``), the endpoint, the cache's place and
@@ -17,11 +20,12 @@ def download_adapter(name: str, revision: str | None = None, *, allow_pickle: bo
     Args:
         name: such as ``"org/name"``.
         revision: a branch, tag or commit; None: the main branch.
+        subfolder: of the repository, which has the files; "": they are at its top.
         allow_pickle: also fetch ``adapter_model.bin``.
         caller: prefix of error messages.
 
     Returns:
-        The directory of the files.
+        The directory of the files, or of the repository if there is a ``subfolder``.
 
     Raises:
         ImportError: huggingface_hub is not installed.
@@ -34,6 +38,8 @@ def download_adapter(name: str, revision: str | None = None, *, allow_pickle: bo
     except ModuleNotFoundError as error:
         raise ImportError(f"{caller}: download=True needs huggingface_hub ({error}): {install_hint('hub')}") from error
     patterns = [*ADAPTER_FILE_PATTERNS, *([PICKLED_WEIGHTS_FILE] if allow_pickle else [])]
+    if subfolder:
+        patterns = [f"{glob.escape(subfolder.strip('/'))}/{pattern}" for pattern in patterns]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:

@@ -113,6 +113,7 @@ def load_adapter(
     allow_pickle: bool = False,
     download: bool = False,
     revision: str | None = None,
+    subfolder: str = "",
 ) -> ModelT:
     """Loads an adapter, saved by :func:`save_adapter` or PEFT, into ``model`` under a name.
 
@@ -133,6 +134,8 @@ def load_adapter(
         download: fetch the adapter's files into huggingface_hub's cache, or find them there: see
             :func:`~lora_ext.files.hub.download_adapter`. Without it, nothing is ever fetched.
         revision: with ``download``, a branch, tag or commit of the repository.
+        subfolder: of ``directory`` or the repository, which has the files: ``save_pretrained`` writes adapters with
+            other names than "default" into subdirectories of these names.
 
     Returns:
         ``model``, the same object.
@@ -147,9 +150,15 @@ def load_adapter(
         Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
     """
     if download:
-        directory = download_adapter(str(directory), revision, allow_pickle=allow_pickle, caller="load_adapter")
+        directory = download_adapter(
+            str(directory), revision, subfolder=subfolder, allow_pickle=allow_pickle, caller="load_adapter"
+        )
     elif revision is not None:
         raise ValueError(f"load_adapter: revision is {revision!r}, but nothing is downloaded; set download=True")
+    if subfolder:
+        directory = Path(directory) / subfolder.strip("/")
+        if ".." in Path(subfolder).parts:
+            raise ValueError(f"load_adapter: subfolder is {subfolder!r}, want one within the directory")
     _load(model, directory, trainable, adapter_name, allow_pickle)
     return model
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,8 @@ def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet | None, 
     _check_no_model(call)
     call.take("max_shard_size")  # an adapter is one file
     call.set_if_known("save_original_format", False)  # the names in it are those of the injected model
+    config = call.directory / "config.json"
+    had_config = os.path.lexists(config)
     thread, before = threading.get_ident(), _saves.count
 
     def state_dict(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -187,7 +190,7 @@ def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet | None, 
                 _write_adapters(call, module, adapters, base, method)
                 if holds_adapter(call.directory):
                     # With it, Transformers takes the directory for a whole model, and PEFT's config for an addition.
-                    (call.directory / "config.json").unlink(missing_ok=True)
+                    config.unlink(missing_ok=True)
             _saves.count += 1
             return adapter_state(module, adapters, method) | _state_of(module, base)
 
@@ -200,6 +203,11 @@ def _save_adapters(call: _Call, module: nn.Module, adapters: AdapterSet | None, 
     try:
         with no_state(reason):
             result = call.run()
+    except BaseException:
+        if not had_config:  # the library has written it, and the adapter of an earlier save would not load with it
+            with suppress(OSError):
+                config.unlink(missing_ok=True)
+        raise
     finally:
         if replaced is None:
             del module.state_dict
@@ -303,7 +311,7 @@ def _check_no_model(call: _Call) -> None:
 
 
 def _holds_adapters_only(path: Path) -> bool:
-    """Returns whether a save of adapters wrote the weights file, or began to: safetensors before 0.8 writes in place."""
+    """Returns whether a save of adapters wrote the file, or began to: safetensors before 0.8 writes in place."""
     if path.suffix != ".safetensors":
         return False
     try:

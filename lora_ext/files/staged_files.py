@@ -73,7 +73,7 @@ def staged_files(directory: Path, names: Sequence[str], caller: str) -> Iterator
         OSError: the directory cannot be written; the message names it and the reason. Its content is unchanged.
     """
     given_path = str(directory)
-    directory = Path(os.path.abspath(directory))  # the current directory may change meanwhile
+    directory = directory.absolute()  # the current directory may change meanwhile; ".." may follow a symbolic link
     made: list[Path] = []
     try:
         _make(directory, made)

@@ -304,6 +304,8 @@ def _shared(model: nn.Module) -> set[ActiveAdapters]:
 def _unload(model: nn.Module, merged: bool) -> None:
     if (adapters := adapter_set(model)) is not None and not merged:
         adapters.switch(())  # restores the model's own biases
+    for active in _shared(model) if adapters is not None else ():
+        active.removed += tuple(adapters.configs)
     while layers := [layer for _, layer in adapter_layers(model)]:  # layers may be nested
         inner = {id(child) for layer in layers for child in layer.children() if isinstance(child, AdapterLayer)}
         outer = [layer for layer in layers if id(layer) not in inner]
@@ -353,7 +355,13 @@ def _chosen(
     if names is None:
         chosen = {path: (layer, set(layer.active_adapters)) for path, layer in layers.items() if layer.active_adapters}
         if not chosen and not allow_none:
-            raise RuntimeError(f"{caller}: no adapter is active in {some(list(layers))}; leave disable_adapters first")
+            if any(layer.active.is_disabled for layer in layers.values()):
+                remedy = "leave disable_adapters first"
+            elif any(len(layer.adapters) for layer in layers.values()):
+                remedy = "call set_adapter(model, ...) first"
+            else:
+                remedy = "adapters of a pool are not merged: load_adapter(model, directory) first"
+            raise RuntimeError(f"{caller}: no adapter is active in {some(list(layers))}; {remedy}")
         return chosen
     _check_known(caller, {path: layer.adapters.keys() for path, layer in layers.items()}, names)
     return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}

@@ -157,6 +157,7 @@ class AdapterSet:
         self._set_requires_grad(adapter.name, False)  # until it is activated
 
     def remove(self, name: str) -> None:
+        self.active.removed += (name,)
         del self.configs[name], self._parameters[name], self.trained[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
@@ -165,6 +166,7 @@ class AdapterSet:
 
     def rename(self, old: str, new: str) -> None:
         """Renames an adapter; it keeps its place in the order."""
+        self.active.removed += (old,)
         for held in (
             self.configs,
             self._parameters,

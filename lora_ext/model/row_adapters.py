@@ -181,11 +181,16 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     adapters = adapter_set(module)
     active, names = adapters.active, kwargs.get(ARGUMENT)
     rest = without_names(kwargs)
-    if torch.compiler.is_compiling():
+    is_compiled = torch.compiler.is_compiling()
+    if is_compiled or torch.jit.is_tracing():
         if names is not None or active.row_calls > 0:
             from lora_ext.nn.compiled_rows import refuse_compiled
 
             refuse_compiled()
+        if not is_compiled and active.invoked:  # in compiled code, layers refuse (check_invoked)
+            from lora_ext.nn.compiled_rows import refuse_invoked
+
+            refuse_invoked()
         return (args, rest) if len(rest) < len(kwargs) else None
     drop_interrupted()
     outer = chosen(active) if active.row_calls else None
@@ -219,6 +224,7 @@ def end_choice(module: nn.Module, *_: Any) -> None:
     choice = chosen(adapters.active) if adapters.active.row_calls else None
     if choice is not None and sys._getframe(1) in choice.frames:
         leave(choice)
+        choice.check_present()
 
 
 def _chooses_by_call(active: ActiveAdapters, outer: RowChoice | None) -> bool:

@@ -19,10 +19,12 @@ class ActiveAdapters:
         warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
         row_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows.py).
         row_obstacles: ``changes`` and what a model's rows could not choose then (lora_ext/model/row_adapters.py).
+        removed: the names that were deleted or renamed, in this order: running calls whose rows named them fail.
         invocations: by name, the tokens from which on an adapter acts (aLoRA); others have no entry.
     """
 
     changes = row_calls = 0
+    removed: tuple[str, ...] = ()
     row_obstacles: tuple[int, Any] | None = None
     _disabled: tuple[int, int, tuple[str, ...]] | None = None  # the thread, the depth, the names before
 

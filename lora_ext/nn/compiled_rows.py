@@ -24,15 +24,16 @@ def refuse_if_chosen(active: ActiveAdapters) -> None:
 @torch.compiler.disable
 def refuse_invoked() -> NoReturn:
     raise ValueError(
-        "an adapter acts from its invocation tokens on (aLoRA), which are elsewhere in every call; call the model that "
-        "is not compiled (compiled._orig_mod), or generate(..., disable_compile=True), or use another adapter "
-        "(set_adapter)"
+        "an adapter acts from its invocation tokens on (aLoRA), which are elsewhere in every call, and no compiled, "
+        "exported or traced model looks for them; call the model that is not compiled "
+        "(compiled._orig_mod), or generate(..., disable_compile=True), or use another adapter (set_adapter)"
     )
 
 
 @torch.compiler.disable
 def refuse_compiled() -> NoReturn:
     raise ValueError(
-        "adapter_names: a compiled model would be compiled again for every choice of adapters; call the model that is "
-        "not compiled (compiled._orig_mod), or generate(..., disable_compile=True)"
+        "adapter_names: a compiled model would be compiled again for every choice of adapters, and an exported or "
+        "traced one has a single choice; call the model that is not compiled (compiled._orig_mod), or generate(..., "
+        "disable_compile=True). To export the model, activate an adapter (set_adapter) and pass no names"
     )

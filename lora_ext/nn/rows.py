@@ -73,6 +73,7 @@ class RowChoice:
         self.tokens: ActiveTokens | None = None
         self.invoked: frozenset[str] = frozenset()
         self.is_of_active = self.is_plain = False
+        self._removed = () if active is None else active.removed
         self._groups: dict[tuple, Tensor] = {}
         self._scalings: dict[tuple, Tensor] = {}
 
@@ -80,6 +81,22 @@ class RowChoice:
     def names_of_rows(self) -> list[str]:
         """A name for each row."""
         return [self.names[i] if i >= 0 else BASE for i in self.rows]
+
+    def check_present(self) -> None:
+        """Checks that the adapters are those of the call's begin. RuntimeError: one was deleted or renamed since.
+
+        Layers cannot tell: an adapter that a layer lacks changes nothing there.
+        """
+        removed = self.active.removed
+        if removed is self._removed:
+            return
+        gone = {*removed[len(self._removed) :]}
+        for name in self.names:
+            if name in gone and name not in self.pool_names:
+                raise RuntimeError(
+                    f"adapter_names: {name!r} was deleted or renamed during a call whose rows use it; wait for the end "
+                    "of such calls first"
+                )
 
     def copied(self) -> RowChoice:
         """Returns the same choice for another call, which may come at any time and on another device."""
@@ -188,6 +205,7 @@ def row_choice(active: ActiveAdapters) -> RowChoice | None:
     choice = chosen(active)
     if choice is None:
         return None
+    choice.check_present()
     if choice.has_gradients:
         _follow_checkpoints(choice)
     return None if choice.is_plain else choice
@@ -254,10 +272,11 @@ def leave(choice: RowChoice) -> None:
 
 @contextmanager
 def choosing(choice: RowChoice) -> Iterator[None]:
-    """Puts ``choice`` in force within the context."""
+    """Puts ``choice`` in force within the context. RuntimeError: see :meth:`RowChoice.check_present`."""
     enter(choice)
     try:
         yield
+        choice.check_present()
     finally:
         leave(choice)
 

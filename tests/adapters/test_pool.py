@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -175,6 +176,36 @@ def test_names_that_are_added(base, root, tmp_path):
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_directories_that_move(base, root, tmp_path, monkeypatch):
+    """Paths belong to the working directory of the call that gave them; a missing directory has no adapters."""
+    x = torch.randn(1, 6)
+    expected = expected_rows(base, root, ["n3"], x)
+    model = copy.deepcopy(base)
+    monkeypatch.chdir(tmp_path)
+    pool = pool_of(model, Path("pool"))
+    pool.add("added", Path("pool") / "n3")
+    monkeypatch.chdir("/")
+    for name in ("n3", "added"):
+        torch.testing.assert_close(model(x, adapter_names=[name]), expected)
+    shutil.rmtree(root)
+    with pytest.raises(KeyError, match=r"there is no adapter 'n4'; the adapters are \['added'\]"):
+        model(x, adapter_names=["n4"])
+    assert pool.names() == ["added"]
+
+
+def test_a_forked_process_prefetches(base, root):
+    """The threads of the parent's prefetches are not there."""
+    pool = pool_of(copy.deepcopy(base), root)
+    assert pool.prefetch("n0")[0].result(10)
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if pool.prefetch("n1")[0].result(10) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_unknown_names(base, root, tmp_path):

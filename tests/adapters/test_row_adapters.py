@@ -332,6 +332,18 @@ def test_compiled_models_refuse(fullgraph):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("how", ["export", "trace"])
+def test_exported_and_traced_models_refuse(how):
+    """A program would have the choice of the example."""
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    plain = model(x)
+    make = (lambda: torch.export.export(model, (x,))) if how == "export" else (lambda: torch.jit.trace(model, (x,)))
+    with choose_adapters(model, NAMES), pytest.raises(ValueError, match="an exported or traced .*set_adapter"):
+        make()
+    program = make()
+    torch.testing.assert_close((program.module() if how == "export" else program)(x), plain)
+
+
 def test_a_compiled_part_refuses():
     model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
     plain = model(x)

@@ -115,3 +115,7 @@ def test_missing_files(tmp_path, capsys, command):
     paths = [str(tmp_path / "none")] * (2 if command == "diff" else 1)
     assert cli.main([command, *paths]) == 2
     assert "none is missing" in capsys.readouterr().err
+    if command == "diff":
+        peft_adapter(llama(), tmp_path / "adapter", target_modules=["q_proj"])
+        assert cli.main(["diff", str(tmp_path / "adapter"), str(tmp_path / "none")]) == 2
+        assert "none is missing" in capsys.readouterr().err

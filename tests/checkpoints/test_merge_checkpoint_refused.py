@@ -42,6 +42,12 @@ def test_tensors_that_do_not_fit_are_listed(llama_files, tmp_path):
     refuses(tmp_path / "int8", [adapter], tmp_path / "out", "dtype of model.layers.0.self_attn.q_proj.weight: I8")
 
 
+def test_an_adapter_that_is_given_twice_is_refused(llama_files, tmp_path):
+    base, adapter = llama_files
+    (tmp_path / "link").symlink_to(adapter)
+    refuses(base, [adapter, tmp_path / "link"], tmp_path / "out", "link is given twice, and its update would")
+
+
 def test_names_with_several_places_are_refused(tmp_path):
     model = nn.ModuleDict({"lin": nn.Linear(4, 4)})
     peft_adapter(model, tmp_path / "adapter", target_modules=["lin"])

@@ -59,6 +59,23 @@ def test_an_adapter_is_downloaded_when_asked_for(repository, online):
     assert len(online) == 2  # from the cache
 
 
+def test_an_adapter_in_a_subfolder(repository, online):
+    """As save_pretrained writes adapters with other names than "default"."""
+    base, _, directory = repository
+    model = inject(copy.deepcopy(base), LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False), "b")
+    model.save_pretrained(directory / "more")
+    expected = logits(model)
+    loaded = load_adapter(copy.deepcopy(base), "org/adapter", download=True, subfolder="more/b/")
+    torch.testing.assert_close(logits(loaded), expected)
+    assert sorted(online) == ["more/b/adapter_config.json", "more/b/adapter_model.safetensors"]
+    local = load_adapter(copy.deepcopy(base), directory, subfolder="more/b")
+    torch.testing.assert_close(logits(local), expected)
+    with refused(base, FileNotFoundError, "none/adapter_config.json is missing"):
+        load_adapter(base, "org/adapter", download=True, subfolder="none")
+    with refused(base, ValueError, "subfolder is '../x', want one within the directory"):
+        load_adapter(base, directory, subfolder="../x")
+
+
 def test_offline_mode_takes_the_cache_and_asks_nobody(repository, online, monkeypatch):
     from huggingface_hub import constants
 

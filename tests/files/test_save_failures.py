@@ -127,3 +127,13 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
         os.umask(before)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o644, name
+
+
+def test_a_path_that_leaves_a_symbolic_link(tmp_path):
+    """``link/..`` is the parent of what the link leads to, when saving as when loading."""
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "run")
+    model = inject(Net(), LoraConfig(r=2, target_modules=["up"]))
+    save_adapter(model, tmp_path / "link" / ".." / "saved")
+    assert (tmp_path / "elsewhere" / "saved" / "adapter_config.json").exists()
+    load_adapter(Net(), tmp_path / "link" / ".." / "saved")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import resource
+import signal
 import types
 from pathlib import Path
 
@@ -295,3 +297,28 @@ def test_state_dicts_of_injected_models_round_trip(tmp_path):
     assert [name for name, _ in model.named_parameters()] == list(
         dict.fromkeys(k for k in model.state_dict() if k in dict(model.named_parameters()))
     )
+
+
+@pytest.mark.parametrize("before", ["nothing", "an adapter"])
+def test_a_save_that_fails_leaves_no_config_of_the_model(tmp_path, before):
+    """With it, from_pretrained would take the directory of an earlier adapter for a whole model."""
+    llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    inject(model, LoraConfig(r=16, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    out, x = tmp_path / "out", token_ids()
+    expected = model.eval()(x).logits
+    if before == "an adapter":
+        model.save_pretrained(out)
+    shaken(model)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # for the weights, but not for the configs
+        with pytest.raises(OSError, match="nothing in it was changed"):
+            model.save_pretrained(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not (out / "config.json").exists()
+    if before == "an adapter":
+        torch.testing.assert_close(loaded(model, out)(x).logits, expected)

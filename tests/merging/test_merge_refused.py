@@ -20,8 +20,8 @@ from support.merging import FLOATING, same_bits
 from support.models import llama
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, functional, inject, merge, unmerge
-from lora_ext.adapters import lora_modules, merge_and_unload
+from lora_ext import AdapterPool, LoraConfig, functional, inject, merge, set_adapter, unmerge
+from lora_ext.adapters import disable_adapters, lora_modules, merge_and_unload
 from lora_ext.merging.weights import merge_all_, pack_factors, unmerge_all_
 from lora_ext.nn import LoraLinear
 
@@ -258,3 +258,17 @@ def test_unmerging_the_same_weight_twice_in_one_call():
     with pytest.raises(ValueError, match="shares memory"):
         unmerge_all_("test", [weight, weight], [record, record])
     assert same_bits(weight, after)
+
+
+def test_without_an_active_adapter_the_message_says_why():
+    model = inject(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with disable_adapters(model), pytest.raises(RuntimeError, match="leave disable_adapters first"):
+        merge(model)
+    set_adapter(model, [])
+    with pytest.raises(RuntimeError, match=r"call set_adapter\(model, \.\.\.\) first"):
+        merge(model)
+    model = llama()
+    with AdapterPool(model, target_modules=["q_proj"], r=2, max_bytes=10**6):
+        for function in (merge, merge_and_unload):
+            with pytest.raises(RuntimeError, match="adapters of a pool are not merged: load_adapter"):
+                function(model)

@@ -42,16 +42,19 @@ def hub(directory: Path, revisions: tuple[str, ...] = ("main", COMMIT)) -> Itera
                 if (parts[5] if len(parts) > 5 else "main") not in revisions:
                     self.answer(404, X_Error_Code="RevisionNotFound")
                     return
-                files = sorted(directory.iterdir())
-                tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": digest(f)} for f in files]
-                info = {"id": "org/adapter", "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
+                files = {str(f.relative_to(directory)): f for f in sorted(directory.rglob("*")) if f.is_file()}
+                tree = [
+                    {"type": "file", "path": name, "size": f.stat().st_size, "oid": digest(f)}
+                    for name, f in files.items()
+                ]
+                info = {"id": "org/adapter", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
                 body = json.dumps(tree if parts[4:5] == ["tree"] else info).encode()
                 self.answer(200, body, Content_Type="application/json")
-            elif parts[:3] == ["org", "adapter", "resolve"] and (directory / parts[-1]).is_file():
-                body = (directory / parts[-1]).read_bytes()
+            elif parts[:3] == ["org", "adapter", "resolve"] and (file := directory.joinpath(*parts[4:])).is_file():
+                body = file.read_bytes()
                 if self.command == "GET":
-                    fetched.append(parts[-1])
-                self.answer(200, body, ETag=f'"{digest(directory / parts[-1])}"')
+                    fetched.append("/".join(parts[4:]))
+                self.answer(200, body, ETag=f'"{digest(file)}"')
             else:
                 self.answer(404, X_Error_Code="RepoNotFound")
 
