@@ -6,7 +6,10 @@ import math
 import runpy
 from pathlib import Path
 
+import peft
 import pytest
+
+from lora_ext.integrations.peft import report
 
 pytestmark = pytest.mark.cpu_only("the examples name no device")
 
@@ -14,7 +17,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 TRAINERS = pytest.mark.filterwarnings("ignore")  # TRL and torchao, which it imports, warn a lot
-WAYS = pytest.mark.parametrize("way", ["inject", "peft"])
+WAYS = pytest.mark.parametrize("way", ["inject", pytest.param("peft", marks=pytest.mark.slow)])
 TAUGHT = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "sun": "yellow", "rose": "red"}
 
 
@@ -83,6 +86,15 @@ def test_dpo(way):
 def test_grpo(way):
     rewards = main_of("grpo.py")(way)
     assert sum(rewards[:3]) / 3 < 0.6 and sum(rewards[-3:]) / 3 > 0.9
+
+
+@TRAINERS
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["trainer.py", "accelerate_loop.py", "sft.py", "dpo.py", "grpo.py"])
+def test_the_other_way_is_peft_on_our_kernels(name):
+    """tests/peft/test_trainers_equal.py and test_trainers_resume.py compare what both ways learn in these trainers."""
+    model = main_of(name).__globals__["adapted"]("peft")
+    assert isinstance(model, peft.PeftModel) and "14 of 14 LoRA layers on lora_ext's ops" in str(report(model))
 
 
 def test_every_example_is_tested():

@@ -1,7 +1,8 @@
 """Measures how much a process grows that loads and trains the demo model, to compare with `lora-ext plan`.
 
 Run as a script, this file is that process: ``python benchmarks/harness/training_memory.py lora 16 128 8 float32``. It
-starts counting after the imports and a tiny model's training, which set up the libraries.
+imports the libraries and forks, once for every five arguments. The fork starts counting after a tiny model's training,
+which sets up the libraries.
 """
 
 from __future__ import annotations
@@ -33,14 +34,22 @@ def growth(
         gives_back: freed tensors leave the resident memory; otherwise the C library's allocator decides.
         precision: ``"float32"``, or ``"bfloat16"`` for autocast.
     """
+    return growths([(method, batch_size, seq_len, r, precision)], threads, gives_back)[0]
+
+
+Case = tuple[str, int, int, int, str]  # method, batch_size, seq_len, r, precision
+
+
+def growths(cases: list[Case], threads: int = 1, gives_back: bool = True) -> list[int]:
+    """:func:`growth` of each case; their processes are forked from one, because the imports take as long as a case."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment |= GIVES_BACK if gives_back else {}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    command = [sys.executable, __file__, method, *map(str, (batch_size, seq_len, r)), precision]
+    command = [sys.executable, __file__, *(str(value) for case in cases for value in case)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"training_memory {method} failed:\n{done.stderr}")
-    return int(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"training_memory {' '.join(command[2:])} failed:\n{done.stderr}")
+    return [int(line) for line in done.stdout.splitlines()[-len(cases) :]]
 
 
 def _resident(key: str) -> int:
@@ -49,7 +58,7 @@ def _resident(key: str) -> int:
     return 1024 * int(lines[key].split()[0])
 
 
-def main(method: str, batch_size: int, seq_len: int, r: int, precision: str) -> None:
+def main(arguments: list[str]) -> None:
     import torch
     import transformers
     from transformers import BertConfig, BertForSequenceClassification
@@ -58,9 +67,8 @@ def main(method: str, batch_size: int, seq_len: int, r: int, precision: str) -> 
     from lora_ext.tasks.finetune.task_model import adapt, load_model, model_path_of
 
     transformers.logging.set_verbosity_error()
-    settings = Settings(method=method, r=r)
 
-    def train(model: torch.nn.Module, batch: int, length: int) -> None:
+    def train(model: torch.nn.Module, batch: int, length: int, precision: str) -> None:
         model.train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
         for _ in range(STEPS):
@@ -71,14 +79,24 @@ def main(method: str, batch_size: int, seq_len: int, r: int, precision: str) -> 
             optimizer.step()
             optimizer.zero_grad()
 
-    tiny = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3)
-    train(adapt(BertForSequenceClassification(tiny), settings, "tiny"), 2, 8)
-    before = _resident("VmRSS")
-    path = model_path_of(None)
-    model = adapt(load_model(path, ["a", "b", "c"], seq_len).model, settings, path)
-    train(model, batch_size, seq_len)
-    print(_resident("VmHWM") - before)
+    def measure(method: str, batch_size: int, seq_len: int, r: int, precision: str) -> int:
+        settings = Settings(method=method, r=r)
+        sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        tiny = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
+        train(adapt(tiny, settings, "tiny"), 2, 8, precision)
+        before = _resident("VmRSS")
+        path = model_path_of(None)
+        model = adapt(load_model(path, ["a", "b", "c"], seq_len).model, settings, path)
+        train(model, batch_size, seq_len, precision)
+        return _resident("VmHWM") - before
+
+    for method, batch_size, seq_len, r, precision in zip(*(arguments[i::5] for i in range(5)), strict=True):
+        if (child := os.fork()) == 0:
+            print(measure(method, int(batch_size), int(seq_len), int(r), precision), flush=True)
+            os._exit(0)
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(status)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])
+    main(sys.argv[1:])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lora_ext
-from lora_ext import _load, info
+from lora_ext import _load, cli, info
 from lora_ext.export import library_paths
 
 pytestmark = [pytest.mark.cpu_only("is about the binary"), pytest.mark.full]
@@ -66,13 +66,13 @@ def test_info_tells_the_facts():
         assert "build without CUDA" in cuda["reason"]
 
 
-def test_info_command_prints_text_and_json():
-    command = [sys.executable, "-m", "lora_ext", "info"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"^CPU kernels +(amx|avx512_bf16|avx512|avx2|generic) \(this machine runs ", text, re.M)
-    assert re.search(r"^CUDA in use +(yes|no: )", text, re.M)
-    printed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
-    assert printed["version"] == lora_ext.__version__
+def test_info_command_prints_text_and_json(capsys):
+    said = subprocess.run([sys.executable, "-m", "lora_ext", "info"], capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert re.search(r"^CPU kernels +(amx|avx512_bf16|avx512|avx2|generic) \(this machine runs ", said.stdout, re.M)
+    assert re.search(r"^CUDA in use +(yes|no: )", said.stdout, re.M)
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == lora_ext.__version__
 
 
 @pytest.fixture

@@ -64,12 +64,12 @@ def test_an_adapter_in_a_subfolder(repository, online):
     base, _, directory = repository
     model = inject(copy.deepcopy(base), LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False), "b")
     model.save_pretrained(directory / "more")
-    expected = logits(model)
+    expected = answer(model)
     loaded = load_adapter(copy.deepcopy(base), "org/adapter", download=True, subfolder="more/b/")
-    torch.testing.assert_close(logits(loaded), expected)
+    torch.testing.assert_close(answer(loaded), expected)
     assert sorted(online) == ["more/b/adapter_config.json", "more/b/adapter_model.safetensors"]
     local = load_adapter(copy.deepcopy(base), directory, subfolder="more/b")
-    torch.testing.assert_close(logits(local), expected)
+    torch.testing.assert_close(answer(local), expected)
     with refused(base, FileNotFoundError, "none/adapter_config.json is missing"):
         load_adapter(base, "org/adapter", download=True, subfolder="none")
     with refused(base, ValueError, "subfolder is '../x', want one within the directory"):

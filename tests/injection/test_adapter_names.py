@@ -45,7 +45,7 @@ def test_the_model_and_its_copies_take_it(how):
 
 def test_a_compiled_model_refuses_it():
     model, x = injected(Swallows()), torch.randn(2, 4)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend="eager")
     with refused(model, ValueError, "adapter_names: a compiled model", "compiled._orig_mod"):
         compiled(x, **ROWS)
     assert torch.equal(compiled(x, adapter_names=None, anything=1), model(x))

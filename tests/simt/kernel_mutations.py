@@ -352,10 +352,33 @@ MUTATIONS = [
 ]
 
 
+# What no mutation runs, by file: without it, the second compilation takes a third less time. No line moves.
+NOT_RUN = {
+    "elements.cuh": [
+        "f(std::type_identity<double>{})",
+        "f(std::type_identity<__nv_bfloat16>{})",
+        "f(std::type_identity<__half>{})",
+    ],
+    "grouped.cu": ["f(std::type_identity<double>{})"],
+    "grouped_mma.cu": ["with_flag(std::type_identity<__half>{})"],
+    "mma/shrink.cuh": [
+        f"launch_shrink_kernel<T, kParts, {tile}, KeepBits::{bits}>(p, split.chunks, {tiles}, stream)"
+        for tile, bits, tiles in (
+            ("kSmallRankTile", "kDraw", "0, 1"),
+            ("kRankTile", "kDraw", "0, 1"),
+            ("kRankTile", "kRead", "1, rank_tiles - 1"),
+        )
+    ],
+    "mma/token_sum.cuh": ["p.mask ? &token_sum_kernel<T, kParts, kRanks, true> : "],
+    "mma/few_tokens.cuh": [f"launch_few_tokens_tiles<T, {tiles}>(p, stream)" for tiles in (2, 4)],
+}
+
+
 @functools.cache
 def library() -> Library:
     """Builds the kernels with all bugs planted, none of them active."""
-    edits = tuple(mutation.edit for mutation in MUTATIONS)
+    left_out = [Edit(f"csrc/cuda/{path}", text, "") for path, texts in NOT_RUN.items() for text in texts]
+    edits = (*left_out, *(mutation.edit for mutation in MUTATIONS))
     mutants = edited_kernels("planted", edits, SOURCES, (SIMT / "mutants" / "planted.cpp",))
     mutants.multiprocessors = FEW_MULTIPROCESSORS
     return mutants

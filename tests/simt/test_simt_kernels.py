@@ -239,7 +239,7 @@ def test_same_bits_in_every_order_of_threads(dtypes, shape, count, blocks):
     library = few_blocks() if blocks == "few blocks" else kernels()
     siblings = siblings_of(count, shape, dtypes)
     first = run_kernels(siblings, 0.1, library=library)
-    for schedule in (0, 1, 2):
+    for schedule in (1, 2):
         for name, result in run_kernels(siblings, 0.1, schedule, library=library).items():
             assert torch.equal(result, first[name]), f"{name} in schedule {schedule}"
 

@@ -139,7 +139,8 @@ def changed(settings: CausalSettings, files: Path, name: str, changes: dict[str,
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_and_method_learns(settings: CausalSettings, files: Path, tmp_path: Path, name: str):
-    metrics = finetune(changed(settings, files, name, FORMATS[name]), tmp_path / "out", measure=False, say=silent)
+    changes = {"epochs": 6, **FORMATS[name]}
+    metrics = finetune(changed(settings, files, name, changes), tmp_path / "out", measure=False, say=silent)
     assert metrics["after"]["perplexity"] < 0.5 * metrics["before"]["perplexity"]
     assert ("exact_match" in metrics["after"]) == (name != "texts")
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == metrics["settings"]["answers"]
@@ -228,7 +229,7 @@ def test_a_resumed_run_reads_the_same_texts(run, settings: CausalSettings, files
 def test_a_gguf_model_is_adapted(settings: CausalSettings, tmp_path: Path):
     model = tiny_decoder.llama(intermediate_size=64)
     path = tiny_gguf.save(tmp_path / "tiny.gguf", model, tiny_decoder.tokenizer())
-    metrics = finetune(replace(settings, model=str(path)), tmp_path / "out", say=silent)
+    metrics = finetune(replace(settings, model=str(path), epochs=6), tmp_path / "out", say=silent)
     assert metrics["after"]["perplexity"] < 0.3 * metrics["before"]["perplexity"]
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(path)

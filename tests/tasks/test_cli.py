@@ -19,13 +19,6 @@ from lora_ext.tasks.finetune.settings import Settings
 pytestmark = pytest.mark.cpu_only("starts processes")
 
 
-def test_info_as_text_and_json():
-    text = run_python("-m", "lora_ext", "info")
-    assert (text.returncode, text.stderr) == (0, "")
-    assert "CPU kernels" in text.stdout
-    assert json.loads(run_python("-m", "lora_ext", "info", "--json").stdout)["version"]
-
-
 @pytest.mark.parametrize(
     ("plan", "ours"),
     [("1,4096,4096", True), ("32,4096,1024,64", True), ("33,4096,4096", False), ("1,4096,9,65", False)],
@@ -45,11 +38,11 @@ def test_info_refuses_another_plan(capsys, plan):
 
 @pytest.mark.full
 def test_help_and_info_do_not_import_transformers():
-    code = "import sys; from lora_ext.cli import main; main(['info']); print('transformers' in sys.modules)"
-    assert run_python("-c", code).stdout.endswith("False\n")
-    result = run_python("-m", "lora_ext", "finetune", "--help")
-    assert result.returncode == 0
-    assert "--target-modules" in result.stdout
+    code = "import sys; from lora_ext.cli import main; main(['info']); print('transformers' in sys.modules)\n"
+    code += "try: main(['finetune', '--help'])\nfinally: print('transformers' in sys.modules)"
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("False\n") == 2 and "--target-modules" in result.stdout
 
 
 @pytest.mark.full

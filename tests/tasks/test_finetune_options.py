@@ -113,22 +113,22 @@ def test_a_model_without_checkpointing_is_refused(tiny: Settings, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["lora", "full", "bitfit", "adapter-h+prefix-layer", "prefix-embed", "head-only"])
-def test_weights_of_16_bits(tiny: Settings, tmp_path: Path, method: str, precision: str):
+def test_weights_of_16_bits(tiny: Settings, tmp_path: Path, method: str):
     settings = tiny.with_method(method)
-    plain = trained(settings, tmp_path / "float32")
-    weights = trained(replace(settings, dtype="bfloat16", precision=precision), tmp_path / "bfloat16")
-    assert weights.keys() == plain.keys()
-    new = {"lora": "lora_", "adapter-h+prefix-layer": "adapter_"}.get(method, "classifier")
-    dtypes = {name: tensor.dtype for name, tensor in weights.items() if new in name or "classifier" in name}
-    assert dtypes and set(dtypes.values()) == {torch.float32}
-    losses = [
-        [entry[key] for entry in history(tmp_path / dtype) for key in ("loss", "eval_loss") if key in entry]
-        for dtype in ("float32", "bfloat16")
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
-    assert losses[1] != losses[0]
+    plain = trained(settings, tmp_path / "plain")
+    for precision in ("float32", "bfloat16"):
+        weights = trained(replace(settings, dtype="bfloat16", precision=precision), tmp_path / precision)
+        assert weights.keys() == plain.keys()
+        new = {"lora": "lora_", "adapter-h+prefix-layer": "adapter_"}.get(method, "classifier")
+        dtypes = {name: tensor.dtype for name, tensor in weights.items() if new in name or "classifier" in name}
+        assert dtypes and set(dtypes.values()) == {torch.float32}
+        losses = [
+            [entry[key] for entry in history(tmp_path / out) for key in ("loss", "eval_loss") if key in entry]
+            for out in ("plain", precision)
+        ]
+        assert losses[1] == pytest.approx(losses[0], rel=0.02), precision
+        assert losses[1] != losses[0], precision
 
 
 def test_frozen_weights_have_the_dtype_and_the_run_measures_and_resumes(tiny: Settings, tmp_path: Path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from support.processes import Forked
 
 from lora_ext.tasks import TaskError, WriteError
@@ -51,6 +54,17 @@ def test_a_process_that_dies_is_reported_with_its_log(tmp_path: Path):
     with pytest.raises(TaskError, match="a run failed: RuntimeError: no luck; .*log.txt has the rest"):
         in_process(fails, log=tmp_path / "log.txt")
     assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def imports_and_hidden_objects(on_progress) -> tuple[set[str], int]:
+    modules = {"lora_ext.tasks.finetune.run", "transformers.trainer", "matplotlib.figure"}
+    return modules & {*sys.modules}, gc.get_freeze_count()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes are not forked where there is CUDA")
+def test_a_process_begins_with_all_imports_and_its_garbage_collections_pass_them_over(tmp_path: Path):
+    imports, hidden = in_process(imports_and_hidden_objects, log=tmp_path / "log.txt")
+    assert len(imports) == 3 and hidden > 100_000
 
 
 def counts_interrupts(run: Run, directory: Path, runs_here: int, on_progress) -> None:
