@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from .build import SIMT
 from .driver import FEW_MULTIPROCESSORS, Library
-from .edits import edited_kernels
+from .edits import Edit, edited_kernels
 from .mutation_runs import (
     BF16,
     F32,

@@ -349,9 +349,9 @@ def test_the_real_model_on_real_reviews(tmp_path: Path):
     rows = [(e.text, e.label) for e in demo.examples() if e.label != "neutral"][:200]
     data = tiny_classifier.save_reviews(tmp_path / "reviews.csv", rows)
     metrics = finetune(Settings(data=str(data), epochs=1), tmp_path / "out")
-    # Factors of rank 8 on six linear layers in six blocks and on the pooler; the head.
-    block = 4 * 8 * (384 + 384) + 2 * 8 * (384 + 1536)
-    assert metrics["trainable_parameters"] == 6 * block + 8 * (384 + 384) + 2 * 384 + 2
+    # Factors of rank 4 on the embeddings and on six linear layers in six blocks; the pooler and the head.
+    block = 4 * 4 * (384 + 384) + 2 * 4 * (384 + 1536)
+    assert metrics["trainable_parameters"] == 4 * (30522 + 384) + 6 * block + 384 * 385 + 2 * 385
     assert metrics["merged"]["max_logit_difference"] < 1e-4
     state = json.loads(max((tmp_path / "out").glob("checkpoints/*/trainer_state.json")).read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]

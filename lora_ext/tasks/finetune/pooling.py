@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # the command line parses options without it
 
 
 def poolers(model: PreTrainedModel) -> list[str] | None:
-    """Returns names for modules_to_save: the model's poolers with weights; None if it has none."""
-    named = (path for path, module in model.named_modules() if any(True for _ in module.parameters()))
+    """Returns names for modules_to_save: the model's poolers with weights that can be trained; None if it has none."""
+    named = (path for path, m in model.named_modules() if any(p.is_floating_point() for p in m.parameters()))
     return ["pooler"] if any(path.rpartition(".")[2] == "pooler" for path in named) else None
 
 
