@@ -214,6 +214,7 @@ class NamedRequests:
         lengths = [request.query_length for request in requests]
         padding = batch.num_q_tokens - sum(lengths)
         choice = choice_of(self.root, self.adapters, [*names, BASE], "generate_batch", [*lengths, padding])
+        choice.may_lose = True  # the other requests of the batch go on: see _fail_those_without_adapter
         with choosing(choice):
             if invocations_of(choice):
                 starts = [self._start(request.state, name) for request, name in zip(requests, names, strict=True)]

@@ -54,6 +54,7 @@ class RowChoice:
         invoked: the names that act on ``tokens`` only.
         is_of_active: whether all rows use the active adapter, because it acts on ``tokens`` only.
         is_plain: whether the layers' usual forward computes the same.
+        may_lose: whether adapters may be deleted or renamed meanwhile: the caller drops the rows that used them.
     """
 
     def __init__(self, active: ActiveAdapters | None, names: Sequence[str]) -> None:
@@ -72,7 +73,7 @@ class RowChoice:
         self.prompt = 0
         self.tokens: ActiveTokens | None = None
         self.invoked: frozenset[str] = frozenset()
-        self.is_of_active = self.is_plain = False
+        self.is_of_active = self.is_plain = self.may_lose = False
         self._removed = () if active is None else active.removed
         self._groups: dict[tuple, Tensor] = {}
         self._scalings: dict[tuple, Tensor] = {}
@@ -88,7 +89,7 @@ class RowChoice:
         Layers cannot tell: an adapter that a layer lacks changes nothing there.
         """
         removed = self.active.removed
-        if removed is self._removed:
+        if removed is self._removed or self.may_lose:
             return
         gone = {*removed[len(self._removed) :]}
         for name in self.names:
