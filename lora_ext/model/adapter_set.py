@@ -143,6 +143,7 @@ class AdapterSet:
     def add(self, adapter: Adapter) -> None:
         """Registers an adapter whose parts are attached."""
         self.configs[adapter.name] = adapter.config
+        self.active.added(adapter.name)
         if adapter.config.alora_invocation_tokens is not None:
             self.active.invocations[adapter.name] = adapter.config.alora_invocation_tokens
         modules = (module for part in adapter.parts for module in part.adapter.modules())
@@ -157,7 +158,7 @@ class AdapterSet:
         self._set_requires_grad(adapter.name, False)  # until it is activated
 
     def remove(self, name: str) -> None:
-        self.active.removed += (name,)
+        self.active.removed([name])
         del self.configs[name], self._parameters[name], self.trained[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
@@ -166,7 +167,8 @@ class AdapterSet:
 
     def rename(self, old: str, new: str) -> None:
         """Renames an adapter; it keeps its place in the order."""
-        self.active.removed += (old,)
+        self.active.removed([old])
+        self.active.added(new)
         for held in (
             self.configs,
             self._parameters,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,12 +20,12 @@ class ActiveAdapters:
         warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
         row_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows.py).
         row_obstacles: ``changes`` and what a model's rows could not choose then (lora_ext/model/row_adapters.py).
-        removed: the names that were deleted or renamed, in this order: running calls whose rows named them fail.
+        additions: by name, the number of the addition or the renaming that made the adapter.
+        removals: how many adapters were deleted or renamed: a running call whose rows named one fails.
         invocations: by name, the tokens from which on an adapter acts (aLoRA); others have no entry.
     """
 
-    changes = row_calls = 0
-    removed: tuple[str, ...] = ()
+    changes = row_calls = removals = 0
     row_obstacles: tuple[int, Any] | None = None
     _disabled: tuple[int, int, tuple[str, ...]] | None = None  # the thread, the depth, the names before
 
@@ -33,10 +34,26 @@ class ActiveAdapters:
         self.names: tuple[str, ...] = tuple(names)
         self.warned: set[tuple[str, str]] = set()
         self.invocations: dict[str, tuple[int, ...]] = {}
+        self.additions: dict[str, int] = {}
+        self._count = itertools.count()
+
+    def added(self, name: str) -> None:
+        self.additions[name] = next(self._count)
+
+    def removed(self, names: Iterable[str]) -> None:
+        for name in names:
+            del self.additions[name]
+            self.removals += 1
 
     def __getstate__(self) -> dict[str, object]:
         # No change is under way in a copy, and no enable() would reach it.
-        return {"names": self.names, "warned": set(), "invocations": dict(self.invocations)}
+        return {
+            "names": self.names,
+            "warned": set(),
+            "invocations": dict(self.invocations),
+            "additions": {name: i for i, name in enumerate(self.additions)},
+            "_count": itertools.count(len(self.additions)),
+        }
 
     @property
     def invoked(self) -> tuple[str, ...]:

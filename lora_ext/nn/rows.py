@@ -74,7 +74,8 @@ class RowChoice:
         self.tokens: ActiveTokens | None = None
         self.invoked: frozenset[str] = frozenset()
         self.is_of_active = self.is_plain = self.may_lose = False
-        self._removed = () if active is None else active.removed
+        additions, self._removals = ({}, 0) if active is None else (active.additions, active.removals)
+        self._additions = {name: additions.get(name) for name in self.names}
         self._groups: dict[tuple, Tensor] = {}
         self._scalings: dict[tuple, Tensor] = {}
 
@@ -88,12 +89,10 @@ class RowChoice:
 
         Layers cannot tell: an adapter that a layer lacks changes nothing there.
         """
-        removed = self.active.removed
-        if removed is self._removed or self.may_lose:
+        if self.active.removals == self._removals or self.may_lose:
             return
-        gone = {*removed[len(self._removed) :]}
-        for name in self.names:
-            if name in gone and name not in self.pool_names:
+        for name, addition in self._additions.items():
+            if self.active.additions.get(name) != addition:
                 raise RuntimeError(
                     f"adapter_names: {name!r} was deleted or renamed during a call whose rows use it; wait for the end "
                     "of such calls first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lora_ext import LoraConfig, inject, set_adapter
-from lora_ext.adapters import choose_adapters, delete_adapter, merge_and_unload, rename_adapter, unload
+from lora_ext.adapters import choose_adapters, delete_adapter, lora_modules, merge_and_unload, rename_adapter, unload
 
 GONE = "adapter_names: 'b' was deleted or renamed during a call whose rows use it"
 CHANGES = [
@@ -78,3 +79,17 @@ def test_other_adapters_may_go():
     with choose_adapters(model, ["a", "a"]):
         rename_adapter(model, "b", "d")
         model(x)
+
+
+def test_names_of_removed_adapters_are_not_kept():
+    """A server that loads and deletes an adapter for each user must not grow."""
+    model = adapted()
+    (active,) = {layer.active for _, layer in lora_modules(model)}
+    for i in range(3):
+        inject(model, LoraConfig(r=2, target_modules=["q_proj"]), f"user-{i}")
+        delete_adapter(set_adapter(model, "a"), f"user-{i}")
+    assert {*active.additions} == {*"abc"} and active.removals == 3
+    copied = copy.deepcopy(model)
+    delete_adapter(copied, "b")
+    (of_copy,) = {layer.active for _, layer in lora_modules(copied)}
+    assert {*of_copy.additions} == {"a", "c"} and {*active.additions} == {*"abc"}
