@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
+from lora_ext import __version__
 from lora_ext.cli import (
     analyze,
     compare,
@@ -40,6 +41,7 @@ _STATUS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit status, which ``_STATUS`` explains."""
     parser = argparse.ArgumentParser(prog="lora-ext", description="LoRA in fused kernels.", epilog=_STATUS)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (
         info,
@@ -94,6 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lora-ext: error: {where}: {error.strerror}", file=sys.stderr)
         return _EXIT_DISK
     return 0
+
+
+class _Version(argparse.Action):
+    """Prints the version."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"lora-ext {__version__}")
+        parser.exit()
 
 
 def _silence() -> None:

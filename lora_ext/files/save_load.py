@@ -332,8 +332,23 @@ def _check_shapes(model: nn.Module, targets: Mapping[str, Tensor], file: Adapter
             " converts some of these: PeftModel.from_pretrained(model, directory).save_pretrained(another)",
         )
     problems += [f"unexpected key: {key}" for key in unexpected]
+    if (size := _other_vocabulary(model, targets, file)) is not None:
+        problems.insert(
+            0, f"the file is of a model with {size} tokens: model.resize_token_embeddings({size}) before it is injected"
+        )
     problems += misfits(targets, file)
     _raise_misfit(problems, file)
+
+
+def _other_vocabulary(model: nn.Module, targets: Mapping[str, Tensor], file: AdapterFile) -> int | None:
+    """Returns the number of tokens in the file's model, if a tensor differs from the model's in it alone."""
+    weight = getattr(BareModel(root_module(model)).embedding, "weight", None)
+    for key, target in targets.items() if weight is not None else ():
+        if key in file and len(file.shape(key)) == target.dim():
+            differing = [sizes for sizes in zip(file.shape(key), target.shape, strict=True) if sizes[0] != sizes[1]]
+            if len(differing) == 1 and differing[0][1] == weight.shape[0]:
+                return differing[0][0]
+    return None
 
 
 def _part_of(model: nn.Module, keys: list[str]) -> str | None:

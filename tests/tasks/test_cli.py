@@ -12,7 +12,7 @@ import torch
 from support import tiny_classifier
 from support.processes import environment, run_python
 
-from lora_ext import cli
+from lora_ext import __version__, cli
 from lora_ext._common.install_hint import install_hint
 from lora_ext.tasks.finetune.settings import Settings
 
@@ -46,6 +46,12 @@ def test_help_and_info_do_not_import_transformers():
 
 
 @pytest.mark.full
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"lora-ext {__version__}\n"
+
+
 def test_missing_extra_is_named(tmp_path: Path):
     code = (
         "import sys; sys.modules['transformers'] = sys.modules['matplotlib'] = None; from lora_ext.cli import main; "
