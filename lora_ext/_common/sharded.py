@@ -62,6 +62,11 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Returns the class of ``module``, without the one that ``fully_shard`` (FSDP2) puts before it."""
+    return type(module).__mro__[2] if is_fully_sharded(module) else type(module)
+
+
 def prepare_shards(caller: str, model: nn.Module) -> None:
     """Frees the whole parameters that FSDP2 keeps after a forward: changes of them would be lost.
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
-from lora_ext import __version__
 from lora_ext.cli import (
     analyze,
     compare,
@@ -28,6 +27,7 @@ from lora_ext.cli import (
     sweep,
     unmerge,
 )
+from lora_ext.info import gather
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared import team
 
@@ -102,7 +102,7 @@ class _Version(argparse.Action):
     """Prints the version."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(f"lora-ext {__version__}")
+        print(f"lora-ext {gather()['version']}")
         parser.exit()
 
 

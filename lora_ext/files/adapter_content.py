@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.sharded import whole
+from lora_ext._common.sharded import class_of, whole
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.expert_layout import with_version
@@ -47,7 +47,7 @@ def file_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor] 
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = base_name(model)
     if values["task_type"] is None:  # PEFT's AutoPeftModel classes then ask for the base model's class
-        kind = type(root_module(model))
+        kind = class_of(root_module(model))
         values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     values |= _names_of_tied(adapter, values)
     scales = adapter.file_scales()

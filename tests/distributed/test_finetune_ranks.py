@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 
 OPTIONS = ["--epochs", "2", "--accumulation-steps", "2", "--batch-size", "4", "--max-length", "32", "--rank", "2"]
 OPTIONS += ["--lora-dropout", "0", "--ema-decay", "0.5", "--learning-rate", "0.01", "--no-measure"]
+OPTIONS += ["--target-modules", "all-linear,embeddings"]
 
 
 @pytest.fixture(scope="module")

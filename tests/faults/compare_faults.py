@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lora_ext.tasks.finetune.settings import Settings
 top, kinds, step = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
 out = top / "watched" / "out"
 options = {
-    **asdict(Settings()),
+    **{field.name: field.default for field in fields(Settings)},
     **tiny_classifier.save(top, 40),
     "epochs": 1.0,
     "max_length": 32,

@@ -142,8 +142,10 @@ CALLS: list[Call] = [
             "allow_pickle": False,
             "download": False,
             "revision": None,
+            "subfolder": "",
         },
         [
+            ({"subfolder": "../b"}, ValueError, "subfolder is '../b', want one within the directory"),
             ({"revision": "main"}, ValueError, "revision is 'main', but nothing is downloaded; set download=True"),
             ({"directory": "org/name"}, FileNotFoundError, "on the Hugging Face hub: load_adapter(..., download=True)"),
             ({"trainable": "yes"}, TypeError, "trainable is 'yes' of type str, want True or False"),

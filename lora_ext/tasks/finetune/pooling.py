@@ -13,9 +13,11 @@ if TYPE_CHECKING:  # the command line parses options without it
 
 
 def poolers(model: PreTrainedModel) -> list[str] | None:
-    """Returns names for modules_to_save: the model's poolers with weights that can be trained; None if it has none."""
-    named = (path for path, m in model.named_modules() if any(p.is_floating_point() for p in m.parameters()))
-    return ["pooler"] if any(path.rpartition(".")[2] == "pooler" for path in named) else None
+    """Returns names for modules_to_save: the model's poolers; None if it has none that can be trained in full."""
+    found = (module for path, module in model.named_modules() if path.rpartition(".")[2] == "pooler")
+    parameters = [parameter for module in found for parameter in module.parameters()]
+    trains = bool(parameters) and all(parameter.is_floating_point() for parameter in parameters)  # else quantised
+    return ["pooler"] if trains else None
 
 
 def check_pooling(pooling: str | None) -> None:
