@@ -37,8 +37,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.seed_rows import add_differences, key, merged, row_of
-from harness.vietnamese_methods import CANDIDATES, MAIN, METHODS, SEEDS, VARIANTS
+from harness.seed_rows import add_differences, key, measured_here, merged, row_of
+from harness.vietnamese_methods import (
+    CANDIDATES,
+    MAIN,
+    METHODS,
+    SEEDS,
+    VARIANTS,
+    default_rate,
+    place_in_table,
+    rounded,
+    validation_score,
+)
 from harness.vietnamese_table import markdown
 
 from lora_ext.tasks import TaskError
@@ -46,7 +56,6 @@ from lora_ext.tasks.comparison.costs import measure_costs
 from lora_ext.tasks.comparison.many_runs import Run, finished, run_all
 from lora_ext.tasks.comparison.processes import in_process
 from lora_ext.tasks.finetune.data import fingerprint
-from lora_ext.tasks.finetune.defaults import LEARNING_RATES
 from lora_ext.tasks.finetune.settings import PRECISIONS, Settings
 from lora_ext.tasks.finetune.task_data import load_data
 from lora_ext.tasks.finetune.task_model import load_task_model
@@ -111,14 +120,6 @@ class Task:
         return Run(label, Settings(**settings), self.sha256)
 
 
-def default_rate(name: str) -> float:
-    return LEARNING_RATES.get(METHODS[name]["method"], 1e-3)
-
-
-def rounded(rate: float) -> float:
-    return float(f"{rate:.1e}")
-
-
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -154,10 +155,6 @@ class Bench:
             further = rounded(best / _STEP if best == min(scores) else best * _STEP)
             scores[further] = score(further)
         return max(scores, key=scores.get)
-
-
-def validation_score(metrics: Mapping[str, Any]) -> float:
-    return (metrics["validation"]["accuracy"] + metrics["validation"]["macro_f1"]) / 2
 
 
 def cells(bench: Bench, task: Task) -> Iterator[tuple[str, float, float, list[Run]]]:
@@ -238,18 +235,8 @@ def results_of(task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         except OutOfTime:
             continue
     add_differences([*rows.values()], task.texts["test"])
-    groups = [list(MAIN), list(METHODS), list(CANDIDATES), list(VARIANTS)]
-
-    def place(row: Mapping[str, Any]) -> tuple[int, float, int]:
-        group = next((number for number, names in enumerate(groups) if row["name"] in names), len(groups))
-        names = [*METHODS, *CANDIDATES, *VARIANTS, row["name"]]
-        return group, row["epochs"], names.index(row["name"])
-
-    return sorted(rows.values(), key=place), sorted(tuning.values(), key=lambda one: [*METHODS].index(one["method"]))
-
-
-def measured_here() -> str:
-    return provenance.measured_on({"machine": provenance.machine(), **provenance.made_by()})
+    order = [*METHODS].index
+    return sorted(rows.values(), key=place_in_table), sorted(tuning.values(), key=lambda one: order(one["method"]))
 
 
 # --- an estimate ------------------------------------------------------------------------------------------------------

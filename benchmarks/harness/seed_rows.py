@@ -18,12 +18,16 @@ from torch import Tensor
 
 from harness.paired import correct_answers, paired_difference
 from lora_ext.tasks.comparison.spread import summary
-
-__all__ = ["add_differences", "key", "merged", "row_of"]
+from lora_ext.tasks.shared import provenance
 
 _SCORES = ("accuracy", "macro_f1", "weighted_f1")
 _COSTS = ("train_seconds", "peak_memory_bytes")
 _ONCE = ("trained_parameters", "head_parameters", "total_parameters")
+
+
+def measured_here() -> str:
+    """Returns this machine and today's date, in a line."""
+    return provenance.measured_on({"machine": provenance.machine(), **provenance.made_by()})
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, float, float]:

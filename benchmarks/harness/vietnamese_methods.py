@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from lora_ext.tasks.finetune.defaults import LEARNING_RATES
 
 SEEDS = (0, 1, 2)
 
@@ -39,3 +42,23 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # for the defaults of LoR
     "lora-all-trained-pooler": ("lora-all", _POOLER),
     "lora-all-trained-pooler-averaged": ("lora-all", _POOLER | _AVERAGED),
 }
+
+
+def default_rate(name: str) -> float:
+    return LEARNING_RATES.get(METHODS[name]["method"], 1e-3)
+
+
+def rounded(rate: float) -> float:
+    return float(f"{rate:.1e}")
+
+
+def validation_score(metrics: Mapping[str, Any]) -> float:
+    return (metrics["validation"]["accuracy"] + metrics["validation"]["macro_f1"]) / 2
+
+
+def place_in_table(row: Mapping[str, Any]) -> tuple[int, float, int]:
+    """Returns the key by which rows are sorted: the main methods first, then by epochs."""
+    groups = [list(MAIN), list(METHODS), list(CANDIDATES), list(VARIANTS)]
+    group = next((number for number, names in enumerate(groups) if row["name"] in names), len(groups))
+    names = [*METHODS, *CANDIDATES, *VARIANTS, row["name"]]
+    return group, row["epochs"], names.index(row["name"])
