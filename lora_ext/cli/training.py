@@ -40,18 +40,18 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     pooling = "what the head reads: cls, the first token through the pooler, or mean, the mean over a text's tokens; "
     add("--pooling", metavar="NAME", help=f"{pooling}default: as the model's config says, or else cls")
     # torchrun takes --r for an abbreviation of its own options.
-    usual = lambda name: f"default: {WITH_EMBEDDINGS[name]}, {USUAL[name]} if layers are named"  # noqa: E731
+    usual = lambda name: f"default: {WITH_EMBEDDINGS[name]:g} ({USUAL[name]:g} if layers are named)"  # noqa: E731
     add("--r", "--rank", type=int, metavar="RANK", help=f"rank of the adapters; {usual('r')}")
-    alpha = f"default: 0.2 RANK, {USUAL['lora_alpha']} if layers are named"
+    alpha = f"default: 0.2 RANK ({USUAL['lora_alpha']:g} if layers are named)"
     add("--lora-alpha", type=float, metavar="ALPHA", help=f"the update is scaled by ALPHA / RANK; {alpha}")
     add("--lora-dropout", type=float, metavar="P", help="dropout on the adapters' input")
     ratio = "learning rate of lora_B over that of the rest (LoRA+, arXiv 2402.12354); " + usual("lora_plus_ratio")
     add("--lora-plus-ratio", type=float, metavar="RATIO", help=ratio)
     targets = "layers to adapt: some of q,k,v,o; or module names, all-linear and embeddings among them; or a regex; "
-    targets += f"default: {WITH_EMBEDDINGS['target_modules']}, or {USUAL['target_modules']} with --quantize"
+    targets += f"default: {WITH_EMBEDDINGS['target_modules']} ({USUAL['target_modules']} with --quantize)"
     add("--target-modules", metavar="NAMES", help=targets)
-    saved = "modules to train in full, in addition to the head; auto: the pooler, if there is one; default: auto, or "
-    add("--modules-to-save", metavar="NAMES", help=f"{saved}none if layers are named")
+    saved = "modules to train in full, in addition to the head; auto: the pooler, if there is one; default: auto "
+    add("--modules-to-save", metavar="NAMES", help=f"{saved}(none if layers are named)")
     add("--bottleneck-size", type=int, metavar="SIZE", help="hidden features of adapter-h, -l, -p and -drop")
     add("--drop-layers", type=int, metavar="N", help="lower layers without adapter-drop's adapters; default: 5 of 12")
     prefix = "trained tokens before the input: prefix-embed, -layer"
@@ -62,11 +62,11 @@ def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
     add("--accumulation-steps", type=int, metavar="N", help="batches whose gradients make one optimizer step")
     add("--learning-rate", type=float, help="peak learning rate; default: that of the method")
     add("--warmup", type=float, metavar="FRACTION", help="part of the steps in which the learning rate rises")
-    unlike = "for other methods, or if layers are named"
-    schedule = f"learning rate after the warmup: linear, to 0, or constant; default: constant, {unlike} linear"
+    others = "for other methods, or if layers are named"
+    schedule = f"learning rate after the warmup: linear, to 0, or constant; default: constant (linear {others})"
     add("--schedule", metavar="NAME", help=schedule)
     average = "decay of a moving average of the trained weights, which is evaluated and saved; 0: none; default: "
-    average += f"{WITH_EMBEDDINGS['ema_decay']}, {unlike} 0"
+    average += f"{WITH_EMBEDDINGS['ema_decay']} (0 {others})"
     add("--ema-decay", type=float, metavar="DECAY", help=average)
     best = "keep the weights of the epoch with the best validation score"
     add("--best-metric", metavar="NAME", help=f"{best}: {', '.join(Settings.BEST_METRICS)}; default: the last ones")
