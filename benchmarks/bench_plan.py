@@ -28,7 +28,8 @@ def main() -> None:
     run = report.Report(args, f"Memory of training the demo model, {args.batch_size} x {args.seq_len} tokens, AdamW")
     rows = []
     for method in METHODS:
-        settings = Settings(method=method, r=args.rank, batch_size=args.batch_size, max_length=args.seq_len)
+        sizes = {"batch_size": args.batch_size, "max_length": args.seq_len}
+        settings = Settings(method=method, r=args.rank, target_modules="all-linear", **sizes)
         predicted = plan(PlanSettings(settings, device="cpu"))["runs"][method]
         measured = {
             name: training_memory.growth(method, args.batch_size, args.seq_len, args.rank, args.threads, gives_back)

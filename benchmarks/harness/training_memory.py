@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
             optimizer.zero_grad()
 
     def measure(method: str, batch_size: int, seq_len: int, r: int, precision: str) -> int:
-        settings = Settings(method=method, r=r)
+        settings = Settings(method=method, r=r, target_modules="all-linear")
         sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         tiny = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
         train(adapt(tiny, settings, "tiny"), 2, 8, precision)
