@@ -22,8 +22,9 @@ from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_content import ADAPTER_FILES, base_name, file_content, write_content
 from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
 from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_vocabulary
+from lora_ext.files.misfits import misfits
 from lora_ext.files.packed_projection import from_peft_form
-from lora_ext.files.save_load import config_of, load_opened, misfits
+from lora_ext.files.save_load import config_of, load_opened
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.files.untrusted_json import read_json_object
 from lora_ext.methods.adapted import (
