@@ -64,6 +64,7 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """Returns the class of ``module``, without the one that ``fully_shard`` (FSDP2) puts before it."""
+    # fully_shard makes a class FSDPNet(FSDPModule, Net).
     return type(module).__mro__[2] if is_fully_sharded(module) else type(module)
 
 

@@ -198,7 +198,7 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
 
 
 def _equals(file: AdapterFile, key: str, tensor: Tensor) -> bool:
-    """Whether the file has the values of ``tensor``, in its dtype."""
+    """Returns whether the file has the values of ``tensor``, in its dtype."""
     return file.shape(key) == tuple(tensor.shape) and torch.equal(file.tensor(key).to(tensor), tensor)
 
 

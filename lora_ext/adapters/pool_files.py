@@ -133,7 +133,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
 
 
 def _remedy(key: str, layers: Container[str]) -> str:
-    """What to do about the base layer of an adapted embedding or head, which PEFT saves, too."""
+    """Returns the remedy for a key of an adapted embedding's or head's base layer, which PEFT saves, too; or ""."""
     path = key.removeprefix(KEY_PREFIX).rpartition(".")[0].removesuffix(".base_layer")
     return (
         " (a base layer; if it is the base model's: load_adapter, then save_adapter(..., save_embedding_layers=False))"

@@ -1,4 +1,4 @@
-"""What does not fit between an adapter file and a model: kinds, keys, shapes, dtypes, places; with the remedies."""
+"""Checks that an adapter file fits a model (kinds, keys, shapes, dtypes, tied values), and names the remedies."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def header_bytes(path: Path) -> bytes:
 
 
 def is_cut_off(header: bytes) -> bool:
-    """Whether :func:`header_bytes` met the file's end: a stopped save left it, and none of its tensors is there."""
+    """Returns whether :func:`header_bytes` met the file's end: a stopped save left it, without any tensor."""
     length = _header_length(header[:8])
     return length <= _LARGEST_HEADER and len(header) < 8 + max(length, 1)
 

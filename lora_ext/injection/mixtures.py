@@ -37,7 +37,7 @@ _FUSED = "gate_up_proj"  # two projections in one parameter: twice the rank, wit
 
 
 def with_parts(config: LoraConfig, others: Sequence[str], bare: BareModel) -> LoraConfig:
-    """Returns the config with the parts that "all-linear" means, if it is not the word alone that says them.
+    """Returns the config with names in place of "all-linear", where other names or a mixture's parameters join it.
 
     Args:
         config: names "all-linear", alone or in a list.

@@ -352,7 +352,8 @@ MUTATIONS = [
 ]
 
 
-# What no mutation runs, by file: without it, the second compilation takes a third less time. No line moves.
+# Code that no mutation runs, by file. It is left out of the second compilation, which then takes a third less time.
+# These edits, too, leave every line at its number.
 NOT_RUN = {
     "elements.cuh": [
         "f(std::type_identity<double>{})",

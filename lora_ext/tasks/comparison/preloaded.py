@@ -1,4 +1,4 @@
-"""What the server of :mod:`lora_ext.tasks.comparison.processes` imports, so that the processes forked from it need not.
+"""Imports what runs need, once, in the server from which :mod:`lora_ext.tasks.comparison.processes` forks them.
 
 The objects of these imports are then hidden from garbage collections. The Trainer starts one in every run, which would
 look at a million objects and copy the memory that they are in: a third of the CPU time of a small run, and 100 MB.
