@@ -97,7 +97,8 @@ class Trainer:
     def __init__(self, model: nn.Module, batches: list[Batch], learning_rate: float) -> None:
         self.model, self.batches, self.steps = model, batches, 0
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate) if trained else None
+        # Fused, as Transformers' Trainer takes it.
+        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, fused=True) if trained else None
 
     def next_batch(self) -> Batch:
         return self.batches[self.steps % len(self.batches)]
