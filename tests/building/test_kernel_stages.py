@@ -1,5 +1,6 @@
 """Tests bench_kernels.py, and the stages that it measures, as far as they need no GPU."""
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -78,6 +79,19 @@ def test_kernels_are_assigned_to_stages():
     assert bench_kernels.backward_stages(named(*split, "token_sum_kernel", "gradient_sums_kernel")) == expected
     assert bench_kernels.merge_stages("merge", named("merge_kernel", "merge_kernel")) == ["plan", "merge"]
     assert bench_kernels.merge_stages("merge", named("merge_kernel", "gather_records_kernel")) == ["merge", "gather"]
+
+
+def test_a_kernel_is_timed_alone(monkeypatch):
+    """Where launches overlap, a kernel's time begins while it waits for the one before it."""
+    monkeypatch.setenv("LORA_EXT_OVERLAP", "1")
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py"])
+
+    def measure_ceilings():
+        raise SystemExit(os.environ["LORA_EXT_OVERLAP"])
+
+    monkeypatch.setattr(bench_kernels, "measure_ceilings", measure_ceilings)
+    with pytest.raises(SystemExit, match="^0$"):
+        bench_kernels.main()
 
 
 def test_stages_are_medians_with_their_launches():
