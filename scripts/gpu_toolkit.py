@@ -21,7 +21,7 @@ LIBRARIES = ("liblora_ext.so", "liblora_ext_cuda.so")
 # What pip installs, by what is looked for. A program next to the interpreter counts as found.
 TO_RUN = {"torch": "torch>=2.11", "safetensors": "safetensors[torch]>=0.6.1", "regex": "regex>=2025.10.22"}
 TO_BUILD = {"setuptools": "setuptools>=77", "ninja": "ninja>=1.11", "numpy": "numpy"}
-TO_TEST = {"pytest": "pytest>=8"}
+TO_TEST = {"pytest": "pytest>=8", "xdist": "pytest-xdist>=3.5"}
 
 
 # --- what is missing --------------------------------------------------------------------------------------------------

@@ -107,14 +107,17 @@ def run(part: Part, limit_s: float) -> Outcome:
     begin, code, stopped = time.monotonic(), None, False
     with log.open("w") as output:
         # In a new process group, so that at the limit the part's children end, too.
-        process = subprocess.Popen(
-            part.command,
-            cwd=ROOT,
-            env=environment | part.environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                part.command,
+                cwd=ROOT,
+                env=environment | part.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:  # a program that is not executable: the other parts run all the same
+            return outcome(FAILED, 0.0, f"does not start: {error}")
         try:
             code = process.wait(limit_s - grace(limit_s))
         except subprocess.TimeoutExpired:

@@ -82,6 +82,8 @@ def test_parts_are_processes_with_limits():
     assert slow.status == TIMED_OUT and slow.seconds < 30
     assert run("", 3).detail == "no time left"
     assert timed_parts.run(part("q", not_run="no tool"), 60).detail == "no tool"
+    absent = timed_parts.run(Part("q", ["/no/such/program"], 60, 0), 60)
+    assert absent.status == FAILED and "does not start: " in absent.detail and "/no/such/program" in absent.detail
 
 
 @pytest.fixture
