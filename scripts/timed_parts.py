@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +58,11 @@ def shown(command: list[str]) -> str:
 def seconds_for(part: Part, later: list[Part], remaining_s: float) -> float:
     """The part's share of the remaining time: at most its limit, without the minimum of later parts."""
     return max(min(part.limit_s, remaining_s - sum(other.least_s for other in later)), 0.0)
+
+
+def stretched(parts: list[Part], factor: float) -> list[Part]:
+    """Returns the parts with limits that are longer by a factor; a smaller one than 1 leaves them as they are."""
+    return [replace(part, limit_s=part.limit_s * max(factor, 1.0)) for part in parts]
 
 
 # --- one part ---------------------------------------------------------------------------------------------------------
