@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from gpu_toolkit import LIBRARIES, PACKAGE, find_sanitizer
+from gpu_toolkit import LIBRARIES, MIN_NVCC, PACKAGE, find_sanitizer
 from timed_parts import LOGS, ROOT, Part
 
 SANITIZER_S = 40  # for the ops
@@ -37,7 +37,9 @@ def library_part(facts: dict[str, str], home: Path | None, library: Path | None,
         command = [python, "scripts/gpu_check.py", "--check-library", *([str(library)] if library else [])]
         return Part("library", command, 60, 15)
     arguments = {"LORA_EXT_CUDA": "1", "LORA_EXT_CUDA_ARCHS": facts["arch"], "CUDA_HOME": str(home or "")}
-    no_toolkit = f"no CUDA toolkit for torch's CUDA {facts['cuda']}: set CUDA_HOME, or give a wheel by --library"
+    least = ".".join(map(str, MIN_NVCC))
+    no_toolkit = f"no CUDA toolkit of {least} or newer for torch's CUDA {facts['cuda']}: set CUDA_HOME, or give a wheel"
+    no_toolkit += " by --library"
     command = [python, "setup.py", "build_ext", "--inplace"]
     return Part("build", command, 200, 60, arguments | {"MAX_JOBS": str(cores)}, "" if home else no_toolkit)
 

@@ -64,7 +64,7 @@ def test_all_parts_fit():
 def test_without_nvcc(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_parts, "PACKAGE", tmp_path)
     parts = gpu_parts.list_parts(FACTS, None, 2)
-    assert parts[0].not_run.startswith("no CUDA toolkit for torch's CUDA 13.0: set CUDA_HOME, or give a wheel by")
+    assert parts[0].not_run.startswith("no CUDA toolkit of 12.8 or newer for torch's CUDA 13.0: set CUDA_HOME, or give")
     outcomes = timed_parts.run_all(parts, 400, run_part=lambda p, s: timed_parts.run(p, s) if p.not_run else 1 / 0)
     assert {o.status for o in outcomes} == {NOT_RUN}
     assert [o.detail for o in outcomes if o.name in ("ops", "layer")] == ["build was not run"] * 2
