@@ -17,11 +17,12 @@ from timed_parts import ROOT
 
 PACKAGE = ROOT / "lora_ext"
 LIBRARIES = ("liblora_ext.so", "liblora_ext_cuda.so")
+MIN_NVCC = (12, 8)  # setup.py's
 
 # What pip installs, by what is looked for. A program next to the interpreter counts as found.
 TO_RUN = {"torch": "torch>=2.11", "safetensors": "safetensors[torch]>=0.6.1", "regex": "regex>=2025.10.22"}
 TO_BUILD = {"setuptools": "setuptools>=77", "ninja": "ninja>=1.11", "numpy": "numpy"}
-TO_TEST = {"pytest": "pytest>=8"}
+TO_TEST = {"pytest": "pytest>=8", "xdist": "pytest-xdist>=3.5"}
 
 
 # --- what is missing --------------------------------------------------------------------------------------------------
@@ -79,7 +80,10 @@ def nvcc_says(home: Path) -> str:
 
 
 def find_cuda_home(torch_cuda: str, candidates: list[Path]) -> Path | None:
-    """Finds the first toolkit of torch's CUDA version, else of its major version. candidates: best first."""
+    """Finds the first toolkit of torch's CUDA version, else of its major version, that is new enough to build.
+
+    candidates: best first.
+    """
 
     def version(home: Path) -> str:
         match = re.search(r"release (\d+\.\d+)", nvcc_says(home))
@@ -89,7 +93,7 @@ def find_cuda_home(torch_cuda: str, candidates: list[Path]) -> Path | None:
     major = torch_cuda.partition(".")[0] + "."
     for fits in (lambda found: found == torch_cuda, lambda found: found.startswith(major)):
         for home, found in versions.items():
-            if found and fits(found):
+            if found and release(found) >= MIN_NVCC and fits(found):
                 return home
     return None
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +60,11 @@ def seconds_for(part: Part, later: list[Part], remaining_s: float) -> float:
     return max(min(part.limit_s, remaining_s - sum(other.least_s for other in later)), 0.0)
 
 
+def stretched(parts: list[Part], factor: float) -> list[Part]:
+    """Returns the parts with limits that are longer by a factor; a smaller one than 1 leaves them as they are."""
+    return [replace(part, limit_s=part.limit_s * max(factor, 1.0)) for part in parts]
+
+
 # --- one part ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,14 +112,17 @@ def run(part: Part, limit_s: float) -> Outcome:
     begin, code, stopped = time.monotonic(), None, False
     with log.open("w") as output:
         # In a new process group, so that at the limit the part's children end, too.
-        process = subprocess.Popen(
-            part.command,
-            cwd=ROOT,
-            env=environment | part.environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                part.command,
+                cwd=ROOT,
+                env=environment | part.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:  # a program that is not executable: the other parts run all the same
+            return outcome(FAILED, 0.0, f"does not start: {error}")
         try:
             code = process.wait(limit_s - grace(limit_s))
         except subprocess.TimeoutExpired:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import broken_gpu
 
 # Two threads on any machine: tests run in parallel, and results must not depend on the machine's size.
 torch.set_num_threads(2)
@@ -39,9 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "pairs: on the CPU without --slow, every pair of values, not the product")
     config.addinivalue_line("markers", "large: wants gigabytes of memory; a GPU check runs these one at a time")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
+    config.pluginmanager.register(broken_gpu)
     if config.getoption("--device") == "cuda":
         if reason := no_cuda_reason():
             raise pytest.UsageError(f"--device cuda: {reason}")
+        torch.backends.cudnn.allow_tf32 = False  # or float32 convolutions have the precision of float16
         torch.set_default_device("cuda")  # before modules that create tensors are imported
 
 

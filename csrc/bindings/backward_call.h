@@ -145,7 +145,10 @@ inline BackwardCall fill_backward(const std::optional<Tensor>& x, std::span<cons
     shrink.x = call.kept.address(rows);
     shrink.x_stride = rows.stride(0);
   }
-  if (threshold > 0 && (want_x || want_A)) shrink.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+  if (threshold > 0 && (want_x || want_A)) {
+    constexpr uintptr_t kWord = 8;  // kernels read words of the mask; its rows are whole words
+    shrink.mask = static_cast<const uint8_t*>(call.kept.address(as_aligned(*mask, kWord)));
+  }
   if (want_x) {
     call.grad_x = empty(sizes_with_last(grad_y, in_features), dtype, grad_y);
     shrink.grad_x = call.grad_x->mutable_data_ptr();

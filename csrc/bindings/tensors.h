@@ -174,6 +174,17 @@ inline Tensor contiguous_copy(const Tensor& tensor) {
   }
 }
 
+// A copy if the elements do not begin at a multiple of `alignment` bytes, as those of a view into other memory.
+inline Tensor as_aligned(const Tensor& tensor, uintptr_t alignment) {
+  if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0) return tensor;
+  try {
+    return torch::stable::clone(tensor);
+  } catch (const std::exception&) {
+    fail_allocation(product({tensor.numel(), static_cast<int64_t>(tensor.element_size())}), " bytes on ",
+                    device_of(tensor), " for an aligned copy of a tensor of ", sizes_text(tensor.sizes()));
+  }
+}
+
 inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : contiguous_copy(tensor); }
 
 // Product of the leading dimensions of [..., features].

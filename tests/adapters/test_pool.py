@@ -195,6 +195,7 @@ def test_directories_that_move(base, root, tmp_path, monkeypatch):
     assert pool.names() == ["added"]
 
 
+@pytest.mark.cpu_only("CUDA does not work in a forked process")
 def test_a_forked_process_prefetches(base, root):
     """The threads of the parent's prefetches are not there."""
     pool = pool_of(copy.deepcopy(base), root)

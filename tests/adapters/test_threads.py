@@ -292,6 +292,7 @@ def test_one_model_is_injected_once(slow):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on POSIX alone")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.cpu_only("CUDA does not work in a forked process")
 def test_a_fork_waits_for_a_change(monkeypatch):
     model = hard_model([torch.float32])
     pristine, under_way = weights(model), threading.Event()

@@ -42,6 +42,12 @@ def test_the_toolkit_is_that_of_torch(tmp_path):
     assert find("13.1", [missing, old, other, same]) == other  # the first of the same major version
     assert find("13.0", [missing, old]) is None
     assert find("1.0", [old]) is None
+    too_old = toolkit(tmp_path / "12.6", "12.6")  # setup.py refuses it
+    assert find("12.6", [too_old, old]) == old and find("12.6", [too_old]) is None
+
+
+def test_the_oldest_compiler_is_that_of_the_build():
+    assert f"MIN_NVCC = {gpu_toolkit.MIN_NVCC}" in (ROOT / "setup.py").read_text()
 
 
 def test_a_toolkit_from_pip_links_from_its_lib_folder(tmp_path):

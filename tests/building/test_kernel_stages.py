@@ -1,5 +1,7 @@
 """Tests bench_kernels.py, and the stages that it measures, as far as they need no GPU."""
 
+import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -80,6 +82,40 @@ def test_kernels_are_assigned_to_stages():
     assert bench_kernels.merge_stages("merge", named("merge_kernel", "gather_records_kernel")) == ["merge", "gather"]
 
 
+def test_a_kernel_is_timed_alone(monkeypatch):
+    """Where launches overlap, a kernel's time begins while it waits for the one before it."""
+    monkeypatch.setenv("LORA_EXT_OVERLAP", "1")
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py"])
+
+    def measure_ceilings():
+        raise SystemExit(os.environ["LORA_EXT_OVERLAP"])
+
+    monkeypatch.setattr(bench_kernels, "measure_ceilings", measure_ceilings)
+    with pytest.raises(SystemExit, match="^0$"):
+        bench_kernels.main()
+
+
+def test_kernels_that_the_profiler_lost_cost_their_case_only(monkeypatch, capsys, tmp_path):
+    cases = []
+
+    def measure(case, repeats):
+        cases.append(case)
+        if len(cases) == 2:
+            raise bench_kernels.LostKernels("the profiler saw 29 kernels")
+        return {"pack": Timed(1e-6, 1)}
+
+    monkeypatch.setenv("LORA_EXT_OVERLAP", "1")
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--json", str(tmp_path / "kernels.json")])
+    rates = {f"matrix_{name}": 1e12 for name in ("bfloat16", "float16", "float32", "float64")}
+    monkeypatch.setattr(bench_kernels, "measure_ceilings", lambda: {"copy": 1e12} | rates)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(bench_kernels, "measure", measure)
+    monkeypatch.setattr(bench_kernels, "measure_merge", measure)
+    with pytest.raises(SystemExit, match="not measured, the profiler saw 29 kernels"):
+        bench_kernels.main()
+    assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == len(cases) - 1 > 10
+
+
 def test_stages_are_medians_with_their_launches():
     rounds = [{"shrink": 3.0, "expand": 1.0}, {"shrink": 5.0, "expand": 9.0}, {"shrink": 4.0, "expand": 2.0}]
     assert bench_kernels.medians(rounds, ["shrink", "shrink", "expand"]) == {
@@ -129,7 +165,7 @@ def test_rows_and_table():
 def test_a_profile_is_split_into_its_calls():
     assert bench_kernels.split_evenly(list("abcdef"), 3) == [["a", "b"], ["c", "d"], ["e", "f"]]
     for kernels in ("abcde", ""):
-        with pytest.raises(SystemExit, match=f"saw {len(kernels)} kernels of lora_ext in 3 equal calls"):
+        with pytest.raises(bench_kernels.LostKernels, match=f"saw {len(kernels)} kernels of lora_ext in 3 equal calls"):
             bench_kernels.split_evenly(list(kernels), 3)
 
 

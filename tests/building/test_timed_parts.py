@@ -37,6 +37,15 @@ def test_time_is_kept_for_later_parts():
     assert timed_parts.seconds_for(part("a"), later, 40) == 0
 
 
+def test_more_time_is_for_every_part():
+    parts = [part("a", 100, least=30), part("b", 40)]
+    assert [(p.name, p.limit_s, p.least_s) for p in timed_parts.stretched(parts, 2.5)] == [
+        ("a", 250, 30),
+        ("b", 100, 20),
+    ]
+    assert timed_parts.stretched(parts, 0.5) == parts
+
+
 def test_a_part_that_fails_leaves_the_later_ones_their_time(capsys):
     now = [0.0]
     allotted = {}
@@ -82,6 +91,8 @@ def test_parts_are_processes_with_limits():
     assert slow.status == TIMED_OUT and slow.seconds < 30
     assert run("", 3).detail == "no time left"
     assert timed_parts.run(part("q", not_run="no tool"), 60).detail == "no tool"
+    absent = timed_parts.run(Part("q", ["/no/such/program"], 60, 0), 60)
+    assert absent.status == FAILED and "does not start: " in absent.detail and "/no/such/program" in absent.detail
 
 
 @pytest.fixture

@@ -44,7 +44,8 @@ def classifier(family: str = "bert", seed: int = 0) -> PreTrainedModel:
 
 def batch() -> dict[str, torch.Tensor]:
     """Two texts of 7 and 4 tokens, padded."""
-    ids = torch.randint(2, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    ids = torch.randint(2, VOCABULARY, (2, 7), generator=generator)
     mask = torch.ones(2, 7, dtype=torch.long)
     ids[1, 4:], mask[1, 4:] = 1, 0
     return {"input_ids": ids, "attention_mask": mask}
@@ -153,8 +154,9 @@ def test_copies_pickles_threads_compile_and_merge():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(model, backend="eager")):
         torch.testing.assert_close(other(**batch()).logits, expected)
         assert pooling_of(other) == "mean"
+    inputs = [batch() for _ in range(16)]  # a new thread's default device is the CPU
     with ThreadPoolExecutor(4) as pool:
-        for logits in pool.map(lambda _: model(**batch()).logits, range(16)):
+        for logits in pool.map(lambda one: model(**one).logits, inputs):
             torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(**batch()).logits, expected, rtol=1e-4, atol=1e-5)
     remove_method(model)

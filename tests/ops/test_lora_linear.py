@@ -119,6 +119,23 @@ def test_the_op_uses_that_mask():
     assert torch.equal(reference.unpack_mask(mask, 100), reference.unpack_mask(standalone, 100))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_saved_mask_may_lie_at_any_byte(dtype):
+    """Whoever stores what the forward saved may pack it with other tensors: kernels read words of the mask."""
+    layer = random_layer((40, 100, 24, 8), (dtype, dtype))
+    _, xa, mask = torch.ops.lora_ext.lora_linear(*layer.args(), 0.3, SEED)
+    packed = torch.zeros(mask.numel() + 3, dtype=torch.uint8)
+    moved = packed[3:].view_as(mask).copy_(mask)
+
+    def gradients(mask):
+        factors = layer.weight, layer.lora_A, layer.lora_B
+        return torch.ops.lora_ext.lora_linear_backward(
+            layer.grad_y, layer.x, *factors, xa, mask, layer.scaling, 0.3, (True, True, True)
+        )
+
+    assert all(map(torch.equal, gradients(moved), gradients(mask)))
+
+
 def test_mask_does_not_depend_on_threads_dtype_or_strides():
     layer = random_layer((200, 130, 12, 4))
 

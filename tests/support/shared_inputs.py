@@ -46,7 +46,7 @@ def net(layers: int = 1, share_inputs: bool = True, **options) -> Net:
 
 
 def some_x() -> Tensor:
-    return torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
+    return torch.randn(5, WIDTH, generator=torch.Generator(torch.get_default_device()).manual_seed(1))
 
 
 def step(model: nn.Module, x: Tensor, run: Callable = lambda block, x: block(x), seed: int = 0) -> dict[str, Tensor]:
