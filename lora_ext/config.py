@@ -45,7 +45,7 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 
 @runtime_checkable
 class PeftConfig(Protocol):
-    """A config object of PEFT, known by its methods: this package does not import PEFT."""
+    """A config object of PEFT, known by its methods: this module does not import PEFT."""
 
     peft_type: Any
 

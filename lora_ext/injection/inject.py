@@ -7,6 +7,7 @@ lora_ext/injection/build.py makes the new layers.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -66,7 +67,8 @@ def inject(
 
     Args:
         model: any module; weights may be on the meta device.
-        config: what to adapt; a ``peft.LoraConfig`` is converted (:meth:`LoraConfig.from_peft`).
+        config: what to adapt; a ``peft.LoraConfig`` is converted (:meth:`LoraConfig.from_peft`). If it names no
+            modules, PEFT's table for the model's type does, as in ``get_peft_model``.
         adapter_name: the adapter's name in the model.
         share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op, with one dropout mask. They are
             found while the model runs; :func:`lora_ext.adapters.input_groups` reports them. Concerns all layers of the
@@ -89,11 +91,22 @@ def inject(
             the model; or "all-linear" leaves out parts of a mixture of experts.
     """
     if not isinstance(config, LoraConfig):
-        config = LoraConfig.from_peft(config)
+        config = LoraConfig.from_peft(_with_targets(config, root_module(model)))
     adapter = Injection(model, config, adapter_name).build()
     adapter.into.share_inputs = share_inputs
     apply_injection(model, adapter)
     return model
+
+
+def _with_targets(config: PeftConfig, root: nn.Module) -> PeftConfig:
+    """Names the modules in a config of PEFT without ``target_modules``, which PEFT chooses by the model's type."""
+    if getattr(config, "target_modules", ()) is not None or getattr(config, "target_parameters", None):
+        return config  # LoraConfig refuses None next to target_parameters: with Mixtral, PEFT then adapts no modules
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+
+    config = copy.copy(config)
+    config.target_modules = table.get(getattr(getattr(root, "config", None), "model_type", None))
+    return config
 
 
 class Injection:

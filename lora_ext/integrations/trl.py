@@ -193,12 +193,22 @@ class InjectedModel(WrapsModel, PeftModel):
             _refuse("set_peft_model_state_dict(model, ...)", "call load_adapter(model, directory)")
         return super().load_state_dict(*args, **kwargs)
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        if (caller := _caller_module()) in _OPTIMIZERS_OF_PEFT:
+            remedy = "let PEFT adapt the model, and call lora_ext.integrations.peft.accelerate(model)"
+            _refuse(f"{_OPTIMIZERS_OF_PEFT[caller]}(model, ...)", remedy)
+        return super().named_parameters(*args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse("from_pretrained", "call for_trl(load_adapter(model, directory, trainable=True))")
 
 
 _STATES_OF_PEFT = "peft.utils.save_and_load"
+_OPTIMIZERS_OF_PEFT = {  # those that find a layer's factors by the names that PEFT's layers give them
+    "peft.optimizers.lorafa": "create_lorafa_optimizer",
+    "peft.optimizers.riemannian": "create_riemannian_optimizer",
+}
 
 
 def _refuse(call: str, remedy: str) -> NoReturn:

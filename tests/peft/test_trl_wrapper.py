@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
 from support.models import VOCABULARY, llama
 from support.public_calls import Call, call
 from support.refusals import CALLS
@@ -241,6 +242,11 @@ REFUSED = {
     "enable_adapter_layers": (lambda model: model.enable_adapter_layers(), "with model.disable_adapter"),
     "get_peft_model_state_dict": (peft.get_peft_model_state_dict, "save_adapter"),
     "set_peft_model_state_dict": (lambda model: peft.set_peft_model_state_dict(model, {}), "load_adapter"),
+    "create_lorafa_optimizer": (lambda model: create_lorafa_optimizer(model, 2, 8, lr=1e-2), r"peft\.accelerate"),
+    "create_riemannian_optimizer": (
+        lambda model: create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2),
+        r"peft\.accelerate",
+    ),
     "from_pretrained": (lambda model: type(model).from_pretrained(llama(), "x"), r"for_trl\(load_adapter"),
 }
 
@@ -248,5 +254,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_wrapper_cannot_do_is_refused_with_the_remedy(name):
     do, remedy = REFUSED[name]
+    model = wrapped()
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     with pytest.raises(NotImplementedError, match=rf"{name}.*{remedy}"):
-        do(wrapped())
+        do(model)
+    assert trained == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
