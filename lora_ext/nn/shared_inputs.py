@@ -140,6 +140,11 @@ class SharesInputs:
         """Returns the operands of the next forward, or why it cannot be computed together with others."""
         raise NotImplementedError
 
+    def __copy__(self) -> SharesInputs:
+        twin = object.__new__(type(self))  # with the same adapters, but computed alone: it is no layer of the module
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_shared_inputs"})
+        return twin
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if (shared := shared_inputs(self)) is not None:

@@ -113,6 +113,19 @@ def test_copies_share_among_themselves(duplicate, calls):
     torch.testing.assert_close(layer(x), model.blocks[0].q(x))
 
 
+def test_shallow_copies_are_computed_alone(calls):
+    """They have the weights of the layer, but are not called where that is; more than an op takes may exist."""
+    model, x = net(), some_x()
+    expected, q = step(model, x), model.blocks[0].q
+    twins = [copy.copy(q) for _ in range(shared_inputs.LARGEST)]
+    calls.clear()
+    assert_close(step(model, x), expected)
+    assert calls == [3, 1]
+    for twin in twins:
+        assert twin.adapters is q.adapters
+        torch.testing.assert_close(twin(x), q(x))
+
+
 def test_state_and_files_are_as_without_sharing():
     shared, alone = net(), net(share_inputs=False)
     shared(some_x())
