@@ -190,6 +190,33 @@ def test_names_that_are_added(base, root, tmp_path):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("how", ["evict", "remove"])
+def test_a_call_during_an_eviction_reads_the_new_files(base, root, monkeypatch, how):
+    """With a host cache, other threads call the model until the very moment at which an adapter is evicted."""
+    model, x, calls = copy.deepcopy(base), torch.randn(1, 6), []
+    pool = pool_of(model, None, host_bytes=1 << 20)
+    pool.add("new", root / "n0")
+    model(x, adapter_names=["new"])
+    forget = pool._host.forget
+
+    def call_meanwhile(names) -> None:
+        calls.extend(pool.prefetch("new"))
+        time.sleep(0.2)
+        forget(names)
+
+    monkeypatch.setattr(pool._host, "forget", call_meanwhile)
+    if how == "remove":
+        pool.remove("new")
+        assert isinstance(calls[0].exception(), KeyError)
+        pool.add("new", root / "n1")
+    else:
+        shutil.rmtree(root / "n0")
+        shutil.copytree(root / "n1", root / "n0")
+        pool.evict("new")
+        assert calls[0].result()
+    torch.testing.assert_close(model(x, adapter_names=["new"]), expected_rows(base, root, ["n1"], x))
+
+
 def test_directories_that_move(base, root, tmp_path, monkeypatch):
     """Paths belong to the working directory of the call that gave them; a missing directory has no adapters."""
     x = torch.randn(1, 6)
