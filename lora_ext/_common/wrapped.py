@@ -10,11 +10,33 @@ KEY_PREFIX = "base_model.model."
 """Prefix of all keys in the state of a PeftModel, and in PEFT's files."""
 
 
+COMPILED, _CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
+"""The names under which torch.compile and checkpoint_wrapper (FSDP's checkpointing) hold the module that they wrap."""
+
+
 class WrapsModel:
     """A module that holds a model whose paths do not begin at this module."""
 
     def get_base_model(self) -> nn.Module:
         raise NotImplementedError
+
+
+def without_wrapper(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper around a part of a model holds, or None: ``module`` is no such wrapper."""
+    parts = module._modules
+    return parts.get(COMPILED, parts.get(_CHECKPOINTED))
+
+
+def plain_path(path: str) -> str:
+    """``path``, or a key of a state, without the names of wrappers around parts of the model."""
+    if COMPILED not in path and _CHECKPOINTED not in path:
+        return path
+    return ".".join(name for name in path.split(".") if name not in (COMPILED, _CHECKPOINTED))
+
+
+def state_path(path: str) -> str:
+    """``path`` as the keys of ``state_dict`` have it: ``checkpoint_wrapper`` takes its name out."""
+    return ".".join(name for name in path.split(".") if name != _CHECKPOINTED) if _CHECKPOINTED in path else path
 
 
 def root_module(model: nn.Module) -> nn.Module:
@@ -36,4 +58,4 @@ def without_thin_wrappers(model: nn.Module) -> nn.Module:
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
-    return model.get_base_model() if isinstance(model, WrapsModel) else getattr(model, "_orig_mod", None)
+    return model.get_base_model() if isinstance(model, WrapsModel) else getattr(model, COMPILED, None)

@@ -169,9 +169,10 @@ class AdapterPool:
         """Forgets a name of :meth:`add` and frees its slot. RuntimeError: it is in use. KeyError: it is not known."""
         if name not in self._added:
             raise KeyError(f"AdapterPool.remove: {name!r} was not added; the names are {_some(sorted(self._added))}")
-        self.evict(name)
-        with self._lock:
-            self._added.pop(name, None)
+        with self._table.changed:  # no call loads it again in between
+            self.evict(name)
+            with self._lock:
+                self._added.pop(name, None)
 
     def names(self) -> list[str]:
         """The known names: those of :meth:`add` and the subdirectories that hold an adapter; reads the directory."""
@@ -270,8 +271,9 @@ class AdapterPool:
 
         RuntimeError: one is pinned or used by a running call; nothing is changed.
         """
-        self._table.evict(names, "AdapterPool.evict")
-        self._host.forget(names)
+        with self._table.changed:  # no call finds the cached copy of an adapter that has no slot any more
+            self._table.evict(names, "AdapterPool.evict")
+            self._host.forget(names)
 
     @checked
     def prefetch(self, names: str | Iterable[str]) -> list[Future]:

@@ -320,7 +320,8 @@ class PartsBuilder:
                     )
                 return layer, {}
             if isinstance(layer, LoraLinear):
-                made.adapters = layer.adapters
+                # Its adapters, a pool's slots, hooks of users; but a packed layer shares no input.
+                vars(made).update({n: v for n, v in vars(layer).items() if n not in ("_shared_inputs", "forward")})
                 return made, {layer: made}
         return made, {module: made}
 

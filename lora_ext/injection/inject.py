@@ -19,6 +19,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.sharded import prepare_shards
+from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.build import PartsBuilder, check_targets
 from lora_ext.injection.diffusion_scale import guard_against_scale, remove_scale_guard
@@ -239,6 +240,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for name, child in list(parent._modules.items()):
             if child in replacements and replacements[child] is not parent:
                 setattr(parent, name, replacements[child])
+                if name == COMPILED:  # torch.compile's wrapper still calls the old one, until it is made again
+                    parent.__setstate__(parent.__getstate__())
 
 
 def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.printable import shown
-from lora_ext._common.wrapped import KEY_PREFIX
+from lora_ext._common.wrapped import KEY_PREFIX, plain_path, state_path
 from lora_ext.model.adapter_set import AdapterSet
 from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.method_files import MethodFiles
@@ -56,7 +56,7 @@ def adapter_state(
         changes = is_adapters(key, tensor) or tensor.requires_grad or id(tensor) in buffers
         if changes and id(tensor) not in seen:
             seen.add(id(tensor))
-            state[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            state[plain_path(key)] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     base = _base_keys(module)
     wanted = [*base, *(f"{KEY_PREFIX}{key}" for key in base)]  # with strict=False a PeftModel ignores other keys
     misfits = {key: torch.zeros(_MISFIT, dtype=torch.uint8) for key in wanted if key not in state}
@@ -101,11 +101,12 @@ def _is_adapters(
     module: nn.Module, adapters: AdapterSet | None, method: MethodFiles | None
 ) -> Callable[[str, Tensor], bool]:
     """Returns a function that says whether a tensor of :func:`own_state` is an adapter's or the method's."""
-    inside = tuple(f"{path}.adapters." if path else "adapters." for path, _ in adapter_layers(module))
+    paths = (plain_path(path) for path, _ in adapter_layers(module))
+    inside = tuple(f"{path}.adapters." if path else "adapters." for path in paths)
     biases = [] if adapters is None else [biases for biases in adapters.biases.values() if biases.used]
     of_method = set() if method is None else {id(tensor) for tensor in method.tensors.values()}
     return lambda key, tensor: (
-        key.startswith(inside) or id(tensor) in of_method or any(trained.owns(tensor) for trained in biases)
+        plain_path(key).startswith(inside) or id(tensor) in of_method or any(trained.owns(tensor) for trained in biases)
     )
 
 
@@ -135,7 +136,7 @@ class StateGuard:
         _check_not_of_base(module, state_dict, prefix)
         for path, layer in adapter_layers(module):
             if isinstance(layer, LoraLayer):
-                check_same_merged(layer, state_dict, f"{prefix}{path}." if path else prefix)
+                check_same_merged(layer, state_dict, f"{prefix}{state_path(path)}." if path else prefix)
 
     def _complete(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Completes a state of adapters alone by the tensors of ``module``, so that loading leaves them as they are."""
@@ -144,14 +145,15 @@ class StateGuard:
         misfits = {key for key, value in state_dict.items() if _is_misfit(value)}
         # By the id of the parameter, because shared tensors are in the state once.
         given = {
-            id(tensor): state_dict[prefix + key]
+            id(tensor): state_dict[prefix + plain_path(key)]
             for key, tensor in tensors.items()
-            if prefix + key in state_dict and prefix + key not in misfits
+            if prefix + plain_path(key) in state_dict and prefix + plain_path(key) not in misfits
         }
         _check_same_method(module, method, prefix + METHOD_MARKER in state_dict, given)
-        for key in (*(prefix + marker for marker in MARKERS), *misfits):
+        plain = (prefix + plain_path(key) for key in tensors if plain_path(key) != key)
+        for key in (*(prefix + marker for marker in MARKERS), *misfits, *plain):
             state_dict.pop(key, None)
-        quantized = [path for path, layer in module.named_modules() if quantized_weight(layer) is not None]
+        quantized = [state_path(path) for path, layer in module.named_modules() if quantized_weight(layer) is not None]
         of_quantized = tuple(f"{path}." for path in quantized)
         for key, tensor in tensors.items():
             if id(tensor) in given:
@@ -169,7 +171,7 @@ def _check_not_of_base(module: nn.Module, state_dict: Mapping[str, Any], prefix:
 
     RuntimeError: one has.
     """
-    keys = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+    keys = {plain_path(key) for key, _ in module.named_parameters(remove_duplicate=False)}
     if strange := [key for key in _base_keys(module) if prefix + key in state_dict and key not in keys]:
         raise RuntimeError(
             f"load_state_dict: the state has {shown(prefix + strange[0])}, the base model's key of a layer that has "

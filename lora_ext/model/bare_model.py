@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 
 from lora_ext._common.sharded import is_fully_sharded, is_sharded
-from lora_ext._common.wrapped import DATA_PARALLEL, root_module, without_thin_wrappers
+from lora_ext._common.wrapped import DATA_PARALLEL, root_module, without_thin_wrappers, without_wrapper
 from lora_ext.nn import AdapterLayer, LoraLayer
-from lora_ext.nn.adapter_layer import innermost, layers_around
 
 
 def check_not_parallel(caller: str, model: nn.Module) -> None:
@@ -56,7 +55,7 @@ def parameter_paths(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[
 
 
 class BareModel:
-    """The modules of a model as they were before injection.
+    """The modules of a model as they were before injection, without wrappers around parts (compiled, checkpointed).
 
     Attributes:
         root: the model.
@@ -74,7 +73,7 @@ class BareModel:
         self.embedding = _asked(root, "get_input_embeddings")
 
     def _visit(self, path: str, module: nn.Module, seen: set[int]) -> None:
-        layers, module = layers_around(module), innermost(module)
+        layers, module = _unwrapped(module)
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -95,9 +94,23 @@ def output_head(root: nn.Module) -> nn.Module | None:
 def _asked(root: nn.Module, method: str) -> nn.Module | None:
     ask = getattr(root, method, None)
     try:
-        return innermost(ask()) if callable(ask) else None
+        found = ask() if callable(ask) else None
     except NotImplementedError:  # raised by Transformers models without one
         return None
+    return None if found is None else _unwrapped(found)[1]
+
+
+def _unwrapped(module: nn.Module) -> tuple[list[AdapterLayer], nn.Module]:
+    """Returns the adapter layers around a module, the outermost first, and the module without wrappers."""
+    layers: list[AdapterLayer] = []
+    while True:
+        if isinstance(module, AdapterLayer):
+            layers.append(module)
+            module = module.base_layer
+        elif (inner := without_wrapper(module)) is not None:
+            module = inner
+        else:
+            return layers, module
 
 
 def file_paths(layers: Iterable[tuple[str, AdapterLayer]]) -> dict[AdapterLayer, str]:

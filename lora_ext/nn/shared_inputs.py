@@ -15,8 +15,9 @@ Every thread has one :class:`_Round`: one tensor, and the outputs computed of it
 dropped with the tensor, and when a layer begins the next round. Layers and tensors are referred to weakly: a group
 keeps neither alive. Copied and unpickled layers form new groups among themselves.
 
-Non-reentrant activation checkpointing requires that the second forward saves as many tensors as the first. So a group
-stays as it is while a graph exists that was made with it.
+Activation checkpointing runs parts of a forward again, each by itself: a round ends where another part begins. The
+non-reentrant kind requires that the second forward saves as many tensors as the first. So a group stays as it is while
+a graph exists that was made with it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from lora_ext import functional
 from lora_ext._ops.registration import autocast_device, call_state
 from lora_ext.nn.base_layer import plain_linear, runs_quantized_product
+from lora_ext.nn.checkpointed_parts import graph_hook, is_of_checkpoint, reentrant_part
 
 LARGEST = 8  # layers of lora_linear_siblings
 TOO_MANY_MISSES = 2  # a call that is interrupted leaves outputs behind once
@@ -138,6 +140,11 @@ class SharesInputs:
         """Returns the operands of the next forward, or why it cannot be computed together with others."""
         raise NotImplementedError
 
+    def __copy__(self) -> SharesInputs:
+        twin = object.__new__(type(self))  # with the same adapters, but computed alone: it is no layer of the module
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_shared_inputs"})
+        return twin
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if (shared := shared_inputs(self)) is not None:
@@ -210,7 +217,7 @@ class SharedInputs:
             self.now = "the last call was under a transform, a mode or inference mode, or its input is no plain tensor"
             return _alone(x, operands, None)
         current, key = _thread.round, id(layer)
-        if current is not None and current.continues(self, key, x, state):
+        if current is not None and current.continues(self, key, x, state, operands.dropout_p > 0.0):
             current.called.add(key)
             y = current.take(key, operands)
             return _alone(x, operands, current.seed(operands.dropout_p, x)) if y is None else y
@@ -231,7 +238,7 @@ class SharedInputs:
         if state is None:
             return None
         current, key = _thread.round, id(layer)
-        if current is None or not current.continues(self, key, x, state):
+        if current is None or not current.continues(self, key, x, state, True):
             if current is not None:
                 current.end(self, key)
             current = _thread.round = _Round(self, x, state)
@@ -240,7 +247,7 @@ class SharedInputs:
 
     def _group_to_compute(self, layer: nn.Module) -> Group | None:
         """Returns the group to compute with ``layer``, or None if ``layer`` is to be computed alone."""
-        self._forget_graphs()
+        self._graphs = [ref for ref in self._graphs if ref() is not None]
         if self._leaving is not None:
             if not self._graphs:
                 self._split(*self._leaving)
@@ -268,13 +275,12 @@ class SharedInputs:
         self.groups = {**self.groups, **{key: part for part in parts for key in part.layers}}
 
     def _note_graph(self) -> None:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if hooks is not None and getattr(hooks[1], "__module__", None) == "torch.utils.checkpoint":
-            self._graphs.append(weakref.ref(hooks[1]))
+        hook = graph_hook()
+        if is_of_checkpoint(hook):
+            self._graphs.append(weakref.ref(hook))
 
-    def _forget_graphs(self) -> None:
-        if self._graphs:
-            self._graphs = [ref for ref in self._graphs if ref() is not None]
+
+_UNKNOWN = object()
 
 
 class _Round:
@@ -284,12 +290,15 @@ class _Round:
         called: ``id`` of the layers that were called.
     """
 
-    __slots__ = ("_computed", "_group", "_outputs", "_seeds", "_shared", "_state", "_x", "called")
+    __slots__ = ("_computed", "_group", "_hook", "_outputs", "_part", "_seeds", "_shared", "_state", "_x", "called")
 
     def __init__(self, shared: SharedInputs, x: Tensor, state: tuple) -> None:
         self._shared, self._state = shared, state
         self._group: Group | None = None
         self._seeds: dict[float, Tensor] = {}
+        hook = graph_hook()
+        self._hook = (lambda: None) if hook is None else weakref.ref(hook)
+        self._part: Any = _UNKNOWN  # the part that draws the seeds
         self.called: set[int] = set()
         self._computed: frozenset[int] = frozenset()
         # By id(layer), what was computed for layers that have not been called, and of what.
@@ -297,13 +306,19 @@ class _Round:
         outputs = self._outputs
         self._x = weakref.ref(x, lambda _: outputs.clear())
 
-    def continues(self, shared: SharedInputs, key: int, x: Tensor, state: tuple) -> bool:
+    def continues(self, shared: SharedInputs, key: int, x: Tensor, state: tuple, has_dropout: bool) -> bool:
         """Returns whether a call of the layer ``key`` belongs to this round."""
-        return self._shared is shared and self._x() is x and self._state == state and key not in self.called
+        if not (self._shared is shared and self._x() is x and self._state == state and key not in self.called):
+            return False
+        if self._hook() is not graph_hook():
+            return False
+        return not has_dropout or self._part is _UNKNOWN or self._part == reentrant_part()
 
     def seed(self, dropout_p: float, x: Tensor) -> Tensor | None:
         if dropout_p == 0.0:
             return None
+        if self._part is _UNKNOWN:
+            self._part = reentrant_part()
         seed = self._seeds.get(dropout_p)
         if seed is None:
             seed = self._seeds[dropout_p] = functional.draw_seed(x.device)

@@ -130,6 +130,18 @@ def test_16_bit_models_and_factors(base, root, dtype):
     assert pool.stats().slots == (6 if dtype is torch.float32 else 11)
 
 
+def test_a_layer_that_packs_projections_later_keeps_its_slots(base, root):
+    """Another class takes over layers in which an adapter updates some of the parts (enable_lora)."""
+    x, model, called = torch.randn(2, 6), copy.deepcopy(base), []
+    expected = expected_rows(base, root, NAMES[:2], x)
+    pool_of(model, root)
+    model.blocks[0].up.register_forward_hook(lambda *_: called.append(True))
+    inject(model, LoraConfig(r=2, target_modules=["up"], enable_lora={"up": (True, False)}))
+    assert type(model.blocks[0].up).__name__ == "LoraPackedLinear"
+    torch.testing.assert_close(model(x, adapter_names=NAMES[:2]), expected)
+    assert called
+
+
 def test_prefetch_and_the_host_cache(base, root):
     model, x = copy.deepcopy(base), torch.randn(1, 6)
     pool = pool_of(model, root, host_bytes=1 << 16)
@@ -176,6 +188,33 @@ def test_names_that_are_added(base, root, tmp_path):
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["evict", "remove"])
+def test_a_call_during_an_eviction_reads_the_new_files(base, root, monkeypatch, how):
+    """With a host cache, other threads call the model until the very moment at which an adapter is evicted."""
+    model, x, calls = copy.deepcopy(base), torch.randn(1, 6), []
+    pool = pool_of(model, None, host_bytes=1 << 20)
+    pool.add("new", root / "n0")
+    model(x, adapter_names=["new"])
+    forget = pool._host.forget
+
+    def call_meanwhile(names) -> None:
+        calls.extend(pool.prefetch("new"))
+        time.sleep(0.2)
+        forget(names)
+
+    monkeypatch.setattr(pool._host, "forget", call_meanwhile)
+    if how == "remove":
+        pool.remove("new")
+        assert isinstance(calls[0].exception(), KeyError)
+        pool.add("new", root / "n1")
+    else:
+        shutil.rmtree(root / "n0")
+        shutil.copytree(root / "n1", root / "n0")
+        pool.evict("new")
+        assert calls[0].result()
+    torch.testing.assert_close(model(x, adapter_names=["new"]), expected_rows(base, root, ["n1"], x))
 
 
 def test_directories_that_move(base, root, tmp_path, monkeypatch):

@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.shared_inputs import Net, assert_close, groups, net, some_x, step
+from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x, step
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lora_ext import LoraConfig, inject, set_adapter
+from lora_ext.adapters import unload
 from lora_ext.nn import shared_inputs
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -112,6 +113,19 @@ def test_copies_share_among_themselves(duplicate, calls):
     torch.testing.assert_close(layer(x), model.blocks[0].q(x))
 
 
+def test_shallow_copies_are_computed_alone(calls):
+    """They have the weights of the layer, but are not called where that is; more than an op takes may exist."""
+    model, x = net(), some_x()
+    expected, q = step(model, x), model.blocks[0].q
+    twins = [copy.copy(q) for _ in range(shared_inputs.LARGEST)]
+    calls.clear()
+    assert_close(step(model, x), expected)
+    assert calls == [3, 1]
+    for twin in twins:
+        assert twin.adapters is q.adapters
+        torch.testing.assert_close(twin(x), q(x))
+
+
 def test_state_and_files_are_as_without_sharing():
     shared, alone = net(), net(share_inputs=False)
     shared(some_x())
@@ -184,6 +198,36 @@ def test_selective_checkpointing():
     expected = step(net(2, lora_dropout=0.3), x)
     for _ in range(3):
         assert_close(step(model, x, run), expected)
+
+
+class InParts(nn.Module):
+    """Runs each layer within a function that may be checkpointed, as gated units of large models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor, run: Callable = lambda part, x: part(x)) -> Tensor:
+        x = x + 0
+        q = self.q(x).sin().exp()
+        return q * run(lambda x: self.k(x).sin().exp(), x) * run(lambda x: self.v(x).sin().exp(), x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_in_different_checkpoints(reentrant, dropout):
+    """A part that runs again runs alone: it has neither the outputs nor the dropout seeds of the others."""
+
+    def checkpointed(part: Callable, x: Tensor) -> Tensor:
+        return checkpoint(part, x, use_reentrant=reentrant)
+
+    config = LoraConfig(r=2, target_modules=["q", "k", "v"], lora_dropout=dropout, init_lora_weights=False)
+    torch.manual_seed(0)
+    model = inject(InParts(), config)
+    alone = inject(unload(copy.deepcopy(model)), config, share_inputs=False)
+    alone.load_state_dict(model.state_dict())
+    for _ in range(3):
+        assert_close(step(model, some_x(), checkpointed), step(alone, some_x()))
 
 
 def test_checkpointing_with_a_hook_that_goes_between_the_forwards():

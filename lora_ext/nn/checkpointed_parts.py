@@ -1,0 +1,49 @@
+"""Tells apart the parts of a forward that activation checkpointing runs again in the backward.
+
+Each part runs again by itself, from the state that the random generator had at its begin. So what one part computed or
+drew must not be used in another one.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointFunction
+
+_REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
+
+
+def graph_hook() -> Callable[..., Any] | None:
+    """Returns the hook that unpacks the tensors which autograd saves now, or None: another one in each part.
+
+    The graph keeps it alive. Reentrant checkpoints have none: :func:`reentrant_part`.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return None
+    return hooks[1] if type(hooks[1]).__weakrefoffset__ else None  # without weak references it would be kept alive
+
+
+def is_of_checkpoint(hook: Callable[..., Any] | None) -> bool:
+    """Returns whether ``hook`` is that of a non-reentrant checkpoint."""
+    return getattr(hook, "__module__", None) == "torch.utils.checkpoint"
+
+
+def reentrant_part() -> weakref.ref | None:
+    """Returns a reference that is equal within one run of a part that is checkpointed with ``use_reentrant=True``.
+
+    None: no such part is running. Without gradients, and in a backward, this walks the stack.
+    """
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() < 0:
+        return None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _REENTRANT:
+            return weakref.ref(frame.f_locals["ctx"])
+        frame = frame.f_back
+    return None
