@@ -35,7 +35,7 @@ from lora_ext.tasks.finetune.quantize import (
 )
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_data import load_data
-from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
+from lora_ext.tasks.shared.hub import check_no_adapter, loading_options, why_not_loaded
 
 
 class TaskModel(NamedTuple):
@@ -74,6 +74,7 @@ def load_model(
 
     TaskError: ``path`` has none, or it takes fewer tokens than ``max_length``.
     """
+    check_no_adapter(path)
     logging.set_verbosity_error()  # transformers reports every new head; check_fits reports other missing weights
     if not is_terminal():
         logging.disable_progress_bar()
