@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
+from lora_ext._common.embeddings import input_embeddings, output_embeddings
 from lora_ext._common.sharded import is_fully_sharded, is_sharded
 from lora_ext._common.wrapped import DATA_PARALLEL, root_module, without_thin_wrappers
 from lora_ext.nn import AdapterLayer, LoraLayer
@@ -71,7 +72,7 @@ class BareModel:
         self.layers: dict[str, list[AdapterLayer]] = {}
         self._visit("", root, set())
         self.head = output_head(root)
-        self.embedding = _asked(root, "get_input_embeddings")
+        self.embedding = innermost(input_embeddings(root))
 
     def _visit(self, path: str, module: nn.Module, seen: set[int]) -> None:
         layers, module = layers_around(module), innermost(module)
@@ -89,15 +90,7 @@ class BareModel:
 
 def output_head(root: nn.Module) -> nn.Module | None:
     """The output embeddings of a Transformers model, without adapter layers, or None."""
-    return _asked(root, "get_output_embeddings")
-
-
-def _asked(root: nn.Module, method: str) -> nn.Module | None:
-    ask = getattr(root, method, None)
-    try:
-        return innermost(ask()) if callable(ask) else None
-    except NotImplementedError:  # raised by Transformers models without one
-        return None
+    return innermost(output_embeddings(root))
 
 
 def file_paths(layers: Iterable[tuple[str, AdapterLayer]]) -> dict[AdapterLayer, str]:
