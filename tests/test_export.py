@@ -13,6 +13,7 @@ from support.models import bert, token_ids
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, set_adapter
+from lora_ext.adapters import merge_and_unload
 from lora_ext.export import library_paths, plain_pytorch
 from lora_ext.functional import bottleneck, lora_linear_siblings
 
@@ -145,6 +146,16 @@ def test_plain_program_has_gradients():
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_torchscript_is_refused_until_the_adapter_is_merged():
+    model = inject(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"], **ALIVE))
+    x = torch.randn(2, 4)
+    expected = model(x)
+    with pytest.raises(NotImplementedError, match="LoraLinear cannot be scripted; use torch.export or torch.compile"):
+        torch.jit.script(model)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.jit.script(merge_and_unload(model))(x), expected)
 
 
 def test_dropout_is_refused():

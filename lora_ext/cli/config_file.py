@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lora_ext.tasks import TaskError
 
 _MOST_BYTES = 1_000_000
 _LISTS_OF_NAMES = ("target-modules", "modules-to-save")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$")
 _NOT_IN_A_FILE = ("help", "config", "resume", "overwrite")  # they are about one call, not about the run
 
 
@@ -97,8 +99,24 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, dict | list):
-        return json.dumps(value)
+        return json.dumps(_as_json(value))
     return str(value)
+
+
+class _Number(str):
+    """A number as it is written: ``model: 1.10`` is no 1.1, and YAML 1.1 reads 1:30 as 90 and 010 as 8."""
+
+    __repr__ = str.__str__
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _as_json(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_as_json(one) for one in value]
+    if isinstance(value, _Number):
+        return int(value) if value.lstrip("+-").isdecimal() else float(value)
+    return value
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -108,7 +126,12 @@ def _read(path: Path) -> dict[Any, Any]:
         raise TaskError(f"--config needs PyYAML: {install_hint('finetune')}") from error
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that occurs twice."""
+        """Refuses a key that occurs twice, and reads decimal numbers only."""
+
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, how) for tag, how in found if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+            for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value]
@@ -117,6 +140,8 @@ def _read(path: Path) -> dict[Any, Any]:
                 raise yaml.YAMLError(f"{twice[0]!r} occurs {keys.count(twice[0])} times below line {line}")
             return super().construct_mapping(node, deep)
 
+    Loader.add_implicit_resolver("!number", _NUMBER, list("+-.0123456789"))
+    Loader.add_constructor("!number", lambda loader, node: _Number(node.value))
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)

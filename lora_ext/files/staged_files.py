@@ -101,6 +101,10 @@ def staged_files(directory: Path, names: Sequence[str], caller: str) -> Iterator
             for path in reversed(made):
                 path.rmdir()
         if isinstance(error, OSError):
+            if isinstance(error, FileExistsError | NotADirectoryError) and (file := _not_a_directory(directory)):
+                raise type(error)(
+                    error.errno, f"{caller}: {file} is no directory; choose another path", given_path
+                ) from error
             reason = error.strerror or str(error)
             if error.filename not in (None, str(directory)):
                 reason += f": {os.fspath(error.filename)}"
@@ -141,6 +145,11 @@ def _make(directory: Path, made: list[Path]) -> None:
         path.mkdir(exist_ok=True)
         made.append(path)
     directory.mkdir(exist_ok=True)  # raises if it is not a directory
+
+
+def _not_a_directory(directory: Path) -> Path | None:
+    """Returns what stands in the place of ``directory`` or of a directory above it."""
+    return next((path for path in (directory, *directory.parents) if os.path.lexists(path) and not path.is_dir()), None)
 
 
 @contextmanager

@@ -236,9 +236,15 @@ def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
     """The adapters of an injected model. ValueError: it is not injected."""
     adapters = adapter_set(model)
     if adapters is None:
+        root = root_module(model)
+        inner = next((path for path, module in root.named_modules() if _ATTRIBUTE in vars(module)), None)
         raise ValueError(
-            f"{caller}: {type(root_module(model)).__name__} is not injected; call lora_ext.inject on it (on this "
-            "module, not on a part of it)"
+            f"{caller}: {type(root).__name__} is not injected; "
+            + (
+                "call lora_ext.inject on it (on this module, not on a part of it)"
+                if inner is None
+                else f"its part {inner!r} is: pass model.{inner}"
+            )
         )
     return adapters
 

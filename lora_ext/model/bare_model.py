@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
+from lora_ext._common.embeddings import input_embeddings, output_embeddings
 from lora_ext._common.sharded import is_fully_sharded, is_sharded
 from lora_ext._common.wrapped import DATA_PARALLEL, root_module, without_thin_wrappers, without_wrapper
 from lora_ext.nn import AdapterLayer, LoraLayer
@@ -70,7 +71,7 @@ class BareModel:
         self.layers: dict[str, list[AdapterLayer]] = {}
         self._visit("", root, set())
         self.head = output_head(root)
-        self.embedding = _asked(root, "get_input_embeddings")
+        self.embedding = _without_layers(input_embeddings(root))
 
     def _visit(self, path: str, module: nn.Module, seen: set[int]) -> None:
         layers, module = _unwrapped(module)
@@ -88,16 +89,11 @@ class BareModel:
 
 def output_head(root: nn.Module) -> nn.Module | None:
     """The output embeddings of a Transformers model, without adapter layers, or None."""
-    return _asked(root, "get_output_embeddings")
+    return _without_layers(output_embeddings(root))
 
 
-def _asked(root: nn.Module, method: str) -> nn.Module | None:
-    ask = getattr(root, method, None)
-    try:
-        found = ask() if callable(ask) else None
-    except NotImplementedError:  # raised by Transformers models without one
-        return None
-    return None if found is None else _unwrapped(found)[1]
+def _without_layers(module: nn.Module | None) -> nn.Module | None:
+    return None if module is None else _unwrapped(module)[1]
 
 
 def _unwrapped(module: nn.Module) -> tuple[list[AdapterLayer], nn.Module]:

@@ -31,8 +31,10 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     model = inject(Net(), LoraConfig(target_modules=["up"]))
     blocker = tmp_path / "file"
     blocker.write_text("mine")
-    for directory, reason in ((blocker, "File exists"), (blocker / "below", "Not a directory")):
-        with refused(model, OSError, f"save_adapter: cannot write there ({reason})", str(directory)):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for directory, what in ((blocker, blocker), (blocker / "below", blocker), (tmp_path / "link", tmp_path / "link")):
+        words = f"save_adapter: {what} is no directory; choose another path"
+        with refused(model, OSError, words, str(directory)):
             save_adapter(model, directory)
     assert blocker.read_text() == "mine"
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import ALIVE, FAMILIES, Net, adapter_of_net, bert, llama, refused, shaken, token_ids
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import lora_modules
@@ -205,6 +206,13 @@ def test_all_linear_is_saved_as_the_matched_layers(tmp_path):
     matched = ["self_attn.out_proj", "linear1", "linear2"]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == matched
     load_adapter(nn.TransformerEncoderLayer(8, 2, 12), tmp_path)
+
+
+def test_a_model_around_an_injected_one_is_refused_by_the_place_of_that(tmp_path):
+    model = AveragedModel(inject(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"])))
+    with pytest.raises(ValueError, match=r"AveragedModel is not injected; its part 'module' is: pass model\.module"):
+        save_adapter(model, tmp_path)
+    save_adapter(model.module, tmp_path)
 
 
 def test_a_compiled_model_saves_the_same_keys(tmp_path):

@@ -13,9 +13,11 @@ from support import tiny_classifier
 
 from lora_ext.tasks.analyze import run as analyze
 from lora_ext.tasks.comparison import compare, costs, pools, sweep
+from lora_ext.tasks.finetune import results
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.plan import run as plan
+from lora_ext.tasks.shared.whole_files import write_picture
 
 METHODS = ["bitfit", "lora:r=2", "lora:r=3"]
 COMPARE, SWEEP, ANALYSIS = Path("compare/compare.json"), Path("sweep/sweep.json"), Path("analysis/analysis.json")
@@ -34,6 +36,8 @@ def _save_results(folder: Path) -> Path:
     options = {**inputs, "max_length": 32, "epochs": 1.0, "test_split": 0.3}
     out = folder / "results"
     with pytest.MonkeyPatch.context() as patch:
+        # The first module that asks may draw no curves (tests/tasks/conftest.py), but later ones read these.
+        patch.setattr(results, "write_picture", write_picture)
         patch.setattr(pools, "in_process", _here)  # processes take longer than the rest
         patch.setattr(costs, "_ROUNDS", 3)
         patch.setattr(analyze.results, "draw", lambda analysis, out: [])
@@ -42,7 +46,7 @@ def _save_results(folder: Path) -> Path:
         runs = out / "compare" / "runs" / "lora-r=3"
         adapters = tuple(str(runs / f"seed-{seed}" / "adapter") for seed in (0, 1))
         analyze.analyze(analyze.AnalysisSettings(adapters, base=inputs["model"]), out / "analysis", say=_silent)
-    finetune(Settings.load(runs / "seed-0"), out / "single", say=_silent)
+        finetune(Settings.load(runs / "seed-0"), out / "single", say=_silent)
     planned = Settings(model=inputs["model"], method="lora", r=2, max_length=32)
     plan.plan(plan.PlanSettings(planned, gpu_memory=700_000, reserve=100_000, texts=10**6), out / PLAN.parent)
     return out

@@ -36,6 +36,12 @@ def test_a_file_equals_the_command_line_which_wins(tmp_path: Path):
     file.write_text("ranks: 1,2\ntargets: q;q,v\nout: there\n")
     given = parsed("--config", str(file), "--seeds", "5", command="sweep")
     assert (given.ranks, given.targets, given.seeds) == ([1, 2], ["q", "q,v"], [5])
+    file.write_text(
+        "seed: 010\nmodel: 1.10\ndata: 2026-11-28T10:00:00Z\nout: 1e3\nset: {lr_scheduler_kwargs: {min_lr: 1e-5}}"
+    )
+    given = parsed("--config", str(file))
+    assert (given.seed, given.model, given.data, str(given.out)) == (10, "1.10", "2026-11-28T10:00:00Z", "1e3")
+    assert given.set == """'lr_scheduler_kwargs={"min_lr": 1e-05}'"""
     file.write_text("")
     assert parsed("--config", str(file), "--out", "x").epochs == Settings().epochs
 
@@ -46,6 +52,8 @@ def test_a_file_equals_the_command_line_which_wins(tmp_path: Path):
         ("epoch: 3", "'epoch' is not an option; close matches: 'epochs'"),
         ("resume: true", "'resume' is not an option"),
         ("epochs: many", "epochs is 'many': want float"),
+        ("epochs: 1:30", "epochs is '1:30': want float"),
+        ("r: 0x10", "r is '0x10': want int"),
         ("r: 1.5", "r is '1.5': want int"),
         ("r:", "r has no value"),
         ("r: {a: 1}", "r is {'a': 1}, want one value"),

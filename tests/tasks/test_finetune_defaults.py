@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import tiny_classifier
 from support.models import bert, roberta
 from torch import nn
+from transformers import CanineConfig, CanineForSequenceClassification, CanineTokenizer
 
 from lora_ext.cli import training
 from lora_ext.methods import apply_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm.settings import CausalSettings
 from lora_ext.tasks.finetune.defaults import USUAL, WITH_EMBEDDINGS
+from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings, command_line
 from lora_ext.tasks.finetune.task_model import method_for
 
@@ -47,6 +51,25 @@ def test_lora_in_a_classifier_adapts_the_embeddings_too():
 ])  # fmt: skip
 def test_the_usual_defaults_where_layers_are_named_or_nothing_else_was_tried(settings: Settings):
     assert dependent(settings) == USUAL | {"learning_rate": 1e-3}
+
+
+@pytest.mark.full
+def test_a_model_that_tells_no_embeddings(tmp_path: Path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = CanineConfig(max_position_embeddings=64, num_hash_buckets=32, local_transformer_stride=16, **sizes)
+    CanineForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    CanineTokenizer(model_max_length=64).save_pretrained(tmp_path / "model")
+    rows = [(f"{label}{i}", label) for i in range(9) for label in "xy"]
+    data = tiny_classifier.save_reviews(tmp_path / "data.csv", rows)
+    settings = Settings(model=str(tmp_path / "model"), data=str(data), max_length=16, epochs=1)
+    said: list[str] = []
+    finetune(settings, tmp_path / "out", measure=False, say=said.append)
+    assert any(line.endswith("tells no input embeddings: LoRA adapts all-linear alone") for line in said)
+    saved = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert saved["r"] == 4 and any(name.endswith("attention.self.query") for name in saved["target_modules"])
+    for options in ({"modules_to_save": None}, {"trim_vocabulary": True}):  # None: the layers were named
+        with pytest.raises(TaskError, match="CanineForSequenceClassification tells no input embeddings"):
+            finetune(replace(settings, **options), tmp_path / "other", say=said.append)
 
 
 def test_settings_with_defaults_stay_as_they_are():

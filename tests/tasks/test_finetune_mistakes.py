@@ -57,6 +57,14 @@ def test_texts_that_leave_no_room_for_special_tokens(tiny: Settings, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "method.json"])
+def test_an_adapter_is_no_model(tiny: Settings, tmp_path: Path, name: str):
+    (tmp_path / name).write_text('{"base_model_name_or_path": "the/base"}')
+    tiny_classifier.save_tokenizer(tmp_path)  # with it, Transformers loads the base and the adapter
+    with pytest.raises(TaskError, match=f"is an adapter, and no model .it holds {name}.; its base is the/base. Name"):
+        finetune(replace(tiny, model=str(tmp_path)), tmp_path / "out")
+
+
 def test_labels_that_only_the_test_file_has(tiny: Settings, tmp_path: Path):
     test_file = tiny_classifier.save_reviews(tmp_path / "test.csv", [("the plot is fine", "positive")])
     with pytest.raises(

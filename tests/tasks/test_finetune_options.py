@@ -207,7 +207,8 @@ def test_set_reaches_the_run(tiny: Settings, tmp_path: Path):
         ("weight_decay=much", "--set weight_decay is 'much', want a number"),
         ("weight_decay=nan", "--set weight_decay is 'nan', want at least 0"),
         ("neftune_noise_alpha=-5", "--set neftune_noise_alpha is '-5', want at least 0"),
-        ("max_steps=-5", "--set max_steps is '-5', want at least 0"),
+        ("max_steps=-5", "--set max_steps is '-5', want at least 1"),
+        ("max_steps=0", "--set max_steps is '0', want at least 1"),
         ("adam_beta1=2", "--set adam_beta1=2: Invalid beta parameter"),
         (
             "dataloader_persistent_workers=true",

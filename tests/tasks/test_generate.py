@@ -228,6 +228,10 @@ def test_answers_stream(directory: Path, capsys, monkeypatch):
         (["--base"], "--base goes with --adapter"),
         (["--model", "plain", "--chat"], "plain has no chat template, so messages cannot become a text"),
         (["--model", "nowhere"], "--model nowhere cannot be loaded"),
+        (
+            ["--model", "first"],
+            "--model first is an adapter, and no model (it holds adapter_config.json); its base is ",
+        ),
         (["--model", "nowhere.gguf"], "--model nowhere.gguf cannot be read: No such file"),
         (["--temperature", "-1"], "--temperature is -1.0, want a finite number of at least 0"),
         (["--top-p", "0.5"], "--top-p and --top-k go with --temperature above 0"),

@@ -277,6 +277,9 @@ def test_a_config_that_says_too_little(tmp_path):
         plan(PlanSettings(Settings(model=str(tmp_path))))
     with pytest.raises(TaskError, match="built-in models: gpt3-175b"):
         plan(PlanSettings(Settings(model=str(tmp_path / "nothing"))))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(TaskError, match="is an adapter, and no model"):
+        plan(PlanSettings(Settings(model=str(tmp_path))))
 
 
 def test_models_of_other_kinds(tmp_path):

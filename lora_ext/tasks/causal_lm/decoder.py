@@ -25,7 +25,7 @@ from lora_ext._common.progress import is_terminal
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.quantize import Quantization, avoid_packed_layout
 from lora_ext.tasks.finetune.task_model import most_tokens
-from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
+from lora_ext.tasks.shared.hub import check_no_adapter, loading_options, why_not_loaded
 
 _MAGIC = b"GGUF"
 _FEW = 8  # tokens of a text for a test of the model
@@ -65,6 +65,7 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32, quantization: Qu
             )
         name, options = _gguf_options(path)
     else:
+        check_no_adapter(path)
         name, options = path, loading_options(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)

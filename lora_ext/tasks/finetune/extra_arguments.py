@@ -112,8 +112,8 @@ def typed(text: str) -> dict[str, Any]:
                 + (f"; close matches: {', '.join(map(repr, close))}" if close else "")
             )
         values[name] = read = _value(name, value, typing.get_args(kinds[name]) or (kinds[name],))
-        default = TrainingArguments.__dataclass_fields__[name].default  # None or -1 stand for none
-        least = 1 if default is None and type(read) is int else 0
+        default = TrainingArguments.__dataclass_fields__[name].default  # None or -1 stand for none; so would 0 steps
+        least = 1 if default in (None, -1) and type(read) is int else 0
         if isinstance(read, int | float) and read != default and not read >= least:
             raise TaskError(f"--set {name} is {value!r}, want at least {least}")  # for NaN, too
     return values

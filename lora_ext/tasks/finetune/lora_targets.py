@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lora_ext._common.embeddings import input_embeddings
 from lora_ext.methods import ARCHITECTURES
 from lora_ext.tasks import TaskError
 
@@ -36,10 +37,7 @@ def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
 
 
 def _embedding(model: PreTrainedModel) -> str:
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:  # a model of Transformers without tokens
-        embedding = None
+    embedding = input_embeddings(model)
     for path, module in model.named_modules():
         if module is embedding and path:
             return path

@@ -32,6 +32,7 @@ from lora_ext.tasks.finetune.task_model import (
     model_path_of,
     most_tokens,
     sharing,
+    targets_of,
 )
 from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forward_of, predict, train
@@ -105,6 +106,8 @@ def finetune(
         model_path, labels, settings.max_length, settings.dtype, quantization, pooling=settings.pooling
     )
     check_fits(task_model, settings)
+    if (targets := targets_of(task_model.model, settings)) != settings.target_modules:
+        say(f"{model_path} tells no input embeddings: LoRA adapts {targets} alone")
     if pooling_of(task_model.model) == "cls":
         say(f"{model_path} has no pooler: a new one is trained with the head (--pooling mean needs none)")
     trimmed = None

@@ -19,12 +19,14 @@ from transformers import (
     logging,
 )
 
+from lora_ext._common.embeddings import input_embeddings
 from lora_ext._common.progress import is_terminal
 from lora_ext.methods import ARCHITECTURES, Method, apply_method, head_parameters, new_method, option_names
 from lora_ext.methods.prefix_embed import SpecialTokens
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.finetune.data import Splits
+from lora_ext.tasks.finetune.defaults import USUAL, WITH_EMBEDDINGS
 from lora_ext.tasks.finetune.lora_targets import lora_targets, split_names
 from lora_ext.tasks.finetune.pooling import choose_pooling, poolers
 from lora_ext.tasks.finetune.quantize import (
@@ -35,7 +37,7 @@ from lora_ext.tasks.finetune.quantize import (
 )
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_data import load_data
-from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
+from lora_ext.tasks.shared.hub import check_no_adapter, loading_options, why_not_loaded
 
 
 class TaskModel(NamedTuple):
@@ -74,6 +76,7 @@ def load_model(
 
     TaskError: ``path`` has none, or it takes fewer tokens than ``max_length``.
     """
+    check_no_adapter(path)
     logging.set_verbosity_error()  # transformers reports every new head; check_fits reports other missing weights
     if not is_terminal():
         logging.disable_progress_bar()
@@ -173,10 +176,20 @@ def _modules_to_save(model: PreTrainedModel, settings: Settings) -> list[str] | 
     return split_names(settings.modules_to_save) if settings.modules_to_save else None
 
 
+def targets_of(model: PreTrainedModel, settings: Settings) -> str:
+    """Returns the target modules of ``settings``; of the defaults, those that ``model`` has."""
+    is_default = (settings.target_modules, settings.modules_to_save) == tuple(
+        WITH_EMBEDDINGS[name] for name in ("target_modules", "modules_to_save")
+    )
+    if is_default and input_embeddings(model) is None:
+        return USUAL["target_modules"]
+    return settings.target_modules
+
+
 def method_for(model: PreTrainedModel, settings: Settings, model_path: str) -> Method:
     """Returns the method that ``settings`` ask for. ValueError, TypeError: an option is wrong."""
     values = asdict(settings) | {
-        **lora_targets(model, settings.target_modules),
+        **lora_targets(model, targets_of(model, settings)),
         "modules_to_save": _modules_to_save(model, settings),
         "base_model_name_or_path": model_path,
     }
@@ -206,7 +219,9 @@ def check_room(modules: Iterable[nn.Module], most: int | None, rows: list[dict[s
 
 def check_tokens(model: PreTrainedModel, rows: Iterable[dict[str, Any]], path: str) -> None:
     """Raises TaskError if a text has a token that the embedding of the bare ``model`` lacks."""
-    known = model.get_input_embeddings().weight.shape[0]
+    if (embedding := input_embeddings(model)) is None:  # CANINE hashes characters
+        return
+    known = embedding.weight.shape[0]
     largest = max(max(row["input_ids"]) for row in rows)
     if largest >= known:
         raise TaskError(

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lora_ext._common.embeddings import input_embeddings
 from lora_ext.methods import ARCHITECTURES, head_parameters
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.data import Splits, shown
@@ -127,7 +128,10 @@ def save_trimmed(
 
 
 def _embedding(path: str, model: PreTrainedModel) -> nn.Embedding:
-    embedding = model.get_input_embeddings()
+    if (embedding := input_embeddings(model)) is None:
+        raise TaskError(
+            f"--trim-vocabulary: {type(model).__name__} tells no input embeddings; train without the option"
+        )
     if getattr(model.config, "quantization_config", None) is not None:
         raise TaskError(f"--trim-vocabulary: {path} is quantised; want the checkpoint that was quantised")
     if type(embedding) is not nn.Embedding or embedding.num_embeddings != model.config.vocab_size:

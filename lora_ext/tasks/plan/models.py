@@ -22,7 +22,7 @@ from transformers import (
 from lora_ext.methods import Method, apply_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
-from lora_ext.tasks.shared.hub import loading_options, why_not_loaded
+from lora_ext.tasks.shared.hub import check_no_adapter, loading_options, why_not_loaded
 
 TASKS = {"classification": AutoModelForSequenceClassification, "language-model": AutoModelForCausalLM}
 DEMO_LABELS = 3
@@ -73,6 +73,7 @@ def read_config(model: str | None) -> PretrainedConfig:
     if model in BUILT_IN:
         return BUILT_IN[model]()
     path = demo.model_path() if model is None else model
+    check_no_adapter(str(path))
     try:
         config = AutoConfig.from_pretrained(path, **loading_options(str(path)))
     except (OSError, ValueError, KeyError, TypeError) as error:

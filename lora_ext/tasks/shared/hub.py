@@ -1,4 +1,4 @@
-"""Loads models by id; without a network, from the cache or not at all, and at once."""
+"""Loads models by path or id; ids without a network from the cache or not at all, and at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,33 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lora_ext.files import read_json_object
+from lora_ext.tasks import TaskError
+
 _SECONDS = 5.0  # for the hub to answer
+
+
+_ADAPTER_CONFIGS = ("adapter_config.json", "method.json")
+
+
+def check_no_adapter(model: str) -> None:
+    """Refuses the directory of an adapter: Transformers would load its base, with or without the adapter, or nothing.
+
+    TaskError: names the base.
+    """
+    for name in _ADAPTER_CONFIGS:
+        path = Path(model) / name
+        if not path.is_file():
+            continue
+        try:
+            base = read_json_object(path, "", 10_000_000).get("base_model_name_or_path")
+        except (OSError, ValueError):
+            base = None
+        raise TaskError(
+            f"--model {model} is an adapter, and no model (it holds {name}); its base is "
+            f"{base or 'not named there'}. Name the base by --model, and the adapter by the --adapter of generate; "
+            "or merge the two and name the result (docs/checkpoints.md)"
+        )
 
 
 def loading_options(model: str) -> dict[str, Any]:
