@@ -49,11 +49,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--lora-ext"):
         return
-    from lora_ext.integrations.peft import accelerate, embedding, linear, merging
+    from lora_ext import functional
+    from lora_ext.integrations.peft import accelerate, embedding, linear, merging, parameter
 
     for module, name in (
         (linear, "lora_linear"),
         (linear, "lora_delta_"),
+        (linear, "add_chosen"),
+        (functional, "lora_linear"),  # layers that share inputs
+        (functional, "lora_linear_siblings"),
+        (functional, "lora_delta_siblings"),
+        (parameter, "call_with_updates"),
         (embedding, "_add_product"),
         (merging, "merge_all_"),
         (merging, "unmerge_all_"),
