@@ -145,8 +145,8 @@ class AdapterSet:
         for name in names:
             if name not in self.configs and self.pool is not None and self.pool.knows(name):
                 raise KeyError(
-                    f"{caller}: {name!r} is an adapter of the model's AdapterPool, which rows name (adapter_names=...); for "
-                    f"one of the model itself, call load_adapter(model, directory, adapter_name={name!r})"
+                    f"{caller}: {name!r} is an adapter of the model's AdapterPool, which rows name (adapter_names); "
+                    f"for one of the model itself, call load_adapter(model, directory, adapter_name={name!r})"
                 )
         check_names(caller, self.configs, names)
 
