@@ -17,7 +17,7 @@ from lora_ext.adapters.combine import check_combination, combine_factors
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.injection.inject import apply_injection, check_new_name, check_none_merged
 from lora_ext.matching.path_names import EndTable
-from lora_ext.model.adapter_set import Adapter, Part, check_names, find_adapter, find_adapters
+from lora_ext.model.adapter_set import Adapter, Part, find_adapter, find_adapters
 from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
 from lora_ext.nn import LoraAdapter, LoraLayer
 from lora_ext.nn.attention import SeparateProjections
@@ -72,7 +72,7 @@ def add_weighted_adapter(
     check_not_sharded(caller, model, "call add_weighted_adapter before you shard it")
     held = find_adapters(model, caller)
     held.check_enabled(caller)
-    check_names(caller, held.configs, adapters)
+    held.check_names(caller, adapters)
     check_new_name(caller, adapter_name, held)
     check_none_merged(caller, root_module(model))
     settings = {

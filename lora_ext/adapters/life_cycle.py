@@ -15,7 +15,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty_layers
 from lora_ext.merging.model import some
-from lora_ext.model.adapter_set import adapter_set, check_names, find_adapters
+from lora_ext.model.adapter_set import adapter_set, find_adapters
 from lora_ext.model.bare_model import adapter_layers, check_not_parallel
 from lora_ext.nn import ActiveAdapters, LoraLayer
 from lora_ext.quantized import quantized_weight
@@ -51,7 +51,7 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
     adapters = find_adapters(model, "set_adapter")
     adapters.check_enabled("set_adapter")
     names = (names,) if isinstance(names, str) else tuple(names)
-    check_names("set_adapter", adapters.configs, names)
+    adapters.check_names("set_adapter", names)
     if len(set(names)) < len(names):
         raise ValueError(f"set_adapter: names are {list(names)}, want each once")
     for path in {path for name in names for path in adapters.trained[name]}:
@@ -138,7 +138,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     """
     adapters = find_adapters(model, "delete_adapter")
     adapters.check_enabled("delete_adapter")
-    check_names("delete_adapter", adapters.configs, [name])
+    adapters.check_names("delete_adapter", [name])
     if name in adapters.active.names:
         others = sorted(adapters.configs.keys() - {name})
         raise RuntimeError(
@@ -174,7 +174,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     """
     adapters = find_adapters(model, "rename_adapter")
     adapters.check_enabled("rename_adapter")
-    check_names("rename_adapter", adapters.configs, [old])
+    adapters.check_names("rename_adapter", [old])
     if new == old:
         return model
     check_new_name("rename_adapter", new, adapters)

@@ -196,6 +196,10 @@ class AdapterPool:
         path = self._directory / name
         return path if holds_adapter(path) else None
 
+    def knows(self, name: str) -> bool:
+        """Returns whether the pool can find the adapter."""
+        return self._path_of(name) is not None
+
     def check_known(self, names: Iterable[str], caller: str, adapters_of_model: Iterable[str] = ()) -> None:
         """Checks that the pool can find the adapters. KeyError: names the known ones.
 
@@ -203,7 +207,7 @@ class AdapterPool:
             adapters_of_model: adapters of the model itself, for the message.
         """
         for name in names:
-            if self._path_of(name) is None:
+            if not self.knows(name):
                 known = [*adapters_of_model, *self.names()]
                 close = difflib.get_close_matches(name, known, 3)
                 meant = f" (close to {', '.join(map(repr, close))})" if close else ""

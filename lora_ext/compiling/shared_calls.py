@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lora_ext._ops.registration import op_named
 from lora_ext.compiling.changed_tensors import may_change
 from lora_ext.nn.input_groups import InputGroup
-from lora_ext.nn.shared_inputs import LARGEST, Operands, SharesInputs
+from lora_ext.nn.operands import Operands
+from lora_ext.nn.shared_inputs import LARGEST, SharesInputs
 
 _SINGLE, _SIBLINGS = op_named("lora_linear"), op_named("lora_linear_siblings")
 _TARGETS = (_SINGLE, _SINGLE.overloadpacket)

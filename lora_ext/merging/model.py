@@ -304,8 +304,8 @@ def _shared(model: nn.Module) -> set[ActiveAdapters]:
 def _unload(model: nn.Module, merged: bool) -> None:
     if (adapters := adapter_set(model)) is not None and not merged:
         adapters.switch(())  # restores the model's own biases
-    for active in _shared(model) if adapters is not None else ():
-        active.removed(tuple(adapters.configs))
+    if adapters is not None:
+        adapters.active.removed(tuple(adapters.configs))
     while layers := [layer for _, layer in adapter_layers(model)]:  # layers may be nested
         inner = {id(child) for layer in layers for child in layer.children() if isinstance(child, AdapterLayer)}
         outer = [layer for layer in layers if id(layer) not in inner]

@@ -140,6 +140,16 @@ class AdapterSet:
         if self.active.is_disabled:
             raise RuntimeError(f"{caller}: the adapters are disabled; leave disable_adapters first")
 
+    def check_names(self, caller: str, names: Iterable[str]) -> None:
+        """Checks that the model has these adapters itself. KeyError: it has not; the message says if a pool has."""
+        for name in names:
+            if name not in self.configs and self.pool is not None and self.pool.knows(name):
+                raise KeyError(
+                    f"{caller}: {name!r} is an adapter of the model's AdapterPool, which rows name (adapter_names); "
+                    f"for one of the model itself, call load_adapter(model, directory, adapter_name={name!r})"
+                )
+        check_names(caller, self.configs, names)
+
     def add(self, adapter: Adapter) -> None:
         """Registers an adapter whose parts are attached."""
         self.configs[adapter.name] = adapter.config
@@ -265,7 +275,7 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
                 f"adapters are {sorted(adapters.configs)}"
             )
         (name,) = adapters.active.names
-    check_names(caller, adapters.configs, [name])
+    adapters.check_names(caller, [name])
     adapter = adapter_in(root_module(model), adapters, name)
     check_at_hand(caller, adapter)
     return adapter

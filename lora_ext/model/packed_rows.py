@@ -75,6 +75,7 @@ def fit(choice: PackedChoice, root: nn.Module, values: Mapping[str, Any], caller
     if isinstance(kept, int):
         kept = torch.arange(max(length - kept, 0), length) if kept else None
     if isinstance(kept, Tensor):
+        kept = kept.nonzero().flatten() if kept.dtype is torch.bool else kept
         choice.kept, choice.head = kept, output_head(root)
 
 

@@ -26,111 +26,21 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext._ops.registration import autocast_device, call_state
-from lora_ext.nn.base_layer import plain_linear, runs_quantized_product
 from lora_ext.nn.checkpointed_parts import graph_hook, is_of_checkpoint, reentrant_part
+from lora_ext.nn.operands import Operands
 
 LARGEST = 8  # layers of lora_linear_siblings
 TOO_MANY_MISSES = 2  # a call that is interrupted leaves outputs behind once
 
 ANOTHER_TENSOR = "is called with another tensor"
 NOT_CALLED = "is not called after the others"
-
-
-class Operands(NamedTuple):
-    """The tensors and numbers of a layer with one adapter, as the layer holds them: no tensor is made for a call.
-
-    Attributes:
-        quantized: the base layer, if its weight is quantised: it computes its product itself.
-        is_training: whether that is in training mode; bitsandbytes' 8-bit layers compute something else then.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_bias: Tensor | None
-    scaling: float
-    dropout_p: float
-    quantized: nn.Module | None = None
-    is_training: bool = False
-
-    def full_bias(self) -> Tensor | None:
-        if self.lora_bias is None:
-            return self.bias
-        scaled = (self.scaling * self.lora_bias).to(self.weight.dtype)
-        return scaled if self.bias is None else self.bias + scaled
-
-    def base_output(self, x: Tensor) -> Tensor:
-        """Returns the quantised base layer's output plus the adapter's bias."""
-        y = self.quantized(x)
-        return y if self.lora_bias is None else y + (self.scaling * self.lora_bias).to(y.dtype)
-
-    def are(self, others: Operands) -> bool:
-        """Returns whether these are the same objects and numbers."""
-        return (
-            self.weight is others.weight
-            and self.lora_A is others.lora_A
-            and self.lora_B is others.lora_B
-            and self.bias is others.bias
-            and self.lora_bias is others.lora_bias
-            and self.scaling == others.scaling
-            and self.dropout_p == others.dropout_p
-            and self.quantized is others.quantized
-            and self.is_training == others.is_training
-        )
-
-    def stamp(self) -> tuple[int | bool, ...]:
-        """Changes with every in-place change of a tensor. RuntimeError: one of them does not count its changes."""
-        weight, bias, A, B, lora_bias = self[:5]
-        stamp = weight._version, A._version, B._version, weight.requires_grad, A.requires_grad, B.requires_grad
-        for tensor in (bias, lora_bias):
-            if tensor is not None:
-                stamp += tensor._version, tensor.requires_grad
-        return stamp
-
-    def why_apart(self, others: Operands) -> str:
-        """Returns why one op cannot compute this layer along with a layer with ``others``, or ""."""
-        mine, theirs = self.weight, others.weight
-        is_plain = self.quantized is None
-        if (
-            self.dropout_p == others.dropout_p
-            and is_plain == (others.quantized is None)
-            and (mine.dtype is theirs.dtype or not is_plain)
-            and self.lora_A.dtype is others.lora_A.dtype
-            and self.lora_A.shape[1] == others.lora_A.shape[1]
-            and mine.device == theirs.device
-            and self.lora_A.device == others.lora_A.device
-        ):
-            return ""
-        if self.dropout_p != others.dropout_p:
-            return f"its dropout is {self.dropout_p:g}, that of the others {others.dropout_p:g}"
-        if is_plain != (others.quantized is None):
-            return f"its weight is {'not ' * is_plain}quantised, and those of the others are{' not' * (not is_plain)}"
-        for name, a, b in (("weight", self.weight, others.weight), ("factors", self.lora_A, others.lora_A)):
-            if a.dtype != b.dtype or a.device != b.device:
-                return f"its {name}: {a.dtype} on {a.device}, that of the others: {b.dtype} on {b.device}"
-        return f"its lora_A is {list(self.lora_A.shape)}, one of the others is {list(others.lora_A.shape)}"
-
-
-def frozen_product(base: nn.Module) -> tuple[Tensor, Tensor | None, nn.Module | None, bool] | str:
-    """Returns weight and bias of :class:`Operands` for a base layer, the layer if it is quantised, and its mode.
-
-    Or why the base layer may do something else than multiply by its weight and add its bias.
-    """
-    plain = plain_linear(base)
-    if plain is not None and type(plain[0]) is nn.Parameter:  # Conv1D's is transposed for the call
-        return *plain, None, False
-    if plain is None and runs_quantized_product(base):
-        parameters = base._parameters
-        return parameters["weight"], parameters["bias"], base, base.training
-    return "its base layer is not a plain or quantised nn.Linear, or has hooks or a forward of its own"
 
 
 class SharesInputs:
@@ -221,11 +131,10 @@ class SharedInputs:
             current.called.add(key)
             y = current.take(key, operands)
             return _alone(x, operands, current.seed(operands.dropout_p, x)) if y is None else y
-        if current is not None:
-            current.end(self, key)
+        came = current is not None and current.end(self, key)
         current = _thread.round = _Round(self, x, state)
         current.called.add(key)
-        group = self._group_to_compute(layer)
+        group = self._group_to_compute(layer, came)
         if group is not None:
             y = current.compute(group, layer, x, operands)
             if y is not None:
@@ -245,15 +154,18 @@ class SharedInputs:
         current.called.add(key)
         return functools.partial(current.seed, x=x)
 
-    def _group_to_compute(self, layer: nn.Module) -> Group | None:
-        """Returns the group to compute with ``layer``, or None if ``layer`` is to be computed alone."""
+    def _group_to_compute(self, layer: nn.Module, came: bool) -> Group | None:
+        """Returns the group to compute with ``layer``, or None if ``layer`` is to be computed alone.
+
+        ``came``: the layer came with another tensor after the others. While graphs exist, nothing else decides than
+        the calls within their parts of the forward, which are the same in the second forward.
+        """
         self._graphs = [ref for ref in self._graphs if ref() is not None]
-        if self._leaving is not None:
-            if not self._graphs:
-                self._split(*self._leaving)
-                self._leaving = None
-            elif id(layer) in self._leaving[1]:
-                return None
+        if self._leaving is not None and not self._graphs:
+            self._split(*self._leaving)
+            self._leaving = None
+        elif came:
+            return None
         group = self.groups.get(id(layer))
         if group is None or len(group.layers) < 2 or group.layers[id(layer)]() is not layer:
             return None
@@ -363,13 +275,18 @@ class _Round:
         self._group.is_proven = True
         return y
 
-    def end(self, caller: SharedInputs, key: int) -> None:
-        """Drops the outputs that are left. The layer ``key`` of ``caller`` begins the next round."""
+    def end(self, caller: SharedInputs, key: int) -> bool:
+        """Drops the outputs that are left. The layer ``key`` of ``caller`` begins the next round.
+
+        Returns whether one of them was for that layer, in the same part of the forward.
+        """
+        came = False
         if self._group is not None:
             missing = self._computed - self.called
-            came = caller is self._shared and key in missing
+            came = caller is self._shared and key in missing and self._hook() is graph_hook()
             self._shared.missed(self._group, missing, ANOTHER_TENSOR if came else NOT_CALLED)
         self._outputs.clear()
+        return came
 
 
 class _Thread(threading.local):

@@ -39,11 +39,17 @@ class TokenRows(nn.Module):
         self._make_buffers()
 
     def _make_buffers(self) -> None:
-        index = torch.tensor(self.tokens, device=self.rows.device)
-        self.register_buffer("index", index, persistent=False)
-        in_order, order = index.sort()
-        self.register_buffer("in_order", in_order, persistent=False)
-        self.register_buffer("order", order, persistent=False)
+        with torch.inference_mode(False):
+            index = torch.tensor(self.tokens, device=self.rows.device)
+            in_order, order = index.sort()
+        for name, buffer in (("index", index), ("in_order", in_order), ("order", order)):
+            self.register_buffer(name, buffer, persistent=False)
+
+    def with_buffers(self) -> TokenRows:
+        """Returns this, with buffers that are as made: averages of models (``swa_utils``) round integers, too."""
+        if not torch.compiler.is_compiling() and any(buffer._version for buffer in self._buffers.values()):
+            self._make_buffers()
+        return self
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the row number of each id, and whether it has a row: two tensors in the shape of ``ids``."""
@@ -67,6 +73,10 @@ class TiedRows(nn.Module):
     def __init__(self, source: TokenRows) -> None:
         super().__init__()
         self.source = source
+
+
+def _rows_of(adapter: TokenRows | TiedRows) -> TokenRows:
+    return (adapter.source if isinstance(adapter, TiedRows) else adapter).with_buffers()
 
 
 class TrainableTokens(TransparentLayer):
@@ -112,7 +122,7 @@ class TrainableTokens(TransparentLayer):
     def rows_in_use(self) -> list[TokenRows]:
         """The rows of the active adapters. ValueError: two of them replace the same row."""
         adapters = [self.adapters[name] for name in self.active_adapters]
-        rows = [adapter.source if isinstance(adapter, TiedRows) else adapter for adapter in adapters]
+        rows = [_rows_of(adapter) for adapter in adapters]
         if len(rows) > 1:
             tokens = [token for adapter_rows in rows for token in adapter_rows.tokens]
             if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
@@ -154,8 +164,7 @@ class TrainableTokens(TransparentLayer):
         replace = self._looked_up if isinstance(self.inner_layer, nn.Embedding) else self._projected
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
-            rows = self.adapters[name]
-            return replace(y, x, rows.source if isinstance(rows, TiedRows) else rows)
+            return replace(y, x, _rows_of(self.adapters[name]))
 
         present = tuple(name for name in choice.names if name in self.adapters)
         return add_by_rows(y, x, choice, present, times, self, add)

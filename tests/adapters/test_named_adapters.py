@@ -23,6 +23,7 @@ from lora_ext.adapters import (
     trainable_parameter_counts,
     unload,
 )
+from lora_ext.nn import LoraAdapter, LoraLinear
 
 ALIVE = {"lora_alpha": 8, "init_lora_weights": False}
 FIRST = LoraConfig(r=2, target_modules=["up", "down"], modules_to_save=["head"], **ALIVE)
@@ -259,6 +260,17 @@ def test_unload_restores_the_original_model():
     assert sorted(vars(model)) == sorted(vars(base))
     assert all(torch.equal(tensor, base.state_dict()[path]) for path, tensor in model.state_dict().items())
     inject(model, FIRST)
+
+
+@pytest.mark.parametrize("end", [unload, merge_and_unload])
+def test_a_layer_that_was_put_in_by_hand_goes_too(end):
+    """It has names of its own for what is active."""
+    base, x = Net().eval(), torch.randn(2, 6)
+    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up"], **ALIVE))
+    model.head = LoraLinear(model.head, LoraAdapter(6, 3, 2, 4, init_lora_weights=False), "other")
+    expected = base(x) if end is unload else model(x)
+    torch.testing.assert_close(end(model)(x), expected)
+    assert type(model.head) is nn.Linear
 
 
 # --- biases -----------------------------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ def test_sequences_that_the_call_describes():
         assert torch.equal(bare, model(**inputs, adapter_names=["__base__"]).logits)
 
 
-@pytest.mark.parametrize("kept", [1, 4, [2, 4, 9, 10, 14], [14, 0, 0, 3], list(range(15))[::-1]], ids=str)
+@pytest.mark.parametrize(
+    "kept", [1, 4, [2, 4, 9, 10, 14], [14, 0, 0, 3], list(range(15))[::-1], [i % 3 > 0 for i in range(15)]], ids=str
+)
 def test_logits_of_some_tokens(kept):
     model, inputs = with_adapters(llama(), ["q_proj", "lm_head"]), packed()
     names = {"adapter_names": NAMES, "adapter_lengths": LENGTHS}

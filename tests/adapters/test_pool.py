@@ -257,6 +257,12 @@ def test_unknown_names(base, root, tmp_path):
             model(x, adapter_names=[name])
     with pytest.raises(KeyError, match=r"\(close to 'n0'\); the adapters are \['n0', 'n1'"):
         model(x, adapter_names=["n00"])
+    inject(model, LoraConfig(r=2, target_modules=["head"]))
+    for change in (set_adapter, delete_adapter):
+        with refused(model, KeyError, f"{change.__name__}: 'n1' is an adapter of the model's AdapterPool"):
+            change(model, "n1")
+        with refused(model, KeyError, f"{change.__name__}: there is no adapter 'n9'; the adapters are ['default']"):
+            change(model, "n9")
 
 
 def broken(root: Path, how: str) -> Path:

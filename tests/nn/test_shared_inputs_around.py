@@ -230,6 +230,34 @@ def test_layers_in_different_checkpoints(reentrant, dropout):
         assert_close(step(model, some_x(), checkpointed), step(alone, some_x()))
 
 
+class Repeats(InParts):
+    """Calls its layers in any order and number, with one tensor."""
+
+    def forward(self, x: Tensor, run: Callable = lambda part, x: part(x), names: str = "qkk") -> Tensor:
+        return run(lambda x: sum(getattr(self, name)(x).sin() for name in names), x + 0)
+
+
+@pytest.mark.parametrize("names", ["qkk", "kkvq", "qq"])
+def test_a_checkpoint_that_calls_a_layer_again(names):
+    """Which layers leave a group is learnt between the two forwards, but they must save the same tensors."""
+    config, x = LoraConfig(r=2, target_modules=["q", "k", "v"], lora_dropout=0.3, init_lora_weights=False), some_x()
+    torch.manual_seed(0)
+    model = inject(Repeats(), config)
+    run = functools.partial(checkpoint, use_reentrant=False)
+
+    def loss(model: nn.Module, run: Callable) -> dict[str, Tensor]:
+        """Accumulates over forwards that call other layers, before the first backward."""
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        total = sum(model(x, run, called).square().sum() for called in (names, "qkv", "kv", "kv", "vk", names))
+        total.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    plain = copy.deepcopy(model)
+    for _ in range(3):
+        assert_close(loss(model, run), loss(plain, lambda part, x: part(x)))
+
+
 def test_checkpointing_with_a_hook_that_goes_between_the_forwards():
     model, x = net(), some_x()
     expected = step(net(), x)

@@ -14,6 +14,7 @@ from support.layers import relative_error
 from support.merging import same_bits
 from support.models import VOCABULARY, llama, logits, refused, token_ids
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
@@ -290,6 +291,22 @@ def test_merging_leaves_the_rows_alone():
     unmerge(model)
     base = unload(model)
     assert same_bits(base.lm_head.weight, weight) and type(base.model.embed_tokens) is nn.Embedding
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_an_average_of_models_has_the_same_tokens(decay):
+    """Averages of buffers round down: 29 may become 28."""
+    model = inject(llama().eval(), LoraConfig(**ALIVE | {"trainable_token_indices": list(range(1, 50, 2))}))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(shaken(model))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for ours, theirs in zip(twin.parameters(), average.parameters(), strict=True):
+            ours.copy_(theirs)
+    ids = torch.arange(VOCABULARY)[None, :30]
+    torch.testing.assert_close(average(ids).logits, twin(ids).logits)
+    torch.testing.assert_close(average(ids, adapter_names=["default"]).logits, twin(ids).logits)
 
 
 def test_meta_models_get_their_token_buffers_with_to_empty():
