@@ -39,7 +39,7 @@ from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forw
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim_task_model
 from lora_ext.tasks.shared import measuring, provenance, team
-from lora_ext.tasks.shared.run_directory import check_out, prepare_out
+from lora_ext.tasks.shared.run_directory import alone_in_out, check_out, prepare_out, shown_files
 from lora_ext.tasks.shared.whole_files import write_json
 
 _BASE = "base"  # the checkpoint with a trimmed vocabulary
@@ -57,6 +57,7 @@ _OUTPUTS = (
 _OUTPUTS += (SETTINGS_FILE,)  # removed last: it marks the other files as a run's
 
 
+@alone_in_out
 def finetune(
     settings: Settings,
     out: Path,
@@ -183,7 +184,7 @@ def finetune(
         say("measuring next to the base model ...")
         metrics |= _measure(base, out / "adapter", trainer, settings, test_rows, logits, say)
         write_json(out / "metrics.json", metrics)
-    say(f"\n{results.table(metrics)}\n\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    say(f"\n{results.table(metrics)}\n\nin {out}: {', '.join(shown_files(out))}")
     for line in demo.credits(settings.model, settings.data):
         say(line)
     return metrics
