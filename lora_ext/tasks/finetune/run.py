@@ -152,6 +152,7 @@ def finetune(
     peak_memory = measuring.peak_memory_bytes(model.device)
     say(f"evaluating on {len(test_rows.rows):,} test texts ...")
     logits = predict(trainer, test_rows.rows)
+    diverged = int((~np.isfinite(logits)).any(axis=-1).sum())
 
     metrics: dict[str, Any] = {
         **provenance.made_by(command_line("finetune", asdict(settings), out)),
@@ -169,6 +170,7 @@ def finetune(
         "validation": _kept_validation(trainer.state),
         **best_of(trainer, settings.best_metric),
         "after": scores(logits.argmax(-1), test_rows.classes, labels),
+        **({"diverged": diverged} if diverged else {}),
         "processes": team.processes(),
         "train_seconds": progress.seconds,
         "runs_at_once": runs_at_once,
