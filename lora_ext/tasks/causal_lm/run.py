@@ -63,7 +63,8 @@ def finetune(
         The content of metrics.json.
     """
     inputs = [getattr(settings, name) for name in settings.INPUTS]
-    check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
+    marks = {"marker": SETTINGS_FILE, "key": "method", "what": "a fine-tuning run"}
+    check_out(out, resume, overwrite, **marks, outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
     splits = load_conversations(settings, say)
     texts = resumed_fingerprint(splits, out) if resume else fingerprint(splits)

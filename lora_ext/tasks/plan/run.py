@@ -129,7 +129,7 @@ def plan(
     """
     transformers.logging.set_verbosity_error()
     if out is not None:
-        check_out(out, False, overwrite, marker=PLAN_FILE, what="a plan")
+        check_out(out, False, overwrite, marker=PLAN_FILE, key="runs", what="a plan")
     config, setup = read_config(settings.finetune.model), settings.setup
     if settings.num_labels is not None:
         if (settings.task or task_of(config)) != "classification":

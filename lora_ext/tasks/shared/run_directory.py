@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from lora_ext.files import read_json_object
 from lora_ext.files.held_file import held
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared.whole_files import discard, is_leftover, remove_leftovers, write_json, write_whole, writing
@@ -68,6 +69,7 @@ def check_out(
     overwrite: bool,
     *,
     marker: str,
+    key: str | None = None,
     what: str,
     outputs: Sequence[str] = (),
     inputs: Iterable[str | None] = (),
@@ -76,6 +78,7 @@ def check_out(
 
     Args:
         marker: name of the file that every run of this kind has in its directory.
+        key: in that file, if others may have a file of its name: their directories are not replaced.
         what: the kind of run, with its article.
         outputs: names or patterns of files that :func:`prepare_out` will remove.
         inputs: files and directories that the run reads; ids and None are ignored.
@@ -93,7 +96,7 @@ def check_out(
         _check_is_free(out)
     if resume or not out.exists() or all(is_leftover(path) or path.name == RUNNING for path in out.iterdir()):
         return
-    if not (out / marker).is_file():
+    if not _is_marked(out / marker, key):
         raise TaskError(f"--out {out} holds files that do not belong to {what}; choose another directory")
     if not overwrite:
         raise TaskError(f"--out {out} holds a run already; --resume continues it, --overwrite replaces it")
@@ -104,6 +107,14 @@ def check_out(
         path = Path(name).resolve()
         if any(path == old or path.is_relative_to(old) for old in removed):
             raise TaskError(f"--overwrite would remove {name}, which the run reads; choose another --out")
+
+
+def _is_marked(path: Path, key: str | None) -> bool:
+    if key is None:
+        return path.is_file()
+    with suppress(OSError, ValueError):
+        return key in read_json_object(path, "", 100_000_000)
+    return False
 
 
 def prepare_out(out: Path, outputs: Sequence[str], resume: bool, save: Callable[[Path], object]) -> None:
