@@ -53,8 +53,8 @@ class Checkpoint:
         Raises:
             FileNotFoundError: a file is missing; the message names it.
             ValueError: a file is corrupted or no regular file; the index is wrong, or leads out of the directory, or
-                disagrees with the files (the message lists every such key); a name cannot be printed; a shape is
-                larger than PyTorch can count.
+                disagrees with the files (the message lists every such key), or stands next to a single file; a name
+                cannot be printed; a shape is larger than PyTorch can count.
         """
         path = Path(path)
         try:
@@ -66,7 +66,7 @@ class Checkpoint:
                 f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}"
             ) from error
         if INDEX_FILE in files:
-            return cls._indexed(path)
+            return cls._indexed(path, SINGLE_FILE in files)
         names = [file for file in files if file.endswith(".safetensors")]
         names = [file for file in names if not file.startswith(("adapter_model", "."))]
         if SINGLE_FILE in names:
@@ -79,9 +79,14 @@ class Checkpoint:
         return cls(path, names, None, is_directory=True)
 
     @classmethod
-    def _indexed(cls, directory: Path) -> Checkpoint:
+    def _indexed(cls, directory: Path, is_single: bool) -> Checkpoint:
         path = directory / INDEX_FILE
         index, names = read_index(path)
+        if is_single and SINGLE_FILE not in names:
+            raise ValueError(
+                f"{directory} has {SINGLE_FILE} and {INDEX_FILE}, which can be different weights (Transformers loads "
+                "the first); remove the one that you do not mean, with its files"
+            )
         checkpoint = cls(directory, names, index, is_directory=True)
         check_shards(path, index["weight_map"], checkpoint.shards)
         return checkpoint

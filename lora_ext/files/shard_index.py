@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lora_ext._common.printable import check_name, listed, shown
 from lora_ext.files.untrusted_json import read_json_object
 
+_NUMBERED = re.compile(r"(.+)-[0-9]+-of-([0-9]+)\.safetensors")
 _LARGEST = 100_000_000  # bytes, as for a safetensors header; the largest index of a real model has 20 million
 
 
@@ -19,7 +21,7 @@ def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
     Raises:
         FileNotFoundError: a file that it names is missing.
         OSError: as ``open``.
-        ValueError: it is no index, or a name in it leads out of the directory.
+        ValueError: it is no index, a name in it leads out of the directory, or it leaves out a file of its checkpoint.
     """
     index = read_json_object(path, "", _LARGEST)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
@@ -33,6 +35,10 @@ def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"{path} is not an index of a checkpoint: it names no file")
     if missing := [name for name in names if not (path.parent / name).exists()]:
         raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
+    families = {match.group(1, 2) for name in names if (match := _NUMBERED.fullmatch(name))}
+    others = [name for name in sorted(os.listdir(path.parent)) if name not in names]
+    if unnamed := [name for name in others if (m := _NUMBERED.fullmatch(name)) and m.group(1, 2) in families]:
+        raise ValueError(f"{path} does not name all files of its checkpoint:{listed(unnamed)}")
     return index, names
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,11 +25,10 @@ from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.printable import check_name
 from lora_ext._common.warnings import warn_user
 from lora_ext.files.file_bytes import tensor_bytes
+from lora_ext.files.held_file import NOT_SUPPORTED, held
 from lora_ext.files.safetensors_format import DTYPE_NAMES, encode_header
 
 _STAGING, _LOCK, _OLD, _NEW, _CURRENT = ".lora_ext-saving", "lock", "old", "new", "current"
-# Errors of file systems that lack a feature, unlike those of a full disk or a missing permission.
-_NOT_SUPPORTED = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -128,7 +126,7 @@ def fsync_directory(path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
+        if error.errno not in NOT_SUPPORTED:
             raise
     finally:
         os.close(fd)
@@ -163,7 +161,7 @@ def _locked(directory: Path) -> Iterator[Path]:
     while True:
         staging.mkdir(exist_ok=True)
         try:
-            with _held(staging / _LOCK) as is_held:
+            with held(staging / _LOCK) as is_held:
                 if is_held:
                     yield staging
                     return
@@ -173,39 +171,6 @@ def _locked(directory: Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):  # not empty: another process uses it
                 staging.rmdir()
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[bool]:
-    """Holds the lock of the file ``path`` and removes the file; yields False if another holder has removed it.
-
-    FileNotFoundError for ``path``: its directory is gone.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-        is_held = _is_at(fd, path)
-        try:
-            yield is_held
-        finally:
-            if is_held:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked meanwhile holds it too
-        os.close(fd)
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _replace(directory: Path, names: Sequence[str]) -> None:
@@ -237,7 +202,7 @@ def _links_work(staging: Path) -> bool:
     try:
         os.symlink(_OLD, staging / _CURRENT)
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
+        if error.errno not in NOT_SUPPORTED:
             raise
         return False
     return True

@@ -161,6 +161,14 @@ BAD_INDEX = {
         index(lambda values: values["weight_map"].update({"x\x1b\n": SHARD})),
         rf"not in {SHARD}: x\x1b\n",
     ),
+    "file left out": (
+        lambda directory: shutil.copy(directory / SHARD, directory / SHARD.replace("00001", "00009")),
+        "does not name all files of its checkpoint:\n  model-00009-of-",
+    ),
+    "single file too": (
+        lambda directory: shutil.copy(directory / SHARD, directory / "model.safetensors"),
+        f"has model.safetensors and {INDEX}, which can be different weights",
+    ),
     "tensor not named": (index(lambda values: values["weight_map"].pop("a.weight") and None), "not in the index: a"),
 }
 BAD_SHARD = {

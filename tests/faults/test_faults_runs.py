@@ -21,7 +21,7 @@ KINDS = ["kill", "disk full", "read-only"]
 
 SCRIPTS = {
     "finetune_faults": [",".join(KINDS), "30", "lora"],
-    "compare_faults": [",".join(KINDS), "30"],
+    "compare_faults": [",".join(KINDS), "25"],
     "small_commands_faults": [],
 }
 

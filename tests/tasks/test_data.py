@@ -61,7 +61,7 @@ def test_quotes_in_tsv_are_ordinary_characters(tmp_path: Path):
         ("a.csv", "body,label\nx,1\n", "line 2: no column 'text' but body, label; set --text-column"),
         ("a.csv", "text,stars\nx,1\n", "line 2: no column 'label' but text, stars; set --label-column"),
         ("a.csv", "text,label\nx,1\na,b,1\n", "line 3: 3 columns, but the header has 2"),
-        ("a.csv", 'text,label\nx,1\n"never closed,1\n', "line 3: unexpected end of data"),
+        ("a.csv", 'text,label\nx,1\n"never closed,1\n', "line 3: unexpected end of data; is a quote not closed?"),
         ("a.csv", "text,label\nx,\n", "line 2: 'label' is \"\", want a string or an integer"),
         ("a.tsv", "text\tlabel\nx\n", "line 2: 1 columns, but the header has 2"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x", ', "line 2 is not JSON: Expecting property name"),
@@ -107,7 +107,7 @@ def test_missing_and_wrongly_encoded_files(tmp_path: Path):
     with pytest.raises(TaskError, match="long.csv, line 10000: not UTF-8"):
         read_examples(tmp_path / "long.csv")
     (tmp_path / "wide.csv").write_text("text,label\nx,1\n", encoding="utf-16")
-    with pytest.raises(TaskError, match="wide.csv, line 1: not UTF-8"):
+    with pytest.raises(TaskError, match="wide.csv, line 1: not UTF-8 .* iconv -f utf-16 -t utf-8"):
         read_examples(tmp_path / "wide.csv")
 
 

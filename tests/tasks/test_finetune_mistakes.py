@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def test_the_output_directory_is_guarded(tiny: Settings, tmp_path: Path, tmp_pat
         TaskError, match="holds files that do not belong to a fine-tuning run; choose another directory"
     ):
         finetune(tiny, tmp_path, overwrite=True)
+    (tmp_path / "project" / "model").mkdir(parents=True)
+    (tmp_path / "project" / "model" / "weights").write_text("mine")
+    for text in ('{"editor.fontSize": 12}', "[]", "// no JSON"):  # another program's, with a name like ours
+        (tmp_path / "project" / "settings.json").write_text(text)
+        for overwrite in (False, True):
+            with pytest.raises(TaskError, match="project holds files that do not belong to a fine-tuning run; choose"):
+                finetune(tiny, tmp_path / "project", overwrite=overwrite)
+    assert (tmp_path / "project" / "model" / "weights").read_text() == "mine"
+    shutil.rmtree(tmp_path / "project")
     with pytest.raises(TaskError, match="file is not a directory"):
         finetune(tiny, tmp_path / "file")
     with pytest.raises(WriteError, match=r"file/out cannot be written: Not a directory"):

@@ -232,6 +232,7 @@ def test_answers_stream(directory: Path, capsys, monkeypatch):
             ["--model", "first"],
             "--model first is an adapter, and no model (it holds adapter_config.json); its base is ",
         ),
+        (["--model", "second"], "it holds no config.json, as a model's directory does; did you mean second/adapter?"),
         (["--model", "nowhere.gguf"], "--model nowhere.gguf cannot be read: No such file"),
         (["--temperature", "-1"], "--temperature is -1.0, want a finite number of at least 0"),
         (["--top-p", "0.5"], "--top-p and --top-k go with --temperature above 0"),

@@ -25,7 +25,7 @@ from support.processes import environment
 
 from lora_ext.cli import main
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.comparison import launch, pools, processes, submitit_jobs
+from lora_ext.tasks.comparison import compare, launch, pools, processes, submitit_jobs, sweep
 from lora_ext.tasks.comparison.launch import Launch
 from lora_ext.tasks.comparison.pools import LocalPool
 from lora_ext.tasks.comparison.submitit_jobs import SubmititPool
@@ -289,6 +289,26 @@ def test_the_next_command_waits_for_the_job_of_one_that_was_killed(slurm: FakeSl
     thread.join(60)
     assert result == [("waits", "", 1)] and len(slurm.jobs()) == 1
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
+
+
+def test_overwrite_spares_the_jobs_of_a_command_that_was_killed(slurm: FakeSlurm, tmp_path: Path, monkeypatch):
+    """Two jobs would write into one directory: one of the first command, which the second no longer knows."""
+    out = tmp_path / "out"
+    slurm.fill()
+    files = submitit_jobs._Files(out / "runs/lora/seed-0.log")
+    job = SubmititPool(Launch("submitit"), out, 1)._submit("work", files, "", 1)
+    (out / "compare-settings.json").write_text("{}")
+    (out / "sweep-settings.json").write_text("{}")
+    message = rf"would remove what job {job.job_id} writes in .*lora; --resume waits .*scancel {job.job_id} "
+    with pytest.raises(TaskError, match=message):
+        compare.compare(["lora"], [0], {}, out, overwrite=True)
+    with pytest.raises(TaskError, match=message):
+        sweep.sweep([1], ["q"], [0], {}, out, overwrite=True)
+    with monkeypatch.context() as patch, pytest.raises(TaskError, match="seed-0.job tells of a job that may still"):
+        patch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+        launch.check_no_jobs(out)
+    job.cancel()
+    launch.check_no_jobs(out)
 
 
 def test_a_job_that_is_preempted_is_started_again(tmp_path: Path, monkeypatch):

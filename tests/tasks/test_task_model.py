@@ -29,6 +29,8 @@ from transformers import (
 from lora_ext.cli import main
 from lora_ext.methods import apply_method, new_method
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.comparison import pools
+from lora_ext.tasks.comparison.many_runs import Run, run_all
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings
 
@@ -150,6 +152,27 @@ def test_an_adapter_that_cannot_be_merged_leaves_its_metrics(tmp_path: Path, mon
     assert "latency" in metrics and "merged" not in metrics
     assert "the adapter cannot be merged: a value is not finite" in lines
     assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+def test_a_run_that_diverged_says_so_and_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """NaN logits have an argmax: the first class would be the answer to every text, and could win."""
+    model = saved(tmp_path / "model", lambda: BertForSequenceClassification(tiny_classifier.config()))
+    settings = settings_for(model, tmp_path, rows=60, epochs=1, learning_rate=1e30)
+    lines: list[str] = []
+    metrics = finetune(settings, tmp_path / "out", measure=False, say=lines.append)
+    texts = metrics["examples"]["test"]
+    assert metrics["diverged"] == texts > 0
+    words = f"no finite outputs on {texts} of {texts} test texts; lower --learning-rate"
+    assert any("training diverged" in line and words in line for line in lines)
+
+    def here(function: Any, *args: Any, log: Path, threads: int, device: None, ending: object, **how: Any) -> Any:
+        return function(*args, **how)
+
+    monkeypatch.setattr(pools, "in_process", here)
+    run = Run("lora", settings, metrics["data_sha256"])
+    for _ in range(2):  # when it ends, and as a finished run that is resumed
+        with pytest.raises(TaskError, match=f"1 of 1 runs failed; .*: training diverged: {words}"):
+            run_all([run], tmp_path / "many", "compare")
 
 
 def hub_command(tmp_path: Path, endpoint: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:

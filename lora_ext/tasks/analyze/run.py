@@ -22,7 +22,7 @@ from lora_ext.tasks.analyze.measures import measure
 from lora_ext.tasks.analyze.summary import summarise
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.journal import Journal
-from lora_ext.tasks.shared.run_directory import check_out, prepare_out
+from lora_ext.tasks.shared.run_directory import alone_in_out, check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json, write_whole, writing
 
 SETTINGS_FILE, JOURNAL_FILE = "analysis_settings.json", "layers.jsonl"
@@ -77,6 +77,7 @@ class AnalysisSettings:
             raise TaskError(f"--resume: {out / SETTINGS_FILE} is damaged: {error}") from error
 
 
+@alone_in_out
 def analyze(
     settings: AnalysisSettings,
     out: Path,

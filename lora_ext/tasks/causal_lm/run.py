@@ -35,7 +35,7 @@ from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import forward_of, train
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.shared import measuring, provenance, team
-from lora_ext.tasks.shared.run_directory import check_out, prepare_out
+from lora_ext.tasks.shared.run_directory import alone_in_out, check_out, prepare_out, shown_files
 from lora_ext.tasks.shared.whole_files import write_json
 
 BEFORE_FILE = "before.json"  # scores of the bare model, so that a resumed run need not measure them again
@@ -44,6 +44,7 @@ _OUTPUTS = ("checkpoints", "adapter", "model", "metrics.json", "loss_curve.png",
 _OUTPUTS += (DATA_FILE, SETTINGS_FILE)  # the last: it marks the other files as a run's
 
 
+@alone_in_out
 def finetune(
     settings: CausalSettings,
     out: Path,
@@ -62,7 +63,8 @@ def finetune(
         The content of metrics.json.
     """
     inputs = [getattr(settings, name) for name in settings.INPUTS]
-    check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
+    marks = {"marker": SETTINGS_FILE, "key": "method", "what": "a fine-tuning run"}
+    check_out(out, resume, overwrite, **marks, outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
     splits = load_conversations(settings, say)
     texts = resumed_fingerprint(splits, out) if resume else fingerprint(splits)
@@ -155,7 +157,7 @@ def finetune(
         metrics |= _measure(base, out / "adapter", trainer, test, say)
         write_json(out / "metrics.json", metrics)
     say(results.sample_text(predictions))
-    say(f"\n{results.table(metrics)}\n\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    say(f"\n{results.table(metrics)}\n\nin {out}: {', '.join(shown_files(out))}")
     for line in demo.credits(settings.model, settings.data):
         say(line)
     return metrics

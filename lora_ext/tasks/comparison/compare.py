@@ -17,7 +17,7 @@ from lora_ext.files import read_json_object
 from lora_ext.methods import Insertion, prepare_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
-from lora_ext.tasks.comparison.launch import Launch
+from lora_ext.tasks.comparison.launch import Launch, check_no_jobs
 from lora_ext.tasks.comparison.many_runs import Run, run_all
 from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels
 from lora_ext.tasks.comparison.pools import Pool, pool_of
@@ -46,13 +46,14 @@ from lora_ext.tasks.finetune.task_model import (
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.markdown import table
-from lora_ext.tasks.shared.run_directory import check_out, leave_results, prepare_out
+from lora_ext.tasks.shared.run_directory import alone_in_out, check_out, leave_results, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json, write_picture
 
 _OUTPUTS = ("compare.json", "compare.md", "compare.png", "costs.json", "costs.log", "runs", "jobs", *OUTPUTS)
 _OUTPUTS += (COMPARE_FILE,)  # removed last: it marks the other files as a comparison's
 
 
+@alone_in_out
 def compare(
     methods: Sequence[str],
     seeds: Sequence[int],
@@ -85,6 +86,8 @@ def compare(
     """
     inputs = [options.get(name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=COMPARE_FILE, what="a comparison", outputs=_OUTPUTS, inputs=inputs)
+    if overwrite:
+        check_no_jobs(out)
     specs = [MethodSpec.parse(text) for text in dict.fromkeys(methods)]
     check_labels([(spec, spec.settings(options, seeds[0])) for spec in specs])
     launch = launch or Launch()

@@ -126,6 +126,20 @@ class Launch:
         return {"name": "lora-ext", "cpus_per_task": threads, **given, **more}
 
 
+def check_no_jobs(out: Path) -> None:
+    """Raises TaskError if jobs that an earlier command submitted may still write in ``out``."""
+    if not (records := [*out.glob("*.job"), *out.glob("runs/*/*.job")]):
+        return
+    if importlib.util.find_spec("submitit") is None:
+        raise TaskError(
+            f"--overwrite: {records[0]} tells of a job that may still work, and without submitit nobody can ask Slurm: "
+            f"{install_hint('submitit')}; or remove that file if the job has ended"
+        )
+    from lora_ext.tasks.comparison import submitit_jobs
+
+    submitit_jobs.check_no_jobs(out, records)
+
+
 def _value(text: str) -> Any:
     try:
         return json.loads(text)

@@ -21,6 +21,7 @@ from lora_ext.tasks.comparison.pools import LocalPool, Pool, pool_of
 from lora_ext.tasks.comparison.trimmed_base import is_same_run
 from lora_ext.tasks.finetune import busy_machine
 from lora_ext.tasks.finetune.data import saved_fingerprint
+from lora_ext.tasks.finetune.results import divergence
 from lora_ext.tasks.finetune.settings import Settings, checked_options, saved_threads
 from lora_ext.tasks.shared.whole_files import writing
 
@@ -88,6 +89,8 @@ def run_all(runs: Sequence[Run], out: Path, what: str, launch: Launch | None = N
                 if metrics is None:
                     metrics = _carry_out(run, out, pool, ending, lambda part: show(run, min(part, 0.999)))
                     advise(metrics)
+                if (line := divergence(metrics)) is not None:
+                    raise TaskError(f"training diverged: {line}")
                 shutil.rmtree(directories[run] / "checkpoints", ignore_errors=True)
             except WriteError:
                 raise

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
@@ -58,6 +58,31 @@ def check(launch: Launch, out: Path) -> None:
         raise TaskError(
             f"--out {out} is in this machine's memory ({kind} at {place}); choose a directory that all machines see"
         )
+
+
+def check_no_jobs(out: Path, records: Iterable[Path]) -> None:
+    """Raises TaskError if Slurm still has one of the jobs that earlier commands left in ``records``."""
+    jobs = {record: job.job_id for record in records if (job := _alive(record, out.resolve() / FOLDER)[0]) is not None}
+    if jobs:
+        record, number = next(iter(jobs.items()))
+        raise TaskError(
+            f"--overwrite would remove what job {number} writes in {record.parent}; --resume waits for the jobs of an "
+            f"earlier command, scancel {' '.join(jobs.values())} ends them"
+        )
+
+
+def _alive(record: Path, folder: Path) -> tuple[submitit.SlurmJob | None, str | None]:
+    """Returns the job that the file ``record`` names, and its work, if Slurm has it and it has no result yet."""
+    try:
+        known = read_json_object(record, "", 1_000_000)
+        if known["cluster"] != "slurm":  # jobs of this machine are known to their command only
+            return None, None
+        job = submitit.SlurmJob(folder, str(known["id"]))
+        state = job.watcher.get_state(job.job_id, mode="force").split()[0]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None, None
+    is_alive = state in _ALIVE and not job.paths.result_pickle.exists()
+    return (job, known.get("work")) if is_alive else (None, None)
 
 
 def _executor(launch: Launch, folder: Path, threads: int) -> submitit.AutoExecutor:
@@ -193,18 +218,11 @@ class SubmititPool:
 
         TaskError: it does other work in the same directory.
         """
-        try:
-            known = read_json_object(files.job, "", 1_000_000)
-            if known["cluster"] != "slurm":  # jobs of this machine are known to their command only
-                return None
-            job = submitit.SlurmJob(self._folder, str(known["id"]))
-            with self._asking:
-                state = job.watcher.get_state(job.job_id, mode="force").split()[0]
-        except (OSError, ValueError, KeyError, IndexError):
+        with self._asking:
+            job, known = _alive(files.job, self._folder)
+        if job is None:
             return None
-        if job.paths.result_pickle.exists() or state not in _ALIVE:
-            return None
-        if known.get("work") != work:
+        if known != work:
             raise TaskError(f"job {job.job_id} still works in {files.log.parent} with other options; end it: scancel")
         return job
 

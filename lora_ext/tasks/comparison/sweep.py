@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lora_ext import LoraConfig
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.comparison.launch import Launch
+from lora_ext.tasks.comparison.launch import Launch, check_no_jobs
 from lora_ext.tasks.comparison.many_runs import Run, run_all
 from lora_ext.tasks.comparison.method_spec import MethodSpec
 from lora_ext.tasks.comparison.spread import deviation_over, over_seeds, percent, summary, winner
@@ -22,13 +22,14 @@ from lora_ext.tasks.finetune.task_model import check_checkpointing, check_fits, 
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.markdown import table
-from lora_ext.tasks.shared.run_directory import check_out, leave_results, prepare_out
+from lora_ext.tasks.shared.run_directory import alone_in_out, check_out, leave_results, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json, write_picture
 
 _LORA = MethodSpec.parse("lora")
 _OUTPUTS = ("sweep.json", "sweep.md", "sweep.png", "runs", "jobs", *OUTPUTS, SWEEP_FILE)
 
 
+@alone_in_out
 def sweep(
     ranks: Sequence[int],
     targets: Sequence[str],
@@ -65,6 +66,8 @@ def sweep(
     """
     inputs = [options.get(name) for name in INPUTS]
     check_out(out, resume, overwrite, marker=SWEEP_FILE, what="a sweep", outputs=_OUTPUTS, inputs=inputs)
+    if overwrite:
+        check_no_jobs(out)
     options = {**options, "method": "lora"}
     ranks, targets, seeds = sorted(set(ranks)), list(dict.fromkeys(targets)), list(dict.fromkeys(seeds))
     for rank in ranks:

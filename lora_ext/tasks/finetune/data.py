@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +77,11 @@ def text_lines(path: Path) -> Iterator[Iterator[str]]:
     except OSError as error:
         raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
+        with path.open("rb") as raw:
+            coding = "utf-16" if raw.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE) else "latin1"
         raise TaskError(
             f"{path}, line {_first_line_not_utf_8(path)}: not UTF-8 ({error.reason}); convert the file, for example "
-            "with iconv -f latin1 -t utf-8"
+            f"with iconv -f {coding} -t utf-8"
         ) from error
     except ValueError as error:  # not a regular file
         raise TaskError(str(error)) from error
@@ -240,7 +243,8 @@ def _read_table(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[tup
             with _long_fields():
                 row = next(reader, None)
         except csv.Error as error:
-            raise TaskError(f"{path}, line {line}: {error}") from error
+            hint = "; is a quote not closed?" if "end of data" in str(error) else ""
+            raise TaskError(f"{path}, line {line}: {error}{hint}") from error
         if row is None:
             return
         if row and header is None:

@@ -89,4 +89,13 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         same, texts, difference = merged["same_answers"], merged["texts"], merged["max_logit_difference"]
         same = "the same answers" if same == texts else f"{same} of the answers the same"
         rows.append(("merged", f"{same} on the {texts} longest test texts; logits differ by at most {difference:.1e}"))
+    if (line := divergence(metrics)) is not None:
+        rows.insert(0, ("training diverged", line))
     return rows + latencies(metrics)
+
+
+def divergence(metrics: Mapping[str, Any]) -> str | None:
+    """Says that logits are NaN or infinite: the first class then counts as the answer."""
+    if not (texts := metrics.get("diverged")):
+        return None
+    return f"no finite outputs on {texts} of {metrics['examples']['test']} test texts; lower --learning-rate"

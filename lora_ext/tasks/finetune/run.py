@@ -39,7 +39,7 @@ from lora_ext.tasks.finetune.trainer import FinetuneTrainer, build_trainer, forw
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
 from lora_ext.tasks.finetune.vocabulary import Trimmed, save_trimmed, trim_task_model
 from lora_ext.tasks.shared import measuring, provenance, team
-from lora_ext.tasks.shared.run_directory import check_out, prepare_out
+from lora_ext.tasks.shared.run_directory import alone_in_out, check_out, prepare_out, shown_files
 from lora_ext.tasks.shared.whole_files import write_json
 
 _BASE = "base"  # the checkpoint with a trimmed vocabulary
@@ -57,6 +57,7 @@ _OUTPUTS = (
 _OUTPUTS += (SETTINGS_FILE,)  # removed last: it marks the other files as a run's
 
 
+@alone_in_out
 def finetune(
     settings: Settings,
     out: Path,
@@ -89,7 +90,8 @@ def finetune(
         Interrupted: after the first Ctrl-C during training.
     """
     inputs = [getattr(settings, name) for name in INPUTS]
-    check_out(out, resume, overwrite, marker=SETTINGS_FILE, what="a fine-tuning run", outputs=_OUTPUTS, inputs=inputs)
+    marks = {"marker": SETTINGS_FILE, "key": "method", "what": "a fine-tuning run"}
+    check_out(out, resume, overwrite, **marks, outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
     splits, duplicates = load_sides(settings, say)
     texts = resumed_fingerprint(splits, out) if resume else fingerprint(splits)
@@ -151,6 +153,7 @@ def finetune(
     peak_memory = measuring.peak_memory_bytes(model.device)
     say(f"evaluating on {len(test_rows.rows):,} test texts ...")
     logits = predict(trainer, test_rows.rows)
+    diverged = int((~np.isfinite(logits)).any(axis=-1).sum())
 
     metrics: dict[str, Any] = {
         **provenance.made_by(command_line("finetune", asdict(settings), out)),
@@ -168,6 +171,7 @@ def finetune(
         "validation": _kept_validation(trainer.state),
         **best_of(trainer, settings.best_metric),
         "after": scores(logits.argmax(-1), test_rows.classes, labels),
+        **({"diverged": diverged} if diverged else {}),
         "processes": team.processes(),
         "train_seconds": progress.seconds,
         "runs_at_once": runs_at_once,
@@ -183,7 +187,7 @@ def finetune(
         say("measuring next to the base model ...")
         metrics |= _measure(base, out / "adapter", trainer, settings, test_rows, logits, say)
         write_json(out / "metrics.json", metrics)
-    say(f"\n{results.table(metrics)}\n\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    say(f"\n{results.table(metrics)}\n\nin {out}: {', '.join(shown_files(out))}")
     for line in demo.credits(settings.model, settings.data):
         say(line)
     return metrics

@@ -30,7 +30,7 @@ from lora_ext.tasks.plan import results
 from lora_ext.tasks.plan.advice import finetune_options, warnings
 from lora_ext.tasks.plan.models import TASKS, ConfigSource, read_config, task_of
 from lora_ext.tasks.shared import provenance
-from lora_ext.tasks.shared.run_directory import check_out, prepare_out
+from lora_ext.tasks.shared.run_directory import alone_in_out, check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json, write_whole
 
 PLAN_FILE = "plan.json"
@@ -109,6 +109,7 @@ class PlanSettings:
             raise TaskError(f"plan: {error}") from error
 
 
+@alone_in_out
 def plan(
     settings: PlanSettings, out: Path | None = None, *, overwrite: bool = False, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def plan(
     """
     transformers.logging.set_verbosity_error()
     if out is not None:
-        check_out(out, False, overwrite, marker=PLAN_FILE, what="a plan")
+        check_out(out, False, overwrite, marker=PLAN_FILE, key="runs", what="a plan")
     config, setup = read_config(settings.finetune.model), settings.setup
     if settings.num_labels is not None:
         if (settings.task or task_of(config)) != "classification":

@@ -46,7 +46,14 @@ def loading_options(model: str) -> dict[str, Any]:
 
 
 def why_not_loaded(model: str, error: BaseException) -> str:
-    """Explains the error; for an id, adds a remedy."""
+    """Explains the error; for an id, and for a directory that is no model's, adds a remedy."""
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        inside = sorted(
+            path.parent for name in ("config.json", *_ADAPTER_CONFIGS) for path in Path(model).glob(f"*/{name}")
+        )
+        return "it holds no config.json, as a model's directory does" + (
+            f"; did you mean {inside[0]}?" if inside else ""
+        )
     if Path(model).exists() or _answers():
         return str(error)
     from huggingface_hub import constants
