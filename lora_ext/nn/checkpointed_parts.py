@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
+_CHECKPOINT = vars(torch.utils.checkpoint)
 _REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
 
 
@@ -32,6 +33,31 @@ def graph_hook() -> Callable[..., Any] | None:
 def is_of_checkpoint(hook: Callable[..., Any] | None) -> bool:
     """Returns whether ``hook`` is that of a non-reentrant checkpoint."""
     return getattr(hook, "__module__", None) == "torch.utils.checkpoint"
+
+
+def checkpointed(frame: FrameType) -> tuple[Any, str] | None:
+    """Returns the object and the attribute that hold the checkpointed function which a frame of PyTorch runs, or None.
+
+    A reentrant one is ``ctx.run_function``; another one belongs to an object of the generator that ``checkpoint``, or
+    what it calls in newer releases, has as a local variable.
+    """
+    if frame.f_globals is not _CHECKPOINT:
+        return None
+    if frame.f_code is CheckpointFunction.forward.__code__:
+        return frame.f_locals["ctx"], "run_function"
+    generator = getattr(frame.f_locals.get("gen"), "gi_frame", None)
+    held = None if generator is None else generator.f_locals.get("new_frame")
+    return None if held is None else (held, "recompute_fn")
+
+
+def frame_of_hook(hook: Callable[..., Any]) -> Any:
+    """Returns the object that holds ``recompute_fn`` of the checkpoint whose forward runs now, or None.
+
+    Args:
+        hook: is_of_checkpoint; while a part runs again, it is another one.
+    """
+    held = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)).get("frame")
+    return None if held is None or not hasattr(held.cell_contents, "recompute_fn") else held.cell_contents
 
 
 def reentrant_part() -> weakref.ref | None:

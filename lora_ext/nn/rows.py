@@ -17,9 +17,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
+from lora_ext.nn.checkpointed_parts import checkpointed, frame_of_hook, graph_hook, is_of_checkpoint
 from lora_ext.nn.invocations import ActiveTokens
 
 if TYPE_CHECKING:
@@ -318,32 +318,37 @@ class _Recompute:
 def _follow_checkpoints(choice: RowChoice) -> None:
     """Makes the checkpointed functions that are running now run again with ``choice``.
 
-    They are found on the stack: a reentrant one is ``ctx.run_function``, another one belongs to an object that the
-    local generator of ``checkpoint`` holds.
+    They are found on the stack, and the innermost one by its hook, too: other code may run the checkpoint's generator.
+
+    Raises:
+        RuntimeError: PyTorch runs a checkpoint that is not found: its parts would run again with other adapters.
     """
+    hook, found = graph_hook(), False
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code is not _RECOMPUTE:
-        if frame.f_globals is _CHECKPOINT and (held := _checkpointed(frame)) is not None:
-            function = getattr(*held)
-            if not isinstance(function, _Recompute):
-                function = _Recompute(function)
-                setattr(*held, function)
-            function.choices[choice.active] = choice
+        if (held := checkpointed(frame)) is not None:
+            found = True
+            _follow(*held, choice)
         frame = frame.f_back
+    if frame is not None or not is_of_checkpoint(hook):
+        return
+    if (held := frame_of_hook(hook)) is not None:
+        _follow(held, "recompute_fn", choice)
+    elif not found:
+        raise RuntimeError(
+            f"adapter_names: this activation checkpointing of PyTorch {torch.__version__} is not known, and would run "
+            "layers again with other adapters; checkpoint with use_reentrant=True, or train without checkpointing"
+        )
 
 
-def _checkpointed(frame: FrameType) -> tuple[Any, str] | None:
-    """Returns the object and the attribute that hold the checkpointed function which ``frame`` runs, or None."""
-    name = frame.f_code.co_name
-    if name == "forward" and "run_function" in frame.f_locals:
-        return frame.f_locals["ctx"], "run_function"
-    if name == "checkpoint" and (generator := frame.f_locals.get("gen")) is not None:
-        held = generator.gi_frame.f_locals.get("new_frame")
-        return None if held is None else (held, "recompute_fn")
-    return None
+def _follow(owner: Any, attribute: str, choice: RowChoice) -> None:
+    function = getattr(owner, attribute)
+    if not isinstance(function, _Recompute):
+        function = _Recompute(function)
+        setattr(owner, attribute, function)
+    function.choices[choice.active] = choice
 
 
-_CHECKPOINT = vars(torch.utils.checkpoint)
 _RECOMPUTE = _Recompute.__call__.__code__
 
 # --- the arguments of a call ------------------------------------------------------------------------------------------

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
+import torch.distributed._composable.checkpoint_activation
 from support.models import Net, llama, token_ids
 from support.rows import RANKS, gradients, with_adapters
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from lora_ext import set_adapter
+from lora_ext.nn import rows
 
 NAMES = ["b", "__base__", "a", "b", "c"]
 
@@ -62,6 +65,34 @@ def test_two_batches_before_their_backwards():
         assert found.keys() == grads.keys()
         for name, grad in grads.items():
             torch.testing.assert_close(found[name], grad)
+
+
+def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    return gradients(model, model(x, adapter_names=NAMES).square().sum())
+
+
+def composable(module: nn.Module) -> nn.Module:
+    """Checkpoints a module by hooks, which leave no function of PyTorch on the stack."""
+    return torch.distributed._composable.checkpoint_activation.checkpoint(module)
+
+
+def test_a_checkpoint_of_hooks():
+    model, x = with_adapters(Net(), ["up", "head"]).train(), torch.randn(5, 6, requires_grad=True)
+    set_adapter(model, ["a", "b", "c"])
+    expected = step(model, x)
+    composable(model.blocks[0])
+    composable(model.blocks[1])
+    torch.testing.assert_close(step(model, x), expected)
+
+
+def test_a_checkpoint_that_is_not_known_is_refused(monkeypatch):
+    """It would run its layers again with other adapters."""
+    model, x = with_adapters(Net(), ["up", "head"]).train(), torch.randn(5, 6, requires_grad=True)
+    set_adapter(model, ["a", "b", "c"])
+    composable(model.blocks[0])
+    monkeypatch.setattr(rows, "frame_of_hook", lambda hook: None)
+    with pytest.raises(RuntimeError, match=f"checkpointing of PyTorch {re.escape(torch.__version__)} is not known"):
+        step(model, x)
 
 
 def test_a_checkpoint_of_two_models():
