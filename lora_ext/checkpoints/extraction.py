@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -23,7 +24,7 @@ from lora_ext.checkpoints.low_rank import approximate
 from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block
 from lora_ext.checkpoints.output import check_apart
 from lora_ext.checkpoints.staging import Staging
-from lora_ext.checkpoints.ties import is_embedding
+from lora_ext.checkpoints.ties import is_embedding, tied_tensors
 from lora_ext.checkpoints.writing import Description, write_file
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.file_bytes import tensor_bytes
@@ -87,7 +88,7 @@ def extract(
     Each matrix that differs is approximated by a truncated singular value decomposition of its difference
     (:func:`~lora_ext.checkpoints.low_rank.approximate`); the scaling is 1. One tensor is in memory at a time. Biases of
     adapted layers are saved in full (``bias="lora_only"``), and so are other modules that differ
-    (``modules_to_save``).
+    (``modules_to_save``). A head that shares the weight of a saved embedding follows it (``ensure_weight_tying``).
 
     Args:
         rank: largest rank of a layer.
@@ -134,8 +135,11 @@ def extract(
         if has_biases:  # PEFT then wants the biases of all adapted layers
             biases = [f"{path}.bias" for path in targets if f"{path}.bias" in new]
             whole |= {f"{KEY_PREFIX}{key.removesuffix('bias')}base_layer.bias": key for key in biases}
+        twins = tied_tensors(new, modules)  # as PEFT saves them: again, so that they do not keep the base's values
+        whole |= {f"{KEY_PREFIX}{key}": source for key, source in twins.items()}
+        saved += sorted({key.rpartition(".")[0] for key in twins} - modules)
         _write(staging.path / WEIGHTS_FILE, new, factors, whole)
-        config = _config(layers, rank, saved, has_biases, fan_in_fan_out, new)
+        config = _config(layers, rank, saved, has_biases, fan_in_fan_out, new) | {"ensure_weight_tying": bool(twins)}
         (staging.path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         report = ExtractReport(
             layers,
@@ -153,10 +157,16 @@ def extract(
 
 
 def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
-    """Returns whether the two tensors have the same dtype, shape and bits."""
+    """Returns whether the two tensors have the same shape and bits, or the same values in two dtypes."""
     first, second = old.info(key), new.info(key)
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+    if first.shape != second.shape:
         return False
+    if first.dtype != second.dtype:
+        if not {first.torch_dtype, second.torch_dtype} <= set(FLOATING):
+            return False
+        acc, size = accumulation_dtype(torch.promote_types(first.torch_dtype, second.torch_dtype)), BLOCK_BYTES // 8
+        ends = ((at, min(at + size, math.prod(first.shape))) for at in range(0, math.prod(first.shape), size))
+        return all(torch.equal(old.elements(key, *end).to(acc), new.elements(key, *end).to(acc)) for end in ends)
     pairs = zip(
         raw_blocks(old.file(key), first, BLOCK_BYTES), raw_blocks(new.file(key), second, BLOCK_BYTES), strict=True
     )

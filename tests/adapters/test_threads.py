@@ -16,7 +16,7 @@ import torch
 from support.merged_models import all_same, hard_layer, hard_model, weights
 from support.merging import same_bits
 from support.models import Net
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext._common.changes import changing
@@ -222,6 +222,43 @@ def test_a_forward_that_fails_because_of_a_change_is_repeated():
             assert outputs(model, x).isfinite().all()
 
     assert run_together(change, call, seconds=60) == [None, None]
+
+
+class Experts(nn.Module):
+    """Two parameters, so that one adapter layer is inside another one. Its first call waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 8, 6)), nn.Parameter(torch.randn(2, 6, 8))
+        self.entered, self.may_go_on = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.entered.is_set():
+            self.entered.set()
+            assert self.may_go_on.wait(20)
+        return torch.bmm(torch.bmm(x.expand(2, *x.shape), self.up.mT), self.down.mT).sum(0)
+
+
+def test_forwards_of_one_module_of_experts_do_not_wait_for_each_other_in_a_circle():
+    """They hold a lock of the module, and one of them computes again with that of all changes."""
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["0.up", "0.down"], init_lora_weights=False)
+    model, x = inject(nn.Sequential(Experts()), config).eval(), torch.randn(3, 6)
+    experts, active = model[0].module, model[0].active
+
+    def change() -> None:
+        assert experts.entered.wait(20)
+        with changing(active):
+            second = threading.Thread(target=model, args=(x,), daemon=True)
+            second.start()
+            time.sleep(0.1)  # it waits for the end of the change,
+        time.sleep(0.1)  # and now for the first forward, which sees that there was a change
+        experts.may_go_on.set()
+        second.join(20)
+        assert not second.is_alive()
+
+    results: list[Tensor] = []
+    assert run_together(lambda: results.append(model(x)), change, seconds=60) == [None, None]
+    torch.testing.assert_close(results[0], model(x))
 
 
 def test_errors_of_a_forward_are_passed_on():
