@@ -54,6 +54,27 @@ def changing(*models: ActiveAdapters) -> Iterator[None]:
         yield
 
 
+class _Thread(threading.local):
+    depth = 0  # of without_lock()
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def without_lock() -> Iterator[None]:
+    """Makes forwards within the context take no lock: for a forward that holds another one, which others wait for.
+
+    What changes meanwhile is noticed by that forward, which must be :func:`of_one_state`, and is computed again as a
+    whole.
+    """
+    _thread.depth += 1
+    try:
+        yield
+    finally:
+        _thread.depth -= 1
+
+
 def of_one_state(forward: Callable[P, R]) -> Callable[P, R]:
     """Makes a layer's forward see its state before or after a change, never half of one."""
 
@@ -63,14 +84,14 @@ def of_one_state(forward: Callable[P, R]) -> Callable[P, R]:
             return forward(self, *args, **kwargs)
         active = self.active
         changes = active.changes
-        if not changes % 2:
+        if not changes % 2 or _thread.depth:
             try:
                 result = forward(self, *args, **kwargs)
             except Exception:
-                if active.changes == changes:
+                if active.changes == changes or _thread.depth:
                     raise
             else:
-                if active.changes == changes:
+                if active.changes == changes or _thread.depth:
                     return result
         with _lock:
             return forward(self, *args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 
 from lora_ext._common.printable import shown
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
@@ -52,6 +53,29 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
         parents = [head for head in heads if any(key.startswith(f"{head.rpartition('.')[0]}.") for key in checkpoint)]
         return Tie(stored[0], f"{(parents or heads[-1:])[0]}.weight")
     return None
+
+
+def tied_tensors(checkpoint: Checkpoint, modules: Collection[str]) -> dict[str, str]:
+    """Returns the tensors that a model has and ``checkpoint`` lacks, as they are tied to tensors of ``modules``.
+
+    Returns:
+        Key of the tied tensor -> key of the stored one.
+    """
+    found: dict[str, str] = {}
+    tie = find_tie(checkpoint)
+    if tie is not None and tie.embedding.rpartition(".")[0] in modules:
+        found[tie.head] = tie.embedding
+        head = tie.head.rpartition(".")[0]
+        bias = f"{head.rpartition('.')[0]}.bias"  # BERT's and RoBERTa's heads hold the bias of what they are in
+        if bias in checkpoint:
+            found[f"{head}.bias"] = bias
+    for path in modules:
+        prefix, dot, name = path.rpartition(".")
+        for side in ("encoder", "decoder") if name == "shared" else ():  # T5 and BART
+            place = f"{prefix}{dot}{side}."
+            if any(key.startswith(place) for key in checkpoint) and f"{place}embed_tokens.weight" not in checkpoint:
+                found[f"{place}embed_tokens.weight"] = f"{path}.weight"
+    return found
 
 
 def is_embedding(path: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._common.changes import without_lock
 from lora_ext.nn.stacked_updates import StackedUpdates, Update
 from lora_ext.nn.weight_views import WeightView
 
@@ -60,7 +61,7 @@ def call_with_updates(
     if torch.compiler.is_compiling():
         result = _call(call, module, name, WeightView.of(stacked), args, kwargs)
     else:
-        with _locks.setdefault(module, threading.RLock()):
+        with _locks.setdefault(module, threading.RLock()), without_lock():
             result = _call(call, module, name, WeightView.of(stacked), args, kwargs)
     if not stacked.is_read and any(isinstance(value, Tensor) and value.numel() for value in (*args, *kwargs.values())):
         _note(module, name, _UNREAD)
