@@ -62,7 +62,11 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     if team.was_restarted() and (args.out / SETTINGS_FILE).is_file():
         parse_again = _resuming(parse_again)
         args = parse_again()
-    is_causal = args.task == TASK or (args.resume and saved_task(args.out) == TASK)
+    is_causal = args.task == TASK
+    if args.resume and (saved := saved_task(args.out)) != TASK and is_causal:
+        started = saved or _CLASSIFICATION
+        raise TaskError(f"--resume: the run in {args.out} was started with --task {started}, now {TASK}")
+    is_causal = is_causal or (args.resume and saved == TASK)
     kind = CausalSettings if is_causal else Settings
     if args.resume:
         saved = asdict(kind.load(args.out))

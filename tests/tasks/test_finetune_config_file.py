@@ -92,6 +92,8 @@ def test_a_run_from_a_file_resumes(tiny: Settings, tmp_path: Path, capsys):
     first = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert first["settings"]["set"] == "weight_decay=0.1"
     assert cli.main(["finetune", "--config", str(file), "--resume", "--no-measure"]) == 0
+    assert cli.main(["finetune", "--resume", "--task", "causal-lm", "--out", str(tmp_path / "out")]) == 2
+    assert "was started with --task classification, now causal-lm" in capsys.readouterr().err
     again = ["finetune", "--config", str(file), "--resume", "--set", "weight_decay=0.3"]
     assert cli.main(again) == 2
     assert "was started with --set weight_decay=0.1, now weight_decay=0.3" in capsys.readouterr().err

@@ -43,6 +43,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_adapter(shaken(model, 0.5), place / name)
     model = inject(bert(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     save_adapter(model, place / "classifier")
+    (place / "method").mkdir()
+    (place / "method" / "method.json").write_text("{}")
     return place
 
 
@@ -219,6 +221,11 @@ def test_answers_stream(directory: Path, capsys, monkeypatch):
     [
         (["--adapter", "nowhere"], "--adapter nowhere is not a directory; want the directory of an adapter"),
         (["--adapter", "model"], "model holds no adapter_config.json; want the directory of an adapter"),
+        (["--adapter", "second"], "want the directory of an adapter in PEFT's format, such as second/adapter"),
+        (
+            ["--adapter", "method"],
+            "want the directory of an adapter in PEFT's format: other methods' generate by lora_",
+        ),
         (["--adapter", "classifier"], "classifier is a classifier's (task_type SEQ_CLS), which generates no text"),
         (["--adapter", "a=first", "--adapter", "a=first"], "the name 'a' is taken"),
         (["--adapter", "base=first"], "the name 'base' is taken"),

@@ -53,7 +53,12 @@ def _check(directory: Path) -> None:
         config = read_json_object(directory / _CONFIG, "", 10_000_000)
     except OSError as error:
         there = f"holds no {_CONFIG}" if directory.is_dir() else "is not a directory"
-        raise TaskError(f"--adapter {directory} {there}; want the directory of an adapter in PEFT's format") from error
+        such = "".join(f", such as {path.parent}" for path in sorted(directory.glob(f"*/{_CONFIG}"))[:1])
+        if (directory / "method.json").is_file():
+            such = ": other methods' generate by lora_ext.methods.load_method and model.generate"
+        raise TaskError(
+            f"--adapter {directory} {there}; want the directory of an adapter in PEFT's format{such}"
+        ) from error
     except ValueError as error:
         raise TaskError(f"--adapter: {error}") from error
     if config.get("task_type") == "SEQ_CLS":
