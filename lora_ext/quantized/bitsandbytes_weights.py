@@ -116,6 +116,11 @@ class Linear4bitWeight(_BitsandbytesWeight):
         """Undoes the packing of an earlier call in eval mode, as the layer's ``state_dict`` does."""
         if getattr(self._state, "packing_format_for_cpu", False):
             self.module.state_dict()
+        state = self._state
+        if state is not None and state.absmax.dim() == 2:
+            # Without double quantisation bitsandbytes 0.50 leaves the scales as packed, bfloat16 [blocks of a row,
+            # out_features], and reads them as [out_features, blocks of a row].
+            state.absmax = state.absmax.T.flatten().float()
 
 
 class Linear8bitWeight(_BitsandbytesWeight):

@@ -150,6 +150,27 @@ def test_a_packed_weight_is_unpacked_and_packed_again_after_unload():
     assert unload(model).up.support_avx512bf16_for_cpu
 
 
+@pytest.mark.parametrize("format", ["nf4", "fp4", "nf4-double"])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_the_scales_of_a_packed_weight_keep_their_order(unpacked, format):
+    """bitsandbytes transposes them, and without double quantisation it does not transpose them back."""
+    base = nn.Sequential(nn.Linear(256, 64))
+    with torch.no_grad():
+        base[0].weight.mul_(torch.logspace(-1, 1, 64)[:, None])
+    base = quantized_copy(base, format)
+    expected = quantized_weight(base[0]).dequantize()
+    weight = base[0].weight
+    # As a call in eval mode does on some CPUs.
+    weight.data, _ = bitsandbytes.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    if unpacked:
+        base.state_dict()
+    model = inject(base, LoraConfig(r=2, target_modules=["0"]))
+    found = quantized_weight(model[0].base_layer).dequantize()
+    assert (found - expected).norm() <= 2**-8 * expected.norm()  # bfloat16's rounding of the scales
+    x = torch.randn(6, 256)
+    torch.testing.assert_close(model(x), x @ found.T + model[0].base_layer.bias, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_copies(format, how):
