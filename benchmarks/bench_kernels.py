@@ -108,7 +108,7 @@ class LostKernels(Exception):
 def profiled(calls: list[Callable[[], object]]) -> list[list[tuple[str, float]]]:
     """Returns (kernel, seconds) of our kernels for each call, in the order they ran; all calls launch alike."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        # The profiler drops kernels that seem to precede its start: CUPTI before 13.1 can be late by milliseconds
+        # The profiler drops kernels that seem to precede its start, as CUPTI before 13.1 can be late
         # (pytorch/pytorch#192021).
         time.sleep(0.05)
         for call in calls:

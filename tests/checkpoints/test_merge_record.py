@@ -182,7 +182,10 @@ def test_files_that_are_missing_or_not_of_the_merge(files, merged):
     name = index["weight_map"]["same.weight"]
     less = {key: file for key, file in index["weight_map"].items() if file != name}
     (merged / INDEX).write_text(json.dumps(index | {"weight_map": less}))
+    assert f"does not name all files of its checkpoint:\n  {name}" in outcome(files, merged)
+    (merged / name).rename(merged / "elsewhere")
     assert f"missing: {name}" in outcome(files, merged)
+    (merged / "elsewhere").rename(merged / name)
     save_file({"more": torch.ones(1)}, merged / "more.safetensors")
     more = index["weight_map"] | {"more": "more.safetensors"}
     (merged / INDEX).write_text(json.dumps(index | {"weight_map": more}))

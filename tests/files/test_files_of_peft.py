@@ -267,7 +267,6 @@ def test_inject_takes_pefts_config():
             lambda: peft.LoraConfig(target_modules=TARGETS, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
             "init_lora_weights is 'lora_ga', want",
         ),
-        (lambda: peft.LoraConfig(), "target_modules is None; name the layers"),
         (lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=[]), "peft_type is 'IA3', want 'LORA'"),
     ],
 )

@@ -13,6 +13,7 @@ import lora_ext
 
 PACKAGE = Path(lora_ext.__file__).parent
 EXCEPTIONS = {
+    "lora_ext._common.embeddings": "what a model answers is asked in one place",
     "lora_ext._common.install_hint": "how to install what a command needs",
     "lora_ext._common.progress": "one display for all commands",
     "lora_ext.analysis.plots": "public, and apart from lora_ext.analysis as it needs matplotlib",

@@ -9,8 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from lora_ext.files import read_json_object
-from lora_ext.files.held_file import held
+from lora_ext.files import held, read_json_object
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared.whole_files import discard, is_leftover, remove_leftovers, write_json, write_whole, writing
 
