@@ -30,10 +30,20 @@ num_cast_arguments: dict[str, int] = {}
 
 
 def _dispatch_state() -> tuple[int, int]:
-    return _included().raw_repr(), _excluded().raw_repr()
+    return _included().raw_repr(), _excluded().raw_repr() | _NAMED
+
+
+def _keys(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
 
 
 _included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
+_named = torch._C._parse_dispatch_key("Named")  # None: newer releases have no such key
+# Excluded in the backward of torch 2.11; it concerns tensors with names only.
+_NAMED = 0 if _named is None else torch._C.DispatchKeySet(_named).raw_repr()
 with ThreadPoolExecutor(1) as _new_thread:  # this one may be within autocast, inference mode, a transform, ...
     _USUAL_INCLUDED, _USUAL_EXCLUDED = _new_thread.submit(_dispatch_state).result()
 
@@ -45,16 +55,9 @@ def is_usual_state() -> bool:
     """
     return (
         _included().raw_repr() == _USUAL_INCLUDED
-        and _excluded().raw_repr() == _USUAL_EXCLUDED
+        and _excluded().raw_repr() | _NAMED == _USUAL_EXCLUDED
         and forward_ad._current_level < 0
     )
-
-
-def _keys(*names: str) -> int:
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
-    for name in names[1:]:
-        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
-    return keys.raw_repr()
 
 
 # AutocastPrivateUse1 stands for autocast in lora_ext.planner.meta_autocast.
@@ -76,7 +79,7 @@ def call_state(x: Tensor) -> tuple | None:
     """
     if type(x) is not Tensor or x.is_inference() or forward_ad._current_level >= 0:
         return None
-    autocast, included, excluded = None, _included().raw_repr(), _excluded().raw_repr()
+    autocast, (included, excluded) = None, _dispatch_state()
     if included != _USUAL_INCLUDED and included & ~_MODES != _USUAL_INCLUDED:
         return None
     if excluded != _USUAL_EXCLUDED:
