@@ -120,7 +120,7 @@ def _obstacle(module: nn.Module, name: str) -> str:
         from lora_ext.nn.traced_views import can_trace_views
 
         if not can_trace_views():
-            return "this PyTorch has other tables of functions that can be overridden"
+            return f"PyTorch {torch.__version__} does not trace the stand-in for the parameter; 2.13 to 2.15 do"
     return ""
 
 

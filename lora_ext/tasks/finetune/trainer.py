@@ -65,7 +65,7 @@ class FinetuneTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
             return self.optimizer
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))  # Transformers 5.0 takes none
         factors = {id(parameter) for name, parameter in self.model.named_parameters() if name.endswith(".lora_B")}
         for group in list(optimizer.param_groups) if self.lora_plus_ratio != 1.0 else ():
             faster = [parameter for parameter in group["params"] if id(parameter) in factors]
