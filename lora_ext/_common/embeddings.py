@@ -1,4 +1,4 @@
-"""What a model of Transformers says about its embeddings."""
+"""Asks a model of Transformers for its embeddings; some models answer with an error."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import nn
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The input embeddings of a Transformers model; None of a model that has or tells none."""
+    """Returns the input embeddings, or None if the model has none or does not tell them."""
     return _asked(model, "get_input_embeddings")
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The output embeddings of a Transformers model; None of a model that has or tells none."""
+    """Returns the output embeddings, or None if the model has none or does not tell them."""
     return _asked(model, "get_output_embeddings")
 
 

@@ -62,11 +62,12 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     if team.was_restarted() and (args.out / SETTINGS_FILE).is_file():
         parse_again = _resuming(parse_again)
         args = parse_again()
-    is_causal = args.task == TASK
-    if args.resume and (saved := saved_task(args.out)) != TASK and is_causal:
-        started = saved or _CLASSIFICATION
-        raise TaskError(f"--resume: the run in {args.out} was started with --task {started}, now {TASK}")
-    is_causal = is_causal or (args.resume and saved == TASK)
+    started = saved_task(args.out) if args.resume else None
+    if args.resume and args.task == TASK != started:
+        raise TaskError(
+            f"--resume: the run in {args.out} was started with --task {started or _CLASSIFICATION}, now {TASK}"
+        )
+    is_causal = TASK in (args.task, started)
     kind = CausalSettings if is_causal else Settings
     if args.resume:
         saved = asdict(kind.load(args.out))

@@ -58,7 +58,7 @@ def test_files_have_the_plain_paths(wrapper, first, tmp_path):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_states_of_the_adapters_alone(wrapper, tmp_path):
-    """What Trainer resumes from has all adapters, and loads whether the model is wrapped or not."""
+    """A checkpoint of Trainer has all adapters, and loads into a wrapped model and into a plain one."""
     base, ids = llama().eval(), token_ids(2)
     model = inject(wrapped(copy.deepcopy(base), wrapper), config("q_proj"), "first")
     inject(model, config("v_proj"), "second")

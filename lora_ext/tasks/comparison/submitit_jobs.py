@@ -219,10 +219,10 @@ class SubmititPool:
         TaskError: it does other work in the same directory.
         """
         with self._asking:
-            job, known = _alive(files.job, self._folder)
+            job, its_work = _alive(files.job, self._folder)
         if job is None:
             return None
-        if known != work:
+        if its_work != work:
             raise TaskError(f"job {job.job_id} still works in {files.log.parent} with other options; end it: scancel")
         return job
 
