@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
@@ -29,12 +30,12 @@ from lora_ext.cli import (
 )
 from lora_ext.info import gather
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.shared import team
+from lora_ext.tasks.shared import sigterm, team
 
-_EXIT_DISK, _EXIT_INTERRUPTED = 1, 130
+_EXIT_DISK = 1
 _STATUS = (
     "exit status: 0: done; 1: the disk cannot be written; diff: the two differ; unmerge: not exact; 2: an error in the "
-    "options or the files; 3: compare left out methods that do not suit the checkpoint; 130: Ctrl-C"
+    "options or the files; 3: compare left out methods that do not suit the checkpoint; 130: Ctrl-C; 143: SIGTERM"
 )
 
 
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         print("lora-ext: interrupted", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        return 128 + (signal.SIGTERM if sigterm.received() else signal.SIGINT)
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         _silence()
     except OSError as error:

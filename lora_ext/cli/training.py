@@ -7,7 +7,7 @@ import importlib.util
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lora_ext.tasks.comparison.launch import LAUNCHERS, Launch
 from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.finetune.defaults import USUAL, WITH_EMBEDDINGS
 from lora_ext.tasks.finetune.settings import Settings, load_request
+from lora_ext.tasks.shared import sigterm
 
 
 def add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
@@ -206,11 +207,15 @@ def with_saved(
 def saying_how_to_resume(
     command: str, out: Path, marker: str, resume: bool, launch: Launch | None = None
 ) -> Iterator[None]:
-    """After Ctrl-C or on a full disk, says how to resume, if a run has begun, which writes ``marker`` into ``out``."""
+    """After Ctrl-C, SIGTERM or on a full disk, says how to resume, if a run has begun, which writes ``marker``.
+
+    SIGTERM is Ctrl-C within the block, unless jobs are submitted: they go on when the command that waits for them ends.
+    """
     path = out / marker
     before = path.stat().st_mtime_ns if path.is_file() else None
     try:
-        yield
+        with sigterm.listening() if launch is None or launch.launcher == "local" else nullcontext():
+            yield
     except (KeyboardInterrupt, WriteError) as error:
         if resume or (path.is_file() and path.stat().st_mtime_ns != before):
             when = "to continue" if isinstance(error, KeyboardInterrupt) else "to continue when it can be written"

@@ -175,7 +175,8 @@ sys.exit(main())
 """
 
 
-def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # a terminal's, a scheduler's
+def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_path: Path, monkeypatch, number):
     settings = ["--model", tiny.model, "--data", tiny.data, "--target-modules", "query,value", "--epochs", "3"]
     settings += ["--batch-size", "8", "--max-length", "32"]
     out = tmp_path / "interrupted"
@@ -188,9 +189,9 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tiny: Settings, tmp_pat
     while not list(out.glob("checkpoints/*/trainer_state.json")):  # long before the end of 90 steps
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output = process.communicate()[0]
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
     assert "stopping after this step" in output
     assert f"to continue: lora-ext finetune --resume --out {out}" in output
     assert not (out / "metrics.json").exists()

@@ -20,6 +20,8 @@ from lora_ext.tasks.comparison import many_runs
 from lora_ext.tasks.comparison.many_runs import Run
 from lora_ext.tasks.comparison.processes import in_process
 from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.finetune.trainer import Interrupted
+from lora_ext.tasks.finetune.trainer_callbacks import StopOnInterrupt
 
 pytestmark = pytest.mark.full
 
@@ -89,6 +91,21 @@ def goes_on(run: Run, directory: Path, runs_here: int, on_progress) -> None:
         time.sleep(0.05)
 
 
+def stops_with_a_checkpoint(run: Run, directory: Path, runs_here: int, on_progress) -> None:
+    """Replaces a run; ends as a training does, or by itself after the first of three runs was asked to stop."""
+    stop = StopOnInterrupt()
+    directory.mkdir(parents=True)
+    with stop.listening():
+        (directory / "started").write_text(str(os.getpid()))
+        while not stop.requested and not (directory.parent / "seed-0" / "checkpoint").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)  # the time of a step, in which another signal may come
+    if not stop.requested:
+        raise TaskError("not asked to stop")
+    (directory / "checkpoint").touch()
+    raise Interrupted
+
+
 INTERRUPTED = """
 import sys
 from pathlib import Path
@@ -97,11 +114,13 @@ from lora_ext.tasks.comparison import many_runs
 from lora_ext.tasks.comparison.launch import Launch
 from lora_ext.tasks.comparison.many_runs import Run
 from lora_ext.tasks.finetune.settings import Settings
+from lora_ext.tasks.shared import sigterm
 
 if __name__ == "__main__":
     many_runs._finetune = getattr(test_many_runs, sys.argv[3])
     runs = [Run("lora", Settings(seed=seed), "") for seed in range(3)]
-    many_runs.run_all(runs, Path(sys.argv[1]), "compare", Launch(jobs=int(sys.argv[2])))
+    with sigterm.listening():
+        many_runs.run_all(runs, Path(sys.argv[1]), "compare", Launch(jobs=int(sys.argv[2])))
 """
 
 
@@ -131,6 +150,32 @@ def test_every_run_gets_one_interrupt_and_none_is_left_behind(tmp_path: Path, se
     assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in output
     counts = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/lora/*/count")}
     assert counts == {f"seed-{seed}": "1" for seed in range(jobs)}
+
+
+@pytest.mark.parametrize("send", [os.killpg, os.kill])  # as Slurm does, and as a container's runtime does
+def test_sigterm_stops_every_run_with_a_checkpoint(tmp_path: Path, send):
+    (script := tmp_path / "script.py").write_text(INTERRUPTED)
+    process = Forked(script, tmp_path, 2, "stops_with_a_checkpoint", start_new_session=True, stderr=subprocess.PIPE)
+    begun = until_begun(process, tmp_path, 2)
+    if send is os.killpg:  # runs have process groups of their own
+        for path in begun:
+            os.kill(int(path.read_text()), signal.SIGTERM)
+    send(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in output
+    assert all((path.parent / "checkpoint").exists() for path in begun)
+    assert len(list(tmp_path.glob("runs/lora/*/started"))) == 2
+
+
+def test_sigterm_to_one_run_leaves_the_others(tmp_path: Path):
+    (script := tmp_path / "script.py").write_text(INTERRUPTED)
+    process = Forked(script, tmp_path, 3, "stops_with_a_checkpoint", stderr=subprocess.PIPE)
+    begun = {path.parent.name: path for path in until_begun(process, tmp_path, 3)}
+    os.kill(int(begun["seed-0"].read_text()), signal.SIGTERM)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "3 of 3 runs failed" in output, output
+    assert output.count("was ended by SIGTERM") == output.count("not asked to stop") / 2 > 0, output
+    assert [path.parent.name for path in tmp_path.glob("runs/lora/*/checkpoint")] == ["seed-0"]
 
 
 def test_runs_end_after_their_command_was_killed(tmp_path: Path):

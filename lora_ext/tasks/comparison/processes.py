@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lora_ext.tasks import TaskError, WriteError
+from lora_ext.tasks.shared import sigterm
 from lora_ext.tasks.shared.whole_files import writing
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -179,8 +180,8 @@ def outcome_of(
             return "done", function(*args, on_progress=on_progress)
     except TaskError as error:
         return "disk" if isinstance(error, WriteError) else "mistake", str(error)
-    except KeyboardInterrupt:
-        return "interrupted", None
+    except KeyboardInterrupt:  # after SIGTERM to this process alone, the other runs go on
+        return ("failed", "its process was ended by SIGTERM") if sigterm.received() else ("interrupted", None)
     except Exception as error:
         with suppress(OSError):
             traceback.print_exc()  # goes to the log: descriptors 1 and 2 still point there

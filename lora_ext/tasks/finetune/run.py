@@ -87,7 +87,7 @@ def finetune(
     Raises:
         TaskError: a mistake in the settings, the data or the directory; found before training starts.
         WriteError: the disk refuses a file; the last checkpoint is whole, and ``resume`` continues from it.
-        Interrupted: after the first Ctrl-C during training.
+        Interrupted: after the first Ctrl-C, or SIGTERM, during training.
     """
     inputs = [getattr(settings, name) for name in INPUTS]
     marks = {"marker": SETTINGS_FILE, "key": "method", "what": "a fine-tuning run"}

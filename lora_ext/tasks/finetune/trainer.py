@@ -33,7 +33,7 @@ from lora_ext.tasks.shared.whole_files import writing
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised on Ctrl-C during training, after a checkpoint of the last step was written."""
+    """Raised on Ctrl-C or SIGTERM during training, after a checkpoint of the last step was written."""
 
 
 class FinetuneTrainer(Trainer):
@@ -48,7 +48,7 @@ class FinetuneTrainer(Trainer):
         class_weights: ``[num_labels]``, factors of the losses of each class's texts, or None.
         early_stopping: decides when evaluations do not improve any more, or None.
         progress: time, tokens and losses so far.
-        stop: listens to Ctrl-C during training, or None.
+        stop: listens to Ctrl-C and SIGTERM during training, or None.
         clock: decides when a checkpoint is due.
     """
 
@@ -257,7 +257,7 @@ def train(
     """Trains to the end, from ``checkpoint`` if given; calls ``on_progress`` with the finished fraction.
 
     Raises:
-        Interrupted: Ctrl-C was pressed; a checkpoint of the current step has been written.
+        Interrupted: Ctrl-C was pressed, or SIGTERM came; a checkpoint of the current step has been written.
         WriteError: a checkpoint cannot be written.
     """
     if checkpoint is not None and checkpoint.is_last:

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: seeds, logs, evaluations, checkpoints, progress, Ctrl-C."""
+"""Callbacks of the trainer: seeds, logs, evaluations, checkpoints, progress, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import collections
 import math
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from lora_ext._common import progress as display
 from lora_ext.tasks.finetune import busy_machine
 from lora_ext.tasks.finetune.moving_average import MovingAverage
 from lora_ext.tasks.finetune.run_checkpoints import Clock, path_of
+from lora_ext.tasks.shared import sigterm
 
 if TYPE_CHECKING:
     from lora_ext.tasks.finetune.trainer import FinetuneTrainer
@@ -135,23 +137,38 @@ class ShownProgress(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Stops the run on Ctrl-C: the first after the current step, with a checkpoint; the second immediately."""
+    """Stops the run on Ctrl-C and SIGTERM: after the current step, with a checkpoint; a second Ctrl-C stops it at once.
+
+    SIGTERM never stops it at once: a scheduler may send it to a process whose parent passes Ctrl-C on.
+    """
 
     requested = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        def handler(signum: int, frame: Any) -> None:
-            if self.requested:
-                raise KeyboardInterrupt
-            self.requested = True
-            print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
-
-        previous = signal.signal(signal.SIGINT, handler)
-        try:
+        """Listens within the block; outside the main thread, which gets all signals, to nothing."""
+        if threading.current_thread() is not threading.main_thread():
             yield
+            return
+
+        def on_ctrl_c(signum: int, frame: Any) -> None:
+            nonlocal times
+            times += 1
+            if times > 1:
+                raise KeyboardInterrupt
+            self._request("\nstopping after this step; press Ctrl-C again to stop at once")
+
+        times = 0
+        previous = signal.signal(signal.SIGINT, on_ctrl_c)
+        try:
+            with sigterm.listening(lambda: self._request("\nSIGTERM: stopping after this step")):
+                yield
         finally:
             signal.signal(signal.SIGINT, previous)
+
+    def _request(self, line: str) -> None:
+        self.requested = True
+        print(line, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested:
