@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, open_adapter
 from lora_ext.checkpoints.layouts import num_matrices
+from lora_ext.checkpoints.merged_mark import read_mark
 from lora_ext.checkpoints.merged_rows import split_stack
 from lora_ext.files.adapter_file import AdapterFile, holds_adapter
 
@@ -28,7 +29,8 @@ def inspect(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict
         ``norm`` (the Frobenius norm of the scaled update); ``saved`` (name -> shape of each tensor that is saved in
         full); and ``config``.
 
-        For a checkpoint also ``files`` (name -> bytes) and ``tensors`` (name -> ``dtype``, ``shape``, ``bytes``).
+        For a checkpoint also ``files`` (name -> bytes), ``merged`` (names of the adapters that ``lora-ext merge`` put
+        into it) and ``tensors`` (name -> ``dtype``, ``shape``, ``bytes``).
 
     Raises:
         FileNotFoundError, ValueError: ``path`` is neither, or is corrupted, or its adaptation method is not supported.
@@ -76,6 +78,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "dtypes": _by_dtype((info.dtype, info.numel) for info in infos.values()),
         "files": {name: (checkpoint.directory / name).stat().st_size for name in checkpoint.shards},
+        "merged": list(read_mark(checkpoint).values()),
         "tensors": {
             key: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes} for key, info in infos.items()
         },

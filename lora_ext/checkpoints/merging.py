@@ -18,6 +18,7 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.checkpoints.changes import MergeChanges, TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint_files import SINGLE_FILE, Checkpoint
 from lora_ext.checkpoints.contents import open_adapter
+from lora_ext.checkpoints.merged_mark import changed_mark, with_mark
 from lora_ext.checkpoints.merged_rows import blocks
 from lora_ext.checkpoints.output import Output, check_apart, index_metadata, shard_metadata
 from lora_ext.checkpoints.record_writer import RecordWriter
@@ -91,8 +92,8 @@ def merge(
     Raises:
         FileNotFoundError: a file is missing.
         FileExistsError: ``out`` exists.
-        ValueError: a file is corrupted; an adapter is given twice, or does not fit (the message lists every misfit); a
-            result is not finite.
+        ValueError: a file is corrupted; an adapter is given twice, is in ``base`` already, or does not fit (the message
+            lists every misfit); a result is not finite.
         OSError: the disk is too small, or cannot be written.
     """
     caller = "unmerge" if subtract else "merge"
@@ -115,6 +116,8 @@ def merge(
                 f"{caller}: {held.file.directory} acts from its alora_invocation_tokens on (aLoRA), and a checkpoint's "
                 "weights act on all tokens; load it into the model (load_adapter), and run it unmerged"
             )
+    fingerprints = {one.file.directory: one.fingerprint() for one in contents}
+    mark = changed_mark(checkpoint, fingerprints, subtract=subtract, caller=caller)
     changes = find_changes(
         checkpoint, contents, fan_in_fan_out=fan_in_fan_out, untie=untie, multiplier=-1.0 if subtract else 1.0
     )
@@ -130,12 +133,12 @@ def merge(
         checkpoint,
         shards,
         lambda key: blocks(changes.tensors[key], key, checkpoint, _target(changes.tensors[key], dtype)),
-        metadata=shard_metadata(checkpoint, shards),
+        metadata={name: with_mark(one, mark) for name, one in shard_metadata(checkpoint, shards).items()},
         index_metadata=index_metadata(checkpoint),
         what={
             "version": _load.build_info()["version"],
             "base": checkpoint.fingerprint(),
-            "adapters": [one.fingerprint() for one in contents],
+            "adapters": [*fingerprints.values()],
             "options": [str(dtype), shard_bytes, fan_in_fan_out, untie, record, subtract],
         },
         config_changes=_config_changes(changes, dtype),

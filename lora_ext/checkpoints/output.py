@@ -79,7 +79,8 @@ class Output:
                 (staging.path / INDEX_FILE).write_text(self._index(), encoding="utf-8")
             copied, skipped = self._copy_other_files(staging.path)
             if self.recorder is not None:
-                self.recorder.finish(staging.path, self.metadata, self.index_metadata, copied)
+                metadata = shard_metadata(self.source, self.shards)
+                self.recorder.finish(staging.path, metadata, self.index_metadata, copied)
             self.source.check_unchanged(caller)
             staging.publish()
         return Written(kept, copied, skipped)

@@ -27,6 +27,8 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         files.print_json(found)
         return
     files.tell(files.table(_adapter(found) if found["kind"] == "adapter" else _checkpoint(found)))
+    if merged := found.get("merged"):
+        files.tell(f"merged into it: {', '.join(merged)}")
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
     files.tell(
         f"{args.path}: {found['kind']}, {found['parameters']:,} parameters ({dtypes}), {found['bytes'] / 1e6:.2f} MB"

@@ -38,11 +38,12 @@ def merged(files, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def small_files(tmp_path_factory) -> Path:
-    """``base``, ``adapter``, and ``merged`` with a record, in two files each."""
+    """``base``, ``adapter``, ``other`` (an adapter), and ``merged`` with a record, in two files each."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("bad")
     model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "abc"})
     save_checkpoint(model.state_dict(), folder / "base", shards=2)
     peft_adapter(model, folder / "adapter", target_modules=["a", "c"])
+    peft_adapter(model, folder / "other", target_modules=["a", "c"])
     merge(folder / "base", [folder / "adapter"], folder / "merged", record=True)
     return folder

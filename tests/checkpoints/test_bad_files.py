@@ -30,8 +30,8 @@ from lora_ext.checkpoints.checkpoint_files import Checkpoint
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 COMMANDS = {
-    "merge": ["merge", "--base", "{bad}", "--adapter", "{adapter}", "--out", "{out}"],
-    "merge, dtype": ["merge", "--base", "{bad}", "--adapter", "{adapter}", "--out", "{out}", "--dtype", "bfloat16"],
+    "merge": ["merge", "--base", "{bad}", "--adapter", "{other}", "--out", "{out}"],
+    "merge, dtype": ["merge", "--base", "{bad}", "--adapter", "{other}", "--out", "{out}", "--dtype", "bfloat16"],
     "unmerge": ["unmerge", "--merged", "{bad}", "--out", "{out}"],
     "extract": ["extract", "--base", "{base}", "--tuned", "{bad}", "--out", "{out}", "--r", "2"],
     "inspect": ["inspect", "{bad}"],
@@ -60,7 +60,7 @@ def _watchdog() -> Iterator[None]:
 
 def run(name: str, files: Path, folder: Path, capsys) -> tuple[int, str]:
     """Runs a command on ``folder / "bad"``; returns status and output. Checks that a failing one writes nothing."""
-    paths = {"base": files / "base", "adapter": files / "adapter", "bad": folder / "bad", "out": folder / "out"}
+    paths = {"base": files / "base", "other": files / "other", "bad": folder / "bad", "out": folder / "out"}
     before = sorted(path.name for path in folder.iterdir())
     status = cli.main([part.format(**paths) for part in COMMANDS[name]])
     printed = capsys.readouterr()

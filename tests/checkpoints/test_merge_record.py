@@ -28,9 +28,10 @@ pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 def places(path: Path) -> Iterator[tuple[str, int]]:
     """Yields the kind and the offset of sample bytes in a safetensors file."""
     tensors, _ = read_header(path)
-    header = len(header_bytes(path))
-    for at in [0, 7, 8, *range(9, header, max(header // 60, 1)), header - 1]:
-        yield "header", at
+    text = header_bytes(path)
+    metadata = range(at := text.index(b'"__metadata__"'), text.index(b"},", at))
+    for at in [0, 7, 8, *range(9, len(text), max(len(text) // 60, 1)), len(text) - 1]:
+        yield "metadata" if at in metadata else "header", at
     for key, info in tensors.items():
         for at in {0, info.nbytes // 2, info.nbytes - 1} if info.nbytes else ():
             yield key, info.begin + at
@@ -51,9 +52,10 @@ def test_a_flipped_byte_of_the_checkpoint(files, merged):
                 flip(path, at, bit)
                 outcomes.setdefault(what, []).append(outcome(files, merged))
                 flip(path, at, bit)
-    assert outcomes.keys() == {"header", *tensors_of(merged)}
+    assert outcomes.keys() == {"header", "metadata", *tensors_of(merged)}
     reasons = outcomes.pop("header")
-    assert sum(map(bool, reasons)) > 0.8 * len(reasons)  # metadata is restored from the record
+    assert all(reasons), reasons
+    assert not all(outcomes.pop("metadata")), "metadata is restored from the record"
     for key, reasons in outcomes.items():
         expected = f"unmerge: {key} was changed since it was merged"
         assert all(expected in reason for reason in reasons if reason), reasons
@@ -72,9 +74,9 @@ def test_a_flipped_byte_of_the_record(files, merged):
                 flip(path, at, bit)
                 outcomes.setdefault(what, []).append(outcome(files, merged))
                 flip(path, at, bit)
-    kinds = {key.rpartition(":")[2] for key in outcomes} - {"header"}
+    kinds = {key.rpartition(":")[2] for key in outcomes} - {"header", "metadata"}
     assert kinds == {"lora_A.0", "lora_B.0", "words", "corrections", "rows", "indices", "base"}
-    assert all(outcomes.pop("header"))
+    assert all(outcomes.pop("header")) and all(outcomes.pop("metadata"))
     for part, reasons in outcomes.items():
         key, _, kind = part.rpartition(":")
         if kind in ("rows", "base", "words", "indices"):

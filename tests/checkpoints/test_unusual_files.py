@@ -14,6 +14,7 @@ from torch import nn
 from lora_ext import cli
 from lora_ext.checkpoints import merge, unmerge
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
+from lora_ext.checkpoints.merged_mark import KEY
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -106,7 +107,9 @@ def test_metadata_of_each_file_is_kept(files, tmp_path):
     for name in ("merged", "again"):
         for number, path in enumerate(sorted((tmp_path / name).glob("*.safetensors"))):
             with safe_open(path, "pt") as file:
-                assert file.metadata() == {"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"}
+                kept = {key: value for key, value in file.metadata().items() if key != KEY}
+                assert kept == {"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"}
+                assert (KEY in file.metadata()) == (name == "merged")
 
 
 def test_a_tensor_that_no_file_can_hold_is_not_added(files, tmp_path):
