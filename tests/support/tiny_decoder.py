@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -74,6 +82,12 @@ def gemma3(**options: Any) -> Gemma3ForCausalLM:
     layers = ["sliding_attention", "full_attention"]
     config = Gemma3TextConfig(**sizes(layer_types=layers, sliding_window=8, query_pre_attn_scalar=16, **options))
     return Gemma3ForCausalLM(config)
+
+
+def mixtral(**options: Any) -> MixtralForCausalLM:
+    """Its files have other names and shapes than its parameters."""
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**sizes(num_local_experts=3, num_experts_per_tok=2, **options)))
 
 
 def save(directory: Path, model: torch.nn.Module | None = None, template: str | None = TEMPLATE) -> Path:

@@ -41,6 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
     tiny_decoder.save(directory / "llama")
     tiny_decoder.save(directory / "gemma3", tiny_decoder.gemma3(), tiny_decoder.MARKED)
+    tiny_decoder.save(directory / "mixtral", tiny_decoder.mixtral())
     pairs = tiny_decoder.questions(80)
     for name in ("chats", "completions", "texts"):
         tiny_decoder.save_rows(directory / f"{name}.jsonl", getattr(tiny_decoder, name)(pairs))
@@ -170,6 +171,7 @@ RESUMED = {
     "completions": {"packing": False, "epochs": 1.5},
     "average in bfloat16": {"ema_decay": 0.9, "precision": "bfloat16"},
     "full": {"method": "full", "learning_rate": 5e-3},
+    "full mixtral": {"method": "full", "learning_rate": 5e-3, "model": "mixtral"},
 }
 
 

@@ -150,8 +150,10 @@ class FinetuneTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = output_dir or self.args.output_dir
-        if method_of(self.model).name == "full":  # the whole model, in the format of transformers
-            self.model.save_pretrained(directory, state_dict=state_dict)
+        if method_of(self.model).name == "full":
+            # By default Transformers gives the weights the names of the checkpoint that the model came from (Mixtral's
+            # experts, gamma and beta of old LayerNorms), which its Trainer does not find in the model.
+            self.model.save_pretrained(directory, state_dict=state_dict, save_original_format=False)
         else:
             save_method(self.model, directory)
 
@@ -161,6 +163,16 @@ class FinetuneTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
                 load_method(self.model, resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises ValueError if a whole model was not loaded whole. Tied weights are in the file once."""
+        values = self.model.state_dict()
+        loaded = {values[name].data_ptr() for name in values.keys() - load_result.missing_keys}
+        lost = [name for name in load_result.missing_keys if values[name].data_ptr() not in loaded]
+        for what, names in (("no values for", lost), ("unknown values:", load_result.unexpected_keys)):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ValueError(f"its weights have {what} {names[0]}{more}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
