@@ -282,10 +282,11 @@ def test_an_average_is_evaluated_saved_and_resumed(tiny: Settings, tmp_path: Pat
     last, averaged = (load_file(tmp_path / name / file) for name in ("plain", "averaged"))
     different = [name for name in last if not torch.equal(last[name], averaged[name])]
     assert len(different) > len(last) / 2  # the same steps, but another result
-    checkpoint = newest_checkpoint(tmp_path / "averaged")
-    trained = load_file(checkpoint / Path(file).name)
+    checkpoints = [newest_checkpoint(tmp_path / name) for name in ("plain", "averaged")]
+    last, trained = (load_file(checkpoint / Path(file).name) for checkpoint in checkpoints)
+    assert last.keys() == trained.keys()
     assert all(torch.equal(trained[name], last[name]) for name in last)  # checkpoints hold the trained values
-    shutil.rmtree(checkpoint)
+    shutil.rmtree(checkpoints[1])
     again = unmeasured(settings, tmp_path / "averaged", resume=True)
     assert (again["after"], again["validation"]) == (metrics["after"], metrics["validation"])
     resumed = load_file(tmp_path / "averaged" / file)
