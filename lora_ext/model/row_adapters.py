@@ -271,7 +271,8 @@ def choice_of_call(
     if lengths is None and rows is not None and rows != len(choice.rows):
         raise ValueError(
             f"{caller}: adapter_names has {len(choice.rows)} names, but {first[0]} has {rows} rows; "
-            f"pass a name for each row, or {LENGTHS}, the number of tokens of each name, if rows hold several sequences"
+            f"pass a name for each row, or to the model's forward {LENGTHS}, the number of tokens of each name, if "
+            "rows hold several sequences"
         )
     return choice
 

@@ -144,7 +144,10 @@ class TransparentLayer(AdapterLayer):
 def check_adapter_name(caller: str, name: str) -> None:
     """Checks that ``name`` is a valid adapter name. ValueError: it is not."""
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"{caller}: adapter_name is {name!r}, want a name without dots, such as 'default'")
+        raise ValueError(
+            f"{caller}: adapter_name is {name!r}, want a name without dots that is no attribute of nn.ModuleDict, such "
+            "as 'default'"
+        )
 
 
 def freeze(module: nn.Module) -> None:
