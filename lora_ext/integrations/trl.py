@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext._common.arguments import checked
-from lora_ext._common.sharded import is_fully_sharded
+from lora_ext._common.sharded import is_elsewhere, is_fully_sharded
 from lora_ext._common.wrapped import KEY_PREFIX, WrapsModel
 from lora_ext.adapters import (
     adapter_names,
@@ -160,7 +160,8 @@ class InjectedModel(WrapsModel, PeftModel):
             return
         if not names:
             raise ValueError(f"for_trl: selected_adapters is empty; the adapters are {adapter_names(model)}")
-        if state_dict is not None and any(is_fully_sharded(part) for part in model.modules()):
+        elsewhere = any(map(is_fully_sharded, model.modules())) or any(map(is_elsewhere, model.parameters()))
+        if state_dict is not None and elsewhere:
             given = with_values("for_trl: save_pretrained", root_module(model), state_dict)
         else:  # the model has these values
             given = nullcontext()
