@@ -167,6 +167,22 @@ def test_accelerated_layers_of_peft_do_not_merge_empty_weights(monkeypatch):
     assert "ZeRO-3" in str(report(model))
 
 
+@pytest.mark.parametrize("name", ["bitfit", "prefix-embed", "prefix-layer", "adapter-h", "adapter-l", "head-only"])
+def test_methods_are_of_the_sizes_of_whole_parameters(name, monkeypatch):
+    def sizes(model):
+        parameters = model.named_parameters()
+        return {path: tuple(getattr(p, "ds_shape", p.shape)) for path, p in parameters if p.requires_grad}
+
+    want = sizes(apply_method(bert(), new_method(name)))
+    model = bert()
+    partition(model, monkeypatch)
+    assert sizes(apply_method(model, new_method(name))) == want
+    managed = bert()
+    partition(managed, monkeypatch, engine=True)
+    with pytest.raises(ValueError, match="apply_method: DeepSpeed's ZeRO-3 has partitioned the model"):
+        apply_method(managed, new_method(name))
+
+
 def test_a_file_with_base_layers_is_refused(tmp_path, monkeypatch):
     model, base = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"])), llama()
     save_adapter(model, tmp_path, save_embedding_layers=True)
