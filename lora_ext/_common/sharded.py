@@ -31,6 +31,16 @@ def is_elsewhere(tensor: object) -> bool:
     return is_partitioned(tensor) and tensor.ds_status.name != "AVAILABLE"
 
 
+def brought_for_calls(module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Makes ZeRO-3 bring ``parameters`` of modules inside ``module``, which reads them without calling these modules.
+
+    DeepSpeed finds those that a forward reads by itself, but takes for granted that later forwards read the same.
+    """
+    for parameter in parameters:
+        if id(parameter) not in module._external_params:
+            sys.modules["deepspeed"].zero.register_external_parameter(module, parameter)
+
+
 def full_shape(tensor: Tensor) -> torch.Size:
     """Returns the shape of the whole tensor, which its values may not have now."""
     return getattr(tensor, "ds_shape", tensor.shape)

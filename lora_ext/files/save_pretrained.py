@@ -15,7 +15,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -344,16 +344,20 @@ def _is_merged(caller: str, module: nn.Module) -> bool:
 
 
 @contextmanager
-def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | None) -> Iterator[None]:
+def with_values(
+    caller: str, module: nn.Module, given: Mapping[str, Tensor] | None, without: Collection[str] = ()
+) -> Iterator[None]:
     """Gives ``module`` the tensors of the ``state_dict`` that a caller gathered, e.g. from FSDP's shards, and back.
 
-    Of a model that ZeRO-3 partitions, Trainer gathers for PEFT's saving only what trains: base layers become empty.
+    Of a model that ZeRO-3 partitions, Trainer gathers for PEFT's saving only what trains: base layers become empty,
+    and so do the adapters ``without``.
     """
     if given is None:
         yield
         return
     wanted = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
-    of_adapters = {id(p) for _, layer in adapter_layers(module) for p in layer.adapters.parameters()}
+    needed = (a for _, layer in adapter_layers(module) for name, a in layer.adapters.items() if name not in without)
+    of_adapters = {id(parameter) for adapter in needed for parameter in adapter.parameters()}
     given = dict(given) | {
         key: torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta") if is_elsewhere(tensor) else tensor
         for key, tensor in wanted.items()

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
-from support.models import bert, llama
+from support.models import bert, llama, token_ids
 from support.partitioned import partition
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
-from lora_ext.adapters import add_weighted_adapter, hotswap_adapter, merge_and_unload, prepare_hotswap, unload
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import (
+    add_weighted_adapter,
+    disable_adapters,
+    hotswap_adapter,
+    lora_modules,
+    merge_and_unload,
+    prepare_hotswap,
+    unload,
+)
 from lora_ext.methods import apply_method, new_method, save_method
 
 pytestmark = pytest.mark.cpu_only("one process with gloo")
@@ -93,6 +102,10 @@ def test_the_wrapper_for_trl_saves_what_trainer_gathers_of_it(tmp_path, monkeypa
     wrapper.save_pretrained(tmp_path / "given", state_dict=state)
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "given" / file.name).read_bytes()
+    of_another = {key.replace(".default.", ".ref."): value for key, value in state.items()}
+    with pytest.warns(UserWarning, match=r"lacks the adapters \['default'\], which are not saved"):
+        wrapper.save_pretrained(tmp_path / "frozen", state_dict=of_another)
+    assert not (tmp_path / "frozen").exists()
     with pytest.raises(ValueError, match="state_dict lacks 1 keys"):
         wrapper.save_pretrained(tmp_path / "lacks", state_dict=dict(list(state.items())[1:]))
 
@@ -181,6 +194,21 @@ def test_methods_are_of_the_sizes_of_whole_parameters(name, monkeypatch):
     partition(managed, monkeypatch, engine=True)
     with pytest.raises(ValueError, match="apply_method: DeepSpeed's ZeRO-3 has partitioned the model"):
         apply_method(managed, new_method(name))
+
+
+@pytest.mark.parametrize("active", [["a"], ["a", "b"], []], ids=str)
+def test_a_layer_asks_for_all_its_adapters_in_the_first_forward(active, monkeypatch):
+    """DeepSpeed records what a forward reads: a switch to other adapters ended in its "tracing error"."""
+    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj", "embed_tokens"]), "a")
+    inject(model, LoraConfig(**LORA, target_modules=["q_proj"]), "b")
+    set_adapter(model, active or ["a"])
+    partition(model, monkeypatch, engine=True)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(model.parameters()), nullcontext() if active else disable_adapters(model):
+        model(token_ids())
+    for _, layer in lora_modules(model):
+        assert layer._external_params.keys() == {id(parameter) for parameter in layer.adapters.parameters()}
 
 
 def test_a_file_with_base_layers_is_refused(tmp_path, monkeypatch):

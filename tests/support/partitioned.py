@@ -21,15 +21,19 @@ class Status(enum.Enum):
 def partition(model: nn.Module, monkeypatch: pytest.MonkeyPatch, *, engine: bool = False) -> None:
     """Empties the parameters of ``model`` as ``zero.Init`` does while it is loaded; with ``engine``, as an engine does.
 
-    DeepSpeed 0.19 puts the same attributes on parameters, and an engine a ``ds_id`` on modules.
+    DeepSpeed 0.19 puts the same attributes on parameters, and an engine ``ds_id`` and ``_external_params`` on modules.
     """
     for number, parameter in enumerate(model.parameters()):
         parameter.ds_id, parameter.ds_shape, parameter.ds_status = number, parameter.shape, Status.NOT_AVAILABLE
         parameter.ds_process_group, parameter.whole_values = None, parameter.data
         parameter.data = torch.empty(0)
     for number, module in enumerate(model.modules() if engine else ()):
-        module.ds_id = number
-    zero = types.SimpleNamespace(GatheredParameters=_gathered_parameters)
+        module.ds_id, module._external_params = number, {}
+
+    def register(module: nn.Module, parameter: Tensor) -> None:
+        module._external_params[id(parameter)] = parameter
+
+    zero = types.SimpleNamespace(GatheredParameters=_gathered_parameters, register_external_parameter=register)
     monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
 
 
