@@ -1,10 +1,11 @@
-"""Sharded tensors (DTensor) and models (FSDP2): a rank's part, whole values, and decisions that all ranks share."""
+"""Sharded tensors (DTensor) and models (FSDP2, ZeRO-3): a rank's part, whole values, decisions that all ranks share."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,50 @@ from torch import Tensor, nn
 def is_sharded(tensor: object) -> bool:
     """Returns whether ``tensor`` is a DTensor; imports nothing."""
     return hasattr(tensor, "full_tensor")
+
+
+def is_partitioned(tensor: object) -> bool:
+    """Returns whether ``tensor`` is a parameter that DeepSpeed's ZeRO-3 partitions, its values at hand or not."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_managed(model: nn.Module) -> bool:
+    """Returns whether a DeepSpeed engine with ZeRO-3 manages the parameters that ``model`` had."""
+    return any("ds_id" in vars(module) for module in model.modules())
+
+
+def is_elsewhere(tensor: object) -> bool:
+    """Returns whether ``tensor`` is a parameter of ZeRO-3 that is empty now: its values are brought for calls."""
+    return is_partitioned(tensor) and tensor.ds_status.name != "AVAILABLE"
+
+
+def brought_for_calls(module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Makes ZeRO-3 bring ``parameters`` of modules inside ``module``, which reads them without calling these modules.
+
+    DeepSpeed finds those that a forward reads by itself, but takes for granted that later forwards read the same.
+    """
+    for parameter in parameters:
+        if id(parameter) not in module._external_params:
+            sys.modules["deepspeed"].zero.register_external_parameter(module, parameter)
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """Returns the shape of the whole tensor, which its values may not have now."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Brings the values of the parameters that ZeRO-3 keeps elsewhere, to be read. All ranks must enter it.
+
+    What the caller has gathered already is left alone: one rank may then read it.
+    """
+    elsewhere = [parameter for parameter in parameters if is_elsewhere(parameter)]
+    if not elsewhere:
+        yield
+        return
+    with sys.modules["deepspeed"].zero.GatheredParameters(elsewhere):
+        yield
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -47,13 +92,31 @@ def part_like(like: Tensor, values: Tensor, dims: Iterable[int] | None = None) -
 
 
 def any_rank(sharded: Iterable[Tensor], flag: bool) -> bool:
-    """Returns whether ``flag`` is true on a rank that shares a DTensor of ``sharded``. All these ranks must call it."""
-    for mesh in {id(tensor.device_mesh): tensor.device_mesh for tensor in sharded}.values():
-        seen = torch.tensor(int(flag), device=mesh.device_type)
-        for group in mesh.get_all_groups():
+    """Returns whether ``flag`` is true on a rank that shares a tensor of ``sharded``. All these ranks must call it."""
+    for device, groups in {id(_shared_by(tensor)): _groups(tensor) for tensor in sharded}.values():
+        seen = torch.tensor(int(flag), device=device)
+        for group in groups:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, group)
         flag = bool(seen)
     return flag
+
+
+def _shared_by(sharded: Tensor) -> Any:
+    """The mesh of a DTensor, or the group of processes of a parameter of ZeRO-3."""
+    return sharded.ds_process_group if is_partitioned(sharded) else sharded.device_mesh
+
+
+def _groups(sharded: Tensor) -> tuple[torch.device | str, list[Any]]:
+    """The device of what the ranks that share a tensor exchange, and their groups."""
+    if is_partitioned(sharded):
+        return sharded.device, [sharded.ds_process_group]
+    return sharded.device_mesh.device_type, sharded.device_mesh.get_all_groups()
+
+
+def _is_first(sharded: Tensor) -> bool:
+    if is_partitioned(sharded):
+        return torch.distributed.get_rank(sharded.ds_process_group) == 0
+    return all(index == 0 for index in sharded.device_mesh.get_coordinate() or (1,))
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -85,14 +148,14 @@ def prepare_shards(caller: str, model: nn.Module) -> None:
 
 @contextmanager
 def first_rank_writes(sharded: list[Tensor]) -> Iterator[bool]:
-    """Yields whether this rank writes the files of a sharded model: the first of the mesh; waits for all at the end.
+    """Yields whether this rank writes the files of a sharded model: the first one; waits for all at the end.
 
-    RuntimeError: the writing rank failed. Without DTensors, every rank writes, and none waits.
+    RuntimeError: the writing rank failed. Without sharded tensors, every rank writes, and none waits.
     """
     if not sharded:
         yield True
         return
-    writes = all(index == 0 for index in sharded[0].device_mesh.get_coordinate() or (1,))
+    writes = _is_first(sharded[0])
     try:
         yield writes
     except BaseException:

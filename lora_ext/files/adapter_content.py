@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.sharded import class_of, whole
+from lora_ext._common.sharded import class_of, gathered, whole
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.expert_layout import with_version
@@ -52,10 +52,12 @@ def file_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor] 
     values |= _names_of_tied(adapter, values)
     scales = adapter.file_scales()
     # Copies, because tied modules share memory and the tensors of a file must not.
-    tensors = {
-        f"{KEY_PREFIX}{key}": whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, tensor in (adapter.tensors() | dict(base or {})).items()
-    }
+    base = base or {}
+    with gathered([*adapter.parameters(), *base.values()]):
+        tensors = {
+            f"{KEY_PREFIX}{key}": whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in (adapter.tensors() | dict(base)).items()
+        }
     for key, scale in scales.items():
         tensors[f"{KEY_PREFIX}{key}"] *= scale
     values, tensors, metadata = to_peft_form(adapter, with_version(adapter, values), tensors)

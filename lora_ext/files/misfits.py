@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.printable import listed, shown
-from lora_ext._common.sharded import is_sharded
+from lora_ext._common.sharded import is_partitioned, is_sharded
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, TensorFile
@@ -101,6 +101,9 @@ def misfits(targets: Mapping[str, Tensor], file: TensorFile) -> list[str]:
     problems = []
     for key, target in targets.items():
         if key not in file:
+            continue
+        if is_partitioned(target):
+            problems.append(f"{key}: DeepSpeed's ZeRO-3 has partitioned it in the model; load before that")
             continue
         shape, dtype = file.shape(key), file.dtype(key)
         if shape != tuple(target.shape):

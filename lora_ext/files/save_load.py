@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.printable import shown
-from lora_ext._common.sharded import first_rank_writes, is_sharded, local, part_like, prepare_shards
+from lora_ext._common.sharded import (
+    first_rank_writes,
+    gathered,
+    is_elsewhere,
+    is_sharded,
+    local,
+    part_like,
+    prepare_shards,
+)
 from lora_ext._common.warnings import warn_user
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
@@ -35,7 +43,7 @@ from lora_ext.files.staged_files import staged_files
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
 from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter
 from lora_ext.model.adapter_state import lost_parameters
-from lora_ext.model.bare_model import root_module
+from lora_ext.model.bare_model import check_not_managed, root_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.tied import TiedAdapter
 
@@ -58,8 +66,8 @@ def save_adapter(
     After an error the old one is intact. A killed process leaves a directory ``.lora_ext-saving``, which the files may
     be symbolic links into; the next save removes it.
 
-    All ranks of a sharded model (FSDP2) must call it: they gather the factors, and the first one writes. Of a model
-    that is not sharded, any ranks may save, also at once.
+    All ranks of a sharded model (FSDP2, ZeRO-3) must call it: they gather the factors, and the first one writes. Of a
+    model that is not sharded, any ranks may save, also at once.
 
     Args:
         model: an injected model.
@@ -83,8 +91,9 @@ def save_adapter(
     """
     prepare_shards("save_adapter", model)
     adapter = find_adapter(model, "save_adapter", adapter_name)
-    base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
-    content = file_content(model, adapter, base)
+    with gathered(adapter.parameters()):
+        base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
+        content = file_content(model, adapter, base)
     _warn_of_lost_parameters(model, adapter, base)
     with first_rank_writes(sharded_tensors(adapter)) as writes:
         if writes:
@@ -147,6 +156,9 @@ def load_adapter(
             No memory is allocated for the adapter before this check.
         RuntimeError: an adapter is merged.
         Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
+
+    Warns:
+        UserWarning: the values of an adapter that DeepSpeed trains (ZeRO-1 or 2) are replaced.
     """
     if download:
         directory = download_adapter(
@@ -179,23 +191,41 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
             f'load_adapter: {file.directory / CONFIG_FILE}: init_lora_weights is "mica", with which PEFT trains lora_A '
             'only; here both factors would be trained: if they may, set "init_lora_weights": true'
         )
+    check_not_managed("load_adapter", model, "load before deepspeed.initialize (before Trainer.train)")
     prepare_shards("load_adapter", model)
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
         raise RuntimeError(f"load_adapter: an adapter is merged into {merged[0]!r}; call unmerge(model) first")
     adapters = adapter_set(model)
-    replaces = adapters is not None and adapter_name in adapters.configs
-    if replaces:
+    if adapters is not None and adapter_name in adapters.configs:
         adapter = find_adapter(model, "load_adapter", adapter_name)
         check_same_kind(adapter, config, file.directory)
+        if any(hasattr(parameter, "_hp_mapping") for parameter in adapter.parameters()):
+            warn_user(
+                "load_adapter: DeepSpeed's optimizer has a copy of this adapter, with which its next step overwrites "
+                "the loaded values; to train on from them, load before deepspeed.initialize"
+            )
+        _fill_checked(model, file, file_alphas, config, adapter, None)
     else:
         injection = Injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
-        # Memory is allocated only after the file's shapes have been checked against the config's.
-        adapter, give_memory = injection.build_without_memory()
+        with injection.values_gathered():
+            # Memory is allocated only after the file's shapes have been checked against the config's.
+            _fill_checked(model, file, file_alphas, config, *injection.build_without_memory())
+
+
+def _fill_checked(
+    model: nn.Module,
+    file: AdapterFile,
+    file_alphas: Mapping[str, Any],
+    config: LoraConfig,
+    adapter: Adapter,
+    give_memory: Callable[[], Adapter] | None,
+) -> None:
+    """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
     file = in_present_layout(adapter, file, "load_adapter")
     unsaved = _unsaved_biases(adapter, file)
     check_shapes(model, _targets(model, adapter, file, unsaved), file)
-    if not replaces:
+    if give_memory is not None:
         adapter = give_memory()
     targets = _targets(model, adapter, file, unsaved)
     check_places(targets, file)
@@ -206,11 +236,11 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
             fill(target, file.tensor(key))
         for key, scale in _signed(adapter, config, file_alphas).file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
-        if not replaces:
+        if give_memory is not None:
             apply_injection(model, adapter)
         if loaded := {key for key in base_tensors(model, adapter) if f"{KEY_PREFIX}{key}" in targets}:
             held = adapter.into.loaded_base
-            held[adapter_name] = held.get(adapter_name, frozenset()) | loaded
+            held[adapter.name] = held.get(adapter.name, frozenset()) | loaded
 
 
 def fill(target: Tensor, values: Tensor) -> None:
@@ -221,7 +251,9 @@ def fill(target: Tensor, values: Tensor) -> None:
 
 
 def sharded_tensors(adapter: Adapter) -> list[Tensor]:
-    return [tensor for tensor in adapter.tensors().values() if is_sharded(tensor)]
+    """The DTensors of an adapter, and its parameters that ZeRO-3 keeps elsewhere now."""
+    elsewhere = [parameter for parameter in adapter.parameters() if is_elsewhere(parameter)]
+    return elsewhere or [tensor for tensor in adapter.tensors().values() if is_sharded(tensor)]
 
 
 def with_positive_alphas(file: AdapterFile) -> AdapterFile:

@@ -15,16 +15,17 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import shown
-from lora_ext._common.sharded import is_fully_sharded
+from lora_ext._common.sharded import full_shape, is_elsewhere, is_fully_sharded, is_partitioned
 from lora_ext._common.warnings import warn_user
 from lora_ext.files.adapter_content import ADAPTER_FILES, FileContent, file_content, write_content
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
@@ -99,6 +100,11 @@ def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[s
             f"{call.name}: {type(module).__name__} is sharded (fully_shard); call lora_ext.save_adapter on all ranks, "
             "or gather its state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) and pass it to "
             "save_pretrained(directory, state_dict=...)"
+        )
+    if given is None and any(is_elsewhere(parameter) for parameter in module.parameters()):
+        raise ValueError(
+            f"{call.name}: DeepSpeed's ZeRO-3 has partitioned {type(module).__name__}; call lora_ext.save_adapter on "
+            "all ranks, or save_pretrained(directory, state_dict=accelerator.get_state_dict(engine)), as Trainer does"
         )
     with with_values(call.name, module, given):
         if _is_merged(call.name, module):
@@ -338,12 +344,25 @@ def _is_merged(caller: str, module: nn.Module) -> bool:
 
 
 @contextmanager
-def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Gives ``module`` the tensors of the ``state_dict`` that a caller gathered, e.g. from FSDP's shards, and back."""
+def with_values(
+    caller: str, module: nn.Module, given: Mapping[str, Tensor] | None, without: Collection[str] = ()
+) -> Iterator[None]:
+    """Gives ``module`` the tensors of the ``state_dict`` that a caller gathered, e.g. from FSDP's shards, and back.
+
+    Of a model that ZeRO-3 partitions, Trainer gathers for PEFT's saving only what trains: base layers become empty,
+    and so do the adapters ``without``.
+    """
     if given is None:
         yield
         return
     wanted = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
+    needed = (a for _, layer in adapter_layers(module) for name, a in layer.adapters.items() if name not in without)
+    of_adapters = {id(parameter) for adapter in needed for parameter in adapter.parameters()}
+    given = dict(given) | {
+        key: torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta") if is_elsewhere(tensor) else tensor
+        for key, tensor in wanted.items()
+        if is_partitioned(tensor) and key not in given and id(tensor) not in of_adapters
+    }
     missing = [key for key in wanted if key not in given]
     if missing:
         if any(key.startswith(f"_orig_mod.{missing[0]}") for key in given):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
-from lora_ext._common.sharded import prepare_shards
+from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.build import PartsBuilder, check_targets
@@ -29,12 +29,13 @@ from lora_ext.injection.targets import besides_all_linear, find_targets
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
-from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_parallel, root_module
+from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.model.serve_names import forget_adapter_names, serve_adapter_names
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name
 from lora_ext.nn.input_groups import share_inputs as share_inputs_of
+from lora_ext.nn.linear import is_linear
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -93,9 +94,11 @@ def inject(
     """
     if not isinstance(config, LoraConfig):
         config = LoraConfig.from_peft(_with_targets(config, root_module(model)))
-    adapter = Injection(model, config, adapter_name).build()
-    adapter.into.share_inputs = share_inputs
-    apply_injection(model, adapter)
+    injection = Injection(model, config, adapter_name)
+    with injection.values_gathered():
+        adapter = injection.build()
+        adapter.into.share_inputs = share_inputs
+        apply_injection(model, adapter)
     return model
 
 
@@ -115,6 +118,7 @@ class Injection:
 
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         check_not_parallel("inject", model)
+        check_not_managed("inject", model, "inject before deepspeed.initialize (before Trainer.train)")
         prepare_shards("inject", model)
         root, adapters = root_module(model), adapter_set(model)
         check_new_name("inject", adapter_name, adapters)
@@ -127,13 +131,27 @@ class Injection:
         self._targets = find_targets(
             config, type(root).__name__, self._bare.modules, self._bare.head, self._bare.embedding
         )
-        check_targets(self._bare, self._targets, config)
+        self._config, self._name = config, adapter_name
+        with self.values_gathered():
+            check_targets(self._bare, self._targets, config)
         if others is not None:
             warn_of_parts_left_out(given, self._bare, self._targets)
             # Like PEFT, store the layers, not the rule: it would find other layers after the model changes.
-            config = dataclasses.replace(config, target_modules=tuple(self._targets.modules))
-        self._config, self._name = config, adapter_name
+            self._config = dataclasses.replace(config, target_modules=tuple(self._targets.modules))
         self._into = AdapterSet() if adapters is None else adapters
+
+    def values_gathered(self) -> AbstractContextManager[None]:
+        """Gathers the values that are copied, or may be read, if ZeRO-3 partitioned them as they were loaded.
+
+        The weights of linear layers and embeddings stay partitioned: only their shapes are read.
+        """
+        targets, modules = self._targets, self._bare.modules
+        read = {path for path, m in targets.modules.items() if not (is_linear(m) or isinstance(m, nn.Embedding))}
+        read |= {*targets.parameters, *targets.trained, *targets.tokens, *targets.tied}
+        parameters = [parameter for path in read for parameter in modules[path].parameters()]
+        if self._config.bias != "none":
+            parameters += [bias for module in modules.values() if (bias := module._parameters.get("bias")) is not None]
+        return gathered(parameters)
 
     def build(self) -> Adapter:
         """Builds the initialised adapter."""

@@ -21,7 +21,8 @@ except ModuleNotFoundError as error:
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext._common.arguments import checked
-from lora_ext._common.sharded import is_fully_sharded
+from lora_ext._common.sharded import is_elsewhere, is_fully_sharded
+from lora_ext._common.warnings import warn_user
 from lora_ext._common.wrapped import KEY_PREFIX, WrapsModel
 from lora_ext.adapters import (
     adapter_names,
@@ -160,8 +161,16 @@ class InjectedModel(WrapsModel, PeftModel):
             return
         if not names:
             raise ValueError(f"for_trl: selected_adapters is empty; the adapters are {adapter_names(model)}")
-        if state_dict is not None and any(is_fully_sharded(part) for part in model.modules()):
-            given = with_values("for_trl: save_pretrained", root_module(model), state_dict)
+        elsewhere = any(map(is_fully_sharded, model.modules())) or any(map(is_elsewhere, model.parameters()))
+        if state_dict is not None and elsewhere:
+            lacking = [name for name in names if not any(f".adapters.{name}." in key for key in state_dict)]
+            names = [name for name in names if name not in lacking]
+            if lacking and is_main_process:  # Trainer leaves out what is frozen if ZeRO-3 partitions a PeftModel
+                warn_user(
+                    f"for_trl: save_pretrained: the state_dict lacks the adapters {lacking}, which are not saved; call "
+                    "lora_ext.save_adapter(model.get_base_model(), directory, name) on all ranks"
+                )
+            given = with_values("for_trl: save_pretrained", root_module(model), state_dict, lacking)
         else:  # the model has these values
             given = nullcontext()
         with given:

@@ -25,6 +25,7 @@ from lora_ext.model.bare_model import (
     BareModel,
     adapter_layers,
     check_not_parallel,
+    check_not_partitioned,
     check_not_sharded,
     parameter_paths,
     root_module,
@@ -287,7 +288,10 @@ def unload(model: ModelT) -> ModelT:
 
 def _check_can_unload(caller: str, model: nn.Module, merged: bool) -> None:
     check_not_parallel(caller, model)
-    remedy = "merge(model) computes the same; for a plain checkpoint, save_adapter and lora-ext merge"
+    if merged:
+        remedy = "merge(model) computes the same; for a plain checkpoint, save_adapter and lora-ext merge"
+    else:
+        remedy = "disable_adapters(model) computes without them"
     check_not_sharded(caller, model, remedy, split=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
@@ -329,6 +333,8 @@ def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
     layers = dict(lora_modules(root_module(model)))
     if not layers:
         raise ValueError(f"{caller}: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
+    remedy = "call save_adapter on all ranks, and merge in one process, or on disk (lora-ext merge)"
+    check_not_partitioned(caller, model, remedy)
     prepare_shards(caller, model)
     return layers
 

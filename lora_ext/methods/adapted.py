@@ -10,6 +10,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
+from lora_ext._common.sharded import gathered
 from lora_ext.injection.inject import Injection, apply_injection
 from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
 from lora_ext.merging.model import unload
@@ -17,7 +18,7 @@ from lora_ext.methods.base import Method, head_paths
 from lora_ext.methods.inserted import Inserted, Insertion, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
-from lora_ext.model.bare_model import BareModel, root_module
+from lora_ext.model.bare_model import BareModel, check_not_managed, root_module
 from lora_ext.model.saver import has_save_pretrained, replace_save_pretrained, restore_save_pretrained
 from lora_ext.quantized import quantized_weight
 
@@ -55,10 +56,12 @@ def apply_method(model: ModelT, method: Method) -> ModelT:
 def prepare_method(model: nn.Module, method: Method) -> tuple[list[Insertion], Adapter | None]:
     """Returns what :func:`apply_method` will insert, or raises its errors; does not change ``model``."""
     check_is_bare(model, "apply_method")
-    insertions = method.insertions(model)
-    method.trained_parameters(BareModel(root_module(model)))
-    config = method.lora_config(model)
-    adapter = None if config is None else Injection(model, config, "default").build()
+    check_not_managed("apply_method", model, "apply the method before deepspeed.initialize (before Trainer.train)")
+    with gathered(model.parameters()):  # ZeRO-3 may have partitioned them as they were loaded
+        insertions = method.insertions(model)
+        method.trained_parameters(BareModel(root_module(model)))
+        config = method.lora_config(model)
+        adapter = None if config is None else Injection(model, config, "default").build()
     _check_apart(method, insertions, adapter)
     return insertions, adapter
 

@@ -16,7 +16,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.printable import listed, shown
-from lora_ext._common.sharded import is_sharded
+from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_content import ADAPTER_FILES, base_name, file_content, write_content
@@ -71,10 +71,11 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     method = applied_method(model, "save_method")
     _check_has_adapter(model, method, "save_method")
     files = _files(model, method)
-    if any(is_sharded(tensor) for tensor in files.tensors.values()):
+    if any(is_sharded(tensor) or is_elsewhere(tensor) for tensor in files.tensors.values()):
         raise ValueError(
             "save_method: the model is sharded; gather its state_dict (torch.distributed.checkpoint.state_dict, "
-            "full_state_dict=True) and pass it to model.save_pretrained(directory, state_dict=...)"
+            "full_state_dict=True; with DeepSpeed accelerator.get_state_dict(engine)) and pass it to "
+            "model.save_pretrained(directory, state_dict=...)"
         )
     content, base = None, {}
     if files.has_adapter:

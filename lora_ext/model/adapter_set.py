@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,6 +91,13 @@ class Adapter:
         if self.biases is not None:
             tensors |= self.biases.file_tensors()
         return tensors
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters whose values :meth:`tensors` has, if only as views."""
+        for part in self.parts:
+            yield from part.adapter.parameters()
+        if self.biases is not None:
+            yield from self.biases.parameters()
 
     def file_scales(self) -> dict[str, float]:
         """The factors of tensors that are scaled in files, by the keys of :meth:`tensors`."""

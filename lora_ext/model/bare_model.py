@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 
 from lora_ext._common.embeddings import input_embeddings, output_embeddings
-from lora_ext._common.sharded import is_fully_sharded, is_sharded
+from lora_ext._common.sharded import is_fully_sharded, is_managed, is_partitioned, is_sharded
 from lora_ext._common.wrapped import DATA_PARALLEL, root_module, without_thin_wrappers, without_wrapper
 from lora_ext.nn import AdapterLayer, LoraLayer
 
@@ -25,10 +25,11 @@ def check_not_parallel(caller: str, model: nn.Module) -> None:
 
 
 def check_not_sharded(caller: str, model: nn.Module, remedy: str, *, split: bool = False) -> None:
-    """Checks that FSDP2 does not manage the parameters of ``model``, and unless ``split``, that none is a DTensor.
+    """Checks that no engine manages the parameters of ``model``, and unless ``split``, that none is a DTensor.
 
-    ValueError: it does, or one is; ``remedy`` is for the first case.
+    ValueError: one does, FSDP2 or ZeRO-3, or a parameter is; ``remedy`` is for the first case.
     """
+    check_not_managed(caller, model, remedy)
     if any(is_fully_sharded(module) for module in model.modules()):
         raise ValueError(f"{caller}: the model is sharded (fully_shard), which manages the parameters it had; {remedy}")
     if not split and any(is_sharded(parameter) for parameter in model.parameters()):
@@ -36,6 +37,23 @@ def check_not_sharded(caller: str, model: nn.Module, remedy: str, *, split: bool
             f"{caller}: layers of the model are split over devices (tensor parallelism); do it in one process, "
             "save_adapter, and load_adapter here"
         )
+
+
+def check_not_managed(caller: str, model: nn.Module, remedy: str) -> None:
+    """Checks that no DeepSpeed engine with ZeRO-3 manages the parameters of ``model``. ValueError: one does."""
+    if is_managed(model):
+        raise ValueError(
+            f"{caller}: DeepSpeed's ZeRO-3 has partitioned the model, and manages the parameters it had; {remedy}"
+        )
+
+
+def check_not_partitioned(caller: str, model: nn.Module, remedy: str) -> None:
+    """Checks that ZeRO-3 has not partitioned the parameters of ``model``, if only as it was loaded.
+
+    ValueError: it has.
+    """
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        raise ValueError(f"{caller}: DeepSpeed's ZeRO-3 has partitioned parameters of the model; {remedy}")
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

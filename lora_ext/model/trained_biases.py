@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,11 @@ class TrainedBiases:
     def requires_grad_(self, requires_grad: bool) -> None:
         for owner in self._owners.values():
             owner.bias.requires_grad = requires_grad
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters that the biases are in, whatever values they have now."""
+        for owner in self._owners.values():
+            yield owner.bias
 
     def owns(self, parameter: Tensor) -> bool:
         return any(owner.bias is parameter for owner in self._owners.values())

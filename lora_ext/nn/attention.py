@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext import functional
+from lora_ext._common.sharded import is_partitioned
 from lora_ext.nn.adapter import LoraAdapter
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.attention_inputs import check_inputs
@@ -227,8 +228,13 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
         The updated weights are allocated in every call.
         """
-        check_not_offloaded(self, self.base_layer, self.weight_name if self.is_packed else "q_proj_weight")
-        base = self.base_layer
+        base, name = self.base_layer, self.weight_name if self.is_packed else "q_proj_weight"
+        check_not_offloaded(self, base, name)
+        if is_partitioned(base._parameters.get(name)):
+            raise RuntimeError(
+                f"{type(self).__name__}: DeepSpeed's ZeRO-3 has partitioned {name}, which it brings for calls with the "
+                "frozen weights only; leave the attention out of target_modules, or use ZeRO-2"
+            )
         paths = {module: path for path, module in base.named_modules()}
         layers = [layer for layer in layers_around(base.out_proj) if isinstance(layer, LoraLayer)]
         updated: dict[str, Tensor] = {}

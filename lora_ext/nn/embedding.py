@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
+from lora_ext._common.sharded import full_shape
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
@@ -84,7 +85,7 @@ class LoraEmbedding(LoraLayer):
     def new_adapter(
         cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
     ) -> EmbeddingAdapter:
-        return EmbeddingAdapter.from_config(config, path, *base_layer.weight.shape, base_layer.weight, device)
+        return EmbeddingAdapter.from_config(config, path, *full_shape(base_layer.weight), base_layer.weight, device)
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import of_one_state, one_at_a_time
+from lora_ext._common.sharded import brought_for_calls
 from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter, at_hand
@@ -174,6 +175,8 @@ class LoraLayer(AdapterLayer):
 
         With a ``choice`` those that some row has chosen. RuntimeError: adapters were merged since the choice was made.
         """
+        if "ds_id" in self.__dict__:  # an engine with ZeRO-3 manages the model
+            brought_for_calls(self, self.adapters.parameters())
         if choice is not None:
             if self._merged is not None:
                 raise RuntimeError(f"{type(self).__name__}: {self._merged.names} were merged during a call by rows")

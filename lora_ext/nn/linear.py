@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
-from lora_ext._common.sharded import is_fully_sharded, is_sharded
+from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
 from lora_ext.nn import few_tokens
 from lora_ext.nn.adapter import LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
@@ -243,6 +243,6 @@ def is_linear(module: nn.Module) -> bool:
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
     """Returns ``(in_features, out_features)``."""
     if is_conv1d(module):
-        in_features, out_features = module.weight.shape
+        in_features, out_features = full_shape(module.weight)
         return in_features, out_features
     return module.in_features, module.out_features

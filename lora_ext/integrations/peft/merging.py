@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_ext import _load
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
+from lora_ext._common.sharded import is_elsewhere
 from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
 from lora_ext.integrations.peft.eligibility import variant_of
@@ -49,6 +50,11 @@ class ExactMerging:
 
     @one_at_a_time
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if is_elsewhere(self.get_base_layer()._parameters.get("weight")):
+            raise RuntimeError(  # PEFT would add an empty update to an empty weight, and call it merged
+                f"{type(self).__name__}.merge: DeepSpeed's ZeRO-3 has partitioned the weight; save the adapter, and "
+                "merge in one process, or on disk (lora-ext merge)"
+            )
         for name in check_adapters_to_merge(self, adapter_names) or ():
             if has_adapter(self, name) and not _merge_exactly(self, name):
                 super().merge(safe_merge=safe_merge, adapter_names=[name])
@@ -80,6 +86,8 @@ def merge_obstacle(layer: LoraLayer, name: str) -> str:
         return reason and f"the base layer's weight cannot be quantised again: {reason}"
     if type(weight) is not nn.Parameter:
         return f"the base layer's weight is a {type(weight).__name__}, not a plain parameter"
+    if is_elsewhere(weight):
+        return "DeepSpeed's ZeRO-3 has partitioned the base layer's weight"
     if weight.dtype not in FLOATING or not weight.is_contiguous():
         return f"the base layer's weight is {weight.dtype} with strides {tuple(weight.stride())}"
     if not (weight.is_cpu or (weight.is_cuda and not _load.cuda_unavailable_reason)):

@@ -1,0 +1,221 @@
+"""DeepSpeed's ZeRO-3 leaves parameters empty between calls: files have whole values, and what cannot is refused."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from support.models import bert, llama, token_ids
+from support.partitioned import partition
+
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import (
+    add_weighted_adapter,
+    disable_adapters,
+    hotswap_adapter,
+    merge_and_unload,
+    prepare_hotswap,
+    unload,
+)
+from lora_ext.methods import apply_method, new_method, save_method
+
+pytestmark = pytest.mark.cpu_only("one process with gloo")
+LORA = {"r": 2, "init_lora_weights": False}
+
+
+@pytest.fixture(autouse=True)
+def one_process(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("config", "embeddings"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "auto"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "auto"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}}, "auto"),
+        ({"target_modules": ["q_proj"]}, True),
+    ],
+    ids=str,
+)
+def test_saving_writes_whole_values(config, embeddings, tmp_path, monkeypatch):
+    model = inject(llama(), LoraConfig(**LORA, **config))
+    save_adapter(model, tmp_path / "whole", save_embedding_layers=embeddings)
+    partition(model, monkeypatch, engine=True)
+    save_adapter(model, tmp_path / "partitioned", save_embedding_layers=embeddings)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "partitioned" / file.name).read_bytes()
+    assert not any(parameter.numel() for parameter in model.parameters())
+
+
+def test_what_the_caller_gathered_is_not_gathered_again(tmp_path, monkeypatch):
+    """One rank may then save alone: nothing waits for the others."""
+    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path / "whole")
+    partition(model, monkeypatch, engine=True)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(model.parameters()):
+        torch.distributed.destroy_process_group()
+        save_adapter(model, tmp_path / "partitioned")
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "partitioned" / file.name).read_bytes()
+
+
+def test_save_pretrained_and_save_method_write_no_empty_tensors(tmp_path, monkeypatch):
+    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"]))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    save_adapter(model, tmp_path / "whole")
+    partition(model, monkeypatch, engine=True)
+    with pytest.raises(ValueError, match="ZeRO-3 has partitioned LlamaForCausalLM; call lora_ext.save_adapter on all"):
+        model.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    monkeypatch.delitem(sys.modules, "deepspeed")  # nothing is to be gathered, and accelerate looks for the package
+    model.save_pretrained(tmp_path / "given", state_dict=state)  # what Trainer gathers
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "given" / file.name).read_bytes()
+
+    tuned = apply_method(bert(), new_method("bitfit"))
+    partition(tuned, monkeypatch, engine=True)
+    with pytest.raises(ValueError, match="save_method: the model is sharded; .* with DeepSpeed"):
+        save_method(tuned, tmp_path / "method")
+    assert not (tmp_path / "method").exists()
+
+
+def test_the_wrapper_for_trl_saves_what_trainer_gathers_of_it(tmp_path, monkeypatch):
+    """Trainer leaves frozen parameters out if the model is a PeftModel, and saves on one rank: nothing may wait."""
+    trl = pytest.importorskip("lora_ext.integrations.trl")
+    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path / "whole")
+    wrapper = trl.for_trl(model)
+    state = {key: value.clone() for key, value in wrapper.state_dict().items() if "lora_" in key}
+    partition(model, monkeypatch, engine=True)
+    monkeypatch.delitem(sys.modules, "deepspeed")
+    wrapper.save_pretrained(tmp_path / "given", state_dict=state)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "given" / file.name).read_bytes()
+    of_another = {key.replace(".default.", ".ref."): value for key, value in state.items()}
+    with pytest.warns(UserWarning, match=r"lacks the adapters \['default'\], which are not saved"):
+        wrapper.save_pretrained(tmp_path / "frozen", state_dict=of_another)
+    assert not (tmp_path / "frozen").exists()
+    with pytest.raises(ValueError, match="state_dict lacks 1 keys"):
+        wrapper.save_pretrained(tmp_path / "lacks", state_dict=dict(list(state.items())[1:]))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model, _: inject(model, LoraConfig(r=2, target_modules=["v_proj"]), "b"), "inject before deepspeed"),
+        (lambda model, path: load_adapter(model, path), "load before deepspeed"),
+        (lambda model, path: load_adapter(model, path, adapter_name="b"), "load before deepspeed"),
+        (lambda model, _: merge(model), "merge in one process, or on disk"),
+        (lambda model, _: unmerge(model), "merge in one process, or on disk"),
+        (lambda model, _: merge_and_unload(model), "merge in one process, or on disk"),
+        (lambda model, _: unload(model), "disable_adapters"),
+        (lambda model, _: add_weighted_adapter(model, ["default"], [0.5], "b", "cat"), "before you shard it"),
+        (lambda model, _: prepare_hotswap(model, 4), "before you shard it"),
+        (lambda model, path: hotswap_adapter(model, path), "load_adapter replaces"),
+    ],
+)
+def test_what_a_partitioned_model_refuses(call, words, tmp_path, monkeypatch):
+    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path)
+    partition(model, monkeypatch, engine=True)
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match=f"ZeRO-3 has partitioned .*{words}"):
+        call(model, tmp_path)
+    assert modules == list(model.modules())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}},
+        {"target_parameters": ["q_proj.weight"]},
+    ],
+    ids=str,
+)
+def test_a_model_that_is_partitioned_as_it_is_loaded_takes_adapters(config, tmp_path, monkeypatch):
+    """``from_pretrained`` does so while TrainingArguments(deepspeed=...) exist; the new parameters are whole."""
+    base = llama()
+    torch.manual_seed(2)
+    save_adapter(inject(copy.deepcopy(base), LoraConfig(**LORA, **config)), tmp_path / "whole")
+    partition(base, monkeypatch)
+    torch.manual_seed(2)
+    save_adapter(inject(base, LoraConfig(**LORA, **config)), tmp_path / "injected")
+    assert all(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "injected" / file.name).read_bytes()
+
+
+def test_an_optimizer_with_a_copy_is_warned_about(tmp_path):
+    """ZeRO-1 and 2: the next step writes the optimizer's copy over the loaded values."""
+    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter._hp_mapping = None
+    with pytest.warns(UserWarning, match="load_adapter: DeepSpeed's optimizer has a copy"):
+        load_adapter(model, tmp_path)
+
+
+def test_accelerated_layers_of_peft_do_not_merge_empty_weights(monkeypatch):
+    peft = pytest.importorskip("peft")
+    from lora_ext.integrations.peft import accelerate, report
+
+    model = accelerate(peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"])))
+    partition(model, monkeypatch, engine=True)
+    with pytest.raises(RuntimeError, match="ZeRO-3 has partitioned the weight"):
+        model.merge_adapter()
+    assert "ZeRO-3" in str(report(model))
+
+
+@pytest.mark.parametrize("name", ["bitfit", "prefix-embed", "prefix-layer", "adapter-h", "adapter-l", "head-only"])
+def test_methods_are_of_the_sizes_of_whole_parameters(name, monkeypatch):
+    def sizes(model):
+        parameters = model.named_parameters()
+        return {path: tuple(getattr(p, "ds_shape", p.shape)) for path, p in parameters if p.requires_grad}
+
+    want = sizes(apply_method(bert(), new_method(name)))
+    model = bert()
+    partition(model, monkeypatch)
+    assert sizes(apply_method(model, new_method(name))) == want
+    managed = bert()
+    partition(managed, monkeypatch, engine=True)
+    with pytest.raises(ValueError, match="apply_method: DeepSpeed's ZeRO-3 has partitioned the model"):
+        apply_method(managed, new_method(name))
+
+
+@pytest.mark.parametrize("active", [["a"], ["a", "b"], []], ids=str)
+def test_a_layer_asks_for_all_its_adapters_in_the_first_forward(active, monkeypatch):
+    """DeepSpeed records what a forward reads: a switch to other adapters ended in its "tracing error"."""
+    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj", "embed_tokens"]), "a")
+    tokens = {"embed_tokens": [3, 5]}
+    inject(model, LoraConfig(**LORA, target_modules=["q_proj"], trainable_token_indices=tokens), "b")
+    set_adapter(model, active or ["a"])
+    partition(model, monkeypatch, engine=True)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(model.parameters()), nullcontext() if active else disable_adapters(model):
+        model(token_ids())
+    layers = [module for module in model.modules() if hasattr(module, "adapters")]
+    assert len(layers) == 4  # two projections, the embedding, and its rows
+    for layer in layers:
+        assert layer._external_params.keys() >= {id(parameter) for parameter in layer.adapters.parameters()}
+
+
+def test_a_file_with_base_layers_is_refused(tmp_path, monkeypatch):
+    model, base = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"])), llama()
+    save_adapter(model, tmp_path, save_embedding_layers=True)
+    partition(base, monkeypatch)
+    with pytest.raises(ValueError, match="embed_tokens.weight: DeepSpeed's ZeRO-3 has partitioned it"):
+        load_adapter(base, tmp_path)
