@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
+from lora_ext._common.sharded import is_partitioned
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, innermost, layers_around
@@ -15,7 +16,7 @@ from lora_ext.nn.base_layer import check_not_offloaded, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.rows import RowChoice, row_choice
 from lora_ext.nn.stacked_updates import StackedUpdates, Update
-from lora_ext.nn.updated_calls import NeedsWholeError, call_with_updates, why_whole
+from lora_ext.nn.updated_calls import NeedsWholeError, call_with_tensor, call_with_updates, why_whole
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -147,6 +148,9 @@ class LoraParameter(TransparentLayer, LoraLayer):
             )
         except NeedsWholeError:
             updated = StackedUpdates(self.base_weight, self.stores_transposed, updates).updated()
+            name = self.parameter_name
+            if is_partitioned(module._parameters[name]) and not hasattr(type(module), name):
+                return call_with_tensor(self.base_layer, module, name, updated, args, kwargs)
             substitute = {self._path_from_base_layer(): updated}
             return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._common.changes import without_lock
@@ -70,6 +71,23 @@ def call_with_updates(
     return result
 
 
+def call_with_tensor(
+    call: Callable[..., Any],
+    module: nn.Module,
+    name: str,
+    tensor: Tensor,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Returns ``call(*args, **kwargs)``; meanwhile ``module`` reads ``tensor`` as its parameter ``name``.
+
+    The parameter stays in its place, where DeepSpeed's hooks look for it. The module's class must have no attribute of
+    that name.
+    """
+    with _locks.setdefault(module, threading.RLock()), without_lock():
+        return _call(call, module, name, tensor, args, kwargs)
+
+
 class NeedsWholeError(Exception):
     """A call must be made with the whole updated parameter."""
 
@@ -91,13 +109,13 @@ def _call(
     call: Callable[..., Any],
     module: nn.Module,
     name: str,
-    view: WeightView,
+    value: WeightView | Tensor,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
     state = module.__dict__
     outer = state.get(name)  # of a call that this one is inside of
-    state[name] = view  # found before the parameter, which stays in its place
+    state[name] = value  # found before the parameter, which stays in its place
     try:
         return call(*args, **kwargs)
     finally:
@@ -114,7 +132,10 @@ def _obstacle(module: nn.Module, name: str) -> str:
         return f"{type(module).__name__} has an attribute of its own called {name}"
     if torch._C._get_tracing_state() is not None:
         return "a trace needs to see PyTorch's functions"
-    if torch.compiler.is_compiling() and is_experts_of_transformers(module) and _implementation(module) not in _TRACED:
+    is_replaced = not torch.compiler.is_compiling() and F.linear is not torch._C._nn.linear
+    if is_replaced and not _computes_grouped(module):
+        return "another function is in the place of torch.nn.functional.linear (DeepSpeed's), which wants tensors"
+    if torch.compiler.is_compiling() and is_experts_of_transformers(module) and not _computes_grouped(module):
         return f"experts_implementation={_implementation(module)!r} was not tried in compiled graphs"
     if torch.compiler.is_dynamo_compiling():
         from lora_ext.nn.traced_views import can_trace_views
@@ -127,6 +148,11 @@ def _obstacle(module: nn.Module, name: str) -> str:
 def is_experts_of_transformers(module: nn.Module) -> bool:
     """Returns whether Transformers' ``use_experts_implementation`` is about the class of ``module``."""
     return hasattr(type(module), "_apply_gate") and "_is_expert_parallel" in vars(module)
+
+
+def _computes_grouped(module: nn.Module) -> bool:
+    """Returns whether Transformers' experts are called by a grouped or batched product, without linear functions."""
+    return is_experts_of_transformers(module) and _implementation(module) in _TRACED
 
 
 def _loops_over_choices(module: nn.Module) -> bool:

@@ -190,7 +190,7 @@ _FACTS = frozenset(
 )
 """Attributes of a tensor that do not depend on its values."""
 
-_LINEAR = (F.linear,)
+_LINEAR = (torch._C._nn.linear,)  # F.linear, unless a library has replaced it
 _PRODUCTS = (
     torch.matmul,
     torch.mm,
