@@ -23,7 +23,7 @@ from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.expert_layout import in_present_layout
 from lora_ext.files.packed_projection import from_peft_form
-from lora_ext.files.save_load import config_of
+from lora_ext.files.save_load import config_of, warn_of_a_copy
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 from lora_ext.nn import LoraAdapter
@@ -114,6 +114,7 @@ def hotswap_adapter(
     config = config_of(file, "hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
+    warn_of_a_copy("hotswap_adapter", adapter)
     file = in_present_layout(adapter, file, "hotswap_adapter")
     slots = _slots(adapter, config, file)
     with torch.no_grad(), changing(adapter.into.active):

@@ -200,17 +200,22 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
     if adapters is not None and adapter_name in adapters.configs:
         adapter = find_adapter(model, "load_adapter", adapter_name)
         check_same_kind(adapter, config, file.directory)
-        if any(hasattr(parameter, "_hp_mapping") for parameter in adapter.parameters()):
-            warn_user(
-                "load_adapter: DeepSpeed's optimizer has a copy of this adapter, with which its next step overwrites "
-                "the loaded values; to train on from them, load before deepspeed.initialize"
-            )
+        warn_of_a_copy("load_adapter", adapter)
         _fill_checked(model, file, file_alphas, config, adapter, None)
     else:
         injection = Injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
         with injection.values_gathered():
             # Memory is allocated only after the file's shapes have been checked against the config's.
             _fill_checked(model, file, file_alphas, config, *injection.build_without_memory())
+
+
+def warn_of_a_copy(caller: str, adapter: Adapter) -> None:
+    """Warns if an optimizer of DeepSpeed (ZeRO-1 or 2) will overwrite values that are put into ``adapter``."""
+    if any(hasattr(parameter, "_hp_mapping") for parameter in adapter.parameters()):
+        warn_user(
+            f"{caller}: DeepSpeed's optimizer has a copy of this adapter, with which its next step overwrites the "
+            "loaded values; to train on from them, load before deepspeed.initialize"
+        )
 
 
 def _fill_checked(

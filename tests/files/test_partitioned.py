@@ -164,8 +164,9 @@ def test_an_optimizer_with_a_copy_is_warned_about(tmp_path):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter._hp_mapping = None
-    with pytest.warns(UserWarning, match="load_adapter: DeepSpeed's optimizer has a copy"):
-        load_adapter(model, tmp_path)
+    for load in (load_adapter, hotswap_adapter):
+        with pytest.warns(UserWarning, match=f"{load.__name__}: DeepSpeed's optimizer has a copy"):
+            load(model, tmp_path)
 
 
 def test_accelerated_layers_of_peft_do_not_merge_empty_weights(monkeypatch):
