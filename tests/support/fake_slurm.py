@@ -15,7 +15,7 @@ _SBATCH = """
 id=$(($(cat "$SLURM/last") + 1)); echo $id > "$SLURM/last"; cp "$1" "$SLURM/$id.sh"
 [ -e "$SLURM/full" ] || {
     export SLURM_JOB_ID=$id SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
-    setsid sh "$1" > /dev/null 2>&1 < /dev/null &
+    setsid sh "$SLURM/$id.sh" > /dev/null 2>&1 < /dev/null &  # submitit moves "$1", as Slurm copies it
     echo $! > "$SLURM/$id.pid"
 }
 echo "Submitted batch job $id"
