@@ -102,18 +102,19 @@ def any_rank(sharded: Iterable[Tensor], flag: bool) -> bool:
 
 
 def _shared_by(sharded: Tensor) -> Any:
-    """The mesh of a DTensor, or the group of processes of a parameter of ZeRO-3."""
+    """Returns what decides which ranks share a tensor: a DTensor's mesh, or the process group of a ZeRO-3 parameter."""
     return sharded.ds_process_group if is_partitioned(sharded) else sharded.device_mesh
 
 
 def _groups(sharded: Tensor) -> tuple[torch.device | str, list[Any]]:
-    """The device of what the ranks that share a tensor exchange, and their groups."""
+    """Returns the device on which the ranks that share a tensor communicate, and their process groups."""
     if is_partitioned(sharded):
         return sharded.device, [sharded.ds_process_group]
     return sharded.device_mesh.device_type, sharded.device_mesh.get_all_groups()
 
 
 def _is_first(sharded: Tensor) -> bool:
+    """Returns whether this rank is the first of those that share a tensor."""
     if is_partitioned(sharded):
         return torch.distributed.get_rank(sharded.ds_process_group) == 0
     return all(index == 0 for index in sharded.device_mesh.get_coordinate() or (1,))

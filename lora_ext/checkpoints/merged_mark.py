@@ -1,4 +1,4 @@
-"""Notes in a merged checkpoint's files which adapters they contain, so that none is merged into it twice."""
+"""Records in a merged checkpoint's files which adapters they contain, so that none is merged into it twice."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def fill(target: Tensor, values: Tensor) -> None:
 
 
 def sharded_tensors(adapter: Adapter) -> list[Tensor]:
-    """The DTensors of an adapter, and its parameters that ZeRO-3 keeps elsewhere now."""
+    """Returns the parameters of an adapter that ZeRO-3 has emptied, or if there are none, its DTensors."""
     elsewhere = [parameter for parameter in adapter.parameters() if is_elsewhere(parameter)]
     return elsewhere or [tensor for tensor in adapter.tensors().values() if is_sharded(tensor)]
 

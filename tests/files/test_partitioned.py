@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 leaves parameters empty between calls: files have whole values, and what cannot is refused."""
+"""Models whose parameters DeepSpeed's ZeRO-3 empties between calls: saving writes whole values, other calls refuse."""
 
 from __future__ import annotations
 

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.cpu_only("the function that takes the place is written 
 
 
 class _Linear(torch.autograd.Function):
-    """What DeepSpeed puts in the place of torch.nn.functional.linear: it saves tensors, and takes nothing else."""
+    """Computes ``x @ weight.T`` like the function that DeepSpeed puts in place of ``torch.nn.functional.linear``.
+
+    Both arguments are saved for the backward, so both must be tensors.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):
