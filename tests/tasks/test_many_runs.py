@@ -18,12 +18,22 @@ from support.processes import Forked
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.comparison import many_runs
 from lora_ext.tasks.comparison.many_runs import Run
-from lora_ext.tasks.comparison.processes import in_process
+from lora_ext.tasks.comparison.processes import _interrupt, in_process
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.trainer import Interrupted
 from lora_ext.tasks.finetune.trainer_callbacks import StopOnInterrupt
 
 pytestmark = pytest.mark.full
+
+
+def test_an_interrupt_for_a_process_that_has_just_ended_is_none():
+    class Ended:
+        pid = 2**22  # beyond Linux's largest
+
+        def is_alive(self) -> bool:
+            return True  # the server that it was forked from has seen its end, and has not said so
+
+    _interrupt(Ended())
 
 
 def dies(on_progress) -> None:
@@ -161,9 +171,12 @@ def test_sigterm_stops_every_run_with_a_checkpoint(tmp_path: Path, send):
         for path in begun:
             os.kill(int(path.read_text()), signal.SIGTERM)
     send(process.pid, signal.SIGTERM)
+    time.sleep(0.1)
+    send(process.pid, signal.SIGTERM)  # srun passes on what its step gets, too
     output = process.communicate(timeout=60)[1]
     assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in output
-    assert all((path.parent / "checkpoint").exists() for path in begun)
+    logs = {path.parent.name: path.parent.with_name(f"{path.parent.name}.log").read_text() for path in begun}
+    assert all((path.parent / "checkpoint").exists() for path in begun), logs
     assert len(list(tmp_path.glob("runs/lora/*/started"))) == 2
 
 

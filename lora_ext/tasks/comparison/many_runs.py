@@ -131,13 +131,13 @@ def _in_threads(carry_out: Callable[[Run], Any], runs: Sequence[Run], pool: Pool
             return {run: future.result() for run, future in futures.items()}
         except BaseException:
             ending.set()
-            pool.end()
             while True:
                 try:
+                    pool.end()  # after a second Ctrl-C again, which stops the runs without a checkpoint
                     threads.shutdown(cancel_futures=True)
                     break
-                except KeyboardInterrupt:  # the second Ctrl-C stops the runs without a checkpoint
-                    pool.end()
+                except KeyboardInterrupt:
+                    continue
             raise
 
 

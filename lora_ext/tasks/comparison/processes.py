@@ -123,7 +123,8 @@ def end_processes() -> None:
 
 def _interrupt(process: multiprocessing.process.BaseProcess) -> None:
     if process.is_alive():
-        os.kill(process.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # it has ended since
+            os.kill(process.pid, signal.SIGINT)
 
 
 def _context() -> multiprocessing.context.BaseContext:

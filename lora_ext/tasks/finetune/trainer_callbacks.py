@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +168,9 @@ class StopOnInterrupt(TrainerCallback):
 
     def _request(self, line: str) -> None:
         self.requested = True
-        print(line, flush=True)
+        # OSError: nobody reads any more. RuntimeError: the signal came while Python wrote to that stream.
+        with suppress(OSError, RuntimeError):
+            print(line, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested:

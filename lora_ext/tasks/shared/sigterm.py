@@ -12,7 +12,7 @@ _received = False
 
 
 def received() -> bool:
-    """Returns whether SIGTERM has arrived in a :func:`listening` block of this process."""
+    """Returns whether SIGTERM has arrived in the last :func:`listening` block of this process, or a block within it."""
     return _received
 
 
@@ -28,22 +28,27 @@ class _Handler:
 
     def __call__(self, signum: int, frame: Any) -> None:
         global _received
-        _received = True
-        self._then()
+        if not _received:
+            _received = True
+            self._then()
 
 
 @contextmanager
 def listening(then: Callable[[], None] = _interrupt) -> Iterator[None]:
-    """Calls ``then`` when SIGTERM arrives within the block; the default raises KeyboardInterrupt.
+    """Calls ``then`` at the first SIGTERM within the block and those around it; the default raises KeyboardInterrupt.
 
-    Changes nothing outside the main thread, where the signal is ignored, and where another library handles it: submitit
-    does, to start a job again.
+    Only the first counts: a scheduler may send it to a process that has it from its parent already, and a second
+    interrupt would stop at once what still writes a checkpoint. Changes nothing outside the main thread, where the
+    signal is ignored, and where another library handles it: submitit does, to start a job again.
     """
+    global _received
     previous = signal.getsignal(signal.SIGTERM)
     is_free = previous is signal.SIG_DFL or isinstance(previous, _Handler)
     if threading.current_thread() is not threading.main_thread() or not is_free:
         yield
         return
+    if previous is signal.SIG_DFL:
+        _received = False
     signal.signal(signal.SIGTERM, _Handler(then))
     try:
         yield
