@@ -25,9 +25,9 @@ from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.injection.pool_layers import attach_pool, detach_pool, pool_layers
 from lora_ext.model.bare_model import BareModel, root_module
-from lora_ext.model.invocations import InvocationLimits
-from lora_ext.nn.module_slots import module_tensors
-from lora_ext.nn.rows import BASE
+from lora_ext.model.rows.invocations import InvocationLimits
+from lora_ext.nn.rows.choice import BASE
+from lora_ext.nn.rows.module_slots import module_tensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.save_load import config_of, with_positive_alphas
-from lora_ext.model.invocations import InvocationLimits
+from lora_ext.model.rows.invocations import InvocationLimits
 
 _SUFFIXES = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B"}
 

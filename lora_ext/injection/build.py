@@ -15,7 +15,7 @@ from lora_ext.injection.targets import Targets
 from lora_ext.matching.path_names import Parents, is_inside
 from lora_ext.model.adapter_set import AdapterSet, Part, located
 from lora_ext.model.bare_model import BareModel, file_path
-from lora_ext.model.invocations import InvocationLimits
+from lora_ext.model.rows.invocations import InvocationLimits
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
 from lora_ext.nn.adapter_layer import innermost

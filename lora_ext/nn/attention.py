@@ -18,8 +18,9 @@ from lora_ext.nn.attention_inputs import check_inputs
 from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_lora_biases, add_updates
-from lora_ext.nn.row_updates import RowUpdate, add_chosen
-from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.rows.choice import RowChoice
+from lora_ext.nn.rows.in_force import row_choice
+from lora_ext.nn.rows.updates import RowUpdate, add_chosen
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

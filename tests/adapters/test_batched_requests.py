@@ -17,8 +17,8 @@ from transformers.generation.continuous_batching import continuous_api
 
 from lora_ext import LoraConfig, inject, merge, set_adapter
 from lora_ext.adapters import delete_adapter, disable_adapters, unload
-from lora_ext.model import batched_requests
-from lora_ext.nn.rows import _current
+from lora_ext.model.rows import continuous_batching
+from lora_ext.nn.rows.in_force import _current
 
 pytestmark = pytest.mark.usefixtures("no_collections")
 
@@ -254,7 +254,7 @@ def test_bad_names():
 def test_another_version_of_transformers(monkeypatch):
     model, inputs = set_adapter(with_abc(), "a"), prompts()[:2]
     expected = generated(model, inputs, ["a", "a"])
-    monkeypatch.setattr(batched_requests, "is_supported", lambda: False)
+    monkeypatch.setattr(continuous_batching, "is_supported", lambda: False)
     assert generated(model, inputs, None) == expected
     monkeypatch.undo()
     monkeypatch.delattr(continuous_api.ContinuousBatchProcessor, "_generation_step")

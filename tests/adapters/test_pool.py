@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import adapter_names, delete_adapter, rename_adapter, unload
-from lora_ext.nn.rows import _current
+from lora_ext.nn.rows.in_force import _current
 
 TARGETS = ["up", "head"]
 

@@ -17,7 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_ext import LoraConfig, inject, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import choose_adapters, delete_adapter, disable_adapters, unload
-from lora_ext.nn.rows import _current
+from lora_ext.nn.rows.in_force import _current
 
 NAMES = ["b", "__base__", "a", "b", "c"]
 

@@ -1,26 +1,16 @@
-"""Rows of a batch that choose their adapters: which one each row uses, for the layers of the model that is called.
-
-A choice belongs to a call and its thread: a context variable holds it, and the model does not change. So threads may
-run one model with different choices at the same time. Activation checkpointing runs a part of the forward again in the
-backward, when the call is long over; :func:`_follow_checkpoints` gives that part its choice.
-"""
+"""Which adapter each row of a batch uses."""
 
 from __future__ import annotations
 
 import copy
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lora_ext.nn.checkpointed_parts import checkpointed, frame_of_hook, graph_hook, is_of_checkpoint
-from lora_ext.nn.invocations import ActiveTokens
+from lora_ext.nn.rows.active_tokens import ActiveTokens
 
 if TYPE_CHECKING:
     from lora_ext.nn.active import ActiveAdapters
@@ -28,9 +18,6 @@ if TYPE_CHECKING:
 
 BASE = "__base__"
 """The name that stands for no adapter, as in PEFT."""
-
-_current: ContextVar[RowChoice | None] = ContextVar("lora_ext_row_choice", default=None)
-_count_lock = threading.Lock()
 
 
 class RowChoice:
@@ -191,194 +178,3 @@ class RowChoice:
         of_row = [of_name[i] for i in self.rows for _ in range(times)]
         with torch.inference_mode(False):  # a later call may be recorded by autograd
             return torch.tensor(of_row, dtype=torch.int64, device=device)
-
-
-def row_choice(active: ActiveAdapters) -> RowChoice | None:
-    """Returns the choice that is in force for layers that share ``active``, or None."""
-    if torch.compiler.is_compiling():
-        # Compiled code holds for all choices: it guards on whether some thread's rows choose, and then asks.
-        if active.row_calls > 0:
-            from lora_ext.nn.compiled_rows import refuse_if_chosen
-
-            refuse_if_chosen(active)
-        return None
-    choice = chosen(active)
-    if choice is None:
-        return None
-    choice.check_present()
-    if choice.has_gradients:
-        _follow_checkpoints(choice)
-    return None if choice.is_plain else choice
-
-
-def check_invoked(layer: AdapterLayer) -> None:
-    """Checks that a layer may use its active adapters on all tokens.
-
-    Raises:
-        RuntimeError: one acts from its invocation tokens on (aLoRA), and a module was called alone, so that no one has
-            looked for them.
-        ValueError: the same in compiled code.
-    """
-    names = [name for name in layer.active.invoked if name in layer.adapters]
-    if not names:
-        return
-    if torch.compiler.is_compiling():
-        from lora_ext.nn.compiled_rows import refuse_invoked
-
-        refuse_invoked()
-    if chosen(layer.active) is None:
-        raise RuntimeError(
-            f"{type(layer).__name__}: the adapter {names[0]!r} acts from its invocation tokens on (aLoRA), which only "
-            "a call of the injected model sees; call that, and not a module in it, or use another adapter (set_adapter)"
-        )
-
-
-def chosen(active: ActiveAdapters) -> RowChoice | None:
-    """Returns the choice as :func:`row_choice` does, for callers that are not layers."""
-    choice = _current.get()
-    while choice is not None and choice.active is not active:
-        choice = choice.outer
-    return choice
-
-
-# --- the time of a choice ---------------------------------------------------------------------------------------------
-
-
-def enter(choice: RowChoice) -> None:
-    """Begins a call with ``choice``, which :func:`leave` ends. Raises what the pool does that cannot serve it."""
-    if choice.pool_names:
-        choice.slots = choice.pool.acquire(choice.pool_names)
-    with _count_lock:
-        choice.active.row_calls += 1
-    choice.outer = _current.get()
-    choice.has_gradients = torch.is_grad_enabled()
-    _current.set(choice)
-
-
-def leave(choice: RowChoice) -> None:
-    """Ends a call, and those within it that Ctrl-C left without running their hooks."""
-    ended, inner = [choice], _current.get()
-    while inner is not None and inner is not choice:
-        ended.append(inner)
-        inner = inner.outer
-    _current.set(choice.outer)
-    for call in ended if inner is choice else ended[:1]:
-        call.frames = ()
-        with _count_lock:
-            call.active.row_calls -= 1
-        if call.pool_names:
-            call.pool.release(call.pool_names)
-
-
-@contextmanager
-def choosing(choice: RowChoice) -> Iterator[None]:
-    """Puts ``choice`` in force within the context. RuntimeError: see :meth:`RowChoice.check_present`."""
-    enter(choice)
-    try:
-        yield
-        choice.check_present()
-    finally:
-        leave(choice)
-
-
-def drop_interrupted() -> None:
-    """Ends calls that Ctrl-C left without running their hooks: their frames are not on the stack."""
-    choice = _current.get()
-    while choice is not None and choice.frames and not _is_running(choice.frames):
-        leave(choice)
-        choice = choice.outer
-
-
-def _is_running(frames: tuple[FrameType | None, ...]) -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame in frames:
-            return True
-        frame = frame.f_back
-    return False
-
-
-# --- activation checkpointing -----------------------------------------------------------------------------------------
-
-
-class _Recompute:
-    """Runs a checkpointed function again with the choices of its first run, one for each model that is called in it."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.choices: dict[ActiveAdapters, RowChoice] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            for choice in self.choices.values():
-                stack.enter_context(choosing(choice.copied()))  # in the backward, other calls may be around it
-            return self.function(*args, **kwargs)
-
-
-def _follow_checkpoints(choice: RowChoice) -> None:
-    """Makes the checkpointed functions that are running now run again with ``choice``.
-
-    They are found on the stack, and the innermost one by its hook, too: other code may run the checkpoint's generator.
-
-    Raises:
-        RuntimeError: PyTorch runs a checkpoint that is not found: its parts would run again with other adapters.
-    """
-    hook, found = graph_hook(), False
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not _RECOMPUTE:
-        if (held := checkpointed(frame)) is not None:
-            found = True
-            _follow(*held, choice)
-        frame = frame.f_back
-    if frame is not None or not is_of_checkpoint(hook):
-        return
-    if (held := frame_of_hook(hook)) is not None:
-        _follow(held, "recompute_fn", choice)
-    elif not found:
-        raise RuntimeError(
-            f"adapter_names: this activation checkpointing of PyTorch {torch.__version__} is not known, and would run "
-            "layers again with other adapters; checkpoint with use_reentrant=True, or train without checkpointing"
-        )
-
-
-def _follow(owner: Any, attribute: str, choice: RowChoice) -> None:
-    function = getattr(owner, attribute)
-    if not isinstance(function, _Recompute):
-        function = _Recompute(function)
-        setattr(owner, attribute, function)
-    function.choices[choice.active] = choice
-
-
-_RECOMPUTE = _Recompute.__call__.__code__
-
-# --- the arguments of a call ------------------------------------------------------------------------------------------
-
-
-def first_rows(values: Mapping[str, Any], main: str | None) -> tuple[str, Tensor] | None:
-    """Returns the name and the value of the argument that says how many rows a batch has, or None."""
-    tensors = dict(_tensors(values))
-    for name in (main, "input_ids", "decoder_input_ids", "inputs_embeds", *tensors):
-        if name in tensors:
-            return name, tensors[name]
-    return None
-
-
-def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            if value.dim():
-                yield name, value
-        elif isinstance(value, Mapping):
-            yield from _tensors(value)
-
-
-def token_multiples(values: Mapping[str, Any], rows: int, times: int) -> frozenset[int]:
-    """Returns how many rows of a layer's input may belong to one name: 1, ``times``, or all their tokens.
-
-    Args:
-        values: the arguments of the model's forward.
-        rows: of its batch.
-        times: the rows of the batch that belong to one name.
-    """
-    lengths = {tensor.shape[1] for _, tensor in _tensors(values) if tensor.dim() > 1 and tensor.shape[0] == rows}
-    return frozenset((1, times, *(times * length for length in lengths)))

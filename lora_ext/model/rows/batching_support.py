@@ -13,7 +13,7 @@ ENDS = "finish_request", "clear_cancelled_requests"  # methods of the scheduler 
 
 
 def is_supported() -> bool:
-    """Returns whether this version of Transformers has the methods that lora_ext/model/batched_requests.py wraps."""
+    """Returns whether this version of Transformers has the methods that continuous_batching.py wraps."""
     try:
         from transformers.generation.continuous_batching import cache, cache_allocators, continuous_api, scheduler
     except ImportError:

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from lora_ext.model.adapter_set import AdapterSet
-from lora_ext.model.batching_support import (
+from lora_ext.model.rows.arguments import NAMES
+from lora_ext.model.rows.batching_support import (
     ENDS,
     NAME,
     check_one_device,
@@ -30,10 +31,12 @@ from lora_ext.model.batching_support import (
     remedies,
     uncaptured,
 )
-from lora_ext.model.generate_by_rows import ReplacedMethod
-from lora_ext.model.invocations import last_occurrences
-from lora_ext.model.row_adapters import ARGUMENT, check_list, choice_of, invocations_of
-from lora_ext.nn.rows import BASE, choosing
+from lora_ext.model.rows.calls import invocations_of
+from lora_ext.model.rows.choose_adapters import check_list, choice_of
+from lora_ext.model.rows.invocations import last_occurrences
+from lora_ext.model.rows.replaced_method import ReplacedMethod
+from lora_ext.nn.rows.choice import BASE
+from lora_ext.nn.rows.in_force import choosing
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingManager
@@ -64,7 +67,7 @@ class GenerateBatch(ReplacedMethod):
     name = "generate_batch"
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        names = kwargs.pop(ARGUMENT, None)
+        names = kwargs.pop(NAMES, None)
         if names is None:
             return self.original(*args, **kwargs)
         if not is_supported():
@@ -168,7 +171,7 @@ class NamedRequests:
         return original(input_ids, *args, **kwargs)
 
     def _add_requests(self, original: Callable, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
-        if (names := kwargs.pop(ARGUMENT, None)) is not None:
+        if (names := kwargs.pop(NAMES, None)) is not None:
             inputs = _named(inputs, names, "add_requests")
             for name in dict.fromkeys(names):
                 check_name(self.root, self.adapters, name, "add_requests")
@@ -218,9 +221,9 @@ class NamedRequests:
         with choosing(choice):
             if invocations_of(choice):
                 starts = [self._start(request.state, name) for request, name in zip(requests, names, strict=True)]
-                before = [request.state.position_offset - request.query_length for request in requests]
-                silent = zip(starts, before, lengths, strict=True)
-                choice.silent = [n if s is None else min(max(s - past, 0), n) for s, past, n in silent] + [0]
+                cached = [request.state.position_offset - request.query_length for request in requests]
+                places = zip(starts, cached, lengths, strict=True)
+                choice.before = [n if s is None else min(max(s - past, 0), n) for s, past, n in places] + [0]
             return original(model)
 
     def _schedule_batch(self, original: Callable, *args: Any) -> Any:
