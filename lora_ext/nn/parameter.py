@@ -16,8 +16,8 @@ from lora_ext.nn.base_layer import check_not_offloaded, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.stacked_updates import StackedUpdates, Update
-from lora_ext.nn.updated_calls import NeedsWholeError, call_with_tensor, call_with_updates, why_whole
+from lora_ext.nn.weight_views.calls import NeedsWholeError, call_with_tensor, call_with_updates, why_whole
+from lora_ext.nn.weight_views.updates import StackedUpdates, Update
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

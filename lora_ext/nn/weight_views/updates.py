@@ -24,14 +24,14 @@ class StackedUpdates:
 
     Attributes:
         weight: the parameter, ``[num_experts, rows, columns]`` or ``[rows, columns]``.
-        flipped: it is stored as ``[..., in_features, out_features]``.
+        is_transposed: it is stored as ``[..., in_features, out_features]``.
         is_read: the module has used the parameter.
         whole: the functions that needed the whole updated parameter.
     """
 
-    def __init__(self, weight: Tensor, flipped: bool, updates: list[Update]) -> None:
+    def __init__(self, weight: Tensor, is_transposed: bool, updates: list[Update]) -> None:
         self.weight = weight
-        self.flipped = flipped
+        self.is_transposed = is_transposed
         self.updates = updates
         self.is_read = False
         self.whole: list[str] = []
@@ -70,13 +70,13 @@ class StackedUpdates:
         if self._updated is None:
             lora_A = torch.cat([update.lora_A for update in self.updates], dim=1)
             lora_B = torch.cat([update.lora_B * update.scaling for update in self.updates], dim=2)
-            self._updated = add_product(self.weight, lora_A, lora_B, self.flipped)
+            self._updated = add_product(self.weight, lora_A, lora_B, self.is_transposed)
         return self._updated
 
 
-def add_product(base: Tensor, lora_A: Tensor, lora_B: Tensor, flipped: bool) -> Tensor:
-    """``base [..., rows, columns]`` plus ``lora_B @ lora_A``, transposed if ``flipped``, in the dtype of ``base``."""
-    left, right = (lora_A.transpose(-2, -1), lora_B.transpose(-2, -1)) if flipped else (lora_B, lora_A)
+def add_product(base: Tensor, lora_A: Tensor, lora_B: Tensor, is_transposed: bool) -> Tensor:
+    """``base [..., rows, columns]`` plus ``lora_B @ lora_A`` (transposed if ``is_transposed``), in its dtype."""
+    left, right = (lora_A.transpose(-2, -1), lora_B.transpose(-2, -1)) if is_transposed else (lora_B, lora_A)
     left, right = left.to(base.dtype), right.to(base.dtype)
     with torch.autocast(base.device.type, enabled=False):  # the parameter keeps its dtype
         stack = base.reshape(-1, *base.shape[-2:])
