@@ -12,6 +12,7 @@ import torch
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lora_ext._common.printable import first_of
 from lora_ext.methods import load_method, method_of, save_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.moving_average import MovingAverage
@@ -171,8 +172,7 @@ class FinetuneTrainer(Trainer):
         lost = [name for name in load_result.missing_keys if values[name].data_ptr() not in loaded]
         for what, names in (("no values for", lost), ("unknown values:", load_result.unexpected_keys)):
             if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(f"its weights have {what} {names[0]}{more}")
+                raise ValueError(f"its weights have {what} {first_of(names, 1)}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
