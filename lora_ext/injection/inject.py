@@ -34,7 +34,7 @@ from lora_ext.model.rows.serve_names import forget_adapter_names, serve_adapter_
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name
-from lora_ext.nn.input_groups import share_inputs as share_inputs_of
+from lora_ext.nn.input_groups import form_input_groups
 from lora_ext.nn.linear import is_linear
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -48,11 +48,10 @@ def inject(
     """Adapts ``model`` in place: replaces every targeted layer by one that holds a low-rank adapter.
 
     Targets can be linear layers (also quantised ones, lora_ext/quantized), embeddings, convolutions, attention and
-    single parameters (lora_ext/nn). The first
-    call freezes all parameters; trainable are those of the adapter, ``config.modules_to_save`` and ``config.bias``. The
-    model's output stays the same until the adapter is trained. An adapter is on its base layer's device, in its dtype,
-    or in float32 if that has 16 bits. A layer in several places of the model is replaced in all of them by the same new
-    layer, named by the first path.
+    single parameters (lora_ext/nn). The first call freezes all parameters; trainable are those of the adapter,
+    ``config.modules_to_save`` and ``config.bias``. The model's output stays the same until the adapter is trained. An
+    adapter is on its base layer's device, in its dtype, or in float32 if that has 16 bits. A layer in several places of
+    the model is replaced in all of them by the same new layer, named by the first path.
 
     With ``config.ensure_weight_tying``, modules that share the input embedding's weight share its adapter: all compute
     with the same updated weight, and merging changes it once. Otherwise each named module has its own adapter, and
@@ -208,7 +207,7 @@ def attach_layers(model: nn.Module, adapter: Adapter) -> None:
 def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     """Sets what a model needs whose layers have changed: groups of layers, hooks, and methods in place of its own."""
     root = root_module(model)
-    share_inputs_of(root, adapters.share_inputs, (LoraLinear,))
+    form_input_groups(root, adapters.share_inputs, (LoraLinear,))
     _switch_off_fast_path(root)
     prepare_quantized(root)
     guard_against_trainers(root)

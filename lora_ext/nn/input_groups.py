@@ -59,7 +59,7 @@ class InputGroups:
         return "\n".join(lines)
 
 
-def share_inputs(model: nn.Module, on: bool, kinds: tuple[type[SharesInputs], ...]) -> None:
+def form_input_groups(model: nn.Module, on: bool, kinds: tuple[type[SharesInputs], ...]) -> None:
     """Lets layers of exactly these ``kinds`` share inputs: those of one module with equal ``in_features``.
 
     The layers of an ``nn.Sequential`` follow each other, and share none. A guess: see :mod:`lora_ext.nn.shared_inputs`.
