@@ -11,7 +11,7 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle
 from lora_ext.nn.base_layer import runs_alone
 from lora_ext.nn.weight_views.calls import NeedsWholeError, call_with_updates, why_whole
-from lora_ext.nn.weight_views.updates import Update
+from lora_ext.nn.weight_views.updates import ExpertUpdate
 
 
 class ParameterForward:
@@ -42,7 +42,7 @@ class ParameterForward:
         return f"now: {reason}" if reason else ""
 
 
-def _updates(layer: nn.Module) -> list[Update] | str:
+def _updates(layer: nn.Module) -> list[ExpertUpdate] | str:
     """Returns the updates of the active adapters, or why PEFT's forward runs instead."""
     if reason := state_obstacle(layer):
         return reason
@@ -65,5 +65,5 @@ def _updates(layer: nn.Module) -> list[Update] | str:
             B, scaling = B * scaling, 1.0
         elif not math.isfinite(scaling):
             return f"the scaling of adapter {name!r} is {scaling}"
-        updates.append(Update(A, B, scaling))
+        updates.append(ExpertUpdate(A, B, scaling))
     return updates or NONE_ACTIVE

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._common.changes import without_lock
-from lora_ext.nn.weight_views.updates import StackedUpdates, Update
+from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates
 from lora_ext.nn.weight_views.view import WeightView
 
 _UNREAD = "its module does not read the parameter as an attribute"
@@ -31,7 +31,7 @@ def call_with_updates(
     call: Callable[..., Any],
     module: nn.Module,
     name: str,
-    updates: list[Update],
+    updates: list[ExpertUpdate],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     is_transposed: bool,

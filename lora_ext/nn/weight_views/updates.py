@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-class Update(NamedTuple):
-    """The updates of all experts: ``scaling * lora_B[e] @ lora_A[e]`` is that of ``[out_features, in_features]``.
+class ExpertUpdate(NamedTuple):
+    """An adapter's update of all experts: ``scaling * lora_B[e] @ lora_A[e]`` is that of expert ``e``.
 
     A parameter ``[out_features, in_features]`` is one expert.
     """
@@ -29,13 +29,13 @@ class StackedUpdates:
         whole: the functions that needed the whole updated parameter.
     """
 
-    def __init__(self, weight: Tensor, is_transposed: bool, updates: list[Update]) -> None:
+    def __init__(self, weight: Tensor, is_transposed: bool, updates: list[ExpertUpdate]) -> None:
         self.weight = weight
         self.is_transposed = is_transposed
         self.updates = updates
         self.is_read = False
         self.whole: list[str] = []
-        self._in_rows: list[Update] | None = None
+        self._in_rows: list[ExpertUpdate] | None = None
         self._of_experts: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
         self._updated: Tensor | None = None
 
@@ -43,10 +43,12 @@ class StackedUpdates:
     def num_experts(self) -> int:
         return 1 if self.weight.dim() == 2 else self.weight.shape[0]
 
-    def in_rows(self) -> list[Update]:
+    def in_rows(self) -> list[ExpertUpdate]:
         """Returns the updates with contiguous factors: adapters interleave the experts in ``lora_B``."""
         if self._in_rows is None:
-            self._in_rows = [Update(u.lora_A.contiguous(), u.lora_B.contiguous(), u.scaling) for u in self.updates]
+            self._in_rows = [
+                ExpertUpdate(u.lora_A.contiguous(), u.lora_B.contiguous(), u.scaling) for u in self.updates
+            ]
         return self._in_rows
 
     def of_expert(self, number: int) -> list[tuple[Tensor, Tensor, float]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext import functional
-from lora_ext.nn.weight_views.updates import StackedUpdates, Update, add_product
+from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates, add_product
 
 
 class WeightView:
@@ -307,7 +307,7 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
         factors = updates.in_rows()
     else:  # for few rows, copying the factors of all experts would take most of the time
         chosen, numbers = experts.flatten(), torch.arange(experts.numel(), device=experts.device)
-        factors = [Update(u.lora_A[chosen], u.lora_B[chosen], u.scaling) for u in updates.updates]
+        factors = [ExpertUpdate(u.lora_A[chosen], u.lora_B[chosen], u.scaling) for u in updates.updates]
         experts = torch.where(chosen < 0, -1, numbers).view(experts.shape)
     for A, B, scaling in _over_rows(view, factors):
         scalings = torch.full((A.shape[0],), scaling, dtype=torch.float64, device=A.device)
@@ -315,9 +315,9 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
     return y
 
 
-def _over_rows(view: WeightView, updates: list[Update]) -> list[Update]:
+def _over_rows(view: WeightView, updates: list[ExpertUpdate]) -> list[ExpertUpdate]:
     """Returns the factors of ``x @ view``: those of a product over ``in_features``, or over ``out_features``."""
-    return updates if view.is_transposed else [Update(_mT(u.lora_B), _mT(u.lora_A), u.scaling) for u in updates]
+    return updates if view.is_transposed else [ExpertUpdate(_mT(u.lora_B), _mT(u.lora_A), u.scaling) for u in updates]
 
 
 def _mT(factor: Tensor) -> Tensor:
