@@ -2,7 +2,7 @@
 
 Everything that can fail happens before the model changes; :func:`apply_injection` then only swaps modules and sets
 ``requires_grad``. lora_ext/injection/targets.py finds the layers that a config names, by PEFT's rules;
-lora_ext/injection/build.py makes the new layers.
+lora_ext/injection/check_targets.py refuses what cannot be adapted, lora_ext/injection/build.py makes the new layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
-from lora_ext.injection.build import PartsBuilder, check_targets
+from lora_ext.injection.build import PartsBuilder
+from lora_ext.injection.check_targets import check_targets
 from lora_ext.injection.diffusion_scale import guard_against_scale, remove_scale_guard
 from lora_ext.injection.mixtures import warn_of_parts_left_out, with_parts
 from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
