@@ -84,6 +84,11 @@ class RowChoice:
         """A name for each row."""
         return [self.names[i] if i >= 0 else BASE for i in self.rows]
 
+    @property
+    def lost(self) -> list[str]:
+        """The adapters that were deleted or renamed since the call's begin."""
+        return [name for name, addition in self._additions.items() if self.active.additions.get(name) != addition]
+
     def check_present(self) -> None:
         """Checks that the adapters are those of the call's begin. RuntimeError: one was deleted or renamed since.
 
@@ -91,12 +96,11 @@ class RowChoice:
         """
         if self.active.removals == self._removals or self.may_lose:
             return
-        for name, addition in self._additions.items():
-            if self.active.additions.get(name) != addition:
-                raise RuntimeError(
-                    f"adapter_names: {name!r} was deleted or renamed during a call whose rows use it; wait for the end "
-                    "of such calls first"
-                )
+        for name in self.lost:
+            raise RuntimeError(
+                f"adapter_names: {name!r} was deleted or renamed during a call whose rows use it; wait for the end "
+                "of such calls first"
+            )
 
     def copied(self) -> RowChoice:
         """Returns the same choice for another call, which may come at any time and on another device."""
