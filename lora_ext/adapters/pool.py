@@ -26,8 +26,8 @@ from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.injection.pool_layers import attach_pool, detach_pool, pool_layers
 from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.model.invocations import InvocationLimits
+from lora_ext.nn.choice import BASE
 from lora_ext.nn.module_slots import module_tensors
-from lora_ext.nn.rows import BASE
 
 
 @dataclasses.dataclass(frozen=True)

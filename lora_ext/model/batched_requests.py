@@ -35,7 +35,8 @@ from lora_ext.model.batching_support import (
 from lora_ext.model.generate_by_rows import ReplacedMethod
 from lora_ext.model.invocations import last_occurrences
 from lora_ext.model.row_adapters import ARGUMENT, check_list, choice_of, invocations_of
-from lora_ext.nn.rows import BASE, RowChoice, choosing
+from lora_ext.nn.choice import BASE, RowChoice
+from lora_ext.nn.rows import choosing
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingManager

@@ -21,7 +21,7 @@ from lora_ext.model.row_adapters import (
     without_names,
 )
 from lora_ext.nn.packed_rows import PackedChoice
-from lora_ext.nn.rows import choosing, chosen, drop_interrupted
+from lora_ext.nn.rows import check_order, choosing, chosen, drop_interrupted
 
 
 class ReplacedMethod:
@@ -74,6 +74,8 @@ class GenerateByRows(ReplacedMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         drop_interrupted()
         active, names = self.adapters.active, kwargs.get(ARGUMENT)
+        if names is None:
+            check_order(active)
         rest, outer = without_names(kwargs), chosen(active) if active.row_calls else None
         if LENGTHS in kwargs or (names is None and isinstance(outer, PackedChoice)):
             raise ValueError(

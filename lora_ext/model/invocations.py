@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import shown
+from lora_ext.nn.choice import BASE
 from lora_ext.nn.invocations import ActiveTokens
-from lora_ext.nn.rows import BASE
 
 if TYPE_CHECKING:
     from lora_ext.model.bare_model import BareModel

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_ext.model.bare_model import output_head
 from lora_ext.model.invocations import OFFSETS, Invocations, last_occurrences, token_ids
 from lora_ext.nn.packed_rows import PackedChoice
-from lora_ext.nn.rows import first_rows
+from lora_ext.nn.row_arguments import first_rows
 
 LENGTHS = "adapter_lengths"
 

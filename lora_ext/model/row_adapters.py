@@ -32,18 +32,10 @@ from lora_ext.model.invocations import (
 from lora_ext.model.packed_rows import LENGTHS, checked_lengths, find_invocations, fit, sequence_lengths
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.choice import BASE, RowChoice
 from lora_ext.nn.packed_rows import PackedChoice
-from lora_ext.nn.rows import (
-    BASE,
-    RowChoice,
-    choosing,
-    chosen,
-    drop_interrupted,
-    enter,
-    first_rows,
-    leave,
-    token_multiples,
-)
+from lora_ext.nn.row_arguments import first_rows, token_multiples
+from lora_ext.nn.rows import check_order, choosing, chosen, drop_interrupted, enter, holder_of_context, leave
 
 if TYPE_CHECKING:
     from lora_ext.nn.active import ActiveAdapters
@@ -59,7 +51,8 @@ def choose_adapters(
     """Makes each row of the batches that ``model`` computes within the context use an adapter, in this thread only.
 
     For code that calls the model without a way to pass ``adapter_names``, such as pipelines. Batches may have a
-    multiple of the rows: each name is then for as many consecutive ones.
+    multiple of the rows: each name is then for as many consecutive ones. A generator that yields within the context
+    leaves it in force for its caller.
 
     Args:
         model: an injected model.
@@ -71,9 +64,11 @@ def choose_adapters(
         ValueError: the model is not injected, or rows cannot choose: adapters are merged, or one of them has a part
             that is the same for all rows. The message has the remedy.
         KeyError: there is no such adapter; the message lists them.
+        RuntimeError: in a call of the model: a generator yielded within the context, and goes on after another one
+            began, or in another thread or task. In the end: an adapter was deleted or renamed meanwhile.
     """
     adapters = find_adapters(model, "choose_adapters")
-    with choosing(choice_of(root_module(model), adapters, names, "choose_adapters", lengths)):
+    with choosing(choice_of(root_module(model), adapters, names, "choose_adapters", lengths), holder_of_context()):
         yield
 
 
@@ -193,6 +188,8 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             refuse_invoked()
         return (args, rest) if len(rest) < len(kwargs) else None
     drop_interrupted()
+    if names is None:
+        check_order(active)
     outer = chosen(active) if active.row_calls else None
     if names is None and LENGTHS not in kwargs and not _chooses_by_call(active, outer):
         if outer is not None:

@@ -16,10 +16,11 @@ from lora_ext.nn.adapter import LoraAdapter
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.attention_inputs import check_inputs
 from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
+from lora_ext.nn.choice import RowChoice
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_lora_biases, add_updates
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
-from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.rows import row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

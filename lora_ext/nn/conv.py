@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
+from lora_ext.nn.choice import RowChoice
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.rows import row_choice
 from lora_ext.nn.split_rows import add_by_rows
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import full_shape
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
+from lora_ext.nn.choice import RowChoice
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer
-from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.rows import row_choice
 from lora_ext.nn.split_rows import add_by_rows
 
 if TYPE_CHECKING:

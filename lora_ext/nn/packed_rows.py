@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.base_layer import is_conv1d
-from lora_ext.nn.rows import RowChoice
+from lora_ext.nn.choice import RowChoice
 
 if TYPE_CHECKING:
     from lora_ext.nn.active import ActiveAdapters

@@ -13,10 +13,10 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, adapters_named, is_eligible_call
 from lora_ext.nn.base_layer import own_copy, plain_linear
+from lora_ext.nn.choice import RowChoice
 from lora_ext.nn.invocations import ActiveTokens
 from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.row_updates import RowUpdate, add_chosen
-from lora_ext.nn.rows import RowChoice
 from lora_ext.nn.shared_inputs import SharesInputs, shared_inputs
 
 
