@@ -286,7 +286,16 @@ def multiples(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[s
             f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows, "
             "which is not a multiple of them"
         )
+    if times > 1 and len(set(choice.rows)) > 1 and _is_of_diffusers(root):
+        raise ValueError(
+            f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows; pass a "
+            "name for each row: with guidance, pipelines of diffusers put all prompts into a batch twice (names * 2)"
+        )
     return times, token_multiples(values, tensor.shape[0], times)
+
+
+def _is_of_diffusers(root: nn.Module) -> bool:
+    return any(kind.__module__.startswith("diffusers.") for kind in type(root).__mro__)
 
 
 def invocations_of(choice: RowChoice) -> Mapping[str, tuple[int, ...]]:
