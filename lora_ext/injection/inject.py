@@ -104,12 +104,16 @@ def inject(
 
 def _with_targets(config: PeftConfig, root: nn.Module) -> PeftConfig:
     """Names the modules in a config of PEFT without ``target_modules``, which PEFT chooses by the model's type."""
-    if getattr(config, "target_modules", ()) is not None or getattr(config, "target_parameters", None):
-        return config  # LoraConfig refuses None next to target_parameters: with Mixtral, PEFT then adapts no modules
+    if getattr(config, "target_modules", ()) is not None:
+        return config
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
 
+    targets = table.get(getattr(getattr(root, "config", None), "model_type", None))
+    if getattr(config, "target_parameters", None):
+        # LoraConfig refuses None: of the types in the table, PEFT adapts no modules of some, such as Mixtral.
+        targets = [] if targets is None else None
     config = copy.copy(config)
-    config.target_modules = table.get(getattr(getattr(root, "config", None), "model_type", None))
+    config.target_modules = targets
     return config
 
 

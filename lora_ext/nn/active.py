@@ -19,6 +19,7 @@ class ActiveAdapters:
         changes: how often a change of the layers has begun or ended; odd during a change.
         warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
         row_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows/in_force.py).
+        held: the choices of rows for the ``with`` blocks that are open in any thread (lora_ext/nn/rows/in_force.py).
         row_obstacles: ``changes`` and what rows could not choose then (lora_ext/model/rows/choose_adapters.py).
         additions: by name, the number of the addition or the renaming that made the adapter.
         removals: how many adapters were deleted or renamed: a running call whose rows named one fails.
@@ -26,6 +27,7 @@ class ActiveAdapters:
     """
 
     changes = row_calls = removals = 0
+    held: tuple[Any, ...] = ()
     row_obstacles: tuple[int, Any] | None = None
     _disabled: tuple[int, int, tuple[str, ...]] | None = None  # the thread, the depth, the names before
 

@@ -47,7 +47,7 @@ def tokens_in_row(values: Mapping[str, Any], caller: str) -> int:
 def first_rows(values: Mapping[str, Any], main: str | None) -> tuple[str, Tensor] | None:
     """Returns the name and the value of the argument that says how many rows a batch has, or None."""
     tensors = dict(_tensors(values))
-    for name in (main, "input_ids", "decoder_input_ids", "inputs_embeds", *tensors):
+    for name in (main, "input_ids", "decoder_input_ids", "inputs_embeds", "sample", "hidden_states", *tensors):
         if name in tensors:
             return name, tensors[name]
     return None

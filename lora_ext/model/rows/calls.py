@@ -22,7 +22,7 @@ from lora_ext.model.rows.arguments import LENGTHS, NAMES, first_rows, token_mult
 from lora_ext.model.rows.choose_adapters import choice_of
 from lora_ext.model.rows.invocations import active_tokens, are_invoked, find_starts, past_tokens
 from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import chosen, drop_interrupted, enter, leave
+from lora_ext.nn.rows.in_force import check_order, chosen, drop_interrupted, enter, leave
 from lora_ext.nn.rows.packed import PackedChoice
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             refuse_invoked()
         return (args, rest) if len(rest) < len(kwargs) else None
     drop_interrupted()
+    if names is None:
+        check_order(active)
     outer = chosen(active) if active.row_calls else None
     if names is None and LENGTHS not in kwargs and not _chooses_by_call(active, outer):
         if outer is not None:
@@ -142,7 +144,16 @@ def multiples(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[s
             f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows, "
             "which is not a multiple of them"
         )
+    if times > 1 and len(set(choice.rows)) > 1 and _is_of_diffusers(root):
+        raise ValueError(
+            f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows; pass a "
+            "name for each row: with guidance, pipelines of diffusers put all prompts into a batch twice (names * 2)"
+        )
     return times, token_multiples(values, tensor.shape[0], times)
+
+
+def _is_of_diffusers(root: nn.Module) -> bool:
+    return any(kind.__module__.startswith("diffusers.") for kind in type(root).__mro__)
 
 
 def invocations_of(choice: RowChoice) -> Mapping[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from lora_ext.model.rows.arguments import LENGTHS, NAMES
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.rows.choice import BASE, RowChoice
-from lora_ext.nn.rows.in_force import choosing
+from lora_ext.nn.rows.in_force import choosing, holder_of_context
 from lora_ext.nn.rows.packed import PackedChoice
 
 
@@ -30,7 +30,8 @@ def choose_adapters(
     """Makes each row of the batches that ``model`` computes within the context use an adapter, in this thread only.
 
     For code that calls the model without a way to pass ``adapter_names``, such as pipelines. Batches may have a
-    multiple of the rows: each name is then for as many consecutive ones.
+    multiple of the rows: each name is then for as many consecutive ones. A generator that yields within the context
+    leaves it in force for its caller.
 
     Args:
         model: an injected model.
@@ -42,9 +43,11 @@ def choose_adapters(
         ValueError: the model is not injected, or rows cannot choose: adapters are merged, or one of them has a part
             that is the same for all rows. The message has the remedy.
         KeyError: there is no such adapter; the message lists them.
+        RuntimeError: in a call of the model: a generator yielded within the context, and goes on after another one
+            began, or in another thread or task. In the end: an adapter was deleted or renamed meanwhile.
     """
     adapters = find_adapters(model, "choose_adapters")
-    with choosing(choice_of(root_module(model), adapters, names, "choose_adapters", lengths)):
+    with choosing(choice_of(root_module(model), adapters, names, "choose_adapters", lengths), holder_of_context()):
         yield
 
 

@@ -8,7 +8,7 @@ from lora_ext.model.rows.arguments import LENGTHS, NAMES, tokens_in_row, values_
 from lora_ext.model.rows.calls import choice_of_call, invocations_of, is_invoked, multiples
 from lora_ext.model.rows.invocations import find_starts
 from lora_ext.model.rows.replaced_method import ReplacedMethod
-from lora_ext.nn.rows.in_force import choosing, chosen, drop_interrupted
+from lora_ext.nn.rows.in_force import check_order, choosing, chosen, drop_interrupted
 from lora_ext.nn.rows.packed import PackedChoice
 
 
@@ -20,6 +20,8 @@ class GenerateByRows(ReplacedMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         drop_interrupted()
         active, names = self.adapters.active, kwargs.get(NAMES)
+        if names is None:
+            check_order(active)
         rest, outer = without_names(kwargs), chosen(active) if active.row_calls else None
         if LENGTHS in kwargs or (names is None and isinstance(outer, PackedChoice)):
             raise ValueError(

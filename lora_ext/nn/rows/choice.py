@@ -34,6 +34,9 @@ class RowChoice:
         has_gradients: whether gradients were enabled when the call began; reentrant checkpoints disable them in it.
         outer: the choice of the call around this one, which may be of another model.
         frames: the Python frames of the call, if it has no other end than them.
+        has_ended: whether the call is over; then the choice is in force nowhere.
+        holder: the frame whose ``with`` block the choice is for, if :func:`check_order` looks after it.
+        suspended: the choices around this one whose holders did not run when it began: those of generators.
         starts: in ``generate``, for each row the position in the prompt from which on its adapter acts, or None if it
             does not act: its invocation tokens are not there (aLoRA).
         prompt: in ``generate``, the number of tokens in a row of the prompt.
@@ -56,6 +59,9 @@ class RowChoice:
         self.has_gradients = False
         self.outer: RowChoice | None = None
         self.frames: tuple[FrameType | None, ...] = ()
+        self.has_ended = False
+        self.holder: FrameType | None = None
+        self.suspended: tuple[RowChoice, ...] = ()
         self.starts: list[int | None] | None = None
         self.prompt = 0
         self.tokens: ActiveTokens | None = None
@@ -71,6 +77,11 @@ class RowChoice:
         """A name for each row."""
         return [self.names[i] if i >= 0 else BASE for i in self.rows]
 
+    @property
+    def lost(self) -> list[str]:
+        """The adapters that were deleted or renamed since the call's begin."""
+        return [name for name, addition in self._additions.items() if self.active.additions.get(name) != addition]
+
     def check_present(self) -> None:
         """Checks that the adapters are those of the call's begin. RuntimeError: one was deleted or renamed since.
 
@@ -78,17 +89,16 @@ class RowChoice:
         """
         if self.active.removals == self._removals or self.may_lose:
             return
-        for name, addition in self._additions.items():
-            if self.active.additions.get(name) != addition:
-                raise RuntimeError(
-                    f"adapter_names: {name!r} was deleted or renamed during a call whose rows use it; wait for the end "
-                    "of such calls first"
-                )
+        for name in self.lost:
+            raise RuntimeError(
+                f"adapter_names: {name!r} was deleted or renamed during a call whose rows use it; wait for the end "
+                "of such calls first"
+            )
 
     def copied(self) -> RowChoice:
         """Returns the same choice for another call, which may come at any time and on another device."""
         choice = copy.copy(self)
-        choice.frames, choice._groups = (), {}
+        choice.frames, choice._groups, choice.holder, choice.suspended = (), {}, None, ()
         return choice
 
     def repeated(self, times: int) -> RowChoice:

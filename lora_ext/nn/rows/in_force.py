@@ -71,7 +71,7 @@ def check_invoked(layer: AdapterLayer) -> None:
 def chosen(active: ActiveAdapters) -> RowChoice | None:
     """Returns the choice as :func:`row_choice` does, for callers that are not layers."""
     choice = _current.get()
-    while choice is not None and choice.active is not active:
+    while choice is not None and (choice.active is not active or choice.has_ended):  # ended: of a task that goes on
         choice = choice.outer
     return choice
 
@@ -79,41 +79,104 @@ def chosen(active: ActiveAdapters) -> RowChoice | None:
 # --- the time of a choice ---------------------------------------------------------------------------------------------
 
 
-def enter(choice: RowChoice) -> None:
+def enter(choice: RowChoice, holder: FrameType | None = None) -> None:
     """Begins a call with ``choice``, which :func:`leave` ends. Raises what the pool does that cannot serve it."""
     if choice.pool_names:
         choice.slots = choice.pool.acquire(choice.pool_names)
+    choice.outer, choice.has_ended, choice.holder = _current.get(), False, holder
+    if holder is not None:
+        around = _chain(choice.outer)
+        choice.suspended = tuple(one for one in around if one.holder is not None and not _is_running((one.holder,)))
     with _count_lock:
         choice.active.row_calls += 1
-    choice.outer = _current.get()
+        choice.active.held = (*choice.active.held, *([choice] if holder is not None else []))
     choice.has_gradients = torch.is_grad_enabled()
     _current.set(choice)
 
 
 def leave(choice: RowChoice) -> None:
-    """Ends a call, and those within it that Ctrl-C left without running their hooks."""
-    ended, inner = [choice], _current.get()
-    while inner is not None and inner is not choice:
-        ended.append(inner)
-        inner = inner.outer
-    _current.set(choice.outer)
-    for call in ended if inner is choice else ended[:1]:
-        call.frames = ()
-        with _count_lock:
-            call.active.row_calls -= 1
-        if call.pool_names:
-            call.pool.release(call.pool_names)
+    """Ends a call, and those within it that Ctrl-C left without running their hooks.
+
+    Choices of generators that take turns may begin before this one ends, and end later; they stay. A choice that began
+    in another thread or task is not in this one's chain.
+    """
+    around, within = choice.outer, list(_chain(_current.get()))
+    if choice in within:
+        within = within[: within.index(choice)]
+        for inner in reversed(within):
+            if inner.frames:
+                _end(inner)
+            else:
+                inner.outer, around = around, inner
+        _current.set(around)
+    _end(choice)
+
+
+def _end(choice: RowChoice) -> None:
+    choice.frames, choice.holder, choice.suspended = (), None, ()
+    with _count_lock:
+        if choice.has_ended:
+            return
+        choice.has_ended = True
+        choice.active.row_calls -= 1
+        choice.active.held = tuple(one for one in choice.active.held if one is not choice)
+    if choice.pool_names:
+        choice.pool.release(choice.pool_names)
+
+
+def _chain(choice: RowChoice | None) -> Iterator[RowChoice]:
+    """Yields a choice and those around it."""
+    while choice is not None:
+        yield choice
+        choice = choice.outer
 
 
 @contextmanager
-def choosing(choice: RowChoice) -> Iterator[None]:
-    """Puts ``choice`` in force within the context. RuntimeError: see :meth:`RowChoice.check_present`."""
-    enter(choice)
+def choosing(choice: RowChoice, holder: FrameType | None = None) -> Iterator[None]:
+    """Puts ``choice`` in force within the context. RuntimeError: see :meth:`RowChoice.check_present`.
+
+    Args:
+        holder: the frame that has the context.
+    """
+    enter(choice, holder)
     try:
         yield
         choice.check_present()
     finally:
         leave(choice)
+
+
+def check_order(active: ActiveAdapters) -> None:
+    """Checks that a call within a context that chose adapters uses these, and not those of another context.
+
+    RuntimeError: a generator has the context, and went on after another context began, or in another thread or task.
+    """
+    held = {choice.holder: choice for choice in active.held}
+    if not held:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame not in held:
+        frame = frame.f_back
+    mine = held.get(frame)
+    for choice in _chain(_current.get()) if mine is not None else ():
+        if choice is mine:
+            return
+        if mine in choice.suspended:
+            break
+    if mine is not None:
+        raise RuntimeError(
+            f"choose_adapters: a generator yielded within the context that chose {mine.names_of_rows}, and goes on "
+            "after another context began, or in another thread or task, where this call would use other adapters; let "
+            "no generator yield within the context, or pass adapter_names to the model"
+        )
+
+
+def holder_of_context() -> FrameType | None:
+    """Returns the frame whose ``with`` block the caller is for: a generator function under ``contextmanager``."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == "contextlib":
+        frame = frame.f_back
+    return frame
 
 
 def drop_interrupted() -> None:
