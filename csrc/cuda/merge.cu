@@ -1,3 +1,4 @@
+// Splits a list of layers into launches of the merge kernels, compiled for each dtype of the weights.
 #include "elements.cuh"
 #include "gather_records.cuh"
 #include "merge.cuh"

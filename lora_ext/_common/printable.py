@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 LONGEST_NAME = 500  # characters of a tensor's name; real models use up to 100
 _MOST_PROBLEMS, _LONGEST_PROBLEM = 100, 2000  # lines, characters per line
@@ -27,6 +27,20 @@ def check_name(name: str, where: str, longest: int = LONGEST_NAME) -> None:
         raise ValueError(f"{where} has a name of {len(name)} characters, want at most {longest}: {shown(name)}")
     if not name.isprintable():
         raise ValueError(f"{where} has a name with characters that cannot be printed: {shown(name)}")
+
+
+def first_of(names: Iterable[str], count: int = 3) -> str:
+    """Returns the first ``count`` names and how many others there are: models have hundreds of layers."""
+    names = list(names)
+    more = len(names) - count
+    return ", ".join(names[:count]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def first_lines(texts: Iterable[str], count: int = 4) -> list[str]:
+    """Returns the first ``count`` texts and how many others there are, as indented lines of a report."""
+    texts = list(texts)
+    more = len(texts) - count
+    return [f"    {text}" for text in texts[:count]] + ([f"    and {more:,} more"] if more > 0 else [])
 
 
 def listed(problems: Sequence[str]) -> str:

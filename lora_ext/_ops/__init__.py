@@ -1,3 +1,11 @@
-"""Registers each op's fake kernel, autograd and autocast: a file for each op. csrc/schemas.h has the schemas."""
+"""Registers each op's fake kernel, autograd and autocast. csrc/schemas.h has the schemas.
+
+- A file for each family of ops: ``linear``, ``siblings``, ``delta``, ``grouped``, ``shrink_expand``, ``merge``;
+  ``bottleneck`` is made of two of them. ``registration`` and ``in_place`` are what they share.
+- Arguments: ``checks``, ``checks_backward``, ``checks_grouped``, ``checks_merge`` and ``tensor_arguments`` refuse in
+  traced graphs what csrc/bindings refuses in calls; ``refusals`` and ``refusal_texts`` word it.
+- ``composite``: the ops in plain PyTorch, for torch.func, forward mode and gradients of gradients.
+- Kinds of tensors: ``nested``, ``lazy_views``. ``flops`` counts operations.
+"""
 
 from lora_ext._ops import delta, flops, grouped, linear, merge, shrink_expand, siblings  # noqa: F401

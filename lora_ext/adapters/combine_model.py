@@ -17,7 +17,7 @@ from lora_ext.adapters.combine import check_combination, combine_factors
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.injection.inject import apply_injection, check_new_name, check_none_merged
 from lora_ext.matching.path_names import EndTable
-from lora_ext.model.adapter_set import Adapter, Part, find_adapter, find_adapters
+from lora_ext.model.adapter_set import Adapter, AdapterSet, Part, find_adapter, find_adapters
 from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
 from lora_ext.nn import LoraAdapter, LoraLayer
 from lora_ext.nn.attention import SeparateProjections
@@ -82,22 +82,7 @@ def add_weighted_adapter(
         "svd_clamp": svd_clamp,
     }
     kind = check_combination(combination_type, weights, len(adapters), **settings)
-    if biased := [name for name in adapters if name in held.biases]:
-        raise ValueError(
-            f"{caller}: {biased[0]!r} trains the model's own biases, which cannot be combined; leave it out"
-        )
-
-    invocations = {name: held.configs[name].alora_invocation_tokens for name in adapters}
-    if len(set(invocations.values())) > 1:
-        raise ValueError(
-            f"{caller}: the adapters act from different tokens on (alora_invocation_tokens): {invocations}; combine "
-            "adapters with the same"
-        )
-    if len(training := [name for name in adapters if held.configs[name].trainable_token_indices is not None]) > 1:
-        raise ValueError(
-            f"{caller}: {training} train rows of embeddings (trainable_token_indices); combine only one such adapter"
-        )
-
+    _check_can_combine(caller, held, adapters)
     sources = [find_adapter(model, caller, name) for name in adapters]
     parts: list[Part] = []
     copied: dict = {}  # a shared deepcopy memo: tied adapters stay tied
@@ -124,6 +109,24 @@ def add_weighted_adapter(
     config = _config(BareModel(root_module(model)), sources, parts)
     apply_injection(model, Adapter(adapter_name, config, held, tuple(parts)))
     return model
+
+
+def _check_can_combine(caller: str, held: AdapterSet, adapters: Sequence[str]) -> None:
+    """Refuses adapters that train something of which there is one in the model, or that act on other tokens."""
+    if biased := [name for name in adapters if name in held.biases]:
+        raise ValueError(
+            f"{caller}: {biased[0]!r} trains the model's own biases, which cannot be combined; leave it out"
+        )
+    invocations = {name: held.configs[name].alora_invocation_tokens for name in adapters}
+    if len(set(invocations.values())) > 1:
+        raise ValueError(
+            f"{caller}: the adapters act from different tokens on (alora_invocation_tokens): {invocations}; combine "
+            "adapters with the same"
+        )
+    if len(training := [name for name in adapters if held.configs[name].trainable_token_indices is not None]) > 1:
+        raise ValueError(
+            f"{caller}: {training} train rows of embeddings (trainable_token_indices); combine only one such adapter"
+        )
 
 
 def _by_layer(sources: Sequence[Adapter]) -> list[dict[int, Part]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -116,72 +117,73 @@ def hotswap_adapter(
     check_unmerged("hotswap_adapter", model, adapter.name)
     warn_of_a_copy("hotswap_adapter", adapter)
     file = in_present_layout(adapter, file, "hotswap_adapter")
-    slots = _slots(adapter, config, file)
+    values = _new_values(adapter, config, file)
     with torch.no_grad(), changing(adapter.into.active):
-        for slot in slots:
-            if slot.key is None:
-                slot.tensor.zero_()
-                continue
-            values = file.tensor(slot.key)
-            if slot.rank_dim is None:
-                slot.tensor.copy_(values * slot.factor if slot.factor != 1.0 else values)
-                continue
-            rank = values.shape[slot.rank_dim]
-            part = slot.tensor.narrow(slot.rank_dim, 0, rank)
-            part.copy_(values.to(slot.tensor.dtype) * slot.factor if slot.factor != 1.0 else values)
-            slot.tensor.narrow(slot.rank_dim, rank, slot.tensor.shape[slot.rank_dim] - rank).zero_()
+        for value in values:
+            value.write(file)
     return model
 
 
 @dataclasses.dataclass(frozen=True)
-class _Slot:
-    """A tensor of the model and its new value: the file's tensor ``key`` times ``factor``; zero if ``key`` is None."""
+class _NewValue:
+    """What a tensor of the model becomes: the file's tensor ``key`` times ``factor``; zero if ``key`` is None.
+
+    Attributes:
+        rank_dim: the dimension of the rank, in which the file's tensor may be shorter: zeros follow. None: it has none.
+    """
 
     tensor: Tensor
     key: str | None
     rank_dim: int | None = None
     factor: float = 1.0
 
+    def write(self, file: AdapterFile) -> None:
+        if self.key is None:
+            self.tensor.zero_()
+            return
+        values, target = file.tensor(self.key), self.tensor
+        if self.rank_dim is not None:
+            dim, rank = self.rank_dim, values.shape[self.rank_dim]
+            target.narrow(dim, rank, target.shape[dim] - rank).zero_()
+            target = target.narrow(dim, 0, rank)
+            values = values.to(target.dtype)
+        target.copy_(values * self.factor if self.factor != 1.0 else values)
 
-def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slot]:
-    slots, problems, expected = [], [], set()
-    for option in ("trainable_token_indices", "alora_invocation_tokens"):
-        theirs, ours = getattr(config, option), getattr(adapter.config, option)
-        if theirs != ours:
-            problems.append(f"{option}: {shown(theirs)} in the file, {shown(ours)} in the model")
+    def misfit(self, file: AdapterFile) -> str | None:
+        """Returns why the file's tensor does not fit, or None."""
+        key, tensor = self.key, self.tensor
+        if key is None:
+            return None
+        if key not in file:
+            return f"missing key: {key}"
+        if not _fits(file.shape(key), tuple(tensor.shape), self.rank_dim):
+            return f"shape of {key}: {shown(list(file.shape(key)))} in the file, {list(tensor.shape)} in the model"
+        if file.dtype(key).is_floating_point != tensor.is_floating_point() or file.dtype(key).is_complex:
+            return f"dtype of {key}: {file.dtype(key)} in the file, {tensor.dtype} in the model"
+        return None
+
+
+def _new_values(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_NewValue]:
+    """Finds the new value of every tensor of ``adapter``. ValueError: the file does not fit; all reasons are listed."""
+    problems = _other_options(adapter.config, config)
+    values: list[_NewValue] = []
+    expected: set[str] = set()
     for part in adapter.parts:
         tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
         expected |= tensors.keys()
         if isinstance(part.adapter, TiedAdapter):  # shares another part's values
             continue
-        updates = _updates_of(part.adapter)
-        absent = bool(updates) and not any(key in file for key in tensors)
-        for key, tensor in tensors.items():
-            dim, factor = None, 1.0
-            if updates:
-                update = next(u for u in updates if any(_holds(tensor, p) for p in u.parameters()))
-                dim = _rank_dim(update, tensor)
-                if not _holds(tensor, update.lora_A):
-                    factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(key)
-            slots.append(_Slot(tensor, None if absent else key, dim, factor))
-            if absent:
-                continue
-            theirs, ours = config.enable_lora_for(part.target), getattr(part.adapter, "enable_lora", None)
-            if updates and theirs != ours:
-                problems.append(f"enable_lora of {part.target}: {shown(theirs)} in the file, {ours} in the model")
-            if key not in file:
-                problems.append(f"missing key: {key}")
-            elif not _fits(file.shape(key), tuple(tensor.shape), dim):
-                problems.append(
-                    f"shape of {key}: {shown(list(file.shape(key)))} in the file, {list(tensor.shape)} in the model"
-                )
-            elif file.dtype(key).is_floating_point != tensor.is_floating_point() or file.dtype(key).is_complex:
-                problems.append(f"dtype of {key}: {file.dtype(key)} in the file, {tensor.dtype} in the model")
+        found = _values_of_part(part, tensors, config, file)
+        values += found
+        theirs, ours = config.enable_lora_for(part.target), getattr(part.adapter, "enable_lora", None)
+        if theirs != ours and _updates_of(part.adapter) and any(value.key is not None for value in found):
+            problems.append(f"enable_lora of {part.target}: {shown(theirs)} in the file, {ours} in the model")
+        problems += [problem for value in found if (problem := value.misfit(file)) is not None]
     if adapter.biases is not None:
         biases = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.biases.file_tensors().items()}
         expected |= biases.keys()
         problems += [f"missing key: {key}" for key in biases if key not in file]
-        slots += [_Slot(tensor, key) for key, tensor in biases.items()]
+        values += [_NewValue(tensor, key) for key, tensor in biases.items()]
     base = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.base_tensors().items()}
     problems += [f"unexpected key: {key}" for key in file.keys() if key not in expected | base.keys()]  # noqa: SIM118
     # PEFT saves the base layer of an adapted embedding or head, too.
@@ -195,7 +197,39 @@ def _slots(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_Slo
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
             f"prepare_hotswap first):{listed(problems)}"
         )
-    return slots
+    return values
+
+
+def _other_options(ours: LoraConfig, theirs: LoraConfig) -> list[str]:
+    """Names the options that no change of values can follow."""
+    return [
+        f"{option}: {shown(getattr(theirs, option))} in the file, {shown(getattr(ours, option))} in the model"
+        for option in ("trainable_token_indices", "alora_invocation_tokens")
+        if getattr(theirs, option) != getattr(ours, option)
+    ]
+
+
+def _values_of_part(
+    part: Part, tensors: Mapping[str, Tensor], config: LoraConfig, file: AdapterFile
+) -> list[_NewValue]:
+    """The new values of one layer's adapter; of a low-rank update that the file lacks, zeros.
+
+    Args:
+        tensors: the adapter's, by their keys in the file.
+    """
+    updates = _updates_of(part.adapter)
+    if not updates:
+        return [_NewValue(tensor, key) for key, tensor in tensors.items()]
+    if not any(key in file for key in tensors):
+        return [_NewValue(tensor, None) for tensor in tensors.values()]
+    values = []
+    for key, tensor in tensors.items():
+        update = next(u for u in updates if any(_holds(tensor, parameter) for parameter in u.parameters()))
+        factor = 1.0
+        if not _holds(tensor, update.lora_A):
+            factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(key)
+        values.append(_NewValue(tensor, key, _rank_dim(update, tensor), factor))
+    return values
 
 
 def _equals(file: AdapterFile, key: str, tensor: Tensor) -> bool:

@@ -13,8 +13,8 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.printable import first_of
 from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty_layers
-from lora_ext.merging.model import some
 from lora_ext.model.adapter_set import adapter_set, find_adapters
 from lora_ext.model.bare_model import adapter_layers, check_not_parallel
 from lora_ext.nn import ActiveAdapters, LoraLayer
@@ -98,7 +98,8 @@ def _disable(model: nn.Module) -> set[ActiveAdapters]:
         )
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
-        raise RuntimeError(f"disable_adapters: adapters are merged into {some(merged)}; call unmerge(model) first")
+        where = first_of(map(repr, merged))
+        raise RuntimeError(f"disable_adapters: adapters are merged into {where}; call unmerge(model) first")
     if any(active.is_disabled_elsewhere for active in shared):
         raise RuntimeError("disable_adapters: another thread is within disable_adapters(model); wait for its end")
     with changing(*shared):
@@ -261,4 +262,5 @@ def check_unmerged(caller: str, model: nn.Module, name: str) -> None:
     """Raises a RuntimeError if adapter ``name`` is merged into a layer of ``model``."""
     merged = [path for path, layer in lora_modules(model) if name in layer.merged_adapters]
     if merged:
-        raise RuntimeError(f"{caller}: {name!r} is merged into {some(merged)}; call unmerge(model, {name!r}) first")
+        where = first_of(map(repr, merged))
+        raise RuntimeError(f"{caller}: {name!r} is merged into {where}; call unmerge(model, {name!r}) first")

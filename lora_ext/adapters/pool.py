@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -20,14 +18,13 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext.adapters.pool_files import LayerShape, PoolShape, read_adapter
 from lora_ext.adapters.pool_host_cache import HostCache
+from lora_ext.adapters.pool_names import PoolNames
 from lora_ext.adapters.pool_slots import SlotsInUseError, SlotTable
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
 from lora_ext.injection.pool_layers import attach_pool, detach_pool, pool_layers
 from lora_ext.model.bare_model import BareModel, root_module
-from lora_ext.model.invocations import InvocationLimits
-from lora_ext.nn.module_slots import module_tensors
-from lora_ext.nn.rows import BASE
+from lora_ext.model.rows.invocations import InvocationLimits
+from lora_ext.nn.rows.module_slots import module_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +106,7 @@ class AdapterPool:
         host_bytes: int = 0,
         timeout: float = 60.0,
     ) -> None:
-        self._directory = None if directory is None else Path(directory).absolute()  # the current one may change
-        if self._directory is not None and not self._directory.is_dir():
-            raise ValueError(
-                f"AdapterPool: directory is {os.fspath(directory)!r}, which is not a directory; want the one that "
-                "holds the adapters' directories"
-            )
+        self._names = PoolNames(directory)
         config = LoraConfig(r=r, target_modules=target_modules, modules_to_save=modules_to_save)
         layers = pool_layers(model, config)
         shapes = {path: LayerShape(layer.in_features, layer.out_features) for path, layer in layers.found.items()}
@@ -134,7 +126,6 @@ class AdapterPool:
         self._shape = PoolShape(shapes, r, modules, limits)
         self._timeout, self._slot_bytes = timeout, slot_bytes
         self._table = SlotTable(slots, self._load)
-        self._added: dict[str, Path] = {}
         self._lock = threading.Lock()  # of what follows
         self._loads, self._load_seconds = 0, 0.0
         self._invocations: dict[str, tuple[int, ...]] = {}
@@ -154,51 +145,28 @@ class AdapterPool:
             ValueError: the name is taken, empty or ``"__base__"``.
             FileNotFoundError: there is no adapter in ``directory``.
         """
-        path = Path(directory).absolute()
-        if not name or name == BASE:
-            raise ValueError(f"AdapterPool.add: name is {name!r}, want another one")
-        if not holds_adapter(path):
-            raise FileNotFoundError(f"AdapterPool.add: {path / CONFIG_FILE} is missing; want a directory of PEFT")
-        with self._lock:
-            if name in self._added:
-                raise ValueError(f"AdapterPool.add: {name!r} is known already; remove it first")
-            self._added[name] = path
+        self._names.add(name, directory)
 
     @checked
     def remove(self, name: str) -> None:
         """Forgets a name of :meth:`add` and frees its slot. RuntimeError: it is in use. KeyError: it is not known."""
-        if name not in self._added:
-            raise KeyError(f"AdapterPool.remove: {name!r} was not added; the names are {_some(sorted(self._added))}")
+        self._names.check_added(name)
         with self._table.changed:  # no call loads it again in between
             self.evict(name)
-            with self._lock:
-                self._added.pop(name, None)
+            self._names.forget(name)
 
     def names(self) -> list[str]:
         """The known names: those of :meth:`add` and the subdirectories that hold an adapter; reads the directory."""
-        with self._lock:
-            names = set(self._added)
-        if self._directory is not None and self._directory.is_dir():  # it may be gone by now
-            names |= {entry.name for entry in os.scandir(self._directory) if holds_adapter(Path(entry.path))}
-        return sorted(names)
+        return self._names.all()
 
     def resident(self) -> list[str]:
         """The names that have a slot, the least recently used first."""
         with self._table.changed:
             return list(self._table.entries)
 
-    def _path_of(self, name: str) -> Path | None:
-        with self._lock:
-            if name in self._added:
-                return self._added[name]
-        if self._directory is None or not _is_one_component(name):
-            return None
-        path = self._directory / name
-        return path if holds_adapter(path) else None
-
     def knows(self, name: str) -> bool:
         """Returns whether the pool can find the adapter."""
-        return self._path_of(name) is not None
+        return self._names.path_of(name) is not None
 
     def check_known(self, names: Iterable[str], caller: str, adapters_of_model: Iterable[str] = ()) -> None:
         """Checks that the pool can find the adapters. KeyError: names the known ones.
@@ -206,12 +174,7 @@ class AdapterPool:
         Args:
             adapters_of_model: adapters of the model itself, for the message.
         """
-        for name in names:
-            if not self.knows(name):
-                known = [*adapters_of_model, *self.names()]
-                close = difflib.get_close_matches(name, known, 3)
-                meant = f" (close to {', '.join(map(repr, close))})" if close else ""
-                raise KeyError(f"{caller}: there is no adapter {name!r}{meant}; the adapters are {_some(known)}")
+        self._names.check_known(names, caller, adapters_of_model)
 
     # --- slots -------------------------------------------------------------------------------------------------------
 
@@ -329,7 +292,7 @@ class AdapterPool:
 
     def _load(self, name: str, slot: int) -> None:
         begin = time.perf_counter()
-        path = self._path_of(name)
+        path = self._names.path_of(name)
         if path is None:
             raise KeyError(f"AdapterPool: there is no adapter {name!r} any more")
         adapter = self._host.get(name)
@@ -392,16 +355,3 @@ class AdapterPool:
         stats = self.stats()
         gib = stats.slots * stats.slot_bytes / 2**30
         return f"AdapterPool({stats.resident} of {stats.slots} slots, r={self._shape.r}, {gib:.2f} GiB)"
-
-
-def _is_one_component(name: str) -> bool:
-    """Returns whether ``name`` is a file name that leads nowhere else."""
-    separators = {os.sep, os.altsep} - {None}
-    return name not in ("", ".", "..", BASE) and not any(s in name for s in separators) and "\0" not in name
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names, for a message."""
-    shown = ", ".join(map(repr, names[:8]))
-    more = len(names) - 8
-    return f"{shown} and {more} more" if more > 0 else f"[{shown}]"

@@ -15,7 +15,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.save_load import config_of, with_positive_alphas
-from lora_ext.model.invocations import InvocationLimits
+from lora_ext.model.rows.invocations import InvocationLimits
 
 _SUFFIXES = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B"}
 
@@ -46,7 +46,7 @@ class PoolShape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
+class LayerUpdate:
     """One layer's part of an adapter."""
 
     lora_A: Tensor
@@ -68,7 +68,7 @@ class PoolAdapter:
         invocation: the tokens from which on it acts (aLoRA), or None.
     """
 
-    updates: Mapping[str, Update]
+    updates: Mapping[str, LayerUpdate]
     modules: Mapping[str, Mapping[str, Tensor]]
     invocation: tuple[int, ...] | None
 
@@ -79,7 +79,7 @@ class PoolAdapter:
 
     def copied(self, copy: Callable[[Tensor], Tensor]) -> PoolAdapter:
         """The same with tensors that ``copy`` returns."""
-        updates = {path: Update(copy(u.lora_A), copy(u.lora_B), u.scaling) for path, u in self.updates.items()}
+        updates = {path: LayerUpdate(copy(u.lora_A), copy(u.lora_B), u.scaling) for path, u in self.updates.items()}
         modules = {path: {name: copy(t) for name, t in tensors.items()} for path, tensors in self.modules.items()}
         return PoolAdapter(updates, modules, self.invocation)
 
@@ -125,7 +125,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
     updates = {}
     for path, factors in keys.items():
         scaling = math.copysign(config.scaling_for(path), _alpha(given.config, config, path))
-        updates[path] = Update(file.tensor(factors["lora_A"]), file.tensor(factors["lora_B"]), scaling)
+        updates[path] = LayerUpdate(file.tensor(factors["lora_A"]), file.tensor(factors["lora_B"]), scaling)
     tensors = {
         path: {name: file.tensor(f"{KEY_PREFIX}{path}.{name}") for name in names} for path, names in modules.items()
     }

@@ -6,6 +6,15 @@ Reading:
 
 The commands of ``lora-ext``, as functions:
     :func:`merge`, :func:`unmerge`, :func:`extract`, :func:`inspect`, :func:`diff`.
+
+Files:
+
+- Commands: ``merging``, ``unmerging``, ``extraction``, ``inspection``, ``difference``.
+- Reading: ``checkpoint_files``, ``contents`` (of an adapter), ``layers``, ``other_files``.
+- What an adapter changes: ``changes``, from ``parameter_names``, ``layouts`` and ``ties``; ``merged_rows`` computes it,
+  ``low_rank`` approximates a difference.
+- Unmerging to the bit: ``record_format``, ``record_writer``, ``record``, ``digests``; ``merged_mark``, without.
+- Writing: ``output`` by ``writing``, in a directory that ``staging`` and ``exchange`` make appear whole.
 """
 
 from lora_ext.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoint

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from lora_ext._common.printable import listed, shown
 from lora_ext._ops.checks import FLOATING
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
-from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate
+from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, TokenRows
 from lora_ext.checkpoints.layouts import (
     Evidence,
     Layout,
@@ -105,7 +105,7 @@ def find_changes(
     changes = MergeChanges({key: TensorChange(base.info(key).shape, base.info(key).dtype, key) for key in base})
     problems: list[str] = []
     for contents in adapters:
-        problems += _Entry(base, changes, contents, fan_in_fan_out, untie, multiplier).problems
+        problems += _AdapterChanges(base, changes, contents, fan_in_fan_out, untie, multiplier).problems
     for key in changes.changed:
         tensor = changes.tensors[key]
         if (tensor.terms or tensor.rows) and DTYPES.get(tensor.dtype) not in FLOATING:
@@ -126,7 +126,7 @@ def find_changes(
     return changes
 
 
-class _Entry:
+class _AdapterChanges:
     """Adds the changes of one adapter; ``problems`` lists what does not fit."""
 
     def __init__(
@@ -162,37 +162,43 @@ class _Entry:
             for update in parameters
             if not any(f"{update.path}.{name}" in self.keys for name in update.parameters)
         ]
+        self._add_whole_tensors(replaced, names.same_prefix)
+        self._add_rows(contents.tokens)
+        self._add_updates(low_rank, parameters)
+        for update in biases:
+            self._add_to_bias(update)
 
+    def _add_whole_tensors(self, replaced: Mapping[str, str], same_prefix: bool) -> None:
+        """Replaces tensors of the base, and adds those that it lacks if its names have the adapter's prefix."""
         for name, key in replaced.items():
             if name in self.keys:
                 self._replace(self.keys[name], key)
-            elif names.same_prefix:
-                if (dtype := DTYPE_NAMES.get(self.file.dtype(key))) is None:
-                    self.problems.append(
-                        f"dtype of {key}: {self.file.dtype(key)}, which a safetensors file cannot hold"
-                    )
-                else:
-                    changes.tensors[name] = TensorChange(self.file.shape(key), dtype, None, (self.file, key))
-            else:
+            elif not same_prefix:
                 self.problems.append(
                     f"not in the base, whose names have another prefix, so it cannot be added: {name}; load the base "
                     "and the adapter as a model (load_adapter), and call merge and save_pretrained there"
                 )
-        # PEFT replaces rows of an embedding in the tied head too, unless the head has its own.
-        names_of_rows = [f"{rows.path}.weight" for rows in contents.tokens]
-        head_has_rows = self.tie is not None and self.tie.head in map(self.keys.get, names_of_rows)
-        for rows, name in zip(contents.tokens, names_of_rows, strict=True):
+            elif (dtype := DTYPE_NAMES.get(self.file.dtype(key))) is None:
+                self.problems.append(f"dtype of {key}: {self.file.dtype(key)}, which a safetensors file cannot hold")
+            else:
+                self.changes.tensors[name] = TensorChange(self.file.shape(key), dtype, None, (self.file, key))
+
+    def _add_rows(self, tokens: Sequence[TokenRows]) -> None:
+        """Replaces rows of an embedding; in the tied head too, as PEFT does, unless the head has its own rows."""
+        names = [f"{rows.path}.weight" for rows in tokens]
+        head_has_rows = self.tie is not None and self.tie.head in map(self.keys.get, names)
+        for rows, name in zip(tokens, names, strict=True):
             if name in self.keys and (not head_has_rows or self._is_own(self.keys[name])):
                 self._replace_rows(self.keys[name], rows.key, rows.indices)
+
+    def _add_updates(self, low_rank: Sequence[LowRankUpdate], parameters: Sequence[LowRankUpdate]) -> None:
         targets = {update: self.keys[name] for update in low_rank if (name := _weight_name(update)) in self.keys}
         by_path: dict[str, list[LowRankUpdate]] = {}
         for update in parameters:
             by_path.setdefault(update.path, []).append(update)
         for of_module in by_path.values():
             targets |= self._parameter_targets(of_module)
-        self._add(targets)
-        for update in biases:
-            self._add_to_bias(update)
+        self._add_to_weights(targets)
 
     def _replace(self, target: str, key: str) -> None:
         if not self._is_own(target):
@@ -235,7 +241,7 @@ class _Entry:
             self.problems += [misfit(self.file, update, key, shapes[key]) for update in updates for key in shapes]
         return {}
 
-    def _add(self, targets: dict[LowRankUpdate, str]) -> None:
+    def _add_to_weights(self, targets: dict[LowRankUpdate, str]) -> None:
         targets = {update: key for update, key in targets.items() if self._is_own(key)}
         fitting = {
             update: fitting_layouts(self.file, update, self.changes.tensors[key].shape)

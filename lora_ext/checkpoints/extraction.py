@@ -98,7 +98,7 @@ def extract(
         save_others: save other modules that differ; if False, they are an error.
         fan_in_fan_out: matrices are ``[in, out]``, as in Conv1D (GPT-2).
         dtype: dtype of the factors.
-        overwrite: replace the adapter at ``out``.
+        overwrite: replace the adapter at ``out``, if nothing else is there.
 
     Raises:
         ValueError: nothing differs; tensors are in only one checkpoint, differ in shape, or differ and cannot be saved
@@ -113,7 +113,8 @@ def extract(
     old, new = Checkpoint.open(base), Checkpoint.open(tuned)
     out = Path(out).absolute()
     check_apart("extract", out, [old.directory, new.directory])
-    with Staging(out, {}, overwrite) as staging, progress("extract", new.nbytes, show=show_progress) as shown:
+    staged = Staging(out, {}, overwrite, {CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE}.__contains__)
+    with staged as staging, progress("extract", new.nbytes, show=show_progress) as shown:
         differing: dict[str, None] = {}
         for key in new:
             if key not in old or not _same(old, new, key):

@@ -85,7 +85,7 @@ def merge(
         untie: store tied weights apart if an adapter changes only one of them.
         record: also write ``merge_record/``, from which :func:`~lora_ext.checkpoints.unmerge` restores every bit.
         verify: read the result back, and compare every bit with a second computation.
-        overwrite: replace the checkpoint at ``out``.
+        overwrite: replace the checkpoint at ``out``. Files there that a merge of ``base`` would not write are refused.
         allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
         subtract: subtract the updates, up to rounding.
 

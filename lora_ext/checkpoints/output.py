@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 from lora_ext._common.progress import Progress, progress
 from lora_ext.checkpoints.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lora_ext.checkpoints.merged_rows import Block
-from lora_ext.checkpoints.other_files import CONFIG_FILE, copy_file, list_other_files, write_model_config
+from lora_ext.checkpoints.other_files import (
+    CONFIG_FILE,
+    RECORD_DIRECTORY,
+    copy_file,
+    list_other_files,
+    write_model_config,
+)
 from lora_ext.checkpoints.staging import Staging
 from lora_ext.checkpoints.writing import Description, compare_file, write_file
 
 if TYPE_CHECKING:
     from lora_ext.checkpoints.record_writer import RecordWriter
+
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|" + re.escape(INDEX_FILE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +77,7 @@ class Output:
 
     def write(self, out: Path, caller: str, *, verify: bool, overwrite: bool, show_progress: bool) -> Written:
         """Writes the directory ``out``, whole or not at all."""
-        with Staging(out, self.what, overwrite) as staging:
+        with Staging(out, self.what, overwrite, self._writes) as staging:
             kept = sum(name in staging.finished for name in self.shards)
             _check_space(caller, out, self.nbytes - sum(staging.finished.values()))
             with progress(caller, self.nbytes * (1 + verify), show=show_progress) as shown:
@@ -85,6 +95,15 @@ class Output:
             staging.publish()
         return Written(kept, copied, skipped)
 
+    def _writes(self, name: str) -> bool:
+        """Returns whether a file of this name is one that this run writes, or that an earlier one of its kind wrote."""
+        weights = name in self.shards or _WEIGHTS.fullmatch(name) is not None
+        return weights or name.startswith(f"{RECORD_DIRECTORY}/") or name in self._other_files[0]
+
+    @functools.cached_property
+    def _other_files(self) -> tuple[list[str], list[str]]:
+        return list_other_files(self.source)
+
     def _write_shards(self, staging: Staging, shown: Progress) -> None:
         if self.recorder is not None:
             self.recorder.begin(staging.path)
@@ -99,7 +118,7 @@ class Output:
             staging.finish(name, *recorded)
 
     def _copy_other_files(self, directory: Path) -> tuple[dict[str, str], list[str]]:
-        names, skipped = list_other_files(self.source)
+        names, skipped = self._other_files
         copied = {}
         for name in names:
             if name == CONFIG_FILE and self.config_changes:

@@ -7,12 +7,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lora_ext._common.printable import listed
 from lora_ext.checkpoints.exchange import exchange
 from lora_ext.files.staged_files import fsync_directory
 from lora_ext.files.untrusted_json import read_json_object
@@ -38,13 +39,16 @@ class Staging:
     these files; any other run removes them and starts again. After an OSError or Ctrl-C the complete files stay for
     this. After other errors, which the next run would meet again, nothing stays.
 
+    ``overwrite`` replaces what such a run wrote, and nothing else: files in ``out`` are refused by name if ``is_ours``
+    is false for their paths within it, before the work and again at its end.
+
     Attributes:
         path: the hidden directory.
         finished: complete files in it -> their sizes.
     """
 
-    def __init__(self, out: Path, what: Mapping[str, Any], overwrite: bool = False) -> None:
-        self.out, self.overwrite = out, overwrite
+    def __init__(self, out: Path, what: Mapping[str, Any], overwrite: bool, is_ours: Callable[[str], bool]) -> None:
+        self.out, self.overwrite, self._is_ours = out, overwrite, is_ours
         self.what = json.loads(json.dumps(what))
         self.path = out.parent / f".{out.name}.unfinished"
         self._journal = out.parent / f".{out.name}.unfinished.json"
@@ -137,6 +141,7 @@ class Staging:
         try:
             if self.out.exists():
                 old = _lock(self.out)  # otherwise another run could mistake it for the directory of a killed run
+                self._check_ours()
             if old is None or not exchange(self.path, self.out):
                 self._rename()
             self.finished = {}  # nothing is left to continue, even if one of the next steps fails
@@ -176,6 +181,18 @@ class Staging:
             raise FileExistsError(f"{self.out} exists; choose another directory, or overwrite it (--overwrite)")
         if not any(self.out.glob("*.safetensors")):
             raise FileExistsError(f"{self.out} holds no safetensors file: it is not overwritten; remove it yourself")
+        self._check_ours()
+
+    def _check_ours(self) -> None:
+        """Raises FileExistsError if ``out`` has files that this kind of run does not write."""
+        paths = sorted(path for path in self.out.rglob("*") if path.is_symlink() or not path.is_dir())
+        names = [path.relative_to(self.out).as_posix() for path in paths]
+        others = [name for name in names if not self._is_ours(name)]
+        if others:
+            raise FileExistsError(
+                f"{self.out} holds files that overwriting it would remove; move them, or choose another directory:"
+                f"{listed(others)}"
+            )
 
     def _open(self) -> int | None:
         """Opens and locks the hidden directory. Returns None if there is none."""

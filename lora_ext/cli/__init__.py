@@ -38,27 +38,18 @@ _STATUS = (
     "options or the files; 3: compare left out methods that do not suit the checkpoint; 130: Ctrl-C; 143: SIGTERM"
 )
 
+_COMMANDS = (
+    *(info, finetune, generate, compare, sweep, analyze, plan, report),
+    *(merge, unmerge, extract, inspect, diff),
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit status, which ``_STATUS`` explains."""
     parser = argparse.ArgumentParser(prog="lora-ext", description="LoRA in fused kernels.", epilog=_STATUS)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (
-        info,
-        finetune,
-        generate,
-        compare,
-        sweep,
-        analyze,
-        plan,
-        report,
-        merge,
-        unmerge,
-        extract,
-        inspect,
-        diff,
-    ):
+    for module in _COMMANDS:
         module.add_parser(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
 

@@ -1,4 +1,12 @@
-"""Adapter directories in PEFT's format; safe reading of foreign files, and atomic writing."""
+"""Adapter directories in PEFT's format; safe reading of foreign files, and atomic writing.
+
+- Adapters of a model: ``save_load``, ``save_pretrained``, ``hub``. An adapter's content (``adapter_content``) may have
+  ``base_layers``, the ``packed_projection`` form, an ``expert_layout``; ``part_config`` describes a part of a model;
+  ``misfits`` lists what does not fit.
+- Reading what strangers wrote: ``adapter_file`` on ``safetensors_format``, ``shard_index``, ``untrusted_json``,
+  ``file_bytes`` and ``regular_file``.
+- Writing: ``staged_files`` replaces several files together; ``held_file`` lets one process write.
+"""
 
 from lora_ext.files.held_file import held
 from lora_ext.files.regular_file import open_regular

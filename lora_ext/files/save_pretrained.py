@@ -15,17 +15,16 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import shown
-from lora_ext._common.sharded import full_shape, is_elsewhere, is_fully_sharded, is_partitioned
+from lora_ext._common.sharded import is_elsewhere, is_fully_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.files.adapter_content import ADAPTER_FILES, FileContent, file_content, write_content
 from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
@@ -36,10 +35,10 @@ from lora_ext.files.staged_files import staged_files
 from lora_ext.model.adapter_set import AdapterSet, adapter_in, adapter_set, check_at_hand
 from lora_ext.model.adapter_state import MARKERS, adapter_state, lost_parameters, own_state
 from lora_ext.model.bare_model import adapter_layers
+from lora_ext.model.given_state import with_values
 from lora_ext.model.method_files import MethodFiles
 from lora_ext.model.saver import SavePretrained
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.merged_state import MERGED_KEY
 from lora_ext.nn.state_form import base_keys, no_state, own_keys
 
 _DEFAULT = "default"  # the adapter that PEFT saves in the directory itself
@@ -74,6 +73,22 @@ def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[s
     if not has_adapters and method is None:  # all adapters were deleted, or are in a pool
         with base_keys():
             return call.run()
+    _check_library_can_save(call, module)
+    if call.get("state_dict") == {}:  # Trainer's placeholder under DeepSpeed, which it removes
+        return call.run()
+    given = call.take("state_dict")
+    if given is None:
+        _check_values_at_hand(call, module)
+    with with_values(call.name, module, given):
+        if not _is_merged(call.name, module):
+            return _save_adapters(call, module, adapters, method)
+        _check_can_save_merged(call, method)
+        with base_keys():
+            return call.run()
+
+
+def _check_library_can_save(call: _Call, module: nn.Module) -> None:
+    """Refuses what makes the library write other files than those of our adapters."""
     if getattr(module, "_hf_peft_config_loaded", False) and hasattr(module, "get_adapter_state_dict"):
         # Transformers then saves PEFT's adapter only.
         raise ValueError(
@@ -92,36 +107,34 @@ def save_adapted(saver: SavePretrained, args: tuple[Any, ...], kwargs: Mapping[s
             f"{call.name}: parts of the model are wrapped by FullyShardedDataParallel; use fully_shard (FSDP2, "
             "fsdp_version=2 in accelerate), or load the gathered state_dict into an unwrapped model and save that one"
         )
-    if call.get("state_dict") == {}:  # Trainer's placeholder under DeepSpeed, which it removes
-        return call.run()
-    given = call.take("state_dict")
-    if given is None and any(is_fully_sharded(part) for part in module.modules()):
+
+
+def _check_values_at_hand(call: _Call, module: nn.Module) -> None:
+    """Refuses models whose values are spread over processes: the caller must gather them and pass a state_dict."""
+    if any(is_fully_sharded(part) for part in module.modules()):
         raise ValueError(
             f"{call.name}: {type(module).__name__} is sharded (fully_shard); call lora_ext.save_adapter on all ranks, "
             "or gather its state_dict (torch.distributed.checkpoint.state_dict, full_state_dict=True) and pass it to "
             "save_pretrained(directory, state_dict=...)"
         )
-    if given is None and any(is_elsewhere(parameter) for parameter in module.parameters()):
+    if any(is_elsewhere(parameter) for parameter in module.parameters()):
         raise ValueError(
             f"{call.name}: DeepSpeed's ZeRO-3 has partitioned {type(module).__name__}; call lora_ext.save_adapter on "
             "all ranks, or save_pretrained(directory, state_dict=accelerator.get_state_dict(engine)), as Trainer does"
         )
-    with with_values(call.name, module, given):
-        if _is_merged(call.name, module):
-            if method is not None and method.inserts:
-                raise ValueError(
-                    f"{call.name}: adapters are merged, but {method.name} inserted modules that the base model lacks, "
-                    "so that no files of the base model can hold the result; call unmerge(model), or "
-                    "lora_ext.methods.save_method"
-                )
-            if holds_adapter(call.directory):
-                raise ValueError(
-                    f"{call.name}: {call.directory} holds an adapter ({CONFIG_FILE}), which would be loaded on top of "
-                    "the merged weights; choose another directory, or delete it"
-                )
-            with base_keys():
-                return call.run()
-        return _save_adapters(call, module, adapters, method)
+
+
+def _check_can_save_merged(call: _Call, method: MethodFiles | None) -> None:
+    if method is not None and method.inserts:
+        raise ValueError(
+            f"{call.name}: adapters are merged, but {method.name} inserted modules that the base model lacks, so that "
+            "no files of the base model can hold the result; call unmerge(model), or lora_ext.methods.save_method"
+        )
+    if holds_adapter(call.directory):
+        raise ValueError(
+            f"{call.name}: {call.directory} holds an adapter ({CONFIG_FILE}), which would be loaded on top of the "
+            "merged weights; choose another directory, or delete it"
+        )
 
 
 SavePretrained.save = staticmethod(save_adapted)
@@ -341,49 +354,3 @@ def _is_merged(caller: str, module: nn.Module) -> bool:
             "everywhere; merge or unmerge all of them (lora_ext.merge, lora_ext.unmerge)"
         )
     return bool(merged)
-
-
-@contextmanager
-def with_values(
-    caller: str, module: nn.Module, given: Mapping[str, Tensor] | None, without: Collection[str] = ()
-) -> Iterator[None]:
-    """Gives ``module`` the tensors of the ``state_dict`` that a caller gathered, e.g. from FSDP's shards, and back.
-
-    Of a model that ZeRO-3 partitions, Trainer gathers for PEFT's saving only what trains: base layers become empty,
-    and so do the adapters ``without``.
-    """
-    if given is None:
-        yield
-        return
-    wanted = {key: tensor for key, tensor in own_state(module).items() if not key.endswith(MERGED_KEY)}
-    needed = (a for _, layer in adapter_layers(module) for name, a in layer.adapters.items() if name not in without)
-    of_adapters = {id(parameter) for adapter in needed for parameter in adapter.parameters()}
-    given = dict(given) | {
-        key: torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta") if is_elsewhere(tensor) else tensor
-        for key, tensor in wanted.items()
-        if is_partitioned(tensor) and key not in given and id(tensor) not in of_adapters
-    }
-    missing = [key for key in wanted if key not in given]
-    if missing:
-        if any(key.startswith(f"_orig_mod.{missing[0]}") for key in given):
-            raise ValueError(
-                f"{caller}: state_dict has the keys of torch.compile(model), under which Trainer cannot resume; "
-                "compile in place by model.compile(), or by TrainingArguments(torch_compile=True)"
-            )
-        raise ValueError(
-            f"{caller}: state_dict lacks {len(missing)} keys of model.state_dict(), {shown(missing[0])} for one; pass "
-            "all of them, or none"
-        )
-    values = {
-        id(tensor): nn.Parameter(given[key], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else given[key]
-        for key, tensor in wanted.items()
-    }
-    with ExitStack() as stack:
-        for sub in module.modules():
-            for held in (sub._parameters, sub._buffers):
-                for name, tensor in held.items():
-                    value = values.get(id(tensor), tensor)
-                    if tensor is not None and value is not tensor:
-                        stack.callback(held.__setitem__, name, tensor)
-                        held[name] = value
-        yield

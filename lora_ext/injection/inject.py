@@ -2,7 +2,7 @@
 
 Everything that can fail happens before the model changes; :func:`apply_injection` then only swaps modules and sets
 ``requires_grad``. lora_ext/injection/targets.py finds the layers that a config names, by PEFT's rules;
-lora_ext/injection/build.py makes the new layers.
+lora_ext/injection/check_targets.py refuses what cannot be adapted, lora_ext/injection/build.py makes the new layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from lora_ext._common.changes import changing, one_at_a_time
 from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
-from lora_ext.injection.build import PartsBuilder, check_targets
+from lora_ext.injection.build import PartsBuilder
+from lora_ext.injection.check_targets import check_targets
 from lora_ext.injection.diffusion_scale import guard_against_scale, remove_scale_guard
 from lora_ext.injection.mixtures import warn_of_parts_left_out, with_parts
 from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
@@ -30,11 +31,11 @@ from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
+from lora_ext.model.rows.serve_names import forget_adapter_names, serve_adapter_names
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
-from lora_ext.model.serve_names import forget_adapter_names, serve_adapter_names
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name
-from lora_ext.nn.input_groups import share_inputs as share_inputs_of
+from lora_ext.nn.input_groups import form_input_groups
 from lora_ext.nn.linear import is_linear
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -48,11 +49,10 @@ def inject(
     """Adapts ``model`` in place: replaces every targeted layer by one that holds a low-rank adapter.
 
     Targets can be linear layers (also quantised ones, lora_ext/quantized), embeddings, convolutions, attention and
-    single parameters (lora_ext/nn). The first
-    call freezes all parameters; trainable are those of the adapter, ``config.modules_to_save`` and ``config.bias``. The
-    model's output stays the same until the adapter is trained. An adapter is on its base layer's device, in its dtype,
-    or in float32 if that has 16 bits. A layer in several places of the model is replaced in all of them by the same new
-    layer, named by the first path.
+    single parameters (lora_ext/nn). The first call freezes all parameters; trainable are those of the adapter,
+    ``config.modules_to_save`` and ``config.bias``. The model's output stays the same until the adapter is trained. An
+    adapter is on its base layer's device, in its dtype, or in float32 if that has 16 bits. A layer in several places of
+    the model is replaced in all of them by the same new layer, named by the first path.
 
     With ``config.ensure_weight_tying``, modules that share the input embedding's weight share its adapter: all compute
     with the same updated weight, and merging changes it once. Otherwise each named module has its own adapter, and
@@ -104,12 +104,16 @@ def inject(
 
 def _with_targets(config: PeftConfig, root: nn.Module) -> PeftConfig:
     """Names the modules in a config of PEFT without ``target_modules``, which PEFT chooses by the model's type."""
-    if getattr(config, "target_modules", ()) is not None or getattr(config, "target_parameters", None):
-        return config  # LoraConfig refuses None next to target_parameters: with Mixtral, PEFT then adapts no modules
+    if getattr(config, "target_modules", ()) is not None:
+        return config
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
 
+    targets = table.get(getattr(getattr(root, "config", None), "model_type", None))
+    if getattr(config, "target_parameters", None):
+        # LoraConfig refuses None: of the types in the table, PEFT adapts no modules of some, such as Mixtral.
+        targets = [] if targets is None else None
     config = copy.copy(config)
-    config.target_modules = table.get(getattr(getattr(root, "config", None), "model_type", None))
+    config.target_modules = targets
     return config
 
 
@@ -208,7 +212,7 @@ def attach_layers(model: nn.Module, adapter: Adapter) -> None:
 def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     """Sets what a model needs whose layers have changed: groups of layers, hooks, and methods in place of its own."""
     root = root_module(model)
-    share_inputs_of(root, adapters.share_inputs, (LoraLinear,))
+    form_input_groups(root, adapters.share_inputs, (LoraLinear,))
     _switch_off_fast_path(root)
     prepare_quantized(root)
     guard_against_trainers(root)

@@ -16,8 +16,8 @@ from lora_ext.injection.inject import Injection, attach_layers, remove_empty_lay
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.nn import LoraLinear
-from lora_ext.nn.module_slots import ModuleSlots
-from lora_ext.nn.slots import LayerSlots
+from lora_ext.nn.rows.layer_slots import LayerSlots
+from lora_ext.nn.rows.module_slots import ModuleSlots
 from lora_ext.nn.trained import TrainedModule
 
 _PLACEHOLDER = "pool"  # the name of an adapter that is built without memory, for its layers

@@ -199,35 +199,44 @@ class _Search:
 
         tokens: dict[str, tuple[int, ...]] = {}
         others = {"modules_to_save": Parents(trained), "target_modules": Parents(targets)}
-        for name, paths in matches.items():
-            indices = wanted[name]
-            for path in paths:
-                for other, inside in others.items():
-                    if path in inside:
-                        raise ValueError(
-                            f"inject: {key} names {path!r}, and so does {other}; remove it from one of the two"
-                        )
-                if (known := tokens.setdefault(path, indices)) is not indices and known != indices:
-                    raise ValueError(f"inject: {key} names {path!r} twice, with different tokens")
-
-        listed = {path: tokens[path] for path in (self.embedding, *self.twins) if path in tokens}
-        differ = len(set(listed.values())) > 1
-        if differ and self.config.ensure_weight_tying:
-            settings = ", ".join(f"{path}: {shown(list(indices))}" for path, indices in listed.items())
-            raise ValueError(
-                f"inject: {key} names different tokens for tied embeddings ({settings}); name the same ones, or set "
-                "ensure_weight_tying=False"
-            )
-        if self.embedding in tokens and not differ:  # tied even without ensure_weight_tying, as in PEFT
-            for twin in self.twins:
-                if twin in others["modules_to_save"]:
+        for path, indices in ((path, wanted[name]) for name, paths in matches.items() for path in paths):
+            for other, inside in others.items():
+                if path in inside:
                     raise ValueError(
-                        f"inject: {key} names {self.embedding!r}, which {twin!r} follows, and modules_to_save names "
-                        "that; remove one of the two"
+                        f"inject: {key} names {path!r}, and so does {other}; remove it from one of the two"
                     )
-                tokens.pop(twin, None)
-                self.tied[twin] = self.embedding
+            if (known := tokens.setdefault(path, indices)) is not indices and known != indices:
+                raise ValueError(f"inject: {key} names {path!r} twice, with different tokens")
+        self.tie_tokens(tokens, others["modules_to_save"])
         return tokens
+
+    def tie_tokens(self, tokens: dict[str, tuple[int, ...]], saved: Parents) -> None:
+        """Leaves the rows of tied modules to the embedding, even without ``ensure_weight_tying``, as PEFT does.
+
+        Args:
+            tokens: by path; changed in place.
+            saved: the paths in ``modules_to_save``.
+        """
+        key = "trainable_token_indices"
+        listed = {path: tokens[path] for path in (self.embedding, *self.twins) if path in tokens}
+        if len(set(listed.values())) > 1:
+            if self.config.ensure_weight_tying:
+                settings = ", ".join(f"{path}: {shown(list(indices))}" for path, indices in listed.items())
+                raise ValueError(
+                    f"inject: {key} names different tokens for tied embeddings ({settings}); name the same ones, or "
+                    "set ensure_weight_tying=False"
+                )
+            return
+        if self.embedding not in tokens:
+            return
+        for twin in self.twins:
+            if twin in saved:
+                raise ValueError(
+                    f"inject: {key} names {self.embedding!r}, which {twin!r} follows, and modules_to_save names "
+                    "that; remove one of the two"
+                )
+            tokens.pop(twin, None)
+            self.tied[twin] = self.embedding
 
     def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """Replaces modules tied to the input embedding by the embedding, with ``ensure_weight_tying``."""

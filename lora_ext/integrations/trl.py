@@ -33,11 +33,11 @@ from lora_ext.adapters import (
     merge_and_unload,
     unload,
 )
-from lora_ext.files.save_pretrained import with_values
 from lora_ext.injection.trainers import why_head_unusable
 from lora_ext.integrations.trl_status import layer_status, model_status
 from lora_ext.model.adapter_set import find_adapters
 from lora_ext.model.bare_model import root_module
+from lora_ext.model.given_state import with_values
 
 _NAME = "default"  # the adapter that TRL trains
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.printable import first_of
 from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
@@ -123,7 +124,7 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
         wanted = {path: (layer, set(layer.merged_adapters) - names) for path, layer in chosen.items()}
         wrong = [path for path, layer in chosen.items() if names & layer.adapters.keys() - {*layer.merged_adapters}]
     if wrong:
-        raise RuntimeError(f"unmerge: the adapters are not merged into {some(wrong)}")
+        raise RuntimeError(f"unmerge: the adapters are not merged into {first_of(map(repr, wrong))}")
     change_merged("unmerge", dict(wanted.values()), _where(wanted))
     return model
 
@@ -279,7 +280,8 @@ def unload(model: ModelT) -> ModelT:
     merged = [path for path, layer in lora_modules(model) if layer.is_merged]
     if merged:
         raise RuntimeError(
-            f"unload: adapters are merged into {some(merged)}; call unmerge(model) first, or merge_and_unload(model)"
+            f"unload: adapters are merged into {first_of(map(repr, merged))}; call unmerge(model) first, or "
+            "merge_and_unload(model)"
         )
     with changing(*_shared(model)):
         _unload(model, merged=False)
@@ -367,7 +369,7 @@ def _chosen(
                 remedy = "call set_adapter(model, ...) first"
             else:
                 remedy = "adapters of a pool are not merged: load_adapter(model, directory) first"
-            raise RuntimeError(f"{caller}: no adapter is active in {some(list(layers))}; {remedy}")
+            raise RuntimeError(f"{caller}: no adapter is active in {first_of(map(repr, layers))}; {remedy}")
         return chosen
     _check_known(caller, {path: layer.adapters.keys() for path, layer in layers.items()}, names)
     return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
@@ -380,15 +382,9 @@ def _to_merge(
     wanted = _chosen(caller, layers, _names(caller, adapter_names))
     merged = [path for path, (layer, names) in wanted.items() if names & {*layer.merged_adapters}]
     if merged:
-        raise RuntimeError(f"{caller}: adapters are already merged into {some(merged)}")
+        raise RuntimeError(f"{caller}: adapters are already merged into {first_of(map(repr, merged))}")
     return wanted
 
 
 def _where(wanted: dict[str, tuple[LoraLayer, set[str]]]) -> dict[LoraLayer, str]:
     return {layer: f" of {path!r}" for path, (layer, _) in wanted.items()}
-
-
-def some(paths: list[str]) -> str:
-    """Lists the first three paths and the number of others: models have hundreds of layers."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return f"{', '.join(map(repr, paths[:3]))}{more}"

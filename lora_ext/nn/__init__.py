@@ -1,4 +1,17 @@
-"""Modules that hold a frozen base layer and its adapters."""
+"""Modules that hold a frozen base layer and its adapters.
+
+- Layers: ``linear`` (with cases of its own for ``tensor_parallel`` weights and ``few_tokens``), ``packed_linear``,
+  ``conv``, ``embedding``, ``attention`` (``attention_inputs`` checks its arguments), ``parameter`` (experts, through
+  ``weight_views``). ``trained`` trains a module in full, ``trainable_tokens`` rows of an embedding.
+- What layers are made of: ``layer`` on ``adapter_layer``, their base classes; ``adapter``, one low-rank update, and
+  ``tied``, the same for a second layer; ``active``, the names in use; ``base_layer``, what may be assumed of the frozen
+  layer; ``expand``, an up-projection onto its output.
+- Layers that read one tensor: ``shared_inputs`` computes them together, ``input_groups`` finds them, ``operands`` says
+  what a layer brings, ``checkpointed_parts`` where activation checkpointing separates them.
+- Rows of a batch that choose their adapters: ``rows``.
+- State: ``state_form`` and ``merged_state`` for ``state_dict``; ``outside_reads`` finds weights that are read without a
+  call of the layer.
+"""
 
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter

@@ -18,8 +18,9 @@ from lora_ext.nn.attention_inputs import check_inputs
 from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_lora_biases, add_updates
-from lora_ext.nn.row_updates import RowUpdate, add_chosen
-from lora_ext.nn.rows import RowChoice, row_choice
+from lora_ext.nn.rows.choice import RowChoice
+from lora_ext.nn.rows.in_force import row_choice
+from lora_ext.nn.rows.updates import RowUpdate, add_chosen
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -174,12 +175,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         base, choice = self.base_layer, row_choice(self.active)
         names = self._applied(choice)
         out_proj = base.out_proj
-        out_layers = layers_around(out_proj)
-        if (
-            choice is None
-            and not names
-            and not any(isinstance(layer, LoraLayer) and layer._applied() for layer in out_layers)
-        ):
+        if choice is None and not names and not self._updates_out_proj():
             return base(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if not (runs_alone(base) and type(base).forward is nn.MultiheadAttention.forward):
             if choice is not None:
@@ -206,22 +202,36 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             mask = None  # the hint says it all
         else:
             mask, is_causal = self._additive_mask(q, attn_mask, key_padding_mask, num_extra), False
-        dropout_p = base.dropout if self.training else 0.0
-
-        if need_weights:
-            scores = (q * base.head_dim**-0.5) @ k.transpose(-2, -1)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p)
-            y = weights @ v
+        y, weights = self._attend(q, k, v, mask, is_causal, need_weights)
+        if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if is_batched else weights.squeeze(0)
-        else:
-            weights, y = None, F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+
         if choice is not None:  # out_proj takes rows first
             y = out_proj(y.transpose(1, 2).flatten(-2))
             return y if base.batch_first else y.transpose(0, 1), weights
         y = y.transpose(1, 2) if base.batch_first or not is_batched else y.permute(2, 0, 1, 3)
         y = y.flatten(-2)
         return out_proj(y if is_batched else y.squeeze(0)), weights
+
+    def _updates_out_proj(self) -> bool:
+        return any(
+            isinstance(layer, LoraLayer) and layer._applied() for layer in layers_around(self.base_layer.out_proj)
+        )
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns ``softmax(q @ k.T + mask) @ v`` of each head, and the softmax if it is wanted.
+
+        The softmax takes memory for all its elements; without it, PyTorch chooses a fused kernel.
+        """
+        dropout_p = self.base_layer.dropout if self.training else 0.0
+        if not need_weights:
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
+        scores = (q * self.base_layer.head_dim**-0.5) @ k.transpose(-2, -1)
+        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p)
+        return weights @ v, weights
 
     def _call_base(self, names: tuple[str, ...], *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """Calls the base attention, which has hooks or another forward, with updated weights in the frozen ones' place.

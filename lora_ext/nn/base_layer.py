@@ -26,6 +26,7 @@ from lora_ext.quantized import quantized_weight, why_unsupported
 
 _LINEAR_FORWARD = nn.Linear.forward  # PyTorch's: a library that replaces it in the class is noticed too
 _DENSE = (nn.Parameter, Tensor)
+_KEEP_ON_DEVICE = "keep this module on a device (device_map)"  # the remedy for offloaded parameters
 
 
 def runs_alone(module: nn.Module) -> bool:
@@ -66,9 +67,8 @@ def plain_linear(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return (weight.T, bias) if is_conv1d(base) else None
 
 
-_QUANTIZED_FORWARDS: dict[
-    tuple[type, type], object
-] = {}  # by the classes of a layer and of its weight; None: not known
+# By the classes of a layer and of its weight; None: the format is not known.
+_QUANTIZED_FORWARDS: dict[tuple[type, type], object] = {}
 
 
 def runs_quantized_product(base: nn.Module) -> bool:
@@ -250,8 +250,6 @@ def returns_a_tensor(module: nn.Module) -> bool:
     except Exception:  # any error: nothing is known
         return True
 
-
-_KEEP_ON_DEVICE = "keep this module on a device (device_map)"
 
 # --- accelerate -------------------------------------------------------------------------------------------------------
 

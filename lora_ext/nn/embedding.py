@@ -14,8 +14,9 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer
-from lora_ext.nn.rows import RowChoice, row_choice
-from lora_ext.nn.split_rows import add_by_rows
+from lora_ext.nn.rows.choice import RowChoice
+from lora_ext.nn.rows.in_force import row_choice
+from lora_ext.nn.rows.split import add_by_rows
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lora_ext._common.arguments import checked
+from lora_ext._common.printable import first_lines
 from lora_ext._common.wrapped import root_module
 from lora_ext.nn.shared_inputs import LARGEST, Group, SharedInputs, SharesInputs, set_shared_inputs, shared_inputs
 
@@ -47,23 +48,18 @@ class InputGroups:
         shared = [group for group in self.groups if group.shared]
         layers = sum(len(group.paths) for group in shared)
         lines = [f"shared inputs: {layers} layers in {len(shared)} groups are computed together"]
-        lines += _first(", ".join(group.paths) for group in shared)
+        lines += first_lines(", ".join(group.paths) for group in shared)
         by_reason: dict[str, list[str]] = defaultdict(list)
         for group in self.groups:
             if not group.shared:
                 by_reason[group.reason] += group.paths
         for reason, paths in by_reason.items():
             lines.append(f"  {len(paths)} alone: {reason}")
-            lines += _first(paths)
+            lines += first_lines(paths)
         return "\n".join(lines)
 
 
-def _first(texts) -> list[str]:
-    texts = list(texts)
-    return [f"    {text}" for text in texts[:4]] + ([f"    and {len(texts) - 4} more"] if len(texts) > 4 else [])
-
-
-def share_inputs(model: nn.Module, on: bool, kinds: tuple[type[SharesInputs], ...]) -> None:
+def form_input_groups(model: nn.Module, on: bool, kinds: tuple[type[SharesInputs], ...]) -> None:
     """Lets layers of exactly these ``kinds`` share inputs: those of one module with equal ``in_features``.
 
     The layers of an ``nn.Sequential`` follow each other, and share none. A guess: see :mod:`lora_ext.nn.shared_inputs`.

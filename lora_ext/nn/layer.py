@@ -24,7 +24,7 @@ from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
-    from lora_ext.nn.rows import RowChoice
+    from lora_ext.nn.rows.choice import RowChoice
 
 
 class Matrix(NamedTuple):

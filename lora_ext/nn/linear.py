@@ -14,10 +14,11 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.operands import Operands, frozen_product
-from lora_ext.nn.row_updates import RowUpdate, add_chosen
-from lora_ext.nn.rows import RowChoice, check_invoked, row_choice
+from lora_ext.nn.rows.choice import RowChoice
+from lora_ext.nn.rows.in_force import check_invoked, row_choice
+from lora_ext.nn.rows.layer_slots import LayerSlots
+from lora_ext.nn.rows.updates import RowUpdate, add_chosen
 from lora_ext.nn.shared_inputs import SharesInputs, shared_inputs
-from lora_ext.nn.slots import LayerSlots
 from lora_ext.nn.tensor_parallel import add_update, place, split_dim
 from lora_ext.quantized import quantized_weight
 

@@ -14,9 +14,10 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, innermost, layers_around
 from lora_ext.nn.base_layer import check_not_offloaded, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.rows import RowChoice, row_choice
-from lora_ext.nn.stacked_updates import StackedUpdates, Update
-from lora_ext.nn.updated_calls import NeedsWholeError, call_with_tensor, call_with_updates, why_whole
+from lora_ext.nn.rows.choice import RowChoice
+from lora_ext.nn.rows.in_force import row_choice
+from lora_ext.nn.weight_views.calls import NeedsWholeError, call_with_tensor, call_with_updates, why_whole
+from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -141,7 +142,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         module = self.module
         check_not_offloaded(self, module, self.parameter_name)
         adapters = [at_hand(self.adapters[name]) for name in names]
-        updates = [Update(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
+        updates = [ExpertUpdate(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
         try:
             return call_with_updates(
                 self.base_layer, module, self.parameter_name, updates, args, kwargs, self.stores_transposed

@@ -6,10 +6,10 @@ other layer takes its output when it is called with the same tensor object, and 
 the same weights and factors, unchanged since, the same dropout, autograd and autocast. Otherwise it computes its own
 output. So a wrong guess costs time, but changes no result.
 
-The groups are guessed from the model's structure (:func:`lora_ext.nn.input_groups.share_inputs`), and calls correct
-them: a layer that comes with another tensor leaves its group at once, a layer that does not come at all leaves after
-the second time. A correction changes no number, so a resumed run has the bits of an uninterrupted one: layers that read
-one tensor use one dropout seed, whether they are computed together or not.
+The groups are guessed from the model's structure (:func:`lora_ext.nn.input_groups.form_input_groups`), and calls
+correct them: a layer that comes with another tensor leaves its group at once, a layer that does not come at all leaves
+after the second time. A correction changes no number, so a resumed run has the bits of an uninterrupted one: layers
+that read one tensor use one dropout seed, whether they are computed together or not.
 
 Every thread has one :class:`_Round`: one tensor, and the outputs computed of it that no layer has taken yet. They are
 dropped with the tensor, and when a layer begins the next round. Layers and tensors are referred to weakly: a group

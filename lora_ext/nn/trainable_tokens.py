@@ -13,8 +13,9 @@ from lora_ext._ops.checks import accumulation_dtype
 from lora_ext.nn.adapter_layer import TransparentLayer, freeze, innermost
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
-from lora_ext.nn.rows import RowChoice, row_choice
-from lora_ext.nn.split_rows import add_by_rows
+from lora_ext.nn.rows.choice import RowChoice
+from lora_ext.nn.rows.in_force import row_choice
+from lora_ext.nn.rows.split import add_by_rows
 
 
 class TokenRows(nn.Module):

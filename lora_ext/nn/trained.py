@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext.nn.adapter_layer import TransparentLayer, innermost
-from lora_ext.nn.module_slots import ModuleSlots
-from lora_ext.nn.packed_rows import is_tokenwise
-from lora_ext.nn.rows import RowChoice, row_choice
-from lora_ext.nn.split_rows import call_by_rows
+from lora_ext.nn.rows.choice import RowChoice
+from lora_ext.nn.rows.in_force import row_choice
+from lora_ext.nn.rows.module_slots import ModuleSlots
+from lora_ext.nn.rows.packed import is_tokenwise
+from lora_ext.nn.rows.split import call_by_rows
 
 
 class TrainedModule(TransparentLayer):

@@ -52,7 +52,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """The numbers of a model that a step's costs depend on.
 
     Attributes:
@@ -105,13 +105,13 @@ class Costs:
         return self.tokens / self.step_seconds
 
 
-def sizes_of(planner: Planner, setup: Setup, hidden: int, layers: int) -> Sizes:
+def sizes_of(planner: Planner, setup: Setup, hidden: int, layers: int) -> ModelSizes:
     model = planner.model(setup.dtype)
     trained = trained_parameters(model)
     adapters = (
         adapter for layer in model.modules() if isinstance(layer, LoraLayer) for adapter in layer.adapters.values()
     )
-    return Sizes(
+    return ModelSizes(
         weight_bytes(model, WEIGHT_DTYPES[setup.dtype]).total,
         tensor_bytes(trained),
         sum(parameter.numel() for parameter in model.parameters()),
@@ -137,7 +137,7 @@ def memory_of(memory: Memory, devices: int, tensor_parallel: int) -> Memory:
 
 def costs(
     moments: Iterable[Memory],
-    sizes: Sizes,
+    sizes: ModelSizes,
     setup: Setup,
     devices: int,
     tensor_parallel: int = 1,

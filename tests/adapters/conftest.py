@@ -1,8 +1,14 @@
+"""Fixtures of the tests of adapters."""
+
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import pytest
+from support.models import Net
+from support.pools import NAMES, write_adapters
+from torch import nn
 
 
 @pytest.fixture
@@ -10,3 +16,16 @@ def no_collections(monkeypatch) -> None:
     """Stopping a manager collects garbage twice, which takes a second in a process with everything imported."""
     module = "transformers.generation.continuous_batching.continuous_api"
     monkeypatch.setattr(f"{module}.gc", types.SimpleNamespace(collect=lambda: 0))
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    """The model of a pool."""
+    return Net().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def root(base, tmp_path) -> Path:
+    """The directory of a pool: adapters of ``base`` by :data:`support.pools.NAMES`."""
+    write_adapters(base, tmp_path / "pool", NAMES)
+    return tmp_path / "pool"

@@ -32,7 +32,7 @@ from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausa
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import choose_adapters, delete_adapter, disable_adapters, hotswap_adapter, rename_adapter, unload
-from lora_ext.nn.rows import _current
+from lora_ext.nn.rows.in_force import _current
 
 # --- numbers of PEFT --------------------------------------------------------------------------------------------------
 

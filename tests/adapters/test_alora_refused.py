@@ -25,7 +25,7 @@ from lora_ext.adapters import (
     unload,
 )
 from lora_ext.checkpoints import merge as merge_checkpoint
-from lora_ext.nn.rows import _current
+from lora_ext.nn.rows.in_force import _current
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,29 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from support.alora import TOKENS, with_three
-from support.batched import NAMES, alone, asked, config, generated, generation, prompts, running, with_abc
+from support.batched import NAMES, NEW, alone, asked, config, generated, generation, prompts, running, with_abc
 from support.models import VOCABULARY, llama, refused, shaken
+from torch import nn
 from transformers import CompileConfig
 from transformers.generation.continuous_batching import continuous_api
 
 from lora_ext import LoraConfig, inject, merge, set_adapter
-from lora_ext.adapters import delete_adapter, disable_adapters, unload
-from lora_ext.model import batched_requests
-from lora_ext.nn.rows import _current
+from lora_ext.adapters import delete_adapter, disable_adapters, rename_adapter, unload
+from lora_ext.model.rows import continuous_batching
+from lora_ext.nn.rows.in_force import _current
 
 pytestmark = pytest.mark.usefixtures("no_collections")
+
+
+def of_batch(model: nn.Module, inputs: list[list[int]], names: list[str | None], **options) -> Iterable:
+    """The results of the requests, computed in one batch; ``options`` as in :func:`generation`."""
+    batching = config(max_batch_tokens=64)
+    return model.generate_batch(inputs, generation(**options), batching, adapter_names=names).values()
 
 
 @pytest.mark.parametrize(
@@ -208,6 +216,65 @@ def test_requests_wait_no_longer_than_for_those_that_failed():
     assert [results["req_2"].generated_tokens] == alone(model, inputs[2:], ["a"])
 
 
+def at_step(monkeypatch, model: nn.Module, step: int, moment: str, change: Callable[[], object]) -> None:
+    """Calls ``change`` once: when the requests of a batch are scheduled, or while the model computes it."""
+    schedule, batches = continuous_api.ContinuousBatchProcessor.prepare_next_batch, []
+
+    def prepare(processor) -> bool:
+        if is_any := schedule(processor):
+            batches.append(0)
+            if moment == "scheduled":
+                changed()
+        return is_any
+
+    def changed(*_) -> None:
+        if len(batches) == step:
+            batches.append(0)
+            change()
+
+    monkeypatch.setattr(continuous_api.ContinuousBatchProcessor, "prepare_next_batch", prepare)
+    if moment == "computed":
+        model.model.layers[1].register_forward_pre_hook(changed)
+
+
+@pytest.mark.parametrize("moment", ["scheduled", "computed"])
+@pytest.mark.parametrize("step", [1, 3, NEW])
+def test_requests_of_an_adapter_that_goes_end_alone(monkeypatch, moment, step):
+    model, inputs = with_abc(), prompts((9, 9, 9))
+    names = ["a", "c", "b"]
+    expected = alone(model, inputs, names)
+    set_adapter(model, "a")
+    at_step(monkeypatch, model, step, moment, lambda: delete_adapter(model, "c"))
+    results = list(of_batch(model, inputs, names))
+    assert "there is no adapter 'c'" in results[1].error and results[1].generated_tokens == expected[1][: step - 1]
+    assert [result.generated_tokens for result in results[::2]] == expected[::2]
+    assert results[0].error is results[2].error is None
+
+
+@pytest.mark.parametrize("moment", ["scheduled", "computed"])
+def test_requests_of_a_merged_or_renamed_adapter_end_alone(monkeypatch, moment):
+    model, inputs = with_abc(), prompts((9, 9, 9))
+    expected = alone(model, inputs, ["a", "b", "a"])
+    set_adapter(model, "a")
+    with monkeypatch.context() as patch:
+        at_step(patch, model, 2, moment, lambda: rename_adapter(model, "b", "d"))
+        plain, renamed, named = of_batch(model, inputs, [None, "b", "a"])
+    assert [plain.generated_tokens, named.generated_tokens] == [expected[0], expected[2]]
+    assert "no adapter 'b'" in renamed.error and renamed.generated_tokens == expected[1][:1]
+    at_step(monkeypatch, model, 2, "scheduled", lambda: merge(model, "a"))
+    plain, named, other = of_batch(model, inputs, [None, "d", "a"])
+    assert plain.generated_tokens == expected[0] and plain.error is None
+    assert "'a' is merged into" in named.error and "'a' is merged into" in other.error
+
+
+def test_every_sequence_of_a_prompt_fails(monkeypatch):
+    """generate_batch waits for all of them."""
+    model, inputs = set_adapter(with_abc(), "a"), prompts((9, 9))
+    at_step(monkeypatch, model, 1, "computed", lambda: delete_adapter(model, "c"))
+    results = list(of_batch(model, inputs, ["c", "b"], num_return_sequences=3, do_sample=True))
+    assert ["no adapter 'c'" in (result.error or "") for result in results] == [True] * 3 + [False] * 3
+
+
 # --- aLoRA ------------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +321,7 @@ def test_bad_names():
 def test_another_version_of_transformers(monkeypatch):
     model, inputs = set_adapter(with_abc(), "a"), prompts()[:2]
     expected = generated(model, inputs, ["a", "a"])
-    monkeypatch.setattr(batched_requests, "is_supported", lambda: False)
+    monkeypatch.setattr(continuous_batching, "is_supported", lambda: False)
     assert generated(model, inputs, None) == expected
     monkeypatch.undo()
     monkeypatch.delattr(continuous_api.ContinuousBatchProcessor, "_generation_step")

@@ -16,7 +16,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from lora_ext import AdapterPool, LoraConfig, inject, save_adapter, set_adapter
 from lora_ext.adapters import choose_adapters, disable_adapters, unload
-from lora_ext.nn.rows import _current
+from lora_ext.nn.rows.in_force import _current
 
 NAMES, LENGTHS = ["b", "__base__", "a", "b", "c"], [3, 2, 5, 1, 4]
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj", "embed_tokens", "lm_head"]

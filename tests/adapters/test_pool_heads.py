@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_ext import AdapterPool, LoraConfig, cli, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import delete_adapter
-from lora_ext.nn.rows import _current
+from lora_ext.nn.rows.in_force import _current
 
 TARGETS = ["query", "value"]
 HEADS = {"bert": ["classifier"], "roberta": ["classifier"], "deep": ["pooler", "classifier"]}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from lora_ext import set_adapter
-from lora_ext.nn import rows
+from lora_ext.nn.rows import in_force
 
 NAMES = ["b", "__base__", "a", "b", "c"]
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_that_is_not_known_is_refused(monkeypatch):
     model, x = with_adapters(Net(), ["up", "head"]).train(), torch.randn(5, 6, requires_grad=True)
     set_adapter(model, ["a", "b", "c"])
     composable(model.blocks[0])
-    monkeypatch.setattr(rows, "frame_of_hook", lambda hook: None)
+    monkeypatch.setattr(in_force, "frame_of_hook", lambda hook: None)
     with pytest.raises(RuntimeError, match=f"checkpointing of PyTorch {re.escape(torch.__version__)} is not known"):
         step(model, x)
 

@@ -125,7 +125,7 @@ def test_stages_are_medians_with_their_launches():
 
 
 def test_the_table_of_launches_is_that_of_the_kernels():
-    """The launches of csrc/cuda/mma/lora.cuh at the main shape, without PyTorch's random number and product."""
+    """The launches of csrc/cuda/mma/lora_launches.cuh at the main shape, without PyTorch's seed and product."""
     library = ("seed", "product")
     tables = [stages.FORWARD_LAUNCHES, stages.FEW_TOKENS_LAUNCHES, stages.BACKWARD_LAUNCHES]
     found = [

@@ -177,3 +177,8 @@ def test_command(tmp_path, capsys):
     assert "out exists" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite", "--json", "--target-modules", "q_proj"]) == 0
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 2
+    (tmp_path / "out" / "README.md").write_text("mine")
+    assert cli.main([*arguments, "--overwrite"]) == 2
+    assert (
+        "overwriting it would remove; move them, or choose another directory:\n  README.md" in capsys.readouterr().err
+    )

@@ -17,6 +17,7 @@ from support.models import bert, llama
 from torch import nn
 
 from lora_ext.checkpoints import merge
+from lora_ext.checkpoints.checkpoint_files import Checkpoint
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -97,6 +98,35 @@ def test_no_adapter_and_a_shape_that_lies(llama_files, tmp_path):
     refuses(base, [adapter], tmp_path / "out", f"{shard} is corrupted")
 
 
+def test_overwrite_removes_nothing_but_an_older_output(llama_files, tmp_path):
+    base, adapter = llama_files
+    (base / "tokenizer.json").write_text("{}")
+    out = tmp_path / "out"
+    merge(base, [adapter], out, record=True, shard_bytes=4000)
+    assert len(list(out.glob("model-*"))) > 1 and (out / "merge_record").is_dir()
+    merge(base, [adapter], out, overwrite=True)  # fewer files for the weights, and no record
+    merge(base, [adapter], tmp_path / "new")
+    assert snapshot(out) == snapshot(tmp_path / "new")
+    for name in ("model-Q4.gguf", "adapter_model.safetensors", "runs/scores.json", ".git/HEAD", "link"):
+        path = out / name
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(base) if name == "link" else path.write_text("mine")
+        text = f"move them, or choose another directory:\n  {name}"
+        refuses(base, [adapter], out, text, error=FileExistsError, overwrite=True)
+        path.unlink()
+    calls = []
+
+    def add(*_) -> None:
+        calls.append((out / "notes").write_text("mine"))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FileExistsError, match="would remove; move them"):
+        patch.setattr(Checkpoint, "check_unchanged", add)
+        merge(base, [adapter], out, overwrite=True)
+    assert calls and (out / "notes").read_text() == "mine"
+    (out / "notes").unlink()
+    assert merge(base, [adapter], out, overwrite=True).kept == 3  # the work of the refused run
+
+
 def test_out_must_be_new_and_apart(llama_files, tmp_path):
     base, adapter = llama_files
     for out in (base, adapter, tmp_path):
@@ -111,9 +141,7 @@ def test_out_must_be_new_and_apart(llama_files, tmp_path):
     (tmp_path / "file").write_text("dear")
     refuses(base, [adapter], tmp_path / "file", "is not a directory", error=FileExistsError, overwrite=True)
 
-    (tmp_path / "out" / "old").write_text("old")
     merge(base, [adapter], tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "old").exists()
     (tmp_path / "empty").mkdir()
     merge(base, [adapter], tmp_path / "empty")
     assert snapshot(tmp_path / "empty") == snapshot(tmp_path / "out")

@@ -28,7 +28,7 @@ from transformers import (
 
 from lora_ext import LoraConfig, inject
 from lora_ext.adapters import disable_adapters, lora_modules, merge, merge_and_unload
-from lora_ext.model.row_adapters import end_choice, take_adapter_names
+from lora_ext.model.rows.calls import end_choice, take_adapter_names
 
 ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext.integrations.peft import accelerate, report, restore
-from lora_ext.nn import row_updates
+from lora_ext.nn.rows import updates
 
 TOKENS = [7, 8]
 NAMES = ["1", "default", "__base__", "2", "1"]
@@ -29,7 +29,7 @@ def calls(monkeypatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(groups.shape))
         return op(y, x, lora_As, lora_Bs, groups, *arguments)
 
-    monkeypatch.setattr(row_updates.functional, "lora_grouped_", counted)
+    monkeypatch.setattr(updates.functional, "lora_grouped_", counted)
     return shapes
 
 

@@ -60,3 +60,10 @@ def test_next_to_parameters_modules_are_named():
     """PEFT adapts q_proj and v_proj of Llama, and with Transformers 5 no module of Mixtral."""
     with refused(model := mixture("mixtral", "eager"), ValueError, "target_modules=[] to adapt none"):
         inject(model, peft.LoraConfig(target_parameters=["experts.down_proj"]))
+
+
+def test_next_to_parameters_a_type_that_peft_does_not_know_needs_no_modules(tmp_path):
+    base, config = mixture("gpt_oss", "eager"), peft.LoraConfig(r=2, target_parameters=["experts.down_proj"])
+    save_adapter(inject(copy.deepcopy(base), config), tmp_path / "ours")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "theirs")
+    assert saved(tmp_path / "ours") == saved(tmp_path / "theirs")

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_ext import functional
 from lora_ext.integrations.peft import accelerate, restore
-from lora_ext.nn import row_updates
+from lora_ext.nn.rows import updates
 
 NAMES = ["1", "default", "__base__", "2", "1"]
 
@@ -28,7 +28,7 @@ def rows_added(monkeypatch) -> list[int]:
         calls.append(len(lora_As))
         return op(y, x, lora_As, *arguments)
 
-    monkeypatch.setattr(row_updates.functional, "lora_grouped_", counted)
+    monkeypatch.setattr(updates.functional, "lora_grouped_", counted)
     return calls
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from lora_ext.planner import Hardware, Memory, Setup, costs
-from lora_ext.planner.scaling import Sizes
+from lora_ext.planner.scaling import ModelSizes
 
 ROOT = Path(__file__).parents[2]
 FORWARD = Memory(1000, 80, 0, 600, "forward", 0, 40, 100)
 BACKWARD = Memory(1000, 80, 40, 500, "backward", 0, 40, 100)
-SIZES = Sizes(weight_bytes=1000, trained_bytes=40, parameters=500, trained=10, layers=3, hidden=5, ranks=7)
+SIZES = ModelSizes(weight_bytes=1000, trained_bytes=40, parameters=500, trained=10, layers=3, hidden=5, ranks=7)
 SETUP = Setup(batch_size=2, seq_len=8, dtype="bfloat16")
 RATES = Hardware("test", devices_per_node=4, flops=1000.0, utilisation=0.5, link=100.0, network=10.0)
 

@@ -66,13 +66,13 @@ class Build:
     @functools.cached_property
     def cpp_tests(self) -> Path:
         """The program of tests/cpp, linked with the library's torch-free objects."""
-        source = ROOT / "tests/cpp/kernel_tests.cpp"
+        sources = [ROOT / "tests/cpp" / name for name in ("kernel_tests.cpp", "conversion_tests.cpp")]
         kernels = [path for name, path in self.objects.items() if name.startswith("csrc/cpu/")]
         with self.cache.locked("cpp"):
             command = [compiler(), "-std=c++20", *_FLAGS, *self.sanitizer.flags, f"-I{ROOT / 'csrc'}"]
-            test = self.cache.compile(source, command)
+            tests = self.cache.compile_all([(source, command) for source in sources])
             link = [compiler(), *self.sanitizer.flags, "-pthread"]
-            return self.cache.link("kernel_tests", [test, *kernels], link, suffix="")
+            return self.cache.link("kernel_tests", [*tests, *kernels], link, suffix="")
 
     @functools.cached_property
     def openmp(self) -> Path:

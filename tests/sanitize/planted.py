@@ -48,7 +48,7 @@ class PlantedBug:
 
 
 _GENERIC, _MERGE = "csrc/cpu/isa_generic.cpp", "csrc/bindings/cpu_merge.cpp"
-_LORA, _CHUNKS = "csrc/cpu/lora.inc", "csrc/cpu/lora_chunks.inc"
+_LORA, _CHUNKS = "csrc/cpu/shrink_expand.inc", "csrc/cpu/shrink_expand_chunks.inc"
 
 PREAMBLE = """
 import os, torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_ext.nn.slots import LayerSlots
+from lora_ext.nn.rows.layer_slots import LayerSlots
 from soak import pool
 from soak.__main__ import MOST_GROWTH
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from support.models import shaken
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, set_adapter
+from lora_ext.nn.rows.in_force import _current
 
 RANKS = {"a": 2, "b": 5, "c": 3}
+NAMES = ["b", "__base__", "a", "b", "c"]
 
 
 def with_adapters(model: nn.Module, targets: list[str], same: bool = False, **options) -> nn.Module:
@@ -22,6 +27,25 @@ def with_adapters(model: nn.Module, targets: list[str], same: bool = False, **op
 def use(model: nn.Module, name: str) -> nn.Module:
     """Activates what a row that names ``name`` uses."""
     return set_adapter(model, [] if name == "__base__" else name)
+
+
+def alone(model: nn.Module, name: str, call: Callable[[], Tensor]) -> Tensor:
+    """Returns what ``call`` gives if all rows use the adapter ``name``."""
+    use(model, name)
+    return call()
+
+
+def assert_rows_equal(model: nn.Module, call: Callable[..., Tensor], names: list[str] = NAMES, **tolerance) -> None:
+    """Checks that each row of ``call`` equals the row of a call with its adapter alone; and that they differ."""
+    active = model._lora_adapters.active.names
+    y = call(adapter_names=names)
+    for name in dict.fromkeys(names):
+        rows = [i for i, chosen in enumerate(names) if chosen == name]
+        torch.testing.assert_close(y[rows], alone(model, name, call)[rows], **tolerance)
+        other = alone(model, "a" if name == "b" else "b", call)
+        assert not torch.allclose(y[rows], other[rows], atol=1e-5)
+    set_adapter(model, active)
+    assert _current.get() is None and model._lora_adapters.active.row_calls == 0
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

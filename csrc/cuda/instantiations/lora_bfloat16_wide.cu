@@ -1,4 +1,4 @@
-#include "../mma/lora.cuh"
+#include "../mma/lora_launches.cuh"
 
 namespace lora_ext::cuda {
 

@@ -1,4 +1,4 @@
-#include "../fma/lora.cuh"
+#include "../fma/lora_launches.cuh"
 
 namespace lora_ext::cuda {
 

@@ -23,7 +23,7 @@ _PLAIN = ("MiCALinearVariant", "MiCAEmbeddingVariant")  # they freeze a factor, 
 NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 
 
-class Adapter(NamedTuple):
+class PeftAdapter(NamedTuple):
     """Arguments of the ops for an active adapter: ``lora_A [r, in]``, ``lora_B [out, r]``, scaled ``bias [out]``.
 
     ``is_invoked``: it acts from its invocation tokens on (aLoRA).
@@ -60,13 +60,13 @@ def state_obstacle(layer: LoraLayer) -> str:
     return DISABLED if layer.disable_adapters else MERGED if layer.merged_adapters else ""
 
 
-def active_adapters(layer: LoraLayer) -> list[Adapter] | str:
+def active_adapters(layer: LoraLayer) -> list[PeftAdapter] | str:
     """Returns the active adapters of a linear layer, or why PEFT's forward runs instead."""
     adapters = adapters_named(layer, layer.active_adapters)
     return adapters if isinstance(adapters, str) else list(adapters.values()) or NONE_ACTIVE
 
 
-def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, Adapter] | str:
+def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, PeftAdapter] | str:
     """Returns those of the adapters ``names`` that a linear layer has, or why PEFT's forward runs instead."""
     if reason := state_obstacle(layer):
         return reason
@@ -103,7 +103,7 @@ def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, Adapter]
             return f"the scaling of adapter {name!r} is {scaling}"
         elif scaling < 0.0:  # lora_linear refuses it
             B, scaling = -B, -scaling
-        adapters[name] = Adapter(A, B, bias, scaling, dropout_p, variant == _INVOKED)
+        adapters[name] = PeftAdapter(A, B, bias, scaling, dropout_p, variant == _INVOKED)
     return adapters
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
-from lora_ext.integrations.peft.eligibility import Adapter, active_adapters, adapters_named, is_eligible_call
+from lora_ext.integrations.peft.eligibility import PeftAdapter, active_adapters, adapters_named, is_eligible_call
 from lora_ext.nn.base_layer import own_copy, plain_linear
-from lora_ext.nn.invocations import ActiveTokens
 from lora_ext.nn.operands import Operands, frozen_product
-from lora_ext.nn.row_updates import RowUpdate, add_chosen
-from lora_ext.nn.rows import RowChoice
+from lora_ext.nn.rows.active_tokens import ActiveTokens
+from lora_ext.nn.rows.choice import RowChoice
+from lora_ext.nn.rows.updates import RowUpdate, add_chosen
 from lora_ext.nn.shared_inputs import SharesInputs, shared_inputs
 
 
@@ -83,7 +83,7 @@ class LinearForward(SharesInputs):
         updates = {name: _update_of(adapter) for name, adapter in adapters.items()}
         return add_chosen(y, x.to(y.dtype), choice, updates, 1, layer=self)
 
-    def _forward_invoked(self, x: Tensor, adapters: list[Adapter], offsets: list[int | None]) -> Tensor:
+    def _forward_invoked(self, x: Tensor, adapters: list[PeftAdapter], offsets: list[int | None]) -> Tensor:
         """The forward of active adapters of which one or more act on the last ``offsets`` tokens of each row only."""
         names, before = ("active",) * len(x), tuple(_before(offsets, x))
         y = self._base_output(x)
@@ -142,18 +142,18 @@ def _choice_of(
     return choice
 
 
-def _update_of(adapter: Adapter) -> RowUpdate:
+def _update_of(adapter: PeftAdapter) -> RowUpdate:
     return RowUpdate(adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.dropout_p, adapter.bias)
 
 
-def _sum_of_biases(bias: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:
+def _sum_of_biases(bias: Tensor | None, adapters: list[PeftAdapter], dtype: torch.dtype) -> Tensor | None:
     for adapter in adapters:
         if adapter.bias is not None:
             bias = adapter.bias.to(dtype) if bias is None else (bias + adapter.bias).to(dtype)
     return bias
 
 
-def _operands(adapters: list[Adapter], base_layer: nn.Module) -> Operands | str:
+def _operands(adapters: list[PeftAdapter], base_layer: nn.Module) -> Operands | str:
     base = frozen_product(base_layer)
     if isinstance(base, str):
         return base

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lora_ext._ops.checks import FLOATING
 from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle
 from lora_ext.nn.base_layer import runs_alone
-from lora_ext.nn.stacked_updates import Update
-from lora_ext.nn.updated_calls import NeedsWholeError, call_with_updates, why_whole
+from lora_ext.nn.weight_views.calls import NeedsWholeError, call_with_updates, why_whole
+from lora_ext.nn.weight_views.updates import ExpertUpdate
 
 
 class ParameterForward:
@@ -26,9 +26,9 @@ class ParameterForward:
             return super().forward(x, *args, **kwargs)
         try:
             # As in PEFT, an adapted parameter with three dimensions and no swap is [experts, in, out].
-            flipped = self.get_param().dim() == 3 and not self._did_swap_in_out_features
+            is_transposed = self.get_param().dim() == 3 and not self._did_swap_in_out_features
             return call_with_updates(
-                self.base_layer, self.get_base_layer(), self.parameter_name, updates, (x, *args), kwargs, flipped
+                self.base_layer, self.get_base_layer(), self.parameter_name, updates, (x, *args), kwargs, is_transposed
             )
         except NeedsWholeError:
             return super().forward(x, *args, **kwargs)
@@ -42,7 +42,7 @@ class ParameterForward:
         return f"now: {reason}" if reason else ""
 
 
-def _updates(layer: nn.Module) -> list[Update] | str:
+def _updates(layer: nn.Module) -> list[ExpertUpdate] | str:
     """Returns the updates of the active adapters, or why PEFT's forward runs instead."""
     if reason := state_obstacle(layer):
         return reason
@@ -65,5 +65,5 @@ def _updates(layer: nn.Module) -> list[Update] | str:
             B, scaling = B * scaling, 1.0
         elif not math.isfinite(scaling):
             return f"the scaling of adapter {name!r} is {scaling}"
-        updates.append(Update(A, B, scaling))
+        updates.append(ExpertUpdate(A, B, scaling))
     return updates or NONE_ACTIVE

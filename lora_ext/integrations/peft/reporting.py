@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_ext._common.arguments import checked
+from lora_ext._common.printable import first_lines
 from lora_ext.integrations.peft.merging import ExactMerging, merge_obstacle
 from lora_ext.integrations.peft.swap import accelerated_class, is_accelerated, lora_layers
 from lora_ext.nn.input_groups import InputGroups, input_groups
@@ -76,8 +77,7 @@ class Report:
             lines.append(f"{heading}: {len(by_reason.pop('', []))} of {len(self.layers)} LoRA layers on lora_ext's ops")
             for reason, layers in by_reason.items():
                 lines.append(f"  {len(layers)} in PEFT's code: {reason}")
-                lines += [f"    {layer.path} ({layer.kind})" for layer in layers[:4]]
-                lines += [f"    and {len(layers) - 4} more"] if len(layers) > 4 else []
+                lines += first_lines(f"{layer.path} ({layer.kind})" for layer in layers)
         lines += [str(self.groups)] if self.groups else []
         return "\n".join([*lines, _PER_CALL])
 

@@ -14,7 +14,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext.integrations.peft.linear import LinearForward
 from lora_ext.integrations.peft.merging import has_exact_merges
-from lora_ext.nn.input_groups import share_inputs as share_inputs_of
+from lora_ext.nn.input_groups import form_input_groups
 from lora_ext.nn.shared_inputs import set_shared_inputs
 from lora_ext.quantized import keep_stored, stop_keeping_stored
 
@@ -110,7 +110,7 @@ def restore(model: Model | None = None) -> Model | None:
 
 def _share_inputs(model: nn.Module, on: bool) -> None:
     kinds = {type(layer) for _, layer in lora_layers(model)}
-    share_inputs_of(model, on, tuple(kind for kind in kinds if issubclass(kind, LinearForward)))
+    form_input_groups(model, on, tuple(kind for kind in kinds if issubclass(kind, LinearForward)))
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.finetune.data import json_lines, shown, shown_value, text_lines
+from lora_ext.tasks.finetune.data import json_lines, shown_names, shown_value, text_lines
 
 ROLES = ("system", "user", "assistant")
 
@@ -95,9 +95,9 @@ def _form(where: str, row: Mapping[str, Any], text_column: str) -> str:
     forms = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), text_column: (text_column,)}
     found = [form for form, keys in forms.items() if all(key in row for key in keys)]
     if len(found) > 1:
-        raise TaskError(f"{where}: holds {shown(found)}; keep one of them")
+        raise TaskError(f"{where}: holds {shown_names(found)}; keep one of them")
     if not found:
-        keys = shown(row) or "no keys"
+        keys = shown_names(row) or "no keys"
         raise TaskError(f"{where}: has {keys}; want {_FORMATS % text_column}; --text-column names another key of texts")
     if row.get("tools"):
         raise TaskError(f"{where}: holds tools, which are not supported; remove the key 'tools'")
@@ -153,7 +153,7 @@ def _message(where: str, message: Any) -> tuple[str, str]:
     if message["role"] not in ROLES:
         raise TaskError(f"{where} has the role {shown_value(message['role'])}, want one of {', '.join(ROLES)}")
     if more := [key for key in message if key not in ("role", "content") and message[key]]:
-        raise TaskError(f"{where} has {shown(more)}, which no text shows; want role and content only")
+        raise TaskError(f"{where} has {shown_names(more)}, which no text shows; want role and content only")
     return message["role"], _string(where, "its content", message["content"])
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lora_ext._common.install_hint import install_hint
+from lora_ext._common.printable import first_of
 from lora_ext._common.progress import is_terminal
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.quantize import Quantization, avoid_packed_layout
@@ -83,9 +84,8 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32, quantization: Qu
         raise TaskError(f"--model {path} is damaged: {type(error).__name__}: {error}") from error
     if missing := sorted(loaded["missing_keys"]):
         raise TaskError(
-            f"--model {path}: the checkpoint has no values for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ", which would stay random; it is not a checkpoint of a whole language model"
+            f"--model {path}: the checkpoint has no values for {first_of(missing, 1)}, which would stay random; it is "
+            "not a checkpoint of a whole language model"
         )
     if is_gguf:
         _forget_quantization(model)

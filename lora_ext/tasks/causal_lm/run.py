@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerState, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 from lora_ext.files import read_json_object
@@ -28,7 +28,7 @@ from lora_ext.tasks.finetune.data import DATA_FILE, Splits, fingerprint, resumed
 from lora_ext.tasks.finetune.quantize import quantization_of
 from lora_ext.tasks.finetune.results import plot_loss
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
-from lora_ext.tasks.finetune.selection import best_of, check_has_validation
+from lora_ext.tasks.finetune.selection import best_of, check_has_validation, kept_validation
 from lora_ext.tasks.finetune.settings import SETTINGS_FILE
 from lora_ext.tasks.finetune.task_model import adapt, check_tokens, sharing
 from lora_ext.tasks.finetune.trained_files import save_trained
@@ -138,7 +138,7 @@ def finetune(
         "total_parameters": total,
         "full_checkpoint_bytes": full_bytes,
         "before": before["scores"],
-        "validation": _kept_validation(trainer.state),
+        "validation": kept_validation(trainer.state, ("loss", "perplexity")),
         **best_of(trainer, settings.best_metric),
         "after": after["scores"],
         "processes": team.processes(),
@@ -265,10 +265,3 @@ def _measure(
         }
     seconds = measuring.latencies(forwards, batch, seconds=_SECONDS)
     return found | {"latency": {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}}
-
-
-def _kept_validation(state: TrainerState) -> dict[str, float] | None:
-    """Returns the scores of the weights that the run keeps."""
-    history = [entry for entry in state.log_history if entry["step"] == (state.best_global_step or entry["step"])]
-    scores = [entry for entry in history if "eval_perplexity" in entry]
-    return {key: scores[-1][f"eval_{key}"] for key in ("loss", "perplexity")} if scores else None

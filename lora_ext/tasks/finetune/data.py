@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from lora_ext._common.printable import first_of
 from lora_ext.files import open_regular, parse_json_object, read_json_object
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared.whole_files import write_json
@@ -127,12 +128,10 @@ def check_labels(labels: Iterable[str]) -> None:
             )
 
 
-def shown(names: Iterable[str], count: int = 10) -> str:
+def shown_names(names: Iterable[str]) -> str:
     """Formats the first of ``names`` for a message: printable, and short for any number of names."""
-    names = list(names)
-    first = [name if name.isprintable() else ascii(name) for name in names[:count]]
-    first = [name if len(name) <= 50 else f"{name[:50]}..." for name in first]
-    return ", ".join(first) + (f" and {len(names) - count:,} more" if len(names) > count else "")
+    printable = [name if name.isprintable() else ascii(name) for name in names]
+    return first_of((name if len(name) <= 50 else f"{name[:50]}..." for name in printable), 10)
 
 
 def split_examples(examples: list[Example], validation_fraction: float, test_fraction: float) -> Splits:
@@ -282,7 +281,7 @@ def _read_jsonl(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Ite
 def _check_columns(path: Path, line: int, names: Iterable[str], columns: Sequence[str]) -> None:
     for column, option in zip(columns, ("--text-column", "--label-column"), strict=True):
         if column not in names:
-            raise TaskError(f"{path}, line {line}: no column {column!r} but {shown(names)}; set {option}")
+            raise TaskError(f"{path}, line {line}: no column {column!r} but {shown_names(names)}; set {option}")
 
 
 def _example(path: Path, line: int, row: dict[str, Any], columns: Sequence[str]) -> Example:

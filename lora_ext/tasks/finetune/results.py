@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_ext.tasks.finetune.data import Example, shown
+from lora_ext.tasks.finetune.data import Example, shown_names
 from lora_ext.tasks.finetune.scores import class_line
 from lora_ext.tasks.shared.run_figures import costs, latencies, parameters_trained
 from lora_ext.tasks.shared.whole_files import write_picture, write_whole
@@ -56,7 +56,7 @@ def table(metrics: Mapping[str, Any]) -> str:
     """Formats the figures of ``metrics.json`` for the console."""
     classes = metrics["after"].get("classes", [])
     rows = figures(metrics)
-    rows += [(f"  {shown([one['label']])}", class_line(one)) for one in classes[:_MOST_CLASSES]]
+    rows += [(f"  {shown_names([one['label']])}", class_line(one)) for one in classes[:_MOST_CLASSES]]
     if len(classes) > _MOST_CLASSES:
         rows.append(("", f"and {len(classes) - _MOST_CLASSES:,} more classes"))
     return "\n".join(f"  {name:<20} {value}" for name, value in rows)

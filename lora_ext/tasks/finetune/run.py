@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerState, set_seed
+from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
 from lora_ext.methods import head_parameter_count, load_method, pooling_of
 from lora_ext.tasks.finetune import demo, results
-from lora_ext.tasks.finetune.data import DATA_FILE, fingerprint, resumed_fingerprint, save_fingerprint
+from lora_ext.tasks.finetune.data import DATA_FILE, Splits, fingerprint, resumed_fingerprint, save_fingerprint
 from lora_ext.tasks.finetune.quantize import quantization_of
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
 from lora_ext.tasks.finetune.scores import scores, summary_scores
-from lora_ext.tasks.finetune.selection import balanced, best_of, check_has_validation
+from lora_ext.tasks.finetune.selection import balanced, best_of, check_has_validation, kept_validation
 from lora_ext.tasks.finetune.settings import INPUTS, SETTINGS_FILE, Settings, command_line
 from lora_ext.tasks.finetune.task_data import Encoded, encode, load_sides, segmentation_hint
 from lora_ext.tasks.finetune.task_model import (
+    TaskModel,
     adapt,
     check_fits,
     check_room,
@@ -100,26 +101,8 @@ def finetune(
     if resume and checkpoint is None:
         say(f"{out} has no checkpoint yet: the run starts from the beginning")
     labels = splits.labels
-    model_path = model_path_of(settings.model)
-    say(f"loading {model_path} ...")
-    set_seed(settings.seed)  # for the new head and the adapters
-    quantization = quantization_of(settings)
-    task_model = load_model(
-        model_path, labels, settings.max_length, settings.dtype, quantization, pooling=settings.pooling
-    )
-    check_fits(task_model, settings)
-    if (targets := targets_of(task_model.model, settings)) != settings.target_modules:
-        say(f"{model_path} tells no input embeddings: LoRA adapts {targets} alone")
-    if pooling_of(task_model.model) == "cls":
-        say(f"{model_path} has no pooler: a new one is trained with the head (--pooling mean needs none)")
-    trimmed = None
-    if settings.trim_vocabulary:
-        trimmed, without = trim_task_model(task_model, splits)
-        say(trimmed.line())
-        model_path = str((out / _BASE).resolve())
-        task_model = task_model._replace(tokenizer=trimmed.tokenizer, path=model_path)
-        # Files that are saved later compare the vocabulary with this checkpoint's.
-        task_model.model.name_or_path = task_model.model.config.name_or_path = model_path
+    task_model, trimmed, without = _load(settings, splits, out, say)
+    model_path = task_model.path
     tokenizer, model, most = task_model.tokenizer, task_model.model, most_tokens(task_model.model)
     bare = {"head_parameters": head_parameter_count(model), "full_checkpoint_bytes": measuring.tensor_bytes(model)}
     trimmed_base = None if trimmed is None else sharing(model)
@@ -168,7 +151,7 @@ def finetune(
         "total_parameters": total,
         **bare,
         "majority": _majority(train_rows, test_rows, labels),
-        "validation": _kept_validation(trainer.state),
+        "validation": kept_validation(trainer.state, ("loss", "accuracy", "macro_f1", "weighted_f1")),
         **best_of(trainer, settings.best_metric),
         "after": scores(logits.argmax(-1), test_rows.classes, labels),
         **({"diverged": diverged} if diverged else {}),
@@ -191,6 +174,35 @@ def finetune(
     for line in demo.credits(settings.model, settings.data):
         say(line)
     return metrics
+
+
+def _load(
+    settings: Settings, splits: Splits, out: Path, say: Callable[[str], None]
+) -> tuple[TaskModel, Trimmed | None, Collection[str]]:
+    """Loads the bare model, and checks that the settings fit it.
+
+    Returns:
+        The model, what a trimmed vocabulary keeps (None: it is whole), and the parameters that its file leaves out.
+    """
+    path = model_path_of(settings.model)
+    say(f"loading {path} ...")
+    set_seed(settings.seed)  # for the new head and the adapters
+    task_model = load_model(
+        path, splits.labels, settings.max_length, settings.dtype, quantization_of(settings), pooling=settings.pooling
+    )
+    check_fits(task_model, settings)
+    if (targets := targets_of(task_model.model, settings)) != settings.target_modules:
+        say(f"{path} tells no input embeddings: LoRA adapts {targets} alone")
+    if pooling_of(task_model.model) == "cls":
+        say(f"{path} has no pooler: a new one is trained with the head (--pooling mean needs none)")
+    if not settings.trim_vocabulary:
+        return task_model, None, ()
+    trimmed, without = trim_task_model(task_model, splits)
+    say(trimmed.line())
+    path = str((out / _BASE).resolve())
+    # Files that are saved later compare the vocabulary with this checkpoint's.
+    task_model.model.name_or_path = task_model.model.config.name_or_path = path
+    return task_model._replace(tokenizer=trimmed.tokenizer, path=path), trimmed, without
 
 
 def _about_vocabulary(trimmed: Trimmed | None) -> dict[str, Any]:
@@ -251,11 +263,3 @@ def _majority(train_rows: Encoded, test_rows: Encoded, labels: list[str]) -> dic
         "label": labels[most],
         **summary_scores(predicted, test_rows.classes),
     }
-
-
-def _kept_validation(state: TrainerState) -> dict[str, float] | None:
-    """Returns the scores of the weights that the run keeps."""
-    history = [entry for entry in state.log_history if entry["step"] == (state.best_global_step or entry["step"])]
-    entries = [entry for entry in history if "eval_accuracy" in entry]
-    keys = ("loss", "accuracy", "macro_f1", "weighted_f1")  # checkpoints of earlier releases lack the last
-    return {key: entries[-1][f"eval_{key}"] for key in keys if f"eval_{key}" in entries[-1]} if entries else None

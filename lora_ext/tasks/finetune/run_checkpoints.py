@@ -18,14 +18,16 @@ SECONDS = 120.0
 """Time between two checkpoints: the most work that a killed run loses, evaluations aside."""
 
 PROGRESS = "Progress"
-"""Key in the Trainer's state of what :class:`lora_ext.tasks.finetune.trainer.Progress` saves."""
+"""Key in the Trainer's state of what :class:`lora_ext.tasks.finetune.run_progress.RunProgress` saves."""
 
 _SHARE = 10.0  # writing a checkpoint takes at most a tenth of the time between checkpoints
 _KEPT = 2
 _STATE = "trainer_state.json"
 
 
-class Checkpoint(NamedTuple):
+class RunCheckpoint(NamedTuple):
+    """A checkpoint that the Trainer wrote, and its state."""
+
     path: Path
     state: TrainerState
 
@@ -103,7 +105,7 @@ def _best_step(path: Path) -> int | None:
     return step if type(step) is int else None
 
 
-def last_checkpoint(out: Path) -> Checkpoint | None:
+def last_checkpoint(out: Path) -> RunCheckpoint | None:
     """Returns the newest checkpoint of the run in ``out``; None if there is none yet.
 
     Raises:
@@ -121,7 +123,7 @@ def last_checkpoint(out: Path) -> Checkpoint | None:
             raise ValueError(f"{_STATE} was not written by the Trainer")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(paths[-1], error) from error
-    return Checkpoint(paths[-1], state)
+    return RunCheckpoint(paths[-1], state)
 
 
 def damaged(path: Path | str, error: BaseException) -> TaskError:

@@ -9,7 +9,7 @@ from lora_ext.tasks.finetune.run_checkpoints import PROGRESS
 from lora_ext.tasks.shared import team
 
 
-class Progress:
+class RunProgress:
     """Progress of a run that its weights do not show: time, tokens, and losses that are not logged yet.
 
     Attributes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerState
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.settings import Settings
@@ -42,3 +44,13 @@ def best_of(trainer: FinetuneTrainer, metric: str | None) -> dict[str, Any]:
     step = state.best_global_step or state.global_step  # no evaluation was a number: the last weights are kept
     best = {"metric": metric, "value": state.best_metric, "step": step, "epoch": epochs.get(step)}
     return {"best": best, "steps": state.global_step, "stopped_early": trainer.progress.stopped}
+
+
+def kept_validation(state: TrainerState, names: Sequence[str]) -> dict[str, float] | None:
+    """Returns the validation scores ``names`` of the weights that the run keeps; None: it had no validation.
+
+    Checkpoints of earlier releases may lack some.
+    """
+    kept = [entry for entry in state.log_history if entry["step"] == (state.best_global_step or entry["step"])]
+    found = [{name: entry[f"eval_{name}"] for name in names if f"eval_{name}" in entry} for entry in kept]
+    return next((scores for scores in reversed(found) if scores), None)

@@ -16,7 +16,7 @@ from lora_ext.tasks.finetune.data import (
     check_labels,
     label_names,
     read_examples,
-    shown,
+    shown_names,
 )
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.sides import split_sides
@@ -59,12 +59,12 @@ def load_sides(settings: Settings, say: Callable[[str], None]) -> tuple[Splits, 
         if unknown := sorted({example.label for example in examples} - set(known)):
             line = min(example.line for example in examples if example.label in unknown)
             raise TaskError(
-                f"{file or name}: labels [{shown(unknown)}] occur in the {side} texts only, first in line {line}; for "
-                f"training there are {shown(known)}. Every label, even a number, is a class that needs training texts; "
-                "add some, or drop these labels"
+                f"{file or name}: labels [{shown_names(unknown)}] occur in the {side} texts only, first in line "
+                f"{line}; for training there are {shown_names(known)}. Every label, even a number, is a class that "
+                "needs training texts; add some, or drop these labels"
             )
     sizes = ", ".join(f"{len(split):,} for {side}" for side, split in splits._asdict().items())
-    say(f"{name}: {sizes}; labels {shown(known)}")
+    say(f"{name}: {sizes}; labels {shown_names(known)}")
     return splits, duplicates
 
 

@@ -12,11 +12,12 @@ import torch
 from transformers import ProgressCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lora_ext._common.printable import first_of
 from lora_ext.methods import load_method, method_of, save_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.moving_average import MovingAverage
-from lora_ext.tasks.finetune.run_checkpoints import Checkpoint, Clock, damaged, new_checkpoint, path_of
-from lora_ext.tasks.finetune.run_progress import Progress
+from lora_ext.tasks.finetune.run_checkpoints import Clock, RunCheckpoint, damaged, new_checkpoint, path_of
+from lora_ext.tasks.finetune.run_progress import RunProgress
 from lora_ext.tasks.finetune.scores import summary_scores
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.trainer_callbacks import (
@@ -60,7 +61,7 @@ class FinetuneTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.progress, self.clock = Progress(), Clock()
+        self.progress, self.clock = RunProgress(), Clock()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -135,7 +136,7 @@ class FinetuneTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a checkpoint atomically."""
         directory = self.args.output_dir
-        self.state.stateful_callbacks[Progress.KEY] = self.progress.state()
+        self.state.stateful_callbacks[RunProgress.KEY] = self.progress.state()
         with self.clock.writing_one(), new_checkpoint(Path(directory), self.state.global_step) as fresh:
             # The Trainer creates its own subdirectory checkpoint-<step> in output_dir; the files move up below.
             self.args.output_dir = str(fresh)
@@ -171,8 +172,7 @@ class FinetuneTrainer(Trainer):
         lost = [name for name in load_result.missing_keys if values[name].data_ptr() not in loaded]
         for what, names in (("no values for", lost), ("unknown values:", load_result.unexpected_keys)):
             if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(f"its weights have {what} {names[0]}{more}")
+                raise ValueError(f"its weights have {what} {first_of(names, 1)}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -188,7 +188,7 @@ class FinetuneTrainer(Trainer):
         if checkpoint is not None and self.average is not None:
             self.average.load(Path(checkpoint))
 
-    def take_over(self, checkpoint: Checkpoint) -> None:
+    def take_over(self, checkpoint: RunCheckpoint) -> None:
         """Restores the state after the last step from its ``checkpoint``, without training."""
         has_best = self.args.load_best_model_at_end and checkpoint.best is not None
         self._load_weights(checkpoint.best if has_best else checkpoint.path)
@@ -264,8 +264,8 @@ def forward_of(model: torch.nn.Module, settings: Settings) -> Callable[..., Any]
 
 
 def train(
-    trainer: FinetuneTrainer, checkpoint: Checkpoint | None, on_progress: Callable[[float], None] | None = None
-) -> Progress:
+    trainer: FinetuneTrainer, checkpoint: RunCheckpoint | None, on_progress: Callable[[float], None] | None = None
+) -> RunProgress:
     """Trains to the end, from ``checkpoint`` if given; calls ``on_progress`` with the finished fraction.
 
     Raises:

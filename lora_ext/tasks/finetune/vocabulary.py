@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from lora_ext._common.embeddings import input_embeddings
 from lora_ext.methods import ARCHITECTURES, head_parameters
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.finetune.data import Splits, shown
+from lora_ext.tasks.finetune.data import Splits, shown_names
 from lora_ext.tasks.shared.whole_files import whole_directory, write_json
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def trim(path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
     for text, old, ids in zip(texts, before, small(list(texts))["input_ids"], strict=True):
         if [new[token] for token in old] != ids:
             raise TaskError(
-                f"--trim-vocabulary: without the other tokens, the tokenizer of {path} segments {shown([text])!r} in "
-                "another way; train without the option"
+                f"--trim-vocabulary: without the other tokens, the tokenizer of {path} segments "
+                f"{shown_names([text])!r} in another way; train without the option"
             )
     rows = torch.tensor(kept, device=embedding.weight.device)
     weight = nn.Parameter(embedding.weight.detach()[rows].clone(), embedding.weight.requires_grad)

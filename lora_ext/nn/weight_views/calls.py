@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._common.changes import without_lock
-from lora_ext.nn.stacked_updates import StackedUpdates, Update
-from lora_ext.nn.weight_views import WeightView
+from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates
+from lora_ext.nn.weight_views.view import WeightView
 
 _UNREAD = "its module does not read the parameter as an attribute"
-_TRACED = ("batched_mm", "grouped_mm")
+_GROUPED_PRODUCTS = ("batched_mm", "grouped_mm")
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 if hasattr(os, "register_at_fork"):  # the child lacks the thread that holds a lock
@@ -31,10 +31,10 @@ def call_with_updates(
     call: Callable[..., Any],
     module: nn.Module,
     name: str,
-    updates: list[Update],
+    updates: list[ExpertUpdate],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    flipped: bool,
+    is_transposed: bool,
 ) -> Any:
     """Returns ``call(*args, **kwargs)``; meanwhile the parameter ``name`` of ``module`` has ``updates``.
 
@@ -42,23 +42,23 @@ def call_with_updates(
 
     Args:
         call: calls ``module``, perhaps through other layers.
-        flipped: the parameter is stored as ``[..., in_features, out_features]``.
+        is_transposed: the parameter is stored as ``[..., in_features, out_features]``.
 
     Raises:
         NeedsWholeError: the call must be made with the whole updated parameter; see :func:`why_whole`.
         ValueError: a router chose an expert that does not exist.
     """
     if torch.compiler.is_dynamo_compiling() and _loops_over_choices(module):
-        from lora_ext.nn.traced_views import uncompiled
+        from lora_ext.nn.weight_views.traced import uncompiled
 
-        return uncompiled(call_with_updates, call, module, name, updates, args, kwargs, flipped)
+        return uncompiled(call_with_updates, call, module, name, updates, args, kwargs, is_transposed)
     weight = module._parameters[name]
     if reason := _obstacle(module, name):
         _note(module, name, reason)
         raise NeedsWholeError(reason)
     if weight.dim() == 3:
         _check_choices(module, name, weight.shape[0], (*args, *kwargs.values()))
-    stacked = StackedUpdates(weight, flipped, updates)
+    stacked = StackedUpdates(weight, is_transposed, updates)
     if torch.compiler.is_compiling():
         result = _call(call, module, name, WeightView.of(stacked), args, kwargs)
     else:
@@ -138,7 +138,7 @@ def _obstacle(module: nn.Module, name: str) -> str:
     if torch.compiler.is_compiling() and is_experts_of_transformers(module) and not _computes_grouped(module):
         return f"experts_implementation={_implementation(module)!r} was not tried in compiled graphs"
     if torch.compiler.is_dynamo_compiling():
-        from lora_ext.nn.traced_views import can_trace_views
+        from lora_ext.nn.weight_views.traced import can_trace_views
 
         if not can_trace_views():
             return f"PyTorch {torch.__version__} does not trace the stand-in for the parameter; 2.13 to 2.15 do"
@@ -152,7 +152,7 @@ def is_experts_of_transformers(module: nn.Module) -> bool:
 
 def _computes_grouped(module: nn.Module) -> bool:
     """Returns whether Transformers' experts are called by a grouped or batched product, without linear functions."""
-    return is_experts_of_transformers(module) and _implementation(module) in _TRACED
+    return is_experts_of_transformers(module) and _implementation(module) in _GROUPED_PRODUCTS
 
 
 def _loops_over_choices(module: nn.Module) -> bool:

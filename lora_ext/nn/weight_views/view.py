@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext import functional
-from lora_ext.nn.stacked_updates import StackedUpdates, Update, add_product
+from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates, add_product
 
 
 class WeightView:
@@ -31,19 +31,19 @@ class WeightView:
         base: the frozen values of this view: ``[rows, columns]`` of one expert, or ``[..., rows, columns]``.
         expert: the number of the expert, or the numbers of the experts, int64 with the leading dimensions of ``base``;
             None: all of them, in order.
-        flipped: the view is ``[..., in_features, out_features]``.
+        is_transposed: the view is ``[..., in_features, out_features]``.
     """
 
-    def __init__(self, updates: StackedUpdates, base: Tensor, expert: int | Tensor | None, flipped: bool) -> None:
+    def __init__(self, updates: StackedUpdates, base: Tensor, expert: int | Tensor | None, is_transposed: bool) -> None:
         self.updates = updates
         self.base = base
         self.expert = expert
-        self.flipped = flipped
+        self.is_transposed = is_transposed
 
     @classmethod
     def of(cls, updates: StackedUpdates) -> WeightView:
         """Returns the stand-in for the whole parameter."""
-        return cls(updates, updates.weight, 0 if updates.weight.dim() == 2 else None, updates.flipped)
+        return cls(updates, updates.weight, 0 if updates.weight.dim() == 2 else None, updates.is_transposed)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -71,8 +71,8 @@ class WeightView:
         if _is_number(index):
             number = operator.index(index)
             base = self.base[number]  # an IndexError for a number beyond the experts
-            return WeightView(self.updates, base, number % self.updates.num_experts, self.flipped)
-        return WeightView(self.updates, self.base[index], self.updates.numbers()[index], self.flipped)
+            return WeightView(self.updates, base, number % self.updates.num_experts, self.is_transposed)
+        return WeightView(self.updates, self.base[index], self.updates.numbers()[index], self.is_transposed)
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self[i] for i in range(self.base.shape[0])])
@@ -91,7 +91,7 @@ class WeightView:
         dims = self.base.dim()
         if {dim0 % dims, dim1 % dims} != {dims - 2, dims - 1}:
             return self.tensor("transpose").transpose(dim0, dim1)
-        return WeightView(self.updates, self.base.transpose(dim0, dim1), self.expert, not self.flipped)
+        return WeightView(self.updates, self.base.transpose(dim0, dim1), self.expert, not self.is_transposed)
 
     swapaxes = swapdims = transpose
 
@@ -115,11 +115,11 @@ class WeightView:
         return self.t()
 
     def contiguous(self) -> WeightView:
-        return WeightView(self.updates, self.base.contiguous(), self.expert, self.flipped)
+        return WeightView(self.updates, self.base.contiguous(), self.expert, self.is_transposed)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         base = self.base.to(*args, **kwargs)
-        return WeightView(self.updates, base, self.expert, self.flipped)
+        return WeightView(self.updates, base, self.expert, self.is_transposed)
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class WeightView:
         if self.expert is None or base.dim() == updates.weight.dim() == 2:
             updates.whole.append(function)
             whole = updates.updated()
-            whole = whole if self.flipped == updates.flipped else whole.transpose(-2, -1)
+            whole = whole if self.is_transposed == updates.is_transposed else whole.transpose(-2, -1)
             return whole.to(base.dtype)
         if isinstance(self.expert, int):
             factors = updates.of_expert(self.expert)
@@ -138,7 +138,7 @@ class WeightView:
             factors = [(u.lora_A[self.expert], u.lora_B[self.expert], u.scaling) for u in updates.updates]
         lora_A = torch.cat([A for A, _, _ in factors], dim=-2)
         lora_B = torch.cat([B * scaling for _, B, scaling in factors], dim=-1)
-        return add_product(base, lora_A, lora_B, self.flipped)
+        return add_product(base, lora_A, lora_B, self.is_transposed)
 
     # What a module may ask about a parameter without using its values.
 
@@ -165,41 +165,24 @@ class WeightView:
         return self.base.dim()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("updates", "base", "expert", "flipped"):  # not a tensor's, or being copied
+        if name.startswith("__") or name in _OWN_ATTRIBUTES:  # not a tensor's, or being copied
             raise AttributeError(name)
         if name in _FACTS:
             return getattr(self.base, name)
         return getattr(self.tensor(name), name)
 
 
-_FACTS = frozenset(
-    (
-        *(
-            "element_size",
-            "is_complex",
-            "is_contiguous",
-            "is_cpu",
-            "is_cuda",
-            "is_floating_point",
-            "is_leaf",
-            "is_meta",
-        ),
-        *("is_mps", "is_nested", "is_quantized", "is_sparse", "is_xpu", "itemsize", "layout", "names", "nbytes"),
-        *("ndimension", "nelement", "numel", "requires_grad", "stride"),
-    )
+_OWN_ATTRIBUTES = ("updates", "base", "expert", "is_transposed")
+
+_FACT_NAMES = (
+    "element_size is_complex is_contiguous is_cpu is_cuda is_floating_point is_leaf is_meta is_mps is_nested "
+    "is_quantized is_sparse is_xpu itemsize layout names nbytes ndimension nelement numel requires_grad stride"
 )
+_FACTS = frozenset(_FACT_NAMES.split())
 """Attributes of a tensor that do not depend on its values."""
 
 _LINEAR = (torch._C._nn.linear,)  # F.linear, unless a library has replaced it
-_PRODUCTS = (
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    Tensor.matmul,
-    Tensor.mm,
-    Tensor.bmm,
-    Tensor.__matmul__,
-)
+_PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
 
 
 def _grouped_products() -> tuple[Any, ...]:
@@ -244,7 +227,7 @@ def _one_expert(x: Tensor, view: WeightView, bias: Tensor | None = None) -> Tens
     """``x @ view.T + bias`` for a view of one matrix."""
     view.updates.is_read = True
     factors = view.updates.of_expert(view.expert)
-    if view.flipped:  # the product is over out_features
+    if view.is_transposed:  # the product is over out_features
         factors = [(B.t(), A.t(), scaling) for A, B, scaling in factors]
     (A, B, scaling), *others = factors
     if scaling < 0.0:  # PEFT's may be
@@ -324,7 +307,7 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
         factors = updates.in_rows()
     else:  # for few rows, copying the factors of all experts would take most of the time
         chosen, numbers = experts.flatten(), torch.arange(experts.numel(), device=experts.device)
-        factors = [Update(u.lora_A[chosen], u.lora_B[chosen], u.scaling) for u in updates.updates]
+        factors = [ExpertUpdate(u.lora_A[chosen], u.lora_B[chosen], u.scaling) for u in updates.updates]
         experts = torch.where(chosen < 0, -1, numbers).view(experts.shape)
     for A, B, scaling in _over_rows(view, factors):
         scalings = torch.full((A.shape[0],), scaling, dtype=torch.float64, device=A.device)
@@ -332,9 +315,9 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
     return y
 
 
-def _over_rows(view: WeightView, updates: list[Update]) -> list[Update]:
+def _over_rows(view: WeightView, updates: list[ExpertUpdate]) -> list[ExpertUpdate]:
     """Returns the factors of ``x @ view``: those of a product over ``in_features``, or over ``out_features``."""
-    return updates if view.flipped else [Update(_mT(u.lora_B), _mT(u.lora_A), u.scaling) for u in updates]
+    return updates if view.is_transposed else [ExpertUpdate(_mT(u.lora_B), _mT(u.lora_A), u.scaling) for u in updates]
 
 
 def _mT(factor: Tensor) -> Tensor:

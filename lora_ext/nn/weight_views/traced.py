@@ -22,7 +22,7 @@ def can_trace_views() -> bool:
     - ``torch._grouped_mm`` is not among the functions that can be overridden;
     - ``view @ x`` has no reflected function, so ``x @ view`` would be called.
 
-    Older releases do not trace what :mod:`lora_ext.nn.updated_calls` does with a module's ``__dict__``.
+    Older releases do not trace what :mod:`lora_ext.nn.weight_views.calls` does with a module's ``__dict__``.
     """
     if torch.__version__ < (2, 13):
         return False

@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+    from transformers.generation.continuous_batching.requests import RequestState
 
 NAME = "adapter_name"
 ENDS = "finish_request", "clear_cancelled_requests"  # methods of the scheduler after which requests run no more
 
 
 def is_supported() -> bool:
-    """Returns whether this version of Transformers has the methods that lora_ext/model/batched_requests.py wraps."""
+    """Returns whether this version of Transformers has the methods that continuous_batching.py wraps."""
     try:
-        from transformers.generation.continuous_batching import cache, cache_allocators, continuous_api, scheduler
+        from transformers.generation.continuous_batching import (
+            cache,
+            cache_allocators,
+            continuous_api,
+            input_outputs,
+            scheduler,
+        )
     except ImportError:
         return False
     wrapped = {
@@ -24,6 +32,7 @@ def is_supported() -> bool:
         ),
         continuous_api.ContinuousBatchProcessor: ("_generation_step", "_handle_request_error"),
         continuous_api.ContinuousBatchingLogitsProcessorList: ("check_kwargs",),
+        input_outputs.ContinuousBatchingIOs: ("prepare_batch_update",),
         scheduler.Scheduler: ("schedule_batch", "_get_waiting_candidates", *ENDS),
         cache.PagedAttentionCache: ("search_prefix_match",),
         cache_allocators.cache_allocator.CacheAllocator: ("mark_complete_blocks",),
@@ -72,3 +81,21 @@ def check_one_device(size: int, caller: str) -> None:
         raise ValueError(
             f"{caller}: {NAME}: the model is split over {size} devices; merge an adapter, or use one device"
         )
+
+
+def fail(processor: ContinuousBatchProcessor, state: RequestState, error: Exception) -> None:
+    """Ends a request with an error, whether it runs or waits, and the sequences that were to continue its prompt."""
+    scheduler, identity = processor.scheduler, state.request_id
+    for i in range(state.num_children):
+        child = state.create_equivalent_initial_request()
+        child.request_id = f"{identity}__child#{i}"
+        processor._handle_request_error(error, child)
+    processor._handle_request_error(error, state)
+    if state in scheduler._requests_to_fork:
+        scheduler._requests_to_fork.remove(state)
+    if scheduler.waiting_requests.pop(identity, None) is None:
+        scheduler.finish_request(identity)
+        scheduler.block_new_requests = False  # as at the end of other requests
+    else:
+        scheduler.waiting_requests_order.remove(identity)
+        processor.offloading_manager.free_request_cpu_cache(state)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import shown
-from lora_ext.nn.invocations import ActiveTokens
-from lora_ext.nn.rows import BASE
+from lora_ext.model.rows.arguments import OFFSETS, token_ids, tokens_in_row
+from lora_ext.nn.rows.active_tokens import ActiveTokens
+from lora_ext.nn.rows.choice import BASE
 
 if TYPE_CHECKING:
     from lora_ext.model.bare_model import BareModel
 
-OFFSETS = "alora_offsets"
 Invocations = Mapping[str, tuple[int, ...]]
 
 
@@ -63,7 +63,7 @@ def find_starts(
     """Finds the first active token of each row; None: the adapter does not act. 0 for adapters that are not aLoRA.
 
     Args:
-        values: the arguments of the call, by name or by :func:`position`.
+        values: the arguments of the call, as :func:`~lora_ext.model.rows.arguments.values_of` returns them.
         names: the adapter of each row.
         invocations: by adapter name.
 
@@ -162,28 +162,6 @@ def _starts_given(
         (max(length - offset, 0) if offset else None) if name in invocations else 0
         for name, offset in zip(names, offsets, strict=True)
     ]
-
-
-def position(i: int) -> str:
-    """The name of the ``i``-th positional argument, from 1 on."""
-    return f"argument {i}"
-
-
-def token_ids(values: Mapping[str, Any]) -> Tensor | None:
-    for name in ("input_ids", "inputs", position(1)):
-        ids = values.get(name)
-        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
-            return ids
-    return None
-
-
-def tokens_in_row(values: Mapping[str, Any], caller: str) -> int:
-    """Returns the number of tokens in a row of a call. ValueError: it has neither input_ids nor inputs_embeds."""
-    ids = token_ids(values)
-    tokens = ids if ids is not None and ids.shape[1] else values.get("inputs_embeds")
-    if not isinstance(tokens, Tensor):
-        raise ValueError(f"{caller}: aLoRA needs input_ids or inputs_embeds, which tell how many tokens a row has")
-    return tokens.shape[1]
 
 
 def _check_one_sequence_a_row(values: Mapping[str, Any], name: str, caller: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.base_layer import is_conv1d
-from lora_ext.nn.rows import RowChoice
+from lora_ext.nn.rows.choice import RowChoice
 
 if TYPE_CHECKING:
     from lora_ext.nn.active import ActiveAdapters
@@ -24,7 +24,7 @@ class PackedChoice(RowChoice):
 
     Attributes:
         lengths: the tokens of each segment.
-        silent: for each segment how many of its first tokens come before its adapter's invocation (aLoRA), or None.
+        before: for each segment how many of its first tokens come before its adapter's invocation (aLoRA), or None.
         shape: the rows of the batch, and the tokens in each of them.
         kept: the tokens of each row that the output head gets, int64 ``[kept]``; None: all.
         head: the output head, without adapter layers.
@@ -33,7 +33,7 @@ class PackedChoice(RowChoice):
     def __init__(self, active: ActiveAdapters | None, names: Sequence[str], lengths: Sequence[int]) -> None:
         super().__init__(active, names)
         self.lengths = list(lengths)
-        self.silent: list[int] | None = None
+        self.before: list[int] | None = None
         self.shape = 1, sum(lengths)
         self.kept: Tensor | None = None
         self.head: nn.Module | None = None
@@ -55,29 +55,29 @@ class PackedChoice(RowChoice):
         return self._placed(self.groups(present, times, x.device), is_kept), dims
 
     def token_groups(self, present: tuple[str, ...], times: int, x: Tensor, layer: AdapterLayer) -> Tensor:
-        return self._audible(present, self.groups(present, times, x.device), x, layer)
+        return self._active_groups(present, self.groups(present, times, x.device), x, layer)
 
     def slots_of(self, x: Tensor, times: int, layer: AdapterLayer) -> Tensor:
-        return self._audible(None, self._slot_groups(times, x.device), x, layer)
+        return self._active_groups(None, self._slot_groups(times, x.device), x, layer)
 
-    def _audible(self, key: tuple[str, ...] | None, groups: Tensor, x: Tensor, layer: AdapterLayer) -> Tensor:
+    def _active_groups(self, key: tuple[str, ...] | None, groups: Tensor, x: Tensor, layer: AdapterLayer) -> Tensor:
         """Returns ``groups`` in the shape of the first dimensions of ``x``, with -1 for tokens before an invocation."""
         dims, is_kept = self._dims(layer, x)
         shape = x.shape[:dims]
         found = self._groups.get((key, shape, is_kept, x.device))
         if found is None:
             with torch.inference_mode(False):  # a later call may be recorded by autograd
-                if self.silent is not None:
-                    groups = groups.masked_fill(self._is_silent().to(x.device), -1)
+                if self.before is not None:
+                    groups = groups.masked_fill(self._are_before().to(x.device), -1)
                 found = self._placed(groups, is_kept).view(shape)
             self._groups[key, shape, is_kept, x.device] = found
         return found
 
-    def _is_silent(self) -> Tensor:
+    def _are_before(self) -> Tensor:
         """Marks tokens that come before their segment's invocation: bool ``[tokens]``."""
-        lengths, silent = torch.tensor(self.lengths), torch.tensor(self.silent)
+        lengths, before = torch.tensor(self.lengths), torch.tensor(self.before)
         place = torch.arange(sum(self.lengths)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        return place < silent.repeat_interleave(lengths)
+        return place < before.repeat_interleave(lengths)
 
     def _placed(self, groups: Tensor, is_kept: bool) -> Tensor:
         """The groups of the tokens that a layer gets."""

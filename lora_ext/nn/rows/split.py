@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.rows import RowChoice
+from lora_ext.nn.rows.choice import RowChoice
 
 if TYPE_CHECKING:
     from lora_ext.nn.adapter_layer import AdapterLayer

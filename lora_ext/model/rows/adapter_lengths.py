@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.model.bare_model import output_head
-from lora_ext.model.invocations import OFFSETS, Invocations, last_occurrences, token_ids
-from lora_ext.nn.packed_rows import PackedChoice
-from lora_ext.nn.rows import first_rows
-
-LENGTHS = "adapter_lengths"
+from lora_ext.model.rows.arguments import LENGTHS, OFFSETS, first_rows, token_ids
+from lora_ext.model.rows.invocations import Invocations, last_occurrences
+from lora_ext.nn.rows.packed import PackedChoice
 
 
 def checked_lengths(lengths: Any, names: Sequence[str], caller: str) -> list[int]:
@@ -98,7 +96,7 @@ def find_invocations(
             f"{caller}: the adapter {first!r} acts from its invocation tokens on (aLoRA), and packed rows need "
             f"whole sequences; pass input_ids, and neither a cache that holds tokens nor {OFFSETS}"
         )
-    choice.silent = []
+    choice.before = []
     for name, tokens in zip(names, ids.flatten().split(choice.lengths), strict=True):
         start = last_occurrences(tokens[None], invocations[name])[0] if name in invocations else 0
-        choice.silent.append(len(tokens) if start is None else start)
+        choice.before.append(len(tokens) if start is None else start)

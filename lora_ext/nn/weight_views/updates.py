@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-class Update(NamedTuple):
-    """The updates of all experts: ``scaling * lora_B[e] @ lora_A[e]`` is that of ``[out_features, in_features]``.
+class ExpertUpdate(NamedTuple):
+    """An adapter's update of all experts: ``scaling * lora_B[e] @ lora_A[e]`` is that of expert ``e``.
 
     A parameter ``[out_features, in_features]`` is one expert.
     """
@@ -24,18 +24,18 @@ class StackedUpdates:
 
     Attributes:
         weight: the parameter, ``[num_experts, rows, columns]`` or ``[rows, columns]``.
-        flipped: it is stored as ``[..., in_features, out_features]``.
+        is_transposed: it is stored as ``[..., in_features, out_features]``.
         is_read: the module has used the parameter.
         whole: the functions that needed the whole updated parameter.
     """
 
-    def __init__(self, weight: Tensor, flipped: bool, updates: list[Update]) -> None:
+    def __init__(self, weight: Tensor, is_transposed: bool, updates: list[ExpertUpdate]) -> None:
         self.weight = weight
-        self.flipped = flipped
+        self.is_transposed = is_transposed
         self.updates = updates
         self.is_read = False
         self.whole: list[str] = []
-        self._in_rows: list[Update] | None = None
+        self._in_rows: list[ExpertUpdate] | None = None
         self._of_experts: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
         self._updated: Tensor | None = None
 
@@ -43,10 +43,12 @@ class StackedUpdates:
     def num_experts(self) -> int:
         return 1 if self.weight.dim() == 2 else self.weight.shape[0]
 
-    def in_rows(self) -> list[Update]:
+    def in_rows(self) -> list[ExpertUpdate]:
         """Returns the updates with contiguous factors: adapters interleave the experts in ``lora_B``."""
         if self._in_rows is None:
-            self._in_rows = [Update(u.lora_A.contiguous(), u.lora_B.contiguous(), u.scaling) for u in self.updates]
+            self._in_rows = [
+                ExpertUpdate(u.lora_A.contiguous(), u.lora_B.contiguous(), u.scaling) for u in self.updates
+            ]
         return self._in_rows
 
     def of_expert(self, number: int) -> list[tuple[Tensor, Tensor, float]]:
@@ -70,13 +72,13 @@ class StackedUpdates:
         if self._updated is None:
             lora_A = torch.cat([update.lora_A for update in self.updates], dim=1)
             lora_B = torch.cat([update.lora_B * update.scaling for update in self.updates], dim=2)
-            self._updated = add_product(self.weight, lora_A, lora_B, self.flipped)
+            self._updated = add_product(self.weight, lora_A, lora_B, self.is_transposed)
         return self._updated
 
 
-def add_product(base: Tensor, lora_A: Tensor, lora_B: Tensor, flipped: bool) -> Tensor:
-    """``base [..., rows, columns]`` plus ``lora_B @ lora_A``, transposed if ``flipped``, in the dtype of ``base``."""
-    left, right = (lora_A.transpose(-2, -1), lora_B.transpose(-2, -1)) if flipped else (lora_B, lora_A)
+def add_product(base: Tensor, lora_A: Tensor, lora_B: Tensor, is_transposed: bool) -> Tensor:
+    """``base [..., rows, columns]`` plus ``lora_B @ lora_A`` (transposed if ``is_transposed``), in its dtype."""
+    left, right = (lora_A.transpose(-2, -1), lora_B.transpose(-2, -1)) if is_transposed else (lora_B, lora_A)
     left, right = left.to(base.dtype), right.to(base.dtype)
     with torch.autocast(base.device.type, enabled=False):  # the parameter keeps its dtype
         stack = base.reshape(-1, *base.shape[-2:])

@@ -20,24 +20,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_ext._common.changes import one_at_a_time
 from lora_ext.model.adapter_set import AdapterSet
-from lora_ext.model.batching_support import (
+from lora_ext.model.rows.arguments import NAMES
+from lora_ext.model.rows.batching_support import (
     ENDS,
     NAME,
     check_one_device,
     check_runs_layers,
+    fail,
     is_supported,
     remedies,
     uncaptured,
 )
-from lora_ext.model.generate_by_rows import ReplacedMethod
-from lora_ext.model.invocations import last_occurrences
-from lora_ext.model.row_adapters import ARGUMENT, check_list, choice_of, invocations_of
-from lora_ext.nn.rows import BASE, choosing
+from lora_ext.model.rows.calls import invocations_of
+from lora_ext.model.rows.choose_adapters import check_list, choice_of
+from lora_ext.model.rows.invocations import last_occurrences
+from lora_ext.model.rows.replaced_method import ReplacedMethod
+from lora_ext.nn.rows.choice import BASE, RowChoice
+from lora_ext.nn.rows.in_force import choosing
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingManager
     from transformers.generation.continuous_batching import RequestState
+    from transformers.generation.continuous_batching.requests import FutureRequestState
 
 _REQUESTS = "_lora_ext_requests"  # the attribute of a manager that holds its NamedRequests
 _MOST_NUMBERS = 100_000  # 20 MB; forgetting them loses shared prefixes only
@@ -64,7 +70,7 @@ class GenerateBatch(ReplacedMethod):
     name = "generate_batch"
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        names = kwargs.pop(ARGUMENT, None)
+        names = kwargs.pop(NAMES, None)
         if names is None:
             return self.original(*args, **kwargs)
         if not is_supported():
@@ -133,6 +139,9 @@ class NamedRequests:
     something else differs: the adapter, the place of its invocation (aLoRA), a change of the model's adapters, or a
     reading of a pool's files.
 
+    Changes of the adapters: requests whose adapters are deleted, renamed or merged end with an error, whenever that
+    happens; the others go on.
+
     Attributes:
         held: the pool of each adapter that has a slot for running requests.
     """
@@ -141,6 +150,11 @@ class NamedRequests:
         self.root, self.adapters, self.manager = root, adapters, manager
         self.held: dict[str, Any] = {}
         self._is_used, self._checked = False, -1
+        # Of the batch that is computed: which adapter each name means, which of the names are lost, and why.
+        self._meant: dict[str | None, str] = {}
+        self._lost: dict[str | None, Exception] = {}
+        self._choice: RowChoice | None = None
+        self._before = -1  # the adapters' changes when the choice was made
         self._processor: Callable[[], Any] = lambda: None  # a weak reference: a processor has all memory of the cache
         self._numbers: dict[tuple[Any, int], int] = {}
         self._unused = itertools.count(1)
@@ -168,7 +182,7 @@ class NamedRequests:
         return original(input_ids, *args, **kwargs)
 
     def _add_requests(self, original: Callable, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
-        if (names := kwargs.pop(ARGUMENT, None)) is not None:
+        if (names := kwargs.pop(NAMES, None)) is not None:
             inputs = _named(inputs, names, "add_requests")
             for name in dict.fromkeys(names):
                 check_name(self.root, self.adapters, name, "add_requests")
@@ -187,6 +201,7 @@ class NamedRequests:
         if processor is not self._processor():
             self._processor = weakref.ref(processor)
             _around(processor, "_generation_step", self._generation_step)
+            _around(processor.inputs_and_outputs, "prepare_batch_update", self._prepare_batch_update)
             _around(processor.scheduler, "schedule_batch", self._schedule_batch)
             _around(processor.scheduler, "_get_waiting_candidates", self._get_waiting_candidates)
             for method in ENDS:
@@ -201,27 +216,65 @@ class NamedRequests:
         batch = self._processor().inputs_and_outputs
         requests = getattr(batch, "requests_in_batch", ())
         names = [_name_of(request.state) for request in requests]
-        active = self.adapters.active
-        is_plain = not active.invoked or len(active.names) > 1 or remedies(self.manager.continuous_batching_config)
-        if not requests or (is_plain and not any(names)):
-            return original(model)
-        if None in names and len(active.names) > 1:
-            raise ValueError(
-                f"generate_batch: a request names no adapter, and the active ones are {list(active.names)}; use one"
-            )
-        usual = active.names[0] if active.names else BASE
-        names = [usual if name is None else name for name in names]
         lengths = [request.query_length for request in requests]
-        padding = batch.num_q_tokens - sum(lengths)
-        choice = choice_of(self.root, self.adapters, [*names, BASE], "generate_batch", [*lengths, padding])
-        choice.may_lose = True  # the other requests of the batch go on: see _fail_those_without_adapter
-        with choosing(choice):
-            if invocations_of(choice):
-                starts = [self._start(request.state, name) for request, name in zip(requests, names, strict=True)]
-                before = [request.state.position_offset - request.query_length for request in requests]
-                silent = zip(starts, before, lengths, strict=True)
-                choice.silent = [n if s is None else min(max(s - past, 0), n) for s, past, n in silent] + [0]
+        self._choice = self._choice_of_batch(names, lengths, batch.num_q_tokens) if requests else None
+        if self._choice is None:
+            return original(model) if not requests or self._lost.keys() < set(names) else None
+        with choosing(self._choice):
+            if invocations_of(self._choice):
+                self._choice.before = [*map(self._before_invocation, requests), 0]
             return original(model)
+
+    @one_at_a_time  # an adapter that is found is there when the choice is made
+    def _choice_of_batch(self, names: list[str | None], lengths: list[int], tokens: int) -> RowChoice | None:
+        """Returns the choice of a batch; None: the active adapters compute it, or no request is left."""
+        active, self._lost = self.adapters.active, {}
+        is_plain = not active.invoked or len(active.names) > 1 or remedies(self.manager.continuous_batching_config)
+        self._meant = {name: name for name in names if name is not None}
+        self._note_lost()
+        if not is_plain or self._meant.keys() - self._lost.keys():
+            self._meant |= {None: active.names[0] if active.names else BASE} if None in names else {}
+            self._note_lost()
+        if not self._meant.keys() - self._lost.keys():
+            return None
+        names = [BASE if name in self._lost else self._meant[name] for name in names]
+        lengths = [*lengths, tokens - sum(lengths)]  # the last ones are padding
+        choice = choice_of(self.root, self.adapters, [*names, BASE], "generate_batch", lengths)
+        choice.may_lose = True  # the other requests of the batch go on: see _prepare_batch_update
+        self._before = active.changes
+        return choice
+
+    def _note_lost(self) -> None:
+        """Notes which names of the batch's requests mean adapters that cannot be chosen any more."""
+        for name, adapter in self._meant.items():
+            try:
+                check_name(self.root, self.adapters, adapter, "generate_batch")
+            except (KeyError, ValueError) as error:
+                self._lost[name] = error
+
+    def _before_invocation(self, request: FutureRequestState) -> int:
+        """Returns on how many tokens of a request in a batch its adapter does not act yet."""
+        n, start = request.query_length, self._start(request.state, self._meant[_name_of(request.state)])
+        return n if start is None else min(max(start - request.state.position_offset + n, 0), n)
+
+    def _prepare_batch_update(
+        self, original: Callable
+    ) -> tuple[list[FutureRequestState], list[int], list[float] | None]:
+        """Returns the requests of a batch and their tokens, without those whose adapters are lost, which fail."""
+        requests, tokens, logprobs = original()
+        if self._choice is not None and self._before != self.adapters.active.changes:
+            self._note_lost()
+            for name, adapter in self._meant.items():
+                if adapter in self._choice.lost:  # another one may have its name by now
+                    error = KeyError(f"generate_batch: {adapter!r} was deleted or renamed while a request used it")
+                    self._lost.setdefault(name, error)
+        kept = [_name_of(request.state) not in self._lost for request in requests]
+        for request, is_kept in zip(requests, kept, strict=True):
+            if not is_kept:
+                self._fail(request.state, self._lost[_name_of(request.state)])
+        of_tokens = [is_kept for request, is_kept in zip(requests, kept, strict=True) if request.has_new_token]
+        tokens, logprobs = (x and list(itertools.compress(x, of_tokens)) for x in (tokens, logprobs))
+        return list(itertools.compress(requests, kept)), tokens, logprobs
 
     def _schedule_batch(self, original: Callable, *args: Any) -> Any:
         self._fail_those_without_adapter()
@@ -283,15 +336,7 @@ class NamedRequests:
                         self._fail(state, error)
 
     def _fail(self, state: RequestState, error: Exception) -> None:
-        processor, identity = self._processor(), state.request_id
-        scheduler = processor.scheduler
-        processor._handle_request_error(error, state)
-        if scheduler.waiting_requests.pop(identity, None) is None:
-            scheduler.finish_request(identity)
-            scheduler.block_new_requests = False  # as at the end of other requests
-        else:
-            scheduler.waiting_requests_order.remove(identity)
-            processor.offloading_manager.free_request_cpu_cache(state)
+        fail(self._processor(), state, error)
 
     # --- shared prefixes ---------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_ext import functional
 from lora_ext._ops.checks import FLOATING
-from lora_ext.nn.rows import RowChoice
+from lora_ext.nn.rows.choice import RowChoice
 
 if TYPE_CHECKING:
     from lora_ext.nn.adapter_layer import AdapterLayer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from lora_ext.nn.rows import chosen
+from lora_ext.nn.rows.in_force import chosen
 
 if TYPE_CHECKING:
     from lora_ext.nn.active import ActiveAdapters

@@ -1,0 +1,147 @@
+"""Makes a choice of adapters for the rows of a batch, if the model can serve it: checked before the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._common.arguments import checked
+from lora_ext._common.changes import one_at_a_time
+from lora_ext.model.adapter_set import AdapterSet, check_names, find_adapters
+from lora_ext.model.bare_model import adapter_layers, root_module
+from lora_ext.model.rows.adapter_lengths import checked_lengths
+from lora_ext.model.rows.arguments import LENGTHS, NAMES
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.rows.choice import BASE, RowChoice
+from lora_ext.nn.rows.in_force import choosing, holder_of_context
+from lora_ext.nn.rows.packed import PackedChoice
+
+
+@checked
+@contextmanager
+def choose_adapters(
+    model: nn.Module, names: list[str] | tuple[str, ...], lengths: list[int] | tuple[int, ...] | Tensor | None = None
+) -> Iterator[None]:
+    """Makes each row of the batches that ``model`` computes within the context use an adapter, in this thread only.
+
+    For code that calls the model without a way to pass ``adapter_names``, such as pipelines. Batches may have a
+    multiple of the rows: each name is then for as many consecutive ones. A generator that yields within the context
+    leaves it in force for its caller.
+
+    Args:
+        model: an injected model.
+        names: for each row an adapter's name, or ``"__base__"``; which adapters are active has no influence.
+        lengths: for rows that hold several sequences: the number of tokens of each name, int ``[names]``. Tokens are
+            counted row after row; all batches within the context have as many.
+
+    Raises:
+        ValueError: the model is not injected, or rows cannot choose: adapters are merged, or one of them has a part
+            that is the same for all rows. The message has the remedy.
+        KeyError: there is no such adapter; the message lists them.
+        RuntimeError: in a call of the model: a generator yielded within the context, and goes on after another one
+            began, or in another thread or task. In the end: an adapter was deleted or renamed meanwhile.
+    """
+    adapters = find_adapters(model, "choose_adapters")
+    with choosing(choice_of(root_module(model), adapters, names, "choose_adapters", lengths), holder_of_context()):
+        yield
+
+
+def check_list(names: object, caller: str, per: str, kinds: Any = object) -> None:
+    """Raises TypeError if ``names`` is no list; ``per`` is what has a name each, for the message."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, kinds) for name in names):
+        raise TypeError(f"{caller}: {NAMES} is of type {type(names).__name__}, want a list with a name per {per}")
+
+
+def choice_of(
+    root: nn.Module, adapters: AdapterSet, names: object, caller: str, lengths: object = None, what: str = NAMES
+) -> RowChoice:
+    """The choice of ``names``, checked. Errors as in :func:`choose_adapters`, and TypeError for other values.
+
+    Args:
+        what: what chooses, for messages.
+    """
+    check_list(names, caller, "row", str)
+    if not names:
+        raise ValueError(f"{caller}: adapter_names is empty, want a name for each row")
+    used = dict.fromkeys(name for name in names if name != BASE)
+    pooled = () if adapters.pool is None else tuple(name for name in used if name not in adapters.configs)
+    if pooled:
+        adapters.pool.check_known(pooled, caller, adapters.configs)
+    else:
+        check_names(caller, adapters.configs, used)
+    if lengths is not None:
+        lengths = checked_lengths(lengths, names, caller)
+    obstacles = _obstacles(root, adapters)
+    if obstacles.to_all:
+        raise ValueError(f"{caller}: {what}: {obstacles.to_all}")
+    for name in used:
+        if name in obstacles.to_one:
+            raise ValueError(f"{caller}: adapter_names: {name!r} cannot be chosen by a row: {obstacles.to_one[name]}")
+        if lengths is not None and (reason := obstacles.to_tokens.get(None if name in pooled else name)):
+            raise ValueError(f"{caller}: {LENGTHS}: {name!r} cannot be chosen by a token: {reason}")
+    if lengths is not None and getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{caller}: {LENGTHS}: {type(root).__name__} has an encoder and a decoder, which read different tokens; "
+            "pass a sequence for each row"
+        )
+    if adapters.active.is_disabled:
+        names, pooled = [BASE] * len(names), ()
+    if pooled and root.training and torch.is_grad_enabled():
+        raise ValueError(
+            f"{caller}: adapter_names: {pooled[0]!r} is in a pool, whose adapters do not train; call model.eval(), or "
+            "load_adapter(model, directory, trainable=True)"
+        )
+    rest = () if lengths is None else (lengths,)
+    choice = (PackedChoice if rest else RowChoice)(adapters.active, names, *rest)
+    choice.pool, choice.pool_names = adapters.pool, pooled
+    return choice
+
+
+class _Obstacles(NamedTuple):
+    """Reasons why rows cannot choose: any adapter (or ""), and by name those that rows, or only tokens, cannot choose.
+
+    The name None stands for the adapters of a pool.
+    """
+
+    to_all: str
+    to_one: dict[str, str]
+    to_tokens: dict[str | None, str]
+
+
+def _obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
+    """Walks the model once after every change of its adapters."""
+    known = adapters.active.row_obstacles
+    return known[1] if known is not None and known[0] == adapters.active.changes else _found_obstacles(root, adapters)
+
+
+@one_at_a_time  # another thread may be adding layers
+def _found_obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
+    active, changes = adapters.active, adapters.active.changes
+    to_all, to_one, to_tokens = "", {}, {}
+    for path, layer in adapter_layers(root):
+        if isinstance(layer, LoraLayer) and layer.is_merged and not to_all:
+            names = ", ".join(map(repr, layer.merged_adapters))
+            to_all = f"{names} is merged into {path!r}, so every row gets it; call unmerge(model) first"
+        if not layer.rows_choose:
+            reason = f"{path!r} is a {type(layer).__name__}, which computes all rows with one adapter"
+            to_one = dict.fromkeys(layer.adapters, f"{reason}; call set_adapter and the model once for it") | to_one
+        if layer.rows_choose and not layer.tokens_choose:
+            base = type(innermost(layer)).__name__
+            reason = f"{path!r} is a {base}, which may mix the tokens of a row; pass a sequence for each row"
+            holders = [*layer.adapters, *([None] if getattr(layer, "slots", None) is not None else [])]
+            to_tokens = dict.fromkeys(holders, reason) | to_tokens
+    for name, biases in adapters.biases.items():
+        to_one[name] = "it trains the model's biases, which all rows share; train it with lora_bias=True instead"
+        if biases.used:
+            to_all = to_all or (
+                f"the active adapter {name!r} has changed the model's biases for all rows; activate another one "
+                "(set_adapter), or none"
+            )
+    obstacles = _Obstacles(to_all, to_one, to_tokens)
+    active.row_obstacles = changes, obstacles
+    return obstacles

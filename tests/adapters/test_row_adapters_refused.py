@@ -1,0 +1,118 @@
+"""``adapter_names`` that a model cannot serve are refused before it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import Net, refused, shaken
+from support.rows import NAMES, assert_rows_equal, with_adapters
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
+from lora_ext.adapters import choose_adapters
+from lora_ext.nn.rows.in_force import _current
+
+BAD_NAMES = [
+    (["a", "b", "x", "y", "a"], KeyError, "Net: there is no adapter 'x'; the adapters are ['a', 'b', 'c']"),
+    (["a", "b"], ValueError, "Net: adapter_names has 2 names, but argument 1 has 5 rows; pass a name for each row"),
+    ([], ValueError, "Net: adapter_names is empty, want a name for each row"),
+    ("a", TypeError, "Net: adapter_names is of type str, want a list with a name per row"),
+    (["a", None, "a", "a", "a"], TypeError, "Net: adapter_names is of type list, want a list with a name per row"),
+    ({"a": 1}, TypeError, "Net: adapter_names is of type dict, want a list with a name per row"),
+]
+
+
+@pytest.mark.parametrize(("names", "error", "text"), BAD_NAMES)
+def test_bad_names(names, error, text):
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    ran = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    with refused(model, error, text):
+        model(x, adapter_names=names)
+    assert not ran
+    if "argument" not in text:
+        with pytest.raises(error, match="choose_adapters: "), choose_adapters(model, names):
+            pass
+
+
+def test_merged_adapters_are_refused():
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    expected = model(x, adapter_names=NAMES)
+    merge(model, "a")
+    with refused(model, ValueError, "Net: adapter_names: 'a' is merged into 'blocks.0.up'", "unmerge(model)"):
+        model(x, adapter_names=NAMES)
+    unmerge(model)
+    assert torch.equal(model(x, adapter_names=NAMES), expected)
+
+
+def test_adapters_that_act_on_all_rows_are_refused():
+    model, x = with_adapters(Net(), ["up"]), torch.randn(5, 6)
+    inject(model, LoraConfig(r=1, target_parameters=["head.weight"]), "whole")
+    with refused(model, ValueError, "'whole' cannot be chosen by a row: 'head' is a LoraParameter", "set_adapter"):
+        model(x, adapter_names=["whole", "a", "a", "b", "a"])
+    assert_rows_equal(model, lambda **names: model(x, **names).detach())
+    inject(model, LoraConfig(r=1, target_modules=["up"], bias="lora_only"), "biased")
+    shaken(model)
+    with refused(model, ValueError, "the active adapter 'biased' has changed the model's biases for all rows"):
+        model(x, adapter_names=NAMES)
+    set_adapter(model, "a")
+    with refused(model, ValueError, "'biased' cannot be chosen by a row: it trains the model's biases", "lora_bias"):
+        model(x, adapter_names=["biased"] * 5)
+    assert_rows_equal(model, lambda **names: model(x, **names).detach())
+
+
+class RoutesTokens(nn.Module):
+    """Calls its layer with some of the tokens, as experts are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expert(x.flatten(0, 1)[: 2 * len(x)])
+
+
+def test_rows_that_belong_to_no_name_are_refused():
+    model = with_adapters(RoutesTokens(), ["expert"])
+    with refused(model, ValueError, "LoraLinear: adapter_names has 5 names, but", "[10, 4]", "set_adapter"):
+        model(torch.randn(5, 3, 4), adapter_names=NAMES)
+    seq_first = with_adapters(nn.Sequential(nn.Linear(4, 4)), ["0"])
+    with choose_adapters(seq_first, NAMES), pytest.raises(ValueError, match=r"the shape \[10, 5, 4\]"):
+        seq_first[0](torch.randn(10, 5, 4))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_models_refuse(fullgraph):
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    expected, plain = model(x, adapter_names=NAMES), model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    torch.testing.assert_close(compiled(x), plain)
+    with pytest.raises((ValueError, RuntimeError), match="adapter_names|refuse_compiled"):
+        compiled(x, adapter_names=NAMES)
+    assert torch.equal(model(x, adapter_names=NAMES), expected)
+    torch.testing.assert_close(compiled(x), plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["export", "trace"])
+def test_exported_and_traced_models_refuse(how):
+    """A program would have the choice of the example."""
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    plain = model(x)
+    make = (lambda: torch.export.export(model, (x,))) if how == "export" else (lambda: torch.jit.trace(model, (x,)))
+    with choose_adapters(model, NAMES), pytest.raises(ValueError, match="an exported or traced .*set_adapter"):
+        make()
+    program = make()
+    torch.testing.assert_close((program.module() if how == "export" else program)(x), plain)
+
+
+def test_a_compiled_part_refuses():
+    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
+    plain = model(x)
+    model.blocks[1].compile(backend="eager")
+    torch.testing.assert_close(model(x), plain)
+    with pytest.raises(ValueError, match="adapter_names: a compiled model"):
+        model(x, adapter_names=NAMES)
+    assert _current.get() is None
+    torch.testing.assert_close(model(x), plain)
+    torch._dynamo.reset()
