@@ -15,7 +15,8 @@ from support.models import llama
 from support.shared_inputs import net, some_x
 from transformers import AutoModelForSequenceClassification
 
-from lora_ext import LoraConfig, cli, functional, inject, save_adapter
+import lora_ext
+from lora_ext import LoraConfig, adapters, cli, functional, inject, save_adapter
 from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.methods import method_of
 from lora_ext.tasks.finetune import demo
@@ -178,6 +179,23 @@ def test_commands_have_the_options_shown():
     assert len(shown) > 15
     for line in shown:
         parser().parse_args(shlex.split(line)[1:])
+
+
+def test_every_option_is_documented():
+    words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "\n".join(TEXTS.values())))
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    missing = [
+        f"{name} {action.option_strings[0]}"
+        for name, command in commands.choices.items()
+        for action in command._actions
+        if action.option_strings and not words & set(action.option_strings) and action.dest != "help"
+    ]
+    assert len(commands.choices) > 10 and not missing
+
+
+def test_every_public_name_is_documented():
+    known = set(re.findall(r"\w+", "\n".join(TEXTS.values())))
+    assert not {*lora_ext.__all__, *adapters.__all__, *functional.__all__} - known
 
 
 def test_make_has_the_targets_shown():
