@@ -47,7 +47,13 @@ class Staging:
         finished: complete files in it -> their sizes.
     """
 
-    def __init__(self, out: Path, what: Mapping[str, Any], overwrite: bool, is_ours: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        what: Mapping[str, Any],
+        overwrite: bool = False,
+        is_ours: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         self.out, self.overwrite, self._is_ours = out, overwrite, is_ours
         self.what = json.loads(json.dumps(what))
         self.path = out.parent / f".{out.name}.unfinished"
