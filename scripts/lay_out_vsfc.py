@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.finetune.data import read_examples, shown, text_lines
+from lora_ext.tasks.finetune.data import read_examples, shown_names, text_lines
 from lora_ext.tasks.shared.whole_files import write_whole
 
 SIZES = {"train": 11_426, "dev": 1_583, "test": 3_166}
@@ -38,7 +38,7 @@ def read_split(directory: Path, split: str) -> list[tuple[str, str]]:
         )
     known = {name: name for name in _LABELS} | {str(number): name for number, name in enumerate(_LABELS)}
     if unknown := sorted({label for _, label in rows} - known.keys()):
-        raise TaskError(f"{source}: the sentiments [{shown(unknown)}] are none of {', '.join(known)}")
+        raise TaskError(f"{source}: the sentiments [{shown_names(unknown)}] are none of {', '.join(known)}")
     if empty := [number for number, (text, _) in enumerate(rows, start=1) if not text]:
         raise TaskError(f"{source}: text {empty[0]} is empty")
     return [(text, known[label]) for text, label in rows]
