@@ -126,7 +126,7 @@ def hotswap_adapter(
 
 @dataclasses.dataclass(frozen=True)
 class _NewValue:
-    """What a tensor of the model becomes: the file's tensor ``key`` times ``factor``; zero if ``key`` is None.
+    """Holds the new value of a model's tensor: the file's tensor ``key`` times ``factor``; zero if ``key`` is None.
 
     Attributes:
         rank_dim: the dimension of the rank, in which the file's tensor may be shorter: zeros follow. None: it has none.

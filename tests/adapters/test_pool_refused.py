@@ -1,4 +1,4 @@
-"""What AdapterPool refuses: unknown names, files that do not fit, too few slots, bad arguments."""
+"""Tests that AdapterPool refuses unknown names, files that do not fit, too few slots and bad arguments."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class NamedRequests:
         self.root, self.adapters, self.manager = root, adapters, manager
         self.held: dict[str, Any] = {}
         self._is_used, self._checked = False, -1
-        # Of the batch that is computed: which adapter each name means, which of the names are lost, and why.
+        # For the batch in progress: the adapter that each name stands for, and the errors of names that lost theirs.
         self._meant: dict[str | None, str] = {}
         self._lost: dict[str | None, Exception] = {}
         self._choice: RowChoice | None = None
