@@ -45,6 +45,7 @@ from harness.vietnamese_methods import (
     SEEDS,
     VARIANTS,
     default_rate,
+    middle_rate,
     place_in_table,
     rounded,
     validation_score,
@@ -146,7 +147,7 @@ class Bench:
                 return kept[rate]
             return validation_score(self.metrics(task, task.run(name, rate, 1, 0, METHODS[name])))
 
-        middle = default_rate(name)
+        middle = middle_rate(name)
         scores = {rate: score(rate) for rate in (rounded(middle / _STEP), middle, rounded(middle * _STEP))}
         while len(scores) < _MOST_RATES:
             best = max(scores, key=scores.get)

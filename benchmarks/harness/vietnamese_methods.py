@@ -44,8 +44,16 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # for the defaults of LoR
 }
 
 
+_FIRST_RATES = {"prefix-embed": 1e-2, "prefix-layer": 5e-3}  # finetune's defaults until the sweep found better ones
+
+
 def default_rate(name: str) -> float:
     return LEARNING_RATES.get(METHODS[name]["method"], 1e-3)
+
+
+def middle_rate(name: str) -> float:
+    """Returns the middle one of the three learning rates that are tried first."""
+    return _FIRST_RATES.get(name, default_rate(name))
 
 
 def rounded(rate: float) -> float:
