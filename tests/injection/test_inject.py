@@ -233,6 +233,13 @@ def test_a_model_without_linear_layers():
         inject(model, LoraConfig(target_modules="all-linear"))
 
 
+def test_a_model_whose_input_embeddings_are_no_module():
+    """Perceiver answers with its latent vectors."""
+    model = Net()
+    model.get_input_embeddings = lambda: next(model.parameters())
+    assert [path for path, _ in lora_modules(inject(model, LoraConfig(target_modules=["head"])))] == ["head"]
+
+
 def test_layers_made_by_hand():
     model = Net()
     model.head = LoraLinear(model.head)
