@@ -10,7 +10,6 @@ from lora_ext._common.arguments import checked
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.state_form import uses_base_keys
 
-
 # Accelerate sets these on a module that it hooks, and deletes them where it finds them.
 _OF_HOOKS = frozenset({"_hf_hook", "_old_forward"})
 
