@@ -18,6 +18,7 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 def _asked(model: nn.Module, method: str) -> nn.Module | None:
     ask = getattr(model, method, None)
     try:
-        return ask() if callable(ask) else None
+        found = ask() if callable(ask) else None
     except NotImplementedError:  # Transformers' answer where it finds none: CANINE, models without tokens
         return None
+    return found if isinstance(found, nn.Module) else None  # Perceiver answers with a parameter

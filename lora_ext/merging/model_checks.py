@@ -13,6 +13,7 @@ from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import adapter_layers, parameter_paths, root_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.trainable_tokens import TrainableTokens
+from lora_ext.nn.trained import TrainedModule
 
 
 def check_mergeable(caller: str, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
@@ -31,9 +32,15 @@ def check_untied(
 ) -> None:
     """Checks that merging changes no other module, except those with tied adapters, and no trained rows.
 
-    ``unloads``: trained rows are written into the weights, too.
+    ``unloads``: trained rows are written into the weights, too, and modules trained in full replace the frozen ones.
     """
-    for layer in (layer for _, layer in adapter_layers(model) if isinstance(layer, TrainableTokens)):
+    layers = list(adapter_layers(model))
+    gone = [
+        f"{path}.base_layer"
+        for path, layer in layers
+        if unloads and isinstance(layer, TrainedModule) and layer.in_use is not layer.base_layer
+    ]
+    for layer in (layer for _, layer in layers if isinstance(layer, TrainableTokens)):
         for path, (inner, _) in wanted.items():
             if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
                 raise ValueError(
@@ -50,7 +57,7 @@ def check_untied(
                 updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
                 holders[parameter][path] = (*holders[parameter].get(path, ()), *updates)
                 labels.setdefault(parameter, label)
-    for path, layer in adapter_layers(model) if unloads else ():
+    for path, layer in layers if unloads else ():
         if isinstance(layer, TrainableTokens) and (rows := layer.rows_in_use):
             parameter = id(layer.inner_layer.weight)
             holders[parameter][path] = (*holders[parameter].get(path, ()), *map(id, rows))
@@ -60,7 +67,8 @@ def check_untied(
         others = [
             path
             for path in paths[parameter]
-            if not any(is_inside(path, other) and updates[other] == updates[first] for other in updates)
+            if not any(is_inside(path, frozen) for frozen in gone)
+            and not any(is_inside(path, other) and updates[other] == updates[first] for other in updates)
         ]
         if others:
             raise ValueError(

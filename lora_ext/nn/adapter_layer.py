@@ -10,6 +10,9 @@ from lora_ext._common.arguments import checked
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.state_form import uses_base_keys
 
+# Accelerate sets these on a module that it hooks, and deletes them where it finds them.
+_OF_HOOKS = frozenset({"_hf_hook", "_old_forward"})
+
 
 class AdapterLayer(nn.Module):
     """A base layer and its adapters.
@@ -122,10 +125,7 @@ class AdapterLayer(nn.Module):
 
 
 class TransparentLayer(AdapterLayer):
-    """An adapter layer that takes missing attributes from the module in use: for modules that other code inspects.
-
-    Not for every layer: it slows down each access to a submodule.
-    """
+    """An adapter layer that takes missing attributes from the module in use: for modules that other code inspects."""
 
     @property
     def in_use(self) -> nn.Module:
@@ -136,7 +136,7 @@ class TransparentLayer(AdapterLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "active" not in vars(self):  # not initialised yet, e.g. while unpickling
+            if "active" not in vars(self) or name in _OF_HOOKS:  # not initialised yet, e.g. while unpickling
                 raise
             return getattr(self.in_use, name)
 

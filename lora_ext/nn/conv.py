@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.adapter_layer import TransparentLayer
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer, Matrix
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
-class LoraConv(LoraLayer):
+class LoraConv(TransparentLayer, LoraLayer):
     """``base_layer(x) + scaling * conv1x1(conv(dropout(x), lora_A), lora_B)`` with the base layer frozen.
 
     The convolution with ``lora_A``, ``[r, in_channels, *kernel_size]``, has the base layer's stride, padding, padding

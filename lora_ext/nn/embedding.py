@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import full_shape
 from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.adapter_layer import TransparentLayer
 from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer
@@ -55,7 +56,7 @@ class EmbeddingAdapter(LoraAdapter):
         nn.init.normal_(self.lora_B)
 
 
-class LoraEmbedding(LoraLayer):
+class LoraEmbedding(TransparentLayer, LoraLayer):
     """``base_layer(ids) + scaling * lora_A[ids] @ lora_B.T`` with the base layer frozen.
 
     If the base layer scales its rows by ``embed_scale`` (Gemma, BART), the update is scaled too. As in PEFT,

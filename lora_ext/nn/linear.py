@@ -246,4 +246,4 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
     if is_conv1d(module):
         in_features, out_features = full_shape(module.weight)
         return in_features, out_features
-    return module.in_features, module.out_features
+    return int(module.in_features), int(module.out_features)  # tensors in Transformers' Inkling

@@ -233,6 +233,22 @@ def test_a_model_without_linear_layers():
         inject(model, LoraConfig(target_modules="all-linear"))
 
 
+def test_a_model_whose_input_embeddings_are_no_module():
+    """Perceiver answers with its latent vectors."""
+    model = Net()
+    model.get_input_embeddings = lambda: next(model.parameters())
+    assert [path for path, _ in lora_modules(inject(model, LoraConfig(target_modules=["head"])))] == ["head"]
+
+
+def test_a_layer_whose_sizes_are_tensors():
+    """Inkling computes the sizes of its layers with PyTorch."""
+    model = nn.Sequential(nn.Linear(torch.tensor(6) // 2, torch.tensor(4), bias=False))
+    assert isinstance(model[0].in_features, torch.Tensor)
+    inject(model, LoraConfig(r=2, target_modules="all-linear"))
+    assert [tuple(factor.shape) for factor in model[0].adapters.default.parameters()] == [(2, 3), (4, 2)]
+    assert model(torch.ones(1, 3)).shape == (1, 4)
+
+
 def test_layers_made_by_hand():
     model = Net()
     model.head = LoraLinear(model.head)

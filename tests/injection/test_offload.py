@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from support.models import bert, llama, logits, refused, token_ids
 from torch import Tensor, nn
 
@@ -80,6 +80,18 @@ def test_factors_that_are_offloaded_do_not_train_silently(tmp_path):
         logits(model, token_ids())
     with torch.no_grad():
         logits(model, token_ids())
+
+
+def test_hooks_can_be_removed():
+    """Layers that pass on what their module has must not pass on its hooks."""
+    model, ids = bert().eval(), token_ids()
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    injected(model, modules_to_save=["classifier"], target_modules=["query", "word_embeddings"])
+    expected = logits(model, ids)
+    remove_hook_from_submodules(model)
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert torch.equal(logits(model, ids), expected)
 
 
 @pytest.mark.parametrize("offload", [cpu, disk])

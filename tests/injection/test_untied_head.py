@@ -13,7 +13,7 @@ import transformers
 from support.models import IDS, answer, llama, refused, shaken
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import disable_adapters, merge_and_unload, unload
 
 
@@ -64,6 +64,20 @@ def test_the_merged_model_is_saved_with_both(tmp_path):
 
     plain = unload(load_adapter(copy.deepcopy(base), tmp_path / "theirs"))
     assert plain.config.tie_word_embeddings and plain.lm_head.weight is plain.model.embed_tokens.weight
+
+
+@pytest.mark.filterwarnings("ignore:inject. modules_to_save")
+def test_the_frozen_head_of_a_trained_one_does_not_keep_its_embedding_from_merging(tmp_path):
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = shaken(inject(llama(tied=True).eval(), config))
+    expected = answer(model)
+    with refused(model, ValueError, "merge: the weight of", "is shared with 'lm_head.base_layer'"):
+        merge(model)  # the frozen head stays, for use without the adapter
+    merged = merge_and_unload(model)
+    torch.testing.assert_close(answer(merged), expected)
+    merged.save_pretrained(tmp_path / "merged")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(answer(read), expected)
 
 
 @pytest.mark.parametrize("tokens", [{"lm_head": [5]}, {"embed_tokens": [3, 4], "lm_head": [5]}])

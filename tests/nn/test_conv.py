@@ -74,6 +74,17 @@ def test_starts_as_its_base_layer():
     assert torch.equal(model(x), expected) and adapter.lora_A.any() and not adapter.lora_B.any()
 
 
+def test_a_model_reads_the_sizes_of_its_convolution():
+    """Whisper asks for the stride, MobileNetV2 pads by kernel size and dilation."""
+    settings = {"kernel_size": 3, "stride": 2, "dilation": (1, 2), "padding": 1}
+    base = nn.Conv2d(6, 8, **settings)
+    layer = inject(nn.Sequential(copy.deepcopy(base)), LoraConfig(target_modules=["0"]))[0]
+    for name in (*settings, "groups", "padding_mode", "in_channels", "out_channels"):
+        assert getattr(layer, name) == getattr(base, name)
+    with pytest.raises(AttributeError, match="'Conv2d' object has no attribute 'strides'"):
+        _ = layer.strides
+
+
 @pytest.mark.parametrize("name", UNGROUPED)
 def test_is_a_convolution_with_the_updated_weight(name):
     layer, x = adapted(name).conv, input_for(name)

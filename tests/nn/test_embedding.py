@@ -159,6 +159,13 @@ def test_a_tokens_row_is_contiguous_in_the_factor_and_its_gradient():
     assert layer.adapters.default.lora_A.grad.is_contiguous()
 
 
+def test_a_model_reads_the_sizes_of_its_embedding():
+    """Udop clamps ids by the number of embeddings."""
+    model = inject(TextNet(), LoraConfig(target_modules=["tokens"]))
+    assert (model.tokens.num_embeddings, model.tokens.embedding_dim, model.tokens.padding_idx) == (VOCABULARY, 8, 0)
+    assert model.tokens.embed_scale == 8**0.5
+
+
 def test_several_active_adapters_add_up():
     model, ids = TextNet(), token_ids()
     for name in ("one", "two"):
