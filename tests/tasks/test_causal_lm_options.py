@@ -50,8 +50,27 @@ def test_adapters_of_a_quantised_decoder_learn_and_load(settings: CausalSettings
     plain = finetune(settings, tmp_path / "plain", say=silent)
     assert metrics["full_checkpoint_bytes"] < 0.8 * plain["full_checkpoint_bytes"]
     assert metrics["before"]["perplexity"] == pytest.approx(plain["before"]["perplexity"], rel=0.1)
+    # Merged into dequantised weights: quantising the sum again would hide much of the update. int8 rounds inputs, too.
+    close = pytest.approx(metrics["after"]["perplexity"], rel=1e-4 if kind == "nf4" else 2e-2)
+    assert metrics["merged"]["perplexity"] == close
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert adapter.keys() == load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors").keys()
+
+
+def test_evaluations_leave_the_weights_and_gradients_of_a_quantised_decoder(
+    settings: CausalSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights in an evaluation; they pass no gradient then."""
+    two = replace(settings, model=str(tmp_path / "two"), quantize="nf4", epochs=0.2, answers=1, max_new_tokens=2)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    tiny_decoder.save(tmp_path / "two", tiny_decoder.llama(**sizes))
+    found = []
+    for name in ("packing", "never packing"):
+        metrics = finetune(two, tmp_path / name, say=silent)
+        scores = {key: value for key, value in metrics["after"].items() if key != "seconds"}
+        found.append((scores, (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()))
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    assert found[0] == found[1]
 
 
 def test_a_quantised_decoder_has_any_width(settings: CausalSettings, tmp_path: Path):

@@ -247,7 +247,8 @@ def _measure(
     found: dict[str, Any] = {}
     if settings.method == "lora":
         try:
-            models["merged"] = merge_and_unload(load_method(copy.deepcopy(base), adapter))
+            adapted = load_method(copy.deepcopy(base), adapter)
+            models["merged"] = merge_and_unload(adapted, dequantize=getattr(base, "is_quantized", False))
         except ValueError as error:  # training diverged to non-finite values
             say(f"the adapter cannot be merged: {error}")
     forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}

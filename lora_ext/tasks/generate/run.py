@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from lora_ext.quantized import stop_keeping_stored
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm.decoder import Decoder, load_decoder
 from lora_ext.tasks.causal_lm.rendering import use_template
@@ -107,6 +108,8 @@ def generate(
     say(f"loading {settings.model} ...")
     decoder = load_decoder(settings.model, getattr(torch, settings.dtype))
     model, tokenizer = decoder.model, decoder.tokenizer
+    if not adapters:
+        stop_keeping_stored(model)  # bitsandbytes' packed 4-bit weights answer faster
     if settings.chat_template_file is not None:
         use_template(tokenizer, settings.chat_template_file)
     if settings.chat or settings.system is not None:
