@@ -62,12 +62,18 @@ class Quantization:
             auto_class: the class of Transformers that loads it.
             options: of loading its config, such as ``local_files_only``.
             config: changes of its config, such as ``num_labels``.
+
+        Raises:
+            TaskError: the checkpoint is quantised already. Transformers would load it as it is.
         """
         from transformers import AutoConfig, BitsAndBytesConfig
 
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast
+        known = AutoConfig.from_pretrained(path, **config, **options)
+        if getattr(known, "quantization_config", None) is not None:
+            raise TaskError(f"--quantize {self.name}: {path} is quantised already; leave out --quantize")
         with torch.device("meta"):
-            skeleton = auto_class.from_config(AutoConfig.from_pretrained(path, **config, **options))
+            skeleton = auto_class.from_config(known)
         skipped = {name.rpartition(".")[0] for name in head_parameters(skeleton)}
         last = skeleton.get_output_embeddings()
         for name, module in skeleton.named_modules():
