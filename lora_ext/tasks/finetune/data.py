@@ -94,7 +94,7 @@ def json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
         if not content.strip():
             continue
         try:
-            row = parse_json_object(content, f"{path}, line {line}")
+            row = parse_json_object(content.rstrip("\r\n"), f"{path}, line {line}")
         except ValueError as error:
             text = re.sub(r": line 1 column (\d+) \(char \d+\)$", r" at column \1", str(error))
             raise TaskError(text) from error
