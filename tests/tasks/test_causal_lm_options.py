@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from support.command_lines import silent
 
 from lora_ext import cli
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.causal_lm import run
 from lora_ext.tasks.causal_lm.run import finetune
 from lora_ext.tasks.causal_lm.settings import CausalSettings
 
@@ -111,6 +113,22 @@ def test_sixteen_bits_and_fields_of_the_trainer(
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["settings"]["dtype"] == "bfloat16" and metrics["settings"]["set"] == "weight_decay=0.1"
     assert metrics["after"]["perplexity"] < metrics["before"]["perplexity"]
+
+
+def test_an_output_that_shows_ascii_alone_gets_each_line_at_once(
+    settings: CausalSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Answers of an untrained model hold any character."""
+    data = tiny_decoder.save_rows(tmp_path / "\u00e9.jsonl", tiny_decoder.chats(tiny_decoder.questions(30)))
+    log, before = tmp_path / "log", []
+    with log.open("w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(run, "use_template", lambda *_: before.append(log.read_text()))
+        command = ["finetune", "--task", "causal-lm", "--model", settings.model, "--data", str(data), "--answers", "2"]
+        options = ["--epochs", "0.1", "--max-new-tokens", "9", "--chat-template-file", "x", "--no-measure"]
+        assert cli.main([*command, *options, "--out", str(tmp_path / "out")]) == 0
+    assert before[0].splitlines()[0].endswith("\\xe9.jsonl: 24 for train, 3 for validation, 3 for test")
+    assert "perplexity" in log.read_text()
 
 
 def test_a_field_of_the_trainer_is_checked_before_the_model_is_loaded(settings: CausalSettings, tmp_path: Path):
