@@ -18,7 +18,7 @@ from peft import PeftModel
 from support import tiny_decoder, tiny_gguf
 from support.models import bert, shaken
 from support.processes import Forked
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_ext import LoraConfig, inject, save_adapter
 from lora_ext._common.printable import escaped
@@ -204,6 +204,26 @@ def test_a_gguf_file_and_16_bits(directory: Path, tmp_path: Path, capsys):
     assert answer["text"] == expected(directory, directory / "first", PROMPT)
     (answer,) = run(capsys, "--model", file, "--adapter", directory / "first", "--dtype", "bfloat16", "--merge", PROMPT)
     assert answer["tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_checkpoint(tmp_path: Path, capsys, caplog, kind: str):
+    """The answers are those of the model in memory, and nothing is told of 8-bit casts."""
+    tiny_decoder.save(tmp_path / "plain", tiny_decoder.llama(hidden_size=64, intermediate_size=128, head_dim=32))
+    how = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**how)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    tiny_decoder.tokenizer().save_pretrained(tmp_path / "model")
+    inject(model, LoraConfig(r=2, target_modules="all-linear"))
+    save_adapter(shaken(model, 0.5), tmp_path / "first")
+    ids = tiny_decoder.tokenizer()(PROMPT, return_tensors="pt")
+    caplog.clear()
+    answers = run(capsys, "--model", tmp_path / "model", "--adapter", tmp_path / "first", PROMPT)
+    with torch.no_grad():
+        out = model.eval().generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert answers[0]["text"] == tiny_decoder.tokenizer().decode(out, skip_special_tokens=True)
+    assert not [one for one in caplog.records if one.name.startswith("bitsandbytes")]
 
 
 def test_answers_stream(directory: Path, capsys, monkeypatch):

@@ -68,7 +68,6 @@ class Quantization:
         """
         from transformers import AutoConfig, BitsAndBytesConfig
 
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast
         known = AutoConfig.from_pretrained(path, **config, **options)
         if getattr(known, "quantization_config", None) is not None:
             raise TaskError(f"--quantize {self.name}: {path} is quantised already; leave out --quantize")
@@ -97,13 +96,14 @@ def quantization_of(settings: Settings) -> Quantization | None:
     return Quantization(settings.quantize, compute, trained)
 
 
-def avoid_packed_layout(model: nn.Module) -> None:
+def tame_bitsandbytes(model: nn.Module) -> None:
     """Keeps bitsandbytes from packing 4-bit weights, until ``stop_keeping_stored``; where it would fail, for good.
 
     On CPUs with AVX512-BF16 the first forward in evaluation packs a weight. Rows must then be whole blocks, and their
     number a multiple of 32. That rounds the scales, and the layer passes no gradient any more: neither do layers of
     other models that share the weight, such as the adapted one when its bare model is evaluated.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast of an 8-bit layer's input
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             block = module.weight.quant_state.blocksize

@@ -32,8 +32,8 @@ from lora_ext.tasks.finetune.pooling import choose_pooling, poolers
 from lora_ext.tasks.finetune.quantize import (
     QUANTIZABLE,
     Quantization,
-    avoid_packed_layout,
     quantization_of,
+    tame_bitsandbytes,
     tensors_of_8bit,
 )
 from lora_ext.tasks.finetune.settings import Settings
@@ -106,7 +106,7 @@ def load_model(
     if tokenizer.pad_token is None:  # language models have none
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    avoid_packed_layout(model)
+    tame_bitsandbytes(model)
     choose_pooling(model, path, pooling, loaded["missing_keys"])
     head = head_parameters(model).keys()
     if wrong := sorted({name for name, *_ in loaded["mismatched_keys"]} - head):
