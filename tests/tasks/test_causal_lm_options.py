@@ -115,6 +115,18 @@ def test_sixteen_bits_and_fields_of_the_trainer(
     assert metrics["after"]["perplexity"] < metrics["before"]["perplexity"]
 
 
+def test_a_resumed_run_has_the_same_chat_template(settings: CausalSettings, tmp_path: Path):
+    template = tmp_path / "template.jinja"
+    template.write_text(tiny_decoder.TEMPLATE)
+    one = replace(settings, chat_template_file=str(template), epochs=0.1)
+    metrics = finetune(one, tmp_path / "out", measure=False, say=silent)
+    again = finetune(one, tmp_path / "out", measure=False, say=silent, resume=True)
+    assert again["after"] == metrics["after"]
+    template.write_text(tiny_decoder.MARKED)
+    with pytest.raises(TaskError, match="--resume: the texts or the chat template are not those that the run"):
+        finetune(one, tmp_path / "out", measure=False, say=silent, resume=True)
+
+
 def test_an_output_that_shows_ascii_alone_gets_each_line_at_once(
     settings: CausalSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -125,8 +137,9 @@ def test_an_output_that_shows_ascii_alone_gets_each_line_at_once(
         monkeypatch.setattr(sys, "stdout", file)
         monkeypatch.setattr(run, "use_template", lambda *_: before.append(log.read_text()))
         command = ["finetune", "--task", "causal-lm", "--model", settings.model, "--data", str(data), "--answers", "2"]
-        options = ["--epochs", "0.1", "--max-new-tokens", "9", "--chat-template-file", "x", "--no-measure"]
-        assert cli.main([*command, *options, "--out", str(tmp_path / "out")]) == 0
+        (tmp_path / "template").write_text(tiny_decoder.TEMPLATE)
+        options = ["--epochs", "0.1", "--max-new-tokens", "9", "--chat-template-file", str(tmp_path / "template")]
+        assert cli.main([*command, *options, "--no-measure", "--out", str(tmp_path / "out")]) == 0
     assert before[0].splitlines()[0].endswith("\\xe9.jsonl: 24 for train, 3 for validation, 3 for test")
     assert "perplexity" in log.read_text()
 
