@@ -108,11 +108,8 @@ def find_changes(
         problems += _AdapterChanges(base, changes, contents, fan_in_fan_out, untie, multiplier).problems
     for key in changes.changed:
         tensor = changes.tensors[key]
-        if (tensor.terms or tensor.rows) and DTYPES.get(tensor.dtype) not in FLOATING:
-            problems.append(
-                f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; dequantise the base first, or load both "
-                "and call merge_and_unload(model, dequantize=True)"
-            )
+        if (tensor.terms or tensor.rows) and not _is_floating(tensor):
+            problems.append(_quantised(key, tensor))
         if tensor.replacement is not None and not _holds(tensor):
             problems.append(f"dtype of {key}: {tensor.dtype}, which the adapter's {_dtype(tensor.replacement)} is not")
         indices = list(itertools.chain.from_iterable(rows for _, _, rows in tensor.rows))
@@ -251,7 +248,9 @@ class _AdapterChanges:
         for update, key in targets.items():
             tensor = self.changes.tensors[key]
             if not fitting[update]:
-                self.problems.append(misfit(self.file, update, key, tensor.shape))
+                is_packed = not _is_floating(tensor)  # two codes in a byte have another shape
+                wrong = _quantised(key, tensor) if is_packed else misfit(self.file, update, key, tensor.shape)
+                self.problems.append(wrong)
                 continue
             layout = choose_layout(update, fitting[update], evidence, asked=self.fan_in_fan_out, configured=configured)
             if layout is None:
@@ -285,6 +284,17 @@ class _AdapterChanges:
             self.changes.tensors[self.tie.head] = TensorChange(embedding.shape, embedding.dtype, self.tie.embedding)
             self.changes.untied[self.tie.head] = self.tie.embedding
         return self.untie
+
+
+def _is_floating(tensor: TensorChange) -> bool:
+    return DTYPES.get(tensor.dtype) in FLOATING
+
+
+def _quantised(key: str, tensor: TensorChange) -> str:
+    return (
+        f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; dequantise the base first, or load both and call "
+        "merge_and_unload(model, dequantize=True)"
+    )
 
 
 def _weight_name(update: LowRankUpdate) -> str:

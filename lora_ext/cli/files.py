@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -90,6 +90,15 @@ def add_fan_in_fan_out(parser: argparse.ArgumentParser) -> None:
 def tell(text: str) -> None:
     """Prints lines that may contain names of files: escapes control characters and what the terminal cannot show."""
     print(showable(text, keep="\n"))
+
+
+def say(text: str) -> None:
+    """Prints lines of a long command at once: a log has them in order, and before the end.
+
+    A disk that is full does not end the command, nor a reader that is gone: it is told when the command has ended.
+    """
+    with suppress(OSError):
+        print(showable(text, keep="\n\t"), flush=True)
 
 
 def showable(text: str, keep: str) -> str:

@@ -68,11 +68,11 @@ def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
     if not found:
         return config
     for key in ("lora_dropout", "lora_bias", "fan_in_fan_out"):
-        if getattr(config, key):
+        if value := getattr(config, key):
             raise ValueError(
-                f'inject: {key} is {getattr(config, key)}, but target_modules is "all-linear", and the experts and '
+                f'inject: {key} is {value}, but target_modules is "all-linear", and the experts and '
                 f"routers of {type(bare.root).__name__} are bare parameters, whose adapters know only the weight; "
-                f"leave {key} at its default, or exclude them: exclude_modules={_last_names(found)}"
+                f"set {key} to {type(value)()}, or exclude them: exclude_modules={_last_names(found)}"
             )
     paths = {f"{path}.{name}" for path, name in found}
     if found == all_found:  # PEFT's spelling: it wants the same names in all adapters of a model

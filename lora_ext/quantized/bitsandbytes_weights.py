@@ -39,7 +39,7 @@ class Linear4bitWeight(_BitsandbytesWeight):
     """Codes of 4 bits; a scale for each block, quantised again to 8 bits with double quantisation.
 
     On CPUs with AVX512-BF16 a call in eval mode packs the weight for a bfloat16 product: it rounds the scales, and the
-    next training step fails. :meth:`keep_stored` switches that off.
+    next training step fails or passes no gradient. :meth:`keep_stored` switches that off.
     """
 
     @classmethod

@@ -41,6 +41,10 @@ def test_tensors_that_do_not_fit_are_listed(llama_files, tmp_path):
     quantised = {key: t.to(torch.int8) if "q_proj" in key else t for key, t in llama().state_dict().items()}
     save_checkpoint(quantised, tmp_path / "int8")
     refuses(tmp_path / "int8", [adapter], tmp_path / "out", "dtype of model.layers.0.self_attn.q_proj.weight: I8")
+    packed = {key: t.view(-1, 2)[:, :1].to(torch.uint8) if "q_proj" in key else t for key, t in quantised.items()}
+    save_checkpoint(packed, tmp_path / "nf4")
+    words = "dtype of model.layers.0.self_attn.q_proj.weight: U8", "dequantise the base first"
+    refuses(tmp_path / "nf4", [adapter], tmp_path / "out", *words)
 
 
 def test_an_adapter_that_is_given_twice_is_refused(llama_files, tmp_path):

@@ -201,7 +201,9 @@ def test_options_that_experts_cannot_have_are_refused_as_by_peft(setting):
     with pytest.raises(ValueError, match=key):
         peft.get_peft_model(mixtral(), peft.LoraConfig(**SETTINGS, **setting))
     model = mixtral()
-    with refused(model, ValueError, f"inject: {key} is ", '"all-linear"', "exclude_modules=['experts', 'gate']"):
+    with refused(
+        model, ValueError, f"inject: {key} is ", '"all-linear"', f"set {key} to ", "exclude_modules=['experts', 'gate']"
+    ):
         inject(model, LoraConfig(**SETTINGS, **setting))
     inject(model, LoraConfig(**SETTINGS, **setting, exclude_modules=["experts", "gate"]))
 

@@ -292,6 +292,14 @@ def test_bad_input_is_refused_before_anything_is_written(settings: CausalSetting
     assert not (tmp_path / "out").exists()
 
 
+def test_a_template_without_chats_is_refused(settings: CausalSettings, tmp_path: Path):
+    data = tiny_decoder.save_rows(tmp_path / "x.jsonl", tiny_decoder.completions(tiny_decoder.questions(30)))
+    template = replace(settings, data=str(data), chat_template_file=str(tmp_path / "any"))
+    with pytest.raises(TaskError, match="--chat-template-file goes with messages, and .*x.jsonl has none"):
+        finetune(template, tmp_path / "out", say=silent)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_settings_are_named():
     for changes, message in (
         ({"long_texts": "cut"}, "--long-texts is 'cut', want one of refuse, drop, truncate"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from support.command_lines import silent
 
 from lora_ext import cli
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.causal_lm import run
 from lora_ext.tasks.causal_lm.run import finetune
 from lora_ext.tasks.causal_lm.settings import CausalSettings
 
@@ -50,8 +52,27 @@ def test_adapters_of_a_quantised_decoder_learn_and_load(settings: CausalSettings
     plain = finetune(settings, tmp_path / "plain", say=silent)
     assert metrics["full_checkpoint_bytes"] < 0.8 * plain["full_checkpoint_bytes"]
     assert metrics["before"]["perplexity"] == pytest.approx(plain["before"]["perplexity"], rel=0.1)
+    # Merged into dequantised weights: quantising the sum again would hide much of the update. int8 rounds inputs, too.
+    close = pytest.approx(metrics["after"]["perplexity"], rel=1e-4 if kind == "nf4" else 2e-2)
+    assert metrics["merged"]["perplexity"] == close
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert adapter.keys() == load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors").keys()
+
+
+def test_evaluations_leave_the_weights_and_gradients_of_a_quantised_decoder(
+    settings: CausalSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights in an evaluation; they pass no gradient then."""
+    two = replace(settings, model=str(tmp_path / "two"), quantize="nf4", epochs=0.2, answers=1, max_new_tokens=2)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    tiny_decoder.save(tmp_path / "two", tiny_decoder.llama(**sizes))
+    found = []
+    for name in ("packing", "never packing"):
+        metrics = finetune(two, tmp_path / name, say=silent)
+        scores = {key: value for key, value in metrics["after"].items() if key != "seconds"}
+        found.append((scores, (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()))
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    assert found[0] == found[1]
 
 
 def test_a_quantised_decoder_has_any_width(settings: CausalSettings, tmp_path: Path):
@@ -92,6 +113,35 @@ def test_sixteen_bits_and_fields_of_the_trainer(
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["settings"]["dtype"] == "bfloat16" and metrics["settings"]["set"] == "weight_decay=0.1"
     assert metrics["after"]["perplexity"] < metrics["before"]["perplexity"]
+
+
+def test_a_resumed_run_has_the_same_chat_template(settings: CausalSettings, tmp_path: Path):
+    template = tmp_path / "template.jinja"
+    template.write_text(tiny_decoder.TEMPLATE)
+    one = replace(settings, chat_template_file=str(template), epochs=0.1)
+    metrics = finetune(one, tmp_path / "out", measure=False, say=silent)
+    again = finetune(one, tmp_path / "out", measure=False, say=silent, resume=True)
+    assert again["after"] == metrics["after"]
+    template.write_text(tiny_decoder.MARKED)
+    with pytest.raises(TaskError, match="--resume: the texts or the chat template are not those that the run"):
+        finetune(one, tmp_path / "out", measure=False, say=silent, resume=True)
+
+
+def test_an_output_that_shows_ascii_alone_gets_each_line_at_once(
+    settings: CausalSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Answers of an untrained model hold any character."""
+    data = tiny_decoder.save_rows(tmp_path / "\u00e9.jsonl", tiny_decoder.chats(tiny_decoder.questions(30)))
+    log, before = tmp_path / "log", []
+    with log.open("w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(run, "use_template", lambda *_: before.append(log.read_text()))
+        command = ["finetune", "--task", "causal-lm", "--model", settings.model, "--data", str(data), "--answers", "2"]
+        (tmp_path / "template").write_text(tiny_decoder.TEMPLATE)
+        options = ["--epochs", "0.1", "--max-new-tokens", "9", "--chat-template-file", str(tmp_path / "template")]
+        assert cli.main([*command, *options, "--no-measure", "--out", str(tmp_path / "out")]) == 0
+    assert before[0].splitlines()[0].endswith("\\xe9.jsonl: 24 for train, 3 for validation, 3 for test")
+    assert "perplexity" in log.read_text()
 
 
 def test_a_field_of_the_trainer_is_checked_before_the_model_is_loaded(settings: CausalSettings, tmp_path: Path):

@@ -60,6 +60,8 @@ def test_quotes_in_tsv_are_ordinary_characters(tmp_path: Path):
         ("a.csv", "text,label\n", "a.csv: holds no examples"),
         ("a.csv", "body,label\nx,1\n", "line 2: no column 'text' but body, label; set --text-column"),
         ("a.csv", "text,stars\nx,1\n", "line 2: no column 'label' but text, stars; set --label-column"),
+        ("a.csv", "text;label\nx;1\n", "line 2: its columns are separated by ';', want commas; tabs go with .tsv"),
+        ("a.tsv", "text,label\nx,1\n", "line 2: its columns are separated by ',', want tabs"),
         ("a.csv", "text,label\nx,1\na,b,1\n", "line 3: 3 columns, but the header has 2"),
         ("a.csv", 'text,label\nx,1\n"never closed,1\n', "line 3: unexpected end of data; is a quote not closed?"),
         ("a.csv", "text,label\nx,\n", "line 2: 'label' is \"\", want a string or an integer"),

@@ -235,6 +235,7 @@ def test_set_reaches_the_run(tiny: Settings, tmp_path: Path):
         ("logging_steps=1", "--set logging_steps: not possible, because a run decides itself when it evaluates"),
         ("load_best_model_at_end=true", "--set load_best_model_at_end: use --best-metric"),
         ("bf16_full_eval=true", "--set bf16_full_eval: not possible, because an evaluation would round"),
+        ("train_sampling_strategy=random", "not possible, because a run groups texts of similar lengths itself"),
         ("dataloader_drop_last=true", "--set dataloader_drop_last: not possible, because the scores need all texts"),
         ("fsdp=full_shard", "--set fsdp: not possible, because a run is one process, or as many as torchrun starts"),
         ("ddp_backend=gloo", "--set ddp_backend: not possible, because a run is one process"),

@@ -130,6 +130,23 @@ def test_refusals(arguments: list[str], message: str, tmp_path: Path, capsys: py
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int8"}, "--quantize int8: .* is quantised already; leave out --quantize"),
+        ({"quantize": None, "method": "full"}, "--method full trains the weights, and those of .* are quantised"),
+    ],
+)
+def test_a_checkpoint_that_is_quantised_already(tiny: Settings, tmp_path: Path, options: dict, message: str):
+    """Transformers loads it as it is; full fine-tuning would train a part of it, and end at its first file."""
+    quantized(tiny.model, "nf4").save_pretrained(tmp_path / "nf4")
+    AutoTokenizer.from_pretrained(tiny.model).save_pretrained(tmp_path / "nf4")
+    settings = Settings(model=str(tmp_path / "nf4"), data=tiny.data, max_length=32, epochs=0.2, **options)
+    with pytest.raises(TaskError, match=message):
+        finetune(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_bitsandbytes(tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(

@@ -18,7 +18,7 @@ from peft import PeftModel
 from support import tiny_decoder, tiny_gguf
 from support.models import bert, shaken
 from support.processes import Forked
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_ext import LoraConfig, inject, save_adapter
 from lora_ext._common.printable import escaped
@@ -132,6 +132,23 @@ def test_standard_input(directory: Path, capsys, monkeypatch):
     assert answer["prompt"] == [{"role": "user", "content": PROMPT}]
 
 
+def test_lines_end_at_line_feeds_and_carriage_returns_alone(directory: Path, tmp_path: Path, capsys, monkeypatch):
+    """Form feeds, U+0085 and U+2028 are characters of a text, in JSON's strings, too."""
+    texts = ["a\x0cb", "c\x85d", "e\u2028f"]
+    lines = {"x.txt": texts, "x.jsonl": [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]}
+    for name, rows in lines.items():
+        for end in ("\n", "\r\n", "\r"):
+            content = b"\xef\xbb\xbf" + (end.join(rows) + end).encode()
+            (tmp_path / name).write_bytes(content)
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+            for source in (tmp_path / name, "-"):
+                answers = run(capsys, "--model", directory / "model", "--prompts", source)
+                assert [answer["prompt"] for answer in answers] == texts
+    (tmp_path / "x.txt").write_bytes(b"one\r\ntwo\r\n")
+    (answer,) = run(capsys, "--model", directory / "model", "--prompts", tmp_path / "x.txt", "--whole")
+    assert answer["prompt"] == "one\r\ntwo"
+
+
 def test_an_answer_ends_with_the_turn(directory: Path, capsys, monkeypatch):
     """The tokenizer's eos_token is another one than the chat template's end of a turn."""
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
@@ -187,6 +204,26 @@ def test_a_gguf_file_and_16_bits(directory: Path, tmp_path: Path, capsys):
     assert answer["text"] == expected(directory, directory / "first", PROMPT)
     (answer,) = run(capsys, "--model", file, "--adapter", directory / "first", "--dtype", "bfloat16", "--merge", PROMPT)
     assert answer["tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_checkpoint(tmp_path: Path, capsys, caplog, kind: str):
+    """The answers are those of the model in memory, and nothing is told of 8-bit casts."""
+    tiny_decoder.save(tmp_path / "plain", tiny_decoder.llama(hidden_size=64, intermediate_size=128, head_dim=32))
+    how = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**how)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    tiny_decoder.tokenizer().save_pretrained(tmp_path / "model")
+    inject(model, LoraConfig(r=2, target_modules="all-linear"))
+    save_adapter(shaken(model, 0.5), tmp_path / "first")
+    ids = tiny_decoder.tokenizer()(PROMPT, return_tensors="pt")
+    caplog.clear()
+    answers = run(capsys, "--model", tmp_path / "model", "--adapter", tmp_path / "first", PROMPT)
+    with torch.no_grad():
+        out = model.eval().generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert answers[0]["text"] == tiny_decoder.tokenizer().decode(out, skip_special_tokens=True)
+    assert not [one for one in caplog.records if one.name.startswith("bitsandbytes")]
 
 
 def test_answers_stream(directory: Path, capsys, monkeypatch):
@@ -247,7 +284,11 @@ def test_answers_stream(directory: Path, capsys, monkeypatch):
         (["--temperature", "1", "--top-k", "-1"], "--top-k is -1, want at least 0"),
         (["--seed", "-1"], "--seed is -1, want 0 <= seed < 2**32"),
         (["--system", " "], "--system is empty"),
-        (["--chat-template-file", "none.jinja"], "--chat-template-file none.jinja: cannot be read: No such file"),
+        (
+            ["--chat", "--chat-template-file", "none.jinja"],
+            "--chat-template-file none.jinja: cannot be read: No such file",
+        ),
+        (["--chat-template-file", "none.jinja"], "--chat-template-file goes with messages, and the prompts are texts"),
         (["--prompts", "x.txt"], "--prompts names a file, and there are prompts as arguments"),
         (["--whole"], "--whole goes with --prompts or standard input"),
         (["   "], "prompt 2: is empty"),
@@ -283,6 +324,16 @@ def test_refusals(directory: Path, capsys, monkeypatch, options: list[str], mess
         ),
         ("x.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', "the last message is the assistant's"),
         ("x.jsonl", b'{"prompt": " "}', "x.jsonl, line 1: is empty"),
+        (
+            "x.jsonl",
+            b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}',
+            "x.jsonl, line 1: holds tools, which are not supported",
+        ),
+        (
+            "x.jsonl",
+            b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}',
+            "line 1: message 1 has 'name', which no text shows",
+        ),
     ],
 )
 def test_files_that_are_refused(directory: Path, tmp_path: Path, capsys, name: str, content: bytes, message: str):

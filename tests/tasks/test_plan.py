@@ -292,6 +292,19 @@ def test_what_fits_can_be_pasted_into_finetune(tmp_path, optimizer):
     )
 
 
+def test_the_options_for_a_language_model_name_its_task(gpt2_directory, capsys):
+    common = ["plan", "--json", "--model", gpt2_directory, "--seq-len", "16", "--gpu-memory", "1GB", "--reserve", "0"]
+    assert main(common) == 0
+    options = json.loads(capsys.readouterr().out)["finetune_options"]
+    parser = argparse.ArgumentParser()
+    finetune_command.add_parser(parser.add_subparsers())
+    assert parser.parse_args(["finetune", *options, "--out", "x"]).task == "causal-lm"
+    assert main([*common, "--task", "classification"]) == 0
+    assert "--task" not in json.loads(capsys.readouterr().out)["finetune_options"]
+    assert main([*common, "--method", "prefix-embed"]) == 0
+    assert json.loads(capsys.readouterr().out)["finetune_options"] is None  # not for language models
+
+
 def test_the_command_takes_finetunes_options(bert_directory, capsys):
     common = ["plan", "--json", "--model", bert_directory, "--seq-len", "32"]
     peaks = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm import demo
 from lora_ext.tasks.causal_lm.conversations import read_conversations
 from lora_ext.tasks.causal_lm.settings import CausalSettings
@@ -24,6 +25,8 @@ def load_conversations(settings: CausalSettings, say: Callable[[str], None]) -> 
         name, examples = settings.data, read_conversations(settings.data, settings.text_column)
     read = functools.partial(read_conversations, text_column=settings.text_column)
     splits, _ = split_sides(settings, name, examples, read, say, texts="prompts")
+    if settings.chat_template_file is not None and not any(example.is_chat for side in splits for example in side):
+        raise TaskError(f"--chat-template-file goes with messages, and {name} has none; leave it out")
     sizes = ", ".join(f"{len(split):,} for {side}" for side, split in splits._asdict().items())
     say(f"{name}: {sizes}")
     return splits

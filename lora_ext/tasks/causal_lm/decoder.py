@@ -24,7 +24,7 @@ from lora_ext._common.install_hint import install_hint
 from lora_ext._common.printable import first_of
 from lora_ext._common.progress import is_terminal
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.finetune.quantize import Quantization, avoid_packed_layout
+from lora_ext.tasks.finetune.quantize import Quantization, tame_bitsandbytes
 from lora_ext.tasks.finetune.task_model import most_tokens
 from lora_ext.tasks.shared.hub import check_no_adapter, loading_options, why_not_loaded
 
@@ -89,7 +89,7 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32, quantization: Qu
         )
     if is_gguf:
         _forget_quantization(model)
-    avoid_packed_layout(model)
+    tame_bitsandbytes(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -35,23 +35,28 @@ class Encoded(NamedTuple):
         return sum(label != IGNORED for row in self.rows for label in row["labels"])
 
 
-def use_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Gives the tokenizer the chat template in the file ``path``.
-
-    TaskError: it cannot be read, or is no Jinja template.
-    """
+def read_template(path: str) -> str:
+    """Returns the chat template in the file ``path``. TaskError: it cannot be read."""
     try:
         with open_regular(Path(path)) as file:
             content = file.read(_LARGEST_TEMPLATE + 1)
         if len(content) > _LARGEST_TEMPLATE:
             raise ValueError(f"{path} has more than {_LARGEST_TEMPLATE:,} bytes")
-        tokenizer.chat_template = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise TaskError(f"--chat-template-file {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise TaskError(f"--chat-template-file {path}: not UTF-8 ({error.reason})") from error
     except ValueError as error:
         raise TaskError(f"--chat-template-file: {error}") from error
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Gives the tokenizer the chat template in the file ``path``.
+
+    TaskError: it cannot be read, or is no Jinja template.
+    """
+    tokenizer.chat_template = read_template(path)
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     except TemplateSyntaxError as error:

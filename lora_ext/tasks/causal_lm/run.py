@@ -21,7 +21,7 @@ from lora_ext.tasks.causal_lm.causal_data import load_conversations
 from lora_ext.tasks.causal_lm.decoder import Decoder, check_packing, load_decoder
 from lora_ext.tasks.causal_lm.evaluating import answer_scores, answered, batches_of, generated, perplexity
 from lora_ext.tasks.causal_lm.packing import Collator, pack
-from lora_ext.tasks.causal_lm.rendering import Encoded, Renderer, encode, use_template
+from lora_ext.tasks.causal_lm.rendering import Encoded, Renderer, encode, read_template, use_template
 from lora_ext.tasks.causal_lm.settings import TASK, CausalSettings, command_line
 from lora_ext.tasks.causal_lm.trainer import CausalTrainer, build_causal_trainer
 from lora_ext.tasks.finetune.data import DATA_FILE, Splits, fingerprint, resumed_fingerprint, save_fingerprint
@@ -67,7 +67,8 @@ def finetune(
     check_out(out, resume, overwrite, **marks, outputs=_OUTPUTS, inputs=inputs)
     checkpoint = last_checkpoint(out) if resume else None
     splits = load_conversations(settings, say)
-    texts = resumed_fingerprint(splits, out) if resume else fingerprint(splits)
+    template = () if settings.chat_template_file is None else (read_template(settings.chat_template_file),)
+    texts = resumed_fingerprint(splits, out, *template) if resume else fingerprint(splits, *template)
     check_training_arguments(settings, len(splits.train))
     check_has_validation(settings, len(splits.validation))
     if resume and checkpoint is None:
@@ -247,7 +248,8 @@ def _measure(
     found: dict[str, Any] = {}
     if settings.method == "lora":
         try:
-            models["merged"] = merge_and_unload(load_method(copy.deepcopy(base), adapter))
+            adapted = load_method(copy.deepcopy(base), adapter)
+            models["merged"] = merge_and_unload(adapted, dequantize=getattr(base, "is_quantized", False))
         except ValueError as error:  # training diverged to non-finite values
             say(f"the adapter cannot be merged: {error}")
     forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}

@@ -94,7 +94,7 @@ def json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
         if not content.strip():
             continue
         try:
-            row = parse_json_object(content, f"{path}, line {line}")
+            row = parse_json_object(content.rstrip("\r\n"), f"{path}, line {line}")
         except ValueError as error:
             text = re.sub(r": line 1 column (\d+) \(char \d+\)$", r" at column \1", str(error))
             raise TaskError(text) from error
@@ -159,9 +159,12 @@ def split_examples(examples: list[Example], validation_fraction: float, test_fra
     return Splits(*([example for key in side for example in by_text[key]] for side in sides))
 
 
-def fingerprint(splits: Splits) -> str:
-    """Returns a hexadecimal SHA-256 that identifies the texts, their labels and their sides in any order."""
-    content = [sorted(example[:2] for example in split) for split in splits]
+def fingerprint(splits: Splits, *more: str) -> str:
+    """Returns a hexadecimal SHA-256 that identifies the texts, their labels and their sides in any order.
+
+    ``more``: what else decides which tokens are learned, such as a chat template.
+    """
+    content = [*(sorted(example[:2] for example in split) for split in splits), *more]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -187,11 +190,12 @@ def saved_fingerprint(out: Path) -> str | None:
     return sha256
 
 
-def resumed_fingerprint(splits: Splits, out: Path) -> str:
+def resumed_fingerprint(splits: Splits, out: Path, *more: str) -> str:
     """Returns :func:`fingerprint`. TaskError: the run in ``out`` was started with other texts."""
-    texts = fingerprint(splits)
+    texts = fingerprint(splits, *more)
     if saved_fingerprint(out) not in (None, texts):
-        raise TaskError(f"--resume: the texts are not those that the run in {out} was started with; start a new run")
+        what = "the texts or the chat template are" if more else "the texts are"
+        raise TaskError(f"--resume: {what} not those that the run in {out} was started with; start a new run")
     return texts
 
 
@@ -258,9 +262,16 @@ def _read_table(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[tup
             if len(row) != len(header):
                 raise TaskError(f"{path}, line {line}: {len(row)} columns, but the header has {len(header)}")
             if len(where) < len(set(columns)):
+                _check_separator(path, line, header)
                 _check_columns(path, line, header, columns)
             yield line, {name: row[index] for name, index in where.items()}
         line = reader.line_num + 1
+
+
+def _check_separator(path: Path, line: int, header: Sequence[str]) -> None:
+    if len(header) == 1 and (found := [mark for mark in (";", "\t", "|", ",") if mark in header[0]]):
+        want = "tabs" if path.suffix.lower() == ".tsv" else "commas; tabs go with .tsv"
+        raise TaskError(f"{path}, line {line}: its columns are separated by {found[0]!r}, want {want}")
 
 
 @contextmanager

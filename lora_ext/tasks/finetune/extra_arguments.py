@@ -45,8 +45,8 @@ _MANAGED = {
     "eval_do_concat_batches eval_use_gather_object logging_* log_* report_to run_name project trackio_* disable_tqdm "
     "include_num_input_tokens_seen skip_memory_metrics debug do_train do_eval do_predict",
     "the scores need all texts, in order, with all logits": "prediction_loss_only batch_eval_metrics "
-    "include_for_metrics dataloader_drop_last remove_unused_columns label_names train_sampling_strategy "
-    "group_by_length length_column_name",
+    "include_for_metrics dataloader_drop_last remove_unused_columns label_names",
+    "a run groups texts of similar lengths itself": "train_sampling_strategy group_by_length length_column_name",
     "an evaluation would round the trained weights": "bf16_full_eval fp16_full_eval",
     "it would replace modules of the adapted model": "use_liger_kernel liger_kernel_config",
     "a run is one process, or as many as torchrun starts, on GPUs if there are any": "use_cpu no_cuda "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.install_hint import install_hint
 from lora_ext.methods import METHODS, head_parameters
+from lora_ext.quantized import keep_stored
 from lora_ext.tasks import TaskError
 
 if TYPE_CHECKING:
@@ -61,12 +62,17 @@ class Quantization:
             auto_class: the class of Transformers that loads it.
             options: of loading its config, such as ``local_files_only``.
             config: changes of its config, such as ``num_labels``.
+
+        Raises:
+            TaskError: the checkpoint is quantised already. Transformers would load it as it is.
         """
         from transformers import AutoConfig, BitsAndBytesConfig
 
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast
+        known = AutoConfig.from_pretrained(path, **config, **options)
+        if getattr(known, "quantization_config", None) is not None:
+            raise TaskError(f"--quantize {self.name}: {path} is quantised already; leave out --quantize")
         with torch.device("meta"):
-            skeleton = auto_class.from_config(AutoConfig.from_pretrained(path, **config, **options))
+            skeleton = auto_class.from_config(known)
         skipped = {name.rpartition(".")[0] for name in head_parameters(skeleton)}
         last = skeleton.get_output_embeddings()
         for name, module in skeleton.named_modules():
@@ -90,17 +96,20 @@ def quantization_of(settings: Settings) -> Quantization | None:
     return Quantization(settings.quantize, compute, trained)
 
 
-def avoid_packed_layout(model: nn.Module) -> None:
-    """Turns bitsandbytes' packed CPU layout off in 4-bit layers that it does not fit: their forward would fail.
+def tame_bitsandbytes(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights, until ``stop_keeping_stored``; where it would fail, for good.
 
     On CPUs with AVX512-BF16 the first forward in evaluation packs a weight. Rows must then be whole blocks, and their
-    number a multiple of 32.
+    number a multiple of 32. That rounds the scales, and the layer passes no gradient any more: neither do layers of
+    other models that share the weight, such as the adapted one when its bare model is evaluated.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every cast of an 8-bit layer's input
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             block = module.weight.quant_state.blocksize
             if module.in_features % block or module.out_features % 32:
                 module.support_avx512bf16_for_cpu = False
+    keep_stored(model)
 
 
 def tensors_of_8bit(model: nn.Module) -> Iterator[Tensor]:

@@ -235,7 +235,7 @@ def _measure(
     if settings.method == "lora":
         try:
             adapted = load_method(copy.deepcopy(base), adapter)
-            models["merged"] = merge_and_unload(adapted, dequantize=settings.quantize is not None)
+            models["merged"] = merge_and_unload(adapted, dequantize=getattr(base, "is_quantized", False))
         except ValueError as error:  # training diverged to non-finite values
             say(f"the adapter cannot be merged: {error}")
     forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}

@@ -30,9 +30,10 @@ from lora_ext.tasks.finetune.defaults import USUAL, WITH_EMBEDDINGS
 from lora_ext.tasks.finetune.lora_targets import lora_targets, split_names
 from lora_ext.tasks.finetune.pooling import choose_pooling, poolers
 from lora_ext.tasks.finetune.quantize import (
+    QUANTIZABLE,
     Quantization,
-    avoid_packed_layout,
     quantization_of,
+    tame_bitsandbytes,
     tensors_of_8bit,
 )
 from lora_ext.tasks.finetune.settings import Settings
@@ -105,7 +106,7 @@ def load_model(
     if tokenizer.pad_token is None:  # language models have none
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    avoid_packed_layout(model)
+    tame_bitsandbytes(model)
     choose_pooling(model, path, pooling, loaded["missing_keys"])
     head = head_parameters(model).keys()
     if wrong := sorted({name for name, *_ in loaded["mismatched_keys"]} - head):
@@ -137,6 +138,11 @@ def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTra
     TaskError: the method does not fit the model, or an option is wrong.
     """
     check_checkpointing(model, settings)
+    if getattr(model, "is_quantized", False) and not {*settings.method.split("+")} <= {*QUANTIZABLE}:
+        raise TaskError(
+            f"--method {settings.method} trains the weights, and those of {model_path} are quantised; choose one of "
+            f"{', '.join(QUANTIZABLE)}, or name a checkpoint that is not quantised"
+        )
     try:
         apply_method(model, method_for(model, settings, model_path))
     except (ValueError, TypeError) as error:

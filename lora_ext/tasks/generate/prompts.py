@@ -17,6 +17,8 @@ from lora_ext.tasks import TaskError
 
 _MOST_BYTES = 50_000_000
 _LAST_TOKENS = 8  # among the last tokens of a chat is the one that ends an answer
+_LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines also splits at form feeds and U+2028, which texts may hold
+_BOM = b"\xef\xbb\xbf"
 _ROLES = ("system", "developer", "user", "assistant", "tool")  # those of chat templates
 
 
@@ -49,8 +51,8 @@ def from_texts(texts: Iterable[str]) -> list[Prompt]:
 def read_prompts(path: Path, whole: bool) -> list[Prompt]:
     """Reads a file in UTF-8: a ``.jsonl`` file has an object a line, any other file a text a line.
 
-    Objects are ``{"prompt": text}``, ``{"messages": [...]}`` or ``{"prompt": [...]}`` with messages; other keys are
-    ignored.
+    Objects are ``{"prompt": text}``, ``{"messages": [...]}`` or ``{"prompt": [...]}`` with messages; other keys of
+    these objects are ignored, except tools.
 
     Args:
         whole: the file is one text.
@@ -71,7 +73,8 @@ def read_prompts(path: Path, whole: bool) -> list[Prompt]:
 def read_stream(stream: TextIO, whole: bool) -> list[Prompt]:
     """Reads standard input: as a ``.jsonl`` file if its first line is an object, else as a text file."""
     content = stream.buffer.read(_MOST_BYTES + 1)
-    return _parsed("standard input", content, not whole and content.lstrip()[:1] == b"{", whole)
+    is_jsonl = not whole and content.removeprefix(_BOM).lstrip()[:1] == b"{"
+    return _parsed("standard input", content, is_jsonl, whole)
 
 
 def _parsed(name: str, content: bytes, is_jsonl: bool, whole: bool) -> list[Prompt]:
@@ -85,8 +88,8 @@ def _parsed(name: str, content: bytes, is_jsonl: bool, whole: bool) -> list[Prom
         line = content[: error.start].count(b"\n") + 1
         raise TaskError(f"{name}, line {line}: not UTF-8 ({error.reason})") from error
     if whole:
-        return [_text(name, text.removesuffix("\n"))]
-    lines = [(f"{name}, line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [_text(name, text.removesuffix("\n").removesuffix("\r"))]
+    lines = [(f"{name}, line {number}", line) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip()]
     if not lines:
         raise TaskError(f"{name}: holds no prompts")
     return [_object(where, line) if is_jsonl else _text(where, line) for where, line in lines]
@@ -110,6 +113,8 @@ def _object(where: str, line: str) -> Prompt:
         raise TaskError(f"{where}: want 'prompt', a text, or 'messages', a list of objects; it has {_keys(row)}")
     if not found:
         raise TaskError(f"{where}: has no messages")
+    if row.get("tools"):
+        raise TaskError(f"{where}: holds tools, which are not supported; remove the key 'tools'")
     for number, message in enumerate(found, start=1):
         fields = message if isinstance(message, dict) else {}
         if not all(isinstance(fields.get(key), str) and fields[key] for key in ("role", "content")):
@@ -121,12 +126,16 @@ def _object(where: str, line: str) -> Prompt:
                 f"{where}: message {number} has the role {json.dumps(fields['role'])[:100]}, want one of "
                 f"{', '.join(_ROLES)}"
             )
+        if more := [key for key in fields if key not in ("role", "content") and fields[key]]:
+            raise TaskError(
+                f"{where}: message {number} has {_keys(more)}, which no text shows; want role and content only"
+            )
     if found[-1]["role"] == "assistant":
         raise TaskError(f"{where}: the last message is the assistant's, so there is nothing to answer; leave it out")
     return Prompt(where, messages=tuple({"role": one["role"], "content": one["content"]} for one in found))
 
 
-def _keys(row: dict[str, Any]) -> str:
+def _keys(row: Iterable[str]) -> str:
     return ", ".join(map(repr, list(row)[:10])) or "nothing"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from lora_ext.quantized import stop_keeping_stored
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm.decoder import Decoder, load_decoder
 from lora_ext.tasks.causal_lm.rendering import use_template
@@ -104,13 +105,19 @@ def generate(
         TaskError: a mistake in the options, the prompts or the adapters, or a model that cannot be loaded.
     """
     adapters = named_adapters(settings.adapters)
+    if settings.chat or settings.system is not None:
+        prompts = [as_chat(prompt, settings.system) for prompt in prompts]
+    if settings.chat_template_file is not None and all(prompt.messages is None for prompt in prompts):
+        raise TaskError(
+            "--chat-template-file goes with messages, and the prompts are texts; --chat makes them the user's messages"
+        )
     say(f"loading {settings.model} ...")
     decoder = load_decoder(settings.model, getattr(torch, settings.dtype))
     model, tokenizer = decoder.model, decoder.tokenizer
+    if not adapters:
+        stop_keeping_stored(model)  # bitsandbytes' packed 4-bit weights answer faster
     if settings.chat_template_file is not None:
         use_template(tokenizer, settings.chat_template_file)
-    if settings.chat or settings.system is not None:
-        prompts = [as_chat(prompt, settings.system) for prompt in prompts]
     encoded = [_checked_ids(prompt, decoder) for prompt in prompts]
     ends = [end_tokens(prompt, tokenizer, settings.model) for prompt in prompts]
     names = load_adapters(model, adapters, settings.weights) if adapters else []

@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from lora_ext.planner import WEIGHT_DTYPES, Setup
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.causal_lm.settings import TASK, CausalSettings
 from lora_ext.tasks.finetune import extra_arguments
 from lora_ext.tasks.finetune.settings import DTYPES, OPTION_TYPES, Settings, option_list
 
@@ -25,13 +26,16 @@ _OPTIMIZERS = {
 _SHOWN = ("batch_size", "accumulation_steps", "max_length", "dtype", "gradient_checkpointing", "quantize")
 
 
-def finetune_options(settings: Settings, setup: Setup, texts_per_step: int) -> list[str] | None:
+def finetune_options(
+    settings: Settings, setup: Setup, texts_per_step: int, is_classifier: bool = True
+) -> list[str] | None:
     """Returns the options of finetune that train with ``setup``; None if finetune cannot.
 
     Options that set the memory are always among them, others if they differ from their defaults. The model is not.
 
     Args:
         texts_per_step: texts of an optimizer step, which smaller batches are accumulated to.
+        is_classifier: False: a language model's, which not all methods are for.
     """
     if setup.optimizer not in _OPTIMIZERS:
         return None
@@ -49,12 +53,12 @@ def finetune_options(settings: Settings, setup: Setup, texts_per_step: int) -> l
         "set": extra_arguments.merged(settings.set, *extra_arguments.items(_OPTIMIZERS[setup.optimizer])),
     } | ({"quantize": setup.dtype} if quantized else {})
     try:
-        options = asdict(Settings(**{**asdict(settings), **changed}))
+        options = asdict((Settings if is_classifier else CausalSettings)(**{**asdict(settings), **changed}))
     except TaskError:
         return None
     shown = [part for name in _SHOWN if name in changed for part in (f"--{name.replace('_', '-')}", str(changed[name]))]
-    others = {name: value for name, value in options.items() if name not in (*_SHOWN, "model")}
-    return [*shown, *option_list(others)]
+    others = {name: options[name] for name in asdict(settings) if name not in (*_SHOWN, "model")}
+    return [*shown, *option_list(others), *([] if is_classifier else ["--task", TASK])]
 
 
 def warnings(

@@ -161,7 +161,7 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
         _check_length(planners[method], setup)
         runs = {name: _run(planners[name], run_setup) for name, run_setup in setups.items()}
         inference = frozen.inference(setup)
-        capacity = _capacity(settings, planners[method], runs)
+        capacity = _capacity(settings, task, planners[method], runs)
         devices = _devices(settings, planners, setups, config)
     except (ValueError, TypeError) as error:
         raise TaskError(f"--method {method}: {error}") from error
@@ -184,7 +184,7 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
         "runs": runs | {"inference": _memory(inference)},
         "capacity": capacity,
         "devices": devices,
-        "finetune_options": finetune_options(settings.finetune, setup, settings.texts_per_step),
+        "finetune_options": _options(settings, task, setup),
         "warnings": _warnings(settings, planners[method], setup, config if task == "classification" else None),
         "disk": _disk(settings.disk, inference.weights, runs),
     }
@@ -210,13 +210,17 @@ def _memory(memory: Memory) -> dict[str, Any]:
     return asdict(memory) | {"peak": memory.peak}
 
 
-def _capacity(settings: PlanSettings, planner: Planner, runs: Mapping[str, Any]) -> dict[str, Any] | None:
+def _options(settings: PlanSettings, task: str, setup: Setup) -> list[str] | None:
+    return finetune_options(settings.finetune, setup, settings.texts_per_step, task == "classification")
+
+
+def _capacity(settings: PlanSettings, task: str, planner: Planner, runs: Mapping[str, Any]) -> dict[str, Any] | None:
     if settings.gpu_memory is None:
         return None
     usable = settings.gpu_memory - settings.reserve
     fits = {name: run["peak"] <= usable for name, run in runs.items()}
     changes = [] if fits[settings.finetune.method] else changes_that_fit(planner, settings.setup, usable)
-    return {"usable": usable, "fits": fits, "changes": [_change(change, settings) for change in changes]}
+    return {"usable": usable, "fits": fits, "changes": [_change(change, settings, task) for change in changes]}
 
 
 def _devices(
@@ -240,10 +244,10 @@ def _devices(
     return {"hardware": asdict(Hardware()), "runs": predicted}
 
 
-def _change(change: Change, settings: PlanSettings) -> dict[str, Any]:
+def _change(change: Change, settings: PlanSettings, task: str) -> dict[str, Any]:
     options = None  # finetune does not shard
     if change.devices == 1:
-        options = finetune_options(settings.finetune, change.setup, settings.texts_per_step)
+        options = _options(settings, task, change.setup)
     return {
         "what": change.what,
         "devices": change.devices,
