@@ -234,9 +234,8 @@ def test_a_model_without_linear_layers():
 
 
 def test_a_model_whose_input_embeddings_are_no_module():
-    """Perceiver answers with its latent vectors."""
     model = Net()
-    model.get_input_embeddings = lambda: next(model.parameters())
+    model.get_input_embeddings = lambda: next(model.parameters())  # Perceiver answers with its latent vectors
     assert [path for path, _ in lora_modules(inject(model, LoraConfig(target_modules=["head"])))] == ["head"]
 
 
