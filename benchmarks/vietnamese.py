@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -44,10 +43,9 @@ from harness.vietnamese_methods import (
     METHODS,
     SEEDS,
     VARIANTS,
+    best_rate,
     default_rate,
-    middle_rate,
     place_in_table,
-    rounded,
     validation_score,
 )
 from harness.vietnamese_table import markdown
@@ -67,8 +65,6 @@ from lora_ext.tasks.shared.whole_files import write_json, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vietnamese"
-_STEP = math.sqrt(10)  # between two learning rates
-_MOST_RATES = 6
 
 
 class OutOfTime(Exception):
@@ -147,15 +143,7 @@ class Bench:
                 return kept[rate]
             return validation_score(self.metrics(task, task.run(name, rate, 1, 0, METHODS[name])))
 
-        middle = middle_rate(name)
-        scores = {rate: score(rate) for rate in (rounded(middle / _STEP), middle, rounded(middle * _STEP))}
-        while len(scores) < _MOST_RATES:
-            best = max(scores, key=scores.get)
-            if min(scores) < best < max(scores):
-                break
-            further = rounded(best / _STEP if best == min(scores) else best * _STEP)
-            scores[further] = score(further)
-        return max(scores, key=scores.get)
+        return best_rate(name, score)
 
 
 def cells(bench: Bench, task: Task) -> Iterator[tuple[str, float, float, list[Run]]]:

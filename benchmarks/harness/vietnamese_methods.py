@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_ext.tasks.finetune.defaults import LEARNING_RATES
@@ -44,19 +45,30 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {  # for the defaults of LoR
 }
 
 
-_FIRST_RATES = {"prefix-embed": 1e-2, "prefix-layer": 5e-3}  # finetune's defaults until the sweep found better ones
+# The middle ones of the rates tried first, where they are not the default: it was, until the sweep found a better one.
+_MIDDLE_RATES = {"prefix-embed": 1e-2, "prefix-layer": 5e-3}
+_STEP = math.sqrt(10)  # between two learning rates
+_MOST_RATES = 6
 
 
 def default_rate(name: str) -> float:
     return LEARNING_RATES.get(METHODS[name]["method"], 1e-3)
 
 
-def middle_rate(name: str) -> float:
-    """Returns the middle one of the three learning rates that are tried first."""
-    return _FIRST_RATES.get(name, default_rate(name))
+def best_rate(name: str, score: Callable[[float], float]) -> float:
+    """Returns the learning rate with the best score: of three, and further ones while the best is at an end."""
+    middle = _MIDDLE_RATES.get(name, default_rate(name))
+    scores = {rate: score(rate) for rate in (_rounded(middle / _STEP), middle, _rounded(middle * _STEP))}
+    while len(scores) < _MOST_RATES:
+        best = max(scores, key=scores.get)
+        if min(scores) < best < max(scores):
+            break
+        further = _rounded(best / _STEP if best == min(scores) else best * _STEP)
+        scores[further] = score(further)
+    return max(scores, key=scores.get)
 
 
-def rounded(rate: float) -> float:
+def _rounded(rate: float) -> float:
     return float(f"{rate:.1e}")
 
 

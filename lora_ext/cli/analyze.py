@@ -67,4 +67,4 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     else:
         settings = AnalysisSettings(**given)
     with files.mistakes(), training.saying_how_to_resume("analyze", args.out, SETTINGS_FILE, args.resume):
-        analyze(settings, args.out, resume=args.resume, overwrite=args.overwrite, show_progress=True, say=files.say)
+        analyze(settings, args.out, show_progress=True, **training.mode(args))

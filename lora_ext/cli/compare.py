@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from lora_ext.cli import config_file, files, training
+from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks.finetune.settings import COMPARE_FILE
 
@@ -67,5 +67,5 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     options: dict[str, Any] = training.options_of(args, _WITHOUT)
     with training.saying_how_to_resume("compare", args.out, COMPARE_FILE, args.resume, launch):
         methods = without(args.methods, args.without)
-        result = compare(methods, args.seeds, options, args.out, launch=launch, say=files.say, **training.mode(args))
+        result = compare(methods, args.seeds, options, args.out, launch=launch, **training.mode(args))
     return _EXIT_LEFT_OUT if result["left_out"] else 0

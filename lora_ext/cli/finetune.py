@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
-from lora_ext.cli import config_file, files, training
+from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm.settings import LONG_TEXTS, TASK, CausalSettings, only_causal
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
         team.joined(args.out, args.resume) as out,
         training.saying_how_to_resume("finetune", args.out, SETTINGS_FILE, args.resume),
     ):
-        finetune(settings, out, measure=args.measure and team.is_first(), say=files.say, **training.mode(args))
+        finetune(settings, out, measure=args.measure and team.is_first(), **training.mode(args))
 
 
 def _resuming(parse_again: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:

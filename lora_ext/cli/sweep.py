@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from lora_ext.cli import config_file, files, training
+from lora_ext.cli import config_file, training
 from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks.finetune.settings import SWEEP_FILE
 
@@ -56,7 +56,6 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             args.out,
             budget=args.budget,
             launch=launch,
-            say=files.say,
             **training.mode(args),
         )
 

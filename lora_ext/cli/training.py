@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ext._common.install_hint import install_hint
+from lora_ext.cli import files
 from lora_ext.methods import METHODS
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.comparison.launch import LAUNCHERS, Launch
@@ -124,9 +125,9 @@ def add_out(parser: argparse.ArgumentParser, gets: str) -> None:
     add("--overwrite", action="store_true", help="replace the run in --out")
 
 
-def mode(args: argparse.Namespace) -> dict[str, bool]:
-    """The options of :func:`add_out` except the directory."""
-    return {"resume": args.resume, "overwrite": args.overwrite}
+def mode(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of :func:`add_out` except the directory, and how lines are shown to the user."""
+    return {"resume": args.resume, "overwrite": args.overwrite, "say": files.say}
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:

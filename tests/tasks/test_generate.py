@@ -284,7 +284,7 @@ def test_answers_stream(directory: Path, capsys, monkeypatch):
         (["--temperature", "1", "--top-k", "-1"], "--top-k is -1, want at least 0"),
         (["--seed", "-1"], "--seed is -1, want 0 <= seed < 2**32"),
         (["--system", " "], "--system is empty"),
-        (["--chat", "--chat-template-file", "none.jinja"], "-file none.jinja: cannot be read: No such file"),
+        (["--chat", "--chat-template-file", "no.jinja"], "--chat-template-file no.jinja: cannot be read: No such file"),
         (["--chat-template-file", "none.jinja"], "--chat-template-file goes with messages, and the prompts are texts"),
         (["--prompts", "x.txt"], "--prompts names a file, and there are prompts as arguments"),
         (["--whole"], "--whole goes with --prompts or standard input"),

@@ -145,7 +145,7 @@ def test_an_adapter_that_cannot_be_merged_leaves_its_metrics(tmp_path: Path, mon
     def refuse(model: Any, **how: Any) -> None:
         raise ValueError("a value is not finite")
 
-    monkeypatch.setattr("lora_ext.tasks.finetune.run.merge_and_unload", refuse)
+    monkeypatch.setattr("lora_ext.tasks.finetune.task_model.merge_and_unload", refuse)
     lines: list[str] = []
     model = saved(tmp_path / "model", lambda: BertForSequenceClassification(tiny_classifier.config()))
     metrics = finetune(settings_for(model, tmp_path, rows=60, epochs=1), tmp_path / "out", say=lines.append)

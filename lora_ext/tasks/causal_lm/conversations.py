@@ -99,9 +99,14 @@ def _form(where: str, row: Mapping[str, Any], text_column: str) -> str:
     if not found:
         keys = shown_names(row) or "no keys"
         raise TaskError(f"{where}: has {keys}; want {_FORMATS % text_column}; --text-column names another key of texts")
+    check_no_tools(where, row)
+    return found[0]
+
+
+def check_no_tools(where: str, row: Mapping[str, Any]) -> None:
+    """Checks that a line has no tools, which no text shows. TaskError: it has."""
     if row.get("tools"):
         raise TaskError(f"{where}: holds tools, which are not supported; remove the key 'tools'")
-    return found[0]
 
 
 def _example(where: str, row: Mapping[str, Any], form: str, text_column: str, line: int) -> Example:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,9 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
+from lora_ext.adapters import trainable_parameter_counts
 from lora_ext.files import read_json_object
-from lora_ext.methods import load_method
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm import demo, results
 from lora_ext.tasks.causal_lm.causal_data import load_conversations
@@ -30,7 +28,7 @@ from lora_ext.tasks.finetune.results import plot_loss
 from lora_ext.tasks.finetune.run_checkpoints import last_checkpoint, tidy
 from lora_ext.tasks.finetune.selection import best_of, check_has_validation, kept_validation
 from lora_ext.tasks.finetune.settings import SETTINGS_FILE
-from lora_ext.tasks.finetune.task_model import adapt, check_tokens, sharing
+from lora_ext.tasks.finetune.task_model import adapt, check_tokens, merged_with, sharing
 from lora_ext.tasks.finetune.trained_files import save_trained
 from lora_ext.tasks.finetune.trainer import forward_of, train
 from lora_ext.tasks.finetune.training_arguments import check_training_arguments
@@ -246,12 +244,8 @@ def _measure(
     settings, device = trainer.settings, trainer.model.device
     models = {"base": base.to(device), "adapted": trainer.model}
     found: dict[str, Any] = {}
-    if settings.method == "lora":
-        try:
-            adapted = load_method(copy.deepcopy(base), adapter)
-            models["merged"] = merge_and_unload(adapted, dequantize=getattr(base, "is_quantized", False))
-        except ValueError as error:  # training diverged to non-finite values
-            say(f"the adapter cannot be merged: {error}")
+    if settings.method == "lora" and (plain := merged_with(base, adapter, say)) is not None:
+        models["merged"] = plain
     forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}
     last = batches_of(test.rows, settings)[-1]
     batch = {name: tensor.to(device) for name, tensor in trainer.data_collator(last).items() if name != "labels"}

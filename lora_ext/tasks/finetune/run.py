@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
-from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
-from lora_ext.methods import head_parameter_count, load_method, pooling_of
+from lora_ext.adapters import trainable_parameter_counts
+from lora_ext.methods import head_parameter_count, pooling_of
 from lora_ext.tasks.finetune import demo, results
 from lora_ext.tasks.finetune.data import DATA_FILE, Splits, fingerprint, resumed_fingerprint, save_fingerprint
 from lora_ext.tasks.finetune.quantize import quantization_of
@@ -30,6 +29,7 @@ from lora_ext.tasks.finetune.task_model import (
     check_room,
     check_tokens,
     load_model,
+    merged_with,
     model_path_of,
     most_tokens,
     sharing,
@@ -232,12 +232,8 @@ def _measure(
     device, size = trainer.model.device, trainer.args.eval_batch_size
     models = {"base": base.to(device), "adapted": trainer.model}
     found: dict[str, Any] = {}
-    if settings.method == "lora":
-        try:
-            adapted = load_method(copy.deepcopy(base), adapter)
-            models["merged"] = merge_and_unload(adapted, dequantize=getattr(base, "is_quantized", False))
-        except ValueError as error:  # training diverged to non-finite values
-            say(f"the adapter cannot be merged: {error}")
+    if settings.method == "lora" and (plain := merged_with(base, adapter, say)) is not None:
+        models["merged"] = plain
     forwards = {name: forward_of(model.eval(), settings) for name, model in models.items()}
     if "merged" in models:
         first = max(0, len(test_rows.rows) - _BATCHES * size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,16 @@ from transformers import (
 
 from lora_ext._common.embeddings import input_embeddings
 from lora_ext._common.progress import is_terminal
-from lora_ext.methods import ARCHITECTURES, Method, apply_method, head_parameters, new_method, option_names
+from lora_ext.adapters import merge_and_unload
+from lora_ext.methods import (
+    ARCHITECTURES,
+    Method,
+    apply_method,
+    head_parameters,
+    load_method,
+    new_method,
+    option_names,
+)
 from lora_ext.methods.prefix_embed import SpecialTokens
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
@@ -130,6 +139,19 @@ def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def sharing(model: PreTrainedModel) -> PreTrainedModel:
     """Copies ``model`` but shares its parameters, which takes almost no memory."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *tensors_of_8bit(model))})
+
+
+def merged_with(base: PreTrainedModel, adapter: Path, say: Callable[[str], None]) -> PreTrainedModel | None:
+    """Merges the saved adapter into a copy of ``base``, with dequantised weights.
+
+    Returns None, and shows the reason with ``say``, if it cannot be merged.
+    """
+    try:
+        adapted = load_method(copy.deepcopy(base), adapter)
+        return merge_and_unload(adapted, dequantize=getattr(base, "is_quantized", False))
+    except ValueError as error:  # training diverged to non-finite values
+        say(f"the adapter cannot be merged: {error}")
+        return None
 
 
 def adapt(model: PreTrainedModel, settings: Settings, model_path: str) -> PreTrainedModel:

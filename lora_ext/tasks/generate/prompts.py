@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ext.files import open_regular, parse_json_object
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.causal_lm.conversations import check_no_tools
 
 _MOST_BYTES = 50_000_000
 _LAST_TOKENS = 8  # among the last tokens of a chat is the one that ends an answer
 _LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines also splits at form feeds and U+2028, which texts may hold
-_BOM = b"\xef\xbb\xbf"
 _ROLES = ("system", "developer", "user", "assistant", "tool")  # those of chat templates
 
 
@@ -73,7 +74,7 @@ def read_prompts(path: Path, whole: bool) -> list[Prompt]:
 def read_stream(stream: TextIO, whole: bool) -> list[Prompt]:
     """Reads standard input: as a ``.jsonl`` file if its first line is an object, else as a text file."""
     content = stream.buffer.read(_MOST_BYTES + 1)
-    is_jsonl = not whole and content.removeprefix(_BOM).lstrip()[:1] == b"{"
+    is_jsonl = not whole and content.removeprefix(BOM_UTF8).lstrip()[:1] == b"{"
     return _parsed("standard input", content, is_jsonl, whole)
 
 
@@ -113,8 +114,7 @@ def _object(where: str, line: str) -> Prompt:
         raise TaskError(f"{where}: want 'prompt', a text, or 'messages', a list of objects; it has {_keys(row)}")
     if not found:
         raise TaskError(f"{where}: has no messages")
-    if row.get("tools"):
-        raise TaskError(f"{where}: holds tools, which are not supported; remove the key 'tools'")
+    check_no_tools(where, row)
     for number, message in enumerate(found, start=1):
         fields = message if isinstance(message, dict) else {}
         if not all(isinstance(fields.get(key), str) and fields[key] for key in ("role", "content")):
