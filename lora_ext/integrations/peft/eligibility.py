@@ -18,7 +18,7 @@ from lora_ext.nn.base_layer import runs_alone
 DISABLED = "now: the adapters are disabled, so only the base layer runs"
 MERGED = "now: adapters are merged, so only the base layer runs"
 NONE_ACTIVE = "now: the layer has none of the active adapters, so only the base layer runs"
-_INVOKED = "ALoraLinearVariant"
+_INVOKED, _DORA = "ALoraLinearVariant", "DoraLinearVariant"
 _PLAIN = ("MiCALinearVariant", "MiCAEmbeddingVariant")  # they freeze a factor, and compute what LoRA does
 NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 
@@ -26,7 +26,7 @@ NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 class PeftAdapter(NamedTuple):
     """Arguments of the ops for an active adapter: ``lora_A [r, in]``, ``lora_B [out, r]``, scaled ``bias [out]``.
 
-    ``is_invoked``: it acts from its invocation tokens on (aLoRA).
+    ``is_invoked``: it acts from its invocation tokens on (aLoRA). ``magnitude``: of a DoRA adapter, ``[out]``.
     """
 
     lora_A: Tensor
@@ -35,6 +35,7 @@ class PeftAdapter(NamedTuple):
     scaling: float
     dropout_p: float
     is_invoked: bool = False
+    magnitude: Tensor | None = None
 
 
 def is_eligible_call(x: object) -> bool:
@@ -61,13 +62,22 @@ def state_obstacle(layer: LoraLayer) -> str:
 
 
 def active_adapters(layer: LoraLayer) -> list[PeftAdapter] | str:
-    """Returns the active adapters of a linear layer, or why PEFT's forward runs instead."""
-    adapters = adapters_named(layer, layer.active_adapters)
-    return adapters if isinstance(adapters, str) else list(adapters.values()) or NONE_ACTIVE
+    """Returns the active adapters of a linear layer, or why PEFT's forward runs instead; a DoRA adapter is alone."""
+    adapters = adapters_named(layer, layer.active_adapters, with_dora=True)
+    if isinstance(adapters, str):
+        return adapters
+    if len(adapters) > 1:
+        for name, adapter in adapters.items():
+            if adapter.magnitude is not None:
+                return f"now: adapter {name!r} is DoRA, and is one of {len(adapters)} active adapters"
+    return list(adapters.values()) or NONE_ACTIVE
 
 
-def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, PeftAdapter] | str:
-    """Returns those of the adapters ``names`` that a linear layer has, or why PEFT's forward runs instead."""
+def adapters_named(layer: LoraLayer, names: Iterable[str], with_dora: bool = False) -> dict[str, PeftAdapter] | str:
+    """Returns those of the adapters ``names`` that a linear layer has, or why PEFT's forward runs instead.
+
+    ``with_dora``: the caller knows what to do with a magnitude.
+    """
     if reason := state_obstacle(layer):
         return reason
     if not layer.cast_input_dtype_enabled:
@@ -79,7 +89,7 @@ def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, PeftAdap
         if name not in lora_As:
             continue
         variant = variant_of(layer, name)
-        if variant not in ("", _INVOKED):
+        if variant not in (("", _INVOKED, _DORA) if with_dora else ("", _INVOKED)):
             return f"adapter {name!r} is a variant of LoRA ({variant})"
         lora_A, lora_B, dropout = lora_As[name], lora_Bs[name], dropouts[name]
         for role, module in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -103,7 +113,15 @@ def adapters_named(layer: LoraLayer, names: Iterable[str]) -> dict[str, PeftAdap
             return f"the scaling of adapter {name!r} is {scaling}"
         elif scaling < 0.0:  # lora_linear refuses it
             B, scaling = -B, -scaling
-        adapters[name] = PeftAdapter(A, B, bias, scaling, dropout_p, variant == _INVOKED)
+        magnitude = None
+        if variant == _DORA:
+            holder = layer._modules["lora_magnitude_vector"]._modules[name]
+            magnitude = holder._parameters.get("weight")
+            if type(magnitude) is not nn.Parameter or magnitude.device != A.device or not runs_alone(holder):
+                return f"the magnitude of adapter {name!r} is not a plain parameter next to its factors"
+            if bias is not None:
+                return f"adapter {name!r} is DoRA with a bias (lora_bias)"
+        adapters[name] = PeftAdapter(A, B, bias, scaling, dropout_p, variant == _INVOKED, magnitude)
     return adapters
 
 

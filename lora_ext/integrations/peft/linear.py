@@ -12,12 +12,14 @@ from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import PeftAdapter, active_adapters, adapters_named, is_eligible_call
-from lora_ext.nn.base_layer import own_copy, plain_linear
+from lora_ext.nn import dora
+from lora_ext.nn.base_layer import own_copy, plain_linear, runs_quantized_product
 from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.active_tokens import ActiveTokens
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.updates import RowUpdate, add_chosen
 from lora_ext.nn.shared_inputs import SharesInputs, shared_inputs
+from lora_ext.quantized import quantized_weight
 
 
 class LinearForward(SharesInputs):
@@ -46,6 +48,8 @@ class LinearForward(SharesInputs):
                 return super().forward(x, **kwargs)
         elif x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type):
             return super().forward(x, **kwargs)
+        if adapters[0].magnitude is not None:
+            return self._forward_dora(x, plain, adapters[0])
         if not torch.compiler.is_compiling() and (shared := shared_inputs(self)) is not None:
             operands = _operands(adapters, self.base_layer)
             if not isinstance(operands, str):
@@ -92,6 +96,18 @@ class LinearForward(SharesInputs):
             acts = (frozenset(names), before, x.shape[1]) if adapter.is_invoked else ()
             y = add_chosen(y, x, _choice_of(names, *acts), {"active": _update_of(adapter)}, 1, layer=self)
         return y
+
+    def _forward_dora(self, x: Tensor, plain: tuple[Tensor, Tensor | None] | None, adapter: PeftAdapter) -> Tensor:
+        """The forward of a DoRA adapter that is active alone."""
+        update = dora.DoraUpdate(
+            adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.scaling, adapter.dropout_p
+        )
+        if plain is not None:
+            return dora.linear_output(x, *plain, update)
+        quantized = quantized_weight(self.base_layer) if runs_quantized_product(self.base_layer) else None
+        if quantized is None:  # what such a base layer computes is not known
+            return super().forward(x)
+        return dora.called_output(x, self.base_layer, quantized.dequantize(), update)
 
     def _base_output(self, x: Tensor) -> Tensor:
         """The base layer's output, to be changed in place."""
@@ -162,6 +178,8 @@ def _operands(adapters: list[PeftAdapter], base_layer: nn.Module) -> Operands | 
     (adapter,) = adapters
     if adapter.bias is not None:
         return "its adapter has a bias (lora_bias)"
+    if adapter.magnitude is not None:
+        return "its adapter is DoRA"
     if type(adapter.lora_B) is not nn.Parameter:  # made for the call
         return "its adapter's scaling is negative, or a tensor"
     numbers = None, adapter.scaling, adapter.dropout_p

@@ -1,0 +1,68 @@
+"""The output of a linear layer with a DoRA adapter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext import functional
+from lora_ext._ops.dora import rescale, row_norms
+
+
+class DoraUpdate(NamedTuple):
+    """A DoRA adapter in use.
+
+    Attributes:
+        lora_A, lora_B: ``[r, in_features]`` and ``[out_features, r]``.
+        magnitude: ``[out_features]``, the lengths that the rows of the updated weight are scaled to.
+        scaling: of the low-rank update.
+        dropout_p: probability that an element of the adapter's input is zeroed.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    scaling: float
+    dropout_p: float
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """Returns what each feature of the updated weight's product is multiplied by; 1 for a row of zeros."""
+        norms = row_norms(weight, self.lora_A, self.lora_B, self.scaling)
+        return self.magnitude.to(norms.dtype) / torch.where(norms > 0.0, norms, 1.0)
+
+
+def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, update: DoraUpdate) -> Tensor:
+    """Returns ``factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``.
+
+    With dropout, the adapter changes the dropped-out input's part of the output only, as in PEFT:
+    ``(x - d) @ weight.T + factor * (d @ weight.T + scaling * d @ lora_A.T @ lora_B.T) + bias`` with ``d = dropout(x)``.
+
+    Args:
+        x: ``[..., in_features]``, dtype of ``weight``, or under autocast any.
+        weight: ``[out_features, in_features]``.
+    """
+    factor, base, dropped = update.factor(weight), bias, x
+    if update.dropout_p:
+        dropped = F.dropout(x, update.dropout_p)
+        base = F.linear(x - dropped, weight, bias)
+    z = functional.lora_linear(dropped, weight, None, update.lora_A, update.lora_B, update.scaling)
+    return rescale(z, factor, base)
+
+
+def called_output(x: Tensor, base_layer: nn.Module, weight: Tensor, update: DoraUpdate) -> Tensor:
+    """Returns what :func:`linear_output` does for a base layer that multiplies by its weight itself.
+
+    Args:
+        weight: its weight, dequantised, for the norms; its product is ``base_layer(x) - base_layer.bias``.
+    """
+    factor, base, bias, dropped = update.factor(weight), base_layer.bias, base_layer.bias, x
+    if update.dropout_p:
+        dropped = F.dropout(x, update.dropout_p)
+        base = base_layer(x - dropped)
+    z = base_layer(dropped)
+    z = z.clone() if bias is None else z - bias.to(z.dtype)
+    z = functional.plus_lora_delta(z, dropped.to(z.dtype), update.lora_A, update.lora_B, update.scaling, 0.0)
+    return rescale(z, factor, base)
