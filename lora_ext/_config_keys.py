@@ -40,7 +40,6 @@ _PEFT_ONLY = frozenset(
         "megatron_config",
         "monteclora_config",
         "use_bdlora",
-        "use_dora",
         "use_qalora",
         "velora_config",
     }

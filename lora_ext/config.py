@@ -89,6 +89,7 @@ class LoraConfig:
         bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
         lora_bias: the adapter has its own bias, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        use_dora: train the length of each row of the weight, too (DoRA, arXiv 2402.09353). Linear layers only.
         fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
         init_lora_weights: True: ``lora_A`` Kaiming-uniform, ``lora_B`` zero. ``"gaussian"``: ``lora_A`` normal with
             standard deviation ``1 / r``. ``"orthogonal"``: rows of ``lora_A`` and columns of ``lora_B`` from the two
@@ -126,6 +127,7 @@ class LoraConfig:
     bias: str = "none"
     lora_bias: bool = False
     use_rslora: bool = False
+    use_dora: bool = False
     fan_in_fan_out: bool = False
     init_lora_weights: bool | str = True
     enable_lora: Mapping[str, tuple[bool, ...] | list[bool]] | None = None
@@ -140,7 +142,7 @@ class LoraConfig:
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
         check_number("lora_dropout", self.lora_dropout, (int, float), lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
-        for key in ("use_rslora", "fan_in_fan_out", "inference_mode", "lora_bias", "ensure_weight_tying"):
+        for key in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "lora_bias", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
                 raise TypeError(f"LoraConfig: {key} is {shown(getattr(self, key))}, want True or False")
         if not isinstance(self.bias, str) or self.bias not in ("none", "all", "lora_only"):
@@ -153,6 +155,7 @@ class LoraConfig:
         self._check_targets()
         self._check_initialisation()
         self._check_invocation()
+        self._check_dora()
 
     def _check_types(self) -> None:
         """Checks the types of the fields that no later check covers."""
@@ -257,6 +260,17 @@ class LoraConfig:
                     f"leave {key} at its default"
                 )
 
+    def _check_dora(self) -> None:
+        if not self.use_dora:
+            return
+        others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora", "alora_invocation_tokens"
+        for key in others:
+            if getattr(self, key):
+                raise ValueError(
+                    f"LoraConfig: use_dora is True, but {key} is {shown(getattr(self, key))}; DoRA goes without it: "
+                    f"leave {key} at its default"
+                )
+
     @property
     def task_heads(self) -> tuple[str, ...]:
         """Heads that ``task_type`` adds to ``modules_to_save`` if the model has them."""
@@ -332,6 +346,8 @@ class LoraConfig:
         metadata = {key: value for key, value in values.items() if key not in supported and key != "peft_type"}
         check_other_keys(metadata)
         known = {key: value for key, value in values.items() if key in supported}
+        if known.get("use_dora", False) is None:  # off, as other keys of PEFT are
+            del known["use_dora"]
         if "init_lora_weights" in known:
             known["init_lora_weights"] = initialisation_of_file(known["init_lora_weights"])
         return cls(**known, metadata=metadata)

@@ -162,6 +162,27 @@ def lora_grouped(
     return torch.stack([update.to(wide) for update in updates]).reshape(*x.shape[:-1], lora_Bs[0].shape[-2])
 
 
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """DoRA (arXiv 2402.09353, eq. 5 and 11), by the updated weight itself: ``[..., out_features]``.
+
+    ``dropped`` is the adapter's input if that is not ``x``: the base weight's product with the rest stays as it is.
+    """
+    updated = weight + scaling * lora_B @ lora_A
+    factor = magnitude / updated.norm(dim=1).detach()
+    read = x if dropped is None else dropped
+    y = read @ (factor.unsqueeze(1) * updated).T + (x - read) @ weight.T
+    return y if bias is None else y + bias
+
+
 def bottleneck(
     x: Tensor,
     down_weight: Tensor,

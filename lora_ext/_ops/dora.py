@@ -40,9 +40,10 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
         lengths.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
         products.append(shrink(rows, lora_A))
     of_weight, of_both = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (lengths, products))
-    of_update = shrink(lora_B, shrink(lora_A, lora_A).to(lora_B.dtype))
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    of_update = shrink(lora_B, shrink(lora_A, lora_A))
     squares = of_weight.square() + ((2.0 * scaling * of_both + scaling * scaling * of_update) * lora_B).sum(1)
-    return squares.clamp_min_(0.0).sqrt_().to(dtype)  # rounding may leave a small negative square
+    return squares.clamp_min(0.0).sqrt()  # rounding may leave a small negative square
 
 
 def rescale(z: Tensor, factor: Tensor, base: Tensor | None) -> Tensor:

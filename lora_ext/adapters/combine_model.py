@@ -117,6 +117,10 @@ def _check_can_combine(caller: str, held: AdapterSet, adapters: Sequence[str]) -
         raise ValueError(
             f"{caller}: {biased[0]!r} trains the model's own biases, which cannot be combined; leave it out"
         )
+    if scaled := [name for name in adapters if held.configs[name].use_dora]:
+        raise ValueError(
+            f"{caller}: {scaled[0]!r} is a DoRA adapter (use_dora), whose magnitudes cannot be combined; leave it out"
+        )
     invocations = {name: held.configs[name].alora_invocation_tokens for name in adapters}
     if len(set(invocations.values())) > 1:
         raise ValueError(

@@ -27,7 +27,7 @@ from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import config_of, warn_of_a_copy
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
-from lora_ext.nn import LoraAdapter
+from lora_ext.nn import DoraAdapter, LoraAdapter
 from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.tied import TiedAdapter
 
@@ -204,7 +204,7 @@ def _other_options(ours: LoraConfig, theirs: LoraConfig) -> list[str]:
     """Names the options that no change of values can follow."""
     return [
         f"{option}: {shown(getattr(theirs, option))} in the file, {shown(getattr(ours, option))} in the model"
-        for option in ("trainable_token_indices", "alora_invocation_tokens")
+        for option in ("trainable_token_indices", "alora_invocation_tokens", "use_dora")
         if getattr(theirs, option) != getattr(ours, option)
     ]
 
@@ -220,13 +220,14 @@ def _values_of_part(
     updates = _updates_of(part.adapter)
     if not updates:
         return [_NewValue(tensor, key) for key, tensor in tensors.items()]
-    if not any(key in file for key in tensors):
+    # A DoRA adapter that changes nothing has the lengths of the weight's rows: no file with zeros stands for it.
+    if not any(key in file for key in tensors) and not isinstance(part.adapter, DoraAdapter):
         return [_NewValue(tensor, None) for tensor in tensors.values()]
     values = []
     for key, tensor in tensors.items():
         update = next(u for u in updates if any(_holds(tensor, parameter) for parameter in u.parameters()))
         factor = 1.0
-        if not _holds(tensor, update.lora_A):
+        if not _holds(tensor, update.lora_A) and not key.endswith(".lora_magnitude_vector"):
             factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(key)
         values.append(_NewValue(tensor, key, _rank_dim(update, tensor), factor))
     return values

@@ -17,7 +17,7 @@ from lora_ext._common.printable import first_of
 from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty_layers
 from lora_ext.model.adapter_set import adapter_set, find_adapters
 from lora_ext.model.bare_model import adapter_layers, check_not_parallel
-from lora_ext.nn import ActiveAdapters, LoraLayer
+from lora_ext.nn import ActiveAdapters, DoraLinear, LoraLayer
 from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -43,7 +43,7 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
 
     Raises:
         ValueError: the model is not injected or wrapped by ``DistributedDataParallel``; a name is given twice; or two
-            adapters train the same module in full (``modules_to_save``).
+            adapters train the same module in full (``modules_to_save``), or are DoRA adapters of one layer.
         KeyError: there is no adapter of that name; the message lists them.
         RuntimeError: within :func:`disable_adapters`. Nothing is changed.
     """
@@ -57,6 +57,11 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
     for path in {path for name in names for path in adapters.trained[name]}:
         if len(held := [name for name in names if path in adapters.trained[name]]) > 1:
             raise ValueError(f"set_adapter: {path!r} is trained in full by {held}; use only one of them")
+    if len(scaled := [name for name in names if adapters.configs[name].use_dora]) > 1:
+        for path, layer in lora_modules(model):
+            both = [name for name in scaled if name in layer.adapters] if isinstance(layer, DoraLinear) else []
+            if len(both) > 1:
+                raise ValueError(f"set_adapter: {path!r} has the DoRA adapters {both}; use only one of them")
     adapters.switch(names, trainable)
     return model
 

@@ -185,6 +185,7 @@ def _parts_of_other_kinds(config: LoraConfig) -> list[str]:
             ("target_parameters", None),
             ("bias", "none"),
             ("lora_bias", False),
+            ("use_dora", False),
         )
         if getattr(config, option) not in (unused, (), [], {})
     ]

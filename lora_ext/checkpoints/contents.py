@@ -248,6 +248,12 @@ class _TokenIndices:
 
 def _config(file: AdapterFile) -> LoraConfig:
     try:
-        return LoraConfig.from_dict(file.config)
+        config = LoraConfig.from_dict(file.config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file.directory}: {error}") from error
+    if config.use_dora:
+        raise ValueError(
+            f"{file.directory}: use_dora is True, and a DoRA adapter rescales the weights that it is added to, which "
+            "is not done on disk; load it into the model (load_adapter), merge_and_unload(model), and save that"
+        )
+    return config

@@ -30,6 +30,7 @@ def check_same_kind(adapter: Adapter, config: LoraConfig, directory: Path) -> No
         "r",
         "lora_alpha",
         "use_rslora",
+        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "enable_lora",

@@ -15,7 +15,7 @@ from lora_ext.matching.path_names import Parents
 from lora_ext.model.adapter_set import AdapterSet, Part, located
 from lora_ext.model.bare_model import BareModel, file_path
 from lora_ext.model.trained_biases import TrainedBiases
-from lora_ext.nn import LORA_LAYERS, AdapterLayer, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
+from lora_ext.nn import LORA_LAYERS, AdapterLayer, DoraLinear, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.base_layer import execution_device
@@ -28,6 +28,8 @@ def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[Lor
     """The class of LoRA layer that adapts ``module``, or None."""
     if config.enable_lora_for(path) is not None:
         return LoraPackedLinear if LoraPackedLinear.adapts(module) else None
+    if config.use_dora:
+        return DoraLinear if DoraLinear.adapts(module) else None
     return next((kind for kind in LORA_LAYERS if kind.adapts(module)), None)
 
 

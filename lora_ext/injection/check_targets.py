@@ -11,7 +11,7 @@ from lora_ext.injection.targets import Targets
 from lora_ext.matching.path_names import Parents, is_inside
 from lora_ext.model.bare_model import BareModel
 from lora_ext.model.rows.invocations import InvocationLimits
-from lora_ext.nn import LORA_LAYERS, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
+from lora_ext.nn import LORA_LAYERS, DoraLinear, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.base_layer import brings_submodules, is_offloaded
 from lora_ext.nn.trainable_tokens import TrainableTokens
@@ -32,7 +32,7 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
         raise ValueError(f"inject: {problem}")
     _check_trained(bare, targets)
     _check_tokens(bare, targets)
-    _check_parameters(bare, targets)
+    _check_parameters(bare, targets, config)
     _check_offloaded(bare, targets, config)
 
 
@@ -51,10 +51,14 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
             problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
         if kind is None and config.enable_lora_for(setting) is not None:
             problem = f"enable_lora names it, but supports only {LoraPackedLinear.base_kinds}"
+        elif kind is None and config.use_dora and quantized_weight(module) is None:
+            problem = f"use_dora supports only {DoraLinear.base_kinds}"
         if problem is None and config.alora_invocation_tokens is not None:
             problem = _why_not_invoked(bare, path, kind)
         if problem is None and (attention := attention_around(bare, path)) is not None:
             problem = LoraMultiheadAttention.why_not(attention, config)
+            if config.use_dora:
+                problem = f"use_dora supports only {DoraLinear.base_kinds}"
             if problem is None and attention is bare.root:
                 problem = "it is the model itself; put it into another module"
             problem = problem and f"nn.MultiheadAttention reads its weight and never calls it, and {problem}"
@@ -110,7 +114,7 @@ def _check_tokens(bare: BareModel, targets: Targets) -> None:
             )
 
 
-def _check_parameters(bare: BareModel, targets: Targets) -> None:
+def _check_parameters(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     problems = []
     for path, names in targets.parameters.items():
         for name in names:
@@ -131,6 +135,13 @@ def _check_parameters(bare: BareModel, targets: Targets) -> None:
                     f"inject: {path!r} is adapted by {list(layer.adapters)} as a target of "
                     f"{'target_parameters' if isinstance(layer, LoraParameter) else 'target_modules'}, and cannot be a "
                     "target of the other kind too; adapt it in the same way, or delete_adapter(model, ...) first"
+                )
+            if isinstance(layer, LoraLayer) and isinstance(layer, DoraLinear) != config.use_dora:
+                has = "with" if config.use_dora else "without"
+                raise ValueError(
+                    f"inject: {path!r} has adapters {'without' if config.use_dora else 'with'} use_dora already "
+                    f"({list(layer.adapters)}), and none {has} it can join them; use the same use_dora, or "
+                    "delete_adapter(model, ...) first"
                 )
 
 

@@ -77,9 +77,11 @@ def _merged_values(caller: str, layer: LoraLayer, path: str, names: Collection[s
     """The dequantised weight of ``layer`` before any merge, plus the updates of ``names``: float32."""
     matrix, label = layer.matrices()["weight"], f"the weight of {path!r}"
     weight, merged = matrix.quantized, layer._merged
-    updates = updates_of(caller, layer, "weight", matrix, label, sorted({*names, *layer.merged_adapters}))
+    all_names = sorted({*names, *layer.merged_adapters})
+    updates = updates_of(caller, layer, "weight", matrix, label, all_names)
     if not updates:
         return weight.dequantize()
+    weight = layer.weight_to_merge(matrix, all_names)
     if merged is None or "weight" not in merged.matrices:
         return updated(caller, weight, *pack_factors(torch.float32, list(updates.values())), label)
     with layer.active.changing():

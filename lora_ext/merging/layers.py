@@ -53,6 +53,9 @@ class Mergeable(Protocol):
     def matrices(self) -> Mapping[str, Matrix]:
         """The matrices that adapters update: :class:`~lora_ext.nn.layer.Matrix` by key."""
 
+    def weight_to_merge(self, matrix: Matrix, names: list[str]) -> Tensor | QuantizedWeight:
+        """The matrix that the updates of the adapters ``names`` are added to."""
+
     def factors(self, name: str) -> Mapping[str, Factors]:
         """The updates of adapter ``name``, by the keys of the matrices."""
 
@@ -235,7 +238,7 @@ def merge_for_good(
     merge = _prepare_merge(caller, wanted, where)
     with changing(*_shared(wanted)):
         made = merge.run(caller, record=False)
-    return [record.error for record in made if isinstance(record, QuantizedRecord)]
+    return [record.error for record in made if isinstance(record, QuantizedRecord) and record.error is not None]
 
 
 def _shared(layers: Iterable[Mergeable]) -> set[ActiveAdapters]:
@@ -260,9 +263,9 @@ def _prepare_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], whe
                 continue
             known[same] = len(merge.holders)
             merge.holders.append([(layer, key)])
-            merge.views.append(view if matrix.quantized is None else matrix.quantized)
+            merge.views.append(local(layer.weight_to_merge(matrix, sorted(names))))
             merge.labels.append(label)
-            dtype = view.dtype if matrix.quantized is None else torch.float32
+            dtype = view.dtype if matrix.quantized is None else matrix.quantized.sum_dtype
             merge.factors.append(pack_factors(dtype, list(updates.values())))
             merge.ranks.append({name: A.shape[0] for name, (A, _, _) in updates.items()})
     return merge

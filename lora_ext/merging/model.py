@@ -170,7 +170,7 @@ def merge_errors(model: nn.Module, adapter_names: str | Iterable[str] | None = N
 
 
 def _is_quantized(layer: LoraLayer) -> bool:
-    return any(matrix.quantized is not None for matrix in layer.matrices().values())
+    return any(matrix.quantized is not None and matrix.quantized.rounds for matrix in layer.matrices().values())
 
 
 _LARGE_ERROR = 0.1  # of the update

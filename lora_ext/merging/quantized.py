@@ -34,13 +34,13 @@ class QuantizedRecord:
         lora_A: ``[r, in_features]``, float32.
         lora_B: ``[out_features, r]``, float32, multiplied by the scaling.
         stored: the bytes before the merge.
-        error: what quantising the sum lost.
+        error: what quantising the sum lost; None: the weight is not quantised, only rescaled.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     stored: dict[str, Tensor]
-    error: MergeError
+    error: MergeError | None
 
     @property
     def nbytes(self) -> int:
@@ -66,10 +66,13 @@ def merge_quantized_(
         for weight, A, B, label in zip(weights, lora_As, lora_Bs, labels, strict=True):
             values = updated(caller, weight, A, B, label)
             new = weight.quantize(values)
-            record = QuantizedRecord(A, B, copied(weight), MergeError(0.0, 0.0, 0.0))
+            if not weight.rounds and not all(tensor.isfinite().all() for tensor in new.values()):
+                raise ValueError(f"{caller}: merging would make elements of {label} infinite: the sum overflows")
+            record = QuantizedRecord(A, B, copied(weight), None)
             records.append(record)
             weight.write(new)
-            record.error = _error(weight, values, A, B)
+            if weight.rounds:
+                record.error = _error(weight, values, A, B)
     except BaseException:
         for weight, record in zip(weights, records, strict=False):
             weight.write(record.stored)
@@ -82,7 +85,7 @@ def updated(caller: str, weight: QuantizedWeight, A: Tensor, B: Tensor, label: s
     """The dequantised weight plus ``B @ A``: new, float32. ValueError: an element is NaN or infinite."""
     if (len(B), A.shape[1]) != weight.shape:
         raise ValueError(f"{caller}: the update of {label} is {[len(B), A.shape[1]]}, the weight {list(weight.shape)}")
-    values = weight.dequantize()
+    values = weight.values_to_update()
     with torch.autocast(values.device.type, enabled=False):
         values.addmm_(B.to(values.device), A.to(values.device))
     if wrong := values.numel() - int(values.isfinite().sum()):

@@ -43,7 +43,8 @@ class Part:
 
     def file_scale_of(self, key: str) -> float:
         """The factor for the tensor ``key`` when it is saved; loading divides by it. A power of 2, or its negative."""
-        return 1.0 if key.endswith((".lora_A.weight", ".lora_embedding_A")) else self.file_scale
+        unscaled = ".lora_A.weight", ".lora_embedding_A", ".lora_magnitude_vector"
+        return 1.0 if key.endswith(unscaled) else self.file_scale
 
 
 def located(parts: Iterable[Part]) -> tuple[Part, ...]:

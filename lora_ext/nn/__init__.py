@@ -1,8 +1,9 @@
 """Modules that hold a frozen base layer and its adapters.
 
 - Layers: ``linear`` (with cases of its own for ``tensor_parallel`` weights and ``few_tokens``), ``packed_linear``,
-  ``conv``, ``embedding``, ``attention`` (``attention_inputs`` checks its arguments), ``parameter`` (experts, through
-  ``weight_views``). ``trained`` trains a module in full, ``trainable_tokens`` rows of an embedding.
+  ``dora_linear`` (``dora`` has its arithmetic), ``conv``, ``embedding``, ``attention`` (``attention_inputs`` checks its
+  arguments), ``parameter`` (experts, through ``weight_views``). ``trained`` trains a module in full,
+  ``trainable_tokens`` rows of an embedding.
 - What layers are made of: ``layer`` on ``adapter_layer``, their base classes; ``adapter``, one low-rank update, and
   ``tied``, the same for a second layer; ``active``, the names in use; ``base_layer``, what may be assumed of the frozen
   layer; ``expand``, an up-projection onto its output.
@@ -18,6 +19,7 @@ from lora_ext.nn.adapter import LoraAdapter
 from lora_ext.nn.adapter_layer import AdapterLayer
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.conv import LoraConv
+from lora_ext.nn.dora_linear import DoraAdapter, DoraLinear
 from lora_ext.nn.embedding import EmbeddingAdapter, LoraEmbedding
 from lora_ext.nn.layer import LoraLayer
 from lora_ext.nn.linear import LoraLinear
@@ -29,14 +31,16 @@ MergedLinear = LoraPackedLinear  # loralib's name
 LORA_LAYERS: tuple[type[LoraLayer], ...] = (LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention)
 """The layers that inject can make; the first whose ``adapts`` accepts a module wraps it.
 
-Config keys select the two others: ``target_parameters`` :class:`LoraParameter`, ``enable_lora``
-:class:`LoraPackedLinear`.
+Config keys select the three others: ``target_parameters`` :class:`LoraParameter`, ``enable_lora``
+:class:`LoraPackedLinear`, ``use_dora`` :class:`DoraLinear`.
 """
 
 __all__ = [
     "LORA_LAYERS",
     "ActiveAdapters",
     "AdapterLayer",
+    "DoraAdapter",
+    "DoraLinear",
     "EmbeddingAdapter",
     "LoraAdapter",
     "LoraConv",

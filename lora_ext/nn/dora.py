@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext import functional
@@ -52,13 +53,16 @@ def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, update: DoraUp
     return rescale(z, factor, base)
 
 
-def called_output(x: Tensor, base_layer: nn.Module, weight: Tensor, update: DoraUpdate) -> Tensor:
+def called_output(
+    x: Tensor, base_layer: Callable[[Tensor], Tensor], bias: Tensor | None, weight: Tensor, update: DoraUpdate
+) -> Tensor:
     """Returns what :func:`linear_output` does for a base layer that multiplies by its weight itself.
 
     Args:
-        weight: its weight, dequantised, for the norms; its product is ``base_layer(x) - base_layer.bias``.
+        base_layer: returns the product and the ``bias``.
+        weight: the weight, dequantised, for the norms.
     """
-    factor, base, bias, dropped = update.factor(weight), base_layer.bias, base_layer.bias, x
+    factor, base, dropped = update.factor(weight), bias, x
     if update.dropout_p:
         dropped = F.dropout(x, update.dropout_p)
         base = base_layer(x - dropped)

@@ -34,7 +34,7 @@ class Matrix(NamedTuple):
         owner, name: the module and the name of its parameter.
         view: a view of that parameter or of a part of it: ``[rows, cols]``, unit column stride. The parameter itself if
             it is quantised.
-        quantized: how the parameter is quantised, or None.
+        quantized: how the parameter is quantised, or None; of a layer with DoRA adapters a :class:`RescaledWeight`.
     """
 
     owner: nn.Module
@@ -119,6 +119,10 @@ class LoraLayer(AdapterLayer):
             matrices["bias"] = Matrix(self.base_layer, "bias", self.bias.view(1, -1))
         return matrices
 
+    def weight_to_merge(self, matrix: Matrix, names: list[str]) -> Tensor | QuantizedWeight:
+        """Returns the matrix that the updates of the adapters ``names`` are added to."""
+        return matrix.view if matrix.quantized is None else matrix.quantized
+
     def why_not_merge(self) -> str | None:
         """Returns why an update merged into the base weight could differ from the forward, or None."""
         return why_bypassed(self)
@@ -159,6 +163,8 @@ class LoraLayer(AdapterLayer):
             ValueError: the name is taken, or a factor has the wrong shape. The layer is then unchanged.
         """
         self._check_is_new(name)
+        if getattr(adapter, "has_magnitude", False) and "lora_magnitude_vector" not in self.factor_shapes(adapter):
+            raise TypeError(f"{type(self).__name__}: the adapter is a {type(adapter).__name__}, want one without DoRA")
         for factor, want in self.factor_shapes(adapter).items():
             shape = tuple(operator.attrgetter(factor)(adapter).shape)
             if shape != want:

@@ -21,6 +21,8 @@ class QuantizedWeight(ABC):
     """
 
     strict_export_only: ClassVar[bool] = False  # torch.export traces a call of the layer only with strict=True
+    rounds: bool = True  # whether quantising again loses more than rounding to a dtype
+    sum_dtype: torch.dtype = torch.float32  # in which updates are added
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -52,6 +54,10 @@ class QuantizedWeight(ABC):
     @abstractmethod
     def dequantize(self) -> Tensor:
         """The values that the codes stand for: a new float32 tensor, not rounded to :attr:`dtype`."""
+
+    def values_to_update(self) -> Tensor:
+        """What updates are added to: new, in :attr:`sum_dtype`."""
+        return self.dequantize()
 
     @abstractmethod
     def quantize(self, values: Tensor) -> dict[str, Tensor]:

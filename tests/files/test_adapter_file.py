@@ -205,7 +205,8 @@ def test_all_problems_with_the_keys_are_listed(directory: Path):
     ("values", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA', want 'LORA'"),
-        ({"use_dora": True}, "use_dora=True not supported"),
+        ({"use_qalora": True}, "use_qalora=True not supported"),
+        ({"use_dora": True, "target_parameters": None}, "use_dora is True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
         ({"r": 3}, "the config gives it r=3"),

@@ -249,8 +249,8 @@ def test_inject_takes_pefts_config():
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        (lambda: peft.LoraConfig(target_modules=TARGETS, use_dora=True), "use_dora=True not supported"),
-        (lambda: peft.LoraConfig(target_modules=TARGETS, use_dora=True), "can be used here"),
+        (lambda: peft.LoraConfig(target_modules=TARGETS, use_qalora=True), "use_qalora=True not supported"),
+        (lambda: peft.LoraConfig(target_modules=TARGETS, use_qalora=True), "can be used here"),
         (
             lambda: peft.LoraConfig(target_modules=TARGETS, init_lora_weights="pissa"),
             "init_lora_weights is 'pissa', want",

@@ -311,7 +311,7 @@ def test_missing_files(model, tmp_path):
         ("[]", "holds a list, want an object"),
         ("{}", "peft_type is None, want 'LORA'"),
         ('{"peft_type": "IA3"}', "peft_type is 'IA3', want 'LORA'"),
-        ('{"peft_type": "LORA", "target_modules": ["up"], "use_dora": true}', "use_dora=True not supported"),
+        ('{"peft_type": "LORA", "target_modules": ["up"], "use_qalora": true}', "use_qalora=True not supported"),
         ('{"peft_type": "LORA", "target_modules": ["up"], "r": "8"}', "r is '8' of type str"),
     ],
 )

@@ -286,7 +286,7 @@ KEYS = {
     "task_type": ("field", "CAUSAL_LM"),
     "trainable_token_indices": ("field", [1]),
     "use_bdlora": ("refused", {"nblocks": 2}),
-    "use_dora": ("refused", True),
+    "use_dora": ("field", True),
     "use_qalora": ("refused", True),
     "use_rslora": ("field", True),
     "velora_config": ("refused", {"num_groups": 64}),
@@ -321,9 +321,9 @@ def test_a_key_of_a_later_release_is_refused_when_on():
 
 
 def test_every_unsupported_setting_is_listed():
-    with pytest.raises(ValueError, match=r"use_dora=True, layer_replication=\[\[0, 1\]\] not supported"):
+    with pytest.raises(ValueError, match=r"use_qalora=True, layer_replication=\[\[0, 1\]\] not supported"):
         LoraConfig.from_dict(
-            {"peft_type": "LORA", "target_modules": ["q"], "use_dora": True, "layer_replication": [[0, 1]]}
+            {"peft_type": "LORA", "target_modules": ["q"], "use_qalora": True, "layer_replication": [[0, 1]]}
         )
 
 

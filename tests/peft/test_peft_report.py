@@ -177,7 +177,9 @@ def test_reasons_of_linear_layers(change, reason):
 
 def test_variants():
     (layer,) = report(one_layer(use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["0"], nblocks=2)))
-    assert layer.forward == layer.merge and layer.merge == "adapter 'default' is a variant of LoRA (BdLoraLinearVariant)"
+    assert (
+        layer.forward == layer.merge and layer.merge == "adapter 'default' is a variant of LoRA (BdLoraLinearVariant)"
+    )
     (layer,) = report(one_layer(use_dora=True))  # its forward is ours
     assert not layer.forward and layer.merge == "adapter 'default' is a variant of LoRA (DoraLinearVariant)"
 

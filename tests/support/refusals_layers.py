@@ -50,6 +50,14 @@ LAYERS: list[Call] = [
             ({"r": 0}, ValueError, "r is 0, want at least 1"),
         ],
     ),
+    Call(
+        layers.DoraAdapter,
+        lambda _: {"in_features": 6, "out_features": 4, "r": 2, "lora_alpha": 4.0},
+        [
+            ({"lora_bias": True}, ValueError, "DoraAdapter: lora_bias is True"),
+            ({"r": 0}, ValueError, "DoraAdapter: r is 0, want at least 1"),
+        ],
+    ),
     *(
         Call(
             kind,
@@ -63,6 +71,7 @@ LAYERS: list[Call] = [
         )
         for kind, base in (
             (layers.LoraLinear, nn.Linear(6, 4)),
+            (layers.DoraLinear, nn.Linear(6, 4)),
             (layers.LoraEmbedding, nn.Embedding(6, 4)),
             (layers.LoraConv, nn.Conv1d(6, 4, 3)),
             (layers.LoraMultiheadAttention, nn.MultiheadAttention(6, 2)),

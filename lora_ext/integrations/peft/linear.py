@@ -99,15 +99,14 @@ class LinearForward(SharesInputs):
 
     def _forward_dora(self, x: Tensor, plain: tuple[Tensor, Tensor | None] | None, adapter: PeftAdapter) -> Tensor:
         """The forward of a DoRA adapter that is active alone."""
-        update = dora.DoraUpdate(
-            adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.scaling, adapter.dropout_p
-        )
+        update = dora.DoraUpdate(adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.scaling, adapter.dropout_p)
         if plain is not None:
             return dora.linear_output(x, *plain, update)
         quantized = quantized_weight(self.base_layer) if runs_quantized_product(self.base_layer) else None
         if quantized is None:  # what such a base layer computes is not known
             return super().forward(x)
-        return dora.called_output(x, self.base_layer, quantized.dequantize(), update)
+        base = self.base_layer
+        return dora.called_output(x, base, base.bias, quantized.dequantize(), update)
 
     def _base_output(self, x: Tensor) -> Tensor:
         """The base layer's output, to be changed in place."""

@@ -1,0 +1,224 @@
+"""A frozen linear layer and its DoRA adapters."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._common.arguments import checked
+from lora_ext._common.sharded import is_elsewhere, is_sharded
+from lora_ext._ops.dora import row_norms
+from lora_ext.nn import dora
+from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.base_layer import is_conv1d, plain_linear, why_not_merge, why_weight_unusable
+from lora_ext.nn.layer import LoraLayer, Matrix
+from lora_ext.nn.linear import is_linear, linear_sizes
+from lora_ext.nn.rows.choice import RowChoice
+from lora_ext.nn.rows.in_force import row_choice
+from lora_ext.nn.rows.split import call_by_rows
+from lora_ext.nn.tensor_parallel import split_dim
+from lora_ext.quantized import QuantizedWeight, quantized_weight
+from lora_ext.quantized.rescaled import RescaledWeight
+
+if TYPE_CHECKING:
+    from lora_ext.config import LoraConfig
+
+
+class DoraFactors(NamedTuple):
+    """The attributes of a :class:`DoraAdapter` that a forward reads."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_magnitude_vector: Tensor
+    scaling: float
+    lora_dropout: float
+
+
+class DoraAdapter(LoraAdapter):
+    """A low-rank update, and the lengths of the updated weight's rows (Liu et al. 2024, arXiv 2402.09353).
+
+    ``lora_magnitude_vector`` is ``[out_features]``, in the dtype of the factors. :meth:`measure` sets it to the lengths
+    that the rows have; until then it is 1.
+
+    Args: as in :class:`LoraAdapter`; there is no ``lora_bias``.
+    """
+
+    has_magnitude = True
+
+    @checked
+    def __init__(self, in_features: int, out_features: int, r: int, lora_alpha: float, **arguments: Any) -> None:
+        if arguments.get("lora_bias"):
+            raise ValueError("DoraAdapter: lora_bias is True, but a DoRA adapter has no bias; leave it out")
+        super().__init__(in_features, out_features, r, lora_alpha, **arguments)
+        self.lora_magnitude_vector = nn.Parameter(self.lora_B.new_ones(out_features))
+
+    @torch.no_grad()
+    def measure(self, weight: Tensor) -> None:
+        """Sets the magnitudes to the lengths of the rows of ``weight + scaling * lora_B @ lora_A``."""
+        norms = row_norms(weight, self.lora_A.to(weight.device), self.lora_B.to(weight.device), self.scaling)
+        self.lora_magnitude_vector.copy_(norms)
+
+    def forward(self) -> DoraFactors:
+        super().forward()  # refuses factors that would not train
+        return DoraFactors(self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.lora_dropout)
+
+
+class DoraLinear(LoraLayer):
+    """A frozen linear layer whose adapters have a direction and a length for each row of the weight (DoRA).
+
+    ``y = factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``, where ``factor`` is the magnitude of a row
+    over the length of that row of ``weight + scaling * lora_B @ lora_A``. The gradient takes these lengths for constants
+    (section 4.3 of the paper). With dropout see :func:`lora_ext.nn.dora.linear_output`. No tensor of the weight's size is made, unless the
+    base layer is quantised: its weight is dequantised in every call, for the lengths.
+
+    All adapters of the layer are :class:`DoraAdapter`, and one is in use at a time. A merge keeps a copy of the weight,
+    with which :meth:`unmerge` restores every bit.
+
+    Args:
+        base_layer, adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+    """
+
+    base_kinds = "an nn.Linear or Conv1D"
+    rows_choose = True
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return is_linear(module)
+
+    @classmethod
+    def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
+        if split_dim(module) is not None:
+            return "its weight is split over devices (tensor parallelism), and use_dora needs whole rows"
+        if is_elsewhere(module._parameters.get("weight")):
+            return "ZeRO-3 has partitioned its weight, from which use_dora takes the magnitudes"
+        weight = quantized_weight(module)
+        return why_weight_unusable(module, at_hand=True) if weight is None else weight.why_not_adapt()
+
+    @classmethod
+    def new_adapter(
+        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
+    ) -> DoraAdapter:
+        adapter = DoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
+        if not (adapter.lora_A.is_meta or base_layer.weight.is_meta):
+            adapter.measure(_values(base_layer))
+        return adapter
+
+    def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
+        if not getattr(adapter, "has_magnitude", False):
+            raise TypeError(f"DoraLinear: the adapter is a {type(adapter).__name__}, want a DoraAdapter")
+        super().add_adapter(name, adapter)
+        if (weight := quantized_weight(self.base_layer)) is not None:
+            weight.keep_stored()
+
+    def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
+        return super().factor_shapes(adapter) | {"lora_magnitude_vector": (self.out_features,)}
+
+    @property
+    def in_features(self) -> int:
+        return linear_sizes(self.base_layer)[0]
+
+    @property
+    def out_features(self) -> int:
+        return linear_sizes(self.base_layer)[1]
+
+    def file_tensors(self, path: str, adapter: DoraAdapter) -> dict[str, Tensor]:
+        magnitude = {f"{path}.lora_magnitude_vector": adapter.lora_magnitude_vector}
+        return super().file_tensors(path, adapter) | magnitude
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (choice := row_choice(self.active)) is not None:
+            return self._forward_rows(choice, x, *args, **kwargs)
+        names = self._applied()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        if len(names) > 1:
+            raise RuntimeError(f"DoraLinear: {list(names)} are active; use one DoRA adapter at a time (set_adapter)")
+        return self._output(names[0], x, *args, **kwargs)
+
+    def _output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        update = self._update(name)
+        plain = None if args or kwargs else plain_linear(self.base_layer)
+        if plain is not None:
+            return dora.linear_output(x, *plain, update)
+        base = partial(self.base_layer, *args, **kwargs) if kwargs else self.base_layer
+        product = (lambda given: base(given, *args)) if args else base
+        return dora.called_output(x, product, self.bias, _values(self.base_layer), update)
+
+    def _forward_rows(self, choice: RowChoice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Computes the forward; each row uses the adapter that ``choice`` gives it."""
+        outputs = {name: partial(self._output, name) for name in self._applied(choice)}
+        return call_by_rows(choice, self, outputs, self.base_layer, (x, *args), kwargs)
+
+    def _update(self, name: str) -> dora.DoraUpdate:
+        held = at_hand(self.adapters[name])
+        dropout_p = held.lora_dropout if self.training else 0.0
+        return dora.DoraUpdate(held.lora_A, held.lora_B, held.lora_magnitude_vector, held.scaling, dropout_p)
+
+    # --- merging -----------------------------------------------------------------------------------------------------
+
+    def why_not_merge(self) -> str | None:
+        weight = quantized_weight(self.base_layer)
+        if is_sharded(self.base_layer.weight):
+            return "its weight is sharded, and a DoRA adapter needs whole rows"
+        if self._merged is not None:
+            return (
+                f"{self.merged_adapters[0]!r} is merged into it, and a DoRA adapter is merged alone; unmerge that first"
+            )
+        kind = nn.Linear if weight is None else weight.plain_forward
+        reason = super().why_not_merge() or why_not_merge(self.base_layer, kind)
+        return reason if reason or weight is None else weight.why_not_adapt() or weight.why_not_quantize()
+
+    def matrices(self) -> dict[str, Matrix]:
+        view = self.base_layer.weight
+        return {"weight": Matrix(self.base_layer, "weight", view, self._rescaled())}
+
+    def _rescaled(self, factor: Tensor | None = None) -> RescaledWeight:
+        return RescaledWeight(self.base_layer, quantized_weight(self.base_layer), factor)
+
+    def weight_to_merge(self, matrix: Matrix, names: list[str]) -> QuantizedWeight:
+        if self._merged is not None:
+            raise ValueError(f"DoraLinear: {self.merged_adapters[0]!r} is merged; call unmerge first")
+        if len(names) > 1:
+            raise ValueError(
+                f"DoraLinear: {names} would be merged into one weight; a DoRA adapter is merged alone: unmerge first"
+            )
+        return self._rescaled(self._update(names[0]).factor(_values(self.base_layer)))
+
+    def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Returns what a merge adds to the weight, whose rows it multiplies by factors before."""
+        if self._merged is not None:
+            raise RuntimeError(
+                f"DoraLinear: {self.merged_adapters[0]!r} is merged, and a DoRA adapter's update depends on the weight "
+                "before; call unmerge first"
+            )
+        adapter = self.adapters[name]
+        with torch.no_grad():
+            factor = self._update(name).factor(_values(self.base_layer))
+        lora_B = factor.unsqueeze(1) * adapter.lora_B
+        return {"weight": (adapter.lora_A, lora_B.to(adapter.lora_B.dtype), adapter.scaling)}
+
+    @torch.no_grad()
+    def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
+        """Returns the difference that a merge of adapter ``name`` makes, ``[out_features, in_features]``."""
+        if key != "weight":
+            raise KeyError(f"DoraLinear: a DoRA adapter has no update of {key!r}, only of ['weight']")
+        A, B, scaling = self.factors(name := self._existing(name))["weight"]
+        values = self._rescaled().dequantize()
+        merged = self.weight_to_merge(self.matrices()["weight"], [name]).values_to_update()
+        delta = merged.sub_(values).to(B.dtype).addmm_(B, A, alpha=scaling)
+        return delta.T if is_conv1d(self.base_layer) else delta
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._state()}"
+
+
+def _values(base_layer: nn.Module) -> Tensor:
+    """Returns the weight of ``base_layer`` as ``[out_features, in_features]``, dequantised if it is quantised."""
+    if (quantized := quantized_weight(base_layer)) is not None:
+        return quantized.dequantize()
+    return base_layer.weight.T if is_conv1d(base_layer) else base_layer.weight

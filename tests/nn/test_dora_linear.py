@@ -1,0 +1,347 @@
+"""Layers with DoRA adapters: PEFT's numbers and files, merges that restore every bit, and what is refused."""
+
+import copy
+import pickle
+import warnings
+
+import peft
+import pytest
+import torch
+from support.models import bert, gpt2, llama
+from support.quantized import quantized_copy, stored
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_ext import AdapterPool, LoraConfig, adapters, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext.nn import DoraAdapter, DoraLinear, LoraAdapter, LoraLinear
+
+MODELS = {
+    "llama": (llama, ["q_proj", "v_proj", "down_proj"]),
+    "gpt2": (gpt2, ["c_attn", "c_proj"]),
+    "bert": (bert, ["query", "dense"]),
+}
+
+
+def dora(**options) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": ["0"], "use_dora": True} | options)
+
+
+def make_random(model: nn.Module) -> nn.Module:
+    """Gives the factors, and the magnitudes, values of which each changes the output."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter *= torch.linspace(0.4, 2.0, len(parameter))
+            elif "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def layers(dtype: torch.dtype = torch.float32, base: nn.Module | None = None, **options) -> nn.Module:
+    model = nn.Sequential(nn.Linear(24, 40) if base is None else base).to(dtype)
+    return make_random(inject(model, dora(**options))).eval()
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_training_equals_pefts(name, dropout):
+    make, targets = MODELS[name]
+    options = {"r": 4, "lora_alpha": 10, "target_modules": targets, "use_dora": True, "lora_dropout": dropout}
+    base = make()
+    ours = inject(copy.deepcopy(base), LoraConfig(**options))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**options, fan_in_fan_out=name == "gpt2"))
+    values = {key.removesuffix(".default"): p for key, p in theirs.named_parameters() if p.requires_grad}
+    of_ours = [p for p in ours.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in of_ours) == sum(p.numel() for p in values.values())
+    load_adapter_values(ours, theirs)
+    ids, losses = torch.arange(12).view(2, 6), []
+    for model in (theirs, ours):
+        torch.manual_seed(5)  # the masks are PyTorch's in both
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for _ in range(4):
+            loss = model(input_ids=ids)[0].float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][0] != losses[0][-1]
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-6)
+
+
+def load_adapter_values(ours: nn.Module, theirs: nn.Module) -> None:
+    state = peft.get_peft_model_state_dict(theirs)
+    for path, layer in ours.named_modules():
+        if isinstance(layer, DoraLinear):
+            adapter = layer.adapters["default"]
+            for key, parameter in layer.file_tensors(f"base_model.model.{path}", adapter).items():
+                with torch.no_grad():
+                    parameter.copy_(state[key])
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_files_go_both_ways(name, tmp_path):
+    make, targets = MODELS[name]
+    base = make()
+    ours = make_random(inject(copy.deepcopy(base), dora(target_modules=targets))).eval()
+    ids = torch.arange(12).view(2, 6)
+    y = ours(input_ids=ids)[0]
+    save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(input_ids=ids)[0], y, rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_adapter(base, tmp_path / "theirs").eval()
+    assert torch.equal(back(input_ids=ids)[0], y)
+    load_adapter(back, tmp_path / "ours", adapter_name="second")
+    assert torch.equal(back(input_ids=ids)[0], y)
+    assert {status.kind for status in adapters.adapter_status(back)} == {"DoraLinear"}
+
+
+def test_a_new_adapter_changes_nothing_and_random_factors_are_measured():
+    base = nn.Linear(24, 40)
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(inject(nn.Sequential(copy.deepcopy(base)), dora())(x), base(x))
+    model = inject(nn.Sequential(copy.deepcopy(base)), dora(init_lora_weights=False))
+    adapter = model[0].adapters["default"]
+    updated = base.weight + adapter.scaling * adapter.lora_B @ adapter.lora_A
+    torch.testing.assert_close(adapter.lora_magnitude_vector, updated.norm(dim=1))
+    torch.testing.assert_close(model(x), x @ updated.T + base.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_merging(kind, dtype):
+    base = nn.Linear(24, 40) if kind is nn.Linear else Conv1D(40, 24)
+    model = layers(dtype, base)
+    x, before = torch.randn(5, 24).to(dtype), copy.deepcopy(model.state_dict())
+    y, weight = model(x), model[0].base_layer.weight
+    delta = model[0].delta_weight()
+    merge(model)
+    assert model[0].is_merged and not torch.equal(weight, before["0.base_layer.weight"])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(weight, (before["0.base_layer.weight"] + delta).to(dtype), rtol=2 * eps, atol=2 * eps)
+    torch.testing.assert_close(model(x), y, rtol=16 * eps, atol=16 * eps)
+    assert adapters.merge_record_bytes(model) >= weight.nbytes
+    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for one in (model, other):
+        unmerge(one)
+        for key, tensor in one.state_dict().items():
+            assert torch.equal(tensor, before[key]), key
+    plain = adapters.merge_and_unload(model)
+    assert type(plain[0]) is kind and torch.equal(plain[0].bias, before["0.base_layer.bias"])
+    torch.testing.assert_close(plain(x), y, rtol=16 * eps, atol=16 * eps)
+
+
+def test_a_merge_that_overflows_changes_nothing():
+    model = layers(torch.float16)
+    with torch.no_grad():
+        model[0].adapters["default"].lora_magnitude_vector[3] = 1e9
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="NaN or infinite|overflow"):
+        merge(model)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "torchao-int8"])
+def test_quantised_weights(format, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = quantized_copy(nn.Sequential(nn.Linear(64, 128)), format).requires_grad_(False)
+    model = make_random(inject(copy.deepcopy(quantised), dora())).eval()
+    x, bytes_before = torch.randn(5, 64), stored(model)
+    y = model(x)
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rounding hides a part of the update
+        merge(model)
+        (error,) = adapters.merge_errors(model).values()
+        assert 0.0 < error.relative < 0.2 and (model(x) - y).norm() < 0.2 * y.norm()
+    unmerge(model)
+    assert all(torch.equal(tensor, bytes_before[name]) for name, tensor in stored(model).items())
+    plain = adapters.merge_and_unload(model, dequantize=True)
+    assert (plain(x) - y).norm() < 0.02 * y.norm()
+
+
+def test_rows_choose():
+    model = layers()
+    inject(model, dora(r=2, init_lora_weights=False), "second")
+    x, names = torch.randn(4, 3, 24), ["second", "__base__", "default", "second"]
+    want = []
+    for name, row in zip(names, x, strict=True):
+        adapters.set_adapter(model, [] if name == "__base__" else name)
+        want.append(model(row))
+    torch.testing.assert_close(model(x, adapter_names=names), torch.stack(want))
+    llama_model = make_random(inject(llama(), dora(target_modules=["q_proj", "down_proj"]))).eval()
+    ids = torch.arange(12).view(2, 6)
+    both = llama_model(input_ids=ids, adapter_names=["default", "__base__"]).logits
+    torch.testing.assert_close(both[0], llama_model(input_ids=ids[:1]).logits[0], rtol=1e-4, atol=1e-5)
+    with adapters.disable_adapters(llama_model):
+        torch.testing.assert_close(both[1], llama_model(input_ids=ids[1:]).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_one_at_a_time():
+    model = layers()
+    inject(model, dora(r=2), "second")
+    with pytest.raises(ValueError, match=r"'0' has the DoRA adapters \['default', 'second'\]; use only one"):
+        adapters.set_adapter(model, ["default", "second"])
+    assert adapters.adapter_status(model)[1].active and not adapters.adapter_status(model)[0].active
+    model[0].set_active("default", "second")
+    with pytest.raises(RuntimeError, match="use one DoRA adapter at a time"):
+        model(torch.randn(2, 24))
+    with pytest.raises(ValueError, match="a DoRA adapter is merged alone"):
+        model[0].merge()
+    model[0].set_active("default")
+    model[0].merge()
+    with pytest.raises(ValueError, match="'default' is merged into it, and a DoRA adapter is merged alone"):
+        model[0].merge("second")
+    with pytest.raises(RuntimeError, match="call unmerge first"):
+        model[0].delta_weight("second")
+    model[0].unmerge()
+
+
+def test_other_layers_may_have_other_adapters():
+    base = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    x = torch.randn(3, 6)
+    model = inject(copy.deepcopy(base), dora(init_lora_weights=False))
+    inject(model, LoraConfig(r=2, target_modules=["1"], init_lora_weights=False), "plain")
+    adapters.set_adapter(model, ["default", "plain"])
+    merged = merge(copy.deepcopy(model).eval())
+    torch.testing.assert_close(merged(x), model(x))
+    for first, second in ((dora(), LoraConfig(target_modules=["0"])), (LoraConfig(target_modules=["0"]), dora())):
+        model = inject(copy.deepcopy(base), first)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="'0' has adapters with(out)? use_dora already"):
+            inject(model, second, "second")
+        assert model.state_dict().keys() == before.keys()
+    with pytest.raises(TypeError, match="the adapter is a LoraAdapter, want a DoraAdapter"):
+        DoraLinear(nn.Linear(6, 8), LoraAdapter(6, 8, 2, 4))
+    with pytest.raises(TypeError, match="the adapter is a DoraAdapter, want one without DoRA"):
+        LoraLinear(nn.Linear(6, 8), DoraAdapter(6, 8, 2, 4))
+    with pytest.raises(ValueError, match="lora_magnitude_vector has shape"):
+        layer = DoraLinear(nn.Linear(6, 8))
+        adapter = DoraAdapter(6, 8, 2, 4)
+        adapter.lora_magnitude_vector = nn.Parameter(torch.ones(7))
+        layer.add_adapter("default", adapter)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": 1}, "use_dora is 1, want True or False"),
+        ({"lora_bias": True}, "use_dora is True, but lora_bias is True"),
+        ({"ensure_weight_tying": True}, "use_dora is True, but ensure_weight_tying is True"),
+        ({"target_parameters": ["0.weight"]}, "use_dora is True, but target_parameters is"),
+        ({"enable_lora": {"0": (True, False)}}, "use_dora is True, but enable_lora is"),
+        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "but alora_invocation_tokens is"),
+    ],
+)
+def test_options_that_do_not_go_with_it(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        dora(**options)
+
+
+@pytest.mark.parametrize("module", [nn.Embedding(5, 6), nn.Conv2d(2, 3, 3), nn.MultiheadAttention(8, 2)])
+def test_layers_without_dora(module):
+    model = nn.Sequential(module)
+    with pytest.raises(TypeError, match="use_dora supports only an nn.Linear or Conv1D"):
+        inject(model, dora())
+    assert type(model[0]) is type(module)
+
+
+def test_the_projection_that_an_attention_reads_is_refused():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    with pytest.raises(TypeError, match="reads its weight and never calls it, and use_dora supports only"):
+        inject(model, dora(target_modules=["out_proj"]))
+
+
+def test_functions_that_combine_adapters_or_share_their_layers(tmp_path):
+    model = layers()
+    inject(model, dora(), "second")
+    with pytest.raises(ValueError, match=r"'default' is a DoRA adapter \(use_dora\), whose magnitudes"):
+        adapters.add_weighted_adapter(model, ["default", "second"], [0.5, 0.5], "both")
+    save_adapter(model, tmp_path / "adapter", "default")
+    with pytest.raises(ValueError, match="'0' has adapters with use_dora already"):
+        AdapterPool(model, r=4, target_modules=["0"], max_bytes=10_000)
+    plain = inject(nn.Sequential(nn.Linear(24, 40)), LoraConfig(r=4, lora_alpha=10, target_modules=["0"]))
+    with pytest.raises(ValueError, match="use_dora=True"):
+        load_adapter(plain, tmp_path / "adapter")
+
+
+def test_hot_swaps_into_compiled_code(tmp_path):
+    model, other = layers(), layers(r=2, lora_alpha=3)
+    other[0].base_layer.load_state_dict(model[0].base_layer.state_dict())
+    save_adapter(other, tmp_path / "other")
+    x = torch.randn(5, 24)
+    adapters.prepare_hotswap(model, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    adapters.hotswap_adapter(model, tmp_path / "other")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled(x), other(x))
+    magnitude = model[0].adapters["default"].lora_magnitude_vector
+    assert torch.equal(magnitude, other[0].adapters["default"].lora_magnitude_vector)
+
+
+def test_hot_swaps_name_layers_that_the_file_lacks(tmp_path):
+    model = inject(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), dora(target_modules=["0", "1"]))
+    save_adapter(inject(nn.Sequential(nn.Linear(6, 8)), dora()), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"missing key: base_model.model.1.lora_magnitude_vector"):
+        adapters.hotswap_adapter(model, tmp_path / "other")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_and_exported(training):
+    model = layers(lora_dropout=0.2).train(training)
+    x = torch.randn(5, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.manual_seed(1)
+    y = compiled(x)
+    y.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    if not training:
+        torch.testing.assert_close(y, model(x))
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_inside_transforms_checkpoints_and_hooks():
+    model = layers()
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    torch.testing.assert_close(
+        torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=False), model(x)
+    )
+    model[0].base_layer.register_forward_hook(lambda _module, _args, y: y.clone())
+    torch.testing.assert_close(model(x), layers_like(model)(x))
+
+
+def layers_like(model: nn.Module) -> nn.Module:
+    """The same without hooks."""
+    other = copy.deepcopy(model)
+    other[0].base_layer._forward_hooks.clear()
+    return other
+
+
+def test_commands_on_checkpoints_refuse_it(tmp_path):
+    from lora_ext.checkpoints.contents import open_adapter
+
+    save_adapter(layers(), tmp_path)
+    with pytest.raises(ValueError, match=r"use_dora is True.*load it into the model.*merge_and_unload"):
+        open_adapter(tmp_path)
+
+
+def test_a_negative_alpha_of_a_file_keeps_the_magnitudes(tmp_path):
+    model = layers()
+    save_adapter(model, tmp_path)
+    config = (tmp_path / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config.replace('"lora_alpha": 10', '"lora_alpha": -10'))
+    first, second, third = (nn.Sequential(copy.deepcopy(model[0].base_layer)) for _ in range(3))
+    loaded, theirs = load_adapter(first, tmp_path).eval(), peft.PeftModel.from_pretrained(second, tmp_path).eval()
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(loaded(x), theirs(x))
+    save_adapter(loaded, tmp_path / "again")
+    assert torch.equal(load_adapter(third, tmp_path / "again").eval()(x), loaded(x))

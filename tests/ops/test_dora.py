@@ -1,0 +1,111 @@
+"""The arithmetic of DoRA against the updated weight itself (lora_ext.reference), and its gradients."""
+
+import pytest
+import torch
+from support.layers import DTYPES, SHAPES, random_layer
+
+from lora_ext import reference
+from lora_ext._ops import dora as arithmetic
+from lora_ext._ops.checks import accumulation_dtype
+from lora_ext._ops.dora import rescale, row_norms
+from lora_ext.nn.dora import DoraUpdate, called_output, linear_output
+
+
+def exact_norms(layer) -> torch.Tensor:
+    exact = layer.to(torch.float64)
+    return (exact.weight + exact.scaling * exact.lora_B @ exact.lora_A).norm(dim=1)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms(shape, dtypes):
+    layer = random_layer(shape, dtypes)
+    norms = row_norms(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
+    assert norms.dtype is accumulation_dtype(layer.weight.dtype) and not norms.requires_grad
+    tolerance = 1e-12 if dtypes == (torch.float64, torch.float64) else 2e-6
+    torch.testing.assert_close(norms.double(), exact_norms(layer), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_norms_of_many_parts(transposed, monkeypatch):
+    monkeypatch.setattr(arithmetic, "_PART_ELEMENTS", 500)
+    layer = random_layer((1, 97, 131, 8), (torch.bfloat16, torch.float32))
+    weight = layer.weight.T.contiguous().T if transposed else layer.weight
+    norms = row_norms(weight, layer.lora_A, layer.lora_B, layer.scaling)
+    torch.testing.assert_close(norms.double(), exact_norms(layer), rtol=1e-6, atol=1e-6)
+
+
+def test_an_update_that_takes_the_weight_away():
+    """The squares cancel: what rounding leaves is small, and no NaN."""
+    A, B = torch.randn(8, 60), torch.randn(50, 8)
+    norms = row_norms(-2.0 * (B @ A), A, B, 2.0)
+    assert (norms <= 2e-3 * (B @ A).norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["none", "bias", "whole"])
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (7, 6), (2, 3, 6)])
+def test_rescaling(shape, kind, dtype, monkeypatch):
+    monkeypatch.setattr(arithmetic, "_PART_ELEMENTS", 12)
+    z, acc = torch.randn(shape).to(dtype), accumulation_dtype(dtype)
+    factor = torch.randn(6, dtype=acc)
+    base = {"none": None, "bias": torch.randn(6).to(dtype), "whole": torch.randn(shape).to(dtype)}[kind]
+    for tensor in (z, factor, base):
+        if tensor is not None:
+            tensor.requires_grad_()
+    y = rescale(z, factor, base)
+    grad_y = torch.randn(shape).to(dtype)
+    inputs = [tensor for tensor in (z, factor, base) if tensor is not None]
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    want = wide[0] * wide[1] + (0.0 if base is None else wide[2])
+    assert y.dtype is dtype
+    torch.testing.assert_close(y.double(), want, rtol=1.01 * torch.finfo(dtype).eps, atol=1e-6)
+    found, wanted = torch.autograd.grad(y, inputs, grad_y), torch.autograd.grad(want, wide, grad_y.double())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_against_the_reference(bias, dropout):
+    layer = random_layer((9, 12, 10, 3), (torch.float64, torch.float64), bias=bias)
+    x, A, B, m = (t.clone().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B, torch.rand(10).double()))
+    torch.manual_seed(4)
+    y = linear_output(x, layer.weight, layer.bias, DoraUpdate(A, B, m, layer.scaling, dropout))
+    torch.manual_seed(4)
+    dropped = torch.nn.functional.dropout(x, dropout)
+    want = reference.dora_linear(x, layer.weight, layer.bias, A, B, m, layer.scaling, dropped)
+    torch.testing.assert_close(y, want)
+    found, wanted = (torch.autograd.grad(out, (x, A, B, m), layer.grad_y) for out in (y, want))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.manual_seed(4)
+    base = torch.nn.Linear(12, 10, bias=bias).double()
+    base.load_state_dict({"weight": layer.weight} | ({"bias": layer.bias} if bias else {}))
+    called = linear_output(x, layer.weight, layer.bias, DoraUpdate(A, B, m, layer.scaling, 0.0))
+    update = DoraUpdate(A, B, m, layer.scaling, 0.0)
+    torch.testing.assert_close(called_output(x, base, base.bias, layer.weight, update), called)
+
+
+def test_gradients_of_gradients():
+    """The norms are constants to every gradient, so they are held here."""
+    layer = random_layer((5, 6, 4, 2), (torch.float64, torch.float64))
+    norms = exact_norms(layer)
+
+    def output(x, A, B, m):
+        z = torch.nn.functional.linear(x, layer.weight) + layer.scaling * x @ A.T @ B.T
+        return rescale(z, m / norms, layer.bias)
+
+    tensors = tuple(t.requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B, torch.rand(4).double()))
+    assert torch.autograd.gradcheck(output, tensors) and torch.autograd.gradgradcheck(output, tensors)
+
+
+def test_only_wanted_gradients_are_kept_or_computed():
+    z, factor = torch.randn(3, 5, requires_grad=True), torch.rand(5)
+    y = rescale(z, factor, None)
+    assert y.grad_fn.saved_tensors[0] is None
+    factor.requires_grad_()
+    y = rescale(z.detach(), factor, None)
+    assert y.grad_fn.saved_tensors[0] is not None
+    y.sum().backward()
+    torch.testing.assert_close(factor.grad, z.detach().sum(0))
