@@ -13,7 +13,7 @@ from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._ops.dora import row_norms
 from lora_ext.nn import dora
 from lora_ext.nn.adapter import LoraAdapter, at_hand
-from lora_ext.nn.base_layer import is_conv1d, plain_linear, why_not_merge, why_weight_unusable
+from lora_ext.nn.base_layer import check_not_offloaded, is_conv1d, plain_linear, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import is_linear, linear_sizes
 from lora_ext.nn.rows.choice import RowChoice
@@ -142,11 +142,19 @@ class DoraLinear(LoraLayer):
 
     def _output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         update = self._update(name)
+        if is_sharded(self.base_layer.weight):
+            raise RuntimeError(
+                "DoraLinear: FSDP2 shards the base layer apart, and the lengths of its rows need the whole weight; call "
+                "fully_shard on the layer, or on a module around it, in place of its base layer"
+            )
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             return dora.linear_output(x, *plain, update)
-        base = partial(self.base_layer, *args, **kwargs) if kwargs else self.base_layer
-        product = (lambda given: base(given, *args)) if args else base
+        check_not_offloaded(self, self.base_layer, "weight")
+
+        def product(given: Tensor) -> Tensor:
+            return self.base_layer(given, *args, **kwargs)
+
         return dora.called_output(x, product, self.bias, _values(self.base_layer), update)
 
     def _forward_rows(self, choice: RowChoice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
