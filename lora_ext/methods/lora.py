@@ -41,7 +41,8 @@ class Lora(Method):
     def count(self, model: nn.Module) -> int:
         """Sums ``r * (in_features + out_features)`` over all targets; if square, ``2 * L_LoRA * d_model * r``.
 
-        Every adapted part of a packed projection (``enable_lora``) counts as a layer.
+        Every adapted part of a packed projection (``enable_lora``) counts as a layer. ``use_dora`` adds
+        ``out_features`` for each.
 
         TypeError: a target is not a linear layer.
         """
@@ -55,6 +56,7 @@ class Lora(Method):
             enabled = config.enable_lora_for(path) or (True,)
             in_features, out_features = linear_sizes(layer)
             count += config.rank_for(path) * sum(enabled) * (in_features + out_features // len(enabled))
+            count += out_features if config.use_dora else 0
         return count
 
     def options(self) -> dict[str, Any]:

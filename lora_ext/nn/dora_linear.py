@@ -69,10 +69,10 @@ class DoraAdapter(LoraAdapter):
 class DoraLinear(LoraLayer):
     """A frozen linear layer whose adapters have a direction and a length for each row of the weight (DoRA).
 
-    ``y = factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``, where ``factor`` is the magnitude of a row
-    over the length of that row of ``weight + scaling * lora_B @ lora_A``. The gradient takes these lengths for constants
-    (section 4.3 of the paper). With dropout see :func:`lora_ext.nn.dora.linear_output`. No tensor of the weight's size is made, unless the
-    base layer is quantised: its weight is dequantised in every call, for the lengths.
+    ``y = factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``, where ``factor`` is the magnitude of a
+    row over the length of that row of ``weight + scaling * lora_B @ lora_A``. The gradient takes these lengths for
+    constants (section 4.3 of the paper). With dropout see :func:`lora_ext.nn.dora.linear_output`. No tensor of the
+    weight's size is made, unless the base layer is quantised: its weight is dequantised in every call, for the lengths.
 
     All adapters of the layer are :class:`DoraAdapter`, and one is in use at a time. A merge keeps a copy of the weight,
     with which :meth:`unmerge` restores every bit.
@@ -144,8 +144,8 @@ class DoraLinear(LoraLayer):
         update = self._update(name)
         if is_sharded(self.base_layer.weight):
             raise RuntimeError(
-                "DoraLinear: FSDP2 shards the base layer apart, and the lengths of its rows need the whole weight; call "
-                "fully_shard on the layer, or on a module around it, in place of its base layer"
+                "DoraLinear: FSDP2 shards the base layer apart, and the lengths of its rows need the whole weight; "
+                "call fully_shard on the layer, or on a module around it, in place of its base layer"
             )
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ext import AdapterPool, LoraConfig, adapters, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext.methods import apply_method, load_method, new_method, save_method
 from lora_ext.nn import DoraAdapter, DoraLinear, LoraAdapter, LoraLinear
 
 MODELS = {
@@ -345,3 +346,16 @@ def test_a_negative_alpha_of_a_file_keeps_the_magnitudes(tmp_path):
     torch.testing.assert_close(loaded(x), theirs(x))
     save_adapter(loaded, tmp_path / "again")
     assert torch.equal(load_adapter(third, tmp_path / "again").eval()(x), loaded(x))
+
+
+def test_as_a_method(tmp_path):
+    method = new_method("lora+prefix-embed", r=2, target_modules=["query"], use_dora=True)
+    base = bert()
+    model = make_random(apply_method(copy.deepcopy(base), method)).eval()
+    width, blocks, head = base.config.hidden_size, base.config.num_hidden_layers, base.classifier
+    assert method.count(base) == blocks * (2 * 2 * width + width) + 8 * width
+    of_head = sum(parameter.numel() for parameter in head.parameters())
+    assert adapters.trainable_parameter_counts(model)[0] == method.count(base) + of_head
+    save_method(model, tmp_path)
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(load_method(base, tmp_path).eval()(input_ids=ids).logits, model(input_ids=ids).logits)
