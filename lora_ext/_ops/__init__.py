@@ -3,7 +3,8 @@
 - A file for each family of ops: ``linear``, ``siblings``, ``delta``, ``grouped``, ``shrink_expand``, ``merge``;
   ``bottleneck`` is made of two of them. ``registration`` and ``in_place`` are what they share.
 - Arguments: ``checks``, ``checks_backward``, ``checks_grouped``, ``checks_merge`` and ``tensor_arguments`` refuse in
-  traced graphs what csrc/bindings refuses in calls; ``refusals`` and ``refusal_texts`` word it.
+  traced graphs what csrc/bindings refuses in calls. ``refusals`` has the texts of csrc/refusals.h;
+  ``errors`` turns an error of PyTorch or of an op into one that names the argument.
 - ``composite``: the ops in plain PyTorch, for torch.func, forward mode and gradients of gradients.
 - Kinds of tensors: ``nested``, ``lazy_views``. ``flops`` counts operations.
 """

@@ -14,7 +14,7 @@ from lora_ext import reference
 from lora_ext._load import op_named
 from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
-from lora_ext._ops.refusal_texts import refusal
+from lora_ext._ops.refusals import refusal
 from lora_ext._ops.tensor_arguments import check_memory_is_there, check_tensors, tensors_of
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")

@@ -27,7 +27,7 @@ from torch import Tensor
 from lora_ext import _load
 from lora_ext._common.arguments import checked
 from lora_ext._common.interrupts import uninterrupted
-from lora_ext._ops import checks, refusals
+from lora_ext._ops import checks, errors
 from lora_ext._ops.checks_merge import check_merge_layer, check_merge_strides, merge_segments
 from lora_ext._ops.in_place import check_inference
 from lora_ext._ops.lazy_views import check_not_lazy
@@ -321,7 +321,7 @@ def _run(op: Callable, *arguments: Sequence[Tensor]) -> object:
     try:
         return op(*arguments)
     except RuntimeError as error:
-        refusals.check_memory(error)
+        errors.check_memory(error)
         raise
 
 
