@@ -179,7 +179,7 @@ class PartsBuilder:
                 return layer, {}
             if isinstance(layer, LoraLinear):
                 # Its adapters, a pool's slots, hooks of users; but a packed layer shares no input.
-                vars(made).update({n: v for n, v in vars(layer).items() if n not in ("_shared_inputs", "forward")})
+                vars(made).update({n: v for n, v in vars(layer).items() if n not in ("_neighbours", "forward")})
                 return made, {layer: made}
         return made, {module: made}
 

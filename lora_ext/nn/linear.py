@@ -18,7 +18,7 @@ from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import check_invoked, row_choice
 from lora_ext.nn.rows.layer_slots import LayerSlots
 from lora_ext.nn.rows.updates import RowUpdate, add_chosen
-from lora_ext.nn.shared_inputs import SharesInputs, shared_inputs
+from lora_ext.nn.shared_inputs import SharesInputs, neighbours_of
 from lora_ext.nn.tensor_parallel import add_update, place, split_dim
 from lora_ext.quantized import quantized_weight
 
@@ -112,10 +112,11 @@ class LoraLinear(SharesInputs, LoraLayer):
             return self._forward_rows(choice, x, *args, **kwargs)
         if self.active.invocations:
             check_invoked(self)
-        if not (args or kwargs or torch.compiler.is_compiling()) and (shared := shared_inputs(self)) is not None:
+        # Together with the layers that read the same x.
+        if not (args or kwargs or torch.compiler.is_compiling()) and (neighbours := neighbours_of(self)) is not None:
             operands = self.operands()
             if type(operands) is Operands:
-                return shared.output(self, x, operands)
+                return neighbours.output(self, x, operands)
         names = self._applied()
         if not names:
             return self.base_layer(x, *args, **kwargs)
@@ -125,10 +126,12 @@ class LoraLinear(SharesInputs, LoraLayer):
             adapters.append(adapter)
             dropout_p = adapter.lora_dropout if self.training else 0.0
             updates.append((adapter.lora_A, self._full_lora_B(name, adapter.lora_B), adapter.scaling, dropout_p))
+        # In place of the base layer.
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             weight, bias = plain
             return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), updates)
+        # Onto a copy of what the base layer returns.
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             self._check_exportable()
         y = own_copy(self, self.base_layer(x, *args, **kwargs))
@@ -152,8 +155,8 @@ class LoraLinear(SharesInputs, LoraLayer):
         if plain is None or x is not given:
             y = own_copy(self, y.expand(len(x), *y.shape[1:]) if x is not given else y)
             x = x.to(y.device)
-        shared = shared_inputs(self) if self.training else None
-        seeds = None if shared is None else shared.seeds(self, given)
+        neighbours = neighbours_of(self) if self.training else None
+        seeds = None if neighbours is None else neighbours.seeds(self, given)
         if x.dtype is not y.dtype:
             x = x.to(y.dtype)
         if names := self._applied(choice):

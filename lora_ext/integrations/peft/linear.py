@@ -17,7 +17,7 @@ from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.active_tokens import ActiveTokens
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.updates import RowUpdate, add_chosen
-from lora_ext.nn.shared_inputs import SharesInputs, shared_inputs
+from lora_ext.nn.shared_inputs import SharesInputs, neighbours_of
 
 
 class LinearForward(SharesInputs):
@@ -46,10 +46,10 @@ class LinearForward(SharesInputs):
                 return super().forward(x, **kwargs)
         elif x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type):
             return super().forward(x, **kwargs)
-        if not torch.compiler.is_compiling() and (shared := shared_inputs(self)) is not None:
+        if not torch.compiler.is_compiling() and (neighbours := neighbours_of(self)) is not None:
             operands = _operands(adapters, self.base_layer)
             if not isinstance(operands, str):
-                return shared.output(self, x, operands)
+                return neighbours.output(self, x, operands)
         if plain is not None:
             weight, bias = plain
             first, *others = adapters
