@@ -75,7 +75,13 @@ def located(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter with all its parts, whether attached to its model or not."""
+    """One adapter with all its parts, whether attached to its model or not.
+
+    Attributes:
+        into: the adapters of the model that it is for; they have it once it is attached.
+        parts: one for each layer, in the model's order.
+        biases: the model's biases that it trains, or None.
+    """
 
     name: str
     config: LoraConfig

@@ -182,7 +182,7 @@ class LoraConv(TransparentLayer, LoraLayer):
         return self
 
     def extra_repr(self) -> str:
-        return f"in_channels={self.in_features}, out_channels={self.out_features}, {self._state()}"
+        return f"in_channels={self.in_features}, out_channels={self.out_features}, {self._repr_of_state()}"
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:

@@ -156,7 +156,7 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
         return add_by_rows(y, ids.to(y.device), choice, self._applied(choice), times, self, add)
 
     def extra_repr(self) -> str:
-        return f"num_embeddings={self.in_features}, embedding_dim={self.out_features}, {self._state()}"
+        return f"num_embeddings={self.in_features}, embedding_dim={self.out_features}, {self._repr_of_state()}"
 
 
 def why_embedding_unusable(module: nn.Embedding) -> str | None:

@@ -208,16 +208,17 @@ class LoraLinear(SharesInputs, LoraLayer):
         base = frozen_product(self._modules["base_layer"])
         if isinstance(base, str):
             return base
+        weight, bias, quantized, is_training = base
         dropout_p = adapter.lora_dropout if self.training else 0.0
-        numbers = adapter.lora_bias, adapter.scaling, dropout_p
-        return Operands(*base[:2], factors["lora_A"], factors["lora_B"], *numbers, *base[2:])
+        lora_A, lora_B, lora_bias, scaling = factors["lora_A"], factors["lora_B"], adapter.lora_bias, adapter.scaling
+        return Operands(weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, quantized, is_training)
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
         """``lora_B`` of the adapter ``name`` for the whole output: ``[out_features, rows of lora_A]``."""
         return lora_B
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self._state()}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._repr_of_state()}"
 
 
 def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: list[LoraAdapter]) -> Tensor | None:

@@ -164,5 +164,6 @@ def _operands(adapters: list[PeftAdapter], base_layer: nn.Module) -> Operands | 
         return "its adapter has a bias (lora_bias)"
     if type(adapter.lora_B) is not nn.Parameter:  # made for the call
         return "its adapter's scaling is negative, or a tensor"
-    numbers = None, adapter.scaling, adapter.dropout_p
-    return Operands(*base[:2], adapter.lora_A, adapter.lora_B, *numbers, *base[2:])
+    weight, bias, quantized, is_training = base
+    lora_A, lora_B, scaling, dropout_p = adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.dropout_p
+    return Operands(weight, bias, lora_A, lora_B, None, scaling, dropout_p, quantized, is_training)
