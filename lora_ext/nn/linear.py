@@ -19,7 +19,7 @@ from lora_ext.nn.rows.in_force import check_invoked, row_choice
 from lora_ext.nn.rows.layer_slots import LayerSlots
 from lora_ext.nn.rows.updates import RowUpdate, add_chosen
 from lora_ext.nn.shared_inputs import SharesInputs, neighbours_of
-from lora_ext.nn.tensor_parallel import add_update, place, split_dim
+from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
 from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class LoraLinear(SharesInputs, LoraLayer):
     ) -> LoraAdapter:
         adapter = LoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
         if split_dim(base_layer) is not None:
-            place(adapter, base_layer.weight)
+            split_factors(adapter, base_layer.weight)
         return adapter
 
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
@@ -137,7 +137,7 @@ class LoraLinear(SharesInputs, LoraLayer):
         y = own_copy(self, self.base_layer(x, *args, **kwargs))
         if is_sharded(weight := self.base_layer._parameters.get("weight")) and not is_fully_sharded(self.base_layer):
             for adapter in adapters:
-                y = add_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
+                y = add_split_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
             return y
         if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
             y = y + bias  # not in place: samples of torch.func.vmap may share y
