@@ -11,7 +11,7 @@ from lora_ext._ops import checks, checks_grouped, composite, errors, grouped, li
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
-from lora_ext._ops.registration import autocast_device
+from lora_ext._ops.usual_calls import autocast_device
 from lora_ext.merging.weights import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [

@@ -19,8 +19,6 @@ from lora_ext._ops.registration import (
     fake_gradients,
     fake_saved,
     has_tangent,
-    is_usual_call,
-    lean_apply,
     op_named,
     register_autocast,
     register_backward,
@@ -28,6 +26,7 @@ from lora_ext._ops.registration import (
     register_op,
     weight_gradient,
 )
+from lora_ext._ops.usual_calls import is_usual_call, lean_apply
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 

@@ -17,8 +17,6 @@ from lora_ext._ops.registration import (
     fake_gradients,
     fake_saved,
     has_tangent,
-    is_usual_call,
-    lean_apply,
     op_named,
     register_autocast,
     register_backward,
@@ -26,6 +24,7 @@ from lora_ext._ops.registration import (
     register_op,
     weight_gradient,
 )
+from lora_ext._ops.usual_calls import is_usual_call, lean_apply
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 

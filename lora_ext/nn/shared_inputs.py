@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
-from lora_ext._ops.registration import autocast_device, call_state
+from lora_ext._ops.usual_calls import autocast_device, call_state
 from lora_ext.nn.checkpointed_parts import graph_hook, is_of_checkpoint, reentrant_part
 from lora_ext.nn.operands import Operands
 
