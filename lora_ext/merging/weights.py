@@ -215,6 +215,7 @@ def merge_all_(
             if not on_cpu and not record and check:
                 refuse(_run(torch.ops.lora_ext.lora_merge_check.default, *merge))
             parts.append(members)
+            # On the CPU always with a record, from which the op restores the weights if a result is not finite.
             launches.append(_with_record(merge, refuse) if record or on_cpu else _without_record(merge))
     done = _all_or_none(launches, undo=run_unmerge)
     records: list[MergeRecord | None] = [None] * len(weights)

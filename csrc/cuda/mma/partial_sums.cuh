@@ -27,7 +27,7 @@ struct RankSums {
 };
 
 // xa or grad_xa of all siblings. The passes write partial sums if one of them has several ranges (or none, when there
-// are no features); the kernel that reads them adds them, or a launch of its own does.
+// are no features); the kernel that reads the sums adds them on the way, or add_partials() does in a launch before it.
 struct LowRankSums {
   float* sums;     // [num_tokens, columns]
   float* partial;  // [largest of ranges, num_tokens, columns], scaled
