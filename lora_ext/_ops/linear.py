@@ -1,4 +1,4 @@
-"""Fake (meta), autograd and autocast registrations of the compiled ops. csrc/schemas.h has their schemas.
+"""Fake (meta), autograd and autocast registrations of lora_linear, its backward and lora_dropout_mask.
 
 The autograd kernel sits on the Autograd dispatch key itself, not behind ``torch.library.register_autograd``: it costs
 half as much per call, and goes straight below autograd where no gradient is wanted.
