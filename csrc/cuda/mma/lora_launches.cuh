@@ -156,13 +156,7 @@ void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char*
 
 template <class T, int kParts>
 void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace, const GpuStream& stream) {
-  const LowRankSums xa{.sums = static_cast<float*>(const_cast<void*>(p.xa)),
-                       .partial = nullptr,
-                       .num_tokens = p.num_tokens,
-                       .columns = p.total_rank,
-                       .pending = false,
-                       .ranges = same_for_all_ranks(1)};
-  launch_y_pass<T, kParts>(p, xa, plan, workspace, stream);
+  launch_y_pass<T, kParts>(p, complete_sums(p.xa, p.num_tokens, p.total_rank), plan, workspace, stream);
 }
 
 template <class T, int kParts>
@@ -188,12 +182,7 @@ void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorksp
 template <class T, int kParts>
 void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
-  const LowRankSums grad_xa{.sums = static_cast<float*>(const_cast<void*>(p.grad_xa)),
-                            .partial = nullptr,
-                            .num_tokens = p.num_tokens,
-                            .columns = p.total_rank,
-                            .pending = false,
-                            .ranges = same_for_all_ranks(1)};
+  const LowRankSums grad_xa = complete_sums(p.grad_xa, p.num_tokens, p.total_rank);
   if (p.wants_grad_x) launch_grad_x_pass<T, kParts>(p, grad_xa, plan, workspace, stream);
   if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T, kParts>(p, grad_xa.sums, plan, workspace, stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};

@@ -70,6 +70,16 @@ struct LowRankSums {
   }
 };
 
+// Sums that the caller has: no pass of this call makes them.
+inline LowRankSums complete_sums(const void* sums, int64_t num_tokens, int64_t columns) {
+  return {.sums = static_cast<float*>(const_cast<void*>(sums)),
+          .partial = nullptr,
+          .num_tokens = num_tokens,
+          .columns = columns,
+          .pending = false,
+          .ranges = same_for_all_ranks(1)};
+}
+
 // --- feature sums, over tokens: grad_lora_A and grad_lora_B ---
 
 // The partial sums, one for each chunk of tokens. Padding up to `pitch` is zero.
