@@ -44,10 +44,9 @@ inline constexpr char kLoraDeltaBackward[] =
     "float scaling, float dropout_p, bool[3] output_mask) "
     "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)";
 
-// lora_delta_ for 1 to 8 layers that read one x, out of place: ys[i] = bases[i] + scalings[i] * dropout(x) @
-// lora_As[i]^T
-// @ lora_Bs[i]^T, where bases[i] is what the base layer i returned. Out of place writes y once, where a copy of
-// bases[i] and an update of the copy write it twice.
+// lora_delta_ for 1 to 8 layers that read one x, out of place. bases[i] is what the base layer i returned:
+// ys[i] = bases[i] + scalings[i] * dropout(x) @ lora_As[i]^T @ lora_Bs[i]^T. Out of place writes y once; a copy of
+// bases[i] and an update of the copy would write it twice.
 inline constexpr char kLoraDeltaSiblings[] =
     "lora_delta_siblings(Tensor[] bases, Tensor x, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, "
     "float dropout_p=0.0, Tensor? seed=None) -> (Tensor[] ys, Tensor xa, Tensor mask)";
@@ -58,10 +57,10 @@ inline constexpr char kLoraDeltaSiblingsBackward[] =
     "Tensor? mask, float[] scalings, float dropout_p, bool[3] output_mask) "
     "-> (Tensor? grad_x, Tensor[] grad_lora_As, Tensor[] grad_lora_Bs)";
 
-// lora_delta_ with an adapter for each row: y[i] += scalings[g] * dropout(x)[i] @ A_g^T @ B_g^T for g =
-// group_of_row[i]; -1 adds nothing. Groups are the matrices of lora_As and lora_Bs, counted through both lists: an
-// entry is one matrix
-// ([rank, in_features] and [out_features, rank]), or a stack of them ([slots, ...]).
+// lora_delta_ with an adapter for each row. With g = group_of_row[i], the group of row i:
+// y[i] += scalings[g] * dropout(x)[i] @ A_g^T @ B_g^T; a group of -1 adds nothing. Groups are the matrices of lora_As
+// and lora_Bs, counted through both lists: an entry is one matrix ([rank, in_features] and [out_features, rank]), or a
+// stack of them ([slots, ...]).
 // - One matrix per entry serves adapters that are parameters of their own: their gradients are, too, and nothing is
 //   copied into a pool. A stack serves a pool of slots in shared storage, and experts: its slots, ranks and scalings
 //   change in place without another graph, capture or address; it costs no time per slot. A pool grows by a stack.

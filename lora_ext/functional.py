@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
-from lora_ext._ops import checks, checks_grouped, composite, grouped, linear, refusals, siblings
+from lora_ext._ops import checks, checks_grouped, composite, errors, grouped, linear, siblings
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
-from lora_ext._ops.registration import autocast_device
+from lora_ext._ops.usual_calls import autocast_device
 from lora_ext.merging.weights import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [
@@ -93,10 +93,10 @@ def lora_linear(
             layer = weight, bias, lora_A, lora_B, scaling, dropout_p, seed
             return by_values("lora_linear", x, lambda tokens: lora_linear(tokens, *layer))
         return linear.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    except refusals.UNEXPLAINED as error:
+    except errors.UNEXPLAINED as error:
         arguments = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
         arguments |= {"dropout_p": dropout_p, "seed": seed}
-        refusals.explain(error, lora_linear, arguments, checks.check_lora_linear, autocast=True)
+        errors.explain(error, lora_linear, arguments, checks.check_lora_linear, autocast=True)
         raise
 
 
@@ -152,10 +152,10 @@ def lora_delta_(
         torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
         if torch.is_inference_mode_enabled() and not y.is_inference():  # there the op's autograd kernel is not called
             count_change(y)
-    except refusals.UNEXPLAINED as error:
+    except errors.UNEXPLAINED as error:
         arguments = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
         arguments |= {"dropout_p": dropout_p, "seed": seed}
-        refusals.explain(error, lora_delta_, arguments, checks.check_lora_delta)
+        errors.explain(error, lora_delta_, arguments, checks.check_lora_delta)
         raise
     return y
 
@@ -257,10 +257,10 @@ def lora_grouped_(
         if x.dtype != y.dtype:
             x = _cast_to(y, x)
         grouped.lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
-    except refusals.UNEXPLAINED as error:
+    except errors.UNEXPLAINED as error:
         arguments = {"y": y, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "group_of_row": group_of_row}
         arguments |= {"scalings": scalings, "ranks": ranks, "dropout_p": dropout_p, "seed": seed}
-        refusals.explain(error, lora_grouped_, arguments, checks_grouped.check_lora_grouped)
+        errors.explain(error, lora_grouped_, arguments, checks_grouped.check_lora_grouped)
         raise
     return y
 
@@ -336,10 +336,10 @@ def lora_linear_siblings(
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
         return siblings.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
-    except refusals.UNEXPLAINED as error:
+    except errors.UNEXPLAINED as error:
         arguments = {"x": x, "weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs}
         arguments |= {"scalings": scalings, "dropout_p": dropout_p, "seed": seed}
-        refusals.explain(error, lora_linear_siblings, arguments, checks.check_lora_linear_siblings, autocast=True)
+        errors.explain(error, lora_linear_siblings, arguments, checks.check_lora_linear_siblings, autocast=True)
         raise
 
 
@@ -388,8 +388,8 @@ def lora_delta_siblings(
         if bases and x.dtype != bases[0].dtype:
             x = _cast_to(bases[0], x)
         return siblings.lora_delta_siblings(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
-    except refusals.UNEXPLAINED as error:
+    except errors.UNEXPLAINED as error:
         arguments = {"bases": bases, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
         arguments |= {"dropout_p": dropout_p, "seed": seed}
-        refusals.explain(error, lora_delta_siblings, arguments, checks.check_lora_delta_siblings)
+        errors.explain(error, lora_delta_siblings, arguments, checks.check_lora_delta_siblings)
         raise

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "lora_ext"
 DOCUMENT = ROOT / "docs" / "architecture.md"
 EVERYWHERE = {*sys.stdlib_module_names, "torch"}
 CALLS_OPS = ("_ops/", "functional.py", "merging/weights.py")
+SEE = 'see the table "Who may use whom" in docs/architecture.md'
 
 
 def table() -> list[tuple[list[str], set[str], set[str]]]:
@@ -89,8 +90,10 @@ SOURCES = sources()
 def test_the_table_is_about_this_tree():
     assert len(SOURCES) > 100
     for part in PARTS:
-        assert (PACKAGE / part).exists(), part
-    assert {part_of(file) for file in SOURCES} == set(PARTS)
+        assert (PACKAGE / part).exists(), f"lora_ext/{part} does not exist; {SEE}"
+    without_row = [file for file in SOURCES if part_of(file) not in PARTS]
+    assert not without_row, f"give these files or their folders a row; {SEE}"
+    assert {part_of(file) for file in SOURCES} == set(PARTS), f"a row is about no file; {SEE}"
 
 
 def test_every_part_is_below_those_that_use_it():
@@ -100,7 +103,8 @@ def test_every_part_is_below_those_that_use_it():
 
 
 def test_imports_are_those_of_the_table():
-    assert not [violation for file, source in SOURCES.items() for violation in violations(file, source)]
+    found = [violation for file, source in SOURCES.items() for violation in violations(file, source)]
+    assert not found, f"imports that the row of the importing part does not list; {SEE}"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +124,8 @@ def test_imports_outside_the_table_are_found(file, line):
 
 def test_ops_are_called_at_the_bottom():
     callers = [file for file, source in SOURCES.items() if re.search(r"torch\.ops\.lora_ext\.\w", source)]
+    others = [file for file in callers if part_of(file) not in CALLS_OPS]
+    assert not others, "call the function of lora_ext/functional.py instead of torch.ops.lora_ext"
     assert {part_of(file) for file in callers} == set(CALLS_OPS)
 
 
@@ -148,4 +154,5 @@ def test_lists_of_files_are_complete():
     assert maps()
     for folder, named in maps().items():
         modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-        assert not modules - named - {"__init__"}, f"{folder}/__init__.py does not list them"
+        unlisted = modules - named - {"__init__"}
+        assert not unlisted, f"name it, and what it is for, in the docstring of {folder / '__init__.py'}"

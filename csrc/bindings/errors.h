@@ -45,7 +45,7 @@ inline bool is_about_memory(const std::string& text) {
   return text.find("out of memory") != std::string::npos || text.find("allocate memory") != std::string::npos;
 }
 
-// lora_ext/_ops/refusals.py recognises errors of this kind by these words.
+// lora_ext/_ops/errors.py recognises errors of this kind by these words.
 constexpr char kOutOfMemory[] = "out of memory. ";
 
 // For a failed allocation of PyTorch; what_for says what was allocated. If PyTorch gives another reason, that is the

@@ -198,7 +198,6 @@ struct GroupedBackwardCall {
   KeptTensors kept{};
   LoraGroupedBackwardParams params{};
 
-  bool wants_factors() const { return !grad_lora_As.empty() || !grad_lora_Bs.empty(); }
   bool has_nothing_to_write() const {
     return (!grad_x || is_empty(*grad_x)) && std::all_of(grad_lora_As.begin(), grad_lora_As.end(), is_empty) &&
            std::all_of(grad_lora_Bs.begin(), grad_lora_Bs.end(), is_empty);

@@ -85,8 +85,7 @@ inline void check_leading_shape(const ArgumentName& name, const Tensor& tensor, 
   refuse<refusals::kLeadingShape>(name, sizes_text(tensor.sizes()), like_name, sizes_text(like.sizes()));
 }
 
-// An adapter next to a base layer of any kind: tensor, the argument `name`, is [..., out_features]. x, if it is given,
-// is
+// An adapter next to a base layer of any kind. tensor, the argument `name`: [..., out_features]. x: null, or
 // [..., in_features] with the leading dimensions and the dtype of tensor.
 inline void check_delta(const ArgumentName& name, const Tensor& tensor, const Tensor* x, const Tensor& lora_A,
                         const Tensor& lora_B, double scaling) {

@@ -1,7 +1,7 @@
 """Checks the arguments of public functions against their annotations, before the function runs.
 
 The annotation is both the rule and the end of the message, so the two cannot differ. A check takes 0.1 microseconds per
-argument. The functions of single ops check only after a call has failed (lora_ext/_ops/refusals.py).
+argument. The functions of single ops check only after a call has failed (lora_ext/_ops/errors.py).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def is_elsewhere(tensor: object) -> bool:
     return is_partitioned(tensor) and tensor.ds_status.name != "AVAILABLE"
 
 
-def brought_for_calls(module: nn.Module, parameters: Iterable[Tensor]) -> None:
+def bring_for_calls(module: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Makes ZeRO-3 bring ``parameters`` of modules inside ``module``, which reads them without calling these modules.
 
     DeepSpeed finds those that a forward reads by itself, but takes for granted that later forwards read the same.

@@ -1,9 +1,11 @@
 """Registers each op's fake kernel, autograd and autocast. csrc/schemas.h has the schemas.
 
 - A file for each family of ops: ``linear``, ``siblings``, ``delta``, ``grouped``, ``shrink_expand``, ``merge``;
-  ``bottleneck`` is made of two of them, ``dora`` of one. ``registration`` and ``in_place`` are what they share.
+  ``bottleneck`` is made of two of them, ``dora`` of one. ``registration``, ``in_place`` and ``usual_calls`` are what
+  they share.
 - Arguments: ``checks``, ``checks_backward``, ``checks_grouped``, ``checks_merge`` and ``tensor_arguments`` refuse in
-  traced graphs what csrc/bindings refuses in calls; ``refusals`` and ``refusal_texts`` word it.
+  traced graphs what csrc/bindings refuses in calls. ``refusals`` has the texts of csrc/refusals.h;
+  ``errors`` turns an error of PyTorch or of an op into one that names the argument.
 - ``composite``: the ops in plain PyTorch, for torch.func, forward mode and gradients of gradients.
 - Kinds of tensors: ``nested``, ``lazy_views``. ``flops`` counts operations.
 """

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._common.arguments import check_types
-from lora_ext._ops import checks, refusals
+from lora_ext._ops import checks, errors
 from lora_ext._ops.nested import by_values
 from lora_ext._ops.registration import any_requires_grad, bias_gradient, is_transformed
 
@@ -84,10 +84,10 @@ def bottleneck(
         if any_requires_grad(*tensors):
             return _Bottleneck.apply(*tensors, activation)
         return _forward(*tensors, activation)[0]
-    except refusals.UNEXPLAINED as error:
+    except errors.UNEXPLAINED as error:
         arguments = {"x": x, "down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight}
         arguments |= {"up_bias": up_bias, "activation": activation, "residual": residual}
-        refusals.explain(error, bottleneck, arguments, checks.check_bottleneck)
+        errors.explain(error, bottleneck, arguments, checks.check_bottleneck)
         raise
 
 

@@ -4,8 +4,8 @@ The fake kernels run these checks when a graph is traced. In eager mode the comp
 these run only once it has refused, to raise a ``ValueError`` or ``TypeError``. They are in the order of the compiled
 checks (csrc/bindings/checks.h, layer_arguments.h, forward_call.h, merge_call.h), with the texts of csrc/refusals.h, so
 that both say the same. Types and devices are checked before (:mod:`lora_ext._common.arguments`,
-:mod:`lora_ext._ops.tensor_arguments`). :mod:`lora_ext._ops.checks_backward` and
-:mod:`lora_ext._ops.checks_merge` have the checks of the backwards and of merges.
+:mod:`lora_ext._ops.tensor_arguments`). Other checks: :mod:`lora_ext._ops.checks_backward` (also of lora_shrink and
+lora_expand), :mod:`lora_ext._ops.checks_grouped` and :mod:`lora_ext._ops.checks_merge`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext._ops.refusal_texts import refusal
+from lora_ext._ops.refusals import refusal
 
 _LARGEST = torch.finfo(torch.float64).max  # Python's integers may be larger
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

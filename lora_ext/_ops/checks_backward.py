@@ -31,7 +31,7 @@ from lora_ext._ops.checks import (
     count_tokens,
     mask_row_bytes,
 )
-from lora_ext._ops.refusal_texts import refusal
+from lora_ext._ops.refusals import refusal
 from lora_ext.reference import dropout_threshold
 
 _Layer = tuple[Tensor, Tensor, Tensor, Tensor, float]  # grad_y, weight, lora_A, lora_B, scaling

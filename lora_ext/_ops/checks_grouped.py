@@ -24,7 +24,7 @@ from lora_ext._ops.checks import (
     is_contiguous,
 )
 from lora_ext._ops.checks_backward import check_is_there, check_output_mask, check_saved
-from lora_ext._ops.refusal_texts import refusal
+from lora_ext._ops.refusals import refusal
 
 
 def num_slots(factor: Tensor) -> int:

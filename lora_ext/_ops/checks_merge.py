@@ -14,7 +14,7 @@ from lora_ext._ops.checks import (
     check_factors,
     dtype_name,
 )
-from lora_ext._ops.refusal_texts import refusal
+from lora_ext._ops.refusals import refusal
 from lora_ext._ops.tensor_arguments import check_tensors
 
 MERGE_SEGMENT = 256  # columns that share a record: csrc/common/merge_record.h

@@ -14,13 +14,13 @@ from lora_ext._ops.registration import (
     fake_gradients,
     fake_saved,
     has_tangent,
-    is_usual_call,
     op_named,
     register_autocast,
     register_backward,
     register_composite,
     register_op,
 )
+from lora_ext._ops.usual_calls import is_usual_call
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 

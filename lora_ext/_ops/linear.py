@@ -1,4 +1,4 @@
-"""Fake (meta), autograd and autocast registrations of the compiled ops. csrc/schemas.h has their schemas.
+"""Fake (meta), autograd and autocast registrations of lora_linear, its backward and lora_dropout_mask.
 
 The autograd kernel sits on the Autograd dispatch key itself, not behind ``torch.library.register_autograd``: it costs
 half as much per call, and goes straight below autograd where no gradient is wanted.
@@ -19,8 +19,6 @@ from lora_ext._ops.registration import (
     fake_gradients,
     fake_saved,
     has_tangent,
-    is_usual_call,
-    lean_apply,
     op_named,
     register_autocast,
     register_backward,
@@ -28,6 +26,7 @@ from lora_ext._ops.registration import (
     register_op,
     weight_gradient,
 )
+from lora_ext._ops.usual_calls import is_usual_call, lean_apply
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 

@@ -1,21 +1,30 @@
-"""Shared by the registrations of the ops: their library, fake kernels, saved tensors, refusals, autocast."""
+"""Shared by the registrations of the ops.
+
+The file of an op (``linear.py``, ...) calls them and registers its autograd:
+
+- :func:`register_op`: the fake kernel, with checks of the arguments, and kernels for lazy views;
+- :func:`register_composite`: the op in plain PyTorch, for torch.func;
+- :func:`register_autocast`: which arguments autocast casts;
+- :func:`register_backward`: autograd, torch.func and autocast of a backward op.
+
+The other functions are questions about tensors, results of fake kernels, and gradients of a layer's weight and bias.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function_variadic
 
 from lora_ext import reference
 from lora_ext._load import op_named
 from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
-from lora_ext._ops.refusal_texts import refusal
+from lora_ext._ops.refusals import refusal
 from lora_ext._ops.tensor_arguments import check_memory_is_there, check_tensors, tensors_of
+from lora_ext._ops.usual_calls import is_usual_state
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -27,87 +36,6 @@ checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
 
 num_cast_arguments: dict[str, int] = {}
 """For each op of :func:`register_autocast`: how many of its first arguments autocast casts."""
-
-
-def _dispatch_state() -> tuple[int, int]:
-    return _included().raw_repr(), _excluded().raw_repr() | _NAMED
-
-
-def _keys(*names: str) -> int:
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
-    for name in names[1:]:
-        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
-    return keys.raw_repr()
-
-
-_included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
-_named = torch._C._parse_dispatch_key("Named")  # None: newer releases have no such key
-# Excluded in the backward of torch 2.11; it concerns tensors with names only.
-_NAMED = 0 if _named is None else torch._C.DispatchKeySet(_named).raw_repr()
-with ThreadPoolExecutor(1) as _new_thread:  # this one may be within autocast, inference mode, a transform, ...
-    _USUAL_INCLUDED, _USUAL_EXCLUDED = _new_thread.submit(_dispatch_state).result()
-
-
-def is_usual_state() -> bool:
-    """Returns whether this thread's calls go to autograd and then to the kernel, and nothing else is to see them.
-
-    Autocast, inference mode, modes and transforms, tracing: all of them change the dispatch keys of the thread.
-    """
-    return (
-        _included().raw_repr() == _USUAL_INCLUDED
-        and _excluded().raw_repr() | _NAMED == _USUAL_EXCLUDED
-        and forward_ad._current_level < 0
-    )
-
-
-# AutocastPrivateUse1 stands for autocast in lora_ext.planner.meta_autocast.
-_AUTOCAST = _keys("AutocastCPU", "AutocastCUDA", "AutocastPrivateUse1")
-_MODES = _keys("Python", "PythonTLSSnapshot", "AutocastPrivateUse1")
-
-
-def autocast_device(tensor: Tensor) -> str:
-    """Returns the device type whose autocast applies to ``tensor``; the CPU's to meta tensors, which have none."""
-    kind = tensor.device.type
-    return "cpu" if kind == "meta" else kind
-
-
-def call_state(x: Tensor) -> tuple | None:
-    """Returns the state of ``x`` and all else that decides, next to the arguments, what a call with ``x`` computes.
-
-    None: not the usual state (:func:`is_usual_state`), autocast or a dispatch mode; or ``x`` is a subclass or an
-    inference tensor.
-    """
-    if type(x) is not Tensor or x.is_inference() or forward_ad._current_level >= 0:
-        return None
-    autocast, (included, excluded) = None, _dispatch_state()
-    if included != _USUAL_INCLUDED and included & ~_MODES != _USUAL_INCLUDED:
-        return None
-    if excluded != _USUAL_EXCLUDED:
-        if excluded | _AUTOCAST != _USUAL_EXCLUDED | _AUTOCAST:
-            return None
-        autocast = torch.get_autocast_dtype(autocast_device(x))
-    return included, excluded, autocast, torch.is_grad_enabled(), x._version, x.requires_grad
-
-
-def is_usual_call(*tensors: Tensor | None) -> bool:
-    """Returns whether Python may decide in the dispatcher's place: :func:`is_usual_state`, and no tensor subclass."""
-    return is_usual_state() and not has_torch_function_variadic(*tensors)
-
-
-def lean_apply(function: type[torch.autograd.Function], num_tensors: int) -> Callable:
-    """Returns ``function.apply`` without what that does for torch.func, for usual calls; tensors come first."""
-    lean = super(torch.autograd.Function, function).apply
-
-    def apply(*arguments):
-        for tensor in arguments[:num_tensors]:
-            if tensor is not None and _is_wrapper(tensor):  # left by a transform that has ended
-                return function.apply(*arguments)
-        return lean(*arguments)
-
-    return apply
-
-
-_is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def call_backward(op: Callable, *arguments: object) -> tuple:

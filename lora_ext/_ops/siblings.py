@@ -17,8 +17,6 @@ from lora_ext._ops.registration import (
     fake_gradients,
     fake_saved,
     has_tangent,
-    is_usual_call,
-    lean_apply,
     op_named,
     register_autocast,
     register_backward,
@@ -26,6 +24,7 @@ from lora_ext._ops.registration import (
     register_op,
     weight_gradient,
 )
+from lora_ext._ops.usual_calls import is_usual_call, lean_apply
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
@@ -112,37 +111,9 @@ class _Siblings(torch.autograd.Function):
         # An output that the loss does not depend on has no gradient: its layer is left out.
         used = [i for i in range(n) if grad_ys[i] is not None and (want_x or want_As[i] or want_Bs[i])]
         if used:
-            want_A, want_B = any(want_As[i] for i in used), any(want_Bs[i] for i in used)
-            if want_B and torch.is_grad_enabled():
-                xa = composite.xa_to_differentiate(
-                    "lora_linear_siblings" if has_weights else "lora_delta_siblings",
-                    xa,
-                    x,
-                    want_x,
-                    lora_As,
-                    mask,
-                    ctx.scalings,
-                    ctx.dropout_p,
-                )
-            if want_B and len(used) < n:
-                columns = xa.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
-                xa = torch.cat([columns[i] for i in used], dim=1)
-
-            def of_used(entries):
-                return [entries[i] for i in used]
-
-            grad_x, used_grad_As, used_grad_Bs = call_backward(
-                _backward_op if has_weights else _delta_backward_op,
-                of_used(grad_ys),
-                x if want_A else None,
-                *([of_used(weights)] if has_weights else []),
-                of_used(lora_As),
-                of_used(lora_Bs),
-                xa if want_B else None,
-                mask,
-                of_used(ctx.scalings),
-                ctx.dropout_p,
-                (want_x, want_A, want_B),
+            wanted = want_x, any(want_As[i] for i in used), any(want_Bs[i] for i in used)
+            grad_x, used_grad_As, used_grad_Bs = _gradients_of_used(
+                ctx, used, grad_ys, x, xa, mask, weights, lora_As, lora_Bs, wanted
             )
             for i, grad in zip(used, used_grad_As, strict=False):  # empty where no layer wants any
                 grad_As[i] = grad if want_As[i] else None
@@ -154,6 +125,37 @@ class _Siblings(torch.autograd.Function):
             if grad_y is not None and want_biases[i]:
                 grad_biases[i] = bias_gradient(grad_y) if has_weights else grad_y
         return grad_x, *grad_weights, *grad_biases, *grad_As, *grad_Bs, None, None, None, None
+
+
+def _gradients_of_used(
+    ctx, used: list[int], grad_ys, x, xa, mask, weights, lora_As, lora_Bs, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Calls the backward op for the layers with the numbers ``used``: the gradients of x, and of their factors."""
+    has_weights = weights[0] is not None
+    want_x, want_A, want_B = wanted
+    if want_B and torch.is_grad_enabled():
+        op = "lora_linear_siblings" if has_weights else "lora_delta_siblings"
+        xa = composite.xa_to_differentiate(op, xa, x, want_x, lora_As, mask, ctx.scalings, ctx.dropout_p)
+    if want_B and len(used) < len(grad_ys):
+        columns = xa.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
+        xa = torch.cat([columns[i] for i in used], dim=1)
+
+    def of_used(entries):
+        return [entries[i] for i in used]
+
+    return call_backward(
+        _backward_op if has_weights else _delta_backward_op,
+        of_used(grad_ys),
+        x if want_A else None,
+        *([of_used(weights)] if has_weights else []),
+        of_used(lora_As),
+        of_used(lora_Bs),
+        xa if want_B else None,
+        mask,
+        of_used(ctx.scalings),
+        ctx.dropout_p,
+        wanted,
+    )
 
 
 def _split_wanted(ctx) -> tuple[bool, tuple, tuple, tuple, tuple]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lora_ext._ops.refusal_texts import refusal
+from lora_ext._ops.refusals import refusal
 
 _functorch = torch._C._functorch
 

@@ -12,7 +12,7 @@ from torch import nn
 from lora_ext.config import LoraConfig
 from lora_ext.injection.targets import Targets
 from lora_ext.matching.path_names import Parents
-from lora_ext.model.adapter_set import AdapterSet, Part, located
+from lora_ext.model.adapter_set import AdapterSet, Part, complete_parts
 from lora_ext.model.bare_model import BareModel, file_path
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import LORA_LAYERS, AdapterLayer, DoraLinear, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
@@ -73,7 +73,7 @@ class PartsBuilder:
             self.low_rank = [*self.lora_parts(targets), *self.parameter_parts(targets)]
         parts = [*self.low_rank, *self.trained_parts(targets)]
         replaced = {old: new for part in parts for old, new in part.replaced.items()}
-        return located((*parts, *self.token_parts(targets, replaced)))
+        return complete_parts((*parts, *self.token_parts(targets, replaced)))
 
     def give_memory(self) -> None:
         """Allocates meta factors on their base layers' devices, in place; :meth:`parts` now allocates there too."""
@@ -181,7 +181,7 @@ class PartsBuilder:
                 return layer, {}
             if isinstance(layer, LoraLinear):
                 # Its adapters, a pool's slots, hooks of users; but a packed layer shares no input.
-                vars(made).update({n: v for n, v in vars(layer).items() if n not in ("_shared_inputs", "forward")})
+                vars(made).update({n: v for n, v in vars(layer).items() if n not in ("_neighbours", "forward")})
                 return made, {layer: made}
         return made, {module: made}
 

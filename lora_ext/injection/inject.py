@@ -24,9 +24,9 @@ from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.build import PartsBuilder
 from lora_ext.injection.check_targets import check_targets
 from lora_ext.injection.diffusion_scale import guard_against_scale, remove_scale_guard
-from lora_ext.injection.mixtures import warn_of_parts_left_out, with_parts
+from lora_ext.injection.mixtures import expand_all_linear, warn_of_parts_left_out
 from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
-from lora_ext.injection.targets import besides_all_linear, find_targets
+from lora_ext.injection.targets import find_targets, names_next_to_all_linear
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
@@ -129,9 +129,9 @@ class Injection:
         _check_state(root, adapters, config)
 
         self._bare = BareModel(root)
-        given, others = config, besides_all_linear(config)
-        if others is not None:
-            config = with_parts(config, others, self._bare)
+        given, others = config, names_next_to_all_linear(config)
+        if others is not None:  # the config names "all-linear"
+            config = expand_all_linear(config, others, self._bare)
         self._targets = find_targets(
             config, type(root).__name__, self._bare.modules, self._bare.head, self._bare.embedding
         )

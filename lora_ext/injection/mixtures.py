@@ -36,8 +36,8 @@ _PARAMETERS = {
 _FUSED = "gate_up_proj"  # two projections in one parameter: twice the rank, with the same scaling
 
 
-def with_parts(config: LoraConfig, others: Sequence[str], bare: BareModel) -> LoraConfig:
-    """Returns the config with names in place of "all-linear", where other names or a mixture's parameters join it.
+def expand_all_linear(config: LoraConfig, others: Sequence[str], bare: BareModel) -> LoraConfig:
+    """Returns the config with names in place of "all-linear", if more is adapted: other names, a mixture's parameters.
 
     Args:
         config: names "all-linear", alone or in a list.

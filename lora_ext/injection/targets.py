@@ -324,7 +324,7 @@ def is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
-def besides_all_linear(config: LoraConfig) -> tuple[str, ...] | None:
+def names_next_to_all_linear(config: LoraConfig) -> tuple[str, ...] | None:
     """Returns the other names of a config that names "all-linear", alone or in a list; None if it does not."""
     if is_all_linear(config):
         return ()

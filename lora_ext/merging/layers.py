@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -175,34 +175,15 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
         RuntimeError: a weight was converted to another dtype while merged, is offloaded, or a parametrization computes
             it.
     """
-    records: dict[int, MergeRecord] = {}  # tied layers share one
-    views, labels = [], []
-    quantized: list[tuple[QuantizedWeight, QuantizedRecord]] = []
-    for layer in wanted:
-        for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
-            if layer._merged is not None and key in layer._merged.matrices:
-                if layer._merged.lost:
-                    raise RuntimeError(
-                        f"{caller}: {label} {layer._merged.lost}; forget_merge() accepts it as it is now"
-                    )
-                record = layer._merged.matrices[key].record
-                if matrix.quantized is not None or isinstance(record, QuantizedRecord):
-                    check_restorable(caller, matrix.quantized, record, label)
-                    quantized.append((matrix.quantized, record))
-                    continue
-                check_unmerge(caller, view, record, label)
-                if id(record) not in records:
-                    records[id(record)] = record
-                    views.append(view)
-                    labels.append(label)
+    merged = _find_merged(caller, wanted, where)
     merge = _prepare_merge(caller, wanted, where)
     before = {layer: layer._merged for layer in wanted}
-    launches = prepare_unmerge(caller, views, list(records.values()), labels)
-    merged_bytes = [copied(weight) for weight, _ in quantized]
+    launches = prepare_unmerge(caller, merged.views, merged.records, merged.labels)
+    merged_bytes = [copied(weight) for weight, _ in merged.quantized]
 
     with changing(*_shared(wanted)):  # from here on the weights and their records change together
         run_unmerge(launches)
-        for weight, record in quantized:
+        for weight, record in merged.quantized:
             weight.write(record.stored)
         for layer in wanted:
             layer._merged = None
@@ -210,18 +191,57 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
             made = merge.run(caller)
         except BaseException:  # nothing was merged: restore the previous state
             remerge(launches)
-            for (weight, _), stored in zip(quantized, merged_bytes, strict=True):
+            for (weight, _), stored in zip(merged.quantized, merged_bytes, strict=True):
                 weight.write(stored)
-            for layer, merged in before.items():
-                layer._merged = merged
+            for layer, state in before.items():
+                layer._merged = state
             raise
-        matrices: dict[Mergeable, dict[str, MergedMatrix]] = {layer: {} for layer, names in wanted.items() if names}
-        for holders, ranks, record in zip(merge.holders, merge.ranks, made, strict=True):
-            matrix = MergedMatrix(ranks, record)
-            for layer, key in holders:
-                matrices[layer][key] = matrix
-        for layer, merged in matrices.items():
-            layer._merged = MergeState(tuple(sorted(wanted[layer])), merged)
+        _note_merged(wanted, merge, made)
+
+
+class _Merged(NamedTuple):
+    """The matrices that contain updates, and the records that restore them; one entry per matrix in each list."""
+
+    views: list[Tensor]
+    records: list[MergeRecord]
+    labels: list[str]
+    quantized: list[tuple[QuantizedWeight, QuantizedRecord]]
+
+
+def _find_merged(caller: str, layers: Iterable[Mergeable], where: Mapping[Mergeable, str]) -> _Merged:
+    """Finds what is merged into the layers, and checks that it can be restored."""
+    found, seen = _Merged([], [], [], []), set()
+    for layer in layers:
+        for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
+            if layer._merged is None or key not in layer._merged.matrices:
+                continue
+            if layer._merged.lost:
+                raise RuntimeError(f"{caller}: {label} {layer._merged.lost}; forget_merge() accepts it as it is now")
+            record = layer._merged.matrices[key].record
+            if matrix.quantized is not None or isinstance(record, QuantizedRecord):
+                check_restorable(caller, matrix.quantized, record, label)
+                found.quantized.append((matrix.quantized, record))
+                continue
+            check_unmerge(caller, view, record, label)
+            if id(record) not in seen:  # tied layers share one
+                seen.add(id(record))
+                found.views.append(view)
+                found.records.append(record)
+                found.labels.append(label)
+    return found
+
+
+def _note_merged(
+    wanted: Mapping[Mergeable, Collection[str]], merge: _Merge, made: list[MergeRecord | QuantizedRecord | None]
+) -> None:
+    """Gives each layer the state after a merge that made these records."""
+    matrices: dict[Mergeable, dict[str, MergedMatrix]] = {layer: {} for layer, names in wanted.items() if names}
+    for holders, ranks, record in zip(merge.holders, merge.ranks, made, strict=True):
+        matrix = MergedMatrix(ranks, record)
+        for layer, key in holders:
+            matrices[layer][key] = matrix
+    for layer, held in matrices.items():
+        layer._merged = MergeState(tuple(sorted(wanted[layer])), held)
 
 
 @torch.no_grad()

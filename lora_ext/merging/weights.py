@@ -27,7 +27,7 @@ from torch import Tensor
 from lora_ext import _load
 from lora_ext._common.arguments import checked
 from lora_ext._common.interrupts import uninterrupted
-from lora_ext._ops import checks, refusals
+from lora_ext._ops import checks, errors
 from lora_ext._ops.checks_merge import check_merge_layer, check_merge_strides, merge_segments
 from lora_ext._ops.in_place import check_inference
 from lora_ext._ops.lazy_views import check_not_lazy
@@ -215,6 +215,7 @@ def merge_all_(
             if not on_cpu and not record and check:
                 refuse(_run(torch.ops.lora_ext.lora_merge_check.default, *merge))
             parts.append(members)
+            # On the CPU always with a record, from which the op restores the weights if a result is not finite.
             launches.append(_with_record(merge, refuse) if record or on_cpu else _without_record(merge))
     done = _all_or_none(launches, undo=run_unmerge)
     records: list[MergeRecord | None] = [None] * len(weights)
@@ -321,7 +322,7 @@ def _run(op: Callable, *arguments: Sequence[Tensor]) -> object:
     try:
         return op(*arguments)
     except RuntimeError as error:
-        refusals.check_memory(error)
+        errors.check_memory(error)
         raise
 
 

@@ -47,7 +47,7 @@ class Part:
         return 1.0 if key.endswith(unscaled) else self.file_scale
 
 
-def located(parts: Iterable[Part]) -> tuple[Part, ...]:
+def complete_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Fills in the fields of an adapter's parts that depend on its other parts. ``parts`` must be all of them.
 
     If an attention's ``out_proj`` is adapted along with it, files hold half of its update: PEFT (0.21) adds it twice,
@@ -76,7 +76,13 @@ def located(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter with all its parts, whether attached to its model or not."""
+    """One adapter with all its parts, whether attached to its model or not.
+
+    Attributes:
+        into: the adapters of the model that it is for; they have it once it is attached.
+        parts: one for each layer, in the model's order.
+        biases: the model's biases that it trains, or None.
+    """
 
     name: str
     config: LoraConfig
@@ -293,7 +299,7 @@ def adapter_in(module: nn.Module, adapters: AdapterSet, name: str) -> Adapter:
     """The adapter ``name`` as far as it is in ``module``: the model or a part of it; paths begin there."""
     paths = {id(layer): path for path, around in BareModel(module).layers.items() for layer in around}
     layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(module) if name in layer.adapters]
-    parts = located(Part(path, path, layer, layer.adapters[name]) for path, layer in layers)
+    parts = complete_parts(Part(path, path, layer, layer.adapters[name]) for path, layer in layers)
     return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
 
 

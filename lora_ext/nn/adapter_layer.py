@@ -36,7 +36,8 @@ class AdapterLayer(nn.Module):
         self.active = ActiveAdapters() if active is None else active
         self.training = self.adapters.training = base_layer.training  # train() would change the base layer's modules
 
-    # Every forward reads these three; nn.Module's own attribute lookup takes four times as long.
+    # Every forward reads these three; nn.Module's own attribute lookup takes four times as long. They need no setters:
+    # nn.Module's __setattr__ puts modules into _modules.
 
     @property
     def base_layer(self) -> nn.Module:

@@ -373,7 +373,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return total if total is None or num_extra == 0 else F.pad(total, (0, num_extra))
 
     def extra_repr(self) -> str:
-        return self._state()
+        return self._repr_of_state()
 
 
 def _runs(inputs: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[int, int]]:

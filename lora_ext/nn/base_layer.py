@@ -90,7 +90,7 @@ def is_dense(tensor: object) -> bool:
     return kind in _DENSE or kind.__module__.startswith("torch._subclasses.")
 
 
-def unwrapped(layer: nn.Module, base: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
+def module_of_kind(layer: nn.Module, base: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
     """Returns the module of one of ``kinds`` that ``base`` is, or holds as ``base_layer`` like PEFT's layers.
 
     It says what sizes and options ``layer`` has. TypeError: there is none.

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer
-from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
+from lora_ext.nn.base_layer import (
+    has_forward_of,
+    module_of_kind,
+    own_copy,
+    runs_alone,
+    why_not_merge,
+    why_weight_unusable,
+)
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.rows.choice import RowChoice
@@ -80,7 +87,7 @@ class LoraConv(TransparentLayer, LoraLayer):
     @property
     def convolution(self) -> nn.Module:
         """The base layer, without wrappers."""
-        return unwrapped(self, self.base_layer, *_CONVOLVE)
+        return module_of_kind(self, self.base_layer, *_CONVOLVE)
 
     @property
     def in_features(self) -> int:
@@ -182,7 +189,7 @@ class LoraConv(TransparentLayer, LoraLayer):
         return self
 
     def extra_repr(self) -> str:
-        return f"in_channels={self.in_features}, out_channels={self.out_features}, {self._state()}"
+        return f"in_channels={self.in_features}, out_channels={self.out_features}, {self._repr_of_state()}"
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:

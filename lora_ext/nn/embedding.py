@@ -12,7 +12,14 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import full_shape
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer
-from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_not_merge, why_weight_unusable
+from lora_ext.nn.base_layer import (
+    has_forward_of,
+    module_of_kind,
+    own_copy,
+    runs_alone,
+    why_not_merge,
+    why_weight_unusable,
+)
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.layer import LoraLayer
 from lora_ext.nn.rows.choice import RowChoice
@@ -92,7 +99,7 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
     @property
     def embedding(self) -> nn.Embedding:
         """The base layer, without wrappers."""
-        return unwrapped(self, self.base_layer, nn.Embedding)
+        return module_of_kind(self, self.base_layer, nn.Embedding)
 
     @property
     def in_features(self) -> int:
@@ -156,7 +163,7 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
         return add_by_rows(y, ids.to(y.device), choice, self._applied(choice), times, self, add)
 
     def extra_repr(self) -> str:
-        return f"num_embeddings={self.in_features}, embedding_dim={self.out_features}, {self._state()}"
+        return f"num_embeddings={self.in_features}, embedding_dim={self.out_features}, {self._repr_of_state()}"
 
 
 def why_embedding_unusable(module: nn.Embedding) -> str | None:

@@ -1,4 +1,7 @@
-"""Adds an up-projection to a base layer's output in place."""
+"""Adds an up-projection to a base layer's output in place, in PyTorch.
+
+For layers whose xa is not made by our kernels: embeddings, convolutions, layers that are split over devices.
+"""
 
 from __future__ import annotations
 

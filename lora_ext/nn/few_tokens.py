@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_ext import functional
-from lora_ext._ops.registration import is_usual_call
+from lora_ext._ops.usual_calls import is_usual_call
 
 MOST_TOKENS = {torch.float32: 32, torch.bfloat16: 8}
 """Tokens for which the CPU's kernel (csrc/cpu/few_tokens.inc) is used, by dtype; with AMX more would be possible."""

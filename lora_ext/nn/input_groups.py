@@ -11,7 +11,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.printable import first_lines
 from lora_ext._common.wrapped import root_module
-from lora_ext.nn.shared_inputs import LARGEST, Group, SharedInputs, SharesInputs, set_shared_inputs, shared_inputs
+from lora_ext.nn.shared_inputs import LARGEST, Group, Neighbours, SharesInputs, neighbours_of, set_neighbours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +74,17 @@ def form_input_groups(model: nn.Module, on: bool, kinds: tuple[type[SharesInputs
             for i in range(0, len(found), LARGEST):
                 layers = found[i : i + LARGEST]
                 if not on or len(layers) < 2 or isinstance(module, nn.Sequential):
-                    shared = None
-                elif (shared := shared_inputs(layers[0])) is not None and _consists_of(shared, layers):
+                    neighbours = None
+                elif (neighbours := neighbours_of(layers[0])) is not None and _consists_of(neighbours, layers):
                     continue
                 else:
-                    shared = SharedInputs()
+                    neighbours = Neighbours()
                 for layer in layers:
-                    set_shared_inputs(layer, shared)
+                    set_neighbours(layer, neighbours)
 
 
-def _consists_of(shared: SharedInputs, layers: list[SharesInputs]) -> bool:
-    return all(shared_inputs(layer) is shared for layer in layers) and len(shared.groups) == len(layers)
+def _consists_of(neighbours: Neighbours, layers: list[SharesInputs]) -> bool:
+    return all(neighbours_of(layer) is neighbours for layer in layers) and len(neighbours.groups) == len(layers)
 
 
 @checked
@@ -102,12 +102,12 @@ def input_groups(model: nn.Module) -> InputGroups:
     seen: dict[int, Group] = {}
     reports = []
     for module in list(model.modules()):
-        shared = shared_inputs(module) if isinstance(module, SharesInputs) else None
-        group = None if shared is None else shared.groups.get(id(module))
+        neighbours = neighbours_of(module) if isinstance(module, SharesInputs) else None
+        group = None if neighbours is None else neighbours.groups.get(id(module))
         if group is not None and id(group) not in seen:
             seen[id(group)] = group
             layers = [layer for layer in group.alive() if id(layer) in paths]
-            reports += _of_group(group, shared.now, layers, paths)
+            reports += _of_group(group, neighbours.now, layers, paths)
     return InputGroups(tuple(reports))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import of_one_state, one_at_a_time
-from lora_ext._common.sharded import brought_for_calls
+from lora_ext._common.sharded import bring_for_calls
 from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter, at_hand
@@ -63,7 +63,7 @@ class LoraLayer(AdapterLayer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):
+        if "forward" in vars(cls):  # sees a layer before or after a change, never half of one
             cls.forward = of_one_state(cls.forward)
 
     @checked
@@ -177,12 +177,15 @@ class LoraLayer(AdapterLayer):
         return [at_hand(self.adapters[name]) for name in self._applied()]
 
     def _applied(self, choice: RowChoice | None = None) -> tuple[str, ...]:
-        """Returns the adapters that the forward adds to the base layer's output: those active and not merged.
+        """Returns the names of the adapters that the forward adds to the base layer's output: active and not merged.
 
-        With a ``choice`` those that some row has chosen. RuntimeError: adapters were merged since the choice was made.
+        With a ``choice``, the names that some row has chosen.
+
+        Raises:
+            RuntimeError: merged adapters would not train; or adapters were merged since the choice was made.
         """
         if "ds_id" in self.__dict__:  # an engine with ZeRO-3 manages the model
-            brought_for_calls(self, self.adapters.parameters())
+            bring_for_calls(self, self.adapters.parameters())
         if choice is not None:
             if self._merged is not None:
                 raise RuntimeError(f"{type(self).__name__}: {self._merged.names} were merged during a call by rows")
@@ -326,6 +329,7 @@ class LoraLayer(AdapterLayer):
 
     @one_at_a_time
     def _apply(self, fn, recurse: bool = True):
+        """Is what PyTorch calls for ``to``, ``half``, ...; notes that a merged weight was converted."""
         dtype = None if self._merged is None else self.base_weight.dtype
         super()._apply(fn, recurse)
         if self._merged is not None and self.base_weight.dtype != dtype:
@@ -333,5 +337,5 @@ class LoraLayer(AdapterLayer):
             self._merged = dataclasses.replace(self._merged, lost=lost)
         return self
 
-    def _state(self) -> str:
+    def _repr_of_state(self) -> str:
         return f"merged={self.merged_adapters}" if self.is_merged else f"active={self.active_adapters}"

@@ -18,8 +18,8 @@ from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import check_invoked, row_choice
 from lora_ext.nn.rows.layer_slots import LayerSlots
 from lora_ext.nn.rows.updates import RowUpdate, add_chosen
-from lora_ext.nn.shared_inputs import SharesInputs, shared_inputs
-from lora_ext.nn.tensor_parallel import add_update, place, split_dim
+from lora_ext.nn.shared_inputs import SharesInputs, neighbours_of
+from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
 from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class LoraLinear(SharesInputs, LoraLayer):
     ) -> LoraAdapter:
         adapter = LoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
         if split_dim(base_layer) is not None:
-            place(adapter, base_layer.weight)
+            split_factors(adapter, base_layer.weight)
         return adapter
 
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
@@ -112,10 +112,11 @@ class LoraLinear(SharesInputs, LoraLayer):
             return self._forward_rows(choice, x, *args, **kwargs)
         if self.active.invocations:
             check_invoked(self)
-        if not (args or kwargs or torch.compiler.is_compiling()) and (shared := shared_inputs(self)) is not None:
+        # Together with the layers that read the same x.
+        if not (args or kwargs or torch.compiler.is_compiling()) and (neighbours := neighbours_of(self)) is not None:
             operands = self.operands()
             if type(operands) is Operands:
-                return shared.output(self, x, operands)
+                return neighbours.output(self, x, operands)
         names = self._applied()
         if not names:
             return self.base_layer(x, *args, **kwargs)
@@ -125,16 +126,18 @@ class LoraLinear(SharesInputs, LoraLayer):
             adapters.append(adapter)
             dropout_p = adapter.lora_dropout if self.training else 0.0
             updates.append((adapter.lora_A, self._full_lora_B(name, adapter.lora_B), adapter.scaling, dropout_p))
+        # In place of the base layer.
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             weight, bias = plain
             return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), updates)
+        # Onto a copy of what the base layer returns.
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             self._check_exportable()
         y = own_copy(self, self.base_layer(x, *args, **kwargs))
         if is_sharded(weight := self.base_layer._parameters.get("weight")) and not is_fully_sharded(self.base_layer):
             for adapter in adapters:
-                y = add_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
+                y = add_split_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
             return y
         if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
             y = y + bias  # not in place: samples of torch.func.vmap may share y
@@ -152,8 +155,8 @@ class LoraLinear(SharesInputs, LoraLayer):
         if plain is None or x is not given:
             y = own_copy(self, y.expand(len(x), *y.shape[1:]) if x is not given else y)
             x = x.to(y.device)
-        shared = shared_inputs(self) if self.training else None
-        seeds = None if shared is None else shared.seeds(self, given)
+        neighbours = neighbours_of(self) if self.training else None
+        seeds = None if neighbours is None else neighbours.seeds(self, given)
         if x.dtype is not y.dtype:
             x = x.to(y.dtype)
         if names := self._applied(choice):
@@ -205,16 +208,17 @@ class LoraLinear(SharesInputs, LoraLayer):
         base = frozen_product(self._modules["base_layer"])
         if isinstance(base, str):
             return base
+        weight, bias, quantized, is_training = base
         dropout_p = adapter.lora_dropout if self.training else 0.0
-        numbers = adapter.lora_bias, adapter.scaling, dropout_p
-        return Operands(*base[:2], factors["lora_A"], factors["lora_B"], *numbers, *base[2:])
+        lora_A, lora_B, lora_bias, scaling = factors["lora_A"], factors["lora_B"], adapter.lora_bias, adapter.scaling
+        return Operands(weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, quantized, is_training)
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
         """``lora_B`` of the adapter ``name`` for the whole output: ``[out_features, rows of lora_A]``."""
         return lora_B
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self._state()}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._repr_of_state()}"
 
 
 def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: list[LoraAdapter]) -> Tensor | None:

@@ -53,7 +53,7 @@ class Operands(NamedTuple):
         )
 
     def stamp(self) -> tuple[int | bool, ...]:
-        """Changes with every in-place change of a tensor. RuntimeError: one of them does not count its changes."""
+        """Returns a value that every in-place change of a tensor changes. RuntimeError: a tensor counts no changes."""
         weight, bias, A, B, lora_bias = self[:5]
         stamp = weight._version, A._version, B._version, weight.requires_grad, A.requires_grad, B.requires_grad
         for tensor in (bias, lora_bias):
@@ -86,9 +86,9 @@ class Operands(NamedTuple):
 
 
 def frozen_product(base: nn.Module) -> tuple[Tensor, Tensor | None, nn.Module | None, bool] | str:
-    """Returns weight and bias of :class:`Operands` for a base layer, the layer if it is quantised, and its mode.
+    """Returns the base layer's share of :class:`Operands`: weight, bias, ``quantized`` and ``is_training``.
 
-    Or why the base layer may do something else than multiply by its weight and add its bias.
+    Or the reason, if the base layer may do something else than multiply by its weight and add its bias.
     """
     plain = plain_linear(base)
     if plain is not None and type(plain[0]) is nn.Parameter:  # Conv1D's is transposed for the call

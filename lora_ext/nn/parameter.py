@@ -179,7 +179,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return "base_layer." * len(layers_around(self.base_layer)) + self.parameter_name
 
     def extra_repr(self) -> str:
-        return f"parameter_name={self.parameter_name!r}, {self._state()}"
+        return f"parameter_name={self.parameter_name!r}, {self._repr_of_state()}"
 
 
 def _is_transposed(module: nn.Module, weight: Tensor) -> bool:

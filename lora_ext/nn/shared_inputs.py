@@ -11,9 +11,11 @@ correct them: a layer that comes with another tensor leaves its group at once, a
 after the second time. A correction changes no number, so a resumed run has the bits of an uninterrupted one: layers
 that read one tensor use one dropout seed, whether they are computed together or not.
 
-Every thread has one :class:`_Round`: one tensor, and the outputs computed of it that no layer has taken yet. They are
-dropped with the tensor, and when a layer begins the next round. Layers and tensors are referred to weakly: a group
-keeps neither alive. Copied and unpickled layers form new groups among themselves.
+The parts: :class:`Neighbours`, the layers of one module that may read one tensor, divided into groups; :class:`Group`,
+those of them that are computed together; :class:`_Round`, one tensor and the outputs computed from it that no layer has
+taken yet. A thread has one round at a time. Its outputs are dropped with the tensor, and when a layer begins the next
+round. Layers and tensors are referred to weakly: a group keeps neither alive. Copied and unpickled layers form new
+groups among themselves.
 
 Activation checkpointing runs parts of a forward again, each by itself: a round ends where another part begins. The
 non-reentrant kind requires that the second forward saves as many tensors as the first. So a group stays as it is while
@@ -32,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
-from lora_ext._ops.registration import autocast_device, call_state
+from lora_ext._ops.usual_calls import autocast_device, call_state
 from lora_ext.nn.checkpointed_parts import graph_hook, is_of_checkpoint, reentrant_part
 from lora_ext.nn.operands import Operands
 
@@ -52,29 +54,29 @@ class SharesInputs:
 
     def __copy__(self) -> SharesInputs:
         twin = object.__new__(type(self))  # with the same adapters, but computed alone: it is no layer of the module
-        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_shared_inputs"})
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_neighbours"})
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if (shared := shared_inputs(self)) is not None:
-            shared.join(self)
+        if (neighbours := neighbours_of(self)) is not None:
+            neighbours.join(self)
 
 
-def shared_inputs(layer: nn.Module) -> SharedInputs | None:
-    """Returns what groups ``layer`` with layers that may read the same tensor; None: it shares no input."""
-    return layer.__dict__.get("_shared_inputs")
+def neighbours_of(layer: nn.Module) -> Neighbours | None:
+    """Returns the layers that may read the same tensor as ``layer``, itself among them; None: it shares no input."""
+    return layer.__dict__.get("_neighbours")
 
 
-def set_shared_inputs(layer: nn.Module, shared: SharedInputs | None) -> None:
-    layer.__dict__.pop("_shared_inputs", None)
-    if shared is not None:
-        layer.__dict__["_shared_inputs"] = shared
-        shared.join(layer)
+def set_neighbours(layer: nn.Module, neighbours: Neighbours | None) -> None:
+    layer.__dict__.pop("_neighbours", None)
+    if neighbours is not None:
+        layer.__dict__["_neighbours"] = neighbours
+        neighbours.join(layer)
 
 
 class Group:
-    """Layers that are computed together.
+    """Neighbours that are computed together.
 
     Attributes:
         layers: weak references by ``id(layer)``.
@@ -97,22 +99,22 @@ class Group:
         return times
 
 
-class SharedInputs:
+class Neighbours:
     """The layers of one module that may read one tensor, in groups. The layers refer to it, not the reverse.
 
     Attributes:
-        groups: by ``id(layer)``.
+        groups: the group of each layer, by ``id(layer)``.
         now: why the last call shared nothing, for reports, or "".
     """
 
     def __init__(self) -> None:
         self.groups: dict[int, Group] = {}
         self.now = ""
-        self._leaving: tuple[Group, frozenset[int], str] | None = None  # from a group, who, why
+        self._leaving: tuple[Group, frozenset[int], str] | None = None  # a group, the layers that leave it, why
         self._graphs: list[weakref.ref] = []  # hooks of checkpointed graphs, which die with them
 
     def __reduce__(self) -> tuple:
-        return SharedInputs, ()  # the copied layers join the copy
+        return Neighbours, ()  # the copied layers join the copy
 
     def join(self, layer: nn.Module) -> None:
         """Adds a layer to the first group. There are at most :data:`LARGEST` layers."""
@@ -131,10 +133,10 @@ class SharedInputs:
             current.called.add(key)
             y = current.take(key, operands)
             return _alone(x, operands, current.seed(operands.dropout_p, x)) if y is None else y
-        came = current is not None and current.end(self, key)
+        is_late = current is not None and current.end(self, key)
         current = _thread.round = _Round(self, x, state)
         current.called.add(key)
-        group = self._group_to_compute(layer, came)
+        group = self._group_to_compute(layer, is_late)
         if group is not None:
             y = current.compute(group, layer, x, operands)
             if y is not None:
@@ -154,17 +156,17 @@ class SharedInputs:
         current.called.add(key)
         return functools.partial(current.seed, x=x)
 
-    def _group_to_compute(self, layer: nn.Module, came: bool) -> Group | None:
+    def _group_to_compute(self, layer: nn.Module, is_late: bool) -> Group | None:
         """Returns the group to compute with ``layer``, or None if ``layer`` is to be computed alone.
 
-        ``came``: the layer came with another tensor after the others. While graphs exist, nothing else decides than
-        the calls within their parts of the forward, which are the same in the second forward.
+        ``is_late``: :meth:`_Round.end`. While checkpointed graphs exist, groups do not change: only calls within one
+        part of the forward decide, because these are the same when the part runs again.
         """
         self._graphs = [ref for ref in self._graphs if ref() is not None]
         if self._leaving is not None and not self._graphs:
             self._split(*self._leaving)
             self._leaving = None
-        elif came:
+        elif is_late:
             return None
         group = self.groups.get(id(layer))
         if group is None or len(group.layers) < 2 or group.layers[id(layer)]() is not layer:
@@ -196,31 +198,33 @@ _UNKNOWN = object()
 
 
 class _Round:
-    """The calls of layers of one :class:`SharedInputs` with one tensor.
+    """The calls of layers of one :class:`Neighbours` with one tensor.
 
     Attributes:
         called: ``id`` of the layers that were called.
+
+    A part is a piece of the forward that activation checkpointing runs again (:mod:`~lora_ext.nn.checkpointed_parts`).
     """
 
-    __slots__ = ("_computed", "_group", "_hook", "_outputs", "_part", "_seeds", "_shared", "_state", "_x", "called")
+    __slots__ = ("_computed", "_group", "_hook", "_neighbours", "_outputs", "_part", "_seeds", "_state", "_x", "called")
 
-    def __init__(self, shared: SharedInputs, x: Tensor, state: tuple) -> None:
-        self._shared, self._state = shared, state
+    def __init__(self, neighbours: Neighbours, x: Tensor, state: tuple) -> None:
+        self._neighbours, self._state = neighbours, state
         self._group: Group | None = None
         self._seeds: dict[float, Tensor] = {}
         hook = graph_hook()
         self._hook = (lambda: None) if hook is None else weakref.ref(hook)
-        self._part: Any = _UNKNOWN  # the part that draws the seeds
+        self._part: Any = _UNKNOWN  # the reentrant part that drew the seeds; not asked for before the first seed
         self.called: set[int] = set()
-        self._computed: frozenset[int] = frozenset()
-        # By id(layer), what was computed for layers that have not been called, and of what.
-        self._outputs: dict[int, tuple[Operands, list, Tensor]] = {}
+        self._computed: frozenset[int] = frozenset()  # id of the layers whose outputs were computed together
+        # By id(layer), for layers that have not been called: the operands, their stamp, the output.
+        self._outputs: dict[int, tuple[Operands, tuple, Tensor]] = {}
         outputs = self._outputs
         self._x = weakref.ref(x, lambda _: outputs.clear())
 
-    def continues(self, shared: SharedInputs, key: int, x: Tensor, state: tuple, has_dropout: bool) -> bool:
+    def continues(self, neighbours: Neighbours, key: int, x: Tensor, state: tuple, has_dropout: bool) -> bool:
         """Returns whether a call of the layer ``key`` belongs to this round."""
-        if not (self._shared is shared and self._x() is x and self._state == state and key not in self.called):
+        if not (self._neighbours is neighbours and self._x() is x and self._state == state and key not in self.called):
             return False
         if self._hook() is not graph_hook():
             return False
@@ -260,7 +264,7 @@ class _Round:
             return None
         y, *ys = _together(x, all_operands, self.seed(operands.dropout_p, x))
         self._group, self._computed = group, frozenset(keys)
-        self._shared.now = ""
+        self._neighbours.now = ""
         self._outputs.update(zip(keys[1:], zip(all_operands[1:], stamps[1:], ys, strict=True), strict=True))
         return y
 
@@ -275,18 +279,19 @@ class _Round:
         self._group.is_proven = True
         return y
 
-    def end(self, caller: SharedInputs, key: int) -> bool:
+    def end(self, caller: Neighbours, key: int) -> bool:
         """Drops the outputs that are left. The layer ``key`` of ``caller`` begins the next round.
 
-        Returns whether one of them was for that layer, in the same part of the forward.
+        Returns whether that layer is late: one of these outputs was for it, in the same part of the forward, and it is
+        called with another tensor.
         """
-        came = False
+        is_late = False
         if self._group is not None:
             missing = self._computed - self.called
-            came = caller is self._shared and key in missing and self._hook() is graph_hook()
-            self._shared.missed(self._group, missing, ANOTHER_TENSOR if came else NOT_CALLED)
+            is_late = caller is self._neighbours and key in missing and self._hook() is graph_hook()
+            self._neighbours.missed(self._group, missing, ANOTHER_TENSOR if is_late else NOT_CALLED)
         self._outputs.clear()
-        return came
+        return is_late
 
 
 class _Thread(threading.local):

@@ -40,7 +40,7 @@ def split_dim(module: nn.Module) -> int | None:
     return next((dim for dim in (ROWS, COLUMNS) if placement.is_shard(dim)), None)
 
 
-def place(adapter: LoraAdapter, weight: Tensor) -> None:
+def split_factors(adapter: LoraAdapter, weight: Tensor) -> None:
     """Splits the factors of a new ``adapter`` as ``weight`` is split; the first device's values count."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -57,7 +57,7 @@ def place(adapter: LoraAdapter, weight: Tensor) -> None:
             setattr(adapter, name, nn.Parameter(placed, parameter.requires_grad))
 
 
-def add_update(
+def add_split_update(
     layer: nn.Module, y: Tensor, x: Tensor, weight: Tensor, adapter: LoraAdapter | FactorsAtHand, dropout_p: float
 ) -> Tensor:
     """Adds the update of ``adapter`` to ``y``, this device's part of the output, in place.

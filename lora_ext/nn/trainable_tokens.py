@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext._common.sharded import brought_for_calls
+from lora_ext._common.sharded import bring_for_calls
 from lora_ext._ops.checks import accumulation_dtype
 from lora_ext.nn.adapter_layer import TransparentLayer, freeze, innermost
-from lora_ext.nn.base_layer import has_forward_of, own_copy, runs_alone, unwrapped, why_weight_unusable
+from lora_ext.nn.base_layer import has_forward_of, module_of_kind, own_copy, runs_alone, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import row_choice
@@ -118,7 +118,7 @@ class TrainableTokens(TransparentLayer):
     @property
     def inner_layer(self) -> nn.Module:
         """The embedding or projection itself."""
-        return unwrapped(self, innermost(self._modules["base_layer"]), nn.Embedding, nn.Linear)
+        return module_of_kind(self, innermost(self._modules["base_layer"]), nn.Embedding, nn.Linear)
 
     @property
     def rows_in_use(self) -> list[TokenRows]:
@@ -144,7 +144,7 @@ class TrainableTokens(TransparentLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if "ds_id" in self.__dict__:  # an engine with ZeRO-3 manages the model
-            brought_for_calls(self, self.parameters())  # a projection's weight is read, too
+            bring_for_calls(self, self.parameters())  # a projection's weight is read, too
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, x)
         rows_in_use = self.rows_in_use

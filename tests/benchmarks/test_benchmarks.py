@@ -1,6 +1,7 @@
 """Runs the benchmarks from end to end at small sizes; their figures here mean nothing."""
 
 import functools
+from pathlib import Path
 
 import bench_analyze
 import bench_finetune
@@ -25,6 +26,15 @@ from lora_ext.tasks.finetune.data import Example
 pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.full]
 
 PEERS = list(contestants.LAYERS)
+
+
+def test_every_benchmark_is_run_by_a_test():
+    tests = Path(__file__).parents[1]
+    texts = "\n".join(path.read_text() for path in (tests / "benchmarks").glob("*.py"))
+    texts += (tests / "building" / "test_kernel_stages.py").read_text()  # needs a GPU; its parts are tested there
+    scripts = {path.stem for path in (tests.parent / "benchmarks").glob("bench_*.py")}
+    assert scripts
+    assert not {script for script in scripts if script not in texts}, "run these at a small size in this file"
 
 
 def test_stages(run):

@@ -128,7 +128,11 @@ def test_all_are_counted(planted):
 
 
 def test_every_op_and_every_function_is_called():
+    missing = set(ops.registered_ops()) - area_ops.OPS.keys()
+    assert not missing, "write makers of calls of these ops, like those in tests/fuzz/ops.py"
     assert sorted(area_ops.OPS) == ops.registered_ops()
+    missing = set(functional.__all__) - functions.FUNCTIONS.keys()
+    assert not missing, "write makers of calls of these functions in tests/fuzz/functions.py"
     assert sorted(functions.FUNCTIONS) == sorted(functional.__all__)
 
 
@@ -147,6 +151,8 @@ def test_every_layer_and_every_measure_is_called(module):
     names = {name for name in module.__all__ if not _is_record(getattr(module, name))}
     prefix = f"{module.__name__}."
     called = {name.removeprefix(prefix) for name in area_values.VALUES if name.startswith(prefix)}
+    missing = names - NOT_CALLED.keys() - called
+    assert not missing, "make calls of these in tests/fuzz/python_values.py (layers: LAYERS) or python_analysis.py"
     assert names - NOT_CALLED.keys() == called
 
 

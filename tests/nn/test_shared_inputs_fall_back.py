@@ -77,7 +77,7 @@ def test_several_adapters(calls):
     inject(model, LoraConfig(target_modules=["q", "k"], init_lora_weights=False, r=3), "second")
     alone = copy.deepcopy(model)
     for layer in alone.modules():
-        vars(layer).pop("_shared_inputs", None)
+        vars(layer).pop("_neighbours", None)
     for names in (["second"], ["default"], ["default", "second"]):
         for which in (model, alone):
             set_adapter(which, names)

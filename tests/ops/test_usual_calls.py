@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_ext import functional
 from lora_ext._ops import linear
-from lora_ext._ops.registration import is_usual_state
+from lora_ext._ops.usual_calls import is_usual_state
 from lora_ext.nn import LoraAdapter, LoraLinear
 
 
@@ -83,7 +83,7 @@ def test_the_usual_state_is_not_the_one_of_the_import(context):
 import torch
 with {context}:
     import lora_ext
-    from lora_ext._ops.registration import is_usual_state
+    from lora_ext._ops.usual_calls import is_usual_state
     assert not is_usual_state()
 assert is_usual_state()
 """

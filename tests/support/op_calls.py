@@ -28,7 +28,9 @@ def op_named(name: str) -> torch._ops.OpOverload:
 
 def good_call(name: str) -> dict[str, object]:
     """Returns the op's arguments by name, with every optional tensor."""
-    call = {**_layer_calls(), **_merge_calls()}[name]()
+    calls = {**_layer_calls(), **_merge_calls()}
+    assert name in calls, f"give the op {name} a good call in tests/support/op_calls.py; the tests of all ops need one"
+    call = calls[name]()
     return {argument.name: call[argument.name] for argument in op_named(name)._schema.arguments}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext import LoraConfig, functional, inject
 from lora_ext.adapters import input_groups
-from lora_ext.nn.shared_inputs import SharedInputs
+from lora_ext.nn.shared_inputs import Neighbours
 
 WIDTH = 8
 
@@ -91,4 +91,4 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch, siblings: str, single: str) -
 
 def compute_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every layer compute its own output from now on; dropout seeds stay common."""
-    monkeypatch.setattr(SharedInputs, "_group_to_compute", lambda *_: None)
+    monkeypatch.setattr(Neighbours, "_group_to_compute", lambda *_: None)

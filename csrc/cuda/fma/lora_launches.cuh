@@ -1,4 +1,11 @@
-// The order of the launches for tensors of dtype T, on plain multiply-adds.
+// The order of the launches for float32 and float64, on plain multiply-adds. Factors are packed first.
+//
+//   forward:   shrink of all siblings, [rank sums,] expand of all siblings
+//   backward:  for each sibling a pass over its grad_y, [rank sums,] a pass over x, the sums that make the factors'
+//              gradients, expand of grad_x for all siblings
+//
+// Rank sums add the partial sums of xa and grad_xa where a pass splits the features between blocks. shrink and
+// token_sum read x or grad_y, expand writes y or grad_x; plan.h says how sums are split between blocks.
 #pragma once
 
 #include <type_traits>

@@ -16,9 +16,9 @@ namespace lora_ext::cuda::mma {
 static_assert(kPackedFeatureStep % kPieceCols == 0, "a packed factor is whole pieces of output");
 static_assert(kPackedRankStep == 16, "the short kernel knows the rows of a factor of one step");
 
-// A lane's part of the small operand: ranks 16 * step + 8 * (i / 2) + 2 * (lane % 4) and the next, of rows row0 + lane
-// / 4
-// + 8 * (i % 2). This is the mma fragment of 16 rows and 16 ranks.
+// A lane's part of the small operand, the mma fragment of 16 rows and 16 ranks. Pair i of a step has
+//   rank 16 * step + 8 * (i / 2) + 2 * (lane % 4), and the next one,
+//   of row row0 + 8 * (i % 2) + lane / 4.
 template <int kSteps>
 using RankPairs = float2[kSteps][4];
 
@@ -164,9 +164,9 @@ __global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
         for (int n = 0; n < 4; n += 2) {
           uint32_t b[4];
           ptx::ldmatrix_x4_transposed(b, rows + ((piece * 4 + n) ^ group_lane) * 16);
+          // A part is 2^-8 of the part before: products below the last part are skipped.
 #pragma unroll
-          for (int i = 0; i + j < kParts;
-               ++i) {  // a part is 2^-8 of the part before: skips products below the last part
+          for (int i = 0; i + j < kParts; ++i) {
             ptx::mma_bf16(sum[n], small_operand[step][i], b[0], b[1]);
             ptx::mma_bf16(sum[n + 1], small_operand[step][i], b[2], b[3]);
           }

@@ -2,11 +2,23 @@
 //
 //   forward:    shrink of all siblings, expand of all siblings
 //   few tokens: shrink, then the base layers with the adapters in one read of the weights
-//   backward:   a pass over all grad_y, expand of grad_x for all siblings, a pass over x, sums of the factors'
-//   gradients
+//   backward:   a pass over all grad_y, expand of grad_x for all siblings, a pass over x, then the sums that make the
+//               factors' gradients
 //
-// passes.cuh has each launch. The expand kernels add the partial sums of xa and grad_xa, or a launch before them does
-// (expand.cuh). Factors of several parts, and those of large ranks, are packed first (plan.h), in one launch.
+// The expand kernels add the partial sums of xa and grad_xa, or a launch before them does (expand.cuh). Kernels take a
+// factor as one or several bfloat16 parts (parts.cuh). Factors of several parts, and those of large ranks, are packed
+// first (plan.h), in one launch.
+//
+// A way through this folder:
+//   plan, passes                       how sums are split between blocks; what each kernel gets
+//   shrink, token_sum, shrink_and_sum  the kernels that read x or grad_y
+//   expand                             the kernels that write y or grad_x: expand_short, expand_long; they share
+//                                      expand_output, and factor_tile is the former's
+//   few_tokens                         the kernel that reads the weights
+//   parts, pack_factors                numbers as sums of bfloat16 parts; factors packed as these
+//   stacked_factor, small_operand      operands on the way from memory to shared memory
+//   tiles, fragments                   operands in shared memory, and in registers
+//   keep_bits, partial_sums            the dropout mask in registers; sums of several blocks, added later
 #pragma once
 
 #include <type_traits>
@@ -144,13 +156,7 @@ void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char*
 
 template <class T, int kParts>
 void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace, const GpuStream& stream) {
-  const LowRankSums xa{.sums = static_cast<float*>(const_cast<void*>(p.xa)),
-                       .partial = nullptr,
-                       .num_tokens = p.num_tokens,
-                       .columns = p.total_rank,
-                       .pending = false,
-                       .ranges = same_for_all_ranks(1)};
-  launch_y_pass<T, kParts>(p, xa, plan, workspace, stream);
+  launch_y_pass<T, kParts>(p, complete_sums(p.xa, p.num_tokens, p.total_rank), plan, workspace, stream);
 }
 
 template <class T, int kParts>
@@ -176,12 +182,7 @@ void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorksp
 template <class T, int kParts>
 void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
-  const LowRankSums grad_xa{.sums = static_cast<float*>(const_cast<void*>(p.grad_xa)),
-                            .partial = nullptr,
-                            .num_tokens = p.num_tokens,
-                            .columns = p.total_rank,
-                            .pending = false,
-                            .ranges = same_for_all_ranks(1)};
+  const LowRankSums grad_xa = complete_sums(p.grad_xa, p.num_tokens, p.total_rank);
   if (p.wants_grad_x) launch_grad_x_pass<T, kParts>(p, grad_xa, plan, workspace, stream);
   if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T, kParts>(p, grad_xa.sums, plan, workspace, stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};

@@ -27,7 +27,7 @@ struct RankSums {
 };
 
 // xa or grad_xa of all siblings. The passes write partial sums if one of them has several ranges (or none, when there
-// are no features); the kernel that reads them adds them, or a launch of its own does.
+// are no features); the kernel that reads the sums adds them on the way, or add_partials() does in a launch before it.
 struct LowRankSums {
   float* sums;     // [num_tokens, columns]
   float* partial;  // [largest of ranges, num_tokens, columns], scaled
@@ -69,6 +69,16 @@ struct LowRankSums {
     return table;
   }
 };
+
+// Sums that the caller has: no pass of this call makes them.
+inline LowRankSums complete_sums(const void* sums, int64_t num_tokens, int64_t columns) {
+  return {.sums = static_cast<float*>(const_cast<void*>(sums)),
+          .partial = nullptr,
+          .num_tokens = num_tokens,
+          .columns = columns,
+          .pending = false,
+          .ranges = same_for_all_ranks(1)};
+}
 
 // --- feature sums, over tokens: grad_lora_A and grad_lora_B ---
 

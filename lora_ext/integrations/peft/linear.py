@@ -18,7 +18,7 @@ from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.active_tokens import ActiveTokens
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.updates import RowUpdate, add_chosen
-from lora_ext.nn.shared_inputs import SharesInputs, shared_inputs
+from lora_ext.nn.shared_inputs import SharesInputs, neighbours_of
 from lora_ext.quantized import quantized_weight
 
 
@@ -50,10 +50,10 @@ class LinearForward(SharesInputs):
             return super().forward(x, **kwargs)
         if adapters[0].magnitude is not None:
             return self._forward_dora(x, plain, adapters[0])
-        if not torch.compiler.is_compiling() and (shared := shared_inputs(self)) is not None:
+        if not torch.compiler.is_compiling() and (neighbours := neighbours_of(self)) is not None:
             operands = _operands(adapters, self.base_layer)
             if not isinstance(operands, str):
-                return shared.output(self, x, operands)
+                return neighbours.output(self, x, operands)
         if plain is not None:
             weight, bias = plain
             first, *others = adapters
@@ -181,5 +181,6 @@ def _operands(adapters: list[PeftAdapter], base_layer: nn.Module) -> Operands | 
         return "its adapter is DoRA"
     if type(adapter.lora_B) is not nn.Parameter:  # made for the call
         return "its adapter's scaling is negative, or a tensor"
-    numbers = None, adapter.scaling, adapter.dropout_p
-    return Operands(*base[:2], adapter.lora_A, adapter.lora_B, *numbers, *base[2:])
+    weight, bias, quantized, is_training = base
+    lora_A, lora_B, scaling, dropout_p = adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.dropout_p
+    return Operands(weight, bias, lora_A, lora_B, None, scaling, dropout_p, quantized, is_training)

@@ -15,7 +15,7 @@ from lora_ext._common.arguments import checked
 from lora_ext.integrations.peft.linear import LinearForward
 from lora_ext.integrations.peft.merging import has_exact_merges
 from lora_ext.nn.input_groups import form_input_groups
-from lora_ext.nn.shared_inputs import set_shared_inputs
+from lora_ext.nn.shared_inputs import set_neighbours
 from lora_ext.quantized import keep_stored, stop_keeping_stored
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -103,7 +103,7 @@ def restore(model: Model | None = None) -> Model | None:
     for layer in layers.values():
         if is_accelerated(layer):
             layer.__class__ = type(layer).__bases__[-1]
-            set_shared_inputs(layer, None)
+            set_neighbours(layer, None)
     stop_keeping_stored(model)
     return model
 

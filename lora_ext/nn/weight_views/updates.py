@@ -63,7 +63,7 @@ class StackedUpdates:
             for (lora_As, lora_Bs), update in zip(self._of_experts, self.updates, strict=True)
         ]
 
-    def numbers(self) -> Tensor:
+    def expert_numbers(self) -> Tensor:
         """Returns the experts' numbers, int64 ``[num_experts]``."""
         return torch.arange(self.num_experts, device=self.weight.device)
 

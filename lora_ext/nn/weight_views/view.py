@@ -72,7 +72,7 @@ class WeightView:
             number = operator.index(index)
             base = self.base[number]  # an IndexError for a number beyond the experts
             return WeightView(self.updates, base, number % self.updates.num_experts, self.is_transposed)
-        return WeightView(self.updates, self.base[index], self.updates.numbers()[index], self.is_transposed)
+        return WeightView(self.updates, self.base[index], self.updates.expert_numbers()[index], self.is_transposed)
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self[i] for i in range(self.base.shape[0])])
@@ -241,15 +241,15 @@ def _one_expert(x: Tensor, view: WeightView, bias: Tensor | None = None) -> Tens
 def _matmul(first: Any, second: Any) -> Tensor:
     """Computes ``first @ second``; one of them is a view."""
     if not isinstance(first, WeightView):
-        return _rows_by(first, second)
+        return _times_view(first, second)
     if isinstance(second, WeightView) or second.dim() < 2:
         return _with_tensors(torch.matmul, (first, second), {})
     # The result's rows must be rows of x, so that each has an expert.
-    return _rows_by(second.transpose(-2, -1), first.transpose(-2, -1)).transpose(-2, -1)
+    return _times_view(second.transpose(-2, -1), first.transpose(-2, -1)).transpose(-2, -1)
 
 
-def _rows_by(x: Tensor, view: WeightView) -> Tensor:
-    """``x @ view``."""
+def _times_view(x: Tensor, view: WeightView) -> Tensor:
+    """Computes ``x @ view``."""
     if isinstance(view.expert, int):
         return _one_expert(x, view.transpose(-2, -1))
     if x.dim() < 2:
@@ -257,7 +257,7 @@ def _rows_by(x: Tensor, view: WeightView) -> Tensor:
     updates = view.updates
     updates.is_read = True
     y = torch.matmul(x, view.base).contiguous()
-    experts = (updates.numbers() if view.expert is None else view.expert).expand(y.shape[:-2])
+    experts = (updates.expert_numbers() if view.expert is None else view.expert).expand(y.shape[:-2])
     x = x.expand(*y.shape[:-1], x.shape[-1])
     return _add_by_expert(y, x, view, experts)
 
@@ -309,14 +309,14 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
         chosen, numbers = experts.flatten(), torch.arange(experts.numel(), device=experts.device)
         factors = [ExpertUpdate(u.lora_A[chosen], u.lora_B[chosen], u.scaling) for u in updates.updates]
         experts = torch.where(chosen < 0, -1, numbers).view(experts.shape)
-    for A, B, scaling in _over_rows(view, factors):
+    for A, B, scaling in _factors_of_product(view, factors):
         scalings = torch.full((A.shape[0],), scaling, dtype=torch.float64, device=A.device)
         y = functional.plus_lora_grouped(y, x, A, B, experts, scalings)
     return y
 
 
-def _over_rows(view: WeightView, updates: list[ExpertUpdate]) -> list[ExpertUpdate]:
-    """Returns the factors of ``x @ view``: those of a product over ``in_features``, or over ``out_features``."""
+def _factors_of_product(view: WeightView, updates: list[ExpertUpdate]) -> list[ExpertUpdate]:
+    """Returns the factors of ``x @ view``: it sums over ``in_features`` of a transposed view, else ``out_features``."""
     return updates if view.is_transposed else [ExpertUpdate(_mT(u.lora_B), _mT(u.lora_A), u.scaling) for u in updates]
 
 

@@ -1,0 +1,66 @@
+"""Explains why a public function failed: turns an error of PyTorch or of a compiled op into one that names the
+argument.
+
+In eager mode the compiled op checks first, at no Python cost; the checks in Python run only once it has refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lora_ext import _load
+from lora_ext._common.arguments import check_types
+from lora_ext._ops import tensor_arguments
+from lora_ext._ops.refusals import refusal_of_op
+
+# The exceptions that wrong arguments cause. Others are not explained: torch.utils.checkpoint, for example, stops a
+# recomputation by an exception of its own.
+UNEXPLAINED = (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
+OUT_OF_MEMORY = "out of memory. "  # csrc/bindings/errors.h
+
+
+def check_memory(error: Exception) -> None:
+    """Raises torch.OutOfMemoryError, whose message says how much was wanted, if an op failed for lack of memory."""
+    if OUT_OF_MEMORY in str(error):
+        raise torch.OutOfMemoryError(str(error)) from None
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def explain(
+    error: Exception,
+    function: Callable,
+    arguments: Mapping[str, object],
+    check_values: Callable[..., None],
+    autocast: bool = False,
+) -> None:
+    """Raises a better error than ``error``, if there is one, for a call of a public function.
+
+    Args:
+        check_values: Called with the arguments once their types are right.
+        autocast: Whether the op sees other dtypes than the arguments' under autocast; ``check_values`` is not called
+            then.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+        torch.OutOfMemoryError: with the bytes that were wanted.
+        RuntimeError: there are no kernels for the device, or autograd cannot keep an inference tensor.
+    """
+    name = function.__name__
+    if (isinstance(error, (TypeError, ValueError)) and str(error).startswith(f"{name}: ")) or "vmap: " in str(error):
+        return  # it is explained already, by us or by torch.func.vmap (a random draw, a change in place)
+    # PyTorch takes a tensor without dimensions for a number.
+    check_types(function, {n: v for n, v in arguments.items() if not (_is_tensor(v) and v.dim() == 0)})
+    tensor_arguments.check_tensors(name, arguments)
+    check_memory(error)
+    tensor_arguments.explain_inference(name, arguments, error)
+    device = next(filter(_is_tensor, arguments.values())).device
+    if not (autocast and torch.is_autocast_enabled(device.type)):
+        check_values(**arguments)
+    _load.check_kernels_exist(name, device)
+    if refused := refusal_of_op(error):
+        raise refused from None
