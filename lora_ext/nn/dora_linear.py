@@ -222,7 +222,7 @@ class DoraLinear(LoraLayer):
         return delta.T if is_conv1d(self.base_layer) else delta
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self._state()}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._repr_of_state()}"
 
 
 def _values(base_layer: nn.Module) -> Tensor:
