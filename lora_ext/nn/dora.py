@@ -30,9 +30,13 @@ class DoraUpdate(NamedTuple):
     dropout_p: float
 
     def factor(self, weight: Tensor) -> Tensor:
-        """Returns what each feature of the updated weight's product is multiplied by; 1 for a row of zeros."""
-        norms = row_norms(weight, self.lora_A, self.lora_B, self.scaling)
-        return self.magnitude.to(norms.dtype) / torch.where(norms > 0.0, norms, 1.0)
+        """Returns what each feature of the updated weight's product is multiplied by."""
+        return scale_of_rows(self.magnitude, row_norms(weight, self.lora_A, self.lora_B, self.scaling))
+
+
+def scale_of_rows(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Returns ``magnitude / norms``, finite for a row of zeros too."""
+    return magnitude.to(norms.dtype) / torch.where(norms > 0.0, norms, 1.0)
 
 
 def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, update: DoraUpdate) -> Tensor:

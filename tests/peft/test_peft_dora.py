@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from support.peft_pairs import assert_same_step, config, gradients, model_pair, pair, set_active
-from support.quantized import quantized_copy
+from support.quantized import quantized_copy, stored
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,7 +118,12 @@ def test_quantised_weights(format, dropout):
     ours = accelerate(copy.deepcopy(theirs))
     spread_magnitudes(theirs, ours)
     (layer,) = report(ours)
-    assert layer.accelerated
+    assert layer.accelerated and not layer.merge
+    before = stored(ours)
+    ours.merge_adapter()
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in stored(ours).items())
+    ours.unmerge_adapter()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in stored(ours).items())
     x = torch.randn(5, 64)
     results = {}
     for name, model in (("theirs", theirs), ("ours", ours)):
@@ -167,6 +172,41 @@ def test_adapters_next_to_it():
     for model in (theirs, ours):
         model.unmerge_adapter()
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merging_equals_pefts_and_unmerging_restores_every_bit(name, dtype):
+    theirs, ours = model_pair(name, dtype, use_dora=True)
+    spread_magnitudes(theirs, ours)
+    before = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+    ids = torch.arange(12).view(2, 6)
+    y = ours(input_ids=ids)[0]
+    assert not any(layer.merge for layer in report(ours))
+    for model in (theirs, ours):
+        model.merge_adapter()
+    eps = torch.finfo(dtype).eps
+    for key, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], tensor, rtol=4 * eps, atol=eps)
+    assert (ours(input_ids=ids)[0] - y).float().norm() <= 8 * eps * y.float().norm()
+    ours.unmerge_adapter()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
+    assert torch.equal(ours(input_ids=ids)[0], y)
+    merged = ours.merge_and_unload()
+    assert (merged(input_ids=ids)[0] - y).float().norm() <= 8 * eps * y.float().norm()
+
+
+def test_a_merged_weight_that_was_changed():
+    """PEFT unmerges the present weight, which needs the norms at the merge."""
+    theirs, ours = layers()
+    for model in (theirs, ours):
+        model.merge_adapter()
+        with torch.no_grad():
+            model.base_model.model[0].base_layer.weight += 1.0
+    theirs.unmerge_adapter()
+    with pytest.warns(UserWarning, match="has been replaced or changed since"):
+        ours.unmerge_adapter()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
 @pytest.mark.parametrize("change", ["hook", "float magnitude"])

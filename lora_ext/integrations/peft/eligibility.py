@@ -18,7 +18,7 @@ from lora_ext.nn.base_layer import runs_alone
 DISABLED = "now: the adapters are disabled, so only the base layer runs"
 MERGED = "now: adapters are merged, so only the base layer runs"
 NONE_ACTIVE = "now: the layer has none of the active adapters, so only the base layer runs"
-_INVOKED, _DORA = "ALoraLinearVariant", "DoraLinearVariant"
+_INVOKED, DORA = "ALoraLinearVariant", "DoraLinearVariant"
 _PLAIN = ("MiCALinearVariant", "MiCAEmbeddingVariant")  # they freeze a factor, and compute what LoRA does
 NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 
@@ -89,7 +89,7 @@ def adapters_named(layer: LoraLayer, names: Iterable[str], with_dora: bool = Fal
         if name not in lora_As:
             continue
         variant = variant_of(layer, name)
-        if variant not in (("", _INVOKED, _DORA) if with_dora else ("", _INVOKED)):
+        if variant not in (("", _INVOKED, DORA) if with_dora else ("", _INVOKED)):
             return f"adapter {name!r} is a variant of LoRA ({variant})"
         lora_A, lora_B, dropout = lora_As[name], lora_Bs[name], dropouts[name]
         for role, module in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -114,7 +114,7 @@ def adapters_named(layer: LoraLayer, names: Iterable[str], with_dora: bool = Fal
         elif scaling < 0.0:  # lora_linear refuses it
             B, scaling = -B, -scaling
         magnitude = None
-        if variant == _DORA:
+        if variant == DORA:
             holder = layer._modules["lora_magnitude_vector"]._modules[name]
             magnitude = holder._parameters.get("weight")
             if type(magnitude) is not nn.Parameter or magnitude.device != A.device or not runs_alone(holder):

@@ -23,10 +23,14 @@ from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.sharded import is_elsewhere
 from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
-from lora_ext.integrations.peft.eligibility import variant_of
+from lora_ext._ops.dora import row_norms
+from lora_ext.integrations.peft.eligibility import DORA, variant_of
 from lora_ext.merging.quantized import QuantizedRecord, merge_quantized_
 from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors, unmerge_all_
+from lora_ext.nn.base_layer import is_conv1d
+from lora_ext.nn.dora import scale_of_rows
 from lora_ext.quantized import QuantizedWeight, quantized_weight
+from lora_ext.quantized.rescaled import RescaledWeight
 
 _MERGES = "_lora_ext_merges"  # key in the layer's __dict__ while merged, so that copies and pickles have it
 _NO_BIAS = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."  # PEFT's words
@@ -77,10 +81,15 @@ class ExactMerging:
 
 def merge_obstacle(layer: LoraLayer, name: str) -> str:
     """Returns why PEFT's code merges adapter ``name``, or ""."""
-    if variant := variant_of(layer, name):
-        return f"adapter {name!r} is a variant of LoRA ({variant})"
     base = layer.get_base_layer()
     weight = base._parameters.get("weight")
+    variant = variant_of(layer, name)
+    if variant and variant != DORA:
+        return f"adapter {name!r} is a variant of LoRA ({variant})"
+    if variant and layer.merged_adapters and name not in layer.merged_adapters:
+        return f"now: adapter {name!r} is DoRA, and {layer.merged_adapters} are merged"
+    if variant and getattr(layer, "fan_in_fan_out", False) != is_conv1d(base):
+        return f"adapter {name!r} is DoRA, and fan_in_fan_out does not fit the base layer"
     if (quantized := quantized_weight(base)) is not None:
         reason = quantized.why_not_quantize()
         return reason and f"the base layer's weight cannot be quantised again: {reason}"
@@ -124,6 +133,8 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
     """Merges exactly; returns False, with nothing changed, if PEFT's code must merge (non-finite results, ...)."""
     if merge_obstacle(layer, name):
         return False
+    if variant_of(layer, name) == DORA:
+        return _merge_dora(layer, name)
     base, scaling = layer.get_base_layer(), float(layer.scaling[name])
     quantized = quantized_weight(base)
     parameters, factors = [] if quantized else [base.weight], [(*_factors(layer, name), scaling)]
@@ -150,6 +161,27 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
     return True
 
 
+@torch.no_grad()
+def _merge_dora(layer: LoraLayer, name: str) -> bool:
+    """Merges a DoRA adapter into a weight without other adapters, as :func:`_merge_exactly` does."""
+    base, scaling = layer.get_base_layer(), float(layer.scaling[name])
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    plain = RescaledWeight(base, quantized_weight(base))
+    norms = row_norms(plain.dequantize(), A, B, scaling)
+    factor = scale_of_rows(layer.lora_magnitude_vector[name].weight, norms)
+    weight = RescaledWeight(base, plain.inner, factor)
+    packed_A, packed_B = pack_factors(weight.sum_dtype, [(A, factor.unsqueeze(1) * B, scaling)])
+    with uninterrupted():
+        try:
+            records = merge_quantized_("merge", [weight], [packed_A], [packed_B], ["the weight"])
+        except ValueError:
+            return False
+        layer._cache_store(f"{name}-weight_norm", norms)  # for PEFT's unmerge, should the weight change meanwhile
+        layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(weight)])
+        layer.merged_adapters.append(name)
+    return True
+
+
 def _merge_all(
     weights: list[Tensor | QuantizedWeight], lora_As: list[Tensor], lora_Bs: list[Tensor]
 ) -> list[MergeRecord | QuantizedRecord]:
@@ -169,19 +201,19 @@ def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
     if name not in merges:
         return False
     merge, base = merges[name], layer.get_base_layer()
-    quantized, records = quantized_weight(base), list(merge.records)
+    records = list(merge.records)
     parameters = [base._parameters.get(which) for which in ("weight", "bias")[: len(records)]]
     old = records.pop(0) if isinstance(records[0], QuantizedRecord) else None
     if old is not None:
-        del parameters[0]
+        holder = RescaledWeight(base, quantized_weight(base)) if parameters.pop(0) is not None else None
     with torch.no_grad(), uninterrupted():
         if all(parameter is not None and parameter.is_contiguous() for parameter in parameters):
             weights = [_matrix(parameter) for parameter in parameters]
-            checked = weights if old is None else [quantized, *weights]
+            checked = weights if old is None else [holder, *weights]
             if [_checksum(weight) for weight in checked] == merge.checksums:
                 unmerge_all_("unmerge", weights, records)
                 if old is not None:
-                    quantized.write(old.stored)
+                    holder.write(old.stored)
                 del merges[name]
                 layer.merged_adapters.pop()
                 return True
