@@ -62,6 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         (parameter, "call_with_updates"),
         (embedding, "_add_product"),
         (merging, "merge_all_"),
+        (merging, "merge_quantized_"),
         (merging, "unmerge_all_"),
     ):
         setattr(module, name, _counted(getattr(module, name)))

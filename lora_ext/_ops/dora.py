@@ -46,6 +46,11 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     return squares.clamp_min(0.0).sqrt()  # rounding may leave a small negative square
 
 
+def scale_of_rows(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Returns ``magnitude / norms``, finite for a row of zeros too."""
+    return magnitude.to(norms.dtype) / torch.where(norms > 0.0, norms, 1.0)
+
+
 def rescale(z: Tensor, factor: Tensor, base: Tensor | None) -> Tensor:
     """Returns ``base + factor * z``, rounded once to the dtype of ``z``.
 

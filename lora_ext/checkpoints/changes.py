@@ -36,6 +36,7 @@ class Term:
     Attributes:
         lora_A, lora_B: keys in ``file``.
         matrices: see :func:`~lora_ext.checkpoints.layouts.num_matrices`.
+        magnitude: key of the lengths that the rows of the sum get (DoRA), or None.
     """
 
     file: AdapterFile
@@ -45,6 +46,7 @@ class Term:
     layout: Layout = "plain"
     matrices: int = 1
     is_parameter: bool = False
+    magnitude: str | None = None
 
 
 @dataclasses.dataclass
@@ -115,6 +117,8 @@ def find_changes(
         indices = list(itertools.chain.from_iterable(rows for _, _, rows in tensor.rows))
         if len(set(indices)) < len(indices):
             problems.append(f"rows of {key}: replaced more than once")
+        if scaled := [term for term in tensor.terms if term.magnitude is not None]:
+            problems += _dora_problems(key, tensor, scaled[0])
         if len({term.matrices for term in tensor.terms}) > 1:
             problems.append(f"{key}: the adapters disagree on how many matrices it holds")
     if problems:
@@ -258,7 +262,8 @@ class _AdapterChanges:
                 continue
             scaling = update.scaling * self.multiplier
             matrices, is_parameter = num_matrices(self.file, update), update.kind == "parameter"
-            tensor.terms.append(Term(self.file, update.lora_A, update.lora_B, scaling, layout, matrices, is_parameter))
+            factors = update.lora_A, update.lora_B, scaling, layout, matrices, is_parameter
+            tensor.terms.append(Term(self.file, *factors, update.magnitude))
 
     def _add_to_bias(self, update: LowRankUpdate) -> None:
         name = _bias_name(update)
@@ -284,6 +289,15 @@ class _AdapterChanges:
             self.changes.tensors[self.tie.head] = TensorChange(embedding.shape, embedding.dtype, self.tie.embedding)
             self.changes.untied[self.tie.head] = self.tie.embedding
         return self.untie
+
+
+def _dora_problems(key: str, tensor: TensorChange, term: Term) -> list[str]:
+    remedy = "load it into the model (load_adapter), and call merge_and_unload and save_pretrained there"
+    if term.layout != "plain":
+        return [f"{key} is [in, out], and a DoRA adapter (use_dora) scales its columns; {remedy}"]
+    if len(tensor.terms) > 1:
+        return [f"{key}: {term.file.directory} is a DoRA adapter (use_dora), which is merged without others"]
+    return []
 
 
 def _is_floating(tensor: TensorChange) -> bool:

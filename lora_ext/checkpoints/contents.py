@@ -4,6 +4,7 @@ PEFT's keys, after ``base_model.model.``. ``.base_layer`` may follow any module 
 
     <path>.lora_A.weight, <path>.lora_B.weight       Linear, Conv1D, ConvNd, MultiheadAttention.in_proj_weight
     <path>.lora_B.bias                               with lora_bias
+    <path>.lora_magnitude_vector                     with use_dora
     <path>.lora_embedding_A, <path>.lora_embedding_B Embedding
     <path>.lora_A.weight, <path>.base_layer.lora_A.weight ...   target_parameters of one module, the first innermost
     <path>.token_adapter.trainable_tokens_delta      rows of an Embedding
@@ -27,7 +28,9 @@ from lora_ext.matching.path_names import EndTable
 
 Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
 
-_FACTOR = re.compile(r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
+_FACTOR = re.compile(
+    r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B|magnitude_vector)"
+)
 _MOST_PARAMETERS = 64  # in a module, without those of its children
 _TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
 
@@ -46,6 +49,7 @@ class LowRankUpdate:
         r: the rank.
         scaling: factor of the update.
         lora_bias: key of the update of the bias, which is scaled too; or None.
+        magnitude: key of the lengths of the updated weight's rows, ``[out]`` (DoRA); or None.
         parameters: for a parameter, the names that it may have: no key says which.
     """
 
@@ -56,6 +60,7 @@ class LowRankUpdate:
     r: int
     scaling: float
     lora_bias: str | None = None
+    magnitude: str | None = None
     parameters: tuple[str, ...] = ()
 
 
@@ -84,25 +89,41 @@ class AdapterContents:
     tokens: list[TokenRows]
     replaced: dict[str, str]
 
+    @property
+    def is_dora(self) -> bool:
+        return any(update.magnitude is not None for update in self.updates)
+
     def fingerprint(self) -> list[list[Any]]:
         """Path and SHA-256 of the adapter's two files. A continued run compares them with those it was started with."""
         return fingerprint([self.file.path, self.file.directory / CONFIG_FILE], contents=True)
 
 
 def open_adapter(
-    directory: str | os.PathLike[str], *, allow_pickle: bool = False, caller: str = "open_adapter"
+    directory: str | os.PathLike[str],
+    *,
+    allow_pickle: bool = False,
+    with_dora: bool = False,
+    caller: str = "open_adapter",
 ) -> AdapterContents:
     """Opens an adapter's directory in PEFT's format; reads no tensor.
 
     Args:
         allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
+        with_dora: the caller knows what to do with magnitudes.
         caller: the command that error messages name.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is corrupted, or :func:`read_contents` refuses it.
+        ValueError: a file is corrupted, or :func:`read_contents` refuses it; or it is a DoRA adapter, which the caller
+            does not take.
     """
-    return read_contents(AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller))
+    contents = read_contents(AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller))
+    if not with_dora and contents.is_dora:
+        raise ValueError(
+            f"{caller}: {contents.file.directory} is a DoRA adapter (use_dora), which rescales the weights that it is "
+            "added to; this takes plain low-rank updates"
+        )
+    return contents
 
 
 def read_contents(file: AdapterFile) -> AdapterContents:
@@ -182,6 +203,14 @@ def _update(
     else:
         kind, parameters = "embedding" if embedding else "linear" if len(shape_A) == 2 else "conv", ()
 
+    magnitude = sides.get("magnitude_vector")
+    if (magnitude is not None) != config.use_dora:
+        has = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
+        raise ValueError(f"{path} has {has}, but the config's use_dora is {config.use_dora}")
+    if magnitude is not None and kind != "linear":
+        raise ValueError(f"{path}: use_dora is supported for linear layers only; this is of the kind {kind!r}")
+    if magnitude is not None and (file.shape(magnitude) != shape_B[:1] or not file.dtype(magnitude).is_floating_point):
+        raise ValueError(f"shape of {magnitude}: {shown(list(file.shape(magnitude)))}, want {[shape_B[0]]} numbers")
     names = [f"{path}.{name}" for name in parameters] or [path]
     settings = {(config.rank_for(name), config.scaling_for(name)) for name in names}
     if len(settings) > 1:
@@ -198,7 +227,7 @@ def _update(
         )
     if _is_attention(wrapped.removesuffix(".base_layer.out_proj"), factors) and wrapped.endswith(".out_proj"):
         scaling *= 2  # as in PEFT, merged or not: its attention merges this update, and then the layer adds it again
-    return LowRankUpdate(path, kind, A, B, r, scaling, sides.get("B.bias"), parameters)
+    return LowRankUpdate(path, kind, A, B, r, scaling, sides.get("B.bias"), magnitude, parameters)
 
 
 def _is_attention(wrapped: str, factors: Mapping[str, Any]) -> bool:
@@ -248,12 +277,6 @@ class _TokenIndices:
 
 def _config(file: AdapterFile) -> LoraConfig:
     try:
-        config = LoraConfig.from_dict(file.config)
+        return LoraConfig.from_dict(file.config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file.directory}: {error}") from error
-    if config.use_dora:
-        raise ValueError(
-            f"{file.directory}: use_dora is True, and a DoRA adapter rescales the weights that it is added to, which "
-            "is not done on disk; load it into the model (load_adapter), merge_and_unload(model), and save that"
-        )
-    return config

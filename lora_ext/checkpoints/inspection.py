@@ -37,14 +37,15 @@ def inspect(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict
     """
     path = Path(path)
     if holds_adapter(path):
-        return _adapter(open_adapter(path, allow_pickle=allow_pickle, caller="inspect"))
+        return _adapter(open_adapter(path, allow_pickle=allow_pickle, with_dora=True, caller="inspect"))
     return _checkpoint(Checkpoint.open(path))
 
 
 def _adapter(contents: AdapterContents) -> dict[str, Any]:
     file, layers = contents.file, []
     for update in contents.updates:
-        keys = [key for key in (update.lora_A, update.lora_B, update.lora_bias) if key is not None]
+        keys = update.lora_A, update.lora_B, update.lora_bias, update.magnitude
+        keys = [key for key in keys if key is not None]
         layers.append(
             {
                 "path": update.path,

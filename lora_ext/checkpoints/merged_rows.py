@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lora_ext._ops.dora import row_norms, scale_of_rows
 from lora_ext.checkpoints.changes import TensorChange, Term
 from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
 from lora_ext.files.file_bytes import empty_block, read_into, tensor_bytes
@@ -26,12 +27,16 @@ BLOCK_BYTES = 32 << 20  # bytes read at a time: large enough for fast reads, sma
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Factors for the rows ``begin`` to ``end``: ``lora_A [r, cols]`` and the scaled ``lora_B [end - begin, r]``."""
+    """Factors for the rows ``begin`` to ``end``: ``lora_A [r, cols]`` and the scaled ``lora_B [end - begin, r]``.
+
+    ``magnitude [end - begin]``: the lengths that the rows of the sum get (DoRA), or None.
+    """
 
     begin: int
     end: int
     lora_A: Tensor
     lora_B: Tensor
+    magnitude: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,9 @@ def factors(change: TensorChange, dtype: torch.dtype) -> list[Factors]:
     result = []
     for i, pairs in enumerate(zip(*pairs_of_terms, strict=True)):
         A, B = pack_factors(dtype, pairs)
-        result.append(Factors(i * height, (i + 1) * height, A, B))
+        term = change.terms[0]
+        magnitude = None if term.magnitude is None else term.file.tensor(term.magnitude).to(A.dtype, copy=True)
+        result.append(Factors(i * height, (i + 1) * height, A, B, magnitude))
     for term in change.terms:
         term.file.release()
     return result
@@ -134,11 +141,25 @@ def blocks(
             for index, row in replaced.items():
                 if begin <= index < end:
                     values[index - begin] = row
+            if parts and parts[0].magnitude is not None:
+                yield Block(_with_lengths(values, begin, parts[0], key, out))
+                continue
             records = _merge(values, begin, parts, key, record)
             converted = values.to(out)
             if out != work and not converted.isfinite().all() and values.isfinite().all():
                 raise ValueError(f"merge: {key} has values that {out} cannot hold; choose a wider dtype")
             yield Block(converted, records)
+
+
+def _with_lengths(values: Tensor, begin: int, part: Factors, key: str, dtype: torch.dtype) -> Tensor:
+    """Returns the rows plus their updates, scaled to the lengths of ``part`` and rounded once, to ``dtype``."""
+    rows = slice(begin, begin + len(values))
+    values, B = values.to(part.lora_A.dtype), part.lora_B[rows]
+    factor = scale_of_rows(part.magnitude[rows], row_norms(values, part.lora_A, B, 1.0)).unsqueeze(1)
+    result = values.mul_(factor).addmm_(factor * B, part.lora_A).to(dtype)
+    if not result.isfinite().all():
+        raise ValueError(f"merge: {key} would have values that are NaN or infinite, or that {dtype} cannot hold")
+    return result
 
 
 def _merge(

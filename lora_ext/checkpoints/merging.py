@@ -109,8 +109,15 @@ def merge(
     for i, directory in enumerate(adapters):
         if any(os.path.realpath(directory) == os.path.realpath(other) for other in adapters[:i]):
             raise ValueError(f"{caller}: {directory} is given twice, and its update would count twice; give it once")
-    contents = [open_adapter(directory, allow_pickle=allow_pickle, caller=caller) for directory in adapters]
+    contents = [
+        open_adapter(directory, allow_pickle=allow_pickle, with_dora=True, caller=caller) for directory in adapters
+    ]
     for held in contents:
+        if held.is_dora and (record or subtract):
+            raise ValueError(
+                f"{caller}: {held.file.directory} is a DoRA adapter (use_dora), whose merge on disk cannot be undone; "
+                + ("keep the base, and merge without record" if record else "take the base in place of the merged one")
+            )
         if held.file.config.get("alora_invocation_tokens"):
             raise ValueError(
                 f"{caller}: {held.file.directory} acts from its alora_invocation_tokens on (aLoRA), and a checkpoint's "

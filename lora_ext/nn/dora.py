@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext import functional
-from lora_ext._ops.dora import rescale, row_norms
+from lora_ext._ops.dora import rescale, row_norms, scale_of_rows
 
 
 class DoraUpdate(NamedTuple):
@@ -32,11 +31,6 @@ class DoraUpdate(NamedTuple):
     def factor(self, weight: Tensor) -> Tensor:
         """Returns what each feature of the updated weight's product is multiplied by."""
         return scale_of_rows(self.magnitude, row_norms(weight, self.lora_A, self.lora_B, self.scaling))
-
-
-def scale_of_rows(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """Returns ``magnitude / norms``, finite for a row of zeros too."""
-    return magnitude.to(norms.dtype) / torch.where(norms > 0.0, norms, 1.0)
 
 
 def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, update: DoraUpdate) -> Tensor:

@@ -327,14 +327,6 @@ def layers_like(model: nn.Module) -> nn.Module:
     return other
 
 
-def test_commands_on_checkpoints_refuse_it(tmp_path):
-    from lora_ext.checkpoints.contents import open_adapter
-
-    save_adapter(layers(), tmp_path)
-    with pytest.raises(ValueError, match=r"use_dora is True.*load it into the model.*merge_and_unload"):
-        open_adapter(tmp_path)
-
-
 def test_a_negative_alpha_of_a_file_keeps_the_magnitudes(tmp_path):
     model = layers()
     save_adapter(model, tmp_path)

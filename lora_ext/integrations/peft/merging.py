@@ -23,12 +23,11 @@ from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.sharded import is_elsewhere
 from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
-from lora_ext._ops.dora import row_norms
+from lora_ext._ops.dora import row_norms, scale_of_rows
 from lora_ext.integrations.peft.eligibility import DORA, variant_of
 from lora_ext.merging.quantized import QuantizedRecord, merge_quantized_
 from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors, unmerge_all_
 from lora_ext.nn.base_layer import is_conv1d
-from lora_ext.nn.dora import scale_of_rows
 from lora_ext.quantized import QuantizedWeight, quantized_weight
 from lora_ext.quantized.rescaled import RescaledWeight
 
