@@ -16,7 +16,7 @@ struct MergeCall {
   int64_t num_segments = 0;
 };
 
-// A weight that the kernels can merge into. lora_ext/_ops/checks.py: check_merge_strides.
+// A weight that the kernels can merge into. lora_ext/_ops/checks_merge.py: check_merge_strides.
 inline void check_merge_weight(const Tensor& weight, int index) {
   const ArgumentName name{"weight", index};
   const int64_t rows = weight.size(0);

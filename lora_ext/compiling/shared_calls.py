@@ -125,9 +125,8 @@ def _groups(graph: fx.Graph) -> Iterator[_Group]:
         if node.op == "call_function" and node.target in _TARGETS and (path := _layer_path(node)):
             call = _Call(node, path)
             if isinstance(call.dropout_p, (int, float)) and _only_ys_are_used(node):
-                calls[call.x, path.rpartition(".")[0] or path].append(
-                    call
-                )  # a compiled function's layers have no module
+                module = path.rpartition(".")[0] or path  # a compiled function's layers have no module
+                calls[call.x, module].append(call)
     for candidates in calls.values():
         groups: list[_Group] = []
         for call in candidates:

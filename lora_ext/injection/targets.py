@@ -1,6 +1,6 @@
 """Finds the parts of a model that a config names, by PEFT's rules: a PEFT config selects the same parts here.
 
-These are pure functions of names and modules; build.py checks whether the parts can be adapted.
+These are pure functions of names and modules; check_targets.py refuses parts that cannot be adapted.
 """
 
 from __future__ import annotations
@@ -75,6 +75,14 @@ def find_targets(
 
 
 class _Search:
+    """One search, whose steps depend on each other: what one finds, the later ones leave out or refuse.
+
+    Attributes:
+        embedding, twins: the path of the input embedding, or "", and the paths of the modules that share its weight.
+        tied: the twins that follow the embedding; filled by the steps.
+        warnings: issued at the end, when nothing can fail any more.
+    """
+
     def __init__(
         self,
         config: LoraConfig,
@@ -128,6 +136,7 @@ class _Search:
         return trained
 
     def find_parameters(self, trained: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+        """Bare parameters to adapt."""
         names = self.config.target_parameters or ()
         if not names:
             return {}
@@ -150,6 +159,7 @@ class _Search:
     def find_modules(
         self, trained: Mapping[str, nn.Module], parameters: Mapping[str, tuple[str, ...]]
     ) -> dict[str, nn.Module]:
+        """Modules to adapt: those that ``target_modules`` names, without excluded ones, other layers and the above."""
         config = self.config
         if is_all_linear(config):
             named = linear_layers(self.modules, self.output_head)
@@ -185,6 +195,7 @@ class _Search:
     def find_tokens(
         self, trained: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]
     ) -> dict[str, tuple[int, ...]]:
+        """Embeddings with trained rows, and the numbers of their tokens."""
         key = "trainable_token_indices"
         wanted = self.config.trainable_token_indices
         if wanted is None:

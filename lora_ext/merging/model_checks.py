@@ -35,46 +35,64 @@ def check_untied(
     ``unloads``: trained rows are written into the weights, too, and modules trained in full replace the frozen ones.
     """
     layers = list(adapter_layers(model))
-    gone = [
+    _check_rows_keep_updates(caller, [layer for _, layer in layers if isinstance(layer, TrainableTokens)], wanted)
+    replaced = [
         f"{path}.base_layer"
         for path, layer in layers
         if unloads and isinstance(layer, TrainedModule) and layer.in_use is not layer.base_layer
     ]
-    for layer in (layer for _, layer in layers if isinstance(layer, TrainableTokens)):
-        for path, (inner, _) in wanted.items():
-            if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
-                raise ValueError(
-                    f"{caller}: the weight of {path!r} has trained rows (trainable_token_indices), which would lose "
-                    "the update; run unmerged"
-                )
     paths = parameter_paths(root_module(model).named_modules())
-    holders: dict[int, dict[str, tuple]] = defaultdict(dict)  # id of a parameter -> path of a layer -> its updates
-    labels: dict[int, str] = {}
-    for path, (layer, names) in wanted.items():
-        for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
-            parameter = id(matrix.owner._parameters[matrix.name])
-            if len(paths[parameter]) > 1:
-                updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
-                holders[parameter][path] = (*holders[parameter].get(path, ()), *updates)
-                labels.setdefault(parameter, label)
+    updates_of, labels = _updates_of_shared(caller, paths, wanted)
     for path, layer in layers if unloads else ():
         if isinstance(layer, TrainableTokens) and (rows := layer.rows_in_use):
             parameter = id(layer.inner_layer.weight)
-            holders[parameter][path] = (*holders[parameter].get(path, ()), *map(id, rows))
+            updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *map(id, rows))
             labels.setdefault(parameter, f"the weight of {path!r}")
-    for parameter, updates in holders.items():
-        first = next(iter(updates))
+    for parameter, updates in updates_of.items():
+        expected = next(iter(updates.values()))  # all modules that hold the parameter must want the same
         others = [
             path
             for path in paths[parameter]
-            if not any(is_inside(path, frozen) for frozen in gone)
-            and not any(is_inside(path, other) and updates[other] == updates[first] for other in updates)
+            if not any(is_inside(path, frozen) for frozen in replaced)
+            and not any(is_inside(path, other) and updates[other] == expected for other in updates)
         ]
         if others:
             raise ValueError(
                 f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; adapt both with "
                 "ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
             )
+
+
+def _check_rows_keep_updates(
+    caller: str, layers: list[TrainableTokens], wanted: dict[str, tuple[LoraLayer, set[str]]]
+) -> None:
+    """Checks that no linear layer inside a layer with trained rows is merged: its rows would lose the update."""
+    for layer in layers:
+        for path, (inner, _) in wanted.items():
+            if layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear):
+                raise ValueError(
+                    f"{caller}: the weight of {path!r} has trained rows (trainable_token_indices), which would lose "
+                    "the update; run unmerged"
+                )
+
+
+def _updates_of_shared(
+    caller: str, paths: dict[int, list[str]], wanted: dict[str, tuple[LoraLayer, set[str]]]
+) -> tuple[dict[int, dict[str, tuple]], dict[int, str]]:
+    """Finds the updates of parameters that several modules hold, by ``id(parameter)`` and by the layer's path.
+
+    Updates are keys that are equal if they are the same. Also returns the parameters' names in messages.
+    """
+    updates_of: dict[int, dict[str, tuple]] = defaultdict(dict)
+    labels: dict[int, str] = {}
+    for path, (layer, names) in wanted.items():
+        for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
+            parameter = id(matrix.owner._parameters[matrix.name])
+            if len(paths[parameter]) > 1:
+                updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
+                updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *updates)
+                labels.setdefault(parameter, label)
+    return updates_of, labels
 
 
 def check_biases(model: nn.Module, wanted: dict[str, tuple[LoraLayer, set[str]]]) -> None:
