@@ -122,8 +122,9 @@ class AdapterPool:
                 f"AdapterPool: max_bytes is {max_bytes}, but one slot of rank {r} takes {slot_bytes}; raise max_bytes, "
                 "or choose a smaller r or fewer target_modules"
             )
-        limits = InvocationLimits.of(BareModel(root_module(model)))
-        self._shape = PoolShape(shapes, r, modules, limits)
+        bare = BareModel(root_module(model))
+        head = next((path for path, module in bare.modules.items() if module is bare.head), None)
+        self._shape = PoolShape(shapes, r, modules, InvocationLimits.of(bare), head)
         self._timeout, self._slot_bytes = timeout, slot_bytes
         self._table = SlotTable(slots, self._load)
         self._lock = threading.Lock()  # of what follows

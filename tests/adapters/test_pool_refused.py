@@ -58,6 +58,8 @@ def broken(root: Path, how: str) -> Path:
         tensors[key] = tensors[key].repeat(1, 2)
     elif how == "half":
         del tensors[key]
+    elif how == "layer":
+        del tensors[key], tensors["base_model.model.head.lora_B.weight"]
     elif how == "heads":
         values["modules_to_save"] = ["head"]
         tensors["base_model.model.head.weight"] = torch.zeros(3, 6)
@@ -78,6 +80,7 @@ BROKEN = {
     "another base": "unexpected key: base_model.model.classifier.lora_A.weight",
     "another size": "shape of base_model.model.head.lora_A.weight: [1, 12] in the file, [1, 6] in the pool",
     "half": "missing key: base_model.model.head.lora_A.weight",
+    "layer": "missing key: base_model.model.head.lora_A.weight",
     "heads": "modules_to_save: the pool has no ['head']; make it with modules_to_save=['head']",
     "dora": "use_dora",
     "integers": "dtype of base_model.model.head.lora_A.weight: torch.int64",
