@@ -56,7 +56,10 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
         raise ValueError(f"set_adapter: names are {list(names)}, want each once")
     for path in {path for name in names for path in adapters.trained[name]}:
         if len(held := [name for name in names if path in adapters.trained[name]]) > 1:
-            raise ValueError(f"set_adapter: {path!r} is trained in full by {held}; use only one of them")
+            raise ValueError(
+                f"set_adapter: {path!r} is trained in full by {held}; use only one of them. To train both in one batch "
+                "(adapter_names), activate one and call requires_grad_() on the other's parameters"
+            )
     adapters.switch(names, trainable)
     return model
 

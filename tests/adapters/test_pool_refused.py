@@ -137,6 +137,9 @@ BAD = [
     ({"r": 0}, ValueError, "r is 0"),
     ({"target_modules": ["nothing"]}, ValueError, "nothing"),
     ({"target_modules": ["norm"]}, TypeError, "norm"),
+    ({"timeout": -1.0}, ValueError, "AdapterPool: timeout is -1.0, want 0 or more"),
+    ({"timeout": float("nan")}, ValueError, "AdapterPool: timeout is nan, want 0 or more"),
+    ({"host_bytes": -1}, ValueError, "AdapterPool: host_bytes is -1, want 0 or more"),
     ({"max_bytes": "1GB"}, TypeError, "AdapterPool: max_bytes is '1GB' of type str, want an integer"),
     ({"directory": "nowhere"}, ValueError, "AdapterPool: directory is 'nowhere', which is not a directory"),
 ]
