@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from architectures.inputs import IMAGE_TOKEN
-from architectures.table import BART, DEBERTA, ENCODER, LED, LLAVA, NLLB_EXPERTS, SWITCH, XLNET
+from architectures.table import BART, DEBERTA, ENCODER, LED, LLAVA, NLLB_EXPERTS, SWITCH, W2V_BERT, XLNET
 from support.models import refused
 from support.pools import write_adapters
 from support.rows import assert_rows_equal, use, with_adapters
@@ -87,10 +87,23 @@ def test_positions_that_rows_share(shared, seen):
     sizes = DEBERTA | {"share_att_key": shared}
     model, ids = model_of("DebertaV2ForMaskedLM", **sizes), torch.randint(3, 60, (5, 7))
     with_adapters(model, [seen, "value_proj"], same=True)
-    with refused(model, ValueError, f"{seen}' also computes relative positions", "set_adapter"):
+    with refused(model, ValueError, f"{seen}' computes positions or prompts once for all rows", "set_adapter"):
         model(ids, adapter_names=NAMES)
     others = with_adapters(model_of("DebertaV2ForMaskedLM", **sizes), ["value_proj"], same=True)
     assert_rows_equal(others, lambda **names: others(ids, **names)[0].detach(), NAMES)
+
+
+def test_positions_of_a_conformer():
+    sizes = dict(**W2V_BERT, position_embeddings_type="relative")
+    model, x = model_of("Wav2Vec2BertForCTC", **sizes), torch.randn(5, 20, 8)
+    with_adapters(model, ["linear_q", "linear_pos"])
+    with refused(model, ValueError, "linear_pos' computes positions or prompts once for all rows", "set_adapter"):
+        model(x, adapter_names=NAMES)
+    torch.testing.assert_close(
+        model(x, adapter_names=["c"] * 5).logits, use(model, "c")(x).logits
+    )  # it lacks that layer
+    others = with_adapters(model_of("Wav2Vec2BertForCTC", **sizes), ["linear_q", "linear_v"], same=True)
+    assert_rows_equal(others, lambda **names: others(x, **names).logits.detach(), NAMES)
 
 
 def llava(targets) -> nn.Module:

@@ -85,36 +85,49 @@ def _why_no_row(path: str, layer: AdapterLayer, parts: Mapping[str, nn.Module]) 
     return None
 
 
-# Modules of Transformers in which layers get [tokens, rows, features]. With as many tokens as rows, the shape does not
-# tell.
+# Modules of Transformers by model and class: layers in them get [tokens, rows, features]. With as many tokens as rows,
+# the shape does not tell.
 _TOKENS_FIRST = {
-    "xlnet.modeling_xlnet.XLNetModel",
-    "longformer.modeling_longformer.LongformerSelfAttention",
-    "led.modeling_led.LEDEncoderSelfAttention",
-    "fsmt.modeling_fsmt.EncoderLayer",
-    "fsmt.modeling_fsmt.DecoderLayer",
+    "xlnet.XLNetModel",
+    "longformer.LongformerSelfAttention",
+    "led.LEDEncoderSelfAttention",
+    "fsmt.EncoderLayer",
+    "fsmt.DecoderLayer",
 }
-_DEBERTA = "deberta_v2.modeling_deberta_v2.DisentangledSelfAttention"
+# And layers in them that compute positions or prompts of one row, which the module repeats or reshapes by itself.
+_OF_DEBERTA = "query_proj", "key_proj", "pos_query_proj", "pos_key_proj"
+_ONCE = {
+    "deberta_v2.DisentangledSelfAttention": _OF_DEBERTA,
+    "sew_d.DisentangledSelfAttention": _OF_DEBERTA,
+    "wav2vec2_conformer.Wav2Vec2ConformerSelfAttention": ("linear_pos",),
+    "wav2vec2_bert.Wav2Vec2BertSelfAttention": ("linear_pos",),
+    "seamless_m4t.SeamlessM4TConformerSelfAttention": ("linear_pos",),
+    "fastspeech2_conformer.FastSpeech2ConformerAttention": ("linear_pos",),
+    "gemma3n.Gemma3nAudioRelativePositionEmbedding": ("pos_proj",),
+    "gemma4.Gemma4AudioAttention": ("relative_k_proj",),
+    "mvp.MvpPrompt": ("prompt_embedding", "prompt_trans"),
+}
 
 
 def _why_one_row(path: str, parts: Mapping[str, nn.Module]) -> str | None:
     remedy = "leave it out of target_modules, or call set_adapter and the model once for each adapter"
     for name, part in _around(path, parts):
-        kind = f"{type(part).__module__}.{type(part).__qualname__}".removeprefix("transformers.models.")
-        if kind in _TOKENS_FIRST:
-            return (
-                f"{path!r} is a part of {type(part).__name__}, whose layers get tokens first and rows second; {remedy}"
-            )
-        if kind == _DEBERTA and path.removeprefix(f"{name}.").partition(".")[0] in _of_positions(part):
-            return f"{path!r} also computes relative positions, once for all rows; {remedy}"
+        kind = type(part)
+        model = kind.__module__.removeprefix("transformers.models.").partition(".")[0]
+        if (key := f"{model}.{kind.__name__}") in _TOKENS_FIRST:
+            return f"{path!r} is a part of {kind.__name__}, whose layers get tokens first and rows second; {remedy}"
+        if key in _ONCE and path.removeprefix(f"{name}.").partition(".")[0] in _computed_once(part, _ONCE[key]):
+            return f"{path!r} computes positions or prompts once for all rows; {remedy}"
     return None
 
 
-def _of_positions(attention: nn.Module) -> tuple[str, ...]:
-    """The names of DeBERTa-v2's layers that also get the relative positions."""
-    if not getattr(attention, "relative_attention", False):
+def _computed_once(part: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of layers in ``part`` that compute something once for all rows, of those that may."""
+    if names is not _OF_DEBERTA:
+        return names
+    if not getattr(part, "relative_attention", False):
         return ()
-    return ("query_proj", "key_proj") if attention.share_att_key else ("pos_query_proj", "pos_key_proj")
+    return names[:2] if part.share_att_key else names[2:]
 
 
 def _why_no_token(path: str, layer: AdapterLayer) -> str | None:
