@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from architectures.inputs import IMAGE_TOKEN
-from architectures.table import BART, DEBERTA, ENCODER, LED, LLAVA, NLLB_EXPERTS, SWITCH, W2V_BERT, XLNET
+from architectures.table import BART, DEBERTA, DECODER, ENCODER, LED, LLAVA, NLLB_EXPERTS, SWITCH, W2V_BERT, XLNET
 from support.models import refused
 from support.pools import write_adapters
 from support.rows import assert_rows_equal, use, with_adapters
@@ -151,3 +151,19 @@ def test_guidance_of_a_model_that_speaks():
     for i, name in enumerate(names):
         alone = use(model, name).generate(ids[i : i + 1], max_new_tokens=4, guidance_scale=1.0)
         assert torch.equal(spoken[i, : alone.shape[1]], alone[0])
+
+
+def test_sounds_of_different_lengths():
+    """Each row has one, so the encoder's rows are those of the batch, whatever the number of tokens."""
+    encoder = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=8)
+    text = dict(**DECODER, model_type="qwen2")
+    sizes = dict(audio_config=encoder | {"max_source_positions": 10}, text_config=text, audio_token_index=2)
+    model = with_adapters(model_of("Qwen2AudioForConditionalGeneration", **sizes), ["q_proj", "v_proj"], same=True)
+    ids, frames = torch.randint(3, 60, (2, 12)), torch.tensor([20, 8])
+    ids[0, :5], ids[1, :2] = 2, 2
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": torch.randn(2, 8, 20)}
+    inputs["feature_attention_mask"] = (torch.arange(20) < frames[:, None]).long()
+    assert_rows_equal(model, lambda **names: model(**inputs, **names).logits.detach(), ["a", "b"])
+    ids[1, :2] = 5
+    with refused(model, ValueError, "the rows have [5, 0] tokens of input_features (audio_token_id)", "audio_tower"):
+        model(**inputs, adapter_names=["a", "b"])

@@ -53,12 +53,12 @@ def first_rows(values: Mapping[str, Any], main: str | None) -> tuple[str, Tensor
     return None
 
 
-def media_of(values: Mapping[str, Any]) -> str | None:
-    """Returns the first argument that holds images or sounds, of all rows of a batch."""
-    return next((name for name, tensor in _tensors(values) if name.startswith(_MEDIA)), None)
+def media_of(values: Mapping[str, Any]) -> tuple[str, Tensor] | None:
+    """Returns the name and the value of the first argument that holds images or sounds, of all rows of a batch."""
+    return next((held for held in _tensors(values) if held[0].startswith(_MEDIA)), None)
 
 
-_MEDIA = "pixel_values", "input_features", "input_values", "audio"
+_MEDIA = "pixel_values", "image_pixel_values", "input_features", "input_values", "audio"
 
 
 def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

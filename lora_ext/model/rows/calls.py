@@ -164,17 +164,20 @@ def multiples(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[s
 
 
 def check_media(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[str, Any]) -> None:
-    """Checks that images and sounds, which models compute in one batch, are evenly spread over rows that differ."""
+    """Checks that images and sounds, which models compute in one batch, are evenly spread over rows that differ.
+
+    They are if there are as many as rows and each row has some, or if each row has as many tokens of them.
+    """
     if len(set(choice.rows)) < 2 or not (media := media_of(values)) or (ids := token_ids(values)) is None:
         return
     to_media = obstacles_of(root, adapter_set(root)).to_media
     held = [name for name in choice.names if (None if name in choice.pool_names else name) in to_media]
     for option, token in media_tokens(root).items() if held else ():
         counts = (ids == token).sum(1).tolist()
-        if len(set(counts)) > 1:
+        if len(set(counts)) > 1 and (0 in counts or len(media[1]) != len(counts)):
             path = to_media[None if held[0] in choice.pool_names else held[0]]
             raise ValueError(
-                f"{caller}: adapter_names: the rows have {shown(counts)} tokens of {media} ({option}), so a layer that "
+                f"{caller}: adapter_names: the rows have {shown(counts)} tokens of {media[0]} ({option}), so a layer that "
                 f"computes these cannot tell to which name they belong, and {held[0]!r} adapts {path!r}; pass rows "
                 "with as many each, leave this module out of the adapters, or call the model once for each adapter "
                 "(set_adapter)"
