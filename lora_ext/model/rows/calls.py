@@ -177,10 +177,10 @@ def check_media(caller: str, root: nn.Module, choice: RowChoice, values: Mapping
         if len(set(counts)) > 1 and (0 in counts or len(media[1]) != len(counts)):
             path = to_media[None if held[0] in choice.pool_names else held[0]]
             raise ValueError(
-                f"{caller}: adapter_names: the rows have {shown(counts)} tokens of {media[0]} ({option}), so a layer that "
-                f"computes these cannot tell to which name they belong, and {held[0]!r} adapts {path!r}; pass rows "
-                "with as many each, leave this module out of the adapters, or call the model once for each adapter "
-                "(set_adapter)"
+                f"{caller}: adapter_names: the rows have {shown(counts)} tokens of {media[0]} ({option}), so a layer "
+                f"that computes these cannot tell to which name they belong, and {held[0]!r} adapts {path!r}; pass "
+                "rows with as many each, leave this module out of the adapters, or call the model once for each "
+                "adapter (set_adapter)"
             )
 
 
