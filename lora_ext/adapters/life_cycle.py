@@ -22,6 +22,10 @@ from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+_IN_ONE_BATCH = (
+    "To train both in one batch (adapter_names), activate one and call requires_grad_() on the other's parameters"
+)
+
 
 @checked
 @one_at_a_time
@@ -56,12 +60,16 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
         raise ValueError(f"set_adapter: names are {list(names)}, want each once")
     for path in {path for name in names for path in adapters.trained[name]}:
         if len(held := [name for name in names if path in adapters.trained[name]]) > 1:
-            raise ValueError(f"set_adapter: {path!r} is trained in full by {held}; use only one of them")
+            raise ValueError(
+                f"set_adapter: {path!r} is trained in full by {held}; use only one of them. {_IN_ONE_BATCH}"
+            )
     if len(scaled := [name for name in names if adapters.configs[name].use_dora]) > 1:
         for path, layer in lora_modules(model):
             both = [name for name in scaled if name in layer.adapters] if isinstance(layer, DoraLinear) else []
             if len(both) > 1:
-                raise ValueError(f"set_adapter: {path!r} has the DoRA adapters {both}; use only one of them")
+                raise ValueError(
+                    f"set_adapter: {path!r} has the DoRA adapters {both}; use only one of them. {_IN_ONE_BATCH}"
+                )
     adapters.switch(names, trainable)
     return model
 

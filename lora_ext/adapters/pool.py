@@ -88,7 +88,8 @@ class AdapterPool:
 
     Raises:
         ValueError, TypeError: as :func:`lora_ext.inject`; or the model has a pool already, ``max_bytes`` is less than a
-            slot, or targets are no linear layers. The model is then unchanged.
+            slot, targets are no linear layers, or ``timeout`` or ``host_bytes`` is negative. The model is then
+            unchanged.
     """
 
     @checked
@@ -106,6 +107,9 @@ class AdapterPool:
         host_bytes: int = 0,
         timeout: float = 60.0,
     ) -> None:
+        for option, value in (("timeout", timeout), ("host_bytes", host_bytes)):
+            if not value >= 0:
+                raise ValueError(f"AdapterPool: {option} is {value}, want 0 or more")
         self._names = PoolNames(directory)
         config = LoraConfig(r=r, target_modules=target_modules, modules_to_save=modules_to_save)
         layers = pool_layers(model, config)
@@ -122,8 +126,9 @@ class AdapterPool:
                 f"AdapterPool: max_bytes is {max_bytes}, but one slot of rank {r} takes {slot_bytes}; raise max_bytes, "
                 "or choose a smaller r or fewer target_modules"
             )
-        limits = InvocationLimits.of(BareModel(root_module(model)))
-        self._shape = PoolShape(shapes, r, modules, limits)
+        bare = BareModel(root_module(model))
+        head = next((path for path, module in bare.modules.items() if module is bare.head), None)
+        self._shape = PoolShape(shapes, r, modules, InvocationLimits.of(bare), head)
         self._timeout, self._slot_bytes = timeout, slot_bytes
         self._table = SlotTable(slots, self._load)
         self._lock = threading.Lock()  # of what follows

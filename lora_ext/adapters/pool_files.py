@@ -15,6 +15,9 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.save_load import config_of, with_positive_alphas
+from lora_ext.injection.targets import is_all_linear
+from lora_ext.matching.path_names import SuffixTable, path_ends
+from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.rows.invocations import InvocationLimits
 
 _SUFFIXES = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B"}
@@ -37,12 +40,14 @@ class PoolShape:
         r: the largest rank.
         modules: modules that adapters train in full, by path: their tensors by name, for shapes and dtypes.
         invocations: the limits of the model for invocation tokens (aLoRA).
+        head: the path of the model's output head, or None.
     """
 
     layers: Mapping[str, LayerShape]
     r: int
     modules: Mapping[str, Mapping[str, Tensor]]
     invocations: InvocationLimits
+    head: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +116,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
             keys.setdefault(path, {})[_SUFFIXES[suffix]] = key
         elif key not in of_modules:
             problems.append(f"unexpected key: {key}{_remedy(key, layers)}")
+    problems += _missing(config, shape, {*keys, *modules})
     for path, factors in keys.items():
         problems += _misfits(file, path, factors, layers[path], config.rank_for(path), r)
     problems += _misfits_of_modules(file, modules)
@@ -146,6 +152,34 @@ def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:
     """``lora_alpha`` at ``path`` with the sign that it has in the file."""
     pattern = config.alpha_pattern_for(path)
     return values.get("lora_alpha", 1) if pattern is None else values["alpha_pattern"][pattern]
+
+
+def _missing(config: LoraConfig, shape: PoolShape, found: Container[str]) -> list[str]:
+    """Returns a problem for each part of the pool that ``config`` names and the file has not: it is not whole, or of a
+    model with fewer layers.
+    """
+    trained = SuffixTable(config.trained_modules)
+    saved = [path for path in shape.modules if trained.find(path)]
+    if is_all_linear(config):
+        named = [path for path in shape.layers if path != shape.head]
+    else:
+        named = list(filter(PathMatcher("target_modules", config.target_modules), shape.layers))
+    is_excluded = PathMatcher("exclude_modules", config.exclude_modules)
+    whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    numbers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
+    wanted = [
+        path
+        for path in named
+        if path in numbers and not is_excluded(path) and not any(map(trained.find, _prefixes(path)))
+    ]
+    return [
+        *(f"missing key: {KEY_PREFIX}{path}.lora_A.weight" for path in wanted if path not in found),
+        *(f"missing keys of {KEY_PREFIX}{path}" for path in saved if path not in found),
+    ]
+
+
+def _prefixes(path: str) -> list[str]:
+    return [path[: begin - 1] for begin in path_ends(path) if begin] + [path]
 
 
 def _is_in(file: AdapterFile, path: str, names: Mapping[str, Tensor]) -> bool:

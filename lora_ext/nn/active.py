@@ -20,7 +20,7 @@ class ActiveAdapters:
         warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
         row_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows/in_force.py).
         held: the choices of rows for the ``with`` blocks that are open in any thread (lora_ext/nn/rows/in_force.py).
-        row_obstacles: ``changes`` and what rows could not choose then (lora_ext/model/rows/choose_adapters.py).
+        row_obstacles: ``changes`` and what rows could not choose then (lora_ext/model/rows/obstacles.py).
         additions: by name, the number of the addition or the renaming that made the adapter.
         removals: how many adapters were deleted or renamed: a running call whose rows named one fails.
         invocations: by name, the tokens from which on an adapter acts (aLoRA); others have no entry.

@@ -148,10 +148,13 @@ class LoraLinear(SharesInputs, LoraLayer):
 
     def _forward_rows(self, choice: RowChoice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
+        names, slots = self._applied(choice), self.slots if choice.slots else None
         given = x
-        x, times = choice.aligned(self, x)
         plain = None if args or kwargs else plain_linear(self.base_layer)
         y = self.base_layer(given, *args, **kwargs) if plain is None else few_tokens.product(given, *plain)
+        if not names and slots is None:  # no row changes anything here
+            return y
+        x, times = choice.aligned(self, x)
         if plain is None or x is not given:
             y = own_copy(self, y.expand(len(x), *y.shape[1:]) if x is not given else y)
             x = x.to(y.device)
@@ -159,11 +162,9 @@ class LoraLinear(SharesInputs, LoraLayer):
         seeds = None if neighbours is None else neighbours.seeds(self, given)
         if x.dtype is not y.dtype:
             x = x.to(y.dtype)
-        if names := self._applied(choice):
+        if names:
             y = add_chosen(y, x, choice, self._row_updates(names), times, seeds, self)
-        if choice.slots and self.slots is not None:
-            y = self.slots.add_chosen(y, x, choice, times, self)
-        return y
+        return y if slots is None else slots.add_chosen(y, x, choice, times, self)
 
     @property
     def is_needed(self) -> bool:

@@ -196,6 +196,8 @@ def changed(root: Path, how: str) -> None:
         tensors[key] = tensors[key].repeat(2, 1)
     elif how == "half":
         del tensors["base_model.model.classifier.bias"]
+    elif how == "none":
+        del tensors["base_model.model.classifier.bias"], tensors[key]
     elif how == "kind":
         tensors[key] = tensors[key].to(torch.int32)
     elif how == "another":
@@ -206,6 +208,7 @@ def changed(root: Path, how: str) -> None:
 BROKEN = {
     "classes": "shape of base_model.model.classifier.weight: [6, 16] in the file, [3, 16] in the pool",
     "half": "missing key: base_model.model.classifier.bias",
+    "none": "missing keys of base_model.model.classifier",
     "kind": "dtype of base_model.model.classifier.weight: torch.int32 in the file, torch.float32 in the pool",
     "another": "unexpected key: base_model.model.bert.pooler.dense.bias",
 }

@@ -58,6 +58,8 @@ def broken(root: Path, how: str) -> Path:
         tensors[key] = tensors[key].repeat(1, 2)
     elif how == "half":
         del tensors[key]
+    elif how == "layer":
+        del tensors[key], tensors["base_model.model.head.lora_B.weight"]
     elif how == "heads":
         values["modules_to_save"] = ["head"]
         tensors["base_model.model.head.weight"] = torch.zeros(3, 6)
@@ -78,6 +80,7 @@ BROKEN = {
     "another base": "unexpected key: base_model.model.classifier.lora_A.weight",
     "another size": "shape of base_model.model.head.lora_A.weight: [1, 12] in the file, [1, 6] in the pool",
     "half": "missing key: base_model.model.head.lora_A.weight",
+    "layer": "missing key: base_model.model.head.lora_A.weight",
     "heads": "modules_to_save: the pool has no ['head']; make it with modules_to_save=['head']",
     "dora": "use_dora",
     "integers": "dtype of base_model.model.head.lora_A.weight: torch.int64",
@@ -134,6 +137,9 @@ BAD = [
     ({"r": 0}, ValueError, "r is 0"),
     ({"target_modules": ["nothing"]}, ValueError, "nothing"),
     ({"target_modules": ["norm"]}, TypeError, "norm"),
+    ({"timeout": -1.0}, ValueError, "AdapterPool: timeout is -1.0, want 0 or more"),
+    ({"timeout": float("nan")}, ValueError, "AdapterPool: timeout is nan, want 0 or more"),
+    ({"host_bytes": -1}, ValueError, "AdapterPool: host_bytes is -1, want 0 or more"),
     ({"max_bytes": "1GB"}, TypeError, "AdapterPool: max_bytes is '1GB' of type str, want an integer"),
     ({"directory": "nowhere"}, ValueError, "AdapterPool: directory is 'nowhere', which is not a directory"),
 ]

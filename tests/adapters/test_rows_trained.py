@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import torch.distributed._composable.checkpoint_activation
-from support.models import Net, llama, token_ids
+from support.models import Net, bert, llama, token_ids
 from support.rows import RANKS, gradients, with_adapters
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -50,6 +50,23 @@ def test_training_equals_separate_runs(dropout, checkpointing):
             torch.testing.assert_close(grads[parameter], grad, rtol=1e-4, atol=1e-6)
         seen |= expected.keys()
     assert grads.keys() == seen
+
+
+def test_adapters_with_heads_of_their_own_train_together():
+    """They cannot be active together."""
+    model, ids, names = with_adapters(bert(), ["query"], modules_to_save=["classifier"]), token_ids(4), list("abca")
+    with pytest.raises(ValueError, match=r"use only one of them. To train both in one batch .*requires_grad_\(\)"):
+        set_adapter(model, ["a", "b"])
+    expected = {}
+    for name in RANKS:
+        rows = [i for i, chosen in enumerate(names) if chosen == name]
+        expected |= gradients(model, set_adapter(model, name)(ids[rows]).logits.square().sum())
+    set_adapter(model, "a")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".adapters." in name)
+    grads = gradients(model, model(ids, adapter_names=names).logits.square().sum())
+    assert {f"classifier.adapters.{name}.weight" for name in RANKS} <= grads.keys()
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_two_batches_before_their_backwards():

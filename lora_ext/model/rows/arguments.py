@@ -53,6 +53,14 @@ def first_rows(values: Mapping[str, Any], main: str | None) -> tuple[str, Tensor
     return None
 
 
+def media_of(values: Mapping[str, Any]) -> tuple[str, Tensor] | None:
+    """Returns the name and the value of the first argument that holds images or sounds, of all rows of a batch."""
+    return next((held for held in _tensors(values) if held[0].startswith(_MEDIA)), None)
+
+
+_MEDIA = "pixel_values", "image_pixel_values", "input_features", "input_values", "audio"
+
+
 def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in values.items():
         if isinstance(value, Tensor):

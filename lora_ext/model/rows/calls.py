@@ -16,11 +16,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lora_ext._common.printable import shown
 from lora_ext.model.adapter_set import AdapterSet, adapter_set
 from lora_ext.model.rows.adapter_lengths import find_invocations, fit, sequence_lengths
-from lora_ext.model.rows.arguments import LENGTHS, NAMES, first_rows, token_multiples, values_of, without_names
+from lora_ext.model.rows.arguments import (
+    LENGTHS,
+    NAMES,
+    first_rows,
+    media_of,
+    token_ids,
+    token_multiples,
+    values_of,
+    without_names,
+)
 from lora_ext.model.rows.choose_adapters import choice_of
 from lora_ext.model.rows.invocations import active_tokens, are_invoked, find_starts, past_tokens
+from lora_ext.model.rows.obstacles import media_tokens, obstacles_of
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import check_order, chosen, drop_interrupted, enter, leave
 from lora_ext.nn.rows.packed import PackedChoice
@@ -144,16 +155,49 @@ def multiples(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[s
             f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows, "
             "which is not a multiple of them"
         )
-    if times > 1 and len(set(choice.rows)) > 1 and _is_of_diffusers(root):
+    if times > 1 and len(set(choice.rows)) > 1 and (remedy := _remedy_of_doubled(root)):
         raise ValueError(
-            f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows; pass a "
-            "name for each row: with guidance, pipelines of diffusers put all prompts into a batch twice (names * 2)"
+            f"{caller}: adapter_names has {len(choice.rows)} names, but {argument} has {tensor.shape[0]} rows; {remedy}"
         )
+    check_media(caller, root, choice, values)
     return times, token_multiples(values, tensor.shape[0], times)
 
 
-def _is_of_diffusers(root: nn.Module) -> bool:
-    return any(kind.__module__.startswith("diffusers.") for kind in type(root).__mro__)
+def check_media(caller: str, root: nn.Module, choice: RowChoice, values: Mapping[str, Any]) -> None:
+    """Checks that images and sounds, which models compute in one batch, are evenly spread over rows that differ.
+
+    They are if there are as many as rows and each row has some, or if each row has as many tokens of them.
+    """
+    if len(set(choice.rows)) < 2 or not (media := media_of(values)) or (ids := token_ids(values)) is None:
+        return
+    to_media = obstacles_of(root, adapter_set(root)).to_media
+    held = [name for name in choice.names if (None if name in choice.pool_names else name) in to_media]
+    for option, token in media_tokens(root).items() if held else ():
+        counts = (ids == token).sum(1).tolist()
+        if len(set(counts)) > 1 and (0 in counts or len(media[1]) != len(counts)):
+            path = to_media[None if held[0] in choice.pool_names else held[0]]
+            raise ValueError(
+                f"{caller}: adapter_names: the rows have {shown(counts)} tokens of {media[0]} ({option}), so a layer "
+                f"that computes these cannot tell to which name they belong, and {held[0]!r} adapts {path!r}; pass "
+                "rows with as many each, leave this module out of the adapters, or call the model once for each "
+                "adapter (set_adapter)"
+            )
+
+
+def _remedy_of_doubled(root: nn.Module) -> str | None:
+    """Returns what to do about a batch of all prompts and then all again (guidance); None: beams stand side by side."""
+    modules = [kind.__module__ for kind in type(root).__mro__]
+    if any(module.startswith("diffusers.") for module in modules):
+        return (
+            "pass a name for each row: with guidance, pipelines of diffusers put all prompts into a batch twice "
+            "(names * 2)"
+        )
+    if any(module.startswith("transformers.models.dia.") for module in modules):
+        return (
+            "with guidance, Dia puts all prompts into a batch twice; pass guidance_scale=1 and one sequence for each "
+            "prompt, or call it once for each adapter (set_adapter)"
+        )
+    return None
 
 
 def invocations_of(choice: RowChoice) -> Mapping[str, tuple[int, ...]]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import one_at_a_time
 from lora_ext.model.adapter_set import AdapterSet, check_names, find_adapters
-from lora_ext.model.bare_model import adapter_layers, root_module
+from lora_ext.model.bare_model import root_module
 from lora_ext.model.rows.adapter_lengths import checked_lengths
 from lora_ext.model.rows.arguments import LENGTHS, NAMES
-from lora_ext.nn import LoraLayer
-from lora_ext.nn.adapter_layer import innermost
+from lora_ext.model.rows.obstacles import obstacles_of
 from lora_ext.nn.rows.choice import BASE, RowChoice
 from lora_ext.nn.rows.in_force import choosing, holder_of_context
 from lora_ext.nn.rows.packed import PackedChoice
@@ -76,13 +74,15 @@ def choice_of(
         check_names(caller, adapters.configs, used)
     if lengths is not None:
         lengths = checked_lengths(lengths, names, caller)
-    obstacles = _obstacles(root, adapters)
+    obstacles = obstacles_of(root, adapters)
     if obstacles.to_all:
         raise ValueError(f"{caller}: {what}: {obstacles.to_all}")
     for name in used:
-        if name in obstacles.to_one:
-            raise ValueError(f"{caller}: adapter_names: {name!r} cannot be chosen by a row: {obstacles.to_one[name]}")
-        if lengths is not None and (reason := obstacles.to_tokens.get(None if name in pooled else name)):
+        key = None if name in pooled else name
+        reason = obstacles.to_one.get(key) or (len(names) > 1 and obstacles.to_several.get(key))
+        if reason:
+            raise ValueError(f"{caller}: adapter_names: {name!r} cannot be chosen by a row: {reason}")
+        if lengths is not None and (reason := obstacles.to_tokens.get(key)):
             raise ValueError(f"{caller}: {LENGTHS}: {name!r} cannot be chosen by a token: {reason}")
     if lengths is not None and getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -100,48 +100,3 @@ def choice_of(
     choice = (PackedChoice if rest else RowChoice)(adapters.active, names, *rest)
     choice.pool, choice.pool_names = adapters.pool, pooled
     return choice
-
-
-class _Obstacles(NamedTuple):
-    """Reasons why rows cannot choose: any adapter (or ""), and by name those that rows, or only tokens, cannot choose.
-
-    The name None stands for the adapters of a pool.
-    """
-
-    to_all: str
-    to_one: dict[str, str]
-    to_tokens: dict[str | None, str]
-
-
-def _obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
-    """Walks the model once after every change of its adapters."""
-    known = adapters.active.row_obstacles
-    return known[1] if known is not None and known[0] == adapters.active.changes else _found_obstacles(root, adapters)
-
-
-@one_at_a_time  # another thread may be adding layers
-def _found_obstacles(root: nn.Module, adapters: AdapterSet) -> _Obstacles:
-    active, changes = adapters.active, adapters.active.changes
-    to_all, to_one, to_tokens = "", {}, {}
-    for path, layer in adapter_layers(root):
-        if isinstance(layer, LoraLayer) and layer.is_merged and not to_all:
-            names = ", ".join(map(repr, layer.merged_adapters))
-            to_all = f"{names} is merged into {path!r}, so every row gets it; call unmerge(model) first"
-        if not layer.rows_choose:
-            reason = f"{path!r} is a {type(layer).__name__}, which computes all rows with one adapter"
-            to_one = dict.fromkeys(layer.adapters, f"{reason}; call set_adapter and the model once for it") | to_one
-        if layer.rows_choose and not layer.tokens_choose:
-            base = type(innermost(layer)).__name__
-            reason = f"{path!r} is a {base}, which may mix the tokens of a row; pass a sequence for each row"
-            holders = [*layer.adapters, *([None] if getattr(layer, "slots", None) is not None else [])]
-            to_tokens = dict.fromkeys(holders, reason) | to_tokens
-    for name, biases in adapters.biases.items():
-        to_one[name] = "it trains the model's biases, which all rows share; train it with lora_bias=True instead"
-        if biases.used:
-            to_all = to_all or (
-                f"the active adapter {name!r} has changed the model's biases for all rows; activate another one "
-                "(set_adapter), or none"
-            )
-    obstacles = _Obstacles(to_all, to_one, to_tokens)
-    active.row_obstacles = changes, obstacles
-    return obstacles

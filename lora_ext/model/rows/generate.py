@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_ext.model.rows.arguments import LENGTHS, NAMES, tokens_in_row, values_of, without_names
-from lora_ext.model.rows.calls import choice_of_call, invocations_of, is_invoked, multiples
+from lora_ext.model.rows.calls import check_media, choice_of_call, invocations_of, is_invoked, multiples
 from lora_ext.model.rows.invocations import find_starts
 from lora_ext.model.rows.replaced_method import ReplacedMethod
 from lora_ext.nn.rows.in_force import check_order, choosing, chosen, drop_interrupted
@@ -28,10 +28,13 @@ class GenerateByRows(ReplacedMethod):
                 f"{self.caller}: {LENGTHS} is for calls of the model; generate and generate_batch take a "
                 "name for each prompt"
             )
+        values, caller = values_of(args, kwargs), self.caller
+        if names is None and outer is not None:
+            check_media(caller, self.model, outer, values)
         if names is None and not (active.invoked if outer is None else is_invoked(outer)):
             return self.original(*args, **rest)
-        values, caller = values_of(args, kwargs), self.caller
         choice = choice_of_call(self.model, self.adapters, values, None, outer, caller)
+        check_media(caller, self.model, choice, values)  # generate computes them before it calls the model
         if outer is not None and names is None:  # a name may be for several prompts, with other places
             choice = choice.repeated(multiples(caller, self.model, choice, values)[0])
         with choosing(choice):

@@ -1,0 +1,169 @@
+"""Models whose layers get something else than a row for each name: refused before a shape fits by chance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from architectures.inputs import IMAGE_TOKEN
+from architectures.table import BART, DEBERTA, DECODER, ENCODER, LED, LLAVA, NLLB_EXPERTS, SWITCH, W2V_BERT, XLNET
+from support.models import refused
+from support.pools import write_adapters
+from support.rows import assert_rows_equal, use, with_adapters
+from torch import Tensor, nn
+
+from lora_ext import AdapterPool
+from lora_ext.adapters import choose_adapters
+
+NAMES = ["b", "__base__", "a", "b", "a"]
+LONGFORMER = dict(**ENCODER, attention_window=4)
+FSMT = dict(langs=["a", "b"], src_vocab_size=64, tgt_vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1)
+FSMT |= dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24)
+
+
+def model_of(name: str, **sizes) -> nn.Module:
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**sizes)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "target"),
+    [
+        ("XLNetLMHeadModel", XLNET, "layer_1"),
+        ("LongformerForMaskedLM", LONGFORMER, "query"),
+        ("LEDForConditionalGeneration", LED, "query"),
+        ("FSMTForConditionalGeneration", FSMT, "fc1"),
+    ],
+)
+def test_tokens_before_rows(name, sizes, target):
+    """With as many tokens as rows, nothing in the shape tells which is which."""
+    ids = torch.randint(3, 60, (8, 8))
+    model = with_adapters(model_of(name, **sizes), [target], same=True)
+    with refused(model, ValueError, f".{target}' is a part of ", "whose layers get tokens first", "set_adapter"):
+        model(ids, adapter_names=["a", "b"] * 4)
+    expected = use(model, "a")(ids[:1])[0]
+    torch.testing.assert_close(use(model, "b")(ids[:1], adapter_names=["a"])[0], expected)  # a single row
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "target"),
+    [
+        ("SwitchTransformersForConditionalGeneration", SWITCH, "wi"),
+        ("NllbMoeForConditionalGeneration", BART | NLLB_EXPERTS, "fc1"),
+    ],
+)
+def test_experts_that_are_modules(name, sizes, target):
+    """They may get as many tokens as there are rows, or one."""
+    model = with_adapters(model_of(name, **sizes), rf".*experts.*\.{target}", same=True)
+    ids = torch.randint(3, 60, (2, 2))
+    with refused(model, ValueError, f"experts.expert_0.{target}' is in one of several experts", "set_adapter"):
+        model(ids, decoder_input_ids=ids, adapter_names=["a", "b"])
+
+
+class Mixture(nn.Module):
+    """Each half of the rows has an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([expert(part) for expert, part in zip(self.experts, x.chunk(2), strict=True)])
+
+
+def test_a_pool_over_experts(tmp_path):
+    model = Mixture()
+    write_adapters(model, tmp_path, ["n0"], ["0", "1"])
+    with (
+        AdapterPool(model, tmp_path, target_modules=["0", "1"], r=4, max_bytes=2**20),
+        pytest.raises(ValueError, match="'n0' cannot be chosen by a row: 'experts.0' is in one of several experts"),
+    ):
+        model(torch.randn(2, 6), adapter_names=["n0", "__base__"])
+
+
+@pytest.mark.parametrize(("shared", "seen"), [(True, "query_proj"), (False, "pos_key_proj")])
+def test_positions_that_rows_share(shared, seen):
+    """DeBERTa-v2 repeats them for the rows of the batch by itself."""
+    sizes = DEBERTA | {"share_att_key": shared}
+    model, ids = model_of("DebertaV2ForMaskedLM", **sizes), torch.randint(3, 60, (5, 7))
+    with_adapters(model, [seen, "value_proj"], same=True)
+    with refused(model, ValueError, f"{seen}' computes positions or prompts once for all rows", "set_adapter"):
+        model(ids, adapter_names=NAMES)
+    others = with_adapters(model_of("DebertaV2ForMaskedLM", **sizes), ["value_proj"], same=True)
+    assert_rows_equal(others, lambda **names: others(ids, **names)[0].detach(), NAMES)
+
+
+def test_positions_of_a_conformer():
+    sizes = dict(**W2V_BERT, position_embeddings_type="relative")
+    model, x = model_of("Wav2Vec2BertForCTC", **sizes), torch.randn(5, 20, 8)
+    with_adapters(model, ["linear_q", "linear_pos"])
+    with refused(model, ValueError, "linear_pos' computes positions or prompts once for all rows", "set_adapter"):
+        model(x, adapter_names=NAMES)
+    torch.testing.assert_close(
+        model(x, adapter_names=["c"] * 5).logits, use(model, "c")(x).logits
+    )  # it lacks that layer
+    others = with_adapters(model_of("Wav2Vec2BertForCTC", **sizes), ["linear_q", "linear_v"], same=True)
+    assert_rows_equal(others, lambda **names: others(x, **names).logits.detach(), NAMES)
+
+
+def llava(targets) -> nn.Module:
+    return with_adapters(model_of("LlavaForConditionalGeneration", **LLAVA), targets, same=True)
+
+
+@pytest.mark.parametrize("how", ["forward", "generate", "context", "generate in a context"])
+def test_images_that_are_not_spread_over_the_rows(how):
+    """Two images for the first row and none for the second are as many as the rows."""
+    text = torch.randint(3, 60, (2, 11))
+    uneven = text.clone()
+    uneven[0, :8] = IMAGE_TOKEN
+    inputs = {"input_ids": uneven, "pixel_values": torch.randn(2, 3, 32, 32)}
+    model = llava(["q_proj", "v_proj"])
+    with refused(model, ValueError, "the rows have [8, 0] tokens of pixel_values (image_token_id)", "vision_tower"):
+        call = model.generate if "generate" in how else model
+        if "context" in how:
+            with choose_adapters(model, ["a", "b"]):
+                call(**inputs)
+        else:
+            call(**inputs, adapter_names=["a", "b"])
+    for names in (["a", "a"], ["c", "c"]):
+        torch.testing.assert_close(model(**inputs, adapter_names=names).logits, use(model, names[0])(**inputs).logits)
+    of_text = llava(r".*language_model.*q_proj")
+    assert_rows_equal(of_text, lambda **names: of_text(**inputs, **names).logits.detach(), ["a", "b"])
+    inputs["input_ids"] = text.clone()
+    inputs["input_ids"][:, :4] = IMAGE_TOKEN
+    assert_rows_equal(model, lambda **names: model(**inputs, **names).logits.detach(), ["a", "b"])
+
+
+def test_guidance_of_a_model_that_speaks():
+    """Dia puts all prompts into a batch, and all again."""
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    sizes |= dict(intermediate_size=24, vocab_size=64, max_position_embeddings=32)
+    cross = dict(cross_num_attention_heads=2, cross_head_dim=8, cross_num_key_value_heads=2, cross_hidden_size=16)
+    tokens = dict(pad_token_id=61, eos_token_id=60, bos_token_id=62, delay_pattern=[0, 1])
+    decoder = dict(**sizes, **cross, num_channels=2)
+    model = model_of("DiaForConditionalGeneration", encoder_config=sizes, decoder_config=decoder, **tokens)
+    with_adapters(model, r".*decoder.*(q_proj|v_proj)", same=True)
+    ids, names = torch.randint(3, 60, (3, 7)), ["a", "b", "a"]
+    text = "3 names, but decoder_input_ids has 6 rows; with guidance, Dia .*set_adapter"
+    with pytest.raises(ValueError, match=text):
+        model.generate(ids, max_new_tokens=4, guidance_scale=3.0, adapter_names=names)
+    spoken = model.generate(ids, max_new_tokens=4, guidance_scale=1.0, adapter_names=names)
+    for i, name in enumerate(names):
+        alone = use(model, name).generate(ids[i : i + 1], max_new_tokens=4, guidance_scale=1.0)
+        assert torch.equal(spoken[i, : alone.shape[1]], alone[0])
+
+
+def test_sounds_of_different_lengths():
+    """Each row has one, so the encoder's rows are those of the batch, whatever the number of tokens."""
+    encoder = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=8)
+    text = dict(**DECODER, model_type="qwen2")
+    sizes = dict(audio_config=encoder | {"max_source_positions": 10}, text_config=text, audio_token_index=2)
+    model = with_adapters(model_of("Qwen2AudioForConditionalGeneration", **sizes), ["q_proj", "v_proj"], same=True)
+    ids, frames = torch.randint(3, 60, (2, 12)), torch.tensor([20, 8])
+    ids[0, :5], ids[1, :2] = 2, 2
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": torch.randn(2, 8, 20)}
+    inputs["feature_attention_mask"] = (torch.arange(20) < frames[:, None]).long()
+    assert_rows_equal(model, lambda **names: model(**inputs, **names).logits.detach(), ["a", "b"])
+    ids[1, :2] = 5
+    with refused(model, ValueError, "the rows have [5, 0] tokens of input_features (audio_token_id)", "audio_tower"):
+        model(**inputs, adapter_names=["a", "b"])
