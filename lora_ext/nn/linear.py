@@ -198,8 +198,8 @@ class LoraLinear(SharesInputs, LoraLayer):
         factors = adapter._parameters
         if "forward" in adapter.__dict__:
             return "its factors are offloaded"
-        if "lora_A" not in factors:
-            return "its factors are tied to those of another layer"
+        if "lora_A" not in factors or "lora_B" not in factors:
+            return "its factors are computed, or tied to those of another layer"
         if adapter._forward_pre_hooks:
             return "its factors are sharded apart from the layer"
         base = frozen_product(self._modules["base_layer"])
