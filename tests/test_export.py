@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -156,6 +157,16 @@ def test_torchscript_is_refused_until_the_adapter_is_merged():
         torch.jit.script(model)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     torch.testing.assert_close(torch.jit.script(merge_and_unload(model))(x), expected)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["ops", "plain"])
+def test_traced(plain):
+    model, ids = net().double(), torch.randint(20, (3, 7))
+    with torch.no_grad(), plain_pytorch() if plain else contextlib.nullcontext():
+        traced = torch.jit.trace(model, (ids,))
+    more = torch.randint(20, (5, 4))
+    torch.testing.assert_close(traced(more), model(more))
+    assert ("lora_ext::" in str(traced.inlined_graph)) is not plain
 
 
 def test_dropout_is_refused():

@@ -120,8 +120,9 @@ def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets
     if routers:
         weights = [f"{path}.weight" for path in routers]
         warn_user(
-            f'inject: "all-linear" leaves out {_abbreviated(routers)}, whose forward returns more than a tensor (PEFT '
-            f"adapts them, and fails in the forward); to adapt them, name {_abbreviated(weights)} in target_parameters"
+            f'inject: "all-linear" leaves out {_abbreviated(routers)}, whose forward does not return one tensor [..., '
+            "out_features] (PEFT adapts them, and fails in the forward); to adapt them, name "
+            f"{_abbreviated(weights)} in target_parameters"
         )
     if experts:
         warn_user(

@@ -18,7 +18,7 @@ from lora_ext.config import ALL_LINEAR, LoraConfig
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable, path_ends
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.bare_model import parameter_paths
-from lora_ext.nn.base_layer import returns_a_tensor
+from lora_ext.nn.base_layer import why_output_unusable
 from lora_ext.nn.linear import is_linear
 
 _MOST_CLOSE, _LONGEST_CLOSE = 5, 100
@@ -323,11 +323,11 @@ class _Search:
 
 
 def linear_layers(modules: Mapping[str, nn.Module], output_head: nn.Module | None) -> list[str]:
-    """The layers that "all-linear" means: linear ones that return a tensor, without the output head."""
+    """The layers that "all-linear" means: linear ones whose output takes an update, without the output head."""
     return [
         path
         for path, module in modules.items()
-        if is_linear(module) and module is not output_head and returns_a_tensor(module)
+        if is_linear(module) and module is not output_head and why_output_unusable(module) is None
     ]
 
 

@@ -91,7 +91,7 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
             prepare_quantized(root)
         for insertion in insertions:
             insert(insertion)
-        setattr(root, _ATTRIBUTE, method)
+        vars(root)[_ATTRIBUTE] = method
         if insertions:
             _guard_files(root)
         for parameter in method_parameters(model).values():

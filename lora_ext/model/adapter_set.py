@@ -248,7 +248,7 @@ def adapter_set(model: nn.Module) -> AdapterSet | None:
 
 
 def attach_adapter_set(model: nn.Module, adapters: AdapterSet) -> None:
-    setattr(root_module(model), _ATTRIBUTE, adapters)
+    vars(root_module(model))[_ATTRIBUTE] = adapters  # not setattr, which wrappers may hand on to what they wrap
 
 
 def forget_adapter_set(module: nn.Module) -> None:

@@ -202,9 +202,13 @@ def factors_at_hand(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
 def at_hand(adapter: nn.Module) -> LoraAdapter | FactorsAtHand:
     """Returns ``adapter``, or its parameters if a call must bring them: FSDP2's hooks, or a replaced forward.
 
+    So must the hooks of ``torch.nn.utils`` that compute a factor before each call (``prune``, the older
+    ``weight_norm`` and ``spectral_norm``): they keep it as an attribute.
+
     RuntimeError: FSDP2 takes them away after the call.
     """
-    if adapter.__dict__["_forward_pre_hooks"] and is_fully_sharded(adapter):
+    state = adapter.__dict__
+    if state["_forward_pre_hooks"] and ("lora_A" in state or "lora_B" in state or is_fully_sharded(adapter)):
         factors = adapter()
         if factors.lora_A.numel() and not factors.lora_A.untyped_storage().size():
             raise RuntimeError(
@@ -212,4 +216,4 @@ def at_hand(adapter: nn.Module) -> LoraAdapter | FactorsAtHand:
                 "the adapter with reshard_after_forward=False, or on the layer that holds it"
             )
         return factors
-    return adapter() if "forward" in adapter.__dict__ else adapter
+    return adapter() if "forward" in state else adapter

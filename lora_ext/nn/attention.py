@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext._common.sharded import is_partitioned
-from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.attention_inputs import check_inputs
 from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
@@ -272,7 +272,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             )
 
     def _project_packed(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
-        adapters = [self.adapters[name] for name in names]
+        adapters = [at_hand(self.adapters[name]) for name in names]
         E, weight = self.base_layer.embed_dim, self.base_layer.in_proj_weight
         bias = add_lora_biases(self.bias, weight.dtype, adapters)
         for begin, end in _runs(inputs):
@@ -283,7 +283,8 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             yield from y.chunk(end - begin, dim=-1)
 
     def _project_separate(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
-        updates = [[self.adapters[name][key] for name in names] for key in _SEPARATE]  # by weight, then by adapter
+        # By weight, then by adapter.
+        updates = [[at_hand(self.adapters[name][key]) for name in names] for key in _SEPARATE]
         weights = [getattr(self.base_layer, key) for key in _SEPARATE]
         biases = (None, None, None) if self.bias is None else self.bias.chunk(3)
         biases = [add_lora_biases(b, w.dtype, a) for b, w, a in zip(biases, weights, updates, strict=True)]

@@ -26,6 +26,7 @@ from lora_ext.quantized import quantized_weight, why_unsupported
 
 _LINEAR_FORWARD = nn.Linear.forward  # PyTorch's: a library that replaces it in the class is noticed too
 _DENSE = (nn.Parameter, Tensor)
+_ROWS = 80640  # a multiple of most numbers of groups that a forward may split its rows into
 _KEEP_ON_DEVICE = "keep this module on a device (device_map)"  # the remedy for offloaded parameters
 
 
@@ -233,22 +234,31 @@ def _is_product(base: nn.Linear) -> bool:
     return bool((error <= 16 * torch.finfo(y.dtype).eps * size).all())
 
 
-def returns_a_tensor(module: nn.Module) -> bool:
-    """Returns whether a call of a linear layer returns one tensor; some routers return indices, too (Llama 4, PhiMoE).
+def why_output_unusable(module: nn.Module) -> str | None:
+    """Returns why the output of a linear layer takes no update, or None: it is one tensor ``[..., out_features]``.
 
-    A forward that is not nn.Linear's is tried without memory, on the meta device; True if that fails.
+    Some routers return indices, too (Llama 4, PhiMoE); DeepSeek V4's grouped layer gives each of its groups a part of
+    the features. A forward that is not nn.Linear's is tried without memory, on the meta device; None if that fails.
     """
     if type(module).forward is _LINEAR_FORWARD or is_conv1d(module) or not runs_alone(module):
-        return True
+        return None
     parameters = dict(module.named_parameters())
     if not all(type(parameter) in _DENSE for parameter in parameters.values()):
-        return True
+        return None
     empty = {name: torch.empty_like(parameter, device="meta") for name, parameter in parameters.items()}
-    x = torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
+    x = torch.empty(1, _ROWS, module.in_features, dtype=module.weight.dtype, device="meta")
     try:
-        return isinstance(torch.func.functional_call(module, empty, (x,)), Tensor)
+        y = torch.func.functional_call(module, empty, (x,))
     except Exception:  # any error: nothing is known
-        return True
+        return None
+    want = [1, _ROWS, int(module.out_features)]
+    if isinstance(y, Tensor) and list(y.shape) == want:
+        return None
+    what = f"a tensor {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    return (
+        f"its forward returns {what} for an input {list(x.shape)}, want a tensor {want}; name its weight in "
+        "target_parameters instead"
+    )
 
 
 # --- accelerate -------------------------------------------------------------------------------------------------------

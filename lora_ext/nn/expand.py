@@ -19,8 +19,8 @@ _CHUNK = 1 << 20
 def expand_onto_(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int = -1) -> Tensor:
     """``y += scaling * xa @ lora_B.T`` along ``dim``; the sum is rounded once.
 
-    In plain PyTorch, out of place, where a transform of torch.func, forward-mode differentiation or a nested tensor
-    needs it.
+    In plain PyTorch, out of place, where a transform of torch.func, forward-mode differentiation, a nested tensor or
+    ``torch.jit.trace`` needs it.
 
     Args:
         y: ``[..., out_features]``, or ``[batch, out_features, *spatial]`` with ``dim=1``; contiguous or channels-last.
@@ -34,7 +34,7 @@ def expand_onto_(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int
     Returns:
         ``y``, or a new tensor: use what is returned.
     """
-    if y.is_nested or is_transformed(y, xa, lora_B):
+    if y.is_nested or torch.jit.is_tracing() or is_transformed(y, xa, lora_B):
         return (y + _update(xa, lora_B, scaling, dim)).to(y.dtype)
     return _Expand.apply(y, xa, lora_B, scaling, dim)
 

@@ -11,7 +11,7 @@ from lora_ext import functional
 from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
 from lora_ext.nn import few_tokens
 from lora_ext.nn.adapter import LoraAdapter, at_hand, factors_at_hand
-from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge
+from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.choice import RowChoice
@@ -61,7 +61,9 @@ class LoraLinear(SharesInputs, LoraLayer):
         weight = quantized_weight(module)
         if weight is None and cls is LoraLinear and split_dim(module) is not None:
             return None
-        return super().why_not(module, config) if weight is None else weight.why_not_adapt()
+        if weight is not None:
+            return weight.why_not_adapt()
+        return super().why_not(module, config) or why_output_unusable(module)
 
     @classmethod
     def new_adapter(
@@ -202,8 +204,8 @@ class LoraLinear(SharesInputs, LoraLayer):
         factors = adapter._parameters
         if "forward" in adapter.__dict__:
             return "its factors are offloaded"
-        if "lora_A" not in factors:
-            return "its factors are tied to those of another layer"
+        if "lora_A" not in factors or "lora_B" not in factors:
+            return "its factors are computed, or tied to those of another layer"
         if adapter._forward_pre_hooks:
             return "its factors are sharded apart from the layer"
         base = frozen_product(self._modules["base_layer"])

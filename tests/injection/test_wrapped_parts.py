@@ -107,3 +107,30 @@ def test_a_layer_that_is_compiled_by_itself():
     plain.head = compiled(plain.head)
     torch.testing.assert_close(plain(x), expected)
     torch.testing.assert_close(merge_and_unload(plain)(x), expected)
+
+
+class HandsOn(nn.Module):
+    """Sets its attributes in the model that it wraps, like Lightning Fabric's modules."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "inner" in self.__dict__.get("_modules", ()):
+            setattr(self.inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_injected_around_a_model_that_gets_the_attributes(tmp_path):
+    base, x = Net().eval(), torch.randn(3, 6)
+    model = inject(HandsOn(copy.deepcopy(base)), config("up"))
+    y = model(x)
+    assert not torch.allclose(y, base(x))
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(load_adapter(HandsOn(copy.deepcopy(base)), tmp_path)(x), y)
+    torch.testing.assert_close(merge_and_unload(model)(x), y)

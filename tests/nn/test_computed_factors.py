@@ -1,0 +1,80 @@
+"""Factors that torch.nn.utils computes in every call: pruned, normalised or parametrized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, spectral_norm
+
+from lora_ext import LoraConfig, inject
+
+TARGETS = ["embed", "conv", "attention", "apart", "q", "k"]
+
+
+class Net(nn.Module):
+    """A layer of each kind; ``q`` and ``k`` read one tensor, ``apart`` has separate weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.apart = nn.MultiheadAttention(4, 2, batch_first=True, vdim=3)
+        self.q, self.k = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2)
+        x = self.attention(x, x, x)[0]
+        return self.apart(x, x, self.q(x) * self.k(x))[0]
+
+
+class Doubled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2 * value
+
+
+def adapted() -> nn.Module:
+    torch.manual_seed(0)
+    return inject(Net().double(), LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+
+
+def adapter_of(model: nn.Module, name: str) -> nn.Module:
+    adapter = model.get_submodule(name).adapters.default
+    return adapter["q_proj_weight"] if name == "apart" else adapter
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(9, (2, 5))
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_parametrized(name, factor, ids):
+    model, expected = adapted(), adapted()
+    parametrize.register_parametrization(adapter_of(model, name), factor, Doubled())
+    with torch.no_grad():
+        getattr(adapter_of(expected, name), factor).mul_(2)
+    for _ in range(2):  # the first call may decide that q and k share their input
+        torch.testing.assert_close(model(ids), expected(ids))
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("compute", [spectral_norm, prune.l1_unstructured], ids=["spectral_norm", "pruned"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_computed_by_a_hook_in_every_call(name, compute: Callable, factor, ids):
+    model = adapted().eval()
+    adapter, amount = adapter_of(model, name), {"amount": 0.5} if compute is prune.l1_unstructured else {}
+    compute(adapter, factor, **amount)
+    stored = getattr(adapter, f"{factor}_orig")
+    for _ in range(2):  # a factor that is computed once has one backward
+        model.zero_grad()
+        model(ids).square().sum().backward()
+        assert stored.grad.abs().max() > 0
+        before = model(ids)
+        with torch.no_grad():
+            stored.copy_(torch.randn_like(stored))
+        assert not torch.allclose(model(ids), before)
