@@ -18,6 +18,7 @@ from lora_ext.cli import (
     config_file,
     diff,
     extract,
+    files,
     finetune,
     generate,
     info,
@@ -67,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse()
         if (number := team.started()) > 1 and args.command != "finetune":
             raise TaskError(f"{args.command} runs in one process, not in {number}; start it without torchrun")
+        files.unsaid.clear()
         status = args.run(args, parse_again) or 0
+        if files.unsaid:
+            raise files.unsaid[0]
         sys.stdout.flush()
         return status
     except TaskError as error:

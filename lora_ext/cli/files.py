@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lora_ext.tasks import TaskError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+unsaid: list[OSError] = []  # errors of lines that say could not print; main reports the first
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
@@ -95,10 +96,14 @@ def tell(text: str) -> None:
 def say(text: str) -> None:
     """Prints lines of a long command at once: a log has them in order, and before the end.
 
-    A disk that is full does not end the command, nor a reader that is gone: it is told when the command has ended.
+    A full disk does not end the command, nor a reader that is gone; the disk is told at the end.
     """
-    with suppress(OSError):
+    try:
         print(showable(text, keep="\n\t"), flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:  # Python forgets what it could not write, so a later flush would not fail
+        unsaid.append(error)
 
 
 def showable(text: str, keep: str) -> str:

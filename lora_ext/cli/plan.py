@@ -104,7 +104,4 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     if args.json:
         files.print_json(result)
         return
-    print(results.title(result))
-    print(files.table(results.rows(result)))
-    for line in results.notes(result):
-        print(line)
+    files.tell("\n".join([results.title(result), files.table(results.rows(result)), *results.notes(result)]))

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_ext.cli import training
+from lora_ext.cli import files, training
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -32,4 +32,4 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     training.check_installed("report", "report", ["jinja2", "matplotlib"])
     from lora_ext.tasks.report import write_report
 
-    write_report(args.directory, args.out, args.title)
+    write_report(args.directory, args.out, args.title, say=files.say)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lora_ext.config import LoraConfig
-from lora_ext.injection.targets import find_targets
+from lora_ext.injection.mixtures import with_parts
+from lora_ext.injection.targets import besides_all_linear, find_targets
 from lora_ext.methods.architectures import base_model, base_path
 from lora_ext.methods.base import Method, pooling_of, task_type
 from lora_ext.model.bare_model import BareModel, root_module
-from lora_ext.nn.linear import is_conv1d, is_linear, linear_sizes
+from lora_ext.nn.linear import is_linear, linear_sizes
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,25 @@ class Lora(Method):
     def count(self, model: nn.Module) -> int:
         """Sums ``r * (in_features + out_features)`` over all targets; if square, ``2 * L_LoRA * d_model * r``.
 
-        Every adapted part of a packed projection (``enable_lora``) counts as a layer. ``use_dora`` adds
-        ``out_features`` for each.
+        Every adapted part of a packed projection (``enable_lora``) counts as a layer. An embedding's features are its
+        tokens and their size. ``use_dora`` adds ``out_features`` for each.
 
-        TypeError: a target is not a linear layer.
+        TypeError: a target is neither a linear layer nor an embedding.
         """
         bare, config = BareModel(root_module(model)), self.lora_config(model)
-        targets = find_targets(config, type(bare.root).__name__, bare.modules, bare.head, bare.embedding).modules
-        if others := [path for path, layer in targets.items() if not (is_linear(layer) or is_conv1d(layer))]:
-            kind = type(targets[others[0]]).__name__
-            raise TypeError(f"lora: {others[0]} is a {kind}; the formula is for linear layers")
+        if (others := besides_all_linear(config)) is not None:
+            config = with_parts(config, others, bare)
+        found = find_targets(config, type(bare.root).__name__, bare.modules, bare.head, bare.embedding)
         count = 0
-        for path, layer in targets.items():
+        for path, layer in {**found.modules, **dict.fromkeys(found.parameters)}.items():
+            if isinstance(layer, nn.Embedding):
+                in_features, out_features = layer.num_embeddings, layer.embedding_dim
+            elif layer is not None and is_linear(layer):
+                in_features, out_features = linear_sizes(layer)
+            else:
+                kind = f"a {type(layer).__name__}" if layer is not None else "adapted by its parameters"
+                raise TypeError(f"lora: {path} is {kind}; the formula is for linear layers and embeddings")
             enabled = config.enable_lora_for(path) or (True,)
-            in_features, out_features = linear_sizes(layer)
             count += config.rank_for(path) * sum(enabled) * (in_features + out_features // len(enabled))
             count += out_features if config.use_dora else 0
         return count

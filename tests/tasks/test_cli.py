@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -194,3 +195,30 @@ def test_a_failing_write_gives_one_line(tmp_path: Path):
         result = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1
     assert result.stderr == "lora-ext: error: standard output: No space left on device\n"
+
+
+def test_a_line_that_is_said_to_a_full_disk_gives_the_status_of_a_full_disk(tmp_path: Path, monkeypatch, capsys):
+    def run(directory, out, title, say):
+        say("first")
+        say("second")
+
+    monkeypatch.setattr("lora_ext.tasks.report.write_report", run)
+    with open("/dev/full", "w") as full, monkeypatch.context() as context:
+        context.setattr(sys, "stdout", full)
+        assert cli.main(["report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "lora-ext: error: standard output: No space left on device\n"
+    assert cli.main(["report", str(tmp_path)]) == 0  # the error of one command is not told after the next
+    assert capsys.readouterr().out == "first\nsecond\n"
+
+
+def test_names_that_the_output_cannot_show_are_escaped(tmp_path: Path, monkeypatch):
+    """In plan and report, whose lines name models and directories."""
+    model = tmp_path / "mô hình"
+    tiny_classifier.config().save_pretrained(model)
+    plan = ["plan", "--model", str(model), "--seq-len", "8", "--out", str(model / "plan")]
+    for command, told in ((plan, "m\\xf4 h\\xecnh: bert, "), (["report", str(model)], "h\\xecnh/report.html: Memory")):
+        said = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        with monkeypatch.context() as context:
+            context.setattr(sys, "stdout", said)
+            assert cli.main(command) == 0
+        assert told in said.buffer.getvalue().decode("ascii")
