@@ -3,13 +3,16 @@
     python benchmarks/bench_dora.py [--device cpu] [--dropout 0.1] [--rank 16] [--shapes 512x768x3072] [--write]
 
 Contestants: our layer with a LoRA adapter, our layer with a DoRA adapter (``use_dora=True``), PEFT's after
-``accelerate``, and PEFT's; all on the same weights and inputs. They are timed only if the DoRA layers agree on outputs
-and gradients. The passes: forward plus backward (to x and the adapter) without and with dropout, and the forward of one
-token without autograd. A ratio compares the median with the frozen layer's; the quartiles of the round-by-round ratios
-follow. Peak memory is that of a training step without dropout beyond what existed before it.
+``accelerate``, and PEFT's; all on the same weights and inputs, with float32 factors. They are timed only if the DoRA
+layers agree on outputs and gradients. The passes: forward plus backward (to x and the adapter) without and with
+dropout, and the forward of one token without autograd. A ratio compares the median with the frozen layer's; the
+quartiles of the round-by-round ratios follow. Peak memory is that of a training step without dropout beyond what
+existed before it.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from harness import contestants, memory, report
@@ -25,11 +28,12 @@ SHAPES = (Shape(512, 768, 768), Shape(1024, 2048, 2048), Shape(2048, 4096, 4096)
 ONE_TOKEN, TRAINING = "one token", "forward + backward"
 
 
-def make_ours(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Module:
+def injected(base: nn.Linear, A: Tensor, B: Tensor, dropout: float, use_dora: bool) -> nn.Module:
     options = {"r": len(A), "lora_alpha": contestants.ALPHA_OVER_R * len(A), "lora_dropout": dropout}
-    config = lora_ext.LoraConfig(**options, target_modules=["0"], use_dora=True)
+    config = lora_ext.LoraConfig(**options, target_modules=["0"], use_dora=use_dora)
     layer = lora_ext.inject(nn.Sequential(base), config)[0]
-    return with_factors(layer, layer.adapters["default"].lora_A, layer.adapters["default"].lora_B, A, B).to(A.dtype)
+    adapter = layer.adapters["default"]
+    return with_factors(layer, adapter.lora_A, adapter.lora_B, A, B)
 
 
 def make_peft(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Module:
@@ -37,7 +41,9 @@ def make_peft(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> nn.Modul
 
     options = {"r": len(A), "lora_alpha": contestants.ALPHA_OVER_R * len(A), "lora_dropout": dropout}
     layer = inject_adapter_in_model(LoraConfig(**options, target_modules=["0"], use_dora=True), nn.Sequential(base))[0]
-    return with_factors(layer, layer.lora_A.default.weight, layer.lora_B.default.weight, A, B).to(A.dtype)
+    for parameters in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        parameters.float()  # as get_peft_model does
+    return with_factors(layer, layer.lora_A.default.weight, layer.lora_B.default.weight, A, B)
 
 
 def with_factors(layer: nn.Module, lora_A: Tensor, lora_B: Tensor, A: Tensor, B: Tensor) -> nn.Module:
@@ -52,7 +58,12 @@ def make_accelerated(base: nn.Linear, A: Tensor, B: Tensor, dropout: float) -> n
     return accelerate(make_peft(base, A, B, dropout))
 
 
-MAKES = {LORA: contestants.make_lora_ext, OURS: make_ours, ACCELERATED: make_accelerated, PEFT: make_peft}
+MAKES: dict[str, contestants.Make] = {
+    LORA: functools.partial(injected, use_dora=False),
+    OURS: functools.partial(injected, use_dora=True),
+    ACCELERATED: make_accelerated,
+    PEFT: make_peft,
+}
 
 
 def measure(dtype: torch.dtype, shape: Shape, run: Report) -> list[dict[str, object]]:

@@ -6,6 +6,7 @@ gradient (section 4.3 there), a layer is LoRA's product, each feature of which i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from lora_ext._ops.checks import accumulation_dtype
 from lora_ext._ops.registration import any_requires_grad, is_transformed
 
-# What is done to a part of a tensor stays in the second-level cache of the processor.
-_PART_ELEMENTS = 1 << 17
+# What is done to a part of a tensor stays in the second-level cache of a processor's core; elsewhere it saves memory.
+_PART_ELEMENTS, _PART_ELEMENTS_ELSEWHERE = 1 << 17, 1 << 22
 
 
 @torch.no_grad()
@@ -23,7 +24,6 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     """Returns the Euclidean norm of each row of ``weight + scaling * lora_B @ lora_A``, without making that tensor.
 
     ``|w + s b A|^2 = |w|^2 + 2 s (w A.T) b + s^2 (b A A.T) b`` for the row ``w`` of the weight and ``b`` of ``lora_B``.
-    The weight is read once.
 
     Args:
         weight: ``[out_features, in_features]``, any strides.
@@ -35,11 +35,10 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     """
     dtype = accumulation_dtype(weight.dtype)
     shrink = torch.ops.lora_ext.lora_shrink
-    lengths, products = [], []
-    for rows in _parts(weight):
-        lengths.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
-        products.append(shrink(rows, lora_A))
-    of_weight, of_both = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (lengths, products))
+    # In parts, because PyTorch converts 16 bits before it adds them up.
+    parts = _parts(weight) if weight.dtype is not dtype else (weight,)
+    lengths = [torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in parts]
+    of_weight, of_both = lengths[0] if len(lengths) == 1 else torch.cat(lengths), shrink(weight, lora_A)
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     of_update = shrink(lora_B, shrink(lora_A, lora_A))
     squares = of_weight.square() + ((2.0 * scaling * of_both + scaling * scaling * of_update) * lora_B).sum(1)
@@ -84,33 +83,45 @@ class _Rescale(torch.autograd.Function):
         grad_z = grad_factor = grad_base = None
         if torch.is_grad_enabled():  # a gradient's gradient
             grad_z = (grad_y * factor).to(grad_y.dtype) if want_z else None
-            grad_factor = (grad_y * z).flatten(0, -2).sum(0, dtype=factor.dtype) if want_factor else None
+            grad_factor = _as_rows(grad_y * z).sum(0, dtype=factor.dtype) if want_factor else None
         else:
-            grad_z = _rescaled(grad_y, factor, None) if want_z else None
-            grad_factor = _dot_of_features(grad_y, z, factor.dtype) if want_factor else None
+            grad_z, grad_factor = _gradients(grad_y, z, factor, want_z)
         if want_base:
-            whole = ctx.base_dims == grad_y.dim()
-            grad_base = grad_y if whole else grad_y.flatten(0, -2).sum(0, dtype=factor.dtype).to(ctx.base_dtype)
+            is_whole = ctx.base_dims == grad_y.dim()
+            grad_base = grad_y if is_whole else _as_rows(grad_y).sum(0, dtype=factor.dtype).to(ctx.base_dtype)
         return grad_z, grad_factor, grad_base
 
 
 def _rescaled(z: Tensor, factor: Tensor, base: Tensor | None) -> Tensor:
+    """Computes 16 bits in parts: PyTorch converts all of an operation's arguments and its result."""
+    if z.dtype is factor.dtype:
+        return z * factor if base is None else torch.addcmul(base, z, factor)
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
-    bases = None if base is None or base.dim() < z.dim() else _parts(_as_rows(base))
-    for of_z, of_y in zip(_parts(_as_rows(z)), _parts(_as_rows(y)), strict=True):
-        if base is None:
+    if base is None or base.dim() < z.dim():
+        bases = itertools.repeat(base if base is None else base.to(factor.dtype))
+    else:
+        bases = _parts(_as_rows(base))
+    for of_z, of_y, of_base in zip(_parts(_as_rows(z)), _parts(_as_rows(y)), bases, strict=False):
+        if of_base is None:
             torch.mul(of_z, factor, out=of_y)
         else:
-            torch.addcmul(base if bases is None else next(bases), of_z, factor, out=of_y)
+            torch.addcmul(of_base, of_z, factor, out=of_y)
     return y
 
 
-def _dot_of_features(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``sum over tokens of a * b``, ``[features]``, for ``a`` and ``b`` ``[..., features]``."""
-    dot = torch.zeros(a.shape[-1], dtype=dtype, device=a.device)
-    for of_a, of_b in zip(_parts(_as_rows(a)), _parts(_as_rows(b)), strict=True):
-        dot += (of_a.to(dtype) * of_b).sum(0)
-    return dot
+def _gradients(grad_y: Tensor, z: Tensor | None, factor: Tensor, want_z: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the gradients of ``z``, if wanted, and of ``factor``, if there is a ``z``; reads ``grad_y`` once."""
+    grad_z = torch.empty_like(grad_y, memory_format=torch.contiguous_format) if want_z else None
+    grad_factor = None if z is None else torch.zeros_like(factor)
+    none = itertools.repeat(None)
+    of_z, of_grad_z = (none if tensor is None else _parts(_as_rows(tensor)) for tensor in (z, grad_z))
+    for grads, values, out in zip(_parts(_as_rows(grad_y)), of_z, of_grad_z, strict=False):
+        grads = grads.to(factor.dtype)
+        if values is not None:
+            grad_factor += (grads * values).sum(0)
+        if out is not None:
+            torch.mul(grads, factor, out=out)
+    return grad_z, grad_factor
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -118,9 +129,10 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def _parts(matrix: Tensor) -> Iterator[Tensor]:
-    """Yields the rows of ``matrix`` in parts that fit the cache; on other devices, and in traces, all at once."""
-    if matrix.device.type != "cpu" or torch.compiler.is_compiling():
+    """Yields the rows of ``matrix`` in parts; in traces, all at once."""
+    if torch.compiler.is_compiling():
         yield matrix
         return
-    rows = max(1, torch.get_num_threads() * _PART_ELEMENTS // max(1, matrix.shape[1]))
+    elements = torch.get_num_threads() * _PART_ELEMENTS if matrix.device.type == "cpu" else _PART_ELEMENTS_ELSEWHERE
+    rows = max(1, elements // max(1, matrix.shape[1]))
     yield from matrix.split(rows) if len(matrix) > rows else (matrix,)

@@ -58,6 +58,14 @@ def test_layer(run, capsys):
     assert "forward + backward, dropout 0.1, times the frozen layer's:" in capsys.readouterr().out
 
 
+def test_dora(run, capsys):
+    rows = run("bench_dora", "--shapes", "8x16x24")["rows"]
+    assert len(rows) == 2 * 3
+    assert all(list(row["ratio"]) == ["lora_ext, LoRA", "lora_ext", "peft accelerated", "peft"] for row in rows)
+    assert all(row["peak_bytes"]["lora_ext"] > 0 for row in rows)
+    assert "forward + backward, dropout 0.1" in capsys.readouterr().out
+
+
 def test_the_compiled_layer_is_one_graph_of_its_shape(run):
     rows = run("bench_layer", "--shapes", "8x16x24", "--dropout", "0")["rows"]
     assert all(list(row["ratio"]) == [*PEERS, contestants.COMPILED] for row in rows)

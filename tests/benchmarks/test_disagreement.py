@@ -1,6 +1,7 @@
 """Contestants that compute something else are not timed."""
 
 import bench_bottleneck
+import bench_dora
 import bench_experts
 import bench_grouped
 import bench_siblings
@@ -68,6 +69,18 @@ def test_disagreement_of_groups_is_refused(run, monkeypatch):
     monkeypatch.setitem(bench_grouped.CONTESTANTS, "wrong", lambda base, As, Bs, groups: Wrong(base, As, Bs, groups))
     with pytest.raises(SystemExit, match="wrong and stack disagree by .*: not timed"):
         run("bench_grouped", "--shapes", "6x16x24", "--only", "forward")
+
+
+def test_disagreement_of_dora_layers_is_refused(run, monkeypatch):
+    def wrong(*arguments):
+        layer = bench_dora.make_peft(*arguments)
+        with torch.no_grad():
+            layer.lora_magnitude_vector["default"].weight.mul_(1.1)
+        return layer
+
+    monkeypatch.setitem(bench_dora.MAKES, bench_dora.PEFT, wrong)
+    with pytest.raises(SystemExit, match="peft and lora_ext disagree by .*: not timed"):
+        run("bench_dora", "--shapes", "8x16x24")
 
 
 def test_disagreement_of_experts_is_refused(run, monkeypatch):
