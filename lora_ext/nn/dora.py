@@ -46,8 +46,9 @@ def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, update: DoraUp
     factor, base, dropped = update.factor(weight), bias, x
     if update.dropout_p:
         dropped = F.dropout(x, update.dropout_p)
-        base = F.linear(x - dropped, weight, bias)
     z = functional.lora_linear(dropped, weight, None, update.lora_A, update.lora_B, update.scaling)
+    if update.dropout_p:
+        base = F.linear(x - dropped, weight, bias)
     return rescale(z, factor, base)
 
 
@@ -66,5 +67,6 @@ def called_output(
         base = base_layer(x - dropped)
     z = base_layer(dropped)
     z = z.clone() if bias is None else z - bias.to(z.dtype)
-    z = functional.plus_lora_delta(z, dropped.to(z.dtype), update.lora_A, update.lora_B, update.scaling, 0.0)
+    dropped = dropped.to(device=z.device, dtype=z.dtype)
+    z = functional.plus_lora_delta(z, dropped, update.lora_A, update.lora_B, update.scaling)
     return rescale(z, factor, base)

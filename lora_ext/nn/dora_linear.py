@@ -141,6 +141,11 @@ class DoraLinear(LoraLayer):
         return self._output(names[0], x, *args, **kwargs)
 
     def _output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if is_elsewhere(self.base_layer._parameters.get("weight")):
+            raise RuntimeError(
+                "DoraLinear: DeepSpeed's ZeRO-3 has partitioned the weight, and the lengths of its rows need all of "
+                "it; use ZeRO-1 or 2, or FSDP2"
+            )
         update = self._update(name)
         if is_sharded(self.base_layer.weight):
             raise RuntimeError(

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from support.models import bert, gpt2, llama
+from support.partitioned import partition
 from support.quantized import quantized_copy, stored
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -351,3 +352,23 @@ def test_as_a_method(tmp_path):
     save_method(model, tmp_path)
     ids = torch.arange(12).view(2, 6)
     assert torch.equal(load_method(base, tmp_path).eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_weights_that_zero_3_partitions(monkeypatch):
+    model = nn.Sequential(nn.Linear(6, 8))
+    partition(model, monkeypatch)
+    with pytest.raises(TypeError, match="ZeRO-3 has partitioned its weight, from which use_dora takes the magnitudes"):
+        inject(model, dora())
+    model = inject(nn.Sequential(nn.Linear(6, 8)), dora())
+    partition(model, monkeypatch, engine=True)
+    with pytest.raises(RuntimeError, match="ZeRO-3 has partitioned the weight, and the lengths of its rows need all"):
+        model(torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_inputs_of_another_dtype_or_size(dropout):
+    model = layers(lora_dropout=dropout).train()
+    with pytest.raises(TypeError, match="lora_linear: weight has dtype float32 but x has float64"):
+        model(torch.randn(2, 24, dtype=torch.float64))
+    with pytest.raises(ValueError, match="lora_linear: weight has in_features=24 but x has 23"):
+        model(torch.randn(2, 23))
