@@ -1,7 +1,7 @@
 """The quantised weights that adapters can stand next to, and be merged into.
 
 A new format is a subclass of :class:`QuantizedWeight` and an entry in ``FORMATS``. The libraries are found by the names
-of their classes, and imported only once a layer of theirs exists.
+of their classes, and imported only once a layer of theirs exists. ``rescaled`` makes the same merging serve DoRA.
 """
 
 from __future__ import annotations
