@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import transformers
 from architectures.inputs import IMAGE_TOKEN
-from architectures.table import BART, DEBERTA, DECODER, ENCODER, LED, LLAVA, NLLB_EXPERTS, SWITCH, W2V_BERT, XLNET
+from architectures.table import (
+    BART,
+    DEBERTA,
+    DECODER,
+    ENCODER,
+    LED,
+    LLAVA,
+    NLLB_EXPERTS,
+    SWITCH,
+    W2V_BERT,
+    WHISPER,
+    XLNET,
+)
 from support.models import refused
 from support.pools import write_adapters
 from support.rows import assert_rows_equal, use, with_adapters
@@ -167,3 +181,24 @@ def test_sounds_of_different_lengths():
     ids[1, :2] = 5
     with refused(model, ValueError, "the rows have [5, 0] tokens of input_features (audio_token_id)", "audio_tower"):
         model(**inputs, adapter_names=["a", "b"])
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": (0.0, 0.5)}], ids=["long", "temperatures"])
+@pytest.mark.parametrize("how", ["names", "context"])
+def test_whisper_leaves_rows_out_that_are_done(how, more):
+    model = with_adapters(model_of("WhisperForConditionalGeneration", **WHISPER), r".*decoder.*q_proj", same=True)
+    model.generation_config.no_timestamps_token_id = 50
+    inputs = torch.randn(2, 8, 20 if more else 40)
+    options = {"attention_mask": torch.ones(2, inputs.shape[-1]), "return_timestamps": True, "max_new_tokens": 4}
+    named = {"adapter_names": ["a", "b"]} if how == "names" else {}
+    context = choose_adapters(model, ["a", "b"]) if how == "context" else contextlib.nullcontext()
+    with (
+        pytest.raises(ValueError, match="of more than 20 frames, or several temperatures, rows drop out.*set_ad"),
+        context,
+    ):
+        model.generate(inputs, **options | more | named)
+    options["attention_mask"] = torch.ones(2, 20)
+    together = model.generate(inputs[..., :20], **options, adapter_names=["a", "b"])
+    for i, name in enumerate("ab"):
+        alone = use(model, name).generate(inputs[..., :20], **options)
+        assert torch.equal(together[i, : alone.shape[1]], alone[i, : together.shape[1]])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from lora_ext.model.rows.arguments import LENGTHS, NAMES, tokens_in_row, values_of, without_names
+from torch import Tensor
+
+from lora_ext.model.rows.arguments import LENGTHS, NAMES, position, tokens_in_row, values_of, without_names
 from lora_ext.model.rows.calls import check_media, choice_of_call, invocations_of, is_invoked, multiples
 from lora_ext.model.rows.invocations import find_starts
 from lora_ext.model.rows.replaced_method import ReplacedMethod
+from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import check_order, choosing, chosen, drop_interrupted
 from lora_ext.nn.rows.packed import PackedChoice
 
@@ -30,11 +35,11 @@ class GenerateByRows(ReplacedMethod):
             )
         values, caller = values_of(args, kwargs), self.caller
         if names is None and outer is not None:
-            check_media(caller, self.model, outer, values)
+            self._check_rows(outer, values)
         if names is None and not (active.invoked if outer is None else is_invoked(outer)):
             return self.original(*args, **rest)
         choice = choice_of_call(self.model, self.adapters, values, None, outer, caller)
-        check_media(caller, self.model, choice, values)  # generate computes them before it calls the model
+        self._check_rows(choice, values)
         if outer is not None and names is None:  # a name may be for several prompts, with other places
             choice = choice.repeated(multiples(caller, self.model, choice, values)[0])
         with choosing(choice):
@@ -42,3 +47,20 @@ class GenerateByRows(ReplacedMethod):
                 choice.starts = find_starts(values, choice.names_of_rows, invocations_of(choice), caller)
                 choice.prompt = tokens_in_row(values, caller)
             return self.original(*args, **rest)
+
+    def _check_rows(self, choice: RowChoice, values: Mapping[str, Any]) -> None:
+        """Checks that the batch keeps its rows. ValueError: images are not spread over them, or some may drop out."""
+        check_media(self.caller, self.model, choice, values)  # generate computes images before it calls the model
+        if len(set(choice.rows)) < 2 or not hasattr(self.model, "generate_with_fallback"):
+            return
+        frames, encoder = values.get("input_features", values.get(position(1))), self.model.get_encoder()
+        strides = innermost(encoder.conv1).stride[0] * innermost(encoder.conv2).stride[0]
+        segment = values.get("num_segment_frames") or strides * self.model.config.max_source_positions
+        if (isinstance(frames, Tensor) and frames.shape[-1] > segment) or isinstance(
+            values.get("temperature"), list | tuple
+        ):
+            raise ValueError(
+                f"{self.caller}: adapter_names: with inputs of more than {segment} frames, or several temperatures, "
+                "rows drop out of the batch when they are done; pass a segment of each row and one temperature, or "
+                "call it once for each adapter (set_adapter)"
+            )
