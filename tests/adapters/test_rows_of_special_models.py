@@ -183,21 +183,23 @@ def test_sounds_of_different_lengths():
         model(**inputs, adapter_names=["a", "b"])
 
 
-@pytest.mark.parametrize("more", [{}, {"temperature": (0.0, 0.5)}], ids=["long", "temperatures"])
+@pytest.mark.parametrize("more", [{}, {"return_timestamps": True}, {"temperature": (0.0, 0.5)}])
 @pytest.mark.parametrize("how", ["names", "context"])
 def test_whisper_leaves_rows_out_that_are_done(how, more):
     model = with_adapters(model_of("WhisperForConditionalGeneration", **WHISPER), r".*decoder.*q_proj", same=True)
     model.generation_config.no_timestamps_token_id = 50
-    inputs = torch.randn(2, 8, 20 if more else 40)
-    options = {"attention_mask": torch.ones(2, inputs.shape[-1]), "return_timestamps": True, "max_new_tokens": 4}
+    inputs, options = torch.randn(2, 8, 20 if more else 40), {"max_new_tokens": 4, "return_timestamps": not more}
+    options |= {"attention_mask": torch.ones(2, inputs.shape[-1])}
     named = {"adapter_names": ["a", "b"]} if how == "names" else {}
     context = choose_adapters(model, ["a", "b"]) if how == "context" else contextlib.nullcontext()
-    with (
-        pytest.raises(ValueError, match="of more than 20 frames, or several temperatures, rows drop out.*set_ad"),
-        context,
-    ):
+    text = r"with more than one segment \(20 frames\), timestamps or several temperatures, rows drop out .*set_adapter"
+    with pytest.raises(ValueError, match=text), context:
         model.generate(inputs, **options | more | named)
-    options["attention_mask"] = torch.ones(2, 20)
+    options |= {
+        "attention_mask": torch.ones(2, 20),
+        "return_timestamps": bool(more),
+        "force_unique_generate_call": True,
+    }
     together = model.generate(inputs[..., :20], **options, adapter_names=["a", "b"])
     for i, name in enumerate("ab"):
         alone = use(model, name).generate(inputs[..., :20], **options)

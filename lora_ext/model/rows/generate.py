@@ -51,16 +51,21 @@ class GenerateByRows(ReplacedMethod):
     def _check_rows(self, choice: RowChoice, values: Mapping[str, Any]) -> None:
         """Checks that the batch keeps its rows. ValueError: images are not spread over them, or some may drop out."""
         check_media(self.caller, self.model, choice, values)  # generate computes images before it calls the model
-        if len(set(choice.rows)) < 2 or not hasattr(self.model, "generate_with_fallback"):
+        if len(set(choice.rows)) < 2 or not hasattr(self.model, "generate_with_fallback"):  # Whisper's
             return
-        frames, encoder = values.get("input_features", values.get(position(1))), self.model.get_encoder()
+        config = values.get("generation_config") or self.model.generation_config
+        asked = {name: values.get(name, getattr(config, name, None)) for name in _OF_WHISPER}
+        encoder, frames = self.model.get_encoder(), values.get("input_features", values.get(position(1)))
         strides = innermost(encoder.conv1).stride[0] * innermost(encoder.conv2).stride[0]
-        segment = values.get("num_segment_frames") or strides * self.model.config.max_source_positions
-        if (isinstance(frames, Tensor) and frames.shape[-1] > segment) or isinstance(
-            values.get("temperature"), list | tuple
-        ):
+        segment = asked["num_segment_frames"] or strides * self.model.config.max_source_positions
+        is_long = isinstance(frames, Tensor) and frames.shape[-1] > segment
+        may_repeat = (is_long or asked["return_timestamps"]) and not asked["force_unique_generate_call"]
+        if may_repeat or isinstance(asked["temperature"], list | tuple):
             raise ValueError(
-                f"{self.caller}: adapter_names: with inputs of more than {segment} frames, or several temperatures, "
-                "rows drop out of the batch when they are done; pass a segment of each row and one temperature, or "
-                "call it once for each adapter (set_adapter)"
+                f"{self.caller}: adapter_names: with more than one segment ({segment} frames), timestamps or several "
+                "temperatures, rows drop out of the batch when they are done; pass one segment of each row and "
+                "force_unique_generate_call=True, or call it once for each adapter (set_adapter)"
             )
+
+
+_OF_WHISPER = "num_segment_frames", "return_timestamps", "force_unique_generate_call", "temperature"
