@@ -159,22 +159,23 @@ def _missing(config: LoraConfig, shape: PoolShape, found: Container[str]) -> lis
     model with fewer layers.
     """
     trained = SuffixTable(config.trained_modules)
-    saved = [path for path in shape.modules if trained.find(path)]
+    saved = [path for path in shape.modules if path not in found and trained.find(path)]
+    absent = [path for path in shape.layers if path not in found]
     if is_all_linear(config):
-        named = [path for path in shape.layers if path != shape.head]
+        named = [path for path in absent if path != shape.head]
     else:
-        named = list(filter(PathMatcher("target_modules", config.target_modules), shape.layers))
+        named = list(filter(PathMatcher("target_modules", config.target_modules), absent))
     is_excluded = PathMatcher("exclude_modules", config.exclude_modules)
     whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
     numbers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
-    wanted = [
-        path
-        for path in named
-        if path in numbers and not is_excluded(path) and not any(map(trained.find, _prefixes(path)))
-    ]
+    named = [path for path in named if path in numbers and not is_excluded(path)]
     return [
-        *(f"missing key: {KEY_PREFIX}{path}.lora_A.weight" for path in wanted if path not in found),
-        *(f"missing keys of {KEY_PREFIX}{path}" for path in saved if path not in found),
+        *(
+            f"missing key: {KEY_PREFIX}{path}.lora_A.weight"
+            for path in named
+            if not any(map(trained.find, _prefixes(path)))
+        ),
+        *(f"missing keys of {KEY_PREFIX}{path}" for path in saved),
     ]
 
 

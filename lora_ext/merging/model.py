@@ -223,6 +223,7 @@ def merge_and_unload(
 
     Raises:
         The errors of :func:`merge`, except that adapters may be merged already.
+        RuntimeError: the model has an :class:`~lora_ext.AdapterPool`.
         ValueError: ``dequantize`` is set, and a quantised layer cannot be dequantised, or there is none.
         The model is then unchanged.
     """
@@ -297,6 +298,11 @@ def _check_can_unload(caller: str, model: nn.Module, merged: bool) -> None:
     check_not_sharded(caller, model, remedy, split=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
+        if merged and adapters.pool is not None:
+            raise RuntimeError(
+                f"{caller}: the model has an AdapterPool, and a plain model would ignore its names; call pool.close() "
+                "first, and make a pool again for the merged model"
+            )
     for _, layer in adapter_layers(model) if merged else ():
         if isinstance(layer, TrainableTokens):
             _ = layer.rows_in_use  # ValueError: two active adapters train the same row

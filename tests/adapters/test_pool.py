@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import llama, token_ids
+from support.models import llama, refused, token_ids
 from support.pools import NAMES, expected_rows, pool_of, slot_bytes, write_adapters
 from torch import nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, set_adapter
-from lora_ext.adapters import adapter_names, delete_adapter, rename_adapter, unload
+from lora_ext.adapters import adapter_names, delete_adapter, merge_and_unload, rename_adapter, unload
 
 
 def test_rows_are_those_of_the_adapter_alone(base, root):
@@ -225,6 +225,8 @@ def test_closing_makes_the_model_plain_again(base, root):
     again.close()
     assert adapter_names(model) == ["own"] and type(model.head) is nn.Linear
     third = pool_of(model, root)
+    with refused(model, RuntimeError, "merge_and_unload: the model has an AdapterPool", "call pool.close() first"):
+        merge_and_unload(model)
     unload(model)
     third.close()
     assert torch.equal(model(x), base(x))

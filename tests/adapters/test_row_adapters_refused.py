@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import Net, refused, shaken
+from support.models import Net, llama, refused, shaken, token_ids
 from support.rows import NAMES, assert_rows_equal, with_adapters
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
-from lora_ext.adapters import choose_adapters
+from lora_ext.adapters import choose_adapters, unload
 from lora_ext.nn.rows.in_force import _current
 
 BAD_NAMES = [
@@ -79,6 +79,27 @@ def test_rows_that_belong_to_no_name_are_refused():
     seq_first = with_adapters(nn.Sequential(nn.Linear(4, 4)), ["0"])
     with choose_adapters(seq_first, NAMES), pytest.raises(ValueError, match=r"the shape \[10, 5, 4\]"):
         seq_first[0](torch.randn(10, 5, 4))
+
+
+def test_calls_of_a_part_are_refused():
+    """Its forward would swallow the names in its ``**kwargs``."""
+    model, ids, names = with_adapters(llama(), ["q_proj"]), token_ids(2), ["a", "b"]
+    hidden = model(ids, adapter_names=names, output_hidden_states=True).hidden_states[-1]
+    for argument in ("adapter_names", "adapter_lengths", "alora_offsets"):
+        with refused(
+            model, ValueError, f"LlamaModel: {argument} is for calls of the injected model", "choose_adapters"
+        ):
+            model.model(ids, **{argument: names})
+    with choose_adapters(model, names):
+        torch.testing.assert_close(model.model(ids, adapter_names=None).last_hidden_state, hidden)
+    part = unload(model).model
+    assert not part._forward_pre_hooks and not part._forward_pre_hooks_with_kwargs
+    inner = with_adapters(part, ["q_proj"])  # passes names on from the model around it
+    assert_rows_equal(inner, lambda **names: inner(ids, **names).last_hidden_state.detach(), names)
+    torch.testing.assert_close(
+        model(ids, adapter_names=names, output_hidden_states=True).hidden_states[-1],
+        inner(ids, adapter_names=names).last_hidden_state,
+    )
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

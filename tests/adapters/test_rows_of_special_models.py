@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import transformers
 from architectures.inputs import IMAGE_TOKEN
-from architectures.table import BART, DEBERTA, DECODER, ENCODER, LED, LLAVA, NLLB_EXPERTS, SWITCH, W2V_BERT, XLNET
+from architectures.table import (
+    BART,
+    DEBERTA,
+    DECODER,
+    ENCODER,
+    LED,
+    LLAVA,
+    NLLB_EXPERTS,
+    SWIN,
+    SWITCH,
+    W2V_BERT,
+    WHISPER,
+    XLNET,
+)
 from support.models import refused
 from support.pools import write_adapters
 from support.rows import assert_rows_equal, use, with_adapters
 from torch import Tensor, nn
 
-from lora_ext import AdapterPool
+from lora_ext import AdapterPool, load_adapter
 from lora_ext.adapters import choose_adapters
 
 NAMES = ["b", "__base__", "a", "b", "a"]
@@ -41,8 +56,8 @@ def test_tokens_before_rows(name, sizes, target):
     model = with_adapters(model_of(name, **sizes), [target], same=True)
     with refused(model, ValueError, f".{target}' is a part of ", "whose layers get tokens first", "set_adapter"):
         model(ids, adapter_names=["a", "b"] * 4)
-    expected = use(model, "a")(ids[:1])[0]
-    torch.testing.assert_close(use(model, "b")(ids[:1], adapter_names=["a"])[0], expected)  # a single row
+    expected = use(model, "a")(ids[:3])[0]
+    torch.testing.assert_close(use(model, "b")(ids[:3], adapter_names=["a"] * 3)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +68,14 @@ def test_tokens_before_rows(name, sizes, target):
     ],
 )
 def test_experts_that_are_modules(name, sizes, target):
-    """They may get as many tokens as there are rows, or one."""
+    """They may get as many tokens as there are rows, or one. With one name for all rows, any number is right."""
     model = with_adapters(model_of(name, **sizes), rf".*experts.*\.{target}", same=True)
     ids = torch.randint(3, 60, (2, 2))
     with refused(model, ValueError, f"experts.expert_0.{target}' is in one of several experts", "set_adapter"):
         model(ids, decoder_input_ids=ids, adapter_names=["a", "b"])
+    expected = use(model, "a")(ids, decoder_input_ids=ids).logits
+    inputs = {"decoder_input_ids": ids, "adapter_names": ["a", "a"]}
+    torch.testing.assert_close(use(model, "b")(ids, **inputs).logits, expected)
 
 
 class Mixture(nn.Module):
@@ -72,13 +90,25 @@ class Mixture(nn.Module):
 
 
 def test_a_pool_over_experts(tmp_path):
-    model = Mixture()
+    model = Mixture().eval()
     write_adapters(model, tmp_path, ["n0"], ["0", "1"])
     with (
         AdapterPool(model, tmp_path, target_modules=["0", "1"], r=4, max_bytes=2**20),
         pytest.raises(ValueError, match="'n0' cannot be chosen by a row: 'experts.0' is in one of several experts"),
     ):
-        model(torch.randn(2, 6), adapter_names=["n0", "__base__"])
+        model(torch.randn(4, 6), adapter_names=["n0", "__base__", "n0", "n0"])
+    with AdapterPool(model, tmp_path, target_modules=["0", "1"], r=4, max_bytes=2**20):
+        x = torch.randn(4, 6)
+        alone = model(x, adapter_names=["n0"] * 4)
+    torch.testing.assert_close(alone, load_adapter(model, tmp_path / "n0")(x))
+
+
+def test_windows_of_an_image():
+    model, x = model_of("SwinForImageClassification", **SWIN), torch.randn(2, 3, 32, 32)
+    with_adapters(model, ["q_proj", "v_proj"])
+    with refused(model, ValueError, "whose rows do not belong to one name each", "one name for all rows"):
+        model(x, adapter_names=["a", "b"])
+    torch.testing.assert_close(model(x, adapter_names=["a"] * 2).logits, use(model, "a")(x).logits)
 
 
 @pytest.mark.parametrize(("shared", "seen"), [(True, "query_proj"), (False, "pos_key_proj")])
@@ -167,3 +197,26 @@ def test_sounds_of_different_lengths():
     ids[1, :2] = 5
     with refused(model, ValueError, "the rows have [5, 0] tokens of input_features (audio_token_id)", "audio_tower"):
         model(**inputs, adapter_names=["a", "b"])
+
+
+@pytest.mark.parametrize("more", [{}, {"return_timestamps": True}, {"temperature": (0.0, 0.5)}])
+@pytest.mark.parametrize("how", ["names", "context"])
+def test_whisper_leaves_rows_out_that_are_done(how, more):
+    model = with_adapters(model_of("WhisperForConditionalGeneration", **WHISPER), r".*decoder.*q_proj", same=True)
+    model.generation_config.no_timestamps_token_id = 50
+    inputs, options = torch.randn(2, 8, 20 if more else 40), {"max_new_tokens": 4, "return_timestamps": not more}
+    options |= {"attention_mask": torch.ones(2, inputs.shape[-1])}
+    named = {"adapter_names": ["a", "b"]} if how == "names" else {}
+    context = choose_adapters(model, ["a", "b"]) if how == "context" else contextlib.nullcontext()
+    text = r"with more than one segment \(20 frames\), timestamps or several temperatures, rows drop out .*set_adapter"
+    with pytest.raises(ValueError, match=text), context:
+        model.generate(inputs, **options | more | named)
+    options |= {
+        "attention_mask": torch.ones(2, 20),
+        "return_timestamps": bool(more),
+        "force_unique_generate_call": True,
+    }
+    together = model.generate(inputs[..., :20], **options, adapter_names=["a", "b"])
+    for i, name in enumerate("ab"):
+        alone = use(model, name).generate(inputs[..., :20], **options)
+        assert torch.equal(together[i, : alone.shape[1]], alone[i, : together.shape[1]])

@@ -21,7 +21,7 @@ class Obstacles(NamedTuple):
 
     Attributes:
         to_one: adapters that no row can choose.
-        to_several: those that only a row alone can choose.
+        to_several: those that only all rows together can choose.
         to_tokens: those that rows can choose, but not tokens.
         to_media: those that act on images or sound: the path of a layer that gets a row for each image, not for each
             row of the batch.
@@ -50,8 +50,8 @@ def _found(root: nn.Module, adapters: AdapterSet) -> Obstacles:
             names = ", ".join(map(repr, layer.merged_adapters))
             to_all = f"{names} is merged into {path!r}, so every row gets it; call unmerge(model) first"
         reasons = (
-            (found.to_one, _why_no_row(path, layer, parts)),
-            (found.to_several, _why_one_row(path, parts)),
+            (found.to_one, _why_no_row(path, layer)),
+            (found.to_several, _why_no_mixture(path, parts)),
             (found.to_tokens, _why_no_token(path, layer)),
             (found.to_media, path if is_of_text and id(layer) not in is_of_text else None),
         )
@@ -70,18 +70,12 @@ def _found(root: nn.Module, adapters: AdapterSet) -> Obstacles:
     return active.row_obstacles[1]
 
 
-def _why_no_row(path: str, layer: AdapterLayer, parts: Mapping[str, nn.Module]) -> str | None:
+def _why_no_row(path: str, layer: AdapterLayer) -> str | None:
     if not layer.rows_choose:
         return (
             f"{path!r} is a {type(layer).__name__}, which computes all rows with one adapter; call set_adapter and the "
             "model once for it"
         )
-    for name, part in _around(path, parts):
-        if name.rpartition(".")[2] == "experts" and isinstance(part, nn.ModuleList | nn.ModuleDict):
-            return (
-                f"{path!r} is in one of several experts, which get some of the tokens; leave experts out of "
-                "target_modules, or call set_adapter and the model once for it"
-            )
     return None
 
 
@@ -109,9 +103,11 @@ _ONCE = {
 }
 
 
-def _why_one_row(path: str, parts: Mapping[str, nn.Module]) -> str | None:
-    remedy = "leave it out of target_modules, or call set_adapter and the model once for each adapter"
+def _why_no_mixture(path: str, parts: Mapping[str, nn.Module]) -> str | None:
+    remedy = "leave it out of target_modules, or name one adapter for all rows (or call set_adapter)"
     for name, part in _around(path, parts):
+        if name.rpartition(".")[2] == "experts" and isinstance(part, nn.ModuleList | nn.ModuleDict):
+            return f"{path!r} is in one of several experts, which get some of the tokens; {remedy}"
         kind = type(part)
         model = kind.__module__.removeprefix("transformers.models.").partition(".")[0]
         if (key := f"{model}.{kind.__name__}") in _TOKENS_FIRST:

@@ -27,6 +27,7 @@ class RowChoice:
         active: the shared state of the layers that the choice is for; None: the caller gives it to the layers.
         names: the distinct names, without :data:`BASE`.
         rows: for each row the position of its name in ``names``, or -1.
+        is_uniform: whether all rows have one name, so that a layer may get any number of rows.
         multiples: how many rows of a layer's input may belong to one name. A batch of ``n`` names has ``n`` rows; the
             beams of a search make them ``n * beams``, and models that flatten their tokens ``n * length``.
         pool: gives the names in ``pool_names`` slots for the time of the call; the others are adapters of the layers.
@@ -52,6 +53,7 @@ class RowChoice:
         numbers = {name: i for i, name in enumerate(dict.fromkeys(name for name in names if name != BASE))}
         self.names = tuple(numbers)
         self.rows = [numbers.get(name, -1) for name in names]
+        self.is_uniform = len(set(self.rows)) == 1
         self.multiples = frozenset((1,))
         self.slots: Mapping[str, int] = {}
         self.pool: Any = None
@@ -110,15 +112,17 @@ class RowChoice:
         return choice
 
     def aligned(self, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, int]:
-        """Returns ``x`` and how many consecutive rows of it belong to each name.
+        """Returns ``x`` and how many consecutive rows of it belong to each name, or to the only one.
 
-        A single row, such as the position ids of all rows of the batch, is repeated for each name.
+        A single row, such as the position ids of all rows of the batch, is repeated for each of several names.
 
         Raises:
             ValueError: the first dimension of ``x`` does not fit the names.
         """
         n = len(self.rows)
         rows = x.shape[0] if x.dim() else 0
+        if self.is_uniform and x.dim() > x.is_floating_point():
+            return x, rows
         is_last = x.dim() > 2 and x.shape[1] == n  # may be [length, batch, features]
         if rows == n:
             return x, 1
@@ -129,7 +133,7 @@ class RowChoice:
             raise ValueError(
                 f"{type(layer).__name__}: adapter_names has {n} names, but the layer's input has the shape "
                 f"{list(x.shape)}, whose rows do not belong to one name each; leave this module out of the adapters, "
-                "or call the model once for each adapter (set_adapter)"
+                "or call the model once for each adapter (one name for all rows, or set_adapter)"
             )
         return x, times
 
@@ -185,6 +189,7 @@ class RowChoice:
 
     def _of_rows(self, numbers: Mapping[str, int], times: int, device: torch.device) -> Tensor:
         of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
-        of_row = [of_name[i] for i in self.rows for _ in range(times)]
+        rows = self.rows[:1] if self.is_uniform else self.rows
+        of_row = [of_name[i] for i in rows for _ in range(times)]
         with torch.inference_mode(False):  # a later call may be recorded by autograd
             return torch.tensor(of_row, dtype=torch.int64, device=device)
