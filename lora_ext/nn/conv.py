@@ -58,7 +58,7 @@ class LoraConv(TransparentLayer, LoraLayer):
 
     @classmethod
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
-        return why_weight_unusable(module)
+        return why_weight_unusable(module) or _why_size_differs(module)
 
     @classmethod
     def new_adapter(
@@ -130,11 +130,8 @@ class LoraConv(TransparentLayer, LoraLayer):
 
     def _add(self, y: Tensor, x: Tensor, adapter: LoraAdapter) -> Tensor:
         base = self.convolution
-        convolve = _CONVOLVE[_kind(base)]
-        x, padding = F.dropout(x, adapter.lora_dropout, self.training).to(adapter.lora_A.dtype), base.padding
-        if base.padding_mode != "zeros":
-            x, padding = F.pad(x, base._reversed_padding_repeated_twice, base.padding_mode), 0
-        xa = convolve(x, adapter.lora_A, None, base.stride, padding, base.dilation)
+        x = F.dropout(x, adapter.lora_dropout, self.training).to(adapter.lora_A.dtype)
+        xa = _conv_of(base, x, adapter.lora_A)
         size = slice(-len(base.kernel_size), None)
         if xa.shape[size] != y.shape[size]:
             raise ValueError(
@@ -146,7 +143,7 @@ class LoraConv(TransparentLayer, LoraLayer):
             y = y.add_(bias.view(-1, *[1] * len(base.kernel_size)))
         lora_B = adapter.lora_B.to(xa.dtype)  # under autocast xa has another dtype
         if base.groups > 1:
-            return y.add_(convolve(xa, lora_B, groups=base.groups), alpha=adapter.scaling)
+            return y.add_(_CONVOLVE[_kind(base)](xa, lora_B, groups=base.groups), alpha=adapter.scaling)
         if y.dim() == len(base.kernel_size) + 1:  # no batch dimension
             return expand_onto_(y.unsqueeze(0), xa.unsqueeze(0), lora_B.flatten(1), adapter.scaling, dim=1).squeeze(0)
         return expand_onto_(y, xa, lora_B.flatten(1), adapter.scaling, dim=1)
@@ -194,6 +191,41 @@ class LoraConv(TransparentLayer, LoraLayer):
 
 def _kind(module: nn.Module) -> type[nn.Module]:
     return next(kind for kind in _CONVOLVE if isinstance(module, kind))
+
+
+def _why_size_differs(base: nn.Module) -> str | None:
+    """Returns why the output of a convolution takes no update, or None: it has the size that its attributes say.
+
+    A class may pad its input itself, so that the convolution with ``lora_A`` would return another size, or return more
+    than a tensor. A forward that is not PyTorch's is tried without memory, on the meta device; None if that fails.
+    """
+    kind = _kind(base)
+    if has_forward_of(base, kind, "_conv_forward") or not runs_alone(base):
+        return None
+    empty = {name: torch.empty_like(parameter, device="meta") for name, parameter in base.named_parameters()}
+    for more in range(2):  # a padding may depend on the size
+        sizes = [8 * d * (k - 1) + 33 + more for d, k in zip(base.dilation, base.kernel_size, strict=True)]
+        x = torch.empty(1, base.in_channels, *sizes, dtype=base.weight.dtype, device="meta")
+        try:
+            y = torch.func.functional_call(base, empty, (x,))
+        except Exception:  # any error: nothing is known
+            return None
+        want = list(_conv_of(base, x, empty["weight"], base.groups).shape)
+        if not isinstance(y, Tensor) or list(y.shape) != want:
+            what = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            return (
+                f"its forward returns {what} for an input {list(x.shape)}, and a convolution with its stride, padding "
+                f"and dilation returns {want}"
+            )
+    return None
+
+
+def _conv_of(base: nn.Module, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """Returns the convolution of ``x`` with ``weight``, with the stride, padding and dilation of ``base``."""
+    padding = base.padding
+    if base.padding_mode != "zeros":
+        x, padding = F.pad(x, base._reversed_padding_repeated_twice, base.padding_mode), 0
+    return _CONVOLVE[_kind(base)](x, weight, None, base.stride, padding, base.dilation, groups)
 
 
 def _shapes(base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
