@@ -283,6 +283,8 @@ def test_names_stand_for_methods_everywhere(options: list[str], tmp_path: Path, 
         (["sweep", "--targets", "q;qeury"], "--targets qeury: .*close matches: 'query'"),
         (["compare", "--methods", "lora", "lora:test-split=0.5"], "test_split is the same for all; give --test-split"),
         (["compare", "--methods", "adapter-h:r=64"], "r goes with lora, not with adapter-h"),
+        (["compare", "--methods", "adapter-h", "full", "--r", "2"], "--r goes with lora, and none of these is in"),
+        (["sweep", "--bottleneck-size", "2"], "unrecognized arguments: --bottleneck-size 2"),
         (
             ["compare", "--methods", "lora", "prefix-embed:prefix-length=26"],
             "--methods prefix-embed.*takes 26",

@@ -19,7 +19,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
 from lora_ext.tasks.comparison.launch import Launch, check_no_jobs
 from lora_ext.tasks.comparison.many_runs import Run, run_all
-from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels
+from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels, check_options
 from lora_ext.tasks.comparison.pools import Pool, pool_of
 from lora_ext.tasks.comparison.spread import (
     deviation_over,
@@ -90,6 +90,8 @@ def compare(
         check_no_jobs(out)
     specs = [MethodSpec.parse(text) for text in dict.fromkeys(methods)]
     check_labels([(spec, spec.settings(options, seeds[0])) for spec in specs])
+    if not resume:  # which may leave out the method that an option was for
+        check_options(specs, options)
     launch = launch or Launch()
     launch.check(out)
     settings = {spec.label: spec.settings(options, seeds[0]) for spec in specs}
