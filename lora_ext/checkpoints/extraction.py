@@ -101,8 +101,8 @@ def extract(
         overwrite: replace the adapter at ``out``, if nothing else is there.
 
     Raises:
-        ValueError: nothing differs; a name in ``target_modules`` covers no matrix; tensors are in only one checkpoint, differ in shape, or differ and cannot be saved
-            with an adapter (the message lists all of them); an argument is wrong.
+        ValueError: nothing differs; tensors are in only one checkpoint, differ in shape, or differ and cannot be saved
+            with an adapter (the message lists all of them); a name covers no matrix, or another argument is wrong.
         FileNotFoundError, FileExistsError, OSError: as :func:`~lora_ext.checkpoints.merge`.
     """
     begin = time.perf_counter()
