@@ -231,7 +231,9 @@ def test_sweep_tabulates_ranks_and_weights(options: list[str], tmp_path: Path):
         cell = cells[metrics["settings"]["r"], metrics["settings"]["target_modules"]]
         assert metrics["trainable_parameters"] == cell["parameters"] + 66  # the head
         assert cell["accuracy"]["values"] == [metrics["after"]["accuracy"]]
-    assert "| `q,v,o` | 384 |" in (tmp_path / "sweep.md").read_text()
+    document = (tmp_path / "sweep.md").read_text()
+    assert "| `q,v,o` | 384 |" in document
+    assert "With one seed the spread is unknown, so none is marked." in document and "Bold" not in document
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -22,6 +22,7 @@ from lora_ext.tasks.comparison.many_runs import Run, run_all
 from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels, check_options
 from lora_ext.tasks.comparison.pools import Pool, pool_of
 from lora_ext.tasks.comparison.spread import (
+    UNKNOWN_SPREAD,
     deviation_over,
     lines_of,
     named_rows,
@@ -309,6 +310,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         reasons = "\n".join(f"- `{method['label']}`: {method['reason']}" for method in result["left_out"])
         left_out = f"\nLeft out, because they do not suit the checkpoint:\n\n{reasons}\n"
     marked = "bold: ahead of every other by more" if result["best"] else "no method is ahead of every other by more"
+    if len(result["seeds"]) == 1:
+        marked = UNKNOWN_SPREAD
     return f"""# Methods compared
 
 {table(heading, rows)}
