@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import listed
+from lora_ext._common.printable import first_of, listed
 from lora_ext._common.progress import progress
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
@@ -102,7 +102,7 @@ def extract(
 
     Raises:
         ValueError: nothing differs; tensors are in only one checkpoint, differ in shape, or differ and cannot be saved
-            with an adapter (the message lists all of them); an argument is wrong.
+            with an adapter (the message lists all of them); a name covers no matrix, or another argument is wrong.
         FileNotFoundError, FileExistsError, OSError: as :func:`~lora_ext.checkpoints.merge`.
     """
     begin = time.perf_counter()
@@ -182,6 +182,7 @@ def _sort(
     save_others: bool,
 ) -> tuple[list[str], list[str]]:
     """The modules to adapt, and the modules to save in full."""
+    _check_named(new, target_modules or ())
     problems = [f"only in the base: {key}" for key in old if key not in new]
     targets: dict[str, None] = {}
     others: dict[str, str] = {}
@@ -214,6 +215,17 @@ def _sort(
         what = "no layer to adapt differs" if differing else "no tensor differs"
         raise ValueError(f"extract: {what} between {old.directory} and {new.directory}")
     return list(targets), saved
+
+
+def _check_named(new: Checkpoint, names: Sequence[str]) -> None:
+    """Raises ValueError for names that cover no matrix: their layers would be saved in full instead."""
+    matrices = [key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2]
+    if unknown := [name for name in names if not any(name_covers(name, path) for path in matrices)]:
+        known = dict.fromkeys(path.rpartition(".")[2] for path in matrices)
+        raise ValueError(
+            f"extract: target_modules {unknown} name no matrix of {new.directory}; its matrices include "
+            f"{first_of(map(repr, known), 8)}"
+        )
 
 
 def _parents(key: str) -> Iterator[str]:

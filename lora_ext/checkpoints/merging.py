@@ -20,9 +20,11 @@ from lora_ext.checkpoints.checkpoint_files import SINGLE_FILE, Checkpoint
 from lora_ext.checkpoints.contents import open_adapter
 from lora_ext.checkpoints.merged_mark import changed_mark, with_mark
 from lora_ext.checkpoints.merged_rows import blocks
+from lora_ext.checkpoints.other_files import CONFIG_FILE, read_model_config
 from lora_ext.checkpoints.output import Output, check_apart, index_metadata, shard_metadata
 from lora_ext.checkpoints.record_writer import RecordWriter
 from lora_ext.checkpoints.writing import Description
+from lora_ext.files.method_note import read_method_note
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
 
 
@@ -92,8 +94,8 @@ def merge(
     Raises:
         FileNotFoundError: a file is missing.
         FileExistsError: ``out`` exists.
-        ValueError: a file is corrupted; an adapter is given twice, is in ``base`` already, or does not fit (the message
-            lists every misfit); a result is not finite.
+        ValueError: a file is corrupted; an adapter is given twice, is in ``base`` already, is a part of a method that
+            has others, or does not fit (the message lists every misfit); a result is not finite.
         OSError: the disk is too small, or cannot be written.
     """
     caller = "unmerge" if subtract else "merge"
@@ -123,6 +125,8 @@ def merge(
                 f"{caller}: {held.file.directory} acts from its alora_invocation_tokens on (aLoRA), and a checkpoint's "
                 "weights act on all tokens; load it into the model (load_adapter), and run it unmerged"
             )
+        if not subtract:
+            _check_is_whole(held.file.directory, checkpoint)
     fingerprints = {one.file.directory: one.fingerprint() for one in contents}
     mark = changed_mark(checkpoint, fingerprints, subtract=subtract, caller=caller)
     changes = find_changes(
@@ -165,6 +169,22 @@ def merge(
         seconds=time.perf_counter() - begin,
         verified=verify,
     )
+
+
+def _check_is_whole(adapter: Path, base: Checkpoint) -> None:
+    """Raises ValueError if the trained model had more than the adapter, which the merged checkpoint would lack."""
+    note = read_method_note(adapter)
+    if note.has_other_parts:
+        raise ValueError(
+            f"merge: {adapter} holds the low-rank part of {note.name}, and the checkpoint would lack the rest; load it "
+            "into the model (lora_ext.methods.load_method), and run it unmerged"
+        )
+    config = read_model_config(base)
+    if note.pooling == "mean" and config is not None and config.get("classifier_pooling") != "mean":
+        raise ValueError(
+            f"merge: {adapter} was trained with --pooling mean, and the checkpoint would not say so; write "
+            f'"classifier_pooling": "mean" into {base.directory / CONFIG_FILE} first'
+        )
 
 
 def _target(tensor: TensorChange, dtype: torch.dtype | None) -> torch.dtype | None:

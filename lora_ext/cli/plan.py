@@ -13,6 +13,7 @@ from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.planner import OPTIMIZERS, WEIGHT_DTYPES
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.defaults import USUAL
+from lora_ext.tasks.finetune.quantize import QUANTIZE
 from lora_ext.tasks.finetune.settings import Settings
 
 _ABBREVIATIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
     if args.target_modules is None and args.method == "lora":  # finetune's default with this task
         task = args.task or task_of(read_config(args.model))
         training_options["target_modules"] = None if task == "classification" else USUAL["target_modules"]
+    if args.method == "lora" and args.dtype in QUANTIZE:
+        training_options["quantize"] = args.dtype  # on which finetune's other defaults depend
     finetune = Settings(**training_options, max_length=args.seq_len)
     names = (
         "task",

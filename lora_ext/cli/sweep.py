@@ -10,6 +10,7 @@ from lora_ext.cli.formatter import HelpFormatter
 from lora_ext.tasks.finetune.settings import SWEEP_FILE
 
 _WITHOUT = ("method", "seed", "r", "target_modules")
+_WITHOUT += ("bottleneck_size", "drop_layers", "prefix_length", "infix_length")  # of other methods
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

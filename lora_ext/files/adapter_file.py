@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_ext._common.printable import check_name, shown
 from lora_ext.files.file_bytes import file_state
+from lora_ext.files.method_note import METHOD_FILE
 from lora_ext.files.regular_file import check_regular
 from lora_ext.files.safetensors_format import read_header
 from lora_ext.files.shard_index import check_shards, read_index
@@ -301,6 +302,8 @@ class AdapterFile:
             wanted = "want a directory that save_adapter or PEFT wrote"
             if not directory.exists() and _REPOSITORY.fullmatch(str(directory)):
                 wanted += "; for an adapter on the Hugging Face hub: load_adapter(..., download=True)"
+            if (directory / METHOD_FILE).is_file():
+                wanted += f"; {METHOD_FILE} there is of a method without LoRA, which lora_ext.methods.load_method loads"
             if inside := sorted(directory.glob(f"*/{CONFIG_FILE}")):  # of a run of finetune, or a pool's directory
                 wanted += f", such as {shown(str(inside[0].parent))}"
             raise FileNotFoundError(f"{directory / CONFIG_FILE} is missing; {wanted}") from error

@@ -22,6 +22,7 @@ from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_content import ADAPTER_FILES, base_name, file_content, write_content
 from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
 from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_vocabulary
+from lora_ext.files.method_note import METHOD_FILE
 from lora_ext.files.misfits import misfits
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import config_of, load_opened
@@ -49,7 +50,6 @@ from lora_ext.model.method_files import MethodFiles
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _LARGEST_METHOD = 1 << 20  # bytes
-METHOD_FILE = "method.json"
 TENSORS_FILE = "method.safetensors"
 
 

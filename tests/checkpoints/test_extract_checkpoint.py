@@ -158,6 +158,10 @@ def test_changes_that_no_adapter_can_express_are_listed(tmp_path):
     for options, message in (
         ({"rank": 0}, "rank is 0, want at least 1"),
         ({"energy": 1.5}, "energy is 1.5, want 0 < energy <= 1"),
+        (
+            {"target_modules": ["a", "nope"]},
+            r"target_modules \['nope'\] name no matrix of .*; its matrices include 'a', 'b'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", **options)

@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_ext.checkpoints import merge
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
+from lora_ext.methods import apply_method, new_method, save_method, set_pooling
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -51,6 +52,31 @@ def test_an_adapter_that_is_given_twice_is_refused(llama_files, tmp_path):
     base, adapter = llama_files
     (tmp_path / "link").symlink_to(adapter)
     refuses(base, [adapter, tmp_path / "link"], tmp_path / "out", "link is given twice, and its update would")
+
+
+def test_a_part_of_a_method_is_refused(tmp_path):
+    """The merged checkpoint would lack the rest, and answer otherwise than the trained model."""
+    bert().save_pretrained(tmp_path / "base")
+    base, out = tmp_path / "base", tmp_path / "out"
+    both = new_method("lora+prefix-embed", r=2, target_modules=["query"])
+    save_method(apply_method(bert(), both), tmp_path / "both")
+    refuses(base, [tmp_path / "both"], out, "both holds the low-rank part of lora+prefix-embed", "load_method")
+    (tmp_path / "both" / "adapter_config.json").unlink()
+    words = "adapter_config.json is missing", "method.json there is of a method without LoRA"
+    refuses(base, [tmp_path / "both"], out, *words, error=FileNotFoundError)
+
+
+def test_a_pooling_that_the_base_does_not_name_is_refused(tmp_path):
+    model = bert()
+    model.save_pretrained(tmp_path / "base")
+    lora = new_method("lora", r=2, target_modules=["query"])
+    save_method(apply_method(set_pooling(model, "mean"), lora), tmp_path / "lora")
+    words = "trained with --pooling mean", '"classifier_pooling": "mean" into', "config.json"
+    refuses(tmp_path / "base", [tmp_path / "lora"], tmp_path / "out", *words)
+    path = tmp_path / "base" / "config.json"
+    path.write_text(path.read_text().replace("{", '{"classifier_pooling": "mean",', 1))
+    merge(tmp_path / "base", [tmp_path / "lora"], tmp_path / "out")
+    assert '"classifier_pooling": "mean"' in (tmp_path / "out" / "config.json").read_text()
 
 
 def test_names_with_several_places_are_refused(tmp_path):

@@ -231,7 +231,9 @@ def test_sweep_tabulates_ranks_and_weights(options: list[str], tmp_path: Path):
         cell = cells[metrics["settings"]["r"], metrics["settings"]["target_modules"]]
         assert metrics["trainable_parameters"] == cell["parameters"] + 66  # the head
         assert cell["accuracy"]["values"] == [metrics["after"]["accuracy"]]
-    assert "| `q,v,o` | 384 |" in (tmp_path / "sweep.md").read_text()
+    document = (tmp_path / "sweep.md").read_text()
+    assert "| `q,v,o` | 384 |" in document
+    assert "With one seed the spread is unknown, so none is marked." in document and "Bold" not in document
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -283,6 +285,8 @@ def test_names_stand_for_methods_everywhere(options: list[str], tmp_path: Path, 
         (["sweep", "--targets", "q;qeury"], "--targets qeury: .*close matches: 'query'"),
         (["compare", "--methods", "lora", "lora:test-split=0.5"], "test_split is the same for all; give --test-split"),
         (["compare", "--methods", "adapter-h:r=64"], "r goes with lora, not with adapter-h"),
+        (["compare", "--methods", "adapter-h", "full", "--r", "2"], "--r goes with lora, and none of these is in"),
+        (["sweep", "--bottleneck-size", "2"], "unrecognized arguments: --bottleneck-size 2"),
         (
             ["compare", "--methods", "lora", "prefix-embed:prefix-length=26"],
             "--methods prefix-embed.*takes 26",

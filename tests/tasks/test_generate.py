@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from lora_ext import LoraConfig, inject, save_adapter
 from lora_ext._common.printable import escaped
 from lora_ext.cli import main
+from lora_ext.methods import apply_method, new_method, save_method
 from lora_ext.tasks.generate.chosen_adapters import named_adapters
 
 pytestmark = [pytest.mark.cpu_only("the command chooses the device"), pytest.mark.full]
@@ -45,6 +46,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(model, place / "classifier")
     (place / "method").mkdir()
     (place / "method" / "method.json").write_text("{}")
+    two = new_method("lora+adapter-h", r=2, target_modules="all-linear")
+    save_method(apply_method(tiny_decoder.llama(), two), place / "two")
     return place
 
 
@@ -264,6 +267,7 @@ def test_answers_stream(directory: Path, capsys, monkeypatch):
             "want the directory of an adapter in PEFT's format: other methods' generate by lora_",
         ),
         (["--adapter", "classifier"], "classifier is a classifier's (task_type SEQ_CLS), which generates no text"),
+        (["--adapter", "two"], "two holds the low-rank part of lora+adapter-h, and the rest would not answer"),
         (["--adapter", "a=first", "--adapter", "a=first"], "the name 'a' is taken"),
         (["--adapter", "base=first"], "the name 'base' is taken"),
         (["--adapter", "first", "--weights", "1,2"], "--weights has 2 numbers for 1 adapters"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import Forked
+from support.processes import Forked, run_python
 
 from lora_ext.tasks import TaskError, WriteError
 from lora_ext.tasks.comparison import many_runs
@@ -132,6 +132,30 @@ if __name__ == "__main__":
     with sigterm.listening():
         many_runs.run_all(runs, Path(sys.argv[1]), "compare", Launch(jobs=int(sys.argv[2])))
 """
+
+
+STARTED = """
+import sys
+from pathlib import Path
+from lora_ext.tasks.comparison.processes import in_process
+
+def answer(on_progress):
+    return 42
+
+if __name__ == "__main__":
+    print(in_process(answer, log=Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.full
+def test_an_interrupt_during_the_imports_of_a_process_prints_nothing(tmp_path: Path):
+    """Of the server that forks it, which a terminal's Ctrl-C meets in the first seconds of compare."""
+    begins = "import os, signal, sys\n"
+    begins += "if 'forkserver' in ' '.join(sys.orig_argv): os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "sitecustomize.py").write_text(begins)
+    (script := tmp_path / "script.py").write_text(STARTED)
+    result = run_python(script, tmp_path / "log", PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    assert (result.stdout, "Traceback" in result.stderr) == ("42\n", False), result.stderr
 
 
 def until_begun(process: Forked, out: Path, jobs: int) -> list[Path]:

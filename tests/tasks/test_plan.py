@@ -17,6 +17,7 @@ from lora_ext.cli import finetune as finetune_command
 from lora_ext.cli import main
 from lora_ext.cli.training import options_of
 from lora_ext.tasks import TaskError
+from lora_ext.tasks.causal_lm.settings import CausalSettings
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.plan import results
 from lora_ext.tasks.plan.run import PlanSettings, plan
@@ -62,7 +63,8 @@ def test_console_and_files(gpt2_directory, tmp_path, capsys):
     assert "bfloat16 weights" in printed.splitlines()[0]
 
     assert main(command("--out", str(out), model=gpt2_directory)) == 2  # it exists already
-    assert "--overwrite" in capsys.readouterr().err
+    error = capsys.readouterr().err  # there is no --resume
+    assert f"--out {out} holds a run already; --overwrite replaces it\n" in error
     assert main(command("--out", str(out), "--overwrite", model=gpt2_directory)) == 0
 
 
@@ -245,16 +247,15 @@ def bert_directory(tmp_path) -> str:
 
 
 @functools.cache
-def planned_by_finetune(options: tuple[str, ...], model: str) -> dict:
+def planned_by_finetune(options: tuple[str, ...]) -> dict:
     """Plans the run that finetune would do with ``options``."""
     parser = argparse.ArgumentParser()
     finetune_command.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["finetune", *options, "--model", model, "--out", "x"])
-    settings = Settings(**options_of(args) | {"model": model})
+    settings = Settings(**options_of(parser.parse_args(["finetune", *options, "--out", "x"])))
     return plan(
         PlanSettings(
             settings,
-            dtype=settings.dtype,
+            dtype=settings.quantize or settings.dtype,
             gradient_checkpointing=settings.gradient_checkpointing != "no",
             accumulation_steps=settings.accumulation_steps,
             optimizer={"": "adamw", "optim=adafactor": "adafactor"}[settings.set],
@@ -273,10 +274,11 @@ def test_what_fits_can_be_pasted_into_finetune(tmp_path, optimizer):
         result = plan(dataclasses.replace(whole, gpu_memory=int(part * peak), reserve=0))
         for change in result["capacity"]["changes"]:
             options, setup = change["finetune_options"], change["setup"]
-            if change["devices"] > 1 or setup["dtype"] in ("int8", "nf4"):
-                assert options is None or "--quantize" in options
+            if change["devices"] > 1:
+                assert options is None
                 continue
-            assert planned_by_finetune(tuple(options), model)["runs"]["lora"]["peak"] == change["peak"]
+            assert ("--quantize" in options) == (setup["dtype"] in ("int8", "nf4"))
+            assert planned_by_finetune(tuple(options))["runs"]["lora"]["peak"] == change["peak"]
             assert int(options[1]) * int(options[3]) >= 36  # texts in an optimizer step
             found.add(change["what"][0].split()[0])
         assert results.notes(result)[-1].strip()
@@ -286,23 +288,39 @@ def test_what_fits_can_be_pasted_into_finetune(tmp_path, optimizer):
     wanted = {"gradient", "batches", "texts", "bfloat16"} if optimizer == "adamw" else {"batches", "texts"}
     assert found >= wanted, found
     fits = plan(dataclasses.replace(whole, gpu_memory=2 * peak, reserve=0))
-    assert planned_by_finetune(tuple(fits["finetune_options"]), model)["runs"]["lora"]["peak"] == peak
+    assert planned_by_finetune(tuple(fits["finetune_options"]))["runs"]["lora"]["peak"] == peak
     assert results.notes(fits)[-1].startswith(
         "lora-ext finetune --batch-size 12 --accumulation-steps 3 --max-length 64 "
     )
 
 
-def test_the_options_for_a_language_model_name_its_task(gpt2_directory, capsys):
-    common = ["plan", "--json", "--model", gpt2_directory, "--seq-len", "16", "--gpu-memory", "1GB", "--reserve", "0"]
+@pytest.mark.parametrize("method", ["lora", "full", "bitfit", "adapter-h"])
+def test_the_options_for_a_language_model_start_the_planned_run(method, gpt2_directory, tmp_path, capsys, monkeypatch):
+    common = ["plan", "--json", "--model", gpt2_directory, "--seq-len", "16", "--method", method]
     assert main(common) == 0
-    options = json.loads(capsys.readouterr().out)["finetune_options"]
-    parser = argparse.ArgumentParser()
-    finetune_command.add_parser(parser.add_subparsers())
-    assert parser.parse_args(["finetune", *options, "--out", "x"]).task == "causal-lm"
+    options, started = json.loads(capsys.readouterr().out)["finetune_options"], []
+    monkeypatch.setattr("lora_ext.tasks.causal_lm.run.finetune", lambda settings, *_, **__: started.append(settings))
+    assert main(["finetune", *options, "--out", str(tmp_path / "out")]) == 0
+    sizes = {"model": gpt2_directory, "batch_size": 16, "max_length": 16}
+    assert started == [CausalSettings(method=method, **sizes)]
     assert main([*common, "--task", "classification"]) == 0
     assert "--task" not in json.loads(capsys.readouterr().out)["finetune_options"]
-    assert main([*common, "--method", "prefix-embed"]) == 0
-    assert json.loads(capsys.readouterr().out)["finetune_options"] is None  # not for language models
+
+
+def test_the_options_name_the_model_where_there_is_one(gpt2_directory, bert_directory, capsys):
+    def options(model: str, *more: str) -> list[str] | None:
+        assert main(["plan", "--json", "--model", model, "--seq-len", "16", *more]) == 0
+        return json.loads(capsys.readouterr().out)["finetune_options"]
+
+    assert options(gpt2_directory, "--method", "prefix-embed") is None  # not for language models
+    assert "--model PATH_OR_ID" in shlex.join(options("llama3-8b"))  # a config, and no model
+    # finetune's other defaults with --quantize are those of the plan: rank 8 on all linear layers alone
+    first = ["--batch-size", "16", "--accumulation-steps", "1", "--max-length", "16", "--dtype", "bfloat16"]
+    first += ["--gradient-checkpointing", "no", "--model", bert_directory]
+    assert options(bert_directory, "--dtype", "nf4") == [*first, "--quantize", "nf4"]
+    settings = Settings(model=bert_directory, max_length=16)  # rank 4, embeddings
+    named = plan(PlanSettings(settings, dtype="nf4"))["finetune_options"]
+    assert planned_by_finetune(tuple(named))["runs"] == plan(PlanSettings(settings, dtype="nf4"))["runs"]
 
 
 def test_the_command_takes_finetunes_options(bert_directory, capsys):
@@ -314,7 +332,7 @@ def test_the_command_takes_finetunes_options(bert_directory, capsys):
         peaks[tuple(options)] = result["runs"]["lora"]["peak"]
     plain, one, other = peaks.values()
     assert plain > one == other
-    assert result["finetune_options"][-2:] == ["--gradient-checkpointing", "reentrant"]
+    assert "--gradient-checkpointing reentrant" in shlex.join(result["finetune_options"])
     assert main([*common, "--optimizer", "adamw-master"]) == 0
     assert json.loads(capsys.readouterr().out)["finetune_options"] is None  # not among the Trainer's optimizers
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import extra_arguments
@@ -72,13 +73,16 @@ def only_causal() -> list[str]:
     return [field.name for field in fields(CausalSettings) if field.name not in known]
 
 
+def option_list(options: Mapping[str, Any]) -> list[str]:
+    """Returns the ``options`` of a run that differ from its method's defaults, as the command line has them."""
+    defaults = asdict(CausalSettings(method=options["method"])) | {"method": Settings.method}
+    changed = {name: value for name, value in options.items() if value is not None and value != defaults[name]}
+    parts = [part for item in extra_arguments.items(changed.pop("set", "")) for part in ("--set", item)]
+    for name, value in changed.items():
+        parts += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return ["--task", TASK, *parts]
+
+
 def command_line(settings: CausalSettings, out: Path) -> list[str]:
-    """Returns the command that repeats a run: the options that differ from the defaults."""
-    defaults = asdict(CausalSettings(method=settings.method)) | {"method": Settings.method}
-    parts = ["--task", TASK]
-    options = asdict(settings)
-    parts += [part for item in extra_arguments.items(options.pop("set")) for part in ("--set", item)]
-    for name, value in options.items():
-        if value is not None and value != defaults[name]:
-            parts += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return ["lora-ext", "finetune", *parts, "--out", str(out)]
+    """Returns the command that repeats a run."""
+    return ["lora-ext", "finetune", *option_list(asdict(settings)), "--out", str(out)]

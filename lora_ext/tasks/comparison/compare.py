@@ -19,9 +19,10 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.costs import measure_costs
 from lora_ext.tasks.comparison.launch import Launch, check_no_jobs
 from lora_ext.tasks.comparison.many_runs import Run, run_all
-from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels
+from lora_ext.tasks.comparison.method_spec import MethodSpec, check_labels, check_options
 from lora_ext.tasks.comparison.pools import Pool, pool_of
 from lora_ext.tasks.comparison.spread import (
+    UNKNOWN_SPREAD,
     deviation_over,
     lines_of,
     named_rows,
@@ -90,6 +91,8 @@ def compare(
         check_no_jobs(out)
     specs = [MethodSpec.parse(text) for text in dict.fromkeys(methods)]
     check_labels([(spec, spec.settings(options, seeds[0])) for spec in specs])
+    if not resume:  # which may leave out the method that an option was for
+        check_options(specs, options)
     launch = launch or Launch()
     launch.check(out)
     settings = {spec.label: spec.settings(options, seeds[0]) for spec in specs}
@@ -307,6 +310,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         reasons = "\n".join(f"- `{method['label']}`: {method['reason']}" for method in result["left_out"])
         left_out = f"\nLeft out, because they do not suit the checkpoint:\n\n{reasons}\n"
     marked = "bold: ahead of every other by more" if result["best"] else "no method is ahead of every other by more"
+    if len(result["seeds"]) == 1:
+        marked = UNKNOWN_SPREAD
     return f"""# Methods compared
 
 {table(heading, rows)}

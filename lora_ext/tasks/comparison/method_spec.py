@@ -6,12 +6,13 @@ import itertools
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lora_ext.methods import METHODS
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import extra_arguments
+from lora_ext.tasks.finetune.defaults import USUAL
 from lora_ext.tasks.finetune.settings import OPTION_TYPES, OWNERS, Settings, has_option
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
@@ -106,6 +107,16 @@ def check_labels(settings: Sequence[tuple[MethodSpec, Settings]]) -> None:
             raise TaskError(
                 f"{both} are the same runs under two names; give one of them, or remove one with --without "
                 f"{first.label}"
+            )
+
+
+def check_options(specs: Sequence[MethodSpec], options: Mapping[str, Any]) -> None:
+    """Refuses an option for all runs that none of the methods takes. TaskError: the message names it."""
+    defaults = {field.name: (field.default, USUAL.get(field.name)) for field in fields(Settings)}
+    for name, value in options.items():
+        if value not in defaults[name] and not any(has_option(spec.method, name) for spec in specs):
+            raise TaskError(
+                f"--{name.replace('_', '-')} goes with {', '.join(OWNERS[name])}, and none of these is in --methods"
             )
 
 

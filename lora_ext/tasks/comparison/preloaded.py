@@ -10,6 +10,7 @@ import contextlib
 import gc
 
 from lora_ext.tasks.comparison import costs  # noqa: F401
+from lora_ext.tasks.comparison.processes import forget_interrupts
 from lora_ext.tasks.finetune import run  # noqa: F401
 
 with contextlib.suppress(ImportError):  # the run names what to install
@@ -17,3 +18,4 @@ with contextlib.suppress(ImportError):  # the run names what to install
     from matplotlib.backends import backend_agg  # noqa: F401
 
 gc.freeze()
+forget_interrupts()

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -63,7 +64,7 @@ def in_process(
     process = context.Process(target=_child, args=(theirs, log, threads or torch.get_num_threads(), function, args))
     _PROCESSES.add(process)
     with _STARTING, _variable(DEVICES, device):
-        process.start()
+        _start(process)
     theirs.close()
     if ending is not None and ending.is_set():
         _interrupt(process)
@@ -140,6 +141,33 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
+def _start(process: multiprocessing.process.BaseProcess) -> None:
+    """Starts the process. Ctrl-C does not reach it, or the server that forks it, while they import.
+
+    Otherwise they would print where it met them. They begin with SIGINT blocked, as it is in this thread; the server
+    then calls :func:`forget_interrupts`.
+    """
+    resource_tracker.ensure_running()  # as the calls below do, and unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        if process._start_method == "forkserver":
+            forkserver.ensure_running()  # does not wait for the imports, as start does
+        else:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if process._start_method == "forkserver":
+        process.start()
+
+
+def forget_interrupts() -> None:
+    """Unblocks SIGINT if it is blocked, and forgets those that came meanwhile."""
+    if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+
+
 @contextmanager
 def _variable(name: str, value: str | None) -> Iterator[None]:
     """Sets a variable of the environment, unless ``value`` is None."""
@@ -160,9 +188,12 @@ def _variable(name: str, value: str | None) -> Iterator[None]:
 
 def _child(connection: Any, log: Path, num_threads: int, function: Callable[..., Any], args: tuple) -> None:
     os.setpgid(0, 0)  # otherwise a terminal's Ctrl-C arrives twice, also from the parent, and the second stops at once
-    torch.set_num_threads(num_threads)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a pending one raises here
+        torch.set_num_threads(num_threads)
         connection.send(outcome_of(function, args, log, lambda part: connection.send(("progress", part))))
+    except KeyboardInterrupt:
+        connection.send(("interrupted", None))
     finally:
         connection.close()
 

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+UNKNOWN_SPREAD = "with one seed the spread is unknown, so none is marked"
+
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Returns ``values``, their ``mean`` and sample standard deviation ``sd`` (None for a single value)."""

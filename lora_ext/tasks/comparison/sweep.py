@@ -14,7 +14,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.launch import Launch, check_no_jobs
 from lora_ext.tasks.comparison.many_runs import Run, run_all
 from lora_ext.tasks.comparison.method_spec import MethodSpec
-from lora_ext.tasks.comparison.spread import deviation_over, over_seeds, percent, summary, winner
+from lora_ext.tasks.comparison.spread import UNKNOWN_SPREAD, deviation_over, over_seeds, percent, summary, winner
 from lora_ext.tasks.comparison.trimmed_base import OUTPUTS, TrimmedBase, of_base, trimmed_base
 from lora_ext.tasks.finetune.data import fingerprint
 from lora_ext.tasks.finetune.settings import INPUTS, SWEEP_FILE, command_line
@@ -175,11 +175,16 @@ def markdown(result: Mapping[str, Any]) -> str:
         text = percent(cell["accuracy"])
         text = f"**{text}**" if cell["target_modules"] == result["best_within_budget"] else text
         by_weights.append([f"`{cell['target_modules']}`", str(cell["r"]), f"{cell['parameters']:,}", text])
+    marked = """Bold: ahead of every other value in the row (in the second table: in the column) by more than the
+spread, the square root of the sum of both variances. Where nothing is bold, the seeds differ by as much as the
+settings."""
+    if len(result["seeds"]) == 1:
+        marked = f"{UNKNOWN_SPREAD.capitalize()}."
     return f"""# LoRA by rank and by weights
 
-{deviation_over(result["seeds"])}: test accuracy in percent, on {result["examples"]["test"]:,} texts. Bold:
-ahead of every other value in the row (in the second table: in the column) by more than the spread, the square root of
-the sum of both variances. Where nothing is bold, the seeds differ by as much as the settings.
+{deviation_over(result["seeds"])}: test accuracy in percent, on {result["examples"]["test"]:,} texts.
+
+{marked}
 
 ## Ranks
 

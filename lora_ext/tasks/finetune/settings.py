@@ -152,9 +152,13 @@ class Settings:
 
     def with_method(self, method: str) -> Settings:
         """Returns these settings for another method, with its defaults in place of this method's."""
+        kept = {name: value for name, value in self.given().items() if has_option(method, name)}
+        return Settings(**kept | {"method": method})
+
+    def given(self) -> dict[str, Any]:
+        """Returns the settings that differ from the method's defaults."""
         defaults = _defaults_with(asdict(self))
-        given = {name: value for name, value in asdict(self).items() if value != defaults[name]}
-        return Settings(**{name: v for name, v in given.items() if has_option(method, name)} | {"method": method})
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
     @property
     def texts_per_step(self) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from lora_ext import load_adapter
 from lora_ext.adapters import adapter_names, add_weighted_adapter, disable_adapters, merge, set_adapter, unmerge
 from lora_ext.files import read_json_object
+from lora_ext.files.method_note import METHOD_FILE, read_method_note
 from lora_ext.tasks import TaskError
 
 BASE = "base"  # the model without an adapter
@@ -50,11 +51,11 @@ def named_adapters(texts: Sequence[str]) -> list[NamedAdapter]:
 
 def _check(directory: Path) -> None:
     try:
-        config = read_json_object(directory / _CONFIG, "", 10_000_000)
+        config, note = read_json_object(directory / _CONFIG, "", 10_000_000), read_method_note(directory)
     except OSError as error:
         there = f"holds no {_CONFIG}" if directory.is_dir() else "is not a directory"
         such = "".join(f", such as {path.parent}" for path in sorted(directory.glob(f"*/{_CONFIG}"))[:1])
-        if (directory / "method.json").is_file():
+        if (directory / METHOD_FILE).is_file():
             such = ": other methods' generate by lora_ext.methods.load_method and model.generate"
         raise TaskError(
             f"--adapter {directory} {there}; want the directory of an adapter in PEFT's format{such}"
@@ -63,6 +64,11 @@ def _check(directory: Path) -> None:
         raise TaskError(f"--adapter: {error}") from error
     if config.get("task_type") == "SEQ_CLS":
         raise TaskError(f"--adapter {directory} is a classifier's (task_type SEQ_CLS), which generates no text")
+    if note.has_other_parts:
+        raise TaskError(
+            f"--adapter {directory} holds the low-rank part of {note.name}, and the rest would not answer; load it by "
+            "lora_ext.methods.load_method, and call model.generate"
+        )
 
 
 def _name_of(directory: Path, taken: set[str]) -> str:

@@ -10,9 +10,10 @@ from dataclasses import asdict
 
 from lora_ext.planner import WEIGHT_DTYPES, Setup
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.causal_lm.settings import TASK, CausalSettings
+from lora_ext.tasks.causal_lm.settings import CausalSettings
+from lora_ext.tasks.causal_lm.settings import option_list as causal_options
 from lora_ext.tasks.finetune import extra_arguments
-from lora_ext.tasks.finetune.settings import DTYPES, OPTION_TYPES, Settings, option_list
+from lora_ext.tasks.finetune.settings import DTYPES, Settings, option_list
 
 MOST_TEXTS_PER_STEP = 32
 """Texts in a step beyond which LoRA lags behind full fine-tuning, in the reading of TRL's guide to that article."""
@@ -23,7 +24,7 @@ _OPTIMIZERS = {
     "adafactor": "optim=adafactor",
     "sgd": "optim=sgd",
 }
-_SHOWN = ("batch_size", "accumulation_steps", "max_length", "dtype", "gradient_checkpointing", "quantize")
+_SHOWN = ("batch_size", "accumulation_steps", "max_length", "dtype", "gradient_checkpointing")
 
 
 def finetune_options(
@@ -31,9 +32,10 @@ def finetune_options(
 ) -> list[str] | None:
     """Returns the options of finetune that train with ``setup``; None if finetune cannot.
 
-    Options that set the memory are always among them, others if they differ from their defaults. The model is not.
+    Options that set the memory are always among them, others if they differ from their defaults.
 
     Args:
+        settings: with the model, unless it is the demo's.
         texts_per_step: texts of an optimizer step, which smaller batches are accumulated to.
         is_classifier: False: a language model's, which not all methods are for.
     """
@@ -41,7 +43,7 @@ def finetune_options(
         return None
     quantized = WEIGHT_DTYPES[setup.dtype].linear_bytes is not None
     dtype = WEIGHT_DTYPES[setup.dtype].compute_name
-    if dtype not in DTYPES or (quantized and "quantize" not in OPTION_TYPES):
+    if dtype not in DTYPES:
         return None
     kind = settings.gradient_checkpointing if settings.gradient_checkpointing != "no" else "non-reentrant"
     changed = {
@@ -50,15 +52,19 @@ def finetune_options(
         "max_length": setup.seq_len,
         "dtype": dtype,
         "gradient_checkpointing": kind if setup.gradient_checkpointing else "no",
+        "quantize": setup.dtype if quantized else None,
         "set": extra_arguments.merged(settings.set, *extra_arguments.items(_OPTIMIZERS[setup.optimizer])),
-    } | ({"quantize": setup.dtype} if quantized else {})
+    }
     try:
-        options = asdict((Settings if is_classifier else CausalSettings)(**{**asdict(settings), **changed}))
+        if is_classifier:
+            options = asdict(Settings(**{**asdict(settings), **changed}))
+        else:  # the rest has other defaults
+            options = asdict(CausalSettings(**{**settings.given(), **changed, "method": settings.method}))
     except TaskError:
         return None
-    shown = [part for name in _SHOWN if name in changed for part in (f"--{name.replace('_', '-')}", str(changed[name]))]
-    others = {name: options[name] for name in asdict(settings) if name not in (*_SHOWN, "model")}
-    return [*shown, *option_list(others), *([] if is_classifier else ["--task", TASK])]
+    shown = [part for name in _SHOWN for part in (f"--{name.replace('_', '-')}", str(changed[name]))]
+    others = {name: value for name, value in options.items() if name not in _SHOWN}
+    return [*shown, *(option_list if is_classifier else causal_options)(others)]
 
 
 def warnings(

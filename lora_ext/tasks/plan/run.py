@@ -28,7 +28,7 @@ from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_model import method_for, most_tokens
 from lora_ext.tasks.plan import results
 from lora_ext.tasks.plan.advice import finetune_options, warnings
-from lora_ext.tasks.plan.models import TASKS, ConfigSource, read_config, task_of
+from lora_ext.tasks.plan.models import BUILT_IN, TASKS, ConfigSource, read_config, task_of
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.run_directory import alone_in_out, check_out, prepare_out
 from lora_ext.tasks.shared.whole_files import write_json, write_whole
@@ -129,7 +129,7 @@ def plan(
     """
     transformers.logging.set_verbosity_error()
     if out is not None:
-        check_out(out, False, overwrite, marker=PLAN_FILE, key="runs", what="a plan")
+        check_out(out, None, overwrite, marker=PLAN_FILE, key="runs", what="a plan")
     config, setup = read_config(settings.finetune.model), settings.setup
     if settings.num_labels is not None:
         if (settings.task or task_of(config)) != "classification":
@@ -211,7 +211,10 @@ def _memory(memory: Memory) -> dict[str, Any]:
 
 
 def _options(settings: PlanSettings, task: str, setup: Setup) -> list[str] | None:
-    return finetune_options(settings.finetune, setup, settings.texts_per_step, task == "classification")
+    finetune = settings.finetune
+    if finetune.model in BUILT_IN:  # which only has a config
+        finetune = replace(finetune, model="PATH_OR_ID")
+    return finetune_options(finetune, setup, settings.texts_per_step, task == "classification")
 
 
 def _capacity(settings: PlanSettings, task: str, planner: Planner, runs: Mapping[str, Any]) -> dict[str, Any] | None:

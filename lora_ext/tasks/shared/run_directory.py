@@ -64,7 +64,7 @@ def _is_taken(directory: Path) -> TaskError:
 
 def check_out(
     out: Path,
-    resume: bool,
+    resume: bool | None,
     overwrite: bool,
     *,
     marker: str,
@@ -76,6 +76,7 @@ def check_out(
     """Refuses to mix a run with other files, or to replace a run without being asked.
 
     Args:
+        resume: None: the command has no --resume.
         marker: name of the file that every run of this kind has in its directory.
         key: in that file, if others may have a file of its name: their directories are not replaced.
         what: the kind of run, with its article.
@@ -98,7 +99,8 @@ def check_out(
     if not _is_marked(out / marker, key):
         raise TaskError(f"--out {out} holds files that do not belong to {what}; choose another directory")
     if not overwrite:
-        raise TaskError(f"--out {out} holds a run already; --resume continues it, --overwrite replaces it")
+        continues = "" if resume is None else "--resume continues it, "
+        raise TaskError(f"--out {out} holds a run already; {continues}--overwrite replaces it")
     removed = [path.resolve() for pattern in outputs for path in out.glob(pattern)]
     for running in [path for old in removed for path in old.rglob(RUNNING)]:
         _check_is_free(running.parent)

@@ -1,0 +1,43 @@
+"""What ``method.json``, the file of :mod:`lora_ext.methods`, tells of the adapter next to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_ext.files.untrusted_json import read_json_object
+
+METHOD_FILE = "method.json"
+"""Without an adapter's config next to it, it is of a method that has no low-rank adapter."""
+
+_LARGEST = 1 << 20  # bytes
+
+
+class MethodNote(NamedTuple):
+    """A method that saved an adapter.
+
+    Attributes:
+        name: the names of its parts, joined by +; "" if there is no such file.
+        pooling: of the model that was trained; None: its class's.
+    """
+
+    name: str
+    pooling: str | None
+
+    @property
+    def has_other_parts(self) -> bool:
+        """Whether the method has parts that are not in the adapter's files."""
+        return self.name not in ("", "lora")
+
+
+def read_method_note(directory: Path) -> MethodNote:
+    """Reads the file in ``directory``. ValueError: it is damaged. OSError: it cannot be read."""
+    path = directory / METHOD_FILE
+    try:
+        content = read_json_object(path, "", _LARGEST)
+    except FileNotFoundError:
+        return MethodNote("", None)
+    try:
+        return MethodNote("+".join(part["name"] for part in content["methods"]), content.get("pooling"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: it names no methods") from error
