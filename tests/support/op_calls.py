@@ -9,6 +9,7 @@ from support.layers import random_siblings
 from support.merging import hard_weight, update_factors
 from torch import Tensor
 
+from lora_ext._load import op_named
 from lora_ext.merging.weights import merge_all_, pack_factors
 
 ops = torch.ops.lora_ext
@@ -20,10 +21,6 @@ HERE = torch.get_default_device()
 HAVE_KERNELS = [
     name for name in OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{name}", HERE.type.upper())
 ]
-
-
-def op_named(name: str) -> torch._ops.OpOverload:
-    return getattr(ops, name).default
 
 
 def good_call(name: str) -> dict[str, object]:
