@@ -242,13 +242,11 @@ def why_output_unusable(module: nn.Module) -> str | None:
     """
     if type(module).forward is _LINEAR_FORWARD or is_conv1d(module) or not runs_alone(module):
         return None
-    parameters = dict(module.named_parameters())
-    if not all(type(parameter) in _DENSE for parameter in parameters.values()):
+    if not all(type(parameter) in _DENSE for parameter in module.parameters()):
         return None
-    empty = {name: torch.empty_like(parameter, device="meta") for name, parameter in parameters.items()}
     x = torch.empty(1, _ROWS, module.in_features, dtype=module.weight.dtype, device="meta")
     try:
-        y = torch.func.functional_call(module, empty, (x,))
+        y = tried_on_meta(module, x)
     except Exception:  # any error: nothing is known
         return None
     want = [1, _ROWS, int(module.out_features)]
@@ -259,6 +257,15 @@ def why_output_unusable(module: nn.Module) -> str | None:
         f"its forward returns {what} for an input {list(x.shape)}, want a tensor {want}; name its weight in "
         "target_parameters instead"
     )
+
+
+def tried_on_meta(module: nn.Module, x: Tensor) -> Any:
+    """Returns what ``module`` returns for ``x`` on the meta device. What the forward keeps is kept by a copy."""
+    twin = copy.copy(module)
+    vars(twin).update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    return torch.func.functional_call(twin, empty, (x,))
 
 
 # --- accelerate -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lora_ext.nn.base_layer import (
     module_of_kind,
     own_copy,
     runs_alone,
+    tried_on_meta,
     why_not_merge,
     why_weight_unusable,
 )
@@ -202,15 +203,15 @@ def _why_size_differs(base: nn.Module) -> str | None:
     kind = _kind(base)
     if has_forward_of(base, kind, "_conv_forward") or not runs_alone(base):
         return None
-    empty = {name: torch.empty_like(parameter, device="meta") for name, parameter in base.named_parameters()}
+    weight = torch.empty_like(base.weight, device="meta")
     for more in range(2):  # a padding may depend on the size
         sizes = [8 * d * (k - 1) + 33 + more for d, k in zip(base.dilation, base.kernel_size, strict=True)]
         x = torch.empty(1, base.in_channels, *sizes, dtype=base.weight.dtype, device="meta")
         try:
-            y = torch.func.functional_call(base, empty, (x,))
+            y = tried_on_meta(base, x)
         except Exception:  # any error: nothing is known
             return None
-        want = list(_conv_of(base, x, empty["weight"], base.groups).shape)
+        want = list(_conv_of(base, x, weight, base.groups).shape)
         if not isinstance(y, Tensor) or list(y.shape) != want:
             what = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
             return (

@@ -73,3 +73,41 @@ def test_a_forward_that_cannot_be_tried_is_adapted():
     x = torch.randn(2, 3, 4)
     base, layer = model[0].base_layer, model[0]
     torch.testing.assert_close(model(x), base(x) + x @ layer.delta_weight().T)
+
+
+class Counting(nn.Linear):
+    """Keeps its last output, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 6)
+        self.last = None
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = super().forward(x)
+        self.mean = self.last.mean((0, 1))
+        return self.last
+
+
+class CountingConv(nn.Conv1d):
+    def __init__(self) -> None:
+        super().__init__(4, 6, 3)
+        self.last = None
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = super().forward(x)
+        self.mean = self.last.mean((0, 2))
+        return self.last
+
+
+@pytest.mark.parametrize("make", [Counting, CountingConv])
+def test_trying_a_forward_leaves_no_trace(make):
+    layer = make()
+    model = inject(nn.Sequential(layer), LoraConfig(target_modules=["0"], **ALIVE))
+    assert model[0].base_layer is layer
+    assert layer.last is None and layer.calls == 0 and not layer.mean.is_meta and not layer.weight.is_meta

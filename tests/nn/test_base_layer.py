@@ -357,6 +357,12 @@ class Padded(nn.Conv2d):
         return super()._conv_forward(F.pad(x, (1, 1)), weight, bias)
 
 
+class PaddedIfSmall(Padded):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert x.shape[-1] < 10  # cannot be tried before
+        return super()._conv_forward(x, weight, bias)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_convolution_with_a_forward_of_its_own(channels_last):
     base, x = Standardized(3, 4, 3, padding=1), torch.randn(2, 3, 5, 5)
@@ -369,7 +375,9 @@ def test_a_convolution_with_a_forward_of_its_own(channels_last):
 
 
 def test_a_convolution_whose_output_has_another_size():
-    model = adapted(Padded(3, 4, 3))
+    with pytest.raises(TypeError, match=r"layer \(Padded\): its forward returns \[1, 4, 47, 49\] for an input"):
+        adapted(Padded(3, 4, 3))
+    model = adapted(PaddedIfSmall(3, 4, 3))
     with pytest.raises(
         ValueError, match=r"LoraConv: base_layer returned \[2, 4, 3, 5\], but .* size \[3, 3\]; exclude"
     ):

@@ -236,14 +236,6 @@ def test_a_hook_on_the_base_layer_runs_and_its_output_is_not_overwritten():
     assert not torch.equal(model.conv(x), bare) and torch.equal(seen[1], bare)
 
 
-class Standardized(nn.Conv2d):
-    """Normalises its weight in every call, as in BiT."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = F.layer_norm(self.weight, self.weight.shape[1:])
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
-
-
 class Same(nn.Conv2d):
     """Pads its input itself, as timm's Conv2dSame; with a stride of 2, only sizes that are even are padded."""
 
@@ -254,16 +246,6 @@ class Same(nn.Conv2d):
 class WithCache(nn.Conv2d):
     def forward(self, x: Tensor, cache: Tensor | None = None) -> tuple[Tensor, None]:
         return super().forward(x), None
-
-
-def test_a_transformed_weight():
-    model, x = ConvNet("2d").double(), input_for("2d")
-    model.conv = Standardized(model.conv.in_channels, 8, 3, padding=1).double()
-    base = copy.deepcopy(model.conv)
-    inject(model, LoraConfig(target_modules=["conv"], **ALIVE))
-    torch.testing.assert_close(model.conv(x), base(x) + F.conv2d(x, model.conv.delta_weight(), padding=1))
-    with refused(model, ValueError, "the forward of Standardized is not Conv2d's"):
-        merge(model)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
