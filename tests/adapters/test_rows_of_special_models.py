@@ -16,8 +16,10 @@ from architectures.table import (
     LED,
     LLAVA,
     NLLB_EXPERTS,
+    OPT,
     SWIN,
     SWITCH,
+    VISION,
     W2V_BERT,
     WHISPER,
     XLNET,
@@ -220,3 +222,25 @@ def test_whisper_leaves_rows_out_that_are_done(how, more):
     for i, name in enumerate("ab"):
         alone = use(model, name).generate(inputs[..., :20], **options)
         assert torch.equal(together[i, : alone.shape[1]], alone[i, : together.shape[1]])
+
+
+@pytest.mark.parametrize("how", ["names", "context"])
+def test_a_generate_that_calls_a_part_of_the_model(how):
+    sizes = dict(vision_config=VISION, qformer_config=dict(**ENCODER, encoder_hidden_size=16), num_query_tokens=3)
+    sizes |= dict(text_config=dict(**OPT, model_type="opt"), image_token_id=IMAGE_TOKEN)
+    model = model_of("Blip2ForConditionalGeneration", **sizes)
+    nn.init.normal_(model.query_tokens)
+    with_adapters(model, ["q_proj", "query"], same=True)
+    ids = torch.cat([torch.full((3, 3), IMAGE_TOKEN), torch.randint(3, 60, (3, 4))], dim=1)
+    inputs = {"pixel_values": torch.randn(3, 3, 32, 32), "input_ids": ids, "num_beams": 3, "num_return_sequences": 2}
+    inputs |= {"max_new_tokens": 4, "eos_token_id": -1, "pad_token_id": 0}
+    names = ["a", "b", "a"]
+    if how == "names":
+        together = model.generate(**inputs, adapter_names=names)
+    else:
+        with choose_adapters(model, names):
+            together = model.generate(**inputs)
+    for name in "ab":
+        alone = use(model, name).generate(**inputs)
+        for i in (i for i, chosen in enumerate(names) if chosen == name):
+            assert torch.equal(together[2 * i : 2 * i + 2], alone[2 * i : 2 * i + 2])
