@@ -244,3 +244,22 @@ def test_a_generate_that_calls_a_part_of_the_model(how):
         alone = use(model, name).generate(**inputs)
         for i in (i for i, chosen in enumerate(names) if chosen == name):
             assert torch.equal(together[2 * i : 2 * i + 2], alone[2 * i : 2 * i + 2])
+
+
+class Repeats(nn.Module):
+    """Has a ``generate`` of its own, without a config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(self(x))
+
+
+def test_a_generate_that_is_not_of_transformers():
+    model, x = with_adapters(Repeats(), ["layer"], same=True), torch.randn(5, 4)
+    assert_rows_equal(model, lambda **names: model.generate(x, **names).detach(), NAMES)

@@ -53,7 +53,7 @@ class GenerateByRows(ReplacedMethod):
 
         ValueError: images are not spread over them, or some may drop out.
         """
-        config = values.get("generation_config") or self.model.generation_config
+        config = values.get("generation_config") or getattr(self.model, "generation_config", None)
         counts = [values.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
         # Where generate calls a part of the model (BLIP-2), no call of the model counts the sequences.
         choice.multiples |= {max(count if isinstance(count, int) else 1 for count in counts)}
