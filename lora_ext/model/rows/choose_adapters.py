@@ -99,4 +99,5 @@ def choice_of(
     rest = () if lengths is None else (lengths,)
     choice = (PackedChoice if rest else RowChoice)(adapters.active, names, *rest)
     choice.pool, choice.pool_names = adapters.pool, pooled
+    choice.is_uniform = lengths is None and len(set(choice.rows)) == 1
     return choice
