@@ -80,6 +80,12 @@ def test_experts_that_are_modules(name, sizes, target):
     torch.testing.assert_close(use(model, "b")(ids, **inputs).logits, expected)
 
 
+def test_experts_of_packed_rows():
+    model, x = with_adapters(Mixture(), ["0", "1"], same=True), torch.randn(1, 4, 6)
+    with refused(model, ValueError, "'a' cannot be chosen by a row: 'experts.0' is in one of several experts"):
+        model(x, adapter_names=["a", "a"], adapter_lengths=[2, 2])
+
+
 class Mixture(nn.Module):
     """Each half of the rows has an expert."""
 
