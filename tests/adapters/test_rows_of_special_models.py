@@ -16,8 +16,10 @@ from architectures.table import (
     LED,
     LLAVA,
     NLLB_EXPERTS,
+    OPT,
     SWIN,
     SWITCH,
+    VISION,
     W2V_BERT,
     WHISPER,
     XLNET,
@@ -76,6 +78,12 @@ def test_experts_that_are_modules(name, sizes, target):
     expected = use(model, "a")(ids, decoder_input_ids=ids).logits
     inputs = {"decoder_input_ids": ids, "adapter_names": ["a", "a"]}
     torch.testing.assert_close(use(model, "b")(ids, **inputs).logits, expected)
+
+
+def test_experts_of_packed_rows():
+    model, x = with_adapters(Mixture(), ["0", "1"], same=True), torch.randn(1, 4, 6)
+    with refused(model, ValueError, "'a' cannot be chosen by a row: 'experts.0' is in one of several experts"):
+        model(x, adapter_names=["a", "a"], adapter_lengths=[2, 2])
 
 
 class Mixture(nn.Module):
@@ -220,3 +228,44 @@ def test_whisper_leaves_rows_out_that_are_done(how, more):
     for i, name in enumerate("ab"):
         alone = use(model, name).generate(inputs[..., :20], **options)
         assert torch.equal(together[i, : alone.shape[1]], alone[i, : together.shape[1]])
+
+
+@pytest.mark.parametrize("how", ["names", "context"])
+def test_a_generate_that_calls_a_part_of_the_model(how):
+    sizes = dict(vision_config=VISION, qformer_config=dict(**ENCODER, encoder_hidden_size=16), num_query_tokens=3)
+    sizes |= dict(text_config=dict(**OPT, model_type="opt"), image_token_id=IMAGE_TOKEN)
+    model = model_of("Blip2ForConditionalGeneration", **sizes)
+    nn.init.normal_(model.query_tokens)
+    with_adapters(model, ["q_proj", "query"], same=True)
+    ids = torch.cat([torch.full((3, 3), IMAGE_TOKEN), torch.randint(3, 60, (3, 4))], dim=1)
+    inputs = {"pixel_values": torch.randn(3, 3, 32, 32), "input_ids": ids, "num_beams": 3, "num_return_sequences": 2}
+    inputs |= {"max_new_tokens": 4, "eos_token_id": -1, "pad_token_id": 0}
+    names = ["a", "b", "a"]
+    if how == "names":
+        together = model.generate(**inputs, adapter_names=names)
+    else:
+        with choose_adapters(model, names):
+            together = model.generate(**inputs)
+    for name in "ab":
+        alone = use(model, name).generate(**inputs)
+        for i in (i for i, chosen in enumerate(names) if chosen == name):
+            assert torch.equal(together[2 * i : 2 * i + 2], alone[2 * i : 2 * i + 2])
+
+
+class Repeats(nn.Module):
+    """Has a ``generate`` of its own, without a config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(self(x))
+
+
+def test_a_generate_that_is_not_of_transformers():
+    model, x = with_adapters(Repeats(), ["layer"], same=True), torch.randn(5, 4)
+    assert_rows_equal(model, lambda **names: model.generate(x, **names).detach(), NAMES)

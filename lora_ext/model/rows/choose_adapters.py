@@ -79,7 +79,8 @@ def choice_of(
         raise ValueError(f"{caller}: {what}: {obstacles.to_all}")
     for name in used:
         key = None if name in pooled else name
-        is_alone = len(set(names)) == 1 and name not in adapters.active.invocations  # aLoRA has tokens of no adapter
+        # An aLoRA has tokens of no adapter, and so has padding of packed rows.
+        is_alone = lengths is None and len(set(names)) == 1 and name not in adapters.active.invocations
         if reason := obstacles.to_one.get(key) or (None if is_alone else obstacles.to_several.get(key)):
             raise ValueError(f"{caller}: adapter_names: {name!r} cannot be chosen by a row: {reason}")
         if lengths is not None and (reason := obstacles.to_tokens.get(key)):
@@ -99,4 +100,5 @@ def choice_of(
     rest = () if lengths is None else (lengths,)
     choice = (PackedChoice if rest else RowChoice)(adapters.active, names, *rest)
     choice.pool, choice.pool_names = adapters.pool, pooled
+    choice.is_uniform = lengths is None and len(set(choice.rows)) == 1
     return choice

@@ -35,11 +35,11 @@ class GenerateByRows(ReplacedMethod):
             )
         values, caller = values_of(args, kwargs), self.caller
         if names is None and outer is not None:
-            self._check_rows(outer, values)
+            self._prepare(outer, values)
         if names is None and not (active.invoked if outer is None else is_invoked(outer)):
             return self.original(*args, **rest)
         choice = choice_of_call(self.model, self.adapters, values, None, outer, caller)
-        self._check_rows(choice, values)
+        self._prepare(choice, values)
         if outer is not None and names is None:  # a name may be for several prompts, with other places
             choice = choice.repeated(multiples(caller, self.model, choice, values)[0])
         with choosing(choice):
@@ -48,12 +48,18 @@ class GenerateByRows(ReplacedMethod):
                 choice.prompt = tokens_in_row(values, caller)
             return self.original(*args, **rest)
 
-    def _check_rows(self, choice: RowChoice, values: Mapping[str, Any]) -> None:
-        """Checks that the batch keeps its rows. ValueError: images are not spread over them, or some may drop out."""
+    def _prepare(self, choice: RowChoice, values: Mapping[str, Any]) -> None:
+        """Checks that the batch keeps its rows, and notes how many sequences may belong to one.
+
+        ValueError: images are not spread over them, or some may drop out.
+        """
+        config = values.get("generation_config") or getattr(self.model, "generation_config", None)
+        counts = [values.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
+        # Where generate calls a part of the model (BLIP-2), no call of the model counts the sequences.
+        choice.multiples |= {max(count if isinstance(count, int) else 1 for count in counts)}
         check_media(self.caller, self.model, choice, values)  # generate computes images before it calls the model
         if len(set(choice.rows)) < 2 or not hasattr(self.model, "generate_with_fallback"):  # Whisper's
             return
-        config = values.get("generation_config") or self.model.generation_config
         asked = {name: values.get(name, getattr(config, name, None)) for name in _OF_WHISPER}
         encoder, frames = self.model.get_encoder(), values.get("input_features", values.get(position(1)))
         strides = innermost(encoder.conv1).stride[0] * innermost(encoder.conv2).stride[0]

@@ -27,7 +27,7 @@ class RowChoice:
         active: the shared state of the layers that the choice is for; None: the caller gives it to the layers.
         names: the distinct names, without :data:`BASE`.
         rows: for each row the position of its name in ``names``, or -1.
-        is_uniform: whether all rows have one name, so that a layer may get any number of rows.
+        is_uniform: whether all rows have one name and a layer may get any number of rows, as :meth:`aligned` counts.
         multiples: how many rows of a layer's input may belong to one name. A batch of ``n`` names has ``n`` rows; the
             beams of a search make them ``n * beams``, and models that flatten their tokens ``n * length``.
         pool: gives the names in ``pool_names`` slots for the time of the call; the others are adapters of the layers.
@@ -53,7 +53,6 @@ class RowChoice:
         numbers = {name: i for i, name in enumerate(dict.fromkeys(name for name in names if name != BASE))}
         self.names = tuple(numbers)
         self.rows = [numbers.get(name, -1) for name in names]
-        self.is_uniform = len(set(self.rows)) == 1
         self.multiples = frozenset((1,))
         self.slots: Mapping[str, int] = {}
         self.pool: Any = None
@@ -68,7 +67,7 @@ class RowChoice:
         self.prompt = 0
         self.tokens: ActiveTokens | None = None
         self.invoked: frozenset[str] = frozenset()
-        self.is_of_active = self.is_plain = self.may_lose = False
+        self.is_uniform = self.is_of_active = self.is_plain = self.may_lose = False
         additions, self._removals = ({}, 0) if active is None else (active.additions, active.removals)
         self._additions = {name: additions.get(name) for name in self.names}
         self._groups: dict[tuple, Tensor] = {}
@@ -109,6 +108,7 @@ class RowChoice:
             return self
         choice = RowChoice(self.active, [name for name in self.names_of_rows for _ in range(times)])
         choice.pool, choice.pool_names, choice.is_of_active = self.pool, self.pool_names, self.is_of_active
+        choice.is_uniform = self.is_uniform
         return choice
 
     def aligned(self, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, int]:

@@ -32,7 +32,6 @@ class PackedChoice(RowChoice):
 
     def __init__(self, active: ActiveAdapters | None, names: Sequence[str], lengths: Sequence[int]) -> None:
         super().__init__(active, names)
-        self.is_uniform = False  # the lengths must fit all the same
         self.lengths = list(lengths)
         self.before: list[int] | None = None
         self.shape = 1, sum(lengths)
