@@ -210,7 +210,13 @@ def _sort(
         else:
             saved.append(path)
     if problems:
-        raise ValueError(f"extract: {new.directory} is not {old.directory} with an adapter:{listed(problems)}")
+        hint = ""
+        if any(all(f"{prefix}{key}" in new for key in old) for prefix in _prefixes(old, new)):
+            hint = (
+                "\nIts names have a prefix, as those of a model with a head. Load the base as such a model "
+                "(from_pretrained), save it (save_pretrained), and extract from that base"
+            )
+        raise ValueError(f"extract: {new.directory} is not {old.directory} with an adapter:{listed(problems)}{hint}")
     if not targets:
         what = "no layer to adapt differs" if differing else "no tensor differs"
         raise ValueError(f"extract: {what} between {old.directory} and {new.directory}")
@@ -226,6 +232,12 @@ def _check_named(new: Checkpoint, names: Sequence[str]) -> None:
             f"extract: target_modules {unknown} name no matrix of {new.directory}; its matrices include "
             f"{first_of(map(repr, known), 8)}"
         )
+
+
+def _prefixes(old: Checkpoint, new: Checkpoint) -> set[str]:
+    """What may stand before the base's names in ``new``."""
+    first = next(iter(old), "")
+    return {key.removesuffix(first) for key in new if key.endswith(f".{first}")}
 
 
 def _parents(key: str) -> Iterator[str]:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, parse_again: Callable[..., argparse.Namespace]
             args.out,
             rank=args.r,
             energy=args.energy,
-            target_modules=None if args.target_modules is None else args.target_modules.split(","),
+            target_modules=args.target_modules and [name.strip() for name in args.target_modules.split(",")],
             save_others=not args.no_save_others,
             fan_in_fan_out=args.fan_in_fan_out,
             dtype=args.dtype,

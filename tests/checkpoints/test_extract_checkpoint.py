@@ -12,6 +12,7 @@ from support.checkpoint_files import (
     assert_same_bits,
     merged_by_peft,
     peft_adapter,
+    refused,
     save_checkpoint,
     snapshot,
     tensors_of,
@@ -170,6 +171,15 @@ def test_changes_that_no_adapter_can_express_are_listed(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_the_base_of_a_model_with_a_head_is_explained(tmp_path):
+    model = bert()
+    model.save_pretrained(tmp_path / "classifier")
+    model.bert.save_pretrained(tmp_path / "encoder")
+    words = "only in the base: pooler.dense.weight", "Load the base as such a model"
+    with refused(tmp_path / "out", ValueError, *words):
+        extract(tmp_path / "encoder", tmp_path / "classifier", tmp_path / "out")
+
+
 def test_command(tmp_path, capsys):
     tuned_by_adapter(llama(), tmp_path, target_modules=["q_proj"])
     arguments = ["extract", *(f"--{name}={tmp_path / name}" for name in ("base", "tuned")), f"--out={tmp_path / 'out'}"]
@@ -179,7 +189,7 @@ def test_command(tmp_path, capsys):
     assert "2 layers adapted; 19 tensors do not differ" in output
     assert cli.main(arguments) == 2
     assert "out exists" in capsys.readouterr().err
-    assert cli.main([*arguments, "--overwrite", "--json", "--target-modules", "q_proj"]) == 0
+    assert cli.main([*arguments, "--overwrite", "--json", "--target-modules", "q_proj, v_proj"]) == 0
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 2
     (tmp_path / "out" / "README.md").write_text("mine")
     assert cli.main([*arguments, "--overwrite"]) == 2

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import BertConfig, GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
 from lora_ext.cli import finetune as finetune_command
 from lora_ext.cli import main
@@ -335,6 +335,19 @@ def test_the_command_takes_finetunes_options(bert_directory, capsys):
     assert "--gradient-checkpointing reentrant" in shlex.join(result["finetune_options"])
     assert main([*common, "--optimizer", "adamw-master"]) == 0
     assert json.loads(capsys.readouterr().out)["finetune_options"] is None  # not among the Trainer's optimizers
+
+
+def test_a_mixture_of_experts_is_planned_in_16_bits(tmp_path, capsys):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    config = MixtralConfig(**sizes)
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(tmp_path)
+    common = ["plan", "--model", str(tmp_path), "--seq-len", "16", "--lora-dropout", "0"]
+    assert main(common) == 2
+    assert "mixtral cannot run without data" in (error := capsys.readouterr().err)
+    assert error.endswith("; give --dtype bfloat16\n")
+    assert main([*common, "--dtype", "bfloat16"]) == 0
 
 
 def test_warnings(bert_directory, gpt2_directory, capsys):
