@@ -376,7 +376,6 @@ def slow(self, value):
     put(self, value)
     time.sleep(0.2)
 run._Streamer.put = slow
-from lora_ext._common.printable import escaped
 from lora_ext.cli import main
 sys.exit(main())
 """
@@ -386,8 +385,7 @@ def test_ctrl_c_ends_it(directory: Path):
     arguments = ["-c", SLOW, "generate", "--model", directory / "model", "--adapter", directory / "first"]
     arguments += ["--merge", PROMPT, "--max-new-tokens", "200"]
     process = Forked(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=False)
-    first = os.read(process.stdout.fileno(), 1)
-    assert first, process.stderr.read()
+    assert os.read(process.stdout.fileno(), 1), process.stderr.read()
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
