@@ -16,7 +16,7 @@ import torch
 from support.processes import Forked, run_python
 
 from lora_ext.tasks import TaskError, WriteError
-from lora_ext.tasks.comparison import many_runs
+from lora_ext.tasks.comparison import many_runs, processes
 from lora_ext.tasks.comparison.many_runs import Run
 from lora_ext.tasks.comparison.processes import _interrupt, in_process
 from lora_ext.tasks.finetune.settings import Settings
@@ -55,6 +55,30 @@ def test_a_full_disk_in_a_process_or_its_log_raises_write_error(tmp_path: Path):
         in_process(fills_the_disk, log=tmp_path / "log.txt")
     with pytest.raises(WriteError, match=r"/dev/nowhere/log.txt cannot be written: No such file or directory"):
         in_process(fills_the_disk, log=Path("/dev/nowhere/log.txt"))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_server_that_is_killed_while_a_process_starts(times, tmp_path: Path, monkeypatch):
+    """The server's memory is that of all imports, so that it is among the first to be killed."""
+    start, lost = processes._start, []
+
+    def loses_the_server(process):
+        if len(lost) < times:
+            lost.append(process)
+            raise EOFError("unexpected EOF")  # of multiprocessing.forkserver, which waits for a number
+        start(process)
+
+    monkeypatch.setattr(processes, "_start", loses_the_server)
+    if times == 1:
+        assert in_process(answers, log=tmp_path / "log.txt") == 42
+    else:
+        with pytest.raises(TaskError, match=r"a run could not start: .* was ended twice, as when memory is short"):
+            in_process(answers, log=tmp_path / "log.txt")
+    assert not processes._PROCESSES
+
+
+def answers(on_progress) -> int:
+    return 42
 
 
 def test_a_process_that_dies_is_reported_with_its_log(tmp_path: Path):

@@ -63,8 +63,12 @@ def in_process(
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, log, threads or torch.get_num_threads(), function, args))
     _PROCESSES.add(process)
-    with _STARTING, _variable(DEVICES, device):
-        _start(process)
+    try:
+        with _STARTING, _variable(DEVICES, device):
+            _start_again_if_lost(process)
+    except BaseException:
+        _PROCESSES.discard(process)
+        raise
     theirs.close()
     if ending is not None and ending.is_set():
         _interrupt(process)
@@ -139,6 +143,19 @@ def _context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lora_ext.tasks.comparison.preloaded"])
     return context
+
+
+def _start_again_if_lost(process: multiprocessing.process.BaseProcess) -> None:
+    """Starts the process; once more if the server has been killed meanwhile. TaskError: the second time failed, too."""
+    for last in (False, True):
+        try:
+            _start(process)
+            return
+        except (EOFError, ConnectionError) as error:
+            if last:
+                raise TaskError(
+                    "a run could not start: the process that starts runs was ended twice, as when memory is short"
+                ) from error
 
 
 def _start(process: multiprocessing.process.BaseProcess) -> None:
