@@ -89,7 +89,7 @@ class LoraConfig:
         bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
         lora_bias: the adapter has its own bias, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
-        use_dora: train the length of each row of the weight, too (DoRA, arXiv 2402.09353). Linear layers only.
+        use_dora: also train the magnitude of each row of the weight (DoRA, arXiv 2402.09353). Linear layers only.
         fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
         init_lora_weights: True: ``lora_A`` Kaiming-uniform, ``lora_B`` zero. ``"gaussian"``: ``lora_A`` normal with
             standard deviation ``1 / r``. ``"orthogonal"``: rows of ``lora_A`` and columns of ``lora_B`` from the two

@@ -1,7 +1,8 @@
 """The arithmetic that DoRA (Liu et al. 2024, arXiv 2402.09353) adds to LoRA's, made of PyTorch's operations and ours.
 
-DoRA scales row ``i`` of the updated weight to the trained length ``magnitude[i]``. As the norms are constants to the
-gradient (section 4.3 there), a layer is LoRA's product, each feature of which is multiplied by ``magnitude / norm``.
+DoRA scales row ``i`` of the updated weight to the norm ``magnitude[i]``, which is trained. As the norms before that are
+constants to the gradient (section 4.3 there), a layer is LoRA's product, each feature of which is multiplied by
+``magnitude / norm``.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     shrink = torch.ops.lora_ext.lora_shrink
     # In parts, because PyTorch converts 16 bits before it adds them up.
     parts = _parts(weight) if weight.dtype is not dtype else (weight,)
-    lengths = [torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in parts]
-    of_weight, of_both = lengths[0] if len(lengths) == 1 else torch.cat(lengths), shrink(weight, lora_A)
+    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in parts]
+    of_weight, of_both = norms[0] if len(norms) == 1 else torch.cat(norms), shrink(weight, lora_A)
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     of_update = shrink(lora_B, shrink(lora_A, lora_A))
     squares = of_weight.square() + ((2.0 * scaling * of_both + scaling * scaling * of_update) * lora_B).sum(1)

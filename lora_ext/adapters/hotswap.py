@@ -220,7 +220,7 @@ def _values_of_part(
     updates = _updates_of(part.adapter)
     if not updates:
         return [_NewValue(tensor, key) for key, tensor in tensors.items()]
-    # A DoRA adapter that changes nothing has the lengths of the weight's rows: no file with zeros stands for it.
+    # A DoRA adapter that changes nothing has the norms of the weight's rows: no file with zeros stands for it.
     if not any(key in file for key in tensors) and not isinstance(part.adapter, DoraAdapter):
         return [_NewValue(tensor, None) for tensor in tensors.values()]
     values = []

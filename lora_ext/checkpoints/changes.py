@@ -36,7 +36,7 @@ class Term:
     Attributes:
         lora_A, lora_B: keys in ``file``.
         matrices: see :func:`~lora_ext.checkpoints.layouts.num_matrices`.
-        magnitude: key of the lengths that the rows of the sum get (DoRA), or None.
+        magnitude: key of the norms that the rows of the sum get (DoRA), or None.
     """
 
     file: AdapterFile

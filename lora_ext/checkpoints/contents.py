@@ -49,7 +49,7 @@ class LowRankUpdate:
         r: the rank.
         scaling: factor of the update.
         lora_bias: key of the update of the bias, which is scaled too; or None.
-        magnitude: key of the lengths of the updated weight's rows, ``[out]`` (DoRA); or None.
+        magnitude: key of the norms that the updated weight's rows get, ``[out]`` (DoRA); or None.
         parameters: for a parameter, the names that it may have: no key says which.
     """
 

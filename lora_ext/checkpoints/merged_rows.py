@@ -29,7 +29,7 @@ BLOCK_BYTES = 32 << 20  # bytes read at a time: large enough for fast reads, sma
 class Factors:
     """Factors for the rows ``begin`` to ``end``: ``lora_A [r, cols]`` and the scaled ``lora_B [end - begin, r]``.
 
-    ``magnitude [end - begin]``: the lengths that the rows of the sum get (DoRA), or None.
+    ``magnitude [end - begin]``: the norms that the rows of the sum get (DoRA), or None.
     """
 
     begin: int
@@ -142,7 +142,7 @@ def blocks(
                 if begin <= index < end:
                     values[index - begin] = row
             if parts and parts[0].magnitude is not None:
-                yield Block(_with_lengths(values, begin, parts[0], key, out))
+                yield Block(_with_norms(values, begin, parts[0], key, out))
                 continue
             records = _merge(values, begin, parts, key, record)
             converted = values.to(out)
@@ -151,8 +151,8 @@ def blocks(
             yield Block(converted, records)
 
 
-def _with_lengths(values: Tensor, begin: int, part: Factors, key: str, dtype: torch.dtype) -> Tensor:
-    """Returns the rows plus their updates, scaled to the lengths of ``part`` and rounded once, to ``dtype``."""
+def _with_norms(values: Tensor, begin: int, part: Factors, key: str, dtype: torch.dtype) -> Tensor:
+    """Returns the rows plus their updates, scaled to the norms of ``part`` and rounded once, to ``dtype``."""
     rows = slice(begin, begin + len(values))
     values, B = values.to(part.lora_A.dtype), part.lora_B[rows]
     factor = scale_of_rows(part.magnitude[rows], row_norms(values, part.lora_A, B, 1.0)).unsqueeze(1)

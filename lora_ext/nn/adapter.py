@@ -48,7 +48,7 @@ class LoraAdapter(nn.Module):
     """
 
     is_tied = False  # whether a TiedAdapter shares these parameters
-    has_magnitude = False  # whether it also has a length for each row of the updated weight (DoRA)
+    has_magnitude = False  # whether it also has a norm for each row of the updated weight (DoRA)
     size_names = ("in_features", "out_features")
 
     @checked

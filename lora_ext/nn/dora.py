@@ -17,7 +17,7 @@ class DoraUpdate(NamedTuple):
 
     Attributes:
         lora_A, lora_B: ``[r, in_features]`` and ``[out_features, r]``.
-        magnitude: ``[out_features]``, the lengths that the rows of the updated weight are scaled to.
+        magnitude: ``[out_features]``, the norms that the rows of the updated weight are scaled to.
         scaling: of the low-rank update.
         dropout_p: probability that an element of the adapter's input is zeroed.
     """

@@ -38,10 +38,10 @@ class DoraFactors(NamedTuple):
 
 
 class DoraAdapter(LoraAdapter):
-    """A low-rank update, and the lengths of the updated weight's rows (Liu et al. 2024, arXiv 2402.09353).
+    """A low-rank update, and a magnitude for each row of the updated weight (Liu et al. 2024, arXiv 2402.09353).
 
-    ``lora_magnitude_vector`` is ``[out_features]``, in the dtype of the factors. :meth:`measure` sets it to the lengths
-    that the rows have; until then it is 1.
+    ``lora_magnitude_vector`` is ``[out_features]``, in the dtype of the factors. :meth:`measure` sets it to the norms
+    of the rows; until then it is 1.
 
     Args: as in :class:`LoraAdapter`; there is no ``lora_bias``.
     """
@@ -57,7 +57,7 @@ class DoraAdapter(LoraAdapter):
 
     @torch.no_grad()
     def measure(self, weight: Tensor) -> None:
-        """Sets the magnitudes to the lengths of the rows of ``weight + scaling * lora_B @ lora_A``."""
+        """Sets the magnitudes to the norms of the rows of ``weight + scaling * lora_B @ lora_A``."""
         norms = row_norms(weight, self.lora_A.to(weight.device), self.lora_B.to(weight.device), self.scaling)
         self.lora_magnitude_vector.copy_(norms)
 
@@ -67,12 +67,12 @@ class DoraAdapter(LoraAdapter):
 
 
 class DoraLinear(LoraLayer):
-    """A frozen linear layer whose adapters have a direction and a length for each row of the weight (DoRA).
+    """A frozen linear layer whose adapters train the magnitude of each row of the weight apart from its direction.
 
     ``y = factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``, where ``factor`` is the magnitude of a
-    row over the length of that row of ``weight + scaling * lora_B @ lora_A``. The gradient takes these lengths for
+    row over the norm of that row of ``weight + scaling * lora_B @ lora_A``. The gradient takes these norms for
     constants (section 4.3 of the paper). With dropout see :func:`lora_ext.nn.dora.linear_output`. No tensor of the
-    weight's size is made, unless the base layer is quantised: its weight is dequantised in every call, for the lengths.
+    weight's size is made, unless the base layer is quantised: its weight is dequantised in every call, for the norms.
 
     All adapters of the layer are :class:`DoraAdapter`, and one is in use at a time. A merge keeps a copy of the weight,
     with which :meth:`unmerge` restores every bit.
@@ -143,13 +143,13 @@ class DoraLinear(LoraLayer):
     def _output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if is_elsewhere(self.base_layer._parameters.get("weight")):
             raise RuntimeError(
-                "DoraLinear: DeepSpeed's ZeRO-3 has partitioned the weight, and the lengths of its rows need all of "
+                "DoraLinear: DeepSpeed's ZeRO-3 has partitioned the weight, and the norms of its rows need all of "
                 "it; use ZeRO-1 or 2, or FSDP2"
             )
         update = self._update(name)
         if is_sharded(self.base_layer.weight):
             raise RuntimeError(
-                "DoraLinear: FSDP2 shards the base layer apart, and the lengths of its rows need the whole weight; "
+                "DoraLinear: FSDP2 shards the base layer apart, and the norms of its rows need the whole weight; "
                 "call fully_shard on the layer, or on a module around it, in place of its base layer"
             )
         plain = None if args or kwargs else plain_linear(self.base_layer)

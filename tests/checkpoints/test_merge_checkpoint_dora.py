@@ -25,7 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def files(tmp_path):
-    """``base`` and a DoRA adapter of its first layer of two, whose magnitudes differ from the weight's lengths."""
+    """``base`` and a DoRA adapter of its first layer of two, whose magnitudes differ from the weight's norms."""
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
     save_checkpoint(model.state_dict(), tmp_path / "base")
