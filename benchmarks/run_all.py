@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 # No case starts after this number of seconds; with start-up times, all take about fourteen minutes on two cores.
 SCRIPTS = {
     "layer": ["bench_layer.py", "--seconds", "75"],
-    "dora": ["bench_dora.py", "--shapes", "512x768x768,1024x2048x2048", "--seconds", "30"],
     "siblings": ["bench_siblings.py", "--seconds", "20"],
+    "dora": ["bench_dora.py", "--shapes", "512x768x768,1024x2048x2048", "--seconds", "30"],
     "grouped": ["bench_grouped.py", "--seconds", "40"],
     "rows": ["bench_rows.py", "--seconds", "40"],
     "experts": ["bench_experts.py", "--experts", "16", "--tokens", "256", "--rounds", "5", "--seconds", "30"],

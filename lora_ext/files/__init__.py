@@ -9,7 +9,8 @@
 """
 
 from lora_ext.files.held_file import held
+from lora_ext.files.method_note import METHOD_FILE, read_method_note
 from lora_ext.files.regular_file import open_regular
 from lora_ext.files.untrusted_json import parse_json_object, read_json_object
 
-__all__ = ["held", "open_regular", "parse_json_object", "read_json_object"]
+__all__ = ["METHOD_FILE", "held", "open_regular", "parse_json_object", "read_json_object", "read_method_note"]

@@ -169,6 +169,15 @@ def lora_adapter(choices: Choices) -> Call:
     return Call("lora_ext.nn.LoraAdapter", values, after="repr(result), result.has_plain_rank\n")
 
 
+@maker("lora_ext.nn.DoraAdapter")
+def dora_adapter(choices: Choices) -> Call:
+    values = _adapter_values(choices, ("in_features", "out_features"))
+    values.pop("lora_bias", None)
+    call = Call("lora_ext.nn.DoraAdapter", values, after="repr(result), result()\n")
+    call.words = ["LoraAdapter"]  # most arguments are its
+    return call
+
+
 @maker("lora_ext.nn.EmbeddingAdapter")
 def embedding_adapter(choices: Choices) -> Call:
     values = _adapter_values(choices, ("num_embeddings", "embedding_dim"))
@@ -198,6 +207,7 @@ _LINEAR = ("torch.nn.Linear(6, 4)", "torch.nn.Linear(6, 4, bias=False)", "torch.
 # kind of layer -> base layers, adapters, an input
 LAYERS = {
     "LoraLinear": (_LINEAR, ("lora_ext.nn.LoraAdapter(6, 4, 2, 4)",), "torch.randn(3, 6)"),
+    "DoraLinear": (_LINEAR, ("lora_ext.nn.DoraAdapter(6, 4, 2, 4)",), "torch.randn(3, 6)"),
     "LoraEmbedding": (
         (
             "torch.nn.Embedding(9, 5)",

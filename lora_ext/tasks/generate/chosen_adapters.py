@@ -11,8 +11,7 @@ from torch import nn
 
 from lora_ext import load_adapter
 from lora_ext.adapters import adapter_names, add_weighted_adapter, disable_adapters, merge, set_adapter, unmerge
-from lora_ext.files import read_json_object
-from lora_ext.files.method_note import METHOD_FILE, read_method_note
+from lora_ext.files import METHOD_FILE, read_json_object, read_method_note
 from lora_ext.tasks import TaskError
 
 BASE = "base"  # the model without an adapter
