@@ -39,7 +39,7 @@ def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
         All ``k = min(r, out, in)`` singular values and their vectors.
 
     Raises:
-        ValueError: the factors do not fit each other, or are not finite.
+        ValueError: the factors do not fit each other, or are not finite; or the update overflows float64.
     """
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_matrix("factored_svd", name, factor)
@@ -51,7 +51,10 @@ def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
         raise ValueError("factored_svd: lora_A or lora_B is not finite")
     Q_A, R_A = torch.linalg.qr(lora_A.double().T)
     Q_B, R_B = torch.linalg.qr(lora_B.double())
-    U, S, Vh = torch.linalg.svd(float(scaling) * R_B @ R_A.T, full_matrices=False)
+    core = float(scaling) * R_B @ R_A.T
+    if not core.isfinite().all():
+        raise ValueError(f"factored_svd: scaling is {scaling}, with which the update overflows float64")
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     return Svd(Q_B @ U, S, Q_A @ Vh.T)
 
 

@@ -22,6 +22,11 @@ ANALYSIS: list[Call] = [
             ({"lora_A": torch.randn(3, 6)}, ValueError, "factored_svd: lora_B has rank 2 but lora_A has 3"),
             ({"lora_A": torch.randn(6)}, ValueError, "factored_svd: lora_A has shape [6], want 2 dimensions"),
             ({"scaling": NAN}, ValueError, "factored_svd: scaling is nan, want a finite number"),
+            (
+                {"scaling": 1e308, "lora_A": torch.full((2, 6), 9.0), "lora_B": torch.full((4, 2), 9.0)},
+                ValueError,
+                "factored_svd: scaling is 1e+308, with which the update overflows float64",
+            ),
             ({"lora_B": torch.full((4, 2), NAN)}, ValueError, "factored_svd: lora_A or lora_B is not finite"),
         ],
     ),
