@@ -137,10 +137,10 @@ def _check_parameters(bare: BareModel, targets: Targets, config: LoraConfig) -> 
                     "target of the other kind too; adapt it in the same way, or delete_adapter(model, ...) first"
                 )
             if isinstance(layer, LoraLayer) and isinstance(layer, DoraLinear) != config.use_dora:
-                has = "with" if config.use_dora else "without"
+                has, new = ("without", "with") if config.use_dora else ("with", "without")
                 raise ValueError(
-                    f"inject: {path!r} has adapters {'without' if config.use_dora else 'with'} use_dora already "
-                    f"({list(layer.adapters)}), and none {has} it can join them; use the same use_dora, or "
+                    f"inject: {path!r} has adapters {has} use_dora already "
+                    f"({list(layer.adapters)}), and none {new} it can join them; use the same use_dora, or "
                     "delete_adapter(model, ...) first"
                 )
 

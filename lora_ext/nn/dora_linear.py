@@ -14,8 +14,8 @@ from lora_ext._ops.dora import row_norms
 from lora_ext.nn import dora
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import check_not_offloaded, is_conv1d, plain_linear, why_not_merge, why_weight_unusable
-from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.linear import is_linear, linear_sizes
+from lora_ext.nn.layer import Matrix
+from lora_ext.nn.linear import OverLinear, linear_sizes
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import row_choice
 from lora_ext.nn.rows.split import call_by_rows
@@ -66,7 +66,7 @@ class DoraAdapter(LoraAdapter):
         return DoraFactors(self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.lora_dropout)
 
 
-class DoraLinear(LoraLayer):
+class DoraLinear(OverLinear):
     """A frozen linear layer whose adapters train the magnitude of each row of the weight apart from its direction.
 
     ``y = factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``, where ``factor`` is the magnitude of a
@@ -81,21 +81,15 @@ class DoraLinear(LoraLayer):
         base_layer, adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
     """
 
-    base_kinds = "an nn.Linear or Conv1D"
-    rows_choose = True
-
-    @classmethod
-    def adapts(cls, module: nn.Module) -> bool:
-        return is_linear(module)
-
     @classmethod
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
         if split_dim(module) is not None:
             return "its weight is split over devices (tensor parallelism), and use_dora needs whole rows"
         if is_elsewhere(module._parameters.get("weight")):
             return "ZeRO-3 has partitioned its weight, from which use_dora takes the magnitudes"
-        weight = quantized_weight(module)
-        return why_weight_unusable(module, at_hand=True) if weight is None else weight.why_not_adapt()
+        if (reason := super().why_not(module, config)) is not None or quantized_weight(module) is not None:
+            return reason
+        return why_weight_unusable(module, at_hand=True)
 
     @classmethod
     def new_adapter(
@@ -110,19 +104,9 @@ class DoraLinear(LoraLayer):
         if not getattr(adapter, "has_magnitude", False):
             raise TypeError(f"DoraLinear: the adapter is a {type(adapter).__name__}, want a DoraAdapter")
         super().add_adapter(name, adapter)
-        if (weight := quantized_weight(self.base_layer)) is not None:
-            weight.keep_stored()
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
         return super().factor_shapes(adapter) | {"lora_magnitude_vector": (self.out_features,)}
-
-    @property
-    def in_features(self) -> int:
-        return linear_sizes(self.base_layer)[0]
-
-    @property
-    def out_features(self) -> int:
-        return linear_sizes(self.base_layer)[1]
 
     def file_tensors(self, path: str, adapter: DoraAdapter) -> dict[str, Tensor]:
         magnitude = {f"{path}.lora_magnitude_vector": adapter.lora_magnitude_vector}
@@ -225,9 +209,6 @@ class DoraLinear(LoraLayer):
         merged = self.weight_to_merge(self.matrices()["weight"], [name]).values_to_update()
         delta = merged.sub_(values).to(B.dtype).addmm_(B, A, alpha=scaling)
         return delta.T if is_conv1d(self.base_layer) else delta
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self._repr_of_state()}"
 
 
 def _values(base_layer: nn.Module) -> Tensor:

@@ -26,7 +26,40 @@ if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
 
 
-class LoraLinear(SharesInputs, LoraLayer):
+class OverLinear(LoraLayer):
+    """What the layers over a linear layer share, whatever their adapters compute."""
+
+    base_kinds = "an nn.Linear or Conv1D"
+    rows_choose = True
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return is_linear(module)
+
+    @classmethod
+    def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
+        if (weight := quantized_weight(module)) is not None:
+            return weight.why_not_adapt()
+        return super().why_not(module, config) or why_output_unusable(module)
+
+    def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
+        super().add_adapter(name, adapter)
+        if (weight := quantized_weight(self.base_layer)) is not None:
+            weight.keep_stored()
+
+    @property
+    def in_features(self) -> int:
+        return linear_sizes(self.base_layer)[0]
+
+    @property
+    def out_features(self) -> int:
+        return linear_sizes(self.base_layer)[1]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._repr_of_state()}"
+
+
+class LoraLinear(SharesInputs, OverLinear):
     """``base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` with the base layer frozen, in fused kernels.
 
     The first active adapter is computed together with the base layer; each further one takes another pass over the
@@ -48,22 +81,13 @@ class LoraLinear(SharesInputs, LoraLayer):
         active: names of the adapters in use, shared with other layers; by default the first adapter's name.
     """
 
-    base_kinds = "an nn.Linear or Conv1D"
-    rows_choose = True
     slots: LayerSlots | None = None  # adapters of a pool
 
     @classmethod
-    def adapts(cls, module: nn.Module) -> bool:
-        return is_linear(module)
-
-    @classmethod
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
-        weight = quantized_weight(module)
-        if weight is None and cls is LoraLinear and split_dim(module) is not None:
+        if quantized_weight(module) is None and cls is LoraLinear and split_dim(module) is not None:
             return None
-        if weight is not None:
-            return weight.why_not_adapt()
-        return super().why_not(module, config) or why_output_unusable(module)
+        return super().why_not(module, config)
 
     @classmethod
     def new_adapter(
@@ -73,19 +97,6 @@ class LoraLinear(SharesInputs, LoraLayer):
         if split_dim(base_layer) is not None:
             split_factors(adapter, base_layer.weight)
         return adapter
-
-    def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
-        super().add_adapter(name, adapter)
-        if (weight := quantized_weight(self.base_layer)) is not None:
-            weight.keep_stored()
-
-    @property
-    def in_features(self) -> int:
-        return linear_sizes(self.base_layer)[0]
-
-    @property
-    def out_features(self) -> int:
-        return linear_sizes(self.base_layer)[1]
 
     @property
     def stores_transposed(self) -> bool:
@@ -219,9 +230,6 @@ class LoraLinear(SharesInputs, LoraLayer):
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
         """``lora_B`` of the adapter ``name`` for the whole output: ``[out_features, rows of lora_A]``."""
         return lora_B
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self._repr_of_state()}"
 
 
 def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: list[LoraAdapter]) -> Tensor | None:

@@ -55,6 +55,8 @@ def test_output_of_another_size(kind):
             peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear", **ALIVE))(x)
     with refused(base, TypeError, f"1 ({kind.__name__}): its forward returns a tensor", "target_parameters"):
         inject(base, LoraConfig(target_modules=["0", "1"], **ALIVE))
+    with refused(base, TypeError, f"1 ({kind.__name__}): its forward returns a tensor", "target_parameters"):
+        inject(base, LoraConfig(target_modules=["0", "1"], use_dora=True, **ALIVE))
     with pytest.warns(UserWarning, match=r"leaves out \['1'\].*name \['1.weight'\] in target_parameters"):
         model = inject(copy.deepcopy(base), LoraConfig(target_modules="all-linear", **ALIVE))
     assert {path for path, _ in lora_modules(model)} == {"0"} | ({"1.more"} if kind is Wider else set())
@@ -75,34 +77,36 @@ def test_a_forward_that_cannot_be_tried_is_adapted():
     torch.testing.assert_close(model(x), base(x) + x @ layer.delta_weight().T)
 
 
-class Counting(nn.Linear):
-    """Keeps its last output, and counts its calls."""
+class _Counts:
+    """Keeps the last output of a layer, and counts its calls."""
+
+    features: int  # their dimension in the output
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.last = None
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = super().forward(x)
+        self.mean = self.last.transpose(self.features, 2).mean((0, 1))
+        return self.last
+
+
+class Counting(_Counts, nn.Linear):
+    features = 2
 
     def __init__(self) -> None:
         super().__init__(4, 6)
-        self.last = None
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.last = super().forward(x)
-        self.mean = self.last.mean((0, 1))
-        return self.last
 
 
-class CountingConv(nn.Conv1d):
+class CountingConv(_Counts, nn.Conv1d):
+    features = 1
+
     def __init__(self) -> None:
         super().__init__(4, 6, 3)
-        self.last = None
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.last = super().forward(x)
-        self.mean = self.last.mean((0, 2))
-        return self.last
 
 
 @pytest.mark.parametrize("make", [Counting, CountingConv])
