@@ -235,7 +235,7 @@ def _check_named(new: Checkpoint, names: Sequence[str]) -> None:
 
 
 def _prefixes(old: Checkpoint, new: Checkpoint) -> set[str]:
-    """What may stand before the base's names in ``new``."""
+    """Returns what may precede the base's names in ``new``, such as the name of the encoder in a classifier."""
     first = next(iter(old), "")
     return {key.removesuffix(first) for key in new if key.endswith(f".{first}")}
 

@@ -1,4 +1,4 @@
-"""What ``method.json``, the file of :mod:`lora_ext.methods`, tells of the adapter next to it."""
+"""Reads from ``method.json``, which :mod:`lora_ext.methods` writes, with which method an adapter was trained."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class QuantizedWeight(ABC):
         """The values that the codes stand for: a new float32 tensor, not rounded to :attr:`dtype`."""
 
     def values_to_update(self) -> Tensor:
-        """What updates are added to: new, in :attr:`sum_dtype`."""
+        """Returns the values that a merge adds updates to: a new tensor, in :attr:`sum_dtype`."""
         return self.dequantize()
 
     @abstractmethod

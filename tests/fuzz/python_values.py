@@ -169,22 +169,22 @@ def lora_adapter(choices: Choices) -> Call:
     return Call("lora_ext.nn.LoraAdapter", values, after="repr(result), result.has_plain_rank\n")
 
 
-@maker("lora_ext.nn.DoraAdapter")
-def dora_adapter(choices: Choices) -> Call:
-    values = _adapter_values(choices, ("in_features", "out_features"))
+def _adapter_without_bias(choices: Choices, name: str, sizes: tuple[str, str]) -> Call:
+    values = _adapter_values(choices, sizes)
     values.pop("lora_bias", None)
-    call = Call("lora_ext.nn.DoraAdapter", values, after="repr(result), result()\n")
+    call = Call(name, values, after="repr(result), result()\n")
     call.words = ["LoraAdapter"]  # most arguments are its
     return call
+
+
+@maker("lora_ext.nn.DoraAdapter")
+def dora_adapter(choices: Choices) -> Call:
+    return _adapter_without_bias(choices, "lora_ext.nn.DoraAdapter", ("in_features", "out_features"))
 
 
 @maker("lora_ext.nn.EmbeddingAdapter")
 def embedding_adapter(choices: Choices) -> Call:
-    values = _adapter_values(choices, ("num_embeddings", "embedding_dim"))
-    values.pop("lora_bias", None)
-    call = Call("lora_ext.nn.EmbeddingAdapter", values, after="repr(result)\n")
-    call.words = ["LoraAdapter"]  # most arguments are its
-    return call
+    return _adapter_without_bias(choices, "lora_ext.nn.EmbeddingAdapter", ("num_embeddings", "embedding_dim"))
 
 
 @maker("lora_ext.nn.PackedAdapter")

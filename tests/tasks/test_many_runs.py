@@ -173,7 +173,7 @@ if __name__ == "__main__":
 
 @pytest.mark.full
 def test_an_interrupt_during_the_imports_of_a_process_prints_nothing(tmp_path: Path):
-    """Of the server that forks it, which a terminal's Ctrl-C meets in the first seconds of compare."""
+    """A terminal's Ctrl-C in the first seconds of compare also reaches the server that forks the processes."""
     begins = "import os, signal, sys\n"
     begins += "if 'forkserver' in ' '.join(sys.orig_argv): os.kill(os.getpid(), signal.SIGINT)"
     (tmp_path / "sitecustomize.py").write_text(begins)

@@ -34,9 +34,9 @@ class GenerateByRows(ReplacedMethod):
                 "name for each prompt"
             )
         values, caller = values_of(args, kwargs), self.caller
-        if names is None and outer is not None:
-            self._prepare(outer, values)
         if names is None and not (active.invoked if outer is None else is_invoked(outer)):
+            if outer is not None:
+                self._prepare(outer, values)
             return self.original(*args, **rest)
         choice = choice_of_call(self.model, self.adapters, values, None, outer, caller)
         self._prepare(choice, values)

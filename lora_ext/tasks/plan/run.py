@@ -169,7 +169,7 @@ def _count(settings: PlanSettings, config: PretrainedConfig, setup: Setup) -> di
         raise TaskError(f"--model: the config of this {config.model_type} is incomplete: {error}") from error
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        # Of experts, PyTorch knows the shapes without data in this dtype alone.
+        # PyTorch computes the shapes of grouped products without data in bfloat16 only.
         hint = "; give --dtype bfloat16" if "BF16" in reason else ""
         raise TaskError(
             f"--model: {config.model_type} cannot run without data, and planning has none: {reason}{hint}"
