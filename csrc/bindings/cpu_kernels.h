@@ -67,6 +67,8 @@ struct WorkspaceSizes {
   int64_t out_features[kMaxSiblings] = {};
   bool wants_grad_A = false;
   bool wants_grad_B = false;
+  int64_t grad_xa_rows = 0;  // that the workspace holds
+  int64_t product_bytes = 0;
 
   // Adds those of one kernel's parameters.
   template <class Params>
@@ -90,7 +92,7 @@ inline Workspace make_workspace(const WorkspaceSizes& sizes, int64_t num_chunks)
     void** pointer;
     int64_t count;
   };
-  constexpr int kSharedParts = 4;
+  constexpr int kSharedParts = 6;
   Part parts[kSharedParts + 2 * kMaxSiblings];
   int num_parts = kSharedParts;
   int64_t total_rank = 0;
@@ -107,6 +109,10 @@ inline Workspace make_workspace(const WorkspaceSizes& sizes, int64_t num_chunks)
   parts[1] = {&workspace.partial_sum, product({num_chunks, kBlockRows, workspace.partial_stride})};
   parts[2] = {&workspace.small_operands, product({num_chunks, kSmallOperands, block_lanes(total_rank)})};
   parts[3] = {&workspace.grad_A, sizes.wants_grad_A ? product({num_chunks, total_rank, in_row}) : 0};
+
+  const int64_t acc_bytes = dtype_size(sizes.acc);
+  parts[4] = {&workspace.grad_xa, packed_row_bytes(product({sizes.grad_xa_rows, total_rank, acc_bytes})) / acc_bytes};
+  parts[5] = {&workspace.product, packed_row_bytes(sizes.product_bytes) / acc_bytes};
 
   int64_t total = 0;
   for (int i = 0; i < num_parts; ++i) {
@@ -143,6 +149,23 @@ void run_chunks(void (*kernel)(const Params&, const Workspace&, int64_t, int64_t
                 int64_t num_chunks) {
   torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) kernel(p, w, chunk, num_chunks);
+  });
+}
+
+// Sums the chunks' gradients, for a range of ranks in each thread.
+template <class Reduce>
+void reduce_ranks(int64_t total_rank, const Reduce& reduce) {
+  constexpr int64_t kRanksPerThread = 4;
+  torch::stable::parallel_for(0, total_rank, kRanksPerThread, reduce);
+}
+
+// Both factors' gradients, whichever are wanted.
+inline void reduce_gradients(const Kernels& kernels, const LoraBackwardParams& p, const Workspace& workspace,
+                             int64_t num_chunks) {
+  if (!p.shrink.wants_grad_lora_A && !p.expand.wants_grad_lora_B) return;
+  reduce_ranks(p.shrink.total_rank, [&](int64_t begin, int64_t end) {
+    if (p.shrink.wants_grad_lora_A) kernels.reduce_grad_A(p.shrink, workspace, num_chunks, begin, end);
+    if (p.expand.wants_grad_lora_B) kernels.reduce_grad_B(p.expand, workspace, num_chunks, begin, end);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu_base_product.h"
 #include "cpu_few_tokens.h"
 #include "cpu_kernels.h"
 #include "dropout_mask_call.h"
@@ -26,13 +27,6 @@ void base_product(const Tensor& out, const Tensor* start, const Tensor& a, const
 // pass. 16 bits: the base product is first, with the bias as in nn.Linear, and the adapter's term is added in float32:
 // an adapter of zeros keeps the bits of the base layer.
 bool base_product_first(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
-
-// Sums the chunks' gradients, for a range of ranks in each thread.
-template <class Reduce>
-void reduce_ranks(int64_t total_rank, const Reduce& reduce) {
-  constexpr int64_t kRanksPerThread = 4;
-  torch::stable::parallel_for(0, total_rank, kRanksPerThread, reduce);
-}
 
 struct ChunkedRun {
   const Kernels& kernels;
@@ -78,6 +72,7 @@ struct Cpu {
     LoraForwardParams& p = call.params;
     if (p.shrink.num_tokens == 0) return;
     if (streams_weights(kernels, call)) return stream_forward(kernels, call);
+    if (has_own_product(kernels, call)) return multiply_forward(kernels, call);
     const bool base_first = call.has_base_layers() && base_product_first(p.shrink.dtype);
 
     const auto add_base_products = [&] {
@@ -108,6 +103,7 @@ struct Cpu {
     const Kernels& kernels = checked_kernels();
     LoraBackwardParams& p = call.params;
     const int64_t num_tokens = p.shrink.num_tokens;
+    if (call.grad_x && has_own_product(kernels, call)) return multiply_backward(kernels, call);
     const bool base_first = call.has_base_layers() && base_product_first(p.shrink.dtype);
 
     const auto add_base_products = [&] {
@@ -129,12 +125,7 @@ struct Cpu {
                  : kernels.pack_expand_backward(p.expand, workspace, i / 2);
     });
     run_chunks(kernels.backward, p, workspace, num_chunks);
-    if (p.shrink.wants_grad_lora_A || p.expand.wants_grad_lora_B) {
-      reduce_ranks(p.shrink.total_rank, [&](int64_t begin, int64_t end) {
-        if (p.shrink.wants_grad_lora_A) kernels.reduce_grad_A(p.shrink, workspace, num_chunks, begin, end);
-        if (p.expand.wants_grad_lora_B) kernels.reduce_grad_B(p.expand, workspace, num_chunks, begin, end);
-      });
-    }
+    reduce_gradients(kernels, p, workspace, num_chunks);
     if (!base_first) add_base_products();
   }
 };

@@ -58,6 +58,14 @@ inline bool runs_here(Isa isa) {
   return isa == Isa::kGeneric;
 }
 
+inline bool is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 // Finds the best instruction set that runs here, or the one called `wanted`; null or empty: any.
 inline bool find_isa(const char* wanted, Isa* found) {
   for (const Isa isa : kBestFirst) {

@@ -36,6 +36,8 @@ struct Workspace {
   int64_t partial_stride;        // sum of max_padded_ranks over the siblings
   void* lora_B_t[kMaxSiblings];  // [max_padded_ranks, padded_columns(out_features)] each: lora_B transposed, packed
   void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded_columns(out_features)] each
+  void* grad_xa;                 // [rows that are packed together, total_rank], where the base layer's product is ours
+  void* product;                 // bytes of its scratch memory
 };
 
 // Groups of rows with adapters of their own. A thread processes a panel of a group's rows together, so that each factor
@@ -89,6 +91,51 @@ struct StreamedRows {
   int64_t weight_stride = 0, out_stride = 0;
   DType tokens_dtype, weight_dtype, factor_dtype, out_dtype;
   double scale = 1.0;
+};
+
+// The base layer's product on many tokens, with the adapter in its accumulators:
+//
+//   out = bias + sum over the terms of rows @ weight^T + mask o (low_rank @ factor_t)
+//
+// A forward has one term, and x as its rows; a backward has one for each sibling, with grad_y as its rows. Rows are
+// packed in tiles; a panel of the weight's columns is packed by the thread that multiplies by it.
+struct ProductTiles {
+  int64_t rows, columns;  // of a tile; 0: no product for this dtype
+};
+
+constexpr int64_t kPanelsTogether = 8;
+constexpr int64_t kPanelLanes = 1024;  // of 4 bytes: a panel of 32 columns is 128 KiB
+
+// Bytes of a row, or of its ranks, in a tile: whole vectors.
+constexpr int64_t packed_row_bytes(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+struct ProductRows {
+  int64_t num_rows, sum;  // sum: elements of a row
+  const void* rows;       // [num_rows, sum], dtype
+  int64_t stride;
+  void* packed;  // [tiles * ProductTiles::rows] of packed_row_bytes
+};
+
+struct ProductTerm {
+  int64_t sum;                    // elements of a row
+  const void* packed;             // its rows: pack_product_rows
+  const void* weight;             // [columns, sum], dtype
+  int64_t column_step, sum_step;  // of the weight, one of them 1
+};
+
+struct BaseProduct {
+  int64_t num_rows, columns, rank;
+  const void* low_rank;  // [num_rows, rank], rows low_rank_stride apart, float32
+  int64_t low_rank_stride;
+  void* packed_low_rank = nullptr;  // [tiles * ProductTiles::rows] of packed_row_bytes of the ranks, as float32
+  const void* factor_t;             // packed by pack_expand, or pack_shrink_backward for all siblings
+  const void* bias = nullptr;       // [columns], dtype; null: none
+  const uint8_t* mask = nullptr;    // bits of out, rows mask_stride bytes apart; null: none
+  int64_t mask_stride = 0;
+  void* out;  // [num_rows, columns], contiguous, dtype
+  DType dtype{}, factor_dtype{};
+  int num_terms = 0;
+  ProductTerm terms[kMaxSiblings] = {};
 };
 
 // The records of consecutive rows, as unmerge reads them: csrc/common/merge_record.h.
@@ -170,6 +217,19 @@ struct Kernels {
   void (*pack_tokens)(const StreamedRows&, const void* x, int64_t stride, void* packed);
   void (*pack_low_rank)(const StreamedRows&, const void* xa, int64_t stride, void* packed);
   void (*stream_rows)(const StreamedRows&, int64_t begin, int64_t end);
+
+  // The base layer's product: the size of its tiles. Then rows [first, first + num_rows) of x, or of each grad_y, are
+  // packed, by the pass over them that the adapter needs: shrink, or the expand's backward. Then tiles [begin, end) of
+  // the ranks; and tiles are multiplied by up to kPanelsTogether panels, in float32.
+  //   panels [kPanelsTogether, kPanelLanes, tile columns], sums [kPanelsTogether, tiles, tile rows, tile columns]
+  ProductTiles (*product_tiles)(DType dtype);
+  void (*shrink_and_pack)(const LoraShrinkParams&, const Workspace&, const ProductRows& x, int64_t first, int64_t chunk,
+                          int64_t num_chunks);
+  void (*backward_and_pack)(const LoraBackwardParams&, const Workspace&, const ProductRows* grad_ys, int64_t first,
+                            int64_t chunk, int64_t num_chunks);
+  void (*pack_product_ranks)(const BaseProduct&, int64_t begin, int64_t end);
+  void (*multiply_panels)(const BaseProduct&, int64_t panel_begin, int64_t panel_end, int64_t tile_begin,
+                          int64_t tile_end, void* panels, void* sums);
 
   // Packs lora_A of segments [begin, end) into panels [segments][rank][kMergeSegment], accumulation dtype, for the
   // kernels below and a weight of this dtype.
