@@ -21,6 +21,12 @@ LORA_EXT_FACT lora_ext_cpu_isa() {
 // The instruction sets that this machine can run, best first, separated by commas.
 LORA_EXT_FACT lora_ext_available_cpu_isas() { return lora_ext::cpu::available_isas(); }
 
+// Who computes base products of many tokens: "own" or "library"; empty when LORA_EXT_BASE_PRODUCT says neither.
+LORA_EXT_FACT lora_ext_base_product() {
+  bool is_own;
+  return !lora_ext::cpu::select_base_product(&is_own) ? "" : is_own ? "own" : "library";
+}
+
 // Whether the CUDA kernel for few tokens takes a layer of 16-bit weights.
 extern "C" __attribute__((visibility("default"))) int lora_ext_streams_weight(int64_t num_tokens, int64_t in_features,
                                                                               int64_t rank) {

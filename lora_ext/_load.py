@@ -53,6 +53,12 @@ def _check_isa() -> None:
         )
 
 
+def _check_base_product() -> None:
+    if not base_product():
+        value = os.environ["LORA_EXT_BASE_PRODUCT"]
+        raise ImportError(f"lora_ext: LORA_EXT_BASE_PRODUCT is {value!r}, want own or library, or unset it")
+
+
 def _function(name: str) -> ctypes._CFuncPtr:
     """Returns a function of csrc/facts.cpp. ImportError: the library was built from other sources."""
     try:
@@ -96,6 +102,14 @@ def available_cpu_isas() -> list[str]:
     return _fact("available_cpu_isas").split(",")
 
 
+def base_product() -> str:
+    """Returns who multiplies many tokens by a frozen weight on the CPU: "own" (csrc/cpu/base_product.inc) or "library".
+
+    An empty string if LORA_EXT_BASE_PRODUCT says neither.
+    """
+    return _fact("base_product")
+
+
 def streams_weight(num_tokens: int, in_features: int, rank: int) -> bool:
     """Returns whether the CUDA kernel for few tokens takes a layer of 16-bit weights (csrc/common/few_tokens.h)."""
     return bool(_function("streams_weight")(*map(ctypes.c_int64, (num_tokens, in_features, rank))))
@@ -117,4 +131,5 @@ def check_kernels_exist(op: str, device: torch.device) -> None:
 
 _load_cpu()
 _check_isa()
+_check_base_product()
 cuda_unavailable_reason: str = _load_cuda()

@@ -12,6 +12,11 @@ import torch
 from lora_ext import _load
 from lora_ext.export import library_paths
 
+BASE_PRODUCT = {
+    "own": "of 64 tokens and more by our kernel, with the adapter in it, where it has the dtypes",
+    "library": "of many tokens by PyTorch's library",
+}
+
 
 def cpu_model() -> str:
     """Returns the processor's name from Linux, or its architecture."""
@@ -38,6 +43,7 @@ def gather() -> dict[str, object]:
             "model": cpu_model(),
             "isa": _load.cpu_isa(),
             "isas_available": _load.available_cpu_isas(),
+            "base_product": _load.base_product(),
             "threads": torch.get_num_threads(),
         },
         "cuda": {
@@ -86,6 +92,7 @@ def info(json: bool = False) -> str:
         ("libraries", ", ".join(facts["libraries"])),
         ("CPU", f"{cpu['model']}, {cpu['threads']} threads"),
         ("CPU kernels", f"{cpu['isa']} (this machine runs {', '.join(cpu['isas_available'])})"),
+        ("CPU products", BASE_PRODUCT[cpu["base_product"]]),
         ("CUDA built", built),
         ("CUDA in use", in_use),
     ]

@@ -4,23 +4,12 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <string_view>
 
 #include "backward_call.h"
 #include "cpu_kernels.h"
 #include "forward_call.h"
 
 namespace lora_ext::cpu {
-
-// Whether LORA_EXT_BASE_PRODUCT, or the processor, chooses our kernel rather than the library behind nn.Linear. It was
-// measured on AMD's processors only (benchmarks/NOTES.md).
-inline bool prefers_own_product() {
-  static const char* const wanted = std::getenv("LORA_EXT_BASE_PRODUCT");
-  const std::string_view name = wanted == nullptr ? "" : wanted;
-  if (name.empty()) return is_amd();
-  if (name != "own" && name != "library") fail("LORA_EXT_BASE_PRODUCT is ", name, ", want own or library");
-  return name == "own";
-}
 
 // Call: a ForwardCall or a BackwardCall.
 template <class Call>
@@ -32,7 +21,11 @@ bool has_own_product(const Kernels& kernels, const Call& call) {
     const Tensor& weight = *call.layers[i].weight;
     if (weight.numel() == 0 || (weight.stride(0) != 1 && weight.stride(1) != 1)) return false;
   }
-  return prefers_own_product();
+  bool is_own;
+  if (!select_base_product(&is_own)) {
+    fail("LORA_EXT_BASE_PRODUCT is ", std::getenv("LORA_EXT_BASE_PRODUCT"), ", want own or library");
+  }
+  return is_own;
 }
 
 // The rows of a product's terms, its scratch memory, and how threads share the work.

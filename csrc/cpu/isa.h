@@ -1,4 +1,5 @@
-// The instruction sets that the CPU kernels are compiled for, and those that this machine runs.
+// The instruction sets that the CPU kernels are compiled for, those that this machine runs, and who computes base
+// products.
 #pragma once
 
 #include <cstdlib>
@@ -58,14 +59,6 @@ inline bool runs_here(Isa isa) {
   return isa == Isa::kGeneric;
 }
 
-inline bool is_amd() {
-#if defined(__x86_64__)
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
 // Finds the best instruction set that runs here, or the one called `wanted`; null or empty: any.
 inline bool find_isa(const char* wanted, Isa* found) {
   for (const Isa isa : kBestFirst) {
@@ -96,6 +89,28 @@ inline const char* available_isas() {
     return joined;
   }();
   return names.c_str();
+}
+
+// Who multiplies many tokens by a frozen weight: our kernel (base_product.inc) or the library behind nn.Linear.
+// Measured on AMD's processors with AVX-512 only (benchmarks/NOTES.md), so everywhere else it is the library, unless
+// the environment variable LORA_EXT_BASE_PRODUCT says "own". Once per process; false if the variable says something
+// else.
+inline bool select_base_product(bool* is_own) {
+  const auto find = [](bool* own) {
+    const char* wanted = std::getenv("LORA_EXT_BASE_PRODUCT");
+    if (wanted != nullptr && *wanted != '\0') {
+      *own = std::strcmp(wanted, "own") == 0;
+      return *own || std::strcmp(wanted, "library") == 0;
+    }
+#if defined(__x86_64__)
+    *own = __builtin_cpu_is("amd") && runs_here(Isa::kAvx512);
+#endif
+    return true;
+  };
+  static bool own = false;
+  static const bool found = find(&own);
+  *is_own = own;
+  return found;
 }
 
 }  // namespace lora_ext::cpu

@@ -1,4 +1,4 @@
-"""The CPU kernels of every instruction set: the op tests run with each one, and merges have equal bits."""
+"""The CPU kernels of every instruction set, and either base product: the op tests run with each; merges agree."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ TESTS = {
     "test_lora_linear_siblings": ["test_equals_the_layers_one_by_one", "test_any_number_of_threads"],
     "test_lora_delta_siblings": ["test_an_overflow_stays_in_its_layer_and_is_nan_at_scaling_zero"],
     "test_bottleneck": ["test_values_and_gradients"],
+    "test_base_product": [
+        "test_as_good_as_torch",
+        "test_siblings_equal_layers_one_by_one",
+        "test_gradients_of_siblings_are_those_of_float64",
+        "test_outputs_have_the_same_bits_with_any_number_of_threads",
+        "test_a_row_does_not_depend_on_the_rows_around_it",
+        "test_what_is_not_finite_stays_in_its_row",
+        "test_tensors_of_any_strides",
+        "test_gradients_one_by_one",
+    ],
     "test_few_tokens": ["test_as_good_as_torch", "test_siblings", "test_reads_nothing_behind_the_tensors"],
     "test_grouped": [
         "test_values_and_gradients",
@@ -36,9 +46,20 @@ def test_ops(isa):
         pytest.skip(f"this machine does not run {isa}")
     if isa == _load.cpu_isa():
         pytest.skip(f"{isa} is in use: the tests themselves run with it")
-    tests = [f"{Path(__file__).parent / file}.py::{name}" for file, names in TESTS.items() for name in names]
+    run_tests(TESTS, LORA_EXT_CPU_ISA=isa, LORA_EXT_BASE_PRODUCT="own")
+
+
+@pytest.mark.parametrize("who", ["own", "library"])
+def test_base_products(who):
+    if who == _load.base_product():
+        pytest.skip(f"{who} is in use: the tests themselves run with it")
+    run_tests({name: TESTS[name] for name in ("test_lora_linear", "test_base_product")}, LORA_EXT_BASE_PRODUCT=who)
+
+
+def run_tests(tests: dict[str, list[str]], **environment: str) -> None:
+    paths = [f"{Path(__file__).parent / file}.py::{name}" for file, names in tests.items() for name in names]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    result = run_python("-m", "pytest", *options, *tests, LORA_EXT_CPU_ISA=isa)
+    result = run_python("-m", "pytest", *options, *paths, **environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 

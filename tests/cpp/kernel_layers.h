@@ -1,0 +1,132 @@
+// Layers with random operands, exact results in double, and scratch memory of exactly the stated sizes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "common/dropout.h"
+#include "cpu/kernels.h"
+#include "kernel_tests.h"
+
+namespace lora_ext::cpu {
+
+inline constexpr int64_t kTokens = 37, kIn = 301;
+inline constexpr struct {
+  int64_t out, rank;
+} kLayers[] = {{270, 11}, {33, 3}};  // siblings: they read one x
+inline constexpr int kNumLayers = 2;
+inline constexpr int64_t kTotalRank = 14, kPartialStride = kNumLayers * max_padded_ranks(1);  // ranks up to one vector
+inline constexpr uint64_t kSeed = 0x0123456789ABCDEFull;
+
+inline float random_value() { return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f; }
+
+inline std::vector<float> random_values(int64_t count) {
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = random_value();
+  return values;
+}
+
+// Runs f(chunk) of every chunk in a separate thread, so that a sanitizer sees conflicting accesses.
+template <class F>
+void in_threads(int64_t num_chunks, const F& f) {
+  std::vector<std::thread> threads;
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) threads.emplace_back([&f, chunk] { f(chunk); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+// The scratch memory of a call; every piece has exactly its stated size.
+struct Scratch {
+  Workspace workspace{};
+  std::vector<float> lora_A, partial, small_operands, grad_A, lora_B_t[kNumLayers], grad_B_t[kNumLayers];
+
+  Scratch(int64_t num_chunks, bool want_gradients) {
+    const auto room = [](std::vector<float>& piece, int64_t count) -> void* {
+      piece.assign(static_cast<size_t>(count), NAN);
+      return piece.data();
+    };
+    workspace.lora_A = room(lora_A, max_padded_ranks(kTotalRank) * padded_columns(kIn));
+    workspace.partial_sum = room(partial, num_chunks * kBlockRows * kPartialStride);
+    workspace.small_operands = room(small_operands, num_chunks * kSmallOperands * block_lanes(kTotalRank));
+    workspace.partial_stride = kPartialStride;
+    if (want_gradients) workspace.grad_A = room(grad_A, num_chunks * kTotalRank * padded_columns(kIn));
+    for (int i = 0; i < kNumLayers; ++i) {
+      const auto [out, rank] = kLayers[i];
+      workspace.lora_B_t[i] = room(lora_B_t[i], max_padded_ranks(rank) * padded_columns(out));
+      if (want_gradients) workspace.grad_B_t[i] = room(grad_B_t[i], num_chunks * rank * padded_columns(out));
+    }
+  }
+};
+
+inline void check_close(const std::vector<float>& values, const std::vector<double>& expected, const char* isa,
+                        const char* what, int layer) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    CHECK(std::fabs(values[i] - expected[i]) < 1e-4, "%s: layer %d %s[%d] = %g, want %g", isa, layer, what,
+          static_cast<int>(i), values[i], expected[i]);
+  }
+}
+
+// Layers that read one x, with the operands of a forward and a backward.
+struct Layers {
+  std::vector<float> x = random_values(kTokens * kIn), A[kNumLayers], B[kNumLayers], bias[kNumLayers],
+                     grad_y[kNumLayers];
+  int64_t seed = static_cast<int64_t>(kSeed);
+  uint32_t threshold = 16384;
+  std::vector<double> kept;  // dropout(x), without its scale
+  double scale[kNumLayers];
+
+  Layers() : kept(static_cast<size_t>(kTokens * kIn)) {
+    for (int i = 0; i < kNumLayers; ++i) {
+      const auto [out, rank] = kLayers[i];
+      A[i] = random_values(rank * kIn), B[i] = random_values(out * rank), bias[i] = random_values(out);
+      grad_y[i] = random_values(kTokens * out);
+      scale[i] = 0.5 * (i + 1) * dropout_rescale(threshold);
+    }
+    for (int64_t m = 0; m < kTokens; ++m) {
+      for (int64_t k = 0; k < kIn; ++k) {
+        const uint8_t bits = dropout_mask_byte(kSeed, m, static_cast<uint32_t>(k / 8), threshold);
+        kept[m * kIn + k] = bits >> (k % 8) & 1 ? x[m * kIn + k] : 0.0f;
+      }
+    }
+  }
+
+  // scale * dropout(x) @ A^T [num_tokens, rank]
+  std::vector<double> expected_xa(int layer) const {
+    const int64_t rank = kLayers[layer].rank;
+    std::vector<double> xa(static_cast<size_t>(kTokens * rank));
+    for (int64_t m = 0; m < kTokens; ++m) {
+      for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t k = 0; k < kIn; ++k) xa[m * rank + r] += kept[m * kIn + k] * A[layer][r * kIn + k];
+        xa[m * rank + r] *= scale[layer];
+      }
+    }
+    return xa;
+  }
+
+  // scale * grad_y @ B [num_tokens, rank]
+  std::vector<double> expected_grad_xa(int layer) const {
+    const auto [out, rank] = kLayers[layer];
+    std::vector<double> grad_xa(static_cast<size_t>(kTokens * rank));
+    for (int64_t m = 0; m < kTokens; ++m) {
+      for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t n = 0; n < out; ++n) {
+          grad_xa[m * rank + r] += scale[layer] * grad_y[layer][m * out + n] * B[layer][n * rank + r];
+        }
+      }
+    }
+    return grad_xa;
+  }
+};
+
+// Columns [begin, begin + count) of a matrix with rows of `stride` numbers.
+inline std::vector<float> columns(const std::vector<float>& matrix, int64_t stride, int64_t begin, int64_t count) {
+  std::vector<float> part;
+  for (size_t row = 0; row < matrix.size() / static_cast<size_t>(stride); ++row) {
+    for (int64_t i = 0; i < count; ++i) part.push_back(matrix[row * static_cast<size_t>(stride) + begin + i]);
+  }
+  return part;
+}
+
+}  // namespace lora_ext::cpu

@@ -1,0 +1,175 @@
+"""Many tokens: our product of x and the frozen weight has the adapter in it (csrc/cpu/base_product.inc).
+
+Which machines use it is a choice (``_load.base_product()``); test_instruction_sets.py runs these tests with it, for
+every instruction set, and with PyTorch's product.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.layers import assert_as_good_as_torch, random_layer, random_siblings
+from support.processes import run_python
+
+from lora_ext import _load, functional
+
+pytestmark = pytest.mark.cpu_only("is about a CPU kernel")
+
+SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+]
+# Sums and columns on both sides of a vector, a panel, all panels of a group and the lanes of a panel; the fewest
+# tokens; whole tiles and others; more rows than are packed together.
+SHAPES = [
+    (64, 16, 32, 16),
+    (64, 1, 1, 1),
+    (65, 31, 33, 17),
+    (71, 1030, 40, 3),
+    (72, 40, 1030, 40),
+    (96, 2051, 15, 65),
+    (97, 15, 300, 8),
+    (1100, 33, 50, 9),
+]
+
+
+@pytest.mark.pairs
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_good_as_torch(shape, dtypes, dropout_p):
+    number = -(-100 // (min(shape[0], shape[3]) * min(shape[1:3])))
+    layers = [random_layer(shape, dtypes, bias=shape[1] % 2 == 0) for _ in range(number)]
+    assert_as_good_as_torch(layers, dropout_p, SEED)
+
+
+def results(siblings, dropout_p: float) -> list[torch.Tensor]:
+    """Returns the outputs of layers that read one x, and all gradients."""
+    args = list(siblings.args())
+    leaves = [args[0].detach().clone().requires_grad_()]
+    for position in (3, 4):
+        args[position] = [factor.detach().clone().requires_grad_() for factor in args[position]]
+        leaves += args[position]
+    args[0] = leaves[0]
+    ys = functional.lora_linear_siblings(*args, dropout_p, SEED)
+    grads = torch.autograd.grad(ys, leaves, [layer.grad_y for layer in siblings.layers])
+    return [y.detach() for y in ys] + list(grads)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_siblings_equal_layers_one_by_one(dtypes, dropout_p):
+    siblings = random_siblings(((130, 70), [(40, 5), (1027, 20), (33, 1)]), dtypes)
+    ys = functional.lora_linear_siblings(*siblings.args(), dropout_p, SEED)
+    for y, layer in zip(ys, siblings.layers, strict=True):
+        assert torch.equal(y, functional.lora_linear(siblings.x, *layer.args()[1:], dropout_p, SEED))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
+def test_gradients_of_siblings_are_those_of_float64(dtypes):
+    siblings = random_siblings(((130, 70), [(40, 5), (1027, 20), (33, 1)]), dtypes)
+    grad_x = results(siblings, 0.3)[3]
+    exact = torch.zeros(130, 70, dtype=torch.float64)
+    for layer in siblings.layers:
+        doubled = layer.to(torch.float64)
+        x = siblings.x.double().requires_grad_()
+        y = functional.lora_linear(x, *doubled.args()[1:], 0.3, SEED)
+        exact += torch.autograd.grad(y, x, doubled.grad_y)[0]
+    tolerance = 4 * torch.finfo(dtypes[0]).eps
+    torch.testing.assert_close(grad_x.double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+
+
+def skip_unless_own(dtype: torch.dtype) -> None:
+    """Skips a test of what PyTorch's product does not promise, where it is used."""
+    if _load.base_product() != "own" or (dtype == torch.bfloat16 and _load.cpu_isa() != "avx512_bf16"):
+        pytest.skip(f"the base product of {dtype} is PyTorch's, on {_load.cpu_isa()}")
+
+
+@pytest.mark.parametrize("columns", [20, 64, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_have_the_same_bits_with_any_number_of_threads(dtype, columns):
+    """So do the gradients of x; those of the factors are sums over the threads' tokens."""
+    skip_unless_own(dtype)
+    siblings = random_siblings(((1100, 50), [(columns, 7), (31, 3)]), (dtype, dtype))
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 3, 7, 40):
+            torch.set_num_threads(number)
+            found.append(results(siblings, 0.2))
+    finally:
+        torch.set_num_threads(threads)
+    for several in found:
+        assert all(torch.equal(value, first) for value, first in zip(several[:3], found[0][:3], strict=True))
+        for value, first in zip(several[3:], found[0][3:], strict=True):
+            torch.testing.assert_close(value, first, rtol=0.02, atol=0.02 * first.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_rows_around_it(dtype):
+    skip_unless_own(dtype)
+    layer = random_layer((1300, 600, 90, 5), (dtype, dtype))
+    expected = functional.lora_linear(*layer.args())
+    for begin, end in ((0, 64), (1, 78), (500, 1200)):
+        part = functional.lora_linear(layer.x[begin:end], *layer.args()[1:])
+        assert torch.equal(part, expected[begin:end])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_in_its_row(dtype):
+    layer = random_layer((90, 70, 40, 4), (dtype, dtype))
+    expected = functional.lora_linear(*layer.args())
+    layer.x[13, 5], layer.x[89, 69] = float("inf"), float("nan")
+    y = functional.lora_linear(*layer.args())
+    broken = torch.zeros(90, dtype=torch.bool)
+    broken[[13, 89]] = True
+    assert torch.equal(y[~broken], expected[~broken])
+    assert not y[broken].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_any_strides(dtype):
+    """Rows apart, a transposed weight (Conv1D), a weight without unit stride, a grad_y from a larger tensor."""
+    layer = random_layer((80, 41, 24, 4), (dtype, dtype))
+    leaf = layer.x.clone().requires_grad_()
+    expected = functional.lora_linear(leaf, *layer.args()[1:])
+    (expected_grad,) = torch.autograd.grad(expected, leaf, layer.grad_y)
+
+    def apart(matrix: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((matrix.shape[0], 2 * matrix.shape[1] + 5), float("nan"), dtype=dtype)
+        wide[:, 3 : 3 + matrix.shape[1]] = matrix
+        return wide[:, 3 : 3 + matrix.shape[1]]
+
+    every_second = torch.full((24, 82), float("nan"), dtype=dtype)
+    every_second[:, ::2] = layer.weight
+    for weight in (apart(layer.weight), layer.weight.T.contiguous().T, every_second[:, ::2]):
+        x = apart(layer.x).requires_grad_()
+        y = functional.lora_linear(x, weight, *layer.args()[2:])
+        (grad,) = torch.autograd.grad(y, x, apart(layer.grad_y))
+        for value, want in ((y, expected), (grad, expected_grad)):
+            tolerance = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(value, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+def test_gradients_one_by_one():
+    layer = random_layer((90, 33, 50, 5))
+    every = [t.clone().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B)]
+
+    def gradients(leaves):
+        x, A, B = leaves
+        y = functional.lora_linear(x, layer.weight, layer.bias, A, B, 0.7, 0.3, SEED)
+        return torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], layer.grad_y)
+
+    together = gradients(every)
+    for i in range(3):
+        (alone,) = gradients([t.detach().requires_grad_(i == j) for j, t in enumerate(every)])
+        torch.testing.assert_close(alone, together[i], rtol=1e-6, atol=1e-5)
+
+
+def test_an_unknown_choice_fails_the_import():
+    result = run_python("-c", "import lora_ext", LORA_EXT_BASE_PRODUCT="fast")
+    assert result.returncode == 1
+    assert "ImportError: lora_ext: LORA_EXT_BASE_PRODUCT is 'fast', want own or library" in result.stderr
