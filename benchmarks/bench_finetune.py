@@ -12,6 +12,7 @@ backward.
 Activations are the bytes that autograd holds for the backward, each storage once, without parameters; peak is the
 most that a step holds beyond what existed before it. Loss curves are without dropout, so the two should agree up to
 rounding. The time to an accuracy is that of the training steps, with dropout, until the validation accuracy is reached.
+The C library keeps what was freed (harness/memory.py), so that no step's time depends on what ran before it.
 The demo's data come from the package index if they are not in the cache; without them only the models with random
 weights are measured, and the script says so.
 """
@@ -308,7 +309,10 @@ def main() -> None:
     parser.add_argument("--validation-texts", type=int, default=200)
     parser.add_argument("--no-demo", action="store_true", help="models with random weights only")
     args = parser.parse_args()
-    run = Report(args, f"Fine-tuning, adapters on every linear layer, r={args.rank}, dropout {args.dropout}, AdamW")
+    kept = ", freed memory kept" if memory.keep_freed_memory() else ""
+    run = Report(
+        args, f"Fine-tuning, adapters on every linear layer, r={args.rank}, dropout {args.dropout}, AdamW{kept}"
+    )
     try:
         data = None if args.no_demo else load_demo(args.batch_size, args.validation_texts, args.device)
     except TaskError as error:

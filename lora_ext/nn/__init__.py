@@ -1,6 +1,6 @@
 """Modules that hold a frozen base layer and its adapters.
 
-- Layers: ``linear`` (with cases of its own for ``tensor_parallel`` weights and ``few_tokens``), ``packed_linear``,
+- Layers: ``linear`` (with cases of its own for ``tensor_parallel`` weights and ``base_product``), ``packed_linear``,
   ``dora_linear`` (``dora`` has its arithmetic), ``conv``, ``embedding``, ``attention`` (``attention_inputs`` checks its
   arguments), ``parameter`` (experts, through ``weight_views``). ``trained`` trains a module in full,
   ``trainable_tokens`` rows of an embedding.

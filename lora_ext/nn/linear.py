@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
-from lora_ext.nn import few_tokens
+from lora_ext.nn import base_product
 from lora_ext.nn.adapter import LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
@@ -164,7 +164,7 @@ class LoraLinear(SharesInputs, OverLinear):
         names, slots = self._applied(choice), self.slots if choice.slots else None
         given = x
         plain = None if args or kwargs else plain_linear(self.base_layer)
-        y = self.base_layer(given, *args, **kwargs) if plain is None else few_tokens.product(given, *plain)
+        y = self.base_layer(given, *args, **kwargs) if plain is None else base_product.product(given, *plain)
         if not names and slots is None:  # no row changes anything here
             return y
         x, times = choice.aligned(self, x)

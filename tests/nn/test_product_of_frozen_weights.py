@@ -1,6 +1,8 @@
-"""The product of few tokens: F.linear to rounding, by lora_linear's kernel where nobody can tell the difference."""
+"""The product by a frozen weight: F.linear to rounding, by lora_linear's kernels where nobody can tell."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from support.models import llama, shaken, token_ids
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_ext import LoraConfig, functional, inject
-from lora_ext.nn import few_tokens
+from lora_ext import LoraConfig, _load, functional, inject
+from lora_ext.nn import base_product
 
 pytestmark = pytest.mark.cpu_only("the kernel is the CPU's")
 
@@ -25,47 +27,66 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return op(x, *arguments)
 
     monkeypatch.setattr(functional, "lora_linear", counted)
-    monkeypatch.setattr(few_tokens, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(base_product, "LEAST_ELEMENTS", 0)
     return shapes
 
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 65), (8, 65), (2, 4, 65), (9, 65), (32, 65), (33, 65), (0, 65), (65,)])
+@pytest.mark.parametrize("leading", [(1,), (8,), (2, 4), (9,), (32,), (33,), (0,), (), (64,), (3, 40)])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_product(dtype, shape, has_bias, calls):
+def test_product(dtype, leading, has_bias, calls):
+    shape = (*leading, 65)
     x, weight = torch.randn(shape).to(dtype), torch.randn(37, 65).to(dtype)
     bias = torch.randn(37).to(dtype) if has_bias else None
-    y = few_tokens.product(x, weight, bias)
+    y = base_product.product(x, weight, bias)
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     theirs = (F.linear(x, weight, bias) - exact).abs().amax() if y.numel() else 0.0
     assert y.dtype == dtype and y.shape == exact.shape
     assert not y.numel() or (y - exact).abs().amax() <= 2 * theirs + 1e-5
-    most = few_tokens.MOST_TOKENS.get(dtype, 0)
-    assert calls == ([shape] if x.numel() <= most * 65 else [])
+    tokens = x.numel() // 65
+    many = tokens >= 64 and base_product.multiplies_many_tokens(dtype)
+    assert calls == ([shape] if tokens <= base_product.FEW_TOKENS.get(dtype, 0) or many else [])
+
+
+@pytest.fixture
+def fresh_choice() -> Iterator[None]:
+    base_product.multiplies_many_tokens.cache_clear()
+    yield
+    base_product.multiplies_many_tokens.cache_clear()
+
+
+@pytest.mark.parametrize("own, isa, number", [("own", "avx512_bf16", 2), ("own", "avx512", 1), ("library", "amx", 0)])
+@pytest.mark.usefixtures("fresh_choice")
+def test_many_tokens_take_the_kernel_that_the_machine_prefers(calls, monkeypatch, own, isa, number):
+    monkeypatch.setattr(_load, "base_product", lambda: own)
+    monkeypatch.setattr(_load, "cpu_isa", lambda: isa)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        base_product.product(torch.randn(64, 65).to(dtype), torch.randn(37, 65).to(dtype), None)
+    assert len(calls) == number
 
 
 def test_whoever_could_tell_the_difference_gets_pytorchs(calls):
     x, weight, bias = torch.randn(4, 65), torch.randn(37, 65), torch.randn(37)
-    few_tokens.product(x, weight.t().contiguous().t(), bias)
-    few_tokens.product(x.requires_grad_(), weight, bias).sum().backward()
+    base_product.product(x, weight.t().contiguous().t(), bias)
+    base_product.product(x.requires_grad_(), weight, bias).sum().backward()
     assert x.grad is not None
-    few_tokens.product(x.detach(), weight, bias.requires_grad_())
+    base_product.product(x.detach(), weight, bias.requires_grad_())
     with FlopCounterMode(display=False) as counter:
-        few_tokens.product(x.detach(), weight, bias.detach())
+        base_product.product(x.detach(), weight, bias.detach())
     assert counter.get_total_flops() == 2 * 4 * 65 * 37
     with torch.autocast("cpu", torch.bfloat16):
-        assert few_tokens.product(x.detach(), weight, bias.detach()).dtype == torch.bfloat16
-    torch.func.vmap(lambda row: few_tokens.product(row, weight, bias.detach()))(x.detach())
+        assert base_product.product(x.detach(), weight, bias.detach()).dtype == torch.bfloat16
+    torch.func.vmap(lambda row: base_product.product(row, weight, bias.detach()))(x.detach())
     assert calls == []
     with torch.no_grad():
-        few_tokens.product(x, weight, bias)
+        base_product.product(x, weight, bias)
     assert calls == [(4, 65)]
 
 
 def test_small_weights_keep_pytorchs(calls, monkeypatch):
-    monkeypatch.setattr(few_tokens, "LEAST_ELEMENTS", 37 * 65 + 1)
-    few_tokens.product(torch.randn(4, 65), torch.randn(37, 65), None)
+    monkeypatch.setattr(base_product, "LEAST_ELEMENTS", 37 * 65 + 1)
+    base_product.product(torch.randn(4, 65), torch.randn(37, 65), None)
     assert calls == []
 
 

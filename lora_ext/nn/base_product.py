@@ -1,0 +1,62 @@
+"""The product of a frozen linear layer by our kernels, where they are faster than PyTorch's."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_ext import _load, functional
+from lora_ext._ops.usual_calls import is_usual_call
+
+FEW_TOKENS = {torch.float32: 32, torch.bfloat16: 8}
+"""Most tokens for which the CPU's kernel reads the weight once (csrc/cpu/few_tokens.inc), by dtype; more with AMX."""
+
+LEAST_ELEMENTS = 1 << 20
+"""Elements of a weight for few tokens. For smaller ones the call takes as long as what the kernel saves."""
+
+MANY_TOKENS = 64
+"""Least tokens for which the CPU may have a product of its own (csrc/cpu/base_product.inc)."""
+
+
+@functools.cache
+def multiplies_many_tokens(dtype: torch.dtype) -> bool:
+    """Returns whether this machine multiplies many tokens of a dtype by our kernel."""
+    pairs = dtype == torch.bfloat16 and _load.cpu_isa() == "avx512_bf16"
+    return (dtype == torch.float32 or pairs) and _load.base_product() == "own"
+
+
+def has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether a kernel of ours multiplies this many tokens by a weight of this size and dtype."""
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if tokens >= MANY_TOKENS:
+        return multiplies_many_tokens(weight.dtype)
+    return tokens <= FEW_TOKENS.get(weight.dtype, 0) and weight.numel() >= LEAST_ELEMENTS
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear(x, weight, bias)``, to rounding.
+
+    Without gradients and on the CPU it is ``lora_linear`` of a zero adapter, if that has a kernel for as many tokens
+    (``benchmarks/bench_grouped.py``: "stack, our base"). There an infinity in a row makes the row NaN.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``.
+        bias: ``[out_features]`` or None.
+    """
+    if (
+        x.device.type != "cpu"
+        or x.dtype != weight.dtype
+        or not weight.is_contiguous()
+        or not has_kernel(x, weight)
+        or torch.is_autocast_enabled("cpu")
+        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
+        or not is_usual_call(x, weight, bias)
+    ):
+        return F.linear(x, weight, bias)
+    out_features, in_features = weight.shape
+    lora_A, lora_B = weight.new_zeros(1, in_features), weight.new_zeros(out_features, 1)
+    return functional.lora_linear(x, weight, bias, lora_A, lora_B, 0.0)
