@@ -7,6 +7,8 @@ names adapter i modulo ``--adapters``. Contestants: the model with one adapter f
 ``adapter_names`` with adapters of the model, and of an AdapterPool; the frozen model; PEFT's model with
 ``adapter_names``, and the same accelerated. They are timed only if they agree. Ratios are to the model with one
 adapter; overhead is what ``adapter_names`` costs beyond the frozen model, divided by what it costs in PEFT.
+
+The C library keeps what was freed (harness/memory.py).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import contestants, report
+from harness import contestants, memory, report
 from harness.contestants import ALPHA_OVER_R, FROZEN
 from harness.report import Report
 from torch import nn
@@ -127,7 +129,9 @@ def main() -> None:
     for option, value in (("adapters", 32), ("hidden", 1024), ("blocks", 4)):
         parser.add_argument(f"--{option}", type=report.at_least(1), default=value)
     args = parser.parse_args()
-    run = Report(args, f"A Llama of {args.blocks} blocks, {args.hidden} wide, whose rows name adapters, r={args.rank}")
+    kept = ", freed memory kept" if memory.keep_freed_memory() else ""
+    what = f"A Llama of {args.blocks} blocks, {args.hidden} wide, whose rows name adapters, r={args.rank}{kept}"
+    run = Report(args, what)
     cases = [(dtype, case) for dtype in (torch.float32, torch.bfloat16) for case in args.cases]
     rows = run.measure(cases, lambda case: [measure(*case, run)], table)
     run.finish(rows, table(rows))
