@@ -11,6 +11,17 @@
 
 namespace lora_ext::cpu {
 
+// Whether a layer's lora_B is zero, as it is before training: the layer then keeps the bits of its base layer, which
+// only the library's product gives. Of any other factor this reads the first elements.
+inline bool has_zero_adapter(const LoraExpandParams& p) {
+  const auto is_zero = [&](const LoraExpandSibling& s) {
+    const char* bytes = static_cast<const char*>(s.lora_B);
+    const int64_t count = s.out_features * s.rank * dtype_size(p.factor_dtype);
+    return std::all_of(bytes, bytes + count, [](char byte) { return byte == 0; });
+  };
+  return std::any_of(p.siblings, p.siblings + p.num_siblings, is_zero);
+}
+
 // Call: a ForwardCall or a BackwardCall.
 template <class Call>
 bool has_own_product(const Kernels& kernels, const Call& call) {

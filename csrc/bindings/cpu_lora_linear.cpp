@@ -72,7 +72,7 @@ struct Cpu {
     LoraForwardParams& p = call.params;
     if (p.shrink.num_tokens == 0) return;
     if (streams_weights(kernels, call)) return stream_forward(kernels, call);
-    if (has_own_product(kernels, call)) return multiply_forward(kernels, call);
+    if (has_own_product(kernels, call) && !has_zero_adapter(p.expand)) return multiply_forward(kernels, call);
     const bool base_first = call.has_base_layers() && base_product_first(p.shrink.dtype);
 
     const auto add_base_products = [&] {

@@ -58,5 +58,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ):
         return F.linear(x, weight, bias)
     out_features, in_features = weight.shape
-    lora_A, lora_B = weight.new_zeros(1, in_features), weight.new_zeros(out_features, 1)
+    # Not a lora_B of zeros: with it the op keeps the bits of F.linear, and calls that.
+    lora_A, lora_B = weight.new_zeros(1, in_features), weight.new_ones(out_features, 1)
     return functional.lora_linear(x, weight, bias, lora_A, lora_B, 0.0)

@@ -156,12 +156,13 @@ def test_a_decoder_with_all_of_them(tiny: Settings, tmp_path: Path):
         dtype="bfloat16",
         precision="bfloat16",
         batch_size=8,
-        accumulation_steps=2,
+        accumulation_steps=8,  # a step is an epoch: the losses are those of all texts
+        epochs=8,
         gradient_checkpointing="reentrant",
     )
     trained(settings, tmp_path / "out")
     losses = [entry["loss"] for entry in history(tmp_path / "out") if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.05
 
 
 # --- --set ------------------------------------------------------------------------------------------------------------
