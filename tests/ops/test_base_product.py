@@ -121,7 +121,7 @@ def test_a_row_does_not_depend_on_the_rows_around_it(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_before_training_the_output_has_the_bits_of_the_base_layer(dtype):
     """Also next to layers that have been trained."""
-    siblings = random_siblings(((130, 70), [(40, 5), (1027, 20)]), (dtype, dtype))
+    siblings = random_siblings(((132, 384), [(40, 5), (200, 20)]), (dtype, dtype))
     siblings.layers[1].lora_B.zero_()
     ys = functional.lora_linear_siblings(*siblings.args())
     _, weight, bias, *_ = siblings.layers[1].args()
