@@ -309,10 +309,8 @@ def main() -> None:
     parser.add_argument("--validation-texts", type=int, default=200)
     parser.add_argument("--no-demo", action="store_true", help="models with random weights only")
     args = parser.parse_args()
-    kept = ", freed memory kept" if memory.keep_freed_memory() else ""
-    run = Report(
-        args, f"Fine-tuning, adapters on every linear layer, r={args.rank}, dropout {args.dropout}, AdamW{kept}"
-    )
+    what = f"Fine-tuning, adapters on every linear layer, r={args.rank}, dropout {args.dropout}, AdamW"
+    run = Report(args, what + memory.keep_freed_memory())
     try:
         data = None if args.no_demo else load_demo(args.batch_size, args.validation_texts, args.device)
     except TaskError as error:

@@ -129,9 +129,8 @@ def main() -> None:
     for option, value in (("adapters", 32), ("hidden", 1024), ("blocks", 4)):
         parser.add_argument(f"--{option}", type=report.at_least(1), default=value)
     args = parser.parse_args()
-    kept = ", freed memory kept" if memory.keep_freed_memory() else ""
-    what = f"A Llama of {args.blocks} blocks, {args.hidden} wide, whose rows name adapters, r={args.rank}{kept}"
-    run = Report(args, what)
+    what = f"A Llama of {args.blocks} blocks, {args.hidden} wide, whose rows name adapters, r={args.rank}"
+    run = Report(args, what + memory.keep_freed_memory())
     cases = [(dtype, case) for dtype in (torch.float32, torch.bfloat16) for case in args.cases]
     rows = run.measure(cases, lambda case: [measure(*case, run)], table)
     run.finish(rows, table(rows))

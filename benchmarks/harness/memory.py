@@ -30,8 +30,8 @@ def saved_storages(call: Callable[[], object], beyond: Iterable[Tensor] = ()) ->
     return found
 
 
-def keep_freed_memory() -> bool:
-    """Makes glibc keep freed blocks up to 32 MiB for the rest of the process; returns whether it does.
+def keep_freed_memory() -> str:
+    """Makes glibc keep freed blocks up to 32 MiB for the rest of the process; returns what a title says of it.
 
     By default it returns them to the system, or not, depending on the largest block that was freed before. Then each
     step of a small model takes up to 100 MB of new pages, a fifth of its time, or none, whoever's model it is.
@@ -40,8 +40,9 @@ def keep_freed_memory() -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
-        return False
-    return bool(mallopt(mmap_threshold, 1 << 25) and mallopt(trim_threshold, (1 << 31) - 1))
+        return ""
+    is_kept = mallopt(mmap_threshold, 1 << 25) and mallopt(trim_threshold, (1 << 31) - 1)
+    return ", freed memory kept" if is_kept else ""
 
 
 def activation_bytes(model: nn.Module, call: Callable[[], object]) -> int:

@@ -27,16 +27,17 @@ template <class Call>
 bool has_own_product(const Kernels& kernels, const Call& call) {
   constexpr int64_t kFewestTokens = 64;  // below, packing the weight takes too long
   const auto& p = call.params.expand;
-  if (!call.has_base_layers() || p.num_tokens < kFewestTokens || kernels.product_tiles(p.dtype).rows == 0) return false;
-  for (size_t i = 0; i < call.layers.size(); ++i) {
-    const Tensor& weight = *call.layers[i].weight;
-    if (weight.numel() == 0 || (weight.stride(0) != 1 && weight.stride(1) != 1)) return false;
-  }
   bool is_own;
   if (!select_base_product(&is_own)) {
     fail("LORA_EXT_BASE_PRODUCT is ", std::getenv("LORA_EXT_BASE_PRODUCT"), ", want own or library");
   }
-  return is_own;
+  if (!is_own || !call.has_base_layers() || p.num_tokens < kFewestTokens) return false;
+  if (kernels.product_tiles(p.dtype).rows == 0) return false;
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    const Tensor& weight = *call.layers[i].weight;
+    if (weight.numel() == 0 || (weight.stride(0) != 1 && weight.stride(1) != 1)) return false;
+  }
+  return true;
 }
 
 // The rows of a product's terms, its scratch memory, and how threads share the work.
@@ -152,14 +153,6 @@ class ProductRun {
   char* scratch_ = nullptr;  // rows, ranks; panels and sums of each thread
 };
 
-// Runs f(chunk) for every chunk, in parallel. Kernels do not throw.
-template <class F>
-void for_chunks(int64_t num_chunks, const F& f) {
-  torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk);
-  });
-}
-
 inline void multiply_forward(const Kernels& kernels, const ForwardCall& call) {
   const LoraShrinkParams& shrink = call.params.shrink;
   const LoraExpandParams& expand = call.params.expand;
@@ -173,9 +166,7 @@ inline void multiply_forward(const Kernels& kernels, const ForwardCall& call) {
   sizes.product_bytes = run.scratch_bytes();
   const int64_t num_chunks = count_chunks(shrink.num_tokens);
   const Workspace workspace = make_workspace(sizes, num_chunks);
-  pack_factors(2 * shrink.num_siblings, [&](int i) {
-    i % 2 == 0 ? kernels.pack_shrink(shrink, workspace, i / 2) : kernels.pack_expand(expand, workspace, i / 2);
-  });
+  pack_factors(kernels, call.params, workspace);
   const auto pack = [&](const ProductRows* x, int64_t first) {
     for_chunks(num_chunks,
                [&](int64_t chunk) { kernels.shrink_and_pack(shrink, workspace, *x, first, chunk, num_chunks); });
@@ -216,10 +207,7 @@ inline void multiply_backward(const Kernels& kernels, const BackwardCall& call) 
   sizes.product_bytes = run.scratch_bytes();
   const int64_t num_chunks = count_chunks(num_tokens);
   const Workspace workspace = make_workspace(sizes, num_chunks);
-  pack_factors(2 * p.shrink.num_siblings, [&](int i) {
-    i % 2 == 0 ? kernels.pack_shrink_backward(p.shrink, workspace, i / 2)
-               : kernels.pack_expand_backward(p.expand, workspace, i / 2);
-  });
+  pack_factors(kernels, p, workspace);
   const auto pack = [&](const ProductRows* grad_ys, int64_t first) {
     for_chunks(num_chunks,
                [&](int64_t chunk) { kernels.backward_and_pack(p, workspace, grad_ys, first, chunk, num_chunks); });

@@ -143,13 +143,34 @@ void pack_factors(int count, const Pack& pack) {
   });
 }
 
-// Runs kernel(params, workspace, chunk, num_chunks) for every chunk, in parallel. Kernels do not throw.
+// Both factors of all siblings, as the forward reads them.
+inline void pack_factors(const Kernels& kernels, const LoraForwardParams& p, const Workspace& workspace) {
+  pack_factors(2 * p.shrink.num_siblings, [&](int i) {
+    i % 2 == 0 ? kernels.pack_shrink(p.shrink, workspace, i / 2) : kernels.pack_expand(p.expand, workspace, i / 2);
+  });
+}
+
+// As the backward reads them.
+inline void pack_factors(const Kernels& kernels, const LoraBackwardParams& p, const Workspace& workspace) {
+  pack_factors(2 * p.shrink.num_siblings, [&](int i) {
+    i % 2 == 0 ? kernels.pack_shrink_backward(p.shrink, workspace, i / 2)
+               : kernels.pack_expand_backward(p.expand, workspace, i / 2);
+  });
+}
+
+// Runs f(chunk) for every chunk, in parallel. Kernels do not throw.
+template <class F>
+void for_chunks(int64_t num_chunks, const F& f) {
+  torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk);
+  });
+}
+
+// Runs kernel(params, workspace, chunk, num_chunks) for every chunk, in parallel.
 template <class Params>
 void run_chunks(void (*kernel)(const Params&, const Workspace&, int64_t, int64_t), const Params& p, const Workspace& w,
                 int64_t num_chunks) {
-  torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) kernel(p, w, chunk, num_chunks);
-  });
+  for_chunks(num_chunks, [&](int64_t chunk) { kernel(p, w, chunk, num_chunks); });
 }
 
 // Sums the chunks' gradients, for a range of ranks in each thread.

@@ -92,9 +92,7 @@ struct Cpu {
         sibling.base = sibling.y;
       }
     }
-    pack_factors(2 * p.shrink.num_siblings, [&](int i) {
-      i % 2 == 0 ? kernels.pack_shrink(p.shrink, workspace, i / 2) : kernels.pack_expand(p.expand, workspace, i / 2);
-    });
+    pack_factors(kernels, p, workspace);
     run_chunks(kernels.forward, p, workspace, num_chunks);
     if (!base_first) add_base_products();
   }
@@ -120,10 +118,7 @@ struct Cpu {
       add_base_products();
       p.shrink.base = p.shrink.grad_x;
     }
-    pack_factors(2 * p.shrink.num_siblings, [&](int i) {
-      i % 2 == 0 ? kernels.pack_shrink_backward(p.shrink, workspace, i / 2)
-                 : kernels.pack_expand_backward(p.expand, workspace, i / 2);
-    });
+    pack_factors(kernels, p, workspace);
     run_chunks(kernels.backward, p, workspace, num_chunks);
     reduce_gradients(kernels, p, workspace, num_chunks);
     if (!base_first) add_base_products();

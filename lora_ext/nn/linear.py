@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class OverLinear(LoraLayer):
-    """What the layers over a linear layer share, whatever their adapters compute."""
+    """Says which linear layers can be adapted and what their sizes are; LoRA and DoRA add what they compute."""
 
     base_kinds = "an nn.Linear or Conv1D"
     rows_choose = True

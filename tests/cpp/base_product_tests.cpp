@@ -52,41 +52,12 @@ struct Product {
 void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks) {
   const Layers layers;
   Product run{kernels};
-  std::vector<float> xa(kTokens * kTotalRank, NAN), y[kNumLayers], weight[kNumLayers];
-  std::vector<uint8_t> mask(static_cast<size_t>(kTokens * mask_row_bytes(kIn)));
-  LoraShrinkParams shrink{.num_tokens = kTokens,
-                          .in_features = kIn,
-                          .total_rank = kTotalRank,
-                          .x = layers.x.data(),
-                          .seed = &layers.seed,
-                          .xa = xa.data(),
-                          .mask = mask.data(),
-                          .x_stride = kIn,
-                          .dtype = DType::kFloat32,
-                          .factor_dtype = DType::kFloat32,
-                          .threshold = layers.threshold,
-                          .num_siblings = kNumLayers,
-                          .siblings = {}};
-  LoraExpandParams expand{.num_tokens = kTokens,
-                          .total_rank = kTotalRank,
-                          .xa = xa.data(),
-                          .dtype = DType::kFloat32,
-                          .factor_dtype = DType::kFloat32,
-                          .num_siblings = kNumLayers,
-                          .siblings = {}};
-  for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {
-    y[i].assign(static_cast<size_t>(kTokens * kLayers[i].out), NAN);
-    weight[i] = random_values(kLayers[i].out * kIn);
-    shrink.siblings[i] = {
-        .rank = kLayers[i].rank, .rank_begin = rank_begin, .lora_A = layers.A[i].data(), .scale = layers.scale[i]};
-    expand.siblings[i] = {.out_features = kLayers[i].out,
-                          .rank = kLayers[i].rank,
-                          .rank_begin = rank_begin,
-                          .lora_B = layers.B[i].data(),
-                          .bias = layers.bias[i].data(),
-                          .base = nullptr,
-                          .y = y[i].data()};
-  }
+  std::vector<float> xa, y[kNumLayers], weight[kNumLayers];
+  std::vector<uint8_t> mask;
+  const LoraForwardParams params = forward_params(layers, xa, mask, y);
+  const LoraShrinkParams& shrink = params.shrink;
+  const LoraExpandParams& expand = params.expand;
+  for (int i = 0; i < kNumLayers; ++i) weight[i] = random_values(kLayers[i].out * kIn);
   const Scratch scratch(num_chunks, false);
   for (int i = 0; i < kNumLayers; ++i) {
     kernels.pack_shrink(shrink, scratch.workspace, i);

@@ -129,4 +129,44 @@ inline std::vector<float> columns(const std::vector<float>& matrix, int64_t stri
   return part;
 }
 
+// The parameters of a forward into xa, mask and y of each layer, which it allocates.
+inline LoraForwardParams forward_params(const Layers& layers, std::vector<float>& xa, std::vector<uint8_t>& mask,
+                                        std::vector<float> (&y)[kNumLayers]) {
+  xa.assign(static_cast<size_t>(kTokens * kTotalRank), NAN);
+  mask.assign(static_cast<size_t>(kTokens * mask_row_bytes(kIn)), 0);
+  LoraShrinkParams shrink{.num_tokens = kTokens,
+                          .in_features = kIn,
+                          .total_rank = kTotalRank,
+                          .x = layers.x.data(),
+                          .seed = &layers.seed,
+                          .xa = xa.data(),
+                          .mask = mask.data(),
+                          .x_stride = kIn,
+                          .dtype = DType::kFloat32,
+                          .factor_dtype = DType::kFloat32,
+                          .threshold = layers.threshold,
+                          .num_siblings = kNumLayers,
+                          .siblings = {}};
+  LoraExpandParams expand{.num_tokens = kTokens,
+                          .total_rank = kTotalRank,
+                          .xa = xa.data(),
+                          .dtype = DType::kFloat32,
+                          .factor_dtype = DType::kFloat32,
+                          .num_siblings = kNumLayers,
+                          .siblings = {}};
+  for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {
+    y[i].assign(static_cast<size_t>(kTokens * kLayers[i].out), NAN);
+    shrink.siblings[i] = {
+        .rank = kLayers[i].rank, .rank_begin = rank_begin, .lora_A = layers.A[i].data(), .scale = layers.scale[i]};
+    expand.siblings[i] = {.out_features = kLayers[i].out,
+                          .rank = kLayers[i].rank,
+                          .rank_begin = rank_begin,
+                          .lora_B = layers.B[i].data(),
+                          .bias = layers.bias[i].data(),
+                          .base = nullptr,
+                          .y = y[i].data()};
+  }
+  return {.shrink = shrink, .expand = expand};
+}
+
 }  // namespace lora_ext::cpu

@@ -32,49 +32,18 @@ void masks_follow_their_definition(const Kernels& kernels, const char* isa) {
 // an expand.
 void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_t num_chunks, bool together) {
   const Layers layers;
-  std::vector<float> xa(kTokens * kTotalRank, NAN), y[kNumLayers];
-  std::vector<uint8_t> mask(static_cast<size_t>(kTokens * mask_row_bytes(kIn)));
-
-  LoraShrinkParams shrink{.num_tokens = kTokens,
-                          .in_features = kIn,
-                          .total_rank = kTotalRank,
-                          .x = layers.x.data(),
-                          .seed = &layers.seed,
-                          .xa = xa.data(),
-                          .mask = mask.data(),
-                          .x_stride = kIn,
-                          .dtype = DType::kFloat32,
-                          .factor_dtype = DType::kFloat32,
-                          .threshold = layers.threshold,
-                          .num_siblings = kNumLayers,
-                          .siblings = {}};
-  LoraExpandParams expand{.num_tokens = kTokens,
-                          .total_rank = kTotalRank,
-                          .xa = xa.data(),
-                          .dtype = DType::kFloat32,
-                          .factor_dtype = DType::kFloat32,
-                          .num_siblings = kNumLayers,
-                          .siblings = {}};
-  for (int64_t i = 0, rank_begin = 0; i < kNumLayers; rank_begin += kLayers[i].rank, ++i) {
-    y[i].assign(static_cast<size_t>(kTokens * kLayers[i].out), NAN);
-    shrink.siblings[i] = {
-        .rank = kLayers[i].rank, .rank_begin = rank_begin, .lora_A = layers.A[i].data(), .scale = layers.scale[i]};
-    expand.siblings[i] = {.out_features = kLayers[i].out,
-                          .rank = kLayers[i].rank,
-                          .rank_begin = rank_begin,
-                          .lora_B = layers.B[i].data(),
-                          .bias = layers.bias[i].data(),
-                          .base = nullptr,
-                          .y = y[i].data()};
-  }
+  std::vector<float> xa, y[kNumLayers];
+  std::vector<uint8_t> mask;
+  const LoraForwardParams params = forward_params(layers, xa, mask, y);
+  const LoraShrinkParams& shrink = params.shrink;
+  const LoraExpandParams& expand = params.expand;
   const Scratch scratch(num_chunks, false);
   for (int i = 0; i < kNumLayers; ++i) {
     kernels.pack_shrink(shrink, scratch.workspace, i);
     kernels.pack_expand(expand, scratch.workspace, i);
   }
   if (together) {
-    const LoraForwardParams p{.shrink = shrink, .expand = expand};
-    in_threads(num_chunks, [&](int64_t chunk) { kernels.forward(p, scratch.workspace, chunk, num_chunks); });
+    in_threads(num_chunks, [&](int64_t chunk) { kernels.forward(params, scratch.workspace, chunk, num_chunks); });
   } else {
     in_threads(num_chunks, [&](int64_t chunk) { kernels.shrink(shrink, scratch.workspace, chunk, num_chunks); });
     in_threads(num_chunks, [&](int64_t chunk) { kernels.expand(expand, scratch.workspace, chunk, num_chunks); });

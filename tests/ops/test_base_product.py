@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.layers import assert_as_good_as_torch, random_layer, random_siblings
+from support import layers
+from support.layers import (
+    assert_as_good_as_torch,
+    forward_backward_siblings,
+    random_layer,
+    random_layers,
+    random_siblings,
+)
 from support.processes import run_python
 
 from lora_ext import _load, functional
@@ -16,12 +23,7 @@ from lora_ext import _load, functional
 pytestmark = pytest.mark.cpu_only("is about a CPU kernel")
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float32, torch.bfloat16),
-]
+DTYPES = [pair for pair in layers.DTYPES if pair[0] in (torch.float32, torch.bfloat16)]
 # Sums and columns on both sides of a vector, a panel, all panels of a group and the lanes of a panel; the fewest
 # tokens; whole tiles and others; more rows than are packed together.
 SHAPES = [
@@ -41,22 +43,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_good_as_torch(shape, dtypes, dropout_p):
-    number = -(-100 // (min(shape[0], shape[3]) * min(shape[1:3])))
-    layers = [random_layer(shape, dtypes, bias=shape[1] % 2 == 0) for _ in range(number)]
-    assert_as_good_as_torch(layers, dropout_p, SEED)
-
-
-def results(siblings, dropout_p: float) -> list[torch.Tensor]:
-    """Returns the outputs of layers that read one x, and all gradients."""
-    args = list(siblings.args())
-    leaves = [args[0].detach().clone().requires_grad_()]
-    for position in (3, 4):
-        args[position] = [factor.detach().clone().requires_grad_() for factor in args[position]]
-        leaves += args[position]
-    args[0] = leaves[0]
-    ys = functional.lora_linear_siblings(*args, dropout_p, SEED)
-    grads = torch.autograd.grad(ys, leaves, [layer.grad_y for layer in siblings.layers])
-    return [y.detach() for y in ys] + list(grads)
+    assert_as_good_as_torch(random_layers(shape, dtypes, bias=shape[1] % 2 == 0), dropout_p, SEED)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -68,10 +55,10 @@ def test_siblings_equal_layers_one_by_one(dtypes, dropout_p):
         assert torch.equal(y, functional.lora_linear(siblings.x, *layer.args()[1:], dropout_p, SEED))
 
 
-@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_gradients_of_siblings_are_those_of_float64(dtypes):
     siblings = random_siblings(((130, 70), [(40, 5), (1027, 20), (33, 1)]), dtypes)
-    grad_x = results(siblings, 0.3)[3]
+    grad_x = forward_backward_siblings(functional.lora_linear_siblings, siblings, 0.3, SEED)["grad_x"]
     exact = torch.zeros(130, 70, dtype=torch.float64)
     for layer in siblings.layers:
         doubled = layer.to(torch.float64)
@@ -99,13 +86,15 @@ def test_outputs_have_the_same_bits_with_any_number_of_threads(dtype, columns):
         found = []
         for number in (1, 2, 3, 7, 40):
             torch.set_num_threads(number)
-            found.append(results(siblings, 0.2))
+            found.append(forward_backward_siblings(functional.lora_linear_siblings, siblings, 0.2, SEED))
     finally:
         torch.set_num_threads(threads)
     for several in found:
-        assert all(torch.equal(value, first) for value, first in zip(several[:3], found[0][:3], strict=True))
-        for value, first in zip(several[3:], found[0][3:], strict=True):
-            torch.testing.assert_close(value, first, rtol=0.02, atol=0.02 * first.abs().max().item())
+        for name, first in found[0].items():
+            if name in ("y[0]", "y[1]", "grad_x"):
+                assert torch.equal(several[name], first), name
+            else:
+                torch.testing.assert_close(several[name], first, rtol=0.02, atol=0.02 * first.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

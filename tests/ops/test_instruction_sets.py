@@ -24,6 +24,7 @@ TESTS = {
         "test_gradients_of_siblings_are_those_of_float64",
         "test_outputs_have_the_same_bits_with_any_number_of_threads",
         "test_a_row_does_not_depend_on_the_rows_around_it",
+        "test_before_training_the_output_has_the_bits_of_the_base_layer",
         "test_what_is_not_finite_stays_in_its_row",
         "test_tensors_of_any_strides",
         "test_gradients_one_by_one",

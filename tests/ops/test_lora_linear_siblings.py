@@ -11,7 +11,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.layers import DTYPES, Siblings, assert_errors_as_plain, number_of_layers, random_siblings, saved_bytes
+from support.layers import (
+    DTYPES,
+    Siblings,
+    assert_errors_as_plain,
+    forward_backward_siblings,
+    number_of_layers,
+    random_siblings,
+    saved_bytes,
+)
 from support.properties import given, settings, st
 from torch import Tensor, nn
 
@@ -47,17 +55,6 @@ def some(function: Callable, shape: tuple[int, int], sizes: tuple, **options) ->
     return random_siblings((shape, sizes[:1] if function is one_by_one else sizes), **options)
 
 
-def forward_backward(function: Callable, siblings: Siblings, dropout_p=0.0, seed=None) -> dict[str, Tensor]:
-    """Returns the outputs and the gradients of x, lora_As and lora_Bs."""
-    x, weights, biases, As, Bs, scalings = siblings.args()
-    x, As, Bs = x.detach().clone().requires_grad_(), *([t.clone().requires_grad_() for t in ts] for ts in (As, Bs))
-    ys = function(x, weights, biases, As, Bs, scalings, dropout_p, seed)
-    grads = torch.autograd.grad(ys, (x, *As, *Bs), siblings.grad_ys())
-    names = [f"{name}[{i}]" for name in ("y", "grad_A", "grad_B") for i in range(len(ys))]
-    results = dict(zip(names, (*ys, *grads[1:]), strict=True))
-    return {name: result.detach() for name, result in results.items()} | {"grad_x": grads[0]}
-
-
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
@@ -69,9 +66,9 @@ def assert_as_good_as_torch(
 ) -> None:
     results = []
     for group in siblings:
-        ours = forward_backward(function, group, dropout_p, seed)
-        exact = forward_backward(reference.lora_linear_siblings, group.to(torch.float64), dropout_p, seed)
-        plain = forward_backward(reference.lora_linear_siblings, group, dropout_p, seed)
+        ours = forward_backward_siblings(function, group, dropout_p, seed)
+        exact = forward_backward_siblings(reference.lora_linear_siblings, group.to(torch.float64), dropout_p, seed)
+        plain = forward_backward_siblings(reference.lora_linear_siblings, group, dropout_p, seed)
         results.append((ours, exact, plain))
     assert_errors_as_plain(results, siblings[0].x.dtype, siblings[0].layers[0].lora_A.dtype)
 
@@ -110,9 +107,9 @@ def assert_equals_one_by_one(siblings: Siblings | list[Siblings], dropout_p: flo
     groups = [siblings] if isinstance(siblings, Siblings) else siblings
     grads: list[tuple[Tensor, ...]] = []
     for group in groups:
-        together = forward_backward(functional.lora_linear_siblings, group, dropout_p, seed)
-        separate = forward_backward(one_by_one, group, dropout_p, seed)
-        exact = forward_backward(reference.lora_linear_siblings, group.to(torch.float64), dropout_p, seed)
+        together = forward_backward_siblings(functional.lora_linear_siblings, group, dropout_p, seed)
+        separate = forward_backward_siblings(one_by_one, group, dropout_p, seed)
+        exact = forward_backward_siblings(reference.lora_linear_siblings, group.to(torch.float64), dropout_p, seed)
         grads.append(tuple(results.pop("grad_x").double().flatten() for results in (together, separate, exact)))
         for name in separate:
             assert torch.equal(together[name], separate[name]), name
@@ -136,7 +133,8 @@ def test_equals_the_layers_one_by_one(shape, dtypes, dropout_p):
 def test_one_layer_is_lora_linear_to_the_bit():
     siblings = random_siblings(((70, 97), ((131, 8),)))
     together, alone = (
-        forward_backward(function, siblings, 0.3, SEED) for function in (functional.lora_linear_siblings, one_by_one)
+        forward_backward_siblings(function, siblings, 0.3, SEED)
+        for function in (functional.lora_linear_siblings, one_by_one)
     )
     for name in alone:
         assert torch.equal(together[name], alone[name]), name
@@ -149,7 +147,7 @@ def test_memory_is_poisoned_yet_nothing_of_it_shows(function):
     try:
         poison = some(function, (64, 200), ((300, 20), (300, 20), (300, 20)))
         poison.x.fill_(float("nan"))
-        forward_backward(function, poison, 0.3, SEED)
+        forward_backward_siblings(function, poison, 0.3, SEED)
         for dtypes in DTYPES:
             assert_equals_one_by_one(some(function, (33, 97), ((131, 3), (64, 5))), 0.3, SEED)
             siblings = some(function, (33, 97), ((131, 3), (64, 5)), dtypes=dtypes)
@@ -162,7 +160,7 @@ def test_memory_is_poisoned_yet_nothing_of_it_shows(function):
 @pytest.mark.parametrize("leading", [(2, 3), (1, 5), (2, 1, 4), (2, 0, 3)])
 def test_leading_dimensions(leading, function):
     siblings = some(function, (0, 20), ((12, 4), (9, 2)), leading=leading)
-    result = forward_backward(function, siblings)
+    result = forward_backward_siblings(function, siblings)
     for i, layer in enumerate(siblings.layers):
         assert result[f"y[{i}]"].shape == (*leading, len(layer.weight))
     assert result["grad_x"].shape == (*leading, 20)
@@ -198,7 +196,7 @@ def test_x_and_grad_ys_of_any_strides(view, function):
     leaf = x.detach().requires_grad_()  # the same view, not a copy of it
     ys = function(leaf, *siblings.args()[1:], 0.3, SEED)
     (grad_x,) = torch.autograd.grad(ys, leaf, siblings.grad_ys())
-    expected = forward_backward(reference.lora_linear_siblings, Siblings(x, siblings.layers), 0.3, SEED)
+    expected = forward_backward_siblings(reference.lora_linear_siblings, Siblings(x, siblings.layers), 0.3, SEED)
     for i, y in enumerate(ys):
         torch.testing.assert_close(y, expected[f"y[{i}]"])
     torch.testing.assert_close(grad_x, expected["grad_x"])
@@ -207,12 +205,12 @@ def test_x_and_grad_ys_of_any_strides(view, function):
 @each
 def test_noncontiguous_parameters(function):
     siblings = some(function, (5, 20), ((12, 4), (9, 3)))
-    expected = forward_backward(function, siblings)
+    expected = forward_backward_siblings(function, siblings)
     for layer in siblings.layers:
         layer.weight = layer.weight.T.contiguous().T
         layer.lora_A, layer.lora_B = layer.lora_A.T.contiguous().T, layer.lora_B.T.contiguous().T
     siblings.layers[0].bias = torch.stack([siblings.layers[0].bias] * 2, 1)[:, 0]
-    result = forward_backward(function, siblings)
+    result = forward_backward_siblings(function, siblings)
     for name in expected:
         torch.testing.assert_close(result[name], expected[name])
 
@@ -221,7 +219,7 @@ def test_q_k_v_may_be_rows_of_one_weight():
     """Packed projections stack the layers' weights and biases: views of one tensor."""
     siblings = random_siblings(((40, 64), ((48, 8), (16, 8), (16, 8))))
     fused, bias = torch.cat([layer.weight for layer in siblings.layers]), torch.randn(80)
-    expected = forward_backward(
+    expected = forward_backward_siblings(
         functional.lora_linear_siblings,
         Siblings(
             siblings.x, [replace(s, bias=b) for s, b in zip(siblings.layers, bias.split([48, 16, 16]), strict=True)]
@@ -231,7 +229,7 @@ def test_q_k_v_may_be_rows_of_one_weight():
     )
     rows = zip(siblings.layers, fused.split([48, 16, 16]), bias.split([48, 16, 16]), strict=True)
     views = Siblings(siblings.x, [replace(s, weight=w, bias=b) for s, w, b in rows])
-    result = forward_backward(functional.lora_linear_siblings, views, 0.3, SEED)
+    result = forward_backward_siblings(functional.lora_linear_siblings, views, 0.3, SEED)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
@@ -250,7 +248,7 @@ def test_unused_outputs(used, dtypes):
         [ys[i] for i in used], (x, *As, *Bs), [siblings.layers[i].grad_y for i in used], allow_unused=True
     )
     of_used = Siblings(siblings.x, [siblings.layers[i] for i in used])
-    expected = forward_backward(functional.lora_linear_siblings, of_used, 0.3, SEED)
+    expected = forward_backward_siblings(functional.lora_linear_siblings, of_used, 0.3, SEED)
     assert torch.equal(grads[0], expected["grad_x"])
     for name, of_layers in (("grad_A", grads[1:4]), ("grad_B", grads[4:])):
         assert [i for i, grad in enumerate(of_layers) if grad is not None] == list(used)
@@ -377,7 +375,7 @@ def test_any_number_of_threads(threads, function):
 @each
 def test_repeated_runs_are_bit_identical(function):
     siblings = some(function, (500, 300), ((200, 8), (100, 16)))
-    first = forward_backward(function, siblings, 0.1, SEED)
+    first = forward_backward_siblings(function, siblings, 0.1, SEED)
     for _ in range(3):
-        again = forward_backward(function, siblings, 0.1, SEED)
+        again = forward_backward_siblings(function, siblings, 0.1, SEED)
         assert all(torch.equal(first[name], again[name]) for name in first)

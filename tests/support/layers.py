@@ -179,3 +179,16 @@ def random_siblings(shape, dtypes=(torch.float32, torch.float32), leading: tuple
         layer = random_layer((num_tokens, in_features, out_features, rank), dtypes, bias=i % 2 == 0, leading=leading)
         layers.append(replace(layer, scaling=0.75 + i / 2))
     return Siblings(layers[0].x, layers)
+
+
+def forward_backward_siblings(
+    function: Callable, siblings: Siblings, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Returns the outputs and the gradients of x, lora_As and lora_Bs."""
+    x, weights, biases, As, Bs, scalings = siblings.args()
+    x, As, Bs = x.detach().clone().requires_grad_(), *([t.clone().requires_grad_() for t in ts] for ts in (As, Bs))
+    ys = function(x, weights, biases, As, Bs, scalings, dropout_p, seed)
+    grads = torch.autograd.grad(ys, (x, *As, *Bs), siblings.grad_ys())
+    names = [f"{name}[{i}]" for name in ("y", "grad_A", "grad_B") for i in range(len(ys))]
+    results = dict(zip(names, (*ys, *grads[1:]), strict=True))
+    return {name: result.detach() for name, result in results.items()} | {"grad_x": grads[0]}
