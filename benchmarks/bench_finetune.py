@@ -289,7 +289,7 @@ def cases(data: Demo | None, run: Report) -> Iterator[tuple[str, Callable[[], ob
 
 def main() -> None:
     parser = report.parser(__doc__, "finetune")
-    parser.set_defaults(rank=8, rounds=10)
+    parser.set_defaults(rank=8, rounds=30)
     parser.add_argument("--dropout", type=float, default=0.1, help="of the adapters and the models")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=16, help="reviews in a batch")
@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--no-demo", action="store_true", help="models with random weights only")
     args = parser.parse_args()
     what = f"Fine-tuning, adapters on every linear layer, r={args.rank}, dropout {args.dropout}, AdamW"
-    run = Report(args, what + memory.keep_freed_memory())
+    run = Report(args, what + memory.keep_freed_memory(), most_case_s=60.0)
     try:
         data = None if args.no_demo else load_demo(args.batch_size, args.validation_texts, args.device)
     except TaskError as error:
