@@ -130,7 +130,7 @@ def main() -> None:
         parser.add_argument(f"--{option}", type=report.at_least(1), default=value)
     args = parser.parse_args()
     what = f"A Llama of {args.blocks} blocks, {args.hidden} wide, whose rows name adapters, r={args.rank}"
-    run = Report(args, what + memory.keep_freed_memory())
+    run = Report(args, what + memory.keep_freed_memory(), most_case_s=60.0)
     cases = [(dtype, case) for dtype in (torch.float32, torch.bfloat16) for case in args.cases]
     rows = run.measure(cases, lambda case: [measure(*case, run)], table)
     run.finish(rows, table(rows))

@@ -177,7 +177,7 @@ inline void multiply_forward(const Kernels& kernels, const ForwardCall& call) {
       const Tensor& weight = *call.layers[static_cast<size_t>(i)].weight;
       BaseProduct product{.num_rows = count,
                           .columns = s.out_features,
-                          .rank = s.rank,
+                          .rank = has_update(shrink) ? s.rank : 0,
                           .low_rank = static_cast<const float*>(expand.xa) + row * expand.total_rank + s.rank_begin,
                           .low_rank_stride = expand.total_rank,
                           .factor_t = workspace.lora_B_t[i],

@@ -116,6 +116,13 @@ struct ProductRows {
   void* packed;  // [tiles * ProductTiles::rows] of packed_row_bytes
 };
 
+// Whether a forward has more to do than its base layers.
+inline bool has_update(const LoraShrinkParams& p) {
+  bool has_scale = false;
+  for (int i = 0; i < p.num_siblings; ++i) has_scale = has_scale || p.siblings[i].scale != 0.0;
+  return has_scale || p.threshold > 0;
+}
+
 struct ProductTerm {
   int64_t sum;                    // elements of a row
   const void* packed;             // its rows: pack_product_rows

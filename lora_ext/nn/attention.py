@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_lora_biases, add_updates
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.rows.updates import RowUpdate, add_chosen
+from lora_ext.nn.rows.updates import RowUpdates, add_chosen
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -322,16 +322,19 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
                     for key, bias in zip(_SEPARATE[begin:end], biases[begin:end], strict=True)
                 ]
             for weight, bias, adapters, rows in projections:
-                updates = {name: self._row_update(adapter, rows) for name, adapter in adapters.items()}
+                updates = self._row_updates(adapters, rows)
                 y = F.linear(x, weight, bias).contiguous()
                 y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds, self)
                 for part in y.split(E, dim=-1):
                     yield part if base.batch_first else part.transpose(0, 1)
 
-    def _row_update(self, adapter: LoraAdapter, rows: slice) -> RowUpdate:
-        """Returns the update of some rows of the weight."""
-        bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias[rows]
-        return RowUpdate(adapter.lora_A, adapter.lora_B[rows], adapter.scaling, self._dropout(adapter), bias)
+    def _row_updates(self, adapters: Mapping[str, LoraAdapter], rows: slice) -> RowUpdates:
+        """Returns the updates of some rows of the weight."""
+        updates = RowUpdates()
+        for name, adapter in adapters.items():
+            bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias[rows]
+            updates.add(name, adapter.lora_A, adapter.lora_B[rows], adapter.scaling, self._dropout(adapter), bias)
+        return updates
 
     def _dropout(self, adapter: LoraAdapter) -> float:
         return adapter.lora_dropout if self.training else 0.0

@@ -40,7 +40,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x, weight, bias)``, to rounding.
 
     Without gradients and on the CPU it is ``lora_linear`` of a zero adapter, if that has a kernel for as many tokens
-    (``benchmarks/bench_grouped.py``: "stack, our base"). There an infinity in a row makes the row NaN.
+    (``benchmarks/bench_grouped.py``: "stack, our base"). Of many tokens nothing is multiplied by the adapter; of few, an
+    infinity in a row makes the row NaN.
 
     Args:
         x: ``[..., in_features]``.

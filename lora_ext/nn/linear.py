@@ -17,7 +17,7 @@ from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import check_invoked, row_choice
 from lora_ext.nn.rows.layer_slots import LayerSlots
-from lora_ext.nn.rows.updates import RowUpdate, add_chosen
+from lora_ext.nn.rows.updates import RowUpdates, add_chosen
 from lora_ext.nn.shared_inputs import SharesInputs, neighbours_of
 from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
 from lora_ext.quantized import quantized_weight
@@ -183,15 +183,15 @@ class LoraLinear(SharesInputs, OverLinear):
     def is_needed(self) -> bool:
         return super().is_needed or self.slots is not None
 
-    def _row_updates(self, names: tuple[str, ...]) -> dict[str, RowUpdate]:
-        adapters, training, updates = self._modules["adapters"]._modules, self.training, {}
+    def _row_updates(self, names: tuple[str, ...]) -> RowUpdates:
+        adapters, training, updates = self._modules["adapters"]._modules, self.training, RowUpdates()
         for name in names:
             adapter = adapters[name]
             lora_A, lora_B, bias = factors_at_hand(adapter)
             scaling, dropout_p = adapter.scaling, adapter.lora_dropout if training else 0.0
             if bias is not None:
                 bias = scaling * bias
-            updates[name] = RowUpdate(lora_A, self._full_lora_B(name, lora_B), scaling, dropout_p, bias)
+            updates.add(name, lora_A, self._full_lora_B(name, lora_B), scaling, dropout_p, bias)
         return updates
 
     def _check_exportable(self) -> None:

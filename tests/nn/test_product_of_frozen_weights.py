@@ -84,6 +84,12 @@ def test_whoever_could_tell_the_difference_gets_pytorchs(calls):
     assert calls == [(4, 65)]
 
 
+def test_many_tokens_are_not_multiplied_by_the_zero_adapter():
+    x, weight = torch.randn(70, 65), torch.randn(37, 65)
+    x[3, 5], x[69, 64] = torch.inf, -torch.inf
+    torch.testing.assert_close(base_product.product(x, weight, None), F.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
 def test_small_weights_keep_pytorchs(calls, monkeypatch):
     monkeypatch.setattr(base_product, "LEAST_ELEMENTS", 37 * 65 + 1)
     base_product.product(torch.randn(4, 65), torch.randn(37, 65), None)

@@ -69,6 +69,24 @@ def test_gradients_of_siblings_are_those_of_float64(dtypes):
     torch.testing.assert_close(grad_x.double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_a_scaling_of_zero_gives_the_base_layer(dtypes, dropout_p):
+    """With and without a mask, which the op must draw in any case; siblings that are scaled keep their updates."""
+    siblings = random_siblings(((130, 70), [(40, 5), (1027, 20)]), dtypes)
+    x, weights, biases, lora_As, lora_Bs, _ = siblings.args()
+    op = torch.ops.lora_ext.lora_linear_siblings
+    ys = functional.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, [0.0, 2.0], dropout_p, SEED)
+    zeros = [torch.zeros_like(lora_A) for lora_A in lora_As]
+    base = functional.lora_linear_siblings(x, weights, biases, zeros, lora_Bs, [1.0, 1.0], dropout_p, SEED)
+    assert torch.equal(ys[0], base[0]) and not torch.equal(ys[1], base[1])
+    outputs, xa, mask = op(x, weights, biases, lora_As, lora_Bs, [0.0, 0.0], dropout_p, SEED)
+    assert torch.equal(outputs[0], base[0]) and torch.equal(outputs[1], base[1])
+    assert xa.shape == (130, 25) and not xa.any()
+    expected = torch.ops.lora_ext.lora_dropout_mask(SEED, 130, 70, dropout_p)
+    assert torch.equal(mask, expected) if dropout_p else mask.numel() == 0
+
+
 def skip_unless_own(dtype: torch.dtype) -> None:
     """Skips a test of what PyTorch's product does not promise, where it is used."""
     if _load.base_product() != "own" or (dtype == torch.bfloat16 and _load.cpu_isa() != "avx512_bf16"):

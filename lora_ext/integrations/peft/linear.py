@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._common.sharded import is_fully_sharded
 from lora_ext._ops.checks import FLOATING
 from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import PeftAdapter, active_adapters, adapters_named, is_eligible_call
-from lora_ext.nn import dora
+from lora_ext.nn import base_product, dora
 from lora_ext.nn.base_layer import own_copy, plain_linear, runs_quantized_product
 from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.active_tokens import ActiveTokens
 from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.updates import RowUpdate, add_chosen
+from lora_ext.nn.rows.updates import RowUpdates, add_chosen
 from lora_ext.nn.shared_inputs import SharesInputs, neighbours_of
 from lora_ext.quantized import quantized_weight
 
@@ -84,8 +84,7 @@ class LinearForward(SharesInputs):
             before = [n if name in invoked else 0 for n, name in zip(_before(offsets, x), names, strict=True)]
             choice = _choice_of(tuple(names), invoked, tuple(before), x.shape[1])
         y = self._base_output(x)
-        updates = {name: _update_of(adapter) for name, adapter in adapters.items()}
-        return add_chosen(y, x.to(y.dtype), choice, updates, 1, layer=self)
+        return add_chosen(y, x.to(y.dtype), choice, _updates_of(adapters), 1, layer=self)
 
     def _forward_invoked(self, x: Tensor, adapters: list[PeftAdapter], offsets: list[int | None]) -> Tensor:
         """The forward of active adapters of which one or more act on the last ``offsets`` tokens of each row only."""
@@ -94,7 +93,7 @@ class LinearForward(SharesInputs):
         x = x.to(y.dtype)
         for adapter in adapters:
             acts = (frozenset(names), before, x.shape[1]) if adapter.is_invoked else ()
-            y = add_chosen(y, x, _choice_of(names, *acts), {"active": _update_of(adapter)}, 1, layer=self)
+            y = add_chosen(y, x, _choice_of(names, *acts), _updates_of({"active": adapter}), 1, layer=self)
         return y
 
     def _forward_dora(self, x: Tensor, plain: tuple[Tensor, Tensor | None] | None, adapter: PeftAdapter) -> Tensor:
@@ -113,7 +112,7 @@ class LinearForward(SharesInputs):
         plain = plain_linear(self.base_layer)
         if plain is None or (x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type)):
             return own_copy(self, self.base_layer(x))
-        return F.linear(x, *plain)
+        return base_product.product(x, *plain)
 
     def operands(self) -> Operands | str:
         if is_fully_sharded(self):
@@ -157,8 +156,11 @@ def _choice_of(
     return choice
 
 
-def _update_of(adapter: PeftAdapter) -> RowUpdate:
-    return RowUpdate(adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.dropout_p, adapter.bias)
+def _updates_of(adapters: Mapping[str, PeftAdapter]) -> RowUpdates:
+    updates = RowUpdates()
+    for name, a in adapters.items():
+        updates.add(name, a.lora_A, a.lora_B, a.scaling, a.dropout_p, a.bias)
+    return updates
 
 
 def _sum_of_biases(bias: Tensor | None, adapters: list[PeftAdapter], dtype: torch.dtype) -> Tensor | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,24 +15,61 @@ if TYPE_CHECKING:
     from lora_ext.nn.adapter_layer import AdapterLayer
 
 
-class RowUpdate(NamedTuple):
-    """An adapter's update of a linear layer: arguments of :func:`lora_ext.functional.lora_delta_`, and its bias.
+class RowUpdates:
+    """Adapters' updates of a linear layer: arguments of :func:`lora_ext.functional.lora_grouped_`, and biases.
 
-    The bias is scaled already.
+    They are columns, not an object for each adapter: a batch of 32 adapters asks every layer for them.
+
+    Attributes:
+        names, lora_As, lora_Bs, scalings, dropouts: one entry for each adapter.
+        biases: by name, scaled already.
     """
 
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout_p: float
-    bias: Tensor | None = None
+    __slots__ = ("biases", "dropouts", "lora_As", "lora_Bs", "names", "scalings")
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.lora_As: list[Tensor] = []
+        self.lora_Bs: list[Tensor] = []
+        self.scalings: list[float] = []
+        self.dropouts: list[float] = []
+        self.biases: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        name: str,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout_p: float,
+        scaled_bias: Tensor | None = None,
+    ) -> None:
+        self.names.append(name)
+        self.lora_As.append(lora_A)
+        self.lora_Bs.append(lora_B)
+        self.scalings.append(scaling)
+        self.dropouts.append(dropout_p)
+        if scaled_bias is not None:
+            self.biases[name] = scaled_bias
+
+    def alike(self) -> list[RowUpdates]:
+        """Splits them, without biases, into those that one op can compute: of one dropout and one dtype."""
+        kinds = [(p, lora_A.dtype) for p, lora_A in zip(self.dropouts, self.lora_As, strict=True)]
+        distinct = dict.fromkeys(kinds)
+        if len(distinct) == 1:
+            return [self]
+        parts = {kind: RowUpdates() for kind in distinct}
+        columns = zip(self.names, self.lora_As, self.lora_Bs, self.scalings, self.dropouts, strict=True)
+        for kind, entries in zip(kinds, columns, strict=True):
+            parts[kind].add(*entries)
+        return list(parts.values())
 
 
 def add_chosen(
     y: Tensor,
     x: Tensor,
     choice: RowChoice,
-    updates: Mapping[str, RowUpdate],
+    updates: RowUpdates,
     times: int,
     seeds: Callable[[float], Tensor | None] | None = None,
     layer: AdapterLayer | None = None,
@@ -42,31 +79,24 @@ def add_chosen(
     Args:
         y: ``[rows, ..., out_features]``, contiguous.
         x: ``[rows, ..., in_features]``, device and dtype of ``y``.
-        updates: by adapter name; rows of other names stay as they are.
+        updates: rows of other names stay as they are.
         times: consecutive rows for each name.
         seeds: gives the dropout seed for a probability; None: each op draws one.
         layer: the layer, for messages.
     """
-    kinds = [(update.dropout_p, update.lora_A.dtype) for update in updates.values()]
-    for kind in dict.fromkeys(kinds):  # one op for those that are alike
-        held = updates
-        if kinds.count(kind) < len(kinds):
-            held = {name: update for (name, update), other in zip(updates.items(), kinds, strict=True) if other == kind}
-        dropout_p = kind[0]
-        groups = choice.token_groups(tuple(held), times, x, layer)
+    for part in updates.alike():
+        dropout_p = part.dropouts[0]
+        groups = choice.token_groups(tuple(part.names), times, x, layer)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
-        lora_As, lora_Bs, values, *_ = zip(*held.values(), strict=True)
-        scalings = choice.scalings(values, y.device)
-        y = functional.lora_grouped_(y, x, lora_As, lora_Bs, groups, scalings, None, dropout_p, seed)
-    return _add_biases(y, choice, updates, times, layer)
+        scalings = choice.scalings(tuple(part.scalings), y.device)
+        y = functional.lora_grouped_(y, x, part.lora_As, part.lora_Bs, groups, scalings, None, dropout_p, seed)
+    return _add_biases(y, choice, updates.biases, times, layer) if updates.biases else y
 
 
 def _add_biases(
-    y: Tensor, choice: RowChoice, updates: Mapping[str, RowUpdate], times: int, layer: AdapterLayer | None
+    y: Tensor, choice: RowChoice, scaled: dict[str, Tensor], times: int, layer: AdapterLayer | None
 ) -> Tensor:
-    biases = {name: update.bias.to(y.dtype) for name, update in updates.items() if update.bias is not None}
-    if not biases:
-        return y
+    biases = {name: bias.to(y.dtype) for name, bias in scaled.items()}
     table = torch.stack([*biases.values(), torch.zeros_like(next(iter(biases.values())))])
     groups = choice.token_groups(tuple(biases), times, y, layer)
     of_row = table[groups]  # index -1: zeros
