@@ -39,9 +39,8 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x, weight, bias)``, to rounding.
 
-    Without gradients and on the CPU it is ``lora_linear`` of a zero adapter, if that has a kernel for as many tokens
-    (``benchmarks/bench_grouped.py``: "stack, our base"). Many tokens are not multiplied by the adapter; of few, an infinity
-    in a row makes the row NaN.
+    Without gradients and on the CPU it is ``lora_linear`` with a scaling of zero, if that has a kernel for as many tokens
+    (``benchmarks/bench_grouped.py``: "stack, our base"). For few tokens, an infinity in a row makes the row NaN there.
 
     Args:
         x: ``[..., in_features]``.
