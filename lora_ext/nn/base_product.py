@@ -39,7 +39,7 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x, weight, bias)``, to rounding.
 
-    Without gradients and on the CPU it is ``lora_linear`` with a scaling of zero, if that has a kernel for as many tokens
+    Without gradients and on the CPU it is ``lora_linear`` scaled by zero, if that has a kernel for so many tokens
     (``benchmarks/bench_grouped.py``: "stack, our base"). For few tokens, an infinity in a row makes the row NaN there.
 
     Args:
