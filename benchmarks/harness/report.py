@@ -168,7 +168,9 @@ class Report:
             return
         folder = self.args.results or results_folder(self.args.device)
         folder.mkdir(parents=True, exist_ok=True)
-        command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        # No folders of this machine.
+        given = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+        command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *given])
         isa = f"_{self.args.machine_isa}" if self.args.machine_isa else ""
         path = folder / f"{self.args.name}_{self.args.device}{isa}"
         result = {"command": command, "date": str(date.today()), "heading": self.heading}
