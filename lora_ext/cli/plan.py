@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add(
         "--seq-len", type=int, default=Settings.max_length, metavar="TOKENS", help="tokens a text, none of them padding"
     )
-    add("--task", help="classification or language-model; default: as in the config")
+    add("--task", help="classification or causal-lm; default: as in the config")
     labels = "classes of a classifier; default: as in the config, or 2"
     add("--num-labels", type=training.at_least_1, metavar="N", help=labels)
     add("--dtype", default="float32", type=lambda text: _ABBREVIATIONS.get(text, text), help=", ".join(WEIGHT_DTYPES))

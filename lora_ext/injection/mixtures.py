@@ -16,7 +16,7 @@ from torch import nn
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import ALL_LINEAR, LoraConfig
-from lora_ext.injection.targets import Targets, is_all_linear, linear_layers
+from lora_ext.injection.targets import Targets, is_all_linear, linear_layers, unsupported_layers
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable
 from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.bare_model import BareModel
@@ -91,7 +91,7 @@ def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
 
 
 def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets) -> None:
-    """Warns about linear layers, experts and routers that "all-linear" does not adapt.
+    """Warns about linear layers, quantised ones of other kinds, experts and routers that "all-linear" does not adapt.
 
     Args:
         config: the config as it was given, which says "all-linear".
@@ -114,9 +114,13 @@ def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets
         for path, name in _experts_and_routers(bare)
         if is_left_out(path) and name not in targets.parameters.get(path, ())
     ]
+    quantized = {path: why for path, why in unsupported_layers(bare.modules).items() if is_left_out(path)}
     begin = f'inject: "all-linear" leaves out parts of {type(bare.root).__name__}, as PEFT does: '
     if layers:
         warn_user(f"{begin}{_abbreviated(layers)}; to adapt them, name all layers in target_modules")
+    if quantized:
+        kinds = "; ".join(f"{_abbreviated(paths)}: {why}" for why, paths in _by_reason(quantized).items())
+        warn_user(f'inject: "all-linear" leaves out quantised layers of {type(bare.root).__name__}: {kinds}')
     if routers:
         weights = [f"{path}.weight" for path in routers]
         warn_user(
@@ -167,6 +171,13 @@ def _experts_and_routers(bare: BareModel) -> Iterator[tuple[str, str]]:
 
 def _last_names(found: Iterable[tuple[str, str]]) -> list[str]:
     return sorted({path.rpartition(".")[2] for path, _ in found})
+
+
+def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
+    by_reason: dict[str, list[str]] = {}
+    for path, why in reasons.items():
+        by_reason.setdefault(why, []).append(path)
+    return by_reason
 
 
 def _abbreviated(paths: Iterable[str]) -> str:

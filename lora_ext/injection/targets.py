@@ -20,6 +20,7 @@ from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.bare_model import parameter_paths
 from lora_ext.nn.base_layer import why_output_unusable
 from lora_ext.nn.linear import is_linear
+from lora_ext.quantized import quantized_weight, why_unsupported
 
 _MOST_CLOSE, _LONGEST_CLOSE = 5, 100
 
@@ -267,7 +268,9 @@ class _Search:
     def why_nothing(self, named: list[str], in_layers: list[str]) -> str:
         config = self.config
         if not named:
-            return f"inject: {self.root_name} has no linear layer to adapt except its output head"
+            message = f"inject: {self.root_name} has no linear layer to adapt except its output head"
+            quantized = next(iter(unsupported_layers(self.modules).items()), None)
+            return message if quantized is None else f"{message}; {quantized[0]} cannot be adapted: {quantized[1]}"
         message = f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, and "
         if in_layers:
             return message + "exclude_modules or modules_to_save excludes them all"
@@ -329,6 +332,17 @@ def linear_layers(modules: Mapping[str, nn.Module], output_head: nn.Module | Non
         for path, module in modules.items()
         if is_linear(module) and module is not output_head and why_output_unusable(module) is None
     ]
+
+
+def unsupported_layers(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Returns why, by path, for linear layers in classes of their own whose quantisation is not known here."""
+    reasons = {}
+    for path, module in modules.items():
+        if is_linear(module) or not isinstance(getattr(module, "in_features", None), int):
+            continue
+        if quantized_weight(module) is None and (why := why_unsupported(module)) is not None:
+            reasons[path] = why
+    return reasons
 
 
 def is_all_linear(config: LoraConfig) -> bool:

@@ -59,20 +59,20 @@ PAIRS = [
 def source_of(family: str, method: str | None, layers: int = LAYERS, attention: str = "sdpa") -> ConfigSource:
     config = copy.deepcopy(CONFIGS[family])
     config.num_hidden_layers = layers
-    task = "classification" if "bert" in family else "language-model"
+    task = "classification" if "bert" in family else "causal-lm"
     method_for = None if method is None else lambda model: new_method(method, **OPTIONS.get(method, {}))
     return ConfigSource(config, task, attention, method_for)
 
 
 def real_model(source: ConfigSource, method: str, dtype: torch.dtype) -> nn.Module:
-    auto = AutoModelForCausalLM if source.task == "language-model" else AutoModelForSequenceClassification
+    auto = AutoModelForCausalLM if source.task == "causal-lm" else AutoModelForSequenceClassification
     model = auto.from_config(copy.deepcopy(source.config), dtype=dtype, attn_implementation=source.attention)
     return apply_method(model, new_method(method, **OPTIONS.get(method, {}))).train()
 
 
 def inputs(source: ConfigSource, device: str) -> dict[str, torch.Tensor]:
     ids = torch.full((BATCH, LENGTH), 1, device=device)
-    return {"input_ids": ids, "labels": ids if source.task == "language-model" else ids[:, 0].clone()}
+    return {"input_ids": ids, "labels": ids if source.task == "causal-lm" else ids[:, 0].clone()}
 
 
 def most(step) -> int:

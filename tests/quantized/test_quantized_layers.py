@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -349,3 +350,25 @@ def test_rows_choose_their_adapters(format):
         for i, name in enumerate(["b", "__base__", "a", "b"]):
             use(model, name)
             assert_same([y[i]], [model(x)[i]])
+
+
+class Packed(nn.Module):
+    """A linear layer as other libraries replace it: no nn.Linear, and no weight."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("qweight", torch.zeros(out_features, in_features, dtype=torch.int8))
+
+
+def test_all_linear_tells_of_the_quantised_layers_that_it_leaves_out():
+    model = nn.Sequential(nn.Linear(4, 4), Packed(4, 4), Packed(4, 4))
+    left_out = r"leaves out quantised layers of Sequential: \['1', '2'\]: .*Packed has a qweight"
+    with pytest.warns(UserWarning, match=left_out):
+        inject(model, LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="no linear layer to adapt .*; 0 cannot be adapted: it is quantised"):
+        inject(nn.Sequential(Packed(4, 4)), LoraConfig(r=2, target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        excluded = LoraConfig(r=2, target_modules="all-linear", exclude_modules=["1", "2"])
+        inject(nn.Sequential(nn.Linear(4, 4), Packed(4, 4), Packed(4, 4)), excluded)

@@ -150,7 +150,7 @@ def test_every_kind_of_method(tmp_path):
         (["--optimizer", "lion"], ["optimizer is 'lion'", "adamw, adamw-master, adamw8bit"]),
         (["--dtype", "fp8"], ["dtype is 'fp8'", "float32, bfloat16, float16, int8, nf4"]),
         (["--method", "magic"], ["--method is 'magic'", "bitfit"]),
-        (["--task", "poetry"], ["--task is 'poetry'", "language-model"]),
+        (["--task", "poetry"], ["--task is 'poetry'", "causal-lm"]),
         (["--seq-len", "0"], ["--seq-len is 0"]),
         (["--seq-len", "65"], ["--seq-len is 65", "at most 64 tokens"]),
         (["--batch-size", "0"], ["--batch-size is 0"]),
@@ -183,8 +183,8 @@ def test_a_config_that_says_too_little(tmp_path):
 def test_models_of_other_kinds(tmp_path):
     T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4).save_pretrained(tmp_path / "t5")
     settings = Settings(model=str(tmp_path / "t5"), target_modules="q,v", max_length=16)
-    with pytest.raises(TaskError, match="no model of the type 't5' for --task language-model"):
-        plan(PlanSettings(settings, task="language-model"))
+    with pytest.raises(TaskError, match="no model of the type 't5' for --task causal-lm"):
+        plan(PlanSettings(settings, task="causal-lm"))
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
     )
@@ -357,6 +357,9 @@ def test_warnings(bert_directory, gpt2_directory, capsys):
     (warning,) = plan(PlanSettings(language, texts=adapter // 32 + 1))["warnings"]
     assert f"the adapter has {adapter:,} parameters for {32 * (adapter // 32 + 1):,} tokens" in warning
     assert warning.endswith("as many parameters need --r 3, or a smaller rank with --target-modules all-linear")
+    everywhere = dataclasses.replace(language, target_modules="all-linear")
+    (warning,) = plan(PlanSettings(everywhere, texts=10**6))["warnings"]
+    assert warning.endswith(f"no rank up to the largest layer's, {D_MODEL}, has as many parameters: try --method full")
     assert plan(PlanSettings(language.with_method("full"), texts=10**9))["warnings"] == []
 
     assert plan(PlanSettings(language, accumulation_steps=4))["warnings"] == []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from typing import NamedTuple
 
 from lora_ext.planner import WEIGHT_DTYPES, Setup
 from lora_ext.tasks import TaskError
@@ -67,10 +68,22 @@ def finetune_options(
     return [*shown, *(option_list if is_classifier else causal_options)(others)]
 
 
+class Adapter(NamedTuple):
+    """What :func:`warnings` asks of an adapter.
+
+    Attributes:
+        parameters: their number.
+        full_rank: the smaller side of the layer where that is largest; an update of a higher rank is not a low-rank one.
+    """
+
+    parameters: int
+    full_rank: int
+
+
 def warnings(
     settings: Settings,
     texts_per_step: int,
-    adapter_parameters: int,
+    adapter: Adapter,
     seq_len: int,
     texts: int | None,
     num_labels: int | None,
@@ -95,13 +108,19 @@ def warnings(
     if texts is None:
         return found
     bits = texts * (seq_len if num_labels is None else math.log2(max(num_labels, 2)))
-    if adapter_parameters < bits:
+    if adapter.parameters < bits:
         what = f"{texts * seq_len:,} tokens" if num_labels is None else f"{texts:,} labels ({bits:,.0f} bits)"
-        rank = math.ceil(settings.r * bits / adapter_parameters)
+        rank = math.ceil(settings.r * bits / adapter.parameters)
+        if rank <= adapter.full_rank:
+            remedy = f"as many parameters need --r {rank}"
+        else:
+            remedy = (
+                f"no rank up to the largest layer's, {adapter.full_rank}, has as many parameters: try --method full"
+            )
         all_linear = "all-linear" in settings.target_modules.split(",")
         found.append(
-            f"the adapter has {adapter_parameters:,} parameters for {what}: where the data hold more than the adapter, "
-            f"LoRA learns less than full fine-tuning; as many parameters need --r {rank}"
+            f"the adapter has {adapter.parameters:,} parameters for {what}: where the data hold more than the adapter, "
+            f"LoRA learns less than full fine-tuning; {remedy}"
             + ("" if all_linear else ", or a smaller rank with --target-modules all-linear")
         )
     return found

@@ -24,7 +24,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune import demo
 from lora_ext.tasks.shared.hub import check_no_adapter, loading_options, why_not_loaded
 
-TASKS = {"classification": AutoModelForSequenceClassification, "language-model": AutoModelForCausalLM}
+TASKS = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 DEMO_LABELS = 3
 
 
@@ -87,10 +87,10 @@ def read_config(model: str | None) -> PretrainedConfig:
 
 
 def task_of(config: PretrainedConfig) -> str:
-    """Returns ``language-model`` if the config names one, otherwise ``classification``, which finetune trains."""
+    """Returns ``causal-lm`` if the config names one, otherwise ``classification``, which finetune trains."""
     names = config.architectures or ()
     is_language_model = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    return "language-model" if is_language_model else "classification"
+    return "causal-lm" if is_language_model else "classification"
 
 
 class ConfigSource:
@@ -156,7 +156,7 @@ class ConfigSource:
 
     def loss(self, model: PreTrainedModel, batch_size: int, seq_len: int) -> Tensor:
         ids = torch.zeros(batch_size, seq_len, dtype=torch.long, device="meta")
-        labels = ids if self.task == "language-model" else ids[:, 0]
+        labels = ids if self.task == "causal-lm" else ids[:, 0]
         return model(input_ids=ids, labels=labels).loss
 
     def outputs(self, model: PreTrainedModel, batch_size: int, seq_len: int) -> Tensor:

@@ -27,7 +27,7 @@ from lora_ext.tasks import TaskError
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_model import method_for, most_tokens
 from lora_ext.tasks.plan import results
-from lora_ext.tasks.plan.advice import finetune_options, warnings
+from lora_ext.tasks.plan.advice import Adapter, finetune_options, warnings
 from lora_ext.tasks.plan.models import BUILT_IN, TASKS, ConfigSource, read_config, task_of
 from lora_ext.tasks.shared import provenance
 from lora_ext.tasks.shared.run_directory import alone_in_out, check_out, prepare_out
@@ -264,15 +264,16 @@ def _change(change: Change, settings: PlanSettings, task: str) -> dict[str, Any]
 
 def _warnings(settings: PlanSettings, planner: Planner, setup: Setup, classifier: PretrainedConfig | None) -> list[str]:
     """Returns the lines that warn of a run. ``classifier``: a classifier's config, None for a language model."""
-    names = ("lora_A", "lora_B")
-    parameters = sum(
-        parameter.numel()
-        for name, parameter in planner.model(setup.dtype).named_parameters()
-        if parameter.requires_grad and name.rpartition(".")[2] in names
-    )
+    parameters = full_rank = 0
+    for module in planner.model(setup.dtype).modules():
+        lora_A, lora_B = (module._parameters.get(name) for name in ("lora_A", "lora_B"))
+        if lora_A is not None and lora_B is not None and lora_A.requires_grad:
+            parameters += lora_A.numel() + lora_B.numel()
+            full_rank = max(full_rank, min(lora_A.numel() // lora_A.shape[0], lora_B.numel() // lora_B.shape[-1]))
     num_labels = None if classifier is None else classifier.num_labels
     texts_per_step = settings.texts_per_step
-    return warnings(settings.finetune, texts_per_step, parameters, setup.seq_len, settings.texts, num_labels)
+    adapter = Adapter(parameters, full_rank)
+    return warnings(settings.finetune, texts_per_step, adapter, setup.seq_len, settings.texts, num_labels)
 
 
 def _disk(disk: int | None, base: int, runs: Mapping[str, Any]) -> dict[str, Any]:
