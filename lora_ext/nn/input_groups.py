@@ -11,6 +11,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.printable import first_lines
 from lora_ext._common.wrapped import root_module
+from lora_ext.nn.linear import OverLinear
 from lora_ext.nn.shared_inputs import LARGEST, Group, Neighbours, SharesInputs, neighbours_of, set_neighbours
 
 
@@ -91,7 +92,7 @@ def _consists_of(neighbours: Neighbours, layers: list[SharesInputs]) -> bool:
 def input_groups(model: nn.Module) -> InputGroups:
     """Reports which layers of ``model`` read one tensor and are computed together, and why others are not.
 
-    Layers are listed if they may share an input: linear layers of one module with equal ``in_features``, adapted by
+    Layers are listed if they may read one tensor: linear layers of one module with equal ``in_features``, adapted by
     :func:`lora_ext.inject` or by PEFT and ``accelerate``. Compiled graphs are not reported:
     :func:`lora_ext.compiling.share_inputs` does that.
 
@@ -108,7 +109,30 @@ def input_groups(model: nn.Module) -> InputGroups:
             seen[id(group)] = group
             layers = [layer for layer in group.alive() if id(layer) in paths]
             reports += _of_group(group, neighbours.now, layers, paths)
+    listed = {path for report in reports for path in report.paths}
+    reports += [report for report in _of_no_group(model, paths) if report.paths[0] not in listed]
     return InputGroups(tuple(reports))
+
+
+def _of_no_group(model: nn.Module, paths: dict[int, str]) -> Iterator[InputGroup]:
+    """Yields the layers next to others of their size that :func:`form_input_groups` puts into no group."""
+    for module in list(model.modules()):
+        candidates: dict[int, list[nn.Module]] = defaultdict(list)
+        for child in () if isinstance(module, nn.Sequential) else module._modules.values():
+            if isinstance(child, (OverLinear, SharesInputs)):
+                candidates[child.in_features].append(child)
+        for layers in candidates.values():
+            kinds = [type(layer) for layer in layers]
+            for layer, kind in zip(layers, kinds, strict=True):
+                if len(layers) < 2 or neighbours_of(layer) is not None:
+                    continue
+                if not isinstance(layer, SharesInputs):
+                    reason = f"layers of its kind ({kind.__name__}) are computed by themselves"
+                elif kinds.count(kind) == 1:
+                    reason = "the other layers of its module are of another kind"
+                else:  # share_inputs is off
+                    continue
+                yield InputGroup((paths[id(layer)],), reason)
 
 
 def _of_group(group: Group, now: str, layers: list[SharesInputs], paths: dict[int, str]) -> Iterator[InputGroup]:

@@ -18,7 +18,7 @@ from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import check_invoked, row_choice
 from lora_ext.nn.rows.layer_slots import LayerSlots
 from lora_ext.nn.rows.updates import RowUpdates, add_chosen
-from lora_ext.nn.shared_inputs import SharesInputs, neighbours_of
+from lora_ext.nn.shared_inputs import COMPILED_ALONE, SharesInputs, neighbours_of
 from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
 from lora_ext.quantized import quantized_weight
 
@@ -205,6 +205,8 @@ class LoraLinear(SharesInputs, OverLinear):
     def operands(self) -> Operands | str:
         if self._merged is not None:
             return "adapters are merged"
+        if self._compiled_call_impl is not None:
+            return COMPILED_ALONE
         if self.__dict__["_forward_pre_hooks"] and is_fully_sharded(self):
             return "FSDP2 gathers its parameters for its calls only"
         adapters = self._modules["adapters"]._modules

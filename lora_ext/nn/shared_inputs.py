@@ -41,8 +41,9 @@ from lora_ext.nn.operands import Operands
 LARGEST = 8  # layers of lora_linear_siblings
 TOO_MANY_MISSES = 2  # a call that is interrupted leaves outputs behind once
 
-ANOTHER_TENSOR = "is called with another tensor"
+ANOTHER_TENSOR = "is called with another tensor, or after a call with one"
 NOT_CALLED = "is not called after the others"
+COMPILED_ALONE = "it is compiled by itself"
 
 
 class SharesInputs:

@@ -9,7 +9,7 @@ import torch
 from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x, step
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject
+from lora_ext import LoraConfig, inject, set_adapter
 from lora_ext.adapters import input_groups, merge_and_unload
 
 # --- what is computed -------------------------------------------------------------------------------------------------
@@ -73,10 +73,38 @@ def test_groups_are_found_and_reported():
     assert groups(model) == {"qkvo": "not called together yet"}
     model(some_x())
     model(some_x())
-    assert groups(model) == {"qkv": "", "o": "is called with another tensor"}
+    assert groups(model) == {"qkv": "", "o": "is called with another tensor, or after a call with one"}
     text = str(input_groups(model))
     assert "3 layers in 1 groups are computed together" in text
-    assert "1 alone: is called with another tensor\n    blocks.0.o" in text
+    assert "1 alone: is called with another tensor, or after a call with one\n    blocks.0.o" in text
+
+
+def test_layers_that_share_nothing_are_reported_with_the_reason(calls):
+    model, x = net(target_modules=["q", "v"]), some_x()
+    inject(model, LoraConfig(r=4, target_modules=["k"], use_dora=True), "other")
+    set_adapter(model, ["default", "other"])
+    block = model.blocks[0]
+    for _ in range(2):
+        block.q(x), block.k(x), block.v(x)
+    assert calls == [2, 1] * 2  # the second is the DoRA layer's own
+    by_themselves = "layers of its kind (DoraLinear) are computed by themselves"
+    assert groups(model) == {"qv": "", "k": by_themselves}
+    model = net(target_modules=["q"])
+    inject(model, LoraConfig(r=4, target_modules=["k"], use_dora=True), "other")
+    assert groups(model) == {"q": "the other layers of its module are of another kind", "k": by_themselves}
+    assert groups(net(target_modules=["q"])) == {}
+
+
+def test_a_layer_that_is_compiled_by_itself_is_left_out(calls):
+    model, x = net(target_modules=["q", "k", "v"]), some_x()
+    block = model.blocks[0]
+    alone = block.k(x)
+    calls.clear()
+    block.k.compile(backend="eager")
+    for _ in range(3):
+        _, k, _ = block.q(x), block.k(x), block.v(x)
+    assert torch.equal(k, alone)
+    assert groups(model) == {"qv": "", "k": "now: it is compiled by itself"}
 
 
 def test_cross_attention_shares_keys_and_values(calls):

@@ -18,7 +18,7 @@ from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.active_tokens import ActiveTokens
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.updates import RowUpdates, add_chosen
-from lora_ext.nn.shared_inputs import SharesInputs, neighbours_of
+from lora_ext.nn.shared_inputs import COMPILED_ALONE, SharesInputs, neighbours_of
 from lora_ext.quantized import quantized_weight
 
 
@@ -117,6 +117,8 @@ class LinearForward(SharesInputs):
     def operands(self) -> Operands | str:
         if is_fully_sharded(self):
             return "FSDP2 gathers its parameters for its calls only"
+        if self._compiled_call_impl is not None:
+            return COMPILED_ALONE
         adapters = active_adapters(self)
         return adapters if isinstance(adapters, str) else _operands(adapters, self.base_layer)
 

@@ -73,7 +73,7 @@ class Adapter(NamedTuple):
 
     Attributes:
         parameters: their number.
-        full_rank: the smaller side of the layer where that is largest; an update of a higher rank is not a low-rank one.
+        full_rank: the smaller side of the layer where that is largest: no update has a higher rank.
     """
 
     parameters: int
@@ -119,8 +119,8 @@ def warnings(
             )
         all_linear = "all-linear" in settings.target_modules.split(",")
         found.append(
-            f"the adapter has {adapter.parameters:,} parameters for {what}: where the data hold more than the adapter, "
-            f"LoRA learns less than full fine-tuning; {remedy}"
+            f"the adapter has {adapter.parameters:,} parameters for {what}: where the data hold more than the "
+            f"adapter, LoRA learns less than full fine-tuning; {remedy}"
             + ("" if all_linear else ", or a smaller rank with --target-modules all-linear")
         )
     return found
