@@ -26,7 +26,7 @@ HEADING = (
 def predictions(model: str) -> Iterator[tuple[int, int, Costs]]:
     """Yields ``(devices, tensor_parallel, costs)``."""
     settings, config = Settings(target_modules="all-linear", r=16), read_config(model)
-    source = ConfigSource(config, "language-model", None, lambda built: method_for(built, settings, model))
+    source = ConfigSource(config, "causal-lm", None, lambda built: method_for(built, settings, model))
     planner = Planner(source)
     for split in (1, 8):
         setup = Setup(split, TOKENS, "bfloat16", gradient_checkpointing=True)
