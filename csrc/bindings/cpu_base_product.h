@@ -171,13 +171,14 @@ inline void multiply_forward(const Kernels& kernels, const ForwardCall& call) {
     for_chunks(num_chunks,
                [&](int64_t chunk) { kernels.shrink_and_pack(shrink, workspace, *x, first, chunk, num_chunks); });
   };
+  const bool expands = has_update(shrink);
   run.for_parts(workspace.product, pack, [&](int64_t row, int64_t count) {
     for (int i = 0; i < expand.num_siblings; ++i) {
       const LoraExpandSibling& s = expand.siblings[i];
       const Tensor& weight = *call.layers[static_cast<size_t>(i)].weight;
       BaseProduct product{.num_rows = count,
                           .columns = s.out_features,
-                          .rank = has_update(shrink) ? s.rank : 0,
+                          .rank = expands ? s.rank : 0,
                           .low_rank = static_cast<const float*>(expand.xa) + row * expand.total_rank + s.rank_begin,
                           .low_rank_stride = expand.total_rank,
                           .factor_t = workspace.lora_B_t[i],

@@ -116,11 +116,12 @@ struct ProductRows {
   void* packed;  // [tiles * ProductTiles::rows] of packed_row_bytes
 };
 
-// Whether a forward has more to do than its base layers.
+// Whether a forward computes more than its base layers: an update that is not scaled by zero, or a dropout mask.
 inline bool has_update(const LoraShrinkParams& p) {
-  bool has_scale = false;
-  for (int i = 0; i < p.num_siblings; ++i) has_scale = has_scale || p.siblings[i].scale != 0.0;
-  return has_scale || p.threshold > 0;
+  for (int i = 0; i < p.num_siblings; ++i) {
+    if (p.siblings[i].scale != 0.0) return true;
+  }
+  return p.threshold > 0;
 }
 
 struct ProductTerm {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -66,22 +66,28 @@ def form_input_groups(model: nn.Module, on: bool, kinds: tuple[type[SharesInputs
     The layers of an ``nn.Sequential`` follow each other, and share none. A guess: see :mod:`lora_ext.nn.shared_inputs`.
     Groups whose layers are the same as before keep what calls have taught them.
     """
-    for module in model.modules():
-        candidates: dict[int, list[SharesInputs]] = defaultdict(list)
+    for module, found in _of_one_size(model, lambda child: type(child) in kinds):
+        for i in range(0, len(found), LARGEST):
+            layers = found[i : i + LARGEST]
+            if not on or len(layers) < 2 or isinstance(module, nn.Sequential):
+                neighbours = None
+            elif (neighbours := neighbours_of(layers[0])) is not None and _consists_of(neighbours, layers):
+                continue
+            else:
+                neighbours = Neighbours()
+            for layer in layers:
+                set_neighbours(layer, neighbours)
+
+
+def _of_one_size(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[nn.Module, list]]:
+    """Yields the modules of ``model`` with those of their children that are wanted and have equal ``in_features``."""
+    for module in list(model.modules()):
+        by_size: dict[int, list[nn.Module]] = defaultdict(list)
         for child in module._modules.values():
-            if type(child) in kinds and child not in candidates[child.in_features]:
-                candidates[child.in_features].append(child)
-        for found in candidates.values():
-            for i in range(0, len(found), LARGEST):
-                layers = found[i : i + LARGEST]
-                if not on or len(layers) < 2 or isinstance(module, nn.Sequential):
-                    neighbours = None
-                elif (neighbours := neighbours_of(layers[0])) is not None and _consists_of(neighbours, layers):
-                    continue
-                else:
-                    neighbours = Neighbours()
-                for layer in layers:
-                    set_neighbours(layer, neighbours)
+            if is_wanted(child) and child not in by_size[child.in_features]:
+                by_size[child.in_features].append(child)
+        for layers in by_size.values():
+            yield module, layers
 
 
 def _consists_of(neighbours: Neighbours, layers: list[SharesInputs]) -> bool:
@@ -109,30 +115,24 @@ def input_groups(model: nn.Module) -> InputGroups:
             seen[id(group)] = group
             layers = [layer for layer in group.alive() if id(layer) in paths]
             reports += _of_group(group, neighbours.now, layers, paths)
-    listed = {path for report in reports for path in report.paths}
-    reports += [report for report in _of_no_group(model, paths) if report.paths[0] not in listed]
+    reports += _of_no_group(model, paths)
     return InputGroups(tuple(reports))
 
 
 def _of_no_group(model: nn.Module, paths: dict[int, str]) -> Iterator[InputGroup]:
     """Yields the layers next to others of their size that :func:`form_input_groups` puts into no group."""
-    for module in list(model.modules()):
-        candidates: dict[int, list[nn.Module]] = defaultdict(list)
-        for child in () if isinstance(module, nn.Sequential) else module._modules.values():
-            if isinstance(child, (OverLinear, SharesInputs)):
-                candidates[child.in_features].append(child)
-        for layers in candidates.values():
-            kinds = [type(layer) for layer in layers]
-            for layer, kind in zip(layers, kinds, strict=True):
-                if len(layers) < 2 or neighbours_of(layer) is not None:
-                    continue
-                if not isinstance(layer, SharesInputs):
-                    reason = f"layers of its kind ({kind.__name__}) are computed by themselves"
-                elif kinds.count(kind) == 1:
-                    reason = "the other layers of its module are of another kind"
-                else:  # share_inputs is off
-                    continue
+    for module, layers in _of_one_size(model, lambda child: isinstance(child, (OverLinear, SharesInputs))):
+        if len(layers) < 2 or isinstance(module, nn.Sequential):
+            continue
+        kinds = [type(layer) for layer in layers]
+        for layer, kind in zip(layers, kinds, strict=True):
+            if neighbours_of(layer) is not None:
+                continue
+            if not isinstance(layer, SharesInputs):
+                reason = f"layers of its kind ({kind.__name__}) are computed by themselves"
                 yield InputGroup((paths[id(layer)],), reason)
+            elif kinds.count(kind) == 1:  # of more, share_inputs is off
+                yield InputGroup((paths[id(layer)],), "the other layers of its module are of another kind")
 
 
 def _of_group(group: Group, now: str, layers: list[SharesInputs], paths: dict[int, str]) -> Iterator[InputGroup]:

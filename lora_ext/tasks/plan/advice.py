@@ -69,7 +69,7 @@ def finetune_options(
 
 
 class Adapter(NamedTuple):
-    """What :func:`warnings` asks of an adapter.
+    """Holds the sizes of an adapter that :func:`warnings` compares with the data.
 
     Attributes:
         parameters: their number.
