@@ -190,6 +190,20 @@ def test_time_is_bounded_for_all_matches_together():
     assert allowance.seconds <= 0
 
 
+def test_a_timeout_uses_up_the_allowance(monkeypatch):
+    """The library's clock counts all threads of the process: its time may be up before ours is."""
+    expression, allowance = Expression("a+"), TimeAllowance()
+
+    class OutOfTime:
+        def fullmatch(self, text, timeout):
+            raise TimeoutError
+
+    monkeypatch.setattr(expression, "_compiled", OutOfTime())
+    with pytest.raises(TooSlow):
+        expression.fullmatch("a", allowance)
+    assert allowance.seconds == 0
+
+
 @pytest.mark.parametrize("name", CATASTROPHIC)
 def test_work_is_bounded(name):
     """Each expression matches quickly, is stopped, or is refused when the config is made."""
