@@ -200,14 +200,21 @@ def test_a_forked_process_prefetches(base, root):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_calls_wait_for_slots(base, root):
+def test_calls_wait_for_slots(base, root, monkeypatch):
     model, x = copy.deepcopy(base), torch.randn(2, 6)
     pool = pool_of(model, root)
     pool.acquire(["n0", "n1"])
-    threading.Timer(0.3, lambda: pool.release(["n0", "n1"])).start()
-    begin = time.monotonic()
+    changed, threads = pool._table.changed, []
+    wait = changed.wait
+
+    def wait_and_release(timeout: float | None) -> bool:
+        threads.append(threading.Thread(target=pool.release, args=(["n0", "n1"],)))
+        threads[0].start()  # it goes on when this thread has begun to wait
+        return wait(timeout)
+
+    monkeypatch.setattr(changed, "wait", wait_and_release)
     model(x, adapter_names=["n2", "n3"])
-    assert time.monotonic() - begin > 0.2 and pool.stats().waits == 1
+    assert len(threads) == 1 and pool.stats().waits == 1
 
 
 # --- the model around it ----------------------------------------------------------------------------------------------
