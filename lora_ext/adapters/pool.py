@@ -170,29 +170,30 @@ class AdapterPool:
             return list(self._table.entries)
 
     def knows(self, name: str) -> bool:
-        """Returns whether the pool can find the adapter."""
-        return self._names.path_of(name) is not None
+        """Returns whether the pool holds the adapter, or can find it."""
+        return self._holds(name) or self._names.path_of(name) is not None
 
     def check_known(self, names: Iterable[str], caller: str, adapters_of_model: Iterable[str] = ()) -> None:
-        """Checks that the pool can find the adapters. KeyError: names the known ones.
+        """Checks that the pool holds the adapters, or can find them. KeyError: names the known ones.
 
         Args:
             adapters_of_model: adapters of the model itself, for the message.
         """
-        self._names.check_known(names, caller, adapters_of_model)
+        self._names.check_known((name for name in names if not self._holds(name)), caller, adapters_of_model)
+
+    def _holds(self, name: str) -> bool:
+        return name in self._table.entries or name in self._host.adapters
 
     # --- slots -------------------------------------------------------------------------------------------------------
 
     def acquire(self, names: Sequence[str]) -> dict[str, int]:
         """Loads ``names`` and returns their slots, which they keep until :meth:`release`. For the model's calls."""
-        resident = self._table.entries
-        self.check_known([name for name in names if name not in resident], "AdapterPool")
+        self.check_known(names, "AdapterPool")
         return self._table.acquire(names, self._timeout)
 
     def try_acquire(self, name: str) -> bool:
         """Acquires the slot of one adapter without waiting. False: other calls use all slots."""
-        if name not in self._table.entries:
-            self.check_known((name,), "AdapterPool")
+        self.check_known((name,), "AdapterPool")
         try:
             self._table.acquire((name,), None)
         except SlotsInUseError:
@@ -297,11 +298,11 @@ class AdapterPool:
 
     def _load(self, name: str, slot: int) -> None:
         begin = time.perf_counter()
-        path = self._names.path_of(name)
-        if path is None:
-            raise KeyError(f"AdapterPool: there is no adapter {name!r} any more")
         adapter = self._host.get(name)
         if adapter is None:
+            path = self._names.path_of(name)
+            if path is None:
+                raise KeyError(f"AdapterPool: there is no adapter {name!r} any more")
             adapter = read_adapter(path, self._shape)
             self._host.keep(name, adapter)
         with torch.inference_mode(False):

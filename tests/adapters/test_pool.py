@@ -186,6 +186,21 @@ def test_directories_that_move(base, root, tmp_path, monkeypatch):
     assert pool.names() == ["added"]
 
 
+@pytest.mark.parametrize("host_bytes", [0, 1 << 20])
+def test_an_adapter_that_is_held_outlives_its_directory(base, root, host_bytes):
+    model, x = copy.deepcopy(base), torch.randn(2, 6)
+    pool = pool_of(model, root, host_bytes=host_bytes)
+    expected = model(x, adapter_names=["n0", "n1"])
+    shutil.rmtree(root / "n0")
+    assert torch.equal(model(x, adapter_names=["n0", "n1"]), expected)
+    if host_bytes:
+        pool.prefetch(["n2", "n3", "n4"])[-1].result(30)
+        assert torch.equal(model(x, adapter_names=["n0", "n1"]), expected)
+    pool.evict("n0")
+    with pytest.raises(KeyError, match="there is no adapter 'n0'"):
+        model(x, adapter_names=["n0", "n1"])
+
+
 @pytest.mark.cpu_only("CUDA does not work in a forked process")
 def test_a_forked_process_prefetches(base, root):
     """The threads of the parent's prefetches are not there."""
