@@ -13,7 +13,7 @@ from lora_ext import _load
 from lora_ext.export import library_paths
 
 BASE_PRODUCT = {
-    "own": "of 64 tokens and more by our kernel, with the adapter in it, where it has the dtypes",
+    "own": "of 33 tokens and more by our kernel, with the adapter in it, where it has the dtypes",
     "library": "of many tokens by PyTorch's library",
 }
 

@@ -25,7 +25,7 @@ inline bool has_zero_adapter(const LoraExpandParams& p) {
 // Call: a ForwardCall or a BackwardCall.
 template <class Call>
 bool has_own_product(const Kernels& kernels, const Call& call) {
-  constexpr int64_t kFewestTokens = 64;  // below, packing the weight takes too long
+  constexpr int64_t kFewestTokens = kMostFewTokens + 1;  // below, packing the weight takes too long
   const auto& p = call.params.expand;
   bool is_own;
   if (!select_base_product(&is_own)) {

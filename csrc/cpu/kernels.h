@@ -71,7 +71,7 @@ struct GroupRows {
   void* grad_B_t = nullptr;         // [rank, padded_columns(out_features)], acc
 };
 
-constexpr int64_t kMostFewTokens = 32;
+constexpr int64_t kMostFewTokens = 32;  // for which a weight is read once; few_tokens says for which dtypes
 
 // Number of tokens after padding to what a kernel processes together; padding tokens are zero.
 constexpr int64_t streamed_tokens(int64_t num_tokens) {

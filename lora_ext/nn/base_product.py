@@ -11,14 +11,19 @@ from torch import Tensor
 from lora_ext import _load, functional
 from lora_ext._ops.usual_calls import is_usual_call
 
-FEW_TOKENS = {torch.float32: 32, torch.bfloat16: 8}
-"""Most tokens for which the CPU's kernel reads the weight once (csrc/cpu/few_tokens.inc), by dtype; more with AMX."""
-
 LEAST_ELEMENTS = 1 << 20
 """Elements of a weight for few tokens. For smaller ones the call takes as long as what the kernel saves."""
 
-MANY_TOKENS = 64
-"""Least tokens for which the CPU may have a product of its own (csrc/cpu/base_product.inc)."""
+MANY_TOKENS = 33
+"""Least tokens for which the CPU may have a product that packs the weight (csrc/cpu/base_product.inc)."""
+
+
+@functools.cache
+def few_tokens(dtype: torch.dtype) -> int:
+    """Returns for how many tokens this machine's kernel reads the weight once (csrc/cpu/few_tokens.inc); 0: none."""
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and _load.cpu_isa() == "avx512_bf16"):
+        return 32
+    return 8 if dtype == torch.bfloat16 else 0
 
 
 @functools.cache
@@ -33,7 +38,7 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
     tokens = x.numel() // max(x.shape[-1], 1)
     if tokens >= MANY_TOKENS:
         return multiplies_many_tokens(weight.dtype)
-    return tokens <= FEW_TOKENS.get(weight.dtype, 0) and weight.numel() >= LEAST_ELEMENTS
+    return tokens <= few_tokens(weight.dtype) and weight.numel() >= LEAST_ELEMENTS
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

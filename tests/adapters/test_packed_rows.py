@@ -48,12 +48,17 @@ def test_sequences_equal_calls_of_their_own(rows, lengths):
 
 
 def test_16_bit_models():
+    """As near to float64 as a call with the adapter alone: not the same kernels, so not the same rounding."""
     model, inputs = with_adapters(llama().bfloat16(), TARGETS, use_rslora=True), packed()
+    exact_model = copy.deepcopy(model).double()
     with torch.no_grad():
         parts = model(**inputs, adapter_names=NAMES).logits[0].split(LENGTHS)
         for i, name in enumerate(NAMES):
             use(model, name)
-            torch.testing.assert_close(parts[i], model(**inputs).logits[0].split(LENGTHS)[i])
+            use(exact_model, name)
+            exact, alone = (m(**inputs).logits[0].split(LENGTHS)[i].double() for m in (exact_model, model))
+            assert (parts[i].double() - exact).norm() < 2 * (alone - exact).norm()
+            assert (parts[i].double() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_sequences_that_the_call_describes():

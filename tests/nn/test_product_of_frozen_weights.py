@@ -45,15 +45,18 @@ def test_product(dtype, leading, has_bias, calls):
     assert y.dtype == dtype and y.shape == exact.shape
     assert not y.numel() or (y - exact).abs().amax() <= 2 * theirs + 1e-5
     tokens = x.numel() // 65
-    many = tokens >= 64 and base_product.multiplies_many_tokens(dtype)
-    assert calls == ([shape] if tokens <= base_product.FEW_TOKENS.get(dtype, 0) or many else [])
+    many = tokens >= 33 and base_product.multiplies_many_tokens(dtype)
+    assert calls == ([shape] if tokens <= base_product.few_tokens(dtype) or many else [])
 
 
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
-    base_product.multiplies_many_tokens.cache_clear()
+    choices = base_product.few_tokens, base_product.multiplies_many_tokens
+    for choice in choices:
+        choice.cache_clear()
     yield
-    base_product.multiplies_many_tokens.cache_clear()
+    for choice in choices:
+        choice.cache_clear()
 
 
 @pytest.mark.parametrize("own, isa, number", [("own", "avx512_bf16", 2), ("own", "avx512", 1), ("library", "amx", 0)])
@@ -64,6 +67,15 @@ def test_many_tokens_take_the_kernel_that_the_machine_prefers(calls, monkeypatch
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         base_product.product(torch.randn(64, 65).to(dtype), torch.randn(37, 65).to(dtype), None)
     assert len(calls) == number
+
+
+@pytest.mark.parametrize("isa, tokens", [("avx512_bf16", 32), ("amx", 8), ("avx512", 8), ("generic", 8)])
+@pytest.mark.usefixtures("fresh_choice")
+def test_up_to_how_many_tokens_the_kernel_reads_a_weight_once(monkeypatch, isa, tokens):
+    monkeypatch.setattr(_load, "cpu_isa", lambda: isa)
+    assert base_product.few_tokens(torch.bfloat16) == tokens
+    assert base_product.few_tokens(torch.float32) == 32
+    assert base_product.few_tokens(torch.float16) == base_product.few_tokens(torch.float64) == 0
 
 
 def test_whoever_could_tell_the_difference_gets_pytorchs(calls):

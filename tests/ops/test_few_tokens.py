@@ -7,6 +7,7 @@ import torch
 from support.layers import DTYPES, assert_as_good_as_torch, random_layer, random_siblings
 
 from lora_ext import functional
+from lora_ext.nn.base_product import few_tokens
 
 # Both sides of every width in which kernels process tokens, and one token more than is streamed.
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 24, 32, 33]
@@ -40,6 +41,17 @@ def test_a_row_does_not_depend_on_the_number_of_threads(dtype):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 4, 9, 31, 32])
+def test_a_row_has_the_same_bits_in_any_batch(num_tokens, dtype):
+    """Which tells that the kernel computes it, and not the library."""
+    if num_tokens > few_tokens(dtype):
+        pytest.skip(f"the library multiplies {num_tokens} tokens of {dtype} here")
+    x, *rest = random_layer((32, 600, 200, 16), (dtype, torch.float32)).args()
+    alone = functional.lora_linear(x[:1], *rest)
+    assert torch.equal(functional.lora_linear(x[:num_tokens], *rest)[:1], alone)
 
 
 def test_weights_of_any_strides():
