@@ -36,14 +36,19 @@ class PoolNames:
     def add(self, name: str, directory: str | os.PathLike[str]) -> None:
         """Gives a name to the adapter in ``directory``. Errors as in :meth:`AdapterPool.add`."""
         path = Path(directory).absolute()
-        if not name or name == BASE:
-            raise ValueError(f"AdapterPool.add: name is {name!r}, want another one")
         if not holds_adapter(path):
             raise FileNotFoundError(f"AdapterPool.add: {path / CONFIG_FILE} is missing; want a directory of PEFT")
         with self._lock:
-            if name in self._added:
-                raise ValueError(f"AdapterPool.add: {name!r} is known already; remove it first")
             self._added[name] = path
+
+    def check_free(self, name: str) -> None:
+        """Raises ValueError if :meth:`add` cannot give this name."""
+        if not name or name == BASE:
+            raise ValueError(f"AdapterPool.add: name is {name!r}, want another one")
+        if name in self._added:
+            raise ValueError(f"AdapterPool.add: {name!r} is known already; remove it first")
+        if (path := self.path_of(name)) is not None:
+            raise ValueError(f"AdapterPool.add: {name!r} is known already, as {path}; choose another name")
 
     def check_added(self, name: str) -> None:
         """Raises KeyError if :meth:`add` has not given this name."""

@@ -54,7 +54,10 @@ def pool_layers(model: nn.Module, config: LoraConfig) -> PoolLayers:
     """
     adapters = adapter_set(model)
     if adapters is not None and adapters.pool is not None:
-        raise ValueError("AdapterPool: the model has a pool already; close that first")
+        if not adapters.pool.is_closed:
+            raise ValueError("AdapterPool: the model has a pool already; close that first")
+        detach_pool(model, adapters.pool)  # closed by the model that this one is a copy of
+        adapters = adapter_set(model)
     taken = () if adapters is None else adapters.configs
     name = next(name for i in range(len(taken) + 1) if (name := f"{_PLACEHOLDER}{i}") not in taken)
     adapter, _ = Injection(model, config, name).build_without_memory()

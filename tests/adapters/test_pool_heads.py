@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from lora_ext import AdapterPool, LoraConfig, cli, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import delete_adapter
 from lora_ext.nn.rows.in_force import _current
+from lora_ext.nn.trained import TrainedModule
 
 TARGETS = ["query", "value"]
 HEADS = {"bert": ["classifier"], "roberta": ["classifier"], "deep": ["pooler", "classifier"]}
@@ -144,6 +145,31 @@ def test_the_mode_of_the_model_is_that_of_the_heads(tmp_path):
             first = base(ids, adapter_names=["n0", "n1"]).logits
             torch.manual_seed(1)
             assert torch.equal(base(ids, adapter_names=["n0", "n1"]).logits, first) != training
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_that_is_converted_later(dtype, tmp_path):
+    base, ids, names = bert().eval().requires_grad_(False), token_ids(4), ["n0", "n1", "__base__", "n2"]
+    write_adapters(base, tmp_path, HEADS["deep"])
+    model = copy.deepcopy(base)
+    pool_of(model, tmp_path, HEADS["deep"])
+    early = model(ids, adapter_names=names).logits
+    model.to(dtype)
+    expected = expected_rows(base.to(dtype), tmp_path, names, ids)
+    copied = copy.deepcopy(model)
+    for served in (model, copied):
+        logits = served(ids, adapter_names=names).logits
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits, expected, atol=1e-5 if dtype == torch.float64 else 2e-2, rtol=0)
+    assert pool_dtypes(model) == {torch.float32}, "running calls of other copies read the slots"
+    base.float()
+    if dtype == torch.float64:
+        torch.testing.assert_close(model.float()(ids, adapter_names=names).logits, early)
+
+
+def pool_dtypes(model: nn.Module) -> set[torch.dtype]:
+    slots = [module.slots for module in model.modules() if isinstance(module, TrainedModule)]
+    return {stack.dtype for held in slots for stack in held.stacks.values()}
 
 
 def test_threads_and_copies(tmp_path):
