@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import threading
@@ -187,6 +188,16 @@ def test_a_call_during_an_eviction_reads_the_new_files(base, root, monkeypatch, 
         pool.evict("new")
         assert calls[0].result()
     torch.testing.assert_close(model(x, adapter_names=["new"]), expected_rows(base, root, ["n1"], x))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["all-linear", "head"], r"(.*\.)?(up|head)", ["head", "up"]])
+def test_a_config_may_name_the_layers_in_any_way(base, root, targets):
+    x, path = torch.randn(1, 6), root / "n0/adapter_config.json"
+    expected = expected_rows(base, root, ["n0"], x)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
+    model = copy.deepcopy(base)
+    pool_of(model, root)
+    torch.testing.assert_close(model(x, adapter_names=["n0"]), expected)
 
 
 def test_directories_that_move(base, root, tmp_path, monkeypatch):

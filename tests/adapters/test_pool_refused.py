@@ -61,6 +61,8 @@ def broken(root: Path, how: str) -> Path:
         del tensors[key]
     elif how == "layer":
         del tensors[key], tensors["base_model.model.head.lora_B.weight"]
+    elif how == "not named":
+        values["target_modules"] = ["up"]
     elif how == "heads":
         values["modules_to_save"] = ["head"]
         tensors["base_model.model.head.weight"] = torch.zeros(3, 6)
@@ -82,6 +84,7 @@ BROKEN = {
     "another size": "shape of base_model.model.head.lora_A.weight: [1, 12] in the file, [1, 6] in the pool",
     "half": "missing key: base_model.model.head.lora_A.weight",
     "layer": "missing key: base_model.model.head.lora_A.weight",
+    "not named": "unexpected key: base_model.model.head.lora_A.weight, of a layer that the config does not name",
     "heads": "modules_to_save: the pool has no ['head']; make it with modules_to_save=['head']",
     "dora": "use_dora",
     "integers": "dtype of base_model.model.head.lora_A.weight: torch.int64",
