@@ -126,6 +126,15 @@ def test_a_file_that_is_overwritten_while_it_is_read(base, root, monkeypatch):
     assert torch.equal(model(x, adapter_names=["n0", "n1"]), expected)
 
 
+@pytest.mark.parametrize("method", ["pin", "unpin", "evict"])
+def test_names_in_a_list(base, root, method):
+    pool = pool_of(copy.deepcopy(base), root)
+    for names in ((["n0", "n1"],), ("n0", ["n1"]), ("n0", None)):
+        with pytest.raises(TypeError, match=rf"{method}: names is .*, want a string"):
+            getattr(pool, method)(*names)
+    assert pool.resident() == []
+
+
 def test_a_pool_without_room(base, root):
     model, x = copy.deepcopy(base), torch.randn(4, 6)
     pool = pool_of(model, root, timeout=0.05)
