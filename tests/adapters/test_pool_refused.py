@@ -191,6 +191,8 @@ def test_other_layers_second_pools_and_training_are_refused(base, root):
     pool = pool_of(model, root)
     with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):
         pool_of(model, root)
+    with refused(model, ValueError, "(those of an AdapterPool), and none with it can join them", "pool.close()"):
+        inject(model, LoraConfig(r=2, target_modules=["up"], use_dora=True))
     model.train()
     with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):
         model(x.repeat(2, 1), adapter_names=["n0", "n0"])
