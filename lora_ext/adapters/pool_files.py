@@ -115,7 +115,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
         if path in layers:
             keys.setdefault(path, {})[_SUFFIXES[suffix]] = key
         elif key not in of_modules:
-            problems.append(f"unexpected key: {key}{_remedy(key, layers)}")
+            problems.append(f"unexpected key: {key}{_remedy(key, shape)}")
     problems += _not_as_named(config, shape, {*keys, *modules})
     for path, factors in keys.items():
         problems += _misfits(file, path, factors, layers[path], config.rank_for(path), r)
@@ -138,14 +138,17 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
     return PoolAdapter(updates, tensors, config.alora_invocation_tokens)
 
 
-def _remedy(key: str, layers: Container[str]) -> str:
-    """Returns the remedy for a key of an adapted embedding's or head's base layer, which PEFT saves, too; or ""."""
+def _remedy(key: str, shape: PoolShape) -> str:
+    """Returns what to do about an unexpected key, or "".
+
+    PEFT saves the base layer of an adapted head, too. A layer in a module that adapters train in full has no slots.
+    """
     path = key.removeprefix(KEY_PREFIX).rpartition(".")[0].removesuffix(".base_layer")
-    return (
-        " (a base layer; if it is the base model's: load_adapter, then save_adapter(..., save_embedding_layers=False))"
-        if path in layers
-        else ""
-    )
+    if path in shape.layers:
+        save = "load_adapter, then save_adapter(..., save_embedding_layers=False)"
+        return f" (a base layer; if it is the base model's: {save})"
+    inside = next((module for module in shape.modules if f"{path}.".startswith(f"{module}.")), None)
+    return "" if inside is None or ".lora_" not in key else f" (the pool holds {inside} in full only: modules_to_save)"
 
 
 def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:

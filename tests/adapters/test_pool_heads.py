@@ -263,6 +263,17 @@ def test_a_head_of_several_layers_is_named_where_the_pool_has_none(tmp_path):
         model(token_ids(1), adapter_names=["a"])
 
 
+def test_factors_in_a_head_that_the_pool_holds_in_full(tmp_path):
+    model = roberta().eval()
+    save_adapter(inject(roberta(), LoraConfig(r=2, target_modules=["query", "classifier.dense"])), tmp_path / "a")
+    options = {"target_modules": ["query", "classifier.dense"], "modules_to_save": ["classifier"]}
+    with (
+        AdapterPool(model, tmp_path, **options, r=2, max_bytes=1 << 20),
+        refused(model, ValueError, "classifier.dense.lora_A.weight (the pool holds classifier in full only"),
+    ):
+        model(token_ids(1), adapter_names=["a"])
+
+
 def test_adapters_of_finetune(tmp_path):
     base = tiny_classifier.save_model(tmp_path / "model")
     data = tiny_classifier.save_reviews(tmp_path / "data.csv", tiny_classifier.reviews(60))
