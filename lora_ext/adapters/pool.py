@@ -151,8 +151,8 @@ class AdapterPool:
             FileNotFoundError: there is no adapter in ``directory``.
             RuntimeError: a running call uses an adapter of this name whose directory is gone.
         """
+        self._names.check_new(name, directory)  # looks at the disk, so without the lock
         with self._table.changed:  # no call finds an adapter that had this name before
-            self._names.check_free(name)
             self.evict(name)
             self._names.add(name, directory)
 

@@ -33,22 +33,25 @@ class PoolNames:
         self._added: dict[str, Path] = {}
         self._lock = threading.Lock()
 
-    def add(self, name: str, directory: str | os.PathLike[str]) -> None:
-        """Gives a name to the adapter in ``directory``. Errors as in :meth:`AdapterPool.add`."""
-        path = Path(directory).absolute()
-        if not holds_adapter(path):
-            raise FileNotFoundError(f"AdapterPool.add: {path / CONFIG_FILE} is missing; want a directory of PEFT")
-        with self._lock:
-            self._added[name] = path
-
-    def check_free(self, name: str) -> None:
-        """Raises ValueError if :meth:`add` cannot give this name."""
+    def check_new(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Checks that :meth:`add` can give ``name`` to ``directory``. Errors as in :meth:`AdapterPool.add`."""
         if not name or name == BASE:
             raise ValueError(f"AdapterPool.add: name is {name!r}, want another one")
-        if name in self._added:
-            raise ValueError(f"AdapterPool.add: {name!r} is known already; remove it first")
+        self._check_not_added(name)
         if (path := self.path_of(name)) is not None:
             raise ValueError(f"AdapterPool.add: {name!r} is known already, as {path}; choose another name")
+        if not holds_adapter(path := Path(directory).absolute()):
+            raise FileNotFoundError(f"AdapterPool.add: {path / CONFIG_FILE} is missing; want a directory of PEFT")
+
+    def add(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Gives a name to the adapter in ``directory``, both checked. ValueError: another thread just gave it."""
+        with self._lock:
+            self._check_not_added(name)
+            self._added[name] = Path(directory).absolute()
+
+    def _check_not_added(self, name: str) -> None:
+        if name in self._added:
+            raise ValueError(f"AdapterPool.add: {name!r} is known already; remove it first")
 
     def check_added(self, name: str) -> None:
         """Raises KeyError if :meth:`add` has not given this name."""
