@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from support.models import llama, refused, token_ids
 from support.pools import NAMES, expected_rows, pool_of, slot_bytes, write_adapters
 from torch import nn
@@ -300,6 +301,16 @@ def test_saving_a_model_with_a_pool(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = type(base).from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(again(ids).logits, base(ids).logits)
+
+
+def test_a_model_that_accelerate_offloads(base, root):
+    x = torch.randn(3, 6)
+    expected = expected_rows(base, root, ["n0", "n1"], x)
+    model = copy.deepcopy(base)
+    cpu_offload(model, execution_device="cpu")
+    with pool_of(model, root):
+        torch.testing.assert_close(model(x[:2], adapter_names=["n0", "n1"]), expected)
+    assert model.head.weight.is_meta
 
 
 def test_modes(base, root):
