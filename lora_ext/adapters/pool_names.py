@@ -86,13 +86,14 @@ class PoolNames:
         for name in names:
             if self.path_of(name) is None:
                 known = [*adapters_of_model, *self.all()]
-                close = difflib.get_close_matches(name, known, 3)
+                close = difflib.get_close_matches(name, known, 3) if len(known) <= _COMPARED else []
                 meant = f" (close to {', '.join(map(repr, close))})" if close else ""
                 shown = first_of(map(repr, known), _SHOWN)
                 raise KeyError(f"{caller}: there is no adapter {name!r}{meant}; the adapters are [{shown}]")
 
 
 _SHOWN = 8  # names in a message
+_COMPARED = 1000  # names that are searched for one like an unknown name: 16 ms, in which no other thread runs
 
 
 def _is_one_component(name: str) -> bool:

@@ -16,12 +16,12 @@ from support.pools import NAMES, TARGETS, pool_of
 from torch import nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, set_adapter
-from lora_ext.adapters import delete_adapter
+from lora_ext.adapters import delete_adapter, pool_names
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.nn.rows.in_force import _current
 
 
-def test_unknown_names(base, root, tmp_path):
+def test_unknown_names(base, root, tmp_path, monkeypatch):
     shutil.copytree(root / "n0", tmp_path / "outside")
     model, x = copy.deepcopy(base), torch.randn(1, 6)
     pool_of(model, root)
@@ -29,6 +29,9 @@ def test_unknown_names(base, root, tmp_path):
         with refused(model, KeyError, "Net: there is no adapter ", "the adapters are ['n0', 'n1'"):
             model(x, adapter_names=[name])
     with pytest.raises(KeyError, match=r"\(close to 'n0'\); the adapters are \['n0', 'n1'"):
+        model(x, adapter_names=["n00"])
+    with monkeypatch.context() as patched, refused(model, KeyError, "there is no adapter 'n00'; the adapters are"):
+        patched.setattr(pool_names, "_COMPARED", 7)  # of thousands of names, the search would take longer than a call
         model(x, adapter_names=["n00"])
     inject(model, LoraConfig(r=2, target_modules=["head"]))
     for change in (set_adapter, delete_adapter):
