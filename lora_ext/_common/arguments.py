@@ -9,12 +9,13 @@ from __future__ import annotations
 import collections.abc
 import functools
 import inspect
+import itertools
 import numbers
 import os
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -42,7 +43,8 @@ _WORDS: dict[Any, str] = {
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Makes ``function`` raise TypeError, naming itself and the argument, for values that its annotations exclude."""
     parameters = inspect.signature(function).parameters
-    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    kinds = [parameter.kind for parameter in parameters.values()]
+    many = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else None
     tests: dict[str, Test] = {}
 
     @functools.wraps(function)
@@ -50,9 +52,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         if not tests:  # on the first call: annotations may name what the module defines further down
             hints = typing.get_type_hints(function)
             tests.update(
-                {n: _test(hints.get(n, Any)) if p.kind not in rest else _anything for n, p in parameters.items()}
+                {
+                    n: _anything if p.kind is inspect.Parameter.VAR_KEYWORD else _test(hints.get(n, Any))
+                    for n, p in parameters.items()
+                }
             )
-        for (name, test), value in zip(tests.items(), args, strict=False):
+        positional = tests.items() if many is None else _repeating(list(tests.items()), many)
+        for (name, test), value in zip(positional, args, strict=False):
             if not test(value):
                 _refuse(function, args, name, value)
         for name, value in kwargs.items():
@@ -61,6 +67,11 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return run
+
+
+def _repeating(tests: list[tuple[str, Test]], many: int) -> Iterator[tuple[str, Test]]:
+    """The tests of all positional arguments, of which those from number ``many`` on have one name (``*names``)."""
+    return itertools.chain(tests[:many], itertools.repeat(tests[many]))
 
 
 def check_types(function: Callable, arguments: Mapping[str, object]) -> None:

@@ -147,10 +147,14 @@ class AdapterPool:
         """Makes the adapter in ``directory`` known as ``name``. It is read when a call needs it.
 
         Raises:
-            ValueError: the name is taken, empty or ``"__base__"``.
+            ValueError: the name is taken, also by a subdirectory; it is empty or ``"__base__"``.
             FileNotFoundError: there is no adapter in ``directory``.
+            RuntimeError: a running call uses an adapter of this name whose directory is gone.
         """
-        self._names.add(name, directory)
+        self._names.check_new(name, directory)  # looks at the disk, so without the lock
+        with self._table.changed:  # no call finds an adapter that had this name before
+            self.evict(name)
+            self._names.add(name, directory)
 
     @checked
     def remove(self, name: str) -> None:
@@ -330,6 +334,8 @@ class AdapterPool:
     def close(self) -> None:
         """Takes the pool out of its model and frees the storage. Layers without other adapters become plain again.
 
+        Calls of copies of the model that name adapters of the pool are refused from then on.
+
         RuntimeError: running calls use it.
         """
         with self._lock:
@@ -339,11 +345,15 @@ class AdapterPool:
         with self._table.changed:
             if any(entry.users > entry.pins for entry in self._table.entries.values()):
                 raise RuntimeError("AdapterPool.close: running calls use the pool; wait for their end")
-            self._table.slots = 0
+            self._table.close()
             model = self._model()
             if model is not None:
                 detach_pool(model, self)
             self._slots, self._modules = {}, {}
+
+    @property
+    def is_closed(self) -> bool:
+        return self._table.is_closed
 
     def __enter__(self) -> AdapterPool:
         return self

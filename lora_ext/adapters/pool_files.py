@@ -15,7 +15,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.save_load import config_of, with_positive_alphas
-from lora_ext.injection.targets import is_all_linear
+from lora_ext.injection.targets import names_next_to_all_linear
 from lora_ext.matching.path_names import SuffixTable, path_ends
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.rows.invocations import InvocationLimits
@@ -97,7 +97,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
         ValueError: a file is corrupted, its config is not supported, or the adapter does not fit the pool: other
             layers, shapes, a larger rank, or parts that are no low-rank updates. The message lists what.
     """
-    given = AdapterFile.open(directory, caller="AdapterPool")
+    given = AdapterFile.open(directory, caller="AdapterPool", mapped=False)  # others may write to it
     file = with_positive_alphas(given)
     config = config_of(file, "AdapterPool")
     layers, r = shape.layers, shape.r
@@ -115,8 +115,8 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
         if path in layers:
             keys.setdefault(path, {})[_SUFFIXES[suffix]] = key
         elif key not in of_modules:
-            problems.append(f"unexpected key: {key}{_remedy(key, layers)}")
-    problems += _missing(config, shape, {*keys, *modules})
+            problems.append(f"unexpected key: {key}{_remedy(key, shape)}")
+    problems += _not_as_named(config, shape, {*keys, *modules})
     for path, factors in keys.items():
         problems += _misfits(file, path, factors, layers[path], config.rank_for(path), r)
     problems += _misfits_of_modules(file, modules)
@@ -138,14 +138,17 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
     return PoolAdapter(updates, tensors, config.alora_invocation_tokens)
 
 
-def _remedy(key: str, layers: Container[str]) -> str:
-    """Returns the remedy for a key of an adapted embedding's or head's base layer, which PEFT saves, too; or ""."""
+def _remedy(key: str, shape: PoolShape) -> str:
+    """Returns what to do about an unexpected key, or "".
+
+    PEFT saves the base layer of an adapted head, too. A layer in a module that adapters train in full has no slots.
+    """
     path = key.removeprefix(KEY_PREFIX).rpartition(".")[0].removesuffix(".base_layer")
-    return (
-        " (a base layer; if it is the base model's: load_adapter, then save_adapter(..., save_embedding_layers=False))"
-        if path in layers
-        else ""
-    )
+    if path in shape.layers:
+        save = "load_adapter, then save_adapter(..., save_embedding_layers=False)"
+        return f" (a base layer; if it is the base model's: {save})"
+    inside = next((module for module in shape.modules if f"{path}.".startswith(f"{module}.")), None)
+    return "" if inside is None or ".lora_" not in key else f" (the pool holds {inside} in full only: modules_to_save)"
 
 
 def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:
@@ -154,29 +157,34 @@ def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:
     return values.get("lora_alpha", 1) if pattern is None else values["alpha_pattern"][pattern]
 
 
-def _missing(config: LoraConfig, shape: PoolShape, found: Container[str]) -> list[str]:
-    """Returns a problem for each part of the pool that ``config`` names and the file has not: it is not whole, or of a
-    model with fewer layers.
+def _not_as_named(config: LoraConfig, shape: PoolShape, found: Container[str]) -> list[str]:
+    """Returns a problem for each part of the pool that ``config`` names and the file has not (it is not whole, or of a
+    model with fewer layers), and for each one that the file has and ``config`` does not name.
     """
     trained = SuffixTable(config.trained_modules)
     saved = [path for path in shape.modules if path not in found and trained.find(path)]
-    absent = [path for path in shape.layers if path not in found]
-    if is_all_linear(config):
-        named = [path for path in absent if path != shape.head]
-    else:
-        named = list(filter(PathMatcher("target_modules", config.target_modules), absent))
+    layers = [path for path in shape.layers if not any(map(trained.find, _prefixes(path)))]
+    named = _named(config, shape, layers)
+    return [
+        *(f"missing key: {KEY_PREFIX}{path}.lora_A.weight" for path in layers if path in named and path not in found),
+        *(f"missing keys of {KEY_PREFIX}{path}" for path in saved),
+        *(
+            f"unexpected key: {KEY_PREFIX}{path}.lora_A.weight, of a layer that the config does not name"
+            for path in layers
+            if path in found and path not in named
+        ),
+    ]
+
+
+def _named(config: LoraConfig, shape: PoolShape, layers: list[str]) -> set[str]:
+    """Returns those of the pool's ``layers`` that ``config`` targets."""
+    others = names_next_to_all_linear(config)
+    matches = PathMatcher("target_modules", config.target_modules if others is None else others)
+    targets = [path for path in layers if matches(path) or (others is not None and path != shape.head)]
     is_excluded = PathMatcher("exclude_modules", config.exclude_modules)
     whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
     numbers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
-    named = [path for path in named if path in numbers and not is_excluded(path)]
-    return [
-        *(
-            f"missing key: {KEY_PREFIX}{path}.lora_A.weight"
-            for path in named
-            if not any(map(trained.find, _prefixes(path)))
-        ),
-        *(f"missing keys of {KEY_PREFIX}{path}" for path in saved),
-    ]
+    return {path for path in targets if path in numbers and not is_excluded(path)}
 
 
 def _prefixes(path: str) -> list[str]:

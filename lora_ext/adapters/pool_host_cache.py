@@ -32,20 +32,17 @@ class HostCache:
             return adapter
 
     def keep(self, name: str, adapter: PoolAdapter) -> None:
-        """Copies an adapter, if there is room for it."""
+        """Keeps an adapter, if there is room for it."""
         size = adapter.nbytes
         if size > self._limit:
             return
-
-        def held(tensor: torch.Tensor) -> torch.Tensor:  # not the mapped file
-            return tensor.pin_memory() if self._is_pinned else tensor.clone()
-
-        copied = adapter.copied(held)
+        if self._is_pinned:
+            adapter = adapter.copied(torch.Tensor.pin_memory)
         with self._lock:
             self._forget(name)
             while self.nbytes + size > self._limit:
                 self._forget(next(iter(self.adapters)))
-            self.adapters[name] = copied
+            self.adapters[name] = adapter
             self.nbytes += size
 
     def forget(self, names: Iterable[str]) -> None:

@@ -33,17 +33,25 @@ class PoolNames:
         self._added: dict[str, Path] = {}
         self._lock = threading.Lock()
 
-    def add(self, name: str, directory: str | os.PathLike[str]) -> None:
-        """Gives a name to the adapter in ``directory``. Errors as in :meth:`AdapterPool.add`."""
-        path = Path(directory).absolute()
+    def check_new(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Checks that :meth:`add` can give ``name`` to ``directory``. Errors as in :meth:`AdapterPool.add`."""
         if not name or name == BASE:
             raise ValueError(f"AdapterPool.add: name is {name!r}, want another one")
-        if not holds_adapter(path):
+        self._check_not_added(name)
+        if (path := self.path_of(name)) is not None:
+            raise ValueError(f"AdapterPool.add: {name!r} is known already, as {path}; choose another name")
+        if not holds_adapter(path := Path(directory).absolute()):
             raise FileNotFoundError(f"AdapterPool.add: {path / CONFIG_FILE} is missing; want a directory of PEFT")
+
+    def add(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Gives a name to the adapter in ``directory``, both checked. ValueError: another thread just gave it."""
         with self._lock:
-            if name in self._added:
-                raise ValueError(f"AdapterPool.add: {name!r} is known already; remove it first")
-            self._added[name] = path
+            self._check_not_added(name)
+            self._added[name] = Path(directory).absolute()
+
+    def _check_not_added(self, name: str) -> None:
+        if name in self._added:
+            raise ValueError(f"AdapterPool.add: {name!r} is known already; remove it first")
 
     def check_added(self, name: str) -> None:
         """Raises KeyError if :meth:`add` has not given this name."""
@@ -78,13 +86,14 @@ class PoolNames:
         for name in names:
             if self.path_of(name) is None:
                 known = [*adapters_of_model, *self.all()]
-                close = difflib.get_close_matches(name, known, 3)
+                close = difflib.get_close_matches(name, known, 3) if len(known) <= _COMPARED else []
                 meant = f" (close to {', '.join(map(repr, close))})" if close else ""
                 shown = first_of(map(repr, known), _SHOWN)
                 raise KeyError(f"{caller}: there is no adapter {name!r}{meant}; the adapters are [{shown}]")
 
 
 _SHOWN = 8  # names in a message
+_COMPARED = 1000  # names that are searched for one like an unknown name: 16 ms, in which no other thread runs
 
 
 def _is_one_component(name: str) -> bool:

@@ -41,7 +41,7 @@ class SlotTable:
     """
 
     def __init__(self, slots: int, load: Callable[[str, int], None]) -> None:
-        self.slots, self._load = slots, load
+        self.slots, self._load, self.is_closed = slots, load, False
         self.entries: OrderedDict[str, Entry] = OrderedDict()  # the least recently used first
         self._free = list(range(slots))[::-1]
         self.changed = threading.Condition()
@@ -55,7 +55,7 @@ class SlotTable:
             timeout: seconds to wait for slots that other calls use; None: do not wait.
 
         Raises:
-            RuntimeError: pinned adapters or running calls leave too few slots.
+            RuntimeError: pinned adapters or running calls leave too few slots, or the table is closed.
             Whatever loading raises.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -94,6 +94,8 @@ class SlotTable:
         """Waits until there are slots for all names, and returns those that have none."""
         waited = False
         while True:
+            if self.is_closed:
+                raise RuntimeError(f"{caller}: the pool is closed, and holds no adapters; make another one")
             wanted = set(names)
             missing = [name for name in names if name not in self.entries]
             idle = sum(not entry.users for name, entry in self.entries.items() if name not in wanted)
@@ -170,4 +172,12 @@ class SlotTable:
             for name, entry in held.items():
                 del self.entries[name]
                 self._free.append(entry.slot)
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """Gives up all slots, also those of pinned names; no call may use one. Later calls are refused."""
+        with self.changed:
+            self.slots, self.is_closed = 0, True
+            self.entries.clear()
+            self._free.clear()
             self.changed.notify_all()

@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_ext._common.printable import check_name, shown
 from lora_ext.files.file_bytes import file_state
 from lora_ext.files.method_note import METHOD_FILE
+from lora_ext.files.opened_file import OpenedFile
 from lora_ext.files.regular_file import check_regular
 from lora_ext.files.safetensors_format import read_header
 from lora_ext.files.shard_index import check_shards, read_index
@@ -52,14 +53,14 @@ class TensorFile:
         metadata: metadata of a safetensors file; empty for a pickle.
     """
 
-    def __init__(self, path: Path, pickled: Mapping[str, Tensor] | None = None) -> None:
-        """Opens the safetensors file ``path``, or wraps the tensors of a pickle.
+    def __init__(self, path: Path, pickled: Mapping[str, Tensor] | None = None, mapped: bool = True) -> None:
+        """Opens the safetensors file ``path``, mapped or as an :class:`OpenedFile`, or wraps the tensors of a pickle.
 
         Raises:
             OSError: as ``open``.
             ValueError: it is corrupted or not a regular file; a name is unprintable or too long.
         """
-        self.path, self._pickled, self._mapped, self._read = path, pickled, None, 0
+        self.path, self._pickled, self._mapped, self._opened, self._read = path, pickled, None, None, 0
         self.metadata: dict[str, str] = {}
         if pickled is None:
             self._state = file_state(path)
@@ -67,7 +68,10 @@ class TensorFile:
                 header, self.metadata = read_header(path)
             except RuntimeError as error:  # from PyTorch if the file has just been removed
                 raise ValueError(f"{path} cannot be read: {error}") from error
-            self._map()
+            if mapped:
+                self._map()
+            else:
+                self._opened = OpenedFile(path, self._state, header)
             self._shapes = {key: info.shape for key, info in header.items()}
             self._dtypes = {key: info.torch_dtype for key, info in header.items()}
         else:
@@ -120,6 +124,8 @@ class TensorFile:
             raise KeyError(f"{self.path} has no tensor {key!r}")
         if self._pickled is not None:
             return self._pickled[key]
+        if self._opened is not None:
+            return self._opened.tensor(key)
         if self._mapped is None:
             self._map()
         try:
@@ -190,10 +196,10 @@ class ShardedTensors:
         metadata: the files' metadata.
     """
 
-    def __init__(self, path: Path, weight_map: Mapping[str, str], names: Iterable[str]) -> None:
+    def __init__(self, path: Path, weight_map: Mapping[str, str], names: Iterable[str], mapped: bool) -> None:
         """Opens the files ``names`` of the index ``path``. ValueError: they disagree; other errors as TensorFile."""
         self.path = path
-        shards = {name: TensorFile(path.parent / name) for name in names}
+        shards = {name: TensorFile(path.parent / name, mapped=mapped) for name in names}
         check_shards(path, weight_map, {name: shard.keys() for name, shard in shards.items()})
         self._shards = list(shards.values())
         self._shard_of = {key: shard for shard in self._shards for key in shard.keys()}  # noqa: SIM118  not a dict
@@ -270,7 +276,12 @@ class AdapterFile:
 
     @classmethod
     def open(
-        cls, directory: str | os.PathLike[str], *, allow_pickle: bool = False, caller: str = "AdapterFile"
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        allow_pickle: bool = False,
+        caller: str = "AdapterFile",
+        mapped: bool = True,
     ) -> AdapterFile:
         """Opens the adapter in ``directory``. Config and tensors come from one save, even while another replaces them.
 
@@ -280,6 +291,7 @@ class AdapterFile:
             allow_pickle: read ``adapter_model.bin`` if there is no safetensors file; only tensors are unpickled
                 (``weights_only=True``).
             caller: prefix of error messages.
+            mapped: map safetensors files into memory; False: :class:`OpenedFile`.
 
         Raises:
             FileNotFoundError: a file is missing, or the tensors are pickled; the message names the file.
@@ -290,10 +302,10 @@ class AdapterFile:
         directory = Path(directory)
         files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, *INDEX_FILES)]
         files += sorted(directory.glob(_SHARDS))
-        return read_unchanged(files, lambda existing: cls.of(directory, existing, allow_pickle), caller)
+        return read_unchanged(files, lambda existing: cls.of(directory, existing, allow_pickle, mapped), caller)
 
     @classmethod
-    def of(cls, directory: Path, existing: set[Path], allow_pickle: bool = False) -> AdapterFile:
+    def of(cls, directory: Path, existing: set[Path], allow_pickle: bool = False, mapped: bool = True) -> AdapterFile:
         """Opens an adapter like :meth:`open`, given the files that exist; does not notice a file that is replaced."""
         path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
         try:
@@ -308,11 +320,11 @@ class AdapterFile:
                 wanted += f", such as {shown(str(inside[0].parent))}"
             raise FileNotFoundError(f"{directory / CONFIG_FILE} is missing; {wanted}") from error
         if path in existing:
-            return cls(directory, config, TensorFile(path))
+            return cls(directory, config, TensorFile(path, mapped=mapped))
         for index_path in (directory / name for name in INDEX_FILES if directory / name in existing):
             index, names = read_index(index_path)
             if all(Path(name).match(_SHARDS) for name in names):  # not of a model in the same directory
-                return cls(directory, config, ShardedTensors(index_path, index["weight_map"], names))
+                return cls(directory, config, ShardedTensors(index_path, index["weight_map"], names, mapped))
         if pickled not in existing:
             shards = sorted(file.name for file in existing if file.match(_SHARDS))
             found = (

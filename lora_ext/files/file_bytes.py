@@ -65,8 +65,8 @@ def write_bytes(file: FileIO, offset: int, data: memoryview) -> None:
             raise
 
 
-def file_state(path: Path) -> tuple[int, ...] | None:
-    """Identifies a version of a file: differs after it is written or replaced. None: no file."""
+def file_state(path: Path | int) -> tuple[int, ...] | None:
+    """Identifies a version of a file or descriptor: differs after it is written or replaced. None: no file."""
     try:
         status = os.stat(path)
     except OSError:

@@ -140,8 +140,8 @@ def _check_parameters(bare: BareModel, targets: Targets, config: LoraConfig) -> 
                 has, new = ("without", "with") if config.use_dora else ("with", "without")
                 raise ValueError(
                     f"inject: {path!r} has adapters {has} use_dora already "
-                    f"({list(layer.adapters)}), and none {new} it can join them; use the same use_dora, or "
-                    "delete_adapter(model, ...) first"
+                    f"({list(layer.adapters) or 'those of an AdapterPool'}), and none {new} it can join them; use the "
+                    "same use_dora, or remove them first (delete_adapter(model, ...), or pool.close())"
                 )
 
 

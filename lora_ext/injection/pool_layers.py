@@ -16,6 +16,8 @@ from lora_ext.injection.inject import Injection, attach_layers, remove_empty_lay
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.nn import LoraLinear
+from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.base_layer import execution_device
 from lora_ext.nn.rows.layer_slots import LayerSlots
 from lora_ext.nn.rows.module_slots import ModuleSlots
 from lora_ext.nn.trained import TrainedModule
@@ -54,7 +56,10 @@ def pool_layers(model: nn.Module, config: LoraConfig) -> PoolLayers:
     """
     adapters = adapter_set(model)
     if adapters is not None and adapters.pool is not None:
-        raise ValueError("AdapterPool: the model has a pool already; close that first")
+        if not adapters.pool.is_closed:
+            raise ValueError("AdapterPool: the model has a pool already; close that first")
+        detach_pool(model, adapters.pool)  # closed by the model that this one is a copy of
+        adapters = adapter_set(model)
     taken = () if adapters is None else adapters.configs
     name = next(name for i in range(len(taken) + 1) if (name := f"{_PLACEHOLDER}{i}") not in taken)
     adapter, _ = Injection(model, config, name).build_without_memory()
@@ -83,7 +88,8 @@ def attach_pool(
     held = {}
     for path, layer in layers.found.items():
         sizes = layer.in_features, layer.out_features
-        held[path] = LayerSlots(slots, r, *sizes, dtypes[path], layer.base_weight.device)
+        device = execution_device(innermost(layer)) or layer.base_weight.device  # a weight may be offloaded
+        held[path] = LayerSlots(slots, r, *sizes, dtypes[path], device)
     modules = {path: ModuleSlots(layer.base_layer, slots) for path, layer in layers.trained.items()}
     into = layers.adapter.into
     with changing(into.active):

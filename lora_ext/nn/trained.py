@@ -55,7 +55,7 @@ class TrainedModule(TransparentLayer):
         """The modules of the chosen adapters that have one, by name."""
         modules = {name: self.adapters[name] for name in choice.names if name in self.adapters}
         for name, slot in choice.slots.items() if self.slots is not None else ():
-            if (module := self.slots.module(slot, self.training)) is not None:
+            if (module := self.slots.module(slot, self.base_layer, self.training)) is not None:
                 modules[name] = module
         return modules
 

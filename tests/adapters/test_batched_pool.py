@@ -94,6 +94,24 @@ def test_an_adapter_that_is_read_again_shares_no_old_prefix(root):
     pool.close()
 
 
+def test_another_pool_and_other_adapters_in_a_pause(root):
+    """Without adapters the model forgets that it had some; the manager finds the next ones, and no old prefix."""
+    model, pool = pooled(root, 2)
+    inputs = prompts((13,))
+    with running(model) as manager:
+        of_a, bare = asked(manager, inputs[0], "a"), asked(manager, inputs[0])
+        with manager.pause():
+            pool.close()
+            pool = AdapterPool(model, root, target_modules=TARGETS[:4], r=5, max_bytes=1 << 20)
+        assert asked(manager, inputs[0], "a") == of_a
+        with manager.pause():
+            pool.close()
+        assert asked(manager, inputs[0]) == bare
+        with manager.pause():
+            load_adapter(model, root / "a", adapter_name="own")
+        assert asked(manager, inputs[0]) == asked(manager, inputs[0], "own") == of_a != bare
+
+
 def test_disabled_adapters_leave_no_prefix_of_a_pool(root):
     model, pool = pooled(root, 2)
     inputs = prompts((13,))

@@ -137,7 +137,8 @@ def test_gpt2_and_its_positions():
 def test_heads_and_token_rows():
     model = llama()
     inject(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]), "a")
-    inject(model, LoraConfig(r=3, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [3, 4]}), "b")
+    tokens = {"trainable_token_indices": {"embed_tokens": [3, 4]}}
+    inject(model, LoraConfig(r=3, target_modules=["v_proj", "lm_head"], **tokens), "b")
     inject(model, LoraConfig(r=3, target_modules=["v_proj"], modules_to_save=["lm_head"]), "c")
     for name in "abc":
         shaken(set_adapter(model.eval(), name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import threading
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from support.models import llama, refused, token_ids
 from support.pools import NAMES, expected_rows, pool_of, slot_bytes, write_adapters
 from torch import nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, set_adapter
-from lora_ext.adapters import adapter_names, delete_adapter, merge_and_unload, rename_adapter, unload
+from lora_ext.adapters import adapter_names, choose_adapters, delete_adapter, merge_and_unload, rename_adapter, unload
 
 
 def test_rows_are_those_of_the_adapter_alone(base, root):
@@ -142,6 +144,25 @@ def test_names_that_are_added(base, root, tmp_path):
         pool.remove("n4")
 
 
+def test_a_name_that_is_added_is_not_that_of_another_adapter(base, root, tmp_path):
+    """Neither of a subdirectory, nor of one that is gone while its adapter is in a slot or the host cache."""
+    model, x = copy.deepcopy(base), torch.randn(1, 6)
+    shutil.copytree(root, tmp_path / "root")
+    pool = pool_of(model, tmp_path / "root", host_bytes=1 << 20)
+    model(x, adapter_names=["n0"])
+    with pytest.raises(ValueError, match="'n0' is known already, as .*; choose another name"):
+        pool.add("n0", root / "n1")
+    shutil.rmtree(tmp_path / "root/n0")
+    pool.pin("n1")
+    with choose_adapters(model, ["n2"]):
+        shutil.rmtree(tmp_path / "root/n2")
+        with pytest.raises(RuntimeError, match="'n2' is used by a running call"):
+            pool.add("n2", root / "n4")
+    for name in ("n0", "n2"):
+        pool.add(name, root / "n4")
+        torch.testing.assert_close(model(x, adapter_names=[name]), expected_rows(base, root, ["n4"], x))
+
+
 @pytest.mark.parametrize("how", ["evict", "remove"])
 def test_a_call_during_an_eviction_reads_the_new_files(base, root, monkeypatch, how):
     """With a host cache, other threads call the model until the very moment at which an adapter is evicted."""
@@ -160,6 +181,7 @@ def test_a_call_during_an_eviction_reads_the_new_files(base, root, monkeypatch, 
     if how == "remove":
         pool.remove("new")
         assert isinstance(calls[0].exception(), KeyError)
+        monkeypatch.undo()
         pool.add("new", root / "n1")
     else:
         shutil.rmtree(root / "n0")
@@ -167,6 +189,16 @@ def test_a_call_during_an_eviction_reads_the_new_files(base, root, monkeypatch, 
         pool.evict("new")
         assert calls[0].result()
     torch.testing.assert_close(model(x, adapter_names=["new"]), expected_rows(base, root, ["n1"], x))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["all-linear", "head"], r"(.*\.)?(up|head)", ["head", "up"]])
+def test_a_config_may_name_the_layers_in_any_way(base, root, targets):
+    x, path = torch.randn(1, 6), root / "n0/adapter_config.json"
+    expected = expected_rows(base, root, ["n0"], x)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
+    model = copy.deepcopy(base)
+    pool_of(model, root)
+    torch.testing.assert_close(model(x, adapter_names=["n0"]), expected)
 
 
 def test_directories_that_move(base, root, tmp_path, monkeypatch):
@@ -262,6 +294,27 @@ def test_copies_share_the_storage(base, root):
     assert torch.equal(copied(x, adapter_names=["n0", "n1"]), expected) and pool.stats().loads == 2
 
 
+def test_a_closed_pool_serves_nobody(base, root):
+    """Not a copy of its model either, whose layers have the storage, which nothing fills any more."""
+    model, x = copy.deepcopy(base), torch.randn(1, 6)
+    pool = pool_of(model, root)
+    pool.pin("n0")
+    copied = copy.deepcopy(model)
+    pool.close()
+    assert repr(pool).startswith("AdapterPool(0 of 0 slots") and pool.resident() == [] and pool.stats().pinned == 0
+    for name in ("n0", "n1"):
+        with refused(copied, RuntimeError, "AdapterPool: the pool is closed"):
+            copied(x, adapter_names=[name])
+    with pytest.raises(RuntimeError, match="the pool is closed"):
+        pool.pin("n1")
+    assert pool.prefetch("n1")[0].result(30) is False
+    assert torch.equal(copied(x, adapter_names=["__base__"]), base(x))
+    again = pool_of(copied, root)
+    torch.testing.assert_close(copied(x, adapter_names=["n1"]), expected_rows(base, root, ["n1"], x))
+    again.close()
+    assert type(copied.head) is nn.Linear
+
+
 def test_saving_a_model_with_a_pool(tmp_path):
     base, ids = llama().eval(), token_ids(2)
     write_adapters(base, tmp_path / "pool", ["a"], ["q_proj"])
@@ -270,6 +323,16 @@ def test_saving_a_model_with_a_pool(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = type(base).from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(again(ids).logits, base(ids).logits)
+
+
+def test_a_model_that_accelerate_offloads(base, root):
+    x = torch.randn(3, 6)
+    expected = expected_rows(base, root, ["n0", "n1"], x)
+    model = copy.deepcopy(base)
+    cpu_offload(model, execution_device="cpu")
+    with pool_of(model, root):
+        torch.testing.assert_close(model(x[:2], adapter_names=["n0", "n1"]), expected)
+    assert model.head.weight.is_meta
 
 
 def test_modes(base, root):

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from lora_ext import AdapterPool, LoraConfig, cli, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import delete_adapter
 from lora_ext.nn.rows.in_force import _current
+from lora_ext.nn.trained import TrainedModule
 
 TARGETS = ["query", "value"]
 HEADS = {"bert": ["classifier"], "roberta": ["classifier"], "deep": ["pooler", "classifier"]}
@@ -146,6 +147,31 @@ def test_the_mode_of_the_model_is_that_of_the_heads(tmp_path):
             assert torch.equal(base(ids, adapter_names=["n0", "n1"]).logits, first) != training
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_that_is_converted_later(dtype, tmp_path):
+    base, ids, names = bert().eval().requires_grad_(False), token_ids(4), ["n0", "n1", "__base__", "n2"]
+    write_adapters(base, tmp_path, HEADS["deep"])
+    model = copy.deepcopy(base)
+    pool_of(model, tmp_path, HEADS["deep"])
+    early = model(ids, adapter_names=names).logits
+    model.to(dtype)
+    expected = expected_rows(base.to(dtype), tmp_path, names, ids)
+    copied = copy.deepcopy(model)
+    for served in (model, copied):
+        logits = served(ids, adapter_names=names).logits
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits, expected, atol=1e-5 if dtype == torch.float64 else 2e-2, rtol=0)
+    assert pool_dtypes(model) == {torch.float32}, "running calls of other copies read the slots"
+    base.float()
+    if dtype == torch.float64:
+        torch.testing.assert_close(model.float()(ids, adapter_names=names).logits, early)
+
+
+def pool_dtypes(model: nn.Module) -> set[torch.dtype]:
+    slots = [module.slots for module in model.modules() if isinstance(module, TrainedModule)]
+    return {stack.dtype for held in slots for stack in held.stacks.values()}
+
+
 def test_threads_and_copies(tmp_path):
     base, ids = bert().eval(), token_ids(4)
     write_adapters(base, tmp_path, ["classifier"])
@@ -233,6 +259,17 @@ def test_a_head_of_several_layers_is_named_where_the_pool_has_none(tmp_path):
     with (
         AdapterPool(model, tmp_path, target_modules=["query"], r=2, max_bytes=1 << 20),
         refused(model, ValueError, "the pool has no ['classifier']; make it with modules_to_save=['classifier']"),
+    ):
+        model(token_ids(1), adapter_names=["a"])
+
+
+def test_factors_in_a_head_that_the_pool_holds_in_full(tmp_path):
+    model = roberta().eval()
+    save_adapter(inject(roberta(), LoraConfig(r=2, target_modules=["query", "classifier.dense"])), tmp_path / "a")
+    options = {"target_modules": ["query", "classifier.dense"], "modules_to_save": ["classifier"]}
+    with (
+        AdapterPool(model, tmp_path, **options, r=2, max_bytes=1 << 20),
+        refused(model, ValueError, "classifier.dense.lora_A.weight (the pool holds classifier in full only"),
     ):
         model(token_ids(1), adapter_names=["a"])
 

@@ -16,11 +16,12 @@ from support.pools import NAMES, TARGETS, pool_of
 from torch import nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, set_adapter
-from lora_ext.adapters import delete_adapter
+from lora_ext.adapters import delete_adapter, pool_names
+from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.nn.rows.in_force import _current
 
 
-def test_unknown_names(base, root, tmp_path):
+def test_unknown_names(base, root, tmp_path, monkeypatch):
     shutil.copytree(root / "n0", tmp_path / "outside")
     model, x = copy.deepcopy(base), torch.randn(1, 6)
     pool_of(model, root)
@@ -28,6 +29,9 @@ def test_unknown_names(base, root, tmp_path):
         with refused(model, KeyError, "Net: there is no adapter ", "the adapters are ['n0', 'n1'"):
             model(x, adapter_names=[name])
     with pytest.raises(KeyError, match=r"\(close to 'n0'\); the adapters are \['n0', 'n1'"):
+        model(x, adapter_names=["n00"])
+    with monkeypatch.context() as patched, refused(model, KeyError, "there is no adapter 'n00'; the adapters are"):
+        patched.setattr(pool_names, "_COMPARED", 7)  # of thousands of names, the search would take longer than a call
         model(x, adapter_names=["n00"])
     inject(model, LoraConfig(r=2, target_modules=["head"]))
     for change in (set_adapter, delete_adapter):
@@ -60,6 +64,8 @@ def broken(root: Path, how: str) -> Path:
         del tensors[key]
     elif how == "layer":
         del tensors[key], tensors["base_model.model.head.lora_B.weight"]
+    elif how == "not named":
+        values["target_modules"] = ["up"]
     elif how == "heads":
         values["modules_to_save"] = ["head"]
         tensors["base_model.model.head.weight"] = torch.zeros(3, 6)
@@ -81,6 +87,7 @@ BROKEN = {
     "another size": "shape of base_model.model.head.lora_A.weight: [1, 12] in the file, [1, 6] in the pool",
     "half": "missing key: base_model.model.head.lora_A.weight",
     "layer": "missing key: base_model.model.head.lora_A.weight",
+    "not named": "unexpected key: base_model.model.head.lora_A.weight, of a layer that the config does not name",
     "heads": "modules_to_save: the pool has no ['head']; make it with modules_to_save=['head']",
     "dora": "use_dora",
     "integers": "dtype of base_model.model.head.lora_A.weight: torch.int64",
@@ -101,6 +108,34 @@ def test_adapters_that_do_not_fit(base, root, how):
     shutil.rmtree(root / "broken")
     shutil.copytree(root / "n0", root / "broken")
     assert torch.equal(model(x, adapter_names=["broken", "n1", "n1"]), expected)
+
+
+def test_a_file_that_is_overwritten_while_it_is_read(base, root, monkeypatch):
+    model, x = copy.deepcopy(base), torch.randn(2, 6)
+    pool, path = pool_of(model, root, host_bytes=1 << 20), root / "n1/adapter_model.safetensors"
+    expected, content, read = model(x, adapter_names=["n0", "n1"]), path.read_bytes(), AdapterFile.tensor
+    pool.evict("n1")
+
+    def begin_to_copy(file: AdapterFile, key: str) -> torch.Tensor:
+        if file.path == path:
+            path.write_bytes(b"")
+        return read(file, key)
+
+    monkeypatch.setattr(AdapterFile, "tensor", begin_to_copy)
+    with refused(model, ValueError, "n1/adapter_model.safetensors was changed while it was read"):
+        model(x, adapter_names=["n0", "n1"])
+    monkeypatch.undo()
+    path.write_bytes(content)
+    assert torch.equal(model(x, adapter_names=["n0", "n1"]), expected)
+
+
+@pytest.mark.parametrize("method", ["pin", "unpin", "evict"])
+def test_names_in_a_list(base, root, method):
+    pool = pool_of(copy.deepcopy(base), root)
+    for names in ((["n0", "n1"],), ("n0", ["n1"]), ("n0", None)):
+        with pytest.raises(TypeError, match=rf"{method}: names is .*, want a string"):
+            getattr(pool, method)(*names)
+    assert pool.resident() == []
 
 
 def test_a_pool_without_room(base, root):
@@ -159,6 +194,8 @@ def test_other_layers_second_pools_and_training_are_refused(base, root):
     pool = pool_of(model, root)
     with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):
         pool_of(model, root)
+    with refused(model, ValueError, "(those of an AdapterPool), and none with it can join them", "pool.close()"):
+        inject(model, LoraConfig(r=2, target_modules=["up"], use_dora=True))
     model.train()
     with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):
         model(x.repeat(2, 1), adapter_names=["n0", "n0"])

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import PeftModel
-from support.models import Net, bert, gpt2, llama, shaken, token_ids
+from support.models import Net, bert, gpt2, llama, roberta, shaken, token_ids
 from support.rows import NAMES, RANKS, alone, assert_rows_equal, use, with_adapters
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -100,6 +100,28 @@ def test_modules_trained_in_full_and_token_rows():
     model.eval()
     with torch.no_grad():
         assert_rows_equal(model, lambda **names: model(ids, **names).logits)
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_a_module_that_one_adapter_trains_in_full_and_another_has_layers_in(whole_first):
+    whole = {
+        "a": {"target_modules": ["query"], "modules_to_save": ["classifier"]},
+        "b": {"target_modules": ["query"], "modules_to_save": ["classifier.dense", "word_embeddings"]},
+    }
+    parts = {
+        "c": {"target_modules": ["classifier.dense", "out_proj", "word_embeddings"]},
+        "d": {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [3, 4]}},
+    }
+    model, ids = roberta(), token_ids(6)
+    for name, options in (whole | parts if whole_first else parts | whole).items():
+        inject(model, LoraConfig(r=2, **options), name)
+    for name in "abcd":
+        shaken(set_adapter(model, name))
+    ids[:, 2] = 3
+    model.eval()
+    with torch.no_grad():
+        for names in (["a", "c", "b", "__base__", "d", "c"], list("aaabac"), list("dcdcba"), list("ccccca")):
+            assert_rows_equal(model, lambda **chosen: model(ids, **chosen).logits, names)
 
 
 @pytest.mark.parametrize("tied", [False, True])

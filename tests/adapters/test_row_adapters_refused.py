@@ -17,7 +17,7 @@ BAD_NAMES = [
     (["a", "b"], ValueError, "Net: adapter_names has 2 names, but argument 1 has 5 rows; pass a name for each row"),
     ([], ValueError, "Net: adapter_names is empty, want a name for each row"),
     ("a", TypeError, "Net: adapter_names is of type str, want a list with a name per row"),
-    (["a", None, "a", "a", "a"], TypeError, "Net: adapter_names is of type list, want a list with a name per row"),
+    (["a", None, "a", "a", "a"], TypeError, "adapter_names has the entry None of type NoneType, want a name per row"),
     ({"a": 1}, TypeError, "Net: adapter_names is of type dict, want a list with a name per row"),
 ]
 

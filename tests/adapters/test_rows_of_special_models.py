@@ -19,6 +19,7 @@ from architectures.table import (
     OPT,
     SWIN,
     SWITCH,
+    T5,
     VISION,
     W2V_BERT,
     WHISPER,
@@ -129,6 +130,20 @@ def test_positions_that_rows_share(shared, seen):
         model(ids, adapter_names=NAMES)
     others = with_adapters(model_of("DebertaV2ForMaskedLM", **sizes), ["value_proj"], same=True)
     assert_rows_equal(others, lambda **names: others(ids, **names)[0].detach(), NAMES)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("T5ForConditionalGeneration", T5), ("MPNetForMaskedLM", ENCODER)])
+def test_pairs_of_positions(name, sizes):
+    """A lookup of [tokens, tokens], with as many tokens as rows."""
+    model, ids = (
+        with_adapters(model_of(name, **sizes), ["relative_attention_bias"], same=True),
+        torch.randint(60, (6, 6)),
+    )
+    inputs = {"decoder_input_ids": ids} if name.startswith("T5") else {}
+    with refused(model, ValueError, "relative_attention_bias' computes positions once for all rows", "set_adapter"):
+        model(ids, **inputs, adapter_names=["a", "b"] * 3)
+    expected = use(model, "a")(ids, **inputs).logits
+    torch.testing.assert_close(use(model, "b")(ids, **inputs, adapter_names=["a"] * 6).logits, expected)
 
 
 def test_positions_of_a_conformer():

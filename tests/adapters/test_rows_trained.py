@@ -13,7 +13,7 @@ from support.rows import RANKS, gradients, with_adapters
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from lora_ext import set_adapter
+from lora_ext import LoraConfig, inject, set_adapter
 from lora_ext.nn.rows import in_force
 
 NAMES = ["b", "__base__", "a", "b", "c"]
@@ -66,6 +66,22 @@ def test_adapters_with_heads_of_their_own_train_together():
         parameter.requires_grad_(".adapters." in name)
     grads = gradients(model, model(ids, adapter_names=names).logits.square().sum())
     assert {f"classifier.adapters.{name}.weight" for name in RANKS} <= grads.keys()
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_in_full_and_factors_of_the_same_head_train_together():
+    model, ids, names = bert(), token_ids(4), list("abca")
+    inject(model, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]), "a")
+    inject(model, LoraConfig(r=2, target_modules=["query", "classifier"], init_lora_weights=False), "b")
+    inject(model, LoraConfig(r=2, target_modules=["classifier"], init_lora_weights=False), "c")
+    expected = {}
+    for name in RANKS:
+        rows = [i for i, chosen in enumerate(names) if chosen == name]
+        expected |= gradients(model, set_adapter(model.eval(), name)(ids[rows]).logits.square().sum())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".adapters." in name)
+    grads = gradients(model, model(ids, adapter_names=names).logits.square().sum())
+    assert "classifier.base_layer.adapters.b.lora_A" in grads and "classifier.adapters.a.weight" in grads
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 from pathlib import Path
@@ -115,6 +116,33 @@ def test_a_replaced_file_does_not_change_the_tensors(directory: Path):
     file.release()
     with pytest.raises(ValueError, match="was changed while it was read"):
         file.tensor(next(iter(expected)))
+
+
+@pytest.mark.parametrize("how", ["shorter", "overwritten", "replaced"])
+def test_a_file_that_is_not_mapped_and_changes(directory: Path, how: str):
+    """Read as a mapping, a file that became shorter would kill the process."""
+    path = directory / "adapter_model.safetensors"
+    expected, descriptors = load_file(path), len(os.listdir("/proc/self/fd"))
+    expected = {key: tensor.clone() for key, tensor in expected.items()}
+    file = AdapterFile.open(directory, mapped=False)
+    first, *others = file.keys()
+    assert torch.equal(file.tensor(first), expected[first])
+    if how == "replaced":
+        change_tensors(directory, lambda tensors: {key: tensor + 1 for key, tensor in tensors.items()})
+        assert all(torch.equal(file.tensor(key), expected[key]) for key in others)
+    else:
+        content = path.read_bytes()
+        with open(path, "r+b") as written:
+            if how == "shorter":
+                written.truncate(8)
+            else:
+                written.write(content)
+        os.utime(path, ns=(0, 0))  # clocks of file systems tick slowly
+        for key in others:
+            with pytest.raises(ValueError, match="adapter_model.safetensors was changed while it was read"):
+                file.tensor(key)
+    del file
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_missing_files(directory: Path, tmp_path: Path):

@@ -51,8 +51,13 @@ def choose_adapters(
 
 def check_list(names: object, caller: str, per: str, kinds: Any = object) -> None:
     """Raises TypeError if ``names`` is no list; ``per`` is what has a name each, for the message."""
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, kinds) for name in names):
+    if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"{caller}: {NAMES} is of type {type(names).__name__}, want a list with a name per {per}")
+    if wrong := [name for name in names if not isinstance(name, kinds)]:
+        raise TypeError(
+            f"{caller}: {NAMES} has the entry {wrong[0]!r} of type {type(wrong[0]).__name__}, want a name per {per}; "
+            f"{BASE!r} is none"
+        )
 
 
 def choice_of(

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lora_ext._common.changes import one_at_a_time
-from lora_ext.model.adapter_set import AdapterSet
+from lora_ext.model.adapter_set import AdapterSet, adapter_set
 from lora_ext.model.rows.arguments import NAMES
 from lora_ext.model.rows.batching_support import (
     ENDS,
@@ -56,10 +56,7 @@ class InitContinuousBatching(ReplacedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
         manager = self.original(*args, **kwargs)
-        known = vars(manager).get(_REQUESTS)  # of a manager of an earlier call
-        if known is not None:
-            known.adopt(self.adapters)
-        elif is_supported():
+        if _REQUESTS not in vars(manager) and is_supported():  # the manager may be that of an earlier call
             setattr(manager, _REQUESTS, NamedRequests(self.model, self.adapters, manager))
         return manager
 
@@ -147,7 +144,7 @@ class NamedRequests:
     """
 
     def __init__(self, root: nn.Module, adapters: AdapterSet, manager: ContinuousBatchingManager) -> None:
-        self.root, self.adapters, self.manager = root, adapters, manager
+        self.root, self._adapters, self.manager = root, adapters, manager
         self.held: dict[str, Any] = {}
         self._is_used, self._checked = False, -1
         # For the batch in progress: the adapter that each name stands for, and the errors of names that lost theirs.
@@ -164,11 +161,14 @@ class NamedRequests:
         _around(manager, "_create_batch_processor", self._create_batch_processor)
         _around(manager, "_run_generation_loop", self._run_generation_loop)
 
-    def adopt(self, adapters: AdapterSet) -> None:
-        """Serves the names of ``adapters``: the model may have been injected again since the manager's last session."""
-        if adapters is not self.adapters:
-            self.adapters, self._checked = adapters, -1
+    @property
+    def adapters(self) -> AdapterSet:
+        """The model's adapters. If it has none any more, those that it had, until it is injected again."""
+        found = adapter_set(self.root)
+        if found is not None and found is not self._adapters:
+            self._adapters, self._checked = found, -1
             self._numbers.clear()
+        return self._adapters
 
     # --- what users call ---------------------------------------------------------------------------------------------
 

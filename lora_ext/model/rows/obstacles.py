@@ -51,7 +51,7 @@ def _found(root: nn.Module, adapters: AdapterSet) -> Obstacles:
             to_all = f"{names} is merged into {path!r}, so every row gets it; call unmerge(model) first"
         reasons = (
             (found.to_one, _why_no_row(path, layer)),
-            (found.to_several, _why_no_mixture(path, parts)),
+            (found.to_several, _why_no_mixture(path, layer, parts)),
             (found.to_tokens, _why_no_token(path, layer)),
             (found.to_media, path if is_of_text and id(layer) not in is_of_text else None),
         )
@@ -103,8 +103,22 @@ _ONCE = {
 }
 
 
-def _why_no_mixture(path: str, parts: Mapping[str, nn.Module]) -> str | None:
+# Embeddings of T5, MPNet, WavLM, W2V-BERT, Phi4, DETR and models with their code, which look up positions, or pairs of
+# them, once for all rows. With as many tokens as rows, the shape does not tell.
+_OF_POSITIONS = {
+    "relative_attention_bias",
+    "rel_attn_embed",
+    "distance_embedding",
+    "bias_values",
+    "row_embeddings",
+    "column_embeddings",
+}
+
+
+def _why_no_mixture(path: str, layer: AdapterLayer, parts: Mapping[str, nn.Module]) -> str | None:
     remedy = "leave it out of target_modules, or name one adapter for all rows (or call set_adapter)"
+    if path.rpartition(".")[2] in _OF_POSITIONS and isinstance(innermost(layer), nn.Embedding):
+        return f"{path!r} computes positions once for all rows; {remedy}"
     for name, part in _around(path, parts):
         if name.rpartition(".")[2] == "experts" and isinstance(part, nn.ModuleList | nn.ModuleDict):
             return f"{path!r} is in one of several experts, which get some of the tokens; {remedy}"

@@ -22,13 +22,12 @@ class ModuleSlots:
 
     def __init__(self, module: nn.Module, slots: int) -> None:
         self._module = module
-        self._tensors = module_tensors(module)
         self._copies: dict[int, nn.Module] = {}
         self._filled: set[int] = set()
         with torch.inference_mode(False):
             self.stacks = {
                 name: torch.empty(slots, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                for name, tensor in self._tensors.items()
+                for name, tensor in module_tensors(module).items()
             }
 
     @torch.no_grad()
@@ -37,26 +36,37 @@ class ModuleSlots:
         for name, stack in self.stacks.items():
             stack[slot].copy_(tensors[name])
         if slot not in self._copies:
-            self._copies[slot] = self._copy(slot)
+            self._copies[slot] = self._copy(slot, self._module)
         self._filled.add(slot)
 
-    def _copy(self, slot: int) -> nn.Module:
-        """The module with the slot's tensors in place of its own."""
-        views: dict[int, Any] = {}
-        for name, tensor in self._tensors.items():
-            view = self.stacks[name][slot]
-            views[id(tensor)] = nn.Parameter(view, False) if isinstance(tensor, nn.Parameter) else view
-        return copy.deepcopy(self._module, views)
+    def _copy(self, slot: int, module: nn.Module, is_converted: bool = False) -> nn.Module:
+        """``module`` with the slot's tensors in place of its own, or with copies converted to its dtypes and device."""
+        tensors: dict[int, Any] = {}
+        for name, own in module_tensors(module).items():
+            tensor = self.stacks[name][slot].to(own) if is_converted else self.stacks[name][slot]
+            tensors[id(own)] = nn.Parameter(tensor, False) if isinstance(own, nn.Parameter) else tensor
+        return copy.deepcopy(module, tensors)
 
     def clear(self, slot: int) -> None:
         self._filled.discard(slot)
 
-    def module(self, slot: int, training: bool) -> nn.Module | None:
-        """The module in a slot, in training mode or not; None: the adapter there has none."""
+    def module(self, slot: int, base: nn.Module, training: bool) -> nn.Module | None:
+        """The module in a slot, in training mode or not; None: the adapter there has none.
+
+        Args:
+            base: the model's own module. If the model was converted or moved since the pool was made, the result is a
+                copy that was, too, of this call only.
+        """
         if slot not in self._filled:
             return None
         module = self._copies[slot]
+        if any(self._differs(name, tensor) for name, tensor in module_tensors(base).items()):
+            module = self._copy(slot, base, is_converted=True)
         return module if module.training == training else module.train(training)
+
+    def _differs(self, name: str, tensor: Tensor) -> bool:
+        stack = self.stacks[name]
+        return stack.dtype != tensor.dtype or stack.device != tensor.device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSlots:
         return self

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.adapter_layer import AdapterLayer
 from lora_ext.nn.rows.choice import RowChoice
-
-if TYPE_CHECKING:
-    from lora_ext.nn.adapter_layer import AdapterLayer
 
 
 def add_by_rows(
@@ -46,6 +44,8 @@ def call_by_rows(
 ) -> Tensor:
     """Calls for each row the module of its adapter, or ``base``; every module once, with all its rows.
 
+    If ``base`` is or has layers with adapters, it gets all rows of the batch.
+
     Raises:
         ValueError: the first argument is no tensor with a row for each name, or a module returns something else.
     """
@@ -57,15 +57,19 @@ def call_by_rows(
         return module(*args, **kwargs)
     present = tuple(name for name in choice.names if name in modules)
     groups, dims = choice.row_groups(present, times, x, layer)
-    shape, x = x.shape[:dims], x.flatten(0, dims - 1)
+    all_rows, shape, x = x, x.shape[:dims], x.flatten(0, dims - 1)
     rows = x.shape[0]
     outputs, order = [], []
     for i in range(-1, len(present)):
         index = (groups == i).nonzero().squeeze(1)
         if len(index):
-            module = base if i < 0 else modules[present[i]]
-            more = {name: _sliced(value, index, rows) for name, value in kwargs.items()}
-            y = module(x[index], *(_sliced(value, index, rows) for value in args[1:]), **more)
+            if i < 0 and _has_layers(base):  # they choose by themselves, from names for all rows
+                y = base(all_rows, *args[1:], **kwargs)
+                y = y.flatten(0, dims - 1)[index] if isinstance(y, Tensor) else y
+            else:
+                module = base if i < 0 else modules[present[i]]
+                more = {name: _sliced(value, index, rows) for name, value in kwargs.items()}
+                y = module(x[index], *(_sliced(value, index, rows) for value in args[1:]), **more)
             if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != len(index):
                 raise ValueError(
                     f"{type(layer).__name__}: adapter_names needs a module that returns a tensor with a row for each "
@@ -74,6 +78,10 @@ def call_by_rows(
             outputs.append(y)
             order.append(index)
     return torch.cat(outputs)[torch.cat(order).argsort()].unflatten(0, shape)
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(isinstance(part, AdapterLayer) for part in module.modules())
 
 
 def _sliced(value: Any, index: Tensor, rows: int) -> Any:
