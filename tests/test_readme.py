@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.models import llama
 from support.shared_inputs import net, some_x
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lora_ext
 from lora_ext import LoraConfig, adapters, cli, functional, inject, save_adapter
@@ -125,6 +125,19 @@ def test_python_of_quantized_md(in_tmp_path):
     assert type(AutoModelForSequenceClassification.from_pretrained("plain-model")) is type(model)
 
 
+def test_python_of_language_models_md(in_tmp_path):
+    from support import tiny_decoder, tiny_gguf
+
+    original = tiny_decoder.llama(intermediate_size=64)
+    tiny_gguf.save(in_tmp_path / "model.gguf", original, tiny_decoder.tokenizer())
+    (block,) = python_blocks("docs/language-models.md")
+    run(block.replace("path/to", str(in_tmp_path)))
+    saved = AutoModelForCausalLM.from_pretrained("plain-model")
+    assert not hasattr(saved.config, "quantization_config")
+    torch.testing.assert_close(saved.state_dict(), original.state_dict())
+    assert AutoTokenizer.from_pretrained("plain-model").chat_template == tiny_decoder.TEMPLATE
+
+
 def test_python_of_methods_md(in_tmp_path, capsys):
     (block,) = python_blocks("docs/methods.md")
     names = run(block, model=bare_model())
@@ -155,7 +168,16 @@ def test_no_python_is_left_out():
         "README.md",
         *(
             f"docs/{name}.md"
-            for name in ("adapters", "decisions", "export", "many-adapters", "methods", "peft", "quantized")
+            for name in (
+                "adapters",
+                "decisions",
+                "export",
+                "language-models",
+                "many-adapters",
+                "methods",
+                "peft",
+                "quantized",
+            )
         ),
     }
     in_test_diffusers = {"docs/diffusers.md"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -26,6 +26,7 @@ from lora_ext.checkpoints.ties import find_tie
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
 
+_DEQUANTISE = "dequantise the base first, or load both and call merge_and_unload(model, dequantize=True)"
 _MOST_PARAMETERS = 64  # with updates, in one module; real modules have up to 3
 
 
@@ -157,7 +158,7 @@ class _AdapterChanges:
             {*changes.tensors, *([self.tie.head] if self.tie else [])}, [*needed, *optional, *contents.replaced]
         )
         self.keys, self.problems = names.keys, list(names.problems)
-        self.problems += [f"not in the base: {name}" for name in needed if name not in self.keys]
+        self.problems += [_missing(name, changes.tensors) for name in needed if name not in self.keys]
         self.problems += [
             f"not in the base: any of {', '.join(f'{update.path}.{name}' for name in update.parameters)}"
             for update in parameters
@@ -305,10 +306,15 @@ def _is_floating(tensor: TensorChange) -> bool:
 
 
 def _quantised(key: str, tensor: TensorChange) -> str:
-    return (
-        f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; dequantise the base first, or load both and call "
-        "merge_and_unload(model, dequantize=True)"
-    )
+    return f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; {_DEQUANTISE}"
+
+
+def _missing(name: str, base: Iterable[str]) -> str:
+    """Says that the base lacks ``name``, and what it has in the place of a weight: the parts of a quantised one."""
+    layer, _, last = name.rpartition(".")
+    others = sorted(key for key in base if f".{key}".endswith(f".{layer}.{key.rpartition('.')[2]}"))
+    parts = [key for key in others if last == "weight" and not key.endswith(".bias")]
+    return f"not in the base: {name}" + (f"; it has {parts[0]}: {_DEQUANTISE}" if parts else "")
 
 
 def _weight_name(update: LowRankUpdate) -> str:

@@ -22,6 +22,7 @@ SINGLE_FILE = "model.safetensors"
 
 _LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, even for tensors without elements
 _MOST_DIMENSIONS = 64
+_FROM_GGUF = "save it as a directory of safetensors first (docs/language-models.md, Model)"
 
 
 class Checkpoint:
@@ -60,6 +61,8 @@ class Checkpoint:
         try:
             files = sorted(os.listdir(path))
         except NotADirectoryError:
+            if path.suffix.lower() == ".gguf":
+                raise ValueError(f"{path} is a GGUF file; {_FROM_GGUF}") from None
             return cls(path.parent, [path.name], None, is_directory=False)
         except FileNotFoundError as error:
             raise FileNotFoundError(
@@ -75,6 +78,8 @@ class Checkpoint:
             found = f"has {len(names)} safetensors files and no index" if names else f"has no {SINGLE_FILE}"
             pickled = [file for file in files if file.startswith("pytorch_model") and file.endswith(".bin")]
             advice = f"; {pickled[0]} is there: save it again as safetensors" if pickled else ""
+            if not advice and (gguf := [file for file in files if file.lower().endswith(".gguf")]):
+                advice = f"; {gguf[0]} is there: {_FROM_GGUF}"
             raise FileNotFoundError(f"{path} {found}{advice}")
         return cls(path, names, None, is_directory=True)
 

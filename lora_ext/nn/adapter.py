@@ -78,13 +78,26 @@ class LoraAdapter(nn.Module):
             raise ValueError(f"{kind}: lora_dropout is {lora_dropout}, want 0 <= lora_dropout < 1")
         self.r = int(r)  # Tensor.split takes no NumPy integers
         self.lora_alpha = lora_alpha
-        self.lora_dropout = float(lora_dropout)
+        self.lora_dropout = lora_dropout
         self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
         shape_A, shape_B = shapes or self.usual_shapes(in_features, out_features, r)
         self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(shape_B, dtype=dtype, device=device))
         self.lora_bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if lora_bias else None
         self.reset_parameters(init_lora_weights)
+
+    @property
+    def lora_dropout(self) -> float:
+        # In a module of this kind TRL finds it, which turns dropout off in DPO, KTO and reward models.
+        dropout = self._modules.get("dropout")
+        return 0.0 if dropout is None else dropout.p
+
+    @lora_dropout.setter
+    def lora_dropout(self, p: float) -> None:
+        if "dropout" in self._modules:
+            self.dropout.p = float(p)
+        elif p:
+            self.dropout = nn.Dropout(p)
 
     @staticmethod
     def usual_shapes(in_features: int, out_features: int, r: int) -> tuple[tuple[int, int], tuple[int, int]]:

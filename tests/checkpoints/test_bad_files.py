@@ -313,3 +313,13 @@ def test_a_file_that_changes_while_it_is_read(files, tmp_path, monkeypatch, caps
     assert done
     assert status == 2, printed
     assert SHARD in printed
+
+
+def test_a_gguf_file_is_called_one(tmp_path: Path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    remedy = "save it as a directory of safetensors first"
+    with pytest.raises(ValueError, match=f"model.gguf is a GGUF file; {remedy}"):
+        Checkpoint.open(file)
+    with pytest.raises(FileNotFoundError, match=f"has no model.safetensors; model.gguf is there: {remedy}"):
+        Checkpoint.open(tmp_path)

@@ -19,7 +19,7 @@ from support.tiny_trl import PREFERENCES, TARGETS, WORDS, decoder, save, setting
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
-from lora_ext.adapters import adapter_names, disable_adapters, merge_and_unload, rename_adapter, unload
+from lora_ext.adapters import adapter_names, disable_adapters, lora_modules, merge_and_unload, rename_adapter, unload
 from lora_ext.integrations.trl import for_trl
 
 # TRL and torchao, which it imports, warn a lot. TRL puts models on the GPU by itself.
@@ -101,6 +101,18 @@ def test_dpo_after_sft_begins_at_ln_2_without_a_second_model(checkpoint, tmp_pat
         torch.testing.assert_close(logits(trainer.model, ids), trained)  # the reference has not moved
     with trainer.model.disable_adapter():
         torch.testing.assert_close(logits(trainer.model, ids), logits(base_of(checkpoint), ids))
+
+
+def test_trl_turns_the_dropout_of_adapters_off(tmp_path):
+    """DPO, KTO and reward models train without dropout unless told otherwise (``disable_dropout``)."""
+    base = base_of(save(decoder("Llama"), tmp_path / "base"))
+    model = inject(base, LoraConfig(r=4, target_modules=TARGETS, lora_dropout=0.5, init_lora_weights=False))
+    trainer = dpo(for_trl(model), tmp_path)
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx(math.log(2), abs=1e-4)
+    layers = [layer for _, layer in lora_modules(model)]
+    assert layers and all(adapter.lora_dropout == 0 for layer in layers for adapter in layer.adapters.values())
+    assert trainer.model.peft_config["default"].lora_dropout == 0.5  # as configured, like PEFT's
 
 
 def test_the_reference_equals_the_merged_model(checkpoint, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support import tiny_decoder, tiny_gguf
 from support.command_lines import silent
@@ -15,8 +16,10 @@ from support.command_lines import silent
 from lora_ext import cli
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.causal_lm import run
+from lora_ext.tasks.causal_lm.decoder import check_packing, load_decoder
 from lora_ext.tasks.causal_lm.run import finetune
 from lora_ext.tasks.causal_lm.settings import CausalSettings
+from lora_ext.tasks.finetune.quantize import Quantization
 
 pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
 
@@ -57,6 +60,20 @@ def test_adapters_of_a_quantised_decoder_learn_and_load(settings: CausalSettings
     assert metrics["merged"]["perplexity"] == close
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert adapter.keys() == load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors").keys()
+
+
+def test_outliers_of_a_token_do_not_look_like_reading_ahead(tmp_path: Path):
+    """LLM.int8 computes the features in which any token is an outlier in 16 bits, for all tokens."""
+    llama = tiny_decoder.llama(hidden_size=64, intermediate_size=128, head_dim=32)
+    for name, parameter in llama.named_parameters():
+        if "layernorm" in name:
+            parameter.data[:8] *= 8  # some tokens have features above the threshold of 6, others do not
+    tiny_decoder.save(tmp_path / "llama", llama)
+    model = load_decoder(str(tmp_path / "llama"), quantization=Quantization("int8", torch.float32, ())).model
+    check_packing(model)
+    with torch.no_grad():
+        first, second = (model(torch.tensor([[11, 18, 25, last]])).logits[0, :-1] for last in (32, 33))
+    assert (first - second).abs().max() > 1e-3 * first.abs().max()
 
 
 def test_evaluations_leave_the_weights_and_gradients_of_a_quantised_decoder(

@@ -180,6 +180,16 @@ def test_a_gguf_file_is_an_ordinary_model(tmp_path: Path):
         assert torch.equal(load_decoder(str(tmp_path / "saved")).model(ids).logits, logits)
 
 
+def test_a_gguf_file_is_never_kept_in_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Next to the package kernels, Transformers keeps them for some architectures unless it is told."""
+    path, _ = gguf_file(tmp_path / "tiny.gguf")
+    quantizer = pytest.importorskip("transformers.quantizers.quantizer_gguf").GgufHfQuantizer
+    seen, check = [], quantizer.validate_environment
+    monkeypatch.setattr(quantizer, "validate_environment", lambda self, **how: (seen.append(self), check(self, **how)))
+    load_decoder(str(path))
+    assert [one.quantization_config.dequantize for one in seen] == [True]
+
+
 def test_bad_gguf_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, _ = gguf_file(tmp_path / "tiny.gguf")
     whole = path.read_bytes()

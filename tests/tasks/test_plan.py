@@ -175,6 +175,10 @@ def test_a_config_that_says_too_little(tmp_path):
         plan(PlanSettings(Settings(model=str(tmp_path))))
     with pytest.raises(TaskError, match="built-in models: gpt3-175b"):
         plan(PlanSettings(Settings(model=str(tmp_path / "nothing"))))
+    for name, message in {"model.gguf": "a GGUF file, which only", "model.safetensors": "a file; name the dir"}.items():
+        (tmp_path / name).write_bytes(b"GGUF")
+        with pytest.raises(TaskError, match=f"no config that transformers knows: it is {message}"):
+            plan(PlanSettings(Settings(model=str(tmp_path / name))))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(TaskError, match="is an adapter, and no model"):
         plan(PlanSettings(Settings(model=str(tmp_path))))

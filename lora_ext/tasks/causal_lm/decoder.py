@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from lora_ext._common.install_hint import install_hint
 from lora_ext._common.printable import first_of
 from lora_ext._common.progress import is_terminal
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.finetune.quantize import Quantization, tame_bitsandbytes
+from lora_ext.tasks.finetune.quantize import Quantization, inputs_not_quantised, tame_bitsandbytes
 from lora_ext.tasks.finetune.task_model import most_tokens
 from lora_ext.tasks.shared.hub import check_no_adapter, loading_options, why_not_loaded
 
@@ -62,7 +63,7 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32, quantization: Qu
         if quantization is not None:
             raise TaskError(
                 f"--quantize {quantization.name} goes with a directory or an id, and --model {path} is a GGUF file, "
-                "which Transformers dequantises; save the model as safetensors first"
+                "which Transformers dequantises; save it as a directory first (docs/language-models.md, Model)"
             )
         name, options = _gguf_options(path)
     else:
@@ -71,6 +72,10 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32, quantization: Qu
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         how = {} if quantization is None else quantization.options(path, AutoModelForCausalLM, options)
+        if is_gguf and hasattr(transformers, "GgufConfig"):
+            # Otherwise Transformers takes the model for a quantised one, which it neither trains nor saves; next to
+            # the package kernels, it keeps some architectures' weights in the file's blocks.
+            how = {"quantization_config": transformers.GgufConfig(dequantize=True)}
         with _quiet_conversion():
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, output_loading_info=True, **options, **how
@@ -87,8 +92,6 @@ def load_decoder(path: str, dtype: torch.dtype = torch.float32, quantization: Qu
             f"--model {path}: the checkpoint has no values for {first_of(missing, 1)}, which would stay random; it is "
             "not a checkpoint of a whole language model"
         )
-    if is_gguf:
-        _forget_quantization(model)
     tame_bitsandbytes(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -123,22 +126,14 @@ def _gguf_options(path: str) -> tuple[str, dict[str, Any]]:
     return str(file.parent), {"gguf_file": file.name}
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """Makes a dequantised model an ordinary one: its weights are floats, and are saved and trained as such."""
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if name in vars(model):
-            delattr(model, name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-
-
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, path: str) -> None:
     """Raises TaskError if a token changes the outputs of tokens before it, as in an encoder."""
     ids = _some_tokens(model)
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % _vocabulary(model)
-    logits, others = (model.eval()(input_ids=tokens, use_cache=False).logits[0, :-1] for tokens in (ids, changed))
+    with inputs_not_quantised(model):
+        logits, others = (model.eval()(input_ids=tokens, use_cache=False).logits[0, :-1] for tokens in (ids, changed))
     if not _close(logits, others):
         raise TaskError(
             f"--model {path}: {type(model).__name__} reads the tokens after a token, too, so it is not a causal "
@@ -153,8 +148,10 @@ def check_packing(model: PreTrainedModel) -> None:
     second = (ids + 3) % _vocabulary(model)
     packed = torch.cat([ids, second], dim=1)
     positions = torch.arange(_FEW).repeat(2)[None].to(ids.device)
-    logits = model.eval()(input_ids=packed, position_ids=positions, use_cache=False).logits[0, _FEW:]
-    if not _close(logits, model(input_ids=second, use_cache=False).logits[0]):
+    with inputs_not_quantised(model):
+        logits = model.eval()(input_ids=packed, position_ids=positions, use_cache=False).logits[0, _FEW:]
+        alone = model(input_ids=second, use_cache=False).logits[0]
+    if not _close(logits, alone):
         raise TaskError(
             f"--packing: in {type(model).__name__} (model type {model.config.model_type!r}) a text sees the texts that "
             "are packed before it; leave out --packing"

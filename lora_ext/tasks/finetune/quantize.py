@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.install_hint import install_hint
 from lora_ext.methods import METHODS, head_parameters
-from lora_ext.quantized import keep_stored
+from lora_ext.quantized import keep_stored, quantized_weight
 from lora_ext.tasks import TaskError
 
 if TYPE_CHECKING:
@@ -110,6 +112,31 @@ def tame_bitsandbytes(model: nn.Module) -> None:
             if module.in_features % block or module.out_features % 32:
                 module.support_avx512bf16_for_cpu = False
     keep_stored(model)
+
+
+@contextmanager
+def inputs_not_quantised(model: nn.Module) -> Iterator[None]:
+    """Lets 8-bit layers multiply their input as it is, by the dequantised weight, as they do in training.
+
+    In evaluation LLM.int8 quantises the input, except features in which any token of the batch has an outlier. In
+    models with large outliers a token thus changes the others by a fifth of the largest output.
+    """
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(_product, layer)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:  # of accelerate's hooks
+                layer.forward = forward
+
+
+def _product(layer: nn.Module, x: Tensor) -> Tensor:
+    weight = quantized_weight(layer).dequantize().to(x.dtype)
+    return nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def tensors_of_8bit(model: nn.Module) -> Iterator[Tensor]:

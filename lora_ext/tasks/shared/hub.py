@@ -46,7 +46,15 @@ def loading_options(model: str) -> dict[str, Any]:
 
 
 def why_not_loaded(model: str, error: BaseException) -> str:
-    """Explains the error; for an id, and for a directory that is no model's, adds a remedy."""
+    """Explains the error; for an id, and for a file or a directory that is no model's, adds a remedy."""
+    if Path(model).is_file():
+        if model.lower().endswith(".gguf"):
+            return (
+                "it is a GGUF file, which only generate and finetune --task causal-lm read; save it as a directory "
+                "first (docs/language-models.md, Model)"
+            )
+        if not model.endswith(".json"):
+            return "it is a file; name the directory of the model, which holds its config.json, too"
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         inside = sorted(
             path.parent for name in ("config.json", *_ADAPTER_CONFIGS) for path in Path(model).glob(f"*/{name}")
