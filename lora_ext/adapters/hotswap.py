@@ -110,23 +110,24 @@ def hotswap_adapter(
         RuntimeError: it is merged. The model is then unchanged.
     """
     check_not_sharded("hotswap_adapter", model, "load_adapter replaces an adapter's values")
-    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter")
+    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter", mapped=False)
     file = from_peft_form(file, "hotswap_adapter")
     config = config_of(file, "hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
     warn_of_a_copy("hotswap_adapter", adapter)
     file = in_present_layout(adapter, file, "hotswap_adapter")
-    values = _new_values(adapter, config, file)
+    new = _new_values(adapter, config, file)
+    contents = [None if value.key is None else file.tensor(value.key) for value in new]
     with torch.no_grad(), changing(adapter.into.active):
-        for value in values:
-            value.write(file)
+        for value, content in zip(new, contents, strict=True):
+            value.write(content)
     return model
 
 
 @dataclasses.dataclass(frozen=True)
 class _NewValue:
-    """Holds the new value of a model's tensor: the file's tensor ``key`` times ``factor``; zero if ``key`` is None.
+    """Describes the new value of a model's tensor: the file's tensor ``key`` times ``factor``; None: zero.
 
     Attributes:
         rank_dim: the dimension of the rank, in which the file's tensor may be shorter: zeros follow. None: it has none.
@@ -137,11 +138,12 @@ class _NewValue:
     rank_dim: int | None = None
     factor: float = 1.0
 
-    def write(self, file: AdapterFile) -> None:
-        if self.key is None:
+    def write(self, values: Tensor | None) -> None:
+        """Writes it. ``values`` is the file's tensor."""
+        if values is None:
             self.tensor.zero_()
             return
-        values, target = file.tensor(self.key), self.tensor
+        target = self.tensor
         if self.rank_dim is not None:
             dim, rank = self.rank_dim, values.shape[self.rank_dim]
             target.narrow(dim, rank, target.shape[dim] - rank).zero_()

@@ -125,7 +125,7 @@ class TensorFile:
         if self._pickled is not None:
             return self._pickled[key]
         if self._opened is not None:
-            return self._opened.tensor(key)
+            return self._opened.tensor(key, self.dtype(key))
         if self._mapped is None:
             self._map()
         try:

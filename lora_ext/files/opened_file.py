@@ -31,10 +31,10 @@ class OpenedFile:
         self._path, self._state, self._places = path, state, places
         self._check()
 
-    def tensor(self, key: str) -> Tensor:
-        """Reads a tensor. ValueError: the file was written to since it was opened."""
+    def tensor(self, key: str, dtype: torch.dtype) -> Tensor:
+        """Reads a tensor of ``dtype``. ValueError: the file was written to since it was opened."""
         place = self._places[key]
-        tensor = torch.empty(place.shape, dtype=place.torch_dtype)
+        tensor = torch.empty(place.shape, dtype=dtype)
         try:
             read_into(self._file, place.begin, tensor)
         except ValueError as error:

@@ -178,7 +178,7 @@ def load_adapter(
 def _load(
     model: nn.Module, directory: str | os.PathLike[str], trainable: bool, adapter_name: str, allow_pickle: bool
 ) -> None:
-    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
+    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter", mapped=False)
     load_opened(model, from_peft_form(file, "load_adapter"), trainable, adapter_name)
 
 
@@ -234,11 +234,12 @@ def _fill_checked(
         adapter = give_memory()
     targets = _targets(model, adapter, file, unsaved)
     check_places(targets, file)
+    values = {key: file.tensor(key) for key in targets}
 
     # Nothing below fails, and Ctrl-C waits: the adapter is filled before it is attached.
     with torch.no_grad(), changing(adapter.into.active):
         for key, target in targets.items():
-            fill(target, file.tensor(key))
+            fill(target, values.pop(key))
         for key, scale in _signed(adapter, config, file_alphas).file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if give_memory is not None:

@@ -18,6 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import lora_modules
+from lora_ext.adapters.hotswap import hotswap_adapter
+from lora_ext.files.adapter_file import AdapterFile
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -286,6 +288,24 @@ def test_corrupted_weights(model, change, tmp_path):
     path.write_bytes(change(path.read_bytes()))
     with refused(model, ValueError, "adapter_model.safetensors is corrupted or not a safetensors file"):
         load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(("read", "is_new"), [(load_adapter, True), (load_adapter, False), (hotswap_adapter, False)])
+def test_a_file_that_is_overwritten_while_it_is_read_changes_nothing(read, is_new, tmp_path, monkeypatch):
+    """As ``cp`` does it, or a save in place; reading a mapped file would kill the process."""
+    path, tensor, keys = adapter_of_net(tmp_path) / "adapter_model.safetensors", AdapterFile.tensor, []
+    model = Net() if is_new else shaken(load_adapter(Net(), tmp_path, trainable=True))
+
+    def begin_to_copy(file: AdapterFile, key: str) -> torch.Tensor:
+        keys.append(key)
+        if len(keys) == 2:
+            path.write_bytes(b"")
+        return tensor(file, key)
+
+    monkeypatch.setattr(AdapterFile, "tensor", begin_to_copy)
+    with refused(model, ValueError, "adapter_model.safetensors was changed while it was read"):
+        read(model, tmp_path)
+    assert len(keys) == 2
 
 
 def test_missing_files(model, tmp_path):
