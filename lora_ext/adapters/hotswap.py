@@ -110,7 +110,7 @@ def hotswap_adapter(
         RuntimeError: it is merged. The model is then unchanged.
     """
     check_not_sharded("hotswap_adapter", model, "load_adapter replaces an adapter's values")
-    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter", mapped=False)
+    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter")
     file = from_peft_form(file, "hotswap_adapter")
     config = config_of(file, "hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)

@@ -97,7 +97,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
         ValueError: a file is corrupted, its config is not supported, or the adapter does not fit the pool: other
             layers, shapes, a larger rank, or parts that are no low-rank updates. The message lists what.
     """
-    given = AdapterFile.open(directory, caller="AdapterPool", mapped=False)  # others may write to it
+    given = AdapterFile.open(directory, caller="AdapterPool")
     file = with_positive_alphas(given)
     config = config_of(file, "AdapterPool")
     layers, r = shape.layers, shape.r

@@ -53,7 +53,7 @@ class TensorFile:
         metadata: metadata of a safetensors file; empty for a pickle.
     """
 
-    def __init__(self, path: Path, pickled: Mapping[str, Tensor] | None = None, mapped: bool = True) -> None:
+    def __init__(self, path: Path, pickled: Mapping[str, Tensor] | None = None, mapped: bool = False) -> None:
         """Opens the safetensors file ``path``, mapped or as an :class:`OpenedFile`, or wraps the tensors of a pickle.
 
         Raises:
@@ -281,7 +281,7 @@ class AdapterFile:
         *,
         allow_pickle: bool = False,
         caller: str = "AdapterFile",
-        mapped: bool = True,
+        mapped: bool = False,
     ) -> AdapterFile:
         """Opens the adapter in ``directory``. Config and tensors come from one save, even while another replaces them.
 
@@ -291,7 +291,7 @@ class AdapterFile:
             allow_pickle: read ``adapter_model.bin`` if there is no safetensors file; only tensors are unpickled
                 (``weights_only=True``).
             caller: prefix of error messages.
-            mapped: map safetensors files into memory; False: :class:`OpenedFile`.
+            mapped: map safetensors files into memory, to read parts of tensors; False: :class:`OpenedFile`.
 
         Raises:
             FileNotFoundError: a file is missing, or the tensors are pickled; the message names the file.
@@ -305,7 +305,7 @@ class AdapterFile:
         return read_unchanged(files, lambda existing: cls.of(directory, existing, allow_pickle, mapped), caller)
 
     @classmethod
-    def of(cls, directory: Path, existing: set[Path], allow_pickle: bool = False, mapped: bool = True) -> AdapterFile:
+    def of(cls, directory: Path, existing: set[Path], allow_pickle: bool = False, mapped: bool = False) -> AdapterFile:
         """Opens an adapter like :meth:`open`, given the files that exist; does not notice a file that is replaced."""
         path, pickled = directory / WEIGHTS_FILE, directory / PICKLED_WEIGHTS_FILE
         try:

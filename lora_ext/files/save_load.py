@@ -128,7 +128,7 @@ def load_adapter(
     A bare model is injected with the file's config. An injected model gets the adapter in addition, as the active one;
     if it has an adapter of that name, only the values of that adapter are replaced, in place.
 
-    The file is mapped and read tensor by tensor. Values are cast to the dtype of the parameters that they fill. Base
+    All tensors are read before the model changes. Values are cast to the dtype of the parameters that they fill. Base
     layers in the file are loaded too, and saved again with the adapter: PEFT saves those of adapted or resized
     embeddings.
 
@@ -178,7 +178,7 @@ def load_adapter(
 def _load(
     model: nn.Module, directory: str | os.PathLike[str], trainable: bool, adapter_name: str, allow_pickle: bool
 ) -> None:
-    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter", mapped=False)
+    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
     load_opened(model, from_peft_form(file, "load_adapter"), trainable, adapter_name)
 
 

@@ -180,11 +180,11 @@ def _load(model: ModelT, saved: _Saved, trainable: bool) -> ModelT:
         _check_same(applied, method, saved.directory)
         _check_has_adapter(model, applied, "load_method")
         targets = method_parameters(model) | method.buffers(BareModel(root_module(model)))
-        saved.check_fit(targets)
+        values = saved.read(targets)
         with uninterrupted():
             if saved.adapter is not None:
                 load_opened(model, saved.adapter)
-            saved.copy_to(targets)
+            _fill(targets, values)
         return model
 
     check_is_bare(model, "load_method")
@@ -193,11 +193,11 @@ def _load(model: ModelT, saved: _Saved, trainable: bool) -> ModelT:
     inserted = {f"{place.path}.{place.name}".lstrip("."): place.module for place in insertions}
     parameters = parameters_of(model, method, inserted)
     targets = parameters | method.buffers(BareModel(root_module(model)))
-    saved.check_fit(targets)
+    values = saved.read(targets)
     with uninterrupted():
         if saved.adapter is not None:
             load_opened(model, saved.adapter, trainable)
-        saved.copy_to(targets)
+        _fill(targets, values)
         carry_out(model, method, insertions)
         for parameter in parameters.values():
             parameter.requires_grad_(trainable)
@@ -240,10 +240,10 @@ class _Saved:
                 f"{shown([part.options() for part in inserting])}, but {TENSORS_FILE} holds {available}"
             )
 
-    def check_fit(self, targets: Mapping[str, Tensor]) -> None:
-        """Raises FileNotFoundError or ValueError unless the tensors fit ``targets``."""
+    def read(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Reads the new values of ``targets``. FileNotFoundError, ValueError: the tensors do not fit."""
         if not targets:
-            return
+            return {}
         path = self.directory / TENSORS_FILE
         if self.tensors is None:
             raise FileNotFoundError(f"load_method: there is no {path}; save_method writes it next to {METHOD_FILE}")
@@ -254,11 +254,13 @@ class _Saved:
             problems.append("the model is on the meta device; give it memory (to_empty) first")
         if problems:
             raise ValueError(f"load_method: {path} does not fit the model:{listed(problems)}")
+        return {key: self.tensors.tensor(key) for key in targets}
 
-    def copy_to(self, targets: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for key, target in targets.items():
-                target.copy_(self.tensors.tensor(key))
+
+@torch.no_grad()
+def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for key, target in targets.items():
+        target.copy_(values[key])
 
 
 def _read(directory: Path) -> _Saved:

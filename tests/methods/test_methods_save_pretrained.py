@@ -19,6 +19,7 @@ from transformers import logging as transformers_logging
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, unmerge
 from lora_ext.adapters import merge_and_unload, unload
+from lora_ext.files.adapter_file import TensorFile
 from lora_ext.methods import apply_method, load_method, new_method, remove_method, save_method
 
 pytestmark = pytest.mark.cpu_only("files are about the CPU, and the Trainer chooses the device")
@@ -215,3 +216,21 @@ def test_parameters_that_the_method_does_not_train_are_named(tmp_path):
     model.bert.embeddings.requires_grad_(True)
     with pytest.warns(UserWarning, match="does not belong to adapter-h .*load_method will not restore"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_file_that_is_overwritten_while_it_is_read_changes_nothing(is_new, tmp_path, monkeypatch):
+    path, tensor, keys = tmp_path / "method.safetensors", TensorFile.tensor, []
+    save_method(shaken(adapted(bert(), "adapter-h")), tmp_path)
+    model = bert() if is_new else shaken(adapted(bert(), "adapter-h"))
+
+    def begin_to_copy(file: TensorFile, key: str) -> torch.Tensor:
+        keys.append(key)
+        if len(keys) == 2:
+            path.write_bytes(b"")
+        return tensor(file, key)
+
+    monkeypatch.setattr(TensorFile, "tensor", begin_to_copy)
+    with refused(model, ValueError, "method.safetensors was changed while it was read"):
+        load_method(model, tmp_path)
+    assert len(keys) == 2
