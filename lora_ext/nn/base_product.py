@@ -21,7 +21,7 @@ MANY_TOKENS = 33
 @functools.cache
 def few_tokens(dtype: torch.dtype) -> int:
     """Returns for how many tokens this machine's kernel reads the weight once (csrc/cpu/few_tokens.inc); 0: none."""
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and _load.cpu_isa() == "avx512_bf16"):
+    if dtype == torch.float32 or _multiplies_pairs(dtype):
         return 32
     return 8 if dtype == torch.bfloat16 else 0
 
@@ -29,8 +29,11 @@ def few_tokens(dtype: torch.dtype) -> int:
 @functools.cache
 def multiplies_many_tokens(dtype: torch.dtype) -> bool:
     """Returns whether this machine multiplies many tokens of a dtype by our kernel."""
-    pairs = dtype == torch.bfloat16 and _load.cpu_isa() == "avx512_bf16"
-    return (dtype == torch.float32 or pairs) and _load.base_product() == "own"
+    return (dtype == torch.float32 or _multiplies_pairs(dtype)) and _load.base_product() == "own"
+
+
+def _multiplies_pairs(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and _load.cpu_isa() == "avx512_bf16"
 
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:

@@ -54,9 +54,8 @@ class TrainedModule(TransparentLayer):
     def _modules_of(self, choice: RowChoice) -> dict[str, nn.Module]:
         """The modules of the chosen adapters that have one, by name."""
         modules = {name: self.adapters[name] for name in choice.names if name in self.adapters}
-        for name, slot in choice.slots.items() if self.slots is not None else ():
-            if (module := self.slots.module(slot, self.base_layer, self.training)) is not None:
-                modules[name] = module
+        if choice.slots and self.slots is not None:
+            modules |= self.slots.modules(choice.slots, self.base_layer, self.training)
         return modules
 
     @property

@@ -50,19 +50,20 @@ class ModuleSlots:
     def clear(self, slot: int) -> None:
         self._filled.discard(slot)
 
-    def module(self, slot: int, base: nn.Module, training: bool) -> nn.Module | None:
-        """The module in a slot, in training mode or not; None: the adapter there has none.
+    def modules(self, slots: Mapping[str, int], base: nn.Module, training: bool) -> dict[str, nn.Module]:
+        """The modules in ``slots``, by name, in training mode or not; without adapters that have none.
 
         Args:
-            base: the model's own module. If the model was converted or moved since the pool was made, the result is a
-                copy that was, too, of this call only.
+            base: the model's own module. If the model was converted or moved since the pool was made, the results are
+                copies that were, too, of this call only.
         """
-        if slot not in self._filled:
-            return None
-        module = self._copies[slot]
-        if any(self._differs(name, tensor) for name, tensor in module_tensors(base).items()):
-            module = self._copy(slot, base, is_converted=True)
-        return module if module.training == training else module.train(training)
+        is_converted = any(self._differs(name, tensor) for name, tensor in module_tensors(base).items())
+        modules = {}
+        for name, slot in slots.items():
+            if slot in self._filled:
+                module = self._copy(slot, base, True) if is_converted else self._copies[slot]
+                modules[name] = module if module.training == training else module.train(training)
+        return modules
 
     def _differs(self, name: str, tensor: Tensor) -> bool:
         stack = self.stacks[name]
