@@ -76,6 +76,12 @@ inline constexpr char kLoraGrouped[] =
     "lora_grouped_(Tensor(a!) y, Tensor x, Tensor[] lora_As, Tensor[] lora_Bs, Tensor group_of_row, Tensor scalings, "
     "Tensor? ranks=None, float dropout_p=0.0, Tensor? seed=None) -> (Tensor xa, Tensor mask)";
 
+// x @ weight^T + bias, and lora_grouped_ on it, without dropout. For inference: a forward that autograd records is the
+// two one after the other. The CPU fetches the factors while it multiplies by the weight.
+inline constexpr char kLoraGroupedLinear[] =
+    "lora_grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "Tensor group_of_row, Tensor scalings, Tensor? ranks=None) -> Tensor";
+
 // output_mask: grad_x, then grad_lora_A of each entry, then grad_lora_B of each entry. The lists have the wanted ones,
 // in order. The gradient of a group without rows, or beyond its rank, is zero.
 inline constexpr char kLoraGroupedBackward[] =
@@ -127,11 +133,11 @@ inline constexpr char kLoraDropoutMask[] =
     "lora_dropout_mask(Tensor seed, SymInt num_tokens, SymInt in_features, float dropout_p) -> Tensor";
 
 inline constexpr const char* kAll[] = {
-    kLoraLinear,         kLoraLinearBackward,  kLoraLinearSiblings, kLoraLinearSiblingsBackward,
-    kLoraDelta,          kLoraDeltaBackward,   kLoraDeltaSiblings,  kLoraDeltaSiblingsBackward,
-    kLoraGrouped,        kLoraGroupedBackward, kLoraShrink,         kLoraExpand,
-    kLoraShrinkBackward, kLoraExpandBackward,  kLoraMerge,          kLoraUnmerge,
-    kLoraMergeRecord,    kLoraMergeCheck,      kLoraDropoutMask,
+    kLoraLinear,  kLoraLinearBackward,  kLoraLinearSiblings, kLoraLinearSiblingsBackward,
+    kLoraDelta,   kLoraDeltaBackward,   kLoraDeltaSiblings,  kLoraDeltaSiblingsBackward,
+    kLoraGrouped, kLoraGroupedBackward, kLoraGroupedLinear,  kLoraShrink,
+    kLoraExpand,  kLoraShrinkBackward,  kLoraExpandBackward, kLoraMerge,
+    kLoraUnmerge, kLoraMergeRecord,     kLoraMergeCheck,     kLoraDropoutMask,
 };
 
 }  // namespace lora_ext::schemas

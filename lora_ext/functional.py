@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from lora_ext._ops import checks, checks_grouped, composite, errors, grouped, linear, siblings
+from lora_ext._ops import checks, composite, errors, linear, siblings
 from lora_ext._ops.bottleneck import bottleneck
+from lora_ext._ops.call_arguments import cast_to, draw_seed, drawn
+from lora_ext._ops.grouped_calls import lora_grouped_, lora_grouped_linear
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
-from lora_ext._ops.usual_calls import autocast_device
 from lora_ext.merging.weights import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [
@@ -21,32 +22,12 @@ __all__ = [
     "lora_delta_",
     "lora_delta_siblings",
     "lora_grouped_",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_linear_siblings",
     "lora_merge_",
     "lora_unmerge_",
 ]
-
-_INT64_MAX = torch.iinfo(torch.int64).max
-_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # spreads consecutive ranks over all bits
-
-
-def draw_seed(device: torch.device, rank: int | None = None) -> Tensor:
-    """A fresh dropout seed, int64 ``[]``, from PyTorch's default generator of ``device`` (``torch.manual_seed``).
-
-    In a process group the rank is mixed in: ranks seeded alike, as trainers do, still draw different masks. Rank 0
-    draws the masks of a single process. ``rank``: another number to mix in.
-    """
-    seed = torch.randint(_INT64_MAX, (), dtype=torch.int64, device=device)
-    if rank is None:
-        rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    if rank:
-        seed = seed.bitwise_xor(rank * _GOLDEN_RATIO % _INT64_MAX)
-    return seed
-
-
-def _drawn(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
-    return draw_seed(x.device) if dropout_p > 0.0 and seed is None else seed
 
 
 def lora_linear(
@@ -84,7 +65,7 @@ def lora_linear(
         torch.OutOfMemoryError: memory is short.
     """
     if torch.compiler.is_compiling() and not x.is_nested:
-        seed = _drawn(x, dropout_p, seed)
+        seed = drawn(x, dropout_p, seed)
         return torch.ops.lora_ext.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
     try:
         if dropout_p > 0.0 and seed is None:
@@ -140,14 +121,14 @@ def lora_delta_(
         ``y`` is unchanged after an error.
     """
     if torch.compiler.is_compiling():
-        seed = _drawn(x, dropout_p, seed)
-        torch.ops.lora_ext.lora_delta_(y, _cast_to(y, x), lora_A, lora_B, scaling, dropout_p, seed)
+        seed = drawn(x, dropout_p, seed)
+        torch.ops.lora_ext.lora_delta_(y, cast_to(y, x), lora_A, lora_B, scaling, dropout_p, seed)
         return y
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
         if x.dtype != y.dtype:
-            x = _cast_to(y, x)
+            x = cast_to(y, x)
         check_inference("lora_delta_", "y", y)
         torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
         if torch.is_inference_mode_enabled() and not y.is_inference():  # there the op's autograd kernel is not called
@@ -182,111 +163,9 @@ def plus_lora_delta(
         return y + by_values("lora_delta_", x, update)
     if not torch._C._are_functorch_transforms_active():
         return lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed)
-    x_dropped = composite.dropped(_cast_to(y, x), dropout_p, _drawn(x, dropout_p, seed))
+    x_dropped = composite.dropped(cast_to(y, x), dropout_p, drawn(x, dropout_p, seed))
     xa = composite.scale(scaling, dropout_p) * torch.ops.lora_ext.lora_shrink(x_dropped, lora_A)
     return torch.ops.lora_ext.lora_expand(y, xa, lora_B)
-
-
-def lora_grouped_(
-    y: Tensor,
-    x: Tensor,
-    lora_As: Tensor | Sequence[Tensor],
-    lora_Bs: Tensor | Sequence[Tensor],
-    group_of_row: Tensor,
-    scalings: Tensor | Sequence[float],
-    ranks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """Adds to each row of ``y`` the update of the adapter that the row chooses, in place.
-
-    ``y[i] += scalings[g] * dropout(x)[i] @ A[g].T @ B[g].T`` with ``g = group_of_row[i]``; nothing where ``g`` is -1.
-
-    One call serves a batch whose rows belong to different adapters, or tokens that a router sends to experts. Rows may
-    choose in any order and any number of them the same group. The rows of a group are processed together, and each
-    chosen factor is read once.
-
-    Args:
-        y: ``[..., out_features]``, contiguous, float64, float32, bfloat16 or float16; changed in place as by
-            :func:`lora_delta_`.
-        x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``y``; any strides. Under autocast
-            it is cast to the dtype that the base layer returned.
-        lora_As: The groups' ``lora_A``. A list whose entries are matrices ``[r, in_features]``, each a group, or stacks
-            ``[slots, r, in_features]``, each as many groups as it has slots; groups are counted through the list. A
-            tensor is a list of one entry. Entries may differ in ``r``. All have one of the four dtypes; float32 factors
-            with a 16-bit ``x`` compute in float32. Entries whose last dimension is not contiguous are copied.
-        lora_Bs: The groups' ``lora_B``, entry by entry: ``[out_features, r]`` or ``[slots, out_features, r]``, dtype of
-            ``lora_As``.
-        group_of_row: int64, the group of each row, or -1. Its shape is that of the first dimensions of ``x``: for
-            ``x [batch, sequence, in_features]``, ``[batch, sequence]``, or ``[batch]`` if all tokens of a sequence
-            choose the same, or ``[]`` if all rows do. ``torch.repeat_interleave`` makes it from lengths of segments.
-        scalings: For each group, any finite number: float64 ``[groups]`` on ``x``'s device, or a sequence of numbers.
-        ranks: For each group the number of its ranks that are used, int64 ``[groups]``; None: all. With 0, a group adds
-            nothing. It lets slots of one size hold adapters of different ranks.
-        dropout_p: probability that an element of the adapters' input is zeroed, in [0, 1); quantised to 2**-16.
-        seed: int64 tensor of one element on ``x``'s device; names the dropout mask: that of :func:`lora_delta_` for all
-            of ``x``, whichever groups its rows choose. Drawn from the default generator when None.
-
-    Returns:
-        ``y``. The sum is taken in float32 (float64 for float64) and rounded once.
-
-        Gradients flow to ``y``, ``x`` and the factors; ``scalings`` has none. The gradient of a factor, or of a slot,
-        that no row chooses is zero. Sums have a fixed order: the same bits in every run, with any number of threads. On
-        the CPU, ``y`` and the gradient of ``x`` have the bits of :func:`lora_delta_` on the same rows, and so have the
-        gradients of the factors of groups of at most 32 rows; those of larger groups are sums in another order.
-
-    Raises:
-        ValueError, TypeError: naming the argument and both values. Of ``scalings`` and ``ranks``, only the values of
-            chosen groups are checked. On CUDA no values are checked, since that would wait for the GPU: rows of a
-            group or rank that does not exist become NaN, in ``y`` and in the gradient of ``x``.
-        RuntimeError: as for :func:`lora_delta_`.
-        torch.OutOfMemoryError: memory is short.
-
-        ``y`` is unchanged after an error.
-    """
-    lora_As = [lora_As] if isinstance(lora_As, Tensor) else lora_As
-    lora_Bs = [lora_Bs] if isinstance(lora_Bs, Tensor) else lora_Bs
-    if torch.compiler.is_compiling():
-        groups = group_of_row, _as_numbers(x, scalings), ranks, dropout_p, _drawn(x, dropout_p, seed)
-        torch.ops.lora_ext.lora_grouped_(y, _cast_to(y, x), lora_As, lora_Bs, *groups)
-        return y
-    try:
-        scalings = _as_numbers(x, scalings)
-        if dropout_p > 0.0 and seed is None:
-            seed = draw_seed(x.device)
-        if x.dtype != y.dtype:
-            x = _cast_to(y, x)
-        grouped.lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
-    except errors.UNEXPLAINED as error:
-        arguments = {"y": y, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "group_of_row": group_of_row}
-        arguments |= {"scalings": scalings, "ranks": ranks, "dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_grouped_, arguments, checks_grouped.check_lora_grouped)
-        raise
-    return y
-
-
-def plus_lora_grouped(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, group_of_row: Tensor, scalings: Tensor
-) -> Tensor:
-    """Adds the rows' updates to ``y``: in place as :func:`lora_grouped_`, or out of place under torch.func.
-
-    Use what is returned.
-    """
-    if not torch._C._are_functorch_transforms_active():
-        return lora_grouped_(y, x, lora_A, lora_B, group_of_row, scalings)
-    return composite.plus_lora_grouped(y, _cast_to(y, x), [lora_A], [lora_B], group_of_row, scalings)
-
-
-def _as_numbers(x: Tensor, scalings: Tensor | Sequence[float]) -> Tensor:
-    """Returns the scalings of groups as the op takes them. Anything else than a list is left for the op to refuse."""
-    if not isinstance(scalings, (list, tuple)):
-        return scalings
-    return torch.tensor(scalings, dtype=torch.float64, device=x.device)
-
-
-def _cast_to(y: Tensor, x: Tensor) -> Tensor:
-    """Casts ``x`` to the dtype that the base layer returned, under autocast only."""
-    return x.to(y.dtype) if x.dtype != y.dtype and torch.is_autocast_enabled(autocast_device(x)) else x
 
 
 def lora_linear_siblings(
@@ -329,7 +208,7 @@ def lora_linear_siblings(
         torch.OutOfMemoryError: memory is short.
     """
     if torch.compiler.is_compiling():
-        seed = _drawn(x, dropout_p, seed)
+        seed = drawn(x, dropout_p, seed)
         op = torch.ops.lora_ext.lora_linear_siblings
         return op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     try:
@@ -379,14 +258,14 @@ def lora_delta_siblings(
         torch.OutOfMemoryError: memory is short.
     """
     if torch.compiler.is_compiling():
-        seed = _drawn(x, dropout_p, seed)
+        seed = drawn(x, dropout_p, seed)
         op = torch.ops.lora_ext.lora_delta_siblings
-        return op(bases, _cast_to(bases[0], x), lora_As, lora_Bs, scalings, dropout_p, seed)[0]
+        return op(bases, cast_to(bases[0], x), lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
         if bases and x.dtype != bases[0].dtype:
-            x = _cast_to(bases[0], x)
+            x = cast_to(bases[0], x)
         return siblings.lora_delta_siblings(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
     except errors.UNEXPLAINED as error:
         arguments = {"bases": bases, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}

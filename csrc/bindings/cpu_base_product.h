@@ -113,6 +113,12 @@ class ProductRun {
     p.dtype = dtype_;
     p.factor_dtype = factor_dtype_;
     p.packed_low_rank = ranks;
+    LaterReads later;
+    if (p.later != nullptr) {
+      later = *p.later;
+      later.parts = share.panels * share.tiles;
+      p.later = &later;
+    }
     kernels_.pack_product_ranks(p, 0, share.tiles);
     torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
@@ -153,7 +159,8 @@ class ProductRun {
   char* scratch_ = nullptr;  // rows, ranks; panels and sums of each thread
 };
 
-inline void multiply_forward(const Kernels& kernels, const ForwardCall& call) {
+// later: what the caller reads next.
+inline void multiply_forward(const Kernels& kernels, const ForwardCall& call, const LaterReads& later = {}) {
   const LoraShrinkParams& shrink = call.params.shrink;
   const LoraExpandParams& expand = call.params.expand;
   ProductRun run(kernels, shrink.dtype, shrink.factor_dtype, shrink.num_tokens);
@@ -171,19 +178,19 @@ inline void multiply_forward(const Kernels& kernels, const ForwardCall& call) {
     for_chunks(num_chunks,
                [&](int64_t chunk) { kernels.shrink_and_pack(shrink, workspace, *x, first, chunk, num_chunks); });
   };
-  const bool expands = has_update(shrink);
   run.for_parts(workspace.product, pack, [&](int64_t row, int64_t count) {
     for (int i = 0; i < expand.num_siblings; ++i) {
       const LoraExpandSibling& s = expand.siblings[i];
       const Tensor& weight = *call.layers[static_cast<size_t>(i)].weight;
       BaseProduct product{.num_rows = count,
                           .columns = s.out_features,
-                          .rank = expands ? s.rank : 0,
+                          .rank = s.rank,
                           .low_rank = static_cast<const float*>(expand.xa) + row * expand.total_rank + s.rank_begin,
                           .low_rank_stride = expand.total_rank,
                           .factor_t = workspace.lora_B_t[i],
                           .bias = s.bias,
-                          .out = static_cast<char*>(s.y) + row * s.out_features * dtype_size(expand.dtype)};
+                          .out = static_cast<char*>(s.y) + row * s.out_features * dtype_size(expand.dtype),
+                          .later = row + count == expand.num_tokens && later.num_lines > 0 ? &later : nullptr};
       run.add_weight(product, 0, weight.const_data_ptr(), weight.stride(0), weight.stride(1));
       run.multiply(product);
     }

@@ -1,27 +1,17 @@
 // lora_linear, lora_linear_siblings, lora_delta_, lora_delta_siblings, lora_shrink, lora_expand, their backwards and
 // the dropout mask on the CPU. csrc/schemas.h has the schemas.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include "cpu_base_product.h"
 #include "cpu_few_tokens.h"
 #include "cpu_kernels.h"
+#include "cpu_library_product.h"
 #include "dropout_mask_call.h"
 #include "lora_linear_ops.h"
 #include "shrink_expand_ops.h"
 
 namespace lora_ext::cpu {
 namespace {
-
-// out [m, n] = start + a [m, k] @ b [k, n] by the library that ATen uses for nn.Linear; start is a row [n], out itself,
-// or null for nothing. The shim bypasses autograd and autocast.
-void base_product(const Tensor& out, const Tensor* start, const Tensor& a, const Tensor& b) {
-  if (start != nullptr) {
-    LORA_EXT_CALL_TORCH(aoti_torch_cpu_addmm_out, out.get(), start->get(), a.get(), b.get(), 1.0, 1.0);
-  } else {
-    LORA_EXT_CALL_TORCH(aoti_torch_cpu_mm_out, out.get(), a.get(), b.get());
-  }
-}
 
 // float32 and float64: the adapter's term is written first and the base product accumulates onto it, which saves a
 // pass. 16 bits: the base product is first, with the bias as in nn.Linear, and the adapter's term is added in float32:
@@ -80,7 +70,7 @@ struct Cpu {
       for (size_t i = 0; i < call.layers.size(); ++i) {
         const Tensor y_rows = call.y_rows(i);
         const Tensor* start = base_first ? call.layers[i].bias : &y_rows;
-        base_product(y_rows, start, call.x, transposed(*call.layers[i].weight));
+        library_product(y_rows, start, call.x, transposed(*call.layers[i].weight));
       }
     };
     const int64_t num_chunks = count_chunks(p.shrink.num_tokens);
@@ -109,7 +99,7 @@ struct Cpu {
       const Tensor grad_x_rows = call.grad_x_rows();
       for (size_t i = 0; i < call.layers.size(); ++i) {
         const bool is_start = base_first && i == 0;
-        base_product(grad_x_rows, is_start ? nullptr : &grad_x_rows, call.grad_y[i], *call.layers[i].weight);
+        library_product(grad_x_rows, is_start ? nullptr : &grad_x_rows, call.grad_y[i], *call.layers[i].weight);
       }
     };
     const int64_t num_chunks = count_chunks(num_tokens);  // zero chunks sum to zero gradients

@@ -72,6 +72,26 @@ inline void check_entries(const std::vector<Tensor>& lora_As, const std::vector<
   }
 }
 
+// The base layer of a grouped call, and its factors.
+inline void check_grouped_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                               const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs) {
+  check_entries(lora_As, lora_Bs);
+  check_matrix({"weight"}, weight);
+  const ArgumentName first_A{"lora_A", 0};
+  const ArgumentName first_B{"lora_B", 0};
+  if (size_from_end(lora_As[0], 1) != weight.size(1)) {
+    refuse<refusals::kFeatures>(first_A, "in_features", size_from_end(lora_As[0], 1), "weight", weight.size(1));
+  }
+  if (size_from_end(lora_Bs[0], 2) != weight.size(0)) {
+    refuse<refusals::kFeatures>(first_B, "out_features", size_from_end(lora_Bs[0], 2), "weight", weight.size(0));
+  }
+  check_tokens({"x"}, x, {"weight"}, weight, weight.size(1), "in_features");
+  if (bias) {
+    check_same_dtype({"bias"}, *bias, {"x"}, x);
+    check_bias({"bias"}, *bias, weight.size(0));
+  }
+}
+
 // tensor: y or grad_y, [..., out_features]
 inline void check_grouped(const ArgumentName& name, const Tensor& tensor, const Tensor* x,
                           const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from lora_ext._ops.checks import (
     argument_name,
+    check_bias,
     check_dropout,
     check_dropout_and_seed,
     check_floating,
     check_has_dimension,
     check_leading_shape,
+    check_matrix,
     check_num_features,
     check_same_dtype,
     count_tokens,
@@ -52,6 +54,34 @@ def check_lora_grouped(
     check_dropout_and_seed(op, dropout_p, seed)
     if not is_contiguous(y):
         raise refusal(op, "not_contiguous", "y", list(y.stride()))
+
+
+def check_lora_grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    group_of_row: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+) -> None:
+    op = "lora_grouped_linear"
+    check_entries(op, lora_As, lora_Bs)
+    check_matrix(op, "weight", weight)
+    in_features, out_features = lora_As[0].shape[-1], lora_Bs[0].shape[-2]
+    if in_features != weight.shape[1]:
+        raise refusal(op, "features", "lora_As[0]", "in_features", in_features, "weight", weight.shape[1])
+    if out_features != weight.shape[0]:
+        raise refusal(op, "features", "lora_Bs[0]", "out_features", out_features, "weight", weight.shape[0])
+    check_has_dimension(op, "x", x, "in_features")
+    check_num_features(op, "x", x, "weight", in_features, "in_features")
+    check_same_dtype(op, "x", x, "weight", weight)
+    if bias is not None:
+        check_same_dtype(op, "bias", bias, "x", x)
+        check_bias(op, "bias", bias, out_features)
+    y = x.new_empty((*x.shape[:-1], out_features), device="meta")
+    _check_grouped(op, "y", y, None, lora_As, lora_Bs, group_of_row, scalings, ranks)
 
 
 def check_lora_grouped_backward(

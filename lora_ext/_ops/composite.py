@@ -195,9 +195,13 @@ def lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout
     return xa.detach(), mask
 
 
-def plus_lora_grouped(y, x, lora_As, lora_Bs, group_of_row, scalings):
+def plus_lora_grouped(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks=None):
     """Computes ``lora_grouped_`` out of place, without dropout."""
-    return (y + _grouped_update(y, x, lora_As, lora_Bs, group_of_row, scalings, None, None, 0.0)[0]).to(y.dtype)
+    return (y + _grouped_update(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, None, 0.0)[0]).to(y.dtype)
+
+
+def lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks):
+    return plus_lora_grouped(F.linear(x, weight, bias), x, lora_As, lora_Bs, group_of_row, scalings, ranks)
 
 
 def _grouped_update(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, mask, dropout_p) -> tuple[Tensor, Tensor]:

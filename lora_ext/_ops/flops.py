@@ -70,6 +70,9 @@ _FORMULAS = {
     "lora_grouped_backward": lambda grad_y, x, As, Bs, groups, scalings, ranks, xa, mask, p, wanted, **_: (
         _grouped_backward(grad_y, As, Bs, wanted)
     ),
+    "lora_grouped_linear": lambda x, W, bias, As, Bs, *_, **__: (
+        2 * prod(x[:-1]) * (prod(W) + _largest(As) + _largest(Bs))
+    ),
     "lora_shrink": lambda x, A, **_: 2 * prod(x[:-1]) * prod(A),
     "lora_shrink_backward": lambda grad_xa, x, A, base, wanted, **_: 2 * prod(x[:-1]) * prod(A) * sum(wanted),
     "lora_expand": lambda base, xa, B, *_, **__: 2 * prod(base[:-1]) * prod(B),

@@ -47,8 +47,8 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x, weight, bias)``, to rounding.
 
-    Without gradients and on the CPU it is ``lora_linear`` scaled by zero, if that has a kernel for so many tokens
-    (``benchmarks/bench_grouped.py``: "stack, our base"). For few tokens, an infinity in a row makes the row NaN there.
+    Without gradients and on the CPU it is ``lora_grouped_linear`` in which no row has an adapter, if that has a kernel
+    for so many tokens.
 
     Args:
         x: ``[..., in_features]``.
@@ -65,14 +65,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or not is_usual_call(x, weight, bias)
     ):
         return F.linear(x, weight, bias)
-    return functional.lora_linear(x, weight, bias, *_no_adapter(*weight.shape, weight.dtype), 0.0)
+    return functional.lora_grouped_linear(x, weight, bias, *_no_adapters(*weight.shape, weight.dtype))
 
 
 @functools.lru_cache(64)
-def _no_adapter(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors for a scaling of zero; making and filling them takes 90 us when the caches hold a layer's weight.
-
-    Not a lora_B of zeros: with it the op keeps the bits of F.linear, and calls that.
-    """
+def _no_adapters(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Returns the factors of no group, the choice of none of them for all rows, and the groups' scalings."""
     with torch.inference_mode(False):
-        return torch.zeros(1, in_features, dtype=dtype), torch.ones(out_features, 1, dtype=dtype)
+        lora_As = torch.empty(0, 1, in_features, dtype=dtype)
+        lora_Bs = torch.empty(0, out_features, 1, dtype=dtype)
+        return lora_As, lora_Bs, torch.tensor(-1), torch.empty(0, dtype=torch.float64)

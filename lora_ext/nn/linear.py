@@ -17,7 +17,7 @@ from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import check_invoked, row_choice
 from lora_ext.nn.rows.layer_slots import LayerSlots
-from lora_ext.nn.rows.updates import RowUpdates, add_chosen
+from lora_ext.nn.rows.updates import RowUpdates, add_chosen, linear_with_chosen
 from lora_ext.nn.shared_inputs import COMPILED_ALONE, SharesInputs, neighbours_of
 from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
 from lora_ext.quantized import quantized_weight
@@ -164,17 +164,21 @@ class LoraLinear(SharesInputs, OverLinear):
         names, slots = self._applied(choice), self.slots if choice.slots else None
         given = x
         plain = None if args or kwargs else plain_linear(self.base_layer)
+        has_updates = bool(names) or slots is not None
+        if has_updates:
+            x, times = choice.aligned(self, x)
+            neighbours = neighbours_of(self) if self.training else None
+            seeds = None if neighbours is None else neighbours.seeds(self, given)
+            if plain is not None and x is given:
+                if not names:
+                    return slots.linear_with_chosen(x, *plain, choice, times, self)
+                y = linear_with_chosen(x, *plain, choice, self._row_updates(names), times, seeds, self)
+                return y if slots is None else slots.add_chosen(y, x.to(y.dtype), choice, times, self)
         y = self.base_layer(given, *args, **kwargs) if plain is None else base_product.product(given, *plain)
-        if not names and slots is None:  # no row changes anything here
+        if not has_updates:  # no row changes anything here
             return y
-        x, times = choice.aligned(self, x)
-        if plain is None or x is not given:
-            y = own_copy(self, y.expand(len(x), *y.shape[1:]) if x is not given else y)
-            x = x.to(y.device)
-        neighbours = neighbours_of(self) if self.training else None
-        seeds = None if neighbours is None else neighbours.seeds(self, given)
-        if x.dtype is not y.dtype:
-            x = x.to(y.dtype)
+        y = own_copy(self, y.expand(len(x), *y.shape[1:]) if x is not given else y)
+        x = x.to(device=y.device, dtype=y.dtype)
         if names:
             y = add_chosen(y, x, choice, self._row_updates(names), times, seeds, self)
         return y if slots is None else slots.add_chosen(y, x, choice, times, self)

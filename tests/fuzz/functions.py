@@ -82,6 +82,15 @@ def lora_grouped_(choices: Choices) -> Call:
     return Call(_function("lora_grouped_"), values, oracle, changes=("y",), differentiated="[y]")
 
 
+@maker
+def lora_grouped_linear(choices: Choices) -> Call:
+    def oracle(before, result, after):
+        ops_grouped.check_grouped_linear(before, result)
+
+    values = ops_grouped.grouped_linear_values(choices)
+    return Call(_function("lora_grouped_linear"), values, oracle, differentiated="[result]")
+
+
 def _with_drawn_seed(before: dict) -> dict:
     if before.get("dropout_p", 0.0) > 0 and before.get("seed") is None:
         raise CannotTell  # the function drew the mask

@@ -1,6 +1,8 @@
-"""Makes valid calls of lora_grouped_ and its backward."""
+"""Makes valid calls of lora_grouped_, its backward and lora_grouped_linear."""
 
 from __future__ import annotations
+
+import torch
 
 from lora_ext import reference
 
@@ -59,6 +61,34 @@ def lora_grouped_(choices: Choices) -> Call:
         check_grouped(before, after["y"], after)
 
     return Call(op("lora_grouped_"), grouped_values(choices), oracle, changes=("y",), differentiated="[y]")
+
+
+def grouped_linear_values(choices: Choices) -> dict[str, Value]:
+    dtype, factors = choices.pick(DTYPES)
+    lead, size_in, size_out = tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES)
+    values = {
+        "x": tensor(choices, (*lead, size_in), dtype),
+        "weight": tensor(choices, (size_out, size_in), dtype),
+        "bias": tensor(choices, (size_out,), dtype) if choices.chance(50) else Source("None"),
+        **_groups(choices, lead, (size_in, size_out), factors),
+    }
+    with_history(choices, values, ("x", "weight", "lora_As", "lora_Bs"))
+    return values
+
+
+def check_grouped_linear(before, y) -> None:
+    def formula(x, weight, bias, **a):
+        return [torch.nn.functional.linear(x, weight, bias) + reference.lora_grouped(x, **a)]
+
+    against_formula(formula, before, [y], {}, before["x"].dtype)
+
+
+@maker
+def lora_grouped_linear(choices: Choices) -> Call:
+    def oracle(before, result, after):
+        check_grouped_linear(before, result)
+
+    return Call(op("lora_grouped_linear"), grouped_linear_values(choices), oracle, differentiated="[result]")
 
 
 @maker

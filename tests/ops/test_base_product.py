@@ -18,7 +18,7 @@ from support.layers import (
 )
 from support.processes import run_python
 
-from lora_ext import _load, functional
+from lora_ext import _load, functional, reference
 
 pytestmark = pytest.mark.cpu_only("is about a CPU kernel")
 
@@ -147,6 +147,15 @@ def test_what_is_not_finite_stays_in_its_row(dtype):
     broken[[13, 89]] = True
     assert torch.equal(y[~broken], expected[~broken])
     assert not y[broken].isfinite().any()
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_factor_that_is_nan_shows_at_a_scaling_of_zero(factor):
+    layer = random_layer((90, 70, 40, 4))
+    getattr(layer, factor)[0, 0] = float("nan")
+    layer.scaling = 0.0
+    y = functional.lora_linear(*layer.args())
+    assert y.isnan().any() and torch.equal(y.isnan(), reference.lora_linear(*layer.args()).isnan())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -31,6 +31,7 @@ COUNTS = {
     "lora_delta_siblings": A + B + SIBLING_A + SIBLING_B,
     "lora_delta_siblings_backward": 2 * (A + B + SIBLING_A + SIBLING_B),
     "lora_grouped_": A + B,
+    "lora_grouped_linear": BASE + A + B,
     "lora_grouped_backward": 2 * A + 2 * B,
     "lora_shrink": A,
     "lora_shrink_backward": 2 * A,

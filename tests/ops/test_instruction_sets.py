@@ -38,6 +38,7 @@ TESTS = {
         "test_padding_of_slots_is_not_read",
         "test_tensors_of_any_strides",
     ],
+    "test_grouped_linear": ["test_as_good_as_torch", "test_the_same_bits_with_any_number_of_threads"],
 }
 
 
@@ -54,7 +55,10 @@ def test_ops(isa):
 def test_base_products(who):
     if who == _load.base_product():
         pytest.skip(f"{who} is in use: the tests themselves run with it")
-    run_tests({name: TESTS[name] for name in ("test_lora_linear", "test_base_product")}, LORA_EXT_BASE_PRODUCT=who)
+    run_tests(
+        {name: TESTS[name] for name in ("test_lora_linear", "test_base_product", "test_grouped_linear")},
+        LORA_EXT_BASE_PRODUCT=who,
+    )
 
 
 def run_tests(tests: dict[str, list[str]], **environment: str) -> None:

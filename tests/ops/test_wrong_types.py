@@ -40,6 +40,7 @@ def good_calls() -> dict[str, dict]:
         "lora_linear": {"x": layer.x, "weight": layer.weight, "bias": layer.bias, **factors, "scaling": 0.5} | dropout,
         "lora_delta_": {"y": layer.grad_y, "x": layer.x, **factors, "scaling": 0.5} | dropout,
         "lora_grouped_": {"y": layer.grad_y, "x": layer.x, **grouped} | dropout,
+        "lora_grouped_linear": {"x": layer.x, "weight": layer.weight, "bias": layer.bias, **grouped},
         "lora_linear_siblings": {"x": x} | lists | dropout,
         "lora_delta_siblings": {
             "bases": siblings.grad_ys(),
@@ -59,6 +60,7 @@ FUNCTIONS = [
 ]
 if torch.get_default_device().type != "cpu":
     FUNCTIONS.remove("lora_grouped_")  # it has no CUDA kernels yet
+    FUNCTIONS.remove("lora_grouped_linear")
 PLACES = [
     (name, argument) for name in FUNCTIONS for argument in inspect.signature(getattr(functional, name)).parameters
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import peft
@@ -23,13 +24,20 @@ NAMES = ["1", "default", "__base__", "2", "1"]
 def calls(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of the groups that the calls of the op had."""
     shapes: list[tuple[int, ...]] = []
-    op = functional.lora_grouped_
 
-    def counted(y, x, lora_As, lora_Bs, groups, *arguments):
-        shapes.append(tuple(groups.shape))
-        return op(y, x, lora_As, lora_Bs, groups, *arguments)
+    def count(name: str) -> None:
+        op = getattr(functional, name)
 
-    monkeypatch.setattr(updates.functional, "lora_grouped_", counted)
+        def counted(*arguments):
+            bound = inspect.signature(op).bind(*arguments).arguments
+            if shape := tuple(bound["group_of_row"].shape):  # without, no row has an adapter
+                shapes.append(shape)
+            return op(*arguments)
+
+        monkeypatch.setattr(updates.functional, name, counted)
+
+    for name in ("lora_grouped_", "lora_grouped_linear"):
+        count(name)
     return shapes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import peft
 import pytest
@@ -22,13 +23,19 @@ NAMES = ["1", "default", "__base__", "2", "1"]
 def rows_added(monkeypatch) -> list[int]:
     """The numbers of adapters that the calls of the op had."""
     calls: list[int] = []
-    op = functional.lora_grouped_
 
-    def counted(y, x, lora_As, *arguments):
-        calls.append(len(lora_As))
-        return op(y, x, lora_As, *arguments)
+    def count(name: str) -> None:
+        op = getattr(functional, name)
 
-    monkeypatch.setattr(updates.functional, "lora_grouped_", counted)
+        def counted(*arguments):
+            bound = inspect.signature(op).bind(*arguments).arguments
+            calls.append(len(bound["lora_As"]))
+            return op(*arguments)
+
+        monkeypatch.setattr(updates.functional, name, counted)
+
+    for name in ("lora_grouped_", "lora_grouped_linear"):
+        count(name)
     return calls
 
 

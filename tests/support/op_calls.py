@@ -65,6 +65,7 @@ def _layer_calls() -> dict[str, Callable[[], dict]]:
         "lora_delta_siblings": lambda: lists | dropout | {"bases": bases},
         "lora_delta_siblings_backward": lambda: lists | saved(ops.lora_linear_siblings, lists),
         "lora_grouped_": lambda: grouped | dropout | {"y": base},
+        "lora_grouped_linear": lambda: grouped | {"weight": weights[0], "bias": biases[0]},
         "lora_grouped_backward": lambda: (
             grouped
             | gradients

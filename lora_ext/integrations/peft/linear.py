@@ -17,7 +17,7 @@ from lora_ext.nn.base_layer import own_copy, plain_linear, runs_quantized_produc
 from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.active_tokens import ActiveTokens
 from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.updates import RowUpdates, add_chosen
+from lora_ext.nn.rows.updates import RowUpdates, add_chosen, linear_with_chosen
 from lora_ext.nn.shared_inputs import COMPILED_ALONE, SharesInputs, neighbours_of
 from lora_ext.quantized import quantized_weight
 
@@ -83,8 +83,11 @@ class LinearForward(SharesInputs):
                 return super().forward(x, *args, **kwargs)
             before = [n if name in invoked else 0 for n, name in zip(_before(offsets, x), names, strict=True)]
             choice = _choice_of(tuple(names), invoked, tuple(before), x.shape[1])
+        plain, updates = self._plain(x), _updates_of(adapters)
+        if plain is not None:
+            return linear_with_chosen(x, *plain, choice, updates, 1, layer=self)
         y = self._base_output(x)
-        return add_chosen(y, x.to(y.dtype), choice, _updates_of(adapters), 1, layer=self)
+        return add_chosen(y, x.to(y.dtype), choice, updates, 1, layer=self)
 
     def _forward_invoked(self, x: Tensor, adapters: list[PeftAdapter], offsets: list[int | None]) -> Tensor:
         """The forward of active adapters of which one or more act on the last ``offsets`` tokens of each row only."""
@@ -107,12 +110,17 @@ class LinearForward(SharesInputs):
         base = self.base_layer
         return dora.called_output(x, base, base.bias, quantized.dequantize(), update)
 
-    def _base_output(self, x: Tensor) -> Tensor:
-        """The base layer's output, to be changed in place."""
+    def _plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """The base layer's weight and bias, if all that it does with ``x`` is to multiply."""
         plain = plain_linear(self.base_layer)
         if plain is None or (x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type)):
-            return own_copy(self, self.base_layer(x))
-        return base_product.product(x, *plain)
+            return None
+        return plain
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        """The base layer's output, to be changed in place."""
+        plain = self._plain(x)
+        return own_copy(self, self.base_layer(x)) if plain is None else base_product.product(x, *plain)
 
     def operands(self) -> Operands | str:
         if is_fully_sharded(self):

@@ -57,6 +57,15 @@ class LayerSlots:
         groups = choice.slots_of(x, times, layer)
         return functional.lora_grouped_(y, x, self.lora_A, self.lora_B, groups, self.scalings, self.ranks)
 
+    def linear_with_chosen(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, choice: RowChoice, times: int, layer: AdapterLayer
+    ) -> Tensor:
+        """Returns ``F.linear(x, weight, bias)`` with the updates of the slots that the rows have chosen."""
+        groups = choice.slots_of(x, times, layer)
+        return functional.lora_grouped_linear(
+            x, weight, bias, self.lora_A, self.lora_B, groups, self.scalings, self.ranks
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSlots:
         return self
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import functional
+from lora_ext.nn import base_product
 from lora_ext.nn.rows.choice import RowChoice
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ class RowUpdates:
 
     def alike(self) -> list[RowUpdates]:
         """Splits them, without biases, into those that one op can compute: of one dropout and one dtype."""
+        if len(set(self.dropouts)) == 1 and len({lora_A.dtype for lora_A in self.lora_As}) == 1:
+            return [self]
         kinds = [(p, lora_A.dtype) for p, lora_A in zip(self.dropouts, self.lora_As, strict=True)]
         distinct = dict.fromkeys(kinds)
-        if len(distinct) == 1:
-            return [self]
         parts = {kind: RowUpdates() for kind in distinct}
         columns = zip(self.names, self.lora_As, self.lora_Bs, self.scalings, self.dropouts, strict=True)
         for kind, entries in zip(kinds, columns, strict=True):
@@ -86,16 +87,47 @@ def add_chosen(
     """
     for part in updates.alike():
         dropout_p = part.dropouts[0]
-        groups = choice.token_groups(tuple(part.names), times, x, layer)
+        groups, scalings = _chosen(choice, part, x, times, layer)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
-        scalings = choice.scalings(tuple(part.scalings), y.device)
         y = functional.lora_grouped_(y, x, part.lora_As, part.lora_Bs, groups, scalings, None, dropout_p, seed)
-    return _add_biases(y, choice, updates.biases, times, layer) if updates.biases else y
+    return _add_biases(y, choice, updates.biases, times, layer)
+
+
+def linear_with_chosen(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    choice: RowChoice,
+    updates: RowUpdates,
+    times: int,
+    seeds: Callable[[float], Tensor | None] | None = None,
+    layer: AdapterLayer | None = None,
+) -> Tensor:
+    """Returns ``F.linear(x, weight, bias)`` with the chosen updates: in one call, if one op can compute them all.
+
+    The other arguments are those of :func:`add_chosen`.
+    """
+    if any(updates.dropouts) or len(updates.alike()) != 1:
+        y = base_product.product(x, weight, bias)
+        return add_chosen(y, x.to(y.dtype), choice, updates, times, seeds, layer)
+    groups, scalings = _chosen(choice, updates, x, times, layer)
+    y = functional.lora_grouped_linear(x, weight, bias, updates.lora_As, updates.lora_Bs, groups, scalings)
+    return _add_biases(y, choice, updates.biases, times, layer)
+
+
+def _chosen(
+    choice: RowChoice, updates: RowUpdates, x: Tensor, times: int, layer: AdapterLayer | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the groups of the rows (or tokens), and the groups' scalings."""
+    groups = choice.token_groups(tuple(updates.names), times, x, layer)
+    return groups, choice.scalings(tuple(updates.scalings), x.device)
 
 
 def _add_biases(
     y: Tensor, choice: RowChoice, scaled: dict[str, Tensor], times: int, layer: AdapterLayer | None
 ) -> Tensor:
+    if not scaled:
+        return y
     biases = {name: bias.to(y.dtype) for name, bias in scaled.items()}
     table = torch.stack([*biases.values(), torch.zeros_like(next(iter(biases.values())))])
     groups = choice.token_groups(tuple(biases), times, y, layer)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext import functional
+from lora_ext._ops.grouped_calls import plus_lora_grouped
 from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates, add_product
 
 
@@ -311,7 +312,7 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
         experts = torch.where(chosen < 0, -1, numbers).view(experts.shape)
     for A, B, scaling in _factors_of_product(view, factors):
         scalings = torch.full((A.shape[0],), scaling, dtype=torch.float64, device=A.device)
-        y = functional.plus_lora_grouped(y, x, A, B, experts, scalings)
+        y = plus_lora_grouped(y, x, A, B, experts, scalings)
     return y
 
 

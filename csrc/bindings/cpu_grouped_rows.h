@@ -1,0 +1,263 @@
+// The rows of a grouped call on the CPU: sorted by their groups, and shared out among threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu_kernels.h"
+#include "grouped_call.h"
+
+namespace lora_ext::cpu {
+
+// The rows of x, sorted by group. Rows that no adapter changes come first.
+struct SortedRows {
+  std::vector<int64_t> rows;       // [num_tokens]: positions in x, ascending within a group
+  int64_t num_skipped = 0;         // rows of group -1 or of rank 0
+  std::vector<LoraGroup> groups;   // those with rows and a rank
+  std::vector<int64_t> numbers;    // [groups]: the number of each
+  std::vector<int64_t> row_begin;  // [groups + 1]: positions in rows
+};
+
+// The index of an entry of group_of_row in a message: "[3]", or "[1, 2]"; "" for a tensor without dimensions.
+inline std::string index_text(const Tensor& tensor, int64_t at) {
+  std::vector<int64_t> index(static_cast<size_t>(tensor.dim()));
+  for (size_t i = index.size(); i-- > 0;) {
+    const int64_t size = tensor.size(static_cast<int64_t>(i));
+    index[i] = at % size;
+    at /= size;
+  }
+  return index.empty() ? "" : sizes_text(index);
+}
+
+inline LoraGroup group_of(const Groups& groups, int64_t number, int64_t rank, double scale) {
+  const size_t i = groups.entry_of(number);
+  const GroupEntry& entry = groups.entries[i];
+  const int64_t size = dtype_size(groups.factor_dtype);
+  const auto slot = [&](const Tensor& factor) {
+    const int64_t offset = factor.dim() == 3 ? (number - entry.first_group) * factor.stride(0) : 0;
+    return static_cast<const char*>(factor.const_data_ptr()) + offset * size;
+  };
+  const auto row_stride = [](const Tensor& factor) { return factor.stride(factor.dim() - 2); };
+  return {.rank = rank,
+          .lora_A = slot(entry.lora_A),
+          .lora_B = slot(entry.lora_B),
+          .A_stride = row_stride(entry.lora_A),
+          .B_stride = row_stride(entry.lora_B),
+          .scale = scale};
+}
+
+// A stable counting sort. Checks the numbers that the call reads: those of the chosen groups.
+inline SortedRows sort_rows(const Groups& groups, const Tensor& group_of_row, const Tensor& scalings,
+                     const std::optional<Tensor>& ranks, int64_t num_tokens, double rescale) {
+  const Tensor group_numbers = as_contiguous(group_of_row);
+  const int64_t* const group_at = static_cast<const int64_t*>(group_numbers.const_data_ptr());
+  const int64_t entries = group_numbers.numel();
+  std::vector<int64_t> counts(static_cast<size_t>(groups.num_groups + 1));
+  int64_t* const count_of = counts.data() + 1;  // from group -1 on
+  for (int64_t i = 0; i < entries; ++i) {
+    if (group_at[i] < -1 || group_at[i] >= groups.num_groups) {
+      refuse<refusals::kGroup>(index_text(group_of_row, i), group_at[i], groups.num_groups - 1);
+    }
+    ++count_of[group_at[i]];
+  }
+  const Tensor all_scalings = as_contiguous(scalings);
+  const double* const scaling_of = static_cast<const double*>(all_scalings.const_data_ptr());
+  const std::optional<Tensor> all_ranks = ranks ? std::optional<Tensor>(as_contiguous(*ranks)) : std::nullopt;
+  const int64_t* const rank_of = all_ranks ? static_cast<const int64_t*>(all_ranks->const_data_ptr()) : nullptr;
+
+  SortedRows sorted;
+  const int64_t rows_per_entry = entries > 0 ? num_tokens / entries : 0;
+  std::vector<int64_t> next(counts.size(), -1);  // of each group: where its next row goes; -1: it is skipped
+  int64_t skipped = count_of[-1];
+  for (int64_t g = 0; g < groups.num_groups; ++g) {
+    if (count_of[g] == 0 || rows_per_entry == 0) continue;
+    const size_t entry = groups.entry_of(g);
+    const int64_t most = groups.entries[entry].rank;
+    const int64_t rank = rank_of == nullptr ? most : rank_of[g];
+    if (rank < 0 || rank > most) {
+      refuse<refusals::kGroupRank>(g, rank, most, ArgumentName{"lora_A", static_cast<int>(entry)});
+    }
+    if (!std::isfinite(scaling_of[g])) refuse<refusals::kGroupScaling>(g, number_text(scaling_of[g]));
+    if (rank == 0) {
+      skipped += count_of[g];
+      continue;
+    }
+    sorted.numbers.push_back(g);
+    sorted.groups.push_back(group_of(groups, g, rank, scaling_of[g] * rescale));
+  }
+  sorted.num_skipped = skipped * rows_per_entry;
+  int64_t begin = sorted.num_skipped;
+  for (const int64_t g : sorted.numbers) {
+    sorted.row_begin.push_back(begin);
+    next[static_cast<size_t>(g + 1)] = begin;
+    begin += count_of[g] * rows_per_entry;
+  }
+  sorted.row_begin.push_back(begin);
+  sorted.rows.resize(static_cast<size_t>(num_tokens));
+  int64_t next_skipped = 0;
+  for (int64_t i = 0; i < entries; ++i) {
+    int64_t& to_sorted = next[static_cast<size_t>(group_at[i] + 1)];
+    int64_t& to = to_sorted < 0 ? next_skipped : to_sorted;
+    for (int64_t row = i * rows_per_entry; row < (i + 1) * rows_per_entry; ++row) {
+      sorted.rows[static_cast<size_t>(to++)] = row;
+    }
+  }
+  return sorted;
+}
+
+// A part of a group's rows: what one thread takes at a time.
+struct Item {
+  size_t group;
+  int64_t begin, end;    // positions in SortedRows::rows
+  int64_t index, count;  // of the items of this group
+};
+
+// Splits the groups by a rule that does not know the number of threads: nor do the sums of gradients, then. Few items
+// bound the memory for the sums of split groups.
+inline std::vector<Item> make_items(const SortedRows& sorted) {
+  constexpr int64_t kMostItems = 64;
+  const int64_t num_rows = sorted.row_begin.back() - sorted.row_begin.front();
+  const int64_t fair = (num_rows + kMostItems - 1) / kMostItems;
+  const int64_t rows_per_item = std::max(kPanelRows, (fair + kPanelRows - 1) / kPanelRows * kPanelRows);
+  std::vector<Item> items;
+  items.reserve(sorted.groups.size() + kMostItems);
+  for (size_t g = 0; g < sorted.groups.size(); ++g) {
+    const int64_t end = sorted.row_begin[g + 1];
+    const int64_t count = (end - sorted.row_begin[g] + rows_per_item - 1) / rows_per_item;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t begin = sorted.row_begin[g] + i * rows_per_item;
+      items.push_back({g, begin, std::min(begin + rows_per_item, end), i, count});
+    }
+  }
+  return items;
+}
+
+// Scratch memory in elements of the accumulation dtype, divided into parts of multiples of 64 bytes.
+struct Divider {
+  char* next = nullptr;
+  int64_t bytes = 0;
+  int64_t element_size;
+
+  char* take(int64_t elements) {
+    const int64_t size = (product({elements, element_size}) + 63) / 64 * 64;
+    if (__builtin_add_overflow(bytes, size, &bytes)) fail("sizes are too large for scratch memory");
+    char* const part = next;
+    if (next != nullptr) next += size;
+    return part;
+  }
+};
+
+// The sums for the gradients of the factors of a group: of each thread for groups that are one item, and of each item
+// for others.
+struct GroupSums {
+  int64_t A = 0, B = 0;  // elements, for the largest rank; 0 if no gradient is wanted
+};
+
+struct GroupedRun {
+  const Kernels& kernels;
+  std::vector<Item> items;
+  int64_t num_threads = 0;
+  std::vector<GroupedScratch> scratch;  // [num_threads]
+  std::vector<GroupRows> thread_sums;   // [num_threads]
+  std::vector<GroupRows> item_sums;     // [items]: where the sums of an item go, if its group is split
+
+  GroupedRun(const SortedRows& sorted, DType acc, GroupSums sums)
+      : kernels(checked_kernels()), items(make_items(sorted)) {
+    int64_t max_rank = 0;
+    for (const LoraGroup& group : sorted.groups) max_rank = std::max(max_rank, group.rank);
+    num_threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(items.size()));
+    Divider sizes{.element_size = dtype_size(acc)};
+    divide(sizes, max_rank, sums);
+    Divider memory{.next = scratch_memory(sizes.bytes), .element_size = dtype_size(acc)};
+    divide(memory, max_rank, sums);
+  }
+
+  // Calls f(item, its rows, scratch) for all items, in any order and in parallel.
+  template <class F>
+  void for_each_item(const SortedRows& sorted, const F& f) {
+    std::atomic<size_t> next{0};
+    torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        const size_t t = static_cast<size_t>(thread);
+        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) {
+          // Only a guess, so that its factors can be fetched: another thread may take it.
+          const size_t following = next.load(std::memory_order_relaxed);
+          const Item& item = items[i];
+          GroupRows rows = item.count == 1 ? thread_sums[t] : item_sums[i];
+          rows.at = sorted.rows.data() + item.begin;
+          rows.count = item.end - item.begin;
+          rows.next = following < items.size() ? &sorted.groups[items[following].group] : nullptr;
+          f(item, rows, scratch[t]);
+        }
+      }
+    });
+  }
+
+ private:
+  void divide(Divider& memory, int64_t max_rank, GroupSums sums) {
+    const int64_t padded = max_padded_ranks(max_rank);
+    const int64_t operand = product({kPanelBlocks, block_lanes(max_rank)});
+    scratch.clear();
+    thread_sums.clear();
+    item_sums.clear();
+    const auto take_sums = [&] {
+      char* const A = memory.take(product({max_rank, sums.A}));
+      return GroupRows{.at = nullptr, .count = 0, .grad_A = A, .grad_B_t = memory.take(product({max_rank, sums.B}))};
+    };
+    for (int64_t t = 0; t < num_threads; ++t) {
+      scratch.push_back({.sums = memory.take(product({kPanelRows, padded})),
+                         .saved_xa = memory.take(product({kPanelRows, padded})),
+                         .along_ranks = memory.take(operand),
+                         .along_rows = memory.take(2 * operand),
+                         .packed = memory.take(product({kMostPackedColumns, padded}))});
+      thread_sums.push_back(take_sums());
+    }
+    for (const Item& item : items) item_sums.push_back(item.count > 1 ? take_sums() : GroupRows{nullptr, 0});
+  }
+};
+
+// An empty matrix may have no address, which memset must not get.
+inline void zero_rows(void* matrix, int64_t begin, int64_t end, int64_t row_bytes) {
+  if (row_bytes > 0) {
+    std::memset(static_cast<char*>(matrix) + begin * row_bytes, 0, static_cast<size_t>((end - begin) * row_bytes));
+  }
+}
+
+// Calls f(begin, end) for runs of consecutive rows among those that no adapter changes.
+template <class F>
+void for_each_skipped_run(const SortedRows& sorted, const F& f) {
+  for (int64_t i = 0; i < sorted.num_skipped;) {
+    const int64_t begin = sorted.rows[static_cast<size_t>(i)];
+    int64_t end = begin;
+    while (i < sorted.num_skipped && sorted.rows[static_cast<size_t>(i)] == end) ++end, ++i;
+    f(begin, end);
+  }
+}
+
+// The rows of a forward.
+inline SortedRows sort_rows(const GroupedForwardCall& call, const Tensor& group_of_row, const Tensor& scalings,
+                            const std::optional<Tensor>& ranks) {
+  return sort_rows(call.groups, group_of_row, scalings, ranks, call.num_tokens,
+                   dropout_rescale(call.params.threshold));
+}
+
+// Adds the groups' updates to y, and fills xa and the mask.
+inline void add_updates(const GroupedForwardCall& call, const SortedRows& sorted) {
+  const LoraGroupedForwardParams& p = call.params;
+  const DType acc = accumulation_dtype(p.dtype);
+  GroupedRun run(sorted, acc, {});
+  for_each_skipped_run(sorted, [&](int64_t begin, int64_t end) {
+    zero_rows(p.xa, begin, end, p.max_rank * dtype_size(acc));
+    if (p.threshold > 0) {
+      run.kernels.dropout_mask(static_cast<uint64_t>(*p.seed), p.threshold, p.in_features, begin, end, p.mask);
+    }
+  });
+  run.for_each_item(sorted, [&](const Item& item, const GroupRows& rows, const GroupedScratch& scratch) {
+    run.kernels.grouped_forward(p, sorted.groups[item.group], rows, scratch);
+  });
+}
+
+}  // namespace lora_ext::cpu
