@@ -1,12 +1,14 @@
 """Measures a model whose rows name their adapters, against one adapter, the bare model and PEFT.
 
-    python benchmarks/bench_rows.py [--cases 32x1,32x32] [--adapters 32] [--hidden 1024] [--blocks 4] [--write]
+    python benchmarks/bench_rows.py [--cases 32x1@1024,32x32@1024,32x1@4096] [--adapters 32]
+        [--pool-dtype bfloat16] [--write]
 
-A Llama without its vocabulary, all linear layers adapted, in inference without a cache. A case is ROWSxTOKENS; row i
-names adapter i modulo ``--adapters``. Contestants: the model with one adapter for all rows (``set_adapter``);
-``adapter_names`` with adapters of the model, and of an AdapterPool; the frozen model; PEFT's model with
-``adapter_names``, and the same accelerated. They are timed only if they agree. Ratios are to the model with one
-adapter; overhead is what ``adapter_names`` costs beyond the frozen model, divided by what it costs in PEFT.
+A Llama without its vocabulary, all linear layers adapted, in inference without a cache. A case is ROWSxTOKENS@HIDDEN;
+the model has ``4096 / HIDDEN`` blocks. Row i names adapter i modulo ``--adapters``. Contestants: the model with one
+adapter for all rows (``set_adapter``); ``adapter_names`` with adapters of the model, and of an AdapterPool; the frozen
+model; PEFT's model with ``adapter_names``, and the same accelerated. They are timed only if they agree. Ratios are to
+the model with one adapter; overhead is what ``adapter_names`` costs beyond the frozen model, divided by what it costs
+in PEFT.
 
 The C library keeps what was freed (harness/memory.py).
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -36,24 +39,29 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Case(NamedTuple):
     rows: int
     tokens: int
+    hidden: int
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        rows, x, tokens = text.partition("x")
-        if not (x and rows.isdecimal() and tokens.isdecimal() and int(rows) and int(tokens)):
-            raise argparse.ArgumentTypeError(f"{text!r}, want ROWSxTOKENS such as 32x1")
-        return cls(int(rows), int(tokens))
+        numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)@([1-9]\d*)", text)
+        if numbers is None:
+            raise argparse.ArgumentTypeError(f"{text!r}, want ROWSxTOKENS@HIDDEN such as 32x1@1024")
+        return cls(*map(int, numbers.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.tokens}@{self.hidden}"
 
 
-def make_models(dtype: torch.dtype, run: Report, directory: Path) -> dict[str, nn.Module]:
+def make_models(dtype: torch.dtype, hidden: int, run: Report, directory: Path) -> dict[str, nn.Module]:
     """The contestants, with the same adapters "a0", "a1", ..."""
     import peft
 
     from lora_ext.integrations.peft import accelerate
 
     args = run.args
-    sizes = {"hidden_size": args.hidden, "intermediate_size": 11 * args.hidden // 4, "num_hidden_layers": args.blocks}
-    config = LlamaConfig(vocab_size=64, num_attention_heads=max(1, args.hidden // 64), **sizes)
+    blocks = max(1, 4096 // hidden)
+    sizes = {"hidden_size": hidden, "intermediate_size": 11 * hidden // 4, "num_hidden_layers": blocks}
+    config = LlamaConfig(vocab_size=64, num_attention_heads=max(1, hidden // 64), **sizes)
     frozen = LlamaModel(config).to(dtype=dtype, device=args.device).eval().requires_grad_(False)
     options = {"r": args.rank, "lora_alpha": ALPHA_OVER_R * args.rank, "target_modules": TARGETS}
     ours = copy.deepcopy(frozen)
@@ -62,7 +70,8 @@ def make_models(dtype: torch.dtype, run: Report, directory: Path) -> dict[str, n
         lora_ext.save_adapter(ours, directory / f"a{i}", f"a{i}")
     lora_ext.set_adapter(ours, "a0")
     pooled = copy.deepcopy(frozen)
-    lora_ext.AdapterPool(pooled, directory, target_modules=TARGETS, r=args.rank, max_bytes=pool_bytes(pooled, args))
+    of_pool = {"max_bytes": pool_bytes(pooled, args), "dtype": args.pool_dtype and getattr(torch, args.pool_dtype)}
+    lora_ext.AdapterPool(pooled, directory, target_modules=TARGETS, r=args.rank, **of_pool)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(frozen), directory / "a0", "a0")
     for i in range(1, args.adapters):
         theirs.load_adapter(directory / f"a{i}", f"a{i}")
@@ -79,8 +88,8 @@ def pool_bytes(model: nn.Module, args: argparse.Namespace) -> int:
 
 def measure(dtype: torch.dtype, case: Case, run: Report) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        models = make_models(dtype, run, Path(directory))
-        embeds = torch.randn(*case, run.args.hidden, dtype=dtype, device=run.args.device)
+        models = make_models(dtype, case.hidden, run, Path(directory))
+        embeds = torch.randn(*case, dtype=dtype, device=run.args.device)
         names = [f"a{i % run.args.adapters}" for i in range(case.rows)]
         by_rows = {"adapter_names": names}
         calls = {
@@ -89,7 +98,8 @@ def measure(dtype: torch.dtype, case: Case, run: Report) -> dict[str, object]:
             )
             for name, model in models.items()
         }
-        check_outputs({name: call for name, call in calls.items() if name not in (ONE, FROZEN)}, dtype)
+        of_pool = getattr(torch, run.args.pool_dtype or "float32")
+        check_outputs({name: call for name, call in calls.items() if name not in (ONE, FROZEN)}, dtype, of_pool)
         seconds = run.interleaved(calls)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     base = median[FROZEN]
@@ -102,34 +112,37 @@ def measure(dtype: torch.dtype, case: Case, run: Report) -> dict[str, object]:
     }
 
 
-def check_outputs(calls: dict, dtype: torch.dtype) -> None:
+def check_outputs(calls: dict, dtype: torch.dtype, of_pool: torch.dtype) -> None:
     """SystemExit: two contestants disagree; nothing is timed."""
     outputs = {name: call() for name, call in calls.items()}
     for name, y in outputs.items():
-        contestants.check_close((name, PEFT), y, outputs[PEFT], 4 * contestants.TOLERANCE[dtype])  # of several layers
+        least = contestants.TOLERANCE[of_pool] if name == POOL else 0.0
+        tolerance = 4 * max(contestants.TOLERANCE[dtype], least)  # of several layers
+        contestants.check_close((name, PEFT), y, outputs[PEFT], tolerance)
 
 
 def table(rows: list[dict]) -> str:
     names = [FROZEN, ROWS, POOL, ACCELERATED, PEFT]
     cells = (
-        ["x".join(map(str, row["case"])), row["dtype"], str(row["adapters"]), report.milliseconds(row[f"{ONE}_ms"])]
+        [str(Case(*row["case"])), row["dtype"], str(row["adapters"]), report.milliseconds(row[f"{ONE}_ms"])]
         + report.ratio_cells(row, names)
         + [f"{row['overhead'][name]:.2f}" for name in (ROWS, POOL, ACCELERATED)]
         for row in rows
     )
     overheads = [f"overhead, {name}" for name in (ROWS, POOL, ACCELERATED)]
-    return report.markdown(["rows x tokens", "dtype", "adapters", f"{ONE}, ms", *names, *overheads], cells)
+    return report.markdown(["rows x tokens @ width", "dtype", "adapters", f"{ONE}, ms", *names, *overheads], cells)
 
 
 def main() -> None:
     parser = report.parser(__doc__, "rows")
-    parser.add_argument(
-        "--cases", type=lambda text: [Case.parse(part) for part in text.split(",")], default=[Case(32, 1), Case(32, 32)]
-    )
-    for option, value in (("adapters", 32), ("hidden", 1024), ("blocks", 4)):
-        parser.add_argument(f"--{option}", type=report.at_least(1), default=value)
+    default = [Case(32, 1, 1024), Case(32, 32, 1024), Case(32, 1, 4096)]
+    parser.add_argument("--cases", type=lambda text: [Case.parse(part) for part in text.split(",")], default=default)
+    parser.add_argument("--adapters", type=report.at_least(1), default=32)
+    parser.add_argument("--pool-dtype", choices=["float32", "bfloat16"], help="of the pool's factors (float32)")
     args = parser.parse_args()
-    what = f"A Llama of {args.blocks} blocks, {args.hidden} wide, whose rows name adapters, r={args.rank}"
+    what = f"A Llama whose rows name adapters, r={args.rank}"
+    if args.pool_dtype:
+        what += f", the pool's factors in {args.pool_dtype}"
     run = Report(args, what + memory.keep_freed_memory(), most_case_s=60.0)
     cases = [(dtype, case) for dtype in (torch.float32, torch.bfloat16) for case in args.cases]
     rows = run.measure(cases, lambda case: [measure(*case, run)], table)

@@ -110,9 +110,9 @@ def test_grouped(run):
 
 
 def test_rows(run):
-    options = "--cases", "3x1,4x5", "--adapters", "3", "--hidden", "64", "--blocks", "1", "--rank", "4"
+    options = "--cases", "3x1@64,4x5@128", "--adapters", "3", "--rank", "4", "--pool-dtype", "bfloat16"
     rows = run("bench_rows", *options)["rows"]
-    assert [row["case"] for row in rows] == 2 * [[3, 1], [4, 5]]
+    assert [row["case"] for row in rows] == 2 * [[3, 1, 64], [4, 5, 128]]
     assert all(list(row["ratio"]) == ["frozen", "adapter_names", "pool", "peft", "peft accelerated"] for row in rows)
     assert all(list(row["overhead"]) == ["adapter_names", "pool", "peft accelerated"] for row in rows)
 
