@@ -59,6 +59,11 @@ class FactorsLater {
   int64_t num_lines_ = 0;
 };
 
+// By a weight of fewer elements, which the cache holds, the library multiplies more tokens than these faster than the
+// kernel that reads a weight once.
+constexpr int64_t kLeastElements = 1 << 20;
+constexpr int64_t kAlwaysFew = 8;
+
 // y = x @ weight^T + bias
 void multiply_base(const Tensor& y, const Tensor& weight, const Tensor* bias, const GroupedForwardCall& grouped,
                    const LaterReads& later) {
@@ -67,16 +72,18 @@ void multiply_base(const Tensor& y, const Tensor& weight, const Tensor* bias, co
   const DType dtype = dtype_of(x);
   const int64_t tokens = grouped.num_tokens, in_features = weight.size(1), out_features = weight.size(0);
   if (tokens == 0) return;
+  const Tensor y_rows = as_rows(y, tokens, out_features);
+  const auto use_library = [&] { library_product(y_rows, bias, x, transposed(weight)); };
+  if (tokens > kAlwaysFew && tokens <= kMostFewTokens && weight.numel() < kLeastElements) return use_library();
   if (tokens <= kernels.few_tokens(dtype, dtype) && in_features > 0 && weight.stride(1) == 1) {
     return stream_base_layer(kernels, x, weight, bias == nullptr ? nullptr : bias->const_data_ptr(),
                              y.mutable_data_ptr(), later);
   }
-  const Tensor y_rows = as_rows(y, tokens, out_features);
   const Tensor no_A = empty({0, in_features}, dtype, x), no_B = empty({out_features, 0}, dtype, x);
   const ForwardLayer layer{&weight, bias, no_A, no_B, 0.0, &y_rows};
   ForwardCall call = fill_forward(x, {&layer, 1}, 0.0, std::nullopt, true);
   if (has_own_product(kernels, call)) return multiply_forward(kernels, call, later);
-  library_product(y_rows, bias, x, transposed(weight));
+  use_library();
 }
 
 Tensor lora_grouped_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
