@@ -51,7 +51,7 @@ inline LoraGroup group_of(const Groups& groups, int64_t number, int64_t rank, do
 
 // A stable counting sort. Checks the numbers that the call reads: those of the chosen groups.
 inline SortedRows sort_rows(const Groups& groups, const Tensor& group_of_row, const Tensor& scalings,
-                     const std::optional<Tensor>& ranks, int64_t num_tokens, double rescale) {
+                            const std::optional<Tensor>& ranks, int64_t num_tokens, double rescale) {
   const Tensor group_numbers = as_contiguous(group_of_row);
   const int64_t* const group_at = static_cast<const int64_t*>(group_numbers.const_data_ptr());
   const int64_t entries = group_numbers.numel();
@@ -240,8 +240,7 @@ void for_each_skipped_run(const SortedRows& sorted, const F& f) {
 // The rows of a forward.
 inline SortedRows sort_rows(const GroupedForwardCall& call, const Tensor& group_of_row, const Tensor& scalings,
                             const std::optional<Tensor>& ranks) {
-  return sort_rows(call.groups, group_of_row, scalings, ranks, call.num_tokens,
-                   dropout_rescale(call.params.threshold));
+  return sort_rows(call.groups, group_of_row, scalings, ranks, call.num_tokens, dropout_rescale(call.params.threshold));
 }
 
 // Adds the groups' updates to y, and fills xa and the mask.

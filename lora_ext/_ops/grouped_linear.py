@@ -29,10 +29,12 @@ def _(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks):
 
 
 def lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks) -> Tensor | None:
-    """Calls the op if it is a usual call on the CPU without gradients; None: it is not."""
+    """Calls the op if it has a kernel: on the CPU, without gradients. None: it has none."""
     tensors = x, weight, *lora_As, *lora_Bs, group_of_row, scalings, bias, ranks
-    if x.device.type != "cpu" or not is_usual_call(*tensors) or any_requires_grad(*tensors):
+    if x.device.type != "cpu" or any_requires_grad(*tensors):
         return None
+    if not is_usual_call(*tensors):
+        return _op(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
     with below_autograd():
         return _op(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
 
