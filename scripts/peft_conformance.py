@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
         (linear, "lora_linear"),
         (linear, "lora_delta_"),
         (linear, "add_chosen"),
+        (linear, "linear_with_chosen"),
         (functional, "lora_linear"),  # layers that share inputs
         (functional, "lora_linear_siblings"),
         (functional, "lora_delta_siblings"),
