@@ -147,7 +147,7 @@ def _obstacle(module: nn.Module, name: str) -> str:
 
 def is_experts_of_transformers(module: nn.Module) -> bool:
     """Returns whether Transformers' ``use_experts_implementation`` is about the class of ``module``."""
-    return hasattr(type(module), "_apply_gate") and {"is_transposed", "has_bias"} <= vars(module).keys()
+    return hasattr(type(module), "_apply_gate") and "is_transposed" in vars(module) and "has_bias" in vars(module)
 
 
 def _computes_grouped(module: nn.Module) -> bool:
