@@ -248,7 +248,7 @@ def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", lambda *args, **kwargs: card)
     monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", upload)
     _, model = made("llama", tmp_path)
-    model.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    model.save_pretrained(str(tmp_path / "saved"), push_to_hub=True)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= uploaded["org/name"]
     assert "config.json" not in uploaded["org/name"]
 

@@ -157,7 +157,8 @@ def test_autocast_and_checkpoints():
         expected, found = results(model, model, ids), results(compiled, model, ids)
     assert len(found) == 9
     torch.testing.assert_close(found, expected, **TOLERANCES[torch.bfloat16])
-    assert (0 < graphs.largest < stack_size(model)) == TRACES_VIEWS
+    if TRACES_VIEWS:  # elsewhere there may be a graph break
+        assert 0 < graphs.largest < stack_size(model)
 
 
 @needs("torch", "2.13", "calls run PEFT's code, which does not compile")
