@@ -183,6 +183,11 @@ class InjectedModel(WrapsModel, PeftModel):
     ) -> None:
         """Loads an adapter, or new values for one, and leaves the active one active."""
         model, before = self.get_base_model(), self.active_adapters
+        if _caller_module() == _TRAINER and Path(model_id).name == adapter_name:
+            # Before version 5.23, Trainer resumes with the subdirectories of a checkpoint only, if it has any.
+            checkpoint = Path(model_id).parent
+            if _NAME in adapter_names(model) and (checkpoint / "adapter_config.json").is_file():
+                load_adapter(model, checkpoint, _NAME in before, _NAME)
         load_adapter(model, model_id, is_trainable, adapter_name)
         set_adapter(model, before)
 
@@ -213,6 +218,7 @@ class InjectedModel(WrapsModel, PeftModel):
         _refuse("from_pretrained", "call for_trl(load_adapter(model, directory, trainable=True))")
 
 
+_TRAINER = "transformers.trainer"
 _STATES_OF_PEFT = "peft.utils.save_and_load"
 _OPTIMIZERS_OF_PEFT = {  # those that find a layer's factors by the names that PEFT's layers give them
     "peft.optimizers.lorafa": "create_lorafa_optimizer",

@@ -65,6 +65,8 @@ class SpecialTokens(Inserted):
 
     def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         call = by_name(self.names, args, kwargs)
+        # Transformers before 5.4 passes the places of the text alone in the cache; without it the host counts itself.
+        call.pop("cache_position", None)
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if ids is None and embeds is None:
             return args, kwargs  # the host raises an error

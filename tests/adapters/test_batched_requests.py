@@ -13,6 +13,7 @@ import torch
 from support.alora import TOKENS, with_three
 from support.batched import NAMES, NEW, alone, asked, config, generated, generation, prompts, running, with_abc
 from support.models import VOCABULARY, llama, refused, shaken
+from support.versions import needs
 from torch import nn
 from transformers import CompileConfig
 from transformers.generation.continuous_batching import continuous_api
@@ -105,6 +106,7 @@ def test_a_cache_without_room_for_all():
     assert generated(model, inputs, NAMES, num_blocks=8, max_batch_tokens=64) == alone(model, inputs, NAMES)
 
 
+@needs("transformers", "5.19", "such a call ends in a ValueError about the attention")
 def test_calls_in_a_pause():
     """Without a pause, Transformers itself mixes the threads: a call sets config.is_causal for its time."""
     model, inputs = with_abc(), prompts()

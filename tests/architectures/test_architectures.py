@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import transformers
+from support.versions import needs
 
 from architectures.compare import ALIVE, compare, output
 from architectures.document import DOCUMENT, TARGETS, counts, names, row
@@ -14,7 +15,8 @@ from architectures.table import ARCHITECTURES, SIMILAR
 from lora_ext import LoraConfig, inject, merge
 from lora_ext.adapters import merge_and_unload
 
-pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.full]
+LAYERS = needs("transformers", "5.24", "the table has its names of layers")
+pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.full, LAYERS]
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 PAGE = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""

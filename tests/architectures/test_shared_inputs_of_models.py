@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+from support.versions import needs
 from torch import Tensor, nn
 
 from architectures.compare import ALIVE, assert_near, output
@@ -15,7 +16,8 @@ from lora_ext import LoraConfig, inject
 from lora_ext.adapters import InputGroups, input_groups
 from lora_ext.integrations.peft import accelerate, report
 
-pytestmark = pytest.mark.cpu_only("makes its inputs on the CPU")
+LAYERS = needs("transformers", "5.24", "the table has its names of layers")
+pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), LAYERS]
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 QKV, GATES = "q_proj k_proj v_proj", "gate_proj up_proj"

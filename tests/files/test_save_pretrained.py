@@ -16,6 +16,7 @@ import transformers.integrations.peft
 import transformers.modeling_utils
 import transformers.models.auto.auto_factory
 from support.models import bert, gpt2, llama, refused, shaken, token_ids
+from support.versions import before, needs
 from torch import nn
 from transformers import (
     AutoModel,
@@ -60,6 +61,7 @@ CASES = {
     ),
     "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
 }
+FROM_PRETRAINED_READS = {"tokens": "5.18", "tied tokens": "5.18", "tied head": "5.18", "experts": "5.9"}
 AUTO = {
     "LlamaForCausalLM": AutoModelForCausalLM,
     "GPT2LMHeadModel": AutoModelForCausalLM,
@@ -129,6 +131,8 @@ def test_an_unmerged_model_is_saved_as_peft_saves_it(case, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
     assert torch.equal(logits(model, ids), expected)
+    if before("transformers", FROM_PRETRAINED_READS.get(case, "0")):
+        pytest.skip(f"Transformers {transformers.__version__} reads such files, PEFT's too, only in part or not at all")
     peft = loaded(model, tmp_path / "saved")  # Transformers finds adapter_config.json and asks PEFT
     torch.testing.assert_close(logits(peft, ids), expected)
 
@@ -236,16 +240,20 @@ def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
     def upload(self, directory, repo_id, timestamps, **kwargs):
         uploaded[repo_id] = {n for n in files(Path(directory)) if n not in timestamps}
 
-    monkeypatch.setattr(transformers.modeling_utils, "hf_api", Api)
+    if before("transformers", "5.10"):
+        monkeypatch.setattr(transformers.modeling_utils, "create_repo", Api().create_repo)
+    else:
+        monkeypatch.setattr(transformers.modeling_utils, "hf_api", Api)
     card = types.SimpleNamespace(save=lambda path: None)
     monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", lambda *args, **kwargs: card)
     monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", upload)
     _, model = made("llama", tmp_path)
-    model.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    model.save_pretrained(str(tmp_path / "saved"), push_to_hub=True)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= uploaded["org/name"]
     assert "config.json" not in uploaded["org/name"]
 
 
+@needs("transformers", "5.15", "save_pretrained writes weights in every process")
 def test_only_the_main_process_writes(tmp_path):
     _, model = made("llama", tmp_path)
     model.save_pretrained(tmp_path / "nothing", state_dict={})  # as Trainer under DeepSpeed

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import Net, llama, token_ids
+from support.versions import before
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -59,6 +60,8 @@ def test_files_have_the_plain_paths(wrapper, first, tmp_path):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_states_of_the_adapters_alone(wrapper, tmp_path):
     """A checkpoint of Trainer has all adapters, and loads into a wrapped model and into a plain one."""
+    if wrapper is compiled and before("accelerate", "1.13"):
+        pytest.skip("accelerate before 1.13: save_pretrained of a model with a compiled part ends in a KeyError")
     base, ids = llama().eval(), token_ids(2)
     model = inject(wrapped(copy.deepcopy(base), wrapper), config("q_proj"), "first")
     inject(model, config("v_proj"), "second")

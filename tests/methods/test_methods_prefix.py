@@ -160,6 +160,14 @@ GENERATING = [
 ]
 
 
+def test_places_in_the_cache_are_not_passed_on():
+    """``generate`` of Transformers before 5.4 passes those of the text: the mask would lack the special tokens."""
+    base = base_model(adapted("llama", "prefix-embed", NUM_PREFIX))
+    ids = torch.tensor([[3, 4, 5]])
+    _, call = base.special_tokens.enter(base, (), {"input_ids": ids, "cache_position": torch.arange(3)})
+    assert call.keys() == {"inputs_embeds", "attention_mask", "position_ids"}
+
+
 @pytest.mark.parametrize(("name", "num_prefix", "num_infix"), GENERATING)
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_generation_with_a_cache_equals_that_without(family, name, num_prefix, num_infix):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.merging import same_bits
 from support.mixtures import FAMILIES, IMPLEMENTATIONS, LargestTensor, mixture
 from support.models import token_ids
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import disable_adapters, lora_modules, merge_and_unload, set_adapter
@@ -210,6 +210,30 @@ def test_a_router_index_beyond_the_experts(implementation, wrong):
     with pytest.raises(ValueError, match=text):
         experts(x, torch.tensor([[0, 1], [2, wrong]]), weights)
     assert experts(x, torch.tensor([[0, 1], [2, 3]]), weights).isfinite().all()
+
+
+class OldExperts(nn.Module):
+    """Experts as Transformers before 5.18 marks them: whether they are spread over processes is not known."""
+
+    _apply_gate = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_transposed = self.has_bias = False
+        self.down_proj = nn.Parameter(torch.randn(4, 3, 5))
+
+    def forward(self, x: Tensor, choices: Tensor) -> Tensor:
+        return torch.bmm(self.down_proj[choices.clamp(0, 3)], x.unsqueeze(-1)).squeeze(-1)
+
+
+def test_a_router_index_beyond_the_experts_of_an_older_version(monkeypatch):
+    config = LoraConfig(**SETTINGS | {"target_parameters": ["experts.down_proj"]})
+    experts = inject(nn.ModuleDict({"experts": OldExperts()}), config)["experts"]
+    x, choices = torch.randn(2, 5), torch.tensor([1, 4])
+    with pytest.raises(ValueError, match="OldExperts: the router chose expert 4, but down_proj has the experts 0 to 3"):
+        experts(x, choices)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert experts(x, choices).isfinite().all()
 
 
 def test_threads(implementation):

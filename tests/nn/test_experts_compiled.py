@@ -11,6 +11,7 @@ import transformers
 from functorch.compile import make_boxed_func
 from support.mixtures import mixture
 from support.models import token_ids
+from support.versions import before, needs
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.cpu_only("compiles for the CPU"), pytest.mark.full]
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 SETTINGS = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": [], "target_parameters": EXPERTS}
+TRACES_VIEWS = not before("torch", "2.13")  # older releases make the updated parameter
 TOLERANCES = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 0.03, "atol": 0.03}}
 
 
@@ -76,6 +78,20 @@ def few_tokens() -> Tensor:
     return token_ids()[:1, :2]
 
 
+def compilable(model: nn.Module) -> nn.Module:
+    """Returns the model; skips the test where older releases do not compile it in one graph without an adapter."""
+    if not TRACES_VIEWS or before("transformers", "5.24"):
+        ids = few_tokens()
+        try:
+            torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids, labels=ids).loss.backward()
+        except RuntimeError as error:  # also TorchDynamo's
+            versions = f"torch {torch.__version__} and Transformers {transformers.__version__}"
+            pytest.skip(f"{versions} do not compile this model without an adapter: {type(error).__name__}")
+        model.zero_grad(set_to_none=True)
+        torch._dynamo.reset()
+    return model
+
+
 CASES = [
     ("mixtral", torch.bfloat16),
     pytest.param("qwen3", torch.bfloat16, marks=pytest.mark.slow),
@@ -88,18 +104,18 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_grouped_products_of_a_model(family, dtype):
-    model, ids = adapted(mixture(family, "grouped_mm").to(dtype)).train(), few_tokens()
+    model, ids = adapted(compilable(mixture(family, "grouped_mm").to(dtype))).train(), few_tokens()
     graphs = Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     expected, found = results(model, model, ids), results(compiled, model, ids)
     assert len(found) == 9 and all(gradient.abs().max() > 0 for gradient in found)
     torch.testing.assert_close(found, expected, **TOLERANCES[dtype])
     assert graphs.forwards == 1
-    assert 0 < graphs.largest < stack_size(model)
+    assert (0 < graphs.largest < stack_size(model)) == TRACES_VIEWS
 
 
 def test_switches():
-    model, ids = mixture("mixtral", "grouped_mm").bfloat16(), few_tokens()
+    model, ids = compilable(mixture("mixtral", "grouped_mm").bfloat16()), few_tokens()
     bare = model(ids).logits
     for name in ("a", "b"):
         adapted(model, name)
@@ -141,12 +157,15 @@ def test_autocast_and_checkpoints():
         expected, found = results(model, model, ids), results(compiled, model, ids)
     assert len(found) == 9
     torch.testing.assert_close(found, expected, **TOLERANCES[torch.bfloat16])
-    assert 0 < graphs.largest < stack_size(model)
+    if TRACES_VIEWS:  # elsewhere there may be a graph break
+        assert 0 < graphs.largest < stack_size(model)
 
 
+@needs("torch", "2.13", "calls run PEFT's code, which does not compile")
 def test_pefts_layers():
     config = peft.LoraConfig(**SETTINGS)
-    model = accelerate(peft.get_peft_model(mixture("mixtral", "grouped_mm").bfloat16(), config)).train()
+    base = compilable(mixture("mixtral", "grouped_mm").bfloat16())
+    model = accelerate(peft.get_peft_model(base, config)).train()
     ids, graphs = few_tokens(), Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     expected, found = results(model, model, ids), results(compiled, model, ids)
@@ -157,7 +176,7 @@ def test_pefts_layers():
 
 @pytest.mark.slow
 def test_inductor():
-    model, ids = adapted(mixture("gpt_oss", "grouped_mm").bfloat16()).train(), few_tokens()
+    model, ids = adapted(compilable(mixture("gpt_oss", "grouped_mm").bfloat16())).train(), few_tokens()
     expected, found = results(model, model, ids), results(torch.compile(model, fullgraph=True), model, ids)
     torch.testing.assert_close(found, expected, **TOLERANCES[torch.bfloat16])
 
@@ -249,4 +268,4 @@ def test_llama_4():
         found.append([y.detach(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
     assert len(found[0]) == 5
     torch.testing.assert_close(*found, rtol=0.03, atol=0.1)
-    assert 0 < graphs.largest < 4 * 16 * 24
+    assert (0 < graphs.largest < 4 * 16 * 24) == TRACES_VIEWS

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.mixtures import IMPLEMENTATIONS, LargestTensor, mixture
 from support.models import VOCABULARY, token_ids
+from support.versions import needs
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.cpu_only("makes its inputs on the CPU")
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 SETTINGS = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": [], "target_parameters": EXPERTS}
 STACK = 4 * 16 * 24
+TRACES_VIEWS = needs("torch", "2.13", "TorchDynamo makes the updated parameter")
 
 
 def adapted(base: nn.Module) -> nn.Module:
@@ -79,7 +81,7 @@ def calls(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
     [
         ("mixtral", "grouped_mm", torch.bfloat16, False, False),
         ("gpt_oss", "grouped_mm", torch.float32, False, True),
-        ("qwen3", "grouped_mm", torch.float32, True, False),
+        pytest.param(*("qwen3", "grouped_mm", torch.float32, True, False), marks=TRACES_VIEWS),
         ("qwen3", "batched_mm", torch.float32, False, False),
     ],
 )

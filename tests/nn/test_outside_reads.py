@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import bert, gpt2, llama, refused, roberta, token_ids
+from support.versions import needs
 from torch import Tensor, nn
 from transformers import (
     JambaConfig,
@@ -96,6 +97,7 @@ def adapted(model: nn.Module, *targets: str, **settings) -> nn.Module:
 # --- found ------------------------------------------------------------------------------------------------------------
 
 
+@needs("transformers", "5.18", "on the CPU Mamba and Jamba call dt_proj")
 @pytest.mark.parametrize(
     ("make", "mixer"), [(mamba, "backbone.layers.0.mixer"), (jamba, "model.layers.0.mamba")], ids=["mamba", "jamba"]
 )
@@ -124,6 +126,7 @@ def test_a_layer_that_never_runs_is_named_once(make, mixer, training):
     assert not hooks(model)
 
 
+@needs("transformers", "5.18", "on the CPU Mamba and Jamba call dt_proj")
 @pytest.mark.parametrize("make", [mamba, jamba])
 def test_merging_it_is_refused(make):
     model = adapted(make().eval(), "x_proj", "dt_proj")

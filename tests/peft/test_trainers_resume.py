@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import versions
 from support.spoil import Spoil
 from support.stock_trainer import assert_same, trained
 from support.trainers import TARGETS, dpo, logged, plain, sft, tiny_chat
@@ -30,6 +31,8 @@ def start(tmp_path_factory) -> tuple[nn.Module, Path]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(kind, way, start, tmp_path):
+    if (kind, way) == ("DPO", "accelerate") and versions.before("transformers", "5.23"):
+        pytest.skip("Trainer resumes a PeftModel of two adapters without that in the checkpoint's own directory")
     make, way = TRAINERS[kind], WAYS[way]
     whole = make(way, adapted(way, *start), tmp_path, **EVERY_STEP)
     whole.train()

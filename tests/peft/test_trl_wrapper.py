@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import types
 from pathlib import Path
 
 import peft
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from peft.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
-from support.models import VOCABULARY, llama
+from support.models import VOCABULARY, llama, shaken
 from support.public_calls import Call, call
 from support.refusals import CALLS
 from torch import Tensor, nn
@@ -97,6 +98,29 @@ def test_another_adapter_comes_by_inject_and_load(tmp_path):
     assert all(path.startswith("model.layers.") for group in input_groups(model).groups for path in group.paths)
     with pytest.raises(ValueError, match=r"set_adapter.*DistributedDataParallel|DataParallel"):
         set_adapter(torch.nn.DataParallel(model), "other")
+
+
+def test_trainer_resumes_with_all_adapters_of_a_checkpoint(tmp_path):
+    """Before version 5.23 it loads those in subdirectories only; "default" would silently keep its values."""
+    model = wrapped()
+    inject(model, CONFIG, "ref")
+    set_adapter(model, "default")
+    model.save_pretrained(tmp_path)
+    expected, trained = copy.deepcopy(model.state_dict()), trainable(model)
+    shaken(model)
+    resume(model, tmp_path)
+    assert any(not torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    types.FunctionType(resume.__code__, {"__name__": "transformers.trainer"})(model, tmp_path)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert trainable(model) == trained and model.active_adapter == "default"
+
+
+def resume(model: nn.Module, checkpoint: Path) -> None:
+    model.load_adapter(str(checkpoint / "ref"), "ref", is_trainable=False)
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_copies_and_pickles_are_wrappers_of_copies():

@@ -18,6 +18,7 @@ from peft import PeftModel
 from support import tiny_decoder, tiny_gguf
 from support.models import bert, shaken
 from support.processes import Forked
+from support.versions import needs
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_ext import LoraConfig, inject, save_adapter
@@ -381,6 +382,7 @@ sys.exit(main())
 """
 
 
+@needs("transformers", "5.24", "TextStreamer prints a text without spaces at its end")
 def test_ctrl_c_ends_it(directory: Path):
     arguments = ["-c", SLOW, "generate", "--model", directory / "model", "--adapter", directory / "first"]
     arguments += ["--merge", PROMPT, "--max-new-tokens", "200"]

@@ -48,7 +48,7 @@ def is_eligible_call(x: object) -> bool:
     if not (x.is_cpu or (x.is_cuda and not _load.cuda_unavailable_reason)):
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
+        return not torch.compiler._is_exporting_flag  # is_exporting() is True in all that TorchDynamo 2.11 traces
     return (
         forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None

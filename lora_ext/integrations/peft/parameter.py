@@ -25,8 +25,9 @@ class ParameterForward:
         if isinstance(updates, str) or kwargs.get("adapter_names") is not None or not is_eligible_call(x):
             return super().forward(x, *args, **kwargs)
         try:
-            # As in PEFT, an adapted parameter with three dimensions and no swap is [experts, in, out].
-            is_transposed = self.get_param().dim() == 3 and not self._did_swap_in_out_features
+            # As in PEFT, an adapted parameter of three dimensions and no swap is [experts, in, out]; 0.18 never swaps.
+            is_swapped = getattr(self, "_did_swap_in_out_features", False)
+            is_transposed = self.get_param().dim() == 3 and not is_swapped
             return call_with_updates(
                 self.base_layer, self.get_base_layer(), self.parameter_name, updates, (x, *args), kwargs, is_transposed
             )

@@ -147,7 +147,7 @@ def _obstacle(module: nn.Module, name: str) -> str:
 
 def is_experts_of_transformers(module: nn.Module) -> bool:
     """Returns whether Transformers' ``use_experts_implementation`` is about the class of ``module``."""
-    return hasattr(type(module), "_apply_gate") and "_is_expert_parallel" in vars(module)
+    return hasattr(type(module), "_apply_gate") and "is_transposed" in vars(module) and "has_bias" in vars(module)
 
 
 def _computes_grouped(module: nn.Module) -> bool:
@@ -164,6 +164,15 @@ def _implementation(module: nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
+def _is_expert_parallel(module: nn.Module) -> bool:
+    """Returns whether ``module`` may hold a part of the experts; a number beyond them then stands for the others.
+
+    Before version 5.18, Transformers' experts do not say so.
+    """
+    known = vars(module).get("_is_expert_parallel")
+    return torch.distributed.is_available() and torch.distributed.is_initialized() if known is None else known
+
+
 def _check_choices(module: nn.Module, name: str, num_experts: int, values: Sequence[Any]) -> None:
     """Checks the numbers of experts among the arguments of Transformers' experts, on the CPU.
 
@@ -171,7 +180,7 @@ def _check_choices(module: nn.Module, name: str, num_experts: int, values: Seque
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # there are no values to see
         return
-    if not is_experts_of_transformers(module) or module._is_expert_parallel:
+    if not is_experts_of_transformers(module) or _is_expert_parallel(module):
         return
     for value in values:
         if type(value) is Tensor and value.dtype in (torch.int64, torch.int32) and value.is_cpu and value.numel():
