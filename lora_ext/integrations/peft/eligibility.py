@@ -19,6 +19,8 @@ DISABLED = "now: the adapters are disabled, so only the base layer runs"
 MERGED = "now: adapters are merged, so only the base layer runs"
 NONE_ACTIVE = "now: the layer has none of the active adapters, so only the base layer runs"
 _INVOKED, DORA = "ALoraLinearVariant", "DoraLinearVariant"
+# torch.compiler.is_exporting() is True in all that TorchDynamo 2.11 traces; the flag behind it is not.
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 _PLAIN = ("MiCALinearVariant", "MiCAEmbeddingVariant")  # they freeze a factor, and compute what LoRA does
 NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 
@@ -48,7 +50,7 @@ def is_eligible_call(x: object) -> bool:
     if not (x.is_cpu or (x.is_cuda and not _load.cuda_unavailable_reason)):
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler._is_exporting_flag  # is_exporting() is True in all that TorchDynamo 2.11 traces
+        return not (torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting())
     return (
         forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
