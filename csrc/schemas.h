@@ -77,7 +77,7 @@ inline constexpr char kLoraGrouped[] =
     "Tensor? ranks=None, float dropout_p=0.0, Tensor? seed=None) -> (Tensor xa, Tensor mask)";
 
 // x @ weight^T + bias, and lora_grouped_ on it, without dropout. For inference: a forward that autograd records is the
-// two one after the other. The CPU fetches the factors while it multiplies by the weight.
+// two one after the other.
 inline constexpr char kLoraGroupedLinear[] =
     "lora_grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_As, Tensor[] lora_Bs, "
     "Tensor group_of_row, Tensor scalings, Tensor? ranks=None) -> Tensor";

@@ -113,12 +113,6 @@ class ProductRun {
     p.dtype = dtype_;
     p.factor_dtype = factor_dtype_;
     p.packed_low_rank = ranks;
-    LaterReads later;
-    if (p.later != nullptr) {
-      later = *p.later;
-      later.parts = share.panels * share.tiles;
-      p.later = &later;
-    }
     kernels_.pack_product_ranks(p, 0, share.tiles);
     torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
@@ -159,8 +153,7 @@ class ProductRun {
   char* scratch_ = nullptr;  // rows, ranks; panels and sums of each thread
 };
 
-// later: what the caller reads next.
-inline void multiply_forward(const Kernels& kernels, const ForwardCall& call, const LaterReads& later = {}) {
+inline void multiply_forward(const Kernels& kernels, const ForwardCall& call) {
   const LoraShrinkParams& shrink = call.params.shrink;
   const LoraExpandParams& expand = call.params.expand;
   ProductRun run(kernels, shrink.dtype, shrink.factor_dtype, shrink.num_tokens);
@@ -189,8 +182,7 @@ inline void multiply_forward(const Kernels& kernels, const ForwardCall& call, co
                           .low_rank_stride = expand.total_rank,
                           .factor_t = workspace.lora_B_t[i],
                           .bias = s.bias,
-                          .out = static_cast<char*>(s.y) + row * s.out_features * dtype_size(expand.dtype),
-                          .later = row + count == expand.num_tokens && later.num_lines > 0 ? &later : nullptr};
+                          .out = static_cast<char*>(s.y) + row * s.out_features * dtype_size(expand.dtype)};
       run.add_weight(product, 0, weight.const_data_ptr(), weight.stride(0), weight.stride(1));
       run.multiply(product);
     }

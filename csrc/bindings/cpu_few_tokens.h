@@ -84,16 +84,14 @@ inline void stream_forward(const Kernels& kernels, const ForwardCall& call) {
   }
 }
 
-// y [num_tokens, out_features] = x @ weight^T + bias for few tokens. bias: null, or [out_features]. later: what the
-// caller reads next.
-inline void stream_base_layer(const Kernels& kernels, const Tensor& x, const Tensor& weight, const void* bias, void* y,
-                              LaterReads later) {
+// y [num_tokens, out_features] = x @ weight^T + bias for few tokens. bias: null, or [out_features].
+inline void stream_base_layer(const Kernels& kernels, const Tensor& x, const Tensor& weight, const void* bias,
+                              void* y) {
   const DType dtype = dtype_of(x);
   const int64_t num_tokens = x.size(0), in_features = x.size(1), out_features = weight.size(0);
   const int64_t padded_tokens = (num_tokens + 15) / 16 * 16;
   char* const tokens =
       scratch_memory(product({padded_columns(in_features), padded_tokens, dtype_size(accumulation_dtype(dtype))}));
-  later.parts = out_features * ((num_tokens + 7) / 8);
   const StreamedRows p{.num_tokens = num_tokens,
                        .in_features = in_features,
                        .tokens = tokens,
@@ -105,8 +103,7 @@ inline void stream_base_layer(const Kernels& kernels, const Tensor& x, const Ten
                        .tokens_dtype = dtype,
                        .weight_dtype = dtype,
                        .factor_dtype = dtype,
-                       .out_dtype = dtype,
-                       .later = later.num_lines > 0 ? &later : nullptr};
+                       .out_dtype = dtype};
   kernels.pack_tokens(p, x.const_data_ptr(), x.stride(0), tokens);
   stream_rows(kernels, p, out_features);
 }

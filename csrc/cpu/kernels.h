@@ -71,19 +71,6 @@ struct GroupRows {
   void* grad_B_t = nullptr;         // [rank, padded_columns(out_features)], acc
 };
 
-// Memory that is read after a product. The product fetches it while it multiplies, which leaves the memory almost idle;
-// fetching has no effect but speed, so an address may be any.
-struct LaterReads {
-  static constexpr int64_t kLineBytes = 64;
-  struct Range {
-    const char* from;
-    int64_t first_line, num_lines;  // the first is counted through all ranges
-  };
-  const Range* ranges = nullptr;
-  int64_t num_ranges = 0, num_lines = 0;
-  int64_t parts = 1;  // of the product
-};
-
 constexpr int64_t kMostFewTokens = 32;  // for which a weight is read once; few_tokens says for which dtypes
 
 // Number of tokens after padding to what a kernel processes together; padding tokens are zero.
@@ -104,8 +91,6 @@ struct StreamedRows {
   int64_t weight_stride = 0, out_stride = 0;
   DType tokens_dtype, weight_dtype, factor_dtype, out_dtype;
   double scale = 1.0;
-  const LaterReads* later = nullptr;        // has a part for each row and group of tokens; null: nothing to fetch
-  int64_t token_group = 0, num_groups = 1;  // which group of tokens these are
 };
 
 // The base layer's product on many tokens, with the adapter in its accumulators:
@@ -149,7 +134,6 @@ struct BaseProduct {
   int64_t mask_stride = 0;
   void* out;  // [num_rows, columns], contiguous, dtype
   DType dtype{}, factor_dtype{};
-  const LaterReads* later = nullptr;  // has a part for each tile; null: nothing to fetch
   int num_terms = 0;
   ProductTerm terms[kMaxSiblings] = {};
 };

@@ -63,7 +63,6 @@ def test_as_good_as_torch(num_tokens, dtypes, has_bias):
 @on_cpu
 @pytest.mark.parametrize("num_tokens", [5, 33])
 def test_many_groups_and_wide_layers(num_tokens, kernel_calls):
-    """More factors than half of the cache, which is as much as is fetched while the weight is multiplied."""
     case, weight, bias = random_call(num_tokens, (2050, 1030), entries=((200, 64),))
     torch.testing.assert_close(ours(case, weight, bias), plain(case, weight, bias), rtol=1e-4, atol=1e-3)
     assert kernel_calls == [True]
