@@ -49,22 +49,17 @@ class Grouped(nn.Module):
         slots = sum(A.shape[0] if A.dim() == 3 else 1 for A in As)
         self.scalings = torch.full((slots,), ALPHA_OVER_R, dtype=torch.float64, device=As[0].device)
 
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
-        return functional.lora_grouped_(y, x, list(self.lora_As), list(self.lora_Bs), self.groups, self.scalings)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.add(self.base(x), x)
+        factors = list(self.lora_As), list(self.lora_Bs)
+        return functional.lora_grouped_(self.base(x), x, *factors, self.groups, self.scalings)
 
 
 class OurBase(Grouped):
-    """The same with the base product of lora_linear, which reads the weight once; its adapter is zero."""
-
-    def __init__(self, base: nn.Linear, As: list[Tensor], Bs: list[Tensor], groups: Tensor) -> None:
-        super().__init__(base, As, Bs, groups)
-        self.zeros = As[0].new_zeros(1, base.in_features), As[0].new_zeros(base.out_features, 1)
+    """The same with our base product, by lora_grouped_linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.add(functional.lora_linear(x, self.base.weight, self.base.bias, *self.zeros, 0.0), x)
+        factors = list(self.lora_As), list(self.lora_Bs)
+        return functional.lora_grouped_linear(x, self.base.weight, self.base.bias, *factors, self.groups, self.scalings)
 
 
 class Peft(nn.Module):
