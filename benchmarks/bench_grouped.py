@@ -49,17 +49,22 @@ class Grouped(nn.Module):
         slots = sum(A.shape[0] if A.dim() == 3 else 1 for A in As)
         self.scalings = torch.full((slots,), ALPHA_OVER_R, dtype=torch.float64, device=As[0].device)
 
+    @property
+    def adapters(self) -> tuple:
+        return list(self.lora_As), list(self.lora_Bs), self.groups, self.scalings
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        return functional.lora_grouped_(y, x, *self.adapters)
+
     def forward(self, x: Tensor) -> Tensor:
-        factors = list(self.lora_As), list(self.lora_Bs)
-        return functional.lora_grouped_(self.base(x), x, *factors, self.groups, self.scalings)
+        return self.add(self.base(x), x)
 
 
 class OurBase(Grouped):
     """The same with our base product, by lora_grouped_linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        factors = list(self.lora_As), list(self.lora_Bs)
-        return functional.lora_grouped_linear(x, self.base.weight, self.base.bias, *factors, self.groups, self.scalings)
+        return functional.lora_grouped_linear(x, self.base.weight, self.base.bias, *self.adapters)
 
 
 class Peft(nn.Module):
