@@ -10,10 +10,9 @@
 namespace lora_ext::cpu {
 namespace {
 
-// By a weight of fewer elements, which the cache holds, the library multiplies more tokens than these faster than the
-// kernel that reads a weight once.
+// The library multiplies few tokens by weights of fewer elements, which the cache holds: the kernel that reads a weight
+// once is faster for up to 8 tokens only, and rows have the bits of a call with gradients.
 constexpr int64_t kLeastElements = 1 << 20;
-constexpr int64_t kAlwaysFew = 8;
 
 // y = x @ weight^T + bias
 void multiply_base(const Tensor& y, const Tensor& weight, const Tensor* bias, const GroupedForwardCall& grouped) {
@@ -24,7 +23,7 @@ void multiply_base(const Tensor& y, const Tensor& weight, const Tensor* bias, co
   if (tokens == 0) return;
   const Tensor y_rows = as_rows(y, tokens, out_features);
   const auto use_library = [&] { library_product(y_rows, bias, x, transposed(weight)); };
-  if (tokens > kAlwaysFew && tokens <= kMostFewTokens && weight.numel() < kLeastElements) return use_library();
+  if (tokens <= kMostFewTokens && weight.numel() < kLeastElements) return use_library();
   if (tokens <= kernels.few_tokens(dtype, dtype) && in_features > 0 && weight.stride(1) == 1) {
     return stream_base_layer(kernels, x, weight, bias == nullptr ? nullptr : bias->const_data_ptr(),
                              y.mutable_data_ptr());
