@@ -38,7 +38,7 @@ TESTS = {
         "test_padding_of_slots_is_not_read",
         "test_tensors_of_any_strides",
     ],
-    "test_grouped_linear": ["test_as_good_as_torch", "test_the_same_bits_with_any_number_of_threads"],
+    "test_lora_grouped_linear": ["test_as_good_as_torch", "test_the_same_bits_with_any_number_of_threads"],
 }
 
 
@@ -56,7 +56,7 @@ def test_base_products(who):
     if who == _load.base_product():
         pytest.skip(f"{who} is in use: the tests themselves run with it")
     run_tests(
-        {name: TESTS[name] for name in ("test_lora_linear", "test_base_product", "test_grouped_linear")},
+        {name: TESTS[name] for name in ("test_lora_linear", "test_base_product", "test_lora_grouped_linear")},
         LORA_EXT_BASE_PRODUCT=who,
     )
 

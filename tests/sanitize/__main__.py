@@ -30,7 +30,7 @@ OP_TESTS = (
     "ops/test_few_tokens",
     "ops/test_grouped",
     "ops/test_grouped_calls",
-    "ops/test_grouped_linear",
+    "ops/test_lora_grouped_linear",
     "ops/test_lora_delta",
     "ops/test_lora_linear",
     "ops/test_lora_linear_siblings",
