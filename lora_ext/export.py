@@ -63,6 +63,7 @@ _NAMES = (
     "lora_delta_",
     "lora_delta_siblings",
     "lora_grouped_",
+    "lora_grouped_linear",
     "lora_shrink",
     "lora_expand",
 )

@@ -13,7 +13,7 @@ import torch
 from support.models import bert, token_ids
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, set_adapter
+from lora_ext import LoraConfig, functional, inject, set_adapter
 from lora_ext.adapters import merge_and_unload
 from lora_ext.export import library_paths, plain_pytorch
 from lora_ext.functional import bottleneck, lora_linear_siblings
@@ -125,6 +125,28 @@ def test_plain_formulas_of_every_op(dtype, strict):
     expected = copy.deepcopy(model).double()(other.double())
     error = (program.module()(other).double() - expected).abs().max()
     assert error <= 8 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+class Rows(nn.Module):
+    """The ops for rows that choose their adapters. Graphs of our function have the first only."""
+
+    def forward(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        weight, bias, A, B, groups, scalings = tensors.values()
+        y = functional.lora_grouped_linear(x, weight, bias, A, B, groups, scalings)
+        return y + torch.ops.lora_ext.lora_grouped_linear(x, 2 * weight, None, [A], [B], groups, scalings)
+
+
+def test_plain_formulas_of_rows_that_choose():
+    shapes = {"weight": (6, 8), "bias": (6,), "A": (3, 2, 8), "B": (3, 6, 2)}
+    tensors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    tensors |= {"groups": torch.tensor([2, -1, 0]), "scalings": torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)}
+    model, x = Rows(), torch.randn(3, 8, dtype=torch.float64)
+    ours = {"lora_ext.lora_grouped_.default", "lora_ext.lora_grouped_linear.default"}
+    assert our_ops(torch.export.export(model, (x, tensors))) == ours
+    with plain_pytorch():
+        program = torch.export.export(model, (x, tensors))
+    assert not our_ops(program)
+    torch.testing.assert_close(program.module()(x, tensors), model(x, tensors))
 
 
 def test_plain_program_of_a_transformers_model():
