@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from support.groups import Grouped, random_groups
 from support.layers import DTYPES, assert_errors_as_plain
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lora_ext import functional, reference
 from lora_ext._ops import grouped_linear
@@ -161,24 +160,6 @@ def test_autocast_casts_as_a_linear_layer():
     functional.lora_grouped_(expected, case.x.bfloat16(), case.lora_As, case.lora_Bs, *case.choice())
     assert y.dtype == torch.bfloat16 and torch.equal(y, of_op)
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-
-
-class Seen(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-def test_a_mode_sees_the_op():
-    case, weight, bias = random_call(5)
-    with Seen() as mode:
-        y = ours(case, weight, bias)
-    assert any("lora_grouped_linear" in name for name in mode.names)
-    assert torch.equal(y, ours(case, weight, bias))
 
 
 def test_inference_mode_and_tensors():

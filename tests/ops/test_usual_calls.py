@@ -1,4 +1,4 @@
-"""functional.lora_linear and lora_grouped_ skip the dispatcher where nothing else sees the call, and only there."""
+"""functional.lora_linear, lora_grouped_ and lora_grouped_linear skip the dispatcher where nothing else sees them."""
 
 from __future__ import annotations
 
@@ -125,6 +125,24 @@ def test_modes_and_subclasses_see_lora_grouped():
     Subclass.seen.clear()
     assert torch.equal(added(case.x.as_subclass(Subclass)), expected)
     assert any("lora_grouped_" in name for name in Subclass.seen)
+
+
+@pytest.mark.cpu_only("the op has a kernel on the CPU only")
+def test_modes_and_subclasses_see_lora_grouped_linear():
+    case, weight = random_groups(5, (8, 6), [2, 3]), torch.randn(6, 8)
+
+    def output(x: Tensor) -> Tensor:
+        return functional.lora_grouped_linear(x, weight, None, case.lora_As, case.lora_Bs, *case.choice())
+
+    expected = output(case.x)
+    for mode in (FunctionMode(), DispatchMode()):
+        with mode:
+            y = output(case.x)
+        assert torch.equal(y, expected)
+        assert any("lora_grouped_linear" in name for name in mode.seen)
+    Subclass.seen.clear()
+    assert torch.equal(output(case.x.as_subclass(Subclass)).as_subclass(Tensor), expected)
+    assert any("lora_grouped_linear" in name for name in Subclass.seen)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])

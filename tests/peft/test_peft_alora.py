@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import peft
 import pytest
 import torch
+from support.groups import watch_calls
 from support.models import VOCABULARY
 from support.peft_pairs import config, gradients, model_pair
 from torch import Tensor, nn
 
-from lora_ext import functional
 from lora_ext.integrations.peft import accelerate, report, restore
-from lora_ext.nn.rows import updates
 
 TOKENS = [7, 8]
 NAMES = ["1", "default", "__base__", "2", "1"]
@@ -24,20 +22,7 @@ NAMES = ["1", "default", "__base__", "2", "1"]
 def calls(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of the groups that the calls of the op had."""
     shapes: list[tuple[int, ...]] = []
-
-    def count(name: str) -> None:
-        op = getattr(functional, name)
-
-        def counted(*arguments):
-            bound = inspect.signature(op).bind(*arguments).arguments
-            if shape := tuple(bound["group_of_row"].shape):  # without, no row has an adapter
-                shapes.append(shape)
-            return op(*arguments)
-
-        monkeypatch.setattr(updates.functional, name, counted)
-
-    for name in ("lora_grouped_", "lora_grouped_linear"):
-        count(name)
+    watch_calls(monkeypatch, lambda call: shapes.append(tuple(call["group_of_row"].shape)))
     return shapes
 
 

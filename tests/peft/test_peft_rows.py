@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import inspect
 
 import peft
 import pytest
 import torch
+from support.groups import watch_calls
 from support.models import logits, token_ids
 from support.peft_pairs import config, gradients, model_pair, pair
 from torch import nn
 
-from lora_ext import functional
 from lora_ext.integrations.peft import accelerate, restore
-from lora_ext.nn.rows import updates
 
 NAMES = ["1", "default", "__base__", "2", "1"]
 
@@ -23,19 +21,7 @@ NAMES = ["1", "default", "__base__", "2", "1"]
 def rows_added(monkeypatch) -> list[int]:
     """The numbers of adapters that the calls of the op had."""
     calls: list[int] = []
-
-    def count(name: str) -> None:
-        op = getattr(functional, name)
-
-        def counted(*arguments):
-            bound = inspect.signature(op).bind(*arguments).arguments
-            calls.append(len(bound["lora_As"]))
-            return op(*arguments)
-
-        monkeypatch.setattr(updates.functional, name, counted)
-
-    for name in ("lora_grouped_", "lora_grouped_linear"):
-        count(name)
+    watch_calls(monkeypatch, lambda call: calls.append(len(call["lora_As"])))
     return calls
 
 

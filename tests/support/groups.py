@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
+
+from lora_ext import functional
 
 
 @dataclass
@@ -72,3 +77,22 @@ def random_groups(
         ranks=(torch.rand(len(most)) * (most + 1)).long() if ranks else None,
         grad_y=torch.randn(*tokens, out_features).to(dtype),
     )
+
+
+def watch_calls(monkeypatch: pytest.MonkeyPatch, see: Callable[[dict], None]) -> None:
+    """Shows the arguments, by name, of each call for rows that choose, unless no row has an adapter."""
+
+    def watch(name: str) -> None:
+        function = getattr(functional, name)
+        signature = inspect.signature(function)
+
+        def watched(*values):
+            call = signature.bind(*values).arguments
+            if call["group_of_row"].dim():
+                see(call)
+            return function(*values)
+
+        monkeypatch.setattr(functional, name, watched)
+
+    watch("lora_grouped_")
+    watch("lora_grouped_linear")

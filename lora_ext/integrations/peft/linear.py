@@ -86,7 +86,7 @@ class LinearForward(SharesInputs):
         plain, updates = self._plain(x), _updates_of(adapters)
         if plain is not None:
             return linear_with_chosen(x, *plain, choice, updates, 1, layer=self)
-        y = self._base_output(x)
+        y = own_copy(self, self.base_layer(x))
         return add_chosen(y, x.to(y.dtype), choice, updates, 1, layer=self)
 
     def _forward_invoked(self, x: Tensor, adapters: list[PeftAdapter], offsets: list[int | None]) -> Tensor:
