@@ -97,6 +97,9 @@ class TaskOptions:
         if text is None:
             return
         path = Path(text).expanduser()
+        for file in ("adapter_config.json", "method.json"):
+            if name == "model" and (path / file).is_file():  # Transformers would load its base
+                raise CommandError(f"--model {text} is an adapter (it holds {file}); name its base, or merge the two")
         if path.exists():
             setattr(self, name, str(path.resolve()))  # a resumed run may start elsewhere
         elif path.suffix or text.startswith(("/", ".", "~")) or text.count("/") > 1:
