@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
+from lora_ext._common.suggestion import suggestion
 from lora_ext.cli import (
     analyze,
     compare,
@@ -60,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def parse() -> argparse.Namespace:
         with redirect_stderr(io.StringIO()) if team.is_silent() else nullcontext():
-            return parser.parse_args(argv)
+            args, unknown = parser.parse_known_args(argv)
+            if unknown:
+                commands.choices[args.command].error(_about_unknown(commands.choices[args.command], unknown))
+            return args
 
     try:
         if argv and argv[0] in commands.choices:
@@ -92,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lora-ext: error: {where}: {error.strerror}", file=sys.stderr)
         return _EXIT_DISK
     return 0
+
+
+def _about_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    known = [option for action in parser._actions for option in action.option_strings]
+    option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+    return f"unrecognized arguments: {' '.join(unknown)}{suggestion(option, known)}"
 
 
 class _Version(argparse.Action):
