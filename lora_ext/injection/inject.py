@@ -189,14 +189,15 @@ def _tensors_that_train() -> Iterator[None]:
         yield
 
 
-def apply_injection(model: nn.Module, adapter: Adapter) -> None:
-    """Attaches a prepared adapter and makes it active. Ctrl-C waits for the end."""
+def apply_injection(model: nn.Module, adapter: Adapter, activate: bool = True) -> None:
+    """Attaches a prepared adapter, and makes it the active one or leaves it frozen. Ctrl-C waits for the end."""
     with changing(adapter.into.active):
         attach_layers(model, adapter)
         for part in adapter.parts:
             part.layer.add_adapter(adapter.name, part.adapter)
         adapter.into.add(adapter)
-        adapter.into.switch((adapter.name,))
+        if activate:
+            adapter.into.switch((adapter.name,))
         serve_adapters(model, adapter.into)
 
 
