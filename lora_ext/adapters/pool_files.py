@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ext._common.printable import listed
+from lora_ext._common.printable import first_shape, listed
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
@@ -126,7 +126,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
         base = file.config.get("base_model_name_or_path")
         raise ValueError(
             f"AdapterPool: {file.path} does not fit the pool of rank {r} (its base model is {base!r}); load it with "
-            f"load_adapter, or make a pool with its layers and rank:{listed(problems)}"
+            f"load_adapter, or make a pool with its layers and rank:{listed(first_shape(problems))}"
         )
     updates = {}
     for path, factors in keys.items():

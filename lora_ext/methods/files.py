@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
@@ -255,7 +255,7 @@ class _Saved:
         if any(target.is_meta for target in targets.values()):
             problems.append("the model is on the meta device; give it memory (to_empty) first")
         if problems:
-            raise ValueError(f"load_method: {path} does not fit the model:{listed(problems)}")
+            raise ValueError(f"load_method: {path} does not fit the model:{listed(first_shape(problems))}")
         return {key: self.tensors.tensor(key) for key in targets}
 
 
