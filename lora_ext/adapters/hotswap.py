@@ -118,10 +118,10 @@ def hotswap_adapter(
     warn_of_a_copy("hotswap_adapter", adapter)
     file = in_present_layout(adapter, file, "hotswap_adapter")
     new = _new_values(adapter, config, file)
-    contents = [None if value.key is None else file.tensor(value.key) for value in new]
+    contents = file.read(value.key for value in new if value.key is not None)
     with torch.no_grad(), changing(adapter.into.active):
-        for value, content in zip(new, contents, strict=True):
-            value.write(content)
+        for value in new:
+            value.write(contents.get(value.key))
     return model
 
 

@@ -290,7 +290,7 @@ def _fill_checked(
         adapter = give_memory()
     targets = _targets(model, adapter, file, unsaved)
     check_places(targets, file)
-    values = {key: file.tensor(key) for key in targets}
+    values = file.read(targets)
 
     # Nothing below fails, and Ctrl-C waits: the adapter is filled before it is attached.
     with torch.no_grad(), changing(adapter.into.active):
