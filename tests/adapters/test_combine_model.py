@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.models import Net, bert, gpt2, refused, token_ids
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter, set_adapter
-from lora_ext.adapters import adapter_names, add_weighted_adapter, lora_modules, trainable_parameter_counts
+from lora_ext import LoraConfig, add_weighted_adapter, inject, load_adapter, save_adapter, set_adapter
+from lora_ext.adapters import adapter_names, lora_modules, trainable_parameter_counts
 from lora_ext.adapters.combine import COMBINATIONS
 
 ALIVE = {"lora_alpha": 8, "init_lora_weights": False}

@@ -11,14 +11,22 @@ import torch
 from support.models import Net, bert, gpt2, llama, refused, token_ids
 from torch import nn
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext import (
+    LoraConfig,
+    delete_adapter,
+    disable_adapters,
+    inject,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    save_adapter,
+    set_adapter,
+    unmerge,
+)
 from lora_ext.adapters import (
     adapter_names,
     adapter_status,
-    delete_adapter,
-    disable_adapters,
     lora_modules,
-    merge_and_unload,
     rename_adapter,
     trainable_parameter_counts,
     unload,
