@@ -72,5 +72,6 @@ def forget_adapter_names(module: nn.Module) -> None:
     remove_hooks(module, take_adapter_names, end_choice, check_unnamed)
     for method in _METHODS:
         method.remove(module)
-    if took_names and inspect.getfullargspec(module.forward).varkw is not None:
+    parameters = inspect.signature(module.forward).parameters.values() if took_names else ()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         module.register_forward_pre_hook(refuse_without_adapters, with_kwargs=True)
