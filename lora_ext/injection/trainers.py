@@ -30,6 +30,9 @@ class NoPeftConfigs(dict):
     def __setitem__(self, name: str, config: object) -> NoReturn:
         raise ValueError(f"PEFT cannot adapt an injected model: {INSTEAD_OF_PEFT}")
 
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(f"PEFT has no adapter {name!r} in an injected model; call save_adapter or load_adapter")
+
     def update(self, configs: object) -> NoReturn:
         self["default"] = configs
 

@@ -35,6 +35,13 @@ def test_peft_on_top_is_refused_before_anything_changes(options):
     peft.get_peft_model(unload(model), peft.LoraConfig(target_modules=["q_proj"]))
 
 
+def test_functions_of_peft_on_states_name_ours():
+    model = inject(llama(), LoraConfig(target_modules=["q_proj"]))
+    for function in (peft.get_peft_model_state_dict, lambda model: peft.set_peft_model_state_dict(model, {})):
+        with refused(model, KeyError, "PEFT has no adapter 'default' in an injected model; call save_adapter"):
+            function(model)
+
+
 def test_an_injected_part_is_refused_by_its_layers():
     model = llama()
     inject(model.model, LoraConfig(target_modules=["q_proj"], **ALIVE))
