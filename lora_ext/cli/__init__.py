@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
+from lora_ext._common.suggestion import suggestion
 from lora_ext.cli import (
     analyze,
     compare,
@@ -60,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def parse() -> argparse.Namespace:
         with redirect_stderr(io.StringIO()) if team.is_silent() else nullcontext():
-            return parser.parse_args(argv)
+            args, unknown = parser.parse_known_args(argv)
+            if unknown:
+                commands.choices[args.command].error(_about_unknown(commands.choices[args.command], unknown))
+            return args
 
     try:
         if argv and argv[0] in commands.choices:
@@ -94,6 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _about_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    known = [option for action in parser._actions for option in action.option_strings]
+    option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+    return f"unrecognized arguments: {' '.join(unknown)}{suggestion(option, known)}"
+
+
 class _Version(argparse.Action):
     """Prints the version."""
 
@@ -119,13 +129,13 @@ def _let_threads_sleep() -> None:
     from the threads that they wait for. On two busy cores a step of the demo model took 9.8 s with two spinning threads
     and 2.2 s with two sleeping ones; on an idle machine both took the same time.
 
-    OpenMP reads its environment when it is loaded, which has happened by now. So finetune and generate, which compute
-    in this process, replace it by a new one.
+    OpenMP reads its environment when it is loaded, which has happened by now. So every command replaces this process by
+    a new one, which imports PyTorch again: two seconds, against up to a minute that extract lost on a busy machine.
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    if sys.argv[1:2] in (["finetune"], ["generate"]) and not {"-h", "--help"} & {*sys.argv}:
+    if not {"-h", "--help", "--version"} & {*sys.argv}:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

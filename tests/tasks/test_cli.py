@@ -107,7 +107,7 @@ def test_hints_install_from_where_the_package_is_from(tmp_path: Path, monkeypatc
 
 
 def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch):
-    """finetune replaces its process, which has loaded OpenMP by then; compare starts processes anyway."""
+    """A command replaces its process, which has loaded OpenMP by then."""
     done = []
     monkeypatch.setattr(cli, "main", lambda: done.append(os.environ.get("OMP_WAIT_POLICY")))
     monkeypatch.setattr(os, "execv", lambda path, arguments: done.append(arguments[1:]))
@@ -122,7 +122,9 @@ def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch):
 
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     assert started("finetune") == [["-m", "lora_ext", "finetune"], "passive"]
-    assert started("compare") == ["passive"]
+    for name in ("extract", "merge", "compare"):
+        assert started(name) == [["-m", "lora_ext", name], "passive"]
+    assert started("--version") == ["passive"]
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
     assert started("finetune") == [None]
 

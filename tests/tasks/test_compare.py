@@ -287,6 +287,7 @@ def test_names_stand_for_methods_everywhere(options: list[str], tmp_path: Path, 
         (["compare", "--methods", "adapter-h:r=64"], "r goes with lora, not with adapter-h"),
         (["compare", "--methods", "adapter-h", "full", "--r", "2"], "--r goes with lora, and none of these is in"),
         (["sweep", "--bottleneck-size", "2"], "unrecognized arguments: --bottleneck-size 2"),
+        (["compare", "--learning_rate", "2"], r"arguments: --learning_rate 2; did you mean --learning-rate\?"),
         (
             ["compare", "--methods", "lora", "prefix-embed:prefix-length=26"],
             "--methods prefix-embed.*takes 26",
