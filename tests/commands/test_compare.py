@@ -95,8 +95,8 @@ def test_submitit_runs_an_array_of_jobs(command: Command, words: list[str], tmp_
 
 MISTAKES = {
     "no specs": (["--out", "out"], "want specs first"),
-    "method": (["lorra"], "lorra: --method lorra: there is no method 'lorra', did you mean lora?"),
-    "option": (["lora:rank=3"], "lora:rank=3: there is no option --rank, did you mean"),
+    "method": (["lorra"], "lorra: --method lorra: there is no method 'lorra'; did you mean lora?"),
+    "option": (["lora:rank=3"], "lora:rank=3: there is no option --rank; did you mean"),
     "seed": (["lora:seed=3"], "--seeds has the seeds"),
     "seeds": (["lora", "--seeds", "one"], "--seeds one: invalid literal"),
     "twice": (["lora:r=1", "lora:r=1"], "have one directory"),

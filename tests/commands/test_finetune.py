@@ -223,8 +223,8 @@ def write(path: Path, content: str | bytes) -> Path:
 ROWS = "".join(f"the film {i} is {word},{label}\n" for i in range(20) for word, label in (("good", 1), ("bad", 0)))
 
 MISTAKES = {
-    "unknown option": (["--lora-rank", "4"], "there is no option --lora-rank, did you mean"),
-    "unknown method": (["--method", "lorra"], "there is no method 'lorra', did you mean lora?"),
+    "unknown option": (["--lora-rank", "4"], "there is no option --lora-rank; did you mean"),
+    "unknown method": (["--method", "lorra"], "there is no method 'lorra'; did you mean lora?"),
     "other method's option": (
         ["--method", "bitfit", "--lora_r", "4"],
         "--lora_r goes with lora, not with --method bitf",
