@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from support.models import llama
 from support.shared_inputs import net, some_x
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import SFTConfig
 
 import lora_ext
-from lora_ext import LoraConfig, adapters, cli, functional, inject, save_adapter
+from lora_ext import LoraConfig, adapters, functional, inject, save_adapter
 from lora_ext.adapters import adapter_names, lora_modules
+from lora_ext.commands import COMMANDS, demo
+from lora_ext.commands.options import Parser
 from lora_ext.methods import method_of
-from lora_ext.tasks.finetune import demo
 
 pytestmark = pytest.mark.cpu_only("the documents' lines name no device")
 
@@ -38,12 +45,12 @@ def indented_lines(text: str) -> list[str]:
 
 
 def run(code: str, **names: object) -> dict:
-    exec(compile(code.replace("path/or/id", str(demo.model_path())), "document", "exec"), names)
+    exec(compile(code.replace("path/or/id", demo.classifier()), "document", "exec"), names)
     return names
 
 
 def bare_model():
-    return AutoModelForSequenceClassification.from_pretrained(demo.model_path(), num_labels=3)
+    return AutoModelForSequenceClassification.from_pretrained(demo.classifier(), num_labels=3)
 
 
 @pytest.fixture
@@ -94,7 +101,7 @@ def test_python_of_adapters_md(in_tmp_path, capsys):
     run(python_blocks("README.md")[0])
     finetuned, several, sharing = python_blocks("docs/adapters.md")
     shutil.copytree("my-adapter", "my-run/adapter")
-    Path("my-run", "metrics.json").write_text('{"id2label": {"0": "negative", "1": "neutral", "2": "positive"}}')
+    Path("my-run", "metrics.json").write_text('{"labels": ["negative", "neutral", "positive"]}')
     assert adapter_names(run(finetuned)["model"]) == ["default"]
     assert capsys.readouterr().out.strip() in ("negative", "neutral", "positive")
     names = run(several, model=bare_model())
@@ -189,32 +196,59 @@ def test_no_python_is_left_out():
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    commands = parser.add_subparsers()
-    for module in vars(cli).values():
-        if isinstance(module, ModuleType) and hasattr(module, "add_parser"):
-            module.add_parser(commands)
-    return parser
+def parsers(name: str, options: list[str], check: bool) -> list[Parser]:
+    """The parsers that a command uses until its options are known, where it ends; ``check``: they take ``options``."""
+    seen: list[Parser] = []
+
+    class Parsed(Exception):
+        pass
+
+    def parse_known(parser: Parser, *arguments: Any) -> tuple[argparse.Namespace, list[str]]:
+        seen.append(parser)
+        return argparse.ArgumentParser.parse_known_args(parser, *arguments)
+
+    def parse(parser: Parser, *arguments: Any) -> None:
+        seen.append(parser)
+        if check:
+            original(parser, *arguments)
+        raise Parsed
+
+    original = Parser.parse_args
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(Parser, "parse_known_args", parse_known)
+        patch.setattr(Parser, "parse_args", parse)
+        importlib.import_module(f"lora_ext.commands.{name}").main(options)
+    return seen
+
+
+def runs_of(line: str) -> Iterator[tuple[str, list[str]]]:
+    """Returns the command and its options; for each spec of compare, those of a comparison with this one alone."""
+    name, *words = shlex.split(line)[1:]
+    specs = list(itertools.takewhile(lambda word: not word.startswith("-"), words)) if name == "compare" else []
+    yield from ((name, [spec, *words[len(specs) :]]) for spec in specs) if specs else [(name, words)]
 
 
 def test_commands_have_the_options_shown():
     shown = [line for text in TEXTS.values() for line in indented_lines(text) if line.startswith("lora-ext ")]
     assert len(shown) > 15
     for line in shown:
-        parser().parse_args(shlex.split(line)[1:])
+        for name, options in runs_of(line):
+            assert parsers(name, options, check=True), line
 
 
 def test_every_option_is_documented():
-    words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "\n".join(TEXTS.values())))
-    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-    missing = [
+    """Those of TrainingArguments and SFTConfig have documents of their own."""
+    words = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", "\n".join(TEXTS.values())))
+    ways = [(name, ["lora"] if name == "compare" else []) for name in COMMANDS]
+    ways.append(("finetune", ["--task", "causal-lm"]))
+    theirs = {field.name for field in fields(SFTConfig)}
+    missing = {
         f"{name} {action.option_strings[0]}"
-        for name, command in commands.choices.items()
-        for action in command._actions
-        if action.option_strings and not words & set(action.option_strings) and action.dest != "help"
-    ]
-    assert len(commands.choices) > 10
+        for name, options in ways
+        for parser in parsers(name, options, check=False)
+        for action in parser._actions
+        if action.option_strings and not words & set(action.option_strings) and action.dest not in theirs | {"help"}
+    }
     assert not missing, "describe these options in docs/cli.md or another page"
 
 
