@@ -142,8 +142,8 @@ def test_before_training_the_output_has_the_bits_of_the_base_layer(dtype):
 @pytest.mark.parametrize("in_features", [64, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_stays_in_its_row(dtype, in_features):
-    """As far as it does in nn.Linear: oneDNN 3.12 with AMX multiplies what follows a row by zero, up to a multiple of 32
-    features."""
+    """As far as it does in nn.Linear: up to a multiple of 32 features, oneDNN 3.12 with AMX multiplies what follows a
+    row by zero."""
     layer = random_layer((90, in_features, 40, 4), (dtype, dtype))
     expected = functional.lora_linear(*layer.args())
     layer.x[13, 5], layer.x[89, -1] = float("inf"), float("nan")
@@ -229,7 +229,7 @@ for in_features, out_features in ((1, 40), (40, 1)):
 
 
 def test_a_single_column_is_passed_to_the_library_without_gaps():
-    """nn.Linear copies one column whose strides are (2, 2). As rows that are 2 apart, oneDNN with AMX reads the gaps."""
+    """nn.Linear copies a column of strides (2, 2). As rows that are 2 apart, oneDNN with AMX reads the gaps."""
     result = run_python("-c", COLUMN_APART, LORA_EXT_BASE_PRODUCT="library", ONEDNN_VERBOSE="1")
     assert result.returncode == 0, result.stderr
     products = [line for line in result.stdout.splitlines() if ",matmul," in line]
