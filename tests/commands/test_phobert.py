@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.command_lines import Command, metrics_of
 from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
-
-from lora_ext.cli import main
-from lora_ext.tasks.finetune.data import Example
-from lora_ext.tasks.finetune.task_data import segmentation_hint
 
 pytestmark = pytest.mark.full
 
@@ -75,42 +72,49 @@ def test_the_tokenizer_knows_segmented_words(model: Path):
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter-p", "lora+prefix-layer"])
-def test_it_learns_from_its_files(model: Path, data: Path, tmp_path: Path, method: str):
-    columns = ["--text-column", "sentence", "--label-column", "sentiment"]
-    options = ["--max-length", "20", "--epochs", "8", "--batch-size", "8", "--learning-rate", "1e-2"]
-    options += ["--target-modules", "q,v"] if "lora" in method else []
-    command = ["finetune", "--model", str(model), "--data", str(data), *columns, *options, "--method", method]
-    assert main([*command, "--out", str(tmp_path / "run")]) == 0
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["id2label"] == {"0": "0", "1": "2"}
-    assert metrics["after"]["accuracy"] > 0.9
+def test_it_learns_from_its_files(command: Command, model: Path, data: Path, tmp_path: Path, method: str):
+    words = ["--model", model, "--data", data, "--text_column", "sentence", "--label_column", "sentiment"]
+    words += [
+        "--max_length",
+        20,
+        "--num_train_epochs",
+        8,
+        "--per_device_train_batch_size",
+        8,
+        "--learning_rate",
+        "1e-2",
+    ]
+    words += ["--lora_targets", "q,v"] if "lora" in method else []
+    status, said, messages = command("finetune", *words, "--method", method, "--output_dir", tmp_path / "run")
+    assert status == 0, messages
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["labels"] == ["0", "2"]
+    assert metrics["test"]["accuracy"] > 0.9
+    assert "segment the texts first" not in said
     if method == "lora":  # query and value of two layers at rank 8, and RoBERTa's head of two layers
         assert metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
 
 
-def test_texts_that_are_not_segmented_are_noticed(model: Path):
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    plain, segmented = Example("sinh viên", "2", 2), Example("sinh_viên", "2", 3)
-    assert "segment the texts first" in segmentation_hint(tokenizer, [plain])
-    assert segmentation_hint(tokenizer, [plain, segmented]) is None
-    assert segmentation_hint(object(), [plain]) is None
+def test_texts_that_are_not_segmented_are_noticed(command: Command, model: Path, data: Path, tmp_path: Path):
+    plain = tmp_path / "plain.csv"
+    plain.write_text(data.read_text(encoding="utf-8").replace("_", " "), encoding="utf-8")
+    words = ["--model", model, "--data", plain, "--text_column", "sentence", "--label_column", "sentiment"]
+    words += ["--max_length", 20, "--max_steps", 1]
+    status, said, messages = command("finetune", *words, "--output_dir", tmp_path / "run")
+    assert status == 0, messages
+    assert "segment the texts first" in said
 
 
-def test_the_command_of_finetune_vi_takes_it_unchanged(model: Path, data: Path, tmp_path: Path, capsys):
-    """Its tokenizer is written in Python, so that its vocabulary stays; its head has a pooler in it."""
+def test_the_command_of_finetune_vi_takes_it_unchanged(command: Command, model: Path, data: Path, tmp_path: Path):
+    """Its head has a pooler in it."""
     rows = data.read_text(encoding="utf-8").splitlines()
     for name, part in (("train", rows[1:200]), ("dev", rows[200:240]), ("test", rows[240:])):
         lines = ["text,label", *(line.rpartition(",")[0] for line in part)]
         (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    files = ["--data", "train", "--validation-file", "dev", "--test-file", "test"]
-    files = [part if part.startswith("--") else str(tmp_path / f"{part}.csv") for part in files]
-    command = ["finetune", "--model", str(model), *files, "--best-metric", "macro_f1", "--epochs", "1"]
-    assert main([*command, "--max-length", "20", "--no-measure", "--out", str(tmp_path / "run")]) == 0
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["best"]["metric"] == "macro_f1" and [one["label"] for one in metrics["after"]["classes"]] == [
-        "0",
-        "2",
-    ]
-    assert main([*command, "--max-length", "20", "--trim-vocabulary", "--out", str(tmp_path / "trimmed")]) == 2
-    assert "has a PhobertTokenizer, which is written in Python and has no tokenizer.json" in capsys.readouterr().err
-    assert not (tmp_path / "trimmed").exists()
+    words = ["--model", model, "--data", tmp_path / "train.csv", "--validation_file", tmp_path / "dev.csv"]
+    words += ["--test_file", tmp_path / "test.csv", "--num_train_epochs", 1, "--max_length", 20]
+    words += ["--load_best_model_at_end", "true", "--metric_for_best_model", "macro_f1"]
+    status, _, messages = command("finetune", *words, "--output_dir", tmp_path / "run")
+    assert status == 0, messages
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["best_checkpoint"] is not None and list(metrics["test"]["per_class"]) == ["0", "2"]
