@@ -167,7 +167,7 @@ def test_offline_merge(run, monkeypatch):
 
 
 def test_plan(run, monkeypatch):
-    """Replaces the training; tests/tasks/test_plan_figures.py trains in separate processes."""
+    """Replaces the training, which takes processes of their own."""
     asked = []
     monkeypatch.setattr(bench_plan.training_memory, "growth", lambda *arguments: asked.append(arguments) or 2 * 10**8)
     rows = run("bench_plan", "--batch-size", "2", "--seq-len", "16")["rows"]
