@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lora_ext.commands.options import CommandError, did_you_mean, is_first_process
+from lora_ext._common.printable import escaped
+from lora_ext.commands.options import DISK_ERRORS, CommandError, did_you_mean, is_first_process
 
 COMMANDS = {
     "finetune": "fine-tune a classifier or a language model",
@@ -26,8 +27,8 @@ COMMANDS = {
 }
 _USAGE = "usage: lora-ext COMMAND [options]\n\nLoRA in fused kernels.\n\ncommands:\n{}\n\n{}"
 _STATUS = (
-    "`lora-ext COMMAND --help` lists a command's options. Exit status: 0: done; 1: the disk cannot be written, or a run "
-    "of compare failed; 2: an error in the options or the files; 130: Ctrl-C"
+    "`lora-ext COMMAND --help` lists a command's options. Exit status: 0: done; 1: the disk cannot be written, or a "
+    "run of compare failed; 2: an error in the options or the files; 130: Ctrl-C"
 )
 
 
@@ -52,19 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except CommandError as error:
         if is_first_process():
-            print(f"lora-ext{f' {name}' if name in COMMANDS else ''}: error: {error}", file=sys.stderr)
+            where, text = (f" {name}" if name in COMMANDS else ""), str(error).removeprefix(f"{name}: ")
+            print(f"lora-ext{where}: error: {escaped(text)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora-ext: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (*DISK_ERRORS, errno.EACCES):
             raise
+        if error.filename is None:
+            _silence()
         print(f"lora-ext: error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return 1
+
+
+def _silence() -> None:
+    """Sends the rest of the standard output to nowhere: Python writes it at its end, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command() -> int:
@@ -73,7 +82,9 @@ def command() -> int:
     By default GNU's OpenMP, which PyTorch uses, lets waiting threads spin; on a busy machine they take time from the
     threads that they wait for. OpenMP has read its environment by now, so this process replaces itself by a new one.
     """
-    computes = sys.argv[1:2] and sys.argv[1] in COMMANDS and sys.argv[1] != "info" and not {"-h", "--help"} & {*sys.argv}
+    computes = (
+        sys.argv[1:2] and sys.argv[1] in COMMANDS and sys.argv[1] != "info" and not {"-h", "--help"} & {*sys.argv}
+    )
     if computes and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ}:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
