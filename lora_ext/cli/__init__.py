@@ -12,37 +12,20 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
-from lora_ext.cli import (
-    analyze,
-    compare,
-    config_file,
-    diff,
-    extract,
-    files,
-    finetune,
-    generate,
-    info,
-    inspect,
-    merge,
-    plan,
-    report,
-    sweep,
-    unmerge,
-)
+from lora_ext import commands as moved
+from lora_ext.cli import compare, config_file, files, finetune, generate, plan, sweep
 from lora_ext.info import gather
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.shared import sigterm, team
 
 _EXIT_DISK = 1
 _STATUS = (
-    "exit status: 0: done; 1: the disk cannot be written; diff: the two differ; unmerge: not exact; 2: an error in the "
-    "options or the files; 3: compare left out methods that do not suit the checkpoint; 130: Ctrl-C; 143: SIGTERM"
+    "exit status: 0: done; 1: the disk cannot be written; 2: an error in the options or the files; 3: compare left out "
+    "methods that do not suit the checkpoint; 130: Ctrl-C; 143: SIGTERM"
 )
 
-_COMMANDS = (
-    *(info, finetune, generate, compare, sweep, analyze, plan, report),
-    *(merge, unmerge, extract, inspect, diff),
-)
+_COMMANDS = (finetune, generate, compare, sweep, plan)
+_MOVED = ("analyze", "report", "merge", "extract", "inspect", "info")  # lora_ext.commands has them already
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in _COMMANDS:
         module.add_parser(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in _MOVED:
+        return moved.main(argv)
 
     def parse_again(**defaults: Any) -> argparse.Namespace:
         commands.choices[argv[0]].set_defaults(**defaults)

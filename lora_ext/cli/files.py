@@ -12,15 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from lora_ext._common.printable import escaped
 from lora_ext.tasks import TaskError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 unsaid: list[OSError] = []  # errors of lines that say could not print; main reports the first
-_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 
 @contextmanager
@@ -57,35 +54,6 @@ def size(text: str) -> int:
     if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}, want a size such as 5GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def dtype(text: str) -> torch.dtype:
-    """Parses PyTorch's name of a floating-point dtype."""
-    if text not in _DTYPES:
-        raise argparse.ArgumentTypeError(f"{text!r}, want one of {', '.join(_DTYPES)}")
-    return _DTYPES[text]
-
-
-def add_writing(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of commands that write a checkpoint."""
-    add = parser.add_argument
-    add("--verify", action="store_true", help="read the result back and compare every bit with a second computation")
-    add("--overwrite", action="store_true", help="replace the checkpoint in --out")
-    add_pickle(parser)
-    add("--json", action="store_true", help="print the report as JSON")
-
-
-def add_pickle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--allow-pickle", action="store_true", help="read adapter_model.bin, if it holds only tensors")
-
-
-def add_fan_in_fan_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fan-in-fan-out",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="layout of square weights that no other weight decides: [in, out] as in Conv1D, or [out, in]",
-    )
 
 
 def tell(text: str) -> None:

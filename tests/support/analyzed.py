@@ -1,4 +1,4 @@
-"""Makes a tiny base and its adapters on disk and analyses them, for the tests of ``lora-ext analyze``."""
+"""Makes a tiny base and its adapters on disk, for the tests of ``lora-ext analyze`` and ``report``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from support.models import llama
-from support.optional import matplotlib  # noqa: F401
 from torch import nn
 
 from lora_ext import LoraConfig, inject, save_adapter
-from lora_ext.tasks.analyze import run as analyze
-from lora_ext.tasks.analyze.run import AnalysisSettings
 
 
 def own_adapter(model: nn.Module, directory: Path, seed: int, **settings: Any) -> Path:
@@ -49,11 +45,3 @@ def name_base(adapter: Path, copied: Path, name: str) -> Path:
     config = json.loads((copied / "adapter_config.json").read_text())
     (copied / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
     return copied
-
-
-def run(out: Path, *adapters: Path, base: Path | None = None, **settings: Any) -> dict[str, Any]:
-    """Runs an analysis without pictures, which take longer than the rest."""
-    chosen = AnalysisSettings(tuple(map(str, adapters)), base=None if base is None else str(base), **settings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyze.results, "draw", lambda analysis, out: [])
-        return analyze.analyze(chosen, out, say=lambda _: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from sys import modules
 
 import pytest
@@ -37,22 +36,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         learning_rate=2e-2,
         max_length=32,
     )
-
-
-@pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of compare, sweep, analyze, plan and finetune in one directory."""
-    from support.report_results import results_of_the_session  # imports the Trainer, for seconds
-
-    return results_of_the_session(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report on ``results``."""
-    from lora_ext.tasks.report import write_report
-
-    return write_report(results, tmp_path_factory.mktemp("page") / "report.html", say=lambda line: None)
 
 
 @pytest.fixture

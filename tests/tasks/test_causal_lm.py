@@ -31,7 +31,6 @@ from lora_ext.tasks.causal_lm.run import finetune
 from lora_ext.tasks.causal_lm.settings import CausalSettings, command_line
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.trainer import Interrupted
-from lora_ext.tasks.report import write_report
 
 pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
 
@@ -197,7 +196,7 @@ def test_killed_after_any_checkpoint_and_resumed(
 
 
 def test_interrupted_and_resumed(settings: CausalSettings, files: Path, tmp_path: Path):
-    """Ctrl-C writes a checkpoint; the bare model is not measured again. The report shows plain text without answers."""
+    """Ctrl-C writes a checkpoint; the bare model is not measured again."""
     settings = changed(settings, files, "texts", {"epochs": 3, "answers": 2})
     whole, out = tmp_path / "whole", tmp_path / "out"
     finetune(settings, whole, measure=False, say=silent)
@@ -214,8 +213,6 @@ def test_interrupted_and_resumed(settings: CausalSettings, files: Path, tmp_path
     written = (out / "before.json").stat().st_mtime_ns
     finetune(settings, out, measure=False, say=silent, resume=True)
     assert result_of(out) == result_of(whole) and (out / "before.json").stat().st_mtime_ns == written
-    write_report(out, None, None)
-    assert "before training" in (out / "report.html").read_text()
 
 
 def test_a_resumed_run_reads_the_same_texts(run, settings: CausalSettings, files: Path, tmp_path: Path):
@@ -379,9 +376,6 @@ def test_the_command_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "was started with --task causal-lm, now classification" in capsys.readouterr().err
     assert cli.main(["finetune", "--packing", "--out", str(tmp_path / "other")]) == 2
     assert "--packing goes with --task causal-lm" in capsys.readouterr().err
-    write_report(out, None, None)
-    page = (out / "report.html").read_text()
-    assert "test perplexity" in page and "before training" in page and metrics["samples"][0]["prompt"] in page
 
 
 def test_the_command_repeats_a_run(settings: CausalSettings, tmp_path: Path):

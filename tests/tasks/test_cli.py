@@ -1,56 +1,21 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support import tiny_classifier
-from support.processes import environment, run_python
+from support.processes import run_python
 
-from lora_ext import __version__, cli
+from lora_ext import cli
 from lora_ext._common.install_hint import install_hint
 from lora_ext.tasks.finetune.settings import Settings
 
 pytestmark = pytest.mark.cpu_only("starts processes")
-
-
-@pytest.mark.parametrize(
-    ("plan", "ours"),
-    [("1,4096,4096", True), ("32,4096,1024,64", True), ("33,4096,4096", False), ("1,4096,9,65", False)],
-)
-def test_info_prints_the_way_of_a_shape(capsys, plan, ours):
-    assert cli.main(["info", "--plan", plan]) == 0
-    assert ("our kernel reads the weight once" in capsys.readouterr().out) == ours
-
-
-@pytest.mark.parametrize("plan", ["1,2", "1,2,x", "0,8,8", "1,2,3,4,5"])
-def test_info_refuses_another_plan(capsys, plan):
-    assert cli.main(["info", "--plan", plan]) == 2
-    assert (
-        capsys.readouterr().err == f"lora-ext: error: --plan is '{plan}', want M,K,N or M,K,N,RANK: positive numbers\n"
-    )
-
-
-@pytest.mark.full
-def test_help_and_info_do_not_import_transformers():
-    code = "import sys; from lora_ext.cli import main; main(['info']); print('transformers' in sys.modules)\n"
-    code += "try: main(['finetune', '--help'])\nfinally: print('transformers' in sys.modules)"
-    result = run_python("-c", code)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("False\n") == 2 and "--target-modules" in result.stdout
-
-
-@pytest.mark.full
-def test_version(capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["--version"])
-    assert ended.value.code == 0 and capsys.readouterr().out == f"lora-ext {__version__}\n"
 
 
 def test_missing_extra_is_named(tmp_path: Path):
@@ -185,40 +150,3 @@ def test_a_resumed_run_computes_with_as_many_threads_as_before(tmp_path: Path, c
         assert cli.main(["finetune", "--out", str(tmp_path / "new")]) == 0 and used.pop() == 2
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.full
-def test_a_failing_write_gives_one_line(tmp_path: Path):
-    """Writing to the standard output fails with one line, too."""
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "lora_ext", "info"]
-        result = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
-    assert result.returncode == 1
-    assert result.stderr == "lora-ext: error: standard output: No space left on device\n"
-
-
-def test_a_line_that_is_said_to_a_full_disk_gives_the_status_of_a_full_disk(tmp_path: Path, monkeypatch, capsys):
-    def run(directory, out, title, say):
-        say("first")
-        say("second")
-
-    monkeypatch.setattr("lora_ext.tasks.report.write_report", run)
-    with open("/dev/full", "w") as full, monkeypatch.context() as context:
-        context.setattr(sys, "stdout", full)
-        assert cli.main(["report", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "lora-ext: error: standard output: No space left on device\n"
-    assert cli.main(["report", str(tmp_path)]) == 0  # the error of one command is not told after the next
-    assert capsys.readouterr().out == "first\nsecond\n"
-
-
-def test_names_that_the_output_cannot_show_are_escaped(tmp_path: Path, monkeypatch):
-    """In plan and report, whose lines name models and directories."""
-    model = tmp_path / "mô hình"
-    tiny_classifier.config().save_pretrained(model)
-    plan = ["plan", "--model", str(model), "--seq-len", "8", "--out", str(model / "plan")]
-    for command, told in ((plan, "m\\xf4 h\\xecnh: bert, "), (["report", str(model)], "h\\xecnh/report.html: Memory")):
-        said = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-        with monkeypatch.context() as context:
-            context.setattr(sys, "stdout", said)
-            assert cli.main(command) == 0
-        assert told in said.buffer.getvalue().decode("ascii")

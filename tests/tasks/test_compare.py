@@ -257,9 +257,6 @@ def test_names_stand_for_methods_everywhere(options: list[str], tmp_path: Path, 
     text = (out / "compare.md").read_text()
     assert all(f"| {label} |" in text for label in ("lora-qv", "lora.q+2")) and f"- `lora-qv`: `{NAMED[0]}`\n" in text
     assert all(f"{label}, seed 0" in said.err for label in labels)
-    assert main(["report", str(out)]) == 0
-    page = (out / "report.html").read_text()
-    assert page.count("lora-qv") > 5 and page.count(NAMED[0]) == 2  # once in the list of names, once in the command
 
     # A resumed comparison keeps its names, repeats nothing, and refuses another name for the same runs.
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")}

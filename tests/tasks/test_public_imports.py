@@ -17,7 +17,6 @@ EXCEPTIONS = {
     "lora_ext._common.install_hint": "how to install what a command needs",
     "lora_ext._common.printable": "messages name foreign things in one way",
     "lora_ext._common.progress": "one display for all commands",
-    "lora_ext.analysis.plots": "public, and apart from lora_ext.analysis as it needs matplotlib",
     "lora_ext.info": "a public module: what was built",
     "lora_ext.methods.prefix_embed": "isinstance of a module whose tokens take positions from the text",
 }

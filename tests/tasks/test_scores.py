@@ -1,8 +1,7 @@
-"""Tests the scores of classes: against scikit-learn, in metrics.json, in compare, and on the report's page."""
+"""Tests the scores of classes: against scikit-learn, in metrics.json, and in compare."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,17 +9,13 @@ import numpy as np
 import pytest
 from support import tiny_classifier
 from support.optional import sklearn_metrics
-from support.report_results import COMPARE, change_json, results_of_the_session
 
 from lora_ext.tasks import TaskError
-from lora_ext.tasks.comparison.compare import markdown
 from lora_ext.tasks.finetune import results
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.scores import accuracy, macro_f1, scores, weighted_f1
 from lora_ext.tasks.finetune.settings import Settings
 from lora_ext.tasks.finetune.task_data import load_sides
-from lora_ext.tasks.report import write_report
-from lora_ext.tasks.report.classes import confusion_matrix
 
 pytestmark = [
     pytest.mark.cpu_only("the Trainer chooses the device"),
@@ -101,51 +96,3 @@ def test_leakage_is_counted_and_the_page_says_so(model: Path, tmp_path: Path):
     console = results.table(metrics)
     assert "test weighted F1" in console and re.search(r"\n    neg +precision \d\.\d{3}, recall", console)
     assert set(metrics["validation"]) == {"loss", "accuracy", "macro_f1", "weighted_f1"}
-    page = write_report(tmp_path / "run", say=lambda line: None).read_text()
-    assert "Leakage between the files" in page and "train in test: 2 texts" in page
-    assert "Confusion matrix of the test texts" in page and "Scores of each class" in page
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_page_of_a_comparison_has_the_classes(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
-    found = results_of_the_session(tmp_path_factory)
-    content = json.loads((found / COMPARE).read_text())
-    page = write_report(found, tmp_path / "report.html", say=lambda line: None).read_text()
-    for row in content["methods"]:
-        assert np.sum(row["confusion"]) == 2 * content["examples"]["test"]  # two seeds
-        assert f"Confusion matrix of {row['label']}: sum over 2 seeds" in page
-    assert "F1 of each class, %" in page
-    text = markdown(content)
-    assert "F1 of each class in percent" in text and "| method | weighted F1 | neg (" in text
-    for row in content["methods"]:  # as an earlier release left it
-        for name in ("classes", "confusion", "weighted_f1"):
-            del row[name]
-    assert "F1 of each class" not in markdown(content)
-
-
-def test_labels_are_escaped(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
-    found = results_of_the_session(tmp_path_factory)
-    hostile = "<img src=x onerror=alert(1)>"
-    (tmp_path / "single").mkdir()
-    (tmp_path / "single" / "metrics.json").write_bytes((found / "single" / "metrics.json").read_bytes())
-
-    def change(content: dict) -> None:
-        content["after"]["classes"][0]["label"] = hostile
-
-    change_json(tmp_path / "single" / "metrics.json", change)
-    page = write_report(tmp_path, say=lambda line: None).read_text()
-    assert hostile not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
-
-
-def test_matrices_that_are_none_or_too_large():
-    assert confusion_matrix("x", [str(i) for i in range(31)], [[0] * 31] * 31) is None
-    with pytest.raises(ValueError, match="a confusion matrix of 1 rows for 2 classes"):
-        confusion_matrix("x", ["a", "b"], [[1, 2]])
-    marked = confusion_matrix("x", ["a", "b"], [[3, 1], [0, 0]])
-    assert [[one.shown for one in row] for row in marked.rows] == [
-        ["a", "3 (75%)", "1 (25%)"],
-        ["b", "0 (0%)", "0 (0%)"],
-    ]
-    assert [one.shade for one in marked.rows[0]] == ["", "s4", "s1"] and not any(one.best for one in marked.rows[0])
