@@ -9,12 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.analyzed import name_base, own_adapter, save_files
+from support.analyzed import (
+    assert_update,
+    factors,
+    matrices,
+    name_base,
+    own_adapter,
+    phi,
+    right_directions,
+    save_files,
+    save_misfits,
+    tensors,
+)
 from support.checkpoint_files import EVERY_LAYER, EveryLayer, merged_by_peft, peft_adapter, save_checkpoint, snapshot
 from support.models import bert, gpt2, llama
 from support.optional import Image, matplotlib  # noqa: F401
-from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, save_adapter
 from lora_ext.commands import analyze, main
@@ -25,6 +34,11 @@ pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), py
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def misfits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_misfits(Path(tmp_path_factory.mktemp("files") / "misfits"))
 
 
 @pytest.fixture
@@ -39,53 +53,6 @@ def run(out: Path, *adapters: Path, **options: Any) -> dict[str, Any]:
     flags = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is True]
     assert main(["analyze", "--adapter", *map(str, adapters), f"--out={out}", *more, *flags]) == 0
     return json.loads((out / "analysis.json").read_text(), parse_constant=pytest.fail)
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    return {key: value for file in directory.glob("*model*.safetensors") for key, value in load_file(file).items()}
-
-
-def factors(adapter: Path, layer: str) -> tuple[Tensor, Tensor]:
-    found = tensors(adapter)
-    return tuple(found[f"base_model.model.{layer}.lora_{side}.weight"].double() for side in "AB")
-
-
-def right_directions(matrix: Tensor) -> np.ndarray:
-    return np.linalg.svd(matrix.double().numpy(), full_matrices=False)[2].T
-
-
-def phi(U: np.ndarray, V: np.ndarray) -> np.ndarray:
-    """The paper's formula, entry by entry."""
-    grid = np.empty((U.shape[1], V.shape[1]))
-    for i in range(1, U.shape[1] + 1):
-        for j in range(1, V.shape[1] + 1):
-            grid[i - 1, j - 1] = np.linalg.norm(U[:, :i].T @ V[:, :j]) ** 2 / min(i, j)
-    return grid
-
-
-def assert_update(found: dict[str, Any], delta: np.ndarray, weight: np.ndarray, r: int) -> None:
-    """Checks the measurements of one adapter in one layer against whole matrices."""
-    U, S, Vh = np.linalg.svd(delta, full_matrices=False)
-    weight_values = np.linalg.svd(weight, compute_uv=False)
-    approx = {"rel": 2e-4, "abs": 1e-6}
-    assert found["norm"] == pytest.approx(np.linalg.norm(delta), **approx)
-    assert found["relative_change"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(weight), **approx)
-    assert found["singular_values"][:r] == pytest.approx(S[:r].tolist(), **approx)
-    assert found["numerical_rank"] == r
-    assert found["stable_rank"] == pytest.approx(np.sum(S**2) / S[0] ** 2, **approx)
-    parts = S[:r] / S[:r].sum()
-    assert found["effective_rank"] == pytest.approx(np.exp(-np.sum(parts * np.log(parts))), **approx)
-    kept = np.cumsum(S[:r] ** 2) / np.sum(S**2)
-    assert found["rank_of_90_percent"] == np.argmax(kept >= 0.9) + 1
-    table = found["projections"]
-    assert table["ranks"][-1] == r
-    for k, rank in enumerate(table["ranks"]):
-        projected = np.linalg.norm(U[:, :rank].T @ weight @ Vh[:rank].T)
-        assert table["delta"][k] == pytest.approx(projected, **approx)
-        assert table["weight"][k] == pytest.approx(np.linalg.norm(weight_values[:rank]), **approx)
-        assert table["amplification"][k] == pytest.approx(np.linalg.norm(S[:rank]) / projected, rel=1e-3)
-    for key in ("delta", "weight", "random", "amplification"):
-        assert found[key] == table[key][-1]
 
 
 # --- the figures ------------------------------------------------------------------------------------------------------
@@ -139,26 +106,24 @@ def test_two_adapters_against_whole_matrices(files, tmp_path, no_pictures):
 
 def test_summaries_are_of_the_layers(files, tmp_path, no_pictures):
     result = run(tmp_path / "out", files / "four", files / "six", base=files / "base")
-    layers = result["layers"]
     for number, adapter in enumerate(result["adapters"]):
-        assert (adapter["path"], adapter["r"]) == (str(files / ("four", "six")[number]), [(4, 6)[number]])
-        adapted = [layer for layer in layers if layer["adapters"][number]]
-        assert adapter["layers"] == len(adapted) == (4, 6)[number]
-        norms = np.array([layer["adapters"][number]["norm"] for layer in adapted])
-        weights = np.array([layer["weight_norm"] for layer in adapted])
-        assert adapter["norm"] == pytest.approx(np.linalg.norm(norms), rel=1e-5)
-        assert adapter["relative_change"] == pytest.approx(np.linalg.norm(norms) / np.linalg.norm(weights), rel=1e-5)
-        changes = [layer["adapters"][number]["relative_change"] for layer in adapted]
-        assert [item["change"] for item in adapter["most_changed"]] == sorted(changes, reverse=True)
-        kind = "model.layers.*.self_attn.q_proj"
-        (means,) = [row for row in result["kinds"] if (row["adapter"], row["kind"]) == (number + 1, kind)]
-        assert means["layers"] == 2
-        q = [layer["adapters"][number] for layer in adapted if layer["name"].endswith("q_proj")]
+        adapted = [layer for layer in result["layers"] if layer["adapters"][number]]
+        updates = {layer["name"]: layer["adapters"][number] for layer in adapted}
+        assert (adapter["r"], adapter["layers"], len(updates)) == ([[4], [6]][number], [4, 6][number], [4, 6][number])
+        norm = np.linalg.norm([update["norm"] for update in updates.values()])
+        assert adapter["norm"] == pytest.approx(norm, rel=1e-5)
+        weights = np.linalg.norm([layer["weight_norm"] for layer in adapted])
+        assert adapter["relative_change"] == pytest.approx(norm / weights, rel=1e-5)
+        changes = sorted((update["relative_change"] for update in updates.values()), reverse=True)
+        assert [item["change"] for item in adapter["most_changed"]] == changes
+        kind = number + 1, "model.layers.*.self_attn.q_proj"
+        (means,) = [row for row in result["kinds"] if (row["adapter"], row["kind"]) == kind]
         for key in ("effective_rank", "stable_rank", "norm", "delta", "weight", "random", "amplification"):
-            assert means[key] == pytest.approx(np.mean([update[key] for update in q]), rel=1e-5)
+            values = [update[key] for name, update in updates.items() if name.endswith("q_proj")]
+            assert means[key] == pytest.approx(np.mean(values), rel=1e-5)
         table = [row for row in result["by_rank"] if row["adapter"] == number + 1]
         assert [row["rank"] for row in table] == [[1, 2, 4], [1, 2, 4, 6]][number]
-        first = [layer["adapters"][number]["projections"]["amplification"][0] for layer in adapted]
+        first = [update["projections"]["amplification"][0] for update in updates.values()]
         assert table[0]["amplification"] == pytest.approx(np.mean(first), rel=1e-5)
 
 
@@ -172,12 +137,6 @@ def test_one_adapter_against_its_own_update(files, tmp_path, no_pictures):
         expected = phi(right_directions(factor), right_directions(update)[:, :4])
         np.testing.assert_allclose(row[side]["phi"], expected, rtol=1e-4, atol=1e-7)
         assert row[side]["phi"][-1][-1] == 1  # the same rows
-
-
-def matrices(delta: Tensor, key: str) -> list[np.ndarray]:
-    """Returns a tensor's matrices, ``[out, in]`` or transposed: norms and spectra are the same."""
-    delta = delta.double()
-    return [matrix.numpy() for matrix in delta] if key.startswith("experts") else [delta.flatten(1).numpy()]
 
 
 def test_every_kind_of_layer(tmp_path, no_pictures):
@@ -351,7 +310,7 @@ def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(fil
         ("--adapter four --layers k_proj", "--layers 'k_proj' matches none of the 4 names, such as model.layers.0"),
         ("--adapter four --directions 0", "--directions is 0, want at least 1"),
         ("--adapter four --seed -1", "--seed is -1, want at least 0"),
-        ("--adapter four ../files/four", "names one of them twice"),
+        ("--adapter four ../misfits/four", "names one of them twice"),
         ("--adapter four --out four/adapter_config.json", "adapter_config.json is a file; choose a directory"),
         ("--adapter four --resume", "there is no option --resume"),
         ("--adapter four --base bert", "not in the base: model.layers.0.mlp.up_proj.weight; not in the base: "),
@@ -366,34 +325,14 @@ def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(fil
         ("--adapter dora --no-base", "is a DoRA adapter (use_dora), which rescales the weights"),
     ],
 )
-def test_mistakes(tmp_path, monkeypatch, capsys, arguments, message):
-    save_files(tmp_path / "files")
-    monkeypatch.chdir(tmp_path / "files")
-    if "bert" in arguments:
-        save_checkpoint(dict(bert().state_dict()), Path("bert"))
-    if "query" in arguments:
-        own_adapter(bert(), Path("query"), 0, target_modules=["query"])
-    if "dora" in arguments:
-        peft_adapter(llama(), Path("dora"), target_modules=["q_proj"], use_dora=True)
-    if "wide" in arguments:
-        attention = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(24, 16)})})
-        wide = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([attention])})})
-        own_adapter(wide, Path("wide"), 0, target_modules=["q_proj"])
-    if "broken" in arguments:
-        values = load_file(name_base(Path("four"), Path("broken"), "base") / "adapter_model.safetensors")
-        values["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"][0, 0] = torch.nan
-        save_file(values, "broken/adapter_model.safetensors")
-    if "infinite" in arguments:
-        weights = {key: value.clone() for key, value in llama().state_dict().items()}
-        weights["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.inf
-        save_checkpoint(weights, Path("infinite"))
-    before = snapshot(tmp_path)
-    capsys.readouterr()
+def test_mistakes(misfits, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(misfits)
+    before = snapshot(misfits)
     out = [] if "--out" in arguments else ["--out", "out"]
     assert main(["analyze", *out, *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("lora-ext analyze: error: ") and error.count("\n") == 1 and message in error, error
-    assert snapshot(tmp_path) == before
+    assert snapshot(misfits) == before
 
 
 def test_matplotlib_is_named_where_it_is_missing(tmp_path):

@@ -98,33 +98,24 @@ def test_exit_statuses(monkeypatch, capsys):
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES):
         assert command(monkeypatch, OSError(number, os.strerror(number), "out/a.json")) == 1
         assert capsys.readouterr().err == f"lora-ext: error: out/a.json: {os.strerror(number)}\n"
+    monkeypatch.setenv("RANK", "1")  # another process of torchrun does not repeat it
+    assert command(monkeypatch, CommandError("it is red")) == 2 and capsys.readouterr().err == ""
     for bug in (ValueError("a bug"), OSError(errno.EBADF, "a bug")):
         with pytest.raises(type(bug), match="a bug"):
             command(monkeypatch, bug)
 
 
-def test_another_process_of_torchrun_does_not_repeat_an_error(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    assert main(["info", "--xyz"]) == 2
-    assert capsys.readouterr().err == ""
-
-
-def test_a_full_standard_output_is_one_line_and_status_1():
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, "info"], env=environment(), stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    assert (done.returncode, done.stderr) == (1, "lora-ext: error: standard output: No space left on device\n")
-
-
-def test_a_reader_that_ends_is_no_error():
+def test_a_full_output_is_an_error_and_a_reader_that_ends_is_none():
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, "info"], env=environment(), stdout=writing, stderr=subprocess.PIPE, text=True
-    )
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (0, "")
+    full = os.open("/dev/full", os.O_WRONLY)
+    ends = {}
+    for output in (writing, full):
+        command = [sys.executable, "-c", RUN, "info"]
+        done = subprocess.run(command, env=environment(), stdout=output, stderr=subprocess.PIPE, text=True)
+        os.close(output)
+        ends[output] = done.returncode, done.stderr
+    assert ends == {writing: (0, ""), full: (1, "lora-ext: error: standard output: No space left on device\n")}
 
 
 def test_nothing_heavy_is_imported_for_the_small_commands():
@@ -134,30 +125,29 @@ def test_nothing_heavy_is_imported_for_the_small_commands():
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "variables", "starts_again"),
-    [
-        (["finetune", "--epochs", "1"], {}, True),
-        (["analyze"], {}, True),
-        (["finetune"], {"OMP_WAIT_POLICY": "active"}, False),
-        (["finetune"], {"GOMP_SPINCOUNT": "10000"}, False),
-        (["finetune", "--help"], {}, False),
-        (["info"], {}, False),
-        ([], {}, False),
-    ],
-)
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, arguments, variables, starts_again):
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch):
     started = []
     monkeypatch.setattr(commands, "main", lambda: 0)
     monkeypatch.setattr(os, "execv", lambda path, line: started.append((line[1:], os.environ["OMP_WAIT_POLICY"])))
-    monkeypatch.setattr(sys, "argv", ["lora-ext", *arguments])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "lora_ext", *arguments])
-    assert commands.command() == 0
-    assert started == ([(["-m", "lora_ext", *arguments], "passive")] if starts_again else [])
+    for line, variable, again in (
+        ("finetune --epochs 1", "X", True),
+        ("analyze", "X", True),
+        ("finetune", "OMP_WAIT_POLICY", False),
+        ("finetune", "GOMP_SPINCOUNT", False),
+        ("finetune --help", "X", False),
+        ("info", "X", False),
+        ("", "X", False),
+    ):
+        with monkeypatch.context() as patch:
+            for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+                patch.delenv(name, raising=False)
+            patch.setenv(variable, "1")
+            patch.setattr(sys, "argv", ["lora-ext", *line.split()])
+            patch.setattr(sys, "orig_argv", ["python", "-m", "lora_ext", *line.split()])
+            assert commands.command() == 0
+            assert started == ([(["-m", "lora_ext", *line.split()], "passive")] if again else [])
+            os.environ.pop("OMP_WAIT_POLICY", None)
+        started.clear()
 
 
 # --- what commands share ----------------------------------------------------------------------------------------------

@@ -125,3 +125,36 @@ def plan() -> dict[str, Any]:
         {"name": "lora"} | dict(zip(sizes, (350e9, 37.7e6, 75.5e6, 1e9, 351.1e9, 37.7e6), strict=True)),
     ]
     return {"command": ["lora-ext", "plan", "--model", "gpt3-175b"], "date": "2026-12-01", "rows": rows}
+
+
+# What the report shows of them: rows of tables by caption, and texts.
+ROWS = {
+    "Scores on the test texts": [
+        ["", "accuracy (%)", "macro F1 (%)", "weighted F1 (%)"],
+        ["this run", "82.4", "82.4", "82.4"],
+        ["always “negative”", "50.0", "33.3", ""],
+    ],
+    "By class": [["negative", "84.0", "80.0", "82.0", "250"], ["positive", "80.9", "84.8", "82.8", "250"]],
+    "Texts of a class (rows) by the answer (columns)": [["negative", "200", "50"], ["positive", "38", "212"]],
+    "Scores on the test examples": [
+        ["fine-tuning", "perplexity", "ROUGE-L (%)", "exact match (%)"],
+        ["before", "14.25", "", ""],
+        ["after", "7.53", "31.2", "5.0"],
+    ],
+    "Answers before and after fine-tuning": [["What is LoRA?", "Low-rank\nadaptation.", "A radio.", "Low-rank."]],
+    "Methods": [
+        ["full", "22,713,218", "2", "83.0", "0.8", "", "", "82.0", "50.5", "6,000", "800", "90.9"],
+        ["lora:r=16", "75,000", "2", "81.6", "0.8", "-1.4", "-2.4 to -0.4", "80.6", "50.5", "6,000", "800", "0.3"],
+    ],
+    "Failed": [["prefix-layer", "1", "the loss is not finite"]],
+    "Memory of a step, and checkpoints": [
+        ["", "weights", "gradients", "optimizer", "activations", "total", "checkpoint"],
+        ["full", "350 GB", "350 GB", "700 GB", "1 GB", "1.4 TB", "350 GB"],
+        ["lora", "350 GB", "37.7 MB", "75.5 MB", "1 GB", "351 GB", "37.7 MB"],
+    ],
+}
+FACTS = [
+    *("lora, lora_r 8, lora_alpha 16", "75,264 of 22,788,482 (0.330%)", "4,000 for train, 500 for validation, "),
+    *("61.4 s, 5,322 tokens/s", "500 of 16 examples", "812 MB", "304 kB", "91.2 MB", "More is better."),
+    *("A CPU, 2 threads, no GPU, torch 2.13.0, 2026-12-01.", "lora-ext finetune --task classification"),
+]
