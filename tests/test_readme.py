@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import lora_ext
 from lora_ext import LoraConfig, adapters, cli, functional, inject, save_adapter
 from lora_ext.adapters import adapter_names, lora_modules
+from lora_ext.commands.options import Parser
 from lora_ext.methods import method_of
 from lora_ext.tasks.finetune import demo
 
@@ -189,32 +191,47 @@ def test_no_python_is_left_out():
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    commands = parser.add_subparsers()
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the commands, by name."""
+
+    class Found(Exception):
+        pass
+
+    def found(parser: Parser, *_: object) -> None:
+        raise Found(parser)
+
+    commands = argparse.ArgumentParser(exit_on_error=False).add_subparsers()
     for module in vars(cli).values():
         if isinstance(module, ModuleType) and hasattr(module, "add_parser"):
             module.add_parser(commands)
-    return parser
+    by_name = {**commands.choices}
+    for name in cli._MOVED:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as raised:
+            patch.setattr(Parser, "parse_args", found)
+            importlib.import_module(f"lora_ext.commands.{name}").main([])
+        by_name[name] = raised.value.args[0]
+    return by_name
 
 
 def test_commands_have_the_options_shown():
     shown = [line for text in TEXTS.values() for line in indented_lines(text) if line.startswith("lora-ext ")]
     assert len(shown) > 15
+    known = parsers()
     for line in shown:
-        parser().parse_args(shlex.split(line)[1:])
+        name, *arguments = shlex.split(line)[1:]
+        known[name].parse_args(arguments)
 
 
 def test_every_option_is_documented():
     words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "\n".join(TEXTS.values())))
-    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    known = parsers()
     missing = [
         f"{name} {action.option_strings[0]}"
-        for name, command in commands.choices.items()
+        for name, command in known.items()
         for action in command._actions
         if action.option_strings and not words & set(action.option_strings) and action.dest != "help"
     ]
-    assert len(commands.choices) > 10
+    assert len(known) > 10
     assert not missing, "describe these options in docs/cli.md or another page"
 
 
