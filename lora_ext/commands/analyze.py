@@ -32,7 +32,6 @@ from lora_ext.commands import pictures
 from lora_ext.commands.options import CommandError, Parser, refusing
 from lora_ext.commands.results import made_by, markdown, measured_on, save_figure, tell, write_json, write_text
 
-_OUTPUTS = ("analysis.json", "analysis.md", "similarity_*.png", "spectrum.png", "change.png")
 _DIGITS = 6  # significant digits of analysis.json: less than single precision has
 _MOST_CHANGED = 10
 _MOST_PANELS = 24  # more are unreadable in one picture
@@ -75,13 +74,13 @@ def main(argv: list[str]) -> None:
     }
     result = _rounded(result)
     drawn = figures(result)
-    if args.overwrite:
-        for old in (file for pattern in _OUTPUTS for file in args.out.glob(pattern)):
-            old.unlink()
     write_text(args.out / "analysis.md", _markdown(result, list(drawn)))
     for name, figure in drawn.items():
         save_figure(args.out / name, figure)
     write_json(args.out / "analysis.json", result)
+    for old in args.out.glob("similarity_*.png") if args.overwrite else ():
+        if old.name not in drawn:  # of an analysis of other adapters
+            old.unlink()
     tell("\n".join([*notes, f"{args.out}: {len(measured)} layers; analysis.md, analysis.json, {', '.join(drawn)}"]))
 
 

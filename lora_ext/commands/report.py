@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -17,18 +18,12 @@ from lora_ext.commands.options import CommandError, Parser
 from lora_ext.commands.results import measured_on, read_json, tell, write_text
 
 _GENERATOR = "lora-ext report"
-_SAMPLES = 20  # rows of a table of answers
 _WIDE = 600  # points; on a phone, the page scrolls wider figures instead of making them smaller
 _Result = Mapping[str, Any]
 
 
-class Table(NamedTuple):
-    """Cells as text; the first of a row is its heading. Cells that hold sentences (``words``) break into lines."""
-
-    caption: str
-    heading: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: bool = False
+# Cells as text; the first of a row is its heading. Cells that hold sentences (words) break into lines.
+Table = namedtuple("Table", ("caption", "heading", "rows", "words"), defaults=[False])
 
 
 def main(argv: list[str]) -> None:
@@ -116,22 +111,20 @@ def _digest(text: str) -> str:
 def _metrics(result: _Result) -> dict[str, Any]:
     trained, total = result["trainable_parameters"], result["total_parameters"]
     options = [f"{key} {value}" for key, value in result.get("options", {}).items() if value is not None]
+    numbers = ("head_parameters", "train_seconds", "tokens_per_second", "steps", "global_batch_size")
+    head, seconds, speed, steps, batch = (_number(result.get(key)) for key in numbers)
     facts = {
         "task": result["task"],
         "method": ", ".join([result["method"], *options]),
-        "trained parameters": f"{trained:,} of {total:,} ({trained / total:.3%})",
-        "of them in the new head": _number(result.get("head_parameters") or None),
+        "trained parameters": f"{trained:,} of {total:,} ({trained / total:.3%}), {head or 0} of them in the new head",
         "examples": ", ".join(f"{count:,} for {part}" for part, count in result.get("examples", {}).items()),
-        "training": f"{_number(result.get('train_seconds'))} s, {_number(result.get('tokens_per_second'))} tokens/s",
-        "steps": f"{_number(result.get('steps'))} of {_number(result.get('global_batch_size'))} examples",
-        "peak memory": _bytes(result.get("peak_memory_bytes")),
-        "adapter": _bytes(result.get("adapter_bytes")),
-        "full checkpoint": _bytes(result.get("full_checkpoint_bytes")),
+        "training": f"{seconds} s, {speed} tokens/s, {steps} steps of {batch} examples",
     }
+    sizes = {"peak memory": "peak_memory", "adapter": "adapter", "full checkpoint": "full_checkpoint"}
     curve = pictures.loss_curve(result["history"], "Loss") if result.get("history") else None
     return {
         "heading": f"A run of {result['method']}",
-        "facts": facts,
+        "facts": facts | {name: _bytes(result.get(f"{key}_bytes")) for name, key in sizes.items()},
         "tables": _classes(result) if "confusion" in result["test"] else _answers(result),
         "figures": {"training and validation loss by epoch": curve},
     }
@@ -165,7 +158,7 @@ def _answers(result: _Result) -> list[Table]:
     samples = [[sample.get(key) or "" for key in heading] for sample in result.get("samples") or ()]
     return [
         Table("Scores on the test examples", ["fine-tuning", *scores.values()], rows),
-        Table("Answers before and after fine-tuning", heading, samples[:_SAMPLES], words=True),
+        Table("Answers before and after fine-tuning", heading, samples, words=True),
     ]
 
 
