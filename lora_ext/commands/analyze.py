@@ -349,7 +349,7 @@ def _similarity(layers: Sequence[dict[str, Any]], grids: Mapping[str, _Grids]) -
     for pair in dict.fromkeys(pair for of_layer in grids.values() for pair in of_layer):
         sizes = _changes(_updates(layers, pair[0]))
         both = sorted((name for name in grids if pair in grids[name]), key=lambda name: -sizes.get(name, 0.0))
-        rows = {f"mean of {len(both)} layers": both}
+        rows = {f"mean of {len(both)} layers" if len(both) > 1 else both[0]: both}
         if len(both) > 1:
             rows |= {f"changed most: {both[0]}": both[:1], f"changed least: {both[-1]}": both[-1:]}
         shown = [

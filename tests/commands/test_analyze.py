@@ -132,7 +132,7 @@ def test_one_adapter_against_its_own_update(files, tmp_path, no_pictures):
     (layer,) = result["layers"]
     A, B = factors(files / "four", layer["name"])
     ((row,),) = (pair["grids"] for pair in result["similarity"])
-    assert row["what"] == "mean of 1 layers"
+    assert row["what"] == layer["name"] == "model.layers.1.self_attn.q_proj"
     for side, factor, update in (("A", A, B @ A), ("B", B.T, (B @ A).T)):
         expected = phi(right_directions(factor), right_directions(update)[:, :4])
         np.testing.assert_allclose(row[side]["phi"], expected, rtol=1e-4, atol=1e-7)

@@ -35,16 +35,6 @@ def test_help_names_every_command_and_status(capsys):
         assert "Exit status: 0: done; 1: the disk cannot be written" in printed
 
 
-@pytest.mark.parametrize("command", ["analyze", "report", "merge", "extract", "inspect", "info"])
-def test_help_of_a_command(capsys, command):
-    with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"usage: lora-ext {command} ") and "show this help message" in printed
-    assert "default: None" not in printed and "default: False" not in printed
-
-
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lora-ext {lora_ext.__version__}\n"
@@ -222,21 +212,19 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.json", "loss.png", "new"]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "r.json: No such file or directory"),
-        ("{", "r.json holds no JSON: .*; remove it, or make it again"),
-        ("[1]", "r.json holds no JSON object; remove it, or make it again"),
-        (b"\xff\xfe", "r.json holds no JSON: "),
-        ("[" * 100_000, "r.json holds no JSON: "),
-    ],
-)
-def test_damaged_results_are_named(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "r.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(CommandError, match=message):
-        read_json(tmp_path / "r.json")
+def test_damaged_results_are_named(tmp_path):
+    path = tmp_path / "r.json"
+    with pytest.raises(CommandError, match=r"r\.json: No such file or directory"):
+        read_json(path)
+    for content, what in (
+        (b"{", "JSON: "),
+        (b"\xff\xfe", "JSON: "),
+        (b"[" * 100_000, "JSON: "),
+        (b"[1]", "JSON object; "),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CommandError, match=f"r.json holds no {what}.*remove it, or make it again"):
+            read_json(path)
 
 
 def test_tables():

@@ -100,21 +100,15 @@ def test_equal_results_make_equal_pages(folder, page, tmp_path):
 
 def test_the_parts_and_their_order(page, tmp_path):
     headings = re.findall(r"<h2>(.*?)</h2>", page.source)
-    assert headings == [
-        "Comparison of methods",
-        "What the adapters have learnt",
-        "Predicted memory",
-        "A run of lora",
-        "A run of lora",
-    ]
+    assert headings[:3] == ["Comparison of methods", "What the adapters have learnt", "Predicted memory"]
+    assert headings[3:] == ["A run of lora"] * 2
     assert re.findall(r'<a href="#part-(\d)">', page.source) == ["1", "2", "3", "4", "5"]
     assert "<title>week-3</title>" in page.source and "<h1>week-3</h1>" in page.source
     # Runs below a comparison are in its table.
     save(tmp_path, compare=results.comparison())
     save(tmp_path / "compare" / "runs", run=results.classification())
-    found = report(tmp_path, "--title", "Week 3 & 4")
-    assert re.findall(r"<h2>(.*?)</h2>", found.source) == ["Comparison of methods"]
-    assert "<h1>Week 3 &amp; 4</h1>" in found.source and "<nav" not in found.source
+    found = report(tmp_path, "--title", "Week 3 & 4").source
+    assert found.count("<h2>") == 1 and "<h1>Week 3 &amp; 4</h1>" in found and "<nav" not in found
     (tmp_path / "compare" / "compare.json").unlink()  # an unfinished comparison
     assert "A run of lora" in report(tmp_path).text
 
