@@ -85,7 +85,7 @@ def test_merge(files, capsys):
         ("--base base --adapter a --out new --shard-size many", ["'many', want a size such as 5GB or 500MB"]),
         ("--base base --adapter a --out new --shard-size 0GB", ["'0GB', want a size such as 5GB or 500MB"]),
         ("--base base --adapter a --out new --dtype int8", ["'int8', want one of float64, float32, bfloat16, float16"]),
-        ("--base base --adapter a --out new --overwite", ["no option --overwite, did you mean --overwrite?"]),
+        ("--base base --adapter a --out new --overwite", ["no option --overwite; did you mean --overwrite?"]),
         ("--base base --adapter a --out new --record", ["there is no option --record"]),
     ],
 )

@@ -45,7 +45,7 @@ def test_version(capsys):
     [
         (
             ["finetun"],
-            "lora-ext: error: there is no command 'finetun', did you mean finetune?; want one of finetune, compare, "
+            "lora-ext: error: there is no command 'finetun'; did you mean finetune?; want one of finetune, compare, "
             "plan, analyze, report, merge, extract, inspect, info\n",
         ),
         (
@@ -53,7 +53,7 @@ def test_version(capsys):
             "lora-ext: error: there is no command '\\x1b[31m'; want one of finetune, compare, plan, analyze, report, "
             "merge, extract, inspect, info\n",
         ),
-        (["info", "--jason"], "lora-ext info: error: there is no option --jason, did you mean --json?\n"),
+        (["info", "--jason"], "lora-ext info: error: there is no option --jason; did you mean --json?\n"),
         (["info", "--xyz=1"], "lora-ext info: error: there is no option --xyz\n"),
         (["info", "here"], "lora-ext info: error: there is no option here\n"),
         (["info", "--plan"], "lora-ext info: error: argument --plan: expected one argument\n"),
@@ -179,7 +179,7 @@ def test_values_of_options():
     for arguments, message in (
         (["--size", "0"], "argument --size: '0', want a size such as 5GB or 500MB"),
         (["--dtype", "int8"], "argument --dtype: 'int8', want one of float64, float32, bfloat16, float16"),
-        (["--siz", "1"], "there is no option --siz, did you mean --size?"),  # no abbreviations
+        (["--siz", "1"], "there is no option --siz; did you mean --size?"),  # no abbreviations
     ):
         with pytest.raises(CommandError) as refused:
             parser.parse_args(arguments)
