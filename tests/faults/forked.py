@@ -14,10 +14,8 @@ import runpy
 import sys
 import traceback
 
-from lora_ext.tasks.analyze import run as analyze  # noqa: F401
 from lora_ext.tasks.comparison import compare  # noqa: F401
 from lora_ext.tasks.plan import run as plan  # noqa: F401
-from lora_ext.tasks.report import write_report  # noqa: F401
 
 lines = []
 for script in sys.argv[1:]:

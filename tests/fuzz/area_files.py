@@ -30,7 +30,6 @@ from .file_oracles import (
     check_examples,
     check_inspected,
     check_merged,
-    check_page,
     check_unmerged,
 )
 from .outcomes import Finding, Outcome, finding, judge_exception
@@ -156,13 +155,6 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
         Kind("data", (name,), (Reader("read_examples", f'read_examples(files / "{name}")', check_examples),))
         for name in ("reviews.csv", "reviews.tsv", "reviews.jsonl")
     ),
-    "result_files": (
-        Kind(
-            "results",
-            ("*/*.json",),
-            (Reader("write_report", 'write_report(files, files / "page.html")', check_page),),
-        ),
-    ),
 }
 _SETUP = """import tempfile, torch
 from pathlib import Path
@@ -176,7 +168,6 @@ from lora_ext.checkpoints import inspect
 from lora_ext.checkpoints import merge
 from lora_ext.checkpoints import unmerge
 from lora_ext.tasks.finetune.data import read_examples
-from lora_ext.tasks.report import write_report
 """
 _WITH_MODEL = """from support.models import bert
 CONFIG = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], rank_pattern={"blocks.1.up": 3},

@@ -26,7 +26,6 @@ AREAS = {
     "adapter_files": "adapters and saved methods on disk, with changes in their files",
     "checkpoints": "checkpoints and records of merges on disk, with changes in their files",
     "data_files": "labelled texts as CSV, TSV and JSONL, with changes",
-    "result_files": "results of compare, sweep and finetune, with changes, as report reads them",
 }
 OF_FILES = [area for area in AREAS if area.endswith("_files") or area == "checkpoints"]
 # Number of cases of each area in `make test` and in `make test-full`, from the seeds 0, 1, 2 ...
@@ -37,7 +36,6 @@ FIXED_CASES = {
     "adapter_files": (350, 350),
     "checkpoints": (350, 350),  # fewer do not read with every function
     "data_files": (400, 800),
-    "result_files": (50, 150),
 }
 
 

@@ -1,4 +1,4 @@
-"""Makes valid files, which the mutator then changes: adapters, methods, checkpoints, records, data, results."""
+"""Makes valid files, which the mutator then changes: adapters, methods, checkpoints, records, data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch
 from support.models import shaken
 from torch import nn
 
-_RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results" / "demo"
 BASES: dict[str, Callable[[Path], None]] = {}
 
 
@@ -190,21 +189,3 @@ def data(directory: Path) -> None:
     (directory / "reviews.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in rows))
     lines = [json.dumps({"text": text, "label": label, "note": None}) for text, label in rows]
     (directory / "reviews.jsonl").write_text("\n".join(lines) + "\n")
-
-
-@base
-def results(directory: Path) -> None:
-    """Copies results of compare and sweep on the demo; makes those of finetune on a tiny model."""
-    from support import tiny_classifier
-
-    from lora_ext.tasks.finetune.run import finetune
-    from lora_ext.tasks.finetune.settings import Settings
-
-    for name in ("compare/compare.json", "sweep/sweep.json"):
-        (directory / name).parent.mkdir()
-        shutil.copy(_RESULTS / name, directory / name)
-    with tempfile.TemporaryDirectory() as work:
-        settings = Settings(**tiny_classifier.save(Path(work), 40), method="lora", r=2, max_length=32)
-        finetune(settings, Path(work) / "run")
-        (directory / "run").mkdir()
-        shutil.copy(Path(work) / "run" / "metrics.json", directory / "run")
