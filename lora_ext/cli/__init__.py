@@ -24,7 +24,6 @@ from lora_ext.cli import (
     info,
     inspect,
     merge,
-    plan,
     report,
     sweep,
     unmerge,
@@ -40,7 +39,7 @@ _STATUS = (
 )
 
 _COMMANDS = (
-    *(info, finetune, generate, compare, sweep, analyze, plan, report),
+    *(info, finetune, generate, compare, sweep, analyze, report),
     *(merge, unmerge, extract, inspect, diff),
 )
 

@@ -16,7 +16,6 @@ import traceback
 
 from lora_ext.tasks.analyze import run as analyze  # noqa: F401
 from lora_ext.tasks.comparison import compare  # noqa: F401
-from lora_ext.tasks.plan import run as plan  # noqa: F401
 from lora_ext.tasks.report import write_report  # noqa: F401
 
 lines = []

@@ -1,4 +1,4 @@
-"""Runs plan, analyze and report with every fault at every call that changes files. Argument: a directory."""
+"""Runs analyze and report with every fault at every call that changes files. Argument: a directory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,10 @@ from lora_ext.tasks import WriteError
 from lora_ext.tasks.analyze import run as analyze
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings
-from lora_ext.tasks.plan import results
-from lora_ext.tasks.plan import run as plan
-from lora_ext.tasks.plan.run import PlanSettings
 from lora_ext.tasks.report import write_report
-from lora_ext.tasks.shared.whole_files import write_whole
 
 top = Path(sys.argv[1])
 skip_slow_steps()
-results.write_picture = lambda path, figure: write_whole(path, b"a picture")
 
 
 def draw(analysis: dict[str, Any], out: Path) -> list[str]:
@@ -36,14 +31,7 @@ analyze.results.draw = draw
 settings = Settings(**tiny_classifier.save(top, 40), epochs=1.0, max_length=32, target_modules="query")
 tuned = top / "tuned"
 assert attempt(lambda: finetune(settings, tuned, measure=False, say=print), Fault(tuned)).ended == "returned"
-planned = PlanSettings(Settings(model=settings.model, max_length=32), num_labels=5)
-counted = plan.plan(planned)
-plan._count = lambda *arguments: counted  # it is slow and changes no file
 analysed = analyze.AnalysisSettings((str(tuned / "adapter"),), use_base=False)
-
-
-def run_plan(out: Path, again: bool) -> Any:
-    plan.plan(planned, out, overwrite=again and (out / "plan.json").is_file())
 
 
 def run_analyze(out: Path, again: bool) -> None:
@@ -82,4 +70,4 @@ def try_all(run: Callable[[Path, bool], None]) -> dict[str, int]:
     return calls
 
 
-print(json.dumps({run.__name__: try_all(run) for run in (run_plan, run_analyze, run_report)}))
+print(json.dumps({run.__name__: try_all(run) for run in (run_analyze, run_report)}))

@@ -1,4 +1,4 @@
-"""Makes results of compare, sweep, analyze, plan and finetune on a tiny model."""
+"""Makes results of compare, sweep, analyze and finetune on a tiny model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from lora_ext.tasks.comparison import compare, costs, pools, sweep
 from lora_ext.tasks.finetune import results
 from lora_ext.tasks.finetune.run import finetune
 from lora_ext.tasks.finetune.settings import Settings
-from lora_ext.tasks.plan import run as plan
 from lora_ext.tasks.shared.whole_files import write_picture
 
 METHODS = ["bitfit", "lora:r=2", "lora:r=3"]
 COMPARE, SWEEP, ANALYSIS = Path("compare/compare.json"), Path("sweep/sweep.json"), Path("analysis/analysis.json")
-PLAN = Path("plan/plan.json")
 
 
 def results_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes a directory with ``compare``, ``sweep``, ``analysis``, ``plan`` and ``single``, once for all modules."""
+    """Makes a directory with ``compare``, ``sweep``, ``analysis`` and ``single``, once for all modules."""
     return _save_results(tmp_path_factory.getbasetemp() / "report")
 
 
@@ -47,8 +45,6 @@ def _save_results(folder: Path) -> Path:
         adapters = tuple(str(runs / f"seed-{seed}" / "adapter") for seed in (0, 1))
         analyze.analyze(analyze.AnalysisSettings(adapters, base=inputs["model"]), out / "analysis", say=_silent)
         finetune(Settings.load(runs / "seed-0"), out / "single", say=_silent)
-    planned = Settings(model=inputs["model"], method="lora", r=2, max_length=32)
-    plan.plan(plan.PlanSettings(planned, gpu_memory=700_000, reserve=100_000, texts=10**6), out / PLAN.parent)
     return out
 
 

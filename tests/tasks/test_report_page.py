@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,12 +17,11 @@ from typing import Any
 import pytest
 from support.optional import matplotlib  # noqa: F401
 from support.processes import run_python
-from support.report_results import ANALYSIS, COMPARE, METHODS, PLAN, SWEEP, change_json
+from support.report_results import ANALYSIS, COMPARE, METHODS, SWEEP, change_json
 
 from lora_ext.cli import main
 from lora_ext.tasks import TaskError
 from lora_ext.tasks.comparison.spread import percent, summary
-from lora_ext.tasks.plan.results import readable
 from lora_ext.tasks.report import write_report
 
 pytestmark = pytest.mark.cpu_only("is about files")
@@ -193,20 +191,8 @@ def test_every_figure_of_analyze(results: Path, page: Path):
     )
 
 
-def test_every_figure_of_plan_and_finetune(results: Path, page: Path):
-    plan, parsed = json.loads((results / PLAN).read_text()), Parsed(page)
-    assert parsed.values >= {*numbers(plan)}
-    size, full = (readable(plan["runs"][name]["peak"]) for name in ("lora", "full"))
-    assert re.search(rf"Training with lora takes {size}; \d+% of it is activations, temporaries\.", parsed.text)
-    assert f"of the memory of full fine-tuning ({full})." in parsed.text
-    assert "It does not fit into 600 kB, which the vertical line marks." in parsed.text
-    fits = [(cells[0], cells[-1]) for cells in parsed.rows if len(cells) > 2 and cells[-1] in ("yes", "no")]
-    changed = [f"lora with {' and '.join(change['what'])}" for change in plan["capacity"]["changes"]]
-    assert fits == [("full", "no"), ("lora", "no"), ("inference", "yes"), *((name, "yes") for name in changed)]
-    assert len(changed) > 1 and f"What fits: {'; '.join(changed)}." in parsed.text
-    options = [change["finetune_options"] for change in plan["capacity"]["changes"] if change["finetune_options"]]
-    assert options and all(shlex.join(one) in parsed.text for one in options)
-    assert plan["warnings"] and all(f"Warning: {line}." in parsed.text for line in plan["warnings"])
+def test_every_figure_of_finetune(results: Path, page: Path):
+    parsed = Parsed(page)
     metrics = json.loads((results / "single" / "metrics.json").read_text())
     assert [
         "training",
@@ -285,7 +271,6 @@ def test_results_without_some_figures(copied: Path):
 
     change_json(copied / ANALYSIS, bare)
     change_json(copied / COMPARE, lambda content: [row.update(validation_accuracy=None) for row in content["methods"]])
-    change_json(copied / PLAN, lambda content: content.update(capacity=None))
     change_json(
         copied / "single" / "metrics.json", lambda content: content["merged"].update(max_logit_difference=math.nan)
     )
@@ -309,7 +294,6 @@ def test_content_of_files_stays_text(copied: Path):
         content["options"]["model"] = HOSTILE
 
     change_json(copied / COMPARE, change)
-    change_json(copied / PLAN, lambda content: content["runs"].update({HOSTILE: content["runs"]["full"]}))
     change_json(copied / ANALYSIS, lambda content: content["adapters"][0].update(path=HOSTILE))
     parsed = Parsed(write_report(copied, title=f"{HOSTILE}\ud800"))
     assert [tag for tag, _ in parsed.elements].count("script") == 1
@@ -325,11 +309,9 @@ def test_content_of_files_stays_text(copied: Path):
     [
         ("compare/compare.json", '{"methods": [', r"compare\.json is not JSON: Expecting value"),
         ("sweep/sweep.json", "[]", r"sweep\.json holds a list, want an object; run lora-ext sweep again, or move"),
-        ("plan/plan.json", "{}", r"plan\.json is not what lora-ext plan writes: it lacks method, runs"),
         ("single/metrics.json", '{"settings": "\\ud800"}', r"metrics\.json has a string that is not Unicode"),
         ("single/metrics.json", "[" * 100_000, r"metrics\.json is nested too deeply"),
         ("single/metrics.json", '"\xff', r"metrics\.json is not JSON"),
-        ("plan/plan.json", '{"method": "lora", "runs": {}}', r"plan\.json is not what lora-ext plan writes \(KeyError"),
     ],
 )
 def test_a_file_that_is_no_result_is_named(copied: Path, name: str, text: str, message: str):

@@ -6,13 +6,46 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_ext.tasks.plan.results import KINDS, readable, title
 from lora_ext.tasks.report.charts import Bar, Chart, bar_chart
 from lora_ext.tasks.report.pictures import Pictures
 from lora_ext.tasks.report.results import Result
 from lora_ext.tasks.report.tables import Table, cell, table
 
 _Memories = Mapping[str, Mapping[str, Any]]
+KINDS = {  # kinds of memory: keys in plan.json and their names
+    "weights": "weights",
+    "optimizer_state": "optimizer state",
+    "gradients": "gradients",
+    "activations": "activations, temporaries",
+}
+
+
+def readable(count: float) -> str:
+    """Formats bytes with three digits in a decimal unit: ``1.40 TB``, ``349 GB``, ``37.7 MB``."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    units = ["TB", "GB", "MB", "kB"]
+    while (count := count / 1000) >= 999.5 and len(units) > 1:
+        units.pop()
+    digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
+    return f"{count:,.{digits}f} {units[-1]}"
+
+
+def title(plan: Mapping[str, Any]) -> str:
+    """Describes the model and the run in one line."""
+    settings, run = plan["settings"], plan["settings"]["finetune"]
+    extras = [settings["optimizer"], f"{run['batch_size']} x {run['max_length']} tokens", settings["device"]]
+    if run["precision"] != "float32":
+        extras.append(f"{run['precision']} by autocast")
+    if settings["gradient_checkpointing"]:
+        extras.append("gradient checkpointing")
+    if settings["accumulation_steps"] > 1:
+        extras.append(f"{settings['accumulation_steps']} batches accumulated")
+    labels = f" of {plan['num_labels']} labels" if plan.get("num_labels") else ""
+    return (
+        f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters, {plan['task']}{labels}; "
+        f"{settings['dtype']} weights, {', '.join(extras)}"
+    )
 
 
 def show_memory(result: Result, pictures: Pictures) -> dict[str, Any]:

@@ -1,1 +1,0 @@
-"""``lora-ext plan``: predicts the memory and disk that a method takes."""
