@@ -26,8 +26,8 @@ COMMANDS = {
 }
 _USAGE = "usage: lora-ext COMMAND [options]\n\nLoRA in fused kernels.\n\ncommands:\n{}\n\n{}"
 _STATUS = (
-    "`lora-ext COMMAND --help` lists a command's options. Exit status: 0: done; 1: the disk cannot be written, or a run "
-    "of compare failed; 2: an error in the options or the files; 130: Ctrl-C"
+    "`lora-ext COMMAND --help` lists a command's options. Exit status: 0: done; 1: the disk cannot be written, or a "
+    "run of compare failed; 2: an error in the options or the files; 130: Ctrl-C"
 )
 
 
@@ -73,7 +73,9 @@ def command() -> int:
     By default GNU's OpenMP, which PyTorch uses, lets waiting threads spin; on a busy machine they take time from the
     threads that they wait for. OpenMP has read its environment by now, so this process replaces itself by a new one.
     """
-    computes = sys.argv[1:2] and sys.argv[1] in COMMANDS and sys.argv[1] != "info" and not {"-h", "--help"} & {*sys.argv}
+    computes = (
+        sys.argv[1:2] and sys.argv[1] in COMMANDS and sys.argv[1] != "info" and not {"-h", "--help"} & {*sys.argv}
+    )
     if computes and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ}:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
