@@ -29,7 +29,7 @@ def main() -> None:
     for method in METHODS:
         options = ["--method", method, "--device", "cpu"]
         options += ["--batch_size", str(args.batch_size), "--max_length", str(args.seq_len)]
-        options += ["--lora_r", str(args.rank), "--lora_dropout", "0.1"] if method == "lora" else []
+        options += ["--lora_r", str(args.rank), "--lora_targets", "all-linear"] if method == "lora" else []
         predicted = plan(parse(options))["runs"][method]
         measured = {
             name: training_memory.growth(method, args.batch_size, args.seq_len, args.rank, args.threads, gives_back)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import lora_ext
 from lora_ext import LoraConfig, adapters, cli, functional, inject, save_adapter
 from lora_ext.adapters import adapter_names, lora_modules
+from lora_ext.commands import plan
 from lora_ext.methods import method_of
 from lora_ext.tasks.finetune import demo
 
@@ -203,7 +204,10 @@ def test_commands_have_the_options_shown():
     assert len(shown) > 15
     for line in shown:
         name, *options = shlex.split(line)[1:]
-        plan.parse(options) if name == "plan" else parser().parse_args([name, *options])
+        if name == "plan":
+            plan.parse(options)
+        else:
+            parser().parse_args([name, *options])
 
 
 def test_every_option_is_documented():

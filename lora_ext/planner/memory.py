@@ -19,44 +19,27 @@ _MOST_DEVICES = 1024
 
 @dataclass(frozen=True)
 class Setup:
-    """Options of a training run that do not change what is trained.
+    """Options of a training run that do not change what is trained."""
 
-    Args:
-        batch_size, seq_len: texts per step, and tokens per text, without padding.
-        dtype, optimizer: dtype of frozen weights, a key of :data:`WEIGHT_DTYPES`; a key of :data:`OPTIMIZERS`.
-        gradient_checkpointing: whether layers keep only their inputs and are computed again in the backward.
-        accumulates: whether a step sums the gradients of several batches, so that gradients exist from the start.
-    """
-
-    batch_size: int = 16
-    seq_len: int = 128
-    dtype: str = "float32"
-    optimizer: str = "adamw"
-    gradient_checkpointing: bool = False
-    accumulates: bool = False
+    batch_size: int = 16  # texts per step
+    seq_len: int = 128  # tokens per text, none of them padding
+    dtype: str = "float32"  # of frozen weights, a key of WEIGHT_DTYPES
+    optimizer: str = "adamw"  # a key of OPTIMIZERS
+    gradient_checkpointing: bool = False  # layers keep only their inputs and are computed again in the backward
+    accumulates: bool = False  # a step sums the gradients of several batches, so that they exist from the start
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the peak of a step. A fused optimizer allocates nothing but its state.
+    """Bytes on one device at the peak of a step. A fused optimizer allocates nothing but its state."""
 
-    Attributes:
-        weights: parameters and buffers, trained and frozen.
-        optimizer_state: state for the trained parameters.
-        gradients: gradients that exist at the peak.
-        activations: everything else: tensors kept for the backward, and temporaries.
-        kept: bytes that the whole forward keeps for the backward.
-        all_gradients: gradients of all trained parameters.
-        gathered: bytes whole on every device when sharded: two layers' weights and gradients, weights outside layers.
-    """
-
-    weights: int
-    optimizer_state: int
-    gradients: int
-    activations: int
-    kept: int
-    all_gradients: int
-    gathered: int
+    weights: int  # parameters and buffers, trained and frozen
+    optimizer_state: int  # for the trained parameters
+    gradients: int  # those that exist at the peak
+    activations: int  # everything else at the peak: tensors kept for the backward, and temporaries
+    kept: int  # by the whole forward for the backward
+    all_gradients: int  # of all trained parameters
+    gathered: int  # whole on every device when sharded: two layers' weights and gradients, weights outside layers
 
     @property
     def peak(self) -> int:
@@ -96,12 +79,12 @@ class Planner:
         self._models: dict[tuple[str, bool], nn.Module] = {}
         self._steps: dict[Setup, Step] = {}
 
-    def model(self, dtype: str, gradient_checkpointing: bool = False) -> nn.Module:
+    def model(self, dtype: str, checkpointing: bool = False) -> nn.Module:
         """Returns the adapted model, with the compute dtype of ``dtype``."""
-        key = WEIGHT_DTYPES[dtype].compute, gradient_checkpointing
-        if key not in self._models:
-            self._models[key] = self.build(getattr(torch, key[0]), gradient_checkpointing)
-        return self._models[key]
+        compute = WEIGHT_DTYPES[dtype].compute
+        if (compute, checkpointing) not in self._models:
+            self._models[compute, checkpointing] = self.build(getattr(torch, compute), checkpointing)
+        return self._models[compute, checkpointing]
 
     def training(self, setup: Setup) -> Memory:
         """Returns the memory of training with ``setup``.

@@ -36,7 +36,7 @@ def simulate_step(
 
     Args:
         model: adapted model on the meta device in training mode; gradients are None before and after.
-        loss_of: runs the model; inputs must be on the meta device, and are not counted if created before.
+        loss_of: runs the model, with inputs on the meta device.
         device: one of :data:`DEVICES`, whose kernels are assumed (:class:`DeviceKernels`).
         accumulates: whether gradients of an earlier batch exist and are added to.
 

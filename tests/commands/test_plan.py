@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, RobertaCo
 
 from lora_ext.adapters import trainable_parameter_counts
 from lora_ext.commands import main
-from lora_ext.commands.methods import method_for
+from lora_ext.commands.adapting import lora_targets
 from lora_ext.commands.plan import parse, plan, rows
 from lora_ext.commands.results import readable
 from lora_ext.methods import apply_method, new_method
@@ -77,7 +77,7 @@ def test_trainable_parameters_of_gpt3(r, millions):
     """The paper's tables 4 and 6, on query and value; the formula holds for any rank and depth."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=2, n_embd=12288, n_head=96, n_positions=2048))
-    method = method_for(model, "lora", {"lora_r": r, "lora_targets": "q,v"})
+    method = new_method("lora", r=r, **lora_targets(model, "q,v"))
     assert round(method.count(model) * 96 / 2 / 1e6, 1) == millions
     apply_method(model, method)
     assert trainable_parameter_counts(model)[0] == method.count(model)
@@ -114,9 +114,16 @@ def test_the_demo_takes_the_memory_that_is_planned():
 
     cases = [(method, 16, 128, 8) for method in ("full", "lora")]
     for (method, *_), growth in zip(cases, training_memory.growths(cases), strict=True):
-        lora = ["--lora_dropout", 0.1] if method == "lora" else []
+        lora = ["--lora_targets", "all-linear", "--lora_r", 8] if method == "lora" else []
         found = planned("--method", method, "--device", "cpu", *lora)
         assert found["runs"][method]["peak"] == pytest.approx(growth, rel=0.15)
+
+
+def test_the_demo_has_the_defaults_of_finetune():
+    """Adapters of linear layers and embeddings, the pooler and the head."""
+    runs = planned()["runs"]
+    assert runs["lora"]["trained_parameters"] == 438_507 and runs["full"]["parameters"] == 23_152_878 - 438_507
+    assert runs["full"]["peak"] > runs["lora"]["peak"]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -180,13 +187,13 @@ def test_devices_share_states(gpt2_directory):
         (["--seq-len", "0"], ["--seq_len", "'0'", "at least 1"]),
         (["--seq-len", "65"], ["--max_length is 65", "at most 64 tokens"]),
         (["--gpu-memory", "1GB"], ["--reserve takes all of --gpu_memory"]),
-        (["--method", "full", "--dtype", "int8"], ["--method full", "frozen linear layers"]),
-        (["--method", "full", "--lora_r", "3"], ["--lora_r is no option of --method full"]),
+        (["--method", "full", "--dtype", "int8"], ["--quantize int8 freezes the weights"]),
+        (["--method", "full", "--lora_r", "3"], ["--lora_r goes with lora, not with --method full"]),
         (["--method", "head-only"], ["--method head-only", "no new head to train"]),
         (["--method", "bitfit", "--task", "classification", "--model", "llama3-8b"], ["has no biases"]),
         (["--target-modules", "query"], ["--method lora", "matches no module"]),
         (["--num-labels", "3"], ["--num_labels goes with --task classification; a language model has none"]),
-        (["--model", "nothing"], ["nothing is neither a config", "gpt3-175b"]),
+        (["--model", "no/thing"], ["no/thing is neither a config", "gpt3-175b"]),
         (["--rank", "3"], ["there is no option --rank"]),
     ],
 )
