@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -94,7 +94,7 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
         vars(root)[_ATTRIBUTE] = method
         if insertions:
             _guard_files(root)
-        for parameter in method_parameters(model).values():
+        for parameter in trained_by(model, method).values():
             parameter.requires_grad_(True)
 
 
@@ -113,10 +113,15 @@ def method_of(model: nn.Module) -> Method | None:
 
 
 def applied_method(model: nn.Module, caller: str) -> Method:
-    """Returns the applied method. ValueError: none was applied."""
+    """Returns the applied method. ValueError: none was applied, or its low-rank adapter is gone."""
     method = method_of(model)
     if method is None:
         raise ValueError(f"{caller}: {type(root_module(model)).__name__} is not adapted; call apply_method(model, ...)")
+    if caller != "remove_method" and method.lora_config(model) is not None and adapter_set(model) is None:
+        raise ValueError(
+            f"{caller}: the low-rank adapter of {method.name} was merged for good or removed; call "
+            "remove_method(model), which keeps the weights"
+        )
     return method
 
 
@@ -152,21 +157,16 @@ def remove_method(model: ModelT) -> ModelT:
     return model
 
 
-def method_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that the applied method trains, by path in the bare model, except the low-rank adapter's.
+def trained_by(model: nn.Module, method: Method, insertions: Iterable[Insertion] = ()) -> dict[str, nn.Parameter]:
+    """Returns the parameters that ``method`` trains, by path in the bare model, except the low-rank adapter's.
 
     With a low-rank adapter, the head is a copy inside it; otherwise the head is trained in place and included.
+    ``insertions`` are modules that are not in the model yet.
     """
     bare = BareModel(root_module(model))
-    inserted = {path: module for path, module in bare.modules.items() if isinstance(module, Inserted)}
-    return parameters_of(model, applied_method(model, "method_parameters"), inserted)
-
-
-def parameters_of(model: nn.Module, method: Method, inserted: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Returns the parameters that ``method``, applied or not, trains, with the modules ``inserted`` (by path)."""
-    bare = BareModel(root_module(model))
     found = dict(method.trained_parameters(bare))
-    modules = dict(inserted)
+    modules = {path: module for path, module in bare.modules.items() if isinstance(module, Inserted)}
+    modules |= {f"{place.path}.{place.name}".lstrip("."): place.module for place in insertions}
     if method.lora_config(model) is None:
         modules |= {path: bare.modules[path] for path in head_paths(bare)}
     for path, module in modules.items():

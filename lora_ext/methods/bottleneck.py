@@ -1,9 +1,9 @@
-"""The bottleneck module of adapters, and the base of methods that insert it."""
+"""The bottleneck adapters: of Houlsby, Lin and Pfeiffer, and AdapterDrop; the paper's Adapter^H, ^L, ^P and ^D."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -51,9 +51,30 @@ class Bottleneck(Inserted):
         return f"activation={self.activation}"
 
 
+class NormedBottleneck(Bottleneck):
+    """``h + up(activation(down(norm(h))))`` with a new LayerNorm."""
+
+    def __init__(self, size: int, activation: str, like: Tensor) -> None:
+        super().__init__(size, activation, like)
+        self.norm = nn.LayerNorm(like.shape[-1], device=like.device, dtype=self.down.weight.dtype)
+
+    def adapted(self, h: Tensor) -> Tensor:
+        return self(self.norm(h.to(self.norm.weight.dtype)).to(h.dtype), h)
+
+
+class BeforeNorm(Bottleneck):
+    """A bottleneck on the LayerNorm that ends a layer: reads its output and adds to its input.
+
+    ``host(z + up(activation(down(host(z)))))``: the structure found by AdapterHub's search.
+    """
+
+    def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return host.forward(self(output, args[0]))  # not host(), whose hook this is
+
+
 @dataclass(frozen=True)
 class BottleneckMethod(Method):
-    """Base of the methods that insert bottlenecks.
+    """Base of the methods that insert bottlenecks, by default at the end of every layer.
 
     Args:
         bottleneck_size: the paper's ``r``: number of hidden features.
@@ -72,10 +93,10 @@ class BottleneckMethod(Method):
 
     def places(self, architecture: Architecture) -> list[str]:
         """Returns the paths of the modules in a layer that get a bottleneck; "" is the layer itself."""
-        raise NotImplementedError
+        return [architecture.layer_output]
 
-    def new_bottleneck(self, architecture: Architecture, like: Tensor) -> Bottleneck:
-        return Bottleneck(self.bottleneck_size, self.activation, like)
+    def kind(self, architecture: Architecture) -> type[Bottleneck]:
+        return Bottleneck
 
     def adapted_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Returns ``(path, layer)`` of the layers that get adapters."""
@@ -83,12 +104,12 @@ class BottleneckMethod(Method):
 
     def insertions(self, model: nn.Module) -> list[Insertion]:
         architecture = architecture_of(model, self.name)
-        found = []
+        found, kind = [], self.kind(architecture)
         for path, layer in self.adapted_layers(model):
             like = weight_of(layer, model)
             for place in self.places(architecture):
-                host, bottleneck = layer.get_submodule(place), self.new_bottleneck(architecture, like)
-                found.append(Insertion(f"{path}.{place}".rstrip("."), host, "bottleneck", bottleneck))
+                module = kind(self.bottleneck_size, self.activation, like)
+                found.append(Insertion(f"{path}.{place}".rstrip("."), layer.get_submodule(place), "bottleneck", module))
         return found
 
     def count(self, model: nn.Module) -> int:
@@ -96,3 +117,77 @@ class BottleneckMethod(Method):
         architecture, d_model, r = architecture_of(model, self.name), hidden_size(model), self.bottleneck_size
         adapters = len(self.adapted_layers(model)) * len(self.places(architecture))
         return adapters * (2 * d_model * r + r + d_model)
+
+
+@dataclass(frozen=True)
+class AdapterH(BottleneckMethod):
+    """Bottlenecks after attention and after the MLP of every layer, before the residual is added.
+
+    Houlsby et al. 2019 (arXiv 1902.00751): ``h + up(activation(down(h)))``, where ``h`` is the branch's output, to
+    which the residual stream is added.
+    """
+
+    activation: str = "silu"
+    name: ClassVar[str] = "adapter-h"
+
+    def places(self, architecture: Architecture) -> list[str]:
+        return [architecture.attention_output, architecture.mlp_output]
+
+
+@dataclass(frozen=True)
+class AdapterL(BottleneckMethod):
+    """A bottleneck with a new LayerNorm at the end of every layer: ``h + up(activation(down(norm(h))))``.
+
+    Lin et al. 2020 (arXiv 2004.03829).
+    """
+
+    name: ClassVar[str] = "adapter-l"
+
+    def kind(self, architecture: Architecture) -> type[Bottleneck]:
+        return NormedBottleneck
+
+    def count(self, model: nn.Module) -> int:
+        """``L_Adpt * (2 * d_model * r + r + d_model) + 2 * L_LN * d_model``, with one LayerNorm per adapter."""
+        return super().count(model) + 2 * len(self.adapted_layers(model)) * hidden_size(model)
+
+
+@dataclass(frozen=True)
+class AdapterP(BottleneckMethod):
+    """A bottleneck at the end of every layer, after the MLP: Pfeiffer et al. 2021 (arXiv 2005.00247).
+
+    If layers end with a LayerNorm, between the residual sum ``z`` and the norm:
+    ``norm(z + up(activation(down(norm(z)))))``. If they begin with one: ``z + up(activation(down(z)))``.
+    """
+
+    name: ClassVar[str] = "adapter-p"
+
+    def kind(self, architecture: Architecture) -> type[Bottleneck]:
+        return BeforeNorm if architecture.post_norm else Bottleneck
+
+
+@dataclass(frozen=True)
+class AdapterDrop(AdapterP):
+    """Pfeiffer's adapters without those of the lower layers, which then need no backward.
+
+    Rücklé et al. 2021 (arXiv 2010.11918).
+
+    Args:
+        drop_layers: number of layers without adapters, from the input; None: 5 of 12, as in the paper of AdapterDrop.
+    """
+
+    drop_layers: int | None = None
+    name: ClassVar[str] = "adapter-drop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop_layers is not None:
+            check_at_least(self.name, 0, drop_layers=self.drop_layers)
+
+    def adapted_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        layers = super().adapted_layers(model)
+        dropped = round(5 / 12 * len(layers)) if self.drop_layers is None else self.drop_layers
+        if dropped >= len(layers):
+            raise ValueError(
+                f"{self.name}: drop_layers is {dropped}, but the model has {len(layers)} layers; want fewer than that"
+            )
+        return layers[dropped:]

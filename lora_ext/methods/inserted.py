@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.hooks import remove_hooks
-from lora_ext._common.interrupts import uninterrupted
 
 
 class Inserted(nn.Module):
@@ -49,9 +48,8 @@ def by_name(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict
     The cache gets the host's name for it: ``cache`` since Transformers 5.24, ``past_key_values`` before.
     """
     named = dict(zip(names, args, strict=False)) | kwargs
-    for given, expected in (("past_key_values", "cache"), ("cache", "past_key_values")):
-        if given in named and given not in names and expected in names:
-            named[expected] = named.pop(given)
+    for given in {"past_key_values", "cache"} & named.keys() - {cache_name(names)}:
+        named[cache_name(names)] = named.pop(given)
     return named
 
 
@@ -66,14 +64,13 @@ def new_parameter_dtype(like: Tensor) -> torch.dtype:
 
 
 def insert(insertion: Insertion) -> None:
-    """Adds the module to its host. Ctrl-C waits."""
-    with uninterrupted():
-        is_first = not any(_inserted(insertion.host))
-        insertion.module.train(insertion.host.training)
-        insertion.host.add_module(insertion.name, insertion.module)
-        if is_first:
-            insertion.host.register_forward_pre_hook(_enter, with_kwargs=True)
-            insertion.host.register_forward_hook(_leave, with_kwargs=True)
+    """Adds the module to its host."""
+    is_first = not any(_inserted(insertion.host))
+    insertion.module.train(insertion.host.training)
+    insertion.host.add_module(insertion.name, insertion.module)
+    if is_first:
+        insertion.host.register_forward_pre_hook(_enter, with_kwargs=True)
+        insertion.host.register_forward_hook(_leave, with_kwargs=True)
 
 
 def remove_inserted(model: nn.Module) -> None:

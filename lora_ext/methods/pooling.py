@@ -36,14 +36,11 @@ def set_pooling(model: ModelT, pooling: str) -> ModelT:
     before ``load_adapter``, PEFT's ``PeftModel.from_pretrained``, or after ``from_pretrained`` of a model whose config
     has ``classifier_pooling="mean"``.
 
-    Args:
-        model: a BERT, RoBERTa, XLM-RoBERTa or CamemBERT for sequence classification.
-
     Returns:
         ``model``, the same object.
 
     Raises:
-        TypeError: another model.
+        TypeError: the model is no BERT, RoBERTa, XLM-RoBERTa or CamemBERT for sequence classification.
         ValueError: another pooling, or the model has the other one already.
     """
     _check(model, pooling, "set_pooling")
@@ -59,29 +56,32 @@ def with_pooling(model: nn.Module, pooling: str | None, caller: str) -> Iterator
         ValueError: the model has another pooling. TypeError: it can have none.
     """
     before = pooling_of(model)
-    if pooling == before:
-        yield
-        return
-    if pooling is None:
+    if pooling is None and before is not None:
         raise ValueError(
             f"{caller}: the model has the pooling {before!r}, and the file was trained without it; load it into a "
             "model without set_pooling"
         )
+    if pooling is None or pooling == before:
+        yield
+        return
     _check(model, pooling, caller)
-    pooler = getattr(base_model(model), "pooler", None)
+    root, base = root_module(model), base_model(model)
+    pooler = getattr(base, "pooler", None)
     _choose(model, pooling)
     try:
         yield
     except BaseException:
-        _take_back(model, pooler)
+        delattr(root, POOLING)
+        base.pooler = pooler
+        vars(root.config).pop("classifier_pooling", None)
+        remove_hooks(base, _mean_for_the_head, _mean_as_first_token)
         raise
 
 
 def _check(model: nn.Module, pooling: str, caller: str) -> None:
     if pooling not in POOLINGS:
         raise ValueError(f"{caller}: pooling is {shown(pooling)}, want one of {', '.join(POOLINGS)}")
-    architecture = architecture_of(model, caller)
-    if not architecture.keeps_first or task_type(model) != "SEQ_CLS":
+    if not architecture_of(model, caller).keeps_first or task_type(model) != "SEQ_CLS":
         kind = type(root_module(model)).__name__
         raise TypeError(f"{caller}: {kind} is not an encoder for sequence classification, whose pooling can be chosen")
     if pooling_of(model) not in (None, pooling):
@@ -94,19 +94,10 @@ def _choose(model: nn.Module, pooling: str) -> None:
         return
     setattr(root, POOLING, pooling)
     if pooling == "mean":
-        has_pooler = base.pooler is not None
+        hook = _mean_as_first_token if base.pooler is None else _mean_for_the_head
         base.pooler = None
         root.config.classifier_pooling = pooling  # the name in ModernBERT's config
-        base.register_forward_hook(_mean_for_the_head if has_pooler else _mean_as_first_token, with_kwargs=True)
-
-
-def _take_back(model: nn.Module, pooler: nn.Module | None) -> None:
-    root, base = root_module(model), base_model(model)
-    delattr(root, POOLING)
-    base.pooler = pooler
-    if hasattr(root.config, "classifier_pooling"):
-        del root.config.classifier_pooling
-    remove_hooks(base, _mean_for_the_head, _mean_as_first_token)
+        base.register_forward_hook(hook, with_kwargs=True)
 
 
 def _mean_for_the_head(base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

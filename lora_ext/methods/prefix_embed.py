@@ -9,10 +9,52 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext.methods.architectures import base_model, base_path, hidden_size
+from lora_ext.methods.architectures import Architecture, architecture_of, base_model, base_path, hidden_size
+from lora_ext.methods.base import Method, check_at_least
 from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
-from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted
 from lora_ext.model.bare_model import root_module
+
+
+@dataclass(frozen=True)
+class PrefixMethod(Method):
+    """Base of :class:`PrefixEmbed` and :class:`PrefixLayer`, with their options.
+
+    Args:
+        prefix_length: the paper's ``l_p``: number of special tokens before the input.
+        infix_length: the paper's ``l_i``: number of special tokens after it.
+
+    ValueError: both are 0, or one is negative.
+    """
+
+    prefix_length: int = 8
+    infix_length: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(self.name, 0, prefix_length=self.prefix_length, infix_length=self.infix_length)
+        if self.special_tokens == 0:
+            raise ValueError(f"{self.name}: prefix_length and infix_length are 0, want at least 1 for one of them")
+
+    @property
+    def special_tokens(self) -> int:
+        return self.prefix_length + self.infix_length
+
+
+def is_causal(model: nn.Module, architecture: Architecture) -> bool:
+    """Returns whether tokens attend to earlier tokens only."""
+    return not architecture.keeps_first or getattr(root_module(model).config, "is_decoder", False)
+
+
+def architecture_with_prefix(model: nn.Module, method: str) -> Architecture:
+    """Returns :func:`architecture_of`. TypeError: an encoder is used as a decoder, and its first token stays first."""
+    architecture = architecture_of(model, method)
+    if architecture.keeps_first and is_causal(model, architecture):
+        raise TypeError(f"{method}: {type(root_module(model)).__name__} has is_decoder=True, which is not supported")
+    return architecture
+
+
+def counted(mask: Tensor) -> Tensor:
+    """Maps a mask ``[batch, length]`` (0: padding) to the number of real tokens before each; -1 in leading padding."""
+    return mask.long().cumsum(1) - 1
 
 
 class SpecialTokens(Inserted):
@@ -26,26 +68,17 @@ class SpecialTokens(Inserted):
     cache holds them.
 
     Args:
-        weight: initial values, ``[prefix_length + infix_length, d_model]``, the prefix first.
-        prefix_length, infix_length: see :class:`PrefixEmbed`.
+        host: the base model.
+        method: has the numbers of tokens.
         keeps_first: whether the host is an encoder.
         table: the host's embedding of positions; None: it rotates queries and keys.
-        names: :func:`parameter_names` of the host.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        prefix_length: int,
-        infix_length: int,
-        keeps_first: bool,
-        table: nn.Embedding | None,
-        names: tuple[str, ...],
-    ) -> None:
+    def __init__(self, host: nn.Module, method: PrefixMethod, keeps_first: bool, table: nn.Embedding | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.prefix_length, self.infix_length = prefix_length, infix_length
-        self.keeps_first, self.names = keeps_first, names
+        self.weight = nn.Parameter(_random_tokens(host, method.special_tokens))  # the prefix first
+        self.prefix_length, self.infix_length = method.prefix_length, method.infix_length
+        self.keeps_first, self.names = keeps_first, parameter_names(host)
         self.first_position = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
         self.max_positions = None if table is None else table.num_embeddings - self.first_position
 
@@ -65,13 +98,9 @@ class SpecialTokens(Inserted):
 
     def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         call = by_name(self.names, args, kwargs)
-        # Transformers before 5.4 passes the places of the text alone in the cache; without it the host counts itself.
-        call.pop("cache_position", None)
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        if ids is None and embeds is None:
+        if (ids is None) == (embeds is None):
             return args, kwargs  # the host raises an error
-        if ids is not None and embeds is not None:
-            raise ValueError("prefix-embed: both input_ids and inputs_embeds are given, want one of them")
         mask, cache = call.get("attention_mask"), call.get(cache_name(self.names))
         past = 0 if cache is None else cache.get_seq_length()
         batch, length = (ids if embeds is None else embeds).shape[:2]
@@ -86,8 +115,7 @@ class SpecialTokens(Inserted):
         if call.get("position_ids") is not None:
             call["position_ids"] = call["position_ids"] + self.special_tokens
         if mask is not None:
-            call["attention_mask"] = nn.functional.pad(mask, (self.prefix_length, 0), value=1)
-            call["attention_mask"] = nn.functional.pad(call["attention_mask"], (0, self.infix_length), value=1)
+            call["attention_mask"] = nn.functional.pad(mask, (self.prefix_length, self.infix_length), value=1)
             if call.get("position_ids") is None:
                 call["position_ids"] = counted(call["attention_mask"])[:, -length:].clamp_min(0)
         return (), call
@@ -155,15 +183,12 @@ class SpecialTokens(Inserted):
     def _check(self, host: nn.Module, mask: Any, past: int, batch: int, length: int) -> None:
         """Raises ValueError for inputs that are not supported."""
         tokens = past + length - (self.special_tokens if past else 0)
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.ndim != 2:
-                given = f"{list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-                raise ValueError(
-                    f"prefix-embed: attention_mask is {given}, want the padding mask, [batch, length] "
-                    f"= {[batch, tokens]}; generate passes it on with the dynamic cache, its default"
-                )
-            if tuple(mask.shape) != (batch, tokens):
-                raise ValueError(f"prefix-embed: attention_mask is {list(mask.shape)}, want {[batch, tokens]}")
+        shape = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        if mask is not None and shape != [batch, tokens]:
+            raise ValueError(
+                f"prefix-embed: attention_mask is {shape}, want the padding mask, [batch, length] = {[batch, tokens]}; "
+                "generate passes it on with the dynamic cache, its default"
+            )
         if self.most_tokens is not None and tokens > self.most_tokens:
             raise ValueError(
                 f"prefix-embed: {tokens} tokens and {self.special_tokens} special ones, but {type(host).__name__} has "
@@ -199,14 +224,7 @@ class PrefixEmbed(PrefixMethod):
         architecture = architecture_with_prefix(model, self.name)
         base = base_model(model)
         table = base.get_submodule(architecture.position_table) if architecture.position_table else None
-        module = SpecialTokens(
-            _random_tokens(base, self.special_tokens),
-            self.prefix_length,
-            self.infix_length,
-            architecture.keeps_first,
-            table,
-            parameter_names(base),
-        )
+        module = SpecialTokens(base, self, architecture.keeps_first, table)
         if module.max_positions is not None and self.special_tokens >= module.max_positions:
             raise ValueError(
                 f"{self.name}: {self.special_tokens} special tokens leave no room for text: "

@@ -10,23 +10,19 @@ from torch import Tensor, nn
 
 from lora_ext.methods.architectures import Architecture, base_model, base_path, hidden_size, layers_of, weight_of
 from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
-from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted, is_causal
+from lora_ext.methods.prefix_embed import PrefixMethod, architecture_with_prefix, counted, is_causal
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 _STATES, _ROTARY = "prefix_states", "prefix_rotary"  # arguments that the modules below pass to each other
 
 
 class PrefixRotary(Inserted):
-    """Passes the rotary module of a base model to the layers, which have no reference to it.
+    """Passes the rotary module, at ``path`` in a base model, to the layers, which have no reference to it.
 
     It passes the module, not its values: some kinds choose frequencies by the length of the input when called.
 
     The prefix must directly precede the first real token, so default positions do not count padding. For the text alone
     this makes no difference, because only distances matter.
-
-    Args:
-        path: path of the rotary module in the host.
-        names: :func:`parameter_names` of the host.
     """
 
     def __init__(self, path: str, names: tuple[str, ...]) -> None:
@@ -102,7 +98,7 @@ class PrefixKeys(Inserted):
         return (), call
 
     def _projected(self, host: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns keys and values ``[1, special_tokens, heads * head_dim]`` of the prefix by the host's projections."""
+        """Returns the prefix's keys and values, ``[1, special_tokens, heads * head_dim]``."""
         key, value = self.key_value
         if key == value:
             _, keys, values = getattr(host, key)(states).chunk(3, dim=-1)
@@ -121,12 +117,7 @@ class PrefixedKeys:
     """
 
     def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        tables: tuple[Tensor, Tensor] | None,
-        cache: Any,
-        num_keys: int | None,
+        self, keys: Tensor, values: Tensor, tables: tuple[Tensor, Tensor] | None, cache: Any, num_keys: int | None
     ) -> None:
         self.keys, self.values, self.tables, self.cache, self.num_keys = keys, values, tables, cache, num_keys
 
@@ -140,15 +131,15 @@ class PrefixedKeys:
             cosines, sines = self.tables
             halves = first_keys.chunk(2, dim=-1)
             first_keys = first_keys * cosines + torch.cat([-halves[1], halves[0]], dim=-1) * sines
-        both = ((first_keys, keys), (first_values, values))
-        first, second = (
-            torch.cat([prefix.to(real.dtype).expand(len(real), -1, -1, -1), real], dim=2) for prefix, real in both
-        )
-        return first, second
+        return self._joined(first_keys, keys), self._joined(first_values, values)
 
     @staticmethod
     def _by_head(flat: Tensor, like: Tensor) -> Tensor:
         return flat.view(1, flat.shape[1], -1, like.shape[-1]).transpose(1, 2)
+
+    @staticmethod
+    def _joined(prefix: Tensor, real: Tensor) -> Tensor:
+        return torch.cat([prefix.to(real.dtype).expand(len(real), -1, -1, -1), real], dim=2)
 
 
 def _is_causal_without_mask(host: nn.Module, call: dict[str, Any]) -> bool:
@@ -198,19 +189,15 @@ class PrefixLayer(PrefixMethod):
             rotary = PrefixRotary(architecture.rotary, parameter_names(base))
             found.append(Insertion(base_path(model), base, "prefix_rotary", rotary))
         for path, layer in layers_of(model, architecture):
-            attention = layer.get_submodule(architecture.attention)
-            states = PrefixStates(self._first_values(layer, model), architecture.attention_norm)
+            attention, like = layer.get_submodule(architecture.attention), weight_of(layer, model)
+            sizes = self.special_tokens, hidden_size(model)
+            weight = torch.empty(sizes, device=like.device, dtype=new_parameter_dtype(like))
+            nn.init.normal_(weight, std=0.02)  # as in Transformers; tokens that all start at zero would stay equal
+            states = PrefixStates(weight, architecture.attention_norm)
             keys = PrefixKeys(architecture.projections[1:3], parameter_names(attention))
             found.append(Insertion(path, layer, "prefix_states", states))
             found.append(Insertion(f"{path}.{architecture.attention}", attention, "prefix_keys", keys))
         return found
-
-    def _first_values(self, layer: nn.Module, model: nn.Module) -> Tensor:
-        like = weight_of(layer, model)
-        sizes = self.special_tokens, hidden_size(model)
-        weight = torch.empty(sizes, device=like.device, dtype=new_parameter_dtype(like))
-        # as in Transformers; tokens that all start at zero would stay equal
-        return nn.init.normal_(weight, std=0.02)
 
     def _architecture(self, model: nn.Module) -> Architecture:
         architecture = architecture_with_prefix(model, self.name)
