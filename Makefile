@@ -20,7 +20,7 @@ CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 .NOTPARALLEL:
 
 help:
-	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS=--resume to continue)'
+	@echo 'make finetune   fine-tune a real model with LoRA on real reviews; the result lands in $(OUT) (ARGS="--resume_from_checkpoint true" to continue)'
 	@echo 'make finetune-lm  the same for a language model, SmolLM2-135M, on conversations: answers before and after, in $(LM_OUT)'
 	@echo 'make finetune-vi  sentiments of UIT-VSFC, student feedback in Vietnamese (DATA=directory; MODEL=directory of PhoBERT), in $(VI_OUT)'
 	@echo 'make test       the test suite; a part of it: PYTEST_ARGS=tests/nn, or PYTEST_ARGS="tests/nn -k conv"'
@@ -44,18 +44,19 @@ help:
 	@echo 'make clean      remove the environment and everything built'
 
 finetune: $(VENV)/.demo $(VENV)/.built
-	$(BIN)/python -m lora_ext finetune --out $(OUT) $(or $(ARGS),--overwrite)
+	$(BIN)/python -m lora_ext finetune --output_dir $(OUT) $(or $(ARGS),--overwrite)
 
 finetune-lm: $(VENV)/.finetune-lm $(VENV)/.built
-	$(BIN)/python -m lora_ext finetune --task causal-lm --packing --max-length 512 --batch-size 1 --max-new-tokens 32 --out $(LM_OUT) $(or $(ARGS),--overwrite)
+	$(BIN)/python -m lora_ext finetune --task causal-lm --packing --max_length 512 --per_device_train_batch_size 1 \
+		--max_new_tokens 32 --output_dir $(LM_OUT) $(or $(ARGS),--overwrite)
 
 # The mean of the hidden states is what E5 was trained with; other models have poolers (VI_ARGS replaces the options).
-VI_ARGS ?= $(if $(findstring build/e5-small,$(MODEL)),--pooling mean --trim-vocabulary) --best-metric macro_f1
+VI_ARGS ?= $(if $(findstring build/e5-small,$(MODEL)),--pooling mean) --load_best_model_at_end true --metric_for_best_model macro_f1
 finetune-vi: $(VENV)/.finetune $(VENV)/.built $(if $(findstring build/e5-small,$(MODEL)),build/e5-small/config.json)
 	$(BIN)/python scripts/lay_out_vsfc.py "$(DATA)" $(VI_OUT)/data
 	$(BIN)/python -m lora_ext finetune --model "$(MODEL)" --data $(VI_OUT)/data/train.csv \
-		--validation-file $(VI_OUT)/data/dev.csv --test-file $(VI_OUT)/data/test.csv \
-		$(VI_ARGS) --out $(VI_OUT)/run $(or $(ARGS),--overwrite)
+		--validation_file $(VI_OUT)/data/dev.csv --test_file $(VI_OUT)/data/test.csv \
+		$(VI_ARGS) --output_dir $(VI_OUT)/run $(or $(ARGS),--overwrite)
 	$(BIN)/python -m lora_ext report $(VI_OUT)
 
 build/e5-small/config.json: scripts/convert_e5.py | $(VENV)/.finetune $(VENV)/.built

@@ -1,5 +1,5 @@
 import sys
 
-from lora_ext.cli import command
+from lora_ext.commands import command
 
 sys.exit(command())

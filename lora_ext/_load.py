@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ _HERE = Path(__file__).resolve().parent
 LIBRARY = _HERE / "liblora_ext.so"
 CUDA_LIBRARY = _HERE / "liblora_ext_cuda.so"
 TORCH_MINIMUM = "2.11"  # setup.py's TORCH_TARGET, for when the library does not load and cannot tell
-_REBUILD = "Build it with `pip install .` in a checkout, or run `pip install --force-reinstall lora_ext`."
+_REBUILD = "Build it: `make build`, or `pip install .`, in a checkout."
 
 
 def _reason(error: BaseException) -> str:
@@ -20,9 +21,24 @@ def _reason(error: BaseException) -> str:
     return str(error.__cause__ or error)
 
 
+def _remedy() -> str:
+    """Returns what to do about a missing library: a checkout without a build hides an installed package."""
+    checkout = _HERE.parent
+    if not ((checkout / "setup.py").is_file() and (checkout / "csrc").is_dir()):
+        return _REBUILD
+    places = (Path(entry).resolve() / _HERE.name for entry in sys.path)
+    installed = next((place for place in places if (place / LIBRARY.name).exists()), None)
+    if installed is None:
+        return f"This is a checkout without a build, and no built package is installed: run `make build` in {checkout}."
+    return (
+        f"This is a checkout without a build, and Python found it before the package that is installed in {installed}: "
+        f"run `make build` in {checkout}, or start Python in another folder."
+    )
+
+
 def _load_cpu() -> None:
     if not LIBRARY.exists():
-        raise ImportError(f"lora_ext: the compiled library {LIBRARY.name} is missing from {_HERE}. {_REBUILD}")
+        raise ImportError(f"lora_ext: the compiled library {LIBRARY.name} is missing from {_HERE}. {_remedy()}")
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
 from lora_ext._common.printable import shown
+from lora_ext._common.suggestion import suggestion
 from lora_ext._config_keys import check_other_keys, initialisation, initialisation_of_file
 from lora_ext._config_values import (
     FrozenDict,
@@ -31,6 +32,18 @@ from lora_ext.matching.path_patterns import PathPatterns, as_tuple, layer_expres
 
 ALL_LINEAR = "all-linear"
 """The ``target_modules`` value for every linear layer except the output head."""
+
+# Words that other libraries and users have for fields, where no close match finds them.
+_OTHER_WORDS = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "scale": "lora_alpha",
+    "targets": "target_modules",
+    "modules": "target_modules",
+    "dora": "use_dora",
+    "rslora": "use_rslora",
+}
 
 # PEFT trains these heads along with the adapter, even if modules_to_save does not name them.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
@@ -136,6 +149,14 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
     metadata: Mapping[str, Any] = field(default_factory=FrozenDict, compare=False, repr=False)
+
+    def __new__(cls, **values: Any) -> LoraConfig:
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                meant = suggestion(_OTHER_WORDS.get(name, name), known)
+                raise TypeError(f"LoraConfig: there is no option {shown(name)}{meant}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -43,7 +43,7 @@ def add_weighted_adapter(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> ModelT:
-    """Adds a frozen adapter that combines others, and makes it the active one. The others do not change.
+    """Adds a frozen adapter that combines others. As in PEFT, the active adapters stay: :func:`set_adapter` switches.
 
     Kinds and formulas are PEFT's; :func:`~lora_ext.adapters.combine.combine_factors` explains them. ``"cat"`` is the
     exact weighted sum of the updates, at the sum of the ranks; ``"svd"`` its best approximation of lower rank. Each
@@ -107,7 +107,7 @@ def add_weighted_adapter(
             raise ValueError(f"{caller}: {first.path!r} is trained in full by {names}; combine only one of them")
         parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
     config = _config(BareModel(root_module(model)), sources, parts)
-    apply_injection(model, Adapter(adapter_name, config, held, tuple(parts)))
+    apply_injection(model, Adapter(adapter_name, config, held, tuple(parts)), activate=False)
     return model
 
 

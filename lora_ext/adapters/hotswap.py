@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import changing, one_at_a_time
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
@@ -118,10 +118,10 @@ def hotswap_adapter(
     warn_of_a_copy("hotswap_adapter", adapter)
     file = in_present_layout(adapter, file, "hotswap_adapter")
     new = _new_values(adapter, config, file)
-    contents = [None if value.key is None else file.tensor(value.key) for value in new]
+    contents = file.read(value.key for value in new if value.key is not None)
     with torch.no_grad(), changing(adapter.into.active):
-        for value, content in zip(new, contents, strict=True):
-            value.write(content)
+        for value in new:
+            value.write(contents.get(value.key))
     return model
 
 
@@ -197,7 +197,7 @@ def _new_values(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list
     if problems:
         raise ValueError(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
-            f"prepare_hotswap first):{listed(problems)}"
+            f"prepare_hotswap first):{listed(first_shape(problems))}"
         )
     return values
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ext._common.printable import listed
+from lora_ext._common.printable import first_shape, listed
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
@@ -126,15 +126,15 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
         base = file.config.get("base_model_name_or_path")
         raise ValueError(
             f"AdapterPool: {file.path} does not fit the pool of rank {r} (its base model is {base!r}); load it with "
-            f"load_adapter, or make a pool with its layers and rank:{listed(problems)}"
+            f"load_adapter, or make a pool with its layers and rank:{listed(first_shape(problems))}"
         )
+    named = {path: {name: f"{KEY_PREFIX}{path}.{name}" for name in names} for path, names in modules.items()}
+    values = file.read(key for held in (*keys.values(), *named.values()) for key in held.values())
     updates = {}
     for path, factors in keys.items():
         scaling = math.copysign(config.scaling_for(path), _alpha(given.config, config, path))
-        updates[path] = LayerUpdate(file.tensor(factors["lora_A"]), file.tensor(factors["lora_B"]), scaling)
-    tensors = {
-        path: {name: file.tensor(f"{KEY_PREFIX}{path}.{name}") for name in names} for path, names in modules.items()
-    }
+        updates[path] = LayerUpdate(values[factors["lora_A"]], values[factors["lora_B"]], scaling)
+    tensors = {path: {name: values[key] for name, key in held.items()} for path, held in named.items()}
     return PoolAdapter(updates, tensors, config.alora_invocation_tokens)
 
 

@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lora_ext.commands.options import CommandError, did_you_mean, is_first_process
+from lora_ext._common.suggestion import suggestion
+from lora_ext.commands.options import CommandError, is_first_process
 
 COMMANDS = {
     "finetune": "fine-tune a classifier or a language model",
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise CommandError(
-                f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; want one of {', '.join(COMMANDS)}"
+                f"there is no command {name!r}{suggestion(name, COMMANDS)}; want one of {', '.join(COMMANDS)}"
             )
         status = importlib.import_module(f"lora_ext.commands.{name}").main(rest) or 0
         sys.stdout.flush()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ def load_model(auto_class: Any, options: TaskOptions, source: dict[str, Any], **
 
     CommandError: there is no such model, or it is quantised already.
     """
-    refuse_adapters(options.model)
     logging.set_verbosity_error()  # Transformers reports every new head; missing weights are checked below
     with refusing(f"--model {options.model}", RuntimeError, SafetensorError, KeyError):
         how = {} if options.quantize == "none" else _quantization(auto_class, options, source, config)
@@ -47,15 +45,6 @@ def load_model(auto_class: Any, options: TaskOptions, source: dict[str, Any], **
     if wrong := sorted({name for name, *_ in loaded["mismatched_keys"]} - head_parameters(model).keys()):
         raise CommandError(f"--model {options.model}: {wrong[0]} has another shape than its config.json says")
     return model, set(loaded["missing_keys"])
-
-
-def refuse_adapters(model: str | None) -> None:
-    """Refuses the directory of an adapter, for which Transformers would load its base."""
-    for name in ("adapter_config.json", "method.json"):
-        if model and (Path(model) / name).is_file():
-            raise CommandError(
-                f"--model {model} is an adapter (it holds {name}); name its base, or merge the two first"
-            )
 
 
 def _quantization(auto_class: Any, options: TaskOptions, source: dict[str, Any], config: dict[str, Any]) -> dict:

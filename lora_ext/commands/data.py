@@ -42,7 +42,7 @@ def load_rows(path: str, columns: Sequence[str]) -> DatasetDict:
         if not file.stat().st_size:
             raise CommandError(f"{path}: the file is empty")
         if kind == "csv":
-            options = {"converters": dict.fromkeys(columns, str), "encoding": "utf-8-sig"}
+            options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False, "encoding": "utf-8-sig"}
             options |= {"sep": "\t", "quoting": csv.QUOTE_NONE} if file.suffix.lower() == ".tsv" else {}
             _check_header(file, columns)
         with refusing(path, DatasetsError, TypeError, KeyError):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -15,6 +14,7 @@ import torch
 
 from lora_ext._common.install_hint import install_hint
 from lora_ext._common.printable import escaped
+from lora_ext._common.suggestion import suggestion
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -55,12 +55,6 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns ", did you mean ...?" for the most similar of ``known``, or ""."""
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f", did you mean {close[0]}?" if close else ""
-
-
 class Parser(argparse.ArgumentParser):
     """Raises CommandError instead of printing the usage, which can be hundreds of lines; suggests similar options."""
 
@@ -77,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         if not unknown:
             return
         name = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-        raise CommandError(f"there is no option {name}{did_you_mean(name, self._option_string_actions)}")
+        raise CommandError(f"there is no option {name}{suggestion(name, self._option_string_actions)}")
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(message)

@@ -13,7 +13,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from lora_ext.commands.options import CommandError, Parser, did_you_mean, refusing
+from lora_ext._common.suggestion import suggestion
+from lora_ext.commands.options import CommandError, Parser, refusing
 from lora_ext.methods import METHODS, option_names
 
 RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 3.2e-2, "prefix-layer": 1.6e-2, "head-only": 5e-3}
@@ -71,7 +72,7 @@ class TaskOptions:
         for name in parts:
             if name not in METHODS:
                 raise CommandError(
-                    f"--method {self.method}: there is no method {name!r}{did_you_mean(name, METHODS)}; want one of "
+                    f"--method {self.method}: there is no method {name!r}{suggestion(name, METHODS)}; want one of "
                     f"{', '.join(METHODS)}, or several joined by +"
                 )
         for name, wanted in _OWNERS.items():
@@ -97,6 +98,9 @@ class TaskOptions:
         if text is None:
             return
         path = Path(text).expanduser()
+        for file in ("adapter_config.json", "method.json"):
+            if name == "model" and (path / file).is_file():  # Transformers would load its base
+                raise CommandError(f"--model {text} is an adapter (it holds {file}); name its base, or merge the two")
         if path.exists():
             setattr(self, name, str(path.resolve()))  # a resumed run may start elsewhere
         elif path.suffix or text.startswith(("/", ".", "~")) or text.count("/") > 1:
@@ -228,7 +232,7 @@ def parse(argv: Sequence[str]) -> tuple[TaskOptions, TrainingArguments]:
     config = _configured(argv)
     known = {action.dest for action in parser._actions} - {"help"}
     if unknown := sorted(config.keys() - known):
-        raise CommandError(f"--config: there is no option {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+        raise CommandError(f"--config: there is no option {unknown[0]!r}{suggestion(unknown[0], known)}")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with options; those of the command line win")
     parser.set_defaults(**config)
     given, unknown_options = parser.parse_known_args(list(argv))

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_ext._common.printable import check_name, shown
+from lora_ext._common.printable import check_name, first_of, shown
+from lora_ext._common.warnings import warn_user
 from lora_ext.files.file_bytes import file_state
 from lora_ext.files.method_note import METHOD_FILE
 from lora_ext.files.opened_file import OpenedFile
@@ -270,6 +271,16 @@ class AdapterFile:
         """Reads the tensor ``key`` to the CPU. Errors as :meth:`TensorFile.tensor`."""
         return self.tensors.tensor(key)
 
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Reads tensors for a model, and warns if values are NaN or infinite. Errors as :meth:`tensor`."""
+        tensors = {key: self.tensor(key) for key in keys}
+        if damaged := [key for key, tensor in tensors.items() if not _is_finite(tensor)]:
+            warn_user(
+                f"{self.path} has NaN or infinite values in {len(damaged)} of {len(tensors)} tensors: "
+                f"{first_of(damaged)}; the model's outputs will have them, too: use an earlier checkpoint"
+            )
+        return tensors
+
     def release(self) -> None:
         """Frees memory as :meth:`TensorFile.release`."""
         self.tensors.release()
@@ -337,6 +348,14 @@ class AdapterFile:
                 "(only tensors are then loaded from it)"
             )
         return cls(directory, config, TensorFile(pickled, _read_pickle(pickled)))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Returns whether all values are finite. The least and the largest tell, in a tenth of the time of isfinite."""
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no order
+    return all(map(math.isfinite, tensor.aminmax()))
 
 
 def holds_adapter(directory: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.sharded import is_partitioned, is_sharded
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
@@ -134,7 +134,7 @@ def check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
 
 def _raise_misfit(problems: list[str], file: AdapterFile) -> None:
     if problems:
-        raise ValueError(f"load_adapter: {file.path} does not fit the model:{listed(problems)}")
+        raise ValueError(f"load_adapter: {file.path} does not fit the model:{listed(first_shape(problems))}")
 
 
 def in_order_of(target: Tensor, values: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ from lora_ext.files.misfits import check_places, check_same_kind, check_shapes
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.staged_files import staged_files
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
-from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter
+from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter, find_adapters
 from lora_ext.model.adapter_state import lost_parameters
-from lora_ext.model.bare_model import check_not_managed, root_module
+from lora_ext.model.bare_model import check_not_managed, check_not_parallel, root_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.tied import TiedAdapter
 
@@ -72,7 +72,8 @@ def save_adapter(
     Args:
         model: an injected model.
         directory: target directory.
-        adapter_name: the adapter to save; None: the active one.
+        adapter_name: the adapter to save; None: the active one, which is the only one of the model or the only one
+            that trains.
         save_embedding_layers: True also saves the input embedding and the output head of the base model, which
             :func:`load_adapter` and PEFT load; False saves none. "auto": both if the vocabulary was resized, decided
             like in PEFT by the config of the model's ``name_or_path``; and base layers that :func:`load_adapter` loaded
@@ -83,13 +84,16 @@ def save_adapter(
             gradients that no adapter trains, and the file does not hold them.
 
     Raises:
-        ValueError: the model is not injected; or ``adapter_name`` is None and not exactly one adapter is active.
+        ValueError: the model is not injected; or ``adapter_name`` is None and not exactly one adapter is active, or
+            the model has others and the active one is not the one that trains.
         KeyError: there is no such adapter; the message lists the existing ones.
         OSError: the directory cannot be written; its content is unchanged.
         RuntimeError: another rank could not write a sharded model; or a base layer that is saved contains a merged
             adapter.
     """
     prepare_shards("save_adapter", model)
+    if adapter_name is None:
+        _check_active_trains(model)
     adapter = find_adapter(model, "save_adapter", adapter_name)
     with gathered(adapter.parameters()):
         base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
@@ -99,6 +103,18 @@ def save_adapter(
         if writes:
             with staged_files(Path(directory), ADAPTER_FILES, "save_adapter") as staging:
                 write_content(staging, content)
+
+
+def _check_active_trains(model: nn.Module) -> None:
+    """Raises ValueError if a model of several adapters has another one active than the one that trains."""
+    adapters = find_adapters(model, "save_adapter")
+    training = [name for name in adapters.configs if not adapters.is_frozen(name)]
+    if len(adapters.configs) > 1 and set(training) != {*adapters.active.names}:
+        raise ValueError(
+            f"save_adapter: the model has the adapters {sorted(adapters.configs)}, of which {training or 'none'} train "
+            f"and {list(adapters.active.names) or 'none'} are active; name the one to save: save_adapter(model, "
+            "directory, adapter_name)"
+        )
 
 
 def _warn_of_lost_parameters(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
@@ -118,6 +134,7 @@ def load_adapter(
     trainable: bool = False,
     adapter_name: str = "default",
     *,
+    activate: bool = False,
     allow_pickle: bool = False,
     download: bool = False,
     revision: str | None = None,
@@ -125,8 +142,13 @@ def load_adapter(
 ) -> ModelT:
     """Loads an adapter, saved by :func:`save_adapter` or PEFT, into ``model`` under a name.
 
-    A bare model is injected with the file's config. An injected model gets the adapter in addition, as the active one;
-    if it has an adapter of that name, only the values of that adapter are replaced, in place.
+    A bare model is injected with the file's config. An injected model gets the adapter in addition, and as in PEFT its
+    active adapters stay active and keep training; if it has an adapter of that name, only the values of that adapter
+    are replaced, in place.
+
+    A model in which nothing trains after the load of a frozen adapter is put into eval mode, which turns dropout off.
+    PEFT does so at every frozen load; here a model with another adapter in training stays in its mode, so that this
+    training keeps its dropout.
 
     All tensors are read before the model changes. Values are cast to the dtype of the parameters that they fill. Base
     layers in the file are loaded too, and saved again with the adapter: PEFT saves those of adapted or resized
@@ -138,6 +160,8 @@ def load_adapter(
             index. With ``download``, the name of a repository on the Hugging Face hub.
         trainable: whether the adapter requires gradients. An adapter whose values are replaced keeps its flags.
         adapter_name: name of the adapter in the model.
+        activate: makes it the active adapter, as :func:`lora_ext.set_adapter` does. The first adapter of a model is
+            active in any case.
         allow_pickle: load ``adapter_model.bin`` if there is no safetensors file. Only tensors are unpickled.
         download: fetch the adapter's files into huggingface_hub's cache, or find them there: see
             :func:`~lora_ext.files.hub.download_adapter`. Without it, nothing is ever fetched.
@@ -153,7 +177,8 @@ def load_adapter(
         OSError: a file cannot be read, or the download failed.
         ValueError: a file is corrupted; its config is not supported or differs from that of the adapter to replace; or
             its tensors do not fit the model: the message lists missing and unexpected keys, wrong shapes and dtypes.
-            No memory is allocated for the adapter before this check.
+            No memory is allocated for the adapter before this check. Or a further adapter is ``trainable`` without
+            ``activate``: an adapter trains while it is active.
         RuntimeError: an adapter is merged.
         Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
 
@@ -170,19 +195,38 @@ def load_adapter(
         directory = Path(directory) / subfolder.strip("/")
         if ".." in Path(subfolder).parts:
             raise ValueError(f"load_adapter: subfolder is {subfolder!r}, want one within the directory")
-    _load(model, directory, trainable, adapter_name, allow_pickle)
+    _load(model, directory, trainable, adapter_name, activate, allow_pickle)
     return model
 
 
 @one_at_a_time
 def _load(
-    model: nn.Module, directory: str | os.PathLike[str], trainable: bool, adapter_name: str, allow_pickle: bool
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    trainable: bool,
+    adapter_name: str,
+    activate: bool,
+    allow_pickle: bool,
 ) -> None:
     file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
-    load_opened(model, from_peft_form(file, "load_adapter"), trainable, adapter_name)
+    load_opened(model, from_peft_form(file, "load_adapter"), trainable, adapter_name, activate)
+    if not trainable:
+        eval_unless_training(model)
 
 
-def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, adapter_name: str = "default") -> None:
+def eval_unless_training(model: nn.Module) -> None:
+    """Puts a model without trainable parameters into eval mode."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        model.eval()
+
+
+def load_opened(
+    model: nn.Module,
+    file: AdapterFile,
+    trainable: bool = False,
+    adapter_name: str = "default",
+    activate: bool = False,
+) -> None:
     """Loads a file from :func:`~lora_ext.files.packed_projection.from_peft_form` like :func:`load_adapter`."""
     file_alphas, file = file.config, with_positive_alphas(file)
     config = config_of(file, "load_adapter")
@@ -198,15 +242,26 @@ def load_opened(model: nn.Module, file: AdapterFile, trainable: bool = False, ad
         raise RuntimeError(f"load_adapter: an adapter is merged into {merged[0]!r}; call unmerge(model) first")
     adapters = adapter_set(model)
     if adapters is not None and adapter_name in adapters.configs:
+        if activate:
+            check_not_parallel("load_adapter", model)
+            adapters.check_enabled("load_adapter")
         adapter = find_adapter(model, "load_adapter", adapter_name)
         check_same_kind(adapter, config, file.directory)
         warn_of_a_copy("load_adapter", adapter)
-        _fill_checked(model, file, file_alphas, config, adapter, None)
+        _fill_checked(model, file, file_alphas, config, adapter, None, activate)
     else:
+        activate = activate or adapters is None or not adapters.configs
+        if trainable and not activate:
+            raise ValueError(
+                f"load_adapter: trainable is True, but {list(adapters.active.names)} would stay active, and "
+                f"{adapter_name!r} would not train; pass activate=True, or trainable=False and later call "
+                f"set_adapter(model, {adapter_name!r}, trainable=True)"
+            )
         injection = Injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
         with injection.values_gathered():
             # Memory is allocated only after the file's shapes have been checked against the config's.
-            _fill_checked(model, file, file_alphas, config, *injection.build_without_memory())
+            adapter, give_memory = injection.build_without_memory()
+            _fill_checked(model, file, file_alphas, config, adapter, give_memory, activate)
 
 
 def warn_of_a_copy(caller: str, adapter: Adapter) -> None:
@@ -225,6 +280,7 @@ def _fill_checked(
     config: LoraConfig,
     adapter: Adapter,
     give_memory: Callable[[], Adapter] | None,
+    activate: bool,
 ) -> None:
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
     file = in_present_layout(adapter, file, "load_adapter")
@@ -234,7 +290,7 @@ def _fill_checked(
         adapter = give_memory()
     targets = _targets(model, adapter, file, unsaved)
     check_places(targets, file)
-    values = {key: file.tensor(key) for key in targets}
+    values = file.read(targets)
 
     # Nothing below fails, and Ctrl-C waits: the adapter is filled before it is attached.
     with torch.no_grad(), changing(adapter.into.active):
@@ -243,7 +299,9 @@ def _fill_checked(
         for key, scale in _signed(adapter, config, file_alphas).file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if give_memory is not None:
-            apply_injection(model, adapter)
+            apply_injection(model, adapter, activate)
+        elif activate:
+            adapter.into.switch((adapter.name,))
         if loaded := {key for key in base_tensors(model, adapter) if f"{KEY_PREFIX}{key}" in targets}:
             held = adapter.into.loaded_base
             held[adapter.name] = held.get(adapter.name, frozenset()) | loaded

@@ -34,7 +34,7 @@ from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_manag
 from lora_ext.model.rows.serve_names import forget_adapter_names, refuse_adapter_names, serve_adapter_names
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.nn import LoraLayer, LoraLinear
-from lora_ext.nn.adapter_layer import check_adapter_name
+from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft
 from lora_ext.nn.input_groups import form_input_groups
 from lora_ext.nn.linear import is_linear
 
@@ -189,14 +189,15 @@ def _tensors_that_train() -> Iterator[None]:
         yield
 
 
-def apply_injection(model: nn.Module, adapter: Adapter) -> None:
-    """Attaches a prepared adapter and makes it active. Ctrl-C waits for the end."""
+def apply_injection(model: nn.Module, adapter: Adapter, activate: bool = True) -> None:
+    """Attaches a prepared adapter, and makes it the active one or leaves it frozen. Ctrl-C waits for the end."""
     with changing(adapter.into.active):
         attach_layers(model, adapter)
         for part in adapter.parts:
             part.layer.add_adapter(adapter.name, part.adapter)
         adapter.into.add(adapter)
-        adapter.into.switch((adapter.name,))
+        if activate:
+            adapter.into.switch((adapter.name,))
         serve_adapters(model, adapter.into)
 
 
@@ -293,15 +294,12 @@ def check_none_merged(caller: str, root: nn.Module) -> None:
 def _check_no_peft_layers(root: nn.Module) -> None:
     """Refuses models that PEFT adapts: their factors would be targets, and frozen."""
     for path, module in root.named_modules():
-        if any(kind.__name__ in _PEFT_LAYERS and kind.__module__.startswith("peft.") for kind in type(module).__mro__):
+        if is_of_peft(module):
             raise ValueError(
                 f"inject: {path!r} is a layer of PEFT ({type(module).__name__}); merge or remove PEFT's adapters first "
-                "(peft_model.merge_and_unload()), or inject first and let PEFT adapt the base layers "
-                "(target_modules=['base_layer']). To run PEFT's layers on lora_ext's kernels, see docs/peft.md"
+                "(peft_model.merge_and_unload()), or run PEFT's layers on lora_ext's kernels: "
+                "lora_ext.integrations.peft.accelerate(peft_model)"
             )
-
-
-_PEFT_LAYERS = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
 
 
 def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfig) -> None:

@@ -1,32 +1,53 @@
-"""Refuses trainers that would silently compute with something else than the injected model.
+"""Refuses trainers that would silently compute with something else than the injected model, or train something else.
 
 TRL tells a model its method by ``add_model_tags``, after it has made its reference model. For a PEFT model the
 reference is the model itself with other adapters; for any other one TRL loads the checkpoint again, without adapters.
+
+PEFT (``get_peft_model``, a trainer's ``peft_config``, Transformers' ``add_adapter``) adds its config to the attribute
+``peft_config`` of a model that has one, before it changes a layer. An injected model has one that refuses that.
 """
 
 from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.adapter_layer import INSTEAD_OF_PEFT
 
 _METHOD = "add_model_tags"
+_CONFIGS = "peft_config"
+
+
+class NoPeftConfigs(dict):
+    """The configs of PEFT's adapters in an injected model: none, and none can be added."""
+
+    def __setitem__(self, name: str, config: object) -> NoReturn:
+        raise ValueError(f"PEFT cannot adapt an injected model: {INSTEAD_OF_PEFT}")
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(f"PEFT has no adapter {name!r} in an injected model; call save_adapter or load_adapter")
+
+    def update(self, configs: object) -> NoReturn:
+        self["default"] = configs
 
 
 def guard_against_trainers(root: nn.Module) -> None:
-    """Makes a Transformers model check the TRL trainer that it is given to."""
+    """Makes a model refuse PEFT, and a Transformers model check the TRL trainer that it is given to."""
+    vars(root).setdefault(_CONFIGS, NoPeftConfigs())
     if callable(getattr(root, _METHOD, None)) and _METHOD not in vars(root):
         vars(root)[_METHOD] = types.MethodType(add_model_tags, root)
 
 
 def remove_guard(module: nn.Module) -> None:
     """Undoes :func:`guard_against_trainers`."""
+    if isinstance(vars(module).get(_CONFIGS), NoPeftConfigs):
+        del vars(module)[_CONFIGS]
     if getattr(vars(module).get(_METHOD), "__func__", None) is add_model_tags:
         del vars(module)[_METHOD]
 

@@ -188,7 +188,7 @@ class InjectedModel(WrapsModel, PeftModel):
             checkpoint = Path(model_id).parent
             if _NAME in adapter_names(model) and (checkpoint / "adapter_config.json").is_file():
                 load_adapter(model, checkpoint, _NAME in before, _NAME)
-        load_adapter(model, model_id, is_trainable, adapter_name)
+        load_adapter(model, model_id, is_trainable, adapter_name, activate=is_trainable)
         set_adapter(model, before)
 
     def get_layer_status(self) -> list[Any]:
@@ -286,7 +286,6 @@ class _Tuner(nn.Module):
         majority_sign_method: str = "total",
     ) -> None:
         """Adds the combination, and leaves the active adapters active. ``svd_full_matrices`` changes no result."""
-        before = find_adapters(self.model, "for_trl").active.names
         add_weighted_adapter(
             self.model,
             adapters,
@@ -299,7 +298,6 @@ class _Tuner(nn.Module):
             density=density,
             majority_sign_method=majority_sign_method,
         )
-        set_adapter(self.model, before)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

@@ -268,6 +268,8 @@ def merge_and_unload(
 def unload(model: ModelT) -> ModelT:
     """Removes all adapters: the model is as before :func:`lora_ext.inject`, except that it stays frozen.
 
+    A model that took ``adapter_names`` and would ignore them now refuses them.
+
     Returns:
         ``model``, the same object.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.interrupts import uninterrupted
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.files.adapter_content import ADAPTER_FILES, base_name, file_content, write_content
@@ -24,7 +24,7 @@ from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_voc
 from lora_ext.files.method_note import METHOD_FILE
 from lora_ext.files.misfits import misfits
 from lora_ext.files.packed_projection import from_peft_form
-from lora_ext.files.save_load import config_of, load_opened
+from lora_ext.files.save_load import config_of, eval_unless_training, load_opened
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.files.untrusted_json import read_json_object
 from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, trained_by
@@ -144,8 +144,8 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
     Args:
         model: a model of the saved architecture.
         directory: contains ``method.json``.
-        trainable: whether trained parameters require gradients; otherwise all are frozen. In a model adapted already,
-            flags do not change.
+        trainable: whether trained parameters require gradients; otherwise all are frozen, and the model is put into
+            eval mode. In a model adapted already, flags do not change.
 
     Returns:
         ``model``, the same object.
@@ -158,10 +158,13 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
     """
     saved = _read(Path(directory))
     with with_pooling(model, saved.pooling, "load_method"):
-        return _load(model, saved, trainable)
+        _load(model, saved, trainable)
+    if not trainable:
+        eval_unless_training(model)
+    return model
 
 
-def _load(model: ModelT, saved: _Saved, trainable: bool) -> ModelT:
+def _load(model: nn.Module, saved: _Saved, trainable: bool) -> None:
     method, insertions = saved.method, []
     is_new = method_of(model) is None
     if is_new:
@@ -182,7 +185,6 @@ def _load(model: ModelT, saved: _Saved, trainable: bool) -> ModelT:
             carry_out(model, method, insertions)
             for parameter in trained_by(model, method).values():
                 parameter.requires_grad_(trainable)
-    return model
 
 
 def _targets(model: nn.Module, method: Method, insertions: Iterable[Insertion] = ()) -> dict[str, Tensor]:
@@ -248,7 +250,7 @@ class _Saved:
         if any(target.is_meta for target in targets.values()):
             problems.append("the model is on the meta device; give it memory (to_empty) first")
         if problems:
-            raise ValueError(f"load_method: {path} does not fit the model:{listed(problems)}")
+            raise ValueError(f"load_method: {path} does not fit the model:{listed(first_shape(problems))}")
         return {key: self.tensors.tensor(key) for key in targets}
 
 

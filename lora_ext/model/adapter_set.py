@@ -165,7 +165,7 @@ class AdapterSet:
         check_names(caller, self.configs, names)
 
     def add(self, adapter: Adapter) -> None:
-        """Registers an adapter whose parts are attached."""
+        """Registers an adapter whose parts are attached. Until it is active, it is frozen, without its biases."""
         self.configs[adapter.name] = adapter.config
         self.active.added(adapter.name)
         if adapter.config.alora_invocation_tokens is not None:
@@ -177,9 +177,10 @@ class AdapterSet:
         )
         if adapter.biases is not None:
             self.biases[adapter.name] = adapter.biases
+            adapter.biases.use(False)
         if not adapter.config.inference_mode:
             self._trainable.add(adapter.name)
-        self._set_requires_grad(adapter.name, False)  # until it is activated
+        self._set_requires_grad(adapter.name, False)
 
     def remove(self, name: str) -> None:
         self.active.removed([name])
@@ -218,13 +219,13 @@ class AdapterSet:
             changed |= self._trainable & (set(before) ^ set(names))
             # Single factors that the user froze stay frozen; an adapter frozen as a whole (model.requires_grad_(False))
             # does not.
-            changed |= {name for name in self._trainable & set(before) & set(names) if self._is_frozen(name)}
+            changed |= {name for name in self._trainable & set(before) & set(names) if self.is_frozen(name)}
             for name in changed:
                 self._set_requires_grad(name, name in names and name in self._trainable)
             for name, biases in self.biases.items():
                 biases.use(name in names)
 
-    def _is_frozen(self, name: str) -> bool:
+    def is_frozen(self, name: str) -> bool:
         """Returns whether no parameter of the adapter requires a gradient."""
         found = (p for parameters in self._parameters[name] for p in parameters.values() if p is not None)
         return not any(parameter.requires_grad for parameter in found)

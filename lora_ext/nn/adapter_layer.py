@@ -14,6 +14,20 @@ from lora_ext.nn.state_form import uses_base_keys
 _OF_HOOKS = frozenset({"_hf_hook", "_old_forward"})
 
 
+_OF_PEFT = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+INSTEAD_OF_PEFT = (
+    "each library would train and save its own adapter, and neither file would give the model back. An injected model "
+    "trains by itself, without peft_config; or let PEFT adapt the plain model, and call "
+    "lora_ext.integrations.peft.accelerate on it"
+)
+"""The end of a message about adapters of PEFT in an injected model."""
+
+
+def is_of_peft(module: object) -> bool:
+    """Returns whether ``module`` is a layer of PEFT, by its classes' names: PEFT may not be installed."""
+    return any(kind.__name__ in _OF_PEFT and kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
 class AdapterLayer(nn.Module):
     """A base layer and its adapters.
 
@@ -53,6 +67,11 @@ class AdapterLayer(nn.Module):
         adapters = self._modules["adapters"]._modules
         return tuple([name for name in self.active.names if name in adapters])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_layer" and is_of_peft(value):  # PEFT adapts a part of an injected model, or a model around it
+            raise ValueError(f"{type(self).__name__}: base_layer is a layer of PEFT; {INSTEAD_OF_PEFT}")
+        super().__setattr__(name, value)
+
     def set_active(self, *names: str) -> None:
         """Uses exactly these adapters, here and in all layers that share :attr:`active`."""
         for name in names:
@@ -77,10 +96,6 @@ class AdapterLayer(nn.Module):
     def unloaded(self, merged: bool) -> nn.Module:
         """Returns the module that replaces this layer on unloading; ``merged``: it keeps active adapters' values."""
         return self.base_layer
-
-    def unload_and_optionally_merge_module(self, **how: Any) -> AdapterLayer:
-        """Stays in place: PEFT's ``merge_and_unload`` and ``unload`` call this on all modules with a base layer."""
-        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns the state, with the base layer's keys within :func:`~lora_ext.nn.state_form.base_keys`."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.models import Net, bert, gpt2, refused, token_ids
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter, set_adapter
-from lora_ext.adapters import adapter_names, add_weighted_adapter, lora_modules, trainable_parameter_counts
+from lora_ext import LoraConfig, add_weighted_adapter, inject, load_adapter, save_adapter, set_adapter
+from lora_ext.adapters import adapter_names, lora_modules, trainable_parameter_counts
 from lora_ext.adapters.combine import COMBINATIONS
 
 ALIVE = {"lora_alpha": 8, "init_lora_weights": False}
@@ -40,6 +40,7 @@ def combine_both(ours, theirs, weights, kind, names=("one", "two"), **settings) 
     theirs.set_adapter("both")
     torch.manual_seed(0)
     add_weighted_adapter(ours, list(names), list(weights), "both", kind, **settings)
+    set_adapter(ours, "both")
 
 
 @pytest.mark.parametrize("kind", COMBINATIONS)
@@ -86,8 +87,10 @@ def test_cat_is_the_sum_and_survives_a_file(tmp_path):
     assert add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "sum", "cat") is model
     assert adapter_names(model) == ["one", "two", "sum"]
     torch.testing.assert_close(model(x), expected)
+    assert trainable_parameter_counts(model)[0] > 0  # as in PEFT, the active adapters stay
+    torch.testing.assert_close(set_adapter(model, "sum")(x), expected)
     assert trainable_parameter_counts(model)[0] == 0
-    save_adapter(model, tmp_path)
+    save_adapter(model, tmp_path, "sum")
     torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), expected)
     torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), expected)
     torch.testing.assert_close(set_adapter(model, ["one", "two"])(x), expected)
@@ -105,8 +108,8 @@ def test_a_layer_name_that_ends_other_names_selects_one_layer(tmp_path):
 
     base, x = Names().eval(), torch.randn(5, 6)
     model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=r"up", **ALIVE), "one")
-    add_weighted_adapter(model, ["one"], [2.0], "two")
-    save_adapter(model, tmp_path)
+    set_adapter(add_weighted_adapter(model, ["one"], [2.0], "two"), "two")
+    save_adapter(model, tmp_path, "two")
     torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), model(x))
 
 

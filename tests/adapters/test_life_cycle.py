@@ -119,8 +119,8 @@ class Life:
         return deltas
 
     def took(self, name: str, config: dict) -> None:
-        """Records an added adapter, which is the active one."""
-        self.deltas[name], self.configs[name], self.active = self.read(name), config, (name,)
+        """Records an added adapter."""
+        self.deltas[name], self.configs[name] = self.read(name), config
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
@@ -162,6 +162,7 @@ class Life:
         adapter = LoraConfig(**config, init_lora_weights=False)
         if self.attempt("inject", lambda: inject(self.model, adapter, name), error):
             self.took(name, config)
+            self.active = (name,)  # load and combine leave it
 
     def switch(self) -> None:
         names = self.some_there()

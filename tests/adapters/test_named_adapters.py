@@ -11,14 +11,22 @@ import torch
 from support.models import Net, bert, gpt2, llama, refused, token_ids
 from torch import nn
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext import (
+    LoraConfig,
+    delete_adapter,
+    disable_adapters,
+    inject,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    save_adapter,
+    set_adapter,
+    unmerge,
+)
 from lora_ext.adapters import (
     adapter_names,
     adapter_status,
-    delete_adapter,
-    disable_adapters,
     lora_modules,
-    merge_and_unload,
     rename_adapter,
     trainable_parameter_counts,
     unload,
@@ -92,7 +100,7 @@ def test_several_adapters_compute_and_train_as_in_peft(family, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = copy.deepcopy(base)
     for name in targets:
-        load_adapter(ours, tmp_path / name, trainable=True, adapter_name=name)
+        load_adapter(ours, tmp_path / name, trainable=True, adapter_name=name, activate=True)
     for active in (["one"], ["two"], ["one", "two"]):
         theirs.base_model.set_adapter(active)
         set_adapter(ours, active)
@@ -112,6 +120,76 @@ def test_several_adapters_compute_and_train_as_in_peft(family, tmp_path):
                         torch.testing.assert_close(mine, grad)
 
 
+@pytest.fixture
+def file(tmp_path):
+    """The file of an adapter of other values."""
+    save_adapter(inject(Net(), SECOND), tmp_path / "file")
+    return tmp_path / "file"
+
+
+def test_a_further_adapter_leaves_the_one_in_training(file, tmp_path):
+    """PEFT never switches: the trained adapter would be lost without a word."""
+    model, x = inject(Net(), FIRST), torch.randn(5, 6)
+    before = model(x)
+    assert load_adapter(model, file, adapter_name="reference") is model
+    assert torch.equal(model(x), before)
+    trained = [path for path, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".default." in path for path in trained)
+    assert model.training  # a reference does not turn the dropout of a training off
+    save_adapter(model, tmp_path / "saved")
+    assert "head" in (tmp_path / "saved" / "adapter_config.json").read_text()  # FIRST's, not SECOND's
+
+
+def test_loading_with_activate_switches(file):
+    model, x = inject(Net(), FIRST), torch.randn(5, 6)
+    load_adapter(model, file, adapter_name="second", activate=True)
+    assert trainable_parameter_counts(model)[0] == 0 and not model.training
+    torch.testing.assert_close(model(x), by_hand(model, x, "second"))
+    set_adapter(model, "default")
+    load_adapter(model, file, adapter_name="second", activate=True)  # its values are replaced
+    torch.testing.assert_close(model(x), by_hand(model, x, "second"))
+
+
+def test_a_further_adapter_that_would_not_train_is_refused(file):
+    model = inject(Net(), FIRST)
+    with refused(model, ValueError, "['default'] would stay active, and 'second' would not train; pass activate=True"):
+        load_adapter(model, file, trainable=True, adapter_name="second")
+    load_adapter(model, file, trainable=True, adapter_name="second", activate=True)
+    assert all(".second." in path for path, p in model.named_parameters() if p.requires_grad)
+
+
+def test_saving_asks_for_a_name_unless_the_active_adapter_is_the_one_that_trains(file, tmp_path):
+    model = inject(Net(), FIRST)
+    load_adapter(model, file, adapter_name="second", activate=True)
+    with refused(model, ValueError, "of which none train and ['second'] are active; name the one to save"):
+        save_adapter(model, tmp_path / "saved")
+    set_adapter(model, ["default", "second"])
+    with refused(model, ValueError, "of which ['default'] train and ['default', 'second'] are active"):
+        save_adapter(model, tmp_path / "saved")
+    save_adapter(set_adapter(model, "default"), tmp_path / "saved")
+    assert "head" in (tmp_path / "saved" / "adapter_config.json").read_text()
+
+
+def test_a_frozen_adapter_puts_the_model_into_eval_mode(file):
+    """As PEFT's from_pretrained does: otherwise its dropout stays on."""
+    assert not load_adapter(Net().train(), file).training
+    assert load_adapter(Net().train(), file, trainable=True).training
+
+
+def test_biases_of_an_inactive_adapter_are_not_in_place(tmp_path):
+    base, x = Net().eval(), torch.randn(5, 6)
+    config = LoraConfig(r=2, target_modules=["up"], bias="all", **ALIVE)
+    trained = inject(copy.deepcopy(base), config)
+    with torch.no_grad():
+        trained.head.bias.add_(1)
+    save_adapter(trained, tmp_path)
+    model = inject(copy.deepcopy(base), SECOND, "second").eval()
+    before = model(x)
+    load_adapter(model, tmp_path)
+    assert torch.equal(model(x), before)
+    torch.testing.assert_close(set_adapter(model, "default")(x), trained(x))
+
+
 def test_only_active_adapters_train_and_frozen_ones_stay_frozen(tmp_path):
     save_adapter(inject(Net(), SECOND), tmp_path)
     model = inject(Net(), FIRST, "a")
@@ -120,8 +198,8 @@ def test_only_active_adapters_train_and_frozen_ones_stay_frozen(tmp_path):
     def trainable() -> set[str]:
         return {path.split("adapters.")[1].split(".")[0] for path, p in model.named_parameters() if p.requires_grad}
 
-    assert trainable() == set()
-    assert trainable_parameter_counts(set_adapter(model, "a"))[0] == 4 * 2 * (6 + 10) + 6 * 3 + 3
+    assert trainable() == {"a"}
+    assert trainable_parameter_counts(model)[0] == 4 * 2 * (6 + 10) + 6 * 3 + 3
     assert trainable() == {"a"}
     set_adapter(model, ["a", "frozen"])
     assert trainable() == {"a"}

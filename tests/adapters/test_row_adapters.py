@@ -193,7 +193,9 @@ def test_copies_have_it(other):
     delete_adapter(copied, "b")
     assert torch.isfinite(copied(ids, adapter_names=["a"] * 5).logits).all()
     unload(copied)
-    assert "generate" not in vars(copied) and not copied._forward_hooks and not copied._forward_pre_hooks
+    assert "generate" not in vars(copied) and not copied._forward_hooks
+    with pytest.raises(ValueError, match="adapter_names is .* but the model has no adapters any more"):
+        copied(ids, adapter_names=["a"] * 5)
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------

@@ -81,10 +81,10 @@ def package_copy(tmp_path):
     return tmp_path
 
 
-def import_error(directory) -> str:
+def import_error(directory, before: str = "") -> str:
     """Imports the copy without the finder of an editable install; returns the error output."""
     code = (
-        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; "
+        f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; {before}"
         f"sys.path.insert(0, {str(directory)!r}); import lora_ext"
     )
     command = [sys.executable, "-c", code]
@@ -96,6 +96,23 @@ def import_error(directory) -> str:
 def test_missing_library_fails_the_import(package_copy):
     (package_copy / "lora_ext" / "liblora_ext.so").unlink()
     assert "ImportError: lora_ext: the compiled library liblora_ext.so is missing" in import_error(package_copy)
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_checkout_without_a_build_says_what_it_hides(tmp_path, is_installed):
+    for place in ("checkout", "site"):
+        (tmp_path / place / "lora_ext").mkdir(parents=True)
+    for file in ("__init__.py", "_load.py"):
+        shutil.copy(PACKAGE / file, tmp_path / "checkout" / "lora_ext")
+    (tmp_path / "checkout" / "csrc").mkdir()
+    (tmp_path / "checkout" / "setup.py").touch()
+    if is_installed:
+        (tmp_path / "site" / "lora_ext" / "liblora_ext.so").touch()
+    message = import_error(tmp_path / "checkout", f"sys.path.append({str(tmp_path / 'site')!r}); ")
+    assert "This is a checkout without a build" in message and f"`make build` in {tmp_path / 'checkout'}" in message
+    assert ("start Python in another folder" in message) == is_installed
+    assert (f"installed in {tmp_path / 'site' / 'lora_ext'}" in message) == is_installed
+    assert "--force-reinstall" not in message
 
 
 def test_broken_library_fails_the_import_and_says_why(package_copy):
@@ -110,7 +127,7 @@ def test_library_of_other_sources_fails_the_import_and_says_so(package_copy):
     library.write_bytes(library.read_bytes().replace(b"\0lora_ext_cpu_isa\0", b"\0lora_ext_cpu_was\0"))
     message = import_error(package_copy)
     assert "ImportError: lora_ext: liblora_ext.so in" in message
-    assert "was built from other sources than this Python package: it has no lora_ext_cpu_isa. Build it with" in message
+    assert "was built from other sources than this Python package: it has no lora_ext_cpu_isa. Build it: " in message
 
 
 def test_library_without_an_op_says_so(package_copy):

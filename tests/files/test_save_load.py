@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from support.models import ALIVE, FAMILIES, Net, adapter_of_net, bert, llama, re
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import lora_modules
 from lora_ext.adapters.hotswap import hotswap_adapter
 from lora_ext.files.adapter_file import AdapterFile
@@ -248,6 +249,47 @@ def damage(directory: Path, **tensors: torch.Tensor | None) -> None:
     save_file(content, path)
 
 
+def test_wrong_shapes_are_one_line(tmp_path):
+    """Of a model of another size all are wrong: the first one says it."""
+    save_adapter(
+        inject(nn.Sequential(*(nn.Linear(12, 12) for _ in range(3))), LoraConfig(r=2, target_modules=["0", "1", "2"])),
+        tmp_path,
+    )
+    narrow = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    with pytest.raises(ValueError) as caught:
+        load_adapter(narrow, tmp_path)
+    assert str(caught.value).splitlines()[1:] == [
+        "  shape of base_model.model.0.lora_A.weight: [2, 12] in the file, [2, 6] in the model (and 5 other shapes)"
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_not_finite_give_one_warning(value, dtype, tmp_path):
+    config = LoraConfig(r=2, target_modules=["up", "down"])
+    save_adapter(inject(Net(), config), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(path).items()}
+    for key in ("blocks.0.down.lora_A", "blocks.1.down.lora_B"):
+        tensors[f"base_model.model.{key}.weight"][1, 1] = value
+    save_file(tensors, path)
+    text = (
+        r"adapter_model.safetensors has NaN or infinite values in 2 of 8 tensors: "
+        r"base_model.model.blocks.0.down.lora_A.weight, base_model.model.blocks.1.down.lora_B.weight; "
+    )
+    model = Net().eval()
+    with pytest.warns(UserWarning, match=text) as caught:
+        load_adapter(model, tmp_path / "a")
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=text):
+        hotswap_adapter(model, tmp_path / "a")
+    with (
+        AdapterPool(Net().eval(), tmp_path, target_modules=["up", "down"], r=2, max_bytes=1 << 16) as pool,
+        pytest.warns(UserWarning, match=text),
+    ):
+        pool.pin("a")
+
+
 def test_every_mismatch_is_listed(model, tmp_path):
     adapter_of_net(tmp_path)
     damage(
@@ -264,8 +306,7 @@ def test_every_mismatch_is_listed(model, tmp_path):
         "adapter_model.safetensors does not fit the model",
         "missing key: base_model.model.blocks.1.up.lora_A.weight",
         "unexpected key: base_model.model.blocks.2.up.lora_A.weight",
-        "shape of base_model.model.blocks.0.up.lora_A.weight: [2, 7] in the file, [2, 6] in the model",
-        "shape of base_model.model.blocks.1.up.lora_B.weight: [3, 2] in the file, [10, 2] in the model",
+        "blocks.0.up.lora_A.weight: [2, 7] in the file, [2, 6] in the model (and 1 other shapes)",
         "dtype of base_model.model.head.bias: torch.int64 in the file, torch.float32 in the model",
     ):
         load_adapter(model, tmp_path)

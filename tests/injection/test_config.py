@@ -385,3 +385,22 @@ def test_exact_patterns_mean_the_same_here_and_in_peft(ranks):
 def test_a_file_without_a_json_object():
     with pytest.raises(TypeError, match="LoraConfig: the values are of type list, want a dict"):
         LoraConfig.from_dict([])
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("rank", "r"),
+        ("alpha", "lora_alpha"),
+        ("dropout", "lora_dropout"),
+        ("targets", "target_modules"),
+        ("target_module", "target_modules"),
+        ("module_to_save", "modules_to_save"),
+        ("dora", "use_dora"),
+        ("zzz", None),
+    ],
+)
+def test_an_unknown_option_names_the_one_that_is_meant(name, meant):
+    end = "" if meant is None else rf"; did you mean {meant}\?"
+    with pytest.raises(TypeError, match=rf"^LoraConfig: there is no option '{name}'{end}$"):
+        LoraConfig(target_modules=["up"], **{name: 8})

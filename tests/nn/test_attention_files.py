@@ -12,12 +12,8 @@ from safetensors.torch import load_file
 from support.attention import ALIVE, E, L, N, Wrapper, adapted, assert_same, encoder, inputs, merged_copy
 from support.models import refused
 
-from lora_ext import load_adapter, save_adapter
-from lora_ext.adapters import (
-    add_weighted_adapter,
-    disable_adapters,
-    set_adapter,
-)
+from lora_ext import load_adapter, save_adapter, set_adapter
+from lora_ext.adapters import add_weighted_adapter, disable_adapters
 from lora_ext.adapters.hotswap import hotswap_adapter
 
 
@@ -105,7 +101,8 @@ def test_files_do_not_depend_on_other_adapters(settings, tmp_path):
         keys = load_file(tmp_path / "first" / "adapter_model.safetensors").keys()
         assert "base_model.model.attention.k_proj_weight.lora_B.weight" in keys and len(keys) == 8
     # Load into a model that has the other adapter, and replace an adapter of the same name.
-    other = load_adapter(load_adapter(copy.deepcopy(base), tmp_path / "second", adapter_name="b"), tmp_path / "first")
+    other = load_adapter(copy.deepcopy(base), tmp_path / "second", adapter_name="b")
+    load_adapter(other, tmp_path / "first", activate=True)
     set_adapter(model, "first")
     torch.testing.assert_close(other(*tensors), model(*tensors))
     load_adapter(other, tmp_path / "first")
@@ -118,7 +115,7 @@ def test_weighted_combination(settings, kind, tmp_path):
     base = Wrapper(**settings)
     model = adapted(adapted(copy.deepcopy(base), name="a", lora_bias=True), name="b", lora_bias=True)
     extra = {"density": 0.5} if kind == "ties" else {}
-    add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", kind, **extra)
+    set_adapter(add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", kind, **extra), "c")
     tensors = inputs("all" if settings else "self", False, True, *(settings.values() or (E, E)))
     assert_same(model, merged_copy(model), tensors)
     save_adapter(model, tmp_path, "c")

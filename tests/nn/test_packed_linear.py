@@ -295,7 +295,7 @@ def test_values_are_replaced_and_swapped_in_place(tmp_path):
 def test_weighted_combination(tmp_path):
     base = Fused()
     model = adapted(adapted(copy.deepcopy(base), name="a"), name="b")
-    add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", "linear")
+    set_adapter(add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", "linear"), "c")
     x = x_for(base)
     torch.testing.assert_close(model(x), merged_copy(model)(x))
     save_adapter(model, tmp_path, "c")

@@ -252,7 +252,7 @@ def test_deepcopy_and_unload(mixture):
 def test_weighted_combination(mixture, tmp_path):
     base = copy.deepcopy(mixture)
     model = adapted(adapted(mixture, name="a"), name="b")
-    add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", "linear")
+    set_adapter(add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", "linear"), "c")
     x = torch.randn(4, 6, dtype=torch.float64)
     torch.testing.assert_close(model(x), merged_copy(model)(x))
     save_adapter(model, tmp_path, "c")

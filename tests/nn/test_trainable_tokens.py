@@ -324,7 +324,7 @@ def test_meta_models_get_their_token_buffers_with_to_empty():
 def test_a_combination_copies_the_rows():
     model, ids = tuned(True), ids_with_tokens()
     inject(model, LoraConfig(**ALIVE), "plain")
-    add_weighted_adapter(model, ["plain", "default"], [0.0, 1.0], "both", "cat")
+    set_adapter(add_weighted_adapter(model, ["plain", "default"], [0.0, 1.0], "both", "cat"), "both")
     assert model.lm_head.adapters.both.source is model.model.embed_tokens.adapters.both
     actual = logits(model, ids)
     set_adapter(model, "default")

@@ -226,6 +226,23 @@ def test_plain_trainers_that_need_no_reference_run(tmp_path):
     assert logged(trainer, "loss") == pytest.approx(math.log(2), abs=1e-4)
 
 
+def test_a_peft_config_is_refused_before_anything_changes(tmp_path):
+    """PEFT would train its own adapter on the base layers of ours, in a file that loads nowhere."""
+    model = inject(decoder(), LoraConfig(r=2, target_modules=TARGETS))
+    before = set(model.state_dict())
+    texts = datasets.Dataset.from_list([{"text": row["prompt"]} for row in PREFERENCES])
+    for targets in (TARGETS, "all-linear"):
+        with pytest.raises(ValueError, match=r"without peft_config; or .* lora_ext.integrations.peft.accelerate"):
+            trl.SFTTrainer(
+                model=model,
+                args=settings("SFT", tmp_path),
+                train_dataset=texts,
+                processing_class=tokenizer(),
+                peft_config=peft.LoraConfig(target_modules=targets),
+            )
+        assert set(model.state_dict()) == before
+
+
 def test_an_adapted_head_is_refused_because_trl_reads_its_weight(tmp_path):
     decoder().save_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])

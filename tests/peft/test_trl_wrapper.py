@@ -93,7 +93,7 @@ def test_another_adapter_comes_by_inject_and_load(tmp_path):
     save_adapter(model, tmp_path)
     inject(model, CONFIG, "other")
     load_adapter(model, tmp_path, adapter_name="third")
-    assert adapter_names(model) == ["default", "other", "third"] and model.active_adapter == "third"
+    assert adapter_names(model) == ["default", "other", "third"] and model.active_adapter == "other"
     set_adapter(model, "default")
     assert all(path.startswith("model.layers.") for group in input_groups(model).groups for path in group.paths)
     with pytest.raises(ValueError, match=r"set_adapter.*DistributedDataParallel|DataParallel"):

@@ -1,19 +1,24 @@
-"""Command lines as the commands parse them, and runs that say nothing."""
+"""What tests of the commands share: reading results, and the one line of a mistake."""
 
 from __future__ import annotations
 
-import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from lora_ext import cli
-
-
-def parsed(*arguments: str, command: str = "finetune") -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    module = getattr(cli, command)
-    module.add_parser(commands)
-    return parser.parse_args([command, *cli.config_file.with_config(commands.choices[command], arguments)])
+Command = Callable[..., tuple[int, str, str]]
+"""Runs a command. Returns its exit status, and what it printed on standard output and standard error."""
 
 
-def silent(line: str) -> None:
-    pass
+def metrics_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def mistake(result: tuple[int, str, str]) -> str:
+    """Returns the only line of an error, without the command's name."""
+    status, _, messages = result
+    lines = [line for line in messages.splitlines() if line.startswith("lora-ext")]
+    assert status == 2, messages
+    assert len(lines) == 1, messages
+    return lines[0].partition(" error: ")[2]

@@ -139,6 +139,7 @@ CALLS: list[Call] = [
             "directory": saved(path),
             "trainable": True,
             "adapter_name": "c",
+            "activate": False,
             "allow_pickle": False,
             "download": False,
             "revision": None,
@@ -157,6 +158,7 @@ CALLS: list[Call] = [
                 "adapter_model.safetensors",
             ),
             ({"model": nn.Linear(2, 2)}, ValueError, "matches no module of Linear"),
+            (lambda _: {"model": injected()}, ValueError, "'c' would not train; pass activate=True"),
             ({"model": bert()}, ValueError, "['up', 'down'] matches no module of BertForSequenceClassification"),
             (
                 lambda _: {"model": inject(Net(), LoraConfig(r=4, target_modules=["up"]), "c")},

@@ -53,7 +53,7 @@ PEFT = Way(
 )
 WAYS = {
     "inject": Way(
-        add=lambda model, directory, name: load_adapter(model, directory, trainable=True, adapter_name=name),
+        add=lambda model, directory, name: load_adapter(model, directory, True, name, activate=True),
         switch=lambda model, *names: set_adapter(model, list(names)),
         merge=merge,
         unmerge=unmerge,

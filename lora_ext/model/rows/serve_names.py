@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from lora_ext._common.hooks import has_pre_hook, remove_hooks
-from lora_ext.model.adapter_set import AdapterSet
+from lora_ext._common.printable import shown
+from lora_ext.model.adapter_set import AdapterSet, adapter_set
 from lora_ext.model.rows.arguments import LENGTHS, NAMES, OFFSETS
 from lora_ext.model.rows.calls import end_choice, take_adapter_names
 from lora_ext.model.rows.continuous_batching import GenerateBatch, InitContinuousBatching
@@ -21,6 +22,7 @@ def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
     """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
     if has_pre_hook(root, take_adapter_names) or NAMES in inspect.signature(root.forward).parameters:
         return
+    remove_hooks(root, refuse_without_adapters)
     root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
     root.register_forward_hook(end_choice, always_call=True)
     for method in _METHODS:
@@ -47,8 +49,29 @@ def check_unnamed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             )
 
 
+def refuse_without_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses names of adapters in a call of a model that has lost its adapters; a hook before the forward.
+
+    ValueError: the call has some, and no part of the model was injected since.
+    """
+    for name in (NAMES, LENGTHS, OFFSETS):
+        if kwargs.get(name) is not None and all(adapter_set(part) is None for part in module.modules()):
+            raise ValueError(
+                f"{type(module).__name__}: {name} is {shown(kwargs[name])}, but the model has no adapters any more "
+                "(closed pool, unload or merge_and_unload) and would ignore it; load the adapters again, or leave out "
+                f"{name}"
+            )
+
+
 def forget_adapter_names(module: nn.Module) -> None:
-    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`."""
+    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`, but a model goes on refusing names.
+
+    Only one whose forward would swallow them in its ``**kwargs``; Python refuses them for the others.
+    """
+    took_names = has_pre_hook(module, take_adapter_names)
     remove_hooks(module, take_adapter_names, end_choice, check_unnamed)
     for method in _METHODS:
         method.remove(module)
+    parameters = inspect.signature(module.forward).parameters.values() if took_names else ()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        module.register_forward_pre_hook(refuse_without_adapters, with_kwargs=True)

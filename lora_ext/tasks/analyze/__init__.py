@@ -1,1 +1,0 @@
-"""``lora-ext analyze``: what adapters learned."""

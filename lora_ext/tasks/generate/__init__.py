@@ -1,1 +1,0 @@
-"""``lora-ext generate``: answers prompts with a decoder and its adapters."""

@@ -1,0 +1,37 @@
+"""A tiny classifier with reviews, and a way to run a command and read what it prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support import tiny_classifier
+from support.command_lines import Command
+
+from lora_ext.commands import main
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command. Returns its exit status, and what it printed on standard output and standard error."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main(list(map(str, arguments)))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a classifier that learns 240 reviews in seconds; the only adjective decides the label."""
+    inputs = tiny_classifier.save(tmp_path_factory.mktemp("tiny"))
+    words = ["--model", inputs["model"], "--data", inputs["data"], "--max_length", "32"]
+    return [*words, "--num_train_epochs", "6", "--learning_rate", "2e-2"]
+
+
+@pytest.fixture(scope="session")
+def lora() -> list[str]:
+    """Options of a small adapter, which takes the defaults of named layers."""
+    return ["--lora_targets", "query,value", "--lora_r", "4", "--lora_alpha", "8"]

@@ -1,0 +1,90 @@
+"""finetune by torchrun: two processes give what one gives; FSDP; one process prints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import tiny_classifier, tiny_decoder
+from support.command_lines import metrics_of
+from support.processes import environment
+
+pytestmark = [pytest.mark.cpu_only("processes with gloo"), pytest.mark.full]
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lora_ext"]
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    top = tmp_path_factory.mktemp("inputs")
+    model = tiny_classifier.save_model(top / "model", **tiny_classifier.NO_DROPOUT)
+    data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(100))
+    words = [
+        "--model",
+        model,
+        "--data",
+        data,
+        "--max_length",
+        "32",
+        "--lora_dropout",
+        "0",
+        "--lora_targets",
+        "all-linear",
+    ]
+    return [*map(str, words), "--lora_r", "2", "--lora_plus_ratio", "4", "--learning_rate", "0.01"]
+
+
+def test_two_processes_give_what_one_gives(options: list[str], tmp_path: Path):
+    from lora_ext.commands import main
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--ema_decay", "0.5", "--train_sampling_strategy", "sequential", "--logging_steps", "1"]
+    batch = "--per_device_train_batch_size"
+    assert main(["finetune", *options, *more, batch, "8", "--output_dir", str(one)]) == 0
+    done = torchrun("finetune", *options, *more, batch, "4", "--output_dir", two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1
+    assert metrics_of(two)["processes"] == 2 and metrics_of(two)["global_batch_size"] == 8
+    losses = [[row["loss"] for row in metrics_of(out)["history"] if "loss" in row] for out in (one, two)]
+    # Batches that the processes share have the same texts in another order, and the last one may be padded.
+    assert losses[1][:8] == pytest.approx(losses[0][:8], rel=0.02)
+    weights = [load_file(out / "adapter/adapter_model.safetensors") for out in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=5e-3, rtol=5e-2)
+
+
+def test_a_language_model_trains_in_two_processes(tmp_path: Path):
+    tiny_decoder.save(tmp_path / "model")
+    data = tiny_decoder.save_rows(tmp_path / "chats.jsonl", tiny_decoder.chats(tiny_decoder.questions(60)))
+    words = ["--task", "causal-lm", "--model", tmp_path / "model", "--data", data, "--packing", "--max_length", "128"]
+    words += ["--max_steps", "4", "--answers", "5", "--max_new_tokens", "4", "--learning_rate", "1e-2"]
+    done = torchrun("finetune", *words, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["processes"] == 2 and metrics["test"]["perplexity"] < metrics["before"]["perplexity"]
+    assert len((tmp_path / "run/predictions.jsonl").read_text().splitlines()) == 5
+
+
+def test_fsdp_shards_and_writes_a_whole_adapter(options: list[str], tmp_path: Path):
+    config = tmp_path / "fsdp.yaml"
+    config.write_text("fsdp: full_shard\nfsdp_config: {version: 2, auto_wrap_policy: TRANSFORMER_BASED_WRAP}\n")
+    words = ["--config", config, "--ema_decay", "0", "--save_strategy", "no", "--max_steps", "4"]
+    done = torchrun("finetune", *options, *words, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    values = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert sum(value.numel() for value in values.values()) == metrics_of(tmp_path / "run")["trainable_parameters"]
+
+
+def test_a_mistake_is_told_once(options: list[str], tmp_path: Path):
+    done = torchrun("finetune", *options, "--max_length", "99", "--output_dir", tmp_path / "run")
+    assert done.returncode != 0
+    assert done.stderr.count("--max_length is 99, but") == 1
