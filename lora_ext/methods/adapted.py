@@ -35,16 +35,12 @@ def apply_method(model: ModelT, method: Method) -> ModelT:
     A new head (the classifier of a Transformers model for classification) is trained too. Outputs do not change until
     the model is trained, except with prefix methods.
 
-    Args:
-        model: a model without a method; for methods that insert modules, a Transformers model of a supported type (the
-            message of the TypeError lists them).
-        method: see :func:`new_method`.
-
     Returns:
         ``model``, the same object.
 
     Raises:
-        TypeError: the architecture is not supported, or the model has nothing for the method to train.
+        TypeError: the architecture is not supported (the message lists those that are), or the model has nothing for
+            the method to train.
         ValueError: the model is adapted already, or an option does not fit it.
         After an error the model is unchanged.
     """
@@ -92,18 +88,13 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
         for insertion in insertions:
             insert(insertion)
         vars(root)[_ATTRIBUTE] = method
-        if insertions:
-            _guard_files(root)
+        if insertions:  # files of the base model would load without them
+            guard_loading(root, has_method=True)
+        for module in root.modules() if insertions else ():
+            if has_save_pretrained(module) and any(isinstance(inner, Inserted) for inner in module.modules()):
+                replace_save_pretrained(module, has_method=True)
         for parameter in trained_by(model, method).values():
             parameter.requires_grad_(True)
-
-
-def _guard_files(root: nn.Module) -> None:
-    """Lets no ``save_pretrained`` write the inserted modules into files of the base model, which would load without."""
-    guard_loading(root, has_method=True)
-    for module in root.modules():
-        if has_save_pretrained(module) and any(isinstance(inner, Inserted) for inner in module.modules()):
-            replace_save_pretrained(module, has_method=True)
 
 
 @checked
@@ -130,25 +121,21 @@ def applied_method(model: nn.Module, caller: str) -> Method:
 def remove_method(model: ModelT) -> ModelT:
     """Removes what :func:`apply_method` inserted. Parameters trained in place (biases, a head, all) keep their values.
 
-    All parameters then require gradients, as in a new model.
+    All parameters then require gradients, as in a new model. Returns ``model``, the same object.
 
-    Returns:
-        ``model``, the same object.
-
-    Raises:
-        ValueError: no method was applied.
-        RuntimeError: a low-rank adapter is merged. The model is unchanged.
+    ValueError: no method was applied. RuntimeError: a low-rank adapter is merged. The model is unchanged.
     """
     applied_method(model, "remove_method")
     if adapter_set(model) is not None:
         unload(model)
+    root = root_module(model)
     with uninterrupted():
-        remove_inserted(root_module(model))
-        release_quantized(root_module(model))
+        remove_inserted(root)
+        release_quantized(root)
         for module in model.modules():
             forget_guard(module, method=True)
             restore_save_pretrained(module, method=True)
-        delattr(root_module(model), _ATTRIBUTE)
+        delattr(root, _ATTRIBUTE)
         weights = (weight for module in model.modules() if (weight := quantized_weight(module)) is not None)
         quantized = {id(weight.module.weight) for weight in weights}
         for parameter in model.parameters():

@@ -24,12 +24,9 @@ class Method:
     A subclass is a frozen dataclass whose fields are the method's options; it overrides one or several of
     :meth:`trained_parameters`, :meth:`insertions` and :meth:`lora_config`. These do not change the model; all errors
     are raised in them and in ``__post_init__``.
-
-    Attributes:
-        name: name on the command line and in files.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # on the command line and in files
 
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
         """Returns the bare model's parameters to train in place, by path, without the head's."""
@@ -99,8 +96,7 @@ def head_paths(bare: BareModel) -> list[str]:
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters of new heads of the bare ``model``, by path; :meth:`Method.count` omits them."""
     bare = BareModel(root_module(model))
-    named = ((path, bare.modules[path].named_parameters()) for path in head_paths(bare))
-    return {f"{path}.{name}": parameter for path, parameters in named for name, parameter in parameters}
+    return {f"{path}.{name}": one for path in head_paths(bare) for name, one in bare.modules[path].named_parameters()}
 
 
 @checked

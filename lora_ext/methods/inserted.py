@@ -15,8 +15,8 @@ from lora_ext._common.hooks import remove_hooks
 class Inserted(nn.Module):
     """A child of its host, the module whose input or output it changes. The paths of other modules do not change.
 
-    The host calls it through forward hooks. These are plain functions that look up the child in the host, so copies,
-    pickles and replicas of a model call the right children.
+    The host's forward hooks are plain functions that look up the child in the host, so copies and pickles of a model
+    call the right children.
     """
 
     def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,15 +38,10 @@ class PrefixMethod(Method):
         return self.prefix_length + self.infix_length
 
 
-def is_causal(model: nn.Module, architecture: Architecture) -> bool:
-    """Returns whether tokens attend to earlier tokens only."""
-    return not architecture.keeps_first or getattr(root_module(model).config, "is_decoder", False)
-
-
 def architecture_with_prefix(model: nn.Module, method: str) -> Architecture:
     """Returns :func:`architecture_of`. TypeError: an encoder is used as a decoder, and its first token stays first."""
     architecture = architecture_of(model, method)
-    if architecture.keeps_first and is_causal(model, architecture):
+    if architecture.keeps_first and getattr(root_module(model).config, "is_decoder", False):
         raise TypeError(f"{method}: {type(root_module(model)).__name__} has is_decoder=True, which is not supported")
     return architecture
 
@@ -64,12 +58,10 @@ class SpecialTokens(Inserted):
     memory an encoder's special tokens follow the input, which makes no difference to bidirectional attention. In a
     decoder the order is prefix, input, infix. Positions are given explicitly and do not count padding.
 
-    Nothing is kept between calls. With a cache of keys and values, the tokens are inserted when it is empty; then the
-    cache holds them.
+    With a cache of keys and values, the tokens are inserted when it is empty; then the cache holds them.
 
     Args:
         host: the base model.
-        method: has the numbers of tokens.
         keeps_first: whether the host is an encoder.
         table: the host's embedding of positions; None: it rotates queries and keys.
     """
@@ -106,11 +98,15 @@ class SpecialTokens(Inserted):
         batch, length = (ids if embeds is None else embeds).shape[:2]
         self._check(host, mask, past, batch, length)
         if past == 0:
-            call["inputs_embeds"] = self._with_special(host.get_input_embeddings()(ids) if embeds is None else embeds)
-            call.pop("input_ids", None)
+            embeds = host.get_input_embeddings()(ids) if embeds is None else embeds
+            if mask is None:  # without one, Transformers takes a jump in the positions for the start of a packed text
+                mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
+            call["inputs_embeds"] = self._joined(self.weight.to(embeds.dtype).expand(batch, -1, -1), embeds)
+            call["position_ids"] = self._positions(mask, call.get("position_ids"))
+            call["attention_mask"] = self._padded(mask, 1)
             if call.get("token_type_ids") is not None:
                 call["token_type_ids"] = self._padded(call["token_type_ids"], 0)
-            call.update(self._masked(mask, call.get("position_ids"), call["inputs_embeds"], length))
+            call.pop("input_ids", None)
             return (), call
         if call.get("position_ids") is not None:
             call["position_ids"] = call["position_ids"] + self.special_tokens
@@ -126,44 +122,29 @@ class SpecialTokens(Inserted):
             return output  # the cache already had the special tokens
         return self._without_special(output, kwargs["attention_mask"])
 
-    def _with_special(self, embeds: Tensor) -> Tensor:
-        """Adds the special tokens: ``[batch, length, d_model]`` -> ``[batch, length + special_tokens, d_model]``."""
-        special = self.weight.to(embeds.dtype).expand(len(embeds), -1, -1)
-        return torch.cat([special[:, : self.in_front], embeds, special[:, self.in_front :]], dim=1)
+    def _joined(self, special: Tensor, tokens: Tensor) -> Tensor:
+        """Returns ``[batch, length + special_tokens, ...]``."""
+        return torch.cat([special[:, : self.in_front], tokens, special[:, self.in_front :]], dim=1)
 
     def _padded(self, per_token: Tensor, value: int) -> Tensor:
         """Pads ``[batch, length]`` to ``[batch, length + special_tokens]`` with ``value`` for the special tokens."""
         behind = self.special_tokens - self.in_front
         return nn.functional.pad(per_token, (self.in_front, behind), value=value)
 
-    def _masked(
-        self, mask: Tensor | None, position_ids: Tensor | None, embeds: Tensor, length: int
-    ) -> Mapping[str, Tensor]:
-        """Returns ``attention_mask`` and ``position_ids``, both ``[batch, length + special_tokens]``.
-
-        The mask is never None: without one, Transformers takes a jump in the positions for the start of a packed text.
-        """
-        if mask is None:
-            mask = torch.ones(len(embeds), length, dtype=torch.long, device=embeds.device)
-        if position_ids is None:
-            ordinal = counted(mask)
-        else:
-            ordinal = (position_ids - self.first_position).expand(len(embeds), -1)
+    def _positions(self, mask: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Returns ``position_ids`` with the special tokens, ``[batch, length + special_tokens]``."""
+        given = None if position_ids is None else (position_ids - self.first_position).expand(len(mask), -1)
+        ordinal = counted(mask) if given is None else given
         count = ordinal.masked_fill(mask == 0, -1).amax(1, keepdim=True) + 1
         ordinal = ordinal.clamp_min(0)  # leading padding
         pushed = ordinal >= 1 if self.keeps_first else torch.ones_like(ordinal, dtype=torch.bool)
-        prefix = torch.arange(self.prefix_length, device=embeds.device) + int(self.keeps_first)
-        infix = count + self.prefix_length + torch.arange(self.infix_length, device=embeds.device)
-        special = torch.cat([prefix.expand(len(embeds), -1), infix], dim=1)
-        tokens = ordinal + self.prefix_length * pushed
-        positions = torch.cat([special[:, : self.in_front], tokens, special[:, self.in_front :]], dim=1)
-        return {"attention_mask": self._padded(mask, 1), "position_ids": positions + self.first_position}
+        prefix = torch.arange(self.prefix_length, device=mask.device) + int(self.keeps_first)
+        infix = count + self.prefix_length + torch.arange(self.infix_length, device=mask.device)
+        special = torch.cat([prefix.expand(len(mask), -1), infix], dim=1)
+        return self._joined(special, ordinal + self.prefix_length * pushed) + self.first_position
 
     def _without_special(self, output: Any, mask: Tensor) -> Any:
-        """Removes special positions from hidden states, i.e. from ``[batch, length + special_tokens, d_model]``.
-
-        The pooled first token, attentions and the cache stay as they are.
-        """
+        """Removes special positions from hidden states, ``[batch, length + special_tokens, d_model]``."""
         if isinstance(output, Tensor) and output.ndim == 3:
             hidden = output[:, self.in_front : mask.shape[1] - self.special_tokens + self.in_front]
             if self.keeps_first or self.infix_length == 0:
@@ -192,8 +173,7 @@ class SpecialTokens(Inserted):
         if self.most_tokens is not None and tokens > self.most_tokens:
             raise ValueError(
                 f"prefix-embed: {tokens} tokens and {self.special_tokens} special ones, but {type(host).__name__} has "
-                f"{self.max_positions} positions; shorten the input to {self.most_tokens} "
-                "tokens, padding included, or choose a smaller prefix_length or infix_length"
+                f"{self.max_positions} positions; shorten the input to {self.most_tokens} tokens, padding included"
             )
 
     def extra_repr(self) -> str:
@@ -206,16 +186,15 @@ class PrefixEmbed(PrefixMethod):
 
     They start as embeddings of random tokens of the vocabulary, which Lester et al. 2021 (arXiv 2104.08691, section
     3.2) found better than noise. Hidden states are returned without the special positions, so heads, labels and shapes
-    do not change; only ``attentions`` show them. In an encoder the prefix follows the first token, [CLS], which heads
-    read. In a decoder with an infix, the last real token of each row returns the output of the infix's last token:
-    classifiers read it, and generation continues from it. A loss over the other tokens does not see the infix, so train
-    language models with a prefix.
+    do not change; only ``attentions`` show them. In a decoder with an infix, the last real token of each row returns
+    the output of the infix's last token: classifiers read it, and generation continues from it. A loss over the other
+    tokens does not see the infix, so train language models with a prefix.
 
     The attention mask, if given, must be the padding mask ``[batch, length]``. With a cache of keys and values, the
     infix follows the tokens of the first call: in ``generate``, it is between prompt and answer. Without a cache it
     follows all of the text so far. With a cache and an infix, padding must be on the left, as for ``generate``.
     Cropping a cache to the length of the text, as assisted generation does, miscounts the special tokens. Sliding
-    windows include the special tokens: tokens further away do not see the prefix.
+    windows include the special tokens.
     """
 
     name: ClassVar[str] = "prefix-embed"
@@ -241,12 +220,11 @@ class PrefixEmbed(PrefixMethod):
 def _random_tokens(base: nn.Module, number: int) -> Tensor:
     """Returns ``[number, d_model]``: embeddings of random tokens that the config does not name as special."""
     table = base.get_input_embeddings().weight.detach()
-    special: set[int] = set()
+    allowed = torch.ones(len(table), dtype=torch.bool)
     for key, value in vars(base.config).items():
         if key.endswith("_token_id") and value is not None:
-            special.update(value if isinstance(value, (list, tuple)) else [value])
-    allowed = torch.ones(len(table), dtype=torch.bool)
-    allowed[[token for token in special if 0 <= token < len(table)]] = False
+            tokens = value if isinstance(value, (list, tuple)) else [value]
+            allowed[[token for token in tokens if 0 <= token < len(table)]] = False
     ids = allowed.nonzero()[:, 0]
     ids = ids[torch.randint(len(ids), (number,))].to(table.device)
     return table[ids].to(new_parameter_dtype(table))

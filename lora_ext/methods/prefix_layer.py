@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_ext.methods.architectures import Architecture, base_model, base_path, hidden_size, layers_of, weight_of
 from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
-from lora_ext.methods.prefix_embed import PrefixMethod, architecture_with_prefix, counted, is_causal
+from lora_ext.methods.prefix_embed import PrefixMethod, architecture_with_prefix, counted
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 _STATES, _ROTARY = "prefix_states", "prefix_rotary"  # arguments that the modules below pass to each other
@@ -65,9 +65,7 @@ class PrefixKeys(Inserted):
     rotation. So attention gets an object that adds the prefix to the result of the real cache. The real cache never
     holds the prefix, so the model reads correct lengths and positions from it.
 
-    Args:
-        key_value: names of the host's projections to keys and values; equal if one makes queries, keys and values.
-        names: :func:`parameter_names` of the host.
+    ``key_value`` names the host's projections to keys and values; they are equal if one makes queries, keys and values.
     """
 
     def __init__(self, key_value: tuple[str, str], names: tuple[str, ...]) -> None:
@@ -77,8 +75,6 @@ class PrefixKeys(Inserted):
     def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         check_implementation(host.config)
         call = by_name(self.names, args, kwargs)
-        if _STATES not in call:
-            raise RuntimeError(f"prefix-layer: call the layer that this {type(host).__name__} is in, not it alone")
         hidden, states, rotary = call["hidden_states"], call.pop(_STATES), call.pop(_ROTARY, None)
         keys, values = self._projected(host, states)
         tables = None if rotary is None else _rotations(rotary, states.shape[1], call["position_embeddings"][0])
@@ -87,8 +83,8 @@ class PrefixKeys(Inserted):
             # True in a boolean mask means visible; a float mask is added to the scores
             mask = nn.functional.pad(mask, (states.shape[1], 0), value=mask.dtype == torch.bool)
         elif _is_causal_without_mask(host, call) and length > 1:
-            # PyTorch would align a causal mask to the first key. There is no mask because the cache was empty, so keys
-            # after the first ``length`` are unfilled ones of a static cache.
+            # PyTorch would align a causal mask to the first key. Without a mask the cache was empty, so keys after the
+            # first ``length`` are unfilled ones of a static cache.
             num_keys = length
             mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
             mask = nn.functional.pad(mask, (states.shape[1], 0), value=True)[None, None]
@@ -201,7 +197,7 @@ class PrefixLayer(PrefixMethod):
 
     def _architecture(self, model: nn.Module) -> Architecture:
         architecture = architecture_with_prefix(model, self.name)
-        if self.infix_length and is_causal(model, architecture):
+        if self.infix_length and not architecture.keeps_first:
             raise ValueError(
                 f"{self.name}: infix_length is {self.infix_length}, but no token of a {type(model).__name__} sees "
                 "later tokens; want 0, or use prefix-embed"

@@ -49,9 +49,8 @@ def new_method(name: str, **options: Any) -> Method:
     allowed = set().union(*known.values())
     if unknown := sorted(set(options) - allowed):
         raise TypeError(f"new_method: {name} has no option {shown(unknown[0])}; it has {sorted(allowed)}")
-    return combined(
-        [_new(part, {key: value for key, value in options.items() if key in known[part]}) for part in names]
-    )
+    parts = [_new(part, {key: value for key, value in options.items() if key in known[part]}) for part in names]
+    return combined(parts)
 
 
 @checked

@@ -269,7 +269,7 @@ def test_weights_of_rank_one_and_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_projection_is_the_product(dtype, monkeypatch):
-    monkeypatch.setattr("lora_ext.analysis.row_blocks.ELEMENTS_PER_THREAD", 7 * 23)  # rows do not divide into blocks
+    monkeypatch.setattr("lora_ext.analysis.decomposition.ELEMENTS_PER_THREAD", 7 * 23)  # rows do not divide into blocks
     W = torch.randn(40, 23).to(dtype)
     U, V = orthonormal_columns(40, 3, torch.Generator()), orthonormal_columns(23, 5, torch.Generator())
     expected = U.T @ W.double() @ V

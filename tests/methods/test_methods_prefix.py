@@ -160,14 +160,6 @@ GENERATING = [
 ]
 
 
-def test_places_in_the_cache_are_not_passed_on():
-    """``generate`` of Transformers before 5.4 passes those of the text: the mask would lack the special tokens."""
-    base = base_model(adapted("llama", "prefix-embed", NUM_PREFIX))
-    ids = torch.tensor([[3, 4, 5]])
-    _, call = base.special_tokens.enter(base, (), {"input_ids": ids, "cache_position": torch.arange(3)})
-    assert call.keys() == {"inputs_embeds", "attention_mask", "position_ids"}
-
-
 @pytest.mark.parametrize(("name", "num_prefix", "num_infix"), GENERATING)
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_generation_with_a_cache_equals_that_without(family, name, num_prefix, num_infix):
@@ -318,9 +310,6 @@ def test_unsupported_attention_implementations_are_refused():
     model.config._attn_implementation = "flex_attention"
     with refused(model, ValueError, "'flex_attention'", "sdpa, eager"):
         model(inputs_embeds=torch.zeros(1, 2, D_MODEL).double(), attention_mask=torch.ones(1, 1, 2, 2).double())
-    with refused(model, RuntimeError, "call the layer that this LlamaAttention is in"):
-        model.config._attn_implementation = "sdpa"
-        model.model.layers[0].self_attn(hidden_states=torch.zeros(1, 2, D_MODEL))
 
 
 def test_unsupported_inputs_with_embeddings_are_refused():
@@ -332,12 +321,11 @@ def test_unsupported_inputs_with_embeddings_are_refused():
         model(ids[:, :6], attention_mask=torch.ones(1, 1, 6, 6))
     with refused(model, ValueError, "attention_mask is a dict", "[1, 6]"):
         model(ids[:, :6], attention_mask={})
-    with refused(model, ValueError, "attention_mask is [1, 5], want [1, 6]"):
+    with refused(model, ValueError, "attention_mask is [1, 5]", "[1, 6]"):
         model(ids[:, :6], attention_mask=torch.ones(1, 5))
-    with refused(model, ValueError, "both input_ids and inputs_embeds"):
-        model.transformer(input_ids=ids[:, :6], inputs_embeds=torch.ones(1, 6, D_MODEL).double())
-    with refused(model, ValueError, "specify either"):
-        model.transformer()
+    for both in ({"input_ids": ids[:, :6], "inputs_embeds": torch.ones(1, 6, D_MODEL).double()}, {}):
+        with refused(model, ValueError, "specify"):  # the model's refusals
+            model.transformer(**both)
     with torch.no_grad():
         cache = cache_of(model(ids[:, :33], use_cache=True))
         model(ids[:, :2], past_key_values=cache)
