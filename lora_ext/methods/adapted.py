@@ -14,8 +14,7 @@ from lora_ext._common.sharded import gathered
 from lora_ext.injection.inject import Injection, apply_injection
 from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
 from lora_ext.merging.model import unload
-from lora_ext.methods.base import Method, head_paths
-from lora_ext.methods.inserted import Inserted, Insertion, insert, remove_inserted
+from lora_ext.methods.base import Inserted, Insertion, Method, head_paths, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, check_not_managed, root_module

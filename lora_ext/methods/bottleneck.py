@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from lora_ext._common.printable import shown
 from lora_ext._ops.bottleneck import ACTIVATIONS, bottleneck
-from lora_ext.methods.architectures import Architecture, architecture_of, hidden_size, layers_of, weight_of
-from lora_ext.methods.base import Method, check_at_least
-from lora_ext.methods.inserted import Inserted, Insertion, new_parameter_dtype
+from lora_ext.methods.architectures import architecture_of, hidden_size, layers_of, weight_of
+from lora_ext.methods.base import Inserted, Insertion, Method, check_at_least, new_parameter_dtype
 
 
 class Bottleneck(Inserted):
@@ -47,9 +46,6 @@ class Bottleneck(Inserted):
             return (self.adapted(output[0]), *output[1:])
         return self.adapted(output)
 
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}"
-
 
 class NormedBottleneck(Bottleneck):
     """``h + up(activation(down(norm(h))))`` with a new LayerNorm."""
@@ -74,15 +70,12 @@ class BeforeNorm(Bottleneck):
 
 @dataclass(frozen=True)
 class BottleneckMethod(Method):
-    """Base of the methods that insert bottlenecks, by default at the end of every layer.
+    """Base of the methods that insert bottlenecks."""
 
-    Args:
-        bottleneck_size: the paper's ``r``: number of hidden features.
-        activation: activation of the hidden features.
-    """
-
-    bottleneck_size: int = 16
-    activation: str = "relu"
+    bottleneck_size: int = 16  # the paper's r: number of hidden features
+    activation: str = "relu"  # of the hidden features
+    places: ClassVar[tuple[str, ...]] = ("layer_output",)  # fields of Architecture: modules that get a bottleneck
+    kinds: ClassVar[tuple[type, type]] = (Bottleneck, Bottleneck)  # in layers that begin and that end with a norm
 
     def __post_init__(self) -> None:
         check_at_least(self.name, 1, bottleneck_size=self.bottleneck_size)
@@ -91,32 +84,23 @@ class BottleneckMethod(Method):
                 f"{self.name}: activation is {shown(self.activation)}, want one of {', '.join(ACTIVATIONS)}"
             )
 
-    def places(self, architecture: Architecture) -> list[str]:
-        """Returns the paths of the modules in a layer that get a bottleneck; "" is the layer itself."""
-        return [architecture.layer_output]
-
-    def kind(self, architecture: Architecture) -> type[Bottleneck]:
-        return Bottleneck
-
     def adapted_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Returns ``(path, layer)`` of the layers that get adapters."""
         return layers_of(model, architecture_of(model, self.name))
 
     def insertions(self, model: nn.Module) -> list[Insertion]:
         architecture = architecture_of(model, self.name)
-        found, kind = [], self.kind(architecture)
+        found, kind = [], self.kinds[architecture.post_norm]
         for path, layer in self.adapted_layers(model):
-            like = weight_of(layer, model)
-            for place in self.places(architecture):
-                module = kind(self.bottleneck_size, self.activation, like)
+            for place in (getattr(architecture, field) for field in self.places):
+                module = kind(self.bottleneck_size, self.activation, weight_of(layer, model))
                 found.append(Insertion(f"{path}.{place}".rstrip("."), layer.get_submodule(place), "bottleneck", module))
         return found
 
     def count(self, model: nn.Module) -> int:
         """``L_Adpt * (2 * d_model * r + r + d_model)``, section 5.1 of the paper."""
-        architecture, d_model, r = architecture_of(model, self.name), hidden_size(model), self.bottleneck_size
-        adapters = len(self.adapted_layers(model)) * len(self.places(architecture))
-        return adapters * (2 * d_model * r + r + d_model)
+        d_model, r = hidden_size(model), self.bottleneck_size
+        return len(self.adapted_layers(model)) * len(self.places) * (2 * d_model * r + r + d_model)
 
 
 @dataclass(frozen=True)
@@ -129,9 +113,7 @@ class AdapterH(BottleneckMethod):
 
     activation: str = "silu"
     name: ClassVar[str] = "adapter-h"
-
-    def places(self, architecture: Architecture) -> list[str]:
-        return [architecture.attention_output, architecture.mlp_output]
+    places: ClassVar[tuple[str, ...]] = ("attention_output", "mlp_output")
 
 
 @dataclass(frozen=True)
@@ -142,9 +124,7 @@ class AdapterL(BottleneckMethod):
     """
 
     name: ClassVar[str] = "adapter-l"
-
-    def kind(self, architecture: Architecture) -> type[Bottleneck]:
-        return NormedBottleneck
+    kinds: ClassVar[tuple[type, type]] = (NormedBottleneck, NormedBottleneck)
 
     def count(self, model: nn.Module) -> int:
         """``L_Adpt * (2 * d_model * r + r + d_model) + 2 * L_LN * d_model``, with one LayerNorm per adapter."""
@@ -160,9 +140,7 @@ class AdapterP(BottleneckMethod):
     """
 
     name: ClassVar[str] = "adapter-p"
-
-    def kind(self, architecture: Architecture) -> type[Bottleneck]:
-        return BeforeNorm if architecture.post_norm else Bottleneck
+    kinds: ClassVar[tuple[type, type]] = (Bottleneck, BeforeNorm)
 
 
 @dataclass(frozen=True)
@@ -170,12 +148,9 @@ class AdapterDrop(AdapterP):
     """Pfeiffer's adapters without those of the lower layers, which then need no backward.
 
     Rücklé et al. 2021 (arXiv 2010.11918).
-
-    Args:
-        drop_layers: number of layers without adapters, from the input; None: 5 of 12, as in the paper of AdapterDrop.
     """
 
-    drop_layers: int | None = None
+    drop_layers: int | None = None  # layers without adapters, from the input; None: 5 of 12, as in that paper
     name: ClassVar[str] = "adapter-drop"
 
     def __post_init__(self) -> None:

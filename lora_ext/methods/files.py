@@ -28,8 +28,7 @@ from lora_ext.files.save_load import config_of, eval_unless_training, load_opene
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.files.untrusted_json import read_json_object
 from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, trained_by
-from lora_ext.methods.base import Method, pooling_of
-from lora_ext.methods.inserted import Inserted, Insertion
+from lora_ext.methods.base import Inserted, Insertion, Method, pooling_of
 from lora_ext.methods.lora import Lora
 from lora_ext.methods.pooling import POOLINGS, with_pooling
 from lora_ext.methods.registry import METHODS, combined, new_method

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lora_ext.methods.base import Method, head_paths
-from lora_ext.methods.inserted import Inserted
+from lora_ext.methods.base import Inserted, Method, head_paths
 from lora_ext.model.bare_model import BareModel, root_module
 
 

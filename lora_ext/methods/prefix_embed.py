@@ -9,24 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.methods.architectures import Architecture, architecture_of, base_model, base_path, hidden_size
-from lora_ext.methods.base import Method, check_at_least
-from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
+from lora_ext.methods.base import (
+    Inserted,
+    Insertion,
+    Method,
+    by_name,
+    cache_name,
+    check_at_least,
+    new_parameter_dtype,
+    parameter_names,
+)
 from lora_ext.model.bare_model import root_module
 
 
 @dataclass(frozen=True)
 class PrefixMethod(Method):
-    """Base of :class:`PrefixEmbed` and :class:`PrefixLayer`, with their options.
+    """Base of :class:`PrefixEmbed` and :class:`PrefixLayer`, with their options. ValueError: both are 0."""
 
-    Args:
-        prefix_length: the paper's ``l_p``: number of special tokens before the input.
-        infix_length: the paper's ``l_i``: number of special tokens after it.
-
-    ValueError: both are 0, or one is negative.
-    """
-
-    prefix_length: int = 8
-    infix_length: int = 0
+    prefix_length: int = 8  # the paper's l_p: number of special tokens before the input
+    infix_length: int = 0  # the paper's l_i: number of special tokens after it
 
     def __post_init__(self) -> None:
         check_at_least(self.name, 0, prefix_length=self.prefix_length, infix_length=self.infix_length)
@@ -85,7 +86,7 @@ class SpecialTokens(Inserted):
 
     @property
     def in_front(self) -> int:
-        """Number of special tokens before the input in memory."""
+        """Number of special tokens before the input, in memory."""
         return 0 if self.keeps_first else self.prefix_length
 
     def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -175,9 +176,6 @@ class SpecialTokens(Inserted):
                 f"prefix-embed: {tokens} tokens and {self.special_tokens} special ones, but {type(host).__name__} has "
                 f"{self.max_positions} positions; shorten the input to {self.most_tokens} tokens, padding included"
             )
-
-    def extra_repr(self) -> str:
-        return f"prefix_length={self.prefix_length}, infix_length={self.infix_length}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.methods.architectures import Architecture, base_model, base_path, hidden_size, layers_of, weight_of
-from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
+from lora_ext.methods.base import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
 from lora_ext.methods.prefix_embed import PrefixMethod, architecture_with_prefix, counted
 
 IMPLEMENTATIONS = ("sdpa", "eager")

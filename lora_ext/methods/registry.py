@@ -12,10 +12,9 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.printable import shown
 from lora_ext.config import LoraConfig
 from lora_ext.matching.path_names import Parents, SuffixTable
-from lora_ext.methods.base import Method
+from lora_ext.methods.base import Insertion, Method
 from lora_ext.methods.bottleneck import AdapterDrop, AdapterH, AdapterL, AdapterP
 from lora_ext.methods.in_place import BitFit, Full, HeadOnly
-from lora_ext.methods.inserted import Insertion
 from lora_ext.methods.lora import Lora
 from lora_ext.methods.prefix_embed import PrefixEmbed
 from lora_ext.methods.prefix_layer import PrefixLayer

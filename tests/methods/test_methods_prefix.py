@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from lora_ext.adapters import merge_and_unload
 from lora_ext.methods import apply_method, new_method
 from lora_ext.methods.architectures import architecture_of, base_model, layers_of
-from lora_ext.methods.inserted import remove_inserted
+from lora_ext.methods.base import remove_inserted
 
 BASES = {"bert": BertModel, "roberta": RobertaModel}
 LANGUAGE_MODELS = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM, "mistral": MistralForCausalLM}
