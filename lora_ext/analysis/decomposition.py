@@ -40,12 +40,8 @@ def factored_svd(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Svd:
     With ``lora_B = Q_B R_B`` and ``lora_A.T = Q_A R_A`` (QR) the update is ``Q_B (scaling * R_B R_A.T) Q_A.T``, so only
     an ``[r, r]`` matrix is decomposed: cost ``(in + out) * r^2``. A negative scaling flips signs in ``U``.
 
-    Args:
-        lora_A: ``[r, in]``, any floating dtype.
-        lora_B: ``[out, r]``.
-
-    Returns:
-        All ``k = min(r, out, in)`` singular values and their vectors.
+    ``lora_A`` is ``[r, in]``, ``lora_B`` is ``[out, r]``, both of any floating dtype. Returns all
+    ``k = min(r, out, in)`` singular values and their vectors.
 
     ValueError: the factors do not fit each other, or are not finite.
     """
@@ -68,12 +64,7 @@ def block_krylov_svd(weight: Tensor, rank: int, *, seed: int) -> Svd:
     A weight whose smaller side is at most 512 is decomposed in full. For larger ones the block Krylov method (Musco and
     Musco, arXiv 1504.05477, algorithm 2) needs nine products of the weight with ``rank + 8`` vectors. When singular
     values fall slowly, as in trained weights, it is more accurate than the randomised method with as many products.
-    The weight is never converted as a whole.
-
-    Args:
-        weight: any floating dtype.
-        rank: 1 to the smaller side.
-        seed: for the starting vectors; the default generator is not used.
+    ``seed`` is for the starting vectors; the default generator is not used.
 
     Returns:
         Values that are at most the true ones, and close to them. When the ``rank``-th value and the next are nearly

@@ -32,10 +32,7 @@ def apply_method(model: ModelT, method: Method) -> ModelT:
     """Adapts ``model`` in place: inserts the modules of ``method`` and freezes all parameters that it does not train.
 
     A new head (the classifier of a Transformers model for classification) is trained too. Outputs do not change until
-    the model is trained, except with prefix methods.
-
-    Returns:
-        ``model``, the same object.
+    the model is trained, except with prefix methods. Returns ``model``, the same object.
 
     Raises:
         TypeError: the architecture is not supported (the message lists those that are), or the model has nothing for
@@ -69,10 +66,8 @@ def _check_apart(method: Method, insertions: list[Insertion], adapter: Adapter |
     replaced = {old for part in adapter.parts for old in part.replaced} if adapter is not None else set()
     inside = {module for old in replaced for module in old.modules()}
     if lost := [insertion.path for insertion in insertions if insertion.host in inside]:
-        raise ValueError(
-            f"{method.name}: the method inserts a module into {lost[0]!r}, which the low-rank adapter replaces; "
-            "leave it out of target_modules and modules_to_save"
-        )
+        said = f"the method inserts a module into {lost[0]!r}, which the low-rank adapter replaces"
+        raise ValueError(f"{method.name}: {said}; leave it out of target_modules and modules_to_save")
 
 
 def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], adapter: Adapter | None = None) -> None:
@@ -108,10 +103,8 @@ def applied_method(model: nn.Module, caller: str) -> Method:
     if method is None:
         raise ValueError(f"{caller}: {type(root_module(model)).__name__} is not adapted; call apply_method(model, ...)")
     if caller != "remove_method" and method.lora_config(model) is not None and adapter_set(model) is None:
-        raise ValueError(
-            f"{caller}: the low-rank adapter of {method.name} was merged for good or removed; call "
-            "remove_method(model), which keeps the weights"
-        )
+        said = f"the low-rank adapter of {method.name} was merged for good or removed"
+        raise ValueError(f"{caller}: {said}; call remove_method(model), which keeps the weights")
     return method
 
 

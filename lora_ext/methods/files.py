@@ -51,12 +51,11 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     The low-rank adapter of ``lora`` is saved as PEFT's two files. All files change at once, as in
     :func:`lora_ext.save_adapter`.
 
+    Warns of other parameters that require gradients, and of other adapters: the files do not hold them.
+
     Raises:
         ValueError: no method was applied, its low-rank adapter was merged for good or removed, or the model is sharded.
         OSError: the directory cannot be written; its content is unchanged.
-
-    Warns:
-        UserWarning: other parameters require gradients, or other adapters were added: the files do not hold them.
     """
     method = applied_method(model, "save_method")
     files = _files(model, method)
@@ -81,16 +80,13 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles, base: Mapping[str, Tensor]) -> None:
     adapters = adapter_set(model)
     if lost := lost_parameters(root_module(model), adapters, files, saved=base.values()):
-        warn_user(
-            f"save_method: {shown(lost[0])} requires a gradient but does not belong to {files.name} (one of "
-            f"{len(lost)} parameters): load_method will not restore it; freeze it, or save it yourself"
-        )
-    others = [name for name in adapters.configs if not files.has_adapter or name != "default"] if adapters else []
-    if others:
-        warn_user(
-            f"save_method: the adapters {others} are not a part of {files.name}, and load_method will not restore "
-            "them; save them by lora_ext.save_adapter to other directories"
-        )
+        lost_ones = f"{shown(lost[0])} requires a gradient but does not belong to {files.name} (one of {len(lost)})"
+        warn_user(f"save_method: {lost_ones}: load_method will not restore it; freeze it, or save it yourself")
+    if others := [
+        name for name in (adapters.configs if adapters else ()) if not files.has_adapter or name != "default"
+    ]:
+        lost_ones = f"the adapters {others} are not a part of {files.name}, and load_method will not restore them"
+        warn_user(f"save_method: {lost_ones}; save them by lora_ext.save_adapter to other directories")
 
 
 def _files(model: nn.Module, method: Method) -> MethodFiles:
@@ -136,23 +132,17 @@ MethodFiles.of = staticmethod(_needed_files)
 def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
     """Applies a method saved by :func:`save_method` to a bare ``model`` and loads the trained values.
 
-    A file that notes a pooling gives it to the model, too (:func:`lora_ext.methods.set_pooling`).
-    In a model adapted by the same method, only the values are replaced, in place. Values are cast to the dtype of the
-    parameters that they fill.
+    A file that notes a pooling gives it to the model, too (:func:`lora_ext.methods.set_pooling`). In a model adapted by
+    the same method, only the values are replaced, in place, and flags do not change. Values are cast to the dtype of
+    the parameters that they fill. Returns ``model``, the same object.
 
     Args:
-        model: a model of the saved architecture.
-        directory: contains ``method.json``.
         trainable: whether trained parameters require gradients; otherwise all are frozen, and the model is put into
-            eval mode. In a model adapted already, flags do not change.
-
-    Returns:
-        ``model``, the same object.
+            eval mode.
 
     Raises:
         FileNotFoundError: a file is missing; the message names it.
-        ValueError: a file is corrupted; the model is adapted by another method; or tensors do not fit the model: the
-            message lists missing and unexpected keys and wrong shapes.
+        ValueError: a file is corrupted; the model is adapted by another method; or tensors do not fit the model.
         Also the errors of :func:`apply_method`. After an error the model is unchanged.
     """
     saved = _read(Path(directory))
@@ -202,19 +192,13 @@ def read_method(directory: str | os.PathLike[str]) -> Method:
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """A saved method whose tensors are known by name and shape, but not read.
-
-    Attributes:
-        adapter: the low-rank adapter, if the method has one.
-        tensors: the other tensors; None if there is no such file.
-        pooling: of the model that was trained, see :func:`lora_ext.methods.set_pooling`; None: its class's.
-    """
+    """A saved method whose tensors are known by name and shape, but not read."""
 
     directory: Path
     method: Method
-    adapter: AdapterFile | None
-    tensors: TensorFile | None
-    pooling: str | None
+    adapter: AdapterFile | None  # the low-rank adapter, if the method has one
+    tensors: TensorFile | None  # the other tensors; None if there is no such file
+    pooling: str | None  # of the model that was trained; None: its class's
 
     def check_size(self, model: nn.Module) -> None:
         """Raises ValueError if the options need more parameters than the file holds. Call it before allocating them."""
@@ -222,19 +206,16 @@ class _Saved:
         needed = sum(part.count(model) for part in inserting)
         available = 0 if self.tensors is None else self.tensors.numel()
         if needed > available:
-            raise ValueError(
-                f"load_method: {self.directory / METHOD_FILE} asks for {shown(needed)} parameters with "
-                f"{shown([part.options() for part in inserting])}, but {TENSORS_FILE} holds {available}"
-            )
+            wanted = f"{shown(needed)} parameters with {shown([part.options() for part in inserting])}"
+            note = self.directory / METHOD_FILE
+            raise ValueError(f"load_method: {note} asks for {wanted}, but {TENSORS_FILE} holds {available}")
 
     def check_is_of(self, applied: Method) -> None:
         """Raises ValueError if the model is adapted by another method than the saved one."""
         in_model, in_file = ([(part.name, part.options()) for part in m.parts] for m in (applied, self.method))
         if in_model != in_file:  # load_adapter compares the configs of low-rank adapters
-            raise ValueError(
-                f"load_method: {self.directory} has {shown(in_file)}, but the model is adapted by {in_model}; "
-                "call remove_method(model) first"
-            )
+            said = f"{self.directory} has {shown(in_file)}, but the model is adapted by {in_model}"
+            raise ValueError(f"load_method: {said}; call remove_method(model) first")
 
     def read(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Reads the new values of ``targets``. FileNotFoundError, ValueError: the tensors do not fit."""
@@ -263,19 +244,16 @@ def _read(directory: Path) -> _Saved:
         return parts, pooling, adapter, TensorFile(files[1]) if files[1] in existing else None
 
     parts, pooling, adapter, tensors = read_unchanged(files, read, "load_method")
-    adapter = None if adapter is None else from_peft_form(adapter, "load_method")
+    lora = None
+    if adapter is not None:
+        adapter = from_peft_form(adapter, "load_method")
+        # inference_mode describes how a file is loaded, not the method
+        lora = Lora(dataclasses.replace(config_of(adapter, "load_method"), inference_mode=False))
     try:
-        method = combined([_part(part["name"], part["options"], adapter) for part in parts])
+        methods = [lora if part["name"] == Lora.name else new_method(part["name"], **part["options"]) for part in parts]
+        return _Saved(directory, combined(methods), adapter, tensors, pooling)
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_method: {directory / METHOD_FILE} is not a method's file: {error}") from error
-    return _Saved(directory, method, adapter, tensors, pooling)
-
-
-def _part(name: str, options: dict[str, Any], adapter: AdapterFile | None) -> Method:
-    if name != Lora.name:
-        return new_method(name, **options)
-    # inference_mode describes how a file is loaded, not the method
-    return Lora(dataclasses.replace(config_of(adapter, "load_method"), inference_mode=False))
 
 
 def _noted(path: Path) -> tuple[list[dict], str | None]:

@@ -34,10 +34,7 @@ def set_pooling(model: ModelT, pooling: str) -> ModelT:
 
     :func:`save_method` notes the choice, and :func:`load_method` repeats it. Other files do not: call this function
     before ``load_adapter``, PEFT's ``PeftModel.from_pretrained``, or after ``from_pretrained`` of a model whose config
-    has ``classifier_pooling="mean"``.
-
-    Returns:
-        ``model``, the same object.
+    has ``classifier_pooling="mean"``. Returns ``model``, the same object.
 
     Raises:
         TypeError: the model is no BERT, RoBERTa, XLM-RoBERTa or CamemBERT for sequence classification.
@@ -50,23 +47,17 @@ def set_pooling(model: ModelT, pooling: str) -> ModelT:
 
 @contextmanager
 def with_pooling(model: nn.Module, pooling: str | None, caller: str) -> Iterator[None]:
-    """Gives the model the pooling of a file; takes it back if the block raises.
-
-    Raises:
-        ValueError: the model has another pooling. TypeError: it can have none.
-    """
+    """Gives the model the pooling of a file; takes it back if the block raises. Errors as in :func:`set_pooling`."""
     before = pooling_of(model)
     if pooling is None and before is not None:
-        raise ValueError(
-            f"{caller}: the model has the pooling {before!r}, and the file was trained without it; load it into a "
-            "model without set_pooling"
-        )
-    if pooling is None or pooling == before:
+        said = f"the model has the pooling {before!r}, and the file was trained without it"
+        raise ValueError(f"{caller}: {said}; load it into a model without set_pooling")
+    if pooling == before:
         yield
         return
     _check(model, pooling, caller)
     root, base = root_module(model), base_model(model)
-    pooler = getattr(base, "pooler", None)
+    pooler = base.pooler
     _choose(model, pooling)
     try:
         yield
@@ -105,8 +96,7 @@ def _mean_for_the_head(base: nn.Module, args: tuple, kwargs: dict[str, Any], out
     mean = _mean(base, args, kwargs, output[0])
     if isinstance(output, tuple):
         return output[:1] + (mean,) + output[1:]
-    values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    return type(output)(**values | {"pooler_output": mean})  # a new one, because heads read it by position
+    return dataclasses.replace(output, pooler_output=mean)  # a new one, because heads read it by position
 
 
 def _mean_as_first_token(base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

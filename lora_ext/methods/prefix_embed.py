@@ -167,10 +167,8 @@ class SpecialTokens(Inserted):
         tokens = past + length - (self.special_tokens if past else 0)
         shape = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         if mask is not None and shape != [batch, tokens]:
-            raise ValueError(
-                f"prefix-embed: attention_mask is {shape}, want the padding mask, [batch, length] = {[batch, tokens]}; "
-                "generate passes it on with the dynamic cache, its default"
-            )
+            wanted = f"want the padding mask, [batch, length] = {[batch, tokens]}"
+            raise ValueError(f"prefix-embed: attention_mask is {shape}, {wanted}, as with generate's dynamic cache")
         if self.most_tokens is not None and tokens > self.most_tokens:
             raise ValueError(
                 f"prefix-embed: {tokens} tokens and {self.special_tokens} special ones, but {type(host).__name__} has "
@@ -202,11 +200,9 @@ class PrefixEmbed(PrefixMethod):
         base = base_model(model)
         table = base.get_submodule(architecture.position_table) if architecture.position_table else None
         module = SpecialTokens(base, self, architecture.keeps_first, table)
-        if module.max_positions is not None and self.special_tokens >= module.max_positions:
-            raise ValueError(
-                f"{self.name}: {self.special_tokens} special tokens leave no room for text: "
-                f"{type(root_module(model)).__name__} has {module.max_positions} positions"
-            )
+        if module.most_tokens is not None and module.most_tokens < 1:
+            positions = f"{type(root_module(model)).__name__} has {module.max_positions} positions"
+            raise ValueError(f"{self.name}: {self.special_tokens} special tokens leave no room for text: {positions}")
         return [Insertion(base_path(model), base, "special_tokens", module)]
 
     def count(self, model: nn.Module) -> int:

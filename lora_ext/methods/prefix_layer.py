@@ -41,9 +41,7 @@ class PrefixRotary(Inserted):
 class PrefixStates(Inserted):
     """Holds the prefix's activations at a layer's input, and passes them, normalised, to the layer's attention.
 
-    Args:
-        weight: initial values, ``[special_tokens, d_model]``.
-        norm: path of the norm of the attention's input; "": none.
+    ``norm`` is the path of the norm of the attention's input; "": there is none.
     """
 
     def __init__(self, weight: Tensor, norm: str) -> None:
@@ -102,20 +100,17 @@ class PrefixKeys(Inserted):
         return getattr(host, key)(states), getattr(host, value)(states)
 
 
+@dataclass(eq=False)
 class PrefixedKeys:
-    """Replaces the cache of keys and values in one call of an attention; ``update`` also prepends the prefix.
+    """Replaces the cache of keys and values in one call of an attention; ``update`` also prepends the prefix."""
 
-    Args:
-        keys, values: ``[1, special_tokens, heads * head_dim]``.
-        tables: cosines and sines for the keys, ``[special_tokens, head_dim]``; None: keys are not rotated.
-        cache: the real cache, or None.
-        num_keys: number of real keys to return; None: all.
-    """
-
-    def __init__(
-        self, keys: Tensor, values: Tensor, tables: tuple[Tensor, Tensor] | None, cache: Any, num_keys: int | None
-    ) -> None:
-        self.keys, self.values, self.tables, self.cache, self.num_keys = keys, values, tables, cache, num_keys
+    keys: Tensor  # [1, special_tokens, heads * head_dim]
+    values: Tensor  # the same
+    tables: (
+        tuple[Tensor, Tensor] | None
+    )  # cosines and sines for the keys, [special_tokens, head_dim]; None: not rotated
+    cache: Any  # the real one, or None
+    num_keys: int | None  # number of real keys to return; None: all
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Prepends ``special_tokens`` keys and values to those of the cache, ``[batch, heads, length, head_dim]``."""
