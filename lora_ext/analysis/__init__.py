@@ -1,7 +1,6 @@
 """Analyses of what an adapter learned, as in section 7 and appendix H of the LoRA paper (arXiv 2106.09685).
 
-All functions take tensors. They use the factors of an update, never the product, and multiply the weight with a few
-vectors only.
+They use the factors of an update, never the product, and multiply the weight with a few vectors only.
 """
 
 from lora_ext.analysis.decomposition import Svd, block_krylov_svd, factored_svd

@@ -66,9 +66,8 @@ def block_krylov_svd(weight: Tensor, rank: int, *, seed: int) -> Svd:
     values fall slowly, as in trained weights, it is more accurate than the randomised method with as many products.
     ``seed`` is for the starting vectors; the default generator is not used.
 
-    Returns:
-        Values that are at most the true ones, and close to them. When the ``rank``-th value and the next are nearly
-        equal, the last vectors are mixed.
+    The values are at most the true ones, and close to them. When the ``rank``-th value and the next are nearly equal,
+    the last vectors are mixed.
 
     ValueError: the weight is not a finite matrix, or has fewer than ``rank`` singular values.
     """
@@ -106,7 +105,7 @@ def _exact(matrix: Tensor, rank: int) -> Svd:
 
 
 def check_matrix(caller: str, name: str, matrix: Tensor) -> None:
-    """Raises TypeError or ValueError unless it is a dense matrix of a supported floating dtype that has values."""
+    """Raises TypeError or ValueError unless it is a dense matrix of a supported floating dtype with values."""
     check_tensors(caller, {name: matrix})
     checks.check_matrix(caller, name, matrix)
     if matrix.is_meta:

@@ -45,11 +45,9 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, weight_svd: Svd 
     """Compares ``weight [out, in]`` with its update, as table 7 does.
 
     Args:
-        weight: any floating dtype.
         update: of the same shape, from :func:`~lora_ext.analysis.factored_svd`.
         seed: for the random directions and for computing those of the weight.
-        weight_svd: the weight's leading directions if known, at least as many as the update has; otherwise
-            :func:`~lora_ext.analysis.block_krylov_svd` computes them.
+        weight_svd: the weight's leading directions if known, at least as many as the update has.
 
     ValueError: the update has another shape, ``weight_svd`` has too few directions, or a value is not finite.
     """
@@ -60,9 +58,8 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, weight_svd: Svd 
             raise ValueError(f"projection_table: {name} has shape {shape} but weight has {list(weight.shape)}")
     count = numerical_rank(update.S)
     if weight_svd is not None and len(weight_svd.S) < count:
-        raise ValueError(
-            f"projection_table: weight_svd has {len(weight_svd.S)} directions, want at least the {count} of update"
-        )
+        given = f"weight_svd has {len(weight_svd.S)} directions"
+        raise ValueError(f"projection_table: {given}, want at least the {count} of update")
     delta_norm, weight_norm = torch.linalg.vector_norm(update.S).item(), frobenius_norm(weight)
     if count == 0:
         return ProjectionTable([], [], [], [], [], [], delta_norm, weight_norm)

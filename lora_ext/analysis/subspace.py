@@ -17,11 +17,8 @@ _ROUNDING = 4 * torch.finfo(torch.float32).eps
 def singular_basis(matrix: Tensor) -> Tensor:
     """Computes the right singular vectors of ``matrix [r, n]``, by descending singular value.
 
-    The paper takes those of ``lora_A``; pass ``lora_B.T`` for the left ones of ``lora_B``.
-
-    Returns:
-        Orthonormal columns, float64 ``[n, k]``; ``k`` is the :func:`numerical_rank`, so linearly dependent rows add no
-        direction.
+    The paper takes those of ``lora_A``; pass ``lora_B.T`` for the left ones of ``lora_B``. Returns orthonormal columns,
+    float64 ``[n, k]``; ``k`` is the :func:`numerical_rank`, so linearly dependent rows add no direction.
 
     ValueError: it is not a finite matrix.
     """
@@ -37,14 +34,9 @@ def singular_basis(matrix: Tensor) -> Tensor:
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
     """Computes the paper's ``phi(i, j) = |first[:, :i].T @ second[:, :j]|_F^2 / min(i, j)`` for all ``i``, ``j``.
 
-    0 means that the subspaces are orthogonal, 1 that the larger contains the smaller.
-
-    Args:
-        first: orthonormal columns ``[n, i_max]``, the most important first.
-        second: the same, ``[n, j_max]``.
-
-    Returns:
-        float64 ``[i_max, j_max]`` in [0, 1]; ``phi(i, j)`` is at ``[i - 1, j - 1]``.
+    0 means that the subspaces are orthogonal, 1 that the larger contains the smaller. ``first`` has orthonormal columns
+    ``[n, i_max]``, the most important first, ``second`` has ``[n, j_max]``. Returns float64 ``[i_max, j_max]``;
+    ``phi(i, j)`` is at ``[i - 1, j - 1]``.
 
     ValueError: their ``n`` differ.
     """
@@ -62,9 +54,8 @@ def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
 def expected_random_similarity(i_max: int, j_max: int, dim: int) -> Tensor:
     """Mean of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions: ``max(i, j) / dim``.
 
-    A random direction has ``i / dim`` of its squared norm in any ``i`` dimensions; ``j`` of them have ``i * j / dim``,
-    which ``phi`` divides by ``min(i, j)``. Gaussian matrices, as in figure 4 of the paper, have uniform spans. Returns
-    float64 ``[i_max, j_max]``.
+    A random direction has ``i / dim`` of its squared norm in any ``i`` dimensions. Gaussian matrices, as in figure 4 of
+    the paper, have uniform spans. Returns float64 ``[i_max, j_max]``.
     """
     _check_counts("expected_random_similarity", i_max, j_max, dim)
     return torch.maximum(*_counts(i_max, j_max)) / float(dim)
@@ -74,8 +65,7 @@ def expected_random_similarity(i_max: int, j_max: int, dim: int) -> Tensor:
 def random_similarity_std(i_max: int, j_max: int, dim: int) -> Tensor:
     """Standard deviation of ``phi(i, j)`` between uniformly random subspaces of ``dim`` dimensions.
 
-    ``sqrt(2 i (n - i) j (n - j) / (n^2 (n - 1) (n + 2))) / min(i, j)``, from the second moments of the trace of a
-    product of random projections. Returns float64 ``[i_max, j_max]``.
+    It is ``sqrt(2 i (n - i) j (n - j) / (n^2 (n - 1) (n + 2))) / min(i, j)``: float64 ``[i_max, j_max]``.
     """
     _check_counts("random_similarity_std", i_max, j_max, dim)
     i, j = _counts(i_max, j_max)
@@ -149,10 +139,8 @@ def numerical_rank(singular_values: Tensor) -> int:
 def _normalised(caller: str, singular_values: Tensor) -> Tensor:
     """Returns the values in float64, divided by the largest; empty for a zero matrix."""
     if singular_values.dim() != 1 or singular_values.is_complex():
-        raise ValueError(
-            f"{caller}: singular_values is {singular_values.dtype} {list(singular_values.shape)}, want a vector of "
-            "real numbers"
-        )
+        given = f"{singular_values.dtype} {list(singular_values.shape)}"
+        raise ValueError(f"{caller}: singular_values is {given}, want a vector of real numbers")
     S = singular_values.double()
     if not (S.isfinite().all() and (S >= 0).all() and (S.diff() <= 0).all()):
         raise ValueError(f"{caller}: singular_values must be finite, at least 0, in descending order; sort them first")

@@ -128,8 +128,8 @@ def remove_method(model: ModelT) -> ModelT:
             forget_guard(module, method=True)
             restore_save_pretrained(module, method=True)
         delattr(root, _ATTRIBUTE)
-        weights = (weight for module in model.modules() if (weight := quantized_weight(module)) is not None)
-        quantized = {id(weight.module.weight) for weight in weights}
+        weights = [quantized_weight(module) for module in model.modules()]
+        quantized = {id(weight.module.weight) for weight in weights if weight is not None}
         for parameter in model.parameters():
             if parameter.is_floating_point() and id(parameter) not in quantized:
                 parameter.requires_grad_(True)
@@ -139,8 +139,7 @@ def remove_method(model: ModelT) -> ModelT:
 def trained_by(model: nn.Module, method: Method, insertions: Iterable[Insertion] = ()) -> dict[str, nn.Parameter]:
     """Returns the parameters that ``method`` trains, by path in the bare model, except the low-rank adapter's.
 
-    With a low-rank adapter, the head is a copy inside it; otherwise the head is trained in place and included.
-    ``insertions`` are modules that are not in the model yet.
+    With such an adapter, the head is a copy in it. ``insertions`` are modules that are not in the model yet.
     """
     bare = BareModel(root_module(model))
     found = dict(method.trained_parameters(bare))

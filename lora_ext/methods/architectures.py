@@ -81,10 +81,8 @@ def architecture_of(model: nn.Module, method: str) -> Architecture:
     """Returns the architecture of ``model``. TypeError: it is not supported; the message lists those that are."""
     kind, config = type(root_module(model)).__name__, getattr(root_module(model), "config", None)
     if (model_type := getattr(config, "model_type", None)) not in ARCHITECTURES:
-        raise TypeError(
-            f"{method}: {kind} (model type {model_type!r}) is not supported; supported are Transformers' models of the "
-            f"types {', '.join(ARCHITECTURES)}"
-        )
+        supported = f"supported are Transformers' models of the types {', '.join(ARCHITECTURES)}"
+        raise TypeError(f"{method}: {kind} (model type {model_type!r}) is not supported; {supported}")
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise TypeError(f"{method}: {kind} has cross-attention, which is not supported")
     return ARCHITECTURES[model_type]

@@ -49,9 +49,9 @@ class Insertion(NamedTuple):
 class Method:
     """A way to adapt a model: which parameters are trained, and which modules are inserted.
 
-    A subclass is a frozen dataclass whose fields are the method's options; it overrides one or several of
-    :meth:`trained_parameters`, :meth:`insertions` and :meth:`lora_config`. These do not change the model; all errors
-    are raised in them and in ``__post_init__``.
+    A subclass is a frozen dataclass whose fields are the method's options; it overrides :meth:`trained_parameters`,
+    :meth:`insertions` or :meth:`lora_config`. These do not change the model; all errors are raised in them and in
+    ``__post_init__``.
     """
 
     name: ClassVar[str]  # on the command line and in files
@@ -141,9 +141,6 @@ _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
-
-
-# --- inserted modules, and the hooks that call them -------------------------------------------------------------------
 
 
 def parameter_names(host: nn.Module) -> tuple[str, ...]:

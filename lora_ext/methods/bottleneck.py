@@ -16,10 +16,7 @@ from lora_ext.methods.base import Inserted, Insertion, Method, check_at_least, n
 class Bottleneck(Inserted):
     """``residual + up(activation(down(x)))`` with biases; ``up`` starts at zero, so nothing is added at first.
 
-    Args:
-        size: number of hidden features.
-        activation: one of ``relu``, ``gelu``, ``silu``, ``identity``.
-        like: tensor with the inputs' last dimension and device; the dtype is the same, but float32 for 16-bit ones.
+    It has ``size`` hidden features, and the last dimension and device of ``like``.
     """
 
     def __init__(self, size: int, activation: str, like: Tensor) -> None:
@@ -80,9 +77,8 @@ class BottleneckMethod(Method):
     def __post_init__(self) -> None:
         check_at_least(self.name, 1, bottleneck_size=self.bottleneck_size)
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"{self.name}: activation is {shown(self.activation)}, want one of {', '.join(ACTIVATIONS)}"
-            )
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"{self.name}: activation is {shown(self.activation)}, want one of {known}")
 
     def adapted_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Returns ``(path, layer)`` of the layers that get adapters."""
@@ -118,10 +114,7 @@ class AdapterH(BottleneckMethod):
 
 @dataclass(frozen=True)
 class AdapterL(BottleneckMethod):
-    """A bottleneck with a new LayerNorm at the end of every layer: ``h + up(activation(down(norm(h))))``.
-
-    Lin et al. 2020 (arXiv 2004.03829).
-    """
+    """A :class:`NormedBottleneck` at the end of every layer: Lin et al. 2020 (arXiv 2004.03829)."""
 
     name: ClassVar[str] = "adapter-l"
     kinds: ClassVar[tuple[type, type]] = (NormedBottleneck, NormedBottleneck)
@@ -145,10 +138,7 @@ class AdapterP(BottleneckMethod):
 
 @dataclass(frozen=True)
 class AdapterDrop(AdapterP):
-    """Pfeiffer's adapters without those of the lower layers, which then need no backward.
-
-    Rücklé et al. 2021 (arXiv 2010.11918).
-    """
+    """Pfeiffer's adapters in the upper layers; the lower need no backward: Rücklé et al. 2021 (arXiv 2010.11918)."""
 
     drop_layers: int | None = None  # layers without adapters, from the input; None: 5 of 12, as in that paper
     name: ClassVar[str] = "adapter-drop"
@@ -162,7 +152,5 @@ class AdapterDrop(AdapterP):
         layers = super().adapted_layers(model)
         dropped = round(5 / 12 * len(layers)) if self.drop_layers is None else self.drop_layers
         if dropped >= len(layers):
-            raise ValueError(
-                f"{self.name}: drop_layers is {dropped}, but the model has {len(layers)} layers; want fewer than that"
-            )
+            raise ValueError(f"{self.name}: drop_layers is {dropped}, but the model has {len(layers)} layers")
         return layers[dropped:]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,10 +93,7 @@ def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles, base: Mapping[
 def _files(model: nn.Module, method: Method) -> MethodFiles:
     inserts = any(isinstance(module, Inserted) for module in model.modules())
     has_adapter = method.lora_config(model) is not None
-    names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
-
-    def trained() -> dict[str, Tensor]:
-        return _targets(model, method)
+    names, trained = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE), partial(_targets, model, method)
 
     def write(staging: Path) -> None:
         content = {

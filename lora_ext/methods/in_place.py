@@ -34,8 +34,8 @@ class Full(InPlace):
         return {
             f"{path}.{name}".lstrip("."): buffer
             for path, module in [("", bare.root), *bare.modules.items()]
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
         }
 
 
@@ -48,10 +48,8 @@ class BitFit(InPlace):
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
         biases = {path: one for path, one in _outside_head(bare).items() if path.rpartition(".")[2].endswith("bias")}
         if not biases:
-            raise TypeError(
-                f"bitfit: {type(bare.root).__name__} has no biases to train; BERT, RoBERTa and GPT-2 have, and Llama "
-                "with attention_bias=True or mlp_bias=True"
-            )
+            others = "BERT, RoBERTa and GPT-2 have, and Llama with attention_bias=True or mlp_bias=True"
+            raise TypeError(f"bitfit: {type(bare.root).__name__} has no biases to train; {others}")
         return biases
 
 
@@ -73,11 +71,9 @@ def _outside_head(bare: BareModel) -> dict[str, nn.Parameter]:
     inserted = [path for path, module in bare.modules.items() if isinstance(module, Inserted)]
     below = tuple(f"{path}." for path in [*head_paths(bare), *inserted])
     for path, module in [("", bare.root), *bare.modules.items()]:
-        for name, parameter in module._parameters.items():
+        for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")
-            if parameter is None or not parameter.is_floating_point() or full.startswith(below):
-                continue
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
+            if parameter.is_floating_point() and not full.startswith(below) and parameter not in seen:
+                seen.add(parameter)
                 found[full] = parameter
     return found

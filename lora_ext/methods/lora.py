@@ -21,9 +21,8 @@ from lora_ext.nn.linear import is_linear, linear_sizes
 class Lora(Method):
     """Low-rank adapters, by :func:`lora_ext.inject`.
 
-    Args:
-        config: if its ``task_type`` is None, it becomes the model's, so that PEFT finds the head in the files.
-            With the pooling "cls", BERT's pooler is added to ``modules_to_save``.
+    If the config's ``task_type`` is None, it becomes the model's, so that PEFT finds the head in the files. With the
+    pooling "cls", BERT's pooler is added to ``modules_to_save``.
     """
 
     config: LoraConfig

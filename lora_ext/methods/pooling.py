@@ -36,9 +36,8 @@ def set_pooling(model: ModelT, pooling: str) -> ModelT:
     before ``load_adapter``, PEFT's ``PeftModel.from_pretrained``, or after ``from_pretrained`` of a model whose config
     has ``classifier_pooling="mean"``. Returns ``model``, the same object.
 
-    Raises:
-        TypeError: the model is no BERT, RoBERTa, XLM-RoBERTa or CamemBERT for sequence classification.
-        ValueError: another pooling, or the model has the other one already.
+    TypeError: the model is no BERT, RoBERTa, XLM-RoBERTa or CamemBERT for sequence classification. ValueError: another
+    pooling, or the model has the other one already.
     """
     _check(model, pooling, "set_pooling")
     _choose(model, pooling)

@@ -57,14 +57,10 @@ class SpecialTokens(Inserted):
 
     An encoder's first token, [CLS], keeps its position, because heads read it; the prefix has the next positions. In
     memory an encoder's special tokens follow the input, which makes no difference to bidirectional attention. In a
-    decoder the order is prefix, input, infix. Positions are given explicitly and do not count padding.
+    decoder the order is prefix, input, infix. Positions are given explicitly and do not count padding. With a cache of
+    keys and values, the tokens are inserted when it is empty; then the cache holds them.
 
-    With a cache of keys and values, the tokens are inserted when it is empty; then the cache holds them.
-
-    Args:
-        host: the base model.
-        keeps_first: whether the host is an encoder.
-        table: the host's embedding of positions; None: it rotates queries and keys.
+    ``keeps_first`` says whether the host is an encoder. ``table`` is its embedding of positions, or None.
     """
 
     def __init__(self, host: nn.Module, method: PrefixMethod, keeps_first: bool, table: nn.Embedding | None) -> None:
@@ -170,10 +166,9 @@ class SpecialTokens(Inserted):
             wanted = f"want the padding mask, [batch, length] = {[batch, tokens]}"
             raise ValueError(f"prefix-embed: attention_mask is {shape}, {wanted}, as with generate's dynamic cache")
         if self.most_tokens is not None and tokens > self.most_tokens:
-            raise ValueError(
-                f"prefix-embed: {tokens} tokens and {self.special_tokens} special ones, but {type(host).__name__} has "
-                f"{self.max_positions} positions; shorten the input to {self.most_tokens} tokens, padding included"
-            )
+            said = f"{tokens} tokens and {self.special_tokens} special ones"
+            limit = f"{type(host).__name__} has {self.max_positions} positions"
+            raise ValueError(f"prefix-embed: {said}, but {limit}; shorten the input to {self.most_tokens} tokens")
 
 
 @dataclass(frozen=True)
@@ -186,11 +181,9 @@ class PrefixEmbed(PrefixMethod):
     the output of the infix's last token: classifiers read it, and generation continues from it. A loss over the other
     tokens does not see the infix, so train language models with a prefix.
 
-    The attention mask, if given, must be the padding mask ``[batch, length]``. With a cache of keys and values, the
-    infix follows the tokens of the first call: in ``generate``, it is between prompt and answer. Without a cache it
-    follows all of the text so far. With a cache and an infix, padding must be on the left, as for ``generate``.
-    Cropping a cache to the length of the text, as assisted generation does, miscounts the special tokens. Sliding
-    windows include the special tokens.
+    The attention mask, if given, must be the padding mask ``[batch, length]``. With a cache, the infix follows the
+    tokens of the first call, in ``generate`` the prompt, and padding must be on the left; without, it follows all text
+    so far. Cropping a cache, as assisted generation does, miscounts special tokens. Sliding windows include them.
     """
 
     name: ClassVar[str] = "prefix-embed"

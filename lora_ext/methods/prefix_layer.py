@@ -152,10 +152,8 @@ def _rotations(rotary: nn.Module, number: int, like: Tensor) -> tuple[Tensor, Te
 def check_implementation(config: Any) -> None:
     """Raises ValueError unless the attention implementation has masks that can be extended."""
     if config._attn_implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"prefix-layer: attn_implementation is {config._attn_implementation!r}, want one of "
-            f"{', '.join(IMPLEMENTATIONS)}; call model.set_attn_implementation({IMPLEMENTATIONS[0]!r})"
-        )
+        wanted = f"want one of {', '.join(IMPLEMENTATIONS)}; call model.set_attn_implementation({IMPLEMENTATIONS[0]!r})"
+        raise ValueError(f"prefix-layer: attn_implementation is {config._attn_implementation!r}, {wanted}")
 
 
 @dataclass(frozen=True)
@@ -165,9 +163,8 @@ class PrefixLayer(PrefixMethod):
     A layer normalises them as other activations, and its projections, adapted or not, compute their keys and values;
     they have no queries. Rotated keys have the positions ``-l_p`` to ``-1``; otherwise the activations carry any
     position. The input's positions do not change, outputs do not get longer (only ``attentions`` do), and caches do not
-    hold the special tokens. Padding and sliding windows do not hide them.
-
-    In an encoder a prefix and an infix are the same. A decoder refuses an infix, because no token would see it.
+    hold the special tokens. Padding and sliding windows do not hide them. In an encoder a prefix and an infix are the
+    same. A decoder refuses an infix, because no token would see it.
     """
 
     name: ClassVar[str] = "prefix-layer"
@@ -193,10 +190,8 @@ class PrefixLayer(PrefixMethod):
     def _architecture(self, model: nn.Module) -> Architecture:
         architecture = architecture_with_prefix(model, self.name)
         if self.infix_length and not architecture.keeps_first:
-            raise ValueError(
-                f"{self.name}: infix_length is {self.infix_length}, but no token of a {type(model).__name__} sees "
-                "later tokens; want 0, or use prefix-embed"
-            )
+            said = f"infix_length is {self.infix_length}, but no token of a {type(model).__name__} sees later tokens"
+            raise ValueError(f"{self.name}: {said}; want 0, or use prefix-embed")
         return architecture
 
     def count(self, model: nn.Module) -> int:

@@ -30,20 +30,15 @@ METHODS: dict[str, type[Method]] = {
 def new_method(name: str, **options: Any) -> Method:
     """Creates a method by name, or a combination of several joined by ``+``.
 
-    Args:
-        name: a key of :data:`METHODS`, or several, e.g. ``"lora"`` or ``"lora+prefix-embed"``.
-        options: fields of the method's class; for ``lora``, fields of :class:`lora_ext.LoraConfig`. In a combination,
-            every method takes the options that it has.
+    ``options`` are fields of the method's class; for ``lora``, fields of :class:`lora_ext.LoraConfig`. In a
+    combination, every method takes the options that it has.
 
-    Raises:
-        ValueError: there is no such method, or a value is not allowed.
-        TypeError: no method has such an option.
+    ValueError: there is no such method, or a value is not allowed. TypeError: no method has such an option.
     """
     names = name.split("+")
     if unknown := [part for part in names if part not in METHODS]:
-        raise ValueError(
-            f"new_method: name has {shown(unknown[0])}, want one of {', '.join(METHODS)}, or several joined by +"
-        )
+        known = f"{', '.join(METHODS)}, or several joined by +"
+        raise ValueError(f"new_method: name has {shown(unknown[0])}, want one of {known}")
     known = {part: option_names(part) for part in names}
     allowed = set().union(*known.values())
     if unknown := sorted(set(options) - allowed):
@@ -72,10 +67,7 @@ def combined(parts: list[Method]) -> Method:
 
 @dataclass(frozen=True)
 class Combined(Method):
-    """Trains what any of ``parts`` trains.
-
-    ValueError: a method occurs twice, or cannot be combined (full, head-only).
-    """
+    """Trains what any of ``parts`` trains. ValueError: one occurs twice, or cannot be combined (full, head-only)."""
 
     parts: tuple[Method, ...] = ()  # type: ignore[override]
 

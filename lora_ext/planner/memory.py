@@ -137,7 +137,7 @@ def changes_that_fit(planner: Planner, setup: Setup, capacity: int) -> list[Chan
     several devices, and if nothing fits into one, the smallest.
     """
 
-    def first_that_fits(setups: list[Setup], numbers: Sequence[int] = (1,)) -> list[Change]:
+    def first(setups: list[Setup], numbers: Sequence[int] = (1,)) -> list[Change]:
         for changed in setups:
             with suppress(ValueError):  # no support for checkpointing, or nothing is frozen that could be quantised
                 weights, _ = weight_bytes(planner.model(changed.dtype), WEIGHT_DTYPES[changed.dtype])
@@ -158,11 +158,10 @@ def changes_that_fit(planner: Planner, setup: Setup, capacity: int) -> list[Chan
         [replace(setup, batch_size=size, accumulates=True) for size in _halves(setup.batch_size)],
         [replace(setup, dtype=name) for name in narrower],
     ]
-    found = [change for ladder in ladders for change in first_that_fits(ladder)] or first_that_fits(together)
-    found += first_that_fits([replace(setup, seq_len=length) for length in _halves(setup.seq_len)])
-    for setups in [[setup]] if found else [[setup], together[::-1]]:
-        found += first_that_fits(setups, range(2, _MOST_DEVICES + 1))
-    return found
+    found = [change for ladder in ladders for change in first(ladder)] or first(together)
+    found += first([replace(setup, seq_len=length) for length in _halves(setup.seq_len)])
+    many = range(2, _MOST_DEVICES + 1)
+    return found + first([setup], many) + ([] if found else first(together[::-1], many))
 
 
 def _halves(number: int) -> list[int]:
