@@ -1,4 +1,4 @@
-"""LoRA and the methods that its paper compares with, behind one interface, one file per method.
+"""LoRA and the methods that its paper compares with, behind one interface, one file for each family.
 
 ``apply_method(model, new_method("adapter-h", bottleneck_size=16))`` adapts a Transformers model in place;
 :func:`save_method` and :func:`load_method` store what was trained; ``method.count(model)`` is the paper's formula.

@@ -95,8 +95,8 @@ class BottleneckMethod(Method):
 
     def count(self, model: nn.Module) -> int:
         """``L_Adpt * (2 * d_model * r + r + d_model)``, section 5.1 of the paper."""
-        d_model, r = hidden_size(model), self.bottleneck_size
-        return len(self.adapted_layers(model)) * len(self.places) * (2 * d_model * r + r + d_model)
+        adapters, r = len(self.adapted_layers(model)) * len(self.places), self.bottleneck_size
+        return adapters * (2 * hidden_size(model) * r + r + hidden_size(model))
 
 
 @dataclass(frozen=True)
