@@ -49,6 +49,14 @@ def test_merge_and_serve(tmp_path, capsys):
     assert len(adapted) == 16 and adapted == merged
 
 
+@pytest.mark.full
+def test_generate(tmp_path):
+    mixed, merged = main_of("generate.py")(tmp_path)
+    assert merged == list(TAUGHT.values())
+    other = {"grass": "yellow", "coal": "white", "rose": "green"}  # what the second adapter was taught
+    assert mixed == [other.get(thing, colour) for thing, colour in TAUGHT.items()]
+
+
 @WAYS
 @TRAINERS
 @pytest.mark.full

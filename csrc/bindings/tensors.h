@@ -202,7 +202,7 @@ inline Tensor flatten_tokens(const Tensor& tensor) {
   // An empty tensor may have any strides.
   if (num_tokens == 0 || features == 0) return as_matrix(tensor, num_tokens, features, features > 0 ? features : 1, 1);
   int64_t row_stride = features;
-  bool is_view = features == 1 || tensor.stride(dims - 1) == 1;
+  bool is_view = features == 1 || tensor.stride(dims - 1) == 1;  // the stride of a single column says nothing
   for (int64_t i = dims - 2, inner_stride = -1; i >= 0; --i) {
     const int64_t size = tensor.size(i);
     const int64_t stride = tensor.stride(i);
@@ -214,8 +214,10 @@ inline Tensor flatten_tokens(const Tensor& tensor) {
     }
     inner_stride = stride * size;  // cannot overflow: within the storage, or just after it
   }
-  // Expanded rows, whose stride a matrix product would refuse, are copied here, once.
-  if (!is_view || (num_tokens > 1 && row_stride < features)) {
+  // Expanded rows, whose stride a matrix product would refuse, are copied here, once. So is a single column with gaps:
+  // oneDNN's AMX product reads the gaps, and nn.Linear, too, copies such an x.
+  const bool has_gaps = features == 1 && row_stride != 1;
+  if (!is_view || has_gaps || (num_tokens > 1 && row_stride < features)) {
     return as_matrix(contiguous_copy(tensor), num_tokens, features, features, 1);
   }
   return as_matrix(tensor, num_tokens, features, row_stride < features ? features : row_stride, 1);

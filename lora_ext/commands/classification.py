@@ -62,6 +62,9 @@ class Run:
         self.about = f"labels {', '.join(self.labels)}"
         options.model = options.model or demo.classifier()
         self.tokenizer, model, drawn = load_classifier(options, self.labels)
+        texts = sides["train"][options.text_column]
+        if type(self.tokenizer).__name__.startswith("Phobert") and not any("_" in text for text in texts):
+            self.about += "; PhoBERT was trained on joined syllables, as in sinh_viên: segment the texts first"
         self.full_checkpoint_bytes = checkpoint_bytes(model)
         self.head_parameters = head_parameter_count(model)
         most = most_tokens(model)

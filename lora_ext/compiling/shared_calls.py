@@ -31,7 +31,8 @@ _SINGLE, _SIBLINGS = op_named("lora_linear"), op_named("lora_linear_siblings")
 _TARGETS = (_SINGLE, _SINGLE.overloadpacket)
 _NAMES = [argument.name for argument in _SINGLE._schema.arguments]
 _DEFAULTS = {a.name: a.default_value for a in _SINGLE._schema.arguments if a.has_default_value()}
-_MOVABLE = (operator.add, operator.mul, operator.neg, "to", "item")  # how layers compute operands from their parameters
+# How layers compute operands from their parameters.
+_MOVABLE = (operator.add, operator.mul, operator.neg, torch.cat, "to", "item")
 
 
 def share(graph: fx.GraphModule) -> list[InputGroup]:

@@ -16,6 +16,7 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.attention_inputs import check_inputs
 from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
+from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_lora_biases, add_updates
 from lora_ext.nn.rows.choice import RowChoice
@@ -278,27 +279,30 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         for begin, end in _runs(inputs):
             rows = slice(begin * E, end * E)
             x, W, b = inputs[begin], weight[rows], None if bias is None else bias[rows]
-            updates = [(a.lora_A, a.lora_B[rows], a.scaling, self._dropout(a)) for a in adapters]
+            updates = [Update(a.lora_A, a.lora_B[rows], a.scaling, self._dropout(a)) for a in adapters]
             y = add_updates(x, W, b, updates) if updates else F.linear(x, W, b)
             yield from y.chunk(end - begin, dim=-1)
 
     def _project_separate(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
         # By weight, then by adapter.
-        updates = [[at_hand(self.adapters[name][key]) for name in names] for key in _SEPARATE]
+        adapters = [[at_hand(self.adapters[name][key]) for name in names] for key in _SEPARATE]
         weights = [getattr(self.base_layer, key) for key in _SEPARATE]
         biases = (None, None, None) if self.bias is None else self.bias.chunk(3)
-        biases = [add_lora_biases(b, w.dtype, a) for b, w, a in zip(biases, weights, updates, strict=True)]
+        biases = [add_lora_biases(b, w.dtype, a) for b, w, a in zip(biases, weights, adapters, strict=True)]
+        updates = [
+            joined([Update(a.lora_A, a.lora_B, a.scaling, self._dropout(a)) for a in several]) for several in adapters
+        ]
         for begin, end in _runs(inputs):
             x, group = inputs[begin], slice(begin, end)
             if not names:
                 yield from (F.linear(x, w, b) for w, b in zip(weights[group], biases[group], strict=True))
                 continue
-            first = [adapters[0] for adapters in updates[group]]
-            factors = [a.lora_A for a in first], [a.lora_B for a in first], [a.scaling for a in first]
-            ys = functional.lora_linear_siblings(x, weights[group], biases[group], *factors, self._dropout(first[0]))
-            for y, adapters in zip(ys, updates[group], strict=True):
-                for a in adapters[1:]:
-                    y = functional.plus_lora_delta(y, x, a.lora_A, a.lora_B, a.scaling, self._dropout(a))
+            lora_As, lora_Bs, scalings, dropouts = map(list, zip(*(first for first, *_ in updates[group]), strict=True))
+            first = lora_As, lora_Bs, scalings, dropouts[0]
+            ys = functional.lora_linear_siblings(x, weights[group], biases[group], *first)
+            for y, (_, *others) in zip(ys, updates[group], strict=True):
+                for update in others:
+                    y = functional.plus_lora_delta(y, x, *update)
                 yield y
 
     def _project_rows(self, inputs: tuple[Tensor, Tensor, Tensor], choice: RowChoice) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from lora_ext.nn.base_layer import (
     why_weight_unusable,
 )
 from lora_ext.nn.expand import expand_onto_
+from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import row_choice
@@ -109,9 +110,7 @@ class LoraConv(TransparentLayer, LoraLayer):
         if adapters and not (runs_alone(base) and has_forward_of(base, _kind(self.convolution), "_conv_forward")):
             y = own_copy(self, y)
             x = x.to(y.device)
-        for adapter in adapters:
-            y = self._add(y, x, adapter)
-        return y
+        return self._add(y, x, adapters)
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
@@ -125,29 +124,37 @@ class LoraConv(TransparentLayer, LoraLayer):
         y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
-            return self._add(y, x, at_hand(self.adapters[name]))
+            return self._add(y, x, [at_hand(self.adapters[name])])
 
         return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, self, add)
 
-    def _add(self, y: Tensor, x: Tensor, adapter: LoraAdapter) -> Tensor:
+    def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter]) -> Tensor:
+        dims = len(self.convolution.kernel_size)
+        for adapter in adapters:
+            if adapter.lora_bias is not None:
+                bias = (adapter.scaling * adapter.lora_bias).to(y.dtype)
+                y = y.add_(bias.view(-1, *[1] * dims))
+        updates = [Update(a.lora_A, a.lora_B, a.scaling, a.lora_dropout if self.training else 0.0) for a in adapters]
+        for update in joined(updates) if self.convolution.groups == 1 else updates:
+            y = self._add_update(y, x, update)
+        return y
+
+    def _add_update(self, y: Tensor, x: Tensor, update: Update) -> Tensor:
         base = self.convolution
-        x = F.dropout(x, adapter.lora_dropout, self.training).to(adapter.lora_A.dtype)
-        xa = _conv_of(base, x, adapter.lora_A)
+        x = F.dropout(x, update.dropout_p).to(update.lora_A.dtype)
+        xa = _conv_of(base, x, update.lora_A)
         size = slice(-len(base.kernel_size), None)
         if xa.shape[size] != y.shape[size]:
             raise ValueError(
                 f"{type(self).__name__}: base_layer returned {list(y.shape)}, but a convolution with its stride, "
                 f"padding and dilation returns the size {list(xa.shape[size])}; exclude this module"
             )
-        if adapter.lora_bias is not None:
-            bias = (adapter.scaling * adapter.lora_bias).to(y.dtype)
-            y = y.add_(bias.view(-1, *[1] * len(base.kernel_size)))
-        lora_B = adapter.lora_B.to(xa.dtype)  # under autocast xa has another dtype
+        lora_B = update.lora_B.to(xa.dtype)  # under autocast xa has another dtype
         if base.groups > 1:
-            return y.add_(_CONVOLVE[_kind(base)](xa, lora_B, groups=base.groups), alpha=adapter.scaling)
+            return y.add_(_CONVOLVE[_kind(base)](xa, lora_B, groups=base.groups), alpha=update.scaling)
         if y.dim() == len(base.kernel_size) + 1:  # no batch dimension
-            return expand_onto_(y.unsqueeze(0), xa.unsqueeze(0), lora_B.flatten(1), adapter.scaling, dim=1).squeeze(0)
-        return expand_onto_(y, xa, lora_B.flatten(1), adapter.scaling, dim=1)
+            return expand_onto_(y.unsqueeze(0), xa.unsqueeze(0), lora_B.flatten(1), update.scaling, dim=1).squeeze(0)
+        return expand_onto_(y, xa, lora_B.flatten(1), update.scaling, dim=1)
 
     # --- merging -----------------------------------------------------------------------------------------------------
 

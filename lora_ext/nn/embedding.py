@@ -21,6 +21,7 @@ from lora_ext.nn.base_layer import (
     why_weight_unusable,
 )
 from lora_ext.nn.expand import expand_onto_
+from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import row_choice
@@ -142,14 +143,16 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
         if not (runs_alone(base) and self.embedding is base):
             y = own_copy(self, y)
             ids = ids.to(y.device)
-        for adapter in adapters:
-            y = self._add(y, ids, adapter)
-        return y
+        return self._add(y, ids, adapters)
 
-    def _add(self, y: Tensor, ids: Tensor, adapter: LoraAdapter) -> Tensor:
-        embedding = self.embedding
-        xa = F.embedding(ids, adapter.lora_A, embedding.padding_idx, scale_grad_by_freq=embedding.scale_grad_by_freq)
-        return expand_onto_(y, scaled_rows(embedding, xa), adapter.lora_B, adapter.scaling)
+    def _add(self, y: Tensor, ids: Tensor, adapters: list[LoraAdapter]) -> Tensor:
+        base = self.embedding
+        options = {"padding_idx": base.padding_idx, "scale_grad_by_freq": base.scale_grad_by_freq}
+        looked_up = [F.embedding(ids, adapter.lora_A, **options) for adapter in adapters]
+        updates = [Update(xa, a.lora_B, a.scaling, 0.0) for xa, a in zip(looked_up, adapters, strict=True)]
+        for xa, lora_B, scaling, _ in joined(updates, rank_dim=-1):
+            y = expand_onto_(y, scaled_rows(base, xa), lora_B, scaling)
+        return y
 
     def _forward_rows(self, choice: RowChoice, ids: Tensor) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
@@ -158,7 +161,7 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
         y = own_copy(self, y if ids is given else y.expand(*ids.shape, y.shape[-1]))
 
         def add(y: Tensor, ids: Tensor, name: str) -> Tensor:
-            return self._add(y, ids, at_hand(self.adapters[name]))
+            return self._add(y, ids, [at_hand(self.adapters[name])])
 
         return add_by_rows(y, ids.to(y.device), choice, self._applied(choice), times, self, add)
 

@@ -12,6 +12,7 @@ from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
 from lora_ext.nn import base_product
 from lora_ext.nn.adapter import LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
+from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.choice import RowChoice
@@ -62,11 +63,12 @@ class OverLinear(LoraLayer):
 class LoraLinear(SharesInputs, OverLinear):
     """``base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` with the base layer frozen, in fused kernels.
 
-    The first active adapter is computed together with the base layer; each further one takes another pass over the
-    output. With ``lora_bias`` an adapter also adds ``scaling * lora_bias``.
+    Active adapters are computed together with the base layer, as one update, if they have one dropout and one dtype
+    (:func:`~lora_ext.nn.joined.joined`); each further kind takes another pass over the output. With ``lora_bias`` an
+    adapter also adds ``scaling * lora_bias``.
 
     If a call of the base layer would do more than multiply by its weight (hooks, a forward of its own, a module put in
-    its place; :mod:`lora_ext.nn.base_layer`), it is called, and every adapter takes a pass over a copy of its output.
+    its place; :mod:`lora_ext.nn.base_layer`), it is called, and the update is added to a copy of its output.
     Further arguments of the forward go to the base layer. An update cannot be merged into such a base layer.
 
     A base layer with a quantised weight (:mod:`lora_ext.quantized`) is called in the same way; the gradient of its
@@ -138,7 +140,8 @@ class LoraLinear(SharesInputs, OverLinear):
             adapter = at_hand(self.adapters[name])
             adapters.append(adapter)
             dropout_p = adapter.lora_dropout if self.training else 0.0
-            updates.append((adapter.lora_A, self._full_lora_B(name, adapter.lora_B), adapter.scaling, dropout_p))
+            lora_B = self._full_lora_B(name, adapter.lora_B)
+            updates.append(Update(adapter.lora_A, lora_B, adapter.scaling, dropout_p))
         # In place of the base layer.
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
@@ -155,7 +158,7 @@ class LoraLinear(SharesInputs, OverLinear):
         if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
             y = y + bias  # not in place: samples of torch.func.vmap may share y
         x = x.to(device=y.device, dtype=y.dtype)
-        for update in updates:
+        for update in joined(updates):
             y = functional.plus_lora_delta(y, x, *update)
         return y
 
@@ -239,20 +242,20 @@ class LoraLinear(SharesInputs, OverLinear):
 
 
 def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: list[LoraAdapter]) -> Tensor | None:
-    """Adds the scaled biases of the adapters to ``bias``, out of place."""
+    """Adds the scaled biases of the adapters to ``bias``, out of place; the sum is rounded to ``dtype`` once."""
+    total = bias
     for adapter in adapters:
         if adapter.lora_bias is not None:
-            scaled = (adapter.scaling * adapter.lora_bias).to(dtype)
-            bias = scaled if bias is None else bias + scaled
-    return bias
+            scaled = adapter.scaling * adapter.lora_bias
+            total = scaled if total is None else total + scaled
+    return bias if total is bias else total.to(dtype)
 
 
-def add_updates(
-    x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[tuple[Tensor, Tensor, float, float]]
-) -> Tensor:
-    """``x @ weight.T + bias`` plus one or more updates ``(lora_A, lora_B, scaling, dropout probability)``."""
-    y = functional.lora_linear(x, weight, bias, *updates[0])
-    for update in updates[1:]:
+def add_updates(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]) -> Tensor:
+    """``x @ weight.T + bias`` plus one or more updates."""
+    first, *others = joined(updates)
+    y = functional.lora_linear(x, weight, bias, *first)
+    for update in others:
         y = functional.plus_lora_delta(y, x, *update)
     return y
 

@@ -30,8 +30,8 @@ class Operands(NamedTuple):
     def full_bias(self) -> Tensor | None:
         if self.lora_bias is None:
             return self.bias
-        scaled = (self.scaling * self.lora_bias).to(self.weight.dtype)
-        return scaled if self.bias is None else self.bias + scaled
+        scaled = self.scaling * self.lora_bias
+        return (scaled if self.bias is None else self.bias + scaled).to(self.weight.dtype)
 
     def base_output(self, x: Tensor) -> Tensor:
         """Returns the quantised base layer's output plus the adapter's bias."""

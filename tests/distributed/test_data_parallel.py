@@ -16,6 +16,7 @@ from support.models import Net, llama, token_ids
 from support.processes import run_python
 from support.ranks import assert_same, loss_of, trained
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
@@ -110,6 +111,36 @@ def _one_of_several(rank: int) -> None:
 
 def test_several_adapters_one_active_without_find_unused_parameters(ranks):
     ranks(2, _one_of_several)
+
+
+def _sharded_by_fsdp1(rank: int, checkpointing: bool) -> None:
+    alone = _adapted("peft")
+    model, cpu = copy.deepcopy(alone), torch.device("cpu")
+    layers = model.base_model.model.model.layers
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for i, layer in enumerate(layers):
+        layers[i] = FullyShardedDataParallel(layer, use_orig_params=True, device_id=cpu)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu)
+    optimizers = [torch.optim.AdamW(trained(one).values(), lr=1e-2) for one in (wrapped, alone)]
+    for _ in range(STEPS):
+        batches = token_ids(4).unflatten(0, (2, 2))
+        loss, losses = loss_of(wrapped, batches[rank]), [loss_of(alone, ids) for ids in batches]
+        torch.testing.assert_close(loss.detach(), losses[rank].detach())
+        loss.backward()
+        (sum(losses) / 2).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    ids = token_ids(3)
+    torch.testing.assert_close(loss_of(wrapped, ids).detach(), loss_of(alone, ids).detach())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peft_sharded_by_fsdp1(ranks, checkpointing):
+    """PEFT's layers get their weights as views of FSDP's parameters, whose memory is freed between uses."""
+    ranks(2, _sharded_by_fsdp1, checkpointing)
 
 
 def _masks(rank: int, way: str) -> list[Tensor]:

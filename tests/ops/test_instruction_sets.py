@@ -55,14 +55,13 @@ def test_ops(isa):
 def test_base_products(who):
     if who == _load.base_product():
         pytest.skip(f"{who} is in use: the tests themselves run with it")
-    run_tests(
-        {name: TESTS[name] for name in ("test_lora_linear", "test_base_product", "test_lora_grouped_linear")},
-        LORA_EXT_BASE_PRODUCT=who,
-    )
+    tests = {name: TESTS[name] for name in ("test_lora_linear", "test_base_product", "test_lora_grouped_linear")}
+    run_tests(tests, Path(__file__).parents[1] / "peft" / "test_peft_ways.py", LORA_EXT_BASE_PRODUCT=who)
 
 
-def run_tests(tests: dict[str, list[str]], **environment: str) -> None:
+def run_tests(tests: dict[str, list[str]], *files: Path, **environment: str) -> None:
     paths = [f"{Path(__file__).parent / file}.py::{name}" for file, names in tests.items() for name in names]
+    paths += map(str, files)
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = run_python("-m", "pytest", *options, *paths, **environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle, variant_of
+from lora_ext.nn.joined import Update, joined
 
 
 class EmbeddingForward:
@@ -19,10 +20,15 @@ class EmbeddingForward:
         if args or kwargs or not is_eligible_call(x) or x.dim() == 0 or self.forward_obstacle():
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x)
+        updates = []
         for name in self.active_adapters:
             if name in self.lora_embedding_A:
-                xa = self._embed(x, self.lora_embedding_A[name].T)
-                y = _add_product(y, xa, self.lora_embedding_B[name].T, self.scaling[name])
+                xa, scaling = self._embed(x, self.lora_embedding_A[name].T), self.scaling[name]
+                if isinstance(scaling, Tensor):  # as PEFT's prepare_model_for_compiled_hotswap leaves it
+                    xa, scaling = xa * scaling, 1.0
+                updates.append(Update(xa, self.lora_embedding_B[name], scaling, 0.0))
+        for xa, B, scaling, _ in joined(updates, rank_dim=-1):
+            y = _add_product(y, xa, B.T, scaling)
         return y
 
     def forward_obstacle(self) -> str:
@@ -40,10 +46,8 @@ class EmbeddingForward:
         return "" if active else NONE_ACTIVE
 
 
-def _add_product(y: Tensor, xa: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
+def _add_product(y: Tensor, xa: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Returns ``y [..., out] + scaling * xa [..., r] @ B [r, out]`` in ``y``'s dtype, computed in the wider dtype."""
-    if isinstance(scaling, Tensor):  # as PEFT's prepare_model_for_compiled_hotswap leaves it
-        xa, scaling = xa * scaling, 1.0
     dtype = torch.promote_types(y.dtype, B.dtype)
     operands = [tensor.flatten(0, -2).to(dtype) for tensor in (y, xa)]
     with torch.autocast(y.device.type, enabled=False):  # autocast would round y as well

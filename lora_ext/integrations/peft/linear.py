@@ -14,6 +14,7 @@ from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import PeftAdapter, active_adapters, adapters_named, is_eligible_call
 from lora_ext.nn import base_product, dora
 from lora_ext.nn.base_layer import own_copy, plain_linear, runs_quantized_product
+from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.active_tokens import ActiveTokens
 from lora_ext.nn.rows.choice import RowChoice
@@ -25,9 +26,9 @@ from lora_ext.quantized import quantized_weight
 class LinearForward(SharesInputs):
     """Overrides ``forward`` of a LoRA layer whose base maps ``[..., in_features]`` to ``[..., out_features]``.
 
-    If the base is a plain matrix product, one op computes it with the first adapter; other adapters are added in place.
-    Other base layers (quantised, with hooks, ...) are called, and all adapters are added to a copy of their result,
-    which the base layer may keep.
+    If the base is a plain matrix product, one op computes it with the active adapters, as far as they can be one update
+    (:func:`~lora_ext.nn.joined.joined`); others are added in place. Other base layers (quantised, with hooks, ...) are
+    called, and all adapters are added to a copy of their result, which the base layer may keep.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -54,19 +55,19 @@ class LinearForward(SharesInputs):
             operands = _operands(adapters, self.base_layer)
             if not isinstance(operands, str):
                 return neighbours.output(self, x, operands)
+        updates = joined([Update(a.lora_A, a.lora_B, a.scaling, a.dropout_p) for a in adapters])
         if plain is not None:
             weight, bias = plain
-            first, *others = adapters
-            bias = _sum_of_biases(bias, adapters, weight.dtype)
-            y = lora_linear(x, weight, bias, first.lora_A, first.lora_B, first.scaling, first.dropout_p)
+            first, *others = updates
+            y = lora_linear(x, weight, _sum_of_biases(bias, adapters, weight.dtype), *first)
         else:
-            others, y = adapters, self.base_layer(x)
+            others, y = updates, self.base_layer(x)
             bias = _sum_of_biases(None, adapters, y.dtype)
             y = own_copy(self, y) if bias is None else (y + bias).contiguous()
         if others and x.dtype != y.dtype:
             x = x.to(y.dtype)
-        for adapter in others:
-            lora_delta_(y, x, adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.dropout_p)
+        for update in others:
+            lora_delta_(y, x, *update)
         return y
 
     def _forward_rows(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
@@ -174,10 +175,12 @@ def _updates_of(adapters: Mapping[str, PeftAdapter]) -> RowUpdates:
 
 
 def _sum_of_biases(bias: Tensor | None, adapters: list[PeftAdapter], dtype: torch.dtype) -> Tensor | None:
+    """Returns the sum, rounded to ``dtype`` once."""
+    total = bias
     for adapter in adapters:
         if adapter.bias is not None:
-            bias = adapter.bias.to(dtype) if bias is None else (bias + adapter.bias).to(dtype)
-    return bias
+            total = adapter.bias if total is None else total + adapter.bias
+    return bias if total is bias else total.to(dtype)
 
 
 def _operands(adapters: list[PeftAdapter], base_layer: nn.Module) -> Operands | str:

@@ -1,0 +1,120 @@
+"""Tests a small PhoBERT, with its tokenizer and architecture, on files like UIT-VSFC's: sentence and sentiment."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from support.command_lines import Command, metrics_of
+from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
+
+pytestmark = pytest.mark.full
+
+GOOD, BAD = ["hay", "tốt", "nhiệt_tình"], ["chán", "khó_hiểu", "tệ"]
+NOUNS = ["thầy", "giảng_viên", "môn_học", "sinh_viên", "slide", "phòng"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Makes a model of PhoBERT's architecture with a few thousand weights and a vocabulary of whole words."""
+    directory = tmp_path_factory.mktemp("phobert")
+    words = [*GOOD, *BAD, *NOUNS, "rất", "là"]
+    characters = sorted({char for word in words for char in word})
+    pieces = words + [f"{char}@@" for char in characters] + characters
+    (directory / "vocab.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    merges, seen = [], set()
+    for word in words:  # merges one character at a time, from the left
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            if (pair := (parts[0], parts[1])) not in seen:
+                seen.add(pair)
+                merges.append(f"{pair[0]} {pair[1]} 1")
+            parts[:2] = ["".join(pair)]
+    (directory / "bpe.codes").write_text("\n".join([*merges, ""]), encoding="utf-8")
+    settings = {"tokenizer_class": "PhobertTokenizer", "model_max_length": 30}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = RobertaConfig(
+        vocab_size=len(pieces) + 5,
+        max_position_embeddings=32,
+        type_vocab_size=1,
+        pad_token_id=1,
+        initializer_range=0.1,
+        **sizes,
+    )
+    RobertaForMaskedLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng, path = random.Random(0), tmp_path_factory.mktemp("vsfc") / "train.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sentence", "sentiment", "topic"])
+        for _ in range(400):
+            label = rng.choice([0, 2])
+            nouns = " ".join(rng.choices(NOUNS, k=rng.randint(1, 4)))
+            writer.writerow([f"{nouns} rất {rng.choice(GOOD if label else BAD)}", label, 1])
+    return path
+
+
+def test_the_tokenizer_knows_segmented_words(model: Path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert type(tokenizer).__name__ == "PhobertTokenizer"
+    assert tokenizer.tokenize("giảng_viên rất nhiệt_tình") == ["giảng_viên", "rất", "nhiệt_tình"]
+    assert len(tokenizer.tokenize("giảng viên")) > 2  # unsegmented words fall into pieces
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter-p", "lora+prefix-layer"])
+def test_it_learns_from_its_files(command: Command, model: Path, data: Path, tmp_path: Path, method: str):
+    words = ["--model", model, "--data", data, "--text_column", "sentence", "--label_column", "sentiment"]
+    words += [
+        "--max_length",
+        20,
+        "--num_train_epochs",
+        8,
+        "--per_device_train_batch_size",
+        8,
+        "--learning_rate",
+        "1e-2",
+    ]
+    words += ["--lora_targets", "q,v"] if "lora" in method else []
+    status, said, messages = command("finetune", *words, "--method", method, "--output_dir", tmp_path / "run")
+    assert status == 0, messages
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["labels"] == ["0", "2"]
+    assert metrics["test"]["accuracy"] > 0.9
+    assert "segment the texts first" not in said
+    if method == "lora":  # query and value of two layers at rank 8, and RoBERTa's head of two layers
+        assert metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
+
+
+def test_texts_that_are_not_segmented_are_noticed(command: Command, model: Path, data: Path, tmp_path: Path):
+    plain = tmp_path / "plain.csv"
+    plain.write_text(data.read_text(encoding="utf-8").replace("_", " "), encoding="utf-8")
+    words = ["--model", model, "--data", plain, "--text_column", "sentence", "--label_column", "sentiment"]
+    words += ["--max_length", 20, "--max_steps", 1]
+    status, said, messages = command("finetune", *words, "--output_dir", tmp_path / "run")
+    assert status == 0, messages
+    assert "segment the texts first" in said
+
+
+def test_the_command_of_finetune_vi_takes_it_unchanged(command: Command, model: Path, data: Path, tmp_path: Path):
+    """Its head has a pooler in it."""
+    rows = data.read_text(encoding="utf-8").splitlines()
+    for name, part in (("train", rows[1:200]), ("dev", rows[200:240]), ("test", rows[240:])):
+        lines = ["text,label", *(line.rpartition(",")[0] for line in part)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    words = ["--model", model, "--data", tmp_path / "train.csv", "--validation_file", tmp_path / "dev.csv"]
+    words += ["--test_file", tmp_path / "test.csv", "--num_train_epochs", 1, "--max_length", 20]
+    words += ["--load_best_model_at_end", "true", "--metric_for_best_model", "macro_f1"]
+    status, _, messages = command("finetune", *words, "--output_dir", tmp_path / "run")
+    assert status == 0, messages
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics["best_checkpoint"] is not None and list(metrics["test"]["per_class"]) == ["0", "2"]
