@@ -38,8 +38,8 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _OF_METHODS = dict.fromkeys(("lora_r", "bottleneck_size", "drop_layers", "prefix_length", "infix_length"), int)
 _OF_METHODS |= {"lora_alpha": float, "lora_dropout": float, "lora_targets": str, "modules_to_save": str}
 _ALIASES = {"lora_r": ["--r"], "lora_targets": ["--target_modules"]}
-_CHANGEABLE = {"gradient_checkpointing": "gradient_checkpointing", "batch_size": "batch_size"}
-_CHANGEABLE |= {"seq_len": "max_length", "dtype": "dtype"}  # keys of Setup and their options
+_CHANGEABLE = {"gradient_checkpointing": "gradient_checkpointing", "batch_size": "per_device_train_batch_size"}
+_CHANGEABLE |= {"seq_len": "max_length", "dtype": "dtype"}  # keys of Setup and options of finetune
 _KINDS = {  # keys in plan.json and their names
     "weights": "weights",
     "optimizer_state": "optimizer state",
@@ -221,6 +221,7 @@ def _change(change: Change, setup: Setup, steps: int) -> dict[str, Any]:
     old, new, options = asdict(setup), asdict(change.setup), []
     for key, name in _CHANGEABLE.items():
         if old[key] != new[key]:
+            name = "quantize" if new[key] in ("int8", "nf4") else name
             options.append(f"--{name}" if new[key] is True else f"--{name} {new[key]}")
     if setup.batch_size != change.setup.batch_size:
         options.append(f"--gradient_accumulation_steps {-(-steps * setup.batch_size // change.setup.batch_size)}")
