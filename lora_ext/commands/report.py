@@ -110,12 +110,13 @@ def _digest(text: str) -> str:
 
 def _metrics(result: _Result) -> dict[str, Any]:
     trained, total = result["trainable_parameters"], result["total_parameters"]
-    options = [f"{key} {value}" for key, value in result.get("options", {}).items() if value is not None]
+    own = {key: value for key, value in result.get("options", {}).items() if key not in ("task", "method")}
     numbers = ("head_parameters", "train_seconds", "tokens_per_second", "steps", "global_batch_size")
     head, seconds, speed, steps, batch = (_number(result.get(key)) for key in numbers)
     facts = {
         "task": result["task"],
-        "method": ", ".join([result["method"], *options]),
+        "method": result["method"],
+        "options": ", ".join(f"{key} {value}" for key, value in own.items() if value is not None),
         "trained parameters": f"{trained:,} of {total:,} ({trained / total:.3%}), {head or 0} of them in the new head",
         "examples": ", ".join(f"{count:,} for {part}" for part, count in result.get("examples", {}).items()),
         "training": f"{seconds} s, {speed} tokens/s, {steps} steps of {batch} examples",

@@ -30,7 +30,7 @@ def _run(task: str, **more: Any) -> dict[str, Any]:
         **made_by("finetune", "--task", task),
         "task": task,
         "method": "lora",
-        "options": {"lora_r": 8, "lora_alpha": 16, "lora_targets": None},
+        "options": {"task": task, "method": "lora", "lora_r": 8, "lora_alpha": 16, "lora_targets": None},
         "training": {"num_train_epochs": 2},
         "examples": {"train": 4000, "validation": 500, "test": 500},
         "trainable_parameters": 75_264,
@@ -154,7 +154,7 @@ ROWS = {
     ],
 }
 FACTS = [
-    *("lora, lora_r 8, lora_alpha 16", "75,264 of 22,788,482 (0.330%), 770 of them in the new head"),
+    *("lora_r 8, lora_alpha 16", "75,264 of 22,788,482 (0.330%), 770 of them in the new head"),
     *("4,000 for train, 500 for validation, 500 for test", "61.4 s, 5,322 tokens/s, 500 steps of 16 examples"),
     *("812 MB", "304 kB", "91.2 MB", "More is better."),
     *("A CPU, 2 threads, no GPU, torch 2.13.0, 2026-12-01.", "lora-ext finetune --task classification"),
