@@ -31,9 +31,8 @@ from harness.report import Report
 from harness.timing import ratio
 from torch import Tensor, nn
 
-from lora_ext.tasks import TaskError
-from lora_ext.tasks.finetune import demo
-from lora_ext.tasks.finetune.data import label_names, split_examples
+from lora_ext.commands import demo
+from lora_ext.commands.options import CommandError
 
 Batch = dict[str, Tensor]
 
@@ -51,28 +50,33 @@ def load_demo(batch_size: int, validation_texts: int, device: str) -> Demo:
     """Loads the demo's batches, texts of similar length together, in an order fixed by a seed.
 
     Raises:
-        TaskError: the model's package or the data are missing and cannot be fetched.
+        CommandError: the model's package or the data are missing and cannot be fetched.
     """
+    from datasets import Dataset, disable_progress_bars
     from transformers import AutoTokenizer
 
-    path = str(demo.model_path())
-    examples = demo.examples()
-    tokenizer, labels = AutoTokenizer.from_pretrained(path), label_names(examples)
+    from lora_ext.commands import classification, data, training_options
+
+    disable_progress_bars()
+    path = demo.classifier()
+    sides = classification.load(training_options.ClassifierOptions())
+    tokenizer, labels = AutoTokenizer.from_pretrained(path), data.label_names("the reviews", sides, "label")
     order = random.Random(0)
 
-    def batches(of: list) -> list[Batch]:
-        chosen = sorted(of, key=lambda example: len(example.text))
+    def batches(rows: Dataset) -> list[Batch]:
+        chosen = sorted(rows, key=lambda row: len(row["text"]))
         result = []
         for i in range(0, len(chosen), batch_size):
             part = chosen[i : i + batch_size]
-            encoded = tokenizer([example.text for example in part], truncation=True, padding=True, return_tensors="pt")
-            encoded["labels"] = torch.tensor([labels.index(example.label) for example in part])
+            encoded = tokenizer([row["text"] for row in part], truncation=True, padding=True, return_tensors="pt")
+            encoded["labels"] = torch.tensor([labels.index(row["label"]) for row in part])
             result.append({key: value.to(device) for key, value in encoded.items()})
         order.shuffle(result)
         return result
 
-    splits = split_examples(examples, 0.1, 0.1)
-    return Demo(path, len(labels), batches(splits.train), batches(splits.validation[:validation_texts]))
+    validation = sides["validation"].shuffle(seed=0)
+    some = validation.select(range(min(validation_texts, len(validation))))
+    return Demo(path, len(labels), batches(sides["train"]), batches(some))
 
 
 def random_batches(batch_size: int, length: int, labels: int, device: str, count: int = 8) -> list[Batch]:
@@ -313,7 +317,7 @@ def main() -> None:
     run = Report(args, what + memory.keep_freed_memory(), most_case_s=60.0)
     try:
         data = None if args.no_demo else load_demo(args.batch_size, args.validation_texts, args.device)
-    except TaskError as error:
+    except CommandError as error:
         data = None
         print(f"the demo model is NOT measured: {error}", flush=True)
     rows: list[dict] = []

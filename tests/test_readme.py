@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
+import itertools
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from lora_ext.tasks.finetune import demo
 from support.models import llama
 from support.shared_inputs import net, some_x
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import SFTConfig
 
 import lora_ext
-from lora_ext import LoraConfig, adapters, commands, functional, inject, save_adapter
+from lora_ext import LoraConfig, adapters, functional, inject, save_adapter
 from lora_ext.adapters import adapter_names, lora_modules
-from lora_ext.commands import demo
-from lora_ext.commands.training_options import ClassifierOptions, LanguageModelOptions
+from lora_ext.commands import COMMANDS, demo
+from lora_ext.commands.options import Parser
 from lora_ext.methods import method_of
 
 pytestmark = pytest.mark.cpu_only("the documents' lines name no device")
@@ -43,7 +46,7 @@ def indented_lines(text: str) -> list[str]:
 
 
 def run(code: str, **names: object) -> dict:
-    exec(compile(code.replace("path/or/id", str(demo.classifier())), "document", "exec"), names)
+    exec(compile(code.replace("path/or/id", demo.classifier()), "document", "exec"), names)
     return names
 
 
@@ -99,7 +102,7 @@ def test_python_of_adapters_md(in_tmp_path, capsys):
     run(python_blocks("README.md")[0])
     finetuned, several, sharing = python_blocks("docs/adapters.md")
     shutil.copytree("my-adapter", "my-run/adapter")
-    Path("my-run", "metrics.json").write_text('{"id2label": {"0": "negative", "1": "neutral", "2": "positive"}}')
+    Path("my-run", "metrics.json").write_text('{"labels": ["negative", "neutral", "positive"]}')
     assert adapter_names(run(finetuned)["model"]) == ["default"]
     assert capsys.readouterr().out.strip() in ("negative", "neutral", "positive")
     names = run(several, model=bare_model())
@@ -194,54 +197,59 @@ def test_no_python_is_left_out():
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-# The module of a command that is not written yet is not there.
-COMMANDS = [name for name in commands.COMMANDS if importlib.util.find_spec(f"lora_ext.commands.{name}")]
+def parsers(name: str, options: list[str], check: bool) -> list[Parser]:
+    """The parsers that a command uses until its options are known, where it ends; ``check``: they take ``options``."""
+    seen: list[Parser] = []
 
-
-def parser_of(name: str, arguments: Sequence[str] = ()) -> tuple[argparse.ArgumentParser, list[str]]:
-    """Returns the parser of a command, and the arguments that it gets."""
-    parse = argparse.ArgumentParser.parse_known_args
-
-    class Found(Exception):
+    class Parsed(Exception):
         pass
 
-    def found(parser: argparse.ArgumentParser, words: Sequence[str], *more: Any) -> Any:
-        if parser.prog.startswith("lora-ext "):
-            raise Found(parser, [*words])
-        return parse(parser, words, *more)  # looks at some options before
+    def parse_known(parser: Parser, *arguments: Any) -> tuple[argparse.Namespace, list[str]]:
+        seen.append(parser)
+        return argparse.ArgumentParser.parse_known_args(parser, *arguments)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as raised:
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", found)
-        importlib.import_module(f"lora_ext.commands.{name}").main([*arguments])
-    return raised.value.args
+    def parse(parser: Parser, *arguments: Any) -> None:
+        seen.append(parser)
+        if check:
+            original(parser, *arguments)
+        raise Parsed
+
+    original = Parser.parse_args
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(Parser, "parse_known_args", parse_known)
+        patch.setattr(Parser, "parse_args", parse)
+        importlib.import_module(f"lora_ext.commands.{name}").main(options)
+    return seen
 
 
-def unknown(name: str, arguments: Sequence[str]) -> list[str]:
-    """Returns the words of a command line that are no options of the command."""
-    parser, words = parser_of(name, arguments)
-    rest = parser.parse_known_args(words)[1]
-    return unknown("finetune", rest) if name == "compare" else rest
+def runs_of(line: str) -> Iterator[tuple[str, list[str]]]:
+    """Returns the command and its options; for each spec of compare, those of a comparison with this one alone."""
+    name, *words = shlex.split(line)[1:]
+    specs = list(itertools.takewhile(lambda word: not word.startswith("-"), words)) if name == "compare" else []
+    yield from ((name, [spec, *words[len(specs) :]]) for spec in specs) if specs else [(name, words)]
 
 
 def test_commands_have_the_options_shown():
     shown = [line for text in TEXTS.values() for line in indented_lines(text) if line.startswith("lora-ext ")]
     assert len(shown) > 15
     for line in shown:
-        name, *arguments = shlex.split(line)[1:]
-        assert name in commands.COMMANDS, line
-        assert name not in COMMANDS or not unknown(name, arguments), line
+        for name, options in runs_of(line):
+            assert parsers(name, options, check=True), line
 
 
 def test_every_option_is_documented():
+    """Those of TrainingArguments and SFTConfig have documents of their own."""
     words = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", "\n".join(TEXTS.values())))
-    ours = {field.name for kind in (ClassifierOptions, LanguageModelOptions) for field in fields(kind)}
-    missing = [
+    ways = [(name, ["lora"] if name == "compare" else []) for name in COMMANDS]
+    ways.append(("finetune", ["--task", "causal-lm"]))
+    theirs = {field.name for field in fields(SFTConfig)}
+    missing = {
         f"{name} {action.option_strings[0]}"
-        for name in COMMANDS
-        for action in parser_of(name)[0]._actions
-        if action.option_strings and not words & set(action.option_strings) and action.dest != "help"
-        if name != "finetune" or action.dest in ours  # the others are Transformers'
-    ]
+        for name, options in ways
+        for parser in parsers(name, options, check=False)
+        for action in parser._actions
+        if action.option_strings and not words & set(action.option_strings) and action.dest not in theirs | {"help"}
+    }
     assert not missing, "describe these options in docs/cli.md or another page"
 
 

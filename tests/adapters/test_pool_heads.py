@@ -16,8 +16,9 @@ from support.models import bert, llama, refused, roberta, shaken, snapshot, toke
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lora_ext import AdapterPool, LoraConfig, cli, inject, load_adapter, save_adapter, set_adapter
+from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import delete_adapter
+from lora_ext.commands import main
 from lora_ext.nn.rows.in_force import _current
 from lora_ext.nn.trained import TrainedModule
 
@@ -277,10 +278,10 @@ def test_factors_in_a_head_that_the_pool_holds_in_full(tmp_path):
 def test_adapters_of_finetune(tmp_path):
     base = tiny_classifier.save_model(tmp_path / "model")
     data = tiny_classifier.save_reviews(tmp_path / "data.csv", tiny_classifier.reviews(60))
-    common = ["--model", str(base), "--data", str(data), "--max-length", "32", "--epochs", "1", "--no-measure"]
+    common = ["--model", str(base), "--data", str(data), "--max_length", "32", "--num_train_epochs", "1"]
     for r in (2, 3):
-        out = ["--out", str(tmp_path / f"run{r}"), "--r", str(r), "--target-modules", "query,value"]
-        assert cli.main(["finetune", *common, *out]) == 0
+        out = ["--output_dir", str(tmp_path / f"run{r}"), "--lora_r", str(r), "--lora_targets", "query,value"]
+        assert main(["finetune", *common, *out]) == 0
 
     model, ids = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).eval(), torch.randint(5, (2, 7))
     directories = [tmp_path / f"run{r}" / "adapter" for r in (2, 3)]

@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from lora_ext import AdapterPool, LoraConfig, inject, save_adapter
 from lora_ext.adapters import unload
-from lora_ext.tasks.finetune import demo
+from lora_ext.commands import demo
 
 pytestmark = pytest.mark.full
 
@@ -41,7 +41,7 @@ def write_many(model: nn.Module, ids: Tensor, root: Path, number: int) -> list[T
 @pytest.mark.parametrize(("on_disk", "resident"), [(2_000, 200), pytest.param(10_000, 1_000, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_thousands_of_adapters(tmp_path, on_disk, resident):
-    model = AutoModel.from_pretrained(demo.model_path()).eval()
+    model = AutoModel.from_pretrained(demo.classifier()).eval()
     ids = torch.randint(1000, 20000, (1, 3))
     expected = write_many(model, ids, tmp_path, on_disk)
     slot_bytes = 12 * (4 * 2 * 384 * 4 + 16)

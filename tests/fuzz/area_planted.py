@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import area_files, file_oracles
+from . import area_files
 from .area_files import Kind, Reader
 from .areas import Case
 from .calls import Call
@@ -140,6 +140,11 @@ def finds_other_texts(path: Path) -> list:
     return []
 
 
+def _check_texts(files: Path, result: Any, space: dict[str, Any]) -> None:
+    if len(result) != (files / "reviews.csv").read_bytes().count(b"\n") - 1:
+        raise WrongResult("texts of the file are missing")
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "unclear message": refuses_without_a_name,
     "slow": takes_seconds,
@@ -166,7 +171,7 @@ def make(choices: Choices) -> Case:
         call = Call(f"torch.ops.lora_ext_planted.{name}", values, _check_same)
         return Case(call.function, f"import fuzz.area_planted\n{call.source()}", lambda: run_call(call, repeat=True))
     line = f'__import__("fuzz.area_planted").area_planted.{name}(files / "reviews.csv")'
-    check = file_oracles.check_examples if name == "finds_other_texts" else None
+    check = _check_texts if name == "finds_other_texts" else None
     area_files._SECONDS = 0.5
     area_files._KINDS["planted"] = (Kind("data", ("reviews.csv",), (Reader(name, line, check),)),)
     return area_files.make("planted", choices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import io
+import multiprocessing
 import os
 import runpy
 import signal
@@ -14,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -32,6 +35,21 @@ def run_python(*arguments: str | Path, **variables: str) -> subprocess.Completed
     """Runs a new Python to its end; whether it may fail is the caller's business."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
+
+
+def context() -> BaseContext:
+    """Returns a context that forks from a server with the imports of ``support.preloaded``, which has computed nothing.
+
+    Where there is CUDA, the imports ask for devices, and PyTorch refuses CUDA in processes that are forked after that:
+    they start from the beginning.
+    """
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["support.preloaded"])
+    with mock.patch.dict(os.environ, environment()):  # the server does not take over sys.path
+        forkserver.ensure_running()
+    return forking
 
 
 def run_forked(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -56,8 +74,6 @@ class Forked:
     def __init__(
         self, *arguments: Any, cwd: Any = None, start_new_session: bool = False, text: bool = True, **more: Any
     ) -> None:
-        from lora_ext.tasks.comparison.processes import _context
-
         self.args = [sys.executable, *map(str, arguments)]
         streams: dict[int, Connection] = {}
         for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -75,7 +91,7 @@ class Forked:
                 theirs = os.dup(number) if number else os.open(os.devnull, os.O_RDONLY)
             streams[number] = Connection(theirs, readable=number == 0, writable=number > 0)
         how = (self.args[1:], environment(**more), str(cwd or os.getcwd()), start_new_session, streams)
-        self._process = _context().Process(target=_run, args=how)
+        self._process = context().Process(target=_run, args=how)
         self._process.start()
         for stream in streams.values():
             stream.close()

@@ -11,9 +11,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from support.processes import context
 from torch import Tensor, nn
-
-from lora_ext.tasks.comparison.processes import _context
 
 SECONDS = 400.0
 """Time for one call. A collective that some rank does not reach raises after half of it."""
@@ -58,9 +57,9 @@ class Ranks:
         return [results[rank] for rank in range(number)]
 
     def _start(self) -> None:
-        context = _context()  # the server that they fork from has imported everything and started no threads
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        forking = context()  # the server has started no threads
+        ours, theirs = forking.Pipe()
+        process = forking.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         self._workers.append((process, ours))

@@ -1,0 +1,16 @@
+"""Imports what forked tests need, once, in the server of ``support.processes``.
+
+The objects of these imports are then hidden from garbage collections. The Trainer starts one in every run, which would
+look at a million objects and copy the memory that they are in.
+"""
+
+from __future__ import annotations
+
+import gc
+
+# First: in the other order an import's thread leaves an arena of the C library behind, and tests of a full memory
+# (tests/merging/test_merge_interrupted.py) find room in it.
+import lora_ext.methods  # noqa: F401  # isort: skip
+from transformers import Trainer  # noqa: F401
+
+gc.freeze()
