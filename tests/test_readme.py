@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from lora_ext.tasks.finetune import demo
 from support.models import llama
 from support.shared_inputs import net, some_x
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
