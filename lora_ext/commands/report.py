@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lora_ext._common.printable import escaped
-from lora_ext.commands import analyze, pictures
+from lora_ext.commands import analyze, pictures, plan
 from lora_ext.commands.options import CommandError, Parser
-from lora_ext.commands.results import measured_on, read_json, tell, write_text
+from lora_ext.commands.results import measured_on, read_json, readable, tell, write_text
 
 _GENERATOR = "lora-ext report"
 _WIDE = 600  # points; on a phone, the page scrolls wider figures instead of making them smaller
@@ -110,21 +110,23 @@ def _digest(text: str) -> str:
 
 def _metrics(result: _Result) -> dict[str, Any]:
     trained, total = result["trainable_parameters"], result["total_parameters"]
-    options = [f"{key} {value}" for key, value in result.get("options", {}).items() if value is not None]
+    own = {key: value for key, value in result.get("options", {}).items() if key not in ("task", "method")}
     numbers = ("head_parameters", "train_seconds", "tokens_per_second", "steps", "global_batch_size")
     head, seconds, speed, steps, batch = (_number(result.get(key)) for key in numbers)
     facts = {
         "task": result["task"],
-        "method": ", ".join([result["method"], *options]),
+        "method": result["method"],
+        "options": ", ".join(f"{key} {value}" for key, value in own.items() if value is not None),
         "trained parameters": f"{trained:,} of {total:,} ({trained / total:.3%}), {head or 0} of them in the new head",
         "examples": ", ".join(f"{count:,} for {part}" for part, count in result.get("examples", {}).items()),
         "training": f"{seconds} s, {speed} tokens/s, {steps} steps of {batch} examples",
     }
-    sizes = {"peak memory": "peak_memory", "adapter": "adapter", "full checkpoint": "full_checkpoint"}
+    keys = {"peak memory": "peak_memory_bytes", "adapter": "adapter_bytes", "full checkpoint": "full_checkpoint_bytes"}
+    sizes = {name: readable(result[key]) for name, key in keys.items() if result.get(key)}
     curve = pictures.loss_curve(result["history"], "Loss") if result.get("history") else None
     return {
         "heading": f"A run of {result['method']}",
-        "facts": facts | {name: _bytes(result.get(f"{key}_bytes")) for name, key in sizes.items()},
+        "facts": facts | sizes,
         "tables": _classes(result) if "confusion" in result["test"] else _answers(result),
         "figures": {"training and validation loss by epoch": curve},
     }
@@ -208,9 +210,12 @@ def _analysis(result: _Result) -> dict[str, Any]:
 
 
 def _plan(result: _Result) -> dict[str, Any]:
-    sizes = ("weights", "gradients", "optimizer", "activations", "total", "checkpoint")
-    rows = [[str(row.get("name", "")), *(_bytes(row.get(size)) for size in sizes)] for row in result.get("rows", ())]
-    return {"heading": "Predicted memory", "tables": [Table("Memory of a step, and checkpoints", ["", *sizes], rows)]}
+    heading, *rows = plan.rows(result)
+    return {
+        "heading": "Predicted memory",
+        "notes": [f"{plan.title(result)}.", *plan.notes(result)],
+        "tables": [Table("Memory of a step, and checkpoints", heading, rows)],
+    }
 
 
 _SECTIONS: dict[str, Callable[[_Result], dict[str, Any]]] = {
@@ -233,11 +238,3 @@ def _percent(value: float | None) -> str:
 
 def _score(metric: str, value: float | None) -> str:
     return _percent(value) if metric != "perplexity" or value is None else f"{value:.2f}"
-
-
-def _bytes(value: float | None) -> str:
-    """Formats bytes with a decimal unit."""
-    if value is None:
-        return ""
-    at = next((power for power in (4, 3, 2, 1) if abs(value) >= 999.5 * 1000 ** (power - 1)), 0)
-    return f"{value / 1000**at:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[at]}"

@@ -30,7 +30,7 @@ def _run(task: str, **more: Any) -> dict[str, Any]:
         **made_by("finetune", "--task", task),
         "task": task,
         "method": "lora",
-        "options": {"lora_r": 8, "lora_alpha": 16, "lora_targets": None},
+        "options": {"task": task, "method": "lora", "lora_r": 8, "lora_alpha": 16, "lora_targets": None},
         "training": {"num_train_epochs": 2},
         "examples": {"train": 4000, "validation": 500, "test": 500},
         "trainable_parameters": 75_264,
@@ -119,12 +119,18 @@ def comparison() -> dict[str, Any]:
 
 def plan() -> dict[str, Any]:
     """Returns plan.json."""
-    sizes = ("weights", "gradients", "optimizer", "activations", "total", "checkpoint")
-    rows = [
-        {"name": "full"} | dict(zip(sizes, (350e9, 350e9, 700e9, 1e9, 1401e9, 350e9), strict=True)),
-        {"name": "lora"} | dict(zip(sizes, (350e9, 37.7e6, 75.5e6, 1e9, 351.1e9, 37.7e6), strict=True)),
-    ]
-    return {"command": ["lora-ext", "plan", "--model", "gpt3-175b"], "date": "2026-12-01", "rows": rows}
+    kinds = ("weights", "optimizer_state", "gradients", "activations", "peak", "kept", "all_gradients")
+    kinds += ("checkpoint_bytes", "checkpoint_16_bit_bytes")
+    runs = {
+        "full": dict(zip(kinds, (350e9, 700e9, 350e9, 1e9, 1401e9, 2e9, 350e9, 700e9, 350e9), strict=True)),
+        "lora": dict(zip(kinds, (350e9, 75.5e6, 37.7e6, 1e9, 351e9, 2e9, 37.7e6, 75.5e6, 37.7e6), strict=True)),
+    }
+    runs["full"] |= {"parameters": 174_600_000_000, "trained_parameters": 174_600_000_000, "fits": False}
+    runs["lora"] |= {"parameters": 174_618_874_368, "trained_parameters": 18_874_368, "fits": True}
+    options = {"optimizer": "adamw", "batch_size": 16, "max_length": 128, "device": "cuda", "devices": 1}
+    options |= {"gradient_checkpointing": False, "dtype": "float16"}
+    model = {"model": "gpt3-175b", "model_type": "gpt2", "task": "causal-lm", "method": "lora", "options": options}
+    return {**made_by("plan", "--model", "gpt3-175b"), **model, "runs": runs, "usable": 400e9, "changes": []}
 
 
 # What the report shows of them: rows of tables by caption, and texts.
@@ -148,14 +154,18 @@ ROWS = {
     ],
     "Failed": [["prefix-layer", "1", "the loss is not finite"]],
     "Memory of a step, and checkpoints": [
-        ["", "weights", "gradients", "optimizer", "activations", "total", "checkpoint"],
-        ["full", "350 GB", "350 GB", "700 GB", "1 GB", "1.4 TB", "350 GB"],
-        ["lora", "350 GB", "37.7 MB", "75.5 MB", "1 GB", "351 GB", "37.7 MB"],
+        ["", "full", "lora"],
+        ["parameters trained", "174,600,000,000", "18,874,368"],
+        ["weights", "350 GB", "350 GB"],
+        ["optimizer state", "700 GB", "75.5 MB"],
+        ["peak", "1.40 TB", "351 GB"],
+        ["checkpoint in 16 bits", "350 GB", "37.7 MB"],
     ],
 }
 FACTS = [
-    *("lora, lora_r 8, lora_alpha 16", "75,264 of 22,788,482 (0.330%), 770 of them in the new head"),
+    *("lora_r 8, lora_alpha 16", "75,264 of 22,788,482 (0.330%), 770 of them in the new head"),
     *("4,000 for train, 500 for validation, 500 for test", "61.4 s, 5,322 tokens/s, 500 steps of 16 examples"),
     *("812 MB", "304 kB", "91.2 MB", "More is better."),
+    *("gpt3-175b: gpt2, 174,600,000,000 parameters, causal-lm; float16 weights", "lora fits into 400 GB"),
     *("A CPU, 2 threads, no GPU, torch 2.13.0, 2026-12-01.", "lora-ext finetune --task classification"),
 ]
