@@ -21,10 +21,9 @@ HIDDEN, INTERMEDIATE, KEY_VALUE, BLOCKS = 4096, 14336, 1024, 32  # Llama 3.1 8B
 FULL_LAYER = "self_attn.q_proj"
 
 ANALYZE = """
-from pathlib import Path
-from lora_ext.tasks.analyze.run import AnalysisSettings, analyze
+from lora_ext.commands import main
 base, first, second, out = sys.argv[1:5]
-analyze(AnalysisSettings((first, second), {settings}), Path(out), say=lambda text: None)
+assert main(["analyze", "--adapter", first, second, {options}, "--out", out]) == 0
 """
 FULL = """
 from safetensors import safe_open
@@ -39,8 +38,8 @@ for left, right in ((U, Vh), (of_weight.U, of_weight.Vh)):
     torch.linalg.matrix_norm(left[:, :rank].T @ W @ right[:rank].T)
 """
 CONTESTANTS = {
-    "analyze": ANALYZE.format(settings="base=base"),
-    "analyze, without the weights": ANALYZE.format(settings="use_base=False"),
+    "analyze": ANALYZE.format(options='"--base", base'),
+    "analyze, without the weights": ANALYZE.format(options='"--no-base"'),
     "one layer in full": FULL,
 }
 

@@ -11,8 +11,7 @@ import sys
 
 from harness import report, training_memory
 
-from lora_ext.tasks.finetune.settings import Settings
-from lora_ext.tasks.plan.run import PlanSettings, plan
+from lora_ext.commands.plan import parse, plan
 
 METHODS = ("full", "lora", "adapter-h", "bitfit")
 
@@ -28,9 +27,10 @@ def main() -> None:
     run = report.Report(args, f"Memory of training the demo model, {args.batch_size} x {args.seq_len} tokens, AdamW")
     rows = []
     for method in METHODS:
-        sizes = {"batch_size": args.batch_size, "max_length": args.seq_len}
-        settings = Settings(method=method, r=args.rank, target_modules="all-linear", **sizes)
-        predicted = plan(PlanSettings(settings, device="cpu"))["runs"][method]
+        options = ["--method", method, "--device", "cpu"]
+        options += ["--batch_size", str(args.batch_size), "--max_length", str(args.seq_len)]
+        options += ["--lora_r", str(args.rank), "--lora_targets", "all-linear"] if method == "lora" else []
+        predicted = plan(parse(options))["runs"][method]
         measured = {
             name: training_memory.growth(method, args.batch_size, args.seq_len, args.rank, args.threads, gives_back)
             for name, gives_back in (("given_back", True), ("as_it_is", False))

@@ -9,48 +9,29 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.arguments import checked
-from lora_ext.analysis.decomposition import Svd, block_krylov_svd
-from lora_ext.analysis.row_blocks import check_matrix, frobenius_norm, multiply
-from lora_ext.analysis.spectrum import numerical_rank
-from lora_ext.analysis.subspace import orthonormal_columns
+from lora_ext.analysis.decomposition import Svd, block_krylov_svd, check_matrix, frobenius_norm, multiply
+from lora_ext.analysis.subspace import numerical_rank, orthonormal_columns
 
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionTable:
-    """Norms of the weight ``W`` projected on ``r`` directions: of its update, of ``W`` itself, and random ones.
+    """Norms of the weight ``W`` projected on ``r`` directions: of its update, of ``W`` itself, and random ones."""
 
-    Attributes:
-        ranks: the values of ``r``: powers of two and the update's rank; empty for a zero update.
-        delta: ``|U.T @ W @ V|_F`` for the update's ``r`` leading singular vectors ``U [out, r]`` and ``V [in, r]``.
-        weight: the same for those of ``W``: the maximum over ``r`` directions.
-        random: the same for random orthonormal directions.
-        random_expected: expected root mean square of ``random``.
-        amplification: ``|delta_r|_F / |U.T @ W @ V|_F``: norm of the update's ``r`` leading parts over that of the
-            weight in their directions.
-        delta_norm: ``|delta W|_F``.
-        weight_norm: ``|W|_F``.
-    """
-
-    ranks: list[int]
-    delta: list[float]
-    weight: list[float]
-    random: list[float]
-    random_expected: list[float]
-    amplification: list[float]
-    delta_norm: float
-    weight_norm: float
+    ranks: list[int]  # the values of r: powers of two and the update's rank; empty for a zero update
+    delta: list[float]  # |U.T @ W @ V|_F for the update's r leading singular vectors U [out, r] and V [in, r]
+    weight: list[float]  # the same for those of W: the maximum over r directions
+    random: list[float]  # the same for random orthonormal directions
+    random_expected: list[float]  # expected root mean square of random
+    amplification: list[float]  # |delta_r|_F / |U.T @ W @ V|_F: the update's r leading parts over the weight there
+    delta_norm: float  # |delta W|_F
+    weight_norm: float  # |W|_F
 
 
 @checked
 def project(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
     """Computes ``U.T @ weight @ V`` as float64 ``[k, l]``; ``weight [out, in]`` is read once, in any floating dtype.
 
-    Args:
-        U: ``[out, k]``.
-        V: ``[in, l]``.
-
-    Raises:
-        ValueError: the shapes do not fit.
+    ValueError: the shapes of ``U [out, k]`` or ``V [in, l]`` do not fit.
     """
     for name, matrix in (("weight", weight), ("U", U), ("V", V)):
         check_matrix("project", name, matrix)
@@ -64,14 +45,11 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, weight_svd: Svd 
     """Compares ``weight [out, in]`` with its update, as table 7 does.
 
     Args:
-        weight: any floating dtype.
         update: of the same shape, from :func:`~lora_ext.analysis.factored_svd`.
         seed: for the random directions and for computing those of the weight.
-        weight_svd: the weight's leading directions if known, at least as many as the update has; otherwise
-            :func:`~lora_ext.analysis.block_krylov_svd` computes them.
+        weight_svd: the weight's leading directions if known, at least as many as the update has.
 
-    Raises:
-        ValueError: the update has another shape, ``weight_svd`` has too few directions, or a value is not finite.
+    ValueError: the update has another shape, ``weight_svd`` has too few directions, or a value is not finite.
     """
     check_matrix("projection_table", "weight", weight)
     for name, svd in (("update", update), ("weight_svd", weight_svd)):
@@ -80,9 +58,8 @@ def projection_table(weight: Tensor, update: Svd, *, seed: int, weight_svd: Svd 
             raise ValueError(f"projection_table: {name} has shape {shape} but weight has {list(weight.shape)}")
     count = numerical_rank(update.S)
     if weight_svd is not None and len(weight_svd.S) < count:
-        raise ValueError(
-            f"projection_table: weight_svd has {len(weight_svd.S)} directions, want at least the {count} of update"
-        )
+        given = f"weight_svd has {len(weight_svd.S)} directions"
+        raise ValueError(f"projection_table: {given}, want at least the {count} of update")
     delta_norm, weight_norm = torch.linalg.vector_norm(update.S).item(), frobenius_norm(weight)
     if count == 0:
         return ProjectionTable([], [], [], [], [], [], delta_norm, weight_norm)
@@ -111,15 +88,10 @@ def expected_random_norm(weight_norm: float, out_features: int, in_features: int
     """Root of the mean of ``|U.T @ W @ V|_F^2`` over uniformly random orthonormal ``U [out, r]`` and ``V [in, r]``.
 
     It is ``r * |W|_F / sqrt(out * in)``: the square is spread evenly over all entries.
-
-    Raises:
-        ValueError: ``r`` or a size is out of range.
     """
-    if not (0 <= r <= min(out_features, in_features) and min(out_features, in_features) > 0):
-        raise ValueError(
-            f"expected_random_norm: r is {r}, out_features={out_features}, in_features={in_features}; "
-            "want 0 <= r <= the smaller size, and sizes of at least 1"
-        )
+    if not 0 <= r <= min(out_features, in_features) or min(out_features, in_features) < 1:
+        sizes = f"r is {r}, out_features={out_features}, in_features={in_features}"
+        raise ValueError(f"expected_random_norm: {sizes}; want 0 <= r <= the smaller size, and sizes of at least 1")
     return r * weight_norm / math.sqrt(out_features * in_features)
 
 

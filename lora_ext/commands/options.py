@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import os
 import re
@@ -13,9 +14,9 @@ from typing import Any, NoReturn
 import torch
 
 from lora_ext._common.install_hint import install_hint
-from lora_ext._common.printable import escaped
 from lora_ext._common.suggestion import suggestion
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no mistakes of the user: main ends with status 1
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
@@ -36,12 +37,25 @@ def refusing(what: str, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, *more) as error:
+        if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+            raise
         if isinstance(error, OSError) and error.strerror and error.filename:
             text = f"{error.filename}: {error.strerror}"
         else:
             text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-        first = escaped((text or type(error).__name__).splitlines()[0])
-        raise CommandError(f"{what}: {first}" if what else first) from error
+        line = _one_line(text or type(error).__name__)
+        raise CommandError(f"{what}: {line}" if what else line) from error
+
+
+def _one_line(text: str) -> str:
+    """Returns the first line; if it announces a list, also the list's beginning and the line after the list."""
+    first, *more = text.splitlines()
+    if not first.endswith(":"):
+        return first
+    items = [line.strip() for line in more if line.startswith((" ", "\t"))]
+    left_out = [f"and {len(items) - 3:,} more"] if len(items) > 3 else []
+    after = [line for line in more if not line.startswith((" ", "\t"))][:1]
+    return f"{first} {'; '.join([*items[:3], *left_out, *after])}"
 
 
 def check_installed(extra: str, *names: str) -> None:

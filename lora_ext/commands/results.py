@@ -8,7 +8,8 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,25 @@ from lora_ext.commands.options import CommandError
 def write_text(path: Path, text: str) -> None:
     """Writes ``text`` to a temporary name next to ``path``, and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name next to ``path`` to write to; renames it at the end, and removes it after an error.
+
+    An OSError that does not say where, as that of a full disk, gets the name ``path``.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        yield part
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = str(path) if error.filename in (None, str(part)) else error.filename
         raise
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -57,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"{path} holds no JSON: {error}; remove it, or make it again") from error
     if not isinstance(content, dict):
         raise CommandError(f"{path} holds no JSON object; remove it, or make it again")
@@ -66,12 +79,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def save_figure(path: Path, figure: Any) -> None:
     """Writes a matplotlib figure as PNG, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _whole(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight", format="png")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def made_by(command: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -119,3 +128,14 @@ def measured_on(result: Mapping[str, Any]) -> str:
     host = result["machine"]
     where = f"{host['processor']}, {host['threads']} threads, {host['gpu'] or 'no GPU'}"
     return f"{where}, torch {host['torch']}, {result['date'][:10]}."
+
+
+def readable(count: float) -> str:
+    """Formats bytes with three digits in a decimal unit: ``1.40 TB``, ``349 GB``, ``37.7 MB``."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    units = ["TB", "GB", "MB", "kB"]
+    while (count := count / 1000) >= 999.5 and len(units) > 1:
+        units.pop()
+    digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
+    return f"{count:,.{digits}f} {units[-1]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -14,8 +14,7 @@ from lora_ext._common.sharded import gathered
 from lora_ext.injection.inject import Injection, apply_injection
 from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
 from lora_ext.merging.model import unload
-from lora_ext.methods.base import Method, head_paths
-from lora_ext.methods.inserted import Inserted, Insertion, insert, remove_inserted
+from lora_ext.methods.base import Inserted, Insertion, Method, head_paths, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, check_not_managed, root_module
@@ -33,18 +32,11 @@ def apply_method(model: ModelT, method: Method) -> ModelT:
     """Adapts ``model`` in place: inserts the modules of ``method`` and freezes all parameters that it does not train.
 
     A new head (the classifier of a Transformers model for classification) is trained too. Outputs do not change until
-    the model is trained, except with prefix methods.
-
-    Args:
-        model: a model without a method; for methods that insert modules, a Transformers model of a supported type (the
-            message of the TypeError lists them).
-        method: see :func:`new_method`.
-
-    Returns:
-        ``model``, the same object.
+    the model is trained, except with prefix methods. Returns ``model``, the same object.
 
     Raises:
-        TypeError: the architecture is not supported, or the model has nothing for the method to train.
+        TypeError: the architecture is not supported (the message lists those that are), or the model has nothing for
+            the method to train.
         ValueError: the model is adapted already, or an option does not fit it.
         After an error the model is unchanged.
     """
@@ -74,10 +66,8 @@ def _check_apart(method: Method, insertions: list[Insertion], adapter: Adapter |
     replaced = {old for part in adapter.parts for old in part.replaced} if adapter is not None else set()
     inside = {module for old in replaced for module in old.modules()}
     if lost := [insertion.path for insertion in insertions if insertion.host in inside]:
-        raise ValueError(
-            f"{method.name}: the method inserts a module into {lost[0]!r}, which the low-rank adapter replaces; "
-            "leave it out of target_modules and modules_to_save"
-        )
+        said = f"the method inserts a module into {lost[0]!r}, which the low-rank adapter replaces"
+        raise ValueError(f"{method.name}: {said}; leave it out of target_modules and modules_to_save")
 
 
 def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], adapter: Adapter | None = None) -> None:
@@ -92,18 +82,13 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
         for insertion in insertions:
             insert(insertion)
         vars(root)[_ATTRIBUTE] = method
-        if insertions:
-            _guard_files(root)
-        for parameter in method_parameters(model).values():
+        if insertions:  # files of the base model would load without them
+            guard_loading(root, has_method=True)
+        for module in root.modules() if insertions else ():
+            if has_save_pretrained(module) and any(isinstance(inner, Inserted) for inner in module.modules()):
+                replace_save_pretrained(module, has_method=True)
+        for parameter in trained_by(model, method).values():
             parameter.requires_grad_(True)
-
-
-def _guard_files(root: nn.Module) -> None:
-    """Lets no ``save_pretrained`` write the inserted modules into files of the base model, which would load without."""
-    guard_loading(root, has_method=True)
-    for module in root.modules():
-        if has_save_pretrained(module) and any(isinstance(inner, Inserted) for inner in module.modules()):
-            replace_save_pretrained(module, has_method=True)
 
 
 @checked
@@ -113,10 +98,13 @@ def method_of(model: nn.Module) -> Method | None:
 
 
 def applied_method(model: nn.Module, caller: str) -> Method:
-    """Returns the applied method. ValueError: none was applied."""
+    """Returns the applied method. ValueError: none was applied, or its low-rank adapter is gone."""
     method = method_of(model)
     if method is None:
         raise ValueError(f"{caller}: {type(root_module(model)).__name__} is not adapted; call apply_method(model, ...)")
+    if caller != "remove_method" and method.lora_config(model) is not None and adapter_set(model) is None:
+        said = f"the low-rank adapter of {method.name} was merged for good or removed"
+        raise ValueError(f"{caller}: {said}; call remove_method(model), which keeps the weights")
     return method
 
 
@@ -125,48 +113,38 @@ def applied_method(model: nn.Module, caller: str) -> Method:
 def remove_method(model: ModelT) -> ModelT:
     """Removes what :func:`apply_method` inserted. Parameters trained in place (biases, a head, all) keep their values.
 
-    All parameters then require gradients, as in a new model.
+    All parameters then require gradients, as in a new model. Returns ``model``, the same object.
 
-    Returns:
-        ``model``, the same object.
-
-    Raises:
-        ValueError: no method was applied.
-        RuntimeError: a low-rank adapter is merged. The model is unchanged.
+    ValueError: no method was applied. RuntimeError: a low-rank adapter is merged. The model is unchanged.
     """
     applied_method(model, "remove_method")
     if adapter_set(model) is not None:
         unload(model)
+    root = root_module(model)
     with uninterrupted():
-        remove_inserted(root_module(model))
-        release_quantized(root_module(model))
+        remove_inserted(root)
+        release_quantized(root)
         for module in model.modules():
             forget_guard(module, method=True)
             restore_save_pretrained(module, method=True)
-        delattr(root_module(model), _ATTRIBUTE)
-        weights = (weight for module in model.modules() if (weight := quantized_weight(module)) is not None)
-        quantized = {id(weight.module.weight) for weight in weights}
+        delattr(root, _ATTRIBUTE)
+        weights = [quantized_weight(module) for module in model.modules()]
+        quantized = {id(weight.module.weight) for weight in weights if weight is not None}
         for parameter in model.parameters():
             if parameter.is_floating_point() and id(parameter) not in quantized:
                 parameter.requires_grad_(True)
     return model
 
 
-def method_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that the applied method trains, by path in the bare model, except the low-rank adapter's.
+def trained_by(model: nn.Module, method: Method, insertions: Iterable[Insertion] = ()) -> dict[str, nn.Parameter]:
+    """Returns the parameters that ``method`` trains, by path in the bare model, except the low-rank adapter's.
 
-    With a low-rank adapter, the head is a copy inside it; otherwise the head is trained in place and included.
+    With such an adapter, the head is a copy in it. ``insertions`` are modules that are not in the model yet.
     """
     bare = BareModel(root_module(model))
-    inserted = {path: module for path, module in bare.modules.items() if isinstance(module, Inserted)}
-    return parameters_of(model, applied_method(model, "method_parameters"), inserted)
-
-
-def parameters_of(model: nn.Module, method: Method, inserted: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Returns the parameters that ``method``, applied or not, trains, with the modules ``inserted`` (by path)."""
-    bare = BareModel(root_module(model))
     found = dict(method.trained_parameters(bare))
-    modules = dict(inserted)
+    modules = {path: module for path, module in bare.modules.items() if isinstance(module, Inserted)}
+    modules |= {f"{place.path}.{place.name}".lstrip("."): place.module for place in insertions}
     if method.lora_config(model) is None:
         modules |= {path: bare.modules[path] for path in head_paths(bare)}
     for path, module in modules.items():

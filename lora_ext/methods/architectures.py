@@ -11,33 +11,19 @@ from lora_ext.model.bare_model import root_module
 
 @dataclass(frozen=True)
 class Architecture:
-    """Paths of modules, relative to one layer unless stated otherwise.
+    """Paths of modules, relative to one layer unless stated otherwise."""
 
-    Attributes:
-        layers: the list of layers, relative to the base model.
-        attention: the module that computes queries, keys and values.
-        attention_norm: the norm of attention's input; "": the input is the previous layer's output.
-        attention_output, mlp_output: modules to whose outputs the residual stream is added.
-        layer_output: the module whose output is the layer's; "": the layer itself.
-        post_norm: whether the layer ends with a norm, which then is ``layer_output``.
-        projections: to queries, keys, values and the attention's output; the first three may be one module that
-            returns them concatenated.
-        keeps_first: whether the first token represents the whole text, so that nothing may precede it.
-        position_table: the embedding of positions, relative to the base model; "": queries and keys are rotated.
-        rotary: the module with the rotations' frequencies, relative to the base model; "": there are no rotations.
-    """
-
-    layers: str
-    attention: str
-    attention_norm: str
-    attention_output: str
-    mlp_output: str
-    layer_output: str
-    post_norm: bool
-    projections: tuple[str, str, str, str]
-    keeps_first: bool
-    position_table: str = ""
-    rotary: str = ""
+    layers: str  # the list of layers, relative to the base model
+    attention: str  # computes queries, keys and values
+    attention_norm: str  # the norm of attention's input; "": the input is the previous layer's output
+    attention_output: str  # to its output the residual stream is added
+    mlp_output: str  # likewise
+    layer_output: str  # its output is the layer's; "": the layer itself
+    projections: tuple[str, str, str, str]  # to q, k, v (perhaps one module, concatenated) and the attention's output
+    post_norm: bool = False  # whether the layer ends with a norm, which then is layer_output
+    keeps_first: bool = False  # whether the first token represents the whole text, so that nothing may precede it
+    position_table: str = ""  # embedding of positions, relative to the base model; "": queries and keys are rotated
+    rotary: str = ""  # has the rotations' frequencies, relative to the base model; "": there are no rotations
 
 
 _BERT = Architecture(
@@ -47,8 +33,8 @@ _BERT = Architecture(
     attention_output="attention.output.dropout",
     mlp_output="output.dropout",
     layer_output="output.LayerNorm",
-    post_norm=True,
     projections=("query", "key", "value", "attention.output.dense"),
+    post_norm=True,
     keeps_first=True,
     position_table="embeddings.position_embeddings",
 )
@@ -59,9 +45,7 @@ _GPT2 = Architecture(
     attention_output="attn.resid_dropout",
     mlp_output="mlp",
     layer_output="",
-    post_norm=False,
     projections=("c_attn", "c_attn", "c_attn", "attn.c_proj"),
-    keeps_first=False,
     position_table="wpe",
 )
 _LLAMA = Architecture(
@@ -71,9 +55,7 @@ _LLAMA = Architecture(
     attention_output="self_attn",
     mlp_output="mlp",
     layer_output="",
-    post_norm=False,
     projections=("q_proj", "k_proj", "v_proj", "o_proj"),
-    keeps_first=False,
     rotary="rotary_emb",
 )
 
@@ -97,14 +79,12 @@ def base_model(model: nn.Module) -> nn.Module:
 
 def architecture_of(model: nn.Module, method: str) -> Architecture:
     """Returns the architecture of ``model``. TypeError: it is not supported; the message lists those that are."""
-    model_type = getattr(getattr(root_module(model), "config", None), "model_type", None)
-    if model_type not in ARCHITECTURES:
-        raise TypeError(
-            f"{method}: {type(root_module(model)).__name__} (model type {model_type!r}) is not supported; supported "
-            f"are Transformers' models of the types {', '.join(ARCHITECTURES)}"
-        )
-    if getattr(model.config, "is_encoder_decoder", False) or getattr(model.config, "add_cross_attention", False):
-        raise TypeError(f"{method}: {type(root_module(model)).__name__} has cross-attention, which is not supported")
+    kind, config = type(root_module(model)).__name__, getattr(root_module(model), "config", None)
+    if (model_type := getattr(config, "model_type", None)) not in ARCHITECTURES:
+        supported = f"supported are Transformers' models of the types {', '.join(ARCHITECTURES)}"
+        raise TypeError(f"{method}: {kind} (model type {model_type!r}) is not supported; {supported}")
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise TypeError(f"{method}: {kind} has cross-attention, which is not supported")
     return ARCHITECTURES[model_type]
 
 

@@ -1,35 +1,60 @@
-"""The interface of adaptation methods."""
+"""The interface of adaptation methods: what a method states, the modules that it inserts, and new heads."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
+from lora_ext._common.hooks import remove_hooks
 from lora_ext._common.printable import shown
 from lora_ext.config import TASK_HEADS
-from lora_ext.methods.inserted import Insertion
 from lora_ext.model.bare_model import BareModel, root_module
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
 
 
+class Inserted(nn.Module):
+    """A child of its host, the module whose input or output it changes. The paths of other modules do not change.
+
+    The host's forward hooks are plain functions that look up the child in the host, so copies and pickles of a model
+    call the right children.
+    """
+
+    def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Returns the arguments for the host."""
+        return args, kwargs
+
+    def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Returns the output for the host; ``args`` and ``kwargs`` come from :meth:`enter`."""
+        return output
+
+
+class Insertion(NamedTuple):
+    """``module`` becomes the child ``name`` of ``host``, which is at ``path`` in the bare model."""
+
+    path: str
+    host: nn.Module
+    name: str
+    module: Inserted
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to adapt a model: which parameters are trained, and which modules are inserted.
 
-    A subclass is a frozen dataclass whose fields are the method's options; it overrides one or several of
-    :meth:`trained_parameters`, :meth:`insertions` and :meth:`lora_config`. These do not change the model; all errors
-    are raised in them and in ``__post_init__``.
-
-    Attributes:
-        name: name on the command line and in files.
+    A subclass is a frozen dataclass whose fields are the method's options; it overrides :meth:`trained_parameters`,
+    :meth:`insertions` or :meth:`lora_config`. These do not change the model; all errors are raised in them and in
+    ``__post_init__``.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # on the command line and in files
 
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
         """Returns the bare model's parameters to train in place, by path, without the head's."""
@@ -99,8 +124,7 @@ def head_paths(bare: BareModel) -> list[str]:
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters of new heads of the bare ``model``, by path; :meth:`Method.count` omits them."""
     bare = BareModel(root_module(model))
-    named = ((path, bare.modules[path].named_parameters()) for path in head_paths(bare))
-    return {f"{path}.{name}": parameter for path, parameters in named for name, parameter in parameters}
+    return {f"{path}.{name}": one for path in head_paths(bare) for name, one in bare.modules[path].named_parameters()}
 
 
 @checked
@@ -117,3 +141,64 @@ _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
+
+
+def parameter_names(host: nn.Module) -> tuple[str, ...]:
+    """Returns the parameter names of ``host.forward``. Not for use in hooks: ``torch.compile`` would trace it."""
+    return tuple(inspect.signature(host.forward).parameters)
+
+
+def by_name(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns all arguments of a call by keyword; ``names`` come from :func:`parameter_names`.
+
+    The cache gets the host's name for it: ``cache`` since Transformers 5.24, ``past_key_values`` before.
+    """
+    named = dict(zip(names, args, strict=False)) | kwargs
+    for given in {"past_key_values", "cache"} & named.keys() - {cache_name(names)}:
+        named[cache_name(names)] = named.pop(given)
+    return named
+
+
+def cache_name(names: tuple[str, ...]) -> str:
+    """Returns the name of the cache of keys and values among a host's parameters ``names``."""
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def new_parameter_dtype(like: Tensor) -> torch.dtype:
+    """Returns the dtype for new parameters: float32 if ``like`` has 16 bits (they are cast at use), else the same."""
+    return torch.float32 if like.dtype in (torch.bfloat16, torch.float16) else like.dtype
+
+
+def insert(insertion: Insertion) -> None:
+    """Adds the module to its host."""
+    is_first = not any(_inserted(insertion.host))
+    insertion.module.train(insertion.host.training)
+    insertion.host.add_module(insertion.name, insertion.module)
+    if is_first:
+        insertion.host.register_forward_pre_hook(_enter, with_kwargs=True)
+        insertion.host.register_forward_hook(_leave, with_kwargs=True)
+
+
+def remove_inserted(model: nn.Module) -> None:
+    """Removes everything that :func:`insert` added to ``model``."""
+    for host in list(model.modules()):
+        for name, child in list(host.named_children()):
+            if isinstance(child, Inserted):
+                delattr(host, name)
+        remove_hooks(host, _enter, _leave)
+
+
+def _inserted(host: nn.Module) -> Iterator[Inserted]:
+    return (child for child in host._modules.values() if isinstance(child, Inserted))
+
+
+def _enter(host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    for child in _inserted(host):
+        args, kwargs = child.enter(host, args, kwargs)
+    return args, kwargs
+
+
+def _leave(host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    for child in _inserted(host):
+        output = child.leave(host, args, kwargs, output)
+    return output

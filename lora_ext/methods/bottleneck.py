@@ -1,26 +1,22 @@
-"""The bottleneck module of adapters, and the base of methods that insert it."""
+"""The bottleneck adapters: of Houlsby, Lin and Pfeiffer, and AdapterDrop; the paper's Adapter^H, ^L, ^P and ^D."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lora_ext._common.printable import shown
 from lora_ext._ops.bottleneck import ACTIVATIONS, bottleneck
-from lora_ext.methods.architectures import Architecture, architecture_of, hidden_size, layers_of, weight_of
-from lora_ext.methods.base import Method, check_at_least
-from lora_ext.methods.inserted import Inserted, Insertion, new_parameter_dtype
+from lora_ext.methods.architectures import architecture_of, hidden_size, layers_of, weight_of
+from lora_ext.methods.base import Inserted, Insertion, Method, check_at_least, new_parameter_dtype
 
 
 class Bottleneck(Inserted):
     """``residual + up(activation(down(x)))`` with biases; ``up`` starts at zero, so nothing is added at first.
 
-    Args:
-        size: number of hidden features.
-        activation: one of ``relu``, ``gelu``, ``silu``, ``identity``.
-        like: tensor with the inputs' last dimension and device; the dtype is the same, but float32 for 16-bit ones.
+    It has ``size`` hidden features, and the last dimension and device of ``like``.
     """
 
     def __init__(self, size: int, activation: str, like: Tensor) -> None:
@@ -47,35 +43,42 @@ class Bottleneck(Inserted):
             return (self.adapted(output[0]), *output[1:])
         return self.adapted(output)
 
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}"
+
+class NormedBottleneck(Bottleneck):
+    """``h + up(activation(down(norm(h))))`` with a new LayerNorm."""
+
+    def __init__(self, size: int, activation: str, like: Tensor) -> None:
+        super().__init__(size, activation, like)
+        self.norm = nn.LayerNorm(like.shape[-1], device=like.device, dtype=self.down.weight.dtype)
+
+    def adapted(self, h: Tensor) -> Tensor:
+        return self(self.norm(h.to(self.norm.weight.dtype)).to(h.dtype), h)
+
+
+class BeforeNorm(Bottleneck):
+    """A bottleneck on the LayerNorm that ends a layer: reads its output and adds to its input.
+
+    ``host(z + up(activation(down(host(z)))))``: the structure found by AdapterHub's search.
+    """
+
+    def leave(self, host: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return host.forward(self(output, args[0]))  # not host(), whose hook this is
 
 
 @dataclass(frozen=True)
 class BottleneckMethod(Method):
-    """Base of the methods that insert bottlenecks.
+    """Base of the methods that insert bottlenecks."""
 
-    Args:
-        bottleneck_size: the paper's ``r``: number of hidden features.
-        activation: activation of the hidden features.
-    """
-
-    bottleneck_size: int = 16
-    activation: str = "relu"
+    bottleneck_size: int = 16  # the paper's r: number of hidden features
+    activation: str = "relu"  # of the hidden features
+    places: ClassVar[tuple[str, ...]] = ("layer_output",)  # fields of Architecture: modules that get a bottleneck
+    kinds: ClassVar[tuple[type, type]] = (Bottleneck, Bottleneck)  # in layers that begin and that end with a norm
 
     def __post_init__(self) -> None:
         check_at_least(self.name, 1, bottleneck_size=self.bottleneck_size)
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"{self.name}: activation is {shown(self.activation)}, want one of {', '.join(ACTIVATIONS)}"
-            )
-
-    def places(self, architecture: Architecture) -> list[str]:
-        """Returns the paths of the modules in a layer that get a bottleneck; "" is the layer itself."""
-        raise NotImplementedError
-
-    def new_bottleneck(self, architecture: Architecture, like: Tensor) -> Bottleneck:
-        return Bottleneck(self.bottleneck_size, self.activation, like)
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"{self.name}: activation is {shown(self.activation)}, want one of {known}")
 
     def adapted_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Returns ``(path, layer)`` of the layers that get adapters."""
@@ -83,16 +86,71 @@ class BottleneckMethod(Method):
 
     def insertions(self, model: nn.Module) -> list[Insertion]:
         architecture = architecture_of(model, self.name)
-        found = []
+        found, kind = [], self.kinds[architecture.post_norm]
         for path, layer in self.adapted_layers(model):
-            like = weight_of(layer, model)
-            for place in self.places(architecture):
-                host, bottleneck = layer.get_submodule(place), self.new_bottleneck(architecture, like)
-                found.append(Insertion(f"{path}.{place}".rstrip("."), host, "bottleneck", bottleneck))
+            for place in (getattr(architecture, field) for field in self.places):
+                module = kind(self.bottleneck_size, self.activation, weight_of(layer, model))
+                found.append(Insertion(f"{path}.{place}".rstrip("."), layer.get_submodule(place), "bottleneck", module))
         return found
 
     def count(self, model: nn.Module) -> int:
         """``L_Adpt * (2 * d_model * r + r + d_model)``, section 5.1 of the paper."""
-        architecture, d_model, r = architecture_of(model, self.name), hidden_size(model), self.bottleneck_size
-        adapters = len(self.adapted_layers(model)) * len(self.places(architecture))
-        return adapters * (2 * d_model * r + r + d_model)
+        adapters, r = len(self.adapted_layers(model)) * len(self.places), self.bottleneck_size
+        return adapters * (2 * hidden_size(model) * r + r + hidden_size(model))
+
+
+@dataclass(frozen=True)
+class AdapterH(BottleneckMethod):
+    """Bottlenecks after attention and after the MLP of every layer, before the residual is added.
+
+    Houlsby et al. 2019 (arXiv 1902.00751): ``h + up(activation(down(h)))``, where ``h`` is the branch's output, to
+    which the residual stream is added.
+    """
+
+    activation: str = "silu"
+    name: ClassVar[str] = "adapter-h"
+    places: ClassVar[tuple[str, ...]] = ("attention_output", "mlp_output")
+
+
+@dataclass(frozen=True)
+class AdapterL(BottleneckMethod):
+    """A :class:`NormedBottleneck` at the end of every layer: Lin et al. 2020 (arXiv 2004.03829)."""
+
+    name: ClassVar[str] = "adapter-l"
+    kinds: ClassVar[tuple[type, type]] = (NormedBottleneck, NormedBottleneck)
+
+    def count(self, model: nn.Module) -> int:
+        """``L_Adpt * (2 * d_model * r + r + d_model) + 2 * L_LN * d_model``, with one LayerNorm per adapter."""
+        return super().count(model) + 2 * len(self.adapted_layers(model)) * hidden_size(model)
+
+
+@dataclass(frozen=True)
+class AdapterP(BottleneckMethod):
+    """A bottleneck at the end of every layer, after the MLP: Pfeiffer et al. 2021 (arXiv 2005.00247).
+
+    If layers end with a LayerNorm, between the residual sum ``z`` and the norm:
+    ``norm(z + up(activation(down(norm(z)))))``. If they begin with one: ``z + up(activation(down(z)))``.
+    """
+
+    name: ClassVar[str] = "adapter-p"
+    kinds: ClassVar[tuple[type, type]] = (Bottleneck, BeforeNorm)
+
+
+@dataclass(frozen=True)
+class AdapterDrop(AdapterP):
+    """Pfeiffer's adapters in the upper layers; the lower need no backward: Rücklé et al. 2021 (arXiv 2010.11918)."""
+
+    drop_layers: int | None = None  # layers without adapters, from the input; None: 5 of 12, as in that paper
+    name: ClassVar[str] = "adapter-drop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop_layers is not None:
+            check_at_least(self.name, 0, drop_layers=self.drop_layers)
+
+    def adapted_layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        layers = super().adapted_layers(model)
+        dropped = round(5 / 12 * len(layers)) if self.drop_layers is None else self.drop_layers
+        if dropped >= len(layers):
+            raise ValueError(f"{self.name}: drop_layers is {dropped}, but the model has {len(layers)} layers")
+        return layers[dropped:]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,6 @@ from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
-from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_content import ADAPTER_FILES, base_name, file_content, write_content
 from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
 from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_vocabulary
@@ -28,20 +28,11 @@ from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.save_load import config_of, eval_unless_training, load_opened
 from lora_ext.files.staged_files import staged_files, write_tensors
 from lora_ext.files.untrusted_json import read_json_object
-from lora_ext.methods.adapted import (
-    applied_method,
-    carry_out,
-    check_is_bare,
-    method_of,
-    method_parameters,
-    parameters_of,
-)
-from lora_ext.methods.base import Method, pooling_of
-from lora_ext.methods.combined import Combined
-from lora_ext.methods.inserted import Inserted
+from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, trained_by
+from lora_ext.methods.base import Inserted, Insertion, Method, pooling_of
 from lora_ext.methods.lora import Lora
 from lora_ext.methods.pooling import POOLINGS, with_pooling
-from lora_ext.methods.registry import METHODS, new_method
+from lora_ext.methods.registry import METHODS, combined, new_method
 from lora_ext.model.adapter_set import adapter_set, find_adapter
 from lora_ext.model.adapter_state import lost_parameters
 from lora_ext.model.bare_model import BareModel, root_module
@@ -58,18 +49,16 @@ TENSORS_FILE = "method.safetensors"
 def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Saves the applied method and the parameters that it trains to ``directory``.
 
-    The low-rank adapter of ``lora`` is saved as ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT
-    can read. All files change at once, as in :func:`lora_ext.save_adapter`.
+    The low-rank adapter of ``lora`` is saved as PEFT's two files. All files change at once, as in
+    :func:`lora_ext.save_adapter`.
+
+    Warns of other parameters that require gradients, and of other adapters: the files do not hold them.
 
     Raises:
         ValueError: no method was applied, its low-rank adapter was merged for good or removed, or the model is sharded.
         OSError: the directory cannot be written; its content is unchanged.
-
-    Warns:
-        UserWarning: other parameters require gradients, or other adapters were added: the files do not hold them.
     """
     method = applied_method(model, "save_method")
-    _check_has_adapter(model, method, "save_method")
     files = _files(model, method)
     if any(is_sharded(tensor) or is_elsewhere(tensor) for tensor in files.tensors.values()):
         raise ValueError(
@@ -79,8 +68,7 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         )
     content, base = None, {}
     if files.has_adapter:
-        # "default", not the active one: others may have been added.
-        adapter = find_adapter(model, "save_method", "default")
+        adapter = find_adapter(model, "save_method", "default")  # others may have been added, and be active
         base = base_tensors_to_save("save_method", model, adapter)
         content = file_content(model, adapter, base)
     _warn_of_parts_left_out(model, files, base)
@@ -93,27 +81,19 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles, base: Mapping[str, Tensor]) -> None:
     adapters = adapter_set(model)
     if lost := lost_parameters(root_module(model), adapters, files, saved=base.values()):
-        warn_user(
-            f"save_method: {shown(lost[0])} requires a gradient but does not belong to {files.name} (one of "
-            f"{len(lost)} parameters): load_method will not restore it; freeze it, or save it yourself"
-        )
-    others = (
-        [] if adapters is None else [name for name in adapters.configs if not files.has_adapter or name != "default"]
-    )
-    if others:
-        warn_user(
-            f"save_method: the adapters {others} are not a part of {files.name}, and load_method will not restore "
-            "them; save them by lora_ext.save_adapter to directories of their own"
-        )
+        lost_ones = f"{shown(lost[0])} requires a gradient but does not belong to {files.name} (one of {len(lost)})"
+        warn_user(f"save_method: {lost_ones}: load_method will not restore it; freeze it, or save it yourself")
+    if others := [
+        name for name in (adapters.configs if adapters else ()) if not files.has_adapter or name != "default"
+    ]:
+        lost_ones = f"the adapters {others} are not a part of {files.name}, and load_method will not restore them"
+        warn_user(f"save_method: {lost_ones}; save them by lora_ext.save_adapter to other directories")
 
 
 def _files(model: nn.Module, method: Method) -> MethodFiles:
     inserts = any(isinstance(module, Inserted) for module in model.modules())
     has_adapter = method.lora_config(model) is not None
-    names = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE)
-
-    def trained() -> dict[str, Tensor]:
-        return method_parameters(model) | method.buffers(BareModel(root_module(model)))
+    names, trained = (TENSORS_FILE, *ADAPTER_FILES, METHOD_FILE), partial(_targets, model, method)
 
     def write(staging: Path) -> None:
         content = {
@@ -150,23 +130,17 @@ MethodFiles.of = staticmethod(_needed_files)
 def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: bool = False) -> ModelT:
     """Applies a method saved by :func:`save_method` to a bare ``model`` and loads the trained values.
 
-    A file that notes a pooling gives it to the model, too (:func:`lora_ext.methods.set_pooling`).
-    In a model adapted by the same method, only the values are replaced, in place. Values are cast to the dtype of the
-    parameters that they fill.
+    A file that notes a pooling gives it to the model, too (:func:`lora_ext.methods.set_pooling`). In a model adapted by
+    the same method, only the values are replaced, in place, and flags do not change. Values are cast to the dtype of
+    the parameters that they fill. Returns ``model``, the same object.
 
     Args:
-        model: a model of the saved architecture.
-        directory: contains ``method.json``.
         trainable: whether trained parameters require gradients; otherwise all are frozen, and the model is put into
-            eval mode. In a model adapted already, flags do not change.
-
-    Returns:
-        ``model``, the same object.
+            eval mode.
 
     Raises:
         FileNotFoundError: a file is missing; the message names it.
-        ValueError: a file is corrupted; the model is adapted by another method; or tensors do not fit the model: the
-            message lists missing and unexpected keys and wrong shapes.
+        ValueError: a file is corrupted; the model is adapted by another method; or tensors do not fit the model.
         Also the errors of :func:`apply_method`. After an error the model is unchanged.
     """
     saved = _read(Path(directory))
@@ -178,32 +152,31 @@ def load_method(model: ModelT, directory: str | os.PathLike[str], trainable: boo
 
 
 def _load(model: nn.Module, saved: _Saved, trainable: bool) -> None:
-    method = saved.method
-    if (applied := method_of(model)) is not None:
-        _check_same(applied, method, saved.directory)
-        _check_has_adapter(model, applied, "load_method")
-        targets = method_parameters(model) | method.buffers(BareModel(root_module(model)))
-        values = saved.read(targets)
-        with uninterrupted():
-            if saved.adapter is not None:
-                load_opened(model, saved.adapter)
-            _fill(targets, values)
-        return
-
-    check_is_bare(model, "load_method")
-    saved.check_size(model)
-    insertions = method.insertions(model)
-    inserted = {f"{place.path}.{place.name}".lstrip("."): place.module for place in insertions}
-    parameters = parameters_of(model, method, inserted)
-    targets = parameters | method.buffers(BareModel(root_module(model)))
+    method, insertions = saved.method, []
+    is_new = method_of(model) is None
+    if is_new:
+        check_is_bare(model, "load_method")
+        saved.check_size(model)
+        insertions = method.insertions(model)
+    else:
+        saved.check_is_of(applied_method(model, "load_method"))
+    targets = _targets(model, method, insertions)
     values = saved.read(targets)
     with uninterrupted():
         if saved.adapter is not None:
-            load_opened(model, saved.adapter, trainable)
-        _fill(targets, values)
-        carry_out(model, method, insertions)
-        for parameter in parameters.values():
-            parameter.requires_grad_(trainable)
+            load_opened(model, saved.adapter, trainable) if is_new else load_opened(model, saved.adapter)
+        with torch.no_grad():
+            for key, target in targets.items():
+                target.copy_(values[key])
+        if is_new:
+            carry_out(model, method, insertions)
+            for parameter in trained_by(model, method).values():
+                parameter.requires_grad_(trainable)
+
+
+def _targets(model: nn.Module, method: Method, insertions: Iterable[Insertion] = ()) -> dict[str, Tensor]:
+    """Returns the tensors in ``method.safetensors``, by path in the bare model; ``insertions`` are still to be made."""
+    return trained_by(model, method, insertions) | method.buffers(BareModel(root_module(model)))
 
 
 @checked
@@ -217,19 +190,13 @@ def read_method(directory: str | os.PathLike[str]) -> Method:
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """A saved method whose tensors are known by name and shape, but not read.
-
-    Attributes:
-        adapter: the low-rank adapter, if the method has one.
-        tensors: the other tensors; None if there is no such file.
-        pooling: of the model that was trained, see :func:`lora_ext.methods.set_pooling`; None: its class's.
-    """
+    """A saved method whose tensors are known by name and shape, but not read."""
 
     directory: Path
     method: Method
-    adapter: AdapterFile | None
-    tensors: TensorFile | None
-    pooling: str | None
+    adapter: AdapterFile | None  # the low-rank adapter, if the method has one
+    tensors: TensorFile | None  # the other tensors; None if there is no such file
+    pooling: str | None  # of the model that was trained; None: its class's
 
     def check_size(self, model: nn.Module) -> None:
         """Raises ValueError if the options need more parameters than the file holds. Call it before allocating them."""
@@ -237,10 +204,16 @@ class _Saved:
         needed = sum(part.count(model) for part in inserting)
         available = 0 if self.tensors is None else self.tensors.numel()
         if needed > available:
-            raise ValueError(
-                f"load_method: {self.directory / METHOD_FILE} asks for {shown(needed)} parameters with "
-                f"{shown([part.options() for part in inserting])}, but {TENSORS_FILE} holds {available}"
-            )
+            wanted = f"{shown(needed)} parameters with {shown([part.options() for part in inserting])}"
+            note = self.directory / METHOD_FILE
+            raise ValueError(f"load_method: {note} asks for {wanted}, but {TENSORS_FILE} holds {available}")
+
+    def check_is_of(self, applied: Method) -> None:
+        """Raises ValueError if the model is adapted by another method than the saved one."""
+        in_model, in_file = ([(part.name, part.options()) for part in m.parts] for m in (applied, self.method))
+        if in_model != in_file:  # load_adapter compares the configs of low-rank adapters
+            said = f"{self.directory} has {shown(in_file)}, but the model is adapted by {in_model}"
+            raise ValueError(f"load_method: {said}; call remove_method(model) first")
 
     def read(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Reads the new values of ``targets``. FileNotFoundError, ValueError: the tensors do not fit."""
@@ -259,81 +232,45 @@ class _Saved:
         return {key: self.tensors.tensor(key) for key in targets}
 
 
-@torch.no_grad()
-def _fill(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for key, target in targets.items():
-        target.copy_(values[key])
-
-
 def _read(directory: Path) -> _Saved:
     files = [directory / name for name in (METHOD_FILE, TENSORS_FILE, *ADAPTER_FILES)]
 
-    def read(existing: set[Path]) -> tuple[list[tuple[str, dict]], str | None, AdapterFile | None, TensorFile | None]:
-        try:
-            content = read_json_object(directory / METHOD_FILE, "", _LARGEST_METHOD)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(f"there is no {directory / METHOD_FILE}; save_method writes it") from error
-        parts = _parts(content, directory / METHOD_FILE)
-        adapter = AdapterFile.of(directory, existing) if any(name == Lora.name for name, _ in parts) else None
-        pooling = _pooling(content, directory / METHOD_FILE)
+    def read(existing: set[Path]) -> tuple[list[dict], str | None, AdapterFile | None, TensorFile | None]:
+        parts, pooling = _noted(directory / METHOD_FILE)
+        has_adapter = any(part["name"] == Lora.name for part in parts)
+        adapter = AdapterFile.of(directory, existing) if has_adapter else None
         return parts, pooling, adapter, TensorFile(files[1]) if files[1] in existing else None
 
     parts, pooling, adapter, tensors = read_unchanged(files, read, "load_method")
-    adapter = None if adapter is None else from_peft_form(adapter, "load_method")
+    lora = None
+    if adapter is not None:
+        adapter = from_peft_form(adapter, "load_method")
+        # inference_mode describes how a file is loaded, not the method
+        lora = Lora(dataclasses.replace(config_of(adapter, "load_method"), inference_mode=False))
     try:
-        methods = [
-            Lora(_adapter_config(adapter)) if name == Lora.name else new_method(name, **options)
-            for name, options in parts
-        ]
-        method = methods[0] if len(methods) == 1 else Combined(tuple(methods))
+        methods = [lora if part["name"] == Lora.name else new_method(part["name"], **part["options"]) for part in parts]
+        return _Saved(directory, combined(methods), adapter, tensors, pooling)
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_method: {directory / METHOD_FILE} is not a method's file: {error}") from error
-    return _Saved(directory, method, adapter, tensors, pooling)
 
 
-def _parts(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns names and options of the methods. ValueError: the file lacks them."""
-    methods = content.get("methods")
+def _noted(path: Path) -> tuple[list[dict], str | None]:
+    """Returns the names and options of the methods, and the pooling. ValueError: the file lacks them."""
+    try:
+        content = read_json_object(path, "", _LARGEST_METHOD)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"there is no {path}; save_method writes it") from error
+    methods, pooling, wrong = content.get("methods"), content.get("pooling"), None
     if not isinstance(methods, list) or not 0 < len(methods) <= len(METHODS):
-        raise ValueError(f"{path} is not a method's file: methods is {shown(methods)}, want a list of at least one")
-    parts = []
-    for part in methods:
-        name, options = (part.get("name"), part.get("options")) if isinstance(part, dict) else (None, None)
-        if not isinstance(name, str) or name not in METHODS or not isinstance(options, dict):
-            raise ValueError(
-                f"{path} is not a method's file: it has the method {shown(part)}, want a name (one of "
-                f"{', '.join(METHODS)}) and options"
-            )
-        parts.append((name, options))
-    return parts
+        wrong = f"methods is {shown(methods)}, want a list of at least one"
+    elif bad := [part for part in methods if not _is_noted_method(part)]:
+        wrong = f"it has the method {shown(bad[0])}, want a name (one of {', '.join(METHODS)}) and options"
+    elif pooling not in (None, *POOLINGS):
+        wrong = f"pooling is {shown(pooling)}, want one of {', '.join(POOLINGS)}"
+    if wrong is not None:
+        raise ValueError(f"{path} is not a method's file: {wrong}")
+    return methods, pooling
 
 
-def _pooling(content: Mapping[str, Any], path: Path) -> str | None:
-    pooling = content.get("pooling")
-    if pooling is not None and pooling not in POOLINGS:
-        raise ValueError(
-            f"{path} is not a method's file: pooling is {shown(pooling)}, want one of {', '.join(POOLINGS)}"
-        )
-    return pooling
-
-
-def _adapter_config(file: AdapterFile) -> LoraConfig:
-    # inference_mode describes how a file is loaded, not the method
-    return dataclasses.replace(config_of(file, "load_method"), inference_mode=False)
-
-
-def _check_same(applied: Method, method: Method, directory: Path) -> None:
-    in_model, in_file = ([(part.name, part.options()) for part in m.parts] for m in (applied, method))
-    if in_model != in_file:  # load_adapter compares the configs of low-rank adapters
-        raise ValueError(
-            f"load_method: {directory} has {shown(in_file)}, but the model is adapted by {in_model}; "
-            "call remove_method(model) first"
-        )
-
-
-def _check_has_adapter(model: nn.Module, method: Method, caller: str) -> None:
-    if method.lora_config(model) is not None and adapter_set(model) is None:
-        raise ValueError(
-            f"{caller}: the low-rank adapter of {method.name} was merged for good or removed; call "
-            "remove_method(model), which keeps the weights"
-        )
+def _is_noted_method(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("name") in [*METHODS] and isinstance(part.get("options"), dict)

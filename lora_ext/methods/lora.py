@@ -21,9 +21,8 @@ from lora_ext.nn.linear import is_linear, linear_sizes
 class Lora(Method):
     """Low-rank adapters, by :func:`lora_ext.inject`.
 
-    Args:
-        config: if its ``task_type`` is None, it becomes the model's, so that PEFT finds the head in the files.
-            With the pooling "cls", BERT's pooler is added to ``modules_to_save``.
+    If the config's ``task_type`` is None, it becomes the model's, so that PEFT finds the head in the files. With the
+    pooling "cls", BERT's pooler is added to ``modules_to_save``.
     """
 
     config: LoraConfig
@@ -35,9 +34,7 @@ class Lora(Method):
         has_new_pooler = pooling_of(model) == "cls" and getattr(base_model(model), "pooler", None) is not None
         if has_new_pooler and not any(f"{base_path(model)}.pooler{end}".endswith(saved) for end in ("", ".dense")):
             config = dataclasses.replace(config, modules_to_save=(*saved, "pooler"))
-        if config.task_type is not None:
-            return config
-        return dataclasses.replace(config, task_type=task_type(model))
+        return dataclasses.replace(config, task_type=config.task_type or task_type(model))
 
     def count(self, model: nn.Module) -> int:
         """Sums ``r * (in_features + out_features)`` over all targets; if square, ``2 * L_LoRA * d_model * r``.
@@ -58,8 +55,8 @@ class Lora(Method):
             elif layer is not None and is_linear(layer):
                 in_features, out_features = linear_sizes(layer)
             else:
-                kind = f"a {type(layer).__name__}" if layer is not None else "adapted by its parameters"
-                raise TypeError(f"lora: {path} is {kind}; the formula is for linear layers and embeddings")
+                kind = type(layer).__name__ if layer is not None else "parameter"
+                raise TypeError(f"lora: {path} is a {kind}; the formula is for linear layers and embeddings")
             enabled = config.enable_lora_for(path) or (True,)
             count += config.rank_for(path) * sum(enabled) * (in_features + out_features // len(enabled))
             count += out_features if config.use_dora else 0

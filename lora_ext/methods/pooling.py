@@ -34,17 +34,10 @@ def set_pooling(model: ModelT, pooling: str) -> ModelT:
 
     :func:`save_method` notes the choice, and :func:`load_method` repeats it. Other files do not: call this function
     before ``load_adapter``, PEFT's ``PeftModel.from_pretrained``, or after ``from_pretrained`` of a model whose config
-    has ``classifier_pooling="mean"``.
+    has ``classifier_pooling="mean"``. Returns ``model``, the same object.
 
-    Args:
-        model: a BERT, RoBERTa, XLM-RoBERTa or CamemBERT for sequence classification.
-
-    Returns:
-        ``model``, the same object.
-
-    Raises:
-        TypeError: another model.
-        ValueError: another pooling, or the model has the other one already.
+    TypeError: the model is no BERT, RoBERTa, XLM-RoBERTa or CamemBERT for sequence classification. ValueError: another
+    pooling, or the model has the other one already.
     """
     _check(model, pooling, "set_pooling")
     _choose(model, pooling)
@@ -53,35 +46,32 @@ def set_pooling(model: ModelT, pooling: str) -> ModelT:
 
 @contextmanager
 def with_pooling(model: nn.Module, pooling: str | None, caller: str) -> Iterator[None]:
-    """Gives the model the pooling of a file; takes it back if the block raises.
-
-    Raises:
-        ValueError: the model has another pooling. TypeError: it can have none.
-    """
+    """Gives the model the pooling of a file; takes it back if the block raises. Errors as in :func:`set_pooling`."""
     before = pooling_of(model)
+    if pooling is None and before is not None:
+        said = f"the model has the pooling {before!r}, and the file was trained without it"
+        raise ValueError(f"{caller}: {said}; load it into a model without set_pooling")
     if pooling == before:
         yield
         return
-    if pooling is None:
-        raise ValueError(
-            f"{caller}: the model has the pooling {before!r}, and the file was trained without it; load it into a "
-            "model without set_pooling"
-        )
     _check(model, pooling, caller)
-    pooler = getattr(base_model(model), "pooler", None)
+    root, base = root_module(model), base_model(model)
+    pooler = base.pooler
     _choose(model, pooling)
     try:
         yield
     except BaseException:
-        _take_back(model, pooler)
+        delattr(root, POOLING)
+        base.pooler = pooler
+        vars(root.config).pop("classifier_pooling", None)
+        remove_hooks(base, _mean_for_the_head, _mean_as_first_token)
         raise
 
 
 def _check(model: nn.Module, pooling: str, caller: str) -> None:
     if pooling not in POOLINGS:
         raise ValueError(f"{caller}: pooling is {shown(pooling)}, want one of {', '.join(POOLINGS)}")
-    architecture = architecture_of(model, caller)
-    if not architecture.keeps_first or task_type(model) != "SEQ_CLS":
+    if not architecture_of(model, caller).keeps_first or task_type(model) != "SEQ_CLS":
         kind = type(root_module(model)).__name__
         raise TypeError(f"{caller}: {kind} is not an encoder for sequence classification, whose pooling can be chosen")
     if pooling_of(model) not in (None, pooling):
@@ -94,19 +84,10 @@ def _choose(model: nn.Module, pooling: str) -> None:
         return
     setattr(root, POOLING, pooling)
     if pooling == "mean":
-        has_pooler = base.pooler is not None
+        hook = _mean_as_first_token if base.pooler is None else _mean_for_the_head
         base.pooler = None
         root.config.classifier_pooling = pooling  # the name in ModernBERT's config
-        base.register_forward_hook(_mean_for_the_head if has_pooler else _mean_as_first_token, with_kwargs=True)
-
-
-def _take_back(model: nn.Module, pooler: nn.Module | None) -> None:
-    root, base = root_module(model), base_model(model)
-    delattr(root, POOLING)
-    base.pooler = pooler
-    if hasattr(root.config, "classifier_pooling"):
-        del root.config.classifier_pooling
-    remove_hooks(base, _mean_for_the_head, _mean_as_first_token)
+        base.register_forward_hook(hook, with_kwargs=True)
 
 
 def _mean_for_the_head(base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -114,8 +95,7 @@ def _mean_for_the_head(base: nn.Module, args: tuple, kwargs: dict[str, Any], out
     mean = _mean(base, args, kwargs, output[0])
     if isinstance(output, tuple):
         return output[:1] + (mean,) + output[1:]
-    values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    return type(output)(**values | {"pooler_output": mean})  # a new one, because heads read it by position
+    return dataclasses.replace(output, pooler_output=mean)  # a new one, because heads read it by position
 
 
 def _mean_as_first_token(base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

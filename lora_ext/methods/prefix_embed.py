@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext.methods.architectures import base_model, base_path, hidden_size
-from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
-from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted
+from lora_ext.methods.architectures import Architecture, architecture_of, base_model, base_path, hidden_size
+from lora_ext.methods.base import (
+    Inserted,
+    Insertion,
+    Method,
+    by_name,
+    cache_name,
+    check_at_least,
+    new_parameter_dtype,
+    parameter_names,
+)
 from lora_ext.model.bare_model import root_module
+
+
+@dataclass(frozen=True)
+class PrefixMethod(Method):
+    """Base of :class:`PrefixEmbed` and :class:`PrefixLayer`, with their options. ValueError: both are 0."""
+
+    prefix_length: int = 8  # the paper's l_p: number of special tokens before the input
+    infix_length: int = 0  # the paper's l_i: number of special tokens after it
+
+    def __post_init__(self) -> None:
+        check_at_least(self.name, 0, prefix_length=self.prefix_length, infix_length=self.infix_length)
+        if self.special_tokens == 0:
+            raise ValueError(f"{self.name}: prefix_length and infix_length are 0, want at least 1 for one of them")
+
+    @property
+    def special_tokens(self) -> int:
+        return self.prefix_length + self.infix_length
+
+
+def architecture_with_prefix(model: nn.Module, method: str) -> Architecture:
+    """Returns :func:`architecture_of`. TypeError: an encoder is used as a decoder, and its first token stays first."""
+    architecture = architecture_of(model, method)
+    if architecture.keeps_first and getattr(root_module(model).config, "is_decoder", False):
+        raise TypeError(f"{method}: {type(root_module(model)).__name__} has is_decoder=True, which is not supported")
+    return architecture
+
+
+def counted(mask: Tensor) -> Tensor:
+    """Maps a mask ``[batch, length]`` (0: padding) to the number of real tokens before each; -1 in leading padding."""
+    return mask.long().cumsum(1) - 1
 
 
 class SpecialTokens(Inserted):
@@ -20,32 +57,17 @@ class SpecialTokens(Inserted):
 
     An encoder's first token, [CLS], keeps its position, because heads read it; the prefix has the next positions. In
     memory an encoder's special tokens follow the input, which makes no difference to bidirectional attention. In a
-    decoder the order is prefix, input, infix. Positions are given explicitly and do not count padding.
+    decoder the order is prefix, input, infix. Positions are given explicitly and do not count padding. With a cache of
+    keys and values, the tokens are inserted when it is empty; then the cache holds them.
 
-    Nothing is kept between calls. With a cache of keys and values, the tokens are inserted when it is empty; then the
-    cache holds them.
-
-    Args:
-        weight: initial values, ``[prefix_length + infix_length, d_model]``, the prefix first.
-        prefix_length, infix_length: see :class:`PrefixEmbed`.
-        keeps_first: whether the host is an encoder.
-        table: the host's embedding of positions; None: it rotates queries and keys.
-        names: :func:`parameter_names` of the host.
+    ``keeps_first`` says whether the host is an encoder. ``table`` is its embedding of positions, or None.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        prefix_length: int,
-        infix_length: int,
-        keeps_first: bool,
-        table: nn.Embedding | None,
-        names: tuple[str, ...],
-    ) -> None:
+    def __init__(self, host: nn.Module, method: PrefixMethod, keeps_first: bool, table: nn.Embedding | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.prefix_length, self.infix_length = prefix_length, infix_length
-        self.keeps_first, self.names = keeps_first, names
+        self.weight = nn.Parameter(_random_tokens(host, method.special_tokens))  # the prefix first
+        self.prefix_length, self.infix_length = method.prefix_length, method.infix_length
+        self.keeps_first, self.names = keeps_first, parameter_names(host)
         self.first_position = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
         self.max_positions = None if table is None else table.num_embeddings - self.first_position
 
@@ -60,34 +82,33 @@ class SpecialTokens(Inserted):
 
     @property
     def in_front(self) -> int:
-        """Number of special tokens before the input in memory."""
+        """Number of special tokens before the input, in memory."""
         return 0 if self.keeps_first else self.prefix_length
 
     def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         call = by_name(self.names, args, kwargs)
-        # Transformers before 5.4 passes the places of the text alone in the cache; without it the host counts itself.
-        call.pop("cache_position", None)
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        if ids is None and embeds is None:
+        if (ids is None) == (embeds is None):
             return args, kwargs  # the host raises an error
-        if ids is not None and embeds is not None:
-            raise ValueError("prefix-embed: both input_ids and inputs_embeds are given, want one of them")
         mask, cache = call.get("attention_mask"), call.get(cache_name(self.names))
         past = 0 if cache is None else cache.get_seq_length()
         batch, length = (ids if embeds is None else embeds).shape[:2]
         self._check(host, mask, past, batch, length)
         if past == 0:
-            call["inputs_embeds"] = self._with_special(host.get_input_embeddings()(ids) if embeds is None else embeds)
-            call.pop("input_ids", None)
+            embeds = host.get_input_embeddings()(ids) if embeds is None else embeds
+            if mask is None:  # without one, Transformers takes a jump in the positions for the start of a packed text
+                mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
+            call["inputs_embeds"] = self._joined(self.weight.to(embeds.dtype).expand(batch, -1, -1), embeds)
+            call["position_ids"] = self._positions(mask, call.get("position_ids"))
+            call["attention_mask"] = self._padded(mask, 1)
             if call.get("token_type_ids") is not None:
                 call["token_type_ids"] = self._padded(call["token_type_ids"], 0)
-            call.update(self._masked(mask, call.get("position_ids"), call["inputs_embeds"], length))
+            call.pop("input_ids", None)
             return (), call
         if call.get("position_ids") is not None:
             call["position_ids"] = call["position_ids"] + self.special_tokens
         if mask is not None:
-            call["attention_mask"] = nn.functional.pad(mask, (self.prefix_length, 0), value=1)
-            call["attention_mask"] = nn.functional.pad(call["attention_mask"], (0, self.infix_length), value=1)
+            call["attention_mask"] = nn.functional.pad(mask, (self.prefix_length, self.infix_length), value=1)
             if call.get("position_ids") is None:
                 call["position_ids"] = counted(call["attention_mask"])[:, -length:].clamp_min(0)
         return (), call
@@ -98,44 +119,29 @@ class SpecialTokens(Inserted):
             return output  # the cache already had the special tokens
         return self._without_special(output, kwargs["attention_mask"])
 
-    def _with_special(self, embeds: Tensor) -> Tensor:
-        """Adds the special tokens: ``[batch, length, d_model]`` -> ``[batch, length + special_tokens, d_model]``."""
-        special = self.weight.to(embeds.dtype).expand(len(embeds), -1, -1)
-        return torch.cat([special[:, : self.in_front], embeds, special[:, self.in_front :]], dim=1)
+    def _joined(self, special: Tensor, tokens: Tensor) -> Tensor:
+        """Returns ``[batch, length + special_tokens, ...]``."""
+        return torch.cat([special[:, : self.in_front], tokens, special[:, self.in_front :]], dim=1)
 
     def _padded(self, per_token: Tensor, value: int) -> Tensor:
         """Pads ``[batch, length]`` to ``[batch, length + special_tokens]`` with ``value`` for the special tokens."""
         behind = self.special_tokens - self.in_front
         return nn.functional.pad(per_token, (self.in_front, behind), value=value)
 
-    def _masked(
-        self, mask: Tensor | None, position_ids: Tensor | None, embeds: Tensor, length: int
-    ) -> Mapping[str, Tensor]:
-        """Returns ``attention_mask`` and ``position_ids``, both ``[batch, length + special_tokens]``.
-
-        The mask is never None: without one, Transformers takes a jump in the positions for the start of a packed text.
-        """
-        if mask is None:
-            mask = torch.ones(len(embeds), length, dtype=torch.long, device=embeds.device)
-        if position_ids is None:
-            ordinal = counted(mask)
-        else:
-            ordinal = (position_ids - self.first_position).expand(len(embeds), -1)
+    def _positions(self, mask: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Returns ``position_ids`` with the special tokens, ``[batch, length + special_tokens]``."""
+        given = None if position_ids is None else (position_ids - self.first_position).expand(len(mask), -1)
+        ordinal = counted(mask) if given is None else given
         count = ordinal.masked_fill(mask == 0, -1).amax(1, keepdim=True) + 1
         ordinal = ordinal.clamp_min(0)  # leading padding
         pushed = ordinal >= 1 if self.keeps_first else torch.ones_like(ordinal, dtype=torch.bool)
-        prefix = torch.arange(self.prefix_length, device=embeds.device) + int(self.keeps_first)
-        infix = count + self.prefix_length + torch.arange(self.infix_length, device=embeds.device)
-        special = torch.cat([prefix.expand(len(embeds), -1), infix], dim=1)
-        tokens = ordinal + self.prefix_length * pushed
-        positions = torch.cat([special[:, : self.in_front], tokens, special[:, self.in_front :]], dim=1)
-        return {"attention_mask": self._padded(mask, 1), "position_ids": positions + self.first_position}
+        prefix = torch.arange(self.prefix_length, device=mask.device) + int(self.keeps_first)
+        infix = count + self.prefix_length + torch.arange(self.infix_length, device=mask.device)
+        special = torch.cat([prefix.expand(len(mask), -1), infix], dim=1)
+        return self._joined(special, ordinal + self.prefix_length * pushed) + self.first_position
 
     def _without_special(self, output: Any, mask: Tensor) -> Any:
-        """Removes special positions from hidden states, i.e. from ``[batch, length + special_tokens, d_model]``.
-
-        The pooled first token, attentions and the cache stay as they are.
-        """
+        """Removes special positions from hidden states, ``[batch, length + special_tokens, d_model]``."""
         if isinstance(output, Tensor) and output.ndim == 3:
             hidden = output[:, self.in_front : mask.shape[1] - self.special_tokens + self.in_front]
             if self.keeps_first or self.infix_length == 0:
@@ -155,24 +161,14 @@ class SpecialTokens(Inserted):
     def _check(self, host: nn.Module, mask: Any, past: int, batch: int, length: int) -> None:
         """Raises ValueError for inputs that are not supported."""
         tokens = past + length - (self.special_tokens if past else 0)
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.ndim != 2:
-                given = f"{list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-                raise ValueError(
-                    f"prefix-embed: attention_mask is {given}, want the padding mask, [batch, length] "
-                    f"= {[batch, tokens]}; generate passes it on with the dynamic cache, its default"
-                )
-            if tuple(mask.shape) != (batch, tokens):
-                raise ValueError(f"prefix-embed: attention_mask is {list(mask.shape)}, want {[batch, tokens]}")
+        shape = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        if mask is not None and shape != [batch, tokens]:
+            wanted = f"want the padding mask, [batch, length] = {[batch, tokens]}"
+            raise ValueError(f"prefix-embed: attention_mask is {shape}, {wanted}, as with generate's dynamic cache")
         if self.most_tokens is not None and tokens > self.most_tokens:
-            raise ValueError(
-                f"prefix-embed: {tokens} tokens and {self.special_tokens} special ones, but {type(host).__name__} has "
-                f"{self.max_positions} positions; shorten the input to {self.most_tokens} "
-                "tokens, padding included, or choose a smaller prefix_length or infix_length"
-            )
-
-    def extra_repr(self) -> str:
-        return f"prefix_length={self.prefix_length}, infix_length={self.infix_length}"
+            said = f"{tokens} tokens and {self.special_tokens} special ones"
+            limit = f"{type(host).__name__} has {self.max_positions} positions"
+            raise ValueError(f"prefix-embed: {said}, but {limit}; shorten the input to {self.most_tokens} tokens")
 
 
 @dataclass(frozen=True)
@@ -181,16 +177,13 @@ class PrefixEmbed(PrefixMethod):
 
     They start as embeddings of random tokens of the vocabulary, which Lester et al. 2021 (arXiv 2104.08691, section
     3.2) found better than noise. Hidden states are returned without the special positions, so heads, labels and shapes
-    do not change; only ``attentions`` show them. In an encoder the prefix follows the first token, [CLS], which heads
-    read. In a decoder with an infix, the last real token of each row returns the output of the infix's last token:
-    classifiers read it, and generation continues from it. A loss over the other tokens does not see the infix, so train
-    language models with a prefix.
+    do not change; only ``attentions`` show them. In a decoder with an infix, the last real token of each row returns
+    the output of the infix's last token: classifiers read it, and generation continues from it. A loss over the other
+    tokens does not see the infix, so train language models with a prefix.
 
-    The attention mask, if given, must be the padding mask ``[batch, length]``. With a cache of keys and values, the
-    infix follows the tokens of the first call: in ``generate``, it is between prompt and answer. Without a cache it
-    follows all of the text so far. With a cache and an infix, padding must be on the left, as for ``generate``.
-    Cropping a cache to the length of the text, as assisted generation does, miscounts the special tokens. Sliding
-    windows include the special tokens: tokens further away do not see the prefix.
+    The attention mask, if given, must be the padding mask ``[batch, length]``. With a cache, the infix follows the
+    tokens of the first call, in ``generate`` the prompt, and padding must be on the left; without, it follows all text
+    so far. Cropping a cache, as assisted generation does, miscounts special tokens. Sliding windows include them.
     """
 
     name: ClassVar[str] = "prefix-embed"
@@ -199,19 +192,10 @@ class PrefixEmbed(PrefixMethod):
         architecture = architecture_with_prefix(model, self.name)
         base = base_model(model)
         table = base.get_submodule(architecture.position_table) if architecture.position_table else None
-        module = SpecialTokens(
-            _random_tokens(base, self.special_tokens),
-            self.prefix_length,
-            self.infix_length,
-            architecture.keeps_first,
-            table,
-            parameter_names(base),
-        )
-        if module.max_positions is not None and self.special_tokens >= module.max_positions:
-            raise ValueError(
-                f"{self.name}: {self.special_tokens} special tokens leave no room for text: "
-                f"{type(root_module(model)).__name__} has {module.max_positions} positions"
-            )
+        module = SpecialTokens(base, self, architecture.keeps_first, table)
+        if module.most_tokens is not None and module.most_tokens < 1:
+            positions = f"{type(root_module(model)).__name__} has {module.max_positions} positions"
+            raise ValueError(f"{self.name}: {self.special_tokens} special tokens leave no room for text: {positions}")
         return [Insertion(base_path(model), base, "special_tokens", module)]
 
     def count(self, model: nn.Module) -> int:
@@ -223,12 +207,11 @@ class PrefixEmbed(PrefixMethod):
 def _random_tokens(base: nn.Module, number: int) -> Tensor:
     """Returns ``[number, d_model]``: embeddings of random tokens that the config does not name as special."""
     table = base.get_input_embeddings().weight.detach()
-    special: set[int] = set()
+    allowed = torch.ones(len(table), dtype=torch.bool)
     for key, value in vars(base.config).items():
         if key.endswith("_token_id") and value is not None:
-            special.update(value if isinstance(value, (list, tuple)) else [value])
-    allowed = torch.ones(len(table), dtype=torch.bool)
-    allowed[[token for token in special if 0 <= token < len(table)]] = False
+            tokens = value if isinstance(value, (list, tuple)) else [value]
+            allowed[[token for token in tokens if 0 <= token < len(table)]] = False
     ids = allowed.nonzero()[:, 0]
     ids = ids[torch.randint(len(ids), (number,))].to(table.device)
     return table[ids].to(new_parameter_dtype(table))

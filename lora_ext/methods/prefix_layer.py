@@ -9,24 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.methods.architectures import Architecture, base_model, base_path, hidden_size, layers_of, weight_of
-from lora_ext.methods.inserted import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
-from lora_ext.methods.prefix_base import PrefixMethod, architecture_with_prefix, counted, is_causal
+from lora_ext.methods.base import Inserted, Insertion, by_name, cache_name, new_parameter_dtype, parameter_names
+from lora_ext.methods.prefix_embed import PrefixMethod, architecture_with_prefix, counted
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 _STATES, _ROTARY = "prefix_states", "prefix_rotary"  # arguments that the modules below pass to each other
 
 
 class PrefixRotary(Inserted):
-    """Passes the rotary module of a base model to the layers, which have no reference to it.
+    """Passes the rotary module, at ``path`` in a base model, to the layers, which have no reference to it.
 
     It passes the module, not its values: some kinds choose frequencies by the length of the input when called.
 
     The prefix must directly precede the first real token, so default positions do not count padding. For the text alone
     this makes no difference, because only distances matter.
-
-    Args:
-        path: path of the rotary module in the host.
-        names: :func:`parameter_names` of the host.
     """
 
     def __init__(self, path: str, names: tuple[str, ...]) -> None:
@@ -45,9 +41,7 @@ class PrefixRotary(Inserted):
 class PrefixStates(Inserted):
     """Holds the prefix's activations at a layer's input, and passes them, normalised, to the layer's attention.
 
-    Args:
-        weight: initial values, ``[special_tokens, d_model]``.
-        norm: path of the norm of the attention's input; "": none.
+    ``norm`` is the path of the norm of the attention's input; "": there is none.
     """
 
     def __init__(self, weight: Tensor, norm: str) -> None:
@@ -69,9 +63,7 @@ class PrefixKeys(Inserted):
     rotation. So attention gets an object that adds the prefix to the result of the real cache. The real cache never
     holds the prefix, so the model reads correct lengths and positions from it.
 
-    Args:
-        key_value: names of the host's projections to keys and values; equal if one makes queries, keys and values.
-        names: :func:`parameter_names` of the host.
+    ``key_value`` names the host's projections to keys and values; they are equal if one makes queries, keys and values.
     """
 
     def __init__(self, key_value: tuple[str, str], names: tuple[str, ...]) -> None:
@@ -81,8 +73,6 @@ class PrefixKeys(Inserted):
     def enter(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         check_implementation(host.config)
         call = by_name(self.names, args, kwargs)
-        if _STATES not in call:
-            raise RuntimeError(f"prefix-layer: call the layer that this {type(host).__name__} is in, not it alone")
         hidden, states, rotary = call["hidden_states"], call.pop(_STATES), call.pop(_ROTARY, None)
         keys, values = self._projected(host, states)
         tables = None if rotary is None else _rotations(rotary, states.shape[1], call["position_embeddings"][0])
@@ -91,8 +81,8 @@ class PrefixKeys(Inserted):
             # True in a boolean mask means visible; a float mask is added to the scores
             mask = nn.functional.pad(mask, (states.shape[1], 0), value=mask.dtype == torch.bool)
         elif _is_causal_without_mask(host, call) and length > 1:
-            # PyTorch would align a causal mask to the first key. There is no mask because the cache was empty, so keys
-            # after the first ``length`` are unfilled ones of a static cache.
+            # PyTorch would align a causal mask to the first key. Without a mask the cache was empty, so keys after the
+            # first ``length`` are unfilled ones of a static cache.
             num_keys = length
             mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
             mask = nn.functional.pad(mask, (states.shape[1], 0), value=True)[None, None]
@@ -102,7 +92,7 @@ class PrefixKeys(Inserted):
         return (), call
 
     def _projected(self, host: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns keys and values ``[1, special_tokens, heads * head_dim]`` of the prefix by the host's projections."""
+        """Returns the prefix's keys and values, ``[1, special_tokens, heads * head_dim]``."""
         key, value = self.key_value
         if key == value:
             _, keys, values = getattr(host, key)(states).chunk(3, dim=-1)
@@ -110,25 +100,17 @@ class PrefixKeys(Inserted):
         return getattr(host, key)(states), getattr(host, value)(states)
 
 
+@dataclass(eq=False)
 class PrefixedKeys:
-    """Replaces the cache of keys and values in one call of an attention; ``update`` also prepends the prefix.
+    """Replaces the cache of keys and values in one call of an attention; ``update`` also prepends the prefix."""
 
-    Args:
-        keys, values: ``[1, special_tokens, heads * head_dim]``.
-        tables: cosines and sines for the keys, ``[special_tokens, head_dim]``; None: keys are not rotated.
-        cache: the real cache, or None.
-        num_keys: number of real keys to return; None: all.
-    """
-
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        tables: tuple[Tensor, Tensor] | None,
-        cache: Any,
-        num_keys: int | None,
-    ) -> None:
-        self.keys, self.values, self.tables, self.cache, self.num_keys = keys, values, tables, cache, num_keys
+    keys: Tensor  # [1, special_tokens, heads * head_dim]
+    values: Tensor  # the same
+    tables: (
+        tuple[Tensor, Tensor] | None
+    )  # cosines and sines for the keys, [special_tokens, head_dim]; None: not rotated
+    cache: Any  # the real one, or None
+    num_keys: int | None  # number of real keys to return; None: all
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Prepends ``special_tokens`` keys and values to those of the cache, ``[batch, heads, length, head_dim]``."""
@@ -140,15 +122,15 @@ class PrefixedKeys:
             cosines, sines = self.tables
             halves = first_keys.chunk(2, dim=-1)
             first_keys = first_keys * cosines + torch.cat([-halves[1], halves[0]], dim=-1) * sines
-        both = ((first_keys, keys), (first_values, values))
-        first, second = (
-            torch.cat([prefix.to(real.dtype).expand(len(real), -1, -1, -1), real], dim=2) for prefix, real in both
-        )
-        return first, second
+        return self._joined(first_keys, keys), self._joined(first_values, values)
 
     @staticmethod
     def _by_head(flat: Tensor, like: Tensor) -> Tensor:
         return flat.view(1, flat.shape[1], -1, like.shape[-1]).transpose(1, 2)
+
+    @staticmethod
+    def _joined(prefix: Tensor, real: Tensor) -> Tensor:
+        return torch.cat([prefix.to(real.dtype).expand(len(real), -1, -1, -1), real], dim=2)
 
 
 def _is_causal_without_mask(host: nn.Module, call: dict[str, Any]) -> bool:
@@ -170,10 +152,8 @@ def _rotations(rotary: nn.Module, number: int, like: Tensor) -> tuple[Tensor, Te
 def check_implementation(config: Any) -> None:
     """Raises ValueError unless the attention implementation has masks that can be extended."""
     if config._attn_implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"prefix-layer: attn_implementation is {config._attn_implementation!r}, want one of "
-            f"{', '.join(IMPLEMENTATIONS)}; call model.set_attn_implementation({IMPLEMENTATIONS[0]!r})"
-        )
+        wanted = f"want one of {', '.join(IMPLEMENTATIONS)}; call model.set_attn_implementation({IMPLEMENTATIONS[0]!r})"
+        raise ValueError(f"prefix-layer: attn_implementation is {config._attn_implementation!r}, {wanted}")
 
 
 @dataclass(frozen=True)
@@ -183,9 +163,8 @@ class PrefixLayer(PrefixMethod):
     A layer normalises them as other activations, and its projections, adapted or not, compute their keys and values;
     they have no queries. Rotated keys have the positions ``-l_p`` to ``-1``; otherwise the activations carry any
     position. The input's positions do not change, outputs do not get longer (only ``attentions`` do), and caches do not
-    hold the special tokens. Padding and sliding windows do not hide them.
-
-    In an encoder a prefix and an infix are the same. A decoder refuses an infix, because no token would see it.
+    hold the special tokens. Padding and sliding windows do not hide them. In an encoder a prefix and an infix are the
+    same. A decoder refuses an infix, because no token would see it.
     """
 
     name: ClassVar[str] = "prefix-layer"
@@ -198,27 +177,21 @@ class PrefixLayer(PrefixMethod):
             rotary = PrefixRotary(architecture.rotary, parameter_names(base))
             found.append(Insertion(base_path(model), base, "prefix_rotary", rotary))
         for path, layer in layers_of(model, architecture):
-            attention = layer.get_submodule(architecture.attention)
-            states = PrefixStates(self._first_values(layer, model), architecture.attention_norm)
+            attention, like = layer.get_submodule(architecture.attention), weight_of(layer, model)
+            sizes = self.special_tokens, hidden_size(model)
+            weight = torch.empty(sizes, device=like.device, dtype=new_parameter_dtype(like))
+            nn.init.normal_(weight, std=0.02)  # as in Transformers; tokens that all start at zero would stay equal
+            states = PrefixStates(weight, architecture.attention_norm)
             keys = PrefixKeys(architecture.projections[1:3], parameter_names(attention))
             found.append(Insertion(path, layer, "prefix_states", states))
             found.append(Insertion(f"{path}.{architecture.attention}", attention, "prefix_keys", keys))
         return found
 
-    def _first_values(self, layer: nn.Module, model: nn.Module) -> Tensor:
-        like = weight_of(layer, model)
-        sizes = self.special_tokens, hidden_size(model)
-        weight = torch.empty(sizes, device=like.device, dtype=new_parameter_dtype(like))
-        # as in Transformers; tokens that all start at zero would stay equal
-        return nn.init.normal_(weight, std=0.02)
-
     def _architecture(self, model: nn.Module) -> Architecture:
         architecture = architecture_with_prefix(model, self.name)
-        if self.infix_length and is_causal(model, architecture):
-            raise ValueError(
-                f"{self.name}: infix_length is {self.infix_length}, but no token of a {type(model).__name__} sees "
-                "later tokens; want 0, or use prefix-embed"
-            )
+        if self.infix_length and not architecture.keeps_first:
+            said = f"infix_length is {self.infix_length}, but no token of a {type(model).__name__} sees later tokens"
+            raise ValueError(f"{self.name}: {said}; want 0, or use prefix-embed")
         return architecture
 
     def count(self, model: nn.Module) -> int:

@@ -1,25 +1,24 @@
-"""The table of methods by name."""
+"""The table of methods by name, and combinations: the paper's LoRA+PE and LoRA+PL (appendix E), and others."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.printable import shown
 from lora_ext.config import LoraConfig
-from lora_ext.methods.adapter_drop import AdapterDrop
-from lora_ext.methods.adapter_h import AdapterH
-from lora_ext.methods.adapter_l import AdapterL
-from lora_ext.methods.adapter_p import AdapterP
-from lora_ext.methods.base import Method
-from lora_ext.methods.bitfit import BitFit
-from lora_ext.methods.combined import Combined
-from lora_ext.methods.full import Full
-from lora_ext.methods.head_only import HeadOnly
+from lora_ext.matching.path_names import Parents, SuffixTable
+from lora_ext.methods.base import Insertion, Method
+from lora_ext.methods.bottleneck import AdapterDrop, AdapterH, AdapterL, AdapterP
+from lora_ext.methods.in_place import BitFit, Full, HeadOnly
 from lora_ext.methods.lora import Lora
 from lora_ext.methods.prefix_embed import PrefixEmbed
 from lora_ext.methods.prefix_layer import PrefixLayer
+from lora_ext.model.bare_model import BareModel, root_module
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -31,28 +30,21 @@ METHODS: dict[str, type[Method]] = {
 def new_method(name: str, **options: Any) -> Method:
     """Creates a method by name, or a combination of several joined by ``+``.
 
-    Args:
-        name: a key of :data:`METHODS`, or several, e.g. ``"lora"`` or ``"lora+prefix-embed"``.
-        options: fields of the method's class; for ``lora``, fields of :class:`lora_ext.LoraConfig`. In a combination,
-            every method takes the options that it has.
+    ``options`` are fields of the method's class; for ``lora``, fields of :class:`lora_ext.LoraConfig`. In a
+    combination, every method takes the options that it has.
 
-    Raises:
-        ValueError: there is no such method, or a value is not allowed.
-        TypeError: no method has such an option.
+    ValueError: there is no such method, or a value is not allowed. TypeError: no method has such an option.
     """
     names = name.split("+")
     if unknown := [part for part in names if part not in METHODS]:
-        raise ValueError(
-            f"new_method: name has {shown(unknown[0])}, want one of {', '.join(METHODS)}, or several joined by +"
-        )
+        known = f"{', '.join(METHODS)}, or several joined by +"
+        raise ValueError(f"new_method: name has {shown(unknown[0])}, want one of {known}")
     known = {part: option_names(part) for part in names}
     allowed = set().union(*known.values())
     if unknown := sorted(set(options) - allowed):
         raise TypeError(f"new_method: {name} has no option {shown(unknown[0])}; it has {sorted(allowed)}")
-    parts = tuple(
-        _new(part, {option: value for option, value in options.items() if option in known[part]}) for part in names
-    )
-    return parts[0] if len(parts) == 1 else Combined(parts)
+    parts = [_new(part, {key: value for key, value in options.items() if key in known[part]}) for part in names]
+    return combined(parts)
 
 
 @checked
@@ -66,3 +58,50 @@ def option_names(name: str) -> list[str]:
 
 def _new(name: str, options: dict[str, Any]) -> Method:
     return Lora(LoraConfig(**options)) if METHODS[name] is Lora else METHODS[name](**options)
+
+
+def combined(parts: list[Method]) -> Method:
+    """Returns the only part, or the combination. ValueError: they do not go together."""
+    return parts[0] if len(parts) == 1 else Combined(tuple(parts))
+
+
+@dataclass(frozen=True)
+class Combined(Method):
+    """Trains what any of ``parts`` trains. ValueError: one occurs twice, or cannot be combined (full, head-only)."""
+
+    parts: tuple[Method, ...] = ()  # type: ignore[override]
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        if alone := {"full", "head-only"} & set(names):
+            raise ValueError(f"{self.name}: {min(alone)} cannot be combined with another method; use it alone")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.name}: names {names}, want each method once")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "+".join(part.name for part in self.parts)
+
+    def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
+        """Returns the parts' parameters without those of ``modules_to_save``, which are trained as copies."""
+        config = self.lora_config(bare.root)
+        saved = SuffixTable(() if config is None else config.trained_modules)
+        copied = Parents(path for path in bare.modules if saved.find(path))
+        return {path: parameter for path, parameter in self._of_parts(bare).items() if path not in copied}
+
+    def _of_parts(self, bare: BareModel) -> dict[str, nn.Parameter]:
+        parts = (part.trained_parameters(bare).items() for part in self.parts)
+        return {path: parameter for items in parts for path, parameter in items}
+
+    def insertions(self, model: nn.Module) -> list[Insertion]:
+        return [insertion for part in self.parts for insertion in part.insertions(model)]
+
+    def lora_config(self, model: nn.Module) -> LoraConfig | None:
+        return next((config for part in self.parts if (config := part.lora_config(model)) is not None), None)
+
+    def count(self, model: nn.Module) -> int:
+        """Sums the parts' counts, without the parameters in ``modules_to_save``."""
+        bare = BareModel(root_module(model))
+        trained = self.trained_parameters(bare)
+        copied = sum(parameter.numel() for path, parameter in self._of_parts(bare).items() if path not in trained)
+        return sum(part.count(model) for part in self.parts) - copied

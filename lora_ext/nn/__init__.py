@@ -5,8 +5,8 @@
   arguments), ``parameter`` (experts, through ``weight_views``). ``trained`` trains a module in full,
   ``trainable_tokens`` rows of an embedding.
 - What layers are made of: ``layer`` on ``adapter_layer``, their base classes; ``adapter``, one low-rank update, and
-  ``tied``, the same for a second layer; ``active``, the names in use; ``base_layer``, what may be assumed of the frozen
-  layer; ``expand``, an up-projection onto its output.
+  ``tied``, the same for a second layer; ``active``, the names in use; ``joined``, several of them as one update;
+  ``base_layer``, what may be assumed of the frozen layer; ``expand``, an up-projection onto its output.
 - Layers that read one tensor: ``shared_inputs`` computes them together, ``input_groups`` finds them, ``operands`` says
   what a layer brings, ``checkpointed_parts`` where activation checkpointing separates them.
 - Rows of a batch that choose their adapters: ``rows``.

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import lora_ext
-from lora_ext import _load, cli, info
+from lora_ext import _load, info
+from lora_ext.commands import main
 from lora_ext.export import library_paths
 
 pytestmark = [pytest.mark.cpu_only("is about the binary"), pytest.mark.full]
@@ -71,7 +72,7 @@ def test_info_command_prints_text_and_json(capsys):
     assert (said.returncode, said.stderr) == (0, "")
     assert re.search(r"^CPU kernels +(amx|avx512_bf16|avx512|avx2|generic) \(this machine runs ", said.stdout, re.M)
     assert re.search(r"^CUDA in use +(yes|no: )", said.stdout, re.M)
-    assert cli.main(["info", "--json"]) == 0
+    assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["version"] == lora_ext.__version__
 
 

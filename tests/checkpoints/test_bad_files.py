@@ -1,6 +1,6 @@
-"""Every command that reads a bad checkpoint prints one line that names the file, and does nothing else.
+"""Every command and function that reads a bad checkpoint says which file it is, and does nothing else.
 
-No command waits, prints a traceback, lets a name write to the terminal, or writes a file.
+None waits, prints a traceback, lets a name write to the terminal, or writes a file.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ from support.checkpoint_files import (
     add_tensor,
 )
 
-from lora_ext import cli
+from lora_ext._common.printable import escaped
+from lora_ext.checkpoints import diff, unmerge
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
+from lora_ext.commands import main
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 COMMANDS = {
     "merge": ["merge", "--base", "{bad}", "--adapter", "{other}", "--out", "{out}"],
     "merge, dtype": ["merge", "--base", "{bad}", "--adapter", "{other}", "--out", "{out}", "--dtype", "bfloat16"],
-    "unmerge": ["unmerge", "--merged", "{bad}", "--out", "{out}"],
     "extract": ["extract", "--base", "{base}", "--tuned", "{bad}", "--out", "{out}", "--r", "2"],
     "inspect": ["inspect", "{bad}"],
-    "diff": ["diff", "{base}", "{bad}"],
+}
+FUNCTIONS = {  # without a command; they return an exit status
+    "unmerge": lambda base, bad, out, **_: int(not unmerge(bad, out).exact),
+    "diff": lambda base, bad, **_: int(bool(diff(base, bad))),
 }
 
 
@@ -59,18 +63,28 @@ def _watchdog() -> Iterator[None]:
 
 
 def run(name: str, files: Path, folder: Path, capsys) -> tuple[int, str]:
-    """Runs a command on ``folder / "bad"``; returns status and output. Checks that a failing one writes nothing."""
+    """Runs a command or function on ``folder / "bad"``. Checks that a failing one writes nothing.
+
+    Returns:
+        The exit status, and the error.
+    """
     paths = {"base": files / "base", "other": files / "other", "bad": folder / "bad", "out": folder / "out"}
     before = sorted(path.name for path in folder.iterdir())
-    status = cli.main([part.format(**paths) for part in COMMANDS[name]])
-    printed = capsys.readouterr()
+    if name in COMMANDS:
+        status = main([part.format(**paths) for part in COMMANDS[name]])
+        printed = capsys.readouterr()
+        assert (printed.out + printed.err).replace("\n", "").isprintable(), printed
+        said = printed.err.partition(" error: ")[2]
+        assert status == 0 or (said.count("\n") == 1 and len(said) < 1000), said
+    else:
+        try:
+            status, said = FUNCTIONS[name](**paths), ""
+        except (ValueError, OSError, RuntimeError) as error:
+            status, said = 2, escaped(str(error), keep="\n")
     if status == 2:
-        assert printed.err.count("lora-ext: error: ") == 1
         assert sorted(path.name for path in folder.iterdir()) == before
     shutil.rmtree(folder / "out", ignore_errors=True)
-    text = (printed.out + printed.err).replace("\n", "")
-    assert text.isprintable(), text
-    return status, printed.err.partition("lora-ext: error: ")[2]
+    return status, " ".join(said.split())
 
 
 def index(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -163,7 +177,7 @@ BAD_INDEX = {
     ),
     "file left out": (
         lambda directory: shutil.copy(directory / SHARD, directory / SHARD.replace("00001", "00009")),
-        "does not name all files of its checkpoint:\n  model-00009-of-",
+        "does not name all files of its checkpoint: model-00009-of-",
     ),
     "single file too": (
         lambda directory: shutil.copy(directory / SHARD, directory / "model.safetensors"),
@@ -213,13 +227,11 @@ def test_a_bad_index_or_shard_is_named_by_every_command(files, tmp_path, capsys,
     damage, message = (BAD_INDEX if where == INDEX else BAD_SHARD)[name]
     shutil.copytree(files / "merged", tmp_path / "bad")
     damage(tmp_path / "bad")
-    for command in COMMANDS:
+    for command in (*COMMANDS, *FUNCTIONS):
         status, printed = run(command, files, tmp_path, capsys)
         assert status == 2, (command, printed)
         assert message in printed, (command, printed)
         assert f"{tmp_path / 'bad' / where}" in printed or where in printed, (command, printed)
-        lines = printed.strip().split("\n")
-        assert all(line.startswith("  ") for line in lines[1:]), printed
         assert len(printed) < 2000, printed
 
 
@@ -228,7 +240,7 @@ def test_a_bad_config_is_named_by_those_who_read_it(files, tmp_path, capsys, nam
     damage, message = BAD_CONFIG[name]
     shutil.copytree(files / "merged", tmp_path / "bad")
     damage(tmp_path / "bad")
-    for command in COMMANDS:
+    for command in (*COMMANDS, *FUNCTIONS):
         status, printed = run(command, files, tmp_path, capsys)
         if command.startswith(("merge", "extract")) or (command == "diff" and not name.startswith("architectures")):
             assert status == 2, command
@@ -240,7 +252,7 @@ def test_a_bad_config_is_named_by_those_who_read_it(files, tmp_path, capsys, nam
 
 def test_directories_that_are_no_checkpoints(files, tmp_path, capsys):
     def tried(message: str) -> None:
-        for command in COMMANDS:
+        for command in (*COMMANDS, *FUNCTIONS):
             status, printed = run(command, files, tmp_path, capsys)
             assert status == 2, (command, printed)
             assert str(tmp_path / "bad") in printed
@@ -264,13 +276,13 @@ def test_directories_that_are_no_checkpoints(files, tmp_path, capsys):
 
 def test_a_name_that_is_too_long_or_has_other_letters(files, tmp_path, capsys):
     for path in ("x" * 5000, "x" * 300, "no\x1b[31m\nsuch", "\udcff\udcfe"):
-        assert cli.main(["inspect", str(tmp_path / path)]) == 2
+        assert main(["inspect", str(tmp_path / path)]) == 2
         printed = capsys.readouterr().err
-        assert printed.startswith("lora-ext: error: ")
+        assert printed.startswith("lora-ext inspect: error: ")
         assert printed.replace("\n", "").isprintable()
     strange = tmp_path / "ok\udcff\x1b"  # a name that the system allows
     shutil.copytree(files / "base", strange)
-    cli.main(["inspect", str(strange)])
+    main(["inspect", str(strange)])
     out = capsys.readouterr()
     assert (out.out + out.err).replace("\n", "").isprintable()
 

@@ -20,7 +20,6 @@ from support.checkpoint_files import (
 from support.models import bert, gpt2, llama, token_ids
 from torch import nn
 
-from lora_ext import cli
 from lora_ext.checkpoints import extract, merge
 from lora_ext.checkpoints.low_rank import approximate
 
@@ -178,21 +177,3 @@ def test_the_base_of_a_model_with_a_head_is_explained(tmp_path):
     words = "only in the base: pooler.dense.weight", "Load the base as such a model"
     with refused(tmp_path / "out", ValueError, *words):
         extract(tmp_path / "encoder", tmp_path / "classifier", tmp_path / "out")
-
-
-def test_command(tmp_path, capsys):
-    tuned_by_adapter(llama(), tmp_path, target_modules=["q_proj"])
-    arguments = ["extract", *(f"--{name}={tmp_path / name}" for name in ("base", "tuned")), f"--out={tmp_path / 'out'}"]
-    assert cli.main([*arguments, "--r", "4"]) == 0
-    output = capsys.readouterr().out
-    assert "relative error at rank" in output
-    assert "2 layers adapted; 19 tensors do not differ" in output
-    assert cli.main(arguments) == 2
-    assert "out exists" in capsys.readouterr().err
-    assert cli.main([*arguments, "--overwrite", "--json", "--target-modules", "q_proj, v_proj"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["layers"]) == 2
-    (tmp_path / "out" / "README.md").write_text("mine")
-    assert cli.main([*arguments, "--overwrite"]) == 2
-    assert (
-        "overwriting it would remove; move them, or choose another directory:\n  README.md" in capsys.readouterr().err
-    )

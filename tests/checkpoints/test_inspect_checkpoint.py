@@ -1,4 +1,4 @@
-"""``lora-ext inspect`` and ``lora-ext diff``."""
+"""Tests ``inspect`` and ``diff``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from support.checkpoint_files import EVERY_LAYER, EveryLayer, merged_by_peft, peft_adapter, save_checkpoint
 from support.models import llama
 
-from lora_ext import cli
 from lora_ext.checkpoints import diff, inspect
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
@@ -45,18 +44,6 @@ def test_a_checkpoint_and_a_file(tmp_path):
     assert inspect(tmp_path / "base" / next(iter(found["files"])))["parameters"] in (12, 5)
 
 
-def test_inspect_command(tmp_path, capsys):
-    peft_adapter(llama(), tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
-    assert cli.main(["inspect", str(tmp_path / "a")]) == 0
-    output = capsys.readouterr().out
-    assert "model.layers.0.self_attn.q_proj linear 2 2.5 float32 64 " in " ".join(output.split())
-    assert f"{tmp_path / 'a'}: adapter, " in output
-    assert cli.main(["inspect", str(tmp_path / "a"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["config"]["r"] == 2
-    assert cli.main(["inspect", str(tmp_path)]) == 2
-    assert "lora-ext: error: " in capsys.readouterr().err
-
-
 def test_two_checkpoints(tmp_path):
     tensors = {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(2, 2), "i": torch.arange(3), "z": torch.zeros(2)}
     save_checkpoint(tensors | {"x": torch.ones(1)}, tmp_path / "one", shards=2)
@@ -71,18 +58,15 @@ def test_two_checkpoints(tmp_path):
     assert not diff(tmp_path / "one", tmp_path / "one")
 
 
-def test_a_sign_of_zero_and_nan_are_differences(tmp_path, capsys):
+def test_a_sign_of_zero_and_nan_are_differences(tmp_path):
     for name, values in {"plus": [0.0, 1.0], "minus": [-0.0, 1.0], "nan": [0.0, float("nan")]}.items():
         save_checkpoint({"a": torch.tensor(values)}, tmp_path / name, shards=1)
     assert diff(tmp_path / "plus", tmp_path / "minus").values == {"a": {"max_abs": 0.0, "relative": 0.0}}
     assert math.isnan(diff(tmp_path / "plus", tmp_path / "nan").values["a"]["max_abs"])
     assert not diff(tmp_path / "nan", tmp_path / "nan")
-    assert cli.main(["diff", str(tmp_path / "plus"), str(tmp_path / "nan"), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is not JSON
-    assert found["values"]["a"]["max_abs"] is None
 
 
-def test_two_adapters_and_the_exit_code(tmp_path, capsys):
+def test_two_adapters(tmp_path):
     model = llama()
     for name in ("a", "b"):
         torch.manual_seed(0)
@@ -90,8 +74,8 @@ def test_two_adapters_and_the_exit_code(tmp_path, capsys):
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     config["target_modules"].reverse()
     (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(config))
-    assert cli.main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert "8 tensors are equal, 0 differ" in capsys.readouterr().out
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert not found and found.equal == 8
 
     (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 9}))
     path = tmp_path / "b" / "adapter_model.safetensors"
@@ -99,23 +83,16 @@ def test_two_adapters_and_the_exit_code(tmp_path, capsys):
     key = next(iter(tensors))
     tensors[key][0, 0] += 1
     save_file(tensors, path)
-    assert cli.main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    output = capsys.readouterr().out
-    assert "config, lora_alpha: 5, 9" in output
-    assert key in output
-    assert cli.main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 1
-    assert list(json.loads(capsys.readouterr().out)["values"]) == [key]
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert found and found.config == {"lora_alpha": [5, 9]} and list(found.values) == [key]
     save_checkpoint(dict(model.state_dict()), tmp_path / "base")
-    assert cli.main(["diff", str(tmp_path / "a"), str(tmp_path / "base")]) == 2
-    assert "is an adapter and" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is an adapter and"):
+        diff(tmp_path / "a", tmp_path / "base")
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff"])
-def test_missing_files(tmp_path, capsys, command):
-    paths = [str(tmp_path / "none")] * (2 if command == "diff" else 1)
-    assert cli.main([command, *paths]) == 2
-    assert "none is missing" in capsys.readouterr().err
-    if command == "diff":
-        peft_adapter(llama(), tmp_path / "adapter", target_modules=["q_proj"])
-        assert cli.main(["diff", str(tmp_path / "adapter"), str(tmp_path / "none")]) == 2
-        assert "none is missing" in capsys.readouterr().err
+def test_missing_files(tmp_path):
+    none = tmp_path / "none"
+    peft_adapter(llama(), tmp_path / "adapter", target_modules=["q_proj"])
+    for read in (lambda: inspect(none), lambda: diff(none, none), lambda: diff(tmp_path / "adapter", none)):
+        with pytest.raises(FileNotFoundError, match="none is missing"):
+            read()

@@ -13,7 +13,7 @@ from support.checkpoint_files import merged_by_peft, peft_adapter, save_checkpoi
 from support.models import bert, gpt2, llama
 from torch import nn
 
-from lora_ext import cli, load_adapter
+from lora_ext import load_adapter
 from lora_ext.adapters import merge_and_unload
 from lora_ext.checkpoints import inspect, merge, unmerge
 from lora_ext.checkpoints import merged_rows as merging
@@ -126,11 +126,9 @@ def test_magnitudes_of_a_config_without_dora(files):
         merge(files / "base", [files / "adapter"], files / "out")
 
 
-def test_inspecting_and_analysing(files, capsys):
+def test_inspecting(files):
     (layer,) = inspect(files / "adapter")["layers"]
     assert layer["parameters"] == layer["r"] * (9 + 7) + 7
-    assert cli.main(["analyze", "--adapter", str(files / "adapter"), "--out", str(files / "analysis")]) == 2
-    assert "is a DoRA adapter (use_dora), which rescales the weights" in capsys.readouterr().err
 
 
 def test_a_merged_adapter_is_not_subtracted(files):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from support.checkpoint_files import (
 from support.models import bert, llama
 from support.processes import run_python
 
-from lora_ext import cli
 from lora_ext.checkpoints import merge
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
@@ -122,22 +120,3 @@ print(resident() - imported)
     bound = 1.5 * largest + 75e6
     assert total > bound, "or a process that holds all of it would pass"
     assert 1024 * int(done.stdout) < bound
-
-
-def test_command(llama_files, tmp_path, capsys):
-    base, adapter = llama_files
-    arguments = ["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "out")]
-    assert cli.main([*arguments, "--verify", "--shard-size", "6KB"]) == 0
-    output = capsys.readouterr().out
-    assert f"{tmp_path / 'out'}: 4 tensors merged, 0 replaced, 17 copied" in output
-    assert output.strip().endswith("verified")
-    assert cli.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("lora-ext: error: ")
-    assert "out exists" in error
-    assert cli.main([*arguments, "--overwrite", "--dtype", "bfloat16", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["merged"] == 4
-    with pytest.raises(SystemExit) as caught, warnings.catch_warnings():
-        cli.main([*arguments, "--shard-size", "many"])
-    assert caught.value.code == 2
-    assert "'many', want a size such as 5GB or 500MB" in capsys.readouterr().err

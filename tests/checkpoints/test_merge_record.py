@@ -16,7 +16,6 @@ from support.checkpoint_records import INDEX, outcome, resigned
 from support.models import llama
 from torch import nn
 
-from lora_ext import cli
 from lora_ext.checkpoints import merge, unmerge
 from lora_ext.checkpoints.digests import Hasher
 from lora_ext.checkpoints.record_format import Manifest
@@ -249,27 +248,20 @@ def test_a_digest_does_not_depend_on_blocks_and_threads(threads):
 # --- what a user sees -------------------------------------------------------------------------------------------------
 
 
-def test_command(files, merged, capsys):
+def test_other_files_that_changed_are_named_and_a_changed_shard_is_refused(files, merged):
     out = merged.parent / "out"
-    arguments = ["unmerge", "--merged", str(merged), "--out", str(out)]
-    assert cli.main(arguments) == 0
-    assert "5 tensors restored to the bit" in capsys.readouterr().out
+    report = unmerge(merged, out)
+    assert (report.exact, report.tensors) == (True, 5)
     (merged / "config.json").write_text("{}")
     (merged / "notes\n\x1b[31m").write_text("")
-    assert cli.main([*arguments, "--overwrite"]) == 1
-    printed = capsys.readouterr().out
-    assert "not exact, because other files are not those of the base:" in printed
-    assert "\n  config.json was changed since the merge\n" in printed
-    assert "\n  notes\\n\\x1b[31m is not of the base\n" in printed
-    assert cli.main([*arguments, "--overwrite", "--json"]) == 1
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["exact"] is False
-    assert "config.json was changed since the merge" in printed["because"]
-    shard = next(merged.glob("*.safetensors"))
-    flip(shard, -1)
+    report = unmerge(merged, out, overwrite=True)
+    assert not report.exact and sorted(report.because) == [
+        *("config.json was changed since the merge", "notes\n\x1b[31m is not of the base")
+    ]
+    flip(next(merged.glob("*.safetensors")), -1)
     before = snapshot(out)
-    assert cli.main([*arguments, "--overwrite"]) == 2
-    assert "was changed since it was merged" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="was changed since it was merged"):
+        unmerge(merged, out, overwrite=True)
     assert snapshot(out) == before
 
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from support.checkpoint_files import peft_adapter, refused, save_checkpoint
 from support.models import llama
 
-from lora_ext import cli
 from lora_ext.checkpoints import diff, inspect, merge, unmerge
 from lora_ext.checkpoints.merged_mark import KEY
 from lora_ext.files.safetensors_format import read_header
@@ -23,7 +22,7 @@ def marks(directory: Path) -> list[str | None]:
     return [read_header(path)[1].get(KEY) for path in sorted(directory.glob("*.safetensors"))]
 
 
-def test_an_adapter_is_merged_into_a_checkpoint_once(llama_files, tmp_path, capsys):
+def test_an_adapter_is_merged_into_a_checkpoint_once(llama_files, tmp_path):
     base, adapter = llama_files
     other = tmp_path / "other"
     peft_adapter(llama(), other, target_modules=["v_proj"])
@@ -33,8 +32,6 @@ def test_an_adapter_is_merged_into_a_checkpoint_once(llama_files, tmp_path, caps
     merge(tmp_path / "once", [other], tmp_path / "both", shard_bytes=5000)
     assert inspect(base)["merged"] == [] and inspect(tmp_path / "both")["merged"] == ["adapter", "other"]
     assert len({*marks(tmp_path / "both")}) == 1 < len(marks(tmp_path / "both"))
-    assert cli.main(["inspect", str(tmp_path / "both")]) == 0
-    assert "merged into it: adapter, other\n" in capsys.readouterr().out
 
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 9}))  # another strength of it

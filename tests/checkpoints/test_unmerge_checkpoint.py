@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from support.checkpoint_files import (
 from support.models import bert, llama
 from torch import nn
 
-from lora_ext import cli
 from lora_ext.checkpoints import merge, record, record_writer, unmerge
 from lora_ext.checkpoints import merged_rows as merging
 
@@ -139,16 +137,3 @@ def test_the_record_is_small(tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "out" / "merge_record").iterdir())
     factors = 2 * 4 * 512 * 4
     assert factors < size < factors + 0.25 * 512 * 512 + 2000
-
-
-def test_command(files, capsys):
-    base, adapter, out = (str(files / name) for name in ("base", "adapter", "out"))
-    assert cli.main(["merge", "--base", base, "--adapter", adapter, "--out", out, "--record"]) == 0
-    assert cli.main(["unmerge", "--merged", out, "--out", str(files / "again"), "--verify"]) == 0
-    assert "2 tensors restored to the bit" in capsys.readouterr().out
-    assert_same_bits(tensors_of(files / "again"), tensors_of(files / "base"))
-    arguments = ["unmerge", "--merged", str(files / "plain"), "--out", str(files / "rounded")]
-    assert cli.main(arguments) == 2
-    assert "lora-ext: error: unmerge: " in capsys.readouterr().err
-    assert cli.main([*arguments, "--adapter", adapter, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["exact"] is False

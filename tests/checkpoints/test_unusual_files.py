@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoint_files import add_tensor, assert_same_bits, peft_adapter, save_checkpoint, snapshot, tensors_of
 from torch import nn
 
-from lora_ext import cli
-from lora_ext.checkpoints import merge, unmerge
+from lora_ext.checkpoints import diff, extract, inspect, merge, unmerge
 from lora_ext.checkpoints.checkpoint_files import Checkpoint
 from lora_ext.checkpoints.merged_mark import KEY
 
@@ -24,7 +23,7 @@ def files(small_files) -> Path:
     return small_files
 
 
-def test_dtypes_that_pytorch_lacks_are_copied(files, tmp_path, capsys):
+def test_dtypes_that_pytorch_lacks_are_copied(files, tmp_path):
     """These tensors are merged, recorded, restored and compared as bytes."""
     shutil.copytree(files / "base", tmp_path / "bad")
     add_tensor(tmp_path / "bad", "scales", "F8_E8M0", (3,), 3)
@@ -36,9 +35,8 @@ def test_dtypes_that_pytorch_lacks_are_copied(files, tmp_path, capsys):
     first, second = Checkpoint.open(tmp_path / "bad"), Checkpoint.open(tmp_path / "again")
     for key in ("scales", "packed", "six"):
         assert (first.info(key).dtype, first.info(key).shape) == (second.info(key).dtype, second.info(key).shape)
-    assert cli.main(["diff", str(tmp_path / "bad"), str(tmp_path / "again")]) == 0
-    assert cli.main(["inspect", str(tmp_path / "bad")]) == 0
-    assert "packed" in capsys.readouterr().out
+    assert not diff(tmp_path / "bad", tmp_path / "again")
+    assert inspect(tmp_path / "bad")["tensors"]["packed"] == {"dtype": "F4", "shape": [2, 6], "bytes": 6}
     merge(tmp_path / "bad", [files / "adapter"], tmp_path / "half", dtype=torch.bfloat16)
     assert Checkpoint.open(tmp_path / "half").info("packed").dtype == "F4"
 
@@ -56,7 +54,7 @@ def test_tensors_of_another_dtype_are_not_replaced_by_numbers(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_empty_tensors_and_empty_checkpoints(files, tmp_path, capsys):
+def test_empty_tensors_and_empty_checkpoints(files, tmp_path):
     model = nn.ModuleDict({"a": nn.Linear(9, 7)})
     nothing = {"none": torch.ones(0), "rows": torch.ones(0, 5), "cols": torch.ones(5, 0), "scalar": torch.tensor(2.0)}
     save_checkpoint(dict(model.state_dict()) | nothing, tmp_path / "base", shards=2)
@@ -69,17 +67,16 @@ def test_empty_tensors_and_empty_checkpoints(files, tmp_path, capsys):
     assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "base"))
     (tmp_path / "empty").mkdir()
     save_file({}, tmp_path / "empty" / "model.safetensors")
-    assert cli.main(["inspect", str(tmp_path / "empty")]) == 0
-    capsys.readouterr()
-    for arguments in (
-        ["merge", "--base", "empty", "--adapter", "adapter", "--out", "x"],
-        ["extract", "--base", "base", "--tuned", "empty", "--out", "x"],
-        ["extract", "--base", "empty", "--tuned", "empty", "--out", "x"],
-        ["unmerge", "--merged", "empty", "--out", "x"],
+    assert inspect(tmp_path / "empty")["tensors"] == {}
+    base, empty, x = (tmp_path / name for name in ("base", "empty", "x"))
+    for call in (
+        lambda: merge(empty, [tmp_path / "adapter"], x),
+        lambda: extract(base, empty, x),
+        lambda: extract(empty, empty, x),
+        lambda: unmerge(empty, x),
     ):
-        paths = [str(tmp_path / one) if not one.startswith("--") else one for one in arguments[1:]]
-        assert cli.main([arguments[0], *paths]) == 2
-        assert "empty" in capsys.readouterr().err
+        with pytest.raises((ValueError, FileNotFoundError), match="empty"):
+            call()
     assert not (tmp_path / "x").exists()
 
 

@@ -77,11 +77,11 @@ def test_a_comparison_from_specs_to_tables(command: Command, words: list[str], t
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(command: Command, words: list[str], tmp_path: Path):
-    specs = ["bitfit", "lora:learning_rate=1e30:targets=query"]
+    specs = ["bitfit", "full:learning_rate=1e30"]
     status, said, messages = command("compare", *specs, "--out", tmp_path, *words)
     assert status == 1
     assert (
-        "lora:learning_rate=1e30:targets=query, seed 0 failed: lora-ext finetune: error: training diverged" in messages
+        "full:learning_rate=1e30, seed 0 failed: lora-ext finetune: error: training diverged" in messages
     )
     assert "| bitfit | 1 |" in said and "Not complete: 1 runs failed." in said
 

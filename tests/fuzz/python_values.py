@@ -1,4 +1,4 @@
-"""Makes calls with plain values and modules: LoraConfig, layers of lora_ext.nn, methods, the planner."""
+"""Makes calls with plain values and modules: LoraConfig, layers of lora_ext.nn, methods."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ for _kind in LAYERS:
     VALUES[f"lora_ext.nn.{_kind}"] = _layer(_kind)
 
 
-# --- methods and the planner ------------------------------------------------------------------------------------------
+# --- methods ----------------------------------------------------------------------------------------------------------
 
 OPTIONS = {
     "bottleneck_size": ("16", "1"),
@@ -326,16 +326,3 @@ def new_method(choices: Choices) -> Call:
 @maker("lora_ext.methods.option_names")
 def option_names(choices: Choices) -> Call:
     return Call("lora_ext.methods.option_names", {"name": Source(choices.pick(('"lora"', '"bitfit"', '"adapter-h"')))})
-
-
-@maker("lora_ext.planner.Setup")
-def setup(choices: Choices) -> Call:
-    pools = {
-        "batch_size": ("16", "1"),
-        "seq_len": ("128", "1"),
-        "dtype": ('"float32"', '"bfloat16"'),
-        "optimizer": ('"adamw"', '"sgd"'),
-        "gradient_checkpointing": ("False", "True"),
-        "accumulates": ("False", "True"),
-    }
-    return Call("lora_ext.planner.Setup", picked(choices, pools))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import warnings
 from collections.abc import Iterator
 
@@ -17,9 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, unmerge
-from lora_ext.adapters import merge_and_unload, unload
-from lora_ext.files.adapter_file import TensorFile
+from lora_ext import LoraConfig, inject, merge, unmerge
+from lora_ext.adapters import merge_and_unload
 from lora_ext.methods import apply_method, load_method, new_method, remove_method, save_method
 
 pytestmark = pytest.mark.cpu_only("files are about the CPU, and the Trainer chooses the device")
@@ -135,29 +133,6 @@ def test_a_part_with_inserted_modules_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_injected_by_itself_is_not_lost(tmp_path):
-    model = bert()
-    inject(model.bert, LoraConfig(r=2, target_modules=["query"]))
-    apply_method(model, new_method("prefix-layer"))
-    with pytest.raises(ValueError, match="a part of .* was injected by itself, and its adapters would be lost"):
-        model.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_guarded_too(again, tmp_path):
-    model = shaken(adapted(bert(), "prefix-layer")).eval()
-    copied = again(model)
-    shaken(copied)
-    copied.save_pretrained(tmp_path)
-    ids = token_ids()
-    loaded = load_method(bert(), tmp_path)
-    bare = remove_method(copy.deepcopy(copied))
-    loaded.load_state_dict({key: value for key, value in bare.state_dict().items() if "classifier" not in key}, False)
-    assert torch.equal(loaded.eval()(ids).logits, copied(ids).logits)
-    assert not torch.equal(model(ids).logits, copied(ids).logits)
-
-
 def test_without_the_method_the_model_saves_itself_again(tmp_path):
     base = bert().eval()
     for model in (
@@ -176,61 +151,9 @@ def _saved(base: nn.Module, directory):
     return directory
 
 
-def test_an_adapter_injected_later_and_removed(tmp_path):
-    base = on_disk(bert(), tmp_path / "base")
-    model = shaken(adapted(base, "adapter-h"))
-    inject(model, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)).eval()
-    with pytest.warns(UserWarning, match="load_method.*then the other adapters by load_adapter"):
-        model.save_pretrained(tmp_path / "both")
-    ids = token_ids()
-    again = load_adapter(load_method(copy.deepcopy(base), tmp_path / "both"), tmp_path / "both").eval()
-    assert torch.equal(again(ids).logits, model(ids).logits)
-    unload(model).save_pretrained(tmp_path / "one")
-    with pytest.raises(RuntimeError, match="mismatch"):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
-    assert torch.equal(load_method(base, tmp_path / "one").eval()(ids).logits, model(ids).logits)
-
-
 @pytest.mark.parametrize("name", ["bitfit", "full", "head-only"])
 def test_methods_that_insert_nothing_save_the_whole_model(name, tmp_path):
     model = shaken(apply_method(bert(), new_method(name))).eval()
     model.save_pretrained(tmp_path)
     ids = token_ids()
     assert torch.equal(AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
-
-
-def test_lora_with_trained_biases_names_load_method(tmp_path):
-    base = on_disk(bert(), tmp_path / "base")
-    model = shaken(adapted(base, "lora+bitfit")).eval()
-    with pytest.warns(UserWarning, match="load_method"):
-        model.save_pretrained(tmp_path / "saved")
-    ids = token_ids()
-    assert torch.equal(load_method(base, tmp_path / "saved").eval()(ids).logits, model(ids).logits)
-    merge(model).save_pretrained(tmp_path / "merged")
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    assert torch.equal(merged(ids).logits, model(ids).logits)
-
-
-def test_parameters_that_the_method_does_not_train_are_named(tmp_path):
-    model = adapted(bert(), "adapter-h")
-    model.bert.embeddings.requires_grad_(True)
-    with pytest.warns(UserWarning, match="does not belong to adapter-h .*load_method will not restore"):
-        model.save_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("is_new", [True, False])
-def test_a_file_that_is_overwritten_while_it_is_read_changes_nothing(is_new, tmp_path, monkeypatch):
-    path, tensor, keys = tmp_path / "method.safetensors", TensorFile.tensor, []
-    save_method(shaken(adapted(bert(), "adapter-h")), tmp_path)
-    model = bert() if is_new else shaken(adapted(bert(), "adapter-h"))
-
-    def begin_to_copy(file: TensorFile, key: str) -> torch.Tensor:
-        keys.append(key)
-        if len(keys) == 2:
-            path.write_bytes(b"")
-        return tensor(file, key)
-
-    monkeypatch.setattr(TensorFile, "tensor", begin_to_copy)
-    with refused(model, ValueError, "method.safetensors was changed while it was read"):
-        load_method(model, tmp_path)
-    assert len(keys) == 2

@@ -1,4 +1,4 @@
-"""Makes a tiny base and its adapters on disk and analyses them, for the tests of ``lora-ext analyze``."""
+"""Makes a tiny base and its adapters on disk, for the tests of ``lora-ext analyze`` and ``report``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support.models import llama
-from support.optional import matplotlib  # noqa: F401
-from torch import nn
+from safetensors.torch import load_file, save_file
+from support.checkpoint_files import peft_adapter, save_checkpoint
+from support.models import bert, llama
+from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, save_adapter
-from lora_ext.tasks.analyze import run as analyze
-from lora_ext.tasks.analyze.run import AnalysisSettings
 
 
 def own_adapter(model: nn.Module, directory: Path, seed: int, **settings: Any) -> Path:
@@ -51,9 +51,76 @@ def name_base(adapter: Path, copied: Path, name: str) -> Path:
     return copied
 
 
-def run(out: Path, *adapters: Path, base: Path | None = None, **settings: Any) -> dict[str, Any]:
-    """Runs an analysis without pictures, which take longer than the rest."""
-    chosen = AnalysisSettings(tuple(map(str, adapters)), base=None if base is None else str(base), **settings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyze.results, "draw", lambda analysis, out: [])
-        return analyze.analyze(chosen, out, say=lambda _: None)
+def save_misfits(folder: Path) -> Path:
+    """Saves :func:`save_files`, and bases and adapters that do not fit them or hold numbers that are not finite."""
+    save_files(folder)
+    save_checkpoint(dict(bert().state_dict()), folder / "bert")
+    own_adapter(bert(), folder / "query", 0, target_modules=["query"])
+    peft_adapter(llama(), folder / "dora", target_modules=["q_proj"], use_dora=True)
+    attention = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(24, 16)})})
+    wide = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([attention])})})
+    own_adapter(wide, folder / "wide", 0, target_modules=["q_proj"])
+    path = name_base(folder / "four", folder / "broken", "base") / "adapter_model.safetensors"
+    values = load_file(path)
+    values["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"][0, 0] = torch.nan
+    save_file(values, path)
+    weights = {key: value.clone() for key, value in llama().state_dict().items()}
+    weights["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.inf
+    save_checkpoint(weights, folder / "infinite")
+    return folder
+
+
+# --- the figures, from whole matrices ---------------------------------------------------------------------------------
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    return {key: value for file in directory.glob("*model*.safetensors") for key, value in load_file(file).items()}
+
+
+def factors(adapter: Path, layer: str) -> tuple[Tensor, Tensor]:
+    found = tensors(adapter)
+    return tuple(found[f"base_model.model.{layer}.lora_{side}.weight"].double() for side in "AB")
+
+
+def right_directions(matrix: Tensor) -> np.ndarray:
+    return np.linalg.svd(matrix.double().numpy(), full_matrices=False)[2].T
+
+
+def phi(U: np.ndarray, V: np.ndarray) -> np.ndarray:
+    """The paper's formula, entry by entry."""
+    grid = np.empty((U.shape[1], V.shape[1]))
+    for i in range(1, U.shape[1] + 1):
+        for j in range(1, V.shape[1] + 1):
+            grid[i - 1, j - 1] = np.linalg.norm(U[:, :i].T @ V[:, :j]) ** 2 / min(i, j)
+    return grid
+
+
+def assert_update(found: dict[str, Any], delta: np.ndarray, weight: np.ndarray, r: int) -> None:
+    """Checks the measurements of one adapter in one layer against whole matrices."""
+    U, S, Vh = np.linalg.svd(delta, full_matrices=False)
+    weight_values = np.linalg.svd(weight, compute_uv=False)
+    approx = {"rel": 2e-4, "abs": 1e-6}
+    assert found["norm"] == pytest.approx(np.linalg.norm(delta), **approx)
+    assert found["relative_change"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(weight), **approx)
+    assert found["singular_values"][:r] == pytest.approx(S[:r].tolist(), **approx)
+    assert found["numerical_rank"] == r
+    assert found["stable_rank"] == pytest.approx(np.sum(S**2) / S[0] ** 2, **approx)
+    parts = S[:r] / S[:r].sum()
+    assert found["effective_rank"] == pytest.approx(np.exp(-np.sum(parts * np.log(parts))), **approx)
+    kept = np.cumsum(S[:r] ** 2) / np.sum(S**2)
+    assert found["rank_of_90_percent"] == np.argmax(kept >= 0.9) + 1
+    table = found["projections"]
+    assert table["ranks"][-1] == r
+    for k, rank in enumerate(table["ranks"]):
+        projected = np.linalg.norm(U[:, :rank].T @ weight @ Vh[:rank].T)
+        assert table["delta"][k] == pytest.approx(projected, **approx)
+        assert table["weight"][k] == pytest.approx(np.linalg.norm(weight_values[:rank]), **approx)
+        assert table["amplification"][k] == pytest.approx(np.linalg.norm(S[:rank]) / projected, rel=1e-3)
+    for key in ("delta", "weight", "random", "amplification"):
+        assert found[key] == table[key][-1]
+
+
+def matrices(delta: Tensor, key: str) -> list[np.ndarray]:
+    """Returns a tensor's matrices, ``[out, in]`` or transposed: norms and spectra are the same."""
+    delta = delta.double()
+    return [matrix.numpy() for matrix in delta] if key.startswith("experts") else [delta.flatten(1).numpy()]

@@ -1,0 +1,84 @@
+"""``lora-ext extract``: makes an adapter from the difference of two checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_ext.checkpoints import ExtractReport, extract
+from lora_ext.commands.options import Parser, dtype, names_of, refusing
+from lora_ext.commands.results import columns, tell, to_json
+
+
+def main(argv: list[str]) -> None:
+    args = _parser().parse_args(argv)
+    with refusing("", RuntimeError):
+        report = extract(
+            args.base,
+            args.tuned,
+            args.out,
+            rank=args.r,
+            energy=args.energy,
+            target_modules=args.target_modules,
+            save_others=not args.no_save_others,
+            fan_in_fan_out=args.fan_in_fan_out,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            show_progress=True,
+        )
+    if args.json:
+        print(to_json(report), end="")
+        return
+    tell(columns(_errors(report)))
+    saved = f", saved in full: {', '.join(report.saved)}" if report.saved else ""
+    tell(
+        f"{args.out}: {len(report.layers)} layers adapted{saved}; {report.unchanged} tensors do not differ; "
+        f"{report.nbytes / 1e6:.1f} MB, {report.seconds:.1f} s"
+    )
+
+
+def _errors(report: ExtractReport) -> list[list[str]]:
+    """Returns a table: the relative error of each layer at each rank."""
+    ranks = list(report.errors)
+    rows = [["relative error at rank", *map(str, ranks)]]
+    for path, layer in report.layers.items():
+        rows.append([path, *(f"{layer.errors[rank]:.2e}" if rank in layer.errors else "" for rank in ranks)])
+    rows.append(["all", *(f"{error:.2e}" for error in report.errors.values())])
+    return rows
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="lora-ext extract",
+        description=(
+            "Approximates the changes of fine-tuning by matrices of low rank, and shows the error at each rank."
+        ),
+    )
+    add = parser.add_argument
+    add("--base", type=Path, required=True, metavar="DIR", help="the checkpoint before fine-tuning")
+    add("--tuned", type=Path, required=True, metavar="DIR", help="the checkpoint after fine-tuning")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory for the adapter, in PEFT's format, and extract.json",
+    )
+    add("--r", type=int, default=16, metavar="RANK", help="largest rank of a layer")
+    add(
+        "--energy",
+        type=float,
+        metavar="PART",
+        help="give each layer the smallest rank that keeps this part of the squared norm",
+    )
+    add(
+        "--target-modules",
+        type=names_of,
+        metavar="NAMES",
+        help="layers to adapt: q_proj,v_proj; default: all matrices except embeddings",
+    )
+    add("--no-save-others", action="store_true", help="make other differences an error; default: save them in full")
+    add("--fan-in-fan-out", action="store_true", help="matrices are [in, out], as in Conv1D of GPT-2")
+    add("--dtype", type=dtype, default="float32", help="dtype of the factors: float32, bfloat16 or float16")
+    add("--overwrite", action="store_true", help="replace the adapter in --out")
+    add("--json", action="store_true", help="print the result as JSON")
+    return parser

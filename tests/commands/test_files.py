@@ -1,0 +1,235 @@
+"""The commands on files: merge, extract, inspect, info."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoint_files import merged_by_peft, peft_adapter, save_checkpoint, snapshot, tensors_of
+from support.models import bert, llama
+
+from lora_ext.commands import main
+
+pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """``base``, a llama in several files; ``a`` and ``b``, adapters; ``by-peft``, the base after PEFT merged ``a``."""
+    model = llama()
+    model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
+    adapted = peft_adapter(model, tmp_path / "a", target_modules=["q_proj", "up_proj"])
+    peft_adapter(model, tmp_path / "b", target_modules=["v_proj"], r=3)
+    (tmp_path / "by-peft").mkdir()
+    merged = {key: value.clone() for key, value in merged_by_peft(adapted).items()}
+    save_file(merged, tmp_path / "by-peft" / "model.safetensors")
+    return tmp_path
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def refuses(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], *fragments: str) -> None:
+    """Checks that a command prints one line with every fragment, ends with 2, and changes nothing in the folder."""
+    before = snapshot(folder)
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(f"lora-ext {arguments[0]}: error: ")
+    assert printed.err.count("\n") == 1, printed.err
+    for fragment in fragments:
+        assert fragment in printed.err, printed.err
+    assert snapshot(folder) == before
+
+
+# --- merge ------------------------------------------------------------------------------------------------------------
+
+
+def test_merge(files, capsys):
+    arguments = ["merge", "--base", str(files / "base"), "--adapter", str(files / "a"), "--out", str(files / "out")]
+    assert main([*arguments, "--verify", "--shard-size", "6KB"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{files / 'out'}: 4 tensors merged, 0 replaced, 17 copied; " in printed
+    assert printed.strip().endswith("verified")
+    assert len(list((files / "out").glob("*.safetensors"))) > len(list((files / "base").glob("*.safetensors")))
+    expected, actual = load_file(files / "by-peft" / "model.safetensors"), tensors_of(files / "out")
+    changed = 0
+    for key, tensor in tensors_of(files / "base").items():
+        torch.testing.assert_close(actual[key], expected[key])
+        changed += not torch.equal(actual[key], tensor)
+    assert changed == 4
+
+    assert main([*arguments, "--overwrite", "--dtype", "bfloat16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["merged"], report["copied"]) == (4, 17)
+    assert {tensor.dtype for tensor in tensors_of(files / "out").values()} == {torch.bfloat16}
+
+    assert main([*arguments, "--overwrite", "--adapter", str(files / "b")]) == 0  # adds one
+    assert ": 6 tensors merged, 0 replaced, 15 copied; " in capsys.readouterr().out
+    assert main(["inspect", str(files / "out")]) == 0
+    assert "\nmerged into it: a, b\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        ("--base base --adapter a", ["the following arguments are required: --out"]),
+        ("--base base --adapter a --out base", ["base, which contains the input base; choose another directory"]),
+        ("--base nowhere --adapter a --out new", ["nowhere is missing; want a directory with model.safetensors"]),
+        ("--base base --adapter base --out new", ["base/adapter_config.json is missing"]),
+        ("--base other --adapter a --out new", ["does not fit", "not in the base: model.layers.0", "more"]),
+        ("--base base --adapter a --out new --shard-size many", ["'many', want a size such as 5GB or 500MB"]),
+        ("--base base --adapter a --out new --shard-size 0GB", ["'0GB', want a size such as 5GB or 500MB"]),
+        ("--base base --adapter a --out new --dtype int8", ["'int8', want one of float64, float32, bfloat16, float16"]),
+        ("--base base --adapter a --out new --overwite", ["no option --overwite; did you mean --overwrite?"]),
+        ("--base base --adapter a --out new --record", ["there is no option --record"]),
+    ],
+)
+def test_mistakes_of_merge(files, capsys, monkeypatch, arguments, fragments):
+    if "other" in arguments:
+        save_checkpoint(dict(bert().state_dict()), files / "other")
+    monkeypatch.chdir(files)
+    refuses(files, capsys, ["merge", *arguments.split()], *fragments)
+
+
+def test_merge_replaces_no_files_of_yours(files, capsys):
+    arguments = ["merge", "--base", str(files / "base"), "--adapter", str(files / "a"), "--out", str(files / "out")]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    (files / "out" / "notes.md").write_text("mine")
+    refuses(files, capsys, [*arguments, "--overwrite"], "overwriting it would remove; move them", ": notes.md")
+
+
+def test_a_disk_without_room_is_met_before_anything_is_written(files, capsys, monkeypatch):
+    usage = shutil.disk_usage(files)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    arguments = ["merge", "--base", str(files / "base"), "--adapter", str(files / "a"), "--out", str(files / "out")]
+    refuses(files, capsys, arguments, "takes 0.00 GB more, but its disk has 0.00 GB free")
+
+
+# --- extract ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    """``base`` and ``tuned``, whose two query projections differ by matrices of rank 3."""
+    torch.manual_seed(0)
+    tensors = {key: value.detach().clone() for key, value in llama().state_dict().items()}
+    save_checkpoint(tensors, tmp_path / "base")
+    for number in range(2):
+        key = f"model.layers.{number}.self_attn.q_proj.weight"
+        tensors[key] = tensors[key] + torch.randn(16, 3) @ torch.randn(3, 16)
+    save_checkpoint(tensors, tmp_path / "tuned")
+    return tmp_path
+
+
+def test_extract(tuned, capsys):
+    arguments = ["extract", *(f"--{name}={tuned / name}" for name in ("base", "tuned")), f"--out={tuned / 'out'}"]
+    assert main([*arguments, "--r", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["relative", "error", "at", "rank", "1", "2", "4"]
+    assert lines[2].split()[0] == "model.layers.0.self_attn.q_proj" and float(lines[2].split()[-1]) < 1e-5
+    assert 0.1 < float(lines[4].split()[1]) < 1  # all layers at rank 1
+    assert f"{tuned / 'out'}: 2 layers adapted; 19 tensors do not differ; " in lines[-1]
+    # The adapter is the difference.
+    base, after, factors = (tensors_of(tuned / name) for name in ("base", "tuned", "out"))
+    config = json.loads((tuned / "out" / "adapter_config.json").read_text())
+    for number in range(2):
+        path = f"model.layers.{number}.self_attn.q_proj"
+        A, B = (factors[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")
+        delta = after[f"{path}.weight"] - base[f"{path}.weight"]
+        torch.testing.assert_close(config["lora_alpha"] / config["r"] * (B @ A), delta, rtol=1e-4, atol=1e-4)
+
+    more = ["--overwrite", "--json", "--target-modules", "q_proj, v_proj", "--energy", "1", "--dtype", "bfloat16"]
+    assert main([*arguments, *more]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 2
+    assert {tensor.dtype for tensor in tensors_of(tuned / "out").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        ("--base base --tuned base --out new", ["no tensor differs between base and base"]),
+        ("--base base --tuned tuned --out base", ["base, which contains the input base; choose another directory"]),
+        ("--base base --tuned nowhere --out new", ["nowhere is missing"]),
+        ("--base base --tuned tuned --out new --r 0", ["is 0"]),
+        ("--base base --tuned tuned --out new --energy 2", ["energy is 2.0"]),
+        ("--base base --tuned tuned --out new --target-modules k_proj --no-save-others", ["q_proj.weight"]),
+    ],
+)
+def test_mistakes_of_extract(tuned, capsys, monkeypatch, arguments, fragments):
+    monkeypatch.chdir(tuned)
+    refuses(tuned, capsys, ["extract", *arguments.split()], *fragments)
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_an_adapter(tmp_path, capsys):
+    peft_adapter(llama(), tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr().out
+    # r 2, alpha 5: the scaling is 2.5; 2 * (16 + 16) parameters.
+    assert "model.layers.0.self_attn.q_proj linear 2 2.5 float32 64 " in words(printed)
+    assert "lm_head.weight in full " in words(printed)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    assert f"{tmp_path / 'a'}: adapter, {numbers:,} parameters ({numbers:,} float32), " in printed
+    assert main(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"]["r"] == 2
+    A, B = (tensors[f"base_model.model.model.layers.1.self_attn.q_proj.lora_{side}.weight"] for side in "AB")
+    assert found["layers"][1]["norm"] == pytest.approx((2.5 * B @ A).norm().item(), rel=1e-4)
+
+
+def test_inspect_a_checkpoint(tmp_path, capsys):
+    tensors = {"a": torch.ones(3, 4), "b": torch.ones(5, dtype=torch.int64)}
+    save_checkpoint(tensors, tmp_path / "base", shards=2)
+    assert main(["inspect", str(tmp_path / "base")]) == 0
+    printed = words(capsys.readouterr().out)
+    assert "tensor dtype shape MB" in printed and " b I64 [5] 0.00 " in printed
+    assert f"{tmp_path / 'base'}: checkpoint, 17 parameters (12 F32, 5 I64), 0.00 MB" in printed
+    refuses(tmp_path, capsys, ["inspect", str(tmp_path / "none")], "none is missing")
+    refuses(tmp_path, capsys, ["inspect", str(tmp_path)], f"{tmp_path} has no model.safetensors")
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path, capsys):
+    peft_adapter(llama(), tmp_path / "a", target_modules=["q_proj"])
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, path)
+    assert main(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [layer["norm"] is None for layer in found["layers"]] == [True, False]
+
+
+# --- info -------------------------------------------------------------------------------------------------------------
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch        {torch.__version__} " in printed and "CPU kernels" in printed and "CUDA built" in printed
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cpu"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("plan", "ours"),
+    [("1,4096,4096", True), ("32,4096,1024,64", True), ("33,4096,4096", False), ("1,4096,9,65", False)],
+)
+def test_info_prints_the_kernels_of_a_shape(capsys, plan, ours):
+    assert main(["info", "--plan", plan]) == 0
+    assert ("our kernel reads the weight once" in capsys.readouterr().out) == ours
+
+
+@pytest.mark.parametrize("plan", ["1,2", "1,2,x", "0,8,8", "1,2,3,4,5"])
+def test_info_refuses_another_plan(capsys, plan):
+    assert main(["info", "--plan", plan]) == 2
+    error = f"lora-ext info: error: --plan is '{plan}', want M,K,N or M,K,N,RANK: positive numbers\n"
+    assert capsys.readouterr().err == error

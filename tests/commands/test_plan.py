@@ -1,0 +1,200 @@
+"""Tests ``lora-ext plan``: the paper's figures, the demo's memory, options and files, mistakes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, RobertaConfig, T5Config
+
+from lora_ext.adapters import trainable_parameter_counts
+from lora_ext.commands import main
+from lora_ext.commands.adapting import lora_targets
+from lora_ext.commands.plan import parse, plan, rows
+from lora_ext.commands.results import readable
+from lora_ext.methods import apply_method, new_method
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+LAYERS, D_MODEL = 3, 32
+
+
+def planned(*options: object) -> dict[str, Any]:
+    return plan(parse([str(option) for option in options]))
+
+
+@pytest.fixture
+def gpt2_directory(tmp_path) -> str:
+    config = GPT2Config(vocab_size=50, n_positions=64, n_embd=D_MODEL, n_layer=LAYERS, n_head=4)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path / "gpt2")
+    return str(tmp_path / "gpt2")
+
+
+# --- the paper --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt3() -> dict[str, Any]:
+    """Plans GPT-3 175B with rank 4 on query and value, as in section 4.2, all in float16."""
+    options = ["--r", 4, "--target-modules", "q,v", "--dtype", "fp16", "--batch-size", 1, "--seq-len", 16]
+    return planned("--model", "gpt3-175b", *options)
+
+
+@pytest.mark.full
+def test_memory_of_gpt3(gpt3):
+    """The paper's 1.2 TB to 350 GB; docs/cli.md explains these bytes, which the paper does not."""
+    full, lora = gpt3["runs"]["full"], gpt3["runs"]["lora"]
+    parameters = full["parameters"]
+    assert parameters == pytest.approx(175e9, rel=0.01)
+    states = {
+        name: run["weights"] + run["optimizer_state"] + run["all_gradients"] for name, run in gpt3["runs"].items()
+    }
+    # Weights, gradients and two moments take two bytes each.
+    assert states["full"] == pytest.approx(8 * parameters, rel=1e-6)
+    assert 1.2 < states["full"] / 2**40 < 1.3 and readable(states["full"]) == "1.40 TB"
+    assert full["weights"] + full["optimizer_state"] == pytest.approx(1.05e12, rel=0.01)
+    assert lora["weights"] / (full["weights"] + full["optimizer_state"]) == pytest.approx(1 / 3, rel=0.001)
+    assert round(states["lora"] / 1e9, -1) == 350
+
+
+@pytest.mark.full
+def test_checkpoints_of_gpt3(gpt3):
+    """The paper's 350 GB to 35 MB."""
+    full, lora = gpt3["runs"]["full"], gpt3["runs"]["lora"]
+    assert full["checkpoint_bytes"] == pytest.approx(350e9, rel=0.01)
+    assert lora["trained_parameters"] == 4 * 96 * 4 * 12288  # 18.9 million
+    assert lora["checkpoint_16_bit_bytes"] == 2 * 18_874_368 == 36 * 2**20
+    assert lora["checkpoint_bytes"] == 2 * lora["checkpoint_16_bit_bytes"]  # factors are float32
+
+
+@pytest.mark.parametrize(("r", "millions"), [(1, 4.7), (8, 37.7)])
+def test_trainable_parameters_of_gpt3(r, millions):
+    """The paper's tables 4 and 6, on query and value; the formula holds for any rank and depth."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=2, n_embd=12288, n_head=96, n_positions=2048))
+    method = new_method("lora", r=r, **lora_targets(model, "q,v"))
+    assert round(method.count(model) * 96 / 2 / 1e6, 1) == millions
+    apply_method(model, method)
+    assert trainable_parameter_counts(model)[0] == method.count(model)
+
+
+def test_parameters_of_phobert(tmp_path):
+    """The 887k of docs/vietnamese.md: query and value of rank 8, and RoBERTa's head of two layers."""
+    sizes = {"vocab_size": 64001, "max_position_embeddings": 258, "type_vocab_size": 1}
+    RobertaConfig(**sizes).save_pretrained(tmp_path)
+    found = planned("--model", tmp_path, "--num_labels", 3, "--lora_r", 8, "--lora_targets", "query,value")
+    assert found["runs"]["lora"]["trained_parameters"] == 887_811
+    assert found["runs"]["full"]["parameters"] == pytest.approx(135e6, rel=0.01)
+
+
+# --- the demo model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident memory")
+def test_the_demo_takes_the_memory_that_is_planned():
+    """The plan is within 15 % of the growth of a process that trains it and returns freed memory."""
+    from harness import training_memory
+
+    cases = [(method, 16, 128, 8) for method in ("full", "lora")]
+    for (method, *_), growth in zip(cases, training_memory.growths(cases), strict=True):
+        lora = ["--lora_targets", "all-linear", "--lora_r", 8] if method == "lora" else []
+        found = planned("--method", method, "--device", "cpu", *lora)
+        assert found["runs"][method]["peak"] == pytest.approx(growth, rel=0.15)
+
+
+def test_the_demo_has_the_defaults_of_finetune():
+    """Adapters of linear layers and embeddings, the pooler and the head."""
+    runs = planned()["runs"]
+    assert runs["lora"]["trained_parameters"] == 438_507 and runs["full"]["parameters"] == 23_152_878 - 438_507
+    assert runs["full"]["peak"] > runs["lora"]["peak"]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(*options: str, model: str) -> list[str]:
+    lora = [] if "--method" in options else ["--target-modules", "q,v", "--r", "2"]
+    return ["plan", "--model", model, "--seq-len", "32", "--batch-size", "4", *lora, *options]
+
+
+def test_console_and_file(gpt2_directory, tmp_path, capsys):
+    out = tmp_path / "plan"
+    options = ["--dtype", "bf16", "--gpu-memory", "300KB", "--reserve", "1KB", "--out", str(out)]
+    assert main(command(*options, model=gpt2_directory)) == 0
+    printed, saved = capsys.readouterr().out, json.loads((out / "plan.json").read_text())
+    trained = 2 * LAYERS * 2 * D_MODEL * 2
+    lora = saved["runs"]["lora"]
+    assert (lora["trained_parameters"], lora["checkpoint_bytes"]) == (trained, 4 * trained)
+    assert saved["usable"] == 299_000 and saved["command"][:2] == ["lora-ext", "plan"]
+    assert [path.name for path in out.iterdir()] == ["plan.json"] and "bfloat16 weights" in printed.splitlines()[0]
+    assert all(cell in printed for row in rows(saved) for cell in row)
+    assert "lora does not fit into 299 kB" in printed and "lora fits with one of these:" in printed
+    for change in saved["changes"]:  # its options make the run fit
+        again = planned(*command(*options, *change["options"].split(), model=gpt2_directory)[1:])
+        assert again["runs"]["lora"]["fits"] and again["runs"]["lora"]["peak"] == change["peak"]
+    assert [change["options"].split()[0] for change in saved["changes"]] == [
+        "--per_device_train_batch_size",
+        "--max_length",
+    ]
+
+    before = (out / "plan.json").read_bytes()
+    assert main(command("--out", str(out), model=gpt2_directory)) == 2
+    assert f"--out {out} holds a plan already; --overwrite replaces it\n" in capsys.readouterr().err
+    assert (out / "plan.json").read_bytes() == before
+    assert main(command("--out", str(out), "--overwrite", "--json", model=gpt2_directory)) == 0
+    assert json.loads(capsys.readouterr().out)["runs"] == json.loads((out / "plan.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter-drop", "head-only", "prefix-embed", "lora+prefix-layer"])
+def test_every_kind_of_method(name, tmp_path):
+    BertConfig(vocab_size=50, hidden_size=32, num_attention_heads=4, num_hidden_layers=2).save_pretrained(tmp_path)
+    options = ["--drop_layers", 1] if name == "adapter-drop" else []
+    runs = planned("--model", tmp_path, "--method", name, "--seq_len", 16, "--num_labels", 7, *options)["runs"]
+    assert 0 < runs[name]["trained_parameters"] < runs["full"]["parameters"]
+    assert runs[name]["weights"] + runs[name]["optimizer_state"] < runs["full"]["optimizer_state"]
+    if name == "head-only":
+        assert runs[name]["trained_parameters"] == 7 * (32 + 1)
+
+
+def test_devices_share_states(gpt2_directory):
+    common = command("--method", "full", model=gpt2_directory)[1:]
+    one, four = (planned(*common, "--devices", count)["runs"]["full"] for count in (1, 4))
+    assert four["optimizer_state"] == one["optimizer_state"] // 4 and four["peak"] < one["peak"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--optimizer", "lion"], ["--optimizer", "lion", "adamw", "adamw-master", "adamw8bit"]),
+        (["--dtype", "fp8"], ["--dtype", "fp8", "float32", "nf4"]),
+        (["--method", "magic"], ["magic", "bitfit"]),
+        (["--task", "poetry"], ["poetry", "causal-lm"]),
+        (["--seq-len", "0"], ["--seq_len", "'0'", "at least 1"]),
+        (["--seq-len", "65"], ["--max_length is 65", "at most 64 tokens"]),
+        (["--gpu-memory", "1GB"], ["--reserve takes all of --gpu_memory"]),
+        (["--method", "full", "--dtype", "int8"], ["--quantize int8 freezes the weights"]),
+        (["--method", "full", "--lora_r", "3"], ["--lora_r goes with lora, not with --method full"]),
+        (["--method", "head-only"], ["--method head-only", "no new head to train"]),
+        (["--method", "bitfit", "--task", "classification", "--model", "llama3-8b"], ["has no biases"]),
+        (["--target-modules", "query"], ["--method lora", "matches no module"]),
+        (["--num-labels", "3"], ["--num_labels goes with --task classification; a language model has none"]),
+        (["--model", "no/thing"], ["no/thing is neither a config", "gpt3-175b"]),
+        (["--rank", "3"], ["there is no option --rank"]),
+    ],
+)
+def test_mistakes(gpt2_directory, capsys, options, fragments):
+    assert main(command(*options, model=gpt2_directory)) == 2
+    printed = capsys.readouterr().err
+    assert all(fragment in printed for fragment in fragments) and len(printed.splitlines()) == 1, printed
+
+
+def test_a_model_of_another_kind(tmp_path, capsys):
+    T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--task", "causal-lm", "--seq-len", "16"]) == 2
+    assert "Unrecognized configuration class" in capsys.readouterr().err

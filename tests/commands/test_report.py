@@ -1,0 +1,286 @@
+"""``lora-ext report``: every figure is on the page, files' content stays text, nothing is loaded, it looks right."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import browser, results
+from support.analyzed import save_files
+from support.html_page import Page
+from support.optional import matplotlib  # noqa: F401
+
+from lora_ext.commands import main, pictures
+
+pytestmark = pytest.mark.cpu_only("is about files")
+
+
+def save(folder: Path, **contents: dict[str, Any]) -> Path:
+    """Saves results as ``folder/<name>/<file>``; returns the folder."""
+    files = {"run": "metrics.json", "chat": "metrics.json", "compare": "compare.json", "plan": "plan.json"}
+    for name, content in contents.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / files[name]).write_text(json.dumps(content))
+    return folder
+
+
+def everything() -> dict[str, dict[str, Any]]:
+    return {
+        "run": results.classification(),
+        "chat": results.causal_lm(),
+        "compare": results.comparison(),
+        "plan": results.plan(),
+    }
+
+
+def report(folder: Path, *options: str) -> Page:
+    assert main(["report", str(folder), *options]) == 0
+    return Page(folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kinds of results, with an analysis of real adapters, and their page."""
+    folder = save(tmp_path_factory.mktemp("results") / "week-3", **everything())
+    files = save_files(folder.parent)
+    adapters = ["--adapter", str(files / "four"), str(files / "six"), "--base", str(files / "base")]
+    assert main(["analyze", *adapters, "--out", str(folder / "analysis")]) == 0
+    assert main(["report", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Page:
+    return Page(folder / "report.html")
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_loads_nothing(page):
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len({*ids}) > 100
+    allowed = {"html", "head", "body", "meta", "title", "style", "h1", "h2", "nav", "ul", "li", "a", "span", "section"}
+    allowed |= {"p", "dl", "dt", "dd", "figure", "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "pre"}
+    allowed |= {"svg", "g", "path", "defs", "use", "text", "tspan", "clippath", "rect", "image"}
+    assert {tag for tag, _ in page.elements} <= allowed
+    for tag, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on") and name not in ("style", "src"), (tag, name)
+            assert "://" not in value or name in ("xmlns", "xmlns:xlink"), (tag, name)
+            if name in ("href", "xlink:href"):
+                assert re.match(r"#|data:image/png;base64,", value), (tag, value[:40])
+                assert not value.startswith("#") or value[1:] in ids
+            for used in re.findall(r"url\((.*?)\)", value):
+                assert used[0] == "#" and used[1:] in ids
+    assert "url(" not in page.style and "@import" not in page.style
+    (policy,) = [attributes["content"] for _, attributes in page.elements if attributes.get("http-equiv")]
+    digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        "img-src data:",
+        f"style-src 'sha256-{digest}'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    assert len(page.source) < 2_000_000
+
+
+def test_equal_results_make_equal_pages(folder, page, tmp_path):
+    assert main(["report", str(folder), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == page.source
+
+
+def test_the_parts_and_their_order(page, tmp_path):
+    headings = re.findall(r"<h2>(.*?)</h2>", page.source)
+    assert headings[:3] == ["Comparison of methods", "What the adapters have learnt", "Predicted memory"]
+    assert headings[3:] == ["A run of lora"] * 2
+    assert re.findall(r'<a href="#part-(\d)">', page.source) == ["1", "2", "3", "4", "5"]
+    assert "<title>week-3</title>" in page.source and "<h1>week-3</h1>" in page.source
+    # Runs below a comparison are in its table.
+    save(tmp_path, compare=results.comparison())
+    save(tmp_path / "compare" / "runs", run=results.classification())
+    found = report(tmp_path, "--title", "Week 3 & 4").source
+    assert found.count("<h2>") == 1 and "<h1>Week 3 &amp; 4</h1>" in found and "<nav" not in found
+    (tmp_path / "compare" / "compare.json").unlink()  # an unfinished comparison
+    assert "A run of lora" in report(tmp_path).text
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_results(page):
+    for caption, rows in results.ROWS.items():
+        assert all(row in page.tables[caption] for row in rows), page.tables[caption]
+    assert all(fact in page.text for fact in results.FACTS)
+    heading = page.tables["Methods"][0]
+    assert heading[3:7] == ["accuracy (%)", "spread (%)", "difference (%)", "95 % interval"]
+    drawn = re.findall(r"<text [^>]*>(.*?)</text>", page.source)
+    assert {"bitfit", "q,v, r = 8: 75,264", "q, r = 16: 75,000", "rank r", "test accuracy (%)"} <= {*drawn}
+    assert "q,v, r = 1: 9,984" not in drawn  # another number of parameters
+
+
+def test_an_analysis(folder, page):
+    content = json.loads((folder / "analysis" / "analysis.json").read_text())
+    layers = page.tables["Every layer"][1:]
+    assert len(layers) == 10  # four of one adapter, six of the other
+    for layer in content["layers"]:
+        for number, update in enumerate(layer["adapters"], 1):
+            if update is not None:
+                (row,) = [row for row in layers if row[:2] == [layer["name"], f"{number}"]]
+                assert row[3] == f"{update['norm']:.4g}" and row[-1] == f"{update['amplification']:.4g}"
+    phi = content["similarity"][0]["grids"][0]["A"]["phi"]
+    assert ["1 and 2", "lora_A", "4", f"{phi[3][3]:.4g}"] in [row[:4] for row in page.tables["Similarity of subspaces"]]
+    assert sum(tag == "image" for tag, _ in page.elements) >= 12  # heat maps
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_pictures():
+    rows = [results.row("full", "full", 10, [7.0]), results.row("lora", "lora", 3, [8.0, 8.5], lora_r=4)]
+    axes = pictures.scores_against_parameters(rows, "perplexity").axes[0]
+    assert axes.get_ylabel() == "test perplexity" and axes.get_xlabel() == "trained parameters"
+    assert [*axes.lines[0].get_ydata()] == [7.0] and axes.get_xscale() == "log"  # no percent
+    assert pictures.ranks(rows, "perplexity") is None and pictures.matrices(rows, "perplexity") is None
+    rows = [
+        results.row(f"{targets} {r}", "lora", r * 100, [0.5 + r / 100], lora_r=r, lora_targets=targets)
+        for targets in ("q", ["q", "v"])
+        for r in (4, 1, 2)
+    ]
+    axes = pictures.ranks(rows, "accuracy").axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["q", "q, v"]
+    for line, *_ in axes.containers:
+        assert [*line.get_xdata()] == [1, 2, 4] and [*line.get_ydata()] == pytest.approx([51, 52, 54])
+    axes = pictures.loss_curve(results.history(), "Loss").axes[0]
+    training, validation = axes.lines
+    assert [*training.get_xdata()] == [0.5, 1, 1.5, 2]
+    assert [*training.get_ydata()] == pytest.approx([0.7, 0.6, 0.5, 0.4])
+    assert [*validation.get_xdata()] == [1, 2] and [*validation.get_ydata()] == [0.65, 0.48]
+    assert pictures.svg(pictures.loss_curve([], "Loss"), "x", "nothing").startswith("<svg")
+
+
+# --- files from elsewhere ---------------------------------------------------------------------------------------------
+
+HOSTILE = '</td></title><script>alert(1)</script><img src=x onerror=alert(2)>" &amp; $\\frac{ \x00\x1b'
+
+
+def hostile(value: Any) -> Any:
+    """Puts the hostile text into all texts, except those that choose what is shown."""
+    if isinstance(value, dict):
+        kept = ("task", "metric", "method", "date")
+        return {key: item if key in kept else hostile(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    return f"{value} {HOSTILE}" if isinstance(value, str) else value
+
+
+def test_content_of_files_stays_text(folder, tmp_path):
+    contents = everything()
+    save(tmp_path, **{name: hostile(content) for name, content in contents.items()})
+    analysis = hostile(json.loads((folder / "analysis" / "analysis.json").read_text()))
+    (tmp_path / "analysis.json").write_text(json.dumps(analysis))
+    page = report(tmp_path, "--title", HOSTILE)
+    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "img"})
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert "<script" not in page.source and "\x00" not in page.source and "\x1b" not in page.source
+    assert page.text.count("<script>alert(1)</script>") > 30
+
+
+def leaves(value: Any, change: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yields copies of a JSON value in which one part is replaced, of lists the first item only."""
+    yield change(value)
+    places = value if isinstance(value, dict) else range(min(len(value), 1)) if isinstance(value, list) else ()
+    for place in places:
+        for inner in leaves(value[place], change):
+            changed = copy.copy(value)
+            changed[place] = inner
+            yield changed
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("replacement", [None, "text", {}, -1, 1e400, [[1]]])
+@pytest.mark.parametrize("name", ["run", "chat", "compare", "plan"])
+def test_damaged_results_are_refused_or_shown(tmp_path, capsys, monkeypatch, name, replacement):
+    """None gives a traceback."""
+    monkeypatch.setattr(pictures, "svg", lambda *arguments: "")  # is the longest part
+    save(tmp_path, **{name: everything()[name]})
+    (path,) = tmp_path.glob("*/*.json")
+    seen = set()
+    for content in leaves(everything()[name], lambda _: replacement):
+        path.write_text(json.dumps(content))
+        status = main(["report", str(tmp_path)])
+        error = capsys.readouterr().err
+        assert status == 0 or (status == 2 and error.startswith(f"lora-ext report: error: {path}")), (content, error)
+        assert error.count("\n") == (1 if status else 0), error
+        seen.add(status)
+    assert seen == {0, 2}
+
+
+def test_damaged_files_are_named_and_the_page_stays(tmp_path, capsys):
+    save(tmp_path, run=results.classification())
+    before = report(tmp_path).source
+    for content, message in (
+        ("{", "compare.json holds no JSON: "),
+        ("{}", "compare.json is not what the command writes: KeyError('rows'); make it again"),
+    ):
+        (tmp_path / "compare.json").write_text(content)
+        capsys.readouterr()
+        assert main(["report", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == before
+
+
+def test_mistakes(tmp_path, capsys):
+    save(tmp_path / "results", run=results.classification())
+    (tmp_path / "notes.html").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        (["none"], "none is no directory; name the --out of a command"),
+        (["empty"], "hold none of compare.json, analysis.json, plan.json, metrics.json; run a command first"),
+        (["results", "--out", "notes.html"], "notes.html exists and is no report; choose another file"),
+        (["results", "--out", "empty"], "empty exists and is no report; choose another file"),
+    ):
+        paths = [str(tmp_path / one) if not one.startswith("--") else one for one in arguments]
+        assert main(["report", *paths]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("lora-ext report: error: ") and message in error and error.count("\n") == 1
+    assert (tmp_path / "notes.html").read_text() == "mine" and not [*tmp_path.rglob("report.html")]
+    for _ in range(2):  # an earlier report is replaced
+        assert main(["report", str(tmp_path / "results"), "--out", str(tmp_path / "new" / "page.html")]) == 0
+    assert f"{tmp_path / 'new' / 'page.html'}: A run of lora\n" in capsys.readouterr().out
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
+    if browser.executable() is None:
+        pytest.skip(browser.MISSING)
+    tab = browser.Page(tmp_path_factory.mktemp("profile"))
+    yield tab
+    tab.close()
+
+
+@pytest.mark.full
+def test_it_shows_in_light_and_dark_and_on_a_phone(folder, tab):
+    means = {}
+    for dark in (False, True):
+        for width in (1280, 390):
+            tab.open(folder / "report.html", width, dark=dark)
+            assert tab.errors == []
+            assert [address[:5] for address in tab.requests if not address.startswith("data:")] == ["file:"]
+            # Wide tables and figures scroll by themselves.
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            text = tab.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+            assert text == tab.evaluate("getComputedStyle(document.body).color")  # as the page's
+            means[dark] = tab.screenshot().mean()
+    assert means[True] < 80 < 200 < means[False]

@@ -1,0 +1,171 @@
+"""Files of results as finetune, compare and plan write them, with known values, for the tests of the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MACHINE = {
+    "platform": "Linux",
+    "processor": "A CPU",
+    "threads": 2,
+    "gpu": None,
+    "python": "3.11.7",
+    "torch": "2.13.0",
+}
+
+
+def made_by(*command: str) -> dict[str, Any]:
+    return {"command": ["lora-ext", *command], "date": "2026-12-01T02:20:00+00:00", "machine": MACHINE}
+
+
+def history() -> list[dict[str, float]]:
+    """Returns a trainer's log_history of two epochs."""
+    training = [{"loss": 0.7 - 0.1 * i, "epoch": 0.5 * (i + 1), "step": 10 * (i + 1)} for i in range(4)]
+    evaluations = [{"eval_loss": 0.65, "epoch": 1.0, "step": 20}, {"eval_loss": 0.48, "epoch": 2.0, "step": 40}]
+    return [*training, *evaluations, {"train_runtime": 12.5, "epoch": 2.0, "step": 40}]
+
+
+def _run(task: str, **more: Any) -> dict[str, Any]:
+    return {
+        **made_by("finetune", "--task", task),
+        "task": task,
+        "method": "lora",
+        "options": {"task": task, "method": "lora", "lora_r": 8, "lora_alpha": 16, "lora_targets": None},
+        "training": {"num_train_epochs": 2},
+        "examples": {"train": 4000, "validation": 500, "test": 500},
+        "trainable_parameters": 75_264,
+        "total_parameters": 22_788_482,
+        "head_parameters": 770,
+        "processes": 1,
+        "global_batch_size": 16,
+        "steps": 500,
+        "train_seconds": 61.4,
+        "tokens_per_second": 5321.7,
+        "peak_memory_bytes": 812_345_678,
+        "adapter_bytes": 304_128,
+        "full_checkpoint_bytes": 91_153_928,
+        "history": history(),
+        "best_checkpoint": None,
+        **more,
+    }
+
+
+def classification() -> dict[str, Any]:
+    """Returns metrics.json of a classifier."""
+    classes = {
+        "negative": {"precision": 0.84, "recall": 0.8, "f1-score": 0.8195, "support": 250},
+        "positive": {"precision": 0.809, "recall": 0.848, "f1-score": 0.828, "support": 250},
+    }
+    test = {"accuracy": 0.824, "macro_f1": 0.8238, "weighted_f1": 0.8239, "per_class": classes}
+    return _run(
+        "classification",
+        labels=["negative", "positive"],
+        majority={"label": "negative", "accuracy": 0.5, "macro_f1": 0.3333},
+        test=test | {"confusion": [[200, 50], [38, 212]]},
+    )
+
+
+def causal_lm() -> dict[str, Any]:
+    """Returns metrics.json of a language model."""
+    sample = {
+        "prompt": "What is LoRA?",
+        "reference": "Low-rank\nadaptation.",
+        "before": "A radio.",
+        "after": "Low-rank.",
+    }
+    return _run(
+        "causal-lm",
+        head_parameters=0,
+        before={"perplexity": 14.25},
+        test={"perplexity": 7.53, "rouge_l": 0.312, "exact_match": 0.05},
+        samples=[sample],
+    )
+
+
+def row(label: str, method: str, parameters: int, values: list[float], **options: Any) -> dict[str, Any]:
+    """Returns a row of compare.json."""
+    mean = sum(values) / len(values)
+    return {
+        "label": label,
+        "method": method,
+        "options": options,
+        "seeds": list(range(len(values))),
+        "mean": mean,
+        "spread": max(values) - min(values),
+        "values": values,
+        "difference": None if method == "full" else mean - 0.83,
+        "interval": None if method == "full" else [mean - 0.84, mean - 0.82],
+        "macro_f1": mean - 0.01,
+        "trainable_parameters": parameters,
+        "train_seconds": 50.5,
+        "tokens_per_second": 6000.0,
+        "peak_memory_bytes": 800_000_000,
+        "adapter_bytes": 4 * parameters,
+    }
+
+
+def comparison() -> dict[str, Any]:
+    """Returns compare.json: methods, two ranks of one set of matrices, two sets."""
+    rows = [
+        row("full", "full", 22_713_218, [0.826, 0.834]),
+        row("bitfit", "bitfit", 26_882, [0.79, 0.8]),
+        row("lora", "lora", 75_264, [0.82, 0.828], lora_r=8, lora_targets="q,v"),
+        row("lora:r=1", "lora", 9_984, [0.804, 0.816], lora_r=1, lora_targets="q,v"),
+        row("lora:r=16", "lora", 75_000, [0.812, 0.82], lora_r=16, lora_targets="q"),
+    ]
+    failed = [{"label": "prefix-layer", "seed": 1, "reason": "the loss is not finite"}]
+    return {**made_by("compare"), "metric": "accuracy", "baseline": "full", "rows": rows, "failed": failed}
+
+
+def plan() -> dict[str, Any]:
+    """Returns plan.json."""
+    kinds = ("weights", "optimizer_state", "gradients", "activations", "peak", "kept", "all_gradients")
+    kinds += ("checkpoint_bytes", "checkpoint_16_bit_bytes")
+    runs = {
+        "full": dict(zip(kinds, (350e9, 700e9, 350e9, 1e9, 1401e9, 2e9, 350e9, 700e9, 350e9), strict=True)),
+        "lora": dict(zip(kinds, (350e9, 75.5e6, 37.7e6, 1e9, 351e9, 2e9, 37.7e6, 75.5e6, 37.7e6), strict=True)),
+    }
+    runs["full"] |= {"parameters": 174_600_000_000, "trained_parameters": 174_600_000_000, "fits": False}
+    runs["lora"] |= {"parameters": 174_618_874_368, "trained_parameters": 18_874_368, "fits": True}
+    options = {"optimizer": "adamw", "batch_size": 16, "max_length": 128, "device": "cuda", "devices": 1}
+    options |= {"gradient_checkpointing": False, "dtype": "float16"}
+    model = {"model": "gpt3-175b", "model_type": "gpt2", "task": "causal-lm", "method": "lora", "options": options}
+    return {**made_by("plan", "--model", "gpt3-175b"), **model, "runs": runs, "usable": 400e9, "changes": []}
+
+
+# What the report shows of them: rows of tables by caption, and texts.
+ROWS = {
+    "Scores on the test texts": [
+        ["", "accuracy (%)", "macro F1 (%)", "weighted F1 (%)"],
+        ["this run", "82.4", "82.4", "82.4"],
+        ["always “negative”", "50.0", "33.3", ""],
+    ],
+    "By class": [["negative", "84.0", "80.0", "82.0", "250"], ["positive", "80.9", "84.8", "82.8", "250"]],
+    "Texts of a class (rows) by the answer (columns)": [["negative", "200", "50"], ["positive", "38", "212"]],
+    "Scores on the test examples": [
+        ["fine-tuning", "perplexity", "ROUGE-L (%)", "exact match (%)"],
+        ["before", "14.25", "", ""],
+        ["after", "7.53", "31.2", "5.0"],
+    ],
+    "Answers before and after fine-tuning": [["What is LoRA?", "Low-rank\nadaptation.", "A radio.", "Low-rank."]],
+    "Methods": [
+        ["full", "22,713,218", "2", "83.0", "0.8", "", "", "82.0", "50.5", "6,000", "800", "90.9"],
+        ["lora:r=16", "75,000", "2", "81.6", "0.8", "-1.4", "-2.4 to -0.4", "80.6", "50.5", "6,000", "800", "0.3"],
+    ],
+    "Failed": [["prefix-layer", "1", "the loss is not finite"]],
+    "Memory of a step, and checkpoints": [
+        ["", "full", "lora"],
+        ["parameters trained", "174,600,000,000", "18,874,368"],
+        ["weights", "350 GB", "350 GB"],
+        ["optimizer state", "700 GB", "75.5 MB"],
+        ["peak", "1.40 TB", "351 GB"],
+        ["checkpoint in 16 bits", "350 GB", "37.7 MB"],
+    ],
+}
+FACTS = [
+    *("lora_r 8, lora_alpha 16", "75,264 of 22,788,482 (0.330%), 770 of them in the new head"),
+    *("4,000 for train, 500 for validation, 500 for test", "61.4 s, 5,322 tokens/s, 500 steps of 16 examples"),
+    *("812 MB", "304 kB", "91.2 MB", "More is better."),
+    *("gpt3-175b: gpt2, 174,600,000,000 parameters, causal-lm; float16 weights", "lora fits into 400 GB"),
+    *("A CPU, 2 threads, no GPU, torch 2.13.0, 2026-12-01.", "lora-ext finetune --task classification"),
+]
