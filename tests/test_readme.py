@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from support.models import llama
+from support.optional import trl
 from support.shared_inputs import net, some_x
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import SFTConfig
 
 import lora_ext
 from lora_ext import LoraConfig, adapters, functional, inject, save_adapter
@@ -237,11 +237,11 @@ def test_commands_have_the_options_shown():
 
 
 def test_every_option_is_documented():
-    """Those of TrainingArguments and SFTConfig have documents of their own."""
+    """Those of TrainingArguments and trl.SFTConfig have documents of their own."""
     words = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", "\n".join(TEXTS.values())))
     ways = [(name, ["lora"] if name == "compare" else []) for name in COMMANDS]
     ways.append(("finetune", ["--task", "causal-lm"]))
-    theirs = {field.name for field in fields(SFTConfig)}
+    theirs = {field.name for field in fields(trl.SFTConfig)}
     missing = {
         f"{name} {action.option_strings[0]}"
         for name, options in ways

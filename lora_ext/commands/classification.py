@@ -84,7 +84,7 @@ class Run:
         self.trainer.set_options(options)
 
     def _encoded(self, rows: Dataset, side: str) -> Dataset:
-        """Tokenises texts; those that are evaluated are sorted by length, so that batches need little padding."""
+        """Tokenises texts and sorts them by length, so that batches of an evaluation need little padding."""
         index_of = {label: index for index, label in enumerate(self.labels)}
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -95,10 +95,9 @@ class Run:
         if not len(rows):
             return rows
         encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
-        if side != "train":
-            order = np.argsort(encoded["length"][:], kind="stable")
-            encoded, self.sides[side] = encoded.select(order), rows.select(order)
-        return encoded.remove_columns("length")
+        order = np.argsort(encoded["length"][:], kind="stable")
+        self.sides[side] = rows.select(order)
+        return encoded.select(order).remove_columns("length")
 
     def _class_weights(self) -> torch.Tensor | None:
         if self.options.class_weights == "none":

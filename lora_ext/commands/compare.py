@@ -206,6 +206,7 @@ def _score(run: PlannedRun) -> str:
 def submitit_launcher(own: Any) -> Callable[[list[PlannedRun]], list[str | None]]:
     """Returns a function that submits the runs as one array of jobs, and waits for them."""
     check_installed("submitit", "submitit")
+    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # its import would close everybody's log handlers
     import submitit
 
     given = dict(pair.partition("=")[::2] for pair in own.launcher_set)

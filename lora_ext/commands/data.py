@@ -113,13 +113,14 @@ def split_rows(
                 print(f"{left_out:,} texts of {side} are left out, because {' or '.join(others)} has them, too")
             sides[side], keys[side] = sides[side].select(kept), [keys[side][at] for at in kept]
     rest = distinct = sorted(set(keys["train"]))
+    by_hash = sorted(enumerate(keys["train"]), key=lambda pair: pair[1])  # the file's order decides nothing
     for side in ("test", "validation"):
         if side not in sides:
             size = round(getattr(options, f"{side}_split") * len(distinct))
             chosen, rest = set(rest[:size]), rest[size:]
-            sides[side] = sides["train"].select([at for at, key in enumerate(keys["train"]) if key in chosen])
+            sides[side] = sides["train"].select([at for at, key in by_hash if key in chosen])
     kept = set(rest)
-    sides["train"] = sides["train"].select([at for at, key in enumerate(keys["train"]) if key in kept])
+    sides["train"] = sides["train"].select([at for at, key in by_hash if key in kept])
     needed = [side for side in SIDES if side != "validation" or options.validation_split or options.validation_file]
     if empty := [side for side in needed if not len(sides[side])]:
         raise CommandError(f"{path}: no text is left for {empty[0]}; change --validation_split or --test_split")

@@ -1,6 +1,7 @@
 """Runs the benchmarks from end to end at small sizes; their figures here mean nothing."""
 
 import functools
+import importlib
 from pathlib import Path
 
 import bench_analyze
@@ -8,7 +9,6 @@ import bench_finetune
 import bench_grouped
 import bench_host
 import bench_inject
-import bench_language_model
 import bench_merge
 import bench_offline_merge
 import bench_plan
@@ -16,7 +16,7 @@ import pytest
 import torch
 from harness import contestants, own_process
 from support import small_benchmarks, tiny_decoder
-from support.optional import matplotlib  # noqa: F401
+from support.optional import datasets, matplotlib, trl  # noqa: F401
 from support.tiny_classifier import reviews, save_model, save_reviews
 
 from lora_ext.commands.options import CommandError
@@ -24,6 +24,7 @@ from lora_ext.commands.options import CommandError
 pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.full]
 
 PEERS = list(contestants.LAYERS)
+bench_language_model = importlib.import_module("bench_language_model")  # after the optional packages that it imports
 
 
 def test_every_benchmark_is_run_by_a_test():
