@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,13 +22,15 @@ RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 3.2e-2, "prefix-layer": 1
 Each holds on the demo's reviews and on UIT-VSFC (docs/vietnamese.md, "The other methods").
 """
 
+_FILES = (".csv", ".tsv", ".jsonl", ".gguf")  # endings that no hub id has
+
 WITH_EMBEDDINGS = {"lora_targets": "all-linear,embeddings", "modules_to_save": "auto", "lora_r": 4}
 """What LoRA adapts in a classifier if no layers are named; with it go alpha = 0.2 r, a rate of 2e-4, LoRA+ at 60 and a
 moving average: nothing was lost against full fine-tuning, with less than 2 % of the parameters (docs/vietnamese.md)."""
 
 
-def _help(text: str, **more: Any) -> Any:
-    return field(metadata={"help": text, **more.pop("metadata", {})}, **{"default": None} | more)
+def _help(text: str, default: Any = None) -> Any:
+    return field(metadata={"help": text}, default=default)
 
 
 @dataclass
@@ -65,8 +66,6 @@ class TaskOptions:
     early_stopping: int | None = _help("Stop after so many evaluations without a better --metric_for_best_model.")
     overwrite: bool = _help("Replace the run in --output_dir.", default=False)
 
-    FILES: ClassVar[tuple[str, ...]] = ("model", "data", "validation_file", "test_file")
-
     def __post_init__(self) -> None:
         parts = self.method.split("+")
         for name in parts:
@@ -88,7 +87,7 @@ class TaskOptions:
                 raise CommandError(f"--{name} is {getattr(self, name)}, want 0 <= {name} < 1")
         if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
             raise CommandError(f"--ema_decay is {self.ema_decay}, want 0 <= ema_decay < 1, such as 0.99; 0: no average")
-        for name in self.FILES:
+        for name in ("model", "data", "validation_file", "test_file"):
             self._check_exists(name)
         self._fill()
 
@@ -103,7 +102,7 @@ class TaskOptions:
                 raise CommandError(f"--model {text} is an adapter (it holds {file}); name its base, or merge the two")
         if path.exists():
             setattr(self, name, str(path.resolve()))  # a resumed run may start elsewhere
-        elif path.suffix or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        elif path.suffix in _FILES or text.startswith(("/", ".", "~")) or text.count("/") > 1:
             raise CommandError(f"--{name} {text}: there is no such file or directory")
 
     def _fill(self) -> None:
@@ -143,20 +142,11 @@ class LanguageModelOptions(TaskOptions):
     answers: int = _help("Test prompts that are answered before and after training.", default=100)
     max_new_tokens: int = _help("Longest answer, in tokens.", default=64)
 
-    METHODS: ClassVar[tuple[str, ...]] = (
-        "lora",
-        "full",
-        "bitfit",
-        "adapter-h",
-        "adapter-l",
-        "adapter-p",
-        "adapter-drop",
-    )
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if wrong := [name for name in self.method.split("+") if name not in self.METHODS]:
-            raise CommandError(f"--method {wrong[0]} is not for language models, want one of {', '.join(self.METHODS)}")
+        suitable = [name for name in METHODS if not name.startswith("prefix") and name != "head-only"]
+        if wrong := [name for name in self.method.split("+") if name not in suitable]:
+            raise CommandError(f"--method {wrong[0]} is not for language models, want one of {', '.join(suitable)}")
 
 
 _OURS = {"lora_r": "r", "lora_targets": "target_modules"}
@@ -281,13 +271,10 @@ def _check_together(options: TaskOptions, training: TrainingArguments) -> None:
 
 def record_of(options: TaskOptions, training: TrainingArguments) -> dict[str, Any]:
     """Returns what decides a run's result, as JSON values: a run is resumed with the same."""
-    default = {item.name: item.default for item in fields(type(training)) if item.default is not MISSING}
-    kept = {
-        name: value
-        for name, value in training.to_dict().items()
-        if name in default and name not in _NOT_RECORDED and value != default[name]
-    }
-    return {"options": {k: v for k, v in asdict(options).items() if k != "overwrite"}, "training": copy.deepcopy(kept)}
+    default = {item.name: item.default for item in fields(training) if item.name not in _NOT_RECORDED}
+    values = training.to_dict()
+    kept = {name: values[name] for name in default if name in values and values[name] != default[name]}
+    return {"options": {k: v for k, v in asdict(options).items() if k != "overwrite"}, "training": kept}
 
 
 _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "use_cpu", "dataloader_pin_memory"}

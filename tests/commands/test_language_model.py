@@ -177,7 +177,7 @@ def test_a_gguf_file_is_a_model(command: Command, options: list[str], tmp_path: 
 MISTAKES = {
     "method": (
         ["--method", "prefix-embed"],
-        "--method prefix-embed is not for language models, want one of lora, full",
+        "--method prefix-embed is not for language models, want one of full, bitfit",
     ),
     "classifier's option": (["--label_column", "y"], "there is no option --label_column"),
     "task": (["--class_weights", "balanced"], "there is no option --class_weights"),
