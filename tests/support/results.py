@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from lora_ext.commands.results import to_json
 
 MACHINE = {
     "platform": "Linux",
@@ -76,7 +79,7 @@ def causal_lm() -> dict[str, Any]:
     return _run(
         "causal-lm",
         head_parameters=0,
-        before={"perplexity": 14.25},
+        before={"perplexity": 14.25, "rouge_l": 0.2, "exact_match": 0.0},
         test={"perplexity": 7.53, "rouge_l": 0.312, "exact_match": 0.05},
         samples=[sample],
     )
@@ -118,44 +121,36 @@ def comparison() -> dict[str, Any]:
 
 
 def plan() -> dict[str, Any]:
-    """Returns plan.json."""
-    sizes = ("weights", "gradients", "optimizer", "activations", "total", "checkpoint")
-    rows = [
-        {"name": "full"} | dict(zip(sizes, (350e9, 350e9, 700e9, 1e9, 1401e9, 350e9), strict=True)),
-        {"name": "lora"} | dict(zip(sizes, (350e9, 37.7e6, 75.5e6, 1e9, 351.1e9, 37.7e6), strict=True)),
-    ]
-    return {"command": ["lora-ext", "plan", "--model", "gpt3-175b"], "date": "2026-12-01", "rows": rows}
+    """Returns plan.json of the demo's classifier."""
+    from lora_ext.commands.plan import parse
+    from lora_ext.commands.plan import plan as result_of
+
+    result = made_by("plan", "--gpu_memory", "500MB") | result_of(parse(["--gpu_memory=500MB", "--reserve=1MB"]))
+    return json.loads(to_json(result))
 
 
 # What the report shows of them: rows of tables by caption, and texts.
 ROWS = {
     "Scores on the test texts": [
-        ["", "accuracy (%)", "macro F1 (%)", "weighted F1 (%)"],
-        ["this run", "82.4", "82.4", "82.4"],
-        ["always “negative”", "50.0", "33.3", ""],
+        ["", "always “negative”", "this run"],
+        ["accuracy", "50.0%", "82.4%"],
+        ["macro f1", "33.3%", "82.4%"],
+        ["", "before fine-tuning", "this run"],
+        ["perplexity", "14.25", "7.53"],
+        ["rouge l", "20.0%", "31.2%"],
     ],
-    "By class": [["negative", "84.0", "80.0", "82.0", "250"], ["positive", "80.9", "84.8", "82.8", "250"]],
+    "By class": [["negative", "84.0%", "80.0%", "82.0%", "250"], ["positive", "80.9%", "84.8%", "82.8%", "250"]],
     "Texts of a class (rows) by the answer (columns)": [["negative", "200", "50"], ["positive", "38", "212"]],
-    "Scores on the test examples": [
-        ["fine-tuning", "perplexity", "ROUGE-L (%)", "exact match (%)"],
-        ["before", "14.25", "", ""],
-        ["after", "7.53", "31.2", "5.0"],
-    ],
     "Answers before and after fine-tuning": [["What is LoRA?", "Low-rank\nadaptation.", "A radio.", "Low-rank."]],
     "Methods": [
-        ["full", "22,713,218", "2", "83.0", "0.8", "", "", "82.0", "50.5", "6,000", "800", "90.9"],
-        ["lora:r=16", "75,000", "2", "81.6", "0.8", "-1.4", "-2.4 to -0.4", "80.6", "50.5", "6,000", "800", "0.3"],
+        ["full", "2", "83.00", "0.80", "", "82.00", "22,713,218", "50", "6,000", "763", "90.85"],
+        ["lora:r=16", "2", "81.60", "0.80", "-1.40 (-2.40 to -0.40)", "80.60", "75,000", "50", "6,000", "763", "0.30"],
     ],
     "Failed": [["prefix-layer", "1", "the loss is not finite"]],
-    "Memory of a step, and checkpoints": [
-        ["", "weights", "gradients", "optimizer", "activations", "total", "checkpoint"],
-        ["full", "350 GB", "350 GB", "700 GB", "1 GB", "1.4 TB", "350 GB"],
-        ["lora", "350 GB", "37.7 MB", "75.5 MB", "1 GB", "351 GB", "37.7 MB"],
-    ],
 }
 FACTS = [
     *("lora, lora_r 8, lora_alpha 16", "75,264 of 22,788,482 (0.330%), 770 of them in the new head"),
-    *("4,000 for train, 500 for validation, 500 for test", "61.4 s, 5,322 tokens/s, 500 steps of 16 examples"),
+    *("4,000 for train, 500 for validation, 500 for test", "61 s, 5,322 tokens/s, 500 steps of 16 examples"),
     *("812 MB", "304 kB", "91.2 MB", "More is better."),
     *("A CPU, 2 threads, no GPU, torch 2.13.0, 2026-12-01.", "lora-ext finetune --task classification"),
 ]
