@@ -49,12 +49,12 @@ def main(argv: list[str]) -> None:
                 shown.note(layer.name)
                 updates += _measure(layer, similar)
                 shown.advance(layer.nbytes)
-    adapted = _means(updates, ("adapter",), (*_MEASURES, *_TABLE_7))
     steps = [step | {"adapter": update["adapter"]} for update in updates for step in update["projections"]]
     result = made_by("analyze", argv) | {
         "base": None if base is None else str(base.directory),
         "note": note,
-        "adapters": [{"path": str(args.adapter[row["adapter"] - 1])} | row for row in adapted],
+        "paths": [str(path) for path in args.adapter],
+        "adapters": _means(updates, ("adapter",), (*_MEASURES, *_TABLE_7)),
         "kinds": _means(updates, ("kind", "adapter"), (*_MEASURES, *_TABLE_7)),
         "by_rank": _means(steps, ("adapter", "rank"), _TABLE_7),
         "similarity": [_mean_similarity(of, grids) for of, grids in similar.items()],
@@ -104,7 +104,7 @@ def _base(args: argparse.Namespace, adapters: Sequence[AdapterContents]) -> tupl
     """Opens the base's checkpoint; without one, returns None and a note that says why."""
     without = "No relative changes and no projections without the base's weights"
     if args.no_base:
-        return None, f"{without} (--no-base)."
+        return None, f"{without}."
     if args.base is not None:
         return _open_base(args.base), ""
     name, *others = dict.fromkeys(adapter.file.config.get("base_model_name_or_path") for adapter in adapters)
@@ -269,7 +269,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[st
         for rank in analysis.leading_ranks(min(len(row["phi"]), len(row["phi"][0])))
     ]
     return {
-        "Means by adapter": _table(result["adapters"], "path", *measures),
+        "Means by adapter": _table(result["adapters"], *measures),
         "Means by kind of layer": _table(result["kinds"], "kind", *measures),
         "Amplification by rank": _table(result["by_rank"], "adapter", "rank", "layers", *_TABLE_7),
         "Similarity of subspaces": _table(diagonals, "adapters", "factor", "layers", "i = j", "phi", "random"),
@@ -290,7 +290,8 @@ def _cell(value: Any) -> str:
 
 def _markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
     parts = ["# What the adapters have learnt", f"    {shlex.join(result['command'])}"]
-    parts += [f"Base: {result['base'] or 'none'}. {result['note']}", measured_on(result), READING]
+    parts += [f"Adapters: {', '.join(result['paths'])}. Base: {result['base'] or 'none'}. {result['note']}"]
+    parts += [measured_on(result), READING]
     for title, (heading, rows) in tables(result).items():
         parts += [f"## {title}", markdown(heading, rows).rstrip()]
     parts += ["## Pictures", *(f"![{name}]({name}.png)" for name in names)]

@@ -14,22 +14,22 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _INK = "#767676"  # contrast of 4.5 to white and to black
 _COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#8c8c8c")  # 3 to both
+_METRICS = {"accuracy": (100, "test accuracy (%)"), "perplexity": (1, "test perplexity")}  # factor and unit shown
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _styled = matplotlib.rc_context(
     {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
         "text.parse_math": False,  # a dollar in a name starts no formula
-        "axes.prop_cycle": cycler(color=_COLOURS) + cycler(marker="osD^vP*X"),
+        "axes.prop_cycle": matplotlib.cycler(color=_COLOURS, marker=[*"osD^vP*X"]),
         "lines.markersize": 5,
-        "lines.linewidth": 1.2,
         "grid.alpha": 0.3,
         "legend.frameon": False,
+        "axes.titlesize": 10,
         "legend.fontsize": 8,
     }
 )
@@ -56,12 +56,12 @@ def scores_against_parameters(rows: Sequence[Mapping[str, Any]], metric: str) ->
 
     Bars reach from the worst to the best seed.
     """
-    figure, axes = _panel("Test score and trained parameters", "trained parameters", _unit(metric), height=4.2)
+    figure, axes = _panel("Test score and trained parameters", "trained parameters", _METRICS[metric][1], height=4.2)
     for method in dict.fromkeys(row["method"] for row in rows):
         chosen = [row for row in rows if row["method"] == method]
         _with_spread(axes, [*map(_trained, chosen)], chosen, metric, label=method, ls="")
     for row in rows if len(rows) <= 12 else ():
-        where = _trained(row), _scale(metric) * row["mean"]
+        where = _trained(row), _METRICS[metric][0] * row["mean"]
         axes.annotate(row["label"], where, xytext=(5, 4), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
     axes.margins(x=0.15)
@@ -76,7 +76,7 @@ def ranks(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure | None:
     lines = {targets: dict(sorted(by_rank.items())) for targets, by_rank in lines.items() if len(by_rank) > 1}
     if not lines:
         return None
-    figure, axes = _panel("Test score by rank", "rank r", _unit(metric))
+    figure, axes = _panel("Test score by rank", "rank r", _METRICS[metric][1])
     for targets, by_rank in lines.items():
         _with_spread(axes, [*by_rank], [*by_rank.values()], metric, label=targets)
     _rank_axis(axes, {r for by_rank in lines.values() for r in by_rank})
@@ -95,7 +95,7 @@ def matrices(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure | None:
     chosen = [min(some, key=lambda row: abs(math.log(_trained(row) / budget))) for some in by_targets.values()]
     if len(chosen) < 2 or max(map(_trained, chosen)) > 1.5 * min(map(_trained, chosen)):
         return None
-    figure, axes = _panel("Test score by matrices", "matrices, rank, trained parameters", _unit(metric))
+    figure, axes = _panel("Test score by matrices", "matrices, rank, trained parameters", _METRICS[metric][1])
     _with_spread(axes, range(len(chosen)), chosen, metric, ls="")
     labels = [
         f"{targets}\nr = {row['options']['lora_r']}\n{_trained(row):,}"
@@ -122,18 +122,10 @@ def _trained(row: Mapping[str, Any]) -> int:
 
 def _with_spread(axes: Axes, at: Sequence[float], rows: Sequence[Mapping[str, Any]], metric: str, **style: Any) -> None:
     """Draws means at these places, with bars from the smallest to the largest value of the seeds."""
-    scale = _scale(metric)
+    scale, _ = _METRICS[metric]
     means = np.array([scale * row["mean"] for row in rows])
     ends = np.array([[scale * end(row["values"]) for row in rows] for end in (min, max)])
     axes.errorbar(at, means, np.abs(ends - means), elinewidth=1, capsize=2, **style)
-
-
-def _scale(metric: str) -> int:
-    return 1 if metric == "perplexity" else 100
-
-
-def _unit(metric: str) -> str:
-    return "test perplexity" if metric == "perplexity" else f"test {metric} (%)"
 
 
 # --- analyses ---------------------------------------------------------------------------------------------------------
@@ -150,8 +142,8 @@ def similarity(rows: Sequence[Mapping[str, Any]]) -> Figure:
         extent = (0.5, width + 0.5, height + 0.5, 0.5)
         for axes, key in zip(pair_of_axes, ("phi", "random"), strict=True):
             image = axes.imshow(row[key], vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
-            axes.set_title(f"{row['factor']}, {'random, expected' if key == 'random' else 'phi'}", fontsize=9)
             axes.set(xlabel=f"directions of adapter {second}", ylabel=f"directions of adapter {first}")
+            axes.set_title(f"{row['factor']}: {key}")
             axes.set_yticks(range(1, height + 1, math.ceil(height / 8)))
             axes.set_xticks(range(1, width + 1, math.ceil(width / 8)))
     figure.suptitle("Similarity of subspaces", fontsize=11)
@@ -165,20 +157,21 @@ def spectra(updates: Sequence[Mapping[str, Any]]) -> Figure:
     adapters, kinds = (list(dict.fromkeys(update[key] for update in updates)) for key in ("adapter", "kind"))
     figure, (all_axes,) = _panels((4.5 * len(adapters) + 2, 3.8), 1, len(adapters), sharey=True)
     figure.suptitle("Singular values of the updates", fontsize=11)
+    lines = {}
     for update in updates:
         S = [value / update["singular_values"][0] for value in update["singular_values"] if value > 0]
-        axes, number = all_axes[adapters.index(update["adapter"])], kinds.index(update["kind"])
-        style = {"color": _COLOURS[number % len(_COLOURS)], "lw": 0.9, "alpha": 0.6}
-        axes.plot(range(1, len(S) + 1), S, marker="", label=update["kind"], **style)
+        axes, colour = (
+            all_axes[adapters.index(update["adapter"])],
+            _COLOURS[kinds.index(update["kind"]) % len(_COLOURS)],
+        )
+        (lines[update["kind"]],) = axes.plot(range(1, len(S) + 1), S, color=colour, marker="", lw=0.9, alpha=0.6)
     for axes, adapter in zip(all_axes, adapters, strict=True):
-        axes.set_title(f"adapter {adapter}", fontsize=9)
-        axes.set(xlabel="direction", yscale="log")
+        axes.set(title=f"adapter {adapter}", xlabel="direction", ylabel="singular value / largest", yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.label_outer()
         axes.grid()
-    all_axes[0].set_ylabel("singular value / largest")
-    shown = {line.get_label(): line for axes in all_axes for line in axes.lines}
     if len(kinds) <= 20:
-        all_axes[-1].legend(shown.values(), shown, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        all_axes[-1].legend(lines.values(), lines, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 

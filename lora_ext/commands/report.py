@@ -141,6 +141,8 @@ def _scores(result: _Result) -> list[Table]:
 
 
 def _score(name: str, scores: _Result) -> str:
+    if scores[name] is None:
+        return "not finite"
     return f"{scores[name]:.2f}" if name == "perplexity" else f"{scores[name]:.1%}"
 
 
@@ -169,7 +171,7 @@ def _analysis(result: _Result) -> dict[str, Any]:
     return {
         "heading": "What the adapters have learnt",
         "text": analyze.READING,
-        "facts": {"base": result["base"] or "none"},
+        "facts": {"adapters": ", ".join(result["paths"]), "base": result["base"] or "none"},
         "note": result["note"],
         "tables": [Table(caption, *cells) for caption, cells in analyze.tables(result).items()],
         "figures": analyze.figures(result),

@@ -88,7 +88,7 @@ def test_two_adapters_against_whole_matrices(files, tmp_path, no_pictures):
 
 def test_summaries_are_of_the_layers(files, tmp_path, no_pictures):
     result = run(tmp_path / "out", files / "four", files / "six", base=files / "base")
-    assert [adapter["path"] for adapter in result["adapters"]] == [str(files / "four"), str(files / "six")]
+    assert result["paths"] == [str(files / "four"), str(files / "six")]
     for number, adapter in enumerate(result["adapters"], 1):
         updates = [update for update in result["updates"] if update["adapter"] == number]
         assert (adapter["adapter"], adapter["r"], adapter["layers"]) == [(1, 4, 4), (2, 6, 6)][number - 1]

@@ -126,6 +126,13 @@ def test_figures_of_results(page):
     assert "9,984" not in drawn  # another number of parameters
 
 
+def test_a_perplexity_that_is_not_finite(tmp_path):
+    content = results.causal_lm()
+    content["test"]["perplexity"] = None  # as JSON has no infinity
+    page = report(save(tmp_path, chat=content))
+    assert ["perplexity", "14.25", "not finite"] in page.tables["Scores on the test texts"]
+
+
 def test_a_plan(folder, page):
     result = json.loads((folder / "plan" / "plan.json").read_text())
     assert page.tables["Memory of a step, and checkpoints"] == plan.rows(result)
