@@ -34,10 +34,6 @@ checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
 """For each op of :func:`register_op`: checks the arguments of a call and returns all of them by name."""
 
 
-num_cast_arguments: dict[str, int] = {}
-"""For each op of :func:`register_autocast`: how many of its first arguments autocast casts."""
-
-
 def call_backward(op: Callable, *arguments: object) -> tuple:
     """Calls a backward op: directly if no gradient's gradient is wanted."""
     if torch.is_grad_enabled() or not is_usual_state():
@@ -255,6 +251,5 @@ def register_autocast(name: str, num_cast: int) -> None:
     autocast again.
     """
     op = op_named(name)
-    num_cast_arguments[name] = num_cast
     for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         LIBRARY.impl(name, _autocast_kernel(op, device_type, dispatch_key, num_cast), dispatch_key)

@@ -47,9 +47,8 @@ def is_usual_state() -> bool:
     )
 
 
-# AutocastPrivateUse1 stands for autocast in lora_ext.planner.meta_autocast.
-_AUTOCAST = _keys("AutocastCPU", "AutocastCUDA", "AutocastPrivateUse1")
-_MODES = _keys("Python", "PythonTLSSnapshot", "AutocastPrivateUse1")
+_AUTOCAST = _keys("AutocastCPU", "AutocastCUDA")
+_MODES = _keys("Python", "PythonTLSSnapshot")
 
 
 def autocast_device(tensor: Tensor) -> str:

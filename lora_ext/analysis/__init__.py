@@ -1,8 +1,4 @@
-"""Analyses of what an adapter learned, as in section 7 and appendix H of the LoRA paper (arXiv 2106.09685).
-
-All functions take tensors. They use the factors of an update, never the product, and multiply the weight with a few
-vectors only.
-"""
+"""Measures what an adapter learned, as section 7 of the LoRA paper does: from tensors, without an update's product."""
 
 from lora_ext.analysis.decomposition import Svd, block_krylov_svd, factored_svd
 from lora_ext.analysis.projection import ProjectionTable, expected_random_norm, leading_ranks, project, projection_table

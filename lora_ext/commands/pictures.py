@@ -12,268 +12,200 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
-
-from lora_ext.commands.options import check_installed
-
-try:
-    import matplotlib
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Tick
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-except ImportError:
-    check_installed("report", "matplotlib")
-    raise
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 _INK = "#767676"  # contrast of 4.5 to white and to black
 _COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#8c8c8c")  # 3 to both
-_MARKERS = "osD^vP*X"
+_METRICS = {"accuracy": (100, "test accuracy (%)"), "perplexity": (1, "test perplexity")}  # factor and unit shown
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
-_TITLE_LENGTH = 36  # letters above a heat map
+_styled = matplotlib.rc_context(
+    {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
+        "text.parse_math": False,  # a dollar in a name starts no formula
+        "axes.prop_cycle": matplotlib.cycler(color=_COLOURS, marker=[*"osD^vP*X"]),
+        "lines.markersize": 5,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+        "axes.titlesize": 10,
+        "legend.fontsize": 8,
+    }
+)
 
 
 # --- runs of finetune and compare -------------------------------------------------------------------------------------
 
 
+@_styled
 def loss_curve(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draws the training and validation loss of a trainer's ``log_history`` by epoch."""
-    figure, axes = _panel()
-    for number, (key, label) in enumerate({"loss": "training", "eval_loss": "validation"}.items()):
-        points = [(entry["epoch"], entry[key]) for entry in history if entry.get(key) is not None and "epoch" in entry]
+    figure, axes = _panel(title, "epoch", "loss (nats)")
+    for key, label in {"loss": "training", "eval_loss": "validation"}.items():
+        points = [(entry["epoch"], entry[key]) for entry in history if entry.get(key) is not None]
         if points:
-            marker = _MARKERS[number] if len(points) < 30 else None
-            axes.plot(*zip(*points, strict=True), color=_COLOURS[number], marker=marker, ms=4, label=label)
-    axes.set(xlabel="epoch", ylabel="loss (nats)", title=title)
-    if axes.lines:
-        axes.legend(frameon=False)
-    return _finished(figure)
+            axes.plot(*zip(*points, strict=True), label=label, ms=4 if len(points) < 30 else 0)
+            axes.legend()
+    return figure
 
 
+@_styled
 def scores_against_parameters(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     """Draws each run's mean score over its number of trained parameters, as figure 2 of the LoRA paper does.
 
     Bars reach from the worst to the best seed.
     """
-    figure, axes = _panel(height=4.2)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    for number, method in enumerate(methods):
-        chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: row["trainable_parameters"])
-        style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
-        _with_spread(
-            axes, [row["trainable_parameters"] for row in chosen], chosen, metric, label=method, ls="", **style
-        )
+    figure, axes = _panel("Test score and trained parameters", "trained parameters", _METRICS[metric][1], height=4.2)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        chosen = [row for row in rows if row["method"] == method]
+        _with_spread(axes, [*map(_trained, chosen)], chosen, metric, label=method, ls="")
     for row in rows if len(rows) <= 12 else ():
-        where = row["trainable_parameters"], _shown(metric, row["mean"])
+        where = _trained(row), _METRICS[metric][0] * row["mean"]
         axes.annotate(row["label"], where, xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", xlabel="trained parameters", ylabel=_unit(metric), title="Test score and trained parameters")
+    axes.set_xscale("log")
     axes.margins(x=0.15)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _finished(figure)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
 
 
+@_styled
 def ranks(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure | None:
     """Draws scores of LoRA by rank, a line for each set of matrices; None if no set has two ranks."""
-    by_targets: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["method"] == "lora" and "lora_r" in row["options"]:
-            by_targets.setdefault(_targets(row), {})[int(row["options"]["lora_r"])] = row
-    lines = {targets: by_rank for targets, by_rank in by_targets.items() if len(by_rank) > 1}
+    lines = {targets: {row["options"]["lora_r"]: row for row in some} for targets, some in _by_targets(rows).items()}
+    lines = {targets: dict(sorted(by_rank.items())) for targets, by_rank in lines.items() if len(by_rank) > 1}
     if not lines:
         return None
-    figure, axes = _panel()
-    for number, (targets, by_rank) in enumerate(lines.items()):
-        found = sorted(by_rank)
-        style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
-        _with_spread(axes, found, [by_rank[r] for r in found], metric, label=targets, **style)
-    every = sorted({r for by_rank in lines.values() for r in by_rank})
-    axes.set(xscale="log", xlabel="rank r", ylabel=_unit(metric), title="Test score by rank")
-    axes.set_xticks(every, [str(r) for r in every])
-    axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8, title="matrices", title_fontsize=8)
-    return _finished(figure)
+    figure, axes = _panel("Test score by rank", "rank r", _METRICS[metric][1])
+    for targets, by_rank in lines.items():
+        _with_spread(axes, [*by_rank], [*by_rank.values()], metric, label=targets)
+    _rank_axis(axes, {r for by_rank in lines.values() for r in by_rank})
+    axes.legend(title="matrices", title_fontsize=8)
+    return figure
 
 
+@_styled
 def matrices(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure | None:
     """Draws scores of LoRA by the adapted matrices, at about one number of parameters (table 5 of the LoRA paper).
 
-    Of each set, the row counts with which the numbers are nearest to each other. None: there is one set, or the
-    numbers differ by more than half.
+    The number is the smallest that all sets can have. None: there is one set, or the numbers differ by more than half.
     """
-    by_targets: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["method"] == "lora":
-            by_targets.setdefault(_targets(row), []).append(row)
-    nearest = [
-        [min(some, key=lambda row: abs(math.log(row["trainable_parameters"] / budget))) for some in by_targets.values()]
-        for budget in sorted(row["trainable_parameters"] for some in by_targets.values() for row in some)
-    ]
-    chosen = min(nearest, key=_ratio, default=[])
-    if len(chosen) < 2 or _ratio(chosen) > 1.5:
+    by_targets = _by_targets(rows)
+    budget = max((min(map(_trained, some)) for some in by_targets.values()), default=0)
+    chosen = [min(some, key=lambda row: abs(math.log(_trained(row) / budget))) for some in by_targets.values()]
+    if len(chosen) < 2 or max(map(_trained, chosen)) > 1.5 * min(map(_trained, chosen)):
         return None
-    figure, axes = _panel(height=0.4 * len(chosen) + 1.4)
-    for number, row in enumerate(chosen):
-        _with_spread(axes, [number], [row], metric, flat=True, color=_COLOURS[0], marker="o", ls="")
-    names = [
-        f"{targets}, r = {row['options'].get('lora_r', '?')}: {row['trainable_parameters']:,}"
+    figure, axes = _panel("Test score by matrices", "matrices, rank, trained parameters", _METRICS[metric][1])
+    _with_spread(axes, range(len(chosen)), chosen, metric, ls="")
+    labels = [
+        f"{targets}\nr = {row['options']['lora_r']}\n{_trained(row):,}"
         for targets, row in zip(by_targets, chosen, strict=True)
     ]
-    axes.set_yticks(range(len(chosen)), [name.replace("$", r"\$") for name in names])
-    axes.set(xlabel=_unit(metric), title="Test score by matrices (and their trained parameters)")
-    axes.set_ylim(len(chosen) - 0.5, -0.5)
-    return _finished(figure)
+    axes.set_xticks(range(len(chosen)), labels)
+    axes.margins(x=0.2)
+    return figure
 
 
-def _ratio(rows: Sequence[Mapping[str, Any]]) -> float:
-    numbers = [row["trainable_parameters"] for row in rows]
-    return max(numbers) / min(numbers)
+def _by_targets(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Groups the rows of LoRA by the adapted matrices."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["method"] == "lora":
+            targets = row["options"].get("lora_targets") or "default"
+            groups.setdefault(targets if isinstance(targets, str) else ", ".join(targets), []).append(row)
+    return groups
 
 
-def _with_spread(
-    axes: Axes, at: Sequence[float], rows: Sequence[Mapping[str, Any]], metric: str, flat: bool = False, **style: Any
-) -> None:
+def _trained(row: Mapping[str, Any]) -> int:
+    return row["trainable_parameters"]
+
+
+def _with_spread(axes: Axes, at: Sequence[float], rows: Sequence[Mapping[str, Any]], metric: str, **style: Any) -> None:
     """Draws means at these places, with bars from the smallest to the largest value of the seeds."""
-    values = np.array([_shown(metric, row["mean"]) for row in rows])
-    ends = np.array([[_shown(metric, end(row["values"] or [row["mean"]])) for row in rows] for end in (min, max)])
-    error = np.abs(ends - values)
-    places = {"x": values, "y": at, "xerr": error} if flat else {"x": at, "y": values, "yerr": error}
-    axes.errorbar(**places, ms=5, lw=1.2, elinewidth=1, capsize=2, **style)
-
-
-def _shown(metric: str, value: float) -> float:
-    return value if metric == "perplexity" else 100 * value
-
-
-def _unit(metric: str) -> str:
-    return f"test {metric.replace('_', ' ')}" + ("" if metric == "perplexity" else " (%)")
-
-
-def _targets(row: Mapping[str, Any]) -> str:
-    targets = row["options"].get("lora_targets") or "default"
-    return ", ".join(targets) if isinstance(targets, list) else str(targets)
+    scale, _ = _METRICS[metric]
+    means = np.array([scale * row["mean"] for row in rows])
+    ends = np.array([[scale * end(row["values"]) for row in rows] for end in (min, max)])
+    axes.errorbar(at, means, np.abs(ends - means), elinewidth=1, capsize=2, **style)
 
 
 # --- analyses ---------------------------------------------------------------------------------------------------------
 
 
-def similarity(pair: Mapping[str, Any]) -> Figure:
-    """Draws ``phi`` of two adapters next to random subspaces, as figures 3 and 4 of the LoRA paper do.
-
-    Args:
-        pair: an entry of ``similarity`` in analysis.json.
-    """
-    first, second = pair["of"]
-    if first == second:
-        columns, labels = ("lora_A and right of dW", "lora_B and left of dW"), ("i, of the factor", "j, of dW")
-        title = "Similarity of the factors and the update"
-    else:
-        columns, labels = ("lora_A", "lora_B"), (f"directions of adapter {first}", f"directions of adapter {second}")
-        title = f"Similarity of adapters {first} and {second}"
-    headings = [heading for column in columns for heading in (column, "random, expected")]
-    figure = Figure(figsize=(11.5, 2.7 * len(pair["grids"]) + 0.6), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    image = None
-    for axes_of_row, row in zip(figure.subplots(len(pair["grids"]), 4, squeeze=False), pair["grids"], strict=True):
-        grids = [row[side] and row[side][key] for side in "AB" for key in ("phi", "random")]
-        for axes, heading, grid in zip(axes_of_row, headings, grids, strict=True):
-            axes.set_title("\n".join(map(_shortened, [*row["what"].split(": ", 1), heading])), fontsize=8)
-            if grid is None:
-                axes.set_axis_off()
-                continue
-            height, width = np.shape(grid)
-            # Pixel centres lie at whole numbers; entry [0, 0] compares the first directions.
-            extent = (0.5, width + 0.5, height + 0.5, 0.5)
-            image = axes.imshow(grid, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
+@_styled
+def similarity(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws analysis.json's ``similarity`` next to random subspaces, as figures 3 and 4 of the LoRA paper do."""
+    figure, all_axes = _panels((7.5, 2.7 * len(rows) + 0.6), len(rows), 2)
+    for pair_of_axes, row in zip(all_axes, rows, strict=True):
+        first, second = row["adapters"]
+        height, width = np.shape(row["phi"])
+        # Pixel centres lie at whole numbers; entry [0, 0] compares the first directions.
+        extent = (0.5, width + 0.5, height + 0.5, 0.5)
+        for axes, key in zip(pair_of_axes, ("phi", "random"), strict=True):
+            image = axes.imshow(row[key], vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
+            axes.set(xlabel=f"directions of adapter {second}", ylabel=f"directions of adapter {first}")
+            axes.set_title(f"{row['factor']}: {key}")
             axes.set_yticks(range(1, height + 1, math.ceil(height / 8)))
             axes.set_xticks(range(1, width + 1, math.ceil(width / 8)))
-            axes.tick_params(labelsize=7)
-            axes.set_ylabel(labels[0], fontsize=7)
-            axes.set_xlabel(labels[1], fontsize=7)
-    if image is not None:
-        figure.colorbar(image, ax=figure.axes, label="phi", shrink=0.8)
-    return _finished(figure)
+    figure.suptitle("Similarity of subspaces", fontsize=11)
+    figure.colorbar(image, ax=all_axes, label="phi", shrink=0.8).ax.tick_params(colors=_INK)
+    return figure
 
 
-def spectra(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Figure:
-    """Draws singular values relative to the largest: one line per layer, one colour per kind of layer.
-
-    Args:
-        panels: heading -> kind -> descending singular values of each layer.
-    """
-    figure = Figure(figsize=(4.5 * len(panels) + 2, 3.8), layout="constrained")
+@_styled
+def spectra(updates: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws the singular values in analysis.json's ``updates``: a line for each layer, a colour for each kind."""
+    adapters, kinds = (list(dict.fromkeys(update[key] for update in updates)) for key in ("adapter", "kind"))
+    figure, (all_axes,) = _panels((4.5 * len(adapters) + 2, 3.8), 1, len(adapters), sharey=True)
     figure.suptitle("Singular values of the updates", fontsize=11)
-    kinds = list(dict.fromkeys(kind for by_kind in panels.values() for kind in by_kind))
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (heading, by_kind) in zip(all_axes, panels.items(), strict=True):
-        for kind, layers in by_kind.items():
-            for number, values in enumerate(layers):
-                parts = [value / values[0] for value in values if value > 0]
-                style = {"color": _COLOURS[kinds.index(kind) % len(_COLOURS)], "label": kind if number == 0 else None}
-                axes.plot(range(1, len(parts) + 1), parts, alpha=0.6, lw=0.9, **style)
-        axes.set_title(heading, fontsize=9)
-        axes.set(xlabel="direction", yscale="log")
+    lines = {}
+    for update in updates:
+        S = [value / update["singular_values"][0] for value in update["singular_values"] if value > 0]
+        axes, colour = (
+            all_axes[adapters.index(update["adapter"])],
+            _COLOURS[kinds.index(update["kind"]) % len(_COLOURS)],
+        )
+        (lines[update["kind"]],) = axes.plot(range(1, len(S) + 1), S, color=colour, marker="", lw=0.9, alpha=0.6)
+    for axes, adapter in zip(all_axes, adapters, strict=True):
+        axes.set(title=f"adapter {adapter}", xlabel="direction", ylabel="singular value / largest", yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("singular value / largest")
+        axes.label_outer()
+        axes.grid()
     if len(kinds) <= 20:
-        all_axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return _finished(figure)
+        all_axes[-1].legend(lines.values(), lines, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
 
 
-def changes(kinds: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], what: str) -> Figure:
-    """Draws bars per block on one scale, one panel per kind of layer.
-
-    Args:
-        kinds: kind -> series -> ``(block, height)``; heights of the same block, as of experts, are averaged.
-        what: the quantity.
-    """
-    series = list(dict.fromkeys(name for by_name in kinds.values() for name in by_name))
-    figure = Figure(figsize=(9, 1.3 * len(kinds) + 1.2), layout="constrained")
-    figure.suptitle(f"{what} by kind of layer", fontsize=11)
-    all_axes = figure.subplots(len(kinds), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, (kind, by_name) in zip(all_axes, kinds.items(), strict=True):
-        for number, name in enumerate(series):
-            heights: dict[int, list[float]] = {}
-            for block, height in by_name.get(name, ()):
-                heights.setdefault(block, []).append(height)
-            at = [block + (number + 0.5) / len(series) * 0.8 - 0.4 for block in heights]
-            means = [sum(values) / len(values) for values in heights.values()]
-            axes.bar(at, means, width=0.8 / len(series), color=_COLOURS[number % len(_COLOURS)], label=name)
-        axes.set_title(kind, fontsize=8, loc="left", pad=2)
-        axes.grid(axis="y", alpha=0.3)
-        axes.tick_params(labelsize=7)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    all_axes[-1].set_xlabel("block")
-    figure.supylabel(what, fontsize=9)
-    if len(series) > 1:
-        figure.legend(*all_axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper right", frameon=False)
-    return _finished(figure)
+@_styled
+def amplification(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws analysis.json's ``by_rank``: how much updates amplify what the weights have in their directions."""
+    figure, axes = _panel("Amplification, mean over layers", "leading directions of the update", "|dW| / |UᵀWV|")
+    for adapter in dict.fromkeys(row["adapter"] for row in rows):
+        points = [(row["rank"], row["amplification"]) for row in rows if row["adapter"] == adapter]
+        axes.plot(*zip(*points, strict=True), label=f"adapter {adapter}")
+    _rank_axis(axes, {row["rank"] for row in rows})
+    axes.legend()
+    return figure
 
 
-def _shortened(text: str) -> str:
-    """Shortens a title to fit above a panel; keeps the end, which says most about a layer."""
-    return text if len(text) <= _TITLE_LENGTH else f"\N{HORIZONTAL ELLIPSIS}{text[-_TITLE_LENGTH:]}"
+def _rank_axis(axes: Axes, ranks: set[int]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(ranks), map(str, sorted(ranks)))
+    axes.minorticks_off()
 
 
-def _panel(height: float = 3.4) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.8, height), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
+def _panel(title: str, xlabel: str, ylabel: str, height: float = 3.4) -> tuple[Figure, Axes]:
+    figure, ((axes,),) = _panels((6.8, height), 1, 1)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid()
     return figure, axes
 
 
-def _finished(figure: Figure) -> Figure:
-    """Gives text and axes the grey; a dollar in a name starts no formula."""
-    for text in figure.findobj(Text):
-        text.set_color(_INK)
-    in_ticks = {text for axes in figure.axes for tick in axes.findobj(Tick) for text in tick.findobj(Text)}
-    for text in {*figure.findobj(Text)} - in_ticks:
-        text.set_parse_math(False)
-    for axes in figure.axes:
+def _panels(size: tuple[float, float], rows: int, columns: int, **shared: Any) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False, **shared)
+    for axes in all_axes.flat:
         axes.tick_params(which="both", colors=_INK)
-        for spine in axes.spines.values():
-            spine.set_color(_INK)
-    return figure
+    return figure, all_axes
 
 
 # --- for a page -------------------------------------------------------------------------------------------------------
@@ -293,10 +225,9 @@ def svg(figure: Figure, name: str, label: str) -> str:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(stream.getvalue())
-    for parent in [*root.iter()]:
-        for child in [*parent]:
-            if child.tag in (f"{_SVG}style", f"{_SVG}metadata"):
-                parent.remove(child)
+    for child in [*root]:
+        if child.tag == f"{_SVG}metadata" or child.find(f"{_SVG}style") is not None:
+            root.remove(child)
     for element in root.iter():
         element.attrib = dict(_attributes(element.attrib, name))
     del root.attrib["height"]  # the width and the viewBox give it

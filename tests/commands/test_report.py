@@ -17,7 +17,7 @@ from support.analyzed import save_files
 from support.html_page import Page
 from support.optional import matplotlib  # noqa: F401
 
-from lora_ext.commands import main, pictures
+from lora_ext.commands import main, pictures, plan
 
 pytestmark = pytest.mark.cpu_only("is about files")
 
@@ -120,25 +120,40 @@ def test_figures_of_results(page):
     for caption, rows in results.ROWS.items():
         assert all(row in page.tables[caption] for row in rows), page.tables[caption]
     assert all(fact in page.text for fact in results.FACTS)
-    heading = page.tables["Methods"][0]
-    assert heading[3:7] == ["accuracy (%)", "spread (%)", "difference (%)", "95 % interval"]
+    assert page.tables["Methods"][0][2:5] == ["accuracy, %", "spread", "minus baseline (95 %)"]
     drawn = re.findall(r"<text [^>]*>(.*?)</text>", page.source)
-    assert {"bitfit", "q,v, r = 8: 75,264", "q, r = 16: 75,000", "rank r", "test accuracy (%)"} <= {*drawn}
-    assert "q,v, r = 1: 9,984" not in drawn  # another number of parameters
+    assert {"bitfit", "75,264", "75,000", "r = 16", "rank r", "test accuracy (%)"} <= {*drawn}
+    assert "9,984" not in drawn  # another number of parameters
+
+
+def test_a_perplexity_that_is_not_finite(tmp_path):
+    content = results.causal_lm()
+    content["test"]["perplexity"] = None  # as JSON has no infinity
+    page = report(save(tmp_path, chat=content))
+    assert ["perplexity", "14.25", "not finite"] in page.tables["Scores on the test texts"]
+
+
+def test_a_plan(folder, page):
+    result = json.loads((folder / "plan" / "plan.json").read_text())
+    assert page.tables["Memory of a step, and checkpoints"] == plan.rows(result)
+    assert plan.title(result) in page.text
+    assert "lora fits" in page.text and "full does not fit into 499 MB (without --reserve): 607 MB" in page.text
 
 
 def test_an_analysis(folder, page):
     content = json.loads((folder / "analysis" / "analysis.json").read_text())
-    layers = page.tables["Every layer"][1:]
+    layers = page.tables["Every layer, largest change first"][1:]
     assert len(layers) == 10  # four of one adapter, six of the other
-    for layer in content["layers"]:
-        for number, update in enumerate(layer["adapters"], 1):
-            if update is not None:
-                (row,) = [row for row in layers if row[:2] == [layer["name"], f"{number}"]]
-                assert row[3] == f"{update['norm']:.4g}" and row[-1] == f"{update['amplification']:.4g}"
-    phi = content["similarity"][0]["grids"][0]["A"]["phi"]
-    assert ["1 and 2", "lora_A", "4", f"{phi[3][3]:.4g}"] in [row[:4] for row in page.tables["Similarity of subspaces"]]
-    assert sum(tag == "image" for tag, _ in page.elements) >= 12  # heat maps
+    for update in content["updates"]:
+        (row,) = [row for row in layers if row[:2] == [update["layer"], f"{update['adapter']}"]]
+        assert row[3] == f"{update['norm']:.4g}" and row[-1] == f"{update['amplification']:.4g}"
+    changes = [float(row[4]) for row in layers]
+    assert changes == sorted(changes, reverse=True)
+    phi = content["similarity"][0]["phi"]
+    assert ["1, 2", "lora_A", "4", "4", f"{phi[3][3]:.4g}"] in [
+        row[:5] for row in page.tables["Similarity of subspaces"]
+    ]
+    assert sum(tag == "image" for tag, _ in page.elements) >= 4  # heat maps
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -240,19 +255,17 @@ def test_damaged_files_are_named_and_the_page_stays(tmp_path, capsys):
 
 def test_mistakes(tmp_path, capsys):
     save(tmp_path / "results", run=results.classification())
-    (tmp_path / "notes.html").write_text("mine")
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         (["none"], "none is no directory; name the --out of a command"),
         (["empty"], "hold none of compare.json, analysis.json, plan.json, metrics.json; run a command first"),
-        (["results", "--out", "notes.html"], "notes.html exists and is no report; choose another file"),
-        (["results", "--out", "empty"], "empty exists and is no report; choose another file"),
+        (["results", "--out", "empty"], "--out: "),
     ):
         paths = [str(tmp_path / one) if not one.startswith("--") else one for one in arguments]
         assert main(["report", *paths]) == 2
         error = capsys.readouterr().err
         assert error.startswith("lora-ext report: error: ") and message in error and error.count("\n") == 1
-    assert (tmp_path / "notes.html").read_text() == "mine" and not [*tmp_path.rglob("report.html")]
+    assert not [*tmp_path.rglob("*.html*")]
     for _ in range(2):  # an earlier report is replaced
         assert main(["report", str(tmp_path / "results"), "--out", str(tmp_path / "new" / "page.html")]) == 0
     assert f"{tmp_path / 'new' / 'page.html'}: A run of lora\n" in capsys.readouterr().out

@@ -107,17 +107,15 @@ def assert_update(found: dict[str, Any], delta: np.ndarray, weight: np.ndarray, 
     assert found["stable_rank"] == pytest.approx(np.sum(S**2) / S[0] ** 2, **approx)
     parts = S[:r] / S[:r].sum()
     assert found["effective_rank"] == pytest.approx(np.exp(-np.sum(parts * np.log(parts))), **approx)
-    kept = np.cumsum(S[:r] ** 2) / np.sum(S**2)
-    assert found["rank_of_90_percent"] == np.argmax(kept >= 0.9) + 1
-    table = found["projections"]
-    assert table["ranks"][-1] == r
-    for k, rank in enumerate(table["ranks"]):
+    assert found["projections"][-1]["rank"] == r
+    for row in found["projections"]:
+        rank = row["rank"]
         projected = np.linalg.norm(U[:, :rank].T @ weight @ Vh[:rank].T)
-        assert table["delta"][k] == pytest.approx(projected, **approx)
-        assert table["weight"][k] == pytest.approx(np.linalg.norm(weight_values[:rank]), **approx)
-        assert table["amplification"][k] == pytest.approx(np.linalg.norm(S[:rank]) / projected, rel=1e-3)
+        assert row["delta"] == pytest.approx(projected, **approx)
+        assert row["weight"] == pytest.approx(np.linalg.norm(weight_values[:rank]), **approx)
+        assert row["amplification"] == pytest.approx(np.linalg.norm(S[:rank]) / projected, rel=1e-3)
     for key in ("delta", "weight", "random", "amplification"):
-        assert found[key] == table[key][-1]
+        assert found[key] == found["projections"][-1][key]
 
 
 def matrices(delta: Tensor, key: str) -> list[np.ndarray]:

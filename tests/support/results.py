@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from lora_ext.commands.results import to_json
 
 MACHINE = {
     "platform": "Linux",
@@ -30,7 +33,7 @@ def _run(task: str, **more: Any) -> dict[str, Any]:
         **made_by("finetune", "--task", task),
         "task": task,
         "method": "lora",
-        "options": {"task": task, "method": "lora", "lora_r": 8, "lora_alpha": 16, "lora_targets": None},
+        "options": {"lora_r": 8, "lora_alpha": 16, "lora_targets": None},
         "training": {"num_train_epochs": 2},
         "examples": {"train": 4000, "validation": 500, "test": 500},
         "trainable_parameters": 75_264,
@@ -76,7 +79,7 @@ def causal_lm() -> dict[str, Any]:
     return _run(
         "causal-lm",
         head_parameters=0,
-        before={"perplexity": 14.25},
+        before={"perplexity": 14.25, "rouge_l": 0.2, "exact_match": 0.0},
         test={"perplexity": 7.53, "rouge_l": 0.312, "exact_match": 0.05},
         samples=[sample],
     )
@@ -118,54 +121,36 @@ def comparison() -> dict[str, Any]:
 
 
 def plan() -> dict[str, Any]:
-    """Returns plan.json."""
-    kinds = ("weights", "optimizer_state", "gradients", "activations", "peak", "kept", "all_gradients")
-    kinds += ("checkpoint_bytes", "checkpoint_16_bit_bytes")
-    runs = {
-        "full": dict(zip(kinds, (350e9, 700e9, 350e9, 1e9, 1401e9, 2e9, 350e9, 700e9, 350e9), strict=True)),
-        "lora": dict(zip(kinds, (350e9, 75.5e6, 37.7e6, 1e9, 351e9, 2e9, 37.7e6, 75.5e6, 37.7e6), strict=True)),
-    }
-    runs["full"] |= {"parameters": 174_600_000_000, "trained_parameters": 174_600_000_000, "fits": False}
-    runs["lora"] |= {"parameters": 174_618_874_368, "trained_parameters": 18_874_368, "fits": True}
-    options = {"optimizer": "adamw", "batch_size": 16, "max_length": 128, "device": "cuda", "devices": 1}
-    options |= {"gradient_checkpointing": False, "dtype": "float16"}
-    model = {"model": "gpt3-175b", "model_type": "gpt2", "task": "causal-lm", "method": "lora", "options": options}
-    return {**made_by("plan", "--model", "gpt3-175b"), **model, "runs": runs, "usable": 400e9, "changes": []}
+    """Returns plan.json of the demo's classifier."""
+    from lora_ext.commands.plan import parse
+    from lora_ext.commands.plan import plan as result_of
+
+    result = made_by("plan", "--gpu_memory", "500MB") | result_of(parse(["--gpu_memory=500MB", "--reserve=1MB"]))
+    return json.loads(to_json(result))
 
 
 # What the report shows of them: rows of tables by caption, and texts.
 ROWS = {
     "Scores on the test texts": [
-        ["", "accuracy (%)", "macro F1 (%)", "weighted F1 (%)"],
-        ["this run", "82.4", "82.4", "82.4"],
-        ["always “negative”", "50.0", "33.3", ""],
+        ["", "always “negative”", "this run"],
+        ["accuracy", "50.0%", "82.4%"],
+        ["macro f1", "33.3%", "82.4%"],
+        ["", "before fine-tuning", "this run"],
+        ["perplexity", "14.25", "7.53"],
+        ["rouge l", "20.0%", "31.2%"],
     ],
-    "By class": [["negative", "84.0", "80.0", "82.0", "250"], ["positive", "80.9", "84.8", "82.8", "250"]],
+    "By class": [["negative", "84.0%", "80.0%", "82.0%", "250"], ["positive", "80.9%", "84.8%", "82.8%", "250"]],
     "Texts of a class (rows) by the answer (columns)": [["negative", "200", "50"], ["positive", "38", "212"]],
-    "Scores on the test examples": [
-        ["fine-tuning", "perplexity", "ROUGE-L (%)", "exact match (%)"],
-        ["before", "14.25", "", ""],
-        ["after", "7.53", "31.2", "5.0"],
-    ],
     "Answers before and after fine-tuning": [["What is LoRA?", "Low-rank\nadaptation.", "A radio.", "Low-rank."]],
     "Methods": [
-        ["full", "22,713,218", "2", "83.0", "0.8", "", "", "82.0", "50.5", "6,000", "800", "90.9"],
-        ["lora:r=16", "75,000", "2", "81.6", "0.8", "-1.4", "-2.4 to -0.4", "80.6", "50.5", "6,000", "800", "0.3"],
+        ["full", "2", "83.00", "0.80", "", "82.00", "22,713,218", "50", "6,000", "763", "90.85"],
+        ["lora:r=16", "2", "81.60", "0.80", "-1.40 (-2.40 to -0.40)", "80.60", "75,000", "50", "6,000", "763", "0.30"],
     ],
     "Failed": [["prefix-layer", "1", "the loss is not finite"]],
-    "Memory of a step, and checkpoints": [
-        ["", "full", "lora"],
-        ["parameters trained", "174,600,000,000", "18,874,368"],
-        ["weights", "350 GB", "350 GB"],
-        ["optimizer state", "700 GB", "75.5 MB"],
-        ["peak", "1.40 TB", "351 GB"],
-        ["checkpoint in 16 bits", "350 GB", "37.7 MB"],
-    ],
 }
 FACTS = [
-    *("lora_r 8, lora_alpha 16", "75,264 of 22,788,482 (0.330%), 770 of them in the new head"),
-    *("4,000 for train, 500 for validation, 500 for test", "61.4 s, 5,322 tokens/s, 500 steps of 16 examples"),
+    *("lora, lora_r 8, lora_alpha 16", "75,264 of 22,788,482 (0.330%), 770 of them in the new head"),
+    *("4,000 for train, 500 for validation, 500 for test", "61 s, 5,322 tokens/s, 500 steps of 16 examples"),
     *("812 MB", "304 kB", "91.2 MB", "More is better."),
-    *("gpt3-175b: gpt2, 174,600,000,000 parameters, causal-lm; float16 weights", "lora fits into 400 GB"),
     *("A CPU, 2 threads, no GPU, torch 2.13.0, 2026-12-01.", "lora-ext finetune --task classification"),
 ]
