@@ -36,6 +36,8 @@ def main(argv: list[str]) -> None:
     check_installed("report", "jinja2", "matplotlib")
     out = args.out or args.directory / "report.html"
     found = _find(args.directory)
+    if out.exists() and (out.is_dir() or 'content="lora-ext report"' not in out.read_text("utf-8", "replace")):
+        raise CommandError(f"--out {out} exists and is no report; name another file")
     sections = [_section(path, args.directory, f"f{number}") for number, path in enumerate(found, 1)]
     with refusing("--out"):
         write_text(out, _page(args.title or args.directory.resolve().name, sections))

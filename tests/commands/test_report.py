@@ -253,6 +253,16 @@ def test_damaged_files_are_named_and_the_page_stays(tmp_path, capsys):
     assert (tmp_path / "report.html").read_text() == before
 
 
+def test_a_file_that_is_no_report_stays(folder, tmp_path, capsys):
+    other = tmp_path / "letter.html"
+    other.write_text("mine")
+    assert main(["report", str(folder), "--out", str(other)]) == 2
+    assert "exists and is no report; name another file" in capsys.readouterr().err
+    assert other.read_text() == "mine"
+    page = tmp_path / "page.html"
+    assert main(["report", str(folder), "--out", str(page)]) == main(["report", str(folder), "--out", str(page)]) == 0
+
+
 def test_mistakes(tmp_path, capsys):
     save(tmp_path / "results", run=results.classification())
     (tmp_path / "empty").mkdir()
