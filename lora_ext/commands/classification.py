@@ -28,7 +28,7 @@ from lora_ext.commands.options import CommandError, refusing
 from lora_ext.commands.results import write_text
 from lora_ext.commands.trainer import LoraTrainerMixin
 from lora_ext.commands.training_options import ClassifierOptions
-from lora_ext.methods import ARCHITECTURES, head_parameter_count
+from lora_ext.methods import head_parameter_count
 from lora_ext.methods.prefix_embed import SpecialTokens
 
 
@@ -67,10 +67,9 @@ class Run:
             self.about += "; PhoBERT was trained on joined syllables, as in sinh_viên: segment the texts first"
         self.full_checkpoint_bytes = checkpoint_bytes(model)
         self.head_parameters = head_parameter_count(model)
-        most = most_tokens(model)
         adapt(model, options, drawn)
+        check_length(model, self.tokenizer, options)
         self.rows = {side: self._encoded(rows, side) for side, rows in sides.items()}
-        check_lengths(model, options, self.rows, most)
         self.trainer = ClassifierTrainer(
             model,
             training,
@@ -172,10 +171,6 @@ def load_classifier(options: ClassifierOptions, labels: list[str]) -> tuple[Any,
         problem_type="single_label_classification",
         ignore_mismatched_sizes=True,  # the checkpoint's head can be for other labels
     )
-    if options.max_length > tokenizer.model_max_length:
-        raise CommandError(
-            f"--max_length is {options.max_length}, but {options.model} takes {tokenizer.model_max_length}"
-        )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # language models have none
     model.config.pad_token_id = tokenizer.pad_token_id
     choose_pooling(model, options, drawn)
@@ -204,31 +199,10 @@ def loss_function(weights: torch.Tensor | None, smoothing: float) -> Any:
     return loss
 
 
-def most_tokens(model: PreTrainedModel) -> int | None:
-    """Returns the most tokens that a text may have; None if the config does not say."""
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    if architecture is None or not architecture.position_table:
-        most = getattr(model.config, "max_position_embeddings", None)
-        has_positions = getattr(model.config, "position_biased_input", True)  # DeBERTa can have relative ones only
-        return most if has_positions and isinstance(most, int) and most > 0 else None  # XLNet's is -1
-    table = model.base_model.get_submodule(architecture.position_table)
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-
-
-def check_lengths(
-    model: PreTrainedModel, options: ClassifierOptions, rows: dict[str, Dataset], most: int | None
-) -> None:
-    """Raises CommandError if a text has more tokens than positions, or a token that the model lacks."""
-    ids = [one for side in rows.values() if len(side) for one in side["input_ids"]]
-    longest, largest = max(map(len, ids)), max(map(max, ids))
-    for module in model.modules():
-        if isinstance(module, SpecialTokens) and module.most_tokens is not None:
-            most = min(most or module.most_tokens, module.most_tokens)
-    if most is not None and longest > most:
-        raise CommandError(f"a text has {longest} tokens, but the model takes {most}; want --max_length {most}")
-    known = model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else None
-    if known is not None and largest >= known:
-        raise CommandError(
-            f"--model {options.model}: its tokenizer gives the token {largest}, but the model has {known}; the "
-            "tokenizer belongs to another model"
-        )
+def check_length(model: PreTrainedModel, tokenizer: Any, options: ClassifierOptions) -> None:
+    """Raises CommandError if the adapted model or its tokenizer takes fewer tokens than ``--max_length``."""
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits += [module.most_tokens for module in model.modules() if isinstance(module, SpecialTokens)]
+    most = min(limit for limit in limits if limit is not None and limit > 0)  # XLNet's config says -1
+    if options.max_length > most:
+        raise CommandError(f"--max_length is {options.max_length}, but {options.model} takes at most {most} tokens")

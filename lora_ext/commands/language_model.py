@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, Trainer, pipeline
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template
 
@@ -86,8 +86,7 @@ class Run:
         self.full_checkpoint_bytes = checkpoint_bytes(model)
         adapt(model, options, drawn)
         asked = [row for row in sides["test"] if _answer(row)][: options.answers]
-        self.prompts = [self._prompt(row) for row in asked]
-        self.questions = [_last(_before_answer(row)) for row in asked]
+        self.prompts = [_before_answer(row) for row in asked]
         self.references = [_answer(row) for row in asked]
         training.dataset_text_field = options.text_column
         rows = dict(sides)
@@ -149,13 +148,6 @@ class Run:
     def _chat(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
         return self.tokenizer.apply_chat_template(messages, return_dict=False, **options)
 
-    def _prompt(self, row: dict[str, Any]) -> list[int]:
-        """Returns the tokens that an answer follows."""
-        prompt = _before_answer(row)
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
-        return self._chat(prompt, add_generation_prompt=True)
-
     def before(self) -> dict[str, Any]:
         """Returns the entries of metrics.json on the time before training: every method begins as the bare model."""
         self.answers_before = self._generate()
@@ -166,7 +158,7 @@ class Run:
         answers = self._generate()
         predictions = [
             dict(zip(("prompt", "reference", "before", "after"), one, strict=True))
-            for one in zip(self.questions, self.references, self.answers_before, answers, strict=True)
+            for one in zip(map(_last, self.prompts), self.references, self.answers_before, answers, strict=True)
         ]
         return {"test": self._scores(answers), "samples": predictions[:_SAMPLES]}, predictions
 
@@ -190,36 +182,23 @@ class Run:
         total, tokens = self.trainer.accelerator.reduce(sums).tolist()
         return math.exp(min(total / tokens, 700.0))
 
-    @torch.inference_mode()
     def _generate(self) -> list[str]:
         """Answers the test prompts greedily, in batches of similar length; processes share them."""
-        model, tokenizer = self.trainer.model.eval(), self.tokenizer
-        order = sorted(range(len(self.prompts)), key=lambda at: len(self.prompts[at]))
-        groups = [order[at : at + _AT_ONCE] for at in range(0, len(order), _AT_ONCE)]
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=self.options.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted(self._ends(model)),
-        )
+        answer = pipeline("text-generation", model=self.trainer.model.eval(), tokenizer=self.tokenizer)
+        how = {"do_sample": False, "max_new_tokens": self.options.max_new_tokens, "return_full_text": False}
+        how["eos_token_id"] = sorted(self._ends())
+        order = sorted(range(len(self.prompts)), key=lambda at: len(str(self.prompts[at])))
         found: list[tuple[int, str]] = []
-        with PartialState().split_between_processes(groups) as part:
-            for group in part:
-                ids = [self.prompts[at] for at in group]
-                longest = max(map(len, ids))
-                padded = torch.tensor([[tokenizer.pad_token_id] * (longest - len(one)) + one for one in ids])
-                mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids])
-                out = model.generate(
-                    input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-                )
-                texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-                found += zip(group, map(str.strip, texts), strict=True)
+        with PartialState().split_between_processes(order) as part:
+            outs = answer([self.prompts[at] for at in part], batch_size=_AT_ONCE, **how) if part else []
+            for at, (out,) in zip(part, outs, strict=True):
+                found.append((at, out["generated_text"].strip()))
         everything = dict(gather_object(found))
         return [everything[at] for at in range(len(self.prompts))]
 
-    def _ends(self, model: PreTrainedModel) -> set[int]:
+    def _ends(self) -> set[int]:
         """Returns the tokens that end an answer: the model's, the tokenizer's, and the last special one of a label."""
-        known = model.generation_config.eos_token_id
+        known = self.trainer.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
         special = {*self.tokenizer.all_special_ids}
         return ends | {*[label for label in self.test_rows[0]["labels"][-8:] if label in special][-1:]}

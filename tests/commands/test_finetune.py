@@ -235,7 +235,7 @@ MISTAKES = {
     "no data": (["--data", "nowhere.csv"], "--data nowhere.csv: there is no such file or directory"),
     "column": (["--text_column", "body"], "no column 'body' but 'text', 'label'"),
     "too long": (["--max_length", "64"], "--max_length is 64, but"),
-    "no positions": (["--method", "prefix-embed", "--prefix_length", "26"], "a text has 1"),
+    "no positions": (["--method", "prefix-embed", "--prefix_length", "26"], "--max_length is 32, but"),
     "no test": (["--test_split", "0"], "no text is left for test"),
     "split": (["--test_split", "1.5"], "--test_split is 1.5, want 0 <= test_split < 1"),
     "number": (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),

@@ -269,7 +269,7 @@ def test_mistakes(tmp_path, capsys):
     for arguments, message in (
         (["none"], "none is no directory; name the --out of a command"),
         (["empty"], "hold none of compare.json, analysis.json, plan.json, metrics.json; run a command first"),
-        (["results", "--out", "empty"], "--out: "),
+        (["results", "--out", "empty"], "exists and is no report"),
     ):
         paths = [str(tmp_path / one) if not one.startswith("--") else one for one in arguments]
         assert main(["report", *paths]) == 2
