@@ -86,6 +86,8 @@ def main(argv: Sequence[str]) -> int:
         seeds = [int(seed) for seed in own.seeds.split(",")]
     runs = [run for spec in argv[:count] for run in planned(spec, seeds, own.out, rest)]
     metric = check(runs)
+    if own.baseline not in (None, *(labels := dict.fromkeys(run.label for run in runs))):
+        raise CommandError(f"--baseline {own.baseline}: there is no such label; want one of {', '.join(labels)}")
     launch = local_launcher(own.jobs) if own.launcher == "local" else submitit_launcher(own)
     todo = [run for run in runs if run.metrics is None]
     tell(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before, in {own.out}")

@@ -25,10 +25,8 @@ def table_rows(done: Sequence[tuple[Any, dict[str, Any]]], metric: str, baseline
     by_label: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
     for run, metrics in done:
         by_label.setdefault(run.label, []).append((run, metrics))
-    baseline = baseline or next(iter(by_label))
-    if baseline not in by_label:
-        raise CommandError(f"--baseline {baseline}: there is no such label; want one of {', '.join(by_label)}")
-    return [_row(label, by_label[label], by_label[baseline], metric) for label in by_label]
+    base = by_label.get(baseline or next(iter(by_label)), [])
+    return [_row(label, runs, base, metric) for label, runs in by_label.items()]
 
 
 def _row(label: str, own: list[Any], base: list[Any], metric: str) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from transformers.utils import logging
 from lora_ext.adapters import trainable_parameter_counts
 from lora_ext.commands import demo
 from lora_ext.commands.options import check_installed, is_first_process
-from lora_ext.commands.results import made_by, save_figure, tell, write_json
+from lora_ext.commands.pictures import loss_curve
+from lora_ext.commands.results import made_by, readable, save_figure, tell, write_json
 from lora_ext.commands.trainer import Clock, begin, prepare_directory
 from lora_ext.commands.training_options import TaskOptions, parse, record_of, task_of
 from lora_ext.methods import save_method
@@ -60,7 +61,7 @@ def fine_tune(options: TaskOptions, training: TrainingArguments, argv: Sequence[
     if training.process_index == 0:
         begin(options, training)
     before = run.before()
-    result = run.trainer.train(resume_from_checkpoint=checkpoint)
+    run.trainer.train(resume_from_checkpoint=checkpoint)
     say("evaluating on the test texts ...")
     scores, predictions = run.after()
     out = Path(training.output_dir)
@@ -77,7 +78,7 @@ def fine_tune(options: TaskOptions, training: TrainingArguments, argv: Sequence[
         "processes": training.world_size,
         "global_batch_size": batch,
         "steps": run.trainer.state.global_step,
-        **_costs(run.trainer, result.metrics),
+        **_costs(run.trainer),
         "adapter_bytes": sum(file.stat().st_size for file in (out / _directory(options.method)).iterdir()),
         "full_checkpoint_bytes": run.full_checkpoint_bytes,
         "history": run.trainer.state.log_history,
@@ -87,7 +88,8 @@ def fine_tune(options: TaskOptions, training: TrainingArguments, argv: Sequence[
     }
     if training.process_index == 0:
         run.write_predictions(out / "predictions.jsonl", predictions)
-        _plot(out / "loss_curve.png", run.trainer, options)
+        title = f"{options.method}, {len(run.trainer.train_dataset):,} rows"
+        save_figure(out / "loss_curve.png", loss_curve(run.trainer.state.log_history, title))
         write_json(out / "metrics.json", metrics)  # written last: a run that has it is whole
     say(f"\n{summary(run.figures(metrics), metrics)}\n\nresults in {out}")
     say(demo.CREDITS[options.task] if uses_demo else "")
@@ -119,7 +121,7 @@ def _directory(method: str) -> str:
     return "model" if method == "full" else "adapter"
 
 
-def _costs(trainer: Trainer, result: dict[str, float]) -> dict[str, float]:
+def _costs(trainer: Trainer) -> dict[str, float]:
     """Returns seconds of training, tokens (without padding) per second, and the peak memory of this process."""
     clock = next(one for one in trainer.callback_handler.callbacks if isinstance(one, Clock))
     if torch.cuda.is_available():
@@ -134,12 +136,6 @@ def _costs(trainer: Trainer, result: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _plot(path: Path, trainer: Trainer, options: TaskOptions) -> None:
-    from lora_ext.commands.pictures import loss_curve
-
-    save_figure(path, loss_curve(trainer.state.log_history, f"{options.method}, {len(trainer.train_dataset):,} rows"))
-
-
 def summary(rows: list[tuple[str, str]], metrics: dict[str, Any]) -> str:
     """Formats the figures of a run for the terminal: its scores, then what it cost."""
     trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
@@ -147,10 +143,7 @@ def summary(rows: list[tuple[str, str]], metrics: dict[str, Any]) -> str:
         ("parameters trained", f"{trained:,} of {total:,} ({trained / total:.2%})"),
         *rows,
         ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
-        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
-        (
-            "on disk",
-            f"{metrics['adapter_bytes'] / 1e6:.2f} MB, full checkpoint {metrics['full_checkpoint_bytes'] / 1e6:.2f} MB",
-        ),
+        ("peak memory", readable(metrics["peak_memory_bytes"])),
+        ("on disk", f"{readable(metrics['adapter_bytes'])} of {readable(metrics['full_checkpoint_bytes'])}"),
     ]
     return "\n".join(f"  {name:<20} {value}" for name, value in rows)

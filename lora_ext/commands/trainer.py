@@ -53,7 +53,7 @@ def prepare_directory(options: TaskOptions, training: TrainingArguments) -> str 
         raise CommandError(f"--output_dir {out} is a file")
     elif out.is_dir() and any(out.iterdir()) and not (out / RECORD).exists() and not wanted:
         raise CommandError(f"--output_dir {out} is not empty, and holds no run; name another one")
-    if wanted in ("", "false"):
+    if wanted in ("", "false") or options.overwrite:
         return None
     if wanted not in ("true", "last"):
         return training.resume_from_checkpoint

@@ -98,6 +98,7 @@ MISTAKES = {
     "seed": (["lora:seed=3"], "--seeds has the seeds"),
     "seeds": (["lora", "--seeds", "one"], "--seeds one: invalid literal"),
     "twice": (["lora:r=1", "lora:r=1"], "have one directory"),
+    "baseline": (["lora", "--baseline", "full"], "--baseline full: there is no such label; want one of lora"),
     "jobs": (["lora", "--jobs", "0"], "--jobs is 0, want at least 1"),
     "launcher": (["lora", "--launcher", "ssh"], "argument --launcher: invalid choice: 'ssh'"),
     "parameter": (["lora", "--launcher", "submitit", "--launcher_set", "gpus=1"], "--launcher_set: "),
