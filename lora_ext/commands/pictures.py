@@ -94,10 +94,8 @@ def matrices(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure | None:
         return None
     figure, axes = _panel("Test score by matrices", "matrices, rank, trained parameters", _METRICS[metric][1])
     _with_spread(axes, range(len(chosen)), chosen, metric, ls="")
-    labels = [
-        f"{targets}\nr = {row['options']['lora_r']}\n{_trained(row):,}"
-        for targets, row in zip(by_targets, chosen, strict=True)
-    ]
+    pairs = zip(by_targets, chosen, strict=True)
+    labels = [f"{targets}\nr = {row['options']['lora_r']}\n{_trained(row):,}" for targets, row in pairs]
     axes.set_xticks(range(len(chosen)), labels)
     axes.margins(x=0.2)
     return figure
