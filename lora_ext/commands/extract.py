@@ -10,75 +10,44 @@ from lora_ext.commands.results import columns, tell, to_json
 
 
 def main(argv: list[str]) -> None:
-    args = _parser().parse_args(argv)
+    parser = Parser(
+        prog="lora-ext extract",
+        description="Approximates the changes of fine-tuning by low-rank matrices, and shows the error at each rank.",
+    )
+    add = parser.add_argument
+    add("--base", type=Path, required=True, metavar="DIR", help="the checkpoint before fine-tuning")
+    add("--tuned", type=Path, required=True, metavar="DIR", help="the checkpoint after fine-tuning")
+    add("--out", type=Path, required=True, metavar="DIR", help="for the adapter, in PEFT's format, and extract.json")
+    add("--r", type=int, default=16, dest="rank", metavar="RANK", help="largest rank of a layer")
+    text = "give each layer the smallest rank that keeps this part of the squared norm"
+    add("--energy", type=float, metavar="PART", help=text)
+    text = "layers to adapt: q_proj,v_proj; default: all matrices except embeddings"
+    add("--target-modules", type=names_of, metavar="NAMES", help=text)
+    text = "make other differences an error; default: save them in full"
+    add("--no-save-others", action="store_false", dest="save_others", help=text)
+    add("--fan-in-fan-out", action="store_true", help="matrices are [in, out], as in Conv1D of GPT-2")
+    add("--dtype", type=dtype, default="float32", help="dtype of the factors: float32, bfloat16 or float16")
+    add("--overwrite", action="store_true", help="replace the adapter in --out")
+    add("--json", action="store_true", help="print the result as JSON")
+    options = vars(parser.parse_args(argv))
+    as_json = options.pop("json")
     with refusing("", RuntimeError):
-        report = extract(
-            args.base,
-            args.tuned,
-            args.out,
-            rank=args.r,
-            energy=args.energy,
-            target_modules=args.target_modules,
-            save_others=not args.no_save_others,
-            fan_in_fan_out=args.fan_in_fan_out,
-            dtype=args.dtype,
-            overwrite=args.overwrite,
-            show_progress=True,
-        )
-    if args.json:
+        report = extract(**options, show_progress=True)
+    if as_json:
         print(to_json(report), end="")
         return
     tell(columns(_errors(report)))
     saved = f", saved in full: {', '.join(report.saved)}" if report.saved else ""
     tell(
-        f"{args.out}: {len(report.layers)} layers adapted{saved}; {report.unchanged} tensors do not differ; "
+        f"{options['out']}: {len(report.layers)} layers adapted{saved}; {report.unchanged} tensors do not differ; "
         f"{report.nbytes / 1e6:.1f} MB, {report.seconds:.1f} s"
     )
 
 
 def _errors(report: ExtractReport) -> list[list[str]]:
     """Returns a table: the relative error of each layer at each rank."""
-    ranks = list(report.errors)
-    rows = [["relative error at rank", *map(str, ranks)]]
-    for path, layer in report.layers.items():
-        rows.append([path, *(f"{layer.errors[rank]:.2e}" if rank in layer.errors else "" for rank in ranks)])
-    rows.append(["all", *(f"{error:.2e}" for error in report.errors.values())])
+    errors = {path: layer.errors for path, layer in report.layers.items()} | {"all": report.errors}
+    rows = [["relative error at rank", *map(str, report.errors)]]
+    for name, by_rank in errors.items():
+        rows.append([name, *(f"{by_rank[rank]:.2e}" if rank in by_rank else "" for rank in report.errors)])
     return rows
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="lora-ext extract",
-        description=(
-            "Approximates the changes of fine-tuning by matrices of low rank, and shows the error at each rank."
-        ),
-    )
-    add = parser.add_argument
-    add("--base", type=Path, required=True, metavar="DIR", help="the checkpoint before fine-tuning")
-    add("--tuned", type=Path, required=True, metavar="DIR", help="the checkpoint after fine-tuning")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="directory for the adapter, in PEFT's format, and extract.json",
-    )
-    add("--r", type=int, default=16, metavar="RANK", help="largest rank of a layer")
-    add(
-        "--energy",
-        type=float,
-        metavar="PART",
-        help="give each layer the smallest rank that keeps this part of the squared norm",
-    )
-    add(
-        "--target-modules",
-        type=names_of,
-        metavar="NAMES",
-        help="layers to adapt: q_proj,v_proj; default: all matrices except embeddings",
-    )
-    add("--no-save-others", action="store_true", help="make other differences an error; default: save them in full")
-    add("--fan-in-fan-out", action="store_true", help="matrices are [in, out], as in Conv1D of GPT-2")
-    add("--dtype", type=dtype, default="float32", help="dtype of the factors: float32, bfloat16 or float16")
-    add("--overwrite", action="store_true", help="replace the adapter in --out")
-    add("--json", action="store_true", help="print the result as JSON")
-    return parser

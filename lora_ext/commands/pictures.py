@@ -1,15 +1,13 @@
 """Draws the pictures of results with matplotlib: loss curves, comparisons of methods, analyses of adapters.
 
-Text and axes have a grey that is legible on white and on black; :func:`svg` gives them the colour of the page.
+Text and axes have a grey that is legible on white and on black; :func:`svg` gives them a colour for each.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -20,7 +18,6 @@ from matplotlib.figure import Figure
 _INK = "#767676"  # contrast of 4.5 to white and to black
 _COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#8c8c8c")  # 3 to both
 _METRICS = {"accuracy": (100, "test accuracy (%)"), "perplexity": (1, "test perplexity")}  # factor and unit shown
-_SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _styled = matplotlib.rc_context(
     {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
@@ -97,10 +94,8 @@ def matrices(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure | None:
         return None
     figure, axes = _panel("Test score by matrices", "matrices, rank, trained parameters", _METRICS[metric][1])
     _with_spread(axes, range(len(chosen)), chosen, metric, ls="")
-    labels = [
-        f"{targets}\nr = {row['options']['lora_r']}\n{_trained(row):,}"
-        for targets, row in zip(by_targets, chosen, strict=True)
-    ]
+    pairs = zip(by_targets, chosen, strict=True)
+    labels = [f"{targets}\nr = {row['options']['lora_r']}\n{_trained(row):,}" for targets, row in pairs]
     axes.set_xticks(range(len(chosen)), labels)
     axes.margins(x=0.2)
     return figure
@@ -160,10 +155,8 @@ def spectra(updates: Sequence[Mapping[str, Any]]) -> Figure:
     lines = {}
     for update in updates:
         S = [value / update["singular_values"][0] for value in update["singular_values"] if value > 0]
-        axes, colour = (
-            all_axes[adapters.index(update["adapter"])],
-            _COLOURS[kinds.index(update["kind"]) % len(_COLOURS)],
-        )
+        axes = all_axes[adapters.index(update["adapter"])]
+        colour = _COLOURS[kinds.index(update["kind"]) % len(_COLOURS)]
         (lines[update["kind"]],) = axes.plot(range(1, len(S) + 1), S, color=colour, marker="", lw=0.9, alpha=0.6)
     for axes, adapter in zip(all_axes, adapters, strict=True):
         axes.set(title=f"adapter {adapter}", xlabel="direction", ylabel="singular value / largest", yscale="log")
@@ -211,41 +204,11 @@ def _panels(size: tuple[float, float], rows: int, columns: int, **shared: Any) -
 # --- for a page -------------------------------------------------------------------------------------------------------
 
 
-def svg(figure: Figure, name: str, label: str) -> str:
-    """Returns a figure as an element for an HTML page.
-
-    Its ids start with ``name``, so that several figures can be on a page. It has presentation attributes instead of
-    styles, which a strict Content-Security-Policy refuses; text in the page's font; grey as the page's text colour.
-
-    Args:
-        label: what the figure shows, for screen readers.
-    """
-    stream = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-    root = ElementTree.fromstring(stream.getvalue())
-    for child in [*root]:
-        if child.tag == f"{_SVG}metadata" or child.find(f"{_SVG}style") is not None:
-            root.remove(child)
-    for element in root.iter():
-        element.attrib = dict(_attributes(element.attrib, name))
-    del root.attrib["height"]  # the width and the viewBox give it
-    root.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round"}
-    ElementTree.register_namespace("", _SVG.strip("{}"))
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _attributes(attributes: Mapping[str, str], name: str) -> Iterator[tuple[str, str]]:
-    styles = dict(item.split(": ", 1) for item in attributes.get("style", "").split("; ") if item)
-    if "font" in styles:  # older releases: "font: 10px 'DejaVu Sans', ..."
-        styles["font-size"] = re.search(r"[\d.]+px", styles.pop("font"))[0]
-    styles.pop("font-family", None)
-    for key, value in (attributes | styles).items():
-        if key == "id":
-            yield key, f"{name}-{value}"
-        elif key == f"{_XLINK}href":
-            yield "href", f"#{name}-{value[1:]}" if value.startswith("#") else value
-        elif key != "style":
-            value = "currentColor" if value in (_INK, "#000000") else value
-            yield key, value.replace("url(#", f"url(#{name}-")
+def svg(figure: Figure) -> str:
+    """Returns a figure as SVG without a date, for an ``<img>`` whose ink follows the page's light or dark mode."""
+    stream = io.StringIO()
+    # Text stays text, in a font that has its letters; equal figures have equal ids.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora-ext"}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    ink = "svg { color: #1c1e21 } @media (prefers-color-scheme: dark) { svg { color: #e4e6e9 } }"
+    return stream.getvalue().replace(_INK, "currentColor").replace("</style>", f"{ink}</style>", 1)

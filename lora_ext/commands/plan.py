@@ -78,25 +78,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         spellings = [spelling for name in names for spelling in (name, f"--{name[2:].replace('_', '-')}")]
         parser.add_argument(*dict.fromkeys(spellings), dest=names[0][2:], **how)
 
-    def number(*names: str, default: int | None = None, text: str) -> None:
-        add(*names, type=_at_least_1, default=default, metavar="N", help=text)
-
+    number = {"type": _at_least_1, "metavar": "N"}
     add("--model", help=f"config: file, directory, hub id, or one of {', '.join(BUILT_IN)}; default: the demo model")
     add("--task", choices=TASKS, help="default: as in the config")
-    number("--num_labels", text="classes of a classifier; default: as in the config")
+    add("--num_labels", **number, help="classes of a classifier; default: as in the config")
     add("--method", default="lora", help=f"{', '.join(METHODS)}, or several joined by +")
     for name, kind in _OF_METHODS.items():
         add(f"--{name}", *_ALIASES.get(name, ()), type=kind, default=argparse.SUPPRESS, help="as in finetune")
-    number("--batch_size", "--per_device_train_batch_size", default=16, text="texts a batch")
-    number("--max_length", "--seq_len", default=128, text="tokens a text, none of them padding")
-    number("--gradient_accumulation_steps", "--accumulation_steps", default=1, text="batches a step")
+    add("--batch_size", "--per_device_train_batch_size", default=16, **number, help="texts a batch")
+    add("--max_length", "--seq_len", default=128, **number, help="tokens a text, none of them padding")
+    add("--gradient_accumulation_steps", "--accumulation_steps", default=1, **number, help="batches a step")
     add("--gradient_checkpointing", action="store_true", help="layers keep only their inputs")
     dtype = {"type": lambda text: _DTYPES.get(text, text), "choices": WEIGHT_DTYPES}
     add("--dtype", "--quantize", default="float32", **dtype, help="of frozen weights")
     add("--optimizer", default="adamw", choices=OPTIMIZERS)
     add("--attn_implementation", "--attention", choices=["sdpa", "eager"], help="default: Transformers' choice")
     add("--device", default="cuda", choices=DEVICES, help="whose kernels are assumed")
-    number("--devices", default=1, text="that share weights, gradients and optimizer state (FSDP)")
+    add("--devices", default=1, **number, help="that share weights, gradients and optimizer state (FSDP)")
     add("--gpu_memory", type=size, metavar="SIZE", help="such as 80GB or 80GiB: says whether training fits")
     add("--reserve", type=size, default="1GB", metavar="SIZE", help="part of it that tensors cannot use")
     add("--out", type=Path, metavar="DIR", help=f"directory for {PLAN_FILE}")
@@ -153,9 +151,8 @@ def read_config(args: argparse.Namespace) -> Any:
         config = AutoConfig.for_model(kind, **dict(zip(_SIZES, sizes, strict=True)), architectures=["ForCausalLM"])
     else:
         path = args.model or demo.classifier()
-        with refusing(
-            f"--model {path} is neither a config that Transformers knows nor {', '.join(BUILT_IN)}", KeyError
-        ):
+        neither = f"--model {path} is neither a config that Transformers knows nor {', '.join(BUILT_IN)}"
+        with refusing(neither, KeyError):
             config = AutoConfig.from_pretrained(path)
     if args.task is None:
         is_language_model = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
@@ -252,9 +249,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     if result["usable"] is None:
         return []
     room = f"{readable(result['usable'])} (without --reserve)"
-    lines = []
-    for name, run in result["runs"].items():
-        lines.append(f"{name} {'fits' if run['fits'] else 'does not fit'} into {room}: {readable(run['peak'])}")
+    fits = {True: "fits", False: "does not fit"}
+    lines = [f"{name} {fits[run['fits']]} into {room}: {readable(run['peak'])}" for name, run in result["runs"].items()]
     if result["changes"]:
         lines.append(f"{result['method']} fits with one of these:")
         lines += [f"  {change['options']}: {readable(change['peak'])}" for change in result["changes"]]

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     found = _find(args.directory)
     if out.exists() and (out.is_dir() or 'content="lora-ext report"' not in out.read_text("utf-8", "replace")):
         raise CommandError(f"--out {out} exists and is no report; name another file")
-    sections = [_section(path, args.directory, f"f{number}") for number, path in enumerate(found, 1)]
+    sections = [_section(path, args.directory) for path in found]
     with refusing("--out"):
         write_text(out, _page(args.title or args.directory.resolve().name, sections))
     tell(f"{out}: {'; '.join(section['heading'] for section in sections)}")
@@ -57,19 +57,19 @@ def _find(directory: Path) -> list[Path]:
     return [path for paths in found.values() for path in paths]
 
 
-def _section(path: Path, top: Path, name: str) -> dict[str, Any]:
+def _section(path: Path, top: Path) -> dict[str, Any]:
     """Reads a file of results. Returns what the template shows of it."""
     from lora_ext.commands.pictures import svg
 
     result = _printable(read_json(path))
     try:
         section = {"text": "", "facts": {}, "note": "", "figures": {}} | _SECTIONS[path.name](result)
-        figures = enumerate(section["figures"].items(), 1)
+        drawn = {what: svg(figure).encode() for what, figure in section["figures"].items() if figure is not None}
         return section | {
             "where": str(path.relative_to(top)),
             "command": shlex.join(result["command"]),
             "measured": measured_on(result),
-            "figures": [svg(figure, f"{name}-{number}", what) for number, (what, figure) in figures],
+            "figures": {what: base64.b64encode(image).decode() for what, image in drawn.items()},
         }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise CommandError(f"{path} is not what the command writes: {error!r}; make it again") from error
@@ -154,18 +154,17 @@ def _compare(result: _Result) -> dict[str, Any]:
     rows, metric = [row for row in result["rows"] if row["mean"] is not None], result["metric"]
     heading, cells, _ = comparison_table.tabulate(rows, metric)
     failed = [[run["label"], str(run["seed"]), run["reason"]] for run in result["failed"]]
-    drawn = {
-        "scores by trained parameters": pictures.scores_against_parameters(rows, metric),
-        "scores by rank": pictures.ranks(rows, metric),
-        "scores by matrices": pictures.matrices(rows, metric),
-    }
     return {
         "heading": "Comparison of methods",
         "text": "Means over the seeds, on the test examples; the spread is the largest minus the smallest. The "
         f"difference to {result['baseline']} is paired by seed; where its 95 % interval contains 0, it may be "
         f"chance. {'Less' if metric == 'perplexity' else 'More'} is better.",
         "tables": [Table("Methods", heading, cells), Table("Failed", ["run", "seed", "reason"], failed, words=True)],
-        "figures": {what: figure for what, figure in drawn.items() if figure is not None},
+        "figures": {
+            "scores by trained parameters": pictures.scores_against_parameters(rows, metric),
+            "scores by rank": pictures.ranks(rows, metric),
+            "scores by matrices": pictures.matrices(rows, metric),
+        },
     }
 
 

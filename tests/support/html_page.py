@@ -30,7 +30,7 @@ class Page(HTMLParser):
             self.tables.setdefault(self._caption, []).append([])
         elif tag in ("td", "th"):
             self.tables[self._caption][-1].append("")
-        if tag != "meta":
+        if tag not in ("meta", "img"):
             self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
