@@ -128,7 +128,7 @@ def test_resuming_gives_what_not_stopping_gives(
 def test_every_method_trains_and_loads(command: Command, tiny: list[str], tmp_path: Path, method: str):
     words = ["--max_steps", "4"]
     words += ["--drop_layers", "1"] if method == "adapter-drop" else []
-    words += ["--prefix_length", "3"] if "prefix" in method else []
+    words += ["--prefix_length", "3", "--max_length", "24"] if "prefix" in method else []
     out = tmp_path / "run"
     status, said, messages = command("finetune", *tiny, "--method", method, *words, "--output_dir", out)
     assert status == 0, messages
