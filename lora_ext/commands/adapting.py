@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
+from lora_ext._common.embeddings import input_embeddings
 from lora_ext.commands.options import CommandError, check_installed, names_of, refusing
 from lora_ext.commands.training_options import TaskOptions
 from lora_ext.methods import (
@@ -125,18 +126,12 @@ def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
         return {"target_modules": targets}
     if names == ["all-linear"] or re.search(r"[^\w., -]", text):
         return {"target_modules": text}
-    embedding = next((path for path, one in model.named_modules() if one is _input_embeddings(model)), None)
+    layer = input_embeddings(model)
+    embedding = next((path for path, one in model.named_modules() if one is layer), None)
     if "embeddings" in names and embedding is None:
         names.remove("embeddings")
         print(f"{type(model).__name__} tells no input embeddings: LoRA adapts {', '.join(names)} alone")
     return {"target_modules": [embedding if name == "embeddings" else name for name in names]}
-
-
-def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    try:
-        return model.get_input_embeddings()
-    except NotImplementedError:
-        return None
 
 
 def checkpoint_bytes(model: PreTrainedModel) -> int:

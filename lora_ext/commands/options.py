@@ -1,4 +1,4 @@
-"""What all commands share on the way in: one-line errors with exit status 2, and the parser that makes them."""
+"""Errors of one line with exit status 2, and the parser that raises them; all commands use them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands share on the way out: files that are whole or absent, tables, and where a result comes from."""
+"""Writes results: files that are whole or absent, tables, and the command and machine behind a result."""
 
 from __future__ import annotations
 

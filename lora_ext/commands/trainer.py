@@ -1,4 +1,4 @@
-"""What LoRA adds to Transformers' Trainer and TRL's SFTTrainer: LoRA+, a moving average, batches that resume."""
+"""Extends Transformers' Trainer and TRL's SFTTrainer: LoRA+, a moving average, and the same batches after resuming."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -20,7 +21,7 @@ from lora_ext.commands.results import read_json, write_json
 from lora_ext.commands.training_options import TaskOptions, record_of
 
 RECORD = "run.json"
-"""What a run was started with; a directory that has it holds a run."""
+"""File with the options of a run; a directory that has it holds a run."""
 
 _OUTPUTS = ("metrics.json", "predictions.jsonl", "loss_curve.png", "adapter", "model")
 
@@ -92,7 +93,8 @@ class MovingAverage(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         pairs = self._pairs()
-        torch._foreach_lerp_([average for _, average in pairs], [weight for weight, _ in pairs], 1 - decay)
+        average_in = get_ema_multi_avg_fn(decay)
+        average_in([average for _, average in pairs], [weight for weight, _ in pairs], state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not (args.load_best_model_at_end and state.best_model_checkpoint):
@@ -128,9 +130,6 @@ class Clock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = time.perf_counter()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._count()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._count()

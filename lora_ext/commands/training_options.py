@@ -25,8 +25,14 @@ Each holds on the demo's reviews and on UIT-VSFC (docs/vietnamese.md, "The other
 _FILES = (".csv", ".tsv", ".jsonl", ".gguf")  # endings that no hub id has
 
 WITH_EMBEDDINGS = {"lora_targets": "all-linear,embeddings", "modules_to_save": "auto", "lora_r": 4}
-"""What LoRA adapts in a classifier if no layers are named; with it go alpha = 0.2 r, a rate of 2e-4, LoRA+ at 60 and a
-moving average: nothing was lost against full fine-tuning, with less than 2 % of the parameters (docs/vietnamese.md)."""
+"""Defaults of LoRA in a classifier if no layers are named; with them go alpha = 0.2 r, a rate of 2e-4, LoRA+ at 60 and
+a moving average: nothing was lost against full fine-tuning, with less than 2 % of the parameters (docs/vietnamese.md)."""
+
+
+def adapts_embeddings(options: Any) -> bool:
+    """Returns whether :data:`WITH_EMBEDDINGS` are the defaults; ``lora_targets`` is as the user gave it."""
+    is_lora_classifier = options.task == "classification" and options.method == "lora"
+    return is_lora_classifier and options.lora_targets is None and options.quantize == "none"
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -107,8 +113,7 @@ class TaskOptions:
 
     def _fill(self) -> None:
         """Puts the defaults that depend on the method in the place of None."""
-        embeddings = self.task == "classification" and self.method == "lora"
-        embeddings = embeddings and self.lora_targets is None and self.quantize == "none"
+        embeddings = adapts_embeddings(self)
         if embeddings:
             defaults = {**WITH_EMBEDDINGS, "lora_plus_ratio": 60.0, "ema_decay": 0.995}
         else:
@@ -182,7 +187,7 @@ def training_defaults(given: Any, task: str) -> dict[str, Any]:
         # SFTConfig's own defaults are bfloat16 and gradient checkpointing, on a CPU, too.
         own = {"bf16": on_gpu, "gradient_checkpointing": False, "eval_packing": False}
         return {**shared, **batch, **own, "learning_rate": rate}
-    with_embeddings = given.method == "lora" and given.lora_targets is None and given.quantize == "none"
+    with_embeddings = adapts_embeddings(given)
     return {
         **shared,
         "per_device_train_batch_size": 16,
