@@ -26,7 +26,7 @@ _FILES = (".csv", ".tsv", ".jsonl", ".gguf")  # endings that no hub id has
 
 WITH_EMBEDDINGS = {"lora_targets": "all-linear,embeddings", "modules_to_save": "auto", "lora_r": 4}
 """Defaults of LoRA in a classifier if no layers are named; with them go alpha = 0.2 r, a rate of 2e-4, LoRA+ at 60 and
-a moving average. Nothing was lost against full fine-tuning, with less than 2 % of the parameters: docs/vietnamese.md."""
+a moving average. It lost nothing against full fine-tuning, with less than 2 % of the parameters: docs/vietnamese.md."""
 
 
 def adapts_embeddings(options: Any) -> bool:
