@@ -279,25 +279,9 @@ class _Tuner(nn.Module):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
     ) -> None:
-        """Adds the combination, and leaves the active adapters active. ``svd_full_matrices`` changes no result."""
-        add_weighted_adapter(
-            self.model,
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank=svd_rank,
-            svd_clamp=svd_clamp,
-            svd_driver=svd_driver,
-            density=density,
-            majority_sign_method=majority_sign_method,
-        )
+        """Adds the combination, and leaves the active adapters active."""
+        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, svd_rank=svd_rank)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
