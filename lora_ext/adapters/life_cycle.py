@@ -86,13 +86,12 @@ def adapter_names(model: nn.Module) -> list[str]:
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Makes the model compute like its base model within the context, with the base model's heads and biases.
 
-    The end restores the active adapters, so adapters cannot be added, switched, renamed or removed within the context.
-    Forwards in other threads use the base model too.
+    The end of the outermost context restores the active adapters, so adapters cannot be added, switched, renamed or
+    removed meanwhile. Forwards in other threads use the base model too.
 
     Raises:
         ValueError: there is no LoRA layer.
-        RuntimeError: an adapter is merged, so the base weights contain it; or another thread is within such a context,
-            whose end would enable the adapters.
+        RuntimeError: an adapter is merged, so the base weights contain it.
     """
     shared = _disable(model)
     try:
@@ -113,8 +112,6 @@ def _disable(model: nn.Module) -> set[ActiveAdapters]:
     if merged:
         where = first_of(map(repr, merged))
         raise RuntimeError(f"disable_adapters: adapters are merged into {where}; call unmerge(model) first")
-    if any(active.is_disabled_elsewhere for active in shared):
-        raise RuntimeError("disable_adapters: another thread is within disable_adapters(model); wait for its end")
     with changing(*shared):
         for active in shared:
             active.disable()
@@ -237,23 +234,22 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
     status = []
     for path, layer in adapter_layers(model):
         for name, adapter in layer.adapters.items():
-            parameters = list(adapter.parameters())
+            parameters = sorted(adapter.parameters(), key=lambda parameter: not parameter.is_floating_point())
             flags = {parameter.requires_grad for parameter in parameters if parameter.is_floating_point()}
-            first = next((p for p in parameters if p.is_floating_point()), next(iter(parameters), None))
             low_rank = isinstance(layer, LoraLayer)
             status.append(
                 AdapterStatus(
-                    path,
-                    type(layer).__name__,
-                    name,
-                    adapter.r if low_rank else None,
-                    adapter.scaling if low_rank else None,
-                    name in layer.active.names,
-                    low_rank and name in layer.merged_adapters,
-                    flags.pop() if len(flags) == 1 else None,
-                    None if first is None else first.dtype,
-                    None if first is None else first.device,
-                    sum(parameter.numel() for parameter in parameters),
+                    layer=path,
+                    kind=type(layer).__name__,
+                    adapter=name,
+                    r=adapter.r if low_rank else None,
+                    scaling=adapter.scaling if low_rank else None,
+                    active=name in layer.active.names,
+                    merged=low_rank and name in layer.merged_adapters,
+                    trainable=flags.pop() if len(flags) == 1 else None,
+                    dtype=parameters[0].dtype if parameters else None,
+                    device=parameters[0].device if parameters else None,
+                    parameters=sum(parameter.numel() for parameter in parameters),
                 )
             )
     return status

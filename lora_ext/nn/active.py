@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +28,7 @@ class ActiveAdapters:
     changes = row_calls = removals = 0
     held: tuple[Any, ...] = ()
     row_obstacles: tuple[int, Any] | None = None
-    _disabled: tuple[int, int, tuple[str, ...]] | None = None  # the thread, the depth, the names before
+    _disabled: tuple[int, tuple[str, ...]] | None = None  # the depth, the names before
 
     @checked
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -87,19 +86,14 @@ class ActiveAdapters:
         """True if no adapter is used until :meth:`enable` is called."""
         return self._disabled is not None
 
-    @property
-    def is_disabled_elsewhere(self) -> bool:
-        """True if another thread called :meth:`disable`."""
-        return self._disabled is not None and self._disabled[0] != threading.get_ident()
-
     def disable(self) -> None:
         """Uses no adapter. Every call needs its own :meth:`enable`; the last of those restores the names."""
-        thread, depth, names = self._disabled or (threading.get_ident(), 0, self.names)
-        self._disabled, self.names = (thread, depth + 1, names), ()
+        depth, names = self._disabled or (0, self.names)
+        self._disabled, self.names = (depth + 1, names), ()
 
     def enable(self) -> None:
-        thread, depth, names = self._disabled
+        depth, names = self._disabled
         if depth > 1:
-            self._disabled = thread, depth - 1, names
+            self._disabled = depth - 1, names
         else:
             self._disabled, self.names = None, names
