@@ -1,6 +1,6 @@
 """The public functions for the named adapters of a model, from this package and others."""
 
-from lora_ext.adapters.combine_model import add_weighted_adapter
+from lora_ext.adapters.combine import add_weighted_adapter
 from lora_ext.adapters.hotswap import hotswap_adapter, prepare_hotswap
 from lora_ext.adapters.life_cycle import (
     AdapterStatus,

@@ -33,7 +33,6 @@ from lora_ext.adapters import (
     merge_and_unload,
     unload,
 )
-from lora_ext.injection.trainers import why_head_unusable
 from lora_ext.integrations.trl_status import layer_status, model_status
 from lora_ext.model.adapter_set import find_adapters
 from lora_ext.model.bare_model import root_module
@@ -70,7 +69,7 @@ def for_trl(model: nn.Module) -> PeftModel:
         )
     if any(layer.is_merged for _, layer in lora_modules(root)):
         raise RuntimeError("for_trl: an adapter is merged; call unmerge(model) first")
-    if (problem := why_head_unusable(root)) is not None:
+    if (problem := _why_head_unusable(root)) is not None:
         raise ValueError(problem.replace("inject:", "for_trl:", 1))
     return InjectedModel(model)
 
@@ -279,25 +278,9 @@ class _Tuner(nn.Module):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
     ) -> None:
-        """Adds the combination, and leaves the active adapters active. ``svd_full_matrices`` changes no result."""
-        add_weighted_adapter(
-            self.model,
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank=svd_rank,
-            svd_clamp=svd_clamp,
-            svd_driver=svd_driver,
-            density=density,
-            majority_sign_method=majority_sign_method,
-        )
+        """Adds the combination, and leaves the active adapters active."""
+        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, svd_rank=svd_rank)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -322,3 +305,15 @@ class _Tuner(nn.Module):
             if name == "model":  # before __init__, or in a copy that is being made
                 raise
             return getattr(self.model, name)
+
+
+def _why_head_unusable(model: nn.Module) -> str | None:
+    """Says why TRL cannot train the model's adapted head, or None if the head has no low-rank adapter."""
+    head = model.get_output_embeddings()
+    path = next((path for path, layer in lora_modules(model) if layer is head), None)
+    if path is None:
+        return None
+    return (
+        f"for_trl: {path!r} has an adapter, but TRL reads the head's weight without calling the head, and the adapter "
+        f"would have no effect. Leave {path!r} out of target_modules, or train it in full: modules_to_save=[{path!r}]"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import re
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import pytest
 import torch
 from support.models import shaken
 from support.optional import diffusers
-from support.tiny_diffusion import TARGETS, TEXT_TARGETS, denoised, image, pipeline, unet
+from support.tiny_diffusion import TARGETS, TEXT_TARGETS, image, pipeline, unet
 
-from lora_ext import LoraConfig, inject, merge, save_adapter
-from lora_ext.adapters import add_weighted_adapter, disable_adapters, merge_and_unload, set_adapter, unload
+from lora_ext import LoraConfig, inject, merge
+from lora_ext.adapters import unload
 from lora_ext.integrations.diffusers import save_lora_weights
 
 pytestmark = [pytest.mark.cpu_only("files are about the CPU"), pytest.mark.full]
@@ -95,47 +94,3 @@ def test_python_of_diffusers_md(tmp_path, monkeypatch):
     merge(names["pipe"].unet)
     names["pipe"].unet.fuse_qkv_projections()
     torch.testing.assert_close(image(names["pipe"]), expected, atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_injecting_again_keeps_one_check_of_the_scale(wrapped):
-    model = unet()
-    root = torch.nn.ModuleDict({"unet": model}) if wrapped else model
-    before = len(model._forward_pre_hooks)
-    inject(root, config(), "first")
-    inject(root, config(), "second")
-    with pytest.raises(ValueError, match=r"UNet2DConditionModel: cross_attention_kwargs has scale=0, .*\['second'\]"):
-        denoised(model, cross_attention_kwargs={"scale": 0})
-    unload(root)
-    assert len(model._forward_pre_hooks) == before
-
-
-def test_a_scale_that_would_have_no_effect_is_refused(tmp_path):
-    model = unet().double()
-    plain = denoised(model)
-    shaken(inject(model, config(lora_alpha=4)))
-    expected = denoised(model)
-    assert torch.equal(denoised(model, cross_attention_kwargs={"scale": 1.0}), expected)
-    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(
-            ValueError, match=r"cross_attention_kwargs has scale=0.5.*add_weighted_adapter\(model, \['d"
-        ):
-            denoised(same, cross_attention_kwargs={"scale": 0.5})
-    with disable_adapters(model):
-        assert torch.equal(denoised(model, cross_attention_kwargs={"scale": 0.5}), plain)
-
-    add_weighted_adapter(model, ["default"], [0.5], "scaled", "cat")  # as the message says
-    set_adapter(model, "scaled")
-    half = denoised(model)
-    save_adapter(model, tmp_path / "default", "default")
-    pytest.importorskip("peft")
-    peft_unet = unet().double()
-    peft_unet.load_lora_adapter(
-        tmp_path / "default", weight_name="adapter_model.safetensors", prefix="base_model.model"
-    )
-    torch.testing.assert_close(denoised(peft_unet), expected, atol=1e-9, rtol=1e-9)
-    of_peft = denoised(peft_unet, cross_attention_kwargs={"scale": 0.5})
-    torch.testing.assert_close(half, of_peft, atol=1e-9, rtol=1e-9)
-
-    merge_and_unload(model)
-    assert torch.isfinite(denoised(model, cross_attention_kwargs={"scale": 0.5})).all()
