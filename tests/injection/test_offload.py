@@ -63,7 +63,7 @@ def test_injected_before_and_after_offloading(offload, tmp_path):
         logits(each, ids).square().sum().backward()
     for path, factor in factors(expected).items():
         torch.testing.assert_close(factors(model)[path].grad, factor.grad)
-    offloaded = offload(copy.deepcopy(expected.eval()), tmp_path)  # after injection
+    offloaded = offload(copy.deepcopy(expected.eval()), tmp_path / "after")  # after injection
     for _ in range(2):
         torch.testing.assert_close(logits(offloaded, ids), logits(expected, ids))
 
