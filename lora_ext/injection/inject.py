@@ -190,7 +190,7 @@ def _tensors_that_train() -> Iterator[None]:
 
 
 def apply_injection(model: nn.Module, adapter: Adapter, activate: bool = True) -> None:
-    """Attaches a prepared adapter, and makes it the active one or leaves it frozen. Ctrl-C waits for the end."""
+    """Attaches a prepared adapter, and makes it the active one or leaves it frozen."""
     with changing(adapter.into.active):
         attach_layers(model, adapter)
         for part in adapter.parts:

@@ -168,7 +168,7 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
     """Merges exactly the adapters ``wanted`` into each layer; on an error, all layers stay as they are.
 
     Adapters that stay merged keep the values they were merged with. ``where`` names each layer in messages, after "the
-    weight": " of 'path'", or nothing. Ctrl-C takes effect once all layers are changed.
+    weight": " of 'path'", or nothing.
 
     Raises:
         ValueError: a result would be NaN or infinite, two weights share memory, or an update cannot be merged.

@@ -48,10 +48,8 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     float32 weight for updates of 0.5 % to 10 % of its size. :func:`merge_record_bytes` returns how many, and the
     ``lora_ext.adapters`` logger reports it at INFO level.
 
-    All layers are checked before the first is changed: all of them are merged, or none. Ctrl-C waits for the end, and
-    so does every other function that changes a model, in any thread. A concurrent forward computes each layer either
-    with the old weights or with the new ones, and may see the change between two layers; on a GPU that holds for
-    forwards on the same stream.
+    All layers are checked before the first is changed: all of them are merged, or none. Every other function that
+    changes a model waits for the end, in any thread; a forward in another thread does not, and must not run meanwhile.
 
     A quantised weight is dequantised, and the sum is quantised again in the same format, which loses some of the
     update; unmerging restores the stored bytes, which the layer keeps meanwhile. :func:`merge_errors` says how large

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from lora_ext import _load
 from lora_ext._common.arguments import checked
-from lora_ext._common.interrupts import uninterrupted
 from lora_ext._ops import checks, errors
 from lora_ext._ops.checks_merge import check_merge_layer, check_merge_strides, merge_segments
 from lora_ext._ops.in_place import check_inference
@@ -133,7 +132,7 @@ def lora_merge_(
             message names.
         TypeError: a wrong dtype.
         RuntimeError: a CUDA graph is being captured, and a record is wanted.
-        The weight is then unchanged to the bit; also after Ctrl-C, except on CUDA without a record.
+        The weight is then unchanged to the bit.
     """
     op = "lora_merge_"
     check_merge_layer(op, weight, lora_A, lora_B)
@@ -193,9 +192,8 @@ def merge_all_(
 ) -> list[MergeRecord | None]:
     """Merges factors of :func:`pack_factors` into all of their weights, or into none.
 
-    The weights are restored if a result is not finite, a launch fails or Ctrl-C is pressed; merges without a record on
-    CUDA are not interrupted. ``labels`` name the weights in messages. Errors are those of :func:`lora_merge_`;
-    ValueError also if two weights share memory.
+    The weights are restored if a result is not finite or a launch fails. ``labels`` name the weights in messages.
+    Errors are those of :func:`lora_merge_`; ValueError also if two weights share memory.
 
     Args:
         check: refuse results that are not finite also on CUDA without a record, which waits for the GPU. Everywhere
@@ -302,7 +300,7 @@ def prepare_unmerge(
 
 @torch.no_grad()
 def run_unmerge(unmerges: Sequence[Unmerge]) -> None:
-    """Restores all of the weights, or none if a launch fails or Ctrl-C is pressed."""
+    """Restores all of the weights, or none if a launch fails."""
 
     def launch(unmerge: Unmerge) -> Unmerge:
         _run(torch.ops.lora_ext.lora_unmerge_.default, *unmerge)
@@ -334,9 +332,8 @@ def _all_or_none(
     if not launches:
         return done
     try:
-        with uninterrupted():  # after an interrupt it would be unknown whether the last op has run
-            for launch in launches:
-                done.append(launch())
+        for launch in launches:
+            done.append(launch())
     except BaseException:  # the caller sees an error and must find no change
         undo([unmerge for unmerge in done if unmerge is not None])
         raise

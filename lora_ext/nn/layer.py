@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import of_one_state, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import bring_for_calls
 from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
@@ -60,11 +60,6 @@ class LoraLayer(AdapterLayer):
     adapted_along: ClassVar[tuple[str, ...]] = ()  # paths of modules inside that are always adapted too
     weight_name: ClassVar[str] = "weight"
     stores_transposed: bool = False  # the weight is [in, out]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):  # sees a layer before or after a change, never half of one
-            cls.forward = of_one_state(cls.forward)
 
     @checked
     def __init__(

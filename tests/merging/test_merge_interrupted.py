@@ -1,29 +1,23 @@
-"""Merges that fail or are interrupted in the middle: every layer keeps its bits and its merge state."""
+"""Merges that fail in the middle: every layer keeps its bits and its merge state."""
 
 from __future__ import annotations
 
-import copy
-import signal
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
-from support.merged_models import all_same, assert_restores, hard_layer, hard_model, merged_sets, refused, weights
+from support.merged_models import all_same, assert_restores, hard_layer, hard_model, refused, weights
 from support.merging import same_bits
 from support.processes import run_forked
-from torch import nn
 
-from lora_ext import functional, merge, unmerge
-from lora_ext.adapters import merge_and_unload
+from lora_ext import merge, unmerge
 from lora_ext.merging import layers as merged_module
 from lora_ext.merging.weights import MergeRecord
 
 pytestmark = pytest.mark.full
 
 MERGE = "lora_merge_record_"
-HERE = torch.get_default_device().type
 
 
 def test_out_of_memory_before_the_first_weight_changes(monkeypatch):
@@ -138,88 +132,6 @@ def test_an_error_between_unmerging_the_old_set_and_merging_the_new_one(monkeypa
                 change()
             assert failed == [True]
     assert_restores(model, pristine)
-
-
-class PressesCtrlC:
-    """Stands in for an op during which Ctrl-C is pressed: Python raises KeyboardInterrupt when it returns."""
-
-    def __init__(self, op) -> None:
-        self.default, self.calls = self, 0
-        self.op = op
-
-    def __call__(self, *arguments):
-        result = self.op.default(*arguments)
-        self.calls += 1
-        signal.raise_signal(signal.SIGINT)
-        return result
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Makes SIGINT raise KeyboardInterrupt, Python's default."""
-    if threading.current_thread() is not threading.main_thread():
-        pytest.skip("signals are for the main thread")
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, previous)
-
-
-@pytest.mark.parametrize("op", [MERGE, "lora_unmerge_"])
-def test_ctrl_c_during_an_op_takes_effect_after_the_change(monkeypatch, ctrl_c, op):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine, expected = weights(model), copy.deepcopy(model)
-    merge(model, "a")
-    merge(expected, ["a", "b"])
-    with monkeypatch.context() as patch:
-        pressed = PressesCtrlC(getattr(torch.ops.lora_ext, op))
-        patch.setattr(torch.ops.lora_ext, op, pressed)
-        with pytest.raises(KeyboardInterrupt):
-            merge(model, "b")
-        assert pressed.calls >= 2
-    assert merged_sets(model) == [("a", "b")] * 2 and all_same(weights(model), weights(expected))
-    assert_restores(model, pristine)
-
-
-def test_ctrl_c_while_unloading(monkeypatch, ctrl_c):
-    model = nn.ModuleList([hard_layer(torch.float32)])
-    expected = copy.deepcopy(model[0])
-    expected.merge()
-    with monkeypatch.context() as patch:
-        op = MERGE if HERE == "cpu" else "lora_merge_"  # without a record
-        patch.setattr(torch.ops.lora_ext, op, PressesCtrlC(getattr(torch.ops.lora_ext, op)))
-        with pytest.raises(KeyboardInterrupt):
-            merge_and_unload(model)
-    assert type(model[0]) is nn.Linear and same_bits(model[0].weight, expected.weight)
-
-
-def test_ctrl_c_during_a_merge_that_is_refused(monkeypatch, ctrl_c):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine = weights(model)
-    merge(model, "a")
-    with torch.no_grad():
-        model["layer1"].adapters["b"].lora_A[0, 0] = float("nan")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.lora_ext, "lora_unmerge_", PressesCtrlC(torch.ops.lora_ext.lora_unmerge_))
-        with refused(model, KeyboardInterrupt, "^$"):
-            merge(model, "b")
-    assert_restores(model, pristine)
-
-
-@pytest.mark.parametrize("op", [MERGE, "lora_unmerge_"])
-def test_ctrl_c_leaves_a_weight_outside_layers_unchanged(monkeypatch, ctrl_c, op):
-    """Otherwise the caller would have no record, or one that no longer matches the weight."""
-    weight = torch.randn(6, 300)
-    before, arguments = weight.clone(), (torch.randn(2, 300), torch.randn(6, 2), 0.3)
-    record = functional.lora_merge_(weight, *arguments)
-    merged_weight = weight.clone()
-    if op == MERGE:
-        functional.lora_unmerge_(weight, record)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.lora_ext, op, PressesCtrlC(getattr(torch.ops.lora_ext, op)))
-        with pytest.raises(KeyboardInterrupt):
-            functional.lora_merge_(weight, *arguments) if op == MERGE else functional.lora_unmerge_(weight, record)
-    assert same_bits(weight, before if op == MERGE else merged_weight)
 
 
 @pytest.mark.parametrize("op", [MERGE, "lora_unmerge_"])

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext._common.changes import without_lock
 from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates
 from lora_ext.nn.weight_views.view import WeightView
 
@@ -62,7 +61,7 @@ def call_with_updates(
     if torch.compiler.is_compiling():
         result = _call(call, module, name, WeightView.of(stacked), args, kwargs)
     else:
-        with _locks.setdefault(module, threading.RLock()), without_lock():
+        with _locks.setdefault(module, threading.RLock()):
             result = _call(call, module, name, WeightView.of(stacked), args, kwargs)
     if not stacked.is_read and any(isinstance(value, Tensor) and value.numel() for value in (*args, *kwargs.values())):
         _note(module, name, _UNREAD)
@@ -84,7 +83,7 @@ def call_with_tensor(
     The parameter stays in its place, where DeepSpeed's hooks look for it. The module's class must have no attribute of
     that name.
     """
-    with _locks.setdefault(module, threading.RLock()), without_lock():
+    with _locks.setdefault(module, threading.RLock()):
         return _call(call, module, name, tensor, args, kwargs)
 
 
