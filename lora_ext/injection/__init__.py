@@ -3,4 +3,5 @@
 - ``inject``: the order of it all, and how it is undone. ``targets`` finds what a config names, by PEFT's rules;
   ``check_targets`` refuses what cannot be adapted; ``build`` makes the layers.
 - Special models: ``mixtures`` ("all-linear" in a mixture of experts), ``pool_layers`` (of an AdapterPool).
+- ``trainers``: refuses PEFT, and TRL's trainers that need a reference model, on an injected model.
 """

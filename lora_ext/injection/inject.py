@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,13 +25,14 @@ from lora_ext.injection.build import PartsBuilder
 from lora_ext.injection.check_targets import check_targets
 from lora_ext.injection.mixtures import expand_all_linear, warn_of_parts_left_out
 from lora_ext.injection.targets import find_targets, names_next_to_all_linear
+from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
 from lora_ext.model.rows.serve_names import forget_adapter_names, refuse_adapter_names, serve_adapter_names
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.nn import LoraLayer, LoraLinear
-from lora_ext.nn.adapter_layer import INSTEAD_OF_PEFT, check_adapter_name, is_of_peft
+from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft
 from lora_ext.nn.input_groups import form_input_groups
 from lora_ext.nn.linear import is_linear
 from lora_ext.quantized import keep_stored, stop_keeping_stored
@@ -214,7 +215,7 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     form_input_groups(root, adapters.share_inputs, (LoraLinear,))
     _switch_off_fast_path(root)
     prepare_quantized(root)
-    vars(root).setdefault(_PEFT_CONFIGS, NoPeftConfigs())
+    guard_against_trainers(root)
     serve_adapter_names(root, adapters)
     guard_loading(root, adapters=adapters)
     for module in savers(root):
@@ -243,8 +244,7 @@ def forget_injection(model: nn.Module) -> None:
         forget_guard(module, adapters=True)
         restore_save_pretrained(module, adapters=True)
         _restore_fast_path(module)
-        if isinstance(vars(module).get(_PEFT_CONFIGS), NoPeftConfigs):
-            del vars(module)[_PEFT_CONFIGS]
+        remove_guard(module)
 
 
 @checked
@@ -364,24 +364,3 @@ def release_quantized(model: nn.Module) -> None:
     for module in model.modules():
         if vars(module).pop(_QUANTIZED_BEFORE, False):
             vars(module)[_QUANTIZED] = True
-
-
-# --- PEFT on top ------------------------------------------------------------------------------------------------------
-
-_PEFT_CONFIGS = "peft_config"
-
-
-class NoPeftConfigs(dict):
-    """The configs of PEFT's adapters in an injected model: none, and none can be added.
-
-    PEFT (``get_peft_model``, a trainer's ``peft_config``) adds its config to this attribute before it changes a layer.
-    """
-
-    def __setitem__(self, name: str, config: object) -> NoReturn:
-        raise ValueError(f"PEFT cannot adapt an injected model: {INSTEAD_OF_PEFT}")
-
-    def __missing__(self, name: str) -> NoReturn:
-        raise KeyError(f"PEFT has no adapter {name!r} in an injected model; call save_adapter or load_adapter")
-
-    def update(self, configs: object) -> NoReturn:
-        self["default"] = configs

@@ -10,8 +10,8 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import gathered
+from lora_ext.adapters.merge_model import unload
 from lora_ext.injection.inject import Injection, apply_injection, prepare_quantized, release_quantized
-from lora_ext.merging.model import unload
 from lora_ext.methods.base import Inserted, Insertion, Method, head_paths, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading

@@ -201,15 +201,14 @@ def test_one_model_is_injected_once(slow):
 def test_a_fork_waits_for_a_change(monkeypatch):
     model = hard_model([torch.float32])
     pristine, under_way = weights(model), threading.Event()
-    run = merged_module._Merge.run
+    run = merged_module.run_unmerge
 
-    def slow_run(self, *args, **kwargs):
-        made = run(self, *args, **kwargs)
+    def slow_run(launches):
+        run(launches)
         under_way.set()
         time.sleep(0.2)
-        return made
 
-    monkeypatch.setattr(merged_module._Merge, "run", slow_run)
+    monkeypatch.setattr(merged_module, "run_unmerge", slow_run)
     thread = threading.Thread(target=lambda: merge(model, "a"))
     thread.start()
     assert under_way.wait(20)
