@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.adapters.life_cycle import check_unmerged
@@ -68,18 +68,17 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     padded = [_padded(part, r) for part in low_rank]
     alphas = {part.target: part.adapter.scaling * r for part in low_rank}
     alpha = max(alphas.values(), key=list(alphas.values()).count, default=adapter.config.lora_alpha)
-    with changing(adapter.into.active):
-        adapter.into.configs[adapter.name] = dataclasses.replace(
-            adapter.config,
-            r=r,
-            lora_alpha=alpha,
-            use_rslora=False,
-            rank_pattern={},
-            alpha_pattern=exact_patterns(alphas, alpha),
-        )
-        for part, (file_A, lora_B) in zip(low_rank, padded, strict=True):
-            part.adapter.set_factors(file_A, lora_B, part.adapter.lora_A.requires_grad)
-            part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
+    adapter.into.configs[adapter.name] = dataclasses.replace(
+        adapter.config,
+        r=r,
+        lora_alpha=alpha,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern=exact_patterns(alphas, alpha),
+    )
+    for part, (file_A, lora_B) in zip(low_rank, padded, strict=True):
+        part.adapter.set_factors(file_A, lora_B, part.adapter.lora_A.requires_grad)
+        part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
     return model
 
 
@@ -126,7 +125,7 @@ def hotswap_adapter(
             f"prepare_hotswap first):{listed(first_shape(problems))}"
         )
     contents = file.read(value.key for value in values if value.is_in_file)
-    with torch.no_grad(), changing(adapter.into.active):
+    with torch.no_grad():
         for value in values:
             value.write(contents.get(value.key))
     return model

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_of
 from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty_layers
 from lora_ext.model.adapter_set import adapter_set, find_adapters
@@ -112,19 +112,17 @@ def _disable(model: nn.Module) -> set[ActiveAdapters]:
     if merged:
         where = first_of(map(repr, merged))
         raise RuntimeError(f"disable_adapters: adapters are merged into {where}; call unmerge(model) first")
-    with changing(*shared):
-        for active in shared:
-            active.disable()
-        _use_biases(model)
+    for active in shared:
+        active.disable()
+    _use_biases(model)
     return shared
 
 
 @one_at_a_time
 def _enable(model: nn.Module, shared: set[ActiveAdapters]) -> None:
-    with changing(*shared):
-        for active in shared:
-            active.enable()
-        _use_biases(model)
+    for active in shared:
+        active.enable()
+    _use_biases(model)
 
 
 def _use_biases(model: nn.Module) -> None:
@@ -161,12 +159,11 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
             )
         )
     check_unmerged("delete_adapter", model, name)
-    with changing(adapters.active):
-        adapters.remove(name)
-        for _, layer in adapter_layers(model):
-            if name in layer.adapters:
-                del layer.adapters[name]
-        remove_empty_layers(model, adapters)
+    adapters.remove(name)
+    for _, layer in adapter_layers(model):
+        if name in layer.adapters:
+            del layer.adapters[name]
+    remove_empty_layers(model, adapters)
     return model
 
 
@@ -190,12 +187,11 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
         return model
     check_new_name("rename_adapter", new, adapters)
     check_unmerged("rename_adapter", model, old)
-    with changing(adapters.active):
-        for _, layer in adapter_layers(model):
-            held = {new if name == old else name: adapter for name, adapter in layer.adapters.items()}
-            layer.adapters.clear()
-            layer.adapters.update(held)
-        adapters.rename(old, new)
+    for _, layer in adapter_layers(model):
+        held = {new if name == old else name: adapter for name, adapter in layer.adapters.items()}
+        layer.adapters.clear()
+        layer.adapters.update(held)
+    adapters.rename(old, new)
     return model
 
 

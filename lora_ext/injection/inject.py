@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
@@ -190,14 +190,13 @@ def _tensors_that_train() -> Iterator[None]:
 
 def apply_injection(model: nn.Module, adapter: Adapter, activate: bool = True) -> None:
     """Attaches a prepared adapter, and makes it the active one or leaves it frozen."""
-    with changing(adapter.into.active):
-        attach_layers(model, adapter)
-        for part in adapter.parts:
-            part.layer.add_adapter(adapter.name, part.adapter)
-        adapter.into.add(adapter)
-        if activate:
-            adapter.into.switch((adapter.name,))
-        serve_adapters(model, adapter.into)
+    attach_layers(model, adapter)
+    for part in adapter.parts:
+        part.layer.add_adapter(adapter.name, part.adapter)
+    adapter.into.add(adapter)
+    if activate:
+        adapter.into.switch((adapter.name,))
+    serve_adapters(model, adapter.into)
 
 
 def attach_layers(model: nn.Module, adapter: Adapter) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from lora_ext._common.arguments import checked
@@ -15,7 +14,7 @@ class ActiveAdapters:
 
     Attributes:
         names: in the order of activation.
-        changes: how often a change of the layers has begun or ended; odd during a change.
+        changes: how often the adapters, their merges or their use have changed.
         row_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows/in_force.py).
         held: the choices of rows for the ``with`` blocks that are open in any thread (lora_ext/nn/rows/in_force.py).
         row_obstacles: ``changes`` and what rows could not choose then (lora_ext/model/rows/obstacles.py).
@@ -68,16 +67,6 @@ class ActiveAdapters:
                 )
         return None
 
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Marks a block that changes layers. Blocks may be nested."""
-        outermost = not self.changes % 2
-        self.changes += outermost
-        try:
-            yield
-        finally:
-            self.changes += outermost
-
     @property
     def is_disabled(self) -> bool:
         """True if no adapter is used until :meth:`enable` is called."""
@@ -87,6 +76,7 @@ class ActiveAdapters:
         """Uses no adapter. Every call needs its own :meth:`enable`; the last of those restores the names."""
         depth, names = self._disabled or (0, self.names)
         self._disabled, self.names = (depth + 1, names), ()
+        self.changes += 1
 
     def enable(self) -> None:
         depth, names = self._disabled
@@ -94,3 +84,4 @@ class ActiveAdapters:
             self._disabled = depth - 1, names
         else:
             self._disabled, self.names = None, names
+        self.changes += 1

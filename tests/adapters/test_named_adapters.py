@@ -241,6 +241,16 @@ def test_merged_adapters_act_until_unmerged_together_with_active_ones():
     assert all(torch.equal(tensor, pristine[path]) for path, tensor in model.state_dict().items())
 
 
+def test_rows_name_adapters_again_once_they_are_unmerged():
+    model, x, names = inject(Net().eval(), SECOND, "a"), torch.randn(2, 6), ["a", "__base__"]
+    expected = model(x, adapter_names=names)
+    merge(model)
+    with pytest.raises(ValueError, match="'a' is merged into 'blocks.0.up'"):
+        model(x, adapter_names=names)
+    unmerge(model)
+    torch.testing.assert_close(model(x, adapter_names=names), expected)
+
+
 def test_partly_merged():
     model = three()
     model.blocks[1].up.merge("a")
