@@ -33,8 +33,7 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
     """Activates exactly these adapters of an injected model.
 
     Several adapters add up. Deactivated adapters are frozen; named ones become trainable or frozen as when they were
-    added (``config.inference_mode``), also those that stay active but were frozen as a whole meanwhile. All layers
-    share one list of active names, so the cost of a switch does not depend on the number of adapters. Merged adapters
+    added (``config.inference_mode``), also those that stay active but were frozen as a whole meanwhile. Merged adapters
     have effect until unmerged, active or not.
 
     Args:
