@@ -44,11 +44,11 @@ def main(argv: list[str]) -> None:
         adapters = [open_adapter(path, allow_pickle=args.allow_pickle, caller="analyze") for path in args.adapter]
         base, note = _base(args, adapters)
         layers = _layers(args, adapters, base)
-        with progress("analyze", sum(layer.nbytes for layer in layers), show=True) as shown:
+        with progress("analyze", len(layers), unit="layers", show=True) as shown:
             for layer in layers:
                 shown.note(layer.name)
                 updates += _measure(layer, similar)
-                shown.advance(layer.nbytes)
+                shown.advance(1)
     steps = [step | {"adapter": update["adapter"]} for update in updates for step in update["projections"]]
     result = made_by("analyze", argv) | {
         "base": None if base is None else str(base.directory),
@@ -163,7 +163,6 @@ def _measure(layer: Layer, similar: _Similar) -> list[dict[str, Any]]:
     tables = _projections(layer, svds)
     if len(factors) > 1:
         _compare(factors, similar)
-    layer.release()
     return [_update(layer, number, svds[number], tables.get(number)) for number in factors]
 
 

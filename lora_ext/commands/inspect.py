@@ -23,8 +23,6 @@ def main(argv: list[str]) -> None:
         print(to_json(found), end="")
         return
     tell(columns(_adapter(found) if found["kind"] == "adapter" else _checkpoint(found)))
-    if merged := found.get("merged"):
-        tell(f"merged into it: {', '.join(merged)}")
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
     tell(f"{args.path}: {found['kind']}, {found['parameters']:,} parameters ({dtypes}), {found['bytes'] / 1e6:.2f} MB")
 
