@@ -144,14 +144,12 @@ class AdapterContents:
 def open_adapter(
     directory: str | os.PathLike[str],
     *,
-    allow_pickle: bool = False,
     with_dora: bool = False,
     caller: str = "open_adapter",
 ) -> AdapterContents:
     """Opens an adapter's directory in PEFT's format, and sorts its keys by kind; reads no tensor.
 
     Args:
-        allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
         with_dora: the caller knows what to do with magnitudes.
         caller: the command that error messages name.
 
@@ -161,7 +159,7 @@ def open_adapter(
             is missing; shapes of factors do not fit each other, or the rank in the config. The message lists all of
             these.
     """
-    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller)
+    file = AdapterFile.open(directory, caller=caller)
     try:
         config = LoraConfig.from_dict(file.config)
     except (TypeError, ValueError) as error:

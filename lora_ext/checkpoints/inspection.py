@@ -15,7 +15,7 @@ from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, open_a
 from lora_ext.files.adapter_file import AdapterFile, holds_adapter
 
 
-def inspect(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[str, Any]:
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describes an adapter's directory, a checkpoint's directory or a safetensors file, as values that JSON can hold.
 
     Returns:
@@ -33,7 +33,7 @@ def inspect(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict
     """
     path = Path(path)
     if holds_adapter(path):
-        return _adapter(open_adapter(path, allow_pickle=allow_pickle, with_dora=True, caller="inspect"))
+        return _adapter(open_adapter(path, with_dora=True, caller="inspect"))
     return _checkpoint(Checkpoint.open(path))
 
 

@@ -61,7 +61,6 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     fan_in_fan_out: bool | None = None,
-    allow_pickle: bool = False,
     show_progress: bool = False,
 ) -> MergeReport:
     """Writes the checkpoint ``base`` with ``adapters`` merged into it to the new directory ``out``.
@@ -77,7 +76,6 @@ def merge(
         weights: factor of each adapter's updates; None for 1.
         dtype: convert floating-point tensors to it. Updates are added before, in the wider of the two dtypes.
         fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
-        allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -88,7 +86,7 @@ def merge(
     """
     begin = time.perf_counter()
     checkpoint, out = Checkpoint.open(base), Path(out).absolute()
-    contents = _open_adapters(checkpoint, adapters, weights, allow_pickle)
+    contents = _open_adapters(checkpoint, adapters, weights)
     changes = find_changes(checkpoint, contents, fan_in_fan_out=fan_in_fan_out, weights=weights)
     check_new(out, "merge")
     table = {key: (_stored_dtype(tensor, dtype), tensor.shape) for key, tensor in changes.items()}
@@ -213,7 +211,6 @@ def _open_adapters(
     base: Checkpoint,
     adapters: Sequence[str | os.PathLike[str]],
     weights: Sequence[float] | None,
-    allow_pickle: bool,
 ) -> list[AdapterContents]:
     """Opens the adapters, and refuses those that a merged checkpoint cannot hold."""
     if not adapters:
@@ -228,7 +225,7 @@ def _open_adapters(
     for number, place in enumerate(places):
         if place in places[:number]:
             raise ValueError(f"merge: {adapters[number]} is given twice, and would count twice; give it once")
-    opened = [open_adapter(one, allow_pickle=allow_pickle, with_dora=True, caller="merge") for one in adapters]
+    opened = [open_adapter(one, with_dora=True, caller="merge") for one in adapters]
     for contents in opened:
         directory = contents.file.directory
         if contents.file.config.get("alora_invocation_tokens"):

@@ -25,7 +25,6 @@ def main(argv: list[str]) -> None:
     add("--dtype", type=dtype, help="convert floating-point tensors: float32, bfloat16, float16 or float64")
     text = "layout of square weights that no other weight decides: [in, out] as in Conv1D, or [out, in]"
     add("--fan-in-fan-out", action=argparse.BooleanOptionalAction, help=text)
-    add("--allow-pickle", action="store_true", help="read adapter_model.bin, if it holds only tensors")
     add("--json", action="store_true", help="print the report as JSON")
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
