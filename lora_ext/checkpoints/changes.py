@@ -243,10 +243,10 @@ class _AdapterChanges:
     def _add_to_weights(self, names: Mapping[LowRankUpdate, str]) -> None:
         targets = {update: key for update, name in names.items() if (key := self._find(name)) is not None}
         fitting = {update: update.layouts(self.changes[key].shape) for update, key in targets.items()}
-        certain: dict[str, set[bool]] = {}  # kind -> the layouts of updates whose shapes fit only one
+        certain: dict[str, set[bool]] = {}  # kind, or kind and name -> the layouts of updates that fit only one
         for update, layouts in fitting.items():
-            if len(layouts) == 1:
-                certain.setdefault(update.kind, set()).update(layouts)
+            for like in (update.kind, _kind_and_name(update)) if len(layouts) == 1 else ():
+                certain.setdefault(like, set()).update(layouts)
         for update, key in targets.items():
             tensor, layouts = self.changes[key], fitting[update]
             if not layouts:
@@ -255,22 +255,25 @@ class _AdapterChanges:
                 self.problems.append(problem)
                 continue
             if len(layouts) > 1:
-                layouts = self._layouts_of_square(update, certain.get(update.kind, set()))
+                layouts = self._layouts_of_square(update, certain)
             if len(layouts) > 1:
                 self.problems.append(f"{key} is square, and may be [out, in] or [in, out]: say which (fan_in_fan_out)")
                 continue
             tensor.terms.append(Term(self.file, update, update.scaling * self.weight, next(iter(layouts))))
 
-    def _layouts_of_square(self, update: LowRankUpdate, certain: set[bool]) -> set[bool]:
-        """The layouts that a square weight may have: the user's choice, or that of the others of its kind.
+    def _layouts_of_square(self, update: LowRankUpdate, certain: Mapping[str, set[bool]]) -> set[bool]:
+        """The layouts that a square weight may have: the user's choice, or that of others of its name or kind.
 
         ``fan_in_fan_out`` of the adapter's config is a last resort: PEFT writes the value of the layer that it met
         last.
         """
         if self.fan_in_fan_out is not None:
             return {self.fan_in_fan_out}
-        if certain or update.kind == "parameter":
-            return certain or {False, True}
+        for like in (_kind_and_name(update), update.kind):
+            if len(certain.get(like, ())) == 1:
+                return certain[like]
+        if update.kind in certain or update.kind == "parameter":
+            return {False, True}
         return {bool(self.file.config.get("fan_in_fan_out"))}
 
     def _add_to_bias(self, update: LowRankUpdate) -> None:
@@ -281,6 +284,10 @@ class _AdapterChanges:
             self.problems.append(f"shape of {target}: {list(tensor.shape)}, but {update.lora_bias} is {list(shape)}")
         else:
             tensor.terms.append(Term(self.file, update, update.scaling * self.weight, is_bias=True))
+
+
+def _kind_and_name(update: LowRankUpdate) -> str:
+    return f"{update.kind} {update.path.rpartition('.')[2]}"
 
 
 def _misfits(key: str, tensor: TensorChange) -> list[str]:

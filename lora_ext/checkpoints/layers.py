@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from lora_ext._common.printable import listed, shown
@@ -46,6 +48,11 @@ class LayerFactors:
     update: LowRankUpdate
     index: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.file.dtype(self.update.lora_A)
+
     def read(self) -> tuple[Tensor, Tensor]:
         """Reads ``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
         pairs = self.update.split(self.file.tensor(self.update.lora_A), self.file.tensor(self.update.lora_B))
@@ -65,6 +72,14 @@ class Layer:
     name: str
     factors: Mapping[int, LayerFactors]
     weight: LayerWeight | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors and the weight."""
+        total = sum(one.update.r * sum(one.update.shape) * one.dtype.itemsize for one in self.factors.values())
+        if self.weight is not None:
+            total += math.prod(self.weight.shape) * self.weight.checkpoint.info(self.weight.key).torch_dtype.itemsize
+        return total
 
 
 def find_layers(
@@ -94,11 +109,12 @@ def find_layers(
         shapes = {one.update.shape for one in by_adapter.values()}
         places = {(one.key, one.transposed) for one in weights.get(name, {}).values()}
         if len(shapes) > 1:
-            problems.append(f"{name} is {shown(sorted(map(list, shapes)))}")
+            problems.append(f"{name} has the shapes {shown(sorted(map(list, shapes)))}")
         elif len(places) > 1:
-            problems.append(f"{name} is stored in two ways, (key, [in, out]): {shown(sorted(places))}")
+            found = " and ".join(f"{key} {'[in, out]' if flag else '[out, in]'}" for key, flag in sorted(places))
+            problems.append(f"{name} is {found}: say which (--fan-in-fan-out)")
     if problems:
-        raise ValueError(f"the adapters are not of one model, or --fan-in-fan-out must be said:{listed(problems)}")
+        raise ValueError(f"the adapters are not of one model:{listed(problems)}")
     return [Layer(name, by, next(iter(weights.get(name, {}).values()), None)) for name, by in factors.items()]
 
 
