@@ -117,7 +117,7 @@ def open_adapter(
         ValueError: a file is corrupted, or :func:`read_contents` refuses it; or it is a DoRA adapter, which the caller
             does not take.
     """
-    contents = read_contents(AdapterFile.open(directory, allow_pickle=allow_pickle, caller=caller, mapped=True))
+    contents = read_contents(AdapterFile.open(directory, caller=caller))
     if not with_dora and contents.is_dora:
         raise ValueError(
             f"{caller}: {contents.file.directory} is a DoRA adapter (use_dora), which rescales the weights that it is "

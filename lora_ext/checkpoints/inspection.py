@@ -57,7 +57,6 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
                 "norm": update_norm(file, update),
             }
         )
-        file.release()
     tensors = {key: (_name(file.dtype(key)), math.prod(file.shape(key))) for key in file.keys()}  # noqa: SIM118
     saved = contents.replaced | {f"{rows.path}.weight[{len(rows.indices)} rows]": rows.key for rows in contents.tokens}
     return {

@@ -97,11 +97,6 @@ class Layer:
         """Bytes of the factors and the weight."""
         return sum(one.nbytes for one in self.factors.values()) + (self.weight.nbytes if self.weight else 0)
 
-    def release(self) -> None:
-        """Frees the memory of factors that were read."""
-        for one in self.factors.values():
-            one.file.release()
-
 
 def find_layers(
     adapters: Sequence[AdapterContents], base: Checkpoint | None, *, fan_in_fan_out: bool | None = None

@@ -75,8 +75,6 @@ def factors(change: TensorChange, dtype: torch.dtype) -> list[Factors]:
         term = change.terms[0]
         magnitude = None if term.magnitude is None else term.file.tensor(term.magnitude).to(A.dtype, copy=True)
         result.append(Factors(i * height, (i + 1) * height, A, B, magnitude))
-    for term in change.terms:
-        term.file.release()
     return result
 
 
@@ -195,7 +193,6 @@ def _open_source(
             return values.view(end - begin, cols).to(dtype, copy=True)
 
         yield read_replacement
-        adapter.release()
         return
     info = base.info(change.source)
     with open_regular(base.file(change.source)) as file:

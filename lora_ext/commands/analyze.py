@@ -163,7 +163,6 @@ def _measure(layer: Layer, similar: _Similar) -> list[dict[str, Any]]:
     tables = _projections(layer, svds)
     if len(factors) > 1:
         _compare(factors, similar)
-    layer.release()
     return [_update(layer, number, svds[number], tables.get(number)) for number in factors]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.printable import shown
 from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.files.adapter_content import file_content
+from lora_ext.files.adapter_content import adapter_content
 from lora_ext.files.staged_files import staged_files
 from lora_ext.model.adapter_set import adapter_set, find_adapter
 from lora_ext.model.bare_model import adapter_layers
@@ -90,7 +90,7 @@ def _layers_and_config(
     component: str, model: nn.Module, adapter_name: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The factors of an adapter by the keys that diffusers wants, and its config."""
-    content = file_content(model, find_adapter(model, "save_lora_weights", adapter_name))
+    content = adapter_content(model, find_adapter(model, "save_lora_weights", adapter_name))
     layers = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in content.tensors.items()}
     if others := [key for key in layers if not key.endswith(_FACTORS)]:
         raise ValueError(

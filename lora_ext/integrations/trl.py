@@ -170,7 +170,7 @@ class InjectedModel(WrapsModel, PeftModel):
                     f"for_trl: save_pretrained: the state_dict lacks the adapters {lacking}, which are not saved; call "
                     "lora_ext.save_adapter(model.get_base_model(), directory, name) on all ranks"
                 )
-            given = with_values("for_trl: save_pretrained", root_module(model), state_dict, lacking)
+            given = with_values("for_trl: save_pretrained", root_module(model), state_dict)
         else:  # the model has these values
             given = nullcontext()
         with given:

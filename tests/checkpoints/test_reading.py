@@ -59,7 +59,6 @@ def test_factors_of_a_layer_make_the_merged_weight(files, tmp_path):
         expected = weight.read() + (update.T if weight.transposed else update)
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
         assert not torch.equal(actual, weight.read())
-        layer.release()
     assert find_layers([contents], None)[0].weight is None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import safetensors.torch
 import torch
 from support.models import bert, llama, token_ids
 from support.spoil import Spoil
@@ -49,21 +48,6 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(case, tmp_path):
     assert_same(trained(resumed), trained(whole))
     after = dict(resumed.named_parameters())
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-@pytest.mark.parametrize("left", [0, 100, 0.5])
-def test_a_run_whose_save_was_killed_is_resumed_from_the_checkpoint_before(left, tmp_path):
-    """safetensors before 0.8 writes in place, so that a part of the weights file may be left."""
-    base, options = bert(), {"target_modules": ["query"], "task_type": "SEQ_CLS"}
-    whole = injected(base, **options)
-    trainer(whole, tmp_path / "run", max_steps=3).train()
-    weights = tmp_path / "run" / "checkpoint-3" / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[: left if isinstance(left, int) else int(left * len(content))])
-    resumed = injected(base, **options)
-    trainer(resumed, tmp_path / "run", max_steps=3).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert_same(trained(resumed), trained(whole))
-    assert weights.read_bytes() == content
 
 
 def test_what_the_user_trains_besides_and_buffers_are_resumed_with_a_warning(tmp_path):
@@ -170,15 +154,3 @@ def test_a_checkpoint_resumed_with_peft_layers_fails_instead_of_starting_again(t
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, **options))
     with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\.bert\.embeddings"):
         trainer(model, tmp_path / "run", max_steps=2).train(resume_from_checkpoint=True)
-
-
-def test_a_checkpoint_loaded_into_the_wrapper_for_trl_names_the_remedy(tmp_path):
-    pytest.importorskip("peft")
-    from lora_ext.integrations.trl import for_trl
-
-    options = {"target_modules": ["q_proj"]}
-    base = llama()
-    injected(base, **options).save_pretrained(tmp_path)
-    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="without the wrapper around this LlamaForCausalLM.*load_adapter"):
-        for_trl(injected(base, **options)).load_state_dict(state, strict=False)
