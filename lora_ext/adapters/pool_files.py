@@ -126,7 +126,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
             f"load_adapter, or make a pool with its layers and rank:{listed(first_shape(problems))}"
         )
     named = {path: {name: f"{KEY_PREFIX}{path}.{name}" for name in names} for path, names in modules.items()}
-    values = file.tensors
+    values = {key: tensor.clone() for key, tensor in file.tensors.items()}  # kept after the file may change
     file.warn_of_damage(key for held in (*keys.values(), *named.values()) for key in held.values())
     updates = {}
     for path, factors in keys.items():
