@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import shown
 from lora_ext._common.sharded import (
     first_rank_writes,
@@ -301,7 +301,7 @@ def _fill_checked(
     file.warn_of_damage(targets)
 
     # Nothing below fails: the adapter is filled before it is attached.
-    with torch.no_grad(), changing(adapter.into.active):
+    with torch.no_grad():
         for key, target in targets.items():
             _fill(target, file.tensor(key))
         for key, scale in adapter.file_scales().items():
