@@ -136,7 +136,7 @@ def test_no_folder_imports_itself_by_way_of_others():
         ("functional.py", "from lora_ext import nn"),
         ("nn/linear.py", "def f():\n    import lora_ext.commands.results"),
         ("checkpoints/ties.py", "import transformers"),
-        ("files/regular_file.py", "from lora_ext.files.save_load import save_adapter"),
+        ("files/reading.py", "from lora_ext.adapters import set_adapter"),
         ("strange.py", "import os"),
     ],
 )

@@ -23,8 +23,7 @@ from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.expert_layout import in_present_layout
-from lora_ext.files.packed_projection import from_peft_form
-from lora_ext.files.save_load import config_of, warn_of_a_copy
+from lora_ext.files.save_load import read_adapter, warn_of_a_copy
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 from lora_ext.nn import DoraAdapter, LoraAdapter
@@ -84,9 +83,7 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
 
 @checked
 @one_at_a_time
-def hotswap_adapter(
-    model: ModelT, directory: str | os.PathLike[str], adapter_name: str | None = None, *, allow_pickle: bool = False
-) -> ModelT:
+def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_name: str | None = None) -> ModelT:
     """Replaces the values of an adapter of ``model`` by those of the adapter in ``directory``.
 
     Parameter objects, shapes and scalings stay: compiled code and captured graphs keep working, without recompilation.
@@ -97,7 +94,6 @@ def hotswap_adapter(
         model: an injected model, compiled or not.
         directory: an adapter written by :func:`lora_ext.save_adapter` or PEFT.
         adapter_name: the adapter whose values to replace; None: the active one.
-        allow_pickle: as in :func:`lora_ext.load_adapter`.
 
     Returns:
         ``model``, the same object.
@@ -109,9 +105,8 @@ def hotswap_adapter(
         RuntimeError: it is merged. The model is then unchanged.
     """
     check_not_sharded("hotswap_adapter", model, "load_adapter replaces an adapter's values")
-    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter")
-    file = from_peft_form(file, "hotswap_adapter")
-    config = config_of(file, "hotswap_adapter")
+    file = read_adapter(directory, "hotswap_adapter")
+    config = file.lora_config("hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
     warn_of_a_copy("hotswap_adapter", adapter)
@@ -124,10 +119,10 @@ def hotswap_adapter(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
             f"prepare_hotswap first):{listed(first_shape(problems))}"
         )
-    contents = file.read(value.key for value in values if value.is_in_file)
+    file.warn_of_damage(value.key for value in values if value.is_in_file)
     with torch.no_grad():
         for value in values:
-            value.write(contents.get(value.key))
+            value.write(file.tensors[value.key] if value.is_in_file else None)
     return model
 
 

@@ -27,10 +27,9 @@ from lora_ext.injection.mixtures import expand_all_linear, warn_of_parts_left_ou
 from lora_ext.injection.targets import find_targets, names_next_to_all_linear
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
-from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
 from lora_ext.model.rows.serve_names import forget_adapter_names, refuse_adapter_names, serve_adapter_names
-from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
+from lora_ext.model.saver import savers, serve_files, stop_serving_files
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft
 from lora_ext.nn.input_groups import form_input_groups
@@ -206,10 +205,8 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     prepare_quantized(root)
     guard_against_trainers(root)
     serve_adapter_names(root, adapters)
-    guard_loading(root, adapters=adapters)
+    serve_files(root)
     for module in savers(root):
-        guard_loading(module, adapters=adapters)
-        replace_save_pretrained(module, adapters=adapters)
         refuse_adapter_names(root, module)
 
 
@@ -230,10 +227,9 @@ def forget_injection(model: nn.Module) -> None:
     for module in model.modules():
         forget_adapter_set(module)
         forget_adapter_names(module)
-        forget_guard(module, adapters=True)
-        restore_save_pretrained(module, adapters=True)
         _restore_fast_path(module)
         remove_guard(module)
+    stop_serving_files(root_module(model))
 
 
 @checked
