@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
-from lora_ext._common.printable import shown
-from lora_ext._common.suggestion import suggestion
+from lora_ext._common.printable import shown, suggestion
 from lora_ext._config_keys import check_other_keys, initialisation, initialisation_of_file
 from lora_ext._config_values import (
     FrozenDict,
