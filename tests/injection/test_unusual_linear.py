@@ -45,7 +45,7 @@ def test_a_known_class_is_left_out_refused_or_adapted_as_a_parameter():
     for use_dora in (False, True):
         with refused(base, TypeError, "1 (DeepseekV4GroupedLinear): its forward returns a part", "target_parameters"):
             inject(base, LoraConfig(target_modules=["0", "1"], use_dora=use_dora, **ALIVE))
-    with pytest.warns(UserWarning, match=r"leaves out \['1'\].*name \['1.weight'\] in target_parameters"):
+    with pytest.warns(UserWarning, match=r"leaves out \['1.weight'\].*name them in target_parameters"):
         model = inject(copy.deepcopy(base), LoraConfig(target_modules="all-linear", **ALIVE))
     assert [path for path, _ in lora_modules(model)] == ["0"]
 
