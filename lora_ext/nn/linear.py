@@ -142,11 +142,12 @@ class LoraLinear(SharesInputs, OverLinear):
         return self._add_to_output(x, self.base_layer(x, *args, **kwargs), names, adapters)
 
     def operands(self) -> Operands | None:
-        adapters = self._modules["adapters"]._modules
-        names = [name for name in self.active.names if name in adapters]
-        if len(names) != 1 or self._merged is not None or self._compiled_call_impl is not None:
+        adapters, names = self._modules["adapters"]._modules, self.active.names
+        if len(names) > 1:
+            names = self.active_adapters
+        adapter = adapters.get(names[0]) if len(names) == 1 else None
+        if adapter is None or self._merged is not None or self._compiled_call_impl is not None:
             return None
-        adapter = adapters[names[0]]
         state = adapter.__dict__
         factors = state["_parameters"]
         lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
