@@ -100,7 +100,7 @@ def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
 
 
 def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets) -> None:
-    """Warns about linear layers, quantised ones of other kinds and experts that "all-linear" does not adapt.
+    """Warns about linear layers, quantised layers of other kinds and experts that "all-linear" does not adapt.
 
     Args:
         config: the config as it was given, which says "all-linear".
@@ -108,12 +108,12 @@ def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets
     excluded = PathMatcher("exclude_modules", config.exclude_modules)
     known = Parents((*targets.trained, *targets.tied))
     unsupported = unsupported_layers(bare.modules)
-    layers, parameters, unsuitable = [], [], {}
+    layers, parameters, refused = [], [], {}
     for path, module in bare.modules.items():
         if path in targets.modules or path in known or module is bare.head or excluded(path):
             continue
-        if (why := unsupported.get(path) or why_bypassed_at(bare, path)) is not None:
-            unsuitable.setdefault(why, []).append(path)
+        if why := unsupported.get(path) or (why_bypassed_at(bare, path) if is_linear(module) else None):
+            refused.setdefault(why, []).append(path)
         elif is_linear(module) and why_output_unusable(module) is None:
             layers.append(path)
         elif is_linear(module):  # a router, say, that returns more than a tensor
@@ -127,7 +127,7 @@ def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets
                 f'inject: "all-linear" leaves out {_abbreviated(paths)} of {type(bare.root).__name__}; to adapt them, '
                 f"name them in {key}"
             )
-    for why, paths in unsuitable.items():
+    for why, paths in refused.items():
         warn_user(f'inject: "all-linear" leaves out {_abbreviated(paths)} of {type(bare.root).__name__}: {why}')
 
 

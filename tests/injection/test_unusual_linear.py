@@ -1,10 +1,9 @@
-"""Subclasses of nn.Linear whose output is not ``[..., out_features]``: refused, or adapted as a parameter."""
+"""Subclasses of nn.Linear with a forward of their own: left out, refused, adapted as a parameter, or found out."""
 
 from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
 from support.models import refused
@@ -27,23 +26,11 @@ class DeepseekV4GroupedLinear(nn.Linear):
         return torch.bmm(groups, self.weight.view(3, 2, 4).mT).transpose(0, 1).reshape(*x.shape[:-2], 3, -1)
 
 
-class Wider(nn.Linear):
-    """Appends features that another layer computes, as in Idefics' output head."""
-
-    def __init__(self) -> None:
-        super().__init__(4, 6)
-        self.more = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([super().forward(x), self.more(x)], -1)
-
-
-def test_a_known_class_is_left_out_refused_or_adapted_as_a_parameter():
+def test_a_class_whose_output_is_known_to_take_no_update():
     base, x = nn.Sequential(nn.Linear(4, 4), DeepseekV4GroupedLinear()), torch.randn(2, 3, 4)
-    with pytest.raises(RuntimeError, match="must match the size"):
-        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear", **ALIVE))(x)
     for use_dora in (False, True):
-        with refused(base, TypeError, "1 (DeepseekV4GroupedLinear): its forward returns a part", "target_parameters"):
+        text = "1 (DeepseekV4GroupedLinear): its forward returns a part of the features"
+        with refused(base, TypeError, text, "target_parameters"):
             inject(base, LoraConfig(target_modules=["0", "1"], use_dora=use_dora, **ALIVE))
     with pytest.warns(UserWarning, match=r"leaves out \['1.weight'\].*name them in target_parameters"):
         model = inject(copy.deepcopy(base), LoraConfig(target_modules="all-linear", **ALIVE))
@@ -58,7 +45,48 @@ def test_a_known_class_is_left_out_refused_or_adapted_as_a_parameter():
     torch.testing.assert_close(merge(model.eval())(x), updated(x))
 
 
-def test_another_class_fails_in_its_first_forward():
-    model = inject(nn.Sequential(Wider()), LoraConfig(target_modules=["0"], **ALIVE))
-    with pytest.raises(ValueError, match="lora_delta_: lora_B has out_features=6 but y has 8"):
-        model(torch.randn(2, 3, 4))
+class MambaMixer(nn.Module):
+    """Reads a weight without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dt_proj, self.in_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_proj(x) @ self.dt_proj.weight
+
+
+def test_a_layer_that_is_known_to_be_read_is_named_by_all_linear():
+    model = nn.Sequential(MambaMixer())
+    with pytest.warns(UserWarning, match=r"leaves out \['0.dt_proj'\].*MambaMixer reads its weight without calling it"):
+        inject(model, LoraConfig(target_modules="all-linear", **ALIVE))
+    assert [path for path, _ in lora_modules(model)] == ["0.in_proj"]
+
+
+class Wider(nn.Linear):
+    """Appends features, as Idefics' output head does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(x), x], -1)
+
+
+class Counting(nn.Linear):
+    """Keeps the last output, and takes inputs of three rows only."""
+
+    last = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-2] == 3
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_other_classes_are_called_and_checked_then():
+    x = torch.randn(2, 3, 4)
+    model = inject(nn.Sequential(Wider(4, 6)), LoraConfig(target_modules=["0"], **ALIVE))
+    with pytest.raises(ValueError, match="lora_delta_: lora_B has out_features=6 but y has 10"):
+        model(x)
+    base = Counting(4, 6)
+    model = inject(nn.Sequential(base), LoraConfig(target_modules=["0"], **ALIVE))
+    assert model[0].base_layer is base and base.last is None
+    torch.testing.assert_close(model(x), base(x) + x @ model[0].delta_weight().T)
