@@ -19,7 +19,6 @@ import pytest
 import torch
 from support.models import llama
 from support.optional import trl
-from support.shared_inputs import net, some_x
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lora_ext
@@ -101,15 +100,13 @@ def test_python_of_many_adapters_md(in_tmp_path):
 
 def test_python_of_adapters_md(in_tmp_path, capsys):
     run(python_blocks("README.md")[0])
-    finetuned, several, sharing = python_blocks("docs/adapters.md")
+    finetuned, several = python_blocks("docs/adapters.md")
     shutil.copytree("my-adapter", "my-run/adapter")
     Path("my-run", "metrics.json").write_text('{"labels": ["negative", "neutral", "positive"]}')
     assert adapter_names(run(finetuned)["model"]) == ["default"]
     assert capsys.readouterr().out.strip() in ("negative", "neutral", "positive")
     names = run(several, model=bare_model())
     assert adapter_names(names["model"]) == ["first", "second", "both"]
-    names = run(sharing.replace('"inductor"', '"eager"'), model=net(), inputs={"x": some_x()})
-    assert [group.paths for group in names["backend"].groups] == [("blocks.0.q", "blocks.0.k", "blocks.0.v")]
 
 
 def test_python_of_peft_md(in_tmp_path):

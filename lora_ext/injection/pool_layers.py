@@ -88,7 +88,7 @@ def attach_pool(
     held = {}
     for path, layer in layers.found.items():
         sizes = layer.in_features, layer.out_features
-        device = execution_device(innermost(layer)) or layer.base_weight.device  # a weight may be offloaded
+        device = execution_device(innermost(layer)) or layer.weight.device  # a weight may be offloaded
         held[path] = LayerSlots(slots, r, *sizes, dtypes[path], device)
     modules = {path: ModuleSlots(layer.base_layer, slots) for path, layer in layers.trained.items()}
     into = layers.adapter.into

@@ -18,7 +18,7 @@ from lora_ext.config import ALL_LINEAR, LoraConfig
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable, path_ends
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.bare_model import parameter_paths
-from lora_ext.nn.base_layer import why_output_unusable
+from lora_ext.nn.base_layer import why_bypassed, why_output_unusable
 from lora_ext.nn.linear import is_linear
 from lora_ext.quantized import quantized_weight, why_unsupported
 
@@ -310,12 +310,16 @@ class _Search:
 
 
 def linear_layers(modules: Mapping[str, nn.Module], output_head: nn.Module | None) -> list[str]:
-    """The layers that "all-linear" means: linear ones whose output takes an update, without the output head."""
-    return [
-        path
-        for path, module in modules.items()
-        if is_linear(module) and module is not output_head and why_output_unusable(module) is None
-    ]
+    """The layers that "all-linear" means: linear ones that take an update, without the output head."""
+    found = []
+    for path, module in modules.items():
+        if not is_linear(module) or module is output_head or why_output_unusable(module) is not None:
+            continue
+        parent, _, name = path.rpartition(".")
+        if parent and why_bypassed(modules[parent], name) is not None:
+            continue
+        found.append(path)
+    return found
 
 
 def unsupported_layers(modules: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -17,7 +17,6 @@ class ActiveAdapters:
     Attributes:
         names: in the order of activation.
         changes: how often a change of the layers has begun or ended; odd during a change.
-        warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
         row_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows/in_force.py).
         held: the choices of rows for the ``with`` blocks that are open in any thread (lora_ext/nn/rows/in_force.py).
         row_obstacles: ``changes`` and what rows could not choose then (lora_ext/model/rows/obstacles.py).
@@ -34,7 +33,6 @@ class ActiveAdapters:
     @checked
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names: tuple[str, ...] = tuple(names)
-        self.warned: set[tuple[str, str]] = set()
         self.invocations: dict[str, tuple[int, ...]] = {}
         self.additions: dict[str, int] = {}
         self._count = itertools.count()
@@ -51,7 +49,6 @@ class ActiveAdapters:
         # No change is under way in a copy, and no enable() would reach it.
         return {
             "names": self.names,
-            "warned": set(),
             "invocations": dict(self.invocations),
             "additions": {name: i for i, name in enumerate(self.additions)},
             "_count": itertools.count(len(self.additions)),
