@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from lora_ext._common.printable import first_shape, listed
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
-from lora_ext.files.save_load import config_of, with_positive_alphas
+from lora_ext.files.save_load import with_positive_alphas
 from lora_ext.injection.targets import names_next_to_all_linear
 from lora_ext.matching.path_names import SuffixTable, path_ends
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
@@ -97,9 +95,8 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
         ValueError: a file is corrupted, its config is not supported, or the adapter does not fit the pool: other
             layers, shapes, a larger rank, or parts that are no low-rank updates. The message lists what.
     """
-    given = AdapterFile.open(directory, caller="AdapterPool")
-    file = with_positive_alphas(given)
-    config = config_of(file, "AdapterPool")
+    file = with_positive_alphas(AdapterFile.open(directory, caller="AdapterPool"), "AdapterPool")
+    config = file.lora_config("AdapterPool")
     layers, r = shape.layers, shape.r
     modules = {path: names for path, names in shape.modules.items() if _is_in(file, path, names)}
     of_modules = {f"{KEY_PREFIX}{path}.{name}" for path, names in modules.items() for name in names}
@@ -129,10 +126,11 @@ def read_adapter(directory: Path, shape: PoolShape) -> PoolAdapter:
             f"load_adapter, or make a pool with its layers and rank:{listed(first_shape(problems))}"
         )
     named = {path: {name: f"{KEY_PREFIX}{path}.{name}" for name in names} for path, names in modules.items()}
-    values = file.read(key for held in (*keys.values(), *named.values()) for key in held.values())
+    values = {key: tensor.clone() for key, tensor in file.tensors.items()}  # kept after the file may change
+    file.warn_of_damage(key for held in (*keys.values(), *named.values()) for key in held.values())
     updates = {}
     for path, factors in keys.items():
-        scaling = math.copysign(config.scaling_for(path), _alpha(given.config, config, path))
+        scaling = config.scaling_for(path)
         updates[path] = LayerUpdate(values[factors["lora_A"]], values[factors["lora_B"]], scaling)
     tensors = {path: {name: values[key] for name, key in held.items()} for path, held in named.items()}
     return PoolAdapter(updates, tensors, config.alora_invocation_tokens)
@@ -149,12 +147,6 @@ def _remedy(key: str, shape: PoolShape) -> str:
         return f" (a base layer; if it is the base model's: {save})"
     inside = next((module for module in shape.modules if f"{path}.".startswith(f"{module}.")), None)
     return "" if inside is None or ".lora_" not in key else f" (the pool holds {inside} in full only: modules_to_save)"
-
-
-def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:
-    """``lora_alpha`` at ``path`` with the sign that it has in the file."""
-    pattern = config.alpha_pattern_for(path)
-    return values.get("lora_alpha", 1) if pattern is None else values["alpha_pattern"][pattern]
 
 
 def _not_as_named(config: LoraConfig, shape: PoolShape, found: Container[str]) -> list[str]:
