@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import socket
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 from support.header_mutations import mutated
 
-from lora_ext.files.reading import open_tensors, parse_json, read_json, read_metadata, read_tensor, tensor_table
+from lora_ext.files.reading import BITS, open_tensors, parse_json, read_json, read_metadata, read_tensor, tensor_table
 
 pytestmark = pytest.mark.cpu_only("is about files")
 
@@ -161,7 +162,10 @@ def test_mutated_headers_are_accepted_exactly_if_the_library_accepts_them(tmp_pa
     for case in range(cases):
         content = mutated(rng)
         expected = by_library(content)
-        if expected is not None and not all(map(str.isprintable, expected)):
+        if expected is not None and not all(
+            name.isprintable() and math.prod(max(size, 1) for size in shape) <= 2**59
+            for name, (_, shape, _) in expected.items()
+        ):
             expected = None
         assert by_us(path, content) == expected, (case, content)
         accepted += expected is not None
@@ -217,15 +221,9 @@ def test_a_bad_header_is_refused_in_one_line(name, tmp_path):
 
 def test_dtypes_of_a_newer_library_are_refused(tmp_path, monkeypatch):
     save_file({"a": torch.ones(2)}, tmp_path / "x")
-    monkeypatch.delitem(reading_bits(), "F32")
+    monkeypatch.delitem(BITS, "F32")
     with pytest.raises(ValueError, match=r"has a tensor of an unknown dtype, F32: 'a'"):
         tensor_table(tmp_path / "x")
-
-
-def reading_bits() -> dict[str, int]:
-    from lora_ext.files import reading
-
-    return reading.BITS
 
 
 def test_tensors_of_the_librarys_files_are_read(tmp_path):

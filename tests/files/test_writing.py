@@ -100,9 +100,9 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
         (staging / "x").write_text("1")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path in (out, out / "inner" / "x", tmp_path / "link"):
-        with pytest.raises(FileExistsError, match=f"merge: {path} exists; choose a new directory"):
-            with new_directory(path, "merge"):
-                raise AssertionError("nothing is to be written")
+        wanted = pytest.raises(FileExistsError, match=f"merge: {path} exists; choose a new directory")
+        with wanted, new_directory(path, "merge"):
+            raise AssertionError("nothing is to be written")
     assert content(tmp_path) == {"a/out/inner/x": "whole", "empty/x": "1"}
 
 
