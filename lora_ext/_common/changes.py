@@ -10,7 +10,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 @contextmanager
 def changing(*models: ActiveAdapters) -> Iterator[None]:
     """Counts a block that changes the layers of ``models``, given by their shared state, as a change."""
-    with _lock, ExitStack() as stack:
-        for active in models:
-            stack.enter_context(active.changing())
-        yield
+    with _lock:
+        try:
+            yield
+        finally:
+            for active in models:
+                active.changes += 1
