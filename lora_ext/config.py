@@ -111,9 +111,8 @@ class LoraConfig:
         enable_lora: for packed projections (query, key and value in one weight): maps the module's name (matched as in
             ``target_modules``) to one bool per equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts
             query and value. Parts that are off cost nothing. Not a PEFT key: :meth:`to_dict` leaves it out.
-        alora_invocation_tokens: the adapter acts from these tokens on, in each row from their last occurrence (aLoRA,
-            arXiv 2504.12397), so that the keys and values before them are the base model's. Linear layers of causal
-            language models only (``task_type="CAUSAL_LM"``).
+        alora_invocation_tokens: makes the adapter an aLoRA (arXiv 2504.12397), which PEFT computes;
+            :func:`lora_ext.inject` refuses it, and :func:`lora_ext.integrations.peft.accelerate` runs it.
         task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, which adds the heads "classifier" and "score" to
             ``modules_to_save``.
         base_model_name_or_path: for the record; written to ``adapter_config.json``.
@@ -175,7 +174,6 @@ class LoraConfig:
         self._freeze_values()
         self._check_targets()
         self._check_initialisation()
-        self._check_invocation()
         self._check_dora()
 
     def _check_types(self) -> None:
@@ -265,26 +263,10 @@ class LoraConfig:
                         f'LoraConfig: {key} is {rank}, but init_lora_weights="orthogonal" needs an even rank'
                     )
 
-    def _check_invocation(self) -> None:
-        if self.alora_invocation_tokens is None:
-            return
-        where = f"LoraConfig: alora_invocation_tokens is {shown(list(self.alora_invocation_tokens))}"
-        if self.task_type != "CAUSAL_LM":
-            raise ValueError(
-                f"{where}, but task_type is {shown(self.task_type)}; aLoRA is for causal language models: set "
-                'task_type="CAUSAL_LM"'
-            )
-        for key, off in (("bias", "none"), ("target_parameters", None)):
-            if getattr(self, key) not in (off, ()):
-                raise ValueError(
-                    f"{where}, but {key} is {shown(getattr(self, key))}, which would act before the invocation too; "
-                    f"leave {key} at its default"
-                )
-
     def _check_dora(self) -> None:
         if not self.use_dora:
             return
-        others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora", "alora_invocation_tokens"
+        others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora"
         for key in others:
             if getattr(self, key):
                 raise ValueError(

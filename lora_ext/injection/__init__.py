@@ -2,7 +2,6 @@
 
 - ``inject``: the order of it all. ``targets`` finds what a config names, by PEFT's rules; ``check_targets`` refuses
   what cannot be adapted; ``build`` makes the layers.
-- Special models: ``mixtures`` ("all-linear" in a mixture of experts), ``quantized_models``, ``pool_layers`` (of an
-  AdapterPool).
+- Special models: ``mixtures`` ("all-linear" in a mixture of experts), ``quantized_models``.
 - Refusals of other libraries' calls: ``trainers``, ``diffusion_scale``.
 """

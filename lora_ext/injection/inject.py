@@ -31,7 +31,7 @@ from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
-from lora_ext.model.rows.serve_names import forget_adapter_names, refuse_adapter_names, serve_adapter_names
+from lora_ext.model.mixed_batch import forget_adapter_names, refuse_adapter_names, serve_adapter_names
 from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft

@@ -24,7 +24,7 @@ from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
-    from lora_ext.nn.rows.choice import RowChoice
+    from lora_ext.nn.rows import RowChoice
 
 
 class Matrix(NamedTuple):
@@ -254,7 +254,7 @@ class LoraLayer(AdapterLayer):
             if name in self.merged_adapters:
                 raise RuntimeError(f"{caller}: adapter {name!r} is already merged")
             self._check_exists(name)
-        if (reason := self.active.why_not_merge(names) or self.why_not_merge()) is not None:
+        if (reason := self.why_not_merge()) is not None:
             raise ValueError(f"{caller}: the update cannot be merged: {reason}")
         self._check_not_tied(names, "merge")
         change_merged(caller, {self: {*self.merged_adapters, *names}}, {self: ""})

@@ -14,8 +14,7 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, innermost, layers_around
 from lora_ext.nn.base_layer import check_not_offloaded, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
+from lora_ext.nn.rows import RowChoice, row_choice
 from lora_ext.nn.weight_views.calls import NeedsWholeError, call_with_tensor, call_with_updates, why_whole
 from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates
 

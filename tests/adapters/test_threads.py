@@ -30,7 +30,6 @@ from lora_ext.adapters import (
     rename_adapter,
 )
 from lora_ext.merging import layers as merged_module
-from lora_ext.model.rows import obstacles
 
 pytestmark = pytest.mark.full
 
@@ -371,21 +370,3 @@ def test_a_copy_made_in_the_middle_of_a_change_computes(monkeypatch):
     monkeypatch.setattr(merged_module._Merge, "run", copied)
     layer.merge("b")
     assert torch.equal(outputs(copies[0], x), before)
-
-
-def test_names_are_checked_before_or_after_a_change(monkeypatch):
-    """A walk over the layers while another thread adds some would fail, or find half of them."""
-    model, walks = inject(Net(), CONFIG, "a"), []
-    active, layers = model._lora_adapters.active, obstacles.adapter_layers
-
-    def watched(root: nn.Module):
-        walks.append(active.changes % 2)
-        return layers(root)
-
-    monkeypatch.setattr(obstacles, "adapter_layers", watched)
-    with ThreadPoolExecutor(1) as pool:
-        with changing(active):
-            call = pool.submit(model, torch.randn(2, 6), adapter_names=["a", "a"])
-            time.sleep(0.3)
-        call.result(timeout=20)
-    assert walks == [0]

@@ -29,8 +29,7 @@ from transformers import (
 
 from lora_ext import LoraConfig, inject
 from lora_ext.adapters import disable_adapters, lora_modules, merge, merge_and_unload
-from lora_ext.model.rows.calls import end_choice, take_adapter_names
-from lora_ext.model.rows.serve_names import check_unnamed
+from lora_ext.model.mixed_batch import end_call, refuse_names, take_adapter_names
 
 ALIVE = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
@@ -42,7 +41,7 @@ def hooks(model: nn.Module) -> list[Callable]:
     found = [
         hook for m in model.modules() for held in (m._forward_hooks, m._forward_pre_hooks) for hook in held.values()
     ]
-    return [hook for hook in found if hook not in (take_adapter_names, end_choice, check_unnamed)]
+    return [hook for hook in found if hook not in (take_adapter_names, end_call, refuse_names)]
 
 
 def mamba() -> nn.Module:
