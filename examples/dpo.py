@@ -1,11 +1,10 @@
 """TRL's DPOTrainer: prefer one answer to another. The reference is the same model as it was before; no second model.
 
-    python examples/dpo.py [inject|peft]
+    python examples/dpo.py
 
-`inject` adapts the model itself, and `for_trl` hands it to TRL; `peft` is PEFT's model with its layers on our kernels.
+PEFT adapts the model, and its layers run on our kernels.
 """
 
-import sys
 import tempfile
 
 import peft
@@ -13,20 +12,16 @@ from datasets import Dataset
 from tiny_chat import COLOURS, answer, model, question, tokenizer
 from trl import DPOConfig, DPOTrainer
 
-from lora_ext import LoraConfig, inject
 from lora_ext.integrations.peft import accelerate
-from lora_ext.integrations.trl import for_trl
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def adapted(way):
-    if way == "inject":
-        return for_trl(inject(model(), LoraConfig(**LORA)))
+def adapted():
     return accelerate(peft.get_peft_model(model(), peft.LoraConfig(**LORA)))
 
 
-def main(way="inject"):
+def main():
     colours = list(COLOURS.values())
     pairs = [
         {"prompt": question(thing), "chosen": answer(colour), "rejected": answer(wrong)}
@@ -49,7 +44,7 @@ def main(way="inject"):
             bf16=False,
         )
         data = Dataset.from_list(pairs)
-        trainer = DPOTrainer(adapted(way), args=arguments, train_dataset=data, processing_class=tokenizer())
+        trainer = DPOTrainer(adapted(), args=arguments, train_dataset=data, processing_class=tokenizer())
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss from {losses[0]:.4f} (ln 2) to {losses[-1]:.4f}")
@@ -57,4 +52,4 @@ def main(way="inject"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,12 +1,11 @@
 """TRL's GRPOTrainer: the model answers, a function rewards it, the model learns from that.
 
-    python examples/grpo.py [inject|peft]
+    python examples/grpo.py
 
-`inject` adapts the model itself, and `for_trl` hands it to TRL; `peft` is PEFT's model with its layers on our kernels.
+PEFT adapts the model, and its layers run on our kernels.
 With `beta` above 0 the reference is the same model as it was before; no second model.
 """
 
-import sys
 import tempfile
 
 import peft
@@ -14,16 +13,12 @@ from datasets import Dataset
 from tiny_chat import COLOURS, model, question, tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from lora_ext import LoraConfig, inject
 from lora_ext.integrations.peft import accelerate
-from lora_ext.integrations.trl import for_trl
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def adapted(way):
-    if way == "inject":
-        return for_trl(inject(model(), LoraConfig(**LORA)))
+def adapted():
     return accelerate(peft.get_peft_model(model(), peft.LoraConfig(**LORA)))
 
 
@@ -33,7 +28,7 @@ def reward(completions, **columns):
     return [sum(word in COLOURS.values() for word in words) / 4 for words in answers]
 
 
-def main(way="inject"):
+def main():
     prompts = Dataset.from_list([{"prompt": question(thing)} for thing in COLOURS])
     with tempfile.TemporaryDirectory() as directory:
         arguments = GRPOConfig(
@@ -52,7 +47,7 @@ def main(way="inject"):
             bf16=False,
         )
         trainer = GRPOTrainer(
-            adapted(way), reward_funcs=reward, args=arguments, train_dataset=prompts, processing_class=tokenizer()
+            adapted(), reward_funcs=reward, args=arguments, train_dataset=prompts, processing_class=tokenizer()
         )
         trainer.train()
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
@@ -61,4 +56,4 @@ def main(way="inject"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -2,7 +2,7 @@
 
     python examples/sft.py [inject|peft]
 
-`inject` adapts the model itself; `peft` is PEFT's model with its layers on our kernels.
+`inject` adapts the model itself, which SFTTrainer takes as it is; `peft` is PEFT's model on our kernels.
 """
 
 import sys

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_ext"
 DOCUMENT = ROOT / "docs" / "architecture.md"
 EVERYWHERE = {*sys.stdlib_module_names, "torch"}
-CALLS_OPS = ("_ops/", "functional.py", "merging/weights.py")
+CALLS_OPS = ("_ops/", "functional.py", "merging/")
 SEE = 'see the table "Who may use whom" in docs/architecture.md'
 
 

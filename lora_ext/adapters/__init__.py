@@ -1,6 +1,6 @@
 """The public functions for the named adapters of a model, from this package and others."""
 
-from lora_ext.adapters.combine_model import add_weighted_adapter
+from lora_ext.adapters.combine import add_weighted_adapter
 from lora_ext.adapters.hotswap import hotswap_adapter, prepare_hotswap
 from lora_ext.adapters.life_cycle import (
     AdapterStatus,
@@ -12,8 +12,8 @@ from lora_ext.adapters.life_cycle import (
     set_adapter,
     trainable_parameter_counts,
 )
+from lora_ext.adapters.merge_model import merge, merge_and_unload, merge_errors, merge_record_bytes, unload, unmerge
 from lora_ext.injection.inject import lora_modules
-from lora_ext.merging.model import merge, merge_and_unload, merge_errors, merge_record_bytes, unload, unmerge
 from lora_ext.nn.input_groups import InputGroup, InputGroups, input_groups
 
 __all__ = [

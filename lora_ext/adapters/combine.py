@@ -1,170 +1,156 @@
-"""Combines the adapters of one layer with weights, by the kinds and formulas of PEFT's ``add_weighted_adapter``.
+"""Combines several adapters of a model into a new one, with weights, by three kinds of PEFT's ``add_weighted_adapter``.
 
-Only pruning followed by SVD (and ``svd_clamp``) forms the ``[out, in]`` update; the other kinds use only the factors.
+None of them forms an ``[out, in]`` update: ``svd`` takes the QR decompositions of the factors.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-COMBINATIONS = (
-    "linear",
-    "cat",
-    "svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-)
+from lora_ext._common.arguments import checked
+from lora_ext._common.changes import one_at_a_time
+from lora_ext.config import LoraConfig, exact_patterns
+from lora_ext.injection.inject import apply_injection, check_new_name, check_none_merged
+from lora_ext.matching.path_names import EndTable
+from lora_ext.model.adapter_set import Adapter, AdapterSet, Part, find_adapter, find_adapters
+from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
+from lora_ext.nn import LoraAdapter, LoraLayer
+from lora_ext.nn.attention import SeparateProjections
+from lora_ext.nn.packed_linear import PackedAdapter
+from lora_ext.nn.tied import TiedAdapter
+from lora_ext.nn.trainable_tokens import TiedRows
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+COMBINATIONS = ("linear", "cat", "svd")
 """The kinds of combination."""
 
 Factors = tuple[Tensor, Tensor, float]
 """``lora_A``, ``lora_B`` and scaling of one adapter in one layer."""
 
+_CALLER = "add_weighted_adapter"
 
-def check_combination(
-    kind: str,
+
+@checked
+@one_at_a_time
+def add_weighted_adapter(
+    model: ModelT,
+    adapters: Sequence[str],
     weights: Sequence[float],
-    num_adapters: int,
+    adapter_name: str,
+    combination_type: str = "svd",
     *,
-    density: float | None = None,
-    majority_sign_method: str = "total",
     svd_rank: int | None = None,
-    svd_clamp: float | None = None,
-) -> str:
-    """Checks the settings of a combination of ``num_adapters`` adapters.
+) -> ModelT:
+    """Adds a frozen adapter that combines others. As in PEFT, the active adapters stay: :func:`set_adapter` switches.
+
+    With ``delta_i = scaling_i * lora_B_i @ lora_A_i``, as in PEFT:
+
+    - ``linear``: sums ``lora_A`` and ``lora_B`` separately, weighted by ``sqrt(|w_i * scaling_i|)`` (with the sign on
+      ``lora_A``). A rough approximation of ``sum w_i * delta_i``, whose rank is higher. One adapter is always combined
+      so, which is exact.
+    - ``cat``: concatenates the factors: exactly that sum, at the sum of the ranks.
+    - ``svd``: the best approximation of that sum of rank ``svd_rank``.
+
+    Each layer combines the adapters that it has. Biases of the adapters (``lora_bias``) add up, weighted. Modules
+    trained in full are copied from the one adapter that has them.
+
+    Args:
+        model: an injected model.
+        adapters, weights: one or more adapter names, and a weight for each; negative ones subtract.
+        adapter_name: name of the new adapter.
+        combination_type: one of :data:`COMBINATIONS`.
+        svd_rank: rank of ``svd``, by default the largest of the adapters'. Above the sum's own rank, the factors are
+            padded with zeros.
 
     Returns:
-        The kind to use: ``"linear"`` for one adapter, as in PEFT; otherwise ``kind``.
+        ``model``, the same object.
 
     Raises:
-        ValueError, TypeError: the message names the setting, its value and the accepted values.
+        ValueError: the model is not injected, the name is taken, adapters are merged, a setting is wrong, ranks differ
+            but factors are added, two adapters train the same module in full, one trains the model's biases, or this
+            kind cannot combine a layer's factors.
+        KeyError: there is no such adapter; the message lists them. Nothing is changed.
     """
-    if num_adapters < 1:
-        raise ValueError("combine: adapters is empty; name at least one")
-    if num_adapters == 1 and kind in COMBINATIONS:
-        kind = "linear"
-    _check_settings(kind, weights, num_adapters, density, majority_sign_method, svd_rank, svd_clamp)
-    return kind
-
-
-def combined_rank(kind: str, ranks: Sequence[int], svd_rank: int | None = None) -> int:
-    """The rank of the combination: the sum for ``cat``, ``svd_rank`` or the largest for ``*svd``, else the common one.
-
-    Raises:
-        ValueError: the ranks differ, but the kind adds factors element by element.
-    """
-    if kind == "cat":
-        return sum(ranks)
-    if kind.endswith("svd"):
-        return svd_rank or max(ranks)
-    if len(set(ranks)) != 1:
-        raise ValueError(
-            f"combine: the adapters have ranks {list(ranks)}, but {kind} adds factors element by element and needs one "
-            "rank; use cat or one of the svd kinds"
-        )
-    return ranks[0]
+    check_not_parallel(_CALLER, model)
+    check_not_sharded(_CALLER, model, "call add_weighted_adapter before you shard it")
+    held = find_adapters(model, _CALLER)
+    held.check_enabled(_CALLER)
+    held.check_names(_CALLER, adapters)
+    check_new_name(_CALLER, adapter_name, held)
+    check_none_merged(_CALLER, root_module(model))
+    _check_settings(combination_type, weights, len(adapters), svd_rank)
+    _check_can_combine(held, adapters)
+    kind = combination_type if len(adapters) > 1 else "linear"
+    sources = [find_adapter(model, _CALLER, name) for name in adapters]
+    parts = _combined_parts(kind, sources, weights, svd_rank)
+    config = _config(BareModel(root_module(model)), sources, parts)
+    apply_injection(model, Adapter(adapter_name, config, held, tuple(parts)), activate=False)
+    return model
 
 
 @torch.no_grad()
 def combine_factors(
-    kind: str,
-    factors: Sequence[Factors],
-    weights: Sequence[float],
-    *,
-    density: float | None = None,
-    majority_sign_method: str = "total",
-    svd_rank: int | None = None,
-    svd_clamp: float | None = None,
-    svd_full_matrices: bool = True,
-    svd_driver: str | None = None,
-    transposed: bool = False,
+    kind: str, factors: Sequence[Factors], weights: Sequence[float], svd_rank: int | None = None
 ) -> Factors:
-    """Combines the adapters of one layer, with ``delta_i = scaling_i * lora_B_i @ lora_A_i``:
-
-    - ``linear``: sums ``lora_A`` and ``lora_B`` separately, weighted by ``sqrt(|w_i * scaling_i|)`` (with the sign on
-      ``lora_A``). A rough approximation of the sum of the deltas, whose rank is higher.
-    - ``cat``: concatenates the factors; exactly ``sum w_i * delta_i``.
-    - ``svd``: the best approximation of that sum of rank ``svd_rank``, by QR of the factors and SVD of a small core.
-    - ``ties`` (arXiv 2306.01708), ``dare_linear``, ``dare_ties`` (arXiv 2311.03099), ``magnitude_prune``: keep only a
-      fraction ``density`` of each factor (its largest values, or for dare random ones, divided by ``density``), then
-      add as ``linear`` does; ties drops values whose sign is not the majority's, and averages the rest. As in PEFT, the
-      random masks come from torch's default generator: equal seeds give equal masks.
-    - the same with ``_svd``: prune and add the deltas themselves (formed in full), then SVD.
+    """Combines the adapters of one layer.
 
     Args:
-        kind: one of :data:`COMBINATIONS`, as returned by :func:`check_combination`.
-        factors: for each adapter that this layer has: ``lora_A [r, in, *kernel]``, ``lora_B [out, r / groups, *ones]``,
-            floating point, and scaling. For an embedding, ``lora_embedding_A`` and ``lora_embedding_B``.
+        kind: one of :data:`COMBINATIONS`.
+        factors: for each adapter: ``lora_A [r, in, *kernel]``, ``lora_B [out, r / groups, *ones]``, floating point, and
+            scaling. For an embedding, ``lora_embedding_A`` and ``lora_embedding_B``.
         weights: one per adapter; negative ones subtract.
-        density: fraction of values to keep, in (0, 1]; for the kinds that prune.
-        majority_sign_method: elects the sign for ties by the ``"total"`` of the values or the ``"frequency"`` of signs.
-        svd_rank: rank of ``*svd``, by default the largest of the adapters'. Above the sum's own rank, the factors are
-            padded with zeros.
-        svd_clamp: clamps both factors of ``*svd`` to this quantile of their values. The result depends on the signs of
-            the singular vectors, so they are computed from the full delta, as in PEFT.
-        svd_full_matrices: no effect (only the leading singular vectors are used); for PEFT's callers.
-        svd_driver: of ``torch.linalg.svd``, on CUDA.
-        transposed: the base weight is ``[in, out]`` (``fan_in_fan_out``, an embedding): ``dare_*_svd`` draws its masks
-            in that order.
+        svd_rank: rank of ``svd``; None: the largest of the adapters'.
 
     Returns:
         ``lora_A``, ``lora_B`` in the first adapter's dtype, and the scaling, 1. Arithmetic is at least in float32.
 
     Raises:
-        ValueError, TypeError: as in :func:`check_combination` and :func:`combined_rank`; or shapes differ.
+        ValueError: ranks differ, but the kind adds factors; or ``svd_rank`` does not fit a grouped convolution.
     """
-    _check_settings(kind, weights, len(factors), density, majority_sign_method, svd_rank, svd_clamp)
     lora_A, lora_B, _ = factors[0]
-    for other_A, other_B, _ in factors:
-        if other_A.shape[1:] != lora_A.shape[1:] or other_B.shape[::2] != lora_B.shape[::2]:
+    ranks = [A.shape[0] for A, _, _ in factors]
+    scales = [weight * scaling for weight, (_, _, scaling) in zip(weights, factors, strict=True)]
+    if kind == "linear":
+        if len(set(ranks)) != 1:
             raise ValueError(
-                f"combine: adapters of different layers: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, "
-                f"and lora_A {list(other_A.shape)} and lora_B {list(other_B.shape)}"
+                f"the adapters have ranks {ranks}, but linear adds factors element by element and needs one rank; use "
+                "cat or svd"
             )
-    rank = combined_rank(kind, [A.shape[0] for A, _, _ in factors], svd_rank)
-
-    if kind == "cat" or kind.endswith("svd"):
-        groups = lora_A.shape[0] // lora_B.shape[1]
-        if rank % groups:
-            raise ValueError(f"combine: svd_rank is {rank}, want a multiple of the convolution's {groups} groups")
-        blocks = [(*_blocks(A, B, groups), scaling) for A, B, scaling in factors]
-        if kind == "cat" or (kind == "svd" and svd_clamp is None):
-            block_A = torch.cat([weight * s * A for weight, (A, _, s) in zip(weights, blocks, strict=True)], dim=1)
-            block_B = torch.cat([B for _, B, _ in blocks], dim=2)
-            if kind == "svd":
-                block_A, block_B = _truncate(block_A, block_B, rank // groups, svd_driver)
-        else:
-            deltas = [(B @ A * s).mT if transposed else B @ A * s for A, B, s in blocks]
-            delta = _add(kind, deltas, weights, density, majority_sign_method)
-            delta = delta.mT if transposed else delta
-            block_A, block_B = _factorize(delta, rank // groups, svd_clamp, svd_driver)
-        new_A = block_A.reshape(rank, *lora_A.shape[1:])
-        new_B = block_B.reshape(lora_B.shape[0], rank // groups, *lora_B.shape[2:])
-    else:
-        scales = [weight * scaling for weight, (_, _, scaling) in zip(weights, factors, strict=True)]
         roots = [math.sqrt(abs(scale)) for scale in scales]
         signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-        new_A = _add(kind, [A for A, _, _ in factors], signed, density, majority_sign_method)
-        new_B = _add(kind, [B for _, B, _ in factors], roots, density, majority_sign_method)
+        new_A = _weighted_sum([A for A, _, _ in factors], signed)
+        new_B = _weighted_sum([B for _, B, _ in factors], roots)
+        return new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), 1.0
+
+    rank = sum(ranks) if kind == "cat" else svd_rank or max(ranks)
+    groups = lora_A.shape[0] // lora_B.shape[1]
+    if rank % groups:
+        raise ValueError(f"svd_rank is {rank}, want a multiple of the convolution's {groups} groups")
+    blocks = [_blocks(A, B, groups) for A, B, _ in factors]
+    block_A = torch.cat([scale * A for scale, (A, _) in zip(scales, blocks, strict=True)], dim=1)
+    block_B = torch.cat([B for _, B in blocks], dim=2)
+    if kind == "svd":
+        block_A, block_B = _truncated(block_A, block_B, rank // groups)
+    new_A = block_A.reshape(rank, *lora_A.shape[1:])
+    new_B = block_B.reshape(lora_B.shape[0], rank // groups, *lora_B.shape[2:])
     return new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), 1.0
-
-
-def _prunes(kind: str) -> bool:
-    return kind not in ("linear", "cat", "svd")
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack([weight * _at_least_float32(t) for t, weight in zip(tensors, weights, strict=True)]).sum(0)
 
 
 def _blocks(lora_A: Tensor, lora_B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -175,85 +161,161 @@ def _blocks(lora_A: Tensor, lora_B: Tensor, groups: int) -> tuple[Tensor, Tensor
     )
 
 
-def _add(
-    kind: str, tensors: list[Tensor], weights: Sequence[float], density: float | None, majority_sign_method: str
-) -> Tensor:
-    """Prunes ``tensors`` (of one shape) if ``kind`` does, and adds them weighted; for ties averages by sign."""
-    if _prunes(kind):
-        tensors = [_prune(tensor, density, at_random=kind.startswith("dare")) for tensor in tensors]
-    stacked = torch.stack([_at_least_float32(tensor) for tensor in tensors])
-    weighted = stacked * stacked.new_tensor(weights).view(-1, *(1,) * tensors[0].dim())
-    if "ties" not in kind:
-        return weighted.sum(0)
-    votes = stacked if majority_sign_method == "total" else stacked.sign()
-    agrees = stacked.sign() == torch.where(votes.sum(0) >= 0, 1, -1)
-    return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+def _truncated(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the best approximation of ``lora_B @ lora_A`` of this rank, without forming the product.
 
-
-def _prune(tensor: Tensor, density: float, *, at_random: bool) -> Tensor:
-    if density == 1:
-        return tensor
-    if at_random:
-        return _at_least_float32(tensor) * torch.bernoulli(torch.full_like(tensor, density)) / density
-    kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
-    return tensor * torch.zeros_like(tensor).flatten().index_fill_(0, kept, 1).view(tensor.shape)
-
-
-def _truncate(lora_A: Tensor, lora_B: Tensor, rank: int, driver: str | None) -> tuple[Tensor, Tensor]:
-    """Factors of the best approximation of ``lora_B @ lora_A`` of this rank, without forming the product."""
+    ``lora_A [groups, r, k]``, ``lora_B [groups, o, r]``; the new ``lora_A`` has orthonormal rows.
+    """
     Q_B, R_B = torch.linalg.qr(lora_B)
     Q_A, R_A = torch.linalg.qr(lora_A.mT)
-    core_A, core_B = _factorize(R_B @ R_A.mT, rank, None, driver)
-    return core_A @ Q_A.mT, Q_B @ core_B
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    missing = max(rank - S.shape[1], 0)
+    new_A = Vh[:, :rank] @ Q_A.mT
+    new_B = Q_B @ (U[..., :rank] * S[:, None, :rank])
+    return nn.functional.pad(new_A, (0, 0, 0, missing)), nn.functional.pad(new_B, (0, missing))
 
 
-def _factorize(delta: Tensor, rank: int, clamp: float | None, driver: str | None) -> tuple[Tensor, Tensor]:
-    """Factors ``[groups, o, k]`` into ``lora_A [groups, rank, k]`` (orthonormal rows), ``lora_B [groups, o, rank]``."""
-    U, S, Vh = torch.linalg.svd(delta, full_matrices=False, driver=driver)
-    lora_A, lora_B = Vh[:, :rank], U[..., :rank] * S[:, None, :rank]
-    if clamp is not None:
-        limit = torch.cat([lora_B.flatten(), lora_A.flatten()]).quantile(clamp)
-        lora_A, lora_B = lora_A.clamp(-limit, limit), lora_B.clamp(-limit, limit)
-    missing = rank - S.shape[1]
-    if missing > 0:
-        lora_A, lora_B = (
-            torch.nn.functional.pad(lora_A, (0, 0, 0, missing)),
-            torch.nn.functional.pad(lora_B, (0, missing)),
-        )
-    return lora_A, lora_B
-
-
-def _check_settings(
-    kind: str,
-    weights: Sequence[float],
-    num_adapters: int,
-    density: float | None,
-    majority_sign_method: str,
-    svd_rank: int | None,
-    svd_clamp: float | None,
-) -> None:
+def _check_settings(kind: str, weights: Sequence[float], num_adapters: int, svd_rank: int | None) -> None:
     if kind not in COMBINATIONS:
-        raise ValueError(f"combine: combination_type is {kind!r}, want one of {', '.join(COMBINATIONS)}")
-    if len(weights) != num_adapters:
         raise ValueError(
-            f"combine: weights has {len(weights)} entries for {num_adapters} adapters; want one per adapter"
+            f"{_CALLER}: combination_type is {kind!r}, want one of {', '.join(COMBINATIONS)}; for the others use PEFT: "
+            "peft's add_weighted_adapter"
         )
-    for weight in weights:
-        _check_number("weights", weight, -math.inf, math.inf, "finite numbers")
-    if density is not None:
-        _check_number("density", density, 0, math.nextafter(1, 2), "0 < density <= 1")
-    elif _prunes(kind):
-        raise ValueError(f"combine: density is None; {kind} needs the fraction of values to keep, 0 < density <= 1")
-    if majority_sign_method not in ("total", "frequency"):
-        raise ValueError(f'combine: majority_sign_method is {majority_sign_method!r}, want "total" or "frequency"')
-    if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool) or svd_rank < 1):
-        raise ValueError(f"combine: svd_rank is {svd_rank!r}, want None or an integer of at least 1")
-    if svd_clamp is not None:
-        _check_number("svd_clamp", svd_clamp, 0, math.nextafter(1, 2), "None or a quantile, 0 < svd_clamp <= 1")
+    if num_adapters < 1:
+        raise ValueError(f"{_CALLER}: adapters is empty; name at least one")
+    if len(weights) != num_adapters:
+        raise ValueError(f"{_CALLER}: weights has {len(weights)} entries for {num_adapters} adapters; want one each")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"{_CALLER}: weights are {list(weights)}, want finite numbers")
+    if svd_rank is not None and svd_rank < 1:
+        raise ValueError(f"{_CALLER}: svd_rank is {svd_rank}, want None or an integer of at least 1")
 
 
-def _check_number(key: str, value: Any, above: float, below: float, want: str) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"combine: {key} has {value!r} of type {type(value).__name__}, want {want}")
-    if not above < value < below:
-        raise ValueError(f"combine: {key} has {value}, want {want}")
+def _check_can_combine(held: AdapterSet, adapters: Sequence[str]) -> None:
+    """Refuses adapters that train something of which there is one in the model, or that act on other tokens."""
+    if biased := [name for name in adapters if name in held.biases]:
+        raise ValueError(
+            f"{_CALLER}: {biased[0]!r} trains the model's own biases, which cannot be combined; leave it out"
+        )
+    if scaled := [name for name in adapters if held.configs[name].use_dora]:
+        raise ValueError(
+            f"{_CALLER}: {scaled[0]!r} is a DoRA adapter (use_dora), whose magnitudes cannot be combined; leave it out"
+        )
+    if len(training := [name for name in adapters if held.configs[name].trainable_token_indices is not None]) > 1:
+        raise ValueError(
+            f"{_CALLER}: {training} train rows of embeddings (trainable_token_indices); combine only one such adapter"
+        )
+
+
+def _combined_parts(
+    kind: str, sources: Sequence[Adapter], weights: Sequence[float], svd_rank: int | None
+) -> list[Part]:
+    layers: dict[int, dict[int, Part]] = {}  # by layer, the part of each source that has one
+    for i, source in enumerate(sources):
+        for part in source.parts:
+            layers.setdefault(id(part.layer), {})[i] = part
+    adapters_of_layers = [[part.adapter for part in held.values()] for held in layers.values()]
+    parts: list[Part] = []
+    copied: dict = {}  # a shared deepcopy memo: tied adapters stay tied
+    for held in sorted(layers.values(), key=_is_tied):  # tied adapters come after their sources
+        first = next(iter(held.values()))
+        if isinstance(first.layer, LoraLayer) and not _is_tied(held):
+            part = _combined(kind, list(held.values()), [weights[i] for i in held], svd_rank)
+            copied[id(first.adapter)] = part.adapter
+            parts.append(part)
+            continue
+        if isinstance(first.layer, LoraLayer):
+            tied_to = [getattr(part.adapter, "source", None) for part in held.values()]
+            if tied_to not in adapters_of_layers:
+                raise ValueError(
+                    f"{_CALLER}: some of the adapters are tied to the input embedding at {first.path!r} "
+                    "(ensure_weight_tying) and others are not; combine adapters of one kind"
+                )
+        elif len(held) > 1:
+            names = [sources[i].name for i in held]
+            raise ValueError(f"{_CALLER}: {first.path!r} is trained in full by {names}; combine only one of them")
+        parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
+    return parts
+
+
+def _is_tied(parts: Mapping[int, Part]) -> bool:
+    return any(isinstance(part.adapter, TiedAdapter | TiedRows) for part in parts.values())
+
+
+def _combined(kind: str, parts: Sequence[Part], weights: Sequence[float], svd_rank: int | None) -> Part:
+    """Combines low-rank adapters of one layer."""
+    first, path = parts[0], parts[0].target
+    if isinstance(first.adapter, SeparateProjections):
+        new = copy.deepcopy(first.adapter)
+        for name in new:
+            projections = [dataclasses.replace(part, adapter=part.adapter[name]) for part in parts]
+            new[name] = _combined(kind, projections, weights, svd_rank).adapter
+        return dataclasses.replace(first, adapter=new)
+    adapters: list[LoraAdapter] = [part.adapter for part in parts]
+    if kind != "linear" and not all(adapter.has_plain_rank for adapter in adapters):
+        raise ValueError(
+            f"{_CALLER}: {kind} cannot combine the factors at {path!r} ({type(first.layer).__name__}); use linear"
+        )
+    enabled = [getattr(adapter, "enable_lora", None) for adapter in adapters]
+    if len(set(enabled)) > 1:
+        raise ValueError(f"{_CALLER}: at {path!r}: enable_lora differs: {enabled}; name adapters of the same parts")
+    factors = [(adapter.file_A.detach(), adapter.lora_B.detach(), adapter.scaling) for adapter in adapters]
+    try:
+        file_A, lora_B, scaling = combine_factors(kind, factors, weights, svd_rank)
+    except ValueError as error:
+        raise ValueError(f"{_CALLER}: at {path!r}: {error}") from error
+    new = copy.deepcopy(adapters[0])
+    new.set_factors(file_A, lora_B)
+    new.r = file_A.shape[0] if new.has_plain_rank or adapters[0].has_plain_rank else adapters[0].r
+    new.lora_alpha, new.scaling = new.r, scaling
+    biases = [
+        weight * adapter.scaling * adapter.lora_bias.detach()
+        for weight, adapter in zip(weights, adapters, strict=True)
+        if adapter.lora_bias is not None
+    ]
+    new.lora_bias = nn.Parameter(torch.stack(biases).sum(0)) if biases else None
+    return dataclasses.replace(first, adapter=new)
+
+
+def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) -> LoraConfig:
+    """Builds a config that names exactly these layers, with their ranks and a scaling of 1."""
+    low_rank: dict[str, nn.Module] = {}
+    for part in parts:
+        if isinstance(part.layer, LoraLayer):
+            adapter = low_rank.setdefault(part.target, part.adapter)
+            if part.adapter.r != adapter.r:
+                raise ValueError(
+                    f"{_CALLER}: {part.path!r} would have rank {part.adapter.r}, but a layer adapted along with it "
+                    f"rank {adapter.r}, and a config has one rank for both; choose a kind that keeps the ranks"
+                )
+    ranks = [adapter.r for adapter in low_rank.values()]
+    rank = max(ranks, key=ranks.count)
+    others = exact_patterns({path: adapter.r for path, adapter in low_rank.items()}, rank)
+    modules = tuple(path for path in low_rank if path in bare.modules)
+    parameters = tuple(path for path in low_rank if path not in bare.modules)
+    ends = EndTable(modules)
+    named = {path for path in bare.modules if path in ends}
+    saved = dict.fromkeys(name for source in sources for name in source.config.modules_to_save or ())
+    tokens = [wanted for source in sources if (wanted := source.config.trainable_token_indices) is not None]
+    return dataclasses.replace(
+        sources[0].config,
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        rank_pattern=others,
+        alpha_pattern=others,
+        # Names also match the ends of other paths; a regular expression the whole path.
+        target_modules=modules if named == set(modules) else "|".join(map(re.escape, modules)),
+        target_parameters=parameters or None,
+        enable_lora={path: a.enable_lora for path, a in low_rank.items() if isinstance(a, PackedAdapter)} or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=tuple(saved) or None,
+        trainable_token_indices=tokens[0] if tokens else None,
+        ensure_weight_tying=any(source.config.ensure_weight_tying for source in sources),
+        lora_bias=any(adapter.lora_bias is not None for adapter in low_rank.values()),
+        bias="none",
+        init_lora_weights=True,
+        inference_mode=True,
+    )

@@ -375,7 +375,7 @@ def _attach(
     held = {}
     for part in adapter.parts:
         layer = part.layer
-        device = execution_device(innermost(layer)) or layer.base_weight.device  # a weight may be offloaded
+        device = execution_device(innermost(layer)) or layer.weight.device  # a weight may be offloaded
         held[part.path] = LayerSlots(slots, r, layer.in_features, layer.out_features, dtypes[part.path], device)
     with changing(adapter.into.active):
         attach_layers(model, adapter)

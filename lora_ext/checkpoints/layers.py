@@ -133,13 +133,13 @@ def find_layers(
                 weights.setdefault(name, {})[number] = _weight(base, changes, key, term, factors.index)
     problems = []
     for name, by_adapter in found.items():
-        base_weights = list(weights.get(name, {}).values())
+        weights = list(weights.get(name, {}).values())
         for what, values in (
             ("is {} in one adapter and {} in another", [list(factors.shape) for factors in by_adapter.values()]),
-            ("is {} for one adapter and {} for another", [weight.key for weight in base_weights]),
+            ("is {} for one adapter and {} for another", [weight.key for weight in weights]),
             (
                 "is stored [in, out] for one adapter ({}) and [out, in] for another ({}): say which (--fan-in-fan-out)",
-                [weight.transposed for weight in base_weights],
+                [weight.transposed for weight in weights],
             ),
         ):
             problems += [f"{name} {what.format(values[0], other)}" for other in values if other != values[0]][:1]

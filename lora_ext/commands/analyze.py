@@ -44,7 +44,10 @@ def main(argv: list[str]) -> None:
         adapters = [open_adapter(path, allow_pickle=args.allow_pickle, caller="analyze") for path in args.adapter]
         base, note = _base(args, adapters)
         layers = _layers(args, adapters, base)
-        with progress("analyze", sum(layer.nbytes for layer in layers), show=True) as shown:
+        with progress(
+            "analyze",
+            sum(layer.nbytes for layer in layers),
+        ) as shown:
             for layer in layers:
                 shown.note(layer.name)
                 updates += _measure(layer, similar)

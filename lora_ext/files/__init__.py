@@ -3,7 +3,8 @@
 - Adapters of a model: ``save_load``, ``save_pretrained``, ``hub``. An adapter's content (``adapter_content``) may have
   ``base_layers``, the ``packed_projection`` form, an ``expert_layout``; ``part_config`` describes a part of a model;
   ``misfits`` lists what does not fit; ``method_note`` says of which method an adapter is a part.
-- Reading what strangers wrote: ``adapter_file`` on ``safetensors_format``, ``opened_file``, ``shard_index``,
+- Low level: ``reading`` of what strangers wrote, ``writing`` of files that are whole or absent.
+- Before them: ``adapter_file`` on ``safetensors_format``, ``opened_file``, ``shard_index``,
   ``untrusted_json``, ``file_bytes`` and ``regular_file``.
 - Writing: ``staged_files`` replaces several files together; ``held_file`` lets one process write.
 """

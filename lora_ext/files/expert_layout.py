@@ -104,7 +104,7 @@ def in_present_layout(adapter: Adapter, file: AdapterFile, caller: str) -> Adapt
 
 def _pairs(adapter: Adapter) -> Iterator[_Pair]:
     for part in adapter.parts:
-        if isinstance(part.layer, LoraParameter) and part.layer.base_weight.dim() == 3:
+        if isinstance(part.layer, LoraParameter) and part.layer.weight.dim() == 3:
             A, B = part.layer.file_tensors(part.file_path, part.adapter)
             yield _Pair(f"{KEY_PREFIX}{A}", f"{KEY_PREFIX}{B}", part.adapter, part.layer.stores_transposed)
 

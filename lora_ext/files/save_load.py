@@ -292,7 +292,7 @@ def _fill_checked(
     check_places(targets, file)
     values = file.read(targets)
 
-    # Nothing below fails, and Ctrl-C waits: the adapter is filled before it is attached.
+    # Nothing below fails: the adapter is filled before it is attached.
     with torch.no_grad(), changing(adapter.into.active):
         for key, target in targets.items():
             fill(target, values.pop(key))

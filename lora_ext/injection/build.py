@@ -79,7 +79,7 @@ class PartsBuilder:
         """Allocates meta factors on their base layers' devices, in place; :meth:`parts` now allocates there too."""
         self.device = None
         for part in self.low_rank or ():
-            device = execution_device(innermost(part.layer)) or part.layer.base_weight.device
+            device = execution_device(innermost(part.layer)) or part.layer.weight.device
             for module in part.adapter.modules():
                 for name, factor in module._parameters.items():
                     if factor is not None and factor.is_meta:

@@ -12,7 +12,7 @@ from lora_ext.matching.path_names import Parents, is_inside
 from lora_ext.model.bare_model import BareModel
 from lora_ext.nn import LORA_LAYERS, DoraLinear, LoraLayer, LoraPackedLinear, LoraParameter
 from lora_ext.nn.attention import LoraMultiheadAttention
-from lora_ext.nn.base_layer import brings_submodules, is_offloaded
+from lora_ext.nn.base_layer import brings_submodules, is_offloaded, why_bypassed
 from lora_ext.nn.trainable_tokens import TrainableTokens
 from lora_ext.quantized import quantized_weight, why_unsupported
 
@@ -51,6 +51,8 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
         problem = why_unsupported(module) if quantized_weight(module) is None else None
         if problem is None:
             problem = f"no LoRA layer adapts {type(module).__name__}" if kind is None else kind.why_not(module, config)
+        if problem is None:
+            problem = why_bypassed_at(bare, path)
         if kind is None and config.enable_lora_for(setting) is not None:
             problem = f"enable_lora names it, but supports only {LoraPackedLinear.base_kinds}"
         elif kind is None and config.use_dora and quantized_weight(module) is None:
@@ -70,6 +72,12 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
             f"inject: target_modules matches modules that cannot be adapted; supported are {kinds}. Narrow "
             f"target_modules, or add to exclude_modules:{listed(problems)}"
         )
+
+
+def why_bypassed_at(bare: BareModel, path: str) -> str | None:
+    """Returns why an adapter of the module at ``path`` would have no effect, or None if that is not known."""
+    parent, _, name = path.rpartition(".")
+    return why_bypassed(bare.modules[parent] if parent else bare.root, name)
 
 
 def _check_trained(bare: BareModel, targets: Targets) -> None:
@@ -111,7 +119,8 @@ def _check_parameters(bare: BareModel, targets: Targets, config: LoraConfig) -> 
     problems = []
     for path, names in targets.parameters.items():
         for name in names:
-            if (reason := LoraParameter.why_not_parameter(bare.modules[path], name)) is not None:
+            reason = LoraParameter.why_not_parameter(bare.modules[path], name) or why_bypassed_at(bare, path)
+            if reason is not None:
                 problems.append(f"{path}.{name}: {reason}")
             elif attention_around(bare, path) is not None:
                 problems.append(

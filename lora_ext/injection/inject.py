@@ -23,9 +23,7 @@ from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.build import PartsBuilder
 from lora_ext.injection.check_targets import check_targets
-from lora_ext.injection.diffusion_scale import guard_against_scale, remove_scale_guard
 from lora_ext.injection.mixtures import expand_all_linear, warn_of_parts_left_out
-from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
 from lora_ext.injection.targets import find_targets, names_next_to_all_linear
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
@@ -37,6 +35,7 @@ from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft
 from lora_ext.nn.input_groups import form_input_groups
 from lora_ext.nn.linear import is_linear
+from lora_ext.quantized import keep_stored, stop_keeping_stored
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -190,7 +189,7 @@ def _tensors_that_train() -> Iterator[None]:
 
 
 def apply_injection(model: nn.Module, adapter: Adapter, activate: bool = True) -> None:
-    """Attaches a prepared adapter, and makes it the active one or leaves it frozen. Ctrl-C waits for the end."""
+    """Attaches a prepared adapter, and makes it the active one or leaves it frozen."""
     with changing(adapter.into.active):
         attach_layers(model, adapter)
         for part in adapter.parts:
@@ -222,7 +221,6 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     for module in savers(root):
         guard_loading(module, adapters=adapters)
         replace_save_pretrained(module, adapters=adapters)
-        guard_against_scale(module)
         refuse_adapter_names(root, module)
 
 
@@ -247,7 +245,6 @@ def forget_injection(model: nn.Module) -> None:
         restore_save_pretrained(module, adapters=True)
         _restore_fast_path(module)
         remove_guard(module)
-        remove_scale_guard(module)
 
 
 @checked
@@ -343,3 +340,27 @@ def _restore_fast_path(module: nn.Module) -> None:
     for _, attribute, _ in _FAST_PATH:
         if (before := vars(module).pop(f"_{attribute}_before_lora", None)) is not None:
             setattr(module, attribute, before)
+
+
+# --- quantised models -------------------------------------------------------------------------------------------------
+
+_QUANTIZED, _QUANTIZED_BEFORE = "is_quantized", "_is_quantized_before_lora"
+
+
+def prepare_quantized(model: nn.Module) -> None:
+    """Keeps the quantised layers of ``model`` from rewriting their weights in calls, and makes trainers accept it.
+
+    Transformers' Trainer refuses a model that is marked as quantised unless PEFT adapts it: the mark is taken off.
+    """
+    keep_stored(model)
+    for module in model.modules():
+        if vars(module).get(_QUANTIZED) is True:
+            vars(module)[_QUANTIZED], vars(module)[_QUANTIZED_BEFORE] = False, True
+
+
+def release_quantized(model: nn.Module) -> None:
+    """Undoes :func:`prepare_quantized`."""
+    stop_keeping_stored(model)
+    for module in model.modules():
+        if vars(module).pop(_QUANTIZED_BEFORE, False):
+            vars(module)[_QUANTIZED] = True

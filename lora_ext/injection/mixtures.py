@@ -1,17 +1,14 @@
 """Defines ``target_modules="all-linear"`` in a mixture of experts.
 
 Since version 5, Transformers keeps a mixture's experts as 3-dimensional parameters and its routers as modules with a
-bare weight. PEFT adapts them as ``target_parameters`` in the architectures that Transformers' table names.
+bare weight. PEFT adapts them as ``target_parameters`` in the architectures of the table below.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-
-from torch import nn
+from collections.abc import Iterable, Sequence
 
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
@@ -20,20 +17,23 @@ from lora_ext.injection.targets import Targets, is_all_linear, linear_layers, un
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable
 from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.bare_model import BareModel
+from lora_ext.nn.base_layer import why_output_unusable
 from lora_ext.nn.linear import is_linear
 
-# For each kind of mixture, the names of its projections before Transformers 5, and the parameters that hold them now.
-# From peft/utils/transformers_weight_conversion.py, 0.21.2.
-_PARAMETERS = {
-    "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
-    "qwen2_moe": {
-        "gate": "gate.weight",
-        "gate_proj": "gate_up_proj",
-        "up_proj": "gate_up_proj",
-        "down_proj": "down_proj",
-    },
-}
 _FUSED = "gate_up_proj"  # two projections in one parameter: twice the rank, with the same scaling
+# The names of a mixture's projections before Transformers 5, and the parameters that hold them now; the model types
+# whose mixtures have these names. From PEFT 0.21.2 and Transformers 5.13.
+_LIKE_MIXTRAL = {"gate": "gate.weight", "w1": _FUSED, "w3": _FUSED, "w2": "down_proj"}
+_LIKE_QWEN2 = {"gate": "gate.weight", "gate_proj": _FUSED, "up_proj": _FUSED, "down_proj": "down_proj"}
+_QWEN2_TYPES = """
+afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe
+glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next
+qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker sarvam_mla solar_open
+"""
+_MIXTURES = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _LIKE_MIXTRAL),
+    **dict.fromkeys(_QWEN2_TYPES.split(), _LIKE_QWEN2),
+}
 
 
 def expand_all_linear(config: LoraConfig, others: Sequence[str], bare: BareModel) -> LoraConfig:
@@ -59,8 +59,15 @@ def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
     Raises:
         ValueError: the config has an option that bare parameters cannot have; PEFT refuses it, too.
     """
-    parameters = _PARAMETERS.get(_kind_of_mixture(bare.root), {})
-    all_found = set(_find(bare, parameters.values()))
+    model_type = getattr(getattr(bare.root, "config", None), "model_type", None)
+    parameters = _MIXTURES.get(model_type, {}) if isinstance(model_type, str) else {}
+    ends = EndTable(parameters.values())
+    all_found = {
+        (path, name)
+        for path, module in bare.modules.items()
+        for name, _ in module.named_parameters(recurse=False)
+        if f"{path}.{name}" in ends
+    }
     trained = SuffixTable(config.trained_modules)
     inside = Parents(path for path in bare.modules if trained.find(path))
     excluded = PathMatcher("exclude_modules", config.exclude_modules)
@@ -69,10 +76,11 @@ def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
         return config
     for key in ("lora_dropout", "lora_bias", "fan_in_fan_out"):
         if value := getattr(config, key):
+            names = sorted({path.rpartition(".")[2] for path, _ in found})
             raise ValueError(
                 f'inject: {key} is {value}, but target_modules is "all-linear", and the experts and '
                 f"routers of {type(bare.root).__name__} are bare parameters, whose adapters know only the weight; "
-                f"set {key} to {type(value)()}, or exclude them: exclude_modules={_last_names(found)}"
+                f"set {key} to {type(value)()}, or exclude them: exclude_modules={names}"
             )
     paths = {f"{path}.{name}" for path, name in found}
     if found == all_found:  # PEFT's spelling: it wants the same names in all adapters of a model
@@ -91,95 +99,37 @@ def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
 
 
 def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets) -> None:
-    """Warns about linear layers, quantised ones of other kinds, experts and routers that "all-linear" does not adapt.
+    """Warns about linear layers, quantised ones of other kinds and experts that "all-linear" does not adapt.
 
     Args:
         config: the config as it was given, which says "all-linear".
     """
     excluded = PathMatcher("exclude_modules", config.exclude_modules)
-    untouched = Parents((*targets.trained, *targets.tied))
-
-    def is_left_out(path: str) -> bool:
-        return path not in targets.modules and path not in untouched and not excluded(path)
-
-    linear = linear_layers(bare.modules, bare.head)
-    layers = [path for path in linear if is_left_out(path)]
-    routers = [
-        path
-        for path, module in bare.modules.items()
-        if is_linear(module) and path not in linear and module is not bare.head and is_left_out(path)
-    ]
-    experts = [
-        f"{path}.{name}"
-        for path, name in _experts_and_routers(bare)
-        if is_left_out(path) and name not in targets.parameters.get(path, ())
-    ]
-    quantized = {path: why for path, why in unsupported_layers(bare.modules).items() if is_left_out(path)}
-    begin = f'inject: "all-linear" leaves out parts of {type(bare.root).__name__}, as PEFT does: '
-    if layers:
-        warn_user(f"{begin}{_abbreviated(layers)}; to adapt them, name all layers in target_modules")
-    if quantized:
-        kinds = "; ".join(f"{_abbreviated(paths)}: {why}" for why, paths in _by_reason(quantized).items())
-        warn_user(f'inject: "all-linear" leaves out quantised layers of {type(bare.root).__name__}: {kinds}')
-    if routers:
-        weights = [f"{path}.weight" for path in routers]
-        warn_user(
-            f'inject: "all-linear" leaves out {_abbreviated(routers)}, whose forward does not return one tensor [..., '
-            "out_features] (PEFT adapts them, and fails in the forward); to adapt them, name "
-            f"{_abbreviated(weights)} in target_parameters"
-        )
-    if experts:
-        warn_user(
-            f"{begin}{_abbreviated(experts)}, which are bare parameters; to adapt them, name them in target_parameters"
-        )
-
-
-def _kind_of_mixture(model: nn.Module) -> str | None:
-    """The mixture that PEFT takes the model for, from the same table of Transformers, or None."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type == "mixtral":
-        return "mixtral"
-    # No import: the model of a Transformers class has loaded it.
-    table = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
-    return table.get(model_type) if isinstance(model_type, str) else None
-
-
-def _find(bare: BareModel, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    ends = EndTable(names)
+    known = Parents((*targets.trained, *targets.tied))
+    unsupported = unsupported_layers(bare.modules)
+    layers, parameters, quantized = [], [], {}
     for path, module in bare.modules.items():
-        for name, _ in module.named_parameters(recurse=False):
-            if f"{path}.{name}" in ends:
-                yield path, name
-
-
-def _experts_and_routers(bare: BareModel) -> Iterator[tuple[str, str]]:
-    """Yields ``(module path, name)`` of parameters ``[num_experts, rows, columns]``, and of matrices ``[num_experts,
-    columns]`` next to them; PyTorch's own layers have neither."""
-    experts, numbers = {}, {}
-    for path, module in bare.modules.items():
-        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
-        if not type(module).__module__.startswith("torch.") and not is_linear(module):
-            experts[path] = {name: shape for name, shape in shapes.items() if len(shape) == 3 and min(shape) > 1}
-            numbers |= {(path.rpartition(".")[0], shape[0]): path for shape in experts[path].values()}
-    for path, held in experts.items():
-        yield from ((path, name) for name in held)
-        for name, parameter in bare.modules[path].named_parameters(recurse=False):
-            other = numbers.get((path.rpartition(".")[0], parameter.shape[0] if parameter.dim() == 2 else 0), path)
-            if other != path:
-                yield path, name
-
-
-def _last_names(found: Iterable[tuple[str, str]]) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path, _ in found})
-
-
-def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
-    by_reason: dict[str, list[str]] = {}
-    for path, why in reasons.items():
-        by_reason.setdefault(why, []).append(path)
-    return by_reason
+        if path in targets.modules or path in known or module is bare.head or excluded(path):
+            continue
+        if path in unsupported:
+            quantized.setdefault(unsupported[path], []).append(path)
+        elif is_linear(module) and why_output_unusable(module) is None:
+            layers.append(path)
+        elif is_linear(module):  # a router, say, that returns more than a tensor
+            parameters += [f"{path}.weight"] * ("weight" not in targets.parameters.get(path, ()))
+        elif not type(module).__module__.startswith("torch."):
+            stacks = {name for name, p in module.named_parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1}
+            parameters += [f"{path}.{name}" for name in stacks.difference(targets.parameters.get(path, ()))]
+    for paths, key in ((layers, "target_modules"), (parameters, "target_parameters")):
+        if paths:
+            warn_user(
+                f'inject: "all-linear" leaves out {_abbreviated(paths)} of {type(bare.root).__name__}; to adapt them, '
+                f"name them in {key}"
+            )
+    for why, paths in quantized.items():
+        warn_user(f'inject: "all-linear" leaves out {_abbreviated(paths)} of {type(bare.root).__name__}: {why}')
 
 
 def _abbreviated(paths: Iterable[str]) -> str:
     """Returns paths that differ in numbers only as one, with stars."""
-    return shown(list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in paths)), 2000)
+    return shown(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in paths}), 2000)

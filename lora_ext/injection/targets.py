@@ -18,11 +18,12 @@ from lora_ext.config import ALL_LINEAR, LoraConfig
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable, path_ends
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.bare_model import parameter_paths
-from lora_ext.nn.base_layer import why_output_unusable
+from lora_ext.nn.base_layer import why_bypassed, why_output_unusable
 from lora_ext.nn.linear import is_linear
 from lora_ext.quantized import quantized_weight, why_unsupported
 
 _MOST_CLOSE, _LONGEST_CLOSE = 5, 100
+_TOKENS = "trainable_token_indices"
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,8 @@ def find_targets(
     """Finds the parts of a model that ``config`` names.
 
     Args:
-        config: the names.
         root_name: the model's class, for messages.
-        modules: path -> module of the bare model in the order of ``named_modules()``, each module once, without the
-            root.
+        modules: those of the bare model by path, in its order, each once, without the root.
         output_head: the result of ``get_output_embeddings()``; "all-linear" excludes it.
         input_embedding: the result of ``get_input_embeddings()``: a plain list of tokens refers to it, and modules that
             share its weight are tied to it.
@@ -126,13 +125,12 @@ class _Search:
             for parameter in module.parameters():
                 others = [other for other in paths[id(parameter)] if other not in inside and other not in self.tied]
                 if others:
-                    tie = (
-                        ", or set ensure_weight_tying=True" if {path, *others} <= {self.embedding, *self.twins} else ""
-                    )
+                    are_tied = {path, *others} <= {self.embedding, *self.twins}
                     self.warnings.append(
                         f"inject: modules_to_save has {path!r}, which shares a parameter with {others[0]!r}: its "
                         "trained copy does not, as in PEFT. To train them as one, add the other to modules_to_save"
-                        f"{tie}"
+                        + ", or set ensure_weight_tying=True"
+                        * are_tied
                     )
         return trained
 
@@ -197,29 +195,25 @@ class _Search:
         self, trained: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]
     ) -> dict[str, tuple[int, ...]]:
         """Embeddings with trained rows, and the numbers of their tokens."""
-        key = "trainable_token_indices"
         wanted = self.config.trainable_token_indices
         if wanted is None:
             return {}
         if not isinstance(wanted, Mapping):
             wanted = {self.embedding or "embed_tokens": wanted}  # "embed_tokens" is PEFT's guess
-        named, matches = SuffixTable(wanted), {name: [] for name in wanted}
-        for path in self.modules:
-            for name in named.find(path):
-                matches[name].append(path)
-        self.report_unmatched(key, [name for name, paths in matches.items() if not paths], fatal=True)
+        matches = {name: [path for path in self.modules if path.endswith(name)] for name in wanted}
+        self.report_unmatched(_TOKENS, [name for name, paths in matches.items() if not paths], fatal=True)
 
         tokens: dict[str, tuple[int, ...]] = {}
-        others = {"modules_to_save": Parents(trained), "target_modules": Parents(targets)}
+        saved, adapted = Parents(trained), Parents(targets)
         for path, indices in ((path, wanted[name]) for name, paths in matches.items() for path in paths):
-            for other, inside in others.items():
-                if path in inside:
-                    raise ValueError(
-                        f"inject: {key} names {path!r}, and so does {other}; remove it from one of the two"
-                    )
-            if (known := tokens.setdefault(path, indices)) is not indices and known != indices:
-                raise ValueError(f"inject: {key} names {path!r} twice, with different tokens")
-        self.tie_tokens(tokens, others["modules_to_save"])
+            if path in saved or path in adapted:
+                other = "modules_to_save" if path in saved else "target_modules"
+                raise ValueError(
+                    f"inject: {_TOKENS} names {path!r}, and so does {other}; remove it from one of the two"
+                )
+            if tokens.setdefault(path, indices) != indices:
+                raise ValueError(f"inject: {_TOKENS} names {path!r} twice, with different tokens")
+        self.tie_tokens(tokens, saved)
         return tokens
 
     def tie_tokens(self, tokens: dict[str, tuple[int, ...]], saved: Parents) -> None:
@@ -229,22 +223,19 @@ class _Search:
             tokens: by path; changed in place.
             saved: the paths in ``modules_to_save``.
         """
-        key = "trainable_token_indices"
         listed = {path: tokens[path] for path in (self.embedding, *self.twins) if path in tokens}
         if len(set(listed.values())) > 1:
             if self.config.ensure_weight_tying:
                 settings = ", ".join(f"{path}: {shown(list(indices))}" for path, indices in listed.items())
                 raise ValueError(
-                    f"inject: {key} names different tokens for tied embeddings ({settings}); name the same ones, or "
-                    "set ensure_weight_tying=False"
+                    f"inject: {_TOKENS} names different tokens for tied embeddings ({settings}); name the same ones, "
+                    "or set ensure_weight_tying=False"
                 )
             return
-        if self.embedding not in tokens:
-            return
-        for twin in self.twins:
+        for twin in self.twins if self.embedding in tokens else ():
             if twin in saved:
                 raise ValueError(
-                    f"inject: {key} names {self.embedding!r}, which {twin!r} follows, and modules_to_save names "
+                    f"inject: {_TOKENS} names {self.embedding!r}, which {twin!r} follows, and modules_to_save names "
                     "that; remove one of the two"
                 )
             tokens.pop(twin, None)
@@ -283,39 +274,32 @@ class _Search:
             if unused:
                 self.warnings.append(f"inject: {key} {shown(unused)} matches nothing adapted in {self.root_name}")
         if self.config.ensure_weight_tying and not self.tied:
-            self.warnings.append(
-                "inject: ensure_weight_tying is True, but "
-                + (
-                    f"neither {self.embedding!r} nor {self.twins}, which is tied to it, is adapted or trained"
-                    if self.twins
-                    else f"nothing in {self.root_name} shares its weight with the input embedding"
-                )
-            )
+            why = f"nothing in {self.root_name} shares its weight with the input embedding"
+            if self.twins:
+                why = f"neither {self.embedding!r} nor {self.twins}, which is tied to it, is adapted or trained"
+            self.warnings.append(f"inject: ensure_weight_tying is True, but {why}")
 
     def report_unmatched(self, key: str, unmatched: list[str], *, fatal: bool) -> None:
+        """Refuses, or warns about, entries that match nothing; the message names close matches."""
         if not unmatched:
             return
         if key == "target_parameters":
-            kind, plural = "parameter", "parameters"
-            paths = [f"{path}.{name}" for path, name in _parameters(self.modules)]
-            candidates = [path.split(".", path.count(".") - 1)[-1] for path in paths]
-            known = paths
+            plural, paths = "parameters", [f"{path}.{name}" for path, name in _parameters(self.modules)]
+            known, others = paths, [path.split(".", path.count(".") - 1)[-1] for path in paths]
         else:
-            kind = "module"
-            if key == "trainable_token_indices":
-                plural, paths = "embeddings", [path for path, m in self.modules.items() if isinstance(m, nn.Embedding)]
-            else:
-                plural, paths = "linear layers", [path for path, m in self.modules.items() if is_linear(m)]
-            candidates = [path.rpartition(".")[2] for path in (*paths, *self.modules)]
+            kind, plural = (nn.Embedding, "embeddings") if key == _TOKENS else (None, "linear layers")
+            paths = [path for path, m in self.modules.items() if (isinstance(m, kind) if kind else is_linear(m))]
             known = [path.rpartition(".")[2] for path in paths]
-        candidates = [*dict.fromkeys(candidates), *paths]
+            others = [*known, *(path.rpartition(".")[2] for path in self.modules)]
         # Close matches take time per name, and help only with names written by hand.
         written = [name for name in unmatched[:_MOST_CLOSE] if len(name) <= _LONGEST_CLOSE]
+        candidates = list(dict.fromkeys([*others, *paths]))
         close = dict.fromkeys(match for name in written for match in difflib.get_close_matches(name, candidates))
         some = list(dict.fromkeys(known))[:8]
         is_expression = key in ("target_modules", "exclude_modules") and isinstance(getattr(self.config, key), str)
         message = (
-            f"inject: {key} {shown(unmatched)} matches no {kind} of {self.root_name}; "
+            f"inject: {key} {shown(unmatched)} matches no {'parameter' if known is paths else 'module'} of "
+            f"{self.root_name}; "
             + ("a string is an expression for the whole path of a module, write names as a list; " * is_expression)
             + (f"close matches: {', '.join(map(repr, close))}; " if close else "")
             + f"its {plural} include {', '.join(map(repr, some)) or 'none'}"
@@ -326,12 +310,16 @@ class _Search:
 
 
 def linear_layers(modules: Mapping[str, nn.Module], output_head: nn.Module | None) -> list[str]:
-    """The layers that "all-linear" means: linear ones whose output takes an update, without the output head."""
-    return [
-        path
-        for path, module in modules.items()
-        if is_linear(module) and module is not output_head and why_output_unusable(module) is None
-    ]
+    """The layers that "all-linear" means: linear ones that take an update, without the output head."""
+    found = []
+    for path, module in modules.items():
+        if not is_linear(module) or module is output_head or why_output_unusable(module) is not None:
+            continue
+        parent, _, name = path.rpartition(".")
+        if parent and why_bypassed(modules[parent], name) is not None:
+            continue
+        found.append(path)
+    return found
 
 
 def unsupported_layers(modules: Mapping[str, nn.Module]) -> dict[str, str]:

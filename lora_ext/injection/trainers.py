@@ -1,7 +1,7 @@
 """Refuses trainers that would silently compute with something else than the injected model, or train something else.
 
-TRL tells a model its method by ``add_model_tags``, after it has made its reference model. For a PEFT model the
-reference is the model itself with other adapters; for any other one TRL loads the checkpoint again, without adapters.
+TRL tells a model its method by the public ``add_model_tags``. Most of TRL's methods compare with a reference model, and
+make it of a PeftModel's own adapters; for any other model they load the checkpoint again, without the adapters.
 
 PEFT (``get_peft_model``, a trainer's ``peft_config``, Transformers' ``add_adapter``) adds its config to the attribute
 ``peft_config`` of a model that has one, before it changes a layer. An injected model has one that refuses that.
@@ -9,19 +9,18 @@ PEFT (``get_peft_model``, a trainer's ``peft_config``, Transformers' ``add_adapt
 
 from __future__ import annotations
 
-import sys
 import types
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import nn
 
-from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter_layer import INSTEAD_OF_PEFT
 
 _METHOD = "add_model_tags"
 _CONFIGS = "peft_config"
+_WITHOUT_REFERENCE = {"sft", "reward-trainer"}  # TRL's names of the methods that train the model that they are given
 
 
 class NoPeftConfigs(dict):
@@ -56,36 +55,25 @@ def add_model_tags(model: nn.Module, tags: list[str] | str) -> None:  # this nam
     """Replaces the method of this name of a Transformers model.
 
     Raises:
-        RuntimeError: the caller is a trainer of TRL that holds a reference model without the adapters, or the output
-            head is adapted.
+        RuntimeError: a trainer of TRL whose method may need a reference model, or the output head is adapted.
     """
-    caller = sys._getframe(1).f_locals
     if "trl" in tags:
-        if (problem := why_head_unusable(model)) is not None:
-            raise RuntimeError(problem)
-        _check_reference(caller.get("self"), caller.get("ref_model"), model)
+        if not _WITHOUT_REFERENCE & {*tags}:
+            raise RuntimeError(
+                f"inject: TRL's trainer ({', '.join(tags)}) makes its reference of a PeftModel's adapters, and would "
+                "load another checkpoint for an injected model; let PEFT adapt the plain model, and call "
+                "lora_ext.integrations.peft.accelerate on it"
+            )
+        _check_head(model)
     getattr(type(model), _METHOD)(model, tags)
 
 
-def why_head_unusable(model: nn.Module) -> str | None:
-    """Says why TRL cannot train the model's adapted head, or None if the head has no low-rank adapter."""
+def _check_head(model: nn.Module) -> None:
     head = model.get_output_embeddings()
-    if not isinstance(head, LoraLayer):
-        return None
-    path = next((path for path, layer in adapter_layers(model) if layer is head), "")
-    return (
-        f"inject: {path!r} has an adapter, but TRL reads the head's weight without calling the head, and the adapter "
-        f"would have no effect. Leave {path!r} out of target_modules, or train it in full: modules_to_save=[{path!r}]"
-    )
-
-
-def _check_reference(trainer: Any, given: Any, model: nn.Module) -> None:
-    reference = getattr(trainer, "ref_model", None)
-    if isinstance(reference, nn.Module) and given is None and adapter_set(reference) is None:
-        kind = type(trainer).__name__
+    if isinstance(head, LoraLayer):
+        path = next((path for path, layer in adapter_layers(model) if layer is head), "")
         raise RuntimeError(
-            f"inject: {kind} has loaded {getattr(model.config, '_name_or_path', '')!r} again as its reference, without "
-            "the adapters and next to the model. The model itself with a frozen copy of its adapter is the reference "
-            "here:\n\n    from lora_ext.integrations.trl import for_trl\n\n"
-            f"    trainer = {kind}(model=for_trl(model), ...)"
+            f"inject: {path!r} has an adapter, but TRL reads the head's weight without calling the head, and the "
+            f"adapter would have no effect. Leave {path!r} out of target_modules, or train it in full: "
+            f"modules_to_save=[{path!r}]"
         )

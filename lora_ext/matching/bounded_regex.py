@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import regex
 
@@ -18,72 +18,52 @@ from lora_ext.matching.name_table import are_names
 _LARGEST = 20_000  # characters; they take up to 0.1 s and 20 MB to compile
 _LARGEST_DEPTH = 100  # of brackets; the interpreter's own limit is any that a library has set
 _COUNTED_REPEAT = re.compile(r"\{(\d*),?(\d*)\}")
-_SECONDS, _SECONDS_A_MATCH = 0.1, 5e-6
+_SECONDS, _SECONDS_A_MATCH = 0.1, 5e-6  # matching one layer's path takes one or two microseconds
 
 
-class TooSlow(Exception):
-    """The time allowance for matching is used up."""
+def compiled(source: str) -> regex.Pattern:
+    """Compiles an expression in the syntax of ``regex``, which includes that of ``re``.
+
+    ValueError: ``source`` is not one; the message says why, but not where it comes from.
+    """
+    if _depth(source) > _LARGEST_DEPTH:
+        raise ValueError(f"too deep: more than {_LARGEST_DEPTH} brackets are open at once")
+    try:
+        return regex.compile(source, cache_pattern=False)
+    except regex.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    except (RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"too deep or too large to be compiled: {error}") from None
 
 
 class TimeAllowance:
-    """The time that a group of expressions may take together. It grows with every match.
+    """The time that the expressions under one key of a config may take together. It grows with every match."""
 
-    Matching one layer's path takes one or two microseconds.
-    """
+    def __init__(self, key: str) -> None:
+        self._key, self.seconds = key, _SECONDS
 
-    def __init__(self) -> None:
-        self.seconds = _SECONDS
-
-
-class Expression:
-    """A regular expression in the syntax of ``regex``, which includes that of ``re``.
-
-    Raises:
-        ValueError: ``source`` is not one; the message says why, but not where it comes from.
-    """
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        if _depth(source) > _LARGEST_DEPTH:
-            raise ValueError(f"too deep: more than {_LARGEST_DEPTH} brackets are open at once")
-        try:
-            self._compiled = regex.compile(source, cache_pattern=False)
-        except regex.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        except (RecursionError, OverflowError, MemoryError) as error:
-            raise ValueError(f"too deep or too large to be compiled: {error}") from None
-
-    def match(self, text: str, allowance: TimeAllowance) -> regex.Match | None:
-        """Matches at the start of ``text``, like ``re.match``. The time taken is subtracted from ``allowance``.
-
-        Raises:
-            TooSlow: ``allowance`` is used up.
-        """
-        return self._run(self._compiled.match, text, allowance)
-
-    def fullmatch(self, text: str, allowance: TimeAllowance) -> bool:
-        """Returns whether the whole ``text`` matches. TooSlow: as in :meth:`match`."""
-        return self._run(self._compiled.fullmatch, text, allowance) is not None
-
-    def _run(self, match, text: str, allowance: TimeAllowance) -> regex.Match | None:
-        allowance.seconds += _SECONDS_A_MATCH
-        if allowance.seconds <= 0:
-            raise TooSlow
+    def run(self, match: Callable[..., regex.Match | None], source: str, path: str) -> regex.Match | None:
+        """Returns ``match(path)``, for a method of the compiled ``source``. ValueError: the time is used up."""
+        self.seconds += _SECONDS_A_MATCH
         begin = time.thread_time()
         try:
-            found = match(text, timeout=allowance.seconds)
+            if self.seconds <= 0:
+                raise TimeoutError
+            found = match(path, timeout=self.seconds)
         except TimeoutError:  # by the library's clock, which also counts the process's other threads
-            allowance.seconds = 0.0
-            raise TooSlow from None
-        allowance.seconds -= time.thread_time() - begin
+            self.seconds = -1.0
+            raise ValueError(
+                f"LoraConfig: {self._key} has the expression {shown(source)}, which takes too long to match paths such "
+                f"as {path!r}; use fewer repeats and none inside another, or use names"
+            ) from None
+        self.seconds -= time.thread_time() - begin
         return found
 
 
 def check_expressions(key: str, sources: Iterable[str]) -> None:
     """Checks that the expressions under ``key`` of a config are valid and together not too large.
 
-    Raises:
-        ValueError: the message names the key and the expression.
+    ValueError: the message names the key and the expression.
     """
     size = 0
     for source in sources:
@@ -97,7 +77,7 @@ def check_expressions(key: str, sources: Iterable[str]) -> None:
                 "names, which are not limited"
             )
         try:
-            Expression(source)
+            compiled(source)
         except ValueError as error:
             raise ValueError(f"LoraConfig: {key} is {shown(source)}, {error}") from None
 
@@ -109,10 +89,7 @@ def _depth(source: str) -> int:
 
 
 def _written_out(source: str) -> int:
-    """An upper bound for the length of an expression with its counted repeats expanded, as if all were nested.
-
-    ``regex`` expands them when it compiles.
-    """
+    """An upper bound for the length of an expression as ``regex`` compiles it: with counted repeats expanded."""
     size = len(source)
     for bounds in _COUNTED_REPEAT.findall(source):
         size *= max(1, *(int(number[:9]) for number in bounds if number))

@@ -1,1 +1,1 @@
-"""Merging adapters into weights and restoring every bit: for weights, layers and whole models."""
+"""Merging adapters into weights and layers, and restoring every bit."""

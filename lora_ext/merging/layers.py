@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_ext._common.changes import changing
 from lora_ext._common.sharded import any_rank, is_sharded, local, part_like, whole
 from lora_ext._ops.checks_merge import check_merge_layer
 from lora_ext.merging.quantized import (
@@ -109,58 +108,26 @@ class MergeState:
         return next((record.error for record in records if isinstance(record, QuantizedRecord)), None)
 
 
-@dataclasses.dataclass
-class _Merge:
-    """The arguments of a merge of many matrices: one entry per matrix in each list.
+@dataclasses.dataclass(eq=False)
+class _Target:
+    """A matrix to merge into.
 
     Attributes:
         holders: the layers that hold the matrix, with its key there; several if adapters are tied.
-        views, labels: the matrix, and its name in messages. A view is a tensor, or a quantised weight.
-        sharded: the DTensors among the matrices; their views are this rank's parts.
+        view, label: the matrix, and its name in messages. A view is a tensor, or a quantised weight.
+        sharded: the DTensor, if the view is this rank's part of one.
         factors: the packed updates.
         ranks: by adapter name, sorted.
+        record: restores the matrix, once it is merged.
     """
 
-    holders: list[list[tuple[Mergeable, str]]] = dataclasses.field(default_factory=list)
-    views: list[Tensor | QuantizedWeight] = dataclasses.field(default_factory=list)
-    labels: list[str] = dataclasses.field(default_factory=list)
-    sharded: list[Tensor] = dataclasses.field(default_factory=list)
-    factors: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
-    ranks: list[dict[str, int]] = dataclasses.field(default_factory=list)
-
-    def run(self, caller: str, record: bool = True) -> list[MergeRecord | QuantizedRecord | None]:
-        """Merges into all matrices, on all ranks, or into none.
-
-        Records of quantised matrices are always made: they hold the errors; those of sharded ones, because another rank
-        may fail.
-        """
-        try:
-            made = self._run_here(caller, record or bool(self.sharded))
-        except BaseException:
-            any_rank(self.sharded, True)
-            raise
-        if any_rank(self.sharded, False):
-            unmerge_all_(caller, self.views, made, self.labels)
-            raise ValueError(f"{caller}: another rank cannot merge into its part of the weights; its message says why")
-        return made
-
-    def _run_here(self, caller: str, record: bool) -> list[MergeRecord | QuantizedRecord | None]:
-        records: dict[int, MergeRecord | QuantizedRecord | None] = {}
-        quantized = [i for i, view in enumerate(self.views) if isinstance(view, QuantizedWeight)]
-        dense = [i for i, view in enumerate(self.views) if not isinstance(view, QuantizedWeight)]
-        views, lora_As, lora_Bs, labels = self._arguments(quantized)
-        made = merge_quantized_(caller, views, lora_As, lora_Bs, labels)
-        records.update(zip(quantized, made, strict=True))
-        try:
-            records.update(zip(dense, merge_all_(caller, *self._arguments(dense), record=record), strict=True))
-        except BaseException:
-            restore(views, made)
-            raise
-        return [records[i] for i in range(len(self.views))]
-
-    def _arguments(self, chosen: list[int]) -> tuple[list, list[Tensor], list[Tensor], list[str]]:
-        lora_As, lora_Bs = [self.factors[i][0] for i in chosen], [self.factors[i][1] for i in chosen]
-        return [self.views[i] for i in chosen], lora_As, lora_Bs, [self.labels[i] for i in chosen]
+    holders: list[tuple[Mergeable, str]]
+    view: Tensor | QuantizedWeight
+    label: str
+    sharded: Tensor | None
+    factors: tuple[Tensor, Tensor]
+    ranks: dict[str, int]
+    record: MergeRecord | QuantizedRecord | None = None
 
 
 @torch.no_grad()
@@ -168,77 +135,35 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
     """Merges exactly the adapters ``wanted`` into each layer; on an error, all layers stay as they are.
 
     Adapters that stay merged keep the values they were merged with. ``where`` names each layer in messages, after "the
-    weight": " of 'path'", or nothing. Ctrl-C takes effect once all layers are changed.
+    weight": " of 'path'", or nothing.
 
     Raises:
-        ValueError: a result would be NaN or infinite, two weights share memory, or an update cannot be merged.
-        RuntimeError: a weight was converted to another dtype while merged, is offloaded, or a parametrization computes
-            it.
+        ValueError: a result would be NaN or infinite, or an update cannot be merged.
+        RuntimeError: a weight was converted to another dtype while merged, is offloaded or shares memory with another
+            one, or a parametrization computes it.
     """
     merged = _find_merged(caller, wanted, where)
-    merge = _prepare_merge(caller, wanted, where)
+    targets = _find_targets(caller, wanted, where)
     before = {layer: layer._merged for layer in wanted}
     launches = prepare_unmerge(caller, merged.views, merged.records, merged.labels)
-    merged_bytes = [copied(weight) for weight, _ in merged.quantized]
+    merged_bytes = [copied(weight) for weight in merged.quantized]
 
-    with changing(*_shared(wanted)):  # from here on the weights and their records change together
-        run_unmerge(launches)
-        for weight, record in merged.quantized:
-            weight.write(record.stored)
-        for layer in wanted:
-            layer._merged = None
-        try:
-            made = merge.run(caller)
-        except BaseException:  # nothing was merged: restore the previous state
-            remerge(launches)
-            for (weight, _), stored in zip(merged.quantized, merged_bytes, strict=True):
-                weight.write(stored)
-            for layer, state in before.items():
-                layer._merged = state
-            raise
-        _note_merged(wanted, merge, made)
-
-
-class _Merged(NamedTuple):
-    """The matrices that contain updates, and the records that restore them; one entry per matrix in each list."""
-
-    views: list[Tensor]
-    records: list[MergeRecord]
-    labels: list[str]
-    quantized: list[tuple[QuantizedWeight, QuantizedRecord]]
-
-
-def _find_merged(caller: str, layers: Iterable[Mergeable], where: Mapping[Mergeable, str]) -> _Merged:
-    """Finds what is merged into the layers, and checks that it can be restored."""
-    found, seen = _Merged([], [], [], []), set()
-    for layer in layers:
-        for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
-            if layer._merged is None or key not in layer._merged.matrices:
-                continue
-            if layer._merged.lost:
-                raise RuntimeError(f"{caller}: {label} {layer._merged.lost}; forget_merge() accepts it as it is now")
-            record = layer._merged.matrices[key].record
-            if matrix.quantized is not None or isinstance(record, QuantizedRecord):
-                check_restorable(caller, matrix.quantized, record, label)
-                found.quantized.append((matrix.quantized, record))
-                continue
-            check_unmerge(caller, view, record, label)
-            if id(record) not in seen:  # tied layers share one
-                seen.add(id(record))
-                found.views.append(view)
-                found.records.append(record)
-                found.labels.append(label)
-    return found
-
-
-def _note_merged(
-    wanted: Mapping[Mergeable, Collection[str]], merge: _Merge, made: list[MergeRecord | QuantizedRecord | None]
-) -> None:
-    """Gives each layer the state after a merge that made these records."""
+    run_unmerge(launches)  # from here on the weights and their records change together
+    restore(merged.quantized, [record.stored for record in merged.quantized_records])
+    for layer in wanted:
+        layer._merged = None
+    try:
+        _merge(caller, targets)
+    except BaseException:  # nothing was merged: restore the previous state
+        remerge(launches)
+        restore(merged.quantized, merged_bytes)
+        for layer, state in before.items():
+            layer._merged = state
+        raise
     matrices: dict[Mergeable, dict[str, MergedMatrix]] = {layer: {} for layer, names in wanted.items() if names}
-    for holders, ranks, record in zip(merge.holders, merge.ranks, made, strict=True):
-        matrix = MergedMatrix(ranks, record)
-        for layer, key in holders:
+    for target in targets:
+        matrix = MergedMatrix(target.ranks, target.record)
+        for layer, key in target.holders:
             matrices[layer][key] = matrix
     for layer, held in matrices.items():
         layer._merged = MergeState(tuple(sorted(wanted[layer])), held)
@@ -255,40 +180,106 @@ def merge_for_good(
 
     Errors are those of :func:`change_merged`; all layers are then unchanged.
     """
-    merge = _prepare_merge(caller, wanted, where)
-    with changing(*_shared(wanted)):
-        made = merge.run(caller, record=False)
-    return [record.error for record in made if isinstance(record, QuantizedRecord) and record.error is not None]
+    targets = _find_targets(caller, wanted, where)
+    _merge(caller, targets, record=False)
+    records = [target.record for target in targets]
+    return [record.error for record in records if isinstance(record, QuantizedRecord) and record.error is not None]
 
 
-def _shared(layers: Iterable[Mergeable]) -> set[ActiveAdapters]:
-    """The :class:`ActiveAdapters` of the layers, one for each model."""
-    return {layer.active for layer in layers}
+class _Merged(NamedTuple):
+    """The matrices that contain updates, plain and quantised ones, and the records that restore them."""
+
+    views: list[Tensor]
+    records: list[MergeRecord]
+    labels: list[str]
+    quantized: list[QuantizedWeight]
+    quantized_records: list[QuantizedRecord]
 
 
-def _prepare_merge(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> _Merge:
-    merge = _Merge()
-    known: dict[tuple, int] = {}
+def _find_merged(caller: str, layers: Iterable[Mergeable], where: Mapping[Mergeable, str]) -> _Merged:
+    """Finds what is merged into the layers, and checks that it can be restored."""
+    found, seen = _Merged([], [], [], [], []), set()
+    for layer in layers:
+        for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
+            if layer._merged is None or key not in layer._merged.matrices:
+                continue
+            if layer._merged.lost:
+                raise RuntimeError(f"{caller}: {label} {layer._merged.lost}; forget_merge() accepts it as it is now")
+            record = layer._merged.matrices[key].record
+            if matrix.quantized is not None or isinstance(record, QuantizedRecord):
+                check_restorable(caller, matrix.quantized, record, label)
+                found.quantized.append(matrix.quantized)
+                found.quantized_records.append(record)
+                continue
+            check_unmerge(caller, view, record, label)
+            if id(record) not in seen:  # tied layers share one
+                seen.add(id(record))
+                found.views.append(view)
+                found.records.append(record)
+                found.labels.append(label)
+    return found
+
+
+def _find_targets(
+    caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]
+) -> list[_Target]:
+    """Finds the matrices that the adapters ``wanted`` update, each once, and packs the updates."""
+    targets: dict[tuple, _Target] = {}
     for layer, names in wanted.items():
         for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
             updates = updates_of(caller, layer, key, matrix, label, sorted(names))
             if not updates:
                 continue
-            if is_sharded(matrix.view):
-                merge.sharded.append(matrix.view)
             parameter = matrix.owner._parameters[matrix.name]
             same = (id(parameter), view.storage_offset(), *(update_identity(layer, key, name) for name in updates))
-            if same in known:
-                merge.holders[known[same]].append((layer, key))
+            if same in targets:
+                targets[same].holders.append((layer, key))
                 continue
-            known[same] = len(merge.holders)
-            merge.holders.append([(layer, key)])
-            merge.views.append(local(layer.weight_to_merge(matrix, sorted(names))))
-            merge.labels.append(label)
             dtype = view.dtype if matrix.quantized is None else matrix.quantized.sum_dtype
-            merge.factors.append(pack_factors(dtype, list(updates.values())))
-            merge.ranks.append({name: A.shape[0] for name, (A, _, _) in updates.items()})
-    return merge
+            targets[same] = _Target(
+                holders=[(layer, key)],
+                view=local(layer.weight_to_merge(matrix, sorted(names))),
+                label=label,
+                sharded=matrix.view if is_sharded(matrix.view) else None,
+                factors=pack_factors(dtype, list(updates.values())),
+                ranks={name: A.shape[0] for name, (A, _, _) in updates.items()},
+            )
+    return list(targets.values())
+
+
+def _merge(caller: str, targets: list[_Target], record: bool = True) -> None:
+    """Merges into all matrices, on all ranks, or into none; sets their records.
+
+    Quantised matrices always have a record, which holds the error; sharded ones too, because another rank may fail.
+    """
+    sharded = [target.sharded for target in targets if target.sharded is not None]
+    try:
+        _merge_here(caller, targets, record or bool(sharded))
+    except BaseException:
+        any_rank(sharded, True)
+        raise
+    if any_rank(sharded, False):
+        views, records, labels = zip(*[(target.view, target.record, target.label) for target in targets], strict=True)
+        unmerge_all_(caller, views, records, labels)
+        raise ValueError(f"{caller}: another rank cannot merge into its part of the weights; its message says why")
+
+
+def _merge_here(caller: str, targets: list[_Target], record: bool) -> None:
+    quantized = [target for target in targets if isinstance(target.view, QuantizedWeight)]
+    dense = [target for target in targets if not isinstance(target.view, QuantizedWeight)]
+    made = merge_quantized_(caller, *_arguments(quantized))
+    try:
+        others = merge_all_(caller, *_arguments(dense), record=record)
+    except BaseException:
+        restore([target.view for target in quantized], [record.stored for record in made])
+        raise
+    for target, its_record in zip([*quantized, *dense], [*made, *others], strict=True):
+        target.record = its_record
+
+
+def _arguments(targets: list[_Target]) -> tuple[list, list[Tensor], list[Tensor], list[str]]:
+    lora_As, lora_Bs = [target.factors[0] for target in targets], [target.factors[1] for target in targets]
+    return [target.view for target in targets], lora_As, lora_Bs, [target.label for target in targets]
 
 
 def update_identity(layer: Mergeable, key: str, name: str) -> tuple:

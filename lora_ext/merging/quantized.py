@@ -74,8 +74,7 @@ def merge_quantized_(
             if weight.rounds:
                 record.error = _error(weight, values, A, B)
     except BaseException:
-        for weight, record in zip(weights, records, strict=False):
-            weight.write(record.stored)
+        restore(weights[: len(records)], [record.stored for record in records])
         raise
     return records
 
@@ -97,10 +96,10 @@ def updated(caller: str, weight: QuantizedWeight, A: Tensor, B: Tensor, label: s
 
 
 @torch.no_grad()
-def restore(weights: Sequence[QuantizedWeight], records: Sequence[QuantizedRecord]) -> None:
-    """Gives the weights the bytes they had before their merges."""
-    for weight, record in zip(weights, records, strict=True):
-        weight.write(record.stored)
+def restore(weights: Sequence[QuantizedWeight], stored: Sequence[dict[str, Tensor]]) -> None:
+    """Gives each weight these bytes."""
+    for weight, tensors in zip(weights, stored, strict=True):
+        weight.write(tensors)
 
 
 def check_restorable(caller: str, weight: QuantizedWeight | None, record: object, label: str) -> None:

@@ -16,24 +16,22 @@ then nobody sees whether a result is finite, unless the caller asks for a check,
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_ext import _load
 from lora_ext._common.arguments import checked
-from lora_ext._common.interrupts import uninterrupted
 from lora_ext._ops import checks, errors
 from lora_ext._ops.checks_merge import check_merge_layer, check_merge_strides, merge_segments
 from lora_ext._ops.in_place import check_inference
 from lora_ext._ops.lazy_views import check_not_lazy
 from lora_ext._ops.merge import refuse_weight_that_requires_grad
 from lora_ext._ops.tensor_arguments import check_tensors
-from lora_ext.merging.shared_memory import check_disjoint
 
 # Scratch memory of a merge with a record on CUDA. Each part of this size waits for the GPU once: 0.8 ms,
 # predicted at 3 TB/s.
@@ -133,7 +131,7 @@ def lora_merge_(
             message names.
         TypeError: a wrong dtype.
         RuntimeError: a CUDA graph is being captured, and a record is wanted.
-        The weight is then unchanged to the bit; also after Ctrl-C, except on CUDA without a record.
+        The weight is then unchanged to the bit.
     """
     op = "lora_merge_"
     check_merge_layer(op, weight, lora_A, lora_B)
@@ -193,68 +191,61 @@ def merge_all_(
 ) -> list[MergeRecord | None]:
     """Merges factors of :func:`pack_factors` into all of their weights, or into none.
 
-    The weights are restored if a result is not finite, a launch fails or Ctrl-C is pressed; merges without a record on
-    CUDA are not interrupted. ``labels`` name the weights in messages. Errors are those of :func:`lora_merge_`;
-    ValueError also if two weights share memory.
+    The weights are restored if a result is not finite or a launch fails. ``labels`` name the weights in messages.
+    Errors are those of :func:`lora_merge_`; RuntimeError also if two weights share memory.
 
     Args:
         check: refuse results that are not finite also on CUDA without a record, which waits for the GPU. Everywhere
             else they are always refused.
     """
-    if not weights:
-        return []
     labels = ["weight"] * len(weights) if labels is None else labels
-    parts, launches = [], []
-    for (device, _), group in _groups(caller, weights, labels).items():
-        on_cpu = device.type == "cpu"
-        if not on_cpu and (record or check):
+    parts = _parts(caller, weights, labels, record)
+    merges = [_Merge(*([tensors[i] for i in part] for tensors in (weights, lora_A, lora_B))) for part in parts]
+    if record or check:
+        for part, merge in zip(parts, merges, strict=True):
+            if merge.weights[0].is_cpu:
+                continue
             _refuse_capture(caller)
-        for members in _parts_with_scratch(weights, group) if record and not on_cpu else [group]:
-            merge = _Merge(*([tensors[i] for i in members] for tensors in (weights, lora_A, lora_B)))
-            refuse = functools.partial(_refuse_non_finite, caller, merge, [labels[i] for i in members])
-            if not on_cpu and not record and check:
-                refuse(_run(torch.ops.lora_ext.lora_merge_check.default, *merge))
-            parts.append(members)
-            # On the CPU always with a record, from which the op restores the weights if a result is not finite.
-            launches.append(_with_record(merge, refuse) if record or on_cpu else _without_record(merge))
-    done = _all_or_none(launches, undo=run_unmerge)
+            if not record:
+                non_finite = _run(torch.ops.lora_ext.lora_merge_check.default, *merge)
+                _refuse_non_finite(caller, merge, [labels[i] for i in part], non_finite)
     records: list[MergeRecord | None] = [None] * len(weights)
-    if not record:
-        return records
-    for members, unmerge in zip(parts, done, strict=True):
-        for i, words, corrections in zip(members, unmerge.words, unmerge.corrections, strict=True):
-            kept = (words, corrections) if corrections.numel() else (None, None)
-            records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
+    done: list[Unmerge] = []
+    try:
+        for part, merge in zip(parts, merges, strict=True):
+            if not (record or merge.weights[0].is_cpu):
+                _run(torch.ops.lora_ext.lora_merge_.default, *merge)
+                continue
+            # On the CPU always with a record, from which the op restores the weights if a result is not finite.
+            non_finite, words, corrections = _run(torch.ops.lora_ext.lora_merge_record_.default, *merge)
+            if not words:
+                _refuse_non_finite(caller, merge, [labels[i] for i in part], non_finite)
+            done.append(Unmerge(*merge, words, corrections))
+            for i, *kept in zip(part, words, corrections, strict=True) if record else ():
+                kept = kept if kept[1].numel() else (None, None)
+                records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
+    except BaseException:  # the caller sees an error and must find no change
+        run_unmerge(done)
+        raise
     return records
 
 
-def _with_record(merge: _Merge, refuse: Callable[[Tensor], None]) -> Callable[[], Unmerge]:
-    """Returns a function that merges with a record and returns the arguments to unmerge."""
+def _parts(caller: str, weights: Sequence[Tensor], labels: Sequence[str], record: bool) -> list[list[int]]:
+    """Returns the indices of the weights for one op call each: of one device and dtype.
 
-    def launch() -> Unmerge:
-        non_finite, words, corrections = _run(torch.ops.lora_ext.lora_merge_record_.default, *merge)
-        if not words:  # the op has restored the weights
-            refuse(non_finite)
-        return Unmerge(*merge, words, corrections)
-
-    return launch
-
-
-def _without_record(merge: _Merge) -> Callable[[], None]:
-    """Returns a function that merges on CUDA and waits for nothing."""
-    return functools.partial(_run, torch.ops.lora_ext.lora_merge_.default, *merge)
-
-
-def _parts_with_scratch(weights: Sequence[Tensor], group: Sequence[int]) -> Iterator[list[int]]:
-    """Cuts a group of weights into parts of at most ``SCRATCH_BYTES``; a larger weight is a part by itself."""
-    part, total = [], 0
-    for i in group:
-        if part and total + weights[i].nbytes > SCRATCH_BYTES:
-            yield part
-            part, total = [], 0
-        part.append(i)
-        total += weights[i].nbytes
-    yield part
+    On CUDA with a record, also of at most ``SCRATCH_BYTES``; a larger weight is a part by itself.
+    """
+    parts: list[list[int]] = []
+    for (device, _), group in _groups(caller, weights, labels).items():
+        total = math.inf  # scratch bytes of the present part
+        for i in group:
+            scratch = weights[i].nbytes if record and device.type != "cpu" else 0
+            if total + scratch > SCRATCH_BYTES:
+                parts.append([])
+                total = 0
+            parts[-1].append(i)
+            total += scratch
+    return parts
 
 
 def _refuse_capture(caller: str) -> None:
@@ -302,13 +293,15 @@ def prepare_unmerge(
 
 @torch.no_grad()
 def run_unmerge(unmerges: Sequence[Unmerge]) -> None:
-    """Restores all of the weights, or none if a launch fails or Ctrl-C is pressed."""
-
-    def launch(unmerge: Unmerge) -> Unmerge:
-        _run(torch.ops.lora_ext.lora_unmerge_.default, *unmerge)
-        return unmerge
-
-    _all_or_none([functools.partial(launch, unmerge) for unmerge in unmerges], undo=remerge)
+    """Restores all of the weights, or none if a launch fails."""
+    done: list[Unmerge] = []
+    try:
+        for unmerge in unmerges:
+            _run(torch.ops.lora_ext.lora_unmerge_.default, *unmerge)
+            done.append(unmerge)
+    except BaseException:
+        remerge(done)
+        raise
 
 
 @torch.no_grad()
@@ -318,29 +311,12 @@ def remerge(unmerges: Sequence[Unmerge]) -> None:
         _run(torch.ops.lora_ext.lora_merge_.default, unmerge.weights, unmerge.lora_A, unmerge.lora_B)
 
 
-def _run(op: Callable, *arguments: Sequence[Tensor]) -> object:
+def _run(op: Callable, *arguments: Sequence[Tensor]) -> Any:
     try:
         return op(*arguments)
     except RuntimeError as error:
         errors.check_memory(error)
         raise
-
-
-def _all_or_none(
-    launches: Sequence[Callable[[], Unmerge | None]], undo: Callable[[list[Unmerge]], None]
-) -> list[Unmerge | None]:
-    """Runs all launches. If one fails, undoes those that returned an :class:`Unmerge`, and raises the error again."""
-    done: list[Unmerge | None] = []
-    if not launches:
-        return done
-    try:
-        with uninterrupted():  # after an interrupt it would be unknown whether the last op has run
-            for launch in launches:
-                done.append(launch())
-    except BaseException:  # the caller sees an error and must find no change
-        undo([unmerge for unmerge in done if unmerge is not None])
-        raise
-    return done
 
 
 def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str = "weight") -> None:
@@ -362,7 +338,7 @@ def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str =
 
 
 def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> dict[object, list[int]]:
-    """Groups the indices of the weights by device and dtype, for one op call each. No two may share memory."""
+    """Groups the indices of the weights by device and dtype, for one op call each."""
     groups: dict[object, list[int]] = defaultdict(list)
     for i, (weight, label) in enumerate(zip(weights, labels, strict=True)):
         check_inference(caller, label, weight)
@@ -372,7 +348,6 @@ def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> di
         _load.check_kernels_exist(caller, device)
         if device.type == "meta":
             raise RuntimeError(f"{caller}: a weight is on the meta device, where it has no values to merge into")
-    check_disjoint(caller, weights, labels)
     return groups
 
 

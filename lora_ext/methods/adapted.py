@@ -9,11 +9,9 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.sharded import gathered
-from lora_ext.injection.inject import Injection, apply_injection
-from lora_ext.injection.quantized_models import prepare_quantized, release_quantized
-from lora_ext.merging.model import unload
+from lora_ext.adapters.merge_model import unload
+from lora_ext.injection.inject import Injection, apply_injection, prepare_quantized, release_quantized
 from lora_ext.methods.base import Inserted, Insertion, Method, head_paths, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
@@ -73,22 +71,21 @@ def _check_apart(method: Method, insertions: list[Insertion], adapter: Adapter |
 def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], adapter: Adapter | None = None) -> None:
     """Inserts the modules and the low-rank adapter; no adapter if None: there is one already or none is needed."""
     root = root_module(model)
-    with uninterrupted():
-        if adapter is not None:
-            apply_injection(model, adapter)
-        elif adapter_set(model) is None:
-            root.requires_grad_(False)
-            prepare_quantized(root)
-        for insertion in insertions:
-            insert(insertion)
-        vars(root)[_ATTRIBUTE] = method
-        if insertions:  # files of the base model would load without them
-            guard_loading(root, has_method=True)
-        for module in root.modules() if insertions else ():
-            if has_save_pretrained(module) and any(isinstance(inner, Inserted) for inner in module.modules()):
-                replace_save_pretrained(module, has_method=True)
-        for parameter in trained_by(model, method).values():
-            parameter.requires_grad_(True)
+    if adapter is not None:
+        apply_injection(model, adapter)
+    elif adapter_set(model) is None:
+        root.requires_grad_(False)
+        prepare_quantized(root)
+    for insertion in insertions:
+        insert(insertion)
+    vars(root)[_ATTRIBUTE] = method
+    if insertions:  # files of the base model would load without them
+        guard_loading(root, has_method=True)
+    for module in root.modules() if insertions else ():
+        if has_save_pretrained(module) and any(isinstance(inner, Inserted) for inner in module.modules()):
+            replace_save_pretrained(module, has_method=True)
+    for parameter in trained_by(model, method).values():
+        parameter.requires_grad_(True)
 
 
 @checked
@@ -121,18 +118,17 @@ def remove_method(model: ModelT) -> ModelT:
     if adapter_set(model) is not None:
         unload(model)
     root = root_module(model)
-    with uninterrupted():
-        remove_inserted(root)
-        release_quantized(root)
-        for module in model.modules():
-            forget_guard(module, method=True)
-            restore_save_pretrained(module, method=True)
-        delattr(root, _ATTRIBUTE)
-        weights = [quantized_weight(module) for module in model.modules()]
-        quantized = {id(weight.module.weight) for weight in weights if weight is not None}
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and id(parameter) not in quantized:
-                parameter.requires_grad_(True)
+    remove_inserted(root)
+    release_quantized(root)
+    for module in model.modules():
+        forget_guard(module, method=True)
+        restore_save_pretrained(module, method=True)
+    delattr(root, _ATTRIBUTE)
+    weights = [quantized_weight(module) for module in model.modules()]
+    quantized = {id(weight.module.weight) for weight in weights if weight is not None}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in quantized:
+            parameter.requires_grad_(True)
     return model
 
 

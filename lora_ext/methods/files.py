@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
@@ -162,16 +161,15 @@ def _load(model: nn.Module, saved: _Saved, trainable: bool) -> None:
         saved.check_is_of(applied_method(model, "load_method"))
     targets = _targets(model, method, insertions)
     values = saved.read(targets)
-    with uninterrupted():
-        if saved.adapter is not None:
-            load_opened(model, saved.adapter, trainable) if is_new else load_opened(model, saved.adapter)
-        with torch.no_grad():
-            for key, target in targets.items():
-                target.copy_(values[key])
-        if is_new:
-            carry_out(model, method, insertions)
-            for parameter in trained_by(model, method).values():
-                parameter.requires_grad_(trainable)
+    if saved.adapter is not None:
+        load_opened(model, saved.adapter, trainable) if is_new else load_opened(model, saved.adapter)
+    with torch.no_grad():
+        for key, target in targets.items():
+            target.copy_(values[key])
+    if is_new:
+        carry_out(model, method, insertions)
+        for parameter in trained_by(model, method).values():
+            parameter.requires_grad_(trainable)
 
 
 def _targets(model: nn.Module, method: Method, insertions: Iterable[Insertion] = ()) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lora_ext._common.hooks import has_pre_hook, remove_hooks
 from lora_ext._common.printable import shown
 from lora_ext.model.adapter_set import AdapterSet, adapter_set, check_names
 from lora_ext.model.bare_model import adapter_layers, output_head, root_module
-from lora_ext.nn import AdapterLayer, LoraLayer
+from lora_ext.nn import AdapterLayer
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.rows import BASE, RowChoice, choosing, chosen, enter, leave
 
@@ -306,9 +306,6 @@ def _found(root: nn.Module, adapters: AdapterSet) -> Unsupported:
     outside_text: dict[str | None, str] = {}
     parts, of_text = dict(root_module(root).named_modules()), _modules_of_text(root)
     for path, layer in adapter_layers(root):
-        if isinstance(layer, LoraLayer) and layer.is_merged and not for_all:
-            names = ", ".join(map(repr, layer.merged_adapters))
-            for_all = f"{names} is merged into {path!r}, so every row gets it; call unmerge(model) first"
         several = _why_same_for_all(path, layer, parts)
         for name in (*layer.adapters, *([None] if getattr(layer, "slots", None) is not None else [])):
             if not layer.rows_choose:

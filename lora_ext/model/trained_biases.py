@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.interrupts import uninterrupted
-
 
 class TrainedBiases:
     """Biases that an adapter trains in place, and their original values, which PEFT loses.
@@ -31,12 +29,11 @@ class TrainedBiases:
         """Puts the trained values (``used``) or the original ones in place."""
         if used == self.used:
             return
-        with uninterrupted():
-            for path, owner in self._owners.items():
-                other = self._others[path].to(owner.bias)
-                self._others[path] = owner.bias.detach().clone()
-                owner.bias.copy_(other)
-            self.used = used
+        for path, owner in self._owners.items():
+            other = self._others[path].to(owner.bias)
+            self._others[path] = owner.bias.detach().clone()
+            owner.bias.copy_(other)
+        self.used = used
 
     def requires_grad_(self, requires_grad: bool) -> None:
         for owner in self._owners.values():

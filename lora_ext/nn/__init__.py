@@ -2,7 +2,7 @@
 
 - Layers: ``linear`` (with cases of its own for ``tensor_parallel`` weights and ``base_product``), ``packed_linear``,
   ``dora_linear`` (``dora`` has its arithmetic), ``conv``, ``embedding``, ``attention`` (``attention_inputs`` checks its
-  arguments), ``parameter`` (experts, through ``weight_views``). ``trained`` trains a module in full,
+  arguments), ``parameter`` (experts, through ``parameter_view``). ``trained`` trains a module in full,
   ``trainable_tokens`` rows of an embedding.
 - What layers are made of: ``layer`` on ``adapter_layer``, their base classes; ``adapter``, one low-rank update, and
   ``tied``, the same for a second layer; ``active``, the names in use; ``joined``, several of them as one update;

@@ -17,7 +17,6 @@ class ActiveAdapters:
     Attributes:
         names: in the order of activation.
         changes: how often a change of the layers has begun or ended; odd during a change.
-        warned: the kinds of layers that a warning named (lora_ext/nn/outside_reads.py).
         mixed_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows.py).
         pending: weak references to the choices of calls whose backward may come (lora_ext/nn/rows.py).
         unsupported_rows: ``changes`` and what rows could not choose then (lora_ext/model/mixed_batch.py).
@@ -32,7 +31,6 @@ class ActiveAdapters:
     @checked
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names: tuple[str, ...] = tuple(names)
-        self.warned: set[tuple[str, str]] = set()
         self.pending: set[Any] = set()
         self.additions: dict[str, int] = {}
         self._count = itertools.count()
@@ -49,7 +47,6 @@ class ActiveAdapters:
         # No change is under way in a copy, and no enable() would reach it.
         return {
             "names": self.names,
-            "warned": set(),
             "pending": set(),
             "additions": {name: i for i, name in enumerate(self.additions)},
             "_count": itertools.count(len(self.additions)),

@@ -101,7 +101,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return self.base_layer._qkv_same_embed_dim
 
     @property
-    def base_weight(self) -> Tensor:
+    def weight(self) -> Tensor:
         return self.base_layer.in_proj_weight if self.is_packed else self.base_layer.q_proj_weight
 
     @property

@@ -8,12 +8,12 @@ put in the base layer's place after injection stay in force, whoever put them th
 
 from __future__ import annotations
 
-import copy
+import functools
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -26,7 +26,6 @@ from lora_ext.quantized import quantized_weight, why_unsupported
 
 _LINEAR_FORWARD = nn.Linear.forward  # PyTorch's: a library that replaces it in the class is noticed too
 _DENSE = (nn.Parameter, Tensor)
-_ROWS = 80640  # a multiple of most numbers of groups that a forward may split its rows into
 _KEEP_ON_DEVICE = "keep this module on a device (device_map)"  # the remedy for offloaded parameters
 
 
@@ -128,6 +127,46 @@ def is_conv1d(module: nn.Module) -> bool:
 
 # --- what inject and merge refuse -------------------------------------------------------------------------------------
 
+_SAME_AS_LINEAR = frozenset({"FalconLinear"})
+"""Classes whose own forward is nn.Linear's product, so that updates can be merged."""
+
+_OTHER_OUTPUTS = {
+    "Llama4Router": "a tuple",
+    "PhimoeTopKRouter": "a tuple",
+    "DeepseekV4GroupedLinear": "a part of the features for each group",
+}
+"""What the forward of these linear layers returns, which takes no update."""
+
+_MAMBA = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
+_MAMBA2 = (
+    *("Mamba2Mixer", "Zamba2MambaMixer", "BambaMixer", "FalconH1Mixer"),
+    *("GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"),
+)
+_ATTENTION_MAPS = ("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap")
+_READ = {
+    "dt_proj": _MAMBA,
+    "dense": ("MobileBertLMPredictionHead",),
+    "k_proj": ("WavLMAttention", *_ATTENTION_MAPS),
+    **dict.fromkeys(("q_proj", "v_proj", "out_proj"), ("WavLMAttention",)),
+}
+"""Child modules whose weight a model of Transformers reads without calling them, and the classes that do so."""
+
+_READ_BY_KERNELS = {"x_proj": _MAMBA, "out_proj": (*_MAMBA, *_MAMBA2)}
+"""The same where Mamba's kernels may run, which take weights."""
+
+
+def why_bypassed(reader: nn.Module, name: str) -> str | None:
+    """Returns why an adapter of the child ``name`` of ``reader`` would have no effect, or None if that is not known."""
+    kind = type(reader).__name__
+    if kind not in _READ.get(name, ()) and not (kind in _READ_BY_KERNELS.get(name, ()) and _has_mamba_kernels()):
+        return None
+    return f"{kind} reads its weight without calling it, so that an adapter would have no effect; leave it out"
+
+
+@functools.cache
+def _has_mamba_kernels() -> bool:
+    return any(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "kernels"))
+
 
 def why_weight_unusable(module: nn.Module, name: str = "weight", *, at_hand: bool = False) -> str | None:
     """Returns why no update of the parameter ``name`` of ``module`` can be computed, or None.
@@ -161,6 +200,14 @@ def _behaves_as_dense(tensor: Tensor) -> bool:
     )
 
 
+def why_output_unusable(module: nn.Module) -> str | None:
+    """Returns why the output of a linear layer takes no update, or None. Other classes are called and checked then."""
+    returned = _OTHER_OUTPUTS.get(type(module).__name__)
+    if returned is None:
+        return None
+    return f"its forward returns {returned}, want a tensor [..., out_features]; name its weight in target_parameters"
+
+
 def has_forward_of(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
     """Returns whether ``module`` has the forward (and ``methods``) of ``kind``, neither overridden nor replaced.
 
@@ -184,16 +231,16 @@ def why_not_merge(base: nn.Module, *kinds: type[nn.Module], methods: tuple[str, 
 
     ``kinds``: the classes whose forward is linear in the weight.
     """
-    kind = next((kind for kind in kinds if isinstance(base, kind)), None)
-    if is_conv1d(base):
-        kind = type(base)
+    kind = type(base)
+    if not (is_conv1d(base) or (kind.__name__ in _SAME_AS_LINEAR and nn.Linear in kinds)):
+        kind = next((kind for kind in kinds if isinstance(base, kind)), None)
     if kind is None:
         kind = type(base)
         return f"base_layer is a {kind.__module__}.{kind.__name__}; merge or unload it first"
     hooks = (*base._forward_hooks.values(), *base._forward_pre_hooks.values())
     if not all(_gathers(hook) or splits_tensors(hook) for hook in hooks):
         return "its hooks may change what it computes; remove them first"
-    if not has_forward_of(base, kind, *methods) and not (kind is nn.Linear and _is_product(base)):
+    if not has_forward_of(base, kind, *methods):
         return f"the forward of {type(base).__name__} is not {kind.__name__}'s, and may not be linear in the weight"
     return None
 
@@ -207,65 +254,6 @@ def splits_tensors(function: object) -> bool:
     """Returns whether a hook or forward only moves x and y between devices, for tensor parallelism."""
     module = getattr(function, "__module__", None) or ""
     return module.startswith(("torch.distributed.tensor.", "transformers.distributed."))
-
-
-@torch.no_grad()
-def _is_product(base: nn.Linear) -> bool:
-    """Returns whether the forward that the class of ``base`` has instead of nn.Linear's is the same product.
-
-    Tried on a copy, with random numbers of several sizes for its weight, its bias and the input.
-    """
-    if "forward" in vars(base) or any(parameter.is_meta for parameter in base.parameters()):
-        return False
-    numbers = torch.Generator(base.weight.device).manual_seed(0)  # the user's stays as it is
-    x = torch.empty(3, base.in_features, dtype=base.weight.dtype, device=base.weight.device).normal_(generator=numbers)
-    x *= torch.tensor([[0.01], [1.0], [100.0]]).to(x)
-    try:
-        twin = copy.deepcopy(base)
-        for parameter in twin.parameters():
-            parameter.normal_(generator=numbers)
-        y = twin(x)
-    except Exception:  # any error: it is not nn.Linear's forward
-        return False
-    want = F.linear(x, twin.weight, twin.bias)
-    if not isinstance(y, Tensor) or y.shape != want.shape or y.dtype != want.dtype:
-        return False
-    error, size = (a.to(torch.promote_types(a.dtype, torch.float32)).norm(dim=1) for a in (y - want, want))
-    return bool((error <= 16 * torch.finfo(y.dtype).eps * size).all())
-
-
-def why_output_unusable(module: nn.Module) -> str | None:
-    """Returns why the output of a linear layer takes no update, or None: it is one tensor ``[..., out_features]``.
-
-    Some routers return indices, too (Llama 4, PhiMoE); DeepSeek V4's grouped layer gives each of its groups a part of
-    the features. A forward that is not nn.Linear's is tried without memory, on the meta device; None if that fails.
-    """
-    if type(module).forward is _LINEAR_FORWARD or is_conv1d(module) or not runs_alone(module):
-        return None
-    if not all(type(parameter) in _DENSE for parameter in module.parameters()):
-        return None
-    x = torch.empty(1, _ROWS, module.in_features, dtype=module.weight.dtype, device="meta")
-    try:
-        y = tried_on_meta(module, x)
-    except Exception:  # any error: nothing is known
-        return None
-    want = [1, _ROWS, int(module.out_features)]
-    if isinstance(y, Tensor) and list(y.shape) == want:
-        return None
-    what = f"a tensor {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-    return (
-        f"its forward returns {what} for an input {list(x.shape)}, want a tensor {want}; name its weight in "
-        "target_parameters instead"
-    )
-
-
-def tried_on_meta(module: nn.Module, x: Tensor) -> Any:
-    """Returns what ``module`` returns for ``x`` on the meta device. What the forward keeps is kept by a copy."""
-    twin = copy.copy(module)
-    vars(twin).update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    return torch.func.functional_call(twin, empty, (x,))
 
 
 # --- accelerate -------------------------------------------------------------------------------------------------------

@@ -16,9 +16,7 @@ from lora_ext.nn.base_layer import (
     module_of_kind,
     own_copy,
     runs_alone,
-    tried_on_meta,
     why_not_merge,
-    why_weight_unusable,
 )
 from lora_ext.nn.expand import expand_onto_
 from lora_ext.nn.joined import Update, joined
@@ -54,10 +52,6 @@ class LoraConv(TransparentLayer, LoraLayer):
 
     def why_not_merge(self) -> str | None:
         return super().why_not_merge() or why_not_merge(self.base_layer, *_CONVOLVE, methods=("_conv_forward",))
-
-    @classmethod
-    def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
-        return why_weight_unusable(module) or _why_size_differs(module)
 
     @classmethod
     def new_adapter(
@@ -157,7 +151,7 @@ class LoraConv(TransparentLayer, LoraLayer):
 
     def matrices(self) -> dict[str, Matrix]:
         matrices = super().matrices()
-        rows = self.base_weight.permute(self._order())
+        rows = self.weight.permute(self._order())
         matrices["weight"] = matrices["weight"]._replace(view=rows.view(len(rows), -1))
         return matrices
 
@@ -174,12 +168,12 @@ class LoraConv(TransparentLayer, LoraLayer):
     def delta_weight(self, name: str | None = None) -> Tensor:
         """Returns the update of adapter ``name`` (default: the active one) in the shape of the weight; allocates it."""
         order = self._order()
-        shape = [self.base_weight.shape[dim] for dim in order]
+        shape = [self.weight.shape[dim] for dim in order]
         return super().delta_weight(name).view(shape).permute([order.index(dim) for dim in range(len(order))])
 
     def _order(self) -> list[int]:
         """Dimension 0, then the weight's other dimensions in memory order: channels may be last."""
-        weight = self.base_weight
+        weight = self.weight
         return [0, *sorted(range(1, weight.dim()), key=lambda dim: -weight.stride(dim) * (weight.shape[dim] > 1))]
 
     def _apply(self, fn, recurse: bool = True):
@@ -198,39 +192,12 @@ def _kind(module: nn.Module) -> type[nn.Module]:
     return next(kind for kind in _CONVOLVE if isinstance(module, kind))
 
 
-def _why_size_differs(base: nn.Module) -> str | None:
-    """Returns why the output of a convolution takes no update, or None: it has the size that its attributes say.
-
-    A class may pad its input itself, so that the convolution with ``lora_A`` would return another size, or return more
-    than a tensor. A forward that is not PyTorch's is tried without memory, on the meta device; None if that fails.
-    """
-    kind = _kind(base)
-    if has_forward_of(base, kind, "_conv_forward") or not runs_alone(base):
-        return None
-    weight = torch.empty_like(base.weight, device="meta")
-    for more in range(2):  # a padding may depend on the size
-        sizes = [8 * d * (k - 1) + 33 + more for d, k in zip(base.dilation, base.kernel_size, strict=True)]
-        x = torch.empty(1, base.in_channels, *sizes, dtype=base.weight.dtype, device="meta")
-        try:
-            y = tried_on_meta(base, x)
-        except Exception:  # any error: nothing is known
-            return None
-        want = list(_conv_of(base, x, weight, base.groups).shape)
-        if not isinstance(y, Tensor) or list(y.shape) != want:
-            what = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
-            return (
-                f"its forward returns {what} for an input {list(x.shape)}, and a convolution with its stride, padding "
-                f"and dilation returns {want}"
-            )
-    return None
-
-
-def _conv_of(base: nn.Module, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+def _conv_of(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """Returns the convolution of ``x`` with ``weight``, with the stride, padding and dilation of ``base``."""
     padding = base.padding
     if base.padding_mode != "zeros":
         x, padding = F.pad(x, base._reversed_padding_repeated_twice, base.padding_mode), 0
-    return _CONVOLVE[_kind(base)](x, weight, None, base.stride, padding, base.dilation, groups)
+    return _CONVOLVE[_kind(base)](x, weight, None, base.stride, padding, base.dilation)
 
 
 def _shapes(base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

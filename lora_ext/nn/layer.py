@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import of_one_state, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import bring_for_calls
 from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
@@ -19,7 +19,6 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, freeze
 from lora_ext.nn.base_layer import why_weight_unusable
 from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged, encode_names
-from lora_ext.nn.outside_reads import note_read, why_bypassed
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -60,11 +59,6 @@ class LoraLayer(AdapterLayer):
     adapted_along: ClassVar[tuple[str, ...]] = ()  # paths of modules inside that are always adapted too
     weight_name: ClassVar[str] = "weight"
     stores_transposed: bool = False  # the weight is [in, out]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):  # sees a layer before or after a change, never half of one
-            cls.forward = of_one_state(cls.forward)
 
     @checked
     def __init__(
@@ -114,7 +108,7 @@ class LoraLayer(AdapterLayer):
 
     def matrices(self) -> dict[str, Matrix]:
         """Returns the matrices that adapters update, by key."""
-        matrices = {"weight": Matrix(self.base_layer, "weight", self.base_weight)}
+        matrices = {"weight": Matrix(self.base_layer, "weight", self.weight)}
         if self.bias is not None:
             matrices["bias"] = Matrix(self.base_layer, "bias", self.bias.view(1, -1))
         return matrices
@@ -125,7 +119,7 @@ class LoraLayer(AdapterLayer):
 
     def why_not_merge(self) -> str | None:
         """Returns why an update merged into the base weight could differ from the forward, or None."""
-        return why_bypassed(self)
+        return None
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Returns adapter ``name``'s updates by matrix key: ``lora_A [r, cols]``, ``lora_B [rows, r]``, scaling."""
@@ -134,13 +128,7 @@ class LoraLayer(AdapterLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for other code; a model that computes with it is warned about."""
-        note_read(self)
-        return self.base_weight
-
-    @property
-    def base_weight(self) -> Tensor:
-        """The base layer's weight, for this package."""
+        """The base layer's weight."""
         return getattr(self.base_layer, self.weight_name)
 
     @property
@@ -182,13 +170,18 @@ class LoraLayer(AdapterLayer):
         With a ``choice``, the names that some row has chosen.
 
         Raises:
-            RuntimeError: merged adapters would not train; or adapters were merged since the choice was made.
+            RuntimeError: merged adapters would not train.
+            ValueError: adapters are merged, and rows have chosen others.
         """
         if "ds_id" in self.__dict__:  # an engine with ZeRO-3 manages the model
             bring_for_calls(self, self.adapters.parameters())
         if choice is not None:
             if self._merged is not None:
-                raise RuntimeError(f"{type(self).__name__}: {self._merged.names} were merged during a call by rows")
+                names = ", ".join(map(repr, self._merged.names))
+                raise ValueError(
+                    f"{type(self).__name__}: adapter_names: {names} is merged into this layer, so every row gets it; "
+                    "call unmerge(model) first"
+                )
             adapters = self._modules["adapters"]._modules
             return tuple([name for name in choice.names if name in adapters])
         if self._merged is None:
@@ -330,10 +323,10 @@ class LoraLayer(AdapterLayer):
     @one_at_a_time
     def _apply(self, fn, recurse: bool = True):
         """Is what PyTorch calls for ``to``, ``half``, ...; notes that a merged weight was converted."""
-        dtype = None if self._merged is None else self.base_weight.dtype
+        dtype = None if self._merged is None else self.weight.dtype
         super()._apply(fn, recurse)
-        if self._merged is not None and self.base_weight.dtype != dtype:
-            lost = f"was converted from {dtype} to {self.base_weight.dtype} while merged, which cannot be undone"
+        if self._merged is not None and self.weight.dtype != dtype:
+            lost = f"was converted from {dtype} to {self.weight.dtype} while merged, which cannot be undone"
             self._merged = dataclasses.replace(self._merged, lost=lost)
         return self
 

@@ -14,9 +14,15 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, innermost, layers_around
 from lora_ext.nn.base_layer import check_not_offloaded, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
+from lora_ext.nn.parameter_view import (
+    ExpertUpdate,
+    NeedsWholeError,
+    StackedUpdates,
+    call_with_updates,
+    call_with_value,
+    why_whole,
+)
 from lora_ext.nn.rows import RowChoice, row_choice
-from lora_ext.nn.weight_views.calls import NeedsWholeError, call_with_tensor, call_with_updates, why_whole
-from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -30,7 +36,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
     ``[out_features, in_features]``. Each expert has its own factors of rank ``r``; as in PEFT, ``lora_A [r *
     num_experts, in_features]`` concatenates them and ``lora_B [out_features, r * num_experts]`` interleaves them.
 
-    The module gets a view of the parameter (:mod:`lora_ext.nn.weight_views`): products with it, or with the experts
+    The module gets a view of the parameter (:mod:`lora_ext.nn.parameter_view`): products with it, or with the experts
     that it chooses, apply the updates to the rows that chose each expert, so that no tensor of the parameter's size is
     made. If the module does something else with the parameter, the call allocates one such tensor, and its backward a
     gradient of that size; :attr:`why_whole` says why. A merged layer allocates neither. Only merging writes the
@@ -97,7 +103,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return innermost(self.base_layer)
 
     @property
-    def base_weight(self) -> Tensor:
+    def weight(self) -> Tensor:
         return getattr(self.module, self.parameter_name)
 
     @property
@@ -106,7 +112,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
 
     @property
     def stores_transposed(self) -> bool:
-        return _is_transposed(self.module, self.base_weight)
+        return _is_transposed(self.module, self.weight)
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
         num_experts, out_features, in_features = _sizes(self.module, self.parameter_name)
@@ -114,9 +120,9 @@ class LoraParameter(TransparentLayer, LoraLayer):
         return {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
 
     def matrices(self) -> dict[str, Matrix]:
-        views = {"weight": self.base_weight}
-        if self.base_weight.dim() == 3:
-            views = {f"weight[{i}]": view for i, view in enumerate(self.base_weight)}
+        views = {"weight": self.weight}
+        if self.weight.dim() == 3:
+            views = {f"weight[{i}]": view for i, view in enumerate(self.weight)}
         return {key: Matrix(self.module, self.parameter_name, view) for key, view in views.items()}
 
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -128,7 +134,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
 
     def delta_weight(self, name: str | None = None, key: str | None = None) -> Tensor:
         """Returns the update; without ``key``, that of all experts. See :meth:`LoraLayer.delta_weight`."""
-        if key is not None or self.base_weight.dim() == 2:
+        if key is not None or self.weight.dim() == 2:
             return super().delta_weight(name, key or "weight")
         return torch.stack([super(LoraParameter, self).delta_weight(name, key) for key in self.matrices()])
 
@@ -147,10 +153,10 @@ class LoraParameter(TransparentLayer, LoraLayer):
                 self.base_layer, module, self.parameter_name, updates, args, kwargs, self.stores_transposed
             )
         except NeedsWholeError:
-            updated = StackedUpdates(self.base_weight, self.stores_transposed, updates).updated()
+            updated = StackedUpdates(self.weight, self.stores_transposed, updates).updated()
             name = self.parameter_name
             if is_partitioned(module._parameters[name]) and not hasattr(type(module), name):
-                return call_with_tensor(self.base_layer, module, name, updated, args, kwargs)
+                return call_with_value(self.base_layer, module, name, updated, args, kwargs)
             substitute = {self._path_from_base_layer(): updated}
             return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
 

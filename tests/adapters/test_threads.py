@@ -1,4 +1,4 @@
-"""Threads that change one model: no weight is lost, and no forward of a layer sees half of a change."""
+"""Threads that change one model: one change at a time, and no weight is lost."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ import torch
 from support.merged_models import all_same, hard_layer, hard_model, weights
 from support.merging import same_bits
 from support.models import Net
-from torch import Tensor, nn
+from torch import nn
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
-from lora_ext._common.changes import changing
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import (
     adapter_names,
-    delete_adapter,
     disable_adapters,
     hotswap_adapter,
     lora_modules,
     merge_and_unload,
-    rename_adapter,
 )
 from lora_ext.merging import layers as merged_module
 
@@ -141,134 +138,6 @@ def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return model(x)
 
 
-@pytest.mark.cpu_only("on a GPU the order on the stream decides, which is not a thread's")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_forward_during_merges_sees_one_state(dtype):
-    layer = hard_layer(dtype, (64, 512), sizes=(0.5, 3.0, 1.0))
-    layer.set_active("a")
-    x = torch.randn(3, 512, dtype=dtype)
-    allowed = [outputs(layer, x)]  # with a unmerged
-    for name in ("b", "c"):
-        layer.merge(name)
-        allowed.append(outputs(layer, x))
-    layer.unmerge()
-    assert not any(torch.equal(allowed[0], other) for other in allowed[1:])
-    done = threading.Event()
-
-    def change() -> None:
-        try:
-            for _ in range(150):
-                layer.merge("b")
-                layer.merge("c")
-                layer.unmerge()
-        finally:
-            done.set()
-
-    def call() -> None:
-        while not done.is_set():
-            y = outputs(layer, x)
-            assert any(torch.equal(y, output) for output in allowed)
-
-    assert run_together(change, call, call, seconds=60) == [None] * 3
-
-
-def test_a_forward_waits_for_the_end_of_a_change(monkeypatch):
-    layer = hard_layer(torch.float32)
-    layer.set_active("a")
-    x = torch.randn(3, 270)
-    before, under_way, go_on = outputs(layer, x), threading.Event(), threading.Event()
-    run = merged_module._Merge.run
-
-    def paused(self, *args, **kwargs):
-        made = run(self, *args, **kwargs)
-        under_way.set()  # the weight has the update, but the state does not say so yet
-        assert go_on.wait(20)
-        return made
-
-    monkeypatch.setattr(merged_module._Merge, "run", paused)
-    results = []
-    thread = threading.Thread(target=lambda: layer.merge("a"))
-    thread.start()
-    assert under_way.wait(20)
-    reader = threading.Thread(target=lambda: results.append(outputs(layer, x)))
-    reader.start()
-    reader.join(0.3)
-    assert results == []
-    go_on.set()
-    thread.join(20), reader.join(20)
-    torch.testing.assert_close(results[0], before, rtol=1e-4, atol=1e-3)  # the update counts once
-
-
-def test_a_forward_that_fails_because_of_a_change_is_repeated():
-    model = inject(Net().eval(), CONFIG, "a")
-    inject(model, CONFIG, "b")
-    x, done = torch.randn(4, 6), threading.Event()
-
-    def change() -> None:
-        try:
-            for _ in range(200):
-                set_adapter(model, "a")
-                rename_adapter(model, "b", "c")
-                rename_adapter(model, "c", "b")
-                set_adapter(model, "b")
-                delete_adapter(model, "a")
-                inject(model, CONFIG, "a")
-        finally:
-            done.set()
-
-    def call() -> None:
-        while not done.is_set():
-            assert outputs(model, x).isfinite().all()
-
-    assert run_together(change, call, seconds=60) == [None, None]
-
-
-class Experts(nn.Module):
-    """Two parameters, so that one adapter layer is inside another one. Its first call waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Parameter(torch.randn(2, 8, 6)), nn.Parameter(torch.randn(2, 6, 8))
-        self.entered, self.may_go_on = threading.Event(), threading.Event()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.entered.is_set():
-            self.entered.set()
-            assert self.may_go_on.wait(20)
-        return torch.bmm(torch.bmm(x.expand(2, *x.shape), self.up.mT), self.down.mT).sum(0)
-
-
-def test_forwards_of_one_module_of_experts_do_not_wait_for_each_other_in_a_circle():
-    """They hold a lock of the module, and one of them computes again with that of all changes."""
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["0.up", "0.down"], init_lora_weights=False)
-    model, x = inject(nn.Sequential(Experts()), config).eval(), torch.randn(3, 6)
-    experts, active = model[0].module, model[0].active
-
-    def change() -> None:
-        assert experts.entered.wait(20)
-        with changing(active):
-            second = threading.Thread(target=model, args=(x,), daemon=True)
-            second.start()
-            time.sleep(0.1)  # it waits for the end of the change,
-        time.sleep(0.1)  # and now for the first forward, which sees that there was a change
-        experts.may_go_on.set()
-        second.join(20)
-        assert not second.is_alive()
-
-    results: list[Tensor] = []
-    assert run_together(lambda: results.append(model(x)), change, seconds=60) == [None, None]
-    torch.testing.assert_close(results[0], model(x))
-
-
-def test_errors_of_a_forward_are_passed_on():
-    layer = hard_layer(torch.float32)
-    with pytest.raises(ValueError, match="has in_features=270 but x has 3"):
-        layer(torch.randn(2, 3))
-    layer.merge("a")
-    with pytest.raises(RuntimeError, match="'a' is merged and would not train"):
-        layer.train()(torch.randn(2, 270))
-
-
 def test_files_hold_one_state(tmp_path):
     model = inject(Net().eval(), CONFIG, "a")
     kept = {}
@@ -332,15 +201,14 @@ def test_one_model_is_injected_once(slow):
 def test_a_fork_waits_for_a_change(monkeypatch):
     model = hard_model([torch.float32])
     pristine, under_way = weights(model), threading.Event()
-    run = merged_module._Merge.run
+    run = merged_module.run_unmerge
 
-    def slow_run(self, *args, **kwargs):
-        made = run(self, *args, **kwargs)
+    def slow_run(launches):
+        run(launches)
         under_way.set()
         time.sleep(0.2)
-        return made
 
-    monkeypatch.setattr(merged_module._Merge, "run", slow_run)
+    monkeypatch.setattr(merged_module, "run_unmerge", slow_run)
     thread = threading.Thread(target=lambda: merge(model, "a"))
     thread.start()
     assert under_way.wait(20)
@@ -353,20 +221,3 @@ def test_a_fork_waits_for_a_change(monkeypatch):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     thread.join(20)
     assert all_same(weights(unmerge(model)), pristine)
-
-
-def test_a_copy_made_in_the_middle_of_a_change_computes(monkeypatch):
-    layer = hard_layer(torch.float32)
-    layer.set_active("a")
-    copies = []
-    run = merged_module._Merge.run
-
-    def copied(self, *args, **kwargs):
-        copies.append(copy.deepcopy(layer))
-        return run(self, *args, **kwargs)
-
-    x = torch.randn(3, 270)
-    before = outputs(layer, x)
-    monkeypatch.setattr(merged_module._Merge, "run", copied)
-    layer.merge("b")
-    assert torch.equal(outputs(copies[0], x), before)

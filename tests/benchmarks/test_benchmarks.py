@@ -94,12 +94,6 @@ def test_siblings(run):
     assert all(list(row["ratio"]) == ["siblings", "separate", *PEERS[1:]] for row in rows) and len(rows) == 2
 
 
-def test_compiled(run):
-    rows = run("bench_compiled", "--shapes", "8x16x24+8", "--backend", "eager")["rows"]
-    assert all(list(row["ratio"]) == ["shared", "single"] for row in rows) and len(rows) == 2
-    assert all(row["activation_bytes"]["shared"] < row["activation_bytes"]["single"] for row in rows)
-
-
 def test_grouped(run):
     forward = run("bench_grouped", "--shapes", "6x16x24", "--only", "forward", "--adapters", "4", "--rank", "4")["rows"]
     assert all(list(row["ratio"]) == ["frozen", *bench_grouped.CONTESTANTS] for row in forward) and len(forward) == 2

@@ -17,7 +17,6 @@ from transformers import LlamaForCausalLM
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import rename_adapter, set_adapter
-from lora_ext.integrations.trl import for_trl
 from lora_ext.methods import apply_method, load_method, new_method, save_method
 
 NEW = VOCABULARY + 2
@@ -67,7 +66,6 @@ def trained_by_peft(base: Path, directory: Path) -> Tensor:
 WAYS = {
     "save_adapter": lambda model, directory: save_adapter(model, directory),
     "save_pretrained": lambda model, directory: model.save_pretrained(directory),
-    "for_trl": lambda model, directory: for_trl(model).save_pretrained(directory),
     "of a copy": lambda model, directory: save_adapter(copy.deepcopy(model), directory),
 }
 
@@ -129,13 +127,12 @@ def test_resized_embeddings_are_saved_with_a_warning(name, base, tmp_path):
         load_adapter(plain(base), tmp_path / "ours")
 
 
-def test_save_pretrained_and_trl_save_them_too(base, tmp_path):
+def test_save_pretrained_saves_them_too(base, tmp_path):
     model = inject(resized(base, 1), LoraConfig(**SETTINGS))
-    for way in ("save_pretrained", "for_trl"):
-        with pytest.warns(UserWarning, match="resized"):
-            WAYS[way](model, tmp_path / way)
-        again = load_adapter(resized(base, 2), tmp_path / way)
-        torch.testing.assert_close(logits(again), logits(model))
+    with pytest.warns(UserWarning, match="resized"):
+        model.save_pretrained(tmp_path / "saved")
+    again = load_adapter(resized(base, 2), tmp_path / "saved")
+    torch.testing.assert_close(logits(again), logits(model))
 
 
 def test_trainer_resumes_with_them(base, tmp_path):

@@ -9,7 +9,6 @@ import torch
 from support.models import bert, llama
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
-from lora_ext.integrations.trl import for_trl
 
 CONFIG = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
 
@@ -21,7 +20,7 @@ def test_unfrozen_parameters_are_named(tmp_path):
         save_adapter(model, tmp_path)
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, for_trl], ids=["plain", "compiled", "for_trl"])
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
 def test_an_unfrozen_model_is_noticed_through_wrappers(wrap, tmp_path):
     model = inject(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.requires_grad_(True)

@@ -89,26 +89,6 @@ def test_save_pretrained_and_save_method_write_no_empty_tensors(tmp_path, monkey
     assert not (tmp_path / "method").exists()
 
 
-def test_the_wrapper_for_trl_saves_what_trainer_gathers_of_it(tmp_path, monkeypatch):
-    """Trainer leaves frozen parameters out if the model is a PeftModel, and saves on one rank: nothing may wait."""
-    trl = pytest.importorskip("lora_ext.integrations.trl")
-    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"]))
-    save_adapter(model, tmp_path / "whole")
-    wrapper = trl.for_trl(model)
-    state = {key: value.clone() for key, value in wrapper.state_dict().items() if "lora_" in key}
-    partition(model, monkeypatch, engine=True)
-    monkeypatch.delitem(sys.modules, "deepspeed")
-    wrapper.save_pretrained(tmp_path / "given", state_dict=state)
-    for file in (tmp_path / "whole").iterdir():
-        assert file.read_bytes() == (tmp_path / "given" / file.name).read_bytes()
-    of_another = {key.replace(".default.", ".ref."): value for key, value in state.items()}
-    with pytest.warns(UserWarning, match=r"lacks the adapters \['default'\], which are not saved"):
-        wrapper.save_pretrained(tmp_path / "frozen", state_dict=of_another)
-    assert not (tmp_path / "frozen").exists()
-    with pytest.raises(ValueError, match="state_dict lacks 1 keys"):
-        wrapper.save_pretrained(tmp_path / "lacks", state_dict=dict(list(state.items())[1:]))
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -288,6 +288,7 @@ def test_values_that_are_not_finite_give_one_warning(value, dtype, tmp_path):
         pytest.warns(UserWarning, match=text),
     ):
         pool.acquire(["a"])
+        pool.release(["a"])
 
 
 def test_every_mismatch_is_listed(model, tmp_path):

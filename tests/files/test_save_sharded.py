@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from support.models import bert, llama, token_ids
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.methods import apply_method, new_method, save_method
@@ -49,21 +48,6 @@ def test_a_gathered_state_is_saved(one_process, tmp_path):
     save_adapter(model, tmp_path / "sharded")
     for file in (tmp_path / "sharded").iterdir():
         assert file.read_bytes() == (tmp_path / "adapter" / file.name).read_bytes()
-
-
-def test_the_wrapper_for_trl_saves_a_gathered_state(one_process, tmp_path, monkeypatch):
-    """Trainer gathers it on all ranks, and saves on the first alone: nothing may ask the others then."""
-    trl = pytest.importorskip("lora_ext.integrations.trl")
-    base, ids = llama().eval(), token_ids()
-    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
-    expected = model(ids).logits
-    fully_shard(model)
-    wrapper = trl.for_trl(model)
-    gathered = get_model_state_dict(wrapper, options=WHOLE)
-    with monkeypatch.context() as patch:
-        patch.setattr(DTensor, "full_tensor", lambda *_: pytest.fail("asks the other ranks"))
-        wrapper.save_pretrained(tmp_path / "adapter", state_dict=gathered)
-    assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "adapter").eval()(ids).logits, expected)
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])

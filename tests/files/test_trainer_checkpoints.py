@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import safetensors.torch
 import torch
 from support.models import bert, llama, token_ids
 from support.spoil import Spoil
@@ -170,15 +169,3 @@ def test_a_checkpoint_resumed_with_peft_layers_fails_instead_of_starting_again(t
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, **options))
     with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\.bert\.embeddings"):
         trainer(model, tmp_path / "run", max_steps=2).train(resume_from_checkpoint=True)
-
-
-def test_a_checkpoint_loaded_into_the_wrapper_for_trl_names_the_remedy(tmp_path):
-    pytest.importorskip("peft")
-    from lora_ext.integrations.trl import for_trl
-
-    options = {"target_modules": ["q_proj"]}
-    base = llama()
-    injected(base, **options).save_pretrained(tmp_path)
-    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="without the wrapper around this LlamaForCausalLM.*load_adapter"):
-        for_trl(injected(base, **options)).load_state_dict(state, strict=False)

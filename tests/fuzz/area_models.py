@@ -256,7 +256,7 @@ def _inject(choices: Choices, base: str, name: str = "") -> Step:
 def _combine(choices: Choices) -> Step:
     weights, kind = choices.pick(("[1.0, 0.5]", "[0.5]", "[-1.0, 2.0]")), choices.pick(("cat", "svd", "linear", "ties"))
     names = choices.pick(('["a", "b"]', '["a"]', '["a", "x"]'))
-    return Step("add_weighted_adapter", f'add_weighted_adapter(model, {names}, {weights}, "c", "{kind}", density=0.5)')
+    return Step("add_weighted_adapter", f'add_weighted_adapter(model, {names}, {weights}, "c", "{kind}")')
 
 
 _FILL = """with torch.no_grad():

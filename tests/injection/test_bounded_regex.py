@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from lora_ext import LoraConfig
-from lora_ext.matching.bounded_regex import Expression, TimeAllowance, TooSlow, check_expressions
+from lora_ext.matching import path_patterns
+from lora_ext.matching.bounded_regex import TimeAllowance, check_expressions, compiled
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher, PathPatterns
 
 pytestmark = pytest.mark.cpu_only("has no tensors")
@@ -145,63 +146,43 @@ def test_random_expressions_match_like_re():
         source = "".join(expression(rng, rng.randint(0, 3)) for _ in range(rng.randint(1, 3)))
         source = rng.choice(["", "", "", "(?i)", "(?m)", "(?s)", "(?a)"]) + source
         try:
-            compiled = re.compile(source)
+            theirs = re.compile(source)
         except re.error:
             continue  # regex accepts more than re
-        ours = Expression(source)
+        ours = compiled(source)
         for _ in range(4):
             text = "".join(
                 rng.choice("aAb.1_\n") for _ in range(rng.randint(1, 8))
             )  # not "": Python 3.14 changed \B there
-            assert ours.fullmatch(text, TimeAllowance()) == (compiled.fullmatch(text) is not None), (source, text)
-            found, expected = ours.match(text, TimeAllowance()), compiled.match(text)
-            assert (found and found.span()) == (expected and expected.span()), (source, text)
+            for method in ("match", "fullmatch"):
+                found, expected = getattr(ours, method)(text), getattr(theirs, method)(text)
+                assert (found and found.span()) == (expected and expected.span()), (source, text)
             tried += 1
 
 
-def test_invalid_expressions():
-    for source in ("(", "[", "(?P<x>a", "a**", "(?P=x)", "(" * 400 + ")" * 400):
-        with pytest.raises(ValueError, match="LoraConfig: exclude_modules is .*, (not a regular|too deep)"):
-            check_expressions("exclude_modules", [source])
-
-
 @pytest.mark.parametrize("limit", [1000, 100_000])
-def test_the_depth_that_is_too_deep_is_the_same_whatever_the_interpreters_limit(limit):
+def test_invalid_expressions_whatever_the_interpreters_limit_on_recursion(limit):
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(limit)  # torch.compile and others raise it
     try:
         check_expressions("exclude_modules", ["(" * 100 + ")" * 100])
-        with pytest.raises(ValueError, match="too deep: more than 100 brackets are open at once"):
-            check_expressions("exclude_modules", ["(" * 101 + ")" * 101])
+        for source in ("(", "[", "(?P<x>a", "a**", "(?P=x)", "(" * 101 + ")" * 101):
+            with pytest.raises(ValueError, match="LoraConfig: exclude_modules is .*, (not a regular|too deep)"):
+                check_expressions("exclude_modules", [source])
     finally:
         sys.setrecursionlimit(before)
 
 
-# --- time and memory --------------------------------------------------------------------------------------------------
+# --- time and memory; tests/hostile/test_hostile_adapters.py measures seconds and bytes -------------------------------
 
 
 def test_time_is_bounded_for_all_matches_together():
-    """Checks the allowance; tests/hostile/test_hostile_adapters.py measures seconds and bytes."""
-    expression, allowance = Expression(CATASTROPHIC["alternatives"]), TimeAllowance()
-    assert expression.fullmatch("abc!", allowance)
-    for _ in range(2):  # the second call has no time left
-        with pytest.raises(TooSlow):
-            expression.fullmatch("a" * 100, allowance)
-    assert allowance.seconds <= 0
-
-
-def test_a_timeout_uses_up_the_allowance(monkeypatch):
-    """The library's clock counts all threads of the process: its time may be up before ours is."""
-    expression, allowance = Expression("a+"), TimeAllowance()
-
-    class OutOfTime:
-        def fullmatch(self, text, timeout):
-            raise TimeoutError
-
-    monkeypatch.setattr(expression, "_compiled", OutOfTime())
-    with pytest.raises(TooSlow):
-        expression.fullmatch("a", allowance)
-    assert allowance.seconds == 0
+    source, allowance = CATASTROPHIC["alternatives"], TimeAllowance("target_modules")
+    fullmatch = compiled(source).fullmatch
+    assert allowance.run(fullmatch, source, "abc!")
+    for path in ("a" * 100, "abc!"):  # the second call has no time left
+        with pytest.raises(ValueError, match="takes too long"):
+            allowance.run(fullmatch, source, path)
 
 
 @pytest.mark.parametrize("name", CATASTROPHIC)
@@ -237,7 +218,7 @@ def test_thousands_of_names_are_one_lookup(monkeypatch):
     def never(*args):
         raise AssertionError("an expression was tried")
 
-    monkeypatch.setattr(Expression, "__init__", never)
+    monkeypatch.setattr(path_patterns, "compiled", never)
     names = [re.escape(f"model.layers.{i}.mlp.up_proj") for i in range(10_000)]
     config = LoraConfig(target_modules=["up_proj"], rank_pattern={name: i + 1 for i, name in enumerate(names)})
     assert config.rank_for("base.model.layers.7.mlp.up_proj") == 8

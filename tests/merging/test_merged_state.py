@@ -125,7 +125,7 @@ def test_names_survive_a_conversion_and_damaged_ones_are_refused():
             plain.load_state_dict(plain.state_dict() | {"head._extra_state": damage})
 
 
-def test_a_state_without_base_weights_is_taken_by_a_merged_model():
+def test_a_state_without_weights_is_taken_by_a_merged_model():
     plain, merged = pair("linear")
     adapters = {key: torch.zeros_like(value) for key, value in plain.state_dict().items() if ".adapters." in key}
     result = merged.load_state_dict(adapters, strict=False)

@@ -109,13 +109,12 @@ def test_files_do_not_depend_on_other_adapters(settings, tmp_path):
     torch.testing.assert_close(other(*tensors), model(*tensors))
 
 
-@pytest.mark.parametrize("kind", ["linear", "cat", "ties"])
+@pytest.mark.parametrize("kind", ["linear", "cat"])
 @pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 5}])
 def test_weighted_combination(settings, kind, tmp_path):
     base = Wrapper(**settings)
     model = adapted(adapted(copy.deepcopy(base), name="a", lora_bias=True), name="b", lora_bias=True)
-    extra = {"density": 0.5} if kind == "ties" else {}
-    set_adapter(add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", kind, **extra), "c")
+    set_adapter(add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", kind), "c")
     tensors = inputs("all" if settings else "self", False, True, *(settings.values() or (E, E)))
     assert_same(model, merged_copy(model), tensors)
     save_adapter(model, tmp_path, "c")

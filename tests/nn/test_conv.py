@@ -236,18 +236,6 @@ def test_a_hook_on_the_base_layer_runs_and_its_output_is_not_overwritten():
     assert not torch.equal(model.conv(x), bare) and torch.equal(seen[1], bare)
 
 
-class Same(nn.Conv2d):
-    """Pads its input itself, as timm's Conv2dSame; with a stride of 2, only sizes that are even are padded."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, [0, 1 - x.shape[-1] % 2, 0, 1 - x.shape[-2] % 2]))
-
-
-class WithCache(nn.Conv2d):
-    def forward(self, x: Tensor, cache: Tensor | None = None) -> tuple[Tensor, None]:
-        return super().forward(x), None
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -256,8 +244,6 @@ class WithCache(nn.Conv2d):
     [
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), "its weight is computed by a parametrization"),
         (nn.ConvTranspose2d(6, 8, 3), "no LoRA layer adapts ConvTranspose2d"),
-        (Same(6, 8, 3, stride=2), "its forward returns [1, 8, 25, 25] for an input [1, 6, 50, 50], and a convolution"),
-        (WithCache(6, 8, 3), "its forward returns a tuple for an input"),
     ],
 )
 def test_convolutions_that_cannot_be_adapted(layer, reason):

@@ -15,12 +15,12 @@ from lora_ext.merging.weights import MergeRecord
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
-def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
 
 
 def changed_elements(model: nn.Module, before: dict[str, torch.Tensor]) -> int:
-    after = base_weights(model)
+    after = weights(model)
     assert after.keys() == before.keys()
     return sum(
         (weight.view(INTEGERS[weight.dtype]) != before[name].view(INTEGERS[weight.dtype])).sum().item()
@@ -40,11 +40,11 @@ def scaled_up(theirs: nn.Module, ours: nn.Module) -> None:
 def test_unmerge_restores_every_bit_where_peft_does_not(name, dtype):
     theirs, ours = model_pair(name, dtype)
     scaled_up(theirs, ours)
-    before, ids = base_weights(ours), token_ids()
+    before, ids = weights(ours), token_ids()
     expected = logits(ours, ids)
     for model in (theirs, ours):
         model.merge_adapter()
-    merged = [base_weights(model) for model in (theirs, ours)]
+    merged = [weights(model) for model in (theirs, ours)]
     for key, weight in merged[0].items():
         torch.testing.assert_close(merged[1][key], weight, rtol=2 * torch.finfo(dtype).eps, atol=1e-7, msg=key)
     assert changed_elements(ours, before) > 1000
@@ -62,7 +62,7 @@ CONVOLUTIONS = {"1d": (nn.Conv1d, (4, 3, 9)), "2d": (nn.Conv2d, (4, 3, 9, 9)), "
 def test_convolutions(kind, kernel):  # PEFT itself cannot merge a Conv3d of kernel size 1
     cls, shape = CONVOLUTIONS[kind]
     theirs, ours = pair(nn.Sequential(cls(3, 8, kernel)).bfloat16(), config(target_modules=["0"]))
-    before, x = base_weights(ours), torch.randn(shape).bfloat16()
+    before, x = weights(ours), torch.randn(shape).bfloat16()
     assert torch.equal(ours(x), theirs(x))
     for model in (theirs, ours):
         model.merge_adapter()
@@ -75,10 +75,10 @@ def test_convolutions(kind, kernel):  # PEFT itself cannot merge a Conv3d of ker
 def test_embeddings_and_output_projection(tied):
     theirs, ours = pair(llama(tied).bfloat16(), config(target_modules=["embed_tokens", "lm_head", "q_proj"]))
     scaled_up(theirs, ours)
-    before = base_weights(ours)
+    before = weights(ours)
     for model in (theirs, ours):
         model.merge_adapter()
-    for ours_merged, theirs_merged in zip(base_weights(ours).values(), base_weights(theirs).values(), strict=True):
+    for ours_merged, theirs_merged in zip(weights(ours).values(), weights(theirs).values(), strict=True):
         torch.testing.assert_close(ours_merged, theirs_merged, rtol=0.02, atol=1e-3)
     if tied:  # one weight, two updates: neither layer finds the result of its merge
         with pytest.warns(UserWarning, match="PEFT subtracts the update"):
@@ -97,7 +97,7 @@ def linear_pair(*options: dict, dtype: torch.dtype = torch.bfloat16, bias: bool 
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_several_adapters_in_any_order(safe_merge):
     theirs, ours = linear_pair({}, {"r": 9, "lora_bias": True}, {"lora_alpha": -5})
-    before, layers = base_weights(ours), [model.base_model.model[0] for model in (theirs, ours)]
+    before, layers = weights(ours), [model.base_model.model[0] for model in (theirs, ours)]
     for layer in layers:
         layer.merge(safe_merge=safe_merge, adapter_names=["2"])
         with pytest.warns(UserWarning, match="Already following adapters were merged 2"):
@@ -116,7 +116,7 @@ def test_several_adapters_in_any_order(safe_merge):
 
 def test_forward_while_disabled_unmerges_as_in_peft():
     _, ours = linear_pair({})
-    before, x = base_weights(ours), torch.randn(3, 24).bfloat16()
+    before, x = weights(ours), torch.randn(3, 24).bfloat16()
     expected = ours.base_model.model[0].base_layer(x)
     ours.merge_adapter()
     with ours.disable_adapter():
@@ -127,7 +127,7 @@ def test_forward_while_disabled_unmerges_as_in_peft():
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_of_a_merged_model_unmerge(duplicate):
     _, ours = linear_pair({}, {"r": 9})
-    before = base_weights(ours)
+    before = weights(ours)
     set_active([ours], "default", "1")
     ours.merge_adapter()
     other = duplicate(ours)
@@ -153,7 +153,7 @@ def test_merge_and_unload_keeps_no_record():
 
 def test_the_adapter_may_change_while_merged():
     _, ours = linear_pair({})
-    before = base_weights(ours)
+    before = weights(ours)
     ours.merge_adapter()
     for factor in factors(ours).values():
         factor.data.normal_()
@@ -172,8 +172,8 @@ def test_a_weight_replaced_while_merged_is_unmerged_as_in_peft(name):
     theirs.unmerge_adapter()
     with pytest.warns(UserWarning, match="has been replaced or changed since: PEFT subtracts"):
         ours.unmerge_adapter()
-    for key, weight in base_weights(theirs).items():
-        torch.testing.assert_close(base_weights(ours)[key], weight)
+    for key, weight in weights(theirs).items():
+        torch.testing.assert_close(weights(ours)[key], weight)
 
 
 def test_a_dtype_converted_while_merged_is_unmerged_as_in_peft():
@@ -184,8 +184,8 @@ def test_a_dtype_converted_while_merged_is_unmerged_as_in_peft():
     theirs.unmerge_adapter()
     with pytest.warns(UserWarning, match="PEFT subtracts"):
         ours.unmerge_adapter()
-    for key, weight in base_weights(theirs).items():
-        torch.testing.assert_close(base_weights(ours)[key], weight, rtol=0.02, atol=0.01)
+    for key, weight in weights(theirs).items():
+        torch.testing.assert_close(weights(ours)[key], weight, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -193,15 +193,15 @@ def test_results_that_are_not_finite(broken):
     theirs, ours = linear_pair({})
     for model in (theirs, ours):
         factors(model).popitem()[1].data[0, 0] = broken
-    before = base_weights(ours)
+    before = weights(ours)
     with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
         ours.base_model.model[0].merge(safe_merge=True)
     assert changed_elements(ours, before) == 0 and not ours.base_model.model[0].merged
     for model in (theirs, ours):
         model.merge_adapter()  # PEFT merges them without safe_merge
     assert ours.base_model.model[0].merged_adapters == ["default"]
-    for key, weight in base_weights(theirs).items():
-        torch.testing.assert_close(base_weights(ours)[key], weight, equal_nan=True)
+    for key, weight in weights(theirs).items():
+        torch.testing.assert_close(weights(ours)[key], weight, equal_nan=True)
     ours.unmerge_adapter()
     assert ours.base_model.model[0].merged_adapters == []
 
@@ -232,7 +232,7 @@ def test_dora_and_lora_in_one_layer():
 def test_a_merged_adapter_that_was_deleted_is_unmerged():
     """PEFT's layer would keep the update forever."""
     _, ours = linear_pair({}, {})
-    before, layer = base_weights(ours), ours.base_model.model[0]
+    before, layer = weights(ours), ours.base_model.model[0]
     layer.merge(adapter_names=["1"])
     layer.delete_adapter("1")
     layer.unmerge()

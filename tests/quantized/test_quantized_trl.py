@@ -1,4 +1,4 @@
-"""TRL's trainers on injected models with quantised weights: SFT equals PEFT's, DPO uses the model as its reference."""
+"""TRL's trainers on quantised models: SFT of an injected one equals PEFT's; DPO of PEFT's model on our kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.tiny_trl import PREFERENCES, TARGETS, decoder, save, tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_ext import LoraConfig, inject, save_adapter
-from lora_ext.integrations.trl import for_trl
+from lora_ext.integrations.peft import accelerate
 
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore"), pytest.mark.cpu_only("TRL chooses the device")]
 
@@ -60,12 +60,12 @@ def test_sft_has_the_losses_of_peft(checkpoint: Path, format: str, tmp_path: Pat
 
 
 def test_dpo(checkpoint: Path, tmp_path: Path):
-    model = inject(base(checkpoint, "nf4"), LoraConfig(**CONFIG))
+    model = accelerate(peft.get_peft_model(base(checkpoint, "nf4"), peft.LoraConfig(**CONFIG)))
     data = datasets.Dataset.from_list(PREFERENCES)
     with unchanged_bytes(model):
         losses = losses_of(
             trl.DPOTrainer(
-                model=for_trl(model),
+                model=model,
                 args=settings("DPO", tmp_path, gradient_checkpointing=True),
                 train_dataset=data,
                 processing_class=tokenizer(),

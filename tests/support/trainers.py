@@ -8,7 +8,6 @@ from typing import Any
 
 import transformers
 from support.optional import datasets, trl
-from support.ways import Way
 from torch import nn
 
 _SPEC = importlib.util.spec_from_file_location("tiny_chat", Path(__file__).parents[2] / "examples" / "tiny_chat.py")
@@ -44,28 +43,28 @@ def tokens() -> list[list[int]]:
     return [words.apply_chat_template(chat["messages"], return_dict=True)["input_ids"] for chat in CHATS]
 
 
-def plain(way: Way, model: nn.Module, directory: Path, **options: Any) -> transformers.Trainer:
+def plain(model: nn.Module, directory: Path, **options: Any) -> transformers.Trainer:
     rows = [{"input_ids": row, "labels": row} for row in tokens()]
     arguments = transformers.TrainingArguments(str(directory), **_COMMON | options)
     collator = transformers.DataCollatorForSeq2Seq(tiny_chat.tokenizer())
     return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
 
 
-def sft(way: Way, model: nn.Module, directory: Path, **options: Any) -> trl.SFTTrainer:
+def sft(model: nn.Module, directory: Path, **options: Any) -> trl.SFTTrainer:
     return _of_trl(trl.SFTTrainer, model, trl.SFTConfig(str(directory), **_TRL | options), CHATS)
 
 
-def dpo(way: Way, model: nn.Module, directory: Path, **options: Any) -> trl.DPOTrainer:
+def dpo(model: nn.Module, directory: Path, **options: Any) -> trl.DPOTrainer:
     arguments = trl.DPOConfig(str(directory), **_TRL | {"beta": 0.5} | options)
-    trainer = _of_trl(trl.DPOTrainer, way.for_trl(model), arguments, PAIRS)
+    trainer = _of_trl(trl.DPOTrainer, model, arguments, PAIRS)
     assert trainer.ref_model is None
     return trainer
 
 
-def grpo(way: Way, model: nn.Module, directory: Path, **options: Any) -> trl.GRPOTrainer:
+def grpo(model: nn.Module, directory: Path, **options: Any) -> trl.GRPOTrainer:
     sizes = {"num_generations": 4, "max_completion_length": 5, "beta": 0.5, "per_device_train_batch_size": 8}
     arguments = trl.GRPOConfig(str(directory), **_TRL | sizes | options)
-    return _of_trl(trl.GRPOTrainer, way.for_trl(model), arguments, PROMPTS, reward_funcs=_reward)
+    return _of_trl(trl.GRPOTrainer, model, arguments, PROMPTS, reward_funcs=_reward)
 
 
 def _reward(completions: list, **columns: Any) -> list[float]:

@@ -12,7 +12,6 @@ from torch import nn
 
 from lora_ext import load_adapter, merge, set_adapter, unmerge
 from lora_ext.integrations.peft import accelerate
-from lora_ext.integrations.trl import for_trl
 
 
 class Way(NamedTuple):
@@ -23,14 +22,12 @@ class Way(NamedTuple):
             adapter is trainable.
         switch: called with the model and the names of the adapters to use.
         merge, unmerge: called with the model.
-        for_trl: returns what TRL's trainers take.
     """
 
     add: Callable[[nn.Module, Path, str], nn.Module]
     switch: Callable[..., Any]
     merge: Callable[[nn.Module], Any]
     unmerge: Callable[[nn.Module], Any]
-    for_trl: Callable[[nn.Module], nn.Module]
 
 
 def _add_with_peft(model: nn.Module, directory: Path, name: str) -> nn.Module:
@@ -49,7 +46,6 @@ PEFT = Way(
     switch=_switch_with_peft,
     merge=lambda model: model.merge_adapter(),
     unmerge=lambda model: model.unmerge_adapter(),
-    for_trl=lambda model: model,
 )
 WAYS = {
     "inject": Way(
@@ -57,7 +53,6 @@ WAYS = {
         switch=lambda model, *names: set_adapter(model, list(names)),
         merge=merge,
         unmerge=unmerge,
-        for_trl=for_trl,
     ),
     "accelerate": PEFT._replace(add=lambda *arguments: accelerate(_add_with_peft(*arguments))),
 }

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lora_ext import _load
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.interrupts import uninterrupted
 from lora_ext._common.sharded import is_elsewhere
 from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
@@ -150,13 +149,12 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
             pack_factors(torch.float32 if weight is quantized else weight.dtype, [update])
             for weight, update in zip(weights, factors, strict=True)
         ]
-        with uninterrupted():
-            try:
-                records = _merge_all(weights, [A for A, _ in packed], [B for _, B in packed])
-            except ValueError:
-                return False
-            layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(w) for w in weights])
-            layer.merged_adapters.append(name)
+        try:
+            records = _merge_all(weights, [A for A, _ in packed], [B for _, B in packed])
+        except ValueError:
+            return False
+        layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(w) for w in weights])
+        layer.merged_adapters.append(name)
     return True
 
 
@@ -170,14 +168,13 @@ def _merge_dora(layer: LoraLayer, name: str) -> bool:
     factor = scale_of_rows(layer.lora_magnitude_vector[name].weight, norms)
     weight = RescaledWeight(base, plain.inner, factor)
     packed_A, packed_B = pack_factors(weight.sum_dtype, [(A, factor.unsqueeze(1) * B, scaling)])
-    with uninterrupted():
-        try:
-            records = merge_quantized_("merge", [weight], [packed_A], [packed_B], ["the weight"])
-        except ValueError:
-            return False
-        layer._cache_store(f"{name}-weight_norm", norms)  # for PEFT's unmerge, should the weight change meanwhile
-        layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(weight)])
-        layer.merged_adapters.append(name)
+    try:
+        records = merge_quantized_("merge", [weight], [packed_A], [packed_B], ["the weight"])
+    except ValueError:
+        return False
+    layer._cache_store(f"{name}-weight_norm", norms)  # for PEFT's unmerge, should the weight change meanwhile
+    layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(weight)])
+    layer.merged_adapters.append(name)
     return True
 
 
@@ -205,7 +202,7 @@ def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
     old = records.pop(0) if isinstance(records[0], QuantizedRecord) else None
     if old is not None:
         holder = RescaledWeight(base, quantized_weight(base)) if parameters.pop(0) is not None else None
-    with torch.no_grad(), uninterrupted():
+    with torch.no_grad():
         if all(parameter is not None and parameter.is_contiguous() for parameter in parameters):
             weights = [_matrix(parameter) for parameter in parameters]
             checked = weights if old is None else [holder, *weights]

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from lora_ext._ops.checks import FLOATING
 from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle
 from lora_ext.nn.base_layer import runs_alone
-from lora_ext.nn.weight_views.calls import NeedsWholeError, call_with_updates, why_whole
-from lora_ext.nn.weight_views.updates import ExpertUpdate
+from lora_ext.nn.parameter_view import ExpertUpdate, NeedsWholeError, call_with_updates, why_whole
 
 
 class ParameterForward:

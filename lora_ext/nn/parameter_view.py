@@ -1,27 +1,105 @@
-"""Stands in for a parameter while its module runs, so that products with it add low-rank updates to their results.
+"""Calls a module with low-rank updates of one of its parameters, above all the experts of a mixture.
 
 A module may use a stack of experts ``[num_experts, rows, columns]`` in a loop, by a batched product, or by a grouped
-one. A :class:`WeightView` takes the parameter's place and follows what the module does with it: indexing and
-transposing give another view, and a product with a view is the product with the frozen values plus the updates, each
-applied to the rows that chose its expert. Every other function gets a tensor with the updated values.
-
-Views are no tensors; PyTorch's functions find their ``__torch_function__``. TorchDynamo traces them.
+one. While it runs (:func:`call_with_updates`), a :class:`WeightView` stands in for the parameter and follows what the
+module does with it: indexing and transposing give another view, and a product with a view is the product with the
+frozen values plus the updates, each applied to the rows that chose its expert. Every other function gets a tensor with
+the updated values. Views are no tensors; PyTorch's functions find their ``__torch_function__``.
 """
 
 from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterator
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import functional
 from lora_ext._ops.grouped_calls import plus_lora_grouped
-from lora_ext.nn.weight_views.updates import ExpertUpdate, StackedUpdates, add_product
+
+
+class ExpertUpdate(NamedTuple):
+    """An adapter's update of all experts: ``scaling * lora_B[e] @ lora_A[e]`` is that of expert ``e``.
+
+    A parameter ``[out_features, in_features]`` is one expert.
+    """
+
+    lora_A: Tensor  # [num_experts, r, in_features]
+    lora_B: Tensor  # [num_experts, out_features, r]
+    scaling: float
+
+
+class StackedUpdates:
+    """The updates of one parameter during one call of its module.
+
+    Attributes:
+        weight: the parameter, ``[num_experts, rows, columns]`` or ``[rows, columns]``.
+        is_transposed: it is stored as ``[..., in_features, out_features]``.
+        is_read: the module has used the parameter.
+        whole: the functions that needed the whole updated parameter.
+    """
+
+    def __init__(self, weight: Tensor, is_transposed: bool, updates: list[ExpertUpdate]) -> None:
+        self.weight = weight
+        self.is_transposed = is_transposed
+        self.updates = updates
+        self.is_read = False
+        self.whole: list[str] = []
+        self._in_rows: list[ExpertUpdate] | None = None
+        self._of_experts: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
+        self._updated: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return 1 if self.weight.dim() == 2 else self.weight.shape[0]
+
+    def in_rows(self) -> list[ExpertUpdate]:
+        """Returns the updates with contiguous factors: adapters interleave the experts in ``lora_B``."""
+        if self._in_rows is None:
+            self._in_rows = [
+                ExpertUpdate(u.lora_A.contiguous(), u.lora_B.contiguous(), u.scaling) for u in self.updates
+            ]
+        return self._in_rows
+
+    def of_expert(self, number: int) -> list[tuple[Tensor, Tensor, float]]:
+        """``(lora_A, lora_B, scaling)`` of one expert."""
+        factors = [factor for update in self.updates for factor in update[:2]]
+        if not (torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)):
+            return [(u.lora_A[number], u.lora_B[number].contiguous(), u.scaling) for u in self.updates]
+        if self._of_experts is None:  # unbind: a select for each expert would have a gradient of the stack's size
+            self._of_experts = [(u.lora_A.unbind(), u.lora_B.unbind()) for u in self.in_rows()]
+        return [
+            (lora_As[number], lora_Bs[number], update.scaling)
+            for (lora_As, lora_Bs), update in zip(self._of_experts, self.updates, strict=True)
+        ]
+
+    def expert_numbers(self) -> Tensor:
+        """Returns the experts' numbers, int64 ``[num_experts]``."""
+        return torch.arange(self.num_experts, device=self.weight.device)
+
+    def updated(self) -> Tensor:
+        """Returns the whole parameter with the updates, as it is stored; computed once."""
+        if self._updated is None:
+            lora_A = torch.cat([update.lora_A for update in self.updates], dim=1)
+            lora_B = torch.cat([update.lora_B * update.scaling for update in self.updates], dim=2)
+            self._updated = add_product(self.weight, lora_A, lora_B, self.is_transposed)
+        return self._updated
+
+
+def add_product(base: Tensor, lora_A: Tensor, lora_B: Tensor, is_transposed: bool) -> Tensor:
+    """``base [..., rows, columns]`` plus ``lora_B @ lora_A`` (transposed if ``is_transposed``), in its dtype."""
+    left, right = (lora_A.transpose(-2, -1), lora_B.transpose(-2, -1)) if is_transposed else (lora_B, lora_A)
+    left, right = left.to(base.dtype), right.to(base.dtype)
+    with torch.autocast(base.device.type, enabled=False):  # the parameter keeps its dtype
+        stack = base.reshape(-1, *base.shape[-2:])
+        sums = torch.baddbmm(stack, left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:]))
+    return sums.view(base.shape)
 
 
 class WeightView:
@@ -53,8 +131,6 @@ class WeightView:
             return _linear(*args, **kwargs)
         if func in _PRODUCTS and len(args) == 2 and not kwargs:
             return _matmul(*args)
-        if func == Tensor.__rmatmul__:  # only TorchDynamo calls it, for view @ x
-            return _matmul(args[1], args[0])
         if func in _grouped_products():
             return _grouped(func, *args, **kwargs)
         return _with_tensors(func, args, kwargs)
@@ -199,10 +275,7 @@ def _fallbacks() -> tuple[Any, ...]:
 
 
 def _is_number(index: Any) -> bool:
-    """Returns whether ``index`` is one number; a tensor in a traced graph has none."""
-    return isinstance(index, int) or (
-        isinstance(index, Tensor) and index.dim() == 0 and not torch.compiler.is_compiling()
-    )
+    return isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
 
 
 def _is_choice(index: Any) -> bool:
@@ -270,11 +343,7 @@ def _grouped(func: Any, input: Any, weight: Any, offs: Tensor | None = None, *ar
         return _with_tensors(func, (input, weight), {"offs": offs, **kwargs})
     updates = weight.updates
     updates.is_read = True
-    if (
-        func in _fallbacks()
-        and torch.is_grad_enabled()
-        and not (weight.base.requires_grad or torch.compiler.is_exporting())
-    ):
+    if func in _fallbacks() and torch.is_grad_enabled() and not weight.base.requires_grad:
         y = _FrozenFallback.apply(input, weight.base, offs)
     else:
         y = func(input, weight.base, *args, offs=offs, **kwargs).contiguous()
@@ -304,7 +373,7 @@ class _FrozenFallback(torch.autograd.Function):
 def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> Tensor:
     """Adds to ``y = x @ view`` the updates of the ``experts`` of its rows, in place where it can; -1 has none."""
     updates = view.updates
-    if torch.compiler.is_exporting() or 2 * experts.numel() > updates.num_experts:  # programs take any number of rows
+    if 2 * experts.numel() > updates.num_experts:
         factors = updates.in_rows()
     else:  # for few rows, copying the factors of all experts would take most of the time
         chosen, numbers = experts.flatten(), torch.arange(experts.numel(), device=experts.device)
@@ -328,10 +397,6 @@ def _mT(factor: Tensor) -> Tensor:
 def _with_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Calls ``func`` with tensors in the place of views, also of those in lists."""
     name = getattr(func, "__name__", str(func))
-    if torch.compiler.is_compiling() and len(args) == 2 and isinstance(args[0], (int, float)):
-        # TorchDynamo calls reflected functions: torch.lt(2.0, w) for w > 2.0.
-        number, view = args
-        args = torch.tensor(number, dtype=view.dtype, device=view.device), view
 
     def tensors(value: Any) -> Any:
         if isinstance(value, WeightView):
@@ -344,20 +409,121 @@ def _with_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _operator(name: str):
-    # TorchDynamo does not trace a tensor's operators of comparison with numbers, but the functions of that name.
-    traced = getattr(Tensor, name if name in _COMPARISONS else f"__{name}__")
-    function = getattr(Tensor, f"__{name}__")
+    function = getattr(Tensor, name)
 
     def run(self: WeightView, *args: Any) -> Any:
-        func = traced if torch.compiler.is_compiling() else function
-        return WeightView.__torch_function__(func, (), (self, *args), {})
+        return WeightView.__torch_function__(function, (), (self, *args), {})
 
-    run.__name__ = f"__{name}__"
+    run.__name__ = name
     return run
 
 
-_COMPARISONS = ("eq", "ge", "gt", "le", "lt", "ne")
 _ARITHMETIC = "add and floordiv matmul mod mul or pow radd rmul rpow rsub rtruediv sub truediv"
-for _name in (*_ARITHMETIC.split(), *_COMPARISONS, "abs", "bool", "float", "int", "invert", "neg", "pos"):
-    setattr(WeightView, f"__{_name}__", _operator(_name))
+_OTHERS = "eq ge gt le lt ne abs bool float int invert neg pos"
+for _name in (*_ARITHMETIC.split(), *_OTHERS.split()):
+    setattr(WeightView, f"__{_name}__", _operator(f"__{_name}__"))
 WeightView.__hash__ = object.__hash__
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+_UNREAD = "its module does not read the parameter as an attribute"
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+# By module and parameter: why the last call made a tensor of the parameter's size, or "".
+_last_reasons: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
+class NeedsWholeError(Exception):
+    """A call must be made with the whole updated parameter."""
+
+
+def call_with_updates(
+    call: Callable[..., Any],
+    module: nn.Module,
+    name: str,
+    updates: list[ExpertUpdate],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    is_transposed: bool,
+) -> Any:
+    """Returns ``call(*args, **kwargs)``; meanwhile the parameter ``name`` of ``module`` has ``updates``.
+
+    The parameter itself is not touched. Calls of one module wait for each other.
+
+    Args:
+        call: calls ``module``, perhaps through other layers.
+        is_transposed: the parameter is stored as ``[..., in_features, out_features]``.
+
+    Raises:
+        NeedsWholeError: the call must be made with the whole updated parameter; see :func:`why_whole`.
+    """
+    if torch.compiler.is_compiling():
+        raise NeedsWholeError("compiled graphs take the whole parameter")
+    if reason := _why_no_view(module, name):
+        _note(module, name, reason)
+        raise NeedsWholeError(reason)
+    stacked = StackedUpdates(module._parameters[name], is_transposed, updates)
+    result = call_with_value(call, module, name, WeightView.of(stacked), args, kwargs)
+    if not stacked.is_read and any(isinstance(value, Tensor) and value.numel() for value in (*args, *kwargs.values())):
+        _note(module, name, _UNREAD)
+        raise NeedsWholeError(_UNREAD)
+    _note(module, name, f"{stacked.whole[0]} needs it" if stacked.whole else "")
+    return result
+
+
+def call_with_value(
+    call: Callable[..., Any],
+    module: nn.Module,
+    name: str,
+    value: WeightView | Tensor,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Returns ``call(*args, **kwargs)``; meanwhile ``module`` reads ``value`` as its parameter ``name``.
+
+    The parameter stays in its place, where DeepSpeed's hooks look for it. The module's class must have no attribute of
+    that name.
+    """
+    with _locks.setdefault(module, threading.RLock()):
+        state = module.__dict__
+        outer = state.get(name)  # of a call that this one is inside of
+        state[name] = value  # found before the parameter, which stays in its place
+        try:
+            return call(*args, **kwargs)
+        finally:
+            state.pop(name, None)  # the module may have assigned to it
+            if outer is not None:
+                state[name] = outer
+
+
+def why_whole(module: nn.Module, name: str) -> str | None:
+    """Returns why the last call of ``module`` made a tensor of its parameter ``name``'s size; "": none; None: no call.
+
+    Compiled graphs always make one, and are not noticed.
+    """
+    return _last_reasons.get(module, {}).get(name)
+
+
+def _note(module: nn.Module, name: str, reason: str) -> None:
+    _last_reasons.setdefault(module, {})[name] = reason
+
+
+def _why_no_view(module: nn.Module, name: str) -> str:
+    """Returns why a call of ``module`` cannot use a view of its parameter, or ""."""
+    if why_whole(module, name) == _UNREAD:
+        return _UNREAD
+    if hasattr(type(module), name):
+        return f"{type(module).__name__} has an attribute of its own called {name}"
+    if torch._C._get_tracing_state() is not None:
+        return "a trace needs to see PyTorch's functions"
+    if F.linear is not torch._C._nn.linear and not _computes_grouped(module):
+        return "another function is in the place of torch.nn.functional.linear (DeepSpeed's), which wants tensors"
+    return ""
+
+
+def _computes_grouped(module: nn.Module) -> bool:
+    """Returns whether ``module`` is experts of Transformers that a grouped product computes, not linear functions."""
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return "is_transposed" in vars(module) and implementation in ("batched_mm", "grouped_mm")

@@ -1,4 +1,4 @@
-"""Subclasses of nn.Linear whose output is not ``[..., out_features]``: left out, refused, adapted as a parameter."""
+"""Subclasses of nn.Linear with a forward of their own: left out, refused, adapted as a parameter."""
 
 from __future__ import annotations
 
@@ -38,14 +38,6 @@ class Wider(nn.Linear):
         return torch.cat([super().forward(x), self.more(x)], -1)
 
 
-class Picky(nn.Linear):
-    """Takes inputs of three rows only: what it returns is not known before the model runs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[-2] == 3
-        return super().forward(x)
-
-
 @pytest.mark.parametrize("kind", [Grouped, Wider])
 def test_output_of_another_size(kind):
     base = nn.Sequential(nn.Linear(4, 4), kind())
@@ -53,11 +45,10 @@ def test_output_of_another_size(kind):
     if kind is Grouped:
         with pytest.raises(RuntimeError, match="must match the size"):
             peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear", **ALIVE))(x)
-    with refused(base, TypeError, f"1 ({kind.__name__}): its forward returns a tensor", "target_parameters"):
-        inject(base, LoraConfig(target_modules=["0", "1"], **ALIVE))
-    with refused(base, TypeError, f"1 ({kind.__name__}): its forward returns a tensor", "target_parameters"):
-        inject(base, LoraConfig(target_modules=["0", "1"], use_dora=True, **ALIVE))
-    with pytest.warns(UserWarning, match=r"leaves out \['1'\].*name \['1.weight'\] in target_parameters"):
+    for use_dora in (False, True):
+        with refused(base, TypeError, f"1 ({kind.__name__}): its forward returns a tensor", "target_parameters"):
+            inject(base, LoraConfig(target_modules=["0", "1"], use_dora=use_dora, **ALIVE))
+    with pytest.warns(UserWarning, match=r"leaves out \['1.weight'\].*name them in target_parameters"):
         model = inject(copy.deepcopy(base), LoraConfig(target_modules="all-linear", **ALIVE))
     assert {path for path, _ in lora_modules(model)} == {"0"} | ({"1.more"} if kind is Wider else set())
 
@@ -68,50 +59,29 @@ def test_output_of_another_size(kind):
         updated[1].weight += layer.delta_weight()
     torch.testing.assert_close(model(x), updated(x))
     torch.testing.assert_close(merge(model.eval())(x), updated(x))
+    updated = copy.deepcopy(base)
+    with torch.no_grad():
+        updated[1].weight += layer.delta_weight()
+    torch.testing.assert_close(model(x), updated(x))
 
 
-def test_a_forward_that_cannot_be_tried_is_adapted():
-    model = inject(nn.Sequential(Picky(4, 6)), LoraConfig(target_modules=["0"], **ALIVE))
-    x = torch.randn(2, 3, 4)
-    base, layer = model[0].base_layer, model[0]
-    torch.testing.assert_close(model(x), base(x) + x @ layer.delta_weight().T)
+class Counting(nn.Linear):
+    """Keeps the last output, counts its calls, and takes inputs of three rows only."""
 
-
-class _Counts:
-    """Keeps the last output of a layer, and counts its calls."""
-
-    features: int  # their dimension in the output
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
+    def __init__(self) -> None:
+        super().__init__(4, 6)
         self.last = None
         self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.last = super().forward(x)
-        self.mean = self.last.transpose(self.features, 2).mean((0, 1))
+        assert x.shape[-2] == 3
         return self.last
 
 
-class Counting(_Counts, nn.Linear):
-    features = 2
-
-    def __init__(self) -> None:
-        super().__init__(4, 6)
-
-
-class CountingConv(_Counts, nn.Conv1d):
-    features = 1
-
-    def __init__(self) -> None:
-        super().__init__(4, 6, 3)
-
-
-@pytest.mark.parametrize("make", [Counting, CountingConv])
-def test_trying_a_forward_leaves_no_trace(make):
-    layer = make()
-    model = inject(nn.Sequential(layer), LoraConfig(target_modules=["0"], **ALIVE))
-    assert model[0].base_layer is layer
-    assert layer.last is None and layer.calls == 0 and not layer.mean.is_meta and not layer.weight.is_meta
+def test_a_forward_that_cannot_be_tried_is_adapted_and_keeps_no_trace():
+    base = Counting()
+    model, x = inject(nn.Sequential(base), LoraConfig(target_modules=["0"], **ALIVE)), torch.randn(2, 3, 4)
+    assert model[0].base_layer is base and base.last is None and base.calls == 0
+    torch.testing.assert_close(model(x), base(x) + x @ model[0].delta_weight().T)

@@ -84,13 +84,12 @@ def _merged_values(caller: str, layer: LoraLayer, path: str, names: Collection[s
     weight = layer.weight_to_merge(matrix, all_names)
     if merged is None or "weight" not in merged.matrices:
         return updated(caller, weight, *pack_factors(torch.float32, list(updates.values())), label)
-    with layer.active.changing():
-        stored = copied(weight)
-        weight.write(merged.matrices["weight"].record.stored)
-        try:
-            return updated(caller, weight, *pack_factors(torch.float32, list(updates.values())), label)
-        finally:
-            weight.write(stored)
+    stored = copied(weight)
+    weight.write(merged.matrices["weight"].record.stored)
+    try:
+        return updated(caller, weight, *pack_factors(torch.float32, list(updates.values())), label)
+    finally:
+        weight.write(stored)
 
 
 def _rounded(caller: str, path: str, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,471 @@
+"""Merges adapters into the weights of a whole model and takes them out again: in all layers, or in none."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lora_ext._common.arguments import checked
+from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.printable import first_of, listed
+from lora_ext._common.sharded import prepare_shards
+from lora_ext._common.warnings import warn_user
+from lora_ext._ops.checks import FLOATING
+from lora_ext.adapters.dequantized import dequantized, forget_quantization
+from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
+from lora_ext.matching.path_names import is_inside
+from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
+from lora_ext.merging.quantized import MergeError
+from lora_ext.model.adapter_set import adapter_set
+from lora_ext.model.bare_model import (
+    BareModel,
+    adapter_layers,
+    check_not_parallel,
+    check_not_partitioned,
+    check_not_sharded,
+    parameter_paths,
+    root_module,
+)
+from lora_ext.nn import AdapterLayer, LoraLayer
+from lora_ext.nn.trainable_tokens import TrainableTokens
+from lora_ext.nn.trained import TrainedModule
+
+_LOGGER = logging.getLogger("lora_ext.adapters")
+_LARGE_ERROR = 0.1  # of the update
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Chosen = dict[str, tuple[LoraLayer, set[str]]]  # by path: a layer, and the adapters meant in it
+
+
+@checked
+@one_at_a_time
+def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
+    """Adds adapters to their base weights in place: the model then runs at the base model's speed.
+
+    :func:`unmerge` restores every bit of the weights. The bits that rounding loses are kept: 0.03 to 0.25 bytes per
+    float32 weight for updates of 0.5 % to 10 % of its size. :func:`merge_record_bytes` returns how many, and the
+    ``lora_ext.adapters`` logger reports it at INFO level.
+
+    All layers are checked before the first is changed: all of them are merged, or none. Every other function that
+    changes a model waits for the end, in any thread; a forward in another thread does not, and must not run meanwhile.
+
+    A quantised weight is dequantised, and the sum is quantised again in the same format, which loses some of the
+    update; unmerging restores the stored bytes, which the layer keeps meanwhile. :func:`merge_errors` says how large
+    the errors are.
+
+    Args:
+        model: a model with LoRA layers.
+        adapter_names: the adapters to merge, in the layers that have them; None: the active ones. Adapters merged
+            earlier stay merged.
+
+    Returns:
+        ``model``, the same object.
+
+    Warns:
+        UserWarning: in a quantised layer the error is more than a tenth of the update.
+
+    Raises:
+        ValueError: there is no LoRA layer; a base layer has hooks or a forward of its own; a base weight is tied to
+            another module, which would change with it (a language model's head and embedding); an element would
+            become NaN or infinite; a ``lora_bias`` would go into a trained bias (``bias``).
+        KeyError: no layer has an adapter of that name.
+        RuntimeError: an adapter is merged already, or disabled; a parametrization computes a base weight; two base
+            weights share memory.
+    """
+    layers = _all_lora_modules("merge", model)
+    wanted = _chosen("merge", layers, _names("merge", adapter_names))
+    if twice := [path for path, (layer, names) in wanted.items() if names & {*layer.merged_adapters}]:
+        raise RuntimeError(f"merge: adapters are already merged into {first_of(map(repr, twice))}")
+    _check_mergeable("merge", wanted)
+    _check_untied("merge", model, wanted)
+    _check_biases(model, wanted)
+    _merge_next_to_merged(wanted)
+    merged = _merged_matrices(layer for layer, _ in wanted.values())
+    total = sum(matrix.record.nbytes for matrix in merged)
+    per_weight = total / max(sum(matrix.numel for matrix in merged), 1)
+    _LOGGER.info("merged %d layers; unmerging keeps %d bytes, %.3f per weight", len(wanted), total, per_weight)
+    _report("merge", _errors_of(wanted))
+    return model
+
+
+@checked
+@one_at_a_time
+def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
+    """Takes merged adapters out of their base weights, in place.
+
+    Once a layer has no merged adapter, every bit of its weight is as it was before the first merge.
+
+    Args:
+        model: a model with merged LoRA layers.
+        adapter_names: the adapters to take out, in the layers that have them; None: all merged ones.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: there is no LoRA layer.
+        KeyError: no layer has an adapter of that name.
+        RuntimeError: an adapter is not merged, nothing is merged, or a merged layer was converted to another dtype.
+        Other errors as in :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
+    """
+    layers = _all_lora_modules("unmerge", model)
+    names = _names("unmerge", adapter_names)
+    if names is None:
+        wanted = {path: (layer, set[str]()) for path, layer in layers.items() if layer.is_merged}
+        wrong = [] if wanted else list(layers)
+    else:
+        # An adapter may have been removed from its layer since it was merged.
+        known = {path: {*layer.adapters, *layer.merged_adapters} for path, layer in layers.items()}
+        _check_known("unmerge", known, names)
+        chosen = {path: layer for path, layer in layers.items() if names & known[path]}
+        wanted = {path: (layer, set(layer.merged_adapters) - names) for path, layer in chosen.items()}
+        wrong = [path for path, layer in chosen.items() if names & layer.adapters.keys() - {*layer.merged_adapters}]
+    if wrong:
+        raise RuntimeError(f"unmerge: the adapters are not merged into {first_of(map(repr, wrong))}")
+    change_merged("unmerge", dict(wanted.values()), _where(wanted))
+    return model
+
+
+@checked
+def merge_record_bytes(model: nn.Module) -> int:
+    """Bytes kept to unmerge: copies of the merged factors, and the bits lost to rounding or the old quantised bytes."""
+    return sum(matrix.record.nbytes for matrix in _merged_matrices(layer for _, layer in lora_modules(model)))
+
+
+@checked
+@one_at_a_time
+def merge_errors(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> dict[str, MergeError]:
+    """Returns the rounding error of merging into each quantised layer, by path.
+
+    For layers with merged adapters these are the errors of that merge. In other layers the merge is tried and undone.
+
+    Args:
+        model: a model with LoRA layers.
+        adapter_names: the adapters to try; None: the active ones.
+
+    Returns:
+        The errors by path; empty if no adapted layer is quantised.
+
+    Raises:
+        The errors of :func:`merge`. The model is unchanged in any case.
+    """
+    layers = _all_lora_modules("merge_errors", model)
+    some_merged = any(layer.is_merged for layer in layers.values())
+    chosen = _chosen("merge_errors", layers, _names("merge_errors", adapter_names), allow_none=some_merged)
+    quantized = {path: (layer, names) for path, (layer, names) in chosen.items() if _is_quantized(layer)}
+    to_try = {path: (layer, names) for path, (layer, names) in quantized.items() if not layer.is_merged}
+    _check_mergeable("merge_errors", to_try)
+    where, errors = _where(to_try), {}
+    for path, (layer, names) in quantized.items():
+        if path in to_try:
+            change_merged("merge_errors", {layer: names}, where)
+        errors[path] = layer._merged.error
+        if path in to_try:
+            change_merged("merge_errors", {layer: ()}, where)
+    return errors
+
+
+@checked
+@one_at_a_time
+def merge_and_unload(
+    model: ModelT, adapter_names: str | Iterable[str] | None = None, *, dequantize: bool | torch.dtype = False
+) -> ModelT:
+    """Merges adapters for good and puts each base layer back, which gives a plain model.
+
+    No record is kept, so nothing can be unmerged. Adapters merged earlier stay in. The active copy of a module trained
+    in full (``modules_to_save``) replaces the original. Parameters keep their ``requires_grad``: the base stays frozen.
+
+    Args:
+        model: a model with LoRA layers.
+        adapter_names: the adapters to merge; None: the active ones.
+        dequantize: makes every quantised layer of the model a plain one, adapted or not: the weight is dequantised, the
+            updates are added in float32, and the sum is rounded once, to the dtype that the weight had before it was
+            quantised, or to the dtype given here. ``save_pretrained`` then writes a checkpoint that needs neither this
+            package nor the library that quantised. False: quantised weights are merged as by :func:`merge`.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        The errors of :func:`merge`, except that adapters may be merged already.
+        RuntimeError: the model has an :class:`~lora_ext.AdapterPool`.
+        ValueError: ``dequantize`` is set, and a quantised layer cannot be dequantised, or there is none.
+        The model is then unchanged.
+    """
+    caller = "merge_and_unload"
+    if isinstance(dequantize, torch.dtype) and dequantize not in FLOATING:
+        raise ValueError(
+            f"{caller}: dequantize is {dequantize}, want True, False or one of {', '.join(map(str, FLOATING))}"
+        )
+    layers = _all_lora_modules(caller, model)
+    some_merged = any(layer.is_merged for layer in layers.values())
+    chosen = _chosen(caller, layers, _names(caller, adapter_names), allow_none=some_merged)
+    missing = {path: (layer, names - {*layer.merged_adapters}) for path, (layer, names) in chosen.items()}
+    wanted = {path: (layer, names) for path, (layer, names) in missing.items() if names}
+    _check_mergeable(caller, wanted)
+    _check_can_unload(caller, model, merged=True)
+    _check_untied(caller, model, wanted, unloads=True)
+    root, plain = root_module(model), {}
+    if dequantize is not False:
+        dtype = None if dequantize is True else dequantize
+        quantized = {path: (layer, set[str]()) for path, layer in layers.items() if _is_quantized(layer)}
+        quantized |= {path: held for path, held in missing.items() if path in quantized}
+        plain = dequantized(caller, root, quantized, dtype)
+        wanted = {path: held for path, held in wanted.items() if path not in quantized}
+    if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
+        _merge_next_to_merged(wanted)
+        errors = _errors_of(wanted)
+    else:
+        errors = merge_for_good("merge", dict(wanted.values()), _where(wanted))
+    replace_modules(root, plain)
+    _unload(model, merged=True)
+    if plain:
+        forget_quantization(root)
+    _report(caller, errors)
+    return model
+
+
+@checked
+@one_at_a_time
+def unload(model: ModelT) -> ModelT:
+    """Removes all adapters: the model is as before :func:`lora_ext.inject`, except that it stays frozen.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: there is no adapter layer.
+        RuntimeError: an adapter is merged.
+    """
+    if not any(adapter_layers(model)):
+        raise ValueError(f"unload: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
+    _check_can_unload("unload", model, merged=False)
+    merged = [path for path, layer in lora_modules(model) if layer.is_merged]
+    if merged:
+        raise RuntimeError(
+            f"unload: adapters are merged into {first_of(map(repr, merged))}; call unmerge(model) first, or "
+            "merge_and_unload(model)"
+        )
+    _unload(model, merged=False)
+    return model
+
+
+# --- which layers and adapters ----------------------------------------------------------------------------------------
+
+
+def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
+    layers = dict(lora_modules(root_module(model)))
+    if not layers:
+        raise ValueError(f"{caller}: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
+    remedy = "call save_adapter on all ranks, and merge in one process, or on disk (lora-ext merge)"
+    check_not_partitioned(caller, model, remedy)
+    prepare_shards(caller, model)
+    return layers
+
+
+def _names(caller: str, adapter_names: str | Iterable[str] | None) -> set[str] | None:
+    if adapter_names is None or isinstance(adapter_names, str):
+        return None if adapter_names is None else {adapter_names}
+    names = set(adapter_names)
+    if not names:
+        raise ValueError(f"{caller}: adapter_names is empty; name at least one adapter, or pass None for the default")
+    return names
+
+
+def _check_known(caller: str, by_layer: Mapping[str, Collection[str]], names: set[str]) -> None:
+    known = {name for held in by_layer.values() for name in held}
+    if unknown := names - known:
+        raise KeyError(f"{caller}: no layer has an adapter {sorted(unknown)[0]!r}; the adapters are {sorted(known)}")
+
+
+def _chosen(caller: str, layers: dict[str, LoraLayer], names: set[str] | None, allow_none: bool = False) -> Chosen:
+    """Returns the layers that have some of the adapters (None: the active ones), with the names they have."""
+    if names is not None:
+        _check_known(caller, {path: layer.adapters.keys() for path, layer in layers.items()}, names)
+        return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
+    chosen = {path: (layer, set(layer.active_adapters)) for path, layer in layers.items() if layer.active_adapters}
+    if not chosen and not allow_none:
+        if any(layer.active.is_disabled for layer in layers.values()):
+            remedy = "leave disable_adapters first"
+        elif any(len(layer.adapters) for layer in layers.values()):
+            remedy = "call set_adapter(model, ...) first"
+        else:
+            remedy = "adapters of a pool are not merged: load_adapter(model, directory) first"
+        raise RuntimeError(f"{caller}: no adapter is active in {first_of(map(repr, layers))}; {remedy}")
+    return chosen
+
+
+def _where(wanted: Chosen) -> dict[LoraLayer, str]:
+    return {layer: f" of {path!r}" for path, (layer, _) in wanted.items()}
+
+
+def _merge_next_to_merged(wanted: Chosen) -> None:
+    """Merges the adapters ``wanted``, in addition to those that are merged."""
+    change_merged(
+        "merge", {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}, _where(wanted)
+    )
+
+
+def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
+    """The merged matrices of the layers; a matrix that tied layers share is listed once."""
+    states = [layer._merged for layer in layers if layer._merged is not None]
+    return list({id(matrix): matrix for state in states for matrix in state.matrices.values()}.values())
+
+
+def _is_quantized(layer: LoraLayer) -> bool:
+    return any(matrix.quantized is not None and matrix.quantized.rounds for matrix in layer.matrices().values())
+
+
+def _errors_of(wanted: Chosen) -> list[MergeError]:
+    return [layer._merged.error for layer, _ in wanted.values() if layer._merged.error is not None]
+
+
+def _report(caller: str, errors: Collection[MergeError]) -> None:
+    """Logs what quantising again lost, and warns if that is a large part of the update."""
+    if not errors:
+        return
+    worst, middle = max(e.of_update for e in errors), statistics.median(e.of_update for e in errors)
+    relative, largest = max(e.relative for e in errors), max(e.largest for e in errors)
+    line = (
+        f"{caller}: {len(errors)} weights were quantised again, with errors of {middle:.0%} of the update (median; at "
+        f"most {worst:.0%}), {relative:.1%} of the weight, {largest:.2g} in an element"
+    )
+    _LOGGER.info(line)
+    if worst > _LARGE_ERROR:
+        warn_user(
+            f"{line}. merge_errors(model) has them by layer. To lose nothing, run unmerged, or "
+            "merge_and_unload(model, dequantize=True)"
+        )
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_mergeable(caller: str, wanted: Chosen) -> None:
+    """Checks that adding to the weights does what the layers' forwards do."""
+    problems = [f"{path}: {reason}" for path, (layer, names) in wanted.items() if (reason := layer.why_not_merge())]
+    if problems:
+        raise ValueError(f"{caller}: updates cannot be merged into{listed(problems)}")
+
+
+def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool = False) -> None:
+    """Checks that merging changes no other module, except those with tied adapters, and no trained rows.
+
+    ``unloads``: trained rows are written into the weights, too, and modules trained in full replace the frozen ones.
+    """
+    layers = list(adapter_layers(model))
+    tokens = [(path, layer) for path, layer in layers if isinstance(layer, TrainableTokens)]
+    for path, (inner, _) in wanted.items():
+        if any(layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear) for _, layer in tokens):
+            raise ValueError(
+                f"{caller}: the weight of {path!r} has trained rows (trainable_token_indices), which would lose the "
+                "update; run unmerged"
+            )
+    paths = parameter_paths(root_module(model).named_modules())
+    updates_of, labels = _updates_of_shared(caller, paths, wanted)
+    replaced = []
+    if unloads:
+        trained = [(path, layer) for path, layer in layers if isinstance(layer, TrainedModule)]
+        replaced = [f"{path}.base_layer" for path, layer in trained if layer.in_use is not layer.base_layer]
+        for path, layer in tokens:
+            if rows := layer.rows_in_use:
+                parameter = id(layer.inner_layer.weight)
+                updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *map(id, rows))
+                labels.setdefault(parameter, f"the weight of {path!r}")
+    for parameter, updates in updates_of.items():
+        expected = next(iter(updates.values()))  # all modules that hold the parameter must want the same
+        others = [
+            path
+            for path in paths[parameter]
+            if not any(is_inside(path, frozen) for frozen in replaced)
+            and not any(is_inside(path, other) and updates[other] == expected for other in updates)
+        ]
+        if others:
+            raise ValueError(
+                f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; adapt both with "
+                "ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
+            )
+
+
+def _updates_of_shared(
+    caller: str, paths: dict[int, list[str]], wanted: Chosen
+) -> tuple[dict[int, dict[str, tuple]], dict[int, str]]:
+    """Finds the updates of parameters that several modules hold, by ``id(parameter)`` and by the layer's path.
+
+    Updates are keys that are equal if they are the same. Also returns the parameters' names in messages.
+    """
+    updates_of: dict[int, dict[str, tuple]] = defaultdict(dict)
+    labels: dict[int, str] = {}
+    for path, (layer, names) in wanted.items():
+        for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
+            parameter = id(matrix.owner._parameters[matrix.name])
+            if len(paths[parameter]) > 1:
+                updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
+                updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *updates)
+                labels.setdefault(parameter, label)
+    return updates_of, labels
+
+
+def _check_biases(model: nn.Module, wanted: Chosen) -> None:
+    """Checks that no update would be merged into a bias that an adapter trains: switching adapters replaces it."""
+    adapters = adapter_set(model)
+    for trainer, biases in adapters.biases.items() if adapters is not None else ():
+        for path, (layer, names) in wanted.items():
+            biased = any(layer.adapters[name].lora_bias is not None for name in names)
+            if biased and layer.bias is not None and biases.owns(layer.bias):
+                raise ValueError(
+                    f"merge: the lora_bias of {path!r} would go into a bias that {trainer!r} trains and that is "
+                    "switched with that adapter; run unmerged, or merge for good (merge_and_unload)"
+                )
+
+
+# --- the plain model --------------------------------------------------------------------------------------------------
+
+
+def _check_can_unload(caller: str, model: nn.Module, merged: bool) -> None:
+    check_not_parallel(caller, model)
+    if merged:
+        remedy = "merge(model) computes the same; for a plain checkpoint, save_adapter and lora-ext merge"
+    else:
+        remedy = "disable_adapters(model) computes without them"
+    check_not_sharded(caller, model, remedy, split=True)
+    if (adapters := adapter_set(model)) is not None:
+        adapters.check_enabled(caller)
+        if merged and adapters.pool is not None:
+            raise RuntimeError(
+                f"{caller}: the model has an AdapterPool, and a plain model would ignore its names; call pool.close() "
+                "first, and make a pool again for the merged model"
+            )
+    for _, layer in adapter_layers(model) if merged else ():
+        if isinstance(layer, TrainableTokens):
+            _ = layer.rows_in_use  # ValueError: two active adapters train the same row
+
+
+def _unload(model: nn.Module, merged: bool) -> None:
+    if (adapters := adapter_set(model)) is not None and not merged:
+        adapters.switch(())  # restores the model's own biases
+    if adapters is not None:
+        adapters.active.removed(tuple(adapters.configs))
+    while layers := [layer for _, layer in adapter_layers(model)]:  # layers may be nested
+        inner = {id(child) for layer in layers for child in layer.children() if isinstance(child, AdapterLayer)}
+        outer = [layer for layer in layers if id(layer) not in inner]
+        replace_modules(root_module(model), {layer: layer.unloaded(merged) for layer in outer})
+    forget_injection(model)
+    if merged:
+        _note_untied(root_module(model))
+
+
+def _note_untied(root: nn.Module) -> None:
+    """Corrects a Transformers config that says that the head is tied, if it has a trained weight of its own now."""
+    if getattr(getattr(root, "config", None), "tie_word_embeddings", False):
+        bare = BareModel(root)
+        head = getattr(bare.head, "weight", None)
+        # T5Gemma ties the head to the decoder's embedding; get_input_embeddings returns the encoder's.
+        if head is not None and len(parameter_paths(bare.modules.items())[id(head)]) == 1:
+            root.config.tie_word_embeddings = False  # from_pretrained would tie them, and drop the head

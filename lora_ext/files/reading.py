@@ -1,0 +1,315 @@
+"""Reads files that strangers wrote: JSON, safetensors and the index of sharded safetensors.
+
+Everything is checked before anything large is allocated: a file is regular (a pipe may never end), JSON has a bounded
+size and depth, and the safetensors library checks the header against the file's size. It maps the file, so memory is
+taken only for tensors that are read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_ext._common.printable import check_name, escaped, listed, shown
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+"""The names of dtypes in the safetensors format."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# Tensors of dtypes that PyTorch lacks can be copied, but not computed with.
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+
+LARGEST_CONFIG = 16 << 20  # bytes; a config that names every expert of the largest mixtures has 8 million
+_LARGEST_INDEX = 100_000_000  # bytes; the largest index of a real model has 20 million
+_DEEPEST = 64  # levels of lists and objects; a model's config has 5
+_LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also for tensors without elements
+_MOST_DIMENSIONS = 64
+_SHARD = re.compile(r"(.+)-[0-9]+-of-([0-9]+)\.safetensors")
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file, or a symbolic link to one, for reading.
+
+    Raises:
+        OSError: as ``open``.
+        ValueError: it is a directory, a pipe, a socket or a device.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a pipe waits
+        raise ValueError(f"{path} is a directory, a pipe, a socket or a device; want a regular file")
+    return open(path, "rb")
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, caller: str = "", limit: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """Reads the JSON object in the regular file ``path``, in UTF-8.
+
+    Args:
+        caller: prefix of error messages, or "".
+        limit: largest size in bytes.
+
+    Raises:
+        OSError: as ``open``.
+        ValueError: the file is larger than ``limit`` or not regular, or :func:`parse_json` refuses it.
+    """
+    begin = f"{caller}: " if caller else ""
+    try:
+        with open_regular(path) as file:
+            raw = file.read(limit + 1)
+    except ValueError as error:
+        raise ValueError(f"{begin}{error}") from error
+    if len(raw) > limit:
+        raise ValueError(f"{begin}{path} is larger than {limit} bytes, the limit for such a file")
+    return parse_json(raw, f"{begin}{path}")
+
+
+def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+    """Parses the JSON object in ``text``, which has a bounded size; bytes are UTF-8.
+
+    Args:
+        source: prefix of error messages that says where the text is from.
+
+    Raises:
+        ValueError: it is not JSON, not an object or deeper than 64 levels, a key is repeated, or a string is not
+            Unicode, so that no file or terminal takes it.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        values = json.loads(text, object_pairs_hook=_without_repetition)
+        _check_depth(values, _DEEPEST)
+    except RecursionError:
+        raise ValueError(f"{source} is nested too deeply: it has more than {_DEEPEST} levels") from None
+    except ValueError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} holds a {type(values).__name__}, want an object")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        part = error.object[max(error.start - 20, 0) : error.start + 20]
+        raise ValueError(f"{source} has a string that is not Unicode: {part!r}") from None
+    return values
+
+
+def _check_depth(value: Any, levels: int) -> None:
+    """Raises RecursionError if lists and objects are nested deeper than ``levels``."""
+    if not isinstance(value, dict | list):
+        return
+    if levels == 0:
+        raise RecursionError
+    for inner in value.values() if isinstance(value, dict) else value:
+        _check_depth(inner, levels - 1)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key[:100]!r} occurs twice")
+        values[key] = value
+    return values
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Description of a tensor in a safetensors file.
+
+    Attributes:
+        dtype: name of the dtype in the format, such as "BF16".
+        shape: the shape.
+        begin: offset of the tensor's first byte in the file.
+        nbytes: number of its bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype in PyTorch; None if PyTorch lacks it."""
+        return DTYPES.get(self.dtype)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[safe_open]:
+    """Yields the safetensors library's handle of a file whose header has been checked.
+
+    Raises:
+        OSError: as ``open``.
+        ValueError: as :func:`tensor_table`.
+    """
+    with _opened(path) as file:
+        _table(path, file)
+        yield file
+
+
+def tensor_table(path: Path) -> dict[str, TensorInfo]:
+    """Reads the names, dtypes, shapes and places of a file's tensors, in the order of their bytes.
+
+    Raises:
+        OSError: as ``open``.
+        ValueError: the file is corrupted, not a safetensors file or not regular; a name cannot be printed; PyTorch
+            cannot hold a shape.
+    """
+    with _opened(path) as file:
+        return _table(path, file)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads the metadata of a safetensors file. Errors as :func:`tensor_table`."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+def read_tensor(path: Path, info: TensorInfo) -> Tensor:
+    """Reads a tensor into new memory, which the file's later changes do not reach.
+
+    Returns:
+        The tensor, on the CPU; its bytes as uint8 ``[nbytes]`` if PyTorch lacks its dtype.
+
+    Raises:
+        OSError: as ``open``.
+        ValueError: the file became shorter than when ``info`` was read.
+    """
+    if info.torch_dtype is None:
+        tensor = torch.empty(info.nbytes, dtype=torch.uint8)
+    else:
+        tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+    with open_regular(path) as file:
+        file.seek(info.begin)
+        if file.readinto(tensor_bytes(tensor)) != info.nbytes:
+            raise ValueError(f"{path} became shorter while it was read; read it again")
+    return tensor
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Returns the memory of a contiguous CPU tensor."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    open_regular(path).close()
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: from PyTorch, if it has just been removed
+        text = escaped(str(error))[:500]
+        raise ValueError(f"{path} is corrupted or not a safetensors file: {text}") from error
+    with file:
+        yield file
+
+
+def _table(path: Path, file: safe_open) -> dict[str, TensorInfo]:
+    with open_regular(path) as raw:
+        end = 8 + int.from_bytes(raw.read(8), "little")
+    table: dict[str, TensorInfo] = {}
+    for name in file.offset_keys():  # the library has checked that tensors follow each other without gaps
+        check_name(name, str(path))
+        tensor = file.get_slice(name)
+        dtype, shape = str(tensor.get_dtype()), tuple(tensor.get_shape())
+        if dtype not in BITS:
+            raise ValueError(f"{path} has a tensor of an unknown dtype, {dtype}: {shown(name)}")
+        if len(shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > _LARGEST_SHAPE:
+            raise ValueError(f"{path}: {name} has a shape that PyTorch cannot hold: {shown(list(shape))}")
+        table[name] = TensorInfo(dtype, shape, end, math.prod(shape) * BITS[dtype] // 8)
+        end += table[name].nbytes
+    return table
+
+
+# --- the index of several files ---------------------------------------------------------------------------------------
+
+
+def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Reads the index of tensors that are spread over several safetensors files in one directory.
+
+    Returns:
+        The index, whose ``weight_map`` maps keys to names of files, and these names.
+
+    Raises:
+        FileNotFoundError: a file that it names is missing.
+        OSError: as ``open``.
+        ValueError: it is no index, a name in it leads out of the directory, or it leaves out a file of its checkpoint.
+    """
+    index = read_json(path, limit=_LARGEST_INDEX)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    for part, values, wanted in (("weight_map", weight_map, dict), ("metadata", metadata, dict | None)):
+        if not isinstance(values, wanted):
+            raise ValueError(f"{path} is not an index of a checkpoint: {part} is {shown(values)}, want an object")
+    for name in weight_map.values():
+        _check_file_name(path, name)
+    names = list(dict.fromkeys(weight_map.values()))
+    if not names:
+        raise ValueError(f"{path} is not an index of a checkpoint: it names no file")
+    if missing := [name for name in names if not (path.parent / name).exists()]:
+        raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
+    families = {match.group(1, 2) for name in names if (match := _SHARD.fullmatch(name))}
+    others = [name for name in sorted(os.listdir(path.parent)) if name not in names]
+    if unnamed := [name for name in others if (match := _SHARD.fullmatch(name)) and match.group(1, 2) in families]:
+        raise ValueError(f"{path} does not name all files of its checkpoint:{listed(unnamed)}")
+    return index, names
+
+
+def check_shards(path: Path, weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]) -> None:
+    """Checks that the files hold the tensors that the index ``path`` says. ``shards`` maps names of files to keys.
+
+    Raises:
+        ValueError: they disagree; the message lists every such key.
+    """
+    counts: dict[str, int] = {}
+    for keys in shards.values():
+        for key in keys:
+            counts[key] = counts.get(key, 0) + 1
+    problems = [f"twice: {key}" for key, count in counts.items() if count > 1]
+    problems += [f"not in {name}: {key}" for key, name in weight_map.items() if key not in shards[name]]
+    problems += [f"not in the index: {key}" for key in counts if key not in weight_map]
+    if problems:
+        raise ValueError(f"{path} and its files disagree:{listed(problems)}")
+
+
+def _check_file_name(index: Path, name: object) -> None:
+    """Raises ValueError for an entry of an index that is not the name of a safetensors file in its directory."""
+    if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name or ":" in name:
+        raise ValueError(f"{index} names the file {shown(name)}, want a name without a path; nothing was read from it")
+    if not name.endswith(".safetensors") or name.startswith("."):
+        raise ValueError(f"{index} names the file {shown(name)}, want a name that ends with .safetensors")
+    check_name(name, str(index), 255)

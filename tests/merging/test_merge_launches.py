@@ -1,0 +1,204 @@
+"""The op calls of a merge: if one fails, every layer keeps its bits; on a GPU they wait only where they must."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.merged_models import all_same, assert_restores, hard_model, refused, weights
+from support.processes import run_forked
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_ext import functional, merge, unmerge
+from lora_ext.merging import layers as merged_module
+from lora_ext.merging import weights as weights_module
+from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors
+
+pytestmark = pytest.mark.full
+
+MERGE = "lora_merge_record_"
+
+
+def test_out_of_memory_before_the_first_weight_changes(monkeypatch):
+    model = hard_model([torch.float32, torch.bfloat16])
+    pristine = weights(model)
+    merge(model, "a")
+
+    failed = []
+
+    def fail_once(self, device):
+        if self.dtype == torch.bfloat16 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("nothing left")
+        return self
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeRecord, "to", fail_once)
+        for change in (lambda: unmerge(model), lambda: merge(model, "b")):
+            failed.clear()
+            with refused(model, torch.OutOfMemoryError, "nothing left"):
+                change()
+    assert_restores(model, pristine)
+
+
+SHORT_OF_MEMORY = """
+import resource, torch
+from lora_ext.merging.weights import merge_all_
+
+torch.set_num_threads(2)
+shapes = [(600, 500), (4096, 4096)]
+weights = [torch.randn(shape) for shape in shapes]
+before = [weight.clone() for weight in weights]
+As, Bs = [torch.randn(2, k) for _, k in shapes], [1e3 * torch.randn(n, 2) for n, _ in shapes]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {free} * 2**20, -1))
+try:
+    records = merge_all_("test", weights, As, Bs)
+except torch.OutOfMemoryError as error:
+    assert "lora_merge_record_: out of memory. It wanted " in str(error), error
+    assert all(map(torch.equal, weights, before))
+else:
+    raise AssertionError("a record as large as the weight fitted")
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+merge_all_("test", weights, As, Bs)
+assert not any(map(torch.equal, weights, before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on memory")
+@pytest.mark.cpu_only("limits the CPU's memory")
+@pytest.mark.parametrize("free", [16, 80, 120])  # MiB, below 2 * 64
+def test_out_of_memory_in_an_op(free):
+    result = run_forked("-c", SHORT_OF_MEMORY.format(free=free))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit])
+def test_an_error_between_unmerging_the_old_set_and_merging_the_new_one(monkeypatch, error):
+    model = hard_model([torch.float32, torch.bfloat16])
+    pristine = weights(model)
+    merge(model, "a")
+
+    original, failed = merged_module.merge_all_, []
+
+    def fail_once(caller, weights, *arguments, **options):
+        if failed:
+            return original(caller, weights, *arguments, **options)
+        failed.append(all_same(weights, pristine[: len(weights)]))
+        raise error("now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merged_module, "merge_all_", fail_once)
+        for change in (lambda: merge(model, "b"), lambda: model["layer0"].merge("b")):
+            failed.clear()
+            with refused(model, error, "now"):
+                change()
+            assert failed == [True]
+    assert_restores(model, pristine)
+
+
+@pytest.mark.parametrize("op", [MERGE, "lora_unmerge_"])
+def test_a_launch_that_fails_after_another(monkeypatch, op):
+    model = hard_model([torch.float32, torch.bfloat16])
+    pristine = weights(model)
+    merge(model, "a")
+    original = getattr(torch.ops.lora_ext, op).default
+
+    class FailsOnce:
+        failed = False
+
+        def default(self, weights, *arguments):
+            if weights[0].dtype == torch.bfloat16 and not self.failed:
+                self.failed = True
+                raise RuntimeError("launch failed")
+            return original(weights, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.lora_ext, op, FailsOnce())
+        with refused(model, RuntimeError, "launch failed"):
+            merge(model, "b")
+    assert_restores(model, pristine)
+
+
+# --- which merges wait for a GPU: reading a value of a fake tensor raises an error ------------------------------------
+
+WAITS = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+class Ops(TorchDispatchMode):
+    """Notes the names of the ops that run, and "waits" for a copy to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        to_cpu = isinstance(result, torch.Tensor) and result.device.type == "cpu"
+        self.names.append("waits" if to_cpu else func.__name__)
+        return result
+
+    def ours(self) -> list[str]:
+        return [name.partition(".")[0] for name in self.names if name.startswith("lora_")]
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> Iterator[Ops]:
+    """Makes tensors on a GPU that does not exist."""
+    monkeypatch.setattr(weights_module._load, "check_kernels_exist", lambda caller, device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with FakeTensorMode(), torch.device("cuda"), Ops() as ops:
+        yield ops
+
+
+def layer() -> tuple[torch.Tensor, ...]:
+    return torch.randn(40, 300, dtype=torch.bfloat16), torch.randn(4, 300), torch.randn(40, 4)
+
+
+def test_a_merge_without_a_record_is_one_op_and_waits_for_nothing(cuda):
+    weight, A, B = layer()
+    assert weight.is_cuda
+    cuda.names.clear()
+    assert functional.lora_merge_(weight, A, B, 0.5, record=False) is None
+    assert cuda.ours() == ["lora_merge_"]
+    assert "waits" not in cuda.names
+
+
+def test_a_merge_with_a_record_is_one_op_and_waits(cuda):
+    with pytest.raises(WAITS):
+        functional.lora_merge_(*layer(), 0.5)
+    assert not cuda.ours()  # the op itself waits
+
+
+def test_a_check_waits_before_the_merge(cuda):
+    weight, A, B = layer()
+    A, B = pack_factors(weight.dtype, [(A, B, 0.5)])
+    with pytest.raises(WAITS):
+        merge_all_("test", [weight], [A], [B], record=False)
+    assert cuda.ours() == ["lora_merge_check"]  # and not yet lora_merge_
+
+
+def test_what_waits_is_refused_during_a_capture(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    weight, A, B = layer()
+    functional.lora_merge_(weight, A, B, 0.5, record=False)
+    cuda.names.clear()
+    with pytest.raises(RuntimeError, match="lora_merge_: this merge waits for the GPU, .* record=False"):
+        functional.lora_merge_(weight, A, B, 0.5)
+    A, B = pack_factors(weight.dtype, [(A, B, 0.5)])
+    with pytest.raises(RuntimeError, match="test: this merge waits for the GPU"):
+        merge_all_("test", [weight], [A], [B], record=False)
+    assert not cuda.ours()
+
+
+@pytest.mark.parametrize(
+    ("limit", "parts"), [(10**9, [[0, 1, 2, 3]]), (1, [[0], [1], [2], [3]]), (60, [[0, 1], [2], [3]])]
+)
+def test_scratch_memory_is_limited(cuda, monkeypatch, limit, parts):
+    monkeypatch.setattr(weights_module, "SCRATCH_BYTES", limit)
+    sizes = [torch.empty(1, numel) for numel in (5, 10, 30, 1)]  # 20, 40, 120 and 4 bytes
+    assert weights_module._parts("test", sizes, ["weight"] * 4, record=True) == parts
+    assert weights_module._parts("test", sizes, ["weight"] * 4, record=False) == [[0, 1, 2, 3]]
