@@ -24,12 +24,10 @@ HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000  # as in Ti
 SHARD_BYTES = 500_000_000
 BEYOND_TORCH = 75e6
 
-MERGE = "from lora_ext.checkpoints import merge; merge(base, [adapter], out{options})"
+MERGE = "import torch; from lora_ext.checkpoints import merge; merge(base, [adapter], out{options})"
 CONTESTANTS = {
     "merge": MERGE.format(options=""),
-    "merge, verify": MERGE.format(options=", verify=True"),
-    "merge, record": MERGE.format(options=", record=True"),
-    "unmerge": "from lora_ext.checkpoints import unmerge; unmerge(recorded, out)",
+    "merge, float16": MERGE.format(options=", dtype=torch.float16"),
     "PEFT": """
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -94,17 +92,16 @@ def make_files(folder: Path, layers: int, rank: int) -> tuple[int, int]:
 
 def measure(name: str, folder: Path, threads: int) -> dict[str, float]:
     """Measures one run in a separate process."""
-    out = folder / ("recorded" if name == "merge, record" else "out")
-    shutil.rmtree(out, ignore_errors=True)
-    arguments = [folder / "base", folder / "adapter", out, folder / "recorded"]
-    call = f"base, adapter, out, recorded = sys.argv[1:]\n{CONTESTANTS[name]}"
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    arguments = [folder / "base", folder / "adapter", folder / "out"]
+    call = f"base, adapter, out = sys.argv[1:]\n{CONTESTANTS[name]}"
     return own_process.measure(name, call, arguments, threads)
 
 
 def main() -> None:
     parser = report.parser(__doc__, "offline_merge")
     parser.add_argument("--layers", type=report.at_least(1), default=22, help="of the model; 22 are 2.2 GB")
-    parser.add_argument("--folder", type=Path, help="where to put temporary files, about four times the model")
+    parser.add_argument("--folder", type=Path, help="where to put temporary files, about twice the model")
     parser.set_defaults(rounds=3)
     args = parser.parse_args()
     run = report.Report(args, f"An adapter of rank {args.rank} into a checkpoint on disk")
@@ -113,21 +110,18 @@ def main() -> None:
         nbytes, largest = make_files(folder, args.layers, args.rank)
         bound = 1.5 * largest + BEYOND_TORCH
         rows = own_process.measure_all(CONTESTANTS, args.rounds, lambda name: measure(name, folder, args.threads))
-        record = sum(file.stat().st_size for file in (folder / "recorded" / "merge_record").iterdir())
     cells = (
         [row["name"], f"{row['seconds']:.1f}", f"{nbytes / row['seconds'] / 1e9:.2f}", *own_process.memory_cells(row)]
         for row in rows
     )
     table = report.markdown(["", "s", "GB/s", "resident, MB", "beyond importing torch, MB"], cells)
-    sizes = {"tensors": nbytes, "largest": largest, "bound": bound, "record": record}
+    sizes = {"tensors": nbytes, "largest": largest, "bound": bound}
     table += (
         "\n\n{tensors:.0f} MB in bfloat16, the largest tensor {largest:.0f} MB; the limit beyond importing torch, 1.5 "
-        "times that and 75 MB, is {bound:.0f} MB. The record takes {record:.0f} MB.".format(
-            **{key: size / 1e6 for key, size in sizes.items()}
-        )
+        "times that and 75 MB, is {bound:.0f} MB.".format(**{key: size / 1e6 for key, size in sizes.items()})
         + f" Medians of {args.rounds} rounds; maximum memory."
     )
-    run.finish(rows, table, nbytes=nbytes, largest_bytes=largest, bound_bytes=bound, record_bytes=record)
+    run.finish(rows, table, nbytes=nbytes, largest_bytes=largest, bound_bytes=bound)
     over = [row["name"] for row in rows if row["name"] != "PEFT" and row["beyond_torch_bytes"] > bound]
     if over:
         sys.exit(f"more memory beyond torch than 1.5 times the largest tensor and 75 MB: {', '.join(over)}")

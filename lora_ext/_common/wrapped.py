@@ -1,4 +1,4 @@
-"""Finds the model inside wrappers: compilation, data parallelism, and other packages' interfaces."""
+"""Finds the model inside wrappers: compilation, checkpointing and data parallelism."""
 
 from __future__ import annotations
 
@@ -12,13 +12,6 @@ KEY_PREFIX = "base_model.model."
 
 COMPILED, _CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
 """The names under which torch.compile and checkpoint_wrapper (FSDP's checkpointing) hold the module that they wrap."""
-
-
-class WrapsModel:
-    """A module that holds a model whose paths do not begin at this module."""
-
-    def get_base_model(self) -> nn.Module:
-        raise NotImplementedError
 
 
 def without_wrapper(module: nn.Module) -> nn.Module | None:
@@ -44,7 +37,7 @@ def root_module(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DATA_PARALLEL):
             model = model.module
-        elif (inner := _inside(model)) is not None:
+        elif (inner := getattr(model, COMPILED, None)) is not None:
             model = inner
         else:
             return model
@@ -52,10 +45,6 @@ def root_module(model: nn.Module) -> nn.Module:
 
 def without_thin_wrappers(model: nn.Module) -> nn.Module:
     """``model``, or the module inside wrappers that keep no list of its parameters."""
-    while (inner := _inside(model)) is not None:
+    while (inner := getattr(model, COMPILED, None)) is not None:
         model = inner
     return model
-
-
-def _inside(model: nn.Module) -> nn.Module | None:
-    return model.get_base_model() if isinstance(model, WrapsModel) else getattr(model, COMPILED, None)

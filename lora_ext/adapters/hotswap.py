@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.expert_layout import in_present_layout
-from lora_ext.files.packed_projection import from_peft_form
-from lora_ext.files.save_load import config_of, warn_of_a_copy
+from lora_ext.files.save_load import read_adapter, warn_of_a_copy
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 from lora_ext.nn import DoraAdapter, LoraAdapter
@@ -68,26 +67,23 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     padded = [_padded(part, r) for part in low_rank]
     alphas = {part.target: part.adapter.scaling * r for part in low_rank}
     alpha = max(alphas.values(), key=list(alphas.values()).count, default=adapter.config.lora_alpha)
-    with changing(adapter.into.active):
-        adapter.into.configs[adapter.name] = dataclasses.replace(
-            adapter.config,
-            r=r,
-            lora_alpha=alpha,
-            use_rslora=False,
-            rank_pattern={},
-            alpha_pattern=exact_patterns(alphas, alpha),
-        )
-        for part, (file_A, lora_B) in zip(low_rank, padded, strict=True):
-            part.adapter.set_factors(file_A, lora_B, part.adapter.lora_A.requires_grad)
-            part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
+    adapter.into.configs[adapter.name] = dataclasses.replace(
+        adapter.config,
+        r=r,
+        lora_alpha=alpha,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern=exact_patterns(alphas, alpha),
+    )
+    for part, (file_A, lora_B) in zip(low_rank, padded, strict=True):
+        part.adapter.set_factors(file_A, lora_B, part.adapter.lora_A.requires_grad)
+        part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
     return model
 
 
 @checked
 @one_at_a_time
-def hotswap_adapter(
-    model: ModelT, directory: str | os.PathLike[str], adapter_name: str | None = None, *, allow_pickle: bool = False
-) -> ModelT:
+def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_name: str | None = None) -> ModelT:
     """Replaces the values of an adapter of ``model`` by those of the adapter in ``directory``.
 
     Parameter objects, shapes and scalings stay: compiled code and captured graphs keep working, without recompilation.
@@ -98,7 +94,6 @@ def hotswap_adapter(
         model: an injected model, compiled or not.
         directory: an adapter written by :func:`lora_ext.save_adapter` or PEFT.
         adapter_name: the adapter whose values to replace; None: the active one.
-        allow_pickle: as in :func:`lora_ext.load_adapter`.
 
     Returns:
         ``model``, the same object.
@@ -110,40 +105,48 @@ def hotswap_adapter(
         RuntimeError: it is merged. The model is then unchanged.
     """
     check_not_sharded("hotswap_adapter", model, "load_adapter replaces an adapter's values")
-    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="hotswap_adapter")
-    file = from_peft_form(file, "hotswap_adapter")
-    config = config_of(file, "hotswap_adapter")
+    file = read_adapter(directory, "hotswap_adapter")
+    config = file.lora_config("hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
     warn_of_a_copy("hotswap_adapter", adapter)
     file = in_present_layout(adapter, file, "hotswap_adapter")
-    new = _new_values(adapter, config, file)
-    contents = file.read(value.key for value in new if value.key is not None)
-    with torch.no_grad(), changing(adapter.into.active):
-        for value in new:
-            value.write(contents.get(value.key))
+    values = [value for part in adapter.parts for value in _values_of_part(part, config, file)]
+    if adapter.biases is not None:
+        values += [_Value(f"{KEY_PREFIX}{key}", tensor) for key, tensor in adapter.biases.file_tensors().items()]
+    if problems := _misfits(adapter, config, file, values):
+        raise ValueError(
+            f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
+            f"prepare_hotswap first):{listed(first_shape(problems))}"
+        )
+    file.warn_of_damage(value.key for value in values if value.is_in_file)
+    with torch.no_grad():
+        for value in values:
+            value.write(file.tensors[value.key] if value.is_in_file else None)
     return model
 
 
 @dataclasses.dataclass(frozen=True)
-class _NewValue:
-    """Describes the new value of a model's tensor: the file's tensor ``key`` times ``factor``; None: zero.
+class _Value:
+    """The new value of a model's tensor: that of ``key`` in the file, times ``factor``, or zero.
 
     Attributes:
+        is_in_file: False: zero.
         rank_dim: the dimension of the rank, in which the file's tensor may be shorter: zeros follow. None: it has none.
     """
 
+    key: str
     tensor: Tensor
-    key: str | None
+    is_in_file: bool = True
     rank_dim: int | None = None
     factor: float = 1.0
 
     def write(self, values: Tensor | None) -> None:
         """Writes it. ``values`` is the file's tensor."""
-        if values is None:
-            self.tensor.zero_()
-            return
         target = self.tensor
+        if values is None:
+            target.zero_()
+            return
         if self.rank_dim is not None:
             dim, rank = self.rank_dim, values.shape[self.rank_dim]
             target.narrow(dim, rank, target.shape[dim] - rank).zero_()
@@ -153,86 +156,77 @@ class _NewValue:
 
     def misfit(self, file: AdapterFile) -> str | None:
         """Returns why the file's tensor does not fit, or None."""
-        key, tensor = self.key, self.tensor
-        if key is None:
+        key, want = self.key, list(self.tensor.shape)
+        if not self.is_in_file:
             return None
         if key not in file:
             return f"missing key: {key}"
-        if not _fits(file.shape(key), tuple(tensor.shape), self.rank_dim):
-            return f"shape of {key}: {shown(list(file.shape(key)))} in the file, {list(tensor.shape)} in the model"
-        if file.dtype(key).is_floating_point != tensor.is_floating_point() or file.dtype(key).is_complex:
-            return f"dtype of {key}: {file.dtype(key)} in the file, {tensor.dtype} in the model"
+        shape, dtype = list(file.shape(key)), file.dtype(key)
+        fits = len(shape) == len(want) and all(
+            have <= size if dim == self.rank_dim else have == size
+            for dim, (have, size) in enumerate(zip(shape, want, strict=True))
+        )
+        if not fits:
+            return f"shape of {key}: {shown(shape)} in the file, {want} in the model"
+        if dtype.is_floating_point != self.tensor.is_floating_point() or dtype.is_complex:
+            return f"dtype of {key}: {dtype} in the file, {self.tensor.dtype} in the model"
         return None
 
 
-def _new_values(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[_NewValue]:
-    """Finds the new value of every tensor of ``adapter``. ValueError: the file does not fit; all reasons are listed."""
-    problems = _other_options(adapter.config, config)
-    values: list[_NewValue] = []
-    expected: set[str] = set()
+def _values_of_part(part: Part, config: LoraConfig, file: AdapterFile) -> list[_Value]:
+    """The new values of one layer's adapter; of a low-rank update that the file lacks, zeros."""
+    if isinstance(part.adapter, TiedAdapter):  # shares another part's values
+        return []
+    tensors = _file_tensors(part)
+    updates = _updates_of(part.adapter)
+    if not updates:
+        return [_Value(key, tensor) for key, tensor in tensors.items()]
+    # A DoRA adapter that changes nothing has the norms of the weight's rows: no file with zeros stands for it.
+    if not any(key in file for key in tensors) and not isinstance(part.adapter, DoraAdapter):
+        return [_Value(key, tensor, is_in_file=False) for key, tensor in tensors.items()]
+    values = []
+    for key, tensor in tensors.items():
+        update = next(u for u in updates if any(_holds(tensor, parameter) for parameter in u.parameters()))
+        is_A, is_B = _holds(tensor, update.lora_A), _holds(tensor, update.lora_B)
+        rank_dim = None
+        if update.has_plain_rank and (is_A or is_B):
+            rank_dim = 0 if is_A else 1
+        factor = 1.0
+        if not is_A and not key.endswith(".lora_magnitude_vector"):
+            factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(key)
+        values.append(_Value(key, tensor, True, rank_dim, factor))
+    return values
+
+
+def _misfits(adapter: Adapter, config: LoraConfig, file: AdapterFile, values: Sequence[_Value]) -> list[str]:
+    """Returns why the values of ``file`` cannot replace those of ``adapter``; empty if they can."""
+    problems = [
+        f"{option}: {shown(getattr(config, option))} in the file, {shown(getattr(adapter.config, option))} in the model"
+        for option in ("trainable_token_indices", "alora_invocation_tokens", "use_dora")
+        if getattr(config, option) != getattr(adapter.config, option)
+    ]
+    expected = {value.key for value in values}
     for part in adapter.parts:
-        tensors = {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
+        tensors = _file_tensors(part)
         expected |= tensors.keys()
-        if isinstance(part.adapter, TiedAdapter):  # shares another part's values
-            continue
-        found = _values_of_part(part, tensors, config, file)
-        values += found
         theirs, ours = config.enable_lora_for(part.target), getattr(part.adapter, "enable_lora", None)
-        if theirs != ours and _updates_of(part.adapter) and any(value.key is not None for value in found):
+        if theirs != ours and _updates_of(part.adapter) and any(key in file for key in tensors):
             problems.append(f"enable_lora of {part.target}: {shown(theirs)} in the file, {ours} in the model")
-        problems += [problem for value in found if (problem := value.misfit(file)) is not None]
-    if adapter.biases is not None:
-        biases = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.biases.file_tensors().items()}
-        expected |= biases.keys()
-        problems += [f"missing key: {key}" for key in biases if key not in file]
-        values += [_NewValue(tensor, key) for key, tensor in biases.items()]
+    problems += [problem for value in values if (problem := value.misfit(file)) is not None]
+    # PEFT saves the base layer of an adapted embedding or head, too.
     base = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.base_tensors().items()}
     problems += [f"unexpected key: {key}" for key in file.keys() if key not in expected | base.keys()]  # noqa: SIM118
-    # PEFT saves the base layer of an adapted embedding or head, too.
     problems += [
         f"base layer {key}: not the model's, and load_adapter loads it"
         for key, tensor in base.items()
         if key in file and key not in expected and not _equals(file, key, tensor)
     ]
-    if problems:
-        raise ValueError(
-            f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
-            f"prepare_hotswap first):{listed(first_shape(problems))}"
-        )
-    return values
+    return problems
 
 
-def _other_options(ours: LoraConfig, theirs: LoraConfig) -> list[str]:
-    """Names the options that no change of values can follow."""
-    return [
-        f"{option}: {shown(getattr(theirs, option))} in the file, {shown(getattr(ours, option))} in the model"
-        for option in ("trainable_token_indices", "alora_invocation_tokens", "use_dora")
-        if getattr(theirs, option) != getattr(ours, option)
-    ]
-
-
-def _values_of_part(
-    part: Part, tensors: Mapping[str, Tensor], config: LoraConfig, file: AdapterFile
-) -> list[_NewValue]:
-    """The new values of one layer's adapter; of a low-rank update that the file lacks, zeros.
-
-    Args:
-        tensors: the adapter's, by their keys in the file.
-    """
-    updates = _updates_of(part.adapter)
-    if not updates:
-        return [_NewValue(tensor, key) for key, tensor in tensors.items()]
-    # A DoRA adapter that changes nothing has the norms of the weight's rows: no file with zeros stands for it.
-    if not any(key in file for key in tensors) and not isinstance(part.adapter, DoraAdapter):
-        return [_NewValue(tensor, None) for tensor in tensors.values()]
-    values = []
-    for key, tensor in tensors.items():
-        update = next(u for u in updates if any(_holds(tensor, parameter) for parameter in u.parameters()))
-        factor = 1.0
-        if not _holds(tensor, update.lora_A) and not key.endswith(".lora_magnitude_vector"):
-            factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(key)
-        values.append(_NewValue(tensor, key, _rank_dim(update, tensor), factor))
-    return values
+def _file_tensors(part: Part) -> dict[str, Tensor]:
+    """The tensors of one layer's adapter, by their keys in a file."""
+    return {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
 
 
 def _equals(file: AdapterFile, key: str, tensor: Tensor) -> bool:
@@ -247,23 +241,9 @@ def _updates_of(adapter: nn.Module) -> list[LoraAdapter]:
     return [adapter] if isinstance(adapter, LoraAdapter) else []
 
 
-def _rank_dim(update: LoraAdapter, tensor: Tensor) -> int | None:
-    """The rank dimension, which may be shorter in the file; None if there is none."""
-    if not update.has_plain_rank:
-        return None
-    return 0 if _holds(tensor, update.lora_A) else 1 if _holds(tensor, update.lora_B) else None
-
-
 def _holds(tensor: Tensor, parameter: Tensor) -> bool:
     """Returns whether ``tensor`` is the parameter, or its transpose (an embedding's)."""
     return tensor is parameter or tensor._base is parameter
-
-
-def _fits(shape: tuple[int, ...], target: tuple[int, ...], rank_dim: int | None) -> bool:
-    if rank_dim is None or len(shape) != len(target):
-        return shape == target
-    same = [a == b for i, (a, b) in enumerate(zip(shape, target, strict=True)) if i != rank_dim]
-    return all(same) and shape[rank_dim] <= target[rank_dim]
 
 
 def _padded(part: Part, r: int) -> tuple[Tensor, Tensor]:
@@ -278,11 +258,13 @@ def _padded(part: Part, r: int) -> tuple[Tensor, Tensor]:
             f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}; use "
             "load_adapter and set_adapter for this model"
         )
-    padded = []
-    for dim, factor in ((0, adapter.file_A), (1, adapter.lora_B)):
-        shape = list(factor.shape)
-        shape[dim] = r
-        larger = factor.detach().new_zeros(shape)
-        larger.narrow(dim, 0, adapter.r).copy_(factor.detach())
-        padded.append(larger)
-    return padded[0], padded[1]
+    return _with_zeros(adapter.file_A, 0, r), _with_zeros(adapter.lora_B, 1, r)
+
+
+def _with_zeros(factor: Tensor, dim: int, size: int) -> Tensor:
+    """A copy of ``factor`` with zeros up to ``size`` along ``dim``."""
+    shape = list(factor.shape)
+    shape[dim] = size
+    larger = factor.detach().new_zeros(shape)
+    larger.narrow(dim, 0, factor.shape[dim]).copy_(factor.detach())
+    return larger

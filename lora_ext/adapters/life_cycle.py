@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_of
 from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty_layers
 from lora_ext.model.adapter_set import adapter_set, find_adapters
@@ -33,8 +33,7 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
     """Activates exactly these adapters of an injected model.
 
     Several adapters add up. Deactivated adapters are frozen; named ones become trainable or frozen as when they were
-    added (``config.inference_mode``), also those that stay active but were frozen as a whole meanwhile. All layers
-    share one list of active names, so the cost of a switch does not depend on the number of adapters. Merged adapters
+    added (``config.inference_mode``), also those that stay active but were frozen as a whole meanwhile. Merged adapters
     have effect until unmerged, active or not.
 
     Args:
@@ -86,13 +85,12 @@ def adapter_names(model: nn.Module) -> list[str]:
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Makes the model compute like its base model within the context, with the base model's heads and biases.
 
-    The end restores the active adapters, so adapters cannot be added, switched, renamed or removed within the context.
-    Forwards in other threads use the base model too.
+    The end of the outermost context restores the active adapters, so adapters cannot be added, switched, renamed or
+    removed meanwhile. Forwards in other threads use the base model too.
 
     Raises:
         ValueError: there is no LoRA layer.
-        RuntimeError: an adapter is merged, so the base weights contain it; or another thread is within such a context,
-            whose end would enable the adapters.
+        RuntimeError: an adapter is merged, so the base weights contain it.
     """
     shared = _disable(model)
     try:
@@ -113,21 +111,17 @@ def _disable(model: nn.Module) -> set[ActiveAdapters]:
     if merged:
         where = first_of(map(repr, merged))
         raise RuntimeError(f"disable_adapters: adapters are merged into {where}; call unmerge(model) first")
-    if any(active.is_disabled_elsewhere for active in shared):
-        raise RuntimeError("disable_adapters: another thread is within disable_adapters(model); wait for its end")
-    with changing(*shared):
-        for active in shared:
-            active.disable()
-        _use_biases(model)
+    for active in shared:
+        active.disable()
+    _use_biases(model)
     return shared
 
 
 @one_at_a_time
 def _enable(model: nn.Module, shared: set[ActiveAdapters]) -> None:
-    with changing(*shared):
-        for active in shared:
-            active.enable()
-        _use_biases(model)
+    for active in shared:
+        active.enable()
+    _use_biases(model)
 
 
 def _use_biases(model: nn.Module) -> None:
@@ -164,12 +158,11 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
             )
         )
     check_unmerged("delete_adapter", model, name)
-    with changing(adapters.active):
-        adapters.remove(name)
-        for _, layer in adapter_layers(model):
-            if name in layer.adapters:
-                del layer.adapters[name]
-        remove_empty_layers(model, adapters)
+    adapters.remove(name)
+    for _, layer in adapter_layers(model):
+        if name in layer.adapters:
+            del layer.adapters[name]
+    remove_empty_layers(model, adapters)
     return model
 
 
@@ -193,12 +186,11 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
         return model
     check_new_name("rename_adapter", new, adapters)
     check_unmerged("rename_adapter", model, old)
-    with changing(adapters.active):
-        for _, layer in adapter_layers(model):
-            held = {new if name == old else name: adapter for name, adapter in layer.adapters.items()}
-            layer.adapters.clear()
-            layer.adapters.update(held)
-        adapters.rename(old, new)
+    for _, layer in adapter_layers(model):
+        held = {new if name == old else name: adapter for name, adapter in layer.adapters.items()}
+        layer.adapters.clear()
+        layer.adapters.update(held)
+    adapters.rename(old, new)
     return model
 
 
@@ -237,23 +229,22 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
     status = []
     for path, layer in adapter_layers(model):
         for name, adapter in layer.adapters.items():
-            parameters = list(adapter.parameters())
+            parameters = sorted(adapter.parameters(), key=lambda parameter: not parameter.is_floating_point())
             flags = {parameter.requires_grad for parameter in parameters if parameter.is_floating_point()}
-            first = next((p for p in parameters if p.is_floating_point()), next(iter(parameters), None))
             low_rank = isinstance(layer, LoraLayer)
             status.append(
                 AdapterStatus(
-                    path,
-                    type(layer).__name__,
-                    name,
-                    adapter.r if low_rank else None,
-                    adapter.scaling if low_rank else None,
-                    name in layer.active.names,
-                    low_rank and name in layer.merged_adapters,
-                    flags.pop() if len(flags) == 1 else None,
-                    None if first is None else first.dtype,
-                    None if first is None else first.device,
-                    sum(parameter.numel() for parameter in parameters),
+                    layer=path,
+                    kind=type(layer).__name__,
+                    adapter=name,
+                    r=adapter.r if low_rank else None,
+                    scaling=adapter.scaling if low_rank else None,
+                    active=name in layer.active.names,
+                    merged=low_rank and name in layer.merged_adapters,
+                    trainable=flags.pop() if len(flags) == 1 else None,
+                    dtype=parameters[0].dtype if parameters else None,
+                    device=parameters[0].device if parameters else None,
+                    parameters=sum(parameter.numel() for parameter in parameters),
                 )
             )
     return status

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_of, listed
 from lora_ext.adapters.pool_files import PoolShape, read_adapter
 from lora_ext.config import LoraConfig
@@ -377,12 +377,12 @@ def _attach(
         layer = part.layer
         device = execution_device(innermost(layer)) or layer.weight.device  # a weight may be offloaded
         held[part.path] = LayerSlots(slots, r, layer.in_features, layer.out_features, dtypes[part.path], device)
-    with changing(adapter.into.active):
-        attach_layers(model, adapter)
-        for part in adapter.parts:
-            part.layer.slots = held[part.path]
-        adapter.into.pool = pool
-        serve_adapters(model, adapter.into)
+    attach_layers(model, adapter)
+    for part in adapter.parts:
+        part.layer.slots = held[part.path]
+    adapter.into.pool = pool
+    adapter.into.active.changes += 1
+    serve_adapters(model, adapter.into)
     return held
 
 
@@ -392,9 +392,9 @@ def _detach(model: nn.Module, pool: AdapterPool) -> None:
     adapters = adapter_set(model)
     if adapters is None or adapters.pool is not pool:  # unloaded meanwhile
         return
-    with changing(adapters.active):
-        adapters.pool = None
-        for _, layer in adapter_layers(model):
-            if isinstance(layer, LoraLinear):
-                layer.slots = None
-        remove_empty_layers(model, adapters)
+    adapters.pool = None
+    adapters.active.changes += 1
+    for _, layer in adapter_layers(model):
+        if isinstance(layer, LoraLinear):
+            layer.slots = None
+    remove_empty_layers(model, adapters)

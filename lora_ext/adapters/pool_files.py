@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from lora_ext._common.printable import first_shape, listed
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
-from lora_ext.files.save_load import config_of, with_positive_alphas
+from lora_ext.files.save_load import with_positive_alphas
 from lora_ext.injection.targets import names_next_to_all_linear
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 
@@ -53,9 +51,8 @@ def read_adapter(directory: Path, shape: PoolShape) -> dict[str, LayerUpdate]:
         ValueError: a file is corrupted, its config is not supported, or the adapter does not fit the pool: other
             layers, shapes, a larger rank, or parts that are no low-rank updates. The message lists what.
     """
-    given = AdapterFile.open(directory, caller="AdapterPool")
-    file = with_positive_alphas(given)
-    config = config_of(file, "AdapterPool")
+    file = with_positive_alphas(AdapterFile.open(directory, caller="AdapterPool"), "AdapterPool")
+    config = file.lora_config("AdapterPool")
     problems = _other_parts(config)
     keys: dict[str, dict[str, str]] = {}
     for key in file.keys():  # noqa: SIM118  not a dict
@@ -79,18 +76,12 @@ def read_adapter(directory: Path, shape: PoolShape) -> dict[str, LayerUpdate]:
             "with load_adapter, or make a pool with its layers and rank:"
             f"{listed(first_shape(problems or ['it has no factors']))}"
         )
-    values = file.read(key for factors in keys.values() for key in factors.values())
+    file.warn_of_damage(key for factors in keys.values() for key in factors.values())
     updates = {}
     for path, factors in keys.items():
-        scaling = math.copysign(config.scaling_for(path), _alpha(given.config, config, path))
-        updates[path] = LayerUpdate(values[factors["lora_A"]], values[factors["lora_B"]], scaling)
+        lora_A, lora_B = (file.tensors[factors[name]] for name in ("lora_A", "lora_B"))
+        updates[path] = LayerUpdate(lora_A, lora_B, config.scaling_for(path))
     return updates
-
-
-def _alpha(values: Mapping[str, Any], config: LoraConfig, path: str) -> float:
-    """``lora_alpha`` at ``path`` with the sign that it has in the file."""
-    pattern = config.alpha_pattern_for(path)
-    return values.get("lora_alpha", 1) if pattern is None else values["alpha_pattern"][pattern]
 
 
 def _other_parts(config: LoraConfig) -> list[str]:

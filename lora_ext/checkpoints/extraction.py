@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,13 @@ from lora_ext._common.printable import first_of, listed
 from lora_ext._common.progress import progress
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
-from lora_ext.checkpoints.checkpoint_files import Checkpoint, raw_blocks
+from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.low_rank import approximate
-from lora_ext.checkpoints.merged_rows import BLOCK_BYTES, Block
-from lora_ext.checkpoints.output import check_apart
-from lora_ext.checkpoints.staging import Staging
-from lora_ext.checkpoints.ties import is_embedding, tied_tensors
-from lora_ext.checkpoints.writing import Description, write_file
+from lora_ext.checkpoints.names import find_tie, is_embedding
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
-from lora_ext.files.file_bytes import tensor_bytes
-from lora_ext.files.safetensors_format import DTYPE_NAMES
+from lora_ext.files.reading import DTYPE_NAMES
+from lora_ext.files.writing import check_new, new_directory, stream_tensors
 from lora_ext.matching.path_names import name_covers
-
-REPORT_FILE = "extract.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +73,15 @@ def extract(
     save_others: bool = True,
     fan_in_fan_out: bool = False,
     dtype: torch.dtype = torch.float32,
-    overwrite: bool = False,
     show_progress: bool = False,
 ) -> ExtractReport:
     """Writes an adapter in PEFT's format to ``out`` that turns ``base`` into ``tuned``, up to the error in the report.
 
     Each matrix that differs is approximated by a truncated singular value decomposition of its difference
-    (:func:`~lora_ext.checkpoints.low_rank.approximate`); the scaling is 1. One tensor is in memory at a time. Biases of
-    adapted layers are saved in full (``bias="lora_only"``), and so are other modules that differ
-    (``modules_to_save``). A head that shares the weight of a saved embedding follows it (``ensure_weight_tying``).
+    (:func:`~lora_ext.checkpoints.low_rank.approximate`); the scaling is 1. One tensor of each checkpoint is in memory
+    at a time, next to the adapter. Biases of adapted layers are saved in full (``bias="lora_only"``), and so are other
+    modules that differ (``modules_to_save``). A head that shares the weight of a saved embedding follows it
+    (``ensure_weight_tying``).
 
     Args:
         rank: largest rank of a layer.
@@ -98,7 +91,6 @@ def extract(
         save_others: save other modules that differ; if False, they are an error.
         fan_in_fan_out: matrices are ``[in, out]``, as in Conv1D (GPT-2).
         dtype: dtype of the factors.
-        overwrite: replace the adapter at ``out``, if nothing else is there.
 
     Raises:
         ValueError: nothing differs; tensors are in only one checkpoint, differ in shape, or differ and cannot be saved
@@ -110,16 +102,11 @@ def extract(
         raise ValueError(f"extract: rank is {rank}, want at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"extract: energy is {energy}, want 0 < energy <= 1")
-    old, new = Checkpoint.open(base), Checkpoint.open(tuned)
-    out = Path(out).absolute()
-    check_apart("extract", out, [old.directory, new.directory])
-    staged = Staging(out, {}, overwrite, {CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE}.__contains__)
-    with staged as staging, progress("extract", new.nbytes, show=show_progress) as shown:
-        differing: dict[str, None] = {}
-        for key in new:
-            if key not in old or not _same(old, new, key):
-                differing[key] = None
-            shown.advance(new.info(key).nbytes)
+    old, new, out = Checkpoint.open(base), Checkpoint.open(tuned), Path(out).absolute()
+    check_new(out, "extract")
+    _check_named(new, target_modules or ())
+    with progress("extract", new.nbytes, show=show_progress) as shown:
+        differing = _differing(old, new, shown.advance)
         targets, saved = _sort(old, new, differing, target_modules, save_others)
         layers: dict[str, LayerError] = {}
         factors: dict[str, Tensor] = {}
@@ -130,31 +117,47 @@ def extract(
             layers[path] = LayerError(len(best.lora_A), best.norm, best.errors)
             factors[f"{KEY_PREFIX}{path}.lora_A.weight"] = best.lora_A.to(dtype)
             factors[f"{KEY_PREFIX}{path}.lora_B.weight"] = best.lora_B.to(dtype)
-        modules = set(saved)
-        whole = {f"{KEY_PREFIX}{key}": key for key in new if key.rpartition(".")[0] in modules}
-        has_biases = any(f"{path}.bias" in differing for path in targets)
-        if has_biases:  # PEFT then wants the biases of all adapted layers
-            biases = [f"{path}.bias" for path in targets if f"{path}.bias" in new]
-            whole |= {f"{KEY_PREFIX}{key.removesuffix('bias')}base_layer.bias": key for key in biases}
-        twins = tied_tensors(new, modules)  # as PEFT saves them: again, so that they do not keep the base's values
-        whole |= {f"{KEY_PREFIX}{key}": source for key, source in twins.items()}
-        saved += sorted({key.rpartition(".")[0] for key in twins} - modules)
-        _write(staging.path / WEIGHTS_FILE, new, factors, whole)
-        config = _config(layers, rank, saved, has_biases, fan_in_fan_out, new) | {"ensure_weight_tying": bool(twins)}
-        (staging.path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        report = ExtractReport(
-            layers,
-            _overall(layers),
-            saved,
-            unchanged=len(new) - len(differing),
-            nbytes=(staging.path / WEIGHTS_FILE).stat().st_size,
-            seconds=time.perf_counter() - begin,
+    whole = {f"{KEY_PREFIX}{key}": key for key in new if key.rpartition(".")[0] in saved}
+    has_biases = any(f"{path}.bias" in differing for path in targets)
+    if has_biases:  # PEFT then wants the biases of all adapted layers
+        whole |= {f"{KEY_PREFIX}{path}.base_layer.bias": f"{path}.bias" for path in targets if f"{path}.bias" in new}
+    tie = find_tie(new)
+    is_tied = tie is not None and tie.embedding.rpartition(".")[0] in saved
+    if is_tied:  # as PEFT saves it: again, so that the head does not keep the base's values
+        whole[f"{KEY_PREFIX}{tie.head}"] = tie.embedding
+        saved.append(tie.head.rpartition(".")[0])
+    config = _config(layers, rank, saved, has_biases, fan_in_fan_out, new) | {"ensure_weight_tying": is_tied}
+    table = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in factors.items()}
+    table |= {key: (new.info(source).dtype, new.info(source).shape) for key, source in whole.items()}
+    with new_directory(out, "extract") as staging:
+        stream_tensors(
+            staging / WEIGHTS_FILE,
+            table,
+            {"format": "pt"},
+            lambda key: factors[key] if key in factors else new.tensor(whole[key]),
         )
-        (staging.path / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-        for checkpoint in (old, new):
-            checkpoint.check_unchanged("extract")
-        staging.publish()
-    return report
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return ExtractReport(
+        layers,
+        _overall(layers),
+        saved,
+        unchanged=len(new) - len(differing),
+        nbytes=(out / WEIGHTS_FILE).stat().st_size,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+# --- what differs -----------------------------------------------------------------------------------------------------
+
+
+def _differing(old: Checkpoint, new: Checkpoint, advance: Callable[[int], None]) -> dict[str, None]:
+    """The tensors of ``new`` that are not in ``old`` with the same shape and values, also in another dtype."""
+    differing: dict[str, None] = {}
+    for key in new:
+        if key not in old or not _same(old, new, key):
+            differing[key] = None
+        advance(new.info(key).nbytes)
+    return differing
 
 
 def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
@@ -162,16 +165,13 @@ def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
     first, second = old.info(key), new.info(key)
     if first.shape != second.shape:
         return False
+    before, after = old.tensor(key), new.tensor(key)
     if first.dtype != second.dtype:
         if not {first.torch_dtype, second.torch_dtype} <= set(FLOATING):
             return False
-        acc, size = accumulation_dtype(torch.promote_types(first.torch_dtype, second.torch_dtype)), BLOCK_BYTES // 8
-        ends = ((at, min(at + size, math.prod(first.shape))) for at in range(0, math.prod(first.shape), size))
-        return all(torch.equal(old.elements(key, *end).to(acc), new.elements(key, *end).to(acc)) for end in ends)
-    pairs = zip(
-        raw_blocks(old.file(key), first, BLOCK_BYTES), raw_blocks(new.file(key), second, BLOCK_BYTES), strict=True
-    )
-    return all(tensor_bytes(a) == tensor_bytes(b) for a, b in pairs)
+        wider = torch.promote_types(before.dtype, after.dtype)
+        return torch.equal(before.to(wider), after.to(wider))
+    return torch.equal(before.flatten().view(torch.uint8), after.flatten().view(torch.uint8))
 
 
 def _sort(
@@ -182,7 +182,6 @@ def _sort(
     save_others: bool,
 ) -> tuple[list[str], list[str]]:
     """The modules to adapt, and the modules to save in full."""
-    _check_named(new, target_modules or ())
     problems = [f"only in the base: {key}" for key in old if key not in new]
     targets: dict[str, None] = {}
     others: dict[str, str] = {}
@@ -192,62 +191,71 @@ def _sort(
         if key in old and old.info(key).shape != shape:
             problems.append(f"shape of {key}: {list(old.info(key).shape)} in the base, {list(shape)} in the other")
             continue
-        wanted = not is_embedding(path) if target_modules is None else any(name_covers(t, path) for t in target_modules)
+        wanted = not is_embedding(path) if target_modules is None else _covers(target_modules, path)
         is_matrix = key in old and name == "weight" and len(shape) == 2
         if wanted and is_matrix and {old.info(key).torch_dtype, new.info(key).torch_dtype} <= set(FLOATING):
             targets[path] = None
         else:
             others.setdefault(path, key)
     saved = []
-    with_more = {end for key in new for end in _parents(key)}
+    parents = {end for key in new for end in _parents(key)}
     for path, key in others.items():
-        if path in targets and path not in with_more:
+        if path in targets and path not in parents:
             continue  # the bias of an adapted module
-        if path in targets or not path:
-            problems.append(f"differs, next to the adapted weight of its module: {key}" if path else f"differs: {key}")
+        if not path:
+            problems.append(f"differs: {key}")
+        elif path in targets:
+            problems.append(f"differs, next to the adapted weight of its module: {key}")
         elif not save_others:
             problems.append(f"differs, and is not adapted: {key} {list(new.info(key).shape)}")
+        elif heads := _other_users(new, path):
+            problems.append(f"differs, and is shared with {heads}, which no adapter can express: {key}")
         else:
             saved.append(path)
     if problems:
-        hint = ""
-        if any(all(f"{prefix}{key}" in new for key in old) for prefix in _prefixes(old, new)):
-            hint = (
-                "\nIts names have a prefix, as those of a model with a head. Load the base as such a model "
-                "(from_pretrained), save it (save_pretrained), and extract from that base"
-            )
-        raise ValueError(f"extract: {new.directory} is not {old.directory} with an adapter:{listed(problems)}{hint}")
+        raise ValueError(f"extract: {new.directory} is not {old.directory} with an adapter:{listed(problems)}")
     if not targets:
         what = "no layer to adapt differs" if differing else "no tensor differs"
         raise ValueError(f"extract: {what} between {old.directory} and {new.directory}")
     return list(targets), saved
 
 
+def _covers(names: Sequence[str], path: str) -> bool:
+    return any(name_covers(name, path) for name in names)
+
+
 def _check_named(new: Checkpoint, names: Sequence[str]) -> None:
     """Raises ValueError for names that cover no matrix: their layers would be saved in full instead."""
-    matrices = [key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2]
-    if unknown := [name for name in names if not any(name_covers(name, path) for path in matrices)]:
-        known = dict.fromkeys(path.rpartition(".")[2] for path in matrices)
-        raise ValueError(
-            f"extract: target_modules {unknown} name no matrix of {new.directory}; its matrices include "
-            f"{first_of(map(repr, known), 8)}"
-        )
+    matrices = _matrices(new)
+    for name in names:
+        if not any(name_covers(name, path) for path in matrices):
+            known = dict.fromkeys(path.rpartition(".")[2] for path in matrices)
+            raise ValueError(
+                f"extract: target_modules: {name!r} names no matrix of {new.directory}, which has "
+                f"{first_of(map(repr, known), 8)}"
+            )
 
 
-def _prefixes(old: Checkpoint, new: Checkpoint) -> set[str]:
-    """Returns what may precede the base's names in ``new``, such as the name of the encoder in a classifier."""
-    first = next(iter(old), "")
-    return {key.removesuffix(first) for key in new if key.endswith(f".{first}")}
+def _matrices(new: Checkpoint) -> list[str]:
+    return [key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2]
 
 
-def _parents(key: str) -> Iterator[str]:
+def _other_users(new: Checkpoint, path: str) -> str:
+    """Names modules that share the embedding ``path``, and cannot follow it in PEFT's files; "" if there are none."""
+    tie = find_tie(new)
+    prefix, _, name = path.rpartition(".")
+    if name == "shared" and any(key.startswith(f"{prefix}.encoder.".lstrip(".")) for key in new):  # T5, BART
+        return "the embeddings of the encoder and the decoder"
+    if tie is not None and tie.embedding == f"{path}.weight" and tie.head.count(".") > 1:  # a head in a module, of BERT
+        return tie.head
+    return ""
+
+
+def _parents(key: str) -> list[str]:
     """The modules around a tensor, without the innermost one if the tensor is its weight or bias."""
-    place = key.rfind(".")
-    if key[place + 1 :] in ("weight", "bias"):
-        place = key.rfind(".", 0, max(place, 0))
-    while place >= 0:
-        yield key[:place]
-        place = key.rfind(".", 0, place)
+    parts = key.split(".")
+    last = len(parts) - (2 if parts[-1] in ("weight", "bias") else 1)
+    return [".".join(parts[:count]) for count in range(1, last + 1)]
 
 
 def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
@@ -260,22 +268,7 @@ def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
     return delta
 
 
-def _write(path: Path, new: Checkpoint, factors: dict[str, Tensor], whole: dict[str, str]) -> None:
-    described: dict[str, Description] = {
-        key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for key, tensor in factors.items()
-    }
-    for key, source in whole.items():
-        info = new.info(source)
-        described[key] = info.dtype, info.shape, info.nbytes
-
-    def blocks(key: str) -> Iterator[Block]:
-        if key in factors:
-            yield Block(factors[key])
-            return
-        for values in raw_blocks(new.file(whole[key]), new.info(whole[key]), BLOCK_BYTES):
-            yield Block(values)
-
-    write_file(path, described, {"format": "pt"}, blocks)
+# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def _config(
@@ -283,8 +276,7 @@ def _config(
 ) -> dict[str, Any]:
     """The adapter's config. ``lora_alpha`` is the rank everywhere, so the scaling is 1."""
     ends = {path.rpartition(".")[2] for path in layers}
-    matrices = {key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2}
-    by_end = {path for path in matrices if path.rpartition(".")[2] in ends}
+    by_end = {path for path in _matrices(new) if path.rpartition(".")[2] in ends}
     other_ranks = {re.escape(path): layer.r for path, layer in layers.items() if layer.r != rank}
     return {
         "peft_type": "LORA",

@@ -7,14 +7,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from lora_ext._common.printable import listed, shown
 from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.checkpoints.changes import MergeChanges, Term, find_changes
-from lora_ext.checkpoints.checkpoint_files import Checkpoint
+from lora_ext.checkpoints.changes import find_changes
+from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate
-from lora_ext.checkpoints.layouts import num_matrices
-from lora_ext.checkpoints.merged_rows import matrix_shape, split_stack
 from lora_ext.files.adapter_file import AdapterFile
 
 
@@ -24,7 +24,7 @@ class LayerWeight:
 
     Attributes:
         key: key of the tensor in the checkpoint.
-        shape: ``(rows, cols)`` of the matrix as stored.
+        shape: ``(rows, columns)`` of the matrix as stored.
         index: number of the matrix in the stack.
         transposed: the matrix is stored as ``[in, out]``, as in Conv1D and Embedding.
     """
@@ -35,15 +35,9 @@ class LayerWeight:
     index: int
     transposed: bool
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrix."""
-        return math.prod(self.shape) * self.checkpoint.info(self.key).torch_dtype.itemsize
-
     def read(self) -> Tensor:
         """Reads the matrix as stored, into new memory."""
-        size = math.prod(self.shape)
-        return self.checkpoint.elements(self.key, self.index * size, (self.index + 1) * size).view(self.shape)
+        return self.checkpoint.part(self.key, self.index, self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +49,13 @@ class LayerFactors:
     index: int
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)`` of the update."""
-        A, B = self.file.shape(self.update.lora_A), self.file.shape(self.update.lora_B)
-        out = B[0] if self.update.kind == "parameter" else B[0] // num_matrices(self.file, self.update)
-        return out, math.prod(A[1:])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.update.r * sum(self.shape) * self.file.dtype(self.update.lora_A).itemsize
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.file.dtype(self.update.lora_A)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Reads ``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
-        A, B = self.file.tensor(self.update.lora_A), self.file.tensor(self.update.lora_B)
-        pairs = split_stack(A, B, num_matrices(self.file, self.update), self.update.kind == "parameter")
+        pairs = self.update.split(self.file.tensor(self.update.lora_A), self.file.tensor(self.update.lora_B))
         return pairs[self.index]
 
 
@@ -80,7 +66,7 @@ class Layer:
     Attributes:
         name: path of the module, followed by ``[i]`` if it holds several matrices.
         factors: number of the adapter -> its factors, for the adapters that update this layer.
-        weight: weight of the base; None if there is no base, or if the base has it under another layer's name.
+        weight: weight of the base; None if there is no base.
     """
 
     name: str
@@ -88,19 +74,12 @@ class Layer:
     weight: LayerWeight | None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``"""
-        return next(iter(self.factors.values())).shape
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the factors and the weight."""
-        return sum(one.nbytes for one in self.factors.values()) + (self.weight.nbytes if self.weight else 0)
-
-    def release(self) -> None:
-        """Frees the memory of factors that were read."""
-        for one in self.factors.values():
-            one.file.release()
+        total = sum(one.update.r * sum(one.update.shape) * one.dtype.itemsize for one in self.factors.values())
+        if self.weight is not None:
+            total += math.prod(self.weight.shape) * self.weight.checkpoint.info(self.weight.key).torch_dtype.itemsize
+        return total
 
 
 def find_layers(
@@ -117,58 +96,47 @@ def find_layers(
         ValueError: an adapter does not fit ``base``, or the adapters do not fit each other; the message lists all
             misfits.
     """
-    found: dict[str, dict[int, LayerFactors]] = {}
+    factors: dict[str, dict[int, LayerFactors]] = {}
     weights: dict[str, dict[int, LayerWeight]] = {}
     for number, contents in enumerate(adapters):
-        updates = [dataclasses.replace(update, lora_bias=None) for update in contents.updates]
-        changes = None
-        if base is not None:
-            bare = AdapterContents(contents.file, updates, [], {})
-            changes = find_changes(base, [bare], fan_in_fan_out=fan_in_fan_out, untie=True)
-        targets = dict(_targets(changes)) if changes is not None else {}
-        for name, factors in _named(contents.file, updates):
-            found.setdefault(name, {})[number] = factors
-            if (target := targets.get(factors.update.lora_A)) is not None:
-                key, term = target
-                weights.setdefault(name, {})[number] = _weight(base, changes, key, term, factors.index)
+        found = _weights(contents, base, fan_in_fan_out) if base is not None else {}
+        for name, one in _named(contents):
+            factors.setdefault(name, {})[number] = one
+            if one.update.lora_A in found:
+                weights.setdefault(name, {})[number] = found[one.update.lora_A][one.index]
     problems = []
-    for name, by_adapter in found.items():
-        weights = list(weights.get(name, {}).values())
-        for what, values in (
-            ("is {} in one adapter and {} in another", [list(factors.shape) for factors in by_adapter.values()]),
-            ("is {} for one adapter and {} for another", [weight.key for weight in weights]),
-            (
-                "is stored [in, out] for one adapter ({}) and [out, in] for another ({}): say which (--fan-in-fan-out)",
-                [weight.transposed for weight in weights],
-            ),
-        ):
-            problems += [f"{name} {what.format(values[0], other)}" for other in values if other != values[0]][:1]
+    for name, by_adapter in factors.items():
+        shapes = {one.update.shape for one in by_adapter.values()}
+        places = {(one.key, one.transposed) for one in weights.get(name, {}).values()}
+        if len(shapes) > 1:
+            problems.append(f"{name} has the shapes {shown(sorted(map(list, shapes)))}")
+        elif len(places) > 1:
+            found = " and ".join(f"{key} {'[in, out]' if flag else '[out, in]'}" for key, flag in sorted(places))
+            problems.append(f"{name} is {found}: say which (--fan-in-fan-out)")
     if problems:
-        raise ValueError("the adapters are not of one model:\n  " + "\n  ".join(problems))
-    return [
-        Layer(name, by_adapter, next(iter(weights.get(name, {}).values()), None)) for name, by_adapter in found.items()
-    ]
+        raise ValueError(f"the adapters are not of one model:{listed(problems)}")
+    return [Layer(name, by, next(iter(weights.get(name, {}).values()), None)) for name, by in factors.items()]
 
 
-def _targets(changes: MergeChanges) -> Iterator[tuple[str, tuple[str, Term]]]:
-    """Yields the key of each update's ``lora_A``, with the tensor it belongs to."""
-    for key in changes.changed:
-        for term in changes.tensors[key].terms:
-            yield term.lora_A, (key, term)
+def _weights(contents: AdapterContents, base: Checkpoint, fan_in_fan_out: bool | None) -> dict[str, list[LayerWeight]]:
+    """The matrices that the adapter updates, by the key of ``lora_A``."""
+    updates = [dataclasses.replace(update, lora_bias=None) for update in contents.updates]
+    bare = AdapterContents(contents.file, updates, [], {})
+    found = {}
+    for tensor in find_changes(base, [bare], fan_in_fan_out=fan_in_fan_out).values():
+        for term in tensor.terms:
+            shape = term.update.shape[::-1] if term.transposed else term.update.shape
+            found[term.update.lora_A] = [
+                LayerWeight(base, tensor.source, shape, index, term.transposed) for index in range(term.matrices)
+            ]
+    return found
 
 
-def _weight(base: Checkpoint, changes: MergeChanges, key: str, term: Term, index: int) -> LayerWeight:
-    tensor = changes.tensors[key]
-    rows, cols = matrix_shape(tensor)
-    return LayerWeight(base, tensor.source, (rows // term.matrices, cols), index, term.layout == "transposed")
-
-
-def _named(file: AdapterFile, updates: Sequence[LowRankUpdate]) -> Iterator[tuple[str, LayerFactors]]:
-    counts = collections.Counter(update.path for update in updates)
-    for update in updates:
+def _named(contents: AdapterContents) -> Iterator[tuple[str, LayerFactors]]:
+    counts = collections.Counter(update.path for update in contents.updates)
+    for update in contents.updates:
         name = update.path
         if counts[name] > 1:  # several parameters of one module: the file distinguishes them by their depth of wrapping
             name = update.lora_A.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
-        matrices = num_matrices(file, update)
-        for index in range(matrices):
-            yield (f"{name}[{index}]" if matrices > 1 else name), LayerFactors(file, update, index)
+        for index in range(update.matrices):
+            yield (f"{name}[{index}]" if update.matrices > 1 else name), LayerFactors(contents.file, update, index)

@@ -1,31 +1,32 @@
-"""``lora-ext merge``: merges adapters into a checkpoint on disk, a block of rows at a time."""
+"""``lora-ext merge``: merges adapters into a checkpoint on disk, one tensor at a time."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lora_ext import _load
-from lora_ext._common.printable import listed
-from lora_ext._ops.checks import FLOATING
-from lora_ext.checkpoints.changes import MergeChanges, TensorChange, find_changes
-from lora_ext.checkpoints.checkpoint_files import SINGLE_FILE, Checkpoint
-from lora_ext.checkpoints.contents import open_adapter
-from lora_ext.checkpoints.merged_mark import changed_mark, with_mark
-from lora_ext.checkpoints.merged_rows import blocks
-from lora_ext.checkpoints.other_files import CONFIG_FILE, read_model_config
-from lora_ext.checkpoints.output import Output, check_apart, index_metadata, shard_metadata
-from lora_ext.checkpoints.record_writer import RecordWriter
-from lora_ext.checkpoints.writing import Description
+from lora_ext._common.progress import progress
+from lora_ext._ops.dora import row_norms, scale_of_rows
+from lora_ext.checkpoints.changes import TensorChange, find_changes
+from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
+from lora_ext.checkpoints.contents import AdapterContents, open_adapter
 from lora_ext.files.method_note import read_method_note
-from lora_ext.files.safetensors_format import DTYPE_NAMES, DTYPES
+from lora_ext.files.reading import BITS, DTYPE_NAMES, DTYPES, read_metadata
+from lora_ext.files.writing import check_new, new_directory, stream_tensors
+from lora_ext.merging.weights import merge_all_, pack_factors
+
+BLOCK_BYTES = 32 << 20
+"""Bytes of rows that are merged at a time: bounds the memory next to the tensor itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +36,9 @@ class MergeReport:
     Attributes:
         merged: number of tensors that got updates.
         replaced: number of tensors that an adapter replaced, in full or in part.
-        added: number of replaced tensors that the base lacks.
+        added: number of tensors that the base lacks: a new head, or one that was tied to the embedding.
         copied: number of tensors that are the base's.
         files: number of checkpoint files.
-        kept: number of these files that an interrupted run had written.
         skipped: files of the base that were not copied.
         nbytes: bytes of all tensors.
     """
@@ -48,11 +48,9 @@ class MergeReport:
     added: int
     copied: int
     files: int
-    kept: int
     skipped: list[str]
     nbytes: int
     seconds: float
-    verified: bool
 
 
 def merge(
@@ -60,170 +58,250 @@ def merge(
     adapters: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
+    weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
-    shard_bytes: int | None = None,
     fan_in_fan_out: bool | None = None,
-    untie: bool = False,
-    record: bool = False,
-    verify: bool = False,
-    overwrite: bool = False,
-    allow_pickle: bool = False,
-    subtract: bool = False,
     show_progress: bool = False,
 ) -> MergeReport:
     """Writes the checkpoint ``base`` with ``adapters`` merged into it to the new directory ``out``.
 
     A tensor becomes ``round(W + d)``: the updates ``d`` of all adapters are added in float32 (float64 for F64), in the
     given order, and rounded once, to the same bits as :func:`lora_ext.merge`. Tokenizer, configs and other small files
-    are copied. ``out`` appears when everything is on disk, or not at all. A run with the same arguments continues a
-    killed one.
+    are copied. If an adapter changes only one of two tied weights, both are stored, and ``config.json`` says so.
+    ``out`` appears when everything is on disk, or not at all.
 
     Args:
-        base: a directory with safetensors, sharded or not.
+        base: a directory with safetensors, sharded or not, or one file.
         adapters: directories in PEFT's format, with any layers that PEFT adapts.
+        weights: factor of each adapter's updates; None for 1.
         dtype: convert floating-point tensors to it. Updates are added before, in the wider of the two dtypes.
-        shard_bytes: most bytes of a file, except for one that holds a single larger tensor; None for the base's files.
         fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
-        untie: store tied weights apart if an adapter changes only one of them.
-        record: also write ``merge_record/``, from which :func:`~lora_ext.checkpoints.unmerge` restores every bit.
-        verify: read the result back, and compare every bit with a second computation.
-        overwrite: replace the checkpoint at ``out``. Files there that a merge of ``base`` would not write are refused.
-        allow_pickle: read ``adapter_model.bin`` where there is no safetensors file.
-        subtract: subtract the updates, up to rounding.
 
     Raises:
         FileNotFoundError: a file is missing.
-        FileExistsError: ``out`` exists.
-        ValueError: a file is corrupted; an adapter is given twice, is in ``base`` already, is a part of a method that
-            has others, or does not fit (the message lists every misfit); a result is not finite.
+        FileExistsError: ``out`` exists, and is not an empty directory.
+        ValueError: a file is corrupted; an adapter is given twice, is a part of a method that has others, or does not
+            fit (the message lists every misfit); a result is not finite.
         OSError: the disk is too small, or cannot be written.
     """
-    caller = "unmerge" if subtract else "merge"
-    if record and (dtype is not None or untie):
-        raise ValueError("merge: record goes without dtype and untie, which cannot be undone")
     begin = time.perf_counter()
-    checkpoint = Checkpoint.open(base)
-    if not adapters:
-        raise ValueError(f"{caller}: no adapter is given")
-    if not len(checkpoint):
-        raise ValueError(f"{caller}: {base} holds no tensor")
-    adapters = list(adapters)
-    for i, directory in enumerate(adapters):
-        if any(os.path.realpath(directory) == os.path.realpath(other) for other in adapters[:i]):
-            raise ValueError(f"{caller}: {directory} is given twice, and its update would count twice; give it once")
-    contents = [
-        open_adapter(directory, allow_pickle=allow_pickle, with_dora=True, caller=caller) for directory in adapters
-    ]
-    for held in contents:
-        if held.is_dora and (record or subtract):
-            raise ValueError(
-                f"{caller}: {held.file.directory} is a DoRA adapter (use_dora), whose merge on disk cannot be undone; "
-                + ("keep the base, and merge without record" if record else "take the base in place of the merged one")
-            )
-        if held.file.config.get("alora_invocation_tokens"):
-            raise ValueError(
-                f"{caller}: {held.file.directory} acts from its alora_invocation_tokens on (aLoRA), and a checkpoint's "
-                "weights act on all tokens; load it into the model (load_adapter), and run it unmerged"
-            )
-        if not subtract:
-            _check_is_whole(held.file.directory, checkpoint)
-    fingerprints = {one.file.directory: one.fingerprint() for one in contents}
-    mark = changed_mark(checkpoint, fingerprints, subtract=subtract, caller=caller)
-    changes = find_changes(
-        checkpoint, contents, fan_in_fan_out=fan_in_fan_out, untie=untie, multiplier=-1.0 if subtract else 1.0
-    )
-    if subtract and (whole := [key for key, tensor in changes.tensors.items() if tensor.replacement or tensor.rows]):
-        raise ValueError(
-            f"{caller}: the adapter replaced tensors in full, whose old values only a record has (merge --record):"
-            f"{listed(whole)}"
-        )
-    out = Path(out).absolute()
-    check_apart(caller, out, [checkpoint.directory, *(one.file.directory for one in contents)])
-    shards = _shards(checkpoint, changes, dtype, shard_bytes)
-    output = Output(
-        checkpoint,
-        shards,
-        lambda key: blocks(changes.tensors[key], key, checkpoint, _target(changes.tensors[key], dtype)),
-        metadata={name: with_mark(one, mark) for name, one in shard_metadata(checkpoint, shards).items()},
-        index_metadata=index_metadata(checkpoint),
-        what={
-            "version": _load.build_info()["version"],
-            "base": checkpoint.fingerprint(),
-            "adapters": [*fingerprints.values()],
-            "options": [str(dtype), shard_bytes, fan_in_fan_out, untie, record, subtract],
-        },
-        config_changes=_config_changes(changes, dtype),
-        recorder=RecordWriter(changes, checkpoint) if record else None,
-    )
-    written = output.write(out, caller, verify=verify, overwrite=overwrite, show_progress=show_progress)
-    tensors = changes.tensors.values()
+    checkpoint, out = Checkpoint.open(base), Path(out).absolute()
+    contents = _open_adapters(checkpoint, adapters, weights)
+    changes = find_changes(checkpoint, contents, fan_in_fan_out=fan_in_fan_out, weights=weights)
+    check_new(out, "merge")
+    table = {key: (_stored_dtype(tensor, dtype), tensor.shape) for key, tensor in changes.items()}
+    sizes = {key: math.prod(shape) * BITS[name] // 8 for key, (name, shape) in table.items()}
+    shards = _shards(checkpoint, changes)
+    total = sum(sizes.values())
+    _check_space(out, total)
+    copied, skipped = checkpoint.other_files()
+    with new_directory(out, "merge") as staging, progress("merge", total, show=show_progress) as shown:
+
+        def values(key: str) -> Tensor:
+            tensor = merged_tensor(changes[key], key, checkpoint, dtype)
+            shown.advance(sizes[key])
+            return tensor
+
+        for name, keys in shards.items():
+            shown.note(name)
+            metadata = read_metadata(checkpoint.directory / name) or {"format": "pt"}
+            stream_tensors(staging / name, {key: table[key] for key in keys}, metadata, values)
+        if checkpoint.index is not None:
+            _write_index(staging / INDEX_FILE, checkpoint, shards, table, total)
+        for name in copied:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.directory / name, staging / name)
+        _write_config(staging / CONFIG_FILE, checkpoint, changes, dtype)
+    tensors = changes.values()
     return MergeReport(
         merged=sum(bool(tensor.terms) for tensor in tensors),
         replaced=sum(bool(tensor.replacement or tensor.rows) for tensor in tensors),
-        added=len(changes.tensors) - len(checkpoint),
+        added=len(changes) - len(checkpoint),
         copied=sum(not tensor.is_changed for tensor in tensors),
-        files=len(output.shards),
-        kept=written.kept,
-        skipped=written.skipped,
-        nbytes=output.nbytes,
+        files=len(shards),
+        skipped=skipped,
+        nbytes=total,
         seconds=time.perf_counter() - begin,
-        verified=verify,
     )
 
 
-def _check_is_whole(adapter: Path, base: Checkpoint) -> None:
-    """Raises ValueError if the trained model had more than the adapter, which the merged checkpoint would lack."""
-    note = read_method_note(adapter)
-    if note.has_other_parts:
+# --- the values -------------------------------------------------------------------------------------------------------
+
+
+def merged_tensor(change: TensorChange, key: str, base: Checkpoint, dtype: torch.dtype | None = None) -> Tensor:
+    """Computes a tensor of the result, in new memory.
+
+    Args:
+        dtype: convert floating-point values to it. Updates are added before, in the wider of this and the base's dtype.
+
+    Raises:
+        ValueError: a result is NaN or infinite.
+    """
+    stored = DTYPES.get(change.dtype)
+    if change.replacement is not None:
+        file, name = change.replacement
+        tensor = file.tensor(name).to(stored, copy=True)
+    else:
+        tensor = base.tensor(change.source)
+    for file, name, indices in change.rows:
+        tensor[torch.tensor(indices, dtype=torch.long)] = file.tensor(name).to(stored)
+    out = stored if dtype is None or not change.is_floating else dtype
+    if out == stored and not change.terms:
+        return tensor
+    work = torch.promote_types(stored, out)
+    result = tensor if out == stored else torch.empty(change.shape, dtype=out)
+    rows, columns = _matrix_shape(change)
+    source, target = tensor.view(rows, columns), result.view(rows, columns)
+    factors = _factors(change, work)
+    height = rows // max(len(factors), 1)
+    step = max(BLOCK_BYTES // max(columns * work.itemsize, 1), 1)
+    for number, (A, B, magnitude) in enumerate(factors or [(None, None, None)]):
+        for begin in range(0, height, step):
+            part = slice(begin, min(begin + step, height))
+            here = slice(number * height + part.start, number * height + part.stop)
+            values = source[here].to(work)  # the tensor's memory, if it has the dtype already
+            if magnitude is not None:
+                values = _with_norms(values, A, B[part], magnitude[part])
+            elif A is not None:
+                merge_all_("merge", [values], [A], [B[part]], [key], record=False)
+            converted = values.to(out)
+            # What is infinite in the base, such as a mask, may stay so.
+            if not converted.isfinite().all() and (magnitude is not None or values.isfinite().all()):
+                raise ValueError(
+                    f"merge: {key} would have values that are NaN or infinite, or that {out} cannot hold; check the "
+                    "adapter, or choose a wider dtype"
+                )
+            if result is not tensor or magnitude is not None:
+                target[here] = converted
+    return result
+
+
+def _matrix_shape(change: TensorChange) -> tuple[int, int]:
+    """``(rows, columns)`` of the tensor as a matrix; a stack of matrices is one matrix above the next."""
+    shape = change.shape
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    if any(term.update.kind == "parameter" for term in change.terms):
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
+
+
+def _factors(change: TensorChange, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """The factors of all terms side by side, and the magnitude, for each matrix of the tensor."""
+    stacks = [term.read() for term in change.terms]
+    packed = [pack_factors(dtype, terms) for terms in zip(*stacks, strict=True)]
+    magnitude = None
+    for term in change.terms:
+        if not term.is_bias and term.update.magnitude is not None:
+            magnitude = term.file.tensor(term.update.magnitude).to(packed[0][0].dtype)
+    return [(A, B, magnitude) for A, B in packed]
+
+
+def _with_norms(values: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
+    """Returns the rows plus their updates, scaled to the norms ``magnitude`` (DoRA), in the accumulation dtype."""
+    values = values.to(A.dtype, copy=True)
+    factor = scale_of_rows(magnitude, row_norms(values, A, B, 1.0)).unsqueeze(1)
+    return values.mul_(factor).addmm_(factor * B, A)
+
+
+# --- checks and files -------------------------------------------------------------------------------------------------
+
+
+def _open_adapters(
+    base: Checkpoint,
+    adapters: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float] | None,
+) -> list[AdapterContents]:
+    """Opens the adapters, and refuses those that a merged checkpoint cannot hold."""
+    if not adapters:
+        raise ValueError("merge: no adapter is given")
+    if not len(base):
+        raise ValueError(f"merge: {base.directory} holds no tensor")
+    if weights is not None and (len(weights) != len(adapters) or not all(map(math.isfinite, weights))):
         raise ValueError(
-            f"merge: {adapter} holds the low-rank part of {note.name}, and the checkpoint would lack the rest; load it "
-            "into the model (lora_ext.methods.load_method), and run it unmerged"
+            f"merge: weights is {list(weights)}, want {len(adapters)} finite numbers, one for each adapter"
         )
-    config = read_model_config(base)
-    if note.pooling == "mean" and config is not None and config.get("classifier_pooling") != "mean":
-        raise ValueError(
-            f"merge: {adapter} was trained with --pooling mean, and the checkpoint would not say so; write "
-            f'"classifier_pooling": "mean" into {base.directory / CONFIG_FILE} first'
+    places = [os.path.realpath(directory) for directory in adapters]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise ValueError(f"merge: {adapters[number]} is given twice, and would count twice; give it once")
+    opened = [open_adapter(one, with_dora=True, caller="merge") for one in adapters]
+    for contents in opened:
+        directory = contents.file.directory
+        if contents.file.config.get("alora_invocation_tokens"):
+            raise ValueError(
+                f"merge: {directory} acts from its alora_invocation_tokens on (aLoRA), and a checkpoint's weights act "
+                "on all tokens; run it unmerged, with PEFT"
+            )
+        note = read_method_note(directory)
+        if note.has_other_parts:
+            raise ValueError(
+                f"merge: {directory} holds the low-rank part of {note.name}, and the checkpoint would lack the rest; "
+                "load it into the model (lora_ext.methods.load_method), and run it unmerged"
+            )
+        config = base.config()
+        if note.pooling == "mean" and config and config.get("classifier_pooling") != "mean":
+            raise ValueError(
+                f"merge: {directory} was trained with --pooling mean, and the checkpoint would not say so; write "
+                f'"classifier_pooling": "mean" into {base.directory / CONFIG_FILE} first'
+            )
+    return opened
+
+
+def _stored_dtype(tensor: TensorChange, dtype: torch.dtype | None) -> str:
+    """Indices and quantised weights keep their dtype."""
+    return tensor.dtype if dtype is None or not tensor.is_floating else DTYPE_NAMES[dtype]
+
+
+def _shards(base: Checkpoint, changes: Mapping[str, TensorChange]) -> dict[str, list[str]]:
+    """File name -> its tensors: the base's files, where the last takes new tensors."""
+    shards = {name: list(tensors) for name, tensors in base.shards.items()}
+    list(shards.values())[-1].extend(key for key in changes if key not in base)
+    return shards
+
+
+def _check_space(out: Path, needed: int) -> None:
+    parent = next(path for path in out.parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OSError(
+            f"merge: {out} takes {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; free some space, or "
+            "choose another directory"
         )
 
 
-def _target(tensor: TensorChange, dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype that a tensor is converted to; None for indices and quantised weights, which stay as they are."""
-    return dtype if DTYPES.get(tensor.dtype) in FLOATING else None
+def _write_index(
+    path: Path,
+    base: Checkpoint,
+    shards: Mapping[str, Sequence[str]],
+    table: Mapping[str, tuple[str, tuple[int, ...]]],
+    total: int,
+) -> None:
+    metadata = dict(base.index.get("metadata") or {}) | {"total_size": total}
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(shape) for _, shape in table.values())
+    weight_map = {key: name for name, keys in shards.items() for key in keys}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _config_changes(changes: MergeChanges, dtype: torch.dtype | None) -> dict[str, Any]:
-    values: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    return values | ({"tie_word_embeddings": False} if changes.untied else {})
+def _write_config(path: Path, base: Checkpoint, changes: Mapping[str, TensorChange], dtype: torch.dtype | None) -> None:
+    """Writes the copied ``config.json`` again where the merge changes what it says."""
+    is_untied = any(tensor.source is not None and tensor.source != key for key, tensor in changes.items())
+    if not path.exists() or (dtype is None and not is_untied):
+        return
+    config = base.config()
+    if dtype is not None:
+        _set_dtype(config, str(dtype).removeprefix("torch."))
+    if is_untied:
+        config["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(
-    base: Checkpoint, changes: MergeChanges, dtype: torch.dtype | None, shard_bytes: int | None
-) -> dict[str, dict[str, Description]]:
-    """File name -> its tensors."""
-    described = {key: _describe(tensor, base, _target(tensor, dtype)) for key, tensor in changes.tensors.items()}
-    files: list[dict[str, Description]] = []
-    if shard_bytes is None:
-        names = list(base.shards)
-        files = [{key: described[key] for key in base.shards[name]} for name in names]
-        for key in list(described)[len(base) :]:
-            place = names.index(base.shard_of(changes.untied[key])) if key in changes.untied else -1
-            files[place][key] = described[key]
-        return dict(zip(names, files, strict=True))
-    room = 0
-    for key, one in described.items():
-        if one[2] > room or not files:
-            files.append({})
-            room = shard_bytes
-        files[-1][key] = one
-        room -= one[2]
-    if len(files) == 1:
-        return {SINGLE_FILE: files[0]}
-    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": tensors for i, tensors in enumerate(files, 1)}
-
-
-def _describe(tensor: TensorChange, base: Checkpoint, to: torch.dtype | None) -> Description:
-    if to is None and tensor.source is not None:
-        return tensor.dtype, tensor.shape, base.info(tensor.source).nbytes
-    dtype = DTYPES[tensor.dtype] if to is None else to
-    return DTYPE_NAMES[dtype], tensor.shape, math.prod(tensor.shape) * dtype.itemsize
+def _set_dtype(values: dict[str, Any], dtype: str) -> None:
+    """Changes the dtype of a config and of the configs in it, except in how the model was quantised."""
+    for key, value in values.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            values[key] = dtype
+        elif isinstance(value, dict) and key != "quantization_config":
+            _set_dtype(value, dtype)

@@ -41,13 +41,10 @@ def main(argv: list[str]) -> None:
     updates: list[dict[str, Any]] = []
     similar: _Similar = {}
     with refusing(""):
-        adapters = [open_adapter(path, allow_pickle=args.allow_pickle, caller="analyze") for path in args.adapter]
+        adapters = [open_adapter(path, caller="analyze") for path in args.adapter]
         base, note = _base(args, adapters)
         layers = _layers(args, adapters, base)
-        with progress(
-            "analyze",
-            sum(layer.nbytes for layer in layers),
-        ) as shown:
+        with progress("analyze", sum(layer.nbytes for layer in layers)) as shown:
             for layer in layers:
                 shown.note(layer.name)
                 updates += _measure(layer, similar)
@@ -90,7 +87,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--layers", default="", metavar="REGEX", help=r"only layers whose name contains a match: 'layers\.0\.|q_proj'")
     text = "layout of square weights that no other weight decides: [in, out] as in Conv1D, or [out, in]"
     add("--fan-in-fan-out", action=argparse.BooleanOptionalAction, help=text)
-    add("--allow-pickle", action="store_true", help="read adapter_model.bin, if it holds only tensors")
     add("--out", type=Path, required=True, metavar="DIR", help="for analysis.json, analysis.md and pictures")
     add("--overwrite", action="store_true", help="replace the analysis in --out")
     args = parser.parse_args(argv)
@@ -166,7 +162,6 @@ def _measure(layer: Layer, similar: _Similar) -> list[dict[str, Any]]:
     tables = _projections(layer, svds)
     if len(factors) > 1:
         _compare(factors, similar)
-    layer.release()
     return [_update(layer, number, svds[number], tables.get(number)) for number in factors]
 
 

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--base", type=Path, required=True, metavar="DIR", help="the checkpoint before fine-tuning")
     add("--tuned", type=Path, required=True, metavar="DIR", help="the checkpoint after fine-tuning")
-    add("--out", type=Path, required=True, metavar="DIR", help="for the adapter, in PEFT's format, and extract.json")
+    add("--out", type=Path, required=True, metavar="DIR", help="new directory for the adapter, in PEFT's format")
     add("--r", type=int, default=16, dest="rank", metavar="RANK", help="largest rank of a layer")
     text = "give each layer the smallest rank that keeps this part of the squared norm"
     add("--energy", type=float, metavar="PART", help=text)
@@ -27,11 +27,10 @@ def main(argv: list[str]) -> None:
     add("--no-save-others", action="store_false", dest="save_others", help=text)
     add("--fan-in-fan-out", action="store_true", help="matrices are [in, out], as in Conv1D of GPT-2")
     add("--dtype", type=dtype, default="float32", help="dtype of the factors: float32, bfloat16 or float16")
-    add("--overwrite", action="store_true", help="replace the adapter in --out")
     add("--json", action="store_true", help="print the result as JSON")
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
-    with refusing("", RuntimeError):
+    with refusing(""):
         report = extract(**options, show_progress=True)
     if as_json:
         print(to_json(report), end="")

@@ -14,17 +14,14 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="lora-ext inspect", description="Shows the contents of an adapter or a checkpoint.")
     add = parser.add_argument
     add("path", type=Path, help="directory of an adapter or a checkpoint, or a safetensors file")
-    add("--allow-pickle", action="store_true", help="read adapter_model.bin, if it holds only tensors")
     add("--json", action="store_true", help="print JSON, with every tensor and the whole config")
     args = parser.parse_args(argv)
     with refusing(""):
-        found = inspect(args.path, allow_pickle=args.allow_pickle)
+        found = inspect(args.path)
     if args.json:
         print(to_json(found), end="")
         return
     tell(columns(_adapter(found) if found["kind"] == "adapter" else _checkpoint(found)))
-    if merged := found.get("merged"):
-        tell(f"merged into it: {', '.join(merged)}")
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
     tell(f"{args.path}: {found['kind']}, {found['parameters']:,} parameters ({dtypes}), {found['bytes'] / 1e6:.2f} MB")
 

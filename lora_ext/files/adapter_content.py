@@ -1,13 +1,12 @@
-"""The content of an adapter's files in PEFT's format, and writing it."""
+"""Writes an adapter as PEFT's two files."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.expert_layout import with_version
 from lora_ext.files.packed_projection import to_peft_form
-from lora_ext.files.staged_files import write_tensors
+from lora_ext.files.writing import write_tensors
 from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.adapter_set import Adapter
 from lora_ext.model.bare_model import root_module
@@ -25,23 +24,27 @@ from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trained import TrainedModule
 
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
-"""The config is last, as :func:`~lora_ext.files.staged_files.staged_files` needs: without it there is no adapter."""
+"""The config is last, as :func:`~lora_ext.files.writing.write_files` needs: without it there is no adapter."""
 
 
-@dataclasses.dataclass(frozen=True)
-class FileContent:
-    """Content of :data:`ADAPTER_FILES`: text of the config, tensors and metadata."""
+class AdapterContent(NamedTuple):
+    """The content of :data:`ADAPTER_FILES`: text of the config, tensors and metadata."""
 
     config: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
+    def write(self, directory: Path) -> None:
+        """Writes both files into an existing directory."""
+        (directory / CONFIG_FILE).write_text(self.config, encoding="utf-8")
+        write_tensors(directory / WEIGHTS_FILE, self.tensors, self.metadata)
 
-def file_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor] | None = None) -> FileContent:
+
+def adapter_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor]) -> AdapterContent:
     """Returns an adapter's config and copies of its tensors on the CPU, in the form of PEFT's files.
 
-    ``base`` are tensors of base layers, from :func:`~lora_ext.files.base_layers.base_tensors_to_save`.
-    All ranks of a sharded model must call it.
+    ``base`` are tensors of base layers, from :func:`~lora_ext.files.base_layers.base_tensors_to_save`. All ranks of a
+    sharded model must call it.
     """
     values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT writes it
     if values["base_model_name_or_path"] is None:
@@ -50,20 +53,24 @@ def file_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor] 
         kind = class_of(root_module(model))
         values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     values |= _names_of_tied(adapter, values)
-    scales = adapter.file_scales()
     # Copies, because tied modules share memory and the tensors of a file must not.
-    base = base or {}
     with gathered([*adapter.parameters(), *base.values()]):
         tensors = {
             f"{KEY_PREFIX}{key}": whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, tensor in (adapter.tensors() | dict(base)).items()
         }
-    for key, scale in scales.items():
+    for key, scale in adapter.file_scales().items():
         tensors[f"{KEY_PREFIX}{key}"] *= scale
     values, tensors, metadata = to_peft_form(adapter, with_version(adapter, values), tensors)
     # Only the outer keys are sorted: the first matching pattern counts.
     text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
-    return FileContent(text + "\n", tensors, {"format": "pt", **metadata})
+    return AdapterContent(text + "\n", tensors, {"format": "pt", **metadata})
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Returns the name of the base model, if it has one; parts that are not Unicode, as in paths, are escaped."""
+    name = getattr(root_module(model), "name_or_path", None)
+    return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) and name else None
 
 
 def _names_of_tied(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,20 +88,9 @@ def _names_of_tied(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any
     named = {}
     for key, paths in tied.items():
         is_named = PathMatcher(key, values[key])
-        if missing := [path for path in paths if not is_named(path)]:
-            is_list = not isinstance(values[key], str)
-            named[key] = (
-                [*values[key], *missing] if is_list else "|".join([f"(?:{values[key]})", *map(re.escape, missing)])
-            )
+        missing = [path for path in paths if not is_named(path)]
+        if missing and isinstance(values[key], str):
+            named[key] = "|".join([f"(?:{values[key]})", *map(re.escape, missing)])
+        elif missing:
+            named[key] = [*values[key], *missing]
     return named
-
-
-def base_name(model: nn.Module) -> str | None:
-    """Returns the name of the base model, if it has one; parts that are not Unicode, as in paths, are escaped."""
-    name = getattr(root_module(model), "name_or_path", None)
-    return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) and name else None
-
-
-def write_content(directory: Path, content: FileContent) -> None:
-    (directory / CONFIG_FILE).write_text(content.config, encoding="utf-8")
-    write_tensors(directory / WEIGHTS_FILE, content.tensors, content.metadata)

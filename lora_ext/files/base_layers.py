@@ -43,8 +43,7 @@ def base_tensors_to_save(
         return {}
     tensors = base_tensors(model, adapter)
     loaded = adapter.into.loaded_base.get(adapter.name, frozenset())
-    # A part of a model (Transformer of a SentenceTransformer) has the end of the path in the whole model.
-    wanted = {key for key in tensors if key in loaded or any(other.endswith(f".{key}") for other in loaded)}
+    wanted = {key for key in tensors if key in loaded}
     bare = BareModel(root_module(model))
     sizes = _resized(bare.root) if save_embedding_layers == "auto" else None
     if sizes is not None or save_embedding_layers is True:

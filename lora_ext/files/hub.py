@@ -6,12 +6,10 @@ import glob
 from pathlib import Path
 
 from lora_ext._common.install_hint import install_hint
-from lora_ext.files.adapter_file import ADAPTER_FILE_PATTERNS, PICKLED_WEIGHTS_FILE
+from lora_ext.files.adapter_file import ADAPTER_FILE_PATTERNS
 
 
-def download_adapter(
-    name: str, revision: str | None = None, *, subfolder: str = "", allow_pickle: bool = False, caller: str
-) -> Path:
+def download_adapter(name: str, revision: str | None = None, subfolder: str = "", *, caller: str) -> Path:
     """Downloads the adapter in the hub's repository ``name`` into huggingface_hub's cache, or finds it there.
 
     Nothing else of the repository is fetched. Offline mode (``HF_HUB_OFFLINE=1``), the endpoint, the cache's place and
@@ -21,11 +19,10 @@ def download_adapter(
         name: such as ``"org/name"``.
         revision: a branch, tag or commit; None: the main branch.
         subfolder: of the repository, which has the files; "": they are at its top.
-        allow_pickle: also fetch ``adapter_model.bin``.
         caller: prefix of error messages.
 
     Returns:
-        The directory of the files, or of the repository if there is a ``subfolder``.
+        The directory of the repository, in the cache.
 
     Raises:
         ImportError: huggingface_hub is not installed.
@@ -37,10 +34,9 @@ def download_adapter(
         from huggingface_hub.errors import HFValidationError
     except ModuleNotFoundError as error:
         raise ImportError(f"{caller}: download=True needs huggingface_hub ({error}): {install_hint('hub')}") from error
-    patterns = [*ADAPTER_FILE_PATTERNS, *([PICKLED_WEIGHTS_FILE] if allow_pickle else [])]
-    if subfolder:
-        patterns = [f"{glob.escape(subfolder.strip('/'))}/{pattern}" for pattern in patterns]
+    prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
     try:
+        patterns = [f"{prefix}{pattern}" for pattern in ADAPTER_FILE_PATTERNS]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise ValueError(f"{caller}: {name!r} is not a repository's name: {_first_line(error)}") from error

@@ -8,9 +8,9 @@ adapter again; the off-diagonal blocks may then be nonzero.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +19,8 @@ from lora_ext._common.printable import shown
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING
 from lora_ext.config import exact_patterns
-from lora_ext.files.adapter_file import LARGEST_CONFIG, AdapterFile, Tensors, TensorsView
-from lora_ext.files.untrusted_json import parse_json_object
+from lora_ext.files.adapter_file import AdapterFile
+from lora_ext.files.reading import LARGEST_CONFIG, parse_json
 from lora_ext.model.adapter_set import Adapter
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.packed_linear import PackedAdapter, gather_blocks, spread_blocks
@@ -65,57 +65,40 @@ def to_peft_form(
 
 
 def from_peft_form(file: AdapterFile, caller: str) -> AdapterFile:
-    """Undoes :func:`to_peft_form`; returns other files unchanged.
-
-    Raises:
-        ValueError: the metadata do not match the file.
-    """
+    """Undoes :func:`to_peft_form`; returns other files unchanged. ValueError: the metadata do not match the file."""
     if _METADATA_KEY not in file.metadata:
         return file
     prefix = f"{caller}: {file.path}: its metadata {_METADATA_KEY!r}"
     text = file.metadata[_METADATA_KEY]
     if len(text) > LARGEST_CONFIG:
         raise ValueError(f"{prefix} have {len(text)} characters, want at most {LARGEST_CONFIG}")
-    note = parse_json_object(text, prefix)
+    note = parse_json(text, prefix)
     blocks, config = note.get("blocks"), note.get("config")
     if not isinstance(blocks, dict) or not isinstance(config, dict) or not set(_RESTORED) <= config.keys():
         raise ValueError(f"{prefix} do not match it: blocks or config are missing")
     try:
-        config = file.config | {key: config[key] for key in _RESTORED}
-        return AdapterFile(file.directory, config, _Blocks(file.tensors, blocks))
+        gathered = {key: _gathered(file, key, enabled) for key, enabled in blocks.items()}
     except ValueError as error:
         raise ValueError(f"{prefix} do not match it: {error}") from error
+    config = file.config | {key: config[key] for key in _RESTORED}
+    return dataclasses.replace(file, config=config, tensors=file.tensors | gathered)
 
 
-class _Blocks(TensorsView):
-    """A view of ``file`` that shows block-diagonal tensors as their blocks."""
-
-    def __init__(self, file: Tensors, blocks: Mapping[str, Any]) -> None:
-        """Checks the blocks. ValueError: they do not match the tensors."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        super().__init__(file, shapes)
-        self._blocks = blocks
-        for key, enabled in blocks.items():
-            if key not in file:
-                raise ValueError(f"the file has no tensor {shown(key)}")
-            shape = file.shape(key)
-            if not isinstance(enabled, list) or not all(isinstance(on, bool) for on in enabled) or not any(enabled):
-                raise ValueError(f"the blocks of {key} are {shown(enabled)}, want bools, at least one of them true")
-            if file.dtype(key) not in FLOATING:
-                raise ValueError(f"{key} is {file.dtype(key)}, want one of {', '.join(map(str, FLOATING))}")
-            num_enabled = sum(enabled)
-            if len(shape) != 2 or 0 in shape or shape[0] % len(enabled) or shape[1] % num_enabled:
-                raise ValueError(f"{key} has shape {list(shape)}, which does not divide into blocks {shown(enabled)}")
-            rows, cols = shape
-            shapes[key] = rows // len(enabled) * num_enabled, cols // num_enabled
-            try:
-                gather_blocks(file.tensor(key), enabled)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error} {shown(enabled)}") from error
-
-    def tensor(self, key: str) -> Tensor:
-        tensor = self._file.tensor(key)
-        return gather_blocks(tensor, self._blocks[key]) if key in self._blocks else tensor
+def _gathered(file: AdapterFile, key: str, enabled: Any) -> Tensor:
+    """Returns the blocks of a block-diagonal tensor. ValueError: ``enabled`` does not describe it."""
+    if key not in file:
+        raise ValueError(f"the file has no tensor {shown(key)}")
+    if not isinstance(enabled, list) or not all(isinstance(on, bool) for on in enabled) or not any(enabled):
+        raise ValueError(f"the blocks of {key} are {shown(enabled)}, want bools, at least one of them true")
+    if file.dtype(key) not in FLOATING:
+        raise ValueError(f"{key} is {file.dtype(key)}, want one of {', '.join(map(str, FLOATING))}")
+    shape = file.shape(key)
+    if len(shape) != 2 or 0 in shape or shape[0] % len(enabled) or shape[1] % sum(enabled):
+        raise ValueError(f"{key} has shape {list(shape)}, which does not divide into blocks {shown(enabled)}")
+    try:
+        return gather_blocks(file.tensor(key), enabled)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error} {shown(enabled)}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -57,6 +57,7 @@ _LARGEST_INDEX = 100_000_000  # bytes; the largest index of a real model has 20 
 _DEEPEST = 64  # levels of lists and objects; a model's config has 5
 _LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also for tensors without elements
 _MOST_DIMENSIONS = 64
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
 _SHARD = re.compile(r"(.+)-[0-9]+-of-([0-9]+)\.safetensors")
 
 
@@ -67,8 +68,9 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         OSError: as ``open``.
         ValueError: it is a directory, a pipe, a socket or a device.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a pipe waits
-        raise ValueError(f"{path} is a directory, a pipe, a socket or a device; want a regular file")
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):  # asked before it is opened, because opening a pipe waits
+        raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, want a regular file")
     return open(path, "rb")
 
 

@@ -2,23 +2,22 @@
 
 Keys are ``base_model.model.<path>.lora_A.weight`` and ``.lora_B.weight`` for the factors of a linear layer, the names
 of ``file_tensors`` for other layers, and ``base_model.model.<path>.<name>`` for the parameters and buffers of a module
-trained in full. lora_ext/files/adapter_file.py reads them.
+trained in full. lora_ext/files/adapter_file.py reads them, lora_ext/files/adapter_content.py writes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import shown
 from lora_ext._common.sharded import (
     first_rank_writes,
@@ -31,21 +30,18 @@ from lora_ext._common.sharded import (
 )
 from lora_ext._common.warnings import warn_user
 from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_content import ADAPTER_FILES, file_content, write_content
+from lora_ext.files.adapter_content import ADAPTER_FILES, adapter_content
 from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile
 from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
 from lora_ext.files.expert_layout import in_present_layout
 from lora_ext.files.hub import download_adapter
-from lora_ext.files.misfits import check_places, check_same_kind, check_shapes
+from lora_ext.files.misfits import check_fits, check_places, check_same_kind
 from lora_ext.files.packed_projection import from_peft_form
-from lora_ext.files.staged_files import staged_files
+from lora_ext.files.writing import write_files
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
-from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter, find_adapters
+from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter, find_adapters
 from lora_ext.model.adapter_state import lost_parameters
 from lora_ext.model.bare_model import check_not_managed, check_not_parallel, root_module
-from lora_ext.nn import LoraLayer
-from lora_ext.nn.tied import TiedAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -61,10 +57,8 @@ def save_adapter(
 ) -> None:
     """Saves an adapter of an injected ``model`` to ``directory``, where PEFT's ``from_pretrained`` can read it.
 
-    Creates the directory if needed; replaces an adapter in it and keeps other files. A reader always finds the whole
-    old adapter or the whole new one: see :func:`~lora_ext.files.staged_files.staged_files`, also about file systems.
-    After an error the old one is intact. A killed process leaves a directory ``.lora_ext-saving``, which the files may
-    be symbolic links into; the next save removes it.
+    Creates the directory if needed; replaces an adapter in it and keeps other files. Each file appears whole, by a
+    rename, the config last: :func:`~lora_ext.files.writing.write_files`. After an error the old adapter is intact.
 
     All ranks of a sharded model (FSDP2, ZeRO-3) must call it: they gather the factors, and the first one writes. Of a
     model that is not sharded, any ranks may save, also at once.
@@ -97,12 +91,12 @@ def save_adapter(
     adapter = find_adapter(model, "save_adapter", adapter_name)
     with gathered(adapter.parameters()):
         base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
-        content = file_content(model, adapter, base)
+        content = adapter_content(model, adapter, base)
     _warn_of_lost_parameters(model, adapter, base)
-    with first_rank_writes(sharded_tensors(adapter)) as writes:
+    with first_rank_writes(_sharded_tensors(adapter)) as writes:
         if writes:
-            with staged_files(Path(directory), ADAPTER_FILES, "save_adapter") as staging:
-                write_content(staging, content)
+            with write_files(directory, ADAPTER_FILES, "save_adapter") as staging:
+                content.write(staging)
 
 
 def _check_active_trains(model: nn.Module) -> None:
@@ -135,7 +129,6 @@ def load_adapter(
     adapter_name: str = "default",
     *,
     activate: bool = False,
-    allow_pickle: bool = False,
     download: bool = False,
     revision: str | None = None,
     subfolder: str = "",
@@ -162,7 +155,6 @@ def load_adapter(
         adapter_name: name of the adapter in the model.
         activate: makes it the active adapter, as :func:`lora_ext.set_adapter` does. The first adapter of a model is
             active in any case.
-        allow_pickle: load ``adapter_model.bin`` if there is no safetensors file. Only tensors are unpickled.
         download: fetch the adapter's files into huggingface_hub's cache, or find them there: see
             :func:`~lora_ext.files.hub.download_adapter`. Without it, nothing is ever fetched.
         revision: with ``download``, a branch, tag or commit of the repository.
@@ -186,32 +178,55 @@ def load_adapter(
         UserWarning: the values of an adapter that DeepSpeed trains (ZeRO-1 or 2) are replaced.
     """
     if download:
-        directory = download_adapter(
-            str(directory), revision, subfolder=subfolder, allow_pickle=allow_pickle, caller="load_adapter"
-        )
+        directory = download_adapter(str(directory), revision, subfolder, caller="load_adapter")
     elif revision is not None:
         raise ValueError(f"load_adapter: revision is {revision!r}, but nothing is downloaded; set download=True")
     if subfolder:
         directory = Path(directory) / subfolder.strip("/")
         if ".." in Path(subfolder).parts:
             raise ValueError(f"load_adapter: subfolder is {subfolder!r}, want one within the directory")
-    _load(model, directory, trainable, adapter_name, activate, allow_pickle)
+    _load(model, directory, trainable, adapter_name, activate)
     return model
 
 
 @one_at_a_time
 def _load(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    trainable: bool,
-    adapter_name: str,
-    activate: bool,
-    allow_pickle: bool,
+    model: nn.Module, directory: str | os.PathLike[str], trainable: bool, adapter_name: str, activate: bool
 ) -> None:
-    file = AdapterFile.open(directory, allow_pickle=allow_pickle, caller="load_adapter")
-    load_opened(model, from_peft_form(file, "load_adapter"), trainable, adapter_name, activate)
+    load_opened(model, read_adapter(directory, "load_adapter"), trainable, adapter_name, activate)
     if not trainable:
         eval_unless_training(model)
+
+
+def read_adapter(directory: str | os.PathLike[str], caller: str) -> AdapterFile:
+    """Reads an adapter's files for a model: in the model's form of packed projections, and with positive alphas.
+
+    Errors are those of :func:`load_adapter` about files and the alphas of their config.
+    """
+    return with_positive_alphas(from_peft_form(AdapterFile.open(directory, caller=caller), caller), caller)
+
+
+def with_positive_alphas(file: AdapterFile, caller: str) -> AdapterFile:
+    """Moves the sign of negative alphas, which old files have and the ops do not, into the factors ``lora_B``."""
+    alpha, patterns = file.config.get("lora_alpha"), file.config.get("alpha_pattern")
+    alphas = [alpha, *(patterns.values() if isinstance(patterns, dict) else ())]
+    negative = [isinstance(value, int | float) and value < 0 for value in alphas]
+    if not any(negative):
+        return file
+    if not all(negative) or file.config.get("ensure_weight_tying"):
+        raise ValueError(
+            f"{caller}: {file.directory / CONFIG_FILE}: lora_alpha is {shown(alpha)}, alpha_pattern {shown(patterns)}: "
+            "negative alphas are read if all are negative, and without ensure_weight_tying; make them positive, and "
+            "change the signs of the lora_B instead"
+        )
+    config = file.config | {"lora_alpha": -alpha}
+    if isinstance(patterns, dict):
+        config["alpha_pattern"] = {key: -value for key, value in patterns.items()}
+    tensors = {
+        key: -tensor if ".lora_B." in key or key.endswith(".lora_embedding_B") else tensor
+        for key, tensor in file.tensors.items()
+    }
+    return dataclasses.replace(file, config=config, tensors=tensors)
 
 
 def eval_unless_training(model: nn.Module) -> None:
@@ -227,10 +242,9 @@ def load_opened(
     adapter_name: str = "default",
     activate: bool = False,
 ) -> None:
-    """Loads a file from :func:`~lora_ext.files.packed_projection.from_peft_form` like :func:`load_adapter`."""
-    file_alphas, file = file.config, with_positive_alphas(file)
-    config = config_of(file, "load_adapter")
-    if trainable and str(file_alphas.get("init_lora_weights")).lower() == "mica":
+    """Loads what :func:`read_adapter` returned, like :func:`load_adapter`."""
+    config = file.lora_config("load_adapter")
+    if trainable and str(file.config.get("init_lora_weights")).lower() == "mica":
         raise ValueError(
             f'load_adapter: {file.directory / CONFIG_FILE}: init_lora_weights is "mica", with which PEFT trains lora_A '
             'only; here both factors would be trained: if they may, set "init_lora_weights": true'
@@ -246,22 +260,22 @@ def load_opened(
             check_not_parallel("load_adapter", model)
             adapters.check_enabled("load_adapter")
         adapter = find_adapter(model, "load_adapter", adapter_name)
-        check_same_kind(adapter, config, file.directory)
+        check_same_kind(adapter, config, file)
         warn_of_a_copy("load_adapter", adapter)
-        _fill_checked(model, file, file_alphas, config, adapter, None, activate)
-    else:
-        activate = activate or adapters is None or not adapters.configs
-        if trainable and not activate:
-            raise ValueError(
-                f"load_adapter: trainable is True, but {list(adapters.active.names)} would stay active, and "
-                f"{adapter_name!r} would not train; pass activate=True, or trainable=False and later call "
-                f"set_adapter(model, {adapter_name!r}, trainable=True)"
-            )
-        injection = Injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
-        with injection.values_gathered():
-            # Memory is allocated only after the file's shapes have been checked against the config's.
-            adapter, give_memory = injection.build_without_memory()
-            _fill_checked(model, file, file_alphas, config, adapter, give_memory, activate)
+        _fill_checked(model, file, adapter, None, activate)
+        return
+    activate = activate or adapters is None or not adapters.configs
+    if trainable and not activate:
+        raise ValueError(
+            f"load_adapter: trainable is True, but {list(adapters.active.names)} would stay active, and "
+            f"{adapter_name!r} would not train; pass activate=True, or trainable=False and later call "
+            f"set_adapter(model, {adapter_name!r}, trainable=True)"
+        )
+    injection = Injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
+    with injection.values_gathered():
+        # Memory is allocated only after the file's shapes have been checked against the config's.
+        adapter, give_memory = injection.build_without_memory()
+        _fill_checked(model, file, adapter, give_memory, activate)
 
 
 def warn_of_a_copy(caller: str, adapter: Adapter) -> None:
@@ -274,29 +288,23 @@ def warn_of_a_copy(caller: str, adapter: Adapter) -> None:
 
 
 def _fill_checked(
-    model: nn.Module,
-    file: AdapterFile,
-    file_alphas: Mapping[str, Any],
-    config: LoraConfig,
-    adapter: Adapter,
-    give_memory: Callable[[], Adapter] | None,
-    activate: bool,
+    model: nn.Module, file: AdapterFile, adapter: Adapter, give_memory: Callable[[], Adapter] | None, activate: bool
 ) -> None:
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
     file = in_present_layout(adapter, file, "load_adapter")
     unsaved = _unsaved_biases(adapter, file)
-    check_shapes(model, _targets(model, adapter, file, unsaved), file)
+    check_fits(model, _targets(model, adapter, file, unsaved), file)
     if give_memory is not None:
         adapter = give_memory()
     targets = _targets(model, adapter, file, unsaved)
     check_places(targets, file)
-    values = file.read(targets)
+    file.warn_of_damage(targets)
 
     # Nothing below fails: the adapter is filled before it is attached.
-    with torch.no_grad(), changing(adapter.into.active):
+    with torch.no_grad():
         for key, target in targets.items():
-            fill(target, values.pop(key))
-        for key, scale in _signed(adapter, config, file_alphas).file_scales().items():
+            _fill(target, file.tensor(key))
+        for key, scale in adapter.file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if give_memory is not None:
             apply_injection(model, adapter, activate)
@@ -307,57 +315,17 @@ def _fill_checked(
             held[adapter.name] = held.get(adapter.name, frozenset()) | loaded
 
 
-def fill(target: Tensor, values: Tensor) -> None:
+def _fill(target: Tensor, values: Tensor) -> None:
     """Copies ``values`` into ``target``, or this rank's part of them."""
     if is_sharded(target):
         target, values = local(target), part_like(target, values)
     target.copy_(values)
 
 
-def sharded_tensors(adapter: Adapter) -> list[Tensor]:
+def _sharded_tensors(adapter: Adapter) -> list[Tensor]:
     """Returns the parameters of an adapter that ZeRO-3 has emptied, or if there are none, its DTensors."""
     elsewhere = [parameter for parameter in adapter.parameters() if is_elsewhere(parameter)]
     return elsewhere or [tensor for tensor in adapter.tensors().values() if is_sharded(tensor)]
-
-
-def with_positive_alphas(file: AdapterFile) -> AdapterFile:
-    """Returns the file with the absolute values of negative alphas: old files have them, the ops do not."""
-    config, patterns = file.config, file.config.get("alpha_pattern")
-    return AdapterFile(
-        file.directory,
-        {
-            **config,
-            **({"lora_alpha": _absolute(config["lora_alpha"])} if "lora_alpha" in config else {}),
-            **({"alpha_pattern": {k: _absolute(v) for k, v in patterns.items()}} if isinstance(patterns, dict) else {}),
-        },
-        file.tensors,
-    )
-
-
-def _absolute(alpha: object) -> object:
-    return -alpha if isinstance(alpha, (int, float)) and alpha < 0 else alpha
-
-
-def _signed(adapter: Adapter, config: LoraConfig, values: Mapping[str, Any]) -> Adapter:
-    """Returns the adapter with the signs of the alphas in ``values``, a file's config, in its parts' scales."""
-
-    def sign(part: Part) -> float:
-        if not isinstance(part.layer, LoraLayer) or isinstance(part.adapter, TiedAdapter):  # its source has the sign
-            return 1.0
-        pattern = config.alpha_pattern_for(part.target)
-        alpha = values.get("lora_alpha", 1) if pattern is None else values["alpha_pattern"][pattern]
-        return math.copysign(1.0, alpha)
-
-    parts = tuple(dataclasses.replace(part, file_scale=sign(part) * part.file_scale) for part in adapter.parts)
-    return dataclasses.replace(adapter, parts=parts)
-
-
-def config_of(file: AdapterFile, caller: str) -> LoraConfig:
-    """Returns the file's config. ValueError: it is wrong or not supported."""
-    try:
-        return LoraConfig.from_dict(file.config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{caller}: {file.directory / CONFIG_FILE}: {error}") from error
 
 
 def _unsaved_biases(adapter: Adapter, file: AdapterFile) -> set[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.changes import changing, one_at_a_time
+from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
@@ -27,10 +27,9 @@ from lora_ext.injection.mixtures import expand_all_linear, warn_of_parts_left_ou
 from lora_ext.injection.targets import find_targets, names_next_to_all_linear
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
-from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
 from lora_ext.model.mixed_batch import forget_adapter_names, refuse_adapter_names, serve_adapter_names
-from lora_ext.model.saver import replace_save_pretrained, restore_save_pretrained, savers
+from lora_ext.model.saver import savers, serve_files, stop_serving_files
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft
 from lora_ext.nn.input_groups import form_input_groups
@@ -47,24 +46,17 @@ def inject(
 ) -> ModelT:
     """Adapts ``model`` in place: replaces every targeted layer by one that holds a low-rank adapter.
 
-    Targets can be linear layers (also quantised ones, lora_ext/quantized), embeddings, convolutions, attention and
-    single parameters (lora_ext/nn). The first call freezes all parameters; trainable are those of the adapter,
+    Targets can be linear layers (also quantised ones), embeddings, convolutions, attention and single parameters
+    (lora_ext/nn). The first call freezes all parameters; trainable are those of the adapter,
     ``config.modules_to_save`` and ``config.bias``. The model's output stays the same until the adapter is trained. An
     adapter is on its base layer's device, in its dtype, or in float32 if that has 16 bits. A layer in several places of
     the model is replaced in all of them by the same new layer, named by the first path.
-
-    With ``config.ensure_weight_tying``, modules that share the input embedding's weight share its adapter: all compute
-    with the same updated weight, and merging changes it once. Otherwise each named module has its own adapter, and
-    merging a weight that another module shares is refused.
 
     Another call with another name adds a second adapter, on the same or on other layers, and makes it the active one;
     :func:`lora_ext.adapters.set_adapter` switches back.
 
     ``nn.TransformerEncoder``'s inference fast path reads its layers' weights without calling them, so it is switched
     off in encoders with an adapter. Without it, outputs at padded positions are no longer zeroed.
-
-    Reentrant gradient checkpointing passes no gradient unless its input requires one. With frozen embeddings, call
-    ``model.enable_input_require_grads()``; recent Transformers do so themselves.
 
     Args:
         model: any module; weights may be on the meta device.
@@ -79,17 +71,14 @@ def inject(
         ``model``, the same object.
 
     Raises:
-        ValueError: nothing matches ``target_modules`` or ``modules_to_save`` (names close matches); the model has an
-            adapter of that name, or PEFT's adapters; adapters are merged; a second adapter would train biases; a token
-            to train does not exist; values to train are offloaded; a module is in ``target_modules`` of one adapter
-            and in ``target_parameters`` of another; or ``DistributedDataParallel`` wraps the model.
+        ValueError: a setting matches nothing (close matches are named) or does not go together with another one, an
+            adapter or the state of the model, such as merged adapters or a wrapper of ``DistributedDataParallel``.
         TypeError: targets of unsupported kinds (all are named).
         The model is then unchanged.
 
     Warns:
-        UserWarning: an entry of ``target_modules``, ``exclude_modules`` or ``modules_to_save`` matches nothing while
-            others do; the trained copy of a module in ``modules_to_save`` no longer shares a parameter with the rest of
-            the model; or "all-linear" leaves out parts of a mixture of experts.
+        UserWarning: an entry matches nothing while others do; the trained copy of a module in ``modules_to_save`` no
+            longer shares a parameter with the rest of the model; or "all-linear" leaves out parts of the model.
     """
     if not isinstance(config, LoraConfig):
         config = LoraConfig.from_peft(_with_targets(config, root_module(model)))
@@ -190,14 +179,13 @@ def _tensors_that_train() -> Iterator[None]:
 
 def apply_injection(model: nn.Module, adapter: Adapter, activate: bool = True) -> None:
     """Attaches a prepared adapter, and makes it the active one or leaves it frozen."""
-    with changing(adapter.into.active):
-        attach_layers(model, adapter)
-        for part in adapter.parts:
-            part.layer.add_adapter(adapter.name, part.adapter)
-        adapter.into.add(adapter)
-        if activate:
-            adapter.into.switch((adapter.name,))
-        serve_adapters(model, adapter.into)
+    attach_layers(model, adapter)
+    for part in adapter.parts:
+        part.layer.add_adapter(adapter.name, part.adapter)
+    adapter.into.add(adapter)
+    if activate:
+        adapter.into.switch((adapter.name,))
+    serve_adapters(model, adapter.into)
 
 
 def attach_layers(model: nn.Module, adapter: Adapter) -> None:
@@ -217,10 +205,8 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     prepare_quantized(root)
     guard_against_trainers(root)
     serve_adapter_names(root, adapters)
-    guard_loading(root, adapters=adapters)
+    serve_files(root)
     for module in savers(root):
-        guard_loading(module, adapters=adapters)
-        replace_save_pretrained(module, adapters=adapters)
         refuse_adapter_names(root, module)
 
 
@@ -241,10 +227,9 @@ def forget_injection(model: nn.Module) -> None:
     for module in model.modules():
         forget_adapter_set(module)
         forget_adapter_names(module)
-        forget_guard(module, adapters=True)
-        restore_save_pretrained(module, adapters=True)
         _restore_fast_path(module)
         remove_guard(module)
+    stop_serving_files(root_module(model))
 
 
 @checked

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import ALL_LINEAR, LoraConfig
+from lora_ext.injection.check_targets import why_bypassed_at
 from lora_ext.injection.targets import Targets, is_all_linear, linear_layers, unsupported_layers
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable
 from lora_ext.matching.path_patterns import PathMatcher
@@ -99,7 +100,7 @@ def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
 
 
 def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets) -> None:
-    """Warns about linear layers, quantised ones of other kinds and experts that "all-linear" does not adapt.
+    """Warns about linear layers, quantised layers of other kinds and experts that "all-linear" does not adapt.
 
     Args:
         config: the config as it was given, which says "all-linear".
@@ -107,12 +108,12 @@ def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets
     excluded = PathMatcher("exclude_modules", config.exclude_modules)
     known = Parents((*targets.trained, *targets.tied))
     unsupported = unsupported_layers(bare.modules)
-    layers, parameters, quantized = [], [], {}
+    layers, parameters, refused = [], [], {}
     for path, module in bare.modules.items():
         if path in targets.modules or path in known or module is bare.head or excluded(path):
             continue
-        if path in unsupported:
-            quantized.setdefault(unsupported[path], []).append(path)
+        if why := unsupported.get(path) or (why_bypassed_at(bare, path) if is_linear(module) else None):
+            refused.setdefault(why, []).append(path)
         elif is_linear(module) and why_output_unusable(module) is None:
             layers.append(path)
         elif is_linear(module):  # a router, say, that returns more than a tensor
@@ -126,7 +127,7 @@ def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets
                 f'inject: "all-linear" leaves out {_abbreviated(paths)} of {type(bare.root).__name__}; to adapt them, '
                 f"name them in {key}"
             )
-    for why, paths in quantized.items():
+    for why, paths in refused.items():
         warn_user(f'inject: "all-linear" leaves out {_abbreviated(paths)} of {type(bare.root).__name__}: {why}')
 
 

@@ -167,6 +167,8 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
             matrices[layer][key] = matrix
     for layer, held in matrices.items():
         layer._merged = MergeState(tuple(sorted(wanted[layer])), held)
+    for layer in wanted:
+        layer.active.changes += 1
 
 
 @torch.no_grad()

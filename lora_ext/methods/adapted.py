@@ -14,9 +14,8 @@ from lora_ext.adapters.merge_model import unload
 from lora_ext.injection.inject import Injection, apply_injection, prepare_quantized, release_quantized
 from lora_ext.methods.base import Inserted, Insertion, Method, head_paths, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
-from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import BareModel, check_not_managed, root_module
-from lora_ext.model.saver import has_save_pretrained, replace_save_pretrained, restore_save_pretrained
+from lora_ext.model.saver import serve_files, stop_serving_files
 from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -80,10 +79,7 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
         insert(insertion)
     vars(root)[_ATTRIBUTE] = method
     if insertions:  # files of the base model would load without them
-        guard_loading(root, has_method=True)
-    for module in root.modules() if insertions else ():
-        if has_save_pretrained(module) and any(isinstance(inner, Inserted) for inner in module.modules()):
-            replace_save_pretrained(module, has_method=True)
+        serve_files(root)
     for parameter in trained_by(model, method).values():
         parameter.requires_grad_(True)
 
@@ -120,10 +116,8 @@ def remove_method(model: ModelT) -> ModelT:
     root = root_module(model)
     remove_inserted(root)
     release_quantized(root)
-    for module in model.modules():
-        forget_guard(module, method=True)
-        restore_save_pretrained(module, method=True)
     delattr(root, _ATTRIBUTE)
+    stop_serving_files(root)
     weights = [quantized_weight(module) for module in model.modules()]
     quantized = {id(weight.module.weight) for weight in weights if weight is not None}
     for parameter in model.parameters():

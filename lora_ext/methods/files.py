@@ -18,15 +18,13 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
-from lora_ext.files.adapter_content import ADAPTER_FILES, base_name, file_content, write_content
-from lora_ext.files.adapter_file import AdapterFile, TensorFile, read_unchanged
+from lora_ext.files.adapter_content import ADAPTER_FILES, adapter_content, base_name
+from lora_ext.files.adapter_file import METHOD_FILE, AdapterFile, read_tensors
 from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_vocabulary
-from lora_ext.files.method_note import METHOD_FILE
 from lora_ext.files.misfits import misfits
-from lora_ext.files.packed_projection import from_peft_form
-from lora_ext.files.save_load import config_of, eval_unless_training, load_opened
-from lora_ext.files.staged_files import staged_files, write_tensors
-from lora_ext.files.untrusted_json import read_json_object
+from lora_ext.files.reading import read_json
+from lora_ext.files.save_load import eval_unless_training, load_opened, read_adapter
+from lora_ext.files.writing import write_files, write_tensors
 from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, trained_by
 from lora_ext.methods.base import Inserted, Insertion, Method, pooling_of
 from lora_ext.methods.lora import Lora
@@ -69,11 +67,11 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if files.has_adapter:
         adapter = find_adapter(model, "save_method", "default")  # others may have been added, and be active
         base = base_tensors_to_save("save_method", model, adapter)
-        content = file_content(model, adapter, base)
+        content = adapter_content(model, adapter, base)
     _warn_of_parts_left_out(model, files, base)
-    with staged_files(Path(directory), files.names, "save_method") as staging:
+    with write_files(directory, files.names, "save_method") as staging:
         if content is not None:
-            write_content(staging, content)
+            content.write(staging)
         files.write(staging)
 
 
@@ -193,14 +191,14 @@ class _Saved:
     directory: Path
     method: Method
     adapter: AdapterFile | None  # the low-rank adapter, if the method has one
-    tensors: TensorFile | None  # the other tensors; None if there is no such file
+    tensors: dict[str, Tensor] | None  # the other tensors; None if there is no such file
     pooling: str | None  # of the model that was trained; None: its class's
 
     def check_size(self, model: nn.Module) -> None:
         """Raises ValueError if the options need more parameters than the file holds. Call it before allocating them."""
         inserting = [part for part in self.method.parts if type(part).insertions is not Method.insertions]
         needed = sum(part.count(model) for part in inserting)
-        available = 0 if self.tensors is None else self.tensors.numel()
+        available = sum(tensor.numel() for tensor in (self.tensors or {}).values())
         if needed > available:
             wanted = f"{shown(needed)} parameters with {shown([part.options() for part in inserting])}"
             note = self.directory / METHOD_FILE
@@ -221,30 +219,29 @@ class _Saved:
         if self.tensors is None:
             raise FileNotFoundError(f"load_method: there is no {path}; save_method writes it next to {METHOD_FILE}")
         problems = [f"missing key: {key}" for key in targets if key not in self.tensors]
-        problems += [f"unexpected key: {key}" for key in self.tensors.keys() if key not in targets]  # noqa: SIM118
+        problems += [f"unexpected key: {key}" for key in self.tensors if key not in targets]
         problems += misfits(targets, self.tensors)
         if any(target.is_meta for target in targets.values()):
             problems.append("the model is on the meta device; give it memory (to_empty) first")
         if problems:
             raise ValueError(f"load_method: {path} does not fit the model:{listed(first_shape(problems))}")
-        return {key: self.tensors.tensor(key) for key in targets}
+        return {key: self.tensors[key] for key in targets}
 
 
 def _read(directory: Path) -> _Saved:
-    files = [directory / name for name in (METHOD_FILE, TENSORS_FILE, *ADAPTER_FILES)]
-
-    def read(existing: set[Path]) -> tuple[list[dict], str | None, AdapterFile | None, TensorFile | None]:
+    try:
         parts, pooling = _noted(directory / METHOD_FILE)
-        has_adapter = any(part["name"] == Lora.name for part in parts)
-        adapter = AdapterFile.of(directory, existing) if has_adapter else None
-        return parts, pooling, adapter, TensorFile(files[1]) if files[1] in existing else None
-
-    parts, pooling, adapter, tensors = read_unchanged(files, read, "load_method")
-    lora = None
-    if adapter is not None:
-        adapter = from_peft_form(adapter, "load_method")
+        path = directory / TENSORS_FILE
+        tensors = read_tensors(path)[0] if path.exists() else None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"load_method: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"load_method: {error}") from error
+    adapter = lora = None
+    if any(part["name"] == Lora.name for part in parts):
+        adapter = read_adapter(directory, "load_method")
         # inference_mode describes how a file is loaded, not the method
-        lora = Lora(dataclasses.replace(config_of(adapter, "load_method"), inference_mode=False))
+        lora = Lora(dataclasses.replace(adapter.lora_config("load_method"), inference_mode=False))
     try:
         methods = [lora if part["name"] == Lora.name else new_method(part["name"], **part["options"]) for part in parts]
         return _Saved(directory, combined(methods), adapter, tensors, pooling)
@@ -255,7 +252,7 @@ def _read(directory: Path) -> _Saved:
 def _noted(path: Path) -> tuple[list[dict], str | None]:
     """Returns the names and options of the methods, and the pooling. ValueError: the file lacks them."""
     try:
-        content = read_json_object(path, "", _LARGEST_METHOD)
+        content = read_json(path, limit=_LARGEST_METHOD)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"there is no {path}; save_method writes it") from error
     methods, pooling, wrong = content.get("methods"), content.get("pooling"), None

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_ext._common.changes import changing
 from lora_ext.config import LoraConfig
 from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
 from lora_ext.model.trained_biases import TrainedBiases
@@ -168,6 +167,7 @@ class AdapterSet:
         """Registers an adapter whose parts are attached. Until it is active, it is frozen, without its biases."""
         self.configs[adapter.name] = adapter.config
         self.active.added(adapter.name)
+        self.active.changes += 1
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
         self.trained[adapter.name] = frozenset(
@@ -182,6 +182,7 @@ class AdapterSet:
 
     def remove(self, name: str) -> None:
         self.active.removed([name])
+        self.active.changes += 1
         del self.configs[name], self._parameters[name], self.trained[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
@@ -191,6 +192,7 @@ class AdapterSet:
         """Renames an adapter; it keeps its place in the order."""
         self.active.removed([old])
         self.active.added(new)
+        self.active.changes += 1
         for held in (
             self.configs,
             self._parameters,
@@ -206,20 +208,20 @@ class AdapterSet:
 
     def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
         """Activates exactly these adapters. Changes parameters only of trainable adapters whose state changes."""
-        with changing(self.active):
-            before, self.active.names = self.active.names, names
-            changed = set()
-            if trainable is not None:
-                changed |= set(names)
-                self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
-            changed |= self._trainable & (set(before) ^ set(names))
-            # Single factors that the user froze stay frozen; an adapter frozen as a whole (model.requires_grad_(False))
-            # does not.
-            changed |= {name for name in self._trainable & set(before) & set(names) if self.is_frozen(name)}
-            for name in changed:
-                self._set_requires_grad(name, name in names and name in self._trainable)
-            for name, biases in self.biases.items():
-                biases.use(name in names)
+        before, self.active.names = self.active.names, names
+        self.active.changes += 1
+        changed = set()
+        if trainable is not None:
+            changed |= set(names)
+            self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
+        changed |= self._trainable & (set(before) ^ set(names))
+        # Single factors that the user froze stay frozen; an adapter frozen as a whole (model.requires_grad_(False))
+        # does not.
+        changed |= {name for name in self._trainable & set(before) & set(names) if self.is_frozen(name)}
+        for name in changed:
+            self._set_requires_grad(name, name in names and name in self._trainable)
+        for name, biases in self.biases.items():
+            biases.use(name in names)
 
     def is_frozen(self, name: str) -> bool:
         """Returns whether no parameter of the adapter requires a gradient."""

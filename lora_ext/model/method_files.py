@@ -1,8 +1,4 @@
-"""Saves the modules that a method of lora_ext.methods trains in a model next to adapters.
-
-Modules below lora_ext/methods know a method only through this interface. A method's parameters belong to no adapter and
-are not the base model's either.
-"""
+"""What a method of lora_ext.methods trains in a model next to adapters: parts below that package know no more of it."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ class MethodFiles:
         find_tensors: finds the live tensors that it trains or that change, by path in the bare model, except the
             adapter's.
         names: the files of ``write`` and of an adapter, in the order that
-            :func:`~lora_ext.files.staged_files.staged_files` wants.
+            :func:`~lora_ext.files.writing.write_files` wants.
         write: writes the method's files, except the adapter's, to a directory.
     """
 

@@ -1,7 +1,7 @@
-"""Replaces ``save_pretrained`` of an adapted model, and of its modules that have one, on the instance.
+"""Replaces ``save_pretrained`` of an adapted model, and of its parts that have one, on the instance.
 
-Other libraries call it on the model or on a part: Transformers' ``Trainer``, sentence-transformers, diffusers'
-pipelines. lora_ext/files/save_pretrained.py decides what it writes.
+Other libraries call it: Transformers' ``Trainer``, sentence-transformers. lora_ext/files/save_pretrained.py decides
+what it writes.
 """
 
 from __future__ import annotations
@@ -12,30 +12,26 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lora_ext.model.adapter_set import AdapterSet
+from lora_ext.model.adapter_set import adapter_set
+from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import adapter_layers
+from lora_ext.model.method_files import MethodFiles
 
 _METHOD = "save_pretrained"
 
 
 class SavePretrained:
-    """The ``save_pretrained`` of a module with adapters or inserted modules, copied and pickled with the module.
+    """The ``save_pretrained`` of ``module``, a part of the adapted model ``root`` or all of it. Copied with the model.
 
     Attributes:
-        save: called with this object and the arguments.
-        module: what to save.
+        save: called with this object and the arguments by name.
         replaced: what the instance had as its ``save_pretrained``, or None.
-        adapters: the adapters inside ``module``, or None.
-        has_method: whether a method (lora_ext.methods) inserted modules inside.
     """
 
     save: ClassVar[Callable[..., Any]]
 
-    adapters: AdapterSet | None = None
-    has_method = False
-
-    def __init__(self, module: nn.Module, replaced: Any) -> None:
-        self.module, self.replaced = module, replaced
+    def __init__(self, root: nn.Module, module: nn.Module) -> None:
+        self.root, self.module, self.replaced = root, module, vars(module).get(_METHOD)
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -47,39 +43,38 @@ class SavePretrained:
         return inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return SavePretrained.save(self, args, kwargs)
+        bound = self.__signature__.bind(*args, **kwargs)
+        options = dict(bound.arguments)
+        for parameter in bound.signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                options |= options.pop(parameter.name, {})
+        return SavePretrained.save(self, options)
 
 
 def savers(root: nn.Module) -> list[nn.Module]:
-    """``root`` and the modules in it that have a ``save_pretrained`` and adapters inside."""
-    return [module for module in root.modules() if has_save_pretrained(module) and any(adapter_layers(module))]
+    """Returns ``root`` and the modules in it that have a ``save_pretrained`` and adapters inside."""
+    return [module for module in root.modules() if _saves_itself(module) and any(adapter_layers(module))]
 
 
-def has_save_pretrained(module: nn.Module) -> bool:
-    return callable(getattr(type(module), _METHOD, None))
+def serve_files(root: nn.Module) -> None:
+    """Sets what the adapted model ``root`` saves and takes from a ``state_dict``; what is set already stays."""
+    guard_loading(root)
+    for module in root.modules():
+        if _saves_itself(module) and not isinstance(vars(module).get(_METHOD), SavePretrained):
+            setattr(module, _METHOD, SavePretrained(root, module))
 
 
-def replace_save_pretrained(module: nn.Module, *, adapters: AdapterSet | None = None, has_method: bool = False) -> None:
-    """Makes ``module`` save itself by :class:`SavePretrained`, because of adapters or of a method's modules."""
-    saver = vars(module).get(_METHOD)
-    if not isinstance(saver, SavePretrained):
-        saver = SavePretrained(module, saver)
-        setattr(module, _METHOD, saver)
-    if adapters is not None:
-        saver.adapters = adapters
-    saver.has_method |= has_method
-
-
-def restore_save_pretrained(module: nn.Module, *, adapters: bool = False, method: bool = False) -> None:
-    """Undoes :func:`replace_save_pretrained` for adapters, or for a method; nothing happens if it was not called."""
-    saver = vars(module).get(_METHOD)
-    if not isinstance(saver, SavePretrained):
+def stop_serving_files(root: nn.Module) -> None:
+    """Undoes :func:`serve_files` if ``root`` has neither adapters nor a method's modules any more."""
+    if adapter_set(root) is not None or MethodFiles.of(root) is not None:
         return
-    if adapters:
-        saver.adapters = None
-    if method:
-        saver.has_method = False
-    if saver.adapters is None and not saver.has_method:
-        del vars(module)[_METHOD]
-        if saver.replaced is not None:
-            setattr(module, _METHOD, saver.replaced)
+    forget_guard(root)
+    for module in root.modules():
+        if isinstance(saver := vars(module).get(_METHOD), SavePretrained):
+            del vars(module)[_METHOD]
+            if saver.replaced is not None:
+                setattr(module, _METHOD, saver.replaced)
+
+
+def _saves_itself(module: nn.Module) -> bool:
+    return callable(getattr(type(module), _METHOD, None))

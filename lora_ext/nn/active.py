@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from lora_ext._common.arguments import checked
@@ -16,7 +14,7 @@ class ActiveAdapters:
 
     Attributes:
         names: in the order of activation.
-        changes: how often a change of the layers has begun or ended; odd during a change.
+        changes: how often the adapters, their merges or their use have changed.
         mixed_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows.py).
         pending: weak references to the choices of calls whose backward may come (lora_ext/nn/rows.py).
         unsupported_rows: ``changes`` and what rows could not choose then (lora_ext/model/mixed_batch.py).
@@ -26,7 +24,7 @@ class ActiveAdapters:
 
     changes = mixed_calls = removals = 0
     unsupported_rows: tuple[int, Any] | None = None
-    _disabled: tuple[int, int, tuple[str, ...]] | None = None  # the thread, the depth, the names before
+    _disabled: tuple[int, tuple[str, ...]] | None = None  # the depth, the names before
 
     @checked
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -52,34 +50,21 @@ class ActiveAdapters:
             "_count": itertools.count(len(self.additions)),
         }
 
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Marks a block that changes layers. Blocks may be nested."""
-        outermost = not self.changes % 2
-        self.changes += outermost
-        try:
-            yield
-        finally:
-            self.changes += outermost
-
     @property
     def is_disabled(self) -> bool:
         """True if no adapter is used until :meth:`enable` is called."""
         return self._disabled is not None
 
-    @property
-    def is_disabled_elsewhere(self) -> bool:
-        """True if another thread called :meth:`disable`."""
-        return self._disabled is not None and self._disabled[0] != threading.get_ident()
-
     def disable(self) -> None:
         """Uses no adapter. Every call needs its own :meth:`enable`; the last of those restores the names."""
-        thread, depth, names = self._disabled or (threading.get_ident(), 0, self.names)
-        self._disabled, self.names = (thread, depth + 1, names), ()
+        depth, names = self._disabled or (0, self.names)
+        self._disabled, self.names = (depth + 1, names), ()
+        self.changes += 1
 
     def enable(self) -> None:
-        thread, depth, names = self._disabled
+        depth, names = self._disabled
         if depth > 1:
-            self._disabled = thread, depth - 1, names
+            self._disabled = depth - 1, names
         else:
             self._disabled, self.names = None, names
+        self.changes += 1

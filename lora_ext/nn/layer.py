@@ -289,6 +289,7 @@ class LoraLayer(AdapterLayer):
     def forget_merge(self) -> None:
         """Declares the base weight pristine: for callers that have replaced a merged weight."""
         self._merged = None
+        self.active.changes += 1
 
     def merged_into(self) -> dict[str, Tensor]:
         """Returns the parameters that adapters are merged into, by their names in this layer's ``state_dict``."""

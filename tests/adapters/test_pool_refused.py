@@ -17,7 +17,6 @@ from torch import nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, set_adapter
 from lora_ext.adapters import delete_adapter
-from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.nn.rows import _current
 
 
@@ -114,25 +113,6 @@ def test_adapters_that_do_not_fit(base, root, how):
     shutil.rmtree(root / "broken")
     shutil.copytree(root / "n0", root / "broken")
     assert torch.equal(model(x, adapter_names=["broken", "n1", "n1"]), expected)
-
-
-def test_a_file_that_is_overwritten_while_it_is_read(base, root, monkeypatch):
-    model, x = copy.deepcopy(base), torch.randn(2, 6)
-    pool, path = pool_of(model, root), root / "n1/adapter_model.safetensors"
-    expected, content, read = model(x, adapter_names=["n0", "n1"]), path.read_bytes(), AdapterFile.tensor
-    pool.evict("n1")
-
-    def begin_to_copy(file: AdapterFile, key: str) -> torch.Tensor:
-        if file.path == path:
-            path.write_bytes(b"")
-        return read(file, key)
-
-    monkeypatch.setattr(AdapterFile, "tensor", begin_to_copy)
-    with refused(model, ValueError, "n1/adapter_model.safetensors was changed while it was read"):
-        model(x, adapter_names=["n0", "n1"])
-    monkeypatch.undo()
-    path.write_bytes(content)
-    assert torch.equal(model(x, adapter_names=["n0", "n1"]), expected)
 
 
 def test_too_few_slots(base, root):

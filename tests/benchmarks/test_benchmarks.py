@@ -155,12 +155,10 @@ def one_round(monkeypatch):
 def test_offline_merge(run, monkeypatch):
     for name, size in {"HIDDEN": 64, "INTERMEDIATE": 48, "KEY_VALUE": 8, "VOCABULARY": 40, "SHARD_BYTES": 9000}.items():
         monkeypatch.setattr(bench_offline_merge, name, size)
-    for name in ("merge, verify", "PEFT"):  # their processes import for seconds
-        monkeypatch.delitem(bench_offline_merge.CONTESTANTS, name)
+    monkeypatch.delitem(bench_offline_merge.CONTESTANTS, "PEFT")  # its process imports for seconds
     result = run("bench_offline_merge", "--layers", "2", "--rank", "2")
-    assert [row["name"] for row in result["rows"]] == ["merge", "merge, record", "unmerge"]
+    assert [row["name"] for row in result["rows"]] == ["merge", "merge, float16"]
     assert all(row["seconds"] > 0 and row["beyond_torch_bytes"] < result["bound_bytes"] for row in result["rows"])
-    assert result["record_bytes"] > 0
 
 
 def test_plan(run, monkeypatch):

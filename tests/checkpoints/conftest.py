@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoint_files import peft_adapter, save_checkpoint
-from support.checkpoint_records import make_files
 from support.models import llama
 from torch import nn
-
-from lora_ext.checkpoints import merge
 
 
 @pytest.fixture
@@ -24,26 +19,12 @@ def llama_files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory) -> Path:
-    """A base, and a checkpoint merged from it with a record, for the tests of records."""
-    return make_files(tmp_path_factory.mktemp("record"))
-
-
-@pytest.fixture
-def merged(files, tmp_path, monkeypatch) -> Path:
-    """A copy of the merged checkpoint that a test may change."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    return Path(shutil.copytree(files / "merged", tmp_path / "merged"))
-
-
-@pytest.fixture(scope="session")
 def small_files(tmp_path_factory) -> Path:
-    """``base``, ``adapter``, ``other`` (an adapter), and ``merged`` with a record, in two files each."""
+    """``base`` and ``tuned``, checkpoints in two files each, and ``adapter``, one of their layers ``a`` and ``c``."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("bad")
+    folder = tmp_path_factory.mktemp("small")
     model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "abc"})
     save_checkpoint(model.state_dict(), folder / "base", shards=2)
-    peft_adapter(model, folder / "adapter", target_modules=["a", "c"])
-    peft_adapter(model, folder / "other", target_modules=["a", "c"])
-    merge(folder / "base", [folder / "adapter"], folder / "merged", record=True)
+    adapted = peft_adapter(model, folder / "adapter", target_modules=["a", "c"])
+    save_checkpoint(adapted.merge_and_unload().state_dict(), folder / "tuned", shards=2)
     return folder

@@ -74,9 +74,7 @@ def test_files_of_every_version_load(transposed, version, is_exchanged, sizes, t
     model = base(transposed, *sizes)
     updates = saved(tmp_path / "file", model, version, is_exchanged)
     if version is None and sizes is SQUARE:
-        with refused(
-            model, ValueError, "the experts are square", "set peft_version in adapter_config.json", "now None"
-        ):
+        with refused(model, ValueError, "square experts", "set peft_version in adapter_config.json", "now None"):
             load_adapter(model, tmp_path / "file")
         return
     load_adapter(model, tmp_path / "file")
@@ -98,12 +96,12 @@ def test_files_of_every_version_load(transposed, version, is_exchanged, sizes, t
 def test_wrong_layouts_are_refused_by_name(tmp_path):
     model = base(False, *RECTANGULAR)
     saved(tmp_path / "file", model, "0.21.2", True)
-    text = r"experts.base_layer.lora_A.weight [6, 8] has the size of out_features, want [6, 5]; peft_version 0.21.2"
-    with refused(model, ValueError, "has another layout of experts", text, "stores its experts in another way"):
+    text = "shape of base_model.model.experts.base_layer.lora_A.weight: [6, 8] in the file, [6, 5] in the model"
+    with refused(model, ValueError, text):
         load_adapter(model, tmp_path / "file")
     saved(tmp_path / "development", base(False, *SQUARE), "0.19.1.dev0", True)
     model = base(False, *SQUARE)
-    with refused(model, ValueError, "the experts are square", "now '0.19.1.dev0'"):
+    with refused(model, ValueError, "square experts", "now '0.19.1.dev0'"):
         load_adapter(model, tmp_path / "development")
 
     model = base(False, *RECTANGULAR)
@@ -118,5 +116,5 @@ def test_wrong_layouts_are_refused_by_name(tmp_path):
     tensors = {key.replace("experts.", "experts.0."): value for key, value in load_file(file).items()}
     shutil.copytree(tmp_path / "fewer", tmp_path / "each")
     save_file(tensors, tmp_path / "each" / "adapter_model.safetensors")
-    with refused(model, ValueError, "one adapter for each expert, as in Transformers 4; PEFT converts it"):
+    with refused(model, ValueError, "one adapter for each expert. PEFT converts"):
         load_adapter(model, tmp_path / "each")

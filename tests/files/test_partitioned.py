@@ -74,7 +74,7 @@ def test_save_pretrained_and_save_method_write_no_empty_tensors(tmp_path, monkey
     state = {key: value.clone() for key, value in model.state_dict().items()}
     save_adapter(model, tmp_path / "whole")
     partition(model, monkeypatch, engine=True)
-    with pytest.raises(ValueError, match="ZeRO-3 has partitioned LlamaForCausalLM; call lora_ext.save_adapter on all"):
+    with pytest.raises(ValueError, match="the model is sharded .*call lora_ext.save_adapter on all"):
         model.save_pretrained(tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     monkeypatch.delitem(sys.modules, "deepspeed")  # nothing is to be gathered, and accelerate looks for the package

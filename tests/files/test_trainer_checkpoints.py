@@ -50,21 +50,6 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(case, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-@pytest.mark.parametrize("left", [0, 100, 0.5])
-def test_a_run_whose_save_was_killed_is_resumed_from_the_checkpoint_before(left, tmp_path):
-    """safetensors before 0.8 writes in place, so that a part of the weights file may be left."""
-    base, options = bert(), {"target_modules": ["query"], "task_type": "SEQ_CLS"}
-    whole = injected(base, **options)
-    trainer(whole, tmp_path / "run", max_steps=3).train()
-    weights = tmp_path / "run" / "checkpoint-3" / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[: left if isinstance(left, int) else int(left * len(content))])
-    resumed = injected(base, **options)
-    trainer(resumed, tmp_path / "run", max_steps=3).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert_same(trained(resumed), trained(whole))
-    assert weights.read_bytes() == content
-
-
 def test_what_the_user_trains_besides_and_buffers_are_resumed_with_a_warning(tmp_path):
     base = BertWithNorm(bert().config)
 

@@ -25,13 +25,7 @@ from .calls import CannotTell
 from .choices import Choices
 from .compare import WrongResult
 from .file_mutations import mutate_file
-from .file_oracles import (
-    check_adapter,
-    check_inspected,
-    check_merged,
-    check_rows,
-    check_unmerged,
-)
+from .file_oracles import check_adapter, check_merged, check_objects, check_tensors
 from .outcomes import Finding, Outcome, finding, judge_exception
 
 _PEAK_BYTES = 150 << 20  # limit for files of two megabytes
@@ -64,9 +58,8 @@ class Kind:
     readers: tuple[Reader, ...]
 
 
-_CHECKPOINT = ("*.safetensors", "*.json")
 _KINDS: dict[str, tuple[Kind, ...]] = {
-    "adapter_files": (
+    "files": (
         Kind(
             "adapter",
             ("adapter/*",),
@@ -78,109 +71,46 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
                     check_adapter,
                     "inject(net(), CONFIG)",
                 ),
-                Reader("hotswap_adapter", 'hotswap_adapter(model, files / "adapter")', None, "inject(net(), CONFIG)"),
                 Reader("inspect", 'inspect(files / "adapter")'),
             ),
         ),
         Kind(
-            "adapter",
-            ("pickled/*",),
-            (
-                Reader(
-                    "load_adapter of a .bin", 'load_adapter(model, files / "pickled", allow_pickle=True)', None, "net()"
-                ),
-            ),
+            "checkpoint",
+            ("base/*.safetensors",),
+            (Reader("tensor_table", 'read_all(files / "base")', check_tensors),),
         ),
-        Kind(
-            "method",
-            ("adapter-h/*",),
-            (Reader("load_method", 'load_method(model, files / "adapter-h")', None, "bert()"),),
-        ),
-        Kind("method", ("lora/*",), (Reader("load_method", 'load_method(model, files / "lora")', None, "bert()"),)),
-    ),
-    "checkpoints": (
         Kind(
             "checkpoint",
-            ("base/*",),
+            ("base/*.json",),
+            (Reader("read_json", 'read_objects(files / "base")', check_objects),),
+        ),
+        Kind(
+            "checkpoint",
+            ("base/*", "adapter/*"),
             (
-                Reader("inspect", 'inspect(files / "base")', check_inspected),
                 Reader("merge", 'merge(files / "base", [files / "adapter"], files / "out")', check_merged),
-                Reader("diff", 'diff(files / "base", files / "tuned")'),
+                Reader("inspect", 'inspect(files / "base")'),
                 Reader("extract", 'extract(files / "base", files / "tuned", files / "out", rank=2)'),
             ),
         ),
-        Kind(
-            "checkpoint",
-            ("adapter/*",),
-            (
-                Reader(
-                    "merge of an adapter",
-                    'merge(files / "base", [files / "adapter"], files / "out")',
-                    check_merged,
-                ),
-            ),
-        ),
-        *(
-            Kind(
-                name,
-                ("base/*", "adapter/*"),
-                (
-                    Reader("merge", 'merge(files / "base", [files / "adapter"], files / "out")', check_merged),
-                    Reader("inspect", 'inspect(files / "adapter")'),
-                    Reader(
-                        "merge that unties",
-                        'merge(files / "base", [files / "adapter"], files / "out", untie=True, verify=True)',
-                        check_merged,
-                    ),
-                    Reader(
-                        "merge with a record",
-                        'merge(files / "base", [files / "adapter"], files / "out", record=True)',
-                        check_merged,
-                    ),
-                ),
-            )
-            for name in ("every", "tied", "projections")
-        ),
-        Kind(
-            "record",
-            ("merged/*", "merged/*/*"),
-            (
-                Reader("unmerge", 'unmerge(files / "merged", files / "out")', check_unmerged),
-                Reader("unmerge", 'unmerge(files / "merged", files / "out", verify=True)', check_unmerged),
-                Reader("inspect", 'inspect(files / "merged")', check_inspected),
-            ),
-        ),
-    ),
-    "data_files": tuple(
-        Kind("data", (name,), (Reader("load_rows", f'load_rows(f"{{files}}/{name}", ("text", "label"))', check_rows),))
-        for name in ("reviews.csv", "reviews.tsv", "reviews.jsonl")
     ),
 }
 _SETUP = """import tempfile, torch
 from pathlib import Path
-import datasets
-from fuzz.file_bases import folder, make_base, net
+from fuzz.file_bases import make_base, net
+from fuzz.file_oracles import read_all, read_objects
 from lora_ext import LoraConfig, inject, load_adapter
-from lora_ext.adapters import adapter_names, hotswap_adapter
-from lora_ext.methods import load_method
-from lora_ext.checkpoints import diff
-from lora_ext.checkpoints import extract
-from lora_ext.checkpoints import inspect
-from lora_ext.checkpoints import merge
-from lora_ext.checkpoints import unmerge
-from lora_ext.commands.data import load_rows
-datasets.config.HF_DATASETS_CACHE = folder()
+from lora_ext.adapters import adapter_names
+from lora_ext.checkpoints import extract, inspect, merge
 """
-_WITH_MODEL = """from support.models import bert
-CONFIG = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], rank_pattern={"blocks.1.up": 3},
+_WITH_MODEL = """CONFIG = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], rank_pattern={"blocks.1.up": 3},
                     alpha_pattern={"down": 1.5}, modules_to_save=["head"], lora_dropout=0.1)
 torch.manual_seed(0)
 """
 
 
-def make(area: str, choices: Choices) -> Case:
-    kinds = _KINDS[area]
-    kind = choices.pick(kinds)
+def make(choices: Choices, area: str = "files") -> Case:
+    kind = choices.pick(_KINDS[area])
     reader = choices.pick(kind.readers)
     work = Path(tempfile.mkdtemp(dir=file_bases.folder()))
     files = file_bases.make_base(kind.base, work / "files")
@@ -238,8 +168,7 @@ class _FileCase:
 
         reader, files = self.reader, self.work / "files"
         function = reader.function
-        which = next((name for pattern in self.kind.changed for name in [pattern.partition("/")[0]]), "")
-        space: dict[str, Any] = {"files": files, "which": which}
+        space: dict[str, Any] = {"files": files}
         exec(self.setup, space)
         space["model_adapters"] = space["adapter_names"]
         model = space.get("model")
@@ -279,8 +208,6 @@ class _FileCase:
         from support.public_calls import state
 
         function = self.reader.function
-        if type(error).__name__ == "CommandError":
-            error = ValueError(str(error)).with_traceback(error.__traceback__)
         # A message must name a changed file or its folder, or a tensor that would not be finite.
         names = {path.name for path in self.changed} | {path.parent.name for path in self.changed} | {"index"}
         names |= {"elements of "}

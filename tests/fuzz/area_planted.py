@@ -136,13 +136,13 @@ def waits_for_ever(path: Path) -> None:
     path.with_suffix(".fifo").read_bytes()
 
 
-def finds_other_texts(path: Path) -> list:
+def finds_nothing(path: Path) -> list:
     return []
 
 
-def _check_texts(files: Path, result: Any, space: dict[str, Any]) -> None:
-    if len(result) != (files / "reviews.csv").read_bytes().count(b"\n") - 1:
-        raise WrongResult("texts of the file are missing")
+def _check_found(files: Path, result: Any, space: dict[str, Any]) -> None:
+    if not result:
+        raise WrongResult("the content of the file is missing")
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -151,7 +151,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "memory": takes_memory,
     "changed after a refusal": leaves_a_file,
     "hang": waits_for_ever,
-    "wrong result": finds_other_texts,
+    "wrong result": finds_nothing,
 }
 
 
@@ -170,8 +170,8 @@ def make(choices: Choices) -> Case:
         }
         call = Call(f"torch.ops.lora_ext_planted.{name}", values, _check_same)
         return Case(call.function, f"import fuzz.area_planted\n{call.source()}", lambda: run_call(call, repeat=True))
-    line = f'__import__("fuzz.area_planted").area_planted.{name}(files / "reviews.csv")'
-    check = _check_texts if name == "finds_other_texts" else None
+    line = f'__import__("fuzz.area_planted").area_planted.{name}(files / "adapter" / "adapter_config.json")'
+    check = _check_found if name == "finds_nothing" else None
     area_files._SECONDS = 0.5
-    area_files._KINDS["planted"] = (Kind("data", ("reviews.csv",), (Reader(name, line, check),)),)
-    return area_files.make("planted", choices)
+    area_files._KINDS["planted"] = (Kind("adapter", ("adapter/adapter_config.json",), (Reader(name, line, check),)),)
+    return area_files.make(choices, "planted")

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from . import file_bases
+from lora_ext.files.reading import read_json, read_tensor, tensor_table
+
 from .calls import CannotTell
 from .compare import WrongResult, same_bits
 
@@ -47,8 +48,33 @@ def _shards(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_inspected(files: Path, result: Any, space: dict[str, Any]) -> None:
-    _shards(files / space["which"])
+def read_all(directory: Path) -> dict[str, torch.Tensor]:
+    """Reads every tensor of the safetensors files with our reader."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= {key: read_tensor(path, info) for key, info in tensor_table(path).items()}
+    return tensors
+
+
+def check_tensors(files: Path, result: dict[str, torch.Tensor], space: dict[str, Any]) -> None:
+    theirs = _shards(files / "base")
+    if theirs.keys() != result.keys():
+        raise WrongResult(f"{sorted(theirs.keys() ^ result.keys())} differ")
+    for key, tensor in theirs.items():
+        ours = result[key]
+        if ours.dtype != tensor.dtype or ours.shape != tensor.shape or not same_bits(ours, tensor):
+            raise WrongResult(f"{key} differs from what the library reads")
+
+
+def read_objects(directory: Path) -> list[dict[str, Any]]:
+    """Reads every JSON file with our reader."""
+    return [read_json(path) for path in sorted(directory.glob("*.json"))]
+
+
+def check_objects(files: Path, result: list[dict[str, Any]], space: dict[str, Any]) -> None:
+    for path, ours in zip(sorted((files / "base").glob("*.json")), result, strict=True):
+        if repr(json.loads(path.read_bytes())) != repr(ours):
+            raise WrongResult(f"{path.name} differs from what Python reads")
 
 
 def check_merged(files: Path, report: Any, space: dict[str, Any]) -> None:
@@ -76,27 +102,3 @@ def check_merged(files: Path, report: Any, space: dict[str, Any]) -> None:
         expected = base[key].double() + config.scaling_for(path) * (B.double() @ A.double())
         if not torch.allclose(tensor.double(), expected, rtol=1e-2, atol=1e-3, equal_nan=True):
             raise WrongResult(f"{key} is not the base's plus the update")
-
-
-def check_unmerged(files: Path, report: Any, space: dict[str, Any]) -> None:
-    """Checks that a result reported as exact has the bits of the base."""
-    if not report.exact:
-        return
-    original, out = file_bases.original("record") / "base", files / "out"
-    theirs, ours = _shards(original), _shards(out)
-    if theirs.keys() != ours.keys():
-        raise WrongResult(f"reported as exact, but {sorted(theirs.keys() ^ ours.keys())} differ")
-    for key, tensor in theirs.items():
-        if tensor.shape != ours[key].shape or not same_bits(tensor, ours[key]):
-            raise WrongResult(f"reported as exact, but {key} does not have the bits of the base")
-
-
-def check_rows(files: Path, found: Any, space: dict[str, Any]) -> None:
-    """Checks that every row has a text and a label, and that a file without changes has its labels."""
-    rows, name = found["train"], space["which"]
-    texts, labels = rows["text"][:], rows["label"][:]
-    if not texts or not all(map(str, [*texts, *labels])):
-        raise WrongResult("a row has no text or no label")
-    "".join(map(str, texts)).encode()  # a lone surrogate cannot be tokenised
-    if (files / name).read_bytes() == (file_bases.original("data") / name).read_bytes() and labels != [*"10101"]:
-        raise WrongResult(f"the labels are {labels}")

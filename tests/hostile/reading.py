@@ -100,6 +100,11 @@ def factors() -> dict[str, torch.Tensor]:
     return tensors | {f"{name}B.weight": torch.zeros(WIDTH, 2) for name in names}
 
 
+def merge_again(base: Path) -> None:
+    shutil.rmtree(base.parent / "out", ignore_errors=True)
+    merge(base, [directory], base.parent / "out")
+
+
 def attacks_of(attacked: str) -> Iterator[list[Case]]:
     """Yields the cases of an attack, which change different objects."""
     shutil.rmtree(directory, ignore_errors=True)
@@ -124,7 +129,7 @@ def attacks_of(attacked: str) -> Iterator[list[Case]]:
             yield [
                 (name, words, lambda: load_adapter(bare, directory)),
                 (f"hotswap: {name}", None, lambda: hotswap_adapter(adapted, directory)),
-                (f"merge: {name}", None, lambda: merge(base, [directory], base.parent / "out", overwrite=True)),
+                (f"merge: {name}", None, lambda: merge_again(base)),
                 (f"inspect: {name}", None, lambda: inspect(directory)),
             ]
     elif attacked == "method":

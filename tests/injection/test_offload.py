@@ -52,7 +52,7 @@ def injected(model: nn.Module, **settings) -> nn.Module:
 
 
 @pytest.mark.parametrize("offload", OFFLOADERS)
-def test_injected_after_offloading(offload, tmp_path):
+def test_injected_before_and_after_offloading(offload, tmp_path):
     base, ids = bert().eval(), token_ids()
     expected = injected(copy.deepcopy(base))
     model = injected(offload(base, tmp_path))
@@ -63,15 +63,9 @@ def test_injected_after_offloading(offload, tmp_path):
         logits(each, ids).square().sum().backward()
     for path, factor in factors(expected).items():
         torch.testing.assert_close(factors(model)[path].grad, factor.grad)
-
-
-@pytest.mark.parametrize("offload", OFFLOADERS)
-def test_offloaded_after_injection(offload, tmp_path):
-    model, ids = injected(bert().eval()), token_ids()
-    expected = copy.deepcopy(model)
-    offload(model, tmp_path)
+    offloaded = offload(copy.deepcopy(expected.eval()), tmp_path / "after")  # after injection
     for _ in range(2):
-        torch.testing.assert_close(logits(model, ids), logits(expected, ids))
+        torch.testing.assert_close(logits(offloaded, ids), logits(expected, ids))
 
 
 def test_factors_that_are_offloaded_do_not_train_silently(tmp_path):
@@ -82,13 +76,15 @@ def test_factors_that_are_offloaded_do_not_train_silently(tmp_path):
         logits(model, token_ids())
 
 
-def test_hooks_can_be_removed():
+def test_hooks_that_only_move_tensors_allow_a_merge_and_can_be_removed():
     """Layers that pass on what their module has must not pass on its hooks."""
     model, ids = bert().eval(), token_ids()
     for module in model.modules():
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     injected(model, modules_to_save=["classifier"], target_modules=["query", "word_embeddings"])
     expected = logits(model, ids)
+    torch.testing.assert_close(logits(merge(model), ids), expected)
+    torch.testing.assert_close(logits(unmerge(model), ids), expected, rtol=0, atol=0)
     remove_hook_from_submodules(model)
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
     assert torch.equal(logits(model, ids), expected)
@@ -132,18 +128,6 @@ def test_offloaded_weights_are_not_merged(offload, change, tmp_path):
         change(model)
 
 
-def test_hooks_that_only_move_tensors_do_not_prevent_a_merge():
-    model, ids = bert().eval(), token_ids()
-    for module in model.modules():
-        add_hook_to_module(module, AlignDevicesHook("cpu"))
-    injected(model)
-    expected = logits(model, ids)
-    merge(model)
-    torch.testing.assert_close(logits(model, ids), expected)
-    unmerge(model)
-    torch.testing.assert_close(logits(model, ids), expected)
-
-
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
@@ -185,7 +169,7 @@ class Attention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-def test_an_offloaded_attention(tmp_path):
+def test_an_offloaded_attention_and_an_offloaded_parameter(tmp_path):
     x = torch.randn(3, 5, 8)
     model = cpu(Attention(), tmp_path)
     with refused(model, TypeError, "attention (MultiheadAttention): its in_proj_weight is offloaded; keep this module"):
@@ -194,8 +178,6 @@ def test_an_offloaded_attention(tmp_path):
     with pytest.raises(RuntimeError, match="LoraMultiheadAttention: in_proj_weight is offloaded; keep this module"):
         model.eval()(x)
 
-
-def test_an_offloaded_parameter(tmp_path):
     model = cpu(injected(llama().eval(), target_modules=[], target_parameters=["q_proj.weight"]), tmp_path)
     assert len(list(lora_modules(model))) == 2
     with pytest.raises(RuntimeError, match="LoraParameter: weight is offloaded; keep this module"):

@@ -100,89 +100,6 @@ def test_gradients_add_up_as_in_a_tied_weight():
         torch.testing.assert_close(mine, expected)
 
 
-@pytest.mark.parametrize("name", [None, "default"])
-def test_merging_changes_the_weight_once_and_unmerging_restores_every_bit(name):
-    model, ids = tied_llama().to(torch.float32), token_ids()
-    embedding, head = both(model)
-    expected, before = logits(model, ids), head.weight.clone()
-    delta = embedding.delta_weight()
-    torch.testing.assert_close(head.delta_weight(), delta)
-    merge(model, name)
-    assert embedding.merged_adapters == head.merged_adapters == ("default",)
-    torch.testing.assert_close(head.weight, before + delta)
-    torch.testing.assert_close(logits(model, ids), expected)
-    x = torch.randn(2, 16)
-    assert torch.equal(head(x), head.base_layer(x))
-    assert merge_record_bytes(model) < sum(layer.merge_record_bytes for layer in (embedding, head)) + sum(
-        layer.self_attn.q_proj.merge_record_bytes for layer in model.model.layers
-    )
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    for merged in (model, copied):
-        unmerge(merged, name)
-        assert same_bits(merged.lm_head.weight, before) and merged.lm_head.weight is merged.model.embed_tokens.weight
-        assert not merged.lm_head.is_merged and not merged.model.embed_tokens.is_merged
-        torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=0)
-
-
-def test_merging_and_unmerging_two_tied_adapters_in_any_order():
-    model, ids = tied_llama(), token_ids()
-    inject(model, LoraConfig(**TIED | {"r": 2}), "other")
-    before = model.lm_head.weight.clone()
-    deltas = {name: model.lm_head.delta_weight(name) for name in ("default", "other")}
-    for first, second in (("default", "other"), ("other", "default")):
-        merge(model, first)
-        merge(model, second)
-        torch.testing.assert_close(model.lm_head.weight, before + sum(deltas.values()))
-        unmerge(model, first)
-        torch.testing.assert_close(model.lm_head.weight, before + deltas[second])
-        assert model.lm_head.merged_adapters == model.model.embed_tokens.merged_adapters == (second,)
-        unmerge(model)
-        assert same_bits(model.lm_head.weight, before)
-    set_adapter(model, ["default", "other"])
-    expected = logits(model, ids)
-    merge_and_unload(model)
-    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
-    torch.testing.assert_close(logits(model, ids), expected)
-
-
-def test_a_tied_and_an_untied_adapter_are_not_merged_together():
-    model = tied_llama()
-    inject(model, LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False), "own")
-    text = "the weight of 'lm_head' is shared with 'model.embed_tokens.base_layer'"
-    with refused(model, ValueError, text):
-        merge(model, "own")
-    set_adapter(model, ["default", "own"])
-    with refused(model, ValueError, "is shared with"):
-        merge(model)
-    merge(model, "default")
-    with refused(model, ValueError, text):
-        merge(model, "own")
-    unmerge(model)
-
-
-def test_once_untied_each_layer_merges_its_own_weight():
-    model, ids = tied_llama(), token_ids()
-    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    before, expected = model.lm_head.weight.clone(), logits(model, ids)
-    merge(model)
-    torch.testing.assert_close(logits(model, ids), expected)
-    unmerge(model)
-    assert same_bits(model.lm_head.weight, before) and same_bits(model.model.embed_tokens.weight, before)
-
-
-def test_one_tied_layer_is_not_merged_alone():
-    model = tied_llama()
-    for layer in both(model):
-        with refused(
-            model, RuntimeError, "adapter 'default' is tied to that of another layer", "lora_ext.merge(model)"
-        ):
-            layer.merge()
-    merge(model)
-    for layer in both(model):
-        with pytest.raises(RuntimeError, match=r"tied to that of another layer .* call lora_ext.unmerge\(model\)"):
-            layer.unmerge()
-
-
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_stay_tied(copier):
     model, ids = tied_llama(), token_ids()
@@ -197,50 +114,98 @@ def test_copies_stay_tied(copier):
     assert_tied(twin.to(torch.float32))
 
 
-def test_renaming_and_deleting():
+@pytest.mark.parametrize("first", ["default", "other"])
+def test_merging_changes_the_weight_once_and_unmerging_restores_every_bit(first):
+    model, ids = tied_llama().to(torch.float32), token_ids()
+    inject(model, LoraConfig(**TIED | {"r": 2}), "other")
+    set_adapter(model, ["default", "other"])
+    embedding, head = both(model)
+    expected, before, x = logits(model, ids), head.weight.clone(), torch.randn(2, 16)
+    deltas = {name: embedding.delta_weight(name) for name in ("default", "other")}
+    torch.testing.assert_close([head.delta_weight(name) for name in deltas], list(deltas.values()))
+    merge(model, first)
+    torch.testing.assert_close(head.weight, before + deltas[first])
+    merge(model, "other" if first == "default" else "default")
+    assert {*embedding.merged_adapters} == {*head.merged_adapters} == {"default", "other"}
+    torch.testing.assert_close(head.weight, before + sum(deltas.values()))
+    torch.testing.assert_close(logits(model, ids), expected)
+    assert torch.equal(head(x), head.base_layer(x))
+    of_layers = [layer.self_attn.q_proj for layer in model.model.layers]
+    assert merge_record_bytes(model) < sum(layer.merge_record_bytes for layer in (embedding, head, *of_layers))
+    for merged in (model, pickle.loads(pickle.dumps(copy.deepcopy(model)))):
+        unmerge(merged, first)
+        assert len(merged.lm_head.merged_adapters) == 1
+        unmerge(merged)
+        assert same_bits(merged.lm_head.weight, before) and merged.lm_head.weight is merged.model.embed_tokens.weight
+        torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=0)
+    merge_and_unload(model)
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model, ids), expected)
+
+
+def test_merges_that_would_change_the_weight_for_one_layer_are_refused():
+    model, ids = tied_llama(), token_ids()
+    for layer in both(model):
+        with refused(
+            model, RuntimeError, "adapter 'default' is tied to that of another layer", "lora_ext.merge(model)"
+        ):
+            layer.merge()
+    merge(model)
+    for layer in both(model):
+        with pytest.raises(RuntimeError, match=r"tied to that of another layer .* call lora_ext.unmerge\(model\)"):
+            layer.unmerge()
+    unmerge(model)
+    inject(model, LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False), "own")
+    for names in (["own"], ["default", "own"]):
+        with refused(model, ValueError, "the weight of ", " is shared with "):
+            merge(model, names)
+    merge(model, "default")
+    with refused(model, ValueError, "the weight of 'lm_head' is shared with 'model.embed_tokens.base_layer'"):
+        merge(model, "own")
+    unmerge(model)
+    delete_adapter(set_adapter(model, "default"), "own")
+
+    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # untied: the remedy
+    before, expected = model.lm_head.weight.clone(), logits(model, ids)
+    torch.testing.assert_close(logits(merge(model), ids), expected)
+    unmerge(model)
+    assert same_bits(model.lm_head.weight, before) and same_bits(model.model.embed_tokens.weight, before)
+
+
+def test_operations_keep_the_tie(tmp_path):
     model, ids = tied_llama(), token_ids()
     expected = logits(model, ids)
     rename_adapter(model, "default", "first")
     assert_tied(model, "first")
+    torch.testing.assert_close(logits(model, ids), expected)
     inject(model, LoraConfig(**TIED), "second")
-    delete_adapter(model, "first")
-    assert_tied(model, "second")
-    bare = llama(tied=True).double().eval()
-    bare.load_state_dict(unload(model).state_dict())
-    assert type(model.lm_head) is nn.Linear and not torch.allclose(logits(model, ids), expected)
-    torch.testing.assert_close(logits(model, ids), logits(bare, ids))
-
-
-def test_frozen_while_another_adapter_is_active():
-    model = tied_llama()
-    inject(model, LoraConfig(target_modules=["q_proj"]), "other")
-    adapter = model.model.embed_tokens.adapters.default
+    adapter = model.model.embed_tokens.adapters.first
     assert not adapter.lora_A.requires_grad
-    set_adapter(model, "default")
-    assert adapter.lora_A.requires_grad and model.lm_head.adapters.default.lora_B.requires_grad
+    set_adapter(model, "first")
+    assert adapter.lora_A.requires_grad and model.lm_head.adapters.first.lora_B.requires_grad
 
-
-def test_combining_keeps_the_tie():
-    model = tied_llama()
-    inject(model, LoraConfig(**TIED), "other")
-    add_weighted_adapter(model, ["default", "other"], [1.0, 0.5], "both", "cat")
+    add_weighted_adapter(model, ["first", "second"], [1.0, 0.5], "both", "cat")
     assert_tied(model, "both")
-    deltas = [model.lm_head.delta_weight(name) for name in ("default", "other", "both")]
+    deltas = [model.lm_head.delta_weight(name) for name in ("first", "second", "both")]
     torch.testing.assert_close(deltas[2], deltas[0] + 0.5 * deltas[1])
     inject(model, LoraConfig(**TIED | {"ensure_weight_tying": False}), "untied")
     with refused(model, ValueError, "some of the adapters are tied to the input embedding at 'lm_head'"):
-        add_weighted_adapter(model, ["default", "untied"], [1.0, 0.5], "sum", "cat")
+        add_weighted_adapter(model, ["first", "untied"], [1.0, 0.5], "sum", "cat")
 
-
-def test_swapping_values_keeps_the_tie(tmp_path):
-    model, smaller, ids = tied_llama(), tied_llama(r=2, lora_alpha=7), token_ids()
+    smaller = tied_llama(r=2, lora_alpha=7)
     smaller.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" not in k}, strict=False)
     save_adapter(smaller, tmp_path)
-    prepare_hotswap(model, 4)
-    assert_tied(model)
-    hotswap_adapter(model, tmp_path)
-    assert_tied(model)
-    torch.testing.assert_close(logits(model, ids), logits(smaller, ids))
+    set_adapter(prepare_hotswap(model, 4, "second"), "second")
+    assert_tied(model, "second")
+    torch.testing.assert_close(logits(hotswap_adapter(model, tmp_path), ids), logits(smaller, ids))
+
+    for name in ("first", "both", "untied"):
+        delete_adapter(model, name)
+    assert_tied(model, "second")
+    bare = llama(tied=True).double().eval()
+    bare.load_state_dict(unload(model).state_dict())
+    torch.testing.assert_close(logits(model, ids), logits(bare, ids))
+    assert type(model.lm_head) is nn.Linear
 
 
 def test_gpt2():
@@ -280,10 +245,11 @@ def test_tied_embeddings():
         inject(model, LoraConfig(**{**SETTINGS, "target_modules": ["shared"]}))
 
 
-def test_tied_modules_to_save():
+@pytest.mark.parametrize(("saved", "ensure"), [(["lm_head"], True), (["lm_head", "embed_tokens"], False)])
+def test_tied_modules_to_save(saved, ensure):
     model, ids = llama(tied=True).double().eval(), token_ids()
     expected = logits(model, ids)
-    inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True, r=2))
+    inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=ensure, r=2))
     copies = model.lm_head.in_use, model.model.embed_tokens.in_use
     assert copies[0].weight is copies[1].weight is not model.lm_head.base_layer.weight
     torch.testing.assert_close(logits(model, ids), expected)

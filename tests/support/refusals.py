@@ -140,7 +140,6 @@ CALLS: list[Call] = [
             "trainable": True,
             "adapter_name": "c",
             "activate": False,
-            "allow_pickle": False,
             "download": False,
             "revision": None,
             "subfolder": "",
@@ -258,7 +257,7 @@ CALLS: list[Call] = [
     ),
     Call(
         adapters.hotswap_adapter,
-        lambda path: {"model": injected(), "directory": saved(path), "adapter_name": "a", "allow_pickle": False},
+        lambda path: {"model": injected(), "directory": saved(path), "adapter_name": "a"},
         [
             *NOT_INJECTED,
             ({"adapter_name": "x"}, KeyError, NO_ADAPTER),

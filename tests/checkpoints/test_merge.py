@@ -15,17 +15,15 @@ from support.checkpoint_files import (
     assert_same_bits,
     merged_by_peft,
     peft_adapter,
-    refused,
     save_checkpoint,
     tensors_of,
 )
 from support.models import bert, gpt2, llama
 from torch import Tensor, nn
 
-import lora_ext
 from lora_ext import load_adapter
+from lora_ext.adapters import merge_and_unload
 from lora_ext.checkpoints import merge
-from lora_ext.checkpoints import merged_rows as merging
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -57,7 +55,7 @@ def test_a_model_of_transformers_is_merged_as_by_peft(family, settings, dtype, t
     model = family().to(dtype)
     model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
     adapted = peft_adapter(model, tmp_path / "adapter", **settings)
-    report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", verify=True)
+    report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert report.files > 1
     assert report.merged + report.replaced > 0
     assert tensors_of(tmp_path / "out").keys() == tensors_of(tmp_path / "base").keys()
@@ -76,7 +74,7 @@ def test_every_layer_type_is_merged_as_by_peft(settings, tmp_path):
     model = EveryLayer()
     adapted = peft_adapter(model, tmp_path / "adapter", **settings)
     save_checkpoint(model.state_dict(), tmp_path / "base")
-    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", verify=True)
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     assert_close_to(tensors_of(tmp_path / "out"), merged_by_peft(adapted))
 
 
@@ -153,7 +151,7 @@ def test_a_new_head_is_added(tmp_path):
     tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("classifier")}
     save_checkpoint(tensors, tmp_path / "base")
     adapted = peft_adapter(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
-    assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", verify=True).added == 2
+    assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").added == 2
     assert_close_to(tensors_of(tmp_path / "out"), merged_by_peft(adapted))
 
 
@@ -175,7 +173,7 @@ def test_the_bits_are_those_of_a_merge_in_memory(dtype, family, settings, tmp_pa
     peft_adapter(model, tmp_path / "adapter", **settings)
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     ours = load_adapter(copy.deepcopy(model), tmp_path / "adapter")
-    lora_ext.adapters.merge_and_unload(ours)
+    merge_and_unload(ours)
     merged = tensors_of(tmp_path / "out")
     state = dict(ours.state_dict())
     assert_same_bits(merged, {key: state[key] for key in merged})  # the state has tied weights twice
@@ -204,14 +202,28 @@ def test_several_adapters_are_added_before_they_are_rounded(dtype, tmp_path):
     assert not torch.equal(tensors_of(tmp_path / "two")["a.weight"], expected["a.weight"])  # rounded twice
 
 
+def test_weights_scale_the_updates(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(8, 6)})
+    save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
+    updates = []
+    for name in "xy":
+        adapted = peft_adapter(model, tmp_path / name, target_modules=["a"], lora_bias=True)
+        merged = merged_by_peft(adapted)
+        updates.append({key: merged[key] - tensor for key, tensor in model.state_dict().items()})
+    merge(tmp_path / "base", [tmp_path / "x", tmp_path / "y"], tmp_path / "out", weights=[0.25, -2])
+    for key, tensor in tensors_of(tmp_path / "out").items():
+        expected = model.state_dict()[key] + 0.25 * updates[0][key] - 2 * updates[1][key]
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_blocks_of_a_row_give_the_same_bits(tmp_path, monkeypatch):
     model = EveryLayer()
     save_checkpoint(model.state_dict(), tmp_path / "base")
     peft_adapter(model, tmp_path / "adapter", **EVERY_LAYER, bias="all")
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "whole")
     for size in (1, 100):
-        monkeypatch.setattr(merging, "BLOCK_BYTES", size)
-        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / f"by {size}", verify=True)
+        monkeypatch.setattr("lora_ext.checkpoints.merging.BLOCK_BYTES", size)
+        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / f"by {size}")
         assert_same_bits(tensors_of(tmp_path / f"by {size}"), tensors_of(tmp_path / "whole"))
 
 
@@ -224,7 +236,7 @@ def test_conversion_to_another_dtype(tmp_path):
     assert_close_to(same, merged_by_peft(adapted))
     for dtype in (torch.bfloat16, torch.float64):
         out = tmp_path / str(dtype)
-        merge(tmp_path / "base", [tmp_path / "adapter"], out, dtype=dtype, verify=True)
+        merge(tmp_path / "base", [tmp_path / "adapter"], out, dtype=dtype)
         converted = tensors_of(out)
         assert converted["norm.num_batches_tracked"].dtype == torch.int64
         expected = {key: t.to(dtype) if t.is_floating_point() else t for key, t in same.items()}
@@ -242,50 +254,98 @@ def test_conversion_to_another_dtype(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_tied_weights_are_refused_or_untied(target, tmp_path):
+def test_one_of_two_tied_weights_is_stored_apart(target, tmp_path):
     model = llama(tied=True)
     model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
     untied = llama()
     untied.load_state_dict(model.state_dict())
     adapted = peft_adapter(untied, tmp_path / "adapter", target_modules=["q_proj", target])
-    paths = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
-    with refused(paths[2], ValueError, "model.embed_tokens.weight and lm_head.weight are tied", "untie"):
-        merge(*paths)
-    report = merge(*paths, untie=True, verify=True)
-    assert report.added == 1
+    assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").added == 1
     merged = type(model).from_pretrained(tmp_path / "out")
     assert merged.config.tie_word_embeddings is False
     assert_close_to(dict(merged.state_dict()), merged_by_peft(adapted))
 
 
-@pytest.mark.parametrize("tokens", [{"lm_head": [5]}, {"embed_tokens": [3, 4], "lm_head": [5]}])
-def test_rows_of_one_of_two_tied_weights_are_refused_or_untied(tokens, tmp_path):
-    model = llama(tied=True)
-    model.save_pretrained(tmp_path / "base")
-    adapted = peft_adapter(model, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=tokens)
-    paths = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
-    with refused(paths[2], ValueError, "model.embed_tokens.weight and lm_head.weight are tied", "untie"):
-        merge(*paths)
-    assert merge(*paths, untie=True, verify=True).added == 1
-    merged = type(model).from_pretrained(tmp_path / "out")
-    x = torch.arange(10)[None]
-    torch.testing.assert_close(merged(x).logits, adapted(x).logits, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "added"),
     [
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5], "ensure_weight_tying": False},
+        ({"target_modules": ["embed_tokens", "q_proj"]}, 0),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 0),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 5], "ensure_weight_tying": False}, 0),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5]}}, 1),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}}, 1),
     ],
 )
-def test_an_adapter_of_both_tied_weights_keeps_them_tied(settings, tmp_path):
+def test_tied_weights_stay_tied_if_the_adapter_has_both(settings, added, tmp_path):
     model = llama(tied=True)
     model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
-    adapted = peft_adapter(model, tmp_path / "adapter", **{"ensure_weight_tying": True} | settings)
-    assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").added == 0
+    is_tied = {"ensure_weight_tying": True} if not added else {}
+    adapted = peft_adapter(model, tmp_path / "adapter", **is_tied | settings)
+    assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").added == added
     merged = type(model).from_pretrained(tmp_path / "out")
-    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (not added)
     x = torch.arange(10)[None]
     torch.testing.assert_close(merged(x).logits, adapted(x).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_adapters_that_treat_a_tie_differently_are_added_to_both(order, tmp_path):
+    """One adapter changes the shared weight, the other only the head."""
+    model = llama(tied=True)
+    model.save_pretrained(tmp_path / "base")
+    peft_adapter(model, tmp_path / "rows", target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    untied = llama()
+    untied.load_state_dict(model.state_dict())
+    peft_adapter(untied, tmp_path / "head", target_modules=["lm_head"])
+    merge(tmp_path / "base", [tmp_path / "rows", tmp_path / "head"][::order], tmp_path / "out")
+    merge(tmp_path / "base", [tmp_path / "rows"], tmp_path / "tied")
+    merge(tmp_path / "base", [tmp_path / "head"], tmp_path / "apart")
+    both, tied, apart, base = (tensors_of(tmp_path / name) for name in ("out", "tied", "apart", "base"))
+    embedding = "model.embed_tokens.weight"
+    update = apart["lm_head.weight"] - base[embedding]
+    assert torch.equal(both[embedding], tied[embedding])
+    torch.testing.assert_close(both["lm_head.weight"], tied[embedding] + update)
+
+
+# --- DoRA -------------------------------------------------------------------------------------------------------------
+
+
+def change(directory, edit):
+    """Changes the tensors of an adapter's file."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("family", [bert, llama])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dora_is_merged_as_by_peft_and_in_memory(family, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_ext.checkpoints.merging.BLOCK_BYTES", 200)  # a few rows
+    model = family().to(dtype)
+    model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
+    adapted = peft_adapter(copy.deepcopy(model), tmp_path / "adapter", target_modules="all-linear", use_dora=True)
+    change(tmp_path / "adapter", lambda tensors: [t.mul_(1.5) for key, t in tensors.items() if "magnitude" in key])
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "magnitude" in name:
+                parameter *= 1.5
+    assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").merged > 4
+    merged = type(model).from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    eps = torch.finfo(dtype).eps
+    for key, tensor in merged_by_peft(adapted).items():
+        torch.testing.assert_close(merged[key], tensor, rtol=4 * eps, atol=2 * eps)
+    in_memory = merge_and_unload(load_adapter(model, tmp_path / "adapter")).state_dict()
+    for key, tensor in in_memory.items():
+        torch.testing.assert_close(merged[key], tensor, rtol=2 * eps, atol=2 * eps)
+
+
+def test_dora_in_another_dtype_and_a_second_adapter_elsewhere(tmp_path):
+    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
+    save_checkpoint(model.state_dict(), tmp_path / "base")
+    peft_adapter(model, tmp_path / "dora", target_modules=["a"], use_dora=True)
+    peft_adapter(model, tmp_path / "other", target_modules=["b"])
+    merge(tmp_path / "base", [tmp_path / "dora", tmp_path / "other"], tmp_path / "out", dtype=torch.bfloat16)
+    merge(tmp_path / "base", [tmp_path / "dora"], tmp_path / "alone")
+    together, alone = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "alone")
+    assert torch.equal(together["a.weight"], alone["a.weight"].bfloat16())
+    assert not torch.equal(together["b.weight"], alone["b.weight"].bfloat16())

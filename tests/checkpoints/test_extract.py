@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -19,7 +19,9 @@ from support.checkpoint_files import (
 )
 from support.models import bert, gpt2, llama, token_ids
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
+from lora_ext import load_adapter
 from lora_ext.checkpoints import extract, merge
 from lora_ext.checkpoints.low_rank import approximate
 
@@ -124,7 +126,6 @@ def test_other_modules_are_saved_in_full(tmp_path):
     torch.testing.assert_close(
         logits_by_peft(model, tmp_path / "out"), tuned(token_ids_()).logits, rtol=1e-3, atol=1e-4
     )
-    assert json.loads((tmp_path / "out" / "extract.json").read_text())["saved"] == report.saved
 
 
 def test_the_same_files_give_the_same_adapter(tmp_path):
@@ -160,7 +161,7 @@ def test_changes_that_no_adapter_can_express_are_listed(tmp_path):
         ({"energy": 1.5}, "energy is 1.5, want 0 < energy <= 1"),
         (
             {"target_modules": ["a", "nope"]},
-            r"target_modules \['nope'\] name no matrix of .*; its matrices include 'a', 'b'",
+            "target_modules: 'nope' names no matrix of .*, which has 'a', 'b'",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -170,10 +171,70 @@ def test_changes_that_no_adapter_can_express_are_listed(tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_the_base_of_a_model_with_a_head_is_explained(tmp_path):
-    model = bert()
-    model.save_pretrained(tmp_path / "classifier")
-    model.bert.save_pretrained(tmp_path / "encoder")
-    words = "only in the base: pooler.dense.weight", "Load the base as such a model"
-    with refused(tmp_path / "out", ValueError, *words):
-        extract(tmp_path / "encoder", tmp_path / "classifier", tmp_path / "out")
+# --- tied weights -----------------------------------------------------------------------------------------------------
+
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
+T5 = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+TIED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "llama": (lambda: llama(tied=True), "q_proj"),
+    "gpt2": (gpt2, "c_attn"),
+    "bert": (lambda: BertForMaskedLM(BertConfig(**BERT)), "query"),
+    "t5": (lambda: T5ForConditionalGeneration(T5), ".q"),
+}
+
+
+def save_tuned(base: nn.Module, layer: str, folder: Path) -> nn.Module:
+    """Saves ``base`` and ``tuned``, which differ in one kind of layer and in the embedding."""
+    base.save_pretrained(folder / "base")
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for path, parameter in tuned.named_parameters():
+            if path.endswith(f"{layer}.weight"):
+                parameter.add_(0.1 * torch.randn(len(parameter), 1) @ torch.randn(1, parameter.shape[1]))
+        embedding = tuned.get_input_embeddings().weight
+        embedding.add_(0.1 * torch.randn_like(embedding))
+    tuned.save_pretrained(folder / "tuned")
+    return tuned
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_head_follows_the_embedding(name: str, tmp_path: Path):
+    make, layer = TIED[name]
+    base = make().eval()
+    expected = save_tuned(base, layer, tmp_path).eval()(token_ids_()).logits
+    assert (expected - base(token_ids_()).logits).abs().max() > 0.1
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=4, fan_in_fan_out=name == "gpt2")
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    loaded = load_adapter(copy.deepcopy(base), tmp_path / "out")
+    torch.testing.assert_close(loaded(token_ids_()).logits, expected, **near)
+    torch.testing.assert_close(logits_by_peft(base, tmp_path / "out"), expected, **near)
+    merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
+    merged = type(base).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(token_ids_()).logits, expected, **near)
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"), [("bert", "cls.predictions.decoder.weight"), ("t5", "the embeddings of the encoder and the de")]
+)
+def test_other_modules_that_share_the_embedding_are_refused(name: str, shared: str, tmp_path: Path):
+    make, layer = TIED[name]
+    save_tuned(make(), layer, tmp_path)
+    with refused(tmp_path / "out", ValueError, f"is shared with {shared}", "no adapter can express"):
+        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
+
+
+def test_another_dtype_is_no_difference(tmp_path: Path):
+    """Training saves in float32 what was loaded from bfloat16."""
+    base = llama().bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    tuned = copy.deepcopy(base).float()
+    tuned.save_pretrained(tmp_path / "same")
+    with pytest.raises(ValueError, match="extract: no tensor differs between"):
+        extract(tmp_path / "base", tmp_path / "same", tmp_path / "out")
+    weight = tuned.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        weight[3, 4] += 1e-5  # less than bfloat16 can say
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=1)
+    assert list(report.layers) == ["model.layers.0.self_attn.q_proj"] and report.saved == []
+    assert report.layers["model.layers.0.self_attn.q_proj"].norm == pytest.approx(1e-5, rel=0.01)

@@ -1,0 +1,137 @@
+"""A checkpoint of safetensors files, one or several, read one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext.files.reading import TensorInfo, check_shards, read_index, read_json, read_tensor, tensor_table
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+# Weights in other formats, and adapters. A copy would hold the weights from before a merge.
+_OTHER_WEIGHTS = re.compile(
+    r".*\.(safetensors|index\.json|pt|pth|ckpt|gguf|onnx|onnx_data|msgpack|h5|mlmodel)|adapter_config\.json"
+    r"|(pytorch_model|tf_model|flax_model|rust_model|consolidated|adapter_model).*"
+)
+
+
+class Checkpoint:
+    """The tensors of a directory, or of one file. Opening it reads only the files' headers.
+
+    Attributes:
+        directory: the directory of the files.
+        shards: file name -> its tensors, in the order of their bytes.
+        index: content of the index file; None for a single file.
+        is_directory: False if one file was opened: other files next to it may be unrelated.
+    """
+
+    def __init__(self, directory: Path, names: list[str], index: dict[str, Any] | None, is_directory: bool) -> None:
+        self.directory, self.index, self.is_directory = directory, index, is_directory
+        self.shards = {name: tensor_table(directory / name) for name in names}
+        self._shard_of = {key: name for name, tensors in self.shards.items() for key in tensors}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Opens ``path``: a directory with an index and its files, a directory with one safetensors file, or a file.
+
+        Raises:
+            FileNotFoundError: a file is missing; the message names it.
+            ValueError: a file is corrupted or no regular file; the index is wrong, or leads out of the directory, or
+                disagrees with the files, or stands next to a single file.
+        """
+        path = Path(path)
+        try:
+            files = sorted(os.listdir(path))
+        except NotADirectoryError:
+            return cls(path.parent, [path.name], None, is_directory=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}"
+            ) from error
+        if INDEX_FILE in files:
+            return cls._indexed(path, SINGLE_FILE in files)
+        if SINGLE_FILE in files:
+            return cls(path, [SINGLE_FILE], None, is_directory=True)
+        names = [file for file in files if file.endswith(".safetensors")]
+        names = [file for file in names if not file.startswith(("adapter_model", "."))]
+        if len(names) == 1:
+            return cls(path, names, None, is_directory=True)
+        found = f"has {len(names)} safetensors files and no index" if names else f"has no {SINGLE_FILE}"
+        if others := [file for file in files if file.endswith((".bin", ".gguf"))]:
+            found += f"; {others[0]} is there: save it again as safetensors"
+        raise FileNotFoundError(f"{path} {found}")
+
+    @classmethod
+    def _indexed(cls, directory: Path, is_single: bool) -> Checkpoint:
+        path = directory / INDEX_FILE
+        index, names = read_index(path)
+        if is_single and SINGLE_FILE not in names:
+            raise ValueError(
+                f"{directory} has {SINGLE_FILE} and {INDEX_FILE}, which can be different weights (Transformers loads "
+                "the first); remove the one that you do not mean, with its files"
+            )
+        checkpoint = cls(directory, names, index, is_directory=True)
+        check_shards(path, index["weight_map"], checkpoint.shards)
+        return checkpoint
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard_of)
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shard_of
+
+    def info(self, key: str) -> TensorInfo:
+        """The tensor's dtype, shape and place in its file."""
+        return self.shards[self._shard_of[key]][key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for tensors in self.shards.values() for info in tensors.values())
+
+    def tensor(self, key: str) -> Tensor:
+        """Reads a tensor into new memory, as bytes (uint8) if PyTorch lacks its dtype."""
+        return read_tensor(self.directory / self._shard_of[key], self.info(key))
+
+    def part(self, key: str, index: int, shape: tuple[int, ...]) -> Tensor:
+        """Reads the part number ``index`` of a tensor that is cut into parts of ``shape`` along its first dimension."""
+        info = self.info(key)
+        nbytes = torch.Size(shape).numel() * info.torch_dtype.itemsize
+        place = dataclasses.replace(info, shape=shape, begin=info.begin + index * nbytes, nbytes=nbytes)
+        return read_tensor(self.directory / self._shard_of[key], place)
+
+    def config(self) -> dict[str, Any]:
+        """Reads ``config.json``; empty if there is none. ValueError: it is not a JSON object."""
+        try:
+            return read_json(self.directory / CONFIG_FILE)
+        except FileNotFoundError:
+            return {}
+
+    def other_files(self) -> tuple[list[str], list[str]]:
+        """Lists the files below the directory, except the weights and hidden files.
+
+        Returns:
+            The paths of files to copy, and of files to leave out because they hold the weights again.
+        """
+        copied: list[str] = []
+        skipped: list[str] = []
+        for file in sorted(self.directory.rglob("*")) if self.is_directory else ():
+            name = file.relative_to(self.directory)
+            hidden = any(part.startswith(".") for part in name.parts)
+            if hidden or not file.is_file() or str(name) in (*self.shards, INDEX_FILE):
+                continue
+            (skipped if _OTHER_WEIGHTS.fullmatch(file.name) else copied).append(str(name))
+        return copied, skipped

@@ -1,0 +1,121 @@
+"""What an adapter's file changes, read from its keys and its config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoint_files import EVERY_LAYER, EveryLayer, peft_adapter
+from support.models import gpt2, llama
+
+from lora_ext.checkpoints import open_adapter
+
+pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    peft_adapter(EveryLayer(), tmp_path / "adapter", **EVERY_LAYER)
+    return tmp_path / "adapter"
+
+
+def test_the_keys_identify_every_layer_type(directory: Path):
+    contents = open_adapter(directory)
+    kinds = sorted((update.path, update.kind) for update in contents.updates)
+    assert kinds == [
+        ("attn", "attention"),
+        ("attn.out_proj", "linear"),
+        ("conv1d", "conv"),
+        ("conv2d", "conv"),
+        ("conv3d", "conv"),
+        ("embed", "embedding"),
+        ("experts", "parameter"),
+        ("experts", "parameter"),
+        ("lin", "linear"),
+        ("single", "parameter"),
+        ("square", "linear"),
+    ]
+    assert sorted(contents.replaced) == ["head.bias", "head.weight"]
+    named = [key for update in contents.updates for key in (update.lora_A, update.lora_B)]
+    assert sorted([*named, *contents.replaced.values()]) == sorted(contents.file.keys())
+
+
+def test_a_conv1d_of_transformers_is_linear(tmp_path: Path):
+    peft_adapter(gpt2(), tmp_path, target_modules=["c_attn", "wte"])
+    kinds = {update.path: update.kind for update in open_adapter(tmp_path).updates}
+    assert kinds == {"transformer.wte": "embedding", "transformer.h.0.attn.c_attn": "linear"}
+
+
+def test_biases_tokens_and_copies_of_the_base(tmp_path: Path):
+    peft_adapter(EveryLayer(), tmp_path / "a", target_modules=["lin", "conv1d"], lora_bias=True, bias="all")
+    contents = open_adapter(tmp_path / "a")
+    assert all(update.lora_bias == update.lora_B.replace("weight", "bias") for update in contents.updates)
+    assert {"lin.bias", "norm.bias", "attn.out_proj.bias"} <= contents.replaced.keys()
+
+    peft_adapter(llama(), tmp_path / "b", target_modules=["lm_head"], trainable_token_indices={"embed_tokens": [3, 1]})
+    contents = open_adapter(tmp_path / "b")
+    assert [(rows.path, rows.indices) for rows in contents.tokens] == [("model.embed_tokens", (3, 1))]
+    peft_adapter(llama(), tmp_path / "c", target_modules=["lm_head"])
+    assert list(open_adapter(tmp_path / "c").replaced) == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_and_scalings_equal_those_of_peft(tmp_path: Path, use_rslora: bool):
+    adapted = peft_adapter(
+        llama(),
+        tmp_path,
+        target_modules="all-linear",
+        use_rslora=use_rslora,
+        rank_pattern={"q_proj": 4, "model.layers.1.mlp.(gate|down).*": 3, r"layers\.\d\.mlp\.up_proj": 5},
+        alpha_pattern={"^model.layers.0.self_attn.k_proj": 7, "layers.1.self_attn.v_proj": 0.5},
+    )
+    updates = open_adapter(tmp_path).updates
+    assert len({update.r for update in updates}) == 4
+    for update in updates:
+        layer = adapted.base_model.model.get_submodule(update.path)
+        assert (update.r, update.scaling) == (layer.r["default"], layer.scaling["default"]), update.path
+
+
+def test_all_problems_with_the_keys_are_listed(directory: Path):
+    prefix = "base_model.model."
+
+    def change(tensors):
+        del tensors[f"{prefix}lin.lora_B.weight"]
+        tensors[f"{prefix}square.lora_magnitude_vector"] = torch.ones(8)
+        tensors[f"{prefix}attn.lora_A.weight"] = torch.ones(3, 8)
+        tensors[f"{prefix}embed.lora_embedding_A"] = torch.ones(11)
+        return tensors
+
+    path = directory / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+    with pytest.raises(ValueError) as caught:
+        open_adapter(directory)
+    for problem in (
+        f"missing key: the other half of {prefix}lin.lora_A.weight",
+        "square has a lora_magnitude_vector, but the config's use_dora is False",
+        "rank of attn: lora_A [3, 8] and lora_B [24, 2], but the config gives it r=2",
+        "shapes of embed: lora_A [11], lora_B [8, 2]",
+    ):
+        assert problem in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', want 'LORA'"),
+        ({"use_qalora": True}, "use_qalora=True not supported"),
+        ({"use_dora": True, "target_parameters": None}, "use_dora is True"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication="),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"r": 3}, "the config gives it r=3"),
+        ({"r": "2"}, "r is '2' of type str"),
+    ],
+)
+def test_unsupported_configs_are_refused(directory: Path, values: dict, message: str):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(ValueError, match=message):
+        open_adapter(directory)

@@ -1,0 +1,164 @@
+"""What merge writes next to the merged tensors, what it copies as it is, and the memory that it takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.checkpoint_files import (
+    INDEX,
+    add_tensor,
+    assert_same_bits,
+    peft_adapter,
+    save_checkpoint,
+    snapshot,
+    tensors_of,
+)
+from support.models import bert
+from support.processes import run_python
+from torch import nn
+
+from lora_ext.checkpoints import Checkpoint, inspect, merge
+
+pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+
+
+def test_other_files_are_copied_and_other_weights_are_not(llama_files, tmp_path):
+    base, adapter = llama_files
+    copied = ("tokenizer.json", "1_Pooling/config.json", "modeling_own.py")
+    for name in (*copied, "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", ".cache/x"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    report = merge(base, [adapter], tmp_path / "out")
+    assert report.skipped == ["model.gguf", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+    weights = {path.name for path in base.glob("model*.safetensors")}
+    kept = {*copied, *weights, "config.json", "generation_config.json", INDEX}
+    assert snapshot(tmp_path / "out").keys() == kept
+    assert all((tmp_path / "out" / name).read_text() == name for name in copied)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert json.loads((tmp_path / "out" / INDEX).read_text()) == json.loads((base / INDEX).read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+def test_a_single_file_stays_one(tmp_path):
+    model = bert()
+    model.save_pretrained(tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", target_modules=["query"])
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    merge(tmp_path / "base" / "model.safetensors", [tmp_path / "adapter"], tmp_path / "lone")
+    assert [path.name for path in (tmp_path / "lone").iterdir()] == ["model.safetensors"]
+    assert_same_bits(tensors_of(tmp_path / "lone"), tensors_of(tmp_path / "out"))
+
+
+def test_dtypes_that_pytorch_lacks_are_copied(small_files, tmp_path):
+    shutil.copytree(small_files / "base", tmp_path / "base")
+    added = {"scales": ("F8_E8M0", (3,), 3), "packed": ("F4", (2, 6), 6), "six": ("F6_E2M3", (4,), 3)}
+    for key, description in added.items():
+        add_tensor(tmp_path / "base", key, *description)
+    for dtype in (None, torch.bfloat16):
+        out = tmp_path / str(dtype)
+        assert merge(tmp_path / "base", [small_files / "adapter"], out, dtype=dtype).copied == 7
+        before, after = Checkpoint.open(tmp_path / "base"), Checkpoint.open(out)
+        for key, (name, shape, _) in added.items():
+            assert (after.info(key).dtype, after.info(key).shape) == (name, shape)
+            same = before.tensor(key).view(torch.uint8), after.tensor(key).view(torch.uint8)
+            assert torch.equal(*same)
+    assert inspect(tmp_path / "base")["tensors"]["packed"] == {"dtype": "F4", "shape": [2, 6], "bytes": 6}
+
+
+def test_empty_tensors_and_values_that_are_not_finite_are_copied(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(9, 7)})
+    odd = {"none": torch.ones(0), "rows": torch.ones(0, 5), "cols": torch.ones(5, 0), "scalar": torch.tensor(2.0)}
+    odd["mask"] = torch.tensor([0.0, -torch.inf])
+    save_checkpoint(dict(model.state_dict()) | odd, tmp_path / "base", shards=2)
+    peft_adapter(model, tmp_path / "adapter", target_modules=["a"])
+    for dtype in (None, torch.bfloat16):
+        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / str(dtype), dtype=dtype)
+        merged = tensors_of(tmp_path / str(dtype))
+        assert_same_bits({key: merged[key] for key in odd}, {key: t.to(dtype or t.dtype) for key, t in odd.items()})
+
+
+def test_links_to_files_elsewhere_are_followed(small_files, tmp_path):
+    """The cache of the hub consists of links."""
+    (tmp_path / "cache" / "snapshot").mkdir(parents=True)
+    for number, path in enumerate(sorted((small_files / "base").iterdir())):
+        shutil.copy(path, tmp_path / "cache" / f"blob {number}")
+        (tmp_path / "cache" / "snapshot" / path.name).symlink_to(Path("..") / f"blob {number}")
+    for base, out in ((tmp_path / "cache" / "snapshot", "linked"), (small_files / "base", "direct")):
+        merge(base, [small_files / "adapter"], tmp_path / out)
+    assert snapshot(tmp_path / "linked") == snapshot(tmp_path / "direct")
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
+
+
+def test_metadata_of_each_file_is_kept(small_files, tmp_path):
+    shutil.copytree(small_files / "base", tmp_path / "base")
+    paths = sorted((tmp_path / "base").glob("*.safetensors"))
+    for number, path in enumerate(paths):
+        save_file(load_file(path), path, metadata={"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"})
+    merge(tmp_path / "base", [small_files / "adapter"], tmp_path / "merged")
+    for number, path in enumerate(paths):
+        with safe_open(tmp_path / "merged" / path.name, "pt") as file:
+            assert file.metadata() == {"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"}
+
+
+def test_a_tensor_that_no_file_can_hold_is_not_added(small_files, tmp_path):
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    shutil.copytree(small_files / "adapter", tmp_path / "adapter")
+    tensors = load_file(path)
+    save_file(tensors | {"base_model.model.__metadata__": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="a tensor is called __metadata__, which a safetensors file cannot hold"):
+        merge(small_files / "base", [tmp_path / "adapter"], tmp_path / "out")
+    for name in ("x\x1b[31m", "x\ny", "x" * 1000):
+        save_file(tensors | {f"base_model.model.{name}": torch.ones(1)}, path)
+        with pytest.raises(ValueError, match="has a name") as caught:
+            merge(small_files / "base", [tmp_path / "adapter"], tmp_path / "out")
+        assert str(caught.value).isprintable()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
+def test_resident_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """A merge takes at most 1.5 times the largest tensor and 75 MB more than importing torch; bench_offline_merge.py
+    measures a checkpoint of 2.2 GB."""
+    weights = {f"layers.{i}.weight": torch.randn(2048, 4096).to(torch.bfloat16) for i in range(23)}
+    weights["embed.weight"] = torch.randn(8192, 4096).to(torch.bfloat16)
+    save_checkpoint(weights, tmp_path / "base", shards=6)
+    total, largest = sum(t.nbytes for t in weights.values()), max(t.nbytes for t in weights.values())
+    factors = {}
+    for key, (rows, cols) in ((key, tensor.shape) for key, tensor in weights.items()):
+        path = f"base_model.model.{key.removesuffix('.weight')}"
+        if key.startswith("embed"):
+            factors[f"{path}.lora_embedding_A"] = torch.randn(4, rows) * 0.01
+            factors[f"{path}.lora_embedding_B"] = torch.randn(cols, 4)
+        else:
+            factors[f"{path}.lora_A.weight"] = torch.randn(4, cols) * 0.01
+            factors[f"{path}.lora_B.weight"] = torch.randn(rows, 4)
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": "all-linear"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    script = """
+import sys
+import torch
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+imported = resident()
+from lora_ext.checkpoints import merge
+report = merge(sys.argv[1], [sys.argv[2]], sys.argv[3])
+assert report.merged == 24
+print(resident() - imported)
+"""
+    done = run_python("-c", script, *(tmp_path / name for name in ("base", "adapter", "out")))
+    assert done.returncode == 0, done.stderr
+    bound = 1.5 * largest + 75e6
+    assert total > bound, "or a process that holds all of it would pass"
+    assert 1024 * int(done.stdout) < bound

@@ -1,0 +1,277 @@
+"""Checkpoints and adapters that merge refuses, and changes nothing on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoint_files import (
+    peft_adapter,
+    refused,
+    save_checkpoint,
+    snapshot,
+)
+from support.models import bert, gpt2, llama
+from torch import nn
+
+from lora_ext.checkpoints import merge
+from lora_ext.methods import apply_method, new_method, save_method, set_pooling
+
+pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
+
+
+def refuses(base: Path, adapters: list[Path], out: Path, *fragments: str, error=ValueError, **options) -> None:
+    with refused(out, error, *fragments):
+        merge(base, adapters, out, **options)
+
+
+def test_tensors_that_do_not_fit_are_listed(llama_files, tmp_path):
+    _, adapter = llama_files
+    bert().save_pretrained(tmp_path / "bert")
+    paths = [f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")]
+    refuses(tmp_path / "bert", [adapter], tmp_path / "out", *(f"not in the base: {path}" for path in paths))
+
+    wider = llama()
+    wider.model.layers[1].mlp.up_proj = nn.Linear(16, 25, bias=False)
+    save_checkpoint(wider.state_dict(), tmp_path / "wider")
+    refuses(tmp_path / "wider", [adapter], tmp_path / "out", "shape of model.layers.1.mlp.up_proj.weight: [25, 16]")
+
+    quantised = {key: t.to(torch.int8) if "q_proj" in key else t for key, t in llama().state_dict().items()}
+    save_checkpoint(quantised, tmp_path / "int8")
+    refuses(tmp_path / "int8", [adapter], tmp_path / "out", "dtype of model.layers.0.self_attn.q_proj.weight: I8")
+    packed = {key: t.view(-1, 2)[:, :1].to(torch.uint8) if "q_proj" in key else t for key, t in quantised.items()}
+    save_checkpoint(packed, tmp_path / "nf4")
+    words = "dtype of model.layers.0.self_attn.q_proj.weight: U8", "dequantise the base first"
+    refuses(tmp_path / "nf4", [adapter], tmp_path / "out", *words)
+
+    parts = {key.replace("weight", "_weight_qdata") if "q_proj" in key else key: t for key, t in quantised.items()}
+    save_checkpoint(parts, tmp_path / "torchao")
+    path = "model.layers.0.self_attn.q_proj"
+    words = f"not in the base: {path}.weight; it has {path}._weight_qdata: dequantise the base first"
+    refuses(tmp_path / "torchao", [adapter], tmp_path / "out", words)
+
+
+def test_an_adapter_that_is_given_twice_is_refused(llama_files, tmp_path):
+    base, adapter = llama_files
+    (tmp_path / "link").symlink_to(adapter)
+    refuses(base, [adapter, tmp_path / "link"], tmp_path / "out", "link is given twice, and would count twice")
+
+
+def test_a_part_of_a_method_is_refused(tmp_path):
+    """The merged checkpoint would lack the rest, and answer otherwise than the trained model."""
+    bert().save_pretrained(tmp_path / "base")
+    base, out = tmp_path / "base", tmp_path / "out"
+    both = new_method("lora+prefix-embed", r=2, target_modules=["query"])
+    save_method(apply_method(bert(), both), tmp_path / "both")
+    refuses(base, [tmp_path / "both"], out, "both holds the low-rank part of lora+prefix-embed", "load_method")
+    (tmp_path / "both" / "adapter_config.json").unlink()
+    words = "adapter_config.json is missing", "method.json there is of a method without LoRA"
+    refuses(base, [tmp_path / "both"], out, *words, error=FileNotFoundError)
+
+
+def test_a_pooling_that_the_base_does_not_name_is_refused(tmp_path):
+    model = bert()
+    model.save_pretrained(tmp_path / "base")
+    lora = new_method("lora", r=2, target_modules=["query"])
+    save_method(apply_method(set_pooling(model, "mean"), lora), tmp_path / "lora")
+    words = "trained with --pooling mean", '"classifier_pooling": "mean" into', "config.json"
+    refuses(tmp_path / "base", [tmp_path / "lora"], tmp_path / "out", *words)
+    path = tmp_path / "base" / "config.json"
+    path.write_text(path.read_text().replace("{", '{"classifier_pooling": "mean",', 1))
+    merge(tmp_path / "base", [tmp_path / "lora"], tmp_path / "out")
+    assert '"classifier_pooling": "mean"' in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_names_with_several_places_are_refused(tmp_path):
+    model = nn.ModuleDict({"lin": nn.Linear(4, 4)})
+    peft_adapter(model, tmp_path / "adapter", target_modules=["lin"])
+    weights = {f"{name}.lin.{part}": torch.ones(4, 4) for name in ("left", "right") for part in ("weight",)}
+    save_checkpoint(weights, tmp_path / "base", shards=1)
+    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "lin.weight may be any of left.lin.weight, ri")
+
+
+def test_a_head_is_not_added_under_another_prefix(tmp_path):
+    model = bert()
+    model.bert.save_pretrained(tmp_path / "encoder")  # without "bert." in front of its names
+    peft_adapter(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
+    words = "it cannot be added: classifier.weight; load the base and the adapter as a model (load_adapter)"
+    refuses(tmp_path / "encoder", [tmp_path / "adapter"], tmp_path / "out", words)
+
+
+def test_adapters_that_replace_the_same_are_refused(tmp_path):
+    model = bert()
+    model.save_pretrained(tmp_path / "base")
+    for name in "xy":
+        peft_adapter(model, tmp_path / name, target_modules=["query"], task_type="SEQ_CLS")
+    refuses(tmp_path / "base", [tmp_path / "x", tmp_path / "y"], tmp_path / "out", "classifier.weight: replaced by two")
+
+
+def test_values_that_are_not_finite_are_refused(llama_files, tmp_path):
+    base, adapter = llama_files
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "layers.1.self_attn.q_proj.lora_A" in key)
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, path)
+    refuses(base, [adapter], tmp_path / "out", "layers.1.self_attn.q_proj.weight", "the adapter has NaN")
+    tensors[key][0, 0] = 1e30
+    save_file(tensors, path)
+    refuses(base, [adapter], tmp_path / "out", "that torch.float16 cannot hold", dtype=torch.float16)
+
+
+def test_no_adapter_and_a_shape_that_lies(llama_files, tmp_path):
+    base, adapter = llama_files
+    refuses(base, [base], tmp_path / "out", "adapter_config.json is missing", error=FileNotFoundError)
+    refuses(base, [], tmp_path / "out", "no adapter is given")
+    shard = sorted(base.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    changed = content.replace(b'"shape":[16', b'"shape":[17', 1)
+    assert changed != content
+    shard.write_bytes(changed)
+    refuses(base, [adapter], tmp_path / "out", f"{shard} is corrupted")
+
+
+def test_out_must_be_new(llama_files, tmp_path):
+    base, adapter = llama_files
+    (tmp_path / "file").write_text("dear")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in (base, adapter, tmp_path, tmp_path / "file", tmp_path / "link"):
+        refuses(base, [adapter], out, f"merge: {out} exists; choose a new directory", error=FileExistsError)
+    merge(base, [adapter], tmp_path / "out")
+    refuses(base, [adapter], tmp_path / "out", "out exists", error=FileExistsError)
+    (tmp_path / "empty").mkdir()
+    merge(base, [adapter], tmp_path / "empty")
+    assert snapshot(tmp_path / "empty") == snapshot(tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_is_met_before_anything_is_written(llama_files, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+    words = "takes 0.00 GB, but its disk has 0.00 GB free"
+    refuses(llama_files[0], [llama_files[1]], tmp_path / "out", words, error=OSError)
+
+
+@pytest.mark.parametrize("weights", [[], [1.0, 2.0], [math.nan]])
+def test_weights_are_one_for_each_adapter(llama_files, tmp_path, weights):
+    refuses(llama_files[0], [llama_files[1]], tmp_path / "out", "want 1 finite numbers", weights=weights)
+
+
+# --- kinds of adapters ------------------------------------------------------------------------------------------------
+
+
+def edit_file(directory: Path, change) -> None:
+    """Changes the tensors of an adapter."""
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(directory: Path, **values) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def dora(tmp_path: Path) -> Path:
+    """``base`` and a DoRA adapter of its first layer of two."""
+    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
+    save_checkpoint(model.state_dict(), tmp_path / "base")
+    peft_adapter(model, tmp_path / "adapter", target_modules=["a"], use_dora=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("base_model.model.a.lora_magnitude_vector"), "a has no lora_magnitude_vector"),
+        (
+            lambda t: t.update({"base_model.model.a.lora_magnitude_vector": torch.ones(3)}),
+            "shape of base_model.model.a.lora_magnitude_vector: [3], want [7] numbers",
+        ),
+        (lambda t: t["base_model.model.a.lora_magnitude_vector"].fill_(torch.nan), "a.weight would have values that"),
+        (lambda t: t.pop("base_model.model.a.lora_A.weight"), "missing key: the other half of base_model.model.a."),
+        (lambda t: t.update({"base_model.model.a.lora_C.weight": torch.ones(3)}), "unknown key: base_model.model.a.l"),
+        (lambda t: t.update({"base_model.model.a.lora_A.weight": torch.ones(3, 9)}), "the config gives it r=2"),
+        (
+            lambda t: t.update({"base_model.model.a.lora_A.weight": torch.ones(2, 9, dtype=torch.int8)}),
+            "dtypes of a: lora_A torch.int8",
+        ),
+        (
+            lambda t: t.update({key.replace(".lora", ".base_layer.lora"): one.clone() for key, one in t.items()}),
+            "a has two updates, and no target_parameters",
+        ),
+    ],
+)
+def test_damaged_files(dora, edit, message):
+    edit_file(dora / "adapter", edit)
+    refuses(dora / "base", [dora / "adapter"], dora / "out", message)
+
+
+def test_dora_is_merged_alone_and_into_rows(dora, tmp_path):
+    shutil.copytree(dora / "adapter", dora / "second")
+    words = "a.weight:", "adapter is a DoRA adapter (use_dora), which is merged without"
+    refuses(dora / "base", [dora / "adapter", dora / "second"], dora / "out", *words)
+    refuses(dora / "base", [dora / "adapter"], dora / "out", *words, weights=[0.5])
+    edit_config(dora / "adapter", use_dora=False)
+    words = "a has a lora_magnitude_vector, but the config's use_dora is False"
+    refuses(dora / "base", [dora / "adapter"], dora / "out", words)
+
+    model = gpt2()
+    model.save_pretrained(tmp_path / "gpt2")
+    peft_adapter(model, tmp_path / "of gpt2", target_modules=["c_attn"], use_dora=True)
+    words = "c_attn.weight is [in, out], and a DoRA adapter", "merge_and_unload"
+    refuses(tmp_path / "gpt2", [tmp_path / "of gpt2"], tmp_path / "out", *words)
+
+
+def test_whole_tensors_and_rows_have_no_weight(tmp_path):
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "a": nn.Linear(4, 4)})
+    save_checkpoint(model.state_dict(), tmp_path / "base")
+    for name, settings in {
+        "x": {"modules_to_save": ["embed"]},
+        "y": {"trainable_token_indices": {"embed": [3]}},
+    }.items():
+        peft_adapter(model, tmp_path / name, target_modules=["a"], **settings)
+        words = "weight 0.5: the adapter replaces tensors, which have no strength: embed.weight"
+        refuses(tmp_path / "base", [tmp_path / name], tmp_path / "out", words, weights=[0.5])
+    edit_config(tmp_path / "y", trainable_token_indices={"embed": [9]})
+    refuses(tmp_path / "base", [tmp_path / "y"], tmp_path / "out", "trainable_token_indices: [9], want rows of embed.w")
+
+
+def test_adapters_with_invocation_tokens_are_refused(llama_files, tmp_path):
+    base, adapter = llama_files
+    edit_config(adapter, alora_invocation_tokens=[5])
+    with refused(tmp_path / "out", ValueError, "alora_invocation_tokens"):
+        merge(base, [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_tensors_of_another_dtype_are_not_replaced_by_numbers(tmp_path, dtype):
+    """A quantised weight needs its scales: numbers rounded to its dtype would be wrong."""
+    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
+    peft_adapter(model, tmp_path / "adapter", target_modules=["a"], modules_to_save=["b"])
+    tensors = dict(model.state_dict())
+    save_checkpoint(tensors | {"b.weight": tensors["b.weight"].to(dtype)}, tmp_path / "base", shards=1)
+    words = "dtype of b.weight: ", "which the adapter's torch.float32 is not"
+    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", *words)
+
+
+def test_parameters_that_shapes_do_not_tell_apart(tmp_path):
+    model = nn.ModuleDict({"experts": nn.Module()})
+    for name in ("gate", "up"):
+        setattr(model.experts, name, nn.Parameter(torch.randn(3, 10, 8)))
+    names = ["experts.gate", "experts.up"]
+    peft_adapter(model, tmp_path / "adapter", target_modules=[], target_parameters=names)
+    save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
+    words = "shapes do not say which layer an update belongs to: experts.gate, experts.up"
+    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", words)
+    edit_config(tmp_path / "adapter", target_parameters=[*names, *(f"experts.p{i}" for i in range(5))])
+    refuses(
+        tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "names 7 parameters of experts, want at most 4"
+    )
