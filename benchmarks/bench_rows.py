@@ -55,13 +55,8 @@ class Case(NamedTuple):
         return f"{self.rows}x{self.tokens}@{self.hidden}"
 
 
-def make_models(dtype: torch.dtype, hidden: int, run: Report, directory: Path) -> dict[str, nn.Module]:
-    """The contestants, with the same adapters "a0", "a1", ..."""
-    import peft
-
-    from lora_ext.integrations.peft import accelerate
-
-    args = run.args
+def frozen_and_injected(dtype: torch.dtype, hidden: int, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+    """The bare model, and a copy of it with the adapters, of which the first is active."""
     blocks = max(1, 4096 // hidden)
     sizes = {"hidden_size": hidden, "intermediate_size": 11 * hidden // 4, "num_hidden_layers": blocks}
     config = LlamaConfig(vocab_size=64, num_attention_heads=max(1, hidden // 64), **sizes)
@@ -70,8 +65,19 @@ def make_models(dtype: torch.dtype, hidden: int, run: Report, directory: Path) -
     ours = copy.deepcopy(frozen)
     for i in range(args.adapters):
         lora_ext.inject(ours, lora_ext.LoraConfig(**options, init_lora_weights=False), f"a{i}")
+    return frozen, lora_ext.set_adapter(ours, "a0")
+
+
+def make_models(dtype: torch.dtype, hidden: int, run: Report, directory: Path) -> dict[str, nn.Module]:
+    """The contestants, with the same adapters "a0", "a1", ..."""
+    import peft
+
+    from lora_ext.integrations.peft import accelerate
+
+    args = run.args
+    frozen, ours = frozen_and_injected(dtype, hidden, args)
+    for i in range(args.adapters):
         lora_ext.save_adapter(ours, directory / f"a{i}", f"a{i}")
-    lora_ext.set_adapter(ours, "a0")
     pooled = copy.deepcopy(frozen)
     of_pool = {"max_bytes": pool_bytes(pooled, args), "dtype": args.pool_dtype and getattr(torch, args.pool_dtype)}
     lora_ext.AdapterPool(pooled, directory, target_modules=TARGETS, r=args.rank, **of_pool)
@@ -84,9 +90,8 @@ def make_models(dtype: torch.dtype, hidden: int, run: Report, directory: Path) -
 
 
 def measure_training(dtype: torch.dtype, case: Case, run: Report) -> dict[str, object]:
-    with tempfile.TemporaryDirectory() as directory:
-        one = make_models(dtype, case.hidden, run, Path(directory))[ONE].train()
-        mixed = lora_ext.set_adapter(copy.deepcopy(one), [f"a{i}" for i in range(run.args.adapters)])
+    one = frozen_and_injected(dtype, case.hidden, run.args)[1].train()
+    mixed = lora_ext.set_adapter(copy.deepcopy(one), [f"a{i}" for i in range(run.args.adapters)])
     embeds = torch.randn(*case, dtype=dtype, device=run.args.device)
     names = {"adapter_names": [f"a{i % run.args.adapters}" for i in range(case.rows)]}
 
