@@ -114,22 +114,25 @@ class RowChoice:
 
     def groups(self, present: tuple[str, ...], times: int, device: torch.device) -> Tensor:
         """Returns, for each row of a layer's input, its name's position in ``present``, int64 ``[rows]``; -1: none."""
-        return self._of_rows(present, {name: i for i, name in enumerate(present)}, times, device)
+        found = self._groups.get((present, times, device))
+        if found is None:
+            numbers = {name: i for i, name in enumerate(present)}
+            found = self._groups[present, times, device] = self._of_rows(numbers, times, device)
+        return found
 
     def slots_of_rows(self, times: int, device: torch.device) -> Tensor:
         """Returns, for each row of a layer's input, the slot of its adapter in the pool, int64 ``[rows]``; -1: none."""
-        return self._of_rows(None, self.slots, times, device)
-
-    def _of_rows(self, key: Any, numbers: Mapping[str, int], times: int, device: torch.device) -> Tensor:
-        found = self._groups.get((key, times, device))
+        found = self._groups.get((None, times, device))
         if found is None:
-            of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
-            rows = self.rows[:1] if self.is_uniform else self.rows
-            of_row = [of_name[i] for i in rows for _ in range(times)]
-            with torch.inference_mode(False):  # a later call may be recorded by autograd
-                found = torch.tensor(of_row, dtype=torch.int64, device=device)
-            self._groups[key, times, device] = found
+            found = self._groups[None, times, device] = self._of_rows(self.slots, times, device)
         return found
+
+    def _of_rows(self, numbers: Mapping[str, int], times: int, device: torch.device) -> Tensor:
+        of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
+        rows = self.rows[:1] if self.is_uniform else self.rows
+        of_row = [of_name[i] for i in rows for _ in range(times)]
+        with torch.inference_mode(False):  # a later call may be recorded by autograd
+            return torch.tensor(of_row, dtype=torch.int64, device=device)
 
     def scalings(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """``values`` as float64 on ``device``, kept for the next layer: a copy to a GPU waits for it."""
