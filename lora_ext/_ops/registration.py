@@ -24,7 +24,6 @@ from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_byte
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
 from lora_ext._ops.refusals import refusal
 from lora_ext._ops.tensor_arguments import check_memory_is_there, check_tensors, tensors_of
-from lora_ext._ops.usual_calls import is_usual_state
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -35,8 +34,8 @@ checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
 
 
 def call_backward(op: Callable, *arguments: object) -> tuple:
-    """Calls a backward op: directly if no gradient's gradient is wanted."""
-    if torch.is_grad_enabled() or not is_usual_state():
+    """Calls a backward op: below autograd if no gradient's gradient is wanted."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return op(*arguments)
     with below_autograd():
         return op(*arguments)

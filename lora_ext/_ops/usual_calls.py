@@ -72,7 +72,8 @@ def call_state(x: Tensor) -> tuple | None:
         if excluded | _AUTOCAST != _USUAL_EXCLUDED | _AUTOCAST:
             return None
         autocast = torch.get_autocast_dtype(autocast_device(x))
-    return included, excluded, autocast, torch.is_grad_enabled(), x._version, x.requires_grad
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    return included, excluded, autocast, torch.is_grad_enabled(), x._version, x.requires_grad, stream
 
 
 def is_usual_call(*tensors: Tensor | None) -> bool:

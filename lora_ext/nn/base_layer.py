@@ -106,14 +106,19 @@ def module_of_kind(layer: nn.Module, base: nn.Module, *kinds: type[nn.Module]) -
     return module
 
 
+def tensor_of(layer: nn.Module, y: Any) -> Tensor:
+    """Returns the base layer's output, which takes an update. TypeError: it is no tensor."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{type(layer).__name__}: base_layer returned a {type(y).__name__}, want a tensor")
+    return y
+
+
 def own_copy(layer: nn.Module, y: Any) -> Tensor:
     """Returns a contiguous copy of the base layer's output, for in-place updates.
 
     The base layer, a hook or the caller may hold ``y``; and it may be a view, a leaf, or expanded.
     """
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{type(layer).__name__}: base_layer returned a {type(y).__name__}, want a tensor")
-    return y.clone(memory_format=torch.contiguous_format)
+    return tensor_of(layer, y).clone(memory_format=torch.contiguous_format)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -6,8 +6,6 @@ drew must not be used in another one.
 
 from __future__ import annotations
 
-import sys
-import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -22,7 +20,7 @@ _REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward._
 def graph_hook() -> Callable[..., Any] | None:
     """Returns the hook that unpacks the tensors which autograd saves now, or None: another one in each part.
 
-    The graph keeps it alive. Reentrant checkpoints have none: :func:`reentrant_part`.
+    The graph keeps it alive. Reentrant checkpoints have none.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
@@ -58,18 +56,3 @@ def frame_of_hook(hook: Callable[..., Any]) -> Any:
     """
     held = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)).get("frame")
     return None if held is None or not hasattr(held.cell_contents, "recompute_fn") else held.cell_contents
-
-
-def reentrant_part() -> weakref.ref | None:
-    """Returns a reference that is equal within one run of a part that is checkpointed with ``use_reentrant=True``.
-
-    None: no such part is running. Without gradients, and in a backward, this walks the stack.
-    """
-    if torch.is_grad_enabled() and torch._C._current_graph_task_id() < 0:
-        return None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code in _REENTRANT:
-            return weakref.ref(frame.f_locals["ctx"])
-        frame = frame.f_back
-    return None

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer
 from lora_ext.nn.base_layer import (
-    has_forward_of,
     module_of_kind,
     own_copy,
-    runs_alone,
+    tensor_of,
     why_not_merge,
 )
-from lora_ext.nn.expand import expand_onto_
+from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.rows.choice import RowChoice
@@ -98,13 +97,9 @@ class LoraConv(TransparentLayer, LoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, x)
-        base = self.base_layer
-        y = base(x)
+        y = self.base_layer(x)
         adapters = self._adapters_in_use()
-        if adapters and not (runs_alone(base) and has_forward_of(base, _kind(self.convolution), "_conv_forward")):
-            y = own_copy(self, y)
-            x = x.to(y.device)
-        return self._add(y, x, adapters)
+        return self._add(tensor_of(self, y), x.to(y.device), adapters) if adapters else y
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
@@ -127,7 +122,7 @@ class LoraConv(TransparentLayer, LoraLayer):
         for adapter in adapters:
             if adapter.lora_bias is not None:
                 bias = (adapter.scaling * adapter.lora_bias).to(y.dtype)
-                y = y.add_(bias.view(-1, *[1] * dims))
+                y = y + bias.view(-1, *[1] * dims)
         updates = [Update(a.lora_A, a.lora_B, a.scaling, a.lora_dropout if self.training else 0.0) for a in adapters]
         for update in joined(updates) if self.convolution.groups == 1 else updates:
             y = self._add_update(y, x, update)
@@ -145,10 +140,11 @@ class LoraConv(TransparentLayer, LoraLayer):
             )
         lora_B = update.lora_B.to(xa.dtype)  # under autocast xa has another dtype
         if base.groups > 1:
-            return y.add_(_CONVOLVE[_kind(base)](xa, lora_B, groups=base.groups), alpha=update.scaling)
+            update_of_y = _CONVOLVE[_kind(base)](xa, lora_B, groups=base.groups)
+            return y.add(update_of_y.to(y.dtype), alpha=update.scaling)
         if y.dim() == len(base.kernel_size) + 1:  # no batch dimension
-            return expand_onto_(y.unsqueeze(0), xa.unsqueeze(0), lora_B.flatten(1), update.scaling, dim=1).squeeze(0)
-        return expand_onto_(y, xa, lora_B.flatten(1), update.scaling, dim=1)
+            return expand_onto(y.unsqueeze(0), xa.unsqueeze(0), lora_B.flatten(1), update.scaling, dim=1).squeeze(0)
+        return expand_onto(y, xa, lora_B.flatten(1), update.scaling, dim=1)
 
     # --- merging -----------------------------------------------------------------------------------------------------
 

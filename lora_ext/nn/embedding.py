@@ -16,11 +16,11 @@ from lora_ext.nn.base_layer import (
     has_forward_of,
     module_of_kind,
     own_copy,
-    runs_alone,
+    tensor_of,
     why_not_merge,
     why_weight_unusable,
 )
-from lora_ext.nn.expand import expand_onto_
+from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer
 from lora_ext.nn.rows.choice import RowChoice
@@ -135,15 +135,9 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
     def forward(self, ids: Tensor) -> Tensor:
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, ids)
-        base = self.base_layer
-        y = base(ids)
+        y = self.base_layer(ids)
         adapters = self._adapters_in_use()
-        if not adapters:
-            return y
-        if not (runs_alone(base) and self.embedding is base):
-            y = own_copy(self, y)
-            ids = ids.to(y.device)
-        return self._add(y, ids, adapters)
+        return self._add(tensor_of(self, y), ids.to(y.device), adapters) if adapters else y
 
     def _add(self, y: Tensor, ids: Tensor, adapters: list[LoraAdapter]) -> Tensor:
         base = self.embedding
@@ -151,7 +145,7 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
         looked_up = [F.embedding(ids, adapter.lora_A, **options) for adapter in adapters]
         updates = [Update(xa, a.lora_B, a.scaling, 0.0) for xa, a in zip(looked_up, adapters, strict=True)]
         for xa, lora_B, scaling, _ in joined(updates, rank_dim=-1):
-            y = expand_onto_(y, scaled_rows(base, xa), lora_B, scaling)
+            y = expand_onto(y, scaled_rows(base, xa), lora_B, scaling)
         return y
 
     def _forward_rows(self, choice: RowChoice, ids: Tensor) -> Tensor:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.printable import first_lines
 from lora_ext._common.wrapped import root_module
-from lora_ext.nn.linear import OverLinear
-from lora_ext.nn.shared_inputs import LARGEST, Group, Neighbours, SharesInputs, neighbours_of, set_neighbours
+from lora_ext.nn.shared_inputs import LARGEST, Neighbours, SharesInputs, neighbours_of, set_neighbours
+
+NOT_YET = "not called together yet"
+APART = "not called with the tensor of the other layers of its module"
+ANOTHER_WAY = (
+    "now: it is merged, compiled or called with hooks, has no or several adapters, or differs from the others in its "
+    "dropout, dtype, device or quantisation"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +27,8 @@ class InputGroup:
 
     Attributes:
         paths: their paths in the model.
-        reason: why they are not computed together with each other or with their neighbours, or "" if they are. Reasons
-            that begin with "now:" depend on the layers' state, such as merged or disabled adapters.
+        reason: why they are not computed together with each other or with their neighbours, or "" if they are. A reason
+            that begins with "now:" depends on the layers' state, such as merged or disabled adapters.
     """
 
     paths: tuple[str, ...]
@@ -66,89 +72,66 @@ def form_input_groups(model: nn.Module, on: bool, kinds: tuple[type[SharesInputs
     The layers of an ``nn.Sequential`` follow each other, and share none. A guess: see :mod:`lora_ext.nn.shared_inputs`.
     Groups whose layers are the same as before keep what calls have taught them.
     """
-    for module, found in _of_one_size(model, lambda child: type(child) in kinds):
-        for i in range(0, len(found), LARGEST):
-            layers = found[i : i + LARGEST]
-            if not on or len(layers) < 2 or isinstance(module, nn.Sequential):
-                neighbours = None
-            elif (neighbours := neighbours_of(layers[0])) is not None and _consists_of(neighbours, layers):
-                continue
-            else:
-                neighbours = Neighbours()
-            for layer in layers:
-                set_neighbours(layer, neighbours)
-
-
-def _of_one_size(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[nn.Module, list]]:
-    """Yields the modules of ``model`` with those of their children that are wanted and have equal ``in_features``."""
     for module in list(model.modules()):
-        by_size: dict[int, list[nn.Module]] = defaultdict(list)
+        by_size: dict[int, list[SharesInputs]] = defaultdict(list)
         for child in module._modules.values():
-            if is_wanted(child) and child not in by_size[child.in_features]:
+            if type(child) in kinds and child not in by_size[child.in_features]:
                 by_size[child.in_features].append(child)
-        for layers in by_size.values():
-            yield module, layers
+        for found in by_size.values():
+            may_share = on and len(found) > 1 and not isinstance(module, nn.Sequential)
+            for i in range(0, len(found), LARGEST):
+                layers = found[i : i + LARGEST]
+                if may_share and len(layers) > 1 and _are_neighbours(layers):
+                    continue
+                neighbours = Neighbours() if may_share and len(layers) > 1 else None
+                for layer in layers:
+                    set_neighbours(layer, neighbours)
 
 
-def _consists_of(neighbours: Neighbours, layers: list[SharesInputs]) -> bool:
-    return all(neighbours_of(layer) is neighbours for layer in layers) and len(neighbours.groups) == len(layers)
+def _are_neighbours(layers: list[SharesInputs]) -> bool:
+    neighbours = neighbours_of(layers[0])
+    return (
+        neighbours is not None
+        and all(neighbours_of(layer) is neighbours for layer in layers)
+        and len(neighbours.groups) == len(layers)
+    )
 
 
 @checked
 def input_groups(model: nn.Module) -> InputGroups:
-    """Reports which layers of ``model`` read one tensor and are computed together, and why others are not.
+    """Reports which layers of ``model`` read one tensor and are computed together.
 
     Layers are listed if they may read one tensor: linear layers of one module with equal ``in_features``, adapted by
-    :func:`lora_ext.inject` or by PEFT and ``accelerate``. Compiled graphs are not reported:
-    :func:`lora_ext.compiling.share_inputs` does that.
+    :func:`lora_ext.inject` or by PEFT and ``accelerate``. In compiled graphs, every layer is computed alone.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
     paths = {id(module): path for path, module in root_module(model).named_modules()}
-    seen: dict[int, Group] = {}
-    reports = []
+    reports, seen = [], set()
     for module in list(model.modules()):
         neighbours = neighbours_of(module) if isinstance(module, SharesInputs) else None
-        group = None if neighbours is None else neighbours.groups.get(id(module))
-        if group is not None and id(group) not in seen:
-            seen[id(group)] = group
-            layers = [layer for layer in group.alive() if id(layer) in paths]
-            reports += _of_group(group, neighbours.now, layers, paths)
-    reports += _of_no_group(model, paths)
+        if neighbours is None or id(module) in seen:
+            continue
+        keys = [key for key in neighbours.layers if key in neighbours.groups[id(module)] and key in paths]
+        seen.update(keys)
+        reports += _of_group(neighbours, keys, paths)
     return InputGroups(tuple(reports))
 
 
-def _of_no_group(model: nn.Module, paths: dict[int, str]) -> Iterator[InputGroup]:
-    """Yields the layers next to others of their size that :func:`form_input_groups` puts into no group."""
-    for module, layers in _of_one_size(model, lambda child: isinstance(child, (OverLinear, SharesInputs))):
-        if len(layers) < 2 or isinstance(module, nn.Sequential):
-            continue
-        kinds = [type(layer) for layer in layers]
-        for layer, kind in zip(layers, kinds, strict=True):
-            if neighbours_of(layer) is not None:
-                continue
-            if not isinstance(layer, SharesInputs):
-                reason = f"layers of its kind ({kind.__name__}) are computed by themselves"
-                yield InputGroup((paths[id(layer)],), reason)
-            elif kinds.count(kind) == 1:  # of more, share_inputs is off
-                yield InputGroup((paths[id(layer)],), "the other layers of its module are of another kind")
-
-
-def _of_group(group: Group, now: str, layers: list[SharesInputs], paths: dict[int, str]) -> Iterator[InputGroup]:
-    together: list[str] = []
-    first = None
-    for layer in layers:
-        path, operands = paths[id(layer)], layer.operands()
-        if isinstance(operands, str):
-            yield InputGroup((path,), f"now: {operands.removeprefix('now: ')}")
-        elif first is not None and (why := operands.why_apart(first)):
-            yield InputGroup((path,), f"now: {why}")
+def _of_group(neighbours: Neighbours, keys: list[int], paths: dict[int, str]) -> Iterator[InputGroup]:
+    if len(keys) == 1:
+        yield InputGroup((paths[keys[0]],), APART)
+        return
+    together, first = [], None
+    for key in keys:
+        layer = neighbours.layers[key]()
+        operands = None if layer is None else layer.operands()
+        if operands is None or not (first is None or operands.fit(first)):
+            yield InputGroup((paths[key],), ANOTHER_WAY)
         else:
             first = first or operands
-            together.append(path)
-    if len(together) == 1:
-        yield InputGroup(tuple(together), group.why or "the other layers of its module are not computed with it")
-    elif together:
-        reason = "" if group.is_proven else "not called together yet"
-        yield InputGroup(tuple(together), f"now: {now}" if now else reason)
+            together.append(key)
+    if together:
+        reason = ANOTHER_WAY if len(together) == 1 else "" if neighbours.shared.issuperset(together) else NOT_YET
+        yield InputGroup(tuple(paths[key] for key in together), reason)

@@ -18,7 +18,7 @@ from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, freeze
 from lora_ext.nn.base_layer import why_weight_unusable
-from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged, encode_names
+from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class LoraLayer(AdapterLayer):
     forward.
 
     A merged layer may be moved to another device, deep-copied and pickled: the data for :meth:`unmerge` goes with it.
-    Its ``state_dict`` holds the merged weight and the names of the merged adapters, but not that data, so
-    ``load_state_dict`` refuses weights with other adapters merged than the layer has. A layer whose dtype is converted
+    Its ``state_dict`` holds the merged weight and a mark, but not that data, so ``load_state_dict`` refuses weights
+    that were saved while merged, and a merged layer refuses all. A layer whose dtype is converted
     while merged cannot be unmerged. If two layers share a weight, merge only one of them: neither knows of the other.
     """
 
@@ -299,7 +299,7 @@ class LoraLayer(AdapterLayer):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._merged is not None:
-            destination[prefix + MERGED_KEY] = encode_names(self.merged_adapters)
+            destination[prefix + MERGED_KEY] = torch.ones((), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         check_same_merged(self, state_dict, prefix)

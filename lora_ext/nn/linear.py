@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,16 +11,15 @@ from torch import Tensor, nn
 from lora_ext import functional
 from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
 from lora_ext.nn import base_product
-from lora_ext.nn.adapter import LoraAdapter, at_hand, factors_at_hand
+from lora_ext.nn.adapter import FactorsAtHand, LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.in_force import check_invoked, row_choice
 from lora_ext.nn.rows.layer_slots import LayerSlots
 from lora_ext.nn.rows.updates import RowUpdates, add_chosen, linear_with_chosen
-from lora_ext.nn.shared_inputs import COMPILED_ALONE, SharesInputs, neighbours_of
+from lora_ext.nn.shared_inputs import Operands, SharesInputs, compute_alone, frozen_product, neighbours_of
 from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
 from lora_ext.quantized import quantized_weight
 
@@ -127,30 +127,58 @@ class LoraLinear(SharesInputs, OverLinear):
             return self._forward_rows(choice, x, *args, **kwargs)
         if self.active.invocations:
             check_invoked(self)
-        # Together with the layers that read the same x.
-        if not (args or kwargs or torch.compiler.is_compiling()) and (neighbours := neighbours_of(self)) is not None:
-            operands = self.operands()
-            if type(operands) is Operands:
-                return neighbours.output(self, x, operands)
+        if not (args or kwargs or torch.compiler.is_compiling()) and (operands := self.operands()) is not None:
+            # One adapter on a plain or quantised product: together with the layers that read the same x, or alone.
+            neighbours = self.__dict__.get("_neighbours")
+            return compute_alone(x, operands) if neighbours is None else neighbours.output(self, x, operands)
         names = self._applied()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        adapters, updates = [], []
-        for name in names:
-            adapter = at_hand(self.adapters[name])
-            adapters.append(adapter)
-            dropout_p = adapter.lora_dropout if self.training else 0.0
-            lora_B = self._full_lora_B(name, adapter.lora_B)
-            updates.append(Update(adapter.lora_A, lora_B, adapter.scaling, dropout_p))
-        # In place of the base layer.
+        adapters = [at_hand(self.adapters[name]) for name in names]
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             weight, bias = plain
-            return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), updates)
-        # Onto a copy of what the base layer returns.
+            return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), self._updates(names, adapters))
+        return self._add_to_output(x, self.base_layer(x, *args, **kwargs), names, adapters)
+
+    def operands(self) -> Operands | None:
+        adapters, names = self._modules["adapters"]._modules, self.active.names
+        if len(names) > 1:
+            names = self.active_adapters
+        adapter = adapters.get(names[0]) if len(names) == 1 else None
+        if adapter is None or self._merged is not None or self._compiled_call_impl is not None:
+            return None
+        state = adapter.__dict__
+        factors = state["_parameters"]
+        lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
+        if lora_A is None or lora_B is None or state["_forward_pre_hooks"] or "forward" in state:
+            return None  # computed, tied, sharded apart or offloaded
+        if self._forward_pre_hooks and is_fully_sharded(self):
+            return None  # gathered for its own call only
+        base = frozen_product(self._modules["base_layer"])
+        if base is None:
+            return None
+        weight, bias, quantized, is_training = base
+        dropout = state["_modules"].get("dropout") if self.training else None
+        dropout_p = 0.0 if dropout is None else dropout.p
+        lora_bias, scaling = factors.get("lora_bias"), adapter.scaling
+        return Operands(weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, quantized, is_training)
+
+    def _updates(self, names: Sequence[str], adapters: Sequence[LoraAdapter | FactorsAtHand]) -> list[Update]:
+        updates = []
+        for name, adapter in zip(names, adapters, strict=True):
+            dropout_p = adapter.lora_dropout if self.training else 0.0
+            lora_B = self._full_lora_B(name, adapter.lora_B)
+            updates.append(Update(adapter.lora_A, lora_B, adapter.scaling, dropout_p))
+        return updates
+
+    def _add_to_output(
+        self, x: Tensor, y: Tensor, names: Sequence[str], adapters: Sequence[LoraAdapter | FactorsAtHand]
+    ) -> Tensor:
+        """Adds the adapters to a copy of ``y``, the base layer's output."""
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             self._check_exportable()
-        y = own_copy(self, self.base_layer(x, *args, **kwargs))
+        y = own_copy(self, y)
         if is_sharded(weight := self.base_layer._parameters.get("weight")) and not is_fully_sharded(self.base_layer):
             for adapter in adapters:
                 y = add_split_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
@@ -158,7 +186,7 @@ class LoraLinear(SharesInputs, OverLinear):
         if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
             y = y + bias  # not in place: samples of torch.func.vmap may share y
         x = x.to(device=y.device, dtype=y.dtype)
-        for update in joined(updates):
+        for update in joined(self._updates(names, adapters)):
             y = functional.plus_lora_delta(y, x, *update)
         return y
 
@@ -209,39 +237,12 @@ class LoraLinear(SharesInputs, OverLinear):
                 "bitsandbytes; call torch.export.export(..., strict=True)"
             )
 
-    def operands(self) -> Operands | str:
-        if self._merged is not None:
-            return "adapters are merged"
-        if self._compiled_call_impl is not None:
-            return COMPILED_ALONE
-        if self.__dict__["_forward_pre_hooks"] and is_fully_sharded(self):
-            return "FSDP2 gathers its parameters for its calls only"
-        adapters = self._modules["adapters"]._modules
-        names = [name for name in self.active.names if name in adapters]
-        if len(names) != 1:
-            return f"{len(names)} adapters are in use" if names else "no adapter is in use"
-        adapter = adapters[names[0]]
-        factors = adapter._parameters
-        if "forward" in adapter.__dict__:
-            return "its factors are offloaded"
-        if "lora_A" not in factors or "lora_B" not in factors:
-            return "its factors are computed, or tied to those of another layer"
-        if adapter._forward_pre_hooks:
-            return "its factors are sharded apart from the layer"
-        base = frozen_product(self._modules["base_layer"])
-        if isinstance(base, str):
-            return base
-        weight, bias, quantized, is_training = base
-        dropout_p = adapter.lora_dropout if self.training else 0.0
-        lora_A, lora_B, lora_bias, scaling = factors["lora_A"], factors["lora_B"], adapter.lora_bias, adapter.scaling
-        return Operands(weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, quantized, is_training)
-
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
         """``lora_B`` of the adapter ``name`` for the whole output: ``[out_features, rows of lora_A]``."""
         return lora_B
 
 
-def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: list[LoraAdapter]) -> Tensor | None:
+def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: Sequence[LoraAdapter]) -> Tensor | None:
     """Adds the scaled biases of the adapters to ``bias``, out of place; the sum is rounded to ``dtype`` once."""
     total = bias
     for adapter in adapters:

@@ -114,6 +114,9 @@ class LoraPackedLinear(LoraLinear):
         sizes = linear_sizes(base_layer)
         return PackedAdapter.from_config(config, path, *sizes, base_layer.weight, device, enable_lora=enable_lora)
 
+    def operands(self) -> None:
+        return None  # lora_B is expanded for a call
+
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
         if not isinstance(adapter, PackedAdapter):
             return super().factor_shapes(adapter)

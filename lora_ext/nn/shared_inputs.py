@@ -3,23 +3,20 @@
 The first layer called computes all outputs in one op (:func:`lora_ext.functional.lora_linear_siblings`). If the base
 layers are quantised, it calls each of them, and :func:`lora_ext.functional.lora_delta_siblings` adds the updates. Every
 other layer takes its output when it is called with the same tensor object, and only if it would compute exactly that:
-the same weights and factors, unchanged since, the same dropout, autograd and autocast. Otherwise it computes its own
-output. So a wrong guess costs time, but changes no result.
+the same weights and factors, unchanged since, the same dropout, autograd, autocast and stream. Otherwise it computes
+its own output. So a wrong guess costs time, but changes no result.
 
-The groups are guessed from the model's structure (:func:`lora_ext.nn.input_groups.form_input_groups`), and calls
-correct them: a layer that comes with another tensor leaves its group at once, a layer that does not come at all leaves
-after the second time. A correction changes no number, so a resumed run has the bits of an uninterrupted one: layers
-that read one tensor use one dropout seed, whether they are computed together or not.
+Groups are guessed from the model's structure (:func:`lora_ext.nn.input_groups.form_input_groups`); then the layers that
+were called with one tensor are computed together the next time. Layers that read one tensor use one dropout seed,
+whether they are computed together or not.
 
-The parts: :class:`Neighbours`, the layers of one module that may read one tensor, divided into groups; :class:`Group`,
-those of them that are computed together; :class:`_Round`, one tensor and the outputs computed from it that no layer has
-taken yet. A thread has one round at a time. Its outputs are dropped with the tensor, and when a layer begins the next
-round. Layers and tensors are referred to weakly: a group keeps neither alive. Copied and unpickled layers form new
-groups among themselves.
+A thread has one :class:`_Round` at a time: a tensor, and the outputs computed from it that no layer has taken yet. They
+are dropped with the tensor, and when a layer begins the next round. Layers and tensors are referred to weakly. Copied
+and unpickled layers form new groups among themselves.
 
-Activation checkpointing runs parts of a forward again, each by itself: a round ends where another part begins. The
-non-reentrant kind requires that the second forward saves as many tensors as the first. So a group stays as it is while
-a graph exists that was made with it.
+Activation checkpointing runs parts of a forward again, each by itself, from the state that the random generator had at
+its begin: a round ends where another part begins. The non-reentrant kind requires that the second forward saves as many
+tensors as the first, so groups stay as they are while a graph exists that was made with them.
 """
 
 from __future__ import annotations
@@ -28,29 +25,107 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext._ops.usual_calls import autocast_device, call_state
-from lora_ext.nn.checkpointed_parts import graph_hook, is_of_checkpoint, reentrant_part
-from lora_ext.nn.operands import Operands
+from lora_ext.nn.base_layer import plain_linear, runs_quantized_product
 
 LARGEST = 8  # layers of lora_linear_siblings
-TOO_MANY_MISSES = 2  # a call that is interrupted leaves outputs behind once
+_MOST_CHANGES = 8  # after which groups are only divided: calls that differ every time would waste work every time
 
-ANOTHER_TENSOR = "is called with another tensor, or after a call with one"
-NOT_CALLED = "is not called after the others"
-COMPILED_ALONE = "it is compiled by itself"
+
+class Operands(NamedTuple):
+    """The tensors and numbers of a layer with one adapter, as the layer holds them: no tensor is made for a call.
+
+    Attributes:
+        quantized: the base layer, if its weight is quantised: it computes its product itself.
+        is_training: whether that is in training mode; bitsandbytes' 8-bit layers compute something else then.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    scaling: float
+    dropout_p: float
+    quantized: nn.Module | None = None
+    is_training: bool = False
+
+    def full_bias(self) -> Tensor | None:
+        if self.lora_bias is None:
+            return self.bias
+        scaled = self.scaling * self.lora_bias
+        return (scaled if self.bias is None else self.bias + scaled).to(self.weight.dtype)
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """Returns the quantised base layer's output plus the adapter's bias."""
+        y = self.quantized(x)
+        return y if self.lora_bias is None else y + (self.scaling * self.lora_bias).to(y.dtype)
+
+    def are(self, others: Operands) -> bool:
+        """Returns whether these are the same objects and numbers."""
+        for mine, theirs in zip(self, others, strict=True):
+            if mine is not theirs and (isinstance(mine, Tensor) or mine != theirs):
+                return False
+        return True
+
+    def stamp(self) -> tuple[int | bool, ...]:
+        """Returns a value that every in-place change of a tensor changes. RuntimeError: a tensor counts no changes."""
+        weight, bias, A, B, lora_bias = self[:5]
+        stamp = weight._version, A._version, B._version, weight.requires_grad, A.requires_grad, B.requires_grad
+        for tensor in (bias, lora_bias):
+            if tensor is not None:
+                stamp += tensor._version, tensor.requires_grad
+        return stamp
+
+    def fit(self, others: Operands) -> bool:
+        """Returns whether one op can compute this layer along with a layer with ``others``."""
+        is_plain = self.quantized is None
+        return (
+            self.dropout_p == others.dropout_p
+            and is_plain == (others.quantized is None)
+            and (self.weight.dtype is others.weight.dtype or not is_plain)
+            and self.weight.device == others.weight.device
+            and self.lora_A.dtype is others.lora_A.dtype
+            and self.lora_A.device == others.lora_A.device
+            and self.lora_A.shape[1] == others.lora_A.shape[1]
+        )
+
+
+def frozen_product(base: nn.Module) -> tuple[Tensor, Tensor | None, nn.Module | None, bool] | None:
+    """Returns the base layer's share of :class:`Operands`: weight, bias, ``quantized`` and ``is_training``.
+
+    None: the base layer may do something else than multiply by its weight and add its bias.
+    """
+    plain = plain_linear(base)
+    if plain is not None:
+        return (*plain, None, False) if type(plain[0]) is nn.Parameter else None  # Conv1D's is transposed for the call
+    if runs_quantized_product(base):
+        parameters = base._parameters
+        return parameters["weight"], parameters["bias"], base, base.training
+    return None
+
+
+def compute_alone(x: Tensor, operands: Operands, seed: Tensor | None = None) -> Tensor:
+    """Returns the output of one layer; ``seed``: of its dropout, drawn if None."""
+    weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, quantized, _ = operands
+    if quantized is not None:
+        return _plus_update(operands.base_output(x), x, operands, seed)
+    if lora_bias is not None:
+        bias = operands.full_bias()
+    return functional.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 class SharesInputs:
     """A mixin of layers, before ``nn.Module``: they can be computed together with others that read the same tensor."""
 
-    def operands(self) -> Operands | str:
-        """Returns the operands of the next forward, or why it cannot be computed together with others."""
+    def operands(self) -> Operands | None:
+        """Returns the operands of the next forward, or None if it takes another way."""
         raise NotImplementedError
 
     def __copy__(self) -> SharesInputs:
@@ -76,196 +151,152 @@ def set_neighbours(layer: nn.Module, neighbours: Neighbours | None) -> None:
         neighbours.join(layer)
 
 
-class Group:
-    """Neighbours that are computed together.
-
-    Attributes:
-        layers: weak references by ``id(layer)``.
-        is_proven: whether a layer has taken its output.
-        why: why the layers left another group, or "".
-    """
-
-    def __init__(self, layers: dict[int, weakref.ref] | None = None, why: str = "") -> None:
-        self.layers: dict[int, weakref.ref] = layers or {}
-        self.is_proven, self.why, self._missing = False, why, (frozenset(), 0)
-
-    def alive(self) -> list[nn.Module]:
-        return [layer for ref in self.layers.values() if (layer := ref()) is not None]
-
-    def count_miss(self, missing: frozenset[int]) -> int:
-        """Returns how often in a row the same layers (none: nothing was missing) did not take their outputs."""
-        before, times = self._missing
-        times = times + 1 if missing and missing == before else int(bool(missing))
-        self._missing = missing, times
-        return times
-
-
 class Neighbours:
-    """The layers of one module that may read one tensor, in groups. The layers refer to it, not the reverse.
+    """The layers of one module that may read one tensor. The layers refer to it, not the reverse.
 
     Attributes:
-        groups: the group of each layer, by ``id(layer)``.
-        now: why the last call shared nothing, for reports, or "".
+        layers: weak references by ``id(layer)``, at most :data:`LARGEST`.
+        groups: for each ``id(layer)`` those that are computed together with it, itself among them.
+        shared: the ``id`` of the layers that were computed together with others and took their outputs.
     """
 
     def __init__(self) -> None:
-        self.groups: dict[int, Group] = {}
-        self.now = ""
-        self._leaving: tuple[Group, frozenset[int], str] | None = None  # a group, the layers that leave it, why
+        self.layers: dict[int, weakref.ref] = {}
+        self.groups: dict[int, frozenset[int]] = {}
+        self.shared: set[int] = set()
+        self._changes = 0
+        self._next: dict[int, frozenset[int]] | None = None  # groups as the last round showed them
         self._graphs: list[weakref.ref] = []  # hooks of checkpointed graphs, which die with them
 
     def __reduce__(self) -> tuple:
         return Neighbours, ()  # the copied layers join the copy
 
     def join(self, layer: nn.Module) -> None:
-        """Adds a layer to the first group. There are at most :data:`LARGEST` layers."""
-        group = next(iter(self.groups.values()), None) or Group()
-        group.layers[id(layer)] = weakref.ref(layer)
-        self.groups[id(layer)] = group
+        """Adds a layer to the first guess, which is that all read one tensor."""
+        self.layers[id(layer)] = weakref.ref(layer)
+        self.groups = dict.fromkeys(self.layers, frozenset(self.layers))
 
     def output(self, layer: nn.Module, x: Tensor, operands: Operands) -> Tensor:
         """Returns the output of ``layer``, which has ``operands``, for ``x``."""
-        state = call_state(x)
-        if state is None:
-            self.now = "the last call was under a transform, a mode or inference mode, or its input is no plain tensor"
-            return _alone(x, operands, None)
-        current, key = _thread.round, id(layer)
-        if current is not None and current.continues(self, key, x, state, operands.dropout_p > 0.0):
-            current.called.add(key)
-            y = current.take(key, operands)
-            return _alone(x, operands, current.seed(operands.dropout_p, x)) if y is None else y
-        is_late = current is not None and current.end(self, key)
-        current = _thread.round = _Round(self, x, state)
-        current.called.add(key)
-        group = self._group_to_compute(layer, is_late)
-        if group is not None:
-            y = current.compute(group, layer, x, operands)
-            if y is not None:
-                return y
-        return _alone(x, operands, current.seed(operands.dropout_p, x))
+        has_dropout = operands.dropout_p > 0.0
+        current = self._round(layer, x, has_dropout)
+        if current is None:
+            return compute_alone(x, operands)
+        key = id(layer)
+        y = current.take(key, operands)
+        if y is None:
+            y = current.compute(key, x, operands)
+        if y is None:
+            y = compute_alone(x, operands, current.seed(operands.dropout_p, x) if has_dropout else None)
+        return y
 
-    def seeds(self, layer: nn.Module, x: Tensor) -> Callable[[float], Tensor | None] | None:
+    def seeds(self, layer: nn.Module, x: Tensor) -> Callable[[float], Tensor] | None:
         """Returns the dropout seeds by probability for a ``layer`` that computes by itself; None: it draws them."""
+        current = self._round(layer, x, True)
+        return None if current is None else functools.partial(current.seed, x=x)
+
+    def _round(self, layer: nn.Module, x: Tensor, has_dropout: bool) -> _Round | None:
+        """Returns the round that a call of ``layer`` belongs to; None: the call is unusual, and shares nothing."""
         state = call_state(x)
-        if state is None:
+        if state is None or (has_dropout and _begins_reentrant_part(x)):
             return None
         current, key = _thread.round, id(layer)
-        if current is None or not current.continues(self, key, x, state, True):
+        if current is None or not current.continues(self, key, x, state):
             if current is not None:
-                current.end(self, key)
+                current.end()
             current = _thread.round = _Round(self, x, state)
-        current.called.add(key)
-        return functools.partial(current.seed, x=x)
+        current.called.append(key)
+        return current
 
-    def _group_to_compute(self, layer: nn.Module, is_late: bool) -> Group | None:
-        """Returns the group to compute with ``layer``, or None if ``layer`` is to be computed alone.
-
-        ``is_late``: :meth:`_Round.end`. While checkpointed graphs exist, groups do not change: only calls within one
-        part of the forward decide, because these are the same when the part runs again.
-        """
-        self._graphs = [ref for ref in self._graphs if ref() is not None]
-        if self._leaving is not None and not self._graphs:
-            self._split(*self._leaving)
-            self._leaving = None
-        elif is_late:
-            return None
-        group = self.groups.get(id(layer))
-        if group is None or len(group.layers) < 2 or group.layers[id(layer)]() is not layer:
-            return None
-        self._note_graph()
-        return group
-
-    def missed(self, group: Group, missing: frozenset[int], why: str) -> None:
-        """Notes which layers of ``group`` did not take what was computed for them in a round; none: all did."""
-        times = group.count_miss(missing)
-        if missing and (why == ANOTHER_TENSOR or times >= TOO_MANY_MISSES) and self._leaving is None:
-            self._leaving = group, missing, why
-
-    def _split(self, group: Group, leaving: frozenset[int], why: str) -> None:
-        parts = [
-            Group({key: ref for key, ref in group.layers.items() if key not in leaving}, group.why),
-            Group({key: ref for key, ref in group.layers.items() if key in leaving}, why),
-        ]
-        parts[0].is_proven = group.is_proven
-        self.groups = {**self.groups, **{key: part for part in parts for key in part.layers}}
-
-    def _note_graph(self) -> None:
-        hook = graph_hook()
-        if is_of_checkpoint(hook):
+    def group_of(self, key: int) -> frozenset[int]:
+        """Returns the layers to compute with the layer ``key``, and keeps them for the graph that is being made."""
+        self._graphs = [graph for graph in self._graphs if graph() is not None]
+        if self._next is not None and not self._graphs:
+            self.groups, self._next = self._next, None
+        hook = _graph_hook()
+        if getattr(hook, "__module__", None) == "torch.utils.checkpoint":
             self._graphs.append(weakref.ref(hook))
+        return self.groups.get(key, frozenset())
 
-
-_UNKNOWN = object()
+    def observe(self, called: frozenset[int], missed: frozenset[int]) -> None:
+        """Notes which layers a round has called, and which of those that it computed it has not."""
+        before = self._next or self.groups
+        groups = dict(before)
+        for key in missed & groups.keys():
+            groups[key] = before[key] - called
+        for key in called & groups.keys():
+            group = before[key] - missed
+            groups[key] = group | called if self._changes < _MOST_CHANGES else group
+        if groups != before:
+            self.shared -= missed
+            self._changes += 1
+            self._next = groups
 
 
 class _Round:
-    """The calls of layers of one :class:`Neighbours` with one tensor.
+    """The calls of layers of one :class:`Neighbours` with one tensor, in one part of the forward.
 
     Attributes:
-        called: ``id`` of the layers that were called.
-
-    A part is a piece of the forward that activation checkpointing runs again (:mod:`~lora_ext.nn.checkpointed_parts`).
+        called: the ``id`` of the layers that were called.
     """
 
-    __slots__ = ("_computed", "_group", "_hook", "_neighbours", "_outputs", "_part", "_seeds", "_state", "_x", "called")
+    __slots__ = ("_computed", "_hook", "_neighbours", "_outputs", "_seeds", "_state", "_x", "called")
 
     def __init__(self, neighbours: Neighbours, x: Tensor, state: tuple) -> None:
         self._neighbours, self._state = neighbours, state
-        self._group: Group | None = None
+        self._computed: set[int] = set()
         self._seeds: dict[float, Tensor] = {}
-        hook = graph_hook()
-        self._hook = (lambda: None) if hook is None else weakref.ref(hook)
-        self._part: Any = _UNKNOWN  # the reentrant part that drew the seeds; not asked for before the first seed
-        self.called: set[int] = set()
-        self._computed: frozenset[int] = frozenset()  # id of the layers whose outputs were computed together
-        # By id(layer), for layers that have not been called: the operands, their stamp, the output.
         self._outputs: dict[int, tuple[Operands, tuple, Tensor]] = {}
+        self.called: list[int] = []
         outputs = self._outputs
         self._x = weakref.ref(x, lambda _: outputs.clear())
+        hook = _graph_hook()
+        self._hook = _nothing if hook is None else weakref.ref(hook)
 
-    def continues(self, neighbours: Neighbours, key: int, x: Tensor, state: tuple, has_dropout: bool) -> bool:
+    def continues(self, neighbours: Neighbours, key: int, x: Tensor, state: tuple) -> bool:
         """Returns whether a call of the layer ``key`` belongs to this round."""
-        if not (self._neighbours is neighbours and self._x() is x and self._state == state and key not in self.called):
-            return False
-        if self._hook() is not graph_hook():
-            return False
-        return not has_dropout or self._part is _UNKNOWN or self._part == reentrant_part()
+        return (
+            self._neighbours is neighbours
+            and self._x() is x
+            and self._state == state
+            and key not in self.called
+            and self._hook() is _graph_hook()
+        )
 
-    def seed(self, dropout_p: float, x: Tensor) -> Tensor | None:
-        if dropout_p == 0.0:
-            return None
-        if self._part is _UNKNOWN:
-            self._part = reentrant_part()
+    def seed(self, dropout_p: float, x: Tensor) -> Tensor:
         seed = self._seeds.get(dropout_p)
         if seed is None:
             seed = self._seeds[dropout_p] = functional.draw_seed(x.device)
         return seed
 
-    def compute(self, group: Group, layer: nn.Module, x: Tensor, operands: Operands) -> Tensor | None:
-        """Computes the group's outputs and returns that of ``layer``; None: there is no other layer to share with."""
+    def compute(self, key: int, x: Tensor, operands: Operands) -> Tensor | None:
+        """Computes the outputs of a group and returns that of the layer ``key``; None: no other layer goes with it."""
         weight = operands.weight
         if operands.quantized is None and x.dtype != weight.dtype and not torch.is_autocast_enabled(autocast_device(x)):
             return None
         if x.shape[-1:] != operands.lora_A.shape[1:] or x.device != weight.device:
             return None
-        keys, all_operands, stamps = [id(layer)], [operands], [None]
-        for sibling in group.alive():
-            if sibling is layer:
+        neighbours = self._neighbours
+        group = neighbours.group_of(key)
+        keys, all_operands, stamps = [key], [operands], [None]
+        for other, layer_ref in neighbours.layers.items():
+            if other == key or other not in group or other in self.called or other in self._computed:
                 continue
-            theirs = sibling.operands()
-            if type(theirs) is str or theirs.why_apart(operands):
+            layer = layer_ref()
+            theirs = None if layer is None else layer.operands()
+            if theirs is None or not theirs.fit(operands):
                 continue
             try:
                 stamps.append(theirs.stamp())
             except RuntimeError:  # inference tensors
                 continue
-            keys.append(id(sibling))
+            keys.append(other)
             all_operands.append(theirs)
         if len(keys) == 1:
             return None
-        y, *ys = _together(x, all_operands, self.seed(operands.dropout_p, x))
-        self._group, self._computed = group, frozenset(keys)
-        self._neighbours.now = ""
+        seed = self.seed(operands.dropout_p, x) if operands.dropout_p > 0.0 else None
+        y, *ys = _together(x, all_operands, seed)
+        self._computed.update(keys)
         self._outputs.update(zip(keys[1:], zip(all_operands[1:], stamps[1:], ys, strict=True), strict=True))
         return y
 
@@ -277,22 +308,14 @@ class _Round:
         theirs, stamp, y = found
         if not theirs.are(operands) or theirs.stamp() != stamp:
             return None
-        self._group.is_proven = True
+        self._neighbours.shared.update((key, self.called[0]))
         return y
 
-    def end(self, caller: Neighbours, key: int) -> bool:
-        """Drops the outputs that are left. The layer ``key`` of ``caller`` begins the next round.
-
-        Returns whether that layer is late: one of these outputs was for it, in the same part of the forward, and it is
-        called with another tensor.
-        """
-        is_late = False
-        if self._group is not None:
-            missing = self._computed - self.called
-            is_late = caller is self._neighbours and key in missing and self._hook() is graph_hook()
-            self._neighbours.missed(self._group, missing, ANOTHER_TENSOR if is_late else NOT_CALLED)
+    def end(self) -> None:
+        """Drops the outputs that are left."""
+        called = frozenset(self.called)
+        self._neighbours.observe(called, frozenset(self._computed - called))
         self._outputs.clear()
-        return is_late
 
 
 class _Thread(threading.local):
@@ -300,6 +323,30 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _graph_hook() -> Callable[..., Any] | None:
+    """Returns the hook that unpacks the tensors which autograd saves now, or None: another one in each checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or not type(hooks[1]).__weakrefoffset__:  # without weak references it would be kept alive
+        return None
+    return hooks[1]
+
+
+def _begins_reentrant_part(x: Tensor) -> bool:
+    """Returns whether ``x`` is the input of a part that reentrant checkpointing runs, or runs again.
+
+    Another part may get the same tensor; it must draw its own dropout seeds, which it draws again when it runs again.
+    """
+    if not x.requires_grad:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return x.is_leaf and torch._C._current_graph_task_id() >= 0 and _graph_hook() is None
 
 
 def _together(x: Tensor, layers: list[Operands], seed: Tensor | None) -> list[Tensor]:
@@ -312,13 +359,6 @@ def _together(x: Tensor, layers: list[Operands], seed: Tensor | None) -> list[Te
     if any(base.dtype != bases[0].dtype for base in bases):
         return [_plus_update(base, x, their, seed) for base, their in zip(bases, layers, strict=True)]
     return functional.lora_delta_siblings(bases, x.to(bases[0].dtype), *factors, *numbers)
-
-
-def _alone(x: Tensor, operands: Operands, seed: Tensor | None) -> Tensor:
-    if operands.quantized is not None:
-        return _plus_update(operands.base_output(x), x, operands, seed)
-    weight, _, lora_A, lora_B, _, scaling, dropout_p = operands[:7]
-    return functional.lora_linear(x, weight, operands.full_bias(), lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def _plus_update(base: Tensor, x: Tensor, operands: Operands, seed: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from lora_ext._common.sharded import is_sharded, local
 from lora_ext._ops import composite
 from lora_ext.nn.adapter import FactorsAtHand, LoraAdapter
 from lora_ext.nn.base_layer import splits_tensors
-from lora_ext.nn.expand import expand_onto_
+from lora_ext.nn.expand import expand_onto
 
 ROWS, COLUMNS = 0, 1
 
@@ -60,7 +60,7 @@ def split_factors(adapter: LoraAdapter, weight: Tensor) -> None:
 def add_split_update(
     layer: nn.Module, y: Tensor, x: Tensor, weight: Tensor, adapter: LoraAdapter | FactorsAtHand, dropout_p: float
 ) -> Tensor:
-    """Adds the update of ``adapter`` to ``y``, this device's part of the output, in place.
+    """Adds the update of ``adapter`` to ``y``, this device's part of the output.
 
     Args:
         x: the input of the base layer, before its wrapper: whole for a column-wise layer, or split along its tokens.
@@ -100,7 +100,7 @@ def add_split_update(
         xa = _Sum.apply(xa, group) if dim is None else _Scattered.apply(xa, dim, group)
     if bias is not None:
         y = y + (adapter.scaling * bias).to(y.dtype)
-    return expand_onto_(y, xa, B, composite.scale(adapter.scaling, dropout_p))
+    return expand_onto(y, xa, B, composite.scale(adapter.scaling, dropout_p))
 
 
 def _split_tokens(

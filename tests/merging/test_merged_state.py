@@ -53,8 +53,12 @@ def pair(case: str) -> tuple[nn.Module, nn.Module]:
 
 
 OPTIONS = [{}, {"strict": False}, {"assign": True}]
-COUNTED_TWICE = ["load_state_dict", "['default'] in the state, nothing in the model", "call unmerge"]
-IN_THE_MODEL = ["load_state_dict", "['default'] in the model, nothing in the state", "call unmerge(model)"]
+COUNTED_TWICE = [
+    "load_state_dict: adapters are merged into",
+    "in the state, where the update would count twice",
+    "unmerge",
+]
+IN_THE_MODEL = ["load_state_dict: adapters are merged into", "in the model", "call unmerge(model)"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,17 +69,8 @@ def test_a_state_is_refused_where_something_else_is_merged(case, options):
         plain.load_state_dict(merged.state_dict(), **options)
     with refused(merged, RuntimeError, *IN_THE_MODEL):
         merged.load_state_dict(plain.state_dict(), **options)
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_state_of_the_same_merge_is_taken(case, options):
-    plain, merged = pair(case)
-    assert merged.load_state_dict(copy.deepcopy(merged.state_dict()), **options) == ([], [])
-    unmerge(merged)
-    before, after = plain.state_dict(), merged.state_dict()
-    assert all(torch.equal(value, after[key]) for key, value in before.items()) and before.keys() == after.keys()
-    assert plain.load_state_dict(after, **options) == ([], [])
+    with refused(merged, RuntimeError, *COUNTED_TWICE):  # what unmerges it is not in the state
+        merged.load_state_dict(merged.state_dict(), **options)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -98,31 +93,6 @@ def test_files_say_what_is_merged(form, tmp_path):
         state = safetensors.torch.load_file(tmp_path / "state")
     with refused(plain, RuntimeError, *COUNTED_TWICE):
         plain.load_state_dict(state)
-    merged.load_state_dict(state)
-
-
-def test_other_adapters_or_other_values_merged():
-    plain, _ = pair("linear")
-    inject(plain, LoraConfig(r=2, init_lora_weights=False, target_modules=["up", "head"]), "b").eval()
-    first, second = merge(copy.deepcopy(plain), "default"), merge(copy.deepcopy(plain), "b")
-    with refused(first, RuntimeError, "['default'] in the model, ['b'] in the state"):
-        first.load_state_dict(second.state_dict())
-    changed = copy.deepcopy(plain)
-    with torch.no_grad():
-        changed.head.adapters.default.lora_B.mul_(2)
-    merge(changed, "default")
-    with refused(first, RuntimeError, "'head'", "but with other values"):
-        first.load_state_dict(changed.state_dict())
-
-
-def test_names_survive_a_conversion_and_damaged_ones_are_refused():
-    plain, merged = pair("linear")
-    state = {key: value.to(torch.bfloat16) for key, value in merged.state_dict().items()}
-    with refused(plain, RuntimeError, *COUNTED_TWICE):
-        plain.load_state_dict(state)
-    for damage in (torch.tensor(10**9), torch.tensor([255, 254], dtype=torch.uint8), "text", torch.ones(2, 2)):
-        with refused(plain, RuntimeError, "head._extra_state holds no names of adapters"):
-            plain.load_state_dict(plain.state_dict() | {"head._extra_state": damage})
 
 
 def test_a_state_without_weights_is_taken_by_a_merged_model():
@@ -143,9 +113,9 @@ def test_layers_and_parts_without_inject():
 
     plain, merged = layer(), layer()
     merged.merge()
-    with refused(plain, RuntimeError, "'LoraLinear'", "nothing in the model"):
+    with refused(plain, RuntimeError, "'LoraLinear' in the state"):
         plain.load_state_dict(merged.state_dict())
-    with refused(merged, RuntimeError, "'LoraLinear'", "nothing in the state"):
+    with refused(merged, RuntimeError, "'LoraLinear' in the model"):
         merged.load_state_dict(plain.state_dict())
     plain, merged = pair("linear")
     with refused(plain, RuntimeError, "'up'"):
@@ -156,7 +126,6 @@ def test_distributed_checkpoints_and_functional_calls_know_every_key():
     for model in pair("linear"):
         state = dcp.get_model_state_dict(model)
         assert {name for name, _ in model.named_parameters()} <= set(state)
-        dcp.set_model_state_dict(model, state)
         x = torch.randn(2, 6)
         assert torch.equal(torch.func.functional_call(model, model.state_dict(), (x,)), model(x))
     plain, merged = pair("linear")

@@ -1,4 +1,4 @@
-"""expand_onto_ against the plain product, in all layouts."""
+"""expand_onto against the plain product, in all layouts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_ext.nn import expand
-from lora_ext.nn.expand import expand_onto_
+from lora_ext.nn.expand import expand_onto
 
 
 def plain(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int) -> Tensor:
@@ -26,21 +25,16 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.pairs
-@pytest.mark.parametrize("chunk", [1, 16, 50, 10**6])
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.float64)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_is_the_product_and_its_gradients(monkeypatch, layout, dtypes, chunk):
-    monkeypatch.setattr(expand, "_CHUNK", chunk)
+def test_is_the_product_and_its_gradients(layout, dtypes):
     (shape, dim, memory_format), (y_dtype, dtype) = LAYOUTS[layout], dtypes
     y = torch.randn(shape).to(y_dtype).contiguous(memory_format=memory_format)
     xa = torch.randn([2 if size == 5 else size for size in shape], dtype=dtype).contiguous(memory_format=memory_format)
     inputs = [y.requires_grad_(), xa.requires_grad_(), torch.randn(5, 2, dtype=dtype, requires_grad=True)]
-    expected = plain(*inputs, 0.5, dim).to(y_dtype)
-    grad = torch.randn(shape).to(y_dtype)
-    mine = y.clone()
-    actual = expand_onto_(mine, xa, inputs[2], 0.5, dim)
-    assert actual is mine and actual.stride() == y.stride()
+    expected, grad = plain(*inputs, 0.5, dim).to(y_dtype), torch.randn(shape).to(y_dtype)
+    actual = expand_onto(y, xa, inputs[2], 0.5, dim)
+    assert actual.stride() == y.stride()
     torch.testing.assert_close(actual, expected)
     for ours, theirs in zip(*(torch.autograd.grad(out, inputs, grad) for out in (actual, expected)), strict=True):
         assert ours.dtype == theirs.dtype
@@ -55,20 +49,6 @@ def test_float32_factors_onto_16_bits_are_rounded_once(dtype, layout):
     xa = torch.randn([2 if size == 5 else size for size in shape])
     exact = plain(y.double(), xa.double(), B.double(), 0.5, dim)
     assert (
-        (expand_onto_(y.clone(), xa, B, 0.5, dim).double() - exact).abs()
+        (expand_onto(y, xa, B, 0.5, dim).double() - exact).abs()
         <= 0.51 * torch.finfo(dtype).eps * exact.abs().clamp_min(1e-2)
     ).all()
-
-
-def test_compiles_without_a_graph_break():
-    torch._dynamo.reset()
-    xa, B = torch.randn(4, 2, requires_grad=True), torch.randn(5, 2, requires_grad=True)
-    y = torch.randn(4, 5)
-
-    def run(xa: Tensor, B: Tensor) -> Tensor:
-        return expand_onto_(y * 2, xa, B, 0.5).square()
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(xa, B), run(xa, B))
-    for ours, theirs in zip(*(torch.autograd.grad(f(xa, B).sum(), (xa, B)) for f in (compiled, run)), strict=True):
-        torch.testing.assert_close(ours, theirs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, set_adapter
 from lora_ext.adapters import input_groups, merge_and_unload
+from lora_ext.nn.input_groups import ANOTHER_WAY, APART, NOT_YET
 
 # --- what is computed -------------------------------------------------------------------------------------------------
 
@@ -70,16 +71,16 @@ def test_layers_that_read_one_tensor_share_the_mask_whether_computed_together_or
 
 def test_groups_are_found_and_reported():
     model = net()
-    assert groups(model) == {"qkvo": "not called together yet"}
+    assert groups(model) == {"qkvo": NOT_YET}
     model(some_x())
     model(some_x())
-    assert groups(model) == {"qkv": "", "o": "is called with another tensor, or after a call with one"}
+    assert groups(model) == {"qkv": "", "o": APART}
     text = str(input_groups(model))
     assert "3 layers in 1 groups are computed together" in text
-    assert "1 alone: is called with another tensor, or after a call with one\n    blocks.0.o" in text
+    assert f"1 alone: {APART}\n    blocks.0.o" in text
 
 
-def test_layers_that_share_nothing_are_reported_with_the_reason(calls):
+def test_a_layer_of_another_kind_is_no_neighbour(calls):
     model, x = net(target_modules=["q", "v"]), some_x()
     inject(model, LoraConfig(r=4, target_modules=["k"], use_dora=True), "other")
     set_adapter(model, ["default", "other"])
@@ -87,11 +88,7 @@ def test_layers_that_share_nothing_are_reported_with_the_reason(calls):
     for _ in range(2):
         block.q(x), block.k(x), block.v(x)
     assert calls == [2, 1] * 2  # the second is the DoRA layer's own
-    by_themselves = "layers of its kind (DoraLinear) are computed by themselves"
-    assert groups(model) == {"qv": "", "k": by_themselves}
-    model = net(target_modules=["q"])
-    inject(model, LoraConfig(r=4, target_modules=["k"], use_dora=True), "other")
-    assert groups(model) == {"q": "the other layers of its module are of another kind", "k": by_themselves}
+    assert groups(model) == {"qv": ""}
     assert groups(net(target_modules=["q"])) == {}
 
 
@@ -99,39 +96,45 @@ def test_a_layer_that_is_compiled_by_itself_is_left_out(calls):
     model, x = net(target_modules=["q", "k", "v"]), some_x()
     block = model.blocks[0]
     alone = block.k(x)
-    calls.clear()
     block.k.compile(backend="eager")
     for _ in range(3):
         _, k, _ = block.q(x), block.k(x), block.v(x)
     assert torch.equal(k, alone)
-    assert groups(model) == {"qv": "", "k": "now: it is compiled by itself"}
+    assert groups(model)["k"] == ANOTHER_WAY and groups(model)["qv"] == ""
 
 
 def test_cross_attention_shares_keys_and_values(calls):
     model, x, memory = net(), some_x(), some_x() + 1
     for _ in range(3):
         model.blocks[0](x, memory)
-    assert groups(model) == {
-        "q": "the other layers of its module are not computed with it",
-        "kv": "",
-        "o": groups(model)["o"],
-    }
-    assert calls[-3:] == [1, 2, 1]
+    assert groups(model) == {"q": APART, "kv": "", "o": APART}
+    assert calls == [4, 3, 1] + [1, 2, 1] * 2
 
 
-def test_a_layer_that_is_never_called_leaves_after_the_second_time(calls):
-    model, x = net(), some_x()
-    block = model.blocks[0]
-    for _ in range(4):
-        block.q(x + 0), block.k(x + 0)
-    assert calls[-2:] == [1, 1]
+def test_groups_follow_the_calls(calls):
     model = net(target_modules=["q", "k", "v"])
+    block = model.blocks[0]
+    for _ in range(3):  # v is left out
+        one = some_x() + 0
+        block.q(one), block.k(one)
+    assert calls == [3, 2, 2] and groups(model) == {"qk": "", "v": APART}
     calls.clear()
-    for _ in range(4):
-        one = x + 0
-        model.blocks[0].q(one), model.blocks[0].k(one)
-    assert calls == [3, 3, 2, 2]
-    assert groups(model) == {"qk": "", "v": "is not called after the others"}
+    for _ in range(3):
+        one = some_x() + 0
+        block.q(one), block.k(one), block.v(one)
+    assert calls == [2, 1, 3, 3] and groups(model) == {"qkv": ""}
+
+
+def test_calls_that_differ_every_time_end_alone(calls):
+    """Otherwise every second call would compute an output that nobody takes."""
+    model = net(target_modules=["q", "k", "v"])
+    block = model.blocks[0]
+    for i in range(12):
+        one = some_x() + 0
+        block.q(one), block.k(one)
+        if i % 2:
+            block.v(one)
+    assert calls[-3:] == [2, 2, 1]
 
 
 def test_layers_of_a_sequential_are_no_candidates(calls):

@@ -91,4 +91,4 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch, siblings: str, single: str) -
 
 def compute_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every layer compute its own output from now on; dropout seeds stay common."""
-    monkeypatch.setattr(Neighbours, "_group_to_compute", lambda *_: None)
+    monkeypatch.setattr(Neighbours, "group_of", lambda *_: frozenset())

@@ -15,11 +15,10 @@ from lora_ext.integrations.peft.eligibility import PeftAdapter, active_adapters,
 from lora_ext.nn import base_product, dora
 from lora_ext.nn.base_layer import own_copy, plain_linear, runs_quantized_product
 from lora_ext.nn.joined import Update, joined
-from lora_ext.nn.operands import Operands, frozen_product
 from lora_ext.nn.rows.active_tokens import ActiveTokens
 from lora_ext.nn.rows.choice import RowChoice
 from lora_ext.nn.rows.updates import RowUpdates, add_chosen, linear_with_chosen
-from lora_ext.nn.shared_inputs import COMPILED_ALONE, SharesInputs, neighbours_of
+from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, neighbours_of
 from lora_ext.quantized import quantized_weight
 
 
@@ -53,7 +52,7 @@ class LinearForward(SharesInputs):
             return self._forward_dora(x, plain, adapters[0])
         if not torch.compiler.is_compiling() and (neighbours := neighbours_of(self)) is not None:
             operands = _operands(adapters, self.base_layer)
-            if not isinstance(operands, str):
+            if operands is not None:
                 return neighbours.output(self, x, operands)
         updates = joined([Update(a.lora_A, a.lora_B, a.scaling, a.dropout_p) for a in adapters])
         if plain is not None:
@@ -123,13 +122,11 @@ class LinearForward(SharesInputs):
         plain = self._plain(x)
         return own_copy(self, self.base_layer(x)) if plain is None else base_product.product(x, *plain)
 
-    def operands(self) -> Operands | str:
-        if is_fully_sharded(self):
-            return "FSDP2 gathers its parameters for its calls only"
-        if self._compiled_call_impl is not None:
-            return COMPILED_ALONE
+    def operands(self) -> Operands | None:
         adapters = active_adapters(self)
-        return adapters if isinstance(adapters, str) else _operands(adapters, self.base_layer)
+        if is_fully_sharded(self) or self._compiled_call_impl is not None or isinstance(adapters, str):
+            return None  # FSDP2 gathers parameters for its own call only
+        return _operands(adapters, self.base_layer)
 
     def forward_obstacle(self) -> str:
         """Returns why calls run PEFT's code, or ""."""
@@ -183,19 +180,13 @@ def _sum_of_biases(bias: Tensor | None, adapters: list[PeftAdapter], dtype: torc
     return bias if total is bias else total.to(dtype)
 
 
-def _operands(adapters: list[PeftAdapter], base_layer: nn.Module) -> Operands | str:
+def _operands(adapters: list[PeftAdapter], base_layer: nn.Module) -> Operands | None:
     base = frozen_product(base_layer)
-    if isinstance(base, str):
-        return base
-    if len(adapters) != 1:
-        return f"{len(adapters)} adapters are in use"
+    if base is None or len(adapters) != 1:
+        return None
     (adapter,) = adapters
-    if adapter.bias is not None:
-        return "its adapter has a bias (lora_bias)"
-    if adapter.magnitude is not None:
-        return "its adapter is DoRA"
-    if type(adapter.lora_B) is not nn.Parameter:  # made for the call
-        return "its adapter's scaling is negative, or a tensor"
+    if adapter.bias is not None or adapter.magnitude is not None or type(adapter.lora_B) is not nn.Parameter:
+        return None  # lora_B is made for the call if the scaling is negative, or a tensor
     weight, bias, quantized, is_training = base
     lora_A, lora_B, scaling, dropout_p = adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.dropout_p
     return Operands(weight, bias, lora_A, lora_B, None, scaling, dropout_p, quantized, is_training)
