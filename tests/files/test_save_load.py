@@ -264,7 +264,8 @@ def test_values_that_are_not_finite_give_one_warning(value, dtype, tmp_path):
         AdapterPool(Net().eval(), tmp_path, target_modules=["up", "down"], r=2, max_bytes=1 << 16) as pool,
         pytest.warns(UserWarning, match=text),
     ):
-        pool.pin("a")
+        pool.acquire(["a"])
+        pool.release(["a"])
 
 
 def test_every_mismatch_is_listed(model, tmp_path):
