@@ -1,31 +1,20 @@
-"""``LoraConfig``: a frozen dataclass with the keys, defaults and meaning of PEFT's ``LoraConfig``."""
+"""``LoraConfig``: a frozen dataclass with the keys, defaults and meaning of PEFT's ``LoraConfig``.
+
+A field is annotated with its check, which returns the value in an immutable type. Keys without a field are refused
+if they are on, or kept as metadata.
+"""
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, runtime_checkable
+from enum import Enum
+from typing import Annotated, Any, NoReturn, Protocol, get_type_hints, runtime_checkable
 
-from lora_ext._common.printable import shown
-from lora_ext._common.suggestion import suggestion
-from lora_ext._config_keys import check_other_keys, initialisation, initialisation_of_file
-from lora_ext._config_values import (
-    FrozenDict,
-    check_alpha,
-    check_number,
-    check_rank,
-    enabled_parts,
-    invocation_tokens,
-    layer_numbers,
-    names,
-    pattern,
-    plain,
-    thaw,
-    token_indices,
-)
+from lora_ext._common.printable import escaped, shown, suggestion
 from lora_ext.matching.bounded_regex import check_expressions
 from lora_ext.matching.path_names import EndTable
 from lora_ext.matching.path_patterns import PathPatterns, as_tuple, layer_expressions
@@ -55,6 +44,30 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "FEATURE_EXTRACTION": (),
 }
 
+# PEFT keys that never change what an adapter computes here: notes, PEFT's runtime settings, and details of an
+# initialisation or variant that another key enables. Any other key without a field must be off.
+_INFORMATIONAL = {
+    *("auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+}
+# Names for remarks and bookkeeping of people and tools. None is an option of PEFT 0.21.
+_REMARKS = re.compile(
+    r"_.*"
+    r"|(.*_)?(note|comment|description|author|license|tag|date|timestamp|commit|commit_hash|url|uuid|uid)s?"
+    r"|(created|updated|saved|trained)_(at|by|on|with)"
+    r"|(accelerate|axolotl|datasets|diffusers|library|python|safetensors|torch|transformers|trl|unsloth)_version"
+)
+# Options of PEFT 0.21 that this package does not have.
+_PEFT_ONLY = {
+    *("arrow_config", "kasa_config", "layer_replication", "megatron_config", "monteclora_config"),
+    *("use_bdlora", "use_qalora", "velora_config"),
+}
+
+# Initialisations of files. One factor comes from data or from the weight, and the other is zero: the base weights stay.
+_KEEPS_THE_BASE = ("eva", "mica")
+_CHANGES_THE_BASE = re.compile("pissa(_niter_[0-9]+)?|olora|corda|lora_ga|loftq")
+_USE_PEFT = "Use PEFT for it, with lora_ext.integrations.peft.accelerate"
+
 
 @runtime_checkable
 class PeftConfig(Protocol):
@@ -63,6 +76,179 @@ class PeftConfig(Protocol):
     peft_type: Any
 
     def to_dict(self) -> dict[str, Any]: ...
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that cannot change after construction; picklable, copyable, and hashable if its values are."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("FrozenDict: cannot be changed; build another config with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+# --- checks of one value, which return it in an immutable type --------------------------------------------------------
+
+Check = Callable[[str, Any], Any]
+Names = tuple[str, ...] | list[str]
+Numbers = tuple[int, ...] | list[int]
+
+
+def _wrong_type(key: str, value: Any, want: str) -> TypeError:
+    return TypeError(f"LoraConfig: {key} is {shown(value)} of type {type(value).__name__}, want {want}")
+
+
+def _number(types: type | tuple[type, ...], is_valid: Callable[[Any], bool], want: str) -> Check:
+    def check(key: str, value: Any) -> Any:
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise _wrong_type(key, value, want)
+        if not is_valid(value):
+            raise ValueError(f"LoraConfig: {key} is {shown(value)}, want {want}")
+        return value
+
+    return check
+
+
+_rank = _number(int, lambda r: 1 <= r < 2**31, "an integer of at least 1 and below 2**31")
+_alpha = _number((int, float), lambda alpha: 0 < alpha < math.inf, "a positive finite number")
+_probability = _number((int, float), lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
+
+
+def _one_of(choices: Iterable[Any], want: str) -> Check:
+    def check(key: str, value: Any) -> Any:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            kinds = {type(choice) for choice in choices}
+            error = ValueError if type(value) in kinds else TypeError
+            raise error(f"LoraConfig: {key} is {shown(value)}, want {want}")
+        return value
+
+    return check
+
+
+_flag = _one_of((False, True), "True or False")
+_bias = _one_of(("none", "all", "lora_only"), '"none", "all" or "lora_only"')
+_initialisation = _one_of((True, False, "gaussian", "orthogonal"), 'True, False, "gaussian" or "orthogonal"')
+_task = _one_of((None, *TASK_HEADS), f"None or one of {', '.join(sorted(TASK_HEADS))}")
+
+
+def _text(key: str, value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise _wrong_type(key, value, "a string or None")
+    return value
+
+
+def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise _wrong_type(key, value, f"a list of {what}")
+    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+
+
+def _names(key: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        text = shown(value)
+        raise TypeError(f"LoraConfig: {key} is the string {text}, want a list of module names: [{text}]")
+    values = _sequence(key, value, "module names")
+    for name in values:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"LoraConfig: {key} has the entry {shown(name)}, want non-empty strings")
+    return values
+
+
+def _names_or_expression(key: str, value: Any) -> tuple[str, ...] | str | None:
+    if not isinstance(value, str):
+        return _names(key, value)
+    check_expressions(key, [value])
+    return value
+
+
+def _layers_pattern(key: str, value: Any) -> tuple[str, ...] | str | None:
+    value = _names_or_expression(key, value)
+    if value:
+        check_expressions(key, as_tuple(value))  # for the message
+        check_expressions(key, layer_expressions(value))
+    return value
+
+
+def _whole_numbers(key: str, value: Any, what: str) -> tuple[int, ...]:
+    values = _sequence(key, value, what)
+    for number in values:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"LoraConfig: {key} has the entry {shown(number)}, want {what}")
+        if number < 0:
+            raise ValueError(f"LoraConfig: {key} has the entry {shown(number)}, want {what}, at least 0")
+    return values
+
+
+def _layer_numbers(key: str, value: Any) -> tuple[int, ...] | int | None:
+    if isinstance(value, int):
+        return _whole_numbers(key, [value], "layer numbers")[0]
+    return None if value is None else _whole_numbers(key, value, "layer numbers")
+
+
+def _tokens(key: str, value: Any) -> tuple[int, ...] | None:
+    return None if value is None else _whole_numbers(key, value, "token numbers") or None  # empty: off, as in PEFT
+
+
+def _mapping(key: str, value: Any, want: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _wrong_type(key, value, want)
+    for name in value:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"LoraConfig: {key} has the key {shown(name)}, want non-empty strings")
+    return value
+
+
+def _pattern(check: Check) -> Check:
+    def check_pattern(key: str, value: Any) -> FrozenDict:
+        value = _mapping(key, {} if value is None else value, "a dict of path patterns")  # some files have null
+        check_expressions(key, value)
+        return FrozenDict({path: check(f"{key}[{shown(path)}]", number) for path, number in value.items()})
+
+    return check_pattern
+
+
+def _token_indices(key: str, value: Any) -> tuple[int, ...] | FrozenDict | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        named = _mapping(key, value, "")
+        return FrozenDict({name: _token_indices(f"{key}[{shown(name)}]", tokens) for name, tokens in named.items()})
+    tokens = _whole_numbers(key, value, "token numbers")
+    if len(set(tokens)) < len(tokens):
+        twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
+        raise ValueError(f"LoraConfig: {key} has {shown(twice)} more than once; name each token once")
+    return tokens
+
+
+def _enabled_parts(key: str, value: Any) -> FrozenDict | None:
+    if value is None:
+        return None
+    parts = {}
+    for name, flags in _mapping(key, value, "a dict: module name to one bool for each part").items():
+        flags = flags if isinstance(flags, Iterable) and not isinstance(flags, str) else (flags,)
+        parts[name] = tuple(flags)
+        if not all(isinstance(flag, bool) for flag in parts[name]) or not any(parts[name]):
+            raise ValueError(
+                f"LoraConfig: {key}[{shown(name)}] is {shown(flags)}, want bools, at least one of them True"
+            )
+    return FrozenDict(parts)
+
+
+def _metadata(key: str, value: Any) -> FrozenDict:
+    if not isinstance(value, Mapping):
+        raise _wrong_type(key, value, "a dict")
+    return FrozenDict(value)
+
+
+# --- the config -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +297,8 @@ class LoraConfig:
         enable_lora: for packed projections (query, key and value in one weight): maps the module's name (matched as in
             ``target_modules``) to one bool per equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts
             query and value. Parts that are off cost nothing. Not a PEFT key: :meth:`to_dict` leaves it out.
-        alora_invocation_tokens: the adapter acts from these tokens on, in each row from their last occurrence (aLoRA,
-            arXiv 2504.12397), so that the keys and values before them are the base model's. Linear layers of causal
-            language models only (``task_type="CAUSAL_LM"``).
+        alora_invocation_tokens: makes the adapter an aLoRA (arXiv 2504.12397), which PEFT computes;
+            :func:`lora_ext.inject` refuses it, and :func:`lora_ext.integrations.peft.accelerate` runs it.
         task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, which adds the heads "classifier" and "score" to
             ``modules_to_save``.
         base_model_name_or_path: for the record; written to ``adapter_config.json``.
@@ -124,134 +309,97 @@ class LoraConfig:
         ValueError, TypeError: the message names the argument, its value and the accepted values.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] | list[str] | str | None = None
-    exclude_modules: tuple[str, ...] | list[str] | str | None = None
-    target_parameters: tuple[str, ...] | list[str] | None = None
-    layers_to_transform: tuple[int, ...] | list[int] | int | None = None
-    layers_pattern: tuple[str, ...] | list[str] | str | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=FrozenDict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=FrozenDict)
-    modules_to_save: tuple[str, ...] | list[str] | None = None
-    trainable_token_indices: tuple[int, ...] | list[int] | Mapping[str, tuple[int, ...] | list[int]] | None = None
-    ensure_weight_tying: bool = False
-    bias: str = "none"
-    lora_bias: bool = False
-    use_rslora: bool = False
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
-    init_lora_weights: bool | str = True
-    enable_lora: Mapping[str, tuple[bool, ...] | list[bool]] | None = None
-    alora_invocation_tokens: tuple[int, ...] | list[int] | None = None
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    inference_mode: bool = False
-    metadata: Mapping[str, Any] = field(default_factory=FrozenDict, compare=False, repr=False)
+    r: Annotated[int, _rank] = 8
+    lora_alpha: Annotated[float, _alpha] = 8
+    lora_dropout: Annotated[float, _probability] = 0.0
+    target_modules: Annotated[Names | str | None, _names_or_expression] = None
+    exclude_modules: Annotated[Names | str | None, _names_or_expression] = None
+    target_parameters: Annotated[Names | None, _names] = None
+    layers_to_transform: Annotated[Numbers | int | None, _layer_numbers] = None
+    layers_pattern: Annotated[Names | str | None, _layers_pattern] = None
+    rank_pattern: Annotated[Mapping[str, int], _pattern(_rank)] = field(default_factory=FrozenDict)
+    alpha_pattern: Annotated[Mapping[str, float], _pattern(_alpha)] = field(default_factory=FrozenDict)
+    modules_to_save: Annotated[Names | None, _names] = None
+    trainable_token_indices: Annotated[Numbers | Mapping[str, Numbers] | None, _token_indices] = None
+    ensure_weight_tying: Annotated[bool, _flag] = False
+    bias: Annotated[str, _bias] = "none"
+    lora_bias: Annotated[bool, _flag] = False
+    use_rslora: Annotated[bool, _flag] = False
+    use_dora: Annotated[bool, _flag] = False
+    fan_in_fan_out: Annotated[bool, _flag] = False
+    init_lora_weights: Annotated[bool | str, _initialisation] = True
+    enable_lora: Annotated[Mapping[str, tuple[bool, ...] | list[bool]] | None, _enabled_parts] = None
+    alora_invocation_tokens: Annotated[Numbers | None, _tokens] = None
+    task_type: Annotated[str | None, _task] = None
+    base_model_name_or_path: Annotated[str | None, _text] = None
+    inference_mode: Annotated[bool, _flag] = False
+    metadata: Annotated[Mapping[str, Any], _metadata] = field(default_factory=FrozenDict, compare=False, repr=False)
 
     def __new__(cls, **values: Any) -> LoraConfig:
         known = [f.name for f in fields(cls)]
         for name in values:
+            if name in _PEFT_ONLY:
+                raise TypeError(f"LoraConfig: there is no option {shown(name)}. {_USE_PEFT}")
             if name not in known:
                 meant = suggestion(_OTHER_WORDS.get(name, name), known)
                 raise TypeError(f"LoraConfig: there is no option {shown(name)}{meant}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self._check_types()
-        check_rank("r", self.r)
-        check_alpha("lora_alpha", self.lora_alpha)
-        check_number("lora_dropout", self.lora_dropout, (int, float), lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
-        for key in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "lora_bias", "ensure_weight_tying"):
-            if not isinstance(getattr(self, key), bool):
-                raise TypeError(f"LoraConfig: {key} is {shown(getattr(self, key))}, want True or False")
-        if not isinstance(self.bias, str) or self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f'LoraConfig: bias is {shown(self.bias)}, want "none", "all" or "lora_only"')
-        if self.task_type is not None and not (isinstance(self.task_type, str) and self.task_type in TASK_HEADS):
-            raise ValueError(
-                f"LoraConfig: task_type is {shown(self.task_type)}, want None or one of {', '.join(sorted(TASK_HEADS))}"
-            )
-        self._freeze_values()
+        for key, check in _CHECKS.items():
+            object.__setattr__(self, key, check(key, getattr(self, key)))
+        object.__setattr__(self, "_ranks", PathPatterns("rank_pattern", self.rank_pattern))
+        object.__setattr__(self, "_alphas", PathPatterns("alpha_pattern", self.alpha_pattern))
+        object.__setattr__(self, "_parts", EndTable(self.enable_lora or ()))
         self._check_targets()
+        self._check_layers()
         self._check_initialisation()
-        self._check_invocation()
-        self._check_dora()
+        if self.target_parameters:
+            why = "a bare parameter's adapter knows neither input nor output"
+            self._refuse_next_to("target_parameters is set", why, "lora_dropout", "lora_bias", "fan_in_fan_out")
+        if self.use_dora:
+            others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora", "alora_invocation_tokens"
+            self._refuse_next_to("use_dora is True", "DoRA goes without it", *others)
 
-    def _check_types(self) -> None:
-        """Checks the types of the fields that no later check covers."""
-        for key, types, want in (
-            ("init_lora_weights", (str, int), "True, False or a string"),
-            ("base_model_name_or_path", (str, type(None)), "a string or None"),
-            ("metadata", Mapping, "a dict"),
-        ):
-            value = getattr(self, key)
-            if not isinstance(value, types):
-                raise TypeError(f"LoraConfig: {key} is of type {type(value).__name__}, want {want}")
-
-    def _freeze_values(self) -> None:
-        set_ = functools.partial(object.__setattr__, self)
-        for key in ("target_modules", "exclude_modules", "layers_pattern"):
-            set_(key, names(key, getattr(self, key), may_be_regex=True))
-        for key in ("modules_to_save", "target_parameters"):
-            set_(key, names(key, getattr(self, key), may_be_regex=False))
-        if self.layers_pattern:
-            check_expressions("layers_pattern", as_tuple(self.layers_pattern))  # for the message
-            check_expressions("layers_pattern", layer_expressions(self.layers_pattern))
-        set_("layers_to_transform", layer_numbers(self.layers_to_transform))
-        set_("rank_pattern", pattern("rank_pattern", self.rank_pattern, check_rank))
-        set_("alpha_pattern", pattern("alpha_pattern", self.alpha_pattern, check_alpha))
-        set_("trainable_token_indices", token_indices(self.trainable_token_indices))
-        set_("enable_lora", enabled_parts(self.enable_lora))
-        set_("alora_invocation_tokens", invocation_tokens(self.alora_invocation_tokens))
-        set_("metadata", FrozenDict(self.metadata))
-        set_("_ranks", PathPatterns("rank_pattern", self.rank_pattern))
-        set_("_alphas", PathPatterns("alpha_pattern", self.alpha_pattern))
-        set_("_parts", EndTable(self.enable_lora or ()))
+    def _refuse_next_to(self, setting: str, why: str, *keys: str) -> None:
+        for key in keys:
+            if value := getattr(self, key):
+                raise ValueError(
+                    f"LoraConfig: {setting}, but {key} is {shown(value)}; {why}: leave {key} at its default"
+                )
 
     def _check_targets(self) -> None:
-        if self.target_modules is None and not self.target_parameters:
+        if self.target_modules or self.target_parameters:
+            return
+        if self.target_modules is None:
             raise ValueError(
                 'LoraConfig: target_modules is None; name the layers to adapt, e.g. ["query", "value"], or "all-linear"'
             )
-        if not self.target_modules and not self.target_parameters:
-            raise ValueError('LoraConfig: target_modules is empty; name at least one layer, or use "all-linear"')
+        raise ValueError('LoraConfig: target_modules is empty; name at least one layer, or use "all-linear"')
+
+    def _check_layers(self) -> None:
         for key in ("layers_to_transform", "layers_pattern"):
             value = getattr(self, key)
-            listed = () if isinstance(self.target_modules, str) else self.target_modules or ()
-            if ALL_LINEAR in listed and value not in (None, ()):
-                raise ValueError(
-                    f'LoraConfig: {key} is {shown(value)}, but target_modules has "all-linear", which means layers of '
-                    "any number; name the layers instead"
-                )
-            if isinstance(self.target_modules, str) and value not in (None, ()):
+            if value in (None, ()):
+                continue
+            if isinstance(self.target_modules, str):
                 raise ValueError(
                     f"LoraConfig: {key} is {shown(value)}, but target_modules is the string "
                     f"{shown(self.target_modules)}; give target_modules as a list of names, or put the layers into the "
                     "regular expression"
+                )
+            if ALL_LINEAR in (self.target_modules or ()):
+                raise ValueError(
+                    f'LoraConfig: {key} is {shown(value)}, but target_modules has "all-linear", which means layers '
+                    "of any number; name the layers instead"
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"LoraConfig: layers_pattern is {shown(self.layers_pattern)}, but layers_to_transform is None; "
                 "set layers_to_transform to the numbers of the layers"
             )
-        if self.target_parameters:
-            for key in ("lora_dropout", "lora_bias", "fan_in_fan_out"):
-                if getattr(self, key):
-                    raise ValueError(
-                        f"LoraConfig: {key} is {getattr(self, key)}, but target_parameters is set: a bare parameter's "
-                        f"adapter knows only the weight, not the input or output; leave {key} at its default"
-                    )
-
-    @staticmethod
-    def _check_initialisation_value(value: object) -> None:
-        if not isinstance(value, bool) and value not in ("gaussian", "orthogonal"):
-            raise ValueError(
-                f'LoraConfig: init_lora_weights is {shown(value)}, want True, False, "gaussian" or "orthogonal"'
-            )
 
     def _check_initialisation(self) -> None:
-        self._check_initialisation_value(self.init_lora_weights)
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ValueError(
                 f"LoraConfig: lora_bias is True, but init_lora_weights is {self.init_lora_weights!r}; "
@@ -264,33 +412,6 @@ class LoraConfig:
                     raise ValueError(
                         f'LoraConfig: {key} is {rank}, but init_lora_weights="orthogonal" needs an even rank'
                     )
-
-    def _check_invocation(self) -> None:
-        if self.alora_invocation_tokens is None:
-            return
-        where = f"LoraConfig: alora_invocation_tokens is {shown(list(self.alora_invocation_tokens))}"
-        if self.task_type != "CAUSAL_LM":
-            raise ValueError(
-                f"{where}, but task_type is {shown(self.task_type)}; aLoRA is for causal language models: set "
-                'task_type="CAUSAL_LM"'
-            )
-        for key, off in (("bias", "none"), ("target_parameters", None)):
-            if getattr(self, key) not in (off, ()):
-                raise ValueError(
-                    f"{where}, but {key} is {shown(getattr(self, key))}, which would act before the invocation too; "
-                    f"leave {key} at its default"
-                )
-
-    def _check_dora(self) -> None:
-        if not self.use_dora:
-            return
-        others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora", "alora_invocation_tokens"
-        for key in others:
-            if getattr(self, key):
-                raise ValueError(
-                    f"LoraConfig: use_dora is True, but {key} is {shown(getattr(self, key))}; DoRA goes without it: "
-                    f"leave {key} at its default"
-                )
 
     @property
     def task_heads(self) -> tuple[str, ...]:
@@ -339,7 +460,7 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``: PEFT's keys, tuples as lists, unsupported keys as they were read."""
         names = [f.name for f in fields(self) if f.name not in ("metadata", "enable_lora")]
-        values = {**self.metadata, **{name: thaw(getattr(self, name)) for name in names}, "peft_type": "LORA"}
+        values = {**self.metadata, **{name: _thaw(getattr(self, name)) for name in names}, "peft_type": "LORA"}
         # PEFT would choose modules by the model's type for None.
         return values | {"target_modules": values["target_modules"] or []}
 
@@ -365,12 +486,12 @@ class LoraConfig:
             )
         supported = {f.name for f in fields(cls)} - {"metadata"}
         metadata = {key: value for key, value in values.items() if key not in supported and key != "peft_type"}
-        check_other_keys(metadata)
+        _check_other_keys(metadata)
         known = {key: value for key, value in values.items() if key in supported}
         if known.get("use_dora", False) is None:  # off, as other keys of PEFT are
             del known["use_dora"]
         if "init_lora_weights" in known:
-            known["init_lora_weights"] = initialisation_of_file(known["init_lora_weights"])
+            known["init_lora_weights"] = _initialisation_of_file(known["init_lora_weights"])
         return cls(**known, metadata=metadata)
 
     @classmethod
@@ -381,17 +502,81 @@ class LoraConfig:
             ValueError, TypeError: as :meth:`from_dict`; or the config asks for an initialisation from data or from the
                 weight, has custom modules, or leaves the choice of modules next to ``target_parameters`` to PEFT.
         """
-        values = {key: plain(value) for key, value in config.to_dict().items()}
+        values = {key: _plain(value) for key, value in config.to_dict().items()}
         if values.get("peft_type") == "LORA":
             if getattr(config, "_custom_modules", None):
                 raise ValueError("LoraConfig: custom modules, registered with the config, are not supported")
-            cls._check_initialisation_value(initialisation(values.get("init_lora_weights", True)))
+            _initialisation("init_lora_weights", _spelled_as_here(values.get("init_lora_weights", True)))
             if values.get("target_modules") is None and values.get("target_parameters"):
                 raise ValueError(
                     "LoraConfig: target_modules is None, for which PEFT adapts modules by the model's type, next to "
                     "target_parameters; name them, or set target_modules=[] to adapt none"
                 )
         return cls.from_dict(values)
+
+
+_CHECKS = {key: hint.__metadata__[0] for key, hint in get_type_hints(LoraConfig, include_extras=True).items()}
+
+
+# --- PEFT's files -----------------------------------------------------------------------------------------------------
+
+
+def _check_other_keys(values: Mapping[str, Any]) -> None:
+    """Checks the keys of a config that have no field. ValueError: a key asks for an unsupported feature."""
+    # Not `if value`: 0 is falsy too, but a valid layer index.
+    unsupported = {
+        key: value
+        for key, value in values.items()
+        if not (key in _INFORMATIONAL or _REMARKS.fullmatch(key) or value is None or value is False)
+        and value not in ([], {}, "")
+    }
+    if not unsupported:
+        return
+    settings = ", ".join(f"{escaped(key)}={shown(value)}" for key, value in unsupported.items())
+    settings = settings if len(settings) <= 2000 else f"{settings[:2000]}... ({len(unsupported)} keys)"
+    remedy = "If it is only a remark, remove it from the config"
+    if unsupported.keys() <= _PEFT_ONLY:
+        remedy = (
+            f"{_USE_PEFT}; an adapter that PEFT has merged (merge_and_unload), or converted to plain LoRA "
+            "(peft.save_as_lora), can be used here"
+        )
+    raise ValueError(f"LoraConfig: {settings} not supported; it would change what the adapter computes. {remedy}")
+
+
+def _spelled_as_here(value: Any) -> Any:
+    """Returns PEFT's ``init_lora_weights`` as :class:`LoraConfig` spells it: PEFT ignores case, and None is False."""
+    return False if value is None else value.lower() if isinstance(value, str) else value
+
+
+def _initialisation_of_file(value: Any) -> Any:
+    """Returns the ``init_lora_weights`` for a file whose config has ``value``. ValueError: it changed the base."""
+    value = _spelled_as_here(value)
+    if value in _KEEPS_THE_BASE:
+        return True
+    if isinstance(value, str) and _CHANGES_THE_BASE.fullmatch(value):
+        raise ValueError(
+            f"LoraConfig: init_lora_weights is {value!r}, which has changed the base weights: the adapter fits only "
+            "the changed ones. Save it with PEFT as a plain adapter (save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...), where the method has it); or, if the base model is the "
+            'changed one, set "init_lora_weights": true in the config'
+        )
+    return value
+
+
+def _thaw(value: Any) -> Any:
+    """Converts frozen values to JSON types: tuples to lists, mappings to dicts."""
+    if isinstance(value, tuple):
+        return [_thaw(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {key: _thaw(entry) for key, entry in value.items()}
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Converts a value of a PEFT config to JSON types: an enum to its value, a set to a sorted list."""
+    if isinstance(value, Enum):
+        return value.value
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
 
 
 def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@
   ``base_layer``, what may be assumed of the frozen layer, and what it cannot be; ``expand``, an up-projection added to
   its output; ``state``, what ``state_dict`` says of all this.
 - Layers that read one tensor: ``shared_inputs`` computes them together, ``input_groups`` finds and reports them.
-- Rows of a batch that choose their adapters: ``rows`` (``checkpointed_parts`` follows them through checkpoints).
+- Mixed batches, whose rows name their adapters: ``rows``; ``compiled_rows`` refuses them in compiled code.
 """
 
 from lora_ext.nn.active import ActiveAdapters

@@ -14,8 +14,7 @@ from peft.utils.other import get_pattern_key
 from support.properties import given, st
 
 from lora_ext import LoraConfig
-from lora_ext._config_values import FrozenDict
-from lora_ext.config import exact_patterns
+from lora_ext.config import FrozenDict, exact_patterns
 
 pytestmark = pytest.mark.cpu_only("has no tensors")
 
@@ -134,9 +133,17 @@ def test_nested_values_are_frozen_hashable_copyable_and_picklable():
         ({"lora_bias": True, "init_lora_weights": "gaussian"}, ValueError, "lora_bias is True, but init_lora_weights"),
         ({"init_lora_weights": "orthogonal", "r": 3}, ValueError, 'r is 3, but init_lora_weights="orthogonal" needs'),
         ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 5}}, ValueError, "rank_pattern['q'] is 5, but init"),
-        ({"target_parameters": ["w"], "lora_dropout": 0.5}, ValueError, "lora_dropout is 0.5, but target_parameters i"),
-        ({"target_parameters": ["w"], "lora_bias": True}, ValueError, "lora_bias is True, but target_parameters is se"),
-        ({"target_parameters": ["w"], "fan_in_fan_out": True}, ValueError, "fan_in_fan_out is True, but target_param"),
+        (
+            {"target_parameters": ["w"], "lora_dropout": 0.5},
+            ValueError,
+            "target_parameters is set, but lora_dropout is",
+        ),
+        ({"target_parameters": ["w"], "lora_bias": True}, ValueError, "target_parameters is set, but lora_bias is T"),
+        (
+            {"target_parameters": ["w"], "fan_in_fan_out": True},
+            ValueError,
+            "target_parameters is set, but fan_in_fan_out",
+        ),
         ({"enable_lora": [True]}, TypeError, "enable_lora is [True] of type list, want a dict"),
         ({"enable_lora": {"qkv": [False, False]}}, ValueError, "enable_lora['qkv'] is [False, False], want bools, at"),
         ({"enable_lora": {"qkv": [1, 0, 1]}}, ValueError, "enable_lora['qkv'] is [1, 0, 1], want bools"),
@@ -144,11 +151,11 @@ def test_nested_values_are_frozen_hashable_copyable_and_picklable():
         ({"use_rslora": 1}, TypeError, "use_rslora is 1, want True or False"),
         ({"inference_mode": None}, TypeError, "inference_mode is None, want True or False"),
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights is 'pissa', want True, False, \"gaussian\""),
-        ({"init_lora_weights": 1}, ValueError, "init_lora_weights is 1, want True, False"),
+        ({"init_lora_weights": 1}, TypeError, "init_lora_weights is 1, want True, False"),
         ({"task_type": "SEQ_CLASS"}, ValueError, "task_type is 'SEQ_CLASS', want None or one of CAUSAL_LM,"),
-        ({"init_lora_weights": [True]}, TypeError, "init_lora_weights is of type list, want True, False or a string"),
-        ({"base_model_name_or_path": 3}, TypeError, "base_model_name_or_path is of type int, want a string or None"),
-        ({"metadata": "peft_version"}, TypeError, "metadata is of type str, want a dict"),
+        ({"init_lora_weights": [True]}, TypeError, "init_lora_weights is [True], want True, False, "),
+        ({"base_model_name_or_path": 3}, TypeError, "base_model_name_or_path is 3 of type int, want a string or None"),
+        ({"metadata": "peft_version"}, TypeError, "metadata is 'peft_version' of type str, want a dict"),
     ],
 )
 def test_bad_values_are_named(settings, error, text):
@@ -172,7 +179,7 @@ def test_bad_values_are_named(settings, error, text):
         {"target_modules": ["q"], "bias": "all", "lora_bias": True, "init_lora_weights": False},
         {"target_modules": ["q"], "bias": "lora_only", "fan_in_fan_out": True, "init_lora_weights": "orthogonal"},
         {"target_modules": [], "target_parameters": ["experts.down"], "base_model_name_or_path": "here"},
-        {"target_modules": ["q"], "alora_invocation_tokens": [5, 3], "task_type": "CAUSAL_LM"},
+        {"target_modules": ["q"], "alora_invocation_tokens": [5, 3]},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -260,7 +267,7 @@ KEYS = {
 
 def test_every_key_of_the_installed_peft_is_decided():
     undecided = {field.name for field in dataclasses.fields(peft.LoraConfig)} - {"peft_type"} - KEYS.keys()
-    assert not undecided, "decide about these keys: a field of LoraConfig, or an entry in lora_ext/_config_keys.py"
+    assert not undecided, "decide about these keys: a field of LoraConfig, or an entry in _PEFT_ONLY or _INFORMATIONAL"
     ours = {field.name for field in dataclasses.fields(LoraConfig)} - {*NOT_OF_PEFT}
     assert ours == {key for key, (decision, _) in KEYS.items() if decision == "field"}
 
@@ -269,8 +276,6 @@ def test_every_key_of_the_installed_peft_is_decided():
 def test_every_key_of_peft_is_read_kept_or_refused(key):
     decision, value = KEYS[key]
     values = {"peft_type": "LORA", "target_modules": ["q"], key: value}
-    if key == "alora_invocation_tokens":
-        values["task_type"] = "CAUSAL_LM"
     if decision == "refused":
         with pytest.raises(ValueError) as caught:
             LoraConfig.from_dict(values)
@@ -346,6 +351,11 @@ def test_exact_patterns_mean_the_same_here_and_in_peft(ranks):
 def test_a_file_without_a_json_object():
     with pytest.raises(TypeError, match="LoraConfig: the values are of type list, want a dict"):
         LoraConfig.from_dict([])
+
+
+def test_options_of_peft_alone_name_the_other_door():
+    with pytest.raises(TypeError, match=r"there is no option 'use_qalora'. Use PEFT for it, .*peft\.accelerate"):
+        LoraConfig(target_modules=["q"], use_qalora=True)
 
 
 @pytest.mark.parametrize(

@@ -162,30 +162,22 @@ def test_the_adapter_may_change_while_merged():
     assert changed_elements(ours, before) == 0
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_weight_replaced_while_merged_is_unmerged_as_in_peft(name):
+@pytest.mark.parametrize("what", ["weight", "bias", "dtype"])
+def test_a_weight_changed_while_merged_is_unmerged_as_in_peft(what):
     theirs, ours = linear_pair({"lora_bias": True}, dtype=torch.float32)
     for model in (theirs, ours):
         model.merge_adapter()
         torch.manual_seed(0)
-        getattr(model.base_model.model[0].base_layer, name).data.normal_()
+        if what == "dtype":
+            model.to(torch.bfloat16)
+        else:
+            getattr(model.base_model.model[0].base_layer, what).data.normal_()
     theirs.unmerge_adapter()
     with pytest.warns(UserWarning, match="has been replaced or changed since: PEFT subtracts"):
         ours.unmerge_adapter()
+    tolerance = {"rtol": 0.02, "atol": 0.01} if what == "dtype" else {}
     for key, weight in weights(theirs).items():
-        torch.testing.assert_close(weights(ours)[key], weight)
-
-
-def test_a_dtype_converted_while_merged_is_unmerged_as_in_peft():
-    theirs, ours = linear_pair({}, dtype=torch.float32)
-    for model in (theirs, ours):
-        model.merge_adapter()
-        model.to(torch.bfloat16)
-    theirs.unmerge_adapter()
-    with pytest.warns(UserWarning, match="PEFT subtracts"):
-        ours.unmerge_adapter()
-    for key, weight in weights(theirs).items():
-        torch.testing.assert_close(weights(ours)[key], weight, rtol=0.02, atol=0.01)
+        torch.testing.assert_close(weights(ours)[key], weight, **tolerance)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -68,15 +68,6 @@ def test_merging(format):
     assert torch.equal(ours(x), y)
 
 
-def test_peft_unmerges_another_weight():
-    """If this fails, PEFT restores the bytes, and the remark in docs/peft.md can go."""
-    theirs, _ = models("nf4")
-    before = stored(theirs)
-    theirs.merge_adapter()
-    theirs.unmerge_adapter()
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in stored(theirs).items())
-
-
 @pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
 def test_two_adapters_and_a_failing_merge(format):
     _, ours = models(format)

@@ -226,34 +226,3 @@ def test_hooks_on_the_base_layer_run_and_keep_their_results():
     x = torch.randn(2, 6)
     torch.testing.assert_close(ours(x), theirs(x))
     assert len(seen) == 2 and torch.equal(*seen) and report(ours).layers[0].accelerated
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("Linear8bitLt", {"has_fp16_weights": False, "threshold": 0.0}),
-        ("Linear8bitLt", {"has_fp16_weights": False, "threshold": 6.0}),
-        ("Linear4bit", {"compute_dtype": torch.float32, "quant_type": "nf4"}),
-        ("Linear4bit", {"compute_dtype": torch.float32, "quant_type": "fp4"}),
-    ],
-)
-def test_quantised_layers_of_bitsandbytes(kind, options):
-    bnb = pytest.importorskip("bitsandbytes")
-    linear = getattr(bnb.nn, kind)(64, 32, **options)
-    linear.load_state_dict(nn.Linear(64, 32).state_dict())
-    model = nn.Sequential(linear.to(torch.get_default_device()))
-    setattr(model, {"Linear8bitLt": "is_loaded_in_8bit", "Linear4bit": "is_loaded_in_4bit"}[kind], True)
-    model.requires_grad_(False)
-    theirs = peft.get_peft_model(model, config(target_modules=["0"], lora_bias=True))
-    ours = accelerate(copy.deepcopy(theirs))
-    (layer,) = report(ours)
-    assert layer.accelerated and layer.kind == kind and layer.merge == ""
-    x = torch.randn(3, 64)
-    results = []
-    for one in (theirs, ours):
-        leaf = x.clone().requires_grad_()
-        one(leaf).square().sum().backward()
-        results.append([one(x), leaf.grad, *(p.grad for p in one.parameters() if p.grad is not None)])
-    assert len(results[0]) == 5
-    for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

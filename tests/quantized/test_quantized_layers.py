@@ -24,7 +24,7 @@ from torchao.quantization import (
 from torchao.quantization.quant_primitives import MappingType
 from torchao.quantization.quantize_.workflows import Int4TilePackedTo4dTensor
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext import LoraConfig, inject
 from lora_ext.adapters import disable_adapters, unload
 from lora_ext.nn import LoraLinear
 from lora_ext.quantized import quantized_weight
@@ -77,56 +77,54 @@ def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance:
         assert error <= tolerance * expected.float().norm(), (error, expected.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "autocast"], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
-def test_output_and_gradients(format):
-    model = net(format)
-    x = torch.randn(2, 5, 64)
+def test_output_and_gradients(format, dtype):
+    autocast = torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=dtype == "autocast")
+    dtype = torch.float32 if dtype == "autocast" else dtype
+    model, x = net(format, dtype), torch.randn(2, 5, 64).to(dtype)
     base = model(x)
-    inject(model, LoraConfig(r=4, target_modules=["up", "down"]))
+    fresh = inject(copy.deepcopy(model), LoraConfig(r=4, target_modules=["up", "down"]))
+    torch.testing.assert_close(fresh(x), base)
+    inject(model, CONFIG)
     assert {type(model.up), type(model.down)} == {LoraLinear}
-    torch.testing.assert_close(model(x), base)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-
-    model = inject(net(format), CONFIG)
-    assert_same(step(model, model, x), step(lambda x: by_hand(model, x), model, x))
+    rounding = torch.bfloat16 if autocast._enabled else dtype
+    with autocast:  # in 16 bits two roundings of the same sums at different places
+        tolerance = max(1e-5, 4 * torch.finfo(rounding).eps)
+        assert_same(step(model, model, x), step(lambda x: by_hand(model, x), model, x), tolerance)
     with disable_adapters(model):
         torch.testing.assert_close(model(x), model.down.base_layer(torch.tanh(model.up.base_layer(x))))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("format", FORMATS)
-def test_half_precision(format, dtype):
-    model, x = inject(net(format, dtype), CONFIG), torch.randn(6, 64).to(dtype)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    # Two roundings of the same sums at different places.
-    assert_same(step(model, model, x), step(lambda x: by_hand(model, x), model, x), 4 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_autocast(format):
-    model, x = inject(net(format), CONFIG), torch.randn(6, 64)
-    with torch.autocast(x.device.type, torch.bfloat16):
-        assert_same(
-            step(model, model, x), step(lambda x: by_hand(model, x), model, x), 4 * torch.finfo(torch.bfloat16).eps
-        )
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
-def test_gradient_checkpointing_with_dropout(format, reentrant):
+def test_checkpointing_and_compilation(format):
     model = inject(net(format), dataclasses.replace(CONFIG, lora_dropout=0.3))
-    x = torch.randn(6, 64)
-    results = []
-    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+    x, results = torch.randn(6, 64), []
+    for run in (
+        model,
+        lambda x: checkpoint(model, x, use_reentrant=False),
+        lambda x: checkpoint(model, x, use_reentrant=True),
+    ):
         torch.manual_seed(3)
         results.append(step(run, model, x))
-    assert_same(*results)
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+    model, base = inject(net(format), CONFIG), net(format)
+    torch._dynamo.reset()
+    breaks = torch._dynamo.explain(base)(x).graph_break_count
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(model)(x).graph_break_count <= breaks
+    torch._dynamo.reset()
+    assert_same(step(torch.compile(model, backend="aot_eager"), model, x), step(model, model, x))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_evaluation_between_training_steps_changes_no_byte(format):
     """bitsandbytes packs a 4-bit weight for some CPUs in eval mode, which rounds its scales and ends training."""
-    model, x = inject(net(format), CONFIG), torch.randn(6, 64)
+    base = net(format)
+    packs = getattr(base.up, "support_avx512bf16_for_cpu", None)
+    model, x = inject(base, CONFIG), torch.randn(6, 64)
     expected = step(model, model, x)
     with unchanged_bytes(model):
         model.eval()
@@ -134,21 +132,8 @@ def test_evaluation_between_training_steps_changes_no_byte(format):
             y = model(x)
         assert (y - expected[0]).norm() <= 0.02 * expected[0].norm()  # LLM.int8 quantises the input in eval mode
         model.train()
-        assert_same(step(model, model, x), expected)
-
-
-def test_a_packed_weight_is_unpacked_and_packed_again_after_unload():
-    base = net("nf4").eval()
-    if not base.up.support_avx512bf16_for_cpu or base.up.weight.is_cuda:
-        pytest.skip("this machine packs no weights")
-    x = torch.randn(6, 64)
-    with torch.no_grad():
-        base(x)
-    assert base.up.weight.quant_state.packing_format_for_cpu
-    model = inject(base, CONFIG)
-    assert not model.up.base_layer.weight.quant_state.packing_format_for_cpu
-    assert_same(step(model, model, x), step(lambda x: by_hand(model, x), model, x))
-    assert unload(model).up.support_avx512bf16_for_cpu
+        assert_same(step(model.to(x.device), model, x), expected)
+    assert getattr(unload(model).up, "support_avx512bf16_for_cpu", None) == packs
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "nf4-double"])
@@ -202,42 +187,6 @@ def test_copies(format, how):
 
 
 TORCHAO = [name for name in FORMATS if name.startswith("torchao")]
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_moving_and_freezing(format):
-    model, x = inject(net(format), CONFIG), torch.randn(6, 64)
-    expected = step(model, model, x)
-    with unchanged_bytes(model):
-        model.to(x.device)
-        model.requires_grad_(True) if format in TORCHAO else None
-        model.up.base_layer.requires_grad_(False), model.down.base_layer.requires_grad_(False)
-        assert_same(step(model, model, x), expected)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_adapter_files(format, tmp_path):
-    base = Net()
-    model, x = inject(quantized_copy(base, format), CONFIG).eval(), torch.randn(6, 64)
-    save_adapter(model, tmp_path)
-    torch.testing.assert_close(load_adapter(quantized_copy(base, format), tmp_path).eval()(x), model(x))
-    plain = load_adapter(base, tmp_path).eval()  # the same files load into the model that was not quantised
-    assert torch.equal(plain.up.adapters["default"].lora_A, model.up.adapters["default"].lora_A)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("format", ["nf4", "int8", "torchao-int8", "torchao-int4"])
-def test_compiled(format):
-    torch._dynamo.reset()
-    base, x = net(format), torch.randn(6, 64)
-    breaks = torch._dynamo.explain(base)(x).graph_break_count
-    model = inject(net(format), CONFIG)
-    torch._dynamo.reset()
-    assert torch._dynamo.explain(model)(x).graph_break_count <= breaks
-    torch._dynamo.reset()
-    expected = step(model, model, x)
-    compiled = torch.compile(model, backend="aot_eager")
-    assert_same(step(compiled, model, x), expected)
 
 
 @pytest.mark.parametrize("format", ["nf4", "torchao-int8"])
@@ -331,14 +280,6 @@ def test_variants_of_torchao(variant, dtype):
     torch.testing.assert_close(linear(x).float(), expected, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02)
 
 
-def test_bitsandbytes_on_the_cpu_rounds_widths_beside_its_block_size_badly():
-    """If this fails, bitsandbytes is mended: remove the remark in docs/quantized.md and docs/limitations.md."""
-    values = torch.randn(64, 96, device="cpu")
-    codes, state = bitsandbytes.functional.quantize_4bit(values, quant_type="nf4")
-    error = (bitsandbytes.functional.dequantize_4bit(codes, state) - values).norm() / values.norm()
-    assert error > 0.15
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_rows_choose_their_adapters(format):
     model, x = net(format), torch.randn(4, 3, 64)
@@ -363,7 +304,7 @@ class Packed(nn.Module):
 
 def test_all_linear_tells_of_the_quantised_layers_that_it_leaves_out():
     model = nn.Sequential(nn.Linear(4, 4), Packed(4, 4), Packed(4, 4))
-    left_out = r"leaves out quantised layers of Sequential: \['1', '2'\]: .*Packed has a qweight"
+    left_out = r"leaves out \['1', '2'\] of Sequential: it is quantised .*Packed has a qweight"
     with pytest.warns(UserWarning, match=left_out):
         inject(model, LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="no linear layer to adapt .*; 0 cannot be adapted: it is quantised"):

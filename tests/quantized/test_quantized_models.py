@@ -127,9 +127,18 @@ def test_train_save_load_merge_and_generate(checkpoint, quantization, tmp_path):
         merge(model)
         merged = model(batch).logits
         assert not torch.equal(merged, y)
+        model.save_pretrained(tmp_path / "merged")
         unmerge(model)
         assert torch.equal(model(batch).logits, y)
     assert torch.equal(model.generate(batch[:2], max_new_tokens=5, do_sample=False), text)
+    if quantization == "torchao-int4":
+        return  # Transformers writes it, and does not read it
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map={"": 0} if GPU else None)
+    assert again.config.quantization_config
+    here, there = stored(merge_and_unload(model)), stored(again)
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    with torch.no_grad():
+        torch.testing.assert_close(again(batch).logits, merged, rtol=0, atol=0.03 * merged.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -152,24 +161,6 @@ def test_a_dequantised_checkpoint_is_a_plain_one(checkpoint, quantization, dtype
             tolerance = (1e-4 if dtype == torch.float32 else 0.05) * y.abs().max().item()
             torch.testing.assert_close(other(batch).logits.float(), y, rtol=0, atol=tolerance)
     assert torch.equal(plain(batch).logits, model(batch).logits)
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "torchao-int8"])
-def test_a_merged_quantised_checkpoint(checkpoint, quantization, tmp_path):
-    model, batch = inject(load(checkpoint, quantization), LoraConfig(**OPTIONS)), ids()
-    train(model, batch)
-    merge(model.eval())
-    with torch.no_grad():
-        y = model(batch).logits
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": 0} if GPU else None)
-    assert again.config.quantization_config
-    bytes_here, bytes_there = stored(merge_and_unload(model)), stored(again)
-    assert bytes_here.keys() == bytes_there.keys()
-    for name, tensor in bytes_here.items():
-        assert torch.equal(tensor, bytes_there[name]), name
-    with torch.no_grad():
-        torch.testing.assert_close(again(batch).logits, y, rtol=0, atol=0.03 * y.abs().max().item())
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "torchao-int8"])

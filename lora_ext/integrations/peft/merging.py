@@ -127,71 +127,56 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1) if weight.dim() > 1 else weight.unsqueeze(0)
 
 
+@torch.no_grad()
 def _merge_exactly(layer: LoraLayer, name: str) -> bool:
     """Merges exactly; returns False, with nothing changed, if PEFT's code must merge (non-finite results, ...)."""
     if merge_obstacle(layer, name):
         return False
-    if variant_of(layer, name) == DORA:
-        return _merge_dora(layer, name)
-    base, scaling = layer.get_base_layer(), float(layer.scaling[name])
+    base, scaling, norms = layer.get_base_layer(), float(layer.scaling[name]), None
     quantized = quantized_weight(base)
-    parameters, factors = [] if quantized else [base.weight], [(*_factors(layer, name), scaling)]
+    weights: list[Tensor | QuantizedWeight] = [_matrix(base.weight) if quantized is None else quantized]
+    updates = [(*_factors(layer, name), scaling)]
     lora_bias = layer.lora_B[name].bias if name in layer.lora_B else None
-    if lora_bias is not None:
+    if variant_of(layer, name) == DORA:
+        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        norms = row_norms(RescaledWeight(base, quantized).dequantize(), A, B, scaling)
+        factor = scale_of_rows(layer.lora_magnitude_vector[name].weight, norms)
+        weights, updates = [RescaledWeight(base, quantized, factor)], [(A, factor.unsqueeze(1) * B, scaling)]
+    elif lora_bias is not None:
         if base.bias is None:
             raise RuntimeError(_NO_BIAS)
-        parameters.append(base.bias)
-        factors.append((lora_bias.unsqueeze(0), lora_bias.new_ones(1, 1), scaling))
-    with torch.no_grad():
-        weights: list[Tensor | QuantizedWeight] = [_matrix(parameter) for parameter in parameters]
-        weights = [quantized, *weights] if quantized else weights
-        packed = [
-            pack_factors(torch.float32 if weight is quantized else weight.dtype, [update])
-            for weight, update in zip(weights, factors, strict=True)
-        ]
-        try:
-            records = _merge_all(weights, [A for A, _ in packed], [B for _, B in packed])
-        except ValueError:
-            return False
-        layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(w) for w in weights])
-        layer.merged_adapters.append(name)
-    return True
-
-
-@torch.no_grad()
-def _merge_dora(layer: LoraLayer, name: str) -> bool:
-    """Merges a DoRA adapter into a weight without other adapters, as :func:`_merge_exactly` does."""
-    base, scaling = layer.get_base_layer(), float(layer.scaling[name])
-    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    plain = RescaledWeight(base, quantized_weight(base))
-    norms = row_norms(plain.dequantize(), A, B, scaling)
-    factor = scale_of_rows(layer.lora_magnitude_vector[name].weight, norms)
-    weight = RescaledWeight(base, plain.inner, factor)
-    packed_A, packed_B = pack_factors(weight.sum_dtype, [(A, factor.unsqueeze(1) * B, scaling)])
+        weights.append(_matrix(base.bias))
+        updates.append((lora_bias.unsqueeze(0), lora_bias.new_ones(1, 1), scaling))
     try:
-        records = merge_quantized_("merge", [weight], [packed_A], [packed_B], ["the weight"])
+        records = _merge_all(weights, updates)
     except ValueError:
         return False
-    layer._cache_store(f"{name}-weight_norm", norms)  # for PEFT's unmerge, should the weight change meanwhile
-    layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(weight)])
+    if norms is not None:
+        layer._cache_store(f"{name}-weight_norm", norms)  # for PEFT's unmerge, should the weight change meanwhile
+    layer.__dict__.setdefault(_MERGES, {})[name] = ExactMerge(records, [_checksum(weight) for weight in weights])
     layer.merged_adapters.append(name)
     return True
 
 
 def _merge_all(
-    weights: list[Tensor | QuantizedWeight], lora_As: list[Tensor], lora_Bs: list[Tensor]
+    weights: list[Tensor | QuantizedWeight], updates: list[tuple[Tensor, Tensor, float]]
 ) -> list[MergeRecord | QuantizedRecord]:
     """Merges into all of the weights, or into none; only the first may be quantised."""
-    if not isinstance(weights[0], QuantizedWeight):
+    first, *others = weights
+    dtypes = [weight.sum_dtype if isinstance(weight, QuantizedWeight) else weight.dtype for weight in weights]
+    packed = [pack_factors(dtype, [update]) for dtype, update in zip(dtypes, updates, strict=True)]
+    lora_As, lora_Bs = [A for A, _ in packed], [B for _, B in packed]
+    if not isinstance(first, QuantizedWeight):
         return merge_all_("merge", weights, lora_As, lora_Bs)
-    first = merge_quantized_("merge", weights[:1], lora_As[:1], lora_Bs[:1], ["the weight"])
+    made = merge_quantized_("merge", [first], lora_As[:1], lora_Bs[:1], ["the weight"])
     try:
-        return [*first, *merge_all_("merge", weights[1:], lora_As[1:], lora_Bs[1:])]
+        return [*made, *merge_all_("merge", others, lora_As[1:], lora_Bs[1:])]
     except BaseException:
-        weights[0].write(first[0].stored)
+        first.write(made[0].stored)
         raise
 
 
+@torch.no_grad()
 def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
     merges: dict[str, ExactMerge] = layer.__dict__[_MERGES]
     if name not in merges:
@@ -202,18 +187,17 @@ def _unmerge_exactly(layer: LoraLayer, name: str) -> bool:
     old = records.pop(0) if isinstance(records[0], QuantizedRecord) else None
     if old is not None:
         holder = RescaledWeight(base, quantized_weight(base)) if parameters.pop(0) is not None else None
-    with torch.no_grad():
-        if all(parameter is not None and parameter.is_contiguous() for parameter in parameters):
-            weights = [_matrix(parameter) for parameter in parameters]
-            checked = weights if old is None else [holder, *weights]
-            if [_checksum(weight) for weight in checked] == merge.checksums:
-                unmerge_all_("unmerge", weights, records)
-                if old is not None:
-                    holder.write(old.stored)
-                del merges[name]
-                layer.merged_adapters.pop()
-                return True
-        del merges[name]
+    if all(parameter is not None and parameter.is_contiguous() for parameter in parameters):
+        weights = [_matrix(parameter) for parameter in parameters]
+        checked = weights if old is None else [holder, *weights]
+        if [_checksum(weight) for weight in checked] == merge.checksums:
+            unmerge_all_("unmerge", weights, records)
+            if old is not None:
+                holder.write(old.stored)
+            layer.merged_adapters.pop()
+            del merges[name]
+            return True
+    del merges[name]
     warn_user(
         f"The base weight into which adapter {name!r} was merged has been replaced or changed since: PEFT subtracts "
         "the update from the current weight, which rounds.",
