@@ -21,7 +21,7 @@ from lora_ext.model.adapter_set import AdapterSet, adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.method_files import MethodFiles
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.merged_state import check_same_merged
+from lora_ext.nn.state import check_same_merged
 
 MARKER = (
     "this file holds what was trained: load the base model, then call lora_ext.load_adapter(model, directory), or "
