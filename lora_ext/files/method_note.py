@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_ext.files.untrusted_json import read_json_object
-
-METHOD_FILE = "method.json"
-"""Without an adapter's config next to it, it is of a method that has no low-rank adapter."""
+from lora_ext.files.adapter_file import METHOD_FILE
+from lora_ext.files.reading import read_json
 
 _LARGEST = 1 << 20  # bytes
 
@@ -34,7 +32,7 @@ def read_method_note(directory: Path) -> MethodNote:
     """Reads the file in ``directory``. ValueError: it is damaged. OSError: it cannot be read."""
     path = directory / METHOD_FILE
     try:
-        content = read_json_object(path, "", _LARGEST)
+        content = read_json(path, limit=_LARGEST)
     except FileNotFoundError:
         return MethodNote("", None)
     try:

@@ -168,8 +168,6 @@ class AdapterSet:
         self.configs[adapter.name] = adapter.config
         self.active.added(adapter.name)
         self.active.changes += 1
-        if adapter.config.alora_invocation_tokens is not None:
-            self.active.invocations[adapter.name] = adapter.config.alora_invocation_tokens
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
         self.trained[adapter.name] = frozenset(
@@ -188,7 +186,6 @@ class AdapterSet:
         del self.configs[name], self._parameters[name], self.trained[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
-        self.active.invocations.pop(name, None)
         self._trainable.discard(name)
 
     def rename(self, old: str, new: str) -> None:
@@ -202,7 +199,6 @@ class AdapterSet:
             self.trained,
             self.biases,
             self.loaded_base,
-            self.active.invocations,
         ):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
@@ -265,14 +261,10 @@ def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
     if adapters is None:
         root = root_module(model)
         inner = next((path for path, module in root.named_modules() if _ATTRIBUTE in vars(module)), None)
-        raise ValueError(
-            f"{caller}: {type(root).__name__} is not injected; "
-            + (
-                "call lora_ext.inject on it (on this module, not on a part of it)"
-                if inner is None
-                else f"its part {inner!r} is: pass model.{inner}"
-            )
-        )
+        remedy = "call lora_ext.inject on it (on this module, not on a part of it)"
+        if inner is not None:
+            remedy = f"its part {inner!r} is: pass model.{inner}"
+        raise ValueError(f"{caller}: {type(root).__name__} is not injected; {remedy}")
     return adapters
 
 
@@ -293,27 +285,17 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
             )
         (name,) = adapters.active.names
     adapters.check_names(caller, [name])
-    adapter = adapter_in(root_module(model), adapters, name)
-    check_at_hand(caller, adapter)
-    return adapter
-
-
-def adapter_in(module: nn.Module, adapters: AdapterSet, name: str) -> Adapter:
-    """The adapter ``name`` as far as it is in ``module``: the model or a part of it; paths begin there."""
-    paths = {id(layer): path for path, around in BareModel(module).layers.items() for layer in around}
-    layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(module) if name in layer.adapters]
+    root = root_module(model)
+    paths = {id(layer): path for path, around in BareModel(root).layers.items() for layer in around}
+    layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(root) if name in layer.adapters]
     parts = complete_parts(Part(path, path, layer, layer.adapters[name]) for path, layer in layers)
-    return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
-
-
-def check_at_hand(caller: str, adapter: Adapter) -> None:
-    """Raises a RuntimeError if accelerate keeps values of the adapter elsewhere."""
-    for part in adapter.parts:
+    for part in parts:
         if any(is_offloaded(module, key) for module in part.adapter.modules() for key in module._parameters):
             raise RuntimeError(
                 f"{caller}: the factors of {part.path!r} are offloaded; inject or load after you dispatch or offload "
                 "the model, which leaves them on the device that computes"
             )
+    return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
 
 
 def check_names(caller: str, known: Mapping[str, object] | Iterable[str], names: Iterable[str]) -> None:

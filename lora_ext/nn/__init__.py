@@ -9,7 +9,7 @@
   ``base_layer``, what may be assumed of the frozen layer; ``expand``, an up-projection onto its output.
 - Layers that read one tensor: ``shared_inputs`` computes them together, ``input_groups`` finds them, ``operands`` says
   what a layer brings, ``checkpointed_parts`` where activation checkpointing separates them.
-- Rows of a batch that choose their adapters: ``rows``.
+- Mixed batches, whose rows name their adapters: ``rows``; ``compiled_rows`` refuses them in compiled code.
 - State: ``state_form`` and ``merged_state`` for ``state_dict``; ``outside_reads`` finds weights that are read without a
   call of the layer.
 """

@@ -39,8 +39,7 @@ class AdapterLayer(nn.Module):
     """
 
     place = 0
-    rows_choose: ClassVar[bool] = False  # whether the forward asks row_choice() (lora_ext/nn/rows/)
-    tokens_choose: bool = True  # whether the tokens of a row may use different adapters (lora_ext/nn/rows/packed.py)
+    rows_choose: ClassVar[bool] = False  # whether the forward asks row_choice() (lora_ext/nn/rows.py)
 
     @checked
     def __init__(self, base_layer: nn.Module, active: ActiveAdapters | None = None) -> None:

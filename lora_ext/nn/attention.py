@@ -19,9 +19,7 @@ from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alo
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_lora_biases, add_updates
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.rows.updates import RowUpdates, add_chosen
+from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -328,7 +326,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             for weight, bias, adapters, rows in projections:
                 updates = self._row_updates(adapters, rows)
                 y = F.linear(x, weight, bias).contiguous()
-                y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds, self)
+                y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
                 for part in y.split(E, dim=-1):
                     yield part if base.batch_first else part.transpose(0, 1)
 

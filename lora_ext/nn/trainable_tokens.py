@@ -13,9 +13,7 @@ from lora_ext._ops.checks import accumulation_dtype
 from lora_ext.nn.adapter_layer import TransparentLayer, freeze, innermost
 from lora_ext.nn.base_layer import has_forward_of, module_of_kind, own_copy, runs_alone, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.rows.split import add_by_rows
+from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
 
 class TokenRows(nn.Module):
@@ -171,7 +169,7 @@ class TrainableTokens(TransparentLayer):
             return replace(y, x, _rows_of(self.adapters[name]))
 
         present = tuple(name for name in choice.names if name in self.adapters)
-        return add_by_rows(y, x, choice, present, times, self, add)
+        return add_by_rows(y, x, choice, present, times, add)
 
     def _looked_up(self, y: Tensor, ids: Tensor, rows: TokenRows) -> Tensor:
         base = self.inner_layer

@@ -165,23 +165,17 @@ def test_loading_into_an_injected_model_replaces_values_in_place(tmp_path):
     source, model = inject(Net().eval(), config), inject(Net().eval(), config)
     save_adapter(source, tmp_path)
     identities = [id(p) for p in model.parameters()]
-    assert load_adapter(model, tmp_path) is model
+    assert load_adapter(model, str(tmp_path)) is model
     assert [id(p) for p in model.parameters()] == identities
     for (_, ours), (_, theirs) in zip(lora_modules(model), lora_modules(source), strict=True):
         torch.testing.assert_close(ours.delta_weight(), theirs.delta_weight(), rtol=0, atol=0)
     torch.testing.assert_close(model.head.weight, source.head.weight, rtol=0, atol=0)
+    half = load_adapter(Net().half(), tmp_path)  # values are cast to the adapter, which is in float32
+    assert {p.dtype for path, p in half.named_parameters() if "lora_" in path} == {torch.float32}
+    assert half.head.weight.dtype == torch.float16
 
 
-def test_values_are_cast_to_the_adapter(tmp_path):
-    adapter_of_net(tmp_path)
-    model = load_adapter(Net().half(), tmp_path)
-    assert {p.dtype for path, p in model.named_parameters() if "lora_" in path} == {torch.float32}
-    assert model.head.weight.dtype == torch.float16
-    for path, tensor in load_file(adapter_of_net(tmp_path / "second") / "adapter_model.safetensors").items():
-        assert tensor.dtype == torch.float32, path
-
-
-def test_config_of_a_peft_file_round_trips(tmp_path):
+def test_what_a_config_says_round_trips(tmp_path):
     theirs = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["up"], revision="v2"))
     theirs.save_pretrained(tmp_path / "theirs")
     save_adapter(load_adapter(Net(), tmp_path / "theirs"), tmp_path / "ours")
@@ -189,39 +183,27 @@ def test_config_of_a_peft_file_round_trips(tmp_path):
     assert read[0] == read[1]
     assert read[0]["revision"] == "v2" and read[0]["inference_mode"] is True
 
-
-def test_patterns_keep_their_order(tmp_path):
+    # The first of two patterns counts, so they keep their order; "all-linear" is saved as the matched layers.
     settings = {"rank_pattern": {"blocks.1.up": 3, "blocks..*": 4}, "alpha_pattern": {"up": 5, "blocks.0.up": 6}}
-    model = inject(Net(), LoraConfig(target_modules=["up"], **settings))
-    save_adapter(model, tmp_path)
-    again = load_adapter(Net(), tmp_path)
-    for ours, other in zip(lora_modules(model), lora_modules(again), strict=True):
-        assert ours[1].adapters.default.r == other[1].adapters.default.r
-        assert ours[1].adapters.default.scaling == other[1].adapters.default.scaling
+    model = inject(Net(), LoraConfig(target_modules="all-linear", **settings))
+    save_adapter(model, tmp_path / "patterns")
+    again = load_adapter(Net(), tmp_path / "patterns")
+    for (path, ours), (other, layer) in zip(lora_modules(model), lora_modules(again), strict=True):
+        assert (path, ours.adapters.default.r) == (other, layer.adapters.default.r)
+        assert ours.adapters.default.scaling == layer.adapters.default.scaling
+    saved = json.loads((tmp_path / "patterns" / "adapter_config.json").read_text())["target_modules"]
+    assert saved == [path for path, _ in lora_modules(model)]
 
 
-def test_all_linear_is_saved_as_the_matched_layers(tmp_path):
-    model = nn.TransformerEncoderLayer(8, 2, 12)
-    inject(model, LoraConfig(target_modules="all-linear"))
-    save_adapter(model, tmp_path)
-    matched = ["self_attn.out_proj", "linear1", "linear2"]
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == matched
-    load_adapter(nn.TransformerEncoderLayer(8, 2, 12), tmp_path)
-
-
-def test_a_model_around_an_injected_one_is_refused_by_the_place_of_that(tmp_path):
-    model = AveragedModel(inject(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"])))
-    with pytest.raises(ValueError, match=r"AveragedModel is not injected; its part 'module' is: pass model\.module"):
-        save_adapter(model, tmp_path)
-    save_adapter(model.module, tmp_path)
-
-
-def test_a_compiled_model_saves_the_same_keys(tmp_path):
-    model = Net()
-    inject(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+def test_wrappers_do_not_change_the_keys(tmp_path):
+    model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]))
     save_adapter(torch.compile(model, backend="aot_eager"), tmp_path)
     load_adapter(torch.compile(Net(), backend="aot_eager"), tmp_path)
     assert "base_model.model.blocks.0.up.lora_A.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    average = AveragedModel(model)
+    with pytest.raises(ValueError, match=r"AveragedModel is not injected; its part 'module' is: pass model\.module"):
+        save_adapter(average, tmp_path)
+    save_adapter(average.module, tmp_path)
 
 
 # --- bad files --------------------------------------------------------------------------------------------------------
@@ -285,7 +267,8 @@ def test_values_that_are_not_finite_give_one_warning(value, dtype, tmp_path):
         AdapterPool(Net().eval(), tmp_path, target_modules=["up", "down"], r=2, max_bytes=1 << 16) as pool,
         pytest.warns(UserWarning, match=text),
     ):
-        pool.pin("a")
+        pool.acquire(["a"])
+        pool.release(["a"])
 
 
 def test_every_mismatch_is_listed(model, tmp_path):

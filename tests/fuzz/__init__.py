@@ -1,1 +1,1 @@
-"""Malformed and extreme calls of all public functions, in separate processes: `make fuzz`, docs/robustness.md."""
+"""Malformed and extreme calls of all public functions, in separate processes: `make fuzz`."""

@@ -179,7 +179,7 @@ def test_bad_values_are_named(settings, error, text):
         {"target_modules": ["q"], "bias": "all", "lora_bias": True, "init_lora_weights": False},
         {"target_modules": ["q"], "bias": "lora_only", "fan_in_fan_out": True, "init_lora_weights": "orthogonal"},
         {"target_modules": [], "target_parameters": ["experts.down"], "base_model_name_or_path": "here"},
-        {"target_modules": ["q"], "alora_invocation_tokens": [5, 3], "task_type": "CAUSAL_LM"},
+        {"target_modules": ["q"], "alora_invocation_tokens": [5, 3]},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -276,8 +276,6 @@ def test_every_key_of_the_installed_peft_is_decided():
 def test_every_key_of_peft_is_read_kept_or_refused(key):
     decision, value = KEYS[key]
     values = {"peft_type": "LORA", "target_modules": ["q"], key: value}
-    if key == "alora_invocation_tokens":
-        values["task_type"] = "CAUSAL_LM"
     if decision == "refused":
         with pytest.raises(ValueError) as caught:
             LoraConfig.from_dict(values)

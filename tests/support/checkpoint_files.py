@@ -19,8 +19,6 @@ from support.merging import bits
 from support.models import shaken
 from torch import Tensor, nn
 
-from lora_ext.files.safetensors_format import encode_header
-
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
 EVERY_LAYER = {
@@ -72,9 +70,14 @@ def add_tensor(directory: Path, name: str, dtype: str = "U8", shape: tuple[int, 
     """Adds a tensor to a file of a checkpoint of two, and to the index."""
     data = dict(deserialize((directory / SHARD).read_bytes()))
     data[name] = {"dtype": dtype, "shape": shape, "data": bytes(range(nbytes))}
-    described = {key: (one["dtype"], tuple(one["shape"]), len(one["data"])) for key, one in data.items()}
-    header, places = encode_header(described, {"format": "pt"})
-    (directory / SHARD).write_bytes(header + b"".join(bytes(data[key]["data"]) for key in places))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, one in data.items():
+        begin, end = end, end + len(one["data"])
+        header[key] = {"dtype": one["dtype"], "shape": one["shape"], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    content = b"".join(bytes(one["data"]) for one in data.values())
+    (directory / SHARD).write_bytes(len(text).to_bytes(8, "little") + text + content)
     index = json.loads((directory / INDEX).read_text())
     index["weight_map"][name] = SHARD
     (directory / INDEX).write_text(json.dumps(index))

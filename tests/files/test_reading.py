@@ -1,0 +1,250 @@
+"""Files that strangers wrote: JSON, safetensors headers, and what is no regular file; the messages and the cost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save_file
+from support.header_mutations import mutated
+
+from lora_ext.files import reading
+from lora_ext.files.reading import open_tensors, parse_json, read_json, read_metadata, read_tensor, tensor_table
+
+pytestmark = pytest.mark.cpu_only("is about files")
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"a": [1, -2.5, None, True, "\u00e9\u6f22\U0001f600"], "b": {"c": [[], {}]}},
+        {"time_step_limit": [0.0, float("inf")]},  # as transformers writes it
+        {"n": 10**99, "text": "\\ud800 in words", "long": "x" * 10**6},
+    ],
+)
+def test_an_object_is_read(values, tmp_path):
+    for ensure_ascii in (True, False):
+        path = tmp_path / "x.json"
+        path.write_text(json.dumps(values, ensure_ascii=ensure_ascii), encoding="utf-8")
+        assert read_json(path, "test", 10**7) == values
+    assert parse_json('{"a": ' + "[" * 63 + "]" * 63 + "}", "the largest depth")
+
+
+WRONG = {
+    "": "is not JSON",
+    "{": "is not JSON",
+    "[1]": "holds a list, want an object",
+    "1": "holds a int, want an object",
+    "null": "holds a NoneType, want an object",
+    '{"a": 1, "b": {"c": 1, "c": 2}}': "is not JSON: the key 'c' occurs twice",
+    '{"a": ' + "9" * 5000 + "}": "is not JSON: Exceeds the limit",
+    '{"a": "\\ud800"}': "has a string that is not Unicode: ",
+    '{"a": [["\\udfff"]]}': "has a string that is not Unicode: ",
+    '{"\\ud800": 1}': "has a string that is not Unicode: ",
+    '{"a": ' + "[" * 64 + "]" * 64 + "}": "more than 64 levels",
+    '{"a": ' * 65 + "1" + "}" * 65: "more than 64 levels",
+    '{"a": ' + "[" * 10**5 + "]" * 10**5 + "}": "more than 64 levels",
+    '{"a": "\n"}': "is not JSON",
+    "\ufeff{}": "is not JSON",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=range(len(WRONG)))
+def test_bad_json_is_refused_in_one_line(text, message, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text, encoding="utf-8")
+    for read in (lambda: read_json(path, "test", 10**7), lambda: parse_json(text, f"test: {path}")):
+        with pytest.raises(ValueError) as caught:
+            read()
+        assert str(caught.value).startswith(f"test: {path} ") and message in str(caught.value)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 300
+
+
+def test_bytes_that_are_not_text_and_files_above_the_limit(tmp_path):
+    path = tmp_path / "x.json"
+    for raw in (b"\xff{}", b'{"a": "\xed\xa0\x80"}', b"\0" * 10):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match=r"x\.json is not JSON"):
+            read_json(path)
+    path.write_text('{"a": 1}')
+    assert read_json(path, "test", 8) == {"a": 1}
+    with pytest.raises(ValueError, match=r"test: .*x\.json is larger than 7 bytes"):
+        read_json(path, "test", 7)
+
+
+def _cases(size: int) -> dict[str, str]:
+    """Objects of about ``size`` bytes that are expensive to parse."""
+    return {
+        "lists": '{"a": [' + ",".join(["[]"] * (size // 3)) + "]}",
+        "keys": "{" + ",".join(f'"{i:06}": 0' for i in range(size // 12)) + "}",
+        "digits": '{"a": [' + ",".join(["9" * 99] * (size // 100)) + "]}",
+        "one number": '{"a": ' + "9" * size + "}",
+        "one key twice": '{"' + "x" * (size // 2) + '": 0, "' + "x" * (size // 2) + '": 0}',
+        "escapes": '{"a": "' + "\\u00e9" * (size // 6) + '"}',
+        "depth": '{"a": ' + "[" * (size // 2) + "]" * (size // 2) + "}",
+    }
+
+
+@pytest.mark.parametrize("name", _cases(100))
+def test_a_megabyte_of_json_is_cheap(name):
+    """Memory is bounded, and time grows with the size, not with its square."""
+    seconds = []
+    for size in (125_000, 1_000_000):
+        text = _cases(size)[name]
+        tracemalloc.start()
+        begin = time.process_time()
+        with contextlib.suppress(ValueError):
+            parse_json(text, "x")
+        seconds.append(time.process_time() - begin)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+        tracemalloc.stop()
+    assert seconds[1] < 40 * (seconds[0] + 0.01)  # 8 times the size
+
+
+@pytest.mark.parametrize("read", [read_json, tensor_table])
+def test_only_regular_files_are_opened_and_none_is_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        kinds = {"pipe": "a pipe", "link": "a pipe", "socket": "a socket", ".": "a directory", "/dev/zero": "a device"}
+        for name, kind in kinds.items():
+            with pytest.raises(ValueError, match=f"is {kind}, want a regular file"):
+                read(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="none"):
+        read(tmp_path / "none")
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def by_library(content: bytes) -> dict[str, tuple[str, list[int], bytes]] | None:
+    """Dtype, shape and bytes of each tensor; None if refused."""
+    try:
+        return {name: (one["dtype"], list(one["shape"]), bytes(one["data"])) for name, one in deserialize(content)}
+    except SafetensorError:
+        return None
+
+
+def by_us(path: Path, content: bytes) -> dict[str, tuple[str, list[int], bytes]] | None:
+    path.write_bytes(content)
+    try:
+        table = tensor_table(path)
+    except ValueError as error:
+        text = str(error).replace(str(path), "")
+        assert text.isprintable() and len(text) < 700, text
+        return None
+    return {
+        name: (info.dtype, list(info.shape), content[info.begin : info.begin + info.nbytes])
+        for name, info in table.items()
+    }
+
+
+def unusable(tensors: dict[str, tuple[str, list[int], bytes]]) -> bool:
+    """Returns whether PyTorch could not hold a tensor, or a message could not name it."""
+    shapes = [shape for _, shape, _ in tensors.values()]
+    return not all(map(str.isprintable, tensors)) or any(
+        torch.Size([max(size, 1) for size in shape]).numel() > 2**59 or len(shape) > 64 for shape in shapes
+    )
+
+
+def test_mutated_headers_are_accepted_exactly_if_the_library_accepts_them(tmp_path):
+    rng, path = random.Random(1), tmp_path / "x.safetensors"
+    accepted, cases = 0, 2000
+    for case in range(cases):
+        content = mutated(rng)
+        expected = by_library(content)
+        found = by_us(path, content)
+        assert found == expected or (found is None and unusable(expected)), (case, content)
+        accepted += found is not None
+    assert 0.15 < accepted / cases < 0.6  # enough of both kinds to test something
+
+
+HEADERS = {
+    b"": False,
+    b"{}": True,
+    b" {} \n": True,
+    b"{}\0": False,
+    b"null": False,
+    b'{"__metadata__":{"a":1}}': False,
+    b'{"a":["U8",[2],[0,2]]}': True,  # serde accepts a list for a struct
+    b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2],"x":{"y":[1e9]}}}': True,
+    b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2,3]}}': False,
+    b'{"a":{"dtype":"u8","shape":[2],"data_offsets":[0,2]}}': False,
+    b'{"a":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}': True,
+    b'{"a":{"dtype":"U8","shape":[4611686018427387904,4611686018427387904,0],"data_offsets":[0,0]},'
+    b'"b":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}': False,
+    b'{"\xff":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}': False,
+}
+
+
+@pytest.mark.parametrize(("header", "accepted"), HEADERS.items(), ids=range(len(HEADERS)))
+def test_unusual_headers(header, accepted, tmp_path):
+    content = struct.pack("<Q", len(header)) + header + (b"ab" if b"2]" in header else b"")
+    expected = by_library(content)
+    assert (expected is not None) == accepted, "the library has changed"
+    assert by_us(tmp_path / "x", content) == expected
+
+
+def test_a_header_that_is_too_long_or_missing(tmp_path):
+    path = tmp_path / "x"
+    for content in (b"", b"\0" * 7, b"\0" * 8, struct.pack("<Q", 2**64 - 1) + b"{}", struct.pack("<Q", 100) + b"{}"):
+        assert by_library(content) is None and by_us(path, content) is None
+    with open(path, "wb") as file:  # a sparse file
+        file.write(struct.pack("<Q", 100_000_001) + b"{}")
+        file.truncate(100_000_009)
+    with pytest.raises(ValueError, match="header too large"):
+        tensor_table(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ('"a\\u001b[31m\\nfake: error"', "[2]", r"characters that cannot be printed: 'a\\x1b\[31m\\nfake: error'"),
+        (f'"{"x" * 501}"', "[2]", "a name of 501 characters"),
+        ('"a"', "[4611686018427387904,0]", r"a has a shape that PyTorch cannot hold: \[4611686018427387904, 0\]"),
+        ('"a"', f"[{','.join(['1'] * 64)},2]", "a has a shape that PyTorch cannot hold"),
+    ],
+)
+def test_names_and_shapes_that_no_model_has(name, shape, message, tmp_path):
+    nbytes = 0 if shape.endswith("0]") else 2
+    header = f'{{{name}:{{"dtype":"U8","shape":{shape},"data_offsets":[0,{nbytes}]}}}}'.encode()
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header + b"ab"[:nbytes])
+    with pytest.raises(ValueError, match=message) as caught:
+        tensor_table(tmp_path / "x")
+    assert str(caught.value).isprintable()
+    with pytest.raises(ValueError, match=message), open_tensors(tmp_path / "x"):
+        pass
+
+
+def test_dtypes_of_a_newer_library_are_refused(tmp_path, monkeypatch):
+    save_file({"a": torch.ones(2)}, tmp_path / "x")
+    monkeypatch.delitem(reading.BITS, "F32")
+    with pytest.raises(ValueError, match=r"has a tensor of an unknown dtype, F32: 'a'"):
+        tensor_table(tmp_path / "x")
+
+
+def test_files_of_the_library_are_read(tmp_path):
+    tensors = {"b": torch.arange(6).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16), "none": torch.ones(0, 4)}
+    save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
+    assert read_metadata(tmp_path / "x") == {"format": "pt"}
+    table = tensor_table(tmp_path / "x")
+    assert table.keys() == tensors.keys()
+    assert all(torch.equal(read_tensor(tmp_path / "x", info), tensors[name]) for name, info in table.items())
+    with open(tmp_path / "x", "r+b") as file:
+        file.truncate(table["a"].begin + 1)
+    with pytest.raises(ValueError, match="x became shorter while it was read"):
+        read_tensor(tmp_path / "x", table["a"])

@@ -1,0 +1,191 @@
+"""Files and directories that are whole or absent, and safetensors files that the library reads."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.header_mutations import valid
+from support.properties import given, settings, st
+
+from lora_ext.files.reading import BITS, read_metadata, tensor_table
+from lora_ext.files.writing import new_directory, stream_tensors, write_file, write_files, write_tensors
+
+pytestmark = pytest.mark.cpu_only("is about files")
+
+
+def content(directory: Path) -> dict[str, str]:
+    """The text of every file below ``directory``; checks that nothing else is left there."""
+    assert not [path for path in directory.rglob("*") if ".unfinished" in path.name]
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+# --- whole or absent --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path):
+    (tmp_path / "x").write_text("old")
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), write_file(tmp_path / "x") as path:
+            path.write_text("half")
+            assert (tmp_path / "x").read_text() == "old"
+            raise error
+        assert content(tmp_path) == {"x": "old"}
+    with write_file(tmp_path / "x") as path:
+        path.write_text("new")
+    assert content(tmp_path) == {"x": "new"}
+
+
+def test_files_are_replaced_together(tmp_path):
+    directory, names = tmp_path / "a" / "b", ("weights", "more", "config")
+
+    def write(**texts: str) -> None:
+        with write_files(directory, names, "save") as staging:
+            for name, text in texts.items():
+                (staging / name).write_text(text)
+
+    write(weights="1", more="2", config="3")
+    (directory / "mine").write_text("mine")
+    write(weights="4", config="5")  # what is not written goes
+    assert content(directory) == {"weights": "4", "config": "5", "mine": "mine"}
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), write_files(directory, names, "save") as staging:
+            (staging / "weights").write_text("half")
+            raise error
+        with pytest.raises(error), write_files(tmp_path / "c" / "d", names, "save") as staging:
+            raise error
+    assert content(tmp_path) == {f"a/b/{name}": text for name, text in content(directory).items()}
+    assert content(directory) == {"weights": "4", "config": "5", "mine": "mine"} and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(("config", "is_there"), [("old", True), ("new", False)])
+def test_no_old_file_is_next_to_a_new_one(tmp_path, monkeypatch, config, is_there):
+    """The last file is missing while the others change, unless it stays as it is."""
+    names, seen = ("weights", "config"), []
+    for name in names:
+        (tmp_path / name).write_text("old")
+    replace = os.replace
+
+    def watched(source, target):
+        seen.append((Path(target).name, (tmp_path / "config").exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with write_files(tmp_path, names, "save") as staging:
+        (staging / "weights").write_text("new")
+        (staging / "config").write_text(config)
+    assert seen == [("weights", is_there), ("config", is_there)]
+    assert content(tmp_path) == {"weights": "new", "config": config}
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "a" / "out"
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), new_directory(out, "merge") as staging:
+            (staging / "x").write_text("half")
+            assert not out.exists()
+            raise error
+        assert not list(tmp_path.iterdir())
+    with new_directory(out, "merge") as staging:
+        (staging / "inner").mkdir()
+        (staging / "inner" / "x").write_text("whole")
+    assert content(tmp_path) == {"a/out/inner/x": "whole"}
+    (tmp_path / "empty").mkdir()
+    with new_directory(tmp_path / "empty", "merge") as staging:
+        (staging / "x").write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path in (out, out / "inner" / "x", tmp_path / "link"):
+        wanted = pytest.raises(FileExistsError, match=f"merge: {path} exists; choose a new directory")
+        with wanted, new_directory(path, "merge"):
+            raise AssertionError("nothing is to be written")
+    assert content(tmp_path) == {"a/out/inner/x": "whole", "empty/x": "1"}
+
+
+WRITERS = {
+    "write_file": lambda path: write_file(path, "save"),
+    "write_files": lambda path: write_files(path, ["x"], "save"),
+    "new_directory": lambda path: new_directory(path, "save"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_errors_name_the_path_and_the_remedy(name, tmp_path):
+    def fail(error: OSError, path: Path = tmp_path / "out") -> OSError:
+        with pytest.raises(OSError) as caught, WRITERS[name](path):
+            raise error
+        return caught.value
+
+    full = fail(OSError(28, "No space left on device"))
+    assert "save: cannot write there (No space left on device)" in str(full) and "free space" in str(full)
+    assert full.filename == str(tmp_path / "out") and full.errno == 28
+    elsewhere = FileNotFoundError(2, "No such file or directory", "/other/input")
+    assert fail(elsewhere) is elsewhere  # about a file that is read
+    (tmp_path / "file").write_text("")
+    assert f"save: {tmp_path / 'file'} is no directory" in str(fail(ValueError, tmp_path / "file" / "out"))
+    assert content(tmp_path) == {"file": ""}
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_written_as_the_library_reads_them(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 4).T,
+        "a": torch.ones(2, dtype=torch.bfloat16),
+        "none": torch.ones(0, 5),
+        "scalar": torch.tensor(3),
+    }
+    os.umask(mask := os.umask(0o022))
+    write_tensors(tmp_path / "x", tensors, {"format": "pt"})
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~mask
+    read = load_file(tmp_path / "x")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[key], tensor) and read[key].dtype == tensor.dtype for key, tensor in tensors.items())
+    for info in tensor_table(tmp_path / "x").values():
+        assert info.begin % info.torch_dtype.itemsize == 0
+
+
+@pytest.mark.full
+@settings(max_examples=100, deadline=None)
+@given(
+    metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=4),
+    seed=st.integers(0, 2**30),
+    names=st.lists(st.from_regex(r"[\w. ]{0,10}", fullmatch=True).filter(str.isprintable), unique=True, max_size=5),
+)
+def test_every_dtype_shape_and_metadata_can_be_written(metadata, seed, names, tmp_path_factory):
+    rng = random.Random(seed)
+    table: dict[str, tuple[str, tuple[int, ...]]] = {}
+    while len(table) < len(names):
+        for info in valid(rng)[0].values():
+            if "dtype" in info and len(table) < len(names):
+                table[names[len(table)]] = info["dtype"], tuple(info["shape"])
+    path = tmp_path_factory.mktemp("written") / "x.safetensors"
+    sizes = {name: torch.Size(shape).numel() * BITS[dtype] // 8 for name, (dtype, shape) in table.items()}
+    stream_tensors(path, table, metadata, lambda name: torch.full((sizes[name],), 7, dtype=torch.uint8))
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(table)
+    assert read_metadata(path) == metadata
+    assert {name: (info.dtype, info.shape) for name, info in tensor_table(path).items()} == table
+
+
+def test_what_no_reader_would_take_is_refused(tmp_path):
+    one = torch.ones(1)
+    for tensors, metadata, message in (
+        ({"__metadata__": one}, {}, "a tensor is called __metadata__"),
+        ({"a\nb": one}, {}, "characters that cannot be printed"),
+        ({"a" * 501: one}, {}, "has a name of 501 characters"),
+        ({"a": torch.quantize_per_tensor(one, 1.0, 0, torch.qint8)}, {}, "which the safetensors format lacks"),
+        ({"a": one}, {"step": 3}, r"metadata of a safetensors file must be strings, got \('step', 3\)"),
+        ({"a": one}, {"config": {"a": "b"}}, "must be strings, got"),
+        ({"a": one}, {"a": "\udfff"}, "are not Unicode: .*udfff"),
+        ({"a": one}, {"a": "x" * 100_000_000}, "more than 100000000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_tensors(tmp_path / "x", tensors, metadata)
+    with pytest.raises(ValueError, match="a has 4 bytes, but 8 were announced"):
+        stream_tensors(tmp_path / "x", {"a": ("F32", (2,))}, {}, lambda name: one)
