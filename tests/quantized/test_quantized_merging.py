@@ -122,7 +122,7 @@ def test_merge_and_unload_leaves_a_quantised_model(format):
     other = copy.deepcopy(model)
     merge(other)
     with pytest.raises(
-        RuntimeError, match="adapters are merged into 'up' in the state, where the update would count twice"
+        RuntimeError, match="merged into 'up' in the state, where the update would count twice"
     ):
         copy.deepcopy(model).load_state_dict(other.state_dict(), strict=False)
     merge_and_unload(model)
