@@ -26,6 +26,7 @@ from lora_ext._common.printable import listed, shown
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
+from lora_ext.matching.path_names import EndTable
 
 Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
 
@@ -162,6 +163,7 @@ def open_adapter(
     file = AdapterFile.open(directory, caller=caller)
     try:
         config = LoraConfig.from_dict(file.config)
+        targets, indices = _TargetParameters(config), _TokenIndices(file)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file.directory}: {error}") from error
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
@@ -174,7 +176,7 @@ def open_adapter(
             factors.setdefault(match["path"] or "", {})[match["side"]] = key
         elif match := _TOKENS.fullmatch(name):
             path = strip_base_layer(match["path"])
-            tokens.append(TokenRows(path, key, _token_indices(file, path)))
+            tokens.append(TokenRows(path, key, indices.of(path)))
         elif "lora_" in name.rpartition(".")[0] + name.rpartition(".")[2]:
             problems.append(f"unknown key: {key}")
         elif not {"original_module", "modules_to_save"} & set(name.split(".")):
@@ -183,7 +185,7 @@ def open_adapter(
     updates = []
     for wrapped in factors:
         try:
-            updates.append(_update(file, config, wrapped, factors))
+            updates.append(_update(file, config, targets, wrapped, factors))
         except ValueError as error:
             problems.append(str(error))
     paths = [update.path for update in updates if update.kind != "parameter"]
@@ -207,7 +209,11 @@ def strip_base_layer(path: str) -> str:
 
 
 def _update(
-    file: AdapterFile, config: LoraConfig, wrapped: str, factors: Mapping[str, Mapping[str, str]]
+    file: AdapterFile,
+    config: LoraConfig,
+    targets: _TargetParameters,
+    wrapped: str,
+    factors: Mapping[str, Mapping[str, str]],
 ) -> LowRankUpdate:
     sides, path = factors[wrapped], strip_base_layer(wrapped)
     is_embedding = "embedding_A" in sides or "embedding_B" in sides
@@ -219,7 +225,7 @@ def _update(
         raise ValueError(f"shapes of {path}: lora_A {shown(list(shape_A))}, lora_B {shown(list(shape_B))}")
     if not (file.dtype(A).is_floating_point and file.dtype(B).is_floating_point):
         raise ValueError(f"dtypes of {path}: lora_A {file.dtype(A)}, lora_B {file.dtype(B)}, want floating point")
-    parameters = () if is_embedding else _target_parameters(config, path)
+    parameters = () if is_embedding else targets.of(path)
     if _is_attention(wrapped, factors):
         kind, parameters = "attention", ()
     elif parameters:
@@ -270,23 +276,40 @@ def _is_attention(wrapped: str, factors: Mapping[str, object]) -> bool:
     return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
 
 
-def _target_parameters(config: LoraConfig, path: str) -> tuple[str, ...]:
-    """The names of the parameters of a module that ``target_parameters`` may mean, in the order of the config."""
-    names: dict[str, None] = {}
-    for target in config.target_parameters or ():
-        module, _, name = target.rpartition(".")
-        if f".{path}".endswith(f".{module}" if module else ""):
-            names[name] = None
-    if len(names) > _MOST_PARAMETERS:
-        raise ValueError(f"target_parameters names {len(names)} parameters of {path}, want at most {_MOST_PARAMETERS}")
-    return tuple(names)
+class _TargetParameters:
+    """Finds the parameters of a module that ``target_parameters`` may mean."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        self._names: dict[str, dict[str, None]] = {}  # of the module that a target names
+        for target in config.target_parameters or ():
+            module, _, name = target.rpartition(".")
+            self._names.setdefault(module, {})[name] = None
+        self._modules = EndTable(self._names)
+        for module, names in self._names.items():
+            if len(names) > _MOST_PARAMETERS:
+                text = f"target_parameters names {len(names)} parameters of {shown(module)}"
+                raise ValueError(f"{text}, want at most {_MOST_PARAMETERS}")
+
+    def of(self, path: str) -> tuple[str, ...]:
+        """Their names."""
+        modules = ("", *self._modules.find(path))
+        return tuple(dict.fromkeys(name for module in modules for name in self._names.get(module, ())))
 
 
-def _token_indices(file: AdapterFile, path: str) -> tuple[int, ...]:
-    """The rows of an embedding that ``trainable_token_indices`` names."""
-    indices = file.config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        indices = next((rows for name, rows in indices.items() if f".{path}".endswith(f".{name}")), None)
-    if not isinstance(indices, list):
-        raise ValueError(f"{file.directory}: trainable_token_indices of the config does not name {path}'s rows")
-    return tuple(indices)
+class _TokenIndices:
+    """Finds the rows of an embedding that ``trainable_token_indices`` names."""
+
+    def __init__(self, file: AdapterFile) -> None:
+        self._directory, indices = file.directory, file.config.get("trainable_token_indices")
+        self._by_name = indices if isinstance(indices, dict) else {}
+        self._names = EndTable(self._by_name)
+        self._of_all = tuple(indices) if isinstance(indices, list) else None
+
+    def of(self, path: str) -> tuple[int, ...]:
+        """The rows. Raises ValueError if the config does not name them."""
+        if self._of_all is not None:
+            return self._of_all
+        names = self._names.find(path)
+        if not names or not isinstance(self._by_name[names[0]], list):
+            raise ValueError(f"{self._directory}: trainable_token_indices of the config does not name {path}'s rows")
+        return tuple(self._by_name[names[0]])

@@ -20,6 +20,9 @@ _HEADS = (
 )
 
 
+_MOST_CANDIDATES = 16  # prefixes that are tried; real checkpoints have one
+
+
 class Prefix(NamedTuple):
     """What the names of a checkpoint have in place of a prefix of an adapter's names.
 
@@ -47,8 +50,10 @@ def find_prefix(keys: Collection[str], names: Sequence[str]) -> Prefix:
     ends = [place + 1 for place, letter in enumerate(name) if letter == "."][:-1]  # a lone "weight" says nothing
     candidates = [Prefix(removed=name[:end]) for end in ends if name[end:] in keys][:1]
     candidates += [Prefix(added=key.removesuffix(name)) for key in keys if key.endswith(f".{name}")]
-    fits = {prefix: sum(prefix.key(one) in keys for one in names) for prefix in candidates}
-    best = [prefix for prefix, count in fits.items() if count == max(fits.values())]
+    best = candidates
+    if 1 < len(candidates) <= _MOST_CANDIDATES:
+        fits = {prefix: sum(prefix.key(one) in keys for one in names) for prefix in candidates}
+        best = [prefix for prefix, count in fits.items() if count == max(fits.values())]
     if len(best) > 1:
         raise ValueError(f"{name} may be any of {', '.join(sorted(str(one.key(name)) for one in best)[:5])}")
     return best[0] if best else Prefix()

@@ -182,19 +182,11 @@ def choice_of(
     Raises:
         TypeError: ``names`` is no list of strings.
         KeyError: there is no such adapter; the message lists them.
-        ValueError: the batch has another number of rows; or its rows cannot choose: adapters are merged, one of them
-            has a part that is the same for all rows, or a layer gets something else than rows. The message has the
-            remedy.
+        ValueError: the batch has another number of rows; or its rows cannot choose: one of the adapters has a part that
+            is the same for all rows, a layer gets something else than rows, or a pool's adapters would train. The
+            message has the remedy.
     """
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"{caller}: {NAMES} is of type {type(names).__name__}, want a list with a name per row")
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        raise TypeError(
-            f"{caller}: {NAMES} has the entry {wrong[0]!r} of type {type(wrong[0]).__name__}, want a name per row; "
-            f"{BASE!r} is none"
-        )
-    if not names:
-        raise ValueError(f"{caller}: {NAMES} is empty, want a name for each row")
+    _check_list(names, caller)
     used = dict.fromkeys(name for name in names if name != BASE)
     pooled = () if adapters.pool is None else tuple(name for name in used if name not in adapters.configs)
     if pooled:
@@ -207,15 +199,14 @@ def choice_of(
             f"{caller}: {NAMES} has {len(names)} names, but {first[0]} has {len(first[1])} rows; pass a name for each "
             "row"
         )
-    unsupported = _unsupported(root, adapters)
+    unsupported, is_uniform = _unsupported(root, adapters), len(set(names)) == 1
     if unsupported.for_all:
         raise ValueError(f"{caller}: {NAMES}: {unsupported.for_all}")
-    is_mixed = len(set(names)) > 1
     for name in used:
         key = None if name in pooled else name
-        if reason := unsupported.for_rows.get(key) or (unsupported.for_several.get(key) if is_mixed else None):
+        if reason := unsupported.for_rows.get(key) or (None if is_uniform else unsupported.for_several.get(key)):
             raise ValueError(f"{caller}: {NAMES}: {name!r} cannot be chosen by a row: {reason}")
-        if is_mixed and (path := unsupported.outside_text.get(key)):
+        if not is_uniform and (path := unsupported.outside_text.get(key)):
             _check_media(root, values, name, path, caller)
     if pooled and root.training and torch.is_grad_enabled():
         raise ValueError(
@@ -225,10 +216,22 @@ def choice_of(
     if adapters.active.is_disabled:
         names, pooled = [BASE] * len(names), ()
     choice = RowChoice(names, adapters.active)
-    choice.is_uniform = len(set(names)) == 1
+    choice.is_uniform = is_uniform
     choice.pool, choice.pool_names = adapters.pool, pooled
     _note_rows(root, choice, values, caller)
     return choice
+
+
+def _check_list(names: object, caller: str) -> None:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{caller}: {NAMES} is of type {type(names).__name__}, want a list with a name per row")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(
+            f"{caller}: {NAMES} has the entry {wrong[0]!r} of type {type(wrong[0]).__name__}, want a name per row; "
+            f"{BASE!r} is none"
+        )
+    if not names:
+        raise ValueError(f"{caller}: {NAMES} is empty, want a name for each row")
 
 
 def _note_rows(root: nn.Module, choice: RowChoice, values: Mapping[str, Any], caller: str) -> None:

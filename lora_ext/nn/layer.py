@@ -18,7 +18,7 @@ from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, freeze
 from lora_ext.nn.base_layer import why_weight_unusable
-from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged
+from lora_ext.nn.state import MERGED_KEY, check_same_merged
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:

@@ -134,6 +134,8 @@ class LoraLinear(SharesInputs, OverLinear):
         if plain is not None:
             weight, bias = plain
             return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), self._updates(names, adapters))
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            self._check_exportable()
         return self._add_to_output(x, self.base_layer(x, *args, **kwargs), names, adapters)
 
     def operands(self) -> Operands | None:
@@ -171,8 +173,6 @@ class LoraLinear(SharesInputs, OverLinear):
         self, x: Tensor, y: Tensor, names: Sequence[str], adapters: Sequence[LoraAdapter | FactorsAtHand]
     ) -> Tensor:
         """Adds the adapters to a copy of ``y``, the base layer's output."""
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-            self._check_exportable()
         y = own_copy(self, y)
         if is_sharded(weight := self.base_layer._parameters.get("weight")) and not is_fully_sharded(self.base_layer):
             for adapter in adapters:

@@ -52,8 +52,9 @@ def test_adapters_that_act_on_all_rows_are_refused():
     assert_rows_equal(model, lambda **names: model(x, **names).detach())
     inject(model, LoraConfig(r=1, target_modules=["up"], bias="lora_only"), "biased")
     shaken(model)
-    with refused(model, ValueError, "the active adapter 'biased' has changed the model's biases for all rows"):
-        model(x, adapter_names=NAMES)
+    for names in (NAMES, ["__base__"] * 5):
+        with refused(model, ValueError, "the active adapter 'biased' has changed the model's biases for all rows"):
+            model(x, adapter_names=names)
     set_adapter(model, "a")
     with refused(model, ValueError, "'biased' cannot be chosen by a row: it trains the model's biases", "lora_bias"):
         model(x, adapter_names=["biased"] * 5)

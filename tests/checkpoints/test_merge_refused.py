@@ -273,5 +273,5 @@ def test_parameters_that_shapes_do_not_tell_apart(tmp_path):
     refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", words)
     edit_config(tmp_path / "adapter", target_parameters=[*names, *(f"experts.p{i}" for i in range(5))])
     refuses(
-        tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "names 7 parameters of experts, want at most 4"
+        tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "names 7 parameters of 'experts', want at most 4"
     )
