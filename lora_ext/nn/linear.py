@@ -145,6 +145,8 @@ class LoraLinear(SharesInputs, OverLinear):
         adapter = adapters.get(names[0]) if len(names) == 1 else None
         if adapter is None or self._merged is not None or self._compiled_call_impl is not None:
             return None
+        if "ds_id" in self.__dict__:
+            return None  # an engine with ZeRO-3 brings the values for a call, see _applied
         state = adapter.__dict__
         factors = state["_parameters"]
         lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
