@@ -1,7 +1,7 @@
 """Measures a model whose rows name their adapters, against one adapter, the bare model and PEFT.
 
     python benchmarks/bench_rows.py [--cases 32x1@1024,32x32@1024,32x1@4096] [--adapters 32]
-        [--pool-dtype bfloat16] [--write]
+        [--pool-dtype bfloat16] [--training] [--write]
 
 A Llama without its vocabulary, all linear layers adapted, in inference without a cache. A case is ROWSxTOKENS@HIDDEN;
 the model has ``4096 / HIDDEN`` blocks. Row i names adapter i modulo ``--adapters``. Contestants: the model with one
@@ -9,6 +9,9 @@ adapter for all rows (``set_adapter``); ``adapter_names`` with adapters of the m
 model; PEFT's model with ``adapter_names``, and the same accelerated. They are timed only if they agree. Ratios are to
 the model with one adapter; overhead is what ``adapter_names`` costs beyond the frozen model, divided by what it costs
 in PEFT.
+
+With ``--training`` a step is forward and backward. The contestants are the model with one adapter that trains, and with
+all of them, named by rows; PEFT refuses names in training, and a pool's adapters do not train.
 
 The C library keeps what was freed (harness/memory.py).
 """
@@ -52,13 +55,8 @@ class Case(NamedTuple):
         return f"{self.rows}x{self.tokens}@{self.hidden}"
 
 
-def make_models(dtype: torch.dtype, hidden: int, run: Report, directory: Path) -> dict[str, nn.Module]:
-    """The contestants, with the same adapters "a0", "a1", ..."""
-    import peft
-
-    from lora_ext.integrations.peft import accelerate
-
-    args = run.args
+def frozen_and_injected(dtype: torch.dtype, hidden: int, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+    """The bare model, and a copy of it with the adapters, of which the first is active."""
     blocks = max(1, 4096 // hidden)
     sizes = {"hidden_size": hidden, "intermediate_size": 11 * hidden // 4, "num_hidden_layers": blocks}
     config = LlamaConfig(vocab_size=64, num_attention_heads=max(1, hidden // 64), **sizes)
@@ -67,8 +65,19 @@ def make_models(dtype: torch.dtype, hidden: int, run: Report, directory: Path) -
     ours = copy.deepcopy(frozen)
     for i in range(args.adapters):
         lora_ext.inject(ours, lora_ext.LoraConfig(**options, init_lora_weights=False), f"a{i}")
+    return frozen, lora_ext.set_adapter(ours, "a0")
+
+
+def make_models(dtype: torch.dtype, hidden: int, run: Report, directory: Path) -> dict[str, nn.Module]:
+    """The contestants, with the same adapters "a0", "a1", ..."""
+    import peft
+
+    from lora_ext.integrations.peft import accelerate
+
+    args = run.args
+    frozen, ours = frozen_and_injected(dtype, hidden, args)
+    for i in range(args.adapters):
         lora_ext.save_adapter(ours, directory / f"a{i}", f"a{i}")
-    lora_ext.set_adapter(ours, "a0")
     pooled = copy.deepcopy(frozen)
     of_pool = {"max_bytes": pool_bytes(pooled, args), "dtype": args.pool_dtype and getattr(torch, args.pool_dtype)}
     lora_ext.AdapterPool(pooled, directory, target_modules=TARGETS, r=args.rank, **of_pool)
@@ -78,6 +87,30 @@ def make_models(dtype: torch.dtype, hidden: int, run: Report, directory: Path) -
     theirs.eval()
     accelerated = accelerate(copy.deepcopy(theirs))
     return {ONE: ours, FROZEN: frozen, ROWS: ours, POOL: pooled, PEFT: theirs, ACCELERATED: accelerated}
+
+
+def measure_training(dtype: torch.dtype, case: Case, run: Report) -> dict[str, object]:
+    one = frozen_and_injected(dtype, case.hidden, run.args)[1].train()
+    mixed = lora_ext.set_adapter(copy.deepcopy(one), [f"a{i}" for i in range(run.args.adapters)])
+    embeds = torch.randn(*case, dtype=dtype, device=run.args.device)
+    names = {"adapter_names": [f"a{i % run.args.adapters}" for i in range(case.rows)]}
+
+    def step(model: nn.Module, **more: list[str]) -> None:
+        model.zero_grad(set_to_none=True)
+        model(inputs_embeds=embeds, use_cache=False, **more).last_hidden_state.sum().backward()
+
+    seconds = run.interleaved({ONE: lambda: step(one), ROWS: lambda: step(mixed, **names)})
+    numbers = {"adapters": min(run.args.adapters, case.rows)}
+    return {"case": list(case), "dtype": report.dtype_name(dtype)} | numbers | report.against(seconds, ONE)
+
+
+def training_table(rows: list[dict]) -> str:
+    cells = (
+        [str(Case(*row["case"])), row["dtype"], str(row["adapters"]), report.milliseconds(row[f"{ONE}_ms"])]
+        + report.ratio_cells(row, [ROWS])
+        for row in rows
+    )
+    return report.markdown(["rows x tokens @ width", "dtype", "adapters", f"{ONE}, ms", ROWS], cells)
 
 
 def pool_bytes(model: nn.Module, args: argparse.Namespace) -> int:
@@ -139,14 +172,16 @@ def main() -> None:
     parser.add_argument("--cases", type=lambda text: [Case.parse(part) for part in text.split(",")], default=default)
     parser.add_argument("--adapters", type=report.at_least(1), default=32)
     parser.add_argument("--pool-dtype", choices=["float32", "bfloat16"], help="of the pool's factors (float32)")
+    parser.add_argument("--training", action="store_true", help="measure forward and backward")
     args = parser.parse_args()
     what = f"A Llama whose rows name adapters, r={args.rank}"
     if args.pool_dtype:
         what += f", the pool's factors in {args.pool_dtype}"
     run = Report(args, what + memory.keep_freed_memory(), most_case_s=60.0)
     cases = [(dtype, case) for dtype in (torch.float32, torch.bfloat16) for case in args.cases]
-    rows = run.measure(cases, lambda case: [measure(*case, run)], table)
-    run.finish(rows, table(rows))
+    of_case, of_rows = (measure_training, training_table) if args.training else (measure, table)
+    rows = run.measure(cases, lambda case: [of_case(*case, run)], of_rows)
+    run.finish(rows, of_rows(rows))
 
 
 if __name__ == "__main__":

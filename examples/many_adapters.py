@@ -1,11 +1,11 @@
-"""Serve a stream of requests that name one of many adapters, by continuous batching.
+"""Serve batches of requests that name one of many adapters.
 
     python examples/many_adapters.py [DIRECTORY]
 
 Each request has a prompt and a tenant, whose adapter is a directory of PEFT's files. The pool has fewer slots than
-there are tenants: an adapter is read when one of its requests may run. The same requests run with one adapter for all,
-and on the bare model, to compare. The model is a Llama made from its config and the adapters are random, so that this
-runs in seconds without a network.
+there are tenants: an adapter is read when a batch names it. The same requests run with one adapter for all, and on the
+bare model, to compare. The model is a Llama made from its config and the adapters are random, so that this runs in
+seconds without a network.
 """
 
 import random
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_ext import AdapterPool, LoraConfig, inject, save_adapter
 from lora_ext.adapters import unload
@@ -23,7 +23,6 @@ from lora_ext.adapters import unload
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TENANTS, SLOTS, BATCH, NEW_TOKENS = 40, 24, 16, 8
 GENERATION = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
-BATCHING = ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=128, max_requests_per_batch=BATCH)
 
 
 def make_model_and_adapters(directory):
@@ -45,36 +44,34 @@ def stream(number):
         yield f"tenant-{draw.randrange(TENANTS)}", [draw.randrange(1, 1000) for _ in range(draw.randint(4, 12))]
 
 
-def serve(manager, requests):
-    """Answers all requests; returns the answers and the tokens per second. A tenant of None is the bare model."""
-    begin = time.perf_counter()
-    ids = [manager.add_request(prompt, adapter_name=tenant) for tenant, prompt in requests]
-    results = [manager.get_result() for _ in requests]  # as they are ready; others run meanwhile
-    answers = {result.request_id: result.generated_tokens for result in results}
-    return [answers[i] for i in ids], NEW_TOKENS * len(requests) / (time.perf_counter() - begin)
+def serve(model, requests):
+    """Answers all requests in batches, padded on the left; returns the answers and the tokens per second."""
+    begin, answers = time.perf_counter(), []
+    for i in range(0, len(requests), BATCH):
+        tenants, prompts = zip(*requests[i : i + BATCH], strict=True)
+        length = max(map(len, prompts))
+        ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+        tokens = model.generate(
+            ids, attention_mask=(ids != 0).long(), generation_config=GENERATION, adapter_names=list(tenants)
+        )
+        answers += tokens[:, -NEW_TOKENS:].tolist()
+    return answers, NEW_TOKENS * len(requests) / (time.perf_counter() - begin)
 
 
 def main(directory, number=64):
     model, requests = make_model_and_adapters(directory), list(stream(number))
     slot_bytes = 4 * (256 * 4 * 2 + 3 * (256 + 688)) * 16 * 4 + 4 * 7 * 16
-    with (
-        AdapterPool(model, directory, target_modules=TARGETS, r=16, max_bytes=SLOTS * slot_bytes) as pool,
-        model.continuous_batching_context_manager(GENERATION, continuous_batching_config=BATCHING) as manager,
-    ):
-        _, bare = serve(manager, [(None, prompt) for _, prompt in requests])
-        _, one = serve(manager, [("tenant-0", prompt) for _, prompt in requests])
-        mixed, throughput = serve(manager, requests)
+    with AdapterPool(model, directory, target_modules=TARGETS, r=16, max_bytes=SLOTS * slot_bytes) as pool:
+        _, bare = serve(model, [("__base__", prompt) for _, prompt in requests])
+        _, one = serve(model, [("tenant-0", prompt) for _, prompt in requests])
+        mixed, throughput = serve(model, requests)
         stats = pool.stats()
-    with AdapterPool(model, directory, target_modules=TARGETS, r=16, max_bytes=slot_bytes):  # a request alone
-        alone = [
-            model.generate(torch.tensor([prompt]), generation_config=GENERATION, adapter_names=[tenant])
-            for tenant, prompt in requests[:4]
-        ]
+        alone = [serve(model, [request])[0][0] for request in requests[:4]]
     print(f"mixed adapters: {throughput:.0f} tokens/s; one adapter: {one:.0f}; bare model: {bare:.0f}")
     print(
         f"{stats.loads} adapters were read into {stats.slots} slots, {stats.evictions} of them in place of another one"
     )
-    return mixed[:4], [tokens[0, -NEW_TOKENS:].tolist() for tokens in alone], stats
+    return mixed[:4], alone, stats
 
 
 if __name__ == "__main__":

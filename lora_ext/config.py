@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Annotated, Any, NoReturn, Protocol, get_type_hints, runtime_checkable
 
-from lora_ext._common.printable import escaped, shown
-from lora_ext._common.suggestion import suggestion
+from lora_ext._common.printable import escaped, shown, suggestion
 from lora_ext.matching.bounded_regex import check_expressions
 from lora_ext.matching.path_names import EndTable
 from lora_ext.matching.path_patterns import PathPatterns, as_tuple, layer_expressions
@@ -356,16 +355,18 @@ class LoraConfig:
         self._check_layers()
         self._check_initialisation()
         if self.target_parameters:
-            reason = "target_parameters is set: a bare parameter's adapter knows neither input nor output"
-            self._refuse_next_to(reason, "lora_dropout", "lora_bias", "fan_in_fan_out")
+            why = "a bare parameter's adapter knows neither input nor output"
+            self._refuse_next_to("target_parameters is set", why, "lora_dropout", "lora_bias", "fan_in_fan_out")
         if self.use_dora:
-            reason = "use_dora is True: DoRA goes without it"
-            self._refuse_next_to(reason, "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora")
+            others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora", "alora_invocation_tokens"
+            self._refuse_next_to("use_dora is True", "DoRA goes without it", *others)
 
-    def _refuse_next_to(self, reason: str, *keys: str) -> None:
+    def _refuse_next_to(self, setting: str, why: str, *keys: str) -> None:
         for key in keys:
             if value := getattr(self, key):
-                raise ValueError(f"LoraConfig: {key} is {shown(value)}, but {reason}; leave {key} at its default")
+                raise ValueError(
+                    f"LoraConfig: {setting}, but {key} is {shown(value)}; {why}: leave {key} at its default"
+                )
 
     def _check_targets(self) -> None:
         if self.target_modules or self.target_parameters:

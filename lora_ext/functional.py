@@ -102,12 +102,8 @@ def lora_delta_(
             passes through. The op that produced it must not need it for its backward (autograd checks that).
         x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``y``; any strides. Under autocast
             it is cast to the dtype that the base layer returned.
-        lora_A: ``[r, in_features]``, in any of the four dtypes; float32 factors with a 16-bit ``x`` compute in float32.
-        lora_B: ``[out_features, r]``, dtype of ``lora_A``.
+        lora_A, lora_B, dropout_p, seed: as in :func:`lora_linear`, with the same mask for the same seed.
         scaling: any finite number.
-        dropout_p: probability that an element of the adapter's input is zeroed, in [0, 1); quantised to 2**-16.
-        seed: int64 tensor of one element on ``x``'s device; names the dropout mask, the same as :func:`lora_linear`'s.
-            Drawn from the default generator when None.
 
     Returns:
         ``y``. The sum is taken in float32 (float64 for float64) and rounded once.
@@ -195,9 +191,7 @@ def lora_linear_siblings(
         lora_As: for each layer ``[r, in_features]``, all of one of the four dtypes; ``r`` may differ.
         lora_Bs: for each layer ``[out_features, r]``, dtype of ``lora_As``.
         scalings: for each layer, usually ``lora_alpha / r``; at least 0.
-        dropout_p: probability that an element of the adapters' input is zeroed, in [0, 1); quantised to 2**-16.
-        seed: int64 tensor of one element on ``x``'s device; names the dropout mask. Drawn from the default generator
-            when None.
+        dropout_p, seed: as in :func:`lora_linear`, for all layers.
 
     Returns:
         For each layer ``[..., out_features]``, dtype of ``x``. Products accumulate in float32 (float64 for float64).
@@ -243,12 +237,8 @@ def lora_delta_siblings(
             dtype; ``out_features`` may differ. Unchanged; their gradients pass through.
         x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``bases``; any strides. Under
             autocast it is cast to the dtype that the base layers returned.
-        lora_As: for each layer ``[r, in_features]``, all of one of the four dtypes; ``r`` may differ.
-        lora_Bs: for each layer ``[out_features, r]``, dtype of ``lora_As``.
+        lora_As, lora_Bs, dropout_p, seed: as in :func:`lora_linear_siblings`.
         scalings: for each layer any finite number.
-        dropout_p: probability that an element of the adapters' input is zeroed, in [0, 1); quantised to 2**-16.
-        seed: int64 tensor of one element on ``x``'s device; names the dropout mask. Drawn from the default generator
-            when None.
 
     Returns:
         For each layer a new tensor like its base. The sum is taken in float32 (float64 for float64) and rounded once.

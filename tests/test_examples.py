@@ -8,7 +8,6 @@ from pathlib import Path
 
 import peft
 import pytest
-from support.versions import needs
 
 from lora_ext.integrations.peft import report
 
@@ -111,7 +110,6 @@ def test_every_example_is_tested():
     assert len(programs) >= 8 and all(f'"{name}"' in source for name in programs)
 
 
-@needs("transformers", "5.18", "continuous batching has other options")
 @pytest.mark.full
 def test_many_adapters(tmp_path, capsys):
     mixed, alone, stats = main_of("many_adapters.py")(tmp_path, number=32)

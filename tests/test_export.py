@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import bert, token_ids
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, functional, inject, set_adapter
@@ -150,15 +149,6 @@ def test_plain_formulas_of_rows_that_choose():
     torch.testing.assert_close(program.module()(x, tensors), model(x, tensors))
 
 
-def test_plain_program_of_a_transformers_model():
-    model = inject(bert(), LoraConfig(target_modules="all-linear", **ALIVE)).eval()
-    with plain_pytorch():
-        program = torch.export.export(model, (), {"input_ids": token_ids(3)}, dynamic_shapes={"input_ids": {0: BATCH}})
-    assert not our_ops(program)
-    ids = token_ids(6)
-    torch.testing.assert_close(program.module()(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
 def test_plain_program_has_gradients():
     model, ids = net(), torch.randint(20, (3, 7))
     with plain_pytorch():
@@ -173,24 +163,20 @@ def test_plain_program_has_gradients():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_torchscript_is_refused_until_the_adapter_is_merged():
+def test_torchscript_is_traced_and_scripted_once_the_adapter_is_merged():
     model = inject(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"], **ALIVE))
     x = torch.randn(2, 4)
     expected = model(x)
     with pytest.raises(NotImplementedError, match="LoraLinear cannot be scripted; use torch.export or torch.compile"):
         torch.jit.script(model)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        assert "lora_ext::" in str(torch.jit.trace(model, (x,)).inlined_graph)
+        with plain_pytorch():
+            traced = torch.jit.trace(model, (x,))
+    assert "lora_ext::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), expected)
     torch.testing.assert_close(torch.jit.script(merge_and_unload(model))(x), expected)
-
-
-@pytest.mark.parametrize("plain", [False, True], ids=["ops", "plain"])
-def test_traced(plain):
-    model, ids = net().double(), torch.randint(20, (3, 7))
-    with torch.no_grad(), plain_pytorch() if plain else contextlib.nullcontext():
-        traced = torch.jit.trace(model, (ids,))
-    more = torch.randint(20, (5, 4))
-    torch.testing.assert_close(traced(more), model(more))
-    assert ("lora_ext::" in str(traced.inlined_graph)) is not plain
 
 
 def test_dropout_is_refused():
@@ -199,23 +185,10 @@ def test_dropout_is_refused():
         exported(net().train(), torch.randint(20, (3, 7)))
 
 
-def compile_and_run(
-    model: nn.Module, program: torch.export.ExportedProgram, libraries: list[Path], folder: Path
-) -> None:
-    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "package.pt2"))
-    ids = torch.randint(20, (5, 7))
-    run_elsewhere(folder, "package", ids, model(ids), libraries)
-
-
-@pytest.mark.full
-def test_aotinductor_with_our_ops(tmp_path):
-    model = net()
-    compile_and_run(model, exported(model, torch.randint(20, (3, 7))), library_paths(), tmp_path)
-
-
-@pytest.mark.slow
-def test_aotinductor_with_plain_pytorch(tmp_path):
-    model = net()
-    with plain_pytorch():
+@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ops", "plain"])
+def test_aotinductor(plain, tmp_path):
+    model, ids = net(), torch.randint(20, (5, 7))
+    with plain_pytorch() if plain else contextlib.nullcontext():
         program = exported(model, torch.randint(20, (3, 7)))
-    compile_and_run(model, program, [], tmp_path)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    run_elsewhere(tmp_path, "package", ids, model(ids), [] if plain else library_paths())

@@ -17,7 +17,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support.models import llama
 from support.optional import trl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -78,19 +77,9 @@ def test_python_of_the_readme(in_tmp_path):
 
 
 def test_python_of_many_adapters_md(in_tmp_path):
-    rows, packed, batched, invoked, pooled = python_blocks("docs/many-adapters.md")
+    rows, pooled = python_blocks("docs/many-adapters.md")
     ids = torch.ones(3, 4, dtype=torch.int64)
-    names = run(rows, model=bare_model().eval(), ids=ids)
-    assert torch.equal(names["y"].logits, names["same"].logits)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]])
-    model = run(packed, model=llama().eval(), ids=torch.randint(50, (1, 12)), positions=positions)["model"]
-    few = "max_new_tokens=8, eos_token_id=-1, pad_token_id=0"
-    assert "num_blocks=64" in batched  # otherwise Transformers takes 60 % of the machine's memory
-    results = run(batched.replace("max_new_tokens=8", few), model=model, prompts=[[5, 6], [7], [5, 6, 8]])["results"]
-    assert [len(result.generated_tokens) for result in results.values()] == [8, 8, 8]
-    inputs = {"input_ids": torch.tensor([[5, 2, 3, 4]]), "max_new_tokens": 2}
-    names = run(invoked.replace("[128006, 882]", "[2, 3]"), model=llama().eval(), inputs=inputs)
-    assert names["config"].alora_invocation_tokens == (2, 3)
+    assert run(rows, model=bare_model().eval(), ids=ids)["y"].logits.shape == (3, 3)
     for tenant, r in ((4, 4), (5, 8), (17, 16)):
         save_adapter(inject(bare_model(), LoraConfig(r=r, target_modules=["query"])), f"adapters/tenant-{tenant}")
     model = bare_model().eval()

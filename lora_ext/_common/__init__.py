@@ -1,1 +1,1 @@
-"""Helpers of the whole package: argument types, the lock for model changes, warnings, text in messages, progress."""
+"""Helpers of the whole package: argument types, the lock for model changes, text in messages, warnings, progress."""

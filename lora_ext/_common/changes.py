@@ -9,12 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
-
-if TYPE_CHECKING:
-    from lora_ext.nn.active import ActiveAdapters
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,14 +29,3 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
-
-
-@contextmanager
-def changing(*models: ActiveAdapters) -> Iterator[None]:
-    """Counts a block that changes the layers of ``models``, given by their shared state, as a change."""
-    with _lock:
-        try:
-            yield
-        finally:
-            for active in models:
-                active.changes += 1

@@ -1,7 +1,8 @@
-"""Makes foreign text safe for messages: no control characters, no line breaks, bounded length."""
+"""Text for messages: foreign text made safe (no control characters, bounded length), lists, close names, remedies."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 
 LONGEST_NAME = 500  # characters of a tensor's name; real models use up to 100
@@ -60,3 +61,14 @@ def listed(problems: Sequence[str]) -> str:
     more = len(problems) - _MOST_PROBLEMS
     lines = [*problems[:_MOST_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
     return "".join(f"\n  {escaped(line[:_LONGEST_PROBLEM])}" for line in lines)
+
+
+def suggestion(wrong: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean X?" with the closest of the names ``known``, or "" if none is close to ``wrong``."""
+    close = difflib.get_close_matches(wrong, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def install_hint(extra: str) -> str:
+    """Returns the command that installs ``extra`` of this package."""
+    return f"pip install '.[{extra}]' in a checkout of lora_ext"

@@ -14,7 +14,6 @@ from lora_ext.adapters.life_cycle import (
 )
 from lora_ext.adapters.merge_model import merge, merge_and_unload, merge_errors, merge_record_bytes, unload, unmerge
 from lora_ext.injection.inject import lora_modules
-from lora_ext.model.rows.choose_adapters import choose_adapters
 from lora_ext.nn.input_groups import InputGroup, InputGroups, input_groups
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "adapter_names",
     "adapter_status",
     "add_weighted_adapter",
-    "choose_adapters",
     "delete_adapter",
     "disable_adapters",
     "hotswap_adapter",

@@ -77,7 +77,7 @@ def add_weighted_adapter(
     Raises:
         ValueError: the model is not injected, the name is taken, adapters are merged, a setting is wrong, ranks differ
             but factors are added, two adapters train the same module in full, one trains the model's biases, or this
-            kind cannot combine a layer's factors; or their ``alora_invocation_tokens`` differ.
+            kind cannot combine a layer's factors.
         KeyError: there is no such adapter; the message lists them. Nothing is changed.
     """
     check_not_parallel(_CALLER, model)
@@ -200,12 +200,6 @@ def _check_can_combine(held: AdapterSet, adapters: Sequence[str]) -> None:
     if scaled := [name for name in adapters if held.configs[name].use_dora]:
         raise ValueError(
             f"{_CALLER}: {scaled[0]!r} is a DoRA adapter (use_dora), whose magnitudes cannot be combined; leave it out"
-        )
-    invocations = {name: held.configs[name].alora_invocation_tokens for name in adapters}
-    if len(set(invocations.values())) > 1:
-        raise ValueError(
-            f"{_CALLER}: the adapters act from different tokens on (alora_invocation_tokens): {invocations}; combine "
-            "adapters with the same"
         )
     if len(training := [name for name in adapters if held.configs[name].trainable_token_indices is not None]) > 1:
         raise ValueError(

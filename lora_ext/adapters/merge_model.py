@@ -349,11 +349,7 @@ def _report(caller: str, errors: Collection[MergeError]) -> None:
 
 def _check_mergeable(caller: str, wanted: Chosen) -> None:
     """Checks that adding to the weights does what the layers' forwards do."""
-    problems = [
-        f"{path}: {reason}"
-        for path, (layer, names) in wanted.items()
-        if (reason := layer.active.why_not_merge(sorted(names)) or layer.why_not_merge())
-    ]
+    problems = [f"{path}: {reason}" for path, (layer, names) in wanted.items() if (reason := layer.why_not_merge())]
     if problems:
         raise ValueError(f"{caller}: updates cannot be merged into{listed(problems)}")
 

@@ -4,6 +4,4 @@
   tensors, ``adapter_content`` writes them. They may have ``base_layers``, the ``packed_projection`` form, an
   ``expert_layout``; ``misfits`` lists what does not fit a model; ``method_note`` says of which method one is a part.
 - Low level: ``reading`` of what strangers wrote, ``writing`` of files that are whole or absent.
-- Before them: ``safetensors_format``, ``shard_index``, ``untrusted_json``, ``file_bytes``,
-  ``regular_file``, ``staged_files`` and ``held_file``.
 """

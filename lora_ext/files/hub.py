@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from lora_ext._common.install_hint import install_hint
+from lora_ext._common.printable import install_hint
 from lora_ext.files.adapter_file import ADAPTER_FILE_PATTERNS
 
 

@@ -1,19 +1,17 @@
-"""Checks that an adapter file fits a model (kinds, keys, shapes, dtypes, tied values), and names the remedies."""
+"""Checks that an adapter file fits a model: kinds, keys, shapes, dtypes, tied values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_ext._common.embeddings import input_embeddings
 from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.sharded import is_partitioned, is_sharded
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.model.adapter_set import Adapter
-from lora_ext.model.bare_model import root_module
 
 # With bias="all" PEFT also writes the biases of modules_to_save under the names inside its wrappers.
 _PEFT_DUPLICATES = (".original_module.bias", ".modules_to_save.bias")
@@ -41,7 +39,7 @@ def check_same_kind(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> 
             )
 
 
-def check_fits(model: nn.Module, targets: Mapping[str, Tensor], file: AdapterFile) -> None:
+def check_fits(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
     """Compares keys, shapes and dtypes of ``targets`` with the file's. ValueError: they differ; all are listed."""
     keys = [key for key in file.keys() if not key.endswith(_PEFT_DUPLICATES)]  # noqa: SIM118  not a dict
     missing = [f"missing key: {key}" for key in targets if key not in file]
@@ -57,10 +55,6 @@ def check_fits(model: nn.Module, targets: Mapping[str, Tensor], file: AdapterFil
             "all layers have other names: the file may be of another model, of a part of it (load it into that part), "
             "or of another version of Transformers, as with one adapter for each expert. PEFT converts some of these: "
             "PeftModel.from_pretrained(model, directory).save_pretrained(another)"
-        )
-    if (size := _other_vocabulary(model, targets, file)) is not None:
-        remedies.append(
-            f"the file is of a model with {size} tokens: model.resize_token_embeddings({size}) before it is injected"
         )
     _refuse([*remedies, *missing, *unexpected, *misfits(targets, file.tensors)], file)
 
@@ -94,17 +88,6 @@ def check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
             if twin != key and not torch.equal(*(_in_order_of(targets[k], file.tensor(k)) for k in (twin, key))):
                 problems.append(f"values of {key}: tied to {twin} in the model, but they differ in the file")
     _refuse(problems, file)
-
-
-def _other_vocabulary(model: nn.Module, targets: Mapping[str, Tensor], file: AdapterFile) -> int | None:
-    """Returns the number of tokens in the file's model, if a tensor differs from the model's in it alone."""
-    num_tokens = getattr(getattr(input_embeddings(root_module(model)), "weight", None), "shape", (None,))[0]
-    for key, target in targets.items():
-        if key in file and len(file.shape(key)) == target.dim():
-            differing = [sizes for sizes in zip(file.shape(key), target.shape, strict=True) if sizes[0] != sizes[1]]
-            if len(differing) == 1 and differing[0][1] == num_tokens:
-                return differing[0][0]
-    return None
 
 
 def _refuse(problems: Iterable[str], file: AdapterFile) -> None:

@@ -57,33 +57,29 @@ def save_adapter(
 ) -> None:
     """Saves an adapter of an injected ``model`` to ``directory``, where PEFT's ``from_pretrained`` can read it.
 
-    Creates the directory if needed; replaces an adapter in it and keeps other files. Each file appears whole, by a
-    rename, the config last: :func:`~lora_ext.files.writing.write_files`. After an error the old adapter is intact.
-
-    All ranks of a sharded model (FSDP2, ZeRO-3) must call it: they gather the factors, and the first one writes. Of a
-    model that is not sharded, any ranks may save, also at once.
+    Makes the directory if needed, replaces an adapter in it and keeps other files. Each file appears whole, by a
+    rename, the config last; after an error the old adapter is intact. All ranks of a sharded model (FSDP2, ZeRO-3) must
+    call it: they gather the factors, and the first one writes.
 
     Args:
         model: an injected model.
         directory: target directory.
         adapter_name: the adapter to save; None: the active one, which is the only one of the model or the only one
             that trains.
-        save_embedding_layers: True also saves the input embedding and the output head of the base model, which
+        save_embedding_layers: True also saves the base model's input embedding and output head, which
             :func:`load_adapter` and PEFT load; False saves none. "auto": both if the vocabulary was resized, decided
-            like in PEFT by the config of the model's ``name_or_path``; and base layers that :func:`load_adapter` loaded
-            with the adapter.
+            like in PEFT by the config of the model's ``name_or_path``; and base layers that were loaded with the
+            adapter.
 
     Warns:
-        UserWarning: the vocabulary was resized, so the file holds the embedding and the head; or parameters require
-            gradients that no adapter trains, and the file does not hold them.
+        UserWarning: the vocabulary was resized; or parameters require gradients that the file does not hold.
 
     Raises:
         ValueError: the model is not injected; or ``adapter_name`` is None and not exactly one adapter is active, or
             the model has others and the active one is not the one that trains.
         KeyError: there is no such adapter; the message lists the existing ones.
         OSError: the directory cannot be written; its content is unchanged.
-        RuntimeError: another rank could not write a sharded model; or a base layer that is saved contains a merged
-            adapter.
+        RuntimeError: another rank could not write; or a base layer that is saved contains a merged adapter.
     """
     prepare_shards("save_adapter", model)
     if adapter_name is None:
@@ -136,16 +132,12 @@ def load_adapter(
     """Loads an adapter, saved by :func:`save_adapter` or PEFT, into ``model`` under a name.
 
     A bare model is injected with the file's config. An injected model gets the adapter in addition, and as in PEFT its
-    active adapters stay active and keep training; if it has an adapter of that name, only the values of that adapter
-    are replaced, in place.
+    active adapters stay active and keep training; if it has an adapter of that name, the values of that adapter are
+    replaced, in place. Base layers in the file are loaded too, and saved again with the adapter. Values are cast to the
+    dtype of the parameters that they fill.
 
     A model in which nothing trains after the load of a frozen adapter is put into eval mode, which turns dropout off.
-    PEFT does so at every frozen load; here a model with another adapter in training stays in its mode, so that this
-    training keeps its dropout.
-
-    All tensors are read before the model changes. Values are cast to the dtype of the parameters that they fill. Base
-    layers in the file are loaded too, and saved again with the adapter: PEFT saves those of adapted or resized
-    embeddings.
+    (PEFT does so at every frozen load.)
 
     Args:
         model: any module.
@@ -155,8 +147,8 @@ def load_adapter(
         adapter_name: name of the adapter in the model.
         activate: makes it the active adapter, as :func:`lora_ext.set_adapter` does. The first adapter of a model is
             active in any case.
-        download: fetch the adapter's files into huggingface_hub's cache, or find them there: see
-            :func:`~lora_ext.files.hub.download_adapter`. Without it, nothing is ever fetched.
+        download: fetch the adapter's files into huggingface_hub's cache, or find them there. Without it, nothing is
+            ever fetched.
         revision: with ``download``, a branch, tag or commit of the repository.
         subfolder: of ``directory`` or the repository, which has the files: ``save_pretrained`` writes adapters with
             other names than "default" into subdirectories of these names.
@@ -175,7 +167,8 @@ def load_adapter(
         Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
 
     Warns:
-        UserWarning: the values of an adapter that DeepSpeed trains (ZeRO-1 or 2) are replaced.
+        UserWarning: the file has NaN or infinite values, or DeepSpeed (ZeRO-1 or 2) trains the adapter whose values are
+            replaced.
     """
     if download:
         directory = download_adapter(str(directory), revision, subfolder, caller="load_adapter")
@@ -293,7 +286,7 @@ def _fill_checked(
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
     file = in_present_layout(adapter, file, "load_adapter")
     unsaved = _unsaved_biases(adapter, file)
-    check_fits(model, _targets(model, adapter, file, unsaved), file)
+    check_fits(_targets(model, adapter, file, unsaved), file)
     if give_memory is not None:
         adapter = give_memory()
     targets = _targets(model, adapter, file, unsaved)

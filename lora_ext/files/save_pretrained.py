@@ -31,7 +31,7 @@ from lora_ext.model.given_state import with_values
 from lora_ext.model.method_files import MethodFiles
 from lora_ext.model.saver import SavePretrained
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.state_form import base_keys
+from lora_ext.nn.state import base_keys
 
 _DEFAULT = "default"  # the adapter that PEFT saves in the directory itself
 _STATE_FILE = "model.safetensors"
@@ -87,8 +87,7 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
                 raise ValueError(
                     f"{name}: {option}={options[option]!r} is for whole models: {remedy}, or merge(model) first"
                 )
-        if options.get("is_main_process", True):
-            _save_adapters(name, directory, module, method)
+        _save_adapters(name, directory, module, method, writes=options.get("is_main_process", True))
     return None
 
 
@@ -139,8 +138,11 @@ def _check_can_save_merged(name: str, directory: Path, method: MethodFiles | Non
         )
 
 
-def _save_adapters(name: str, directory: Path, module: nn.Module, method: MethodFiles | None) -> None:
-    """Writes the files of the method and of all adapters, and the state from which Trainer resumes."""
+def _save_adapters(name: str, directory: Path, module: nn.Module, method: MethodFiles | None, writes: bool) -> None:
+    """Writes the files of the method and of all adapters, and the state from which Trainer resumes.
+
+    Processes that do not write gather the parts of split layers (tensor parallelism) along with the one that does.
+    """
     _check_no_model(name, directory)
     adapters = adapter_set(module)
     contents: dict[str, AdapterContent] = {}
@@ -155,8 +157,10 @@ def _save_adapters(name: str, directory: Path, module: nn.Module, method: Method
             f"{name}: the adapter {_DEFAULT!r}, a part of {method.name}, was merged for good, removed or renamed; "
             "call lora_ext.methods.remove_method(model), which keeps the weights"
         )
-    _warn_of_lost_parameters(name, module, adapters, method, base)
     state = adapter_state(module, adapters, method, base)
+    if not writes:
+        return
+    _warn_of_lost_parameters(name, module, adapters, method, base)
     if method is not None:
         _write_method(name, directory, method, contents)
     for adapter_name, content in contents.items():

@@ -2,6 +2,6 @@
 
 - ``inject``: the order of it all, and how it is undone. ``targets`` finds what a config names, by PEFT's rules;
   ``check_targets`` refuses what cannot be adapted; ``build`` makes the layers.
-- Special models: ``mixtures`` ("all-linear" in a mixture of experts), ``pool_layers`` (of an AdapterPool).
+- ``mixtures``: "all-linear" in a mixture of experts.
 - ``trainers``: refuses PEFT, and TRL's trainers that need a reference model, on an injected model.
 """

@@ -10,8 +10,7 @@ from lora_ext.injection.build import adapted_modules, attention_around, lora_lay
 from lora_ext.injection.targets import Targets
 from lora_ext.matching.path_names import Parents, is_inside
 from lora_ext.model.bare_model import BareModel
-from lora_ext.model.rows.invocations import InvocationLimits
-from lora_ext.nn import LORA_LAYERS, DoraLinear, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
+from lora_ext.nn import LORA_LAYERS, DoraLinear, LoraLayer, LoraPackedLinear, LoraParameter
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.base_layer import brings_submodules, is_offloaded, why_bypassed
 from lora_ext.nn.trainable_tokens import TrainableTokens
@@ -23,13 +22,16 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
 
     Raises:
         TypeError: targets are of unsupported kinds; all are listed.
-        ValueError: a token does not exist; the model cannot have an invocation (aLoRA); values to train are offloaded;
+        ValueError: a token does not exist; the adapter is an aLoRA; values to train are offloaded;
             or a module was adapted by ``target_modules`` and is now a target of ``target_parameters``, or the reverse.
     """
+    if config.alora_invocation_tokens is not None:
+        raise ValueError(
+            f"inject: alora_invocation_tokens is {shown(list(config.alora_invocation_tokens))}, but aLoRA is PEFT's: "
+            "adapt the model by PEFT (get_peft_model, PeftModel.from_pretrained), and call "
+            "lora_ext.integrations.peft.accelerate on it"
+        )
     _check_kinds(bare, targets, config)
-    tokens = config.alora_invocation_tokens
-    if tokens is not None and (problem := InvocationLimits.of(bare).problem(tokens)):
-        raise ValueError(f"inject: {problem}")
     _check_trained(bare, targets)
     _check_tokens(bare, targets)
     _check_parameters(bare, targets, config)
@@ -55,8 +57,6 @@ def _check_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
             problem = f"enable_lora names it, but supports only {LoraPackedLinear.base_kinds}"
         elif kind is None and config.use_dora and quantized_weight(module) is None:
             problem = f"use_dora supports only {DoraLinear.base_kinds}"
-        if problem is None and config.alora_invocation_tokens is not None:
-            problem = _why_not_invoked(bare, path, kind)
         if problem is None and (attention := attention_around(bare, path)) is not None:
             problem = LoraMultiheadAttention.why_not(attention, config)
             if config.use_dora:
@@ -78,13 +78,6 @@ def why_bypassed_at(bare: BareModel, path: str) -> str | None:
     """Returns why an adapter of the module at ``path`` would have no effect, or None if that is not known."""
     parent, _, name = path.rpartition(".")
     return why_bypassed(bare.modules[parent] if parent else bare.root, name)
-
-
-def _why_not_invoked(bare: BareModel, path: str, kind: type[LoraLayer]) -> str | None:
-    """Returns the reason why an adapter of this layer cannot act from its invocation tokens on, or None."""
-    if issubclass(kind, LoraLinear) and attention_around(bare, path) is None:
-        return None
-    return "an adapter that acts from its invocation tokens on (alora_invocation_tokens) adapts linear layers only"
 
 
 def _check_trained(bare: BareModel, targets: Targets) -> None:

@@ -126,11 +126,10 @@ class _Search:
                 others = [other for other in paths[id(parameter)] if other not in inside and other not in self.tied]
                 if others:
                     are_tied = {path, *others} <= {self.embedding, *self.twins}
+                    more = ", or set ensure_weight_tying=True" if are_tied else ""
                     self.warnings.append(
                         f"inject: modules_to_save has {path!r}, which shares a parameter with {others[0]!r}: its "
-                        "trained copy does not, as in PEFT. To train them as one, add the other to modules_to_save"
-                        + ", or set ensure_weight_tying=True"
-                        * are_tied
+                        f"trained copy does not, as in PEFT. To train them as one, add the other to it{more}"
                     )
         return trained
 
@@ -200,7 +199,10 @@ class _Search:
             return {}
         if not isinstance(wanted, Mapping):
             wanted = {self.embedding or "embed_tokens": wanted}  # "embed_tokens" is PEFT's guess
-        matches = {name: [path for path in self.modules if path.endswith(name)] for name in wanted}
+        named, matches = SuffixTable(wanted), {name: [] for name in wanted}
+        for path in self.modules:
+            for name in named.find(path):
+                matches[name].append(path)
         self.report_unmatched(_TOKENS, [name for name, paths in matches.items() if not paths], fatal=True)
 
         tokens: dict[str, tuple[int, ...]] = {}

@@ -168,8 +168,6 @@ class AdapterSet:
         self.configs[adapter.name] = adapter.config
         self.active.added(adapter.name)
         self.active.changes += 1
-        if adapter.config.alora_invocation_tokens is not None:
-            self.active.invocations[adapter.name] = adapter.config.alora_invocation_tokens
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
         self.trained[adapter.name] = frozenset(
@@ -188,7 +186,6 @@ class AdapterSet:
         del self.configs[name], self._parameters[name], self.trained[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
-        self.active.invocations.pop(name, None)
         self._trainable.discard(name)
 
     def rename(self, old: str, new: str) -> None:
@@ -202,7 +199,6 @@ class AdapterSet:
             self.trained,
             self.biases,
             self.loaded_base,
-            self.active.invocations,
         ):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()

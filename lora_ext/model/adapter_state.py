@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.printable import first_of, shown
+from lora_ext._common.sharded import whole
 from lora_ext._common.wrapped import KEY_PREFIX, plain_path, state_path
 from lora_ext.model.adapter_set import AdapterSet, adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.method_files import MethodFiles
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.merged_state import check_same_merged
+from lora_ext.nn.state import check_same_merged
 
 MARKER = (
     "this file holds what was trained: load the base model, then call lora_ext.load_adapter(model, directory), or "
@@ -38,7 +39,8 @@ def adapter_state(
     """Returns copies on the CPU of all tensors in ``module`` that training may change, by the keys of ``state_dict``.
 
     These are the adapters' tensors, trained biases if they are in use, those of ``method``, buffers, parameters that
-    require gradients, and ``also``. Tensors that several modules share are there once.
+    require gradients, and ``also``. Tensors that several modules share are there once. All ranks that share a DTensor
+    must call it.
     """
     wanted = _trained(module, adapters, method) | {id(tensor) for tensor in (*module.buffers(), *also)}
     state = {MARKER: torch.zeros(1, dtype=torch.uint8)}
@@ -48,7 +50,7 @@ def adapter_state(
         # A quantised layer's state has more than tensors.
         if isinstance(tensor, Tensor) and (tensor.requires_grad or id(tensor) in wanted):
             wanted.discard(id(tensor))
-            state[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            state[key] = whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return state
 
 

@@ -1,17 +1,15 @@
 """Modules that hold a frozen base layer and its adapters.
 
 - Layers: ``linear`` (with cases of its own for ``tensor_parallel`` weights and ``base_product``), ``packed_linear``,
-  ``dora_linear`` (``dora`` has its arithmetic), ``conv``, ``embedding``, ``attention`` (``attention_inputs`` checks its
-  arguments), ``parameter`` (experts, through ``parameter_view``). ``trained`` trains a module in full,
-  ``trainable_tokens`` rows of an embedding.
+  ``dora_linear`` (``dora`` has its arithmetic), ``conv``, ``embedding``, ``attention``, ``parameter`` (a bare one, or
+  experts: ``parameter_view`` stands in for it). ``trained`` trains a module in full, ``trainable_tokens`` rows of an
+  embedding.
 - What layers are made of: ``layer`` on ``adapter_layer``, their base classes; ``adapter``, one low-rank update, and
   ``tied``, the same for a second layer; ``active``, the names in use; ``joined``, several of them as one update;
-  ``base_layer``, what may be assumed of the frozen layer; ``expand``, an up-projection onto its output.
-- Layers that read one tensor: ``shared_inputs`` computes them together, ``input_groups`` finds them, ``operands`` says
-  what a layer brings, ``checkpointed_parts`` where activation checkpointing separates them.
-- Rows of a batch that choose their adapters: ``rows``.
-- State: ``state_form`` and ``merged_state`` for ``state_dict``; ``outside_reads`` finds weights that are read without a
-  call of the layer.
+  ``base_layer``, what may be assumed of the frozen layer, and what it cannot be; ``expand``, an up-projection added to
+  its output; ``state``, what ``state_dict`` says of all this.
+- Layers that read one tensor: ``shared_inputs`` computes them together, ``input_groups`` finds and reports them.
+- Mixed batches, whose rows name their adapters: ``rows``; ``compiled_rows`` refuses them in compiled code.
 """
 
 from lora_ext.nn.active import ActiveAdapters

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext.nn.active import ActiveAdapters
-from lora_ext.nn.state_form import uses_base_keys
+from lora_ext.nn.state import uses_base_keys
 
 # Accelerate sets these on a module that it hooks, and deletes them where it finds them.
 _OF_HOOKS = frozenset({"_hf_hook", "_old_forward"})
@@ -39,8 +39,7 @@ class AdapterLayer(nn.Module):
     """
 
     place = 0
-    rows_choose: ClassVar[bool] = False  # whether the forward asks row_choice() (lora_ext/nn/rows/)
-    tokens_choose: bool = True  # whether the tokens of a row may use different adapters (lora_ext/nn/rows/packed.py)
+    rows_choose: ClassVar[bool] = False  # whether the forward asks row_choice() (lora_ext/nn/rows.py)
 
     @checked
     def __init__(self, base_layer: nn.Module, active: ActiveAdapters | None = None) -> None:
@@ -98,7 +97,7 @@ class AdapterLayer(nn.Module):
         return self.base_layer
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Returns the state, with the base layer's keys within :func:`~lora_ext.nn.state_form.base_keys`."""
+        """Returns the state, with the base layer's keys within :func:`~lora_ext.nn.state.base_keys`."""
         if not uses_base_keys():
             return super().state_dict(*args, **kwargs)
         return self._base_state_dict(**dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)), **kwargs)

@@ -14,14 +14,11 @@ from lora_ext import functional
 from lora_ext._common.sharded import is_partitioned
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
-from lora_ext.nn.attention_inputs import check_inputs
 from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_lora_biases, add_updates
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.rows.updates import RowUpdates, add_chosen
+from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -186,7 +183,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
                 )
             arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             return self._call_base(names, *arguments)
-        check_inputs(type(self).__name__, base, query, key, value, key_padding_mask, attn_mask)
+        _check_inputs(type(self).__name__, base, query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise ValueError(f"{type(self).__name__}: is_causal is a hint about attn_mask, which is None; pass it")
 
@@ -328,7 +325,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             for weight, bias, adapters, rows in projections:
                 updates = self._row_updates(adapters, rows)
                 y = F.linear(x, weight, bias).contiguous()
-                y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds, self)
+                y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
                 for part in y.split(E, dim=-1):
                     yield part if base.batch_first else part.transpose(0, 1)
 
@@ -391,3 +388,47 @@ def _runs(inputs: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[int, int]]:
         if end == 3 or inputs[end] is not inputs[begin]:
             yield begin, end
             begin = end
+
+
+def _check_inputs(
+    who: str,
+    base: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> None:
+    """ValueError, TypeError: the shapes do not match, a mask has another dtype, or a tensor is nested."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.is_nested:
+            raise ValueError(
+                f"{who}: {name} is a nested tensor, which adapters do not support; pad it, or merge the adapter"
+            )
+        if x.dim() not in (2, 3) or x.dim() != query.dim():
+            raise ValueError(f"{who}: {name} has shape {list(x.shape)}, want 2 or 3 dimensions, as many as query")
+    batch = 0 if base.batch_first else 1
+    is_batched = query.dim() == 3
+    N, L, S = (
+        (query.shape[batch], query.shape[1 - batch], key.shape[1 - batch])
+        if is_batched
+        else (1, query.shape[0], key.shape[0])
+    )
+    if key.shape[:-1] != value.shape[:-1] or (is_batched and key.shape[batch] != N):
+        raise ValueError(
+            f"{who}: query, key and value have shapes {list(query.shape)}, {list(key.shape)} and "
+            f"{list(value.shape)}, want one batch size, and one length of key and value"
+        )
+    per_head = (N * base.num_heads, L, S)
+    masks = {
+        "key_padding_mask": (key_padding_mask, [(N, S) if is_batched else (S,)]),
+        "attn_mask": (attn_mask, [(L, S), per_head]),
+    }
+    for name, (mask, shapes) in masks.items():
+        if mask is None:
+            continue
+        if tuple(mask.shape) not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{who}: {name} has shape {list(mask.shape)}, want {wanted}")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"{who}: {name} is {mask.dtype}, want torch.bool or a floating-point dtype")

@@ -20,9 +20,7 @@ from lora_ext.nn.base_layer import (
 from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.rows.split import add_by_rows
+from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -46,7 +44,6 @@ class LoraConv(TransparentLayer, LoraLayer):
     base_kinds = "an nn.Conv1d, nn.Conv2d or nn.Conv3d"
 
     rows_choose = True
-    tokens_choose = False
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -109,13 +106,13 @@ class LoraConv(TransparentLayer, LoraLayer):
                 f"{type(self).__name__}: adapter_names needs a batch, but the layer's input is {list(x.shape)}"
             )
         y = self.base_layer(x)
-        given, (x, times) = x, choice.aligned(self, x)
-        y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
+        _, times = choice.aligned(self, x)
+        y = own_copy(self, y)
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
             return self._add(y, x, [at_hand(self.adapters[name])])
 
-        return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, self, add)
+        return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, add)
 
     def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter]) -> Tensor:
         dims = len(self.convolution.kernel_size)

@@ -16,9 +16,7 @@ from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.base_layer import check_not_offloaded, is_conv1d, plain_linear, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import Matrix
 from lora_ext.nn.linear import OverLinear, linear_sizes
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.rows.split import call_by_rows
+from lora_ext.nn.rows import RowChoice, call_by_rows, row_choice
 from lora_ext.nn.tensor_parallel import split_dim
 from lora_ext.quantized import QuantizedWeight, quantized_weight
 from lora_ext.quantized.rescaled import RescaledWeight

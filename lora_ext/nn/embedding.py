@@ -23,9 +23,7 @@ from lora_ext.nn.base_layer import (
 from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.rows.split import add_by_rows
+from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -157,7 +155,7 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
         def add(y: Tensor, ids: Tensor, name: str) -> Tensor:
             return self._add(y, ids, [at_hand(self.adapters[name])])
 
-        return add_by_rows(y, ids.to(y.device), choice, self._applied(choice), times, self, add)
+        return add_by_rows(y, ids.to(y.device), choice, self._applied(choice), times, add)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.in_features}, embedding_dim={self.out_features}, {self._repr_of_state()}"

@@ -18,12 +18,12 @@ from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, freeze
 from lora_ext.nn.base_layer import why_weight_unusable
-from lora_ext.nn.merged_state import MERGED_KEY, check_same_merged
+from lora_ext.nn.state import MERGED_KEY, check_same_merged
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
-    from lora_ext.nn.rows.choice import RowChoice
+    from lora_ext.nn.rows import RowChoice
 
 
 class Matrix(NamedTuple):
@@ -170,13 +170,18 @@ class LoraLayer(AdapterLayer):
         With a ``choice``, the names that some row has chosen.
 
         Raises:
-            RuntimeError: merged adapters would not train; or adapters were merged since the choice was made.
+            RuntimeError: merged adapters would not train.
+            ValueError: adapters are merged, and rows have chosen others.
         """
         if "ds_id" in self.__dict__:  # an engine with ZeRO-3 manages the model
             bring_for_calls(self, self.adapters.parameters())
         if choice is not None:
             if self._merged is not None:
-                raise RuntimeError(f"{type(self).__name__}: {self._merged.names} were merged during a call by rows")
+                names = ", ".join(map(repr, self._merged.names))
+                raise ValueError(
+                    f"{type(self).__name__}: adapter_names: {names} is merged into this layer, so every row gets it; "
+                    "call unmerge(model) first"
+                )
             adapters = self._modules["adapters"]._modules
             return tuple([name for name in choice.names if name in adapters])
         if self._merged is None:
@@ -242,7 +247,7 @@ class LoraLayer(AdapterLayer):
             if name in self.merged_adapters:
                 raise RuntimeError(f"{caller}: adapter {name!r} is already merged")
             self._check_exists(name)
-        if (reason := self.active.why_not_merge(names) or self.why_not_merge()) is not None:
+        if (reason := self.why_not_merge()) is not None:
             raise ValueError(f"{caller}: the update cannot be merged: {reason}")
         self._check_not_tied(names, "merge")
         change_merged(caller, {self: {*self.merged_adapters, *names}}, {self: ""})

@@ -15,10 +15,7 @@ from lora_ext.nn.adapter import FactorsAtHand, LoraAdapter, at_hand, factors_at_
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import check_invoked, row_choice
-from lora_ext.nn.rows.layer_slots import LayerSlots
-from lora_ext.nn.rows.updates import RowUpdates, add_chosen, linear_with_chosen
+from lora_ext.nn.rows import LayerSlots, RowChoice, RowUpdates, add_chosen, linear_with_chosen, row_choice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, compute_alone, frozen_product, neighbours_of
 from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
 from lora_ext.quantized import quantized_weight
@@ -125,8 +122,6 @@ class LoraLinear(SharesInputs, OverLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, x, *args, **kwargs)
-        if self.active.invocations:
-            check_invoked(self)
         if not (args or kwargs or torch.compiler.is_compiling()) and (operands := self.operands()) is not None:
             # One adapter on a plain or quantised product: together with the layers that read the same x, or alone.
             neighbours = self.__dict__.get("_neighbours")
@@ -139,6 +134,8 @@ class LoraLinear(SharesInputs, OverLinear):
         if plain is not None:
             weight, bias = plain
             return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), self._updates(names, adapters))
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            self._check_exportable()
         return self._add_to_output(x, self.base_layer(x, *args, **kwargs), names, adapters)
 
     def operands(self) -> Operands | None:
@@ -148,6 +145,8 @@ class LoraLinear(SharesInputs, OverLinear):
         adapter = adapters.get(names[0]) if len(names) == 1 else None
         if adapter is None or self._merged is not None or self._compiled_call_impl is not None:
             return None
+        if "ds_id" in self.__dict__:
+            return None  # an engine with ZeRO-3 brings the values for a call, see _applied
         state = adapter.__dict__
         factors = state["_parameters"]
         lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
@@ -176,8 +175,6 @@ class LoraLinear(SharesInputs, OverLinear):
         self, x: Tensor, y: Tensor, names: Sequence[str], adapters: Sequence[LoraAdapter | FactorsAtHand]
     ) -> Tensor:
         """Adds the adapters to a copy of ``y``, the base layer's output."""
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-            self._check_exportable()
         y = own_copy(self, y)
         if is_sharded(weight := self.base_layer._parameters.get("weight")) and not is_fully_sharded(self.base_layer):
             for adapter in adapters:
@@ -193,26 +190,22 @@ class LoraLinear(SharesInputs, OverLinear):
     def _forward_rows(self, choice: RowChoice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
         names, slots = self._applied(choice), self.slots if choice.slots else None
-        given = x
         plain = None if args or kwargs else plain_linear(self.base_layer)
-        has_updates = bool(names) or slots is not None
-        if has_updates:
-            x, times = choice.aligned(self, x)
-            neighbours = neighbours_of(self) if self.training else None
-            seeds = None if neighbours is None else neighbours.seeds(self, given)
-            if plain is not None and x is given:
-                if not names:
-                    return slots.linear_with_chosen(x, *plain, choice, times, self)
-                y = linear_with_chosen(x, *plain, choice, self._row_updates(names), times, seeds, self)
-                return y if slots is None else slots.add_chosen(y, x.to(y.dtype), choice, times, self)
-        y = self.base_layer(given, *args, **kwargs) if plain is None else base_product.product(given, *plain)
-        if not has_updates:  # no row changes anything here
-            return y
-        y = own_copy(self, y.expand(len(x), *y.shape[1:]) if x is not given else y)
-        x = x.to(device=y.device, dtype=y.dtype)
-        if names:
-            y = add_chosen(y, x, choice, self._row_updates(names), times, seeds, self)
-        return y if slots is None else slots.add_chosen(y, x, choice, times, self)
+        if not names and slots is None:  # no row changes anything here
+            return self.base_layer(x, *args, **kwargs) if plain is None else base_product.product(x, *plain)
+        _, times = choice.aligned(self, x)
+        neighbours = neighbours_of(self) if self.training else None
+        seeds = None if neighbours is None else neighbours.seeds(self, x)
+        if plain is None:
+            y = own_copy(self, self.base_layer(x, *args, **kwargs))
+            x = x.to(device=y.device, dtype=y.dtype)
+            if names:
+                y = add_chosen(y, x, choice, self._row_updates(names), times, seeds)
+        elif not names:
+            return slots.linear_with_chosen(x, *plain, choice, times)
+        else:
+            y = linear_with_chosen(x, *plain, choice, self._row_updates(names), times, seeds)
+        return y if slots is None else slots.add_chosen(y, x.to(y.dtype), choice, times)
 
     @property
     def is_needed(self) -> bool:

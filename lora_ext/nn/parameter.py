@@ -22,8 +22,7 @@ from lora_ext.nn.parameter_view import (
     call_with_value,
     why_whole,
 )
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
+from lora_ext.nn.rows import RowChoice, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

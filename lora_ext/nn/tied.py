@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lora_ext.nn.adapter import LoraAdapter
@@ -19,6 +21,7 @@ class TiedAdapter(nn.Module):
     """
 
     is_tied = True
+    lora_bias = None
 
     def __init__(self, source: LoraAdapter, transposed: bool) -> None:
         super().__init__()
@@ -38,25 +41,10 @@ class TiedAdapter(nn.Module):
     def file_A(self) -> Tensor:
         return self.lora_A if self.transposed else self.source.file_A
 
-    @property
-    def r(self) -> int:
-        return self.source.r
-
-    @property
-    def lora_alpha(self) -> float:
-        return self.source.lora_alpha
-
-    @property
-    def scaling(self) -> float:
-        return self.source.scaling
-
-    @property
-    def lora_dropout(self) -> float:
-        return self.source.lora_dropout
-
-    @property
-    def lora_bias(self) -> None:
-        return None
+    def __getattr__(self, name: str) -> Any:
+        if name in ("r", "lora_alpha", "scaling", "lora_dropout"):
+            return getattr(self.source, name)
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return f"transposed={self.transposed}"

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from lora_ext._common.sharded import bring_for_calls
 from lora_ext._ops.checks import accumulation_dtype
 from lora_ext.nn.adapter_layer import TransparentLayer, freeze, innermost
-from lora_ext.nn.base_layer import has_forward_of, module_of_kind, own_copy, runs_alone, why_weight_unusable
+from lora_ext.nn.base_layer import has_forward_of, module_of_kind, own_copy, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.rows.split import add_by_rows
+from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
 
 class TokenRows(nn.Module):
@@ -153,9 +151,6 @@ class TrainableTokens(TransparentLayer):
             for rows in rows_in_use:
                 y = self._looked_up(y, x, rows)
         else:
-            base = innermost(self._modules["base_layer"])
-            if rows_in_use and not (runs_alone(base) and isinstance(base, nn.Linear)):
-                y = own_copy(self, y)
             for rows in rows_in_use:
                 y = self._projected(y, x, rows)
         return y
@@ -171,7 +166,7 @@ class TrainableTokens(TransparentLayer):
             return replace(y, x, _rows_of(self.adapters[name]))
 
         present = tuple(name for name in choice.names if name in self.adapters)
-        return add_by_rows(y, x, choice, present, times, self, add)
+        return add_by_rows(y, x, choice, present, times, add)
 
     def _looked_up(self, y: Tensor, ids: Tensor, rows: TokenRows) -> Tensor:
         base = self.inner_layer
@@ -184,7 +179,7 @@ class TrainableTokens(TransparentLayer):
         # Replacing columns of y would copy its whole gradient; adding to them does not.
         weight = self.base_layer.weight
         change = F.linear(x, (rows.rows - weight[rows.index]).to(x.dtype))
-        return y.index_add_(-1, rows.index, change.to(y.dtype))
+        return y.index_add(-1, rows.index, change.to(y.dtype))
 
     def file_tensors(self, path: str, adapter: TokenRows | TiedRows) -> dict[str, Tensor]:
         if isinstance(adapter, TiedRows):

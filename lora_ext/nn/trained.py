@@ -6,12 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_ext.nn.adapter_layer import TransparentLayer, innermost
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.in_force import row_choice
-from lora_ext.nn.rows.module_slots import ModuleSlots
-from lora_ext.nn.rows.packed import is_tokenwise
-from lora_ext.nn.rows.split import call_by_rows
+from lora_ext.nn.adapter_layer import TransparentLayer
+from lora_ext.nn.rows import call_by_rows, row_choice
 
 
 class TrainedModule(TransparentLayer):
@@ -25,17 +21,12 @@ class TrainedModule(TransparentLayer):
     """
 
     rows_choose = True
-    slots: ModuleSlots | None = None  # modules of a pool
 
     def add_adapter(self, name: str, copy: nn.Module) -> None:
         """Adds ``copy`` under ``name`` and freezes the module itself. ValueError: the name is taken."""
         self._check_is_new(name)
         self.adapters[name] = copy
         self.base_layer.requires_grad_(False)
-
-    @property
-    def tokens_choose(self) -> bool:
-        return is_tokenwise(innermost(self))
 
     @property
     def in_use(self) -> nn.Module:
@@ -48,19 +39,9 @@ class TrainedModule(TransparentLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if (choice := row_choice(self.active)) is not None:
-            return call_by_rows(choice, self, self._modules_of(choice), self.base_layer, args, kwargs)
+            modules = {name: self.adapters[name] for name in choice.names if name in self.adapters}
+            return call_by_rows(choice, self, modules, self.base_layer, args, kwargs)
         return self.in_use(*args, **kwargs)
-
-    def _modules_of(self, choice: RowChoice) -> dict[str, nn.Module]:
-        """The modules of the chosen adapters that have one, by name."""
-        modules = {name: self.adapters[name] for name in choice.names if name in self.adapters}
-        if choice.slots and self.slots is not None:
-            modules |= self.slots.modules(choice.slots, self.base_layer, self.training)
-        return modules
-
-    @property
-    def is_needed(self) -> bool:
-        return super().is_needed or self.slots is not None
 
     def _base_state_dict(self, **kwargs: Any) -> dict[str, Any]:
         return self.in_use.state_dict(**kwargs)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 
 import pytest
 from support.models import Net
 from support.pools import NAMES, write_adapters
 from torch import nn
-
-
-@pytest.fixture
-def no_collections(monkeypatch) -> None:
-    """Stopping a manager collects garbage twice, which takes a second in a process with everything imported."""
-    module = "transformers.generation.continuous_batching.continuous_api"
-    monkeypatch.setattr(f"{module}.gc", types.SimpleNamespace(collect=lambda: 0))
 
 
 @pytest.fixture

@@ -245,7 +245,7 @@ def test_rows_name_adapters_again_once_they_are_unmerged():
     model, x, names = inject(Net().eval(), SECOND, "a"), torch.randn(2, 6), ["a", "__base__"]
     expected = model(x, adapter_names=names)
     merge(model)
-    with pytest.raises(ValueError, match="'a' is merged into 'blocks.0.up'"):
+    with pytest.raises(ValueError, match="'a' is merged into"):
         model(x, adapter_names=names)
     unmerge(model)
     torch.testing.assert_close(model(x, adapter_names=names), expected)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +17,7 @@ from support.pools import NAMES, expected_rows, pool_of, slot_bytes, write_adapt
 from torch import nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, set_adapter
-from lora_ext.adapters import adapter_names, choose_adapters, delete_adapter, merge_and_unload, rename_adapter, unload
+from lora_ext.adapters import adapter_names, delete_adapter, merge_and_unload, rename_adapter, unload
 
 
 def test_rows_are_those_of_the_adapter_alone(base, root):
@@ -32,24 +30,24 @@ def test_rows_are_those_of_the_adapter_alone(base, root):
         for names, rows in zip(batches, expected, strict=True):
             torch.testing.assert_close(model(x, adapter_names=names), rows)
     stats = pool.stats()
-    assert (stats.slots, stats.slot_bytes, stats.resident, stats.in_use, stats.pinned) == (3, slot_bytes(), 3, 0, 0)
+    assert (stats.slots, stats.slot_bytes, stats.resident, stats.in_use) == (3, slot_bytes(), 3, 0)
     # n0, n1, n2; n3 and n4 evict n1 and n2; then n7, n6, n5 ... the second time as well
-    assert stats.loads == stats.misses == 2 * 8 and stats.evictions == 2 * 8 - 3 and stats.hits == 2
+    assert stats.loads == 2 * 8 and stats.evictions == 2 * 8 - 3 and stats.hits == 2
     assert sorted(pool.resident()) == ["n5", "n6", "n7"] and pool.names() == NAMES
     assert stats.load_seconds > 0 and repr(pool).startswith("AdapterPool(3 of 3 slots, r=4")
 
 
-def test_the_least_recently_used_makes_room(base, root):
+def test_the_least_recently_used_is_evicted(base, root):
     model, x = copy.deepcopy(base), torch.randn(1, 6)
     pool = pool_of(model, root)
     for name in ("n0", "n1", "n2", "n0", "n3"):
         model(x, adapter_names=[name])
     assert pool.resident() == ["n2", "n0", "n3"]
-    pool.pin("n2")
+    pool.acquire(["n2"])  # a call that does not end
     for name in ("n4", "n5"):
         model(x, adapter_names=[name])
-    assert pool.resident() == ["n2", "n4", "n5"] and pool.stats().pinned == 1
-    pool.unpin("n2")
+    assert pool.resident() == ["n2", "n4", "n5"] and pool.stats().in_use == 1
+    pool.release(["n2"])
     model(x, adapter_names=["n6"])
     assert "n2" not in pool.resident()
 
@@ -99,30 +97,6 @@ def test_a_layer_that_packs_projections_later_keeps_its_slots(base, root):
     assert called
 
 
-def test_prefetch_and_the_host_cache(base, root):
-    model, x = copy.deepcopy(base), torch.randn(1, 6)
-    pool = pool_of(model, root, host_bytes=1 << 16)
-    assert [future.result(30) for future in pool.prefetch(["n0", "n1", "n2"])] == [True] * 3
-    assert pool.prefetch("n1")[0].result(30)
-    expected = model(x, adapter_names=["n1"])
-    assert (pool.stats().loads, pool.stats().misses, pool.stats().host) == (3, 3, 3)
-    for name in ("n3", "n4", "n5"):
-        model(x, adapter_names=[name])
-    (root / "n1" / "adapter_model.safetensors").write_bytes(b"no longer needed")
-    assert torch.equal(model(x, adapter_names=["n1"]), expected)
-    assert 0 < pool.stats().host_bytes <= 1 << 16
-    pool.evict("n1")
-    with pytest.raises(ValueError, match="adapter_model.safetensors"):
-        model(x, adapter_names=["n1"])
-    pool.pin(*pool.resident())
-    pool.pin("n3")
-    assert pool.stats().pinned == 3 and pool.prefetch("n7")[0].result(30) is False
-    with pytest.raises(ValueError, match="adapter_model.safetensors"):
-        small_cache = pool_of(copy.deepcopy(base), root, host_bytes=10)
-        small_cache.prefetch("n1")[0].result(30)
-    assert small_cache.stats().host == 0 and small_cache.stats().failures == 1
-
-
 def test_names_that_are_added(base, root, tmp_path):
     model, x = copy.deepcopy(base), torch.randn(2, 6)
     pool = pool_of(model, None)
@@ -145,50 +119,22 @@ def test_names_that_are_added(base, root, tmp_path):
 
 
 def test_a_name_that_is_added_is_not_that_of_another_adapter(base, root, tmp_path):
-    """Neither of a subdirectory, nor of one that is gone while its adapter is in a slot or the host cache."""
+    """Neither of a subdirectory, nor of one that is gone while its adapter is in a slot."""
     model, x = copy.deepcopy(base), torch.randn(1, 6)
     shutil.copytree(root, tmp_path / "root")
-    pool = pool_of(model, tmp_path / "root", host_bytes=1 << 20)
+    pool = pool_of(model, tmp_path / "root")
     model(x, adapter_names=["n0"])
     with pytest.raises(ValueError, match="'n0' is known already, as .*; choose another name"):
         pool.add("n0", root / "n1")
     shutil.rmtree(tmp_path / "root/n0")
-    pool.pin("n1")
-    with choose_adapters(model, ["n2"]):
-        shutil.rmtree(tmp_path / "root/n2")
-        with pytest.raises(RuntimeError, match="'n2' is used by a running call"):
-            pool.add("n2", root / "n4")
+    pool.acquire(["n2"])
+    shutil.rmtree(tmp_path / "root/n2")
+    with pytest.raises(RuntimeError, match="'n2' is used by a running call"):
+        pool.add("n2", root / "n4")
+    pool.release(["n2"])
     for name in ("n0", "n2"):
         pool.add(name, root / "n4")
         torch.testing.assert_close(model(x, adapter_names=[name]), expected_rows(base, root, ["n4"], x))
-
-
-@pytest.mark.parametrize("how", ["evict", "remove"])
-def test_a_call_during_an_eviction_reads_the_new_files(base, root, monkeypatch, how):
-    """With a host cache, other threads call the model until the very moment at which an adapter is evicted."""
-    model, x, calls = copy.deepcopy(base), torch.randn(1, 6), []
-    pool = pool_of(model, None, host_bytes=1 << 20)
-    pool.add("new", root / "n0")
-    model(x, adapter_names=["new"])
-    forget = pool._host.forget
-
-    def call_meanwhile(names) -> None:
-        calls.extend(pool.prefetch("new"))
-        time.sleep(0.2)
-        forget(names)
-
-    monkeypatch.setattr(pool._host, "forget", call_meanwhile)
-    if how == "remove":
-        pool.remove("new")
-        assert isinstance(calls[0].exception(), KeyError)
-        monkeypatch.undo()
-        pool.add("new", root / "n1")
-    else:
-        shutil.rmtree(root / "n0")
-        shutil.copytree(root / "n1", root / "n0")
-        pool.evict("new")
-        assert calls[0].result()
-    torch.testing.assert_close(model(x, adapter_names=["new"]), expected_rows(base, root, ["n1"], x))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["all-linear", "head"], r"(.*\.)?(up|head)", ["head", "up"]])
@@ -218,50 +164,27 @@ def test_directories_that_move(base, root, tmp_path, monkeypatch):
     assert pool.names() == ["added"]
 
 
-@pytest.mark.parametrize("host_bytes", [0, 1 << 20])
-def test_an_adapter_that_is_held_outlives_its_directory(base, root, host_bytes):
+def test_an_adapter_that_is_held_outlives_its_directory(base, root):
     model, x = copy.deepcopy(base), torch.randn(2, 6)
-    pool = pool_of(model, root, host_bytes=host_bytes)
+    pool = pool_of(model, root)
     expected = model(x, adapter_names=["n0", "n1"])
     shutil.rmtree(root / "n0")
     assert torch.equal(model(x, adapter_names=["n0", "n1"]), expected)
-    if host_bytes:
-        pool.prefetch(["n2", "n3", "n4"])[-1].result(30)
-        assert torch.equal(model(x, adapter_names=["n0", "n1"]), expected)
     pool.evict("n0")
     with pytest.raises(KeyError, match="there is no adapter 'n0'"):
         model(x, adapter_names=["n0", "n1"])
 
 
-@pytest.mark.cpu_only("CUDA does not work in a forked process")
-def test_a_forked_process_prefetches(base, root):
-    """The threads of the parent's prefetches are not there."""
-    pool = pool_of(copy.deepcopy(base), root)
-    assert pool.prefetch("n0")[0].result(10)
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if pool.prefetch("n1")[0].result(10) else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_calls_wait_for_slots(base, root, monkeypatch):
+def test_calls_wait_for_slots(base, root):
     model, x = copy.deepcopy(base), torch.randn(2, 6)
     pool = pool_of(model, root)
     pool.acquire(["n0", "n1"])
-    changed, threads = pool._table.changed, []
-    wait = changed.wait
-
-    def wait_and_release(timeout: float | None) -> bool:
-        threads.append(threading.Thread(target=pool.release, args=(["n0", "n1"],)))
-        threads[0].start()  # it goes on when this thread has begun to wait
-        return wait(timeout)
-
-    monkeypatch.setattr(changed, "wait", wait_and_release)
-    model(x, adapter_names=["n2", "n3"])
-    assert len(threads) == 1 and pool.stats().waits == 1
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(model, x, adapter_names=["n2", "n3"])
+        time.sleep(0.2)
+        assert not call.done() and pool.resident() == ["n0", "n1"]
+        pool.release(["n0", "n1"])
+        assert torch.equal(call.result(20), model(x, adapter_names=["n2", "n3"]))
 
 
 # --- the model around it ----------------------------------------------------------------------------------------------
@@ -269,8 +192,7 @@ def test_calls_wait_for_slots(base, root, monkeypatch):
 
 def test_closing_makes_the_model_plain_again(base, root):
     model, x = copy.deepcopy(base), torch.randn(2, 6)
-    with pool_of(model, root) as pool:
-        pool.pin("n0")
+    with pool_of(model, root):
         model(x, adapter_names=["n0", "n1"])
     assert type(model.head) is nn.Linear and not model._forward_pre_hooks and not adapter_names(model)
     assert model.state_dict().keys() == base.state_dict().keys()
@@ -298,16 +220,13 @@ def test_a_closed_pool_serves_nobody(base, root):
     """Not a copy of its model either, whose layers have the storage, which nothing fills any more."""
     model, x = copy.deepcopy(base), torch.randn(1, 6)
     pool = pool_of(model, root)
-    pool.pin("n0")
+    model(x, adapter_names=["n0"])
     copied = copy.deepcopy(model)
     pool.close()
-    assert repr(pool).startswith("AdapterPool(0 of 0 slots") and pool.resident() == [] and pool.stats().pinned == 0
+    assert repr(pool).startswith("AdapterPool(0 of 0 slots") and pool.resident() == []
     for name in ("n0", "n1"):
         with refused(copied, RuntimeError, "AdapterPool: the pool is closed"):
             copied(x, adapter_names=[name])
-    with pytest.raises(RuntimeError, match="the pool is closed"):
-        pool.pin("n1")
-    assert pool.prefetch("n1")[0].result(30) is False
     assert torch.equal(copied(x, adapter_names=["__base__"]), base(x))
     again = pool_of(copied, root)
     torch.testing.assert_close(copied(x, adapter_names=["n1"]), expected_rows(base, root, ["n1"], x))
@@ -357,8 +276,6 @@ def test_threads_share_a_pool(base, root):
         draw = torch.Generator().manual_seed(seed)
         for _ in range(40):
             pair = [NAMES[i] for i in torch.randint(8, (2,), generator=draw).tolist()]
-            if seed == 3:
-                pool.prefetch(pair)
             with torch.no_grad():
                 rows = model(x[:1].repeat(2, 1), adapter_names=pair)
             torch.testing.assert_close(rows, torch.stack([expected[name] for name in pair]))
@@ -366,4 +283,4 @@ def test_threads_share_a_pool(base, root):
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(run, range(4)))
     stats = pool.stats()
-    assert stats.in_use == 0 and stats.failures == 0 and stats.evictions > 10
+    assert stats.in_use == 0 and stats.evictions > 10

@@ -48,7 +48,7 @@ def test_thousands_of_adapters(tmp_path, on_disk, resident):
     pool = AdapterPool(model, tmp_path, target_modules=TARGETS, r=4, max_bytes=resident * slot_bytes + 5)
     assert len(pool.names()) == on_disk
     numbers = torch.randperm(on_disk)[: resident + 100].tolist()
-    storage = [held.lora_A.data_ptr() for held in pool._slots.values()]
+    storage = [held.lora_A.data_ptr() for held in pool._layers.values()]
     for begin in range(0, len(numbers), 100):
         batch = numbers[begin : begin + 100]
         y = model(ids.expand(100, -1), adapter_names=[f"tenant-{i}" for i in batch]).last_hidden_state
@@ -56,6 +56,6 @@ def test_thousands_of_adapters(tmp_path, on_disk, resident):
     stats = pool.stats()
     assert (stats.slots, stats.slot_bytes, stats.resident) == (resident, slot_bytes, resident)
     assert stats.loads == resident + 100 and stats.evictions == 100
-    assert [held.lora_A.data_ptr() for held in pool._slots.values()] == storage
-    held = sum(t.nbytes for slots in pool._slots.values() for t in (slots.lora_A, slots.lora_B))
+    assert [held.lora_A.data_ptr() for held in pool._layers.values()] == storage
+    held = sum(t.nbytes for slots in pool._layers.values() for t in (slots.lora_A, slots.lora_B))
     assert held < resident * slot_bytes

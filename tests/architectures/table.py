@@ -218,20 +218,19 @@ OUT_PROJ = (
 )
 READ = (
     "The model multiplies by the weights of some layers itself (dt_proj of Jamba, WavLM's attention). An adapter there "
-    "has no effect, as in PEFT, but merging it would have one. Here a warning names these layers at the "
-    "second forward, and refuses to merge from then on."
+    "has no effect in PEFT until it is merged. Here all-linear leaves them out, with a warning, so that there is "
+    "nothing to compare."
 )
 OWN_OUT_PROJ = (
-    "PEFT refuses out_proj by its name, because CUDA kernels take its weight. Here it is adapted where it is called; a "
-    "warning names it where it is not."
+    "PEFT refuses out_proj by its name, because CUDA kernels take its weight. Here it is adapted where it is called."
 )
 ROUTERS = (
     "PEFT adapts the routers, which return more than a tensor, and fails in the forward. Here all-linear leaves them "
     "out, with a warning."
 )
 OF_ROUTERS = (Known("all-linear", "targets", ROUTERS),)
-IN_WAVLM = (Known("all-linear", "merge", READ),)
-IN_JAMBA = (Known("all-linear", "merge tokens", READ),)
+IN_WAVLM = (Known("all-linear", "targets outputs merge files gradients step", READ),)
+IN_JAMBA = (Known("all-linear", "targets outputs merge files tokens gradients step", READ),)
 IN_MAMBA = (Known("all-linear", "targets", OWN_OUT_PROJ),)
 IN_SQUEEZEBERT = (Known("usual", "merge", GROUPS),)
 IN_SIGLIP = (Known("all-linear", "outputs files gradients step", OUT_PROJ),)

@@ -108,6 +108,8 @@ def test_rows(run):
     assert [row["case"] for row in rows] == 2 * [[3, 1, 64], [4, 5, 128]]
     assert all(list(row["ratio"]) == ["frozen", "adapter_names", "pool", "peft", "peft accelerated"] for row in rows)
     assert all(list(row["overhead"]) == ["adapter_names", "pool", "peft accelerated"] for row in rows)
+    trained = run("bench_rows", *options[:6], "--training")["rows"]
+    assert len(trained) == 4 and all(list(row["ratio"]) == ["adapter_names"] for row in trained)
 
 
 def test_experts(run):

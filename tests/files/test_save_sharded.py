@@ -11,7 +11,10 @@ import torch.distributed
 from safetensors.torch import load_file
 from support.models import bert, llama, token_ids
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.methods import apply_method, new_method, save_method
@@ -48,6 +51,24 @@ def test_a_gathered_state_is_saved(one_process, tmp_path):
     save_adapter(model, tmp_path / "sharded")
     for file in (tmp_path / "sharded").iterdir():
         assert file.read_bytes() == (tmp_path / "adapter" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("is_main_process", [True, False])
+def test_all_processes_gather_a_split_model_and_one_writes(is_main_process, one_process, tmp_path, monkeypatch):
+    """Transformers calls it on all ranks of a model with tensor parallelism; one alone would wait for the others."""
+    model = llama()
+    mesh = init_device_mesh("cpu", (1,))
+    parallelize_module(model, mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
+    inject(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    gathered, whole = [], DTensor.full_tensor
+    monkeypatch.setattr(DTensor, "full_tensor", lambda tensor: gathered.append(tensor) or whole(tensor))
+    model.save_pretrained(tmp_path / "saved", is_main_process=is_main_process)
+    assert gathered and (tmp_path / "saved").exists() == is_main_process
+    if is_main_process:
+        state = load_file(tmp_path / "saved" / "model.safetensors")
+        key = "model.layers.0.self_attn.q_proj.adapters.default.lora_B"
+        assert torch.equal(state[key], whole(model.state_dict()[key]))
+        load_adapter(llama(), tmp_path / "saved")
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])

@@ -7,12 +7,10 @@ import pickle
 
 import pytest
 import torch
-from support.models import llama, refused, token_ids
+from support.models import refused
 from torch import Tensor, nn
 
-from lora_ext import AdapterPool, LoraConfig, inject
-from lora_ext.adapters import merge_and_unload, unload
-from lora_ext.model.rows.calls import take_adapter_names
+from lora_ext import LoraConfig, inject
 
 
 class Swallows(nn.Module):
@@ -65,41 +63,3 @@ def test_it_breaks_no_graph():
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, adapter_names=None), model(x))
-
-
-@pytest.mark.parametrize("undo", [unload, merge_and_unload])
-@pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_model_that_took_names_refuses_them_when_its_adapters_are_gone(undo, how):
-    """Its forward would swallow them, and a tenant would get the base model's answers."""
-    model, x = how(undo(injected(Swallows()))), torch.randn(2, 4)
-    for name, value in (("adapter_names", ["default"] * 2), ("adapter_lengths", [1]), ("alora_offsets", [1])):
-        with refused(model, ValueError, f"Swallows: {name} is ", "has no adapters any more", f"leave out {name}"):
-            model(x, **{name: value})
-    assert torch.equal(model(x, adapter_names=None, anything=1), model.linear(x))
-    injected(model)(x, **ROWS)
-    assert list(model._forward_pre_hooks.values()) == [take_adapter_names]
-
-
-def test_a_closed_pool_leaves_the_refusal():
-    model, x = Swallows().eval(), torch.randn(2, 4)
-    with AdapterPool(model, target_modules=["linear"], r=2, max_bytes=1 << 16):
-        model(x, adapter_names=["__base__"] * 2)
-    with refused(model, ValueError, "adapter_names is ['a', 'b'], but the model has no adapters any more (closed pool"):
-        model(x, adapter_names=["a", "b"])
-
-
-def test_generate_refuses_them_too():
-    model, ids = unload(inject(llama().eval(), LoraConfig(target_modules=["q_proj"]))), token_ids(2)
-    with pytest.raises(ValueError, match="adapter_names"):
-        model.generate(ids, max_new_tokens=2, adapter_names=["default"] * 2)
-
-
-def test_a_model_without_such_arguments_keeps_no_hook():
-    """torch.jit.script cannot compile one."""
-    model = inject(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
-    assert not merge_and_unload(model)._forward_pre_hooks
-
-
-def test_a_model_with_such_a_parameter_keeps_it():
-    model, x = injected(Chooses()), torch.randn(2, 4)
-    assert torch.equal(model(x, **ROWS), 2 * model(x))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_ext import LoraConfig, inject, merge, unmerge
-from lora_ext.nn.state_form import base_keys
+from lora_ext.nn.state import base_keys
 
 CASES = {
     "linear": (Net, {"target_modules": ["up", "head"]}, "blocks.0.up.weight"),

@@ -8,18 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support.attention import E, H, L, N, S, Wrapper, adapted, assert_same, inputs, merged_copy
-from support.merging import same_bits
 from support.models import refused
 from torch import Tensor, nn
-
-from lora_ext import merge, unmerge
-from lora_ext.adapters import (
-    disable_adapters,
-    lora_modules,
-    merge_and_unload,
-    set_adapter,
-    unload,
-)
 
 
 @pytest.mark.pairs
@@ -95,21 +85,6 @@ def test_attention_dropout_draws_the_same_mask(need_weights):
     assert not torch.equal(model(*x)[0], model(*x)[0])
 
 
-@pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 7}])
-@pytest.mark.parametrize("lora_bias", [False, True])
-def test_gradients_of_the_factors(settings, lora_bias):
-    model = adapted(Wrapper(batch_first=True, **settings), lora_bias=lora_bias)
-    tensors = inputs("memory", True, True, kdim=settings.get("kdim", E))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == (2 + lora_bias) * (4 if settings else 2)
-
-    def loss(*values: Tensor) -> Tensor:
-        out = torch.func.functional_call(model, dict(zip(trained, values, strict=True)), tensors)
-        return out[0].sum(), out[1].square().sum()
-
-    assert torch.autograd.gradcheck(loss, tuple(trained.values()))
-
-
 @pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 5}])
 def test_lora_dropout(settings):
     model = adapted(Wrapper(batch_first=True, **settings), lora_dropout=0.5).train()
@@ -136,86 +111,7 @@ def test_separate_passes_read_shared_inputs_once(monkeypatch):
     assert calls == ["lora_linear_siblings"] * 2 + ["lora_linear"]
 
 
-def test_frozen_weights_are_not_touched():
-    model = adapted(Wrapper(dtype=torch.bfloat16))
-    before = {name: (p.clone(), p._version) for name, p in model.attention.base_layer.named_parameters()}
-    x = torch.randn(L, N, E, dtype=torch.bfloat16, requires_grad=True)
-    model(x, x, x)[0].sum().backward()
-    for name, parameter in model.attention.base_layer.named_parameters():
-        value, version = before[name]
-        assert same_bits(parameter, value) and parameter._version == version
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
-        n for n, p in model.named_parameters() if "adapters" in n
-    }
-
-
-@pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 5}])
-def test_several_adapters(settings):
-    model = adapted(Wrapper(**settings), name="a")
-    adapted(model, name="b", r=3, lora_bias=True)
-    adapted(model, ["out_proj"], name="c")
-    tensors = inputs("all" if settings else "self", False, True, *(settings.values() or (E, E)))
-    outputs = []
-    for names in (["a"], ["b"], ["a", "b", "c"], ["c"], []):
-        set_adapter(model, names)
-        assert_same(model, merged_copy(model), tensors)
-        outputs.append(model(*tensors)[0])
-    assert len({tuple(y.flatten().tolist()) for y in outputs}) == 5
-    with disable_adapters(model):
-        assert torch.equal(model(*tensors)[0], outputs[-1])
-
-
-@pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 7}])
-def test_compiles(settings):
-    model = adapted(Wrapper(dtype=torch.float32, batch_first=True, **settings))
-    x, memory = torch.randn(N, L, E), torch.randn(N, S, settings.get("kdim", E))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, memory, memory), model(x, memory, memory))
-
-
 # --- merging ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 5}])
-def test_merge_and_unmerge(settings):
-    model = adapted(Wrapper(batch_first=True, dtype=torch.bfloat16, **settings), lora_bias=True).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_bias" in name:
-                parameter.normal_()
-    x = [torch.randn(N, L, features, dtype=torch.bfloat16) for features in (E, *(settings.values() or (E, E)))]
-    pristine = {name: p.clone() for name, p in model.named_parameters()}
-    exact = model.double()(*(t.double() for t in x))[0]
-    model.bfloat16()
-    merge(model)
-    assert not same_bits(
-        model.attention.weight,
-        pristine["attention.base_layer.in_proj_weight" if not settings else "attention.base_layer.q_proj_weight"],
-    )
-    assert not same_bits(model.attention.bias, pristine["attention.base_layer.in_proj_bias"])
-    torch.testing.assert_close(model(*x)[0].double(), exact, rtol=0.1, atol=0.1)
-    with pytest.raises(RuntimeError, match="is merged and would not train"):
-        model.train()(*x)
-    unmerge(model.eval())
-    for name, parameter in model.named_parameters():
-        if "base_layer" in name and "adapters" not in name:
-            assert same_bits(parameter, pristine[name]), name
-    plain = merged_copy(model.double())
-    merge_and_unload(model)
-    assert type(model.attention) is nn.MultiheadAttention and not any(lora_modules(model))
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_deepcopy_and_unload():
-    model = adapted(Wrapper())
-    before = copy.deepcopy(model)
-    x = inputs("self", False, True)
-    torch.testing.assert_close(before(*x), model(*x))
-    base = model.attention.base_layer
-    unload(model)
-    assert model.attention is base and type(base.out_proj).__name__ == "NonDynamicallyQuantizableLinear"
-    assert any(lora_modules(before))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

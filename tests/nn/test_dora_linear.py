@@ -236,7 +236,6 @@ def test_other_layers_may_have_other_adapters():
         ({"ensure_weight_tying": True}, "use_dora is True, but ensure_weight_tying is True"),
         ({"target_parameters": ["0.weight"]}, "use_dora is True, but target_parameters is"),
         ({"enable_lora": {"0": (True, False)}}, "use_dora is True, but enable_lora is"),
-        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, "but alora_invocation_tokens is"),
     ],
 )
 def test_options_that_do_not_go_with_it(options, message):

@@ -15,7 +15,7 @@ from support.models import VOCABULARY, llama, refused, token_ids
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import merge_and_unload
 from lora_ext.nn import EmbeddingAdapter, LoraEmbedding
 
@@ -166,18 +166,6 @@ def test_a_model_reads_the_sizes_of_its_embedding():
     assert model.tokens.embed_scale == 8**0.5
 
 
-def test_several_active_adapters_add_up():
-    model, ids = TextNet(), token_ids()
-    for name in ("one", "two"):
-        inject(model, LoraConfig(target_modules=["tokens"], **ALIVE), name)
-    bare, sums = model.tokens.base_layer(ids), 0
-    for name in ("one", "two"):
-        set_adapter(model, name)
-        sums = sums + model.tokens(ids) - bare
-    set_adapter(model, ["one", "two"])
-    torch.testing.assert_close(model.tokens(ids), bare + sums)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_merging_gives_the_same_output_and_unmerging_every_bit(dtype):
     model, ids = inject(TextNet().to(dtype).eval(), LoraConfig(target_modules=TARGETS, **ALIVE)), ids_with_padding()
@@ -242,14 +230,6 @@ def test_an_adapter_of_another_size():
     with pytest.raises(ValueError, match=r"LoraEmbedding: lora_A has shape \[31, 4\], want \[30, 4\]"):
         layer.add_adapter("other", EmbeddingAdapter(31, 16, 4, 8))
     assert list(layer.adapters) == ["default"]
-
-
-def test_does_not_train_while_merged():
-    layer = layer_of(torch.float32)
-    layer.merge()
-    with pytest.raises(RuntimeError, match="'default' is merged and would not train"):
-        layer(torch.tensor([1]))
-    assert layer.eval()(torch.tensor([1])).shape == (1, 16)
 
 
 def test_parameters_are_contiguous(tmp_path):

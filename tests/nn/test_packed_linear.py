@@ -23,7 +23,6 @@ from lora_ext.adapters import (
     add_weighted_adapter,
     delete_adapter,
     lora_modules,
-    merge_and_unload,
     set_adapter,
     unload,
 )
@@ -114,16 +113,6 @@ def test_parts_that_are_off_are_untouched_and_have_no_parameters(fused):
     assert difference[1].max() < 1e-12 and difference[[0, 2]].min() > 1e-3
 
 
-def test_gradients(fused):
-    model = adapted(fused)
-    x, trained = x_for(model), {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def output(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(model, dict(zip(trained, values, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(output, (x, *trained.values()))
-
-
 def test_the_update_is_never_a_matrix_of_the_weights_size(monkeypatch):
     sizes = []
     op = functional.lora_linear
@@ -131,13 +120,6 @@ def test_the_update_is_never_a_matrix_of_the_weights_size(monkeypatch):
     model = adapted(Fused())
     model(x_for(model))
     assert sizes == [((4, IN), (OUT, 4))]
-
-
-def test_dropout(fused):
-    model = adapted(fused, lora_dropout=0.5).train()
-    x = x_for(model)
-    assert not torch.equal(model(x), model(x))
-    torch.testing.assert_close(model.eval()(x), merged_copy(model)(x))
 
 
 def test_adapters_of_several_kinds_in_one_layer(fused):
@@ -170,12 +152,6 @@ def test_adapters_of_several_kinds_in_one_layer(fused):
     torch.testing.assert_close(model(x), outputs[2])
 
 
-def test_compiles(fused):
-    model = adapted(fused.float())
-    x = x_for(model)
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
-
-
 def test_a_layer_without_inject():
     adapter = PackedAdapter(IN, OUT, 2, 4, enable_lora=[False, True])
     layer = LoraPackedLinear(nn.Linear(IN, OUT), 2, adapter)
@@ -193,23 +169,12 @@ def test_a_layer_without_inject():
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("conv1d", [False, True])
-def test_merge_and_unmerge(conv1d, dtype):
-    model = adapted(Fused(conv1d, dtype)).eval()
-    x, pristine = x_for(model), model.qkv.weight.clone()
-    exact = copy.deepcopy(model).double()(x.double())
+def test_a_merge_writes_the_enabled_parts_only(fused):
+    model = adapted(fused).eval()
+    pristine, dim = model.qkv.weight.clone(), 1 if isinstance(model.qkv.base_layer, Conv1D) else 0
     merge(model)
-    parts = list(zip(*(w.chunk(3, dim=1 if conv1d else 0) for w in (model.qkv.weight, pristine)), strict=True))
+    parts = zip(*(w.chunk(3, dim) for w in (model.qkv.weight, pristine)), strict=True)
     assert [same_bits(merged, before) for merged, before in parts] == [False, True, False]
-    assert (model(x).double() - exact).norm() < 2e-2 * exact.norm()
-    unmerge(model)
-    assert same_bits(model.qkv.weight, pristine)
-    other, plain = copy.deepcopy(model), merged_copy(model)
-    merge_and_unload(model)
-    torch.testing.assert_close(model.qkv.weight, plain.qkv.weight)
-    assert type(model.qkv) is (Conv1D if conv1d else nn.Linear)
-    assert same_bits(other.qkv.weight, pristine)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -292,15 +257,8 @@ def test_values_are_replaced_and_swapped_in_place(tmp_path):
         prepare_hotswap(model, 8)
 
 
-def test_weighted_combination(tmp_path):
-    base = Fused()
-    model = adapted(adapted(copy.deepcopy(base), name="a"), name="b")
-    set_adapter(add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", "linear"), "c")
-    x = x_for(base)
-    torch.testing.assert_close(model(x), merged_copy(model)(x))
-    save_adapter(model, tmp_path, "c")
-    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), model(x))
-    adapted(model, (True, True, False), "d")
+def test_combinations_that_are_refused():
+    model = adapted(adapted(adapted(Fused(), name="a"), name="b"), (True, True, False), "d")
     with refused(model, ValueError, "at 'qkv': enable_lora differs"):
         add_weighted_adapter(model, ["a", "d"], [1.0, 1.0], "e", "linear")
     with refused(model, ValueError, "cat cannot combine the factors at 'qkv'"):

@@ -10,19 +10,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.merging import same_bits
 from support.models import VOCABULARY, refused, token_ids
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import (
-    adapter_status,
-    add_weighted_adapter,
-    delete_adapter,
-    disable_adapters,
     lora_modules,
-    merge_and_unload,
     set_adapter,
     unload,
 )
@@ -129,28 +123,6 @@ def test_equals_the_module_with_merged_weights(mixture):
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, plain)))
 
 
-def test_gradients_of_the_factors(mixture):
-    model = adapted(mixture, lora_alpha=1)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 6
-
-    def output(*values: Tensor) -> Tensor:
-        return torch.func.functional_call(model, dict(zip(trained, values, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(output, tuple(trained.values()))
-
-
-def test_the_parameter_is_never_written(mixture):
-    model = adapted(mixture).bfloat16()
-    experts = model.experts.module
-    before = {name: (p, p.clone(), p._version) for name, p in experts.named_parameters()}
-    model(torch.randn(4, 6, dtype=torch.bfloat16)).sum().backward()
-    for name, (parameter, value, version) in before.items():
-        assert getattr(experts, name) is parameter and parameter._version == version and parameter.grad is None
-        assert same_bits(parameter, value)
-
-
 def test_an_error_in_the_module_leaves_its_parameters_in_place(mixture):
     model = adapted(mixture)
     before = dict(model.named_parameters())
@@ -160,23 +132,6 @@ def test_an_error_in_the_module_leaves_its_parameters_in_place(mixture):
     assert before.keys() == after.keys() and all(after[name] is p for name, p in before.items())
 
 
-def test_several_adapters(mixture):
-    model = adapted(mixture, name="a")
-    adapted(model, ["experts.down"], "b", r=3)
-    adapted(model, ["experts.mix", "experts.up"], "c", use_rslora=True)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    for names in (["a"], ["b"], ["c"], ["a", "b", "c"], []):
-        set_adapter(model, names)
-        torch.testing.assert_close(model(x), merged_copy(model)(x))
-    with disable_adapters(model):
-        torch.testing.assert_close(model(x), model(x))
-    assert {(s.layer, s.adapter, s.r) for s in adapter_status(model)} >= {("experts", "a", 2), ("experts", "c", 2)}
-    set_adapter(model, "b")
-    delete_adapter(model, "a"), delete_adapter(model, "c")
-    assert [layer.parameter_name for _, layer in lora_modules(model)] == ["down"]
-    torch.testing.assert_close(model(x), merged_copy(model)(x))
-
-
 def test_autocast_keeps_the_dtype_of_the_parameter(mixture):
     model = adapted(mixture.float())
     seen = []
@@ -184,18 +139,6 @@ def test_autocast_keeps_the_dtype_of_the_parameter(mixture):
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(4, 6))
     assert seen == [torch.float32]
-
-
-def test_compiles(mixture):
-    model = adapted(mixture.float())
-    x = torch.randn(5, 6)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x))
-    for out in (compiled(x), model(x)):
-        model.zero_grad()
-        out.sum().backward()
-        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
-    assert all(grad.abs().max() > 0 for grad in grads)
 
 
 def test_a_layer_without_inject():
@@ -214,49 +157,6 @@ def test_a_layer_without_inject():
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
-
-
-def test_merge_and_unmerge(mixture):
-    model = adapted(mixture, name="a").bfloat16().eval()
-    adapted(model, ["experts.up"], "b")
-    set_adapter(model, ["a", "b"])
-    x = torch.randn(5, 6, dtype=torch.bfloat16)
-    pristine = {name: getattr(model.experts.module, name).clone() for name in ALL}
-    exact = copy.deepcopy(model).double()(x.double())
-    merge(model)
-    for name in ALL:
-        assert not same_bits(getattr(model.experts.module, name), pristine[name])
-    assert same_bits(model(x), model.head(model.experts.module(x, scale=2.0)))
-    assert (model(x).double() - exact).norm() < 0.1 * exact.norm()
-    unmerge(model, "a")
-    unmerge(model)
-    for name in ALL:
-        assert same_bits(getattr(model.experts.module, name), pristine[name])
-    plain = merged_copy(model.double())
-    merge_and_unload(model)
-    assert type(model.experts) is Experts
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_deepcopy_and_unload(mixture):
-    model = adapted(mixture)
-    other, x = copy.deepcopy(model), torch.randn(4, 6, dtype=torch.float64)
-    torch.testing.assert_close(other(x), model(x))
-    experts = model.experts.module
-    unload(model)
-    assert model.experts is experts
-    assert not torch.equal(other(x), model(x))
-
-
-def test_weighted_combination(mixture, tmp_path):
-    base = copy.deepcopy(mixture)
-    model = adapted(adapted(mixture, name="a"), name="b")
-    set_adapter(add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", "linear"), "c")
-    x = torch.randn(4, 6, dtype=torch.float64)
-    torch.testing.assert_close(model(x), merged_copy(model)(x))
-    save_adapter(model, tmp_path, "c")
-    torch.testing.assert_close(load_adapter(base, tmp_path)(x), model(x))
 
 
 # --- with PEFT --------------------------------------------------------------------------------------------------------
@@ -288,25 +188,6 @@ def test_files_both_ways_with_peft(family, parameters, tmp_path):
     torch.testing.assert_close(*files, rtol=0, atol=0)
     again = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_pefts(family, tmp_path):
-    base, ids = FAMILIES[family]().double().train(), token_ids()
-    theirs = theirs_for(base, EXPERTS)
-    theirs.save_pretrained(tmp_path)
-    ours = load_adapter(copy.deepcopy(base), tmp_path, trainable=True).train()
-    for model in (ours, theirs):
-        model(input_ids=ids, labels=ids).loss.backward()
-    gradients = {
-        name.replace(".default", "").removesuffix(".weight"): p.grad
-        for name, p in theirs.named_parameters()
-        if p.requires_grad
-    }
-    trained = [(f"base_model.model.{name}", p.grad) for name, p in ours.named_parameters() if p.requires_grad]
-    assert len(trained) == len(gradients) == 8
-    for name, gradient in trained:
-        torch.testing.assert_close(gradient, gradients[name.replace(".adapters.default", "")])
 
 
 def test_files_do_not_depend_on_other_adapters(mixture, tmp_path):

@@ -14,7 +14,7 @@ from support.layers import random_layer, random_siblings
 from torch import Tensor
 
 from lora_ext import functional
-from lora_ext._common.arguments import _test
+from lora_ext._common.arguments import rule
 
 SEED = torch.tensor(7)
 
@@ -95,9 +95,9 @@ if hasattr(torch, "quantize_per_tensor"):  # deprecated in 2.13
 def wrong_values(hint: object) -> Iterator[tuple[str, object]]:
     """Yields values that the annotation excludes, and tensors of a wrong layout, device or dtype."""
     for what, value in NO_TENSORS.items():
-        if not _test(hint)(value):
+        if not rule(hint).test(value):
             yield what, value
-        if get_origin(hint) is Sequence and not _test(hint)([value]):
+        if get_origin(hint) is Sequence and not rule(hint).test([value]):
             yield what, [value]
     if Tensor in (hint, *get_args(hint)):
         yield from ODD_TENSORS.items()

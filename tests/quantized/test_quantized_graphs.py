@@ -1,8 +1,6 @@
-"""Exported programs of models with quantised layers, and several threads in one model."""
+"""Exported programs of models with quantised layers."""
 
 from __future__ import annotations
-
-import threading
 
 import pytest
 import torch
@@ -10,8 +8,6 @@ from support.quantized import QUANTIZE, quantized_copy
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject
-
-FEW = ["nf4-double", "int8", "torchao-int8"]
 
 
 class Attention(nn.Module):
@@ -45,28 +41,3 @@ def test_exported_programs_compute_the_same(format, strict):
     torch.testing.assert_close(program.module()(x), expected)
     ours = [str(node.target) for node in program.graph.nodes if "lora_ext" in str(node.target)]
     assert len(ours) == 3
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("format", FEW)
-def test_threads(format, training):
-    model, xs, wrong = net(format).train(training), [torch.randn(5, 64) for _ in range(3)], []
-    model(xs[0])
-    with torch.no_grad():
-        expected = [model(x) for x in xs]
-
-    def run(i: int) -> None:
-        for _ in range(5):
-            x = xs[i].clone().requires_grad_(training)
-            y = model(x)
-            if training:
-                torch.autograd.grad(y.sum(), x)
-            if not torch.allclose(y, expected[i], atol=1e-5):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong

@@ -121,7 +121,7 @@ def test_merge_and_unload_leaves_a_quantised_model(format):
     model, x = net(format), torch.randn(9, 64)
     other = copy.deepcopy(model)
     merge(other)
-    with pytest.raises(RuntimeError, match="merged into 'up': \\['b'\\] in the state, nothing in the model"):
+    with pytest.raises(RuntimeError, match="merged into 'up' in the state, where the update would count twice"):
         copy.deepcopy(model).load_state_dict(other.state_dict(), strict=False)
     merge_and_unload(model)
     assert type(model.up) is type(other.up.base_layer)

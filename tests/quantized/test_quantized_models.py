@@ -211,21 +211,20 @@ def test_trainer(checkpoint, quantization, tmp_path):
         trainer(unload(model), 4)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_and_kbit_preparation(checkpoint, reentrant):
+def test_gradient_checkpointing_and_kbit_preparation(checkpoint):
     batch, results = ids(), []
-    for checkpointing in (False, True):
+    for reentrant in (None, False, True):
         model = load(checkpoint, "nf4")
-        if checkpointing:
-            model = peft.prepare_model_for_kbit_training(
-                model, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-            )
+        if reentrant is not None:
+            how = {"use_reentrant": reentrant}
+            model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=how)
         torch.manual_seed(0)
         inject(model, LoraConfig(**OPTIONS, init_lora_weights=False))
         results.append(train(model, batch))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    for name, gradient in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-3, atol=1e-6)
+    expected, *others = results
+    for losses, gradients in others:
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        torch.testing.assert_close(gradients, expected[1], rtol=1e-3, atol=1e-6)
 
 
 def test_conv1d_of_gpt2(tmp_path):

@@ -1,4 +1,4 @@
-"""Threads use the adapters of one pool at random, while others load, prefetch, pin and evict them.
+"""Threads use the adapters of one pool at random, while others load and evict them.
 
 Every result equals that of the adapter used alone, only planted errors occur, and memory does not grow.
 """
@@ -66,7 +66,7 @@ class Soak:
         self.model: nn.Module = base
         one = AdapterPool(copy.deepcopy(base), folder, target_modules=TARGETS, r=8, max_bytes=1 << 24)
         size = one.stats().slot_bytes
-        self.pool = AdapterPool(base, folder, target_modules=TARGETS, r=8, max_bytes=slots * size, host_bytes=1 << 16)
+        self.pool = AdapterPool(base, folder, target_modules=TARGETS, r=8, max_bytes=slots * size)
 
     def check(self, names: list[str], rows: list[int], logits: Tensor) -> None:
         want = torch.stack([self.expected[name][row] for name, row in zip(names, rows, strict=True)])
@@ -89,21 +89,11 @@ class Soak:
         want = torch.stack([self.expected[name][row, -1] for name, row in zip(names, rows, strict=True)])
         torch.testing.assert_close(first, want, rtol=1e-4, atol=1e-5)
 
-    def prefetch(self, draw: random.Random) -> None:
-        for future in self.pool.prefetch(draw.sample(self.names, 3)):
-            future.result(60)
-
-    def pin(self, draw: random.Random) -> None:
-        name = draw.choice(self.names)
-        self.pool.pin(name)
-        self.forward(draw)
-        self.pool.unpin(name)
-
     def evict(self, draw: random.Random) -> None:
         try:
             self.pool.evict(draw.choice(self.names))
         except RuntimeError as error:
-            assert "is pinned" in str(error) or "used by a running call" in str(error), error
+            assert "used by a running call" in str(error), error
 
     def refused(self, draw: random.Random) -> None:
         name, error = draw.choice([(CORRUPT, ValueError), (UNKNOWN, KeyError)])
@@ -115,7 +105,7 @@ class Soak:
             raise AssertionError(f"{name!r} was not refused")
 
 
-ACTIONS = {"forward": 20, "generate": 2, "prefetch": 2, "pin": 2, "evict": 2, "refused": 2}
+ACTIONS = {"forward": 20, "generate": 2, "evict": 2, "refused": 2}
 
 
 def run(folder: Path, seconds: float, threads: int = 8, adapters: int = 100, slots: int = 40, seed: int = 0) -> Outcome:
@@ -147,7 +137,7 @@ def run(folder: Path, seconds: float, threads: int = 8, adapters: int = 100, slo
             errors.append("a thread hangs")
     after = usage()
     stats = soak.pool.stats()
-    if stats.in_use or stats.pinned:
+    if stats.in_use:
         errors.append(f"slots are still used: {stats}")
     return Outcome(done, errors, (after[0] - before[0], after[1] - before[1]), stats)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 
 # First: in the other order an import's thread leaves an arena of the C library behind, and tests of a full memory
-# (tests/merging/test_merge_interrupted.py) find room in it.
+# (tests/merging/test_merge_launches.py) fit into it.
 import lora_ext.methods  # noqa: F401  # isort: skip
 from transformers import Trainer  # noqa: F401
 

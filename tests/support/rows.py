@@ -9,7 +9,7 @@ from support.models import shaken
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, set_adapter
-from lora_ext.nn.rows.in_force import _current
+from lora_ext.nn.rows import _current
 
 RANKS = {"a": 2, "b": 5, "c": 3}
 NAMES = ["b", "__base__", "a", "b", "c"]
@@ -45,7 +45,7 @@ def assert_rows_equal(model: nn.Module, call: Callable[..., Tensor], names: list
         other = alone(model, "a" if name == "b" else "b", call)
         assert not torch.allclose(y[rows], other[rows], atol=1e-5)
     set_adapter(model, active)
-    assert _current.get() is None and model._lora_adapters.active.row_calls == 0
+    assert _current.get() is None and model._lora_adapters.active.mixed_calls == 0
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

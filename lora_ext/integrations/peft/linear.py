@@ -15,9 +15,7 @@ from lora_ext.integrations.peft.eligibility import PeftAdapter, active_adapters,
 from lora_ext.nn import base_product, dora
 from lora_ext.nn.base_layer import own_copy, plain_linear, runs_quantized_product
 from lora_ext.nn.joined import Update, joined
-from lora_ext.nn.rows.active_tokens import ActiveTokens
-from lora_ext.nn.rows.choice import RowChoice
-from lora_ext.nn.rows.updates import RowUpdates, add_chosen, linear_with_chosen
+from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, linear_with_chosen
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, neighbours_of
 from lora_ext.quantized import quantized_weight
 
@@ -85,9 +83,9 @@ class LinearForward(SharesInputs):
             choice = _choice_of(tuple(names), invoked, tuple(before), x.shape[1])
         plain, updates = self._plain(x), _updates_of(adapters)
         if plain is not None:
-            return linear_with_chosen(x, *plain, choice, updates, 1, layer=self)
+            return linear_with_chosen(x, *plain, choice, updates, 1)
         y = own_copy(self, self.base_layer(x))
-        return add_chosen(y, x.to(y.dtype), choice, updates, 1, layer=self)
+        return add_chosen(y, x.to(y.dtype), choice, updates, 1)
 
     def _forward_invoked(self, x: Tensor, adapters: list[PeftAdapter], offsets: list[int | None]) -> Tensor:
         """The forward of active adapters of which one or more act on the last ``offsets`` tokens of each row only."""
@@ -96,7 +94,7 @@ class LinearForward(SharesInputs):
         x = x.to(y.dtype)
         for adapter in adapters:
             acts = (frozenset(names), before, x.shape[1]) if adapter.is_invoked else ()
-            y = add_chosen(y, x, _choice_of(names, *acts), _updates_of({"active": adapter}), 1, layer=self)
+            y = add_chosen(y, x, _choice_of(names, *acts), _updates_of({"active": adapter}), 1)
         return y
 
     def _forward_dora(self, x: Tensor, plain: tuple[Tensor, Tensor | None] | None, adapter: PeftAdapter) -> Tensor:
@@ -152,16 +150,35 @@ def _before(offsets: list[int | None], x: Tensor) -> list[int]:
 def _choice_of(
     names: tuple[str, ...], invoked: frozenset[str] = frozenset(), before: tuple[int, ...] = (), length: int = 0
 ) -> RowChoice:
-    """The same for all layers of a call.
+    """The same for all layers of a call. The arguments are those of :class:`_TokenChoice`."""
+    return _TokenChoice(names, invoked, before, length) if invoked else RowChoice(names)
+
+
+class _TokenChoice(RowChoice):
+    """The adapters of rows of which some act on the last tokens only (aLoRA).
 
     Args:
-        invoked: the names that act from their invocation tokens on (aLoRA).
-        before, length: as in :class:`ActiveTokens`.
+        invoked: their names.
+        before: for each row how many tokens come before those.
+        length: tokens of a row.
     """
-    choice = RowChoice(None, names)
-    if invoked:
-        choice.tokens, choice.invoked = ActiveTokens(before, length), invoked
-    return choice
+
+    def __init__(self, names: tuple[str, ...], invoked: frozenset[str], before: tuple[int, ...], length: int) -> None:
+        super().__init__(names)
+        self.invoked, self.before, self.length = invoked, before, length
+        self._of_tokens: dict[tuple, Tensor] = {}
+
+    def groups(self, present: tuple[str, ...], times: int, device: torch.device) -> Tensor:
+        """Returns :meth:`RowChoice.groups`, or int64 ``[rows, tokens]`` if one of ``present`` acts on some tokens."""
+        groups = super().groups(present, times, device)
+        if self.invoked.isdisjoint(present):
+            return groups
+        found = self._of_tokens.get((present, device))
+        if found is None:
+            with torch.inference_mode(False):  # a later call may be recorded by autograd
+                acts = torch.arange(self.length, device=device) >= torch.tensor(self.before, device=device)[:, None]
+                found = self._of_tokens[present, device] = torch.where(acts, groups[:, None], -1)
+        return found
 
 
 def _updates_of(adapters: Mapping[str, PeftAdapter]) -> RowUpdates:

@@ -20,9 +20,7 @@ _PER_CALL = (
     "exported run PEFT's code, and so do embeddings and convolutions with adapter_names."
 )
 _NOT_ACCELERATED = "accelerate() was not called since PEFT made the layer"
-_REASONS = {
-    "MultiheadAttention": "PEFT's MultiheadAttention merges before and unmerges after each forward of the base layer",
-}
+_ATTENTION = "PEFT's MultiheadAttention merges before and unmerges after each forward of the base layer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,8 @@ def _of_layer(path: str, layer: LoraLayer) -> LayerReport:
     if not is_accelerated(layer):
         reason = _NOT_ACCELERATED
         if accelerated_class(type(layer)) is None:
-            reason = _REASONS.get(kind, f"lora_ext has no counterpart of {type(layer).__module__}.{kind}")
+            reason = f"lora_ext has no counterpart of {type(layer).__module__}.{kind}"
+            reason = _ATTENTION if kind == "MultiheadAttention" else reason
         return LayerReport(path, kind, reason, reason)
     if "forward" in vars(layer):
         forward = "the layer's forward was replaced on the instance, for example by a hook"

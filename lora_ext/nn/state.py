@@ -1,19 +1,42 @@
-"""Marks a ``state_dict`` that was taken while adapters were merged, so that no update is counted twice or lost.
+"""What an adapted model's ``state_dict`` holds besides its parameters and buffers, and under which keys.
 
-A merged layer adds one small tensor to its state; a layer with nothing merged adds nothing, and its keys are exactly
-those of its parameters and buffers.
+The keys are those of ``named_parameters``, as FSDP, ``torch.distributed.checkpoint``, ``torch.export`` and
+``functional_call`` expect. Within :func:`base_keys`, adapter layers write the base model's keys. A layer with merged
+adapters adds a mark, so that no update is counted twice or lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_ext.nn.layer import LoraLayer
 
+_uses_base_keys: ContextVar[bool] = ContextVar("lora_ext_base_keys", default=False)
+
 MERGED_KEY = "_extra_state"
 """PyTorch's name for state that is not a parameter; its tools (torch.distributed.checkpoint) know it."""
+
+
+@contextmanager
+def base_keys() -> Iterator[None]:
+    """Gives ``state_dict`` of adapted models the base model's keys and no adapter's, in this thread.
+
+    The values are those that the model computes with, except for updates that are not merged.
+    """
+    token = _uses_base_keys.set(True)
+    try:
+        yield
+    finally:
+        _uses_base_keys.reset(token)
+
+
+def uses_base_keys() -> bool:
+    """Returns whether this thread is within :func:`base_keys`."""
+    return _uses_base_keys.get()
 
 
 def check_same_merged(layer: LoraLayer, state: Mapping[str, Any], prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""Refuses rows that choose their adapters in compiled code.
+"""Refuses mixed batches in compiled code.
 
 Only compiled code imports this: ``torch.compiler.disable`` imports ``torch._dynamo``, which takes seconds and 70 MB.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from lora_ext.nn.rows.in_force import chosen
+from lora_ext.nn.rows import chosen
 
 if TYPE_CHECKING:
     from lora_ext.nn.active import ActiveAdapters
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 def refuse_if_chosen(active: ActiveAdapters) -> None:
     if chosen(active) is not None:
         refuse_compiled()
-
-
-@torch.compiler.disable
-def refuse_invoked() -> NoReturn:
-    raise ValueError(
-        "an adapter acts from its invocation tokens on (aLoRA), which are elsewhere in every call, and no compiled, "
-        "exported or traced model looks for them; call the model that is not compiled "
-        "(compiled._orig_mod), or generate(..., disable_compile=True), or use another adapter (set_adapter)"
-    )
 
 
 @torch.compiler.disable

@@ -13,11 +13,11 @@ from peft import PeftModel
 from support.models import Net, bert, gpt2, llama, roberta, shaken, token_ids
 from support.rows import NAMES, RANKS, alone, assert_rows_equal, use, with_adapters
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import StoppingCriteriaList, T5Config, T5ForConditionalGeneration
 
 from lora_ext import LoraConfig, inject, save_adapter, set_adapter
-from lora_ext.adapters import choose_adapters, delete_adapter, disable_adapters, unload
-from lora_ext.nn.rows.in_force import _current
+from lora_ext.adapters import delete_adapter, disable_adapters, merge_and_unload, rename_adapter, unload
+from lora_ext.nn.rows import _current
 
 
 class Convolutions(nn.Module):
@@ -193,9 +193,7 @@ def test_copies_have_it(other):
     delete_adapter(copied, "b")
     assert torch.isfinite(copied(ids, adapter_names=["a"] * 5).logits).all()
     unload(copied)
-    assert "generate" not in vars(copied) and not copied._forward_hooks
-    with pytest.raises(ValueError, match="adapter_names is .* but the model has no adapters any more"):
-        copied(ids, adapter_names=["a"] * 5)
+    assert "generate" not in vars(copied) and not copied._forward_hooks and not copied._forward_pre_hooks
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -236,21 +234,6 @@ def test_generate_of_an_encoder_and_a_decoder():
         assert torch.equal(tokens[i, : len(expected)], expected[: tokens.shape[1]])
 
 
-def test_code_that_cannot_pass_the_names():
-    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
-    with torch.no_grad():
-        expected, of_a = model(x, adapter_names=NAMES), alone(model, "a", lambda: model(x))
-        with choose_adapters(model, NAMES):
-            assert torch.equal(model(x), expected)
-            twice = model(x.repeat_interleave(2, 0))
-            torch.testing.assert_close(twice, expected.repeat_interleave(2, 0))
-            torch.testing.assert_close(model(x, adapter_names=["a"] * 5), of_a)
-            with pytest.raises(ValueError, match="adapter_names has 5 names, but argument 1 has 4 rows"):
-                model(x[:4])
-            torch.testing.assert_close(model(x), expected)
-        assert torch.equal(model(x), of_a)
-
-
 # --- what remains after a call ----------------------------------------------------------------------------------------
 
 
@@ -268,7 +251,7 @@ def test_an_error_ends_the_choice(error):
             model(x, adapter_names=NAMES)
         handle.remove()
         assert torch.equal(model(x), plain)
-        assert _current.get() is None and model._lora_adapters.active.row_calls == 0
+        assert _current.get() is None and model._lora_adapters.active.mixed_calls == 0
 
 
 def test_threads_with_different_names():
@@ -284,7 +267,7 @@ def test_threads_with_different_names():
 
     with ThreadPoolExecutor(len(choices)) as pool:
         assert all(pool.map(run, range(len(choices))))
-    assert model._lora_adapters.active.row_calls == 0
+    assert model._lora_adapters.active.mixed_calls == 0
 
 
 def test_a_model_inside_another():
@@ -302,3 +285,59 @@ def test_a_model_inside_another():
     y = outer(x, adapter_names=NAMES)
     rows = torch.stack([use(outer, name).first(row) for name, row in zip(NAMES, x, strict=True)])
     torch.testing.assert_close(y, inner(rows, adapter_names=NAMES[::-1]))
+
+
+# --- adapters that are deleted or renamed while rows of a running call use them ---------------------------------------
+
+GONE = "adapter_names: 'b' was deleted or renamed during a call whose rows use it"
+CHANGES = {
+    "delete": lambda model: delete_adapter(model, "b"),
+    "rename": lambda model: rename_adapter(model, "b", "other"),
+    "replace": lambda model: inject(delete_adapter(model, "b"), LoraConfig(r=2, target_modules=["q_proj"]), "b"),
+    "unload": unload,
+    "merge_and_unload": merge_and_unload,
+}
+
+
+def generate(model: nn.Module, ids: Tensor, change: Callable[[nn.Module], object]) -> Tensor:
+    """Generates five tokens, and calls ``change`` after the second, as another thread might."""
+    lengths = []
+
+    def criterion(ids: Tensor, scores: Tensor, **_) -> Tensor:
+        lengths.append(ids.shape[1])
+        if len(lengths) == 2:
+            change(model)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    options = {"max_new_tokens": 5, "stopping_criteria": StoppingCriteriaList([criterion])}
+    return model.generate(ids, adapter_names=["b", "__base__"], **options)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_generate_fails_whose_adapter_goes(change):
+    model = use(with_adapters(llama(), ["q_proj", "v_proj"]), "a")
+    with pytest.raises(RuntimeError, match=GONE):
+        generate(model, token_ids(), CHANGES[change])
+
+
+@pytest.mark.parametrize("change", ["delete", "rename", "replace"])
+def test_a_forward_fails_whose_adapter_goes(change):
+    model = use(with_adapters(llama(), ["q_proj", "v_proj"]), "a")
+    # After the last layer with an adapter.
+    model.model.layers[-1].register_forward_hook(lambda *_: CHANGES[change](model) and None)
+    with pytest.raises(RuntimeError, match=GONE):
+        model(token_ids(), adapter_names=["b", "a"])
+    assert _current.get() is None and model._lora_adapters.active.mixed_calls == 0
+
+
+def test_other_adapters_may_go():
+    model, ids = use(with_adapters(llama(), ["q_proj", "v_proj"]), "a"), token_ids()
+    expected = generate(model, ids, lambda model: None)
+    assert torch.equal(generate(model, ids, lambda model: delete_adapter(model, "c")), expected)
+    active = model._lora_adapters.active
+    for name in ("user-1", "user-2"):  # a server that loads and deletes an adapter for each user must not grow
+        inject(model, LoraConfig(r=2, target_modules=["q_proj"]), name)
+        delete_adapter(set_adapter(model, "a"), name)
+    assert {*active.additions} == {*"ab"} and active.removals == 3
+    delete_adapter(copied := copy.deepcopy(model), "b")
+    assert {*copied._lora_adapters.active.additions} == {"a"} and {*active.additions} == {*"ab"}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from support.models import Net, llama, refused, shaken, token_ids
 from support.rows import NAMES, assert_rows_equal, with_adapters
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
-from lora_ext.adapters import choose_adapters, unload
-from lora_ext.nn.rows.in_force import _current
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import unload
+from lora_ext.nn.rows import RowChoice, _current, choosing
 
 BAD_NAMES = [
     (["a", "b", "x", "y", "a"], KeyError, "Net: there is no adapter 'x'; the adapters are ['a', 'b', 'c']"),
@@ -30,16 +32,13 @@ def test_bad_names(names, error, text):
     with refused(model, error, text):
         model(x, adapter_names=names)
     assert not ran
-    if "argument" not in text:
-        with pytest.raises(error, match="choose_adapters: "), choose_adapters(model, names):
-            pass
 
 
 def test_merged_adapters_are_refused():
     model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
     expected = model(x, adapter_names=NAMES)
     merge(model, "a")
-    with refused(model, ValueError, "Net: adapter_names: 'a' is merged into 'blocks.0.up'", "unmerge(model)"):
+    with refused(model, ValueError, "LoraLinear: adapter_names: 'a' is merged into this layer", "unmerge(model)"):
         model(x, adapter_names=NAMES)
     unmerge(model)
     assert torch.equal(model(x, adapter_names=NAMES), expected)
@@ -53,8 +52,9 @@ def test_adapters_that_act_on_all_rows_are_refused():
     assert_rows_equal(model, lambda **names: model(x, **names).detach())
     inject(model, LoraConfig(r=1, target_modules=["up"], bias="lora_only"), "biased")
     shaken(model)
-    with refused(model, ValueError, "the active adapter 'biased' has changed the model's biases for all rows"):
-        model(x, adapter_names=NAMES)
+    for names in (NAMES, ["__base__"] * 5):
+        with refused(model, ValueError, "the active adapter 'biased' has changed the model's biases for all rows"):
+            model(x, adapter_names=names)
     set_adapter(model, "a")
     with refused(model, ValueError, "'biased' cannot be chosen by a row: it trains the model's biases", "lora_bias"):
         model(x, adapter_names=["biased"] * 5)
@@ -76,22 +76,13 @@ def test_rows_that_belong_to_no_name_are_refused():
     model = with_adapters(RoutesTokens(), ["expert"])
     with refused(model, ValueError, "LoraLinear: adapter_names has 5 names, but", "[10, 4]", "set_adapter"):
         model(torch.randn(5, 3, 4), adapter_names=NAMES)
-    seq_first = with_adapters(nn.Sequential(nn.Linear(4, 4)), ["0"])
-    with choose_adapters(seq_first, NAMES), pytest.raises(ValueError, match=r"the shape \[10, 5, 4\]"):
-        seq_first[0](torch.randn(10, 5, 4))
 
 
 def test_calls_of_a_part_are_refused():
     """Its forward would swallow the names in its ``**kwargs``."""
     model, ids, names = with_adapters(llama(), ["q_proj"]), token_ids(2), ["a", "b"]
-    hidden = model(ids, adapter_names=names, output_hidden_states=True).hidden_states[-1]
-    for argument in ("adapter_names", "adapter_lengths", "alora_offsets"):
-        with refused(
-            model, ValueError, f"LlamaModel: {argument} is for calls of the injected model", "choose_adapters"
-        ):
-            model.model(ids, **{argument: names})
-    with choose_adapters(model, names):
-        torch.testing.assert_close(model.model(ids, adapter_names=None).last_hidden_state, hidden)
+    with refused(model, ValueError, "LlamaModel: adapter_names is for calls of the injected model", "call that model"):
+        model.model(ids, adapter_names=names)
     part = unload(model).model
     assert not part._forward_pre_hooks and not part._forward_pre_hooks_with_kwargs
     inner = with_adapters(part, ["q_proj"])  # passes names on from the model around it
@@ -121,7 +112,8 @@ def test_exported_and_traced_models_refuse(how):
     model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
     plain = model(x)
     make = (lambda: torch.export.export(model, (x,))) if how == "export" else (lambda: torch.jit.trace(model, (x,)))
-    with choose_adapters(model, NAMES), pytest.raises(ValueError, match="an exported or traced .*set_adapter"):
+    choice = RowChoice(NAMES, model._lora_adapters.active)
+    with choosing(choice), pytest.raises(ValueError, match="an exported or traced .*set_adapter"):
         make()
     program = make()
     torch.testing.assert_close((program.module() if how == "export" else program)(x), plain)
@@ -137,3 +129,24 @@ def test_a_compiled_part_refuses():
     assert _current.get() is None
     torch.testing.assert_close(model(x), plain)
     torch._dynamo.reset()
+
+
+def test_continuous_batching_is_refused():
+    """Transformers' ``generate_batch`` swallows names in its ``**kwargs``."""
+    model = with_adapters(llama(), ["q_proj"])
+    with refused(model, ValueError, "generate_batch: adapter_names is for calls of the model and generate", "vLLM"):
+        model.generate_batch([[1, 2]], adapter_names=["a"])
+    with refused(model, ValueError, "LlamaForCausalLM: there is no adapter_lengths"):
+        model(token_ids(2), adapter_names=["a", "b"], adapter_lengths=[7, 7])
+
+
+def test_alora_is_refused(tmp_path):
+    model, invoked = llama(), {"alora_invocation_tokens": [3]}
+    text = "inject: alora_invocation_tokens is [3], but aLoRA is PEFT's", "lora_ext.integrations.peft.accelerate"
+    with refused(model, ValueError, *text):
+        inject(model, LoraConfig(target_modules=["q_proj"], **invoked))
+    save_adapter(inject(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | invoked))
+    with refused(model, ValueError, *text):
+        load_adapter(model, tmp_path)

@@ -1,0 +1,407 @@
+"""Mixed batches: ``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])``.
+
+A hook before the model's forward takes the names out of the arguments, as most models would swallow them in their
+``**kwargs``, checks everything before the model runs, and puts the choice in force for the layers
+(lora_ext/nn/rows.py). A hook after it ends the choice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.hooks import has_pre_hook, remove_hooks
+from lora_ext._common.printable import shown
+from lora_ext.model.adapter_set import AdapterSet, adapter_set, check_names
+from lora_ext.model.bare_model import adapter_layers, output_head, root_module
+from lora_ext.nn import AdapterLayer
+from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.rows import BASE, RowChoice, choosing, chosen, enter, leave
+
+NAMES = "adapter_names"
+
+
+# --- into a model and out of it ---------------------------------------------------------------------------------------
+
+
+def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
+    """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
+    if has_pre_hook(root, take_adapter_names) or NAMES in inspect.signature(root.forward).parameters:
+        return
+    root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
+    root.register_forward_hook(end_call, always_call=True)
+    for method in (MixedGenerate, NoMixedGenerateBatch):
+        if callable(getattr(type(root), method.name, None)):
+            setattr(root, method.name, method(root, adapters))
+
+
+def refuse_adapter_names(root: nn.Module, part: nn.Module) -> None:
+    """Makes a model inside ``root`` refuse names, which its forward would swallow in its ``**kwargs``."""
+    has_own = has_pre_hook(part, take_adapter_names) or has_pre_hook(part, refuse_names)
+    if part is not root and not has_own and has_pre_hook(root, take_adapter_names):
+        part.register_forward_pre_hook(refuse_names, with_kwargs=True)
+
+
+def forget_adapter_names(module: nn.Module) -> None:
+    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`."""
+    remove_hooks(module, take_adapter_names, end_call, refuse_names)
+    for kind in (MixedGenerate, NoMixedGenerateBatch):
+        method = vars(module).get(kind.name)
+        if isinstance(method, kind):
+            delattr(module, kind.name)
+            if method.replaced is not None:
+                setattr(module, kind.name, method.replaced)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
+    """Takes ``adapter_names`` out of the arguments and puts the choice in force; a hook before the forward."""
+    adapters = adapter_set(module)
+    rest, names = kwargs, kwargs.get(NAMES)
+    if NAMES in kwargs:
+        rest = {key: value for key, value in kwargs.items() if key != NAMES}
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if names is not None or adapters.active.mixed_calls > 0:
+            from lora_ext.nn.compiled_rows import refuse_compiled
+
+            refuse_compiled()
+    else:
+        drop_interrupted(adapters)
+        caller, outer = type(module).__name__, chosen(adapters.active)
+        if names is not None:
+            if "adapter_lengths" in rest:
+                raise ValueError(f"{caller}: there is no adapter_lengths; pass a sequence, and a name, for each row")
+            enter(choice_of(module, adapters, names, _by_name(args, rest), caller))
+        elif outer is not None:  # a step of generate
+            _note_rows(module, outer, _by_name(args, rest), caller)
+    return None if rest is kwargs else (args, rest)
+
+
+def end_call(module: nn.Module, args: Any, output: Any) -> None:
+    """Ends the choice that the call began; a hook after the forward, which also runs after an error."""
+    if torch.compiler.is_compiling():
+        return
+    choice = chosen(adapter_set(module).active)
+    if choice is not None and choice.repeats is None:
+        leave(choice, output)
+        if output is not None:
+            choice.check_present()
+
+
+def refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses names in a call of a part of an injected model; a hook before the forward. ValueError: it has some."""
+    if kwargs.get(NAMES) is not None:
+        raise ValueError(
+            f"{type(module).__name__}: {NAMES} is for calls of the injected model, and this is a part of it, which "
+            "would ignore it; call that model"
+        )
+
+
+def drop_interrupted(adapters: AdapterSet) -> None:
+    """Ends a call that Ctrl-C left without running its hook: another one begins, and no model calls itself."""
+    choice = chosen(adapters.active)
+    if choice is not None and choice.repeats is None:
+        leave(choice)
+
+
+class _Method:
+    """A method that an injected model has in place of its own; copied and pickled with it.
+
+    Attributes:
+        name: of the method.
+        model, adapters: the model and its adapters.
+        replaced: what the instance had under this name, or None.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: nn.Module, adapters: AdapterSet) -> None:
+        self.model, self.adapters, self.replaced = model, adapters, vars(model).get(self.name)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The method that the model has without adapters."""
+        return self.replaced or getattr(type(self.model), self.name).__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+
+class MixedGenerate(_Method):
+    """The ``generate`` of an injected model: a name for each prompt, also for all its beams or returned sequences."""
+
+    name = "generate"
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        drop_interrupted(self.adapters)
+        if adapter_names is None:
+            return self.original(*args, **kwargs)
+        values = _by_name(args, kwargs)
+        caller = f"{type(self.model).__name__}.generate"
+        choice = choice_of(self.model, self.adapters, adapter_names, values, caller)
+        config = values.get("generation_config") or getattr(self.model, "generation_config", None)
+        counts = [values.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences")]
+        choice.repeats = frozenset({1, *(count for count in counts if isinstance(count, int))})
+        choice.multiples |= choice.repeats  # generate also calls parts of the model, whose calls are not counted
+        with choosing(choice):
+            output = self.original(*args, **kwargs)
+        choice.check_present()
+        return output
+
+
+class NoMixedGenerateBatch(_Method):
+    """The ``generate_batch`` of an injected model, which refuses names: Transformers' would ignore them."""
+
+    name = "generate_batch"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(NAMES) is not None:
+            raise ValueError(
+                f"{type(self.model).__name__}.generate_batch: {NAMES} is for calls of the model and generate; servers "
+                "with continuous batching, such as vLLM and SGLang, read the files of save_adapter"
+            )
+        return self.original(*args, **kwargs)
+
+
+# --- the choice of a call ---------------------------------------------------------------------------------------------
+
+
+def choice_of(
+    root: nn.Module, adapters: AdapterSet, names: object, values: Mapping[str, Any], caller: str
+) -> RowChoice:
+    """Returns the choice of ``names`` for a call with the arguments ``values``.
+
+    Raises:
+        TypeError: ``names`` is no list of strings.
+        KeyError: there is no such adapter; the message lists them.
+        ValueError: the batch has another number of rows; or its rows cannot choose: one of the adapters has a part that
+            is the same for all rows, a layer gets something else than rows, or a pool's adapters would train. The
+            message has the remedy.
+    """
+    _check_list(names, caller)
+    used = dict.fromkeys(name for name in names if name != BASE)
+    pooled = () if adapters.pool is None else tuple(name for name in used if name not in adapters.configs)
+    if pooled:
+        adapters.pool.check_known(pooled, caller, adapters.configs)
+    else:
+        check_names(caller, adapters.configs, used)
+    first = _first_rows(root, values)
+    if first is not None and len(first[1]) != len(names):
+        raise ValueError(
+            f"{caller}: {NAMES} has {len(names)} names, but {first[0]} has {len(first[1])} rows; pass a name for each "
+            "row"
+        )
+    unsupported, is_uniform = _unsupported(root, adapters), len(set(names)) == 1
+    if unsupported.for_all:
+        raise ValueError(f"{caller}: {NAMES}: {unsupported.for_all}")
+    for name in used:
+        key = None if name in pooled else name
+        if reason := unsupported.for_rows.get(key) or (None if is_uniform else unsupported.for_several.get(key)):
+            raise ValueError(f"{caller}: {NAMES}: {name!r} cannot be chosen by a row: {reason}")
+        if not is_uniform and (path := unsupported.outside_text.get(key)):
+            _check_media(root, values, name, path, caller)
+    if pooled and root.training and torch.is_grad_enabled():
+        raise ValueError(
+            f"{caller}: {NAMES}: {pooled[0]!r} is in a pool, whose adapters do not train; call model.eval(), or "
+            "load_adapter(model, directory, trainable=True)"
+        )
+    if adapters.active.is_disabled:
+        names, pooled = [BASE] * len(names), ()
+    choice = RowChoice(names, adapters.active)
+    choice.is_uniform = is_uniform
+    choice.pool, choice.pool_names = adapters.pool, pooled
+    _note_rows(root, choice, values, caller)
+    return choice
+
+
+def _check_list(names: object, caller: str) -> None:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{caller}: {NAMES} is of type {type(names).__name__}, want a list with a name per row")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(
+            f"{caller}: {NAMES} has the entry {wrong[0]!r} of type {type(wrong[0]).__name__}, want a name per row; "
+            f"{BASE!r} is none"
+        )
+    if not names:
+        raise ValueError(f"{caller}: {NAMES} is empty, want a name for each row")
+
+
+def _note_rows(root: nn.Module, choice: RowChoice, values: Mapping[str, Any], caller: str) -> None:
+    """Notes how many rows of a layer's input may belong to one name: its row of the batch, or all tokens of that.
+
+    ValueError: a step of generate has rows that belong to no name, or in another order.
+    """
+    first = _first_rows(root, values)
+    if first is None or choice.is_uniform:
+        return
+    rows = len(first[1])
+    times, rest = divmod(rows, len(choice.rows))
+    if rest or times not in (choice.repeats or (1,)):
+        raise ValueError(
+            f"{caller}: {NAMES} has {len(choice.rows)} names, but {first[0]} has {rows} rows in a step of generate, "
+            "which are no beams or returned sequences of each prompt (guidance puts all prompts into a batch twice, "
+            "some models leave out rows that are done); call generate once for each adapter (set_adapter)"
+        )
+    lengths = {tensor.shape[1] for _, tensor in _tensors(values) if tensor.dim() > 1 and len(tensor) == rows}
+    choice.multiples = frozenset((1, times, *(times * length for length in lengths))) | (choice.repeats or set())
+
+
+def _by_name(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"argument {i}": value for i, value in enumerate(args, start=1)} | dict(kwargs)
+
+
+def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if value.dim():
+                yield name, value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value)
+
+
+def _first_rows(root: nn.Module, values: Mapping[str, Any]) -> tuple[str, Tensor] | None:
+    """Returns the name and the value of the argument that says how many rows a batch has, or None."""
+    tensors = dict(_tensors(values))
+    main = getattr(root, "main_input_name", None)
+    for name in (main, "input_ids", "decoder_input_ids", "inputs_embeds", "sample", "hidden_states", *tensors):
+        if name in tensors:
+            return name, tensors[name]
+    return None
+
+
+# --- what rows cannot choose ------------------------------------------------------------------------------------------
+
+
+class Unsupported(NamedTuple):
+    """Reasons why rows cannot choose: any adapter (or ""), or by name an adapter; None stands for those of a pool.
+
+    Attributes:
+        for_rows: adapters that no row can choose.
+        for_several: those that only all rows together can choose.
+        outside_text: those with a layer outside the decoder of a model that also reads images or sounds, and its path.
+    """
+
+    for_all: str
+    for_rows: dict[str | None, str]
+    for_several: dict[str | None, str]
+    outside_text: dict[str | None, str]
+
+
+def _unsupported(root: nn.Module, adapters: AdapterSet) -> Unsupported:
+    """Walks the model once after every change of its adapters."""
+    known = adapters.active.unsupported_rows
+    return known[1] if known is not None and known[0] == adapters.active.changes else _found(root, adapters)
+
+
+@one_at_a_time  # another thread may be adding layers
+def _found(root: nn.Module, adapters: AdapterSet) -> Unsupported:
+    changes, for_all = adapters.active.changes, ""
+    for_rows: dict[str | None, str] = {}
+    for_several: dict[str | None, str] = {}
+    outside_text: dict[str | None, str] = {}
+    parts, of_text = dict(root_module(root).named_modules()), _modules_of_text(root)
+    for path, layer in adapter_layers(root):
+        several = _why_same_for_all(path, layer, parts)
+        for name in (*layer.adapters, *([None] if getattr(layer, "slots", None) is not None else [])):
+            if not layer.rows_choose:
+                for_rows.setdefault(
+                    name,
+                    f"{path!r} is a {type(layer).__name__}, which computes all rows with one adapter; call set_adapter "
+                    "and the model once for it",
+                )
+            if several:
+                for_several.setdefault(name, several)
+            if of_text and id(layer) not in of_text:
+                outside_text.setdefault(name, path)
+    for name, biases in adapters.biases.items():
+        for_rows[name] = "it trains the model's biases, which all rows share; train it with lora_bias=True instead"
+        if biases.used:
+            for_all = for_all or (
+                f"the active adapter {name!r} has changed the model's biases for all rows; activate another one "
+                "(set_adapter), or none"
+            )
+    found = Unsupported(for_all, for_rows, for_several, outside_text)
+    adapters.active.unsupported_rows = changes, found
+    return found
+
+
+# Layers of these models of Transformers get [tokens, rows, features]. With as many tokens as rows, nothing would tell.
+_TOKENS_FIRST = {"xlnet", "longformer", "led", "fsmt"}
+# Embeddings of T5, MPNet, WavLM, W2V-BERT, Phi4, DETR and models with their code, which look up positions, or pairs of
+# them, once for all rows: the same.
+_OF_POSITIONS = {
+    "relative_attention_bias",
+    "rel_attn_embed",
+    "distance_embedding",
+    "bias_values",
+    "row_embeddings",
+    "column_embeddings",
+}
+
+
+def _why_same_for_all(path: str, layer: AdapterLayer, parts: Mapping[str, nn.Module]) -> str | None:
+    """Returns why a layer's input may look as if it had a row for each name, though it has none, or None."""
+    remedy = "leave it out of target_modules, or name one adapter for all rows (or call set_adapter)"
+    if path.rpartition(".")[2] in _OF_POSITIONS and isinstance(innermost(layer), nn.Embedding):
+        return f"{path!r} computes positions once for all rows; {remedy}"
+    around = path
+    while around := around.rpartition(".")[0]:
+        part = parts[around]
+        if around.rpartition(".")[2] == "experts" and isinstance(part, nn.ModuleList | nn.ModuleDict):
+            return f"{path!r} is in one of several experts, which get some of the tokens; {remedy}"
+        model = type(part).__module__.removeprefix("transformers.models.").partition(".")[0]
+        if model in _TOKENS_FIRST:
+            return f"{path!r} is a part of {type(part).__name__}, whose layers get tokens first; {remedy}"
+    return None
+
+
+# --- images and sounds ------------------------------------------------------------------------------------------------
+
+_MEDIA = "pixel_values", "image_pixel_values", "input_features", "input_values", "audio"
+
+
+def _check_media(root: nn.Module, values: Mapping[str, Any], name: str, path: str, caller: str) -> None:
+    """Checks that images and sounds, which models compute in one batch, are evenly spread over the rows.
+
+    They are if there are as many as rows and each row has some, or if each row has as many tokens of them.
+    """
+    media = next((held for held in _tensors(values) if held[0].startswith(_MEDIA)), None)
+    ids = next((values[key] for key in ("input_ids", "inputs", "argument 1") if key in values), None)
+    if media is None or not isinstance(ids, Tensor):
+        return
+    for option, token in _media_tokens(root).items():
+        counts = (ids == token).sum(1).tolist()
+        if len(set(counts)) > 1 and (0 in counts or len(media[1]) != len(counts)):
+            raise ValueError(
+                f"{caller}: {NAMES}: the rows have {shown(counts)} tokens of {media[0]} ({option}), so a layer that "
+                f"computes these cannot tell to which name they belong, and {name!r} adapts {path!r}; pass rows with "
+                "as many each, leave this module out of the adapters, or call the model once for each adapter "
+                "(set_adapter)"
+            )
+
+
+def _media_tokens(root: nn.Module) -> dict[str, int]:
+    """The tokens that stand for parts of media in the text, by the option of the model's config."""
+    config = getattr(root, "config", None)
+    options = ("image_token_id", "video_token_id", "audio_token_id")
+    found = {option: getattr(config, option, None) for option in options}
+    return {option: token for option, token in found.items() if type(token) is int}
+
+
+def _modules_of_text(root: nn.Module) -> set[int]:
+    """The ids of the modules that a model of text and media calls with the rows of the text; empty for other models."""
+    config = getattr(root, "config", None)
+    decoder = root.get_decoder() if _media_tokens(root) and callable(getattr(root, "get_decoder", None)) else None
+    if decoder is None or decoder is root or getattr(config, "is_encoder_decoder", False):
+        return set()
+    head = output_head(root)
+    heads = (module for module in root.modules() if isinstance(module, AdapterLayer) and innermost(module) is head)
+    return {id(module) for module in (*decoder.modules(), *heads)}

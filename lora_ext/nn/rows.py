@@ -1,0 +1,532 @@
+"""Mixed batches: each row of a batch names the adapter that it uses, and one op adds all of them.
+
+:mod:`lora_ext.model.mixed_batch` checks the names of a call and puts a :class:`RowChoice` in force; layers ask for it
+(:func:`row_choice`) and add the chosen updates, by a grouped op (:func:`add_chosen`, :func:`linear_with_chosen`,
+:class:`LayerSlots`) or, where there is none, adapter by adapter (:func:`add_by_rows`, :func:`call_by_rows`).
+
+The choice belongs to a call and its thread: a context variable holds it, and the model does not change. Activation
+checkpointing runs layers again in the backward, when the call is over; then the autograd node that runs tells which
+call it belongs to (:func:`_choice_of_backward`).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lora_ext import functional
+from lora_ext._ops.checks import FLOATING
+from lora_ext.nn import base_product
+from lora_ext.nn.adapter_layer import AdapterLayer
+
+if TYPE_CHECKING:
+    from lora_ext.nn.active import ActiveAdapters
+
+BASE = "__base__"
+"""The name that stands for no adapter, as in PEFT."""
+
+
+class RowChoice:
+    """The adapters that the rows of a batch use.
+
+    Attributes:
+        names: the distinct names, without :data:`BASE`.
+        rows: for each row the position of its name in ``names``, or -1.
+        is_uniform: whether all rows have one name and a layer may get any number of rows, as :meth:`aligned` counts.
+        active: the shared state of the layers that the choice is for; None: the caller gives it to the layers.
+        multiples: how many rows of a layer's input may belong to one name: 1, and in a model that flattens its tokens,
+            their number.
+        repeats: in ``generate``, how many rows of the model's input may belong to one name (beams, returned sequences);
+            None: the choice is that of a single call.
+        pool: gives the names in ``pool_names`` slots for the time of the call; the others are adapters of the layers.
+        slots: by name.
+    """
+
+    def __init__(self, names: Sequence[str], active: ActiveAdapters | None = None) -> None:
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(name for name in names if name != BASE))}
+        self.names = tuple(numbers)
+        self.rows = [numbers.get(name, -1) for name in names]
+        self.is_uniform = False
+        self.active = active
+        self.multiples = frozenset((1,))
+        self.repeats: frozenset[int] | None = None
+        self.pool: Any = None
+        self.pool_names: tuple[str, ...] = ()
+        self.slots: Mapping[str, int] = {}
+        self._groups: dict[tuple, Tensor] = {}
+        self._scalings: dict[tuple, Tensor] = {}
+        additions, self._removals = ({}, 0) if active is None else (active.additions, active.removals)
+        self._additions = {name: additions.get(name) for name in self.names}
+        # While it is in force:
+        self._outer: RowChoice | None = None  # the choice of the call around this one, which may be of another model
+        self._has_ended = False
+        self._task = -1  # the backward in which the call began
+        # For a backward: the numbers of the call's autograd nodes, and by running backward the thread that entered it.
+        self._begin = self._end = -1
+        self._tasks: dict[int, int] = {}
+
+    def check_present(self) -> None:
+        """Raises a RuntimeError if an adapter was deleted or renamed since the choice was made.
+
+        Layers cannot tell: an adapter that a layer lacks changes nothing there.
+        """
+        if self.active.removals == self._removals:
+            return
+        for name, addition in self._additions.items():
+            if self.active.additions.get(name) != addition:
+                raise RuntimeError(
+                    f"adapter_names: {name!r} was deleted or renamed during a call whose rows use it; wait for the end "
+                    "of such calls, and of their backwards, first"
+                )
+
+    def aligned(self, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, int]:
+        """Returns ``x`` and how many consecutive rows of it belong to each name, or to the only one.
+
+        A single row of ids, such as the position ids of all rows of the batch, is repeated for each of several names.
+
+        Raises:
+            ValueError: the first dimension of ``x`` does not fit the names.
+        """
+        n = len(self.rows)
+        rows = x.shape[0] if x.dim() else 0
+        if self.is_uniform and x.dim() > x.is_floating_point():
+            return x, rows
+        if rows == n:
+            return x, 1
+        if rows == 1 and not x.is_floating_point():
+            return x.expand(n, *x.shape[1:]), 1
+        times, rest = divmod(rows, n)
+        if rest or times not in self.multiples:
+            raise ValueError(
+                f"{type(layer).__name__}: adapter_names has {n} names, but the layer's input has the shape "
+                f"{list(x.shape)}, whose rows do not belong to one name each; leave this module out of the adapters, "
+                "or call the model once for each adapter (one name for all rows, or set_adapter)"
+            )
+        return x, times
+
+    def groups(self, present: tuple[str, ...], times: int, device: torch.device) -> Tensor:
+        """Returns, for each row of a layer's input, its name's position in ``present``, int64 ``[rows]``; -1: none."""
+        found = self._groups.get((present, times, device))
+        if found is None:
+            numbers = {name: i for i, name in enumerate(present)}
+            found = self._groups[present, times, device] = self._of_rows(numbers, times, device)
+        return found
+
+    def slots_of_rows(self, times: int, device: torch.device) -> Tensor:
+        """Returns, for each row of a layer's input, the slot of its adapter in the pool, int64 ``[rows]``; -1: none."""
+        found = self._groups.get((None, times, device))
+        if found is None:
+            found = self._groups[None, times, device] = self._of_rows(self.slots, times, device)
+        return found
+
+    def _of_rows(self, numbers: Mapping[str, int], times: int, device: torch.device) -> Tensor:
+        of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
+        rows = self.rows[:1] if self.is_uniform else self.rows
+        of_row = [of_name[i] for i in rows for _ in range(times)]
+        with torch.inference_mode(False):  # a later call may be recorded by autograd
+            return torch.tensor(of_row, dtype=torch.int64, device=device)
+
+    def scalings(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+        """``values`` as float64 on ``device``, kept for the next layer: a copy to a GPU waits for it."""
+        found = self._scalings.get((values, device))
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._scalings[values, device] = torch.tensor(values, dtype=torch.float64, device=device)
+        return found
+
+
+# --- the choice in force ----------------------------------------------------------------------------------------------
+
+_current: ContextVar[RowChoice | None] = ContextVar("lora_ext_row_choice", default=None)
+_count_lock = threading.Lock()
+
+
+def row_choice(active: ActiveAdapters) -> RowChoice | None:
+    """Returns the choice that is in force for layers that share ``active``, or None: the active adapters are used.
+
+    Raises:
+        ValueError: the layer is compiled, and its rows choose.
+        RuntimeError: in a backward, see :func:`_choice_of_backward`; or a chosen adapter is gone.
+    """
+    if torch.compiler.is_compiling():
+        # Compiled code holds for all choices: it guards on whether some thread's rows choose, and then asks.
+        if active.mixed_calls > 0:
+            from lora_ext.nn.compiled_rows import refuse_if_chosen
+
+            refuse_if_chosen(active)
+        return None
+    if _current.get() is None and not active.pending:
+        return None
+    choice = chosen(active)
+    task = torch._C._current_graph_task_id()
+    if task >= 0 and (choice is None or choice._task != task):
+        choice = _choice_of_backward(active, task)
+    if choice is not None:
+        choice.check_present()
+    return choice
+
+
+def chosen(active: ActiveAdapters) -> RowChoice | None:
+    """Returns the choice of the call that is running for ``active`` in this thread, or None."""
+    for choice in _chain():
+        if choice.active is active and not choice._has_ended:  # ended: in a copied context
+            return choice
+    return None
+
+
+def enter(choice: RowChoice) -> None:
+    """Puts ``choice`` in force until :func:`leave`. Raises what the pool does that cannot serve it."""
+    if choice.pool_names:
+        choice.slots = choice.pool.acquire(choice.pool_names)
+    choice._outer, choice._task = _current.get(), torch._C._current_graph_task_id()
+    if torch.is_grad_enabled():
+        choice._begin = torch.autograd._get_sequence_nr()
+    with _count_lock:
+        choice.active.mixed_calls += 1
+    _current.set(choice)
+
+
+def leave(choice: RowChoice, outputs: Any = None) -> None:
+    """Ends ``choice``, and those within it that Ctrl-C left without running their hooks.
+
+    ``outputs`` are those of the call: a backward from them may run its layers again.
+    """
+    chain = list(_chain())
+    if choice in chain:
+        for inner in chain[: chain.index(choice)]:
+            _end(inner)
+        _current.set(choice._outer)
+    _end(choice)
+    if choice._begin >= 0:
+        _expect_backward(choice, outputs)
+
+
+def _chain() -> Iterator[RowChoice]:
+    """Yields the choices of the calls that are running in this thread, the innermost first."""
+    choice = _current.get()
+    while choice is not None:
+        yield choice
+        choice = choice._outer
+
+
+def _end(choice: RowChoice) -> None:
+    with _count_lock:
+        if choice._has_ended:
+            return
+        choice._has_ended = True
+        choice.active.mixed_calls -= 1
+    if choice.pool_names:
+        choice.pool.release(choice.pool_names)
+
+
+@contextmanager
+def choosing(choice: RowChoice) -> Iterator[None]:
+    """Puts ``choice`` in force within the context."""
+    enter(choice)
+    try:
+        yield
+    finally:
+        leave(choice)
+
+
+def _expect_backward(choice: RowChoice, outputs: Any) -> None:
+    """Makes a backward that reaches ``outputs`` find the choice, which lives as long as their graph."""
+    choice._end = torch.autograd._get_sequence_nr()
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    if not tensors:
+        return
+
+    def reached(_: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task not in choice._tasks:
+            choice._tasks[task] = threading.get_ident()
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: choice._tasks.pop(task, None))
+
+    for tensor in tensors:
+        tensor.register_hook(reached)
+    pending = choice.active.pending
+    pending.add(weakref.ref(choice, pending.discard))
+
+
+def _choice_of_backward(active: ActiveAdapters, task: int) -> RowChoice | None:
+    """Returns the choice of the call that a backward computes again (activation checkpointing), or None: it named none.
+
+    The autograd node that runs now, and asks for what was not saved, belongs to the call during which it was made.
+
+    Args:
+        task: the backward's number.
+
+    Raises:
+        RuntimeError: the call cannot be told.
+    """
+    node = torch._C._current_autograd_node()
+    number = -1 if node is None else node._sequence_nr()
+    pending = [choice for ref in tuple(active.pending) if (choice := ref()) is not None]
+    found = [choice for choice in pending if choice._begin <= number < choice._end]
+    here = [choice for choice in found if task in choice._tasks]
+    if len(here) == 1:
+        return here[0]
+    in_progress = any(threading.get_ident() in choice._tasks.values() for choice in pending)
+    is_known = any(task in choice._tasks for choice in pending)
+    if found or (in_progress and not is_known):
+        raise RuntimeError(
+            "adapter_names: activation checkpointing runs a layer again, and which call it belongs to cannot be told, "
+            "so its adapters neither; call backward on what the model returned, in one thread at a time, and use "
+            "use_reentrant=False for a checkpoint in another one"
+        )
+    return None
+
+
+# --- one op for all adapters ------------------------------------------------------------------------------------------
+
+
+class RowUpdates:
+    """Adapters' updates of a linear layer: arguments of :func:`lora_ext.functional.lora_grouped_`, and biases.
+
+    They are columns, not an object for each adapter: a batch of 32 adapters asks every layer for them.
+
+    Attributes:
+        names, lora_As, lora_Bs, scalings, dropouts: one entry for each adapter.
+        biases: by name, scaled already.
+    """
+
+    __slots__ = ("biases", "dropouts", "lora_As", "lora_Bs", "names", "scalings")
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.lora_As: list[Tensor] = []
+        self.lora_Bs: list[Tensor] = []
+        self.scalings: list[float] = []
+        self.dropouts: list[float] = []
+        self.biases: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        name: str,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout_p: float,
+        scaled_bias: Tensor | None = None,
+    ) -> None:
+        self.names.append(name)
+        self.lora_As.append(lora_A)
+        self.lora_Bs.append(lora_B)
+        self.scalings.append(scaling)
+        self.dropouts.append(dropout_p)
+        if scaled_bias is not None:
+            self.biases[name] = scaled_bias
+
+    def alike(self) -> list[RowUpdates]:
+        """Splits them, without biases, into those that one op can compute: of one dropout and one dtype."""
+        if len(set(self.dropouts)) == 1 and len({lora_A.dtype for lora_A in self.lora_As}) == 1:
+            return [self]
+        kinds = [(p, lora_A.dtype) for p, lora_A in zip(self.dropouts, self.lora_As, strict=True)]
+        parts = {kind: RowUpdates() for kind in kinds}
+        columns = zip(self.names, self.lora_As, self.lora_Bs, self.scalings, self.dropouts, strict=True)
+        for kind, entries in zip(kinds, columns, strict=True):
+            parts[kind].add(*entries)
+        return list(parts.values())
+
+
+def add_chosen(
+    y: Tensor,
+    x: Tensor,
+    choice: RowChoice,
+    updates: RowUpdates,
+    times: int,
+    seeds: Callable[[float], Tensor | None] | None = None,
+) -> Tensor:
+    """Adds the chosen updates to ``y``, in place.
+
+    Args:
+        y: ``[rows, ..., out_features]``, contiguous.
+        x: ``[rows, ..., in_features]``, device and dtype of ``y``.
+        updates: rows of other names stay as they are.
+        times: consecutive rows for each name.
+        seeds: gives the dropout seed for a probability; None: each op draws one.
+    """
+    for part in updates.alike():
+        dropout_p = part.dropouts[0]
+        groups, scalings = _chosen(choice, part, x, times)
+        seed = seeds(dropout_p) if seeds is not None and dropout_p else None
+        y = functional.lora_grouped_(y, x, part.lora_As, part.lora_Bs, groups, scalings, None, dropout_p, seed)
+    return _add_biases(y, choice, updates.biases, times)
+
+
+def linear_with_chosen(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    choice: RowChoice,
+    updates: RowUpdates,
+    times: int,
+    seeds: Callable[[float], Tensor | None] | None = None,
+) -> Tensor:
+    """Returns ``F.linear(x, weight, bias)`` with the chosen updates: in one call, if one op can compute them all.
+
+    The other arguments are those of :func:`add_chosen`.
+    """
+    if any(updates.dropouts) or len(updates.alike()) != 1:
+        y = base_product.product(x, weight, bias)
+        return add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
+    groups, scalings = _chosen(choice, updates, x, times)
+    y = functional.lora_grouped_linear(x, weight, bias, updates.lora_As, updates.lora_Bs, groups, scalings)
+    return _add_biases(y, choice, updates.biases, times)
+
+
+def _chosen(choice: RowChoice, updates: RowUpdates, x: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Returns the groups of the rows, and the groups' scalings."""
+    groups = choice.groups(tuple(updates.names), times, x.device)
+    return groups, choice.scalings(tuple(updates.scalings), x.device)
+
+
+def _add_biases(y: Tensor, choice: RowChoice, scaled: dict[str, Tensor], times: int) -> Tensor:
+    if not scaled:
+        return y
+    biases = [bias.to(y.dtype) for bias in scaled.values()]
+    table = torch.stack([*biases, torch.zeros_like(biases[0])])
+    groups = choice.groups(tuple(scaled), times, y.device)
+    of_row = table[groups]  # index -1: zeros
+    return y + of_row.view(*groups.shape, *[1] * (y.dim() - groups.dim() - 1), -1)
+
+
+class LayerSlots:
+    """Factors of many adapters of one linear layer, each in a slot of the same size: the storage of an AdapterPool.
+
+    Memory is allocated once and never moves. A slot is written while no call uses it; calls that read other slots go on
+    meanwhile. Copies of the layer share the storage, as the pool fills it for all of them.
+
+    Attributes:
+        lora_A, lora_B: ``[slots, r, in_features]`` and ``[slots, out_features, r]``; ranks beyond an adapter's are not
+            initialised.
+        ranks: int64 ``[slots]``; 0: the adapter has no part in this layer.
+        scalings: float64 ``[slots]``.
+    """
+
+    def __init__(
+        self, slots: int, r: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        if dtype not in FLOATING:
+            raise ValueError(f"AdapterPool: dtype is {dtype}, want one of {', '.join(map(str, FLOATING))}")
+        with torch.inference_mode(False):
+            self.lora_A = torch.empty(slots, r, in_features, dtype=dtype, device=device)
+            self.lora_B = torch.empty(slots, out_features, r, dtype=dtype, device=device)
+            self.ranks = torch.zeros(slots, dtype=torch.int64, device=device)
+            self.scalings = torch.zeros(slots, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def write(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        """Fills a slot with factors ``[rank, in_features]`` and ``[out_features, rank]`` of any dtype and device."""
+        rank = lora_A.shape[0]
+        self.lora_A[slot, :rank].copy_(lora_A)
+        self.lora_B[slot, :, :rank].copy_(lora_B)
+        self.scalings[slot] = scaling
+        self.ranks[slot] = rank
+
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        self.ranks[slot] = 0
+
+    def add_chosen(self, y: Tensor, x: Tensor, choice: RowChoice, times: int) -> Tensor:
+        """Adds the updates of the slots that the rows have chosen to ``y``, in place."""
+        slots = choice.slots_of_rows(times, x.device)
+        return functional.lora_grouped_(y, x, self.lora_A, self.lora_B, slots, self.scalings, self.ranks)
+
+    def linear_with_chosen(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, choice: RowChoice, times: int
+    ) -> Tensor:
+        """Returns ``F.linear(x, weight, bias)`` with the updates of the slots that the rows have chosen."""
+        slots = choice.slots_of_rows(times, x.device)
+        return functional.lora_grouped_linear(
+            x, weight, bias, self.lora_A, self.lora_B, slots, self.scalings, self.ranks
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerSlots:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model whose layers serve an AdapterPool cannot be pickled; call pool.close() first")
+
+
+# --- adapter by adapter -----------------------------------------------------------------------------------------------
+
+
+def add_by_rows(
+    y: Tensor,
+    x: Tensor,
+    choice: RowChoice,
+    present: tuple[str, ...],
+    times: int,
+    add: Callable[[Tensor, Tensor, str], Tensor],
+) -> Tensor:
+    """Replaces the rows of ``y`` that belong to an adapter by ``add(rows of y, rows of x, name)``, in place.
+
+    Args:
+        y, x: output and input of a layer, row by row.
+        present: the adapters that the layer has; rows of other names stay as they are.
+        times: consecutive rows for each name.
+    """
+    groups = choice.groups(present, times, x.device)
+    for i, name in enumerate(present):
+        rows = (groups == i).nonzero().squeeze(1)
+        y = y.index_copy_(0, rows, add(y[rows], x[rows], name))
+    return y
+
+
+def call_by_rows(
+    choice: RowChoice,
+    layer: AdapterLayer,
+    modules: Mapping[str, Callable[..., Tensor]],
+    base: nn.Module,
+    args: tuple,
+    kwargs: dict,
+) -> Tensor:
+    """Calls for each row the module of its adapter, or ``base``; every module once, with all its rows.
+
+    If ``base`` is or has layers with adapters, it gets all rows of the batch.
+
+    Raises:
+        ValueError: the first argument is no tensor with a row for each name, or a module returns something else.
+    """
+    if not args or not isinstance(args[0], Tensor):
+        raise ValueError(f"{type(layer).__name__}: adapter_names needs a tensor as the first argument of the layer")
+    x, times = choice.aligned(layer, args[0])
+    if choice.is_uniform:
+        module = modules[choice.names[0]] if choice.names and choice.names[0] in modules else base
+        return module(*args, **kwargs)
+    present = tuple(name for name in choice.names if name in modules)
+    groups = choice.groups(present, times, x.device)
+    outputs, order = [], []
+    for i in range(-1, len(present)):
+        index = (groups == i).nonzero().squeeze(1)
+        if not len(index):
+            continue
+        if i < 0 and any(isinstance(part, AdapterLayer) for part in base.modules()):
+            y = base(x, *args[1:], **kwargs)  # its layers choose by themselves, from names for all rows
+            y = y[index] if isinstance(y, Tensor) else y
+        else:
+            module = base if i < 0 else modules[present[i]]
+            more = {name: _sliced(value, index, len(x)) for name, value in kwargs.items()}
+            y = module(x[index], *(_sliced(value, index, len(x)) for value in args[1:]), **more)
+        if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != len(index):
+            raise ValueError(
+                f"{type(layer).__name__}: adapter_names needs a module that returns a tensor with a row for each "
+                f"row of its input, not a {type(y).__name__}"
+            )
+        outputs.append(y)
+        order.append(index)
+    return torch.cat(outputs)[torch.cat(order).argsort()]
+
+
+def _sliced(value: Any, index: Tensor, rows: int) -> Any:
+    """Returns the chosen rows of ``value`` if it is a tensor with as many rows as the batch, otherwise ``value``."""
+    return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value

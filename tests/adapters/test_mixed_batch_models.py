@@ -1,0 +1,237 @@
+"""Mixed batches in models whose layers get something else than a row for each name, and in those that generate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from architectures.inputs import IMAGE_TOKEN
+from architectures.table import (
+    BART,
+    DEBERTA,
+    DECODER,
+    ENCODER,
+    LED,
+    LLAVA,
+    NLLB_EXPERTS,
+    OPT,
+    SWIN,
+    SWITCH,
+    T5,
+    VISION,
+    W2V_BERT,
+    WHISPER,
+    XLNET,
+)
+from support.models import refused
+from support.pools import write_adapters
+from support.rows import assert_rows_equal, use, with_adapters
+from support.tiny_diffusion import TARGETS, unet
+from support.versions import before
+from torch import Tensor, nn
+
+from lora_ext import AdapterPool, load_adapter
+
+NAMES = ["b", "__base__", "a", "b", "a"]
+LONGFORMER = dict(**ENCODER, attention_window=4)
+FSMT = dict(langs=["a", "b"], src_vocab_size=64, tgt_vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1)
+FSMT |= dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24)
+SWIN_TARGET = "query" if before("transformers", "5.13") else "q_proj"
+W2V = dict(**W2V_BERT, position_embeddings_type="relative")
+
+
+def model_of(name: str, **sizes) -> nn.Module:
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**sizes)).eval()
+
+
+IDS = torch.arange(3, 67).view(8, 8) % 60
+TOKENS_FIRST, POSITIONS, EXPERTS = "layers get tokens first", "computes positions once", "in one of several experts"
+SHAPE = "whose rows do not belong to one name each"
+REFUSED = {
+    # As many tokens as rows: nothing in the shape tells which is which.
+    "xlnet": ("XLNetLMHeadModel", XLNET, ["layer_1"], IDS, TOKENS_FIRST),
+    "longformer": ("LongformerForMaskedLM", LONGFORMER, ["query"], IDS, TOKENS_FIRST),
+    "led": ("LEDForConditionalGeneration", LED, ["query"], IDS, TOKENS_FIRST),
+    "fsmt": ("FSMTForConditionalGeneration", FSMT, ["fc1"], IDS, TOKENS_FIRST),
+    "t5": ("T5ForConditionalGeneration", T5, ["relative_attention_bias"], IDS, POSITIONS),
+    "mpnet": ("MPNetForMaskedLM", ENCODER, ["relative_attention_bias"], IDS, POSITIONS),
+    "switch": ("SwitchTransformersForConditionalGeneration", SWITCH, r".*experts.*\.wi", IDS, EXPERTS),
+    "nllb": ("NllbMoeForConditionalGeneration", BART | NLLB_EXPERTS, r".*experts.*\.fc1", IDS, EXPERTS),
+    # Windows of an image; positions that the model repeats for the rows by itself.
+    "swin": ("SwinForImageClassification", SWIN, [SWIN_TARGET], torch.randn(2, 3, 32, 32), SHAPE),
+    "deberta": ("DebertaV2ForMaskedLM", DEBERTA | {"share_att_key": False}, ["pos_key_proj"], IDS[:5], SHAPE),
+    "shared": ("DebertaV2ForMaskedLM", DEBERTA | {"share_att_key": True}, ["query_proj"], IDS[:5], SHAPE),
+    "conformer": ("Wav2Vec2BertForCTC", W2V, ["linear_pos"], torch.randn(4, 20, 8), SHAPE),
+}
+
+
+@pytest.mark.parametrize("model", REFUSED)
+def test_layers_without_a_row_for_each_name(model):
+    """Different names are refused. One name for all rows is right, whatever the layer gets."""
+    name, sizes, targets, x, text = REFUSED[model]
+    model = with_adapters(model_of(name, **sizes), targets, same=True)
+    more = {"decoder_input_ids": x} if model.config.is_encoder_decoder else {}
+    with refused(model, ValueError, text, "set_adapter"):
+        model(x, **more, adapter_names=["a", "b", "a", "b", "a", "b", "a", "b"][: len(x)])
+    expected = use(model, "a")(x, **more)[0]
+    torch.testing.assert_close(use(model, "b")(x, **more, adapter_names=["a"] * len(x))[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "targets", "x"),
+    [
+        ("DebertaV2ForMaskedLM", DEBERTA, ["value_proj"], IDS[:5]),
+        ("Wav2Vec2BertForCTC", W2V, ["linear_q", "linear_v"], torch.randn(5, 20, 8)),
+    ],
+)
+def test_their_other_layers(name, sizes, targets, x):
+    model = with_adapters(model_of(name, **sizes), targets, same=True)
+    assert_rows_equal(model, lambda **names: model(x, **names)[0].detach(), NAMES)
+
+
+class Mixture(nn.Module):
+    """Each half of the rows has an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([expert(part) for expert, part in zip(self.experts, x.chunk(2), strict=True)])
+
+
+def test_a_pool_over_experts(tmp_path):
+    model, x = Mixture().eval(), torch.randn(4, 6)
+    write_adapters(model, tmp_path, ["n0"], ["0", "1"])
+    with AdapterPool(model, tmp_path, target_modules=["0", "1"], r=4, max_bytes=2**20):
+        with pytest.raises(ValueError, match="'n0' cannot be chosen by a row: 'experts.0' is in one of several"):
+            model(x, adapter_names=["n0", "__base__", "n0", "n0"])
+        alone = model(x, adapter_names=["n0"] * 4)
+    torch.testing.assert_close(alone, load_adapter(model, tmp_path / "n0")(x))
+
+
+# --- images and sounds ------------------------------------------------------------------------------------------------
+
+
+def llava(targets) -> nn.Module:
+    return with_adapters(model_of("LlavaForConditionalGeneration", **LLAVA), targets, same=True)
+
+
+@pytest.mark.parametrize("how", ["forward", "generate"])
+def test_images_that_are_not_spread_over_the_rows(how):
+    """Two images for the first row and none for the second are as many as the rows."""
+    text = torch.randint(3, 60, (2, 11))
+    uneven = text.clone()
+    uneven[0, :8] = IMAGE_TOKEN
+    inputs = {"input_ids": uneven, "pixel_values": torch.randn(2, 3, 32, 32)}
+    model = llava(["q_proj", "v_proj"])
+    with refused(model, ValueError, "the rows have [8, 0] tokens of pixel_values (image_token_id)", "vision_tower"):
+        (model.generate if how == "generate" else model)(**inputs, adapter_names=["a", "b"])
+    torch.testing.assert_close(model(**inputs, adapter_names=["a"] * 2).logits, use(model, "a")(**inputs).logits)
+    of_text = llava(r".*language_model.*q_proj")
+    assert_rows_equal(of_text, lambda **names: of_text(**inputs, **names).logits.detach(), ["a", "b"])
+    inputs["input_ids"] = text.clone()
+    inputs["input_ids"][:, :4] = IMAGE_TOKEN
+    assert_rows_equal(model, lambda **names: model(**inputs, **names).logits.detach(), ["a", "b"])
+
+
+def test_sounds_of_different_lengths():
+    """Each row has one, so the encoder's rows are those of the batch, whatever the number of tokens."""
+    encoder = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=8)
+    text = dict(**DECODER, model_type="qwen2")
+    sizes = dict(audio_config=encoder | {"max_source_positions": 10}, text_config=text, audio_token_index=2)
+    model = with_adapters(model_of("Qwen2AudioForConditionalGeneration", **sizes), ["q_proj", "v_proj"], same=True)
+    ids, frames = torch.randint(3, 60, (2, 12)), torch.tensor([20, 8])
+    ids[0, :5], ids[1, :2] = 2, 2
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": torch.randn(2, 8, 20)}
+    inputs["feature_attention_mask"] = (torch.arange(20) < frames[:, None]).long()
+    assert_rows_equal(model, lambda **names: model(**inputs, **names).logits.detach(), ["a", "b"])
+    ids[1, :2] = 5
+    with refused(model, ValueError, "the rows have [5, 0] tokens of input_features (audio_token_id)", "audio_tower"):
+        model(**inputs, adapter_names=["a", "b"])
+
+
+def test_each_row_of_a_diffusion_model_however_the_arguments_are_passed():
+    model, x, text = with_adapters(unet(), list(TARGETS)), torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        expected = torch.cat([use(model, name)(x[i : i + 1], 3, text[i : i + 1]).sample for i, name in enumerate("ab")])
+        assert not torch.allclose(model(x, 3, text).sample, expected, atol=1e-5)
+        named = {"timestep": torch.tensor([3]), "encoder_hidden_states": text, "sample": x}
+        for args, kwargs in (((x, 3, text), {}), ((), named)):
+            y = model(*args, **kwargs, adapter_names=["a", "b"]).sample
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_of_a_model_that_speaks():
+    """Dia puts all prompts into a batch, and all again."""
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    sizes |= dict(intermediate_size=24, vocab_size=64, max_position_embeddings=32)
+    cross = dict(cross_num_attention_heads=2, cross_head_dim=8, cross_num_key_value_heads=2, cross_hidden_size=16)
+    tokens = dict(pad_token_id=61, eos_token_id=60, bos_token_id=62, delay_pattern=[0, 1])
+    decoder = dict(**sizes, **cross, num_channels=2)
+    model = model_of("DiaForConditionalGeneration", encoder_config=sizes, decoder_config=decoder, **tokens)
+    with_adapters(model, r".*decoder.*(q_proj|v_proj)", same=True)
+    ids, names = torch.randint(3, 60, (3, 7)), ["a", "b", "a"]
+    with pytest.raises(ValueError, match=r"3 names, but decoder_input_ids has 6 rows in a step .*guidance"):
+        model.generate(ids, max_new_tokens=4, guidance_scale=3.0, adapter_names=names)
+    spoken = model.generate(ids, max_new_tokens=4, guidance_scale=1.0, adapter_names=names)
+    for i, name in enumerate(names):
+        alone = use(model, name).generate(ids[i : i + 1], max_new_tokens=4, guidance_scale=1.0)
+        assert torch.equal(spoken[i, : alone.shape[1]], alone[0])
+
+
+def test_whisper_leaves_out_rows_that_are_done():
+    model = with_adapters(model_of("WhisperForConditionalGeneration", **WHISPER), r".*decoder.*q_proj", same=True)
+    model.generation_config.no_timestamps_token_id = 50
+    options = {"max_new_tokens": 4, "return_timestamps": True, "adapter_names": ["a", "b"]}
+    frames, mask = torch.randn(2, 8, 40), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, 20:] = 0  # the second row has one segment, the first two
+    with pytest.raises(ValueError, match=r"2 names, but .* has 1 rows in a step of generate.*leave out rows"):
+        model.generate(frames, attention_mask=mask, **options)
+    options |= {"return_timestamps": False, "force_unique_generate_call": True}
+    del options["adapter_names"]
+    frames, mask = frames[..., :20], mask[:, :20]
+    together = model.generate(frames, attention_mask=mask, **options, adapter_names=["a", "b"])
+    for i, name in enumerate("ab"):
+        alone = use(model, name).generate(frames, attention_mask=mask, **options)
+        assert torch.equal(together[i, : alone.shape[1]], alone[i, : together.shape[1]])
+
+
+def test_a_generate_that_calls_a_part_of_the_model():
+    sizes = dict(vision_config=VISION, qformer_config=dict(**ENCODER, encoder_hidden_size=16), num_query_tokens=3)
+    sizes |= dict(text_config=dict(**OPT, model_type="opt"), image_token_id=IMAGE_TOKEN)
+    model = model_of("Blip2ForConditionalGeneration", **sizes)
+    nn.init.normal_(model.query_tokens)
+    with_adapters(model, ["q_proj", "query"], same=True)
+    ids = torch.cat([torch.full((3, 3), IMAGE_TOKEN), torch.randint(3, 60, (3, 4))], dim=1)
+    inputs = {"pixel_values": torch.randn(3, 3, 32, 32), "input_ids": ids, "num_beams": 3, "num_return_sequences": 2}
+    inputs |= {"max_new_tokens": 4, "eos_token_id": -1, "pad_token_id": 0}
+    names = ["a", "b", "a"]
+    together = model.generate(**inputs, adapter_names=names)
+    for name in "ab":
+        alone = use(model, name).generate(**inputs)
+        for i in (i for i, chosen in enumerate(names) if chosen == name):
+            assert torch.equal(together[2 * i : 2 * i + 2], alone[2 * i : 2 * i + 2])
+
+
+class Repeats(nn.Module):
+    """Has a ``generate`` of its own, without a config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(self(x))
+
+
+def test_a_generate_that_is_not_of_transformers():
+    model, x = with_adapters(Repeats(), ["layer"], same=True), torch.randn(5, 4)
+    assert_rows_equal(model, lambda **names: model.generate(x, **names).detach(), NAMES)

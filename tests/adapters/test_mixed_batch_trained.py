@@ -1,0 +1,251 @@
+"""Batches whose rows name adapters train each adapter as batches of its own rows do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed._composable.checkpoint_activation
+from support.models import Block, bert, llama, token_ids
+from support.rows import RANKS, gradients, with_adapters
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
+
+from lora_ext import LoraConfig, inject, set_adapter
+
+NAMES = ["b", "__base__", "a", "b", "c"]
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_equals_separate_runs(dropout, checkpointing):
+    # Layers without the adapter draw no seed, so masks are the same only if all adapters have the same layers.
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+    model = with_adapters(llama(), targets, same=dropout > 0, lora_dropout=dropout)
+    ids, names = token_ids(5), ["b", "c", "a", "b", "__base__"]
+    model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    set_adapter(model, ["a", "b", "c"])
+
+    def losses(**names) -> Tensor:
+        torch.manual_seed(7)
+        logits = model(ids, use_cache=False, **names).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
+
+    together = losses(adapter_names=names)
+    grads = gradients(model, together.sum())
+    seen = set()
+    for name in RANKS:
+        set_adapter(model, name)
+        rows = torch.tensor([name == chosen for chosen in names])
+        separate = losses()
+        torch.testing.assert_close(together[rows], separate[rows])
+        expected = gradients(model, separate[rows].sum())
+        for parameter, grad in expected.items():
+            torch.testing.assert_close(grads[parameter], grad, rtol=1e-4, atol=1e-6)
+        seen |= expected.keys()
+    assert grads.keys() == seen
+
+
+def test_adapters_with_heads_of_their_own_train_together():
+    """They cannot be active together."""
+    model, ids, names = with_adapters(bert(), ["query"], modules_to_save=["classifier"]), token_ids(4), list("abca")
+    with pytest.raises(ValueError, match=r"use only one of them. To train both in one batch .*requires_grad_\(\)"):
+        set_adapter(model, ["a", "b"])
+    expected = {}
+    for name in RANKS:
+        rows = [i for i, chosen in enumerate(names) if chosen == name]
+        expected |= gradients(model, set_adapter(model, name)(ids[rows]).logits.square().sum())
+    set_adapter(model, "a")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".adapters." in name)
+    grads = gradients(model, model(ids, adapter_names=names).logits.square().sum())
+    assert {f"classifier.adapters.{name}.weight" for name in RANKS} <= grads.keys()
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_in_full_and_factors_of_the_same_head_train_together():
+    model, ids, names = bert(), token_ids(4), list("abca")
+    inject(model, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]), "a")
+    inject(model, LoraConfig(r=2, target_modules=["query", "classifier"], init_lora_weights=False), "b")
+    inject(model, LoraConfig(r=2, target_modules=["classifier"], init_lora_weights=False), "c")
+    expected = {}
+    for name in RANKS:
+        rows = [i for i, chosen in enumerate(names) if chosen == name]
+        expected |= gradients(model, set_adapter(model.eval(), name)(ids[rows]).logits.square().sum())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".adapters." in name)
+    grads = gradients(model, model(ids, adapter_names=names).logits.square().sum())
+    assert "classifier.base_layer.adapters.b.lora_A" in grads and "classifier.adapters.a.weight" in grads
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+
+
+# --- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Blocks that are checkpointed in one of PyTorch's ways, or not (``how`` is None)."""
+
+    def __init__(self, how: str | None = None) -> None:
+        super().__init__()
+        self.blocks, self.head, self.how = nn.ModuleList([Block(), Block()]), nn.Linear(6, 3), how
+        if how == "hooks":
+            for block in self.blocks:
+                torch.distributed._composable.checkpoint_activation.checkpoint(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.part(block, x)
+        return self.head(x)
+
+    def part(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.how in ("reentrant", "not reentrant"):
+            return checkpoint(block, x, use_reentrant=self.how == "reentrant")
+        if self.how in ("nested", "nested reentrant"):
+            options = {"use_reentrant": self.how == "nested reentrant"}
+            return checkpoint(lambda x: checkpoint(block, x, **options).sin(), x, **options)
+        return block(x).sin() if self.how == "none nested" else block(x)
+
+
+OTHER = ["c", "c", "a", "__base__", "b"]
+X = torch.randn(5, 6, requires_grad=True)
+CALLS: dict[str, Callable[[nn.Module], Tensor]] = {
+    "one": lambda model: model(X, adapter_names=NAMES),
+    "two": lambda model: model(X, adapter_names=NAMES) + 2 * model(X, adapter_names=OTHER),
+    "plain before": lambda model: 2 * model(X) + model(X, adapter_names=NAMES),
+    "plain after": lambda model: model(X, adapter_names=NAMES) + 2 * model(X),
+    "chained": lambda model: model(model(X, adapter_names=NAMES).repeat(1, 2), adapter_names=OTHER),
+    "eval between": lambda model: [model(X, adapter_names=NAMES), other_calls(model)][0],
+}
+
+
+def other_calls(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(X, adapter_names=OTHER)
+    model(X, adapter_names=OTHER)
+
+
+def checkpointed(how: str | None) -> nn.Module:
+    torch.manual_seed(0)
+    return set_adapter(with_adapters(Checkpointed(how), ["up", "down", "head"], same=True).train(), ["a", "b", "c"])
+
+
+def grads_of(how: str | None, call: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    model = checkpointed(how)
+    return gradients(model, call(model).square().sum())
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "hooks"])
+@pytest.mark.parametrize("call", CALLS)
+def test_gradients_are_those_without_checkpoints(call, how):
+    """A backward runs layers again, of one call or of several, whichever adapters are active then."""
+    grads = grads_of(how, CALLS[call])
+    assert len(grads) > 10
+    torch.testing.assert_close(grads, grads_of(None, CALLS[call]))
+
+
+def test_nested_checkpoints():
+    expected = grads_of("none nested", CALLS["two"])
+    torch.testing.assert_close(grads_of("nested", CALLS["two"]), expected)
+    with pytest.raises(RuntimeError, match="which call it belongs to cannot be told.*use_reentrant=False"):
+        grads_of("nested reentrant", CALLS["two"])
+
+
+def test_backwards_in_any_order_and_twice():
+    model, plain = checkpointed("not reentrant"), checkpointed(None)
+    for order in ([0, 1], [1, 0]):
+        losses = [[m(X, adapter_names=names).square().sum() for names in (NAMES, OTHER)] for m in (model, plain)]
+        for i in order:
+            torch.testing.assert_close(gradients(model, losses[0][i]), gradients(plain, losses[1][i]))
+    loss = model(X, adapter_names=NAMES).square().sum()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(gradients(model, loss), gradients(plain, plain(X, adapter_names=NAMES).square().sum()))
+    assert len(model._lora_adapters.active.pending) == 3
+    del loss, losses
+    assert not model._lora_adapters.active.pending
+
+
+def test_a_backward_from_something_that_the_model_did_not_return_is_refused():
+    """A layer that runs again would use the active adapters."""
+    model, kept = checkpointed("not reentrant"), []
+    model.head.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    y = model(X, adapter_names=NAMES)
+    with pytest.raises(RuntimeError, match="call backward on what the model returned"):
+        kept[0].square().sum().backward()
+    del y
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
+def test_threads_train_one_model(how):
+    """Each of them calls it with other names and runs the backward; the numbers of their autograd nodes overlap."""
+    batches = [NAMES, OTHER, NAMES[::-1]]
+    expected = [grads_of(None, lambda model, names=names: model(X, adapter_names=names)) for names in batches]
+    copies = [checkpointed(how) for _ in batches]
+    for other in copies[1:]:  # the same layers and adapters with gradients of their own
+        for mine, first in zip(other.modules(), copies[0].modules(), strict=True):
+            if hasattr(mine, "active"):
+                mine.active = first.active
+        other._lora_adapters.active = copies[0]._lora_adapters.active
+
+    def grads(i: int) -> dict[str, Tensor]:
+        return gradients(copies[i], copies[i](X, adapter_names=batches[i]).square().sum())
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        for _ in range(10):
+            for found, want in zip(pool.map(grads, range(len(batches))), expected, strict=True):
+                torch.testing.assert_close(found, want)
+
+
+def test_a_checkpoint_of_two_models():
+    one, two = (checkpointed(None) for _ in range(2))
+    head = nn.Linear(3, 6)
+    leaves = [p for model in (one, two) for p in model.parameters() if p.requires_grad]
+
+    def both(x: Tensor) -> Tensor:
+        return two(head(one(x, adapter_names=NAMES)), adapter_names=OTHER).square().sum()
+
+    expected = torch.autograd.grad(both(X), leaves)
+    for reentrant in (True, False):
+        for leaf in leaves:
+            leaf.grad = None
+        checkpoint(both, X, use_reentrant=reentrant).backward()
+        torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
+
+
+class Named(torch.utils.data.Dataset):
+    """Examples with the name of the adapter that they train."""
+
+    def __init__(self) -> None:
+        self.ids = token_ids(12)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        return {"input_ids": self.ids[i], "labels": self.ids[i], "adapter_names": "abc"[i % 3]}
+
+
+def test_a_trainer_trains_several_adapters_at_once(tmp_path):
+    model, data = with_adapters(llama(), ["q_proj", "down_proj"], same=True), Named()
+    set_adapter(model, ["a", "b", "c"])
+    copied = copy.deepcopy(model)
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0}
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=6, max_steps=2, remove_unused_columns=False, **options
+    )
+
+    def collate(rows: list[dict]) -> dict[str, object]:
+        names = [row["adapter_names"] for row in rows]
+        tensors = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels")}
+        return tensors | {"adapter_names": names}
+
+    Trainer(model, arguments, train_dataset=data, data_collator=collate).train()
+    before, after = (dict(m.named_parameters()) for m in (copied, model))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in after if ".adapters." in name}
