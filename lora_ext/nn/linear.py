@@ -133,7 +133,8 @@ class LoraLinear(SharesInputs, OverLinear):
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             weight, bias = plain
-            return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), self._updates(names, adapters))
+            bias = add_lora_biases(bias, weight.dtype, adapters)
+            return add_updates(x, weight, bias, joined(self._updates(names, adapters)))
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             self._check_exportable()
         return self._add_to_output(x, self.base_layer(x, *args, **kwargs), names, adapters)
@@ -246,8 +247,8 @@ def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: Sequence[
 
 
 def add_updates(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]) -> Tensor:
-    """``x @ weight.T + bias`` plus one or more updates."""
-    first, *others = joined(updates)
+    """Returns ``x @ weight.T + bias`` plus one or more updates (see :func:`~lora_ext.nn.joined.joined`)."""
+    first, *others = updates
     y = functional.lora_linear(x, weight, bias, *first)
     for update in others:
         y = functional.plus_lora_delta(y, x, *update)

@@ -81,8 +81,7 @@ def output_with(model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, 
     """Returns the output with the adapters ``names``; of an attention, its projections, to which they add."""
     layer = model["layer"]
     if isinstance(layer, LoraMultiheadAttention):
-        project = layer._project_packed if layer.is_packed else layer._project_separate
-        return torch.cat([projection.flatten() for projection in project(inputs, names)])
+        return torch.cat([projection.flatten() for projection in layer._project(inputs, None, names)])
     if not names:
         return layer.base_layer(*inputs)
     set_adapter(model, names)
