@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext._common.sharded import is_partitioned
-from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.joined import Update, joined
@@ -69,9 +69,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     :class:`~lora_ext.nn.LoraLinear`. PEFT 0.21 adds the update of ``out_proj`` twice (``merge`` adds it, then calls the
     ``merge`` of ``out_proj``), so files hold half of it. Without an active update, the base attention itself is called.
 
-    Args:
-        base_layer: the attention; kept, not copied.
-        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+    Args: as in :class:`~lora_ext.nn.LoraLinear`; ``base_layer`` is the attention.
     """
 
     base_kinds = "nn.MultiheadAttention"
@@ -91,9 +89,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return next(filter(None, (why_weight_unusable(module, name, at_hand=True) for name in names)), None)
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> nn.Module:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> nn.Module:
         E = base_layer.embed_dim
         if base_layer._qkv_same_embed_dim:
             return LoraAdapter.from_config(config, path, E, 3 * E, base_layer.in_proj_weight, device)

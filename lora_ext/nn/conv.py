@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.adapter import Device, LoraAdapter
 from lora_ext.nn.base_layer import module_of_kind, why_not_merge
 from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
@@ -30,9 +29,7 @@ class LoraConv(AddsToOutput):
     not: with ``groups > 1`` it sees all channels, as in PEFT, and the update cannot be merged, as a grouped
     convolution's weight cannot express it.
 
-    Args:
-        base_layer: an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``; kept, not copied. Its parameters are frozen here.
-        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+    Args: as in :class:`~lora_ext.nn.LoraLinear`; ``base_layer`` is an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
     """
 
     base_kinds = "an nn.Conv1d, nn.Conv2d or nn.Conv3d"
@@ -45,9 +42,7 @@ class LoraConv(AddsToOutput):
         return super().why_not_merge() or why_not_merge(self.base_layer, *_CONVOLVE, methods=("_conv_forward",))
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> LoraAdapter:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         """Makes an adapter for ``base_layer``. ValueError: the rank is not a multiple of the layer's groups."""
         rank = config.rank_for(path)
         if rank % base_layer.groups:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import full_shape
-from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.adapter import Device, LoraAdapter
 from lora_ext.nn.base_layer import has_forward_of, module_of_kind, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
@@ -62,9 +61,7 @@ class LoraEmbedding(AddsToOutput):
     The backward needs the ids and ``[num_tokens, r]``. The gradient of ``lora_A`` is dense, ``[num_embeddings, r]``,
     however few the tokens, and even if the base layer has ``sparse=True``.
 
-    Args:
-        base_layer: an ``nn.Embedding``; kept, not copied. Its weight is frozen here.
-        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+    Args: as in :class:`~lora_ext.nn.LoraLinear`; ``base_layer`` is an ``nn.Embedding``.
     """
 
     base_kinds = "an nn.Embedding"
@@ -80,9 +77,7 @@ class LoraEmbedding(AddsToOutput):
         return why_embedding_unusable(module)
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> EmbeddingAdapter:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         return EmbeddingAdapter.from_config(config, path, *full_shape(base_layer.weight), base_layer.weight, device)
 
     @property

@@ -15,7 +15,7 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import bring_for_calls
 from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
-from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
 from lora_ext.nn.base_layer import own_copy, tensor_of, why_weight_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
@@ -51,7 +51,7 @@ class LoraLayer(AdapterLayer):
     """
 
     base_kinds: ClassVar[str]  # the modules this class adapts, for messages
-    adapted_along: ClassVar[tuple[str, ...]] = ()  # paths of modules inside that are always adapted too
+    adapted_along: ClassVar[tuple[str, ...]] = ()  # modules inside that are always adapted too
     weight_name: ClassVar[str] = "weight"
     stores_transposed: bool = False  # the weight is [in, out]
 
@@ -77,8 +77,6 @@ class LoraLayer(AdapterLayer):
             if active is None:
                 self.active.names = (name,)
 
-    # --- what a subclass says about itself ---------------------------------------------------------------------------
-
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
         """Returns whether ``module`` is of the kind that this class adapts."""
@@ -90,9 +88,7 @@ class LoraLayer(AdapterLayer):
         return why_weight_unusable(module, cls.weight_name)
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> LoraAdapter:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         """Makes a new adapter for the ``base_layer`` at ``path``, on ``device`` (default: the base layer's)."""
         raise NotImplementedError
 
@@ -139,10 +135,9 @@ class LoraLayer(AdapterLayer):
 
     @one_at_a_time
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
-        """Adds ``adapter`` under ``name`` without activating it (see :meth:`set_active`); freezes the base layer.
+        """Adds ``adapter`` under ``name``, not active (:meth:`set_active`); freezes the base layer.
 
-        Raises:
-            ValueError: the name is taken, or a factor has the wrong shape. The layer is then unchanged.
+        ValueError: the name is taken, or a factor has the wrong shape. The layer is then unchanged.
         """
         self._check_is_new(name)
         if getattr(adapter, "has_magnitude", False) and "lora_magnitude_vector" not in self.factor_shapes(adapter):
@@ -195,13 +190,13 @@ class LoraLayer(AdapterLayer):
 
     @property
     def merge_record_bytes(self) -> int:
-        """Bytes kept for :meth:`unmerge`: the merged factors and the bits lost to rounding; 0 if nothing is merged."""
+        """Bytes kept for :meth:`unmerge`: the merged factors and the bits lost to rounding."""
         return self._merged.nbytes if self._merged else 0
 
     def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
-        """``scaling * lora_B @ lora_A`` of adapter ``name`` (default: the active one), in the factors' dtype.
+        """Returns ``scaling * lora_B @ lora_A`` of adapter ``name`` (default: the active one), in the factors' dtype.
 
-        Allocates it. ``key`` selects one of the :meth:`matrices`.
+        ``key``: one of the :meth:`matrices`.
         """
         factors = self.factors(name := self._existing(name))
         if key not in factors:
@@ -276,15 +271,10 @@ class LoraLayer(AdapterLayer):
         self._merged = None
         self.active.changes += 1
 
-    def merged_into(self) -> dict[str, Tensor]:
+    def merged_into(self) -> list[str]:
         """Returns the parameters that adapters are merged into, by their names in this layer's ``state_dict``."""
-        wanted = {(id(matrix.owner), matrix.name) for matrix in self.matrices().values()}
-        return {
-            f"base_layer.{path}{'.' if path else ''}{name}": parameter
-            for path, module in self.base_layer.named_modules()
-            for name, parameter in module._parameters.items()
-            if (id(module), name) in wanted
-        }
+        paths = {module: f"base_layer.{path}.".replace("..", ".") for path, module in self.base_layer.named_modules()}
+        return [paths[matrix.owner] + matrix.name for matrix in self.matrices().values()]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -193,7 +193,7 @@ def merged_adapter(choices: Choices) -> Call:
     values.pop("lora_bias", None)
     enabled = choices.pick(("(True, False, True)", "[True]", "(False, True)"))
     values["enable_lora"] = Source(enabled)
-    call = Call("lora_ext.nn.PackedAdapter", values, after="repr(result), result.parts(), result.block_diagonal()\n")
+    call = Call("lora_ext.nn.PackedAdapter", values, after="repr(result), result.parts()\n")
     call.words = ["LoraAdapter"]
     return call
 
