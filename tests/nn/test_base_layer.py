@@ -49,6 +49,11 @@ class One(nn.Linear):
         return self.bias.expand(*x.shape[:-1], -1)
 
 
+class Pair(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
 def adapted(layer: nn.Module, **settings) -> nn.ModuleDict:
     model = nn.ModuleDict({"layer": layer, "other": nn.Linear(3, 3)})
     return inject(model, LoraConfig(**{"target_modules": ["layer"]} | ALIVE | settings))
@@ -56,18 +61,6 @@ def adapted(layer: nn.Module, **settings) -> nn.ModuleDict:
 
 def update_of(layer: LoraLayer, x: Tensor) -> Tensor:
     return x @ layer.delta_weight().T
-
-
-def check_is_base_plus_update(layer: LoraLayer, x: Tensor, base: Tensor) -> None:
-    expected = base + update_of(layer, x.detach()).to(base.dtype)
-    y = layer(x)
-    assert y.dtype == base.dtype and y.is_contiguous()
-    torch.testing.assert_close(y, expected)
-    y.sum().backward()
-    A, B = layer.adapters.default.lora_A, layer.adapters.default.lora_B
-    tokens = x.detach().flatten(0, -2).sum(0)
-    torch.testing.assert_close(A.grad, 2 * B.detach().sum(0).outer(tokens))
-    torch.testing.assert_close(B.grad, 2 * (A.detach() @ tokens).expand_as(B))
 
 
 # --- what is put there before injection -------------------------------------------------------------------------------
@@ -78,7 +71,12 @@ def test_subclasses_with_a_forward_of_their_own(kind):
     base, x = kind(6, 5), torch.randn(2, 4, 6, requires_grad=True)
     expected = base(x).detach().clone()
     model = adapted(base)
-    check_is_base_plus_update(model.layer, x, expected)
+    y, adapter = model.layer(x), model.layer.adapters.default
+    assert y.dtype == expected.dtype and y.is_contiguous()
+    torch.testing.assert_close(y, expected + update_of(model.layer, x).to(y.dtype))
+    trained = adapter.lora_A, adapter.lora_B
+    grads = (torch.autograd.grad(out.sum(), trained) for out in (y, update_of(model.layer, x.detach())))
+    torch.testing.assert_close(*grads)
     with refused(model, ValueError, f"merge: updates cannot be merged into\n  layer: the forward of {kind.__name__}"):
         merge(model)
     with refused(model, ValueError, "may not be linear in the weight"):
@@ -99,17 +97,9 @@ def test_falcons_linear_layer_can_be_merged(dtype, bias):
     assert torch.equal(model.layer.base_layer.weight, weight)
 
 
-class Pair(nn.Linear):
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return super().forward(x), None
-
-
-def test_a_base_layer_that_returns_no_tensor():
+def test_classes_whose_output_takes_no_update():
     with pytest.raises(TypeError, match="LoraLinear: base_layer returned a tuple, want a tensor"):
         adapted(Pair(6, 5)).layer(torch.randn(4, 6))
-
-
-def test_known_classes_whose_output_takes_no_update():
     config = Llama4TextConfig(hidden_size=6, num_local_experts=4, num_experts_per_tok=1)
     with pytest.raises(TypeError, match=r"layer \(Llama4Router\): its forward returns a tuple, .*target_parameters"):
         adapted(Llama4Router(config))
@@ -220,29 +210,21 @@ def test_a_replaced_base_layer_has_effect():
         merge(model)
 
 
-@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_full_backward_hook"])
-def test_hooks_see_the_call(register):
+@pytest.mark.parametrize("kind", ["forward_pre", "full_backward", "module_forward"])
+def test_hooks_see_the_call(kind):
     model, x, seen = adapted(nn.Linear(6, 5)), torch.randn(4, 6, requires_grad=True), []
-    expected = model.layer(x)
-    handle = getattr(model.layer.base_layer, register)(lambda module, *args: seen.append(module))
-    y = model.layer(x)
-    y.sum().backward()
-    torch.testing.assert_close(y, expected)
-    assert seen == [model.layer.base_layer]
-    handle.remove()
-    model.layer(x).sum().backward()
-    assert len(seen) == 1
-
-
-def test_hooks_of_all_modules_see_the_call():
-    model, x, seen = adapted(nn.Linear(6, 5)), torch.randn(4, 6), []
-    expected = model.layer(x)
-    handle = register_module_forward_hook(lambda module, args, y: seen.append(module))
+    base, expected = model.layer.base_layer, model.layer(x)
+    of_all = kind == "module_forward"
+    register = register_module_forward_hook if of_all else getattr(base, f"register_{kind}_hook")
+    handle = register(lambda module, *args: seen.append(module))
     try:
-        torch.testing.assert_close(model.layer(x), expected)
+        y = model.layer(x)
+        y.sum().backward()
     finally:
         handle.remove()
-    assert seen == [model.layer.base_layer, model.layer]
+    torch.testing.assert_close(y, expected)
+    model.layer(x).sum().backward()
+    assert seen == ([base, model.layer] if of_all else [base])
 
 
 def test_unmerging_is_possible_when_merging_is_not():

@@ -140,13 +140,16 @@ def step(model: nn.Module, x: Tensor, run: Callable | None = None) -> list[Tenso
 
 @of_kinds(TOGETHER)  # a DoRA layer's norm counts as a constant in the backward, as in PEFT
 def test_gradients(kind):
+    """Also gradients of gradients, forward mode, and gradients of several losses at once."""
     model, x = adapted(kind, *kind.names), input_for(kind)
     leaves = trained(model)
 
     def output(x: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(model, dict(zip(leaves, values, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(output, (x.requires_grad_(x.is_floating_point()), *leaves.values()))
+    inputs = x.requires_grad_(x.is_floating_point()), *leaves.values()
+    assert torch.autograd.gradcheck(output, inputs, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(output, inputs, fast_mode=True)
 
 
 def test_new_adapters_change_nothing_and_follow_the_mode(kind):
@@ -294,9 +297,24 @@ def test_compiles_as_one_graph(kind):
     torch.testing.assert_close(step(model, x, compiled), step(model, x))
 
 
-def test_vmap(kind):
+def test_vmap_over_samples_and_over_adapters(kind):
     model, x = adapted(kind, *kind.names), input_for(kind)
-    torch.testing.assert_close(torch.func.vmap(model)(x), torch.stack([model(row) for row in x]))
+    values = {name: p.detach() for name, p in trained(model).items()}
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.func.functional_call(model, values, (x,))
+        return y.pow(3).mean(), y
+
+    of_sample = torch.func.grad(loss, has_aux=True)
+    found, ys = torch.func.vmap(of_sample, (None, 0))(values, x)
+    torch.testing.assert_close(ys, torch.stack([model(row) for row in x]))
+    expected = [of_sample(values, row)[0] for row in x]
+    torch.testing.assert_close(found, {name: torch.stack([grads[name] for grads in expected]) for name in values})
+    several = {name: torch.stack([value, -value / 2]) for name, value in values.items()}
+    losses, ys = torch.func.vmap(loss, (0, None))(several, x)
+    for i in range(2):
+        one = loss({name: value[i] for name, value in several.items()}, x)
+        torch.testing.assert_close((losses[i], ys[i]), one)
 
 
 def test_autocast(kind):
