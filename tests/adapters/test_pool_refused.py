@@ -86,10 +86,10 @@ BROKEN = {
     "no config": "adapter_config.json",
     "rank": "rank of head: 5, above the pool's 4",
     "another base": "unexpected key: base_model.model.classifier.lora_A.weight",
-    "another size": "shape of base_model.model.head.lora_A.weight: [1, 12] in the file, [1, 6] in the pool",
+    "another size": "shape of base_model.model.head.lora_A.weight: [1, 12] in the file, [1, 6] in the model",
     "half": "missing key: base_model.model.head.lora_A.weight",
     "layer": "missing key: base_model.model.head.lora_A.weight",
-    "not named": "unexpected key: base_model.model.head.lora_A.weight, of a layer that the config does not name",
+    "not named": "unexpected key: base_model.model.head.lora_A.weight",
     "heads": "modules_to_save: a pool holds low-rank updates of linear layers",
     "dora": "use_dora: a pool holds low-rank updates of linear layers",
     "tokens": "trainable_token_indices: a pool",
@@ -155,7 +155,7 @@ def test_bad_arguments(base, root, options, error, text):
 def test_other_layers_second_pools_and_training_are_refused(base, root):
     other = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
     with refused(other, TypeError, "a pool holds adapters of linear layers", "0 (LoraEmbedding)"):
-        AdapterPool(other, target_modules=["0", "1"], r=2, max_bytes=1 << 20)
+        AdapterPool(other, root, target_modules=["0", "1"], r=2, max_bytes=1 << 20)
     model, x = copy.deepcopy(base), torch.randn(1, 6)
     pool = pool_of(model, root)
     with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):
