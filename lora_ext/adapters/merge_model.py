@@ -54,14 +54,11 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
 
     :func:`unmerge` restores every bit of the weights. The bits that rounding loses are kept: 0.03 to 0.25 bytes per
     float32 weight for updates of 0.5 % to 10 % of its size. :func:`merge_record_bytes` returns how many, and the
-    ``lora_ext.adapters`` logger reports it at INFO level.
+    ``lora_ext.adapters`` logger reports it at INFO level. A quantised weight is dequantised, and the sum is quantised
+    again in the same format, which loses some of the update (:func:`merge_errors`); its stored bytes are kept.
 
     All layers are checked before the first is changed: all of them are merged, or none. Every other function that
     changes a model waits for the end, in any thread; a forward in another thread does not, and must not run meanwhile.
-
-    A quantised weight is dequantised, and the sum is quantised again in the same format, which loses some of the
-    update; unmerging restores the stored bytes, which the layer keeps meanwhile. :func:`merge_errors` says how large
-    the errors are.
 
     Args:
         model: a model with LoRA layers.
@@ -86,12 +83,12 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     _check_mergeable("merge", wanted)
     _check_untied("merge", model, wanted)
     _check_biases(model, wanted)
-    _merge_next_to_merged(wanted)
+    errors = _merge_next_to_merged(wanted)
     merged = _merged_matrices(layer for layer, _ in wanted.values())
     total = sum(matrix.record.nbytes for matrix in merged)
     per_weight = total / max(sum(matrix.numel for matrix in merged), 1)
     _LOGGER.info("merged %d layers; unmerging keeps %d bytes, %.3f per weight", len(wanted), total, per_weight)
-    _report("merge", _errors_of(wanted))
+    _report("merge", errors)
     return model
 
 
@@ -141,17 +138,8 @@ def merge_record_bytes(model: nn.Module) -> int:
 def merge_errors(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> dict[str, MergeError]:
     """Returns the rounding error of merging into each quantised layer, by path.
 
-    For layers with merged adapters these are the errors of that merge. In other layers the merge is tried and undone.
-
-    Args:
-        model: a model with LoRA layers.
-        adapter_names: the adapters to try; None: the active ones.
-
-    Returns:
-        The errors by path; empty if no adapted layer is quantised.
-
-    Raises:
-        The errors of :func:`merge`. The model is unchanged in any case.
+    For layers with merged adapters these are the errors of that merge. In other layers the merge of ``adapter_names``
+    (None: the active ones) is tried and undone. Raises the errors of :func:`merge`; the model is never changed.
     """
     layers = _all_lora_modules("merge_errors", model)
     some_merged = any(layer.is_merged for layer in layers.values())
@@ -182,10 +170,9 @@ def merge_and_unload(
     Args:
         model: a model with LoRA layers.
         adapter_names: the adapters to merge; None: the active ones.
-        dequantize: makes every quantised layer of the model a plain one, adapted or not: the weight is dequantised, the
-            updates are added in float32, and the sum is rounded once, to the dtype that the weight had before it was
-            quantised, or to the dtype given here. ``save_pretrained`` then writes a checkpoint that needs neither this
-            package nor the library that quantised. False: quantised weights are merged as by :func:`merge`.
+        dequantize: makes every quantised layer of the model a plain one, adapted or not: the updates are added in
+            float32, and the sum is rounded once, to the dtype that the weight had before it was quantised, or to the
+            dtype given here. False: quantised weights are merged as by :func:`merge`.
 
     Raises:
         The errors of :func:`merge`, except that adapters may be merged already.
@@ -195,9 +182,8 @@ def merge_and_unload(
     """
     caller = "merge_and_unload"
     if isinstance(dequantize, torch.dtype) and dequantize not in FLOATING:
-        raise ValueError(
-            f"{caller}: dequantize is {dequantize}, want True, False or one of {', '.join(map(str, FLOATING))}"
-        )
+        floating = ", ".join(map(str, FLOATING))
+        raise ValueError(f"{caller}: dequantize is {dequantize}, want True, False or one of {floating}")
     layers = _all_lora_modules(caller, model)
     some_merged = any(layer.is_merged for layer in layers.values())
     chosen = _chosen(caller, layers, _names(caller, adapter_names), allow_none=some_merged)
@@ -219,8 +205,7 @@ def merge_and_unload(
         plain = dequantized(caller, root, quantized, dtype)
         wanted = {path: held for path, held in wanted.items() if path not in quantized}
     if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
-        _merge_next_to_merged(wanted)
-        errors = _errors_of(wanted)
+        errors = _merge_next_to_merged(wanted)
     else:
         errors = merge_for_good("merge", dict(wanted.values()), _where(wanted))
     replace_modules(root, plain)
@@ -297,10 +282,11 @@ def _where(wanted: Chosen) -> dict[LoraLayer, str]:
     return {layer: f" of {path!r}" for path, (layer, _) in wanted.items()}
 
 
-def _merge_next_to_merged(wanted: Chosen) -> None:
-    """Merges the adapters ``wanted``, in addition to those that are merged."""
+def _merge_next_to_merged(wanted: Chosen) -> list[MergeError]:
+    """Merges the adapters ``wanted``, in addition to those that are merged. Returns the errors of quantising again."""
     names_of = {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}
     change_merged("merge", names_of, _where(wanted))
+    return [layer._merged.error for layer in names_of if layer._merged.error is not None]
 
 
 def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
@@ -311,10 +297,6 @@ def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
 
 def _is_quantized(layer: LoraLayer) -> bool:
     return any(matrix.quantized is not None and matrix.quantized.rounds for matrix in layer.matrices().values())
-
-
-def _errors_of(wanted: Chosen) -> list[MergeError]:
-    return [layer._merged.error for layer, _ in wanted.values() if layer._merged.error is not None]
 
 
 def _report(caller: str, errors: Collection[MergeError]) -> None:
