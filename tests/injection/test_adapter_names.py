@@ -77,9 +77,7 @@ def closed_pool(model: nn.Module) -> nn.Module:
 def test_a_model_that_took_names_refuses_them_when_its_adapters_are_gone(undo, how):
     """Its forward would swallow them, and a tenant would get the base model's answers."""
     model, x = how(undo(injected(Swallows()))), torch.randn(2, 4)
-    with refused(
-        model, ValueError, "Swallows: adapter_names is ['default', '__base__'], but the model has no"
-    ):
+    with refused(model, ValueError, "Swallows: adapter_names is ['default', '__base__'], but the model has no"):
         model(x, **ROWS)
     assert torch.equal(model(x, adapter_names=None, anything=1), model.linear(x))
     injected(model)(x, **ROWS)
