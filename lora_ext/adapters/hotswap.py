@@ -22,7 +22,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
-from lora_ext.files.expert_layout import in_present_layout
+from lora_ext.files.expert_layout import check_expert_layout
 from lora_ext.files.save_load import read_adapter, warn_of_a_copy
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
@@ -110,7 +110,7 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
     warn_of_a_copy("hotswap_adapter", adapter)
-    file = in_present_layout(adapter, file, "hotswap_adapter")
+    check_expert_layout(adapter, file, "hotswap_adapter")
     values = [value for part in adapter.parts for value in _values_of_part(part, config, file)]
     if adapter.biases is not None:
         values += [_Value(f"{KEY_PREFIX}{key}", tensor) for key, tensor in adapter.biases.file_tensors().items()]

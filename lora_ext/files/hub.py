@@ -6,17 +6,15 @@ import glob
 from pathlib import Path
 
 from lora_ext._common.printable import install_hint
-from lora_ext.files.adapter_file import ADAPTER_FILE_PATTERNS
+from lora_ext.files.adapter_file import ADAPTER_FILES
 
 
 def download_adapter(name: str, revision: str | None = None, subfolder: str = "", *, caller: str) -> Path:
-    """Downloads the adapter in the hub's repository ``name`` into huggingface_hub's cache, or finds it there.
+    """Downloads the adapter's two files of the hub's repository ``name`` into huggingface_hub's cache, or finds them.
 
-    Nothing else of the repository is fetched. Offline mode (``HF_HUB_OFFLINE=1``), the endpoint, the cache's place and
-    the token are huggingface_hub's.
+    Offline mode (``HF_HUB_OFFLINE=1``), the endpoint, the cache's place and the token are huggingface_hub's.
 
     Args:
-        name: such as ``"org/name"``.
         revision: a branch, tag or commit; None: the main branch.
         subfolder: of the repository, which has the files; "": they are at its top.
         caller: prefix of error messages.
@@ -36,7 +34,7 @@ def download_adapter(name: str, revision: str | None = None, subfolder: str = ""
         raise ImportError(f"{caller}: download=True needs huggingface_hub ({error}): {install_hint('hub')}") from error
     prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
     try:
-        patterns = [f"{prefix}{pattern}" for pattern in ADAPTER_FILE_PATTERNS]
+        patterns = [f"{prefix}{pattern}" for pattern in ADAPTER_FILES]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise ValueError(f"{caller}: {name!r} is not a repository's name: {_first_line(error)}") from error

@@ -32,14 +32,9 @@ _RESTORED = ("enable_lora", "rank_pattern", "alpha_pattern")  # config keys that
 def to_peft_form(
     adapter: Adapter, values: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Converts config and tensors of an adapter to the form that PEFT reads.
+    """Converts ``values``, the content of ``adapter_config.json``, and a file's tensors to the form that PEFT reads.
 
-    Args:
-        values: content of ``adapter_config.json``.
-        tensors: tensors by the keys of the file.
-
-    Returns:
-        Config, tensors, and the file's metadata. Without packed projections the arguments and empty metadata.
+    Returns config, tensors, and the file's metadata; without packed projections the arguments and empty metadata.
     """
     if not any(isinstance(part.adapter, PackedAdapter) for part in adapter.parts):
         return values, tensors, {}
