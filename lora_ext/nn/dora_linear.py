@@ -69,13 +69,10 @@ class DoraLinear(OverLinear):
 
     ``y = factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``, where ``factor`` is the magnitude of a
     row over the norm of that row of ``weight + scaling * lora_B @ lora_A``. The gradient takes these norms for
-    constants (section 4.3 of the paper). With dropout see :func:`lora_ext.nn.dora.output`. No tensor of the
-    weight's size is made, unless the base layer is quantised: its weight is dequantised in every call, for the norms.
+    constants (section 4.3 of the paper). With dropout see :func:`lora_ext.nn.dora.output`. A quantised weight is
+    dequantised in every call, for the norms. One adapter is in use at a time. A merge keeps a copy of the weight.
 
-    All adapters of the layer are :class:`DoraAdapter`, and one is in use at a time. A merge keeps a copy of the weight,
-    with which :meth:`unmerge` restores every bit.
-
-    Args: as in :class:`~lora_ext.nn.LoraLinear`.
+    Args: as in :class:`~lora_ext.nn.LoraLinear`; adapters are :class:`DoraAdapter`.
     """
 
     @classmethod

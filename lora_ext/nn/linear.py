@@ -69,8 +69,7 @@ class LoraLinear(SharesInputs, OverLinear):
     added to a copy of its output.
 
     Args:
-        base_layer: an ``nn.Linear``, or Transformers' ``Conv1D`` (GPT-2), whose weight is ``[in_features,
-            out_features]``; kept, not copied. Its parameters are frozen here.
+        base_layer: an ``nn.Linear`` or Transformers' ``Conv1D`` (GPT-2); kept, not copied, and frozen.
         adapter: the first adapter, or None.
         adapter_name: the first adapter's name.
         active: names of the adapters in use, shared with other layers; by default the first adapter's name.

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 class LoraParameter(TransparentLayer, LoraLayer):
     """Calls ``base_layer`` with its parameter ``W`` replaced by ``W + scaling * lora_B @ lora_A`` during the call.
 
-    For modules that use a parameter in any way: experts of a mixture (``[num_experts, out_features, in_features]``, or
-    ``[num_experts, in_features, out_features]`` if the module's ``is_transposed`` is true), and any matrix
-    ``[out_features, in_features]``. Each expert has its own factors of rank ``r``; as in PEFT, ``lora_A [r *
-    num_experts, in_features]`` concatenates them and ``lora_B [out_features, r * num_experts]`` interleaves them.
+    The parameter is a matrix ``[out_features, in_features]``, or experts ``[num_experts, out_features, in_features]``
+    (``[num_experts, in_features, out_features]`` if the module's ``is_transposed`` is true). Each expert has its own
+    factors of rank ``r``; as in PEFT, ``lora_A [r * num_experts, in_features]`` concatenates them and ``lora_B
+    [out_features, r * num_experts]`` interleaves them.
 
     The module gets a view of the parameter (:mod:`lora_ext.nn.parameter_view`), and its products with that make no
     tensor of the parameter's size. Other uses make one, and a gradient of that size; :attr:`why_whole` says why.
