@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 """The config is last, as :func:`~lora_ext.files.writing.write_files` needs: without it there is no adapter."""
 METHOD_FILE = "method.json"
 """What :mod:`lora_ext.methods` writes. Without an adapter's config next to it, its method has no low-rank adapter."""
-
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hugging Face hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +149,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         return read_json(directory / CONFIG_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         wanted = "want a directory that save_adapter or PEFT wrote"
-        if not directory.exists() and _REPOSITORY.fullmatch(str(directory)):
+        if not directory.exists():
             wanted += "; for an adapter on the Hugging Face hub: load_adapter(..., download=True)"
         if (directory / METHOD_FILE).is_file():
             wanted += f"; {METHOD_FILE} there is of a method without LoRA, which lora_ext.methods.load_method loads"

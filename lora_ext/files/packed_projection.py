@@ -83,13 +83,12 @@ def _gathered(file: AdapterFile, key: str, enabled: Any) -> Tensor:
     """Returns the blocks of a block-diagonal tensor. ValueError: ``enabled`` does not describe it."""
     if key not in file:
         raise ValueError(f"the file has no tensor {shown(key)}")
+    shape, dtype = file.shape(key), file.dtype(key)
     if not isinstance(enabled, list) or not all(isinstance(on, bool) for on in enabled) or not any(enabled):
         raise ValueError(f"the blocks of {key} are {shown(enabled)}, want bools, at least one of them true")
-    if file.dtype(key) not in FLOATING:
-        raise ValueError(f"{key} is {file.dtype(key)}, want one of {', '.join(map(str, FLOATING))}")
-    shape = file.shape(key)
-    if len(shape) != 2 or 0 in shape or shape[0] % len(enabled) or shape[1] % sum(enabled):
-        raise ValueError(f"{key} has shape {list(shape)}, which does not divide into blocks {shown(enabled)}")
+    fits = len(shape) == 2 and 0 not in shape and shape[0] % len(enabled) == 0 == shape[1] % sum(enabled)
+    if not fits or dtype not in FLOATING:
+        raise ValueError(f"{key} ({dtype}) has shape {list(shape)}, which does not divide into blocks {shown(enabled)}")
     try:
         return gather_blocks(file.tensor(key), enabled)
     except ValueError as error:

@@ -23,7 +23,7 @@ from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, holds_adapte
 from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.writing import write_files, write_tensors
 from lora_ext.model.adapter_set import adapter_set, find_adapter
-from lora_ext.model.adapter_state import MARKER, adapter_state, warn_of_lost_parameters
+from lora_ext.model.adapter_state import MARKER, adapter_state, trained_ids, warn_of_lost_parameters
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.model.given_state import with_values
 from lora_ext.model.method_files import MethodFiles
@@ -38,8 +38,6 @@ _MODEL_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
 )
 _NOT_FOR_ADAPTERS = {
     "push_to_hub": "save first, and then call huggingface_hub.upload_folder",
@@ -61,7 +59,7 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
     module, name = saver.module, f"{type(saver.module).__name__}.save_pretrained"
     directory = Path(next(iter(options.values())))
     method = MethodFiles.of(saver.root)
-    if not _is_adapted(module, method):
+    if trained_ids(module, method).isdisjoint(map(id, (*module.parameters(), *module.buffers()))):
         with base_keys():  # layers may be left without adapters, for a pool
             return saver.original(**options)
     prepare_shards(name, module)
@@ -95,14 +93,6 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
 
 
 SavePretrained.save = staticmethod(save_adapted)
-
-
-def _is_adapted(module: nn.Module, method: MethodFiles | None) -> bool:
-    """Returns whether ``module``, the adapted model or a part of it, has adapters or what a method trains."""
-    trained = set() if method is None else {id(tensor) for tensor in method.tensors.values()}
-    return any(len(layer.adapters) for _, layer in adapter_layers(module)) or any(
-        id(tensor) in trained for tensor in (*module.parameters(), *module.buffers())
-    )
 
 
 def _is_merged(name: str, module: nn.Module) -> bool:

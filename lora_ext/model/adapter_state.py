@@ -39,7 +39,7 @@ def adapter_state(module: nn.Module, method: MethodFiles | None, also: Iterable[
     require gradients, and ``also``. Tensors that several modules share are there once. All ranks that share a DTensor
     must call it.
     """
-    wanted = _trained(module, method) | {id(tensor) for tensor in (*module.buffers(), *also)}
+    wanted = trained_ids(module, method) | {id(tensor) for tensor in (*module.buffers(), *also)}
     state = {MARKER: torch.zeros(1, dtype=torch.uint8)}
     for key in _base_keys(module):  # with strict=False a PeftModel ignores keys without its prefix
         state |= {wrong: torch.zeros(_MISFIT, dtype=torch.uint8) for wrong in (key, f"{KEY_PREFIX}{key}")}
@@ -55,7 +55,7 @@ def warn_of_lost_parameters(
     caller: str, module: nn.Module, method: MethodFiles | None = None, *, saved: Iterable[Tensor] = ()
 ) -> None:
     """Warns of parameters that require gradients and that no adapter, nor ``method``, nor ``saved`` holds."""
-    kept = _trained(module, method) | {id(tensor) for tensor in saved}
+    kept = trained_ids(module, method) | {id(tensor) for tensor in saved}
     lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in kept]
     if not lost:
         return
@@ -74,7 +74,7 @@ def warn_of_lost_parameters(
     )
 
 
-def _trained(module: nn.Module, method: MethodFiles | None) -> set[int]:
+def trained_ids(module: nn.Module, method: MethodFiles | None) -> set[int]:
     """Returns the ids of the tensors of adapters, of trained biases in use and of the method."""
     tensors = [
         tensor
@@ -101,7 +101,7 @@ def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
     for key in [key for key, value in state_dict.items() if getattr(value, "shape", None) == _MISFIT]:
         del state_dict[key]
     if prefix + MARKER in state_dict:
-        _check_trained(module, state_dict, prefix)
+        _checktrained_ids(module, state_dict, prefix)
     keys = {plain_path(key) for key, _ in module.named_parameters(remove_duplicate=False)}
     if of_base := [prefix + key for key in _base_keys(module) if key not in keys and prefix + key in state_dict]:
         raise RuntimeError(
@@ -111,12 +111,12 @@ def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
         )
 
 
-def _check_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def _checktrained_ids(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Checks that a state of adapters alone is of the adapters and the method of ``module``, or raises RuntimeError."""
     tensors = module.state_dict(keep_vars=True)
     # By id, because tensors that modules share are in the state once.
     given = {id(tensor) for key, tensor in tensors.items() if prefix + key in state_dict}
-    wanted = _trained(module, MethodFiles.of(module)) - given
+    wanted = trained_ids(module, MethodFiles.of(module)) - given
     lacking = [key for key, tensor in tensors.items() if id(tensor) in wanted]
     inside = (key.removeprefix(prefix) for key in state_dict if key.startswith(prefix))
     foreign = [key for key in inside if key not in tensors and key != MARKER]
