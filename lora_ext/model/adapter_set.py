@@ -13,7 +13,6 @@ from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, roo
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.base_layer import is_offloaded
-from lora_ext.nn.trained import TrainedModule
 
 _ATTRIBUTE = "_lora_adapters"  # the attribute of an injected model that holds its AdapterSet
 
@@ -127,7 +126,6 @@ class AdapterSet:
         configs: by adapter name, in the order of addition.
         active: the names in use; all layers of the model share this object.
         biases: by adapter name; at most one adapter trains the model's biases.
-        trained: by adapter name, the paths of the modules that it trains in full.
         loaded_base: by adapter name, the file keys of base layers that were loaded with it; saved again with it.
         share_inputs: whether layers that read one tensor are computed together.
         pool: where rows find adapters that the layers lack, or None: a :class:`lora_ext.AdapterPool`.
@@ -140,7 +138,6 @@ class AdapterSet:
         self.configs: dict[str, LoraConfig] = {}
         self.active = ActiveAdapters()
         self.biases: dict[str, TrainedBiases] = {}
-        self.trained: dict[str, frozenset[str]] = {}
         self.loaded_base: dict[str, frozenset[str]] = {}
         self._trainable: set[str] = set()
         # By adapter name, the ``_parameters`` dicts of its modules: finding them would take most of a switch's time.
@@ -168,9 +165,6 @@ class AdapterSet:
         self.active.changes += 1
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
-        self.trained[adapter.name] = frozenset(
-            part.path for part in adapter.parts if isinstance(part.layer, TrainedModule)
-        )
         if adapter.biases is not None:
             self.biases[adapter.name] = adapter.biases
             adapter.biases.use(False)
@@ -181,7 +175,7 @@ class AdapterSet:
     def remove(self, name: str) -> None:
         self.active.removed([name])
         self.active.changes += 1
-        del self.configs[name], self._parameters[name], self.trained[name]
+        del self.configs[name], self._parameters[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
         self._trainable.discard(name)
@@ -191,7 +185,7 @@ class AdapterSet:
         self.active.removed([old])
         self.active.added(new)
         self.active.changes += 1
-        for held in (self.configs, self._parameters, self.trained, self.biases, self.loaded_base):
+        for held in (self.configs, self._parameters, self.biases, self.loaded_base):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
             held.update(entries)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import re
 from collections.abc import Callable
 
@@ -76,15 +75,6 @@ def test_a_state_is_refused_where_something_else_is_merged(case, options):
         merged.load_state_dict(plain.state_dict(), **options)
     with pytest.raises(RuntimeError, match=in_order(COUNTED_TWICE)):  # what unmerges it is not in the state
         merged.load_state_dict(merged.state_dict(), **options)
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_refuse_too(how):
-    plain, merged = pair("linear")
-    with refused(other := how(plain), RuntimeError, *COUNTED_TWICE):
-        other.load_state_dict(how(merged).state_dict())
-    with refused(other := how(merged), RuntimeError, *IN_THE_MODEL):
-        other.load_state_dict(plain.state_dict())
 
 
 @pytest.mark.parametrize("form", ["torch", "safetensors"])
