@@ -36,7 +36,7 @@ OP_TESTS = (
     "ops/test_lora_linear_siblings",
     "ops/test_lora_merge",
     "ops/test_merge_ops",
-    "merging/test_merge_refused",
+    "merging/test_merges_of_models_refused",
     "nn/test_expand",
     "nn/test_linear",
 )
