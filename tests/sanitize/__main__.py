@@ -37,7 +37,6 @@ OP_TESTS = (
     "ops/test_lora_merge",
     "ops/test_merge_ops",
     "merging/test_merges_of_models_refused",
-    "nn/test_expand",
     "nn/test_linear",
 )
 QUICK_TESTS = ("ops/test_few_tokens", "ops/test_merge_ops")
