@@ -22,7 +22,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
-from lora_ext.files.expert_layout import in_present_layout
+from lora_ext.files.expert_layout import check_expert_layout
 from lora_ext.files.misfits import misfits
 from lora_ext.files.save_load import read_adapter, warn_of_a_copy
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter
@@ -111,7 +111,7 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
     warn_of_a_copy("hotswap_adapter", adapter)
-    file = in_present_layout(adapter, file, "hotswap_adapter")
+    check_expert_layout(adapter, file, "hotswap_adapter")
     tied = _keys(part for part in adapter.parts if isinstance(part.adapter, TiedAdapter))  # another part's values
     targets = {key: tensor for key, tensor in _in_file(adapter.tensors()).items() if key not in tied}
     values = {key: tensor for key, tensor in file.tensors.items() if key in targets}

@@ -40,7 +40,7 @@ class Part:
     file_scale: float = 1.0
 
     def file_scale_of(self, key: str) -> float:
-        """The factor for the tensor ``key`` when it is saved; loading divides by it. A power of 2, or its negative."""
+        """The factor for the tensor ``key`` when it is saved; loading divides by it."""
         unscaled = ".lora_A.weight", ".lora_embedding_A", ".lora_magnitude_vector"
         return 1.0 if key.endswith(unscaled) else self.file_scale
 
@@ -48,9 +48,7 @@ class Part:
 def complete_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Fills in the fields of an adapter's parts that depend on its other parts. ``parts`` must be all of them.
 
-    If an attention's ``out_proj`` is adapted along with it, files hold half of its update: PEFT (0.21) adds it twice,
-    in every forward and when it merges. So a file means the same in both. PEFT cannot read attentions with separate
-    query, key and value weights.
+    If an attention's ``out_proj`` is adapted along with it, files hold half of its update: PEFT (0.21) adds it twice.
     """
     parts = tuple(parts)
     in_file = file_paths((part.path, part.layer) for part in parts)

@@ -34,6 +34,7 @@ def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
     """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
     if has_pre_hook(root, take_adapter_names) or NAMES in inspect.signature(root.forward).parameters:
         return
+    remove_hooks(root, refuse_without_adapters)
     root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
     root.register_forward_hook(end_call, always_call=True)
     for name in _METHODS:
@@ -49,8 +50,14 @@ def refuse_adapter_names(root: nn.Module, part: nn.Module) -> None:
 
 
 def forget_adapter_names(module: nn.Module) -> None:
-    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`."""
+    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`.
+
+    A model whose forward would swallow names in its ``**kwargs`` goes on refusing them; for others, Python does.
+    """
+    parameters = inspect.signature(module.forward).parameters if has_pre_hook(module, take_adapter_names) else {}
     remove_hooks(module, take_adapter_names, end_call, refuse_names)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        module.register_forward_pre_hook(refuse_without_adapters, with_kwargs=True)
     for name in _METHODS:
         method = vars(module).get(name)
         if isinstance(method, MethodWithNames):
@@ -102,6 +109,18 @@ def refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         raise ValueError(
             f"{type(module).__name__}: {NAMES} is for calls of the injected model, and this is a part of it, which "
             "would ignore it; call that model"
+        )
+
+
+def refuse_without_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses names in a call of a model that has lost its adapters; a hook before the forward.
+
+    ValueError: the call has some, and no part of the model was injected since.
+    """
+    if kwargs.get(NAMES) is not None and all(adapter_set(part) is None for part in module.modules()):
+        raise ValueError(
+            f"{type(module).__name__}: {NAMES} is {shown(kwargs[NAMES])}, but the model has no adapters any more "
+            f"(unload, merge_and_unload, a closed pool) and would ignore it; load them again, or leave out {NAMES}"
         )
 
 

@@ -1,6 +1,6 @@
 """The table of public functions of models and files: a valid call of each one, and calls that it refuses.
 
-``tests/test_refusals.py`` makes the calls and checks that no public function is missing; tests/fuzz draws other calls.
+``tests/test_refusals.py`` makes the calls and checks that no public function is missing.
 """
 
 from __future__ import annotations
