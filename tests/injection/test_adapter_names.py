@@ -68,7 +68,7 @@ def test_it_breaks_no_graph():
 
 
 def closed_pool(model: nn.Module) -> nn.Module:
-    AdapterPool(unload(model), target_modules=["linear"], r=2, max_bytes=1 << 16).close()
+    AdapterPool(unload(model), ".", target_modules=["linear"], r=2, max_bytes=1 << 16).close()
     return model
 
 
