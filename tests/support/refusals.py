@@ -347,7 +347,7 @@ CALLS: list[Call] = [
         lambda _: {"model": injected()},
         [
             *NO_LAYER,
-            (lambda _: {"model": merged()}, RuntimeError, f"{MERGED}; call unmerge(model) first, or merge_and_unload"),
+            (lambda _: {"model": merged()}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
         ],
     ),
