@@ -7,8 +7,7 @@ import copy
 import pytest
 import torch
 from support.models import bert, llama, token_ids
-from support.spoil import Spoil
-from support.stock_trainer import assert_same, trained, trainer
+from support.stock_trainer import Spoil, assert_same, trained, trainer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
