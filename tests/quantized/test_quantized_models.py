@@ -37,19 +37,10 @@ OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "lora_dropout": 0
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     directory = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(directory)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(directory)
     return directory
 
 
@@ -167,27 +158,15 @@ def test_a_dequantised_checkpoint_is_a_plain_one(checkpoint, quantization, dtype
 def test_trainer(checkpoint, quantization, tmp_path):
     """Evaluates in between, loads the best model, resumes; Trainer refuses quantised models without adapters."""
 
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
+    options = {"per_device_train_batch_size": 4, "load_best_model_at_end": True, "learning_rate": 1e-2, "report_to": []}
+
     def trainer(model, steps: int):
         rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (16, 12), device="cpu").tolist()]
-        return transformers.Trainer(
-            model,
-            transformers.TrainingArguments(
-                tmp_path,
-                max_steps=steps,
-                per_device_train_batch_size=4,
-                eval_strategy="steps",
-                eval_steps=2,
-                save_steps=2,
-                logging_steps=1,
-                load_best_model_at_end=True,
-                learning_rate=1e-2,
-                report_to=[],
-                use_cpu=not GPU,
-                disable_tqdm=True,
-            ),
-            train_dataset=rows,
-            eval_dataset=rows,
+        arguments = transformers.TrainingArguments(
+            tmp_path, max_steps=steps, use_cpu=not GPU, disable_tqdm=True, **every, **options
         )
+        return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
 
     bare = load(checkpoint, quantization)
     with pytest.raises(ValueError, match="purely quantized models"):
