@@ -206,11 +206,11 @@ def test_layers_without_dora(module):
 def test_functions_that_combine_adapters_or_share_their_layers(tmp_path):
     model = layers()
     inject(model, dora(), "second")
-    with pytest.raises(ValueError, match=r"'default' is a DoRA adapter \(use_dora\), whose magnitudes"):
+    with pytest.raises(ValueError, match=r"'default' trains magnitudes of DoRA \(use_dora\)"):
         adapters.add_weighted_adapter(model, ["default", "second"], [0.5, 0.5], "both")
     save_adapter(model, tmp_path / "adapter", "default")
     with pytest.raises(ValueError, match="'0' has adapters with use_dora already"):
-        AdapterPool(model, r=4, target_modules=["0"], max_bytes=10_000)
+        AdapterPool(model, tmp_path, r=4, target_modules=["0"], max_bytes=10_000)
     plain = inject(nn.Sequential(nn.Linear(24, 40)), LoraConfig(r=4, lora_alpha=10, target_modules=["0"]))
     with pytest.raises(ValueError, match="use_dora=True"):
         load_adapter(plain, tmp_path / "adapter")

@@ -20,7 +20,6 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import (
     adapter_status,
-    add_weighted_adapter,
     delete_adapter,
     disable_adapters,
     merge_and_unload,
@@ -277,18 +276,6 @@ def test_meta_models_get_their_token_buffers_with_to_empty():
     model.load_state_dict(shaken(source).state_dict())
     place, found = model.model.embed_tokens.adapters.default.find(torch.tensor([31, 5, 7, 49]))
     assert place[found].tolist() == [2, 0] and found.tolist() == [True, False, True, False]
-
-
-def test_a_combination_copies_the_rows():
-    model, ids = tuned(True), ids_with_tokens()
-    inject(model, LoraConfig(**ALIVE), "plain")
-    set_adapter(add_weighted_adapter(model, ["plain", "default"], [0.0, 1.0], "both", "cat"), "both")
-    assert model.lm_head.adapters.both.source is model.model.embed_tokens.adapters.both
-    actual = logits(model, ids)
-    set_adapter(model, "default")
-    torch.testing.assert_close(actual, logits(model, ids))
-    with refused(model, ValueError, "['default', 'both'] train rows", "combine only one"):
-        add_weighted_adapter(model, ["default", "both"], [1.0, 1.0], "sum", "cat")
 
 
 def test_trained_together_with_a_module_to_save_of_another_adapter():

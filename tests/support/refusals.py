@@ -1,6 +1,6 @@
 """The table of public functions of models and files: a valid call of each one, and calls that it refuses.
 
-``tests/test_refusals.py`` makes the calls and checks that no public function is missing; tests/fuzz draws other calls.
+``tests/test_refusals.py`` makes the calls and checks that no public function is missing.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ CALLS: list[Call] = [
         lambda _: {"model": injected()},
         [
             *NO_LAYER,
-            (lambda _: {"model": merged()}, RuntimeError, f"{MERGED}; call unmerge(model) first, or merge_and_unload"),
+            (lambda _: {"model": merged()}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
             (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
         ],
     ),
