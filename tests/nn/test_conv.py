@@ -11,7 +11,7 @@ from support.small_nets import CONVOLUTIONS, ConvNet, input_of
 from torch import nn
 
 from lora_ext import LoraConfig, inject, merge, unmerge
-from lora_ext.adapters import merge_and_unload
+from lora_ext.adapters import disable_adapters, merge_and_unload
 
 ALIVE = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
 
@@ -38,6 +38,16 @@ def test_without_a_batch(name):
     assert y.stride() == layer.base_layer(x).stride()
     torch.testing.assert_close(one, y[0])
     torch.testing.assert_close(torch.autograd.grad(one.sum(), x), torch.autograd.grad(y[0].sum(), x))
+
+
+def test_rows_choose():
+    model, x = adapted("2d").eval(), input_of("2d")
+    y = model(x, adapter_names=["default", "__base__", "default"])
+    torch.testing.assert_close(y[::2], model(x)[::2])
+    with disable_adapters(model):
+        torch.testing.assert_close(y[1], model(x)[1])
+    with pytest.raises(ValueError, match=r"adapter_names needs a batch, but the layer's input is \[6, 9, 10\]"):
+        model(x[0], adapter_names=["default"] * 6)
 
 
 def test_grouped_updates_are_not_merged():
