@@ -227,26 +227,19 @@ def test_trained_biases_are_pefts(bias, targets, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, SEPARATE])
-def test_files_do_not_depend_on_other_adapters(settings, tmp_path):
+def test_an_adapter_of_out_proj_next_to_one_of_the_attention(settings, tmp_path):
     base = Wrapper(**settings)
-    model = adapted(copy.deepcopy(base), name="first")
-    adapted(model, ["out_proj"], name="second")
+    model = adapted(adapted(copy.deepcopy(base), name="first"), ["out_proj"], name="second")
     tensors = inputs("all" if settings else "self", False, True, *(settings.values() or (E, E)))
-    for name in ("first", "second"):
-        set_adapter(model, name)
+    other, keys = copy.deepcopy(base), []
+    for name in ("second", "first", "first"):  # adds two adapters, and replaces the values of one
         save_adapter(model, tmp_path / name, name)
-        torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / name)(*tensors), model(*tensors))
-    assert set(load_file(tmp_path / "second" / "adapter_model.safetensors")) == {
-        f"base_model.model.attention.out_proj.lora_{factor}.weight" for factor in "AB"
-    }
-    if settings:
-        keys = load_file(tmp_path / "first" / "adapter_model.safetensors").keys()
-        assert "base_model.model.attention.k_proj_weight.lora_B.weight" in keys and len(keys) == 8
-    other = load_adapter(copy.deepcopy(base), tmp_path / "second", adapter_name="b")
-    set_adapter(model, "first")
-    for _ in range(2):  # adds an adapter, and replaces its values
-        load_adapter(other, tmp_path / "first", activate=True)
-        torch.testing.assert_close(other(*tensors), model(*tensors))
+        keys.append(load_file(tmp_path / name / "adapter_model.safetensors").keys())
+        load_adapter(other, tmp_path / name, adapter_name=name, activate=True)
+        torch.testing.assert_close(other(*tensors), set_adapter(model, name)(*tensors))
+    assert keys[0] == {f"base_model.model.attention.out_proj.lora_{factor}.weight" for factor in "AB"}
+    assert "base_model.model.attention.k_proj_weight.lora_B.weight" in keys[1] or not settings
+    assert len(keys[1]) == (8 if settings else 4)
 
 
 def test_a_combination_whose_ranks_a_config_cannot_express():
