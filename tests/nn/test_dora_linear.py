@@ -266,7 +266,7 @@ def test_weights_that_zero_3_partitions(monkeypatch):
         inject(model, dora())
     model = inject(nn.Sequential(nn.Linear(6, 8)), dora())
     partition(model, monkeypatch, engine=True)
-    with pytest.raises(RuntimeError, match="ZeRO-3 has partitioned the weight, and the norms of its rows need all"):
+    with pytest.raises(RuntimeError, match="ZeRO-3 has partitioned the weight, .* use ZeRO-2"):
         model(torch.randn(2, 6))
 
 
