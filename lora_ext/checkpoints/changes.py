@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.reading import DTYPE_NAMES, DTYPES
 
 _DEQUANTISE = "dequantise the base first, or load both and call merge_and_unload(model, dequantize=True)"
-_IN_MEMORY = "load it into the model (load_adapter), and call merge_and_unload and save_pretrained there"
+_IN_MEMORY = "load base and adapter as a model (load_adapter), and call merge_and_unload and save_pretrained there"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Term:
     def matrices(self) -> int:
         """Number of matrices in the tensor, one above the next, that have factors each."""
         return 1 if self.is_bias else self.update.matrices
+
+    @property
+    def magnitude(self) -> str | None:
+        """Key of the norms that the rows of the tensor get."""
+        return None if self.is_bias else self.update.magnitude
 
     def read(self) -> list[tuple[Tensor, Tensor, float]]:
         """Reads ``(lora_A, lora_B, scaling)`` for each matrix, in the layout of the tensor."""
@@ -66,11 +71,6 @@ class TensorChange:
     replacement: tuple[AdapterFile, str] | None = None
     rows: list[tuple[AdapterFile, str, tuple[int, ...]]] = dataclasses.field(default_factory=list)
     terms: list[Term] = dataclasses.field(default_factory=list)
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether the tensor is not a copy of the base's."""
-        return bool(self.replacement or self.terms or self.rows)
 
     @property
     def is_floating(self) -> bool:
@@ -132,17 +132,18 @@ class _AdapterChanges:
             updates = [update for update in updates if update.weight != self.tie.head]
             replaced = {name: key for name, key in replaced.items() if name != self.tie.head}
             self.tie = None
-        if weight != 1.0 and (whole := [*replaced, *(f"{rows.path}.weight" for rows in tokens)]):
-            self.problems.append(f"weight {weight}: the adapter replaces tensors, which have no strength: {whole[0]}")
-        low_rank = [update for update in updates if update.kind != "parameter"]
+        low_rank = {update: update.weight for update in updates if update.kind != "parameter"}
         parameters = [update for update in updates if update.kind == "parameter"]
-        names = [update.weight for update in low_rank] + [f"{rows.path}.weight" for rows in tokens] + [*replaced]
+        whole = [f"{rows.path}.weight" for rows in tokens] + [*replaced]
+        if weight != 1.0 and whole:
+            self.problems.append(f"weight {weight}: the adapter replaces tensors, which have no strength: {whole[0]}")
+        names = [*low_rank.values(), *whole]
         names += [f"{update.path}.{name}" for update in parameters for name in update.parameters]
         self.prefix = find_prefix({*changes, *(self.tie or ())}, names)
         for name, key in replaced.items():
             self._replace(name, key)
         self._replace_rows(tokens)
-        self._add_to_weights({update: update.weight for update in low_rank} | self._parameter_names(parameters))
+        self._add_to_weights(low_rank | self._parameter_names(parameters))
         for update in updates:
             if update.lora_bias is not None:
                 self._add_to_bias(update)
@@ -154,10 +155,8 @@ class _AdapterChanges:
         """
         key = self.prefix.key(name)
         if self.tie is not None and key in self.tie and self.tie.head not in self.changes:
-            embedding = self.changes[self.tie.embedding]
-            self.changes[self.tie.head] = dataclasses.replace(
-                embedding, rows=[*embedding.rows], terms=[*embedding.terms]
-            )
+            tied = self.changes[self.tie.embedding]
+            self.changes[self.tie.head] = dataclasses.replace(tied, rows=[*tied.rows], terms=[*tied.terms])
         if key in self.changes:
             return key
         # The parts of a quantised weight may stand in its place.
@@ -169,15 +168,11 @@ class _AdapterChanges:
 
     def _replace(self, name: str, key: str) -> None:
         """Replaces a tensor of the base, or adds one that it lacks if its names have the adapter's prefix."""
-        shape, dtype = self.file.shape(key), DTYPE_NAMES.get(self.file.dtype(key))
+        shape, dtype = self.file.shape(key), DTYPE_NAMES[self.file.dtype(key)]
         if self.prefix.key(name) not in {*self.changes, *(self.tie or ())}:
             if any(self.prefix):
-                self.problems.append(
-                    f"not in the base, whose names have another prefix, so it cannot be added: {name}; load the base "
-                    "and the adapter as a model (load_adapter), and call merge and save_pretrained there"
-                )
-            elif dtype is None:
-                self.problems.append(f"dtype of {key}: {self.file.dtype(key)}, which a safetensors file cannot hold")
+                text = "not in the base, whose names have another prefix, so it cannot be added"
+                self.problems.append(f"{text}: {name}; {_IN_MEMORY}")
             else:
                 self.changes[name] = TensorChange(shape, dtype, None, (self.file, key))
             return
@@ -192,15 +187,14 @@ class _AdapterChanges:
 
     def _replace_rows(self, tokens: Sequence[TokenRows]) -> None:
         """Replaces rows of an embedding; in the tied head too, as PEFT does, unless the head has its own rows."""
-        names = {rows.key: f"{rows.path}.weight" for rows in tokens}
         tie = self.tie
-        follows = tie is not None and tie.head not in map(self.prefix.key, names.values())
+        follows = tie is not None and tie.head not in (self.prefix.key(f"{rows.path}.weight") for rows in tokens)
         self.tie = None if follows else tie
         for rows in tokens:
-            if (target := self._find(names[rows.key])) is None:
+            if (target := self._find(f"{rows.path}.weight")) is None:
                 continue
-            targets = [*tie] if follows and target == tie.embedding and tie.head in self.changes else [target]
-            for key in targets:
+            is_both = follows and target == tie.embedding and tie.head in self.changes
+            for key in tie if is_both else [target]:
                 self._replace_rows_of(key, rows)
         self.tie = tie
 
@@ -215,51 +209,42 @@ class _AdapterChanges:
         else:
             tensor.rows.append((self.file, rows.key, rows.indices))
 
-    def _parameter_names(self, updates: Sequence[LowRankUpdate]) -> dict[LowRankUpdate, str]:
-        """Assigns the updates of each module to its parameters by shape, because keys do not say."""
+    def _parameter_names(self, updates: Iterable[LowRankUpdate]) -> dict[LowRankUpdate, str]:
+        """Finds the parameter of each update by its shape, because keys do not say. It must be the only one to fit."""
         found: dict[LowRankUpdate, str] = {}
-        by_path: dict[str, list[LowRankUpdate]] = {}
+        taken: set[str] = set()
         for update in updates:
-            by_path.setdefault(update.path, []).append(update)
-        for path, of_module in by_path.items():
-            names = [f"{path}.{name}" for name in of_module[0].parameters]
-            shapes = {name: self.changes[key].shape for name in names if (key := self.prefix.key(name)) in self.changes}
-            ways = [
-                order
-                for order in itertools.permutations(shapes, len(of_module))
-                if all(update.layouts(shapes[name]) for update, name in zip(of_module, order, strict=True))
-            ]
-            if len(ways) == 1:
-                found |= zip(of_module, ways[0], strict=True)
-            elif ways:
-                text = f"shapes do not say which layer an update belongs to: {', '.join(shapes)}; merge in memory, with"
-                self.problems.append(f"{text} PEFT")
-            elif not shapes:
+            names = [f"{update.path}.{name}" for name in update.parameters]
+            tensors = {name: self.changes[key] for name in names if (key := self.prefix.key(name)) in self.changes}
+            fitting = [name for name, tensor in tensors.items() if update.layouts(tensor.shape)]
+            if len(fitting) == 1 and fitting[0] not in taken:
+                found[update] = fitting[0]
+                taken.add(fitting[0])
+            elif fitting:
+                text = f"shapes do not say which layer an update belongs to: {', '.join(tensors)}"
+                self.problems.append(f"{text}; merge in memory, with PEFT")
+            elif not tensors:
                 self.problems.append(f"not in the base: any of {', '.join(names)}")
             else:
-                self.problems += [_misfit(update, name, shapes[name]) for update in of_module for name in shapes]
+                self.problems += [_misfit(update, name, tensor) for name, tensor in tensors.items()]
         return found
 
     def _add_to_weights(self, names: Mapping[LowRankUpdate, str]) -> None:
         targets = {update: key for update, name in names.items() if (key := self._find(name)) is not None}
         fitting = {update: update.layouts(self.changes[key].shape) for update, key in targets.items()}
-        certain: dict[str, set[bool]] = {}  # kind, or kind and name -> the layouts of updates that fit only one
+        certain: dict[str, set[bool]] = defaultdict(set)  # kind, or kind and name -> layouts of updates that fit one
         for update, layouts in fitting.items():
-            for like in (update.kind, _kind_and_name(update)) if len(layouts) == 1 else ():
-                certain.setdefault(like, set()).update(layouts)
+            for like in _likes(update) if len(layouts) == 1 else ():
+                certain[like] |= layouts
         for update, key in targets.items():
-            tensor, layouts = self.changes[key], fitting[update]
+            layouts = fitting[update] if len(fitting[update]) < 2 else self._layouts_of_square(update, certain)
             if not layouts:
-                # Two codes in a byte have another shape.
-                problem = _misfit(update, key, tensor.shape) if tensor.is_floating else _quantised(key, tensor)
-                self.problems.append(problem)
-                continue
-            if len(layouts) > 1:
-                layouts = self._layouts_of_square(update, certain)
-            if len(layouts) > 1:
+                self.problems.append(_misfit(update, key, self.changes[key]))
+            elif len(layouts) > 1:
                 self.problems.append(f"{key} is square, and may be [out, in] or [in, out]: say which (fan_in_fan_out)")
-                continue
-            tensor.terms.append(Term(self.file, update, update.scaling * self.weight, next(iter(layouts))))
+            else:
+                term = Term(self.file, update, update.scaling * self.weight, next(iter(layouts)))
+                self.changes[key].terms.append(term)
 
     def _layouts_of_square(self, update: LowRankUpdate, certain: Mapping[str, set[bool]]) -> set[bool]:
         """The layouts that a square weight may have: the user's choice, or that of others of its name or kind.
@@ -269,7 +254,7 @@ class _AdapterChanges:
         """
         if self.fan_in_fan_out is not None:
             return {self.fan_in_fan_out}
-        for like in (_kind_and_name(update), update.kind):
+        for like in _likes(update):
             if len(certain.get(like, ())) == 1:
                 return certain[like]
         if update.kind in certain or update.kind == "parameter":
@@ -286,15 +271,16 @@ class _AdapterChanges:
             tensor.terms.append(Term(self.file, update, update.scaling * self.weight, is_bias=True))
 
 
-def _kind_and_name(update: LowRankUpdate) -> str:
-    return f"{update.kind} {update.path.rpartition('.')[2]}"
+def _likes(update: LowRankUpdate) -> tuple[str, str]:
+    """Names of the updates whose layout decides this one's, the closest ones first."""
+    return f"{update.kind} {update.path.rpartition('.')[2]}", update.kind
 
 
 def _misfits(key: str, tensor: TensorChange) -> list[str]:
     """Says what is wrong with the changes of all adapters together."""
     problems: list[str] = []
     if (tensor.terms or tensor.rows) and not tensor.is_floating:
-        problems.append(_quantised(key, tensor))
+        problems.append(f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; {_DEQUANTISE}")
     if tensor.replacement is not None:
         file, name = tensor.replacement
         stored, given = DTYPES.get(tensor.dtype), file.dtype(name)
@@ -306,7 +292,7 @@ def _misfits(key: str, tensor: TensorChange) -> list[str]:
     if len({term.matrices for term in tensor.terms}) > 1:
         problems.append(f"{key}: the adapters disagree on how many matrices it holds")
     for term in tensor.terms:
-        if term.is_bias or term.update.magnitude is None:
+        if term.magnitude is None:
             continue
         name = f"{term.file.directory} is a DoRA adapter (use_dora)"
         if term.transposed:
@@ -318,12 +304,10 @@ def _misfits(key: str, tensor: TensorChange) -> list[str]:
     return problems
 
 
-def _quantised(key: str, tensor: TensorChange) -> str:
-    return f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; {_DEQUANTISE}"
-
-
-def _misfit(update: LowRankUpdate, key: str, shape: tuple[int, ...]) -> str:
-    A, B = update.shape_A, update.shape_B
+def _misfit(update: LowRankUpdate, key: str, tensor: TensorChange) -> str:
+    if not tensor.is_floating:  # two codes in a byte have another shape
+        return f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; {_DEQUANTISE}"
+    A, B, shape = update.shape_A, update.shape_B, tensor.shape
     text = f"shape of {key}: {list(shape)}, but the update's lora_A is {list(A)} and lora_B {list(B)}"
     if update.kind == "conv" and update.matrices > 1 and len(shape) > 1 and A[1] == shape[1] * update.matrices:
         text += "; it reaches across the groups of the convolution, which no weight of it can hold"

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,19 +103,20 @@ def extract(
         raise ValueError(f"extract: energy is {energy}, want 0 < energy <= 1")
     old, new, out = Checkpoint.open(base), Checkpoint.open(tuned), Path(out).absolute()
     check_new(out, "extract")
-    _check_named(new, target_modules or ())
+    matrices = [key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2]
+    _check_named(new, matrices, target_modules or ())
+    layers: dict[str, LayerError] = {}
+    tensors: dict[str, Tensor] = {}
     with progress("extract", new.nbytes, show=show_progress) as shown:
         differing = _differing(old, new, shown.advance)
         targets, saved = _sort(old, new, differing, target_modules, save_others)
-        layers: dict[str, LayerError] = {}
-        factors: dict[str, Tensor] = {}
         for path in targets:
             shown.note(path)
             delta = _difference(old, new, f"{path}.weight")
             best = approximate(delta.T.contiguous() if fan_in_fan_out else delta, rank, energy)
             layers[path] = LayerError(len(best.lora_A), best.norm, best.errors)
-            factors[f"{KEY_PREFIX}{path}.lora_A.weight"] = best.lora_A.to(dtype)
-            factors[f"{KEY_PREFIX}{path}.lora_B.weight"] = best.lora_B.to(dtype)
+            tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = best.lora_A.to(dtype)
+            tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = best.lora_B.to(dtype)
     whole = {f"{KEY_PREFIX}{key}": key for key in new if key.rpartition(".")[0] in saved}
     has_biases = any(f"{path}.bias" in differing for path in targets)
     if has_biases:  # PEFT then wants the biases of all adapted layers
@@ -126,25 +126,36 @@ def extract(
     if is_tied:  # as PEFT saves it: again, so that the head does not keep the base's values
         whole[f"{KEY_PREFIX}{tie.head}"] = tie.embedding
         saved.append(tie.head.rpartition(".")[0])
-    config = _config(layers, rank, saved, has_biases, fan_in_fan_out, new) | {"ensure_weight_tying": is_tied}
-    table = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in factors.items()}
+    ends = {path.rpartition(".")[2] for path in layers}
+    is_every = set(layers) == {path for path in matrices if path.rpartition(".")[2] in ends}
+    other_ranks = {re.escape(path): layer.r for path, layer in layers.items() if layer.r != rank}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,  # the scaling is 1 everywhere
+        "rank_pattern": other_ranks,
+        "alpha_pattern": other_ranks,
+        "target_modules": sorted(ends) if is_every else sorted(layers),
+        "modules_to_save": saved or None,
+        "ensure_weight_tying": is_tied,
+        "bias": "lora_only" if has_biases else "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "task_type": None,
+        "base_model_name_or_path": None,
+    }
+    table = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
     table |= {key: (new.info(source).dtype, new.info(source).shape) for key, source in whole.items()}
+
+    def values(key: str) -> Tensor:
+        return tensors[key] if key in tensors else new.tensor(whole[key])
+
     with new_directory(out, "extract") as staging:
-        stream_tensors(
-            staging / WEIGHTS_FILE,
-            table,
-            {"format": "pt"},
-            lambda key: factors[key] if key in factors else new.tensor(whole[key]),
-        )
+        stream_tensors(staging / WEIGHTS_FILE, table, {"format": "pt"}, values)
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return ExtractReport(
-        layers,
-        _overall(layers),
-        saved,
-        unchanged=len(new) - len(differing),
-        nbytes=(out / WEIGHTS_FILE).stat().st_size,
-        seconds=time.perf_counter() - begin,
-    )
+    unchanged, nbytes = len(new) - len(differing), (out / WEIGHTS_FILE).stat().st_size
+    return ExtractReport(layers, _overall(layers), saved, unchanged, nbytes, time.perf_counter() - begin)
 
 
 # --- what differs -----------------------------------------------------------------------------------------------------
@@ -184,24 +195,26 @@ def _sort(
     """The modules to adapt, and the modules to save in full."""
     problems = [f"only in the base: {key}" for key in old if key not in new]
     targets: dict[str, None] = {}
-    others: dict[str, str] = {}
+    others: list[str] = []
     for key in differing:
         path, _, name = key.rpartition(".")
         shape = new.info(key).shape
         if key in old and old.info(key).shape != shape:
             problems.append(f"shape of {key}: {list(old.info(key).shape)} in the base, {list(shape)} in the other")
             continue
-        wanted = not is_embedding(path) if target_modules is None else _covers(target_modules, path)
+        wanted = not is_embedding(path)
+        if target_modules is not None:
+            wanted = any(name_covers(one, path) for one in target_modules)
         is_matrix = key in old and name == "weight" and len(shape) == 2
         if wanted and is_matrix and {old.info(key).torch_dtype, new.info(key).torch_dtype} <= set(FLOATING):
             targets[path] = None
         else:
-            others.setdefault(path, key)
-    saved = []
-    parents = {end for key in new for end in _parents(key)}
-    for path, key in others.items():
-        if path in targets and path not in parents:
-            continue  # the bias of an adapted module
+            others.append(key)
+    saved: dict[str, None] = {}
+    for key in others:
+        path = key.rpartition(".")[0]
+        if key.removesuffix(".bias") in targets:
+            continue
         if not path:
             problems.append(f"differs: {key}")
         elif path in targets:
@@ -211,33 +224,22 @@ def _sort(
         elif heads := _other_users(new, path):
             problems.append(f"differs, and is shared with {heads}, which no adapter can express: {key}")
         else:
-            saved.append(path)
+            saved[path] = None
     if problems:
         raise ValueError(f"extract: {new.directory} is not {old.directory} with an adapter:{listed(problems)}")
     if not targets:
         what = "no layer to adapt differs" if differing else "no tensor differs"
         raise ValueError(f"extract: {what} between {old.directory} and {new.directory}")
-    return list(targets), saved
+    return list(targets), list(saved)
 
 
-def _covers(names: Sequence[str], path: str) -> bool:
-    return any(name_covers(name, path) for name in names)
-
-
-def _check_named(new: Checkpoint, names: Sequence[str]) -> None:
+def _check_named(new: Checkpoint, matrices: Sequence[str], names: Sequence[str]) -> None:
     """Raises ValueError for names that cover no matrix: their layers would be saved in full instead."""
-    matrices = _matrices(new)
     for name in names:
         if not any(name_covers(name, path) for path in matrices):
             known = dict.fromkeys(path.rpartition(".")[2] for path in matrices)
-            raise ValueError(
-                f"extract: target_modules: {name!r} names no matrix of {new.directory}, which has "
-                f"{first_of(map(repr, known), 8)}"
-            )
-
-
-def _matrices(new: Checkpoint) -> list[str]:
-    return [key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2]
+            text = f"target_modules: {name!r} names no matrix of {new.directory}, which has"
+            raise ValueError(f"extract: {text} {first_of(map(repr, known), 8)}")
 
 
 def _other_users(new: Checkpoint, path: str) -> str:
@@ -251,13 +253,6 @@ def _other_users(new: Checkpoint, path: str) -> str:
     return ""
 
 
-def _parents(key: str) -> list[str]:
-    """The modules around a tensor, without the innermost one if the tensor is its weight or bias."""
-    parts = key.split(".")
-    last = len(parts) - (2 if parts[-1] in ("weight", "bias") else 1)
-    return [".".join(parts[:count]) for count in range(1, last + 1)]
-
-
 def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
     """The difference of a tensor, in float32, or in float64 if one of the two is F64."""
     tuned, base = new.tensor(key), old.tensor(key)
@@ -266,33 +261,6 @@ def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
     if not delta.isfinite().all():
         raise ValueError(f"extract: {key} has NaN or infinite values in one of the checkpoints")
     return delta
-
-
-# --- what is written --------------------------------------------------------------------------------------------------
-
-
-def _config(
-    layers: dict[str, LayerError], rank: int, saved: list[str], has_biases: bool, fan_in_fan_out: bool, new: Checkpoint
-) -> dict[str, Any]:
-    """The adapter's config. ``lora_alpha`` is the rank everywhere, so the scaling is 1."""
-    ends = {path.rpartition(".")[2] for path in layers}
-    by_end = {path for path in _matrices(new) if path.rpartition(".")[2] in ends}
-    other_ranks = {re.escape(path): layer.r for path, layer in layers.items() if layer.r != rank}
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": other_ranks,
-        "alpha_pattern": other_ranks,
-        "target_modules": sorted(ends) if by_end == set(layers) else sorted(layers),
-        "modules_to_save": saved or None,
-        "bias": "lora_only" if has_biases else "none",
-        "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "task_type": None,
-        "base_model_name_or_path": None,
-    }
 
 
 def _overall(layers: dict[str, LayerError]) -> dict[int, float]:

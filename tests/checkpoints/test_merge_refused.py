@@ -99,7 +99,7 @@ def test_a_head_is_not_added_under_another_prefix(tmp_path):
     model = bert()
     model.bert.save_pretrained(tmp_path / "encoder")  # without "bert." in front of its names
     peft_adapter(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
-    words = "it cannot be added: classifier.weight; load the base and the adapter as a model (load_adapter)"
+    words = "it cannot be added: classifier.weight; load base and adapter as a model (load_adapter)"
     refuses(tmp_path / "encoder", [tmp_path / "adapter"], tmp_path / "out", words)
 
 
@@ -148,13 +148,6 @@ def test_out_must_be_new(llama_files, tmp_path):
     merge(base, [adapter], tmp_path / "empty")
     assert snapshot(tmp_path / "empty") == snapshot(tmp_path / "out")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_a_full_disk_is_met_before_anything_is_written(llama_files, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    words = "takes 0.00 GB, but its disk has 0.00 GB free"
-    refuses(llama_files[0], [llama_files[1]], tmp_path / "out", words, error=OSError)
 
 
 @pytest.mark.parametrize("weights", [[], [1.0, 2.0], [math.nan]])
@@ -272,6 +265,5 @@ def test_parameters_that_shapes_do_not_tell_apart(tmp_path):
     words = "shapes do not say which layer an update belongs to: experts.gate, experts.up"
     refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", words)
     edit_config(tmp_path / "adapter", target_parameters=[*names, *(f"experts.p{i}" for i in range(5))])
-    refuses(
-        tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "names 7 parameters of 'experts', want at most 4"
-    )
+    words = "names too many parameters of 'experts', want at most 4"
+    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", words)

@@ -134,7 +134,7 @@ def test_a_whole_file_comes_first_and_the_index_of_a_model_does_not_count(sharde
     ("edit", "error", "text"),
     [
         (lambda map, keys: map.update({keys[0]: "../elsewhere.safetensors"}), ValueError, "want a name without a path"),
-        (lambda map, keys: map.update({keys[0]: "adapter_model.bin"}), ValueError, "want a name that ends with"),
+        (lambda map, keys: map.update({keys[0]: "adapter_model.bin"}), ValueError, "that ends with .safetensors"),
         (lambda map, keys: map.update({keys[0]: map[keys[1]]}), ValueError, "files disagree"),
         (lambda map, keys: map.pop(keys[0]), ValueError, "not in the index: base_model"),
         (lambda map, keys: map.update({"more": map[keys[0]]}), ValueError, "more"),

@@ -36,9 +36,8 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    for directory, what in ((blocker, blocker), (blocker / "below", blocker), (tmp_path / "link", tmp_path / "link")):
-        words = f"save_adapter: {what} is no directory; choose another path"
-        with refused(model, OSError, words, str(directory)):
+    for directory in (blocker, blocker / "below", tmp_path / "link"):
+        with refused(model, OSError, "save_adapter: cannot write there", "choose another directory", str(directory)):
             save_adapter(model, directory)
     assert blocker.read_text() == "mine"
     (tmp_path / "taken" / "adapter_config.json").mkdir(parents=True)
