@@ -17,30 +17,22 @@ from lora_ext.checkpoints.names import find_prefix, find_tie
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.reading import DTYPE_NAMES, DTYPES
 
-_DEQUANTISE = "dequantise the base first, or load both and call merge_and_unload(model, dequantize=True)"
+_DEQUANTISE = (
+    "want F64, F32, BF16 or F16: dequantise the base first, or load both and call "
+    "merge_and_unload(model, dequantize=True)"
+)
 _IN_MEMORY = "load base and adapter as a model (load_adapter), and call merge_and_unload and save_pretrained there"
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank update of one tensor, or the update of a bias.
-
-    Attributes:
-        scaling: the update's, times the adapter's weight.
-        transposed: the tensor is ``[in, out]``.
-        is_bias: the tensor is the bias, and its update ``lora_bias``.
-    """
+    """One low-rank update of one tensor, or the update of a bias."""
 
     file: AdapterFile
     update: LowRankUpdate
-    scaling: float
-    transposed: bool = False
-    is_bias: bool = False
-
-    @property
-    def matrices(self) -> int:
-        """Number of matrices in the tensor, one above the next, that have factors each."""
-        return 1 if self.is_bias else self.update.matrices
+    scaling: float  # the update's, times the adapter's weight
+    transposed: bool = False  # the tensor is [in, out]
+    is_bias: bool = False  # the tensor is the bias, and its update lora_bias
 
     @property
     def magnitude(self) -> str | None:
@@ -58,17 +50,12 @@ class Term:
 
 @dataclasses.dataclass
 class TensorChange:
-    """The steps that make one tensor of the result: copy or replace it, then replace rows, then add updates.
-
-    Attributes:
-        dtype: dtype of the source, by its name in the file format.
-        source: key in the base; None if there is only the ``replacement``, a tensor of an adapter.
-    """
+    """The steps that make one tensor of the result: copy or replace it, then replace rows, then add updates."""
 
     shape: tuple[int, ...]
-    dtype: str
-    source: str | None
-    replacement: tuple[AdapterFile, str] | None = None
+    dtype: str  # of the source, by its name in the file format
+    source: str | None  # key in the base; None if there is only the replacement
+    replacement: tuple[AdapterFile, str] | None = None  # a tensor of an adapter
     rows: list[tuple[AdapterFile, str, tuple[int, ...]]] = dataclasses.field(default_factory=list)
     terms: list[Term] = dataclasses.field(default_factory=list)
 
@@ -129,10 +116,10 @@ class _AdapterChanges:
         is_apart = self.tie is not None and self.tie.head in changes  # an adapter before this one changed one of them
         if self.tie is not None and not is_apart and self.file.config.get("ensure_weight_tying"):
             # The file holds the shared weight twice.
-            updates = [update for update in updates if update.weight != self.tie.head]
+            updates = [update for update in updates if f"{update.prefix}weight" != self.tie.head]
             replaced = {name: key for name, key in replaced.items() if name != self.tie.head}
             self.tie = None
-        low_rank = {update: update.weight for update in updates if update.kind != "parameter"}
+        low_rank = {update: f"{update.prefix}weight" for update in updates if update.kind != "parameter"}
         parameters = [update for update in updates if update.kind == "parameter"]
         whole = [f"{rows.path}.weight" for rows in tokens] + [*replaced]
         if weight != 1.0 and whole:
@@ -163,7 +150,7 @@ class _AdapterChanges:
         layer, _, last = name.rpartition(".")
         parts = sorted(other for other in self.changes if f".{other.rpartition('.')[0]}".endswith(f".{layer}"))
         parts = [other for other in parts if last == "weight" and not other.endswith(".bias")]
-        self.problems.append(f"not in the base: {name}" + (f"; it has {parts[0]}: {_DEQUANTISE}" if parts else ""))
+        self.problems.append(f"not in the base: {name}" + (f"; it has {parts[0]}, {_DEQUANTISE}" if parts else ""))
         return None
 
     def _replace(self, name: str, key: str) -> None:
@@ -180,10 +167,12 @@ class _AdapterChanges:
         tensor = self.changes[target]
         if tensor.shape != shape:
             self.problems.append(f"shape of {target}: {list(tensor.shape)} in the base, {list(shape)} in the adapter")
-        elif tensor.replacement is not None and not _equal(tensor.replacement, (self.file, key)):
-            self.problems.append(f"{target}: replaced by two adapters, which differ")
-        else:
-            tensor.replacement = (self.file, key)
+            return
+        if tensor.replacement is not None:
+            other, other_key = tensor.replacement
+            if not torch.equal(other.tensor(other_key), self.file.tensor(key)):
+                self.problems.append(f"{target}: replaced by two adapters, which differ")
+        tensor.replacement = (self.file, key)
 
     def _replace_rows(self, tokens: Sequence[TokenRows]) -> None:
         """Replaces rows of an embedding; in the tied head too, as PEFT does, unless the head has its own rows."""
@@ -232,12 +221,12 @@ class _AdapterChanges:
     def _add_to_weights(self, names: Mapping[LowRankUpdate, str]) -> None:
         targets = {update: key for update, name in names.items() if (key := self._find(name)) is not None}
         fitting = {update: update.layouts(self.changes[key].shape) for update, key in targets.items()}
-        certain: dict[str, set[bool]] = defaultdict(set)  # kind, or kind and name -> layouts of updates that fit one
+        certain: dict[str, set[bool]] = defaultdict(set)  # kind -> layouts of updates that fit only one
         for update, layouts in fitting.items():
-            for like in _likes(update) if len(layouts) == 1 else ():
-                certain[like] |= layouts
+            if len(layouts) == 1:
+                certain[update.kind] |= layouts
         for update, key in targets.items():
-            layouts = fitting[update] if len(fitting[update]) < 2 else self._layouts_of_square(update, certain)
+            layouts = fitting[update] if len(fitting[update]) < 2 else self._layouts_of_square(update.kind, certain)
             if not layouts:
                 self.problems.append(_misfit(update, key, self.changes[key]))
             elif len(layouts) > 1:
@@ -246,23 +235,20 @@ class _AdapterChanges:
                 term = Term(self.file, update, update.scaling * self.weight, next(iter(layouts)))
                 self.changes[key].terms.append(term)
 
-    def _layouts_of_square(self, update: LowRankUpdate, certain: Mapping[str, set[bool]]) -> set[bool]:
-        """The layouts that a square weight may have: the user's choice, or that of others of its name or kind.
+    def _layouts_of_square(self, kind: str, certain: Mapping[str, set[bool]]) -> set[bool]:
+        """The layouts that a square weight may have: the user's choice, or that of the other weights of its kind.
 
         ``fan_in_fan_out`` of the adapter's config is a last resort: PEFT writes the value of the layer that it met
         last.
         """
         if self.fan_in_fan_out is not None:
             return {self.fan_in_fan_out}
-        for like in _likes(update):
-            if len(certain.get(like, ())) == 1:
-                return certain[like]
-        if update.kind in certain or update.kind == "parameter":
-            return {False, True}
-        return {bool(self.file.config.get("fan_in_fan_out"))}
+        if kind == "parameter":
+            return certain.get(kind, {False, True})
+        return certain.get(kind, {bool(self.file.config.get("fan_in_fan_out"))})
 
     def _add_to_bias(self, update: LowRankUpdate) -> None:
-        if (target := self._find(update.bias)) is None:
+        if (target := self._find(f"{update.prefix}bias")) is None:
             return
         tensor, shape = self.changes[target], self.file.shape(update.lora_bias)
         if len(shape) != 1 or tensor.shape != shape:
@@ -271,16 +257,11 @@ class _AdapterChanges:
             tensor.terms.append(Term(self.file, update, update.scaling * self.weight, is_bias=True))
 
 
-def _likes(update: LowRankUpdate) -> tuple[str, str]:
-    """Names of the updates whose layout decides this one's, the closest ones first."""
-    return f"{update.kind} {update.path.rpartition('.')[2]}", update.kind
-
-
 def _misfits(key: str, tensor: TensorChange) -> list[str]:
     """Says what is wrong with the changes of all adapters together."""
     problems: list[str] = []
     if (tensor.terms or tensor.rows) and not tensor.is_floating:
-        problems.append(f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; {_DEQUANTISE}")
+        problems.append(f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}")
     if tensor.replacement is not None:
         file, name = tensor.replacement
         stored, given = DTYPES.get(tensor.dtype), file.dtype(name)
@@ -289,8 +270,6 @@ def _misfits(key: str, tensor: TensorChange) -> list[str]:
     indices = [index for _, _, rows in tensor.rows for index in rows]
     if len(set(indices)) < len(indices):
         problems.append(f"rows of {key}: replaced more than once")
-    if len({term.matrices for term in tensor.terms}) > 1:
-        problems.append(f"{key}: the adapters disagree on how many matrices it holds")
     for term in tensor.terms:
         if term.magnitude is None:
             continue
@@ -306,14 +285,9 @@ def _misfits(key: str, tensor: TensorChange) -> list[str]:
 
 def _misfit(update: LowRankUpdate, key: str, tensor: TensorChange) -> str:
     if not tensor.is_floating:  # two codes in a byte have another shape
-        return f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; {_DEQUANTISE}"
+        return f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}"
     A, B, shape = update.shape_A, update.shape_B, tensor.shape
     text = f"shape of {key}: {list(shape)}, but the update's lora_A is {list(A)} and lora_B {list(B)}"
     if update.kind == "conv" and update.matrices > 1 and len(shape) > 1 and A[1] == shape[1] * update.matrices:
         text += "; it reaches across the groups of the convolution, which no weight of it can hold"
     return text
-
-
-def _equal(first: tuple[AdapterFile, str], second: tuple[AdapterFile, str]) -> bool:
-    (file, key), (other, other_key) = first, second
-    return torch.equal(file.tensor(key), other.tensor(other_key))

@@ -26,18 +26,13 @@ _OTHER_WEIGHTS = re.compile(
 
 
 class Checkpoint:
-    """The tensors of a directory, or of one file. Opening it reads only the files' headers.
-
-    Attributes:
-        directory: the directory of the files.
-        shards: file name -> its tensors, in the order of their bytes.
-        index: content of the index file; None for a single file.
-        is_directory: False if one file was opened: other files next to it may be unrelated.
-    """
+    """The tensors of a directory, or of one file. Opening it reads only the files' headers."""
 
     def __init__(self, directory: Path, names: list[str], index: dict[str, Any] | None, is_directory: bool) -> None:
-        self.directory, self.index, self.is_directory = directory, index, is_directory
-        self.shards = {name: tensor_table(directory / name) for name in names}
+        self.directory = directory
+        self.index = index  # content of the index file; None for a single file
+        self.is_directory = is_directory  # False if one file was opened: others next to it may be unrelated
+        self.shards = {name: tensor_table(directory / name) for name in names}  # in the order of their bytes
         if index is not None:
             check_shards(directory / INDEX_FILE, index["weight_map"], self.shards)
         self._shard_of = {key: name for name, tensors in self.shards.items() for key in tensors}
@@ -49,7 +44,7 @@ class Checkpoint:
         Raises:
             FileNotFoundError: a file is missing; the message names it.
             ValueError: a file is corrupted or no regular file; the index is wrong, or leads out of the directory, or
-                disagrees with the files, or stands next to a single file.
+                disagrees with the files.
         """
         path = Path(path)
         if path.exists() and not path.is_dir():
@@ -57,21 +52,17 @@ class Checkpoint:
         try:
             files = sorted(os.listdir(path))
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}"
-            ) from error
+            text = f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}"
+            raise FileNotFoundError(text) from error
         names = [file for file in files if file.endswith(".safetensors")]
         names = [file for file in names if not file.startswith(("adapter_model", "."))]
+        if SINGLE_FILE in names:  # before an index, as in Transformers
+            return cls(path, [SINGLE_FILE], None, is_directory=True)
         if INDEX_FILE in files:
-            index, indexed = read_index(path / INDEX_FILE)
-            if SINGLE_FILE in files and SINGLE_FILE not in indexed:
-                raise ValueError(
-                    f"{path} has {SINGLE_FILE} and {INDEX_FILE}, which can be different weights (Transformers loads "
-                    "the first); remove the one that you do not mean, with its files"
-                )
-            return cls(path, indexed, index, is_directory=True)
-        if SINGLE_FILE in names or len(names) == 1:
-            return cls(path, [SINGLE_FILE] if SINGLE_FILE in names else names, None, is_directory=True)
+            index, names = read_index(path / INDEX_FILE)
+            return cls(path, names, index, is_directory=True)
+        if len(names) == 1:
+            return cls(path, names, None, is_directory=True)
         found = f"has {len(names)} safetensors files and no index" if names else f"has no {SINGLE_FILE}"
         if others := [file for file in files if file.endswith((".bin", ".gguf"))]:
             found += f"; {others[0]} is there: save it again as safetensors"

@@ -40,44 +40,27 @@ _MOST_PARAMETERS = 4  # with updates, in one module; real ones have up to 3
 
 @dataclasses.dataclass(frozen=True)
 class LowRankUpdate:
-    """One pair of factors.
+    """One pair of factors."""
 
-    Attributes:
-        path: path of the module, without ``.base_layer``.
-        kind: kind of layer, as far as the file shows it: ``conv`` follows from the number of dimensions, ``attention``
-            from the out_proj next to it, ``parameter`` from the config.
-        lora_A, shape_A: key and shape; ``[r, in]``, for a convolution ``[r, in / groups, *kernel]``, for an embedding
-            ``[r, num_embeddings]``, for a parameter of ``matrices`` experts ``[matrices * r, in]``.
-        lora_B, shape_B: ``[out, r]``, ``[out, r / groups, 1...]``, ``[dim, r]``, ``[out, r * matrices]``.
-        scaling: factor of the update.
-        matrices: number of matrices that have factors each: experts, or groups of a convolution.
-        lora_bias: key of the update of the bias, which is scaled too; or None.
-        magnitude: key of the norms that the updated weight's rows get, ``[out]`` (DoRA); or None.
-        parameters: for a parameter, the names that it may have: no key says which.
-    """
-
-    path: str
-    kind: Kind
+    path: str  # of the module, without ``.base_layer``
+    kind: Kind  # conv: by the number of dimensions; attention: by the out_proj next to it; parameter: by the config
     lora_A: str
     lora_B: str
+    # [r, in] and [out, r]; of a conv [r, in, *kernel] and [out, r / groups, 1...]; of an embedding [r, num_embeddings]
+    # and [dim, r]; of a parameter [matrices * r, in] and [out, r * matrices].
     shape_A: tuple[int, ...]
     shape_B: tuple[int, ...]
     r: int
     scaling: float
-    matrices: int = 1
-    lora_bias: str | None = None
-    magnitude: str | None = None
-    parameters: tuple[str, ...] = ()
+    matrices: int = 1  # that have factors each: experts, or groups of a convolution
+    lora_bias: str | None = None  # key of the update of the bias, which is scaled too
+    magnitude: str | None = None  # key of the norms [out] that the updated weight's rows get (DoRA)
+    parameters: tuple[str, ...] = ()  # for a parameter, the names that it may have: no key says which
 
     @property
-    def weight(self) -> str:
-        """Name of the weight, except for a parameter."""
-        return f"{self.path}.{'in_proj_weight' if self.kind == 'attention' else 'weight'}"
-
-    @property
-    def bias(self) -> str:
-        """Name of the bias."""
-        return f"{self.path}.{'in_proj_bias' if self.kind == 'attention' else 'bias'}"
+    def prefix(self) -> str:
+        """What precedes "weight", except for a parameter, and "bias" in their names."""
+        return f"{self.path}.in_proj_" if self.kind == "attention" else f"{self.path}."
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,8 +74,8 @@ class LowRankUpdate:
         Conv1D and Embedding are ``[in, out]``.
         """
         A, B = self.shape_A, self.shape_B
-        if self.kind == "conv":
-            return {False} if shape == (B[0], *A[1:]) and B[0] % self.matrices == 0 else set()
+        if self.kind == "conv":  # with groups, lora_A reaches across them
+            return {False} if shape == (B[0], *A[1:]) and self.matrices == 1 else set()
         if self.kind == "parameter" and len(shape) == 3 and shape[0] == self.matrices:
             shape = shape[1:]
         elif self.matrices != 1:
@@ -122,19 +105,12 @@ class TokenRows:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterContents:
-    """The contents of an adapter file. Each of its keys is in one entry.
-
-    Attributes:
-        file: the opened file and its config.
-        updates: low-rank updates.
-        tokens: rows of embeddings that are replaced.
-        replaced: path and name of a base tensor -> key in the file of the tensor that replaces it.
-    """
+    """The contents of an adapter file. Each of its keys is in one entry."""
 
     file: AdapterFile
     updates: list[LowRankUpdate]
     tokens: list[TokenRows]
-    replaced: dict[str, str]
+    replaced: dict[str, str]  # path and name of a base tensor -> key in the file of the tensor that replaces it
 
 
 def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapter") -> AdapterContents:

@@ -19,14 +19,9 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describes an adapter's directory, a checkpoint's directory or a safetensors file, as values that JSON can hold.
 
     Returns:
-        A dict with ``kind`` (``adapter`` or ``checkpoint``), ``parameters``, ``bytes`` and ``dtypes`` (dtype -> number
-        of elements).
-
-        For an adapter also ``layers``, each with ``path``, ``kind``, ``r``, ``scaling``, ``dtype``, ``parameters`` and
-        ``norm`` (the Frobenius norm of the scaled update); ``saved`` (name -> shape of each tensor that is saved in
-        full); and ``config``.
-
-        For a checkpoint also ``files`` (name -> bytes) and ``tensors`` (name -> ``dtype``, ``shape``, ``bytes``).
+        ``kind`` (``adapter`` or ``checkpoint``), ``parameters``, ``bytes``, ``dtypes`` (dtype -> number of elements).
+        For an adapter also ``layers``, each with the Frobenius ``norm`` of its scaled update, ``saved`` (name -> shape
+        of each tensor that is saved in full), ``config``; for a checkpoint ``files`` (name -> bytes), ``tensors``.
 
     Raises:
         FileNotFoundError, ValueError: ``path`` is neither, or is corrupted, or its adaptation method is not supported.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,17 +48,11 @@ class LayerFactors(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A weight that at least one adapter updates.
+    """A weight that at least one adapter updates."""
 
-    Attributes:
-        name: path of the module, followed by ``[i]`` if it holds several matrices.
-        factors: number of the adapter -> its factors, for the adapters that update this layer.
-        weight: weight of the base; None if there is no base.
-    """
-
-    name: str
-    factors: Mapping[int, LayerFactors]
-    weight: LayerWeight | None
+    name: str  # path of the module, followed by ``[i]`` if it holds several matrices
+    factors: Mapping[int, LayerFactors]  # by the number of the adapter, for the adapters that update this layer
+    weight: LayerWeight | None  # None if there is no base
 
 
 def find_layers(
@@ -103,19 +97,20 @@ def find_layers(
 def _weights(contents: AdapterContents, base: Checkpoint, fan_in_fan_out: bool | None) -> dict[str, list[LayerWeight]]:
     """The matrices that the adapter updates, by the key of ``lora_A``."""
     updates = [dataclasses.replace(update, lora_bias=None) for update in contents.updates]
-    bare = AdapterContents(contents.file, updates, [], {})
-    found = {}
-    for tensor in find_changes(base, [bare], fan_in_fan_out=fan_in_fan_out).values():
+    found: dict[str, list[LayerWeight]] = {}
+    for tensor in find_changes(
+        base, [AdapterContents(contents.file, updates, [], {})], fan_in_fan_out=fan_in_fan_out
+    ).values():
         for term in tensor.terms:
             shape = term.update.shape[::-1] if term.transposed else term.update.shape
             found[term.update.lora_A] = [
-                LayerWeight(base, tensor.source, shape, index, term.transposed) for index in range(term.matrices)
+                LayerWeight(base, tensor.source, shape, index, term.transposed) for index in range(term.update.matrices)
             ]
     return found
 
 
 def _named(contents: AdapterContents) -> Iterator[tuple[str, LayerFactors]]:
-    counts = collections.Counter(update.path for update in contents.updates)
+    counts = Counter(update.path for update in contents.updates)
     for update in contents.updates:
         name = update.path
         if counts[name] > 1:  # several parameters of one module: the file distinguishes them by their depth of wrapping

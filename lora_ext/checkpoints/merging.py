@@ -31,25 +31,15 @@ BLOCK_BYTES = 8 << 20
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """The result of a merge.
+    """The result of a merge: numbers of tensors and files."""
 
-    Attributes:
-        merged: number of tensors that got updates.
-        replaced: number of tensors that an adapter replaced, in full or in part.
-        added: number of tensors that the base lacks: a new head, or one that was tied to the embedding.
-        copied: number of tensors that are the base's.
-        files: number of checkpoint files.
-        skipped: files of the base that were not copied.
-        nbytes: bytes of all tensors.
-    """
-
-    merged: int
-    replaced: int
-    added: int
-    copied: int
-    files: int
-    skipped: list[str]
-    nbytes: int
+    merged: int  # tensors that got updates
+    replaced: int  # tensors that an adapter replaced, in full or in part
+    added: int  # tensors that the base lacks: a new head, or one that was tied to the embedding
+    copied: int  # tensors that are the base's
+    files: int  # files of the checkpoint
+    skipped: list[str]  # files of the base that were not copied
+    nbytes: int  # of all tensors
     seconds: float
 
 
@@ -80,8 +70,8 @@ def merge(
     Raises:
         FileNotFoundError: a file is missing.
         FileExistsError: ``out`` exists, and is not an empty directory.
-        ValueError: a file is corrupted; an adapter is given twice, is a part of a method that has others, or does not
-            fit (the message lists every misfit); a result is not finite.
+        ValueError: a file is corrupted; an adapter is a part of a method that has others, or does not fit (the message
+            lists every misfit); a result is not finite.
         OSError: the disk is too small, or cannot be written.
     """
     begin = time.perf_counter()
@@ -89,7 +79,9 @@ def merge(
     contents = _open_adapters(checkpoint, adapters, weights)
     changes = find_changes(checkpoint, contents, fan_in_fan_out=fan_in_fan_out, weights=weights)
     check_new(out, "merge")
-    table = {key: (_stored_dtype(tensor, dtype), tensor.shape) for key, tensor in changes.items()}
+    # Indices and quantised weights keep their dtype.
+    dtypes = {key: DTYPE_NAMES[dtype] if dtype and one.is_floating else one.dtype for key, one in changes.items()}
+    table = {key: (dtypes[key], tensor.shape) for key, tensor in changes.items()}
     sizes = {key: math.prod(shape) * BITS[name] // 8 for key, (name, shape) in table.items()}
     shards = {name: list(tensors) for name, tensors in checkpoint.shards.items()}
     list(shards.values())[-1].extend(key for key in changes if key not in checkpoint)
@@ -218,16 +210,9 @@ def _open_adapters(
     """Opens the adapters, and refuses those that a merged checkpoint cannot hold."""
     if not adapters:
         raise ValueError("merge: no adapter is given")
-    if not len(base):
-        raise ValueError(f"merge: {base.directory} holds no tensor")
     if weights is not None and (len(weights) != len(adapters) or not all(map(math.isfinite, weights))):
-        raise ValueError(
-            f"merge: weights is {list(weights)}, want {len(adapters)} finite numbers, one for each adapter"
-        )
-    places = [os.path.realpath(directory) for directory in adapters]
-    for number, place in enumerate(places):
-        if place in places[:number]:
-            raise ValueError(f"merge: {adapters[number]} is given twice, and would count twice; give it once")
+        wanted = f"want {len(adapters)} finite numbers, one for each adapter"
+        raise ValueError(f"merge: weights is {list(weights)}, {wanted}")
     opened = [open_adapter(one, caller="merge") for one in adapters]
     for contents in opened:
         directory = contents.file.directory
@@ -247,11 +232,6 @@ def _open_adapters(
                 f'"classifier_pooling": "mean" into {base.directory / CONFIG_FILE} first'
             )
     return opened
-
-
-def _stored_dtype(tensor: TensorChange, dtype: torch.dtype | None) -> str:
-    """Indices and quantised weights keep their dtype."""
-    return tensor.dtype if dtype is None or not tensor.is_floating else DTYPE_NAMES[dtype]
 
 
 def _write_config(path: Path, base: Checkpoint, changes: Mapping[str, TensorChange], dtype: torch.dtype | None) -> None:
