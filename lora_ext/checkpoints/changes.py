@@ -221,12 +221,13 @@ class _AdapterChanges:
     def _add_to_weights(self, names: Mapping[LowRankUpdate, str]) -> None:
         targets = {update: key for update, name in names.items() if (key := self._find(name)) is not None}
         fitting = {update: update.layouts(self.changes[key].shape) for update, key in targets.items()}
-        certain: dict[str, set[bool]] = defaultdict(set)  # kind -> layouts of updates that fit only one
+        certain: dict[str, set[bool]] = defaultdict(set)  # name or kind -> layouts of updates that fit only one
         for update, layouts in fitting.items():
             if len(layouts) == 1:
+                certain[_last_name(update)] |= layouts
                 certain[update.kind] |= layouts
         for update, key in targets.items():
-            layouts = fitting[update] if len(fitting[update]) < 2 else self._layouts_of_square(update.kind, certain)
+            layouts = fitting[update] if len(fitting[update]) < 2 else self._layouts_of_square(update, certain)
             if not layouts:
                 self.problems.append(_misfit(update, key, self.changes[key]))
             elif len(layouts) > 1:
@@ -235,17 +236,19 @@ class _AdapterChanges:
                 term = Term(self.file, update, update.scaling * self.weight, next(iter(layouts)))
                 self.changes[key].terms.append(term)
 
-    def _layouts_of_square(self, kind: str, certain: Mapping[str, set[bool]]) -> set[bool]:
-        """The layouts that a square weight may have: the user's choice, or that of the other weights of its kind.
+    def _layouts_of_square(self, update: LowRankUpdate, certain: Mapping[str, set[bool]]) -> set[bool]:
+        """The layouts that a square weight may have: the user's choice, or that of others of its name or kind.
 
         ``fan_in_fan_out`` of the adapter's config is a last resort: PEFT writes the value of the layer that it met
         last.
         """
         if self.fan_in_fan_out is not None:
             return {self.fan_in_fan_out}
-        if kind == "parameter":
-            return certain.get(kind, {False, True})
-        return certain.get(kind, {bool(self.file.config.get("fan_in_fan_out"))})
+        by_name = certain.get(_last_name(update), ())
+        if len(by_name) == 1:
+            return by_name
+        unknown = {False, True} if update.kind == "parameter" else {bool(self.file.config.get("fan_in_fan_out"))}
+        return certain.get(update.kind, unknown)
 
     def _add_to_bias(self, update: LowRankUpdate) -> None:
         if (target := self._find(f"{update.prefix}bias")) is None:
@@ -255,6 +258,10 @@ class _AdapterChanges:
             self.problems.append(f"shape of {target}: {list(tensor.shape)}, but {update.lora_bias} is {list(shape)}")
         else:
             tensor.terms.append(Term(self.file, update, update.scaling * self.weight, is_bias=True))
+
+
+def _last_name(update: LowRankUpdate) -> str:
+    return f"{update.kind} {update.path.rpartition('.')[2]}"
 
 
 def _misfits(key: str, tensor: TensorChange) -> list[str]:
