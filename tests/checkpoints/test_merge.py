@@ -282,16 +282,23 @@ def test_tied_weights_stay_tied_if_the_adapter_has_both(settings, added, tmp_pat
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_adapters_that_treat_a_tie_differently_are_added_to_both(order, tmp_path):
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
+def test_adapters_that_treat_a_tie_differently_are_added_to_both(shared, order, tmp_path):
     """One adapter changes the shared weight, the other only the head."""
     model = llama(tied=True)
     model.save_pretrained(tmp_path / "base")
-    peft_adapter(model, tmp_path / "rows", target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    peft_adapter(model, tmp_path / "shared", **shared)
     untied = llama()
     untied.load_state_dict(model.state_dict())
     peft_adapter(untied, tmp_path / "head", target_modules=["lm_head"])
-    merge(tmp_path / "base", [tmp_path / "rows", tmp_path / "head"][::order], tmp_path / "out")
-    merge(tmp_path / "base", [tmp_path / "rows"], tmp_path / "tied")
+    merge(tmp_path / "base", [tmp_path / "shared", tmp_path / "head"][::order], tmp_path / "out")
+    merge(tmp_path / "base", [tmp_path / "shared"], tmp_path / "tied")
     merge(tmp_path / "base", [tmp_path / "head"], tmp_path / "apart")
     both, tied, apart, base = (tensors_of(tmp_path / name) for name in ("out", "tied", "apart", "base"))
     embedding = "model.embed_tokens.weight"
