@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoint_files import INDEX, SHARD, add_tensor
 
-from lora_ext._common.progress import progress
 from lora_ext.checkpoints import Checkpoint
 from lora_ext.commands import main
 
@@ -203,18 +202,3 @@ def test_a_name_that_is_too_long_or_has_other_letters(small_files, tmp_path, cap
     main(["inspect", str(strange)])
     out = capsys.readouterr()
     assert (out.out + out.err).replace("\n", "").isprintable()
-
-
-def test_a_file_that_becomes_shorter_while_it_is_read(small_files, tmp_path, monkeypatch, capsys):
-    shutil.copytree(small_files / "tuned", tmp_path / "bad")
-
-    def progress_and_cut(*arguments, **options):
-        os.truncate(tmp_path / "bad" / SHARD, (tmp_path / "bad" / SHARD).stat().st_size - 4)
-        return progress(*arguments, **options)
-
-    for command, module in (("merge", "merging"), ("extract", "extraction")):
-        monkeypatch.setattr(f"lora_ext.checkpoints.{module}.progress", progress_and_cut)
-        status, printed = run(command, small_files, tmp_path, capsys)
-        assert status == 2, printed
-        assert f"{SHARD} became shorter" in printed or f"{SHARD} is corrupted" in printed
-        shutil.copy(small_files / "tuned" / SHARD, tmp_path / "bad" / SHARD)

@@ -107,21 +107,6 @@ def test_metadata_of_each_file_is_kept(small_files, tmp_path):
             assert file.metadata() == {"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"}
 
 
-def test_a_tensor_that_no_file_can_hold_is_not_added(small_files, tmp_path):
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    shutil.copytree(small_files / "adapter", tmp_path / "adapter")
-    tensors = load_file(path)
-    save_file(tensors | {"base_model.model.__metadata__": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="a tensor is called __metadata__, which a safetensors file cannot hold"):
-        merge(small_files / "base", [tmp_path / "adapter"], tmp_path / "out")
-    for name in ("x\x1b[31m", "x\ny", "x" * 1000):
-        save_file(tensors | {f"base_model.model.{name}": torch.ones(1)}, path)
-        with pytest.raises(ValueError, match="has a name") as caught:
-            merge(small_files / "base", [tmp_path / "adapter"], tmp_path / "out")
-        assert str(caught.value).isprintable()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-
-
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 def test_resident_memory_does_not_grow_with_the_checkpoint(tmp_path):
@@ -155,5 +140,4 @@ print(resident() - imported)
     done = run_python("-c", script, *(tmp_path / name for name in ("base", "adapter", "out")))
     assert done.returncode == 0, done.stderr
     bound = 1.5 * largest + 75e6
-    assert total > bound, "or a process that holds all of it would pass"
-    assert 1024 * int(done.stdout) < bound
+    assert 1024 * int(done.stdout) < bound < total

@@ -194,10 +194,8 @@ def test_dora_is_merged_alone_and_into_rows(dora, tmp_path):
 def test_whole_tensors_and_rows_have_no_weight(tmp_path):
     model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "a": nn.Linear(4, 4)})
     save_checkpoint(model.state_dict(), tmp_path / "base")
-    for name, settings in {
-        "x": {"modules_to_save": ["embed"]},
-        "y": {"trainable_token_indices": {"embed": [3]}},
-    }.items():
+    kinds = {"x": {"modules_to_save": ["embed"]}, "y": {"trainable_token_indices": {"embed": [3]}}}
+    for name, settings in kinds.items():
         peft_adapter(model, tmp_path / name, target_modules=["a"], **settings)
         words = "weight 0.5: the adapter replaces tensors, which have no strength: embed.weight"
         refuses(tmp_path / "base", [tmp_path / name], tmp_path / "out", words, weights=[0.5])
