@@ -33,8 +33,8 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
 
 
-def progress(what: str, total: int, *, show: bool = True) -> Progress:
-    """Begins a display of ``total`` bytes of work, if ``show`` is set and tqdm is installed."""
+def progress(what: str, total: int, *, unit: str = "B", show: bool = True) -> Progress:
+    """Begins a display of ``total`` units of work (bytes), if ``show`` is set and tqdm is installed."""
     if not show:
         return Progress()
     try:
@@ -42,5 +42,5 @@ def progress(what: str, total: int, *, show: bool = True) -> Progress:
     except ImportError:
         return Progress()
     interval = 0.1 if sys.stderr is not None and sys.stderr.isatty() else _SECONDS
-    size = {"total": total, "unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    size = {"total": total, "unit": unit, "unit_scale": unit == "B", "unit_divisor": 1024}
     return Progress(tqdm(desc=what, **size, delay=_DELAY, mininterval=interval))
