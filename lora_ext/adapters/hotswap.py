@@ -202,7 +202,7 @@ def _misfits(adapter: Adapter, config: LoraConfig, file: AdapterFile, values: Se
     """Returns why the values of ``file`` cannot replace those of ``adapter``; empty if they can."""
     problems = [
         f"{option}: {shown(getattr(config, option))} in the file, {shown(getattr(adapter.config, option))} in the model"
-        for option in ("trainable_token_indices", "alora_invocation_tokens", "use_dora")
+        for option in ("trainable_token_indices", "use_dora")
         if getattr(config, option) != getattr(adapter.config, option)
     ]
     expected = {value.key for value in values}

@@ -13,7 +13,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.save_load import with_positive_alphas
-from lora_ext.injection.targets import names_next_to_all_linear
+from lora_ext.injection.all_linear import names_next_to_all_linear
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 
 _SUFFIXES = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B"}
@@ -85,10 +85,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> dict[str, LayerUpdate]:
 
 
 def _other_parts(config: LoraConfig) -> list[str]:
-    parts = (
-        *("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "use_dora"),
-        "alora_invocation_tokens",
-    )
+    parts = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "use_dora")
     problems = [name for name in parts if getattr(config, name)]
     problems += ["bias"] if config.bias != "none" else []
     return [f"{name}: a pool holds low-rank updates of linear layers" for name in problems]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import first_of, listed
-from lora_ext._common.progress import progress
+from lora_ext._common.progress import Progress
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
 from lora_ext.checkpoints.checkpoint import Checkpoint
@@ -105,7 +105,7 @@ def extract(
     old, new, out = Checkpoint.open(base), Checkpoint.open(tuned), Path(out).absolute()
     check_new(out, "extract")
     _check_named(new, target_modules or ())
-    with progress("extract", new.nbytes, show=show_progress) as shown:
+    with Progress("extract", new.nbytes, show=show_progress) as shown:
         differing = _differing(old, new, shown.advance)
         targets, saved = _sort(old, new, differing, target_modules, save_others)
         layers: dict[str, LayerError] = {}

@@ -23,7 +23,6 @@ _NOT_IN_SHAPES = (
     "rank_pattern",
     "alpha_pattern",
     "enable_lora",
-    "alora_invocation_tokens",
     "trainable_token_indices",
 )
 

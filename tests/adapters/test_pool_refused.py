@@ -38,7 +38,6 @@ def test_unknown_names(base, root, tmp_path):
 OPTIONS = {
     "dora": {"use_dora": True},
     "tokens": {"trainable_token_indices": [1]},
-    "aLoRA": {"alora_invocation_tokens": [1]},
     "biases": {"bias": "lora_only"},
 }
 
@@ -93,7 +92,6 @@ BROKEN = {
     "heads": "modules_to_save: a pool holds low-rank updates of linear layers",
     "dora": "use_dora: a pool holds low-rank updates of linear layers",
     "tokens": "trainable_token_indices: a pool",
-    "aLoRA": "alora_invocation_tokens: a pool",
     "biases": "bias: a pool",
     "integers": "dtype of base_model.model.head.lora_A.weight: torch.int64",
 }
@@ -160,7 +158,7 @@ def test_other_layers_second_pools_and_training_are_refused(base, root):
     pool = pool_of(model, root)
     with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):
         pool_of(model, root)
-    with refused(model, ValueError, "(those of an AdapterPool), and none with it can join them", "pool.close()"):
+    with refused(model, ValueError, "(those of an AdapterPool), and the new one cannot join them", "pool.close()"):
         inject(model, LoraConfig(r=2, target_modules=["up"], use_dora=True))
     model.train()
     with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):

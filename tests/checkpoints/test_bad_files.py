@@ -24,7 +24,7 @@ from support.checkpoint_files import (
     add_tensor,
 )
 
-from lora_ext._common.progress import progress
+from lora_ext._common.progress import Progress
 from lora_ext.commands import main
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
@@ -279,10 +279,10 @@ def test_a_file_that_becomes_shorter_while_it_is_read(files, tmp_path, monkeypat
 
     def progress_and_cut(*arguments, **options):
         os.truncate(tmp_path / "bad" / SHARD, (tmp_path / "bad" / SHARD).stat().st_size - 4)
-        return progress(*arguments, **options)
+        return Progress(*arguments, **options)
 
     for command, module in (("merge", "merging"), ("extract", "extraction")):
-        monkeypatch.setattr(f"lora_ext.checkpoints.{module}.progress", progress_and_cut)
+        monkeypatch.setattr(f"lora_ext.checkpoints.{module}.Progress", progress_and_cut)
         status, printed = run(command, files, tmp_path, capsys)
         assert status == 2, printed
         assert f"{SHARD} became shorter" in printed or f"{SHARD} is corrupted" in printed

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from lora_ext._common import progress as displays
-from lora_ext._common.progress import progress
+from lora_ext._common.progress import Progress
 
 pytestmark = pytest.mark.cpu_only("has no tensors")
 
 
 def show(total: int = 100) -> None:
-    with progress("merge", total) as shown:
+    with Progress("merge", total) as shown:
         shown.note("a file")
         shown.advance(total)
 
@@ -41,7 +41,7 @@ def test_nothing_is_shown(case, monkeypatch, capsys):
 
         monkeypatch.setattr(builtins, "__import__", without_tqdm)
     if case == "not shown":
-        with progress("merge", 100, show=False) as shown:
+        with Progress("merge", 100, show=False) as shown:
             shown.advance(100)
     else:
         show()

@@ -99,7 +99,6 @@ from pathlib import Path
 from torch import nn
 from support.public_calls import *
 from support.refusals import *
-from support.refusals_methods import *
 torch.manual_seed(0)
 directory = Path(tempfile.mkdtemp())
 function = next(entry for entry in CALLS if entry.function.__name__ == "{name}")

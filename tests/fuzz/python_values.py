@@ -49,7 +49,6 @@ CONFIG = {
     "fan_in_fan_out": ("False", "True"),
     "init_lora_weights": ("True", "False"),
     "enable_lora": ("None", '{"c_attn": (True, False, True)}', '{"a": [True]}'),
-    "alora_invocation_tokens": ("None", "[]"),
     "task_type": ("None", '"SEQ_CLS"', '"CAUSAL_LM"'),
     "base_model_name_or_path": ("None", '"a/b"'),
     "inference_mode": ("False", "True"),

@@ -101,7 +101,7 @@ def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]
             SMALL | {"target_modules": ["pooler.dense"], "modules_to_save": ["encoder"]},
             "missing",
         ),
-        "layers": (SMALL | {"layers_to_transform": numbers()}, "none of them is in layers_to_transform"),
+        "layers": (SMALL | {"layers_to_transform": numbers()}, "layers_to_transform=("),
         "lists": (SMALL | {"layers_to_transform": [1], "layers_pattern": names()}, "too many or too long"),
         "tokens": (SMALL | {"trainable_token_indices": numbers()}, "trainable_token_indices names the tokens ["),
         "all tokens": (SMALL | {"trainable_token_indices": list(range(30522))}, "missing key"),
