@@ -92,7 +92,7 @@ def _wrong_type(key: str, value: Any, want: str) -> TypeError:
     return TypeError(f"LoraConfig: {key} is {shown(value)} of type {type(value).__name__}, want {want}")
 
 
-def _number(types: type | tuple[type, ...], is_valid: Callable[[Any], bool], want: str) -> Check:
+def _value(types: Any, want: str, is_valid: Callable[[Any], bool] = lambda value: True) -> Check:
     def check(key: str, value: Any) -> Any:
         if not isinstance(value, types) or isinstance(value, bool):
             raise _wrong_type(key, value, want)
@@ -103,9 +103,9 @@ def _number(types: type | tuple[type, ...], is_valid: Callable[[Any], bool], wan
     return check
 
 
-_rank = _number(int, lambda r: 1 <= r < 2**31, "an integer of at least 1 and below 2**31")
-_alpha = _number((int, float), lambda alpha: 0 < alpha < math.inf, "a positive finite number")
-_probability = _number((int, float), lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
+_rank = _value(int, "an integer of at least 1 and below 2**31", lambda r: 1 <= r < 2**31)
+_alpha = _value(int | float, "a positive finite number", lambda alpha: 0 < alpha < math.inf)
+_probability = _value(int | float, "0 <= lora_dropout < 1", lambda p: 0 <= p < 1)
 
 
 def _one_of(*choices: Any) -> Check:
@@ -120,12 +120,6 @@ def _one_of(*choices: Any) -> Check:
 
 _flag = _one_of(True, False)
 _initialisation = _one_of(True, False, "gaussian", "orthogonal")
-
-
-def _text(key: str, value: Any) -> str | None:
-    if not isinstance(value, str | None):
-        raise _wrong_type(key, value, "a string or None")
-    return value
 
 
 def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
@@ -222,9 +216,7 @@ def _enabled_parts(key: str, value: Any) -> FrozenDict | None:
 
 
 def _metadata(key: str, value: Any) -> FrozenDict:
-    if not isinstance(value, Mapping):
-        raise _wrong_type(key, value, "a dict")
-    return FrozenDict(value)
+    return FrozenDict(_value(Mapping, "a dict")(key, value))
 
 
 # --- the config -------------------------------------------------------------------------------------------------------
@@ -242,28 +234,26 @@ class LoraConfig:
         lora_dropout: dropout probability on the adapter's input while training, in [0, 1).
         target_modules: the modules to adapt: a list of names, each equal to a module's path or to its end after a dot;
             a regular expression for the whole path; or ``"all-linear"``, alone or in a list (PEFT takes it alone).
-            May be None or empty with ``target_parameters`` (for None PEFT chooses by model type; here no module is
-            adapted).
+            May be None or empty with ``target_parameters``: no module is adapted (for None PEFT chooses by type).
         exclude_modules: modules never to adapt; a list or a regular expression, matched in the same way.
-        target_parameters: bare ``nn.Parameter`` objects to adapt (the experts of a mixture): names of the form
-            ``module.parameter``, each equal to a parameter's path or to its end after a dot.
+        target_parameters: bare parameters to adapt (a mixture's experts): names of the form ``module.parameter``, each
+            equal to a parameter's path or to its end after a dot.
         layers_to_transform: adapt only layers with these numbers (one or a list; an empty list means all); needs
             ``target_modules`` as a list. A path's layer is its first number with two names before it: 1 in
             ``model.layers.1.mlp``, none in ``layers.1.mlp``, which is then not adapted. An entry of ``target_modules``
             that is a module's whole path holds in any layer.
         layers_pattern: name (a regular expression, or a list of them) of the ``nn.ModuleList`` whose numbers
             ``layers_to_transform`` means, such as ``"layers"`` or ``"h"``; the first that occurs in the path decides.
-        rank_pattern: other ranks for some targets: maps a regular expression, for a path or its end after a dot, to a
-            rank; the first match decides.
-        alpha_pattern: the same for ``lora_alpha``.
-        modules_to_save: modules to train in full and to save with the adapter (a new classification head): each entry
-            matches modules whose path ends with it. Nothing inside them is adapted.
-        trainable_token_indices: train only these rows of an embedding: a list of token numbers for the model's input
-            embedding, or a dict from an embedding's name (the end of its path) to such a list. A head tied to the input
-            embedding follows it, unless the dict gives it other tokens.
-        ensure_weight_tying: modules that share the input embedding's weight (a tied head) follow the embedding: if
-            ``target_modules`` or ``modules_to_save`` names one of them, all get one common adapter or copy. If False,
-            each named module gets a separate one, and merging it is refused, as that would change the others.
+        rank_pattern, alpha_pattern: other ranks and ``lora_alpha`` for some targets, by a regular expression for a path
+            or its end after a dot; the first match decides.
+        modules_to_save: modules to train in full and to save with the adapter (a new head): each entry matches modules
+            whose path ends with it. Nothing inside them is adapted.
+        trainable_token_indices: train only these rows of an embedding: token numbers for the input embedding, or a dict
+            from an embedding's name (the end of its path) to such a list. A head tied to the input embedding follows
+            it, unless the dict gives it other tokens.
+        ensure_weight_tying: modules that share the input embedding's weight (a tied head) follow the embedding: if one
+            of them is adapted or trained, all get one common adapter or copy. If False, each named module gets its own,
+            and merging it is refused, as that would change the others.
         bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
         lora_bias: the adapter has its own bias, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
@@ -271,13 +261,10 @@ class LoraConfig:
         fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
         init_lora_weights: True: ``lora_A`` Kaiming-uniform, ``lora_B`` zero. ``"gaussian"``: ``lora_A`` normal with
             standard deviation ``1 / r``. ``"orthogonal"``: rows of ``lora_A`` and columns of ``lora_B`` from the two
-            halves of a random rotation, so that their product is zero; even ranks. False: both random, so that the
-            adapter changes the output at once (for tests).
-        enable_lora: for packed projections (query, key and value in one weight): maps the module's name (matched as in
-            ``target_modules``) to one bool per equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts
-            query and value. Parts that are off cost nothing. Not a PEFT key: :meth:`to_dict` leaves it out.
-        task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, which adds the heads "classifier" and "score" to
-            ``modules_to_save``.
+            halves of a random rotation, so that their product is zero; even ranks. False: both random, for tests.
+        enable_lora: for packed projections (query, key and value in one weight): maps the module's name to one bool per
+            equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts query and value. Not a PEFT key.
+        task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, whose heads join ``modules_to_save``.
         base_model_name_or_path: for the record; written to ``adapter_config.json``.
         inference_mode: inject the adapter frozen.
         metadata: keys of a PEFT file that have no effect here, written back unchanged.
@@ -307,7 +294,7 @@ class LoraConfig:
     init_lora_weights: Annotated[bool | str, _initialisation] = True
     enable_lora: Annotated[Mapping[str, tuple[bool, ...] | list[bool]] | None, _enabled_parts] = None
     task_type: Annotated[str | None, _one_of(None, *TASK_HEADS)] = None
-    base_model_name_or_path: Annotated[str | None, _text] = None
+    base_model_name_or_path: Annotated[str | None, _value(str | None, "a string or None")] = None
     inference_mode: Annotated[bool, _flag] = False
     metadata: Annotated[Mapping[str, Any], _metadata] = field(default_factory=FrozenDict, compare=False, repr=False)
 
@@ -384,12 +371,8 @@ class LoraConfig:
 
     def alpha_for(self, path: str) -> float:
         """``lora_alpha`` at ``path``."""
-        key = self.alpha_pattern_for(path)
+        key = self._alphas.first(path)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
-
-    def alpha_pattern_for(self, path: str) -> str | None:
-        """The entry of ``alpha_pattern`` that decides at ``path``, or None."""
-        return self._alphas.first(path)
 
     def scaling_for(self, path: str) -> float:
         """The factor of the update at ``path``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""

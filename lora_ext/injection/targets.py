@@ -9,6 +9,7 @@ import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 from torch import nn
 
@@ -119,10 +120,7 @@ class _Search:
                 continue
             matched.update(entries)
             if path in inside:
-                raise ValueError(
-                    f"inject: target_parameters names {path + '.' + name!r}, and modules_to_save trains it in "
-                    "full; remove it from one of the two"
-                )
+                _refuse_twice(f"{path}.{name}", "target_parameters", "modules_to_save")
             found[path].append(name)
         unmatched = [entry for entry in names if entry not in matched]
         self.report_unmatched("target_parameters", unmatched, fatal=not found and not self.config.target_modules)
@@ -151,18 +149,12 @@ class _Search:
         }
         targets = self.tie(targets)
         if self.embedding in targets and self.embedding in excluded:
-            raise ValueError(
-                f"inject: exclude_modules has {self.embedding!r}, but ensure_weight_tying is True and target_modules "
-                "names a module tied to it; remove it from exclude_modules, or set ensure_weight_tying=False"
-            )
+            _refuse_twice(self.embedding, "exclude_modules", "ensure_weight_tying, for target_modules")
         if not targets and not parameters:
             raise ValueError(self.why_nothing(named))
         for path in parameters:
             if path in targets:
-                raise ValueError(
-                    f"inject: target_parameters names {list(parameters[path])} of {path!r}, and target_modules names "
-                    f"{path!r} itself; name one of them (target_modules=[] adapts no module)"
-                )
+                _refuse_twice(path, "target_parameters", "target_modules")
         return targets
 
     def find_tokens(
@@ -184,22 +176,14 @@ class _Search:
         saved, adapted = Parents(trained), Parents(targets)
         for path, indices in ((path, wanted[name]) for name, paths in matches.items() for path in paths):
             if path in saved or path in adapted:
-                other = "modules_to_save" if path in saved else "target_modules"
-                raise ValueError(
-                    f"inject: {_TOKENS} names {path!r}, and so does {other}; remove it from one of the two"
-                )
+                _refuse_twice(path, _TOKENS, "modules_to_save" if path in saved else "target_modules")
             if tokens.setdefault(path, indices) != indices:
                 raise ValueError(f"inject: {_TOKENS} names {path!r} twice, with different tokens")
         self.tie_tokens(tokens, saved)
         return tokens
 
     def tie_tokens(self, tokens: dict[str, tuple[int, ...]], saved: Parents) -> None:
-        """Leaves the rows of tied modules to the embedding, even without ``ensure_weight_tying``, as PEFT does.
-
-        Args:
-            tokens: by path; changed in place.
-            saved: the paths in ``modules_to_save``.
-        """
+        """Leaves the rows of tied modules to the embedding, even without ``ensure_weight_tying``, as PEFT does."""
         listed = {path: tokens[path] for path in (self.embedding, *self.twins) if path in tokens}
         if len(set(listed.values())) > 1:
             if self.config.ensure_weight_tying:
@@ -211,10 +195,7 @@ class _Search:
             return
         for twin in self.twins if self.embedding in tokens else ():
             if twin in saved:
-                raise ValueError(
-                    f"inject: {_TOKENS} names {self.embedding!r}, which {twin!r} follows, and modules_to_save names "
-                    "that; remove one of the two"
-                )
+                _refuse_twice(twin, f"{_TOKENS}, with {self.embedding!r} that it follows,", "modules_to_save")
             tokens.pop(twin, None)
             self.tied[twin] = self.embedding
 
@@ -234,17 +215,17 @@ class _Search:
         return [name for name in names or () if name not in ends]
 
     def why_nothing(self, named: list[str]) -> str:
-        if named:
-            keys = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-            given = ", ".join(f"{key}={shown(getattr(self.config, key))}" for key in keys if getattr(self.config, key))
-            return (
-                f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, and the "
-                f"other settings exclude them all ({given or self.config.task_type})"
+        if not named:
+            whys = (
+                f"; {path} cannot be adapted: {why}" for path in self.modules if (why := why_left_out(self.bare, path))
             )
-        reasons = (
-            f"; {path} cannot be adapted: {why}" for path in self.modules if (why := why_left_out(self.bare, path))
+            return f"inject: {self.root_name} has no linear layer to adapt except its output head{next(whys, '')}"
+        keys = ("exclude_modules", "modules_to_save", "task_type", "layers_to_transform", "layers_pattern")
+        given = ", ".join(f"{key}={shown(value)}" for key in keys if (value := getattr(self.config, key)))
+        return (
+            f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, and "
+            f"other settings exclude them all ({given})"
         )
-        return f"inject: {self.root_name} has no linear layer to adapt except its output head{next(reasons, '')}"
 
     def check_leftovers(self, targets: set[str]) -> None:
         """Warns about settings without effect."""
@@ -252,10 +233,8 @@ class _Search:
             if unused:
                 self.warnings.append(f"inject: {key} {shown(unused)} matches nothing adapted in {self.root_name}")
         if self.config.ensure_weight_tying and not self.tied:
-            why = f"nothing in {self.root_name} shares its weight with the input embedding"
-            if self.twins:
-                why = f"neither {self.embedding!r} nor {self.twins}, which is tied to it, is adapted or trained"
-            self.warnings.append(f"inject: ensure_weight_tying is True, but {why}")
+            tied = f"one of {[self.embedding, *self.twins]}" if self.twins else "anything tied to the input embedding"
+            self.warnings.append(f"inject: ensure_weight_tying is True, but no setting adapts or trains {tied}")
 
     def report_unmatched(self, key: str, unmatched: list[str], *, fatal: bool) -> None:
         """Refuses, or warns about, entries that match nothing; the message names close matches."""
@@ -284,6 +263,10 @@ class _Search:
         if fatal:
             raise ValueError(message)
         self.warnings.append(message)
+
+
+def _refuse_twice(path: str, key: str, other: str) -> NoReturn:
+    raise ValueError(f"inject: {key} names {path!r}, and so does {other}; remove it from one of the two")
 
 
 def _tied_embedding(bare: BareModel) -> tuple[str, list[str]]:

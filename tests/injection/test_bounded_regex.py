@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import random
 import re
 import sys
@@ -37,24 +35,18 @@ WRITTEN = [
     "model.layers.0.self_attn.q_proj",
     "^model.layers.0.self_attn.q_proj",
     r".*\.(q_proj|v_proj)$",
-    r".*(q|k|v|o)_proj",
-    r".*\.layers\.[0-9]+\.self_attn\.(q_proj|k_proj)",
     r"model\.layers\.(0|1|12)\.(self_attn|mlp)\..*proj",
     r"^(?!.*vision).*(?:q_proj|v_proj|gate_proj)",
-    r"(?!.*(vision|experts)).*\.mlp\..*",
     r".*(?<!experts\.3)\.down_proj",
     r"(?:.*?(?:language|text|model).*?(?:self_attn|attention|attn|mlp|ffn).*?(?:k_proj|v_proj|q_proj|down_proj).*?)"
     r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:k_proj|v_proj|q_proj|o_proj)))",
     r"(?:\w+\.)*q_proj",
     r"(\w+\.){2,4}\w+_proj",
     r"(?i).*Q_PROJ",
-    r"(?i:MODEL)\..*",
-    r".*\.(\w)_(?:\w)*\d*",
     r"[^.]*\.[^.]*\.\d+\.(?:mlp|self_attn)(?:\.(gate|q)_proj)?",
     r".*(?P<kind>self)_attn\..*",
     r"(?s).*q_proj",
     r"(?x) .* \. q_proj  # queries",
-    r"(model|vision)\..*\b1\b.*",
     r"\Amodel\..*_proj\Z",
     r"model.layers.1.*|vision.blocks.12.mlp|lm_head",
     r".*?\.h\.1{1,2}\..*",
@@ -189,12 +181,3 @@ def test_dots_in_names_match_any_character():
     assert patterns.first("model.k_proj") is None
     assert patterns.first("k.proj") == r"k\.proj"
     assert patterns.first("model.attentionqueryke") == dotted()[0]
-
-
-def test_configs_are_copied_and_pickled_with_their_patterns():
-    config = LoraConfig(target_modules=["q"], rank_pattern={"a.*": 3, "b": 4}, alpha_pattern={"(?i)A": 5})
-    for other in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
-        assert (other.rank_for("x.abc"), other.rank_for("b"), other.rank_for("c")) == (3, 4, 8)
-        assert (other.alpha_for("a"), other.alpha_for("b")) == (5, 8)
-        assert other == config
-        assert pickle.loads(pickle.dumps(other)).rank_for("x.abc") == 3

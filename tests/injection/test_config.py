@@ -48,6 +48,7 @@ def test_nested_values_are_frozen_hashable_copyable_and_picklable():
     for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), copy.copy(config)):
         assert copied == config and hash(copied) == hash(config)
         assert copied.metadata == {"revision": "main"}
+        assert (copied.rank_for("x.q"), copied.rank_for("v"), copied.alpha_for("v")) == (4, 8, 2.5)
         assert type(copied.rank_pattern) is FrozenDict
     assert config.trainable_token_indices == {"embed": (1, 2)} and config.enable_lora == {"qkv": (True, False, True)}
     for change in ("update", "pop", "clear", "setdefault", "popitem", "__setitem__", "__delitem__", "__ior__"):

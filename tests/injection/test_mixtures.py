@@ -82,6 +82,8 @@ def test_parts_files_and_training_are_pefts(make, tmp_path):
     theirs, ours = pair(copy.deepcopy(base), init_lora_weights=False)
     assert trainable_parameter_counts(ours)[0] == theirs.get_nb_trainable_parameters()[0]
     kinds = {type(getattr(layer, "module", layer.base_layer)).__name__ for _, layer in lora_modules(ours)}
+    fused = [layer for _, layer in lora_modules(ours) if getattr(layer, "parameter_name", "") == "gate_up_proj"]
+    assert {(layer.adapters["default"].r, layer.adapters["default"].scaling) for layer in fused} == {(4, 1.5)}
     assert any(kind.endswith("Experts") for kind in kinds) and any("router" in kind.lower() for kind in kinds), kinds
     ids = token_ids()
     save_adapter(ours, tmp_path / "ours")
@@ -99,15 +101,6 @@ def test_parts_files_and_training_are_pefts(make, tmp_path):
         optimizer.step()
         assert not torch.allclose(logits(model, ids), before)
     torch.testing.assert_close(logits(loaded, ids), logits(theirs, ids))
-
-
-def test_ranks_and_scaling_of_fused_projections_are_pefts():
-    _, ours = pair(mixtral(), use_rslora=True)
-    experts = {
-        layer.parameter_name: layer.adapters["default"] for _, layer in lora_modules(ours) if hasattr(layer, "module")
-    }
-    assert experts["gate_up_proj"].r == 4 and experts["down_proj"].r == 2 and experts["weight"].r == 2
-    assert experts["gate_up_proj"].scaling == pytest.approx(6 / 4**0.5)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +124,11 @@ def test_parts_that_peft_leaves_out_are_named(make, key, named):
         quietly(inject, make(), LoraConfig(**SETTINGS, target_parameters=named))
 
 
-def test_excluded_experts_stay_as_they_are_and_a_second_adapter_takes_the_same_parts():
+def test_excluded_layers_stay_as_they_are_and_a_second_adapter_takes_the_same_parts():
+    options = {"target_modules": ["all-linear", "embed_tokens"], "modules_to_save": ["down_proj"], "r": 2}
+    model = inject(llama(), LoraConfig(**options, exclude_modules=["o_proj"]))
+    names = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens"}
     model = quietly(inject, mixtral(), LoraConfig(**SETTINGS, exclude_modules=["experts", "o_proj"]))
     adapted = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
     assert adapted == {"q_proj", "k_proj", "v_proj", "gate"}
@@ -177,13 +174,6 @@ def test_all_linear_in_a_list_with_other_layers(make: Callable[[], nn.Module], t
     torch.testing.assert_close(theirs(ids).logits, output, rtol=1e-4, atol=1e-5)
     again = load_adapter(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(again(ids).logits, output)
-
-
-def test_a_list_with_all_linear_leaves_out_what_is_excluded_or_trained_in_full():
-    options = {"exclude_modules": ["o_proj"], "modules_to_save": ["down_proj"]}
-    model = inject(llama(), LoraConfig(r=2, target_modules=["all-linear", "embed_tokens"], **options))
-    names = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
-    assert names == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens"}
 
 
 @pytest.mark.parametrize("make", [llama4, phimoe])
