@@ -25,7 +25,7 @@ from lora_ext.files.reading import BITS, DTYPE_NAMES, DTYPES, read_metadata
 from lora_ext.files.writing import check_new, new_directory, stream_tensors
 from lora_ext.merging.weights import merge_all_, pack_factors
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 """Bytes of rows that are merged at a time: bounds the memory next to the tensor itself."""
 
 

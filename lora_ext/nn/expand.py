@@ -30,6 +30,6 @@ def expand_onto(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int 
         if dim == -1 or (Y.is_contiguous() and not y.is_contiguous()):  # features are last in memory
             total = torch.addmm(rows_of(Y).to(acc), rows_of(xa.movedim(dim, -1)), lora_B.T, alpha=scaling)
             return total.view(Y.shape).movedim(-1, dim).to(y.dtype)
-        batched = lora_B.expand(len(y), *lora_B.shape)
+        batched = lora_B.expand(y.shape[0], *lora_B.shape)  # len() would fix the size in an exported program
         total = torch.baddbmm(y.flatten(dim + 1).to(acc), batched, xa.flatten(dim + 1), alpha=scaling)
         return total.view(y.shape).to(y.dtype)

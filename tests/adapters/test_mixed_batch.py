@@ -286,6 +286,16 @@ def test_a_model_inside_another():
     rows = torch.stack([use(outer, name).first(row) for name, row in zip(NAMES, x, strict=True)])
     torch.testing.assert_close(y, inner(rows, adapter_names=NAMES[::-1]))
 
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = inner.norm.register_forward_hook(interrupt)  # Ctrl-C in both calls
+    with pytest.raises(KeyboardInterrupt):
+        outer(x, adapter_names=NAMES)
+    handle.remove()
+    outer(x)  # ends them
+    assert _current.get() is None and inner._lora_adapters.active.mixed_calls == 0
+
 
 # --- adapters that are deleted or renamed while rows of a running call use them ---------------------------------------
 
