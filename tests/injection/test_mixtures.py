@@ -10,50 +10,20 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import transformers
-from support.models import VOCABULARY, bert, llama, refused, token_ids
+from support.mixtures import ROUTERS_RETURN_TUPLES, mixture
+from support.models import bert, llama, refused, token_ids
 from support.versions import needs
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import lora_modules, trainable_parameter_counts
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "num_experts_per_tok": 2,
-    "experts_implementation": "eager",
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-LATENT = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
 SETTINGS = {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}
 
 
-def maker(name: str, **options) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        config = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
-        return getattr(transformers, f"{name}ForCausalLM")(config(**SIZES | options)).eval()
+def mixtral() -> nn.Module:
+    return mixture("mixtral")
 
-    make.__name__ = name.lower()
-    return make
-
-
-mixtral = maker("Mixtral", num_local_experts=4)
-qwen2 = maker("Qwen2Moe", num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8)
-qwen3 = maker("Qwen3Moe", head_dim=8, num_experts=4, moe_intermediate_size=8)
-olmoe = maker("Olmoe", num_experts=4)
-deepseek = maker("DeepseekV3", **LATENT, **DEEPSEEK, moe_intermediate_size=8)
-gpt_oss = maker("GptOss", head_dim=8, num_local_experts=4, layer_types=["full_attention"] * 2)
-phimoe = maker("Phimoe", num_local_experts=4)
-LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 1}
-llama4 = maker("Llama4", num_local_experts=4, **LLAMA4, num_experts_per_tok=1)
 
 BIAS = needs("transformers", "5.13", "the model asks PEFT's layer around the router for its bias, which it lacks")
 
@@ -76,9 +46,9 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen3, olmoe, pytest.param(deepseek, marks=BIAS)])
-def test_parts_files_and_training_are_pefts(make, tmp_path):
-    base = make().double()
+@pytest.mark.parametrize("family", ["mixtral", "qwen3", pytest.param("deepseek_v3", marks=BIAS)])
+def test_parts_files_and_training_are_pefts(family, tmp_path):
+    base = mixture(family).double()
     theirs, ours = pair(copy.deepcopy(base), init_lora_weights=False)
     assert trainable_parameter_counts(ours)[0] == theirs.get_nb_trainable_parameters()[0]
     kinds = {type(getattr(layer, "module", layer.base_layer)).__name__ for _, layer in lora_modules(ours)}
@@ -104,24 +74,24 @@ def test_parts_files_and_training_are_pefts(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "key", "named"),
+    ("family", "key", "named"),
     [
         # PEFT takes the names of DeepSeek's dense and shared projections for those of the experts.
-        (deepseek, "target_modules", ["mlp.gate_proj", "mlp.shared_experts.down_proj"]),
-        (gpt_oss, "target_parameters", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
-        (qwen2, "target_parameters", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        ("deepseek_v3", "target_modules", ["mlp.gate_proj", "mlp.shared_experts.down_proj"]),
+        ("gpt_oss", "target_parameters", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        ("qwen2", "target_parameters", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_parts_that_peft_leaves_out_are_named(make, key, named):
-    model = make()
+def test_parts_that_peft_leaves_out_are_named(family, key, named):
+    dense = {"first_k_dense_replace": 1} if family == "deepseek_v3" else {}
+    model = mixture(family, **dense)
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**SETTINGS))
     with pytest.warns(UserWarning, match=f"all-linear.* leaves out .*; to adapt them, name them in {key}") as caught:
         inject(model, LoraConfig(**SETTINGS))
     assert len(caught) == 1 and all(f"model.layers.*.{name}" in str(caught[0].message) for name in named)
     assert trainable_parameter_counts(model)[0] == theirs.get_nb_trainable_parameters()[0]
     if key == "target_parameters":  # the option that the warning names silences it
-        quietly(inject, make(), LoraConfig(**SETTINGS, target_parameters=named))
+        quietly(inject, mixture(family), LoraConfig(**SETTINGS, target_parameters=named))
 
 
 def test_excluded_layers_stay_as_they_are_and_a_second_adapter_takes_the_same_parts():
@@ -176,10 +146,10 @@ def test_all_linear_in_a_list_with_other_layers(make: Callable[[], nn.Module], t
     torch.testing.assert_close(again(ids).logits, output)
 
 
-@pytest.mark.parametrize("make", [llama4, phimoe])
-def test_routers_that_return_more_than_a_tensor_are_left_out(make):
+@pytest.mark.parametrize("family", ROUTERS_RETURN_TUPLES)
+def test_routers_that_return_more_than_a_tensor_are_left_out(family):
     """PEFT adapts them, and fails in the forward: a router is an nn.Linear by its class."""
-    base, ids = make(), token_ids()
+    base, ids = mixture(family), token_ids()
     with pytest.raises(AttributeError, match="tuple"):
         peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear"))(ids)
     with pytest.warns(UserWarning, match=r"leaves out .*model.layers.\*.*router.weight.*target_parameters"):
