@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -22,11 +22,9 @@ from lora_ext.injection.inject import apply_injection, check_new_name, check_non
 from lora_ext.matching.path_names import EndTable
 from lora_ext.model.adapter_set import Adapter, AdapterSet, Part, find_adapter, find_adapters
 from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
-from lora_ext.nn import LoraAdapter, LoraLayer
+from lora_ext.nn import LoraLayer
 from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.packed_linear import PackedAdapter
-from lora_ext.nn.tied import TiedAdapter
-from lora_ext.nn.trainable_tokens import TiedRows
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -71,9 +69,6 @@ def add_weighted_adapter(
         svd_rank: rank of ``svd``, by default the largest of the adapters'. Above the sum's own rank, the factors are
             padded with zeros.
 
-    Returns:
-        ``model``, the same object.
-
     Raises:
         ValueError: the model is not injected, the name is taken, adapters are merged, a setting is wrong, ranks differ
             but factors are added, two adapters train the same module in full, one trains the model's biases, or this
@@ -105,8 +100,8 @@ def combine_factors(
 
     Args:
         kind: one of :data:`COMBINATIONS`.
-        factors: for each adapter: ``lora_A [r, in, *kernel]``, ``lora_B [out, r / groups, *ones]``, floating point, and
-            scaling. For an embedding, ``lora_embedding_A`` and ``lora_embedding_B``.
+        factors: for each adapter: ``lora_A [r, in, *kernel]`` and ``lora_B [out, r, *ones]``, floating point, and
+            scaling.
         weights: one per adapter; negative ones subtract.
         svd_rank: rank of ``svd``; None: the largest of the adapters'.
 
@@ -114,11 +109,14 @@ def combine_factors(
         ``lora_A``, ``lora_B`` in the first adapter's dtype, and the scaling, 1. Arithmetic is at least in float32.
 
     Raises:
-        ValueError: ranks differ, but the kind adds factors; or ``svd_rank`` does not fit a grouped convolution.
+        ValueError: ranks differ, but the kind adds factors.
     """
-    lora_A, lora_B, _ = factors[0]
-    ranks = [A.shape[0] for A, _, _ in factors]
+    first_A, first_B, _ = factors[0]
+    ranks = [lora_A.shape[0] for lora_A, _, _ in factors]
     scales = [weight * scaling for weight, (_, _, scaling) in zip(weights, factors, strict=True)]
+    dtype = torch.promote_types(first_A.dtype, torch.float32)
+    lora_As = [lora_A.to(dtype) for lora_A, _, _ in factors]
+    lora_Bs = [lora_B.to(dtype) for _, lora_B, _ in factors]
     if kind == "linear":
         if len(set(ranks)) != 1:
             raise ValueError(
@@ -126,52 +124,30 @@ def combine_factors(
                 "cat or svd"
             )
         roots = [math.sqrt(abs(scale)) for scale in scales]
-        signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-        new_A = _weighted_sum([A for A, _, _ in factors], signed)
-        new_B = _weighted_sum([B for _, B, _ in factors], roots)
-        return new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), 1.0
+        new_A = sum(math.copysign(root, s) * A for root, s, A in zip(roots, scales, lora_As, strict=True))
+        new_B = sum(root * B for root, B in zip(roots, lora_Bs, strict=True))
+        return new_A.to(first_A.dtype), new_B.to(first_B.dtype), 1.0
 
-    rank = sum(ranks) if kind == "cat" else svd_rank or max(ranks)
-    groups = lora_A.shape[0] // lora_B.shape[1]
-    if rank % groups:
-        raise ValueError(f"svd_rank is {rank}, want a multiple of the convolution's {groups} groups")
-    blocks = [_blocks(A, B, groups) for A, B, _ in factors]
-    block_A = torch.cat([scale * A for scale, (A, _) in zip(scales, blocks, strict=True)], dim=1)
-    block_B = torch.cat([B for _, B in blocks], dim=2)
+    new_A = torch.cat([scale * lora_A.flatten(1) for scale, lora_A in zip(scales, lora_As, strict=True)])
+    new_B = torch.cat([lora_B.flatten(1) for lora_B in lora_Bs], dim=1)
     if kind == "svd":
-        block_A, block_B = _truncated(block_A, block_B, rank // groups)
-    new_A = block_A.reshape(rank, *lora_A.shape[1:])
-    new_B = block_B.reshape(lora_B.shape[0], rank // groups, *lora_B.shape[2:])
-    return new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), 1.0
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return torch.stack([weight * _at_least_float32(t) for t, weight in zip(tensors, weights, strict=True)]).sum(0)
-
-
-def _blocks(lora_A: Tensor, lora_B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Reshapes factors to one pair of matrices per group of a convolution: ``[groups, r, k]``, ``[groups, o, r]``."""
-    return (
-        _at_least_float32(lora_A).unflatten(0, (groups, -1)).flatten(2),
-        _at_least_float32(lora_B).flatten(1).unflatten(0, (groups, -1)),
-    )
+        new_A, new_B = _truncated(new_A, new_B, svd_rank or max(ranks))
+    new_A = new_A.view(-1, *first_A.shape[1:])
+    new_B = new_B.view(len(first_B), -1, *first_B.shape[2:])
+    return new_A.to(first_A.dtype), new_B.to(first_B.dtype), 1.0
 
 
 def _truncated(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors of the best approximation of ``lora_B @ lora_A`` of this rank, without forming the product.
 
-    ``lora_A [groups, r, k]``, ``lora_B [groups, o, r]``; the new ``lora_A`` has orthonormal rows.
+    The new ``lora_A`` has orthonormal rows.
     """
     Q_B, R_B = torch.linalg.qr(lora_B)
-    Q_A, R_A = torch.linalg.qr(lora_A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    missing = max(rank - S.shape[1], 0)
-    new_A = Vh[:, :rank] @ Q_A.mT
-    new_B = Q_B @ (U[..., :rank] * S[:, None, :rank])
+    Q_A, R_A = torch.linalg.qr(lora_A.T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    missing = max(rank - len(S), 0)
+    new_A = Vh[:rank] @ Q_A.T
+    new_B = Q_B @ (U[:, :rank] * S[:rank])
     return nn.functional.pad(new_A, (0, 0, 0, missing)), nn.functional.pad(new_B, (0, missing))
 
 
@@ -181,7 +157,7 @@ def _check_settings(kind: str, weights: Sequence[float], num_adapters: int, svd_
             f"{_CALLER}: combination_type is {kind!r}, want one of {', '.join(COMBINATIONS)}; for the others use PEFT: "
             "peft's add_weighted_adapter"
         )
-    if num_adapters < 1:
+    if not num_adapters:
         raise ValueError(f"{_CALLER}: adapters is empty; name at least one")
     if len(weights) != num_adapters:
         raise ValueError(f"{_CALLER}: weights has {len(weights)} entries for {num_adapters} adapters; want one each")
@@ -192,19 +168,17 @@ def _check_settings(kind: str, weights: Sequence[float], num_adapters: int, svd_
 
 
 def _check_can_combine(held: AdapterSet, adapters: Sequence[str]) -> None:
-    """Refuses adapters that train something of which there is one in the model, or that act on other tokens."""
-    if biased := [name for name in adapters if name in held.biases]:
-        raise ValueError(
-            f"{_CALLER}: {biased[0]!r} trains the model's own biases, which cannot be combined; leave it out"
-        )
-    if scaled := [name for name in adapters if held.configs[name].use_dora]:
-        raise ValueError(
-            f"{_CALLER}: {scaled[0]!r} is a DoRA adapter (use_dora), whose magnitudes cannot be combined; leave it out"
-        )
-    if len(training := [name for name in adapters if held.configs[name].trainable_token_indices is not None]) > 1:
-        raise ValueError(
-            f"{_CALLER}: {training} train rows of embeddings (trainable_token_indices); combine only one such adapter"
-        )
+    """Refuses adapters with parts that no sum of low-rank updates stands for."""
+    for name in adapters:
+        config = held.configs[name]
+        reasons = {
+            "the model's own biases (bias)": name in held.biases,
+            "magnitudes of DoRA (use_dora)": config.use_dora,
+            "rows of embeddings (trainable_token_indices)": config.trainable_token_indices is not None,
+            "tied embeddings together (ensure_weight_tying)": config.ensure_weight_tying,
+        }
+        if refused := [what for what, is_trained in reasons.items() if is_trained]:
+            raise ValueError(f"{_CALLER}: {name!r} trains {refused[0]}, which cannot be combined; leave it out")
 
 
 def _combined_parts(
@@ -214,67 +188,52 @@ def _combined_parts(
     for i, source in enumerate(sources):
         for part in source.parts:
             layers.setdefault(id(part.layer), {})[i] = part
-    adapters_of_layers = [[part.adapter for part in held.values()] for held in layers.values()]
-    parts: list[Part] = []
-    copied: dict = {}  # a shared deepcopy memo: tied adapters stay tied
-    for held in sorted(layers.values(), key=_is_tied):  # tied adapters come after their sources
+    parts = []
+    for held in layers.values():
         first = next(iter(held.values()))
-        if isinstance(first.layer, LoraLayer) and not _is_tied(held):
-            part = _combined(kind, list(held.values()), [weights[i] for i in held], svd_rank)
-            copied[id(first.adapter)] = part.adapter
-            parts.append(part)
-            continue
         if isinstance(first.layer, LoraLayer):
-            tied_to = [getattr(part.adapter, "source", None) for part in held.values()]
-            if tied_to not in adapters_of_layers:
-                raise ValueError(
-                    f"{_CALLER}: some of the adapters are tied to the input embedding at {first.path!r} "
-                    "(ensure_weight_tying) and others are not; combine adapters of one kind"
-                )
+            adapters, its_weights = [part.adapter for part in held.values()], [weights[i] for i in held]
+            adapter = _combined(kind, first, adapters, its_weights, svd_rank)
         elif len(held) > 1:
             names = [sources[i].name for i in held]
             raise ValueError(f"{_CALLER}: {first.path!r} is trained in full by {names}; combine only one of them")
-        parts.append(dataclasses.replace(first, adapter=copy.deepcopy(first.adapter, copied)))
+        else:
+            adapter = copy.deepcopy(first.adapter)
+        parts.append(dataclasses.replace(first, adapter=adapter))
     return parts
 
 
-def _is_tied(parts: Mapping[int, Part]) -> bool:
-    return any(isinstance(part.adapter, TiedAdapter | TiedRows) for part in parts.values())
-
-
-def _combined(kind: str, parts: Sequence[Part], weights: Sequence[float], svd_rank: int | None) -> Part:
-    """Combines low-rank adapters of one layer."""
-    first, path = parts[0], parts[0].target
-    if isinstance(first.adapter, SeparateProjections):
-        new = copy.deepcopy(first.adapter)
+def _combined(
+    kind: str, part: Part, adapters: Sequence[nn.Module], weights: Sequence[float], svd_rank: int | None
+) -> nn.Module:
+    """Combines the low-rank adapters of the layer of ``part``."""
+    new, path = copy.deepcopy(adapters[0]), part.target
+    if isinstance(new, SeparateProjections):
         for name in new:
-            projections = [dataclasses.replace(part, adapter=part.adapter[name]) for part in parts]
-            new[name] = _combined(kind, projections, weights, svd_rank).adapter
-        return dataclasses.replace(first, adapter=new)
-    adapters: list[LoraAdapter] = [part.adapter for part in parts]
-    if kind != "linear" and not all(adapter.has_plain_rank for adapter in adapters):
+            new[name] = _combined(kind, part, [adapter[name] for adapter in adapters], weights, svd_rank)
+        return new
+    is_plain = all(adapter.has_plain_rank for adapter in adapters)
+    if kind != "linear" and not is_plain:
         raise ValueError(
-            f"{_CALLER}: {kind} cannot combine the factors at {path!r} ({type(first.layer).__name__}); use linear"
+            f"{_CALLER}: {kind} cannot combine the factors at {path!r} ({type(part.layer).__name__}); use linear"
         )
     enabled = [getattr(adapter, "enable_lora", None) for adapter in adapters]
     if len(set(enabled)) > 1:
         raise ValueError(f"{_CALLER}: at {path!r}: enable_lora differs: {enabled}; name adapters of the same parts")
     factors = [(adapter.file_A.detach(), adapter.lora_B.detach(), adapter.scaling) for adapter in adapters]
     try:
-        file_A, lora_B, scaling = combine_factors(kind, factors, weights, svd_rank)
+        file_A, lora_B, new.scaling = combine_factors(kind, factors, weights, svd_rank)
     except ValueError as error:
         raise ValueError(f"{_CALLER}: at {path!r}: {error}") from error
-    new = copy.deepcopy(adapters[0])
     new.set_factors(file_A, lora_B)
-    new.r = file_A.shape[0] if new.has_plain_rank or adapters[0].has_plain_rank else adapters[0].r
-    new.lora_alpha, new.scaling = new.r, scaling
+    new.lora_alpha = new.r = file_A.shape[0] if is_plain else new.r
     biases = [
         weight * adapter.scaling * adapter.lora_bias.detach()
         for weight, adapter in zip(weights, adapters, strict=True)
         if adapter.lora_bias is not None
     ]
     new.lora_bias = nn.Parameter(torch.stack(biases).sum(0)) if biases else None
-    return dataclasses.replace(first, adapter=new)
+    return new
 
 
 def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) -> LoraConfig:
@@ -292,30 +251,25 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
     rank = max(ranks, key=ranks.count)
     others = exact_patterns({path: adapter.r for path, adapter in low_rank.items()}, rank)
     modules = tuple(path for path in low_rank if path in bare.modules)
-    parameters = tuple(path for path in low_rank if path not in bare.modules)
     ends = EndTable(modules)
     named = {path for path in bare.modules if path in ends}
     saved = dict.fromkeys(name for source in sources for name in source.config.modules_to_save or ())
-    tokens = [wanted for source in sources if (wanted := source.config.trainable_token_indices) is not None]
-    return dataclasses.replace(
-        sources[0].config,
+    first = sources[0].config
+    return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        use_rslora=False,
         rank_pattern=others,
         alpha_pattern=others,
         # Names also match the ends of other paths; a regular expression the whole path.
         target_modules=modules if named == set(modules) else "|".join(map(re.escape, modules)),
-        target_parameters=parameters or None,
+        target_parameters=tuple(path for path in low_rank if path not in bare.modules) or None,
         enable_lora={path: a.enable_lora for path, a in low_rank.items() if isinstance(a, PackedAdapter)} or None,
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
         modules_to_save=tuple(saved) or None,
-        trainable_token_indices=tokens[0] if tokens else None,
-        ensure_weight_tying=any(source.config.ensure_weight_tying for source in sources),
         lora_bias=any(adapter.lora_bias is not None for adapter in low_rank.values()),
-        bias="none",
-        init_lora_weights=True,
         inference_mode=True,
+        lora_dropout=first.lora_dropout,
+        fan_in_fan_out=first.fan_in_fan_out,
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
+        metadata=first.metadata,
     )

@@ -16,8 +16,6 @@ from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.quantized import QuantizedWeight, quantized_weight, why_unsupported
 
-_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
-
 
 def dequantized(
     caller: str, root: nn.Module, wanted: Mapping[str, tuple[LoraLayer, Collection[str]]], dtype: torch.dtype | None
@@ -47,10 +45,16 @@ def dequantized(
     for path, weight in weights.items():
         _, layer, names = adapted.get(id(weight.module), (path, None, ()))
         values = weight.dequantize() if layer is None else _merged_values(caller, layer, path, names)
-        new = weight.dense(_rounded(caller, path, values, dtype or weight.dtype or _dtype_of(bare, weights)))
-        if layer is not None:
-            _add_lora_biases(new, layer, names)
-        plain[weight.module] = new
+        to = dtype or weight.dtype or _dtype_of(bare, weights)
+        rounded = values.to(to)
+        if not rounded.isfinite().all():
+            raise ValueError(f"{caller}: the weight of {path!r} overflows {to}; pass a wider dtype as dequantize")
+        plain[weight.module] = new = weight.dense(rounded)
+        for name in sorted({*names} - {*layer.merged_adapters}) if layer is not None else ():
+            if "bias" in (factors := layer.factors(name)):
+                bias, _, scaling = factors["bias"]
+                values = new.bias.float() + scaling * bias.detach().float().view(-1)
+                new.bias = nn.Parameter(values.to(new.bias.dtype), requires_grad=False)
     return plain
 
 
@@ -58,54 +62,34 @@ def forget_quantization(root: nn.Module) -> None:
     """Removes what Transformers notes in a quantised model and its config: the model is saved as a plain one."""
     if (quantizer := getattr(root, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(root)
-    for flag in _FLAGS:
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(root).pop(flag, None)
 
 
 def _problems(bare: BareModel, weights: Mapping[str, QuantizedWeight]) -> Iterator[tuple[str, str]]:
     for path, module in bare.modules.items():
-        if path not in weights:
-            if (reason := why_unsupported(module)) is not None:
-                yield path, reason
-        elif "_hf_hook" in vars(module):
+        if path in weights and "_hf_hook" in vars(module):
             yield path, "accelerate moves its tensors; load the model on one device (device_map)"
-        elif (reason := weights[path].why_not_quantize()) is not None:
+        elif reason := weights[path].why_not_quantize() if path in weights else why_unsupported(module):
             yield path, reason
 
 
 def _merged_values(caller: str, layer: LoraLayer, path: str, names: Collection[str]) -> Tensor:
     """The dequantised weight of ``layer`` before any merge, plus the updates of ``names``: float32."""
     matrix, label = layer.matrices()["weight"], f"the weight of {path!r}"
-    weight, merged = matrix.quantized, layer._merged
     all_names = sorted({*names, *layer.merged_adapters})
     updates = updates_of(caller, layer, "weight", matrix, label, all_names)
     if not updates:
-        return weight.dequantize()
-    weight = layer.weight_to_merge(matrix, all_names)
-    if merged is None or "weight" not in merged.matrices:
-        return updated(caller, weight, *pack_factors(torch.float32, list(updates.values())), label)
-    stored = copied(weight)
-    weight.write(merged.matrices["weight"].record.stored)
+        return matrix.quantized.dequantize()
+    weight, stored = layer.weight_to_merge(matrix, all_names), None
+    if layer._merged is not None and "weight" in layer._merged.matrices:
+        stored = copied(weight)
+        weight.write(layer._merged.matrices["weight"].record.stored)
     try:
         return updated(caller, weight, *pack_factors(torch.float32, list(updates.values())), label)
     finally:
-        weight.write(stored)
-
-
-def _rounded(caller: str, path: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = values.to(dtype)
-    if not rounded.isfinite().all():
-        raise ValueError(f"{caller}: the weight of {path!r} overflows {dtype}; pass a wider dtype as dequantize")
-    return rounded
-
-
-def _add_lora_biases(new: nn.Module, layer: LoraLayer, names: Collection[str]) -> None:
-    """Adds the biases of adapters (``lora_bias``) that are not merged yet."""
-    for name in sorted({*names} - {*layer.merged_adapters}):
-        if "bias" in (factors := layer.factors(name)):
-            bias, _, scaling = factors["bias"]
-            values = new.bias.float() + scaling * bias.detach().float().view(-1)
-            new.bias = nn.Parameter(values.to(new.bias.dtype), requires_grad=False)
+        if stored is not None:
+            weight.write(stored)
 
 
 def _dtype_of(bare: BareModel, weights: Mapping[str, QuantizedWeight]) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -22,7 +22,8 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
-from lora_ext.files.expert_layout import in_present_layout
+from lora_ext.files.expert_layout import check_expert_layout
+from lora_ext.files.misfits import misfits
 from lora_ext.files.save_load import read_adapter, warn_of_a_copy
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
@@ -31,6 +32,9 @@ from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.tied import TiedAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_RANK_DIMS = {".lora_A.weight": 0, ".lora_embedding_A": 0, ".lora_B.weight": 1, ".lora_embedding_B": 1}
+_UNSCALED = ".lora_A.weight", ".lora_embedding_A", ".lora_magnitude_vector"
 
 
 @checked
@@ -46,9 +50,6 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
         r: the largest rank to come.
         adapter_name: the adapter to pad; None: the active one.
 
-    Returns:
-        ``model``, the same object.
-
     Raises:
         ValueError: the model is not injected, a layer's rank is above ``r``, or its factors cannot be padded (grouped
             convolutions, packed projections, experts).
@@ -61,23 +62,26 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     check_unmerged("prepare_hotswap", model, adapter.name)
     if r < 1:
         raise ValueError(f"prepare_hotswap: r is {r}, want an integer of at least 1")
-    low_rank = [
-        dataclasses.replace(part, adapter=update) for part in adapter.parts for update in _updates_of(part.adapter)
-    ]
-    padded = [_padded(part, r) for part in low_rank]
-    alphas = {part.target: part.adapter.scaling * r for part in low_rank}
+    low_rank = [(part, update) for part in adapter.parts for update in _updates_of(part.adapter)]
+    for part, update in low_rank:
+        if update.r > r:
+            raise ValueError(
+                f"prepare_hotswap: r is {r}, but {part.path!r} has rank {update.r}; choose at least {update.r}"
+            )
+        if not update.has_plain_rank:
+            raise ValueError(
+                f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}; use "
+                "load_adapter and set_adapter for this model"
+            )
+    alphas = {part.target: update.scaling * r for part, update in low_rank}
     alpha = max(alphas.values(), key=list(alphas.values()).count, default=adapter.config.lora_alpha)
-    adapter.into.configs[adapter.name] = dataclasses.replace(
-        adapter.config,
-        r=r,
-        lora_alpha=alpha,
-        use_rslora=False,
-        rank_pattern={},
-        alpha_pattern=exact_patterns(alphas, alpha),
-    )
-    for part, (file_A, lora_B) in zip(low_rank, padded, strict=True):
-        part.adapter.set_factors(file_A, lora_B, part.adapter.lora_A.requires_grad)
-        part.adapter.r, part.adapter.lora_alpha = r, alphas[part.target]
+    patterns = {"rank_pattern": {}, "alpha_pattern": exact_patterns(alphas, alpha)}
+    config = dataclasses.replace(adapter.config, r=r, lora_alpha=alpha, use_rslora=False, **patterns)
+    padded = [(_padded(update.file_A.detach(), 0, r), _padded(update.lora_B.detach(), 1, r)) for _, update in low_rank]
+    adapter.into.configs[adapter.name] = config
+    for (part, update), factors in zip(low_rank, padded, strict=True):
+        update.set_factors(*factors, update.lora_A.requires_grad)
+        update.r, update.lora_alpha = r, alphas[part.target]
     return model
 
 
@@ -95,9 +99,6 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
         directory: an adapter written by :func:`lora_ext.save_adapter` or PEFT.
         adapter_name: the adapter whose values to replace; None: the active one.
 
-    Returns:
-        ``model``, the same object.
-
     Raises:
         FileNotFoundError, ValueError: as in :func:`lora_ext.load_adapter`; or the file adapts other layers, or a layer
             with a rank above the present one, or holds other values of a base layer; all of them are listed.
@@ -110,128 +111,85 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
     warn_of_a_copy("hotswap_adapter", adapter)
-    file = in_present_layout(adapter, file, "hotswap_adapter")
-    values = [value for part in adapter.parts for value in _values_of_part(part, config, file)]
-    if adapter.biases is not None:
-        values += [_Value(f"{KEY_PREFIX}{key}", tensor) for key, tensor in adapter.biases.file_tensors().items()]
-    if problems := _misfits(adapter, config, file, values):
+    check_expert_layout(adapter, file, "hotswap_adapter")
+    tied = _keys(part for part in adapter.parts if isinstance(part.adapter, TiedAdapter))  # another part's values
+    targets = {key: tensor for key, tensor in _in_file(adapter.tensors()).items() if key not in tied}
+    values = {key: tensor for key, tensor in file.tensors.items() if key in targets}
+    for part in adapter.parts:
+        values |= _values_of(part, config, file)
+    problems = [f"missing key: {key}" for key in targets if key not in values] + misfits(targets, values)
+    if problems := _other_options(adapter, config, file) + problems + _other_keys(adapter, file, targets.keys() | tied):
         raise ValueError(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
             f"prepare_hotswap first):{listed(first_shape(problems))}"
         )
-    file.warn_of_damage(value.key for value in values if value.is_in_file)
+    file.warn_of_damage(key for key in values if key in file)
     with torch.no_grad():
-        for value in values:
-            value.write(file.tensors[value.key] if value.is_in_file else None)
+        for key, tensor in values.items():
+            targets[key].copy_(tensor)
     return model
 
 
-@dataclasses.dataclass(frozen=True)
-class _Value:
-    """The new value of a model's tensor: that of ``key`` in the file, times ``factor``, or zero.
-
-    Attributes:
-        is_in_file: False: zero.
-        rank_dim: the dimension of the rank, in which the file's tensor may be shorter: zeros follow. None: it has none.
-    """
-
-    key: str
-    tensor: Tensor
-    is_in_file: bool = True
-    rank_dim: int | None = None
-    factor: float = 1.0
-
-    def write(self, values: Tensor | None) -> None:
-        """Writes it. ``values`` is the file's tensor."""
-        target = self.tensor
-        if values is None:
-            target.zero_()
-            return
-        if self.rank_dim is not None:
-            dim, rank = self.rank_dim, values.shape[self.rank_dim]
-            target.narrow(dim, rank, target.shape[dim] - rank).zero_()
-            target = target.narrow(dim, 0, rank)
-            values = values.to(target.dtype)
-        target.copy_(values * self.factor if self.factor != 1.0 else values)
-
-    def misfit(self, file: AdapterFile) -> str | None:
-        """Returns why the file's tensor does not fit, or None."""
-        key, want = self.key, list(self.tensor.shape)
-        if not self.is_in_file:
-            return None
-        if key not in file:
-            return f"missing key: {key}"
-        shape, dtype = list(file.shape(key)), file.dtype(key)
-        fits = len(shape) == len(want) and all(
-            have <= size if dim == self.rank_dim else have == size
-            for dim, (have, size) in enumerate(zip(shape, want, strict=True))
-        )
-        if not fits:
-            return f"shape of {key}: {shown(shape)} in the file, {want} in the model"
-        if dtype.is_floating_point != self.tensor.is_floating_point() or dtype.is_complex:
-            return f"dtype of {key}: {dtype} in the file, {self.tensor.dtype} in the model"
-        return None
-
-
-def _values_of_part(part: Part, config: LoraConfig, file: AdapterFile) -> list[_Value]:
-    """The new values of one layer's adapter; of a low-rank update that the file lacks, zeros."""
-    if isinstance(part.adapter, TiedAdapter):  # shares another part's values
-        return []
-    tensors = _file_tensors(part)
+def _values_of(part: Part, config: LoraConfig, file: AdapterFile) -> dict[str, Tensor]:
+    """The new values of a layer's low-rank updates, by key: padded and scaled; zeros, if the file has none of them."""
     updates = _updates_of(part.adapter)
-    if not updates:
-        return [_Value(key, tensor) for key, tensor in tensors.items()]
+    if not updates or isinstance(part.adapter, TiedAdapter):  # a tied one shares another part's values
+        return {}
+    tensors = _in_file(part.layer.file_tensors(part.file_path, part.adapter))
     # A DoRA adapter that changes nothing has the norms of the weight's rows: no file with zeros stands for it.
     if not any(key in file for key in tensors) and not isinstance(part.adapter, DoraAdapter):
-        return [_Value(key, tensor, is_in_file=False) for key, tensor in tensors.items()]
-    values = []
+        return {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+    is_plain = all(update.has_plain_rank for update in updates)
+    values = {}
     for key, tensor in tensors.items():
-        update = next(u for u in updates if any(_holds(tensor, parameter) for parameter in u.parameters()))
-        is_A, is_B = _holds(tensor, update.lora_A), _holds(tensor, update.lora_B)
-        rank_dim = None
-        if update.has_plain_rank and (is_A or is_B):
-            rank_dim = 0 if is_A else 1
-        factor = 1.0
-        if not is_A and not key.endswith(".lora_magnitude_vector"):
-            factor = config.scaling_for(part.target) / update.scaling / part.file_scale_of(key)
-        values.append(_Value(key, tensor, True, rank_dim, factor))
+        if key not in file:
+            continue
+        new = file.tensor(key)
+        dim = next((dim for suffix, dim in _RANK_DIMS.items() if key.endswith(suffix)), None)
+        if is_plain and dim is not None and _differ_only_in(dim, new, tensor):
+            new = _padded(new, dim, tensor.shape[dim])
+        factor = config.scaling_for(part.target) / updates[0].scaling / part.file_scale_of(key)
+        if new.is_floating_point() and not key.endswith(_UNSCALED) and factor != 1.0:
+            new = new.to(tensor.dtype) * factor
+        values[key] = new
     return values
 
 
-def _misfits(adapter: Adapter, config: LoraConfig, file: AdapterFile, values: Sequence[_Value]) -> list[str]:
-    """Returns why the values of ``file`` cannot replace those of ``adapter``; empty if they can."""
+def _other_options(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> list[str]:
+    """Returns in which options that shapes do not show the file differs from the model."""
     problems = [
         f"{option}: {shown(getattr(config, option))} in the file, {shown(getattr(adapter.config, option))} in the model"
         for option in ("trainable_token_indices", "use_dora")
         if getattr(config, option) != getattr(adapter.config, option)
     ]
-    expected = {value.key for value in values}
     for part in adapter.parts:
-        tensors = _file_tensors(part)
-        expected |= tensors.keys()
         theirs, ours = config.enable_lora_for(part.target), getattr(part.adapter, "enable_lora", None)
-        if theirs != ours and _updates_of(part.adapter) and any(key in file for key in tensors):
+        if theirs != ours and _updates_of(part.adapter) and any(key in file for key in _keys([part])):
             problems.append(f"enable_lora of {part.target}: {shown(theirs)} in the file, {ours} in the model")
-    problems += [problem for value in values if (problem := value.misfit(file)) is not None]
-    # PEFT saves the base layer of an adapted embedding or head, too.
-    base = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.base_tensors().items()}
-    problems += [f"unexpected key: {key}" for key in file.keys() if key not in expected | base.keys()]  # noqa: SIM118
-    problems += [
-        f"base layer {key}: not the model's, and load_adapter loads it"
-        for key, tensor in base.items()
-        if key in file and key not in expected and not _equals(file, key, tensor)
-    ]
     return problems
 
 
-def _file_tensors(part: Part) -> dict[str, Tensor]:
-    """The tensors of one layer's adapter, by their keys in a file."""
-    return {f"{KEY_PREFIX}{key}": t for key, t in part.layer.file_tensors(part.file_path, part.adapter).items()}
+def _other_keys(adapter: Adapter, file: AdapterFile, known: Collection[str]) -> list[str]:
+    """Returns what else ``file`` has that the model lacks. PEFT also saves the base layer of an adapted embedding."""
+    problems, base = [], _in_file(adapter.base_tensors())
+    for key in file.keys():  # noqa: SIM118  not a dict
+        if key not in known and key not in base:
+            problems.append(f"unexpected key: {key}")
+        elif key not in known and _differ(file.tensor(key), base[key]):
+            problems.append(f"base layer {key}: not the model's, and load_adapter loads it")
+    return problems
 
 
-def _equals(file: AdapterFile, key: str, tensor: Tensor) -> bool:
-    """Returns whether the file has the values of ``tensor``, in its dtype."""
-    return file.shape(key) == tuple(tensor.shape) and torch.equal(file.tensor(key).to(tensor), tensor)
+def _in_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{KEY_PREFIX}{key}": tensor for key, tensor in tensors.items()}
+
+
+def _differ(values: Tensor, tensor: Tensor) -> bool:
+    return values.shape != tensor.shape or not torch.equal(values.to(tensor), tensor)
+
+
+def _keys(parts: Iterable[Part]) -> set[str]:
+    return {key for part in parts for key in _in_file(part.layer.file_tensors(part.file_path, part.adapter))}
 
 
 def _updates_of(adapter: nn.Module) -> list[LoraAdapter]:
@@ -241,30 +199,12 @@ def _updates_of(adapter: nn.Module) -> list[LoraAdapter]:
     return [adapter] if isinstance(adapter, LoraAdapter) else []
 
 
-def _holds(tensor: Tensor, parameter: Tensor) -> bool:
-    """Returns whether ``tensor`` is the parameter, or its transpose (an embedding's)."""
-    return tensor is parameter or tensor._base is parameter
+def _differ_only_in(dim: int, smaller: Tensor, larger: Tensor) -> bool:
+    sizes, want = list(smaller.shape), list(larger.shape)
+    return len(sizes) == len(want) and sizes[dim] < want[dim] and [*sizes[:dim], want[dim], *sizes[dim + 1 :]] == want
 
 
-def _padded(part: Part, r: int) -> tuple[Tensor, Tensor]:
-    """The factors with zeros for further ranks, in the form of files."""
-    adapter = part.adapter
-    if adapter.r > r:
-        raise ValueError(
-            f"prepare_hotswap: r is {r}, but {part.path!r} has rank {adapter.r}; choose at least {adapter.r}"
-        )
-    if not adapter.has_plain_rank:
-        raise ValueError(
-            f"prepare_hotswap: the factors at {part.path!r} cannot be padded: {type(part.layer).__name__}; use "
-            "load_adapter and set_adapter for this model"
-        )
-    return _with_zeros(adapter.file_A, 0, r), _with_zeros(adapter.lora_B, 1, r)
-
-
-def _with_zeros(factor: Tensor, dim: int, size: int) -> Tensor:
+def _padded(factor: Tensor, dim: int, size: int) -> Tensor:
     """A copy of ``factor`` with zeros up to ``size`` along ``dim``."""
-    shape = list(factor.shape)
-    shape[dim] = size
-    larger = factor.detach().new_zeros(shape)
-    larger.narrow(dim, 0, factor.shape[dim]).copy_(factor.detach())
-    return larger
+    after = factor.dim() - 1 - dim
+    return nn.functional.pad(factor, (*[0, 0] * after, 0, size - factor.shape[dim]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty
 from lora_ext.model.adapter_set import adapter_set, find_adapters
 from lora_ext.model.bare_model import adapter_layers, check_not_parallel
 from lora_ext.nn import ActiveAdapters, DoraLinear, LoraLayer
+from lora_ext.nn.trained import TrainedModule
 from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -41,9 +42,6 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
         names: one or several adapter names; an empty list activates none (the base model).
         trainable: True or False makes the adapters trainable or frozen from now on.
 
-    Returns:
-        ``model``, the same object.
-
     Raises:
         ValueError: the model is not injected or wrapped by ``DistributedDataParallel``; a name is given twice; or two
             adapters train the same module in full (``modules_to_save``), or are DoRA adapters of one layer.
@@ -57,18 +55,11 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
     adapters.check_names("set_adapter", names)
     if len(set(names)) < len(names):
         raise ValueError(f"set_adapter: names are {list(names)}, want each once")
-    for path in {path for name in names for path in adapters.trained[name]}:
-        if len(held := [name for name in names if path in adapters.trained[name]]) > 1:
-            raise ValueError(
-                f"set_adapter: {path!r} is trained in full by {held}; use only one of them. {_IN_ONE_BATCH}"
-            )
-    if len(scaled := [name for name in names if adapters.configs[name].use_dora]) > 1:
-        for path, layer in lora_modules(model):
-            both = [name for name in scaled if name in layer.adapters] if isinstance(layer, DoraLinear) else []
-            if len(both) > 1:
-                raise ValueError(
-                    f"set_adapter: {path!r} has the DoRA adapters {both}; use only one of them. {_IN_ONE_BATCH}"
-                )
+    for path, layer in adapter_layers(model) if len(names) > 1 else ():
+        together = [name for name in names if name in layer.adapters]
+        if len(together) > 1 and isinstance(layer, DoraLinear | TrainedModule):
+            what = "has the DoRA adapters" if isinstance(layer, DoraLinear) else "is trained in full by"
+            raise ValueError(f"set_adapter: {path!r} {what} {together}; use only one of them. {_IN_ONE_BATCH}")
     adapters.switch(names, trainable)
     return model
 
@@ -92,40 +83,24 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         ValueError: there is no LoRA layer.
         RuntimeError: an adapter is merged, so the base weights contain it.
     """
-    shared = _disable(model)
-    try:
-        yield
-    finally:
-        _enable(model, shared)
-
-
-@one_at_a_time
-def _disable(model: nn.Module) -> set[ActiveAdapters]:
-    """Disables the adapters and returns the :class:`ActiveAdapters` of the layers."""
     shared = {layer.active for _, layer in adapter_layers(model)}
     if not shared:
         raise ValueError(
             f"disable_adapters: {type(model).__name__} has no LoRA layer; call inject(model, config) first"
         )
-    merged = [path for path, layer in lora_modules(model) if layer.is_merged]
-    if merged:
-        where = first_of(map(repr, merged))
-        raise RuntimeError(f"disable_adapters: adapters are merged into {where}; call unmerge(model) first")
-    for active in shared:
-        active.disable()
-    _use_biases(model)
-    return shared
+    check_unmerged("disable_adapters", model)
+    _change(model, shared, ActiveAdapters.disable)
+    try:
+        yield
+    finally:
+        _change(model, shared, ActiveAdapters.enable)
 
 
 @one_at_a_time
-def _enable(model: nn.Module, shared: set[ActiveAdapters]) -> None:
+def _change(model: nn.Module, shared: set[ActiveAdapters], change: Callable[[ActiveAdapters], None]) -> None:
+    """Disables or enables adapters; the model gets its own biases, or those of the active adapter."""
     for active in shared:
-        active.enable()
-    _use_biases(model)
-
-
-def _use_biases(model: nn.Module) -> None:
-    """Gives the model its own biases, or those of the active adapter."""
+        change(active)
     adapters = adapter_set(model)
     for name, biases in adapters.biases.items() if adapters is not None else ():
         biases.use(name in adapters.active.names)
@@ -135,9 +110,6 @@ def _use_biases(model: nn.Module) -> None:
 @one_at_a_time
 def delete_adapter(model: ModelT, name: str) -> ModelT:
     """Removes an inactive adapter. A layer without adapters becomes the plain base layer again.
-
-    Returns:
-        ``model``, the same object.
 
     Raises:
         ValueError: the model is not injected.
@@ -149,13 +121,9 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     adapters.check_names("delete_adapter", [name])
     if name in adapters.active.names:
         others = sorted(adapters.configs.keys() - {name})
+        remedy = f"call set_adapter(model, ...) first, with one of {others}"
         raise RuntimeError(
-            f"delete_adapter: {name!r} is active; "
-            + (
-                f"call set_adapter(model, ...) first, with one of {others}"
-                if others
-                else "it is the last one: call unload(model)"
-            )
+            f"delete_adapter: {name!r} is active; {remedy if others else 'it is the last one: call unload(model)'}"
         )
     check_unmerged("delete_adapter", model, name)
     adapters.remove(name)
@@ -170,9 +138,6 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
 @one_at_a_time
 def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     """Renames an adapter. Files do not contain the name and stay valid.
-
-    Returns:
-        ``model``, the same object.
 
     Raises:
         ValueError: the model is not injected, or ``new`` is taken or cannot be a name.
@@ -262,9 +227,13 @@ def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
 
-def check_unmerged(caller: str, model: nn.Module, name: str) -> None:
-    """Raises a RuntimeError if adapter ``name`` is merged into a layer of ``model``."""
-    merged = [path for path, layer in lora_modules(model) if name in layer.merged_adapters]
+def check_unmerged(caller: str, model: nn.Module, name: str | None = None) -> None:
+    """Raises a RuntimeError if adapter ``name``, or for None any, is merged into a layer of ``model``."""
+    if name is None:
+        merged = [repr(path) for path, layer in lora_modules(model) if layer.is_merged]
+        what, unmerge = "adapters are", "unmerge(model)"
+    else:
+        merged = [repr(path) for path, layer in lora_modules(model) if name in layer.merged_adapters]
+        what, unmerge = f"{name!r} is", f"unmerge(model, {name!r})"
     if merged:
-        where = first_of(map(repr, merged))
-        raise RuntimeError(f"{caller}: {name!r} is merged into {where}; call unmerge(model, {name!r}) first")
+        raise RuntimeError(f"{caller}: {what} merged into {first_of(merged)}; call {unmerge} first")

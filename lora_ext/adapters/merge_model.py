@@ -1,4 +1,7 @@
-"""Merges adapters into the weights of a whole model and takes them out again: in all layers, or in none."""
+"""Merges adapters into the weights of a whole model and takes them out again: in all layers, or in none.
+
+Functions return the model that they are given.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
 from lora_ext.adapters.dequantized import dequantized, forget_quantization
+from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
 from lora_ext.matching.path_names import is_inside
 from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
@@ -50,22 +54,16 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
 
     :func:`unmerge` restores every bit of the weights. The bits that rounding loses are kept: 0.03 to 0.25 bytes per
     float32 weight for updates of 0.5 % to 10 % of its size. :func:`merge_record_bytes` returns how many, and the
-    ``lora_ext.adapters`` logger reports it at INFO level.
+    ``lora_ext.adapters`` logger reports it at INFO level. A quantised weight is dequantised, and the sum is quantised
+    again in the same format, which loses some of the update (:func:`merge_errors`); its stored bytes are kept.
 
     All layers are checked before the first is changed: all of them are merged, or none. Every other function that
     changes a model waits for the end, in any thread; a forward in another thread does not, and must not run meanwhile.
-
-    A quantised weight is dequantised, and the sum is quantised again in the same format, which loses some of the
-    update; unmerging restores the stored bytes, which the layer keeps meanwhile. :func:`merge_errors` says how large
-    the errors are.
 
     Args:
         model: a model with LoRA layers.
         adapter_names: the adapters to merge, in the layers that have them; None: the active ones. Adapters merged
             earlier stay merged.
-
-    Returns:
-        ``model``, the same object.
 
     Warns:
         UserWarning: in a quantised layer the error is more than a tenth of the update.
@@ -85,12 +83,12 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     _check_mergeable("merge", wanted)
     _check_untied("merge", model, wanted)
     _check_biases(model, wanted)
-    _merge_next_to_merged(wanted)
+    errors = _merge_next_to_merged(wanted)
     merged = _merged_matrices(layer for layer, _ in wanted.values())
     total = sum(matrix.record.nbytes for matrix in merged)
     per_weight = total / max(sum(matrix.numel for matrix in merged), 1)
     _LOGGER.info("merged %d layers; unmerging keeps %d bytes, %.3f per weight", len(wanted), total, per_weight)
-    _report("merge", _errors_of(wanted))
+    _report("merge", errors)
     return model
 
 
@@ -104,9 +102,6 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
     Args:
         model: a model with merged LoRA layers.
         adapter_names: the adapters to take out, in the layers that have them; None: all merged ones.
-
-    Returns:
-        ``model``, the same object.
 
     Raises:
         ValueError: there is no LoRA layer.
@@ -143,30 +138,21 @@ def merge_record_bytes(model: nn.Module) -> int:
 def merge_errors(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> dict[str, MergeError]:
     """Returns the rounding error of merging into each quantised layer, by path.
 
-    For layers with merged adapters these are the errors of that merge. In other layers the merge is tried and undone.
-
-    Args:
-        model: a model with LoRA layers.
-        adapter_names: the adapters to try; None: the active ones.
-
-    Returns:
-        The errors by path; empty if no adapted layer is quantised.
-
-    Raises:
-        The errors of :func:`merge`. The model is unchanged in any case.
+    For layers with merged adapters these are the errors of that merge. In other layers the merge of ``adapter_names``
+    (None: the active ones) is tried and undone. Raises the errors of :func:`merge`; the model is never changed.
     """
     layers = _all_lora_modules("merge_errors", model)
     some_merged = any(layer.is_merged for layer in layers.values())
     chosen = _chosen("merge_errors", layers, _names("merge_errors", adapter_names), allow_none=some_merged)
     quantized = {path: (layer, names) for path, (layer, names) in chosen.items() if _is_quantized(layer)}
-    to_try = {path: (layer, names) for path, (layer, names) in quantized.items() if not layer.is_merged}
-    _check_mergeable("merge_errors", to_try)
-    where, errors = _where(to_try), {}
+    _check_mergeable("merge_errors", {path: held for path, held in quantized.items() if not held[0].is_merged})
+    where, errors = _where(quantized), {}
     for path, (layer, names) in quantized.items():
-        if path in to_try:
+        was_merged = layer.is_merged
+        if not was_merged:
             change_merged("merge_errors", {layer: names}, where)
         errors[path] = layer._merged.error
-        if path in to_try:
+        if not was_merged:
             change_merged("merge_errors", {layer: ()}, where)
     return errors
 
@@ -184,13 +170,9 @@ def merge_and_unload(
     Args:
         model: a model with LoRA layers.
         adapter_names: the adapters to merge; None: the active ones.
-        dequantize: makes every quantised layer of the model a plain one, adapted or not: the weight is dequantised, the
-            updates are added in float32, and the sum is rounded once, to the dtype that the weight had before it was
-            quantised, or to the dtype given here. ``save_pretrained`` then writes a checkpoint that needs neither this
-            package nor the library that quantised. False: quantised weights are merged as by :func:`merge`.
-
-    Returns:
-        ``model``, the same object.
+        dequantize: makes every quantised layer of the model a plain one, adapted or not: the updates are added in
+            float32, and the sum is rounded once, to the dtype that the weight had before it was quantised, or to the
+            dtype given here. False: quantised weights are merged as by :func:`merge`.
 
     Raises:
         The errors of :func:`merge`, except that adapters may be merged already.
@@ -200,16 +182,20 @@ def merge_and_unload(
     """
     caller = "merge_and_unload"
     if isinstance(dequantize, torch.dtype) and dequantize not in FLOATING:
-        raise ValueError(
-            f"{caller}: dequantize is {dequantize}, want True, False or one of {', '.join(map(str, FLOATING))}"
-        )
+        floating = ", ".join(map(str, FLOATING))
+        raise ValueError(f"{caller}: dequantize is {dequantize}, want True, False or one of {floating}")
     layers = _all_lora_modules(caller, model)
     some_merged = any(layer.is_merged for layer in layers.values())
     chosen = _chosen(caller, layers, _names(caller, adapter_names), allow_none=some_merged)
     missing = {path: (layer, names - {*layer.merged_adapters}) for path, (layer, names) in chosen.items()}
     wanted = {path: (layer, names) for path, (layer, names) in missing.items() if names}
     _check_mergeable(caller, wanted)
-    _check_can_unload(caller, model, merged=True)
+    _check_can_unload(caller, model, "merge(model) computes the same; for a plain checkpoint, lora-ext merge")
+    if (adapters := adapter_set(model)) is not None and adapters.pool is not None:
+        raise RuntimeError(
+            f"{caller}: the model has an AdapterPool, and a plain model would ignore its names; call pool.close() "
+            "first, and make a pool again for the merged model"
+        )
     _check_untied(caller, model, wanted, unloads=True)
     root, plain = root_module(model), {}
     if dequantize is not False:
@@ -219,8 +205,7 @@ def merge_and_unload(
         plain = dequantized(caller, root, quantized, dtype)
         wanted = {path: held for path, held in wanted.items() if path not in quantized}
     if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
-        _merge_next_to_merged(wanted)
-        errors = _errors_of(wanted)
+        errors = _merge_next_to_merged(wanted)
     else:
         errors = merge_for_good("merge", dict(wanted.values()), _where(wanted))
     replace_modules(root, plain)
@@ -236,22 +221,14 @@ def merge_and_unload(
 def unload(model: ModelT) -> ModelT:
     """Removes all adapters: the model is as before :func:`lora_ext.inject`, except that it stays frozen.
 
-    Returns:
-        ``model``, the same object.
-
     Raises:
         ValueError: there is no adapter layer.
         RuntimeError: an adapter is merged.
     """
     if not any(adapter_layers(model)):
         raise ValueError(f"unload: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
-    _check_can_unload("unload", model, merged=False)
-    merged = [path for path, layer in lora_modules(model) if layer.is_merged]
-    if merged:
-        raise RuntimeError(
-            f"unload: adapters are merged into {first_of(map(repr, merged))}; call unmerge(model) first, or "
-            "merge_and_unload(model)"
-        )
+    _check_can_unload("unload", model, "disable_adapters(model) computes without them")
+    check_unmerged("unload", model)
     _unload(model, merged=False)
     return model
 
@@ -270,9 +247,9 @@ def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _names(caller: str, adapter_names: str | Iterable[str] | None) -> set[str] | None:
-    if adapter_names is None or isinstance(adapter_names, str):
-        return None if adapter_names is None else {adapter_names}
-    names = set(adapter_names)
+    if adapter_names is None:
+        return None
+    names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
     if not names:
         raise ValueError(f"{caller}: adapter_names is empty; name at least one adapter, or pass None for the default")
     return names
@@ -305,11 +282,11 @@ def _where(wanted: Chosen) -> dict[LoraLayer, str]:
     return {layer: f" of {path!r}" for path, (layer, _) in wanted.items()}
 
 
-def _merge_next_to_merged(wanted: Chosen) -> None:
-    """Merges the adapters ``wanted``, in addition to those that are merged."""
-    change_merged(
-        "merge", {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}, _where(wanted)
-    )
+def _merge_next_to_merged(wanted: Chosen) -> list[MergeError]:
+    """Merges the adapters ``wanted``, in addition to those that are merged. Returns the errors of quantising again."""
+    names_of = {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}
+    change_merged("merge", names_of, _where(wanted))
+    return [layer._merged.error for layer in names_of if layer._merged.error is not None]
 
 
 def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
@@ -322,22 +299,18 @@ def _is_quantized(layer: LoraLayer) -> bool:
     return any(matrix.quantized is not None and matrix.quantized.rounds for matrix in layer.matrices().values())
 
 
-def _errors_of(wanted: Chosen) -> list[MergeError]:
-    return [layer._merged.error for layer, _ in wanted.values() if layer._merged.error is not None]
-
-
 def _report(caller: str, errors: Collection[MergeError]) -> None:
     """Logs what quantising again lost, and warns if that is a large part of the update."""
     if not errors:
         return
-    worst, middle = max(e.of_update for e in errors), statistics.median(e.of_update for e in errors)
-    relative, largest = max(e.relative for e in errors), max(e.largest for e in errors)
+    of_update = [error.of_update for error in errors]
     line = (
-        f"{caller}: {len(errors)} weights were quantised again, with errors of {middle:.0%} of the update (median; at "
-        f"most {worst:.0%}), {relative:.1%} of the weight, {largest:.2g} in an element"
+        f"{caller}: {len(errors)} weights were quantised again, with errors of {statistics.median(of_update):.0%} of "
+        f"the update (median; at most {max(of_update):.0%}), {max(e.relative for e in errors):.1%} of the weight, "
+        f"{max(e.largest for e in errors):.2g} in an element"
     )
     _LOGGER.info(line)
-    if worst > _LARGE_ERROR:
+    if max(of_update) > _LARGE_ERROR:
         warn_user(
             f"{line}. merge_errors(model) has them by layer. To lose nothing, run unmerged, or "
             "merge_and_unload(model, dequantize=True)"
@@ -359,57 +332,41 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
 
     ``unloads``: trained rows are written into the weights, too, and modules trained in full replace the frozen ones.
     """
-    layers = list(adapter_layers(model))
-    tokens = [(path, layer) for path, layer in layers if isinstance(layer, TrainableTokens)]
-    for path, (inner, _) in wanted.items():
-        if any(layer.base_layer is inner and isinstance(layer.inner_layer, nn.Linear) for _, layer in tokens):
-            raise ValueError(
-                f"{caller}: the weight of {path!r} has trained rows (trainable_token_indices), which would lose the "
-                "update; run unmerged"
-            )
-    paths = parameter_paths(root_module(model).named_modules())
-    updates_of, labels = _updates_of_shared(caller, paths, wanted)
-    replaced = []
-    if unloads:
-        trained = [(path, layer) for path, layer in layers if isinstance(layer, TrainedModule)]
-        replaced = [f"{path}.base_layer" for path, layer in trained if layer.in_use is not layer.base_layer]
-        for path, layer in tokens:
-            if rows := layer.rows_in_use:
-                parameter = id(layer.inner_layer.weight)
-                updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *map(id, rows))
-                labels.setdefault(parameter, f"the weight of {path!r}")
-    for parameter, updates in updates_of.items():
-        expected = next(iter(updates.values()))  # all modules that hold the parameter must want the same
-        others = [
-            path
-            for path in paths[parameter]
-            if not any(is_inside(path, frozen) for frozen in replaced)
-            and not any(is_inside(path, other) and updates[other] == expected for other in updates)
-        ]
-        if others:
-            raise ValueError(
-                f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; adapt both with "
-                "ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
-            )
-
-
-def _updates_of_shared(
-    caller: str, paths: dict[int, list[str]], wanted: Chosen
-) -> tuple[dict[int, dict[str, tuple]], dict[int, str]]:
-    """Finds the updates of parameters that several modules hold, by ``id(parameter)`` and by the layer's path.
-
-    Updates are keys that are equal if they are the same. Also returns the parameters' names in messages.
-    """
+    # What is added to each parameter, by the layers' paths, as keys that are equal if the updates are the same.
     updates_of: dict[int, dict[str, tuple]] = defaultdict(dict)
     labels: dict[int, str] = {}
     for path, (layer, names) in wanted.items():
         for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
             parameter = id(matrix.owner._parameters[matrix.name])
-            if len(paths[parameter]) > 1:
-                updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
-                updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *updates)
-                labels.setdefault(parameter, label)
-    return updates_of, labels
+            updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
+            updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *updates)
+            labels.setdefault(parameter, label)
+    replaced = []
+    for path, layer in adapter_layers(model):
+        if isinstance(layer, TrainedModule) and unloads and layer.in_use is not layer.base_layer:
+            replaced.append(f"{path}.base_layer")
+        if not isinstance(layer, TrainableTokens):
+            continue
+        inner = next((inner for inner, (held, _) in wanted.items() if held is layer.base_layer), None)
+        if inner is not None and isinstance(layer.inner_layer, nn.Linear):
+            raise ValueError(
+                f"{caller}: the weight of {inner!r} has trained rows (trainable_token_indices), which would lose the "
+                "update; run unmerged"
+            )
+        if unloads and (rows := layer.rows_in_use):
+            parameter = id(layer.inner_layer.weight)
+            updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *map(id, rows))
+            labels.setdefault(parameter, f"the weight of {path!r}")
+    paths = parameter_paths(root_module(model).named_modules())
+    for parameter, updates in updates_of.items():
+        expected = next(iter(updates.values()))  # all modules that hold the parameter must want the same
+        same = [path for path, its_updates in updates.items() if its_updates == expected]
+        others = [path for path in paths[parameter] if not any(is_inside(path, known) for known in (*same, *replaced))]
+        if others:
+            raise ValueError(
+                f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; adapt both with "
+                "ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
+            )
 
 
 def _check_biases(model: nn.Module, wanted: Chosen) -> None:
@@ -428,29 +385,17 @@ def _check_biases(model: nn.Module, wanted: Chosen) -> None:
 # --- the plain model --------------------------------------------------------------------------------------------------
 
 
-def _check_can_unload(caller: str, model: nn.Module, merged: bool) -> None:
+def _check_can_unload(caller: str, model: nn.Module, remedy: str) -> None:
     check_not_parallel(caller, model)
-    if merged:
-        remedy = "merge(model) computes the same; for a plain checkpoint, save_adapter and lora-ext merge"
-    else:
-        remedy = "disable_adapters(model) computes without them"
     check_not_sharded(caller, model, remedy, split=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
-        if merged and adapters.pool is not None:
-            raise RuntimeError(
-                f"{caller}: the model has an AdapterPool, and a plain model would ignore its names; call pool.close() "
-                "first, and make a pool again for the merged model"
-            )
-    for _, layer in adapter_layers(model) if merged else ():
-        if isinstance(layer, TrainableTokens):
-            _ = layer.rows_in_use  # ValueError: two active adapters train the same row
 
 
 def _unload(model: nn.Module, merged: bool) -> None:
-    if (adapters := adapter_set(model)) is not None and not merged:
-        adapters.switch(())  # restores the model's own biases
-    if adapters is not None:
+    if (adapters := adapter_set(model)) is not None:
+        if not merged:
+            adapters.switch(())  # restores the model's own biases
         adapters.active.removed(tuple(adapters.configs))
     while layers := [layer for _, layer in adapter_layers(model)]:  # layers may be nested
         inner = {id(child) for layer in layers for child in layer.children() if isinstance(child, AdapterLayer)}

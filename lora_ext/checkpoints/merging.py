@@ -20,7 +20,7 @@ from lora_ext._ops.dora import row_norms, scale_of_rows
 from lora_ext.checkpoints.changes import TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, open_adapter
-from lora_ext.files.method_note import read_method_note
+from lora_ext.files.adapter_file import read_method_note
 from lora_ext.files.reading import BITS, DTYPE_NAMES, DTYPES, read_metadata
 from lora_ext.files.writing import check_new, new_directory, stream_tensors
 from lora_ext.merging.weights import merge_all_, pack_factors
@@ -233,14 +233,14 @@ def _open_adapters(
     opened = [open_adapter(one, with_dora=True, caller="merge") for one in adapters]
     for contents in opened:
         directory = contents.file.directory
-        note = read_method_note(directory)
-        if note.has_other_parts:
+        method, pooling = read_method_note(directory)
+        if method not in ("", "lora"):
             raise ValueError(
-                f"merge: {directory} holds the low-rank part of {note.name}, and the checkpoint would lack the rest; "
+                f"merge: {directory} holds the low-rank part of {method}, and the checkpoint would lack the rest; "
                 "load it into the model (lora_ext.methods.load_method), and run it unmerged"
             )
         config = base.config()
-        if note.pooling == "mean" and config and config.get("classifier_pooling") != "mean":
+        if pooling == "mean" and config and config.get("classifier_pooling") != "mean":
             raise ValueError(
                 f"merge: {directory} was trained with --pooling mean, and the checkpoint would not say so; write "
                 f'"classifier_pooling": "mean" into {base.directory / CONFIG_FILE} first'

@@ -2,6 +2,6 @@
 
 - Adapters of a model: ``save_load``, ``save_pretrained``, ``hub``. ``adapter_file`` reads an adapter's config and
   tensors, ``adapter_content`` writes them. They may have ``base_layers``, the ``packed_projection`` form, an
-  ``expert_layout``; ``misfits`` lists what does not fit a model; ``method_note`` says of which method one is a part.
+  ``expert_layout``; ``misfits`` lists what does not fit a model.
 - Low level: ``reading`` of what strangers wrote, ``writing`` of files that are whole or absent.
 """

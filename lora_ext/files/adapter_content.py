@@ -23,12 +23,9 @@ from lora_ext.model.bare_model import root_module
 from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trained import TrainedModule
 
-ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
-"""The config is last, as :func:`~lora_ext.files.writing.write_files` needs: without it there is no adapter."""
-
 
 class AdapterContent(NamedTuple):
-    """The content of :data:`ADAPTER_FILES`: text of the config, tensors and metadata."""
+    """The content of :data:`~lora_ext.files.adapter_file.ADAPTER_FILES`: text of the config, tensors and metadata."""
 
     config: str
     tensors: dict[str, Tensor]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,14 @@ from torch import Tensor
 from lora_ext._common.printable import first_of, shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
-from lora_ext.files.reading import DTYPES, check_shards, open_tensors, read_index, read_json
+from lora_ext.files.reading import DTYPES, open_tensors, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_WEIGHTS_FILE = "adapter_model.bin"
-INDEX_FILES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
-"""Indexes of an adapter in several files; Transformers (5) writes one under the name that it uses for models."""
-_SHARDS = "adapter_model-*.safetensors"
-ADAPTER_FILE_PATTERNS = (CONFIG_FILE, WEIGHTS_FILE, *INDEX_FILES, _SHARDS)
-"""The files that an adapter can consist of."""
+ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
+"""The config is last, as :func:`~lora_ext.files.writing.write_files` needs: without it there is no adapter."""
 METHOD_FILE = "method.json"
 """What :mod:`lora_ext.methods` writes. Without an adapter's config next to it, its method has no low-rank adapter."""
-
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the Hugging Face hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +33,10 @@ class AdapterFile:
 
     Attributes:
         directory: directory of the files.
-        path: the tensors' file, or the index of several.
+        path: the tensors' file.
         config: content of ``adapter_config.json``, an object; its values are not checked.
         tensors: the tensors, on the CPU.
-        metadata: metadata of the tensors' files.
+        metadata: metadata of the tensors' file.
     """
 
     directory: Path
@@ -54,24 +47,22 @@ class AdapterFile:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, caller: str) -> AdapterFile:
-        """Opens the adapter in ``directory``, which PEFT, :func:`lora_ext.save_adapter` or Transformers wrote.
-
-        Transformers may spread the tensors over several files with an index.
-
-        Args:
-            caller: prefix of error messages.
+        """Opens the adapter in ``directory``. ``caller`` is the prefix of error messages.
 
         Raises:
-            FileNotFoundError: a file is missing, or the tensors are pickled; the message names the file.
+            FileNotFoundError: a file is missing, or the tensors are pickled or in several files; the message names it.
             OSError: a file cannot be read.
             ValueError: a file is corrupted, has the wrong content, is too large (16 MiB for the config) or is not
                 regular, such as a pipe.
         """
         directory = Path(directory)
+        path = directory / WEIGHTS_FILE
         try:
             version = _version(directory)
             config = _read_config(directory)
-            path, tensors, metadata = _read_weights(directory)
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is missing{_other_weights(directory)}")
+            tensors, metadata = read_tensors(path)
             if _version(directory) != version:  # the tensors may be of another save than the config
                 raise ValueError(f"{directory} was replaced while it was read; read it again")
         except FileNotFoundError as error:
@@ -119,6 +110,21 @@ class AdapterFile:
             )
 
 
+def read_method_note(directory: Path) -> tuple[str, str | None]:
+    """Reads the names of the methods that saved an adapter, joined by +, and the pooling of the model, if noted.
+
+    ``""`` and None without :data:`METHOD_FILE`. ValueError: it is damaged. OSError: it cannot be read.
+    """
+    path = directory / METHOD_FILE
+    try:
+        content = read_json(path, limit=1 << 20)
+        return "+".join(part["name"] for part in content["methods"]), content.get("pooling")
+    except FileNotFoundError:
+        return "", None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: it names no methods") from error
+
+
 def holds_adapter(directory: Path) -> bool:
     """Returns whether the directory has an adapter config, valid or not."""
     return os.path.lexists(os.path.join(directory, CONFIG_FILE))
@@ -143,7 +149,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         return read_json(directory / CONFIG_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         wanted = "want a directory that save_adapter or PEFT wrote"
-        if not directory.exists() and _REPOSITORY.fullmatch(str(directory)):
+        if not directory.exists():
             wanted += "; for an adapter on the Hugging Face hub: load_adapter(..., download=True)"
         if (directory / METHOD_FILE).is_file():
             wanted += f"; {METHOD_FILE} there is of a method without LoRA, which lora_ext.methods.load_method loads"
@@ -161,27 +167,16 @@ def _version(directory: Path) -> tuple[int, ...] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read_weights(directory: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
-    """Returns the path of the tensors' file or index, the tensors and the metadata."""
-    path = directory / WEIGHTS_FILE
-    if path.exists():
-        return path, *read_tensors(path)
-    for index_path in (directory / name for name in INDEX_FILES):
-        if index_path.exists():
-            index, names = read_index(index_path)
-            if all(Path(name).match(_SHARDS) for name in names):  # not of a model in the same directory
-                shards = {name: read_tensors(directory / name) for name in names}
-                check_shards(index_path, index["weight_map"], {name: held for name, (held, _) in shards.items()})
-                tensors = {key: tensor for held, _ in shards.values() for key, tensor in held.items()}
-                return index_path, tensors, {k: v for _, metadata in shards.values() for k, v in metadata.items()}
-    if (directory / PICKLED_WEIGHTS_FILE).exists():
-        raise FileNotFoundError(
-            f"{path} is missing; {PICKLED_WEIGHTS_FILE} is there, and pickles are not read: load it with PEFT and save "
-            "it again, which writes safetensors"
+def _other_weights(directory: Path) -> str:
+    """Says which weights the directory has instead, which are not read."""
+    if (directory / "adapter_model.bin").exists():
+        return (
+            "; adapter_model.bin is there, and pickles are not read: load it with PEFT and save it again, which writes "
+            "safetensors"
         )
-    shards = sorted(file.name for file in directory.glob(_SHARDS))
-    found = f"; {shards[0]} is there without {INDEX_FILES[0]}, which says what is in which file" if shards else ""
-    raise FileNotFoundError(f"{path} is missing{found}")
+    if shards := sorted(file.name for file in directory.glob("adapter_model-*.safetensors")):
+        return f"; {shards[0]} is one of several files, which are not read: save with a larger max_shard_size"
+    return ""
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -31,19 +31,14 @@ def base_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 def base_tensors_to_save(
     caller: str, model: nn.Module, adapter: Adapter, save_embedding_layers: SaveEmbeddings = "auto"
 ) -> dict[str, Tensor]:
-    """The tensors of base layers that belong into a file of ``adapter``.
+    """The tensors of base layers that belong into a file of ``adapter``; see :func:`~lora_ext.save_adapter`.
 
-    True: the input embedding and the output head. "auto": both if the vocabulary was resized, with a warning, and the
-    base layers that were loaded with the adapter. False: none.
-
-    Raises:
-        RuntimeError: an adapter is merged into one of them.
+    RuntimeError: an adapter is merged into one of them.
     """
     if save_embedding_layers is False:
         return {}
     tensors = base_tensors(model, adapter)
-    loaded = adapter.into.loaded_base.get(adapter.name, frozenset())
-    wanted = {key for key in tensors if key in loaded}
+    wanted = {key for key in tensors if key in adapter.into.loaded_base.get(adapter.name, ())}
     bare = BareModel(root_module(model))
     sizes = _resized(bare.root) if save_embedding_layers == "auto" else None
     if sizes is not None or save_embedding_layers is True:
@@ -51,8 +46,7 @@ def base_tensors_to_save(
     if sizes is not None and wanted:
         warn_user(
             f"{caller}: {_resizing(bare.root, sizes)}, so the file holds the embedding and the output head, too; "
-            "save_adapter(..., save_embedding_layers=False) "
-            "leaves them out"
+            "save_adapter(..., save_embedding_layers=False) leaves them out"
         )
     _check_not_merged(caller, bare, adapter, wanted)
     if offloaded := [key for key in sorted(wanted) if tensors[key].is_meta]:
@@ -103,15 +97,11 @@ def _check_not_merged(caller: str, bare: BareModel, adapter: Adapter, keys: set[
 
 
 def _resized(root: nn.Module) -> tuple[int, int] | None:
-    """The vocabulary's sizes in the base model's config and in ``root``, if they differ.
-
-    Like PEFT, but without the network: the config is read from the directory, or from the hub's cache.
-    """
+    """The vocabulary's sizes in the base model's config and in ``root``, if they differ. Never asks the network."""
     config, name = getattr(root, "config", None), getattr(root, "name_or_path", None)
-    now = _vocabulary(config)
-    if not name or now is None or not hasattr(type(config), "get_config_dict"):
+    kind, now = type(config), _vocabulary(config)
+    if not name or now is None or not hasattr(kind, "get_config_dict"):
         return None
-    kind = type(config)
     try:
         values, _ = kind.get_config_dict(name, local_files_only=True)
         # A directory without a config (of a GGUF file) has no values, which would become the defaults.

@@ -6,45 +6,29 @@ import glob
 from pathlib import Path
 
 from lora_ext._common.printable import install_hint
-from lora_ext.files.adapter_file import ADAPTER_FILE_PATTERNS
+from lora_ext.files.adapter_file import ADAPTER_FILES
 
 
-def download_adapter(name: str, revision: str | None = None, subfolder: str = "", *, caller: str) -> Path:
-    """Downloads the adapter in the hub's repository ``name`` into huggingface_hub's cache, or finds it there.
+def download_adapter(name: str, revision: str | None, subfolder: str, *, caller: str) -> Path:
+    """Fetches the adapter's two files of the hub's repository ``name`` into huggingface_hub's cache, or finds them.
 
-    Nothing else of the repository is fetched. Offline mode (``HF_HUB_OFFLINE=1``), the endpoint, the cache's place and
-    the token are huggingface_hub's.
-
-    Args:
-        name: such as ``"org/name"``.
-        revision: a branch, tag or commit; None: the main branch.
-        subfolder: of the repository, which has the files; "": they are at its top.
-        caller: prefix of error messages.
-
-    Returns:
-        The directory of the repository, in the cache.
+    Offline mode (``HF_HUB_OFFLINE=1``), the endpoint, the cache's place and the token are huggingface_hub's. Returns
+    the directory of the repository in the cache.
 
     Raises:
         ImportError: huggingface_hub is not installed.
-        ValueError: ``name`` cannot be the name of a repository.
         OSError: the download failed, or in offline mode the repository is not in the cache.
     """
     try:
-        from huggingface_hub import constants, snapshot_download
-        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
         raise ImportError(f"{caller}: download=True needs huggingface_hub ({error}): {install_hint('hub')}") from error
     prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
     try:
-        patterns = [f"{prefix}{pattern}" for pattern in ADAPTER_FILE_PATTERNS]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise ValueError(f"{caller}: {name!r} is not a repository's name: {_first_line(error)}") from error
-    except Exception as error:  # of the hub, the connection, the cache
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[prefix + file for file in ADAPTER_FILES])
+        )
+    except Exception as error:  # of the name, the hub, the connection, the cache
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         where = f"{name!r}" if revision is None else f"{name!r} at {revision!r}"
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-        raise OSError(f"{caller}: {where} cannot be downloaded{offline}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise OSError(f"{caller}: {where} cannot be downloaded: {reason}") from error

@@ -16,13 +16,7 @@ from lora_ext.model.adapter_set import Adapter
 # With bias="all" PEFT also writes the biases of modules_to_save under the names inside its wrappers.
 _PEFT_DUPLICATES = (".original_module.bias", ".modules_to_save.bias")
 _NOT_IN_SHAPES = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "enable_lora",
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "enable_lora"),
     "trainable_token_indices",
 )
 
@@ -84,7 +78,7 @@ def check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
             problems.append(f"device of {key}: the model is on the meta device; give it memory (to_empty) first")
         elif target.numel() and not is_sharded(target):  # a tied DTensor gets the same values twice
             twin = filled.setdefault((target.device, target.data_ptr()), key)
-            if twin != key and not torch.equal(*(_in_order_of(targets[k], file.tensor(k)) for k in (twin, key))):
+            if twin != key and not torch.equal(*(_in_order_of(targets[k], file.tensors[k]) for k in (twin, key))):
                 problems.append(f"values of {key}: tied to {twin} in the model, but they differ in the file")
     _refuse(problems, file)
 

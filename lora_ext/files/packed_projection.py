@@ -32,14 +32,9 @@ _RESTORED = ("enable_lora", "rank_pattern", "alpha_pattern")  # config keys that
 def to_peft_form(
     adapter: Adapter, values: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Converts config and tensors of an adapter to the form that PEFT reads.
+    """Converts ``values``, the content of ``adapter_config.json``, and a file's tensors to the form that PEFT reads.
 
-    Args:
-        values: content of ``adapter_config.json``.
-        tensors: tensors by the keys of the file.
-
-    Returns:
-        Config, tensors, and the file's metadata. Without packed projections the arguments and empty metadata.
+    Returns config, tensors, and the file's metadata; without packed projections the arguments and empty metadata.
     """
     if not any(isinstance(part.adapter, PackedAdapter) for part in adapter.parts):
         return values, tensors, {}
@@ -88,13 +83,12 @@ def _gathered(file: AdapterFile, key: str, enabled: Any) -> Tensor:
     """Returns the blocks of a block-diagonal tensor. ValueError: ``enabled`` does not describe it."""
     if key not in file:
         raise ValueError(f"the file has no tensor {shown(key)}")
+    shape, dtype = file.shape(key), file.dtype(key)
     if not isinstance(enabled, list) or not all(isinstance(on, bool) for on in enabled) or not any(enabled):
         raise ValueError(f"the blocks of {key} are {shown(enabled)}, want bools, at least one of them true")
-    if file.dtype(key) not in FLOATING:
-        raise ValueError(f"{key} is {file.dtype(key)}, want one of {', '.join(map(str, FLOATING))}")
-    shape = file.shape(key)
-    if len(shape) != 2 or 0 in shape or shape[0] % len(enabled) or shape[1] % sum(enabled):
-        raise ValueError(f"{key} has shape {list(shape)}, which does not divide into blocks {shown(enabled)}")
+    fits = len(shape) == 2 and 0 not in shape and shape[0] % len(enabled) == 0 == shape[1] % sum(enabled)
+    if not fits or dtype not in FLOATING:
+        raise ValueError(f"{key} ({dtype}) has shape {list(shape)}, which does not divide into blocks {shown(enabled)}")
     try:
         return gather_blocks(file.tensor(key), enabled)
     except ValueError as error:

@@ -1,15 +1,15 @@
-"""Adapter files in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory.
+"""Saves adapters of a model as PEFT's files, ``adapter_config.json`` and ``adapter_model.safetensors``, and loads them.
 
 Keys are ``base_model.model.<path>.lora_A.weight`` and ``.lora_B.weight`` for the factors of a linear layer, the names
 of ``file_tensors`` for other layers, and ``base_model.model.<path>.<name>`` for the parameters and buffers of a module
-trained in full. lora_ext/files/adapter_file.py reads them, lora_ext/files/adapter_content.py writes them.
+trained in full.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,17 +30,17 @@ from lora_ext._common.sharded import (
 )
 from lora_ext._common.warnings import warn_user
 from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.files.adapter_content import ADAPTER_FILES, adapter_content
-from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile
+from lora_ext.files.adapter_content import adapter_content
+from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile
 from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
-from lora_ext.files.expert_layout import in_present_layout
+from lora_ext.files.expert_layout import check_expert_layout
 from lora_ext.files.hub import download_adapter
 from lora_ext.files.misfits import check_fits, check_places, check_same_kind
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.writing import write_files
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
 from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter, find_adapters
-from lora_ext.model.adapter_state import lost_parameters
+from lora_ext.model.adapter_state import warn_of_lost_parameters
 from lora_ext.model.bare_model import check_not_managed, check_not_parallel, root_module
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -57,15 +57,11 @@ def save_adapter(
 ) -> None:
     """Saves an adapter of an injected ``model`` to ``directory``, where PEFT's ``from_pretrained`` can read it.
 
-    Makes the directory if needed, replaces an adapter in it and keeps other files. Each file appears whole, by a
-    rename, the config last; after an error the old adapter is intact. All ranks of a sharded model (FSDP2, ZeRO-3) must
-    call it: they gather the factors, and the first one writes.
+    Makes the directory if needed, replaces an adapter in it and keeps other files. Each file appears whole, the config
+    last. All ranks of a sharded model (FSDP2, ZeRO-3) must call it: they gather the factors, and the first one writes.
 
     Args:
-        model: an injected model.
-        directory: target directory.
-        adapter_name: the adapter to save; None: the active one, which is the only one of the model or the only one
-            that trains.
+        adapter_name: the adapter to save; None: the active one, if no other one trains.
         save_embedding_layers: True also saves the base model's input embedding and output head, which
             :func:`load_adapter` and PEFT load; False saves none. "auto": both if the vocabulary was resized, decided
             like in PEFT by the config of the model's ``name_or_path``; and base layers that were loaded with the
@@ -88,7 +84,7 @@ def save_adapter(
     with gathered(adapter.parameters()):
         base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
         content = adapter_content(model, adapter, base)
-    _warn_of_lost_parameters(model, adapter, base)
+    warn_of_lost_parameters("save_adapter", root_module(model), saved=base.values())
     with first_rank_writes(_sharded_tensors(adapter)) as writes:
         if writes:
             with write_files(directory, ADAPTER_FILES, "save_adapter") as staging:
@@ -96,7 +92,7 @@ def save_adapter(
 
 
 def _check_active_trains(model: nn.Module) -> None:
-    """Raises ValueError if a model of several adapters has another one active than the one that trains."""
+    """Checks that no other adapter than the active one trains. ValueError: one does."""
     adapters = find_adapters(model, "save_adapter")
     training = [name for name in adapters.configs if not adapters.is_frozen(name)]
     if len(adapters.configs) > 1 and set(training) != {*adapters.active.names}:
@@ -104,16 +100,6 @@ def _check_active_trains(model: nn.Module) -> None:
             f"save_adapter: the model has the adapters {sorted(adapters.configs)}, of which {training or 'none'} train "
             f"and {list(adapters.active.names) or 'none'} are active; name the one to save: save_adapter(model, "
             "directory, adapter_name)"
-        )
-
-
-def _warn_of_lost_parameters(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
-    if lost := lost_parameters(root_module(model), adapter.into, saved=base.values()):
-        warn_user(
-            f"save_adapter: {shown(lost[0])} requires a gradient but belongs to no adapter (one of {len(lost)} "
-            "parameters), and the file does not hold it; name its module in modules_to_save, pass "
-            "save_embedding_layers=True for an embedding or head, or call lora_ext.methods.save_method if a method "
-            "trains it"
         )
 
 
@@ -134,15 +120,11 @@ def load_adapter(
     A bare model is injected with the file's config. An injected model gets the adapter in addition, and as in PEFT its
     active adapters stay active and keep training; if it has an adapter of that name, the values of that adapter are
     replaced, in place. Base layers in the file are loaded too, and saved again with the adapter. Values are cast to the
-    dtype of the parameters that they fill.
-
-    A model in which nothing trains after the load of a frozen adapter is put into eval mode, which turns dropout off.
-    (PEFT does so at every frozen load.)
+    dtype of the parameters that they fill. A model in which nothing trains after the load of a frozen adapter is put
+    into eval mode.
 
     Args:
-        model: any module.
-        directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``, or several such files with an
-            index. With ``download``, the name of a repository on the Hugging Face hub.
+        directory: of the files. With ``download``, the name of a repository on the Hugging Face hub.
         trainable: whether the adapter requires gradients. An adapter whose values are replaced keeps its flags.
         adapter_name: name of the adapter in the model.
         activate: makes it the active adapter, as :func:`lora_ext.set_adapter` does. The first adapter of a model is
@@ -150,8 +132,8 @@ def load_adapter(
         download: fetch the adapter's files into huggingface_hub's cache, or find them there. Without it, nothing is
             ever fetched.
         revision: with ``download``, a branch, tag or commit of the repository.
-        subfolder: of ``directory`` or the repository, which has the files: ``save_pretrained`` writes adapters with
-            other names than "default" into subdirectories of these names.
+        subfolder: of ``directory`` or the repository: ``save_pretrained`` writes adapters with other names than
+            "default" into subdirectories of these names.
 
     Returns:
         ``model``, the same object.
@@ -178,24 +160,14 @@ def load_adapter(
         directory = Path(directory) / subfolder.strip("/")
         if ".." in Path(subfolder).parts:
             raise ValueError(f"load_adapter: subfolder is {subfolder!r}, want one within the directory")
-    _load(model, directory, trainable, adapter_name, activate)
-    return model
-
-
-@one_at_a_time
-def _load(
-    model: nn.Module, directory: str | os.PathLike[str], trainable: bool, adapter_name: str, activate: bool
-) -> None:
     load_opened(model, read_adapter(directory, "load_adapter"), trainable, adapter_name, activate)
     if not trainable:
         eval_unless_training(model)
+    return model
 
 
 def read_adapter(directory: str | os.PathLike[str], caller: str) -> AdapterFile:
-    """Reads an adapter's files for a model: in the model's form of packed projections, and with positive alphas.
-
-    Errors are those of :func:`load_adapter` about files and the alphas of their config.
-    """
+    """Reads an adapter's files for a model: in the model's form of packed projections, and with positive alphas."""
     return with_positive_alphas(from_peft_form(AdapterFile.open(directory, caller=caller), caller), caller)
 
 
@@ -228,6 +200,7 @@ def eval_unless_training(model: nn.Module) -> None:
         model.eval()
 
 
+@one_at_a_time
 def load_opened(
     model: nn.Module,
     file: AdapterFile,
@@ -284,7 +257,7 @@ def _fill_checked(
     model: nn.Module, file: AdapterFile, adapter: Adapter, give_memory: Callable[[], Adapter] | None, activate: bool
 ) -> None:
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
-    file = in_present_layout(adapter, file, "load_adapter")
+    check_expert_layout(adapter, file, "load_adapter")
     unsaved = _unsaved_biases(adapter, file)
     check_fits(_targets(model, adapter, file, unsaved), file)
     if give_memory is not None:

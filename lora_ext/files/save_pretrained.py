@@ -9,23 +9,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import shown
 from lora_ext._common.sharded import is_elsewhere, is_fully_sharded, prepare_shards
 from lora_ext._common.warnings import warn_user
-from lora_ext.files.adapter_content import ADAPTER_FILES, AdapterContent, adapter_content
-from lora_ext.files.adapter_file import CONFIG_FILE, holds_adapter
+from lora_ext.files.adapter_content import AdapterContent, adapter_content
+from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, holds_adapter
 from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.writing import write_files, write_tensors
-from lora_ext.model.adapter_set import AdapterSet, adapter_set, find_adapter
-from lora_ext.model.adapter_state import MARKER, adapter_state, lost_parameters
+from lora_ext.model.adapter_set import adapter_set, find_adapter
+from lora_ext.model.adapter_state import MARKER, adapter_state, trained_ids, warn_of_lost_parameters
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.model.given_state import with_values
 from lora_ext.model.method_files import MethodFiles
@@ -40,8 +38,6 @@ _MODEL_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
 )
 _NOT_FOR_ADAPTERS = {
     "push_to_hub": "save first, and then call huggingface_hub.upload_folder",
@@ -63,15 +59,20 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
     module, name = saver.module, f"{type(saver.module).__name__}.save_pretrained"
     directory = Path(next(iter(options.values())))
     method = MethodFiles.of(saver.root)
-    if not _is_adapted(module, method):
+    if trained_ids(module, method).isdisjoint(map(id, (*module.parameters(), *module.buffers()))):
         with base_keys():  # layers may be left without adapters, for a pool
             return saver.original(**options)
     prepare_shards(name, module)
     given = options.pop("state_dict", None)
     if given == {}:  # Trainer's placeholder under DeepSpeed, which it removes
         return None
-    if given is None:
-        _check_whole(name, module)
+    is_sharded = any(map(is_fully_sharded, module.modules())) or any(map(is_elsewhere, module.parameters()))
+    if given is None and is_sharded:
+        raise ValueError(
+            f"{name}: the model is sharded (fully_shard, or DeepSpeed's ZeRO-3); call lora_ext.save_adapter on all "
+            "ranks, or gather the state and pass it, as Trainer does: save_pretrained(directory, "
+            "state_dict=accelerator.get_state_dict(model))"
+        )
     with with_values(name, module, given):
         if _is_merged(name, module):
             _check_can_save_merged(name, directory, method)
@@ -94,29 +95,14 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
 SavePretrained.save = staticmethod(save_adapted)
 
 
-def _is_adapted(module: nn.Module, method: MethodFiles | None) -> bool:
-    """Returns whether ``module``, the adapted model or a part of it, has adapters or what a method trains."""
-    trained = set() if method is None else {id(tensor) for tensor in method.tensors.values()}
-    return any(len(layer.adapters) for _, layer in adapter_layers(module)) or any(
-        id(tensor) in trained for tensor in (*module.parameters(), *module.buffers())
-    )
-
-
-def _check_whole(name: str, module: nn.Module) -> None:
-    """Raises ValueError if the values of ``module`` are spread over processes."""
-    if any(map(is_fully_sharded, module.modules())) or any(map(is_elsewhere, module.parameters())):
-        raise ValueError(
-            f"{name}: the model is sharded (fully_shard, or DeepSpeed's ZeRO-3); call lora_ext.save_adapter on all "
-            "ranks, or gather the state and pass it, as Trainer does: save_pretrained(directory, "
-            "state_dict=accelerator.get_state_dict(model))"
-        )
-
-
 def _is_merged(name: str, module: nn.Module) -> bool:
     """Returns whether the base weights contain all active adapters. ValueError: they contain some of them."""
-    layers = [layer for _, layer in adapter_layers(module) if isinstance(layer, LoraLayer)]
-    merged = {name for layer in layers for name in layer.merged_adapters}
-    waiting = {name for layer in layers for name in {*layer.active_adapters} - {*layer.merged_adapters}}
+    merged: set[str] = set()
+    waiting: set[str] = set()
+    for _, layer in adapter_layers(module):
+        if isinstance(layer, LoraLayer):
+            merged |= {*layer.merged_adapters}
+            waiting |= {*layer.active_adapters} - {*layer.merged_adapters}
     if merged and waiting:
         raise ValueError(
             f"{name}: the adapters {sorted(merged)} are merged, {sorted(waiting)} are in use but not merged "
@@ -143,73 +129,47 @@ def _save_adapters(name: str, directory: Path, module: nn.Module, method: Method
 
     Processes that do not write gather the parts of split layers (tensor parallelism) along with the one that does.
     """
-    _check_no_model(name, directory)
-    adapters = adapter_set(module)
+    for path in (directory / file for file in _MODEL_FILES):
+        if path.exists() and not _is_state(path):  # it may be the only copy of the base
+            raise ValueError(
+                f"{name}: {path} holds weights of a whole model, which adapters must not replace; choose another "
+                "directory, or merge(model) first"
+            )
     contents: dict[str, AdapterContent] = {}
-    base: list[Tensor] = []
+    base = []
+    adapters = adapter_set(module)
     for adapter_name in () if adapters is None else adapters.configs:
         adapter = find_adapter(module, name, adapter_name)
         tensors = base_tensors_to_save(name, module, adapter)
         contents[adapter_name] = adapter_content(module, adapter, tensors)
         base += tensors.values()
-    if method is not None and method.has_adapter and _DEFAULT not in contents:
+    default = contents.pop(_DEFAULT, None)
+    if method is not None and method.has_adapter and default is None:
         raise ValueError(
             f"{name}: the adapter {_DEFAULT!r}, a part of {method.name}, was merged for good, removed or renamed; "
             "call lora_ext.methods.remove_method(model), which keeps the weights"
         )
-    state = adapter_state(module, adapters, method, base)
+    state = adapter_state(module, method, base)
     if not writes:
         return
-    _warn_of_lost_parameters(name, module, adapters, method, base)
-    if method is not None:
-        _write_method(name, directory, method, contents)
-    for adapter_name, content in contents.items():
-        if method is None or adapter_name != _DEFAULT:
-            inside = directory if adapter_name == _DEFAULT else directory / adapter_name
-            with write_files(inside, ADAPTER_FILES, name) as staging:
-                content.write(staging)
-    with write_files(directory, (_STATE_FILE,), name) as staging:
-        write_tensors(staging / _STATE_FILE, state, {"format": "pt"})
-
-
-def _write_method(name: str, directory: Path, method: MethodFiles, contents: Mapping[str, AdapterContent]) -> None:
-    """Writes what ``save_method`` does."""
-    if contents:
+    warn_of_lost_parameters(name, module, method, saved=base)
+    if method is not None and (contents or default is not None):
         warn_user(
             f"{name}: PEFT and from_pretrained read the low-rank adapters in {directory} without what {method.name} "
             "trained; load all of it into the base model by lora_ext.methods.load_method(model, directory), then the "
             "other adapters by load_adapter"
         )
-    with write_files(directory, method.names, name) as staging:
-        if _DEFAULT in contents:
-            contents[_DEFAULT].write(staging)
-        method.write(staging)
-
-
-def _warn_of_lost_parameters(
-    name: str, module: nn.Module, adapters: AdapterSet | None, method: MethodFiles | None, saved: list[Tensor]
-) -> None:
-    lost = lost_parameters(module, adapters, method, saved=saved)
-    if not lost:
-        return
-    if method is None:
-        owner, loader, remedy = "belongs to no adapter", "load_adapter", "name its module in modules_to_save"
-    else:
-        owner, loader, remedy = f"does not belong to {method.name}", "load_method", "freeze it, or save it yourself"
-    warn_user(
-        f"{name}: {shown(lost[0])} requires a gradient but {owner} (one of {len(lost)} parameters): Trainer resumes "
-        f"with it, but {loader} will not restore it; {remedy}"
-    )
-
-
-def _check_no_model(name: str, directory: Path) -> None:
-    """Checks that no weights of a whole model would be replaced: they may be the only copy of the base."""
-    for path in (directory / file for file in _MODEL_FILES):
-        if path.exists() and not _is_state(path):
-            raise ValueError(
-                f"{name}: {path} holds weights of a whole model, which adapters must not replace; choose another "
-                "directory, or merge(model) first"
-            )
+    if method is not None or default is not None:
+        with write_files(directory, ADAPTER_FILES if method is None else method.names, name) as staging:
+            if default is not None:
+                default.write(staging)
+            if method is not None:
+                method.write(staging)
+    for adapter_name, content in contents.items():
+        with write_files(directory / adapter_name, ADAPTER_FILES, name) as staging:
+            content.write(staging)
+    with write_files(directory, (_STATE_FILE,), name) as staging:
+        write_tensors(staging / _STATE_FILE, state, {"format": "pt"})
 
 
 def _is_state(path: Path) -> bool:

@@ -18,8 +18,8 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
-from lora_ext.files.adapter_content import ADAPTER_FILES, adapter_content, base_name
-from lora_ext.files.adapter_file import METHOD_FILE, AdapterFile, read_tensors
+from lora_ext.files.adapter_content import adapter_content, base_name
+from lora_ext.files.adapter_file import ADAPTER_FILES, METHOD_FILE, AdapterFile, read_tensors
 from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_vocabulary
 from lora_ext.files.misfits import misfits
 from lora_ext.files.reading import read_json
@@ -31,7 +31,7 @@ from lora_ext.methods.lora import Lora
 from lora_ext.methods.pooling import POOLINGS, with_pooling
 from lora_ext.methods.registry import METHODS, combined, new_method
 from lora_ext.model.adapter_set import adapter_set, find_adapter
-from lora_ext.model.adapter_state import lost_parameters
+from lora_ext.model.adapter_state import warn_of_lost_parameters
 from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.model.method_files import MethodFiles
 
@@ -68,18 +68,16 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         adapter = find_adapter(model, "save_method", "default")  # others may have been added, and be active
         base = base_tensors_to_save("save_method", model, adapter)
         content = adapter_content(model, adapter, base)
-    _warn_of_parts_left_out(model, files, base)
+    warn_of_lost_parameters("save_method", root_module(model), files, saved=base.values())
+    _warn_of_other_adapters(model, files)
     with write_files(directory, files.names, "save_method") as staging:
         if content is not None:
             content.write(staging)
         files.write(staging)
 
 
-def _warn_of_parts_left_out(model: nn.Module, files: MethodFiles, base: Mapping[str, Tensor]) -> None:
+def _warn_of_other_adapters(model: nn.Module, files: MethodFiles) -> None:
     adapters = adapter_set(model)
-    if lost := lost_parameters(root_module(model), adapters, files, saved=base.values()):
-        lost_ones = f"{shown(lost[0])} requires a gradient but does not belong to {files.name} (one of {len(lost)})"
-        warn_user(f"save_method: {lost_ones}: load_method will not restore it; freeze it, or save it yourself")
     if others := [
         name for name in (adapters.configs if adapters else ()) if not files.has_adapter or name != "default"
     ]:

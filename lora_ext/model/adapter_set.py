@@ -13,7 +13,6 @@ from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, roo
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.base_layer import is_offloaded
-from lora_ext.nn.trained import TrainedModule
 
 _ATTRIBUTE = "_lora_adapters"  # the attribute of an injected model that holds its AdapterSet
 
@@ -41,7 +40,7 @@ class Part:
     file_scale: float = 1.0
 
     def file_scale_of(self, key: str) -> float:
-        """The factor for the tensor ``key`` when it is saved; loading divides by it. A power of 2, or its negative."""
+        """The factor for the tensor ``key`` when it is saved; loading divides by it."""
         unscaled = ".lora_A.weight", ".lora_embedding_A", ".lora_magnitude_vector"
         return 1.0 if key.endswith(unscaled) else self.file_scale
 
@@ -49,9 +48,7 @@ class Part:
 def complete_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Fills in the fields of an adapter's parts that depend on its other parts. ``parts`` must be all of them.
 
-    If an attention's ``out_proj`` is adapted along with it, files hold half of its update: PEFT (0.21) adds it twice,
-    in every forward and when it merges. So a file means the same in both. PEFT cannot read attentions with separate
-    query, key and value weights.
+    If an attention's ``out_proj`` is adapted along with it, files hold half of its update: PEFT (0.21) adds it twice.
     """
     parts = tuple(parts)
     in_file = file_paths((part.path, part.layer) for part in parts)
@@ -129,7 +126,6 @@ class AdapterSet:
         configs: by adapter name, in the order of addition.
         active: the names in use; all layers of the model share this object.
         biases: by adapter name; at most one adapter trains the model's biases.
-        trained: by adapter name, the paths of the modules that it trains in full.
         loaded_base: by adapter name, the file keys of base layers that were loaded with it; saved again with it.
         share_inputs: whether layers that read one tensor are computed together.
         pool: where rows find adapters that the layers lack, or None: a :class:`lora_ext.AdapterPool`.
@@ -142,7 +138,6 @@ class AdapterSet:
         self.configs: dict[str, LoraConfig] = {}
         self.active = ActiveAdapters()
         self.biases: dict[str, TrainedBiases] = {}
-        self.trained: dict[str, frozenset[str]] = {}
         self.loaded_base: dict[str, frozenset[str]] = {}
         self._trainable: set[str] = set()
         # By adapter name, the ``_parameters`` dicts of its modules: finding them would take most of a switch's time.
@@ -170,9 +165,6 @@ class AdapterSet:
         self.active.changes += 1
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
-        self.trained[adapter.name] = frozenset(
-            part.path for part in adapter.parts if isinstance(part.layer, TrainedModule)
-        )
         if adapter.biases is not None:
             self.biases[adapter.name] = adapter.biases
             adapter.biases.use(False)
@@ -183,7 +175,7 @@ class AdapterSet:
     def remove(self, name: str) -> None:
         self.active.removed([name])
         self.active.changes += 1
-        del self.configs[name], self._parameters[name], self.trained[name]
+        del self.configs[name], self._parameters[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
         self._trainable.discard(name)
@@ -193,13 +185,7 @@ class AdapterSet:
         self.active.removed([old])
         self.active.added(new)
         self.active.changes += 1
-        for held in (
-            self.configs,
-            self._parameters,
-            self.trained,
-            self.biases,
-            self.loaded_base,
-        ):
+        for held in (self.configs, self._parameters, self.biases, self.loaded_base):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
             held.update(entries)

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lora_ext._common.printable import first_of, shown
 from lora_ext._common.sharded import whole
-from lora_ext._common.wrapped import KEY_PREFIX, plain_path, state_path
-from lora_ext.model.adapter_set import AdapterSet, adapter_set
+from lora_ext._common.warnings import warn_user
+from lora_ext._common.wrapped import KEY_PREFIX, plain_path
+from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers
 from lora_ext.model.method_files import MethodFiles
-from lora_ext.nn import LoraLayer
-from lora_ext.nn.state import check_same_merged
 
 MARKER = (
     "this file holds what was trained: load the base model, then call lora_ext.load_adapter(model, directory), or "
@@ -33,16 +32,14 @@ _MISFIT = (1,) * 7  # no layer of PyTorch has a parameter with seven dimensions
 _GUARD = "_lora_state_guard"
 
 
-def adapter_state(
-    module: nn.Module, adapters: AdapterSet | None, method: MethodFiles | None, also: Iterable[Tensor] = ()
-) -> dict[str, Tensor]:
+def adapter_state(module: nn.Module, method: MethodFiles | None, also: Iterable[Tensor] = ()) -> dict[str, Tensor]:
     """Returns copies on the CPU of all tensors in ``module`` that training may change, by the keys of ``state_dict``.
 
     These are the adapters' tensors, trained biases if they are in use, those of ``method``, buffers, parameters that
     require gradients, and ``also``. Tensors that several modules share are there once. All ranks that share a DTensor
     must call it.
     """
-    wanted = _trained(module, adapters, method) | {id(tensor) for tensor in (*module.buffers(), *also)}
+    wanted = trained_ids(module, method) | {id(tensor) for tensor in (*module.buffers(), *also)}
     state = {MARKER: torch.zeros(1, dtype=torch.uint8)}
     for key in _base_keys(module):  # with strict=False a PeftModel ignores keys without its prefix
         state |= {wrong: torch.zeros(_MISFIT, dtype=torch.uint8) for wrong in (key, f"{KEY_PREFIX}{key}")}
@@ -54,21 +51,37 @@ def adapter_state(
     return state
 
 
-def lost_parameters(
-    module: nn.Module, adapters: AdapterSet | None, method: MethodFiles | None = None, *, saved: Iterable[Tensor] = ()
-) -> list[str]:
-    """Names the parameters that require gradients and belong to no adapter, nor to ``method``, except ``saved`` ones.
+def warn_of_lost_parameters(
+    caller: str, module: nn.Module, method: MethodFiles | None = None, *, saved: Iterable[Tensor] = ()
+) -> None:
+    """Warns of parameters that require gradients and that no adapter, nor ``method``, nor ``saved`` holds."""
+    kept = trained_ids(module, method) | {id(tensor) for tensor in saved}
+    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in kept]
+    if not lost:
+        return
+    if method is None:
+        owner, loader = "belongs to no adapter", "load_adapter"
+        remedy = (
+            "name its module in modules_to_save, call save_adapter(..., save_embedding_layers=True) for an embedding "
+            "or head, or lora_ext.methods.save_method if a method trains it"
+        )
+    else:
+        owner, loader = f"does not belong to {method.name}", "load_method"
+        remedy = "freeze it, or save it yourself"
+    warn_user(
+        f"{caller}: {shown(lost[0])} requires a gradient but {owner} (one of {len(lost)} parameters): {loader} will "
+        f"not restore it; {remedy}"
+    )
 
-    Files of adapters and methods do not hold them.
-    """
-    kept = _trained(module, adapters, method) | {id(tensor) for tensor in saved}
-    return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in kept]
 
-
-def _trained(module: nn.Module, adapters: AdapterSet | None, method: MethodFiles | None) -> set[int]:
+def trained_ids(module: nn.Module, method: MethodFiles | None) -> set[int]:
     """Returns the ids of the tensors of adapters, of trained biases in use and of the method."""
-    tensors = [tensor for _, layer in adapter_layers(module) for tensor in layer.adapters.parameters()]
-    tensors += [tensor for _, layer in adapter_layers(module) for tensor in layer.adapters.buffers()]
+    tensors = [
+        tensor
+        for _, layer in adapter_layers(module)
+        for tensor in (*layer.adapters.parameters(), *layer.adapters.buffers())
+    ]
+    adapters = adapter_set(module)
     for biases in () if adapters is None else adapters.biases.values():
         tensors += biases.parameters() if biases.used else ()
     tensors += () if method is None else method.tensors.values()
@@ -83,26 +96,12 @@ def _base_keys(module: nn.Module) -> Iterator[str]:
                 yield f"{path}.{name}" if path else name
 
 
-class StateGuard:
-    """Checks what an adapted model is about to load, and takes states of adapters alone. Copied with the model."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._hooks = (
-            root.register_load_state_dict_pre_hook(_check),
-            root.register_load_state_dict_post_hook(_complete),
-        )
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-
 def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuses what ``strict=False`` would leave out, or count twice, without a word. Takes misfits out of the state."""
+    """Refuses what ``strict=False`` would leave out without a word. Takes misfits out of the state."""
     for key in [key for key, value in state_dict.items() if getattr(value, "shape", None) == _MISFIT]:
         del state_dict[key]
     if prefix + MARKER in state_dict:
-        _check_trained(module, state_dict, prefix)
+        _checktrained_ids(module, state_dict, prefix)
     keys = {plain_path(key) for key, _ in module.named_parameters(remove_duplicate=False)}
     if of_base := [prefix + key for key in _base_keys(module) if key not in keys and prefix + key in state_dict]:
         raise RuntimeError(
@@ -110,17 +109,14 @@ def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
             f"here (one of {len(of_base)}); it is the state of a merged model or of one without adapters: load it "
             "before inject, or call unmerge before Trainer or save_pretrained saves the model"
         )
-    for path, layer in adapter_layers(module):
-        if isinstance(layer, LoraLayer):
-            check_same_merged(layer, state_dict, f"{prefix}{state_path(path)}." if path else prefix)
 
 
-def _check_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def _checktrained_ids(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Checks that a state of adapters alone is of the adapters and the method of ``module``, or raises RuntimeError."""
     tensors = module.state_dict(keep_vars=True)
     # By id, because tensors that modules share are in the state once.
     given = {id(tensor) for key, tensor in tensors.items() if prefix + key in state_dict}
-    wanted = _trained(module, adapter_set(module), MethodFiles.of(module)) - given
+    wanted = trained_ids(module, MethodFiles.of(module)) - given
     lacking = [key for key, tensor in tensors.items() if id(tensor) in wanted]
     inside = (key.removeprefix(prefix) for key in state_dict if key.startswith(prefix))
     foreign = [key for key in inside if key not in tensors and key != MARKER]
@@ -142,12 +138,15 @@ def _complete(module: nn.Module, incompatible: Any) -> None:
 
 
 def guard_loading(root: nn.Module) -> None:
-    """Gives the adapted model ``root`` a :class:`StateGuard`, once."""
+    """Checks what the adapted model ``root`` is about to load, and takes states of adapters alone, from now on."""
     if _GUARD not in vars(root):
-        vars(root)[_GUARD] = StateGuard(root)
+        vars(root)[_GUARD] = (
+            root.register_load_state_dict_pre_hook(_check),
+            root.register_load_state_dict_post_hook(_complete),
+        )
 
 
 def forget_guard(root: nn.Module) -> None:
     """Undoes :func:`guard_loading`."""
-    if (guard := vars(root).pop(_GUARD, None)) is not None:
-        guard.remove()
+    for hook in vars(root).pop(_GUARD, ()):
+        hook.remove()

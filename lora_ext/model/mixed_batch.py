@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.rows import BASE, RowChoice, choosing, chosen, enter, leave
 
 NAMES = "adapter_names"
+_METHODS = "generate", "generate_batch"
 
 
 # --- into a model and out of it ---------------------------------------------------------------------------------------
@@ -33,11 +34,12 @@ def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
     """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
     if has_pre_hook(root, take_adapter_names) or NAMES in inspect.signature(root.forward).parameters:
         return
+    remove_hooks(root, refuse_without_adapters)
     root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
     root.register_forward_hook(end_call, always_call=True)
-    for method in (MixedGenerate, NoMixedGenerateBatch):
-        if callable(getattr(type(root), method.name, None)):
-            setattr(root, method.name, method(root, adapters))
+    for name in _METHODS:
+        if callable(getattr(type(root), name, None)):
+            setattr(root, name, MethodWithNames(name, root, adapters))
 
 
 def refuse_adapter_names(root: nn.Module, part: nn.Module) -> None:
@@ -48,14 +50,20 @@ def refuse_adapter_names(root: nn.Module, part: nn.Module) -> None:
 
 
 def forget_adapter_names(module: nn.Module) -> None:
-    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`."""
+    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`.
+
+    A model whose forward would swallow names in its ``**kwargs`` goes on refusing them; for others, Python does.
+    """
+    parameters = inspect.signature(module.forward).parameters if has_pre_hook(module, take_adapter_names) else {}
     remove_hooks(module, take_adapter_names, end_call, refuse_names)
-    for kind in (MixedGenerate, NoMixedGenerateBatch):
-        method = vars(module).get(kind.name)
-        if isinstance(method, kind):
-            delattr(module, kind.name)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        module.register_forward_pre_hook(refuse_without_adapters, with_kwargs=True)
+    for name in _METHODS:
+        method = vars(module).get(name)
+        if isinstance(method, MethodWithNames):
+            delattr(module, name)
             if method.replaced is not None:
-                setattr(module, kind.name, method.replaced)
+                setattr(module, name, method.replaced)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -104,6 +112,18 @@ def refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         )
 
 
+def refuse_without_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses names in a call of a model that has lost its adapters; a hook before the forward.
+
+    ValueError: the call has some, and no part of the model was injected since.
+    """
+    if kwargs.get(NAMES) is not None and all(adapter_set(part) is None for part in module.modules()):
+        raise ValueError(
+            f"{type(module).__name__}: {NAMES} is {shown(kwargs[NAMES])}, but the model has no adapters any more "
+            f"(unload, merge_and_unload, a closed pool) and would ignore it; load them again, or leave out {NAMES}"
+        )
+
+
 def drop_interrupted(adapters: AdapterSet) -> None:
     """Ends a call that Ctrl-C left without running its hook: another one begins, and no model calls itself."""
     choice = chosen(adapters.active)
@@ -111,8 +131,11 @@ def drop_interrupted(adapters: AdapterSet) -> None:
         leave(choice)
 
 
-class _Method:
-    """A method that an injected model has in place of its own; copied and pickled with it.
+class MethodWithNames:
+    """The ``generate`` or ``generate_batch`` of an injected model, in place of its own; copied and pickled with it.
+
+    ``generate`` takes a name for each prompt, also for all its beams or returned sequences. ``generate_batch`` refuses
+    names: Transformers' would ignore them.
 
     Attributes:
         name: of the method.
@@ -120,10 +143,8 @@ class _Method:
         replaced: what the instance had under this name, or None.
     """
 
-    name: ClassVar[str]
-
-    def __init__(self, model: nn.Module, adapters: AdapterSet) -> None:
-        self.model, self.adapters, self.replaced = model, adapters, vars(model).get(self.name)
+    def __init__(self, name: str, model: nn.Module, adapters: AdapterSet) -> None:
+        self.name, self.model, self.adapters, self.replaced = name, model, adapters, vars(model).get(name)
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -134,18 +155,17 @@ class _Method:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original)
 
-
-class MixedGenerate(_Method):
-    """The ``generate`` of an injected model: a name for each prompt, also for all its beams or returned sequences."""
-
-    name = "generate"
-
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         drop_interrupted(self.adapters)
         if adapter_names is None:
             return self.original(*args, **kwargs)
+        caller = f"{type(self.model).__name__}.{self.name}"
+        if self.name != "generate":
+            raise ValueError(
+                f"{caller}: {NAMES} is for calls of the model and generate; servers with continuous batching, such as "
+                "vLLM and SGLang, read the files of save_adapter"
+            )
         values = _by_name(args, kwargs)
-        caller = f"{type(self.model).__name__}.generate"
         choice = choice_of(self.model, self.adapters, adapter_names, values, caller)
         config = values.get("generation_config") or getattr(self.model, "generation_config", None)
         counts = [values.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences")]
@@ -155,20 +175,6 @@ class MixedGenerate(_Method):
             output = self.original(*args, **kwargs)
         choice.check_present()
         return output
-
-
-class NoMixedGenerateBatch(_Method):
-    """The ``generate_batch`` of an injected model, which refuses names: Transformers' would ignore them."""
-
-    name = "generate_batch"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get(NAMES) is not None:
-            raise ValueError(
-                f"{type(self.model).__name__}.generate_batch: {NAMES} is for calls of the model and generate; servers "
-                "with continuous batching, such as vLLM and SGLang, read the files of save_adapter"
-            )
-        return self.original(*args, **kwargs)
 
 
 # --- the choice of a call ---------------------------------------------------------------------------------------------
@@ -186,7 +192,15 @@ def choice_of(
             is the same for all rows, a layer gets something else than rows, or a pool's adapters would train. The
             message has the remedy.
     """
-    _check_list(names, caller)
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{caller}: {NAMES} is of type {type(names).__name__}, want a list with a name per row")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        kind = type(wrong[0]).__name__
+        raise TypeError(
+            f"{caller}: {NAMES} has the entry {wrong[0]!r} of type {kind}, want a name per row; {BASE!r} is none"
+        )
+    if not names:
+        raise ValueError(f"{caller}: {NAMES} is empty, want a name for each row")
     used = dict.fromkeys(name for name in names if name != BASE)
     pooled = () if adapters.pool is None else tuple(name for name in used if name not in adapters.configs)
     if pooled:
@@ -220,18 +234,6 @@ def choice_of(
     choice.pool, choice.pool_names = adapters.pool, pooled
     _note_rows(root, choice, values, caller)
     return choice
-
-
-def _check_list(names: object, caller: str) -> None:
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"{caller}: {NAMES} is of type {type(names).__name__}, want a list with a name per row")
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        raise TypeError(
-            f"{caller}: {NAMES} has the entry {wrong[0]!r} of type {type(wrong[0]).__name__}, want a name per row; "
-            f"{BASE!r} is none"
-        )
-    if not names:
-        raise ValueError(f"{caller}: {NAMES} is empty, want a name for each row")
 
 
 def _note_rows(root: nn.Module, choice: RowChoice, values: Mapping[str, Any], caller: str) -> None:
@@ -280,7 +282,7 @@ def _first_rows(root: nn.Module, values: Mapping[str, Any]) -> tuple[str, Tensor
 # --- what rows cannot choose ------------------------------------------------------------------------------------------
 
 
-class Unsupported(NamedTuple):
+class Unsupported:
     """Reasons why rows cannot choose: any adapter (or ""), or by name an adapter; None stands for those of a pool.
 
     Attributes:
@@ -289,10 +291,31 @@ class Unsupported(NamedTuple):
         outside_text: those with a layer outside the decoder of a model that also reads images or sounds, and its path.
     """
 
-    for_all: str
-    for_rows: dict[str | None, str]
-    for_several: dict[str | None, str]
-    outside_text: dict[str | None, str]
+    def __init__(self, root: nn.Module, adapters: AdapterSet) -> None:
+        self.for_all = ""
+        self.for_rows: dict[str | None, str] = {}
+        self.for_several: dict[str | None, str] = {}
+        self.outside_text: dict[str | None, str] = {}
+        parts, of_text = dict(root_module(root).named_modules()), _modules_of_text(root)
+        for path, layer in adapter_layers(root):
+            several = _why_same_for_all(path, layer, parts)
+            for name in (*layer.adapters, *([] if getattr(layer, "slots", None) is None else [None])):
+                if not layer.rows_choose:
+                    reason = f"{path!r} is a {type(layer).__name__}, which computes all rows with one adapter"
+                    self.for_rows.setdefault(name, f"{reason}; call set_adapter and the model once for it")
+                if several:
+                    self.for_several.setdefault(name, several)
+                if of_text and id(layer) not in of_text:
+                    self.outside_text.setdefault(name, path)
+        for name, biases in adapters.biases.items():
+            self.for_rows[name] = (
+                "it trains the model's biases, which all rows share; train it with lora_bias=True instead"
+            )
+            if biases.used:
+                self.for_all = (
+                    f"the active adapter {name!r} has changed the model's biases for all rows; activate another one "
+                    "(set_adapter), or none"
+                )
 
 
 def _unsupported(root: nn.Module, adapters: AdapterSet) -> Unsupported:
@@ -303,34 +326,8 @@ def _unsupported(root: nn.Module, adapters: AdapterSet) -> Unsupported:
 
 @one_at_a_time  # another thread may be adding layers
 def _found(root: nn.Module, adapters: AdapterSet) -> Unsupported:
-    changes, for_all = adapters.active.changes, ""
-    for_rows: dict[str | None, str] = {}
-    for_several: dict[str | None, str] = {}
-    outside_text: dict[str | None, str] = {}
-    parts, of_text = dict(root_module(root).named_modules()), _modules_of_text(root)
-    for path, layer in adapter_layers(root):
-        several = _why_same_for_all(path, layer, parts)
-        for name in (*layer.adapters, *([None] if getattr(layer, "slots", None) is not None else [])):
-            if not layer.rows_choose:
-                for_rows.setdefault(
-                    name,
-                    f"{path!r} is a {type(layer).__name__}, which computes all rows with one adapter; call set_adapter "
-                    "and the model once for it",
-                )
-            if several:
-                for_several.setdefault(name, several)
-            if of_text and id(layer) not in of_text:
-                outside_text.setdefault(name, path)
-    for name, biases in adapters.biases.items():
-        for_rows[name] = "it trains the model's biases, which all rows share; train it with lora_bias=True instead"
-        if biases.used:
-            for_all = for_all or (
-                f"the active adapter {name!r} has changed the model's biases for all rows; activate another one "
-                "(set_adapter), or none"
-            )
-    found = Unsupported(for_all, for_rows, for_several, outside_text)
-    adapters.active.unsupported_rows = changes, found
-    return found
+    adapters.active.unsupported_rows = adapters.active.changes, Unsupported(root, adapters)
+    return adapters.active.unsupported_rows[1]
 
 
 # Layers of these models of Transformers get [tokens, rows, features]. With as many tokens as rows, nothing would tell.

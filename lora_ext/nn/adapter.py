@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from lora_ext._ops.checks import accumulation_dtype
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
+
+
+Device = torch.device | None
 
 
 class FactorsAtHand(NamedTuple):
@@ -32,13 +35,7 @@ class LoraAdapter(nn.Module):
 
     Args:
         in_features, out_features: sizes of the adapted layer.
-        r: rank, at least 1.
-        lora_alpha: ``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora`` (arXiv 2312.03732).
-        lora_dropout: dropout on the adapter's input while training, in [0, 1).
-        init_lora_weights: True: ``lora_A`` Kaiming-uniform and ``lora_B`` zero (the layer starts as its base);
-            "gaussian": ``lora_A`` normal, standard deviation ``1/r``, ``lora_B`` zero; "orthogonal": both random with
-            orthogonal ranges, so that ``lora_B @ lora_A`` is zero but neither factor is (even ranks only); False: both
-            random (for tests).
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`~lora_ext.LoraConfig`.
         lora_bias: a trainable bias ``[out_features]`` on ``lora_B``, scaled like the rest of the update.
         shapes: shapes of ``lora_A`` and ``lora_B`` if not ``[r, in_features]`` and ``[out_features, r]``.
         dtype, device: of the parameters.
@@ -125,49 +122,36 @@ class LoraAdapter(nn.Module):
         path: str,
         in_features: int,
         out_features: int,
-        like: torch.Tensor,
-        device: torch.device | None = None,
-        **arguments,
+        like: Tensor,
+        device: Device = None,
+        **arguments: Any,
     ) -> LoraAdapter:
         """Makes the adapter that ``config`` asks for at ``path``, for the weight ``like``.
 
         It is on ``device`` (by default that of ``like``), in the dtype of ``like``, or float32 if that has 16 bits.
         """
-        return cls(
-            in_features,
-            out_features,
-            **{
-                "r": config.rank_for(path),
-                "lora_alpha": config.alpha_for(path),
-                "lora_dropout": config.lora_dropout,
-                "use_rslora": config.use_rslora,
-                "init_lora_weights": config.init_lora_weights,
-                "lora_bias": config.lora_bias,
-                "dtype": accumulation_dtype(like.dtype),
-                "device": like.device if device is None else device,
-            }
-            | arguments,
-        )
+        names = ("lora_dropout", "use_rslora", "init_lora_weights", "lora_bias")
+        arguments = {name: getattr(config, name) for name in names} | arguments
+        arguments |= {"dtype": accumulation_dtype(like.dtype), "device": like.device if device is None else device}
+        return cls(in_features, out_features, config.rank_for(path), config.alpha_for(path), **arguments)
 
     def reset_parameters(self, init_lora_weights: bool | str = True) -> None:
-        if init_lora_weights == "orthogonal":
-            self._reset_orthogonal()
-            return
-        if init_lora_weights != "gaussian" and not isinstance(init_lora_weights, bool):
+        if init_lora_weights not in ("orthogonal", "gaussian") and not isinstance(init_lora_weights, bool):
             raise ValueError(
                 f"{type(self).__name__}: init_lora_weights is {init_lora_weights!r}, want True, False, "
                 '"gaussian" or "orthogonal"'
             )
-        if self.lora_A.is_meta:  # nn.init is slower on meta tensors than on real ones
-            return
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1.0 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B)
+        if init_lora_weights == "orthogonal":
+            self._reset_orthogonal()
+        elif not self.lora_A.is_meta:  # nn.init is slower on meta tensors than on real ones
+            if init_lora_weights == "gaussian":
+                nn.init.normal_(self.lora_A, std=1.0 / self.r)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            if init_lora_weights is False:
+                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(self.lora_B)
 
     @torch.no_grad()
     def _reset_orthogonal(self) -> None:
@@ -213,12 +197,10 @@ def factors_at_hand(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def at_hand(adapter: nn.Module) -> LoraAdapter | FactorsAtHand:
-    """Returns ``adapter``, or its parameters if a call must bring them: FSDP2's hooks, or a replaced forward.
+    """Returns ``adapter``, or its parameters if a call must bring them. RuntimeError: FSDP2 takes them away after it.
 
-    So must the hooks of ``torch.nn.utils`` that compute a factor before each call (``prune``, the older
-    ``weight_norm`` and ``spectral_norm``): they keep it as an attribute.
-
-    RuntimeError: FSDP2 takes them away after the call.
+    Calls bring them where FSDP2 has hooks, the forward is replaced, or a hook of ``torch.nn.utils`` (``prune``,
+    ``weight_norm``) computes a factor, which is then an attribute.
     """
     state = adapter.__dict__
     if state["_forward_pre_hooks"] and ("lora_A" in state or "lora_B" in state or is_fully_sharded(adapter)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from lora_ext import functional
 from lora_ext._common.sharded import is_partitioned
-from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.linear import add_lora_biases, add_updates
+from lora_ext.nn.linear import add_updates
 from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, row_choice
 
 if TYPE_CHECKING:
@@ -32,38 +33,43 @@ class SeparateProjections(nn.ModuleDict):
     Its keys are the parameter names: ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``.
     """
 
-    @property
-    def r(self) -> int:
-        return self["q_proj_weight"].r
+    def __getattr__(self, name: str) -> Any:
+        if name in ("r", "scaling", "lora_bias"):
+            return getattr(self["q_proj_weight"], name)
+        return super().__getattr__(name)
 
-    @property
-    def scaling(self) -> float:
-        return self["q_proj_weight"].scaling
 
-    @property
-    def lora_bias(self) -> Tensor | None:
-        return self["q_proj_weight"].lora_bias
+class _Part(NamedTuple):
+    """One product of a forward.
+
+    Attributes:
+        adapters: by name, the rows of each update and of its scaled bias that belong to the ``weight``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: dict[str, tuple[Update, Tensor | None]]
+
+    def full_bias(self) -> Tensor | None:
+        """Returns the bias plus those of the adapters, rounded once."""
+        added = [bias for _, bias in self.adapters.values() if bias is not None]
+        if not added:
+            return self.bias
+        return sum(added if self.bias is None else [self.bias, *added]).to(self.weight.dtype)
 
 
 class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     """``nn.MultiheadAttention`` with ``in_proj_weight + scaling * lora_B @ lora_A`` as its weight, in fused kernels.
 
-    The frozen weights are neither written nor copied. ``lora_A`` is ``[r, embed_dim]`` and ``lora_B`` ``[3 * embed_dim,
-    r]``, as in PEFT; if ``kdim`` or ``vdim`` differs from ``embed_dim``, the query, key and value weights have separate
-    adapters (:class:`SeparateProjections`). Inputs that are the same tensor (self-attention; key and value) are read in
-    one pass and share a dropout mask.
+    ``lora_A`` is ``[r, embed_dim]`` and ``lora_B`` ``[3 * embed_dim, r]``, as in PEFT; if ``kdim`` or ``vdim`` differs
+    from ``embed_dim``, the three weights have separate adapters (:class:`SeparateProjections`). Inputs that are the
+    same tensor are read in one pass and share a dropout mask.
 
     ``out_proj`` is called here (``nn.MultiheadAttention`` only reads its weight), so it may be a
-    :class:`~lora_ext.nn.LoraLinear`: ``inject`` adapts it along with the attention, or alone. PEFT 0.21 adds the update
-    of ``out_proj`` twice (``merge`` adds it, then calls the ``merge`` of ``out_proj``), so files hold half of it; it
-    ignores an ``out_proj`` adapted alone. Without an active update, the base attention itself is called.
+    :class:`~lora_ext.nn.LoraLinear`. PEFT 0.21 adds the update of ``out_proj`` twice (``merge`` adds it, then calls the
+    ``merge`` of ``out_proj``), so files hold half of it. Without an active update, the base attention itself is called.
 
-    In files, an adapter of separate weights has the keys ``<path>.q_proj_weight.lora_A.weight`` and so on. PEFT can
-    adapt such an attention only by ``target_parameters``, which copies each weight in every call.
-
-    Args:
-        base_layer: the attention; kept, not copied.
-        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+    Args: as in :class:`~lora_ext.nn.LoraLinear`; ``base_layer`` is the attention.
     """
 
     base_kinds = "nn.MultiheadAttention"
@@ -83,9 +89,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return next(filter(None, (why_weight_unusable(module, name, at_hand=True) for name in names)), None)
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> nn.Module:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> nn.Module:
         E = base_layer.embed_dim
         if base_layer._qkv_same_embed_dim:
             return LoraAdapter.from_config(config, path, E, 3 * E, base_layer.in_proj_weight, device)
@@ -118,11 +122,9 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         E = self.base_layer.embed_dim
         if self.is_packed:
             return {"lora_A": (adapter.r, E), "lora_B": (3 * E, adapter.r)}
-        shapes = {}
-        for name in _SEPARATE:
-            shapes[f"{name}.lora_A"] = (adapter[name].r, getattr(self.base_layer, name).shape[1])
-            shapes[f"{name}.lora_B"] = (E, adapter[name].r)
-        return shapes
+        inputs = {name: getattr(self.base_layer, name).shape[1] for name in _SEPARATE}
+        shapes = {f"{name}.lora_A": (adapter[name].r, size) for name, size in inputs.items()}
+        return shapes | {f"{name}.lora_B": (E, adapter[name].r) for name in _SEPARATE}
 
     def matrices(self) -> dict[str, Matrix]:
         base, bias = self.base_layer, self.bias
@@ -171,29 +173,18 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is in use.
         """
         base, choice = self.base_layer, row_choice(self.active)
-        names = self._applied(choice)
-        out_proj = base.out_proj
-        if choice is None and not names and not self._updates_out_proj():
-            return base(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        names, out_proj = self._applied(choice), base.out_proj
+        arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        if choice is None and not names and not any(layer._applied() for layer in _layers_of(out_proj)):
+            return base(*arguments)
         if not (runs_alone(base) and type(base).forward is nn.MultiheadAttention.forward):
-            if choice is not None:
-                raise ValueError(
-                    f"{type(self).__name__}: adapter_names: base_layer has hooks or a replaced forward, so it is "
-                    "called as a whole, with one adapter for all rows; remove them"
-                )
-            arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            return self._call_base(names, *arguments)
-        _check_inputs(type(self).__name__, base, query, key, value, key_padding_mask, attn_mask)
+            return self._call_base(choice, names, *arguments)
+        self._check_inputs(query, key, value, {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask})
         if is_causal and attn_mask is None:
             raise ValueError(f"{type(self).__name__}: is_causal is a hint about attn_mask, which is None; pass it")
 
         is_batched = query.dim() == 3
-        if choice is None:
-            project = self._project_packed if self.is_packed else self._project_separate
-            projections = project((query, key, value), names)
-        else:
-            projections = self._project_rows((query, key, value), choice)
-        q, k, v = (self._split_heads(y) for y in projections)
+        q, k, v = (self._split_heads(y) for y in self._project((query, key, value), choice, names))
         k, v, num_extra = self._extend(k, v)
         is_causal = is_causal and key_padding_mask is None
         if is_causal and not need_weights:
@@ -212,10 +203,31 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         y = y.flatten(-2)
         return out_proj(y if is_batched else y.squeeze(0)), weights
 
-    def _updates_out_proj(self) -> bool:
-        return any(
-            isinstance(layer, LoraLayer) and layer._applied() for layer in layers_around(self.base_layer.out_proj)
-        )
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor | None]) -> None:
+        """ValueError, TypeError: the shapes do not match, a mask has another dtype, or a tensor is nested."""
+        who, leading = type(self).__name__, []
+        for name, x in {"query": query, "key": key, "value": value}.items():
+            if x.is_nested:
+                raise ValueError(
+                    f"{who}: {name} is a nested tensor, which adapters do not support; pad it, or merge the adapter"
+                )
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                raise ValueError(f"{who}: {name} has shape {list(x.shape)}, want 2 or 3 dimensions, as many as query")
+            leading.append(x.shape[:-1] if self.base_layer.batch_first or x.dim() == 2 else x.shape[1::-1])
+        (*batch, L), (*key_batch, S), of_value = leading
+        if leading[1] != of_value or batch != key_batch:
+            raise ValueError(
+                f"{who}: query, key and value have shapes {list(query.shape)}, {list(key.shape)} and "
+                f"{list(value.shape)}, want one batch size, and one length of key and value"
+            )
+        per_head = [math.prod(batch) * self.base_layer.num_heads, L, S]
+        wanted = {"attn_mask": ([L, S], per_head), "key_padding_mask": ([*batch, S],)}
+        for name, mask in masks.items():
+            if mask is not None and list(mask.shape) not in wanted[name]:
+                shapes = " or ".join(map(str, wanted[name]))
+                raise ValueError(f"{who}: {name} has shape {list(mask.shape)}, want {shapes}")
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(f"{who}: {name} is {mask.dtype}, want torch.bool or a floating-point dtype")
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool
@@ -231,11 +243,15 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p)
         return weights @ v, weights
 
-    def _call_base(self, names: tuple[str, ...], *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        """Calls the base attention, which has hooks or another forward, with updated weights in the frozen ones' place.
-
-        The updated weights are allocated in every call.
-        """
+    def _call_base(
+        self, choice: RowChoice | None, names: tuple[str, ...], *arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Calls the base attention, which has hooks or another forward, with updated weights made for this call."""
+        if choice is not None:
+            raise ValueError(
+                f"{type(self).__name__}: adapter_names: base_layer has hooks or a replaced forward, so it is "
+                "called as a whole, with one adapter for all rows; remove them"
+            )
         base, name = self.base_layer, self.weight_name if self.is_packed else "q_proj_weight"
         check_not_offloaded(self, base, name)
         if is_partitioned(base._parameters.get(name)):
@@ -244,12 +260,17 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
                 "frozen weights only; leave the attention out of target_modules, or use ZeRO-2"
             )
         paths = {module: path for path, module in base.named_modules()}
-        layers = [layer for layer in layers_around(base.out_proj) if isinstance(layer, LoraLayer)]
         updated: dict[str, Tensor] = {}
-        for layer, applied in ((self, names), *((layer, layer._applied()) for layer in layers)):
+        for layer in (self, *_layers_of(base.out_proj)):
             matrices = layer.matrices()
-            for name in applied:
-                self._check_no_dropout(layer.adapters[name])
+            for name in names if layer is self else layer._applied():
+                adapter = layer.adapters[name]
+                for each in adapter.values() if isinstance(adapter, SeparateProjections) else (adapter,):
+                    if self.training and each.lora_dropout:
+                        raise RuntimeError(
+                            f"{type(self).__name__}: base_layer has hooks or a replaced forward, so it is called with "
+                            "updated weights, which lora_dropout cannot be part of; remove them, or set lora_dropout=0"
+                        )
                 for key, (A, B, scaling) in layer.factors(name).items():
                     matrix = matrices[key]
                     parameter, view = matrix.owner._parameters[matrix.name], matrix.view
@@ -261,84 +282,65 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
                     weight.as_strided(view.shape, view.stride(), begin).add_(update)
         return torch.func.functional_call(base, updated, arguments, tie_weights=False)
 
-    def _check_no_dropout(self, adapter: nn.Module) -> None:
-        adapters = adapter.values() if isinstance(adapter, SeparateProjections) else (adapter,)
-        if self.training and any(a.lora_dropout for a in adapters):
-            raise RuntimeError(
-                f"{type(self).__name__}: base_layer has hooks or a replaced forward, so it is called with updated "
-                "weights, which lora_dropout cannot be part of; remove them, or set lora_dropout=0"
-            )
-
-    def _project_packed(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
-        adapters = [at_hand(self.adapters[name]) for name in names]
-        E, weight = self.base_layer.embed_dim, self.base_layer.in_proj_weight
-        bias = add_lora_biases(self.bias, weight.dtype, adapters)
-        for begin, end in _runs(inputs):
-            rows = slice(begin * E, end * E)
-            x, W, b = inputs[begin], weight[rows], None if bias is None else bias[rows]
-            updates = [Update(a.lora_A, a.lora_B[rows], a.scaling, self._dropout(a)) for a in adapters]
-            y = add_updates(x, W, b, updates) if updates else F.linear(x, W, b)
-            yield from y.chunk(end - begin, dim=-1)
-
-    def _project_separate(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
-        # By weight, then by adapter.
-        adapters = [[at_hand(self.adapters[name][key]) for name in names] for key in _SEPARATE]
-        weights = [getattr(self.base_layer, key) for key in _SEPARATE]
-        biases = (None, None, None) if self.bias is None else self.bias.chunk(3)
-        biases = [add_lora_biases(b, w.dtype, a) for b, w, a in zip(biases, weights, adapters, strict=True)]
-        updates = [
-            joined([Update(a.lora_A, a.lora_B, a.scaling, self._dropout(a)) for a in several]) for several in adapters
-        ]
-        for begin, end in _runs(inputs):
-            x, group = inputs[begin], slice(begin, end)
-            if not names:
-                yield from (F.linear(x, w, b) for w, b in zip(weights[group], biases[group], strict=True))
+    def _project(
+        self, inputs: tuple[Tensor, Tensor, Tensor], choice: RowChoice | None, names: tuple[str, ...]
+    ) -> Iterator[Tensor]:
+        """Yields the projections of the inputs, each ``[..., embed_dim]``; equal inputs are read once."""
+        begin = 0
+        for end in range(1, 4):
+            if end < 3 and inputs[end] is inputs[begin]:
                 continue
-            lora_As, lora_Bs, scalings, dropouts = map(list, zip(*(first for first, *_ in updates[group]), strict=True))
-            first = lora_As, lora_Bs, scalings, dropouts[0]
-            ys = functional.lora_linear_siblings(x, weights[group], biases[group], *first)
-            for y, (_, *others) in zip(ys, updates[group], strict=True):
-                for update in others:
-                    y = functional.plus_lora_delta(y, x, *update)
-                yield y
+            x, parts = inputs[begin], [*self._parts(begin, end, names)]
+            outputs = self._add_all(x, parts) if choice is None else self._add_by_rows(x, parts, choice)
+            for y in outputs:
+                yield from y.split(self.base_layer.embed_dim, dim=-1)
+            begin = end
 
-    def _project_rows(self, inputs: tuple[Tensor, Tensor, Tensor], choice: RowChoice) -> Iterator[Tensor]:
-        """Returns the projections; each row of the batch uses the adapter that ``choice`` gives it."""
+    def _parts(self, begin: int, end: int, names: tuple[str, ...]) -> Iterator[_Part]:
+        """Yields the projections from number ``begin`` to ``end``: one, or one for each separate weight."""
         base, E = self.base_layer, self.base_layer.embed_dim
-        if inputs[0].dim() != 3:
+        for number in (begin,) if self.is_packed else range(begin, end):
+            after = end if self.is_packed else number + 1
+            of_bias, key = slice(number * E, after * E), None if self.is_packed else _SEPARATE[number]
+            rows = of_bias if self.is_packed else slice(None)
+            weight = base.in_proj_weight[rows] if key is None else getattr(base, key)
+            adapters = {}
+            for name in names:
+                adapter = at_hand(self.adapters[name] if key is None else self.adapters[name][key])
+                dropout_p = adapter.lora_dropout if self.training else 0.0
+                lora_bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias[rows]
+                adapters[name] = Update(adapter.lora_A, adapter.lora_B[rows], adapter.scaling, dropout_p), lora_bias
+            yield _Part(weight, None if self.bias is None else self.bias[of_bias], adapters)
+
+    def _add_all(self, x: Tensor, parts: list[_Part]) -> Iterable[Tensor]:
+        """Returns the projections of ``x`` with all adapters."""
+        weights, biases = [part.weight for part in parts], [part.full_bias() for part in parts]
+        updates = [joined([update for update, _ in part.adapters.values()]) for part in parts]
+        if not updates[0]:
+            return map(F.linear, (x,) * len(parts), weights, biases)
+        if len(parts) == 1:
+            return [add_updates(x, *weights, *biases, *updates)]
+        lora_As, lora_Bs, scalings, dropouts = map(list, zip(*(first for first, *_ in updates), strict=True))
+        outputs = functional.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropouts[0])
+        for i, (_, *others) in enumerate(updates):
+            for update in others:
+                outputs[i] = functional.plus_lora_delta(outputs[i], x, *update)
+        return outputs
+
+    def _add_by_rows(self, x: Tensor, parts: list[_Part], choice: RowChoice) -> Iterator[Tensor]:
+        """Yields the projections of ``x``; each row of the batch uses the adapter that ``choice`` gives it."""
+        if x.dim() != 3:
             raise ValueError(f"{type(self).__name__}: adapter_names needs a batch, but query has no such dimension")
-        held = {name: self.adapters[name] for name in self._applied(choice)}
-        biases = (None, None, None) if self.bias is None else self.bias.chunk(3)
-        for begin, end in _runs(inputs):
-            given = inputs[begin]
-            x, times = choice.aligned(self, given if base.batch_first else given.transpose(0, 1))
-            seeds = functools.cache(lambda _, x=x: functional.draw_seed(x.device))
-            if self.is_packed:
-                rows = slice(begin * E, end * E)
-                bias = None if self.bias is None else self.bias[rows]
-                projections = [(base.in_proj_weight[rows], bias, held, rows)]
-            else:
-                projections = [
-                    (getattr(base, key), bias, {name: adapter[key] for name, adapter in held.items()}, slice(None))
-                    for key, bias in zip(_SEPARATE[begin:end], biases[begin:end], strict=True)
-                ]
-            for weight, bias, adapters, rows in projections:
-                updates = self._row_updates(adapters, rows)
-                y = F.linear(x, weight, bias).contiguous()
-                y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
-                for part in y.split(E, dim=-1):
-                    yield part if base.batch_first else part.transpose(0, 1)
-
-    def _row_updates(self, adapters: Mapping[str, LoraAdapter], rows: slice) -> RowUpdates:
-        """Returns the updates of some rows of the weight."""
-        updates = RowUpdates()
-        for name, adapter in adapters.items():
-            bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias[rows]
-            updates.add(name, adapter.lora_A, adapter.lora_B[rows], adapter.scaling, self._dropout(adapter), bias)
-        return updates
-
-    def _dropout(self, adapter: LoraAdapter) -> float:
-        return adapter.lora_dropout if self.training else 0.0
+        first = self.base_layer.batch_first
+        x, times = choice.aligned(self, x if first else x.transpose(0, 1))
+        seeds = functools.cache(lambda _: functional.draw_seed(x.device))
+        for weight, bias, adapters in parts:
+            updates = RowUpdates()
+            for name, (update, lora_bias) in adapters.items():
+                updates.add(name, *update, lora_bias)
+            y = F.linear(x, weight, bias).contiguous()
+            y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
+            yield y if first else y.transpose(0, 1)
 
     def _split_heads(self, y: Tensor) -> Tensor:
         """Reshapes to ``[batch, num_heads, length, head_dim]``."""
@@ -365,13 +367,12 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     ) -> Tensor | None:
         """Returns the sum of both masks, ``[batch or 1, num_heads or 1, queries or 1, keys]``, or None."""
         N, H, _, _ = q.shape
-        masks = []
         if attn_mask is not None:
-            masks.append(attn_mask.unflatten(0, (N, H)) if attn_mask.dim() == 3 else attn_mask[None, None])
+            attn_mask = attn_mask.unflatten(0, (N, H)) if attn_mask.dim() == 3 else attn_mask[None, None]
         if key_padding_mask is not None:
-            masks.append(key_padding_mask.view(N, 1, 1, -1))
+            key_padding_mask = key_padding_mask.view(N, 1, 1, -1)
         total = None
-        for mask in masks:
+        for mask in filter(lambda mask: mask is not None, (attn_mask, key_padding_mask)):
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
             total = mask.to(q.dtype) if total is None else total + mask.to(q.dtype)
@@ -381,54 +382,5 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         return self._repr_of_state()
 
 
-def _runs(inputs: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[int, int]]:
-    """Yields ``(begin, end)`` of every run of inputs that are the same tensor."""
-    begin = 0
-    for end in range(1, 4):
-        if end == 3 or inputs[end] is not inputs[begin]:
-            yield begin, end
-            begin = end
-
-
-def _check_inputs(
-    who: str,
-    base: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-) -> None:
-    """ValueError, TypeError: the shapes do not match, a mask has another dtype, or a tensor is nested."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.is_nested:
-            raise ValueError(
-                f"{who}: {name} is a nested tensor, which adapters do not support; pad it, or merge the adapter"
-            )
-        if x.dim() not in (2, 3) or x.dim() != query.dim():
-            raise ValueError(f"{who}: {name} has shape {list(x.shape)}, want 2 or 3 dimensions, as many as query")
-    batch = 0 if base.batch_first else 1
-    is_batched = query.dim() == 3
-    N, L, S = (
-        (query.shape[batch], query.shape[1 - batch], key.shape[1 - batch])
-        if is_batched
-        else (1, query.shape[0], key.shape[0])
-    )
-    if key.shape[:-1] != value.shape[:-1] or (is_batched and key.shape[batch] != N):
-        raise ValueError(
-            f"{who}: query, key and value have shapes {list(query.shape)}, {list(key.shape)} and "
-            f"{list(value.shape)}, want one batch size, and one length of key and value"
-        )
-    per_head = (N * base.num_heads, L, S)
-    masks = {
-        "key_padding_mask": (key_padding_mask, [(N, S) if is_batched else (S,)]),
-        "attn_mask": (attn_mask, [(L, S), per_head]),
-    }
-    for name, (mask, shapes) in masks.items():
-        if mask is None:
-            continue
-        if tuple(mask.shape) not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{who}: {name} has shape {list(mask.shape)}, want {wanted}")
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"{who}: {name} is {mask.dtype}, want torch.bool or a floating-point dtype")
+def _layers_of(out_proj: nn.Module) -> list[LoraLayer]:
+    return [layer for layer in layers_around(out_proj) if isinstance(layer, LoraLayer)]

@@ -1,9 +1,8 @@
 """Decides what a layer may assume about its base layer, and when it has to call it.
 
-A layer computes a product in place of its base layer only if a call of the base layer would compute exactly that
-product and nothing else would see the call: :func:`runs_alone` and :func:`plain_linear`. In all other cases it calls
-the base layer and adds its updates to a copy of the result (:func:`own_copy`). So hooks, replaced forwards and modules
-put in the base layer's place after injection stay in force, whoever put them there.
+A layer computes a product in place of its base layer only if a call would compute exactly that product and nothing else
+would see the call (:func:`plain_linear`). Otherwise it calls the base layer and adds its updates to a copy of the
+result (:func:`own_copy`), so that hooks, replaced forwards and modules put in the base layer's place stay in force.
 """
 
 from __future__ import annotations
@@ -72,10 +71,7 @@ _QUANTIZED_FORWARDS: dict[tuple[type, type], object] = {}
 
 
 def runs_quantized_product(base: nn.Module) -> bool:
-    """Returns whether a call of ``base`` is the product with a quantised weight of a known format, plus the bias.
-
-    Takes 1 us: the format depends on classes only, and is looked up once.
-    """
+    """Returns whether a call of ``base`` is the product with a quantised weight of a known format, plus the bias."""
     kind = type(base)
     key = kind, type(base.__dict__["_parameters"].get("weight"))
     if key not in _QUANTIZED_FORWARDS:
@@ -91,10 +87,7 @@ def is_dense(tensor: object) -> bool:
 
 
 def module_of_kind(layer: nn.Module, base: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
-    """Returns the module of one of ``kinds`` that ``base`` is, or holds as ``base_layer`` like PEFT's layers.
-
-    It says what sizes and options ``layer`` has. TypeError: there is none.
-    """
+    """Returns the module of one of ``kinds`` that ``base`` is, or holds as ``base_layer``. TypeError: there is none."""
     module = base
     while not isinstance(module, kinds):
         module = getattr(module, "base_layer", None)
@@ -114,26 +107,17 @@ def tensor_of(layer: nn.Module, y: Any) -> Tensor:
 
 
 def own_copy(layer: nn.Module, y: Any) -> Tensor:
-    """Returns a contiguous copy of the base layer's output, for in-place updates.
-
-    The base layer, a hook or the caller may hold ``y``; and it may be a view, a leaf, or expanded.
-    """
+    """Returns a contiguous copy of the base layer's output, which others may hold, for in-place updates."""
     return tensor_of(layer, y).clone(memory_format=torch.contiguous_format)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Returns whether ``module`` is Transformers' ``Conv1D``, a linear layer that stores its weight transposed.
-
-    Decided by the class's name: Transformers may not be installed.
-    """
-    kind = type(module)
+    """Returns whether ``module`` is Transformers' ``Conv1D``, a linear layer that stores its weight transposed."""
+    kind = type(module)  # by name: Transformers may not be installed
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 # --- what inject and merge refuse -------------------------------------------------------------------------------------
-
-_SAME_AS_LINEAR = frozenset({"FalconLinear"})
-"""Classes whose own forward is nn.Linear's product, so that updates can be merged."""
 
 _OTHER_OUTPUTS = {
     "Llama4Router": "a tuple",
@@ -143,10 +127,8 @@ _OTHER_OUTPUTS = {
 """What the forward of these linear layers returns, which takes no update."""
 
 _MAMBA = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
-_MAMBA2 = (
-    *("Mamba2Mixer", "Zamba2MambaMixer", "BambaMixer", "FalconH1Mixer"),
-    *("GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer"),
-)
+_MAMBA2 = ("Mamba2Mixer", "Zamba2MambaMixer", "BambaMixer", "FalconH1Mixer", "NemotronHMamba2Mixer")
+_MAMBA2 += ("GraniteMoeHybridMambaLayer",)
 _ATTENTION_MAPS = ("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap")
 _READ = {
     "dt_proj": _MAMBA,
@@ -218,16 +200,16 @@ def has_forward_of(module: nn.Module, kind: type[nn.Module], *methods: str) -> b
 
     Accelerate replaces it to move tensors between devices; what it replaced is then checked.
     """
+    hooks = _accelerate_hooks(module)
+    of_accelerate = hooks and all(type(hook).__module__ == "accelerate.hooks" for hook in hooks)
     for method in ("forward", *methods):
-        if getattr(type(module), method) is not getattr(kind, method):
+        wanted, patched = getattr(kind, method), vars(module).get(method)
+        if getattr(type(module), method) is not wanted:
             return False
-        patched = vars(module).get(method)
-        if (
-            patched is not None
-            and not splits_tensors(patched)
-            and getattr(_below_accelerate(module, method), "__func__", None) is not getattr(kind, method)
-        ):
-            return False
+        if patched is not None and not splits_tensors(patched):
+            below = vars(module)["_old_forward"] if of_accelerate and method == "forward" else patched
+            if getattr(below, "__func__", None) is not wanted:
+                return False
     return True
 
 
@@ -236,17 +218,16 @@ def why_not_merge(base: nn.Module, *kinds: type[nn.Module], methods: tuple[str, 
 
     ``kinds``: the classes whose forward is linear in the weight.
     """
-    kind = type(base)
-    if not (is_conv1d(base) or (kind.__name__ in _SAME_AS_LINEAR and nn.Linear in kinds)):
-        kind = next((kind for kind in kinds if isinstance(base, kind)), None)
+    own = type(base)
+    is_falcon = own.__name__ == "FalconLinear" and nn.Linear in kinds  # its own forward is nn.Linear's product
+    kind = own if is_conv1d(base) or is_falcon else next((kind for kind in kinds if isinstance(base, kind)), None)
     if kind is None:
-        kind = type(base)
-        return f"base_layer is a {kind.__module__}.{kind.__name__}; merge or unload it first"
+        return f"base_layer is a {own.__module__}.{own.__name__}; merge or unload it first"
     hooks = (*base._forward_hooks.values(), *base._forward_pre_hooks.values())
     if not all(_gathers(hook) or splits_tensors(hook) for hook in hooks):
         return "its hooks may change what it computes; remove them first"
     if not has_forward_of(base, kind, *methods):
-        return f"the forward of {type(base).__name__} is not {kind.__name__}'s, and may not be linear in the weight"
+        return f"the forward of {own.__name__} is not {kind.__name__}'s, and may not be linear in the weight"
     return None
 
 
@@ -278,27 +259,16 @@ def check_not_offloaded(layer: nn.Module, module: nn.Module, name: str) -> None:
 
 def execution_device(module: nn.Module) -> torch.device | None:
     """Returns the device to which accelerate moves ``module``'s parameters for a call; None: they stay in place."""
-    if any(is_offloaded(module, name) for name in module._parameters):
-        for hook in _accelerate_hooks(module):
-            device = getattr(hook, "execution_device", None)
-            if device is not None:
-                return torch.device(device)
-    return None
+    if not any(is_offloaded(module, name) for name in module._parameters):
+        return None
+    devices = [getattr(hook, "execution_device", None) for hook in _accelerate_hooks(module)]
+    return next((torch.device(device) for device in devices if device is not None), None)
 
 
 def brings_submodules(module: nn.Module) -> bool:
     """Returns whether accelerate brings the parameters of modules inside ``module`` too, for a call of ``module``."""
-    return any(
-        getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
-        for hook in _accelerate_hooks(module)
-    )
-
-
-def _below_accelerate(module: nn.Module, method: str) -> Any:
-    state, hooks = vars(module), _accelerate_hooks(module)
-    if method == "forward" and hooks and all(type(hook).__module__ == "accelerate.hooks" for hook in hooks):
-        return state["_old_forward"]
-    return state[method]
+    hooks = _accelerate_hooks(module)
+    return any(getattr(hook, "offload", False) and getattr(hook, "place_submodules", False) for hook in hooks)
 
 
 def _accelerate_hooks(module: nn.Module) -> tuple[object, ...]:

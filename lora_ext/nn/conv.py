@@ -5,22 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext.nn.adapter import LoraAdapter, at_hand
-from lora_ext.nn.adapter_layer import TransparentLayer
-from lora_ext.nn.base_layer import (
-    module_of_kind,
-    own_copy,
-    tensor_of,
-    why_not_merge,
-)
+from lora_ext.nn.adapter import Device, LoraAdapter
+from lora_ext.nn.base_layer import module_of_kind, why_not_merge
 from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
-from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
+from lora_ext.nn.layer import AddsToOutput, Matrix
+from lora_ext.nn.rows import RowChoice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -28,7 +21,7 @@ if TYPE_CHECKING:
 _CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
-class LoraConv(TransparentLayer, LoraLayer):
+class LoraConv(AddsToOutput):
     """``base_layer(x) + scaling * conv1x1(conv(dropout(x), lora_A), lora_B)`` with the base layer frozen.
 
     The convolution with ``lora_A``, ``[r, in_channels, *kernel_size]``, has the base layer's stride, padding, padding
@@ -36,14 +29,10 @@ class LoraConv(TransparentLayer, LoraLayer):
     not: with ``groups > 1`` it sees all channels, as in PEFT, and the update cannot be merged, as a grouped
     convolution's weight cannot express it.
 
-    Args:
-        base_layer: an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``; kept, not copied. Its parameters are frozen here.
-        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+    Args: as in :class:`~lora_ext.nn.LoraLinear`; ``base_layer`` is an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
     """
 
     base_kinds = "an nn.Conv1d, nn.Conv2d or nn.Conv3d"
-
-    rows_choose = True
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -53,9 +42,7 @@ class LoraConv(TransparentLayer, LoraLayer):
         return super().why_not_merge() or why_not_merge(self.base_layer, *_CONVOLVE, methods=("_conv_forward",))
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> LoraAdapter:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         """Makes an adapter for ``base_layer``. ValueError: the rank is not a multiple of the layer's groups."""
         rank = config.rank_for(path)
         if rank % base_layer.groups:
@@ -63,15 +50,8 @@ class LoraConv(TransparentLayer, LoraLayer):
                 f"{cls.__name__}: the rank {rank} of {path!r} is not a multiple of its groups={base_layer.groups}; "
                 "choose another rank (rank_pattern), or exclude the layer"
             )
-        return LoraAdapter.from_config(
-            config,
-            path,
-            base_layer.in_channels,
-            base_layer.out_channels,
-            base_layer.weight,
-            device,
-            shapes=_shapes(base_layer, rank),
-        )
+        sizes, shapes = (base_layer.in_channels, base_layer.out_channels), _shapes(base_layer, rank)
+        return LoraAdapter.from_config(config, path, *sizes, base_layer.weight, device, shapes=shapes)
 
     def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
         return dict(zip(("lora_A", "lora_B"), _shapes(self.convolution, adapter.r), strict=True))
@@ -91,28 +71,12 @@ class LoraConv(TransparentLayer, LoraLayer):
         """The number of output channels."""
         return self.convolution.out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        if (choice := row_choice(self.active)) is not None:
-            return self._forward_rows(choice, x)
-        y = self.base_layer(x)
-        adapters = self._adapters_in_use()
-        return self._add(tensor_of(self, y), x.to(y.device), adapters) if adapters else y
-
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
-        """Computes the forward; each row uses the adapter that ``choice`` gives it."""
-        size = self.convolution.kernel_size
-        if x.dim() != len(size) + 2:
+        if x.dim() != len(self.convolution.kernel_size) + 2:
             raise ValueError(
                 f"{type(self).__name__}: adapter_names needs a batch, but the layer's input is {list(x.shape)}"
             )
-        y = self.base_layer(x)
-        _, times = choice.aligned(self, x)
-        y = own_copy(self, y)
-
-        def add(y: Tensor, x: Tensor, name: str) -> Tensor:
-            return self._add(y, x, [at_hand(self.adapters[name])])
-
-        return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, add)
+        return super()._forward_rows(choice, x)
 
     def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter]) -> Tensor:
         dims = len(self.convolution.kernel_size)

@@ -12,7 +12,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._ops.dora import row_norms
 from lora_ext.nn import dora
-from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.base_layer import check_not_offloaded, is_conv1d, plain_linear, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import Matrix
 from lora_ext.nn.linear import OverLinear, linear_sizes
@@ -75,8 +75,7 @@ class DoraLinear(OverLinear):
     All adapters of the layer are :class:`DoraAdapter`, and one is in use at a time. A merge keeps a copy of the weight,
     with which :meth:`unmerge` restores every bit.
 
-    Args:
-        base_layer, adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+    Args: as in :class:`~lora_ext.nn.LoraLinear`.
     """
 
     @classmethod
@@ -90,9 +89,7 @@ class DoraLinear(OverLinear):
         return why_weight_unusable(module, at_hand=True)
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> DoraAdapter:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> DoraAdapter:
         adapter = DoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
         if not (adapter.lora_A.is_meta or base_layer.weight.is_meta):
             adapter.measure(_values(base_layer))

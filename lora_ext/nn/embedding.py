@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import full_shape
-from lora_ext.nn.adapter import LoraAdapter, at_hand
-from lora_ext.nn.adapter_layer import TransparentLayer
-from lora_ext.nn.base_layer import (
-    has_forward_of,
-    module_of_kind,
-    own_copy,
-    tensor_of,
-    why_not_merge,
-    why_weight_unusable,
-)
+from lora_ext.nn.adapter import Device, LoraAdapter
+from lora_ext.nn.base_layer import has_forward_of, module_of_kind, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
-from lora_ext.nn.layer import LoraLayer
-from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
+from lora_ext.nn.layer import AddsToOutput
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -62,7 +52,7 @@ class EmbeddingAdapter(LoraAdapter):
         nn.init.normal_(self.lora_B)
 
 
-class LoraEmbedding(TransparentLayer, LoraLayer):
+class LoraEmbedding(AddsToOutput):
     """``base_layer(ids) + scaling * lora_A[ids] @ lora_B.T`` with the base layer frozen.
 
     If the base layer scales its rows by ``embed_scale`` (Gemma, BART), the update is scaled too. As in PEFT,
@@ -71,13 +61,10 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
     The backward needs the ids and ``[num_tokens, r]``. The gradient of ``lora_A`` is dense, ``[num_embeddings, r]``,
     however few the tokens, and even if the base layer has ``sparse=True``.
 
-    Args:
-        base_layer: an ``nn.Embedding``; kept, not copied. Its weight is frozen here.
-        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+    Args: as in :class:`~lora_ext.nn.LoraLinear`; ``base_layer`` is an ``nn.Embedding``.
     """
 
     base_kinds = "an nn.Embedding"
-    rows_choose = True
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -90,9 +77,7 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
         return why_embedding_unusable(module)
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> EmbeddingAdapter:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         return EmbeddingAdapter.from_config(config, path, *full_shape(base_layer.weight), base_layer.weight, device)
 
     @property
@@ -130,13 +115,6 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
     def file_tensors(self, path: str, adapter: LoraAdapter) -> dict[str, Tensor]:
         return {f"{path}.lora_embedding_A": adapter.file_A, f"{path}.lora_embedding_B": adapter.lora_B}
 
-    def forward(self, ids: Tensor) -> Tensor:
-        if (choice := row_choice(self.active)) is not None:
-            return self._forward_rows(choice, ids)
-        y = self.base_layer(ids)
-        adapters = self._adapters_in_use()
-        return self._add(tensor_of(self, y), ids.to(y.device), adapters) if adapters else y
-
     def _add(self, y: Tensor, ids: Tensor, adapters: list[LoraAdapter]) -> Tensor:
         base = self.embedding
         options = {"padding_idx": base.padding_idx, "scale_grad_by_freq": base.scale_grad_by_freq}
@@ -145,17 +123,6 @@ class LoraEmbedding(TransparentLayer, LoraLayer):
         for xa, lora_B, scaling, _ in joined(updates, rank_dim=-1):
             y = expand_onto(y, scaled_rows(base, xa), lora_B, scaling)
         return y
-
-    def _forward_rows(self, choice: RowChoice, ids: Tensor) -> Tensor:
-        """Computes the forward; each row uses the adapter that ``choice`` gives it."""
-        y = self.base_layer(ids)
-        given, (ids, times) = ids, choice.aligned(self, ids)
-        y = own_copy(self, y if ids is given else y.expand(*ids.shape, y.shape[-1]))
-
-        def add(y: Tensor, ids: Tensor, name: str) -> Tensor:
-            return self._add(y, ids, [at_hand(self.adapters[name])])
-
-        return add_by_rows(y, ids.to(y.device), choice, self._applied(choice), times, add)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.in_features}, embedding_dim={self.out_features}, {self._repr_of_state()}"

@@ -27,8 +27,7 @@ class InputGroup:
 
     Attributes:
         paths: their paths in the model.
-        reason: why they are not computed together with each other or with their neighbours, or "" if they are. A reason
-            that begins with "now:" depends on the layers' state, such as merged or disabled adapters.
+        reason: why not, or "". One that begins with "now:" depends on the layers' state.
     """
 
     paths: tuple[str, ...]
@@ -52,57 +51,54 @@ class InputGroups:
         return len(self.groups)
 
     def __str__(self) -> str:
-        shared = [group for group in self.groups if group.shared]
+        by_reason: dict[str, list[InputGroup]] = defaultdict(list)
+        for group in self.groups:
+            by_reason[group.reason].append(group)
+        shared = by_reason.pop("", [])
         layers = sum(len(group.paths) for group in shared)
         lines = [f"shared inputs: {layers} layers in {len(shared)} groups are computed together"]
         lines += first_lines(", ".join(group.paths) for group in shared)
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        for group in self.groups:
-            if not group.shared:
-                by_reason[group.reason] += group.paths
-        for reason, paths in by_reason.items():
-            lines.append(f"  {len(paths)} alone: {reason}")
-            lines += first_lines(paths)
+        for reason, groups in by_reason.items():
+            paths = [path for group in groups for path in group.paths]
+            lines += [f"  {len(paths)} alone: {reason}", *first_lines(paths)]
         return "\n".join(lines)
 
 
 def form_input_groups(model: nn.Module, on: bool, kinds: tuple[type[SharesInputs], ...]) -> None:
     """Lets layers of exactly these ``kinds`` share inputs: those of one module with equal ``in_features``.
 
-    The layers of an ``nn.Sequential`` follow each other, and share none. A guess: see :mod:`lora_ext.nn.shared_inputs`.
-    Groups whose layers are the same as before keep what calls have taught them.
+    The layers of an ``nn.Sequential`` follow each other, and share none. Groups with the same layers as before stay.
     """
     for module in list(model.modules()):
         by_size: dict[int, list[SharesInputs]] = defaultdict(list)
         for child in module._modules.values():
             if type(child) in kinds and child not in by_size[child.in_features]:
                 by_size[child.in_features].append(child)
+        may_share = on and not isinstance(module, nn.Sequential)
         for found in by_size.values():
-            may_share = on and len(found) > 1 and not isinstance(module, nn.Sequential)
             for i in range(0, len(found), LARGEST):
                 layers = found[i : i + LARGEST]
-                if may_share and len(layers) > 1 and _are_neighbours(layers):
+                if not may_share or len(layers) == 1:
+                    neighbours = None
+                elif _are_neighbours(layers):
                     continue
-                neighbours = Neighbours() if may_share and len(layers) > 1 else None
+                else:
+                    neighbours = Neighbours()
                 for layer in layers:
                     set_neighbours(layer, neighbours)
 
 
 def _are_neighbours(layers: list[SharesInputs]) -> bool:
-    neighbours = neighbours_of(layers[0])
-    return (
-        neighbours is not None
-        and all(neighbours_of(layer) is neighbours for layer in layers)
-        and len(neighbours.groups) == len(layers)
-    )
+    of_first, *others = map(neighbours_of, layers)
+    return of_first is not None and all(o is of_first for o in others) and len(of_first.groups) == len(layers)
 
 
 @checked
 def input_groups(model: nn.Module) -> InputGroups:
     """Reports which layers of ``model`` read one tensor and are computed together.
 
-    Layers are listed if they may read one tensor: linear layers of one module with equal ``in_features``, adapted by
-    :func:`lora_ext.inject` or by PEFT and ``accelerate``. In compiled graphs, every layer is computed alone.
+    Listed are linear layers of one module with equal ``in_features``, adapted by :func:`lora_ext.inject` or by PEFT and
+    ``accelerate``. In compiled graphs, every layer is computed alone.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -115,14 +111,11 @@ def input_groups(model: nn.Module) -> InputGroups:
             continue
         keys = [key for key in neighbours.layers if key in neighbours.groups[id(module)] and key in paths]
         seen.update(keys)
-        reports += _of_group(neighbours, keys, paths)
+        reports += [InputGroup((paths[keys[0]],), APART)] if len(keys) == 1 else _of_group(neighbours, keys, paths)
     return InputGroups(tuple(reports))
 
 
 def _of_group(neighbours: Neighbours, keys: list[int], paths: dict[int, str]) -> Iterator[InputGroup]:
-    if len(keys) == 1:
-        yield InputGroup((paths[keys[0]],), APART)
-        return
     together, first = [], None
     for key in keys:
         layer = neighbours.layers[key]()

@@ -15,15 +15,15 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import bring_for_calls
 from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
-from lora_ext.nn.adapter import LoraAdapter, at_hand
-from lora_ext.nn.adapter_layer import AdapterLayer, freeze
-from lora_ext.nn.base_layer import why_weight_unusable
+from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
+from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
+from lora_ext.nn.base_layer import own_copy, tensor_of, why_weight_unusable
+from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 from lora_ext.nn.state import MERGED_KEY, check_same_merged
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
-    from lora_ext.nn.rows import RowChoice
 
 
 class Matrix(NamedTuple):
@@ -31,8 +31,7 @@ class Matrix(NamedTuple):
 
     Attributes:
         owner, name: the module and the name of its parameter.
-        view: a view of that parameter or of a part of it: ``[rows, cols]``, unit column stride. The parameter itself if
-            it is quantised.
+        view: that parameter or a view of a part of it, ``[rows, cols]``, unit column stride.
         quantized: how the parameter is quantised, or None; of a layer with DoRA adapters a :class:`RescaledWeight`.
     """
 
@@ -45,18 +44,14 @@ class Matrix(NamedTuple):
 class LoraLayer(AdapterLayer):
     """An adapter layer whose adapters are low-rank updates of frozen weights and can be merged into them.
 
-    Subclasses define the base layers they adapt (:meth:`adapts`, :meth:`why_not`), the adapter's parameters
-    (:meth:`new_adapter`, :meth:`factor_shapes`), the matrices it updates (:meth:`matrices`, :meth:`factors`), and the
-    forward.
-
-    A merged layer may be moved to another device, deep-copied and pickled: the data for :meth:`unmerge` goes with it.
-    Its ``state_dict`` holds the merged weight and a mark, but not that data, so ``load_state_dict`` refuses weights
-    that were saved while merged, and a merged layer refuses all. A layer whose dtype is converted
-    while merged cannot be unmerged. If two layers share a weight, merge only one of them: neither knows of the other.
+    A merged layer may be moved to another device, deep-copied and pickled: the data for :meth:`unmerge` goes with it,
+    but is not in its ``state_dict``, so ``load_state_dict`` refuses weights that were saved while merged, and a merged
+    layer refuses all. A layer whose dtype is converted while merged cannot be unmerged. If two layers share a weight,
+    merge only one of them: neither knows of the other.
     """
 
     base_kinds: ClassVar[str]  # the modules this class adapts, for messages
-    adapted_along: ClassVar[tuple[str, ...]] = ()  # paths of modules inside that are always adapted too
+    adapted_along: ClassVar[tuple[str, ...]] = ()  # modules inside that are always adapted too
     weight_name: ClassVar[str] = "weight"
     stores_transposed: bool = False  # the weight is [in, out]
 
@@ -77,13 +72,10 @@ class LoraLayer(AdapterLayer):
         self._add_first(adapter, adapter_name, active)
 
     def _add_first(self, adapter: nn.Module | None, name: str, active: ActiveAdapters | None) -> None:
-        """Adds the adapter that a constructor got, and activates it unless ``active`` is shared."""
         if adapter is not None:
             self.add_adapter(name, adapter)
             if active is None:
                 self.active.names = (name,)
-
-    # --- what a subclass says about itself ---------------------------------------------------------------------------
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -96,9 +88,7 @@ class LoraLayer(AdapterLayer):
         return why_weight_unusable(module, cls.weight_name)
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> LoraAdapter:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         """Makes a new adapter for the ``base_layer`` at ``path``, on ``device`` (default: the base layer's)."""
         raise NotImplementedError
 
@@ -145,10 +135,9 @@ class LoraLayer(AdapterLayer):
 
     @one_at_a_time
     def add_adapter(self, name: str, adapter: LoraAdapter) -> None:
-        """Adds ``adapter`` under ``name`` without activating it (see :meth:`set_active`); freezes the base layer.
+        """Adds ``adapter`` under ``name``, not active (:meth:`set_active`); freezes the base layer.
 
-        Raises:
-            ValueError: the name is taken, or a factor has the wrong shape. The layer is then unchanged.
+        ValueError: the name is taken, or a factor has the wrong shape. The layer is then unchanged.
         """
         self._check_is_new(name)
         if getattr(adapter, "has_magnitude", False) and "lora_magnitude_vector" not in self.factor_shapes(adapter):
@@ -160,14 +149,8 @@ class LoraLayer(AdapterLayer):
         self.adapters[name] = adapter.train(self.training)
         freeze(self.base_layer)
 
-    def _adapters_in_use(self) -> list[LoraAdapter]:
-        """Returns the adapters that the forward adds, with factors on the device that computes."""
-        return [at_hand(self.adapters[name]) for name in self._applied()]
-
     def _applied(self, choice: RowChoice | None = None) -> tuple[str, ...]:
-        """Returns the names of the adapters that the forward adds to the base layer's output: active and not merged.
-
-        With a ``choice``, the names that some row has chosen.
+        """Returns the names of the adapters that the forward adds: active, or chosen by some row, and not merged.
 
         Raises:
             RuntimeError: merged adapters would not train.
@@ -207,13 +190,13 @@ class LoraLayer(AdapterLayer):
 
     @property
     def merge_record_bytes(self) -> int:
-        """Bytes kept for :meth:`unmerge`: the merged factors and the bits lost to rounding; 0 if nothing is merged."""
+        """Bytes kept for :meth:`unmerge`: the merged factors and the bits lost to rounding."""
         return self._merged.nbytes if self._merged else 0
 
     def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
-        """``scaling * lora_B @ lora_A`` of adapter ``name`` (default: the active one), in the factors' dtype.
+        """Returns ``scaling * lora_B @ lora_A`` of adapter ``name`` (default: the active one), in the factors' dtype.
 
-        Allocates it. ``key`` selects one of the :meth:`matrices`.
+        ``key``: one of the :meth:`matrices`.
         """
         factors = self.factors(name := self._existing(name))
         if key not in factors:
@@ -229,20 +212,18 @@ class LoraLayer(AdapterLayer):
         merges. An adapter counts with its values at the time of its merge, even if it is trained later.
 
         Returns:
-            Bytes kept to restore the weight: :attr:`merge_record_bytes`.
+            :attr:`merge_record_bytes`.
 
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: an adapter is merged already or tied to another layer's, or none is active; or a
-                parametrization computes the weight.
-            ValueError: an element would become NaN or infinite, or the update cannot be merged (the message says why).
+            RuntimeError: an adapter is merged already or tied to another layer's, or none is active.
+            ValueError: an element would become NaN or infinite, or the update cannot be merged.
             The layer is then unchanged.
         """
         caller = type(self).__name__
+        names = names or self.active_adapters
         if not names:
-            names = self.active_adapters
-            if not names:
-                raise RuntimeError(f"{caller}: no adapter is active; the adapters are {sorted(self.adapters)}")
+            raise RuntimeError(f"{caller}: no adapter is active; the adapters are {sorted(self.adapters)}")
         for name in names:
             if name in self.merged_adapters:
                 raise RuntimeError(f"{caller}: adapter {name!r} is already merged")
@@ -261,8 +242,7 @@ class LoraLayer(AdapterLayer):
         :meth:`merge` left it; see :meth:`forget_merge`.
 
         Raises:
-            RuntimeError: an adapter is not merged, or is tied to another layer's; or the weight was converted to
-                another dtype while merged.
+            RuntimeError: an adapter is not merged, or is tied to another layer's; or the dtype was converted meanwhile.
             TypeError, ValueError: the weight was replaced by one of another dtype or shape.
             ValueError: the sum of the adapters that stay overflows the dtype, though the sum of all did not.
             The layer is then unchanged.
@@ -291,15 +271,10 @@ class LoraLayer(AdapterLayer):
         self._merged = None
         self.active.changes += 1
 
-    def merged_into(self) -> dict[str, Tensor]:
+    def merged_into(self) -> list[str]:
         """Returns the parameters that adapters are merged into, by their names in this layer's ``state_dict``."""
-        wanted = {(id(matrix.owner), matrix.name) for matrix in self.matrices().values()}
-        return {
-            f"base_layer.{path}{'.' if path else ''}{name}": parameter
-            for path, module in self.base_layer.named_modules()
-            for name, parameter in module._parameters.items()
-            if (id(module), name) in wanted
-        }
+        paths = {module: f"base_layer.{path}.".replace("..", ".") for path, module in self.base_layer.named_modules()}
+        return [paths[matrix.owner] + matrix.name for matrix in self.matrices().values()]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -312,7 +287,7 @@ class LoraLayer(AdapterLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _bias_factors(self, adapter: LoraAdapter) -> Mapping[str, tuple[Tensor, Tensor, float]]:
-        """Returns the bias update, merged as a one-row matrix by an update of rank 1; empty without ``lora_bias``."""
+        """Returns the update of the bias, a matrix of one row, of rank 1; nothing without ``lora_bias``."""
         if adapter.lora_bias is None:
             return {}
         if self.bias is None:
@@ -323,7 +298,7 @@ class LoraLayer(AdapterLayer):
 
     @one_at_a_time
     def _apply(self, fn, recurse: bool = True):
-        """Is what PyTorch calls for ``to``, ``half``, ...; notes that a merged weight was converted."""
+        """Notes that ``to``, ``half``, ... have converted a merged weight."""
         dtype = None if self._merged is None else self.weight.dtype
         super()._apply(fn, recurse)
         if self._merged is not None and self.weight.dtype != dtype:
@@ -333,3 +308,31 @@ class LoraLayer(AdapterLayer):
 
     def _repr_of_state(self) -> str:
         return f"merged={self.merged_adapters}" if self.is_merged else f"active={self.active_adapters}"
+
+
+class AddsToOutput(TransparentLayer, LoraLayer):
+    """A layer that calls its base layer, and adds the updates to what that returns (:meth:`_add`)."""
+
+    rows_choose = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (choice := row_choice(self.active)) is not None:
+            return self._forward_rows(choice, x)
+        y = self.base_layer(x)
+        adapters = [at_hand(self.adapters[name]) for name in self._applied()]
+        return self._add(tensor_of(self, y), x.to(y.device), adapters) if adapters else y
+
+    def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
+        """Computes the forward; each row uses the adapter that ``choice`` gives it."""
+        y = self.base_layer(x)
+        given, (x, times) = x, choice.aligned(self, x)
+        y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
+
+        def add(y: Tensor, x: Tensor, name: str) -> Tensor:
+            return self._add(y, x, [at_hand(self.adapters[name])])
+
+        return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, add)
+
+    def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter]) -> Tensor:
+        """Returns ``y`` plus the updates of ``adapters`` for ``x``."""
+        raise NotImplementedError

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_ext import functional
 from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
 from lora_ext.nn import base_product
-from lora_ext.nn.adapter import FactorsAtHand, LoraAdapter, at_hand, factors_at_hand
+from lora_ext.nn.adapter import Device, FactorsAtHand, LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
@@ -64,13 +64,9 @@ class LoraLinear(SharesInputs, OverLinear):
     (:func:`~lora_ext.nn.joined.joined`); each further kind takes another pass over the output. With ``lora_bias`` an
     adapter also adds ``scaling * lora_bias``.
 
-    If a call of the base layer would do more than multiply by its weight (hooks, a forward of its own, a module put in
-    its place; :mod:`lora_ext.nn.base_layer`), it is called, and the update is added to a copy of its output.
-    Further arguments of the forward go to the base layer. An update cannot be merged into such a base layer.
-
-    A base layer with a quantised weight (:mod:`lora_ext.quantized`) is called in the same way; the gradient of its
-    input is the one that it computes. Merging dequantises, adds the update and quantises again. A base layer whose
-    weight is split over devices is called, too (:mod:`lora_ext.nn.tensor_parallel`).
+    If a call of the base layer would do more than multiply by its weight (:mod:`lora_ext.nn.base_layer`), or if its
+    weight is quantised or split over devices, it is called, with further arguments of the forward, and the update is
+    added to a copy of its output.
 
     Args:
         base_layer: an ``nn.Linear``, or Transformers' ``Conv1D`` (GPT-2), whose weight is ``[in_features,
@@ -89,9 +85,7 @@ class LoraLinear(SharesInputs, OverLinear):
         return super().why_not(module, config)
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> LoraAdapter:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         adapter = LoraAdapter.from_config(config, path, *linear_sizes(base_layer), base_layer.weight, device)
         if split_dim(base_layer) is not None:
             split_factors(adapter, base_layer.weight)
@@ -133,7 +127,8 @@ class LoraLinear(SharesInputs, OverLinear):
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             weight, bias = plain
-            return add_updates(x, weight, add_lora_biases(bias, weight.dtype, adapters), self._updates(names, adapters))
+            bias = add_lora_biases(bias, weight.dtype, adapters)
+            return add_updates(x, weight, bias, joined(self._updates(names, adapters)))
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             self._check_exportable()
         return self._add_to_output(x, self.base_layer(x, *args, **kwargs), names, adapters)
@@ -246,8 +241,8 @@ def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: Sequence[
 
 
 def add_updates(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]) -> Tensor:
-    """``x @ weight.T + bias`` plus one or more updates."""
-    first, *others = joined(updates)
+    """Returns ``x @ weight.T + bias`` plus one or more updates (see :func:`~lora_ext.nn.joined.joined`)."""
+    first, *others = updates
     y = functional.lora_linear(x, weight, bias, *first)
     for update in others:
         y = functional.plus_lora_delta(y, x, *update)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext.nn.active import ActiveAdapters
-from lora_ext.nn.adapter import LoraAdapter
+from lora_ext.nn.adapter import Device, LoraAdapter
 from lora_ext.nn.layer import Matrix
 from lora_ext.nn.linear import LoraLinear, linear_sizes
 from lora_ext.quantized import quantized_weight
@@ -66,18 +66,13 @@ class PackedAdapter(LoraAdapter):
         factors = zip(self.lora_A.split(self.r), self.lora_B.chunk(len(enabled)), strict=True)
         return dict(zip(enabled, factors, strict=True))
 
-    def block_diagonal(self) -> Tensor:
-        """``lora_B`` as ``[out_features, r * num_enabled]``: with ``lora_A`` an ordinary update of the whole layer."""
-        return spread_blocks(self.lora_B, self.enable_lora)
-
 
 class LoraPackedLinear(LoraLinear):
     """A linear layer whose weight packs ``num_parts`` equal projections: GPT-2's ``c_attn``, fused qkv.
 
-    Adapters are :class:`PackedAdapter`, which update some of the parts, or plain ones, which update all together. Parts
-    that are off have no parameters; no update is formed at the weight's size. Both kinds run the op of
-    :class:`LoraLinear`, in one pass over the input and one over the output: ``lora_B`` is expanded to a small
-    block-diagonal matrix, ``[out_features, r * num_enabled]``. Merging writes the enabled parts only.
+    Adapters are :class:`PackedAdapter`, which update some of the parts, or plain ones, which update all together. Both
+    run the op of :class:`LoraLinear`: ``lora_B`` is expanded to a small block-diagonal matrix, ``[out_features, r *
+    num_enabled]``. Merging writes the enabled parts only.
 
     Args:
         base_layer, adapter, adapter_name, active: as in :class:`LoraLinear`.
@@ -105,9 +100,7 @@ class LoraPackedLinear(LoraLinear):
         self._add_first(adapter, adapter_name, active)
 
     @classmethod
-    def new_adapter(
-        cls, base_layer: nn.Module, config: LoraConfig, path: str, device: torch.device | None = None
-    ) -> LoraAdapter:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         enable_lora = config.enable_lora_for(path)
         if enable_lora is None:
             return super().new_adapter(base_layer, config, path, device)

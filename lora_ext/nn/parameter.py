@@ -36,20 +36,17 @@ class LoraParameter(TransparentLayer, LoraLayer):
     ``[out_features, in_features]``. Each expert has its own factors of rank ``r``; as in PEFT, ``lora_A [r *
     num_experts, in_features]`` concatenates them and ``lora_B [out_features, r * num_experts]`` interleaves them.
 
-    The module gets a view of the parameter (:mod:`lora_ext.nn.parameter_view`): products with it, or with the experts
-    that it chooses, apply the updates to the rows that chose each expert, so that no tensor of the parameter's size is
-    made. If the module does something else with the parameter, the call allocates one such tensor, and its backward a
-    gradient of that size; :attr:`why_whole` says why. A merged layer allocates neither. Only merging writes the
-    parameter. Several parameters of a module have nested layers. Code that reads the parameter without calling the
-    module sees the frozen one.
+    The module gets a view of the parameter (:mod:`lora_ext.nn.parameter_view`), and its products with that make no
+    tensor of the parameter's size. Other uses make one, and a gradient of that size; :attr:`why_whole` says why.
+    Several parameters of a module have nested layers. Code that reads the parameter without calling the module sees the
+    frozen one.
 
     Args:
-        base_layer: the module, or the layer of another of its parameters; kept, not copied.
+        base_layer: the module, or the layer of another of its parameters.
         parameter_name: name of a parameter of the module itself, with 2 or 3 dimensions.
         adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
 
-    Raises:
-        TypeError: the parameter cannot be adapted.
+    TypeError: the parameter cannot be adapted.
     """
 
     base_kinds = "a module with parameters"

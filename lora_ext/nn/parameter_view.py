@@ -36,12 +36,11 @@ class ExpertUpdate(NamedTuple):
 
 
 class StackedUpdates:
-    """The updates of one parameter during one call of its module.
+    """The updates of one parameter, ``[num_experts, rows, columns]`` or ``[rows, columns]``, in one call of its module.
 
     Attributes:
-        weight: the parameter, ``[num_experts, rows, columns]`` or ``[rows, columns]``.
-        is_transposed: it is stored as ``[..., in_features, out_features]``.
-        is_read: the module has used the parameter.
+        is_transposed: the parameter is stored as ``[..., in_features, out_features]``.
+        is_read: the module has used it.
         whole: the functions that needed the whole updated parameter.
     """
 
@@ -63,7 +62,7 @@ class StackedUpdates:
         """Returns the updates with contiguous factors: adapters interleave the experts in ``lora_B``."""
         if self._in_rows is None:
             self._in_rows = [
-                ExpertUpdate(u.lora_A.contiguous(), u.lora_B.contiguous(), u.scaling) for u in self.updates
+                u._replace(lora_A=u.lora_A.contiguous(), lora_B=u.lora_B.contiguous()) for u in self.updates
             ]
         return self._in_rows
 
@@ -80,7 +79,6 @@ class StackedUpdates:
         ]
 
     def expert_numbers(self) -> Tensor:
-        """Returns the experts' numbers, int64 ``[num_experts]``."""
         return torch.arange(self.num_experts, device=self.weight.device)
 
     def updated(self) -> Tensor:
@@ -120,18 +118,13 @@ class WeightView:
         self.is_transposed = is_transposed
 
     @classmethod
-    def of(cls, updates: StackedUpdates) -> WeightView:
-        """Returns the stand-in for the whole parameter."""
-        return cls(updates, updates.weight, 0 if updates.weight.dim() == 2 else None, updates.is_transposed)
-
-    @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _LINEAR:
             return _linear(*args, **kwargs)
         if func in _PRODUCTS and len(args) == 2 and not kwargs:
             return _matmul(*args)
-        if func in _grouped_products():
+        if func in (torch._grouped_mm, *_fallbacks()):
             return _grouped(func, *args, **kwargs)
         return _with_tensors(func, args, kwargs)
 
@@ -139,29 +132,21 @@ class WeightView:
 
     def __getitem__(self, index: Any) -> Any:
         self.updates.is_read = True
-        if self.expert is not None:  # a part of a matrix
+        if self.expert is None and isinstance(index, tuple) and index and _is_choice(index[0]):
+            return self[index[0]][index[1:]]
+        if self.expert is not None or not _is_choice(index):  # a part of a matrix, or of all of them
             return self.tensor("indexing")[index]
-        if isinstance(index, tuple):
-            return self[index[0]][index[1:]] if index and _is_choice(index[0]) else self.tensor("indexing")[index]
-        if not _is_choice(index):
-            return self.tensor("indexing")[index]
-        if _is_number(index):
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
             number = operator.index(index)
             base = self.base[number]  # an IndexError for a number beyond the experts
-            return WeightView(self.updates, base, number % self.updates.num_experts, self.is_transposed)
-        return WeightView(self.updates, self.base[index], self.updates.expert_numbers()[index], self.is_transposed)
+            return self._over(base, number % self.updates.num_experts)
+        return self._over(self.base[index], self.updates.expert_numbers()[index])
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self[i] for i in range(self.base.shape[0])])
 
     def __len__(self) -> int:
         return len(self.base)
-
-    def unbind(self, dim: int = 0) -> tuple[Any, ...]:
-        return tuple(self) if dim == 0 and self.base.dim() == 3 else self.tensor("unbind").unbind(dim)
-
-    def index_select(self, dim: int, index: Tensor) -> Any:
-        return self[index] if dim == 0 and self.expert is None else self.tensor("index_select").index_select(dim, index)
 
     def transpose(self, dim0: int, dim1: int) -> Any:
         self.updates.is_read = True
@@ -172,31 +157,20 @@ class WeightView:
 
     swapaxes = swapdims = transpose
 
-    def permute(self, *dims: Any) -> Any:
-        dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
-        n = self.base.dim()
-        order = [dim % n for dim in dims]
-        if order == [*range(n - 2), n - 1, n - 2]:
-            return self.transpose(-2, -1)
-        return self.tensor("permute").permute(*dims)
-
     def t(self) -> Any:
         return self.transpose(-2, -1) if self.base.dim() == 2 else self.tensor("t").t()
 
-    @property
-    def mT(self) -> Any:
-        return self.transpose(-2, -1)
-
-    @property
-    def T(self) -> Any:
-        return self.t()
+    T = property(t)
+    mT = property(lambda self: self.transpose(-2, -1))
 
     def contiguous(self) -> WeightView:
-        return WeightView(self.updates, self.base.contiguous(), self.expert, self.is_transposed)
+        return self._over(self.base.contiguous(), self.expert)
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        base = self.base.to(*args, **kwargs)
-        return WeightView(self.updates, base, self.expert, self.is_transposed)
+    def to(self, *args: Any, **kwargs: Any) -> WeightView:
+        return self._over(self.base.to(*args, **kwargs), self.expert)
+
+    def _over(self, base: Tensor, expert: int | Tensor | None) -> WeightView:
+        return WeightView(self.updates, base, expert, self.is_transposed)
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
@@ -217,30 +191,6 @@ class WeightView:
         lora_B = torch.cat([B * scaling for _, B, scaling in factors], dim=-1)
         return add_product(base, lora_A, lora_B, self.is_transposed)
 
-    # What a module may ask about a parameter without using its values.
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def ndim(self) -> int:
-        return self.base.dim()
-
-    def size(self, *args: Any) -> Any:
-        return self.base.size(*args)
-
-    def dim(self) -> int:
-        return self.base.dim()
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in _OWN_ATTRIBUTES:  # not a tensor's, or being copied
             raise AttributeError(name)
@@ -252,8 +202,9 @@ class WeightView:
 _OWN_ATTRIBUTES = ("updates", "base", "expert", "is_transposed")
 
 _FACT_NAMES = (
-    "element_size is_complex is_contiguous is_cpu is_cuda is_floating_point is_leaf is_meta is_mps is_nested "
-    "is_quantized is_sparse is_xpu itemsize layout names nbytes ndimension nelement numel requires_grad stride"
+    "device dim dtype element_size is_complex is_contiguous is_cpu is_cuda is_floating_point is_leaf is_meta is_mps "
+    "is_nested is_quantized is_sparse is_xpu itemsize layout names nbytes ndim ndimension nelement numel requires_grad "
+    "shape size stride"
 )
 _FACTS = frozenset(_FACT_NAMES.split())
 """Attributes of a tensor that do not depend on its values."""
@@ -262,24 +213,16 @@ _LINEAR = (torch._C._nn.linear,)  # F.linear, unless a library has replaced it
 _PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
 
 
-def _grouped_products() -> tuple[Any, ...]:
-    """PyTorch's grouped product, and what Transformers calls where PyTorch's cannot be compiled."""
-    return torch._grouped_mm, *_fallbacks()
-
-
 def _fallbacks() -> tuple[Any, ...]:
+    """Returns what Transformers calls where PyTorch's grouped product cannot be compiled."""
     if "transformers.integrations.moe" not in sys.modules:
         return ()
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # Transformers 5.0 has none
     return () if fallback is None else (fallback, fallback.default)
 
 
-def _is_number(index: Any) -> bool:
-    return isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
-
-
 def _is_choice(index: Any) -> bool:
-    """Returns whether ``index`` chooses experts: along the first dimension, not by a mask of several dimensions."""
+    """Returns whether ``index`` chooses experts, along the first dimension."""
     if isinstance(index, Tensor):
         return index.dtype in (torch.int64, torch.int32) or (index.dtype == torch.bool and index.dim() == 1)
     return isinstance(index, (int, slice, list)) and not isinstance(index, bool)
@@ -290,9 +233,8 @@ def _is_choice(index: Any) -> bool:
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     """``F.linear`` with a view among its arguments."""
-    if not isinstance(weight, WeightView) or isinstance(input, WeightView) or isinstance(bias, WeightView):
-        return _with_tensors(F.linear, (input, weight, bias), {})
-    if isinstance(weight.expert, int):
+    is_plain = isinstance(weight, WeightView) and not isinstance(input, WeightView) and not isinstance(bias, WeightView)
+    if is_plain and isinstance(weight.expert, int):
         return _one_expert(input, weight, bias)
     return _with_tensors(F.linear, (input, weight, bias), {})
 
@@ -361,8 +303,7 @@ class _FrozenFallback(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        _, *saved = inputs
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad_y: Tensor):
@@ -379,19 +320,12 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
         chosen, numbers = experts.flatten(), torch.arange(experts.numel(), device=experts.device)
         factors = [ExpertUpdate(u.lora_A[chosen], u.lora_B[chosen], u.scaling) for u in updates.updates]
         experts = torch.where(chosen < 0, -1, numbers).view(experts.shape)
-    for A, B, scaling in _factors_of_product(view, factors):
+    if not view.is_transposed:  # the product is over out_features
+        factors = [ExpertUpdate(u.lora_B.mT, u.lora_A.mT, u.scaling) for u in factors]
+    for A, B, scaling in factors:
         scalings = torch.full((A.shape[0],), scaling, dtype=torch.float64, device=A.device)
         y = plus_lora_grouped(y, x, A, B, experts, scalings)
     return y
-
-
-def _factors_of_product(view: WeightView, updates: list[ExpertUpdate]) -> list[ExpertUpdate]:
-    """Returns the factors of ``x @ view``: it sums over ``in_features`` of a transposed view, else ``out_features``."""
-    return updates if view.is_transposed else [ExpertUpdate(_mT(u.lora_B), _mT(u.lora_A), u.scaling) for u in updates]
-
-
-def _mT(factor: Tensor) -> Tensor:
-    return factor.transpose(-2, -1)
 
 
 def _with_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -401,27 +335,19 @@ def _with_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def tensors(value: Any) -> Any:
         if isinstance(value, WeightView):
             return value.tensor(name)
-        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-            return type(value)([tensors(item) for item in value])
-        return value
+        return type(value)([tensors(item) for item in value]) if type(value) in (list, tuple) else value
 
     return func(*[tensors(value) for value in args], **{key: tensors(value) for key, value in kwargs.items()})
 
 
-def _operator(name: str):
-    function = getattr(Tensor, name)
-
-    def run(self: WeightView, *args: Any) -> Any:
-        return WeightView.__torch_function__(function, (), (self, *args), {})
-
-    run.__name__ = name
-    return run
+def _operator(function: Any) -> Any:
+    return lambda *args: WeightView.__torch_function__(function, (), args)
 
 
 _ARITHMETIC = "add and floordiv matmul mod mul or pow radd rmul rpow rsub rtruediv sub truediv"
 _OTHERS = "eq ge gt le lt ne abs bool float int invert neg pos"
 for _name in (*_ARITHMETIC.split(), *_OTHERS.split()):
-    setattr(WeightView, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(WeightView, f"__{_name}__", _operator(getattr(Tensor, f"__{_name}__")))
 WeightView.__hash__ = object.__hash__
 
 
@@ -436,7 +362,7 @@ _last_reasons: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.We
 
 
 class NeedsWholeError(Exception):
-    """A call must be made with the whole updated parameter."""
+    """Says that a call must be made with the whole updated parameter; see :func:`why_whole`."""
 
 
 def call_with_updates(
@@ -457,18 +383,20 @@ def call_with_updates(
         is_transposed: the parameter is stored as ``[..., in_features, out_features]``.
 
     Raises:
-        NeedsWholeError: the call must be made with the whole updated parameter; see :func:`why_whole`.
+        NeedsWholeError
     """
     if torch.compiler.is_compiling():
-        raise NeedsWholeError("compiled graphs take the whole parameter")
+        raise NeedsWholeError
     if reason := _why_no_view(module, name):
         _note(module, name, reason)
-        raise NeedsWholeError(reason)
-    stacked = StackedUpdates(module._parameters[name], is_transposed, updates)
-    result = call_with_value(call, module, name, WeightView.of(stacked), args, kwargs)
+        raise NeedsWholeError
+    weight = module._parameters[name]
+    stacked = StackedUpdates(weight, is_transposed, updates)
+    view = WeightView(stacked, weight, 0 if weight.dim() == 2 else None, is_transposed)
+    result = call_with_value(call, module, name, view, args, kwargs)
     if not stacked.is_read and any(isinstance(value, Tensor) and value.numel() for value in (*args, *kwargs.values())):
         _note(module, name, _UNREAD)
-        raise NeedsWholeError(_UNREAD)
+        raise NeedsWholeError
     _note(module, name, f"{stacked.whole[0]} needs it" if stacked.whole else "")
     return result
 
@@ -483,13 +411,12 @@ def call_with_value(
 ) -> Any:
     """Returns ``call(*args, **kwargs)``; meanwhile ``module`` reads ``value`` as its parameter ``name``.
 
-    The parameter stays in its place, where DeepSpeed's hooks look for it. The module's class must have no attribute of
-    that name.
+    The module's class must have no attribute of that name.
     """
     with _locks.setdefault(module, threading.RLock()):
         state = module.__dict__
         outer = state.get(name)  # of a call that this one is inside of
-        state[name] = value  # found before the parameter, which stays in its place
+        state[name] = value  # found before the parameter, which stays in its place: DeepSpeed's hooks look for it there
         try:
             return call(*args, **kwargs)
         finally:
@@ -499,10 +426,7 @@ def call_with_value(
 
 
 def why_whole(module: nn.Module, name: str) -> str | None:
-    """Returns why the last call of ``module`` made a tensor of its parameter ``name``'s size; "": none; None: no call.
-
-    Compiled graphs always make one, and are not noticed.
-    """
+    """Returns why the last eager call of ``module`` made a tensor of its parameter's size; "": none; None: no call."""
     return _last_reasons.get(module, {}).get(name)
 
 

@@ -61,8 +61,7 @@ class RowChoice:
         self.pool: Any = None
         self.pool_names: tuple[str, ...] = ()
         self.slots: Mapping[str, int] = {}
-        self._groups: dict[tuple, Tensor] = {}
-        self._scalings: dict[tuple, Tensor] = {}
+        self._tensors: dict[tuple, Tensor] = {}  # kept for the next layer: a copy to a GPU waits for it
         additions, self._removals = ({}, 0) if active is None else (active.additions, active.removals)
         self._additions = {name: additions.get(name) for name in self.names}
         # While it is in force:
@@ -99,9 +98,7 @@ class RowChoice:
         rows = x.shape[0] if x.dim() else 0
         if self.is_uniform and x.dim() > x.is_floating_point():
             return x, rows
-        if rows == n:
-            return x, 1
-        if rows == 1 and not x.is_floating_point():
+        if rows == 1 != n and not x.is_floating_point():
             return x.expand(n, *x.shape[1:]), 1
         times, rest = divmod(rows, n)
         if rest or times not in self.multiples:
@@ -112,35 +109,31 @@ class RowChoice:
             )
         return x, times
 
-    def groups(self, present: tuple[str, ...], times: int, device: torch.device) -> Tensor:
-        """Returns, for each row of a layer's input, its name's position in ``present``, int64 ``[rows]``; -1: none."""
-        found = self._groups.get((present, times, device))
-        if found is None:
-            numbers = {name: i for i, name in enumerate(present)}
-            found = self._groups[present, times, device] = self._of_rows(numbers, times, device)
-        return found
+    def groups(self, present: tuple[str, ...] | None, times: int, device: torch.device) -> Tensor:
+        """Returns, for each row of a layer's input, its name's position in ``present``, int64 ``[rows]``; -1: none.
 
-    def slots_of_rows(self, times: int, device: torch.device) -> Tensor:
-        """Returns, for each row of a layer's input, the slot of its adapter in the pool, int64 ``[rows]``; -1: none."""
-        found = self._groups.get((None, times, device))
+        None stands for the pool: returns the slots of the rows' adapters.
+        """
+        found = self._tensors.get((present, times, device))
         if found is None:
-            found = self._groups[None, times, device] = self._of_rows(self.slots, times, device)
+            numbers = self.slots if present is None else {name: i for i, name in enumerate(present)}
+            of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
+            rows = self.rows[:1] if self.is_uniform else self.rows
+            of_row = [of_name[i] for i in rows for _ in range(times)]
+            found = self._tensors[present, times, device] = _tensor(of_row, torch.int64, device)
         return found
-
-    def _of_rows(self, numbers: Mapping[str, int], times: int, device: torch.device) -> Tensor:
-        of_name = [numbers.get(name, -1) for name in self.names] + [-1]  # index -1: BASE
-        rows = self.rows[:1] if self.is_uniform else self.rows
-        of_row = [of_name[i] for i in rows for _ in range(times)]
-        with torch.inference_mode(False):  # a later call may be recorded by autograd
-            return torch.tensor(of_row, dtype=torch.int64, device=device)
 
     def scalings(self, values: tuple[float, ...], device: torch.device) -> Tensor:
-        """``values`` as float64 on ``device``, kept for the next layer: a copy to a GPU waits for it."""
-        found = self._scalings.get((values, device))
+        """Returns ``values`` as float64 on ``device``."""
+        found = self._tensors.get((values, device))
         if found is None:
-            with torch.inference_mode(False):
-                found = self._scalings[values, device] = torch.tensor(values, dtype=torch.float64, device=device)
+            found = self._tensors[values, device] = _tensor(values, torch.float64, device)
         return found
+
+
+def _tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a later call may be recorded by autograd
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 # --- the choice in force ----------------------------------------------------------------------------------------------
@@ -209,6 +202,16 @@ def leave(choice: RowChoice, outputs: Any = None) -> None:
         _expect_backward(choice, outputs)
 
 
+@contextmanager
+def choosing(choice: RowChoice) -> Iterator[None]:
+    """Puts ``choice`` in force within the context."""
+    enter(choice)
+    try:
+        yield
+    finally:
+        leave(choice)
+
+
 def _chain() -> Iterator[RowChoice]:
     """Yields the choices of the calls that are running in this thread, the innermost first."""
     choice = _current.get()
@@ -227,22 +230,9 @@ def _end(choice: RowChoice) -> None:
         choice.pool.release(choice.pool_names)
 
 
-@contextmanager
-def choosing(choice: RowChoice) -> Iterator[None]:
-    """Puts ``choice`` in force within the context."""
-    enter(choice)
-    try:
-        yield
-    finally:
-        leave(choice)
-
-
 def _expect_backward(choice: RowChoice, outputs: Any) -> None:
     """Makes a backward that reaches ``outputs`` find the choice, which lives as long as their graph."""
     choice._end = torch.autograd._get_sequence_nr()
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-    if not tensors:
-        return
 
     def reached(_: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -250,10 +240,11 @@ def _expect_backward(choice: RowChoice, outputs: Any) -> None:
             choice._tasks[task] = threading.get_ident()
             torch.autograd.Variable._execution_engine.queue_callback(lambda: choice._tasks.pop(task, None))
 
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
     for tensor in tensors:
         tensor.register_hook(reached)
-    pending = choice.active.pending
-    pending.add(weakref.ref(choice, pending.discard))
+    if tensors:
+        choice.active.pending.add(weakref.ref(choice, choice.active.pending.discard))
 
 
 def _choice_of_backward(active: ActiveAdapters, task: int) -> RowChoice | None:
@@ -309,27 +300,22 @@ class RowUpdates:
         self.biases: dict[str, Tensor] = {}
 
     def add(
-        self,
-        name: str,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout_p: float,
-        scaled_bias: Tensor | None = None,
+        self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, bias: Tensor | None = None
     ) -> None:
+        """Adds an adapter; ``bias`` is scaled already."""
         self.names.append(name)
         self.lora_As.append(lora_A)
         self.lora_Bs.append(lora_B)
         self.scalings.append(scaling)
         self.dropouts.append(dropout_p)
-        if scaled_bias is not None:
-            self.biases[name] = scaled_bias
+        if bias is not None:
+            self.biases[name] = bias
 
     def alike(self) -> list[RowUpdates]:
         """Splits them, without biases, into those that one op can compute: of one dropout and one dtype."""
-        if len(set(self.dropouts)) == 1 and len({lora_A.dtype for lora_A in self.lora_As}) == 1:
-            return [self]
         kinds = [(p, lora_A.dtype) for p, lora_A in zip(self.dropouts, self.lora_As, strict=True)]
+        if len(set(kinds)) == 1:
+            return [self]
         parts = {kind: RowUpdates() for kind in kinds}
         columns = zip(self.names, self.lora_As, self.lora_Bs, self.scalings, self.dropouts, strict=True)
         for kind, entries in zip(kinds, columns, strict=True):
@@ -356,7 +342,8 @@ def add_chosen(
     """
     for part in updates.alike():
         dropout_p = part.dropouts[0]
-        groups, scalings = _chosen(choice, part, x, times)
+        groups = choice.groups(tuple(part.names), times, x.device)
+        scalings = choice.scalings(tuple(part.scalings), x.device)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
         y = functional.lora_grouped_(y, x, part.lora_As, part.lora_Bs, groups, scalings, None, dropout_p, seed)
     return _add_biases(y, choice, updates.biases, times)
@@ -378,15 +365,10 @@ def linear_with_chosen(
     if any(updates.dropouts) or len(updates.alike()) != 1:
         y = base_product.product(x, weight, bias)
         return add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
-    groups, scalings = _chosen(choice, updates, x, times)
+    groups = choice.groups(tuple(updates.names), times, x.device)
+    scalings = choice.scalings(tuple(updates.scalings), x.device)
     y = functional.lora_grouped_linear(x, weight, bias, updates.lora_As, updates.lora_Bs, groups, scalings)
     return _add_biases(y, choice, updates.biases, times)
-
-
-def _chosen(choice: RowChoice, updates: RowUpdates, x: Tensor, times: int) -> tuple[Tensor, Tensor]:
-    """Returns the groups of the rows, and the groups' scalings."""
-    groups = choice.groups(tuple(updates.names), times, x.device)
-    return groups, choice.scalings(tuple(updates.scalings), x.device)
 
 
 def _add_biases(y: Tensor, choice: RowChoice, scaled: dict[str, Tensor], times: int) -> Tensor:
@@ -438,14 +420,14 @@ class LayerSlots:
 
     def add_chosen(self, y: Tensor, x: Tensor, choice: RowChoice, times: int) -> Tensor:
         """Adds the updates of the slots that the rows have chosen to ``y``, in place."""
-        slots = choice.slots_of_rows(times, x.device)
+        slots = choice.groups(None, times, x.device)
         return functional.lora_grouped_(y, x, self.lora_A, self.lora_B, slots, self.scalings, self.ranks)
 
     def linear_with_chosen(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, choice: RowChoice, times: int
     ) -> Tensor:
         """Returns ``F.linear(x, weight, bias)`` with the updates of the slots that the rows have chosen."""
-        slots = choice.slots_of_rows(times, x.device)
+        slots = choice.groups(None, times, x.device)
         return functional.lora_grouped_linear(
             x, weight, bias, self.lora_A, self.lora_B, slots, self.scalings, self.ranks
         )
@@ -501,12 +483,17 @@ def call_by_rows(
         raise ValueError(f"{type(layer).__name__}: adapter_names needs a tensor as the first argument of the layer")
     x, times = choice.aligned(layer, args[0])
     if choice.is_uniform:
-        module = modules[choice.names[0]] if choice.names and choice.names[0] in modules else base
-        return module(*args, **kwargs)
+        return modules.get(next(iter(choice.names), BASE), base)(*args, **kwargs)
+
+    def call(module: Callable[..., Tensor], index: Tensor) -> Tensor:
+        values = [x, *args[1:], *kwargs.values()]
+        of_rows = [v[index] if isinstance(v, Tensor) and v.dim() and len(v) == len(x) else v for v in values]
+        return module(*of_rows[: len(args)], **dict(zip(kwargs, of_rows[len(args) :], strict=True)))
+
     present = tuple(name for name in choice.names if name in modules)
     groups = choice.groups(present, times, x.device)
     outputs, order = [], []
-    for i in range(-1, len(present)):
+    for i, module in enumerate([base, *(modules[name] for name in present)], start=-1):
         index = (groups == i).nonzero().squeeze(1)
         if not len(index):
             continue
@@ -514,9 +501,7 @@ def call_by_rows(
             y = base(x, *args[1:], **kwargs)  # its layers choose by themselves, from names for all rows
             y = y[index] if isinstance(y, Tensor) else y
         else:
-            module = base if i < 0 else modules[present[i]]
-            more = {name: _sliced(value, index, len(x)) for name, value in kwargs.items()}
-            y = module(x[index], *(_sliced(value, index, len(x)) for value in args[1:]), **more)
+            y = call(module, index)
         if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != len(index):
             raise ValueError(
                 f"{type(layer).__name__}: adapter_names needs a module that returns a tensor with a row for each "
@@ -525,8 +510,3 @@ def call_by_rows(
         outputs.append(y)
         order.append(index)
     return torch.cat(outputs)[torch.cat(order).argsort()]
-
-
-def _sliced(value: Any, index: Tensor, rows: int) -> Any:
-    """Returns the chosen rows of ``value`` if it is a tensor with as many rows as the batch, otherwise ``value``."""
-    return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value

@@ -1,22 +1,19 @@
 """Layers that are called with the same tensor (q/k/v, gate/up) are computed together, each in its own place.
 
-The first layer called computes all outputs in one op (:func:`lora_ext.functional.lora_linear_siblings`). If the base
-layers are quantised, it calls each of them, and :func:`lora_ext.functional.lora_delta_siblings` adds the updates. Every
-other layer takes its output when it is called with the same tensor object, and only if it would compute exactly that:
-the same weights and factors, unchanged since, the same dropout, autograd, autocast and stream. Otherwise it computes
-its own output. So a wrong guess costs time, but changes no result.
+The first of them that is called computes all outputs in one op (:func:`lora_ext.functional.lora_linear_siblings`; with
+quantised weights it calls the base layers, and :func:`lora_ext.functional.lora_delta_siblings` adds the updates). Every
+other layer takes its output when it is called, if it would compute exactly that: for the same tensor object, from the
+same weights and factors, unchanged since, with the same dropout, autograd, autocast and stream. Otherwise it computes
+its own. So a wrong guess costs time, but changes no result.
 
 Groups are guessed from the model's structure (:func:`lora_ext.nn.input_groups.form_input_groups`); then the layers that
 were called with one tensor are computed together the next time. Layers that read one tensor use one dropout seed,
 whether they are computed together or not.
 
 A thread has one :class:`_Round` at a time: a tensor, and the outputs computed from it that no layer has taken yet. They
-are dropped with the tensor, and when a layer begins the next round. Layers and tensors are referred to weakly. Copied
-and unpickled layers form new groups among themselves.
-
-Activation checkpointing runs parts of a forward again, each by itself, from the state that the random generator had at
-its begin: a round ends where another part begins. The non-reentrant kind requires that the second forward saves as many
-tensors as the first, so groups stay as they are while a graph exists that was made with them.
+are dropped with the tensor, and when a layer begins the next round. Activation checkpointing runs parts of a forward
+again, each by itself: a round ends where another part begins, and groups stay as they are while a checkpointed graph
+exists that was made with them, because the second run must save as many tensors as the first.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ _MOST_CHANGES = 8  # after which groups are only divided: calls that differ ever
 
 
 class Operands(NamedTuple):
-    """The tensors and numbers of a layer with one adapter, as the layer holds them: no tensor is made for a call.
+    """The tensors and numbers of a layer with one adapter, as the layer holds them.
 
     Attributes:
         quantized: the base layer, if its weight is quantised: it computes its product itself.
@@ -152,7 +149,7 @@ def set_neighbours(layer: nn.Module, neighbours: Neighbours | None) -> None:
 
 
 class Neighbours:
-    """The layers of one module that may read one tensor. The layers refer to it, not the reverse.
+    """The layers of one module that may read one tensor.
 
     Attributes:
         layers: weak references by ``id(layer)``, at most :data:`LARGEST`.
@@ -182,10 +179,9 @@ class Neighbours:
         current = self._round(layer, x, has_dropout)
         if current is None:
             return compute_alone(x, operands)
-        key = id(layer)
-        y = current.take(key, operands)
+        y = current.take(id(layer), operands)
         if y is None:
-            y = current.compute(key, x, operands)
+            y = current.compute(id(layer), x, operands)
         if y is None:
             y = compute_alone(x, operands, current.seed(operands.dropout_p, x) if has_dropout else None)
         return y
@@ -234,11 +230,7 @@ class Neighbours:
 
 
 class _Round:
-    """The calls of layers of one :class:`Neighbours` with one tensor, in one part of the forward.
-
-    Attributes:
-        called: the ``id`` of the layers that were called.
-    """
+    """The calls of layers of one :class:`Neighbours` with one tensor, in one part of the forward."""
 
     __slots__ = ("_computed", "_hook", "_neighbours", "_outputs", "_seeds", "_state", "_x", "called")
 
@@ -247,7 +239,7 @@ class _Round:
         self._computed: set[int] = set()
         self._seeds: dict[float, Tensor] = {}
         self._outputs: dict[int, tuple[Operands, tuple, Tensor]] = {}
-        self.called: list[int] = []
+        self.called: list[int] = []  # the ids of layers
         outputs = self._outputs
         self._x = weakref.ref(x, lambda _: outputs.clear())
         hook = _graph_hook()
@@ -276,13 +268,10 @@ class _Round:
             return None
         if x.shape[-1:] != operands.lora_A.shape[1:] or x.device != weight.device:
             return None
-        neighbours = self._neighbours
-        group = neighbours.group_of(key)
+        wanted = self._neighbours.group_of(key) - {key, *self.called} - self._computed
         keys, all_operands, stamps = [key], [operands], [None]
-        for other, layer_ref in neighbours.layers.items():
-            if other == key or other not in group or other in self.called or other in self._computed:
-                continue
-            layer = layer_ref()
+        for other, layer_ref in self._neighbours.layers.items():
+            layer = layer_ref() if other in wanted else None
             theirs = None if layer is None else layer.operands()
             if theirs is None or not theirs.fit(operands):
                 continue
@@ -312,7 +301,6 @@ class _Round:
         return y
 
     def end(self) -> None:
-        """Drops the outputs that are left."""
         called = frozenset(self.called)
         self._neighbours.observe(called, frozenset(self._computed - called))
         self._outputs.clear()

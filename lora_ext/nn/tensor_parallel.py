@@ -78,10 +78,10 @@ def add_split_update(
     x, size, rank = local(x), group.size(), group.rank()
     dim = _split_tokens(layer, x, y, size, by_rows, (A.shape[1], B.shape[0]))
     if dim is not None and by_rows:  # every device has gradients of its own tokens only
-        A = _SumOfGradients.apply(A, group)
+        A = _Collective.apply(A, _SUM_OF_GRADIENTS, dim, group)
     elif dim is not None:
-        B = _SumOfGradients.apply(B, group)
-        bias = None if bias is None else _SumOfGradients.apply(bias, group)
+        B = _Collective.apply(B, _SUM_OF_GRADIENTS, dim, group)
+        bias = None if bias is None else _Collective.apply(bias, _SUM_OF_GRADIENTS, dim, group)
     if dropout_p > 0.0:
         # The devices draw alike if they are seeded alike: the mask of the whole input, of which each takes its part.
         seed = functional.draw_seed(x.device, torch.distributed.get_global_rank(group, 0))
@@ -94,10 +94,8 @@ def add_split_update(
         x = composite.dropped_part(x, dropout_p, seed, whole, begin)
     with torch.autocast(x.device.type, enabled=False):
         xa = F.linear(x.to(A.dtype), A)
-    if by_rows:
-        xa = _SumOfGradients.apply(xa, group) if dim is None else _Gathered.apply(xa, dim, group)
-    else:
-        xa = _Sum.apply(xa, group) if dim is None else _Scattered.apply(xa, dim, group)
+    of_all_tokens, of_split_ones = (_SUM_OF_GRADIENTS, _GATHERED) if by_rows else (_SUM, _SCATTERED)
+    xa = _Collective.apply(xa, of_all_tokens if dim is None else of_split_ones, dim, group)
     if bias is not None:
         y = y + (adapter.scaling * bias).to(y.dtype)
     return expand_onto(y, xa, B, composite.scale(adapter.scaling, dropout_p))
@@ -126,58 +124,37 @@ def _split_tokens(
     )
 
 
-def _collective(name: str, *args) -> Tensor:
+def _collective(name: str, tensor: Tensor, dim: int | None, group) -> Tensor:
     """Runs a collective, by its name, and waits for it. Whoever made the DTensors has loaded the module."""
-    collectives = torch.distributed._functional_collectives
-    return collectives.wait_tensor(getattr(collectives, name)(*args))
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over devices; its gradient is the same on all of them."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, group) -> Tensor:
-        return _collective("all_reduce", tensor, "sum", group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
-
-
-class _SumOfGradients(torch.autograd.Function):
-    """A tensor that is the same on all devices; each has a part of its gradient."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, group) -> Tensor:
-        ctx.group = group
+    if name == "none":
         return tensor.view_as(tensor)
+    collectives = torch.distributed._functional_collectives
+    arguments = {
+        "all_reduce": ("sum", group),
+        "all_gather_tensor": (dim, group),
+        "reduce_scatter_tensor": ("sum", dim, group),
+    }
+    return collectives.wait_tensor(getattr(collectives, name)(tensor.contiguous(), *arguments[name]))
+
+
+class _Collective(torch.autograd.Function):
+    """Runs one collective in the forward and another one in the backward."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, names: tuple[str, str], dim: int | None, group) -> Tensor:
+        ctx.arguments = names[1], dim, group
+        return _collective(names[0], tensor, dim, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _collective("all_reduce", grad.contiguous(), "sum", ctx.group), None
+        name, dim, group = ctx.arguments
+        return _collective(name, grad, dim, group), None, None, None
 
 
-class _Gathered(torch.autograd.Function):
-    """The tokens of all devices; each has a part of their gradient."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, dim: int, group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _collective("all_gather_tensor", tensor, dim, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _collective("reduce_scatter_tensor", grad, "sum", ctx.dim, ctx.group), None, None
-
-
-class _Scattered(torch.autograd.Function):
-    """Sums over devices and keeps this device's tokens."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, dim: int, group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _collective("reduce_scatter_tensor", tensor, "sum", dim, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _collective("all_gather_tensor", grad.contiguous(), ctx.dim, ctx.group), None, None
+_SUM = "all_reduce", "none"  # its gradient is the same on all devices
+_SUM_OF_GRADIENTS = (
+    "none",
+    "all_reduce",
+)  # a tensor that is the same on all devices, with a part of its gradient on each
+_GATHERED = "all_gather_tensor", "reduce_scatter_tensor"  # the tokens of all devices
+_SCATTERED = "reduce_scatter_tensor", "all_gather_tensor"  # sums over devices, of this device's tokens

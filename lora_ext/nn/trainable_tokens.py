@@ -36,30 +36,27 @@ class TokenRows(nn.Module):
         else:
             rows = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=device)
         self.rows = nn.Parameter(rows)
-        self._make_buffers()
+        self._lookup = self._make_lookup()
 
-    def _make_buffers(self) -> None:
+    def _make_lookup(self) -> tuple[Tensor, Tensor, Tensor]:
         with torch.inference_mode(False):
             index = torch.tensor(self.tokens, device=self.rows.device)
-            in_order, order = index.sort()
-        for name, buffer in (("index", index), ("in_order", in_order), ("order", order)):
-            self.register_buffer(name, buffer, persistent=False)
+            return index, *index.sort()
 
-    def with_buffers(self) -> TokenRows:
-        """Returns this, with buffers that are as made: averages of models (``swa_utils``) round integers, too."""
-        if not torch.compiler.is_compiling() and any(buffer._version for buffer in self._buffers.values()):
-            self._make_buffers()
-        return self
+    @property
+    def index(self) -> Tensor:
+        """The tokens, int64 ``[num_tokens]``, on the device of the rows."""
+        # No buffers: averages of models (swa_utils) round integers, too, and to_empty() clears them.
+        if self._lookup[0].device != self.rows.device:
+            self._lookup = self._make_lookup()
+        return self._lookup[0]
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the row number of each id, and whether it has a row: two tensors in the shape of ``ids``."""
-        place = torch.searchsorted(self.in_order, ids.to(self.in_order.dtype)).clamp_(max=len(self.tokens) - 1)
-        return self.order[place], self.in_order[place] == ids
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        self._make_buffers()  # to_empty() clears them
-        return self
+        index = self.index
+        _, in_order, order = self._lookup
+        place = torch.searchsorted(in_order, ids.to(index.dtype)).clamp_(max=len(self.tokens) - 1)
+        return order[place], in_order[place] == ids
 
     def extra_repr(self) -> str:
         return f"num_tokens={len(self.tokens)}, embedding_dim={self.rows.shape[1]}"
@@ -76,7 +73,7 @@ class TiedRows(nn.Module):
 
 
 def _rows_of(adapter: TokenRows | TiedRows) -> TokenRows:
-    return (adapter.source if isinstance(adapter, TiedRows) else adapter).with_buffers()
+    return adapter.source if isinstance(adapter, TiedRows) else adapter
 
 
 class TrainableTokens(TransparentLayer):
@@ -121,8 +118,7 @@ class TrainableTokens(TransparentLayer):
     @property
     def rows_in_use(self) -> list[TokenRows]:
         """The rows of the active adapters. ValueError: two of them replace the same row."""
-        adapters = [self.adapters[name] for name in self.active_adapters]
-        rows = [_rows_of(adapter) for adapter in adapters]
+        rows = [_rows_of(self.adapters[name]) for name in self.active_adapters]
         if len(rows) > 1:
             tokens = [token for adapter_rows in rows for token in adapter_rows.tokens]
             if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
@@ -147,12 +143,8 @@ class TrainableTokens(TransparentLayer):
             return self._forward_rows(choice, x)
         rows_in_use = self.rows_in_use
         y = self.base_layer(x)
-        if isinstance(self.inner_layer, nn.Embedding):
-            for rows in rows_in_use:
-                y = self._looked_up(y, x, rows)
-        else:
-            for rows in rows_in_use:
-                y = self._projected(y, x, rows)
+        for rows in rows_in_use:
+            y = self._replace(y, x, rows)
         return y
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
@@ -160,17 +152,18 @@ class TrainableTokens(TransparentLayer):
         y = self.base_layer(x)
         given, (x, times) = x, choice.aligned(self, x)
         y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
-        replace = self._looked_up if isinstance(self.inner_layer, nn.Embedding) else self._projected
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
-            return replace(y, x, _rows_of(self.adapters[name]))
+            return self._replace(y, x, _rows_of(self.adapters[name]))
 
         present = tuple(name for name in choice.names if name in self.adapters)
         return add_by_rows(y, x, choice, present, times, add)
 
-    def _looked_up(self, y: Tensor, ids: Tensor, rows: TokenRows) -> Tensor:
+    def _replace(self, y: Tensor, x: Tensor, rows: TokenRows) -> Tensor:
         base = self.inner_layer
-        place, found = rows.find(ids)
+        if not isinstance(base, nn.Embedding):
+            return self._projected(y, x, rows)
+        place, found = rows.find(x)
         padding = rows.tokens.index(base.padding_idx) if base.padding_idx in rows.tokens else None
         looked_up = F.embedding(place, rows.rows.to(base.weight.dtype), padding)
         return torch.where(found.unsqueeze(-1), scaled_rows(base, looked_up), y)

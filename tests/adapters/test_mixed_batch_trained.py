@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +12,6 @@ from support.models import Block, bert, llama, token_ids
 from support.rows import RANKS, gradients, with_adapters
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments
 
 from lora_ext import LoraConfig, inject, set_adapter
 
@@ -53,11 +51,26 @@ def test_training_equals_separate_runs(dropout, checkpointing):
     assert grads.keys() == seen
 
 
-def test_adapters_with_heads_of_their_own_train_together():
-    """They cannot be active together."""
-    model, ids, names = with_adapters(bert(), ["query"], modules_to_save=["classifier"]), token_ids(4), list("abca")
-    with pytest.raises(ValueError, match=r"use only one of them. To train both in one batch .*requires_grad_\(\)"):
-        set_adapter(model, ["a", "b"])
+IN_FULL = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
+HEADS = {
+    "each in full": ([IN_FULL] * 3, "classifier.adapters.{}.weight", "abc"),
+    "in full and by factors": (
+        [IN_FULL, {"target_modules": ["query", "classifier"]}, {"target_modules": ["classifier"]}],
+        "classifier.base_layer.adapters.{}.lora_A",
+        "bc",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_adapters_that_share_a_head_train_together(kind):
+    """Those that train it in full cannot be active together."""
+    (configs, path, in_it), model, ids, names = HEADS[kind], bert().eval(), token_ids(4), list("abca")
+    for name, options in zip(RANKS, configs, strict=True):
+        inject(model, LoraConfig(r=2, init_lora_weights=False, **options), name)
+    if kind == "each in full":
+        with pytest.raises(ValueError, match=r"use only one of them. To train both in one batch .*requires_grad_\(\)"):
+            set_adapter(model, ["a", "b"])
     expected = {}
     for name in RANKS:
         rows = [i for i, chosen in enumerate(names) if chosen == name]
@@ -66,23 +79,7 @@ def test_adapters_with_heads_of_their_own_train_together():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".adapters." in name)
     grads = gradients(model, model(ids, adapter_names=names).logits.square().sum())
-    assert {f"classifier.adapters.{name}.weight" for name in RANKS} <= grads.keys()
-    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_a_head_in_full_and_factors_of_the_same_head_train_together():
-    model, ids, names = bert(), token_ids(4), list("abca")
-    inject(model, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]), "a")
-    inject(model, LoraConfig(r=2, target_modules=["query", "classifier"], init_lora_weights=False), "b")
-    inject(model, LoraConfig(r=2, target_modules=["classifier"], init_lora_weights=False), "c")
-    expected = {}
-    for name in RANKS:
-        rows = [i for i, chosen in enumerate(names) if chosen == name]
-        expected |= gradients(model, set_adapter(model.eval(), name)(ids[rows]).logits.square().sum())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".adapters." in name)
-    grads = gradients(model, model(ids, adapter_names=names).logits.square().sum())
-    assert "classifier.base_layer.adapters.b.lora_A" in grads and "classifier.adapters.a.weight" in grads
+    assert {path.format(name) for name in in_it} | {"classifier.adapters.a.weight"} <= grads.keys()
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -216,36 +213,3 @@ def test_a_checkpoint_of_two_models():
             leaf.grad = None
         checkpoint(both, X, use_reentrant=reentrant).backward()
         torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
-
-
-class Named(torch.utils.data.Dataset):
-    """Examples with the name of the adapter that they train."""
-
-    def __init__(self) -> None:
-        self.ids = token_ids(12)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> dict[str, object]:
-        return {"input_ids": self.ids[i], "labels": self.ids[i], "adapter_names": "abc"[i % 3]}
-
-
-def test_a_trainer_trains_several_adapters_at_once(tmp_path):
-    model, data = with_adapters(llama(), ["q_proj", "down_proj"], same=True), Named()
-    set_adapter(model, ["a", "b", "c"])
-    copied = copy.deepcopy(model)
-    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0}
-    arguments = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=6, max_steps=2, remove_unused_columns=False, **options
-    )
-
-    def collate(rows: list[dict]) -> dict[str, object]:
-        names = [row["adapter_names"] for row in rows]
-        tensors = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels")}
-        return tensors | {"adapter_names": names}
-
-    Trainer(model, arguments, train_dataset=data, data_collator=collate).train()
-    before, after = (dict(m.named_parameters()) for m in (copied, model))
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in after if ".adapters." in name}

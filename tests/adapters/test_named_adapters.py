@@ -241,38 +241,6 @@ def test_merged_adapters_act_until_unmerged_together_with_active_ones():
     assert all(torch.equal(tensor, pristine[path]) for path, tensor in model.state_dict().items())
 
 
-def test_rows_name_adapters_again_once_they_are_unmerged():
-    model, x, names = inject(Net().eval(), SECOND, "a"), torch.randn(2, 6), ["a", "__base__"]
-    expected = model(x, adapter_names=names)
-    merge(model)
-    with pytest.raises(ValueError, match="'a' is merged into"):
-        model(x, adapter_names=names)
-    unmerge(model)
-    torch.testing.assert_close(model(x, adapter_names=names), expected)
-
-
-def test_partly_merged():
-    model = three()
-    model.blocks[1].up.merge("a")
-    with refused(model, RuntimeError, "merge: adapters are already merged into 'blocks.1.up'"):
-        merge(model, "a")
-    unmerge(model)
-    assert not any(layer.is_merged for _, layer in lora_modules(model))
-    merge(model, "b")
-    with refused(model, RuntimeError, "the adapters are not merged into 'blocks.0.down', 'blocks.1.down'"):
-        unmerge(model, "c")
-
-
-def test_a_tied_weight_is_not_merged():
-    model = inject(llama(tied=True).eval(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"], **ALIVE))
-    with refused(model, ValueError, "the weight of 'lm_head' is shared with 'model.embed_tokens', which would change"):
-        merge(model)
-    ids = token_ids()
-    expected = model(input_ids=ids).logits
-    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # the remedy in the message
-    torch.testing.assert_close(merge(model)(input_ids=ids).logits, expected)
-
-
 def test_a_failure_midway_unmerges_what_was_merged():
     model = inject(Net(), FIRST)
     before = [layer.weight.clone() for _, layer in lora_modules(model)]

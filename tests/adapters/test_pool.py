@@ -34,7 +34,7 @@ def test_rows_are_those_of_the_adapter_alone(base, root):
     # n0, n1, n2; n3 and n4 evict n1 and n2; then n7, n6, n5 ... the second time as well
     assert stats.loads == 2 * 8 and stats.evictions == 2 * 8 - 3 and stats.hits == 2
     assert sorted(pool.resident()) == ["n5", "n6", "n7"] and pool.names() == NAMES
-    assert stats.load_seconds > 0 and repr(pool).startswith("AdapterPool(3 of 3 slots, r=4")
+    assert repr(pool).startswith("AdapterPool(3 of 3 slots, r=4")
 
 
 def test_the_least_recently_used_is_evicted(base, root):
@@ -97,46 +97,6 @@ def test_a_layer_that_packs_projections_later_keeps_its_slots(base, root):
     assert called
 
 
-def test_names_that_are_added(base, root, tmp_path):
-    model, x = copy.deepcopy(base), torch.randn(2, 6)
-    pool = pool_of(model, None)
-    pool.add("tenant/7", root / "n3")
-    pool.add("n4", root / "n0")
-    assert pool.names() == ["n4", "tenant/7"]
-    expected = expected_rows(base, root, ["n3", "n0"], x)
-    torch.testing.assert_close(model(x, adapter_names=["tenant/7", "n4"]), expected)
-    with pytest.raises(ValueError, match="'n4' is known already"):
-        pool.add("n4", root / "n1")
-    with pytest.raises(ValueError, match="name is '__base__'"):
-        pool.add("__base__", root / "n1")
-    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
-        pool.add("new", tmp_path)
-    pool.remove("n4")
-    with pytest.raises(KeyError, match="there is no adapter 'n4'"):
-        model(x, adapter_names=["tenant/7", "n4"])
-    with pytest.raises(KeyError, match="'n4' was not added"):
-        pool.remove("n4")
-
-
-def test_a_name_that_is_added_is_not_that_of_another_adapter(base, root, tmp_path):
-    """Neither of a subdirectory, nor of one that is gone while its adapter is in a slot."""
-    model, x = copy.deepcopy(base), torch.randn(1, 6)
-    shutil.copytree(root, tmp_path / "root")
-    pool = pool_of(model, tmp_path / "root")
-    model(x, adapter_names=["n0"])
-    with pytest.raises(ValueError, match="'n0' is known already, as .*; choose another name"):
-        pool.add("n0", root / "n1")
-    shutil.rmtree(tmp_path / "root/n0")
-    pool.acquire(["n2"])
-    shutil.rmtree(tmp_path / "root/n2")
-    with pytest.raises(RuntimeError, match="'n2' is used by a running call"):
-        pool.add("n2", root / "n4")
-    pool.release(["n2"])
-    for name in ("n0", "n2"):
-        pool.add(name, root / "n4")
-        torch.testing.assert_close(model(x, adapter_names=[name]), expected_rows(base, root, ["n4"], x))
-
-
 @pytest.mark.parametrize("targets", ["all-linear", ["all-linear", "head"], r"(.*\.)?(up|head)", ["head", "up"]])
 def test_a_config_may_name_the_layers_in_any_way(base, root, targets):
     x, path = torch.randn(1, 6), root / "n0/adapter_config.json"
@@ -148,31 +108,19 @@ def test_a_config_may_name_the_layers_in_any_way(base, root, targets):
 
 
 def test_directories_that_move(base, root, tmp_path, monkeypatch):
-    """Paths belong to the working directory of the call that gave them; a missing directory has no adapters."""
-    x = torch.randn(1, 6)
-    expected = expected_rows(base, root, ["n3"], x)
-    model = copy.deepcopy(base)
+    """Paths belong to the working directory of the call that gave them. What a slot holds outlives its directory."""
+    x, model = torch.randn(2, 6), copy.deepcopy(base)
+    expected = expected_rows(base, root, ["n3", "n0"], x)
     monkeypatch.chdir(tmp_path)
     pool = pool_of(model, Path("pool"))
-    pool.add("added", Path("pool") / "n3")
     monkeypatch.chdir("/")
-    for name in ("n3", "added"):
-        torch.testing.assert_close(model(x, adapter_names=[name]), expected)
+    (root / "link").symlink_to(root / "n3")
+    torch.testing.assert_close(model(x, adapter_names=["link", "n0"]), expected)
     shutil.rmtree(root)
-    with pytest.raises(KeyError, match=r"there is no adapter 'n4'; the adapters are \['added'\]"):
-        model(x, adapter_names=["n4"])
-    assert pool.names() == ["added"]
-
-
-def test_an_adapter_that_is_held_outlives_its_directory(base, root):
-    model, x = copy.deepcopy(base), torch.randn(2, 6)
-    pool = pool_of(model, root)
-    expected = model(x, adapter_names=["n0", "n1"])
-    shutil.rmtree(root / "n0")
-    assert torch.equal(model(x, adapter_names=["n0", "n1"]), expected)
+    torch.testing.assert_close(model(x, adapter_names=["link", "n0"]), expected)
     pool.evict("n0")
-    with pytest.raises(KeyError, match="there is no adapter 'n0'"):
-        model(x, adapter_names=["n0", "n1"])
+    with pytest.raises(KeyError, match=r"there is no adapter 'n0'; the adapters are \[\]"):
+        model(x, adapter_names=["link", "n0"])
 
 
 def test_calls_wait_for_slots(base, root):

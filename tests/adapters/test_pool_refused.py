@@ -35,66 +35,54 @@ def test_unknown_names(base, root, tmp_path):
             change(model, "n9")
 
 
-OPTIONS = {
-    "dora": {"use_dora": True},
-    "tokens": {"trainable_token_indices": [1]},
-    "biases": {"bias": "lora_only"},
+A, B = "base_model.model.head.lora_A.weight", "base_model.model.head.lora_B.weight"
+OTHER_PARTS = {
+    "modules_to_save": ["head"],
+    "trainable_token_indices": [1],
+    "target_parameters": ["head.weight"],
+    "lora_bias": True,
+    "use_dora": True,
+    "bias": "lora_only",
+}
+BROKEN = {
+    "truncated": "adapter_model.safetensors",
+    "no config": "adapter_config.json",
+    "rank": "rank of head: 5, above the pool's 4",
+    "another base": f"unexpected key: {A.replace('head', 'classifier')}",
+    "another size": f"shape of {A}: [1, 12] in the file, [1, 6] in the model",
+    "half": f"missing key: {A}",
+    "layer": f"missing key: {A}",
+    "not named": f"unexpected key: {A}",
+    "integers": f"dtype of {A}: torch.int64",
+    **{option: f"{option}: a pool holds low-rank updates of linear layers" for option in OTHER_PARTS},
 }
 
 
-def broken(root: Path, how: str) -> Path:
-    """A copy of n0 that does not fit the pool."""
+def broken(root: Path, how: str) -> None:
+    """Makes a copy of n0 that does not fit the pool."""
     path = root / "broken"
     shutil.copytree(root / "n0", path)
     weights, config = path / "adapter_model.safetensors", path / "adapter_config.json"
     tensors, values = load_file(weights), json.loads(config.read_text())
-    key = "base_model.model.head.lora_A.weight"
-    if how == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-9])
-        return path
-    if how == "no config":
-        config.write_text("{")
-    elif how == "rank":
+    if how == "rank":
         tensors = {k: torch.cat([t] * 5, dim=0 if "lora_A" in k else 1) for k, t in tensors.items()}
         values["r"] = 5
     elif how == "another base":
         tensors = {k.replace("head", "classifier"): t for k, t in tensors.items()}
     elif how == "another size":
-        tensors[key] = tensors[key].repeat(1, 2)
-    elif how == "half":
-        del tensors[key]
-    elif how == "layer":
-        del tensors[key], tensors["base_model.model.head.lora_B.weight"]
+        tensors[A] = tensors[A].repeat(1, 2)
+    elif how in ("half", "layer"):
+        tensors = {k: t for k, t in tensors.items() if k != A and (k != B or how == "half")}
     elif how == "not named":
         values["target_modules"] = ["up"]
-    elif how == "heads":
-        values["modules_to_save"] = ["head"]
-        tensors["base_model.model.head.weight"] = torch.zeros(3, 6)
-    elif how in OPTIONS:
-        values |= OPTIONS[how]
     elif how == "integers":
-        tensors[key] = tensors[key].to(torch.int64)
+        tensors[A] = tensors[A].to(torch.int64)
+    elif how in OTHER_PARTS:
+        values[how] = OTHER_PARTS[how]
     save_file({k: t.contiguous() for k, t in tensors.items()}, weights)
-    if how != "no config":
-        config.write_text(json.dumps(values))
-    return path
-
-
-BROKEN = {
-    "truncated": "adapter_model.safetensors",
-    "no config": "adapter_config.json",
-    "rank": "rank of head: 5, above the pool's 4",
-    "another base": "unexpected key: base_model.model.classifier.lora_A.weight",
-    "another size": "shape of base_model.model.head.lora_A.weight: [1, 12] in the file, [1, 6] in the pool",
-    "half": "missing key: base_model.model.head.lora_A.weight",
-    "layer": "missing key: base_model.model.head.lora_A.weight",
-    "not named": "unexpected key: base_model.model.head.lora_A.weight, of a layer that the config does not name",
-    "heads": "modules_to_save: a pool holds low-rank updates of linear layers",
-    "dora": "use_dora: a pool holds low-rank updates of linear layers",
-    "tokens": "trainable_token_indices: a pool",
-    "biases": "bias: a pool",
-    "integers": "dtype of base_model.model.head.lora_A.weight: torch.int64",
-}
+    config.write_text("{" if how == "no config" else json.dumps(values))
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -153,7 +141,7 @@ def test_bad_arguments(base, root, options, error, text):
 def test_other_layers_second_pools_and_training_are_refused(base, root):
     other = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
     with refused(other, TypeError, "a pool holds adapters of linear layers", "0 (LoraEmbedding)"):
-        AdapterPool(other, target_modules=["0", "1"], r=2, max_bytes=1 << 20)
+        AdapterPool(other, root, target_modules=["0", "1"], r=2, max_bytes=1 << 20)
     model, x = copy.deepcopy(base), torch.randn(1, 6)
     pool = pool_of(model, root)
     with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):

@@ -20,11 +20,9 @@ from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import (
-    adapter_names,
     disable_adapters,
     hotswap_adapter,
     lora_modules,
-    merge_and_unload,
 )
 from lora_ext.merging import layers as merged_module
 
@@ -82,15 +80,6 @@ def test_of_two_merges_one_is_refused(slow):
     assert all_same(weights(model), pristine)
 
 
-def test_merges_of_two_adapters_add_up(slow):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine, both = weights(model), copy.deepcopy(model)
-    merge(both, ["a", "b"])
-    assert run_together(lambda: merge(model, "a"), lambda: merge(model, "b")) == [None, None]
-    assert all_same(weights(model), weights(both))
-    assert all_same(weights(unmerge(model)), pristine)
-
-
 def test_merges_of_one_layer(slow):
     layer = hard_layer(torch.float32)
     pristine = layer.weight.clone()
@@ -119,18 +108,6 @@ def test_merges_and_unmerges_in_any_order():
         if layer.is_merged:
             layer.unmerge()
     assert all_same(weights(model), pristine)
-
-
-def test_unloading_during_a_merge(slow):
-    for _ in range(5):
-        model = inject(nn.ModuleDict({"up": nn.Linear(8, 8)}), LoraConfig(r=2, target_modules=["up"]), "a")
-        pristine, layer = model["up"].weight.clone(), model["up"]
-        nn.init.normal_(layer.adapters["a"].lora_B)
-        expected = pristine + layer.delta_weight("a")
-        errors = run_together(lambda model=model: merge_and_unload(model), lambda model=model: merge(model))
-        assert isinstance(model["up"], nn.Linear)
-        assert [error for error in errors if error is not None and "no LoRA layer" not in str(error)] == []
-        torch.testing.assert_close(model["up"].weight, expected)
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -176,12 +153,6 @@ def test_adapters_stay_disabled_until_the_last_context_ends():
         assert run_together(nested, nested) == [None, None]
         assert torch.equal(outputs(model, x), base)
     assert torch.equal(outputs(model, x), adapted) and not torch.equal(base, adapted)
-
-
-def test_models_are_injected_concurrently():
-    models = [Net() for _ in range(8)]
-    assert run_together(*(lambda model=model: inject(model, CONFIG, "a") for model in models)) == [None] * 8
-    assert all(adapter_names(model) == ["a"] for model in models)
 
 
 def test_one_model_is_injected_once(slow):

@@ -32,19 +32,12 @@ def test_saving_replaces_the_adapter_and_nothing_else(tmp_path):
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
-    model = inject(Net(), LoraConfig(target_modules=["up"]))
-    blocker = tmp_path / "file"
+    model, blocker = inject(Net(), LoraConfig(target_modules=["up"])), tmp_path / "file"
     blocker.write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    for directory, what in ((blocker, blocker), (blocker / "below", blocker), (tmp_path / "link", tmp_path / "link")):
-        words = f"save_adapter: {what} is no directory; choose another path"
-        with refused(model, OSError, words, str(directory)):
+    for directory in (blocker, blocker / "below"):
+        with refused(model, OSError, f"save_adapter: {blocker} is no directory; choose another path", str(directory)):
             save_adapter(model, directory)
     assert blocker.read_text() == "mine"
-    (tmp_path / "taken" / "adapter_config.json").mkdir(parents=True)
-    with refused(model, OSError, "cannot write there (Is a directory)", "taken"):
-        save_adapter(model, tmp_path / "taken")
-    assert os.listdir(tmp_path / "taken") == ["adapter_config.json"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
@@ -103,27 +96,17 @@ def test_no_reader_finds_the_weights_of_another_save(tmp_path):
     assert found
 
 
-def test_links_of_the_user_are_followed_or_replaced(tmp_path, monkeypatch):
-    """Covers a linked directory, a relative path, linked files as in the hub's cache, and ``link/..``."""
+def test_links_of_the_user_are_followed_or_replaced(tmp_path):
+    """Covers a linked directory, linked files as in the hub's cache, and ``link/..``."""
     adapter_of_net(tmp_path / "blobs")
-    kept = contents(tmp_path / "blobs")
-    (tmp_path / "elsewhere" / "real").mkdir(parents=True)
+    kept, real = contents(tmp_path / "blobs"), tmp_path / "elsewhere" / "real"
+    real.mkdir(parents=True)
     (tmp_path / "link").symlink_to("elsewhere/real")
     for name in kept:
-        (tmp_path / "elsewhere" / "real" / name).symlink_to(tmp_path / "blobs" / name)
-    monkeypatch.chdir(tmp_path)
-    adapter_of_net(Path("link"), lora_alpha=5)
-    assert not any(path.is_symlink() for path in (tmp_path / "elsewhere" / "real").iterdir())
-    assert load_adapter(Net(), "elsewhere/real").blocks[0].up.adapters["default"].lora_alpha == 5
+        (real / name).symlink_to(tmp_path / "blobs" / name)
+    adapter_of_net(tmp_path / "link", lora_alpha=5)
+    assert not any(path.is_symlink() for path in real.iterdir())
+    assert load_adapter(Net(), real).blocks[0].up.adapters["default"].lora_alpha == 5
     assert contents(tmp_path / "blobs") == kept
     adapter_of_net(tmp_path / "link" / ".." / "saved")
     assert (tmp_path / "elsewhere" / "saved" / "adapter_config.json").exists()
-
-
-def test_files_have_the_permissions_of_the_umask(tmp_path):
-    before = os.umask(0o022)
-    try:
-        adapter_of_net(tmp_path)
-    finally:
-        os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}

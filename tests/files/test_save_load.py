@@ -25,15 +25,12 @@ pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 # Family and config. "dense" in Roberta's classifier lies inside a module to save.
 ADAPTERS = [
     ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
-    ("bert", {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "use_rslora": True}),
     ("bert", {"target_modules": r".*\.layer\.1\..*(query|dense)", "modules_to_save": ["pooler", "classifier"]}),
-    ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-    ("roberta", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS", "use_rslora": True}),
     ("roberta", {"target_modules": ["dense"], "exclude_modules": ["pooler"], "task_type": "SEQ_CLS"}),
     ("llama", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
     ("llama", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}),
     ("net", {"target_modules": ["up", "down"], "modules_to_save": ["norm", "head"]}),
-    ("net", {"target_modules": "all-linear"}),
 ]
 
 
@@ -94,26 +91,20 @@ def test_trains_as_peft_does(tmp_path):
     ours = load_adapter(copy.deepcopy(base), tmp_path / "start", trainable=True)
 
     ids, labels = token_ids(8), torch.randint(3, (8,))
-    losses = []
     for model in (ours, theirs):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
         model.train()
         for _ in range(4):
             optimizer.zero_grad()
-            loss = model(input_ids=ids, labels=labels).loss
-            loss.backward()
+            model(input_ids=ids, labels=labels).loss.backward()
             optimizer.step()
-            losses.append(loss.item())
-    torch.testing.assert_close(losses[:4], losses[4:], rtol=1e-9, atol=0)
-    assert losses[3] < losses[0]
     save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
-    torch.testing.assert_close(
-        load_file(tmp_path / "ours" / "adapter_model.safetensors"),
-        load_file(tmp_path / "theirs" / "adapter_model.safetensors"),
-        rtol=1e-9,
-        atol=1e-12,
+    start, mine, want = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("start", "ours", "theirs")
     )
+    assert not any(torch.equal(start[key], want[key]) for key in want)
+    torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-12)
 
 
 def test_tied_modules_to_save_round_trip_through_peft(tmp_path):
@@ -226,22 +217,9 @@ def damage(directory: Path, **tensors: torch.Tensor | None) -> None:
     save_file(content, path)
 
 
-def test_wrong_shapes_are_one_line(tmp_path):
-    """Of a model of another size all are wrong: the first one says it."""
-    save_adapter(
-        inject(nn.Sequential(*(nn.Linear(12, 12) for _ in range(3))), LoraConfig(r=2, target_modules=["0", "1", "2"])),
-        tmp_path,
-    )
-    narrow = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
-    with pytest.raises(ValueError) as caught:
-        load_adapter(narrow, tmp_path)
-    assert str(caught.value).splitlines()[1:] == [
-        "  shape of base_model.model.0.lora_A.weight: [2, 12] in the file, [2, 6] in the model (and 5 other shapes)"
-    ]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(math.nan, torch.float32), (math.inf, torch.bfloat16), (-math.inf, torch.float32)]
+)
 def test_values_that_are_not_finite_give_one_warning(value, dtype, tmp_path):
     config = LoraConfig(r=2, target_modules=["up", "down"])
     save_adapter(inject(Net(), config), tmp_path / "a")
@@ -290,18 +268,7 @@ def test_every_mismatch_is_listed(model, tmp_path):
         load_adapter(model, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda content: b"",
-        lambda content: b"not a safetensors file",
-        lambda content: b"\xff" * len(content),
-        lambda content: content[:-1],
-        lambda content: content[:-8],
-        lambda content: content + b"\0",
-    ],
-    ids=["empty", "text", "garbage", "cut", "cut more", "longer"],
-)
+@pytest.mark.parametrize("change", [lambda content: b"", lambda content: content[:-8], lambda content: content + b"\0"])
 def test_corrupted_weights(model, change, tmp_path):
     path = adapter_of_net(tmp_path) / "adapter_model.safetensors"
     path.write_bytes(change(path.read_bytes()))
@@ -310,18 +277,21 @@ def test_corrupted_weights(model, change, tmp_path):
 
 
 def test_missing_files(model, tmp_path):
-    with refused(model, FileNotFoundError, f"{tmp_path}/none/adapter_config.json is missing"):
+    with refused(model, FileNotFoundError, f"load_adapter: {tmp_path}/none/adapter_config.json is missing"):
         load_adapter(model, tmp_path / "none")
     adapter_of_net(tmp_path / "run" / "adapter")
     with refused(model, FileNotFoundError, f"PEFT wrote, such as '{tmp_path}/run/adapter'"):
         load_adapter(model, tmp_path / "run")
     adapter_of_net(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
-    with refused(model, FileNotFoundError, "adapter_model.safetensors is missing"):
-        load_adapter(model, tmp_path)
-    (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with refused(model, FileNotFoundError, "adapter_model.bin is there, and pickles are not read"):
-        load_adapter(model, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    for name, words in (
+        ("nothing", []),
+        ("adapter_model.bin", ["is there, and pickles are not read: load it with PEFT and save it again"]),
+        ("adapter_model-00001-of-00002.safetensors", ["is one of several files", "max_shard_size"]),
+    ):
+        weights = weights.rename(tmp_path / name)
+        with refused(model, FileNotFoundError, "adapter_model.safetensors is missing", *words):
+            load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +301,6 @@ def test_missing_files(model, tmp_path):
         ("\xff", "adapter_config.json is not JSON"),
         ("[]", "holds a list, want an object"),
         ("{}", "peft_type is None, want 'LORA'"),
-        ('{"peft_type": "IA3"}', "peft_type is 'IA3', want 'LORA'"),
         ('{"peft_type": "LORA", "target_modules": ["up"], "use_qalora": true}', "use_qalora=True not supported"),
         ('{"peft_type": "LORA", "target_modules": ["up"], "r": "8"}', "r is '8' of type str"),
     ],

@@ -162,15 +162,13 @@ def test_several_adapters_are_in_directories_by_name(tmp_path):
         assert torch.equal(logits(set_adapter(again.eval(), name), ids), expected[name])
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_save_themselves(how, tmp_path):
     _, model = made("llama", tmp_path)
-    ids = token_ids()
-    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    shaken(other, by=0.3).eval()
-    expected = logits(merge(other), ids)
+    other = shaken(how(model), by=0.3).eval()
+    expected = logits(merge(other), token_ids())
     other.save_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(loaded(model, tmp_path / "merged"), ids), expected)
+    assert torch.equal(logits(loaded(model, tmp_path / "merged"), token_ids()), expected)
     model.save_pretrained(tmp_path / "unmerged")
     assert (tmp_path / "unmerged" / "adapter_model.safetensors").exists()
 
@@ -193,37 +191,33 @@ def test_a_part_saves_itself_merged_or_without_adapters(tmp_path):
 
 def test_no_file_is_written_that_would_load_wrong(tmp_path):
     _, model = made("llama", tmp_path)
-    before = {path: (tmp_path / "base" / path).read_bytes() for path in files(tmp_path / "base")}
-    with refused(model, ValueError, "holds weights of a whole model", "choose another directory"):
-        model.save_pretrained(tmp_path / "base")
-    assert {path: (tmp_path / "base" / path).read_bytes() for path in files(tmp_path / "base")} == before
     weights = tmp_path / "base" / "model.safetensors"
-    for damaged in (before[weights.name][:-1], b"no safetensors file"):  # it may still be of use
-        weights.write_bytes(damaged)
-        with refused(model, ValueError, "holds weights of a whole model"):
+    before = {path: (tmp_path / "base" / path).read_bytes() for path in files(tmp_path / "base")}
+    for content in (before[weights.name], b"no safetensors file"):  # damaged, it may still be of use
+        weights.write_bytes(content)
+        with refused(model, ValueError, "holds weights of a whole model", "choose another directory"):
             model.save_pretrained(tmp_path / "base")
-        assert weights.read_bytes() == damaged
+        found = {path: (tmp_path / "base" / path).read_bytes() for path in files(tmp_path / "base")}
+        assert found == before | {weights.name: content}
     model.save_pretrained(tmp_path / "saved")
     model.save_pretrained(tmp_path / "saved")
     merge(model)
     with refused(model, ValueError, "holds an adapter", "choose another directory"):
         model.save_pretrained(tmp_path / "saved")
-    inner = model.model.layers[0].self_attn.q_proj
-    inner.unmerge()
+    model.model.layers[0].self_attn.q_proj.unmerge()
     with refused(model, ValueError, "['default'] are merged", "merge or unmerge all"):
         model.save_pretrained(tmp_path / "mixed")
     unmerge(model)
-    with refused(model, ValueError, "distributed_checkpoint=True is for whole models"):
-        model.save_pretrained(tmp_path / "mixed", distributed_checkpoint=True)
-    with refused(model, ValueError, "push_to_hub=True is for whole models", "huggingface_hub.upload_folder"):
-        model.save_pretrained(tmp_path / "mixed", push_to_hub=True)
+    for option in ("distributed_checkpoint", "push_to_hub"):
+        with refused(model, ValueError, f"{option}=True is for whole models"):
+            model.save_pretrained(tmp_path / "mixed", **{option: True})
     with refused(model, TypeError, "save_directory"):
         model.save_pretrained()
-    with refused(model, ValueError, "state_dict lacks"):
-        model.save_pretrained(tmp_path / "mixed", state_dict={"lm_head.weight": model.lm_head.weight})
     compiled = {f"_orig_mod.{key}": tensor for key, tensor in model.state_dict().items()}
-    with refused(model, ValueError, "state_dict lacks", "torch.compile(model) changes the keys", "torch_compile=True"):
-        model.save_pretrained(tmp_path / "mixed", state_dict=compiled)
+    for state in ({"lm_head.weight": model.lm_head.weight}, compiled):
+        words = "state_dict lacks", "torch.compile(model) changes the keys", "torch_compile=True"
+        with refused(model, ValueError, *words):
+            model.save_pretrained(tmp_path / "mixed", state_dict=state)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file is no directory"):
         model.save_pretrained(tmp_path / "file")
@@ -249,36 +243,33 @@ def test_the_model_has_its_own_method_back_after_unloading(tmp_path):
         assert loaded(model, tmp_path / "plain").state_dict().keys() == base.state_dict().keys()
 
 
-def test_the_state_of_adapters_alone_leaves_the_base_as_it_is(tmp_path):
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_state_of_adapters_alone_leaves_the_base_as_it_is(assign, tmp_path):
     base, model = made("tied", tmp_path)
-    ids, expected = token_ids(), logits(model, token_ids(1))
-    expected = logits(model, ids)
+    expected = logits(model, token_ids())
     model.save_pretrained(tmp_path / "saved")
     state = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")
     assert MARKER in state
-    for assign in (False, True):
-        other = inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **CASES["tied"][1])).eval()
-        parameters = [id(p) for _, p in other.named_parameters() if not p.requires_grad]
-        assert other.load_state_dict(state, assign=assign) == ([], [])
-        assert torch.equal(logits(other, ids), expected)
-        assert [id(p) for _, p in other.named_parameters() if not p.requires_grad] == parameters
+    other = inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **CASES["tied"][1])).eval()
+    parameters = [id(p) for p in other.parameters() if not p.requires_grad]
+    assert other.load_state_dict(state, assign=assign) == ([], [])
+    assert torch.equal(logits(other, token_ids()), expected)
+    assert [id(p) for p in other.parameters() if not p.requires_grad] == parameters
     with refused(bert(), RuntimeError):
         bert().load_state_dict(state)
 
 
 def test_state_dicts_of_injected_models_round_trip(tmp_path):
     base, model = made("tied", tmp_path)
-    ids = token_ids()
     torch.save(model.state_dict(), tmp_path / "state.pt")
     other = inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **CASES["tied"][1])).eval()
     other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(logits(other, ids), logits(model, ids))
+    assert torch.equal(logits(other, token_ids()), logits(model, token_ids()))
     with pytest.raises(RuntimeError, match="Missing key"):
         base.load_state_dict(torch.load(tmp_path / "state.pt"))
     base, model = made("llama", tmp_path)
     safetensors.torch.save_model(model, str(tmp_path / "state.safetensors"))
     with pytest.raises(RuntimeError, match="Missing key"):
         safetensors.torch.load_model(base, str(tmp_path / "state.safetensors"))
-    assert [name for name, _ in model.named_parameters()] == list(
-        dict.fromkeys(k for k in model.state_dict() if k in dict(model.named_parameters()))
-    )
+    named = dict(model.named_parameters())
+    assert [*named] == [key for key in model.state_dict() if key in named]

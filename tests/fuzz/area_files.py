@@ -1,254 +1,257 @@
 """Fuzzes everything that reads files with corrupted files.
 
 A reader may refuse with a documented error that names a file, without changing the model or a file. Otherwise its
-result must agree with an independent reader's.
+result must agree with what the safetensors library and Python read.
 """
 
 from __future__ import annotations
 
-import base64
-import os
+import copy
+import functools
+import json
 import re
 import shutil
-import stat
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import file_bases
-from .areas import Case
-from .calls import CannotTell
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from support.checkpoint_files import save_checkpoint
+from support.models import Net
+from support.public_calls import state
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext.adapters import adapter_names
+from lora_ext.checkpoints import merge
+from lora_ext.files.reading import read_json, read_tensor, tensor_table
+
+from .cases import CannotTell, Case, Finding, Outcome, WrongResult, finding, judge_exception
 from .choices import Choices
-from .compare import WrongResult
+from .compare import same_bits
 from .file_mutations import mutate_file
-from .file_oracles import check_adapter, check_merged, check_objects, check_tensors
-from .outcomes import Finding, Outcome, finding, judge_exception
 
 _PEAK_BYTES = 150 << 20  # limit for files of two megabytes
-_SECONDS = 8.0  # of processor time, several times what any reader takes for the largest files
+SECONDS = 8.0  # limit of processor time, several times what any reader takes for the largest files
+
+_CONFIG = LoraConfig(
+    r=2,
+    lora_alpha=3,
+    target_modules=["up", "down"],
+    rank_pattern={"blocks.1.up": 3},
+    alpha_pattern={"down": 1.5},
+    modules_to_save=["head"],
+    lora_dropout=0.1,
+)
+
+
+# --- valid files ------------------------------------------------------------------------------------------------------
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@functools.cache
+def _original() -> Path:
+    """Makes an adapter with several kinds of entries, and a checkpoint in two files with an adapter of it."""
+    made, model = Path(tempfile.mkdtemp(dir=Path.cwd())), _net()
+    for config, name in ((_CONFIG, "adapter"), (LoraConfig(r=2, target_modules=["up", "down"]), "plain")):
+        adapted = inject(copy.deepcopy(model), config)
+        with torch.no_grad():
+            for path, parameter in adapted.named_parameters():
+                parameter.copy_(torch.randn_like(parameter) if "lora_" in path else parameter)
+        save_adapter(adapted, made / name)
+    save_checkpoint(model.state_dict(), made / "base", shards=2)
+    return made
+
+
+# --- readers and what their results are compared with -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A call that reads files.
-
-    Attributes:
-        function: the name that it is counted under.
-        line: the call's source, which reads the folder ``files``; its value is the result.
-        check: compares the result with an independent reader's: ``check(files, result, space)``.
-        model: source of ``model``, or "".
-    """
+    """A function that reads the files that the patterns match, below a folder, perhaps into a model, and its check."""
 
     function: str
-    line: str
-    check: Callable[[Path, Any, dict[str, Any]], None] | None = None
-    model: str = ""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """The files of a base to change, as glob patterns, and their readers."""
-
-    base: str
     changed: tuple[str, ...]
-    readers: tuple[Reader, ...]
+    read: Callable[[Path, nn.Module | None], Any]
+    check: Callable[[Path, Any, nn.Module | None], None]
+    model: Callable[[], nn.Module] | None = None
 
 
-_KINDS: dict[str, tuple[Kind, ...]] = {
-    "files": (
-        Kind(
-            "adapter",
-            ("adapter/*",),
-            (
-                Reader("load_adapter", 'load_adapter(model, files / "adapter")', check_adapter, "net()"),
-                Reader(
-                    "load_adapter into an adapted model",
-                    'load_adapter(model, files / "adapter")',
-                    check_adapter,
-                    "inject(net(), CONFIG)",
-                ),
-                Reader("inspect", 'inspect(files / "adapter")'),
-            ),
-        ),
-        Kind(
-            "checkpoint",
-            ("base/*.safetensors",),
-            (Reader("tensor_table", 'read_all(files / "base")', check_tensors),),
-        ),
-        Kind(
-            "checkpoint",
-            ("base/*.json",),
-            (Reader("read_json", 'read_objects(files / "base")', check_objects),),
-        ),
-        Kind(
-            "checkpoint",
-            ("base/*", "adapter/*"),
-            (
-                Reader("merge", 'merge(files / "base", [files / "adapter"], files / "out")', check_merged),
-                Reader("inspect", 'inspect(files / "base")'),
-                Reader("extract", 'extract(files / "base", files / "tuned", files / "out", rank=2)'),
-            ),
-        ),
-    ),
-}
-_SETUP = """import tempfile, torch
-from pathlib import Path
-from fuzz.file_bases import make_base, net
-from fuzz.file_oracles import read_all, read_objects
-from lora_ext import LoraConfig, inject, load_adapter
-from lora_ext.adapters import adapter_names
-from lora_ext.checkpoints import extract, inspect, merge
-"""
-_WITH_MODEL = """CONFIG = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], rank_pattern={"blocks.1.up": 3},
-                    alpha_pattern={"down": 1.5}, modules_to_save=["head"], lora_dropout=0.1)
-torch.manual_seed(0)
-"""
+def _by_library(*paths: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(paths):
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WrongResult(f"accepted, but the safetensors library refuses {path.name}: {error}") from None
+    return tensors
 
 
-def make(choices: Choices, area: str = "files") -> Case:
-    kind = choices.pick(_KINDS[area])
-    reader = choices.pick(kind.readers)
-    work = Path(tempfile.mkdtemp(dir=file_bases.folder()))
-    files = file_bases.make_base(kind.base, work / "files")
-    changed: list[Path] = []
+def _check_adapter(files: Path, result: Any, model: nn.Module) -> None:
+    """Checks that an adapter, loaded and saved again, has the tensors that the library reads from the file."""
+    theirs = _by_library(files / "adapter" / "adapter_model.safetensors")
+    with tempfile.TemporaryDirectory() as directory:
+        save_adapter(model, Path(directory) / "again", adapter_names(model)[0])
+        ours = load_file(Path(directory) / "again" / "adapter_model.safetensors")
+    for key in ours.keys() & theirs.keys():
+        if not torch.equal(ours[key].nan_to_num(), theirs[key].to(ours[key].dtype).nan_to_num()):
+            raise WrongResult(f"{key} differs from the file")
+    if missing := [key for key in theirs if key not in ours and "lora_" in key]:
+        raise WrongResult(f"{missing[0]} of the file was left out")
+
+
+def _read_all(files: Path, _: None) -> dict[str, Tensor]:
+    tables = [(path, tensor_table(path)) for path in sorted(files.glob("base/*.safetensors"))]
+    return {key: read_tensor(path, info) for path, table in tables for key, info in table.items()}
+
+
+def _check_tensors(files: Path, ours: dict[str, Tensor], _: None) -> None:
+    theirs = _by_library(*files.glob("base/*.safetensors"))
+    if theirs.keys() != ours.keys():
+        raise WrongResult(f"{sorted(theirs.keys() ^ ours.keys())} differ")
+    for key, tensor in theirs.items():
+        if ours[key].shape != tensor.shape or not same_bits(ours[key], tensor):
+            raise WrongResult(f"{key} differs from what the library reads")
+
+
+def _check_objects(files: Path, ours: list[dict[str, Any]], _: None) -> None:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise WrongResult("an object with a key twice was accepted")
+        return dict(pairs)
+
+    for path, values in zip(sorted(files.glob("base/*.json")), ours, strict=True):
+        if repr(json.loads(path.read_bytes(), object_pairs_hook=once)) != repr(values):
+            raise WrongResult(f"{path.name} differs from what Python reads")
+
+
+def _check_merged(files: Path, result: Any, _: None) -> None:
+    """Checks that every tensor is the base's plus the adapter's update, multiplied out here."""
+    base, out = (_by_library(*(files / name).glob("*.safetensors")) for name in ("base", "out"))
+    factors = _by_library(files / "plain" / "adapter_model.safetensors")
+    config = LoraConfig.from_dict(json.loads((files / "plain" / "adapter_config.json").read_text()))
+    if extra := out.keys() - base.keys():
+        raise WrongResult(f"{extra} are in the output but not in the base")
+    for key, tensor in out.items():
+        path = key.removesuffix(".weight")
+        A, B = (factors.get(f"base_model.model.{path}.lora_{which}.weight") for which in "AB")
+        expected = base[key].double()
+        if A is not None and B is not None:
+            if config.fan_in_fan_out or A.dim() != 2 or (B.shape[0], A.shape[1]) != tuple(base[key].shape):
+                raise CannotTell
+            expected = expected + config.scaling_for(path) * (B.double() @ A.double())
+        if tensor.shape != expected.shape or not torch.allclose(
+            tensor.double(), expected, rtol=1e-2, atol=1e-3, equal_nan=True
+        ):
+            raise WrongResult(f"{key} is not the base's plus the update")
+
+
+def _load(files: Path, model: nn.Module) -> None:
+    load_adapter(model, files / "adapter")
+
+
+def _read_objects(files: Path, _: None) -> list[dict[str, Any]]:
+    return [read_json(path) for path in sorted(files.glob("base/*.json"))]
+
+
+def _merge(files: Path, _: None) -> None:
+    merge(files / "base", [files / "plain"], files / "out")
+
+
+_READERS = (
+    Reader("load_adapter", ("adapter/*",), _load, _check_adapter, _net),
+    Reader("load_adapter again", ("adapter/*",), _load, _check_adapter, lambda: inject(_net(), _CONFIG)),
+    Reader("tensor_table", ("base/*.safetensors",), _read_all, _check_tensors),
+    Reader("read_json", ("base/*.json",), _read_objects, _check_objects),
+    Reader("merge", ("base/*", "plain/*"), _merge, _check_merged),
+)
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def make(choices: Choices, readers: tuple[Reader, ...] = _READERS) -> Case:
+    reader = choices.pick(readers)
+    work = Path(tempfile.mkdtemp(dir=Path.cwd()))
+    files = Path(shutil.copytree(_original(), work / "files"))
+    changed: dict[Path, str] = {}
     if not choices.chance(15):
-        candidates = sorted(path for pattern in kind.changed for path in files.glob(pattern) if path.is_file())
-        for _ in range(choices.between(1, 2)):
-            path = choices.pick(candidates)
-            if path not in changed:
-                mutate_file(choices, path, [other for other in candidates if other != path])
-                changed.append(path)
-    setup = _SETUP + (f"{_WITH_MODEL}model = {reader.model}\n" if reader.model else "")
-    source = f'{setup}files = make_base("{kind.base}", Path(tempfile.mkdtemp()) / "files")\n'
-    source += "".join(f"{line}\n" for path in changed for line in _lines_for(path, files))
-    case = _FileCase(reader, kind, work, changed, setup)
-    return Case(reader.function, f"{source}result = {reader.line}\n", case.run)
+        candidates = sorted(path for pattern in reader.changed for path in files.glob(pattern))
+        for path in choices.sample(candidates, min(choices.between(1, 2), len(candidates))):
+            mutate_file(choices, path, [other for other in candidates if other != path])
+            changed[path] = repr(path.read_bytes()[:3000])
+    source = "".join(f"{path.relative_to(files)}: {content}\n" for path, content in changed.items())
+    return Case(reader.function, source, lambda: _run(reader, work, set(changed)))
 
 
-def _lines_for(path: Path, files: Path) -> list[str]:
-    """Returns the lines of source that recreate a file's present state."""
-    target = f'(files / "{path.relative_to(files)}")'
-    if path.is_symlink():
-        return [f"{target}.unlink()", f"{target}.symlink_to({os.readlink(path)!r})"]
-    if not path.exists():
-        return [f"{target}.unlink()"]
-    if path.is_dir():
-        return [f"{target}.unlink()", f"{target}.mkdir()"]
-    if path.is_fifo():
-        return [f"{target}.unlink()", f"import os; os.mkfifo({target})"]
-    content = path.read_bytes()
-    if len(content) < 3000:
-        return [f"{target}.write_bytes({content!r})"]
-    packed = base64.b85encode(zlib.compress(content, 9)).decode()
-    if len(packed) < 20_000:
-        return [f'import base64, zlib; {target}.write_bytes(zlib.decompress(base64.b85decode("{packed}")))']
-    return [f"# {path.name}: {len(content)} bytes; --replay recreates them"]
+def _run(reader: Reader, work: Path, changed: set[Path]) -> Outcome:
+    try:
+        return _read(reader, work, changed)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
-@dataclass
-class _FileCase:
-    reader: Reader
-    kind: Kind
-    work: Path
-    changed: list[Path]
-    setup: str
-
-    def run(self) -> Outcome:
-        try:
-            return self._run()
-        finally:
-            shutil.rmtree(self.work, ignore_errors=True)
-
-    def _run(self) -> Outcome:
-        from support.public_calls import state
-
-        reader, files = self.reader, self.work / "files"
-        function = reader.function
-        space: dict[str, Any] = {"files": files}
-        exec(self.setup, space)
-        space["model_adapters"] = space["adapter_names"]
-        model = space.get("model")
-        before, listed = (state(model) if model is not None else None), _listing(self.work)
-        found: list[Finding] = []
-        begin, begin_bytes = time.process_time(), _reset_peak()
-        try:
-            space["result"] = result = eval(reader.line, space)
-            error = None
-        except Exception as caught:
-            error = caught
-        seconds, grown = time.process_time() - begin, _peak() - begin_bytes
-        if seconds > _SECONDS:
-            found.append(finding("slow", function, f"{seconds:.1f} s of processor time", "slow"))
-        if grown > _PEAK_BYTES:
-            found.append(finding("memory", function, f"a peak of {grown / 1e6:.0f} MB", "memory"))
-        if error is not None:
-            found += self._judge_refusal(error, model, before, listed)
-            return Outcome("refused", tuple(found))
-        if not self.changed:
-            after = _listing(self.work)
-            lost = [name for name in listed if after.get(name) != listed[name]]
-            found += [finding("changed argument", function, f"{lost[0]} was changed", "file")] if lost else []
-        if reader.check is None:
-            return Outcome("compared" if not self.changed else "accepted", tuple(found))
-        try:
-            reader.check(files, result, space)
-        except CannotTell:
-            return Outcome("accepted", tuple(found))
-        except WrongResult as wrong:
-            found.append(finding("wrong result", function, str(wrong)))
-        except Exception as failure:
-            found.append(finding("accepted", function, f"but not by the oracle: {type(failure).__name__}: {failure}"))
-        return Outcome("compared", tuple(found))
-
-    def _judge_refusal(self, error: Exception, model: Any, before: Any, listed: dict[str, Any]) -> list[Finding]:
-        from support.public_calls import state
-
-        function = self.reader.function
-        # A message must name a changed file or its folder, or a tensor that would not be finite.
-        names = {path.name for path in self.changed} | {path.parent.name for path in self.changed} | {"index"}
-        names |= {"elements of "}
-        found = [judge_exception(function, sorted(names), error, with_files=True)]
-        if not self.changed:
+def _read(reader: Reader, work: Path, changed: set[Path]) -> Outcome:
+    function, files = reader.function, work / "files"
+    model = reader.model() if reader.model else None
+    before, listed = (model and state(model)), _listing(work)
+    found: list[Finding] = []
+    begin, begin_bytes, error = time.process_time(), _peak(reset=True), None
+    try:
+        result = reader.read(files, model)
+    except Exception as caught:
+        error = caught
+    seconds, grown = time.process_time() - begin, _peak() - begin_bytes
+    if seconds > SECONDS:
+        found.append(finding("slow", function, f"{seconds:.1f} s of processor time", "slow"))
+    if grown > _PEAK_BYTES:
+        found.append(finding("memory", function, f"a peak of {grown / 1e6:.0f} MB", "memory"))
+    now = _listing(work)
+    different = sorted(name for name in listed.keys() | now.keys() if now.get(name) != listed.get(name))
+    if error is not None:
+        # A message must name a changed file or its folder, a tensor that would not be finite, or what fits no module.
+        names = {name for path in changed for name in (path.name, path.parent.name)}
+        names |= {"index", "elements of ", "target_modules"}
+        found += judge_exception(function, sorted(names), error, with_files=True)
+        if not changed:
             found.append(finding("refused", function, f"valid files: {type(error).__name__}: {error}"))
         if model is not None and (after := state(model)) != before:
             what = ", ".join(key for key in before if after.get(key) != before[key])
             found.append(finding("changed after a refusal", function, f"the model's {what} after {error}", what))
-        now = _listing(self.work)
-        if now != listed:
-            different = sorted(name for name in now.keys() | listed.keys() if now.get(name) != listed.get(name))
+        if different:
             place = re.sub(r"[0-9a-f]{6,}|\d+", "#", different[0])
             found.append(finding("changed after a refusal", function, f"files {different[:5]} after {error}", place))
-        return [entry for entry in found if entry is not None]
-
-
-def _listing(directory: Path) -> dict[str, Any]:
-    """Returns every file below a directory: its contents, link target or kind."""
-    listed: dict[str, Any] = {}
-    for folder, folders, names in os.walk(directory):
-        for name in [*folders, *names]:
-            path = Path(folder, name)
-            mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                content: Any = os.readlink(path)
-            else:
-                content = path.read_bytes() if stat.S_ISREG(mode) else stat.S_IFMT(mode)
-            listed[str(path.relative_to(directory))] = content
-    return listed
-
-
-def _reset_peak() -> int:
-    """Resets this process's memory peak; returns the present bytes."""
+        return Outcome("refused", found)
+    if lost := [name for name in different if name in listed]:
+        found.append(finding("changed argument", function, f"{lost[0]} was changed", "file"))
     try:
+        reader.check(files, result, model)
+    except CannotTell:
+        return Outcome("accepted" if changed else "compared", found)
+    except WrongResult as wrong:
+        found.append(finding("wrong result", function, str(wrong)))
+    except Exception as failure:
+        found.append(finding("accepted", function, f"but not by the oracle: {type(failure).__name__}: {failure}"))
+    return Outcome("compared", found)
+
+
+def _listing(directory: Path) -> dict[str, bytes]:
+    """Returns the contents of every file below a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def _peak(reset: bool = False) -> int:
+    """Returns this process's peak memory in bytes; ``reset`` sets it to the present size first."""
+    if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return 1 << 62  # unknown: no growth is reported
-    return _peak()
-
-
-def _peak() -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +14,47 @@ import torch
 from torch import Tensor
 
 from . import area_files
-from .area_files import Kind, Reader
-from .areas import Case
 from .calls import Call
+from .cases import Case, WrongResult
 from .choices import Choices
-from .compare import WrongResult
-from .outcomes import run_call
-from .values import literal, tensor
-
-LIBRARY = torch.library.Library("lora_ext_planted", "DEF")
+from .values import TensorValue
 
 
-def _crashes(x: Tensor, size: int) -> Tensor:
-    if size > 3:
-        ctypes.string_at(0)
-    return x.clone()
+def crashes(x: Tensor) -> Tensor:
+    return ctypes.string_at(0)
 
 
-def _hangs(x: Tensor, size: int) -> Tensor:
-    while size > 3:
+def hangs(x: Tensor) -> Tensor:
+    while True:
         pass
-    return x.clone()
 
 
-def _leaves_garbage(x: Tensor, size: int) -> Tensor:
+def leaves_garbage(x: Tensor) -> Tensor:
     return torch.empty(1 << 16)  # large enough to be new memory
 
 
-def _is_wrong(x: Tensor, size: int) -> Tensor:
-    return x + (size > 3)
+def is_wrong(x: Tensor) -> Tensor:
+    return x + 1
 
 
-def _raises_what_is_not_ours(x: Tensor, size: int) -> Tensor:
-    return x.clone() if size <= 3 else x.no_such_attribute
+def raises_what_is_not_ours(x: Tensor) -> Tensor:
+    return x.no_such_attribute
 
 
-def _names_nothing(x: Tensor, size: int) -> Tensor:
-    if size > 3:
-        raise ValueError("something is wrong")
-    return x.clone()
+def names_nothing(x: Tensor) -> Tensor:
+    raise ValueError("something is wrong")
 
 
-def _asserts(x: Tensor, size: int) -> Tensor:
-    if size > 3:
-        raise RuntimeError('size INTERNAL ASSERT FAILED at "planted.cpp":1, please report a bug to PyTorch.')
-    return x.clone()
+def changes_and_refuses(x: Tensor) -> Tensor:
+    x.add_(1)
+    raise ValueError("changes_and_refuses: x is wrong")
 
 
-def _changes_and_refuses(x: Tensor, size: int) -> Tensor:
-    if size > 3:
-        x.add_(1)
-        raise ValueError(f"changes_and_refuses: size is {size}, want 3")
-    return x.clone()
+def changes_its_argument(x: Tensor) -> Tensor:
+    return x.add_(1)
 
 
-def _changes_its_argument(x: Tensor, size: int) -> Tensor:
-    return x.add_(1) if size > 3 else x.clone()
-
-
-def _changes_without_a_trace(x: Tensor, size: int) -> Tensor:
+def changes_without_a_trace(x: Tensor) -> Tensor:
     x.data.view(-1)[:1] += 1  # does not increment the version
     return x.clone()
 
@@ -79,44 +62,25 @@ def _changes_without_a_trace(x: Tensor, size: int) -> Tensor:
 _CALLS = itertools.count()
 
 
-def _is_never_the_same(x: Tensor, size: int) -> Tensor:
+def is_never_the_same(x: Tensor) -> Tensor:
     return x * (1 + next(_CALLS) % 2 * 1e-5)
 
 
-OPS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "crash": _crashes,
-    "hang": _hangs,
-    "uninitialised": _leaves_garbage,
-    "wrong result": _is_wrong,
-    "wrong exception": _raises_what_is_not_ours,
-    "unclear message": _names_nothing,
-    "unclear message of pytorch": _asserts,
-    "changed after a refusal": _changes_and_refuses,
-    "changed argument": _changes_its_argument,
-    "changed argument, not counted": _changes_without_a_trace,
-    "not reproducible": _is_never_the_same,
+OPS: dict[Callable[[Tensor], Tensor], str] = {
+    leaves_garbage: "uninitialised",
+    is_wrong: "wrong result",
+    raises_what_is_not_ours: "wrong exception",
+    names_nothing: "unclear message",
+    changes_and_refuses: "changed after a refusal",
+    changes_its_argument: "changed argument",
+    changes_without_a_trace: "changed argument",
+    is_never_the_same: "not reproducible",
+    crashes: "crash",
+    hangs: "hang",
 }
-for _function in OPS.values():
-    LIBRARY.define(f"{_function.__name__[1:]}(Tensor x, int size) -> Tensor")
-    LIBRARY.impl(_function.__name__[1:], _function, "CompositeExplicitAutograd")
-OP_NAMES = [function.__name__[1:] for function in OPS.values()]
-
-
-def _check_same(before: Mapping[str, Any], result: Any, after: Mapping[str, Any]) -> None:
-    if result.shape == before["x"].shape and not torch.allclose(result, before["x"], rtol=1e-3, equal_nan=True):
-        raise WrongResult(f"the result is {result.flatten()[:3].tolist()}, want x")
-
-
-# --- readers ----------------------------------------------------------------------------------------------------------
-
-
-def refuses_without_a_name(path: Path) -> bytes:
-    raise ValueError("that is no table")
 
 
 def takes_seconds(path: Path) -> None:
-    import time
-
     begin = time.process_time()
     while time.process_time() < begin + 0.6:  # the limit of these cases is 0.5
         pass
@@ -140,38 +104,40 @@ def finds_nothing(path: Path) -> list:
     return []
 
 
-def _check_found(files: Path, result: Any, space: dict[str, Any]) -> None:
-    if not result:
+READERS: dict[Callable[[Path], Any], str] = {
+    takes_seconds: "slow",
+    takes_memory: "memory",
+    leaves_a_file: "changed after a refusal",
+    waits_for_ever: "hang",
+    finds_nothing: "wrong result",
+}
+FUNCTIONS = [*OPS, *READERS]
+
+LIBRARY = torch.library.Library("lora_ext_planted", "DEF")
+for _function in OPS:
+    LIBRARY.define(f"{_function.__name__}(Tensor x) -> Tensor")
+    LIBRARY.impl(_function.__name__, _function, "CompositeExplicitAutograd")
+
+
+def _check_op(before: Any, result: Tensor, after: Any) -> None:
+    if result.shape == (5, 3) and not torch.allclose(result, before["x"], rtol=1e-3):
+        raise WrongResult(f"the result is {result.flatten()[:3].tolist()}, want x")
+
+
+def _check_reader(files: Path, result: Any, model: None) -> None:
+    if result == []:
         raise WrongResult("the content of the file is missing")
 
 
-READERS: dict[str, Callable[[Path], Any]] = {
-    "unclear message": refuses_without_a_name,
-    "slow": takes_seconds,
-    "memory": takes_memory,
-    "changed after a refusal": leaves_a_file,
-    "hang": waits_for_ever,
-    "wrong result": finds_nothing,
-}
-
-
-exec(f"{area_files._SETUP}\nfrom support import refusals", {})  # imports take longer than the limit of these cases
-COSTLY = ("crashes", "hangs", "waits_for_ever")  # last in NAMES, because minimising leads to the first name
-_EVERY = [*OP_NAMES, *(reader.__name__ for reader in READERS.values())]
-NAMES = sorted(_EVERY, key=lambda name: name in COSTLY)
-
-
 def make(choices: Choices) -> Case:
-    name = choices.pick(NAMES)
-    if name in OP_NAMES:
-        values = {
-            "x": tensor(choices, (choices.pick((2, 5, 9)), 3), "float32", ()),
-            "size": literal(choices.integer(200)),
-        }
-        call = Call(f"torch.ops.lora_ext_planted.{name}", values, _check_same)
-        return Case(call.function, f"import fuzz.area_planted\n{call.source()}", lambda: run_call(call, repeat=True))
-    line = f'__import__("fuzz.area_planted").area_planted.{name}(files / "adapter" / "adapter_config.json")'
-    check = _check_found if name == "finds_nothing" else None
-    area_files._SECONDS = 0.5
-    area_files._KINDS["planted"] = (Kind("adapter", ("adapter/adapter_config.json",), (Reader(name, line, check),)),)
-    return area_files.make(choices, "planted")
+    function = choices.pick(FUNCTIONS)
+    if function in OPS:
+        values = {"x": TensorValue((5, 3))}
+        return Call(f"torch.ops.lora_ext_planted.{function.__name__}", values, _check_op).case(repeat=True)
+    area_files.SECONDS = 0.5
+
+    def read(files: Path, model: None) -> Any:
+        return function(files / "adapter" / "adapter_config.json")
+
+    reader = area_files.Reader(function.__name__, ("adapter/adapter_config.json",), read, _check_reader)
+    return area_files.make(choices, (reader,))

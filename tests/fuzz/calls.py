@@ -1,19 +1,27 @@
-"""A call as it is run and printed: source of its arguments, the call, and the oracle of its results."""
+"""A call of a function: its source, its run, and the judgement of what it returned, raised and changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .choices import Choices
+import torch
+from torch import Tensor
+
+from .cases import CannotTell, Case, Finding, Outcome, WrongResult, finding, judge_exception
+from .compare import lacks_memory, plain, tensors_in
 from .values import Value
+from .worker import POISON
 
-IMPORTS = "import numpy\nimport torch\nimport lora_ext"
-
-
-class CannotTell(Exception):
-    """Raised by an oracle that has nothing to compare with for these arguments."""
+# Computes gradients of all outputs that have any, with a fixed pattern.
+_GRADIENTS = """
+outputs = [t for t in differentiated if t.requires_grad and not t.is_nested]
+if outputs:
+    patterns = [torch.linspace(-1, 1, t.numel()).to(t.dtype).view(t.shape) for t in outputs]
+    torch.autograd.backward(outputs, patterns)
+"""
 
 
 @dataclass
@@ -27,49 +35,190 @@ class Call:
         oracle: checks the result: ``oracle(before, result, after)`` gets the arguments before the call, the result,
             and the arguments after it. Raises :class:`WrongResult` or :class:`CannotTell`.
         changes: the arguments that the function may change.
-        around: source of a context manager around the call, or "".
-        after: further lines of the call, which use the result.
         differentiated: source of the outputs to differentiate; "": none.
         mutated: the arguments that may be wrong.
-        words: words that a message may contain instead of the function or an argument.
     """
 
     function: str
     arguments: dict[str, Value]
     oracle: Callable[[Mapping[str, Any], Any, Mapping[str, Any]], None] | None = None
     changes: tuple[str, ...] = ()
-    around: str = ""
-    after: str = ""
     differentiated: str = ""
     mutated: list[str] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
 
+    @property
     def imports(self) -> str:
-        module = ".".join(part for part in self.function.split(".")[:-1] if part[0].islower())
-        return IMPORTS if module.startswith("torch") else f"{IMPORTS}\nimport {module}, lora_ext.nn"
+        planted = "import fuzz.area_planted\n" if "planted" in self.function else ""
+        return f"import numpy\nimport torch\nimport lora_ext.functional\n{planted}"
 
-    def setup(self) -> str:
-        lines = [line for name, value in self.arguments.items() for line in value.lines(name)]
-        return "\n".join([self.imports(), *lines]) + "\n"
-
+    @property
     def body(self) -> str:
         passed = ", ".join(f"{name}={name}" for name in self.arguments if not name.startswith("_"))
-        line = f"result = {self.function}({passed})\n"
-        return (f"with {self.around}:\n    {line}" if self.around else line) + self.after
+        return f"result = {self.function}({passed})\n"
 
+    @property
     def backward(self) -> str:
-        return f"differentiated = {self.differentiated}\n{GRADIENTS}" if self.differentiated else ""
+        return f"differentiated = {self.differentiated}\n{_GRADIENTS}" if self.differentiated else ""
 
     def source(self) -> str:
-        return self.setup() + self.body() + self.backward()
+        lines = [line for name, value in self.arguments.items() for line in value.lines(name)]
+        return self.imports + "\n".join(lines) + f"\n{self.body}{self.backward}"
+
+    def names(self) -> list[str]:
+        """Returns names; a message about the call must contain one of them."""
+        short = self.function.rpartition(".")[2]
+        names = [name for name in self.arguments if len(name) > 1 or name in "xy"]
+        return [short, short.rstrip("_"), "lora_ext", *names]
+
+    def case(self, repeat: bool) -> Case:
+        """``repeat``: call again, for the same bits."""
+        return Case(self.function, self.source(), lambda: _run(self, repeat))
 
 
-# Computes gradients of all outputs that have any, with a fixed pattern.
-GRADIENTS = """
-outputs = [t for t in differentiated if t.requires_grad and not t.is_nested]
-if outputs:
-    patterns = [torch.linspace(-1, 1, t.numel()).to(t.dtype).view(t.shape) for t in outputs]
-    torch.autograd.backward(outputs, patterns)
-"""
+class Watched:
+    """Tensors and lists as they were: the bits of their storages, sizes, versions, flags, entries."""
 
-Maker = Callable[[Choices], Call]
+    def __init__(self, values: Mapping[str, Any]):
+        self._states = [(name, t, _state(t)) for name, value in values.items() for t in tensors_in(value)]
+        self._lists = [(name, value, list(value)) for name, value in values.items() if isinstance(value, list)]
+
+    def changes(self, may_change: Sequence[str]) -> list[str]:
+        """Describes changed arguments; for those that may change, changed memory around them."""
+        said = [
+            f"{name} has other entries"
+            for name, value, entries in self._lists
+            if [*map(id, value)] != [*map(id, entries)]
+        ]
+        # Two arguments can share a storage: then writes to the writable one are allowed there.
+        writable = [tensor for name, tensor, state in self._states if name in may_change and state]
+        for name, tensor, before in self._states:
+            if before is None:
+                continue
+            now, flags = _state(tensor), before[2:]
+            sharing = [t for t in writable if t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()]
+            if now is None or (now[2:] != flags and name not in may_change):
+                said.append(f"{name} has {now and now[2:]}, had {flags}")
+                continue
+            if now[1] != before[1] and not sharing:
+                said.append(f"{name}'s version is {now[1]}, was {before[1]}")
+            if now[0].shape == before[0].shape and (different := now[0] != before[0]).any():
+                if name in may_change and now[1] == before[1] is not None:
+                    said.append(f"{name} was changed, its version was not")
+                for other in sharing:
+                    different &= ~_elements_of(other)
+                if different.any():
+                    said.append(f"{name} has {int(different.sum())} other bytes of storage")
+        return said
+
+    def findings(self, kind: str, function: str, may_change: Sequence[str], after: str = "") -> list[Finding]:
+        changes = self.changes(may_change)
+        return [finding(kind, function, change + after, re.sub(r"\d+", "#", change)) for change in changes]
+
+
+def _state(tensor: Tensor) -> tuple | None:
+    """Returns the bytes of a tensor's storage, its version, and what else must stay; None if it is not strided."""
+    try:
+        storage = tensor.untyped_storage()
+        bits = torch.empty(0, dtype=torch.uint8)
+        if not tensor.is_meta:
+            bits = bits.set_(storage, 0, (storage.nbytes(),)).clone()
+        version = None if tensor.is_inference() else tensor._version
+        sizes = storage.nbytes(), tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+        return bits, version, *sizes, tensor.dtype, tensor.requires_grad, tensor.is_neg()
+    except (RuntimeError, AttributeError):
+        return None
+
+
+def _elements_of(tensor: Tensor) -> Tensor:
+    """Marks the bytes of a tensor's storage that are its elements."""
+    marks = torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.bool)
+    size = tensor.element_size()
+    strides = [stride * size for stride in tensor.stride()]
+    marks.as_strided((*tensor.shape, size), (*strides, 1), tensor.storage_offset() * size).fill_(True)
+    return marks
+
+
+def _poisoned(tensor: Tensor) -> int:
+    """Number of elements that were never written."""
+    try:
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0 or tensor.numel() > 1 << 22:
+            return 0
+        bits = tensor.detach().contiguous().view(torch.uint8).view(tensor.numel(), tensor.element_size())
+    except RuntimeError:  # not a strided tensor
+        return 0
+    return int((bits == POISON).all(dim=1).sum())
+
+
+def _run(call: Call, repeat: bool) -> Outcome:
+    """Runs a call and judges it."""
+    space: dict[str, Any] = {}
+    function = call.function
+    try:
+        exec(call.imports, space)
+        for name, value in call.arguments.items():
+            exec("\n".join(value.lines(name)), space)
+            if not function.startswith("torch.ops.") and not all(map(_is_for_pytorch, tensors_in(space[name]))):
+                return Outcome("void")  # later arguments can depend on it
+    except Exception:
+        return Outcome("void")
+    arguments = {name: space[name] for name in call.arguments}
+    watched = Watched(arguments)
+    try:
+        before = {name: plain(value) for name, value in arguments.items()}
+    except Exception:
+        before = None
+    try:
+        exec(call.body, space)
+    except Exception as error:
+        changed = watched.findings("changed after a refusal", function, (), f" after {error}")
+        return Outcome("refused", judge_exception(function, call.names(), error) + changed)
+    found = watched.findings("changed argument", function, call.changes)
+    devices = {tensor.device.type for tensor in tensors_in(list(arguments.values()))}
+    if len(devices) > 1:
+        found.append(finding("mixed devices accepted", function, f"tensors on {sorted(devices)} were accepted"))
+    try:
+        exec(call.backward, space)
+    except Exception as error:
+        return Outcome("refused", found + judge_exception(function, [*call.names(), "grad", "backward"], error))
+    outputs = _outputs(call, space)
+    unwritten = sum(map(_poisoned, outputs))
+    if unwritten and not sum(map(_poisoned, tensors_in(list((before or {}).values())))):
+        found.append(finding("uninitialised", function, f"{unwritten} elements of the results were never written"))
+    is_nested = any(tensor.is_nested for tensor in outputs)  # tests/ops/test_transforms.py compares those
+    if call.oracle is None or before is None or len(devices) > 1 or is_nested:
+        return Outcome("accepted", found)
+    try:
+        with torch.enable_grad():
+            call.oracle(before, space["result"], {**space, **arguments})
+    except CannotTell:
+        return Outcome("accepted", found)
+    except WrongResult as wrong:
+        found.append(finding("wrong result", function, str(wrong)))
+    except Exception as error:
+        detail = f"accepted, but the reference fails: {type(error).__name__}: {error}"
+        return Outcome("accepted", [*found, finding("accepted", function, detail)])
+    if repeat and not found:
+        space = {}
+        exec(call.source(), space)
+        if not all(map(_same_values, outputs, _outputs(call, space))):
+            found.append(finding("not reproducible", function, "the same call gave other results the second time"))
+    return Outcome("compared", found)
+
+
+def _is_for_pytorch(tensor: Tensor) -> bool:
+    """Whether PyTorch's ops can take it: they read missing memory, and huge tensors take for ever."""
+    return not lacks_memory(tensor) and (tensor.is_nested or tensor.numel() < 1 << 24)
+
+
+def _outputs(call: Call, space: Mapping[str, Any]) -> list[Tensor]:
+    """Returns the result, the arguments that the call may change, and the gradients that it left."""
+    outputs = tensors_in([space["result"], *(space[name] for name in call.changes if name in call.arguments)])
+    arguments = tensors_in([space[name] for name in call.arguments])
+    return outputs + [tensor.grad for tensor in arguments if tensor.is_leaf and tensor.grad is not None]
+
+
+def _same_values(first: Tensor, second: Tensor) -> bool:
+    first, second = (tensor.detach().as_subclass(Tensor) for tensor in (first, second))
+    if first.shape != second.shape or first.is_meta or not first.is_floating_point():
+        return first.shape == second.shape
+    return torch.equal(first.nan_to_num(), second.nan_to_num())

@@ -1,149 +1,141 @@
-"""Runs many cases of an area in several processes, counts outcomes, and minimises each kind of finding."""
+"""Runs the cases of an area in a process of their own, which is started again after a crash; counts and collects."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
 
-from .choices import smaller
-from .outcomes import Finding
-from .processes import CLOCK_SECONDS, PROCESSOR_SECONDS, Report, Worker
+from support.processes import Forked
 
-KINDS = ("compared", "accepted", "refused", "void", "crash", "hang")
+from .cases import Finding
+from .worker import is_sanitized
+
+_TESTS = Path(__file__).parents[1]
 
 
 @dataclass
 class Found:
-    """A kind of finding: the first case with it, the smallest one, and the number of cases."""
+    """A kind of finding: its first case, and how many there are."""
 
     finding: Finding
-    first: Report
-    smallest: Report
-    count: int = 1
+    seed: int
+    source: str
+    count: int = 0
 
     def text(self) -> str:
-        replay = f"seed {self.first.seed}, choices {','.join(map(str, self.smallest.choices)) or '0'}"
-        return (
-            f"{self.finding.signature}\n  {self.finding.detail}\n  {self.count} times, {replay}\n{self.smallest.source}"
-        )
+        return f"{self.finding.signature}\n  {self.finding.detail}\n  first with seed {self.seed}\n{self.source}"
 
 
 @dataclass
 class Campaign:
-    """The result of many cases."""
+    """The result of many cases: how often each function had which outcome, and the findings by their signature."""
 
-    area: str
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     found: dict[str, Found] = field(default_factory=dict)
 
-    @property
-    def total(self) -> int:
-        return sum(sum(counter.values()) for counter in self.counts.values())
-
-    def summary(self, seconds: float) -> str:
-        kinds = Counter(found.finding.kind for found in self.found.values())
-        said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "nothing found"
-        return f"{self.area}: {self.total} cases in {seconds:.0f} s: {said}"
+    def total(self, *kinds: str) -> int:
+        """Number of cases with these outcomes, or of all."""
+        return sum(n for counter in self.counts.values() for kind, n in counter.items() if not kinds or kind in kinds)
 
     def table(self) -> str:
         """Formats how often each function was called, with which outcomes."""
-        rows = [("", "calls", *KINDS)]
-        totals: Counter[str] = Counter()
-        for function, counter in sorted(self.counts.items()):
-            rows.append((function, str(sum(counter.values())), *(str(counter[kind] or "") for kind in KINDS)))
-            totals.update(counter)
-        rows.append(("all", str(self.total), *(str(totals[kind] or "") for kind in KINDS)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in rows
-        )
+        return "\n".join(f"{function}: {dict(counter)}" for function, counter in sorted(self.counts.items()))
+
+    def texts(self) -> str:
+        return "\n".join(found.text() for found in self.found.values())
+
+
+class Ended(Exception):
+    """Raised if the process has ended."""
+
+
+class _Worker:
+    def __init__(self, area: str, folder: str, seconds: tuple[int, int]) -> None:
+        variables = {"PYTHONFAULTHANDLER": "1", "OMP_WAIT_POLICY": "passive"}
+        arguments = "-m", "fuzz.worker", area, *map(str, seconds)
+        self._errors: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  open as long as the process
+        how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "cwd": folder, "text": True}
+        if is_sanitized():
+            path = [str(_TESTS), os.getcwd(), os.environ.get("PYTHONPATH", "")]  # the second has its library
+            variables = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+            self._process = subprocess.Popen([sys.executable, *arguments], env=variables, **how)
+        else:
+            self._process = Forked(*arguments, **how, **variables)
+
+    def ask(self, seed: int) -> None:
+        self._process.stdin.write(f"{seed}\n")
+        self._process.stdin.flush()
+
+    def reply(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise Ended
+        return json.loads(line)
+
+    def end(self) -> tuple[int, str]:
+        """Waits for the end of the process; returns its exit code and the last that it printed."""
+        self._process.stdin.close()
+        code = self._process.wait()
+        self._errors.seek(0)
+        return code, self._errors.read()[-20000:]
 
 
 def run(
     area: str,
-    seeds: Iterable[int | str],
-    processes: int = 2,
-    seconds: float | None = None,
+    seeds: Iterable[int],
     tell: Callable[[str], None] = lambda text: None,
-    minimise: bool = True,
     only: Sequence[str] | None = None,
-    processor_seconds: float = PROCESSOR_SECONDS,
-    clock_seconds: float = CLOCK_SECONDS,
-    costly_tries: int = 25,
+    end: float = float("inf"),
+    seconds: tuple[int, int] = (30, 120),
 ) -> Campaign:
-    """Runs the cases of all seeds, or those that start within ``seconds``.
+    """Runs the cases of all seeds, or those that start before ``end`` of the monotonic clock.
 
-    ``only``: kinds of findings to report. ``processor_seconds``, ``clock_seconds``: limits after which a case is
-    stopped. ``costly_tries``: attempts to minimise a case that takes seconds or a new process.
+    ``only``: kinds of findings to report. ``seconds``: limits of a case, of processor time because other processes can
+    delay this one, and of time for a case that waits.
     """
-    campaign, lock = Campaign(area), threading.Lock()
-    source, end = iter(seeds), None if seconds is None else time.monotonic() + seconds
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        with Worker(area, folder, processor_seconds, clock_seconds) as worker:
-            while end is None or time.monotonic() < end:
-                with lock:
-                    seed = next(source, None)
-                if seed is None or failures:
-                    return
-                report = worker.run(seed)
-                report.findings = [f for f in report.findings if only is None or f.kind in only]
-                with lock:
-                    campaign.counts[report.function][report.kind] += 1
-                    new = [f for f in report.findings if f.signature not in campaign.found]
-                    for finding in report.findings:
-                        if finding in new:
-                            campaign.found[finding.signature] = Found(finding, report, report)
-                        else:
-                            campaign.found[finding.signature].count += 1
-                for finding in new:
-                    found = campaign.found[finding.signature]
-                    if minimise:
-                        found.smallest, found.finding = smallest(worker, report, finding, costly_tries)
-                    tell(found.text())
-
-    def guarded() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-
+    campaign, worker = Campaign(), None
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        threads = [threading.Thread(target=guarded) for _ in range(processes)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise failures[0]
+        for seed in seeds:
+            if time.monotonic() > end:
+                break
+            worker = worker or _Worker(area, folder, seconds)
+            case = {"function": "?", "source": ""}
+            try:
+                worker.ask(seed)
+                case = worker.reply()
+                done = worker.reply()
+                kind, findings = done["kind"], [Finding(**entry) for entry in done["findings"]]
+            except (Ended, BrokenPipeError):
+                findings = [_ended(case["function"], *worker.end())]
+                kind, worker = findings[0].kind, None
+            campaign.counts[case["function"]][kind] += 1
+            for finding in findings:
+                if only is None or finding.kind in only:
+                    new = finding.signature not in campaign.found
+                    found = campaign.found.setdefault(finding.signature, Found(finding, seed, case["source"]))
+                    found.count += 1
+                    if new:
+                        tell(found.text())
+        if worker:
+            worker.end()  # by itself, so that a sanitizer can report
     return campaign
 
 
-def smallest(worker: Worker, report: Report, finding: Finding, costly_tries: int) -> tuple[Report, Finding]:
-    """Minimises a case; returns the smallest one whose finding has the same signature."""
-    best, best_finding = report, finding
-
-    def fails(choices: list[int]) -> bool:
-        nonlocal best, best_finding
-        again = worker.run(choices=choices)
-        same = next((f for f in again.findings if f.signature == finding.signature), None)
-        if same is not None:
-            again.seed = report.seed
-            best, best_finding = again, same
-        return same is not None
-
-    before = worker.processor_seconds, worker.clock_seconds
-    # A smaller case can hang even if this one does not.
-    worker.processor_seconds, worker.clock_seconds = (min(*pair) for pair in zip(before, (10.0, 20.0), strict=True))
-    is_costly = finding.kind in ("crash", "hang", "slow", "memory")
-    smaller(report.choices, fails, tries=costly_tries if is_costly else 250)
-    worker.processor_seconds, worker.clock_seconds = before
-    return best, best_finding
+def _ended(function: str, code: int, said: str) -> Finding:
+    kind = "hang" if -code in (signal.SIGXCPU, signal.SIGALRM) else "crash"
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    sanitizer = re.search(r"ERROR: (\w+Sanitizer: [\w-]+)|(runtime error: .*)", said)
+    frames = re.findall(r'File "[^"]*lora_ext/([^"]+)", line \d+ in (\w+)', said)
+    place = sanitizer[0] if sanitizer else ":".join(frames[0]) if frames else ""
+    return Finding(kind, function, f"{kind}: {function}: {how} {place}", f"{how}\n{said[-1500:]}")

@@ -16,13 +16,9 @@ from torch import Tensor
 from lora_ext import reference
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
 
-from .calls import CannotTell
+from .cases import CannotTell, WrongResult
 
 _SIXTEEN = (torch.bfloat16, torch.float16)
-
-
-class WrongResult(Exception):
-    """Raised if a result differs from the formula's."""
 
 
 def plain(value: Any) -> Any:

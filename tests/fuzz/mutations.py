@@ -8,83 +8,17 @@ from .choices import Choices
 from .values import FILLS, FLOATING, KINDS, LAYOUTS, OTHER_DTYPES, OVERLAPS, ListValue, Source, TensorValue, Value
 
 _SIZES = (0, 1, 2, 7, 33, 300, 1 << 31, 1 << 40, (1 << 62) + 1)
-NUMBERS = (
-    "0.0",
-    "-0.0",
-    "-1.0",
-    "1.0",
-    "0.9999999999999999",
-    "0.99999",
-    "2.0 ** -17",
-    "2.0 ** -18",
-    "5e-324",
-    "1e-30",
-    "3e38",
-    "1e308",
-    'float("inf")',
-    'float("-inf")',
-    'float("nan")',
-    "True",
-    "1",
-    "2 ** 70",
-    "torch.tensor(0.5)",
-    "torch.tensor([0.5, 0.5])",
-    "numpy.float32(0.5)",
-    "1j",
-)
-INTEGERS = (
-    "0",
-    "1",
-    "-1",
-    "2 ** 31",
-    "2 ** 62",
-    "2 ** 63 - 1",
-    "-(2 ** 63)",
-    "2 ** 63",
-    "2 ** 70",
-    "1.0",
-    "1.5",
-    "True",
-)
-OTHERS = (
-    "None",
-    '"lora"',
-    "1",
-    "0.5",
-    "True",
-    "-1",
-    "()",
-    "[]",
-    "{}",
-    '""',
-    "object()",
-    "torch.float32",
-    "numpy.zeros((2, 2))",
-    "numpy.int64(3)",
-    "lambda: None",
-    'b"\\x00"',
-    '"\\ud800"',
-    '"("',
-    '"a.b"',
-    '"a" * 5000',
-    "[None]",
-    "[[]]",
-    '["a", 1]',
-    '["a", "a"]',
-    "{1: 2}",
-    '{"a": None}',
-    '{"(": 1}',
-    '{"a"}',
-    '(x for x in "ab")',
-    'float("nan")',
-    "2 ** 70",
-    "-0.0",
-    "1e400",
-    "[2 ** 70]",
-    "type",
-    "torch.zeros(2)",
-    "torch.nn.Linear(2, 2)",
-)
+# Words are easier to read than a list with a line each.
+_NUMBERS = (  # noqa: SIM905
+    "0.0 -0.0 -1.0 1.0 0.9999999999999999 0.99999 2.0**-17 2.0**-18 5e-324 1e-30 3e38 1e308 float('inf') float('-inf') "
+    "float('nan') True 1 2**70 torch.tensor(0.5) torch.tensor([0.5,0.5]) numpy.float32(0.5) 1j"
+).split()
+_INTEGERS = "0 1 -1 2**31 2**62 2**63-1 -(2**63) 2**63 2**70 1.0 1.5 True".split()  # noqa: SIM905
+_OTHERS = (  # noqa: SIM905
+    "None 'lora' 1 0.5 True -1 () [] {} '' object() torch.float32 numpy.zeros((2,2)) numpy.int64(3) b'\\x00' "
+    "'\\ud800' 'a'*5000 [None] [[]] ['a',1] {'a':None} {'a'} iter('ab') float('nan') 2**70 -0.0 1e400 [2**70] type "
+    "torch.zeros(2) torch.nn.Linear(2,2)"
+).split()
 
 
 def mutate(choices: Choices, arguments: dict[str, Value]) -> tuple[dict[str, Value], list[str]]:
@@ -138,14 +72,10 @@ def _mutated(choices: Choices, value: Value, name: str) -> Value:
         return _mutated_tensor(choices, value)
     if isinstance(value, ListValue):
         return _mutated_list(choices, value, name)
-    if choices.chance(25):
-        return Source(choices.pick(OTHERS))
     is_number = value.text.lstrip("-")[:1].isdigit() or "float" in value.text or "torch." in value.text
-    if is_number and "." not in value.text and value.text.lstrip("-").isdigit():
-        return Source(choices.pick(INTEGERS))
-    if is_number:
-        return Source(choices.pick(NUMBERS))
-    return Source(choices.pick(OTHERS))
+    if choices.chance(25) or not is_number:
+        return Source(choices.pick(_OTHERS))
+    return Source(choices.pick(_INTEGERS if value.text.lstrip("-").isdigit() else _NUMBERS))
 
 
 def _mutated_tensor(choices: Choices, value: TensorValue) -> Value:
@@ -173,7 +103,7 @@ def _mutated_tensor(choices: Choices, value: TensorValue) -> Value:
         return replace(value, fill=choices.pick(FILLS), steps=list(value.steps))
     if what == 7:
         return replace(value, shape=tuple(choices.pick(_SIZES[:6]) for _ in range(choices.integer(4))), steps=[])
-    return Source(choices.pick(OTHERS)) if choices.chance(50) else ListValue([value])
+    return Source(choices.pick(_OTHERS)) if choices.chance(50) else ListValue([value])
 
 
 def _mutated_list(choices: Choices, value: ListValue, name: str) -> Value:
@@ -189,5 +119,5 @@ def _mutated_list(choices: Choices, value: ListValue, name: str) -> Value:
     elif what == 5:
         entries = entries * choices.pick((0, 2, 9, 100))
     else:
-        return Source(choices.pick(OTHERS)) if not entries or choices.chance(50) else entries[0]
+        return Source(choices.pick(_OTHERS)) if not entries or choices.chance(50) else entries[0]
     return ListValue(entries)

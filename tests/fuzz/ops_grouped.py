@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lora_ext import reference
 
-from .calls import Call, CannotTell
+from .calls import Call
+from .cases import CannotTell, WrongResult
 from .choices import Choices
 from .compare import against_formula, rescale, tensors_in
-from .ops import DTYPES, PROBABILITIES, SCALINGS, SIZES, acc_name, count, dropout, maker, op, tokens_shape, with_history
-from .ops_backward import mask_value, optional
+from .ops import (
+    DTYPES,
+    FUNCTIONS,
+    IN_PLACE,
+    OPS,
+    PROBABILITIES,
+    SCALINGS,
+    SIZES,
+    acc_name,
+    backward_call,
+    drawn_seed,
+    dropout,
+    maker,
+    mask_value,
+    maybe,
+    rows_of,
+    tokens_shape,
+    wanted,
+    with_history,
+)
 from .values import ListValue, Source, Value, literal, tensor
 
 _RANKS = (2, 1, 3, 4, 0, 8, 17, 33)
@@ -23,7 +44,7 @@ def _groups(choices: Choices, lead: tuple[int, ...], features: tuple[int, int], 
     ranks = [rank for slots, rank in entries for _ in range(slots[0] if slots else 1)]
     shape = lead[: choices.pick((len(lead), 0, 1))]
     step = choices.pick((3, 1, 7, 0))
-    groups = f"(torch.arange({count(shape)}) * {step} % {len(ranks) + 1} - 1).reshape({shape})"
+    groups = f"(torch.arange({math.prod(shape)}) * {step} % {len(ranks) + 1} - 1).reshape({shape})"
     used = [choices.integer(rank + 1) for rank in ranks]
     scalings = [choices.pick((*SCALINGS, -1.0)) for _ in ranks]
     return {
@@ -35,81 +56,72 @@ def _groups(choices: Choices, lead: tuple[int, ...], features: tuple[int, int], 
     }
 
 
-def grouped_values(choices: Choices) -> dict[str, Value]:
+@maker(OPS, FUNCTIONS)
+def lora_grouped_(choices: Choices, function: str) -> Call:
     dtype, factors = choices.pick(DTYPES)
     lead, size_in, size_out = tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES)
     values = {
-        "y": tensor(choices, (*lead, size_out), dtype, ("unaligned", "the middle of a storage")),
+        "y": tensor(choices, (*lead, size_out), dtype, IN_PLACE),
         "x": tensor(choices, (*lead, size_in), dtype),
         **_groups(choices, lead, (size_in, size_out), factors),
         **dropout(choices),
     }
-    with_history(choices, values, ("x", "lora_As", "lora_Bs"))
-    return values
 
-
-def check_grouped(before, y, after) -> None:
     def formula(y, **a):
         return [y + reference.lora_grouped(**a)]
 
-    against_formula(formula, before, [y], {k: v for k, v in after.items() if k != "y"}, before["x"].dtype)
-
-
-@maker
-def lora_grouped_(choices: Choices) -> Call:
     def oracle(before, result, after):
-        check_grouped(before, after["y"], after)
+        drawn_seed(before)
+        if function.startswith(FUNCTIONS) and result is not after["y"]:
+            raise WrongResult("the result is not y")
+        arguments = {name: value for name, value in after.items() if name != "y"}
+        against_formula(formula, before, [after["y"]], arguments, before["x"].dtype)
 
-    return Call(op("lora_grouped_"), grouped_values(choices), oracle, changes=("y",), differentiated="[y]")
+    return Call(function, with_history(choices, values), oracle, changes=("y",), differentiated="[y]")
 
 
-def grouped_linear_values(choices: Choices) -> dict[str, Value]:
+@maker(OPS, FUNCTIONS)
+def lora_grouped_linear(choices: Choices, function: str) -> Call:
     dtype, factors = choices.pick(DTYPES)
     lead, size_in, size_out = tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES)
     values = {
         "x": tensor(choices, (*lead, size_in), dtype),
         "weight": tensor(choices, (size_out, size_in), dtype),
-        "bias": tensor(choices, (size_out,), dtype) if choices.chance(50) else Source("None"),
+        "bias": maybe(choices, tensor(choices, (size_out,), dtype)),
         **_groups(choices, lead, (size_in, size_out), factors),
     }
-    with_history(choices, values, ("x", "weight", "lora_As", "lora_Bs"))
-    return values
 
-
-def check_grouped_linear(before, y) -> None:
     def formula(x, weight, bias, **a):
         return [torch.nn.functional.linear(x, weight, bias) + reference.lora_grouped(x, **a)]
 
-    against_formula(formula, before, [y], {}, before["x"].dtype)
-
-
-@maker
-def lora_grouped_linear(choices: Choices) -> Call:
     def oracle(before, result, after):
-        check_grouped_linear(before, result)
+        against_formula(formula, before, [result], {}, before["x"].dtype)
 
-    return Call(op("lora_grouped_linear"), grouped_linear_values(choices), oracle, differentiated="[result]")
+    return Call(function, with_history(choices, values), oracle, differentiated="[result]")
 
 
-@maker
-def lora_grouped_backward(choices: Choices) -> Call:
+@maker(OPS)
+def lora_grouped_backward(choices: Choices, function: str) -> Call:
     dtype, factors = choices.pick(DTYPES)
     lead, size_in, size_out = tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES)
     p = choices.pick(PROBABILITIES) if choices.chance(40) else 0.0
     groups = _groups(choices, lead, (size_in, size_out), factors)
     entries = len(groups["lora_As"].entries)
-    wanted = [not choices.chance(30) for _ in range(1 + 2 * entries)]
-    wants_A, wants_B = any(wanted[1 : 1 + entries]), any(wanted[1 + entries :])
+    wants = wanted(choices, 1 + 2 * entries)
+    wants_A, wants_B = any(wants[1 : 1 + entries]), any(wants[1 + entries :])
     most = max(entry.shape[-2] for entry in groups["lora_As"].entries)
     values = {
         "grad_y": tensor(choices, (*lead, size_out), dtype),
-        "x": optional(choices, tensor(choices, (*lead, size_in), dtype), wants_A),
+        "x": maybe(choices, tensor(choices, (*lead, size_in), dtype), wants_A),
         **groups,
-        "xa": optional(choices, tensor(choices, (count(lead), most), acc_name(dtype)), wants_B),
-        "mask": mask_value(choices, count(lead), size_in) if p > 0 else Source("None"),
+        "xa": maybe(choices, tensor(choices, (math.prod(lead), most), acc_name(dtype)), wants_B),
+        "mask": mask_value(choices, math.prod(lead), size_in) if p > 0 else Source("None"),
         "dropout_p": literal(p),
-        "output_mask": ListValue([literal(is_wanted) for is_wanted in wanted]),
+        "output_mask": ListValue([*map(literal, wants)]),
     }
+
+    call = backward_call(function, values, _backward_formula)
+    compare = call.oracle
 
     def oracle(before, result, after):
         factors = [*before["lora_As"], *before["lora_Bs"]]
@@ -117,17 +129,18 @@ def lora_grouped_backward(choices: Choices) -> Call:
             factor.isfinite().all() for factor in factors
         ):
             raise CannotTell  # lora_ext/_ops/composite.py computes it: zero times infinity
-        results = [t for t in tensors_in(list(result)) if t is not None]
-        against_formula(_backward_formula, before, results, {}, before["grad_y"].dtype)
+        compare(before, result, after)
 
-    return Call(op("lora_grouped_backward"), values, oracle)
+    call.oracle = oracle
+    return call
 
 
+@torch.no_grad()
 def _backward_formula(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask):
     """Computes the requested gradients in float64, a group at a time. The op reads only what these need."""
     size_in, entries = lora_As[0].shape[-1], len(lora_As)
     want_x, want_A, want_B = output_mask[0], any(output_mask[1 : 1 + entries]), any(output_mask[1 + entries :])
-    rows = grad_y.reshape(count(grad_y.shape[:-1]), grad_y.shape[-1])
+    rows = rows_of(grad_y)
     has_mask = reference.dropout_threshold(dropout_p) > 0 and (want_x or want_A)
     keep = reference.unpack_mask(mask, size_in).double() if has_mask else rows.new_ones(len(rows), size_in)
     dropped = keep * x.reshape(len(rows), size_in) if want_A else None

@@ -1,4 +1,4 @@
-"""Makes valid calls of the merge ops."""
+"""Makes valid calls of the merge ops and of the functions that merge one weight."""
 
 from __future__ import annotations
 
@@ -8,91 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext import functional
 from lora_ext._ops.checks import accumulation_dtype
 
-from .calls import Call, CannotTell
+from .calls import Call
+from .cases import CannotTell, WrongResult
 from .choices import Choices
-from .compare import WrongResult, check_close, same_bits, share_memory
-from .ops import PACKED, RANKS, acc_name, maker, op
-from .values import ListValue, Source, Value, tensor
+from .compare import check_close, same_bits, share_memory
+from .ops import FUNCTIONS, IN_PLACE, OPS, RANKS, SCALINGS, acc_name, maker
+from .values import ListValue, Source, TensorValue, Value, literal, tensor
 
-MERGE_SIZES = (3, 1, 0, 2, 8, 17, 33, 64, 100, 255, 256, 257, 300, 520)
-
-
-def _merge_values(choices: Choices) -> dict[str, Value]:
-    dtype = choices.pick(("float32", "bfloat16", "float64", "float16"))
-    acc = acc_name(dtype)
-    layers = [
-        (choices.pick(MERGE_SIZES), choices.pick(MERGE_SIZES), choices.pick(RANKS))
-        for _ in range(choices.pick((1, 2, 3)))
-    ]
-    return {
-        "weights": ListValue([tensor(choices, (out, size_in), dtype, PACKED) for out, size_in, _ in layers]),
-        "lora_As": ListValue([tensor(choices, (rank, size_in), acc) for _, size_in, rank in layers]),
-        "lora_Bs": ListValue([tensor(choices, (out, rank), acc) for out, _, rank in layers]),
-    }
-
-
-def _check_merged(before: Mapping[str, Any], weights: Sequence[Tensor]) -> None:
-    for i, (W, A, B, merged) in enumerate(
-        zip(before["weights"], before["lora_As"], before["lora_Bs"], weights, strict=True)
-    ):
-        W64, A64, B64 = W.detach().double(), A.detach().double(), B.detach().double()
-        magnitude = W64.abs() + B64.abs() @ A64.abs()
-        check_close(f"weights[{i}]", merged, W64 + B64 @ A64, magnitude, A.shape[0], accumulation_dtype(W.dtype))
-
-
-def _counts(before: Mapping[str, Any]) -> list[int]:
-    """Counts the results of each layer that are certainly NaN or infinite."""
-    counts = []
-    for W, A, B in zip(before["weights"], before["lora_As"], before["lora_Bs"], strict=True):
-        acc = accumulation_dtype(W.dtype)
-        merged = (W.detach().to(acc) + B.detach().to(acc) @ A.detach().to(acc)).to(W.dtype)
-        counts.append(int((~merged.isfinite()).sum()))
-    return counts
-
-
-def _all_same_bits(what: str, ours: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    for i, (first, second) in enumerate(zip(ours, others, strict=True)):
-        if first.numel() and not same_bits(first, second):
-            raise WrongResult(f"{what}: weights[{i}] has other bits than before")
-
-
-def no_sharing(before: Mapping[str, Any]) -> None:
-    """Raises CannotTell if arguments share memory: the result then depends on the order of writes."""
-    if share_memory(list(before.values())):
-        raise CannotTell
-
-
-@maker
-def lora_merge_(choices: Choices) -> Call:
-    def oracle(before, result, after):
-        no_sharing({name: after[name] for name in before})
-        _check_merged(before, after["weights"])
-
-    return Call(op("lora_merge_"), _merge_values(choices), oracle, changes=("weights",))
-
-
-@maker
-def lora_merge_record_(choices: Choices) -> Call:
-    def oracle(before, result, after):
-        no_sharing({name: after[name] for name in before})
-        non_finite, words, corrections = result
-        if any(_counts(before)) != bool(non_finite.any()):
-            raise WrongResult(f"non_finite is {non_finite.tolist()}, want about {_counts(before)}")
-        if non_finite.any():
-            _all_same_bits("merge refused", after["weights"], before["weights"])
-            return
-        _check_merged(before, after["weights"])
-        weights = [weight.detach().clone() for weight in after["weights"]]
-        factors = [list(before["lora_As"]), list(before["lora_Bs"])]
-        with torch.no_grad():
-            torch.ops.lora_ext.lora_unmerge_(weights, *factors, words, corrections)
-        _all_same_bits("unmerged again", weights, before["weights"])
-
-    return Call(op("lora_merge_record_"), _merge_values(choices), oracle, changes=("weights",))
-
-
+_SIZES = (3, 1, 0, 2, 8, 17, 33, 64, 100, 255, 256, 257, 300, 520)
+_LAYOUTS = ("gaps between rows", *IN_PLACE)
+_DTYPES = ("float32", "bfloat16", "float64", "float16")
 # A merge's record, then forged ones.
 _RECORDS = (
     ("recorded[1]", "recorded[2]"),
@@ -109,20 +37,96 @@ _RECORDS = (
 )
 
 
-def copied(name: str) -> str:
+def _layer(choices: Choices, dtype: str, factors: str) -> tuple[Value, Value, Value]:
+    size_out, size_in, rank = choices.pick(_SIZES), choices.pick(_SIZES), choices.pick(RANKS)
+    weight = tensor(choices, (size_out, size_in), dtype, _LAYOUTS)
+    return weight, tensor(choices, (rank, size_in), factors), tensor(choices, (size_out, rank), factors)
+
+
+def _values(choices: Choices) -> dict[str, Value]:
+    dtype = choices.pick(_DTYPES)
+    layers = [_layer(choices, dtype, acc_name(dtype)) for _ in range(choices.pick((1, 2, 3)))]
+    names = ("weights", "lora_As", "lora_Bs")
+    return {name: ListValue(list(of)) for name, of in zip(names, zip(*layers, strict=True), strict=True)}
+
+
+def _check_merged(before: Mapping[str, Any], weights: Sequence[Tensor], scaling: float = 1.0) -> None:
+    for i, (W, A, B, merged) in enumerate(_layers(before, weights)):
+        W64, A64, B64 = W.detach().double(), A.detach().double(), B.detach().double()
+        magnitude = W64.abs() + abs(scaling) * (B64.abs() @ A64.abs())
+        expected = W64 + scaling * (B64 @ A64)
+        check_close(f"weights[{i}]", merged, expected, magnitude, A.shape[0], accumulation_dtype(W.dtype))
+
+
+def _layers(before: Mapping[str, Any], weights: Sequence[Tensor]) -> zip:
+    return zip(before["weights"], before["lora_As"], before["lora_Bs"], weights, strict=True)
+
+
+def _counts(before: Mapping[str, Any]) -> list[int]:
+    """Counts the results of each layer that are certainly NaN or infinite."""
+    counts = []
+    for W, A, B, _ in _layers(before, before["weights"]):
+        acc = accumulation_dtype(W.dtype)
+        merged = (W.detach().to(acc) + B.detach().to(acc) @ A.detach().to(acc)).to(W.dtype)
+        counts.append(int((~merged.isfinite()).sum()))
+    return counts
+
+
+def _all_same_bits(what: str, ours: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for i, (first, second) in enumerate(zip(ours, others, strict=True)):
+        if first.numel() and not same_bits(first, second):
+            raise WrongResult(f"{what}: weights[{i}] has other bits than before")
+
+
+def _no_sharing(before: Mapping[str, Any]) -> None:
+    """Raises CannotTell if arguments share memory: the result then depends on the order of writes."""
+    if share_memory(list(before.values())):
+        raise CannotTell
+
+
+@maker(OPS)
+def lora_merge_(choices: Choices, function: str) -> Call:
+    def oracle(before, result, after):
+        _no_sharing({name: after[name] for name in before})
+        _check_merged(before, after["weights"])
+
+    return Call(function, _values(choices), oracle, changes=("weights",))
+
+
+@maker(OPS)
+def lora_merge_record_(choices: Choices, function: str) -> Call:
+    def oracle(before, result, after):
+        _no_sharing({name: after[name] for name in before})
+        non_finite, words, corrections = result
+        if any(_counts(before)) != bool(non_finite.any()):
+            raise WrongResult(f"non_finite is {non_finite.tolist()}, want about {_counts(before)}")
+        if non_finite.any():
+            _all_same_bits("merge refused", after["weights"], before["weights"])
+            return
+        _check_merged(before, after["weights"])
+        weights = [weight.detach().clone() for weight in after["weights"]]
+        factors = [list(before["lora_As"]), list(before["lora_Bs"])]
+        with torch.no_grad():
+            torch.ops.lora_ext.lora_unmerge_(weights, *factors, words, corrections)
+        _all_same_bits("unmerged again", weights, before["weights"])
+
+    return Call(function, _values(choices), oracle, changes=("weights",))
+
+
+def _copied(name: str) -> str:
     """Returns source that copies a tensor; one without memory stays, because PyTorch reads it without a check."""
     return f"({name}.clone() if {name}.untyped_storage().nbytes() else {name})"
 
 
-@maker
-def lora_unmerge_(choices: Choices) -> Call:
-    values = _merge_values(choices)
+@maker(OPS)
+def lora_unmerge_(choices: Choices, function: str) -> Call:
+    values = _values(choices)
     words, corrections = record = choices.pick(_RECORDS) if choices.chance(30) else _RECORDS[0]
-    original = f"[{copied('weight')} for weight in weights]"
+    original = f"[{_copied('weight')} for weight in weights]"
     merge = "torch.ops.lora_ext.lora_merge_record_(weights, lora_As, lora_Bs)"
     values["words"] = Source(f"((original := {original}), (recorded := {merge}), {words})[2]")
     values["corrections"] = Source(corrections)
-    call = Call(op("lora_unmerge_"), values, changes=("weights",))
+    call = Call(function, values, changes=("weights",))
 
     def oracle(before, result, after):
         if record != _RECORDS[0] or set(call.mutated) - {"weights"} or not before["words"]:
@@ -133,6 +137,65 @@ def lora_unmerge_(choices: Choices) -> Call:
     return call
 
 
-@maker
-def lora_merge_check(choices: Choices) -> Call:
-    return Call(op("lora_merge_check"), _merge_values(choices))  # has no CPU kernel
+@maker(OPS)
+def lora_merge_check(choices: Choices, function: str) -> Call:
+    return Call(function, _values(choices))  # has no CPU kernel
+
+
+# --- one weight -------------------------------------------------------------------------------------------------------
+
+
+def _one(choices: Choices) -> dict[str, Value]:
+    dtype = choices.pick(_DTYPES)
+    factors = choices.pick((acc_name(dtype), dtype, "float32", "bfloat16", "float64"))
+    values = dict(zip(("weight", "lora_A", "lora_B"), _layer(choices, dtype, factors), strict=True))
+    return values | {"scaling": literal(choices.pick((*SCALINGS, -1.0)))}
+
+
+@maker(FUNCTIONS, names=["lora_merge_"])
+def _merge_one(choices: Choices, function: str) -> Call:
+    def oracle(before, result, after):
+        _no_sharing({name: after[name] for name in before})
+        lists = {f"{name}s": [before[name]] for name in ("weight", "lora_A", "lora_B")}
+        _check_merged(lists, [after["weight"]], float(before["scaling"]))
+        if result is not None:
+            again = after["weight"].detach().clone()
+            functional.lora_unmerge_(again, result)
+            _all_same_bits("merged and unmerged", [again], [before["weight"]])
+
+    return Call(function, _one(choices) | {"record": literal(not choices.chance(30))}, oracle, changes=("weight",))
+
+
+@maker(FUNCTIONS, names=["lora_unmerge_"])
+def _unmerge_one(choices: Choices, function: str) -> Call:
+    values = {name if name == "weight" else f"_{name}": value for name, value in _one(choices).items()}
+    record, dtype = f"{FUNCTIONS}lora_merge_(weight, _lora_A, _lora_B, _scaling)", values["weight"].dtype
+    if is_forged := choices.chance(30):
+        record = f"{FUNCTIONS}MergeRecord(_lora_A, _lora_B, torch.{dtype}, _words, _corrections)"
+        values |= {f"_{name}": value for name, value in _forged(choices, values["weight"].shape).items()}
+    values["record"] = Source(f"((original := {_copied('weight')}), {record})[1]")
+    call = Call(function, values, changes=("weight",))
+
+    def oracle(before, result, after):
+        if is_forged or call.mutated:
+            raise CannotTell
+        if result is not after["weight"]:
+            raise WrongResult("the result is not the weight")
+        _all_same_bits("unmerged", [result], [after["original"]])
+
+    call.oracle = oracle
+    return call
+
+
+def _forged(choices: Choices, shape: tuple[int, ...]) -> dict[str, Value]:
+    words = TensorValue((shape[0], (shape[1] + 255) // 256), "int16", choices.integer(1000), low=-1, high=4)
+    corrections = TensorValue((choices.pick((0, 1, 5, 40)),), "int16", choices.integer(1000), low=-100, high=100)
+    return {"words": words, "corrections": corrections}
+
+
+@maker(FUNCTIONS)
+def MergeRecord(choices: Choices, function: str) -> Call:
+    dtype = choices.pick(_DTYPES)
+    weight, lora_A, lora_B = _layer(choices, dtype, acc_name(dtype))
+    forged = {k: v if choices.chance(60) else Source("None") for k, v in _forged(choices, weight.shape).items()}
+    return Call(function, {"lora_A": lora_A, "lora_B": lora_B, "dtype": Source(f"torch.{dtype}"), **forged})

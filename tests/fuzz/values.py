@@ -11,22 +11,9 @@ from dataclasses import dataclass, field, replace
 from .choices import Choices
 
 FLOATING = ("float32", "float64", "bfloat16", "float16")
-OTHER_DTYPES = (
-    "int64",
-    "int32",
-    "int16",
-    "uint8",
-    "int8",
-    "bool",
-    "complex64",
-    "complex128",
-    "complex32",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "uint16",
-    "uint32",
-    "uint64",
-)
+OTHER_DTYPES = (  # noqa: SIM905
+    "int64 int32 int16 uint8 int8 bool complex64 complex128 complex32 float8_e4m3fn float8_e5m2 uint16 uint32 uint64"
+).split()
 # A tensor with more elements than this is one element in memory with a stride of 0.
 _MOST_ELEMENTS = 1 << 18
 

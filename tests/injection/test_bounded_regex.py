@@ -69,7 +69,9 @@ class PeftConfig:
 @pytest.mark.parametrize("source", WRITTEN)
 def test_they_select_the_same_modules_as_in_peft(source):
     expected = [path for path in PATHS if check_target_module_exists(PeftConfig(target_modules=source), path)]
-    assert list(filter(PathMatcher("target_modules", source), PATHS)) == expected
+    matcher = PathMatcher("target_modules", source)
+    for _ in range(200):  # a match takes less time than it adds to the allowance, or the allowance suffices
+        assert list(filter(matcher, PATHS)) == expected
 
 
 def test_the_first_matching_pattern_is_pefts():
@@ -146,15 +148,6 @@ def test_work_is_bounded(name):
         assert re.search(
             "target_modules has the expression .*, which takes too long to match paths such as", str(error)
         )
-
-
-@pytest.mark.parametrize("source", WRITTEN)
-def test_common_expressions_work_with_thousands_of_layers(source):
-    """A match takes less time than it adds to the allowance, or the allowance suffices."""
-    matcher = PathMatcher("target_modules", source)
-    for _ in range(200):
-        for path in PATHS:
-            matcher(path)
 
 
 def test_thousands_of_names_are_one_lookup(monkeypatch):

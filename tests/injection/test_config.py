@@ -270,6 +270,8 @@ def test_every_key_of_peft_is_read_kept_or_refused(key):
     ],
 )
 def test_files_of_other_methods_and_options_are_refused(values, text):
+    with pytest.raises(TypeError, match="LoraConfig: the values are of type list, want a dict"):
+        LoraConfig.from_dict([])
     with pytest.raises(ValueError) as caught:
         LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"]} | values)
     assert text in str(caught.value)
@@ -317,8 +319,3 @@ def test_exact_patterns_mean_the_same_here_and_in_peft(ranks):
     for path, rank in ranks.items():
         assert config.rank_for(path) == rank
         assert patterns.get(get_pattern_key(patterns, path), 2) == rank
-
-
-def test_a_file_without_a_json_object():
-    with pytest.raises(TypeError, match="LoraConfig: the values are of type list, want a dict"):
-        LoraConfig.from_dict([])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import warnings
 
@@ -258,7 +257,7 @@ def test_gradient_checkpointing_over_frozen_embeddings(use_reentrant):
     assert all(grad.abs().sum() > 0 for grad in expected)
 
 
-def test_copies_states_dtypes_and_modes():
+def test_states_dtypes_and_modes():
     model, x = net(modules_to_save=["head"], lora_dropout=0.5), torch.randn(4, 6)
     model.norm.momentum = 0.0
     expected, other = model(x), net(modules_to_save=["head"])
@@ -266,15 +265,6 @@ def test_copies_states_dtypes_and_modes():
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), expected)
 
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    flags = {path: p.requires_grad for path, p in model.named_parameters()}
-    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert {path: p.requires_grad for path, p in twin.named_parameters()} == flags
-        with torch.no_grad():
-            twin.blocks[0].up.weight.zero_()  # no memory shared with the model
-        assert not torch.allclose(twin(x), expected)
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.1)):
         converted = copy.deepcopy(model).to(dtype)
         assert {p.dtype for p in converted.parameters()} == {dtype}

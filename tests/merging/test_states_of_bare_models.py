@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from support.models import Net, bert, gpt2, llama, refused
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from support.models import Net, bert, llama, refused
+from support.stock_trainer import trainer
+from transformers import TrainerCallback
 
 from lora_ext import LoraConfig, inject, merge, unmerge
 from lora_ext.nn.state import base_keys
@@ -16,7 +16,6 @@ from lora_ext.nn.state import base_keys
 CASES = {
     "linear": (Net, {"target_modules": ["up", "head"]}, "blocks.0.up.weight"),
     "head": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}, "query.weight"),
-    "conv1d": (gpt2, {"target_modules": ["c_attn"]}, "c_attn.weight"),
     "tied": (
         lambda: llama(tied=True),
         {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
@@ -72,14 +71,11 @@ class MergedWhileSaved(TrainerCallback):
 
 @pytest.mark.cpu_only("the Trainer chooses the device")
 def test_the_trainer_does_not_silently_go_on_without_a_merged_checkpoint(tmp_path):
-    rows = [{"input_ids": [1, 2, 3 + i], "labels": i % 2} for i in range(4)]
-    model: nn.Module = inject(bert(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
-    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "report_to": [], "use_cpu": True}
-    arguments = TrainingArguments(
-        str(tmp_path), num_train_epochs=1, load_best_model_at_end=True, disable_tqdm=True, **options
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[MergedWhileSaved()])
+    model = inject(bert(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 8, "load_best_model_at_end": True}
+    run = trainer(model, tmp_path, **options)
+    run.add_callback(MergedWhileSaved())
     with pytest.raises(RuntimeError, match="the base model's key"):
-        trainer.train()
+        run.train()
     with pytest.raises(RuntimeError, match="the base model's key"):
-        trainer.train(resume_from_checkpoint=True)
+        run.train(resume_from_checkpoint=True)

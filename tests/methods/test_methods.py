@@ -34,6 +34,7 @@ from lora_ext.methods import (
     remove_method,
     save_method,
 )
+from lora_ext.model.mixed_batch import refuse_without_adapters
 
 D_MODEL, LAYERS, D_FF = 16, 3, 24
 _SIZES = {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": D_FF}
@@ -137,7 +138,8 @@ def test_a_method_from_its_formula_to_its_removal(name, family, tmp_path):
 
     remove_method(model)
     assert dict(model.named_modules()) == modules and method_of(model) is None
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert {*hooks} <= {refuse_without_adapters}
     if name not in ("full", "bitfit", "lora+bitfit"):  # which train in place
         for path, head in model.named_modules():
             if path in ("classifier", "score") and "lora" not in name:

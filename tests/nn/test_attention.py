@@ -1,15 +1,25 @@
-"""LoraMultiheadAttention against nn.MultiheadAttention with merged weights."""
+"""LoraMultiheadAttention: against merged weights, in modules that hold an attention, its files against PEFT."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
-from support.attention import E, H, L, N, S, Wrapper, adapted, assert_same, inputs, merged_copy
+from safetensors.torch import load_file
+from support.attention import ALIVE, E, H, L, N, S, Wrapper, adapted, assert_same, encoder, inputs, merged_copy
 from support.models import refused
 from torch import Tensor, nn
+
+from lora_ext import functional, load_adapter, merge, save_adapter, set_adapter
+from lora_ext.adapters import adapter_status, add_weighted_adapter, delete_adapter, disable_adapters, lora_modules
+from lora_ext.adapters.hotswap import hotswap_adapter
+from lora_ext.nn import LoraLinear, LoraMultiheadAttention
+
+SEPARATE = {"kdim": 7, "vdim": 5}
 
 
 @pytest.mark.pairs
@@ -39,35 +49,29 @@ def test_equals_the_attention_with_merged_weights(kind, settings, batch_first, b
         assert_same(model, merged_copy(model), tensors, average_attn_weights=False)
 
 
+KINDS_OF_MASKS = ["2d", "2d bool", "3d", "3d bool", "padding", "padding float", "both", "causal", "causal padding"]
+
+
 def _masks(kind: str, batched: bool, length: int) -> dict[str, Any]:
-    batch = N if batched else 1
     padding = torch.zeros((N, length) if batched else (length,), dtype=torch.bool)
     padding[..., -1] = True
-    square = torch.randn(L, length, dtype=torch.float64)
-    return {
-        "2d": {"attn_mask": square},
-        "2d bool": {"attn_mask": square > 1.0},
-        "3d": {"attn_mask": torch.randn(batch * H, L, length, dtype=torch.float64)},
-        "3d bool": {"attn_mask": torch.randn(batch * H, L, length) > 1.5},
-        "padding": {"key_padding_mask": padding},
-        "padding float": {"key_padding_mask": padding.double() * -2.0},
-        "both": {"key_padding_mask": padding, "attn_mask": torch.randn(batch * H, L, length) > 1.5},
-        "causal": {"attn_mask": torch.ones(L, length, dtype=torch.bool).triu(1), "is_causal": True},
-        "causal padding": {
-            "attn_mask": torch.ones(L, length, dtype=torch.bool).triu(1),
-            "is_causal": True,
-            "key_padding_mask": padding,
-        },
-    }[kind]
+    shape = (L, length) if "2d" in kind else ((N if batched else 1) * H, L, length)
+    mask = torch.randn(shape, dtype=torch.float64)
+    masks: dict[str, Any] = {"attn_mask": mask if kind in ("2d", "3d") else mask > 1.5}
+    if "causal" in kind:
+        masks = {"attn_mask": torch.ones(L, length, dtype=torch.bool).triu(1), "is_causal": True}
+    if kind.startswith("padding"):
+        masks = {}
+    if "padding" in kind or kind == "both":
+        masks["key_padding_mask"] = padding.double() * -2.0 if "float" in kind else padding
+    return masks
 
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
-@pytest.mark.parametrize(
-    "kind", ["2d", "2d bool", "3d", "3d bool", "padding", "padding float", "both", "causal", "causal padding"]
-)
+@pytest.mark.parametrize("kind", KINDS_OF_MASKS)
 def test_masks(kind, settings, batched, need_weights):
     model = adapted(Wrapper(batch_first=True, **settings))
     masks = _masks(kind, batched, L)
@@ -85,21 +89,7 @@ def test_attention_dropout_draws_the_same_mask(need_weights):
     assert not torch.equal(model(*x)[0], model(*x)[0])
 
 
-@pytest.mark.parametrize("settings", [{}, {"kdim": 7, "vdim": 5}])
-def test_lora_dropout(settings):
-    model = adapted(Wrapper(batch_first=True, **settings), lora_dropout=0.5).train()
-    tensors = inputs("all" if settings else "self", True, True, *(settings.values() or (E, E)))
-    exact = model.eval()(*tensors)[0]
-    model.train()
-    ys = torch.stack([model(*tensors)[0].detach() for _ in range(600)])
-    assert ys.std(0).min() > 0
-    # The softmax is not linear, so the mean is near, not equal.
-    assert (ys.mean(0) - exact).abs().max() < 0.5 * (ys - exact).abs().max()
-
-
 def test_separate_passes_read_shared_inputs_once(monkeypatch):
-    from lora_ext import functional
-
     calls = []
     for name in ("lora_linear", "lora_linear_siblings"):
         op = getattr(functional, name)
@@ -108,10 +98,195 @@ def test_separate_passes_read_shared_inputs_once(monkeypatch):
     assert calls == ["lora_linear"] * 2  # query, key and value; out_proj
     calls.clear()
     adapted(Wrapper(kdim=7, vdim=7))(*inputs("memory", False, True, 7, 7))
-    assert calls == ["lora_linear_siblings"] * 2 + ["lora_linear"]
+    assert calls == ["lora_linear", "lora_linear_siblings", "lora_linear"]  # query; key and value; out_proj
 
 
-# --- merging ----------------------------------------------------------------------------------------------------------
+# --- modules that hold an attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("targets", [["self_attn"], ["out_proj"], "all-linear"])
+def test_encoder_layers_call_the_adapted_attention(targets, training):
+    base = encoder().train(training)
+    x, padding = torch.randn(N, L, E, dtype=torch.float64), torch.zeros(N, L, dtype=torch.bool)
+    model = adapted(copy.deepcopy(base), targets)
+    kinds = {path: type(layer) for path, layer in lora_modules(model) if "self_attn" in path}
+    wanted = {"layers.0.self_attn": LoraMultiheadAttention, "layers.0.self_attn.base_layer.out_proj": LoraLinear}
+    assert {path: kind for path, kind in kinds.items() if path.startswith("layers.0")} == wanted
+    held = {status.layer for status in adapter_status(model) if status.layer.startswith("layers.0.self")}
+    assert held == wanted.keys() - ({"layers.0.self_attn"} if targets != ["self_attn"] else set())
+    with torch.no_grad():
+        exact = merged_copy(model)(x)
+        assert (exact - base(x)).abs().max() > 1e-2
+        torch.testing.assert_close(model(x), exact)
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding), exact)
+        merge(model.eval())
+        torch.testing.assert_close(model(x), exact)
+
+
+def test_decoder_layers():
+    layer = nn.TransformerDecoderLayer(E, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+    model = adapted(layer, ["self_attn", "multihead_attn"])
+    x, memory = (torch.randn(N, length, E, dtype=torch.float64) for length in (L, S))
+    mask = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
+    kwargs = {"tgt_mask": mask, "tgt_is_causal": True}
+    torch.testing.assert_close(model(x, memory, **kwargs), merged_copy(model)(x, memory, **kwargs))
+
+
+def test_the_attention_stays_wrapped_until_its_last_adapter_goes():
+    model = adapted(Wrapper(), name="a")
+    adapted(model, ["out_proj"], name="b")
+    delete_adapter(model, "a")
+    assert isinstance(model.attention, LoraMultiheadAttention) and not model.attention.adapters
+    x = inputs("self", False, True)
+    assert_same(model, merged_copy(model), x)
+    adapted(model, name="c")
+    delete_adapter(model, "b")
+    set_adapter(model, [])
+    delete_adapter(model, "c")
+    assert type(model.attention) is nn.MultiheadAttention and type(model.attention.out_proj) is not LoraLinear
+
+
+def test_an_out_proj_trained_in_full_is_not_adapted():
+    model = adapted(Wrapper(), modules_to_save=["out_proj"])
+    assert [path for path, _ in lora_modules(model)] == ["attention"]
+    x = inputs("self", False, True)
+    with torch.no_grad():
+        model.attention.out_proj.adapters.default.bias.add_(1.0)
+    assert (model(*x)[0] - merged_copy(model)(*x)[0]).abs().max() > 0.5  # merged_copy has the original out_proj
+
+
+@pytest.mark.parametrize("settings", [{}, SEPARATE])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_hooks_of_an_attention(settings, batch_first):
+    model, seen = adapted(Wrapper(batch_first=batch_first, **settings)), []
+    tensors, plain = inputs("all", batch_first, True, *(settings.values() or (E, E))), copy.deepcopy(model)
+    model.attention.base_layer.register_forward_hook(lambda *args: seen.append(args[0]))
+    assert_same(model, plain, tensors)
+    results = []
+    for one in (model, plain):
+        trained = [p for p in one.parameters() if p.requires_grad]
+        results.append(torch.autograd.grad(one(*tensors)[0].sum(), trained))
+    torch.testing.assert_close(*results)
+    assert seen == [model.attention.base_layer] * 2
+    with refused(model, ValueError, "attention: its hooks may change what it computes"):
+        merge(model)
+
+
+def test_hooks_of_an_attention_leave_no_room_for_dropout():
+    model, x = adapted(Wrapper(), lora_dropout=0.5), inputs("self", False, True)
+    model.attention.base_layer.register_forward_hook(lambda *args: None)
+    with pytest.raises(RuntimeError, match=r"has hooks or a replaced forward.*lora_dropout=0"):
+        model(*x)
+    model.eval()(*x)
+
+
+# --- files with PEFT --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["self_attn"], ["self_attn", "linear1"]])
+def test_files_both_ways_with_peft(targets, tmp_path):
+    base = encoder().eval()
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    ours = adapted(copy.deepcopy(base), targets, rank_pattern={"layers.1.self_attn": 4})
+    save_adapter(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter|key).*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").train()
+    torch.testing.assert_close(theirs(x), ours(x))  # though PEFT adds the update of out_proj twice
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    assert "base_model.model.layers.0.self_attn.base_layer.out_proj.lora_A.weight" in files[0]
+    again = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(again(x), ours(x))
+    other = adapted(copy.deepcopy(base), targets, rank_pattern={"layers.1.self_attn": 4})
+    torch.testing.assert_close(hotswap_adapter(other, tmp_path / "theirs")(x), ours(x))
+    assert torch.equal(
+        again.layers[0].self_attn.base_layer.out_proj.adapters.default.lora_B,
+        ours.layers[0].self_attn.base_layer.out_proj.adapters.default.lora_B,
+    )
+
+
+@pytest.mark.parametrize("targets", [["out_proj"], "all-linear"])
+def test_files_of_out_proj_alone_have_pefts_keys(targets, tmp_path):
+    """PEFT never calls such an adapter, but saves it under these keys."""
+    base = encoder().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, **ALIVE))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    save_adapter(ours, tmp_path / "ours")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
+    torch.testing.assert_close(*files, rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter|key).*")
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("targets", [["self_attn"], ["linear1"]])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_pefts(bias, targets, tmp_path):
+    base, x = encoder().train(), torch.randn(N, L, E, dtype=torch.float64)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, bias=bias, **ALIVE))
+    ours = adapted(copy.deepcopy(base), targets, bias=bias)
+    trained = [
+        {n.rpartition("layers.")[2].replace("base_layer.", "") for n, p in model.named_parameters() if p.requires_grad}
+        for model in (ours, theirs)
+    ]
+    biases = [{name for name in names if "bias" in name} for names in trained]
+    assert biases[0] == biases[1] != set()  # without in_proj_bias, which has another name
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_adapter(copy.deepcopy(base), tmp_path / "theirs", trainable=True)
+    again(x).sum().backward()
+    with torch.no_grad():
+        for name, parameter in again.named_parameters():
+            if parameter.requires_grad and "bias" in name:
+                assert parameter.grad.abs().max() > 0, name
+                parameter.sub_(parameter.grad)
+    save_adapter(again, tmp_path / "ours")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    with disable_adapters(again):
+        torch.testing.assert_close(again(x), base(x))
+
+
+@pytest.mark.parametrize("settings", [{}, SEPARATE])
+def test_files_do_not_depend_on_other_adapters(settings, tmp_path):
+    base = Wrapper(**settings)
+    model = adapted(copy.deepcopy(base), name="first")
+    adapted(model, ["out_proj"], name="second")
+    tensors = inputs("all" if settings else "self", False, True, *(settings.values() or (E, E)))
+    for name in ("first", "second"):
+        set_adapter(model, name)
+        save_adapter(model, tmp_path / name, name)
+        torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / name)(*tensors), model(*tensors))
+    assert set(load_file(tmp_path / "second" / "adapter_model.safetensors")) == {
+        f"base_model.model.attention.out_proj.lora_{factor}.weight" for factor in "AB"
+    }
+    if settings:
+        keys = load_file(tmp_path / "first" / "adapter_model.safetensors").keys()
+        assert "base_model.model.attention.k_proj_weight.lora_B.weight" in keys and len(keys) == 8
+    other = load_adapter(copy.deepcopy(base), tmp_path / "second", adapter_name="b")
+    set_adapter(model, "first")
+    for _ in range(2):  # adds an adapter, and replaces its values
+        load_adapter(other, tmp_path / "first", activate=True)
+        torch.testing.assert_close(other(*tensors), model(*tensors))
+
+
+def test_a_combination_whose_ranks_a_config_cannot_express():
+    model = adapted(adapted(Wrapper(), name="a"), ["out_proj"], "b")
+    with refused(model, ValueError, "'attention.out_proj' would have rank 4, but a layer adapted along with it rank 2"):
+        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "cat")
+
+
+def test_hot_swap_scales_out_proj_like_its_attention(tmp_path):
+    base, x = encoder().eval(), torch.randn(N, L, E, dtype=torch.float64)
+    swapped_in = adapted(copy.deepcopy(base), ["self_attn"], alpha_pattern={"layers.1.self_attn": 9})
+    save_adapter(swapped_in, tmp_path)
+    model = adapted(copy.deepcopy(base), ["self_attn"])
+    hotswap_adapter(model, tmp_path)
+    torch.testing.assert_close(model(x), swapped_in(x))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

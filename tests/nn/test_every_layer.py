@@ -1,20 +1,30 @@
-"""What holds for layers of every kind: gradients, several adapters, merging, copies, graphs, combinations, autocast."""
+"""What holds for layers of every kind: values, gradients, several adapters, merging, copies, states, files, graphs."""
 
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.layers import relative_error
 from support.merging import same_bits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
-from lora_ext.adapters import add_weighted_adapter, disable_adapters, lora_modules, merge_and_unload, unload
+from lora_ext.adapters import (
+    add_weighted_adapter,
+    disable_adapters,
+    lora_modules,
+    merge_and_unload,
+    merge_record_bytes,
+    unload,
+)
 
 pytestmark = pytest.mark.cpu_only("makes its inputs on the CPU")
 
@@ -49,23 +59,37 @@ class Kind(NamedTuple):
     options: dict[str, Any]
     shape: tuple[int, ...] = (4, 8)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Adapters that can be in use at the same time."""
+        return ("default",) if "use_dora" in self.options else ("a", "b")
+
+
+def oblong() -> nn.Module:
+    return nn.Conv2d(8, 6, (3, 2), padding=1)
+
 
 WITH_BIAS = {"target_modules": ["0"], "lora_bias": True}
 PACKED = {"target_modules": ["0"], "enable_lora": {"0": (True, False, True)}}
+DORA = {"target_modules": ["0"], "use_dora": True}
 KINDS = {
     "linear": Kind(lambda: nn.Linear(8, 6), WITH_BIAS),
     "conv1d": Kind(lambda: Conv1D(6, 8), {"target_modules": ["0"]}),
     "packed": Kind(lambda: nn.Linear(8, 6), PACKED),
     "packed conv1d": Kind(lambda: Conv1D(6, 8), PACKED),
+    "dora": Kind(lambda: nn.Linear(8, 6), DORA),
+    "dora conv1d": Kind(lambda: Conv1D(6, 8), DORA),
     "embedding": Kind(lambda: nn.Embedding(20, 8), {"target_modules": ["0"]}),
-    "conv": Kind(
-        lambda: nn.Conv2d(8, 6, (3, 2), padding=1), {"target_modules": ["0"], "lora_bias": True}, (2, 8, 5, 4)
-    ),
+    "conv": Kind(oblong, WITH_BIAS, (2, 8, 5, 4)),
+    "channels last": Kind(lambda: oblong().to(memory_format=torch.channels_last), WITH_BIAS, (2, 8, 5, 4)),
     "attention": Kind(Attends, {"target_modules": ["attention"], "lora_bias": True}, (2, 5, 8)),
     "separate attention": Kind(lambda: Attends(kdim=6, vdim=6), {"target_modules": ["attention"]}, (2, 5, 8)),
     "experts": Kind(lambda: Uses(False), {"target_parameters": ["0.up", "0.mix"]}),
     "transposed experts": Kind(lambda: Uses(True), {"target_parameters": ["0.up", "0.mix"]}),
 }
+WITH_DROPOUT = [name for name in KINDS if "experts" not in name and name != "embedding"]
+WHOLE = [name for name in KINDS if "experts" not in name and "attention" not in name]  # the target is the whole model
+TOGETHER = [name for name in KINDS if "dora" not in name]
 
 
 @pytest.fixture(params=KINDS)
@@ -73,18 +97,24 @@ def kind(request) -> Kind:
     return KINDS[request.param]
 
 
-def adapted(kind: Kind, *names: str, dtype: torch.dtype = torch.float64, model: nn.Module | None = None) -> nn.Module:
+def of_kinds(names: list[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kind", names, indirect=True)
+
+
+def adapted(kind: Kind, *names: str, dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
     """A model with adapters ``names`` of different ranks, all in use."""
     torch.manual_seed(0)
-    model = nn.Sequential(kind.make()).to(dtype) if model is None else model
+    model = nn.Sequential(kind.make()).to(dtype).eval()
     for i, name in enumerate(names or ("default",)):
-        options = {"r": 2 + i, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []} | kind.options
+        options = {"r": 2 + i, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []} | kind.options | more
         inject(model, LoraConfig(**options), name)
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("lora_bias"):
-            nn.init.normal_(parameter)
-    set_adapter(model, list(names or ("default",)))
-    return model.eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("lora_bias"):
+                parameter.normal_()
+            elif parameter_name.endswith("magnitude_vector"):
+                parameter *= torch.linspace(0.4, 2.0, len(parameter))
+    return set_adapter(model, list(names or ("default",)))
 
 
 def input_for(kind: Kind, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -97,16 +127,42 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if ".adapters." not in name}
 
 
-def test_gradients_of_the_factors(kind):
-    model, x = adapted(kind, "a", "b"), input_for(kind)
-    trained = {name: p.requires_grad_() for name, p in model.named_parameters() if ".adapters." in name}
-
-    def output(*values: Tensor) -> Tensor:
-        return torch.func.functional_call(model, dict(zip(trained, values, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(output, tuple(trained.values()))
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.requires_grad_() for name, p in model.named_parameters() if ".adapters." in name}
 
 
+def step(model: nn.Module, x: Tensor, run: Callable | None = None) -> list[Tensor]:
+    """The output and the gradients of the adapters."""
+    torch.manual_seed(1)
+    y = (run or model)(x)
+    return [y, *torch.autograd.grad(y.float().square().sum(), list(trained(model).values()))]
+
+
+@of_kinds(TOGETHER)  # a DoRA layer's norm counts as a constant in the backward, as in PEFT
+def test_gradients(kind):
+    """Also gradients of gradients, forward mode, and gradients of several losses at once."""
+    model, x = adapted(kind, *kind.names), input_for(kind)
+    leaves = trained(model)
+
+    def output(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(leaves, values, strict=True)), (x,))
+
+    inputs = x.requires_grad_(x.is_floating_point()), *leaves.values()
+    assert torch.autograd.gradcheck(output, inputs, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(output, inputs, fast_mode=True)
+
+
+def test_new_adapters_change_nothing_and_follow_the_mode(kind):
+    model, x = adapted(kind, *kind.names, init_lora_weights=True), input_for(kind)
+    assert all(p.requires_grad == (".adapters." in name) for name, p in model.named_parameters())
+    assert not any(part.training for part in model.modules())
+    assert all(part.training for part in model.train().modules())
+    base = unload(copy.deepcopy(model))
+    if "use_dora" not in kind.options and "lora_bias" not in kind.options:  # which adapted() makes random
+        torch.testing.assert_close(model(x), base(x))
+
+
+@of_kinds(TOGETHER)
 def test_sets_of_adapters_compute_what_their_merged_weights_do(kind):
     model, x = adapted(kind, "a", "b", "c"), input_for(kind)
     outputs = []
@@ -120,23 +176,30 @@ def test_sets_of_adapters_compute_what_their_merged_weights_do(kind):
         assert torch.equal(model(x), bare)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_unmerging_restores_every_bit(kind, dtype):
-    model, x = adapted(kind, "a", "b", dtype=dtype), input_for(kind, dtype)
-    pristine, expected = {name: p.clone() for name, p in frozen(model).items()}, model(x)
-    merge(model, "b")
-    half = model(x)  # one merged, one not
-    merge(model, "a")
-    tolerance = {"rtol": 0.1, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close([half, model(x)], [expected, expected], **tolerance)
+    model, x = adapted(kind, *kind.names, dtype=dtype), input_for(kind, dtype)
+    pristine, expected, outputs = {name: p.clone() for name, p in frozen(model).items()}, model(x), []
+    for name in reversed(kind.names):
+        merge(model, name)
+        outputs.append(model(x))  # at first one is merged, one not
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(outputs, [expected] * len(outputs), **tolerance)
     changed = [name for name, p in frozen(model).items() if not same_bits(p, pristine[name])]
     assert changed and all("base_layer" in name for name in changed)
+    assert merge_record_bytes(model) == sum(layer.merge_record_bytes for _, layer in lora_modules(model)) > 0
     with pytest.raises(RuntimeError, match="merged and would not train"):
         model.train()(x)
-    unmerge(model.eval(), "b")
-    unmerge(model)
-    assert all(same_bits(p, pristine[name]) for name, p in frozen(model).items())
-    assert torch.equal(model(x), expected)
+    model.eval()
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    plain = merge_and_unload(copy.deepcopy(model))
+    assert torch.equal(plain(x), outputs[-1]) and not list(lora_modules(plain))
+    unmerge(model, kind.names[-1])
+    for one in (model, *copies):
+        if merge_record_bytes(one):
+            unmerge(one)
+        assert all(same_bits(p, pristine[name]) for name, p in frozen(one).items())
+        assert torch.equal(one(x), expected)
 
 
 def test_frozen_values_are_neither_written_nor_trained(kind):
@@ -150,6 +213,52 @@ def test_frozen_values_are_neither_written_nor_trained(kind):
         assert same_bits(parameter, value) and parameter._version == version
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_with_float32_factors_lose_no_more_than_the_base_layer(kind, dtype):
+    model, x = adapted(kind, *kind.names, dtype=dtype), input_for(kind, dtype)
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
+    exact, doubled = copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x
+    assert {p.dtype for p in exact.parameters()} == {torch.float64}
+    bases = unload(copy.deepcopy(model)), unload(copy.deepcopy(exact))
+    eps = torch.finfo(dtype).eps
+    of_base = relative_error(bases[0](x), bases[1](doubled))
+    (y, *gradients), (best, *best_gradients) = step(model, x), step(exact, doubled)
+    assert y.dtype == dtype and relative_error(y, best) <= 2 * max(of_base, eps / 4)
+    for mine, theirs in zip(gradients, best_gradients, strict=True):
+        assert mine.dtype == torch.float32 and relative_error(mine, theirs) <= 4 * eps
+
+
+@of_kinds(WITH_DROPOUT)
+def test_dropout_only_while_training(kind):
+    model, x = adapted(kind, lora_dropout=0.5), input_for(kind)
+    exact, without = model(x), adapted(kind)(x)
+    assert torch.equal(exact, without)
+    ys = torch.stack([model.train()(x).detach() for _ in range(400)])
+    assert not torch.equal(ys[0], ys[1])
+    torch.testing.assert_close(step(model, x), step(model, x), rtol=0, atol=0)
+    # Softmax is not linear, so that the mean of an attention is near, not equal.
+    nearness = 0.5 if "attention" in kind.options["target_modules"] else 0.2
+    assert (ys.mean(0) - exact).norm() < nearness * (ys - exact).flatten(1).norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(kind, reentrant):
+    dropout = {} if "target_parameters" in kind.options else {"lora_dropout": 0.5}
+    model, x = adapted(kind, **dropout).train(), input_for(kind)
+    one = torch.ones((), requires_grad=True)  # the reentrant kind wants an input that requires grad
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(lambda x, one: one * model(x), x, one, use_reentrant=reentrant)
+
+    if reentrant:  # which knows no torch.autograd.grad
+        torch.manual_seed(1)
+        run(x).float().square().sum().backward()
+        found = [p.grad for p in trained(model).values()]
+    else:
+        _, *found = step(model, x, run)
+    torch.testing.assert_close(found, step(model, x)[1:])
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_apart(kind, how):
     model, x = adapted(kind), input_for(kind)
@@ -160,25 +269,52 @@ def test_copies_are_apart(kind, how):
         for parameter in twin.parameters():
             parameter.add_(1)
     assert torch.equal(model(x), expected)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    twin.load_state_dict(torch.load(file))
+    assert torch.equal(twin(x), expected) and all(p.is_contiguous() for p in trained(twin).values())
     plain = unload(model)
     assert all(any(part is base for part in plain.modules()) for base in bases) and not list(lora_modules(plain))
 
 
+@of_kinds(TOGETHER)
 def test_a_combination_and_its_file(kind, tmp_path):
-    model, x = adapted(kind, "a"), input_for(kind)
+    model, x = adapted(kind, "a", "b"), input_for(kind)
     base = unload(copy.deepcopy(model))
-    inject(model, LoraConfig(**{"r": 2, "init_lora_weights": False, "target_modules": []} | kind.options), "b")
-    set_adapter(add_weighted_adapter(model, ["a", "b"], [0.5, 2.0], "c", "linear"), "c")
+    inject(model, LoraConfig(**{"r": 2, "init_lora_weights": False, "target_modules": []} | kind.options), "c")
+    set_adapter(add_weighted_adapter(model, ["a", "c"], [0.5, 2.0], "d", "linear"), "d")
     expected = model.eval()(x)
     torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(x), expected)
-    save_adapter(model, tmp_path, "c")
+    save_adapter(model, tmp_path, "d")
     torch.testing.assert_close(load_adapter(base, tmp_path)(x), expected)
 
 
 def test_compiles_as_one_graph(kind):
-    model, x = adapted(kind, "a", "b", dtype=torch.float32), input_for(kind, torch.float32)
+    model, x = adapted(kind, *kind.names, dtype=torch.float32), input_for(kind, torch.float32)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(step(model, x, compiled), step(model, x))
+
+
+def test_vmap_over_samples_and_over_adapters(kind):
+    model, x = adapted(kind, *kind.names), input_for(kind)
+    values = {name: p.detach() for name, p in trained(model).items()}
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.func.functional_call(model, values, (x,))
+        return y.pow(3).mean(), y
+
+    of_sample = torch.func.grad(loss, has_aux=True)
+    found, ys = torch.func.vmap(of_sample, (None, 0))(values, x)
+    torch.testing.assert_close(ys, torch.stack([model(row) for row in x]))
+    expected = [of_sample(values, row)[0] for row in x]
+    torch.testing.assert_close(found, {name: torch.stack([grads[name] for grads in expected]) for name in values})
+    several = {name: torch.stack([value, -value / 2]) for name, value in values.items()}
+    losses, ys = torch.func.vmap(loss, (0, None))(several, x)
+    for i in range(2):
+        one = loss({name: value[i] for name, value in several.items()}, x)
+        torch.testing.assert_close((losses[i], ys[i]), one)
 
 
 def test_autocast(kind):
@@ -191,9 +327,9 @@ def test_autocast(kind):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["linear", "conv1d", "packed", "embedding", "conv"])
-def test_what_a_hook_saw_is_not_overwritten(name):
-    model, x, seen = adapted(KINDS[name]), input_for(KINDS[name]), []
+@of_kinds(WHOLE)
+def test_what_a_hook_saw_is_not_overwritten(kind):
+    model, x, seen = adapted(kind), input_for(kind), []
     expected = model(x)
     model[0].base_layer.register_forward_hook(lambda module, inputs, y: seen.append((y, y.clone())))
     torch.testing.assert_close(model(x), expected)

@@ -1,21 +1,29 @@
-"""Updates of stacked experts, applied to the rows that chose each expert: against PEFT, and without large tensors."""
+"""Updates of stacked experts, applied to the rows that chose each expert: against PEFT, without large tensors, under
+torch.func and in graphs.
+"""
 
 from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from support.merging import same_bits
 from support.mixtures import FAMILIES, IMPLEMENTATIONS, LargestTensor, mixture
-from support.models import token_ids
-from torch import nn
+from support.models import VOCABULARY, token_ids
+from support.versions import before
+from torch import Tensor, nn
+from torch.export import Dim
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import disable_adapters, lora_modules, merge_and_unload, set_adapter
+from lora_ext.export import plain_pytorch
 
 SETTINGS = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -110,13 +118,6 @@ def test_no_tensor_is_as_large_as_the_experts(family, implementation, trains):
 # --- what people put around it ----------------------------------------------------------------------------------------
 
 
-def merged_copy(model: nn.Module) -> nn.Module:
-    """The plain model with the active adapters merged into its weights."""
-    plain = copy.deepcopy(model)
-    merge(plain)
-    return plain
-
-
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_several_adapters(family, implementation):
     dtype = DTYPES[implementation]
@@ -124,18 +125,15 @@ def test_several_adapters(family, implementation):
     bare = model(input_ids=ids).logits
     adapted(model, "a"), adapted(model, "b", r=3 if dtype == torch.float64 else 8)
     adapted(model, "c", target_parameters=["experts.down_proj"], use_rslora=True)
-    outputs = []
-    for names in (["a"], ["a", "b"], ["b", "c"]):
+    for names in (["a"], ["b", "c"], ["a", "b"]):
         set_adapter(model, names)
-        outputs.append(model(input_ids=ids).logits)
-        torch.testing.assert_close(outputs[-1], merged_copy(model)(input_ids=ids).logits, **TOLERANCES[dtype])
-    assert (outputs[0] - outputs[1]).abs().max() > 1e-3 < (outputs[0] - bare).abs().max()
+        y = model(input_ids=ids).logits
+        torch.testing.assert_close(y, merge(copy.deepcopy(model))(input_ids=ids).logits, **TOLERANCES[dtype])
+        assert (y - bare).abs().max() > 1e-3
     with disable_adapters(model):
         assert same_bits(model(input_ids=ids).logits, bare)
-    set_adapter(model, ["a"])
-    merge(model)
-    set_adapter(model, ["a", "b"])  # one merged, one not
-    torch.testing.assert_close(model(input_ids=ids).logits, outputs[1], **TOLERANCES[dtype])
+    merge(model, "a")  # one merged, one not
+    torch.testing.assert_close(model(input_ids=ids).logits, y, **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -153,25 +151,17 @@ def test_gradient_checkpointing(implementation, reentrant):
     torch.testing.assert_close(*gradients)
 
 
-def test_generate(implementation):
-    model, ids = adapted(mixture("gpt_oss", implementation)), token_ids()[:2, :4]
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    for beams in (1, 2):
-        ours, merged = (m.generate(ids, num_beams=beams, **options) for m in (model, merged_copy(model)))
-        assert torch.equal(ours, merged)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast_and_16_bits(implementation, dtype):
     """A bfloat16 model with float32 factors, and a float32 one under autocast: the error is that of merged weights."""
     model, ids = adapted(mixture("mixtral", implementation)), token_ids()
     with torch.no_grad():
-        exact = merged_copy(model)(input_ids=ids).logits
+        exact = merge(copy.deepcopy(model))(input_ids=ids).logits
         model.to(dtype)
         for _, layer in lora_modules(model):
             layer.adapters.float()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            ours, merged = (m(input_ids=ids).logits.float() for m in (model, merged_copy(model)))
+            ours, merged = (m(input_ids=ids).logits.float() for m in (model, merge(copy.deepcopy(model))))
     assert (ours - exact).norm() < 2 * (merged - exact).norm() + 1e-3 * exact.norm()
     assert {layer.why_whole for _, layer in lora_modules(model)} == {""}
 
@@ -190,16 +180,6 @@ def test_copies_pickles_and_hooks(implementation, tmp_path):
     experts.register_forward_hook(lambda module, args, y: y + 1)
     assert not torch.allclose(model(input_ids=ids).logits, expected)
     assert seen == [(torch.Size([4, 16, 24]), torch.float32)]
-
-
-def test_an_error_in_the_module_leaves_it_as_it_was(implementation):
-    model, ids = adapted(mixture("mixtral", implementation)), token_ids()
-    expected = model(input_ids=ids).logits
-    experts = model.model.layers[0].mlp.experts
-    with pytest.raises((RuntimeError, ValueError)):
-        experts(torch.randn(2, 15), torch.tensor([[0, 1], [2, 3]]), torch.rand(2, 2))
-    assert "down_proj" not in vars(experts.module) and isinstance(experts.module.down_proj, nn.Parameter)
-    assert same_bits(model(input_ids=ids).logits, expected)
 
 
 def test_threads(implementation):
@@ -225,3 +205,122 @@ def test_threads(implementation):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+# --- torch.func and graphs --------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_torch_func(implementation):
+    model, ids = adapted(mixture("gpt_oss", implementation)), token_ids()[:1, :2]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (), {"input_ids": ids, "labels": ids}).loss
+
+    expected = torch.autograd.grad(loss(trained), list(trained.values()))
+    with LargestTensor() as largest:
+        found = torch.func.grad(loss)({name: p.detach() for name, p in trained.items()})
+    torch.testing.assert_close(list(found.values()), list(expected))
+    assert len(found) == 8 and all(gradient.abs().max() > 0 for gradient in found.values())
+    assert {layer.why_whole for _, layer in lora_modules(model)} == {""}
+    assert implementation == "batched_mm" or largest.numel < 4 * 16 * 24  # which gathers a matrix for each choice
+
+
+def test_gradients_of_each_sample_and_tangents():
+    experts = adapted(mixture("mixtral", "batched_mm")).double().model.layers[0].mlp.experts
+    x, weights = torch.randn(3, 2, 16, dtype=torch.float64), torch.rand(3, 2, 2, dtype=torch.float64)
+    choices = torch.tensor([[[0, 1], [2, 3]], [[1, 0], [3, 1]], [[2, 2], [0, 3]]])
+    trained = {name: p.detach() for name, p in experts.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, Tensor], *args: Tensor) -> Tensor:
+        return torch.func.functional_call(experts, values, args).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(trained, x, choices, weights)
+    for i in range(3):
+        expected = torch.func.grad(loss)(trained, x[i], choices[i], weights[i])
+        torch.testing.assert_close({name: gradient[i] for name, gradient in found.items()}, expected)
+    direction = torch.randn_like(x[0])
+    _, tangent = torch.func.jvp(lambda x: loss(trained, x, choices[0], weights[0]), (x[0],), (direction,))
+    gradient = torch.func.grad(loss, argnums=1)(trained, x[0], choices[0], weights[0])
+    torch.testing.assert_close(tangent, (gradient * direction).sum())
+
+
+def results(call: Callable, model: nn.Module, ids: Tensor) -> list[Tensor]:
+    """The loss and the gradients of the adapters."""
+    model.zero_grad()
+    loss = call(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("mixtral", torch.bfloat16),
+        ("gpt_oss", torch.float32),
+        *(pytest.param(family, torch.bfloat16, marks=pytest.mark.slow) for family in ("qwen3", "deepseek_v3")),
+    ],
+)
+def test_a_model_is_one_graph_with_the_numbers_of_uncompiled_calls(family, dtype):
+    """Compiled graphs take the whole updated parameter."""
+    model, ids = mixture(family, "grouped_mm").to(dtype), token_ids()[:1, :2]
+    torch._dynamo.reset()
+    if before("torch", "2.13") or before("transformers", "5.24"):
+        try:
+            torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids, labels=ids).loss.backward()
+        except RuntimeError as error:  # also TorchDynamo's
+            versions = f"torch {torch.__version__} and Transformers {transformers.__version__}"
+            pytest.skip(f"{versions} do not compile this model without an adapter: {type(error).__name__}")
+        torch._dynamo.reset()
+    compiled = torch.compile(adapted(model).train(), backend="aot_eager", fullgraph=True)
+    expected, found = results(model, model, ids), results(compiled, model, ids)
+    assert len(found) == 9 and all(gradient.abs().max() > 0 for gradient in found)
+    tolerance = TOLERANCES[dtype] if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+@pytest.mark.full
+def test_the_compiled_loop_over_experts():
+    """It breaks every graph, with or without an adapter."""
+    torch._dynamo.reset()
+    model, ids = adapted(mixture("qwen3", "eager").bfloat16()).train(), token_ids()
+    expected, found = results(model, model, ids), results(torch.compile(model, backend="eager"), model, ids)
+    assert len(found) == 9
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+
+
+class Reads(nn.Module):
+    """Reads its parameter otherwise than as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 6) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ dict(self.named_parameters())["weight"]
+
+
+def test_a_module_that_reads_its_parameter_otherwise():
+    torch._dynamo.reset()
+    layer = adapted(nn.ModuleDict({"m": Reads()}), target_parameters=["m.weight"])["m"]
+    x = torch.randn(5, 6)
+    found = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, layer(x))
+    assert not torch.allclose(found, layer.base_layer(x))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("family", "implementation", "dtype", "plain"),
+    [("gpt_oss", "grouped_mm", torch.float32, True), ("qwen3", "batched_mm", torch.bfloat16, False)],
+)
+def test_exported_programs(family, implementation, dtype, plain):
+    model, inputs = adapted(mixture(family, implementation).to(dtype)), torch.randint(VOCABULARY, (2, 5))
+    dynamic = {"input_ids": {0: Dim("batch", min=2)}, "use_cache": None}
+    with plain_pytorch() if plain else nullcontext():
+        program = torch.export.export(model, (), {"input_ids": inputs, "use_cache": False}, dynamic_shapes=dynamic)
+    ids = torch.randint(VOCABULARY, (3, 5))
+    tolerance = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    found = program.module()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, model(ids).logits, **tolerance)

@@ -1,16 +1,18 @@
-"""Layers that read one tensor are computed together: what is computed, and for which layers."""
+"""Layers that read one tensor are computed together: what is computed, for which layers, and when each is alone."""
 
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x, step
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_ext import LoraConfig, inject, set_adapter
-from lora_ext.adapters import input_groups, merge_and_unload
+from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
+from lora_ext.adapters import delete_adapter, disable_adapters, input_groups
 from lora_ext.nn.input_groups import ANOTHER_WAY, APART, NOT_YET
 
 # --- what is computed -------------------------------------------------------------------------------------------------
@@ -29,41 +31,27 @@ def test_results_are_those_of_separate_layers(dropout, lora_bias, calls, each_al
     assert calls[8:] == [1] * 8
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_without_sharing_every_layer_is_computed_alone(dropout, calls):
-    model, x = net(share_inputs=False, lora_dropout=dropout), some_x()
-    step(model, x)
-    assert calls == [1] * 4
-    assert len(input_groups(model)) == 0
-    if not dropout:
-        assert_close(step(net(), x), step(model, x))
-
-
-def test_layers_of_different_ranks_and_sizes_share(calls):
-    model = Net()
+def test_layers_of_different_ranks_and_sizes_share(calls, each_alone):
+    model, x = Net(), some_x()
     model.blocks[0].v = nn.Linear(WIDTH, WIDTH, bias=False)
-    model.blocks[0].k = nn.Linear(WIDTH, WIDTH)
-    options = {"target_modules": ["q", "k", "v"], "init_lora_weights": False, "rank_pattern": {"k": 5}, "r": 3}
-    inject(model, LoraConfig(**options))
-    alone = inject(merge_and_unload(copy.deepcopy(model)), LoraConfig(**options), share_inputs=False)
-    alone.load_state_dict(model.state_dict())
-    assert_close(step(model, some_x()), step(alone, some_x()))
+    inject(model, LoraConfig(target_modules=["q", "k", "v"], init_lora_weights=False, rank_pattern={"k": 5}, r=3))
+    together = step(model, x)
     assert calls[0] == 3
+    each_alone()
+    assert_close(together, step(model, x))
 
 
-def test_a_layer_called_again_with_the_same_tensor_draws_another_mask():
-    model, x = net(lora_dropout=0.5), some_x()
-    k = model.blocks[0].k
-    assert not torch.equal(k(x), k(x))
-
-
-def test_layers_that_read_one_tensor_share_the_mask_whether_computed_together_or_not():
-    model, x = net(lora_dropout=0.5), some_x()
-    block = model.blocks[0]
+def test_masks(each_alone):
+    """Layers that read one tensor share a mask, computed together or not; a layer called again draws another."""
+    block = net(lora_dropout=0.5).blocks[0]
     for layer in (block.q, block.k):
         layer.load_state_dict(block.v.state_dict())
-    block.k.base_layer.register_forward_hook(lambda *_: None)  # not computed with the others
-    assert torch.equal(block.q(x), block.v(x))
+    for _ in range(2):
+        x = some_x()
+        q = block.q(x)
+        assert torch.equal(q, block.v(x)) and torch.equal(q, block.k(x))
+        assert not torch.equal(q, block.q(x))
+        each_alone()
 
 
 # --- which layers -----------------------------------------------------------------------------------------------------
@@ -74,10 +62,26 @@ def test_groups_are_found_and_reported():
     assert groups(model) == {"qkvo": NOT_YET}
     model(some_x())
     model(some_x())
-    assert groups(model) == {"qkv": "", "o": APART}
+    found = {"qkv": "", "o": APART}
+    assert groups(model) == found
     text = str(input_groups(model))
     assert "3 layers in 1 groups are computed together" in text
     assert f"1 alone: {APART}\n    blocks.0.o" in text
+    inject(model, LoraConfig(target_modules=["q", "k", "v", "o"]), "second")
+    assert groups(model) == found  # which calls have taught
+    inject(model, LoraConfig(target_modules=["q", "k", "v", "o"]), "third", share_inputs=False)
+    assert groups(model) == {}
+
+
+def test_layers_that_are_no_candidates(calls):
+    layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))  # which follow each other
+    model = inject(nn.Sequential(layers), LoraConfig(target_modules=["0.0", "0.1"]))
+    alone = net(share_inputs=False)
+    for one in (model, alone):
+        one(some_x())
+        assert groups(one) == {}
+    assert calls == [1] * 6
+    assert_close(step(net(), some_x()), step(alone, some_x()))
 
 
 def test_a_layer_of_another_kind_is_no_neighbour(calls):
@@ -137,15 +141,6 @@ def test_calls_that_differ_every_time_end_alone(calls):
     assert calls[-3:] == [2, 2, 1]
 
 
-def test_layers_of_a_sequential_are_no_candidates(calls):
-    model = inject(
-        nn.Sequential(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))),
-        LoraConfig(target_modules=["0.0", "0.1"]),
-    )
-    model(some_x())
-    assert calls == [1, 1]
-
-
 def test_more_layers_than_the_op_takes(calls):
     class Heads(nn.Module):
         def __init__(self) -> None:
@@ -158,3 +153,185 @@ def test_more_layers_than_the_op_takes(calls):
     model = inject(Heads(), LoraConfig(target_modules=r"heads\.\d+", init_lora_weights=False))
     model(some_x())
     assert calls == [8, 3]
+
+
+# --- computed alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", ["x", "a copy", "in place", "factor", "output"])
+def test_hooks_that_change_something_have_effect(changes, each_alone):
+    model, x = net(), some_x()
+    model(x)
+    k = model.blocks[0].k
+    hooks = {
+        "x": lambda _, inputs: (inputs[0] * 2,),
+        "a copy": lambda _, inputs: (inputs[0].clone(),),
+        "in place": lambda _, inputs: (inputs[0].mul_(2),),
+        "factor": lambda module, inputs: (inputs[0], module.adapters.default.lora_A.mul_(2))[:1],
+    }
+    if changes == "output":
+        k.register_forward_hook(lambda module, inputs, y: y * 2)
+    else:
+        k.register_forward_pre_hook(hooks[changes])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        together = [model(x), model(x), model(x)]
+        each_alone()
+        alone = [other(x), other(x), other(x)]
+    torch.testing.assert_close(together, alone)
+
+
+def test_hooks_see_the_calls(calls):
+    model, x, seen = net(), some_x(), []
+    block = model.blocks[0]
+    expected, one = block.v(x), x + 0
+    block.v.register_forward_hook(lambda module, inputs, y: seen.append(inputs[0] is one and torch.equal(y, expected)))
+    block(one)
+    assert seen == [True]
+    seen.clear()
+    block.v._forward_hooks.clear()
+    block.k.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    model(x)
+    model(x)
+    assert seen == [1, 1]
+    assert calls[-2:] == [2, 1]  # q and v, o; the adapter of k is added to its base layer's output
+    assert groups(model)["k"] == ANOTHER_WAY
+    assert groups(model)["qv"] == ""
+
+
+def test_other_dropout(calls):
+    model = net(lora_dropout=0.3)
+    model.blocks[0].v.adapters.default.lora_dropout = 0.0
+    model(some_x())
+    model(some_x())
+    assert calls[-3:] == [2, 1, 1]
+    assert groups(model)["v"] == ANOTHER_WAY
+
+
+def test_several_adapters(calls):
+    model, x = net(), some_x()
+    inject(model, LoraConfig(target_modules=["q", "k"], init_lora_weights=False, r=3), "second")
+    alone = copy.deepcopy(model)
+    for layer in alone.modules():
+        vars(layer).pop("_neighbours", None)
+    for names in (["second"], ["default"], ["default", "second"]):
+        for which in (model, alone):
+            set_adapter(which, names)
+        for _ in range(2):
+            calls.clear()
+            torch.testing.assert_close(model(x), alone(x))
+    calls.clear()
+    set_adapter(model, "second")
+    model(x)
+    assert calls == [2]  # q and k; v and o have no adapter of this name
+    assert groups(model)["qk"] == ""
+    assert groups(model)["v"] == ANOTHER_WAY
+    set_adapter(model, "default")
+    delete_adapter(model, "second")
+    calls.clear()
+    model(x)
+    assert calls == [3, 1]
+
+
+def test_merged_and_disabled(calls):
+    model, x = net().eval(), some_x()
+    expected = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), expected)
+    assert groups(model)["q"] == ANOTHER_WAY
+    unmerge(model)
+    with disable_adapters(model):
+        assert not torch.allclose(model(x), expected)
+    calls.clear()
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [3, 1]
+
+
+CHANGES = ["lora_A", "lora_B", "weight", "bias", "frozen", "x", "grad", "autocast", "adapter", "replaced", "eval"]
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_between_the_calls_has_effect(what):
+    model, x = net(lora_dropout=0.5 if what == "eval" else 0.0), some_x().requires_grad_()
+    inject(model, LoraConfig(target_modules=["k"], init_lora_weights=False), "second")
+    set_adapter(model, "default")
+    model(x)
+    k, adapter = model.blocks[0].k, model.blocks[0].k.adapters.default
+    x = x + 0
+    model.blocks[0].q(x)
+    with torch.no_grad():
+        if what in ("lora_A", "lora_B"):
+            getattr(adapter, what).add_(1)
+        elif what in ("weight", "bias"):
+            getattr(k.base_layer, what).add_(1)
+        elif what == "x":
+            x.add_(1)
+    if what == "frozen":
+        adapter.requires_grad_(False)
+    elif what == "adapter":
+        set_adapter(model, "second")
+    elif what == "replaced":
+        k.base_layer.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH), requires_grad=False)
+    elif what == "eval":
+        k.eval()
+    with torch.set_grad_enabled(what != "grad"), torch.autocast("cpu", enabled=what == "autocast"):
+        y = k(x)
+        alone = k(x)
+    assert y.dtype == alone.dtype
+    assert y.requires_grad == alone.requires_grad
+    torch.testing.assert_close(y, alone)
+    if y.requires_grad:
+        y.sum().backward()
+        assert (adapter.lora_A.grad is None) == (what in ("frozen", "adapter"))
+
+
+def test_autocast_and_inference_mode(calls):
+    model, x = net(), some_x()
+    plain = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        calls.clear()
+        y = model(x)
+        assert calls == [3, 1]
+    assert y.dtype == torch.bfloat16
+    with torch.inference_mode():
+        calls.clear()
+        torch.testing.assert_close(model(x), plain.detach())
+        assert calls == [1] * 4
+    model(x)
+    assert groups(model)["qkv"] == ""
+
+
+def test_dispatch_modes_see_the_op():
+    class Counter(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "lora_ext":
+                self.names.append(op._opname)
+            return op(*args, **(kwargs or {}))
+
+    model, x = net(), some_x()
+    expected = model(x)
+    with Counter():
+        torch.testing.assert_close(model(x), expected)
+    assert Counter.names == ["lora_linear_siblings", "lora_linear"]
+
+
+def test_transforms():
+    model, x = net(), some_x()
+    model(x)
+    alone = net(share_inputs=False)
+    for transform in (
+        lambda model: torch.func.vmap(model)(x),
+        lambda model: torch.func.grad(lambda x: model(x).sum())(x),
+        lambda model: torch.func.jvp(model, (x,), (x,))[1],
+        lambda model: torch.autograd.functional.hessian(lambda x: model(x).sum(), x[:1]),
+    ):
+        torch.testing.assert_close(transform(model), transform(alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_inputs_of_another_dtype_are_refused_as_before(dtype):
+    model = net()
+    with pytest.raises((TypeError, ValueError), match=r"^lora_linear: "):
+        model(some_x().to(dtype))

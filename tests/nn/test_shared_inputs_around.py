@@ -12,51 +12,57 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.models import token_ids
 from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x, step
+from support.shared_llama import assert_shares, shared_and_alone
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import Trainer, TrainingArguments
 
 from lora_ext import LoraConfig, inject, set_adapter
 from lora_ext.adapters import unload
-from lora_ext.nn import shared_inputs
 from lora_ext.nn.input_groups import APART
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_kept_between_calls():
-    model = net(2)
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            for _ in range(2):
-                x = some_x() + 0
-                y = model(x)
-            if grad:
-                y.sum().backward()
-        gone = weakref.ref(x), weakref.ref(y)
-        del x, y
-        assert [ref() for ref in gone] == [None, None]
-        assert not shared_inputs._thread.round._outputs
+def alive(shape: tuple[int, ...]) -> int:
+    gc.collect()
+    return sum(type(found) is Tensor and found.shape == shape for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_is_kept_between_calls(grad):
+    model, shape = net(2), (13, WIDTH)
+    before = alive(shape)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            x = torch.randn(shape)
+            y = model(x)
+    if grad:
+        y.sum().backward()
+    del x, y
+    assert alive(shape) == before
 
 
 @pytest.mark.parametrize("end", ["x dies", "backward", "another group", "the same group"])
 def test_outputs_that_nobody_takes_are_dropped(end):
-    model = net(2)
+    model, shape = net(2), (13, WIDTH)
     model(some_x())
     block, other = model.blocks
-    x = some_x().requires_grad_(end == "backward") + 0
+    before = alive(shape)
     with torch.set_grad_enabled(end != "x dies"):
+        x = torch.randn(shape)
         y = block.q(x)
-    round = shared_inputs._thread.round
-    assert len(round._outputs) == 2
+    assert alive(shape) == before + 4  # x, y, and the outputs of k and v
     if end == "another group":
         other.q(some_x())
     elif end == "the same group":
         block.q(some_x())
     elif end == "backward":
         y.sum().backward()
-    del x
-    assert not round._outputs
+    del x, y
+    assert alive(shape) == before
 
 
 def test_models_are_freed_at_once():
@@ -65,9 +71,9 @@ def test_models_are_freed_at_once():
     try:
         model = net()
         step(model, some_x())
-        gone = [weakref.ref(module) for module in (model, model.blocks[0].q, model.blocks[0].k)]
-        gone.append(weakref.ref(model.blocks[0].q.adapters.default.lora_A))
-        del model
+        layer = model.blocks[0].q
+        gone = [weakref.ref(part) for part in (model, layer, model.blocks[0].k, layer.adapters.default.lora_A)]
+        del model, layer
         assert [ref() for ref in gone] == [None] * 4
     finally:
         gc.enable()
@@ -118,23 +124,13 @@ def test_shallow_copies_are_computed_alone(calls):
     """They have the weights of the layer, but are not called where that is; more than an op takes may exist."""
     model, x = net(), some_x()
     expected, q = step(model, x), model.blocks[0].q
-    twins = [copy.copy(q) for _ in range(shared_inputs.LARGEST)]
+    twins = [copy.copy(q) for _ in range(8)]
     calls.clear()
     assert_close(step(model, x), expected)
     assert calls == [3, 1]
     for twin in twins:
         assert twin.adapters is q.adapters
         torch.testing.assert_close(twin(x), q(x))
-
-
-def test_state_and_files_are_as_without_sharing():
-    shared, alone = net(), net(share_inputs=False)
-    shared(some_x())
-    assert list(shared.state_dict()) == list(alone.state_dict())
-    assert [name for name, _ in shared.named_modules()] == [name for name, _ in alone.named_modules()]
-    assert all(
-        torch.equal(a, b) for a, b in zip(shared.state_dict().values(), alone.state_dict().values(), strict=True)
-    )
 
 
 def test_threads_do_not_take_each_others_outputs():
@@ -289,40 +285,68 @@ def test_compiled_graphs_are_whole_and_an_adapter_switch_compiles_as_often_as_wi
     counts = []
     for share_inputs in (True, False):
         torch._dynamo.reset()
-        model, x = net(2, share_inputs), some_x()
+        model, x, graphs = net(2, share_inputs), some_x(), []
         inject(model, LoraConfig(target_modules=["q", "k", "v", "o"], init_lora_weights=False), "second")
-        eager = []
-        for name in ("default", "second"):
-            set_adapter(model, name)
-            eager += [step(model, x), step(model, x)]
-        graphs = []
 
         def backend(graph, inputs, graphs=graphs):
             graphs.append(graph)
             return graph.forward
 
         compiled = torch.compile(model, fullgraph=True, backend=backend)
-        for name, expected in (("default", eager[0]), ("second", eager[2]), ("default", eager[1])):
+        for name in ("default", "second", "default"):
             set_adapter(model, name)
+            expected = step(model, x)
             for _ in range(2):
-                assert_close(step_of(compiled, model, x), expected)
+                assert_close(step(model, x, compiled=compiled), expected)
         counts.append(len(graphs))
     assert counts[0] == counts[1]
-
-
-def step_of(compiled: Callable, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    x = x.clone().requires_grad_()
-    y = compiled(x)
-    y.square().sum().backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {"y": y.detach(), "x": x.grad} | grads
 
 
 def test_exported_programs_compute_the_same():
     model, x = net().eval(), some_x()
     expected = model(x)
-    model(x)
     for strict in (False, True):
         program = torch.export.export(model, (x,), strict=strict)
         torch.testing.assert_close(program.module()(x), expected)
+
+
+# --- training and generation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cpu_only("the Trainer chooses the device")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"bf16": True},
+    ],
+    ids=["plain", "accumulation", "reentrant", "not reentrant", "autocast"],
+)
+def test_trainer(options, tmp_path):
+    data, models, losses = [{"input_ids": row, "labels": row} for row in token_ids(8)], shared_and_alone(), []
+    options |= {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": []}
+    for model in models:
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, **options)
+        losses.append(Trainer(model, arguments, train_dataset=data).train().training_loss)
+    assert_shares(models[0])
+    # Autocast rounds the sum of the gradients of one input once instead of twice.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if "bf16" in options else 1e-6)
+    if "bf16" not in options:
+        torch.testing.assert_close(*(dict(model.named_parameters()) for model in models))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate(cache, beams):
+    shared, alone = shared_and_alone()
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    if cache == "static":
+        options |= {"cache_implementation": "static", "disable_compile": True}
+    ids = token_ids()
+    for _ in range(2):
+        tokens = [model.eval().generate(ids, **options) for model in (shared, alone)]
+        assert torch.equal(*tokens)
+    assert_shares(shared)

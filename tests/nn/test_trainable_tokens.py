@@ -20,7 +20,6 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import (
     adapter_status,
-    add_weighted_adapter,
     delete_adapter,
     disable_adapters,
     merge_and_unload,
@@ -157,8 +156,6 @@ def test_starts_as_the_model_and_trains_only_the_rows(tied):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad and "q_proj" not in name}
     assert trainable == {"model.embed_tokens.adapters.default.rows"}
     assert trainable_parameter_counts(model)[1] == trainable_parameter_counts(llama(tied))[1] + 3 * 16 + 2 * 2 * 2 * 16
-    logits(model, token_ids() % 7 + 8).square().sum().backward()  # none of the tokens
-    assert rows_of(model).grad.any() == tied  # the head computes their logits even so
     status = {entry.layer: entry for entry in adapter_status(model)}["model.embed_tokens"]
     assert status.kind == "TrainableTokens" and status.parameters == 48 and status.r is None
 
@@ -231,25 +228,20 @@ def test_16_bits_are_as_good_as_plain_pytorch(dtype):
 
 def test_adapters_by_name():
     model, ids = tuned(True), ids_with_tokens()
-    base = llama(True).double().eval()
-    base.load_state_dict(bare_state(model))
-    first = logits(model, ids)
+    weight, first = model.lm_head.inner_layer.weight.clone(), logits(model, ids)
     inject(model, LoraConfig(**ALIVE | {"trainable_token_indices": [7, 8]}), "other")
-    shaken(model)
     set_adapter(model, ["default", "other"])
     for read in (lambda: logits(model, ids), lambda: model.lm_head.weight):
-        with pytest.raises(
-            ValueError, match=r"adapters \['default', 'other'\] train rows for the tokens \[7\]; use one"
-        ):
+        with pytest.raises(ValueError, match=r"\['default', 'other'\] train rows for the tokens \[7\]; use one"):
             read()
-    set_adapter(model, "other")
-    assert torch.equal(model.lm_head.weight[[0, 31]], model.lm_head.inner_layer.weight[[0, 31]])
-    with disable_adapters(model):
-        torch.testing.assert_close(logits(model, ids), logits(base, ids))
-    rename_adapter(model, "other", "renamed")
+    rename_adapter(shaken(set_adapter(model, "other")), "other", "renamed")
     assert model.lm_head.adapters.renamed.source is model.model.embed_tokens.adapters.renamed
+    changed = (model.lm_head.weight != weight).any(1).nonzero().flatten()
+    assert changed.tolist() == [7, 8]
+    with disable_adapters(model):
+        assert torch.equal(model.lm_head.weight, weight)
     set_adapter(model, "default")
-    assert not torch.allclose(logits(model, ids), first)  # changed again
+    assert not torch.allclose(logits(model, ids), first)  # shaken again
     delete_adapter(model, "renamed")
     inject(model, LoraConfig(**ALIVE), "plain")
     delete_adapter(model, "default")
@@ -264,8 +256,10 @@ def test_rows_of_several_active_adapters():
     weight = embedding.inner_layer.weight.clone()
     weight[TOKENS], weight[8] = embedding.adapters.default.rows, embedding.adapters.other.rows[0]
     x, ids = torch.randn(2, 16, dtype=torch.float64), torch.tensor([[8, 7, 3]])
-    torch.testing.assert_close(embedding(ids), weight[ids])
-    torch.testing.assert_close(head(x), x @ weight.T)
+    torch._dynamo.reset()
+    for run in (lambda layer: layer, lambda layer: torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(run(embedding)(ids), weight[ids])
+        torch.testing.assert_close(run(head)(x), x @ weight.T)
     merge_and_unload(model)
     torch.testing.assert_close(model.lm_head.weight, weight)
 
@@ -300,13 +294,10 @@ def test_an_average_of_models_has_the_same_tokens(decay):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     for _ in range(3):
         average.update_parameters(shaken(model))
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for ours, theirs in zip(twin.parameters(), average.parameters(), strict=True):
-            ours.copy_(theirs)
     ids = torch.arange(VOCABULARY)[None, :30]
-    torch.testing.assert_close(average(ids).logits, twin(ids).logits)
-    torch.testing.assert_close(average(ids, adapter_names=["default"]).logits, twin(ids).logits)
+    y, of_rows = average(ids).logits, average(ids, adapter_names=["default"]).logits
+    model.load_state_dict(average.module.state_dict())
+    torch.testing.assert_close([y, of_rows], [model(ids).logits] * 2)
 
 
 def test_meta_models_get_their_token_buffers_with_to_empty():
@@ -321,18 +312,6 @@ def test_meta_models_get_their_token_buffers_with_to_empty():
     assert place[found].tolist() == [2, 0] and found.tolist() == [True, False, True, False]
 
 
-def test_a_combination_copies_the_rows():
-    model, ids = tuned(True), ids_with_tokens()
-    inject(model, LoraConfig(**ALIVE), "plain")
-    set_adapter(add_weighted_adapter(model, ["plain", "default"], [0.0, 1.0], "both", "cat"), "both")
-    assert model.lm_head.adapters.both.source is model.model.embed_tokens.adapters.both
-    actual = logits(model, ids)
-    set_adapter(model, "default")
-    torch.testing.assert_close(actual, logits(model, ids))
-    with refused(model, ValueError, "['default', 'both'] train rows", "combine only one"):
-        add_weighted_adapter(model, ["default", "both"], [1.0, 1.0], "sum", "cat")
-
-
 def test_trained_together_with_a_module_to_save_of_another_adapter():
     model, ids = tuned(False), ids_with_tokens()
     expected = logits(model, ids)
@@ -343,20 +322,13 @@ def test_trained_together_with_a_module_to_save_of_another_adapter():
     torch.testing.assert_close(logits(model, ids), expected)
 
 
-def test_compiles_without_a_graph_break():
-    torch._dynamo.reset()
-    model, ids = tuned(True), ids_with_tokens()
-    layers = model.model.embed_tokens, model.lm_head
-    compiled = torch.compile(lambda ids: layers[1](layers[0](ids)), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(ids), layers[1](layers[0](ids)))
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("embedding", "error", "fragments"),
     [
+        (nn.Embedding(50, 8), ValueError, ["names no token of 'tokens'; leave it out"]),
         (nn.Embedding(50, 8, max_norm=1.0), TypeError, ["rows of 'tokens' (Embedding): it has max_norm"]),
         (nn.Embedding(50, 8, scale_grad_by_freq=True), TypeError, ["it has scale_grad_by_freq"]),
         (nn.EmbeddingBag(50, 8), TypeError, ["'tokens' (EmbeddingBag): want an nn.Embedding or nn.Linear"]),
@@ -367,13 +339,8 @@ def test_embeddings_whose_rows_cannot_be_trained(embedding, error, fragments):
     model = GemmaNet()
     model.tokens = embedding
     with refused(model, error, "inject: trainable_token_indices", *fragments):
-        inject(model, LoraConfig(target_modules=["head"], trainable_token_indices={"tokens": TOKENS}))
-
-
-def test_no_tokens():
-    model = GemmaNet()
-    with refused(model, ValueError, "trainable_token_indices names no token of 'tokens'; leave it out"):
-        inject(model, LoraConfig(target_modules=["head"], trainable_token_indices={"tokens": []}))
+        tokens = [] if "no token" in fragments[0] else TOKENS
+        inject(model, LoraConfig(target_modules=["head"], trainable_token_indices={"tokens": tokens}))
 
 
 def test_a_file_with_other_tokens(tmp_path):

@@ -43,22 +43,31 @@ def valid(rng: random.Random) -> tuple[dict[str, Any], int]:
 def mutated(rng: random.Random) -> bytes:
     """Makes a whole file; its header is a valid one with zero to three changes."""
     header, size = valid(rng)
-    data = bytes(rng.randrange(256) for _ in range(size))
+    return changed(rng, header, bytes(rng.randrange(256) for _ in range(size)))
+
+
+def changed(rng: random.Random, header: dict[str, Any], data: bytes) -> bytes:
+    """Makes a whole file of a header, with zero to three changes, and the data of its tensors."""
     for _ in range(rng.randrange(3)):
         _STRUCTURE[rng.randrange(len(_STRUCTURE))](rng, header)
     text = json.dumps(header, ensure_ascii=rng.random() < 0.5, separators=rng.choice([(",", ":"), (", ", ": ")]))
     for _ in range(rng.choice([0, 0, 1, 1, 2])):
-        text = _TEXT[rng.randrange(len(_TEXT))](rng, text)
+        text = changed_text(rng, text)
     raw = text.encode("utf-8", "surrogatepass")
     if rng.random() < 0.15:
         raw = _flipped(rng, raw)
     length = len(raw)
     if rng.random() < 0.1:
-        length = rng.choice([0, 1, 7, length - 1, length + 1, length + size, 2**31, 100_000_001, 2**63, 2**64 - 1])
+        length = rng.choice([0, 1, 7, length - 1, length + 1, length + len(data), 2**31, 100_000_001, 2**63, 2**64 - 1])
     if rng.random() < 0.1:
         data = rng.choice([data[:-1], data + b"\0", data + data, b""])
     content = struct.pack("<Q", max(length, 0)) + raw + data
     return content[: rng.randrange(len(content))] if rng.random() < 0.03 else content
+
+
+def changed_text(rng: random.Random, text: str) -> str:
+    """Changes JSON text in one place, often so that it is invalid or readers differ."""
+    return _TEXT[rng.randrange(len(_TEXT))](rng, text)
 
 
 def _tensor(rng: random.Random, header: dict[str, Any]) -> Any:
@@ -67,32 +76,10 @@ def _tensor(rng: random.Random, header: dict[str, Any]) -> Any:
 
 
 def _value(rng: random.Random) -> Any:
-    return rng.choice(
-        [
-            None,
-            True,
-            -1,
-            0,
-            1,
-            8,
-            1.0,
-            1e300,
-            2**62,
-            2**64,
-            "F32",
-            "f32",
-            "F12",
-            "I4",
-            "F8_E4M3FNUZ",
-            "",
-            [],
-            [0],
-            [0, 8],
-            [8, 0],
-        ]
-        + [[0, 8, 16], {}, {"F32": None}, {"F32": 1}, {"F32": None, "U8": None}, [[2]], [2.0], ["2"], [-1], [2**63, 0]]
-        + [[0, 2**63], [2**62, 2**62, 0], [0, 2**62, 2**62], nested(rng.choice([5, 100, 127, 128, 200])), "\ud800"]
-    )
+    simple = [None, True, -1, 0, 1, 8, 1.0, 1e300, 2**62, 2**64, "F32", "f32", "F12", "I4", "F8_E4M3FNUZ", "", "\ud800"]
+    lists = [[], [0], [0, 8], [8, 0], [0, 8, 16], [[2]], [2.0], ["2"], [-1], [2**63, 0], [0, 2**63], [2**62, 2**62, 0]]
+    others = [[0, 2**62, 2**62], {}, {"F32": None}, {"F32": 1}, {"F32": None, "U8": None}]
+    return rng.choice([*simple, *lists, *others, nested(rng.choice([5, 100, 127, 128, 200]))])
 
 
 def nested(depth: int) -> Any:

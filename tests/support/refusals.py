@@ -1,7 +1,7 @@
 """The table of public functions: a valid call of each one, and calls that it refuses.
 
 ``tests/test_refusals.py`` makes the calls, gives every argument a wrong type, and checks that no public function is
-missing; tests/fuzz draws other calls. Refusals that a file of tests has for its own area are not here.
+missing. Refusals that a file of tests has for its own area are not here.
 """
 
 from __future__ import annotations
@@ -369,7 +369,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.merge_and_unload, {"model": with_nan, "adapter_names": "b"}, ValueError, "the adapter has NaN or infini"),
     (adapters.merge_and_unload, {"model": disabled}, RuntimeError, "the adapters are disabled"),
     (adapters.unload, *NO_LAYER),
-    (adapters.unload, {"model": merged}, RuntimeError, f"{MERGED}; call unmerge(model) first, or merge_and_unload"),
+    (adapters.unload, {"model": merged}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
     (adapters.unload, {"model": disabled}, RuntimeError, "the adapters are disabled"),
     (methods.new_method, {"name": "adapter-x"}, ValueError, "name has 'adapter-x', want one of full, bitfit"),
     (methods.new_method, {"bottleneck_size": 0}, ValueError, "bottleneck_size is 0, want at least 1"),

@@ -49,12 +49,14 @@ def some_x() -> Tensor:
     return torch.randn(5, WIDTH, generator=torch.Generator(torch.get_default_device()).manual_seed(1))
 
 
-def step(model: nn.Module, x: Tensor, run: Callable = lambda block, x: block(x), seed: int = 0) -> dict[str, Tensor]:
+def step(
+    model: nn.Module, x: Tensor, run: Callable | None = None, compiled: Callable | None = None
+) -> dict[str, Tensor]:
     """The output and all gradients of one step."""
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     x = x.clone().requires_grad_()
-    y = model(x, run)
+    y = (model if compiled is None else compiled)(x, *() if run is None else (run,))
     y.square().sum().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {"y": y.detach(), "x": x.grad} | grads

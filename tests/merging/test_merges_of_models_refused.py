@@ -237,7 +237,7 @@ def test_blocks_of_columns_of_one_matrix(cuts, overlap):
     assert same_bits(whole, before)
 
 
-def test_without_an_active_adapter_the_message_says_why():
+def test_without_an_active_adapter_the_message_says_why(tmp_path):
     model = inject(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     with disable_adapters(model), pytest.raises(RuntimeError, match="leave disable_adapters first"):
         merge(model)
@@ -245,7 +245,7 @@ def test_without_an_active_adapter_the_message_says_why():
     with pytest.raises(RuntimeError, match=r"call set_adapter\(model, \.\.\.\) first"):
         merge(model)
     model = llama()
-    with AdapterPool(model, target_modules=["q_proj"], r=2, max_bytes=10**6):
+    with AdapterPool(model, tmp_path, target_modules=["q_proj"], r=2, max_bytes=10**6):
         for function in (merge, merge_and_unload):
             with pytest.raises(RuntimeError, match="adapters of a pool are not merged: load_adapter"):
                 function(model)
