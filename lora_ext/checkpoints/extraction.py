@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.printable import listed
-from lora_ext._common.progress import progress
+from lora_ext._common.progress import Progress
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
 from lora_ext.checkpoints.checkpoint import Checkpoint
@@ -77,7 +77,7 @@ def extract(
     check_new(out, "extract")
     layers: dict[str, LayerError] = {}
     tensors: dict[str, Tensor] = {}
-    with progress("extract", new.nbytes, show=show_progress) as shown:
+    with Progress("extract", new.nbytes, show=show_progress) as shown:
         differing = _differing(old, new, shown.advance)
         targets, saved = _sort(old, new, differing)
         for path in targets:

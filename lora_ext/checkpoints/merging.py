@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._common.progress import progress
+from lora_ext._common.progress import Progress
 from lora_ext._ops.dora import row_norms, scale_of_rows
 from lora_ext.checkpoints.changes import TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
@@ -87,7 +87,7 @@ def merge(
     list(shards.values())[-1].extend(key for key in changes if key not in checkpoint)
     total = sum(sizes.values())
     copied, skipped = checkpoint.other_files()
-    with new_directory(out, "merge") as staging, progress("merge", total, show=show_progress) as shown:
+    with new_directory(out, "merge") as staging, Progress("merge", total, show=show_progress) as shown:
 
         def values(key: str) -> Tensor:
             tensor = merged_tensor(changes[key], key, checkpoint, dtype)
@@ -216,9 +216,6 @@ def _open_adapters(
     opened = [open_adapter(one, caller="merge") for one in adapters]
     for contents in opened:
         directory = contents.file.directory
-        if contents.file.config.get("alora_invocation_tokens"):
-            text = "acts from its alora_invocation_tokens on (aLoRA), and a checkpoint's weights act on all tokens"
-            raise ValueError(f"merge: {directory} {text}; run it unmerged, with PEFT")
         method, pooling = read_method_note(directory)
         if method not in ("", "lora"):
             raise ValueError(

@@ -180,7 +180,7 @@ def test_other_layers_may_have_other_adapters():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": 1}, "use_dora is 1, want True or False"),
+        ({"use_dora": 1}, "use_dora is 1, want one of True, False"),
         ({"lora_bias": True}, "use_dora is True, but lora_bias is True"),
         ({"ensure_weight_tying": True}, "use_dora is True, but ensure_weight_tying is True"),
         ({"target_parameters": ["0.weight"]}, "use_dora is True, but target_parameters is"),

@@ -25,25 +25,33 @@ _SIZES = {
 }
 _LATENT = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 _DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 24}
-_DEEPSEEK |= _LATENT | {"first_k_dense_replace": 0}
-# The name of the classes in Transformers, and what a family has beside the common sizes.
+
+
+# The class of a family, and its sizes. gpt_oss stores its experts transposed and has biases.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "qwen2": ("Qwen2Moe", {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 8}),
     "qwen3": ("Qwen3Moe", {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 24}),
-    # Experts are stored transposed and have biases.
     "gpt_oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "layer_types": ["full_attention"] * 2}),
-    "deepseek_v2": ("DeepseekV2", _DEEPSEEK),
-    "deepseek_v3": ("DeepseekV3", _DEEPSEEK),
+    "deepseek_v2": ("DeepseekV2", {**_LATENT, **_DEEPSEEK, "first_k_dense_replace": 0}),
+    "deepseek_v3": ("DeepseekV3", {**_LATENT, **_DEEPSEEK, "first_k_dense_replace": 0}),
+}
+ROUTERS_RETURN_TUPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "phimoe": ("Phimoe", {"num_local_experts": 4}),
+    "llama4": (
+        "Llama4",
+        {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 24, "num_experts_per_tok": 1}
+        | {"interleave_moe_layer_step": 1},
+    ),
 }
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 def mixture(family: str, implementation: str = "eager", **options) -> nn.Module:
     """A model of two layers with four experts of 16 x 24, in evaluation mode."""
-    name, sizes = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")
-    config = config(**_SIZES, **sizes, experts_implementation=implementation, **options)
+    name, sizes = (FAMILIES | ROUTERS_RETURN_TUPLES)[family]
+    kind = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    config = kind(**_SIZES | sizes | {"experts_implementation": implementation} | options)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():  # some are initialised to zero
         for name, parameter in model.named_parameters():
