@@ -5,6 +5,8 @@ For layers whose xa is not made by our kernels: embeddings, convolutions, layers
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,15 @@ def expand_onto(y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float, dim: int 
         return (y + scaling * (xa @ lora_B.T)).to(y.dtype)
     acc, Y = torch.promote_types(y.dtype, xa.dtype), y.movedim(dim, -1)
     xa, lora_B = xa.to(acc), lora_B.to(acc)
-    with torch.autocast(y.device.type, enabled=False):  # autocast would round y as well
+    with _without_autocast(y.device.type):  # autocast would round y as well
         if dim == -1 or (Y.is_contiguous() and not y.is_contiguous()):  # features are last in memory
             total = torch.addmm(rows_of(Y).to(acc), rows_of(xa.movedim(dim, -1)), lora_B.T, alpha=scaling)
             return total.view(Y.shape).movedim(-1, dim).to(y.dtype)
         batched = lora_B.expand(y.shape[0], *lora_B.shape)  # len() would fix the size in an exported program
         total = torch.baddbmm(y.flatten(dim + 1).to(acc), batched, xa.flatten(dim + 1), alpha=scaling)
         return total.view(y.shape).to(y.dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    """Disables autocast; the meta device, on which memory is planned, has none."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

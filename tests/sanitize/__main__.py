@@ -36,8 +36,7 @@ OP_TESTS = (
     "ops/test_lora_linear_siblings",
     "ops/test_lora_merge",
     "ops/test_merge_ops",
-    "merging/test_merge_refused",
-    "nn/test_expand",
+    "merging/test_merges_of_models_refused",
     "nn/test_linear",
 )
 QUICK_TESTS = ("ops/test_few_tokens", "ops/test_merge_ops")
