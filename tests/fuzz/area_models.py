@@ -26,7 +26,7 @@ def _run(seed: int) -> Outcome:
             try:
                 life.step()
             except BaseException as error:  # pytest's failures, too
-                place = traceback.extract_tb(error.__traceback__)[1].name
+                place = traceback.extract_tb(error.__traceback__)[1:3][-1].name  # the operation
                 detail = f"{type(error).__name__}: {error} in step {step}: {place}\n{traceback.format_exc()}"
                 return Outcome("compared", [finding("wrong result", "a life", detail, place)])
     return Outcome("compared")
