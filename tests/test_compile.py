@@ -208,25 +208,3 @@ def test_generate_with_a_static_cache(name, way, build):
         for _ in range(2):
             assert torch.equal(model.generate(**inputs, **options), expected)
         assert backend.graphs == graphs
-
-
-@torch.no_grad()
-def test_generate_compiles_by_itself(build):
-    """With a static cache Transformers compiles the step of a token, on a GPU by default."""
-    base, directory, inputs = build("Qwen2")
-    way = WAYS["inject"]
-    model = adapted(way, base, directory, "a", "b").eval()
-    backend = Counting()
-    compiled = transformers.CompileConfig(fullgraph=True, dynamic=None, backend=backend, mode=None)
-    compiled._compile_all_devices = True
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    for name, merged, graphs in (("a", False, 1), ("b", False, 2), ("a", False, 2), ("a", True, 3), ("b", False, 3)):
-        way.switch(model, name)
-        expected = model.generate(**inputs, **options)
-        if merged:
-            way.merge(model)
-        found = model.generate(**inputs, **options, cache_implementation="static", compile_config=compiled)
-        assert torch.equal(found, expected) and backend.graphs == graphs
-        if merged:
-            way.unmerge(model)

@@ -69,24 +69,6 @@ def test_a_training_equals_pefts(name, dropout, tmp_path):
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-def test_files_go_both_ways(name, tmp_path):
-    make, targets = MODELS[name]
-    base = make()
-    ours = make_random(inject(copy.deepcopy(base), dora(target_modules=targets))).eval()
-    ids = torch.arange(12).view(2, 6)
-    y = ours(input_ids=ids)[0]
-    save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(input_ids=ids)[0], y, rtol=1e-4, atol=1e-5)
-    theirs.save_pretrained(tmp_path / "theirs")
-    back = load_adapter(base, tmp_path / "theirs").eval()
-    assert torch.equal(back(input_ids=ids)[0], y)
-    load_adapter(back, tmp_path / "ours", adapter_name="second")
-    assert torch.equal(back(input_ids=ids)[0], y)
-    assert {status.kind for status in adapters.adapter_status(back)} == {"DoraLinear"}
-
-
 def test_a_new_adapter_changes_nothing_and_random_factors_are_measured():
     base = nn.Linear(24, 40)
     x = torch.randn(5, 24)
@@ -198,7 +180,7 @@ def test_other_layers_may_have_other_adapters():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": 1}, "use_dora is 1, want True or False"),
+        ({"use_dora": 1}, "use_dora is 1, want one of True, False"),
         ({"lora_bias": True}, "use_dora is True, but lora_bias is True"),
         ({"ensure_weight_tying": True}, "use_dora is True, but ensure_weight_tying is True"),
         ({"target_parameters": ["0.weight"]}, "use_dora is True, but target_parameters is"),
@@ -284,7 +266,7 @@ def test_weights_that_zero_3_partitions(monkeypatch):
         inject(model, dora())
     model = inject(nn.Sequential(nn.Linear(6, 8)), dora())
     partition(model, monkeypatch, engine=True)
-    with pytest.raises(RuntimeError, match="ZeRO-3 has partitioned the weight, and the norms of its rows need all"):
+    with pytest.raises(RuntimeError, match="ZeRO-3 has partitioned the weight, .* use ZeRO-2"):
         model(torch.randn(2, 6))
 
 

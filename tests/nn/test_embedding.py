@@ -1,9 +1,8 @@
-"""LoraEmbedding against PEFT and against the definition."""
+"""LoraEmbedding what only embeddings do."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 
 import peft
 import pytest
@@ -11,87 +10,13 @@ import torch
 from safetensors.torch import load_file
 from support.merging import same_bits
 from support.models import VOCABULARY, llama, refused, token_ids
+from support.small_nets import TextNet
 from torch import Tensor, nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.nn import EmbeddingAdapter, LoraEmbedding
 
 ALIVE = {"r": 3, "lora_alpha": 6, "init_lora_weights": False}
-
-
-class Scaled(nn.Embedding):
-    """An embedding that scales its rows by a number, like BART's."""
-
-    embed_scale = 4.0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids) * self.embed_scale
-
-
-class TextNet(nn.Module):
-    """Embeddings of three kinds and a linear head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = Gemma3TextScaledWordEmbedding(VOCABULARY, 8, 0, embed_scale=8**0.5)
-        self.positions = nn.Embedding(10, 8)
-        self.kinds = Scaled(2, 8)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[-1]).expand(ids.shape)
-        return self.head(torch.tanh(self.tokens(ids) + self.positions(positions) + self.kinds(positions % 2)))
-
-
-def ids_with_padding() -> Tensor:
-    ids = token_ids()
-    ids[:, -2:] = 0
-    return ids
-
-
-def factors(model: nn.Module) -> dict[str, Tensor]:
-    """The factors' gradients by key, in our model or PEFT's."""
-    names = {".adapters.default.": ".", ".default": "", "base_model.model.": "", "lora_embedding_": "lora_"}
-    gradients = {}
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            for old, new in names.items():
-                path = path.replace(old, new)
-            is_pefts_A = path.endswith("lora_A") and parameter.shape[0] < parameter.shape[1]  # [r, num_embeddings]
-            gradients[path.removesuffix(".weight")] = parameter.grad.T if is_pefts_A else parameter.grad
-    return gradients
-
-
-# --- against PEFT -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"use_rslora": True, "rank_pattern": {"positions": 2}}, {"lora_dropout": 0.5}]
-)
-def test_peft_computes_the_same_from_our_file(settings, tmp_path):
-    base, ids = TextNet().double(), ids_with_padding()
-    ours = inject(copy.deepcopy(base), LoraConfig(target_modules=["tokens", "positions", "kinds"], **ALIVE | settings))
-    save_adapter(ours, tmp_path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter|key).*")
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True).train()
-    expected, actual = theirs(ids), ours(ids)
-    torch.testing.assert_close(actual, expected)
-    assert (actual - base(ids)).abs().max() > 1e-2
-    for y in (expected, actual):
-        y.square().sum().backward()
-    gradients = factors(theirs)
-    assert gradients.keys() == factors(ours).keys() and len(gradients) == 6
-    for path, gradient in factors(ours).items():
-        torch.testing.assert_close(gradient, gradients[path])
-    assert not ours.tokens.adapters.default.lora_A.grad[0].any()  # padding
-
-    theirs.merge_adapter()
-    merge(ours.eval())
-    for path in ("tokens", "positions", "kinds"):
-        torch.testing.assert_close(getattr(ours, path).weight, getattr(theirs.base_model.model, path).weight)
-    torch.testing.assert_close(ours(ids), actual)  # the scale of an embedding applies to both
 
 
 def test_we_compute_the_same_from_pefts_file(tmp_path):
@@ -120,9 +45,6 @@ def test_starts_as_pefts(init):
     ours = inject(TextNet(), LoraConfig(**config)).tokens.adapters.default
     for mine, yours in ((ours.file_A, theirs.lora_embedding_A.default), (ours.lora_B, theirs.lora_embedding_B.default)):
         assert mine.shape == yours.shape and mine.std().item() == pytest.approx(yours.std().item(), rel=0.15)
-
-
-# --- without PEFT -----------------------------------------------------------------------------------------------------
 
 
 def test_a_model_reads_the_sizes_of_its_embedding():

@@ -7,6 +7,8 @@ import peft
 import pytest
 import torch
 import transformers
+from support import tiny_trl
+from support.optional import datasets, trl
 from support.quantized import stored, unchanged_bytes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
@@ -37,19 +39,10 @@ OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "lora_dropout": 0
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     directory = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(directory)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(directory)
     return directory
 
 
@@ -167,27 +160,15 @@ def test_a_dequantised_checkpoint_is_a_plain_one(checkpoint, quantization, dtype
 def test_trainer(checkpoint, quantization, tmp_path):
     """Evaluates in between, loads the best model, resumes; Trainer refuses quantised models without adapters."""
 
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
+    options = {"per_device_train_batch_size": 4, "load_best_model_at_end": True, "learning_rate": 1e-2, "report_to": []}
+
     def trainer(model, steps: int):
         rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (16, 12), device="cpu").tolist()]
-        return transformers.Trainer(
-            model,
-            transformers.TrainingArguments(
-                tmp_path,
-                max_steps=steps,
-                per_device_train_batch_size=4,
-                eval_strategy="steps",
-                eval_steps=2,
-                save_steps=2,
-                logging_steps=1,
-                load_best_model_at_end=True,
-                learning_rate=1e-2,
-                report_to=[],
-                use_cpu=not GPU,
-                disable_tqdm=True,
-            ),
-            train_dataset=rows,
-            eval_dataset=rows,
+        arguments = transformers.TrainingArguments(
+            tmp_path, max_steps=steps, use_cpu=not GPU, disable_tqdm=True, **every, **options
         )
+        return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
 
     bare = load(checkpoint, quantization)
     with pytest.raises(ValueError, match="purely quantized models"):
@@ -209,6 +190,29 @@ def test_trainer(checkpoint, quantization, tmp_path):
     assert run.state.global_step == 6
     with pytest.raises(ValueError, match="purely quantized models"):
         trainer(unload(model), 4)
+
+
+@pytest.mark.cpu_only("TRL chooses the device")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_trl_has_the_losses_of_peft(quantization, tmp_path):
+    config = {"r": 4, "lora_alpha": 8, "target_modules": tiny_trl.TARGETS, "task_type": "CAUSAL_LM"}
+    base = tiny_trl.save(
+        tiny_trl.decoder(hidden_size=64, intermediate_size=128, num_key_value_heads=2), tmp_path / "base"
+    )
+    ours = inject(load(base, quantization), LoraConfig(**config))
+    save_adapter(ours, tmp_path / "start")
+    theirs = peft.PeftModel.from_pretrained(load(base, quantization), tmp_path / "start", is_trainable=True)
+    data = datasets.Dataset.from_list([{"text": row["prompt"] + row["chosen"]} for row in tiny_trl.PREFERENCES])
+    results = []
+    with unchanged_bytes(ours):
+        for model in (ours, theirs):
+            args = tiny_trl.settings("SFT", tmp_path / "run", max_steps=4, learning_rate=1e-2)
+            trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tiny_trl.tokenizer())
+            trainer.train()
+            results.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert results[0][-1] < results[0][0]
+    assert results[0] == pytest.approx(results[1], rel=5e-3)  # TRL rounds the factors to bfloat16
 
 
 def test_gradient_checkpointing_and_kbit_preparation(checkpoint):
