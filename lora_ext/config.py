@@ -14,25 +14,13 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Annotated, Any, NoReturn, Protocol, get_type_hints, runtime_checkable
 
-from lora_ext._common.printable import escaped, shown, suggestion
+from lora_ext._common.printable import escaped, shown
 from lora_ext.matching.bounded_regex import check_expressions
 from lora_ext.matching.path_names import EndTable
 from lora_ext.matching.path_patterns import PathPatterns, as_tuple, layer_expressions
 
 ALL_LINEAR = "all-linear"
 """The ``target_modules`` value for every linear layer except the output head."""
-
-# Words that other libraries and users have for fields, where no close match finds them.
-_OTHER_WORDS = {
-    "rank": "r",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "scale": "lora_alpha",
-    "targets": "target_modules",
-    "modules": "target_modules",
-    "dora": "use_dora",
-    "rslora": "use_rslora",
-}
 
 # PEFT trains these heads along with the adapter, even if modules_to_save does not name them.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
@@ -59,8 +47,8 @@ _REMARKS = re.compile(
 )
 # Options of PEFT 0.21 that this package does not have.
 _PEFT_ONLY = {
-    *("arrow_config", "kasa_config", "layer_replication", "megatron_config", "monteclora_config"),
-    *("use_bdlora", "use_qalora", "velora_config"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
+    *("monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
 }
 
 # Initialisations of files. One factor comes from data or from the weight, and the other is zero: the base weights stay.
@@ -104,7 +92,7 @@ def _wrong_type(key: str, value: Any, want: str) -> TypeError:
     return TypeError(f"LoraConfig: {key} is {shown(value)} of type {type(value).__name__}, want {want}")
 
 
-def _number(types: type | tuple[type, ...], is_valid: Callable[[Any], bool], want: str) -> Check:
+def _value(types: Any, want: str, is_valid: Callable[[Any], bool] = lambda value: True) -> Check:
     def check(key: str, value: Any) -> Any:
         if not isinstance(value, types) or isinstance(value, bool):
             raise _wrong_type(key, value, want)
@@ -115,32 +103,23 @@ def _number(types: type | tuple[type, ...], is_valid: Callable[[Any], bool], wan
     return check
 
 
-_rank = _number(int, lambda r: 1 <= r < 2**31, "an integer of at least 1 and below 2**31")
-_alpha = _number((int, float), lambda alpha: 0 < alpha < math.inf, "a positive finite number")
-_probability = _number((int, float), lambda p: 0 <= p < 1, "0 <= lora_dropout < 1")
+_rank = _value(int, "an integer of at least 1 and below 2**31", lambda r: 1 <= r < 2**31)
+_alpha = _value(int | float, "a positive finite number", lambda alpha: 0 < alpha < math.inf)
+_probability = _value(int | float, "0 <= lora_dropout < 1", lambda p: 0 <= p < 1)
 
 
-def _one_of(choices: Iterable[Any], want: str) -> Check:
+def _one_of(*choices: Any) -> Check:
     def check(key: str, value: Any) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            kinds = {type(choice) for choice in choices}
-            error = ValueError if type(value) in kinds else TypeError
-            raise error(f"LoraConfig: {key} is {shown(value)}, want {want}")
+            error = ValueError if type(value) in map(type, choices) else TypeError
+            raise error(f"LoraConfig: {key} is {shown(value)}, want one of {', '.join(map(repr, choices))}")
         return value
 
     return check
 
 
-_flag = _one_of((False, True), "True or False")
-_bias = _one_of(("none", "all", "lora_only"), '"none", "all" or "lora_only"')
-_initialisation = _one_of((True, False, "gaussian", "orthogonal"), 'True, False, "gaussian" or "orthogonal"')
-_task = _one_of((None, *TASK_HEADS), f"None or one of {', '.join(sorted(TASK_HEADS))}")
-
-
-def _text(key: str, value: Any) -> str | None:
-    if not isinstance(value, str | None):
-        raise _wrong_type(key, value, "a string or None")
-    return value
+_flag = _one_of(True, False)
+_initialisation = _one_of(True, False, "gaussian", "orthogonal")
 
 
 def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
@@ -152,14 +131,15 @@ def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
 def _names(key: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        text = shown(value)
-        raise TypeError(f"LoraConfig: {key} is the string {text}, want a list of module names: [{text}]")
     values = _sequence(key, value, "module names")
     for name in values:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"LoraConfig: {key} has the entry {shown(name)}, want non-empty strings")
+        _check_name(key, name)
     return values
+
+
+def _check_name(key: str, name: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"LoraConfig: {key} has the entry {shown(name)}, want non-empty strings")
 
 
 def _names_or_expression(key: str, value: Any) -> tuple[str, ...] | str | None:
@@ -177,38 +157,34 @@ def _layers_pattern(key: str, value: Any) -> tuple[str, ...] | str | None:
     return value
 
 
-def _whole_numbers(key: str, value: Any, what: str) -> tuple[int, ...]:
-    values = _sequence(key, value, what)
+def _whole_numbers(key: str, value: Any) -> tuple[int, ...]:
+    want = "whole numbers, at least 0"
+    values = _sequence(key, value, want)
     for number in values:
         if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"LoraConfig: {key} has the entry {shown(number)}, want {what}")
+            raise TypeError(f"LoraConfig: {key} has the entry {shown(number)}, want {want}")
         if number < 0:
-            raise ValueError(f"LoraConfig: {key} has the entry {shown(number)}, want {what}, at least 0")
+            raise ValueError(f"LoraConfig: {key} has the entry {shown(number)}, want {want}")
     return values
 
 
 def _layer_numbers(key: str, value: Any) -> tuple[int, ...] | int | None:
     if isinstance(value, int):
-        return _whole_numbers(key, [value], "layer numbers")[0]
-    return None if value is None else _whole_numbers(key, value, "layer numbers")
+        return _whole_numbers(key, [value])[0]
+    return None if value is None else _whole_numbers(key, value)
 
 
-def _tokens(key: str, value: Any) -> tuple[int, ...] | None:
-    return None if value is None else _whole_numbers(key, value, "token numbers") or None  # empty: off, as in PEFT
-
-
-def _mapping(key: str, value: Any, want: str) -> Mapping[str, Any]:
+def _mapping(key: str, value: Any, what: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise _wrong_type(key, value, want)
+        raise _wrong_type(key, value, f"a dict of {what}")
     for name in value:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"LoraConfig: {key} has the key {shown(name)}, want non-empty strings")
+        _check_name(key, name)
     return value
 
 
 def _pattern(check: Check) -> Check:
     def check_pattern(key: str, value: Any) -> FrozenDict:
-        value = _mapping(key, {} if value is None else value, "a dict of path patterns")  # some files have null
+        value = _mapping(key, {} if value is None else value, "path patterns")  # some files have null
         check_expressions(key, value)
         return FrozenDict({path: check(f"{key}[{shown(path)}]", number) for path, number in value.items()})
 
@@ -219,11 +195,10 @@ def _token_indices(key: str, value: Any) -> tuple[int, ...] | FrozenDict | None:
     if value is None:
         return None
     if isinstance(value, Mapping):
-        named = _mapping(key, value, "")
+        named = _mapping(key, value, "token numbers")
         return FrozenDict({name: _token_indices(f"{key}[{shown(name)}]", tokens) for name, tokens in named.items()})
-    tokens = _whole_numbers(key, value, "token numbers")
-    if len(set(tokens)) < len(tokens):
-        twice = sorted(token for token, count in Counter(tokens).items() if count > 1)
+    tokens = _whole_numbers(key, value)
+    if twice := sorted(token for token, count in Counter(tokens).items() if count > 1):
         raise ValueError(f"LoraConfig: {key} has {shown(twice)} more than once; name each token once")
     return tokens
 
@@ -232,20 +207,16 @@ def _enabled_parts(key: str, value: Any) -> FrozenDict | None:
     if value is None:
         return None
     parts = {}
-    for name, flags in _mapping(key, value, "a dict: module name to one bool for each part").items():
-        flags = flags if isinstance(flags, Iterable) and not isinstance(flags, str) else (flags,)
+    for name, flags in _mapping(key, value, "one bool for each part").items():
+        is_list = isinstance(flags, (list, tuple)) and all(isinstance(flag, bool) for flag in flags)
+        if not is_list or not any(flags):
+            raise ValueError(f"LoraConfig: {key}[{shown(name)}] is {shown(flags)}, want bools, at least one True")
         parts[name] = tuple(flags)
-        if not all(isinstance(flag, bool) for flag in parts[name]) or not any(parts[name]):
-            raise ValueError(
-                f"LoraConfig: {key}[{shown(name)}] is {shown(flags)}, want bools, at least one of them True"
-            )
     return FrozenDict(parts)
 
 
 def _metadata(key: str, value: Any) -> FrozenDict:
-    if not isinstance(value, Mapping):
-        raise _wrong_type(key, value, "a dict")
-    return FrozenDict(value)
+    return FrozenDict(_value(Mapping, "a dict")(key, value))
 
 
 # --- the config -------------------------------------------------------------------------------------------------------
@@ -263,28 +234,26 @@ class LoraConfig:
         lora_dropout: dropout probability on the adapter's input while training, in [0, 1).
         target_modules: the modules to adapt: a list of names, each equal to a module's path or to its end after a dot;
             a regular expression for the whole path; or ``"all-linear"``, alone or in a list (PEFT takes it alone).
-            May be None or empty with ``target_parameters`` (for None PEFT chooses by model type; here no module is
-            adapted).
+            May be None or empty with ``target_parameters``: no module is adapted (for None PEFT chooses by type).
         exclude_modules: modules never to adapt; a list or a regular expression, matched in the same way.
-        target_parameters: bare ``nn.Parameter`` objects to adapt (the experts of a mixture): names of the form
-            ``module.parameter``, each equal to a parameter's path or to its end after a dot.
+        target_parameters: bare parameters to adapt (a mixture's experts): names of the form ``module.parameter``, each
+            equal to a parameter's path or to its end after a dot.
         layers_to_transform: adapt only layers with these numbers (one or a list; an empty list means all); needs
             ``target_modules`` as a list. A path's layer is its first number with two names before it: 1 in
             ``model.layers.1.mlp``, none in ``layers.1.mlp``, which is then not adapted. An entry of ``target_modules``
             that is a module's whole path holds in any layer.
         layers_pattern: name (a regular expression, or a list of them) of the ``nn.ModuleList`` whose numbers
             ``layers_to_transform`` means, such as ``"layers"`` or ``"h"``; the first that occurs in the path decides.
-        rank_pattern: other ranks for some targets: maps a regular expression, for a path or its end after a dot, to a
-            rank; the first match decides.
-        alpha_pattern: the same for ``lora_alpha``.
-        modules_to_save: modules to train in full and to save with the adapter (a new classification head): each entry
-            matches modules whose path ends with it. Nothing inside them is adapted.
-        trainable_token_indices: train only these rows of an embedding: a list of token numbers for the model's input
-            embedding, or a dict from an embedding's name (the end of its path) to such a list. A head tied to the input
-            embedding follows it, unless the dict gives it other tokens.
-        ensure_weight_tying: modules that share the input embedding's weight (a tied head) follow the embedding: if
-            ``target_modules`` or ``modules_to_save`` names one of them, all get one common adapter or copy. If False,
-            each named module gets a separate one, and merging it is refused, as that would change the others.
+        rank_pattern, alpha_pattern: other ranks and ``lora_alpha`` for some targets, by a regular expression for a path
+            or its end after a dot; the first match decides.
+        modules_to_save: modules to train in full and to save with the adapter (a new head): each entry matches modules
+            whose path ends with it. Nothing inside them is adapted.
+        trainable_token_indices: train only these rows of an embedding: token numbers for the input embedding, or a dict
+            from an embedding's name (the end of its path) to such a list. A head tied to the input embedding follows
+            it, unless the dict gives it other tokens.
+        ensure_weight_tying: modules that share the input embedding's weight (a tied head) follow the embedding: if one
+            of them is adapted or trained, all get one common adapter or copy. If False, each named module gets its own,
+            and merging it is refused, as that would change the others.
         bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
         lora_bias: the adapter has its own bias, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
@@ -292,15 +261,10 @@ class LoraConfig:
         fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
         init_lora_weights: True: ``lora_A`` Kaiming-uniform, ``lora_B`` zero. ``"gaussian"``: ``lora_A`` normal with
             standard deviation ``1 / r``. ``"orthogonal"``: rows of ``lora_A`` and columns of ``lora_B`` from the two
-            halves of a random rotation, so that their product is zero; even ranks. False: both random, so that the
-            adapter changes the output at once (for tests).
-        enable_lora: for packed projections (query, key and value in one weight): maps the module's name (matched as in
-            ``target_modules``) to one bool per equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts
-            query and value. Parts that are off cost nothing. Not a PEFT key: :meth:`to_dict` leaves it out.
-        alora_invocation_tokens: makes the adapter an aLoRA (arXiv 2504.12397), which PEFT computes;
-            :func:`lora_ext.inject` refuses it, and :func:`lora_ext.integrations.peft.accelerate` runs it.
-        task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, which adds the heads "classifier" and "score" to
-            ``modules_to_save``.
+            halves of a random rotation, so that their product is zero; even ranks. False: both random, for tests.
+        enable_lora: for packed projections (query, key and value in one weight): maps the module's name to one bool per
+            equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts query and value. Not a PEFT key.
+        task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, whose heads join ``modules_to_save``.
         base_model_name_or_path: for the record; written to ``adapter_config.json``.
         inference_mode: inject the adapter frozen.
         metadata: keys of a PEFT file that have no effect here, written back unchanged.
@@ -322,28 +286,17 @@ class LoraConfig:
     modules_to_save: Annotated[Names | None, _names] = None
     trainable_token_indices: Annotated[Numbers | Mapping[str, Numbers] | None, _token_indices] = None
     ensure_weight_tying: Annotated[bool, _flag] = False
-    bias: Annotated[str, _bias] = "none"
+    bias: Annotated[str, _one_of("none", "all", "lora_only")] = "none"
     lora_bias: Annotated[bool, _flag] = False
     use_rslora: Annotated[bool, _flag] = False
     use_dora: Annotated[bool, _flag] = False
     fan_in_fan_out: Annotated[bool, _flag] = False
     init_lora_weights: Annotated[bool | str, _initialisation] = True
     enable_lora: Annotated[Mapping[str, tuple[bool, ...] | list[bool]] | None, _enabled_parts] = None
-    alora_invocation_tokens: Annotated[Numbers | None, _tokens] = None
-    task_type: Annotated[str | None, _task] = None
-    base_model_name_or_path: Annotated[str | None, _text] = None
+    task_type: Annotated[str | None, _one_of(None, *TASK_HEADS)] = None
+    base_model_name_or_path: Annotated[str | None, _value(str | None, "a string or None")] = None
     inference_mode: Annotated[bool, _flag] = False
     metadata: Annotated[Mapping[str, Any], _metadata] = field(default_factory=FrozenDict, compare=False, repr=False)
-
-    def __new__(cls, **values: Any) -> LoraConfig:
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name in _PEFT_ONLY:
-                raise TypeError(f"LoraConfig: there is no option {shown(name)}. {_USE_PEFT}")
-            if name not in known:
-                meant = suggestion(_OTHER_WORDS.get(name, name), known)
-                raise TypeError(f"LoraConfig: there is no option {shown(name)}{meant}")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for key, check in _CHECKS.items():
@@ -358,7 +311,7 @@ class LoraConfig:
             why = "a bare parameter's adapter knows neither input nor output"
             self._refuse_next_to("target_parameters is set", why, "lora_dropout", "lora_bias", "fan_in_fan_out")
         if self.use_dora:
-            others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora", "alora_invocation_tokens"
+            others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora"
             self._refuse_next_to("use_dora is True", "DoRA goes without it", *others)
 
     def _refuse_next_to(self, setting: str, why: str, *keys: str) -> None:
@@ -371,27 +324,18 @@ class LoraConfig:
     def _check_targets(self) -> None:
         if self.target_modules or self.target_parameters:
             return
-        if self.target_modules is None:
-            raise ValueError(
-                'LoraConfig: target_modules is None; name the layers to adapt, e.g. ["query", "value"], or "all-linear"'
-            )
-        raise ValueError('LoraConfig: target_modules is empty; name at least one layer, or use "all-linear"')
+        raise ValueError(
+            f"LoraConfig: target_modules is {shown(self.target_modules)}; name the layers to adapt, e.g. "
+            '["query", "value"], or "all-linear"'
+        )
 
     def _check_layers(self) -> None:
         for key in ("layers_to_transform", "layers_pattern"):
-            value = getattr(self, key)
-            if value in (None, ()):
-                continue
-            if isinstance(self.target_modules, str):
+            value, targets = getattr(self, key), self.target_modules
+            if value not in (None, ()) and (isinstance(targets, str) or ALL_LINEAR in (targets or ())):
                 raise ValueError(
-                    f"LoraConfig: {key} is {shown(value)}, but target_modules is the string "
-                    f"{shown(self.target_modules)}; give target_modules as a list of names, or put the layers into the "
-                    "regular expression"
-                )
-            if ALL_LINEAR in (self.target_modules or ()):
-                raise ValueError(
-                    f'LoraConfig: {key} is {shown(value)}, but target_modules has "all-linear", which means layers '
-                    "of any number; name the layers instead"
+                    f"LoraConfig: {key} is {shown(value)}, but target_modules is {shown(targets)}; give target_modules "
+                    "as a list of names, or put the layers into the regular expression"
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
@@ -401,17 +345,14 @@ class LoraConfig:
 
     def _check_initialisation(self) -> None:
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            why = "only init_lora_weights True and False set the bias"
+            self._refuse_next_to("lora_bias is True", why, "init_lora_weights")
+        ranks = (self.r, *self.rank_pattern.values())
+        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
             raise ValueError(
-                f"LoraConfig: lora_bias is True, but init_lora_weights is {self.init_lora_weights!r}; "
-                "lora_bias goes with init_lora_weights True or False only"
+                f"LoraConfig: r is {self.r}, rank_pattern is {shown(self.rank_pattern)}, but init_lora_weights="
+                '"orthogonal" needs even ranks'
             )
-        if self.init_lora_weights == "orthogonal":
-            ranks = {"r": self.r} | {f"rank_pattern[{shown(key)}]": rank for key, rank in self.rank_pattern.items()}
-            for key, rank in ranks.items():
-                if rank % 2:
-                    raise ValueError(
-                        f'LoraConfig: {key} is {rank}, but init_lora_weights="orthogonal" needs an even rank'
-                    )
 
     @property
     def task_heads(self) -> tuple[str, ...]:
@@ -430,12 +371,8 @@ class LoraConfig:
 
     def alpha_for(self, path: str) -> float:
         """``lora_alpha`` at ``path``."""
-        key = self.alpha_pattern_for(path)
+        key = self._alphas.first(path)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
-
-    def alpha_pattern_for(self, path: str) -> str | None:
-        """The entry of ``alpha_pattern`` that decides at ``path``, or None."""
-        return self._alphas.first(path)
 
     def scaling_for(self, path: str) -> float:
         """The factor of the update at ``path``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""

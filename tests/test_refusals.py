@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
 from support.models import Net
 from support.public_calls import Call, call, state
-from support.refusals import CALLS
+from support.refusals import CALLS, REFUSED
 
 import lora_ext
 from lora_ext import adapters, analysis, methods
@@ -40,7 +42,7 @@ def test_no_public_function_is_missing():
     }
     called = {name_of(call) for call in CALLS}
     missing = functions - NO_CALLS.keys() - called
-    assert not missing, "give these a row of good and bad calls in tests/support/refusals*.py"
+    assert not missing, "give these a row of good and bad calls in tests/support/refusals.py"
     assert functions - NO_CALLS.keys() == called - NO_CALLS.keys()
 
 
@@ -56,17 +58,25 @@ def test_the_good_call_is_good(public, tmp_path):
     call(public.function, arguments)
 
 
-CLASS = ({"model": Net}, TypeError, "model is of type type, want an nn.Module")
 TAKE_MODELS = [public for public in CALLS if "model" in inspect.signature(public.function).parameters]
-REFUSED = [(public, *refusal) for public in CALLS for refusal in public.refused]
-REFUSED += [(public, *CLASS) for public in TAKE_MODELS]
+NAMED = {public.function: public for public in CALLS}
+ALL_REFUSED = [(NAMED[function], *refusal) for function, *refusal in REFUSED]
+ALL_REFUSED += [(one, {"model": Net}, TypeError, "model is of type type, want an nn.Module") for one in TAKE_MODELS]
+
+
+def made(value: Any, directory: Path) -> Any:
+    if not isinstance(value, FunctionType):
+        return value
+    return value(directory) if inspect.signature(value).parameters else value()
 
 
 @pytest.mark.parametrize(
-    ("public", "change", "error", "words"), REFUSED, ids=[f"{name_of(entry[0])}: {entry[3][:40]}" for entry in REFUSED]
+    ("public", "changes", "error", "words"),
+    ALL_REFUSED,
+    ids=[f"{name_of(row[0])}: {row[3][:40]}" for row in ALL_REFUSED],
 )
-def test_bad_values(public, change, error, words, tmp_path):
-    arguments = public.arguments(tmp_path) | (change(tmp_path) if callable(change) else change)
+def test_bad_values(public, changes, error, words, tmp_path):
+    arguments = public.arguments(tmp_path) | {name: made(value, tmp_path) for name, value in changes.items()}
     before = {name: state(value) for name, value in arguments.items()}
     with pytest.raises(error) as caught:
         call(public.function, arguments)

@@ -21,19 +21,15 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_NUMBERS: dict[type, tuple[type, ...]] = {
-    int: (numbers.Integral, torch.SymInt),
-    float: (numbers.Real, torch.SymInt, torch.SymFloat),
-}
-_WORDS: dict[Any, str] = {
-    bool: "True or False",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    type(None): "None",
-    os.PathLike: "a path",
-    Callable: "a function",
-    torch.nn.Module: "an nn.Module",
+# The types that an annotation accepts, where they are not itself, and the words for it.
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((numbers.Integral, torch.SymInt), "an integer"),
+    float: ((numbers.Real, torch.SymInt, torch.SymFloat), "a number"),
+    str: ((str,), "a string"),
+    type(None): ((type(None),), "None"),
+    os.PathLike: ((os.PathLike,), "a path"),
+    torch.nn.Module: ((torch.nn.Module,), "an nn.Module"),
 }
 
 
@@ -87,7 +83,7 @@ def _refuse(function: Callable, args: tuple, name: str, value: object) -> None:
 
 
 def rule(hint: Any) -> Rule:
-    """Returns what an annotation asks for, also of the entries of lists and dicts."""
+    """Returns what an annotation asks for, also of the entries of lists."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, TypeVar):
         return rule(hint.__bound__ or Any)
@@ -101,35 +97,26 @@ def rule(hint: Any) -> Rule:
     if origin is typing.Literal:
         return Rule(lambda value: value in arguments, ", ".join(map(repr, arguments)))
     kind = origin or hint
-    if kind in _NUMBERS:
-        return Rule(lambda value: isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool), _WORDS[kind])
-    if kind in _WORDS or not arguments or not issubclass(kind, Iterable):
-        return Rule(lambda value: isinstance(value, kind), _WORDS.get(kind) or _name(kind))
-    if issubclass(kind, Mapping):
-        key, entry = map(rule, arguments)
-        return Rule(
-            lambda value: isinstance(value, kind) and all(key.test(k) and entry.test(v) for k, v in value.items()),
-            f"a dict of {_plural(key.words)} to {_plural(entry.words)}",
-        )
-    entry = rule(arguments[0])
+    if arguments and issubclass(kind, Iterable):
+        return _list_of(kind, rule(arguments[0]))
+    accepted, words = _KINDS.get(kind) or ((kind,), _name(kind))
+    is_number = kind in (int, float)
+    return Rule(lambda value: isinstance(value, accepted) and not (is_number and isinstance(value, bool)), words)
+
+
+def _list_of(kind: type, entry: Rule) -> Rule:
     # A string is not a list of strings, bytes are no list of numbers, and a 0-dimensional array is not a list.
     # One-pass iterables are not read.
-    return Rule(
-        lambda value: (
-            isinstance(value, kind)
-            and not isinstance(value, (str, bytes, bytearray))
-            and getattr(value, "ndim", 1) > 0
-            and (not isinstance(value, Sized) or all(map(entry.test, value)))
-        ),
-        f"a list of {_plural(entry.words)}",
-    )
+    def test(value: Any) -> bool:
+        if not isinstance(value, kind) or isinstance(value, (str, bytes, bytearray)) or getattr(value, "ndim", 1) == 0:
+            return False
+        return not isinstance(value, Sized) or all(map(entry.test, value))
+
+    first, of, rest = entry.words.partition(" ")[2].partition(" of ")
+    plural = entry.words if " or " in entry.words else f"{first}s{of}{rest}"
+    return Rule(test, f"a list of {plural}")
 
 
 def _name(kind: type) -> str:
     name = f"torch.{kind.__qualname__}" if kind.__module__.startswith("torch") else kind.__qualname__
     return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
-
-
-def _plural(words: str) -> str:
-    kind, of, entries = words.partition(" ")[2].partition(" of ")
-    return words if " or " in words else f"{kind}s{of}{entries}"

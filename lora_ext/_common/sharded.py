@@ -93,7 +93,8 @@ def part_like(like: Tensor, values: Tensor, dims: Iterable[int] | None = None) -
 
 def any_rank(sharded: Iterable[Tensor], flag: bool) -> bool:
     """Returns whether ``flag`` is true on a rank that shares a tensor of ``sharded``. All these ranks must call it."""
-    for device, groups in {id(_shared_by(tensor)): _groups(tensor) for tensor in sharded}.values():
+    one_of_each = {id(t.ds_process_group if is_partitioned(t) else t.device_mesh): t for t in sharded}
+    for device, groups in map(_groups, one_of_each.values()):
         seen = torch.tensor(int(flag), device=device)
         for group in groups:
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, group)
@@ -101,23 +102,11 @@ def any_rank(sharded: Iterable[Tensor], flag: bool) -> bool:
     return flag
 
 
-def _shared_by(sharded: Tensor) -> Any:
-    """Returns what decides which ranks share a tensor: a DTensor's mesh, or the process group of a ZeRO-3 parameter."""
-    return sharded.ds_process_group if is_partitioned(sharded) else sharded.device_mesh
-
-
 def _groups(sharded: Tensor) -> tuple[torch.device | str, list[Any]]:
     """Returns the device on which the ranks that share a tensor communicate, and their process groups."""
     if is_partitioned(sharded):
         return sharded.device, [sharded.ds_process_group]
     return sharded.device_mesh.device_type, sharded.device_mesh.get_all_groups()
-
-
-def _is_first(sharded: Tensor) -> bool:
-    """Returns whether this rank is the first of those that share a tensor."""
-    if is_partitioned(sharded):
-        return torch.distributed.get_rank(sharded.ds_process_group) == 0
-    return all(index == 0 for index in sharded.device_mesh.get_coordinate() or (1,))
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -156,7 +145,7 @@ def first_rank_writes(sharded: list[Tensor]) -> Iterator[bool]:
     if not sharded:
         yield True
         return
-    writes = _is_first(sharded[0])
+    writes = all(torch.distributed.get_rank(group) == 0 for group in _groups(sharded[0])[1])
     try:
         yield writes
     except BaseException:

@@ -159,7 +159,7 @@ def _other_options(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> l
     """Returns in which options that shapes do not show the file differs from the model."""
     problems = [
         f"{option}: {shown(getattr(config, option))} in the file, {shown(getattr(adapter.config, option))} in the model"
-        for option in ("trainable_token_indices", "alora_invocation_tokens", "use_dora")
+        for option in ("trainable_token_indices", "use_dora")
         if getattr(config, option) != getattr(adapter.config, option)
     ]
     for part in adapter.parts:

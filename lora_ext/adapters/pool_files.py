@@ -15,17 +15,10 @@ from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import misfits
 from lora_ext.files.save_load import with_positive_alphas
-from lora_ext.injection.targets import names_next_to_all_linear
+from lora_ext.injection.all_linear import names_next_to_all_linear
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 
-_OTHER_PARTS = (
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "lora_bias",
-    "use_dora",
-    "alora_invocation_tokens",
-)
+_OTHER_PARTS = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "use_dora")
 
 
 @dataclasses.dataclass(frozen=True)

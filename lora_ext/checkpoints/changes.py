@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,30 +17,27 @@ from lora_ext.checkpoints.names import find_prefix, find_tie
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.reading import DTYPE_NAMES, DTYPES
 
-_DEQUANTISE = "dequantise the base first, or load both and call merge_and_unload(model, dequantize=True)"
-_IN_MEMORY = "load it into the model (load_adapter), and call merge_and_unload and save_pretrained there"
+_DEQUANTISE = (
+    "want F64, F32, BF16 or F16: dequantise the base first, or load both and call "
+    "merge_and_unload(model, dequantize=True)"
+)
+_IN_MEMORY = "load base and adapter as a model (load_adapter), and call merge_and_unload and save_pretrained there"
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank update of one tensor, or the update of a bias.
-
-    Attributes:
-        scaling: the update's, times the adapter's weight.
-        transposed: the tensor is ``[in, out]``.
-        is_bias: the tensor is the bias, and its update ``lora_bias``.
-    """
+    """One low-rank update of one tensor, or the update of a bias."""
 
     file: AdapterFile
     update: LowRankUpdate
-    scaling: float
-    transposed: bool = False
-    is_bias: bool = False
+    scaling: float  # the update's, times the adapter's weight
+    transposed: bool = False  # the tensor is [in, out]
+    is_bias: bool = False  # the tensor is the bias, and its update lora_bias
 
     @property
-    def matrices(self) -> int:
-        """Number of matrices in the tensor, one above the next, that have factors each."""
-        return 1 if self.is_bias else self.update.matrices
+    def magnitude(self) -> str | None:
+        """Key of the norms that the rows of the tensor get."""
+        return None if self.is_bias else self.update.magnitude
 
     def read(self) -> list[tuple[Tensor, Tensor, float]]:
         """Reads ``(lora_A, lora_B, scaling)`` for each matrix, in the layout of the tensor."""
@@ -53,24 +50,14 @@ class Term:
 
 @dataclasses.dataclass
 class TensorChange:
-    """The steps that make one tensor of the result: copy or replace it, then replace rows, then add updates.
-
-    Attributes:
-        dtype: dtype of the source, by its name in the file format.
-        source: key in the base; None if there is only the ``replacement``, a tensor of an adapter.
-    """
+    """The steps that make one tensor of the result: copy or replace it, then replace rows, then add updates."""
 
     shape: tuple[int, ...]
-    dtype: str
-    source: str | None
-    replacement: tuple[AdapterFile, str] | None = None
+    dtype: str  # of the source, by its name in the file format
+    source: str | None  # key in the base; None if there is only the replacement
+    replacement: tuple[AdapterFile, str] | None = None  # a tensor of an adapter
     rows: list[tuple[AdapterFile, str, tuple[int, ...]]] = dataclasses.field(default_factory=list)
     terms: list[Term] = dataclasses.field(default_factory=list)
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether the tensor is not a copy of the base's."""
-        return bool(self.replacement or self.terms or self.rows)
 
     @property
     def is_floating(self) -> bool:
@@ -129,20 +116,21 @@ class _AdapterChanges:
         is_apart = self.tie is not None and self.tie.head in changes  # an adapter before this one changed one of them
         if self.tie is not None and not is_apart and self.file.config.get("ensure_weight_tying"):
             # The file holds the shared weight twice.
-            updates = [update for update in updates if update.weight != self.tie.head]
+            updates = [update for update in updates if f"{update.prefix}weight" != self.tie.head]
             replaced = {name: key for name, key in replaced.items() if name != self.tie.head}
             self.tie = None
-        if weight != 1.0 and (whole := [*replaced, *(f"{rows.path}.weight" for rows in tokens)]):
-            self.problems.append(f"weight {weight}: the adapter replaces tensors, which have no strength: {whole[0]}")
-        low_rank = [update for update in updates if update.kind != "parameter"]
+        low_rank = {update: f"{update.prefix}weight" for update in updates if update.kind != "parameter"}
         parameters = [update for update in updates if update.kind == "parameter"]
-        names = [update.weight for update in low_rank] + [f"{rows.path}.weight" for rows in tokens] + [*replaced]
+        whole = [f"{rows.path}.weight" for rows in tokens] + [*replaced]
+        if weight != 1.0 and whole:
+            self.problems.append(f"weight {weight}: the adapter replaces tensors, which have no strength: {whole[0]}")
+        names = [*low_rank.values(), *whole]
         names += [f"{update.path}.{name}" for update in parameters for name in update.parameters]
         self.prefix = find_prefix({*changes, *(self.tie or ())}, names)
         for name, key in replaced.items():
             self._replace(name, key)
         self._replace_rows(tokens)
-        self._add_to_weights({update: update.weight for update in low_rank} | self._parameter_names(parameters))
+        self._add_to_weights(low_rank | self._parameter_names(parameters))
         for update in updates:
             if update.lora_bias is not None:
                 self._add_to_bias(update)
@@ -154,30 +142,24 @@ class _AdapterChanges:
         """
         key = self.prefix.key(name)
         if self.tie is not None and key in self.tie and self.tie.head not in self.changes:
-            embedding = self.changes[self.tie.embedding]
-            self.changes[self.tie.head] = dataclasses.replace(
-                embedding, rows=[*embedding.rows], terms=[*embedding.terms]
-            )
+            tied = self.changes[self.tie.embedding]
+            self.changes[self.tie.head] = dataclasses.replace(tied, rows=[*tied.rows], terms=[*tied.terms])
         if key in self.changes:
             return key
         # The parts of a quantised weight may stand in its place.
         layer, _, last = name.rpartition(".")
         parts = sorted(other for other in self.changes if f".{other.rpartition('.')[0]}".endswith(f".{layer}"))
         parts = [other for other in parts if last == "weight" and not other.endswith(".bias")]
-        self.problems.append(f"not in the base: {name}" + (f"; it has {parts[0]}: {_DEQUANTISE}" if parts else ""))
+        self.problems.append(f"not in the base: {name}" + (f"; it has {parts[0]}, {_DEQUANTISE}" if parts else ""))
         return None
 
     def _replace(self, name: str, key: str) -> None:
         """Replaces a tensor of the base, or adds one that it lacks if its names have the adapter's prefix."""
-        shape, dtype = self.file.shape(key), DTYPE_NAMES.get(self.file.dtype(key))
+        shape, dtype = self.file.shape(key), DTYPE_NAMES[self.file.dtype(key)]
         if self.prefix.key(name) not in {*self.changes, *(self.tie or ())}:
             if any(self.prefix):
-                self.problems.append(
-                    f"not in the base, whose names have another prefix, so it cannot be added: {name}; load the base "
-                    "and the adapter as a model (load_adapter), and call merge and save_pretrained there"
-                )
-            elif dtype is None:
-                self.problems.append(f"dtype of {key}: {self.file.dtype(key)}, which a safetensors file cannot hold")
+                text = "not in the base, whose names have another prefix, so it cannot be added"
+                self.problems.append(f"{text}: {name}; {_IN_MEMORY}")
             else:
                 self.changes[name] = TensorChange(shape, dtype, None, (self.file, key))
             return
@@ -185,22 +167,23 @@ class _AdapterChanges:
         tensor = self.changes[target]
         if tensor.shape != shape:
             self.problems.append(f"shape of {target}: {list(tensor.shape)} in the base, {list(shape)} in the adapter")
-        elif tensor.replacement is not None and not _equal(tensor.replacement, (self.file, key)):
-            self.problems.append(f"{target}: replaced by two adapters, which differ")
-        else:
-            tensor.replacement = (self.file, key)
+            return
+        if tensor.replacement is not None:
+            other, other_key = tensor.replacement
+            if not torch.equal(other.tensor(other_key), self.file.tensor(key)):
+                self.problems.append(f"{target}: replaced by two adapters, which differ")
+        tensor.replacement = (self.file, key)
 
     def _replace_rows(self, tokens: Sequence[TokenRows]) -> None:
         """Replaces rows of an embedding; in the tied head too, as PEFT does, unless the head has its own rows."""
-        names = {rows.key: f"{rows.path}.weight" for rows in tokens}
         tie = self.tie
-        follows = tie is not None and tie.head not in map(self.prefix.key, names.values())
+        follows = tie is not None and tie.head not in (self.prefix.key(f"{rows.path}.weight") for rows in tokens)
         self.tie = None if follows else tie
         for rows in tokens:
-            if (target := self._find(names[rows.key])) is None:
+            if (target := self._find(f"{rows.path}.weight")) is None:
                 continue
-            targets = [*tie] if follows and target == tie.embedding and tie.head in self.changes else [target]
-            for key in targets:
+            is_both = follows and target == tie.embedding and tie.head in self.changes
+            for key in tie if is_both else [target]:
                 self._replace_rows_of(key, rows)
         self.tie = tie
 
@@ -215,51 +198,43 @@ class _AdapterChanges:
         else:
             tensor.rows.append((self.file, rows.key, rows.indices))
 
-    def _parameter_names(self, updates: Sequence[LowRankUpdate]) -> dict[LowRankUpdate, str]:
-        """Assigns the updates of each module to its parameters by shape, because keys do not say."""
+    def _parameter_names(self, updates: Iterable[LowRankUpdate]) -> dict[LowRankUpdate, str]:
+        """Finds the parameter of each update by its shape, because keys do not say. It must be the only one to fit."""
         found: dict[LowRankUpdate, str] = {}
-        by_path: dict[str, list[LowRankUpdate]] = {}
+        taken: set[str] = set()
         for update in updates:
-            by_path.setdefault(update.path, []).append(update)
-        for path, of_module in by_path.items():
-            names = [f"{path}.{name}" for name in of_module[0].parameters]
-            shapes = {name: self.changes[key].shape for name in names if (key := self.prefix.key(name)) in self.changes}
-            ways = [
-                order
-                for order in itertools.permutations(shapes, len(of_module))
-                if all(update.layouts(shapes[name]) for update, name in zip(of_module, order, strict=True))
-            ]
-            if len(ways) == 1:
-                found |= zip(of_module, ways[0], strict=True)
-            elif ways:
-                text = f"shapes do not say which layer an update belongs to: {', '.join(shapes)}; merge in memory, with"
-                self.problems.append(f"{text} PEFT")
-            elif not shapes:
+            names = [f"{update.path}.{name}" for name in update.parameters]
+            tensors = {name: self.changes[key] for name in names if (key := self.prefix.key(name)) in self.changes}
+            fitting = [name for name, tensor in tensors.items() if update.layouts(tensor.shape)]
+            if len(fitting) == 1 and fitting[0] not in taken:
+                found[update] = fitting[0]
+                taken.add(fitting[0])
+            elif fitting:
+                text = f"shapes do not say which layer an update belongs to: {', '.join(tensors)}"
+                self.problems.append(f"{text}; merge in memory, with PEFT")
+            elif not tensors:
                 self.problems.append(f"not in the base: any of {', '.join(names)}")
             else:
-                self.problems += [_misfit(update, name, shapes[name]) for update in of_module for name in shapes]
+                self.problems += [_misfit(update, name, tensor) for name, tensor in tensors.items()]
         return found
 
     def _add_to_weights(self, names: Mapping[LowRankUpdate, str]) -> None:
         targets = {update: key for update, name in names.items() if (key := self._find(name)) is not None}
         fitting = {update: update.layouts(self.changes[key].shape) for update, key in targets.items()}
-        certain: dict[str, set[bool]] = {}  # kind, or kind and name -> the layouts of updates that fit only one
+        certain: dict[str, set[bool]] = defaultdict(set)  # name or kind -> layouts of updates that fit only one
         for update, layouts in fitting.items():
-            for like in (update.kind, _kind_and_name(update)) if len(layouts) == 1 else ():
-                certain.setdefault(like, set()).update(layouts)
+            if len(layouts) == 1:
+                certain[_last_name(update)] |= layouts
+                certain[update.kind] |= layouts
         for update, key in targets.items():
-            tensor, layouts = self.changes[key], fitting[update]
+            layouts = fitting[update] if len(fitting[update]) < 2 else self._layouts_of_square(update, certain)
             if not layouts:
-                # Two codes in a byte have another shape.
-                problem = _misfit(update, key, tensor.shape) if tensor.is_floating else _quantised(key, tensor)
-                self.problems.append(problem)
-                continue
-            if len(layouts) > 1:
-                layouts = self._layouts_of_square(update, certain)
-            if len(layouts) > 1:
+                self.problems.append(_misfit(update, key, self.changes[key]))
+            elif len(layouts) > 1:
                 self.problems.append(f"{key} is square, and may be [out, in] or [in, out]: say which (fan_in_fan_out)")
-                continue
-            tensor.terms.append(Term(self.file, update, update.scaling * self.weight, next(iter(layouts))))
+            else:
+                term = Term(self.file, update, update.scaling * self.weight, next(iter(layouts)))
+                self.changes[key].terms.append(term)
 
     def _layouts_of_square(self, update: LowRankUpdate, certain: Mapping[str, set[bool]]) -> set[bool]:
         """The layouts that a square weight may have: the user's choice, or that of others of its name or kind.
@@ -269,15 +244,14 @@ class _AdapterChanges:
         """
         if self.fan_in_fan_out is not None:
             return {self.fan_in_fan_out}
-        for like in (_kind_and_name(update), update.kind):
-            if len(certain.get(like, ())) == 1:
-                return certain[like]
-        if update.kind in certain or update.kind == "parameter":
-            return {False, True}
-        return {bool(self.file.config.get("fan_in_fan_out"))}
+        by_name = certain.get(_last_name(update), ())
+        if len(by_name) == 1:
+            return by_name
+        unknown = {False, True} if update.kind == "parameter" else {bool(self.file.config.get("fan_in_fan_out"))}
+        return certain.get(update.kind, unknown)
 
     def _add_to_bias(self, update: LowRankUpdate) -> None:
-        if (target := self._find(update.bias)) is None:
+        if (target := self._find(f"{update.prefix}bias")) is None:
             return
         tensor, shape = self.changes[target], self.file.shape(update.lora_bias)
         if len(shape) != 1 or tensor.shape != shape:
@@ -286,7 +260,7 @@ class _AdapterChanges:
             tensor.terms.append(Term(self.file, update, update.scaling * self.weight, is_bias=True))
 
 
-def _kind_and_name(update: LowRankUpdate) -> str:
+def _last_name(update: LowRankUpdate) -> str:
     return f"{update.kind} {update.path.rpartition('.')[2]}"
 
 
@@ -294,7 +268,7 @@ def _misfits(key: str, tensor: TensorChange) -> list[str]:
     """Says what is wrong with the changes of all adapters together."""
     problems: list[str] = []
     if (tensor.terms or tensor.rows) and not tensor.is_floating:
-        problems.append(_quantised(key, tensor))
+        problems.append(f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}")
     if tensor.replacement is not None:
         file, name = tensor.replacement
         stored, given = DTYPES.get(tensor.dtype), file.dtype(name)
@@ -303,10 +277,8 @@ def _misfits(key: str, tensor: TensorChange) -> list[str]:
     indices = [index for _, _, rows in tensor.rows for index in rows]
     if len(set(indices)) < len(indices):
         problems.append(f"rows of {key}: replaced more than once")
-    if len({term.matrices for term in tensor.terms}) > 1:
-        problems.append(f"{key}: the adapters disagree on how many matrices it holds")
     for term in tensor.terms:
-        if term.is_bias or term.update.magnitude is None:
+        if term.magnitude is None:
             continue
         name = f"{term.file.directory} is a DoRA adapter (use_dora)"
         if term.transposed:
@@ -318,18 +290,11 @@ def _misfits(key: str, tensor: TensorChange) -> list[str]:
     return problems
 
 
-def _quantised(key: str, tensor: TensorChange) -> str:
-    return f"dtype of {key}: {tensor.dtype}, want F64, F32, BF16 or F16; {_DEQUANTISE}"
-
-
-def _misfit(update: LowRankUpdate, key: str, shape: tuple[int, ...]) -> str:
-    A, B = update.shape_A, update.shape_B
+def _misfit(update: LowRankUpdate, key: str, tensor: TensorChange) -> str:
+    if not tensor.is_floating:  # two codes in a byte have another shape
+        return f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}"
+    A, B, shape = update.shape_A, update.shape_B, tensor.shape
     text = f"shape of {key}: {list(shape)}, but the update's lora_A is {list(A)} and lora_B {list(B)}"
     if update.kind == "conv" and update.matrices > 1 and len(shape) > 1 and A[1] == shape[1] * update.matrices:
         text += "; it reaches across the groups of the convolution, which no weight of it can hold"
     return text
-
-
-def _equal(first: tuple[AdapterFile, str], second: tuple[AdapterFile, str]) -> bool:
-    (file, key), (other, other_key) = first, second
-    return torch.equal(file.tensor(key), other.tensor(other_key))

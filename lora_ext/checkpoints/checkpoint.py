@@ -26,18 +26,15 @@ _OTHER_WEIGHTS = re.compile(
 
 
 class Checkpoint:
-    """The tensors of a directory, or of one file. Opening it reads only the files' headers.
-
-    Attributes:
-        directory: the directory of the files.
-        shards: file name -> its tensors, in the order of their bytes.
-        index: content of the index file; None for a single file.
-        is_directory: False if one file was opened: other files next to it may be unrelated.
-    """
+    """The tensors of a directory, or of one file. Opening it reads only the files' headers."""
 
     def __init__(self, directory: Path, names: list[str], index: dict[str, Any] | None, is_directory: bool) -> None:
-        self.directory, self.index, self.is_directory = directory, index, is_directory
-        self.shards = {name: tensor_table(directory / name) for name in names}
+        self.directory = directory
+        self.index = index  # content of the index file; None for a single file
+        self.is_directory = is_directory  # False if one file was opened: others next to it may be unrelated
+        self.shards = {name: tensor_table(directory / name) for name in names}  # in the order of their bytes
+        if index is not None:
+            check_shards(directory / INDEX_FILE, index["weight_map"], self.shards)
         self._shard_of = {key: name for name, tensors in self.shards.items() for key in tensors}
 
     @classmethod
@@ -47,42 +44,29 @@ class Checkpoint:
         Raises:
             FileNotFoundError: a file is missing; the message names it.
             ValueError: a file is corrupted or no regular file; the index is wrong, or leads out of the directory, or
-                disagrees with the files, or stands next to a single file.
+                disagrees with the files.
         """
         path = Path(path)
+        if path.exists() and not path.is_dir():
+            return cls(path.parent, [path.name], None, is_directory=False)
         try:
             files = sorted(os.listdir(path))
-        except NotADirectoryError:
-            return cls(path.parent, [path.name], None, is_directory=False)
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}"
-            ) from error
-        if INDEX_FILE in files:
-            return cls._indexed(path, SINGLE_FILE in files)
-        if SINGLE_FILE in files:
-            return cls(path, [SINGLE_FILE], None, is_directory=True)
+            text = f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}"
+            raise FileNotFoundError(text) from error
         names = [file for file in files if file.endswith(".safetensors")]
         names = [file for file in names if not file.startswith(("adapter_model", "."))]
+        if SINGLE_FILE in names:  # before an index, as in Transformers
+            return cls(path, [SINGLE_FILE], None, is_directory=True)
+        if INDEX_FILE in files:
+            index, names = read_index(path / INDEX_FILE)
+            return cls(path, names, index, is_directory=True)
         if len(names) == 1:
             return cls(path, names, None, is_directory=True)
         found = f"has {len(names)} safetensors files and no index" if names else f"has no {SINGLE_FILE}"
         if others := [file for file in files if file.endswith((".bin", ".gguf"))]:
             found += f"; {others[0]} is there: save it again as safetensors"
         raise FileNotFoundError(f"{path} {found}")
-
-    @classmethod
-    def _indexed(cls, directory: Path, is_single: bool) -> Checkpoint:
-        path = directory / INDEX_FILE
-        index, names = read_index(path)
-        if is_single and SINGLE_FILE not in names:
-            raise ValueError(
-                f"{directory} has {SINGLE_FILE} and {INDEX_FILE}, which can be different weights (Transformers loads "
-                "the first); remove the one that you do not mean, with its files"
-            )
-        checkpoint = cls(directory, names, index, is_directory=True)
-        check_shards(path, index["weight_map"], checkpoint.shards)
-        return checkpoint
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shard_of)
@@ -121,17 +105,11 @@ class Checkpoint:
             return {}
 
     def other_files(self) -> tuple[list[str], list[str]]:
-        """Lists the files below the directory, except the weights and hidden files.
-
-        Returns:
-            The paths of files to copy, and of files to leave out because they hold the weights again.
-        """
-        copied: list[str] = []
-        skipped: list[str] = []
+        """Lists the files to copy beside the weights, and those to leave out because they hold the weights again."""
+        found: dict[bool, list[str]] = {False: [], True: []}
         for file in sorted(self.directory.rglob("*")) if self.is_directory else ():
             name = file.relative_to(self.directory)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if hidden or not file.is_file() or str(name) in (*self.shards, INDEX_FILE):
-                continue
-            (skipped if _OTHER_WEIGHTS.fullmatch(file.name) else copied).append(str(name))
-        return copied, skipped
+            is_hidden = any(part.startswith(".") for part in name.parts)
+            if not is_hidden and file.is_file() and str(name) not in (*self.shards, INDEX_FILE):
+                found[_OTHER_WEIGHTS.fullmatch(file.name) is not None].append(str(name))
+        return found[False], found[True]

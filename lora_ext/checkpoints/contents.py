@@ -17,7 +17,8 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -39,45 +40,27 @@ _MOST_PARAMETERS = 4  # with updates, in one module; real ones have up to 3
 
 @dataclasses.dataclass(frozen=True)
 class LowRankUpdate:
-    """One pair of factors.
+    """One pair of factors."""
 
-    Attributes:
-        path: path of the module, without ``.base_layer``.
-        kind: kind of layer, as far as the file shows it: ``conv`` follows from the number of dimensions, ``attention``
-            from the out_proj next to it, ``parameter`` from the config.
-        lora_A, shape_A: key and shape; ``[r, in]``, for a convolution ``[r, in / groups, *kernel]``, for an embedding
-            ``[r, num_embeddings]``, for a parameter of ``matrices`` experts ``[matrices * r, in]``.
-        lora_B, shape_B: ``[out, r]``, ``[out, r / groups, 1...]``, ``[dim, r]``, ``[out, r * matrices]``.
-        r: the rank.
-        scaling: factor of the update.
-        matrices: number of matrices that have factors each: experts, or groups of a convolution.
-        lora_bias: key of the update of the bias, which is scaled too; or None.
-        magnitude: key of the norms that the updated weight's rows get, ``[out]`` (DoRA); or None.
-        parameters: for a parameter, the names that it may have: no key says which.
-    """
-
-    path: str
-    kind: Kind
+    path: str  # of the module, without ``.base_layer``
+    kind: Kind  # conv: by the number of dimensions; attention: by the out_proj next to it; parameter: by the config
     lora_A: str
     lora_B: str
+    # [r, in] and [out, r]; of a conv [r, in, *kernel] and [out, r / groups, 1...]; of an embedding [r, num_embeddings]
+    # and [dim, r]; of a parameter [matrices * r, in] and [out, r * matrices].
     shape_A: tuple[int, ...]
     shape_B: tuple[int, ...]
     r: int
     scaling: float
-    matrices: int = 1
-    lora_bias: str | None = None
-    magnitude: str | None = None
-    parameters: tuple[str, ...] = ()
+    matrices: int = 1  # that have factors each: experts, or groups of a convolution
+    lora_bias: str | None = None  # key of the update of the bias, which is scaled too
+    magnitude: str | None = None  # key of the norms [out] that the updated weight's rows get (DoRA)
+    parameters: tuple[str, ...] = ()  # for a parameter, the names that it may have: no key says which
 
     @property
-    def weight(self) -> str:
-        """Name of the weight, except for a parameter."""
-        return f"{self.path}.{'in_proj_weight' if self.kind == 'attention' else 'weight'}"
-
-    @property
-    def bias(self) -> str:
-        """Name of the bias."""
-        return f"{self.path}.{'in_proj_bias' if self.kind == 'attention' else 'bias'}"
+    def prefix(self) -> str:
+        """What precedes "weight", except for a parameter, and "bias" in their names."""
+        return f"{self.path}.in_proj_" if self.kind == "attention" else f"{self.path}."
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,8 +74,8 @@ class LowRankUpdate:
         Conv1D and Embedding are ``[in, out]``.
         """
         A, B = self.shape_A, self.shape_B
-        if self.kind == "conv":
-            return {False} if shape == (B[0], *A[1:]) and B[0] % self.matrices == 0 else set()
+        if self.kind == "conv":  # with groups, lora_A reaches across them
+            return {False} if shape == (B[0], *A[1:]) and self.matrices == 1 else set()
         if self.kind == "parameter" and len(shape) == 3 and shape[0] == self.matrices:
             shape = shape[1:]
         elif self.matrices != 1:
@@ -122,100 +105,70 @@ class TokenRows:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterContents:
-    """The contents of an adapter file. Each of its keys is in one entry.
-
-    Attributes:
-        file: the opened file and its config.
-        updates: low-rank updates.
-        tokens: rows of embeddings that are replaced.
-        replaced: path and name of a base tensor -> key in the file of the tensor that replaces it.
-    """
+    """The contents of an adapter file. Each of its keys is in one entry."""
 
     file: AdapterFile
     updates: list[LowRankUpdate]
     tokens: list[TokenRows]
-    replaced: dict[str, str]
-
-    @property
-    def is_dora(self) -> bool:
-        """Whether the adapter rescales the weights that it is added to."""
-        return any(update.magnitude is not None for update in self.updates)
+    replaced: dict[str, str]  # path and name of a base tensor -> key in the file of the tensor that replaces it
 
 
-def open_adapter(
-    directory: str | os.PathLike[str],
-    *,
-    with_dora: bool = False,
-    caller: str = "open_adapter",
-) -> AdapterContents:
+def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapter") -> AdapterContents:
     """Opens an adapter's directory in PEFT's format, and sorts its keys by kind; reads no tensor.
-
-    Args:
-        with_dora: the caller knows what to do with magnitudes.
-        caller: the command that error messages name.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is corrupted; the adapter is not LoRA, or of a kind that is not supported; one of two factors
-            is missing; shapes of factors do not fit each other, or the rank in the config. The message lists all of
-            these.
+            is missing; shapes of factors do not fit each other, or the rank in the config. The message begins with
+            ``caller`` and lists all of these.
     """
     file = AdapterFile.open(directory, caller=caller)
-    try:
-        config = LoraConfig.from_dict(file.config)
-        targets, indices = _TargetParameters(config), _TokenIndices(file)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file.directory}: {error}") from error
+    config = file.lora_config(caller)
+    indices_of = _token_indices(file)
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
     tokens: list[TokenRows] = []
     replaced: dict[str, str] = {}
     problems: list[str] = []
-    for key in file.keys():  # noqa: SIM118  file is no mapping
+    for key in file.tensors:
         name = key.removeprefix(KEY_PREFIX)
         if match := _FACTOR.fullmatch(name):
             factors.setdefault(match["path"] or "", {})[match["side"]] = key
         elif match := _TOKENS.fullmatch(name):
-            path = strip_base_layer(match["path"])
-            tokens.append(TokenRows(path, key, indices.of(path)))
-        elif "lora_" in name.rpartition(".")[0] + name.rpartition(".")[2]:
+            path = _without_base_layer(match["path"])
+            tokens.append(TokenRows(path, key, indices_of(path)))
+        elif "lora_" in name:
             problems.append(f"unknown key: {key}")
         elif not {"original_module", "modules_to_save"} & set(name.split(".")):
             # With bias="all", PEFT also writes the wrapper's copies of the biases in a module to save.
-            replaced[strip_base_layer(name)] = key
+            replaced[_without_base_layer(name)] = key
     updates = []
+    parameters_of = _target_parameters(file, config)
     for wrapped in factors:
         try:
-            updates.append(_update(file, config, targets, wrapped, factors))
+            updates.append(_update(file, config, parameters_of, wrapped, factors))
         except ValueError as error:
             problems.append(str(error))
-    paths = [update.path for update in updates if update.kind != "parameter"]
-    problems += [f"{path} has two updates, and no target_parameters" for path in {*paths} if paths.count(path) > 1]
+    paths = Counter(update.path for update in updates if update.kind != "parameter")
+    problems += [f"{path} has two updates, and no target_parameters" for path, count in paths.items() if count > 1]
     if problems:
         raise ValueError(f"{file.path} is not an adapter that can be used here:{listed(problems)}")
     if not updates and not tokens and not replaced:
         raise ValueError(f"{file.path} holds no tensor")
-    contents = AdapterContents(file, updates, tokens, replaced)
-    if contents.is_dora and not with_dora:
-        raise ValueError(
-            f"{caller}: {file.directory} is a DoRA adapter (use_dora), which rescales the weights that it is added to; "
-            "this takes plain low-rank updates"
-        )
-    return contents
+    return AdapterContents(file, updates, tokens, replaced)
 
 
-def strip_base_layer(path: str) -> str:
-    """The path in the model without adapters."""
+def _without_base_layer(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
 def _update(
     file: AdapterFile,
     config: LoraConfig,
-    targets: _TargetParameters,
+    parameters_of: Callable[[str], tuple[str, ...]],
     wrapped: str,
     factors: Mapping[str, Mapping[str, str]],
 ) -> LowRankUpdate:
-    sides, path = factors[wrapped], strip_base_layer(wrapped)
+    sides, path = factors[wrapped], _without_base_layer(wrapped)
     is_embedding = "embedding_A" in sides or "embedding_B" in sides
     A, B = (sides.get(side) for side in (("embedding_A", "embedding_B") if is_embedding else ("A.weight", "B.weight")))
     if A is None or B is None:
@@ -225,50 +178,40 @@ def _update(
         raise ValueError(f"shapes of {path}: lora_A {shown(list(shape_A))}, lora_B {shown(list(shape_B))}")
     if not (file.dtype(A).is_floating_point and file.dtype(B).is_floating_point):
         raise ValueError(f"dtypes of {path}: lora_A {file.dtype(A)}, lora_B {file.dtype(B)}, want floating point")
-    parameters = () if is_embedding else targets.of(path)
-    if _is_attention(wrapped, factors):
-        kind, parameters = "attention", ()
+    is_attention = _is_attention(wrapped, factors)
+    parameters = () if is_embedding or is_attention else parameters_of(path)
+    if is_attention:
+        kind = "attention"
     elif parameters:
         kind = "parameter"
     else:
         kind = "embedding" if is_embedding else "linear" if len(shape_A) == 2 else "conv"
-    magnitude = sides.get("magnitude_vector")
-    _check_magnitude(file, config, path, kind, magnitude, shape_B[0])
     names = [f"{path}.{name}" for name in parameters] or [path]
     settings = {(config.rank_for(name), config.scaling_for(name)) for name in names}
     if len(settings) > 1:
         raise ValueError(f"{path}: rank_pattern or alpha_pattern tell its parameters {shown(list(parameters))} apart")
     r, scaling = settings.pop()
-    matrices = 1
     if kind == "parameter":
-        fits, matrices = shape_A[0] == shape_B[1] and shape_A[0] % r == 0, shape_A[0] // r
-    elif kind == "conv":
-        fits, matrices = shape_A[0] == r and r % shape_B[1] == 0, r // shape_B[1]
+        matrices = shape_A[0] // r
+        fits = shape_A[0] == shape_B[1] == matrices * r
     else:
-        fits = shape_A[0] == shape_B[1] == r
+        matrices = r // shape_B[1] if kind == "conv" else 1
+        fits = shape_A[0] == shape_B[1] * matrices == r
     if not fits:
         raise ValueError(
             f"rank of {path}: lora_A {list(shape_A)} and lora_B {list(shape_B)}, but the config gives it r={r}"
         )
-    if _is_attention(wrapped.removesuffix(".base_layer.out_proj"), factors) and wrapped.endswith(".out_proj"):
+    if wrapped.endswith(".out_proj") and _is_attention(wrapped.removesuffix(".base_layer.out_proj"), factors):
         scaling *= 2  # as in PEFT, merged or not: its attention merges this update, and then the layer adds it again
-    bias = sides.get("B.bias")
-    return LowRankUpdate(path, kind, A, B, shape_A, shape_B, r, scaling, matrices, bias, magnitude, parameters)
-
-
-def _check_magnitude(
-    file: AdapterFile, config: LoraConfig, path: str, kind: Kind, magnitude: str | None, out: int
-) -> None:
-    """Raises ValueError for magnitudes that the config does not announce, or that do not fit the layer."""
+    magnitude, bias = sides.get("magnitude_vector"), sides.get("B.bias")
     if (magnitude is not None) != config.use_dora:
         has = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
         raise ValueError(f"{path} has {has}, but the config's use_dora is {config.use_dora}")
-    if magnitude is None:
-        return
-    if kind != "linear":
+    if magnitude is not None and kind != "linear":
         raise ValueError(f"{path}: use_dora is supported for linear layers only; this is of the kind {kind!r}")
-    if file.shape(magnitude) != (out,) or not file.dtype(magnitude).is_floating_point:
-        raise ValueError(f"shape of {magnitude}: {shown(list(file.shape(magnitude)))}, want {[out]} numbers")
+    if magnitude is not None and (file.shape(magnitude) != shape_B[:1] or not file.dtype(magnitude).is_floating_point):
+        raise ValueError(f"shape of {magnitude}: {shown(list(file.shape(magnitude)))}, want {[shape_B[0]]} numbers")
+    return LowRankUpdate(path, kind, A, B, shape_A, shape_B, r, scaling, matrices, bias, magnitude, parameters)
 
 
 def _is_attention(wrapped: str, factors: Mapping[str, object]) -> bool:
@@ -276,40 +219,31 @@ def _is_attention(wrapped: str, factors: Mapping[str, object]) -> bool:
     return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
 
 
-class _TargetParameters:
-    """Finds the parameters of a module that ``target_parameters`` may mean."""
-
-    def __init__(self, config: LoraConfig) -> None:
-        self._names: dict[str, dict[str, None]] = {}  # of the module that a target names
-        for target in config.target_parameters or ():
-            module, _, name = target.rpartition(".")
-            self._names.setdefault(module, {})[name] = None
-        self._modules = EndTable(self._names)
-        for module, names in self._names.items():
-            if len(names) > _MOST_PARAMETERS:
-                text = f"target_parameters names {len(names)} parameters of {shown(module)}"
-                raise ValueError(f"{text}, want at most {_MOST_PARAMETERS}")
-
-    def of(self, path: str) -> tuple[str, ...]:
-        """Their names."""
-        modules = ("", *self._modules.find(path))
-        return tuple(dict.fromkeys(name for module in modules for name in self._names.get(module, ())))
+def _target_parameters(file: AdapterFile, config: LoraConfig) -> Callable[[str], tuple[str, ...]]:
+    """Returns a function from the path of a module to its parameters that ``target_parameters`` may mean."""
+    names: dict[str, dict[str, None]] = {}  # of the module that a target names
+    for target in config.target_parameters or ():
+        module, _, name = target.rpartition(".")
+        names.setdefault(module, {})[name] = None
+        if len(names[module]) > _MOST_PARAMETERS:
+            text = f"{file.directory}: target_parameters names too many parameters of {shown(module)}"
+            raise ValueError(f"{text}, want at most {_MOST_PARAMETERS}")
+    modules = EndTable(names)
+    return lambda path: tuple(
+        dict.fromkeys(name for module in ("", *modules.find(path)) for name in names.get(module, ()))
+    )
 
 
-class _TokenIndices:
-    """Finds the rows of an embedding that ``trainable_token_indices`` names."""
+def _token_indices(file: AdapterFile) -> Callable[[str], tuple[int, ...]]:
+    """Returns a function from the path of an embedding to its rows in ``trainable_token_indices``."""
+    given = file.config.get("trainable_token_indices")
+    by_name = given if isinstance(given, dict) else {}
+    modules = EndTable(by_name)
 
-    def __init__(self, file: AdapterFile) -> None:
-        self._directory, indices = file.directory, file.config.get("trainable_token_indices")
-        self._by_name = indices if isinstance(indices, dict) else {}
-        self._names = EndTable(self._by_name)
-        self._of_all = tuple(indices) if isinstance(indices, list) else None
+    def indices_of(path: str) -> tuple[int, ...]:
+        found = given if isinstance(given, list) else next((by_name[name] for name in modules.find(path)), None)
+        if not isinstance(found, list):
+            raise ValueError(f"{file.directory}: trainable_token_indices of the config does not name {path}'s rows")
+        return tuple(found)
 
-    def of(self, path: str) -> tuple[int, ...]:
-        """The rows. Raises ValueError if the config does not name them."""
-        if self._of_all is not None:
-            return self._of_all
-        names = self._names.find(path)
-        if not names or not isinstance(self._by_name[names[0]], list):
-            raise ValueError(f"{self._directory}: trainable_token_indices of the config does not name {path}'s rows")
-        return tuple(self._by_name[names[0]])
+    return indices_of

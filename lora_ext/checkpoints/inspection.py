@@ -19,48 +19,45 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describes an adapter's directory, a checkpoint's directory or a safetensors file, as values that JSON can hold.
 
     Returns:
-        A dict with ``kind`` (``adapter`` or ``checkpoint``), ``parameters``, ``bytes`` and ``dtypes`` (dtype -> number
-        of elements).
-
-        For an adapter also ``layers``, each with ``path``, ``kind``, ``r``, ``scaling``, ``dtype``, ``parameters`` and
-        ``norm`` (the Frobenius norm of the scaled update); ``saved`` (name -> shape of each tensor that is saved in
-        full); and ``config``.
-
-        For a checkpoint also ``files`` (name -> bytes) and ``tensors`` (name -> ``dtype``, ``shape``, ``bytes``).
+        ``kind`` (``adapter`` or ``checkpoint``), ``parameters``, ``bytes``, ``dtypes`` (dtype -> number of elements).
+        For an adapter also ``layers``, each with the Frobenius ``norm`` of its scaled update, ``saved`` (name -> shape
+        of each tensor that is saved in full), ``config``; for a checkpoint ``files`` (name -> bytes), ``tensors``.
 
     Raises:
         FileNotFoundError, ValueError: ``path`` is neither, or is corrupted, or its adaptation method is not supported.
     """
     path = Path(path)
     if holds_adapter(path):
-        return _adapter(open_adapter(path, with_dora=True, caller="inspect"))
+        return _adapter(open_adapter(path, caller="inspect"))
     return _checkpoint(Checkpoint.open(path))
 
 
 def _adapter(contents: AdapterContents) -> dict[str, Any]:
-    file, layers = contents.file, []
-    sizes = {key: math.prod(file.shape(key)) for key in file.keys()}  # noqa: SIM118  no mapping
+    file, tensors = contents.file, contents.file.tensors
     dtypes: Counter[str] = Counter()
-    for key, size in sizes.items():
-        dtypes[_name(file.dtype(key))] += size
-    for update in contents.updates:
-        keys = update.lora_A, update.lora_B, update.lora_bias, update.magnitude
-        layers.append(
-            {
-                "path": update.path,
-                "kind": update.kind,
-                "r": update.r,
-                "scaling": update.scaling,
-                "dtype": _name(file.dtype(update.lora_A)),
-                "parameters": sum(sizes[key] for key in keys if key is not None),
-                "norm": _norm(file, update),
-            }
-        )
+    for tensor in tensors.values():
+        dtypes[_name(tensor.dtype)] += tensor.numel()
+    layers = [
+        {
+            "path": update.path,
+            "kind": update.kind,
+            "r": update.r,
+            "scaling": update.scaling,
+            "dtype": _name(file.dtype(update.lora_A)),
+            "parameters": sum(
+                tensors[key].numel()
+                for key in (update.lora_A, update.lora_B, update.lora_bias, update.magnitude)
+                if key is not None
+            ),
+            "norm": _norm(file, update),
+        }
+        for update in contents.updates
+    ]
     saved = contents.replaced | {f"{rows.path}.weight[{len(rows.indices)} rows]": rows.key for rows in contents.tokens}
     return {
         "kind": "adapter",
-        "parameters": sum(sizes.values()),
-        "bytes": sum(size * file.dtype(key).itemsize for key, size in sizes.items()),
+        "parameters": sum(dtypes.values()),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "dtypes": dict(dtypes),
         "layers": layers,
         "saved": {name: list(file.shape(key)) for name, key in saved.items()},

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lora_ext._common.printable import listed, shown
@@ -18,15 +17,10 @@ from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate
 from lora_ext.files.adapter_file import AdapterFile
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerWeight:
-    """A matrix of a checkpoint: a whole tensor, or one matrix of a stack.
+class LayerWeight(NamedTuple):
+    """A matrix of a checkpoint: the tensor ``key``, or the matrix number ``index`` of the stack that it holds.
 
-    Attributes:
-        key: key of the tensor in the checkpoint.
-        shape: ``(rows, columns)`` of the matrix as stored.
-        index: number of the matrix in the stack.
-        transposed: the matrix is stored as ``[in, out]``, as in Conv1D and Embedding.
+    ``shape`` is ``(rows, columns)`` as stored, which is ``[in, out]`` if ``transposed``, as in Conv1D and Embedding.
     """
 
     checkpoint: Checkpoint
@@ -40,18 +34,12 @@ class LayerWeight:
         return self.checkpoint.part(self.key, self.index, self.shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerFactors:
+class LayerFactors(NamedTuple):
     """One adapter's update of a layer: the matrix number ``index`` of the stack that ``update`` names in ``file``."""
 
     file: AdapterFile
     update: LowRankUpdate
     index: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the factors."""
-        return self.file.dtype(self.update.lora_A)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Reads ``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
@@ -59,27 +47,12 @@ class LayerFactors:
         return pairs[self.index]
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A weight that at least one adapter updates.
+class Layer(NamedTuple):
+    """A weight that at least one adapter updates."""
 
-    Attributes:
-        name: path of the module, followed by ``[i]`` if it holds several matrices.
-        factors: number of the adapter -> its factors, for the adapters that update this layer.
-        weight: weight of the base; None if there is no base.
-    """
-
-    name: str
-    factors: Mapping[int, LayerFactors]
-    weight: LayerWeight | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors and the weight."""
-        total = sum(one.update.r * sum(one.update.shape) * one.dtype.itemsize for one in self.factors.values())
-        if self.weight is not None:
-            total += math.prod(self.weight.shape) * self.weight.checkpoint.info(self.weight.key).torch_dtype.itemsize
-        return total
+    name: str  # path of the module, followed by ``[i]`` if it holds several matrices
+    factors: Mapping[int, LayerFactors]  # by the number of the adapter, for the adapters that update this layer
+    weight: LayerWeight | None  # None if there is no base
 
 
 def find_layers(
@@ -87,18 +60,21 @@ def find_layers(
 ) -> list[Layer]:
     """Finds the layers that adapters update, in the order of the adapters' files. Reads no tensor.
 
-    Ignores tensors that an adapter replaces in full, biases, and rows of embeddings.
-
-    Args:
-        fan_in_fan_out: see :func:`~lora_ext.checkpoints.merge`.
+    Ignores tensors that an adapter replaces in full, biases, and rows of embeddings. ``fan_in_fan_out`` is that of
+    :func:`~lora_ext.checkpoints.merge`.
 
     Raises:
-        ValueError: an adapter does not fit ``base``, or the adapters do not fit each other; the message lists all
-            misfits.
+        ValueError: an adapter does not fit ``base``, or the adapters do not fit each other (the message lists all
+            misfits); an adapter rescales weights (DoRA).
     """
     factors: dict[str, dict[int, LayerFactors]] = {}
     weights: dict[str, dict[int, LayerWeight]] = {}
     for number, contents in enumerate(adapters):
+        if contents.file.config.get("use_dora"):
+            raise ValueError(
+                f"{contents.file.directory} is a DoRA adapter (use_dora), which rescales the weights that it is added "
+                "to; give one without it"
+            )
         found = _weights(contents, base, fan_in_fan_out) if base is not None else {}
         for name, one in _named(contents):
             factors.setdefault(name, {})[number] = one
@@ -121,19 +97,20 @@ def find_layers(
 def _weights(contents: AdapterContents, base: Checkpoint, fan_in_fan_out: bool | None) -> dict[str, list[LayerWeight]]:
     """The matrices that the adapter updates, by the key of ``lora_A``."""
     updates = [dataclasses.replace(update, lora_bias=None) for update in contents.updates]
-    bare = AdapterContents(contents.file, updates, [], {})
-    found = {}
-    for tensor in find_changes(base, [bare], fan_in_fan_out=fan_in_fan_out).values():
+    found: dict[str, list[LayerWeight]] = {}
+    for tensor in find_changes(
+        base, [AdapterContents(contents.file, updates, [], {})], fan_in_fan_out=fan_in_fan_out
+    ).values():
         for term in tensor.terms:
             shape = term.update.shape[::-1] if term.transposed else term.update.shape
             found[term.update.lora_A] = [
-                LayerWeight(base, tensor.source, shape, index, term.transposed) for index in range(term.matrices)
+                LayerWeight(base, tensor.source, shape, index, term.transposed) for index in range(term.update.matrices)
             ]
     return found
 
 
 def _named(contents: AdapterContents) -> Iterator[tuple[str, LayerFactors]]:
-    counts = collections.Counter(update.path for update in contents.updates)
+    counts = Counter(update.path for update in contents.updates)
     for update in contents.updates:
         name = update.path
         if counts[name] > 1:  # several parameters of one module: the file distinguishes them by their depth of wrapping

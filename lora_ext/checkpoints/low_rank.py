@@ -12,23 +12,15 @@ _ITERATIONS = 4  # slowly falling singular values, as after fine-tuning, need mo
 
 
 @dataclasses.dataclass(frozen=True)
-class Approximation:
-    """``lora_B @ lora_A``. Both factors contain the roots of the singular values.
+class LayerError:
+    """The error of an approximation."""
 
-    Attributes:
-        lora_A: ``[r, in]``.
-        lora_B: ``[out, r]``.
-        norm: Frobenius norm of the matrix.
-        errors: rank -> norm of the remainder over the matrix's norm, for ranks 1, 2, 4, ... and ``r``.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    norm: float
-    errors: dict[int, float]
+    r: int  # rank of the factors
+    norm: float  # Frobenius norm of the matrix
+    errors: dict[int, float]  # rank (1, 2, 4, ..., r) -> norm of the remainder over the matrix's norm
 
 
-def approximate(delta: Tensor, rank: int, energy: float | None = None) -> Approximation:
+def approximate(delta: Tensor, rank: int, energy: float | None = None) -> tuple[Tensor, Tensor, LayerError]:
     """Computes a truncated singular value decomposition of ``delta [out, in]``, and overwrites it by the remainder.
 
     Small matrices are decomposed in full. For larger ones a randomised method (Halko, Martinsson, Tropp, arXiv
@@ -38,6 +30,9 @@ def approximate(delta: Tensor, rank: int, energy: float | None = None) -> Approx
     Args:
         rank: largest rank; the smaller side of the matrix is a limit too.
         energy: take the smallest rank up to ``rank`` that leaves at most ``1 - energy`` of the squared norm.
+
+    Returns:
+        ``lora_A [r, in]`` and ``lora_B [out, r]``, each with the roots of the singular values, and the error.
     """
     small = min(delta.shape)
     rank = min(rank, small)
@@ -62,4 +57,4 @@ def approximate(delta: Tensor, rank: int, energy: float | None = None) -> Approx
         done = r
         remaining = torch.linalg.vector_norm(delta, dtype=torch.float64).item()
         errors[r] = remaining / norm if norm > 0 else 0.0
-    return Approximation(A.contiguous(), B.contiguous(), norm, errors)
+    return A.contiguous(), B.contiguous(), LayerError(len(A), norm, errors)

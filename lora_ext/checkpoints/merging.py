@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._common.progress import progress
+from lora_ext._common.progress import Progress
 from lora_ext._ops.dora import row_norms, scale_of_rows
 from lora_ext.checkpoints.changes import TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, open_adapter
 from lora_ext.files.adapter_file import read_method_note
-from lora_ext.files.reading import BITS, DTYPE_NAMES, DTYPES, read_metadata
+from lora_ext.files.reading import BITS, DTYPE_NAMES, DTYPES, open_tensors
 from lora_ext.files.writing import check_new, new_directory, stream_tensors
 from lora_ext.merging.weights import merge_all_, pack_factors
 
@@ -31,25 +31,15 @@ BLOCK_BYTES = 8 << 20
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """The result of a merge.
+    """The result of a merge: numbers of tensors and files."""
 
-    Attributes:
-        merged: number of tensors that got updates.
-        replaced: number of tensors that an adapter replaced, in full or in part.
-        added: number of tensors that the base lacks: a new head, or one that was tied to the embedding.
-        copied: number of tensors that are the base's.
-        files: number of checkpoint files.
-        skipped: files of the base that were not copied.
-        nbytes: bytes of all tensors.
-    """
-
-    merged: int
-    replaced: int
-    added: int
-    copied: int
-    files: int
-    skipped: list[str]
-    nbytes: int
+    merged: int  # tensors that got updates
+    replaced: int  # tensors that an adapter replaced, in full or in part
+    added: int  # tensors that the base lacks: a new head, or one that was tied to the embedding
+    copied: int  # tensors that are the base's
+    files: int  # files of the checkpoint
+    skipped: list[str]  # files of the base that were not copied
+    nbytes: int  # of all tensors
     seconds: float
 
 
@@ -80,8 +70,8 @@ def merge(
     Raises:
         FileNotFoundError: a file is missing.
         FileExistsError: ``out`` exists, and is not an empty directory.
-        ValueError: a file is corrupted; an adapter is given twice, is a part of a method that has others, or does not
-            fit (the message lists every misfit); a result is not finite.
+        ValueError: a file is corrupted; an adapter is a part of a method that has others, or does not fit (the message
+            lists every misfit); a result is not finite.
         OSError: the disk is too small, or cannot be written.
     """
     begin = time.perf_counter()
@@ -89,13 +79,15 @@ def merge(
     contents = _open_adapters(checkpoint, adapters, weights)
     changes = find_changes(checkpoint, contents, fan_in_fan_out=fan_in_fan_out, weights=weights)
     check_new(out, "merge")
-    table = {key: (_stored_dtype(tensor, dtype), tensor.shape) for key, tensor in changes.items()}
+    # Indices and quantised weights keep their dtype.
+    dtypes = {key: DTYPE_NAMES[dtype] if dtype and one.is_floating else one.dtype for key, one in changes.items()}
+    table = {key: (dtypes[key], tensor.shape) for key, tensor in changes.items()}
     sizes = {key: math.prod(shape) * BITS[name] // 8 for key, (name, shape) in table.items()}
-    shards = _shards(checkpoint, changes)
+    shards = {name: list(tensors) for name, tensors in checkpoint.shards.items()}
+    list(shards.values())[-1].extend(key for key in changes if key not in checkpoint)
     total = sum(sizes.values())
-    _check_space(out, total)
     copied, skipped = checkpoint.other_files()
-    with new_directory(out, "merge") as staging, progress("merge", total, show=show_progress) as shown:
+    with new_directory(out, "merge") as staging, Progress("merge", total, show=show_progress) as shown:
 
         def values(key: str) -> Tensor:
             tensor = merged_tensor(changes[key], key, checkpoint, dtype)
@@ -104,10 +96,15 @@ def merge(
 
         for name, keys in shards.items():
             shown.note(name)
-            metadata = read_metadata(checkpoint.directory / name) or {"format": "pt"}
+            with open_tensors(checkpoint.directory / name) as (file, _):
+                metadata = file.metadata() or {"format": "pt"}
             stream_tensors(staging / name, {key: table[key] for key in keys}, metadata, values)
         if checkpoint.index is not None:
-            _write_index(staging / INDEX_FILE, checkpoint, shards, table, total)
+            sized = dict(checkpoint.index.get("metadata") or {}) | {"total_size": total}
+            if "total_parameters" in sized:
+                sized["total_parameters"] = sum(math.prod(shape) for _, shape in table.values())
+            weight_map = {key: name for name, keys in shards.items() for key in keys}
+            _write_json(staging / INDEX_FILE, {"metadata": sized, "weight_map": dict(sorted(weight_map.items()))})
         for name in copied:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, staging / name)
@@ -117,7 +114,7 @@ def merge(
         merged=sum(bool(tensor.terms) for tensor in tensors),
         replaced=sum(bool(tensor.replacement or tensor.rows) for tensor in tensors),
         added=len(changes) - len(checkpoint),
-        copied=sum(not tensor.is_changed for tensor in tensors),
+        copied=sum(not (tensor.terms or tensor.replacement or tensor.rows) for tensor in tensors),
         files=len(shards),
         skipped=skipped,
         nbytes=total,
@@ -128,15 +125,8 @@ def merge(
 # --- the values -------------------------------------------------------------------------------------------------------
 
 
-def merged_tensor(change: TensorChange, key: str, base: Checkpoint, dtype: torch.dtype | None = None) -> Tensor:
-    """Computes a tensor of the result, in new memory.
-
-    Args:
-        dtype: convert floating-point values to it. Updates are added before, in the wider of this and the base's dtype.
-
-    Raises:
-        ValueError: a result is NaN or infinite.
-    """
+def merged_tensor(change: TensorChange, key: str, base: Checkpoint, dtype: torch.dtype | None) -> Tensor:
+    """Computes a tensor of the result, in new memory. ValueError: a result is NaN or infinite."""
     stored = DTYPES.get(change.dtype)
     if change.replacement is not None:
         file, name = change.replacement
@@ -186,8 +176,8 @@ def _factors(change: TensorChange, dtype: torch.dtype) -> list[tuple[Tensor, Ten
     packed = [pack_factors(dtype, terms) for terms in zip(*stacks, strict=True)]
     magnitude = None
     for term in change.terms:
-        if not term.is_bias and term.update.magnitude is not None:
-            magnitude = term.file.tensor(term.update.magnitude).to(packed[0][0].dtype)
+        if term.magnitude is not None:
+            magnitude = term.file.tensor(term.magnitude).to(packed[0][0].dtype)
     return [(A, B, magnitude) for A, B in packed]
 
 
@@ -220,24 +210,12 @@ def _open_adapters(
     """Opens the adapters, and refuses those that a merged checkpoint cannot hold."""
     if not adapters:
         raise ValueError("merge: no adapter is given")
-    if not len(base):
-        raise ValueError(f"merge: {base.directory} holds no tensor")
     if weights is not None and (len(weights) != len(adapters) or not all(map(math.isfinite, weights))):
-        raise ValueError(
-            f"merge: weights is {list(weights)}, want {len(adapters)} finite numbers, one for each adapter"
-        )
-    places = [os.path.realpath(directory) for directory in adapters]
-    for number, place in enumerate(places):
-        if place in places[:number]:
-            raise ValueError(f"merge: {adapters[number]} is given twice, and would count twice; give it once")
-    opened = [open_adapter(one, with_dora=True, caller="merge") for one in adapters]
+        wanted = f"want {len(adapters)} finite numbers, one for each adapter"
+        raise ValueError(f"merge: weights is {list(weights)}, {wanted}")
+    opened = [open_adapter(one, caller="merge") for one in adapters]
     for contents in opened:
         directory = contents.file.directory
-        if contents.file.config.get("alora_invocation_tokens"):
-            raise ValueError(
-                f"merge: {directory} acts from its alora_invocation_tokens on (aLoRA), and a checkpoint's weights act "
-                "on all tokens; run it unmerged, with PEFT"
-            )
         method, pooling = read_method_note(directory)
         if method not in ("", "lora"):
             raise ValueError(
@@ -253,43 +231,6 @@ def _open_adapters(
     return opened
 
 
-def _stored_dtype(tensor: TensorChange, dtype: torch.dtype | None) -> str:
-    """Indices and quantised weights keep their dtype."""
-    return tensor.dtype if dtype is None or not tensor.is_floating else DTYPE_NAMES[dtype]
-
-
-def _shards(base: Checkpoint, changes: Mapping[str, TensorChange]) -> dict[str, list[str]]:
-    """File name -> its tensors: the base's files, where the last takes new tensors."""
-    shards = {name: list(tensors) for name, tensors in base.shards.items()}
-    list(shards.values())[-1].extend(key for key in changes if key not in base)
-    return shards
-
-
-def _check_space(out: Path, needed: int) -> None:
-    parent = next(path for path in out.parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise OSError(
-            f"merge: {out} takes {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; free some space, or "
-            "choose another directory"
-        )
-
-
-def _write_index(
-    path: Path,
-    base: Checkpoint,
-    shards: Mapping[str, Sequence[str]],
-    table: Mapping[str, tuple[str, tuple[int, ...]]],
-    total: int,
-) -> None:
-    metadata = dict(base.index.get("metadata") or {}) | {"total_size": total}
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(math.prod(shape) for _, shape in table.values())
-    weight_map = {key: name for name, keys in shards.items() for key in keys}
-    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
 def _write_config(path: Path, base: Checkpoint, changes: Mapping[str, TensorChange], dtype: torch.dtype | None) -> None:
     """Writes the copied ``config.json`` again where the merge changes what it says."""
     is_untied = any(tensor.source is not None and tensor.source != key for key, tensor in changes.items())
@@ -300,7 +241,11 @@ def _write_config(path: Path, base: Checkpoint, changes: Mapping[str, TensorChan
         _set_dtype(config, str(dtype).removeprefix("torch."))
     if is_untied:
         config["tie_word_embeddings"] = False
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_json(path, config)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _set_dtype(values: dict[str, Any], dtype: str) -> None:

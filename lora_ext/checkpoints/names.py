@@ -18,8 +18,6 @@ _HEADS = (
     ("embed_in", ("embed_out",)),
     ("word_embeddings", ("cls.predictions.decoder", "lm_head.decoder", "lm_head")),
 )
-
-
 _MOST_CANDIDATES = 16  # prefixes that are tried; real checkpoints have one
 
 
@@ -75,9 +73,8 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
     config = checkpoint.config()
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise ValueError(
-            f"{checkpoint.directory / CONFIG_FILE}: architectures is {shown(architectures)}, want a list of names"
-        )
+        path = checkpoint.directory / CONFIG_FILE
+        raise ValueError(f"{path}: architectures is {shown(architectures)}, want a list of names")
     if not _LANGUAGE_MODEL.search(" ".join(architectures)) or not config.get("tie_word_embeddings", True):
         return None
     for name, heads in _HEADS:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import analysis
-from lora_ext._common.progress import progress
+from lora_ext._common.progress import Progress
 from lora_ext.checkpoints import INDEX_FILE, SINGLE_FILE, AdapterContents, Checkpoint, Layer, find_layers, open_adapter
 from lora_ext.commands.options import CommandError, Parser, check_installed, refusing
 from lora_ext.commands.results import made_by, markdown, measured_on, save_figure, tell, write_json, write_text
@@ -44,11 +44,11 @@ def main(argv: list[str]) -> None:
         adapters = [open_adapter(path, caller="analyze") for path in args.adapter]
         base, note = _base(args, adapters)
         layers = _layers(args, adapters, base)
-        with progress("analyze", sum(layer.nbytes for layer in layers)) as shown:
+        with Progress("analyze", len(layers), unit="layer") as shown:
             for layer in layers:
                 shown.note(layer.name)
                 updates += _measure(layer, similar)
-                shown.advance(layer.nbytes)
+                shown.advance(1)
     steps = [step | {"adapter": update["adapter"]} for update in updates for step in update["projections"]]
     result = made_by("analyze", argv) | {
         "base": None if base is None else str(base.directory),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_ext.checkpoints import ExtractReport, extract
-from lora_ext.commands.options import Parser, dtype, names_of, refusing
+from lora_ext.commands.options import Parser, dtype, refusing
 from lora_ext.commands.results import columns, tell, to_json
 
 
@@ -21,10 +21,6 @@ def main(argv: list[str]) -> None:
     add("--r", type=int, default=16, dest="rank", metavar="RANK", help="largest rank of a layer")
     text = "give each layer the smallest rank that keeps this part of the squared norm"
     add("--energy", type=float, metavar="PART", help=text)
-    text = "layers to adapt: q_proj,v_proj; default: all matrices except embeddings"
-    add("--target-modules", type=names_of, metavar="NAMES", help=text)
-    text = "make other differences an error; default: save them in full"
-    add("--no-save-others", action="store_false", dest="save_others", help=text)
     add("--fan-in-fan-out", action="store_true", help="matrices are [in, out], as in Conv1D of GPT-2")
     add("--dtype", type=dtype, default="float32", help="dtype of the factors: float32, bfloat16 or float16")
     add("--json", action="store_true", help="print the result as JSON")

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_ext._common.printable import first_of, shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
-from lora_ext.files.reading import DTYPES, open_tensors, read_json
+from lora_ext.files.reading import open_tensors, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -137,11 +137,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: as ``open``.
         ValueError: the file is corrupted or not regular, or PyTorch lacks a tensor's dtype.
     """
-    with open_tensors(path) as file:
-        for key in file.offset_keys():
-            if (dtype := str(file.get_slice(key).get_dtype())) not in DTYPES:
-                raise ValueError(f"{path}: {key} has a dtype that torch {torch.__version__} lacks, {dtype}")
-        return {key: file.get_tensor(key) for key in file.offset_keys()}, file.metadata() or {}
+    with open_tensors(path) as (file, table):
+        for key, info in table.items():
+            if info.torch_dtype is None:
+                raise ValueError(f"{path}: {key} has a dtype that torch {torch.__version__} lacks, {info.dtype}")
+        return {key: file.get_tensor(key) for key in table}, file.metadata() or {}
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

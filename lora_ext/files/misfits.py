@@ -17,7 +17,7 @@ from lora_ext.model.adapter_set import Adapter
 _PEFT_DUPLICATES = (".original_module.bias", ".modules_to_save.bias")
 _NOT_IN_SHAPES = (
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "enable_lora"),
-    *("alora_invocation_tokens", "trainable_token_indices"),
+    "trainable_token_indices",
 )
 
 

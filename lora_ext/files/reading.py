@@ -13,6 +13,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ _DEEPEST = 64  # levels of lists and objects; a model's config has 5
 _LARGEST_SHAPE = 2**63 // 16  # elements: PyTorch counts bytes in 63 bits, also for tensors without elements
 _MOST_DIMENSIONS = 64
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory"}
-_SHARD = re.compile(r"(.+)-[0-9]+-of-([0-9]+)\.safetensors")
+_FILE_NAME = re.compile(r"[^./\\:][^/\\:]{0,242}\.safetensors")
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -80,13 +81,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 def read_json(path: Path, caller: str = "", limit: int = LARGEST_CONFIG) -> dict[str, Any]:
     """Reads the JSON object in the regular file ``path``, in UTF-8.
 
-    Args:
-        caller: prefix of error messages, or "".
-        limit: largest size in bytes.
-
     Raises:
         OSError: as ``open``.
-        ValueError: the file is larger than ``limit`` or not regular, or :func:`parse_json` refuses it.
+        ValueError: the file is larger than ``limit`` bytes or not regular, or :func:`parse_json` refuses it. The
+            message begins with ``caller``.
     """
     begin = f"{caller}: " if caller else ""
     try:
@@ -173,34 +171,40 @@ class TensorInfo:
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[safe_open]:
-    """Yields the safetensors library's handle of a file whose header has been checked.
-
-    Raises:
-        OSError: as ``open``.
-        ValueError: as :func:`tensor_table`.
-    """
-    with _opened(path) as file:
-        _table(path, file)
-        yield file
-
-
-def tensor_table(path: Path) -> dict[str, TensorInfo]:
-    """Reads the names, dtypes, shapes and places of a file's tensors, in the order of their bytes.
+def open_tensors(path: Path) -> Iterator[tuple[safe_open, dict[str, TensorInfo]]]:
+    """Yields the safetensors library's handle of a file, and its tensors in the order of their bytes.
 
     Raises:
         OSError: as ``open``.
         ValueError: the file is corrupted, not a safetensors file or not regular; a name cannot be printed; PyTorch
             cannot hold a shape.
     """
-    with _opened(path) as file:
-        return _table(path, file)
+    with open_regular(path) as raw:
+        end = 8 + int.from_bytes(raw.read(8), "little")
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: from PyTorch, if it has just been removed
+        text = escaped(str(error))[:500]
+        raise ValueError(f"{path} is corrupted or not a safetensors file: {text}") from error
+    with file:
+        table: dict[str, TensorInfo] = {}
+        for name in file.offset_keys():  # the library has checked that tensors follow each other without gaps
+            check_name(name, str(path))
+            tensor = file.get_slice(name)
+            dtype, shape = str(tensor.get_dtype()), tuple(tensor.get_shape())
+            if dtype not in BITS:
+                raise ValueError(f"{path} has a tensor of an unknown dtype, {dtype}: {shown(name)}")
+            if len(shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > _LARGEST_SHAPE:
+                raise ValueError(f"{path}: {name} has a shape that PyTorch cannot hold: {shown(list(shape))}")
+            table[name] = TensorInfo(dtype, shape, end, math.prod(shape) * BITS[dtype] // 8)
+            end += table[name].nbytes
+        yield file, table
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the metadata of a safetensors file. Errors as :func:`tensor_table`."""
-    with _opened(path) as file:
-        return file.metadata() or {}
+def tensor_table(path: Path) -> dict[str, TensorInfo]:
+    """Reads the names, dtypes, shapes and places of a file's tensors. Errors as :func:`open_tensors`."""
+    with open_tensors(path) as (_, table):
+        return table
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
@@ -229,35 +233,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    open_regular(path).close()
-    try:
-        file = safe_open(path, "pt")
-    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: from PyTorch, if it has just been removed
-        text = escaped(str(error))[:500]
-        raise ValueError(f"{path} is corrupted or not a safetensors file: {text}") from error
-    with file:
-        yield file
-
-
-def _table(path: Path, file: safe_open) -> dict[str, TensorInfo]:
-    with open_regular(path) as raw:
-        end = 8 + int.from_bytes(raw.read(8), "little")
-    table: dict[str, TensorInfo] = {}
-    for name in file.offset_keys():  # the library has checked that tensors follow each other without gaps
-        check_name(name, str(path))
-        tensor = file.get_slice(name)
-        dtype, shape = str(tensor.get_dtype()), tuple(tensor.get_shape())
-        if dtype not in BITS:
-            raise ValueError(f"{path} has a tensor of an unknown dtype, {dtype}: {shown(name)}")
-        if len(shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > _LARGEST_SHAPE:
-            raise ValueError(f"{path}: {name} has a shape that PyTorch cannot hold: {shown(list(shape))}")
-        table[name] = TensorInfo(dtype, shape, end, math.prod(shape) * BITS[dtype] // 8)
-        end += table[name].nbytes
-    return table
-
-
 # --- the index of several files ---------------------------------------------------------------------------------------
 
 
@@ -269,8 +244,7 @@ def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
 
     Raises:
         FileNotFoundError: a file that it names is missing.
-        OSError: as ``open``.
-        ValueError: it is no index, a name in it leads out of the directory, or it leaves out a file of its checkpoint.
+        ValueError: it is no index, or a name in it is not one of a safetensors file in the directory.
     """
     index = read_json(path, limit=_LARGEST_INDEX)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
@@ -278,40 +252,22 @@ def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
         if not isinstance(values, wanted):
             raise ValueError(f"{path} is not an index of a checkpoint: {part} is {shown(values)}, want an object")
     for name in weight_map.values():
-        _check_file_name(path, name)
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or not name.isprintable():
+            wanted = "want a name without a path of up to 255 characters that ends with .safetensors"
+            raise ValueError(f"{path} names the file {shown(name)}, {wanted}; nothing was read from it")
     names = list(dict.fromkeys(weight_map.values()))
     if not names:
         raise ValueError(f"{path} is not an index of a checkpoint: it names no file")
     if missing := [name for name in names if not (path.parent / name).exists()]:
         raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
-    families = {match.group(1, 2) for name in names if (match := _SHARD.fullmatch(name))}
-    others = [name for name in sorted(os.listdir(path.parent)) if name not in names]
-    if unnamed := [name for name in others if (match := _SHARD.fullmatch(name)) and match.group(1, 2) in families]:
-        raise ValueError(f"{path} does not name all files of its checkpoint:{listed(unnamed)}")
     return index, names
 
 
 def check_shards(path: Path, weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]) -> None:
-    """Checks that the files hold the tensors that the index ``path`` says. ``shards`` maps names of files to keys.
-
-    Raises:
-        ValueError: they disagree; the message lists every such key.
-    """
-    counts: dict[str, int] = {}
-    for keys in shards.values():
-        for key in keys:
-            counts[key] = counts.get(key, 0) + 1
+    """Raises ValueError if the files ``shards`` (name -> keys) do not hold what the index ``path`` says; names all."""
+    counts = Counter(key for keys in shards.values() for key in keys)
     problems = [f"twice: {key}" for key, count in counts.items() if count > 1]
     problems += [f"not in {name}: {key}" for key, name in weight_map.items() if key not in shards[name]]
     problems += [f"not in the index: {key}" for key in counts if key not in weight_map]
     if problems:
         raise ValueError(f"{path} and its files disagree:{listed(problems)}")
-
-
-def _check_file_name(index: Path, name: object) -> None:
-    """Raises ValueError for an entry of an index that is not the name of a safetensors file in its directory."""
-    if not isinstance(name, str) or os.path.basename(name) != name or "\\" in name or ":" in name:
-        raise ValueError(f"{index} names the file {shown(name)}, want a name without a path; nothing was read from it")
-    if not name.endswith(".safetensors") or name.startswith("."):
-        raise ValueError(f"{index} names the file {shown(name)}, want a name that ends with .safetensors")
-    check_name(name, str(index), 255)

@@ -1,12 +1,10 @@
-"""Writes files and directories that are whole or absent: under a temporary name first, which a rename replaces.
+"""Writes files and directories that are whole or absent: in a hidden directory first, from which renames move them.
 
-A killed process leaves hidden files or directories that begin with a dot and end with ``.unfinished``. Nothing reads
-them, and they can be removed.
+A killed process leaves hidden directories that end with ``.unfinished``. Nothing reads them, and they can be removed.
 """
 
 from __future__ import annotations
 
-import errno
 import filecmp
 import json
 import math
@@ -14,12 +12,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from torch import Tensor
 
-from lora_ext._common.printable import check_name, shown
+from lora_ext._common.printable import check_name
 from lora_ext.files.reading import BITS, DTYPE_NAMES, tensor_bytes
 
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
@@ -27,32 +25,11 @@ _METADATA = "__metadata__"
 
 
 @contextmanager
-def write_file(path: str | os.PathLike[str], caller: str = "write_file") -> Iterator[Path]:
-    """Yields a temporary path in the same directory; the file written there takes the name ``path`` at the end.
-
-    After an error or Ctrl-C the old file is unchanged and the temporary one is removed.
-
-    Raises:
-        OSError: the file cannot be written; the message names it, the reason and a remedy.
-    """
-    path = Path(path).absolute()
-    temporary = _unfinished(path)
-    with _explaining(caller, path, temporary):
-        try:
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def write_files(directory: str | os.PathLike[str], names: Sequence[str], caller: str) -> Iterator[Path]:
     """Yields a directory for writing the files ``names``; at the end they replace those in ``directory``.
 
     A name that was not written is removed from ``directory``; all other files stay. The directory is made if needed.
-    After an error or Ctrl-C in the block, ``directory`` is unchanged. The last of ``names``, without which the others
+    After an error or Ctrl-C in the block, the files are unchanged. The last of ``names``, without which the others
     are not read, is taken away before the others are replaced if it changes, and appears last: no reader sees old files
     with new ones.
 
@@ -60,36 +37,25 @@ def write_files(directory: str | os.PathLike[str], names: Sequence[str], caller:
         OSError: the directory cannot be written; the message names it, the reason and a remedy.
     """
     directory = Path(directory).absolute()
-    staging = _unfinished(directory / "saving")
-    with _explaining(caller, directory, staging):
-        made = _make(directory)
-        try:
-            staging.mkdir()
-            yield staging
-            for name in names:
-                if (staging / name).exists():
-                    _sync(staging / name)
-            last, new_last = directory / names[-1], staging / names[-1]
-            if last.exists() and not (new_last.exists() and filecmp.cmp(last, new_last, shallow=False)):
-                last.unlink()
-            for name in names:
-                if (staging / name).exists():
-                    os.replace(staging / name, directory / name)
-                else:
-                    (directory / name).unlink(missing_ok=True)
-            _sync(directory)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            with suppress(OSError):  # it is not empty
-                for path in reversed(made):
-                    path.rmdir()
+    with _staging(directory, directory / "saving", caller) as staging:
+        yield staging
+        for name in names:
+            if (staging / name).exists():
+                _sync(staging / name)
+        last, new_last = directory / names[-1], staging / names[-1]
+        if last.exists() and not (new_last.exists() and filecmp.cmp(last, new_last, shallow=False)):
+            last.unlink()
+        for name in names:
+            if (staging / name).exists():
+                os.replace(staging / name, directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)
+        _sync(directory)
 
 
 @contextmanager
 def new_directory(path: str | os.PathLike[str], caller: str) -> Iterator[Path]:
     """Yields a directory for writing, which takes the name ``path`` at the end; parents are made if needed.
-
-    After an error or Ctrl-C nothing is left.
 
     Raises:
         FileExistsError: ``path`` exists, and is not an empty directory.
@@ -97,27 +63,56 @@ def new_directory(path: str | os.PathLike[str], caller: str) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     check_new(path, caller)
-    staging = _unfinished(path)
-    with _explaining(caller, path, staging):
-        made = _make(path.parent)
-        try:
-            staging.mkdir()
-            yield staging
-            for inner in (*staging.rglob("*"), staging):
-                _sync(inner)
-            os.rename(staging, path)
-            _sync(path.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            with suppress(OSError):
-                for parent in reversed(made):
-                    parent.rmdir()
+    with _staging(path, path, caller) as staging:
+        yield staging
+        for inner in (*staging.rglob("*"), staging):
+            _sync(inner)
+        os.rename(staging, path)
+        _sync(path.parent)
 
 
 def check_new(path: Path, caller: str) -> None:
     """Raises FileExistsError if ``path`` exists, and is not an empty directory."""
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{caller}: {path} exists; choose a new directory, or remove it first")
+
+
+@contextmanager
+def _staging(path: Path, beside: Path, caller: str) -> Iterator[Path]:
+    """Yields a new hidden directory with a name like ``beside``, and removes it and empty new parents at the end.
+
+    Adds the caller, ``path`` and a remedy to an OSError about what is written there.
+    """
+    staging = beside.with_name(f".{beside.name}.{secrets.token_hex(4)}.unfinished")
+    made = [parent for parent in staging.parents if not parent.exists()]
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+    except OSError as error:
+        at = Path(error.filename2 or error.filename or path)
+        if error.errno is None or not ({path, staging} & {at, *at.parents} or at in path.parents):
+            raise  # it is about a file that is read
+        raise OSError(
+            error.errno,
+            f"{caller}: cannot write there ({error.strerror}), nothing in it was changed; free space, get permission "
+            "to write, or choose another directory",
+            os.fspath(path),
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # it is not empty
+            for parent in made:
+                parent.rmdir()
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or the names in a directory, durable. Some file systems cannot do that for directories."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -155,11 +150,8 @@ def stream_tensors(
     Raises:
         OSError: as ``write``.
         ValueError: no reader would take the file: a name is unprintable, too long or ``__metadata__``, metadata are not
-            strings, or the header exceeds 100 MB.
+            Unicode, or the header exceeds 100 MB.
     """
-    for pair in metadata.items():
-        if not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"the metadata of a safetensors file must be strings, got {shown(pair)}")
     header: dict[str, object] = {_METADATA: dict(metadata)}
     sizes: dict[str, int] = {}
     begin = 0
@@ -171,12 +163,7 @@ def stream_tensors(
         sizes[name] = math.prod(shape) * BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + sizes[name]]}
         begin += sizes[name]
-    try:
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{path}: the metadata are not Unicode: {shown(error.object[error.start - 20 :], 50)}"
-        ) from None
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _LARGEST_HEADER:
         raise ValueError(f"{path}: the header would have {len(text)} bytes, more than {_LARGEST_HEADER}")
@@ -187,51 +174,3 @@ def stream_tensors(
             if tensor.nbytes != size:
                 raise ValueError(f"{path}: {name} has {tensor.nbytes} bytes, but {size} were announced")
             file.write(tensor_bytes(tensor))
-
-
-# --- steps ------------------------------------------------------------------------------------------------------------
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
-
-
-def _sync(path: Path) -> None:
-    """Makes a file, or the names in a directory, durable. Some file systems cannot do that for directories."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _make(directory: Path) -> list[Path]:
-    """Makes a directory and its parents. Returns those that were missing, the outermost first."""
-    missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
-    directory.mkdir(parents=True, exist_ok=True)
-    return missing[::-1]
-
-
-@contextmanager
-def _explaining(caller: str, path: Path, staging: Path) -> Iterator[None]:
-    """Adds the caller, the path and a remedy to an OSError about what is written here."""
-    try:
-        yield
-    except OSError as error:
-        at = Path(error.filename2 or error.filename or path)
-        if error.errno is None or not ({path, staging} & {at, *at.parents} or at in path.parents):
-            raise  # it is about a file that is read
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            file = next(part for part in (path, *path.parents) if os.path.lexists(part) and not part.is_dir())
-            raise type(error)(
-                error.errno, f"{caller}: {file} is no directory; choose another path", os.fspath(path)
-            ) from error
-        raise OSError(
-            error.errno,
-            f"{caller}: cannot write there ({error.strerror}), nothing in it was changed; free space, get permission "
-            "to write, or choose another directory",
-            os.fspath(path),
-        ) from error

@@ -2,6 +2,6 @@
 
 - ``inject``: the order of it all, and how it is undone. ``targets`` finds what a config names, by PEFT's rules;
   ``check_targets`` refuses what cannot be adapted; ``build`` makes the layers.
-- ``mixtures``: "all-linear" in a mixture of experts.
+- ``all_linear``: what "all-linear" means, also in a mixture of experts.
 - ``trainers``: refuses PEFT, and TRL's trainers that need a reference model, on an injected model.
 """

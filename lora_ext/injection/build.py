@@ -120,13 +120,11 @@ class PartsBuilder:
         copied: dict = dict(self.untrained)  # a shared deepcopy memo: copies of tied modules stay tied
         tied = [path for path, source in targets.tied.items() if source in targets.trained]
         for path in (*targets.trained, *tied) if self.device is not None else ():
-            module = self.bare.modules[path]
-            for tensor in (*module.parameters(), *module.buffers()):
-                if id(tensor) not in copied:
-                    empty = torch.empty_like(tensor, device=self.device)
-                    copied[id(tensor)] = (
-                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-                    )
+            for parameter in self.bare.modules[path].parameters():
+                empty = torch.empty_like(parameter, device=self.device)
+                copied.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+            for buffer in self.bare.modules[path].buffers():
+                copied.setdefault(id(buffer), torch.empty_like(buffer, device=self.device))
         inside = Parents((*targets.trained, *tied))
         for path, around in reversed(self.bare.layers.items()):  # copies must not contain other adapters
             if path in inside:
@@ -170,20 +168,17 @@ class PartsBuilder:
         self, path: str, module: nn.Module, num_parts: int
     ) -> tuple[LoraPackedLinear, dict[nn.Module, nn.Module]]:
         """Returns what :meth:`_layer` does; a new layer replaces a :class:`LoraLinear` and takes over its adapters."""
-        made = LoraPackedLinear(module, num_parts, active=self.active)
-        for layer in self.bare.layers.get(path, ()):
-            if isinstance(layer, LoraPackedLinear):
-                if layer.num_parts != num_parts:
-                    raise ValueError(
-                        f"inject: enable_lora has {num_parts} parts for {path!r}, want {layer.num_parts} like the "
-                        "other adapters"
-                    )
-                return layer, {}
-            if isinstance(layer, LoraLinear):
-                # Its adapters, a pool's slots, hooks of users; but a packed layer shares no input.
+        layer = next((layer for layer in self.bare.layers.get(path, ()) if isinstance(layer, LoraLinear)), None)
+        if not isinstance(layer, LoraPackedLinear):
+            made = LoraPackedLinear(module, num_parts, active=self.active)
+            if layer is not None:  # its adapters, a pool's slots, hooks of users; but a packed layer shares no input
                 vars(made).update({n: v for n, v in vars(layer).items() if n not in ("_neighbours", "forward")})
-                return made, {layer: made}
-        return made, {module: made}
+            return made, {layer or module: made}
+        if layer.num_parts != num_parts:
+            raise ValueError(
+                f"inject: enable_lora has {num_parts} parts for {path!r}, want {layer.num_parts} like the others"
+            )
+        return layer, {}
 
     def biases(self, parts: tuple[Part, ...]) -> TrainedBiases | None:
         if self.config.bias == "none":

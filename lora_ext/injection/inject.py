@@ -21,10 +21,10 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
+from lora_ext.injection.all_linear import expand_all_linear, names_next_to_all_linear, warn_of_parts_left_out
 from lora_ext.injection.build import PartsBuilder
 from lora_ext.injection.check_targets import check_targets
-from lora_ext.injection.mixtures import expand_all_linear, warn_of_parts_left_out
-from lora_ext.injection.targets import find_targets, names_next_to_all_linear
+from lora_ext.injection.targets import find_targets
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
@@ -46,26 +46,23 @@ def inject(
 ) -> ModelT:
     """Adapts ``model`` in place: replaces every targeted layer by one that holds a low-rank adapter.
 
-    Targets can be linear layers (also quantised ones), embeddings, convolutions, attention and single parameters
-    (lora_ext/nn). The first call freezes all parameters; trainable are those of the adapter,
-    ``config.modules_to_save`` and ``config.bias``. The model's output stays the same until the adapter is trained. An
-    adapter is on its base layer's device, in its dtype, or in float32 if that has 16 bits. A layer in several places of
-    the model is replaced in all of them by the same new layer, named by the first path.
+    Targets can be linear layers (also quantised ones), embeddings, convolutions, attention and single parameters. The
+    first call freezes all parameters; trainable are those of the adapter, ``config.modules_to_save`` and
+    ``config.bias``. The output stays the same until the adapter is trained. An adapter is on its base layer's device,
+    in its dtype, or in float32 if that has 16 bits. A layer in several places of the model is replaced in all of them
+    by one new layer, named by the first path. ``nn.TransformerEncoder``'s inference fast path is switched off: it reads
+    weights without calling their layers.
 
     Another call with another name adds a second adapter, on the same or on other layers, and makes it the active one;
     :func:`lora_ext.adapters.set_adapter` switches back.
-
-    ``nn.TransformerEncoder``'s inference fast path reads its layers' weights without calling them, so it is switched
-    off in encoders with an adapter. Without it, outputs at padded positions are no longer zeroed.
 
     Args:
         model: any module; weights may be on the meta device.
         config: what to adapt; a ``peft.LoraConfig`` is converted (:meth:`LoraConfig.from_peft`). If it names no
             modules, PEFT's table for the model's type does, as in ``get_peft_model``.
         adapter_name: the adapter's name in the model.
-        share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op, with one dropout mask. They are
-            found while the model runs; :func:`lora_ext.adapters.input_groups` reports them. Concerns all layers of the
-            model, those of earlier calls too.
+        share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op, with one dropout mask
+            (:func:`lora_ext.adapters.input_groups` reports them). Concerns all layers of the model.
 
     Returns:
         ``model``, the same object.
@@ -116,20 +113,15 @@ class Injection:
         check_new_name("inject", adapter_name, adapters)
         _check_state(root, adapters, config)
 
-        self._bare = BareModel(root)
-        given, others = config, names_next_to_all_linear(config)
-        if others is not None:  # the config names "all-linear"
-            config = expand_all_linear(config, others, self._bare)
-        self._targets = find_targets(
-            config, type(root).__name__, self._bare.modules, self._bare.head, self._bare.embedding
-        )
-        self._config, self._name = config, adapter_name
+        self._bare, self._name = BareModel(root), adapter_name
+        self._config = expand_all_linear(config, self._bare)
+        self._targets = find_targets(self._config, self._bare)
         with self.values_gathered():
-            check_targets(self._bare, self._targets, config)
-        if others is not None:
-            warn_of_parts_left_out(given, self._bare, self._targets)
+            check_targets(self._bare, self._targets, self._config)
+        if names_next_to_all_linear(config) is not None:
+            warn_of_parts_left_out(config, self._bare, self._targets)
             # Like PEFT, store the layers, not the rule: it would find other layers after the model changes.
-            self._config = dataclasses.replace(config, target_modules=tuple(self._targets.modules))
+            self._config = dataclasses.replace(self._config, target_modules=tuple(self._targets.modules))
         self._into = AdapterSet() if adapters is None else adapters
 
     def values_gathered(self) -> AbstractContextManager[None]:
@@ -227,7 +219,8 @@ def forget_injection(model: nn.Module) -> None:
     for module in model.modules():
         forget_adapter_set(module)
         forget_adapter_names(module)
-        _restore_fast_path(module)
+        for _, attribute, _ in _FAST_PATH:
+            _restore(module, attribute)
         remove_guard(module)
     stop_serving_files(root_module(model))
 
@@ -273,23 +266,17 @@ def check_none_merged(caller: str, root: nn.Module) -> None:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_no_peft_layers(root: nn.Module) -> None:
-    """Refuses models that PEFT adapts: their factors would be targets, and frozen."""
+def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfig) -> None:
+    if adapters is not None:
+        adapters.check_enabled("inject")
     for path, module in root.named_modules():
-        if is_of_peft(module):
+        if is_of_peft(module):  # its factors would be targets, and frozen
             raise ValueError(
                 f"inject: {path!r} is a layer of PEFT ({type(module).__name__}); merge or remove PEFT's adapters first "
                 "(peft_model.merge_and_unload()), or run PEFT's layers on lora_ext's kernels: "
                 "lora_ext.integrations.peft.accelerate(peft_model)"
             )
-
-
-def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfig) -> None:
-    _check_no_peft_layers(root)
-    if adapters is not None:
-        adapters.check_enabled("inject")
-    for path, _ in lora_modules(root):
-        if adapters is None:
+        if adapters is None and isinstance(module, LoraLayer):
             raise ValueError(
                 f"inject: {type(root).__name__} has LoRA layers already ({path!r}), but was not injected as a whole; "
                 "call lora_ext.adapters.merge_and_unload(model) first, or inject into a fresh model"
@@ -303,33 +290,33 @@ def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfi
         )
 
 
-# --- nn.TransformerEncoder's fast path --------------------------------------------------------------------------------
+# --- nn.TransformerEncoder's fast path, quantised models --------------------------------------------------------------
 
 # In eval mode these modules pass linear1.weight and linear2.weight to a fused kernel, unless this attribute is off.
 _FAST_PATH: tuple[tuple[type[nn.Module], str, int | bool], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),  # only the fused kernel takes nested tensors
 )
+_BEFORE = "_{}_before_lora"  # the attribute that keeps another one's value
+_QUANTIZED = "is_quantized"
+
+
+def _set_for_lora(module: nn.Module, attribute: str, value: int | bool) -> None:
+    if _BEFORE.format(attribute) not in vars(module):
+        vars(module)[_BEFORE.format(attribute)] = getattr(module, attribute)
+        setattr(module, attribute, value)
+
+
+def _restore(module: nn.Module, attribute: str) -> None:
+    if _BEFORE.format(attribute) in vars(module):
+        setattr(module, attribute, vars(module).pop(_BEFORE.format(attribute)))
 
 
 def _switch_off_fast_path(root: nn.Module) -> None:
     for module in root.modules():
         for kind, attribute, off in _FAST_PATH:
-            saved = f"_{attribute}_before_lora"
-            if isinstance(module, kind) and saved not in vars(module) and any(adapter_layers(module)):
-                setattr(module, saved, getattr(module, attribute))
-                setattr(module, attribute, off)
-
-
-def _restore_fast_path(module: nn.Module) -> None:
-    for _, attribute, _ in _FAST_PATH:
-        if (before := vars(module).pop(f"_{attribute}_before_lora", None)) is not None:
-            setattr(module, attribute, before)
-
-
-# --- quantised models -------------------------------------------------------------------------------------------------
-
-_QUANTIZED, _QUANTIZED_BEFORE = "is_quantized", "_is_quantized_before_lora"
+            if isinstance(module, kind) and any(adapter_layers(module)):
+                _set_for_lora(module, attribute, off)
 
 
 def prepare_quantized(model: nn.Module) -> None:
@@ -340,12 +327,11 @@ def prepare_quantized(model: nn.Module) -> None:
     keep_stored(model)
     for module in model.modules():
         if vars(module).get(_QUANTIZED) is True:
-            vars(module)[_QUANTIZED], vars(module)[_QUANTIZED_BEFORE] = False, True
+            _set_for_lora(module, _QUANTIZED, False)
 
 
 def release_quantized(model: nn.Module) -> None:
     """Undoes :func:`prepare_quantized`."""
     stop_keeping_stored(model)
     for module in model.modules():
-        if vars(module).pop(_QUANTIZED_BEFORE, False):
-            vars(module)[_QUANTIZED] = True
+        _restore(module, _QUANTIZED)

@@ -9,18 +9,18 @@ import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
-from lora_ext.config import ALL_LINEAR, LoraConfig
+from lora_ext.config import LoraConfig
+from lora_ext.injection.all_linear import is_all_linear, linear_layers, why_left_out
 from lora_ext.matching.path_names import EndTable, Parents, SuffixTable, path_ends
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
-from lora_ext.model.bare_model import parameter_paths
-from lora_ext.nn.base_layer import why_bypassed, why_output_unusable
+from lora_ext.model.bare_model import BareModel, parameter_paths
 from lora_ext.nn.linear import is_linear
-from lora_ext.quantized import quantized_weight, why_unsupported
 
 _MOST_CLOSE, _LONGEST_CLOSE = 5, 100
 _TOKENS = "trainable_token_indices"
@@ -47,21 +47,8 @@ class Targets:
     tied: dict[str, str]
 
 
-def find_targets(
-    config: LoraConfig,
-    root_name: str,
-    modules: Mapping[str, nn.Module],
-    output_head: nn.Module | None = None,
-    input_embedding: nn.Module | None = None,
-) -> Targets:
+def find_targets(config: LoraConfig, bare: BareModel) -> Targets:
     """Finds the parts of a model that ``config`` names.
-
-    Args:
-        root_name: the model's class, for messages.
-        modules: those of the bare model by path, in its order, each once, without the root.
-        output_head: the result of ``get_output_embeddings()``; "all-linear" excludes it.
-        input_embedding: the result of ``get_input_embeddings()``: a plain list of tokens refers to it, and modules that
-            share its weight are tied to it.
 
     Raises:
         ValueError: nothing matches (names close matches); a part is named for two purposes; tied embeddings would train
@@ -71,7 +58,7 @@ def find_targets(
         UserWarning: an entry matches nothing while others do (PEFT is silent, and a misspelt layer is not adapted);
             there is nothing to tie; a module to save shares a parameter with a module that is not saved.
     """
-    return _Search(config, root_name, modules, output_head, input_embedding).run()
+    return _Search(config, bare).run()
 
 
 class _Search:
@@ -83,19 +70,10 @@ class _Search:
         warnings: issued at the end, when nothing can fail any more.
     """
 
-    def __init__(
-        self,
-        config: LoraConfig,
-        root_name: str,
-        modules: Mapping[str, nn.Module],
-        output_head: nn.Module | None,
-        input_embedding: nn.Module | None,
-    ) -> None:
-        self.config = config
-        self.root_name = root_name
-        self.modules = modules
-        self.output_head = output_head
-        self.embedding, self.twins = _tied_embedding(modules, input_embedding)
+    def __init__(self, config: LoraConfig, bare: BareModel) -> None:
+        self.config, self.bare, self.modules = config, bare, bare.modules
+        self.root_name = type(bare.root).__name__
+        self.embedding, self.twins = _tied_embedding(bare)
         self.warnings: list[str] = []
         self.tied: dict[str, str] = {}
 
@@ -119,18 +97,15 @@ class _Search:
         unmatched = sorted(wanted.difference(*found.values()))
         self.report_unmatched("modules_to_save", unmatched, fatal=not trained)
         trained = self.tie(trained)
-
-        paths, inside = parameter_paths(self.modules.items()), Parents(trained)
+        paths, inside = parameter_paths(self.modules.items()), Parents((*trained, *self.tied))
         for path, module in trained.items():
-            for parameter in module.parameters():
-                others = [other for other in paths[id(parameter)] if other not in inside and other not in self.tied]
-                if others:
-                    are_tied = {path, *others} <= {self.embedding, *self.twins}
-                    more = ", or set ensure_weight_tying=True" if are_tied else ""
-                    self.warnings.append(
-                        f"inject: modules_to_save has {path!r}, which shares a parameter with {others[0]!r}: its "
-                        f"trained copy does not, as in PEFT. To train them as one, add the other to it{more}"
-                    )
+            others = [other for p in module.parameters() for other in paths[id(p)] if other not in inside]
+            if others:
+                self.warnings.append(
+                    f"inject: modules_to_save has {path!r}, which shares a parameter with {others[0]!r}: its "
+                    "trained copy does not, as in PEFT. To train them as one, add the other to it, or set "
+                    "ensure_weight_tying=True if they are the tied embeddings"
+                )
         return trained
 
     def find_parameters(self, trained: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
@@ -140,15 +115,12 @@ class _Search:
             return {}
         named, inside, matched = EndTable(names), Parents(trained), set()
         found: dict[str, list[str]] = defaultdict(list)
-        for path, name in _parameters(self.modules, names):
+        for path, name in _parameters(self.modules):
             if not (entries := named.find(f"{path}.{name}")):
                 continue
             matched.update(entries)
             if path in inside:
-                raise ValueError(
-                    f"inject: target_parameters names {path + '.' + name!r}, and modules_to_save trains it in "
-                    "full; remove it from one of the two"
-                )
+                _refuse_twice(f"{path}.{name}", "target_parameters", "modules_to_save")
             found[path].append(name)
         unmatched = [entry for entry in names if entry not in matched]
         self.report_unmatched("target_parameters", unmatched, fatal=not found and not self.config.target_modules)
@@ -160,7 +132,7 @@ class _Search:
         """Modules to adapt: those that ``target_modules`` names, without excluded ones, other layers and the above."""
         config = self.config
         if is_all_linear(config):
-            named = linear_layers(self.modules, self.output_head)
+            named = linear_layers(self.bare)
         else:
             named = list(filter(PathMatcher("target_modules", config.target_modules), self.modules))
             unmatched = self.unmatched(config.target_modules, named)
@@ -171,23 +143,18 @@ class _Search:
 
         whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
         layers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
-        in_layers = [path for path in named if path in layers]
         inside = Parents((*trained, *self.tied))
-        targets = {path: self.modules[path] for path in in_layers if path not in excluded and path not in inside}
+        targets = {
+            path: self.modules[path] for path in named if path in layers and path not in excluded and path not in inside
+        }
         targets = self.tie(targets)
         if self.embedding in targets and self.embedding in excluded:
-            raise ValueError(
-                f"inject: exclude_modules has {self.embedding!r}, but ensure_weight_tying is True and target_modules "
-                "names a module tied to it; remove it from exclude_modules, or set ensure_weight_tying=False"
-            )
+            _refuse_twice(self.embedding, "exclude_modules", "ensure_weight_tying, for target_modules")
         if not targets and not parameters:
-            raise ValueError(self.why_nothing(named, in_layers))
+            raise ValueError(self.why_nothing(named))
         for path in parameters:
             if path in targets:
-                raise ValueError(
-                    f"inject: target_parameters names {list(parameters[path])} of {path!r}, and target_modules names "
-                    f"{path!r} itself; name one of them (target_modules=[] adapts no module)"
-                )
+                _refuse_twice(path, "target_parameters", "target_modules")
         return targets
 
     def find_tokens(
@@ -209,22 +176,14 @@ class _Search:
         saved, adapted = Parents(trained), Parents(targets)
         for path, indices in ((path, wanted[name]) for name, paths in matches.items() for path in paths):
             if path in saved or path in adapted:
-                other = "modules_to_save" if path in saved else "target_modules"
-                raise ValueError(
-                    f"inject: {_TOKENS} names {path!r}, and so does {other}; remove it from one of the two"
-                )
+                _refuse_twice(path, _TOKENS, "modules_to_save" if path in saved else "target_modules")
             if tokens.setdefault(path, indices) != indices:
                 raise ValueError(f"inject: {_TOKENS} names {path!r} twice, with different tokens")
         self.tie_tokens(tokens, saved)
         return tokens
 
     def tie_tokens(self, tokens: dict[str, tuple[int, ...]], saved: Parents) -> None:
-        """Leaves the rows of tied modules to the embedding, even without ``ensure_weight_tying``, as PEFT does.
-
-        Args:
-            tokens: by path; changed in place.
-            saved: the paths in ``modules_to_save``.
-        """
+        """Leaves the rows of tied modules to the embedding, even without ``ensure_weight_tying``, as PEFT does."""
         listed = {path: tokens[path] for path in (self.embedding, *self.twins) if path in tokens}
         if len(set(listed.values())) > 1:
             if self.config.ensure_weight_tying:
@@ -236,10 +195,7 @@ class _Search:
             return
         for twin in self.twins if self.embedding in tokens else ():
             if twin in saved:
-                raise ValueError(
-                    f"inject: {_TOKENS} names {self.embedding!r}, which {twin!r} follows, and modules_to_save names "
-                    "that; remove one of the two"
-                )
+                _refuse_twice(twin, f"{_TOKENS}, with {self.embedding!r} that it follows,", "modules_to_save")
             tokens.pop(twin, None)
             self.tied[twin] = self.embedding
 
@@ -258,17 +214,18 @@ class _Search:
         ends = {path[begin:] for path in found for begin in path_ends(path)}
         return [name for name in names or () if name not in ends]
 
-    def why_nothing(self, named: list[str], in_layers: list[str]) -> str:
-        config = self.config
+    def why_nothing(self, named: list[str]) -> str:
         if not named:
-            message = f"inject: {self.root_name} has no linear layer to adapt except its output head"
-            quantized = next(iter(unsupported_layers(self.modules).items()), None)
-            return message if quantized is None else f"{message}; {quantized[0]} cannot be adapted: {quantized[1]}"
-        message = f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, and "
-        if in_layers:
-            return message + "exclude_modules or modules_to_save excludes them all"
-        pattern = f" (layers_pattern {shown(config.layers_pattern)})" if config.layers_pattern else ""
-        return message + f"none of them is in layers_to_transform {shown(config.layers_to_transform)}{pattern}"
+            whys = (
+                f"; {path} cannot be adapted: {why}" for path in self.modules if (why := why_left_out(self.bare, path))
+            )
+            return f"inject: {self.root_name} has no linear layer to adapt except its output head{next(whys, '')}"
+        keys = ("exclude_modules", "modules_to_save", "task_type", "layers_to_transform", "layers_pattern")
+        given = ", ".join(f"{key}={shown(value)}" for key in keys if (value := getattr(self.config, key)))
+        return (
+            f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, and "
+            f"other settings exclude them all ({given})"
+        )
 
     def check_leftovers(self, targets: set[str]) -> None:
         """Warns about settings without effect."""
@@ -276,10 +233,8 @@ class _Search:
             if unused:
                 self.warnings.append(f"inject: {key} {shown(unused)} matches nothing adapted in {self.root_name}")
         if self.config.ensure_weight_tying and not self.tied:
-            why = f"nothing in {self.root_name} shares its weight with the input embedding"
-            if self.twins:
-                why = f"neither {self.embedding!r} nor {self.twins}, which is tied to it, is adapted or trained"
-            self.warnings.append(f"inject: ensure_weight_tying is True, but {why}")
+            tied = f"one of {[self.embedding, *self.twins]}" if self.twins else "anything tied to the input embedding"
+            self.warnings.append(f"inject: ensure_weight_tying is True, but no setting adapts or trains {tied}")
 
     def report_unmatched(self, key: str, unmatched: list[str], *, fatal: bool) -> None:
         """Refuses, or warns about, entries that match nothing; the message names close matches."""
@@ -287,92 +242,44 @@ class _Search:
             return
         if key == "target_parameters":
             plural, paths = "parameters", [f"{path}.{name}" for path, name in _parameters(self.modules)]
-            known, others = paths, [path.split(".", path.count(".") - 1)[-1] for path in paths]
+            ends = [path.split(".", path.count(".") - 1)[-1] for path in paths]
+            examples = paths
         else:
-            kind, plural = (nn.Embedding, "embeddings") if key == _TOKENS else (None, "linear layers")
-            paths = [path for path, m in self.modules.items() if (isinstance(m, kind) if kind else is_linear(m))]
-            known = [path.rpartition(".")[2] for path in paths]
-            others = [*known, *(path.rpartition(".")[2] for path in self.modules)]
+            plural, paths = "embeddings" if key == _TOKENS else "linear layers", list(self.modules)
+            ends = [path.rpartition(".")[2] for path in paths]
+            wanted = (lambda m: isinstance(m, nn.Embedding)) if key == _TOKENS else is_linear
+            examples = [end for end, module in zip(ends, self.modules.values(), strict=True) if wanted(module)]
+        candidates = list(dict.fromkeys([*ends, *paths]))
         # Close matches take time per name, and help only with names written by hand.
         written = [name for name in unmatched[:_MOST_CLOSE] if len(name) <= _LONGEST_CLOSE]
-        candidates = list(dict.fromkeys([*others, *paths]))
         close = dict.fromkeys(match for name in written for match in difflib.get_close_matches(name, candidates))
-        some = list(dict.fromkeys(known))[:8]
-        is_expression = key in ("target_modules", "exclude_modules") and isinstance(getattr(self.config, key), str)
+        entries, kind = getattr(self.config, key), "parameter" if examples is paths else "module"
         message = (
-            f"inject: {key} {shown(unmatched)} matches no {'parameter' if known is paths else 'module'} of "
-            f"{self.root_name}; "
-            + ("a string is an expression for the whole path of a module, write names as a list; " * is_expression)
+            f"inject: {key} {shown(unmatched)} matches no {kind} of {self.root_name}; "
+            + "a string is an expression for whole paths, write names as a list; " * isinstance(entries, str)
             + (f"close matches: {', '.join(map(repr, close))}; " if close else "")
-            + f"its {plural} include {', '.join(map(repr, some)) or 'none'}"
+            + f"its {plural} include {', '.join(map(repr, list(dict.fromkeys(examples))[:8])) or 'none'}"
         )
         if fatal:
             raise ValueError(message)
         self.warnings.append(message)
 
 
-def linear_layers(modules: Mapping[str, nn.Module], output_head: nn.Module | None) -> list[str]:
-    """The layers that "all-linear" means: linear ones that take an update, without the output head."""
-    found = []
-    for path, module in modules.items():
-        if not is_linear(module) or module is output_head or why_output_unusable(module) is not None:
-            continue
-        parent, _, name = path.rpartition(".")
-        if parent and why_bypassed(modules[parent], name) is not None:
-            continue
-        found.append(path)
-    return found
+def _refuse_twice(path: str, key: str, other: str) -> NoReturn:
+    raise ValueError(f"inject: {key} names {path!r}, and so does {other}; remove it from one of the two")
 
 
-def unsupported_layers(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Returns why, by path, for linear layers in classes of their own whose quantisation is not known here."""
-    reasons = {}
-    for path, module in modules.items():
-        if is_linear(module) or not isinstance(getattr(module, "in_features", None), int):
-            continue
-        if quantized_weight(module) is None and (why := why_unsupported(module)) is not None:
-            reasons[path] = why
-    return reasons
-
-
-def is_all_linear(config: LoraConfig) -> bool:
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-
-
-def names_next_to_all_linear(config: LoraConfig) -> tuple[str, ...] | None:
-    """Returns the other names of a config that names "all-linear", alone or in a list; None if it does not."""
-    if is_all_linear(config):
-        return ()
-    if isinstance(config.target_modules, str) or ALL_LINEAR not in (config.target_modules or ()):
-        return None
-    return tuple(name for name in config.target_modules if name != ALL_LINEAR)
-
-
-def _tied_embedding(modules: Mapping[str, nn.Module], embedding: nn.Module | None) -> tuple[str, list[str]]:
+def _tied_embedding(bare: BareModel) -> tuple[str, list[str]]:
     """The path of the input embedding ("" if there is none), and the paths of the modules that share its weight."""
-    paths = [path for path, module in modules.items() if module is embedding]
-    if embedding is None or not paths:
-        return "", []
-    weights = {id(parameter) for parameter in embedding._parameters.values() if parameter is not None}
-    holders = parameter_paths(modules.items())
-    shared = {path for weight in weights for path in holders[weight]} - set(paths)
-    return paths[0], [path for path in modules if path in shared]
+    path = next((path for path, module in bare.modules.items() if module is bare.embedding), "")
+    weights = bare.embedding._parameters.values() if path else ()
+    holders = parameter_paths(bare.modules.items())
+    shared = {holder for weight in weights if weight is not None for holder in holders[id(weight)]} - {path}
+    return path, [path for path in bare.modules if path in shared]
 
 
-def _parameters(modules: Mapping[str, nn.Module], whole_paths: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
-    """Yields ``(module path, name)`` of every parameter that can be a target, in PEFT's order.
-
-    A module with parametrizations holds its parameters elsewhere; as in PEFT, only a whole path can name them.
-    """
-    by_parent: dict[str, list[str]] = defaultdict(list)
-    for entry in sorted(set(whole_paths)):
-        parent, _, name = entry.rpartition(".")
-        by_parent[parent].append(name)
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Yields ``(module path, name)`` of every parameter that can be a target, in PEFT's order."""
     for path, module in modules.items():
-        if hasattr(module, "parametrizations"):
-            for name in by_parent.get(path, ()):
-                if isinstance(getattr(module, name, None), Tensor):
-                    yield path, name
-        else:
-            for name, _ in module.named_parameters(recurse=False):
-                yield path, name
+        if not hasattr(module, "parametrizations"):
+            yield from ((path, name) for name, _ in module.named_parameters(recurse=False))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import regex
 
 from lora_ext._common.printable import shown
-from lora_ext.matching.name_table import are_names
+from lora_ext.matching.path_names import are_names
 
 _LARGEST = 20_000  # characters; they take up to 0.1 s and 20 MB to compile
 _LARGEST_DEPTH = 100  # of brackets; the interpreter's own limit is any that a library has set

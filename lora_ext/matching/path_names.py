@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
+
+_SPECIAL = re.compile(r"[\\^$*+?{}\[\]()]")
+_ESCAPED = re.compile(r"\\[^\w|]")
 
 
 def name_covers(name: str, path: str) -> bool:
@@ -61,5 +65,43 @@ class Parents:
 
     def __contains__(self, path: str) -> bool:
         """Returns whether ``path`` is one of the paths or below one."""
-        ends = (begin - 1 for begin in path_ends(path) if begin > 0)
-        return path in self._paths or any(path[:end] in self._paths for end in ends)
+        return path in self._paths or any(path[: begin - 1] in self._paths for begin in path_ends(path) if begin)
+
+
+def are_names(source: str) -> bool:
+    """Returns whether an expression is one name, or several separated by ``|``."""
+    rest = _ESCAPED.sub("_", source)
+    return _SPECIAL.search(rest) is None and "" not in rest.split("|")
+
+
+class NameTable:
+    """Numbered expressions that are names; finds those that match a text without trying each: there are thousands.
+
+    Users mean the dots as dots, and rarely escape them; but, as in ``re``, such a dot matches any character.
+    """
+
+    def __init__(self) -> None:
+        # Length of the name -> places that match any character -> the other characters -> numbers.
+        self._tables: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
+
+    def add(self, number: int, source: str) -> None:
+        """Adds the names of an expression that :func:`are_names` accepts."""
+        for name in source.split("|"):
+            characters = re.findall(r"\\?.", name, re.DOTALL) if "\\" in name else name
+            dots = tuple(i for i, character in enumerate(characters) if character == ".")
+            text = "".join(character[-1] for character in characters) if "\\" in name else name
+            table = self._tables.setdefault(len(text), {}).setdefault(dots, {})
+            table.setdefault(_without(text, dots), []).append(number)
+
+    def find(self, text: str) -> Iterator[int]:
+        """Yields the numbers of all names that match ``text``."""
+        for dots, table in self._tables.get(len(text), {}).items():
+            if (found := table.get(_without(text, dots))) and not any(text[place] == "\n" for place in dots):
+                yield from found
+
+
+def _without(text: str, places: tuple[int, ...]) -> str:
+    if not places:
+        return text
+    begins, ends = (0, *(place + 1 for place in places)), (*places, len(text))
+    return "".join(text[begin:end] for begin, end in zip(begins, ends, strict=True))

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import regex
 
 from lora_ext.matching.bounded_regex import TimeAllowance, compiled
-from lora_ext.matching.name_table import NameTable, are_names
-from lora_ext.matching.path_names import EndTable, path_ends
+from lora_ext.matching.path_names import EndTable, NameTable, are_names, path_ends
 
 
 class PathMatcher:

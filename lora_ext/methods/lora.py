@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lora_ext.config import LoraConfig
-from lora_ext.injection.mixtures import expand_all_linear
-from lora_ext.injection.targets import find_targets, names_next_to_all_linear
+from lora_ext.injection.all_linear import expand_all_linear
+from lora_ext.injection.targets import find_targets
 from lora_ext.methods.architectures import base_model, base_path
 from lora_ext.methods.base import Method, pooling_of, task_type
 from lora_ext.model.bare_model import BareModel, root_module
@@ -45,9 +45,8 @@ class Lora(Method):
         TypeError: a target is neither a linear layer nor an embedding.
         """
         bare, config = BareModel(root_module(model)), self.lora_config(model)
-        if (others := names_next_to_all_linear(config)) is not None:
-            config = expand_all_linear(config, others, bare)
-        found = find_targets(config, type(bare.root).__name__, bare.modules, bare.head, bare.embedding)
+        config = expand_all_linear(config, bare)
+        found = find_targets(config, bare)
         count = 0
         for path, layer in {**found.modules, **dict.fromkeys(found.parameters)}.items():
             if isinstance(layer, nn.Embedding):

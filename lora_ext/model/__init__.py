@@ -4,5 +4,5 @@
 - ``bare_model``: paths and modules without adapter layers.
 - ``adapter_state``: the state of adapters alone, and what ``load_state_dict`` takes; ``given_state``: values that a
   caller gathered; ``saver``: in place of ``save_pretrained``; ``method_files``: what a method trains.
-- ``mixed_batch``: ``adapter_names`` in the model's calls.
+- ``mixed_batch``: ``adapter_names`` in the model's calls. ``replaced_method``: in place of a model's own.
 """

@@ -8,7 +8,7 @@ A hook before the model's forward takes the names out of the arguments, as most 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lora_ext._common.hooks import has_pre_hook, remove_hooks
 from lora_ext._common.printable import shown
 from lora_ext.model.adapter_set import AdapterSet, adapter_set, check_names
 from lora_ext.model.bare_model import adapter_layers, output_head, root_module
+from lora_ext.model.replaced_method import ReplacedMethod
 from lora_ext.nn import AdapterLayer
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.rows import BASE, RowChoice, choosing, chosen, enter, leave
@@ -59,11 +60,7 @@ def forget_adapter_names(module: nn.Module) -> None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         module.register_forward_pre_hook(refuse_without_adapters, with_kwargs=True)
     for name in _METHODS:
-        method = vars(module).get(name)
-        if isinstance(method, MethodWithNames):
-            delattr(module, name)
-            if method.replaced is not None:
-                setattr(module, name, method.replaced)
+        MethodWithNames.restore(name, module)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -131,43 +128,30 @@ def drop_interrupted(adapters: AdapterSet) -> None:
         leave(choice)
 
 
-class MethodWithNames:
-    """The ``generate`` or ``generate_batch`` of an injected model, in place of its own; copied and pickled with it.
+class MethodWithNames(ReplacedMethod):
+    """The ``generate`` or ``generate_batch`` of an injected model.
 
     ``generate`` takes a name for each prompt, also for all its beams or returned sequences. ``generate_batch`` refuses
     names: Transformers' would ignore them.
-
-    Attributes:
-        name: of the method.
-        model, adapters: the model and its adapters.
-        replaced: what the instance had under this name, or None.
     """
 
     def __init__(self, name: str, model: nn.Module, adapters: AdapterSet) -> None:
-        self.name, self.model, self.adapters, self.replaced = name, model, adapters, vars(model).get(name)
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The method that the model has without adapters."""
-        return self.replaced or getattr(type(self.model), self.name).__get__(self.model)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
+        super().__init__(name, model)
+        self.adapters = adapters
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         drop_interrupted(self.adapters)
         if adapter_names is None:
             return self.original(*args, **kwargs)
-        caller = f"{type(self.model).__name__}.{self.name}"
+        caller = f"{type(self.module).__name__}.{self.name}"
         if self.name != "generate":
             raise ValueError(
                 f"{caller}: {NAMES} is for calls of the model and generate; servers with continuous batching, such as "
                 "vLLM and SGLang, read the files of save_adapter"
             )
         values = _by_name(args, kwargs)
-        choice = choice_of(self.model, self.adapters, adapter_names, values, caller)
-        config = values.get("generation_config") or getattr(self.model, "generation_config", None)
+        choice = choice_of(self.module, self.adapters, adapter_names, values, caller)
+        config = values.get("generation_config") or getattr(self.module, "generation_config", None)
         counts = [values.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences")]
         choice.repeats = frozenset({1, *(count for count in counts if isinstance(count, int))})
         choice.multiples |= choice.repeats  # generate also calls parts of the model, whose calls are not counted

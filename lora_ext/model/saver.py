@@ -6,7 +6,6 @@ what it writes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,31 +15,23 @@ from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.adapter_state import forget_guard, guard_loading
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.model.method_files import MethodFiles
+from lora_ext.model.replaced_method import ReplacedMethod
 
 _METHOD = "save_pretrained"
 
 
-class SavePretrained:
-    """The ``save_pretrained`` of ``module``, a part of the adapted model ``root`` or all of it. Copied with the model.
+class SavePretrained(ReplacedMethod):
+    """The ``save_pretrained`` of ``module``, a part of the adapted model ``root`` or all of it.
 
     Attributes:
         save: called with this object and the arguments by name.
-        replaced: what the instance had as its ``save_pretrained``, or None.
     """
 
     save: ClassVar[Callable[..., Any]]
 
     def __init__(self, root: nn.Module, module: nn.Module) -> None:
-        self.root, self.module, self.replaced = root, module, vars(module).get(_METHOD)
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The method that the module has without adapters."""
-        return self.replaced or getattr(type(self.module), _METHOD).__get__(self.module)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
+        super().__init__(_METHOD, module)
+        self.root = root
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
@@ -70,10 +61,7 @@ def stop_serving_files(root: nn.Module) -> None:
         return
     forget_guard(root)
     for module in root.modules():
-        if isinstance(saver := vars(module).get(_METHOD), SavePretrained):
-            del vars(module)[_METHOD]
-            if saver.replaced is not None:
-                setattr(module, _METHOD, saver.replaced)
+        SavePretrained.restore(_METHOD, module)
 
 
 def _saves_itself(module: nn.Module) -> bool:

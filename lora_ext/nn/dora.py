@@ -33,7 +33,13 @@ class DoraUpdate(NamedTuple):
         return scale_of_rows(self.magnitude, row_norms(weight, self.lora_A, self.lora_B, self.scaling))
 
 
-def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, update: DoraUpdate) -> Tensor:
+def output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    update: DoraUpdate,
+    base_layer: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Returns ``factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``.
 
     With dropout, the adapter changes the dropped-out input's part of the output only, as in PEFT:
@@ -41,32 +47,18 @@ def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, update: DoraUp
 
     Args:
         x: ``[..., in_features]``, dtype of ``weight``, or under autocast any.
-        weight: ``[out_features, in_features]``.
+        weight: ``[out_features, in_features]``, dequantised for the norms if it is quantised.
+        base_layer: multiplies by the weight and adds the ``bias``, where a product here would compute something else.
     """
-    factor, base, dropped = update.factor(weight), bias, x
-    if update.dropout_p:
-        dropped = F.dropout(x, update.dropout_p)
-    z = functional.lora_linear(dropped, weight, None, update.lora_A, update.lora_B, update.scaling)
-    if update.dropout_p:
-        base = F.linear(x - dropped, weight, bias)
-    return rescale(z, factor, base)
-
-
-def called_output(
-    x: Tensor, base_layer: Callable[[Tensor], Tensor], bias: Tensor | None, weight: Tensor, update: DoraUpdate
-) -> Tensor:
-    """Returns what :func:`linear_output` does for a base layer that multiplies by its weight itself.
-
-    Args:
-        base_layer: returns the product and the ``bias``.
-        weight: the weight, dequantised, for the norms.
-    """
-    factor, base, dropped = update.factor(weight), bias, x
-    if update.dropout_p:
-        dropped = F.dropout(x, update.dropout_p)
-        base = base_layer(x - dropped)
-    z = base_layer(dropped)
-    z = z.clone() if bias is None else z - bias.to(z.dtype)
-    dropped = dropped.to(device=z.device, dtype=z.dtype)
-    z = functional.plus_lora_delta(z, dropped, update.lora_A, update.lora_B, update.scaling)
-    return rescale(z, factor, base)
+    factor, low_rank = update.factor(weight), (update.lora_A, update.lora_B, update.scaling)
+    dropped = F.dropout(x, update.dropout_p) if update.dropout_p else x
+    if base_layer is None:
+        z = functional.lora_linear(dropped, weight, None, *low_rank)
+    else:
+        z = base_layer(dropped)
+        z = z.clone() if bias is None else z - bias.to(z.dtype)
+        z = functional.plus_lora_delta(z, dropped.to(device=z.device, dtype=z.dtype), *low_rank)
+    if not update.dropout_p:
+        return rescale(z, factor, bias)
+    rest = x - dropped
+    return rescale(z, factor, F.linear(rest, weight, bias) if base_layer is None else base_layer(rest))

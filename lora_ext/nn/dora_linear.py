@@ -69,7 +69,7 @@ class DoraLinear(OverLinear):
 
     ``y = factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``, where ``factor`` is the magnitude of a
     row over the norm of that row of ``weight + scaling * lora_B @ lora_A``. The gradient takes these norms for
-    constants (section 4.3 of the paper). With dropout see :func:`lora_ext.nn.dora.linear_output`. No tensor of the
+    constants (section 4.3 of the paper). With dropout see :func:`lora_ext.nn.dora.output`. No tensor of the
     weight's size is made, unless the base layer is quantised: its weight is dequantised in every call, for the norms.
 
     All adapters of the layer are :class:`DoraAdapter`, and one is in use at a time. A merge keeps a copy of the weight,
@@ -120,26 +120,19 @@ class DoraLinear(OverLinear):
         return self._output(names[0], x, *args, **kwargs)
 
     def _output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if is_elsewhere(self.base_layer._parameters.get("weight")):
+        weight = self.base_layer._parameters.get("weight")
+        if is_elsewhere(weight) or is_sharded(weight):
             raise RuntimeError(
-                "DoraLinear: DeepSpeed's ZeRO-3 has partitioned the weight, and the norms of its rows need all of "
-                "it; use ZeRO-1 or 2, or FSDP2"
+                "DoraLinear: ZeRO-3 has partitioned the weight, or FSDP2 shards the base layer apart, but the norms of "
+                "rows need the whole weight; use ZeRO-2, or call fully_shard on the layer or a module around it"
             )
         update = self._update(name)
-        if is_sharded(self.base_layer.weight):
-            raise RuntimeError(
-                "DoraLinear: FSDP2 shards the base layer apart, and the norms of its rows need the whole weight; "
-                "call fully_shard on the layer, or on a module around it, in place of its base layer"
-            )
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
-            return dora.linear_output(x, *plain, update)
+            return dora.output(x, *plain, update)
         check_not_offloaded(self, self.base_layer, "weight")
-
-        def product(given: Tensor) -> Tensor:
-            return self.base_layer(given, *args, **kwargs)
-
-        return dora.called_output(x, product, self.bias, _values(self.base_layer), update)
+        call = (lambda given: self.base_layer(given, *args, **kwargs)) if args or kwargs else self.base_layer
+        return dora.output(x, _values(self.base_layer), self.bias, update, call)
 
     def _forward_rows(self, choice: RowChoice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
@@ -173,8 +166,6 @@ class DoraLinear(OverLinear):
         return RescaledWeight(self.base_layer, quantized_weight(self.base_layer), factor)
 
     def weight_to_merge(self, matrix: Matrix, names: list[str]) -> QuantizedWeight:
-        if self._merged is not None:
-            raise ValueError(f"DoraLinear: {self.merged_adapters[0]!r} is merged; call unmerge first")
         if len(names) > 1:
             raise ValueError(
                 f"DoraLinear: {names} would be merged into one weight; a DoRA adapter is merged alone: unmerge first"

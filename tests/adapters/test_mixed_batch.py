@@ -189,7 +189,7 @@ def test_copies_have_it(other):
         for parameter in model.parameters():
             parameter.zero_()
     torch.testing.assert_close(copied(ids, adapter_names=NAMES).logits, expected)
-    assert copied.generate.model is copied
+    assert copied.generate.module is copied
     delete_adapter(copied, "b")
     assert torch.isfinite(copied(ids, adapter_names=["a"] * 5).logits).all()
     unload(copied)

@@ -169,7 +169,7 @@ def test_a_generate_that_calls_a_part_of_the_model():
     nn.init.normal_(model.query_tokens)
     with_adapters(model, ["q_proj", "query"], same=True)
     ids = torch.cat([torch.full((3, 3), IMAGE_TOKEN), torch.randint(3, 60, (3, 4))], dim=1)
-    inputs = {"pixel_values": torch.randn(3, 3, 32, 32), "input_ids": ids, "num_beams": 3, "num_return_sequences": 2}
+    inputs = {"pixel_values": torch.randn(3, 3, 32, 32), "input_ids": ids, "num_beams": 4, "num_return_sequences": 2}
     inputs |= {"max_new_tokens": 4, "eos_token_id": -1, "pad_token_id": 0}
     names = ["a", "b", "a"]
     together = model.generate(**inputs, adapter_names=names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
 from support.models import Net, llama, refused, shaken, token_ids
@@ -141,10 +142,10 @@ def test_continuous_batching_is_refused():
 
 
 def test_alora_is_refused(tmp_path):
-    model, invoked = llama(), {"alora_invocation_tokens": [3]}
-    text = "inject: alora_invocation_tokens is [3], but aLoRA is PEFT's", "lora_ext.integrations.peft.accelerate"
+    model, invoked = llama(), {"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}
+    text = "alora_invocation_tokens=[3] not supported", "Use PEFT for it, with lora_ext.integrations.peft.accelerate"
     with refused(model, ValueError, *text):
-        inject(model, LoraConfig(target_modules=["q_proj"], **invoked))
+        inject(model, peft.LoraConfig(target_modules=["q_proj"], **invoked))
     save_adapter(inject(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | invoked))

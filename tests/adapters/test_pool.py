@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors.torch import load_file, save_file
 from support.models import llama, refused, token_ids
 from support.pools import NAMES, expected_rows, pool_of, slot_bytes, write_adapters
 from torch import nn
@@ -97,14 +98,25 @@ def test_a_layer_that_packs_projections_later_keeps_its_slots(base, root):
     assert called
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["all-linear", "head"], r"(.*\.)?(up|head)", ["head", "up"]])
-def test_a_config_may_name_the_layers_in_any_way(base, root, targets):
-    x, path = torch.randn(1, 6), root / "n0/adapter_config.json"
-    expected = expected_rows(base, root, ["n0"], x)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
+@pytest.mark.parametrize(
+    ("name", "options", "lacks"),
+    [
+        ("n0", {"target_modules": "all-linear"}, ()),
+        ("n0", {"target_modules": ["all-linear", "head"]}, ()),
+        ("n0", {"target_modules": r"(.*\.)?(up|head)"}, ()),
+        ("n2", {"target_modules": ["head", "up"], "exclude_modules": ["head"]}, ()),
+        ("n2", {"layers_to_transform": [0], "layers_pattern": "blocks"}, ("blocks.1",)),
+    ],
+)
+def test_a_config_may_name_the_layers_in_any_way(base, root, name, options, lacks):
+    x, path, weights = torch.randn(1, 6), root / name / "adapter_config.json", root / name / "adapter_model.safetensors"
+    expected, tensors = expected_rows(base, root, [name], x), load_file(weights)
+    save_file({key: tensor for key, tensor in tensors.items() if not any(part in key for part in lacks)}, weights)
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    expected = expected_rows(base, root, [name], x) if lacks else expected
     model = copy.deepcopy(base)
     pool_of(model, root)
-    torch.testing.assert_close(model(x, adapter_names=["n0"]), expected)
+    torch.testing.assert_close(model(x, adapter_names=[name]), expected)
 
 
 def test_directories_that_move(base, root, tmp_path, monkeypatch):

@@ -42,7 +42,6 @@ OTHER_PARTS = {
     "target_parameters": ["head.weight"],
     "lora_bias": True,
     "use_dora": True,
-    "alora_invocation_tokens": [1],
     "bias": "lora_only",
 }
 BROKEN = {
@@ -147,7 +146,7 @@ def test_other_layers_second_pools_and_training_are_refused(base, root):
     pool = pool_of(model, root)
     with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):
         pool_of(model, root)
-    with refused(model, ValueError, "(those of an AdapterPool), and none with it can join them", "pool.close()"):
+    with refused(model, ValueError, "(those of an AdapterPool), and the new one cannot join them", "pool.close()"):
         inject(model, LoraConfig(r=2, target_modules=["up"], use_dora=True))
     model.train()
     with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.checkpoint_files import EVERY_LAYER, EveryLayer, merged_by_peft, peft_adapter, save_checkpoint
 from torch import nn
 
@@ -35,15 +35,9 @@ def test_a_checkpoint_and_a_file(tmp_path):
     tensors = {"a": torch.ones(3, 4), "b": torch.ones(5, dtype=torch.int64)}
     save_checkpoint(tensors, tmp_path / "base", shards=2)
     found = inspect(tmp_path / "base")
-    assert (found["kind"], found["parameters"], found["bytes"]) == ("checkpoint", 17, 88)
+    assert (found["bytes"], len(found["files"])) == (88, 2)
     assert found["tensors"]["b"] == {"dtype": "I64", "shape": [5], "bytes": 40}
-    assert len(found["files"]) == 2
     assert inspect(tmp_path / "base" / next(iter(found["files"])))["parameters"] in (12, 5)
-
-
-def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none is missing"):
-        inspect(tmp_path / "none")
 
 
 def test_the_magnitudes_of_dora_count(tmp_path):
@@ -53,14 +47,6 @@ def test_the_magnitudes_of_dora_count(tmp_path):
 
 
 # --- what the analysis reads ------------------------------------------------------------------------------------------
-
-
-def test_a_dtype_that_torch_lacks_is_named(tmp_path):
-    save_file({"t": torch.zeros(2, 4, dtype=torch.uint8)}, tmp_path / "model.safetensors")
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes().replace(b'"dtype":"U8"', b'"dtype":"X8"'))
-    with pytest.raises(ValueError, match="X8"):
-        Checkpoint.open(tmp_path).tensor("t")
 
 
 @pytest.fixture
@@ -99,8 +85,3 @@ def test_adapters_of_two_models_have_no_layers_in_common(tmp_path):
         peft_adapter(model, tmp_path / str(size), target_modules=["a"])
     with pytest.raises(ValueError, match=r"not of one model.*\n  a has the shapes \[\[8, 8\], \[8, 9\]\]"):
         find_layers([open_adapter(tmp_path / "8"), open_adapter(tmp_path / "9")], None)
-
-
-def test_errors_name_the_caller(tmp_path):
-    with pytest.raises(FileNotFoundError, match="analyze: "):
-        open_adapter(tmp_path, caller="analyze")

@@ -107,39 +107,19 @@ def test_metadata_of_each_file_is_kept(small_files, tmp_path):
             assert file.metadata() == {"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"}
 
 
-def test_a_tensor_that_no_file_can_hold_is_not_added(small_files, tmp_path):
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    shutil.copytree(small_files / "adapter", tmp_path / "adapter")
-    tensors = load_file(path)
-    save_file(tensors | {"base_model.model.__metadata__": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="a tensor is called __metadata__, which a safetensors file cannot hold"):
-        merge(small_files / "base", [tmp_path / "adapter"], tmp_path / "out")
-    for name in ("x\x1b[31m", "x\ny", "x" * 1000):
-        save_file(tensors | {f"base_model.model.{name}": torch.ones(1)}, path)
-        with pytest.raises(ValueError, match="has a name") as caught:
-            merge(small_files / "base", [tmp_path / "adapter"], tmp_path / "out")
-        assert str(caught.value).isprintable()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-
-
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 def test_resident_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """A merge takes at most 1.5 times the largest tensor and 75 MB more than importing torch; bench_offline_merge.py
     measures a checkpoint of 2.2 GB."""
-    weights = {f"layers.{i}.weight": torch.randn(2048, 4096).to(torch.bfloat16) for i in range(23)}
-    weights["embed.weight"] = torch.randn(8192, 4096).to(torch.bfloat16)
-    save_checkpoint(weights, tmp_path / "base", shards=6)
+    weights = {f"layers.{i}": torch.randn(2048, 4096).to(torch.bfloat16) for i in range(23)}
+    weights["head"] = torch.randn(8192, 4096).to(torch.bfloat16)
+    save_checkpoint({f"{path}.weight": tensor for path, tensor in weights.items()}, tmp_path / "base", shards=6)
     total, largest = sum(t.nbytes for t in weights.values()), max(t.nbytes for t in weights.values())
     factors = {}
-    for key, (rows, cols) in ((key, tensor.shape) for key, tensor in weights.items()):
-        path = f"base_model.model.{key.removesuffix('.weight')}"
-        if key.startswith("embed"):
-            factors[f"{path}.lora_embedding_A"] = torch.randn(4, rows) * 0.01
-            factors[f"{path}.lora_embedding_B"] = torch.randn(cols, 4)
-        else:
-            factors[f"{path}.lora_A.weight"] = torch.randn(4, cols) * 0.01
-            factors[f"{path}.lora_B.weight"] = torch.randn(rows, 4)
+    for path, tensor in weights.items():
+        factors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(4, tensor.shape[1]) * 0.01
+        factors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(len(tensor), 4)
     (tmp_path / "adapter").mkdir()
     save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": "all-linear"}
@@ -160,5 +140,4 @@ print(resident() - imported)
     done = run_python("-c", script, *(tmp_path / name for name in ("base", "adapter", "out")))
     assert done.returncode == 0, done.stderr
     bound = 1.5 * largest + 75e6
-    assert total > bound, "or a process that holds all of it would pass"
-    assert 1024 * int(done.stdout) < bound
+    assert 1024 * int(done.stdout) < bound < total

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from support.models import Net, llama, token_ids
 from support.processes import run_python
-from support.ranks import assert_same, loss_of, trained
+from support.ranks import assert_same, assert_trains_alike, loss_of, trained
+from support.shared_llama import assert_shares, shared_and_alone
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -111,6 +112,18 @@ def _one_of_several(rank: int) -> None:
 
 def test_several_adapters_one_active_without_find_unused_parameters(ranks):
     ranks(2, _one_of_several)
+
+
+def _with_shared_inputs(rank: int) -> None:
+    shared, alone = shared_and_alone()
+    assert_trains_alike(rank, DistributedDataParallel(shared), shared, alone)
+    assert_shares(shared)
+    assert len(trained(shared)) == 28  # two factors of seven layers in two blocks
+
+
+@pytest.mark.full
+def test_layers_that_share_inputs(ranks):
+    ranks(2, _with_shared_inputs)
 
 
 def _sharded_by_fsdp1(rank: int, checkpointing: bool) -> None:

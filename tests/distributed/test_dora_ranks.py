@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import llama, token_ids
-from support.ranks import assert_same, loss_of, trained
+from support.ranks import assert_same, assert_trains_alike, loss_of, shard, trained
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
-from lora_ext.adapters import lora_modules
 from lora_ext.nn import DoraLinear
 
 pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
@@ -31,35 +29,10 @@ def _adapted() -> nn.Module:
     return model
 
 
-def _wrapped(model: nn.Module, how: str) -> nn.Module:
-    if how == "DDP":
-        return DistributedDataParallel(model)
-    for _, layer in lora_modules(model):
-        if how == "base":
-            fully_shard(layer.base_layer)
-        elif how == "layer":
-            fully_shard(layer)
-        elif how == "adapter":
-            fully_shard(layer.adapters["default"], reshard_after_forward=False)
-    for block in model.model.layers:
-        fully_shard(block)
-    return fully_shard(model)
-
-
 def _train(rank: int, how: str, directory: Path) -> None:
-    alone, ranks = _adapted(), torch.distributed.get_world_size()
+    alone = _adapted()
     model = copy.deepcopy(alone)
-    outer = _wrapped(model, how)
-    optimizers = [torch.optim.AdamW(trained(one).values(), lr=1e-2) for one in (model, alone)]
-    for _ in range(2):
-        batches = token_ids(2 * ranks).unflatten(0, (ranks, 2))  # the same on all ranks
-        loss_of(outer, batches[rank]).backward()
-        (sum(loss_of(alone, ids) for ids in batches) / ranks).backward()
-        assert_same(*({name: p.grad for name, p in trained(one).items()} for one in (model, alone)))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_same(trained(model), trained(alone))
+    assert_trains_alike(rank, DistributedDataParallel(model) if how == "DDP" else shard(model, how), model, alone)
     save_adapter(model, directory / "adapter")
     torch.distributed.barrier()
     loaded = load_adapter(llama(), directory / "adapter", trainable=True)
@@ -69,13 +42,13 @@ def _train(rank: int, how: str, directory: Path) -> None:
             merge(model)
 
 
-@pytest.mark.parametrize("how", ["DDP", "whole", "layer", "adapter"])
+@pytest.mark.parametrize("how", ["DDP", "", "layer", "adapter"])
 def test_losses_gradients_weights_and_files(ranks, how, tmp_path):
     ranks(2, _train, how, tmp_path)
 
 
 def _base_apart(rank: int) -> None:
-    model = _wrapped(_adapted(), "base")
+    model = shard(_adapted(), "base")
     with pytest.raises(RuntimeError, match="FSDP2 shards the base layer apart"):
         loss_of(model, token_ids(2))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.models import Net, llama, token_ids
-from support.ranks import assert_same, loss_of, trained, whole
+from support.ranks import assert_same, loss_of, shard, trained, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -37,29 +37,13 @@ def _adapted(dtype: torch.dtype = torch.float32) -> nn.Module:
     return inject(llama().to(dtype), LoraConfig(**LORA, init_lora_weights=False))
 
 
-def _shard(model: nn.Module, apart: str = "", **options: Any) -> None:
-    """Shards the blocks and the rest, the modules ``apart`` in units of their own."""
-    if apart == "whole":
-        options["ignored_params"] = set(trained(model).values())
-    for _, layer in lora_modules(model):
-        if apart == "base":
-            fully_shard(layer.base_layer, **options)
-        elif apart == "layer":
-            fully_shard(layer, **options)
-        elif apart == "adapter":
-            fully_shard(layer.adapters["default"], **options | {"reshard_after_forward": False})
-    for block in model.model.layers:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-
-
 def _train(rank: int, apart: str, checkpointing: bool | None, options: dict[str, Any], dtype: torch.dtype) -> None:
     alone, ranks = _adapted(dtype), torch.distributed.get_world_size()
     model = copy.deepcopy(alone)
     for one in (model, alone) if checkpointing is not None else ():
         one.enable_input_require_grads()
         one.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
-    _shard(model, apart, **options)
+    shard(model, apart, **options)
     computes = alone
     if "mp_policy" in options:
         computes = copy.deepcopy(alone)
@@ -136,7 +120,7 @@ def _switched(rank: int) -> None:
     model = _adapted()
     inject(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="second")
     alone = copy.deepcopy(model)
-    _shard(model)
+    shard(model)
     for name in ("second", "default", ["default", "second"]):
         for one in (model, alone):
             set_adapter(one, name)
@@ -227,7 +211,7 @@ def _merging_apart(rank: int, apart: str) -> None:
 
         fully_shard(model, shard_placement_fn=lambda parameter: Shard(1) if parameter.dim() == 2 else None)
     else:
-        _shard(model, apart)
+        shard(model, apart)
     merge(model)
     merge(alone)
     _check_bits(model, alone.state_dict())
@@ -244,7 +228,7 @@ def _files(rank: int, directory: Path) -> None:
     for way in ("", "whole"):
         model = _adapted()
         alone = copy.deepcopy(model)
-        _shard(model, way)
+        shard(model, way)
         if rank == 0:
             save_adapter(alone, directory / "alone")
         save_adapter(model, directory / f"sharded{way}")
@@ -287,7 +271,7 @@ def _trained_state(rank: int, directory: Path, full: bool) -> dict[str, Tensor]:
 
 def _sharded_pair() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = _adapted()
-    _shard(model)
+    shard(model)
     return model, torch.optim.AdamW(trained(model).values(), lr=1e-2)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from support.header_mutations import mutated
 
 from lora_ext.files import reading
-from lora_ext.files.reading import open_tensors, parse_json, read_json, read_metadata, read_tensor, tensor_table
+from lora_ext.files.reading import open_tensors, parse_json, read_json, read_tensor, tensor_table
 
 pytestmark = pytest.mark.cpu_only("is about files")
 
@@ -214,8 +214,8 @@ def test_dtypes_of_a_newer_library_are_refused(tmp_path, monkeypatch):
 def test_files_of_the_library_are_read(tmp_path):
     tensors = {"b": torch.arange(6).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16), "none": torch.ones(0, 4)}
     save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
-    assert read_metadata(tmp_path / "x") == {"format": "pt"}
-    table = tensor_table(tmp_path / "x")
+    with open_tensors(tmp_path / "x") as (file, table):
+        assert file.metadata() == {"format": "pt"}
     assert table.keys() == tensors.keys()
     assert all(torch.equal(read_tensor(tmp_path / "x", info), tensors[name]) for name, info in table.items())
     with open(tmp_path / "x", "r+b") as file:

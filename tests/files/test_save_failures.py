@@ -34,8 +34,9 @@ def test_saving_replaces_the_adapter_and_nothing_else(tmp_path):
 def test_a_directory_that_cannot_be_written(tmp_path):
     model, blocker = inject(Net(), LoraConfig(target_modules=["up"])), tmp_path / "file"
     blocker.write_text("mine")
-    for directory in (blocker, blocker / "below"):
-        with refused(model, OSError, f"save_adapter: {blocker} is no directory; choose another path", str(directory)):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for directory in (blocker, blocker / "below", tmp_path / "link"):
+        with refused(model, OSError, "save_adapter: cannot write there", "choose another directory", str(directory)):
             save_adapter(model, directory)
     assert blocker.read_text() == "mine"
 

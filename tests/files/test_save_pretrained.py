@@ -165,10 +165,10 @@ def test_several_adapters_are_in_directories_by_name(tmp_path):
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_save_themselves(how, tmp_path):
     _, model = made("llama", tmp_path)
-    other = shaken(how(model), by=0.3).eval()
-    expected = logits(merge(other), token_ids())
+    other, ids = shaken(how(model), by=0.3).eval(), token_ids()
+    expected = logits(merge(other), ids)
     other.save_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(loaded(model, tmp_path / "merged"), token_ids()), expected)
+    assert torch.equal(logits(loaded(model, tmp_path / "merged"), ids), expected)
     model.save_pretrained(tmp_path / "unmerged")
     assert (tmp_path / "unmerged" / "adapter_model.safetensors").exists()
 
@@ -245,26 +245,26 @@ def test_the_model_has_its_own_method_back_after_unloading(tmp_path):
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_the_state_of_adapters_alone_leaves_the_base_as_it_is(assign, tmp_path):
-    base, model = made("tied", tmp_path)
-    expected = logits(model, token_ids())
+    (base, model), ids = made("tied", tmp_path), token_ids()
+    expected = logits(model, ids)
     model.save_pretrained(tmp_path / "saved")
     state = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")
     assert MARKER in state
     other = inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **CASES["tied"][1])).eval()
     parameters = [id(p) for p in other.parameters() if not p.requires_grad]
     assert other.load_state_dict(state, assign=assign) == ([], [])
-    assert torch.equal(logits(other, token_ids()), expected)
+    assert torch.equal(logits(other, ids), expected)
     assert [id(p) for p in other.parameters() if not p.requires_grad] == parameters
     with refused(bert(), RuntimeError):
         bert().load_state_dict(state)
 
 
 def test_state_dicts_of_injected_models_round_trip(tmp_path):
-    base, model = made("tied", tmp_path)
+    (base, model), ids = made("tied", tmp_path), token_ids()
     torch.save(model.state_dict(), tmp_path / "state.pt")
     other = inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **CASES["tied"][1])).eval()
     other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(logits(other, token_ids()), logits(model, token_ids()))
+    assert torch.equal(logits(other, ids), logits(model, ids))
     with pytest.raises(RuntimeError, match="Missing key"):
         base.load_state_dict(torch.load(tmp_path / "state.pt"))
     base, model = made("llama", tmp_path)

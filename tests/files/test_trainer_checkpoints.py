@@ -7,8 +7,7 @@ import copy
 import pytest
 import torch
 from support.models import bert, llama, token_ids
-from support.spoil import Spoil
-from support.stock_trainer import assert_same, trained, trainer
+from support.stock_trainer import Spoil, assert_same, trained, trainer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -106,7 +105,8 @@ def test_a_checkpoint_has_the_bytes_of_the_adapter(tmp_path, caplog):
         assert (checkpoint / name).stat().st_size < adapter + 20_000
     assert sum(p.nbytes for p in base.parameters()) > 20 * adapter
     again = load_adapter(copy.deepcopy(base), checkpoint)
-    assert torch.equal(again.eval()(token_ids()).logits, model.eval()(token_ids()).logits)
+    ids = token_ids()
+    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
     with caplog.at_level("WARNING"):
         trainer(injected(base, target_modules=["query", "value"], task_type="SEQ_CLS"), tmp_path / "run").train(
             resume_from_checkpoint=str(checkpoint)

@@ -9,8 +9,8 @@ from .mutations import mutate
 from .ops import MAKERS
 
 # These refuse without a kernel, or take no tensor: few calls are enough.
-SELDOM = ("torch.ops.lora_ext.lora_merge_check", "lora_ext.functional.draw_seed")
-_OFTEN = [MAKERS[name] for name in sorted(MAKERS) for _ in range(1 if name in SELDOM else 6)]
+_SELDOM = ("torch.ops.lora_ext.lora_merge_check", "lora_ext.functional.draw_seed")
+_OFTEN = [MAKERS[name] for name in sorted(MAKERS) for _ in range(1 if name in _SELDOM else 6)]
 
 
 def make(choices: Choices) -> Case:

@@ -8,30 +8,11 @@ import torch
 
 from lora_ext import reference
 
+from . import ops
 from .calls import Call
 from .cases import CannotTell, WrongResult
 from .choices import Choices
 from .compare import against_formula, rescale, tensors_in
-from .ops import (
-    DTYPES,
-    FUNCTIONS,
-    IN_PLACE,
-    OPS,
-    PROBABILITIES,
-    SCALINGS,
-    SIZES,
-    acc_name,
-    backward_call,
-    drawn_seed,
-    dropout,
-    maker,
-    mask_value,
-    maybe,
-    rows_of,
-    tokens_shape,
-    wanted,
-    with_history,
-)
 from .values import ListValue, Source, Value, literal, tensor
 
 _RANKS = (2, 1, 3, 4, 0, 8, 17, 33)
@@ -46,7 +27,7 @@ def _groups(choices: Choices, lead: tuple[int, ...], features: tuple[int, int], 
     step = choices.pick((3, 1, 7, 0))
     groups = f"(torch.arange({math.prod(shape)}) * {step} % {len(ranks) + 1} - 1).reshape({shape})"
     used = [choices.integer(rank + 1) for rank in ranks]
-    scalings = [choices.pick((*SCALINGS, -1.0)) for _ in ranks]
+    scalings = [choices.pick((*ops.SCALINGS, -1.0)) for _ in ranks]
     return {
         "lora_As": ListValue([tensor(choices, (*slots, rank, size_in), factors) for slots, rank in entries]),
         "lora_Bs": ListValue([tensor(choices, (*slots, size_out, rank), factors) for slots, rank in entries]),
@@ -56,38 +37,38 @@ def _groups(choices: Choices, lead: tuple[int, ...], features: tuple[int, int], 
     }
 
 
-@maker(OPS, FUNCTIONS)
+@ops.maker(ops.OPS, ops.FUNCTIONS)
 def lora_grouped_(choices: Choices, function: str) -> Call:
-    dtype, factors = choices.pick(DTYPES)
-    lead, size_in, size_out = tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES)
+    dtype, factors = choices.pick(ops.DTYPES)
+    lead, size_in, size_out = ops.tokens_shape(choices), choices.pick(ops.SIZES), choices.pick(ops.SIZES)
     values = {
-        "y": tensor(choices, (*lead, size_out), dtype, IN_PLACE),
+        "y": tensor(choices, (*lead, size_out), dtype, ops.IN_PLACE),
         "x": tensor(choices, (*lead, size_in), dtype),
         **_groups(choices, lead, (size_in, size_out), factors),
-        **dropout(choices),
+        **ops.dropout(choices),
     }
 
     def formula(y, **a):
         return [y + reference.lora_grouped(**a)]
 
     def oracle(before, result, after):
-        drawn_seed(before)
-        if function.startswith(FUNCTIONS) and result is not after["y"]:
+        ops.drawn_seed(before)
+        if function.startswith(ops.FUNCTIONS) and result is not after["y"]:
             raise WrongResult("the result is not y")
         arguments = {name: value for name, value in after.items() if name != "y"}
         against_formula(formula, before, [after["y"]], arguments, before["x"].dtype)
 
-    return Call(function, with_history(choices, values), oracle, changes=("y",), differentiated="[y]")
+    return Call(function, ops.with_history(choices, values), oracle, changes=("y",), differentiated="[y]")
 
 
-@maker(OPS, FUNCTIONS)
+@ops.maker(ops.OPS, ops.FUNCTIONS)
 def lora_grouped_linear(choices: Choices, function: str) -> Call:
-    dtype, factors = choices.pick(DTYPES)
-    lead, size_in, size_out = tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES)
+    dtype, factors = choices.pick(ops.DTYPES)
+    lead, size_in, size_out = ops.tokens_shape(choices), choices.pick(ops.SIZES), choices.pick(ops.SIZES)
     values = {
         "x": tensor(choices, (*lead, size_in), dtype),
         "weight": tensor(choices, (size_out, size_in), dtype),
-        "bias": maybe(choices, tensor(choices, (size_out,), dtype)),
+        "bias": ops.maybe(choices, tensor(choices, (size_out,), dtype)),
         **_groups(choices, lead, (size_in, size_out), factors),
     }
 
@@ -97,30 +78,30 @@ def lora_grouped_linear(choices: Choices, function: str) -> Call:
     def oracle(before, result, after):
         against_formula(formula, before, [result], {}, before["x"].dtype)
 
-    return Call(function, with_history(choices, values), oracle, differentiated="[result]")
+    return Call(function, ops.with_history(choices, values), oracle, differentiated="[result]")
 
 
-@maker(OPS)
+@ops.maker(ops.OPS)
 def lora_grouped_backward(choices: Choices, function: str) -> Call:
-    dtype, factors = choices.pick(DTYPES)
-    lead, size_in, size_out = tokens_shape(choices), choices.pick(SIZES), choices.pick(SIZES)
-    p = choices.pick(PROBABILITIES) if choices.chance(40) else 0.0
+    dtype, factors = choices.pick(ops.DTYPES)
+    lead, size_in, size_out = ops.tokens_shape(choices), choices.pick(ops.SIZES), choices.pick(ops.SIZES)
+    p = choices.pick(ops.PROBABILITIES) if choices.chance(40) else 0.0
     groups = _groups(choices, lead, (size_in, size_out), factors)
     entries = len(groups["lora_As"].entries)
-    wants = wanted(choices, 1 + 2 * entries)
+    wants = ops.wanted(choices, 1 + 2 * entries)
     wants_A, wants_B = any(wants[1 : 1 + entries]), any(wants[1 + entries :])
     most = max(entry.shape[-2] for entry in groups["lora_As"].entries)
     values = {
         "grad_y": tensor(choices, (*lead, size_out), dtype),
-        "x": maybe(choices, tensor(choices, (*lead, size_in), dtype), wants_A),
+        "x": ops.maybe(choices, tensor(choices, (*lead, size_in), dtype), wants_A),
         **groups,
-        "xa": maybe(choices, tensor(choices, (math.prod(lead), most), acc_name(dtype)), wants_B),
-        "mask": mask_value(choices, math.prod(lead), size_in) if p > 0 else Source("None"),
+        "xa": ops.maybe(choices, tensor(choices, (math.prod(lead), most), ops.acc_name(dtype)), wants_B),
+        "mask": ops.mask_value(choices, math.prod(lead), size_in) if p > 0 else Source("None"),
         "dropout_p": literal(p),
         "output_mask": ListValue([*map(literal, wants)]),
     }
 
-    call = backward_call(function, values, _backward_formula)
+    call = ops.backward_call(function, values, _backward_formula)
     compare = call.oracle
 
     def oracle(before, result, after):
@@ -140,7 +121,7 @@ def _backward_formula(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks
     """Computes the requested gradients in float64, a group at a time. The op reads only what these need."""
     size_in, entries = lora_As[0].shape[-1], len(lora_As)
     want_x, want_A, want_B = output_mask[0], any(output_mask[1 : 1 + entries]), any(output_mask[1 + entries :])
-    rows = rows_of(grad_y)
+    rows = ops.rows_of(grad_y)
     has_mask = reference.dropout_threshold(dropout_p) > 0 and (want_x or want_A)
     keep = reference.unpack_mask(mask, size_in).double() if has_mask else rows.new_ones(len(rows), size_in)
     dropped = keep * x.reshape(len(rows), size_in) if want_A else None

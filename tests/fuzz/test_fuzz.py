@@ -9,7 +9,7 @@ import sys
 import pytest
 from support.processes import environment
 
-from fuzz import area_ops, area_planted, campaign
+from fuzz import area_planted, campaign
 from fuzz.__main__ import main as fuzz_command
 from fuzz.campaign import Campaign
 from fuzz.choices import Choices
@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 # The area, the number of cases in `make test` and in `make test-full`, and the share that must be compared.
 AREAS = {"ops, first half": ("ops", 850, 2500, 0.4), "ops, second half": ("ops", 850, 2500, 0.4)}
 AREAS |= {"models": ("models", 130, 400, 1.0), "files": ("files", 350, 800, 0.1)}
+NOT_COMPARED = ("lora_ext.functional.MergeRecord", "torch.ops.lora_ext.lora_merge_check")  # the second is for CUDA
 
 
 @pytest.mark.parametrize("name", AREAS)
@@ -36,7 +37,7 @@ def test_nothing_is_found(name, request):
     assert not result.found, result.texts()
     assert result.total("compared") >= share * result.total() and result.total() == cases, result.table()
     for function, counter in result.counts.items():  # valid calls are accepted, too
-        assert counter["compared"] + counter["accepted"] or function in area_ops.SELDOM, result.table()
+        assert counter["compared"] or function in NOT_COMPARED, result.table()
 
 
 def test_every_op_and_every_function_is_called():

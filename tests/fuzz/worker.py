@@ -45,7 +45,11 @@ def main() -> None:
     os.dup2(2, 1)  # keeps printed text out of the replies
     warnings.simplefilter("ignore")
 
+    import torch
+
     from .cases import make_case
+
+    torch.set_num_threads(2)
 
     def say(**reply: Any) -> None:
         out.write(json.dumps(reply) + "\n")

@@ -22,9 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from hostile.configs import SMALL, WIDTH, configs
-from hostile.methods import methods
-from hostile.weights import weights
+from hostile.attacks import SMALL, WIDTH, configs, methods, weights
 from lora_ext import LoraConfig, inject, load_adapter
 from lora_ext.adapters import hotswap_adapter
 from lora_ext.checkpoints import inspect, merge
@@ -44,32 +42,21 @@ Case = tuple[str, str | None, Callable[[], object]]
 """A name, words of the error ("": no error; None: any or none), and the action."""
 
 
-def limited(cases: list[Case]) -> Iterator[list]:
-    """Runs the cases one after the other in a forked process, which is replaced when it ends early.
-
-    Yields:
-        a case's name, its words and a report: "error", "message", "trace", "seconds" and "megabytes".
-    """
-    gc.freeze()  # the child's collections leave this process's objects alone, and so share their memory
-    while cases:
+def limited(cases: list[Case]) -> Iterator[tuple]:
+    """Runs each case in a forked process of its own; yields its name, its words and its report."""
+    gc.freeze()  # a child's collections leave this process's objects alone, and so share their memory
+    for name, words, action in cases:
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
-            status = 1
             try:
-                with os.fdopen(writing, "w") as pipe:
-                    for _, _, action in cases:
-                        print(json.dumps(_run(action)), file=pipe, flush=True)
-                status = 0
+                os.write(writing, json.dumps(_run(action)).encode())
             finally:
-                os._exit(status)
+                os._exit(1)
         os.close(writing)
         with os.fdopen(reading) as pipe:
-            reports = [json.loads(line) for line in pipe]
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status:
-            reports.append({"error": f"ended with {status}", "message": "", "trace": ""})
-        yield from ([name, words, report] for (name, words, _), report in zip(cases, reports, strict=False))
-        cases = cases[len(reports) :]
+            said = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        yield name, words, json.loads(said) if said else {"error": f"ended with {code}", "message": "", "trace": ""}
 
 
 def _run(action: Callable[[], object]) -> dict:

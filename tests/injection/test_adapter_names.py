@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_it_breaks_no_graph():
 
 
 def closed_pool(model: nn.Module) -> nn.Module:
-    AdapterPool(unload(model), target_modules=["linear"], r=2, max_bytes=1 << 16).close()
+    AdapterPool(unload(model), Path(__file__).parent, target_modules=["linear"], r=2, max_bytes=1 << 16).close()
     return model
 
 

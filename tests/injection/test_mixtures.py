@@ -10,50 +10,20 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import transformers
-from support.models import VOCABULARY, bert, llama, refused, token_ids
+from support.mixtures import ROUTERS_RETURN_TUPLES, mixture
+from support.models import bert, llama, refused, token_ids
 from support.versions import needs
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import lora_modules, trainable_parameter_counts
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "num_experts_per_tok": 2,
-    "experts_implementation": "eager",
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-LATENT = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
 SETTINGS = {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}
 
 
-def maker(name: str, **options) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        config = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
-        return getattr(transformers, f"{name}ForCausalLM")(config(**SIZES | options)).eval()
+def mixtral() -> nn.Module:
+    return mixture("mixtral")
 
-    make.__name__ = name.lower()
-    return make
-
-
-mixtral = maker("Mixtral", num_local_experts=4)
-qwen2 = maker("Qwen2Moe", num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8)
-qwen3 = maker("Qwen3Moe", head_dim=8, num_experts=4, moe_intermediate_size=8)
-olmoe = maker("Olmoe", num_experts=4)
-deepseek = maker("DeepseekV3", **LATENT, **DEEPSEEK, moe_intermediate_size=8)
-gpt_oss = maker("GptOss", head_dim=8, num_local_experts=4, layer_types=["full_attention"] * 2)
-phimoe = maker("Phimoe", num_local_experts=4)
-LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 12, "interleave_moe_layer_step": 1}
-llama4 = maker("Llama4", num_local_experts=4, **LLAMA4, num_experts_per_tok=1)
 
 BIAS = needs("transformers", "5.13", "the model asks PEFT's layer around the router for its bias, which it lacks")
 
@@ -76,12 +46,14 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen3, olmoe, pytest.param(deepseek, marks=BIAS)])
-def test_parts_files_and_training_are_pefts(make, tmp_path):
-    base = make().double()
+@pytest.mark.parametrize("family", ["mixtral", "qwen3", pytest.param("deepseek_v3", marks=BIAS)])
+def test_parts_files_and_training_are_pefts(family, tmp_path):
+    base = mixture(family).double()
     theirs, ours = pair(copy.deepcopy(base), init_lora_weights=False)
     assert trainable_parameter_counts(ours)[0] == theirs.get_nb_trainable_parameters()[0]
     kinds = {type(getattr(layer, "module", layer.base_layer)).__name__ for _, layer in lora_modules(ours)}
+    fused = [layer for _, layer in lora_modules(ours) if getattr(layer, "parameter_name", "") == "gate_up_proj"]
+    assert {(layer.adapters["default"].r, layer.adapters["default"].scaling) for layer in fused} == {(4, 1.5)}
     assert any(kind.endswith("Experts") for kind in kinds) and any("router" in kind.lower() for kind in kinds), kinds
     ids = token_ids()
     save_adapter(ours, tmp_path / "ours")
@@ -101,37 +73,32 @@ def test_parts_files_and_training_are_pefts(make, tmp_path):
     torch.testing.assert_close(logits(loaded, ids), logits(theirs, ids))
 
 
-def test_ranks_and_scaling_of_fused_projections_are_pefts():
-    _, ours = pair(mixtral(), use_rslora=True)
-    experts = {
-        layer.parameter_name: layer.adapters["default"] for _, layer in lora_modules(ours) if hasattr(layer, "module")
-    }
-    assert experts["gate_up_proj"].r == 4 and experts["down_proj"].r == 2 and experts["weight"].r == 2
-    assert experts["gate_up_proj"].scaling == pytest.approx(6 / 4**0.5)
-
-
 @pytest.mark.parametrize(
-    ("make", "key", "named"),
+    ("family", "key", "named"),
     [
         # PEFT takes the names of DeepSeek's dense and shared projections for those of the experts.
-        (deepseek, "target_modules", ["mlp.gate_proj", "mlp.shared_experts.down_proj"]),
-        (gpt_oss, "target_parameters", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
-        (qwen2, "target_parameters", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        ("deepseek_v3", "target_modules", ["mlp.gate_proj", "mlp.shared_experts.down_proj"]),
+        ("gpt_oss", "target_parameters", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        ("qwen2", "target_parameters", ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_parts_that_peft_leaves_out_are_named(make, key, named):
-    model = make()
+def test_parts_that_peft_leaves_out_are_named(family, key, named):
+    dense = {"first_k_dense_replace": 1} if family == "deepseek_v3" else {}
+    model = mixture(family, **dense)
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**SETTINGS))
     with pytest.warns(UserWarning, match=f"all-linear.* leaves out .*; to adapt them, name them in {key}") as caught:
         inject(model, LoraConfig(**SETTINGS))
     assert len(caught) == 1 and all(f"model.layers.*.{name}" in str(caught[0].message) for name in named)
     assert trainable_parameter_counts(model)[0] == theirs.get_nb_trainable_parameters()[0]
     if key == "target_parameters":  # the option that the warning names silences it
-        quietly(inject, make(), LoraConfig(**SETTINGS, target_parameters=named))
+        quietly(inject, mixture(family), LoraConfig(**SETTINGS, target_parameters=named))
 
 
-def test_excluded_experts_stay_as_they_are_and_a_second_adapter_takes_the_same_parts():
+def test_excluded_layers_stay_as_they_are_and_a_second_adapter_takes_the_same_parts():
+    options = {"target_modules": ["all-linear", "embed_tokens"], "modules_to_save": ["down_proj"], "r": 2}
+    model = inject(llama(), LoraConfig(**options, exclude_modules=["o_proj"]))
+    names = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens"}
     model = quietly(inject, mixtral(), LoraConfig(**SETTINGS, exclude_modules=["experts", "o_proj"]))
     adapted = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
     assert adapted == {"q_proj", "k_proj", "v_proj", "gate"}
@@ -153,7 +120,7 @@ def test_options_that_experts_cannot_have_are_refused_as_by_peft(setting):
         peft.get_peft_model(mixtral(), peft.LoraConfig(**SETTINGS, **setting))
     model = mixtral()
     with refused(
-        model, ValueError, f"inject: {key} is ", '"all-linear"', f"set {key} to ", "exclude_modules=['experts', 'gate']"
+        model, ValueError, f"inject: {key} is ", f"leave {key} at its default", "exclude_modules=['experts', 'gate']"
     ):
         inject(model, LoraConfig(**SETTINGS, **setting))
     inject(model, LoraConfig(**SETTINGS, **setting, exclude_modules=["experts", "gate"]))
@@ -179,17 +146,10 @@ def test_all_linear_in_a_list_with_other_layers(make: Callable[[], nn.Module], t
     torch.testing.assert_close(again(ids).logits, output)
 
 
-def test_a_list_with_all_linear_leaves_out_what_is_excluded_or_trained_in_full():
-    options = {"exclude_modules": ["o_proj"], "modules_to_save": ["down_proj"]}
-    model = inject(llama(), LoraConfig(r=2, target_modules=["all-linear", "embed_tokens"], **options))
-    names = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
-    assert names == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens"}
-
-
-@pytest.mark.parametrize("make", [llama4, phimoe])
-def test_routers_that_return_more_than_a_tensor_are_left_out(make):
+@pytest.mark.parametrize("family", ROUTERS_RETURN_TUPLES)
+def test_routers_that_return_more_than_a_tensor_are_left_out(family):
     """PEFT adapts them, and fails in the forward: a router is an nn.Linear by its class."""
-    base, ids = make(), token_ids()
+    base, ids = mixture(family), token_ids()
     with pytest.raises(AttributeError, match="tuple"):
         peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear"))(ids)
     with pytest.warns(UserWarning, match=r"leaves out .*model.layers.\*.*router.weight.*target_parameters"):

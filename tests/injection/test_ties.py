@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.merging import same_bits
-from support.models import gpt2, llama, logits, refused, token_ids
+from support.models import llama, logits, refused, token_ids
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -28,7 +28,6 @@ from lora_ext.adapters import (
     unload,
 )
 from lora_ext.nn import LoraEmbedding, LoraLinear
-from lora_ext.nn.tied import TiedAdapter
 
 SETTINGS = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, "ensure_weight_tying": True}
 TIED = {"target_modules": ["q_proj", "embed_tokens"], **SETTINGS}
@@ -198,14 +197,6 @@ def test_operations_keep_the_tie(tmp_path):
     assert type(model.lm_head) is nn.Linear
 
 
-def test_gpt2():
-    model, ids = gpt2().double().eval(), token_ids()
-    inject(model, LoraConfig(**{**TIED, "target_modules": ["wte", "c_attn"]}))
-    assert isinstance(model.lm_head.adapters.default, TiedAdapter)
-    expected = logits(model, ids)
-    torch.testing.assert_close(logits(merge(model), ids), expected)
-
-
 class Encoder(nn.Module):
     """Two embeddings that share a weight, as in T5, and a module of another kind that shares it too."""
 
@@ -235,15 +226,23 @@ def test_tied_embeddings():
         inject(model, LoraConfig(**{**SETTINGS, "target_modules": ["shared"]}))
 
 
-@pytest.mark.parametrize(("saved", "ensure"), [(["lm_head"], True), (["lm_head", "embed_tokens"], False)])
-def test_tied_modules_to_save(saved, ensure):
+@pytest.mark.parametrize(
+    ("saved", "ensure"), [(["lm_head"], True), (["embed_tokens"], True), (["lm_head", "embed_tokens"], False)]
+)
+def test_tied_modules_to_save_and_their_files_both_ways(saved, ensure, tmp_path):
     model, ids = llama(tied=True).double().eval(), token_ids()
-    expected = logits(model, ids)
+    base, expected = copy.deepcopy(model), logits(model, ids)
     inject(model, LoraConfig(target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=ensure, r=2))
     copies = model.lm_head.in_use, model.model.embed_tokens.in_use
     assert copies[0].weight is copies[1].weight is not model.lm_head.base_layer.weight
     torch.testing.assert_close(logits(model, ids), expected)
     nn.init.normal_(copies[0].weight)
+    if ensure:
+        save_adapter(model, tmp_path / "ours")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+        torch.testing.assert_close(logits(theirs, ids), logits(model, ids))
+        theirs.save_pretrained(tmp_path / "theirs")
+        torch.testing.assert_close(logits(load_adapter(base, tmp_path / "theirs"), ids), logits(model, ids))
     weight = copies[0].weight
     merge_and_unload(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight is weight
@@ -288,19 +287,6 @@ def test_a_file_whose_tied_factors_differ(tmp_path):
         model, ValueError, "lm_head.lora_B.weight", "tied to", "lora_embedding_A in the model, but they differ"
     ):
         load_adapter(model, tmp_path)
-
-
-@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"]])
-def test_files_of_tied_modules_to_save_in_both_directions(saved, tmp_path):
-    settings = {"target_modules": ["q_proj"], "modules_to_save": saved, "ensure_weight_tying": True, "r": 2}
-    base, ids = llama(tied=True).double().eval(), token_ids()
-    ours = inject(copy.deepcopy(base), LoraConfig(**settings))
-    nn.init.normal_(ours.lm_head.in_use.weight)
-    save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(theirs, ids), logits(ours, ids))
-    theirs.save_pretrained(tmp_path / "theirs")
-    torch.testing.assert_close(logits(load_adapter(base, tmp_path / "theirs"), ids), logits(ours, ids))
 
 
 def t5() -> nn.Module:

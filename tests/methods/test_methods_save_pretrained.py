@@ -10,8 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from support.models import bert, llama, refused, shaken, token_ids
-from support.spoil import Spoil
-from support.stock_trainer import assert_same, trained, trainer
+from support.stock_trainer import Spoil, assert_same, trained, trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import logging as transformers_logging

@@ -180,7 +180,7 @@ def test_other_layers_may_have_other_adapters():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": 1}, "use_dora is 1, want True or False"),
+        ({"use_dora": 1}, "use_dora is 1, want one of True, False"),
         ({"lora_bias": True}, "use_dora is True, but lora_bias is True"),
         ({"ensure_weight_tying": True}, "use_dora is True, but ensure_weight_tying is True"),
         ({"target_parameters": ["0.weight"]}, "use_dora is True, but target_parameters is"),
@@ -266,7 +266,7 @@ def test_weights_that_zero_3_partitions(monkeypatch):
         inject(model, dora())
     model = inject(nn.Sequential(nn.Linear(6, 8)), dora())
     partition(model, monkeypatch, engine=True)
-    with pytest.raises(RuntimeError, match="ZeRO-3 has partitioned the weight, and the norms of its rows need all"):
+    with pytest.raises(RuntimeError, match="ZeRO-3 has partitioned the weight, .* use ZeRO-2"):
         model(torch.randn(2, 6))
 
 

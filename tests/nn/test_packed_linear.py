@@ -273,5 +273,5 @@ def test_bad_targets_of_enable_lora():
     with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
         adapted(model, init_lora_weights="orthogonal")
     adapted(model)
-    with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', want 3 like the other adapters"):
+    with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', want 3 like the others"):
         adapted(model, (True, False), "b")

@@ -252,6 +252,16 @@ def test_trained_together_with_a_module_to_save_of_another_adapter():
     torch.testing.assert_close(logits(model, ids), expected)
 
 
+def test_an_update_of_the_embedding_is_merged_below_the_rows_of_another_adapter():
+    model, ids = inject(llama().eval(), LoraConfig(r=2, target_modules=["embed_tokens"])), token_ids()
+    inject(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4]), "rows")
+    for name in ("default", "rows"):
+        shaken(set_adapter(model, name))
+    ids[:, 2] = 3
+    expected = logits(set_adapter(model, ["default", "rows"]), ids)
+    torch.testing.assert_close(logits(merge(model), ids), expected)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import versions
-from support.spoil import Spoil
-from support.stock_trainer import assert_same, trained
+from support.stock_trainer import Spoil, assert_same, trained
 from support.trainers import TARGETS, dpo, logged, plain, sft, tiny_chat
 from support.ways import WAYS, adapted, save_random_adapter
 from torch import nn

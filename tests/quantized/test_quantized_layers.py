@@ -301,7 +301,7 @@ class Packed(nn.Module):
 
 def test_all_linear_tells_of_the_quantised_layers_that_it_leaves_out():
     model = nn.Sequential(nn.Linear(4, 4), Packed(4, 4), Packed(4, 4))
-    left_out = r"leaves out \['1', '2'\] of Sequential: it is quantised .*Packed has a qweight"
+    left_out = r"leaves out \['1', '2'\] of Sequential; it is quantised .*Packed has a qweight"
     with pytest.warns(UserWarning, match=left_out):
         inject(model, LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="no linear layer to adapt .*; 0 cannot be adapted: it is quantised"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,20 @@ def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.Pef
         adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
         shaken(adapted).save_pretrained(directory)
     return adapted
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Changes the tensors of an adapter on disk."""
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(directory: Path, **values: object) -> None:
+    """Changes values of an adapter's config."""
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def merged_by_peft(adapted: peft.PeftModel) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -27,50 +27,32 @@ _LATENT = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_
 _DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 24}
 
 
-def _mixtral(**options) -> nn.Module:
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**_SIZES, **options, num_local_experts=4))
-
-
-def _qwen2(**options) -> nn.Module:
-    sizes = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 8}
-    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**_SIZES, **options, **sizes))
-
-
-def _qwen3(**options) -> nn.Module:
-    sizes = {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 24}
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**_SIZES, **options, **sizes))
-
-
-def _gpt_oss(**options) -> nn.Module:
-    """A model whose experts are stored transposed and have biases."""
-    sizes = {"head_dim": 8, "num_local_experts": 4, "layer_types": ["full_attention"] * 2}
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**_SIZES, **options, **sizes))
-
-
-def _deepseek_v2(**options) -> nn.Module:
-    config = transformers.DeepseekV2Config(**_SIZES, **options, **_LATENT, **_DEEPSEEK, first_k_dense_replace=0)
-    return transformers.DeepseekV2ForCausalLM(config)
-
-
-def _deepseek_v3(**options) -> nn.Module:
-    config = transformers.DeepseekV3Config(**_SIZES, **options, **_LATENT, **_DEEPSEEK, first_k_dense_replace=0)
-    return transformers.DeepseekV3ForCausalLM(config)
-
-
-FAMILIES: dict[str, Callable[..., nn.Module]] = {
-    "mixtral": _mixtral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gpt_oss": _gpt_oss,
-    "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": _deepseek_v3,
+# The class of a family, and its sizes. gpt_oss stores its experts transposed and has biases.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2": ("Qwen2Moe", {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 8}),
+    "qwen3": ("Qwen3Moe", {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 24}),
+    "gpt_oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "layer_types": ["full_attention"] * 2}),
+    "deepseek_v2": ("DeepseekV2", {**_LATENT, **_DEEPSEEK, "first_k_dense_replace": 0}),
+    "deepseek_v3": ("DeepseekV3", {**_LATENT, **_DEEPSEEK, "first_k_dense_replace": 0}),
+}
+ROUTERS_RETURN_TUPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "phimoe": ("Phimoe", {"num_local_experts": 4}),
+    "llama4": (
+        "Llama4",
+        {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 24, "num_experts_per_tok": 1}
+        | {"interleave_moe_layer_step": 1},
+    ),
 }
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 def mixture(family: str, implementation: str = "eager", **options) -> nn.Module:
     """A model of two layers with four experts of 16 x 24, in evaluation mode."""
-    model = FAMILIES[family](experts_implementation=implementation, **options).eval()
+    name, sizes = (FAMILIES | ROUTERS_RETURN_TUPLES)[family]
+    kind = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    config = kind(**_SIZES | sizes | {"experts_implementation": implementation} | options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():  # some are initialised to zero
         for name, parameter in model.named_parameters():
             if "experts." in name or name.endswith(("router.weight", "gate.weight")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,10 @@ NAN = float("nan")
 
 @dataclass
 class Call:
-    """A public function.
-
-    Attributes:
-        function: the function.
-        arguments: makes all named arguments of a valid call, with files in a directory.
-        refused: changes of the arguments, the error, and words of its message, in which FUNCTION stands for its name.
-    """
+    """A public function, and what makes all named arguments of a valid call, with files in a directory."""
 
     function: Callable[..., Any]
     arguments: Callable[[Path], dict[str, Any]]
-    refused: list[tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], type[Exception], str]] = field(
-        default_factory=list
-    )
 
 
 def state(value: Any) -> Any:

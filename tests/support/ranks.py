@@ -11,8 +11,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from support.models import token_ids
 from support.processes import context
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from lora_ext.adapters import lora_modules
 
 SECONDS = 400.0
 """Time for one call. A collective that some rank does not reach raises after half of it."""
@@ -113,3 +117,36 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(whole(ours[name]), tensor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def shard(model: nn.Module, apart: str = "", **options: Any) -> nn.Module:
+    """Shards a decoder's blocks and the rest by FSDP2; ``apart``: what else is a unit of its own."""
+    if apart == "whole":
+        options["ignored_params"] = set(trained(model).values())
+    for _, layer in lora_modules(model):
+        if apart == "base":
+            fully_shard(layer.base_layer, **options)
+        elif apart == "layer":
+            fully_shard(layer, **options)
+        elif apart == "adapter":
+            fully_shard(layer.adapters["default"], **options | {"reshard_after_forward": False})
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def assert_trains_alike(rank: int, outer: nn.Module, model: nn.Module, alone: nn.Module) -> None:
+    """Trains two steps: ``outer``, which wraps ``model``, on this rank's part of the batches, ``alone`` on all."""
+    ranks = torch.distributed.get_world_size()
+    optimizers = [torch.optim.AdamW(trained(one).values(), lr=1e-2) for one in (model, alone)]
+    for _ in range(2):
+        batches = token_ids(2 * ranks).unflatten(0, (ranks, 2))  # the same on all ranks
+        loss, losses = loss_of(outer, batches[rank]), [loss_of(alone, ids) for ids in batches]
+        torch.testing.assert_close(loss.detach(), losses[rank].detach())
+        loss.backward()
+        (sum(losses) / ranks).backward()
+        assert_same(*({name: p.grad for name, p in trained(one).items()} for one in (model, alone)))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(trained(model), trained(alone))

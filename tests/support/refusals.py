@@ -1,30 +1,45 @@
-"""The table of public functions of models and files: a valid call of each one, and calls that it refuses.
+"""The table of public functions: a valid call of each one, and calls that it refuses.
 
-``tests/test_refusals.py`` makes the calls and checks that no public function is missing.
+``tests/test_refusals.py`` makes the calls, gives every argument a wrong type, and checks that no public function is
+missing. Refusals that a file of tests has for its own area are not here.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
 from support.models import Net, bert
 from support.public_calls import NAN, Call
-from support.refusals_analysis import ANALYSIS
-from support.refusals_layers import LAYERS
-from support.refusals_methods import METHODS
 from torch import nn
 
-from lora_ext import AdapterPool, LoraConfig, adapters, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext import (
+    AdapterPool,
+    LoraConfig,
+    adapters,
+    analysis,
+    inject,
+    load_adapter,
+    merge,
+    methods,
+    save_adapter,
+    unmerge,
+)
+from lora_ext import nn as layers
+from lora_ext.integrations import peft as integration
 
-BAD_NAMES = ("a.b", "keys", "")
 CONFIG = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
 BIASED = LoraConfig(r=2, target_modules=["up"], bias="all")
 
+# --- models and files -------------------------------------------------------------------------------------------------
+
 
 def injected() -> Net:
-    model = inject(Net().eval(), CONFIG, "a")
-    return inject(model, CONFIG, "b")
+    return inject(inject(Net().eval(), CONFIG, "a"), CONFIG, "b")
 
 
 def merged() -> Net:
@@ -37,16 +52,6 @@ def disabled() -> Net:
     model.context = adapters.disable_adapters(model)  # ends when it is collected
     model.context.__enter__()
     return model
-
-
-def saved(directory: Path) -> Path:
-    save_adapter(injected(), directory / "adapter", "a")
-    return directory / "adapter"
-
-
-def damaged(directory: Path, name: str, content: bytes) -> Path:
-    (saved(directory) / name).write_bytes(content)
-    return directory / "adapter"
 
 
 def with_nan() -> Net:
@@ -68,291 +73,388 @@ def tied() -> Net:
     return inject(model, LoraConfig(r=2, target_modules=["blocks.0.up"], init_lora_weights=False), "b")
 
 
-NOT_INJECTED = [({"model": Net()}, ValueError, "FUNCTION: Net is not injected; call lora_ext.inject on it")]
-NO_LAYER = [({"model": Net()}, ValueError, "FUNCTION: Net has no LoRA layer; call inject(model, config) first")]
-FIRST = "merged into 'blocks.0.up'"
-MERGED = f"{FIRST}, 'blocks.0.down', 'blocks.1.up' and 1 more"
+def saved(directory: Path) -> Path:
+    save_adapter(injected(), directory / "adapter", "a")
+    return directory / "adapter"
+
+
+def damaged(directory: Path, name: str, content: bytes) -> Path:
+    (saved(directory) / name).write_bytes(content)
+    return directory / "adapter"
+
+
+def adapted(name: str = "adapter-h", **options: Any) -> nn.Module:
+    return methods.apply_method(bert(), methods.new_method(name, **options))
+
+
+def saved_method(directory: Path) -> Path:
+    methods.save_method(adapted(), directory / "method")
+    return directory / "method"
+
+
+def peft_model() -> peft.PeftModel:
+    return peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["up"]))
+
+
+def merged_peft_model() -> peft.PeftModel:
+    model = integration.accelerate(peft_model())
+    model.merge_adapter()
+    return model
+
+
+def factors() -> dict[str, Any]:
+    return {"lora_A": torch.randn(2, 6), "lora_B": torch.randn(4, 2), "scaling": 0.5}
+
+
+# --- a valid call of each function: all its named arguments, made with files in a directory ---------------------------
+
+SIZES = {"in_features": 6, "out_features": 6, "r": 2, "lora_alpha": 4.0}
+MORE = {
+    **{"lora_dropout": 0.1, "use_rslora": False, "init_lora_weights": True, "lora_bias": False, "shapes": None},
+    **{"dtype": torch.float32, "device": "cpu"},
+}
+BASES = {
+    layers.LoraLinear: nn.Linear(6, 4),
+    layers.DoraLinear: nn.Linear(6, 4),
+    layers.LoraEmbedding: nn.Embedding(6, 4),
+    layers.LoraConv: nn.Conv1d(6, 4, 3),
+    layers.LoraMultiheadAttention: nn.MultiheadAttention(6, 2),
+}
+SPECTRA = (analysis.effective_rank, analysis.stable_rank, analysis.numerical_rank, analysis.energy_rank)
+SIMILARITIES = (analysis.expected_random_similarity, analysis.random_similarity_std)
+
+
+def around(base: nn.Module, **options: Any) -> Callable[[Path], dict[str, Any]]:
+    """Makes the arguments of a LoRA layer around a copy of ``base``."""
+
+    def arguments(_: Path) -> dict[str, Any]:
+        layer = {"base_layer": copy.deepcopy(base), "adapter": None, "adapter_name": "a"}
+        return layer | {"active": layers.ActiveAdapters()} | options
+
+    return arguments
+
+
+GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
+    # injection
+    inject: lambda _: {"model": Net(), "config": CONFIG, "adapter_name": "a", "share_inputs": False},
+    save_adapter: lambda path: {
+        "model": injected(),
+        "directory": path / "out",
+        "adapter_name": "a",
+        "save_embedding_layers": False,
+    },
+    load_adapter: lambda path: {
+        "model": Net(),
+        "directory": saved(path),
+        "trainable": True,
+        "adapter_name": "c",
+        "activate": False,
+        "download": False,
+        "revision": None,
+        "subfolder": "",
+    },
+    AdapterPool: lambda path: {
+        "model": Net(),
+        "directory": saved(path).parent,
+        "target_modules": ["up", "down"],
+        "r": 2,
+        "max_bytes": 4096,
+        "dtype": None,
+        "timeout": 1.0,
+    },
+    # adapters
+    adapters.adapter_names: lambda _: {"model": injected()},
+    adapters.adapter_status: lambda _: {"model": injected()},
+    adapters.lora_modules: lambda _: {"model": injected()},
+    adapters.input_groups: lambda _: {"model": injected()},
+    adapters.trainable_parameter_counts: lambda _: {"model": injected()},
+    adapters.merge_record_bytes: lambda _: {"model": merged()},
+    adapters.merge_errors: lambda _: {"model": injected(), "adapter_names": "a"},
+    adapters.set_adapter: lambda _: {"model": injected(), "names": ["a"], "trainable": False},
+    adapters.add_weighted_adapter: lambda _: {
+        "model": injected(),
+        "adapters": ["a", "b"],
+        "weights": [1.0, 0.5],
+        "adapter_name": "c",
+        "combination_type": "svd",
+        "svd_rank": 2,
+    },
+    adapters.delete_adapter: lambda _: {"model": injected(), "name": "a"},
+    adapters.rename_adapter: lambda _: {"model": injected(), "old": "a", "new": "c"},
+    adapters.disable_adapters: lambda _: {"model": injected()},
+    adapters.hotswap_adapter: lambda path: {"model": injected(), "directory": saved(path), "adapter_name": "a"},
+    adapters.prepare_hotswap: lambda _: {"model": injected(), "r": 4, "adapter_name": "a"},
+    # merging
+    merge: lambda _: {"model": injected(), "adapter_names": ["a"]},
+    unmerge: lambda _: {"model": merged(), "adapter_names": ["a"]},
+    adapters.merge_and_unload: lambda _: {"model": injected(), "adapter_names": ["a"], "dequantize": False},
+    adapters.unload: lambda _: {"model": injected()},
+    # methods
+    methods.new_method: lambda _: {"name": "adapter-h", "bottleneck_size": 4},
+    methods.option_names: lambda _: {"name": "adapter-h"},
+    methods.apply_method: lambda _: {"model": bert(), "method": methods.new_method("adapter-h")},
+    methods.prepare_method: lambda _: {"model": bert(), "method": methods.new_method("adapter-h")},
+    methods.set_pooling: lambda _: {"model": bert(), "pooling": "mean"},
+    methods.pooling_of: lambda _: {"model": bert()},
+    methods.method_of: lambda _: {"model": adapted()},
+    methods.head_parameters: lambda _: {"model": bert()},
+    methods.head_parameter_count: lambda _: {"model": bert()},
+    methods.remove_method: lambda _: {"model": adapted()},
+    methods.save_method: lambda path: {"model": adapted(), "directory": path / "out"},
+    methods.load_method: lambda path: {"model": bert(), "directory": saved_method(path), "trainable": False},
+    methods.read_method: lambda path: {"directory": saved_method(path)},
+    integration.accelerate: lambda _: {"model": peft_model(), "share_inputs": True},
+    integration.restore: lambda _: {"model": integration.accelerate(peft_model())},
+    integration.report: lambda _: {"model": peft_model()},
+    # layers
+    layers.LoraAdapter: lambda _: SIZES | MORE,
+    layers.EmbeddingAdapter: lambda _: {"num_embeddings": 6, "embedding_dim": 4, "r": 2, "lora_alpha": 4.0},
+    layers.PackedAdapter: lambda _: SIZES | {"enable_lora": [True, False, True]},
+    layers.DoraAdapter: lambda _: dict(SIZES),
+    # analysis
+    analysis.factored_svd: lambda _: factors(),
+    analysis.block_krylov_svd: lambda _: {"weight": torch.randn(6, 4), "rank": 2, "seed": 0},
+    analysis.project: lambda _: {"weight": torch.randn(6, 4), "U": torch.randn(6, 2), "V": torch.randn(4, 2)},
+    analysis.projection_table: lambda _: {
+        "weight": torch.randn(4, 6),
+        "update": analysis.factored_svd(**factors()),
+        "seed": 0,
+        "weight_svd": None,
+    },
+    analysis.expected_random_norm: lambda _: {"weight_norm": 2.0, "out_features": 6, "in_features": 4, "r": 2},
+    analysis.leading_ranks: lambda _: {"count": 5},
+    analysis.singular_basis: lambda _: {"matrix": torch.randn(2, 6)},
+    analysis.subspace_similarity: lambda _: {"first": torch.eye(4)[:, :2], "second": torch.eye(4)[:, 1:]},
+    analysis.orthonormal_columns: lambda _: {"dim": 4, "count": 2, "generator": torch.Generator()},
+    **{kind: around(base) for kind, base in BASES.items()},
+    layers.LoraPackedLinear: around(nn.Linear(6, 6), num_parts=3),
+    layers.LoraParameter: around(nn.Linear(6, 4), parameter_name="weight"),
+    **{function: lambda _: {"singular_values": torch.tensor([2.0, 1.0])} for function in SPECTRA},
+    analysis.energy_rank: lambda _: {"singular_values": torch.tensor([2.0, 1.0]), "energy": 0.5},
+    **{function: lambda _: {"i_max": 2, "j_max": 3, "dim": 4} for function in SIMILARITIES},
+}
+CALLS = [Call(function, arguments) for function, arguments in GOOD.items()]
+
+# --- refused calls: the function, changes of its arguments, the error, words of its message ---------------------------
+# A function among the changes makes the argument. FUNCTION stands for the function's name.
+
+MERGED = "merged into 'blocks.0.up', 'blocks.0.down', 'blocks.1.up' and 1 more"
 TAKEN = "exists already; the adapters are ['a', 'b']. Choose another name, or delete_adapter"
 NO_ADAPTER = "no adapter 'x'; the adapters are ['a', 'b']"
+BARE = {"model": Net()}, ValueError, "FUNCTION: Net is not injected; call lora_ext.inject on it"
+NO_LAYER = {"model": Net()}, ValueError, "FUNCTION: Net has no LoRA layer; call inject(model, config) first"
+DISABLED = {"model": disabled}, RuntimeError, "the adapters are disabled"
+NONE_ACTIVE = {"model": disabled, "adapter_names": None}, RuntimeError, "FUNCTION: no adapter is active in"
+NO_NAMES = {"adapter_names": []}, ValueError, "FUNCTION: adapter_names is empty; name at least one adapter"
+NO_NAME = {"adapter_names": ["x"]}, KeyError, "FUNCTION: no layer has an adapter 'x'; the adapters are ['a', 'b']"
+NET = {"model": Net()}, TypeError, "Net (model type None) is not supported; supported are Transformers' models of"
+NO_METHOD = {"model": bert()}, ValueError, "BertForSequenceClassification is not adapted; call apply_method"
+RANK_0 = {"r": 0}, ValueError, "FUNCTION: r is 0, want at least 1"
+BIAS = {"lora_bias": True}, ValueError, "FUNCTION: lora_bias is True"
 
-CALLS: list[Call] = [
-    Call(
-        inject,
-        lambda _: {"model": Net(), "config": CONFIG, "adapter_name": "a", "share_inputs": False},
-        [
-            ({"share_inputs": "yes"}, TypeError, "share_inputs is 'yes' of type str, want True or False"),
-            ({"config": {"r": 8}}, TypeError, "config is {'r': 8} of type dict, want a LoraConfig"),
-            *(
-                ({"adapter_name": bad}, ValueError, f"adapter_name is {bad!r}, want a name without dots")
-                for bad in BAD_NAMES
-            ),
-            (lambda _: {"model": injected()}, ValueError, f"adapter 'a' {TAKEN}"),
-            (lambda _: {"model": merged(), "adapter_name": "c"}, ValueError, f"adapters are {FIRST}; call unmerge"),
-            (lambda _: {"model": disabled(), "adapter_name": "c"}, RuntimeError, "the adapters are disabled"),
-            (
-                {"config": LoraConfig(target_modules=["upp"])},
-                ValueError,
-                "target_modules ['upp'] matches no module of Net; close matches: 'up'",
-            ),
-            (
-                {"config": LoraConfig(target_modules=["norm"])},
-                TypeError,
-                "norm (BatchNorm1d): no LoRA layer adapts BatchNorm1d",
-            ),
-            (
-                {"config": LoraConfig(target_modules=["up"], modules_to_save=["hed"])},
-                ValueError,
-                "modules_to_save ['hed'] matches no module of Net; close matches: 'head'",
-            ),
-            ({"config": LoraConfig(target_parameters=["norm.weight"])}, TypeError, "norm.weight"),
-            (
-                lambda _: {"model": inject(Net(), BIASED, "b"), "config": BIASED},
-                ValueError,
-                "bias is 'all', but the adapter 'b' trains the model's biases already",
-            ),
-        ],
-    ),
-    Call(
+REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
+    *((inject, {"adapter_name": bad}, ValueError, f"adapter_name is {bad!r}, want a") for bad in ("a.b", "keys", "")),
+    (inject, {"model": injected}, ValueError, f"adapter 'a' {TAKEN}"),
+    (inject, {"model": merged, "adapter_name": "c"}, ValueError, "are merged into 'blocks.0.up'; call unmerge"),
+    (inject, {"model": disabled, "adapter_name": "c"}, RuntimeError, "the adapters are disabled"),
+    (inject, {"config": LoraConfig(target_modules=["norm"])}, TypeError, "norm (BatchNorm1d): no LoRA layer adapts B"),
+    (inject, {"config": LoraConfig(target_parameters=["norm.weight"])}, TypeError, "norm.weight"),
+    (inject, {"model": lambda: inject(Net(), BIASED, "b"), "config": BIASED}, ValueError, "bias is 'all', but the ada"),
+    (save_adapter, *BARE),
+    (save_adapter, {"save_embedding_layers": "yes"}, TypeError, "'yes' of type str, want True or False or 'auto'"),
+    (save_adapter, {"adapter_name": "x"}, KeyError, f"save_adapter: there is {NO_ADAPTER}"),
+    (
         save_adapter,
-        lambda path: {
-            "model": injected(),
-            "directory": path / "out",
-            "adapter_name": "a",
-            "save_embedding_layers": False,
-        },
-        [
-            *NOT_INJECTED,
-            ({"save_embedding_layers": "yes"}, TypeError, "'yes' of type str, want True or False or 'auto'"),
-            ({"adapter_name": "x"}, KeyError, f"save_adapter: there is {NO_ADAPTER}"),
-            (
-                lambda _: {"model": adapters.set_adapter(injected(), ["a", "b"]), "adapter_name": None},
-                ValueError,
-                "the active adapters are ['a', 'b'], want exactly one, or a name",
-            ),
-            (lambda path: {"directory": saved(path) / "adapter_config.json"}, OSError, "adapter_config.json"),
-        ],
+        {"model": lambda: adapters.set_adapter(injected(), ["a", "b"]), "adapter_name": None},
+        ValueError,
+        "the active adapters are ['a', 'b'], want exactly one, or a name",
     ),
-    Call(
+    (save_adapter, {"directory": lambda path: saved(path) / "adapter_config.json"}, OSError, "adapter_config.json"),
+    (load_adapter, {"subfolder": "../b"}, ValueError, "subfolder is '../b', want one within the directory"),
+    (load_adapter, {"revision": "main"}, ValueError, "revision is 'main', but nothing is downloaded; set download=Tru"),
+    (load_adapter, {"directory": "org/name"}, FileNotFoundError, "on the Hugging Face hub: load_adapter(..., download"),
+    (
         load_adapter,
-        lambda path: {
-            "model": Net(),
-            "directory": saved(path),
-            "trainable": True,
-            "adapter_name": "c",
-            "activate": False,
-            "download": False,
-            "revision": None,
-            "subfolder": "",
-        },
-        [
-            ({"subfolder": "../b"}, ValueError, "subfolder is '../b', want one within the directory"),
-            ({"revision": "main"}, ValueError, "revision is 'main', but nothing is downloaded; set download=True"),
-            ({"directory": "org/name"}, FileNotFoundError, "on the Hugging Face hub: load_adapter(..., download=True)"),
-            ({"trainable": "yes"}, TypeError, "trainable is 'yes' of type str, want True or False"),
-            (lambda path: {"directory": path / "none"}, FileNotFoundError, "none"),
-            (lambda path: {"directory": damaged(path, "adapter_config.json", b"{")}, ValueError, "adapter_config.json"),
-            (
-                lambda path: {"directory": damaged(path, "adapter_model.safetensors", b"{}")},
-                ValueError,
-                "adapter_model.safetensors",
-            ),
-            ({"model": nn.Linear(2, 2)}, ValueError, "matches no module of Linear"),
-            (lambda _: {"model": injected()}, ValueError, "'c' would not train; pass activate=True"),
-            ({"model": bert()}, ValueError, "['up', 'down'] matches no module of BertForSequenceClassification"),
-            (
-                lambda _: {"model": inject(Net(), LoraConfig(r=4, target_modules=["up"]), "c")},
-                ValueError,
-                "has r=2 but the model was injected with r=4",
-            ),
-            (lambda _: {"model": merged()}, RuntimeError, f"an adapter is {FIRST}; call unmerge(model)"),
-            (lambda _: {"model": Net().to("meta")}, ValueError, ".0.up.lora_A.weight: the model is on the meta device"),
-        ],
+        {"directory": lambda path: damaged(path, "adapter_config.json", b"{")},
+        ValueError,
+        "adapter_config.json",
     ),
-    Call(
-        adapters.set_adapter,
-        lambda _: {"model": injected(), "names": ["a"], "trainable": False},
-        [
-            *NOT_INJECTED,
-            ({"names": "x"}, KeyError, f"set_adapter: there is {NO_ADAPTER}"),
-            ({"names": ["a", "x"]}, KeyError, f"set_adapter: there is {NO_ADAPTER}"),
-            ({"names": [1]}, TypeError, "names is [1] of type list, want a string or a list of strings"),
-            ({"names": ["a", "a"]}, ValueError, "names are ['a', 'a'], want each once"),
-            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled; leave disable_adapters first"),
-        ],
+    (
+        load_adapter,
+        {"directory": lambda path: damaged(path, "adapter_model.safetensors", b"{}")},
+        ValueError,
+        "adapter_mode",
     ),
-    Call(
-        AdapterPool,
-        lambda path: {
-            "model": Net(),
-            "directory": saved(path).parent,
-            "target_modules": ["up", "down"],
-            "r": 2,
-            "max_bytes": 4096,
-            "dtype": None,
-            "timeout": 1.0,
-        },
-        [
-            ({"r": 0}, ValueError, "r is 0"),
-            ({"target_modules": ["x"]}, ValueError, "x"),
-            ({"max_bytes": 1}, ValueError, "AdapterPool: max_bytes is 1, but one slot of rank 2 takes"),
-            ({"dtype": torch.int8}, ValueError, "AdapterPool: dtype is torch.int8, want one of torch.float64"),
-            ({"directory": "none"}, ValueError, "AdapterPool: directory is 'none', which is not a directory"),
-            (lambda _: {"model": merged()}, ValueError, "adapters are merged into"),
-        ],
+    (load_adapter, {"model": nn.Linear(2, 2)}, ValueError, "matches no module of Linear"),
+    (load_adapter, {"model": injected}, ValueError, "'c' would not train; pass activate=True"),
+    (
+        load_adapter,
+        {"model": lambda: inject(Net(), LoraConfig(r=4, target_modules=["up"]), "c")},
+        ValueError,
+        "has r=2 but the model was injected with r=4",
     ),
-    Call(adapters.adapter_names, lambda _: {"model": injected()}),
-    Call(adapters.adapter_status, lambda _: {"model": injected()}),
-    Call(adapters.lora_modules, lambda _: {"model": injected()}),
-    Call(adapters.merge_record_bytes, lambda _: {"model": merged()}),
-    Call(
-        adapters.merge_errors,
-        lambda _: {"model": injected(), "adapter_names": "a"},
-        [
-            *NO_LAYER,
-            ({"adapter_names": ["x"]}, KeyError, "FUNCTION: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
-            (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "FUNCTION: no adapter is active in"),
-        ],
-    ),
-    Call(adapters.input_groups, lambda _: {"model": injected()}),
-    Call(adapters.trainable_parameter_counts, lambda _: {"model": injected()}),
-    Call(
-        adapters.add_weighted_adapter,
-        lambda _: {
-            "model": injected(),
-            "adapters": ["a", "b"],
-            "weights": [1.0, 0.5],
-            "adapter_name": "c",
-            "combination_type": "svd",
-            "svd_rank": 2,
-        },
-        [
-            *NOT_INJECTED,
-            ({"adapters": ["a", "x"]}, KeyError, NO_ADAPTER),
-            ({"adapters": "a"}, TypeError, "adapters is 'a' of type str, want a list of strings"),
-            ({"adapters": [], "weights": []}, ValueError, "adapters is empty; name at least one"),
-            ({"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; want one each"),
-            ({"weights": [1.0, NAN]}, ValueError, "weights are [1.0, nan], want finite numbers"),
-            ({"adapter_name": "a"}, ValueError, f"adapter 'a' {TAKEN}"),
-            ({"combination_type": "ties"}, ValueError, "want one of linear, cat, svd; for the others use PEFT"),
-            ({"svd_rank": 0}, ValueError, "svd_rank is 0, want None or an integer of at least 1"),
-            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
-            (lambda _: {"model": merged()}, ValueError, f"adapters are {FIRST}; call unmerge(model) first"),
-        ],
-    ),
-    Call(
-        adapters.delete_adapter,
-        lambda _: {"model": injected(), "name": "a"},
-        [
-            *NOT_INJECTED,
-            ({"name": "x"}, KeyError, NO_ADAPTER),
-            ({"name": "b"}, RuntimeError, "'b' is active; call set_adapter(model, ...) first, with one of ['a']"),
-            (lambda _: {"model": merged()}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
-            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
-        ],
-    ),
-    Call(
-        adapters.disable_adapters,
-        lambda _: {"model": injected()},
-        [*NO_LAYER, (lambda _: {"model": merged()}, RuntimeError, f"{MERGED}; call unmerge(model) first")],
-    ),
-    Call(
+    (load_adapter, {"model": merged}, RuntimeError, "an adapter is merged into 'blocks.0.up'; call unmerge(model)"),
+    (load_adapter, {"model": Net().to("meta")}, ValueError, ".0.up.lora_A.weight: the model is on the meta device"),
+    (AdapterPool, {"r": 0}, ValueError, "r is 0"),
+    (AdapterPool, {"max_bytes": 1}, ValueError, "AdapterPool: max_bytes is 1, but one slot of rank 2 takes"),
+    (AdapterPool, {"dtype": torch.int8}, ValueError, "AdapterPool: dtype is torch.int8, want one of torch.float64"),
+    (AdapterPool, {"directory": "none"}, ValueError, "AdapterPool: directory is 'none', which is not a directory"),
+    (AdapterPool, {"model": merged}, ValueError, "adapters are merged into"),
+    (adapters.merge_errors, *NO_LAYER),
+    (adapters.merge_errors, *NO_NAME),
+    (adapters.merge_errors, *NONE_ACTIVE),
+    (adapters.set_adapter, *BARE),
+    (adapters.set_adapter, {"names": ["a", "x"]}, KeyError, f"set_adapter: there is {NO_ADAPTER}"),
+    (adapters.set_adapter, {"names": [1]}, TypeError, "names is [1] of type list, want a string or a list of strings"),
+    (adapters.set_adapter, {"names": ["a", "a"]}, ValueError, "names are ['a', 'a'], want each once"),
+    (adapters.set_adapter, *DISABLED),
+    (adapters.add_weighted_adapter, *BARE),
+    (adapters.add_weighted_adapter, {"adapters": ["a", "x"]}, KeyError, NO_ADAPTER),
+    (adapters.add_weighted_adapter, {"adapters": [], "weights": []}, ValueError, "adapters is empty; name at least on"),
+    (adapters.add_weighted_adapter, {"weights": [1.0]}, ValueError, "weights has 1 entries for 2 adapters; want one e"),
+    (adapters.add_weighted_adapter, {"weights": [1.0, NAN]}, ValueError, "weights are [1.0, nan], want finite numbers"),
+    (adapters.add_weighted_adapter, {"adapter_name": "a"}, ValueError, f"adapter 'a' {TAKEN}"),
+    (adapters.add_weighted_adapter, {"combination_type": "ties"}, ValueError, "want one of linear, cat, svd; for the"),
+    (adapters.add_weighted_adapter, {"svd_rank": 0}, ValueError, "svd_rank is 0, want None or an integer of at least"),
+    (adapters.add_weighted_adapter, {"model": disabled}, RuntimeError, "the adapters are disabled"),
+    (adapters.add_weighted_adapter, {"model": merged}, ValueError, "adapters are merged into 'blocks.0.up'; call unme"),
+    (adapters.delete_adapter, *BARE),
+    (adapters.delete_adapter, {"name": "x"}, KeyError, NO_ADAPTER),
+    (adapters.delete_adapter, {"name": "b"}, RuntimeError, "'b' is active; call set_adapter(model, ...) first, with o"),
+    (adapters.delete_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
+    (adapters.delete_adapter, {"model": disabled}, RuntimeError, "the adapters are disabled"),
+    (adapters.rename_adapter, *BARE),
+    (adapters.rename_adapter, {"old": "x"}, KeyError, NO_ADAPTER),
+    (adapters.rename_adapter, {"new": "b"}, ValueError, f"adapter 'b' {TAKEN}"),
+    (adapters.rename_adapter, {"new": ""}, ValueError, "adapter_name is '', want a name without dots"),
+    (adapters.rename_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
+    (adapters.rename_adapter, {"model": disabled}, RuntimeError, "the adapters are disabled"),
+    (adapters.disable_adapters, *NO_LAYER),
+    (adapters.disable_adapters, {"model": merged}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
+    (adapters.hotswap_adapter, *BARE),
+    (adapters.hotswap_adapter, {"adapter_name": "x"}, KeyError, NO_ADAPTER),
+    (adapters.hotswap_adapter, {"directory": lambda path: path / "none"}, FileNotFoundError, "none/adapter_config.jso"),
+    (adapters.hotswap_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
+    (
         adapters.hotswap_adapter,
-        lambda path: {"model": injected(), "directory": saved(path), "adapter_name": "a"},
-        [
-            *NOT_INJECTED,
-            ({"adapter_name": "x"}, KeyError, NO_ADAPTER),
-            (lambda path: {"directory": path / "none"}, FileNotFoundError, "none/adapter_config.json is missing"),
-            (lambda _: {"model": merged()}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
-            (
-                lambda _: {"model": inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")},
-                ValueError,
-                "rank",
-            ),
-        ],
+        {"model": lambda: inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")},
+        ValueError,
+        "rank",
     ),
-    Call(
-        adapters.prepare_hotswap,
-        lambda _: {"model": injected(), "r": 4, "adapter_name": "a"},
-        [
-            *NOT_INJECTED,
-            ({"adapter_name": "x"}, KeyError, NO_ADAPTER),
-            ({"r": 0}, ValueError, "r is 0, want an integer of at least 1"),
-            ({"r": 1}, ValueError, "r is 1, but 'blocks.0.up' has rank 2"),
-            (lambda _: {"model": merged()}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
-        ],
+    (adapters.prepare_hotswap, *BARE),
+    (adapters.prepare_hotswap, {"adapter_name": "x"}, KeyError, NO_ADAPTER),
+    (adapters.prepare_hotswap, {"r": 0}, ValueError, "r is 0, want an integer of at least 1"),
+    (adapters.prepare_hotswap, {"r": 1}, ValueError, "r is 1, but 'blocks.0.up' has rank 2"),
+    (adapters.prepare_hotswap, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
+    (merge, *NO_LAYER),
+    (merge, *NO_NAMES),
+    (merge, *NO_NAME),
+    (merge, *NONE_ACTIVE),
+    (merge, {"model": merged}, RuntimeError, f"merge: adapters are already {MERGED}"),
+    (merge, {"model": with_nan, "adapter_names": "b"}, ValueError, "the weight of 'blocks.1.up' NaN or infinite"),
+    (merge, {"model": parametrized}, RuntimeError, "'blocks.0.up' is not a parameter but computed"),
+    (merge, {"model": tied, "adapter_names": "b"}, ValueError, "is shared with 'blocks.1.up', which would change too"),
+    (unmerge, *NO_LAYER),
+    (unmerge, *NO_NAMES),
+    (unmerge, *NO_NAME),
+    (unmerge, {"adapter_names": ["b"]}, RuntimeError, f"unmerge: the adapters are not {MERGED}"),
+    (unmerge, {"model": injected, "adapter_names": None}, RuntimeError, f"the adapters are not {MERGED}"),
+    (unmerge, {"model": lambda: merged().double()}, RuntimeError, "was converted from torch.float32 to torch.float64"),
+    (adapters.merge_and_unload, *NO_LAYER),
+    (adapters.merge_and_unload, *NO_NAMES),
+    (adapters.merge_and_unload, *NO_NAME),
+    (adapters.merge_and_unload, *NONE_ACTIVE),
+    (adapters.merge_and_unload, {"dequantize": True}, ValueError, "FUNCTION: dequantize is set, but Net has no quanti"),
+    (adapters.merge_and_unload, {"dequantize": torch.int8}, ValueError, "FUNCTION: dequantize is torch.int8, want Tru"),
+    (adapters.merge_and_unload, {"model": with_nan, "adapter_names": "b"}, ValueError, "the adapter has NaN or infini"),
+    (adapters.merge_and_unload, {"model": disabled}, RuntimeError, "the adapters are disabled"),
+    (adapters.unload, *NO_LAYER),
+    (adapters.unload, {"model": merged}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
+    (adapters.unload, {"model": disabled}, RuntimeError, "the adapters are disabled"),
+    (methods.new_method, {"name": "adapter-x"}, ValueError, "name has 'adapter-x', want one of full, bitfit"),
+    (methods.new_method, {"bottleneck_size": 0}, ValueError, "bottleneck_size is 0, want at least 1"),
+    (methods.new_method, {"size": 4}, TypeError, "adapter-h has no option 'size'; it has"),
+    (methods.option_names, {"name": "x"}, ValueError, "name is 'x', want one of full, bitfit"),
+    (methods.apply_method, *NET),
+    (methods.apply_method, {"model": lambda: adapted()}, ValueError, "the model is adapted by adapter-h already"),
+    (
+        methods.apply_method,
+        {"model": lambda: inject(bert(), LoraConfig(target_modules=["query"]))},
+        ValueError,
+        "the model is injected already",
     ),
-    Call(
-        adapters.rename_adapter,
-        lambda _: {"model": injected(), "old": "a", "new": "c"},
-        [
-            *NOT_INJECTED,
-            ({"old": "x"}, KeyError, NO_ADAPTER),
-            ({"new": "b"}, ValueError, f"adapter 'b' {TAKEN}"),
-            *(({"new": bad}, ValueError, f"adapter_name is {bad!r}, want a name without dots") for bad in BAD_NAMES),
-            (lambda _: {"model": merged()}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
-            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
-        ],
+    (methods.prepare_method, *NET),
+    (methods.set_pooling, *NET),
+    (methods.set_pooling, {"pooling": "max"}, ValueError, "pooling is 'max', want one of cls, mean"),
+    (methods.set_pooling, {"model": lambda: methods.set_pooling(bert(), "cls")}, ValueError, "has the pooling 'cls' a"),
+    (methods.remove_method, *NO_METHOD),
+    (
+        methods.remove_method,
+        {"model": lambda: merge(adapted("lora", target_modules=["query"]))},
+        RuntimeError,
+        "merged",
     ),
-    Call(
-        merge,
-        lambda _: {"model": injected(), "adapter_names": ["a"]},
-        [
-            *NO_LAYER,
-            ({"adapter_names": []}, ValueError, "merge: adapter_names is empty; name at least one adapter"),
-            ({"adapter_names": ["x"]}, KeyError, "merge: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
-            (lambda _: {"model": merged()}, RuntimeError, f"merge: adapters are already {MERGED}"),
-            (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "merge: no adapter is active in 'b"),
-            (
-                lambda _: {"model": with_nan(), "adapter_names": "b"},
-                ValueError,
-                "the weight of 'blocks.1.up' NaN or infinite: the adapter has NaN or infinite values",
-            ),
-            (lambda _: {"model": parametrized()}, RuntimeError, "'blocks.0.up' is not a parameter but computed"),
-            (
-                lambda _: {"model": tied(), "adapter_names": "b"},
-                ValueError,
-                "is shared with 'blocks.1.up', which would change too",
-            ),
-        ],
+    (methods.save_method, *NO_METHOD),
+    (methods.save_method, {"directory": lambda path: saved_method(path) / "method.json"}, OSError, "method.json"),
+    (methods.load_method, *NET),
+    (methods.load_method, {"model": lambda: adapted("bitfit")}, ValueError, "call remove_method(model) first"),
+    (methods.read_method, {"directory": lambda path: path / "none"}, FileNotFoundError, "none"),
+    (integration.accelerate, {"model": Net()}, ValueError, "Net has no PEFT LoRA layers; adapt it first"),
+    (integration.restore, {"model": merged_peft_model}, RuntimeError, "adapters are merged into 2 layers"),
+    (layers.LoraAdapter, *RANK_0),
+    (layers.LoraAdapter, {"in_features": -6}, ValueError, "in_features is -6, want at least 0"),
+    (layers.EmbeddingAdapter, *RANK_0),
+    (layers.EmbeddingAdapter, {"num_embeddings": -6}, ValueError, "num_embeddings is -6"),
+    (layers.PackedAdapter, *RANK_0),
+    (layers.PackedAdapter, *BIAS),
+    (layers.PackedAdapter, {"enable_lora": [False]}, ValueError, "enable_lora is [False], want at least one True"),
+    (layers.PackedAdapter, {"enable_lora": [True] * 4}, ValueError, "enable_lora has 4 parts, want a divisor of out_f"),
+    (layers.DoraAdapter, *RANK_0),
+    (layers.DoraAdapter, *BIAS),
+    (analysis.factored_svd, {"lora_A": torch.randn(3, 6)}, ValueError, "factored_svd: lora_B has rank 2 but lora_A ha"),
+    (analysis.factored_svd, {"lora_A": torch.randn(6)}, ValueError, "factored_svd: lora_A has shape [6], want 2 dimen"),
+    (analysis.factored_svd, {"scaling": NAN}, ValueError, "factored_svd: lora_A, lora_B or scaling nan is not finite"),
+    (analysis.block_krylov_svd, {"weight": torch.full((6, 4), NAN)}, ValueError, "weight [6, 4] is not finite"),
+    (analysis.block_krylov_svd, {"rank": 5}, ValueError, "block_krylov_svd: rank is 5, want 1 to 4, the smaller side"),
+    (analysis.project, {"U": torch.randn(4, 2)}, ValueError, "project: U [4, 2] and V [4, 2] do not fit the weight [6"),
+    (analysis.projection_table, {"weight": torch.randn(6, 4)}, ValueError, "update has shape [4, 6] but weight has [6"),
+    (
+        analysis.projection_table,
+        {"weight_svd": analysis.block_krylov_svd(torch.randn(4, 6), 1, seed=0)},
+        ValueError,
+        "weight_svd has 1 directions, want at least the 2 of update",
     ),
-    Call(
-        unmerge,
-        lambda _: {"model": merged(), "adapter_names": ["a"]},
-        [
-            *NO_LAYER,
-            ({"adapter_names": []}, ValueError, "unmerge: adapter_names is empty; name at least one adapter"),
-            ({"adapter_names": ["x"]}, KeyError, "unmerge: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
-            ({"adapter_names": ["b"]}, RuntimeError, f"unmerge: the adapters are not {MERGED}"),
-            (lambda _: {"model": injected(), "adapter_names": None}, RuntimeError, f"the adapters are not {MERGED}"),
-            (lambda _: {"model": merged().double()}, RuntimeError, "was converted from torch.float32 to torch.float64"),
-        ],
+    (analysis.expected_random_norm, {"r": 5}, ValueError, "r is 5"),
+    (analysis.expected_random_norm, {"in_features": 0}, ValueError, "in_features=0"),
+    (analysis.leading_ranks, {"count": -1}, ValueError, "count is -1, want at least 0"),
+    (analysis.singular_basis, {"matrix": torch.full((2, 6), NAN)}, ValueError, "matrix [2, 6] is not finite"),
+    (analysis.subspace_similarity, {"second": torch.eye(5)}, ValueError, "subspace_similarity: second has 5 rows but"),
+    (analysis.orthonormal_columns, {"count": 5}, ValueError, "orthonormal_columns: count is 5, want 0 to dim=4"),
+    (layers.LoraAdapter, {"r": True}, TypeError, "r is True of type bool, want an integer"),
+    (
+        adapters.add_weighted_adapter,
+        {"adapters": "a"},
+        TypeError,
+        "adapters is 'a' of type str, want a list of strings",
     ),
-    Call(
-        adapters.merge_and_unload,
-        lambda _: {"model": injected(), "adapter_names": ["a"], "dequantize": False},
-        [
-            *NO_LAYER,
-            ({"dequantize": True}, ValueError, "FUNCTION: dequantize is set, but Net has no quantised layer"),
-            ({"dequantize": torch.int8}, ValueError, "FUNCTION: dequantize is torch.int8, want True, False or one of"),
-            ({"dequantize": "yes"}, TypeError, "dequantize is 'yes' of type str"),
-            ({"adapter_names": []}, ValueError, "merge_and_unload: adapter_names is empty; name at least one adapter"),
-            ({"adapter_names": ["x"]}, KeyError, "FUNCTION: no layer has an adapter 'x'; the adapters are ['a', 'b']"),
-            (lambda _: {"model": disabled(), "adapter_names": None}, RuntimeError, "FUNCTION: no adapter is active in"),
-            (lambda _: {"model": with_nan(), "adapter_names": "b"}, ValueError, "the adapter has NaN or infinite"),
-            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
-        ],
+    (methods.load_method, {"trainable": 1}, TypeError, "trainable is 1 of type int, want True or False"),
+    (inject, {"share_inputs": "yes"}, TypeError, "share_inputs is 'yes' of type str, want True or False"),
+    (analysis.singular_basis, {"matrix": torch.zeros(2, 6).long()}, TypeError, "matrix has dtype int64, want one of"),
+    *((kind, {"base_layer": nn.ReLU()}, TypeError, f"base_layer is a ReLU, want {kind.base_kinds}") for kind in BASES),
+    (layers.LoraPackedLinear, {"num_parts": 4}, ValueError, "num_parts is 4, want a divisor of out_features=6"),
+    (layers.LoraPackedLinear, {"num_parts": 0}, ValueError, "num_parts is 0"),
+    (layers.LoraParameter, {"parameter_name": "x"}, TypeError, "LoraParameter: Linear"),
+    (layers.LoraParameter, {"parameter_name": "bias"}, TypeError, "bias"),
+    *(
+        (function, {"singular_values": torch.tensor(values)}, ValueError, words)
+        for function in SPECTRA
+        for values, words in (
+            ([[2.0, 1.0]], "[1, 2], want a vector of real numbers"),
+            ([1.0, 2.0], "descending order; sort them first"),
+            ([1.0, NAN], "singular_values must be finite"),
+        )
     ),
-    Call(
-        adapters.unload,
-        lambda _: {"model": injected()},
-        [
-            *NO_LAYER,
-            (lambda _: {"model": merged()}, RuntimeError, f"{MERGED}; call unmerge(model) first"),
-            (lambda _: {"model": disabled()}, RuntimeError, "the adapters are disabled"),
-        ],
-    ),
-    # --- methods, PEFT; layers and measures, which need no model ------------------------------------------------------
-    *METHODS,
-    *LAYERS,
-    *ANALYSIS,
+    (analysis.energy_rank, {"energy": 1.5}, ValueError, "energy_rank: energy is 1.5, want 0 < energy <= 1"),
+    *((function, {"i_max": 5}, ValueError, "i_max is 5, want 0 to dim=4") for function in SIMILARITIES),
+    *((function, {"j_max": -1}, ValueError, "j_max is -1, want 0 to dim=4") for function in SIMILARITIES),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from support.models import token_ids
 from torch import nn
-from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 
 def rows(model: nn.Module) -> list[dict]:
@@ -29,3 +29,14 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+class Spoil(TrainerCallback):
+    """Spoils the adapter after step 2, so that an earlier one is the best."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(torch.randn_like(parameter), alpha=30)

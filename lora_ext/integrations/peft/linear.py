@@ -101,12 +101,12 @@ class LinearForward(SharesInputs):
         """The forward of a DoRA adapter that is active alone."""
         update = dora.DoraUpdate(adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.scaling, adapter.dropout_p)
         if plain is not None:
-            return dora.linear_output(x, *plain, update)
+            return dora.output(x, *plain, update)
         quantized = quantized_weight(self.base_layer) if runs_quantized_product(self.base_layer) else None
         if quantized is None:  # what such a base layer computes is not known
             return super().forward(x)
         base = self.base_layer
-        return dora.called_output(x, base, base.bias, quantized.dequantize(), update)
+        return dora.output(x, quantized.dequantize(), base.bias, update, base)
 
     def _plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The base layer's weight and bias, if all that it does with ``x`` is to multiply."""

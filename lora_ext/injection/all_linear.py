@@ -1,0 +1,164 @@
+"""Defines ``target_modules="all-linear"``, also in a mixture of experts.
+
+Since version 5, Transformers keeps a mixture's experts as 3-dimensional parameters and its routers as modules with a
+bare weight. PEFT adapts them as ``target_parameters`` in the architectures of the table below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lora_ext._common.printable import shown
+from lora_ext._common.warnings import warn_user
+from lora_ext.config import ALL_LINEAR, LoraConfig
+from lora_ext.matching.path_names import EndTable, Parents, SuffixTable
+from lora_ext.matching.path_patterns import PathMatcher
+from lora_ext.model.bare_model import BareModel
+from lora_ext.nn.base_layer import why_bypassed, why_output_unusable
+from lora_ext.nn.linear import is_linear
+from lora_ext.quantized import quantized_weight, why_unsupported
+
+if TYPE_CHECKING:
+    from lora_ext.injection.targets import Targets
+
+_FUSED = "gate_up_proj"  # two projections in one parameter: twice the rank, with the same scaling
+# The names of a mixture's projections before Transformers 5, and the parameters that hold them now; the model types
+# whose mixtures have these names. From PEFT 0.21.2 and Transformers 5.13.
+_LIKE_MIXTRAL = {"gate": "gate.weight", "w1": _FUSED, "w3": _FUSED, "w2": "down_proj"}
+_LIKE_QWEN2 = {"gate": "gate.weight", "gate_proj": _FUSED, "up_proj": _FUSED, "down_proj": "down_proj"}
+_QWEN2_TYPES = """
+afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe
+glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next
+qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker sarvam_mla solar_open
+"""
+_MIXTURES = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _LIKE_MIXTRAL),
+    **dict.fromkeys(_QWEN2_TYPES.split(), _LIKE_QWEN2),
+}
+
+
+def is_all_linear(config: LoraConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def names_next_to_all_linear(config: LoraConfig) -> tuple[str, ...] | None:
+    """Returns the other names of a config that names "all-linear", alone or in a list; None if it does not."""
+    if is_all_linear(config):
+        return ()
+    if isinstance(config.target_modules, str) or ALL_LINEAR not in (config.target_modules or ()):
+        return None
+    return tuple(name for name in config.target_modules if name != ALL_LINEAR)
+
+
+def linear_layers(bare: BareModel) -> list[str]:
+    """The layers that "all-linear" means: linear ones that take an update, without the output head."""
+    found = []
+    for path, module in bare.modules.items():
+        if is_linear(module) and module is not bare.head and why_output_unusable(module) is None:
+            found += [path] * (why_left_out(bare, path) is None)
+    return found
+
+
+def why_bypassed_at(bare: BareModel, path: str) -> str | None:
+    """Returns why an adapter of the module at ``path`` would have no effect, or None if that is not known."""
+    parent, _, name = path.rpartition(".")
+    return why_bypassed(bare.modules[parent] if parent else bare.root, name)
+
+
+def why_left_out(bare: BareModel, path: str) -> str | None:
+    """Returns why a linear layer cannot be adapted: the model bypasses it, or its quantisation is not known here."""
+    module = bare.modules[path]
+    if is_linear(module):
+        return why_bypassed_at(bare, path)
+    looks_linear = isinstance(getattr(module, "in_features", None), int)
+    return why_unsupported(module) if looks_linear and quantized_weight(module) is None else None
+
+
+def expand_all_linear(config: LoraConfig, bare: BareModel) -> LoraConfig:
+    """Returns a config with "all-linear" alone or without it: other names, and a mixture's parameters, need names.
+
+    ValueError: the config has an option that bare parameters cannot have; PEFT refuses it, too.
+    """
+    if (others := names_next_to_all_linear(config)) is None:
+        return config
+    config = _with_experts(dataclasses.replace(config, target_modules=ALL_LINEAR), bare)
+    if not others:
+        return config
+    layers = linear_layers(bare) if is_all_linear(config) else config.target_modules
+    return dataclasses.replace(config, target_modules=(*layers, *others))
+
+
+def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
+    """Returns the config, which says "all-linear", with the parts that PEFT adapts in a mixture by name.
+
+    PEFT knows a mixture's parts by the names of projections, and takes dense layers of these names for experts: they
+    are not adapted, and :func:`warn_of_parts_left_out` names them.
+    """
+    model_type = getattr(getattr(bare.root, "config", None), "model_type", None)
+    parameters = _MIXTURES.get(model_type, {}) if isinstance(model_type, str) else {}
+    ends, trained = EndTable(parameters.values()), SuffixTable(config.trained_modules)
+    inside = Parents(path for path in bare.modules if trained.find(path))
+    excluded = PathMatcher("exclude_modules", config.exclude_modules)
+    named, left_out = set(), set()
+    for path, module in bare.modules.items() if parameters else ():
+        found = {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False) if f"{path}.{name}" in ends}
+        (left_out if path in inside or excluded(path) else named).update(found)
+    if not named:
+        return config
+    for key in ("lora_dropout", "lora_bias", "fan_in_fan_out"):
+        if getattr(config, key):
+            names = sorted({path.split(".")[-2] for path in named})
+            raise ValueError(
+                f'inject: {key} is {getattr(config, key)}, but target_modules is "all-linear", and the experts and '
+                f"routers of {type(bare.root).__name__} are bare parameters; leave {key} at its default, or exclude "
+                f"them: exclude_modules={names}"
+            )
+    ranks, alphas = {}, {}
+    if any(path.endswith(_FUSED) for path in named):
+        ranks, alphas = {rf".*\.{_FUSED}": 2 * config.r}, {rf".*\.{_FUSED}": 2 * config.lora_alpha}
+    if not left_out:  # PEFT's spelling: it wants the same names in all adapters of a model
+        named = {name for name in parameters.values() if any(path.endswith(f".{name}") for path in named)}
+    return dataclasses.replace(
+        config,
+        target_modules=[path for path in linear_layers(bare) if path.rpartition(".")[2] not in parameters],
+        target_parameters={*(config.target_parameters or ()), *named},
+        rank_pattern={**config.rank_pattern, **ranks},
+        alpha_pattern={**config.alpha_pattern, **alphas},
+    )
+
+
+def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets) -> None:
+    """Warns about linear layers, quantised layers of other kinds and experts that "all-linear" does not adapt.
+
+    Args:
+        config: the config as it was given, which says "all-linear".
+    """
+    excluded = PathMatcher("exclude_modules", config.exclude_modules)
+    known = Parents((*targets.trained, *targets.tied))
+    left_out: dict[str, set[str]] = defaultdict(set)
+    for path, module in bare.modules.items():
+        if path in targets.modules or path in known or module is bare.head or excluded(path):
+            continue
+        if (why := why_left_out(bare, path)) is not None:
+            left_out[why].add(path)
+        elif is_linear(module) and why_output_unusable(module) is None:
+            left_out["to adapt them, name them in target_modules"].add(path)
+        elif parameters := set(_weights(module)).difference(targets.parameters.get(path, ())):
+            left_out["to adapt them, name them in target_parameters"] |= {f"{path}.{name}" for name in parameters}
+    for why, paths in left_out.items():
+        some = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in paths})  # one line for all layers
+        warn_user(f'inject: "all-linear" leaves out {shown(some, 2000)} of {type(bare.root).__name__}; {why}')
+
+
+def _weights(module: nn.Module) -> Iterator[str]:
+    """Yields the weight of a linear layer that returns more than a tensor (a router, say), and stacks of experts."""
+    if is_linear(module):
+        yield "weight"
+    elif not type(module).__module__.startswith("torch."):
+        yield from (name for name, p in module.named_parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1)
