@@ -89,6 +89,15 @@ def test_attention_dropout_draws_the_same_mask(need_weights):
     assert not torch.equal(model(*x)[0], model(*x)[0])
 
 
+@pytest.mark.parametrize("settings", [{}, SEPARATE])
+def test_lora_dropout_of_the_projections(settings):
+    model = adapted(Wrapper(**settings), lora_dropout=0.5).train()
+    model.attention.base_layer.out_proj.adapters.default.lora_dropout = 0.0
+    tensors = inputs("all", False, True, *(settings.values() or (E, E)))
+    assert not torch.equal(model(*tensors)[0], model(*tensors)[0])
+    assert torch.equal(model.eval()(*tensors)[0], model(*tensors)[0])
+
+
 def test_separate_passes_read_shared_inputs_once(monkeypatch):
     calls = []
     for name in ("lora_linear", "lora_linear_siblings"):
