@@ -219,7 +219,7 @@ def test_no_file_is_written_that_would_load_wrong(tmp_path):
         with refused(model, ValueError, *words):
             model.save_pretrained(tmp_path / "mixed", state_dict=state)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file is no directory"):
+    with pytest.raises(OSError, match="cannot write there.*/file"):
         model.save_pretrained(tmp_path / "file")
     assert not (tmp_path / "mixed").exists()
 

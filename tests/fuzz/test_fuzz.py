@@ -9,7 +9,7 @@ import sys
 import pytest
 from support.processes import environment
 
-from fuzz import area_planted, campaign
+from fuzz import area_ops, area_planted, campaign  # noqa: F401  area_ops registers all makers
 from fuzz.__main__ import main as fuzz_command
 from fuzz.campaign import Campaign
 from fuzz.choices import Choices

@@ -15,7 +15,7 @@ SMALL = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query
 """Adapts the queries of BERT."""
 KEY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
 
-_CATASTROPHIC = {  # none ends with a single character, which regex would search for first
+CATASTROPHIC = {  # none ends with a single character, which regex would search for first
     "nested": r"(\w+\.?)+[!?]",
     "alternatives": r"(a|b|[a-z]|\w|\.)*[!?]",
     "alternatives in a repeat": r"((\w|[a-z])+\.?)+(?:$(?<=!)|!)",
@@ -38,13 +38,18 @@ def _names(prefix: str = "") -> list[str]:
     return [f"{prefix}n{i:06}" for i in range(MEGABYTE // (len(prefix) + 11))]
 
 
+def dotted() -> list[str]:
+    """Names of equal length with dots at different places."""
+    return ["".join("." if n >> i & 1 else "attentionquerykey"[i] for i in range(16)) for n in range(2**15)]
+
+
 def _texts(found: dict[str, tuple[Any, str | None]]) -> dict[str, tuple[str | bytes, str | None]]:
     return {k: (v if isinstance(v, str | bytes) else json.dumps(v), words) for k, (v, words) in found.items()}
 
 
 def _expressions(every: bool) -> dict[str, tuple[Any, None]]:
     found = {}
-    for i, (name, expression) in enumerate(_CATASTROPHIC.items()):
+    for i, (name, expression) in enumerate(CATASTROPHIC.items()):
         for j, key in enumerate(_EXPRESSION_KEYS):
             if every or i % len(_EXPRESSION_KEYS) == j:
                 value = {expression: 4} if key in ("rank_pattern", "alpha_pattern") else expression
@@ -56,9 +61,7 @@ def _expressions(every: bool) -> dict[str, tuple[Any, None]]:
 def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]:
     """``adapter_config.json``; ``every_expression``: each one with every key, instead of one of the five."""
     numbers = list(range(100_000, 100_000 + MEGABYTE // 8))
-    # Names of equal length with dots at different places.
-    dotted = ["".join("." if n >> i & 1 else "attentionquerykey"[i] for i in range(16)) for n in range(2**15)]
-    slow = _CATASTROPHIC["alternatives"]
+    slow = CATASTROPHIC["alternatives"]
     small: dict[str, tuple[dict[str, Any], str]] = {  # what SMALL has in addition
         "every expression": ({key: {".*a*b*c*!": 4} for key in _EXPRESSION_KEYS[2:4]}, ""),
         "r": ({"r": 10**8}, "shape of "),
@@ -71,14 +74,14 @@ def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]
         "names in an expression": ({"target_modules": "|".join(_names("a."))}, "target_modules ["),
         "names in a group": ({"target_modules": f"({'|'.join(_names('a.'))})"}, "too many or too long"),
         "rank keys": ({"rank_pattern": dict.fromkeys(_names(), 2)}, ""),
-        "keys with dots": ({"rank_pattern": dict.fromkeys(dotted, 2)}, ""),
+        "keys with dots": ({"rank_pattern": dict.fromkeys(dotted(), 2)}, ""),
         "expressions": ({"rank_pattern": dict.fromkeys(_names(".*"), 2)}, "too many or too long"),
         "fewer expressions": ({"rank_pattern": {rf"{slow}{i}": 2 for i in range(499)}}, "takes too long"),
         "slow expressions": ({key: {f"{slow}|{key}": 4} for key in _EXPRESSION_KEYS[2:4]}, "takes too long"),
         "modules to save": ({"modules_to_save": _names()}, "modules_to_save ["),
         "all modules to save": ({"modules_to_save": list("abcdefghijklmnopqrstuvwxyz0123456789")}, "left to"),
         "the encoder to save": ({"target_modules": ["pooler.dense"], "modules_to_save": ["encoder"]}, "missing"),
-        "layers": ({"layers_to_transform": numbers}, "none of them is in layers_to_transform"),
+        "layers": ({"layers_to_transform": numbers}, "nothing is left to adapt"),
         "lists": ({"layers_to_transform": [1], "layers_pattern": _names()}, "too many or too long"),
         "tokens": ({"trainable_token_indices": numbers}, "trainable_token_indices names the tokens ["),
         "all tokens": ({"trainable_token_indices": list(range(30522))}, "missing key"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hostile.configs import CATASTROPHIC, dotted
+from hostile.attacks import CATASTROPHIC, dotted
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
