@@ -27,11 +27,6 @@ def plain_path(path: str) -> str:
     return ".".join(name for name in path.split(".") if name not in (COMPILED, _CHECKPOINTED))
 
 
-def state_path(path: str) -> str:
-    """``path`` as the keys of ``state_dict`` have it: ``checkpoint_wrapper`` takes its name out."""
-    return ".".join(name for name in path.split(".") if name != _CHECKPOINTED) if _CHECKPOINTED in path else path
-
-
 def root_module(model: nn.Module) -> nn.Module:
     """``model``, or the module inside all wrappers: paths must not depend on them."""
     while True:

@@ -9,11 +9,6 @@ _SPECIAL = re.compile(r"[\\^$*+?{}\[\]()]")
 _ESCAPED = re.compile(r"\\[^\w|]")
 
 
-def name_covers(name: str, path: str) -> bool:
-    """Returns whether ``name`` is ``path`` or its end after a dot: the rule for lists of modules."""
-    return path == name or path.endswith(f".{name}")
-
-
 def is_inside(path: str, parent: str) -> bool:
     """Returns whether ``path`` is ``parent`` or below it."""
     return path == parent or path.startswith(f"{parent}.")

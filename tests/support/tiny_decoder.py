@@ -15,8 +15,6 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -82,12 +80,6 @@ def gemma3(**options: Any) -> Gemma3ForCausalLM:
     layers = ["sliding_attention", "full_attention"]
     config = Gemma3TextConfig(**sizes(layer_types=layers, sliding_window=8, query_pre_attn_scalar=16, **options))
     return Gemma3ForCausalLM(config)
-
-
-def mixtral(**options: Any) -> MixtralForCausalLM:
-    """Its files have other names and shapes than its parameters."""
-    torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**sizes(num_local_experts=3, num_experts_per_tok=2, **options)))
 
 
 def save(directory: Path, model: torch.nn.Module | None = None, template: str | None = TEMPLATE) -> Path:
