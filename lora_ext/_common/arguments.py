@@ -34,7 +34,7 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 
 
 class Rule(NamedTuple):
-    """What an annotation asks for: a test of values, and the words for it."""
+    """Tests a value against an annotation; ``words`` say what the annotation allows, for messages."""
 
     test: Callable[[Any], bool]
     words: str

@@ -332,7 +332,7 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
 
     ``unloads``: trained rows are written into the weights, too, and modules trained in full replace the frozen ones.
     """
-    # What is added to each parameter, by the layers' paths, as keys that are equal if the updates are the same.
+    # For each parameter: by the path of the layer, what identifies the updates that it would add.
     updates_of: dict[int, dict[str, tuple]] = defaultdict(dict)
     labels: dict[int, str] = {}
     for path, (layer, names) in wanted.items():

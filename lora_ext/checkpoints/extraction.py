@@ -201,7 +201,7 @@ def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
 
 
 def _config(new: Checkpoint, layers: dict[str, LayerError], rank: int) -> dict[str, Any]:
-    """What the adapter's config says of its layers. ``lora_alpha`` is the rank everywhere, so the scaling is 1."""
+    """Builds the adapter's config. ``lora_alpha`` is the rank everywhere, so the scaling is 1."""
     ends = {path.rpartition(".")[2] for path in layers}
     matrices = {key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2}
     is_every = set(layers) == {path for path in matrices if path.rpartition(".")[2] in ends}

@@ -22,7 +22,7 @@ _MOST_CANDIDATES = 16  # prefixes that are tried; real checkpoints have one
 
 
 class Prefix(NamedTuple):
-    """What the names of a checkpoint have in place of a prefix of an adapter's names.
+    """Turns names of an adapter into those of a checkpoint: takes one prefix away and adds another.
 
     An adapter of ``BertForSequenceClassification`` calls ``bert.encoder...`` what a checkpoint of ``BertModel`` calls
     ``encoder...``, and the other way round.

@@ -101,7 +101,7 @@ def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
     for key in [key for key, value in state_dict.items() if getattr(value, "shape", None) == _MISFIT]:
         del state_dict[key]
     if prefix + MARKER in state_dict:
-        _checktrained_ids(module, state_dict, prefix)
+        _check_trained(module, state_dict, prefix)
     keys = {plain_path(key) for key, _ in module.named_parameters(remove_duplicate=False)}
     if of_base := [prefix + key for key in _base_keys(module) if key not in keys and prefix + key in state_dict]:
         raise RuntimeError(
@@ -111,7 +111,7 @@ def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
         )
 
 
-def _checktrained_ids(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def _check_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Checks that a state of adapters alone is of the adapters and the method of ``module``, or raises RuntimeError."""
     tensors = module.state_dict(keep_vars=True)
     # By id, because tensors that modules share are in the state once.

@@ -1,4 +1,4 @@
-"""What a method of lora_ext.methods trains in a model next to adapters: parts below that package know no more of it."""
+"""Holds the tensors that a method of lora_ext.methods trains, for code that may not import that package."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Mixed batches: ``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])``.
 
 A hook before the model's forward takes the names out of the arguments, as most models would swallow them in their
-``**kwargs``, checks everything before the model runs, and puts the choice in force for the layers
+``**kwargs``, checks everything before the model runs, and makes the choice current for the layers
 (lora_ext/nn/rows.py). A hook after it ends the choice.
 """
 
@@ -67,7 +67,7 @@ def forget_adapter_names(module: nn.Module) -> None:
 
 
 def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple | None:
-    """Takes ``adapter_names`` out of the arguments and puts the choice in force; a hook before the forward."""
+    """Takes ``adapter_names`` out of the arguments and makes the choice current; a hook before the forward."""
     adapters = adapter_set(module)
     rest, names = kwargs, kwargs.get(NAMES)
     if NAMES in kwargs:

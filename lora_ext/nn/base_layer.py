@@ -2,7 +2,7 @@
 
 A layer computes a product in place of its base layer only if a call would compute exactly that product and nothing else
 would see the call (:func:`plain_linear`). Otherwise it calls the base layer and adds its updates to a copy of the
-result (:func:`own_copy`), so that hooks, replaced forwards and modules put in the base layer's place stay in force.
+result (:func:`own_copy`), so that hooks, replaced forwards and modules put in the base layer's place keep their effect.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
 from lora_ext.nn.base_layer import own_copy, tensor_of, why_weight_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
-from lora_ext.nn.state import MERGED_KEY, check_same_merged
+from lora_ext.nn.state import MERGED_KEY, check_nothing_merged
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ class LoraLayer(AdapterLayer):
             destination[prefix + MERGED_KEY] = torch.ones((), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_same_merged(self, state_dict, prefix)
+        check_nothing_merged(self, state_dict, prefix)
         state_dict.pop(prefix + MERGED_KEY, None)  # PyTorch would call it unexpected
         super()._load_from_state_dict(state_dict, prefix, *args)
 

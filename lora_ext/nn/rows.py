@@ -1,6 +1,6 @@
 """Mixed batches: each row of a batch names the adapter that it uses, and one op adds all of them.
 
-:mod:`lora_ext.model.mixed_batch` checks the names of a call and puts a :class:`RowChoice` in force; layers ask for it
+:mod:`lora_ext.model.mixed_batch` checks the names of a call and makes a :class:`RowChoice` current; layers ask for it
 (:func:`row_choice`) and add the chosen updates, by a grouped op (:func:`add_chosen`, :func:`linear_with_chosen`,
 :class:`LayerSlots`) or, where there is none, adapter by adapter (:func:`add_by_rows`, :func:`call_by_rows`).
 
@@ -64,7 +64,7 @@ class RowChoice:
         self._tensors: dict[tuple, Tensor] = {}  # kept for the next layer: a copy to a GPU waits for it
         additions, self._removals = ({}, 0) if active is None else (active.additions, active.removals)
         self._additions = {name: additions.get(name) for name in self.names}
-        # While it is in force:
+        # While it is current:
         self._outer: RowChoice | None = None  # the choice of the call around this one, which may be of another model
         self._has_ended = False
         self._task = -1  # the backward in which the call began
@@ -136,14 +136,14 @@ def _tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-# --- the choice in force ----------------------------------------------------------------------------------------------
+# --- the current choice -----------------------------------------------------------------------------------------------
 
 _current: ContextVar[RowChoice | None] = ContextVar("lora_ext_row_choice", default=None)
 _count_lock = threading.Lock()
 
 
 def row_choice(active: ActiveAdapters) -> RowChoice | None:
-    """Returns the choice that is in force for layers that share ``active``, or None: the active adapters are used.
+    """Returns the current choice of layers that share ``active``, or None: the active adapters are used.
 
     Raises:
         ValueError: the layer is compiled, and its rows choose.
@@ -176,7 +176,7 @@ def chosen(active: ActiveAdapters) -> RowChoice | None:
 
 
 def enter(choice: RowChoice) -> None:
-    """Puts ``choice`` in force until :func:`leave`. Raises what the pool does that cannot serve it."""
+    """Makes ``choice`` current until :func:`leave`. Raises what the pool does that cannot serve it."""
     if choice.pool_names:
         choice.slots = choice.pool.acquire(choice.pool_names)
     choice._outer, choice._task = _current.get(), torch._C._current_graph_task_id()
@@ -204,7 +204,7 @@ def leave(choice: RowChoice, outputs: Any = None) -> None:
 
 @contextmanager
 def choosing(choice: RowChoice) -> Iterator[None]:
-    """Puts ``choice`` in force within the context."""
+    """Makes ``choice`` current within the context."""
     enter(choice)
     try:
         yield

@@ -39,7 +39,7 @@ def uses_base_keys() -> bool:
     return _uses_base_keys.get()
 
 
-def check_same_merged(layer: LoraLayer, state: Mapping[str, Any], prefix: str) -> None:
+def check_nothing_merged(layer: LoraLayer, state: Mapping[str, Any], prefix: str) -> None:
     """Checks that no adapter is merged into ``layer``, nor into its weights in ``state``, if these are to be loaded.
 
     The record that unmerges a weight is not in the state.

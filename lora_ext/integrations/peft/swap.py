@@ -28,7 +28,7 @@ _MODULES = {
     "peft.tuners.lora.torchao": ".quantized_torchao",
 }
 
-# PEFT's LoraLayer.__init__ and BaseTuner.inject_adapter, while accelerate() without a model is in force.
+# PEFT's LoraLayer.__init__ and BaseTuner.inject_adapter, while accelerate() without a model is on.
 _peft_init: Callable[..., None] | None = None
 _peft_inject: Callable[..., None] | None = None
 
