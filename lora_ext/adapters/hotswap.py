@@ -25,7 +25,7 @@ from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.expert_layout import check_expert_layout
 from lora_ext.files.misfits import misfits
 from lora_ext.files.save_load import read_adapter, warn_of_a_copy
-from lora_ext.model.adapter_set import Adapter, Part, find_adapter
+from lora_ext.model.adapter_set import UNSCALED, Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 from lora_ext.nn import DoraAdapter, LoraAdapter
 from lora_ext.nn.attention import SeparateProjections
@@ -34,7 +34,6 @@ from lora_ext.nn.tied import TiedAdapter
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _RANK_DIMS = {".lora_A.weight": 0, ".lora_embedding_A": 0, ".lora_B.weight": 1, ".lora_embedding_B": 1}
-_UNSCALED = ".lora_A.weight", ".lora_embedding_A", ".lora_magnitude_vector"
 
 
 @checked
@@ -123,7 +122,7 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
             f"prepare_hotswap first):{listed(first_shape(problems))}"
         )
-    file.warn_of_damage(key for key in values if key in file)
+    file.warn_of_damage(key for key in values if key in file.tensors)
     with torch.no_grad():
         for key, tensor in values.items():
             targets[key].copy_(tensor)
@@ -137,19 +136,19 @@ def _values_of(part: Part, config: LoraConfig, file: AdapterFile) -> dict[str, T
         return {}
     tensors = _in_file(part.layer.file_tensors(part.file_path, part.adapter))
     # A DoRA adapter that changes nothing has the norms of the weight's rows: no file with zeros stands for it.
-    if not any(key in file for key in tensors) and not isinstance(part.adapter, DoraAdapter):
+    if not any(key in file.tensors for key in tensors) and not isinstance(part.adapter, DoraAdapter):
         return {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
     is_plain = all(update.has_plain_rank for update in updates)
     values = {}
     for key, tensor in tensors.items():
-        if key not in file:
+        if key not in file.tensors:
             continue
-        new = file.tensor(key)
+        new = file.tensors[key]
         dim = next((dim for suffix, dim in _RANK_DIMS.items() if key.endswith(suffix)), None)
         if is_plain and dim is not None and _differ_only_in(dim, new, tensor):
             new = _padded(new, dim, tensor.shape[dim])
         factor = config.scaling_for(part.target) / updates[0].scaling / part.file_scale_of(key)
-        if new.is_floating_point() and not key.endswith(_UNSCALED) and factor != 1.0:
+        if new.is_floating_point() and not key.endswith(UNSCALED) and factor != 1.0:
             new = new.to(tensor.dtype) * factor
         values[key] = new
     return values
@@ -164,7 +163,7 @@ def _other_options(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> l
     ]
     for part in adapter.parts:
         theirs, ours = config.enable_lora_for(part.target), getattr(part.adapter, "enable_lora", None)
-        if theirs != ours and _updates_of(part.adapter) and any(key in file for key in _keys([part])):
+        if theirs != ours and _updates_of(part.adapter) and any(key in file.tensors for key in _keys([part])):
             problems.append(f"enable_lora of {part.target}: {shown(theirs)} in the file, {ours} in the model")
     return problems
 
@@ -172,10 +171,10 @@ def _other_options(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> l
 def _other_keys(adapter: Adapter, file: AdapterFile, known: Collection[str]) -> list[str]:
     """Returns what else ``file`` has that the model lacks. PEFT also saves the base layer of an adapted embedding."""
     problems, base = [], _in_file(adapter.base_tensors())
-    for key in file.keys():  # noqa: SIM118  not a dict
+    for key in file.tensors:
         if key not in known and key not in base:
             problems.append(f"unexpected key: {key}")
-        elif key not in known and _differ(file.tensor(key), base[key]):
+        elif key not in known and _differ(file.tensors[key], base[key]):
             problems.append(f"base layer {key}: not the model's, and load_adapter loads it")
     return problems
 

@@ -23,7 +23,7 @@ _OTHER_PARTS = ("modules_to_save", "trainable_token_indices", "target_parameters
 
 @dataclasses.dataclass(frozen=True)
 class PoolShape:
-    """What a pool stores of an adapter.
+    """Describes the layers and the rank that a pool has room for.
 
     Attributes:
         layers: ``(in_features, out_features)`` of its layers, by path in the model.
@@ -57,8 +57,8 @@ def read_adapter(directory: Path, shape: PoolShape) -> dict[str, tuple[Tensor, T
         keys[path] = f"{KEY_PREFIX}{path}.lora_A.weight", f"{KEY_PREFIX}{path}.lora_B.weight"
         for key, sizes in zip(keys[path], ((rank, in_features), (out_features, rank)), strict=True):
             targets[key] = torch.empty(sizes, device="meta")
-    problems += [f"missing key: {key}" for key in targets if key not in file]
-    problems += [f"unexpected key: {key}" for key in file.keys() if key not in targets]  # noqa: SIM118  not a dict
+    problems += [f"missing key: {key}" for key in targets if key not in file.tensors]
+    problems += [f"unexpected key: {key}" for key in file.tensors if key not in targets]
     problems += misfits(targets, file.tensors)
     if problems or not targets:
         base = file.config.get("base_model_name_or_path")

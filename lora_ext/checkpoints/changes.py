@@ -42,9 +42,9 @@ class Term:
     def read(self) -> list[tuple[Tensor, Tensor, float]]:
         """Reads ``(lora_A, lora_B, scaling)`` for each matrix, in the layout of the tensor."""
         if self.is_bias:
-            bias = self.file.tensor(self.update.lora_bias)
+            bias = self.file.tensors[self.update.lora_bias]
             return [(bias[None], torch.ones(1, 1, dtype=bias.dtype), self.scaling)]
-        pairs = self.update.split(self.file.tensor(self.update.lora_A), self.file.tensor(self.update.lora_B))
+        pairs = self.update.split(self.file.tensors[self.update.lora_A], self.file.tensors[self.update.lora_B])
         return [(B.T, A.T, self.scaling) if self.transposed else (A, B, self.scaling) for A, B in pairs]
 
 
@@ -155,7 +155,8 @@ class _AdapterChanges:
 
     def _replace(self, name: str, key: str) -> None:
         """Replaces a tensor of the base, or adds one that it lacks if its names have the adapter's prefix."""
-        shape, dtype = self.file.shape(key), DTYPE_NAMES[self.file.dtype(key)]
+        given = self.file.tensors[key]
+        shape, dtype = tuple(given.shape), DTYPE_NAMES[given.dtype]
         if self.prefix.key(name) not in {*self.changes, *(self.tie or ())}:
             if any(self.prefix):
                 text = "not in the base, whose names have another prefix, so it cannot be added"
@@ -170,7 +171,7 @@ class _AdapterChanges:
             return
         if tensor.replacement is not None:
             other, other_key = tensor.replacement
-            if not torch.equal(other.tensor(other_key), self.file.tensor(key)):
+            if not torch.equal(other.tensors[other_key], given):
                 self.problems.append(f"{target}: replaced by two adapters, which differ")
         tensor.replacement = (self.file, key)
 
@@ -188,7 +189,7 @@ class _AdapterChanges:
         self.tie = tie
 
     def _replace_rows_of(self, target: str, rows: TokenRows) -> None:
-        tensor, shape = self.changes[target], self.file.shape(rows.key)
+        tensor, shape = self.changes[target], tuple(self.file.tensors[rows.key].shape)
         if not tensor.shape or shape != (len(rows.indices), *tensor.shape[1:]):
             text = f"{list(tensor.shape)}, but {len(rows.indices)} rows of it are {list(shape)}"
             self.problems.append(f"shape of {target}: {text}")
@@ -253,7 +254,7 @@ class _AdapterChanges:
     def _add_to_bias(self, update: LowRankUpdate) -> None:
         if (target := self._find(f"{update.prefix}bias")) is None:
             return
-        tensor, shape = self.changes[target], self.file.shape(update.lora_bias)
+        tensor, shape = self.changes[target], tuple(self.file.tensors[update.lora_bias].shape)
         if len(shape) != 1 or tensor.shape != shape:
             self.problems.append(f"shape of {target}: {list(tensor.shape)}, but {update.lora_bias} is {list(shape)}")
         else:
@@ -271,7 +272,7 @@ def _misfits(key: str, tensor: TensorChange) -> list[str]:
         problems.append(f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}")
     if tensor.replacement is not None:
         file, name = tensor.replacement
-        stored, given = DTYPES.get(tensor.dtype), file.dtype(name)
+        stored, given = DTYPES.get(tensor.dtype), file.tensors[name].dtype
         if stored != given and not (tensor.is_floating and given in FLOATING):  # quantised numbers need their scales
             problems.append(f"dtype of {key}: {tensor.dtype}, which the adapter's {given} is not")
     indices = [index for _, _, rows in tensor.rows for index in rows]

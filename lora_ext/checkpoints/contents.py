@@ -59,7 +59,7 @@ class LowRankUpdate:
 
     @property
     def prefix(self) -> str:
-        """What precedes "weight", except for a parameter, and "bias" in their names."""
+        """The start of the names of the weight (not of a bare parameter) and of the bias."""
         return f"{self.path}.in_proj_" if self.kind == "attention" else f"{self.path}."
 
     @property
@@ -173,11 +173,12 @@ def _update(
     A, B = (sides.get(side) for side in (("embedding_A", "embedding_B") if is_embedding else ("A.weight", "B.weight")))
     if A is None or B is None:
         raise ValueError(f"missing key: the other half of {next(iter(sides.values()))}")
-    shape_A, shape_B = file.shape(A), file.shape(B)
+    factor_A, factor_B = file.tensors[A], file.tensors[B]
+    shape_A, shape_B = tuple(factor_A.shape), tuple(factor_B.shape)
     if len(shape_A) < 2 or len(shape_B) != len(shape_A) or 0 in shape_A + shape_B or set(shape_B[2:]) - {1}:
         raise ValueError(f"shapes of {path}: lora_A {shown(list(shape_A))}, lora_B {shown(list(shape_B))}")
-    if not (file.dtype(A).is_floating_point and file.dtype(B).is_floating_point):
-        raise ValueError(f"dtypes of {path}: lora_A {file.dtype(A)}, lora_B {file.dtype(B)}, want floating point")
+    if not (factor_A.is_floating_point() and factor_B.is_floating_point()):
+        raise ValueError(f"dtypes of {path}: lora_A {factor_A.dtype}, lora_B {factor_B.dtype}, want floating point")
     is_attention = _is_attention(wrapped, factors)
     parameters = () if is_embedding or is_attention else parameters_of(path)
     if is_attention:
@@ -209,8 +210,9 @@ def _update(
         raise ValueError(f"{path} has {has}, but the config's use_dora is {config.use_dora}")
     if magnitude is not None and kind != "linear":
         raise ValueError(f"{path}: use_dora is supported for linear layers only; this is of the kind {kind!r}")
-    if magnitude is not None and (file.shape(magnitude) != shape_B[:1] or not file.dtype(magnitude).is_floating_point):
-        raise ValueError(f"shape of {magnitude}: {shown(list(file.shape(magnitude)))}, want {[shape_B[0]]} numbers")
+    norms = None if magnitude is None else file.tensors[magnitude]
+    if norms is not None and (tuple(norms.shape) != shape_B[:1] or not norms.is_floating_point()):
+        raise ValueError(f"shape of {magnitude}: {shown(list(norms.shape))}, want {[shape_B[0]]} numbers")
     return LowRankUpdate(path, kind, A, B, shape_A, shape_B, r, scaling, matrices, bias, magnitude, parameters)
 
 

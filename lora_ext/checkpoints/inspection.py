@@ -43,7 +43,7 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
             "kind": update.kind,
             "r": update.r,
             "scaling": update.scaling,
-            "dtype": _name(file.dtype(update.lora_A)),
+            "dtype": _name(file.tensors[update.lora_A].dtype),
             "parameters": sum(
                 tensors[key].numel()
                 for key in (update.lora_A, update.lora_B, update.lora_bias, update.magnitude)
@@ -60,7 +60,7 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "dtypes": dict(dtypes),
         "layers": layers,
-        "saved": {name: list(file.shape(key)) for name, key in saved.items()},
+        "saved": {name: list(file.tensors[key].shape) for name, key in saved.items()},
         "config": file.config,
     }
 
@@ -85,7 +85,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def _norm(file: AdapterFile, update: LowRankUpdate) -> float:
     """``||scaling * lora_B @ lora_A||`` (Frobenius norm), from the factors' QR decompositions, without the product."""
     square = 0.0
-    for A, B in update.split(file.tensor(update.lora_A).double(), file.tensor(update.lora_B).double()):
+    for A, B in update.split(file.tensors[update.lora_A].double(), file.tensors[update.lora_B].double()):
         if not (A.isfinite().all() and B.isfinite().all()):
             return math.nan
         left, right = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.T, mode="r").R

@@ -43,7 +43,7 @@ class LayerFactors(NamedTuple):
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Reads ``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
-        pairs = self.update.split(self.file.tensor(self.update.lora_A), self.file.tensor(self.update.lora_B))
+        pairs = self.update.split(self.file.tensors[self.update.lora_A], self.file.tensors[self.update.lora_B])
         return pairs[self.index]
 
 

@@ -130,11 +130,11 @@ def merged_tensor(change: TensorChange, key: str, base: Checkpoint, dtype: torch
     stored = DTYPES.get(change.dtype)
     if change.replacement is not None:
         file, name = change.replacement
-        tensor = file.tensor(name).to(stored, copy=True)
+        tensor = file.tensors[name].to(stored, copy=True)
     else:
         tensor = base.tensor(change.source)
     for file, name, indices in change.rows:
-        tensor[torch.tensor(indices, dtype=torch.long)] = file.tensor(name).to(stored)
+        tensor[torch.tensor(indices, dtype=torch.long)] = file.tensors[name].to(stored)
     out = stored if dtype is None or not change.is_floating else dtype
     if out == stored and not change.terms:
         return tensor
@@ -177,7 +177,7 @@ def _factors(change: TensorChange, dtype: torch.dtype) -> list[tuple[Tensor, Ten
     magnitude = None
     for term in change.terms:
         if term.magnitude is not None:
-            magnitude = term.file.tensor(term.magnitude).to(packed[0][0].dtype)
+            magnitude = term.file.tensors[term.magnitude].to(packed[0][0].dtype)
     return [(A, B, magnitude) for A, B in packed]
 
 

@@ -22,7 +22,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 """The config is last, as :func:`~lora_ext.files.writing.write_files` needs: without it there is no adapter."""
 METHOD_FILE = "method.json"
-"""What :mod:`lora_ext.methods` writes. Without an adapter's config next to it, its method has no low-rank adapter."""
+"""The file that :mod:`lora_ext.methods` writes, next to an adapter's files if the method has a low-rank adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +80,6 @@ class AdapterFile:
             return LoraConfig.from_dict(self.config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{caller}: {self.directory / CONFIG_FILE}: {error}") from error
-
-    def keys(self) -> list[str]:
-        """Returns the keys of all tensors."""
-        return list(self.tensors)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.tensors
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Returns the shape of the tensor ``key``, without reading it."""
-        return tuple(self.tensors[key].shape)
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Returns the dtype of the tensor ``key``, without reading it."""
-        return self.tensors[key].dtype
-
-    def tensor(self, key: str) -> Tensor:
-        """Returns the tensor ``key``, on the CPU."""
-        return self.tensors[key]
 
     def warn_of_damage(self, keys: Iterable[str]) -> None:
         """Warns if values of the tensors ``keys``, which a model is about to take, are NaN or infinite."""

@@ -35,11 +35,11 @@ def check_expert_layout(adapter: Adapter, file: AdapterFile, caller: str) -> Non
         is_present = version >= _parsed(_PRESENT) or (part.layer.stores_transposed and version < (0, 19))
         key = f"{KEY_PREFIX}{part.file_path}.lora_A.weight"
         is_square = part.adapter.lora_A.shape[1] == part.adapter.lora_B.shape[0]
-        if is_square and key in file and not is_present:
+        if is_square and key in file.tensors and not is_present:
             raise ValueError(
-                f"{caller}: {file.path}: {key} {list(file.shape(key))} is of square experts, whose factors PEFT before "
-                f"{_PRESENT} exchanged; {_VERSION} in {CONFIG_FILE} is {shown(file.config.get(_VERSION))}: merge it "
-                f'with the PEFT that saved it, or set "{_PRESENT}" if a later one did'
+                f"{caller}: {file.path}: {key} {list(file.tensors[key].shape)} is of square experts, whose factors "
+                f"PEFT before {_PRESENT} exchanged; {_VERSION} in {CONFIG_FILE} is {shown(file.config.get(_VERSION))}: "
+                f'merge it with the PEFT that saved it, or set "{_PRESENT}" if a later one did'
             )
 
 

@@ -34,8 +34,8 @@ def check_same_kind(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> 
 
 def check_fits(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
     """Compares keys, shapes and dtypes of ``targets`` with the file's. ValueError: they differ; all are listed."""
-    keys = [key for key in file.keys() if not key.endswith(_PEFT_DUPLICATES)]  # noqa: SIM118  not a dict
-    missing = [f"missing key: {key}" for key in targets if key not in file]
+    keys = [key for key in file.tensors if not key.endswith(_PEFT_DUPLICATES)]
+    missing = [f"missing key: {key}" for key in targets if key not in file.tensors]
     unexpected = [f"unexpected key: {key}" for key in keys if key not in targets]
     remedies = []
     if missing and file.config.get("ensure_weight_tying") and not unexpected:

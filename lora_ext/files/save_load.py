@@ -269,7 +269,7 @@ def _fill_checked(
     # Nothing below fails: the adapter is filled before it is attached.
     with torch.no_grad():
         for key, target in targets.items():
-            _fill(target, file.tensor(key))
+            _fill(target, file.tensors[key])
         for key, scale in adapter.file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if give_memory is not None:
@@ -299,7 +299,7 @@ def _unsaved_biases(adapter: Adapter, file: AdapterFile) -> set[str]:
     if adapter.biases is None or adapter.config.bias != "lora_only":
         return set()
     biases = set(adapter.biases.file_tensors())
-    if any(f"{KEY_PREFIX}{key}" in file for key in biases):
+    if any(f"{KEY_PREFIX}{key}" in file.tensors for key in biases):
         return set()
     warn_user(
         f'load_adapter: {file.path} has no bias, though its config says bias="lora_only": PEFT before 0.18 did not '
@@ -312,5 +312,5 @@ def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile, unsaved: set
     """Returns the tensors of the model that the file should fill, by the file's keys."""
     targets = {key: tensor for key, tensor in adapter.tensors().items() if key not in unsaved}
     base = base_tensors(model, adapter)
-    targets |= {key: tensor for key, tensor in base.items() if f"{KEY_PREFIX}{key}" in file}
+    targets |= {key: tensor for key, tensor in base.items() if f"{KEY_PREFIX}{key}" in file.tensors}
     return {f"{KEY_PREFIX}{key}": tensor for key, tensor in targets.items()}

@@ -16,6 +16,9 @@ from lora_ext.nn.base_layer import is_offloaded
 
 _ATTRIBUTE = "_lora_adapters"  # the attribute of an injected model that holds its AdapterSet
 
+UNSCALED = (".lora_A.weight", ".lora_embedding_A", ".lora_magnitude_vector")
+"""Ends of the keys of tensors that no scaling is multiplied into."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -41,8 +44,7 @@ class Part:
 
     def file_scale_of(self, key: str) -> float:
         """The factor for the tensor ``key`` when it is saved; loading divides by it."""
-        unscaled = ".lora_A.weight", ".lora_embedding_A", ".lora_magnitude_vector"
-        return 1.0 if key.endswith(unscaled) else self.file_scale
+        return 1.0 if key.endswith(UNSCALED) else self.file_scale
 
 
 def complete_parts(parts: Iterable[Part]) -> tuple[Part, ...]:

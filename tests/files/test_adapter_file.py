@@ -25,14 +25,14 @@ def test_a_file_has_config_tensors_and_metadata(tmp_path):
     file = AdapterFile.open(tmp_path, caller="test")
     assert file.config["r"] == 2 and file.metadata == {"format": "pt"}
     assert file.path == tmp_path / "adapter_model.safetensors"
-    assert sorted(file.keys()) == sorted(expected)
+    assert sorted(file.tensors) == sorted(expected)
     for key, tensor in expected.items():
-        assert key in file
-        assert (file.shape(key), file.dtype(key)) == (tuple(tensor.shape), tensor.dtype)
-        assert torch.equal(file.tensor(key), tensor)
+        assert key in file.tensors
+        assert (tuple(file.tensors[key].shape), file.tensors[key].dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(file.tensors[key], tensor)
     file.path.unlink()  # a file that is replaced does not change the tensors
     save_file({key: tensor + 1 for key, tensor in expected.items()}, file.path)
-    assert all(torch.equal(file.tensor(key), tensor) for key, tensor in expected.items())
+    assert all(torch.equal(file.tensors[key], tensor) for key, tensor in expected.items())
 
 
 def test_opening_reads_no_tensor(tmp_path):
@@ -42,7 +42,7 @@ def test_opening_reads_no_tensor(tmp_path):
     before = resident()
     file = AdapterFile.open(tmp_path, caller="test")
     assert resident() - before < 8 << 20
-    assert file.tensor("a").sum() == 0
+    assert file.tensors["a"].sum() == 0
 
 
 def resident() -> int:
