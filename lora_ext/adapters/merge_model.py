@@ -23,7 +23,7 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.adapters.dequantized import dequantized, forget_quantization
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
-from lora_ext.matching.path_names import is_inside
+from lora_ext.matching.path_names import Parents
 from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices
 from lora_ext.merging.quantized import MergeError
 from lora_ext.model.adapter_set import adapter_set
@@ -359,8 +359,8 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
     paths = parameter_paths(root_module(model).named_modules())
     for parameter, updates in updates_of.items():
         expected = next(iter(updates.values()))  # all modules that hold the parameter must want the same
-        same = [path for path, its_updates in updates.items() if its_updates == expected]
-        others = [path for path in paths[parameter] if not any(is_inside(path, known) for known in (*same, *replaced))]
+        known = Parents([*replaced, *(path for path, its_updates in updates.items() if its_updates == expected)])
+        others = [path for path in paths[parameter] if path not in known]
         if others:
             raise ValueError(
                 f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; untie "

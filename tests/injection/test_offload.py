@@ -150,14 +150,6 @@ def test_values_that_are_read_at_injection(settings, error, text, tmp_path):
         injected(model, **settings)
 
 
-def test_modules_that_are_brought_as_a_whole():
-    model = cpu_offload(bert(), execution_device="cpu", preload_module_classes=["BertSelfAttention"])
-    text = "accelerate offloads 'bert.encoder.layer.0.attention.self' as a whole, with 'bert.encoder.layer.0.attention"
-    with refused(model, ValueError, text, "offload without preload_module_classes"):
-        injected(model, target_modules=["query"])
-    injected(model, target_modules=["intermediate.dense"])(input_ids=token_ids())
-
-
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
