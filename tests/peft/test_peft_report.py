@@ -111,7 +111,7 @@ CHANGES = {
     ),
     "lora_B of adapter 'default' is a ParametrizedLinear, not an nn.Linear": other_factor,
     "the layer's forward was replaced on the instance": lambda model, layer: setattr(
-        layer, "forward", layer.base_layer
+        layer, "forward", layer.base_layer.forward
     ),
     "lora_A and lora_B of adapter 'default' are torch.float64 and": lambda model, layer: layer.lora_A.default.double(),
     "the scaling of adapter 'default' is nan": lambda model, layer: layer.scaling.update(default=float("nan")),
