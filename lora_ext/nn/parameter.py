@@ -20,7 +20,6 @@ from lora_ext.nn.parameter_view import (
     StackedUpdates,
     call_with_updates,
     call_with_value,
-    why_whole,
 )
 from lora_ext.nn.rows import RowChoice, row_choice
 
@@ -37,8 +36,8 @@ class LoraParameter(TransparentLayer, LoraLayer):
     [out_features, r * num_experts]`` interleaves them.
 
     The module gets a view of the parameter (:mod:`lora_ext.nn.parameter_view`), and its products with that make no
-    tensor of the parameter's size. Other uses make one, and a gradient of that size; :attr:`why_whole` says why.
-    Several parameters of a module have nested layers. Code that reads the parameter without calling the module sees the
+    tensor of the parameter's size. Other uses make one, and a gradient of that size. Several parameters of a module
+    have nested layers. Code that reads the parameter without calling the module sees the
     frozen one.
 
     Args:
@@ -171,11 +170,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
         """``[num_experts, rows, r]`` and ``[num_experts, r, cols]``; their product is the update without scaling."""
         A, B = self._stacked_factors(adapter)
         return (A.transpose(1, 2), B.transpose(1, 2)) if self.stores_transposed else (B, A)
-
-    @property
-    def why_whole(self) -> str | None:
-        """The reason why the last call made a tensor of the parameter's size; "": it made none. None: no call yet."""
-        return why_whole(self.module, self.parameter_name)
 
     def _path_from_base_layer(self) -> str:
         return "base_layer." * len(layers_around(self.base_layer)) + self.parameter_name
