@@ -125,12 +125,6 @@ class LoraConv(AddsToOutput):
         weight = adapter.lora_A.permute(self._order()).flatten(1), adapter.lora_B.flatten(1), adapter.scaling
         return {"weight": weight, **self._bias_factors(adapter)}
 
-    def delta_weight(self, name: str | None = None) -> Tensor:
-        """Returns the update of adapter ``name`` (default: the active one) in the shape of the weight; allocates it."""
-        order = self._order()
-        shape = [self.weight.shape[dim] for dim in order]
-        return super().delta_weight(name).view(shape).permute([order.index(dim) for dim in range(len(order))])
-
     def _order(self) -> list[int]:
         """Dimension 0, then the weight's other dimensions in memory order: channels may be last."""
         weight = self.weight

@@ -196,7 +196,8 @@ class LoraLayer(AdapterLayer):
     def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
         """Returns ``scaling * lora_B @ lora_A`` of adapter ``name`` (default: the active one), in the factors' dtype.
 
-        ``key``: one of the :meth:`matrices`.
+        ``key``: one of the :meth:`matrices`; a packed projection and experts have several. Of a DoRA adapter it is what
+        a merge adds after it has scaled the weight's rows.
         """
         factors = self.factors(name := self._existing(name))
         if key not in factors:

@@ -12,7 +12,7 @@ from lora_ext._common.sharded import is_partitioned
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, innermost, layers_around
-from lora_ext.nn.base_layer import check_not_offloaded, why_weight_unusable
+from lora_ext.nn.base_layer import why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.parameter_view import (
     ExpertUpdate,
@@ -128,12 +128,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
             for key, lhs, rhs in zip(self.matrices(), *self._batched_factors(adapter), strict=True)
         }
 
-    def delta_weight(self, name: str | None = None, key: str | None = None) -> Tensor:
-        """Returns the update; without ``key``, that of all experts. See :meth:`LoraLayer.delta_weight`."""
-        if key is not None or self.weight.dim() == 2:
-            return super().delta_weight(name, key or "weight")
-        return torch.stack([super(LoraParameter, self).delta_weight(name, key) for key in self.matrices()])
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, *args, **kwargs)
@@ -141,7 +135,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
         if not names:
             return self.base_layer(*args, **kwargs)
         module = self.module
-        check_not_offloaded(self, module, self.parameter_name)
         adapters = [at_hand(self.adapters[name]) for name in names]
         updates = [ExpertUpdate(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
         try:
