@@ -92,19 +92,6 @@ def is_dense(tensor: object) -> bool:
     return kind in _DENSE or kind.__module__.startswith("torch._subclasses.")
 
 
-def module_of_kind(layer: nn.Module, base: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
-    """Returns the module of one of ``kinds`` that ``base`` is, or holds as ``base_layer``. TypeError: there is none."""
-    module = base
-    while not isinstance(module, kinds):
-        module = getattr(module, "base_layer", None)
-        if module is None:
-            raise TypeError(
-                f"{type(layer).__name__}: base_layer is a {type(base).__name__}, want {layer.base_kinds}, or a module "
-                "with one as its base_layer"
-            )
-    return module
-
-
 def tensor_of(layer: nn.Module, y: Any) -> Tensor:
     """Returns the base layer's output, which takes an update. TypeError: it is no tensor."""
     if not isinstance(y, Tensor):
