@@ -19,10 +19,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import (
     delete_adapter,
-    hotswap_adapter,
     merge_and_unload,
     merge_record_bytes,
-    prepare_hotswap,
     rename_adapter,
     trainable_parameter_counts,
     unload,
@@ -170,7 +168,7 @@ def test_merges_that_would_change_the_weight_for_one_layer_are_refused():
     assert same_bits(model.lm_head.weight, before) and same_bits(model.model.embed_tokens.weight, before)
 
 
-def test_operations_keep_the_tie(tmp_path):
+def test_operations_keep_the_tie():
     model, ids = tied_llama(), token_ids()
     expected = logits(model, ids)
     rename_adapter(model, "default", "first")
@@ -182,13 +180,7 @@ def test_operations_keep_the_tie(tmp_path):
     set_adapter(model, "first")
     assert adapter.lora_A.requires_grad and model.lm_head.adapters.first.lora_B.requires_grad
 
-    smaller = tied_llama(r=2, lora_alpha=7)
-    smaller.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" not in k}, strict=False)
-    save_adapter(smaller, tmp_path)
-    set_adapter(prepare_hotswap(model, 4, "second"), "second")
-    assert_tied(model, "second")
-    torch.testing.assert_close(logits(hotswap_adapter(model, tmp_path), ids), logits(smaller, ids))
-
+    set_adapter(model, "second")
     delete_adapter(model, "first")
     assert_tied(model, "second")
     bare = llama(tied=True).double().eval()
