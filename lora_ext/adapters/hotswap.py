@@ -24,7 +24,7 @@ from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.expert_layout import check_expert_layout
 from lora_ext.files.misfits import misfits
-from lora_ext.files.save_load import read_adapter, warn_of_a_copy
+from lora_ext.files.save_load import read_adapter
 from lora_ext.model.adapter_set import UNSCALED, Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 from lora_ext.nn import DoraAdapter, LoraAdapter
@@ -109,7 +109,6 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
     config = file.lora_config("hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
-    warn_of_a_copy("hotswap_adapter", adapter)
     check_expert_layout(adapter, file, "hotswap_adapter")
     tied = _keys(part for part in adapter.parts if isinstance(part.adapter, TiedAdapter))  # another part's values
     targets = {key: tensor for key, tensor in _in_file(adapter.tensors()).items() if key not in tied}

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_ext._common.printable import first_of, shown
@@ -65,10 +64,9 @@ class AdapterFile:
             tensors, metadata = read_tensors(path)
             if _version(directory) != version:  # the tensors may be of another save than the config
                 raise ValueError(f"{directory} was replaced while it was read; read it again")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{caller}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{caller}: {error}") from error
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{caller}: {error}") from error
         except OSError as error:
             reason = f"{caller}: cannot be read ({error.strerror or error})"
             raise OSError(error.errno, reason, os.fspath(error.filename or directory)) from error
@@ -116,12 +114,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         OSError: as ``open``.
-        ValueError: the file is corrupted or not regular, or PyTorch lacks a tensor's dtype.
+        ValueError: the file is corrupted or not regular, or PyTorch cannot hold a tensor.
     """
     with open_tensors(path) as (file, table):
-        for key, info in table.items():
-            if info.torch_dtype is None:
-                raise ValueError(f"{path}: {key} has a dtype that torch {torch.__version__} lacks, {info.dtype}")
         return {key: file.get_tensor(key) for key in table}, file.metadata() or {}
 
 

@@ -130,18 +130,6 @@ def test_a_model_that_is_partitioned_as_it_is_loaded_takes_adapters(config, tmp_
     assert_same_files(tmp_path / "whole", tmp_path / "injected")
 
 
-def test_an_optimizer_with_a_copy_is_warned_about(tmp_path):
-    """ZeRO-1 and 2: the next step writes the optimizer's copy over the loaded values."""
-    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"]))
-    save_adapter(model, tmp_path)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter._hp_mapping = None
-    for load in (load_adapter, hotswap_adapter):
-        with pytest.warns(UserWarning, match=f"{load.__name__}: DeepSpeed's optimizer has a copy"):
-            load(model, tmp_path)
-
-
 def test_accelerated_layers_of_peft_do_not_merge_empty_weights(monkeypatch):
     peft = pytest.importorskip("peft")
     from lora_ext.integrations.peft import accelerate, report

@@ -326,3 +326,14 @@ def test_an_injected_model_with_another_config(other, message, tmp_path):
     net = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"], **ALIVE))
     with refused(net, ValueError, message):
         load_adapter(net, adapter_of_net(tmp_path, **other))
+
+
+@pytest.mark.parametrize(
+    "values", [{"layers_to_transform": [7]}, {"target_modules": ["up"], "exclude_modules": ["up"]}]
+)
+def test_a_config_that_fits_no_layer_is_named(values, tmp_path):
+    adapter_of_net(tmp_path)
+    path, net = tmp_path / "adapter_config.json", Net()
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with refused(net, ValueError, f"load_adapter: {path}: ", *values):
+        load_adapter(net, tmp_path)
