@@ -60,20 +60,18 @@ def save_adapter(
 
     Args:
         adapter_name: the adapter to save; None: the active one, if no other one trains.
-        save_embedding_layers: True also saves the base model's input embedding and output head, which
-            :func:`load_adapter` and PEFT load; False saves none. "auto": both if the vocabulary was resized, decided
-            like in PEFT by the config of the model's ``name_or_path``; and base layers that were loaded with the
-            adapter.
+        save_embedding_layers: whether to save the base model's input embedding and output head, too. "auto": if the
+            vocabulary was resized, as in PEFT by the config of the model's ``name_or_path``. Unless it is False, base
+            layers that were loaded with the adapter are saved again.
 
     Warns:
         UserWarning: the vocabulary was resized; or parameters require gradients that the file does not hold.
 
     Raises:
-        ValueError: the model is not injected; or ``adapter_name`` is None and not exactly one adapter is active, or
-            the model has others and the active one is not the one that trains.
+        ValueError: the model is not injected; or ``adapter_name`` is None and it is not clear which adapter is meant.
         KeyError: there is no such adapter; the message lists the existing ones.
         OSError: the directory cannot be written; its content is unchanged.
-        RuntimeError: another rank could not write; or a base layer that is saved contains a merged adapter.
+        RuntimeError: another rank could not write; or a base layer to save contains a merged adapter.
     """
     prepare_shards("save_adapter", model)
     if adapter_name is None:
@@ -118,22 +116,19 @@ def load_adapter(
     """Loads an adapter, saved by :func:`save_adapter` or PEFT, into ``model`` under a name.
 
     A bare model is injected with the file's config. An injected model gets the adapter in addition, and as in PEFT its
-    active adapters stay active and keep training; if it has an adapter of that name, the values of that adapter are
-    replaced, in place. Base layers in the file are loaded too, and saved again with the adapter. Values are cast to the
-    dtype of the parameters that they fill. A model in which nothing trains after the load of a frozen adapter is put
-    into eval mode.
+    active adapters stay active and keep training; if it has an adapter of that name, its values are replaced, in place.
+    Base layers in the file are loaded too, and saved again with the adapter. Values are cast to the dtype of the
+    parameters that they fill. A model in which nothing trains afterwards is put into eval mode.
 
     Args:
         directory: of the files. With ``download``, the name of a repository on the Hugging Face hub.
         trainable: whether the adapter requires gradients. An adapter whose values are replaced keeps its flags.
         adapter_name: name of the adapter in the model.
-        activate: makes it the active adapter, as :func:`lora_ext.set_adapter` does. The first adapter of a model is
-            active in any case.
-        download: fetch the adapter's files into huggingface_hub's cache, or find them there. Without it, nothing is
-            ever fetched.
+        activate: makes it the active adapter, as :func:`lora_ext.set_adapter` does; the first one is in any case.
+        download: fetch the files into huggingface_hub's cache, or find them there. Without it, nothing is fetched.
         revision: with ``download``, a branch, tag or commit of the repository.
-        subfolder: of ``directory`` or the repository: ``save_pretrained`` writes adapters with other names than
-            "default" into subdirectories of these names.
+        subfolder: of ``directory`` or the repository, where ``save_pretrained`` writes adapters with other names than
+            "default".
 
     Returns:
         ``model``, the same object.
@@ -239,7 +234,8 @@ def _fill_checked(
     # Nothing below fails: the adapter is filled before it is attached.
     with torch.no_grad():
         for key, target in targets.items():
-            _fill(target, file.tensors[key])
+            values = file.tensors[key]
+            local(target).copy_(part_like(target, values) if is_sharded(target) else values)
         for key, scale in adapter.file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if give_memory is not None:
@@ -249,13 +245,6 @@ def _fill_checked(
         if loaded := {key for key in base_tensors(model, adapter) if f"{KEY_PREFIX}{key}" in targets}:
             held = adapter.into.loaded_base
             held[adapter.name] = held.get(adapter.name, frozenset()) | loaded
-
-
-def _fill(target: Tensor, values: Tensor) -> None:
-    """Copies ``values`` into ``target``, or this rank's part of them."""
-    if is_sharded(target):
-        target, values = local(target), part_like(target, values)
-    target.copy_(values)
 
 
 def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str, Tensor]:

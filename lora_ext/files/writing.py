@@ -29,13 +29,11 @@ _METADATA = "__metadata__"
 def write_files(directory: str | os.PathLike[str], names: Sequence[str], caller: str) -> Iterator[Path]:
     """Yields a directory for writing the files ``names``; at the end they replace those in ``directory``.
 
-    A name that was not written is removed from ``directory``; all other files stay. The directory is made if needed.
-    After an error or Ctrl-C in the block, the files are unchanged. The last of ``names``, without which the others
-    are not read, is taken away before the others are replaced if it changes, and appears last: no reader sees old files
-    with new ones.
+    A name that was not written is removed; all other files stay. After an error or Ctrl-C in the block, the files are
+    unchanged. The last of ``names``, without which the others are not read, is taken away before the others are
+    replaced if it changes, and appears last: no reader sees old files with new ones.
 
-    Raises:
-        OSError: the directory cannot be written; the message names it, the reason and a remedy.
+    OSError: the directory cannot be written; the message names it, the reason and a remedy.
     """
     directory = Path(directory).absolute()
     with _staging(directory, directory / "saving", caller) as staging:
@@ -58,9 +56,7 @@ def write_files(directory: str | os.PathLike[str], names: Sequence[str], caller:
 def new_directory(path: str | os.PathLike[str], caller: str) -> Iterator[Path]:
     """Yields a directory for writing, which takes the name ``path`` at the end; parents are made if needed.
 
-    Raises:
-        FileExistsError: ``path`` exists, and is not an empty directory.
-        OSError: the directory cannot be written; the message names it, the reason and a remedy.
+    FileExistsError: as :func:`check_new`. OSError: as :func:`write_files`.
     """
     path = Path(path).absolute()
     check_new(path, caller)
