@@ -41,7 +41,7 @@ def check_fits(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
     if missing and len(unexpected) == len(keys):
         remedies.append(
             "all layers have other names: the file is of another model, of a part of it (load it into that), or of "
-            "another Transformers, as with one adapter for each expert; PEFT converts some of these: "
+            "another Transformers, as with one adapter for each expert. PEFT converts some of these: "
             "PeftModel.from_pretrained(model, directory).save_pretrained(another)"
         )
     _refuse([*remedies, *missing, *unexpected, *misfits(targets, file.tensors)], file)

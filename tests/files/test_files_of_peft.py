@@ -146,6 +146,13 @@ def test_keys_that_may_change_the_result_are_refused_with_the_remedy(key, tmp_pa
         load_adapter(base, tmp_path)
 
 
+def test_tied_adapters_are_refused(tmp_path):
+    base = llama(tied=True).eval()
+    saved(base, tmp_path, ensure_weight_tying=True)
+    with refused(base, ValueError, "ensure_weight_tying=True not supported", "lora_ext.integrations.peft.accelerate"):
+        load_adapter(base, tmp_path)
+
+
 # --- PEFT's config objects --------------------------------------------------------------------------------------------
 
 
