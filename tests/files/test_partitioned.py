@@ -17,7 +17,6 @@ from lora_ext.adapters import (
     add_weighted_adapter,
     disable_adapters,
     hotswap_adapter,
-    merge_and_unload,
     prepare_hotswap,
     unload,
 )
@@ -100,7 +99,6 @@ def test_save_pretrained_and_save_method_write_no_empty_tensors(tmp_path, monkey
         (lambda model, path: load_adapter(model, path, adapter_name="b"), "load before deepspeed"),
         (lambda model, _: merge(model), "merge in one process, or on disk"),
         (lambda model, _: unmerge(model), "merge in one process, or on disk"),
-        (lambda model, _: merge_and_unload(model), "merge in one process, or on disk"),
         (lambda model, _: unload(model), "disable_adapters"),
         (lambda model, _: add_weighted_adapter(model, ["default"], [0.5], "b", "cat"), "before you shard it"),
         (lambda model, _: prepare_hotswap(model, 4), "before you shard it"),
