@@ -23,7 +23,6 @@ from lora_ext.matching.path_names import EndTable
 from lora_ext.model.adapter_set import Adapter, AdapterSet, Part, find_adapter, find_adapters
 from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.packed_linear import PackedAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -208,10 +207,6 @@ def _combined(
 ) -> nn.Module:
     """Combines the low-rank adapters of the layer of ``part``."""
     new, path = copy.deepcopy(adapters[0]), part.target
-    if isinstance(new, SeparateProjections):
-        for name in new:
-            new[name] = _combined(kind, part, [adapter[name] for adapter in adapters], weights, svd_rank)
-        return new
     is_plain = all(adapter.has_plain_rank for adapter in adapters)
     if kind != "linear" and not is_plain:
         raise ValueError(

@@ -28,7 +28,6 @@ from lora_ext.files.save_load import read_adapter, warn_of_a_copy
 from lora_ext.model.adapter_set import UNSCALED, Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 from lora_ext.nn import DoraAdapter, LoraAdapter
-from lora_ext.nn.attention import SeparateProjections
 from lora_ext.nn.tied import TiedAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -193,8 +192,6 @@ def _keys(parts: Iterable[Part]) -> set[str]:
 
 def _updates_of(adapter: nn.Module) -> list[LoraAdapter]:
     """The low-rank updates in the adapter of one layer; empty for a module trained in full."""
-    if isinstance(adapter, SeparateProjections):
-        return list(adapter.values())
     return [adapter] if isinstance(adapter, LoraAdapter) else []
 
 

@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from support.models import Net, bert, llama, refused, token_ids
-from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter, set_adapter
 from lora_ext.adapters import adapter_names, lora_modules
@@ -101,30 +100,6 @@ def test_one_of_several(tmp_path):
     torch.testing.assert_close(model(x), base(x))
     torch.testing.assert_close(set_adapter(model, "a")(x), other(x))
     assert adapter_names(model) == ["a", "b"]
-
-
-def test_an_attention_with_separate_query_key_and_value_weights(tmp_path):
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn = nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True)
-
-        def forward(self, *inputs: Tensor) -> Tensor:
-            return self.attn(*inputs)[0]
-
-    base, inputs = Attention().eval(), (torch.randn(2, 3, 8), torch.randn(2, 4, 6), torch.randn(2, 4, 5))
-    directory, other = saved(tmp_path / "other", base, r=3, lora_alpha=9, target_modules=["attn"], lora_bias=True)
-    nn.init.normal_(other.attn.adapters["default"]["q_proj_weight"].lora_bias)
-    save_adapter(other, directory)
-    config = LoraConfig(r=2, target_modules=["attn"], lora_alpha=2, lora_bias=True, **ALIVE)
-    model = inject(copy.deepcopy(base), config)
-    before = model(*inputs)
-    prepare_hotswap(model, 4)
-    torch.testing.assert_close(model(*inputs), before)
-    save_adapter(model, tmp_path / "padded")
-    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path / "padded")(*inputs), before)
-    hotswap_adapter(model, directory)
-    torch.testing.assert_close(model(*inputs), other(*inputs))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
