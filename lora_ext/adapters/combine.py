@@ -174,7 +174,6 @@ def _check_can_combine(held: AdapterSet, adapters: Sequence[str]) -> None:
             "the model's own biases (bias)": name in held.biases,
             "magnitudes of DoRA (use_dora)": config.use_dora,
             "rows of embeddings (trainable_token_indices)": config.trainable_token_indices is not None,
-            "tied embeddings together (ensure_weight_tying)": config.ensure_weight_tying,
         }
         if refused := [what for what, is_trained in reasons.items() if is_trained]:
             raise ValueError(f"{_CALLER}: {name!r} trains {refused[0]}, which cannot be combined; leave it out")

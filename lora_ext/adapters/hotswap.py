@@ -28,7 +28,6 @@ from lora_ext.files.save_load import read_adapter, warn_of_a_copy
 from lora_ext.model.adapter_set import UNSCALED, Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 from lora_ext.nn import DoraAdapter, LoraAdapter
-from lora_ext.nn.tied import TiedAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -110,13 +109,12 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
     check_unmerged("hotswap_adapter", model, adapter.name)
     warn_of_a_copy("hotswap_adapter", adapter)
     check_expert_layout(adapter, file, "hotswap_adapter")
-    tied = _keys(part for part in adapter.parts if isinstance(part.adapter, TiedAdapter))  # another part's values
-    targets = {key: tensor for key, tensor in _in_file(adapter.tensors()).items() if key not in tied}
+    targets = _in_file(adapter.tensors())
     values = {key: tensor for key, tensor in file.tensors.items() if key in targets}
     for part in adapter.parts:
         values |= _values_of(part, config, file)
     problems = [f"missing key: {key}" for key in targets if key not in values] + misfits(targets, values)
-    if problems := _other_options(adapter, config, file) + problems + _other_keys(adapter, file, targets.keys() | tied):
+    if problems := _other_options(adapter, config, file) + problems + _other_keys(adapter, file, targets.keys()):
         raise ValueError(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
             f"prepare_hotswap first):{listed(first_shape(problems))}"
@@ -131,7 +129,7 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
 def _values_of(part: Part, config: LoraConfig, file: AdapterFile) -> dict[str, Tensor]:
     """The new values of a layer's low-rank updates, by key: padded and scaled; zeros, if the file has none of them."""
     updates = _updates_of(part.adapter)
-    if not updates or isinstance(part.adapter, TiedAdapter):  # a tied one shares another part's values
+    if not updates:
         return {}
     tensors = _in_file(part.layer.file_tensors(part.file_path, part.adapter))
     # A DoRA adapter that changes nothing has the norms of the weight's rows: no file with zeros stands for it.

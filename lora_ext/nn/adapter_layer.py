@@ -86,7 +86,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def file_tensors_of_base(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
-        """The live frozen and tied tensors that a file may hold next to the adapter's, by PEFT's keys."""
+        """The live frozen tensors that a file may hold next to the adapter's, by PEFT's keys."""
         return {
             f"{path}.base_layer.{name}": tensor
             for name, tensor in innermost(self.base_layer).state_dict(keep_vars=True).items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -217,7 +217,7 @@ class LoraLayer(AdapterLayer):
 
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: an adapter is merged already or tied to another layer's, or none is active.
+            RuntimeError: an adapter is merged already, or none is active.
             ValueError: an element would become NaN or infinite, or the update cannot be merged.
             The layer is then unchanged.
         """
@@ -231,7 +231,6 @@ class LoraLayer(AdapterLayer):
             self._check_exists(name)
         if (reason := self.why_not_merge()) is not None:
             raise ValueError(f"{caller}: the update cannot be merged: {reason}")
-        self._check_not_tied(names, "merge")
         change_merged(caller, {self: {*self.merged_adapters, *names}}, {self: ""})
         return self.merge_record_bytes
 
@@ -243,7 +242,7 @@ class LoraLayer(AdapterLayer):
         :meth:`merge` left it; see :meth:`forget_merge`.
 
         Raises:
-            RuntimeError: an adapter is not merged, or is tied to another layer's; or the dtype was converted meanwhile.
+            RuntimeError: an adapter is not merged, or the dtype was converted meanwhile.
             TypeError, ValueError: the weight was replaced by one of another dtype or shape.
             ValueError: the sum of the adapters that stay overflows the dtype, though the sum of all did not.
             The layer is then unchanged.
@@ -255,16 +254,7 @@ class LoraLayer(AdapterLayer):
             if name not in self.merged_adapters:
                 raise RuntimeError(f"{caller}: adapter {name!r} is not merged, only {self.merged_adapters}")
         names = names or self.merged_adapters
-        self._check_not_tied(names, "unmerge")
         change_merged(caller, {self: set(self.merged_adapters) - set(names)}, {self: ""})
-
-    def _check_not_tied(self, names: Iterable[str], operation: str) -> None:
-        for name in names:
-            if name in self.adapters and getattr(self.adapters[name], "is_tied", False):
-                raise RuntimeError(
-                    f"{type(self).__name__}: adapter {name!r} is tied to that of another layer with the same weight; "
-                    f"call lora_ext.{operation}(model), which changes both"
-                )
 
     @one_at_a_time
     def forget_merge(self) -> None:

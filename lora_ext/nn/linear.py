@@ -143,7 +143,7 @@ class LoraLinear(SharesInputs, OverLinear):
         factors = state["_parameters"]
         lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
         if lora_A is None or lora_B is None or state["_forward_pre_hooks"] or "forward" in state:
-            return None  # computed, tied, sharded apart or offloaded
+            return None  # computed, sharded apart or offloaded
         if self._forward_pre_hooks and is_fully_sharded(self):
             return None  # gathered for its own call only
         base = frozen_product(self._modules["base_layer"])

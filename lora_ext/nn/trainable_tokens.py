@@ -65,8 +65,6 @@ class TokenRows(nn.Module):
 class TiedRows(nn.Module):
     """An embedding's rows, used by another module with the same weight: not a copy, the same parameter."""
 
-    is_tied = True
-
     def __init__(self, source: TokenRows) -> None:
         super().__init__()
         self.source = source

@@ -168,7 +168,6 @@ def test_a_layer_name_that_ends_other_names_selects_one_layer(tmp_path):
         ({"bias": "all"}, {}, "cat", "'a' trains the model's own biases (bias), which cannot be combined"),
         ({}, {"use_dora": True, "target_modules": ["down"]}, "cat", "'b' trains magnitudes of DoRA (use_dora)"),
         ({"trainable_token_indices": {"embedding": [1]}}, {}, "cat", "'a' trains rows of embeddings"),
-        ({"ensure_weight_tying": True}, {}, "cat", "'a' trains tied embeddings together (ensure_weight_tying)"),
     ],
 )
 def test_adapters_that_cannot_be_combined(first, second, kind, text):

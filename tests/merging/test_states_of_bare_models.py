@@ -16,11 +16,6 @@ from lora_ext.nn.state import base_keys
 CASES = {
     "linear": (Net, {"target_modules": ["up", "head"]}, "blocks.0.up.weight"),
     "head": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}, "query.weight"),
-    "tied": (
-        lambda: llama(tied=True),
-        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
-        "embed_tokens.weight",
-    ),
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "embed_tokens.weight"),
 }
 OPTIONS = [{"strict": False}, {"strict": False, "assign": True}, {}]

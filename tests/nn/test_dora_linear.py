@@ -183,7 +183,6 @@ def test_other_layers_may_have_other_adapters():
     [
         ({"use_dora": 1}, "use_dora is 1, want one of True, False"),
         ({"lora_bias": True}, "use_dora is True, but lora_bias is True"),
-        ({"ensure_weight_tying": True}, "use_dora is True, but ensure_weight_tying is True"),
         ({"target_parameters": ["0.weight"]}, "use_dora is True, but target_parameters is"),
         ({"enable_lora": {"0": (True, False)}}, "use_dora is True, but enable_lora is"),
     ],
