@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from lora_ext import functional, load_adapter, merge, save_adapter, set_adapter
-from lora_ext.adapters import adapter_status, add_weighted_adapter, delete_adapter, disable_adapters, lora_modules
-from lora_ext.adapters.hotswap import hotswap_adapter
+from lora_ext.adapters import adapter_status, delete_adapter, disable_adapters, lora_modules
 from lora_ext.nn import LoraLinear, LoraMultiheadAttention
 
 
@@ -254,21 +253,6 @@ def test_an_adapter_of_out_proj_next_to_one_of_the_attention(tmp_path):
         torch.testing.assert_close(other(*tensors), set_adapter(model, name)(*tensors))
     assert keys[0] == {f"base_model.model.attention.out_proj.lora_{factor}.weight" for factor in "AB"}
     assert len(keys[1]) == 4
-
-
-def test_a_combination_whose_ranks_a_config_cannot_express():
-    model = adapted(adapted(Wrapper(), name="a"), ["out_proj"], "b")
-    with refused(model, ValueError, "'attention.out_proj' would have rank 4, but a layer adapted along with it rank 2"):
-        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "cat")
-
-
-def test_hot_swap_scales_out_proj_like_its_attention(tmp_path):
-    base, x = encoder().eval(), torch.randn(N, L, E, dtype=torch.float64)
-    swapped_in = adapted(copy.deepcopy(base), ["self_attn"], alpha_pattern={"layers.1.self_attn": 9})
-    save_adapter(swapped_in, tmp_path)
-    model = adapted(copy.deepcopy(base), ["self_attn"])
-    hotswap_adapter(model, tmp_path)
-    torch.testing.assert_close(model(x), swapped_in(x))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
