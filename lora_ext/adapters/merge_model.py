@@ -390,13 +390,12 @@ def _check_can_unload(caller: str, model: nn.Module, remedy: str) -> None:
     check_not_sharded(caller, model, remedy, split=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
+        adapters.active.check_unused(caller, adapters.configs)
 
 
 def _unload(model: nn.Module, merged: bool) -> None:
-    if (adapters := adapter_set(model)) is not None:
-        if not merged:
-            adapters.switch(())  # restores the model's own biases
-        adapters.active.removed(tuple(adapters.configs))
+    if not merged and (adapters := adapter_set(model)) is not None:
+        adapters.switch(())  # restores the model's own biases
     while layers := [layer for _, layer in adapter_layers(model)]:  # layers may be nested
         inner = {id(child) for layer in layers for child in layer.children() if isinstance(child, AdapterLayer)}
         outer = [layer for layer in layers if id(layer) not in inner]
