@@ -42,11 +42,7 @@ CASES = {
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied": (
         lambda: llama(tied=True),
-        {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True},
-    ),
-    "tied head": (
-        lambda: llama(tied=True),
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
     ),
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
     # Files of this model have the experts one by one; Transformers converts them.
@@ -56,7 +52,7 @@ CASES = {
     ),
     "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
 }
-FROM_PRETRAINED_READS = {"tokens": "5.18", "tied tokens": "5.18", "tied head": "5.18", "experts": "5.9"}
+FROM_PRETRAINED_READS = {"tokens": "5.18", "tied tokens": "5.18", "tied": "5.18", "experts": "5.9"}
 AUTO = {
     "LlamaForCausalLM": AutoModelForCausalLM,
     "GPT2LMHeadModel": AutoModelForCausalLM,

@@ -9,10 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file
 from support.attention import ALIVE, E, H, L, N, S, Wrapper, adapted, assert_same, encoder, inputs, merged_copy
 from support.models import refused
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lora_ext import functional, load_adapter, merge, save_adapter, set_adapter
 from lora_ext.adapters import adapter_status, delete_adapter, disable_adapters, lora_modules
@@ -164,29 +166,42 @@ def test_an_out_proj_trained_in_full_is_not_adapted():
     assert (model(*x)[0] - merged_copy(model)(*x)[0]).abs().max() > 0.5  # merged_copy has the original out_proj
 
 
-@pytest.mark.parametrize("settings", [{}, SEPARATE])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_hooks_of_an_attention(settings, batch_first):
-    model, seen = adapted(Wrapper(batch_first=batch_first, **settings)), []
-    tensors, plain = inputs("all", batch_first, True, *(settings.values() or (E, E))), copy.deepcopy(model)
-    model.attention.base_layer.register_forward_hook(lambda *args: seen.append(args[0]))
-    assert_same(model, plain, tensors)
-    results = []
-    for one in (model, plain):
-        trained = [p for p in one.parameters() if p.requires_grad]
-        results.append(torch.autograd.grad(one(*tensors)[0].sum(), trained))
-    torch.testing.assert_close(*results)
-    assert seen == [model.attention.base_layer] * 2
-    with refused(model, ValueError, "attention: its hooks may change what it computes"):
-        merge(model)
-
-
-def test_hooks_of_an_attention_leave_no_room_for_dropout():
-    model, x = adapted(Wrapper(), lora_dropout=0.5), inputs("self", False, True)
-    model.attention.base_layer.register_forward_hook(lambda *args: None)
-    with pytest.raises(RuntimeError, match=r"has hooks or a replaced forward.*lora_dropout=0"):
+def test_hooks_of_an_attention_are_refused():
+    """It is not called while an adapter is in use, so they would not run."""
+    text, x = "it has hooks or another forward, which adapters would bypass", inputs("self", False, True)
+    base = Wrapper()
+    base.attention.register_forward_hook(lambda *args: None)
+    with refused(base, TypeError, "attention (MultiheadAttention): it has hooks"):
+        adapted(base)
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        model = adapted(Wrapper())
+        getattr(model.attention.base_layer, register)(lambda *args: None)
+        with pytest.raises(RuntimeError, match=f"LoraMultiheadAttention: base_layer: {text}"):
+            model(*x)
+        with disable_adapters(model):
+            model(*x)
+    model = adapted(Wrapper())
+    model.attention.base_layer.forward = lambda *args, **kwargs: None
+    with pytest.raises(RuntimeError, match=text):
         model(*x)
-    model.eval()(*x)
+
+
+def test_hooks_of_all_modules_change_nothing():
+    model, x = adapted(Wrapper()), inputs("self", False, True)
+    expected, seen = model(*x), []
+    handle = register_module_forward_hook(lambda module, *args: seen.append(module))
+    try:
+        torch.testing.assert_close(model(*x), expected)
+    finally:
+        handle.remove()
+    assert model.attention in seen
+
+
+def test_an_attention_that_accelerate_moves_between_devices():
+    model, x = adapted(Wrapper()), inputs("self", False, True)
+    expected = model(*x)
+    add_hook_to_module(model.attention.base_layer, AlignDevicesHook(execution_device="cpu"))
+    torch.testing.assert_close(model(*x), expected)
 
 
 # --- files with PEFT --------------------------------------------------------------------------------------------------
@@ -281,11 +296,11 @@ def test_attention_that_cannot_be_adapted():
         ({"key_padding_mask": torch.zeros(L, N)}, ValueError, r"key_padding_mask has shape \[5, 2\], want \[2, 5\]"),
         ({"attn_mask": torch.zeros(L, L, dtype=torch.int64)}, TypeError, "attn_mask is torch.int64, want torch.bool"),
         ({"is_causal": True}, ValueError, "is_causal is a hint about attn_mask"),
-        ({"key": torch.zeros(L, E)}, ValueError, r"key has shape \[5, 12\], want 2 or 3 dimensions, as many as query"),
+        ({"key": torch.zeros(L, E)}, ValueError, r"\[5, 12\] and .* want 2 or 3 dimensions"),
         ({"value": torch.zeros(1, L, E)}, ValueError, "want one batch size, and one length of key and value"),
         ({"key": torch.zeros(1, L, E), "value": torch.zeros(1, L, E)}, ValueError, "want one batch size"),
         ({"query": torch.zeros(N, L, 7)}, ValueError, "in_features=12 but x has 7"),
-        ({"query": torch.nested.nested_tensor([torch.zeros(2, E)])}, ValueError, "query is a nested tensor"),
+        ({"query": torch.nested.nested_tensor([torch.zeros(2, E)])}, ValueError, "got a nested tensor"),
     ],
 )
 def test_bad_inputs(changes, error, text):

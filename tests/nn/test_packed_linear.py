@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.layers import delta_of
 from support.merging import same_bits
 from support.models import gpt2, refused, token_ids
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def test_equals_loralib(fan_in_fan_out, enabled):
         y = module(x)
         results.append((y, *torch.autograd.grad(y, (x, factors.lora_A, factors.lora_B), grad)))
     torch.testing.assert_close(*results)
-    torch.testing.assert_close(layer.delta_weight(), theirs.merge_AB() * theirs.scaling)
+    torch.testing.assert_close(delta_of(layer), theirs.merge_AB() * theirs.scaling)
 
 
 def test_parts_that_are_off_are_untouched_and_have_no_parameters(fused):
