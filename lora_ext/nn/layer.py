@@ -17,7 +17,7 @@ from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
-from lora_ext.nn.base_layer import own_copy, tensor_of, why_weight_unusable
+from lora_ext.nn.base_layer import own_copy, runs_alone, tensor_of, why_weight_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 from lora_ext.nn.state import MERGED_KEY, check_nothing_merged
 from lora_ext.quantized import QuantizedWeight
@@ -196,7 +196,8 @@ class LoraLayer(AdapterLayer):
     def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
         """Returns ``scaling * lora_B @ lora_A`` of adapter ``name`` (default: the active one), in the factors' dtype.
 
-        ``key``: one of the :meth:`matrices`.
+        ``key``: one of the :meth:`matrices`; a packed projection and experts have several. Of a DoRA adapter it is what
+        a merge adds after it has scaled the weight's rows.
         """
         factors = self.factors(name := self._existing(name))
         if key not in factors:
@@ -304,13 +305,23 @@ class AddsToOutput(TransparentLayer, LoraLayer):
     """A layer that calls its base layer, and adds the updates to what that returns (:meth:`_add`)."""
 
     rows_choose = True
+    known_kinds: ClassVar[tuple[type[nn.Module], ...]]  # PyTorch's own, whose forward returns a new tensor
 
     def forward(self, x: Tensor) -> Tensor:
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, x)
         y = self.base_layer(x)
         adapters = [at_hand(self.adapters[name]) for name in self._applied()]
-        return self._add(tensor_of(self, y), x.to(y.device), adapters) if adapters else y
+        return self._add(tensor_of(self, y), x.to(y.device), adapters, self._owns_output()) if adapters else y
+
+    def _owns_output(self) -> bool:
+        """Returns whether nothing else holds what the base layer has returned, which may then be overwritten.
+
+        With gradients it is not: a change through a view would cost the backward more memory than it saves.
+        """
+        base = self.base_layer
+        is_own = type(base) in self.known_kinds and runs_alone(base)
+        return is_own and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
@@ -319,10 +330,10 @@ class AddsToOutput(TransparentLayer, LoraLayer):
         y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
-            return self._add(y, x, [at_hand(self.adapters[name])])
+            return self._add(y, x, [at_hand(self.adapters[name])], may_change=False)
 
         return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, add)
 
-    def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter]) -> Tensor:
-        """Returns ``y`` plus the updates of ``adapters`` for ``x``."""
+    def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter], may_change: bool) -> Tensor:
+        """Returns ``y``, which may be overwritten if ``may_change``, plus the updates of ``adapters`` for ``x``."""
         raise NotImplementedError
