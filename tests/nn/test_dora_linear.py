@@ -214,19 +214,6 @@ def test_functions_that_combine_adapters_or_share_their_layers(tmp_path):
         load_adapter(plain, tmp_path / "adapter")
 
 
-def test_a_negative_alpha_of_a_file_keeps_the_magnitudes(tmp_path):
-    model = layers()
-    save_adapter(model, tmp_path)
-    config = (tmp_path / "adapter_config.json").read_text()
-    (tmp_path / "adapter_config.json").write_text(config.replace('"lora_alpha": 10', '"lora_alpha": -10'))
-    first, second, third = (nn.Sequential(copy.deepcopy(model[0].base_layer)) for _ in range(3))
-    loaded, theirs = load_adapter(first, tmp_path).eval(), peft.PeftModel.from_pretrained(second, tmp_path).eval()
-    x = torch.randn(5, 24)
-    torch.testing.assert_close(loaded(x), theirs(x))
-    save_adapter(loaded, tmp_path / "again")
-    assert torch.equal(load_adapter(third, tmp_path / "again").eval()(x), loaded(x))
-
-
 def test_as_a_method(tmp_path):
     method = new_method("lora+prefix-embed", r=2, target_modules=["query"], use_dora=True)
     base = bert()
