@@ -172,10 +172,9 @@ def test_no_modules_next_to_parameters_are_written_as_a_list():
     config = LoraConfig(target_parameters=["experts.down"])
     assert config.target_modules is None and config.to_dict()["target_modules"] == []
     theirs = peft.LoraConfig(target_parameters=["experts.down"])
-    with pytest.raises(
-        ValueError, match=r"target_modules is None, .* next to target_parameters; .*target_modules=\[\]"
-    ):
-        LoraConfig.from_peft(theirs)
+    for chosen_by_type in (theirs, peft.LoraConfig()):
+        with pytest.raises(ValueError, match=r"target_modules is None, .* by the model's type; .*target_modules=\[\]"):
+            LoraConfig.from_peft(chosen_by_type)
     theirs.target_modules = []
     assert LoraConfig.from_peft(theirs).target_parameters == ("experts.down",)
 
