@@ -80,11 +80,9 @@ def test_every_kind_of_layer(kind, options):
 
 
 def test_packed_projections():
-    model, ids = with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora=None), token_ids(5)
-    inject(model, LoraConfig(r=2, target_modules=["c_attn"], enable_lora={"c_attn": [True, False, True]}), "d")
-    shaken(model)
+    model, ids = with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora={"c_attn": [True, False, True]}), token_ids(5)
     with torch.no_grad():
-        assert_rows_equal(model, lambda **names: model(ids, **names).logits, ["b", "d", "a", "d", "__base__"])
+        assert_rows_equal(model, lambda **names: model(ids, **names).logits)
 
 
 def test_modules_trained_in_full_and_token_rows():
