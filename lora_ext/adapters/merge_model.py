@@ -331,9 +331,9 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
                 "update; run unmerged"
             )
         parameter = id(layer.inner_layer.weight)
-        if unloads and (rows := layer.rows_in_use) and parameter not in labels:
-            if rows_of.setdefault(parameter, rows) == rows:  # tied modules share them
-                changed_by[parameter].append(path)
+        rows = layer.rows_in_use if unloads and parameter not in labels else []
+        if rows and rows_of.setdefault(parameter, rows) == rows:  # tied modules share them
+            changed_by[parameter].append(path)
     paths = parameter_paths(root_module(model).named_modules())
     for parameter, changing in changed_by.items():
         others = [path for path in paths[parameter] if not any(is_inside(path, p) for p in (*changing, *replaced))]
