@@ -44,16 +44,15 @@ class Positions(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, batch_first: bool, kdim: int | None, need_weights: bool) -> None:
+    def __init__(self, batch_first: bool, need_weights: bool) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=kdim, vdim=kdim)
-        self.kdim, self.need_weights = kdim, need_weights
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.need_weights = need_weights
 
     def forward(self, x: Tensor) -> Tensor:
         attention = self.attention
         x = x if attention.batch_first else x.transpose(0, 1)
-        memory = x if self.kdim is None else x[..., : self.kdim]
-        y, weights = attention(x, memory, memory, need_weights=self.need_weights)
+        y, weights = attention(x, x, x, need_weights=self.need_weights)
         y = y if attention.batch_first else y.transpose(0, 1)
         return y if weights is None else torch.cat([y, weights], dim=-1)
 
@@ -62,11 +61,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str], Callable[[], Tensor]
     "linear": (Net, ["up", "head"], lambda: torch.randn(5, 6)),
     "convolution": (Convolutions, ["one", "two", "grouped"], lambda: torch.randn(5, 3, 8)),
     "embedding": (Positions, ["token", "position", "head"], lambda: torch.randint(9, (5, 7))),
-    "attention": (lambda: Attention(True, None, False), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "weights": (lambda: Attention(True, None, True), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "length first": (lambda: Attention(False, None, False), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "separate": (lambda: Attention(True, 5, False), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "out_proj": (lambda: Attention(False, None, False), ["out_proj"], lambda: torch.randn(5, 4, 8)),
+    "attention": (lambda: Attention(True, False), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "weights": (lambda: Attention(True, True), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "length first": (lambda: Attention(False, False), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "out_proj": (lambda: Attention(False, False), ["out_proj"], lambda: torch.randn(5, 4, 8)),
 }
 
 

@@ -29,15 +29,14 @@ pytestmark = pytest.mark.cpu_only("makes its inputs on the CPU")
 
 
 class Attends(nn.Module):
-    """Passes one tensor, or three of other sizes, to an attention."""
+    """Passes one tensor to an attention."""
 
-    def __init__(self, **sizes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (x, x[..., :6], x[..., :6]) if self.attention.kdim == 6 else (x, x, x)
-        return self.attention(*parts)[0]
+        return self.attention(x, x, x)[0]
 
 
 class Uses(nn.Module):
@@ -82,7 +81,6 @@ KINDS = {
     "conv": Kind(oblong, WITH_BIAS, (2, 8, 5, 4)),
     "channels last": Kind(lambda: oblong().to(memory_format=torch.channels_last), WITH_BIAS, (2, 8, 5, 4)),
     "attention": Kind(Attends, {"target_modules": ["attention"], "lora_bias": True}, (2, 5, 8)),
-    "separate attention": Kind(lambda: Attends(kdim=6, vdim=6), {"target_modules": ["attention"]}, (2, 5, 8)),
     "experts": Kind(lambda: Uses(False), {"target_parameters": ["0.up", "0.mix"]}),
     "transposed experts": Kind(lambda: Uses(True), {"target_parameters": ["0.up", "0.mix"]}),
 }

@@ -256,8 +256,6 @@ def test_bad_targets_of_enable_lora():
         adapted(model, (True,) * 5)
     with refused(model, ValueError, "lora_bias is True, but enable_lora adapts parts only; remove one of them"):
         adapted(model, lora_bias=True)
-    with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
-        adapted(model, init_lora_weights="orthogonal")
     adapted(model)
     with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', want 3 like the others"):
         adapted(model, (True, False), "b")
