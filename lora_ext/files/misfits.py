@@ -10,11 +10,9 @@ from torch import Tensor
 from lora_ext._common.printable import first_shape, listed, shown
 from lora_ext._common.sharded import is_partitioned, is_sharded
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import AdapterFile
+from lora_ext.files.adapter_file import AdapterFile, is_duplicate
 from lora_ext.model.adapter_set import Adapter
 
-# With bias="all" PEFT also writes the biases of modules_to_save under the names inside its wrappers.
-_PEFT_DUPLICATES = (".original_module.bias", ".modules_to_save.bias")
 _NOT_IN_SHAPES = (
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "enable_lora"),
     "trainable_token_indices",
@@ -34,7 +32,7 @@ def check_same_kind(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> 
 
 def check_fits(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
     """Compares keys, shapes and dtypes of ``targets`` with the file's. ValueError: they differ; all are listed."""
-    keys = [key for key in file.tensors if not key.endswith(_PEFT_DUPLICATES)]
+    keys = [key for key in file.tensors if not is_duplicate(key)]
     missing = [f"missing key: {key}" for key in targets if key not in file.tensors]
     unexpected = [f"unexpected key: {key}" for key in keys if key not in targets]
     remedies = []
