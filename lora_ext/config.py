@@ -51,8 +51,8 @@ _PEFT_ONLY = {
     *("megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
 }
 
-# Initialisations of files. One factor comes from data or from the weight, and the other is zero: the base weights stay.
-_KEEPS_THE_BASE = ("eva", "mica")
+# Initialisations of files. The update that they begin with is zero: the base weights stay.
+_KEEPS_THE_BASE = ("eva", "mica", "orthogonal")
 _CHANGES_THE_BASE = re.compile("pissa(_niter_[0-9]+)?|olora|corda|lora_ga|loftq")
 _USE_PEFT = "Use PEFT for it, with lora_ext.integrations.peft.accelerate"
 
@@ -119,7 +119,7 @@ def _one_of(*choices: Any) -> Check:
 
 
 _flag = _one_of(True, False)
-_initialisation = _one_of(True, False, "gaussian", "orthogonal")
+_initialisation = _one_of(True, False, "gaussian")
 
 
 def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
@@ -257,8 +257,7 @@ class LoraConfig:
         use_dora: also train the magnitude of each row of the weight (DoRA, arXiv 2402.09353). Linear layers only.
         fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
         init_lora_weights: True: ``lora_A`` Kaiming-uniform, ``lora_B`` zero. ``"gaussian"``: ``lora_A`` normal with
-            standard deviation ``1 / r``. ``"orthogonal"``: rows of ``lora_A`` and columns of ``lora_B`` from the two
-            halves of a random rotation, so that their product is zero; even ranks. False: both random, for tests.
+            standard deviation ``1 / r``. False: both random, for tests. Others are PEFT's (``accelerate``).
         enable_lora: for packed projections (query, key and value in one weight): maps the module's name to one bool per
             equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts query and value. Not a PEFT key.
         task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, whose heads join ``modules_to_save``.
@@ -343,12 +342,6 @@ class LoraConfig:
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             why = "only init_lora_weights True and False set the bias"
             self._refuse_next_to("lora_bias is True", why, "init_lora_weights")
-        ranks = (self.r, *self.rank_pattern.values())
-        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
-            raise ValueError(
-                f"LoraConfig: r is {self.r}, rank_pattern is {shown(self.rank_pattern)}, but init_lora_weights="
-                '"orthogonal" needs even ranks'
-            )
 
     @property
     def task_heads(self) -> tuple[str, ...]:

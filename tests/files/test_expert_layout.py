@@ -11,8 +11,8 @@ from support.layers import delta_of
 from support.models import refused
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
-from lora_ext.adapters import hotswap_adapter, lora_modules
+from lora_ext import LoraConfig, load_adapter, save_adapter
+from lora_ext.adapters import lora_modules
 
 R, NUM_EXPERTS, SCALING = 2, 3, 1.5
 
@@ -83,21 +83,15 @@ def test_the_present_layout_is_read(transposed, version, is_exchanged, sizes, tm
     assert config["peft_version"] == (version if version in ("0.21.2", "0.21.2@main") else "0.19.1")
     again = load_adapter(base(transposed, *sizes), tmp_path / "again")
     assert all(torch.equal(*pair) for pair in zip(again["experts"](), model["experts"](), strict=True))
-    other = inject(base(transposed, *sizes), LoraConfig.from_dict(config))
-    hotswap_adapter(other, tmp_path / "file")
-    assert all(torch.equal(*pair) for pair in zip(other["experts"](), model["experts"](), strict=True))
 
 
 @pytest.mark.parametrize(("transposed", "version", "is_exchanged"), EXCHANGED + OLD)
 def test_square_experts_of_an_old_peft_are_refused(transposed, version, is_exchanged, tmp_path):
     model = base(transposed, *SQUARE)
     saved(tmp_path / "square", model, version, is_exchanged)
-    config = LoraConfig.from_dict(json.loads((tmp_path / "square" / "adapter_config.json").read_text()))
     words = "square experts", f"peft_version in adapter_config.json is {version!r}"
     with refused(model, ValueError, "load_adapter: ", *words):
         load_adapter(model, tmp_path / "square")
-    with refused(inject(model, config), ValueError, "hotswap_adapter: ", *words):
-        hotswap_adapter(model, tmp_path / "square")
 
 
 @pytest.mark.parametrize(("transposed", "version", "is_exchanged"), EXCHANGED)
