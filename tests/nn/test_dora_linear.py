@@ -3,24 +3,15 @@
 import copy
 import warnings
 
-import peft
 import pytest
 import torch
-from support.models import bert, gpt2, llama
 from support.partitioned import partition
 from support.quantized import quantized_copy, stored
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ext import AdapterPool, LoraConfig, adapters, inject, load_adapter, merge, save_adapter, unmerge
-from lora_ext.methods import apply_method, load_method, new_method, save_method
 from lora_ext.nn import DoraAdapter, DoraLinear, LoraAdapter, LoraLinear
-
-MODELS = {
-    "llama": (llama, ["q_proj", "v_proj", "down_proj"]),
-    "gpt2": (gpt2, ["c_attn", "c_proj"]),
-    "bert": (bert, ["query", "dense"]),
-}
 
 
 def dora(**options) -> LoraConfig:
@@ -41,32 +32,6 @@ def make_random(model: nn.Module) -> nn.Module:
 def layers(dtype: torch.dtype = torch.float32, base: nn.Module | None = None, **options) -> nn.Module:
     model = nn.Sequential(nn.Linear(24, 40) if base is None else base).to(dtype)
     return make_random(inject(model, dora(**options))).eval()
-
-
-@pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_training_equals_pefts(name, dropout, tmp_path):
-    make, targets = MODELS[name]
-    options = {"r": 4, "lora_alpha": 10, "target_modules": targets, "use_dora": True, "lora_dropout": dropout}
-    base = make()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options, fan_in_fan_out=name == "gpt2"))
-    theirs.save_pretrained(tmp_path)
-    ours, ids, losses = load_adapter(base, tmp_path, trainable=True), torch.arange(12).view(2, 6), []
-    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
-    assert sizes[0] == sizes[1]
-    for model in (theirs, ours):
-        torch.manual_seed(5)  # the masks are PyTorch's in both
-        model.train()
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        losses.append([])
-        for _ in range(4):
-            loss = model(input_ids=ids)[0].float().square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[0][0] != losses[0][-1]
-    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-6)
 
 
 def test_a_new_adapter_changes_nothing_and_random_factors_are_measured():
@@ -212,32 +177,6 @@ def test_functions_that_combine_adapters_or_share_their_layers(tmp_path):
     plain = inject(nn.Sequential(nn.Linear(24, 40)), LoraConfig(r=4, lora_alpha=10, target_modules=["0"]))
     with pytest.raises(ValueError, match="use_dora=True"):
         load_adapter(plain, tmp_path / "adapter")
-
-
-def test_a_negative_alpha_of_a_file_keeps_the_magnitudes(tmp_path):
-    model = layers()
-    save_adapter(model, tmp_path)
-    config = (tmp_path / "adapter_config.json").read_text()
-    (tmp_path / "adapter_config.json").write_text(config.replace('"lora_alpha": 10', '"lora_alpha": -10'))
-    first, second, third = (nn.Sequential(copy.deepcopy(model[0].base_layer)) for _ in range(3))
-    loaded, theirs = load_adapter(first, tmp_path).eval(), peft.PeftModel.from_pretrained(second, tmp_path).eval()
-    x = torch.randn(5, 24)
-    torch.testing.assert_close(loaded(x), theirs(x))
-    save_adapter(loaded, tmp_path / "again")
-    assert torch.equal(load_adapter(third, tmp_path / "again").eval()(x), loaded(x))
-
-
-def test_as_a_method(tmp_path):
-    method = new_method("lora+prefix-embed", r=2, target_modules=["query"], use_dora=True)
-    base = bert()
-    model = make_random(apply_method(copy.deepcopy(base), method)).eval()
-    width, blocks, head = base.config.hidden_size, base.config.num_hidden_layers, base.classifier
-    assert method.count(base) == blocks * (2 * 2 * width + width) + 8 * width
-    of_head = sum(parameter.numel() for parameter in head.parameters())
-    assert adapters.trainable_parameter_counts(model)[0] == method.count(base) + of_head
-    save_method(model, tmp_path)
-    ids = torch.arange(12).view(2, 6)
-    assert torch.equal(load_method(base, tmp_path).eval()(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_weights_that_zero_3_partitions(monkeypatch):

@@ -135,21 +135,6 @@ def test_several_adapters(family, implementation):
     torch.testing.assert_close(model(input_ids=ids).logits, y, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(implementation, reentrant):
-    model, ids = adapted(mixture("qwen3", implementation)), token_ids()
-    gradients = []
-    for checkpoints in (False, True):
-        if checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        model.train().zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert len(gradients[0]) == 8
-    torch.testing.assert_close(*gradients)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast_and_16_bits(implementation, dtype):
     """A bfloat16 model with float32 factors, and a float32 one under autocast: the error is that of merged weights."""

@@ -242,16 +242,6 @@ def test_meta_models_get_their_token_buffers_with_to_empty():
     assert place[found].tolist() == [2, 0] and found.tolist() == [True, False, True, False]
 
 
-def test_trained_together_with_a_module_to_save_of_another_adapter():
-    model, ids = tuned(False), ids_with_tokens()
-    expected = logits(model, ids)
-    inject(model, LoraConfig(**ALIVE | {"modules_to_save": ["embed_tokens"]}), "saved")
-    nn.init.zeros_(model.model.embed_tokens.in_use.weight)
-    assert not model.model.embed_tokens(ids).any()
-    set_adapter(model, "default")
-    torch.testing.assert_close(logits(model, ids), expected)
-
-
 def test_an_update_of_the_embedding_is_merged_below_the_rows_of_another_adapter():
     model, ids = inject(llama().eval(), LoraConfig(r=2, target_modules=["embed_tokens"])), token_ids()
     inject(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4]), "rows")
