@@ -143,18 +143,10 @@ def test_other_layers_may_have_other_adapters():
         layer.add_adapter("default", adapter)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"use_dora": 1}, "use_dora is 1, want one of True, False"),
-        ({"lora_bias": True}, "use_dora is True, but lora_bias is True"),
-        ({"target_parameters": ["0.weight"]}, "use_dora is True, but target_parameters is"),
-        ({"enable_lora": {"0": (True, False)}}, "use_dora is True, but enable_lora is"),
-    ],
-)
-def test_options_that_do_not_go_with_it(options, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        dora(**options)
+@pytest.mark.parametrize("other", [{"lora_bias": True}, {"target_parameters": ["0"]}, {"enable_lora": {"0": (True,)}}])
+def test_options_that_do_not_go_with_it(other):
+    with pytest.raises(ValueError, match=f"use_dora is True, but {next(iter(other))} is"):
+        dora(**other)
 
 
 @pytest.mark.parametrize("module", [nn.Embedding(5, 6), nn.Conv2d(2, 3, 3), nn.MultiheadAttention(8, 2)])
@@ -190,9 +182,8 @@ def test_weights_that_zero_3_partitions(monkeypatch):
         model(torch.randn(2, 6))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_inputs_of_another_dtype_or_size(dropout):
-    model = layers(lora_dropout=dropout).train()
+def test_inputs_of_another_dtype_or_size():
+    model = layers()
     with pytest.raises(TypeError, match="lora_linear: weight has dtype float32 but x has float64"):
         model(torch.randn(2, 24, dtype=torch.float64))
     with pytest.raises(ValueError, match="lora_linear: weight has in_features=24 but x has 23"):
