@@ -22,7 +22,7 @@ _NOT_IN_SHAPES = (
 
 
 def check_same_kind(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> None:
-    """Compares the options that tensor shapes do not show, such as scaling, parts of a weight and token indices."""
+    """Compares the options that tensor shapes do not show. ValueError: one differs."""
     for key in _NOT_IN_SHAPES:
         in_model, in_file = getattr(adapter.config, key), getattr(config, key)
         if in_model != in_file:
@@ -40,8 +40,8 @@ def check_fits(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
     remedies = []
     if missing and len(unexpected) == len(keys):
         remedies.append(
-            "all layers have other names: the file may be of another model, of a part of it (load it into that part), "
-            "or of another version of Transformers, as with one adapter for each expert. PEFT converts some of these: "
+            "all layers have other names: the file is of another model, of a part of it (load it into that), or of "
+            "another Transformers, as with one adapter for each expert. PEFT converts some of these: "
             "PeftModel.from_pretrained(model, directory).save_pretrained(another)"
         )
     _refuse([*remedies, *missing, *unexpected, *misfits(targets, file.tensors)], file)

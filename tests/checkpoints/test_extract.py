@@ -81,7 +81,7 @@ def test_a_rank_that_suffices_leaves_nothing_and_energy_finds_it():
     [
         (llama, {"target_modules": "all-linear"}, {}),
         (llama, {"target_modules": ["q_proj", "lm_head"], "rank_pattern": {"lm_head": 5}}, {"energy": 1 - 1e-6}),
-        (bert, {"target_modules": ["query", "dense"], "lora_bias": True, "task_type": "SEQ_CLS"}, {}),
+        (bert, {"target_modules": ["query", "dense"], "bias": "lora_only", "task_type": "SEQ_CLS"}, {}),
         (gpt2, {"target_modules": ["c_attn", "c_proj"]}, {"fan_in_fan_out": True}),
     ],
 )
