@@ -47,12 +47,12 @@ _REMARKS = re.compile(
 )
 # Options of PEFT 0.21 that this package does not have.
 _PEFT_ONLY = {
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
-    *("monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
+    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
+    *("megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
 }
 
-# Initialisations of files. One factor comes from data or from the weight, and the other is zero: the base weights stay.
-_KEEPS_THE_BASE = ("eva", "mica")
+# Initialisations of files. The update that they begin with is zero: the base weights stay.
+_KEEPS_THE_BASE = ("eva", "mica", "orthogonal")
 _CHANGES_THE_BASE = re.compile("pissa(_niter_[0-9]+)?|olora|corda|lora_ga|loftq")
 _USE_PEFT = "Use PEFT for it, with lora_ext.integrations.peft.accelerate"
 
@@ -119,7 +119,7 @@ def _one_of(*choices: Any) -> Check:
 
 
 _flag = _one_of(True, False)
-_initialisation = _one_of(True, False, "gaussian", "orthogonal")
+_initialisation = _one_of(True, False, "gaussian")
 
 
 def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
@@ -251,17 +251,13 @@ class LoraConfig:
         trainable_token_indices: train only these rows of an embedding: token numbers for the input embedding, or a dict
             from an embedding's name (the end of its path) to such a list. A head tied to the input embedding follows
             it, unless the dict gives it other tokens.
-        ensure_weight_tying: modules that share the input embedding's weight (a tied head) follow the embedding: if one
-            of them is adapted or trained, all get one common adapter or copy. If False, each named module gets its own,
-            and merging it is refused, as that would change the others.
         bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
         lora_bias: the adapter has its own bias, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         use_dora: also train the magnitude of each row of the weight (DoRA, arXiv 2402.09353). Linear layers only.
         fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
         init_lora_weights: True: ``lora_A`` Kaiming-uniform, ``lora_B`` zero. ``"gaussian"``: ``lora_A`` normal with
-            standard deviation ``1 / r``. ``"orthogonal"``: rows of ``lora_A`` and columns of ``lora_B`` from the two
-            halves of a random rotation, so that their product is zero; even ranks. False: both random, for tests.
+            standard deviation ``1 / r``. False: both random, for tests. Others are PEFT's (``accelerate``).
         enable_lora: for packed projections (query, key and value in one weight): maps the module's name to one bool per
             equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts query and value. Not a PEFT key.
         task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, whose heads join ``modules_to_save``.
@@ -285,7 +281,6 @@ class LoraConfig:
     alpha_pattern: Annotated[Mapping[str, float], _pattern(_alpha)] = field(default_factory=FrozenDict)
     modules_to_save: Annotated[Names | None, _names] = None
     trainable_token_indices: Annotated[Numbers | Mapping[str, Numbers] | None, _token_indices] = None
-    ensure_weight_tying: Annotated[bool, _flag] = False
     bias: Annotated[str, _one_of("none", "all", "lora_only")] = "none"
     lora_bias: Annotated[bool, _flag] = False
     use_rslora: Annotated[bool, _flag] = False
@@ -311,7 +306,7 @@ class LoraConfig:
             why = "a bare parameter's adapter knows neither input nor output"
             self._refuse_next_to("target_parameters is set", why, "lora_dropout", "lora_bias", "fan_in_fan_out")
         if self.use_dora:
-            others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora"
+            others = "lora_bias", "target_parameters", "enable_lora"
             self._refuse_next_to("use_dora is True", "DoRA goes without it", *others)
 
     def _refuse_next_to(self, setting: str, why: str, *keys: str) -> None:
@@ -347,12 +342,6 @@ class LoraConfig:
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             why = "only init_lora_weights True and False set the bias"
             self._refuse_next_to("lora_bias is True", why, "init_lora_weights")
-        ranks = (self.r, *self.rank_pattern.values())
-        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
-            raise ValueError(
-                f"LoraConfig: r is {self.r}, rank_pattern is {shown(self.rank_pattern)}, but init_lora_weights="
-                '"orthogonal" needs even ranks'
-            )
 
     @property
     def task_heads(self) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import misfits
-from lora_ext.files.save_load import with_positive_alphas
 from lora_ext.injection.all_linear import names_next_to_all_linear
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 
@@ -44,7 +43,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> dict[str, tuple[Tensor, T
         ValueError: a file is corrupted, its config is not supported, or the adapter does not fit the pool: other
             layers, shapes, a larger rank, or parts that are no low-rank updates. The message lists what.
     """
-    file = with_positive_alphas(AdapterFile.open(directory, caller="AdapterPool"), "AdapterPool")
+    file = AdapterFile.open(directory, caller="AdapterPool")
     config = file.lora_config("AdapterPool")
     parts = [name for name in _OTHER_PARTS if getattr(config, name)] + ["bias"] * (config.bias != "none")
     problems = [f"{name}: a pool holds low-rank updates of linear layers" for name in parts]

@@ -22,7 +22,6 @@ from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.low_rank import LayerError, approximate
 from lora_ext.checkpoints.names import find_tie, is_embedding
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
-from lora_ext.files.reading import DTYPE_NAMES
 from lora_ext.files.writing import check_new, new_directory, stream_tensors
 
 
@@ -54,8 +53,7 @@ def extract(
     Each matrix that differs, except embeddings, is approximated by a truncated singular value decomposition of its
     difference (:func:`~lora_ext.checkpoints.low_rank.approximate`); the scaling is 1. One tensor of each checkpoint is
     in memory at a time, next to the adapter. Biases of adapted layers are saved in full (``bias="lora_only"``), and so
-    are other modules that differ (``modules_to_save``). A head that shares the weight of a saved embedding follows it
-    (``ensure_weight_tying``).
+    are other modules that differ (``modules_to_save``), with the head that shares the weight of a saved embedding.
 
     Args:
         rank: largest rank of a layer.
@@ -91,21 +89,19 @@ def extract(
     if has_biases:  # PEFT then wants the biases of all adapted layers
         whole |= {f"{KEY_PREFIX}{path}.base_layer.bias": f"{path}.bias" for path in targets if f"{path}.bias" in new}
     tie = find_tie(new)
-    is_tied = tie is not None and tie.embedding.rpartition(".")[0] in saved
-    if is_tied:  # as PEFT saves it: again, so that the head does not keep the base's values
+    if tie is not None and tie.embedding.rpartition(".")[0] in saved:  # the head would keep the base's values
         whole[f"{KEY_PREFIX}{tie.head}"] = tie.embedding
         saved.append(tie.head.rpartition(".")[0])
     config = _config(new, layers, rank) | {
         "modules_to_save": saved or None,
-        "ensure_weight_tying": is_tied,
         "bias": "lora_only" if has_biases else "none",
         "fan_in_fan_out": fan_in_fan_out,
     }
-    table = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    table = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     table |= {key: (new.info(source).dtype, new.info(source).shape) for key, source in whole.items()}
 
-    def values(key: str) -> Tensor:
-        return tensors[key] if key in tensors else new.tensor(whole[key])
+    def values(key: str) -> list[Tensor]:
+        return [tensors[key] if key in tensors else new.tensor(whole[key])]
 
     with new_directory(out, "extract") as staging:
         stream_tensors(staging / WEIGHTS_FILE, table, {"format": "pt"}, values)
@@ -139,7 +135,7 @@ def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
 
 
 def _are_floating(old: Checkpoint, new: Checkpoint, key: str) -> bool:
-    return {old.info(key).torch_dtype, new.info(key).torch_dtype} <= set(FLOATING)
+    return {old.info(key).dtype, new.info(key).dtype} <= set(FLOATING)
 
 
 def _sort(old: Checkpoint, new: Checkpoint, differing: Collection[str]) -> tuple[list[str], list[str]]:

@@ -31,7 +31,8 @@ class LayerWeight(NamedTuple):
 
     def read(self) -> Tensor:
         """Reads the matrix as stored, into new memory."""
-        return self.checkpoint.part(self.key, self.index, self.shape)
+        rows, columns = self.shape
+        return self.checkpoint.rows(self.key, columns, self.index * rows, (self.index + 1) * rows)
 
 
 class LayerFactors(NamedTuple):
@@ -96,7 +97,7 @@ def find_layers(
 
 def _weights(contents: AdapterContents, base: Checkpoint, fan_in_fan_out: bool | None) -> dict[str, list[LayerWeight]]:
     """The matrices that the adapter updates, by the key of ``lora_A``."""
-    updates = [dataclasses.replace(update, lora_bias=None) for update in contents.updates]
+    updates = [dataclasses.replace(update, others={}) for update in contents.updates]
     found: dict[str, list[LayerWeight]] = {}
     for tensor in find_changes(
         base, [AdapterContents(contents.file, updates, [], {})], fan_in_fan_out=fan_in_fan_out

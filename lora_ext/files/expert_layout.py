@@ -3,7 +3,7 @@
 It has ``lora_A [r * num_experts, in_features]`` and ``lora_B [out_features, r * num_experts]``. For parameters stored
 as ``[num_experts, out_features, in_features]``, PEFT before 0.19.1 took the sizes for the reverse; PEFT 0.19.0 did so
 for the others, ``[num_experts, in_features, out_features]``. Then the shapes do not fit, except those of square
-matrices, of which ``peft_version`` tells.
+matrices: these are refused unless ``peft_version`` says that a later PEFT saved them.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile
 from lora_ext.model.adapter_set import Adapter, Part
 from lora_ext.nn.parameter import LoraParameter
 
-_VERSION, _PRESENT = "peft_version", "0.19.1"
+_VERSION, _PRESENT = "peft_version", (0, 19, 1)
 
 
 def with_version(adapter: Adapter, values: dict[str, Any]) -> dict[str, Any]:
     """Returns ``values``, the config of a file, with the ``peft_version`` of the layout, if the adapter has experts."""
-    if not any(_experts(adapter)) or _parsed(values.get(_VERSION)) >= _parsed(_PRESENT):
+    if not any(_experts(adapter)) or _parsed(values.get(_VERSION)) >= _PRESENT:
         return values
-    return values | {_VERSION: _PRESENT}
+    return values | {_VERSION: ".".join(map(str, _PRESENT))}
 
 
 def check_expert_layout(adapter: Adapter, file: AdapterFile, caller: str) -> None:
-    """Checks that no square experts in ``file`` have the layout of an old PEFT. ValueError: some have."""
-    version = _parsed(file.config.get(_VERSION))
+    """Checks that no square experts in ``file`` may have the layout of an old PEFT. ValueError: some may."""
+    version = file.config.get(_VERSION)
     for part in _experts(adapter):
-        is_present = version >= _parsed(_PRESENT) or (part.layer.stores_transposed and version < (0, 19))
         key = f"{KEY_PREFIX}{part.file_path}.lora_A.weight"
         is_square = part.adapter.lora_A.shape[1] == part.adapter.lora_B.shape[0]
-        if is_square and key in file.tensors and not is_present:
+        if is_square and key in file.tensors and _parsed(version) < _PRESENT:
             raise ValueError(
-                f"{caller}: {file.path}: {key} {list(file.tensors[key].shape)} is of square experts, whose factors "
-                f"PEFT before {_PRESENT} exchanged; {_VERSION} in {CONFIG_FILE} is {shown(file.config.get(_VERSION))}: "
-                f'merge it with the PEFT that saved it, or set "{_PRESENT}" if a later one did'
+                f"{caller}: {file.path}: {key} is of square experts, whose factors PEFT exchanged before 0.19.1; "
+                f'{_VERSION} in {CONFIG_FILE} is {shown(version)}: merge it with that PEFT, or set "0.19.1" if a later '
+                "one saved it"
             )
 
 
@@ -48,7 +47,6 @@ def _experts(adapter: Adapter) -> Iterator[Part]:
 
 
 def _parsed(version: object) -> tuple[int, ...]:
-    """Returns three numbers, and 0 for a version before the release, otherwise 1; nothing for anything else."""
-    text = version if isinstance(version, str) else ""
-    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})(\.?(?:dev|rc|a|b))?", text)
-    return () if found is None else (*map(int, found.groups()[:3]), int(found[4] is None))
+    """Returns the numbers of a released version; nothing for anything else, such as a development version."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?!\.?(dev|rc|a|b))", version if isinstance(version, str) else "")
+    return () if found is None else (*map(int, found.groups()[:3]),)

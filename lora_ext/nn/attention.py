@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from itertools import starmap
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext import functional
-from lora_ext._common.sharded import is_partitioned
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
-from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
+from lora_ext.nn.base_layer import has_forward_of, has_hooks, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_updates
@@ -24,46 +22,18 @@ from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, row_choice
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
 
-_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-class SeparateProjections(nn.ModuleDict):
-    """The adapter of an attention with separate query, key and value weights: one :class:`LoraAdapter` per weight.
-
-    Its keys are the parameter names: ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("r", "scaling", "lora_bias"):
-            return getattr(self["q_proj_weight"], name)
-        return super().__getattr__(name)
-
-
-class _Part(NamedTuple):
-    """One product of a forward.
-
-    Attributes:
-        adapters: by name, the rows of each update and of its scaled bias that belong to the ``weight``.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    adapters: dict[str, tuple[Update, Tensor | None]]
-
-    def full_bias(self) -> Tensor | None:
-        """Returns the bias plus those of the adapters, rounded once."""
-        added = [bias for _, bias in self.adapters.values() if bias is not None]
-        if not added:
-            return self.bias
-        return sum(added if self.bias is None else [self.bias, *added]).to(self.weight.dtype)
+_SEPARATE = (
+    "its query, key and value weights are separate (kdim or vdim); name them in target_parameters, as for PEFT: "
+    "'<path>.q_proj_weight' and so on"
+)
+_HOOKED = "it has hooks or another forward, which adapters would bypass; remove them, or leave the attention out"
 
 
 class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     """``nn.MultiheadAttention`` with ``in_proj_weight + scaling * lora_B @ lora_A`` as its weight, in fused kernels.
 
-    ``lora_A`` is ``[r, embed_dim]`` and ``lora_B`` ``[3 * embed_dim, r]``, as in PEFT; if ``kdim`` or ``vdim`` differs
-    from ``embed_dim``, the three weights have separate adapters (:class:`SeparateProjections`). Inputs that are the
-    same tensor are read in one pass and share a dropout mask.
+    ``lora_A`` is ``[r, embed_dim]`` and ``lora_B`` ``[3 * embed_dim, r]``, as in PEFT. Inputs that are the same tensor
+    are read in one pass and share a dropout mask.
 
     ``out_proj`` is called here (``nn.MultiheadAttention`` only reads its weight), so it may be a
     :class:`~lora_ext.nn.LoraLinear`. PEFT 0.21 adds the update of ``out_proj`` twice (``merge`` adds it, then calls the
@@ -85,27 +55,16 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
         if not has_forward_of(module, nn.MultiheadAttention):
             return "its forward is not nn.MultiheadAttention's"
-        names = ("in_proj_weight",) if module._qkv_same_embed_dim else _SEPARATE
-        return next(filter(None, (why_weight_unusable(module, name, at_hand=True) for name in names)), None)
+        if has_hooks(module):
+            return _HOOKED
+        if not module._qkv_same_embed_dim:
+            return _SEPARATE
+        return why_weight_unusable(module, "in_proj_weight", at_hand=True)
 
     @classmethod
-    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> nn.Module:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         E = base_layer.embed_dim
-        if base_layer._qkv_same_embed_dim:
-            return LoraAdapter.from_config(config, path, E, 3 * E, base_layer.in_proj_weight, device)
-        weights = {name: getattr(base_layer, name) for name in _SEPARATE}
-        return SeparateProjections(
-            {name: LoraAdapter.from_config(config, path, w.shape[1], E, w, device) for name, w in weights.items()}
-        )
-
-    @property
-    def is_packed(self) -> bool:
-        """True if the query, key and value weights are one parameter."""
-        return self.base_layer._qkv_same_embed_dim
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.in_proj_weight if self.is_packed else self.base_layer.q_proj_weight
+        return LoraAdapter.from_config(config, path, E, 3 * E, base_layer.in_proj_weight, device)
 
     @property
     def bias(self) -> Tensor | None:
@@ -118,41 +77,14 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     def why_not_merge(self) -> str | None:
         return super().why_not_merge() or why_not_merge(self.base_layer, nn.MultiheadAttention)
 
-    def factor_shapes(self, adapter: nn.Module) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
         E = self.base_layer.embed_dim
-        if self.is_packed:
-            return {"lora_A": (adapter.r, E), "lora_B": (3 * E, adapter.r)}
-        inputs = {name: getattr(self.base_layer, name).shape[1] for name in _SEPARATE}
-        shapes = {f"{name}.lora_A": (adapter[name].r, size) for name, size in inputs.items()}
-        return shapes | {f"{name}.lora_B": (E, adapter[name].r) for name in _SEPARATE}
+        return {"lora_A": (adapter.r, E), "lora_B": (3 * E, adapter.r)}
 
     def matrices(self) -> dict[str, Matrix]:
         base, bias = self.base_layer, self.bias
-        if self.is_packed:
-            matrices = {"weight": Matrix(base, "in_proj_weight", base.in_proj_weight)}
-            return matrices if bias is None else matrices | {"bias": Matrix(base, "in_proj_bias", bias.view(1, -1))}
-        matrices = {name: Matrix(base, name, getattr(base, name)) for name in _SEPARATE}
-        if bias is not None:
-            for name, part in zip(_SEPARATE, bias.chunk(3), strict=True):
-                matrices[f"{name} bias"] = Matrix(base, "in_proj_bias", part.view(1, -1))
-        return matrices
-
-    def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
-        if self.is_packed:
-            return super().factors(name)
-        factors = {}
-        for key, adapter in self.adapters[name].items():
-            factors[key] = adapter.lora_A, adapter.lora_B, adapter.scaling
-            factors |= {f"{key} {name}": update for name, update in self._bias_factors(adapter).items()}
-        return factors
-
-    def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
-        if self.is_packed:
-            return super().file_tensors(path, adapter)
-        tensors = {}
-        for name in _SEPARATE:
-            tensors |= super().file_tensors(f"{path}.{name}", adapter[name])
-        return tensors
+        matrices = {"weight": Matrix(base, "in_proj_weight", base.in_proj_weight)}
+        return matrices if bias is None else matrices | {"bias": Matrix(base, "in_proj_bias", bias.view(1, -1))}
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -171,14 +103,15 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
         Raises:
             ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is in use.
+            RuntimeError: the base attention has hooks or another forward.
         """
         base, choice = self.base_layer, row_choice(self.active)
         names, out_proj = self._applied(choice), base.out_proj
         arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         if choice is None and not names and not any(layer._applied() for layer in _layers_of(out_proj)):
             return base(*arguments)
-        if not (runs_alone(base) and type(base).forward is nn.MultiheadAttention.forward):
-            return self._call_base(choice, names, *arguments)
+        if not runs_alone(base) and (has_hooks(base) or not has_forward_of(base, nn.MultiheadAttention)):
+            raise RuntimeError(f"{type(self).__name__}: base_layer: {_HOOKED}")
         self._check_inputs(query, key, value, {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask})
         if is_causal and attn_mask is None:
             raise ValueError(f"{type(self).__name__}: is_causal is a hint about attn_mask, which is None; pass it")
@@ -205,21 +138,15 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor | None]) -> None:
         """ValueError, TypeError: the shapes do not match, a mask has another dtype, or a tensor is nested."""
-        who, leading = type(self).__name__, []
-        for name, x in {"query": query, "key": key, "value": value}.items():
-            if x.is_nested:
-                raise ValueError(
-                    f"{who}: {name} is a nested tensor, which adapters do not support; pad it, or merge the adapter"
-                )
-            if x.dim() not in (2, 3) or x.dim() != query.dim():
-                raise ValueError(f"{who}: {name} has shape {list(x.shape)}, want 2 or 3 dimensions, as many as query")
-            leading.append(x.shape[:-1] if self.base_layer.batch_first or x.dim() == 2 else x.shape[1::-1])
-        (*batch, L), (*key_batch, S), of_value = leading
-        if leading[1] != of_value or batch != key_batch:
-            raise ValueError(
-                f"{who}: query, key and value have shapes {list(query.shape)}, {list(key.shape)} and "
-                f"{list(value.shape)}, want one batch size, and one length of key and value"
-            )
+        who, inputs = type(self).__name__, (query, key, value)
+        if any(x.is_nested for x in inputs):
+            raise ValueError(f"{who}: got a nested tensor, which adapters do not support; pad it, or merge the adapter")
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            raise ValueError(f"{who}: {_shapes_of(inputs)}, want 2 or 3 dimensions, the same of all")
+        length_first = query.dim() == 3 and not self.base_layer.batch_first
+        (*batch, L), (*key_batch, S), of_value = [x.shape[1::-1] if length_first else x.shape[:-1] for x in inputs]
+        if [*of_value] != [*key_batch, S] or batch != key_batch:
+            raise ValueError(f"{who}: {_shapes_of(inputs)}, want one batch size, and one length of key and value")
         per_head = [math.prod(batch) * self.base_layer.num_heads, L, S]
         wanted = {"attn_mask": ([L, S], per_head), "key_padding_mask": ([*batch, S],)}
         for name, mask in masks.items():
@@ -243,104 +170,45 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p)
         return weights @ v, weights
 
-    def _call_base(
-        self, choice: RowChoice | None, names: tuple[str, ...], *arguments: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Calls the base attention, which has hooks or another forward, with updated weights made for this call."""
-        if choice is not None:
-            raise ValueError(
-                f"{type(self).__name__}: adapter_names: base_layer has hooks or a replaced forward, so it is "
-                "called as a whole, with one adapter for all rows; remove them"
-            )
-        base, name = self.base_layer, self.weight_name if self.is_packed else "q_proj_weight"
-        check_not_offloaded(self, base, name)
-        if is_partitioned(base._parameters.get(name)):
-            raise RuntimeError(
-                f"{type(self).__name__}: DeepSpeed's ZeRO-3 has partitioned {name}, which it brings for calls with the "
-                "frozen weights only; leave the attention out of target_modules, or use ZeRO-2"
-            )
-        paths = {module: path for path, module in base.named_modules()}
-        updated: dict[str, Tensor] = {}
-        for layer in (self, *_layers_of(base.out_proj)):
-            matrices = layer.matrices()
-            for name in names if layer is self else layer._applied():
-                adapter = layer.adapters[name]
-                for each in adapter.values() if isinstance(adapter, SeparateProjections) else (adapter,):
-                    if self.training and each.lora_dropout:
-                        raise RuntimeError(
-                            f"{type(self).__name__}: base_layer has hooks or a replaced forward, so it is called with "
-                            "updated weights, which lora_dropout cannot be part of; remove them, or set lora_dropout=0"
-                        )
-                for key, (A, B, scaling) in layer.factors(name).items():
-                    matrix = matrices[key]
-                    parameter, view = matrix.owner._parameters[matrix.name], matrix.view
-                    path = f"{paths[matrix.owner]}.{matrix.name}".removeprefix(".")
-                    weight = updated[path] = updated.get(path, parameter).clone()
-                    begin = view.storage_offset() - parameter.storage_offset()
-                    with torch.autocast(weight.device.type, enabled=False):
-                        update = (scaling * (B @ A)).to(weight.dtype)
-                    weight.as_strided(view.shape, view.stride(), begin).add_(update)
-        return torch.func.functional_call(base, updated, arguments, tie_weights=False)
-
     def _project(
         self, inputs: tuple[Tensor, Tensor, Tensor], choice: RowChoice | None, names: tuple[str, ...]
     ) -> Iterator[Tensor]:
         """Yields the projections of the inputs, each ``[..., embed_dim]``; equal inputs are read once."""
-        begin = 0
+        begin, E = 0, self.base_layer.embed_dim
         for end in range(1, 4):
-            if end < 3 and inputs[end] is inputs[begin]:
-                continue
-            x, parts = inputs[begin], [*self._parts(begin, end, names)]
-            outputs = self._add_all(x, parts) if choice is None else self._add_by_rows(x, parts, choice)
-            for y in outputs:
-                yield from y.split(self.base_layer.embed_dim, dim=-1)
-            begin = end
+            if end == 3 or inputs[end] is not inputs[begin]:
+                yield from self._product(inputs[begin], slice(begin * E, end * E), choice, names).split(E, dim=-1)
+                begin = end
 
-    def _parts(self, begin: int, end: int, names: tuple[str, ...]) -> Iterator[_Part]:
-        """Yields the projections from number ``begin`` to ``end``: one, or one for each separate weight."""
-        base, E = self.base_layer, self.base_layer.embed_dim
-        for number in (begin,) if self.is_packed else range(begin, end):
-            after = end if self.is_packed else number + 1
-            of_bias, key = slice(number * E, after * E), None if self.is_packed else _SEPARATE[number]
-            rows = of_bias if self.is_packed else slice(None)
-            weight = base.in_proj_weight[rows] if key is None else getattr(base, key)
-            adapters = {}
-            for name in names:
-                adapter = at_hand(self.adapters[name] if key is None else self.adapters[name][key])
-                dropout_p = adapter.lora_dropout if self.training else 0.0
-                lora_bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias[rows]
-                adapters[name] = Update(adapter.lora_A, adapter.lora_B[rows], adapter.scaling, dropout_p), lora_bias
-            yield _Part(weight, None if self.bias is None else self.bias[of_bias], adapters)
+    def _product(self, x: Tensor, part: slice, choice: RowChoice | None, names: tuple[str, ...]) -> Tensor:
+        """Returns the product of ``x`` and the rows ``part`` of the weight, with the adapters ``names``."""
+        weight, bias, updates = self.weight[part], self.bias, RowUpdates()
+        bias = None if bias is None else bias[part]
+        for name in names:
+            held = at_hand(self.adapters[name])
+            scaled = None if held.lora_bias is None else held.scaling * held.lora_bias[part]
+            dropout_p = held.lora_dropout if self.training else 0.0
+            updates.add(name, held.lora_A, held.lora_B[part], held.scaling, dropout_p, scaled)
+        if choice is not None:
+            return self._product_by_rows(x, weight, bias, choice, updates)
+        if not names:
+            return F.linear(x, weight, bias)
+        if updates.biases:  # rounded once
+            bias = sum(updates.biases.values(), 0 if bias is None else bias).to(weight.dtype)
+        columns = updates.lora_As, updates.lora_Bs, updates.scalings, updates.dropouts
+        return add_updates(x, weight, bias, joined([*starmap(Update, zip(*columns, strict=True))]))
 
-    def _add_all(self, x: Tensor, parts: list[_Part]) -> Iterable[Tensor]:
-        """Returns the projections of ``x`` with all adapters."""
-        weights, biases = [part.weight for part in parts], [part.full_bias() for part in parts]
-        updates = [joined([update for update, _ in part.adapters.values()]) for part in parts]
-        if not updates[0]:
-            return map(F.linear, (x,) * len(parts), weights, biases)
-        if len(parts) == 1:
-            return [add_updates(x, *weights, *biases, *updates)]
-        lora_As, lora_Bs, scalings, dropouts = map(list, zip(*(first for first, *_ in updates), strict=True))
-        outputs = functional.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropouts[0])
-        for i, (_, *others) in enumerate(updates):
-            for update in others:
-                outputs[i] = functional.plus_lora_delta(outputs[i], x, *update)
-        return outputs
-
-    def _add_by_rows(self, x: Tensor, parts: list[_Part], choice: RowChoice) -> Iterator[Tensor]:
-        """Yields the projections of ``x``; each row of the batch uses the adapter that ``choice`` gives it."""
+    def _product_by_rows(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, choice: RowChoice, updates: RowUpdates
+    ) -> Tensor:
+        """Returns the product of ``x`` and ``weight``; each row of the batch uses the adapter that it has chosen."""
         if x.dim() != 3:
             raise ValueError(f"{type(self).__name__}: adapter_names needs a batch, but query has no such dimension")
         first = self.base_layer.batch_first
         x, times = choice.aligned(self, x if first else x.transpose(0, 1))
-        seeds = functools.cache(lambda _: functional.draw_seed(x.device))
-        for weight, bias, adapters in parts:
-            updates = RowUpdates()
-            for name, (update, lora_bias) in adapters.items():
-                updates.add(name, *update, lora_bias)
-            y = F.linear(x, weight, bias).contiguous()
-            y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
-            yield y if first else y.transpose(0, 1)
+        y = F.linear(x, weight, bias).contiguous()
+        y = add_chosen(y, x.to(y.dtype), choice, updates, times)
+        return y if first else y.transpose(0, 1)
 
     def _split_heads(self, y: Tensor) -> Tensor:
         """Reshapes to ``[batch, num_heads, length, head_dim]``."""
@@ -380,6 +248,10 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
     def extra_repr(self) -> str:
         return self._repr_of_state()
+
+
+def _shapes_of(inputs: tuple[Tensor, ...]) -> str:
+    return "query, key and value have shapes {}, {} and {}".format(*(list(x.shape) for x in inputs))
 
 
 def _layers_of(out_proj: nn.Module) -> list[LoraLayer]:

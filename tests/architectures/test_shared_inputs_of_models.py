@@ -64,7 +64,4 @@ def test_layers_that_share_inputs(name, adapt):
     groups, of_alone = (input_groups(one) if adapt is injected else report(one).groups for one in (model, alone))
     assert not of_alone
     if name in GROUPS:
-        last = [" ".join(path.rpartition(".")[2] for path in group.paths) for group in groups if group.shared]
-        assert {*last} == GROUPS[name]
-    else:
-        assert not [group for group in groups if group.reason == "not called together yet"]
+        assert {" ".join(path.rpartition(".")[2] for path in paths) for paths in groups.together} == GROUPS[name]

@@ -81,7 +81,7 @@ def test_a_rank_that_suffices_leaves_nothing_and_energy_finds_it():
     [
         (llama, {"target_modules": "all-linear"}, {}),
         (llama, {"target_modules": ["q_proj", "lm_head"], "rank_pattern": {"lm_head": 5}}, {"energy": 1 - 1e-6}),
-        (bert, {"target_modules": ["query", "dense"], "lora_bias": True, "task_type": "SEQ_CLS"}, {}),
+        (bert, {"target_modules": ["query", "dense"], "bias": "lora_only", "task_type": "SEQ_CLS"}, {}),
         (gpt2, {"target_modules": ["c_attn", "c_proj"]}, {"fan_in_fan_out": True}),
     ],
 )
@@ -193,6 +193,7 @@ def test_the_head_follows_the_embedding(name: str, tmp_path: Path):
     torch.testing.assert_close(logits_by_peft(base, tmp_path / "out"), expected, **near)
     merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
     merged = type(base).from_pretrained(tmp_path / "merged")
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
     torch.testing.assert_close(merged(token_ids_()).logits, expected, **near)
 
 

@@ -50,7 +50,7 @@ def check_as_by_peft(model: nn.Module, folder: Path, settings: dict, base: dict[
 
 FAMILIES = [
     (bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-    (bert, {"target_modules": ["query", "dense"], "lora_bias": True, "bias": "lora_only"}),
+    (bert, {"target_modules": ["query", "dense"], "bias": "lora_only"}),
     (bert, {"target_modules": ["query"], "bias": "all", "modules_to_save": ["pooler"], "task_type": "SEQ_CLS"}),
     (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
     (gpt2, {"target_modules": ["c_proj"], "fan_in_fan_out": True}),
@@ -60,9 +60,11 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.parametrize("block", [8 << 20, 100], ids=["whole", "a row"])
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_of_transformers_is_merged_as_by_peft(family, settings, dtype, tmp_path):
+def test_a_model_of_transformers_is_merged_as_by_peft(family, settings, dtype, block, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_ext.checkpoints.merging.BLOCK_BYTES", block)
     model = family().to(dtype)
     model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
     adapted = peft_adapter(model, tmp_path / "adapter", **settings)
@@ -196,8 +198,7 @@ def test_weights_scale_the_updates(tmp_path):
     save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
     updates = []
     for name in "xy":
-        adapted = peft_adapter(model, tmp_path / name, target_modules=["a"], lora_bias=True)
-        merged = merged_by_peft(adapted)
+        merged = merged_by_peft(peft_adapter(model, tmp_path / name, target_modules=["a"]))
         updates.append({key: merged[key] - tensor for key, tensor in model.state_dict().items()})
     merge(tmp_path / "base", [tmp_path / "x", tmp_path / "y"], tmp_path / "out", weights=[0.25, -2])
     for key, tensor in tensors_of(tmp_path / "out").items():
@@ -206,14 +207,12 @@ def test_weights_scale_the_updates(tmp_path):
 
 
 def test_blocks_of_a_row_give_the_same_bits(tmp_path, monkeypatch):
-    model = EveryLayer()
-    save_checkpoint(model.state_dict(), tmp_path / "base")
-    peft_adapter(model, tmp_path / "adapter", **EVERY_LAYER, bias="all")
-    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "whole")
-    for size in (1, 100):
+    save_checkpoint(EveryLayer().state_dict(), tmp_path / "base")
+    peft_adapter(EveryLayer(), tmp_path / "adapter", **EVERY_LAYER, bias="all")
+    for size in (8 << 20, 100, 1):
         monkeypatch.setattr("lora_ext.checkpoints.merging.BLOCK_BYTES", size)
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / f"by {size}")
-        assert_same_bits(tensors_of(tmp_path / f"by {size}"), tensors_of(tmp_path / "whole"))
+        assert_same_bits(tensors_of(tmp_path / f"by {size}"), tensors_of(tmp_path / f"by {8 << 20}"))
 
 
 def test_conversion_to_another_dtype(tmp_path):
@@ -258,9 +257,7 @@ def test_one_of_two_tied_weights_is_stored_apart(target, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "added"),
     [
-        ({"target_modules": ["embed_tokens", "q_proj"]}, 0),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 0),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 5], "ensure_weight_tying": False}, 0),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}, 0),
         ({"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5]}}, 1),
         ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}}, 1),
     ],
@@ -268,8 +265,7 @@ def test_one_of_two_tied_weights_is_stored_apart(target, tmp_path):
 def test_tied_weights_stay_tied_if_the_adapter_has_both(settings, added, tmp_path):
     model = llama(tied=True)
     model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
-    is_tied = {"ensure_weight_tying": True} if not added else {}
-    adapted = peft_adapter(model, tmp_path / "adapter", **is_tied | settings)
+    adapted = peft_adapter(model, tmp_path / "adapter", **settings)
     assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").added == added
     merged = type(model).from_pretrained(tmp_path / "out")
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (not added)
@@ -278,18 +274,11 @@ def test_tied_weights_stay_tied_if_the_adapter_has_both(settings, added, tmp_pat
 
 
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize(
-    "shared",
-    [
-        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
-        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-    ],
-)
-def test_adapters_that_treat_a_tie_differently_are_added_to_both(shared, order, tmp_path):
+def test_adapters_that_treat_a_tie_differently_are_added_to_both(order, tmp_path):
     """One adapter changes the shared weight, the other only the head."""
     model = llama(tied=True)
     model.save_pretrained(tmp_path / "base")
-    peft_adapter(model, tmp_path / "shared", **shared)
+    peft_adapter(model, tmp_path / "shared", target_modules=["q_proj"], trainable_token_indices=[1, 5])
     untied = llama()
     untied.load_state_dict(model.state_dict())
     peft_adapter(untied, tmp_path / "head", target_modules=["lm_head"])
@@ -301,42 +290,3 @@ def test_adapters_that_treat_a_tie_differently_are_added_to_both(shared, order, 
     update = apart["lm_head.weight"] - base[embedding]
     assert torch.equal(both[embedding], tied[embedding])
     torch.testing.assert_close(both["lm_head.weight"], tied[embedding] + update)
-
-
-# --- DoRA -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", [bert, llama])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dora_is_merged_as_by_peft_and_in_memory(family, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_ext.checkpoints.merging.BLOCK_BYTES", 200)  # a few rows
-    model = family().to(dtype)
-    model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
-    adapted = peft_adapter(copy.deepcopy(model), tmp_path / "adapter", target_modules="all-linear", use_dora=True)
-    edit_tensors(
-        tmp_path / "adapter", lambda tensors: [t.mul_(1.5) for key, t in tensors.items() if "magnitude" in key]
-    )
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "magnitude" in name:
-                parameter *= 1.5
-    assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").merged > 4
-    merged = type(model).from_pretrained(tmp_path / "out", dtype="auto").state_dict()
-    eps = torch.finfo(dtype).eps
-    for key, tensor in merged_by_peft(adapted).items():
-        torch.testing.assert_close(merged[key], tensor, rtol=4 * eps, atol=2 * eps)
-    in_memory = merge_and_unload(load_adapter(model, tmp_path / "adapter")).state_dict()
-    for key, tensor in in_memory.items():
-        torch.testing.assert_close(merged[key], tensor, rtol=2 * eps, atol=2 * eps)
-
-
-def test_dora_in_another_dtype_and_a_second_adapter_elsewhere(tmp_path):
-    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
-    save_checkpoint(model.state_dict(), tmp_path / "base")
-    peft_adapter(model, tmp_path / "dora", target_modules=["a"], use_dora=True)
-    peft_adapter(model, tmp_path / "other", target_modules=["b"])
-    merge(tmp_path / "base", [tmp_path / "dora", tmp_path / "other"], tmp_path / "out", dtype=torch.bfloat16)
-    merge(tmp_path / "base", [tmp_path / "dora"], tmp_path / "alone")
-    together, alone = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "alone")
-    assert torch.equal(together["a.weight"], alone["a.weight"].bfloat16())
-    assert not torch.equal(together["b.weight"], alone["b.weight"].bfloat16())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import peft
@@ -47,14 +46,6 @@ def test_opening_reads_no_tensor(tmp_path):
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def test_a_dtype_that_torch_lacks_is_named(tmp_path):
-    header = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
-    (tmp_path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"test: .*a has a dtype that torch .* lacks, F6_E2M3"):
-        AdapterFile.open(tmp_path, caller="test")
 
 
 def test_what_transformers_writes_in_several_files_is_refused(tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import (
-    add_weighted_adapter,
     disable_adapters,
     lora_modules,
     merge_and_unload,
@@ -30,15 +29,14 @@ pytestmark = pytest.mark.cpu_only("makes its inputs on the CPU")
 
 
 class Attends(nn.Module):
-    """Passes one tensor, or three of other sizes, to an attention."""
+    """Passes one tensor to an attention."""
 
-    def __init__(self, **sizes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (x, x[..., :6], x[..., :6]) if self.attention.kdim == 6 else (x, x, x)
-        return self.attention(*parts)[0]
+        return self.attention(x, x, x)[0]
 
 
 class Uses(nn.Module):
@@ -83,7 +81,6 @@ KINDS = {
     "conv": Kind(oblong, WITH_BIAS, (2, 8, 5, 4)),
     "channels last": Kind(lambda: oblong().to(memory_format=torch.channels_last), WITH_BIAS, (2, 8, 5, 4)),
     "attention": Kind(Attends, {"target_modules": ["attention"], "lora_bias": True}, (2, 5, 8)),
-    "separate attention": Kind(lambda: Attends(kdim=6, vdim=6), {"target_modules": ["attention"]}, (2, 5, 8)),
     "experts": Kind(lambda: Uses(False), {"target_parameters": ["0.up", "0.mix"]}),
     "transposed experts": Kind(lambda: Uses(True), {"target_parameters": ["0.up", "0.mix"]}),
 }
@@ -279,14 +276,10 @@ def test_copies_are_apart(kind, how):
 
 
 @of_kinds(TOGETHER)
-def test_a_combination_and_its_file(kind, tmp_path):
+def test_files_do_not_depend_on_the_other_adapters(kind, tmp_path):
     model, x = adapted(kind, "a", "b"), input_for(kind)
     base = unload(copy.deepcopy(model))
-    inject(model, LoraConfig(**{"r": 2, "init_lora_weights": False, "target_modules": []} | kind.options), "c")
-    set_adapter(add_weighted_adapter(model, ["a", "c"], [0.5, 2.0], "d", "linear"), "d")
-    expected = model.eval()(x)
-    torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(x), expected)
-    for name in ("a", "c", "d"):  # files do not depend on the other adapters
+    for name in "ab":
         save_adapter(model, tmp_path / name, name)
         alone = load_adapter(copy.deepcopy(base), tmp_path / name)
         torch.testing.assert_close(alone(x), set_adapter(model, name)(x))
