@@ -23,6 +23,7 @@ from lora_ext.methods import (
     option_names,
     set_pooling,
 )
+from lora_ext.methods.lora import linear_layers_of
 
 
 def load_model(auto_class: Any, options: TaskOptions, source: dict[str, Any], **config: Any) -> tuple[Any, set[str]]:
@@ -113,8 +114,8 @@ def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
     """Returns the fields of ``LoraConfig`` for ``text``.
 
     ``q``, ``k``, ``v`` and ``o`` are the attention's projections if the architecture is known; parts of a packed
-    projection become ``enable_lora``. ``embeddings`` is the model's input embedding. Text with a character that no name
-    has is a regular expression.
+    projection become ``enable_lora``. ``embeddings`` is the model's input embedding, and ``all-linear`` next to other
+    names every linear layer except the output head. Text with a character that no name has is a regular expression.
     """
     names = names_of(text)
     architecture = ARCHITECTURES.get(model.config.model_type)
@@ -131,7 +132,8 @@ def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
     if "embeddings" in names and embedding is None:
         names.remove("embeddings")
         print(f"{type(model).__name__} tells no input embeddings: LoRA adapts {', '.join(names)} alone")
-    return {"target_modules": [embedding if name == "embeddings" else name for name in names]}
+    meant = {"embeddings": [embedding], "all-linear": linear_layers_of(model)}
+    return {"target_modules": [path for name in names for path in meant.get(name, [name])]}
 
 
 def checkpoint_bytes(model: PreTrainedModel) -> int:
