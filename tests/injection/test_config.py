@@ -11,7 +11,7 @@ import pickle
 import peft
 import pytest
 from peft.utils.other import get_pattern_key
-from support.properties import given, st
+from support.properties import given, settings, st
 
 from lora_ext import LoraConfig
 from lora_ext.config import FrozenDict, exact_patterns
@@ -295,6 +295,7 @@ PATTERNS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(PATTERNS, st.integers(1, 9)), st.dictionaries(PATTERNS, st.integers(1, 9)), PATHS, st.booleans())
 def test_patterns_decide_as_in_peft(ranks, alphas, path, use_rslora):
     config = LoraConfig(
@@ -309,6 +310,7 @@ def test_patterns_decide_as_in_peft(ranks, alphas, path, use_rslora):
 PATHS = st.lists(st.sampled_from(["a", "b", "a+"]), min_size=1, max_size=3).map(".".join)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(PATHS, st.integers(1, 3), min_size=1))
 def test_exact_patterns_mean_the_same_here_and_in_peft(ranks):
     patterns = exact_patterns(ranks, 2)
