@@ -29,10 +29,8 @@ def test_unknown_names(base, root, tmp_path):
             model(x, adapter_names=[name])
     inject(model, LoraConfig(r=2, target_modules=["head"]))
     for change in (set_adapter, delete_adapter):
-        with refused(model, KeyError, f"{change.__name__}: 'n1' is an adapter of the model's AdapterPool"):
+        with refused(model, KeyError, f"{change.__name__}: there is no adapter 'n1'; the adapters are ['default']"):
             change(model, "n1")
-        with refused(model, KeyError, f"{change.__name__}: there is no adapter 'n9'; the adapters are ['default']"):
-            change(model, "n9")
 
 
 A, B = "base_model.model.head.lora_A.weight", "base_model.model.head.lora_B.weight"
