@@ -35,7 +35,6 @@ def test_rows_are_those_of_the_adapter_alone(base, root):
     # n0, n1, n2; n3 and n4 evict n1 and n2; then n7, n6, n5 ... the second time as well
     assert stats.loads == 2 * 8 and stats.evictions == 2 * 8 - 3 and stats.hits == 2
     assert sorted(pool.resident()) == ["n5", "n6", "n7"] and pool.names() == NAMES
-    assert repr(pool).startswith("AdapterPool(3 of 3 slots, r=4")
 
 
 def test_the_least_recently_used_is_evicted(base, root):
@@ -176,7 +175,7 @@ def test_copies_share_the_storage_until_the_pool_is_closed(base, root):
     copied = copy.deepcopy(model)
     assert torch.equal(copied(x, adapter_names=["n0"]), expected) and pool.stats().loads == 1
     pool.close()
-    assert repr(pool).startswith("AdapterPool(0 of 0 slots") and pool.resident() == []
+    assert pool.resident() == []
     for name in ("n0", "n1"):
         with refused(copied, RuntimeError, "AdapterPool: the pool is closed"):
             copied(x, adapter_names=[name])
