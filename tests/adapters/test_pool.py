@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,29 @@ def test_calls_wait_for_slots(base, root):
         assert not call.done() and pool.resident() == ["n0", "n1"]
         pool.release(["n0", "n1"])
         assert torch.equal(call.result(20), model(x, adapter_names=["n2", "n3"]))
+
+
+@pytest.mark.parametrize(("on_disk", "slots"), [(2_000, 200), pytest.param(10_000, 1_000, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_thousands_of_adapters(base, root, on_disk, slots):
+    """Most directories have links to the files of a few; the storage is allocated once."""
+    x, model = torch.randn(1, 6), copy.deepcopy(base)
+    expected = expected_rows(base, root, NAMES, x.expand(len(NAMES), -1))
+    names = [f"tenant-{i}" for i in range(on_disk)]
+    for i, name in enumerate(names):
+        (root / name).mkdir()
+        for file in (root / NAMES[i % 8]).iterdir():
+            os.link(file, root / name / file.name)
+    pool = pool_of(model, root, slots)
+    storage = [held.lora_A.data_ptr() for held in pool._layers.values()]
+    numbers = torch.randperm(on_disk)[: slots + 100].tolist()
+    for batch in (numbers[i : i + 100] for i in range(0, len(numbers), 100)):
+        y = model(x.expand(100, -1), adapter_names=[names[i] for i in batch])
+        torch.testing.assert_close(y, torch.stack([expected[i % 8] for i in batch]))
+    stats = pool.stats()
+    assert len(pool.names()) == on_disk + 8 and (stats.slots, stats.resident) == (slots, slots)
+    assert stats.loads == slots + 100 and stats.evictions == 100
+    assert [held.lora_A.data_ptr() for held in pool._layers.values()] == storage
 
 
 # --- the model around it ----------------------------------------------------------------------------------------------
