@@ -279,19 +279,6 @@ def test_trained_biases_go_with_their_adapter(bias, tmp_path):
     assert torch.equal(unload(model)(x), base(x))
 
 
-@pytest.mark.parametrize(("bias", "head"), [("all", None), ("lora_only", ["head"])])
-def test_trained_biases_of_a_peft_file(bias, head, tmp_path):
-    base, x = Net().eval().double(), torch.randn(5, 6, dtype=torch.float64)
-    config = peft.LoraConfig(r=2, target_modules=["up", "down"], bias=bias, modules_to_save=head, **ALIVE)
-    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.5)
-    theirs.save_pretrained(tmp_path)
-    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), theirs(x))
-
-
 # --- listing --------------------------------------------------------------------------------------------------------
 
 
