@@ -56,7 +56,7 @@ CASES = {
 FROM_PRETRAINED_READS = {"tokens": "5.18", "tied tokens": "5.18", "tied": "5.18", "experts": "5.9"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 REPLACED = {"tokens": {EMBEDDING}, "tied tokens": {EMBEDDING, HEAD}, "tied": {EMBEDDING, HEAD}}  # others are merged
-REPLACED |= dict.fromkeys(("bert", "biases"), {"classifier.weight", "classifier.bias"})
+REPLACED |= {case: {"classifier.weight", "classifier.bias"} for case in ("bert", "biases")}
 AUTO = {
     "LlamaForCausalLM": AutoModelForCausalLM,
     "GPT2LMHeadModel": AutoModelForCausalLM,
