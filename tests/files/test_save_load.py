@@ -246,10 +246,9 @@ def test_every_mismatch_is_listed(model, tmp_path):
         load_adapter(model, tmp_path)
 
 
-@pytest.mark.parametrize("change", [lambda content: b"", lambda content: content[:-8], lambda content: content + b"\0"])
-def test_corrupted_weights(model, change, tmp_path):
+def test_corrupted_weights(model, tmp_path):
     path = adapter_of_net(tmp_path) / WEIGHTS
-    path.write_bytes(change(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:-8])
     with refused(model, ValueError, f"{WEIGHTS} is corrupted or not a safetensors file"):
         load_adapter(model, tmp_path)
 
