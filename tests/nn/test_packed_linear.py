@@ -221,7 +221,7 @@ KEY = "base_model.model.qkv.lora_B.weight"
         (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside the blocks [True, False, True]"),
         (
             lambda tensors, note: note["blocks"].update({KEY: [True] * 5}),
-            "has shape [12, 4], which does not divide into blocks",
+            "has shape [12, 4], which has no blocks",
         ),
         (lambda tensors, note: note["blocks"].update({KEY: [False] * 3}), "want bools, at least one of them true"),
         (lambda tensors, note: note["blocks"].update({KEY: 3}), "do not match it"),
