@@ -204,31 +204,19 @@ def test_files_of_out_proj_alone_have_pefts_keys(targets, tmp_path):
         peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
 
 
-@pytest.mark.parametrize("targets", [["self_attn"], ["linear1"]])
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_are_pefts(bias, targets, tmp_path):
-    base, x = encoder().train(), torch.randn(N, L, E, dtype=torch.float64)
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=targets, bias=bias, **ALIVE))
-    ours = adapted(copy.deepcopy(base), targets, bias=bias)
-    trained = [
+def test_trained_biases_are_pefts(bias):
+    base = encoder().train()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["self_attn"], bias=bias, **ALIVE))
+    ours = adapted(copy.deepcopy(base), ["self_attn"], bias=bias)
+    ours(torch.randn(N, L, E, dtype=torch.float64)).sum().backward()
+    biases = [
         {n.rpartition("layers.")[2].replace("base_layer.", "") for n, p in model.named_parameters() if p.requires_grad}
         for model in (ours, theirs)
     ]
-    biases = [{name for name in names if "bias" in name} for names in trained]
-    assert biases[0] == biases[1] != set()  # without in_proj_bias, which has another name
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = load_adapter(copy.deepcopy(base), tmp_path / "theirs", trainable=True)
-    again(x).sum().backward()
-    with torch.no_grad():
-        for name, parameter in again.named_parameters():
-            if parameter.requires_grad and "bias" in name:
-                assert parameter.grad.abs().max() > 0, name
-                parameter.sub_(parameter.grad)
-    save_adapter(again, tmp_path / "ours")
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
-    assert files[0].keys() == files[1].keys()
-    with disable_adapters(again):
-        torch.testing.assert_close(again(x), base(x))
+    mine, yours = ({name for name in names if "bias" in name} for names in biases)
+    assert mine == yours != set()  # without in_proj_bias, which has another name
+    assert all(p.grad.abs().max() > 0 for n, p in ours.named_parameters() if p.requires_grad and "bias" in n)
 
 
 def test_an_adapter_of_out_proj_next_to_one_of_the_attention(tmp_path):

@@ -176,19 +176,6 @@ def test_files_through_peft(settings, tmp_path):
     torch.testing.assert_close(plain(input_ids=ids).logits, expected)
 
 
-def test_files_keep_the_order_of_patterns(tmp_path):
-    """The first match decides."""
-    base = Fused()
-    settings = {"rank_pattern": {"q[k]v": 3, "q.v$": 4}, "alpha_pattern": {"qkv": 5, "q.v$": 6}}
-    model = adapted(copy.deepcopy(base), **settings)
-    assert model.qkv.adapters.default.r == 3
-    save_adapter(model, tmp_path)
-    again = load_adapter(copy.deepcopy(base), tmp_path)
-    assert (again.qkv.adapters.default.r, again.qkv.adapters.default.lora_alpha) == (3, 5)
-    x = x_for(base)
-    torch.testing.assert_close(again(x), model(x))
-
-
 def test_values_are_replaced_in_place(tmp_path):
     base = Fused()
     model = adapted(copy.deepcopy(base))
