@@ -8,7 +8,7 @@ lora_ext/injection/check_targets.py refuses what cannot be adapted, lora_ext/inj
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -120,27 +120,10 @@ class Injection:
             parameters += [bias for module in modules.values() if (bias := module._parameters.get("bias")) is not None]
         return gathered(parameters)
 
-    def build(self) -> Adapter:
-        """Builds the initialised adapter."""
-        return self._adapter(PartsBuilder(self._bare, self._config, self._into))
-
-    def build_without_memory(self) -> tuple[Adapter, Callable[[], Adapter]]:
-        """Builds the adapter on the meta device (shapes only), and returns it with a function that allocates memory.
-
-        That function returns the adapter on the base layers' devices; low-rank factors are uninitialised.
-        """
-        builder = PartsBuilder(self._bare, self._config, self._into, torch.device("meta"))
-        adapter = self._adapter(builder)
-
-        def give_memory() -> Adapter:
-            with torch.inference_mode(False):
-                builder.give_memory()  # low-rank factors, in place; copies of modules and rows are made again below
-            return self._adapter(builder) if self._targets.trained or self._targets.tokens else adapter
-
-        return adapter, give_memory
-
-    def _adapter(self, builder: PartsBuilder) -> Adapter:
+    def build(self, device: torch.device | None = None) -> Adapter:
+        """Builds the initialised adapter; low-rank factors on ``device``, or where their base layers are."""
         with torch.inference_mode(False):  # autograd would refuse parameters that are made there, also later
+            builder = PartsBuilder(self._bare, self._config, self._into, device)
             parts = builder.parts(self._targets)
             return Adapter(self._name, self._config, self._into, parts, builder.biases(parts))
 
