@@ -110,14 +110,6 @@ def test_views_of_one_element_offset_into_a_merge():
     assert torch.equal(whole, before)
 
 
-def test_opcheck():
-    layer = random_layer((6, 24, 20, 4), BF16, leading=(2, 3))
-    for tensor in (layer.x, layer.lora_A, layer.lora_B):
-        tensor.requires_grad_()
-    torch.library.opcheck(torch.ops.lora_ext.lora_linear.default, (*layer.args(), 0.3, seed_tensor()))
-    torch.library.opcheck(torch.ops.lora_ext.lora_dropout_mask.default, (seed_tensor(), 5, 20, 0.3))
-
-
 # --- streams and graphs -----------------------------------------------------------------------------------------------
 
 
@@ -200,27 +192,6 @@ def test_merge_in_a_graph():
     graph.replay()
     result = weight.clone()
     assert torch.equal(merge()[0], result)
-
-
-@pytest.mark.skipif(
-    not torch._C._dispatch_has_kernel_for_dispatch_key("lora_ext::lora_grouped_", "CUDA"),
-    reason="lora_grouped_ has no CUDA kernels",
-)
-def test_a_captured_graph_reads_the_scalings_of_lora_grouped():
-    layer = random_layer((12, 64, 40, 8), BF16)
-    x = layer.x
-    rows, scalings = torch.zeros(x.shape[0], dtype=torch.int64), torch.tensor([0.5], dtype=torch.float64)
-
-    def forward() -> list[Tensor]:
-        y = torch.nn.functional.linear(x, layer.weight, layer.bias)
-        return [functional.lora_grouped_(y, x, [layer.lora_A], [layer.lora_B], rows, scalings)]
-
-    with torch.no_grad():
-        graph, (y,) = captured(forward)
-        for scaling in (0.5, -0.25):
-            scalings.fill_(scaling)
-            graph.replay()
-            assert torch.equal(y, forward()[0])
 
 
 def test_a_merge_that_waits_is_not_captured():

@@ -44,13 +44,6 @@ def test_is_the_correctly_rounded_sum_of_the_reference(shape, dtypes):
         assert (layer.weight != expected).float().mean() < 0.01
 
 
-def test_merged_weight_gives_the_layer_output():
-    layer = random_layer((30, 64, 48, 8))
-    expected = functional.lora_linear(*layer.args())
-    functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
-    torch.testing.assert_close(torch.nn.functional.linear(layer.x, layer.weight, layer.bias), expected)
-
-
 # --- restoring --------------------------------------------------------------------------------------------------------
 
 SIZES = [1e-30, 1e-6, 0.005, 0.1, 1.0, 30.0, 1e3]  # of the update, relative to the weight
@@ -172,25 +165,6 @@ def test_flushing_subnormals_in_between_changes_nothing():
     finally:
         torch.set_flush_denormal(False)
     assert flushes and same_bits(weight, before)
-
-
-def test_without_a_record():
-    weight, other = torch.randn(8, 300), torch.randn(8, 300)
-    other.copy_(weight)
-    A, B, scaling = update_factors(weight, 3, 0.1)
-    assert functional.lora_merge_(weight, A, B, scaling, record=False) is None
-    functional.lora_merge_(other, A, B, scaling)
-    assert same_bits(weight, other)
-
-
-def test_the_record_is_independent_of_its_origin():
-    weight = torch.randn(8, 300)
-    before = weight.clone()
-    A, B, scaling = update_factors(weight, 3, 0.1)
-    record = functional.lora_merge_(weight, A, B, scaling)
-    A.zero_(), B.zero_()
-    functional.lora_unmerge_(weight, record)
-    assert same_bits(weight, before)
 
 
 def test_row_strides_and_untouched_neighbours():
