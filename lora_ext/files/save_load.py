@@ -31,9 +31,8 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.files.adapter_content import adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile
 from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
-from lora_ext.files.expert_layout import check_expert_layout
 from lora_ext.files.hub import download_adapter
-from lora_ext.files.misfits import check_fits, check_places, check_same_kind
+from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.writing import write_files
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
@@ -223,7 +222,7 @@ def _fill_checked(
     model: nn.Module, file: AdapterFile, adapter: Adapter, give_memory: Callable[[], Adapter] | None, activate: bool
 ) -> None:
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
-    check_expert_layout(adapter, file, "load_adapter")
+    check_expert_layout(adapter, file)
     check_fits(_targets(model, adapter, file), file)
     if give_memory is not None:
         adapter = give_memory()

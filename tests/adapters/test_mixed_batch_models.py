@@ -10,7 +10,6 @@ import transformers
 from architectures.inputs import IMAGE_TOKEN
 from architectures.table import (
     DEBERTA,
-    DECODER,
     ENCODER,
     LED,
     LLAVA,
@@ -130,16 +129,6 @@ def test_images_next_to_text(how):
     assert_rows_equal(model, lambda **names: model(text, **names).logits.detach(), ["a", "b"])
     of_text = llava(r".*(language_model.*q_proj|lm_head)")
     assert_rows_equal(of_text, lambda **names: of_text(**inputs, **names).logits.detach(), ["a", "b"])
-
-
-def test_sounds_next_to_text():
-    encoder = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24, num_mel_bins=8)
-    text = dict(**DECODER, model_type="qwen2")
-    sizes = dict(audio_config=encoder | {"max_source_positions": 10}, text_config=text, audio_token_index=2)
-    model = with_adapters(model_of("Qwen2AudioForConditionalGeneration", **sizes), ["q_proj", "v_proj"], same=True)
-    inputs = {"input_ids": torch.randint(3, 60, (2, 12)), "input_features": torch.randn(2, 8, 20)}
-    with refused(model, ValueError, "audio_tower", "computes images or sounds"):
-        model(**inputs, adapter_names=["a", "b"])
 
 
 def test_each_row_of_a_diffusion_model_however_the_arguments_are_passed():
