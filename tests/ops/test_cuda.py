@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
 from support.layers import (
     DTYPES,
     Layer,
-    assert_as_good_as_torch,
-    forward_backward,
     random_layer,
-    random_layers,
     relative_error,
 )
+from support.op_table import OPS, assert_as_good_as_plain, linear, results
 from torch import Tensor
 
 from lora_ext import functional, reference
@@ -40,7 +39,7 @@ def step(layer: Layer, dropout_p: float = 0.1, seed: Tensor | None = None) -> li
     return [y.detach(), *torch.autograd.grad(y, leaves, layer.grad_y)]
 
 
-# Shapes that fill several blocks of every kernel and cover the rank buckets; more in test_lora_linear.
+# Shapes that fill several blocks of every kernel and cover the rank buckets; more in test_values.py.
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def step(layer: Layer, dropout_p: float = 0.1, seed: Tensor | None = None) -> li
     ids=str,
 )
 def test_as_good_as_pytorch_against_float64(shape, dtypes, dropout_p):
-    assert_as_good_as_torch(random_layers(shape, dtypes), dropout_p, seed_tensor())
+    assert_as_good_as_plain(OPS["lora_linear"], partial(linear, size=shape), dtypes, dropout_p, seed_tensor())
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
@@ -351,8 +350,7 @@ def test_a_merge_beyond_32_bits():
 @pytest.mark.large
 def test_many_tokens_and_few_features():
     """A grid has at most 65535 blocks in y and z, so they must not grow with the tokens."""
-    layer = random_layer((2**21 + 7, 24, 17, 3), (torch.float32, torch.float32))
-    result = forward_backward(functional.lora_linear, layer)
-    expected = forward_backward(reference.lora_linear, layer)
+    op, sample = OPS["lora_linear"], linear(size=(2**21 + 7, 24, 17, 3))
+    result, expected = (results(function, sample, op.leaves(sample)) for function in (op.run, op.plain))
     for name in result:
         assert relative_error(result[name], expected[name]) < 1e-4, name

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.layers import DTYPES, SHAPES, random_layer
+from support.layers import DTYPES, random_layer
+from support.op_table import SIZES
 
 from lora_ext import reference
 from lora_ext._ops import dora as arithmetic
@@ -17,7 +18,7 @@ def exact_norms(layer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SIZES)
 def test_norms(shape, dtypes):
     layer = random_layer(shape, dtypes)
     norms = row_norms(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)

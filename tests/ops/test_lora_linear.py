@@ -3,10 +3,10 @@
 import pytest
 import torch
 from support.layers import (
-    forward_backward,
     random_layer,
     relative_error,
 )
+from support.op_table import OPS, linear, results
 from support.processes import run_forked
 
 from lora_ext import functional, reference
@@ -26,12 +26,12 @@ def test_frozen_weight_is_never_written_or_given_a_gradient():
 
 def test_float32_adapters_over_16_bits_keep_float32_gradients():
     """A float32 adapter must get gradients finer than bfloat16's rounding."""
-    layer = random_layer((64, 96, 80, 4), (torch.bfloat16, torch.float32))
-    exact = forward_backward(reference.lora_linear, layer.to(torch.float64))
-    ours = forward_backward(functional.lora_linear, layer)
-    assert ours["grad_A"].dtype == ours["grad_B"].dtype == torch.float32
-    assert relative_error(ours["grad_A"], exact["grad_A"]) < 1e-5
-    assert relative_error(ours["grad_B"], exact["grad_B"]) < 1e-5
+    op, sample = OPS["lora_linear"], linear((torch.bfloat16, torch.float32), size=(64, 96, 80, 4))
+    leaves = op.leaves(sample)
+    ours, exact = results(op.run, sample, leaves), results(op.plain, sample.double(), leaves)
+    assert ours["grad of lora_A"].dtype == ours["grad of lora_B"].dtype == torch.float32
+    assert relative_error(ours["grad of lora_A"], exact["grad of lora_A"]) < 1e-5
+    assert relative_error(ours["grad of lora_B"], exact["grad of lora_B"]) < 1e-5
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
