@@ -101,6 +101,17 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradcheck(output, tensors) and torch.autograd.gradgradcheck(output, tensors)
 
 
+@pytest.mark.parametrize("kind", ["none", "bias", "whole"])
+def test_rescaling_compiled_and_under_vmap(kind):
+    z, factor = torch.randn(3, 4, 6), torch.randn(6)
+    base = {"none": None, "bias": torch.randn(6), "whole": torch.randn(3, 4, 6)}[kind]
+    expected = rescale(z, factor, base)
+    compiled = torch.compile(rescale, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z, factor, base), expected)
+    dims = (0, None, 0 if kind == "whole" else None)
+    torch.testing.assert_close(torch.func.vmap(rescale, dims)(z, factor, base), expected)
+
+
 def test_only_wanted_gradients_are_kept_or_computed():
     z, factor = torch.randn(3, 5, requires_grad=True), torch.rand(5)
     y = rescale(z, factor, None)

@@ -10,6 +10,7 @@ from support.op_table import OPS, linear, results
 from support.processes import run_forked
 
 from lora_ext import functional, reference
+from lora_ext._ops import composite
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 
@@ -86,6 +87,17 @@ def test_mask_does_not_depend_on_threads_dtype_or_strides():
             assert torch.equal(reference.unpack_mask(mask(x, threads), 130), expected)
 
 
+@pytest.mark.parametrize("begin", [(0, 0, 0), (1, 2, 8), (0, 1, 5), (1, 0, 63)], ids=str)
+def test_a_part_of_x_has_that_part_of_the_mask(begin):
+    """As in a layer whose tokens or features are on several devices."""
+    x = torch.randn(2, 4, 130)
+    part = x[begin[0] : begin[0] + 1, begin[1] : begin[1] + 2, begin[2] : begin[2] + 67]
+    found = composite.dropped_part(part, 0.3, SEED, x.shape, begin)
+    whole = composite.dropped(x, 0.3, SEED)
+    assert torch.equal(found, whole[begin[0] : begin[0] + 1, begin[1] : begin[1] + 2, begin[2] : begin[2] + 67])
+    assert composite.dropped_part(part, 0.0, SEED, x.shape, begin) is part
+
+
 @pytest.mark.parametrize("dropout_p", [1e-9, 0.0])
 def test_dropout_below_the_resolution_is_none(dropout_p):
     layer = random_layer((5, 20, 12, 4))
@@ -109,6 +121,7 @@ def test_recovers_from_running_out_of_memory():
     code = """if True:
         import resource, torch
         from lora_ext import functional, reference
+from lora_ext._ops import composite
         def call(rank):
             x, weight, A, B = (torch.randn(size) for size in ((40, 8), (6, 8), (rank, 8), (6, rank)))
             torch.testing.assert_close(
