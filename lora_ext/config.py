@@ -233,19 +233,18 @@ class LoraConfig:
         lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``); positive.
         lora_dropout: dropout probability on the adapter's input while training, in [0, 1).
         target_modules: the modules to adapt: a list of names, each equal to a module's path or to its end after a dot;
-            a regular expression for the whole path; or ``"all-linear"``, alone or in a list (PEFT takes it alone).
-            May be None or empty with ``target_parameters``: no module is adapted (for None PEFT chooses by type).
+            a regular expression for the whole path; or ``"all-linear"``. May be None or empty with
+            ``target_parameters``: no module is adapted (for None PEFT chooses by type).
         exclude_modules: modules never to adapt; a list or a regular expression, matched in the same way.
         target_parameters: bare parameters to adapt (a mixture's experts): names of the form ``module.parameter``, each
             equal to a parameter's path or to its end after a dot.
         layers_to_transform: adapt only layers with these numbers (one or a list; an empty list means all); needs
-            ``target_modules`` as a list. A path's layer is its first number with two names before it: 1 in
-            ``model.layers.1.mlp``, none in ``layers.1.mlp``, which is then not adapted. An entry of ``target_modules``
-            that is a module's whole path holds in any layer.
+            ``target_modules`` as a list, whose entries hold in any layer if they are whole paths. A path's layer is its
+            first number with two names before it: 1 in ``model.layers.1.mlp``, none in ``layers.1.mlp``.
         layers_pattern: name (a regular expression, or a list of them) of the ``nn.ModuleList`` whose numbers
             ``layers_to_transform`` means, such as ``"layers"`` or ``"h"``; the first that occurs in the path decides.
-        rank_pattern, alpha_pattern: other ranks and ``lora_alpha`` for some targets, by a regular expression for a path
-            or its end after a dot; the first match decides.
+        rank_pattern, alpha_pattern: other ranks and ``lora_alpha`` for some targets, by a name or a regular expression
+            for a path or its end after a dot; the first match decides.
         modules_to_save: modules to train in full and to save with the adapter (a new head): each entry matches modules
             whose path ends with it. Nothing inside them is adapted.
         trainable_token_indices: train only these rows of an embedding: token numbers for the input embedding, or a dict
@@ -436,10 +435,10 @@ class LoraConfig:
             if getattr(config, "_custom_modules", None):
                 raise ValueError("LoraConfig: custom modules, registered with the config, are not supported")
             _initialisation("init_lora_weights", _spelled_as_here(values.get("init_lora_weights", True)))
-            if values.get("target_modules") is None and values.get("target_parameters"):
+            if values.get("target_modules") is None:
                 raise ValueError(
-                    "LoraConfig: target_modules is None, for which PEFT adapts modules by the model's type, next to "
-                    "target_parameters; name them, or set target_modules=[] to adapt none"
+                    "LoraConfig: target_modules is None, for which PEFT adapts modules by the model's type; name the "
+                    "layers to adapt, or set target_modules=[] to adapt target_parameters alone"
                 )
         return cls.from_dict(values)
 

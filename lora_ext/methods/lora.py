@@ -9,12 +9,17 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lora_ext.config import LoraConfig
-from lora_ext.injection.all_linear import expand_all_linear
+from lora_ext.injection.all_linear import expand_all_linear, linear_layers
 from lora_ext.injection.targets import find_targets
 from lora_ext.methods.architectures import base_model, base_path
 from lora_ext.methods.base import Method, pooling_of, task_type
 from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.nn.linear import is_linear, linear_sizes
+
+
+def linear_layers_of(model: nn.Module) -> list[str]:
+    """Returns the paths of the linear layers that "all-linear" means, for lists that have other names next to them."""
+    return linear_layers(BareModel(root_module(model)))
 
 
 @dataclass(frozen=True)

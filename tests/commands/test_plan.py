@@ -79,6 +79,14 @@ def test_trainable_parameters_of_gpt3(r, millions):
     assert trainable_parameter_counts(model)[0] == method.count(model)
 
 
+def test_all_linear_next_to_other_names_means_the_same_layers():
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=9))
+    layers = [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    expected = {"target_modules": [*layers, "transformer.wte"]}
+    assert lora_targets(model, "all-linear,embeddings") == expected
+    assert lora_targets(model, "all-linear") == {"target_modules": "all-linear"}
+
+
 def test_parameters_of_phobert(tmp_path):
     """The 887k of docs/vietnamese.md: query and value of rank 8, and RoBERTa's head of two layers."""
     sizes = {"vocab_size": 64001, "max_position_embeddings": 258, "type_vocab_size": 1}

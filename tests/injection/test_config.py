@@ -11,7 +11,7 @@ import pickle
 import peft
 import pytest
 from peft.utils.other import get_pattern_key
-from support.properties import given, st
+from support.properties import given, settings, st
 
 from lora_ext import LoraConfig
 from lora_ext.config import FrozenDict, exact_patterns
@@ -172,10 +172,9 @@ def test_no_modules_next_to_parameters_are_written_as_a_list():
     config = LoraConfig(target_parameters=["experts.down"])
     assert config.target_modules is None and config.to_dict()["target_modules"] == []
     theirs = peft.LoraConfig(target_parameters=["experts.down"])
-    with pytest.raises(
-        ValueError, match=r"target_modules is None, .* next to target_parameters; .*target_modules=\[\]"
-    ):
-        LoraConfig.from_peft(theirs)
+    for chosen_by_type in (theirs, peft.LoraConfig()):
+        with pytest.raises(ValueError, match=r"target_modules is None, .* by the model's type; .*target_modules=\[\]"):
+            LoraConfig.from_peft(chosen_by_type)
     theirs.target_modules = []
     assert LoraConfig.from_peft(theirs).target_parameters == ("experts.down",)
 
@@ -296,6 +295,7 @@ PATTERNS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(PATTERNS, st.integers(1, 9)), st.dictionaries(PATTERNS, st.integers(1, 9)), PATHS, st.booleans())
 def test_patterns_decide_as_in_peft(ranks, alphas, path, use_rslora):
     config = LoraConfig(
@@ -310,6 +310,7 @@ def test_patterns_decide_as_in_peft(ranks, alphas, path, use_rslora):
 PATHS = st.lists(st.sampled_from(["a", "b", "a+"]), min_size=1, max_size=3).map(".".join)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(PATHS, st.integers(1, 3), min_size=1))
 def test_exact_patterns_mean_the_same_here_and_in_peft(ranks):
     patterns = exact_patterns(ranks, 2)
