@@ -317,17 +317,20 @@ class LoraConfig:
                 )
 
     def _check_targets(self) -> None:
-        if self.target_modules or self.target_parameters:
-            return
-        raise ValueError(
-            f"LoraConfig: target_modules is {shown(self.target_modules)}; name the layers to adapt, e.g. "
-            '["query", "value"], or "all-linear"'
-        )
+        if not (self.target_modules or self.target_parameters):
+            raise ValueError(
+                f"LoraConfig: target_modules is {shown(self.target_modules)}; name the layers to adapt, e.g. "
+                '["query", "value"], or "all-linear"'
+            )
+        if not isinstance(self.target_modules, str) and ALL_LINEAR in (self.target_modules or ()):
+            raise ValueError(
+                f'LoraConfig: target_modules lists "{ALL_LINEAR}", a name for PEFT; write it alone, or name the layers'
+            )
 
     def _check_layers(self) -> None:
         for key in ("layers_to_transform", "layers_pattern"):
             value, targets = getattr(self, key), self.target_modules
-            if value not in (None, ()) and (isinstance(targets, str) or ALL_LINEAR in (targets or ())):
+            if value not in (None, ()) and isinstance(targets, str):
                 raise ValueError(
                     f"LoraConfig: {key} is {shown(value)}, but target_modules is {shown(targets)}; give target_modules "
                     "as a list of names, or put the layers into the regular expression"

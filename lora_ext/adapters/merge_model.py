@@ -22,7 +22,7 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.adapters.dequantized import dequantized, forget_quantization
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
-from lora_ext.matching.path_names import is_inside
+from lora_ext.matching.path_names import Parents
 from lora_ext.merging.layers import change_merged, merge_for_good, stored_matrices
 from lora_ext.merging.quantized import MergeError
 from lora_ext.model.adapter_set import adapter_set
@@ -332,7 +332,8 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
             changed_by[parameter].append(path)
     paths = parameter_paths(root_module(model).named_modules())
     for parameter, changing in changed_by.items():
-        others = [path for path in paths[parameter] if not any(is_inside(path, p) for p in (*changing, *replaced))]
+        known = Parents((*changing, *replaced))
+        others = [path for path in paths[parameter] if path not in known]
         if others:
             label = labels.get(parameter, f"the weight of {changing[0]!r}")
             raise ValueError(

@@ -272,7 +272,7 @@ def _layers_of(model: nn.Module, config: LoraConfig) -> Adapter:
         adapters = adapter_set(model)
     taken = () if adapters is None else adapters.configs
     name = next(name for i in range(len(taken) + 1) if (name := f"pool{i}") not in taken)
-    adapter, _ = Injection(model, config, name).build_without_memory()
+    adapter = Injection(model, config, name).build(torch.device("meta"))
     others = [part for part in adapter.parts if not isinstance(part.layer, LoraLinear)]
     if others:
         raise TypeError(

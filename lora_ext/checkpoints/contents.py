@@ -25,7 +25,7 @@ from torch import Tensor
 from lora_ext._common.printable import listed, shown
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import AdapterFile
+from lora_ext.files.adapter_file import AdapterFile, is_duplicate
 
 Kind = Literal["linear", "embedding", "conv", "parameter"]
 
@@ -130,8 +130,7 @@ def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapt
             tokens.append(TokenRows(path, key, _token_indices(file, path)))
         elif "lora_" in name:
             problems.append(f"unknown key: {key}")
-        elif not {"original_module", "modules_to_save"} & set(name.split(".")):
-            # With bias="all", PEFT also writes the wrapper's copies of the biases in a module to save.
+        elif not is_duplicate(name):
             replaced[_without_base_layer(name)] = key
     updates = []
     parameters = _target_parameters(file, config)

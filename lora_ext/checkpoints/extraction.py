@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,10 @@ def extract(
     layers: dict[str, LayerError] = {}
     tensors: dict[str, Tensor] = {}
     with Progress("extract", new.nbytes, show=show_progress) as shown:
-        differing = _differing(old, new, shown.advance)
+        differing = []
+        for key in new:
+            differing += [key] if _differ(old, new, key) else []
+            shown.advance(new.info(key).nbytes)
         targets, saved = _sort(old, new, differing)
         for path in targets:
             shown.note(path)
@@ -110,32 +113,17 @@ def extract(
     return ExtractReport(layers, _overall(layers), saved, unchanged, nbytes, time.perf_counter() - begin)
 
 
-def _differing(old: Checkpoint, new: Checkpoint, advance: Callable[[int], None]) -> dict[str, None]:
-    """The tensors of ``new`` that are not in ``old`` with the same shape and values, also in another dtype."""
-    differing: dict[str, None] = {}
-    for key in new:
-        if key not in old or not _same(old, new, key):
-            differing[key] = None
-        advance(new.info(key).nbytes)
-    return differing
-
-
-def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
-    """Returns whether the two tensors have the same shape and bits, or the same values in two dtypes."""
-    first, second = old.info(key), new.info(key)
-    if first.shape != second.shape:
-        return False
+def _differ(old: Checkpoint, new: Checkpoint, key: str) -> bool:
+    """Returns whether a tensor of ``new`` is not in ``old``, or has another shape or values; not only another dtype."""
+    if key not in old or old.info(key).shape != new.info(key).shape:
+        return True
     before, after = old.tensor(key), new.tensor(key)
-    if first.dtype == second.dtype:
-        return torch.equal(before.flatten().view(torch.uint8), after.flatten().view(torch.uint8))
-    if not _are_floating(old, new, key):
-        return False
+    if before.dtype == after.dtype:
+        return not torch.equal(before.flatten().view(torch.uint8), after.flatten().view(torch.uint8))
+    if not {before.dtype, after.dtype} <= set(FLOATING):
+        return True
     wider = torch.promote_types(before.dtype, after.dtype)
-    return torch.equal(before.to(wider), after.to(wider))
-
-
-def _are_floating(old: Checkpoint, new: Checkpoint, key: str) -> bool:
-    return {old.info(key).dtype, new.info(key).dtype} <= set(FLOATING)
+    return not torch.equal(before.to(wider), after.to(wider))
 
 
 def _sort(old: Checkpoint, new: Checkpoint, differing: Collection[str]) -> tuple[list[str], list[str]]:
@@ -150,7 +138,7 @@ def _sort(old: Checkpoint, new: Checkpoint, differing: Collection[str]) -> tuple
             problems.append(f"shape of {key}: {list(old.info(key).shape)} in the base, {list(shape)} in the other")
             continue
         is_matrix = key in old and name == "weight" and len(shape) == 2 and not is_embedding(path)
-        if is_matrix and _are_floating(old, new, key):
+        if is_matrix and {old.info(key).dtype, new.info(key).dtype} <= set(FLOATING):
             targets[path] = None
         else:
             others.append(key)

@@ -44,7 +44,7 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
             "kind": update.kind,
             "r": update.r,
             "scaling": update.scaling,
-            "dtype": _name(file.tensors[update.lora_A].dtype),
+            "dtype": _name(tensors[update.lora_A].dtype),
             "parameters": sum(tensors[key].numel() for key in (update.lora_A, update.lora_B, *update.others.values())),
             "norm": _norm(file, update),
         }
@@ -57,7 +57,7 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "dtypes": dict(dtypes),
         "layers": layers,
-        "saved": {name: list(file.tensors[key].shape) for name, key in saved.items()},
+        "saved": {name: list(tensors[key].shape) for name, key in saved.items()},
         "config": file.config,
     }
 

@@ -61,7 +61,7 @@ def merge(
 
     Args:
         base: a directory with safetensors, sharded or not, or one file.
-        adapters: directories in PEFT's format, with any layers that PEFT adapts.
+        adapters: directories in PEFT's format.
         weights: factor of each adapter's updates; None for 1.
         dtype: convert floating-point tensors to it. Updates are added before, in the wider of the two dtypes.
         fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.

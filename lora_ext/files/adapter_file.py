@@ -99,6 +99,11 @@ def holds_adapter(directory: Path) -> bool:
     return os.path.lexists(os.path.join(directory, CONFIG_FILE))
 
 
+def is_duplicate(key: str) -> bool:
+    """Returns whether PEFT wrote a bias again, as with bias="all" under its name inside a wrapper (modules_to_save)."""
+    return not {"original_module", "modules_to_save"}.isdisjoint(key.split("."))
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Maps the tensors of the safetensors file ``path``, and reads its metadata.
 

@@ -60,13 +60,12 @@ def complete_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
         if isinstance(part.layer, LoraLayer)
         for name in part.layer.adapted_along
     }
-    halved = {f"{part.path}.out_proj" for part in parts if getattr(part.layer, "is_packed", False)}
     return tuple(
         dataclasses.replace(
             part,
             file_path=in_file[part.layer],
             target=along.get(part.path, part.layer.target_name(part.path)),
-            file_scale=0.5 if part.path in halved else 1.0,
+            file_scale=0.5 if part.path in along else 1.0,
         )
         for part in parts
     )

@@ -86,23 +86,10 @@ def test_16_bit_models_and_factors(base, root, dtype):
     assert pool.stats().slots == (6 if dtype is torch.float32 else 11)
 
 
-def test_a_layer_that_packs_projections_later_keeps_its_slots(base, root):
-    """Another class takes over layers in which an adapter updates some of the parts (enable_lora)."""
-    x, model, called = torch.randn(2, 6), copy.deepcopy(base), []
-    expected = expected_rows(base, root, NAMES[:2], x)
-    pool_of(model, root)
-    model.blocks[0].up.register_forward_hook(lambda *_: called.append(True))
-    inject(model, LoraConfig(r=2, target_modules=["up"], enable_lora={"up": (True, False)}))
-    assert type(model.blocks[0].up).__name__ == "LoraPackedLinear"
-    torch.testing.assert_close(model(x, adapter_names=NAMES[:2]), expected)
-    assert called
-
-
 @pytest.mark.parametrize(
     ("name", "options", "lacks"),
     [
         ("n0", {"target_modules": "all-linear"}, ()),
-        ("n0", {"target_modules": ["all-linear", "head"]}, ()),
         ("n0", {"target_modules": r"(.*\.)?(up|head)"}, ()),
         ("n2", {"target_modules": ["head", "up"], "exclude_modules": ["head"]}, ()),
         ("n2", {"layers_to_transform": [0], "layers_pattern": "blocks"}, ("blocks.1",)),

@@ -83,7 +83,7 @@ def test_a_pooling_that_the_base_does_not_name_is_refused(tmp_path):
 def test_names_with_several_places_are_refused(tmp_path):
     model = nn.ModuleDict({"lin": nn.Linear(4, 4)})
     peft_adapter(model, tmp_path / "adapter", target_modules=["lin"])
-    weights = {f"{name}.lin.{part}": torch.ones(4, 4) for name in ("left", "right") for part in ("weight",)}
+    weights = {f"{name}.lin.weight": torch.ones(4, 4) for name in ("left", "right")}
     save_checkpoint(weights, tmp_path / "base", shards=1)
     refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "lin.weight may be any of left.lin.weight, ri")
 
@@ -113,10 +113,6 @@ def test_values_that_are_not_finite_are_refused(llama_files, tmp_path):
     refuses(base, [adapter], tmp_path / "out", "that torch.float16 cannot hold", dtype=torch.float16)
 
 
-def test_no_adapter(llama_files, tmp_path):
-    refuses(llama_files[0], [], tmp_path / "out", "no adapter is given")
-
-
 def test_out_must_be_new(llama_files, tmp_path):
     base, adapter = llama_files
     (tmp_path / "file").write_text("dear")
@@ -131,9 +127,11 @@ def test_out_must_be_new(llama_files, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("weights", [[], [1.0, 2.0], [math.nan]])
-def test_weights_are_one_for_each_adapter(llama_files, tmp_path, weights):
-    refuses(llama_files[0], [llama_files[1]], tmp_path / "out", "want 1 finite numbers", weights=weights)
+def test_weights_are_one_for_each_adapter(llama_files, tmp_path):
+    base, adapter = llama_files
+    refuses(base, [], tmp_path / "out", "no adapter is given")
+    for weights in ([], [1.0, 2.0], [math.nan]):
+        refuses(base, [adapter], tmp_path / "out", "want 1 finite numbers", weights=weights)
 
 
 # --- kinds of adapters ------------------------------------------------------------------------------------------------

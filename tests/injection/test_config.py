@@ -104,7 +104,7 @@ WRONG = {
         ({"layers_pattern": "h"}, "layers_pattern is 'h', but layers_to_transform is None"),
         ({"layers_to_transform": [-1]}, "layers_to_transform has the entry -1, want whole numbers, at least 0"),
         ({"target_modules": "all-linear", "layers_to_transform": 0}, "layers_to_transform is 0, but target_modules is"),
-        ({"target_modules": ["all-linear", "e"], "layers_to_transform": [0]}, "layers_to_transform is (0,), but targe"),
+        ({"target_modules": ["all-linear", "e"]}, 'target_modules lists "all-linear"'),
         ({"target_modules": ".*q", "layers_pattern": "h"}, "layers_pattern is 'h', but target_modules is '.*q'"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] is 0, want an integer of at least 1"),
         ({"alpha_pattern": {"q": -1}}, "alpha_pattern['q'] is -1, want a positive finite number"),

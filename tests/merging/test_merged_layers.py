@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -143,23 +142,6 @@ def test_flushing_subnormals_does_not_change_adapters_that_stay():
 
 
 # --- copies, devices and state dicts ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_of_a_merged_model_are_independent(how):
-    model = hard_model(FLOATING)
-    pristine = weights(model)
-    merge(model, "a")
-    only_a = weights(model)
-    merge(model, "b")
-    both = weights(model)
-    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    assert merged_sets(copied) == merged_sets(model) and merge_record_bytes(copied) == merge_record_bytes(model)
-    unmerge(copied, "b")
-    assert all_same(weights(copied), only_a) and all_same(weights(model), both)
-    unmerge(copied)
-    unmerge(model)
-    assert all_same(weights(copied), pristine) and all_same(weights(model), pristine)
 
 
 @pytest.mark.cpu_only("moves from the CPU by itself")

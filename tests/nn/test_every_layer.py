@@ -225,6 +225,17 @@ def test_16_bits_with_float32_factors_lose_no_more_than_the_base_layer(kind, dty
         assert mine.dtype == torch.float32 and relative_error(mine, theirs) <= 4 * eps
 
 
+def test_a_state_is_refused_where_something_else_is_merged(kind):
+    plain = adapted(kind)
+    merged = merge(copy.deepcopy(plain))
+    twice = "in the state, where the update would count twice"
+    for target, other, place in ((plain, merged, twice), (merged, plain, "in the model"), (merged, merged, twice)):
+        for options in ({}, {"strict": False}, {"assign": True}):
+            text = f"load_state_dict: adapters are merged into .*{place}; call unmerge"
+            with pytest.raises(RuntimeError, match=text):
+                target.load_state_dict(other.state_dict(), **options)
+
+
 @of_kinds(WITH_DROPOUT)
 def test_dropout_only_while_training(kind):
     model, x = adapted(kind, lora_dropout=0.5), input_for(kind)
