@@ -80,6 +80,10 @@ def test_every_kind_of_layer(kind, options):
         assert_rows_equal(model, lambda **names: model(x, **names))
 
 
+def packed() -> nn.Module:
+    return with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora={"c_attn": [True, False, True]})
+
+
 def in_16_bits(factors: torch.dtype) -> nn.Module:
     model = with_adapters(llama().to(torch.bfloat16), ["q_proj", "up_proj"])
     for path, parameter in model.named_parameters():
@@ -94,9 +98,8 @@ def hooked() -> nn.Module:
     return model
 
 
-PACKED = {"c_attn": [True, False, True]}
 TRANSFORMERS = {
-    "packed": (lambda: with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora=PACKED), nullcontext, {}),
+    "packed": (packed, nullcontext, {}),
     "embedding and a head with a hook": (hooked, torch.no_grad, {}),
     "16 bits": (lambda: in_16_bits(torch.bfloat16), torch.no_grad, {"rtol": 0.05, "atol": 0.02}),
     "factors in 32 bits": (lambda: in_16_bits(torch.float32), torch.no_grad, {"rtol": 0.05, "atol": 0.02}),
