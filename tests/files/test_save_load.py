@@ -173,7 +173,7 @@ def test_wrappers_do_not_change_the_keys(tmp_path):
     load_adapter(torch.compile(Net(), backend="aot_eager"), tmp_path)
     assert "base_model.model.blocks.0.up.lora_A.weight" in tensors_of(tmp_path)
     average = AveragedModel(model)
-    with pytest.raises(ValueError, match=r"AveragedModel is not injected; its part 'module' is: pass model\.module"):
+    with pytest.raises(ValueError, match="AveragedModel is not injected; .*pass the part"):
         save_adapter(average, tmp_path)
     save_adapter(average.module, tmp_path)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.header_mutations import valid
+from support.file_mutations import valid_header
 from support.properties import given, settings, st
 
 from lora_ext.files.reading import DTYPES, tensor_table
@@ -145,7 +145,7 @@ def test_every_dtype_shape_and_metadata_can_be_written(metadata, seed, names, tm
     rng = random.Random(seed)
     table: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     while len(table) < len(names):
-        for info in valid(rng)[0].values():
+        for info in valid_header(rng)[0].values():
             if info.get("dtype") in DTYPES and len(table) < len(names):
                 table[names[len(table)]] = DTYPES[info["dtype"]], tuple(info["shape"])
     path = tmp_path_factory.mktemp("written") / "x.safetensors"
