@@ -101,7 +101,10 @@ def test_one_model_is_injected_once():
     model = Net()
     errors = run_together(*[lambda: inject(model, CONFIG, "a")] * 4)
     assert errors.count(None) == 1
-    assert all("inject: adapter 'a' exists already" in str(error) for error in errors if error)
+    assert {str(error) for error in errors if error} == {
+        "inject: adapter 'a' exists already; the adapters are ['a']. Choose another name, or "
+        "delete_adapter(model, 'a') or unload(model) first (lora_ext.adapters)"
+    }
     assert sum(1 for _ in lora_modules(model)) == 4
 
 
