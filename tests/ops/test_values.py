@@ -12,7 +12,6 @@ import pytest
 import torch
 from support import op_table
 from support.layers import DTYPES
-from support.op_calls import tensors_of, with_entry
 from support.op_table import (
     DOUBLE,
     FLOAT,
@@ -28,6 +27,8 @@ from support.op_table import (
     one_by_one,
     results,
     subsets,
+    tensors_of,
+    with_entry,
 )
 from support.properties import given, settings, st
 from torch import Tensor, nn
