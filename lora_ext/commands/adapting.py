@@ -80,12 +80,11 @@ def adapt(model: PreTrainedModel, options: TaskOptions, drawn: Collection[str]) 
 
     CommandError: the method does not fit the model, an option is wrong, or drawn weights would stay untrained.
     """
-    modules_to_save = _modules_to_save(model, options)
     values = {
         **vars(options),
-        **lora_targets(model, options.lora_targets, modules_to_save or ()),
+        **lora_targets(model, options.lora_targets),
         "r": options.lora_r,
-        "modules_to_save": modules_to_save,
+        "modules_to_save": _modules_to_save(model, options),
         "base_model_name_or_path": options.model,
     }
     saved = tuple(values["modules_to_save"] or ())
@@ -111,8 +110,8 @@ def _modules_to_save(model: PreTrainedModel, options: TaskOptions) -> list[str] 
     return ["pooler"] if weights and all(weight.is_floating_point() for weight in weights) else None
 
 
-def lora_targets(model: PreTrainedModel, text: str, saved: Collection[str] = ()) -> dict[str, Any]:
-    """Returns the fields of ``LoraConfig`` for ``text``; ``saved`` are the names of modules that are trained in full.
+def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
+    """Returns the fields of ``LoraConfig`` for ``text``.
 
     ``q``, ``k``, ``v`` and ``o`` are the attention's projections if the architecture is known; parts of a packed
     projection become ``enable_lora``. ``embeddings`` is the model's input embedding, and ``all-linear`` next to other
@@ -133,17 +132,8 @@ def lora_targets(model: PreTrainedModel, text: str, saved: Collection[str] = ())
     if "embeddings" in names and embedding is None:
         names.remove("embeddings")
         print(f"{type(model).__name__} tells no input embeddings: LoRA adapts {', '.join(names)} alone")
-        return lora_targets(model, ",".join(names), saved)
-    found = {"embeddings": [embedding], "all-linear": _linear_layers(model, saved)}
-    return {"target_modules": [path for name in names for path in found.get(name, [name])]}
-
-
-def _linear_layers(model: PreTrainedModel, saved: Collection[str]) -> list[str]:
-    """Returns the linear layers that are neither in a head nor in a module of ``saved``: "all-linear" in a list."""
-    trained = [path for path, _ in model.named_modules() if path.endswith(tuple(saved))]
-    trained += [name.rpartition(".")[0] for name in head_parameters(model)]
-    inside = tuple(f"{path}." for path in trained)
-    return [path for path in linear_layers_of(model) if not f"{path}.".startswith(inside)]
+    meant = {"embeddings": [embedding], "all-linear": linear_layers_of(model)}
+    return {"target_modules": [path for name in names for path in meant.get(name, [name])]}
 
 
 def checkpoint_bytes(model: PreTrainedModel) -> int:

@@ -100,8 +100,8 @@ def _is_merged(name: str, module: nn.Module) -> bool:
 def _check_can_save_merged(name: str, directory: Path, method: MethodFiles | None) -> None:
     if method is not None and method.inserts:
         raise ValueError(
-            f"{name}: adapters are merged, but files of the base model cannot hold the modules that {method.name} "
-            "inserted; call unmerge(model), or lora_ext.methods.save_method"
+            f"{name}: adapters are merged, but {method.name} inserted modules that files of the base model cannot "
+            "hold; call unmerge(model), or lora_ext.methods.save_method"
         )
     if holds_adapter(directory):
         raise ValueError(

@@ -111,16 +111,7 @@ class AdapterLayer(nn.Module):
         """True if some adapter can make this layer compute something else than its base layer."""
         return len(self.adapters) > 0
 
-    def _existing(self, name: str | None) -> str:
-        """``name``, or the active adapter's name if None. KeyError: no such adapter. ValueError: several are active."""
-        if name is None:
-            if len(self.active_adapters) > 1:
-                raise ValueError(f"{type(self).__name__}: name one of the active adapters {self.active_adapters}")
-            name = next(iter(self.active_adapters), None)
-        self._check_exists(name)
-        return name
-
-    def _check_exists(self, name: str | None) -> None:
+    def _check_exists(self, name: str) -> None:
         if name not in self.adapters:
             raise KeyError(f"{type(self).__name__}: no adapter {name!r}; the adapters are {sorted(self.adapters)}")
 

@@ -193,13 +193,14 @@ class LoraLayer(AdapterLayer):
         """Bytes kept for :meth:`unmerge`: the merged factors and the bits lost to rounding."""
         return self._merged.nbytes if self._merged else 0
 
-    def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
-        """Returns ``scaling * lora_B @ lora_A`` of adapter ``name`` (default: the active one), in the factors' dtype.
+    def delta_weight(self, name: str = "default", key: str = "weight") -> Tensor:
+        """Returns ``scaling * lora_B @ lora_A`` of the adapter ``name``, in the factors' dtype.
 
         ``key``: one of the :meth:`matrices`; a packed projection and experts have several. Of a DoRA adapter it is what
         a merge adds after it has scaled the weight's rows.
         """
-        factors = self.factors(name := self._existing(name))
+        self._check_exists(name)
+        factors = self.factors(name)
         if key not in factors:
             raise KeyError(f"{type(self).__name__}: adapter {name!r} has no update of {key!r}, only of {list(factors)}")
         A, B, scaling = factors[key]

@@ -210,6 +210,7 @@ def _end(choice: RowChoice) -> None:
         choice._has_ended = True
         choice.active.mixed_calls -= 1
         choice.active.users.subtract(choice.names)
+        choice.active.users = +choice.active.users  # names of a pool come without end
     if choice.pool_names:
         choice.pool.release(choice.pool_names)
 
@@ -264,13 +265,9 @@ def _choice_of_backward(active: ActiveAdapters, task: int) -> RowChoice | None:
 
 
 class RowUpdates:
-    """Adapters' updates of a linear layer: arguments of :func:`lora_ext.functional.lora_grouped_`, and biases.
+    """Adapters' updates of a linear layer, in columns: arguments of :func:`lora_ext.functional.lora_grouped_`.
 
-    They are columns, not an object for each adapter: a batch of 32 adapters asks every layer for them.
-
-    Attributes:
-        names, lora_As, lora_Bs, scalings, dropouts: one entry for each adapter.
-        biases: by name, scaled already.
+    ``biases`` are by name, and scaled already.
     """
 
     __slots__ = ("biases", "dropouts", "lora_As", "lora_Bs", "names", "scalings")
@@ -286,7 +283,6 @@ class RowUpdates:
     def add(
         self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, bias: Tensor | None = None
     ) -> None:
-        """Adds an adapter; ``bias`` is scaled already."""
         self.names.append(name)
         self.lora_As.append(lora_A)
         self.lora_Bs.append(lora_B)
@@ -315,12 +311,10 @@ def add_chosen(
     times: int,
     seeds: Callable[[float], Tensor | None] | None = None,
 ) -> Tensor:
-    """Adds the chosen updates to ``y``, in place.
+    """Adds the chosen updates to ``y [rows, ..., out_features]``, in place; rows of other names stay as they are.
 
     Args:
-        y: ``[rows, ..., out_features]``, contiguous.
         x: ``[rows, ..., in_features]``, device and dtype of ``y``.
-        updates: rows of other names stay as they are.
         times: consecutive rows for each name.
         seeds: gives the dropout seed for a probability; None: each op draws one.
     """
@@ -342,10 +336,7 @@ def linear_with_chosen(
     times: int,
     seeds: Callable[[float], Tensor | None] | None = None,
 ) -> Tensor:
-    """Returns ``F.linear(x, weight, bias)`` with the chosen updates: in one call, if one op can compute them all.
-
-    The other arguments are those of :func:`add_chosen`.
-    """
+    """Returns ``F.linear(x, weight, bias)`` with what :func:`add_chosen` adds: in one call, if one op can do it all."""
     if any(updates.dropouts) or len(updates.alike()) != 1:
         y = base_product.product(x, weight, bias)
         return add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)

@@ -103,7 +103,7 @@ def test_one_model_is_injected_once():
     assert errors.count(None) == 1
     assert {str(error) for error in errors if error} == {
         "inject: adapter 'a' exists already; the adapters are ['a']. Choose another name, or "
-        "unload(model) first (lora_ext.adapters)"
+        "delete_adapter(model, 'a') or unload(model) first (lora_ext.adapters)"
     }
     assert sum(1 for _ in lora_modules(model)) == 4
 

@@ -137,7 +137,7 @@ def test_a_whole_model_notes_it_in_its_config(tmp_path):
     torch.testing.assert_close(set_pooling(again, "mean")(**batch()).logits, model(**batch()).logits)
 
 
-def test_refusals(tmp_path):
+def test_refusals():
     model = set_pooling(model_of("bert"), "mean")
     assert set_pooling(model, "mean") is model and len(model.bert._forward_hooks) == 1
     gpt2 = AutoModelForSequenceClassification.from_config(

@@ -144,19 +144,6 @@ def test_further_arguments_go_to_the_base_layer():
         adapted(nn.Linear(6, 5)).layer(x, times=3.0)
 
 
-def test_hooks_of_a_target_stay_in_force():
-    base, x, seen = nn.Linear(6, 5), torch.randn(4, 6), []
-    base.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-    base.register_forward_hook(lambda module, args, y: seen.append(y))
-    base.register_forward_hook(lambda module, args, y: 2 * y)
-    expected = base(x)
-    model = adapted(base)
-    torch.testing.assert_close(model.layer(x), expected + update_of(model.layer, x))
-    assert len(seen) == 2 and torch.equal(seen[0], seen[1])
-    with refused(model, ValueError, "layer: its hooks may change what it computes; remove them first"):
-        merge(model)
-
-
 # --- what is put there after injection --------------------------------------------------------------------------------
 
 

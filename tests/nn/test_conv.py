@@ -37,6 +37,8 @@ def test_without_a_batch(name):
     y, one = layer(x), layer(x[0])
     assert y.stride() == layer.base_layer(x).stride()
     torch.testing.assert_close(one, y[0])
+    with torch.no_grad():
+        torch.testing.assert_close([layer(x), layer(x[0])], [y, one])
     torch.testing.assert_close(torch.autograd.grad(one.sum(), x), torch.autograd.grad(y[0].sum(), x))
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
 
 import pytest
 import torch
 from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x, step
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
 from lora_ext.adapters import delete_adapter, disable_adapters, input_groups
@@ -257,22 +255,6 @@ def test_autocast_and_inference_mode(calls):
         assert calls == [1] * 4
     model(x)
     assert groups(model) == {"qkv"}
-
-
-def test_dispatch_modes_see_the_op():
-    class Counter(TorchDispatchMode):
-        names: ClassVar[list[str]] = []
-
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if op.namespace == "lora_ext":
-                self.names.append(op._opname)
-            return op(*args, **(kwargs or {}))
-
-    model, x = net(), some_x()
-    expected = model(x)
-    with Counter():
-        torch.testing.assert_close(model(x), expected)
-    assert Counter.names == ["lora_linear_siblings", "lora_linear"]
 
 
 def test_transforms():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import op_table
-from support.op_calls import HAVE_KERNELS, good_call, label, op_named, tensors_of, with_entry
+from support.op_table import HAVE_KERNELS, good_call, label, op_named, tensors_of, with_entry
 from torch import Tensor
 from torch.utils import _pytree as pytree
 

@@ -10,8 +10,18 @@ import re
 import pytest
 import torch
 from support import op_table
-from support.op_calls import HAVE_KERNELS, HERE, OPS, all_places, good_call, label, op_named, tensors_of, with_entry
-from support.op_table import entry_of
+from support.op_table import (
+    HAVE_KERNELS,
+    HERE,
+    REGISTERED,
+    all_places,
+    entry_of,
+    good_call,
+    label,
+    op_named,
+    tensors_of,
+    with_entry,
+)
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -54,12 +64,13 @@ def assert_refused(run, op, name, i, call, kind: type[Exception] = ValueError, d
 
 
 def test_there_is_a_good_call_of_every_op():
-    assert set(OPS) >= {"lora_linear", "lora_delta_", "lora_merge_record_", "lora_dropout_mask"}
+    assert set(REGISTERED) >= {"lora_linear", "lora_delta_", "lora_merge_record_", "lora_dropout_mask"}
     for op in HAVE_KERNELS:
         op_named(op)(**good_call(op))
-    tensors = {op: [a.name for a in op_named(op)._schema.arguments if "Tensor" in str(a.type)] for op in OPS}
-    assert {(op, name) for op, name, _ in ALL_PLACES} == {(op, name) for op, names in tensors.items() for name in names}
-    assert set(OPS) - set(op_table.OPS) == {op for op in OPS if "backward" in op or "merge" in op or "mask" in op}
+    tensors = {op: [a.name for a in op_named(op)._schema.arguments if "Tensor" in str(a.type)] for op in REGISTERED}
+    assert {(op, name) for op, name, _ in ALL_PLACES} == {(op, n) for op, names in tensors.items() for n in names}
+    others = {op for op in REGISTERED if "backward" in op or "merge" in op or "mask" in op}
+    assert set(REGISTERED) - set(op_table.OPS) == others
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -228,7 +239,7 @@ def test_an_inference_tensor_that_a_backward_needs_is_refused_by_name(name, held
     named = re.escape(label(*place))
     text = rf"^{name}: {named} is an inference tensor, which autograd cannot keep for the backward; pass {named}\.clone"
     with pytest.raises(RuntimeError, match=text):
-        getattr(functional, name, op_named(name) if name in OPS else None)(**call)
+        getattr(functional, name, op_named(name) if name in REGISTERED else None)(**call)
     assert before is None or (torch.equal(call["y"], before) and not call["y"].requires_grad)
 
 

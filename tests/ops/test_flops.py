@@ -11,14 +11,14 @@ import pytest
 import torch
 from support.layers import random_layer
 from support.models import llama
-from support.op_calls import HAVE_KERNELS, OPS, good_call, op_named
+from support.op_table import HAVE_KERNELS, REGISTERED, good_call, op_named
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lora_ext import LoraConfig, functional, inject
 
-# lora_shrink and lora_expand, for the ranks, widths and tokens of support.op_calls: 6 tokens, 24 -> 20 (and 12).
+# lora_shrink and lora_expand, for the ranks, widths and tokens of support.op_table: 6 tokens, 24 -> 20 (and 12).
 A, B, BASE = 2 * 6 * 24 * 4, 2 * 6 * 4 * 20, 2 * 6 * 24 * 20
 SIBLING_A, SIBLING_B, SIBLING_BASE = 2 * 6 * 24 * 3, 2 * 6 * 3 * 12, 2 * 6 * 24 * 12
 COUNTS = {
@@ -47,7 +47,7 @@ def count(function) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", REGISTERED)
 def test_every_op_has_a_formula(name):
     assert getattr(torch.ops.lora_ext, name) in flop_registry, f"give {name} a formula in lora_ext/_ops/flops.py"
 

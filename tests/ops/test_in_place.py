@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.layers import random_layer
 from support.merging import same_bits
-from support.op_calls import good_call, op_named, tensors_of
+from support.op_table import good_call, op_named, tensors_of
 from torch import Tensor
 
 from lora_ext import functional

@@ -40,21 +40,19 @@ def xa_bytes(rank: int, tokens: int = TOKENS) -> int:
 class Layer:
     """A base layer, factors of its dtype, and an x that another layer has computed and saved."""
 
-    def __init__(self, dtype: torch.dtype, count: int = 1, tokens: int = TOKENS) -> None:
-        self.bases = [nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False) for _ in range(count)]
-        self.As = [torch.randn(RANK, IN, dtype=dtype).requires_grad_() for _ in range(count)]
-        self.Bs = [torch.randn(OUT, RANK, dtype=dtype).requires_grad_() for _ in range(count)]
+    def __init__(self, dtype: torch.dtype, tokens: int = TOKENS) -> None:
+        self.base = nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False)
+        self.A, self.B = (torch.randn(s, dtype=dtype).requires_grad_() for s in ((RANK, IN), (OUT, RANK)))
         self.leaf = torch.randn(tokens, IN, dtype=dtype).requires_grad_()
 
     def x(self) -> torch.Tensor:
         return self.leaf.tanh()  # tanh's backward reads its result, which is the layer's x
 
     def exists(self) -> list[torch.Tensor]:
-        return [self.leaf, *self.As, *self.Bs, *(p for base in self.bases for p in base.parameters())]
+        return [self.leaf, self.A, self.B, *self.base.parameters()]
 
     def make(self, name: str) -> nn.Module:
-        A, B = self.As[0].detach(), self.Bs[0].detach()
-        return contestants.LAYERS[name](self.bases[0], A, B, DROPOUT)
+        return contestants.LAYERS[name](self.base, self.A.detach(), self.B.detach(), DROPOUT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,18 +65,6 @@ def test_a_layer_holds_x_once_the_mask_and_xa(dtype):
     assert sorted(held.values()) == sorted([x, mask_bytes(), xa_bytes(RANK)])
     # tanh keeps the same memory of x without an adapter.
     assert list(memory.saved_storages(layer.x, layer.exists()).values()) == [x]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_siblings_hold_x_and_the_mask_once_for_all(dtype):
-    layer = Layer(dtype, count=3)
-
-    def forward() -> list[torch.Tensor]:
-        weights, biases = ([getattr(base, name) for base in layer.bases] for name in ("weight", "bias"))
-        return functional.lora_linear_siblings(layer.x(), weights, biases, layer.As, layer.Bs, [2.0, 2.0, 2.0], DROPOUT)
-
-    held = memory.saved_storages(forward, layer.exists())
-    assert sorted(held.values()) == sorted([TOKENS * IN * dtype.itemsize, mask_bytes(), xa_bytes(3 * RANK)])
 
 
 @pytest.mark.parametrize("dtype, factors", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16,) * 2])
@@ -108,7 +94,7 @@ def test_forward_and_backward_allocate_their_results_and_nothing_as_large(dtype)
     """Also allowed: the seed, and in bfloat16 scratch memory of the base product, which a frozen layer needs too."""
     tokens = 4096
     layer = Layer(dtype, tokens=tokens)
-    base, A, B = layer.bases[0], layer.As[0], layer.Bs[0]
+    base, A, B = layer.base, layer.A, layer.B
     x, grad_y = layer.leaf, torch.randn(tokens, OUT, dtype=dtype)
     y, sizes = memory.allocations(lambda: functional.lora_linear(x, base.weight, base.bias, A, B, 2.0, DROPOUT))
     rest = split(sizes, [8, y.nbytes, mask_bytes(tokens), xa_bytes(RANK, tokens)])
@@ -141,7 +127,7 @@ def heap_bytes() -> int:
 def test_the_workspace_does_not_grow_with_the_tokens():
     def step(tokens: int) -> None:
         layer = Layer(torch.float32, tokens=tokens)
-        base, A, B = layer.bases[0], layer.As[0], layer.Bs[0]
+        base, A, B = layer.base, layer.A, layer.B
         y = functional.lora_linear(layer.leaf, base.weight, base.bias, A, B, 2.0, DROPOUT)
         y.backward(torch.ones_like(y))
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from support import op_table
 from support.layers import assert_errors_as_plain, random_layer
-from support.op_calls import with_entry
-from support.op_table import DOUBLE, OPS, Op, Sample, entry_of
+from support.op_table import DOUBLE, OPS, Op, Sample, entry_of, with_entry
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap

@@ -12,7 +12,6 @@ import pytest
 import torch
 from support import op_table
 from support.layers import DTYPES
-from support.op_calls import tensors_of, with_entry
 from support.op_table import (
     DOUBLE,
     FLOAT,
@@ -28,6 +27,8 @@ from support.op_table import (
     one_by_one,
     results,
     subsets,
+    tensors_of,
+    with_entry,
 )
 from support.properties import given, settings, st
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 of_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 with_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+MIDDLE = 6  # of an op's samples: some sizes beyond a block, for tests of one
 SOMETIMES = ("lora_delta_", "lora_linear_siblings", "bottleneck")  # not in make test-quick
 
 
@@ -129,21 +131,24 @@ def threads_as(number: int, function: Callable[[], dict[str, Tensor]]) -> dict[s
 
 @each_op
 def test_runs_repeat_to_the_bit(op):
-    sample = list(op.samples.values())[6](FLOAT).with_dropout(0.1 if op.has_dropout else 0.0)
+    sample = list(op.samples.values())[MIDDLE](FLOAT).with_dropout(0.1 if op.has_dropout else 0.0)
     first, second = (results(op.run, sample, op.leaves(sample)) for _ in range(2))
     assert_bits(first, second)
 
 
 @each_op
 def test_any_number_of_threads(op):
-    """Sums over the threads' tokens may differ in rounding; y and the gradient of x are close too, and mostly equal."""
-    make = list(op.samples.values())[6]
+    """Sums over the threads' tokens differ in rounding. Layers together keep the bits of one by one."""
+    make = list(op.samples.values())[MIDDLE]
     sample = make(FLOAT).with_dropout(0.3 if op.has_dropout else 0.0)
     run = lambda: results(op.run, sample, op.leaves(sample))  # noqa: E731
     expected = threads_as(1, run)
     for number in (2, 3, 5):
         assert_close(threads_as(number, run), expected, rtol=1e-4, atol=1e-4)
         threads_as(number, lambda: assert_as_good_as_plain(op, make, FLOAT, 0.3))
+        if "siblings" in op.name:
+            alone = threads_as(number, lambda: results(one_by_one, sample, op.leaves(sample)))
+            assert_bits(threads_as(number, run), alone, "grad of x")
 
 
 # --- forms of the arguments -------------------------------------------------------------------------------------------

@@ -20,11 +20,9 @@ DOORS = "without peft_config; or let PEFT adapt the plain model, and call lora_e
 @pytest.mark.parametrize(
     "options",
     [
-        {"target_modules": ["q_proj"]},
         {"target_modules": "all-linear"},  # PEFT would adapt the base layers of ours
         {"target_modules": ["base_layer"]},
         {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]},
-        {"target_modules": ["up_proj"]},
     ],
 )
 def test_peft_on_top_is_refused_before_anything_changes(options):

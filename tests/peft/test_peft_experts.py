@@ -44,7 +44,6 @@ def test_losses_and_gradients(family, implementation, tmp_path):
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
     assert all(layer.kind == "ParamWrapper" and layer.accelerated for layer in report(ours))
     assert "target_parameters" in report(ours).layers[0].merge
-
     for name, model in {"ours": ours, "theirs": theirs}.items():
         model.save_pretrained(tmp_path / name)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]

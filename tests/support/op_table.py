@@ -1,7 +1,7 @@
 """The table of the ops as users call them: how each is called, what it computes, and samples of its arguments.
 
 The tests of tests/ops go over it. An op that is given a row here has tests of values, gradients, forms, machinery and
-bad arguments. ``support.op_calls`` has a call of every registered op, backward ops and merges included.
+bad arguments. :func:`good_call` has a call of every registered op, backward ops and merges included.
 """
 
 from __future__ import annotations
@@ -15,17 +15,44 @@ from typing import Any
 import torch
 from support.groups import Grouped, random_groups
 from support.layers import assert_errors_as_plain, random_layer, random_siblings
-from support.op_calls import label, tensors_of, with_entry
+from support.merging import hard_weight, update_factors
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext import functional, reference
+from lora_ext._load import op_named
 from lora_ext._ops.checks import accumulation_dtype
+from lora_ext.merging.weights import merge_all_, pack_factors
 
+ops = torch.ops.lora_ext
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 FLOAT, DOUBLE = (torch.float32,) * 2, (torch.float64,) * 2
 Dtypes = tuple[torch.dtype, torch.dtype]
 """Of x and of the factors."""
+
+
+def tensors_of(call: dict[str, Any]) -> Iterator[tuple[str, int | None, Tensor]]:
+    """Yields every tensor of a call: the argument's name, its index in a list, and the tensor."""
+    for name, value in call.items():
+        for i, entry in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(entry, Tensor):
+                yield name, i, entry
+
+
+def entry_of(call: dict[str, Any], name: str, i: int | None) -> Any:
+    return call[name] if i is None else call[name][i]
+
+
+def with_entry(call: dict[str, Any], name: str, i: int | None, entry: object) -> dict[str, Any]:
+    """Returns the call with another value in one place."""
+    if i is None:
+        return call | {name: entry}
+    return call | {name: [*call[name][:i], entry, *call[name][i + 1 :]]}
+
+
+def label(name: str, i: int | None) -> str:
+    """Returns the name of an argument in messages."""
+    return name if i is None else f"{name}[{i}]"
 
 
 @dataclass
@@ -63,7 +90,6 @@ class Op:
         small: makes a sample from dtypes and leading dimensions, for tests of everything but the arithmetic.
         samples: makers of samples from dtypes, for the tests of the arithmetic.
         empty: the same, with sizes of zero.
-        is_registered: whether ``torch.ops.lora_ext`` has it.
     """
 
     name: str
@@ -76,16 +102,11 @@ class Op:
     frozen: tuple[str, ...] = ()
     keeps: dict[str, tuple[str, ...]] = field(default_factory=dict)
     has_dropout: bool = True
-    is_registered: bool = True
 
     def leaves(self, sample: Sample, with_frozen: bool = False) -> list[tuple[str, int | None]]:
         """Returns the places of the tensors with gradients."""
         names = self.trained + self.frozen * with_frozen
         return [(name, i) for name, i, _ in tensors_of(sample.call) if name in names]
-
-
-def entry_of(call: dict[str, Any], name: str, i: int | None) -> Any:
-    return call[name] if i is None else call[name][i]
 
 
 def results(
@@ -439,7 +460,6 @@ OPS = {
             _of_sizes(bottleneck, EMPTY),
             keeps={"x": ("x", "down_weight"), "xa": _BOTTLENECK},
             has_dropout=False,
-            is_registered=False,
         ),
         Op(
             "lora_shrink",
@@ -466,6 +486,69 @@ OPS = {
     )
 }
 FUNCTIONS = [name for name in OPS if hasattr(functional, name)]
+
+
+# --- a call of every registered op ------------------------------------------------------------------------------------
+
+HERE = torch.get_default_device()
+REGISTERED = sorted(
+    name.removeprefix("lora_ext::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("lora_ext::")
+)
+# lora_merge_check has kernels on CUDA only.
+HAVE_KERNELS = [
+    name
+    for name in REGISTERED
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{name}", HERE.type.upper())
+]
+
+
+def good_call(name: str) -> dict[str, Any]:
+    """Returns the op's arguments by name, with every optional tensor: 6 tokens, 24 -> 20 (and 12), rank 4 (and 3)."""
+    call = _merge_call(name) if "merge" in name else _layer_call(name)
+    missing = [argument.name for argument in op_named(name)._schema.arguments if argument.name not in call]
+    assert not missing, f"give good_call in tests/support/op_table.py the arguments {missing} of {name}"
+    return {argument.name: call[argument.name] for argument in op_named(name)._schema.arguments}
+
+
+def _layer_call(name: str) -> dict[str, Any]:
+    forward = name.removesuffix("_backward")
+    leading = (2, 3)
+    if forward == "lora_dropout_mask":
+        return {"dropout_p": 0.3, "seed": SEED.clone(), "num_tokens": 5, "in_features": 20}
+    if "grouped" in name:
+        groups = torch.tensor([[0, -1, 1], [1, 0, -1]])
+        make = grouped_linear if "linear" in name else grouped
+        sample = make(leading=leading, entries=[(2, 4)], groups=groups)
+        sample.call["ranks"] = torch.tensor([3, 4])
+    else:
+        sample = OPS[forward if forward in OPS else f"{forward}_"].small(leading=leading)
+    call = sample.call | {"dropout_p": 0.3, "seed": SEED.clone()}
+    if "siblings" in name and "weights" in call:
+        call["biases"] = [torch.randn(20), torch.randn(12)]
+    if forward == name:
+        return call
+    grads = {"grad_y": sample.grads[0], "grad_ys": sample.grads, "grad_xa": sample.grads[0]}
+    mask = ops.lora_dropout_mask(SEED, 6, 24, 0.3)
+    rank = sum(map(len, call["lora_As"])) if "siblings" in name else 4
+    xa = call["xa"] if "xa" in call else torch.randn(6, rank)
+    base = {"base": call["x"].clone()} if "shrink" in name else {}
+    number = 2 if "shrink" in name or "expand" in name else 3
+    return call | grads | base | {"xa": xa, "mask": mask, "output_mask": (True,) * number}
+
+
+def _merge_call(name: str) -> dict[str, Any]:
+    weights = [hard_weight(5, 300, torch.float32), hard_weight(3, 20, torch.float32)]
+    factors = [pack_factors(torch.float32, [update_factors(weight, 2, 0.1)]) for weight in weights]
+    lists = {"weights": weights, "lora_As": [A for A, _ in factors], "lora_Bs": [B for _, B in factors]}
+    if name != "lora_unmerge_":
+        return lists
+    records = merge_all_("test", [weight.clone() for weight in weights], lists["lora_As"], lists["lora_Bs"])
+    return lists | {"words": [record.words for record in records], "corrections": [r.corrections for r in records]}
+
+
+def all_places() -> list[tuple[str, str, int | None]]:
+    """Returns every tensor argument of every op, as parameters of tests."""
+    return [(op, name, i) for op in REGISTERED for name, i, _ in tensors_of(good_call(op))]
 
 
 def subsets(places: list) -> Iterator[list]:

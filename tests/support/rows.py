@@ -45,7 +45,8 @@ def assert_rows_equal(model: nn.Module, call: Callable[..., Tensor], names: list
         other = alone(model, "a" if name == "b" else "b", call)
         assert not torch.allclose(y[rows], other[rows], atol=1e-5)
     set_adapter(model, active)
-    assert _current.get() is None and model._lora_adapters.active.mixed_calls == 0
+    active = model._lora_adapters.active
+    assert _current.get() is None and active.mixed_calls == 0 and not active.users
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A tokenizer of a few words, decoders for it, preferences, and settings of TRL's trainers for runs of seconds."""
+"""A tokenizer of a few words, decoders for it, and settings of TRL's trainers for runs of seconds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from torch import nn
 
 WORDS = ["<pad>", "<eos>", "<unk>", "the", "sky", "is", "blue", "red", "and", "grass", "green", "not", "nice"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-PREFERENCES = [
-    {"prompt": "the sky is", "chosen": " blue and nice", "rejected": " not blue"},
-    {"prompt": "grass is", "chosen": " green", "rejected": " red and not nice"},
-]
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:

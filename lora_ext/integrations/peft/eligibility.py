@@ -26,18 +26,15 @@ NOT_CAST = "now: PEFT is told not to cast inputs (disable_input_dtype_casting)"
 
 
 class PeftAdapter(NamedTuple):
-    """Arguments of the ops for an active adapter: ``lora_A [r, in]``, ``lora_B [out, r]``, scaled ``bias [out]``.
-
-    ``is_invoked``: it acts from its invocation tokens on (aLoRA). ``magnitude``: of a DoRA adapter, ``[out]``.
-    """
+    """Arguments of the ops for an active adapter: ``lora_A [r, in]``, ``lora_B [out, r]``, scaled ``bias [out]``."""
 
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
     scaling: float
     dropout_p: float
-    is_invoked: bool = False
-    magnitude: Tensor | None = None
+    is_invoked: bool = False  # acts from its invocation tokens on (aLoRA)
+    magnitude: Tensor | None = None  # of a DoRA adapter, [out]
 
 
 def is_eligible_call(x: object) -> bool:
@@ -76,10 +73,7 @@ def active_adapters(layer: LoraLayer) -> list[PeftAdapter] | str:
 
 
 def adapters_named(layer: LoraLayer, names: Iterable[str], with_dora: bool = False) -> dict[str, PeftAdapter] | str:
-    """Returns those of the adapters ``names`` that a linear layer has, or why PEFT's forward runs instead.
-
-    ``with_dora``: the caller knows what to do with a magnitude.
-    """
+    """Returns those of the adapters ``names`` that a linear layer has, or why PEFT's forward runs instead."""
     if reason := state_obstacle(layer):
         return reason
     if not layer.cast_input_dtype_enabled:

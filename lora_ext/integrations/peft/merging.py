@@ -1,11 +1,9 @@
 """PEFT's merge and unmerge with lora_ext's exact records: unmerge() restores every bit of the weight.
 
-That holds for quantised weights too. PEFT rounds them twice, to the model's dtype and to the quantised format, and
-quantises once more to unmerge; here the sum is quantised once, from float32, and unmerging copies the old bytes back.
+That holds for quantised weights too: the sum is quantised once, from float32, and unmerging copies the old bytes back.
 
 PEFT's bookkeeping (``merged_adapters``) does not change. A layer also holds a record of every adapter merged here, and
-unmerges in reverse order. A checksum shows whether the weight is still what the merge wrote. If it was replaced or
-changed, PEFT's subtraction removes the adapter.
+unmerges in reverse order. If a checksum shows that the weight was replaced or changed, PEFT subtracts the update.
 """
 
 from __future__ import annotations

@@ -14,10 +14,7 @@ from lora_ext.nn.parameter_view import ExpertUpdate, NeedsWholeError, call_with_
 
 
 class ParameterForward:
-    """Overrides ``forward`` of a LoRA layer around a module, of which it adapts one parameter.
-
-    PEFT replaces the parameter by its sum with the update, in each forward.
-    """
+    """Overrides ``forward`` of a LoRA layer around a module; PEFT replaces the parameter by its sum with the update."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         updates = _updates(self)

@@ -20,8 +20,7 @@ from lora_ext.quantized import keep_stored, stop_keeping_stored
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Module of PEFT -> module with the counterparts of its classes, under the same names. Imported once such a layer
-# exists: PEFT's module and its dependencies then are imported already.
+# Module of PEFT -> module with the counterparts of its classes, imported once such a layer exists.
 _MODULES = {
     "peft.tuners.lora.layer": ".layers",
     "peft.tuners.lora.bnb": ".quantized",
