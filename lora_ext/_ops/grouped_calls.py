@@ -148,6 +148,8 @@ def lora_grouped_linear(
         y = grouped_linear.lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
         if y is not None:
             return y
+        if bias is not None and bias.shape != weight.shape[:1]:  # F.linear would broadcast it
+            checks_grouped.check_lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
         y = F.linear(x, weight, bias)
         return lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks)
     except errors.UNEXPLAINED as error:

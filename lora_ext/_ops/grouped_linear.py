@@ -14,6 +14,7 @@ from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
     below_autograd,
+    checked_arguments,
     has_tangent,
     op_named,
     register_autocast,
@@ -44,6 +45,7 @@ def _lora_grouped_linear_autograd(x, weight, bias, lora_As, lora_Bs, group_of_ro
     if has_tangent(*tensors):
         return _composite(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
     if any_requires_grad(*tensors, scalings):
+        checked_arguments["lora_grouped_linear"](x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
         y = F.linear(x, weight, bias)
         torch.ops.lora_ext.lora_grouped_.default(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks)
         return y

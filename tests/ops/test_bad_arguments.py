@@ -102,6 +102,18 @@ def test_the_op_and_its_fake_refuse_or_agree(op):
     assert refused >= 10 and accepted > 1
 
 
+def test_the_op_of_rows_that_choose_refuses_with_gradients_what_it_refuses_without():
+    good = good_call("lora_grouped_linear")
+    for what, call in other_calls("lora_grouped_linear", good):
+        refusal, _ = outcome(op_named("lora_grouped_linear"), call)
+        leaf = call["x"].detach().requires_grad_() if call["x"] is not None and call["x"].is_floating_point() else None
+        if not refusal or leaf is None:
+            continue
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+            op_named("lora_grouped_linear")(**call | {"x": leaf})
+        assert "lora_grouped_linear" in str(error.value), what
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", [name for name in op_table.FUNCTIONS if name != "bottleneck"])
 def test_the_function_refuses_what_the_op_refuses(name, requires_grad):
@@ -110,8 +122,6 @@ def test_the_function_refuses_what_the_op_refuses(name, requires_grad):
     for what, call in other_calls(name, good):
         if what == "seed: None":
             continue  # it is drawn
-        if name == "lora_grouped_linear" and requires_grad and "bias: " in what and " dimension" in what:
-            continue  # F.linear broadcasts it
         refusal, _ = outcome(op_named(name), pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), call))
         tensors = [tensor for _, _, tensor in tensors_of(call)]
         before = [tensor.detach().clone() for tensor in tensors]
