@@ -16,7 +16,7 @@ struct ExpandTraits {
   // A thread owns rows row_group * kThreadM + i and eight columns.
   static constexpr int kColumnGroups = kColumns / kEight, kRowGroups = kThreads / kColumnGroups;
   static constexpr int kThreadM = kRows / kRowGroups;
-  static constexpr int kSmallPitch = kRows + fma::kVec<A>, kFactorPitch = kColumns + fma::kVec<A>;
+  static constexpr int kSmallPitch = kRows + kVec<A>, kFactorPitch = kColumns + kVec<A>;
   static constexpr int kSmallLoads = kRows * kRanks / kThreads;
   static constexpr uint32_t kSharedBytes = shared_bytes_of(kRanks * kSmallPitch * sizeof(A)) +
                                            shared_bytes_of(kRanks * kFactorPitch * sizeof(A)) +
@@ -80,16 +80,16 @@ __global__ void __launch_bounds__(ExpandTraits<A>::kThreads, sizeof(A) == 8 ? 1 
         const A* small_at = small_tile + rank * Traits::kSmallPitch + row0;
         A f[kEight], s[kThreadM];
 #pragma unroll
-        for (int e = 0; e < kEight; e += fma::kVec<A>) {
-          const fma::Vector<A> vector = fma::load_vector(factor_row_at + e);
+        for (int e = 0; e < kEight; e += kVec<A>) {
+          const Vector<A> vector = load_vector(factor_row_at + e);
 #pragma unroll
-          for (int n = 0; n < fma::kVec<A>; ++n) f[e + n] = vector.v[n];
+          for (int n = 0; n < kVec<A>; ++n) f[e + n] = vector.v[n];
         }
 #pragma unroll
-        for (int i = 0; i < kThreadM; i += fma::kVec<A>) {
-          const fma::Vector<A> vector = fma::load_vector(small_at + i);
+        for (int i = 0; i < kThreadM; i += kVec<A>) {
+          const Vector<A> vector = load_vector(small_at + i);
 #pragma unroll
-          for (int n = 0; n < fma::kVec<A>; ++n) s[i + n] = vector.v[n];
+          for (int n = 0; n < kVec<A>; ++n) s[i + n] = vector.v[n];
         }
 #pragma unroll
         for (int i = 0; i < kThreadM; ++i) {

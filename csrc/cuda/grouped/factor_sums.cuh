@@ -62,11 +62,11 @@ __global__ void __launch_bounds__(FactorSumsTraits<A>::kThreads, sizeof(A) == 8 
         if (p.has_dropout && inside > 0) drop(loaded, p.mask[row * p.mask_row_bytes + feature / 8]);
       }
 #pragma unroll
-      for (int e = 0; e < kEight; e += fma::kVec<A>) {
-        fma::Vector<A> vector;
+      for (int e = 0; e < kEight; e += kVec<A>) {
+        Vector<A> vector;
 #pragma unroll
-        for (int n = 0; n < fma::kVec<A>; ++n) vector.v[n] = loaded.v[e + n];
-        fma::store_vector(x_tile + tile_row * kFeatures + tile_column + e, vector);
+        for (int n = 0; n < kVec<A>; ++n) vector.v[n] = loaded.v[e + n];
+        store_vector(x_tile + tile_row * kFeatures + tile_column + e, vector);
       }
     }
 #pragma unroll
@@ -81,10 +81,10 @@ __global__ void __launch_bounds__(FactorSumsTraits<A>::kThreads, sizeof(A) == 8 
     for (int tile_row = 0; tile_row < min(kRows, count - first); ++tile_row) {
       A x[kEight];
 #pragma unroll
-      for (int e = 0; e < kEight; e += fma::kVec<A>) {
-        const fma::Vector<A> vector = fma::load_vector(x_tile + tile_row * kFeatures + column + e);
+      for (int e = 0; e < kEight; e += kVec<A>) {
+        const Vector<A> vector = load_vector(x_tile + tile_row * kFeatures + column + e);
 #pragma unroll
-        for (int n = 0; n < fma::kVec<A>; ++n) x[e + n] = vector.v[n];
+        for (int n = 0; n < kVec<A>; ++n) x[e + n] = vector.v[n];
       }
 #pragma unroll
       for (int j = 0; j < Traits::kThreadR; ++j) {
