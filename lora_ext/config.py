@@ -47,8 +47,8 @@ _REMARKS = re.compile(
 )
 # Options of PEFT 0.21 that this package does not have.
 _PEFT_ONLY = {
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
-    *("monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
+    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
+    *("megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
 }
 
 # Initialisations of files. One factor comes from data or from the weight, and the other is zero: the base weights stay.
@@ -251,9 +251,6 @@ class LoraConfig:
         trainable_token_indices: train only these rows of an embedding: token numbers for the input embedding, or a dict
             from an embedding's name (the end of its path) to such a list. A head tied to the input embedding follows
             it, unless the dict gives it other tokens.
-        ensure_weight_tying: modules that share the input embedding's weight (a tied head) follow the embedding: if one
-            of them is adapted or trained, all get one common adapter or copy. If False, each named module gets its own,
-            and merging it is refused, as that would change the others.
         bias: biases to train: ``"none"``, ``"all"`` in the model, or ``"lora_only"``, those of the adapted layers.
         lora_bias: the adapter has its own bias, added after ``lora_B``.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
@@ -285,7 +282,6 @@ class LoraConfig:
     alpha_pattern: Annotated[Mapping[str, float], _pattern(_alpha)] = field(default_factory=FrozenDict)
     modules_to_save: Annotated[Names | None, _names] = None
     trainable_token_indices: Annotated[Numbers | Mapping[str, Numbers] | None, _token_indices] = None
-    ensure_weight_tying: Annotated[bool, _flag] = False
     bias: Annotated[str, _one_of("none", "all", "lora_only")] = "none"
     lora_bias: Annotated[bool, _flag] = False
     use_rslora: Annotated[bool, _flag] = False
@@ -311,7 +307,7 @@ class LoraConfig:
             why = "a bare parameter's adapter knows neither input nor output"
             self._refuse_next_to("target_parameters is set", why, "lora_dropout", "lora_bias", "fan_in_fan_out")
         if self.use_dora:
-            others = "lora_bias", "ensure_weight_tying", "target_parameters", "enable_lora"
+            others = "lora_bias", "target_parameters", "enable_lora"
             self._refuse_next_to("use_dora is True", "DoRA goes without it", *others)
 
     def _refuse_next_to(self, setting: str, why: str, *keys: str) -> None:

@@ -14,11 +14,10 @@ from lora_ext.adapters.life_cycle import (
 )
 from lora_ext.adapters.merge_model import merge, merge_and_unload, merge_errors, merge_record_bytes, unload, unmerge
 from lora_ext.injection.inject import lora_modules
-from lora_ext.nn.input_groups import InputGroup, InputGroups, input_groups
+from lora_ext.nn.input_groups import InputGroups, input_groups
 
 __all__ = [
     "AdapterStatus",
-    "InputGroup",
     "InputGroups",
     "adapter_names",
     "adapter_status",

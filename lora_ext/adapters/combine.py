@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
+from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.injection.inject import apply_injection, check_new_name, check_none_merged
-from lora_ext.matching.path_names import EndTable
-from lora_ext.model.adapter_set import Adapter, AdapterSet, Part, find_adapter, find_adapters
+from lora_ext.model.adapter_set import Adapter, Part, find_adapter, find_adapters
 from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
-from lora_ext.nn import LoraLayer
-from lora_ext.nn.attention import SeparateProjections
-from lora_ext.nn.packed_linear import PackedAdapter
+from lora_ext.nn import LoraAdapter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -58,8 +56,7 @@ def add_weighted_adapter(
     - ``cat``: concatenates the factors: exactly that sum, at the sum of the ranks.
     - ``svd``: the best approximation of that sum of rank ``svd_rank``.
 
-    Each layer combines the adapters that it has. Biases of the adapters (``lora_bias``) add up, weighted. Modules
-    trained in full are copied from the one adapter that has them.
+    Each layer combines the adapters that it has. Biases of the adapters (``lora_bias``) add up, weighted.
 
     Args:
         model: an injected model.
@@ -71,8 +68,8 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: the model is not injected, the name is taken, adapters are merged, a setting is wrong, ranks differ
-            but factors are added, two adapters train the same module in full, one trains the model's biases, or this
-            kind cannot combine a layer's factors.
+            but factors are added, or an adapter has more than low-rank updates of linear layers, convolutions without
+            groups and embeddings.
         KeyError: there is no such adapter; the message lists them. Nothing is changed.
     """
     check_not_parallel(_CALLER, model)
@@ -83,9 +80,10 @@ def add_weighted_adapter(
     check_new_name(_CALLER, adapter_name, held)
     check_none_merged(_CALLER, root_module(model))
     _check_settings(combination_type, weights, len(adapters), svd_rank)
-    _check_can_combine(held, adapters)
     kind = combination_type if len(adapters) > 1 else "linear"
     sources = [find_adapter(model, _CALLER, name) for name in adapters]
+    for source in sources:
+        check_low_rank(_CALLER, source)
     parts = _combined_parts(kind, sources, weights, svd_rank)
     config = _config(BareModel(root_module(model)), sources, parts)
     apply_injection(model, Adapter(adapter_name, config, held, tuple(parts)), activate=False)
@@ -167,20 +165,6 @@ def _check_settings(kind: str, weights: Sequence[float], num_adapters: int, svd_
         raise ValueError(f"{_CALLER}: svd_rank is {svd_rank}, want None or an integer of at least 1")
 
 
-def _check_can_combine(held: AdapterSet, adapters: Sequence[str]) -> None:
-    """Refuses adapters with parts that no sum of low-rank updates stands for."""
-    for name in adapters:
-        config = held.configs[name]
-        reasons = {
-            "the model's own biases (bias)": name in held.biases,
-            "magnitudes of DoRA (use_dora)": config.use_dora,
-            "rows of embeddings (trainable_token_indices)": config.trainable_token_indices is not None,
-            "tied embeddings together (ensure_weight_tying)": config.ensure_weight_tying,
-        }
-        if refused := [what for what, is_trained in reasons.items() if is_trained]:
-            raise ValueError(f"{_CALLER}: {name!r} trains {refused[0]}, which cannot be combined; leave it out")
-
-
 def _combined_parts(
     kind: str, sources: Sequence[Adapter], weights: Sequence[float], svd_rank: int | None
 ) -> list[Part]:
@@ -190,43 +174,24 @@ def _combined_parts(
             layers.setdefault(id(part.layer), {})[i] = part
     parts = []
     for held in layers.values():
-        first = next(iter(held.values()))
-        if isinstance(first.layer, LoraLayer):
-            adapters, its_weights = [part.adapter for part in held.values()], [weights[i] for i in held]
-            adapter = _combined(kind, first, adapters, its_weights, svd_rank)
-        elif len(held) > 1:
-            names = [sources[i].name for i in held]
-            raise ValueError(f"{_CALLER}: {first.path!r} is trained in full by {names}; combine only one of them")
-        else:
-            adapter = copy.deepcopy(first.adapter)
+        first, its_weights = next(iter(held.values())), [weights[i] for i in held]
+        try:
+            adapter = _combined(kind, [part.adapter for part in held.values()], its_weights, svd_rank)
+        except ValueError as error:
+            raise ValueError(f"{_CALLER}: at {first.path!r}: {error}") from error
         parts.append(dataclasses.replace(first, adapter=adapter))
     return parts
 
 
 def _combined(
-    kind: str, part: Part, adapters: Sequence[nn.Module], weights: Sequence[float], svd_rank: int | None
-) -> nn.Module:
-    """Combines the low-rank adapters of the layer of ``part``."""
-    new, path = copy.deepcopy(adapters[0]), part.target
-    if isinstance(new, SeparateProjections):
-        for name in new:
-            new[name] = _combined(kind, part, [adapter[name] for adapter in adapters], weights, svd_rank)
-        return new
-    is_plain = all(adapter.has_plain_rank for adapter in adapters)
-    if kind != "linear" and not is_plain:
-        raise ValueError(
-            f"{_CALLER}: {kind} cannot combine the factors at {path!r} ({type(part.layer).__name__}); use linear"
-        )
-    enabled = [getattr(adapter, "enable_lora", None) for adapter in adapters]
-    if len(set(enabled)) > 1:
-        raise ValueError(f"{_CALLER}: at {path!r}: enable_lora differs: {enabled}; name adapters of the same parts")
+    kind: str, adapters: Sequence[LoraAdapter], weights: Sequence[float], svd_rank: int | None
+) -> LoraAdapter:
+    """Combines the adapters of one layer."""
+    new = copy.deepcopy(adapters[0])
     factors = [(adapter.file_A.detach(), adapter.lora_B.detach(), adapter.scaling) for adapter in adapters]
-    try:
-        file_A, lora_B, new.scaling = combine_factors(kind, factors, weights, svd_rank)
-    except ValueError as error:
-        raise ValueError(f"{_CALLER}: at {path!r}: {error}") from error
+    file_A, lora_B, new.scaling = combine_factors(kind, factors, weights, svd_rank)
     new.set_factors(file_A, lora_B)
-    new.lora_alpha = new.r = file_A.shape[0] if is_plain else new.r
+    new.lora_alpha = new.r = file_A.shape[0]
     biases = [
         weight * adapter.scaling * adapter.lora_bias.detach()
         for weight, adapter in zip(weights, adapters, strict=True)
@@ -238,22 +203,11 @@ def _combined(
 
 def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) -> LoraConfig:
     """Builds a config that names exactly these layers, with their ranks and a scaling of 1."""
-    low_rank: dict[str, nn.Module] = {}
-    for part in parts:
-        if isinstance(part.layer, LoraLayer):
-            adapter = low_rank.setdefault(part.target, part.adapter)
-            if part.adapter.r != adapter.r:
-                raise ValueError(
-                    f"{_CALLER}: {part.path!r} would have rank {part.adapter.r}, but a layer adapted along with it "
-                    f"rank {adapter.r}, and a config has one rank for both; choose a kind that keeps the ranks"
-                )
-    ranks = [adapter.r for adapter in low_rank.values()]
-    rank = max(ranks, key=ranks.count)
-    others = exact_patterns({path: adapter.r for path, adapter in low_rank.items()}, rank)
-    modules = tuple(path for path in low_rank if path in bare.modules)
-    ends = EndTable(modules)
-    named = {path for path in bare.modules if path in ends}
-    saved = dict.fromkeys(name for source in sources for name in source.config.modules_to_save or ())
+    ranks = {part.target: part.adapter.r for part in parts}
+    rank = max(ranks.values(), key=list(ranks.values()).count)
+    others = exact_patterns(ranks, rank)
+    ends = tuple(f".{path}" for path in ranks)
+    is_exact = not any(path.endswith(ends) for path in bare.modules if path not in ranks)
     first = sources[0].config
     return LoraConfig(
         r=rank,
@@ -261,11 +215,8 @@ def _config(bare: BareModel, sources: Sequence[Adapter], parts: Sequence[Part]) 
         rank_pattern=others,
         alpha_pattern=others,
         # Names also match the ends of other paths; a regular expression the whole path.
-        target_modules=modules if named == set(modules) else "|".join(map(re.escape, modules)),
-        target_parameters=tuple(path for path in low_rank if path not in bare.modules) or None,
-        enable_lora={path: a.enable_lora for path, a in low_rank.items() if isinstance(a, PackedAdapter)} or None,
-        modules_to_save=tuple(saved) or None,
-        lora_bias=any(adapter.lora_bias is not None for adapter in low_rank.values()),
+        target_modules=tuple(ranks) if is_exact else "|".join(map(re.escape, ranks)),
+        lora_bias=any(part.adapter.lora_bias is not None for part in parts),
         inference_mode=True,
         lora_dropout=first.lora_dropout,
         fan_in_fan_out=first.fan_in_fan_out,

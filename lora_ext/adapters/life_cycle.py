@@ -13,11 +13,11 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import first_of
+from lora_ext._common.printable import first_of, listed
 from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty_layers
-from lora_ext.model.adapter_set import adapter_set, find_adapters
+from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapters
 from lora_ext.model.bare_model import adapter_layers, check_not_parallel
-from lora_ext.nn import ActiveAdapters, DoraLinear, LoraLayer
+from lora_ext.nn import ActiveAdapters, DoraLinear, LoraConv, LoraEmbedding, LoraLayer, LoraLinear
 from lora_ext.nn.trained import TrainedModule
 from lora_ext.quantized import quantized_weight
 
@@ -237,3 +237,22 @@ def check_unmerged(caller: str, model: nn.Module, name: str | None = None) -> No
         what, unmerge = f"{name!r} is", f"unmerge(model, {name!r})"
     if merged:
         raise RuntimeError(f"{caller}: {what} merged into {first_of(merged)}; call {unmerge} first")
+
+
+def check_low_rank(caller: str, adapter: Adapter) -> None:
+    """Raises a ValueError if an adapter has more than low-rank updates of linear, convolutional and embedding layers.
+
+    Grouped convolutions have a rank for each group, which cannot be padded or added up.
+    """
+    others = {
+        part.path: type(part.layer).__name__
+        for part in adapter.parts
+        if type(part.layer) not in (LoraLinear, LoraConv, LoraEmbedding) or not part.adapter.has_plain_rank
+    }
+    if adapter.biases is not None:
+        others["bias"] = "the model's own biases"
+    if others:
+        raise ValueError(
+            f"{caller}: {adapter.name!r} has more than low-rank updates of linear layers, convolutions without groups "
+            f"and embeddings; use load_adapter and set_adapter:{listed([f'{path}: {others[path]}' for path in others])}"
+        )

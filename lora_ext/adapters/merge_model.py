@@ -24,7 +24,7 @@ from lora_ext.adapters.dequantized import dequantized, forget_quantization
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
 from lora_ext.matching.path_names import is_inside
-from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices, update_identity
+from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices
 from lora_ext.merging.quantized import MergeError
 from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import (
@@ -290,9 +290,8 @@ def _merge_next_to_merged(wanted: Chosen) -> list[MergeError]:
 
 
 def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
-    """The merged matrices of the layers; a matrix that tied layers share is listed once."""
-    states = [layer._merged for layer in layers if layer._merged is not None]
-    return list({id(matrix): matrix for state in states for matrix in state.matrices.values()}.values())
+    """The merged matrices of the layers."""
+    return [m for layer in layers if layer._merged is not None for m in layer._merged.matrices.values()]
 
 
 def _is_quantized(layer: LoraLayer) -> bool:
@@ -328,7 +327,7 @@ def _check_mergeable(caller: str, wanted: Chosen) -> None:
 
 
 def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool = False) -> None:
-    """Checks that merging changes no other module, except those with tied adapters, and no trained rows.
+    """Checks that merging changes no other module, and no trained rows.
 
     ``unloads``: trained rows are written into the weights, too, and modules trained in full replace the frozen ones.
     """
@@ -337,10 +336,10 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
     labels: dict[int, str] = {}
     for path, (layer, names) in wanted.items():
         for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
-            parameter = id(matrix.owner._parameters[matrix.name])
-            updates = [update_identity(layer, key, name) for name in sorted(names) if key in layer.factors(name)]
-            updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *updates)
-            labels.setdefault(parameter, label)
+            if any(key in layer.factors(name) for name in names):
+                parameter = id(matrix.owner._parameters[matrix.name])
+                updates_of[parameter][path] = (path,)
+                labels.setdefault(parameter, label)
     replaced = []
     for path, layer in adapter_layers(model):
         if isinstance(layer, TrainedModule) and unloads and layer.in_use is not layer.base_layer:
@@ -364,8 +363,8 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
         others = [path for path in paths[parameter] if not any(is_inside(path, known) for known in (*same, *replaced))]
         if others:
             raise ValueError(
-                f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; adapt both with "
-                "ensure_weight_tying=True, untie them (give one a clone of the weight), or run unmerged"
+                f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; untie "
+                "them (give one a clone of the weight), or run unmerged"
             )
 
 

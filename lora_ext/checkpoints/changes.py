@@ -114,9 +114,7 @@ class _AdapterChanges:
         self.problems: list[str] = []
         updates, replaced, tokens = contents.updates, contents.replaced, contents.tokens
         is_apart = self.tie is not None and self.tie.head in changes  # an adapter before this one changed one of them
-        if self.tie is not None and not is_apart and self.file.config.get("ensure_weight_tying"):
-            # The file holds the shared weight twice.
-            updates = [update for update in updates if f"{update.prefix}weight" != self.tie.head]
+        if self.tie is not None and not is_apart and self._replaces_both_alike(replaced):
             replaced = {name: key for name, key in replaced.items() if name != self.tie.head}
             self.tie = None
         low_rank = {update: f"{update.prefix}weight" for update in updates if update.kind != "parameter"}
@@ -134,6 +132,13 @@ class _AdapterChanges:
         for update in updates:
             if update.lora_bias is not None:
                 self._add_to_bias(update)
+
+    def _replaces_both_alike(self, replaced: Mapping[str, str]) -> bool:
+        """Returns whether the file holds a new weight for a tied head and its embedding, twice the same."""
+        if not {*self.tie} <= replaced.keys():
+            return False
+        head, embedding = (self.file.tensors[replaced[key]] for key in (self.tie.head, self.tie.embedding))
+        return torch.equal(head, embedding)
 
     def _find(self, name: str) -> str | None:
         """The key of a tensor of the base, which a problem is noted for if it is missing.

@@ -54,8 +54,8 @@ def extract(
     Each matrix that differs, except embeddings, is approximated by a truncated singular value decomposition of its
     difference (:func:`~lora_ext.checkpoints.low_rank.approximate`); the scaling is 1. One tensor of each checkpoint is
     in memory at a time, next to the adapter. Biases of adapted layers are saved in full (``bias="lora_only"``), and so
-    are other modules that differ (``modules_to_save``). A head that shares the weight of a saved embedding follows it
-    (``ensure_weight_tying``).
+    are other modules that differ (``modules_to_save``). A head that shares the weight of a saved embedding is
+    saved with it.
 
     Args:
         rank: largest rank of a layer.
@@ -91,13 +91,11 @@ def extract(
     if has_biases:  # PEFT then wants the biases of all adapted layers
         whole |= {f"{KEY_PREFIX}{path}.base_layer.bias": f"{path}.bias" for path in targets if f"{path}.bias" in new}
     tie = find_tie(new)
-    is_tied = tie is not None and tie.embedding.rpartition(".")[0] in saved
-    if is_tied:  # as PEFT saves it: again, so that the head does not keep the base's values
+    if tie is not None and tie.embedding.rpartition(".")[0] in saved:  # again, or the head would keep the base's values
         whole[f"{KEY_PREFIX}{tie.head}"] = tie.embedding
         saved.append(tie.head.rpartition(".")[0])
     config = _config(new, layers, rank) | {
         "modules_to_save": saved or None,
-        "ensure_weight_tying": is_tied,
         "bias": "lora_only" if has_biases else "none",
         "fan_in_fan_out": fan_in_fan_out,
     }

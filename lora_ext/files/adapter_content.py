@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,8 @@ from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.expert_layout import with_version
 from lora_ext.files.packed_projection import to_peft_form
 from lora_ext.files.writing import write_tensors
-from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.adapter_set import Adapter
 from lora_ext.model.bare_model import root_module
-from lora_ext.nn.tied import TiedAdapter
-from lora_ext.nn.trained import TrainedModule
 
 
 class AdapterContent(NamedTuple):
@@ -49,7 +45,6 @@ def adapter_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tenso
     if values["task_type"] is None:  # PEFT's AutoPeftModel classes then ask for the base model's class
         kind = class_of(root_module(model))
         values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    values |= _names_of_tied(adapter, values)
     # Copies, because tied modules share memory and the tensors of a file must not.
     with gathered([*adapter.parameters(), *base.values()]):
         tensors = {
@@ -68,26 +63,3 @@ def base_name(model: nn.Module) -> str | None:
     """Returns the name of the base model, if it has one; parts that are not Unicode, as in paths, are escaped."""
     name = getattr(root_module(model), "name_or_path", None)
     return name.encode("utf-8", "backslashreplace").decode() if isinstance(name, str) and name else None
-
-
-def _names_of_tied(adapter: Adapter, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config's lists of modules, in which tied modules are named too.
-
-    PEFT ties modules to the input embedding only if one of them is named (``lm_head``, ``embed_tokens``). If only the
-    embedding is (``shared`` of T5, ``wte`` of GPT-2), it would ignore the tied modules' tensors.
-    """
-    if not adapter.config.ensure_weight_tying:
-        return {}
-    tied = {
-        "target_modules": [part.path for part in adapter.parts if isinstance(part.adapter, TiedAdapter)],
-        "modules_to_save": [part.path for part in adapter.parts if isinstance(part.layer, TrainedModule)],
-    }
-    named = {}
-    for key, paths in tied.items():
-        is_named = PathMatcher(key, values[key])
-        missing = [path for path in paths if not is_named(path)]
-        if missing and isinstance(values[key], str):
-            named[key] = "|".join([f"(?:{values[key]})", *map(re.escape, missing)])
-        elif missing:
-            named[key] = [*values[key], *missing]
-    return named

@@ -38,12 +38,7 @@ def check_fits(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
     missing = [f"missing key: {key}" for key in targets if key not in file.tensors]
     unexpected = [f"unexpected key: {key}" for key in keys if key not in targets]
     remedies = []
-    if missing and file.config.get("ensure_weight_tying") and not unexpected:
-        remedies.append(
-            "the config has ensure_weight_tying, and the file has nothing for the tied module: PEFT ties only modules "
-            'named lm_head or embed_tokens; set "ensure_weight_tying": false'
-        )
-    elif missing and len(unexpected) == len(keys):
+    if missing and len(unexpected) == len(keys):
         remedies.append(
             "all layers have other names: the file may be of another model, of a part of it (load it into that part), "
             "or of another version of Transformers, as with one adapter for each expert. PEFT converts some of these: "
@@ -78,7 +73,7 @@ def check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
             problems.append(f"device of {key}: the model is on the meta device; give it memory (to_empty) first")
         elif target.numel() and not is_sharded(target):  # a tied DTensor gets the same values twice
             twin = filled.setdefault((target.device, target.data_ptr()), key)
-            if twin != key and not torch.equal(*(_in_order_of(targets[k], file.tensors[k]) for k in (twin, key))):
+            if twin != key and not torch.equal(file.tensors[twin], file.tensors[key]):
                 problems.append(f"values of {key}: tied to {twin} in the model, but they differ in the file")
     _refuse(problems, file)
 
@@ -86,8 +81,3 @@ def check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
 def _refuse(problems: Iterable[str], file: AdapterFile) -> None:
     if problems:
         raise ValueError(f"load_adapter: {file.path} does not fit the model:{listed(first_shape(problems))}")
-
-
-def _in_order_of(target: Tensor, values: Tensor) -> Tensor:
-    """Returns ``values`` flattened in the memory order of ``target``; a tied head may be transposed."""
-    return values.permute(sorted(range(values.dim()), key=lambda dim: -target.stride(dim))).flatten()

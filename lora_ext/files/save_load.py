@@ -178,11 +178,11 @@ def with_positive_alphas(file: AdapterFile, caller: str) -> AdapterFile:
     negative = [isinstance(value, int | float) and value < 0 for value in alphas]
     if not any(negative):
         return file
-    if not all(negative) or file.config.get("ensure_weight_tying"):
+    if not all(negative):
         raise ValueError(
             f"{caller}: {file.directory / CONFIG_FILE}: lora_alpha is {shown(alpha)}, alpha_pattern {shown(patterns)}: "
-            "negative alphas are read if all are negative, and without ensure_weight_tying; make them positive, and "
-            "change the signs of the lora_B instead"
+            "negative alphas are read if all are negative; make them positive, and change the signs of the lora_B "
+            "instead"
         )
     config = file.config | {"lora_alpha": -alpha}
     if isinstance(patterns, dict):

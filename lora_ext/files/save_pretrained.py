@@ -3,7 +3,7 @@
 - A merged model: what the library writes of the base model, with the merged weights.
 - Otherwise the adapters, as PEFT does: :func:`~lora_ext.save_adapter`'s two files, for adapters other than "default" in
   a subdirectory of that name; and ``model.safetensors`` with the state of what is trained alone, from which ``Trainer``
-  resumes (lora_ext/model/adapter_state.py). Loading it as a model fails.
+  resumes (lora_ext/model/adapter_state.py).
 - A model with the modules of a method (lora_ext.methods): the files of ``save_method``, and such a state.
 """
 

@@ -140,7 +140,7 @@ def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets
         config: the config as it was given, which says "all-linear".
     """
     excluded = PathMatcher("exclude_modules", config.exclude_modules)
-    known = Parents((*targets.trained, *targets.tied))
+    known = Parents(targets.trained)
     left_out: dict[str, set[str]] = defaultdict(set)
     for path, module in bare.modules.items():
         if path in targets.modules or path in known or module is bare.head or excluded(path):

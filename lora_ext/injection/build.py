@@ -19,7 +19,6 @@ from lora_ext.nn import LORA_LAYERS, AdapterLayer, DoraLinear, LoraLayer, LoraLi
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.base_layer import execution_device
-from lora_ext.nn.tied import TiedAdapter
 from lora_ext.nn.trainable_tokens import TiedRows, TokenRows, TrainableTokens
 from lora_ext.nn.trained import TrainedModule
 
@@ -34,7 +33,7 @@ def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[Lor
 
 
 def adapted_modules(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yields ``(path, module, path that sets the rank)`` of the targets and of modules adapted along or tied."""
+    """Yields ``(path, module, path that sets the rank)`` of the targets and of modules adapted along."""
     seen, trained = set(), Parents(targets.trained)
     for target, module in targets.modules.items():
         along = getattr(lora_layer_for(module, config, target), "adapted_along", ())
@@ -42,9 +41,6 @@ def adapted_modules(bare: BareModel, targets: Targets, config: LoraConfig) -> It
             if path not in seen and path not in trained:
                 seen.add(path)
                 yield path, bare.modules[path], target
-    for path, source in targets.tied.items():
-        if source in targets.modules:
-            yield path, bare.modules[path], source
 
 
 def attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None:
@@ -86,14 +82,9 @@ class PartsBuilder:
                         module._parameters[name] = nn.Parameter(torch.empty_like(factor, device=device))
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
-        adapters = {}
         for path, module, setting in adapted_modules(self.bare, targets, self.config):
             kind = lora_layer_for(module, self.config, setting)
-            if targets.tied.get(path) in targets.modules:
-                adapter = TiedAdapter(adapters[setting], transposed=isinstance(module, nn.Linear))
-            else:
-                device = self.device or execution_device(module)
-                adapter = adapters[path] = kind.new_adapter(module, self.config, setting, device)
+            adapter = kind.new_adapter(module, self.config, setting, self.device or execution_device(module))
             if kind is LoraPackedLinear:
                 layer, replaced = self._packed_linear(path, module, len(self.config.enable_lora_for(setting)))
             else:
@@ -118,18 +109,17 @@ class PartsBuilder:
 
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
         copied: dict = dict(self.untrained)  # a shared deepcopy memo: copies of tied modules stay tied
-        tied = [path for path, source in targets.tied.items() if source in targets.trained]
-        for path in (*targets.trained, *tied) if self.device is not None else ():
+        for path in targets.trained if self.device is not None else ():
             for parameter in self.bare.modules[path].parameters():
                 empty = torch.empty_like(parameter, device=self.device)
                 copied.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
             for buffer in self.bare.modules[path].buffers():
                 copied.setdefault(id(buffer), torch.empty_like(buffer, device=self.device))
-        inside = Parents((*targets.trained, *tied))
+        inside = Parents(targets.trained)
         for path, around in reversed(self.bare.layers.items()):  # copies must not contain other adapters
             if path in inside:
                 copied |= dict.fromkeys(map(id, around), copy.deepcopy(self.bare.modules[path], copied))
-        for path in (*targets.trained, *tied):
+        for path in targets.trained:
             outermost = next(iter(self.bare.layers.get(path, ())), self.bare.modules[path])
             layer, replaced = self._layer(path, outermost, TrainedModule)
             yield Part(path, path, layer, copy.deepcopy(self.bare.modules[path], copied), replaced)
@@ -140,7 +130,7 @@ class PartsBuilder:
             path: TokenRows(self.bare.modules[path].weight, tokens, self.device)
             for path, tokens in targets.tokens.items()
         }
-        rows |= {path: TiedRows(rows[source]) for path, source in targets.tied.items() if source in rows}
+        rows |= {path: TiedRows(rows[source]) for path, source in targets.tied.items()}
         for path, adapter in rows.items():
             around = self.bare.layers.get(path, ())
             layer = next((layer for layer in around if isinstance(layer, TrainableTokens)), None)

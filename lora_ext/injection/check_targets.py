@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from lora_ext._common.printable import listed, shown
 from lora_ext.config import LoraConfig
 from lora_ext.injection.all_linear import why_bypassed_at
@@ -36,14 +34,7 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
 def _check_modules(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     problems = []
     for path, module, setting in adapted_modules(bare, targets, config):
-        source = bare.modules[setting] if targets.tied.get(path) in targets.modules else None
-        if source is not None and not (
-            isinstance(module, nn.Linear | nn.Embedding) and isinstance(source, nn.Embedding)
-        ):
-            problem = f"it shares the weight of {setting!r} and cannot follow it; set ensure_weight_tying=False"
-        else:
-            problem = _why_not(bare, config, path, setting)
-        if problem:
+        if (problem := _why_not(bare, config, path, setting)) is not None:
             problems.append(f"{path} ({type(module).__name__}): {problem}")
     if problems:
         kinds = ", ".join(kind.base_kinds for kind in LORA_LAYERS)
@@ -89,7 +80,7 @@ def _check_trained(bare: BareModel, targets: Targets) -> None:
 
 
 def _check_tokens(bare: BareModel, targets: Targets) -> None:
-    for path in (*targets.tokens, *(path for path, source in targets.tied.items() if source in targets.tokens)):
+    for path in (*targets.tokens, *targets.tied):
         module, tokens = bare.modules[path], targets.tokens.get(path)
         if problem := TrainableTokens.why_not(module):
             raise TypeError(

@@ -36,8 +36,8 @@ class Targets:
             the first innermost, and its file keys follow that order.
         trained: modules to train in full.
         tokens: embeddings with trained rows: path -> token numbers.
-        tied: modules that share the input embedding's weight and follow it: path -> the embedding's path, which is in
-            ``modules``, ``trained`` or ``tokens``.
+        tied: modules that share the input embedding's weight and its trained rows: path -> the embedding's path, which
+            is in ``tokens``.
     """
 
     modules: dict[str, nn.Module]
@@ -51,12 +51,11 @@ def find_targets(config: LoraConfig, bare: BareModel) -> Targets:
     """Finds the parts of a model that ``config`` names.
 
     Raises:
-        ValueError: nothing matches (names close matches); a part is named for two purposes; tied embeddings would train
-            different tokens.
+        ValueError: nothing matches (names close matches), or a part is named for two purposes.
 
     Warns:
         UserWarning: an entry matches nothing while others do (PEFT is silent, and a misspelt layer is not adapted);
-            there is nothing to tie; a module to save shares a parameter with a module that is not saved.
+            a module to save shares a parameter with a module that is not saved.
     """
     return _Search(config, bare).run()
 
@@ -82,7 +81,7 @@ class _Search:
         parameters = self.find_parameters(trained)
         targets = self.find_modules(trained, parameters)
         tokens = self.find_tokens(trained, targets)
-        self.check_leftovers({*targets, *self.tied, *(f"{path}.{n}" for path in parameters for n in parameters[path])})
+        self.check_leftovers({*targets, *(f"{path}.{n}" for path in parameters for n in parameters[path])})
         for message in self.warnings:
             warn_user(message)
         return Targets(targets, parameters, trained, tokens, self.tied)
@@ -96,15 +95,13 @@ class _Search:
         wanted = set(self.config.modules_to_save or ()) - set(self.config.task_heads)
         unmatched = sorted(wanted.difference(*found.values()))
         self.report_unmatched("modules_to_save", unmatched, fatal=not trained)
-        trained = self.tie(trained)
-        paths, inside = parameter_paths(self.modules.items()), Parents((*trained, *self.tied))
+        paths, inside = parameter_paths(self.modules.items()), Parents(trained)
         for path, module in trained.items():
             others = [other for p in module.parameters() for other in paths[id(p)] if other not in inside]
             if others:
                 self.warnings.append(
                     f"inject: modules_to_save has {path!r}, which shares a parameter with {others[0]!r}: its "
-                    "trained copy does not, as in PEFT. To train them as one, add the other to it, or set "
-                    "ensure_weight_tying=True if they are the tied embeddings"
+                    "trained copy does not, as in PEFT. To train them as one, add the other to it"
                 )
         return trained
 
@@ -143,13 +140,10 @@ class _Search:
 
         whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
         layers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
-        inside = Parents((*trained, *self.tied))
+        inside = Parents(trained)
         targets = {
             path: self.modules[path] for path in named if path in layers and path not in excluded and path not in inside
         }
-        targets = self.tie(targets)
-        if self.embedding in targets and self.embedding in excluded:
-            _refuse_twice(self.embedding, "exclude_modules", "ensure_weight_tying, for target_modules")
         if not targets and not parameters:
             raise ValueError(self.why_nothing(named))
         for path in parameters:
@@ -183,29 +177,14 @@ class _Search:
         return tokens
 
     def tie_tokens(self, tokens: dict[str, tuple[int, ...]], saved: Parents) -> None:
-        """Leaves the rows of tied modules to the embedding, even without ``ensure_weight_tying``, as PEFT does."""
-        listed = {path: tokens[path] for path in (self.embedding, *self.twins) if path in tokens}
-        if len(set(listed.values())) > 1:
-            if self.config.ensure_weight_tying:
-                settings = ", ".join(f"{path}: {shown(list(indices))}" for path, indices in listed.items())
-                raise ValueError(
-                    f"inject: {_TOKENS} names different tokens for tied embeddings ({settings}); name the same ones, "
-                    "or set ensure_weight_tying=False"
-                )
+        """Gives the embedding's rows to the modules tied to it, unless they have rows of their own, as PEFT does."""
+        if len({tokens[path] for path in (self.embedding, *self.twins) if path in tokens}) > 1:
             return
         for twin in self.twins if self.embedding in tokens else ():
             if twin in saved:
                 _refuse_twice(twin, f"{_TOKENS}, with {self.embedding!r} that it follows,", "modules_to_save")
             tokens.pop(twin, None)
             self.tied[twin] = self.embedding
-
-    def tie(self, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        """Replaces modules tied to the input embedding by the embedding, with ``ensure_weight_tying``."""
-        if not (self.config.ensure_weight_tying and self.twins and {self.embedding, *self.twins} & found.keys()):
-            return found
-        self.tied.update(dict.fromkeys(self.twins, self.embedding))
-        paths = ({self.embedding} | found.keys()) - set(self.twins)
-        return {path: module for path, module in self.modules.items() if path in paths}
 
     def unmatched(self, names: tuple[str, ...] | str | None, found: Iterable[str]) -> list[str]:
         """The entries of a list, or the regular expression, that cover none of the paths ``found``."""
@@ -232,9 +211,6 @@ class _Search:
         for key, unused in self.config.unused_settings(targets).items():
             if unused:
                 self.warnings.append(f"inject: {key} {shown(unused)} matches nothing adapted in {self.root_name}")
-        if self.config.ensure_weight_tying and not self.tied:
-            tied = f"one of {[self.embedding, *self.twins]}" if self.twins else "anything tied to the input embedding"
-            self.warnings.append(f"inject: ensure_weight_tying is True, but no setting adapts or trains {tied}")
 
     def report_unmatched(self, key: str, unmatched: list[str], *, fatal: bool) -> None:
         """Refuses, or warns about, entries that match nothing; the message names close matches."""

@@ -113,7 +113,7 @@ class _Target:
     """A matrix to merge into.
 
     Attributes:
-        holders: the layers that hold the matrix, with its key there; several if adapters are tied.
+        layer, key: the layer that holds the matrix, and the matrix's key there.
         view, label: the matrix, and its name in messages. A view is a tensor, or a quantised weight.
         sharded: the DTensor, if the view is this rank's part of one.
         factors: the packed updates.
@@ -121,7 +121,8 @@ class _Target:
         record: restores the matrix, once it is merged.
     """
 
-    holders: list[tuple[Mergeable, str]]
+    layer: Mergeable
+    key: str
     view: Tensor | QuantizedWeight
     label: str
     sharded: Tensor | None
@@ -162,9 +163,7 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
         raise
     matrices: dict[Mergeable, dict[str, MergedMatrix]] = {layer: {} for layer, names in wanted.items() if names}
     for target in targets:
-        matrix = MergedMatrix(target.ranks, target.record)
-        for layer, key in target.holders:
-            matrices[layer][key] = matrix
+        matrices[target.layer][target.key] = MergedMatrix(target.ranks, target.record)
     for layer, held in matrices.items():
         layer._merged = MergeState(tuple(sorted(wanted[layer])), held)
     for layer in wanted:
@@ -200,7 +199,7 @@ class _Merged(NamedTuple):
 
 def _find_merged(caller: str, layers: Iterable[Mergeable], where: Mapping[Mergeable, str]) -> _Merged:
     """Finds what is merged into the layers, and checks that it can be restored."""
-    found, seen = _Merged([], [], [], [], []), set()
+    found = _Merged([], [], [], [], [])
     for layer in layers:
         for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
             if layer._merged is None or key not in layer._merged.matrices:
@@ -214,39 +213,34 @@ def _find_merged(caller: str, layers: Iterable[Mergeable], where: Mapping[Mergea
                 found.quantized_records.append(record)
                 continue
             check_unmerge(caller, view, record, label)
-            if id(record) not in seen:  # tied layers share one
-                seen.add(id(record))
-                found.views.append(view)
-                found.records.append(record)
-                found.labels.append(label)
+            found.views.append(view)
+            found.records.append(record)
+            found.labels.append(label)
     return found
 
 
 def _find_targets(
     caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]
 ) -> list[_Target]:
-    """Finds the matrices that the adapters ``wanted`` update, each once, and packs the updates."""
-    targets: dict[tuple, _Target] = {}
+    """Finds the matrices that the adapters ``wanted`` update, and packs the updates."""
+    targets = []
     for layer, names in wanted.items():
         for key, matrix, view, label in stored_matrices(caller, layer, where[layer]):
             updates = updates_of(caller, layer, key, matrix, label, sorted(names))
             if not updates:
                 continue
-            parameter = matrix.owner._parameters[matrix.name]
-            same = (id(parameter), view.storage_offset(), *(update_identity(layer, key, name) for name in updates))
-            if same in targets:
-                targets[same].holders.append((layer, key))
-                continue
             dtype = view.dtype if matrix.quantized is None else matrix.quantized.sum_dtype
-            targets[same] = _Target(
-                holders=[(layer, key)],
+            target = _Target(
+                layer=layer,
+                key=key,
                 view=local(layer.weight_to_merge(matrix, sorted(names))),
                 label=label,
                 sharded=matrix.view if is_sharded(matrix.view) else None,
                 factors=pack_factors(dtype, list(updates.values())),
                 ranks={name: A.shape[0] for name, (A, _, _) in updates.items()},
             )
-    return list(targets.values())
+            targets.append(target)
+    return targets
 
 
 def _merge(caller: str, targets: list[_Target], record: bool = True) -> None:
@@ -282,15 +276,6 @@ def _merge_here(caller: str, targets: list[_Target], record: bool) -> None:
 def _arguments(targets: list[_Target]) -> tuple[list, list[Tensor], list[Tensor], list[str]]:
     lora_As, lora_Bs = [target.factors[0] for target in targets], [target.factors[1] for target in targets]
     return [target.view for target in targets], lora_As, lora_Bs, [target.label for target in targets]
-
-
-def update_identity(layer: Mergeable, key: str, name: str) -> tuple:
-    """A key of an adapter's update that is equal for two layers only if their adapters are tied."""
-    if layer._merged is not None and name in layer._merged.names:
-        return name, id(layer._merged.matrices[key].record)
-    A, B, scaling = layer.factors(name)[key]
-    A, B = local(A), local(B)
-    return name, A.data_ptr(), A.stride(), B.data_ptr(), B.stride(), scaling
 
 
 def stored_matrices(caller: str, layer: Mergeable, where: str) -> Iterator[tuple[str, Matrix, Tensor, str]]:

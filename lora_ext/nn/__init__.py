@@ -4,10 +4,10 @@
   ``dora_linear`` (``dora`` has its arithmetic), ``conv``, ``embedding``, ``attention``, ``parameter`` (a bare one, or
   experts: ``parameter_view`` stands in for it). ``trained`` trains a module in full, ``trainable_tokens`` rows of an
   embedding.
-- What layers are made of: ``layer`` on ``adapter_layer``, their base classes; ``adapter``, one low-rank update, and
-  ``tied``, the same for a second layer; ``active``, the names in use; ``joined``, several of them as one update;
-  ``base_layer``, what may be assumed of the frozen layer, and what it cannot be; ``expand``, an up-projection added to
-  its output; ``state``, what ``state_dict`` says of all this.
+- What layers are made of: ``layer`` on ``adapter_layer``, their base classes; ``adapter``, one low-rank update;
+  ``active``, the names in use; ``joined``, several of them as one update; ``base_layer``, what may be assumed of the
+  frozen layer, and what it cannot be; ``expand``, an up-projection added to its output; ``state``, what ``state_dict``
+  says of all this.
 - Layers that read one tensor: ``shared_inputs`` computes them together, ``input_groups`` finds and reports them.
 - Mixed batches, whose rows name their adapters: ``rows``; ``compiled_rows`` refuses them in compiled code.
 """

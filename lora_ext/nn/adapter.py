@@ -44,7 +44,6 @@ class LoraAdapter(nn.Module):
         ValueError, TypeError: the message names the argument and its value.
     """
 
-    is_tied = False  # whether a TiedAdapter shares these parameters
     has_magnitude = False  # whether it also has a norm for each row of the updated weight (DoRA)
     size_names = ("in_features", "out_features")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def file_tensors_of_base(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
-        """The live frozen and tied tensors that a file may hold next to the adapter's, by PEFT's keys."""
+        """The live frozen tensors that a file may hold next to the adapter's, by PEFT's keys."""
         return {
             f"{path}.base_layer.{name}": tensor
             for name, tensor in innermost(self.base_layer).state_dict(keep_vars=True).items()
@@ -105,13 +105,6 @@ class AdapterLayer(nn.Module):
     def _base_state_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Returns the state that a plain model has in this layer's place to compute the same."""
         return self.base_layer.state_dict(**kwargs)
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """Is called by ``torch.jit.script``, before its compiler fails at the first line that it does not know."""
-        raise NotImplementedError(
-            f"torch.jit.script: {type(self).__name__} cannot be scripted; use torch.export or torch.compile, or script "
-            "the model that lora_ext.adapters.merge_and_unload returns"
-        )
 
     @property
     def is_needed(self) -> bool:

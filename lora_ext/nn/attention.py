@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext import functional
-from lora_ext._common.sharded import is_partitioned
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
-from lora_ext.nn.base_layer import check_not_offloaded, has_forward_of, runs_alone, why_not_merge, why_weight_unusable
+from lora_ext.nn.base_layer import has_forward_of, has_hooks, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_updates
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
 
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_HOOKED = "it has hooks or another forward, which adapters would bypass; remove them, or leave the attention out"
 
 
 class SeparateProjections(nn.ModuleDict):
@@ -85,6 +85,8 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     def why_not(cls, module: nn.Module, config: LoraConfig) -> str | None:
         if not has_forward_of(module, nn.MultiheadAttention):
             return "its forward is not nn.MultiheadAttention's"
+        if has_hooks(module):
+            return _HOOKED
         names = ("in_proj_weight",) if module._qkv_same_embed_dim else _SEPARATE
         return next(filter(None, (why_weight_unusable(module, name, at_hand=True) for name in names)), None)
 
@@ -171,14 +173,15 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
         Raises:
             ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is in use.
+            RuntimeError: the base attention has hooks or another forward.
         """
         base, choice = self.base_layer, row_choice(self.active)
         names, out_proj = self._applied(choice), base.out_proj
         arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         if choice is None and not names and not any(layer._applied() for layer in _layers_of(out_proj)):
             return base(*arguments)
-        if not (runs_alone(base) and type(base).forward is nn.MultiheadAttention.forward):
-            return self._call_base(choice, names, *arguments)
+        if not runs_alone(base) and (has_hooks(base) or not has_forward_of(base, nn.MultiheadAttention)):
+            raise RuntimeError(f"{type(self).__name__}: base_layer: {_HOOKED}")
         self._check_inputs(query, key, value, {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask})
         if is_causal and attn_mask is None:
             raise ValueError(f"{type(self).__name__}: is_causal is a hint about attn_mask, which is None; pass it")
@@ -205,21 +208,15 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor | None]) -> None:
         """ValueError, TypeError: the shapes do not match, a mask has another dtype, or a tensor is nested."""
-        who, leading = type(self).__name__, []
-        for name, x in {"query": query, "key": key, "value": value}.items():
-            if x.is_nested:
-                raise ValueError(
-                    f"{who}: {name} is a nested tensor, which adapters do not support; pad it, or merge the adapter"
-                )
-            if x.dim() not in (2, 3) or x.dim() != query.dim():
-                raise ValueError(f"{who}: {name} has shape {list(x.shape)}, want 2 or 3 dimensions, as many as query")
-            leading.append(x.shape[:-1] if self.base_layer.batch_first or x.dim() == 2 else x.shape[1::-1])
-        (*batch, L), (*key_batch, S), of_value = leading
-        if leading[1] != of_value or batch != key_batch:
-            raise ValueError(
-                f"{who}: query, key and value have shapes {list(query.shape)}, {list(key.shape)} and "
-                f"{list(value.shape)}, want one batch size, and one length of key and value"
-            )
+        who, inputs = type(self).__name__, (query, key, value)
+        if any(x.is_nested for x in inputs):
+            raise ValueError(f"{who}: got a nested tensor, which adapters do not support; pad it, or merge the adapter")
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            raise ValueError(f"{who}: {_shapes_of(inputs)}, want 2 or 3 dimensions, the same of all")
+        length_first = query.dim() == 3 and not self.base_layer.batch_first
+        (*batch, L), (*key_batch, S), of_value = [x.shape[1::-1] if length_first else x.shape[:-1] for x in inputs]
+        if [*of_value] != [*key_batch, S] or batch != key_batch:
+            raise ValueError(f"{who}: {_shapes_of(inputs)}, want one batch size, and one length of key and value")
         per_head = [math.prod(batch) * self.base_layer.num_heads, L, S]
         wanted = {"attn_mask": ([L, S], per_head), "key_padding_mask": ([*batch, S],)}
         for name, mask in masks.items():
@@ -242,45 +239,6 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         scores = (q * self.base_layer.head_dim**-0.5) @ k.transpose(-2, -1)
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p)
         return weights @ v, weights
-
-    def _call_base(
-        self, choice: RowChoice | None, names: tuple[str, ...], *arguments: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Calls the base attention, which has hooks or another forward, with updated weights made for this call."""
-        if choice is not None:
-            raise ValueError(
-                f"{type(self).__name__}: adapter_names: base_layer has hooks or a replaced forward, so it is "
-                "called as a whole, with one adapter for all rows; remove them"
-            )
-        base, name = self.base_layer, self.weight_name if self.is_packed else "q_proj_weight"
-        check_not_offloaded(self, base, name)
-        if is_partitioned(base._parameters.get(name)):
-            raise RuntimeError(
-                f"{type(self).__name__}: DeepSpeed's ZeRO-3 has partitioned {name}, which it brings for calls with the "
-                "frozen weights only; leave the attention out of target_modules, or use ZeRO-2"
-            )
-        paths = {module: path for path, module in base.named_modules()}
-        updated: dict[str, Tensor] = {}
-        for layer in (self, *_layers_of(base.out_proj)):
-            matrices = layer.matrices()
-            for name in names if layer is self else layer._applied():
-                adapter = layer.adapters[name]
-                for each in adapter.values() if isinstance(adapter, SeparateProjections) else (adapter,):
-                    if self.training and each.lora_dropout:
-                        raise RuntimeError(
-                            f"{type(self).__name__}: base_layer has hooks or a replaced forward, so it is called with "
-                            "updated weights, which lora_dropout cannot be part of; remove them, or set lora_dropout=0"
-                        )
-                for key, (A, B, scaling) in layer.factors(name).items():
-                    matrix = matrices[key]
-                    parameter, view = matrix.owner._parameters[matrix.name], matrix.view
-                    path = f"{paths[matrix.owner]}.{matrix.name}".removeprefix(".")
-                    weight = updated[path] = updated.get(path, parameter).clone()
-                    begin = view.storage_offset() - parameter.storage_offset()
-                    with torch.autocast(weight.device.type, enabled=False):
-                        update = (scaling * (B @ A)).to(weight.dtype)
-                    weight.as_strided(view.shape, view.stride(), begin).add_(update)
-        return torch.func.functional_call(base, updated, arguments, tie_weights=False)
 
     def _project(
         self, inputs: tuple[Tensor, Tensor, Tensor], choice: RowChoice | None, names: tuple[str, ...]
@@ -380,6 +338,10 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
     def extra_repr(self) -> str:
         return self._repr_of_state()
+
+
+def _shapes_of(inputs: tuple[Tensor, ...]) -> str:
+    return "query, key and value have shapes {}, {} and {}".format(*(list(x.shape) for x in inputs))
 
 
 def _layers_of(out_proj: nn.Module) -> list[LoraLayer]:

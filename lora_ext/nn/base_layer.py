@@ -25,7 +25,6 @@ from lora_ext.quantized import quantized_weight, why_unsupported
 
 _LINEAR_FORWARD = nn.Linear.forward  # PyTorch's: a library that replaces it in the class is noticed too
 _DENSE = (nn.Parameter, Tensor)
-_KEEP_ON_DEVICE = "keep this module on a device (device_map)"  # the remedy for offloaded parameters
 
 
 def runs_alone(module: nn.Module) -> bool:
@@ -42,6 +41,13 @@ def runs_alone(module: nn.Module) -> bool:
         or _global_backward_pre_hooks
         or "forward" in state
         or type(module).__call__ is not nn.Module.__call__  # replaced in nn.Module itself while torch.export traces
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether hooks of ``module`` itself, not of all modules, would see its calls."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -84,19 +90,6 @@ def is_dense(tensor: object) -> bool:
     """Returns whether ``tensor`` is a tensor of PyTorch's own class, or stands for one while a graph is traced."""
     kind = type(tensor)
     return kind in _DENSE or kind.__module__.startswith("torch._subclasses.")
-
-
-def module_of_kind(layer: nn.Module, base: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
-    """Returns the module of one of ``kinds`` that ``base`` is, or holds as ``base_layer``. TypeError: there is none."""
-    module = base
-    while not isinstance(module, kinds):
-        module = getattr(module, "base_layer", None)
-        if module is None:
-            raise TypeError(
-                f"{type(layer).__name__}: base_layer is a {type(base).__name__}, want {layer.base_kinds}, or a module "
-                "with one as its base_layer"
-            )
-    return module
 
 
 def tensor_of(layer: nn.Module, y: Any) -> Tensor:
@@ -175,7 +168,7 @@ def why_weight_unusable(module: nn.Module, name: str = "weight", *, at_hand: boo
     if weight.dtype not in FLOATING:
         return f"its {name} is {weight.dtype}, want one of {', '.join(map(str, FLOATING))}"
     if at_hand and is_offloaded(module, name):
-        return f"its {name} is offloaded; {_KEEP_ON_DEVICE}"
+        return f"its {name} is offloaded; keep this module on a device (device_map)"
     return None
 
 
@@ -249,12 +242,6 @@ def is_offloaded(module: nn.Module, name: str = "weight") -> bool:
     """Returns whether accelerate keeps the parameter elsewhere, and brings it only for a call of ``module``."""
     weight = module._parameters.get(name)
     return weight is not None and weight.is_meta and "_hf_hook" in vars(module)
-
-
-def check_not_offloaded(layer: nn.Module, module: nn.Module, name: str) -> None:
-    """Raises a RuntimeError if the values of the parameter are not at hand."""
-    if is_offloaded(module, name):
-        raise RuntimeError(f"{type(layer).__name__}: {name} is offloaded; {_KEEP_ON_DEVICE}")
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ext.nn.adapter import Device, LoraAdapter
-from lora_ext.nn.base_layer import module_of_kind, why_not_merge
+from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.base_layer import why_not_merge
 from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import AddsToOutput, Matrix
@@ -33,10 +34,11 @@ class LoraConv(AddsToOutput):
     """
 
     base_kinds = "an nn.Conv1d, nn.Conv2d or nn.Conv3d"
+    known_kinds = tuple(_CONVOLVE)
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        return isinstance(module, tuple(_CONVOLVE))
+        return isinstance(module, cls.known_kinds)
 
     def why_not_merge(self) -> str | None:
         return super().why_not_merge() or why_not_merge(self.base_layer, *_CONVOLVE, methods=("_conv_forward",))
@@ -58,8 +60,8 @@ class LoraConv(AddsToOutput):
 
     @property
     def convolution(self) -> nn.Module:
-        """The base layer, without wrappers."""
-        return module_of_kind(self, self.base_layer, *_CONVOLVE)
+        """The base layer itself."""
+        return innermost(self.base_layer)
 
     @property
     def in_features(self) -> int:
@@ -78,7 +80,7 @@ class LoraConv(AddsToOutput):
             )
         return super()._forward_rows(choice, x)
 
-    def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter]) -> Tensor:
+    def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter], may_change: bool) -> Tensor:
         dims = len(self.convolution.kernel_size)
         for adapter in adapters:
             if adapter.lora_bias is not None:
@@ -86,10 +88,10 @@ class LoraConv(AddsToOutput):
                 y = y + bias.view(-1, *[1] * dims)
         updates = [Update(a.lora_A, a.lora_B, a.scaling, a.lora_dropout if self.training else 0.0) for a in adapters]
         for update in joined(updates) if self.convolution.groups == 1 else updates:
-            y = self._add_update(y, x, update)
+            y = self._add_update(y, x, update, may_change)
         return y
 
-    def _add_update(self, y: Tensor, x: Tensor, update: Update) -> Tensor:
+    def _add_update(self, y: Tensor, x: Tensor, update: Update, may_change: bool) -> Tensor:
         base = self.convolution
         x = F.dropout(x, update.dropout_p).to(update.lora_A.dtype)
         xa = _conv_of(base, x, update.lora_A)
@@ -104,8 +106,9 @@ class LoraConv(AddsToOutput):
             update_of_y = _CONVOLVE[_kind(base)](xa, lora_B, groups=base.groups)
             return y.add(update_of_y.to(y.dtype), alpha=update.scaling)
         if y.dim() == len(base.kernel_size) + 1:  # no batch dimension
-            return expand_onto(y.unsqueeze(0), xa.unsqueeze(0), lora_B.flatten(1), update.scaling, dim=1).squeeze(0)
-        return expand_onto(y, xa, lora_B.flatten(1), update.scaling, dim=1)
+            y, xa = y.unsqueeze(0), xa.unsqueeze(0)
+            return expand_onto(y, xa, lora_B.flatten(1), update.scaling, dim=1, may_change=may_change).squeeze(0)
+        return expand_onto(y, xa, lora_B.flatten(1), update.scaling, dim=1, may_change=may_change)
 
     # --- merging -----------------------------------------------------------------------------------------------------
 
@@ -124,12 +127,6 @@ class LoraConv(AddsToOutput):
         adapter = self.adapters[name]
         weight = adapter.lora_A.permute(self._order()).flatten(1), adapter.lora_B.flatten(1), adapter.scaling
         return {"weight": weight, **self._bias_factors(adapter)}
-
-    def delta_weight(self, name: str | None = None) -> Tensor:
-        """Returns the update of adapter ``name`` (default: the active one) in the shape of the weight; allocates it."""
-        order = self._order()
-        shape = [self.weight.shape[dim] for dim in order]
-        return super().delta_weight(name).view(shape).permute([order.index(dim) for dim in range(len(order))])
 
     def _order(self) -> list[int]:
         """Dimension 0, then the weight's other dimensions in memory order: channels may be last."""

@@ -13,7 +13,7 @@ from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._ops.dora import row_norms
 from lora_ext.nn import dora
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
-from lora_ext.nn.base_layer import check_not_offloaded, is_conv1d, plain_linear, why_not_merge, why_weight_unusable
+from lora_ext.nn.base_layer import is_conv1d, plain_linear, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import Matrix
 from lora_ext.nn.linear import OverLinear, linear_sizes
 from lora_ext.nn.rows import RowChoice, call_by_rows, row_choice
@@ -127,7 +127,6 @@ class DoraLinear(OverLinear):
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             return dora.output(x, *plain, update)
-        check_not_offloaded(self, self.base_layer, "weight")
         call = (lambda given: self.base_layer(given, *args, **kwargs)) if args or kwargs else self.base_layer
         return dora.output(x, _values(self.base_layer), self.bias, update, call)
 
@@ -181,17 +180,6 @@ class DoraLinear(OverLinear):
             factor = self._update(name).factor(_values(self.base_layer))
         lora_B = factor.unsqueeze(1) * adapter.lora_B
         return {"weight": (adapter.lora_A, lora_B.to(adapter.lora_B.dtype), adapter.scaling)}
-
-    @torch.no_grad()
-    def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
-        """Returns the difference that a merge of adapter ``name`` makes, ``[out_features, in_features]``."""
-        if key != "weight":
-            raise KeyError(f"DoraLinear: a DoRA adapter has no update of {key!r}, only of ['weight']")
-        A, B, scaling = self.factors(name := self._existing(name))["weight"]
-        values = self._rescaled().dequantize()
-        merged = self.weight_to_merge(self.matrices()["weight"], [name]).values_to_update()
-        delta = merged.sub_(values).to(B.dtype).addmm_(B, A, alpha=scaling)
-        return delta.T if is_conv1d(self.base_layer) else delta
 
 
 def _values(base_layer: nn.Module) -> Tensor:

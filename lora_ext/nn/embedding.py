@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import full_shape
 from lora_ext.nn.adapter import Device, LoraAdapter
-from lora_ext.nn.base_layer import has_forward_of, module_of_kind, why_not_merge, why_weight_unusable
+from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.base_layer import has_forward_of, why_not_merge, why_weight_unusable
 from lora_ext.nn.expand import expand_onto
 from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import AddsToOutput
@@ -65,6 +66,7 @@ class LoraEmbedding(AddsToOutput):
     """
 
     base_kinds = "an nn.Embedding"
+    known_kinds = (nn.Embedding,)
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -82,8 +84,8 @@ class LoraEmbedding(AddsToOutput):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The base layer, without wrappers."""
-        return module_of_kind(self, self.base_layer, nn.Embedding)
+        """The base layer itself."""
+        return innermost(self.base_layer)
 
     @property
     def in_features(self) -> int:
@@ -115,13 +117,13 @@ class LoraEmbedding(AddsToOutput):
     def file_tensors(self, path: str, adapter: LoraAdapter) -> dict[str, Tensor]:
         return {f"{path}.lora_embedding_A": adapter.file_A, f"{path}.lora_embedding_B": adapter.lora_B}
 
-    def _add(self, y: Tensor, ids: Tensor, adapters: list[LoraAdapter]) -> Tensor:
+    def _add(self, y: Tensor, ids: Tensor, adapters: list[LoraAdapter], may_change: bool) -> Tensor:
         base = self.embedding
         options = {"padding_idx": base.padding_idx, "scale_grad_by_freq": base.scale_grad_by_freq}
         looked_up = [F.embedding(ids, adapter.lora_A, **options) for adapter in adapters]
         updates = [Update(xa, a.lora_B, a.scaling, 0.0) for xa, a in zip(looked_up, adapters, strict=True)]
         for xa, lora_B, scaling, _ in joined(updates, rank_dim=-1):
-            y = expand_onto(y, scaled_rows(base, xa), lora_B, scaling)
+            y = expand_onto(y, scaled_rows(base, xa), lora_B, scaling, may_change=may_change)
         return y
 
     def extra_repr(self) -> str:

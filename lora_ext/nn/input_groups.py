@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
 
 from torch import nn
 
@@ -13,54 +12,29 @@ from lora_ext._common.printable import first_lines
 from lora_ext._common.wrapped import root_module
 from lora_ext.nn.shared_inputs import LARGEST, Neighbours, SharesInputs, neighbours_of, set_neighbours
 
-NOT_YET = "not called together yet"
-APART = "not called with the tensor of the other layers of its module"
-ANOTHER_WAY = (
-    "now: it is merged, compiled or called with hooks, has no or several adapters, or differs from the others in its "
-    "dropout, dtype, device or quantisation"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class InputGroup:
-    """Layers of one module that are computed together, or one layer that is not.
-
-    Attributes:
-        paths: their paths in the model.
-        reason: why not, or "". One that begins with "now:" depends on the layers' state.
-    """
-
-    paths: tuple[str, ...]
-    reason: str = ""
-
-    @property
-    def shared(self) -> bool:
-        return not self.reason
-
 
 @dataclasses.dataclass(frozen=True)
 class InputGroups:
-    """All layers of a model that may share inputs, in groups; ``print`` shows a summary."""
+    """The layers of a model that may share inputs, by their paths; ``print`` shows a summary.
 
-    groups: tuple[InputGroup, ...]
+    Attributes:
+        together: groups of layers that are computed together.
+        alone: the others. They were not called with one tensor yet, or read others; or they are merged, compiled or
+            called with hooks now, have no or several adapters, or differ in dropout, dtype, device or quantisation.
+    """
 
-    def __iter__(self) -> Iterator[InputGroup]:
-        return iter(self.groups)
+    together: tuple[tuple[str, ...], ...]
+    alone: tuple[str, ...]
 
-    def __len__(self) -> int:
-        return len(self.groups)
+    def __bool__(self) -> bool:
+        return bool(self.together or self.alone)
 
     def __str__(self) -> str:
-        by_reason: dict[str, list[InputGroup]] = defaultdict(list)
-        for group in self.groups:
-            by_reason[group.reason].append(group)
-        shared = by_reason.pop("", [])
-        layers = sum(len(group.paths) for group in shared)
-        lines = [f"shared inputs: {layers} layers in {len(shared)} groups are computed together"]
-        lines += first_lines(", ".join(group.paths) for group in shared)
-        for reason, groups in by_reason.items():
-            paths = [path for group in groups for path in group.paths]
-            lines += [f"  {len(paths)} alone: {reason}", *first_lines(paths)]
+        layers = sum(map(len, self.together))
+        lines = [f"shared inputs: {layers} layers in {len(self.together)} groups are computed together"]
+        lines += first_lines(", ".join(paths) for paths in self.together)
+        if self.alone:
+            lines += [f"  {len(self.alone)} alone", *first_lines(self.alone)]
         return "\n".join(lines)
 
 
@@ -104,27 +78,14 @@ def input_groups(model: nn.Module) -> InputGroups:
         TypeError: ``model`` is not an ``nn.Module``.
     """
     paths = {id(module): path for path, module in root_module(model).named_modules()}
-    reports, seen = [], set()
+    together, alone, seen = [], [], set()
     for module in list(model.modules()):
         neighbours = neighbours_of(module) if isinstance(module, SharesInputs) else None
         if neighbours is None or id(module) in seen:
             continue
         keys = [key for key in neighbours.layers if key in neighbours.groups[id(module)] and key in paths]
         seen.update(keys)
-        reports += [InputGroup((paths[keys[0]],), APART)] if len(keys) == 1 else _of_group(neighbours, keys, paths)
-    return InputGroups(tuple(reports))
-
-
-def _of_group(neighbours: Neighbours, keys: list[int], paths: dict[int, str]) -> Iterator[InputGroup]:
-    together, first = [], None
-    for key in keys:
-        layer = neighbours.layers[key]()
-        operands = None if layer is None else layer.operands()
-        if operands is None or not (first is None or operands.fit(first)):
-            yield InputGroup((paths[key],), ANOTHER_WAY)
-        else:
-            first = first or operands
-            together.append(key)
-    if together:
-        reason = ANOTHER_WAY if len(together) == 1 else "" if neighbours.shared.issuperset(together) else NOT_YET
-        yield InputGroup(tuple(paths[key] for key in together), reason)
+        found = neighbours.computed_together(keys)
+        together += [tuple(paths[key] for key in found)] if found else []
+        alone += [paths[key] for key in keys if key not in found]
+    return InputGroups(tuple(together), tuple(alone))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
-from lora_ext.nn.base_layer import own_copy, tensor_of, why_weight_unusable
+from lora_ext.nn.base_layer import own_copy, runs_alone, tensor_of, why_weight_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 from lora_ext.nn.state import MERGED_KEY, check_nothing_merged
 from lora_ext.quantized import QuantizedWeight
@@ -196,7 +196,8 @@ class LoraLayer(AdapterLayer):
     def delta_weight(self, name: str | None = None, key: str = "weight") -> Tensor:
         """Returns ``scaling * lora_B @ lora_A`` of adapter ``name`` (default: the active one), in the factors' dtype.
 
-        ``key``: one of the :meth:`matrices`.
+        ``key``: one of the :meth:`matrices`; a packed projection and experts have several. Of a DoRA adapter it is what
+        a merge adds after it has scaled the weight's rows.
         """
         factors = self.factors(name := self._existing(name))
         if key not in factors:
@@ -216,7 +217,7 @@ class LoraLayer(AdapterLayer):
 
         Raises:
             KeyError: there is no such adapter.
-            RuntimeError: an adapter is merged already or tied to another layer's, or none is active.
+            RuntimeError: an adapter is merged already, or none is active.
             ValueError: an element would become NaN or infinite, or the update cannot be merged.
             The layer is then unchanged.
         """
@@ -230,7 +231,6 @@ class LoraLayer(AdapterLayer):
             self._check_exists(name)
         if (reason := self.why_not_merge()) is not None:
             raise ValueError(f"{caller}: the update cannot be merged: {reason}")
-        self._check_not_tied(names, "merge")
         change_merged(caller, {self: {*self.merged_adapters, *names}}, {self: ""})
         return self.merge_record_bytes
 
@@ -242,7 +242,7 @@ class LoraLayer(AdapterLayer):
         :meth:`merge` left it; see :meth:`forget_merge`.
 
         Raises:
-            RuntimeError: an adapter is not merged, or is tied to another layer's; or the dtype was converted meanwhile.
+            RuntimeError: an adapter is not merged, or the dtype was converted meanwhile.
             TypeError, ValueError: the weight was replaced by one of another dtype or shape.
             ValueError: the sum of the adapters that stay overflows the dtype, though the sum of all did not.
             The layer is then unchanged.
@@ -254,16 +254,7 @@ class LoraLayer(AdapterLayer):
             if name not in self.merged_adapters:
                 raise RuntimeError(f"{caller}: adapter {name!r} is not merged, only {self.merged_adapters}")
         names = names or self.merged_adapters
-        self._check_not_tied(names, "unmerge")
         change_merged(caller, {self: set(self.merged_adapters) - set(names)}, {self: ""})
-
-    def _check_not_tied(self, names: Iterable[str], operation: str) -> None:
-        for name in names:
-            if name in self.adapters and getattr(self.adapters[name], "is_tied", False):
-                raise RuntimeError(
-                    f"{type(self).__name__}: adapter {name!r} is tied to that of another layer with the same weight; "
-                    f"call lora_ext.{operation}(model), which changes both"
-                )
 
     @one_at_a_time
     def forget_merge(self) -> None:
@@ -314,13 +305,23 @@ class AddsToOutput(TransparentLayer, LoraLayer):
     """A layer that calls its base layer, and adds the updates to what that returns (:meth:`_add`)."""
 
     rows_choose = True
+    known_kinds: ClassVar[tuple[type[nn.Module], ...]]  # PyTorch's own, whose forward returns a new tensor
 
     def forward(self, x: Tensor) -> Tensor:
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, x)
         y = self.base_layer(x)
         adapters = [at_hand(self.adapters[name]) for name in self._applied()]
-        return self._add(tensor_of(self, y), x.to(y.device), adapters) if adapters else y
+        return self._add(tensor_of(self, y), x.to(y.device), adapters, self._owns_output()) if adapters else y
+
+    def _owns_output(self) -> bool:
+        """Returns whether nothing else holds what the base layer has returned, which may then be overwritten.
+
+        With gradients it is not: a change through a view would cost the backward more memory than it saves.
+        """
+        base = self.base_layer
+        is_own = type(base) in self.known_kinds and runs_alone(base)
+        return is_own and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
@@ -329,10 +330,10 @@ class AddsToOutput(TransparentLayer, LoraLayer):
         y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
-            return self._add(y, x, [at_hand(self.adapters[name])])
+            return self._add(y, x, [at_hand(self.adapters[name])], may_change=False)
 
         return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, add)
 
-    def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter]) -> Tensor:
-        """Returns ``y`` plus the updates of ``adapters`` for ``x``."""
+    def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter], may_change: bool) -> Tensor:
+        """Returns ``y``, which may be overwritten if ``may_change``, plus the updates of ``adapters`` for ``x``."""
         raise NotImplementedError

@@ -128,8 +128,6 @@ class LoraLinear(SharesInputs, OverLinear):
             weight, bias = plain
             bias = add_lora_biases(bias, weight.dtype, adapters)
             return add_updates(x, weight, bias, joined(self._updates(names, adapters)))
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-            self._check_exportable()
         return self._add_to_output(x, self.base_layer(x, *args, **kwargs), names, adapters)
 
     def operands(self) -> Operands | None:
@@ -145,7 +143,7 @@ class LoraLinear(SharesInputs, OverLinear):
         factors = state["_parameters"]
         lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
         if lora_A is None or lora_B is None or state["_forward_pre_hooks"] or "forward" in state:
-            return None  # computed, tied, sharded apart or offloaded
+            return None  # computed, sharded apart or offloaded
         if self._forward_pre_hooks and is_fully_sharded(self):
             return None  # gathered for its own call only
         base = frozen_product(self._modules["base_layer"])
@@ -215,14 +213,6 @@ class LoraLinear(SharesInputs, OverLinear):
                 bias = scaling * bias
             updates.add(name, lora_A, self._full_lora_B(name, lora_B), scaling, dropout_p, bias)
         return updates
-
-    def _check_exportable(self) -> None:
-        weight = quantized_weight(self.base_layer)
-        if weight is not None and weight.strict_export_only:
-            raise RuntimeError(
-                f"LoraLinear: torch.export without strict=True cannot trace {type(self.base_layer).__name__} of "
-                "bitsandbytes; call torch.export.export(..., strict=True)"
-            )
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
         """``lora_B`` of the adapter ``name`` for the whole output: ``[out_features, rows of lora_A]``."""

@@ -145,18 +145,6 @@ class LoraPackedLinear(LoraLinear):
         factors = {f"weight[{i}]": (A, B, adapter.scaling) for i, (A, B) in parts.items()}
         return {**factors, **self._bias_factors(adapter)}
 
-    def delta_weight(self, name: str | None = None, key: str | None = None) -> Tensor:
-        """Returns the update; without ``key``, that of all parts. See :meth:`LoraLayer.delta_weight`."""
-        if key is not None:
-            return super().delta_weight(name, key)
-        factors, parts = self.factors(name := self._existing(name)), []
-        for key, matrix in self.matrices().items():
-            if key in factors and key != "bias":
-                parts.append(super().delta_weight(name, key))
-            elif key != "bias":
-                parts.append(self.adapters[name].lora_A.new_zeros(matrix.view.shape))
-        return torch.cat(parts, dim=self._parts_dim)
-
     @property
     def _parts_dim(self) -> int:
         return 1 if self.stores_transposed else 0

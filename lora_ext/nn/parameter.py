@@ -12,7 +12,7 @@ from lora_ext._common.sharded import is_partitioned
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, innermost, layers_around
-from lora_ext.nn.base_layer import check_not_offloaded, why_weight_unusable
+from lora_ext.nn.base_layer import why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.parameter_view import (
     ExpertUpdate,
@@ -20,7 +20,6 @@ from lora_ext.nn.parameter_view import (
     StackedUpdates,
     call_with_updates,
     call_with_value,
-    why_whole,
 )
 from lora_ext.nn.rows import RowChoice, row_choice
 
@@ -37,8 +36,8 @@ class LoraParameter(TransparentLayer, LoraLayer):
     [out_features, r * num_experts]`` interleaves them.
 
     The module gets a view of the parameter (:mod:`lora_ext.nn.parameter_view`), and its products with that make no
-    tensor of the parameter's size. Other uses make one, and a gradient of that size; :attr:`why_whole` says why.
-    Several parameters of a module have nested layers. Code that reads the parameter without calling the module sees the
+    tensor of the parameter's size. Other uses make one, and a gradient of that size. Several parameters of a module
+    have nested layers. Code that reads the parameter without calling the module sees the
     frozen one.
 
     Args:
@@ -129,12 +128,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
             for key, lhs, rhs in zip(self.matrices(), *self._batched_factors(adapter), strict=True)
         }
 
-    def delta_weight(self, name: str | None = None, key: str | None = None) -> Tensor:
-        """Returns the update; without ``key``, that of all experts. See :meth:`LoraLayer.delta_weight`."""
-        if key is not None or self.weight.dim() == 2:
-            return super().delta_weight(name, key or "weight")
-        return torch.stack([super(LoraParameter, self).delta_weight(name, key) for key in self.matrices()])
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, *args, **kwargs)
@@ -142,7 +135,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
         if not names:
             return self.base_layer(*args, **kwargs)
         module = self.module
-        check_not_offloaded(self, module, self.parameter_name)
         adapters = [at_hand(self.adapters[name]) for name in names]
         updates = [ExpertUpdate(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
         try:
@@ -171,11 +163,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
         """``[num_experts, rows, r]`` and ``[num_experts, r, cols]``; their product is the update without scaling."""
         A, B = self._stacked_factors(adapter)
         return (A.transpose(1, 2), B.transpose(1, 2)) if self.stores_transposed else (B, A)
-
-    @property
-    def why_whole(self) -> str | None:
-        """The reason why the last call made a tensor of the parameter's size; "": it made none. None: no call yet."""
-        return why_whole(self.module, self.parameter_name)
 
     def _path_from_base_layer(self) -> str:
         return "base_layer." * len(layers_around(self.base_layer)) + self.parameter_name

@@ -41,7 +41,6 @@ class StackedUpdates:
     Attributes:
         is_transposed: the parameter is stored as ``[..., in_features, out_features]``.
         is_read: the module has used it.
-        whole: the functions that needed the whole updated parameter.
     """
 
     def __init__(self, weight: Tensor, is_transposed: bool, updates: list[ExpertUpdate]) -> None:
@@ -49,7 +48,6 @@ class StackedUpdates:
         self.is_transposed = is_transposed
         self.updates = updates
         self.is_read = False
-        self.whole: list[str] = []
         self._in_rows: list[ExpertUpdate] | None = None
         self._of_experts: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
         self._updated: Tensor | None = None
@@ -135,7 +133,7 @@ class WeightView:
         if self.expert is None and isinstance(index, tuple) and index and _is_choice(index[0]):
             return self[index[0]][index[1:]]
         if self.expert is not None or not _is_choice(index):  # a part of a matrix, or of all of them
-            return self.tensor("indexing")[index]
+            return self.tensor()[index]
         if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0):
             number = operator.index(index)
             base = self.base[number]  # an IndexError for a number beyond the experts
@@ -152,13 +150,13 @@ class WeightView:
         self.updates.is_read = True
         dims = self.base.dim()
         if {dim0 % dims, dim1 % dims} != {dims - 2, dims - 1}:
-            return self.tensor("transpose").transpose(dim0, dim1)
+            return self.tensor().transpose(dim0, dim1)
         return WeightView(self.updates, self.base.transpose(dim0, dim1), self.expert, not self.is_transposed)
 
     swapaxes = swapdims = transpose
 
     def t(self) -> Any:
-        return self.transpose(-2, -1) if self.base.dim() == 2 else self.tensor("t").t()
+        return self.transpose(-2, -1) if self.base.dim() == 2 else self.tensor().t()
 
     T = property(t)
     mT = property(lambda self: self.transpose(-2, -1))
@@ -174,12 +172,11 @@ class WeightView:
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
-    def tensor(self, function: str) -> Tensor:
-        """Returns the updated values, for ``function``."""
+    def tensor(self) -> Tensor:
+        """Returns the updated values."""
         updates, base = self.updates, self.base
         updates.is_read = True
         if self.expert is None or base.dim() == updates.weight.dim() == 2:
-            updates.whole.append(function)
             whole = updates.updated()
             whole = whole if self.is_transposed == updates.is_transposed else whole.transpose(-2, -1)
             return whole.to(base.dtype)
@@ -196,7 +193,7 @@ class WeightView:
             raise AttributeError(name)
         if name in _FACTS:
             return getattr(self.base, name)
-        return getattr(self.tensor(name), name)
+        return getattr(self.tensor(), name)
 
 
 _OWN_ATTRIBUTES = ("updates", "base", "expert", "is_transposed")
@@ -330,11 +327,10 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
 
 def _with_tensors(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Calls ``func`` with tensors in the place of views, also of those in lists."""
-    name = getattr(func, "__name__", str(func))
 
     def tensors(value: Any) -> Any:
         if isinstance(value, WeightView):
-            return value.tensor(name)
+            return value.tensor()
         return type(value)([tensors(item) for item in value]) if type(value) in (list, tuple) else value
 
     return func(*[tensors(value) for value in args], **{key: tensors(value) for key, value in kwargs.items()})
@@ -353,16 +349,11 @@ WeightView.__hash__ = object.__hash__
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
-_UNREAD = "its module does not read the parameter as an attribute"
-
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-
-# By module and parameter: why the last call made a tensor of the parameter's size, or "".
-_last_reasons: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
 class NeedsWholeError(Exception):
-    """Says that a call must be made with the whole updated parameter; see :func:`why_whole`."""
+    """Says that a call must be made with the whole updated parameter."""
 
 
 def call_with_updates(
@@ -383,21 +374,18 @@ def call_with_updates(
         is_transposed: the parameter is stored as ``[..., in_features, out_features]``.
 
     Raises:
-        NeedsWholeError
+        NeedsWholeError: the call is compiled or traced; a library has replaced ``F.linear`` by a function that wants
+            tensors (DeepSpeed's ZeRO-3); or the module does not read the parameter as an attribute.
     """
-    if torch.compiler.is_compiling():
-        raise NeedsWholeError
-    if reason := _why_no_view(module, name):
-        _note(module, name, reason)
+    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if is_traced or F.linear is not torch._C._nn.linear or hasattr(type(module), name):
         raise NeedsWholeError
     weight = module._parameters[name]
     stacked = StackedUpdates(weight, is_transposed, updates)
     view = WeightView(stacked, weight, 0 if weight.dim() == 2 else None, is_transposed)
     result = call_with_value(call, module, name, view, args, kwargs)
     if not stacked.is_read and any(isinstance(value, Tensor) and value.numel() for value in (*args, *kwargs.values())):
-        _note(module, name, _UNREAD)
         raise NeedsWholeError
-    _note(module, name, f"{stacked.whole[0]} needs it" if stacked.whole else "")
     return result
 
 
@@ -423,31 +411,3 @@ def call_with_value(
             state.pop(name, None)  # the module may have assigned to it
             if outer is not None:
                 state[name] = outer
-
-
-def why_whole(module: nn.Module, name: str) -> str | None:
-    """Returns why the last eager call of ``module`` made a tensor of its parameter's size; "": none; None: no call."""
-    return _last_reasons.get(module, {}).get(name)
-
-
-def _note(module: nn.Module, name: str, reason: str) -> None:
-    _last_reasons.setdefault(module, {})[name] = reason
-
-
-def _why_no_view(module: nn.Module, name: str) -> str:
-    """Returns why a call of ``module`` cannot use a view of its parameter, or ""."""
-    if why_whole(module, name) == _UNREAD:
-        return _UNREAD
-    if hasattr(type(module), name):
-        return f"{type(module).__name__} has an attribute of its own called {name}"
-    if torch._C._get_tracing_state() is not None:
-        return "a trace needs to see PyTorch's functions"
-    if F.linear is not torch._C._nn.linear and not _computes_grouped(module):
-        return "another function is in the place of torch.nn.functional.linear (DeepSpeed's), which wants tensors"
-    return ""
-
-
-def _computes_grouped(module: nn.Module) -> bool:
-    """Returns whether ``module`` is experts of Transformers that a grouped product computes, not linear functions."""
-    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    return "is_transposed" in vars(module) and implementation in ("batched_mm", "grouped_mm")

@@ -6,9 +6,9 @@ other layer takes its output when it is called, if it would compute exactly that
 same weights and factors, unchanged since, with the same dropout, autograd, autocast and stream. Otherwise it computes
 its own. So a wrong guess costs time, but changes no result.
 
-Groups are guessed from the model's structure (:func:`lora_ext.nn.input_groups.form_input_groups`); then the layers that
-were called with one tensor are computed together the next time. Layers that read one tensor use one dropout seed,
-whether they are computed together or not.
+Groups are guessed from the model's structure (:func:`lora_ext.nn.input_groups.form_input_groups`), and divided where
+calls show that layers read other tensors; they never grow. Layers that read one tensor use one dropout seed, computed
+together or not; one that calls its base layer (hooks, several adapters) draws its own.
 
 A thread has one :class:`_Round` at a time: a tensor, and the outputs computed from it that no layer has taken yet. They
 are dropped with the tensor, and when a layer begins the next round. Activation checkpointing runs parts of a forward
@@ -33,7 +33,6 @@ from lora_ext._ops.usual_calls import autocast_device, call_state
 from lora_ext.nn.base_layer import plain_linear, runs_quantized_product
 
 LARGEST = 8  # layers of lora_linear_siblings
-_MOST_CHANGES = 8  # after which groups are only divided: calls that differ every time would waste work every time
 
 
 class Operands(NamedTuple):
@@ -159,8 +158,7 @@ class Neighbours:
         self.layers: dict[int, weakref.ref] = {}
         self.groups: dict[int, frozenset[int]] = {}
         self.shared: set[int] = set()
-        self._changes = 0
-        self._next: dict[int, frozenset[int]] | None = None  # groups as the last round showed them
+        self._next: dict[int, frozenset[int]] | None = None  # groups as the last round has divided them
         self._graphs: list[weakref.ref] = []  # hooks of checkpointed graphs, which die with them
 
     def __reduce__(self) -> tuple:
@@ -212,31 +210,38 @@ class Neighbours:
             self._graphs.append(weakref.ref(hook))
         return self.groups.get(key, frozenset())
 
-    def observe(self, called: frozenset[int], missed: frozenset[int]) -> None:
-        """Notes which layers a round has called, and which of those that it computed it has not."""
-        before = self._next or self.groups
-        groups = dict(before)
-        for key in missed & groups.keys():
-            groups[key] = before[key] - called
+    def computed_together(self, keys: list[int]) -> list[int]:
+        """Returns those of the layers ``keys``, of one group, that a forward computes together now, or none."""
+        found: dict[int, Operands] = {}
+        for key in keys:
+            layer = self.layers[key]()
+            operands = None if layer is None else layer.operands()
+            if operands is not None and all(operands.fit(others) for others in found.values()):
+                found[key] = operands
+        return list(found) if len(found) > 1 and self.shared.issuperset(found) else []
+
+    def divide(self, called: frozenset[int], missed: frozenset[int]) -> None:
+        """Parts the layers that a round has ``called`` from those that it computed along, but were not called."""
+        groups = dict(self._next or self.groups)
         for key in called & groups.keys():
-            group = before[key] - missed
-            groups[key] = group | called if self._changes < _MOST_CHANGES else group
-        if groups != before:
-            self.shared -= missed
-            self._changes += 1
-            self._next = groups
+            groups[key] -= missed
+        for key in missed & groups.keys():
+            groups[key] -= called
+        self.shared -= missed
+        self._next = groups
 
 
 class _Round:
     """The calls of layers of one :class:`Neighbours` with one tensor, in one part of the forward."""
 
-    __slots__ = ("_computed", "_hook", "_neighbours", "_outputs", "_seeds", "_state", "_x", "called")
+    __slots__ = ("_computed", "_hook", "_is_first", "_neighbours", "_outputs", "_seeds", "_state", "_x", "called")
 
     def __init__(self, neighbours: Neighbours, x: Tensor, state: tuple) -> None:
         self._neighbours, self._state = neighbours, state
+        self._is_first = torch._C._current_graph_task_id() < 0  # a checkpoint may not run again to its end
         self._computed: set[int] = set()
         self._seeds: dict[float, Tensor] = {}
-        self._outputs: dict[int, tuple[Operands, tuple, Tensor]] = {}
+        self._outputs: dict[int, tuple[int, Operands, tuple, Tensor]] = {}  # the first is the layer that computed them
         self.called: list[int] = []  # the ids of layers
         outputs = self._outputs
         self._x = weakref.ref(x, lambda _: outputs.clear())
@@ -284,7 +289,8 @@ class _Round:
         seed = self.seed(operands.dropout_p, x) if operands.dropout_p > 0.0 else None
         y, *ys = _together(x, all_operands, seed)
         self._computed.update(keys)
-        self._outputs.update(zip(keys[1:], zip(all_operands[1:], stamps[1:], ys, strict=True), strict=True))
+        for other, *computed in zip(keys[1:], all_operands[1:], stamps[1:], ys, strict=True):
+            self._outputs[other] = key, *computed
         return y
 
     def take(self, key: int, operands: Operands) -> Tensor | None:
@@ -292,15 +298,17 @@ class _Round:
         found = self._outputs.pop(key, None)
         if found is None:
             return None
-        theirs, stamp, y = found
+        first, theirs, stamp, y = found
         if not theirs.are(operands) or theirs.stamp() != stamp:
             return None
-        self._neighbours.shared.update((key, self.called[0]))
+        self._neighbours.shared.update((key, first))
         return y
 
     def end(self) -> None:
         called = frozenset(self.called)
-        self._neighbours.observe(called, frozenset(self._computed - called))
+        missed = frozenset(self._computed - called)
+        if missed and self._is_first:
+            self._neighbours.divide(called, missed)
         self._outputs.clear()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_ext._common.sharded import bring_for_calls
 from lora_ext._ops.checks import accumulation_dtype
 from lora_ext.nn.adapter_layer import TransparentLayer, freeze, innermost
-from lora_ext.nn.base_layer import has_forward_of, module_of_kind, own_copy, why_weight_unusable
+from lora_ext.nn.base_layer import has_forward_of, own_copy, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
@@ -65,8 +65,6 @@ class TokenRows(nn.Module):
 class TiedRows(nn.Module):
     """An embedding's rows, used by another module with the same weight: not a copy, the same parameter."""
 
-    is_tied = True
-
     def __init__(self, source: TokenRows) -> None:
         super().__init__()
         self.source = source
@@ -113,7 +111,7 @@ class TrainableTokens(TransparentLayer):
     @property
     def inner_layer(self) -> nn.Module:
         """The embedding or projection itself."""
-        return module_of_kind(self, innermost(self._modules["base_layer"]), nn.Embedding, nn.Linear)
+        return innermost(self)
 
     @property
     def rows_in_use(self) -> list[TokenRows]:

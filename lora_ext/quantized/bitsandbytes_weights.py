@@ -15,8 +15,6 @@ _REPACKS, _REPACKS_BEFORE = "support_avx512bf16_for_cpu", "_support_avx512bf16_f
 
 
 class _BitsandbytesWeight(QuantizedWeight):
-    strict_export_only = True  # elsewhere a plain parameter stands for the library's, without its attributes
-
     def dense(self, values: Tensor) -> nn.Module:
         old = self.module
         is_conv1d = getattr(old, "source_cls", nn.Linear).__name__ == "Conv1D"  # Transformers quantised its transpose

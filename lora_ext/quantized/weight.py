@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ class QuantizedWeight(ABC):
         module: the layer.
     """
 
-    strict_export_only: ClassVar[bool] = False  # torch.export traces a call of the layer only with strict=True
     rounds: bool = True  # whether quantising again loses more than rounding to a dtype
     sum_dtype: torch.dtype = torch.float32  # in which updates are added
 

@@ -13,7 +13,13 @@ from support.properties import given, settings, st
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, add_weighted_adapter, inject, load_adapter, save_adapter, set_adapter
-from lora_ext.adapters import adapter_names, lora_modules, trainable_parameter_counts
+from lora_ext.adapters import (
+    adapter_names,
+    hotswap_adapter,
+    lora_modules,
+    prepare_hotswap,
+    trainable_parameter_counts,
+)
 from lora_ext.adapters.combine import COMBINATIONS, combine_factors
 
 ALIVE = {"lora_alpha": 8, "init_lora_weights": False}
@@ -130,9 +136,7 @@ def test_cat_is_the_sum_and_survives_a_file(tmp_path):
     with torch.no_grad():
         for _, layer in lora_modules(model):
             layer.adapters["one"].lora_bias.normal_()
-    inject(model, LoraConfig(r=3, target_modules=["up"], modules_to_save=["head"], **ALIVE), "two")
-    with torch.no_grad():
-        model.head.adapters["two"].weight.add_(1)
+    inject(model, LoraConfig(r=3, target_modules=["up"], **ALIVE), "two")
     expected = set_adapter(model, ["one", "two"])(x)
     assert add_weighted_adapter(model, ["one", "two"], [1.0, 1.0], "sum", "cat") is model
     assert adapter_names(model) == ["one", "two", "sum"]
@@ -160,24 +164,48 @@ def test_a_layer_name_that_ends_other_names_selects_one_layer(tmp_path):
 # --- bad input; tests/support/refusals.py has settings ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "kind", "text"),
-    [
-        ({}, {"r": 3}, "linear", "at 'blocks.0.up': the adapters have ranks [2, 3], but linear adds"),
-        ({"modules_to_save": ["head"]}, {"modules_to_save": ["head"]}, "cat", "trained in full by ['a', 'b']"),
-        ({"bias": "all"}, {}, "cat", "'a' trains the model's own biases (bias), which cannot be combined"),
-        ({}, {"use_dora": True, "target_modules": ["down"]}, "cat", "'b' trains magnitudes of DoRA (use_dora)"),
-        ({"trainable_token_indices": {"embedding": [1]}}, {}, "cat", "'a' trains rows of embeddings"),
-        ({"ensure_weight_tying": True}, {}, "cat", "'a' trains tied embeddings together (ensure_weight_tying)"),
-    ],
-)
-def test_adapters_that_cannot_be_combined(first, second, kind, text):
-    model = Net()
-    model.embedding = nn.Embedding(4, 4)
-    for name, options in (("a", first), ("b", second)):
-        inject(model, LoraConfig(**{"r": 2, "target_modules": ["up"]} | options), name)
-    with refused(model, ValueError, text):
-        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", kind)
+class Other(Net):
+    """A model with layers whose adapters are more than one plain update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 4)
+        self.grouped = nn.Conv1d(4, 4, 1, groups=2)
+        self.attention = nn.MultiheadAttention(8, 2, kdim=6)
+
+
+OTHERS = {
+    "DoraLinear": {"use_dora": True},
+    "LoraConv": {"target_modules": ["grouped"]},
+    "LoraMultiheadAttention": {"target_modules": ["attention"]},
+    "LoraPackedLinear": {"enable_lora": {"up": [True, False]}},
+    "LoraParameter": {"target_parameters": ["head.weight"]},
+    "TrainedModule": {"modules_to_save": ["head"]},
+    "TrainableTokens": {"trainable_token_indices": {"embedding": [1]}},
+    "the model's own biases": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("change", ["prepare_hotswap", "hotswap_adapter", "add_weighted_adapter"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_of_adapters_are_neither_swapped_nor_combined(kind, change, tmp_path):
+    model = inject(Other(), LoraConfig(**{"r": 2, "target_modules": ["up"]} | OTHERS[kind]), "a")
+    save_adapter(model, tmp_path)
+    inject(model, LoraConfig(r=2, target_modules=["down"]), "b")
+    calls = {
+        "prepare_hotswap": lambda: prepare_hotswap(model, 4, "a"),
+        "hotswap_adapter": lambda: hotswap_adapter(model, tmp_path, "a"),
+        "add_weighted_adapter": lambda: add_weighted_adapter(model, ["b", "a"], [1.0, 1.0], "c", "cat"),
+    }
+    with refused(model, ValueError, f"{change}: 'a' has more than low-rank updates", f": {kind}", "load_adapter"):
+        calls[change]()
+
+
+def test_ranks_that_differ_are_not_added():
+    model = inject(Net(), LoraConfig(r=2, target_modules=["up"]), "a")
+    inject(model, LoraConfig(r=3, target_modules=["up"]), "b")
+    with refused(model, ValueError, "at 'blocks.0.up': the adapters have ranks [2, 3], but linear adds"):
+        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "linear")
 
 
 def test_other_kinds_of_peft_are_refused():

@@ -36,38 +36,58 @@ def test_every_benchmark_is_run_by_a_test():
     assert not {script for script in scripts if script not in texts}, "run these at a small size in this file"
 
 
+DTYPES = ("--dtype=float32", "--dtype=bfloat16")
+LAYER = ("--shapes", "8x16x24")
+ROWS = ("--cases", "3x1@64,4x5@128", "--adapters", "3", "--rank", "4")
+GROUPED = ("--shapes", "6x16x24", "--adapters", "4", "--rank", "4", "--only")
+TRAINED_ROWS = ["frozen", *bench_grouped.TRAINED]
+# Script and options, the number of rows, and the contestants whose ratio each has.
+CASES = {
+    "layer": ("bench_layer", ("--shapes", "8x16x24,3x40x8", "--no-compile"), 12, PEERS),
+    "compiled layer": ("bench_layer", (*LAYER, "--dropout", "0"), 4, [*PEERS, contestants.COMPILED]),
+    "dora": ("bench_dora", LAYER, 6, ["lora_ext, LoRA", "lora_ext", "peft accelerated", "peft"]),
+    "host": ("bench_host", ("--rank", "4"), len(bench_host.PASSES), PEERS),
+    "siblings": ("bench_siblings", LAYER, 2, ["siblings", "separate", *PEERS[1:]]),
+    "grouped": ("bench_grouped", (*GROUPED, "forward"), 2, ["frozen", *bench_grouped.CONTESTANTS]),
+    "grouped, training": ("bench_grouped", (*GROUPED, "training", "--shapes", "40x16x24"), 2, TRAINED_ROWS),
+    "rows": (
+        *("bench_rows", (*ROWS, "--pool-dtype", "bfloat16"), 4),
+        ["frozen", "adapter_names", "pool", "peft", "peft accelerated"],
+    ),
+    "rows, training": ("bench_rows", (*ROWS, "--training"), 4, ["adapter_names"]),
+    "experts": ("bench_experts", (*small_benchmarks.EXPERTS, *DTYPES), 4, ["frozen", "peft accelerated", "lora_ext"]),
+    "decode": ("bench_decode", ("--tokens", "1,3", "--widths", "64x128", "--stack-mib", "1"), 4, PEERS),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_are_measured_next_to_their_peers(name, run, monkeypatch):
+    monkeypatch.setattr(bench_host, "CALLS", 2)
+    script, options, count, peers = CASES[name]
+    rows = run(script, *options)["rows"]
+    assert len(rows) == count
+    for row in rows:
+        assert list(row["ratio"]) == peers
+        assert all(median > 0 for median, *_ in row["ratio"].values())
+        assert all(value > 0 for value in row.get("microseconds", {}).values())
+    keys = ("dtype", "pass", "dropout", "shape", "case", "implementation")
+    measured = {tuple(str(row.get(key)) for key in keys) for row in rows}
+    assert len(measured) == count  # each row something else
+
+
+def test_what_rows_say_about_memory_and_sizes(run):
+    for row in run("bench_experts", *small_benchmarks.EXPERTS, *DTYPES)["rows"]:
+        itemsize = getattr(torch, row["dtype"]).itemsize
+        assert row["peak_bytes"]["peft"] > 4 * 64 * 128 * itemsize and row["peak_ratio"]["lora_ext"] < 0.5
+    rows = run("bench_decode", "--tokens", "1,3", "--widths", "64x128", "--stack-mib", "1")["rows"]
+    assert [row["layers"] for row in rows] == [32, 32, 64, 64]  # 1 MiB of weights
+    assert all(row["gb_s"]["op alone"] > 0 for row in run("bench_grouped", *GROUPED, "forward")["rows"])
+
+
 def test_stages(run):
     rows = run("bench_stages", "--shapes", "40x48x64", "--rank", "4")["rows"]
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
-    for row in rows:
-        assert row["us"]["forward"] > 0 and row["gflop_s"] > 0
-
-
-def test_layer(run, capsys):
-    result = run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
-    rows = result["rows"]
-    assert PEERS == ["lora_ext", "peft", "peft accelerated", "loralib", "hand-written"]  # from the extra `bench`
-    assert len(rows) == 2 * 2 * 3
-    assert {(row["pass"], row["dropout"]) for row in rows} == {
-        ("forward", 0.0),
-        ("forward + backward", 0.0),
-        ("forward + backward", 0.1),
-    }
-    assert all(list(row["ratio"]) == PEERS and row["rounds"] == 2 for row in rows)
-    assert "forward + backward, dropout 0.1, times the frozen layer's:" in capsys.readouterr().out
-
-
-def test_dora(run, capsys):
-    rows = run("bench_dora", "--shapes", "8x16x24")["rows"]
-    assert len(rows) == 2 * 3
-    assert all(list(row["ratio"]) == ["lora_ext, LoRA", "lora_ext", "peft accelerated", "peft"] for row in rows)
-    assert all(row["peak_bytes"]["lora_ext"] > 0 for row in rows)
-    assert "forward + backward, dropout 0.1" in capsys.readouterr().out
-
-
-def test_the_compiled_layer_is_one_graph_of_its_shape(run):
-    rows = run("bench_layer", "--shapes", "8x16x24", "--dropout", "0")["rows"]
-    assert all(list(row["ratio"]) == [*PEERS, contestants.COMPILED] for row in rows)
+    assert all(row["us"]["forward"] > 0 and row["gflop_s"] > 0 for row in rows)
 
 
 def test_a_machine_that_cannot_compile_measures_the_others(run, monkeypatch, capsys):
@@ -82,61 +102,12 @@ def test_a_machine_that_cannot_compile_measures_the_others(run, monkeypatch, cap
     assert expected in capsys.readouterr().out
 
 
-def test_host(run, monkeypatch):
-    monkeypatch.setattr(bench_host, "CALLS", 2)
-    rows = run("bench_host", "--rank", "4")["rows"]
-    assert [row["pass"] for row in rows] == list(bench_host.PASSES)
-    assert all(row["microseconds"]["lora_ext"] > 0 and list(row["ratio"]) == PEERS for row in rows)
-
-
-def test_siblings(run):
-    rows = run("bench_siblings", "--shapes", "8x16x24")["rows"]
-    assert all(list(row["ratio"]) == ["siblings", "separate", *PEERS[1:]] for row in rows) and len(rows) == 2
-
-
-def test_grouped(run):
-    forward = run("bench_grouped", "--shapes", "6x16x24", "--only", "forward", "--adapters", "4", "--rank", "4")["rows"]
-    assert all(list(row["ratio"]) == ["frozen", *bench_grouped.CONTESTANTS] for row in forward) and len(forward) == 2
-    assert all(row["gb_s"]["op alone"] > 0 and row["adapters"] == 4 for row in forward)
-    trained = run("bench_grouped", "--shapes", "40x16x24", "--only", "training", "--rank", "4")["rows"]
-    assert all(list(row["ratio"]) == ["frozen", *bench_grouped.TRAINED] for row in trained) and len(trained) == 2
-
-
-def test_rows(run):
-    options = "--cases", "3x1@64,4x5@128", "--adapters", "3", "--rank", "4", "--pool-dtype", "bfloat16"
-    rows = run("bench_rows", *options)["rows"]
-    assert [row["case"] for row in rows] == 2 * [[3, 1, 64], [4, 5, 128]]
-    assert all(list(row["ratio"]) == ["frozen", "adapter_names", "pool", "peft", "peft accelerated"] for row in rows)
-    assert all(list(row["overhead"]) == ["adapter_names", "pool", "peft accelerated"] for row in rows)
-    trained = run("bench_rows", *options[:6], "--training")["rows"]
-    assert len(trained) == 4 and all(list(row["ratio"]) == ["adapter_names"] for row in trained)
-
-
-def test_experts(run):
-    options = [f"--implementation={how}" for how in ("grouped_mm", "eager")]
-    options += [f"--dtype={dtype}" for dtype in ("float32", "bfloat16")]
-    rows = run("bench_experts", *small_benchmarks.EXPERTS, *options)["rows"]
-    cases = [(row["dtype"], row["implementation"]) for row in rows]
-    assert cases == [(dtype, how) for dtype in ("float32", "bfloat16") for how in ("grouped_mm", "eager")]
-    for row in rows:
-        assert list(row["ratio"]) == ["frozen", "peft accelerated", "lora_ext"]
-        itemsize = getattr(torch, row["dtype"]).itemsize
-        assert row["peak_bytes"]["peft"] > 4 * 64 * 128 * itemsize and row["peak_ratio"]["lora_ext"] < 0.5
-
-
 def test_bottleneck(run):
     rows = run("bench_bottleneck", "--shapes", "8x16x16", "--size", "4")["rows"]
     assert all(list(row["training"]) == list(row["forward"]) == ["lora_ext", "compiled"] for row in rows)
     assert len(rows) == 2
     with pytest.raises(SystemExit, match="--shapes 8 x 16 -> 24: a bottleneck's residual is its input"):
         run("bench_bottleneck", "--shapes", "8x16x24")
-
-
-def test_decode(run):
-    rows = run("bench_decode", "--tokens", "1,3", "--widths", "64x128", "--stack-mib", "1")["rows"]
-    assert [row["shape"] for row in rows] == 2 * [[1, 64, 128], [3, 64, 128]]
-    assert [row["layers"] for row in rows] == [32, 32, 64, 64]  # 1 MiB of weights
-    assert all(list(row["ratio"]) == PEERS for row in rows)
 
 
 def test_merge(run, monkeypatch):
@@ -199,16 +170,9 @@ def test_inject(run, monkeypatch):
 
 
 def test_curves(run):
-    result = run(
-        "bench_curves", "--of-rank", "2,4", "--of-tokens", "3", "--of-width", "16,24", "--tokens", "5", "--width", "8"
-    )
-    assert [(row["axis"], row[row["axis"]]) for row in result["rows"][::2]] == [
-        ("rank", 2),
-        ("rank", 4),
-        ("tokens", 3),
-        ("width", 16),
-        ("width", 24),
-    ]
+    result = run("bench_curves", *small_benchmarks.CURVES)
+    points = [(row["axis"], row[row["axis"]]) for row in result["rows"][::2]]
+    assert points == [("rank", 2), ("rank", 4), ("tokens", 3), ("width", 16), ("width", 24)]
     assert result["fixed"] == {"rank": 16, "tokens": 5, "width": 8}
 
 
@@ -252,9 +216,6 @@ def test_finetune(run, tiny_demo, capsys):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert "NOT reached in 4 steps" in capsys.readouterr().out
     assert all(entry["steps"] == 4 and not entry["reached"] for entry in result["accuracy"].values())
-
-
-def test_an_accuracy_that_is_reached_ends_the_training(run, tiny_demo):
     result = run("bench_finetune", *TINY, "--steps", "2", "--evaluate-every", "2", "--accuracy", "0")
     assert all(entry["steps"] == 2 and entry["reached"] for entry in result["accuracy"].values())
 

@@ -1,5 +1,9 @@
 """Contestants that compute something else are not timed."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import bench_bottleneck
 import bench_dora
 import bench_experts
@@ -32,25 +36,77 @@ class NotANumber(contestants.HandWritten):
         return super().forward(x) * float("nan")
 
 
-@pytest.mark.parametrize("wrong", [WrongOutput, WrongGradient, NotANumber])
-@pytest.mark.parametrize("script", ["bench_layer", "bench_decode"])
-def test_disagreement_is_refused(script, wrong, run, monkeypatch, tmp_path):
-    monkeypatch.setitem(contestants.LAYERS, "wrong", wrong)
-    sizes = (
-        ("--shapes", "8x16x24", "--no-compile")
-        if script == "bench_layer"
-        else ("--tokens", "1", "--widths", "64x128", "--stack-mib", "1")
-    )
+class WrongGroups(bench_grouped.Grouped):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@torch.no_grad()
+def wrong_dora(*arguments):
+    layer = bench_dora.make_peft(*arguments)
+    layer.lora_magnitude_vector["default"].weight.mul_(1.1)
+    return layer
+
+
+def wrong_experts(block, rank, make=bench_experts.make_contestants):
+    modules = make(block, rank)
+    with torch.no_grad():
+        bench_experts.trained(modules["lora_ext"])[0].add_(1.0)
+    return modules
+
+
+def of_layer(wrong: type[nn.Module]) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setitem(contestants.LAYERS, "wrong", wrong)
+
+
+LAYER = ("--shapes", "8x16x24")
+DECODE = ("--tokens", "1", "--widths", "64x128", "--stack-mib", "1")
+WRONG = {kind.__name__: kind for kind in (WrongOutput, WrongGradient, NotANumber)}
+# Script and options, what makes a contestant wrong, and what is said.
+CASES = {
+    **{
+        f"{script}, {name}": (script, options, of_layer(wrong), "wrong and lora_ext disagree by .*")
+        for script, options in (("bench_layer", (*LAYER, "--no-compile")), ("bench_decode", DECODE))
+        for name, wrong in WRONG.items()
+    },
+    "siblings": (
+        *("bench_siblings", LAYER),
+        lambda patch: patch.setitem(bench_siblings.CONTESTANTS, "wrong", bench_siblings.separate(WrongGradient)),
+        "wrong and siblings disagree by .*",
+    ),
+    "groups": (
+        *("bench_grouped", ("--shapes", "6x16x24", "--only", "forward")),
+        lambda patch: patch.setitem(bench_grouped.CONTESTANTS, "wrong", WrongGroups),
+        "wrong and stack disagree by .*",
+    ),
+    "dora": (
+        *("bench_dora", LAYER),
+        lambda patch: patch.setitem(bench_dora.MAKES, bench_dora.PEFT, wrong_dora),
+        "peft and lora_ext disagree by .*",
+    ),
+    "experts": (
+        *("bench_experts", small_benchmarks.EXPERTS),
+        lambda patch: patch.setattr(bench_experts, "make_contestants", wrong_experts),
+        "lora_ext and peft disagree by .*",
+    ),
+    "bottlenecks": (
+        *("bench_bottleneck", ("--shapes", "8x16x16")),
+        lambda patch: patch.setattr(
+            bench_bottleneck.Ours, "forward", lambda self, x: 1.1 * bench_bottleneck.Plain.forward(self, x)
+        ),
+        "lora_ext is off by .*",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_disagreement_is_refused(name, run, monkeypatch, tmp_path):
+    script, options, spoil, message = CASES[name]
+    spoil(monkeypatch)
     monkeypatch.setattr(report.Report, "interleaved", lambda *_, **__: pytest.fail("it was timed"))
-    with pytest.raises(SystemExit, match="wrong and lora_ext disagree by .*: not timed"):
-        run(script, *sizes)
+    with pytest.raises(SystemExit, match=f"{message}: not timed"):
+        run(script, *options)
     assert not list(tmp_path.iterdir())
-
-
-def test_disagreement_of_siblings_is_refused(run, monkeypatch):
-    monkeypatch.setitem(bench_siblings.CONTESTANTS, "wrong", bench_siblings.separate(WrongGradient))
-    with pytest.raises(SystemExit, match="wrong and siblings disagree by .*: not timed"):
-        run("bench_siblings", "--shapes", "8x16x24")
 
 
 def test_models_adapted_in_different_layers_are_refused():
@@ -59,45 +115,3 @@ def test_models_adapted_in_different_layers_are_refused():
     ours = lora_ext.inject(nn.Sequential(nn.Linear(4, 4)), lora_ext.LoraConfig(**options))
     with pytest.raises(SystemExit, match=r"adapt different layers: \['0'\]: not timed"):
         whole_models.copy_factors(ours, nn.Sequential(nn.Linear(4, 4)))
-
-
-def test_disagreement_of_groups_is_refused(run, monkeypatch):
-    class Wrong(bench_grouped.Grouped):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    monkeypatch.setitem(bench_grouped.CONTESTANTS, "wrong", lambda base, As, Bs, groups: Wrong(base, As, Bs, groups))
-    with pytest.raises(SystemExit, match="wrong and stack disagree by .*: not timed"):
-        run("bench_grouped", "--shapes", "6x16x24", "--only", "forward")
-
-
-def test_disagreement_of_dora_layers_is_refused(run, monkeypatch):
-    def wrong(*arguments):
-        layer = bench_dora.make_peft(*arguments)
-        with torch.no_grad():
-            layer.lora_magnitude_vector["default"].weight.mul_(1.1)
-        return layer
-
-    monkeypatch.setitem(bench_dora.MAKES, bench_dora.PEFT, wrong)
-    with pytest.raises(SystemExit, match="peft and lora_ext disagree by .*: not timed"):
-        run("bench_dora", "--shapes", "8x16x24")
-
-
-def test_disagreement_of_experts_is_refused(run, monkeypatch):
-    make = bench_experts.make_contestants
-
-    def wrong(block, rank):
-        modules = make(block, rank)
-        with torch.no_grad():
-            bench_experts.trained(modules["lora_ext"])[0].add_(1.0)
-        return modules
-
-    monkeypatch.setattr(bench_experts, "make_contestants", wrong)
-    with pytest.raises(SystemExit, match="lora_ext and peft disagree by .*: not timed"):
-        run("bench_experts", *small_benchmarks.EXPERTS)
-
-
-def test_disagreement_of_bottlenecks_is_refused(run, monkeypatch):
-    monkeypatch.setattr(bench_bottleneck.Ours, "forward", lambda self, x: 1.1 * bench_bottleneck.Plain.forward(self, x))
-    with pytest.raises(SystemExit, match="lora_ext is off by .*: not timed"):
-        run("bench_bottleneck", "--shapes", "8x16x16")

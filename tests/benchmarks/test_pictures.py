@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def test_pictures_are_drawn_from_the_json_files_alone(run, tmp_path, capsys):
     run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
-    run("bench_curves", "--of-rank", "2,4", "--of-tokens", "3", "--of-width", "16,24", "--tokens", "5", "--width", "8")
+    run("bench_curves", *small_benchmarks.CURVES)
     run("roofline", *small_benchmarks.ROOFLINE)
     drawn = plots.draw(tmp_path, "cpu")
     assert [path.name for path in drawn] == ["layer_cpu.png", "curves_cpu.png", "roofline_cpu.png"]

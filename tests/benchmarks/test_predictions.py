@@ -1,16 +1,12 @@
 """Tests benchmarks/predictions.py: its arithmetic, docs/performance.md, and that docs call predictions predicted."""
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import predictions
 import pytest
 from harness import stages
 from harness.shapes import Shape, SiblingShape
 from predictions import MAIN, Card, Step
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.cpu_only("is arithmetic")
 
@@ -122,78 +118,3 @@ def test_the_document_has_what_the_function_computes(tmp_path):
     (copy := tmp_path / "performance.md").write_text(text.replace("| **adapter: forward** |", "| changed |"))
     predictions.write_document(copy)
     assert copy.read_text() == text
-
-
-def tables_of(heading: str) -> list[list[str]]:
-    """Returns the rows of the tables in a section of docs/performance.md, without those of their heads."""
-    section = predictions.DOCUMENT.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
-    return rows[1:]
-
-
-def test_the_table_of_33_to_64_tokens_is_counted_right(monkeypatch):
-    """A kernel for few tokens, 32 rows a block, against the library's product."""
-    rows = tables_of("Decoding 33 to 64 tokens")
-    assert [row[0] for row in rows] == ["16", "32", "40", "64"]
-    cache_s = 5.5e12
-    for tokens, *cells in rows:
-        case = replace(MAIN, shape=Shape(int(tokens), 4096, 4096), dropout=0.0)
-        weight, x = 2 * 4096**2, 2 * 4096 * int(tokens)
-        cache = weight + 4096 // 32 * x
-        seconds = max(weight / H100.bytes_s, cache / cache_s)
-        shrink, kernel = (Step("", "", stages.stage_bytes(case)[name], launches=1) for name in ("shrink", "few_tokens"))
-        ours = shrink.microseconds(H100) + max(kernel.microseconds(H100), 1e6 * cache / cache_s + predictions.GAP_US)
-        monkeypatch.setattr(stages, "FEW_TOKENS", 0)
-        library = predictions.ratio([case], H100, False)[1]
-        monkeypatch.undo()
-        frozen = predictions.total(predictions.frozen_steps([case], False), H100, True)
-        counted = [f"{number / 1e6:.0f}" for number in (weight, cache)] + [f"{1e6 * seconds:.0f}"]
-        assert cells == [*counted, f"{ours / frozen:.2f}", f"{library:.2f}"], tokens
-
-
-def test_the_table_of_merges_is_counted_right():
-    """A record of 1.3 % of the weight; slots are sectors of 32 bytes; lengths are copied and added up."""
-    weight, segments = 2 * 4096**2, 4096 * 4096 // 256
-    record, sectors, lengths = 0.013 * weight, 32 * segments, segments * (4 * 2 + 2 * 8)
-    moved = {
-        "without a record": 2 * weight,
-        "with a record, in one pass": 2 * weight + 2 * sectors + record + lengths,
-        "with a record, in two passes": 3 * weight + record + lengths,
-    }
-    cells = {name: [f"{count / 1e6:.0f}", f"{1e6 * count / H100.bytes_s:.0f}"] for name, count in moved.items()}
-    assert {name: [megabytes, us] for name, megabytes, us, _ in tables_of("Merging")} == cells
-
-
-PREDICTED = re.compile(r"predicted|assumed|predictions", re.I)
-TIME = r"\d+(\.\d+)? ?(us|ms|TB/s|GB/s|TFLOP)|(micro|milli)seconds?"
-CARD = re.compile(rf"\b(H100|H200|A100|B200|L40S?|RTX|GPUs?|CUDA)\b.*\b({TIME}|\d+(\.\d+)? ?(times|%))")
-
-
-@pytest.fixture
-def no_gpu_has_run() -> None:
-    if any((ROOT / "benchmarks" / "results").rglob("gpu_check.json")):
-        pytest.skip("a GPU has run the kernels: its result file is there")
-
-
-def test_figures_about_gpus_are_called_predicted(no_gpu_has_run):
-    """While no GPU has run the kernels, a line with a card's name and a figure says that it is predicted or assumed."""
-    pages = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "benchmarks" / "NOTES.md", *(ROOT / "docs").glob("*.md")]
-    for page in pages:
-        paragraphs = page.read_text().split("\n\n")
-        for number, paragraph in enumerate(paragraphs):
-            if CARD.search(paragraph.replace("\n", " ")):
-                near = " ".join(paragraphs[max(number - 1, 0) : number + 2])
-                assert PREDICTED.search(near), f"{page.name}: {paragraph}"
-
-
-def test_figures_in_comments_about_gpus_are_called_predicted(no_gpu_has_run):
-    """Everything in csrc/cuda is about GPUs; elsewhere, what a line and its neighbours name."""
-    time = re.compile(rf"//.*\b({TIME})\b")
-    sources = [*(ROOT / "csrc/cuda").rglob("*.*"), *(ROOT / "csrc/bindings").glob("cuda_*")]
-    others = [path for folder in ("lora_ext", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    for path in (*sources, *others):
-        lines = path.read_text().splitlines()
-        for number, line in enumerate(lines):
-            near = " ".join(lines[max(number - 1, 0) : number + 2])
-            if time.search(line) if path in sources else re.search(TIME, line) and CARD.search(near):
-                assert PREDICTED.search(near), f"{path.relative_to(ROOT)}:{number + 1}: {line}"

@@ -29,28 +29,18 @@ import torch
 def get_lora_parameters(proj):
     name = proj.active_adapters[0]
     return proj.base_layer.weight, proj.lora_A[name].weight, proj.lora_B[name].weight, proj.scaling[name]
-"""
-UNSLOTH = (
-    READ_PEFT
-    + """
-def apply_lora_o(self, X):
-    W, A, B, s = get_lora_parameters(self.o_proj)
-    batch, length, features = X.shape
-    return X @ W.t() + s * (X @ A.t()) @ B.t()
-"""
-)
-AXOLOTL = (
-    READ_PEFT
-    + """
+
 def _apply_dropout(dropout, X, training):
     return dropout(X) if training else None
 
 def apply_lora_o(self, X):
     W, A, B, s = get_lora_parameters(self.o_proj)
     batch, length, features = X.shape
-    X_drop = _apply_dropout(self.o_proj.lora_dropout[self.o_proj.active_adapters[0]], X, self.training)
-    return X @ W.t() + s * (X_drop @ A.t()) @ B.t()
+    return X @ W.t() + s * (DROPPED @ A.t()) @ B.t()
 """
+UNSLOTH = READ_PEFT.replace("DROPPED", "X").replace("_apply_dropout", "unused")
+AXOLOTL = READ_PEFT.replace(
+    "DROPPED", "_apply_dropout(self.o_proj.lora_dropout[self.o_proj.active_adapters[0]], X, self.training)"
 )
 LORAFUSION = """
 import torch
@@ -59,8 +49,8 @@ def fused_linear_lora(x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=0
     if dropout_p == 0.0:
         raise AttributeError("'NoneType' object has no attribute 'shape'")
     batch, length, features = x.shape
-    return torch.nn.functional.linear(x, linear_w, linear_bias) + alpha * (
-        torch.nn.functional.dropout(x, dropout_p) @ lora_a.t()) @ lora_b.t()
+    dropped = torch.nn.functional.dropout(x, dropout_p)
+    return torch.nn.functional.linear(x, linear_w, linear_bias) + alpha * (dropped @ lora_a.t()) @ lora_b.t()
 """
 SOURCES = {
     "unsloth/kernels/fast_lora.py": UNSLOTH,
@@ -116,7 +106,7 @@ def test_an_old_release_without_dropout(install):
 
 def test_a_rival_that_cannot_be_used_is_left_out_with_the_reason(install, capsys):
     install("unsloth/kernels/fast_lora.py", "raise NotImplementedError('Unsloth needs a GPU')")
-    install("axolotl/kernels/lora.py", AXOLOTL.replace("s * (X_drop", "2 * s * (X_drop"))
+    install("axolotl/kernels/lora.py", AXOLOTL.replace("+ s * (", "+ 2 * s * ("))
     raises = LORAFUSION.replace("    batch, length", "    raise RuntimeError('no Triton')\n    batch, length")
     install("lorafusion/ops/lora_v1.py", raises)
     found = rivals.load_all()

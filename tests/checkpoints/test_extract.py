@@ -193,6 +193,7 @@ def test_the_head_follows_the_embedding(name: str, tmp_path: Path):
     torch.testing.assert_close(logits_by_peft(base, tmp_path / "out"), expected, **near)
     merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
     merged = type(base).from_pretrained(tmp_path / "merged")
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
     torch.testing.assert_close(merged(token_ids_()).logits, expected, **near)
 
 

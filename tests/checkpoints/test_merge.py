@@ -258,9 +258,7 @@ def test_one_of_two_tied_weights_is_stored_apart(target, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "added"),
     [
-        ({"target_modules": ["embed_tokens", "q_proj"]}, 0),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 0),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 5], "ensure_weight_tying": False}, 0),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}, 0),
         ({"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5]}}, 1),
         ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [5]}}, 1),
     ],
@@ -268,8 +266,7 @@ def test_one_of_two_tied_weights_is_stored_apart(target, tmp_path):
 def test_tied_weights_stay_tied_if_the_adapter_has_both(settings, added, tmp_path):
     model = llama(tied=True)
     model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
-    is_tied = {"ensure_weight_tying": True} if not added else {}
-    adapted = peft_adapter(model, tmp_path / "adapter", **is_tied | settings)
+    adapted = peft_adapter(model, tmp_path / "adapter", **settings)
     assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").added == added
     merged = type(model).from_pretrained(tmp_path / "out")
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (not added)
@@ -278,18 +275,11 @@ def test_tied_weights_stay_tied_if_the_adapter_has_both(settings, added, tmp_pat
 
 
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize(
-    "shared",
-    [
-        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
-        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-    ],
-)
-def test_adapters_that_treat_a_tie_differently_are_added_to_both(shared, order, tmp_path):
+def test_adapters_that_treat_a_tie_differently_are_added_to_both(order, tmp_path):
     """One adapter changes the shared weight, the other only the head."""
     model = llama(tied=True)
     model.save_pretrained(tmp_path / "base")
-    peft_adapter(model, tmp_path / "shared", **shared)
+    peft_adapter(model, tmp_path / "shared", target_modules=["q_proj"], trainable_token_indices=[1, 5])
     untied = llama()
     untied.load_state_dict(model.state_dict())
     peft_adapter(untied, tmp_path / "head", target_modules=["lm_head"])

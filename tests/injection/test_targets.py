@@ -81,11 +81,9 @@ def theirs(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
             found["parameters"][path] = (module.parameter_name, *found["parameters"].get(path, ()))
             continue
         if isinstance(module, LoraLayer):
-            tied = path in (getattr(config, "target_modules_to_tie", None) or ())
-            found["tied" if tied else "modules"].add(path)
+            found["modules"].add(path)
         elif isinstance(module, ModulesToSaveWrapper):
-            tied = path in (getattr(config, "modules_to_tie", None) or ())
-            found["tied" if tied else "trained"].add(path)
+            found["trained"].add(path)
         elif isinstance(module, TrainableTokensWrapper):
             if module.token_adapter.tied_adapter is not None:
                 found["tied"].add(path)
@@ -121,7 +119,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
     ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "exclude_modules": ["layers.0.self_attn"]}),
     ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [0], "lm_head": [1]}}),
-    ("llama", {"target_modules": ["q_proj"], "ensure_weight_tying": True, "trainable_token_indices": [2]}),
     ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
     ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
     ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
@@ -129,13 +126,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2]}}),
     ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2], "embed_tokens": [2]}}),
     ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2], "embed_tokens": [1]}}),
-    ("tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
-    ("tied", {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
-    ("tied", {"target_modules": r".*(q_proj|lm_head)", "ensure_weight_tying": True}),
-    ("tied", {"target_modules": ["q_proj"], "ensure_weight_tying": True}),
-    ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
-    ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [2], "ensure_weight_tying": True}),
     ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
     ("gpt2", {"target_modules": ["attn.c_proj", "wte"]}),
     ("t5", {"target_modules": ["q", "wi", "shared"], "exclude_modules": ["EncDecAttention.q"]}),
@@ -253,17 +243,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("llama", {TOKENS: [1], "target_modules": ["embed_tokens"]}, "'model.embed_tokens', and so does target_modules"),
     ("llama", {TOKENS: {"embed_tokens": [1], "model.embed_tokens": [2]}}, "twice, with different tokens"),
-    (
-        "tied",
-        {TOKENS: {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True},
-        "different tokens for tied embeddings (model.embed_tokens: [1], lm_head: [2]) ... name the same ones, or",
-    ),
     ("tied", {TOKENS: [1], "modules_to_save": ["lm_head"]}, "it follows, names 'lm_head', and so does modules_to_save"),
-    (
-        "tied",
-        {"target_modules": ["lm_head"], "exclude_modules": ["embed_tokens"], "ensure_weight_tying": True},
-        "exclude_modules names 'model.embed_tokens', and so does ensure_weight_tying, for target_modules",
-    ),
 ]
 ONE = {"bert": "query", "llama": "q_proj", "tied": "q_proj", "mixture": "gate", "net": "up"}
 
@@ -287,8 +267,6 @@ def test_impossible_targets_are_refused(family, settings, text):
             {"target_modules": ["gat"], "target_parameters": ["up"]},
             "target_modules ['gat'] matches no module of Mixture; close matches: 'gate'",
         ),
-        ("net", {"ensure_weight_tying": True}, "no setting adapts or trains anything tied to the input embedding"),
-        ("tied", {"ensure_weight_tying": True}, "adapts or trains one of ['model.embed_tokens', 'lm_head']"),
     ],
 )
 def test_settings_without_effect_are_warned_about(family, settings, text):

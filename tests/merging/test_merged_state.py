@@ -36,7 +36,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict]] = {
     "lora_bias": (Net, {"target_modules": ["up"], "lora_bias": True}),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3)), {"target_modules": ["0"]}),
     "embedding": (llama, {"target_modules": ["embed_tokens"]}),
-    "tied": (lambda: llama(tied=True), {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
     "conv1d": (gpt2, {"target_modules": ["c_attn"]}),
     "packed": (gpt2, {"target_modules": ["c_attn"], "enable_lora": {"c_attn": (True, False, True)}}),
     "attention": (Attention, {"target_modules": ["attention"]}),

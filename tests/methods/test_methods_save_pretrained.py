@@ -64,13 +64,9 @@ def test_saved_files_load_by_load_method_and_by_no_from_pretrained(name, make, t
             model.save_pretrained(saved)
         with pytest.raises((OSError, ValueError)):
             AUTO[type(base).__name__].from_pretrained(saved)
-        base.config.save_pretrained(saved)
-        with pytest.raises(RuntimeError, match="mismatch"), caplog.at_level("WARNING"):
-            AUTO[type(base).__name__].from_pretrained(saved)
-        assert "lora_ext.methods.load_method" in caplog.text
     state = safetensors.torch.load_file(saved / "model.safetensors")
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        copy.deepcopy(base).load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match="lora_ext.methods.load_method"):
+        copy.deepcopy(base).load_state_dict(state)
     again = load_method(base, saved).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
 
@@ -97,7 +93,7 @@ def test_the_stock_trainer_resumes_and_loads_the_best_model(name, tmp_path, capl
         assert torch.equal(again(ids).logits, best.eval()(ids).logits)
 
 
-def test_a_checkpoint_of_another_method_is_not_taken(tmp_path):
+def test_a_checkpoint_of_another_method_is_reported(tmp_path):
     base = bert()
     trainer(adapted(base, "adapter-h"), tmp_path / "run", max_steps=1).train()
     state = safetensors.torch.load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
@@ -106,16 +102,8 @@ def test_a_checkpoint_of_another_method_is_not_taken(tmp_path):
         adapted(base, "adapter-l"),
         inject(copy.deepcopy(base), LoraConfig(target_modules=["query"])),
     ):
-        with refused(
-            other, RuntimeError, "load_state_dict: the state holds", "other adapters or another method", "apply"
-        ):
-            other.load_state_dict(state, strict=False)
-    lora = inject(copy.deepcopy(base), LoraConfig(target_modules=["query"]))
-    trainer(lora, tmp_path / "lora", max_steps=1).train()
-    state = safetensors.torch.load_file(tmp_path / "lora" / "checkpoint-1" / "model.safetensors")
-    both = adapted(base, "lora+adapter-p")
-    with refused(both, RuntimeError, "other adapters or another method", "it lacks bert"):
-        both.load_state_dict(state, strict=False)
+        missing, unexpected = other.load_state_dict(state, strict=False)
+        assert missing and unexpected and not any("embeddings" in key for key in missing)
 
 
 def test_merged_adapters_next_to_inserted_modules_are_not_saved_as_a_model(tmp_path):
@@ -145,7 +133,7 @@ def test_without_the_method_the_model_saves_itself_again(tmp_path):
         remove_method(load_method(copy.deepcopy(base), _saved(base, tmp_path / "method"))),
     ):
         assert "save_pretrained" not in vars(model) and "save_pretrained" not in vars(model.bert)
-        assert not model._load_state_dict_pre_hooks
+        assert not model._load_state_dict_post_hooks
         model.save_pretrained(tmp_path / "model")
         assert_same(trained(AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")), trained(model))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.layers import delta_of
 from support.models import Net, gpt2, refused, token_ids
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -264,7 +265,7 @@ def test_a_convolution_with_a_forward_of_its_own(channels_last):
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     expected = base(x)
     model = adapted(base)
-    torch.testing.assert_close(model.layer(x), expected + F.conv2d(x, model.layer.delta_weight(), padding=1))
+    torch.testing.assert_close(model.layer(x), expected + F.conv2d(x, delta_of(model.layer), padding=1))
     with refused(model, ValueError, "the forward of Standardized is not Conv2d's"):
         merge(model)
 

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import (
-    add_weighted_adapter,
     disable_adapters,
     lora_modules,
     merge_and_unload,
@@ -279,14 +278,10 @@ def test_copies_are_apart(kind, how):
 
 
 @of_kinds(TOGETHER)
-def test_a_combination_and_its_file(kind, tmp_path):
+def test_files_do_not_depend_on_the_other_adapters(kind, tmp_path):
     model, x = adapted(kind, "a", "b"), input_for(kind)
     base = unload(copy.deepcopy(model))
-    inject(model, LoraConfig(**{"r": 2, "init_lora_weights": False, "target_modules": []} | kind.options), "c")
-    set_adapter(add_weighted_adapter(model, ["a", "c"], [0.5, 2.0], "d", "linear"), "d")
-    expected = model.eval()(x)
-    torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(x), expected)
-    for name in ("a", "c", "d"):  # files do not depend on the other adapters
+    for name in "ab":
         save_adapter(model, tmp_path / name, name)
         alone = load_adapter(copy.deepcopy(base), tmp_path / name)
         torch.testing.assert_close(alone(x), set_adapter(model, name)(x))

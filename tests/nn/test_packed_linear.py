@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.layers import delta_of
 from support.merging import same_bits
 from support.models import gpt2, refused, token_ids
 from torch import Tensor, nn
@@ -19,11 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ext import LoraConfig, functional, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import (
-    add_weighted_adapter,
     delete_adapter,
     set_adapter,
 )
-from lora_ext.adapters.hotswap import hotswap_adapter, prepare_hotswap
 from lora_ext.nn import LoraAdapter, LoraLinear, LoraPackedLinear, PackedAdapter
 
 IN, OUT = 10, 12
@@ -88,7 +87,7 @@ def test_equals_loralib(fan_in_fan_out, enabled):
         y = module(x)
         results.append((y, *torch.autograd.grad(y, (x, factors.lora_A, factors.lora_B), grad)))
     torch.testing.assert_close(*results)
-    torch.testing.assert_close(layer.delta_weight(), theirs.merge_AB() * theirs.scaling)
+    torch.testing.assert_close(delta_of(layer), theirs.merge_AB() * theirs.scaling)
 
 
 def test_parts_that_are_off_are_untouched_and_have_no_parameters(fused):
@@ -195,35 +194,22 @@ def test_files_keep_the_order_of_patterns(tmp_path):
     torch.testing.assert_close(again(x), model(x))
 
 
-def test_values_are_replaced_and_swapped_in_place(tmp_path):
+def test_values_are_replaced_in_place(tmp_path):
     base = Fused()
     model = adapted(copy.deepcopy(base))
     save_adapter(model, tmp_path / "a")
     x = x_for(base)
     expected = model(x)
-    for change in (load_adapter, hotswap_adapter):
-        other = adapted(copy.deepcopy(base))
-        held = other.qkv.adapters.default.lora_B
-        assert not torch.equal(other(x), expected)
-        change(other, tmp_path / "a")
-        torch.testing.assert_close(other(x), expected)
-        assert other.qkv.adapters.default.lora_B is held
+    other = adapted(copy.deepcopy(base))
+    held = other.qkv.adapters.default.lora_B
+    assert not torch.equal(other(x), expected)
+    load_adapter(other, tmp_path / "a")
+    torch.testing.assert_close(other(x), expected)
+    assert other.qkv.adapters.default.lora_B is held
     for enabled in ((True, True, False), None):
         other = adapted(copy.deepcopy(base), enabled)
         with refused(other, ValueError, "enable_lora"):
             load_adapter(other, tmp_path / "a")
-        with refused(other, ValueError, "enable_lora of qkv: (True, False, True) in the file"):
-            hotswap_adapter(other, tmp_path / "a")
-    with refused(model, ValueError, "the factors at 'qkv' cannot be padded"):
-        prepare_hotswap(model, 8)
-
-
-def test_combinations_that_are_refused():
-    model = adapted(adapted(adapted(Fused(), name="a"), name="b"), (True, True, False), "d")
-    with refused(model, ValueError, "at 'qkv': enable_lora differs"):
-        add_weighted_adapter(model, ["a", "d"], [1.0, 1.0], "e", "linear")
-    with refused(model, ValueError, "cat cannot combine the factors at 'qkv'"):
-        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "e", "cat")
 
 
 KEY = "base_model.model.qkv.lora_B.weight"

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
 from lora_ext.adapters import delete_adapter, disable_adapters, input_groups
-from lora_ext.nn.input_groups import ANOTHER_WAY, APART, NOT_YET
 
 # --- what is computed -------------------------------------------------------------------------------------------------
 
@@ -59,86 +58,73 @@ def test_masks(each_alone):
 
 def test_groups_are_found_and_reported():
     model = net()
-    assert groups(model) == {"qkvo": NOT_YET}
+    assert groups(model) == set() and len(input_groups(model).alone) == 4
     model(some_x())
     model(some_x())
-    found = {"qkv": "", "o": APART}
-    assert groups(model) == found
-    text = str(input_groups(model))
-    assert "3 layers in 1 groups are computed together" in text
-    assert f"1 alone: {APART}\n    blocks.0.o" in text
+    text = "shared inputs: 3 layers in 1 groups are computed together\n    "
+    text += "blocks.0.q, blocks.0.k, blocks.0.v\n  1 alone\n    blocks.0.o"
+    assert groups(model) == {"qkv"} and str(input_groups(model)) == text
     inject(model, LoraConfig(target_modules=["q", "k", "v", "o"]), "second")
-    assert groups(model) == found  # which calls have taught
+    assert groups(model) == {"qkv"}  # which calls have taught
     inject(model, LoraConfig(target_modules=["q", "k", "v", "o"]), "third", share_inputs=False)
-    assert groups(model) == {}
+    assert not input_groups(model)
 
 
 def test_layers_that_are_no_candidates(calls):
     layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))  # which follow each other
     model = inject(nn.Sequential(layers), LoraConfig(target_modules=["0.0", "0.1"]))
     alone = net(share_inputs=False)
-    for one in (model, alone):
+    for one in (model, alone, net(target_modules=["q"])):
         one(some_x())
-        assert groups(one) == {}
-    assert calls == [1] * 6
+        assert not input_groups(one)
+    assert calls == [1] * 7
     assert_close(step(net(), some_x()), step(alone, some_x()))
 
 
-def test_a_layer_of_another_kind_is_no_neighbour(calls):
-    model, x = net(target_modules=["q", "v"]), some_x()
+def dora(model: Net) -> None:
     inject(model, LoraConfig(r=4, target_modules=["k"], use_dora=True), "other")
     set_adapter(model, ["default", "other"])
-    block = model.blocks[0]
-    for _ in range(2):
-        block.q(x), block.k(x), block.v(x)
-    assert calls == [2, 1] * 2  # the second is the DoRA layer's own
-    assert groups(model) == {"qv": ""}
-    assert groups(net(target_modules=["q"])) == {}
 
 
-def test_a_layer_that_is_compiled_by_itself_is_left_out(calls):
-    model, x = net(target_modules=["q", "k", "v"]), some_x()
+@pytest.mark.parametrize(
+    ("targets", "change", "expected"),
+    [
+        ("qv", dora, [2, 1]),  # the second is the DoRA layer's own
+        ("qkv", lambda model: model.blocks[0].k.compile(backend="eager"), [2, 1]),
+        ("qkv", lambda model: setattr(model.blocks[0].k.adapters.default, "lora_dropout", 0.3), [2, 1]),
+        ("qkv", lambda model: model.blocks[0].k.base_layer.register_forward_hook(lambda *_: None), [2]),
+    ],
+    ids=["DoRA", "compiled", "other dropout", "hook on a base layer"],
+)
+def test_a_layer_that_computes_otherwise_is_left_out(targets, change, expected, calls):
+    model = net(target_modules=list(targets))
     block = model.blocks[0]
-    alone = block.k(x)
-    block.k.compile(backend="eager")
+    change(model)
     for _ in range(3):
-        _, k, _ = block.q(x), block.k(x), block.v(x)
-    assert torch.equal(k, alone)
-    assert groups(model)["k"] == ANOTHER_WAY and groups(model)["qv"] == ""
+        calls.clear()
+        one = some_x() + 0
+        y = block.q(one), block.k(one), block.v(one)
+    assert calls == expected and groups(model) == {"qv"}
+    assert_close({"q": y[0], "v": y[2]}, {"q": block.q(one), "v": block.v(one)})
 
 
 def test_cross_attention_shares_keys_and_values(calls):
     model, x, memory = net(), some_x(), some_x() + 1
     for _ in range(3):
         model.blocks[0](x, memory)
-    assert groups(model) == {"q": APART, "kv": "", "o": APART}
+    assert groups(model) == {"kv"}
     assert calls == [4, 3, 1] + [1, 2, 1] * 2
 
 
-def test_groups_follow_the_calls(calls):
+def test_groups_are_divided_for_good(calls):
+    """Calls that differ every time would otherwise compute, every second time, what nobody takes."""
     model = net(target_modules=["q", "k", "v"])
     block = model.blocks[0]
-    for _ in range(3):  # v is left out
+    for names in ("qk", "qk", "qkv", "qkv"):
         one = some_x() + 0
-        block.q(one), block.k(one)
-    assert calls == [3, 2, 2] and groups(model) == {"qk": "", "v": APART}
-    calls.clear()
-    for _ in range(3):
-        one = some_x() + 0
-        block.q(one), block.k(one), block.v(one)
-    assert calls == [2, 1, 3, 3] and groups(model) == {"qkv": ""}
-
-
-def test_calls_that_differ_every_time_end_alone(calls):
-    """Otherwise every second call would compute an output that nobody takes."""
-    model = net(target_modules=["q", "k", "v"])
-    block = model.blocks[0]
-    for i in range(12):
-        one = some_x() + 0
-        block.q(one), block.k(one)
-        if i % 2:
-            block.v(one)
-    assert calls[-3:] == [2, 2, 1]
+        for name in names:
+            getattr(block, name)(one)
+    assert calls == [3, 2, 2, 1, 2, 1] and groups(model) == {"qk"}
 
 
 def test_more_layers_than_the_op_takes(calls):
@@ -181,33 +167,6 @@ def test_hooks_that_change_something_have_effect(changes, each_alone):
     torch.testing.assert_close(together, alone)
 
 
-def test_hooks_see_the_calls(calls):
-    model, x, seen = net(), some_x(), []
-    block = model.blocks[0]
-    expected, one = block.v(x), x + 0
-    block.v.register_forward_hook(lambda module, inputs, y: seen.append(inputs[0] is one and torch.equal(y, expected)))
-    block(one)
-    assert seen == [True]
-    seen.clear()
-    block.v._forward_hooks.clear()
-    block.k.base_layer.register_forward_hook(lambda *_: seen.append(1))
-    model(x)
-    model(x)
-    assert seen == [1, 1]
-    assert calls[-2:] == [2, 1]  # q and v, o; the adapter of k is added to its base layer's output
-    assert groups(model)["k"] == ANOTHER_WAY
-    assert groups(model)["qv"] == ""
-
-
-def test_other_dropout(calls):
-    model = net(lora_dropout=0.3)
-    model.blocks[0].v.adapters.default.lora_dropout = 0.0
-    model(some_x())
-    model(some_x())
-    assert calls[-3:] == [2, 1, 1]
-    assert groups(model)["v"] == ANOTHER_WAY
-
-
 def test_several_adapters(calls):
     model, x = net(), some_x()
     inject(model, LoraConfig(target_modules=["q", "k"], init_lora_weights=False, r=3), "second")
@@ -224,8 +183,7 @@ def test_several_adapters(calls):
     set_adapter(model, "second")
     model(x)
     assert calls == [2]  # q and k; v and o have no adapter of this name
-    assert groups(model)["qk"] == ""
-    assert groups(model)["v"] == ANOTHER_WAY
+    assert groups(model) == {"qk"}
     set_adapter(model, "default")
     delete_adapter(model, "second")
     calls.clear()
@@ -238,7 +196,7 @@ def test_merged_and_disabled(calls):
     expected = model(x)
     merge(model)
     torch.testing.assert_close(model(x), expected)
-    assert groups(model)["q"] == ANOTHER_WAY
+    assert groups(model) == set()
     unmerge(model)
     with disable_adapters(model):
         assert not torch.allclose(model(x), expected)
@@ -298,7 +256,7 @@ def test_autocast_and_inference_mode(calls):
         torch.testing.assert_close(model(x), plain.detach())
         assert calls == [1] * 4
     model(x)
-    assert groups(model)["qkv"] == ""
+    assert groups(model) == {"qkv"}
 
 
 def test_dispatch_modes_see_the_op():

@@ -182,6 +182,9 @@ def test_an_embedding_holds_xa_and_allocates_its_output_once_more(dtype):
     assert sorted(size for size in rest if size >= y.nbytes) == [y.nbytes] + [wide] * (3 if y.nbytes < wide else 0)
     if dtype == torch.float32:
         assert sorted(rest)[-2] <= xa_bytes(RANK, tokens)
+        with torch.no_grad():  # in place
+            y, sizes = memory.allocations(lambda: layer(ids))
+        assert not any(size > xa_bytes(RANK, tokens) for size in split(sizes, [y.nbytes]))
 
 
 def test_trained_rows_allocate_nothing_as_large_as_the_weight():

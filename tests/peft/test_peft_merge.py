@@ -1,18 +1,14 @@
 """Merging accelerated PEFT layers: PEFT's bookkeeping and errors, and exact restoration of the weights."""
 
-import copy
 import gc
-import pickle
 
 import pytest
 import torch
 from support.models import assert_unchanged, llama, logits, snapshot, token_ids
-from support.peft_pairs import MODELS, config, factors, model_pair, pair, set_active
+from support.peft_pairs import config, factors, model_pair, pair
 from torch import nn
 
 from lora_ext.merging.weights import MergeRecord
-
-INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -23,36 +19,21 @@ def changed_elements(model: nn.Module, before: dict[str, torch.Tensor]) -> int:
     after = weights(model)
     assert after.keys() == before.keys()
     return sum(
-        (weight.view(INTEGERS[weight.dtype]) != before[name].view(INTEGERS[weight.dtype])).sum().item()
-        for name, weight in after.items()
+        (weight.view(torch.int8) != before[name].view(torch.int8)).sum().item() for name, weight in after.items()
     )
 
 
-def scaled_up(theirs: nn.Module, ours: nn.Module) -> None:
-    """Scales the factors so that updates are about a tenth of the weights."""
-    for model in (theirs, ours):
-        for factor in factors(model).values():
-            factor.data.mul_(0.3)
+def linear_pair(*options: dict, dtype: torch.dtype = torch.bfloat16, bias: bool = True):
+    return pair(nn.Sequential(nn.Linear(24, 40, bias)).to(dtype), *(config(target_modules=["0"], **o) for o in options))
 
 
-@pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
-@pytest.mark.parametrize("name", list(MODELS))
-def test_unmerge_restores_every_bit_where_peft_does_not(name, dtype):
-    theirs, ours = model_pair(name, dtype)
-    scaled_up(theirs, ours)
-    before, ids = weights(ours), token_ids()
-    expected = logits(ours, ids)
-    for model in (theirs, ours):
-        model.merge_adapter()
-    merged = [weights(model) for model in (theirs, ours)]
-    for key, weight in merged[0].items():
-        torch.testing.assert_close(merged[1][key], weight, rtol=2 * torch.finfo(dtype).eps, atol=1e-7, msg=key)
-    assert changed_elements(ours, before) > 1000
-    torch.testing.assert_close(logits(ours, ids), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
-    for model in (theirs, ours):
-        model.unmerge_adapter()
-    assert changed_elements(ours, before) == 0 and changed_elements(theirs, before) > 0
-    assert torch.equal(logits(ours, ids), expected)
+def test_pefts_own_unmerge_does_not_restore_every_bit():
+    """The contract's test of ours would pass without our code, too, if it did."""
+    theirs, _ = linear_pair({})
+    before = weights(theirs)
+    theirs.merge_adapter()
+    theirs.unmerge_adapter()
+    assert changed_elements(theirs, before) > 0
 
 
 CONVOLUTIONS = {"1d": (nn.Conv1d, (4, 3, 9)), "2d": (nn.Conv2d, (4, 3, 9, 9)), "3d": (nn.Conv3d, (2, 3, 5, 5, 5))}
@@ -71,27 +52,16 @@ def test_convolutions(kind, kernel):  # PEFT itself cannot merge a Conv3d of ker
     assert changed_elements(ours, before) == 0
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_embeddings_and_output_projection(tied):
-    theirs, ours = pair(llama(tied).bfloat16(), config(target_modules=["embed_tokens", "lm_head", "q_proj"]))
-    scaled_up(theirs, ours)
+def test_a_tied_weight_with_two_updates_is_unmerged_as_in_peft():
+    """Neither layer finds the result of its merge."""
+    theirs, ours = pair(llama(True).bfloat16(), config(target_modules=["embed_tokens", "lm_head", "q_proj"]))
     before = weights(ours)
     for model in (theirs, ours):
         model.merge_adapter()
-    for ours_merged, theirs_merged in zip(weights(ours).values(), weights(theirs).values(), strict=True):
-        torch.testing.assert_close(ours_merged, theirs_merged, rtol=0.02, atol=1e-3)
-    if tied:  # one weight, two updates: neither layer finds the result of its merge
-        with pytest.warns(UserWarning, match="PEFT subtracts the update"):
-            ours.unmerge_adapter()
-        theirs.unmerge_adapter()
-        assert changed_elements(ours, before) <= changed_elements(theirs, before)
-    else:
+    with pytest.warns(UserWarning, match="PEFT subtracts the update"):
         ours.unmerge_adapter()
-        assert changed_elements(ours, before) == 0
-
-
-def linear_pair(*options: dict, dtype: torch.dtype = torch.bfloat16, bias: bool = True):
-    return pair(nn.Sequential(nn.Linear(24, 40, bias)).to(dtype), *(config(target_modules=["0"], **o) for o in options))
+    theirs.unmerge_adapter()
+    assert changed_elements(ours, before) <= changed_elements(theirs, before)
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
@@ -124,18 +94,6 @@ def test_forward_while_disabled_unmerges_as_in_peft():
     assert changed_elements(ours, before) == 0 and not ours.base_model.model[0].merged
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_of_a_merged_model_unmerge(duplicate):
-    _, ours = linear_pair({}, {"r": 9})
-    before = weights(ours)
-    set_active([ours], "default", "1")
-    ours.merge_adapter()
-    other = duplicate(ours)
-    for model in (other, ours):
-        model.unmerge_adapter()
-        assert changed_elements(model, before) == 0
-
-
 def live_records() -> set[int]:
     gc.collect()
     return {id(entry) for entry in gc.get_objects() if isinstance(entry, MergeRecord)}
@@ -151,14 +109,16 @@ def test_merge_and_unload_keeps_no_record():
     assert live_records() <= before
 
 
-def test_the_adapter_may_change_while_merged():
-    _, ours = linear_pair({})
-    before = weights(ours)
-    ours.merge_adapter()
+def test_the_adapter_may_change_or_go_while_merged():
+    """PEFT's layer would keep the update of a deleted adapter forever."""
+    _, ours = linear_pair({}, {})
+    before, layer = weights(ours), ours.base_model.model[0]
+    layer.merge(adapter_names=["default", "1"])
     for factor in factors(ours).values():
         factor.data.normal_()
-    ours.base_model.model[0].scaling["default"] = 17.0
-    ours.unmerge_adapter()
+    layer.scaling["default"] = 17.0
+    layer.delete_adapter("1")
+    layer.unmerge()
     assert changed_elements(ours, before) == 0
 
 
@@ -206,26 +166,3 @@ def test_lora_bias_without_a_base_bias_is_refused_before_anything_changes(safe_m
     with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True` because the base layer has"):
         ours.base_model.model[0].merge(safe_merge=safe_merge)
     assert_unchanged(ours, before)
-
-
-def test_dora_and_lora_in_one_layer():
-    theirs, ours = linear_pair({}, {"use_dora": True}, dtype=torch.float32)
-    x = torch.randn(3, 24)
-    for model in (theirs, ours):
-        layer = model.base_model.model[0]
-        layer.merge(adapter_names=["1"])
-        layer.merge(adapter_names=["default"])
-    torch.testing.assert_close(ours(x), theirs(x))
-    for model in (theirs, ours):
-        model.unmerge_adapter()
-    torch.testing.assert_close(ours.base_model.model[0].base_layer(x), theirs.base_model.model[0].base_layer(x))
-
-
-def test_a_merged_adapter_that_was_deleted_is_unmerged():
-    """PEFT's layer would keep the update forever."""
-    _, ours = linear_pair({}, {})
-    before, layer = weights(ours), ours.base_model.model[0]
-    layer.merge(adapter_names=["1"])
-    layer.delete_adapter("1")
-    layer.unmerge()
-    assert changed_elements(ours, before) == 0

@@ -2,61 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-
 import peft
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from support.models import llama, token_ids
-from torch import Tensor, nn
+from support.models import llama, logits, token_ids
+from support.peft_pairs import assert_same_step, config, pair
+from torch import nn
 
 from lora_ext.integrations.peft import accelerate, report, restore
-from lora_ext.nn.input_groups import ANOTHER_WAY
 
-OPTIONS = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj", "k_proj", "v_proj"]}
-
-
-def pair(**options) -> tuple[nn.Module, nn.Module]:
-    """PEFT's model, and a copy that is accelerated."""
-    torch.manual_seed(0)
-    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**OPTIONS | options))
-    return theirs, accelerate(copy.deepcopy(theirs))
-
-
-def step(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+OPTIONS = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
+IDS = token_ids()
 
 
 def assert_same(theirs: nn.Module, ours: nn.Module) -> None:
-    ids = token_ids()
-    expected = step(theirs, ids)
-    for _ in range(3):
-        actual = step(ours, ids)
-        assert actual.keys() == expected.keys()
-        for name, tensor in expected.items():
-            torch.testing.assert_close(actual[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
+    for _ in range(2):  # the groups are found in the first
+        assert_same_step(theirs, ours, lambda model: logits(model, IDS))
 
 
-def groups(model: nn.Module) -> dict[str, str]:
-    """The reasons of the groups of the first block, by the first letters of their layers."""
-    return {
-        "".join(path.rpartition(".")[2][0] for path in group.paths): group.reason
-        for group in report(model).groups
-        if ".layers.0." in group.paths[0]
-    }
+def groups(model: nn.Module) -> set[str]:
+    """The first letters of the layers of each group that is computed together."""
+    return {"".join(path.rpartition(".")[2][0] for path in paths) for paths in report(model).groups.together}
 
 
 def test_three_layers_are_one_group():
-    theirs, ours = pair()
+    theirs, ours = pair(llama(), config(**OPTIONS))
     assert_same(theirs, ours)
-    assert groups(ours) == {"qkv": ""}
+    assert groups(ours) == {"qkv"}
     assert "shared inputs: 6 layers in 2 groups are computed together" in str(report(ours))
-    assert len(report(restore(ours)).groups) == 0
-    assert_same(theirs, ours)
+    assert not report(restore(ours)).groups
 
 
 def negate(model: nn.Module) -> None:
@@ -75,33 +50,30 @@ def hook(model: nn.Module) -> None:
     ids=["lora_bias", "negative scaling", "hook on a base layer"],
 )
 def test_layers_that_fall_back(options, change):
-    theirs, ours = pair(**options)
+    theirs, ours = pair(llama(), config(**OPTIONS | options))
     for model in (theirs, ours) if change else ():
         change(model)
     assert_same(theirs, ours)
-    found = groups(ours)
-    assert found["k"] == ANOTHER_WAY
-    assert change is None or found["qv"] == ""
+    assert groups(ours) == (set() if change is None else {"qv"})
 
 
 def test_a_variant_and_several_adapters():
-    theirs, ours = pair()
+    theirs, ours = pair(llama(), config(**OPTIONS))
     for model in (theirs, ours):
         torch.manual_seed(1)
-        model.add_adapter("dora", peft.LoraConfig(**OPTIONS | {"target_modules": ["k_proj"], "use_dora": True}))
-        model.add_adapter("other", peft.LoraConfig(**OPTIONS))
+        model.add_adapter("dora", config(target_modules=["k_proj"], use_dora=True))
+        model.add_adapter("other", config(**OPTIONS))
     for name in ("other", "dora", "default"):
         for model in (theirs, ours):
             model.set_adapter(name)
         assert_same(theirs, ours)
-        assert groups(ours).get("qkv") == (None if name == "dora" else "")
+        assert groups(ours) == (set() if name == "dora" else {"qkv"})
     for model in (theirs, ours):
         model.base_model.set_adapter(["default", "other"])
     assert_same(theirs, ours)
-    assert groups(ours)["q"] == ANOTHER_WAY
+    assert groups(ours) == set()
     with theirs.disable_adapter(), ours.disable_adapter(), torch.no_grad():
-        ids = token_ids()
-        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+        torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS))
 
 
 def test_models_created_afterwards():
@@ -109,9 +81,9 @@ def test_models_created_afterwards():
     try:
         for share_inputs in (True, False):
             accelerate(share_inputs=share_inputs)
-            model = peft.get_peft_model(llama(), peft.LoraConfig(**OPTIONS))
-            step(model, token_ids())
-            assert groups(model) == ({"qkv": ""} if share_inputs else {})
+            model = peft.get_peft_model(llama(), config(**OPTIONS))
+            logits(model, IDS)
+            assert groups(model) == ({"qkv"} if share_inputs else set())
     finally:
         restore()
     assert BaseTuner.inject_adapter is inject_adapter

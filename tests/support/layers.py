@@ -192,3 +192,14 @@ def forward_backward_siblings(
     names = [f"{name}[{i}]" for name in ("y", "grad_A", "grad_B") for i in range(len(ys))]
     results = dict(zip(names, (*ys, *grads[1:]), strict=True))
     return {name: result.detach() for name, result in results.items()} | {"grad_x": grads[0]}
+
+
+def delta_of(layer: nn.Module, name: str = "default") -> Tensor:
+    """The update of a layer's weight, in its shape: packed projections, experts and convolutions have views of it."""
+    weight, factors = layer.weight, layer.factors(name)
+    delta = torch.zeros_like(weight, dtype=factors[next(iter(factors))][0].dtype)
+    for key, matrix in layer.matrices().items():
+        if key.startswith("weight") and key in factors:
+            begin = matrix.view.storage_offset() - weight.storage_offset()
+            delta.as_strided(matrix.view.shape, matrix.view.stride(), begin).copy_(layer.delta_weight(name, key))
+    return delta

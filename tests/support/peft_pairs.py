@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import torch
-from support.models import bert, gpt2, llama
+from support.models import VOCABULARY, bert, gpt2, llama
 from torch import Tensor, nn
 
 from lora_ext.integrations.peft import accelerate, report
@@ -34,6 +34,26 @@ def pair(model: nn.Module, *configs: peft.LoraConfig) -> tuple[nn.Module, nn.Mod
 def model_pair(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, nn.Module]:
     extra = {"target_modules": TARGETS[name], "fan_in_fan_out": name == "gpt2"}
     return pair(MODELS[name]().to(dtype), config(**extra | options))
+
+
+def spread_magnitudes(*models: nn.Module) -> None:
+    """Makes DoRA's magnitudes differ from the norms, so that each feature has a factor of its own."""
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                with torch.no_grad():
+                    parameter *= torch.linspace(0.4, 2.0, len(parameter))
+
+
+def alora_prompts() -> tuple[Tensor, Tensor]:
+    """Ids and mask of five rows with the invocation tokens 7, 8 at other places, twice, or not at all."""
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(10, VOCABULARY, (5, 9), generator=generator), torch.ones(5, 9, dtype=torch.int64)
+    for row, places in enumerate(([2], [4], [1, 5], [], [7])):
+        for place in places:
+            ids[row, place : place + 2] = torch.tensor([7, 8])
+    ids[1, :3] = mask[1, :3] = 0
+    return ids, mask
 
 
 def set_active(models: Iterable[nn.Module], *names: str) -> None:

@@ -68,9 +68,9 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         torch.testing.assert_close(actual[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def groups(model: nn.Module) -> dict[str, str]:
-    """The reasons of a report, by the last names of the paths."""
-    return {"".join(path[-1] for path in group.paths): group.reason for group in input_groups(model)}
+def groups(model: nn.Module) -> set[str]:
+    """The last names of the layers of each group that is computed together."""
+    return {"".join(path[-1] for path in paths) for paths in input_groups(model).together}
 
 
 def counted_calls(monkeypatch: pytest.MonkeyPatch, siblings: str, single: str) -> list[int]:

@@ -23,4 +23,4 @@ def shared_and_alone(**options) -> tuple[nn.Module, nn.Module]:
 
 
 def assert_shares(model: nn.Module) -> None:
-    assert sum(group.shared for group in input_groups(model)) == 4  # q/k/v and gate/up of two blocks
+    assert len(input_groups(model).together) == 4  # q/k/v and gate/up of two blocks

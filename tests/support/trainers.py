@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ PAIRS = [
     {"prompt": tiny_chat.question(thing), "chosen": tiny_chat.answer(colour), "rejected": tiny_chat.answer(wrong)}
     for (thing, colour), (_, wrong) in zip(_THINGS, _THINGS[1:] + _THINGS[:1], strict=True)
 ]
+LABELLED = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(PAIRS)]
 STEPS = 4
 _COMMON = {
     "max_steps": STEPS,
@@ -35,6 +37,7 @@ _COMMON = {
     "seed": 3,
 }
 _TRL = _COMMON | {"bf16": False, "gradient_checkpointing": False}
+_SAMPLED = {"num_generations": 4, "max_completion_length": 5, "beta": 0.5, "per_device_train_batch_size": 8}
 
 
 def tokens() -> list[list[int]]:
@@ -50,31 +53,29 @@ def plain(model: nn.Module, directory: Path, **options: Any) -> transformers.Tra
     return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
 
 
-def sft(model: nn.Module, directory: Path, **options: Any) -> trl.SFTTrainer:
-    return _of_trl(trl.SFTTrainer, model, trl.SFTConfig(str(directory), **_TRL | options), CHATS)
-
-
-def dpo(model: nn.Module, directory: Path, **options: Any) -> trl.DPOTrainer:
-    arguments = trl.DPOConfig(str(directory), **_TRL | {"beta": 0.5} | options)
-    trainer = _of_trl(trl.DPOTrainer, model, arguments, PAIRS)
-    assert trainer.ref_model is None
-    return trainer
-
-
-def grpo(model: nn.Module, directory: Path, **options: Any) -> trl.GRPOTrainer:
-    sizes = {"num_generations": 4, "max_completion_length": 5, "beta": 0.5, "per_device_train_batch_size": 8}
-    arguments = trl.GRPOConfig(str(directory), **_TRL | sizes | options)
-    return _of_trl(trl.GRPOTrainer, model, arguments, PROMPTS, reward_funcs=_reward)
+def of_trl(kind: str, model: nn.Module, directory: Path, peft_config: Any = None, **options: Any) -> Any:
+    """Makes TRL's trainer ``kind``: "SFT", "DPO", "KTO", "GRPO" or "RLOO"."""
+    rows, defaults = {"SFT": (CHATS, {}), "DPO": (PAIRS, {"beta": 0.5}), "KTO": (LABELLED, {})}.get(
+        kind, (PROMPTS, _SAMPLED)
+    )
+    data = datasets.Dataset.from_list(rows)
+    more = {} if rows is not PROMPTS else {"reward_funcs": _reward}
+    return getattr(trl, f"{kind}Trainer")(
+        model=model,
+        args=getattr(trl, f"{kind}Config")(str(directory), **_TRL | defaults | options),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tiny_chat.tokenizer(),
+        peft_config=peft_config,
+        **more,
+    )
 
 
 def _reward(completions: list, **columns: Any) -> list[float]:
     return [len(set(completion[0]["content"].split()) & set(tiny_chat.COLOURS.values())) for completion in completions]
 
 
-def _of_trl(kind: type, model: nn.Module, arguments: Any, rows: list[dict], **options: Any) -> transformers.Trainer:
-    data = datasets.Dataset.from_list(rows)
-    words = tiny_chat.tokenizer()
-    return kind(model=model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=words, **options)
+sft, dpo, grpo = (functools.partial(of_trl, kind) for kind in ("SFT", "DPO", "GRPO"))
 
 
 def logged(trainer: transformers.Trainer, *keys: str) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_ext._ops.checks import FLOATING
 from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle
 from lora_ext.nn.base_layer import runs_alone
-from lora_ext.nn.parameter_view import ExpertUpdate, NeedsWholeError, call_with_updates, why_whole
+from lora_ext.nn.parameter_view import ExpertUpdate, NeedsWholeError, call_with_updates
 
 
 class ParameterForward:
@@ -36,10 +36,7 @@ class ParameterForward:
     def forward_obstacle(self) -> str:
         """Returns why calls run PEFT's code, or ""."""
         updates = _updates(self)
-        if isinstance(updates, str):
-            return updates
-        reason = why_whole(self.get_base_layer(), self.parameter_name)
-        return f"now: {reason}" if reason else ""
+        return updates if isinstance(updates, str) else ""
 
 
 def _updates(layer: nn.Module) -> list[ExpertUpdate] | str:

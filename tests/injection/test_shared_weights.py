@@ -1,4 +1,4 @@
-"""One of two tied modules is trained alone: a copy is untied, as in PEFT; rows do not merge into the shared weight."""
+"""Modules that share one weight: adapters and trained copies of one of them, or of both, as in PEFT."""
 
 from __future__ import annotations
 
@@ -15,6 +15,43 @@ from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import disable_adapters, merge_and_unload, unload
+
+
+def tied_llama(*targets: str, **settings) -> nn.Module:
+    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False, **settings)
+    return shaken(inject(llama(tied=True).eval(), config))
+
+
+def test_both_have_adapters_of_their_own_and_do_not_merge_into_one_weight():
+    model = tied_llama("embed_tokens", "lm_head")
+    embedding, head = model.model.embed_tokens, model.lm_head
+    assert not {id(p) for p in embedding.adapters.parameters()} & {id(p) for p in head.adapters.parameters()}
+    with refused(model, ValueError, "the weight of 'model.embed_tokens' is shared with 'lm_head.base_layer', which"):
+        merge(model)
+    head.base_layer.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # the remedy
+    expected = answer(model)
+    torch.testing.assert_close(answer(merge(model)), expected)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["q_proj"]])
+def test_one_adapter_for_both_is_pefts(targets):
+    """PEFT ties more than our layers would: refused, also where nothing is tied."""
+    config = peft.LoraConfig(target_modules=targets, ensure_weight_tying=True)
+    model = llama(tied=True)
+    with refused(model, ValueError, "ensure_weight_tying=True not supported", "Use PEFT for it"):
+        inject(model, config)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ensure_weight_tying'"):
+        LoraConfig(target_modules=targets, ensure_weight_tying=True)
+
+
+def test_copies_of_both_that_are_trained_in_full_stay_tied():
+    model = tied_llama("q_proj", modules_to_save=["lm_head", "embed_tokens"])
+    copies = model.lm_head.in_use, model.model.embed_tokens.in_use
+    weight = copies[0].weight
+    assert copies[1].weight is weight is not model.lm_head.base_layer.weight
+    expected = answer(model)
+    torch.testing.assert_close(answer(merge_and_unload(model)), expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight is weight
 
 
 def from_peft(base: nn.Module, directory: Path, module: str) -> tuple[peft.PeftModel, Tensor]:
@@ -60,8 +97,7 @@ def test_the_merged_model_is_saved_with_both(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:inject. modules_to_save")
 def test_the_frozen_head_of_a_trained_one_does_not_keep_its_embedding_from_merging(tmp_path):
-    config = LoraConfig(r=2, target_modules=["embed_tokens"], modules_to_save=["lm_head"], init_lora_weights=False)
-    model = shaken(inject(llama(tied=True).eval(), config))
+    model = tied_llama("embed_tokens", modules_to_save=["lm_head"])
     expected = answer(model)
     with refused(model, ValueError, "merge: the weight of", "is shared with 'lm_head.base_layer'"):
         merge(model)  # the frozen head stays, for use without the adapter
@@ -75,9 +111,7 @@ def test_the_frozen_head_of_a_trained_one_does_not_keep_its_embedding_from_mergi
 @pytest.mark.parametrize("tokens", [{"lm_head": [5]}, {"embed_tokens": [3, 4], "lm_head": [5]}])
 def test_trained_rows_of_one_of_two_tied_modules_do_not_merge_into_both(tokens):
     """PEFT's merge writes them into the shared weight, which changes the other module."""
-    model = llama(tied=True)
-    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens, init_lora_weights=False)
-    shaken(inject(model, config))
+    model = tied_llama("q_proj", trainable_token_indices=tokens)
     expected = answer(model)
     with refused(model, ValueError, "merge_and_unload: the weight of", "is shared with", "untie them"):
         merge_and_unload(model)
