@@ -184,3 +184,13 @@ def test_few_rows_take_one_launch_pair():
     for num_tokens, names in ((1, 2), (64, 2), (65, 3)):
         grouped_ops.forward(random_groups(num_tokens, (24, 20), [4, (5, 3)]), library=library)
         assert len(library.launches()) == names, [launch.kernel for launch in library.launches()]
+
+
+def test_a_pool_has_tiles_for_its_rows_not_for_its_slots():
+    """Of 300 slots, 70 rows use three."""
+    groups = torch.tensor([7, 150, 299, -1])[torch.arange(70) % 4]
+    case = random_groups(70, (24, 20), [(300, 4)], groups=groups)
+    check(case)
+    grouped_ops.forward(case)
+    blocks = {launch.kernel: launch.blocks for launch in kernels().launches()}
+    assert blocks["grouped_shrink_kernel"] == blocks["grouped_expand_kernel"] == 1 + 70

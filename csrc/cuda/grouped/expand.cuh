@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(ExpandTraits<A>::kThreads, sizeof(A) == 8 ? 1 
   A* factor_tile = shared.take<A>(kRanks * Traits::kFactorPitch, "factor");       // [rank][column]
   int64_t* rows = shared.take<int64_t>(Traits::kRows, "rows");
 
-  const RowsOfTile tile = rows_of_tile(p.index, p.index.group_of_tile, blockIdx.x / p.column_tiles, kTileRows);
+  const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.column_tiles);
   if (tile.count <= 0) return;
   const Group<A> group = find_group<A>(p.table, tile.group, p.factor_dtype);
   if (!kBackward && group.rank == 0 && group.added == A(0)) return;
@@ -114,8 +114,8 @@ template <class A, bool kBackward>
 void launch_expand(ExpandParams<A> p, const GpuStream& stream) {
   using Traits = ExpandTraits<A>;
   p.column_tiles = ceil_div(p.columns, Traits::kColumns);
-  launch(&grouped_expand_kernel<A, kBackward>, make_grid(num_tiles(p.table.rows, kTileRows) * p.column_tiles),
-         Traits::kThreads, Traits::kSharedBytes, stream, p);
+  launch(&grouped_expand_kernel<A, kBackward>, make_grid(num_tiles(p.table.rows) * p.column_tiles), Traits::kThreads,
+         Traits::kSharedBytes, stream, p);
 }
 
 }  // namespace lora_ext::cuda::grouped

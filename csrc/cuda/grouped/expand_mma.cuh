@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(ExpandMmaTraits<kBackward>::kThreads, mma::kTo
   float* update = shared.take<float>(Traits::kRows * Traits::kPitch, "update");  // [row][column]
   int64_t* rows = shared.take<int64_t>(Traits::kRows, "rows");
 
-  const RowsOfTile tile = rows_of_tile(p.index, p.index.group_of_tile, blockIdx.x / p.column_tiles, kTileRows);
+  const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.column_tiles);
   if (tile.count <= 0) return;
   const Group<float> group = find_group<float>(p.table, tile.group, p.factor_dtype);
   if (!kBackward && group.rank == 0 && group.added == 0.0f) return;

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(ShrinkTraits<A, kRanks>::kThreads, sizeof(A) =
 
   const int rank_tile = static_cast<int>(blockIdx.x % p.rank_tiles), thread = static_cast<int>(threadIdx.x);
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, rank0 = static_cast<int64_t>(rank_tile) * kRanks;
-  const RowsOfTile tile = rows_of_tile(p.index, p.index.group_of_tile, blockIdx.x / p.rank_tiles / p.ranges, kTileRows);
+  const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.rank_tiles / p.ranges);
   if (tile.count <= 0) return;
   const Group<A> group = find_group<A>(p.table, tile.group, p.factor_dtype);
   load_rows(rows, p.index, tile);
@@ -155,9 +155,8 @@ template <class A, int kRanks, bool kBackward>
 void launch_shrink_ranks(ShrinkParams<A> p, const GpuStream& stream) {
   using Traits = ShrinkTraits<A, kRanks>;
   p.rank_tiles = static_cast<int>(ceil_div(p.max_rank, kRanks));
-  launch(&grouped_shrink_kernel<A, kRanks, kBackward>,
-         make_grid(num_tiles(p.table.rows, kTileRows) * p.ranges * p.rank_tiles), Traits::kThreads,
-         Traits::kSharedBytes, stream, p);
+  launch(&grouped_shrink_kernel<A, kRanks, kBackward>, make_grid(num_tiles(p.table.rows) * p.ranges * p.rank_tiles),
+         Traits::kThreads, Traits::kSharedBytes, stream, p);
 }
 
 template <class A, bool kBackward>

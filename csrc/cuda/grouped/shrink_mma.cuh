@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(ShrinkMmaTraits<kRanks, kBackward>::kThreads, 
 
   const int64_t rank0 = static_cast<int64_t>(blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges;
-  const RowsOfTile tile = rows_of_tile(p.index, p.index.group_of_tile, blockIdx.x / p.rank_tiles / p.ranges, kTileRows);
+  const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.rank_tiles / p.ranges);
   if (tile.count <= 0) return;
   const Group<float> group = find_group<float>(p.table, tile.group, p.factor_dtype);
   load_rows(rows, p.index, tile);
