@@ -61,9 +61,10 @@ struct Results {
 template <class... Parts>
 struct Results<std::tuple<Parts...>> {
   static constexpr size_t kCount = sizeof...(Parts);
-  static std::tuple<Parts...> take(StableIValue* stack) {
-    size_t i = 0;
-    return {take_result<Parts>(stack[i++])...};  // braces: from left to right
+  static std::tuple<Parts...> take(StableIValue* stack) { return take(stack, std::index_sequence_for<Parts...>()); }
+  template <size_t... kIndex>
+  static std::tuple<Parts...> take(StableIValue* stack, std::index_sequence<kIndex...>) {
+    return {take_result<Parts>(stack[kIndex])...};
   }
 };
 
