@@ -51,8 +51,8 @@ _PEFT_ONLY = {
     *("megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
 }
 
-# Initialisations of files. One factor comes from data or from the weight, and the other is zero: the base weights stay.
-_KEEPS_THE_BASE = ("eva", "mica")
+# Initialisations of files. The update that they begin with is zero: the base weights stay.
+_KEEPS_THE_BASE = ("eva", "mica", "orthogonal")
 _CHANGES_THE_BASE = re.compile("pissa(_niter_[0-9]+)?|olora|corda|lora_ga|loftq")
 _USE_PEFT = "Use PEFT for it, with lora_ext.integrations.peft.accelerate"
 
@@ -119,7 +119,7 @@ def _one_of(*choices: Any) -> Check:
 
 
 _flag = _one_of(True, False)
-_initialisation = _one_of(True, False, "gaussian", "orthogonal")
+_initialisation = _one_of(True, False, "gaussian")
 
 
 def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
@@ -257,8 +257,7 @@ class LoraConfig:
         use_dora: also train the magnitude of each row of the weight (DoRA, arXiv 2402.09353). Linear layers only.
         fan_in_fan_out: the targets' weights are ``[in_features, out_features]``, as in Transformers' ``Conv1D``.
         init_lora_weights: True: ``lora_A`` Kaiming-uniform, ``lora_B`` zero. ``"gaussian"``: ``lora_A`` normal with
-            standard deviation ``1 / r``. ``"orthogonal"``: rows of ``lora_A`` and columns of ``lora_B`` from the two
-            halves of a random rotation, so that their product is zero; even ranks. False: both random, for tests.
+            standard deviation ``1 / r``. False: both random, for tests. Others are PEFT's (``accelerate``).
         enable_lora: for packed projections (query, key and value in one weight): maps the module's name to one bool per
             equal part, as in loralib; ``{"c_attn": (True, False, True)}`` adapts query and value. Not a PEFT key.
         task_type: None or one of PEFT's, e.g. ``"SEQ_CLS"``, whose heads join ``modules_to_save``.
@@ -318,17 +317,20 @@ class LoraConfig:
                 )
 
     def _check_targets(self) -> None:
-        if self.target_modules or self.target_parameters:
-            return
-        raise ValueError(
-            f"LoraConfig: target_modules is {shown(self.target_modules)}; name the layers to adapt, e.g. "
-            '["query", "value"], or "all-linear"'
-        )
+        if not (self.target_modules or self.target_parameters):
+            raise ValueError(
+                f"LoraConfig: target_modules is {shown(self.target_modules)}; name the layers to adapt, e.g. "
+                '["query", "value"], or "all-linear"'
+            )
+        if not isinstance(self.target_modules, str) and ALL_LINEAR in (self.target_modules or ()):
+            raise ValueError(
+                f'LoraConfig: target_modules lists "{ALL_LINEAR}", a name for PEFT; write it alone, or name the layers'
+            )
 
     def _check_layers(self) -> None:
         for key in ("layers_to_transform", "layers_pattern"):
             value, targets = getattr(self, key), self.target_modules
-            if value not in (None, ()) and (isinstance(targets, str) or ALL_LINEAR in (targets or ())):
+            if value not in (None, ()) and isinstance(targets, str):
                 raise ValueError(
                     f"LoraConfig: {key} is {shown(value)}, but target_modules is {shown(targets)}; give target_modules "
                     "as a list of names, or put the layers into the regular expression"
@@ -343,12 +345,6 @@ class LoraConfig:
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             why = "only init_lora_weights True and False set the bias"
             self._refuse_next_to("lora_bias is True", why, "init_lora_weights")
-        ranks = (self.r, *self.rank_pattern.values())
-        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
-            raise ValueError(
-                f"LoraConfig: r is {self.r}, rank_pattern is {shown(self.rank_pattern)}, but init_lora_weights="
-                '"orthogonal" needs even ranks'
-            )
 
     @property
     def task_heads(self) -> tuple[str, ...]:

@@ -35,6 +35,6 @@ for version in "$build" "$@"; do
   rm -rf "$work/tests" && cp -r "$root/tests" "$work/tests"
   (cd "$work/tests" && "$work/torch-$version/bin/python" -m lora_ext info &&
     OMP_WAIT_POLICY=passive "$work/torch-$version/bin/python" -m pytest -q -p no:cacheprovider \
-      ops/test_reference.py ops/test_lora_linear.py ops/test_lora_merge.py ops/test_merge_ops.py ops/test_dispatch.py ops/test_bad_arguments.py \
-      ops/test_lora_linear_siblings.py)
+      ops/test_reference.py ops/test_values.py ops/test_machinery.py ops/test_bad_arguments.py ops/test_lora_linear.py ops/test_siblings.py \
+      ops/test_lora_merge.py ops/test_merge_ops.py)
 done

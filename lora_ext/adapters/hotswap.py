@@ -22,7 +22,7 @@ from lora_ext.adapters.life_cycle import check_low_rank, check_unmerged
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import misfits
-from lora_ext.files.save_load import read_adapter, warn_of_a_copy
+from lora_ext.files.save_load import read_adapter
 from lora_ext.model.adapter_set import UNSCALED, Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 
@@ -103,7 +103,6 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
     check_low_rank("hotswap_adapter", adapter)
-    warn_of_a_copy("hotswap_adapter", adapter)
     targets = _in_file(adapter.tensors())
     values = {key: tensor for part in adapter.parts for key, tensor in _values_of(part, config, file).items()}
     problems = [f"missing key: {key}" for key in targets if key not in values]

@@ -114,7 +114,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     Raises:
         ValueError: the model is not injected.
         KeyError: there is no such adapter; the message lists them.
-        RuntimeError: it is active or merged, or adapters are disabled. Nothing is changed.
+        RuntimeError: it is active or merged, rows of a running call use it, or adapters are disabled. Nothing is
+            changed.
     """
     adapters = find_adapters(model, "delete_adapter")
     adapters.check_enabled("delete_adapter")
@@ -126,6 +127,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
             f"delete_adapter: {name!r} is active; {remedy if others else 'it is the last one: call unload(model)'}"
         )
     check_unmerged("delete_adapter", model, name)
+    adapters.active.check_unused("delete_adapter", [name])
     adapters.remove(name)
     for _, layer in adapter_layers(model):
         if name in layer.adapters:
@@ -142,7 +144,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     Raises:
         ValueError: the model is not injected, or ``new`` is taken or cannot be a name.
         KeyError: there is no adapter ``old``; the message lists them.
-        RuntimeError: it is merged, or adapters are disabled. Nothing is changed.
+        RuntimeError: it is merged, rows of a running call use it, or adapters are disabled. Nothing is changed.
     """
     adapters = find_adapters(model, "rename_adapter")
     adapters.check_enabled("rename_adapter")
@@ -151,6 +153,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
         return model
     check_new_name("rename_adapter", new, adapters)
     check_unmerged("rename_adapter", model, old)
+    adapters.active.check_unused("rename_adapter", [old])
     for _, layer in adapter_layers(model):
         held = {new if name == old else name: adapter for name, adapter in layer.adapters.items()}
         layer.adapters.clear()

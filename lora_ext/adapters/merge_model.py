@@ -5,7 +5,6 @@ Functions return the model that they are given.
 
 from __future__ import annotations
 
-import logging
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -23,8 +22,8 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.adapters.dequantized import dequantized, forget_quantization
 from lora_ext.adapters.life_cycle import check_unmerged
 from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
-from lora_ext.matching.path_names import is_inside
-from lora_ext.merging.layers import MergedMatrix, change_merged, merge_for_good, stored_matrices
+from lora_ext.matching.path_names import Parents
+from lora_ext.merging.layers import change_merged, merge_for_good, stored_matrices
 from lora_ext.merging.quantized import MergeError
 from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import (
@@ -40,7 +39,6 @@ from lora_ext.nn import AdapterLayer, LoraLayer
 from lora_ext.nn.trainable_tokens import TrainableTokens
 from lora_ext.nn.trained import TrainedModule
 
-_LOGGER = logging.getLogger("lora_ext.adapters")
 _LARGE_ERROR = 0.1  # of the update
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -53,9 +51,9 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     """Adds adapters to their base weights in place: the model then runs at the base model's speed.
 
     :func:`unmerge` restores every bit of the weights. The bits that rounding loses are kept: 0.03 to 0.25 bytes per
-    float32 weight for updates of 0.5 % to 10 % of its size. :func:`merge_record_bytes` returns how many, and the
-    ``lora_ext.adapters`` logger reports it at INFO level. A quantised weight is dequantised, and the sum is quantised
-    again in the same format, which loses some of the update (:func:`merge_errors`); its stored bytes are kept.
+    float32 weight for updates of 0.5 % to 10 % of its size; :func:`merge_record_bytes` returns how many. A quantised
+    weight is dequantised, and the sum is quantised again in the same format, which loses some of the update
+    (:func:`merge_errors`); its stored bytes are kept.
 
     All layers are checked before the first is changed: all of them are merged, or none. Every other function that
     changes a model waits for the end, in any thread; a forward in another thread does not, and must not run meanwhile.
@@ -84,11 +82,7 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     _check_untied("merge", model, wanted)
     _check_biases(model, wanted)
     errors = _merge_next_to_merged(wanted)
-    merged = _merged_matrices(layer for layer, _ in wanted.values())
-    total = sum(matrix.record.nbytes for matrix in merged)
-    per_weight = total / max(sum(matrix.numel for matrix in merged), 1)
-    _LOGGER.info("merged %d layers; unmerging keeps %d bytes, %.3f per weight", len(wanted), total, per_weight)
-    _report("merge", errors)
+    _warn_of_errors("merge", errors)
     return model
 
 
@@ -130,7 +124,8 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
 @checked
 def merge_record_bytes(model: nn.Module) -> int:
     """Bytes kept to unmerge: copies of the merged factors, and the bits lost to rounding or the old quantised bytes."""
-    return sum(matrix.record.nbytes for matrix in _merged_matrices(layer for _, layer in lora_modules(model)))
+    merged = [layer._merged for _, layer in lora_modules(model) if layer._merged is not None]
+    return sum(matrix.record.nbytes for state in merged for matrix in state.matrices.values())
 
 
 @checked
@@ -192,10 +187,7 @@ def merge_and_unload(
     _check_mergeable(caller, wanted)
     _check_can_unload(caller, model, "merge(model) computes the same; for a plain checkpoint, lora-ext merge")
     if (adapters := adapter_set(model)) is not None and adapters.pool is not None:
-        raise RuntimeError(
-            f"{caller}: the model has an AdapterPool, and a plain model would ignore its names; call pool.close() "
-            "first, and make a pool again for the merged model"
-        )
+        raise RuntimeError(f"{caller}: the model has an AdapterPool; call pool.close() first, and make one again after")
     _check_untied(caller, model, wanted, unloads=True)
     root, plain = root_module(model), {}
     if dequantize is not False:
@@ -212,7 +204,7 @@ def merge_and_unload(
     _unload(model, merged=True)
     if plain:
         forget_quantization(root)
-    _report(caller, errors)
+    _warn_of_errors(caller, errors)
     return model
 
 
@@ -289,30 +281,18 @@ def _merge_next_to_merged(wanted: Chosen) -> list[MergeError]:
     return [layer._merged.error for layer in names_of if layer._merged.error is not None]
 
 
-def _merged_matrices(layers: Iterable[LoraLayer]) -> list[MergedMatrix]:
-    """The merged matrices of the layers."""
-    return [m for layer in layers if layer._merged is not None for m in layer._merged.matrices.values()]
-
-
 def _is_quantized(layer: LoraLayer) -> bool:
     return any(matrix.quantized is not None and matrix.quantized.rounds for matrix in layer.matrices().values())
 
 
-def _report(caller: str, errors: Collection[MergeError]) -> None:
-    """Logs what quantising again lost, and warns if that is a large part of the update."""
-    if not errors:
-        return
+def _warn_of_errors(caller: str, errors: Collection[MergeError]) -> None:
+    """Warns if quantising again lost a large part of an update."""
     of_update = [error.of_update for error in errors]
-    line = (
-        f"{caller}: {len(errors)} weights were quantised again, with errors of {statistics.median(of_update):.0%} of "
-        f"the update (median; at most {max(of_update):.0%}), {max(e.relative for e in errors):.1%} of the weight, "
-        f"{max(e.largest for e in errors):.2g} in an element"
-    )
-    _LOGGER.info(line)
-    if max(of_update) > _LARGE_ERROR:
+    if max(of_update, default=0.0) > _LARGE_ERROR:
         warn_user(
-            f"{line}. merge_errors(model) has them by layer. To lose nothing, run unmerged, or "
-            "merge_and_unload(model, dequantize=True)"
+            f"{caller}: {len(errors)} weights were quantised again, with errors of {statistics.median(of_update):.0%} "
+            f"of the update (median; at most {max(of_update):.0%}); merge_errors(model) has them by layer. To lose "
+            "nothing, run unmerged, or merge_and_unload(model, dequantize=True)"
         )
 
 
@@ -331,16 +311,14 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
 
     ``unloads``: trained rows are written into the weights, too, and modules trained in full replace the frozen ones.
     """
-    # For each parameter: by the path of the layer, what identifies the updates that it would add.
-    updates_of: dict[int, dict[str, tuple]] = defaultdict(dict)
-    labels: dict[int, str] = {}
+    labels: dict[int, str] = {}  # by the id of each parameter that changes
+    changed_by: dict[int, list[str]] = defaultdict(list)  # the layers that may hold it
     for path, (layer, names) in wanted.items():
         for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
-            if any(key in layer.factors(name) for name in names):
-                parameter = id(matrix.owner._parameters[matrix.name])
-                updates_of[parameter][path] = (path,)
-                labels.setdefault(parameter, label)
-    replaced = []
+            parameter = id(matrix.owner._parameters[matrix.name])
+            if parameter not in labels and any(key in layer.factors(name) for name in names):
+                labels[parameter], changed_by[parameter] = label, [path]
+    replaced, rows_of = [], {}
     for path, layer in adapter_layers(model):
         if isinstance(layer, TrainedModule) and unloads and layer.in_use is not layer.base_layer:
             replaced.append(f"{path}.base_layer")
@@ -352,19 +330,19 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
                 f"{caller}: the weight of {inner!r} has trained rows (trainable_token_indices), which would lose the "
                 "update; run unmerged"
             )
-        if unloads and (rows := layer.rows_in_use):
-            parameter = id(layer.inner_layer.weight)
-            updates_of[parameter][path] = (*updates_of[parameter].get(path, ()), *map(id, rows))
-            labels.setdefault(parameter, f"the weight of {path!r}")
+        parameter = id(layer.inner_layer.weight)
+        rows = layer.rows_in_use if unloads and parameter not in labels else []
+        if rows and rows_of.setdefault(parameter, rows) == rows:  # tied modules share them
+            changed_by[parameter].append(path)
     paths = parameter_paths(root_module(model).named_modules())
-    for parameter, updates in updates_of.items():
-        expected = next(iter(updates.values()))  # all modules that hold the parameter must want the same
-        same = [path for path, its_updates in updates.items() if its_updates == expected]
-        others = [path for path in paths[parameter] if not any(is_inside(path, known) for known in (*same, *replaced))]
+    for parameter, changing in changed_by.items():
+        known = Parents((*changing, *replaced))
+        others = [path for path in paths[parameter] if path not in known]
         if others:
+            label = labels.get(parameter, f"the weight of {changing[0]!r}")
             raise ValueError(
-                f"{caller}: {labels[parameter]} is shared with {others[0]!r}, which would change too; untie "
-                "them (give one a clone of the weight), or run unmerged"
+                f"{caller}: {label} is shared with {others[0]!r}, which would change too; untie them (give one a clone "
+                "of the weight), or run unmerged"
             )
 
 
@@ -389,13 +367,12 @@ def _check_can_unload(caller: str, model: nn.Module, remedy: str) -> None:
     check_not_sharded(caller, model, remedy, split=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
+        adapters.active.check_unused(caller, adapters.configs)
 
 
 def _unload(model: nn.Module, merged: bool) -> None:
-    if (adapters := adapter_set(model)) is not None:
-        if not merged:
-            adapters.switch(())  # restores the model's own biases
-        adapters.active.removed(tuple(adapters.configs))
+    if not merged and (adapters := adapter_set(model)) is not None:
+        adapters.switch(())  # restores the model's own biases
     while layers := [layer for _, layer in adapter_layers(model)]:  # layers may be nested
         inner = {id(child) for layer in layers for child in layer.children() if isinstance(child, AdapterLayer)}
         outer = [layer for layer in layers if id(layer) not in inner]

@@ -14,8 +14,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import misfits
-from lora_ext.files.save_load import with_positive_alphas
-from lora_ext.injection.all_linear import names_next_to_all_linear
+from lora_ext.injection.all_linear import is_all_linear
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 
 _OTHER_PARTS = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "use_dora")
@@ -44,7 +43,7 @@ def read_adapter(directory: Path, shape: PoolShape) -> dict[str, tuple[Tensor, T
         ValueError: a file is corrupted, its config is not supported, or the adapter does not fit the pool: other
             layers, shapes, a larger rank, or parts that are no low-rank updates. The message lists what.
     """
-    file = with_positive_alphas(AdapterFile.open(directory, caller="AdapterPool"), "AdapterPool")
+    file = AdapterFile.open(directory, caller="AdapterPool")
     config = file.lora_config("AdapterPool")
     parts = [name for name in _OTHER_PARTS if getattr(config, name)] + ["bias"] * (config.bias != "none")
     problems = [f"{name}: a pool holds low-rank updates of linear layers" for name in parts]
@@ -73,10 +72,10 @@ def read_adapter(directory: Path, shape: PoolShape) -> dict[str, tuple[Tensor, T
 
 def _named(config: LoraConfig, shape: PoolShape) -> list[str]:
     """Returns those of the pool's layers that ``config`` targets."""
-    others = names_next_to_all_linear(config)
-    matches = PathMatcher("target_modules", config.target_modules if others is None else others)
+    is_every = is_all_linear(config)
+    matches = PathMatcher("target_modules", config.target_modules)
     is_excluded = PathMatcher("exclude_modules", config.exclude_modules)
     whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
     numbers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
-    targets = (path for path in shape.layers if matches(path) or (others is not None and path != shape.head))
+    targets = (path for path in shape.layers if (path != shape.head if is_every else matches(path)))
     return [path for path in targets if path in numbers and not is_excluded(path)]

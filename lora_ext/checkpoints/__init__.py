@@ -1,10 +1,6 @@
-"""Adapters and checkpoints on disk, without a model: one tensor is in memory at a time.
+"""Adapters and checkpoints on disk, without a model.
 
-:func:`merge`, :func:`extract` and :func:`inspect` are the commands of ``lora-ext``. For ``lora-ext analyze``,
-:func:`open_adapter` says what an adapter holds, and :func:`find_layers` which layers of a :class:`Checkpoint` adapters
-update.
-
-- Commands: ``merging``; ``extraction`` by ``low_rank``; ``inspection``; ``layers`` for the analysis.
+- Commands: ``merging``; ``extraction`` by ``low_rank``; ``inspection``; ``layers`` for ``lora-ext analyze``.
 - Reading: ``checkpoint``, ``contents`` of an adapter.
 - What an adapter changes: ``changes``, from ``names``.
 """

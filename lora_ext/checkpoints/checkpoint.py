@@ -1,15 +1,13 @@
-"""A checkpoint of safetensors files, one or several, read one tensor at a time."""
+"""A checkpoint of safetensors files, one or several, read one tensor or some rows at a time."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_ext.files.reading import TensorInfo, check_shards, read_index, read_json, read_tensor, tensor_table
@@ -87,15 +85,14 @@ class Checkpoint:
         return sum(info.nbytes for tensors in self.shards.values() for info in tensors.values())
 
     def tensor(self, key: str) -> Tensor:
-        """Reads a tensor into new memory, as bytes (uint8) if PyTorch lacks its dtype."""
+        """Reads a tensor into new memory."""
         return read_tensor(self.directory / self._shard_of[key], self.info(key))
 
-    def part(self, key: str, index: int, shape: tuple[int, ...]) -> Tensor:
-        """Reads the part number ``index`` of a tensor that is cut into parts of ``shape`` along its first dimension."""
-        info = self.info(key)
-        nbytes = torch.Size(shape).numel() * info.torch_dtype.itemsize
-        place = dataclasses.replace(info, shape=shape, begin=info.begin + index * nbytes, nbytes=nbytes)
-        return read_tensor(self.directory / self._shard_of[key], place)
+    def rows(self, key: str, columns: int, begin: int, end: int) -> Tensor:
+        """Reads rows of a tensor, seen as a matrix with ``columns``: ``[end - begin, columns]`` in new memory."""
+        dtype, _, place = self.info(key)
+        place += begin * columns * dtype.itemsize
+        return read_tensor(self.directory / self._shard_of[key], TensorInfo(dtype, (end - begin, columns), place))
 
     def config(self) -> dict[str, Any]:
         """Reads ``config.json``; empty if there is none. ValueError: it is not a JSON object."""

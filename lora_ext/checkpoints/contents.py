@@ -2,11 +2,10 @@
 
 PEFT's keys, after ``base_model.model.``. ``.base_layer`` may follow any module that is wrapped:
 
-    <path>.lora_A.weight, <path>.lora_B.weight       Linear, Conv1D, ConvNd, MultiheadAttention.in_proj_weight
-    <path>.lora_B.bias                               with lora_bias
-    <path>.lora_magnitude_vector                     with use_dora
+    <path>.lora_A.weight, <path>.lora_B.weight       Linear, Conv1D, ConvNd
     <path>.lora_embedding_A, <path>.lora_embedding_B Embedding
     <path>.lora_A.weight, <path>.base_layer.lora_A.weight ...   target_parameters of one module, the first innermost
+    <path>.lora_B.bias, <path>.lora_magnitude_vector lora_bias and use_dora, which are merged in memory only
     <path>.token_adapter.trainable_tokens_delta      rows of an Embedding
     <path>.<name>                                    a parameter or buffer that replaces the base's
 """
@@ -18,7 +17,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -26,14 +25,14 @@ from torch import Tensor
 from lora_ext._common.printable import listed, shown
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import AdapterFile
-from lora_ext.matching.path_names import EndTable
+from lora_ext.files.adapter_file import AdapterFile, is_duplicate
 
-Kind = Literal["linear", "embedding", "conv", "attention", "parameter"]
+Kind = Literal["linear", "embedding", "conv", "parameter"]
 
 _FACTOR = re.compile(
     r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B|magnitude_vector)"
 )
+_OTHERS = {"B.bias": "lora_bias", "magnitude_vector": "use_dora"}  # what an option trains next to the factors
 _TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
 _MOST_PARAMETERS = 4  # with updates, in one module; real ones have up to 3
 
@@ -43,7 +42,7 @@ class LowRankUpdate:
     """One pair of factors."""
 
     path: str  # of the module, without ``.base_layer``
-    kind: Kind  # conv: by the number of dimensions; attention: by the out_proj next to it; parameter: by the config
+    kind: Kind  # conv: by the number of dimensions; parameter: by the config
     lora_A: str
     lora_B: str
     # [r, in] and [out, r]; of a conv [r, in, *kernel] and [out, r / groups, 1...]; of an embedding [r, num_embeddings]
@@ -53,14 +52,8 @@ class LowRankUpdate:
     r: int
     scaling: float
     matrices: int = 1  # that have factors each: experts, or groups of a convolution
-    lora_bias: str | None = None  # key of the update of the bias, which is scaled too
-    magnitude: str | None = None  # key of the norms [out] that the updated weight's rows get (DoRA)
+    others: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)  # key of what an option trains, too
     parameters: tuple[str, ...] = ()  # for a parameter, the names that it may have: no key says which
-
-    @property
-    def prefix(self) -> str:
-        """The start of the names of the weight (not of a bare parameter) and of the bias."""
-        return f"{self.path}.in_proj_" if self.kind == "attention" else f"{self.path}."
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,7 +117,6 @@ def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapt
     """
     file = AdapterFile.open(directory, caller=caller)
     config = file.lora_config(caller)
-    indices_of = _token_indices(file)
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
     tokens: list[TokenRows] = []
     replaced: dict[str, str] = {}
@@ -135,17 +127,16 @@ def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapt
             factors.setdefault(match["path"] or "", {})[match["side"]] = key
         elif match := _TOKENS.fullmatch(name):
             path = _without_base_layer(match["path"])
-            tokens.append(TokenRows(path, key, indices_of(path)))
+            tokens.append(TokenRows(path, key, _token_indices(file, path)))
         elif "lora_" in name:
             problems.append(f"unknown key: {key}")
-        elif not {"original_module", "modules_to_save"} & set(name.split(".")):
-            # With bias="all", PEFT also writes the wrapper's copies of the biases in a module to save.
+        elif not is_duplicate(name):
             replaced[_without_base_layer(name)] = key
     updates = []
-    parameters_of = _target_parameters(file, config)
-    for wrapped in factors:
+    parameters = _target_parameters(file, config)
+    for wrapped, sides in factors.items():
         try:
-            updates.append(_update(file, config, parameters_of, wrapped, factors))
+            updates.append(_update(file, config, parameters, _without_base_layer(wrapped), sides))
         except ValueError as error:
             problems.append(str(error))
     paths = Counter(update.path for update in updates if update.kind != "parameter")
@@ -164,11 +155,10 @@ def _without_base_layer(path: str) -> str:
 def _update(
     file: AdapterFile,
     config: LoraConfig,
-    parameters_of: Callable[[str], tuple[str, ...]],
-    wrapped: str,
-    factors: Mapping[str, Mapping[str, str]],
+    parameters_of: Mapping[str, Mapping[str, None]],
+    path: str,
+    sides: Mapping[str, str],
 ) -> LowRankUpdate:
-    sides, path = factors[wrapped], _without_base_layer(wrapped)
     is_embedding = "embedding_A" in sides or "embedding_B" in sides
     A, B = (sides.get(side) for side in (("embedding_A", "embedding_B") if is_embedding else ("A.weight", "B.weight")))
     if A is None or B is None:
@@ -179,73 +169,53 @@ def _update(
         raise ValueError(f"shapes of {path}: lora_A {shown(list(shape_A))}, lora_B {shown(list(shape_B))}")
     if not (factor_A.is_floating_point() and factor_B.is_floating_point()):
         raise ValueError(f"dtypes of {path}: lora_A {factor_A.dtype}, lora_B {factor_B.dtype}, want floating point")
-    is_attention = _is_attention(wrapped, factors)
-    parameters = () if is_embedding or is_attention else parameters_of(path)
-    if is_attention:
-        kind = "attention"
-    elif parameters:
-        kind = "parameter"
-    else:
-        kind = "embedding" if is_embedding else "linear" if len(shape_A) == 2 else "conv"
+    targets = dict.fromkeys(name for end in _ends(path) for name in parameters_of.get(end, ()))
+    parameters = [] if is_embedding else list(targets)
     names = [f"{path}.{name}" for name in parameters] or [path]
     settings = {(config.rank_for(name), config.scaling_for(name)) for name in names}
     if len(settings) > 1:
-        raise ValueError(f"{path}: rank_pattern or alpha_pattern tell its parameters {shown(list(parameters))} apart")
+        raise ValueError(f"{path}: rank_pattern or alpha_pattern tell its parameters {shown(parameters)} apart")
     r, scaling = settings.pop()
-    if kind == "parameter":
-        matrices = shape_A[0] // r
+    if parameters:
+        kind, matrices = "parameter", shape_A[0] // r
         fits = shape_A[0] == shape_B[1] == matrices * r
     else:
+        kind = "embedding" if is_embedding else "linear" if len(shape_A) == 2 else "conv"
         matrices = r // shape_B[1] if kind == "conv" else 1
         fits = shape_A[0] == shape_B[1] * matrices == r
     if not fits:
         raise ValueError(
             f"rank of {path}: lora_A {list(shape_A)} and lora_B {list(shape_B)}, but the config gives it r={r}"
         )
-    if wrapped.endswith(".out_proj") and _is_attention(wrapped.removesuffix(".base_layer.out_proj"), factors):
-        scaling *= 2  # as in PEFT, merged or not: its attention merges this update, and then the layer adds it again
-    magnitude, bias = sides.get("magnitude_vector"), sides.get("B.bias")
-    if (magnitude is not None) != config.use_dora:
-        has = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
-        raise ValueError(f"{path} has {has}, but the config's use_dora is {config.use_dora}")
-    if magnitude is not None and kind != "linear":
-        raise ValueError(f"{path}: use_dora is supported for linear layers only; this is of the kind {kind!r}")
-    norms = None if magnitude is None else file.tensors[magnitude]
-    if norms is not None and (tuple(norms.shape) != shape_B[:1] or not norms.is_floating_point()):
-        raise ValueError(f"shape of {magnitude}: {shown(list(norms.shape))}, want {[shape_B[0]]} numbers")
-    return LowRankUpdate(path, kind, A, B, shape_A, shape_B, r, scaling, matrices, bias, magnitude, parameters)
+    others = {option: sides[side] for side, option in _OTHERS.items() if side in sides}
+    return LowRankUpdate(path, kind, A, B, shape_A, shape_B, r, scaling, matrices, others, tuple(parameters))
 
 
-def _is_attention(wrapped: str, factors: Mapping[str, object]) -> bool:
-    """Returns whether this is a MultiheadAttention: it has an update, and so has the out_proj in it."""
-    return wrapped in factors and f"{wrapped}.base_layer.out_proj" in factors
-
-
-def _target_parameters(file: AdapterFile, config: LoraConfig) -> Callable[[str], tuple[str, ...]]:
-    """Returns a function from the path of a module to its parameters that ``target_parameters`` may mean."""
-    names: dict[str, dict[str, None]] = {}  # of the module that a target names
+def _target_parameters(file: AdapterFile, config: LoraConfig) -> dict[str, dict[str, None]]:
+    """Returns the parameters in ``target_parameters`` by the module that a target names."""
+    names: dict[str, dict[str, None]] = {}
     for target in config.target_parameters or ():
         module, _, name = target.rpartition(".")
         names.setdefault(module, {})[name] = None
         if len(names[module]) > _MOST_PARAMETERS:
             text = f"{file.directory}: target_parameters names too many parameters of {shown(module)}"
             raise ValueError(f"{text}, want at most {_MOST_PARAMETERS}")
-    modules = EndTable(names)
-    return lambda path: tuple(
-        dict.fromkeys(name for module in ("", *modules.find(path)) for name in names.get(module, ()))
-    )
+    return names
 
 
-def _token_indices(file: AdapterFile) -> Callable[[str], tuple[int, ...]]:
-    """Returns a function from the path of an embedding to its rows in ``trainable_token_indices``."""
+def _token_indices(file: AdapterFile, path: str) -> tuple[int, ...]:
+    """Returns the rows of the embedding ``path`` in ``trainable_token_indices``."""
     given = file.config.get("trainable_token_indices")
-    by_name = given if isinstance(given, dict) else {}
-    modules = EndTable(by_name)
+    if isinstance(given, dict):
+        given = next((given[end] for end in _ends(path) if end in given), None)
+    if not isinstance(given, list):
+        raise ValueError(f"{file.directory}: trainable_token_indices of the config does not name {path}'s rows")
+    return tuple(given)
 
-    def indices_of(path: str) -> tuple[int, ...]:
-        found = given if isinstance(given, list) else next((by_name[name] for name in modules.find(path)), None)
-        if not isinstance(found, list):
-            raise ValueError(f"{file.directory}: trainable_token_indices of the config does not name {path}'s rows")
-        return tuple(found)
 
-    return indices_of
+def _ends(path: str) -> Iterator[str]:
+    """Yields ``path`` and its ends after a dot, the longest first, down to the empty one."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+    yield ""

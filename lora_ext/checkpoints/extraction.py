@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.low_rank import LayerError, approximate
 from lora_ext.checkpoints.names import find_tie, is_embedding
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
-from lora_ext.files.reading import DTYPE_NAMES
 from lora_ext.files.writing import check_new, new_directory, stream_tensors
 
 
@@ -54,8 +53,7 @@ def extract(
     Each matrix that differs, except embeddings, is approximated by a truncated singular value decomposition of its
     difference (:func:`~lora_ext.checkpoints.low_rank.approximate`); the scaling is 1. One tensor of each checkpoint is
     in memory at a time, next to the adapter. Biases of adapted layers are saved in full (``bias="lora_only"``), and so
-    are other modules that differ (``modules_to_save``). A head that shares the weight of a saved embedding is
-    saved with it.
+    are other modules that differ (``modules_to_save``), with the head that shares the weight of a saved embedding.
 
     Args:
         rank: largest rank of a layer.
@@ -78,7 +76,10 @@ def extract(
     layers: dict[str, LayerError] = {}
     tensors: dict[str, Tensor] = {}
     with Progress("extract", new.nbytes, show=show_progress) as shown:
-        differing = _differing(old, new, shown.advance)
+        differing = []
+        for key in new:
+            differing += [key] if _differ(old, new, key) else []
+            shown.advance(new.info(key).nbytes)
         targets, saved = _sort(old, new, differing)
         for path in targets:
             shown.note(path)
@@ -91,7 +92,7 @@ def extract(
     if has_biases:  # PEFT then wants the biases of all adapted layers
         whole |= {f"{KEY_PREFIX}{path}.base_layer.bias": f"{path}.bias" for path in targets if f"{path}.bias" in new}
     tie = find_tie(new)
-    if tie is not None and tie.embedding.rpartition(".")[0] in saved:  # again, or the head would keep the base's values
+    if tie is not None and tie.embedding.rpartition(".")[0] in saved:  # the head would keep the base's values
         whole[f"{KEY_PREFIX}{tie.head}"] = tie.embedding
         saved.append(tie.head.rpartition(".")[0])
     config = _config(new, layers, rank) | {
@@ -99,11 +100,11 @@ def extract(
         "bias": "lora_only" if has_biases else "none",
         "fan_in_fan_out": fan_in_fan_out,
     }
-    table = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    table = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     table |= {key: (new.info(source).dtype, new.info(source).shape) for key, source in whole.items()}
 
-    def values(key: str) -> Tensor:
-        return tensors[key] if key in tensors else new.tensor(whole[key])
+    def values(key: str) -> list[Tensor]:
+        return [tensors[key] if key in tensors else new.tensor(whole[key])]
 
     with new_directory(out, "extract") as staging:
         stream_tensors(staging / WEIGHTS_FILE, table, {"format": "pt"}, values)
@@ -112,32 +113,17 @@ def extract(
     return ExtractReport(layers, _overall(layers), saved, unchanged, nbytes, time.perf_counter() - begin)
 
 
-def _differing(old: Checkpoint, new: Checkpoint, advance: Callable[[int], None]) -> dict[str, None]:
-    """The tensors of ``new`` that are not in ``old`` with the same shape and values, also in another dtype."""
-    differing: dict[str, None] = {}
-    for key in new:
-        if key not in old or not _same(old, new, key):
-            differing[key] = None
-        advance(new.info(key).nbytes)
-    return differing
-
-
-def _same(old: Checkpoint, new: Checkpoint, key: str) -> bool:
-    """Returns whether the two tensors have the same shape and bits, or the same values in two dtypes."""
-    first, second = old.info(key), new.info(key)
-    if first.shape != second.shape:
-        return False
+def _differ(old: Checkpoint, new: Checkpoint, key: str) -> bool:
+    """Returns whether a tensor of ``new`` is not in ``old``, or has another shape or values; not only another dtype."""
+    if key not in old or old.info(key).shape != new.info(key).shape:
+        return True
     before, after = old.tensor(key), new.tensor(key)
-    if first.dtype == second.dtype:
-        return torch.equal(before.flatten().view(torch.uint8), after.flatten().view(torch.uint8))
-    if not _are_floating(old, new, key):
-        return False
+    if before.dtype == after.dtype:
+        return not torch.equal(before.flatten().view(torch.uint8), after.flatten().view(torch.uint8))
+    if not {before.dtype, after.dtype} <= set(FLOATING):
+        return True
     wider = torch.promote_types(before.dtype, after.dtype)
-    return torch.equal(before.to(wider), after.to(wider))
-
-
-def _are_floating(old: Checkpoint, new: Checkpoint, key: str) -> bool:
-    return {old.info(key).torch_dtype, new.info(key).torch_dtype} <= set(FLOATING)
+    return not torch.equal(before.to(wider), after.to(wider))
 
 
 def _sort(old: Checkpoint, new: Checkpoint, differing: Collection[str]) -> tuple[list[str], list[str]]:
@@ -152,7 +138,7 @@ def _sort(old: Checkpoint, new: Checkpoint, differing: Collection[str]) -> tuple
             problems.append(f"shape of {key}: {list(old.info(key).shape)} in the base, {list(shape)} in the other")
             continue
         is_matrix = key in old and name == "weight" and len(shape) == 2 and not is_embedding(path)
-        if is_matrix and _are_floating(old, new, key):
+        if is_matrix and {old.info(key).dtype, new.info(key).dtype} <= set(FLOATING):
             targets[path] = None
         else:
             others.append(key)

@@ -13,6 +13,7 @@ import torch
 from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, open_adapter
 from lora_ext.files.adapter_file import AdapterFile, holds_adapter
+from lora_ext.files.reading import DTYPE_NAMES
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -43,12 +44,8 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
             "kind": update.kind,
             "r": update.r,
             "scaling": update.scaling,
-            "dtype": _name(file.tensors[update.lora_A].dtype),
-            "parameters": sum(
-                tensors[key].numel()
-                for key in (update.lora_A, update.lora_B, update.lora_bias, update.magnitude)
-                if key is not None
-            ),
+            "dtype": _name(tensors[update.lora_A].dtype),
+            "parameters": sum(tensors[key].numel() for key in (update.lora_A, update.lora_B, *update.others.values())),
             "norm": _norm(file, update),
         }
         for update in contents.updates
@@ -60,7 +57,7 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "dtypes": dict(dtypes),
         "layers": layers,
-        "saved": {name: list(file.tensors[key].shape) for name, key in saved.items()},
+        "saved": {name: list(tensors[key].shape) for name, key in saved.items()},
         "config": file.config,
     }
 
@@ -69,7 +66,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     infos = {key: checkpoint.info(key) for key in checkpoint}
     dtypes: Counter[str] = Counter()
     for info in infos.values():
-        dtypes[info.dtype] += math.prod(info.shape)
+        dtypes[DTYPE_NAMES[info.dtype]] += math.prod(info.shape)
     return {
         "kind": "checkpoint",
         "parameters": sum(dtypes.values()),
@@ -77,7 +74,8 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "files": {name: (checkpoint.directory / name).stat().st_size for name in checkpoint.shards},
         "tensors": {
-            key: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes} for key, info in infos.items()
+            key: {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "bytes": info.nbytes}
+            for key, info in infos.items()
         },
     }
 

@@ -31,7 +31,8 @@ class LayerWeight(NamedTuple):
 
     def read(self) -> Tensor:
         """Reads the matrix as stored, into new memory."""
-        return self.checkpoint.part(self.key, self.index, self.shape)
+        rows, columns = self.shape
+        return self.checkpoint.rows(self.key, columns, self.index * rows, (self.index + 1) * rows)
 
 
 class LayerFactors(NamedTuple):
@@ -96,16 +97,14 @@ def find_layers(
 
 def _weights(contents: AdapterContents, base: Checkpoint, fan_in_fan_out: bool | None) -> dict[str, list[LayerWeight]]:
     """The matrices that the adapter updates, by the key of ``lora_A``."""
-    updates = [dataclasses.replace(update, lora_bias=None) for update in contents.updates]
+    updates = [dataclasses.replace(update, others={}) for update in contents.updates]
+    factors = [AdapterContents(contents.file, updates, [], {})]
     found: dict[str, list[LayerWeight]] = {}
-    for tensor in find_changes(
-        base, [AdapterContents(contents.file, updates, [], {})], fan_in_fan_out=fan_in_fan_out
-    ).values():
-        for term in tensor.terms:
+    for change in find_changes(base, factors, fan_in_fan_out=fan_in_fan_out).values():
+        for term in change.terms:
             shape = term.update.shape[::-1] if term.transposed else term.update.shape
-            found[term.update.lora_A] = [
-                LayerWeight(base, tensor.source, shape, index, term.transposed) for index in range(term.update.matrices)
-            ]
+            count = range(term.update.matrices)
+            found[term.update.lora_A] = [LayerWeight(base, change.source, shape, i, term.transposed) for i in count]
     return found
 
 

@@ -1,4 +1,4 @@
-"""``lora-ext merge``: merges adapters into a checkpoint on disk, one tensor at a time."""
+"""``lora-ext merge``: merges adapters into a checkpoint on disk, some rows of a tensor at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.progress import Progress
-from lora_ext._ops.dora import row_norms, scale_of_rows
 from lora_ext.checkpoints.changes import TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, open_adapter
 from lora_ext.files.adapter_file import read_method_note
-from lora_ext.files.reading import BITS, DTYPE_NAMES, DTYPES, open_tensors
+from lora_ext.files.reading import open_tensors
 from lora_ext.files.writing import check_new, new_directory, stream_tensors
 from lora_ext.merging.weights import merge_all_, pack_factors
 
 BLOCK_BYTES = 8 << 20
-"""Bytes of rows that are merged at a time: bounds the memory next to the tensor itself."""
+"""Bytes of rows that are merged at a time: bounds the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ def merge(
 
     Args:
         base: a directory with safetensors, sharded or not, or one file.
-        adapters: directories in PEFT's format, with any layers that PEFT adapts.
+        adapters: directories in PEFT's format.
         weights: factor of each adapter's updates; None for 1.
         dtype: convert floating-point tensors to it. Updates are added before, in the wider of the two dtypes.
         fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
@@ -79,26 +78,23 @@ def merge(
     contents = _open_adapters(checkpoint, adapters, weights)
     changes = find_changes(checkpoint, contents, fan_in_fan_out=fan_in_fan_out, weights=weights)
     check_new(out, "merge")
-    # Indices and quantised weights keep their dtype.
-    dtypes = {key: DTYPE_NAMES[dtype] if dtype and one.is_floating else one.dtype for key, one in changes.items()}
-    table = {key: (dtypes[key], tensor.shape) for key, tensor in changes.items()}
-    sizes = {key: math.prod(shape) * BITS[name] // 8 for key, (name, shape) in table.items()}
+    table = {key: (change.dtype_as(dtype), change.shape) for key, change in changes.items()}
+    total = sum(math.prod(shape) * kind.itemsize for kind, shape in table.values())
     shards = {name: list(tensors) for name, tensors in checkpoint.shards.items()}
     list(shards.values())[-1].extend(key for key in changes if key not in checkpoint)
-    total = sum(sizes.values())
     copied, skipped = checkpoint.other_files()
     with new_directory(out, "merge") as staging, Progress("merge", total, show=show_progress) as shown:
 
-        def values(key: str) -> Tensor:
-            tensor = merged_tensor(changes[key], key, checkpoint, dtype)
-            shown.advance(sizes[key])
-            return tensor
+        def blocks(key: str) -> Iterator[Tensor]:
+            for block in merged_blocks(changes[key], key, checkpoint, dtype):
+                yield block
+                shown.advance(block.nbytes)
 
         for name, keys in shards.items():
             shown.note(name)
             with open_tensors(checkpoint.directory / name) as (file, _):
                 metadata = file.metadata() or {"format": "pt"}
-            stream_tensors(staging / name, {key: table[key] for key in keys}, metadata, values)
+            stream_tensors(staging / name, {key: table[key] for key in keys}, metadata, blocks)
         if checkpoint.index is not None:
             sized = dict(checkpoint.index.get("metadata") or {}) | {"total_size": total}
             if "total_parameters" in sized:
@@ -109,12 +105,13 @@ def merge(
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, staging / name)
         _write_config(staging / CONFIG_FILE, checkpoint, changes, dtype)
-    tensors = changes.values()
+    replaced = [bool(change.replacement or change.rows) for change in changes.values()]
+    merged = [bool(change.terms) for change in changes.values()]
     return MergeReport(
-        merged=sum(bool(tensor.terms) for tensor in tensors),
-        replaced=sum(bool(tensor.replacement or tensor.rows) for tensor in tensors),
+        merged=sum(merged),
+        replaced=sum(replaced),
         added=len(changes) - len(checkpoint),
-        copied=sum(not (tensor.terms or tensor.replacement or tensor.rows) for tensor in tensors),
+        copied=sum(not (one or other) for one, other in zip(merged, replaced, strict=True)),
         files=len(shards),
         skipped=skipped,
         nbytes=total,
@@ -125,77 +122,45 @@ def merge(
 # --- the values -------------------------------------------------------------------------------------------------------
 
 
-def merged_tensor(change: TensorChange, key: str, base: Checkpoint, dtype: torch.dtype | None) -> Tensor:
-    """Computes a tensor of the result, in new memory. ValueError: a result is NaN or infinite."""
-    stored = DTYPES.get(change.dtype)
-    if change.replacement is not None:
-        file, name = change.replacement
-        tensor = file.tensors[name].to(stored, copy=True)
-    else:
-        tensor = base.tensor(change.source)
-    for file, name, indices in change.rows:
-        tensor[torch.tensor(indices, dtype=torch.long)] = file.tensors[name].to(stored)
-    out = stored if dtype is None or not change.is_floating else dtype
-    if out == stored and not change.terms:
-        return tensor
+def merged_blocks(change: TensorChange, key: str, base: Checkpoint, dtype: torch.dtype | None) -> Iterator[Tensor]:
+    """Computes a tensor of the result, some rows at a time. ValueError: a result is NaN or infinite."""
+    stored, out = change.dtype, change.dtype_as(dtype)
     work = torch.promote_types(stored, out)
-    is_in_place = out.itemsize == stored.itemsize  # blocks are converted one by one
-    result = tensor.view(out) if is_in_place else torch.empty(change.shape, dtype=out)
-    rows, columns = _matrix_shape(change)
-    source, target = tensor.view(rows, columns), result.view(rows, columns)
-    factors = _factors(change, work)
-    height = rows // max(len(factors), 1)
+    columns = math.prod(change.shape[1:])
+    if any(term.update.kind == "parameter" for term in change.terms):
+        columns = change.shape[-1]  # a stack of matrices is one matrix above the next
+    rows = math.prod(change.shape) // max(columns, 1)
+    matrices = [pack_factors(work, terms) for terms in zip(*(term.read() for term in change.terms), strict=True)]
+    height = rows // max(len(matrices), 1)
     step = max(BLOCK_BYTES // max(columns * work.itemsize, 1), 1)
-    for number, (A, B, magnitude) in enumerate(factors or [(None, None, None)]):
+    for number, (A, B) in enumerate(matrices or [(None, None)]):
         for begin in range(0, height, step):
             part = slice(begin, min(begin + step, height))
-            here = slice(number * height + part.start, number * height + part.stop)
-            values = source[here].to(work)  # the tensor's memory, if it has the dtype already
-            if magnitude is not None:
-                values = _with_norms(values, A, B[part], magnitude[part])
-            elif A is not None:
-                merge_all_("merge", [values], [A], [B[part]], [key], record=False)
-            if out != stored or magnitude is not None:
-                target[here] = _rounded(values, out, key, magnitude is not None)
-    return result
+            block = _source(change, base, columns, number * height + part.start, number * height + part.stop).to(work)
+            if A is not None:
+                merge_all_("merge", [block], [A], [B[part]], [key], record=False)
+            yield _converted(block, out, key)
 
 
-def _matrix_shape(change: TensorChange) -> tuple[int, int]:
-    """``(rows, columns)`` of the tensor as a matrix; a stack of matrices is one matrix above the next."""
-    shape = change.shape
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    if any(term.update.kind == "parameter" for term in change.terms):
-        return math.prod(shape[:-1]), shape[-1]
-    return shape[0], math.prod(shape[1:])
+def _source(change: TensorChange, base: Checkpoint, columns: int, begin: int, end: int) -> Tensor:
+    """Reads rows of the tensor to which updates are added, into new memory."""
+    if change.replacement is None:
+        block = base.rows(change.source, columns, begin, end)
+    else:
+        file, name = change.replacement
+        block = file.tensors[name].flatten()[begin * columns : end * columns].view(-1, columns)
+        block = block.to(change.dtype, copy=True)
+    for indices, values in change.rows:
+        here = (begin <= indices) & (indices < end)
+        block[indices[here] - begin] = values[here].to(block.dtype)
+    return block
 
 
-def _factors(change: TensorChange, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """The factors of all terms side by side, and the magnitude, for each matrix of the tensor."""
-    stacks = [term.read() for term in change.terms]
-    packed = [pack_factors(dtype, terms) for terms in zip(*stacks, strict=True)]
-    magnitude = None
-    for term in change.terms:
-        if term.magnitude is not None:
-            magnitude = term.file.tensors[term.magnitude].to(packed[0][0].dtype)
-    return [(A, B, magnitude) for A, B in packed]
-
-
-def _with_norms(values: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
-    """Returns the rows plus their updates, scaled to the norms ``magnitude`` (DoRA), in the accumulation dtype."""
-    values = values.to(A.dtype, copy=True)
-    factor = scale_of_rows(magnitude, row_norms(values, A, B, 1.0)).unsqueeze(1)
-    return values.mul_(factor).addmm_(factor * B, A)
-
-
-def _rounded(values: Tensor, dtype: torch.dtype, key: str, check_all: bool) -> Tensor:
-    """Converts the values. What is infinite in the base, such as a mask, may stay so unless ``check_all`` is set."""
+def _converted(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """Converts the values. What is infinite in the base, such as a mask, may stay so."""
     result = values.to(dtype)
-    if not result.isfinite().all() and (check_all or values.isfinite().all()):
-        raise ValueError(
-            f"merge: {key} would have values that are NaN or infinite, or that {dtype} cannot hold; check the adapter, "
-            "or choose a wider dtype"
-        )
+    if dtype != values.dtype and not result.isfinite().all() and values.isfinite().all():
+        raise ValueError(f"merge: {key} would have values that {dtype} cannot hold; choose a wider dtype")
     return result
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_ext._common.sharded import class_of, gathered, whole
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
-from lora_ext.files.expert_layout import with_version
+from lora_ext.files.misfits import VERSION_KEY, has_present_layout, stacked_experts
 from lora_ext.files.packed_projection import to_peft_form
 from lora_ext.files.writing import write_tensors
 from lora_ext.model.adapter_set import Adapter
@@ -53,7 +53,9 @@ def adapter_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tenso
         }
     for key, scale in adapter.file_scales().items():
         tensors[f"{KEY_PREFIX}{key}"] *= scale
-    values, tensors, metadata = to_peft_form(adapter, with_version(adapter, values), tensors)
+    if any(stacked_experts(adapter)) and not has_present_layout(values.get(VERSION_KEY)):
+        values[VERSION_KEY] = "0.19.1"
+    values, tensors, metadata = to_peft_form(adapter, values, tensors)
     # Only the outer keys are sorted: the first matching pattern counts.
     text = json.dumps({key: values[key] for key in sorted(values)}, indent=2)
     return AdapterContent(text + "\n", tensors, {"format": "pt", **metadata})

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_ext._common.printable import first_of, shown
@@ -27,23 +26,13 @@ METHOD_FILE = "method.json"
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """An adapter on disk: its config, and its tensors by the keys of PEFT's files.
-
-    Tensors are mapped from disk: their bytes are read when they are used.
-
-    Attributes:
-        directory: directory of the files.
-        path: the tensors' file.
-        config: content of ``adapter_config.json``, an object; its values are not checked.
-        tensors: the tensors, on the CPU.
-        metadata: metadata of the tensors' file.
-    """
+    """An adapter on disk. Its tensors are mapped: their bytes are read when they are used."""
 
     directory: Path
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    path: Path  # of the tensors' file
+    config: dict[str, Any]  # content of adapter_config.json; its values are not checked
+    tensors: dict[str, Tensor]  # by the keys of PEFT's files, on the CPU
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of the tensors' file
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, caller: str) -> AdapterFile:
@@ -65,10 +54,9 @@ class AdapterFile:
             tensors, metadata = read_tensors(path)
             if _version(directory) != version:  # the tensors may be of another save than the config
                 raise ValueError(f"{directory} was replaced while it was read; read it again")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{caller}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{caller}: {error}") from error
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{caller}: {error}") from error
         except OSError as error:
             reason = f"{caller}: cannot be read ({error.strerror or error})"
             raise OSError(error.errno, reason, os.fspath(error.filename or directory)) from error
@@ -111,17 +99,19 @@ def holds_adapter(directory: Path) -> bool:
     return os.path.lexists(os.path.join(directory, CONFIG_FILE))
 
 
+def is_duplicate(key: str) -> bool:
+    """Returns whether PEFT wrote a bias again, as with bias="all" under its name inside a wrapper (modules_to_save)."""
+    return not {"original_module", "modules_to_save"}.isdisjoint(key.split("."))
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Maps the tensors of the safetensors file ``path``, and reads its metadata.
 
     Raises:
         OSError: as ``open``.
-        ValueError: the file is corrupted or not regular, or PyTorch lacks a tensor's dtype.
+        ValueError: the file is corrupted or not regular, or PyTorch cannot hold a tensor.
     """
     with open_tensors(path) as (file, table):
-        for key, info in table.items():
-            if info.torch_dtype is None:
-                raise ValueError(f"{path}: {key} has a dtype that torch {torch.__version__} lacks, {info.dtype}")
         return {key: file.get_tensor(key) for key in table}, file.metadata() or {}
 
 
@@ -150,14 +140,13 @@ def _version(directory: Path) -> tuple[int, ...] | None:
 
 def _other_weights(directory: Path) -> str:
     """Says which weights the directory has instead, which are not read."""
-    if (directory / "adapter_model.bin").exists():
-        return (
-            "; adapter_model.bin is there, and pickles are not read: load it with PEFT and save it again, which writes "
-            "safetensors"
-        )
-    if shards := sorted(file.name for file in directory.glob("adapter_model-*.safetensors")):
-        return f"; {shards[0]} is one of several files, which are not read: save with a larger max_shard_size"
-    return ""
+    others = [*directory.glob("adapter_model.bin"), *sorted(directory.glob("adapter_model-*.safetensors"))]
+    if not others:
+        return ""
+    return (
+        f"; {others[0].name} is there, and pickles and one of several files are not read: load it with PEFT, and save "
+        "it as one safetensors file (max_shard_size)"
+    )
 
 
 def _is_finite(tensor: Tensor) -> bool:

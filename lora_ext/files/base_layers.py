@@ -14,7 +14,6 @@ from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.model.adapter_set import Adapter
 from lora_ext.model.bare_model import BareModel, root_module
-from lora_ext.nn import LoraLayer
 
 SaveEmbeddings = bool | Literal["auto"]
 
@@ -33,25 +32,33 @@ def base_tensors_to_save(
 ) -> dict[str, Tensor]:
     """The tensors of base layers that belong into a file of ``adapter``; see :func:`~lora_ext.save_adapter`.
 
-    RuntimeError: an adapter is merged into one of them.
+    RuntimeError: an adapter is merged into one of them, or it is offloaded.
     """
     if save_embedding_layers is False:
         return {}
-    tensors = base_tensors(model, adapter)
-    wanted = {key for key in tensors if key in adapter.into.loaded_base.get(adapter.name, ())}
-    bare = BareModel(root_module(model))
+    tensors, bare = base_tensors(model, adapter), BareModel(root_module(model))
+    wanted = tensors.keys() & adapter.into.loaded_base.get(adapter.name, ())
     sizes = _resized(bare.root) if save_embedding_layers == "auto" else None
     if sizes is not None or save_embedding_layers is True:
-        wanted |= {key for key in _embedding_keys(bare, adapter) if key in tensors}
+        for path, module in _embeddings(bare):
+            if around := [part for part in adapter.parts if part.path == path]:
+                inner = around[-1]
+                wanted |= tensors.keys() & inner.layer.file_tensors_of_base(inner.file_path, inner.adapter)
+            else:
+                wanted |= tensors.keys() & {f"{path}.{name}" for name in module.state_dict()}
     if sizes is not None and wanted:
         warn_user(
             f"{caller}: {_resizing(bare.root, sizes)}, so the file holds the embedding and the output head, too; "
             "save_adapter(..., save_embedding_layers=False) leaves them out"
         )
-    _check_not_merged(caller, bare, adapter, wanted)
-    if offloaded := [key for key in sorted(wanted) if tensors[key].is_meta]:
-        warn_user(f"{caller}: {offloaded[0]!r} is offloaded, so the file lacks it; save without offloading")
-    return {key: tensors[key] for key in sorted(wanted.difference(offloaded))}
+    merged = [path for path, around in bare.layers.items() for layer in around if getattr(layer, "is_merged", False)]
+    for key in sorted(wanted):
+        if any(key.startswith(f"{path}.") for path in merged) or tensors[key].is_meta:
+            raise RuntimeError(
+                f"{caller}: the file holds {key!r} of the base, which contains a merged adapter or is offloaded; call "
+                "unmerge(model), or keep the layer on a device"
+            )
+    return {key: tensors[key] for key in sorted(wanted)}
 
 
 def warn_of_resized_vocabulary(caller: str, model: nn.Module, held: Iterable[Tensor]) -> None:
@@ -70,30 +77,6 @@ def _embeddings(bare: BareModel) -> Iterator[tuple[str, nn.Module]]:
     for path, module in bare.modules.items():
         if module is bare.embedding or module is bare.head:
             yield path, module
-
-
-def _embedding_keys(bare: BareModel, adapter: Adapter) -> Iterator[str]:
-    """The keys of the embedding and the head; those of the base layer if ``adapter`` adapts them."""
-    for path, module in _embeddings(bare):
-        around = [part for part in adapter.parts if part.path == path]
-        if not around:
-            yield from (f"{path}.{name}" for name in module.state_dict())
-            continue
-        # Layers of other adapters may be between this adapter's innermost one and the module.
-        layers = bare.layers[path]
-        inner = max(around, key=lambda part: next(i for i, layer in enumerate(layers) if layer is part.layer))
-        yield from inner.layer.file_tensors_of_base(inner.file_path, inner.adapter)
-
-
-def _check_not_merged(caller: str, bare: BareModel, adapter: Adapter, keys: set[str]) -> None:
-    for path, around in bare.layers.items():
-        if any(isinstance(layer, LoraLayer) and layer.is_merged for layer in around):
-            of_part = {part.file_path for part in adapter.parts if part.path == path} | {path}
-            if any(key.startswith(f"{prefix}.") for key in keys for prefix in of_part):
-                raise RuntimeError(
-                    f"{caller}: the file holds the base layer {path!r}, and an adapter is merged into it; call "
-                    "unmerge(model) first"
-                )
 
 
 def _resized(root: nn.Module) -> tuple[int, int] | None:

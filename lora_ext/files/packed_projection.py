@@ -83,14 +83,14 @@ def _gathered(file: AdapterFile, key: str, enabled: Any) -> Tensor:
     """Returns the blocks of a block-diagonal tensor. ValueError: ``enabled`` does not describe it."""
     if key not in file.tensors:
         raise ValueError(f"the file has no tensor {shown(key)}")
-    shape, dtype = file.tensors[key].shape, file.tensors[key].dtype
     if not isinstance(enabled, list) or not all(isinstance(on, bool) for on in enabled) or not any(enabled):
         raise ValueError(f"the blocks of {key} are {shown(enabled)}, want bools, at least one of them true")
+    tensor, shape = file.tensors[key], file.tensors[key].shape
     fits = len(shape) == 2 and 0 not in shape and shape[0] % len(enabled) == 0 == shape[1] % sum(enabled)
-    if not fits or dtype not in FLOATING:
-        raise ValueError(f"{key} ({dtype}) has shape {list(shape)}, which does not divide into blocks {shown(enabled)}")
+    if not fits or tensor.dtype not in FLOATING:
+        raise ValueError(f"{key} ({tensor.dtype}) has shape {list(shape)}, which has no blocks {shown(enabled)}")
     try:
-        return gather_blocks(file.tensors[key], enabled)
+        return gather_blocks(tensor, enabled)
     except ValueError as error:
         raise ValueError(f"{key}: {error} {shown(enabled)}") from error
 

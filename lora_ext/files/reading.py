@@ -16,9 +16,8 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,9 +48,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The names of dtypes in the safetensors format."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-# Tensors of dtypes that PyTorch lacks can be copied, but not computed with.
-BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 LARGEST_CONFIG = 16 << 20  # bytes; a config that names every expert of the largest mixtures has 8 million
 _LARGEST_INDEX = 100_000_000  # bytes; the largest index of a real model has 20 million
@@ -148,26 +144,17 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # --- safetensors ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Description of a tensor in a safetensors file.
+class TensorInfo(NamedTuple):
+    """Dtype, shape and place of a tensor in a safetensors file; ``begin`` is the offset of its first byte."""
 
-    Attributes:
-        dtype: name of the dtype in the format, such as "BF16".
-        shape: the shape.
-        begin: offset of the tensor's first byte in the file.
-        nbytes: number of its bytes.
-    """
-
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    nbytes: int
 
     @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The dtype in PyTorch; None if PyTorch lacks it."""
-        return DTYPES.get(self.dtype)
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @contextmanager
@@ -177,7 +164,7 @@ def open_tensors(path: Path) -> Iterator[tuple[safe_open, dict[str, TensorInfo]]
     Raises:
         OSError: as ``open``.
         ValueError: the file is corrupted, not a safetensors file or not regular; a name cannot be printed; PyTorch
-            cannot hold a shape.
+            cannot hold a dtype (4 or 6 bits) or a shape.
     """
     with open_regular(path) as raw:
         end = 8 + int.from_bytes(raw.read(8), "little")
@@ -191,12 +178,12 @@ def open_tensors(path: Path) -> Iterator[tuple[safe_open, dict[str, TensorInfo]]
         for name in file.offset_keys():  # the library has checked that tensors follow each other without gaps
             check_name(name, str(path))
             tensor = file.get_slice(name)
-            dtype, shape = str(tensor.get_dtype()), tuple(tensor.get_shape())
-            if dtype not in BITS:
-                raise ValueError(f"{path} has a tensor of an unknown dtype, {dtype}: {shown(name)}")
+            dtype, shape = DTYPES.get(str(tensor.get_dtype())), tuple(tensor.get_shape())
+            if dtype is None:
+                raise ValueError(f"{path}: {name} has the dtype {tensor.get_dtype()}, which PyTorch cannot hold")
             if len(shape) > _MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > _LARGEST_SHAPE:
                 raise ValueError(f"{path}: {name} has a shape that PyTorch cannot hold: {shown(list(shape))}")
-            table[name] = TensorInfo(dtype, shape, end, math.prod(shape) * BITS[dtype] // 8)
+            table[name] = TensorInfo(dtype, shape, end)
             end += table[name].nbytes
         yield file, table
 
@@ -208,19 +195,11 @@ def tensor_table(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
-    """Reads a tensor into new memory, which the file's later changes do not reach.
+    """Reads a tensor into new memory, on the CPU; later changes of the file do not reach it.
 
-    Returns:
-        The tensor, on the CPU; its bytes as uint8 ``[nbytes]`` if PyTorch lacks its dtype.
-
-    Raises:
-        OSError: as ``open``.
-        ValueError: the file became shorter than when ``info`` was read.
+    OSError: as ``open``. ValueError: the file became shorter than when ``info`` was read.
     """
-    if info.torch_dtype is None:
-        tensor = torch.empty(info.nbytes, dtype=torch.uint8)
-    else:
-        tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+    tensor = torch.empty(info.shape, dtype=info.dtype)
     with open_regular(path) as file:
         file.seek(info.begin)
         if file.readinto(tensor_bytes(tensor)) != info.nbytes:

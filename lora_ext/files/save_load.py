@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import shown
 from lora_ext._common.sharded import (
     first_rank_writes,
     gathered,
@@ -28,14 +27,12 @@ from lora_ext._common.sharded import (
     part_like,
     prepare_shards,
 )
-from lora_ext._common.warnings import warn_user
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.files.adapter_content import adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile
 from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
-from lora_ext.files.expert_layout import check_expert_layout
 from lora_ext.files.hub import download_adapter
-from lora_ext.files.misfits import check_fits, check_places, check_same_kind
+from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.writing import write_files
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
@@ -62,20 +59,18 @@ def save_adapter(
 
     Args:
         adapter_name: the adapter to save; None: the active one, if no other one trains.
-        save_embedding_layers: True also saves the base model's input embedding and output head, which
-            :func:`load_adapter` and PEFT load; False saves none. "auto": both if the vocabulary was resized, decided
-            like in PEFT by the config of the model's ``name_or_path``; and base layers that were loaded with the
-            adapter.
+        save_embedding_layers: whether to save the base model's input embedding and output head, too. "auto": if the
+            vocabulary was resized, as in PEFT by the config of the model's ``name_or_path``. Unless it is False, base
+            layers that were loaded with the adapter are saved again.
 
     Warns:
         UserWarning: the vocabulary was resized; or parameters require gradients that the file does not hold.
 
     Raises:
-        ValueError: the model is not injected; or ``adapter_name`` is None and not exactly one adapter is active, or
-            the model has others and the active one is not the one that trains.
+        ValueError: the model is not injected; or ``adapter_name`` is None and it is not clear which adapter is meant.
         KeyError: there is no such adapter; the message lists the existing ones.
         OSError: the directory cannot be written; its content is unchanged.
-        RuntimeError: another rank could not write; or a base layer that is saved contains a merged adapter.
+        RuntimeError: another rank could not write; or a base layer to save contains a merged adapter.
     """
     prepare_shards("save_adapter", model)
     if adapter_name is None:
@@ -85,7 +80,10 @@ def save_adapter(
         base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
         content = adapter_content(model, adapter, base)
     warn_of_lost_parameters("save_adapter", root_module(model), saved=base.values())
-    with first_rank_writes(_sharded_tensors(adapter)) as writes:
+    # Ranks agree by the parameters that ZeRO-3 has emptied, or if there are none, by the DTensors.
+    elsewhere = [parameter for parameter in adapter.parameters() if is_elsewhere(parameter)]
+    sharded = elsewhere or [tensor for tensor in adapter.tensors().values() if is_sharded(tensor)]
+    with first_rank_writes(sharded) as writes:
         if writes:
             with write_files(directory, ADAPTER_FILES, "save_adapter") as staging:
                 content.write(staging)
@@ -94,12 +92,11 @@ def save_adapter(
 def _check_active_trains(model: nn.Module) -> None:
     """Checks that no other adapter than the active one trains. ValueError: one does."""
     adapters = find_adapters(model, "save_adapter")
-    training = [name for name in adapters.configs if not adapters.is_frozen(name)]
-    if len(adapters.configs) > 1 and set(training) != {*adapters.active.names}:
+    training = {name for name in adapters.configs if not adapters.is_frozen(name)}
+    if len(adapters.configs) > 1 and training != {*adapters.active.names}:
         raise ValueError(
-            f"save_adapter: the model has the adapters {sorted(adapters.configs)}, of which {training or 'none'} train "
-            f"and {list(adapters.active.names) or 'none'} are active; name the one to save: save_adapter(model, "
-            "directory, adapter_name)"
+            f"save_adapter: the adapters {sorted(training)} train and {sorted(adapters.active.names)} are active; name "
+            "the one to save: save_adapter(model, directory, adapter_name)"
         )
 
 
@@ -118,22 +115,19 @@ def load_adapter(
     """Loads an adapter, saved by :func:`save_adapter` or PEFT, into ``model`` under a name.
 
     A bare model is injected with the file's config. An injected model gets the adapter in addition, and as in PEFT its
-    active adapters stay active and keep training; if it has an adapter of that name, the values of that adapter are
-    replaced, in place. Base layers in the file are loaded too, and saved again with the adapter. Values are cast to the
-    dtype of the parameters that they fill. A model in which nothing trains after the load of a frozen adapter is put
-    into eval mode.
+    active adapters stay active and keep training; if it has an adapter of that name, its values are replaced, in place.
+    Base layers in the file are loaded too, and saved again with the adapter. Values are cast to the dtype of the
+    parameters that they fill. A model in which nothing trains afterwards is put into eval mode.
 
     Args:
         directory: of the files. With ``download``, the name of a repository on the Hugging Face hub.
         trainable: whether the adapter requires gradients. An adapter whose values are replaced keeps its flags.
         adapter_name: name of the adapter in the model.
-        activate: makes it the active adapter, as :func:`lora_ext.set_adapter` does. The first adapter of a model is
-            active in any case.
-        download: fetch the adapter's files into huggingface_hub's cache, or find them there. Without it, nothing is
-            ever fetched.
+        activate: makes it the active adapter, as :func:`lora_ext.set_adapter` does; the first one is in any case.
+        download: fetch the files into huggingface_hub's cache, or find them there. Without it, nothing is fetched.
         revision: with ``download``, a branch, tag or commit of the repository.
-        subfolder: of ``directory`` or the repository: ``save_pretrained`` writes adapters with other names than
-            "default" into subdirectories of these names.
+        subfolder: of ``directory`` or the repository, where ``save_pretrained`` writes adapters with other names than
+            "default".
 
     Returns:
         ``model``, the same object.
@@ -149,8 +143,7 @@ def load_adapter(
         Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
 
     Warns:
-        UserWarning: the file has NaN or infinite values, or DeepSpeed (ZeRO-1 or 2) trains the adapter whose values are
-            replaced.
+        UserWarning: the file has NaN or infinite values.
     """
     if download:
         directory = download_adapter(str(directory), revision, subfolder, caller="load_adapter")
@@ -167,31 +160,8 @@ def load_adapter(
 
 
 def read_adapter(directory: str | os.PathLike[str], caller: str) -> AdapterFile:
-    """Reads an adapter's files for a model: in the model's form of packed projections, and with positive alphas."""
-    return with_positive_alphas(from_peft_form(AdapterFile.open(directory, caller=caller), caller), caller)
-
-
-def with_positive_alphas(file: AdapterFile, caller: str) -> AdapterFile:
-    """Moves the sign of negative alphas, which old files have and the ops do not, into the factors ``lora_B``."""
-    alpha, patterns = file.config.get("lora_alpha"), file.config.get("alpha_pattern")
-    alphas = [alpha, *(patterns.values() if isinstance(patterns, dict) else ())]
-    negative = [isinstance(value, int | float) and value < 0 for value in alphas]
-    if not any(negative):
-        return file
-    if not all(negative):
-        raise ValueError(
-            f"{caller}: {file.directory / CONFIG_FILE}: lora_alpha is {shown(alpha)}, alpha_pattern {shown(patterns)}: "
-            "negative alphas are read if all are negative; make them positive, and change the signs of the lora_B "
-            "instead"
-        )
-    config = file.config | {"lora_alpha": -alpha}
-    if isinstance(patterns, dict):
-        config["alpha_pattern"] = {key: -value for key, value in patterns.items()}
-    tensors = {
-        key: -tensor if ".lora_B." in key or key.endswith(".lora_embedding_B") else tensor
-        for key, tensor in file.tensors.items()
-    }
-    return dataclasses.replace(file, config=config, tensors=tensors)
+    """Reads an adapter's files for a model, in the model's form of packed projections."""
+    return from_peft_form(AdapterFile.open(directory, caller=caller), caller)
 
 
 def eval_unless_training(model: nn.Module) -> None:
@@ -227,7 +197,6 @@ def load_opened(
             adapters.check_enabled("load_adapter")
         adapter = find_adapter(model, "load_adapter", adapter_name)
         check_same_kind(adapter, config, file)
-        warn_of_a_copy("load_adapter", adapter)
         _fill_checked(model, file, adapter, None, activate)
         return
     activate = activate or adapters is None or not adapters.configs
@@ -237,39 +206,35 @@ def load_opened(
             f"{adapter_name!r} would not train; pass activate=True, or trainable=False and later call "
             f"set_adapter(model, {adapter_name!r}, trainable=True)"
         )
-    injection = Injection(model, dataclasses.replace(config, inference_mode=not trainable), adapter_name)
+    config = dataclasses.replace(config, inference_mode=not trainable)
+    try:
+        injection = Injection(model, config, adapter_name)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"load_adapter: {file.directory / CONFIG_FILE}: {error}") from error
     with injection.values_gathered():
         # Memory is allocated only after the file's shapes have been checked against the config's.
         adapter, give_memory = injection.build_without_memory()
         _fill_checked(model, file, adapter, give_memory, activate)
 
 
-def warn_of_a_copy(caller: str, adapter: Adapter) -> None:
-    """Warns if an optimizer of DeepSpeed (ZeRO-1 or 2) will overwrite values that are put into ``adapter``."""
-    if any(hasattr(parameter, "_hp_mapping") for parameter in adapter.parameters()):
-        warn_user(
-            f"{caller}: DeepSpeed's optimizer has a copy of this adapter, with which its next step overwrites the "
-            "loaded values; to train on from them, load before deepspeed.initialize"
-        )
-
-
 def _fill_checked(
     model: nn.Module, file: AdapterFile, adapter: Adapter, give_memory: Callable[[], Adapter] | None, activate: bool
 ) -> None:
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
-    check_expert_layout(adapter, file, "load_adapter")
-    unsaved = _unsaved_biases(adapter, file)
-    check_fits(_targets(model, adapter, file, unsaved), file)
+    check_expert_layout(adapter, file)
+    check_fits(_targets(model, adapter, file), file)
     if give_memory is not None:
         adapter = give_memory()
-    targets = _targets(model, adapter, file, unsaved)
+    targets = _targets(model, adapter, file)
     check_places(targets, file)
     file.warn_of_damage(targets)
 
     # Nothing below fails: the adapter is filled before it is attached.
     with torch.no_grad():
         for key, target in targets.items():
-            _fill(target, file.tensors[key])
+            values = file.tensors[key]
+            local(target).copy_(part_like(target, values) if is_sharded(target) else values)
         for key, scale in adapter.file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
         if give_memory is not None:
@@ -281,36 +246,8 @@ def _fill_checked(
             held[adapter.name] = held.get(adapter.name, frozenset()) | loaded
 
 
-def _fill(target: Tensor, values: Tensor) -> None:
-    """Copies ``values`` into ``target``, or this rank's part of them."""
-    if is_sharded(target):
-        target, values = local(target), part_like(target, values)
-    target.copy_(values)
-
-
-def _sharded_tensors(adapter: Adapter) -> list[Tensor]:
-    """Returns the parameters of an adapter that ZeRO-3 has emptied, or if there are none, its DTensors."""
-    elsewhere = [parameter for parameter in adapter.parameters() if is_elsewhere(parameter)]
-    return elsewhere or [tensor for tensor in adapter.tensors().values() if is_sharded(tensor)]
-
-
-def _unsaved_biases(adapter: Adapter, file: AdapterFile) -> set[str]:
-    """Returns the keys of the trained biases if the file has none of them, otherwise none."""
-    if adapter.biases is None or adapter.config.bias != "lora_only":
-        return set()
-    biases = set(adapter.biases.file_tensors())
-    if any(f"{KEY_PREFIX}{key}" in file.tensors for key in biases):
-        return set()
-    warn_user(
-        f'load_adapter: {file.path} has no bias, though its config says bias="lora_only": PEFT before 0.18 did not '
-        "save them. They keep the model's values"
-    )
-    return biases
-
-
-def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile, unsaved: set[str]) -> dict[str, Tensor]:
+def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str, Tensor]:
     """Returns the tensors of the model that the file should fill, by the file's keys."""
-    targets = {key: tensor for key, tensor in adapter.tensors().items() if key not in unsaved}
-    base = base_tensors(model, adapter)
-    targets |= {key: tensor for key, tensor in base.items() if f"{KEY_PREFIX}{key}" in file.tensors}
-    return {f"{KEY_PREFIX}{key}": tensor for key, tensor in targets.items()}
+    targets = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.tensors().items()}
+    base = {f"{KEY_PREFIX}{key}": tensor for key, tensor in base_tensors(model, adapter).items()}
+    return targets | {key: tensor for key, tensor in base.items() if key in file.tensors}

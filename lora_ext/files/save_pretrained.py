@@ -33,17 +33,8 @@ from lora_ext.nn.state import base_keys
 
 _DEFAULT = "default"  # the adapter that PEFT saves in the directory itself
 _STATE_FILE = "model.safetensors"
-_MODEL_FILES = (
-    _STATE_FILE,
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_NOT_FOR_ADAPTERS = {
-    "push_to_hub": "save first, and then call huggingface_hub.upload_folder",
-    "distributed_checkpoint": "use torch.distributed.checkpoint, which the model's keys suit",
-    "variant": "adapter files have no variants",
-}
+_MODEL_FILES = (_STATE_FILE, f"{_STATE_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_FOR_MODELS = ("push_to_hub", "distributed_checkpoint", "variant")  # options that adapters do not have
 
 
 @one_at_a_time
@@ -83,11 +74,9 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
                 f"{name}: it is a part of the adapted {type(saver.root).__name__}; save that by save_adapter or "
                 "save_pretrained, merge(model) first, or inject the part alone"
             )
-        for option, remedy in _NOT_FOR_ADAPTERS.items():
+        for option in _FOR_MODELS:
             if options.get(option):
-                raise ValueError(
-                    f"{name}: {option}={options[option]!r} is for whole models: {remedy}, or merge(model) first"
-                )
+                raise ValueError(f"{name}: {option}={options[option]!r} is for whole models; merge(model) first")
         _save_adapters(name, directory, module, method, writes=options.get("is_main_process", True))
     return None
 
@@ -97,12 +86,9 @@ SavePretrained.save = staticmethod(save_adapted)
 
 def _is_merged(name: str, module: nn.Module) -> bool:
     """Returns whether the base weights contain all active adapters. ValueError: they contain some of them."""
-    merged: set[str] = set()
-    waiting: set[str] = set()
-    for _, layer in adapter_layers(module):
-        if isinstance(layer, LoraLayer):
-            merged |= {*layer.merged_adapters}
-            waiting |= {*layer.active_adapters} - {*layer.merged_adapters}
+    layers = [layer for _, layer in adapter_layers(module) if isinstance(layer, LoraLayer)]
+    merged = {adapter for layer in layers for adapter in layer.merged_adapters}
+    waiting = {adapter for layer in layers for adapter in {*layer.active_adapters} - {*layer.merged_adapters}}
     if merged and waiting:
         raise ValueError(
             f"{name}: the adapters {sorted(merged)} are merged, {sorted(waiting)} are in use but not merged "
@@ -114,8 +100,8 @@ def _is_merged(name: str, module: nn.Module) -> bool:
 def _check_can_save_merged(name: str, directory: Path, method: MethodFiles | None) -> None:
     if method is not None and method.inserts:
         raise ValueError(
-            f"{name}: adapters are merged, but {method.name} inserted modules that the base model lacks, so that "
-            "no files of the base model can hold the result; call unmerge(model), or lora_ext.methods.save_method"
+            f"{name}: adapters are merged, but files of the base model cannot hold the modules that {method.name} "
+            "inserted; call unmerge(model), or lora_ext.methods.save_method"
         )
     if holds_adapter(directory):
         raise ValueError(
@@ -143,8 +129,7 @@ def _save_adapters(name: str, directory: Path, module: nn.Module, method: Method
         tensors = base_tensors_to_save(name, module, adapter)
         contents[adapter_name] = adapter_content(module, adapter, tensors)
         base += tensors.values()
-    default = contents.pop(_DEFAULT, None)
-    if method is not None and method.has_adapter and default is None:
+    if method is not None and method.has_adapter and _DEFAULT not in contents:
         raise ValueError(
             f"{name}: the adapter {_DEFAULT!r}, a part of {method.name}, was merged for good, removed or renamed; "
             "call lora_ext.methods.remove_method(model), which keeps the weights"
@@ -153,18 +138,18 @@ def _save_adapters(name: str, directory: Path, module: nn.Module, method: Method
     if not writes:
         return
     warn_of_lost_parameters(name, module, method, saved=base)
-    if method is not None and (contents or default is not None):
+    if method is not None and contents:
         warn_user(
             f"{name}: PEFT and from_pretrained read the low-rank adapters in {directory} without what {method.name} "
             "trained; load all of it into the base model by lora_ext.methods.load_method(model, directory), then the "
             "other adapters by load_adapter"
         )
+    default = contents.pop(_DEFAULT, None)
     if method is not None or default is not None:
         with write_files(directory, ADAPTER_FILES if method is None else method.names, name) as staging:
-            if default is not None:
-                default.write(staging)
-            if method is not None:
-                method.write(staging)
+            for part in (default, method):
+                if part is not None:
+                    part.write(staging)
     for adapter_name, content in contents.items():
         with write_files(directory / adapter_name, ADAPTER_FILES, name) as staging:
             content.write(staging)

@@ -11,14 +11,15 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lora_ext._common.printable import check_name
-from lora_ext.files.reading import BITS, DTYPE_NAMES, tensor_bytes
+from lora_ext.files.reading import DTYPE_NAMES, tensor_bytes
 
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _METADATA = "__metadata__"
@@ -28,13 +29,11 @@ _METADATA = "__metadata__"
 def write_files(directory: str | os.PathLike[str], names: Sequence[str], caller: str) -> Iterator[Path]:
     """Yields a directory for writing the files ``names``; at the end they replace those in ``directory``.
 
-    A name that was not written is removed from ``directory``; all other files stay. The directory is made if needed.
-    After an error or Ctrl-C in the block, the files are unchanged. The last of ``names``, without which the others
-    are not read, is taken away before the others are replaced if it changes, and appears last: no reader sees old files
-    with new ones.
+    A name that was not written is removed; all other files stay. After an error or Ctrl-C in the block, the files are
+    unchanged. The last of ``names``, without which the others are not read, is taken away before the others are
+    replaced if it changes, and appears last: no reader sees old files with new ones.
 
-    Raises:
-        OSError: the directory cannot be written; the message names it, the reason and a remedy.
+    OSError: the directory cannot be written; the message names it, the reason and a remedy.
     """
     directory = Path(directory).absolute()
     with _staging(directory, directory / "saving", caller) as staging:
@@ -57,9 +56,7 @@ def write_files(directory: str | os.PathLike[str], names: Sequence[str], caller:
 def new_directory(path: str | os.PathLike[str], caller: str) -> Iterator[Path]:
     """Yields a directory for writing, which takes the name ``path`` at the end; parents are made if needed.
 
-    Raises:
-        FileExistsError: ``path`` exists, and is not an empty directory.
-        OSError: the directory cannot be written; the message names it, the reason and a remedy.
+    FileExistsError: as :func:`check_new`. OSError: as :func:`write_files`.
     """
     path = Path(path).absolute()
     check_new(path, caller)
@@ -119,50 +116,44 @@ def _sync(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes CPU tensors to a safetensors file, with permissions from the user's umask.
-
-    Raises:
-        OSError: as ``write``.
-        ValueError: a tensor has a dtype that the format lacks; or as :func:`stream_tensors`.
-    """
-    for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{key} is {tensor.dtype}, which the safetensors format lacks; convert it first")
-    table = {key: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
-    stream_tensors(path, table, metadata, tensors.__getitem__)
+    """Writes CPU tensors to a safetensors file, with permissions from the user's umask. Errors: ``stream_tensors``."""
+    table = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    stream_tensors(path, table, metadata, lambda key: [tensors[key]])
 
 
 def stream_tensors(
     path: Path,
-    table: Mapping[str, tuple[str, tuple[int, ...]]],
+    table: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str],
-    values: Callable[[str], Tensor],
+    blocks: Callable[[str], Iterable[Tensor]],
 ) -> None:
-    """Writes a safetensors file one tensor at a time; the library's own writer wants all of them at once.
+    """Writes a safetensors file block by block; the library's own writer wants all tensors at once.
 
     The widest dtypes come first, so that all tensors are aligned.
 
     Args:
-        table: name -> the dtype's name in the format, and the shape.
+        table: name -> dtype and shape.
         metadata: metadata of the file; the Hugging Face libraries expect ``{"format": "pt"}``.
-        values: returns the CPU tensor of a name; uint8 bytes if PyTorch lacks its dtype.
+        blocks: returns the CPU tensor of a name, in consecutive parts.
 
     Raises:
         OSError: as ``write``.
-        ValueError: no reader would take the file: a name is unprintable, too long or ``__metadata__``, metadata are not
-            Unicode, or the header exceeds 100 MB.
+        ValueError: no reader would take the file: the format lacks a dtype, a name is unprintable, too long or
+            ``__metadata__``, metadata are not Unicode, or the header exceeds 100 MB.
     """
     header: dict[str, object] = {_METADATA: dict(metadata)}
     sizes: dict[str, int] = {}
     begin = 0
-    for name in sorted(table, key=lambda name: (-BITS[table[name][0]], name)):
+    for name in sorted(table, key=lambda name: (-table[name][0].itemsize, name)):
         check_name(name, str(path))
         if name == _METADATA:
             raise ValueError(f"{path}: a tensor is called {_METADATA}, which a safetensors file cannot hold")
         dtype, shape = table[name]
-        sizes[name] = math.prod(shape) * BITS[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + sizes[name]]}
-        begin += sizes[name]
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name} is {dtype}, which the safetensors format lacks; convert it first")
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        sizes[name], begin = end - begin, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _LARGEST_HEADER:
@@ -170,7 +161,9 @@ def stream_tensors(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, size in sizes.items():
-            tensor = values(name).contiguous()  # alive until its bytes are written
-            if tensor.nbytes != size:
-                raise ValueError(f"{path}: {name} has {tensor.nbytes} bytes, but {size} were announced")
-            file.write(tensor_bytes(tensor))
+            written = 0
+            for block in blocks(name):
+                contiguous = block.contiguous()  # alive until its bytes are written
+                written += file.write(tensor_bytes(contiguous))
+            if written != size:
+                raise ValueError(f"{path}: {name} has {written} bytes, but {size} were announced")

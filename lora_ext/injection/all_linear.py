@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from torch import nn
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import ALL_LINEAR, LoraConfig
-from lora_ext.matching.path_names import EndTable, Parents, SuffixTable
+from lora_ext.matching.path_names import EndTable, Parents
 from lora_ext.matching.path_patterns import PathMatcher
 from lora_ext.model.bare_model import BareModel
 from lora_ext.nn.base_layer import why_bypassed, why_output_unusable
@@ -47,22 +46,16 @@ def is_all_linear(config: LoraConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
-def names_next_to_all_linear(config: LoraConfig) -> tuple[str, ...] | None:
-    """Returns the other names of a config that names "all-linear", alone or in a list; None if it does not."""
-    if is_all_linear(config):
-        return ()
-    if isinstance(config.target_modules, str) or ALL_LINEAR not in (config.target_modules or ()):
-        return None
-    return tuple(name for name in config.target_modules if name != ALL_LINEAR)
-
-
 def linear_layers(bare: BareModel) -> list[str]:
     """The layers that "all-linear" means: linear ones that take an update, without the output head."""
-    found = []
-    for path, module in bare.modules.items():
-        if is_linear(module) and module is not bare.head and why_output_unusable(module) is None:
-            found += [path] * (why_left_out(bare, path) is None)
-    return found
+    return [
+        path
+        for path, module in bare.modules.items()
+        if is_linear(module)
+        and module is not bare.head
+        and why_output_unusable(module) is None
+        and why_bypassed_at(bare, path) is None
+    ]
 
 
 def why_bypassed_at(bare: BareModel, path: str) -> str | None:
@@ -71,42 +64,20 @@ def why_bypassed_at(bare: BareModel, path: str) -> str | None:
     return why_bypassed(bare.modules[parent] if parent else bare.root, name)
 
 
-def why_left_out(bare: BareModel, path: str) -> str | None:
-    """Returns why a linear layer cannot be adapted: the model bypasses it, or its quantisation is not known here."""
-    module = bare.modules[path]
-    if is_linear(module):
-        return why_bypassed_at(bare, path)
-    looks_linear = isinstance(getattr(module, "in_features", None), int)
-    return why_unsupported(module) if looks_linear and quantized_weight(module) is None else None
-
-
 def expand_all_linear(config: LoraConfig, bare: BareModel) -> LoraConfig:
-    """Returns a config with "all-linear" alone or without it: other names, and a mixture's parameters, need names.
-
-    ValueError: the config has an option that bare parameters cannot have; PEFT refuses it, too.
-    """
-    if (others := names_next_to_all_linear(config)) is None:
-        return config
-    config = _with_experts(dataclasses.replace(config, target_modules=ALL_LINEAR), bare)
-    if not others:
-        return config
-    layers = linear_layers(bare) if is_all_linear(config) else config.target_modules
-    return dataclasses.replace(config, target_modules=(*layers, *others))
-
-
-def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
-    """Returns the config, which says "all-linear", with the parts that PEFT adapts in a mixture by name.
+    """Returns the config; in place of "all-linear" in a mixture, it names the parts that PEFT adapts there.
 
     PEFT knows a mixture's parts by the names of projections, and takes dense layers of these names for experts: they
     are not adapted, and :func:`warn_of_parts_left_out` names them.
+
+    ValueError: the config has an option that bare parameters cannot have; PEFT refuses it, too.
     """
     model_type = getattr(getattr(bare.root, "config", None), "model_type", None)
     parameters = _MIXTURES.get(model_type, {}) if isinstance(model_type, str) else {}
-    ends, trained = EndTable(parameters.values()), SuffixTable(config.trained_modules)
-    inside = Parents(path for path in bare.modules if trained.find(path))
+    ends, inside = EndTable(parameters.values()), Parents(p for p in bare.modules if p.endswith(config.trained_modules))
     excluded = PathMatcher("exclude_modules", config.exclude_modules)
     named, left_out = set(), set()
-    for path, module in bare.modules.items() if parameters else ():
+    for path, module in bare.modules.items() if parameters and is_all_linear(config) else ():
         found = {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False) if f"{path}.{name}" in ends}
         (left_out if path in inside or excluded(path) else named).update(found)
     if not named:
@@ -134,26 +105,28 @@ def _with_experts(config: LoraConfig, bare: BareModel) -> LoraConfig:
 
 
 def warn_of_parts_left_out(config: LoraConfig, bare: BareModel, targets: Targets) -> None:
-    """Warns about linear layers, quantised layers of other kinds and experts that "all-linear" does not adapt.
-
-    Args:
-        config: the config as it was given, which says "all-linear".
-    """
+    """Warns about linear layers, quantised layers of other kinds and experts that "all-linear" does not adapt."""
     excluded = PathMatcher("exclude_modules", config.exclude_modules)
-    known = Parents(targets.trained)
-    left_out: dict[str, set[str]] = defaultdict(set)
+    known, left_out = Parents(targets.trained), set()
     for path, module in bare.modules.items():
         if path in targets.modules or path in known or module is bare.head or excluded(path):
             continue
-        if (why := why_left_out(bare, path)) is not None:
-            left_out[why].add(path)
-        elif is_linear(module) and why_output_unusable(module) is None:
-            left_out["to adapt them, name them in target_modules"].add(path)
-        elif parameters := set(_weights(module)).difference(targets.parameters.get(path, ())):
-            left_out["to adapt them, name them in target_parameters"] |= {f"{path}.{name}" for name in parameters}
-    for why, paths in left_out.items():
-        some = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in paths})  # one line for all layers
-        warn_user(f'inject: "all-linear" leaves out {shown(some, 2000)} of {type(bare.root).__name__}; {why}')
+        if (is_linear(module) and why_output_unusable(module) is None) or _is_of_unknown_format(module):
+            left_out.add(path)
+        else:
+            adapted = targets.parameters.get(path, ())
+            left_out |= {f"{path}.{name}" for name in _weights(module) if name not in adapted}
+    if left_out:
+        some = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in left_out})  # one name for all layers
+        warn_user(
+            f'inject: "all-linear" leaves out {shown(some, 2000)} of {type(bare.root).__name__}; name them in '
+            "target_modules or target_parameters to adapt them, or to see why that is not possible"
+        )
+
+
+def _is_of_unknown_format(module: nn.Module) -> bool:
+    looks_linear = isinstance(getattr(module, "in_features", None), int) and not is_linear(module)
+    return looks_linear and quantized_weight(module) is None and why_unsupported(module) is not None
 
 
 def _weights(module: nn.Module) -> Iterator[str]:

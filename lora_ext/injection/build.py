@@ -15,7 +15,7 @@ from lora_ext.matching.path_names import Parents
 from lora_ext.model.adapter_set import AdapterSet, Part, complete_parts
 from lora_ext.model.bare_model import BareModel, file_path
 from lora_ext.model.trained_biases import TrainedBiases
-from lora_ext.nn import LORA_LAYERS, AdapterLayer, DoraLinear, LoraLayer, LoraLinear, LoraPackedLinear, LoraParameter
+from lora_ext.nn import LORA_LAYERS, AdapterLayer, DoraLinear, LoraLayer, LoraPackedLinear, LoraParameter
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.base_layer import execution_device
@@ -85,10 +85,8 @@ class PartsBuilder:
         for path, module, setting in adapted_modules(self.bare, targets, self.config):
             kind = lora_layer_for(module, self.config, setting)
             adapter = kind.new_adapter(module, self.config, setting, self.device or execution_device(module))
-            if kind is LoraPackedLinear:
-                layer, replaced = self._packed_linear(path, module, len(self.config.enable_lora_for(setting)))
-            else:
-                layer, replaced = self._layer(path, module, kind)
+            packed = {"num_parts": len(self.config.enable_lora_for(setting))} if kind is LoraPackedLinear else {}
+            layer, replaced = self._layer(path, module, kind, **packed)
             if (attention := attention_around(self.bare, path)) is not None:  # only our layer calls out_proj
                 replaced |= self._layer(path.rpartition(".")[0], attention, LoraMultiheadAttention)[1]
             yield Part(path, path, layer, adapter, replaced)
@@ -143,32 +141,16 @@ class PartsBuilder:
                 yield Part(path, path, layer, adapter, {outermost: layer})
 
     def _layer(
-        self, path: str, module: nn.Module, kind: type[AdapterLayer]
+        self, path: str, module: nn.Module, kind: type[AdapterLayer], **options: int
     ) -> tuple[AdapterLayer, dict[nn.Module, nn.Module]]:
         """The existing layer of this kind around the module, or a new one; and the replacement that it needs."""
         for layer in self.bare.layers.get(path, ()):
             if isinstance(layer, kind):
                 return layer, {}
         if (path, kind) not in self.made:
-            self.made[path, kind] = kind(module, active=self.active)
+            self.made[path, kind] = kind(module, active=self.active, **options)
         layer = self.made[path, kind]
         return layer, {module: layer}
-
-    def _packed_linear(
-        self, path: str, module: nn.Module, num_parts: int
-    ) -> tuple[LoraPackedLinear, dict[nn.Module, nn.Module]]:
-        """Returns what :meth:`_layer` does; a new layer replaces a :class:`LoraLinear` and takes over its adapters."""
-        layer = next((layer for layer in self.bare.layers.get(path, ()) if isinstance(layer, LoraLinear)), None)
-        if not isinstance(layer, LoraPackedLinear):
-            made = LoraPackedLinear(module, num_parts, active=self.active)
-            if layer is not None:  # its adapters, a pool's slots, hooks of users; but a packed layer shares no input
-                vars(made).update({n: v for n, v in vars(layer).items() if n not in ("_neighbours", "forward")})
-            return made, {layer or module: made}
-        if layer.num_parts != num_parts:
-            raise ValueError(
-                f"inject: enable_lora has {num_parts} parts for {path!r}, want {layer.num_parts} like the others"
-            )
-        return layer, {}
 
     def biases(self, parts: tuple[Part, ...]) -> TrainedBiases | None:
         if self.config.bias == "none":

@@ -7,11 +7,11 @@ from lora_ext.config import LoraConfig
 from lora_ext.injection.all_linear import why_bypassed_at
 from lora_ext.injection.build import adapted_modules, attention_around, lora_layer_for
 from lora_ext.injection.targets import Targets
-from lora_ext.matching.path_names import Parents, is_inside
+from lora_ext.matching.path_names import Parents
 from lora_ext.model.bare_model import BareModel
 from lora_ext.nn import LORA_LAYERS, DoraLinear, LoraLayer, LoraPackedLinear, LoraParameter
 from lora_ext.nn.attention import LoraMultiheadAttention
-from lora_ext.nn.base_layer import brings_submodules, is_offloaded
+from lora_ext.nn.base_layer import is_offloaded
 from lora_ext.nn.trainable_tokens import TrainableTokens
 from lora_ext.quantized import quantized_weight, why_unsupported
 
@@ -110,36 +110,33 @@ def _check_parameters(bare: BareModel, targets: Targets) -> None:
 def _check_present_adapters(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
     """Refuses targets whose layers hold adapters of a kind that the new one cannot join."""
     for path in (*targets.modules, *targets.parameters):
+        wanted = {
+            "target_parameters": path in targets.parameters,
+            "use_dora": config.use_dora,
+            "parts in enable_lora": len(config.enable_lora_for(path) or ()),
+        }
         for layer in (layer for layer in bare.layers.get(path, ()) if isinstance(layer, LoraLayer)):
-            if isinstance(layer, LoraParameter) != (path in targets.parameters):
-                kind = f"by {'target_parameters' if isinstance(layer, LoraParameter) else 'target_modules'}"
-            elif isinstance(layer, DoraLinear) != config.use_dora:
-                kind = f"{'without' if config.use_dora else 'with'} use_dora"
-            else:
-                continue
-            raise ValueError(
-                f"inject: {path!r} has adapters {kind} already ({list(layer.adapters) or 'those of an AdapterPool'}), "
-                "and the new one cannot join them; adapt it in the same way, or remove them first "
-                "(delete_adapter(model, ...), or pool.close())"
-            )
+            present = {
+                "target_parameters": isinstance(layer, LoraParameter),
+                "use_dora": isinstance(layer, DoraLinear),
+                "parts in enable_lora": layer.num_parts if isinstance(layer, LoraPackedLinear) else 0,
+            }
+            for key in (key for key in wanted if wanted[key] != present[key]):
+                raise ValueError(
+                    f"inject: {path!r} has adapters ({list(layer.adapters) or 'those of an AdapterPool'}) with {key}: "
+                    f"{present[key]}, and one with {wanted[key]} cannot join them; adapt it in the same way, or remove "
+                    "them first (delete_adapter(model, ...), or pool.close())"
+                )
 
 
 def _check_offloaded(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
-    """Refuses to train copies of values that accelerate keeps elsewhere, and targets in modules brought as a whole."""
+    """Refuses to train copies of values that accelerate keeps elsewhere."""
     inside = Parents(targets.trained)
-    adapted = (*targets.modules, *targets.parameters, *targets.trained, *targets.tokens)
-    for path, module in {"": bare.root, **bare.modules}.items():
-        found = [t for t in adapted if is_inside(t, path) or not path] if brings_submodules(module) else ()
-        if found:
-            raise ValueError(
-                f"inject: accelerate offloads {path!r} as a whole, with {found[0]!r} in it, and would look for the "
-                "factors in the offloaded weights; offload without preload_module_classes"
-            )
-        key, names = "bias", () if config.bias == "none" else ("bias",)
-        if path in inside:
-            key, names = "modules_to_save", tuple(module._parameters)
-        for name in names:
-            if is_offloaded(module, name):
+    for path, module in bare.modules.items():
+        for name in module._parameters:
+            key = "modules_to_save" if path in inside else "bias"
+            is_trained = path in inside or (name == "bias" and config.bias != "none")
+            if is_trained and is_offloaded(module, name):
                 raise ValueError(
                     f"inject: {key} trains the {name} of {path!r}, which is offloaded; keep it on a device (device_map)"
                 )

@@ -7,10 +7,9 @@ lora_ext/injection/check_targets.py refuses what cannot be adapted, lora_ext/inj
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
-from lora_ext.injection.all_linear import expand_all_linear, names_next_to_all_linear, warn_of_parts_left_out
+from lora_ext.injection.all_linear import expand_all_linear, is_all_linear, warn_of_parts_left_out
 from lora_ext.injection.build import PartsBuilder
 from lora_ext.injection.check_targets import check_targets
 from lora_ext.injection.targets import find_targets
@@ -58,8 +57,7 @@ def inject(
 
     Args:
         model: any module; weights may be on the meta device.
-        config: what to adapt; a ``peft.LoraConfig`` is converted (:meth:`LoraConfig.from_peft`). If it names no
-            modules, PEFT's table for the model's type does, as in ``get_peft_model``.
+        config: what to adapt; a ``peft.LoraConfig`` is converted (:meth:`LoraConfig.from_peft`).
         adapter_name: the adapter's name in the model.
         share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op, with one dropout mask
             (:func:`lora_ext.adapters.input_groups` reports them). Concerns all layers of the model.
@@ -78,28 +76,13 @@ def inject(
             longer shares a parameter with the rest of the model; or "all-linear" leaves out parts of the model.
     """
     if not isinstance(config, LoraConfig):
-        config = LoraConfig.from_peft(_with_targets(config, root_module(model)))
+        config = LoraConfig.from_peft(config)
     injection = Injection(model, config, adapter_name)
     with injection.values_gathered():
         adapter = injection.build()
         adapter.into.share_inputs = share_inputs
         apply_injection(model, adapter)
     return model
-
-
-def _with_targets(config: PeftConfig, root: nn.Module) -> PeftConfig:
-    """Names the modules in a config of PEFT without ``target_modules``, which PEFT chooses by the model's type."""
-    if getattr(config, "target_modules", ()) is not None:
-        return config
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
-
-    targets = table.get(getattr(getattr(root, "config", None), "model_type", None))
-    if getattr(config, "target_parameters", None):
-        # LoraConfig refuses None: of the types in the table, PEFT adapts no modules of some, such as Mixtral.
-        targets = [] if targets is None else None
-    config = copy.copy(config)
-    config.target_modules = targets
-    return config
 
 
 class Injection:
@@ -118,7 +101,7 @@ class Injection:
         self._targets = find_targets(self._config, self._bare)
         with self.values_gathered():
             check_targets(self._bare, self._targets, self._config)
-        if names_next_to_all_linear(config) is not None:
+        if is_all_linear(config):
             warn_of_parts_left_out(config, self._bare, self._targets)
             # Like PEFT, store the layers, not the rule: it would find other layers after the model changes.
             self._config = dataclasses.replace(self._config, target_modules=tuple(self._targets.modules))
@@ -150,23 +133,16 @@ class Injection:
         adapter = self._adapter(builder)
 
         def give_memory() -> Adapter:
-            with _tensors_that_train():
+            with torch.inference_mode(False):
                 builder.give_memory()  # low-rank factors, in place; copies of modules and rows are made again below
             return self._adapter(builder) if self._targets.trained or self._targets.tokens else adapter
 
         return adapter, give_memory
 
     def _adapter(self, builder: PartsBuilder) -> Adapter:
-        with _tensors_that_train():
+        with torch.inference_mode(False):  # autograd would refuse parameters that are made there, also later
             parts = builder.parts(self._targets)
             return Adapter(self._name, self._config, self._into, parts, builder.biases(parts))
-
-
-@contextmanager
-def _tensors_that_train() -> Iterator[None]:
-    """Leaves inference mode: autograd would refuse parameters that are made there, also later."""
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        yield
 
 
 def apply_injection(model: nn.Module, adapter: Adapter, activate: bool = True) -> None:
@@ -219,8 +195,7 @@ def forget_injection(model: nn.Module) -> None:
     for module in model.modules():
         forget_adapter_set(module)
         forget_adapter_names(module)
-        for _, attribute, _ in _FAST_PATH:
-            _restore(module, attribute)
+        _restore(module, *(attribute for _, attribute, _ in _FAST_PATH))
         remove_guard(module)
     stop_serving_files(root_module(model))
 
@@ -290,33 +265,33 @@ def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfi
         )
 
 
-# --- nn.TransformerEncoder's fast path, quantised models --------------------------------------------------------------
+# --- attributes of modules --------------------------------------------------------------------------------------------
 
 # In eval mode these modules pass linear1.weight and linear2.weight to a fused kernel, unless this attribute is off.
 _FAST_PATH: tuple[tuple[type[nn.Module], str, int | bool], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),  # only the fused kernel takes nested tensors
 )
-_BEFORE = "_{}_before_lora"  # the attribute that keeps another one's value
 _QUANTIZED = "is_quantized"
+_BEFORE = "_{}_before_lora"  # the attribute that keeps another one's value
 
 
-def _set_for_lora(module: nn.Module, attribute: str, value: int | bool) -> None:
-    if _BEFORE.format(attribute) not in vars(module):
-        vars(module)[_BEFORE.format(attribute)] = getattr(module, attribute)
-        setattr(module, attribute, value)
+def _change(module: nn.Module, attribute: str, value: int | bool) -> None:
+    vars(module).setdefault(_BEFORE.format(attribute), getattr(module, attribute))
+    setattr(module, attribute, value)
 
 
-def _restore(module: nn.Module, attribute: str) -> None:
-    if _BEFORE.format(attribute) in vars(module):
-        setattr(module, attribute, vars(module).pop(_BEFORE.format(attribute)))
+def _restore(module: nn.Module, *attributes: str) -> None:
+    for attribute in attributes:
+        if _BEFORE.format(attribute) in vars(module):
+            setattr(module, attribute, vars(module).pop(_BEFORE.format(attribute)))
 
 
 def _switch_off_fast_path(root: nn.Module) -> None:
     for module in root.modules():
         for kind, attribute, off in _FAST_PATH:
             if isinstance(module, kind) and any(adapter_layers(module)):
-                _set_for_lora(module, attribute, off)
+                _change(module, attribute, off)
 
 
 def prepare_quantized(model: nn.Module) -> None:
@@ -327,7 +302,7 @@ def prepare_quantized(model: nn.Module) -> None:
     keep_stored(model)
     for module in model.modules():
         if vars(module).get(_QUANTIZED) is True:
-            _set_for_lora(module, _QUANTIZED, False)
+            _change(module, _QUANTIZED, False)
 
 
 def release_quantized(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,19 +16,18 @@ from torch import nn
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
-from lora_ext.injection.all_linear import is_all_linear, linear_layers, why_left_out
-from lora_ext.matching.path_names import EndTable, Parents, SuffixTable, path_ends
+from lora_ext.injection.all_linear import is_all_linear, linear_layers
+from lora_ext.matching.path_names import EndTable, Parents, path_ends
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.bare_model import BareModel, parameter_paths
-from lora_ext.nn.linear import is_linear
 
-_MOST_CLOSE, _LONGEST_CLOSE = 5, 100
+_MOST_CLOSE, _LONGEST_CLOSE = 5, 100  # close matches take time per name, and help only with names written by hand
 _TOKENS = "trainable_token_indices"
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The parts to adapt, to train and to tie, by path, in the model's order.
+    """The parts to adapt and to train, by path, in the model's order.
 
     Attributes:
         modules: modules to adapt.
@@ -57,43 +56,35 @@ def find_targets(config: LoraConfig, bare: BareModel) -> Targets:
         UserWarning: an entry matches nothing while others do (PEFT is silent, and a misspelt layer is not adapted);
             a module to save shares a parameter with a module that is not saved.
     """
-    return _Search(config, bare).run()
+    search = _Search(config, bare)
+    trained = search.find_trained()
+    parameters = search.find_parameters(trained)
+    modules = search.find_modules(trained, parameters)
+    tokens, tied = search.find_tokens(trained, modules)
+    search.check_settings({*modules, *(f"{path}.{name}" for path in parameters for name in parameters[path])})
+    for message in search.warnings:
+        warn_user(message)
+    return Targets(modules, parameters, trained, tokens, tied)
 
 
 class _Search:
-    """One search, whose steps depend on each other: what one finds, the later ones leave out or refuse.
+    """The steps of one search: what one finds, the later ones leave out or refuse.
 
     Attributes:
-        embedding, twins: the path of the input embedding, or "", and the paths of the modules that share its weight.
-        tied: the twins that follow the embedding; filled by the steps.
         warnings: issued at the end, when nothing can fail any more.
     """
 
     def __init__(self, config: LoraConfig, bare: BareModel) -> None:
         self.config, self.bare, self.modules = config, bare, bare.modules
         self.root_name = type(bare.root).__name__
-        self.embedding, self.twins = _tied_embedding(bare)
         self.warnings: list[str] = []
-        self.tied: dict[str, str] = {}
-
-    def run(self) -> Targets:
-        trained = self.find_trained()
-        parameters = self.find_parameters(trained)
-        targets = self.find_modules(trained, parameters)
-        tokens = self.find_tokens(trained, targets)
-        self.check_leftovers({*targets, *(f"{path}.{n}" for path in parameters for n in parameters[path])})
-        for message in self.warnings:
-            warn_user(message)
-        return Targets(targets, parameters, trained, tokens, self.tied)
 
     def find_trained(self) -> dict[str, nn.Module]:
         """Modules to train in full: those whose path ends with an entry, after a dot or not."""
-        named = SuffixTable(self.config.trained_modules)
-        found = {path: names for path in self.modules if (names := named.find(path))}
-        trained = {path: self.modules[path] for path in found}
+        names, heads = self.config.trained_modules, self.config.task_heads
+        trained = {path: module for path, module in self.modules.items() if path.endswith(names)}
         # No report for the heads that a task adds (and PEFT writes into the file): the user did not write them.
-        wanted = set(self.config.modules_to_save or ()) - set(self.config.task_heads)
-        unmatched = sorted(wanted.difference(*found.values()))
+        unmatched = [name for name in names if name not in heads and not any(path.endswith(name) for path in trained)]
         self.report_unmatched("modules_to_save", unmatched, fatal=not trained)
         paths, inside = parameter_paths(self.modules.items()), Parents(trained)
         for path, module in trained.items():
@@ -108,20 +99,23 @@ class _Search:
     def find_parameters(self, trained: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
         """Bare parameters to adapt."""
         names = self.config.target_parameters or ()
-        if not names:
-            return {}
         named, inside, matched = EndTable(names), Parents(trained), set()
         found: dict[str, list[str]] = defaultdict(list)
-        for path, name in _parameters(self.modules):
-            if not (entries := named.find(f"{path}.{name}")):
-                continue
-            matched.update(entries)
-            if path in inside:
-                _refuse_twice(f"{path}.{name}", "target_parameters", "modules_to_save")
-            found[path].append(name)
+        for path, name in self.parameters() if names else ():
+            if entries := named.find(f"{path}.{name}"):
+                if path in inside:
+                    _refuse_twice(f"{path}.{name}", "target_parameters", "modules_to_save")
+                matched.update(entries)
+                found[path].append(name)
         unmatched = [entry for entry in names if entry not in matched]
         self.report_unmatched("target_parameters", unmatched, fatal=not found and not self.config.target_modules)
         return {path: tuple(names) for path, names in found.items()}
+
+    def parameters(self) -> Iterator[tuple[str, str]]:
+        """Yields ``(module path, name)`` of every parameter that can be a target, in PEFT's order."""
+        for path, module in self.modules.items():
+            if not hasattr(module, "parametrizations"):
+                yield from ((path, name) for name, _ in module.named_parameters(recurse=False))
 
     def find_modules(
         self, trained: Mapping[str, nn.Module], parameters: Mapping[str, tuple[str, ...]]
@@ -131,13 +125,8 @@ class _Search:
         if is_all_linear(config):
             named = linear_layers(self.bare)
         else:
-            named = list(filter(PathMatcher("target_modules", config.target_modules), self.modules))
-            unmatched = self.unmatched(config.target_modules, named)
-            self.report_unmatched("target_modules", unmatched, fatal=not named and not parameters)
-        excluded = set(filter(PathMatcher("exclude_modules", config.exclude_modules), self.modules))
-        unmatched = self.unmatched(config.exclude_modules, excluded)
-        self.report_unmatched("exclude_modules", unmatched, fatal=False)
-
+            named = self.matched("target_modules", fatal=not parameters)
+        excluded = set(self.matched("exclude_modules", fatal=False))
         whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
         layers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
         inside = Parents(trained)
@@ -145,70 +134,65 @@ class _Search:
             path: self.modules[path] for path in named if path in layers and path not in excluded and path not in inside
         }
         if not targets and not parameters:
-            raise ValueError(self.why_nothing(named))
+            raise ValueError(
+                f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, without "
+                "those of exclude_modules, modules_to_save, task_type and other layers_to_transform"
+                + "; name a layer in target_modules to see why it cannot be adapted"
+                * (not named)
+            )
         for path in parameters:
             if path in targets:
                 _refuse_twice(path, "target_parameters", "target_modules")
         return targets
 
+    def matched(self, key: str, *, fatal: bool) -> list[str]:
+        """The paths that the names or the expression under ``key`` cover; reports entries that cover none."""
+        names = getattr(self.config, key)
+        found = list(filter(PathMatcher(key, names), self.modules))
+        if isinstance(names, str):
+            unmatched = [] if found else [names]
+        else:
+            ends = {end for path in found for end in path_ends(path)}
+            unmatched = [name for name in names or () if name not in ends]
+        self.report_unmatched(key, unmatched, fatal=fatal and not found)
+        return found
+
     def find_tokens(
         self, trained: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]
-    ) -> dict[str, tuple[int, ...]]:
-        """Embeddings with trained rows, and the numbers of their tokens."""
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+        """Embeddings with trained rows, and the modules that share their weight and follow them."""
         wanted = self.config.trainable_token_indices
         if wanted is None:
-            return {}
+            return {}, {}
+        embedding = next((path for path, module in self.modules.items() if module is self.bare.embedding), "")
         if not isinstance(wanted, Mapping):
-            wanted = {self.embedding or "embed_tokens": wanted}  # "embed_tokens" is PEFT's guess
-        named, matches = SuffixTable(wanted), {name: [] for name in wanted}
-        for path in self.modules:
-            for name in named.find(path):
-                matches[name].append(path)
-        self.report_unmatched(_TOKENS, [name for name, paths in matches.items() if not paths], fatal=True)
-
+            wanted = {embedding or "embed_tokens": wanted}  # "embed_tokens" is PEFT's guess
         tokens: dict[str, tuple[int, ...]] = {}
-        saved, adapted = Parents(trained), Parents(targets)
-        for path, indices in ((path, wanted[name]) for name, paths in matches.items() for path in paths):
-            if path in saved or path in adapted:
-                _refuse_twice(path, _TOKENS, "modules_to_save" if path in saved else "target_modules")
-            if tokens.setdefault(path, indices) != indices:
-                raise ValueError(f"inject: {_TOKENS} names {path!r} twice, with different tokens")
-        self.tie_tokens(tokens, saved)
-        return tokens
+        unmatched, saved, adapted = [], Parents(trained), Parents(targets)
+        for name, indices in wanted.items():
+            paths = [path for path in self.modules if path.endswith(name)]
+            unmatched += [name] * (not paths)
+            for path in paths:
+                if path in saved or path in adapted:
+                    _refuse_twice(path, _TOKENS, "modules_to_save" if path in saved else "target_modules")
+                if tokens.setdefault(path, indices) != indices:
+                    raise ValueError(f"inject: {_TOKENS} names {path!r} twice, with different tokens")
+        self.report_unmatched(_TOKENS, unmatched, fatal=True)
 
-    def tie_tokens(self, tokens: dict[str, tuple[int, ...]], saved: Parents) -> None:
-        """Gives the embedding's rows to the modules tied to it, unless they have rows of their own, as PEFT does."""
-        if len({tokens[path] for path in (self.embedding, *self.twins) if path in tokens}) > 1:
-            return
-        for twin in self.twins if self.embedding in tokens else ():
+        # The rows are the embedding's, also in modules tied to it, unless these have rows of their own, as in PEFT.
+        holders = parameter_paths(self.modules.items())
+        twins = [path for path in holders[id(getattr(self.bare.embedding, "weight", None))] if path != embedding]
+        if embedding not in tokens or any(tokens.get(twin, tokens[embedding]) != tokens[embedding] for twin in twins):
+            return tokens, {}
+        for twin in twins:
             if twin in saved:
-                _refuse_twice(twin, f"{_TOKENS}, with {self.embedding!r} that it follows,", "modules_to_save")
+                _refuse_twice(twin, f"{_TOKENS}, with {embedding!r} that it follows,", "modules_to_save")
             tokens.pop(twin, None)
-            self.tied[twin] = self.embedding
+        return tokens, dict.fromkeys(twins, embedding)
 
-    def unmatched(self, names: tuple[str, ...] | str | None, found: Iterable[str]) -> list[str]:
-        """The entries of a list, or the regular expression, that cover none of the paths ``found``."""
-        if isinstance(names, str):
-            return [] if any(True for _ in found) else [names]
-        ends = {path[begin:] for path in found for begin in path_ends(path)}
-        return [name for name in names or () if name not in ends]
-
-    def why_nothing(self, named: list[str]) -> str:
-        if not named:
-            whys = (
-                f"; {path} cannot be adapted: {why}" for path in self.modules if (why := why_left_out(self.bare, path))
-            )
-            return f"inject: {self.root_name} has no linear layer to adapt except its output head{next(whys, '')}"
-        keys = ("exclude_modules", "modules_to_save", "task_type", "layers_to_transform", "layers_pattern")
-        given = ", ".join(f"{key}={shown(value)}" for key in keys if (value := getattr(self.config, key)))
-        return (
-            f"inject: nothing is left to adapt in {self.root_name}: target_modules matches {shown(named)}, and "
-            f"other settings exclude them all ({given})"
-        )
-
-    def check_leftovers(self, targets: set[str]) -> None:
+    def check_settings(self, adapted: set[str]) -> None:
         """Warns about settings without effect."""
-        for key, unused in self.config.unused_settings(targets).items():
+        for key, unused in self.config.unused_settings(adapted).items():
             if unused:
                 self.warnings.append(f"inject: {key} {shown(unused)} matches nothing adapted in {self.root_name}")
 
@@ -216,26 +200,16 @@ class _Search:
         """Refuses, or warns about, entries that match nothing; the message names close matches."""
         if not unmatched:
             return
-        if key == "target_parameters":
-            plural, paths = "parameters", [f"{path}.{name}" for path, name in _parameters(self.modules)]
-            ends = [path.split(".", path.count(".") - 1)[-1] for path in paths]
-            examples = paths
-        else:
-            plural, paths = "embeddings" if key == _TOKENS else "linear layers", list(self.modules)
-            ends = [path.rpartition(".")[2] for path in paths]
-            wanted = (lambda m: isinstance(m, nn.Embedding)) if key == _TOKENS else is_linear
-            examples = [end for end, module in zip(ends, self.modules.values(), strict=True) if wanted(module)]
-        candidates = list(dict.fromkeys([*ends, *paths]))
-        # Close matches take time per name, and help only with names written by hand.
+        is_parameter = key == "target_parameters"
+        paths = [f"{path}.{name}" for path, name in self.parameters()] if is_parameter else list(self.modules)
+        ends = list(dict.fromkeys(".".join(path.split(".")[-count:]) for count in (1, 2) for path in paths))
         written = [name for name in unmatched[:_MOST_CLOSE] if len(name) <= _LONGEST_CLOSE]
-        close = dict.fromkeys(match for name in written for match in difflib.get_close_matches(name, candidates))
-        entries, kind = getattr(self.config, key), "parameter" if examples is paths else "module"
-        message = (
-            f"inject: {key} {shown(unmatched)} matches no {kind} of {self.root_name}; "
-            + "a string is an expression for whole paths, write names as a list; " * isinstance(entries, str)
-            + (f"close matches: {', '.join(map(repr, close))}; " if close else "")
-            + f"its {plural} include {', '.join(map(repr, list(dict.fromkeys(examples))[:8])) or 'none'}"
-        )
+        close = dict.fromkeys(match for name in written for match in difflib.get_close_matches(name, [*ends, *paths]))
+        what = "parameter" if is_parameter else "module"
+        message = f"inject: {key} {shown(unmatched)} matches no {what} of {self.root_name}; "
+        if isinstance(getattr(self.config, key), str):
+            message += "a string is an expression for whole paths, write names as a list; "
+        message += f"close matches: {', '.join(map(repr, close))}" if close else f"it has {shown(ends)}"
         if fatal:
             raise ValueError(message)
         self.warnings.append(message)
@@ -243,19 +217,3 @@ class _Search:
 
 def _refuse_twice(path: str, key: str, other: str) -> NoReturn:
     raise ValueError(f"inject: {key} names {path!r}, and so does {other}; remove it from one of the two")
-
-
-def _tied_embedding(bare: BareModel) -> tuple[str, list[str]]:
-    """The path of the input embedding ("" if there is none), and the paths of the modules that share its weight."""
-    path = next((path for path, module in bare.modules.items() if module is bare.embedding), "")
-    weights = bare.embedding._parameters.values() if path else ()
-    holders = parameter_paths(bare.modules.items())
-    shared = {holder for weight in weights if weight is not None for holder in holders[id(weight)]} - {path}
-    return path, [path for path in bare.modules if path in shared]
-
-
-def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    """Yields ``(module path, name)`` of every parameter that can be a target, in PEFT's order."""
-    for path, module in modules.items():
-        if not hasattr(module, "parametrizations"):
-            yield from ((path, name) for name, _ in module.named_parameters(recurse=False))

@@ -1,81 +1,67 @@
-"""Matches the expressions of a config (``target_modules``, ``rank_pattern``, ...) with the paths of a model.
+"""Matches the names and expressions of a config (``target_modules``, ``rank_pattern``, ...) with a model's paths.
 
 The rules are PEFT's. The time is bounded for any expression (:mod:`.bounded_regex`).
 """
 
 from __future__ import annotations
 
-import functools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-import regex
-
 from lora_ext.matching.bounded_regex import TimeAllowance, compiled
-from lora_ext.matching.path_names import EndTable, NameTable, are_names, path_ends
+from lora_ext.matching.path_names import EndTable, path_ends, plain_names
 
 
 class PathMatcher:
     """Matches paths with names (a path or its end after a dot) or with one regular expression (for the whole path)."""
 
     def __init__(self, key: str, names: Sequence[str] | str | None) -> None:
-        self._ends = EndTable(() if isinstance(names, str) else names or ())
-        self._table, self._expression, self._source = NameTable(), None, names
-        self._allowance = TimeAllowance(key)
-        if isinstance(names, str) and are_names(names):
-            self._table.add(0, names)
-        elif isinstance(names, str) and names:
-            self._expression = compiled(names)
+        self._source, self._allowance = names, TimeAllowance(key)
+        self._names, self._expression = EndTable(names or ()), None
+        if isinstance(names, str):
+            self._names = frozenset(plain_names(names))
+            self._expression = compiled(names) if names and not self._names else None
 
     def __call__(self, path: str) -> bool:
         """Returns whether ``path`` is covered. ValueError: the match takes too long."""
-        if self._expression is not None:
-            return self._allowance.run(self._expression.fullmatch, self._source, path) is not None
-        return path in self._ends or any(True for _ in self._table.find(path))
+        if self._expression is None:
+            return path in self._names
+        return self._allowance.run(self._expression.fullmatch, self._source, path) is not None
 
 
 class PathPatterns:
-    """Expressions for a path or its end after a dot; the first match decides. They are compiled on first use."""
+    """Expressions for a path or its end after a dot; the first match decides.
+
+    PEFT takes names for expressions, too, in which a dot is any character; here it is a dot.
+    """
 
     def __init__(self, key: str, sources: Iterable[str]) -> None:
-        self._key, self._sources, self._allowance = key, tuple(sources), TimeAllowance(key)
-
-    def __reduce__(self):
-        return PathPatterns, (self._key, self._sources)
-
-    @functools.cached_property
-    def _table(self) -> NameTable:
-        table = NameTable()
+        self._sources, self._allowance = tuple(sources), TimeAllowance(key)
+        self._numbers: dict[str, list[int]] = defaultdict(list)
+        self._expressions = []
         for number, source in enumerate(self._sources):
-            if are_names(source):
-                table.add(number, source)
-        return table
-
-    @functools.cached_property
-    def _others(self) -> list[tuple[int, regex.Pattern]]:
-        sources = [(number, source) for number, source in enumerate(self._sources) if not are_names(source)]
-        return [(number, compiled(rf"(.*\.)?({source})$")) for number, source in sources]
+            names = plain_names(source)
+            for name in names:
+                self._numbers[name].append(number)
+            if not names:
+                self._expressions.append((number, compiled(rf"(.*\.)?({source})$")))
 
     def first(self, path: str) -> str | None:
         """The first expression that covers ``path``, or None. ValueError: one takes too long."""
-        best = next(self._matching(path), None)
-        return None if best is None else self._sources[best]
+        return next((self._sources[number] for number in self._covering(path)), None)
 
     def unused(self, paths: Iterable[str]) -> list[str]:
         """The expressions that cover none of ``paths``. ValueError: one takes too long."""
-        used: set[int] = set()
-        for path in paths if self._sources else ():
-            used.update(self._matching(path, used))
+        used = {number for path in paths for number in self._covering(path)}
         return [source for number, source in enumerate(self._sources) if number not in used]
 
-    def _matching(self, path: str, known: Iterable[int] = ()) -> Iterator[int]:
-        """Yields the numbers of the expressions that cover ``path``, in order, except those ``known``."""
-        if not self._sources:
-            return
-        named = sorted({number for begin in path_ends(path) for number in self._table.find(path[begin:])})
-        for number, expression in self._others:
+    def _covering(self, path: str) -> Iterator[int]:
+        """Yields the numbers of the sources that cover ``path``, in order."""
+        named = sorted({number for end in path_ends(path) for number in self._numbers.get(end, ())})
+        for number, expression in self._expressions:
             while named and named[0] < number:
                 yield named.pop(0)
-            if number not in known and self._allowance.run(expression.match, self._sources[number], path):
+            if self._allowance.run(expression.match, self._sources[number], path) is not None:
                 yield number
         yield from named
 

@@ -11,7 +11,7 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.printable import shown
 from lora_ext.config import LoraConfig
-from lora_ext.matching.path_names import Parents, SuffixTable
+from lora_ext.matching.path_names import Parents
 from lora_ext.methods.base import Insertion, Method
 from lora_ext.methods.bottleneck import AdapterDrop, AdapterH, AdapterL, AdapterP
 from lora_ext.methods.in_place import BitFit, Full, HeadOnly
@@ -85,8 +85,8 @@ class Combined(Method):
     def trained_parameters(self, bare: BareModel) -> dict[str, nn.Parameter]:
         """Returns the parts' parameters without those of ``modules_to_save``, which are trained as copies."""
         config = self.lora_config(bare.root)
-        saved = SuffixTable(() if config is None else config.trained_modules)
-        copied = Parents(path for path in bare.modules if saved.find(path))
+        saved = () if config is None else config.trained_modules
+        copied = Parents(path for path in bare.modules if path.endswith(saved))
         return {path: parameter for path, parameter in self._of_parts(bare).items() if path not in copied}
 
     def _of_parts(self, bare: BareModel) -> dict[str, nn.Parameter]:

@@ -60,13 +60,12 @@ def complete_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
         if isinstance(part.layer, LoraLayer)
         for name in part.layer.adapted_along
     }
-    halved = {f"{part.path}.out_proj" for part in parts if getattr(part.layer, "is_packed", False)}
     return tuple(
         dataclasses.replace(
             part,
             file_path=in_file[part.layer],
             target=along.get(part.path, part.layer.target_name(part.path)),
-            file_scale=0.5 if part.path in halved else 1.0,
+            file_scale=0.5 if part.path in along else 1.0,
         )
         for part in parts
     )
@@ -163,7 +162,6 @@ class AdapterSet:
     def add(self, adapter: Adapter) -> None:
         """Registers an adapter whose parts are attached. Until it is active, it is frozen, without its biases."""
         self.configs[adapter.name] = adapter.config
-        self.active.added(adapter.name)
         self.active.changes += 1
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
@@ -175,7 +173,6 @@ class AdapterSet:
         self._set_requires_grad(adapter.name, False)
 
     def remove(self, name: str) -> None:
-        self.active.removed([name])
         self.active.changes += 1
         del self.configs[name], self._parameters[name]
         self.biases.pop(name, None)
@@ -184,8 +181,6 @@ class AdapterSet:
 
     def rename(self, old: str, new: str) -> None:
         """Renames an adapter; it keeps its place in the order."""
-        self.active.removed([old])
-        self.active.added(new)
         self.active.changes += 1
         for held in (self.configs, self._parameters, self.biases, self.loaded_base):
             entries = {new if name == old else name: value for name, value in held.items()}

@@ -35,7 +35,6 @@ def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
     """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
     if has_pre_hook(root, take_adapter_names) or NAMES in inspect.signature(root.forward).parameters:
         return
-    remove_hooks(root, refuse_without_adapters)
     root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
     root.register_forward_hook(end_call, always_call=True)
     for name in _METHODS:
@@ -51,14 +50,8 @@ def refuse_adapter_names(root: nn.Module, part: nn.Module) -> None:
 
 
 def forget_adapter_names(module: nn.Module) -> None:
-    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`.
-
-    A model whose forward would swallow names in its ``**kwargs`` goes on refusing them; for others, Python does.
-    """
-    parameters = inspect.signature(module.forward).parameters if has_pre_hook(module, take_adapter_names) else {}
+    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`."""
     remove_hooks(module, take_adapter_names, end_call, refuse_names)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        module.register_forward_pre_hook(refuse_without_adapters, with_kwargs=True)
     for name in _METHODS:
         MethodWithNames.restore(name, module)
 
@@ -96,8 +89,6 @@ def end_call(module: nn.Module, args: Any, output: Any) -> None:
     choice = chosen(adapter_set(module).active)
     if choice is not None and choice.repeats is None:
         leave(choice, output)
-        if output is not None:
-            choice.check_present()
 
 
 def refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -106,18 +97,6 @@ def refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         raise ValueError(
             f"{type(module).__name__}: {NAMES} is for calls of the injected model, and this is a part of it, which "
             "would ignore it; call that model"
-        )
-
-
-def refuse_without_adapters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses names in a call of a model that has lost its adapters; a hook before the forward.
-
-    ValueError: the call has some, and no part of the model was injected since.
-    """
-    if kwargs.get(NAMES) is not None and all(adapter_set(part) is None for part in module.modules()):
-        raise ValueError(
-            f"{type(module).__name__}: {NAMES} is {shown(kwargs[NAMES])}, but the model has no adapters any more "
-            f"(unload, merge_and_unload, a closed pool) and would ignore it; load them again, or leave out {NAMES}"
         )
 
 
@@ -156,9 +135,7 @@ class MethodWithNames(ReplacedMethod):
         choice.repeats = frozenset({1, *(count for count in counts if isinstance(count, int))})
         choice.multiples |= choice.repeats  # generate also calls parts of the model, whose calls are not counted
         with choosing(choice):
-            output = self.original(*args, **kwargs)
-        choice.check_present()
-        return output
+            return self.original(*args, **kwargs)
 
 
 # --- the choice of a call ---------------------------------------------------------------------------------------------
@@ -176,13 +153,8 @@ def choice_of(
             is the same for all rows, a layer gets something else than rows, or a pool's adapters would train. The
             message has the remedy.
     """
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"{caller}: {NAMES} is of type {type(names).__name__}, want a list with a name per row")
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        kind = type(wrong[0]).__name__
-        raise TypeError(
-            f"{caller}: {NAMES} has the entry {wrong[0]!r} of type {kind}, want a name per row; {BASE!r} is none"
-        )
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{caller}: {NAMES} is {shown(names)}, want a list with a name per row; {BASE!r} is none")
     if not names:
         raise ValueError(f"{caller}: {NAMES} is empty, want a name for each row")
     used = dict.fromkeys(name for name in names if name != BASE)
@@ -197,15 +169,10 @@ def choice_of(
             f"{caller}: {NAMES} has {len(names)} names, but {first[0]} has {len(first[1])} rows; pass a name for each "
             "row"
         )
-    unsupported, is_uniform = _unsupported(root, adapters), len(set(names)) == 1
-    if unsupported.for_all:
-        raise ValueError(f"{caller}: {NAMES}: {unsupported.for_all}")
-    for name in used:
-        key = None if name in pooled else name
-        if reason := unsupported.for_rows.get(key) or (None if is_uniform else unsupported.for_several.get(key)):
-            raise ValueError(f"{caller}: {NAMES}: {name!r} cannot be chosen by a row: {reason}")
-        if not is_uniform and (path := unsupported.outside_text.get(key)):
-            _check_media(root, values, name, path, caller)
+    is_uniform = len(set(names)) == 1
+    keys = {name: name if name in adapters.configs else None for name in used}  # None: in the pool
+    has_media = any(name.startswith(_MEDIA) for name, _ in _tensors(values))
+    _unsupported(root, adapters).check(caller, keys, not is_uniform, has_media)
     if pooled and root.training and torch.is_grad_enabled():
         raise ValueError(
             f"{caller}: {NAMES}: {pooled[0]!r} is in a pool, whose adapters do not train; call model.eval(), or "
@@ -272,33 +239,45 @@ class Unsupported:
     Attributes:
         for_rows: adapters that no row can choose.
         for_several: those that only all rows together can choose.
-        outside_text: those with a layer outside the decoder of a model that also reads images or sounds, and its path.
+        with_media: those that only all rows together can choose in a call with images or sounds.
     """
 
     def __init__(self, root: nn.Module, adapters: AdapterSet) -> None:
         self.for_all = ""
         self.for_rows: dict[str | None, str] = {}
         self.for_several: dict[str | None, str] = {}
-        self.outside_text: dict[str | None, str] = {}
+        self.with_media: dict[str | None, str] = {}
         parts, of_text = dict(root_module(root).named_modules()), _modules_of_text(root)
         for path, layer in adapter_layers(root):
-            several = _why_same_for_all(path, layer, parts)
-            for name in (*layer.adapters, *([] if getattr(layer, "slots", None) is None else [None])):
-                if not layer.rows_choose:
-                    reason = f"{path!r} is a {type(layer).__name__}, which computes all rows with one adapter"
-                    self.for_rows.setdefault(name, f"{reason}; call set_adapter and the model once for it")
-                if several:
-                    self.for_several.setdefault(name, several)
-                if of_text and id(layer) not in of_text:
-                    self.outside_text.setdefault(name, path)
-        for name, biases in adapters.biases.items():
-            self.for_rows[name] = (
-                "it trains the model's biases, which all rows share; train it with lora_bias=True instead"
+            reasons = (
+                (self.for_rows, "" if layer.rows_choose else "computes all rows with one adapter"),
+                (self.for_several, _why_same_for_all(path, layer, parts)),
+                (self.with_media, "computes images or sounds" if of_text and id(layer) not in of_text else ""),
             )
+            for name in (*layer.adapters, *([] if getattr(layer, "slots", None) is None else [None])):
+                for held, reason in reasons:
+                    if reason:
+                        held.setdefault(name, f"{path!r} ({type(layer).__name__}) {reason}")
+        for name, biases in adapters.biases.items():
+            self.for_rows[name] = "it trains the model's biases, which all rows share (lora_bias=True trains its own)"
             if biases.used:
-                self.for_all = (
-                    f"the active adapter {name!r} has changed the model's biases for all rows; activate another one "
-                    "(set_adapter), or none"
+                self.for_all = f"the active adapter {name!r} has changed the model's biases for all rows"
+
+    def check(self, caller: str, names: Mapping[str, str | None], several: bool, media: bool) -> None:
+        """Checks that rows can choose the adapters; ``names`` maps them to themselves, or to None.
+
+        ValueError: they cannot; the message has the remedy.
+        """
+        if self.for_all:
+            raise ValueError(f"{caller}: {NAMES}: {self.for_all}; activate another one (set_adapter), or none")
+        for name, key in names.items():
+            reason = self.for_rows.get(key)
+            if several:
+                reason = reason or self.for_several.get(key) or (self.with_media.get(key) if media else None)
+            if reason:
+                raise ValueError(
+                    f"{caller}: {NAMES}: {name!r} cannot be chosen by a row: {reason}; leave that out of the adapter, "
+                    "or call the model once for it (set_adapter)"
                 )
 
 
@@ -328,59 +307,32 @@ _OF_POSITIONS = {
 }
 
 
-def _why_same_for_all(path: str, layer: AdapterLayer, parts: Mapping[str, nn.Module]) -> str | None:
-    """Returns why a layer's input may look as if it had a row for each name, though it has none, or None."""
-    remedy = "leave it out of target_modules, or name one adapter for all rows (or call set_adapter)"
+def _why_same_for_all(path: str, layer: AdapterLayer, parts: Mapping[str, nn.Module]) -> str:
+    """Returns why a layer's input may look as if it had a row for each name, though it has none, or ""."""
     if path.rpartition(".")[2] in _OF_POSITIONS and isinstance(innermost(layer), nn.Embedding):
-        return f"{path!r} computes positions once for all rows; {remedy}"
+        return "computes positions once for all rows"
     around = path
     while around := around.rpartition(".")[0]:
         part = parts[around]
         if around.rpartition(".")[2] == "experts" and isinstance(part, nn.ModuleList | nn.ModuleDict):
-            return f"{path!r} is in one of several experts, which get some of the tokens; {remedy}"
-        model = type(part).__module__.removeprefix("transformers.models.").partition(".")[0]
-        if model in _TOKENS_FIRST:
-            return f"{path!r} is a part of {type(part).__name__}, whose layers get tokens first; {remedy}"
-    return None
+            return "is in one of several experts, which get some of the tokens"
+        if type(part).__module__.removeprefix("transformers.models.").partition(".")[0] in _TOKENS_FIRST:
+            return f"is a part of {type(part).__name__}, whose layers get tokens first"
+    return ""
 
-
-# --- images and sounds ------------------------------------------------------------------------------------------------
 
 _MEDIA = "pixel_values", "image_pixel_values", "input_features", "input_values", "audio"
-
-
-def _check_media(root: nn.Module, values: Mapping[str, Any], name: str, path: str, caller: str) -> None:
-    """Checks that images and sounds, which models compute in one batch, are evenly spread over the rows.
-
-    They are if there are as many as rows and each row has some, or if each row has as many tokens of them.
-    """
-    media = next((held for held in _tensors(values) if held[0].startswith(_MEDIA)), None)
-    ids = next((values[key] for key in ("input_ids", "inputs", "argument 1") if key in values), None)
-    if media is None or not isinstance(ids, Tensor):
-        return
-    for option, token in _media_tokens(root).items():
-        counts = (ids == token).sum(1).tolist()
-        if len(set(counts)) > 1 and (0 in counts or len(media[1]) != len(counts)):
-            raise ValueError(
-                f"{caller}: {NAMES}: the rows have {shown(counts)} tokens of {media[0]} ({option}), so a layer that "
-                f"computes these cannot tell to which name they belong, and {name!r} adapts {path!r}; pass rows with "
-                "as many each, leave this module out of the adapters, or call the model once for each adapter "
-                "(set_adapter)"
-            )
-
-
-def _media_tokens(root: nn.Module) -> dict[str, int]:
-    """The tokens that stand for parts of media in the text, by the option of the model's config."""
-    config = getattr(root, "config", None)
-    options = ("image_token_id", "video_token_id", "audio_token_id")
-    found = {option: getattr(config, option, None) for option in options}
-    return {option: token for option, token in found.items() if type(token) is int}
+_MEDIA_TOKENS = "image_token_id", "video_token_id", "audio_token_id"
 
 
 def _modules_of_text(root: nn.Module) -> set[int]:
-    """The ids of the modules that a model of text and media calls with the rows of the text; empty for other models."""
-    config = getattr(root, "config", None)
-    decoder = root.get_decoder() if _media_tokens(root) and callable(getattr(root, "get_decoder", None)) else None
+    """The ids of the modules that a model of text and media calls with the rows of the text; empty for other models.
+
+    Others compute the images or sounds of all rows in one batch, so that nothing tells to which name they belong.
+    """
+    config, get_decoder = getattr(root, "config", None), getattr(root, "get_decoder", None)
+    has_media = any(type(getattr(config, option, None)) is int for option in _MEDIA_TOKENS)
+    decoder = get_decoder() if has_media and callable(get_decoder) else None
     if decoder is None or decoder is root or getattr(config, "is_encoder_decoder", False):
         return set()
     head = output_head(root)

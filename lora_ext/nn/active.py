@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,11 +18,10 @@ class ActiveAdapters:
         mixed_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows.py).
         pending: weak references to the choices of calls whose backward may come (lora_ext/nn/rows.py).
         unsupported_rows: ``changes`` and what rows could not choose then (lora_ext/model/mixed_batch.py).
-        additions: by name, the number of the addition or the renaming that made the adapter.
-        removals: how many adapters were deleted or renamed: a running call whose rows named one fails.
+        users: by name, how many running calls have rows that choose the adapter.
     """
 
-    changes = mixed_calls = removals = 0
+    changes = mixed_calls = 0
     unsupported_rows: tuple[int, Any] | None = None
     _disabled: tuple[int, tuple[str, ...]] | None = None  # the depth, the names before
 
@@ -30,25 +29,23 @@ class ActiveAdapters:
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names: tuple[str, ...] = tuple(names)
         self.pending: set[Any] = set()
-        self.additions: dict[str, int] = {}
-        self._count = itertools.count()
+        self.users: Counter[str] = Counter()
 
-    def added(self, name: str) -> None:
-        self.additions[name] = next(self._count)
+    def check_unused(self, caller: str, names: Iterable[str]) -> None:
+        """Checks that no running call has rows that choose one of the adapters, as layers ignore unknown names.
 
-    def removed(self, names: Iterable[str]) -> None:
+        RuntimeError: a call has; also one that Ctrl-C stopped, until the model is called again.
+        """
         for name in names:
-            del self.additions[name]
-            self.removals += 1
+            if self.users[name] > 0:
+                raise RuntimeError(
+                    f"{caller}: rows of a running call use {name!r} (adapter_names); wait for its end, or after Ctrl-C "
+                    "call the model once"
+                )
 
     def __getstate__(self) -> dict[str, object]:
-        # No change is under way in a copy, and no enable() would reach it.
-        return {
-            "names": self.names,
-            "pending": set(),
-            "additions": {name: i for i, name in enumerate(self.additions)},
-            "_count": itertools.count(len(self.additions)),
-        }
+        # No change and no call is under way in a copy, and no enable() would reach it.
+        return {"names": self.names, "pending": set(), "users": Counter()}
 
     @property
     def is_disabled(self) -> bool:

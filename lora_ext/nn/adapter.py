@@ -135,41 +135,19 @@ class LoraAdapter(nn.Module):
         return cls(in_features, out_features, config.rank_for(path), config.alpha_for(path), **arguments)
 
     def reset_parameters(self, init_lora_weights: bool | str = True) -> None:
-        if init_lora_weights not in ("orthogonal", "gaussian") and not isinstance(init_lora_weights, bool):
-            raise ValueError(
-                f"{type(self).__name__}: init_lora_weights is {init_lora_weights!r}, want True, False, "
-                '"gaussian" or "orthogonal"'
-            )
-        if init_lora_weights == "orthogonal":
-            self._reset_orthogonal()
-        elif not self.lora_A.is_meta:  # nn.init is slower on meta tensors than on real ones
-            if init_lora_weights == "gaussian":
-                nn.init.normal_(self.lora_A, std=1.0 / self.r)
-            else:
-                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            if init_lora_weights is False:
-                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-            else:
-                nn.init.zeros_(self.lora_B)
-
-    @torch.no_grad()
-    def _reset_orthogonal(self) -> None:
-        """Makes A span the odd rows of a random orthogonal matrix and B the even ones: PEFT's initialisation."""
-        kind = type(self).__name__
-        if self.r % 2:
-            raise ValueError(f"{kind}: r is {self.r}, but orthogonal initialisation halves the rank; choose an even r")
-        if self.lora_A.shape[0] != self.r or self.lora_B.shape[1] != self.r or self.lora_A.dim() != 2:
-            raise ValueError(
-                f"{kind}: orthogonal initialisation needs plain matrices, not factors of shapes "
-                f"{list(self.lora_A.shape)} and {list(self.lora_B.shape)}"
-            )
+        if init_lora_weights != "gaussian" and not isinstance(init_lora_weights, bool):
+            kind = type(self).__name__
+            raise ValueError(f'{kind}: init_lora_weights is {init_lora_weights!r}, want True, False or "gaussian"')
         if self.lora_A.is_meta:
-            return
-        half, device = self.r // 2, self.lora_A.device
-        orthogonal, _ = torch.linalg.qr(torch.randn(self.r, self.r, device=device))
-        odd, even = orthogonal[0::2], orthogonal[1::2]
-        self.lora_A.copy_((torch.randn(self.lora_A.shape[1], half, device=device) @ odd).T / 10.0)
-        self.lora_B.copy_(torch.randn(half, self.lora_B.shape[0], device=device).T @ even / 10.0)
+            return  # nn.init is slower on meta tensors than on real ones
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1.0 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
 
     def forward(self) -> FactorsAtHand:
         """Returns the parameters: accelerate and FSDP2 bring them for the time of a call. See :func:`at_hand`."""

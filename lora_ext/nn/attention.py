@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from itertools import starmap
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext import functional
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.base_layer import has_forward_of, has_hooks, runs_alone, why_not_merge, why_weight_unusable
@@ -23,47 +22,18 @@ from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, row_choice
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
 
-_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_SEPARATE = (
+    "its query, key and value weights are separate (kdim or vdim); name them in target_parameters, as for PEFT: "
+    "'<path>.q_proj_weight' and so on"
+)
 _HOOKED = "it has hooks or another forward, which adapters would bypass; remove them, or leave the attention out"
-
-
-class SeparateProjections(nn.ModuleDict):
-    """The adapter of an attention with separate query, key and value weights: one :class:`LoraAdapter` per weight.
-
-    Its keys are the parameter names: ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("r", "scaling", "lora_bias"):
-            return getattr(self["q_proj_weight"], name)
-        return super().__getattr__(name)
-
-
-class _Part(NamedTuple):
-    """One product of a forward.
-
-    Attributes:
-        adapters: by name, the rows of each update and of its scaled bias that belong to the ``weight``.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    adapters: dict[str, tuple[Update, Tensor | None]]
-
-    def full_bias(self) -> Tensor | None:
-        """Returns the bias plus those of the adapters, rounded once."""
-        added = [bias for _, bias in self.adapters.values() if bias is not None]
-        if not added:
-            return self.bias
-        return sum(added if self.bias is None else [self.bias, *added]).to(self.weight.dtype)
 
 
 class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     """``nn.MultiheadAttention`` with ``in_proj_weight + scaling * lora_B @ lora_A`` as its weight, in fused kernels.
 
-    ``lora_A`` is ``[r, embed_dim]`` and ``lora_B`` ``[3 * embed_dim, r]``, as in PEFT; if ``kdim`` or ``vdim`` differs
-    from ``embed_dim``, the three weights have separate adapters (:class:`SeparateProjections`). Inputs that are the
-    same tensor are read in one pass and share a dropout mask.
+    ``lora_A`` is ``[r, embed_dim]`` and ``lora_B`` ``[3 * embed_dim, r]``, as in PEFT. Inputs that are the same tensor
+    are read in one pass and share a dropout mask.
 
     ``out_proj`` is called here (``nn.MultiheadAttention`` only reads its weight), so it may be a
     :class:`~lora_ext.nn.LoraLinear`. PEFT 0.21 adds the update of ``out_proj`` twice (``merge`` adds it, then calls the
@@ -87,27 +57,14 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             return "its forward is not nn.MultiheadAttention's"
         if has_hooks(module):
             return _HOOKED
-        names = ("in_proj_weight",) if module._qkv_same_embed_dim else _SEPARATE
-        return next(filter(None, (why_weight_unusable(module, name, at_hand=True) for name in names)), None)
+        if not module._qkv_same_embed_dim:
+            return _SEPARATE
+        return why_weight_unusable(module, "in_proj_weight", at_hand=True)
 
     @classmethod
-    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> nn.Module:
+    def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
         E = base_layer.embed_dim
-        if base_layer._qkv_same_embed_dim:
-            return LoraAdapter.from_config(config, path, E, 3 * E, base_layer.in_proj_weight, device)
-        weights = {name: getattr(base_layer, name) for name in _SEPARATE}
-        return SeparateProjections(
-            {name: LoraAdapter.from_config(config, path, w.shape[1], E, w, device) for name, w in weights.items()}
-        )
-
-    @property
-    def is_packed(self) -> bool:
-        """True if the query, key and value weights are one parameter."""
-        return self.base_layer._qkv_same_embed_dim
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.in_proj_weight if self.is_packed else self.base_layer.q_proj_weight
+        return LoraAdapter.from_config(config, path, E, 3 * E, base_layer.in_proj_weight, device)
 
     @property
     def bias(self) -> Tensor | None:
@@ -120,41 +77,14 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     def why_not_merge(self) -> str | None:
         return super().why_not_merge() or why_not_merge(self.base_layer, nn.MultiheadAttention)
 
-    def factor_shapes(self, adapter: nn.Module) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
         E = self.base_layer.embed_dim
-        if self.is_packed:
-            return {"lora_A": (adapter.r, E), "lora_B": (3 * E, adapter.r)}
-        inputs = {name: getattr(self.base_layer, name).shape[1] for name in _SEPARATE}
-        shapes = {f"{name}.lora_A": (adapter[name].r, size) for name, size in inputs.items()}
-        return shapes | {f"{name}.lora_B": (E, adapter[name].r) for name in _SEPARATE}
+        return {"lora_A": (adapter.r, E), "lora_B": (3 * E, adapter.r)}
 
     def matrices(self) -> dict[str, Matrix]:
         base, bias = self.base_layer, self.bias
-        if self.is_packed:
-            matrices = {"weight": Matrix(base, "in_proj_weight", base.in_proj_weight)}
-            return matrices if bias is None else matrices | {"bias": Matrix(base, "in_proj_bias", bias.view(1, -1))}
-        matrices = {name: Matrix(base, name, getattr(base, name)) for name in _SEPARATE}
-        if bias is not None:
-            for name, part in zip(_SEPARATE, bias.chunk(3), strict=True):
-                matrices[f"{name} bias"] = Matrix(base, "in_proj_bias", part.view(1, -1))
-        return matrices
-
-    def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
-        if self.is_packed:
-            return super().factors(name)
-        factors = {}
-        for key, adapter in self.adapters[name].items():
-            factors[key] = adapter.lora_A, adapter.lora_B, adapter.scaling
-            factors |= {f"{key} {name}": update for name, update in self._bias_factors(adapter).items()}
-        return factors
-
-    def file_tensors(self, path: str, adapter: nn.Module) -> dict[str, Tensor]:
-        if self.is_packed:
-            return super().file_tensors(path, adapter)
-        tensors = {}
-        for name in _SEPARATE:
-            tensors |= super().file_tensors(f"{path}.{name}", adapter[name])
-        return tensors
+        matrices = {"weight": Matrix(base, "in_proj_weight", base.in_proj_weight)}
+        return matrices if bias is None else matrices | {"bias": Matrix(base, "in_proj_bias", bias.view(1, -1))}
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -244,61 +174,41 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         self, inputs: tuple[Tensor, Tensor, Tensor], choice: RowChoice | None, names: tuple[str, ...]
     ) -> Iterator[Tensor]:
         """Yields the projections of the inputs, each ``[..., embed_dim]``; equal inputs are read once."""
-        begin = 0
+        begin, E = 0, self.base_layer.embed_dim
         for end in range(1, 4):
-            if end < 3 and inputs[end] is inputs[begin]:
-                continue
-            x, parts = inputs[begin], [*self._parts(begin, end, names)]
-            outputs = self._add_all(x, parts) if choice is None else self._add_by_rows(x, parts, choice)
-            for y in outputs:
-                yield from y.split(self.base_layer.embed_dim, dim=-1)
-            begin = end
+            if end == 3 or inputs[end] is not inputs[begin]:
+                yield from self._product(inputs[begin], slice(begin * E, end * E), choice, names).split(E, dim=-1)
+                begin = end
 
-    def _parts(self, begin: int, end: int, names: tuple[str, ...]) -> Iterator[_Part]:
-        """Yields the projections from number ``begin`` to ``end``: one, or one for each separate weight."""
-        base, E = self.base_layer, self.base_layer.embed_dim
-        for number in (begin,) if self.is_packed else range(begin, end):
-            after = end if self.is_packed else number + 1
-            of_bias, key = slice(number * E, after * E), None if self.is_packed else _SEPARATE[number]
-            rows = of_bias if self.is_packed else slice(None)
-            weight = base.in_proj_weight[rows] if key is None else getattr(base, key)
-            adapters = {}
-            for name in names:
-                adapter = at_hand(self.adapters[name] if key is None else self.adapters[name][key])
-                dropout_p = adapter.lora_dropout if self.training else 0.0
-                lora_bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias[rows]
-                adapters[name] = Update(adapter.lora_A, adapter.lora_B[rows], adapter.scaling, dropout_p), lora_bias
-            yield _Part(weight, None if self.bias is None else self.bias[of_bias], adapters)
+    def _product(self, x: Tensor, part: slice, choice: RowChoice | None, names: tuple[str, ...]) -> Tensor:
+        """Returns the product of ``x`` and the rows ``part`` of the weight, with the adapters ``names``."""
+        weight, bias, updates = self.weight[part], self.bias, RowUpdates()
+        bias = None if bias is None else bias[part]
+        for name in names:
+            held = at_hand(self.adapters[name])
+            scaled = None if held.lora_bias is None else held.scaling * held.lora_bias[part]
+            dropout_p = held.lora_dropout if self.training else 0.0
+            updates.add(name, held.lora_A, held.lora_B[part], held.scaling, dropout_p, scaled)
+        if choice is not None:
+            return self._product_by_rows(x, weight, bias, choice, updates)
+        if not names:
+            return F.linear(x, weight, bias)
+        if updates.biases:  # rounded once
+            bias = sum(updates.biases.values(), 0 if bias is None else bias).to(weight.dtype)
+        columns = updates.lora_As, updates.lora_Bs, updates.scalings, updates.dropouts
+        return add_updates(x, weight, bias, joined([*starmap(Update, zip(*columns, strict=True))]))
 
-    def _add_all(self, x: Tensor, parts: list[_Part]) -> Iterable[Tensor]:
-        """Returns the projections of ``x`` with all adapters."""
-        weights, biases = [part.weight for part in parts], [part.full_bias() for part in parts]
-        updates = [joined([update for update, _ in part.adapters.values()]) for part in parts]
-        if not updates[0]:
-            return map(F.linear, (x,) * len(parts), weights, biases)
-        if len(parts) == 1:
-            return [add_updates(x, *weights, *biases, *updates)]
-        lora_As, lora_Bs, scalings, dropouts = map(list, zip(*(first for first, *_ in updates), strict=True))
-        outputs = functional.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropouts[0])
-        for i, (_, *others) in enumerate(updates):
-            for update in others:
-                outputs[i] = functional.plus_lora_delta(outputs[i], x, *update)
-        return outputs
-
-    def _add_by_rows(self, x: Tensor, parts: list[_Part], choice: RowChoice) -> Iterator[Tensor]:
-        """Yields the projections of ``x``; each row of the batch uses the adapter that ``choice`` gives it."""
+    def _product_by_rows(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, choice: RowChoice, updates: RowUpdates
+    ) -> Tensor:
+        """Returns the product of ``x`` and ``weight``; each row of the batch uses the adapter that it has chosen."""
         if x.dim() != 3:
             raise ValueError(f"{type(self).__name__}: adapter_names needs a batch, but query has no such dimension")
         first = self.base_layer.batch_first
         x, times = choice.aligned(self, x if first else x.transpose(0, 1))
-        seeds = functools.cache(lambda _: functional.draw_seed(x.device))
-        for weight, bias, adapters in parts:
-            updates = RowUpdates()
-            for name, (update, lora_bias) in adapters.items():
-                updates.add(name, *update, lora_bias)
-            y = F.linear(x, weight, bias).contiguous()
-            y = add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
-            yield y if first else y.transpose(0, 1)
+        y = F.linear(x, weight, bias).contiguous()
+        y = add_chosen(y, x.to(y.dtype), choice, updates, times)
+        return y if first else y.transpose(0, 1)
 
     def _split_heads(self, y: Tensor) -> Tensor:
         """Reshapes to ``[batch, num_heads, length, head_dim]``."""

@@ -252,12 +252,6 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return next((torch.device(device) for device in devices if device is not None), None)
 
 
-def brings_submodules(module: nn.Module) -> bool:
-    """Returns whether accelerate brings the parameters of modules inside ``module`` too, for a call of ``module``."""
-    hooks = _accelerate_hooks(module)
-    return any(getattr(hook, "offload", False) and getattr(hook, "place_submodules", False) for hook in hooks)
-
-
 def _accelerate_hooks(module: nn.Module) -> tuple[object, ...]:
     hook = vars(module).get("_hf_hook")
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))

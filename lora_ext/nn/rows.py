@@ -62,8 +62,6 @@ class RowChoice:
         self.pool_names: tuple[str, ...] = ()
         self.slots: Mapping[str, int] = {}
         self._tensors: dict[tuple, Tensor] = {}  # kept for the next layer: a copy to a GPU waits for it
-        additions, self._removals = ({}, 0) if active is None else (active.additions, active.removals)
-        self._additions = {name: additions.get(name) for name in self.names}
         # While it is current:
         self._outer: RowChoice | None = None  # the choice of the call around this one, which may be of another model
         self._has_ended = False
@@ -71,20 +69,6 @@ class RowChoice:
         # For a backward: the numbers of the call's autograd nodes, and by running backward the thread that entered it.
         self._begin = self._end = -1
         self._tasks: dict[int, int] = {}
-
-    def check_present(self) -> None:
-        """Raises a RuntimeError if an adapter was deleted or renamed since the choice was made.
-
-        Layers cannot tell: an adapter that a layer lacks changes nothing there.
-        """
-        if self.active.removals == self._removals:
-            return
-        for name, addition in self._additions.items():
-            if self.active.additions.get(name) != addition:
-                raise RuntimeError(
-                    f"adapter_names: {name!r} was deleted or renamed during a call whose rows use it; wait for the end "
-                    "of such calls, and of their backwards, first"
-                )
 
     def aligned(self, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, int]:
         """Returns ``x`` and how many consecutive rows of it belong to each name, or to the only one.
@@ -147,7 +131,7 @@ def row_choice(active: ActiveAdapters) -> RowChoice | None:
 
     Raises:
         ValueError: the layer is compiled, and its rows choose.
-        RuntimeError: in a backward, see :func:`_choice_of_backward`; or a chosen adapter is gone.
+        RuntimeError: in a backward, see :func:`_choice_of_backward`.
     """
     if torch.compiler.is_compiling():
         # Compiled code holds for all choices: it guards on whether some thread's rows choose, and then asks.
@@ -162,8 +146,6 @@ def row_choice(active: ActiveAdapters) -> RowChoice | None:
     task = torch._C._current_graph_task_id()
     if task >= 0 and (choice is None or choice._task != task):
         choice = _choice_of_backward(active, task)
-    if choice is not None:
-        choice.check_present()
     return choice
 
 
@@ -184,6 +166,7 @@ def enter(choice: RowChoice) -> None:
         choice._begin = torch.autograd._get_sequence_nr()
     with _count_lock:
         choice.active.mixed_calls += 1
+        choice.active.users.update(choice.names)
     _current.set(choice)
 
 
@@ -226,6 +209,7 @@ def _end(choice: RowChoice) -> None:
             return
         choice._has_ended = True
         choice.active.mixed_calls -= 1
+        choice.active.users.subtract(choice.names)
     if choice.pool_names:
         choice.pool.release(choice.pool_names)
 

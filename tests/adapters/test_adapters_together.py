@@ -12,7 +12,6 @@ from transformers import BertConfig, BertForMaskedLM
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import (
-    adapter_status,
     delete_adapter,
     disable_adapters,
     merge_and_unload,
@@ -141,16 +140,6 @@ def test_a_bias_in_two_modules_is_switched_once(tmp_path):
     assert (again.cls.predictions.bias == 3).all()
 
 
-def test_a_copy_trained_in_full_has_no_biases_of_another_adapter():
-    x, base = torch.randn(3, 6), Net().eval()
-    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up"], bias="all"), "a")
-    nn.init.constant_(model.head.bias, 3.0)
-    adapted = model(x)
-    inject(model, LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]), "b")
-    torch.testing.assert_close(model(x), base(x))
-    torch.testing.assert_close(computed(model, x, "a"), adapted.detach())
-
-
 def test_no_lora_bias_is_merged_into_a_trained_bias():
     x, model = torch.randn(3, 6), Net().eval()
     inject(model, LoraConfig(r=2, target_modules=["up"], bias="all"), "a")
@@ -185,13 +174,6 @@ def test_unloading_for_good_checks_trained_rows_before_it_merges():
     set_adapter(randomized(model), ["a", "b"])
     with refused(model, ValueError, "train rows for the tokens [1, 2]"):
         merge_and_unload(model)
-
-
-def test_status_of_a_saved_module_without_parameters():
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-    inject(model, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
-    _, status = adapter_status(model)
-    assert (status.dtype, status.device, status.trainable, status.parameters) == (None, None, None, 0)
 
 
 def test_the_model_is_plain_again_without_its_last_adapter():

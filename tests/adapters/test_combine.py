@@ -171,7 +171,7 @@ class Other(Net):
         super().__init__()
         self.embedding = nn.Embedding(4, 4)
         self.grouped = nn.Conv1d(4, 4, 1, groups=2)
-        self.attention = nn.MultiheadAttention(8, 2, kdim=6)
+        self.attention = nn.MultiheadAttention(8, 2)
 
 
 OTHERS = {

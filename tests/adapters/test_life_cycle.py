@@ -80,6 +80,7 @@ class Life:
         self.active: tuple[str, ...] = ()
         self.configs: dict[str, dict] = {}
         self.files: list[tuple[Path, dict, dict[str, Tensor]]] = []
+        self.trainable: set[str] = set()  # names of adapters that train while they are active
         self.done: Counter[str] = Counter()
 
     # --- the expected state -------------------------------------------------------------------------------------------
@@ -89,6 +90,11 @@ class Life:
         self.assert_computes(self.model, self.in_use())
         if not self.merged:
             self.assert_pristine(self.model)
+        assert all(len(layer.adapters) for _, layer in lora_modules(self.model))
+        trained = {
+            path.split(".adapters.")[1].split(".")[0] for path, p in self.model.named_parameters() if p.requires_grad
+        }
+        assert trained == {*self.active} & self.trainable
 
     def in_use(self) -> list[dict[str, Tensor]]:
         """The updates in effect: all merged ones, and the active ones."""
@@ -162,6 +168,7 @@ class Life:
         adapter = LoraConfig(**config, init_lora_weights=False)
         if self.attempt("inject", lambda: inject(self.model, adapter, name), error):
             self.took(name, config)
+            self.trainable.add(name)
             self.active = (name,)  # load and combine leave it
 
     def switch(self) -> None:
@@ -211,12 +218,14 @@ class Life:
                 held.clear()
                 held.update(entries)
             self.active = tuple(new if name == old else name for name in self.active)
+            self.trainable = {new if name == old else name for name in self.trainable}
 
     def delete(self) -> None:
         name = self.there()
         error = KeyError if name == "x" else RuntimeError if name in self.active or name in self.merged else None
         if self.attempt("delete", lambda: delete_adapter(self.model, name), error):
             del self.deltas[name], self.configs[name]
+            self.trainable.discard(name)
 
     def disable(self) -> None:
         error = RuntimeError if self.merged else None
@@ -282,9 +291,10 @@ class Life:
             self.assert_pristine(unload(copy.deepcopy(self.model)))
 
     def merge_a_copy_for_good(self) -> None:
-        plain = merge_and_unload(copy.deepcopy(self.model))
+        names = self.draw.choice([list(self.active), self.draw.sample(list(self.deltas), 1)])
+        plain = merge_and_unload(copy.deepcopy(self.model), names or None)
         assert [type(module) for module in plain.modules()] == [type(module) for module in self.bare.modules()]
-        self.assert_computes(plain, self.in_use())
+        self.assert_computes(plain, [*self.merged.values(), *(self.deltas[n] for n in names if n not in self.merged)])
 
 
 OPERATIONS = (

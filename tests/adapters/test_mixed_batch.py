@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import PeftModel
-from support.models import Net, bert, gpt2, llama, roberta, shaken, token_ids
+from support.models import Net, gpt2, llama, refused, roberta, shaken, token_ids
 from support.rows import NAMES, RANKS, alone, assert_rows_equal, use, with_adapters
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList, T5Config, T5ForConditionalGeneration
 
 from lora_ext import LoraConfig, inject, save_adapter, set_adapter
-from lora_ext.adapters import delete_adapter, disable_adapters, merge_and_unload, rename_adapter, unload
+from lora_ext.adapters import adapter_names, delete_adapter, disable_adapters, merge_and_unload, rename_adapter, unload
 from lora_ext.nn.rows import _current
 
 
@@ -44,16 +44,15 @@ class Positions(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, batch_first: bool, kdim: int | None, need_weights: bool) -> None:
+    def __init__(self, batch_first: bool, need_weights: bool) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=kdim, vdim=kdim)
-        self.kdim, self.need_weights = kdim, need_weights
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.need_weights = need_weights
 
     def forward(self, x: Tensor) -> Tensor:
         attention = self.attention
         x = x if attention.batch_first else x.transpose(0, 1)
-        memory = x if self.kdim is None else x[..., : self.kdim]
-        y, weights = attention(x, memory, memory, need_weights=self.need_weights)
+        y, weights = attention(x, x, x, need_weights=self.need_weights)
         y = y if attention.batch_first else y.transpose(0, 1)
         return y if weights is None else torch.cat([y, weights], dim=-1)
 
@@ -62,11 +61,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str], Callable[[], Tensor]
     "linear": (Net, ["up", "head"], lambda: torch.randn(5, 6)),
     "convolution": (Convolutions, ["one", "two", "grouped"], lambda: torch.randn(5, 3, 8)),
     "embedding": (Positions, ["token", "position", "head"], lambda: torch.randint(9, (5, 7))),
-    "attention": (lambda: Attention(True, None, False), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "weights": (lambda: Attention(True, None, True), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "length first": (lambda: Attention(False, None, False), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "separate": (lambda: Attention(True, 5, False), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "out_proj": (lambda: Attention(False, None, False), ["out_proj"], lambda: torch.randn(5, 4, 8)),
+    "attention": (lambda: Attention(True, False), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "weights": (lambda: Attention(True, True), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "length first": (lambda: Attention(False, False), ["attention"], lambda: torch.randn(5, 4, 8)),
+    "out_proj": (lambda: Attention(False, False), ["out_proj"], lambda: torch.randn(5, 4, 8)),
 }
 
 
@@ -82,22 +80,7 @@ def test_every_kind_of_layer(kind, options):
 
 
 def test_packed_projections():
-    model, ids = with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora=None), token_ids(5)
-    inject(model, LoraConfig(r=2, target_modules=["c_attn"], enable_lora={"c_attn": [True, False, True]}), "d")
-    shaken(model)
-    with torch.no_grad():
-        assert_rows_equal(model, lambda **names: model(ids, **names).logits, ["b", "d", "a", "d", "__base__"])
-
-
-def test_modules_trained_in_full_and_token_rows():
-    model, ids = bert(), token_ids(5)
-    inject(model, LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]), "a")
-    inject(model, LoraConfig(r=3, target_modules=["value"], trainable_token_indices={"word_embeddings": [3, 4]}), "b")
-    inject(model, LoraConfig(r=3, target_modules=["value"], modules_to_save=["classifier", "pooler"]), "c")
-    for name in "abc":
-        shaken(set_adapter(model, name))
-    ids[:, 2] = 3
-    model.eval()
+    model, ids = with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora={"c_attn": [True, False, True]}), token_ids(5)
     with torch.no_grad():
         assert_rows_equal(model, lambda **names: model(ids, **names).logits)
 
@@ -190,7 +173,7 @@ def test_copies_have_it(other):
     delete_adapter(copied, "b")
     assert torch.isfinite(copied(ids, adapter_names=["a"] * 5).logits).all()
     unload(copied)
-    assert "generate" not in vars(copied) and not copied._forward_hooks and len(copied._forward_pre_hooks) == 1
+    assert "generate" not in vars(copied) and not copied._forward_hooks and not copied._forward_pre_hooks
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -294,57 +277,31 @@ def test_a_model_inside_another():
     assert _current.get() is None and inner._lora_adapters.active.mixed_calls == 0
 
 
-# --- adapters that are deleted or renamed while rows of a running call use them ---------------------------------------
+# --- adapters that rows of a running call use -------------------------------------------------------------------------
 
-GONE = "adapter_names: 'b' was deleted or renamed during a call whose rows use it"
 CHANGES = {
-    "delete": lambda model: delete_adapter(model, "b"),
-    "rename": lambda model: rename_adapter(model, "b", "other"),
-    "replace": lambda model: inject(delete_adapter(model, "b"), LoraConfig(r=2, target_modules=["q_proj"]), "b"),
+    "delete_adapter": lambda model: delete_adapter(model, "b"),
+    "rename_adapter": lambda model: rename_adapter(model, "b", "other"),
     "unload": unload,
     "merge_and_unload": merge_and_unload,
 }
 
 
-def generate(model: nn.Module, ids: Tensor, change: Callable[[nn.Module], object]) -> Tensor:
-    """Generates five tokens, and calls ``change`` after the second, as another thread might."""
-    lengths = []
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_adapter_that_rows_use_stays(change):
+    """Layers ignore names that they do not know."""
+    model, ids = use(with_adapters(llama(), ["q_proj", "v_proj"]), "a"), token_ids()
+    expected = model.generate(ids, adapter_names=["b", "__base__"], max_new_tokens=5)
 
     def criterion(ids: Tensor, scores: Tensor, **_) -> Tensor:
-        lengths.append(ids.shape[1])
-        if len(lengths) == 2:
-            change(model)
+        with refused(model, RuntimeError, f"{change}: rows of a running call use 'b'"):
+            CHANGES[change](model)
+        if "c" in adapter_names(model):  # no row uses it
+            delete_adapter(model, "c")
         return torch.zeros(len(ids), dtype=torch.bool)
 
     options = {"max_new_tokens": 5, "stopping_criteria": StoppingCriteriaList([criterion])}
-    return model.generate(ids, adapter_names=["b", "__base__"], **options)
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_generate_fails_whose_adapter_goes(change):
-    model = use(with_adapters(llama(), ["q_proj", "v_proj"]), "a")
-    with pytest.raises(RuntimeError, match=GONE):
-        generate(model, token_ids(), CHANGES[change])
-
-
-@pytest.mark.parametrize("change", ["delete", "rename", "replace"])
-def test_a_forward_fails_whose_adapter_goes(change):
-    model = use(with_adapters(llama(), ["q_proj", "v_proj"]), "a")
-    # After the last layer with an adapter.
-    model.model.layers[-1].register_forward_hook(lambda *_: CHANGES[change](model) and None)
-    with pytest.raises(RuntimeError, match=GONE):
-        model(token_ids(), adapter_names=["b", "a"])
-    assert _current.get() is None and model._lora_adapters.active.mixed_calls == 0
-
-
-def test_other_adapters_may_go():
-    model, ids = use(with_adapters(llama(), ["q_proj", "v_proj"]), "a"), token_ids()
-    expected = generate(model, ids, lambda model: None)
-    assert torch.equal(generate(model, ids, lambda model: delete_adapter(model, "c")), expected)
-    active = model._lora_adapters.active
-    for name in ("user-1", "user-2"):  # a server that loads and deletes an adapter for each user must not grow
-        inject(model, LoraConfig(r=2, target_modules=["q_proj"]), name)
-        delete_adapter(set_adapter(model, "a"), name)
-    assert {*active.additions} == {*"ab"} and active.removals == 3
-    delete_adapter(copied := copy.deepcopy(model), "b")
-    assert {*copied._lora_adapters.active.additions} == {"a"} and {*active.additions} == {*"ab"}
+    assert torch.equal(model.generate(ids, adapter_names=["b", "__base__"], **options), expected)
+    assert adapter_names(copy.deepcopy(model)) == ["a", "b"]
+    CHANGES[change](model)
+    assert "b" not in adapter_names(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import peft
 import pytest
@@ -13,7 +12,6 @@ from torch import nn
 
 from lora_ext import (
     LoraConfig,
-    delete_adapter,
     disable_adapters,
     inject,
     load_adapter,
@@ -27,7 +25,6 @@ from lora_ext.adapters import (
     adapter_names,
     adapter_status,
     lora_modules,
-    rename_adapter,
     trainable_parameter_counts,
     unload,
 )
@@ -60,20 +57,6 @@ def by_hand(model: Net, x: torch.Tensor, *names: str) -> torch.Tensor:
 
 
 # --- adding and switching ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("names", [(), ("a",), ("b",), ("c",), ("a", "b"), ("c", "b"), ("b", "c", "a")])
-def test_active_adapters_add_up(names):
-    model, x = three(), torch.randn(5, 6)
-    assert adapter_names(model) == ["a", "b", "c"]
-    torch.testing.assert_close(model(x), by_hand(model, x, "c"))  # the last injected one is active
-    assert set_adapter(model, names) is model
-    expected = by_hand(model, x, *names)
-    torch.testing.assert_close(model(x), expected)
-    assert names or torch.equal(model(x), expected)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # it switches by itself
-        torch.testing.assert_close(set_adapter(copied, "a")(x), by_hand(model, x, "a"))
-    torch.testing.assert_close(model(x), expected)
 
 
 def test_switching_a_compiled_model():
@@ -133,6 +116,25 @@ def test_several_adapters_compute_and_train_as_in_peft(family, tmp_path):
     assert all(torch.equal(tensor, before[path]) for path, tensor in ours.state_dict().items())
 
 
+def test_flags_of_adapters_that_the_user_changes():
+    """Those of single factors stay; an adapter that was frozen as a whole trains again. Others: test_life_cycle.py."""
+    model = set_adapter(three(), ["a", "b"])
+
+    def trainable() -> set[str]:
+        return {path.split("adapters.")[1].split(".")[0] for path, p in model.named_parameters() if p.requires_grad}
+
+    model.blocks[0].up.adapters["a"].lora_A.requires_grad_(False)
+    set_adapter(model, ["c", "a"])
+    assert not model.blocks[0].up.adapters["a"].lora_A.requires_grad
+    assert model.blocks[1].up.adapters["a"].lora_A.requires_grad
+    model.requires_grad_(False)
+    assert set_adapter(model, ["a", "b"]) is model and trainable() == {"a", "b"}
+    set_adapter(model, "b", trainable=False)
+    assert trainable() == set()
+    set_adapter(model, ["a", "b"])
+    assert trainable() == {"a"} and model.head.adapters["a"].weight.requires_grad
+
+
 @pytest.fixture
 def file(tmp_path):
     """The file of an adapter of other values."""
@@ -167,78 +169,7 @@ def test_a_further_adapter_leaves_the_one_in_training_unless_it_is_activated(fil
     assert model.training and all(".third." in path for path, p in model.named_parameters() if p.requires_grad)
 
 
-def test_biases_of_an_inactive_adapter_are_not_in_place(tmp_path):
-    base, x = Net().eval(), torch.randn(5, 6)
-    config = LoraConfig(r=2, target_modules=["up"], bias="all", **ALIVE)
-    trained = inject(copy.deepcopy(base), config)
-    with torch.no_grad():
-        trained.head.bias.add_(1)
-    save_adapter(trained, tmp_path)
-    model = inject(copy.deepcopy(base), SECOND, "second").eval()
-    before = model(x)
-    load_adapter(model, tmp_path)
-    assert torch.equal(model(x), before)
-    torch.testing.assert_close(set_adapter(model, "default")(x), trained(x))
-
-
-def test_only_active_adapters_train_and_frozen_ones_stay_frozen(tmp_path):
-    save_adapter(inject(Net(), SECOND), tmp_path)
-    model = inject(Net(), FIRST, "a")
-    load_adapter(model, tmp_path, adapter_name="frozen")
-
-    def trainable() -> set[str]:
-        return {path.split("adapters.")[1].split(".")[0] for path, p in model.named_parameters() if p.requires_grad}
-
-    assert trainable() == {"a"}
-    assert trainable_parameter_counts(model)[0] == 4 * 2 * (6 + 10) + 6 * 3 + 3
-    assert trainable() == {"a"}
-    set_adapter(model, ["a", "frozen"])
-    assert trainable() == {"a"}
-    set_adapter(model, "frozen", trainable=True)
-    assert trainable() == {"frozen"}
-    set_adapter(model, "a")
-    set_adapter(model, "frozen")
-    assert trainable() == {"frozen"}
-    set_adapter(model, "frozen", trainable=False)
-    assert trainable() == set()
-    set_adapter(model, "a")
-    model.requires_grad_(False)
-    assert trainable() == set()
-    set_adapter(model, ["a", "frozen"])
-    assert trainable() == {"a"}  # as when it was added, although it was active and is no news
-
-
-def test_switching_changes_no_flag_of_adapters_that_stay_active():
-    model = three()
-    set_adapter(model, ["a", "b"])
-    model.blocks[0].up.adapters["a"].lora_A.requires_grad_(False)
-    set_adapter(model, ["c", "a"])
-    assert not model.blocks[0].up.adapters["a"].lora_A.requires_grad
-    assert model.blocks[1].up.adapters["a"].lora_A.requires_grad
-
-
 # --- merging ----------------------------------------------------------------------------------------------------------
-
-
-def test_merged_adapters_act_until_unmerged_together_with_active_ones():
-    model, x = three(), torch.randn(5, 6)
-    expected = {names: by_hand(model, x, *names) for names in (("b",), ("b", "c"))}
-    pristine = {path: tensor.clone() for path, tensor in model.state_dict().items()}
-    merge(model, "b")
-    set_adapter(model, ["b"])
-    torch.testing.assert_close(model(x), expected["b",])
-    set_adapter(model, [])
-    torch.testing.assert_close(model(x), expected["b",])
-    set_adapter(model, ["c"])
-    torch.testing.assert_close(model(x), expected["b", "c"])
-    merge(model)
-    torch.testing.assert_close(model(x), expected["b", "c"])
-    unmerge(model, "b")
-    set_adapter(model, ["b", "c"])
-    torch.testing.assert_close(model(x), expected["b", "c"])
-    torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(x), expected["b", "c"])
-    unmerge(model)
-    assert all(torch.equal(tensor, pristine[path]) for path, tensor in model.state_dict().items())
 
 
 def test_a_failure_midway_unmerges_what_was_merged():
@@ -286,13 +217,6 @@ def test_the_plain_model(end, merged):
     assert [(path, type(module)) for path, module in model.named_modules()] == modules
     assert sorted(vars(model)) == sorted(vars(base))
     inject(model, FIRST)  # and again
-
-
-def test_merge_and_unload_of_chosen_adapters():
-    model, x = three(), torch.randn(5, 6)
-    expected = by_hand(model, x, "b", "c")
-    torch.testing.assert_close(merge_and_unload(model, ["b", "c"])(x), expected)
-    assert not adapter_names(model) and type(model.head) is nn.Linear
 
 
 @pytest.mark.cpu_only("a default device switches the encoder's fast path off")
@@ -347,6 +271,10 @@ def test_trained_biases_go_with_their_adapter(bias, tmp_path):
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(theirs(x), adapted)
     torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), adapted)
+    other = inject(copy.deepcopy(base), SECOND, "second")
+    before = other(x)
+    assert torch.equal(load_adapter(other, tmp_path)(x), before)  # not in place while it is inactive
+    torch.testing.assert_close(set_adapter(other, "default")(x), adapted)
     set_adapter(model, "a")
     assert torch.equal(unload(model)(x), base(x))
 
@@ -364,33 +292,7 @@ def test_trained_biases_of_a_peft_file(bias, head, tmp_path):
     torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), theirs(x))
 
 
-# --- renaming, deleting, listing --------------------------------------------------------------------------------------
-
-
-def test_renaming():
-    model, x = set_adapter(three(), ["a", "b"]), torch.randn(5, 6)
-    expected = model(x)
-    assert rename_adapter(model, "a", "first") is model
-    assert adapter_names(model) == ["first", "b", "c"]
-    assert list(model.blocks[0].up.adapters) == ["first", "b"] and list(model.head.adapters) == ["first"]
-    assert torch.equal(model(x), expected)
-    set_adapter(model, "c")
-    set_adapter(model, ["first", "b"])
-    assert torch.equal(model(x), expected)
-    assert model.head.adapters["first"].weight.requires_grad
-
-
-def test_deleting():
-    model, x = three(), torch.randn(5, 6)
-    expected = by_hand(model, x, "c")
-    for name in ("a", "b"):
-        assert delete_adapter(model, name) is model
-    assert adapter_names(model) == ["c"]
-    assert type(model.head) is nn.Linear and type(model.blocks[0].up) is nn.Linear  # no adapter is left
-    torch.testing.assert_close(model(x), expected)
-    assert not any(".a." in path or ".b." in path for path in model.state_dict())
-    with refused(model, RuntimeError, "'c' is active; it is the last one: call unload(model)"):
-        delete_adapter(model, "c")
+# --- listing --------------------------------------------------------------------------------------------------------
 
 
 def test_status():

@@ -146,8 +146,9 @@ def test_other_layers_second_pools_and_training_are_refused(base, root):
     pool = pool_of(model, root)
     with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):
         pool_of(model, root)
-    with refused(model, ValueError, "(those of an AdapterPool), and the new one cannot join them", "pool.close()"):
-        inject(model, LoraConfig(r=2, target_modules=["up"], use_dora=True))
+    for other in {"use_dora": True}, {"enable_lora": {"up": (True, False)}}:
+        with refused(model, ValueError, "has adapters (those of an AdapterPool) with", "pool.close()"):
+            inject(model, LoraConfig(r=2, target_modules=["up"], **other))
     model.train()
     with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):
         model(x.repeat(2, 1), adapter_names=["n0", "n0"])

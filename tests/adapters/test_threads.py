@@ -13,14 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.merged_models import all_same, hard_layer, hard_model, weights
-from support.merging import same_bits
+from support.merged_models import all_same, hard_model, weights
 from support.models import Net
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import (
-    disable_adapters,
     hotswap_adapter,
     lora_modules,
 )
@@ -80,15 +78,6 @@ def test_of_two_merges_one_is_refused(slow):
     assert all_same(weights(model), pristine)
 
 
-def test_merges_of_one_layer(slow):
-    layer = hard_layer(torch.float32)
-    pristine = layer.weight.clone()
-    errors = run_together(*[lambda: layer.merge("a")] * 3)
-    assert errors.count(None) == 1
-    layer.unmerge()
-    assert same_bits(layer.weight, pristine)
-
-
 def test_merges_and_unmerges_in_any_order():
     model = hard_model([torch.float32, torch.bfloat16, torch.float16], sizes=(0.1, 0.2, 1e-4))
     pristine = weights(model)
@@ -137,22 +126,6 @@ def test_files_hold_one_state(tmp_path):
         loaded = load_adapter(Net(), tmp_path / f"saved{i}", trainable=True)
         values = {value for p in loaded.parameters() if p.requires_grad for value in p.unique().tolist()}
         assert len(values) == 1, i
-
-
-def test_adapters_stay_disabled_until_the_last_context_ends():
-    model = inject(Net().eval(), CONFIG, "a")
-    x = torch.randn(4, 6)
-    adapted = outputs(model, x)
-    with disable_adapters(model):
-        base = outputs(model, x)
-
-        def nested() -> None:
-            with disable_adapters(model):
-                assert torch.equal(outputs(model, x), base)
-
-        assert run_together(nested, nested) == [None, None]
-        assert torch.equal(outputs(model, x), base)
-    assert torch.equal(outputs(model, x), adapted) and not torch.equal(base, adapted)
 
 
 def test_one_model_is_injected_once(slow):

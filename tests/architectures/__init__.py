@@ -1,1 +1,1 @@
-"""Architectures of transformers, adapted here and by PEFT: ``PYTHONPATH=tests python -m architectures --write``."""
+"""Architectures of transformers and diffusers, adapted here and by PEFT."""

@@ -10,32 +10,21 @@ import torch
 from support.versions import needs
 from torch import Tensor, nn
 
-from architectures.compare import ALIVE, assert_near, output
+from architectures.compare import ALIVE, assert_all_near, output
 from architectures.table import ARCHITECTURES
 from lora_ext import LoraConfig, inject
-from lora_ext.adapters import InputGroups, input_groups
+from lora_ext.adapters import input_groups
 from lora_ext.integrations.peft import accelerate, report
 
 LAYERS = needs("transformers", "5.24", "the table has its names of layers")
 pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), LAYERS]
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
-QKV, GATES = "q_proj k_proj v_proj", "gate_proj up_proj"
+BOTH = {"q_proj k_proj v_proj", "gate_proj up_proj"}
 # The groups of every block. GPT-NeoX packs q, k and v in one weight; its attention and its MLP have norms of their own.
-GROUPS = {
-    "Llama": {QKV, GATES},
-    "Mistral": {QKV, GATES},
-    "Qwen2": {QKV, GATES},
-    "Qwen3": {QKV, GATES},
-    "Gemma2": {QKV, GATES},
-    "Gemma3": {QKV, GATES},
-    "Phi": {QKV},
-    "GPT-NeoX": set(),
-    "BERT": {"query key value"},
-    "RoBERTa": {"query key value"},
-    "XLM-R": {"query key value"},
-    "ViT": {QKV},
-}
+GROUPS = dict.fromkeys(["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3"], BOTH)
+GROUPS |= {name: {"query key value"} for name in ("BERT", "RoBERTa", "XLM-R")}
+GROUPS |= {"Phi": {"q_proj k_proj v_proj"}, "ViT": {"q_proj k_proj v_proj"}, "GPT-NeoX": set()}
 
 
 def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,56 +35,33 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"output": y.detach()} | grads
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert_near(actual[name], tensor, name)
-
-
-def shared(groups: InputGroups) -> set[str]:
-    """The last names of the layers of each group that is computed together."""
-    return {" ".join(path.rpartition(".")[2] for path in paths) for paths in groups.together}
-
-
-@pytest.mark.parametrize("name", GROUPS)
-def test_native(name):
-    base, inputs = BY_NAME[name].build(), BY_NAME[name].inputs()
-    torch.manual_seed(0)
-    config = LoraConfig(target_modules="all-linear", **ALIVE)
+def injected(base: nn.Module, targets: str | list[str]) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A model whose layers share inputs, one whose layers do not, and the second again."""
+    config = LoraConfig(target_modules=targets, **ALIVE)
     model, alone = inject(copy.deepcopy(base), config), inject(base, config, share_inputs=False)
     alone.load_state_dict(model.state_dict())
-    assert not input_groups(alone)
-    expected = step(alone, inputs)
-    for _ in range(3):
-        assert_same(step(model, inputs), expected)
-    assert shared(input_groups(model)) == GROUPS[name]
+    return model, alone, alone
 
 
-@pytest.mark.parametrize("name", GROUPS)
-def test_under_peft(name):
-    base, inputs = BY_NAME[name].build(), BY_NAME[name].inputs()
+def accelerated(base: nn.Module, targets: str | list[str]) -> tuple[nn.Module, nn.Module, nn.Module]:
+    theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules=targets, **ALIVE)).eval()
+    return accelerate(copy.deepcopy(theirs)), accelerate(copy.deepcopy(theirs), share_inputs=False), theirs
+
+
+CASES = [(name, adapt) for name in GROUPS for adapt in (injected, accelerated)]
+CASES += [pytest.param(name, injected, marks=pytest.mark.full) for name in BY_NAME if name not in GROUPS]
+
+
+@pytest.mark.parametrize(("name", "adapt"), CASES)
+def test_layers_that_share_inputs(name, adapt):
+    row = BY_NAME[name]
+    inputs = row.inputs()
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", **ALIVE)).eval()
-    ours = accelerate(copy.deepcopy(theirs))
-    expected = step(theirs, inputs)
-    for _ in range(3):
-        assert_same(step(ours, inputs), expected)
-    assert shared(report(ours).groups) == GROUPS[name]
-    alone = accelerate(copy.deepcopy(theirs), share_inputs=False)
-    assert_same(step(alone, inputs), expected)
-    assert not report(alone).groups
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in GROUPS])
-def test_every_other_architecture(name):
-    architecture = BY_NAME[name]
-    base, inputs = architecture.build(), architecture.inputs()
-    config = LoraConfig(target_modules=architecture.targets.split(), **ALIVE)
-    torch.manual_seed(0)
-    model = inject(copy.deepcopy(base), config)
-    alone = inject(base, config, share_inputs=False)
-    alone.load_state_dict(model.state_dict())
-    expected = step(alone, inputs)
-    for _ in range(3):
-        assert_same(step(model, inputs), expected)
+    model, alone, plain = adapt(row.build(), "all-linear" if name in GROUPS else row.targets.split())
+    expected = step(plain, inputs)
+    for one in (model, model, model, alone):
+        assert_all_near(step(one, inputs), expected)
+    groups, of_alone = (input_groups(one) if adapt is injected else report(one).groups for one in (model, alone))
+    assert not of_alone
+    if name in GROUPS:
+        assert {" ".join(path.rpartition(".")[2] for path in paths) for paths in groups.together} == GROUPS[name]

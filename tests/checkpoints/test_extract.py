@@ -16,7 +16,7 @@ from support.checkpoint_files import (
     save_checkpoint,
     tensors_of,
 )
-from support.models import bert, gpt2, llama, token_ids
+from support.models import IDS, bert, gpt2, llama
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
@@ -38,12 +38,7 @@ def tuned_by_adapter(model: nn.Module, folder: Path, **settings) -> None:
 def logits_by_peft(model: nn.Module, adapter: Path) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected|adapter key).*")
-        return peft.PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()(token_ids_()).logits
-
-
-def token_ids_() -> torch.Tensor:
-    torch.manual_seed(0)
-    return token_ids()
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()(IDS).logits
 
 
 # --- the approximation ------------------------------------------------------------------------------------------------
@@ -81,7 +76,7 @@ def test_a_rank_that_suffices_leaves_nothing_and_energy_finds_it():
     [
         (llama, {"target_modules": "all-linear"}, {}),
         (llama, {"target_modules": ["q_proj", "lm_head"], "rank_pattern": {"lm_head": 5}}, {"energy": 1 - 1e-6}),
-        (bert, {"target_modules": ["query", "dense"], "lora_bias": True, "task_type": "SEQ_CLS"}, {}),
+        (bert, {"target_modules": ["query", "dense"], "bias": "lora_only", "task_type": "SEQ_CLS"}, {}),
         (gpt2, {"target_modules": ["c_attn", "c_proj"]}, {"fan_in_fan_out": True}),
     ],
 )
@@ -94,29 +89,13 @@ def test_the_update_of_an_adapter_is_extracted(family, settings, options, tmp_pa
         assert {layer.r for layer in report.layers.values()} == {2, 5}
     else:
         assert report.errors[1] > 0.05
-    expected = type(model).from_pretrained(tmp_path / "tuned").eval()(token_ids_()).logits
-    assert (expected - model(token_ids_()).logits).abs().max() > 1e-2
+    expected = type(model).from_pretrained(tmp_path / "tuned").eval()(IDS).logits
+    assert (expected - model(IDS).logits).abs().max() > 1e-2
     torch.testing.assert_close(logits_by_peft(model, tmp_path / "out"), expected, rtol=1e-3, atol=1e-4)
 
     merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
     for key, tensor in tensors_of(tmp_path / "tuned").items():
         torch.testing.assert_close(tensors_of(tmp_path / "merged")[key], tensor, rtol=1e-4, atol=1e-5)
-
-
-def test_other_modules_are_saved_in_full(tmp_path):
-    model = llama()
-    tuned = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if any(part in name for part in ("q_proj", "layers.0.input_layernorm", "embed_tokens")):
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(tmp_path / "base")
-    tuned.save_pretrained(tmp_path / "tuned")
-    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=16)
-    assert sorted(report.saved) == ["model.embed_tokens", "model.layers.0.input_layernorm"]
-    torch.testing.assert_close(
-        logits_by_peft(model, tmp_path / "out"), tuned(token_ids_()).logits, rtol=1e-3, atol=1e-4
-    )
 
 
 def test_the_same_files_give_the_same_adapter(tmp_path):
@@ -159,6 +138,7 @@ def test_changes_that_no_adapter_can_express_are_listed(tmp_path):
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
 T5 = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
 TIED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "untied": (llama, "q_proj"),
     "llama": (lambda: llama(tied=True), "q_proj"),
     "gpt2": (gpt2, "c_attn"),
     "bert": (lambda: BertForMaskedLM(BertConfig(**BERT)), "query"),
@@ -167,34 +147,36 @@ TIED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 def save_tuned(base: nn.Module, layer: str, folder: Path) -> nn.Module:
-    """Saves ``base`` and ``tuned``, which differ in one kind of layer and in the embedding."""
+    """Saves ``base`` and ``tuned``, which differ in one kind of layer, the embedding and a norm."""
     base.save_pretrained(folder / "base")
     tuned = copy.deepcopy(base)
     with torch.no_grad():
         for path, parameter in tuned.named_parameters():
             if path.endswith(f"{layer}.weight"):
                 parameter.add_(0.1 * torch.randn(len(parameter), 1) @ torch.randn(1, parameter.shape[1]))
-        embedding = tuned.get_input_embeddings().weight
-        embedding.add_(0.1 * torch.randn_like(embedding))
+        norm = next(p for path, p in tuned.named_parameters() if "norm" in path.lower() or "ln_1" in path)
+        for parameter in (tuned.get_input_embeddings().weight, norm):
+            parameter.add_(0.1 * torch.randn_like(parameter))
     tuned.save_pretrained(folder / "tuned")
     return tuned
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_head_follows_the_embedding(name: str, tmp_path: Path):
+@pytest.mark.parametrize("name", ["untied", "llama", "gpt2"])
+def test_other_modules_are_saved_in_full_and_a_tied_head_follows_its_embedding(name: str, tmp_path: Path):
     make, layer = TIED[name]
     base = make().eval()
-    expected = save_tuned(base, layer, tmp_path).eval()(token_ids_()).logits
-    assert (expected - base(token_ids_()).logits).abs().max() > 0.1
-    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=4, fan_in_fan_out=name == "gpt2")
+    expected = save_tuned(base, layer, tmp_path).eval()(IDS).logits
+    assert (expected - base(IDS).logits).abs().max() > 0.1
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=4, fan_in_fan_out=name == "gpt2")
+    assert len(report.saved) == 2 + (name != "untied")
     near = {"rtol": 1e-4, "atol": 1e-5}
     loaded = load_adapter(copy.deepcopy(base), tmp_path / "out")
-    torch.testing.assert_close(loaded(token_ids_()).logits, expected, **near)
+    torch.testing.assert_close(loaded(IDS).logits, expected, **near)
     torch.testing.assert_close(logits_by_peft(base, tmp_path / "out"), expected, **near)
     merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
     merged = type(base).from_pretrained(tmp_path / "merged")
-    assert merged.lm_head.weight is merged.get_input_embeddings().weight
-    torch.testing.assert_close(merged(token_ids_()).logits, expected, **near)
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == (name != "untied")
+    torch.testing.assert_close(merged(IDS).logits, expected, **near)
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,12 @@ def test_a_checkpoint_and_a_file(tmp_path):
     assert inspect(tmp_path / "base" / next(iter(found["files"])))["parameters"] in (12, 5)
 
 
-def test_the_magnitudes_of_dora_count(tmp_path):
-    peft_adapter(nn.ModuleDict({"a": nn.Linear(9, 7)}), tmp_path, target_modules=["a"], use_dora=True)
-    (layer,) = inspect(tmp_path)["layers"]
-    assert layer["parameters"] == layer["r"] * (9 + 7) + 7
+def test_what_is_trained_next_to_the_factors_counts(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(9, 7)})
+    for option in ("use_dora", "lora_bias"):
+        peft_adapter(model, tmp_path / option, target_modules=["a"], **{option: True})
+        (layer,) = inspect(tmp_path / option)["layers"]
+        assert layer["parameters"] == layer["r"] * (9 + 7) + 7
 
 
 # --- what the analysis reads ------------------------------------------------------------------------------------------

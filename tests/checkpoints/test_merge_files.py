@@ -23,7 +23,7 @@ from support.models import bert
 from support.processes import run_python
 from torch import nn
 
-from lora_ext.checkpoints import Checkpoint, inspect, merge
+from lora_ext.checkpoints import Checkpoint, merge
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -56,20 +56,16 @@ def test_a_single_file_stays_one(tmp_path):
     assert_same_bits(tensors_of(tmp_path / "lone"), tensors_of(tmp_path / "out"))
 
 
-def test_dtypes_that_pytorch_lacks_are_copied(small_files, tmp_path):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_no_plain_number_is_copied(dtype, small_files, tmp_path):
     shutil.copytree(small_files / "base", tmp_path / "base")
-    added = {"scales": ("F8_E8M0", (3,), 3), "packed": ("F4", (2, 6), 6), "six": ("F6_E2M3", (4,), 3)}
-    for key, description in added.items():
-        add_tensor(tmp_path / "base", key, *description)
-    for dtype in (None, torch.bfloat16):
-        out = tmp_path / str(dtype)
-        assert merge(tmp_path / "base", [small_files / "adapter"], out, dtype=dtype).copied == 7
-        before, after = Checkpoint.open(tmp_path / "base"), Checkpoint.open(out)
-        for key, (name, shape, _) in added.items():
-            assert (after.info(key).dtype, after.info(key).shape) == (name, shape)
-            same = before.tensor(key).view(torch.uint8), after.tensor(key).view(torch.uint8)
-            assert torch.equal(*same)
-    assert inspect(tmp_path / "base")["tensors"]["packed"] == {"dtype": "F4", "shape": [2, 6], "bytes": 6}
+    add_tensor(tmp_path / "base", "scales", "F8_E8M0", (3,), 3)
+    add_tensor(tmp_path / "base", "blocks", "U8", (2, 3), 6)
+    assert merge(tmp_path / "base", [small_files / "adapter"], tmp_path / "out", dtype=dtype).copied == 6
+    before, after = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "out")
+    for key in ("scales", "blocks"):
+        assert (after.info(key).dtype, after.info(key).shape) == (before.info(key).dtype, before.info(key).shape)
+        assert torch.equal(before.tensor(key).view(torch.uint8), after.tensor(key).view(torch.uint8))
 
 
 def test_empty_tensors_and_values_that_are_not_finite_are_copied(tmp_path):
@@ -86,11 +82,10 @@ def test_empty_tensors_and_values_that_are_not_finite_are_copied(tmp_path):
 
 def test_links_to_files_elsewhere_are_followed(small_files, tmp_path):
     """The cache of the hub consists of links."""
-    (tmp_path / "cache" / "snapshot").mkdir(parents=True)
-    for number, path in enumerate(sorted((small_files / "base").iterdir())):
-        shutil.copy(path, tmp_path / "cache" / f"blob {number}")
-        (tmp_path / "cache" / "snapshot" / path.name).symlink_to(Path("..") / f"blob {number}")
-    for base, out in ((tmp_path / "cache" / "snapshot", "linked"), (small_files / "base", "direct")):
+    (tmp_path / "snapshot").mkdir()
+    for path in (small_files / "base").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    for base, out in ((tmp_path / "snapshot", "linked"), (small_files / "base", "direct")):
         merge(base, [small_files / "adapter"], tmp_path / out)
     assert snapshot(tmp_path / "linked") == snapshot(tmp_path / "direct")
     assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
@@ -110,12 +105,11 @@ def test_metadata_of_each_file_is_kept(small_files, tmp_path):
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 def test_resident_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """A merge takes at most 1.5 times the largest tensor and 75 MB more than importing torch; bench_offline_merge.py
-    measures a checkpoint of 2.2 GB."""
+    """A merge holds blocks of 8 MB; bench_offline_merge.py measures a checkpoint of 2.2 GB."""
     weights = {f"layers.{i}": torch.randn(2048, 4096).to(torch.bfloat16) for i in range(23)}
     weights["head"] = torch.randn(8192, 4096).to(torch.bfloat16)
     save_checkpoint({f"{path}.weight": tensor for path, tensor in weights.items()}, tmp_path / "base", shards=6)
-    total, largest = sum(t.nbytes for t in weights.values()), max(t.nbytes for t in weights.values())
+    total = sum(tensor.nbytes for tensor in weights.values())
     factors = {}
     for path, tensor in weights.items():
         factors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(4, tensor.shape[1]) * 0.01
@@ -139,5 +133,4 @@ print(resident() - imported)
 """
     done = run_python("-c", script, *(tmp_path / name for name in ("base", "adapter", "out")))
     assert done.returncode == 0, done.stderr
-    bound = 1.5 * largest + 75e6
-    assert 1024 * int(done.stdout) < bound < total
+    assert 1024 * int(done.stdout) < 75e6 < total

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoint_files import edit_config, edit_tensors, peft_adapter, refused, save_checkpoint, snapshot
-from support.models import bert, gpt2, llama
+from support.models import bert, llama
 from torch import nn
 
 from lora_ext.checkpoints import merge
@@ -37,12 +36,12 @@ def test_tensors_that_do_not_fit_are_listed(llama_files, tmp_path):
 
 PATH = "model.layers.0.self_attn.q_proj"
 QUANTISED = {  # name and value of the weight -> what is said
-    "int8": ("weight", lambda weight: weight.to(torch.int8), f"dtype of {PATH}.weight: I8"),
-    "nf4": ("weight", lambda weight: weight.view(-1, 2)[:, :1].to(torch.uint8), f"dtype of {PATH}.weight: U8"),
+    "int8": ("weight", lambda weight: weight.to(torch.int8), f"dtype of {PATH}.weight: torch.int8"),
+    "nf4": ("weight", lambda weight: weight.view(-1, 2)[:, :1].to(torch.uint8), f"dtype of {PATH}.weight: torch.uint8"),
     "torchao": (
         "_weight_qdata",
         lambda weight: weight.to(torch.int8),
-        f"not in the base: {PATH}.weight; it has {PATH}._weight_qdata, want F64",
+        f"not in the base: {PATH}.weight; it has {PATH}._weight_qdata, want float64",
     ),
 }
 
@@ -84,7 +83,7 @@ def test_a_pooling_that_the_base_does_not_name_is_refused(tmp_path):
 def test_names_with_several_places_are_refused(tmp_path):
     model = nn.ModuleDict({"lin": nn.Linear(4, 4)})
     peft_adapter(model, tmp_path / "adapter", target_modules=["lin"])
-    weights = {f"{name}.lin.{part}": torch.ones(4, 4) for name in ("left", "right") for part in ("weight",)}
+    weights = {f"{name}.lin.weight": torch.ones(4, 4) for name in ("left", "right")}
     save_checkpoint(weights, tmp_path / "base", shards=1)
     refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "lin.weight may be any of left.lin.weight, ri")
 
@@ -114,10 +113,6 @@ def test_values_that_are_not_finite_are_refused(llama_files, tmp_path):
     refuses(base, [adapter], tmp_path / "out", "that torch.float16 cannot hold", dtype=torch.float16)
 
 
-def test_no_adapter(llama_files, tmp_path):
-    refuses(llama_files[0], [], tmp_path / "out", "no adapter is given")
-
-
 def test_out_must_be_new(llama_files, tmp_path):
     base, adapter = llama_files
     (tmp_path / "file").write_text("dear")
@@ -132,24 +127,16 @@ def test_out_must_be_new(llama_files, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("weights", [[], [1.0, 2.0], [math.nan]])
-def test_weights_are_one_for_each_adapter(llama_files, tmp_path, weights):
-    refuses(llama_files[0], [llama_files[1]], tmp_path / "out", "want 1 finite numbers", weights=weights)
+def test_weights_are_one_for_each_adapter(llama_files, tmp_path):
+    base, adapter = llama_files
+    refuses(base, [], tmp_path / "out", "no adapter is given")
+    for weights in ([], [1.0, 2.0], [math.nan]):
+        refuses(base, [adapter], tmp_path / "out", "want 1 finite numbers", weights=weights)
 
 
 # --- kinds of adapters ------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture
-def dora(tmp_path: Path) -> Path:
-    """``base`` and a DoRA adapter of its first layer of two."""
-    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
-    save_checkpoint(model.state_dict(), tmp_path / "base")
-    peft_adapter(model, tmp_path / "adapter", target_modules=["a"], use_dora=True)
-    return tmp_path
-
-
-A, MAGNITUDE = "base_model.model.a.lora_A.weight", "base_model.model.a.lora_magnitude_vector"
+A = "base_model.model.a.lora_A.weight"
 
 
 def repeat(tensors: dict[str, torch.Tensor]) -> None:
@@ -159,9 +146,6 @@ def repeat(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(MAGNITUDE), "a has no lora_magnitude_vector"),
-        (lambda t: t.update({MAGNITUDE: torch.ones(3)}), f"shape of {MAGNITUDE}: [3], want [7] numbers"),
-        (lambda t: t[MAGNITUDE].fill_(torch.nan), "a.weight would have values that"),
         (lambda t: t.pop(A), "missing key: the other half of base_model.model.a."),
         (lambda t: t.update({A.replace("A", "C"): torch.ones(3)}), "unknown key: base_model.model.a.lora_C.weight"),
         (lambda t: t.update({A: torch.ones(3, 9)}), "the config gives it r=2"),
@@ -170,25 +154,30 @@ def repeat(tensors: dict[str, torch.Tensor]) -> None:
         (repeat, "a has two updates, and no target_parameters"),
     ],
 )
-def test_damaged_files(dora, edit, message):
-    edit_tensors(dora / "adapter", edit)
-    refuses(dora / "base", [dora / "adapter"], dora / "out", message)
+def test_damaged_files(small_files, tmp_path, edit, message):
+    peft_adapter(nn.ModuleDict({"a": nn.Linear(9, 7)}), tmp_path / "adapter", target_modules=["a"])
+    edit_tensors(tmp_path / "adapter", edit)
+    refuses(small_files / "base", [tmp_path / "adapter"], tmp_path / "out", message)
 
 
-def test_dora_is_merged_alone_and_into_rows(dora, tmp_path):
-    shutil.copytree(dora / "adapter", dora / "second")
-    words = "a.weight:", "adapter is a DoRA adapter (use_dora), which is merged without"
-    refuses(dora / "base", [dora / "adapter", dora / "second"], dora / "out", *words)
-    refuses(dora / "base", [dora / "adapter"], dora / "out", *words, weights=[0.5])
-    edit_config(dora / "adapter", use_dora=False)
-    words = "a has a lora_magnitude_vector, but the config's use_dora is False"
-    refuses(dora / "base", [dora / "adapter"], dora / "out", words)
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+def test_what_is_trained_next_to_factors_is_merged_in_memory(small_files, tmp_path, option):
+    peft_adapter(nn.ModuleDict({"a": nn.Linear(9, 7)}), tmp_path / "adapter", target_modules=["a"], **{option: True})
+    words = f"adapter was trained with {option}; load base and adapter as a model (load_adapter)"
+    refuses(small_files / "base", [tmp_path / "adapter"], tmp_path / "out", words)
+    edit_config(tmp_path / "adapter", **{option: False})  # the keys say it, too
+    refuses(small_files / "base", [tmp_path / "adapter"], tmp_path / "out", words)
+    edit_config(tmp_path / "adapter", **{option: True})
+    edit_tensors(tmp_path / "adapter", lambda tensors: [tensors.pop(k) for k in [*tensors] if not k.endswith("weight")])
+    refuses(small_files / "base", [tmp_path / "adapter"], tmp_path / "out", words)
 
-    model = gpt2()
-    model.save_pretrained(tmp_path / "gpt2")
-    peft_adapter(model, tmp_path / "of gpt2", target_modules=["c_attn"], use_dora=True)
-    words = "c_attn.weight is [in, out], and a DoRA adapter", "merge_and_unload"
-    refuses(tmp_path / "gpt2", [tmp_path / "of gpt2"], tmp_path / "out", *words)
+
+def test_attentions_are_merged_in_memory(tmp_path):
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
+    peft_adapter(model, tmp_path / "adapter", target_modules=["attn"])
+    words = "not in the base: attn.weight; it has attn.in_proj_weight", "merge_and_unload"
+    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", *words)
 
 
 def test_whole_tensors_and_rows_have_no_weight(tmp_path):
@@ -201,6 +190,9 @@ def test_whole_tensors_and_rows_have_no_weight(tmp_path):
         refuses(tmp_path / "base", [tmp_path / name], tmp_path / "out", words, weights=[0.5])
     edit_config(tmp_path / "y", trainable_token_indices={"embed": [9]})
     refuses(tmp_path / "base", [tmp_path / "y"], tmp_path / "out", "trainable_token_indices: [9], want rows of embed.w")
+    edit_config(tmp_path / "y", trainable_token_indices={"embed": [2]})
+    words = "rows of embed.weight: replaced more than once"
+    refuses(tmp_path / "base", [tmp_path / "y"] * 2, tmp_path / "out", words)
 
 
 def test_adapters_with_invocation_tokens_are_refused(llama_files, tmp_path):

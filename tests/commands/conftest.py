@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support import tiny_classifier
-from support.command_lines import Command
+from support.command_lines import Command, Run
 
 from lora_ext.commands import main
 
@@ -19,6 +21,18 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         capsys.readouterr()
         status = main(list(map(str, arguments)))
         return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def finetune(command: Command, tmp_path: Path) -> Callable[..., Run]:
+    """Runs ``finetune`` into a directory of ``tmp_path``, and checks that it succeeds."""
+
+    def run(*options: Any, out: str = "run") -> Run:
+        status, said, messages = command("finetune", *options, "--output_dir", tmp_path / out)
+        assert status == 0, messages
+        return Run(tmp_path / out, said)
 
     return run
 

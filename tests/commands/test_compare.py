@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.command_lines import Command, mistake
+from support.command_lines import mistake
 
 from lora_ext.commands.compare import planned
 from lora_ext.commands.comparison_table import table_rows, tabulate
@@ -39,7 +39,7 @@ def words(tiny: list[str]) -> list[str]:
     return [*tiny[:6], "--num_train_epochs", "2", "--learning_rate", "2e-2"]
 
 
-def test_a_comparison_from_specs_to_tables(command: Command, words: list[str], tmp_path: Path):
+def test_a_comparison_from_specs_to_tables(command, words, tmp_path):
     specs = ["full:learning_rate=1e-3", "lora:r=1,4:targets=query,value"]
     run = ("compare", *specs, "--seeds", "0,1", "--out", tmp_path, "--jobs", "2", *words)
     status, said, messages = command(*run)
@@ -76,7 +76,7 @@ def test_a_comparison_from_specs_to_tables(command: Command, words: list[str], t
     assert "holds a run with weight_decay=None, not 0.1; resume it with the same options" in line
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(command: Command, words: list[str], tmp_path: Path):
+def test_a_run_that_fails_is_named_and_the_others_go_on(command, words, tmp_path):
     specs = ["bitfit", "full:learning_rate=1e30"]
     status, said, messages = command("compare", *specs, "--out", tmp_path, *words)
     assert status == 1
@@ -84,7 +84,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command: Command, words:
     assert "| bitfit | 1 |" in said and "Not complete: 1 runs failed." in said
 
 
-def test_submitit_runs_an_array_of_jobs(command: Command, words: list[str], tmp_path: Path):
+def test_submitit_runs_an_array_of_jobs(command, words, tmp_path):
     where = ["--launcher", "submitit", "--launcher_set", "cluster=local", "--launcher_set", "timeout_min=10"]
     status, said, messages = command("compare", "bitfit", "head-only", "--out", tmp_path, *where, *words)
     assert status == 0, messages
@@ -106,9 +106,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_found_before_the_first_run(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-):
+def test_mistakes_are_found_before_the_first_run(command, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     options, expected = MISTAKES[name]
     assert expected in mistake(command("compare", *options))
@@ -130,7 +128,7 @@ def _run(tmp_path: Path, label: str, seed: int, answers: str) -> tuple[SimpleNam
     return SimpleNamespace(label=label, seed=seed, out=out, options={}), metrics
 
 
-def test_intervals_pair_texts_and_seeds(tmp_path: Path):
+def test_intervals_pair_texts_and_seeds(tmp_path):
     done = [_run(tmp_path, "base", seed, "10" * 200) for seed in (0, 1)]
     done += [_run(tmp_path, "same", seed, "10" * 200) for seed in (0, 1)]
     done += [_run(tmp_path, "better", seed, "1110" * 100) for seed in (0, 1)]

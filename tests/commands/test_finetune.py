@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import peft
@@ -12,27 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny_classifier
-from support.command_lines import Command, metrics_of, mistake
+from support.command_lines import Run, mistake, stopped_after
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_ext.commands import trainer
+from lora_ext.commands import main, trainer
 from lora_ext.methods import METHODS, load_method
 
 pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: list[str], lora: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tiny: list[str], lora: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run."""
-    from lora_ext.commands import main
-
     out = tmp_path_factory.mktemp("trained") / "run"
     assert main(["finetune", *tiny, *lora, "--output_dir", str(out)]) == 0
-    return out
+    return Run(out, "")
 
 
-def test_a_run_learns_and_says_what_it_did(trained: Path):
-    metrics = metrics_of(trained)
+def test_a_run_learns_and_says_what_it_did(trained):
+    metrics = trained.metrics
     assert metrics["task"] == "classification" and metrics["method"] == "lora"
     assert metrics["labels"] == ["neg", "pos"]
     assert sum(metrics["examples"].values()) == 300 and min(metrics["examples"].values()) >= 30
@@ -41,14 +37,15 @@ def test_a_run_learns_and_says_what_it_did(trained: Path):
     # 2 layers, query and value, r (in + out); the head's 2 x 32 + 2
     assert metrics["trainable_parameters"] == 2 * 2 * 4 * (32 + 32) + 66
     assert metrics["train_seconds"] > 0 and metrics["tokens_per_second"] > 0 and metrics["peak_memory_bytes"] > 1e8
-    assert {"adapter", "predictions.jsonl", "loss_curve.png"} <= {path.name for path in trained.iterdir()}
-    assert (trained / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert {"adapter", "predictions.jsonl", "loss_curve.png"} <= {path.name for path in trained.out.iterdir()}
+    assert (trained.out / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("adapter_model.safetensors", "model.safetensors"):  # a checkpoint holds what is trained, and buffers
+        numbers = sum(value.numel() for value in load_file(trained.out / "checkpoint-90" / name).values())
+        assert 1.0 <= numbers / metrics["trainable_parameters"] < 1.1, name
 
 
-def test_scores_are_those_of_the_predictions(trained: Path):
-    rows = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
-    test = metrics_of(trained)["test"]
-    labels = ["neg", "pos"]
+def test_scores_are_those_of_the_predictions(trained):
+    rows, labels, test = trained.predictions, ["neg", "pos"], trained.metrics["test"]
     confusion = np.zeros((2, 2), int)
     for row in rows:
         assert row["predicted"] == labels[int(np.argmax(row["logits"]))]
@@ -60,36 +57,18 @@ def test_scores_are_those_of_the_predictions(trained: Path):
     assert test["per_class"]["pos"]["f1-score"] == pytest.approx(2 * recall * precision / (recall + precision))
 
 
-def logits_of(model: torch.nn.Module, directory: str, texts: list[str]) -> torch.Tensor:
+@torch.no_grad()
+def assert_predicts(model: torch.nn.Module, directory: str, run: Run) -> None:
+    """Checks that a model gives the logits in the run's file."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    with torch.no_grad():
-        return torch.cat([model.eval()(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+    for row in run.predictions[:4]:
+        logits = model.eval()(**tokenizer(row["text"], return_tensors="pt")).logits
+        torch.testing.assert_close(logits[0], torch.tensor(row["logits"]), atol=1e-4, rtol=1e-4)
 
 
-def test_peft_loads_the_adapter_and_answers_the_same(trained: Path, tiny: list[str]):
-    rows = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()][:5]
+def test_peft_loads_the_adapter_and_answers_the_same(trained, tiny):
     base = AutoModelForSequenceClassification.from_pretrained(tiny[1], num_labels=2)
-    model = peft.PeftModel.from_pretrained(base, trained / "adapter")
-    logits = logits_of(model, tiny[1], [row["text"] for row in rows])
-    torch.testing.assert_close(logits, torch.tensor([row["logits"] for row in rows]), atol=1e-4, rtol=1e-4)
-
-
-def test_a_checkpoint_holds_what_is_trained(trained: Path):
-    (last,) = [path for path in trained.glob("checkpoint-*") if path.name == "checkpoint-90"]
-    for name in ("adapter_model.safetensors", "model.safetensors"):
-        numbers = sum(value.numel() for value in load_file(last / name).values())
-        assert 1.0 <= numbers / metrics_of(trained)["trainable_parameters"] < 1.1, name  # and buffers
-
-
-class Clock(trainer.Clock):  # Trainer stores the state of callbacks by the names of their classes
-    """A Clock whose process is interrupted after a step."""
-
-    at = 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control)
-        if state.global_step == self.at:
-            raise KeyboardInterrupt
+    assert_predicts(peft.PeftModel.from_pretrained(base, trained.out / "adapter"), tiny[1], trained)
 
 
 EVERYTHING = ["--ema_decay", "0.9", "--lora_plus_ratio", "4", "--class_weights", "balanced", "--save_strategy", "steps"]
@@ -98,99 +77,73 @@ EVERYTHING += ["--load_best_model_at_end", "true", "--metric_for_best_model", "m
 
 
 @pytest.mark.parametrize("options", [[], EVERYTHING], ids=["plain", "everything"])
-def test_resuming_gives_what_not_stopping_gives(
-    command: Command,
-    tiny: list[str],
-    lora: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: list[str],
-):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert command("finetune", *tiny, *lora, *options, "--output_dir", whole)[0] == 0
+def test_resuming_gives_what_not_stopping_gives(command, finetune, tiny, lora, tmp_path, monkeypatch, options):
+    words = [*tiny, *lora, *options]
+    whole = finetune(*words, out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "Clock", Clock)
-        patch.setattr(Clock, "at", 52)
-        assert command("finetune", *tiny, *lora, *options, "--output_dir", parts)[0] == 130
-    assert not (parts / "metrics.json").exists()
-    status, _, messages = command(
-        "finetune", *tiny, *lora, *options, "--output_dir", parts, "--resume_from_checkpoint", "true"
-    )
-    assert status == 0, messages
-    adapters = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (whole, parts)]
-    for name, value in adapters[0].items():
-        assert torch.equal(value, adapters[1][name]), name
-    assert metrics_of(whole)["test"] == metrics_of(parts)["test"]
-    assert metrics_of(parts)["train_seconds"] > 0
+        patch.setattr(trainer, "Clock", stopped_after(52))
+        assert command("finetune", *words, "--output_dir", tmp_path / "parts")[0] == 130
+    assert not (tmp_path / "parts" / "metrics.json").exists()
+    parts = finetune(*words, "--resume_from_checkpoint", "true", out="parts")
+    for name, value in whole.adapter.items():
+        assert torch.equal(value, parts.adapter[name]), name
+    assert whole.metrics["test"] == parts.metrics["test"] and parts.metrics["train_seconds"] > 0
 
 
 @pytest.mark.parametrize("method", [*METHODS, "lora+prefix-embed"])
-def test_every_method_trains_and_loads(command: Command, tiny: list[str], tmp_path: Path, method: str):
+def test_every_method_trains_and_loads(finetune, tiny, method):
     words = ["--max_steps", "4"]
     words += ["--drop_layers", "1"] if method == "adapter-drop" else []
     words += ["--prefix_length", "3", "--max_length", "24"] if "prefix" in method else []
-    out = tmp_path / "run"
-    status, said, messages = command("finetune", *tiny, "--method", method, *words, "--output_dir", out)
-    assert status == 0, messages
-    assert f"{method} trains" in said
-    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()][:3]
+    run = finetune(*tiny, "--method", method, *words)
+    assert f"{method} trains" in run.said
     if method == "full":
-        model = AutoModelForSequenceClassification.from_pretrained(out / "model")
+        model = AutoModelForSequenceClassification.from_pretrained(run.out / "model")
     else:
         torch.manual_seed(1)
         base = AutoModelForSequenceClassification.from_pretrained(tiny[1], num_labels=2)
-        model = load_method(base, out / "adapter")
-    logits = logits_of(model, tiny[1], [row["text"] for row in rows])
-    torch.testing.assert_close(logits, torch.tensor([row["logits"] for row in rows]), atol=1e-4, rtol=1e-4)
+        model = load_method(base, run.out / "adapter")
+    assert_predicts(model, tiny[1], run)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ["--bf16", "true"],
-        ["--dtype", "bfloat16"],
-        ["--pooling", "mean"],
-        ["--gradient_checkpointing", "true", "--gradient_accumulation_steps", "2"],
-        ["--optim", "adafactor", "--lr_scheduler_type", "cosine", "--label_smoothing_factor", "0.1"],
-        ["--quantize", "nf4"],
-        ["--quantize", "int8", "--method", "bitfit"],
-        ["--validation_split", "0"],
+        "--bf16 true",
+        "--dtype bfloat16",
+        "--pooling mean",
+        "--gradient_checkpointing true --gradient_accumulation_steps 2",
+        "--optim adafactor --lr_scheduler_type cosine --label_smoothing_factor 0.1",
+        "--quantize nf4",
+        "--quantize int8 --method bitfit",
+        "--validation_split 0",
     ],
-    ids=lambda options: options[0].strip("-"),
 )
-def test_options_of_trainer_and_ours(command: Command, tiny: list[str], tmp_path: Path, options: list[str]):
-    out = tmp_path / "run"
-    status, _, messages = command("finetune", *tiny, "--max_steps", "6", *options, "--output_dir", out)
-    assert status == 0, messages
-    assert np.isfinite([row["loss"] for row in metrics_of(out)["history"] if "loss" in row]).all()
+def test_options_of_trainer_and_ours(finetune, tiny, options):
+    assert np.isfinite(finetune(*tiny, "--max_steps", "6", *options.split()).losses).all()
 
 
-def test_accumulated_batches_are_one_large_batch(command: Command, tiny: list[str], lora: list[str], tmp_path: Path):
-    shared = [*tiny, *lora, "--lora_dropout", "0", "--max_steps", "5"]
+def test_accumulated_batches_are_one_large_batch(finetune, tiny, lora):
     losses = []
     for size, steps in ((16, 1), (4, 4)):
-        out = tmp_path / str(size)
         words = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps, "--logging_steps", 1]
-        assert command("finetune", *shared, *words, "--output_dir", out)[0] == 0
-        losses.append([row["loss"] for row in metrics_of(out)["history"] if "loss" in row])
+        run = finetune(*tiny, *lora, "--lora_dropout", "0", "--max_steps", "5", *words, out=str(size))
+        losses.append(run.losses)
     # The tiny BERT has dropout of its own, so the first loss, before any step, tells whether the batches are the same.
     assert losses[0][0] == pytest.approx(losses[1][0], rel=0.05)
     assert len(losses[0]) == len(losses[1]) == 5
 
 
-def test_a_config_file_and_the_command_line(command: Command, tiny: list[str], tmp_path: Path):
+def test_a_config_file_and_the_command_line(finetune, tiny, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("lora-targets: [query, value]\nlora_r: 2\nmax_steps: 3\nlearning_rate: 1e-3\n")
-    out = tmp_path / "run"
-    status, _, messages = command("finetune", *tiny[:-2], "--config", path, "--lora-r", "3", "--output-dir", out)
-    assert status == 0, messages
-    metrics = metrics_of(out)
+    metrics = finetune(*tiny[:-2], "--config", path, "--lora-r", "3").metrics
     assert metrics["options"]["lora_r"] == 3 and metrics["options"]["lora_targets"] == "query,value"
     assert metrics["steps"] == 3 and metrics["training"]["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
-def test_formats_keep_texts_and_labels_as_they_are(command: Command, tiny: list[str], tmp_path: Path, suffix: str):
+def test_formats_keep_texts_and_labels_as_they_are(finetune, tiny, tmp_path, suffix):
     pairs = [(text, {"pos": "NA", "neg": "007"}[label]) for text, label in tiny_classifier.reviews(60)]
     path = tmp_path / f"data.{suffix}"
     if suffix == "jsonl":
@@ -198,26 +151,16 @@ def test_formats_keep_texts_and_labels_as_they_are(command: Command, tiny: list[
     else:
         mark = {"csv": ",", "tsv": "\t"}[suffix]
         path.write_text("".join(f"{text}{mark}{label}\n" for text, label in [("text", "label"), *pairs]))
-    out = tmp_path / "run"
-    status, _, messages = command("finetune", *tiny, "--data", path, "--max_steps", "2", "--output_dir", out)
-    assert status == 0, messages
-    assert metrics_of(out)["labels"] == ["007", "NA"]
+    assert finetune(*tiny, "--data", path, "--max_steps", "2").metrics["labels"] == ["007", "NA"]
 
 
-def test_no_text_is_on_two_sides(command: Command, tiny: list[str], tmp_path: Path):
+def test_no_text_is_on_two_sides(finetune, tiny, tmp_path):
     pairs = tiny_classifier.reviews(60)
     train = tiny_classifier.save_reviews(tmp_path / "train.csv", [*pairs, *pairs[:10]])
     test = tiny_classifier.save_reviews(tmp_path / "test.csv", [(text.upper(), label) for text, label in pairs[:5]])
-    words = ["--data", train, "--test_file", test, "--max_steps", "1"]
-    status, said, messages = command("finetune", *tiny, *words, "--output_dir", tmp_path / "run")
-    assert status == 0, messages
+    run = finetune(*tiny, "--data", train, "--test_file", test, "--max_steps", "1")
     left_out = sum(text in {other for other, _ in pairs[:5]} for text, _ in [*pairs, *pairs[:10]])
-    assert f"{left_out} texts of train are left out, because test or validation has them, too" in said
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
+    assert f"{left_out} texts of train are left out, because test or validation has them, too" in run.said
 
 
 ROWS = "".join(f"the film {i} is {word},{label}\n" for i in range(20) for word, label in (("good", 1), ("bad", 0)))
@@ -260,57 +203,47 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_in_options(command: Command, tiny: list[str], tmp_path: Path, name: str):
-    options, expected = MISTAKES[name]
+@pytest.mark.parametrize("name", [*MISTAKES, *FILES])
+def test_mistakes(command, tiny, tmp_path, name):
+    if name in MISTAKES:
+        options, expected = MISTAKES[name]
+    else:
+        file, content, expected = FILES[name]
+        options = ["--data", tmp_path / file]
+        (tmp_path / file).write_bytes(content.encode() if isinstance(content, str) else content)
     assert expected in mistake(command("finetune", *tiny, *options, "--output_dir", tmp_path / "out"))
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_mistakes_in_files(command: Command, tiny: list[str], tmp_path: Path, name: str):
-    file, content, expected = FILES[name]
-    path = write(tmp_path / file, content)
-    assert expected in mistake(command("finetune", *tiny, "--data", path, "--output_dir", tmp_path / "out"))
-    assert not (tmp_path / "out" / "run.json").exists()
-
-
-def test_a_label_that_only_the_test_file_has(command: Command, tiny: list[str], tmp_path: Path):
+def test_mistakes_with_other_files(command, tiny, lora, trained, tmp_path):
     test = tiny_classifier.save_reviews(tmp_path / "test.csv", [("a film", "pos"), ("the story", "mixed")])
-    line = mistake(command("finetune", *tiny, "--test_file", test, "--output_dir", tmp_path / "out"))
-    assert "row 2 of test has the label 'mixed', which no training text has; labels are 'neg', 'pos'" in line
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "letter.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file()}
+    run = (*lora, "--output_dir", trained.out)
+    no_label = "row 2 of test has the label 'mixed', which no training text has; labels are 'neg', 'pos'"
+    for options, expected in (
+        (["--test_file", test, "--output_dir", tmp_path / "out"], no_label),
+        (["--model", trained.out / "adapter", "--output_dir", tmp_path / "out"], "is an adapter (it holds adapter_con"),
+        (run, "holds a run; --resume_from_checkpoint true continues it, --overwrite"),
+        (
+            (*run, "--resume_from_checkpoint", "true", "--lora_alpha", "9"),
+            "holds a run with lora_alpha=8.0, not 9.0; resume it",
+        ),
+        (["--output_dir", tmp_path / "notes"], "is not empty, and holds no run"),
+    ):
+        assert expected in mistake(command("finetune", *tiny, *options))
+    assert {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file()} == before
 
 
-def test_an_adapter_is_no_model(command: Command, tiny: list[str], trained: Path, tmp_path: Path):
-    line = mistake(command("finetune", *tiny, "--model", trained / "adapter", "--output_dir", tmp_path / "out"))
-    assert "is an adapter (it holds adapter_config.json); name its base" in line
+def test_overwrite_replaces_a_run(finetune, tiny, lora):
+    finetune(*tiny, *lora, "--max_steps", "2")
+    run = finetune(*tiny, *lora, "--max_steps", "2", "--seed", "1", "--overwrite")
+    assert run.metrics["training"]["seed"] == 1
 
 
-def test_a_directory_with_another_run_is_left_alone(
-    command: Command, tiny: list[str], lora: list[str], trained: Path, tmp_path: Path
-):
-    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    run = ("finetune", *tiny, *lora, "--output_dir", trained)
-    assert "holds a run; --resume_from_checkpoint true continues it, --overwrite" in mistake(command(*run))
-    again = ("--resume_from_checkpoint", "true", "--lora_alpha", "9")
-    assert "holds a run with lora_alpha=8.0, not 9.0; resume it" in mistake(command(*run, *again))
-    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
-    other = tmp_path / "notes"
-    other.mkdir()
-    (other / "letter.txt").write_text("mine")
-    assert "is not empty, and holds no run" in mistake(command("finetune", *tiny, "--output_dir", other))
-
-
-def test_overwrite_replaces_a_run(command: Command, tiny: list[str], lora: list[str], tmp_path: Path):
-    run = ("finetune", *tiny, *lora, "--output_dir", tmp_path / "run", "--max_steps", "2")
-    assert command(*run)[0] == 0
-    assert command(*run, "--seed", "1", "--overwrite")[0] == 0
-    assert metrics_of(tmp_path / "run")["training"]["seed"] == 1
-
-
-def test_a_run_that_diverges_is_an_error(command: Command, tiny: list[str], lora: list[str], tmp_path: Path):
+def test_a_run_that_diverges_is_an_error(command, tiny, lora, tmp_path):
     words = ["--learning_rate", "1e30", "--max_steps", "8", "--output_dir", tmp_path / "run"]
-    assert "training diverged: no finite outputs on 31 of 31 test texts" in mistake(
-        command("finetune", *tiny[:-2], *lora, *words)
-    )
+    line = mistake(command("finetune", *tiny[:-2], *lora, *words))
+    assert "training diverged: no finite outputs on 31 of 31 test texts" in line
     assert not (tmp_path / "run" / "metrics.json").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*map(str, words), "--lora_r", "2", "--lora_plus_ratio", "4", "--learning_rate", "0.01"]
 
 
-def test_two_processes_give_what_one_gives(options: list[str], tmp_path: Path):
+def test_two_processes_give_what_one_gives(options, tmp_path):
     from lora_ext.commands import main
 
     one, two = tmp_path / "one", tmp_path / "two"
@@ -62,7 +61,7 @@ def test_two_processes_give_what_one_gives(options: list[str], tmp_path: Path):
         torch.testing.assert_close(weights[1][name], value, atol=5e-3, rtol=5e-2)
 
 
-def test_a_language_model_trains_in_two_processes(tmp_path: Path):
+def test_a_language_model_trains_in_two_processes(tmp_path):
     tiny_decoder.save(tmp_path / "model")
     data = tiny_decoder.save_rows(tmp_path / "chats.jsonl", tiny_decoder.chats(tiny_decoder.questions(60)))
     words = ["--task", "causal-lm", "--model", tmp_path / "model", "--data", data, "--packing", "--max_length", "128"]
@@ -74,7 +73,7 @@ def test_a_language_model_trains_in_two_processes(tmp_path: Path):
     assert len((tmp_path / "run/predictions.jsonl").read_text().splitlines()) == 5
 
 
-def test_fsdp_shards_and_writes_a_whole_adapter(options: list[str], tmp_path: Path):
+def test_fsdp_shards_and_writes_a_whole_adapter(options, tmp_path):
     config = tmp_path / "fsdp.yaml"
     config.write_text("fsdp: full_shard\nfsdp_config: {version: 2, auto_wrap_policy: TRANSFORMER_BASED_WRAP}\n")
     words = ["--config", config, "--ema_decay", "0", "--save_strategy", "no", "--max_steps", "4"]
@@ -84,7 +83,7 @@ def test_fsdp_shards_and_writes_a_whole_adapter(options: list[str], tmp_path: Pa
     assert sum(value.numel() for value in values.values()) == metrics_of(tmp_path / "run")["trainable_parameters"]
 
 
-def test_a_mistake_is_told_once(options: list[str], tmp_path: Path):
+def test_a_mistake_is_told_once(options, tmp_path):
     done = torchrun("finetune", *options, "--max_length", "99", "--output_dir", tmp_path / "run")
     assert done.returncode != 0
     assert done.stderr.count("--max_length is 99, but") == 1

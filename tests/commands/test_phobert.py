@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.command_lines import Command, metrics_of
 from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 pytestmark = pytest.mark.full
@@ -64,48 +63,34 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_tokenizer_knows_segmented_words(model: Path):
+def test_the_tokenizer_knows_segmented_words(model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert type(tokenizer).__name__ == "PhobertTokenizer"
     assert tokenizer.tokenize("giảng_viên rất nhiệt_tình") == ["giảng_viên", "rất", "nhiệt_tình"]
     assert len(tokenizer.tokenize("giảng viên")) > 2  # unsegmented words fall into pieces
 
 
+COLUMNS = ["--text_column", "sentence", "--label_column", "sentiment", "--max_length", 20]
+
+
 @pytest.mark.parametrize("method", ["lora", "adapter-p", "lora+prefix-layer"])
-def test_it_learns_from_its_files(command: Command, model: Path, data: Path, tmp_path: Path, method: str):
-    words = ["--model", model, "--data", data, "--text_column", "sentence", "--label_column", "sentiment"]
-    words += [
-        "--max_length",
-        20,
-        "--num_train_epochs",
-        8,
-        "--per_device_train_batch_size",
-        8,
-        "--learning_rate",
-        "1e-2",
-    ]
+def test_it_learns_from_its_files(finetune, model, data, method):
+    words = ["--num_train_epochs", 8, "--per_device_train_batch_size", 8, "--learning_rate", "1e-2"]
     words += ["--lora_targets", "q,v"] if "lora" in method else []
-    status, said, messages = command("finetune", *words, "--method", method, "--output_dir", tmp_path / "run")
-    assert status == 0, messages
-    metrics = metrics_of(tmp_path / "run")
-    assert metrics["labels"] == ["0", "2"]
-    assert metrics["test"]["accuracy"] > 0.9
-    assert "segment the texts first" not in said
+    run = finetune("--model", model, "--data", data, *COLUMNS, *words, "--method", method)
+    assert run.metrics["labels"] == ["0", "2"] and run.metrics["test"]["accuracy"] > 0.9
+    assert "segment the texts first" not in run.said
     if method == "lora":  # query and value of two layers at rank 8, and RoBERTa's head of two layers
-        assert metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
+        assert run.metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
 
 
-def test_texts_that_are_not_segmented_are_noticed(command: Command, model: Path, data: Path, tmp_path: Path):
+def test_texts_that_are_not_segmented_are_noticed(finetune, model, data, tmp_path):
     plain = tmp_path / "plain.csv"
     plain.write_text(data.read_text(encoding="utf-8").replace("_", " "), encoding="utf-8")
-    words = ["--model", model, "--data", plain, "--text_column", "sentence", "--label_column", "sentiment"]
-    words += ["--max_length", 20, "--max_steps", 1]
-    status, said, messages = command("finetune", *words, "--output_dir", tmp_path / "run")
-    assert status == 0, messages
-    assert "segment the texts first" in said
+    assert "segment the texts first" in finetune("--model", model, "--data", plain, *COLUMNS, "--max_steps", 1).said
 
 
-def test_the_command_of_finetune_vi_takes_it_unchanged(command: Command, model: Path, data: Path, tmp_path: Path):
+def test_the_command_of_finetune_vi_takes_it_unchanged(finetune, model, data, tmp_path):
     """Its head has a pooler in it."""
     rows = data.read_text(encoding="utf-8").splitlines()
     for name, part in (("train", rows[1:200]), ("dev", rows[200:240]), ("test", rows[240:])):
@@ -114,7 +99,5 @@ def test_the_command_of_finetune_vi_takes_it_unchanged(command: Command, model: 
     words = ["--model", model, "--data", tmp_path / "train.csv", "--validation_file", tmp_path / "dev.csv"]
     words += ["--test_file", tmp_path / "test.csv", "--num_train_epochs", 1, "--max_length", 20]
     words += ["--load_best_model_at_end", "true", "--metric_for_best_model", "macro_f1"]
-    status, _, messages = command("finetune", *words, "--output_dir", tmp_path / "run")
-    assert status == 0, messages
-    metrics = metrics_of(tmp_path / "run")
+    metrics = finetune(*words).metrics
     assert metrics["best_checkpoint"] is not None and list(metrics["test"]["per_class"]) == ["0", "2"]

@@ -1,4 +1,4 @@
-"""FSDP2 around injected models equals one process: losses, gradients, merged bits, files, checkpoints."""
+"""FSDP2 around injected models equals one process: merged bits, files, checkpoints; what it refuses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.models import Net, llama, token_ids
-from support.ranks import assert_same, loss_of, shard, trained, whole
+from support.ranks import loss_of, shard, trained, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import (
@@ -23,7 +26,6 @@ from lora_ext.adapters import (
     merge_and_unload,
     merge_record_bytes,
     prepare_hotswap,
-    set_adapter,
     unload,
 )
 
@@ -32,76 +34,12 @@ pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj", "embed_tokens"]}
 
 
-def _adapted(dtype: torch.dtype = torch.float32) -> nn.Module:
+DORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "use_dora": True}
+
+
+def _adapted(config: dict[str, Any] = LORA) -> nn.Module:
     torch.manual_seed(1)
-    return inject(llama().to(dtype), LoraConfig(**LORA, init_lora_weights=False))
-
-
-def _train(rank: int, apart: str, checkpointing: bool | None, options: dict[str, Any], dtype: torch.dtype) -> None:
-    alone, ranks = _adapted(dtype), torch.distributed.get_world_size()
-    model = copy.deepcopy(alone)
-    for one in (model, alone) if checkpointing is not None else ():
-        one.enable_input_require_grads()
-        one.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
-    shard(model, apart, **options)
-    computes = alone
-    if "mp_policy" in options:
-        computes = copy.deepcopy(alone)
-        for parameter in computes.parameters():  # not the buffers
-            parameter.data = parameter.data.bfloat16()
-    optimizers = [torch.optim.AdamW(trained(one).values(), lr=1e-2) for one in (model, alone)]
-    for _ in range(2):
-        if computes is not alone:
-            computes.load_state_dict(alone.state_dict())
-        batches = token_ids(2 * ranks).unflatten(0, (ranks, 2))  # the same on all ranks
-        loss = loss_of(model, batches[rank])
-        loss.backward()
-        if apart == "whole":
-            for parameter in trained(model).values():
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= ranks
-        shares: dict[Tensor, Tensor] = {}
-        for index, ids in enumerate(batches):
-            expected = loss_of(computes, ids)
-            if index == rank:
-                torch.testing.assert_close(loss, expected)
-            expected.backward()
-            for parameter, computed in zip(trained(alone).values(), trained(computes).values(), strict=True):
-                shares[parameter] = shares.get(parameter, 0) + computed.grad.to(parameter.dtype) / ranks
-                computed.grad = None
-        for parameter, share in shares.items():
-            parameter.grad = share
-        assert_same(*({name: p.grad for name, p in trained(one).items()} for one in (model, alone)))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_same(trained(model), trained(alone))
-
-
-MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("apart", "checkpointing", "options", "dtype"),
-    [
-        ("", None, {}, torch.float32),
-        ("", None, {"reshard_after_forward": False}, torch.float32),
-        ("", None, {}, torch.bfloat16),  # float32 factors next to bfloat16 weights
-        ("", None, {"mp_policy": MIXED}, torch.float32),
-        ("", None, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, torch.float32),
-        ("", False, {}, torch.float32),
-        ("", True, {}, torch.float32),
-        ("base", None, {}, torch.float32),
-        ("base", False, {"reshard_after_forward": False}, torch.float32),
-        ("layer", None, {}, torch.float32),
-        ("layer", False, {}, torch.float32),
-        ("adapter", None, {}, torch.float32),
-        ("whole", None, {}, torch.float32),
-    ],
-    ids=str,
-)
-def test_losses_gradients_and_weights(ranks, apart, checkpointing, options, dtype):
-    ranks(2, _train, apart, checkpointing, options, dtype)
+    return inject(llama(), LoraConfig(**config, init_lora_weights=False))
 
 
 def _adapters_that_reshard(rank: int) -> None:
@@ -116,23 +54,21 @@ def test_adapters_that_reshard_after_forward_are_refused(ranks):
     ranks(1, _adapters_that_reshard)
 
 
-def _switched(rank: int) -> None:
-    model = _adapted()
-    inject(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="second")
-    alone = copy.deepcopy(model)
-    shard(model)
-    for name in ("second", "default", ["default", "second"]):
-        for one in (model, alone):
-            set_adapter(one, name)
-            one.zero_grad()
-        ids = token_ids()
-        for one in (model, alone):
-            loss_of(one, ids).backward()
-        assert_same(*({key: p.grad for key, p in trained(one).items()} for one in (model, alone)))
+def _dora(rank: int) -> None:
+    model = shard(_adapted(DORA), "base")
+    with pytest.raises(RuntimeError, match="FSDP2 shards the base layer apart"):
+        loss_of(model, token_ids(2))
+    with pytest.raises(ValueError, match="its weight is sharded, and a DoRA adapter needs whole rows"):
+        merge(shard(_adapted(DORA)))
+    mesh = init_device_mesh("cpu", (2,))
+    model = parallelize_module(nn.Sequential(nn.Linear(8, 6)), mesh, {"0": ColwiseParallel()})
+    with pytest.raises(TypeError, match=r"0 \(Linear\): its weight is split over devices .tensor parallelism."):
+        inject(model, LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    assert type(model[0]) is nn.Linear
 
 
-def test_switching_adapters(ranks):
-    ranks(2, _switched)
+def test_refusals_of_dora(ranks):
+    ranks(2, _dora)
 
 
 def _merging(rank: int, directory: Path) -> None:
@@ -204,11 +140,8 @@ def test_merged_bits_shard_by_shard(ranks, number, tmp_path):
 def _merging_apart(rank: int, apart: str) -> None:
     model = _adapted().eval()
     alone = copy.deepcopy(model)
-    before = alone.state_dict()
-    before = {key: value.clone() for key, value in before.items()}
+    before = {key: value.clone() for key, value in alone.state_dict().items()}
     if apart == "columns":
-        from torch.distributed.tensor import Shard
-
         fully_shard(model, shard_placement_fn=lambda parameter: Shard(1) if parameter.dim() == 2 else None)
     else:
         shard(model, apart)
@@ -225,18 +158,18 @@ def test_merged_bits_wrapped_apart(ranks, apart):
 
 
 def _files(rank: int, directory: Path) -> None:
-    for way in ("", "whole"):
-        model = _adapted()
+    for way, config in (("", LORA), ("whole", LORA), ("dora", DORA)):
+        model = _adapted(config)
         alone = copy.deepcopy(model)
-        shard(model, way)
+        shard(model, way if way != "dora" else "")
         if rank == 0:
-            save_adapter(alone, directory / "alone")
+            save_adapter(alone, directory / f"alone{way}")
         save_adapter(model, directory / f"sharded{way}")
         with torch.no_grad():
             for parameter in trained(model).values():
                 parameter.zero_()
         torch.distributed.barrier()
-        load_adapter(model, directory / "alone")
+        load_adapter(model, directory / f"alone{way}")
         _check_bits(model, alone.state_dict())
         if way == "":
             (directory / "file").touch()
@@ -249,9 +182,12 @@ def _files(rank: int, directory: Path) -> None:
 @pytest.mark.parametrize("number", [2, 3])
 def test_files(ranks, number, tmp_path):
     ranks(number, _files, tmp_path)
-    alone = {file.name: file.read_bytes() for file in (tmp_path / "alone").iterdir()}
-    for way in ("", "whole"):
-        assert {file.name: file.read_bytes() for file in (tmp_path / f"sharded{way}").iterdir()} == alone
+    for way in ("", "whole", "dora"):
+        saved, alone = (
+            {file.name: file.read_bytes() for file in (tmp_path / f"{name}{way}").iterdir()}
+            for name in ("sharded", "alone")
+        )
+        assert saved == alone
 
 
 def _trained_state(rank: int, directory: Path, full: bool) -> dict[str, Tensor]:

@@ -108,38 +108,26 @@ def test_one_collective_for_each_layer(ranks):
     ranks(2, _count)
 
 
-def _dropout_of_one_process(rank: int, sequence: bool) -> None:
+def _dropout_of_one_process(rank: int, sequence: bool) -> list[Tensor]:
     ranks = torch.distributed.get_world_size()
     model, alone = _adapted(init_device_mesh("cpu", (ranks,)), sequence, lora_dropout=0.5)
-    whole = torch.randn(2, 4 * ranks, 6)
+    whole, ys = torch.randn(2, 4 * ranks, 6), []
     part = (lambda tensor: tensor.chunk(ranks, 1)[rank]) if sequence else (lambda tensor: tensor)
-    torch.manual_seed(3)
-    y = _run(model, part(whole))
-    torch.manual_seed(3)
-    with mock.patch("torch.distributed.get_rank", return_value=0):  # draws as one process does
-        torch.testing.assert_close(y, part(_run(alone, whole)))
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        ys.append(_run(model, part(whole)).detach())
+        torch.manual_seed(seed)
+        with mock.patch("torch.distributed.get_rank", return_value=0):  # draws as one process does
+            torch.testing.assert_close(ys[-1], part(_run(alone, whole)).detach())
+    return ys
 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
-def test_dropout_is_that_of_one_process(ranks, sequence):
-    ranks(2, _dropout_of_one_process, sequence)
-
-
-def _masks(rank: int) -> tuple[Tensor, Tensor]:
-    mesh = init_device_mesh("cpu", (2,))
-    model, _ = _adapted(mesh, lora_dropout=0.5)
-    x, ys = torch.randn(2, 8, 6), []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        ys.append(_run(model, x).detach())
-    return tuple(ys)
-
-
-def test_dropout_repeats_by_seed(ranks):
-    first, second = ranks(2, _masks)
-    for ours, theirs in zip(first, second, strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+def test_dropout_is_that_of_one_process_and_repeats_by_seed(ranks, sequence):
+    first, second = ranks(2, _dropout_of_one_process, sequence)
+    for ys in (first, second):
+        assert torch.equal(ys[0], ys[1]) and not torch.equal(ys[0], ys[2])
+    assert sequence or all(map(torch.equal, first, second))
 
 
 def _files(rank: int, directory: Path) -> None:
@@ -222,16 +210,9 @@ def _transformers(rank: int, directory: Path) -> None:
 
 
 def test_tp_plan_of_transformers(ranks, tmp_path):
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path)
     ranks(2, _transformers, tmp_path)
 
 

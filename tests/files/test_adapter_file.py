@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import peft
@@ -49,14 +48,6 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_a_dtype_that_torch_lacks_is_named(tmp_path):
-    header = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
-    (tmp_path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"test: .*a has a dtype that torch .* lacks, F6_E2M3"):
-        AdapterFile.open(tmp_path, caller="test")
-
-
 def test_what_transformers_writes_in_several_files_is_refused(tmp_path, monkeypatch):
     # Transformers 5.24 asks for a PEFT that is not out yet, for loading; writing works with the installed one.
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", peft.__version__)
@@ -64,7 +55,7 @@ def test_what_transformers_writes_in_several_files_is_refused(tmp_path, monkeypa
     base = copy.deepcopy(model)
     model.add_adapter(peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path, max_shard_size="1KB")
-    with refused(base, FileNotFoundError, "adapter_model-00001-of-", "is one of several files", "max_shard_size"):
+    with refused(base, FileNotFoundError, "adapter_model-00001-of-", "several files are not read", "max_shard_size"):
         load_adapter(base, tmp_path)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(answer(load_adapter(base, tmp_path)), answer(model))

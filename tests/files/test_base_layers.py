@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import VOCABULARY, llama
-from torch import Tensor, nn
+from support.models import VOCABULARY, answer, llama
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
@@ -21,6 +21,7 @@ from lora_ext.methods import apply_method, load_method, new_method, save_method
 
 NEW = VOCABULARY + 2
 IDS = torch.tensor([[1, VOCABULARY, VOCABULARY + 1, 2]])
+OLD = IDS % VOCABULARY
 SETTINGS = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 
@@ -44,11 +45,6 @@ def resized(base: Path, seed: int) -> LlamaForCausalLM:
     return model
 
 
-def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=ids).logits
-
-
 def keys(directory: Path) -> set[str]:
     return set(load_file(directory / "adapter_model.safetensors"))
 
@@ -60,7 +56,7 @@ def trained_by_peft(base: Path, directory: Path) -> Tensor:
         model.get_input_embeddings().weight.add_(torch.randn(VOCABULARY, 16))
     model.save_pretrained(directory, save_embedding_layers=True)
     assert {EMBEDDING, HEAD} <= keys(directory)
-    return logits(model, IDS % VOCABULARY)
+    return answer(model, OLD)
 
 
 WAYS = {
@@ -74,11 +70,11 @@ WAYS = {
 def test_loaded_base_layers_are_saved_again(way, base, tmp_path):
     expected = trained_by_peft(base, tmp_path / "peft")
     model = load_adapter(plain(base), tmp_path / "peft", trainable=True)
-    torch.testing.assert_close(logits(model, IDS % VOCABULARY), expected)
+    torch.testing.assert_close(answer(model, OLD), expected)
     WAYS[way](model, tmp_path / "again")
     assert keys(tmp_path / "again") == keys(tmp_path / "peft")
     theirs = peft.PeftModel.from_pretrained(plain(base), tmp_path / "again")
-    torch.testing.assert_close(logits(theirs, IDS % VOCABULARY), expected)
+    torch.testing.assert_close(answer(theirs, OLD), expected)
 
 
 def test_they_belong_to_the_adapter_that_brought_them(base, tmp_path):
@@ -113,9 +109,9 @@ def test_resized_embeddings_are_saved_with_a_warning(name, base, tmp_path):
     with pytest.warns(UserWarning, match=rf"resized \({VOCABULARY} -> {NEW}\)"):
         save_adapter(model, tmp_path / "ours")
     again = load_adapter(resized(base, 2), tmp_path / "ours")
-    torch.testing.assert_close(logits(again), logits(model))
+    torch.testing.assert_close(answer(again, IDS), answer(model, IDS))
     theirs = peft.PeftModel.from_pretrained(resized(base, 2), tmp_path / "ours")
-    torch.testing.assert_close(logits(theirs), logits(model))
+    torch.testing.assert_close(answer(theirs, IDS), answer(model, IDS))
     if name == "attention":
         peft.get_peft_model(resized(base, 1), peft.LoraConfig(**settings)).save_pretrained(tmp_path / "peft")
         assert keys(tmp_path / "ours") == keys(tmp_path / "peft")
@@ -129,10 +125,10 @@ def test_save_pretrained_saves_them_and_trainer_resumes_with_them(base, tmp_path
     model = inject(resized(base, 1), LoraConfig(**SETTINGS))
     with pytest.warns(UserWarning, match="resized"):
         model.save_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(load_adapter(resized(base, 2), tmp_path / "out")), logits(model))
+    torch.testing.assert_close(answer(load_adapter(resized(base, 2), tmp_path / "out"), IDS), answer(model, IDS))
     again = inject(resized(base, 2), LoraConfig(**SETTINGS))
     again.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=False)
-    torch.testing.assert_close(logits(again), logits(model))
+    torch.testing.assert_close(answer(again, IDS), answer(model, IDS))
 
 
 def test_a_vocabulary_that_was_not_resized_is_not_saved(base, tmp_path):
@@ -169,7 +165,7 @@ def test_another_adapter_around_the_embedding_hides_nothing(first, saved, base, 
         save_adapter(model, tmp_path / "saved", saved)
     set_adapter(model, saved)
     again = load_adapter(resized(base, 9), tmp_path / "saved")
-    torch.testing.assert_close(logits(again), logits(model))
+    torch.testing.assert_close(answer(again, IDS), answer(model, IDS))
 
 
 @pytest.mark.parametrize("name", ["lora+prefix-embed", "lora", "prefix-embed"])
@@ -181,7 +177,7 @@ def test_files_of_methods_hold_them_too_or_say_that_they_do_not(name, base, tmp_
         save_method(model, tmp_path / "saved")
     if "lora" in name:
         again = load_method(resized(base, 9), tmp_path / "saved")
-        torch.testing.assert_close(logits(again), logits(model))
+        torch.testing.assert_close(answer(again, IDS), answer(model, IDS))
         save_method(again, tmp_path / "again")
         assert keys(tmp_path / "again") == keys(tmp_path / "saved") >= {EMBEDDING}
 
@@ -192,16 +188,16 @@ def test_embeddings_are_saved_on_demand(base, tmp_path):
         model.get_input_embeddings().weight.mul_(2)
     save_adapter(model, tmp_path / "out", save_embedding_layers=True)
     again = load_adapter(plain(base), tmp_path / "out")
-    torch.testing.assert_close(logits(again, IDS % VOCABULARY), logits(model, IDS % VOCABULARY))
+    torch.testing.assert_close(answer(again, OLD), answer(model, OLD))
 
 
 def test_a_base_layer_with_a_merged_adapter_is_refused(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     model = inject(resized(tmp_path / "base", 1), LoraConfig(**SETTINGS | {"target_modules": ["embed_tokens"]}))
-    expected = logits(model)
+    expected = answer(model, IDS)
     merge(model)
     with pytest.warns(UserWarning, match="resized"), pytest.raises(RuntimeError, match=r"embed_tokens.*unmerge"):
         save_adapter(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     model.save_pretrained(tmp_path / "out")  # the model itself
-    torch.testing.assert_close(logits(plain(tmp_path / "out")), expected)
+    torch.testing.assert_close(answer(plain(tmp_path / "out"), IDS), expected)

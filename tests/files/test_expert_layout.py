@@ -59,22 +59,16 @@ def saved(directory, model: nn.Module, version: str | None, is_exchanged: bool) 
 
 RECTANGULAR, SQUARE = ((8, 5), (4, 8)), ((6, 6),)
 # (version, the sizes are read as [experts, in, out]) for parameters [experts, out, in], then for [experts, in, out]
-READ = {
-    False: [("0.19.1", False), ("0.21.2", False)],
-    True: [(None, True), ("0.18.1", True), ("0.19.1", True), ("0.21.2@main", True)],
-}
-REFUSED = {
-    False: [(None, True), ("0.18.1", True), ("0.19.0", True), ("0.19.1.dev0", True)],
-    True: [("0.19.0", False), ("0.19.1.dev0", False)],
-}
+PRESENT = [(False, "0.19.1", False), (False, "0.21.2", False), (True, "0.19.1", True), (True, "0.21.2@main", True)]
+OLD = [(True, None, True), (True, "0.18.1", True)]  # the same layout, and so read if the shapes say it
+EXCHANGED = [(False, None, True), (False, "0.18.1", True), (False, "0.19.0", True), (False, "0.19.1.dev0", True)]
+EXCHANGED += [(True, "0.19.0", False), (True, "0.19.1.dev0", False)]
 
 
-def cases(versions: dict) -> list[tuple]:
-    return [(transposed, *case) for transposed, cases in versions.items() for case in cases]
-
-
-@pytest.mark.parametrize("sizes", [RECTANGULAR, SQUARE], ids=["rectangular", "square"])
-@pytest.mark.parametrize(("transposed", "version", "is_exchanged"), cases(READ))
+@pytest.mark.parametrize(
+    ("transposed", "version", "is_exchanged", "sizes"),
+    [*((*case, SQUARE) for case in PRESENT), *((*case, RECTANGULAR) for case in PRESENT + OLD)],
+)
 def test_the_present_layout_is_read(transposed, version, is_exchanged, sizes, tmp_path):
     model = base(transposed, *sizes)
     updates = saved(tmp_path / "file", model, version, is_exchanged)
@@ -91,14 +85,17 @@ def test_the_present_layout_is_read(transposed, version, is_exchanged, sizes, tm
     assert all(torch.equal(*pair) for pair in zip(again["experts"](), model["experts"](), strict=True))
 
 
-@pytest.mark.parametrize(("transposed", "version", "is_exchanged"), cases(REFUSED))
-def test_older_layouts_are_refused(transposed, version, is_exchanged, tmp_path):
-    """By their shapes, or if the experts are square by the version."""
+@pytest.mark.parametrize(("transposed", "version", "is_exchanged"), EXCHANGED + OLD)
+def test_square_experts_of_an_old_peft_are_refused(transposed, version, is_exchanged, tmp_path):
     model = base(transposed, *SQUARE)
     saved(tmp_path / "square", model, version, is_exchanged)
     words = "square experts", f"peft_version in adapter_config.json is {version!r}"
     with refused(model, ValueError, "load_adapter: ", *words):
         load_adapter(model, tmp_path / "square")
+
+
+@pytest.mark.parametrize(("transposed", "version", "is_exchanged"), EXCHANGED)
+def test_the_shapes_say_that_a_layout_is_older(transposed, version, is_exchanged, tmp_path):
     model = base(transposed, *RECTANGULAR)
     saved(tmp_path / "file", model, version, is_exchanged)
     with refused(model, ValueError, "shape of base_model.model.experts.base_layer.lora_A.weight: [6, "):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from support.hub_server import COMMIT, hub
 from support.models import answer, llama, refused
 from torch import Tensor, nn
@@ -28,24 +29,13 @@ def repository(tmp_path) -> tuple[nn.Module, Tensor, Path]:
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache, and the settings of a machine that is online."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def online(repository, cache, monkeypatch):
-    from huggingface_hub import constants
-
+def online(repository, tmp_path, monkeypatch):
+    """A hub, an empty cache, and the settings of a machine that is online."""
     with hub(repository[2]) as (endpoint, fetched):
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False, "ENDPOINT": endpoint}
+        for name, value in (values | {"HUGGINGFACE_CO_URL_TEMPLATE": template}).items():
+            monkeypatch.setattr(constants, name, value)
         yield fetched
 
 
@@ -75,18 +65,13 @@ def test_an_adapter_in_a_subfolder(repository, online):
 
 
 def test_offline_mode_takes_the_cache_and_asks_nobody(repository, online, monkeypatch):
-    from huggingface_hub import constants
-
     base, expected, _ = repository
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with refused(base, OSError, "load_adapter: 'org/adapter' cannot be downloaded: "):
-        load_adapter(base, "org/adapter", download=True)
-    assert not online
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     load_adapter(copy.deepcopy(base), "org/adapter", download=True)
     count = len(online)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    torch.testing.assert_close(answer(load_adapter(base, "org/adapter", download=True)), expected)
+    torch.testing.assert_close(answer(load_adapter(copy.deepcopy(base), "org/adapter", download=True)), expected)
+    with refused(base, OSError, "load_adapter: 'org/other' cannot be downloaded: "):
+        load_adapter(base, "org/other", download=True)
     assert len(online) == count
 
 

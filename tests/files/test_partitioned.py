@@ -17,7 +17,6 @@ from lora_ext.adapters import (
     add_weighted_adapter,
     disable_adapters,
     hotswap_adapter,
-    merge_and_unload,
     prepare_hotswap,
     unload,
 )
@@ -100,7 +99,6 @@ def test_save_pretrained_and_save_method_write_no_empty_tensors(tmp_path, monkey
         (lambda model, path: load_adapter(model, path, adapter_name="b"), "load before deepspeed"),
         (lambda model, _: merge(model), "merge in one process, or on disk"),
         (lambda model, _: unmerge(model), "merge in one process, or on disk"),
-        (lambda model, _: merge_and_unload(model), "merge in one process, or on disk"),
         (lambda model, _: unload(model), "disable_adapters"),
         (lambda model, _: add_weighted_adapter(model, ["default"], [0.5], "b", "cat"), "before you shard it"),
         (lambda model, _: prepare_hotswap(model, 4), "before you shard it"),
@@ -128,18 +126,6 @@ def test_a_model_that_is_partitioned_as_it_is_loaded_takes_adapters(config, tmp_
     save_adapter(inject(base, LoraConfig(**LORA, **config)), tmp_path / "injected")
     assert all(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
     assert_same_files(tmp_path / "whole", tmp_path / "injected")
-
-
-def test_an_optimizer_with_a_copy_is_warned_about(tmp_path):
-    """ZeRO-1 and 2: the next step writes the optimizer's copy over the loaded values."""
-    model = inject(llama(), LoraConfig(**LORA, target_modules=["q_proj"]))
-    save_adapter(model, tmp_path)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter._hp_mapping = None
-    for load in (load_adapter, hotswap_adapter):
-        with pytest.warns(UserWarning, match=f"{load.__name__}: DeepSpeed's optimizer has a copy"):
-            load(model, tmp_path)
 
 
 def test_accelerated_layers_of_peft_do_not_merge_empty_weights(monkeypatch):

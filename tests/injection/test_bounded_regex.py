@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 import re
-import sys
-from dataclasses import dataclass
-from typing import Any
+import time
+from types import SimpleNamespace
 
 import pytest
-from hostile.attacks import CATASTROPHIC, dotted
+from hostile.attacks import CATASTROPHIC
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from lora_ext import LoraConfig
-from lora_ext.matching import path_patterns
 from lora_ext.matching.bounded_regex import TimeAllowance, check_expressions, compiled
 from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher, PathPatterns
 
@@ -54,21 +52,16 @@ WRITTEN = [
 ]
 
 
-@dataclass
-class PeftConfig:
+def peft_config(**settings) -> SimpleNamespace:
     """The fields that PEFT's functions read."""
-
-    target_modules: Any = ()
-    exclude_modules: Any = None
-    modules_to_save: Any = None
-    layers_to_transform: Any = None
-    layers_pattern: Any = None
-    target_parameters: Any = None
+    keys = "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters"
+    return SimpleNamespace(**dict.fromkeys(keys) | settings)
 
 
 @pytest.mark.parametrize("source", WRITTEN)
 def test_they_select_the_same_modules_as_in_peft(source):
-    expected = [path for path in PATHS if check_target_module_exists(PeftConfig(target_modules=source), path)]
+    config = peft_config(target_modules=source)
+    expected = [path for path in PATHS if check_target_module_exists(config, path)]
     matcher = PathMatcher("target_modules", source)
     for _ in range(200):  # a match takes less time than it adds to the allowance, or the allowance suffices
         assert list(filter(matcher, PATHS)) == expected
@@ -78,7 +71,7 @@ def test_the_first_matching_pattern_is_pefts():
     rng = random.Random(0)
     sources = [s for s in WRITTEN if s and not s.startswith(("(?i)", "(?s)", "(?x)"))]  # PEFT prepends a prefix
     sources += [re.escape(path) for path in PATHS] + [path.partition(".")[2] for path in PATHS if "." in path]
-    sources += ["layers.1", "q.proj", "m.p", "self.attn.q.proj", r"self\.attn", "proj"]
+    sources += ["layers.1", r"self\.attn", "proj", "q_proj|mlp"]
     for _ in range(60):
         keys = rng.sample(sources, rng.randint(1, 12))
         patterns = PathPatterns("rank_pattern", keys)
@@ -93,31 +86,32 @@ def _covers(key: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
+def test_dots_in_names_are_dots():
+    """For PEFT they are any character; in an expression, which has other special characters, here too."""
+    patterns = PathPatterns("rank_pattern", ["q.proj", r"k\.proj", "^.*v.proj"])
+    assert [patterns.first(f"model.{path}") for path in ("q_proj", "q.proj", "k.proj")] == [None, "q.proj", r"k\.proj"]
+    assert patterns.first("model.v_proj") == "^.*v.proj"
+    assert not PathMatcher("target_modules", "model.q")("model_q") and PathMatcher("", "model.q|v")("model.q")
+
+
 @pytest.mark.parametrize(
     "pattern",
     [None, [], "", "layers", "h", ["blocks", "layers"], r"l\w+s", "layers|h", ["h|layers", "blocks"], r".*\.experts"],
 )
 def test_layers_are_those_of_peft(pattern):
-    for numbers in (1, [0, 12], [3], (), [1, 3]):
-        config = PeftConfig(["proj", "mlp"], None, None, numbers if numbers != () else [], pattern)
-        paths = [path for path in PATHS if path.endswith((".proj", ".mlp"))]
-        paths += [f"{path}.proj" for path in paths]
+    paths = [path for path in PATHS if path.endswith((".proj", ".mlp"))]
+    paths += [f"{path}.proj" for path in paths]
+    for numbers in (1, [0, 12], [3], [], [1, 3]):
+        config = peft_config(target_modules=["proj", "mlp"], layers_to_transform=numbers, layers_pattern=pattern)
         expected = [path for path in paths if check_target_module_exists(config, path)]
         layers = LayerNumbers(tuple(numbers) if isinstance(numbers, list) else numbers, pattern, ())
         assert [path for path in paths if path in layers] == expected, numbers
 
 
-@pytest.mark.parametrize("limit", [1000, 100_000])
-def test_invalid_expressions_whatever_the_interpreters_limit_on_recursion(limit):
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit)  # torch.compile and others raise it
-    try:
-        check_expressions("exclude_modules", ["(" * 100 + ")" * 100])
-        for source in ("(", "[", "(?P<x>a", "a**", "(?P=x)", "(" * 101 + ")" * 101):
-            with pytest.raises(ValueError, match="LoraConfig: exclude_modules is .*, (not a regular|too deep)"):
-                check_expressions("exclude_modules", [source])
-    finally:
-        sys.setrecursionlimit(before)
+@pytest.mark.parametrize("source", ["(", "[", "(?P<x>a", "a**", "(?P=x)", "(" * 3000 + ")" * 3000])
+def test_invalid_expressions_are_named(source):
+    with pytest.raises(ValueError, match="LoraConfig: exclude_modules is .*, not a regular expression"):
+        check_expressions("exclude_modules", [source])
 
 
 # --- time and memory; tests/hostile/test_hostile_adapters.py measures seconds and bytes -------------------------------
@@ -135,11 +129,11 @@ def test_time_is_bounded_for_all_matches_together():
 @pytest.mark.parametrize("name", CATASTROPHIC)
 def test_work_is_bounded(name):
     """Each expression matches quickly, is stopped, or is refused when the config is made."""
+    is_refused = name in ("written out", "counted", "a large count")
     try:
         config = LoraConfig(target_modules=CATASTROPHIC[name])
     except ValueError as error:
-        assert name in ("written out", "counted", "a large count", "deep")
-        assert re.search("has too many or too long|, too deep", str(error))
+        assert re.search("has too many or too long" if is_refused else "recursion", str(error))
         return
     matcher = PathMatcher("target_modules", config.target_modules)
     try:
@@ -148,29 +142,15 @@ def test_work_is_bounded(name):
         assert re.search(
             "target_modules has the expression .*, which takes too long to match paths such as", str(error)
         )
+    assert not is_refused
 
 
-def test_thousands_of_names_are_one_lookup(monkeypatch):
-    """No name is compiled as an expression, and none is parsed twice."""
-
-    def never(*args):
-        raise AssertionError("an expression was tried")
-
-    monkeypatch.setattr(path_patterns, "compiled", never)
+def test_thousands_of_names_are_one_lookup():
     names = [re.escape(f"model.layers.{i}.mlp.up_proj") for i in range(10_000)]
     config = LoraConfig(target_modules=["up_proj"], rank_pattern={name: i + 1 for i, name in enumerate(names)})
-    assert config.rank_for("base.model.layers.7.mlp.up_proj") == 8
-    assert config.rank_for("model.layers.9999.mlp.up_proj") == 10_000
+    begin = time.thread_time()
+    assert [config.rank_for(f"base.model.layers.{i}.mlp.up_proj") for i in range(10_000)] == [*range(1, 10_001)]
     assert config.rank_for("model.layers.9999.mlp.down_proj") == 8
-    config = LoraConfig(target_modules="|".join(f"model.layers.{i}.q_proj" for i in range(10_000)))
-    assert PathMatcher("target_modules", config.target_modules)("model.layers.77.q_proj")
-    assert not PathMatcher("target_modules", config.target_modules)("layers.77.q_proj")
-
-
-def test_dots_in_names_match_any_character():
-    patterns = PathPatterns("rank_pattern", ["q.proj", *dotted()[:100], r"k\.proj"])
-    assert patterns.first("model.q_proj") == "q.proj"
-    assert patterns.first("model.attentionquerykey") is None
-    assert patterns.first("model.k_proj") is None
-    assert patterns.first("k.proj") == r"k\.proj"
-    assert patterns.first("model.attentionqueryke") == dotted()[0]
+    matcher = PathMatcher("target_modules", "|".join(names))
+    assert all(matcher(f"model.layers.{i}.mlp.up_proj") for i in range(10_000)) and not matcher("mlp.up_proj")
+    assert time.thread_time() - begin < 2  # 10,000 matches of 10,000 expressions take minutes

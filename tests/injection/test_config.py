@@ -79,7 +79,7 @@ WRONG = {
         ({"trainable_token_indices": {"wte": 3}}, "trainable_token_indices['wte'] is 3 of type int, want a list"),
         ({"lora_bias": 1}, "lora_bias is 1, want one of True, False"),
         ({"fan_in_fan_out": None}, "fan_in_fan_out is None, want one of True, False"),
-        ({"init_lora_weights": 1}, "init_lora_weights is 1, want one of True, False, 'gaussian', 'orthogonal'"),
+        ({"init_lora_weights": 1}, "init_lora_weights is 1, want one of True, False, 'gaussian'"),
         ({"init_lora_weights": [True]}, "init_lora_weights is [True], want one of True"),
         ({"enable_lora": [True]}, "enable_lora is [True] of type list, want a dict of one bool for each part"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3 of type int, want a string or None"),
@@ -104,7 +104,7 @@ WRONG = {
         ({"layers_pattern": "h"}, "layers_pattern is 'h', but layers_to_transform is None"),
         ({"layers_to_transform": [-1]}, "layers_to_transform has the entry -1, want whole numbers, at least 0"),
         ({"target_modules": "all-linear", "layers_to_transform": 0}, "layers_to_transform is 0, but target_modules is"),
-        ({"target_modules": ["all-linear", "e"], "layers_to_transform": [0]}, "layers_to_transform is (0,), but targe"),
+        ({"target_modules": ["all-linear", "e"]}, 'target_modules lists "all-linear"'),
         ({"target_modules": ".*q", "layers_pattern": "h"}, "layers_pattern is 'h', but target_modules is '.*q'"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] is 0, want an integer of at least 1"),
         ({"alpha_pattern": {"q": -1}}, "alpha_pattern['q'] is -1, want a positive finite number"),
@@ -115,9 +115,7 @@ WRONG = {
             {"lora_bias": True, "init_lora_weights": "gaussian"},
             "lora_bias is True, but init_lora_weights is 'gaussian'",
         ),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', want one of True, False, 'gaussian', 'orthog"),
-        ({"init_lora_weights": "orthogonal", "r": 3}, "r is 3, rank_pattern is {}, but init_lora_weights="),
-        ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 5}}, "rank_pattern is {'q': 5}, but init_lora_weig"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights is 'orthogonal', want one of True, False, 'gaussian'"),
         ({"target_parameters": ["w"], "lora_dropout": 0.5}, "target_parameters is set, but lora_dropout is 0.5"),
         ({"target_parameters": ["w"], "lora_bias": True}, "target_parameters is set, but lora_bias is True"),
         ({"target_parameters": ["w"], "fan_in_fan_out": True}, "target_parameters is set, but fan_in_fan_out is True"),
@@ -151,7 +149,7 @@ def test_bad_values_are_named(settings, error, text):
         {"target_modules": ["q"], "trainable_token_indices": [3, 1]},
         {"target_modules": ["q"], "trainable_token_indices": {"wte": [3, 1], "head": [0]}},
         {"target_modules": ["q"], "bias": "all", "lora_bias": True, "init_lora_weights": False},
-        {"target_modules": ["q"], "bias": "lora_only", "fan_in_fan_out": True, "init_lora_weights": "orthogonal"},
+        {"target_modules": ["q"], "bias": "lora_only", "fan_in_fan_out": True, "init_lora_weights": "gaussian"},
         {"target_modules": [], "target_parameters": ["experts.down"], "base_model_name_or_path": "here"},
     ],
     ids=lambda settings: "-".join(settings),
@@ -182,7 +180,7 @@ def test_no_modules_next_to_parameters_are_written_as_a_list():
     assert LoraConfig.from_peft(theirs).target_parameters == ("experts.down",)
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [("Gaussian", "gaussian"), ("ORTHOGONAL", "orthogonal"), (None, False)])
+@pytest.mark.parametrize(("theirs", "ours"), [("Gaussian", "gaussian"), (None, False)])
 def test_spellings_of_initialisations_that_peft_takes(theirs, ours, tmp_path):
     assert (
         LoraConfig.from_peft(peft.LoraConfig(target_modules=["q"], init_lora_weights=theirs)).init_lora_weights == ours

@@ -103,7 +103,7 @@ def test_odd_models():
     assert model(torch.ones(1, 3)).shape == (1, 4)
 
     model = nn.Sequential(nn.ReLU())
-    with refused(model, ValueError, "Sequential has no linear layer to adapt"):
+    with refused(model, ValueError, "nothing is left to adapt in Sequential"):
         inject(model, LoraConfig(target_modules="all-linear"))
     model = Net()
     model.head = LoraLinear(model.head)  # by hand
@@ -185,13 +185,16 @@ BAD_TARGETS = [
     (
         {"target_modules": ["querry", "valeu"]},
         "target_modules ['querry', 'valeu'] matches no module of BertForSequenceClassification; "
-        "close matches: 'query', 'value'; its linear layers include 'query', 'key', 'value', 'dense', 'classifier'",
+        "close matches: 'query', 'self.query', 'value'",
     ),
     ({"target_modules": "query"}, "a string is an expression for whole paths, write names as a list"),
     ({"target_modules": ["uery"]}, "target_modules ['uery'] matches no module of"),
     ({"target_modules": ["query"], "modules_to_save": ["clasifier"]}, "modules_to_save ['clasifier'] matches no modu"),
     ({"target_modules": ["query"], "exclude_modules": ".*query"}, f"{LEFT}: target_modules matches ['bert.encoder.la"),
-    ({"target_modules": ["classifier"], "modules_to_save": ["classifier"]}, "all (modules_to_save=('classifier',))"),
+    (
+        {"target_modules": ["classifier"], "modules_to_save": ["classifier"]},
+        "without those of exclude_modules, modules",
+    ),
 ]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import pickle
 
 import pytest
 import torch
@@ -146,23 +144,6 @@ def test_flushing_subnormals_does_not_change_adapters_that_stay():
 # --- copies, devices and state dicts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_of_a_merged_model_are_independent(how):
-    model = hard_model(FLOATING)
-    pristine = weights(model)
-    merge(model, "a")
-    only_a = weights(model)
-    merge(model, "b")
-    both = weights(model)
-    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    assert merged_sets(copied) == merged_sets(model) and merge_record_bytes(copied) == merge_record_bytes(model)
-    unmerge(copied, "b")
-    assert all_same(weights(copied), only_a) and all_same(weights(model), both)
-    unmerge(copied)
-    unmerge(model)
-    assert all_same(weights(copied), pristine) and all_same(weights(model), pristine)
-
-
 @pytest.mark.cpu_only("moves from the CPU by itself")
 def test_moved_to_a_gpu_and_back(gpu):
     model = hard_model(FLOATING)
@@ -192,26 +173,18 @@ def test_merge_and_unload_leaves_the_weight_of_the_set(first):
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def test_bytes_are_counted_and_logged(caplog):
+def test_bytes_are_counted():
     model = inject(Net().eval(), LoraConfig(r=2, lora_alpha=8, target_modules=["up", "down"], init_lora_weights=False))
     up = model.blocks[0].up
     assert merge_record_bytes(model) == 0
-    with caplog.at_level(logging.INFO, "lora_ext.adapters"):
-        merge(model)
+    merge(model)
     record, factors = up._merged.matrices["weight"].record, 4 * 2 * (6 + 10)
     kept = [tensor for tensor in (record.words, record.corrections) if tensor is not None]
     assert up.merge_record_bytes == record.nbytes == factors + sum(tensor.nbytes for tensor in kept)
     total = merge_record_bytes(model)
     assert total == sum(layer.merge_record_bytes for _, layer in lora_modules(model))
-    assert caplog.messages == [f"merged 4 layers; unmerging keeps {total} bytes, {total / 240:.3f} per weight"]
     unmerge(model)
     assert merge_record_bytes(model) == 0 and up.merge_record_bytes == 0
-    model = hard_model([torch.float32, torch.float32])
-    merge(model, ["a", "b"])
-    with caplog.at_level(logging.INFO, "lora_ext.adapters"):
-        merge(model, "c")  # only the second layer has c, and only it is counted
-    kept = model["layer1"].merge_record_bytes
-    assert caplog.messages[-1] == f"merged 1 layers; unmerging keeps {kept} bytes, {kept / (6 * 260):.3f} per weight"
 
 
 def test_layers_without_corrections_keep_only_factors():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def adapted(name: str, pooling: str, family: str = "bert", train: bool = True) -
 
 @pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_mean_is_over_the_texts_tokens(family: str, return_dict: bool):
+def test_the_mean_is_over_the_texts_tokens(family, return_dict):
     plain, model = model_of(family), set_pooling(model_of(family), "mean")
     mask = batch()["attention_mask"][..., None]
     hidden = plain.base_model(**batch()).last_hidden_state
@@ -69,7 +68,7 @@ def test_the_mean_is_over_the_texts_tokens(family: str, return_dict: bool):
 @pytest.mark.full
 @pytest.mark.parametrize(("family", "pooling"), [("bert", "cls"), ("bert", "mean"), ("roberta", "mean")])
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"full"}))
-def test_every_method_trains_and_files_keep_the_pooling(name: str, family: str, pooling: str, tmp_path: Path):
+def test_every_method_trains_and_files_keep_the_pooling(name, family, pooling, tmp_path):
     model = adapted(name, pooling, family)
     expected = model(**batch()).logits
     save_method(model, tmp_path)
@@ -106,7 +105,7 @@ def test_prefix_tokens_are_not_part_of_the_mean():
 
 
 @pytest.mark.full
-def test_peft_reads_both(tmp_path: Path):
+def test_peft_reads_both(tmp_path):
     from peft import PeftModel
 
     for pooling in ("cls", "mean"):
@@ -130,7 +129,7 @@ def test_copies_pickles_compile_and_merge():
     assert pooling_of(model) == "mean"  # a part of the bare model, as its head
 
 
-def test_a_whole_model_notes_it_in_its_config(tmp_path: Path):
+def test_a_whole_model_notes_it_in_its_config(tmp_path):
     model = set_pooling(model_of("bert"), "mean")
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -138,7 +137,7 @@ def test_a_whole_model_notes_it_in_its_config(tmp_path: Path):
     torch.testing.assert_close(set_pooling(again, "mean")(**batch()).logits, model(**batch()).logits)
 
 
-def test_refusals(tmp_path: Path):
+def test_refusals(tmp_path):
     model = set_pooling(model_of("bert"), "mean")
     assert set_pooling(model, "mean") is model and len(model.bert._forward_hooks) == 1
     gpt2 = AutoModelForSequenceClassification.from_config(
@@ -152,7 +151,7 @@ def test_refusals(tmp_path: Path):
         model(input_ids=batch()["input_ids"], attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.bool))
 
 
-def test_files_and_models_of_another_pooling_are_refused(tmp_path: Path):
+def test_files_and_models_of_another_pooling_are_refused(tmp_path):
     save_method(adapted("bitfit", "mean", train=False), tmp_path / "mean")
     plain = apply_method(model_of("bert"), new_method("bitfit"))
     save_method(plain, tmp_path / "plain")
@@ -166,7 +165,7 @@ def test_files_and_models_of_another_pooling_are_refused(tmp_path: Path):
         load_method(model_of("bert"), tmp_path / "mean")
 
 
-def test_a_file_that_does_not_fit_leaves_the_pooling(tmp_path: Path):
+def test_a_file_that_does_not_fit_leaves_the_pooling(tmp_path):
     save_method(adapted("bitfit", "mean", train=False), tmp_path)
     (tmp_path / "method.safetensors").unlink()
     model = model_of("bert")

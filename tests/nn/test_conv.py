@@ -93,9 +93,3 @@ def test_a_rank_that_is_not_a_multiple_of_the_groups():
     model = ConvNet("1d grouped")
     with refused(model, ValueError, "the rank 3 of 'conv' is not a multiple of its groups=2", "rank_pattern"):
         inject(model, LoraConfig(target_modules=["head", "conv"], rank_pattern={"conv": 3}))
-
-
-def test_orthogonal_initialisation():
-    model = ConvNet("2d")
-    with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
-        inject(model, LoraConfig(target_modules=["head", "conv"], init_lora_weights="orthogonal"))

@@ -3,24 +3,15 @@
 import copy
 import warnings
 
-import peft
 import pytest
 import torch
-from support.models import bert, gpt2, llama
 from support.partitioned import partition
 from support.quantized import quantized_copy, stored
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ext import AdapterPool, LoraConfig, adapters, inject, load_adapter, merge, save_adapter, unmerge
-from lora_ext.methods import apply_method, load_method, new_method, save_method
 from lora_ext.nn import DoraAdapter, DoraLinear, LoraAdapter, LoraLinear
-
-MODELS = {
-    "llama": (llama, ["q_proj", "v_proj", "down_proj"]),
-    "gpt2": (gpt2, ["c_attn", "c_proj"]),
-    "bert": (bert, ["query", "dense"]),
-}
 
 
 def dora(**options) -> LoraConfig:
@@ -41,32 +32,6 @@ def make_random(model: nn.Module) -> nn.Module:
 def layers(dtype: torch.dtype = torch.float32, base: nn.Module | None = None, **options) -> nn.Module:
     model = nn.Sequential(nn.Linear(24, 40) if base is None else base).to(dtype)
     return make_random(inject(model, dora(**options))).eval()
-
-
-@pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_training_equals_pefts(name, dropout, tmp_path):
-    make, targets = MODELS[name]
-    options = {"r": 4, "lora_alpha": 10, "target_modules": targets, "use_dora": True, "lora_dropout": dropout}
-    base = make()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options, fan_in_fan_out=name == "gpt2"))
-    theirs.save_pretrained(tmp_path)
-    ours, ids, losses = load_adapter(base, tmp_path, trainable=True), torch.arange(12).view(2, 6), []
-    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
-    assert sizes[0] == sizes[1]
-    for model in (theirs, ours):
-        torch.manual_seed(5)  # the masks are PyTorch's in both
-        model.train()
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        losses.append([])
-        for _ in range(4):
-            loss = model(input_ids=ids)[0].float().square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[0][0] != losses[0][-1]
-    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=1e-6)
 
 
 def test_a_new_adapter_changes_nothing_and_random_factors_are_measured():
@@ -164,7 +129,7 @@ def test_other_layers_may_have_other_adapters():
     for first, second in ((dora(), LoraConfig(target_modules=["0"])), (LoraConfig(target_modules=["0"]), dora())):
         model = inject(copy.deepcopy(base), first)
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match="'0' has adapters with(out)? use_dora already"):
+        with pytest.raises(ValueError, match="'0' has adapters .* with use_dora: "):
             inject(model, second, "second")
         assert model.state_dict().keys() == before.keys()
     with pytest.raises(TypeError, match="the adapter is a LoraAdapter, want a DoraAdapter"):
@@ -178,18 +143,10 @@ def test_other_layers_may_have_other_adapters():
         layer.add_adapter("default", adapter)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"use_dora": 1}, "use_dora is 1, want one of True, False"),
-        ({"lora_bias": True}, "use_dora is True, but lora_bias is True"),
-        ({"target_parameters": ["0.weight"]}, "use_dora is True, but target_parameters is"),
-        ({"enable_lora": {"0": (True, False)}}, "use_dora is True, but enable_lora is"),
-    ],
-)
-def test_options_that_do_not_go_with_it(options, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        dora(**options)
+@pytest.mark.parametrize("other", [{"lora_bias": True}, {"target_parameters": ["0"]}, {"enable_lora": {"0": (True,)}}])
+def test_options_that_do_not_go_with_it(other):
+    with pytest.raises(ValueError, match=f"use_dora is True, but {next(iter(other))} is"):
+        dora(**other)
 
 
 @pytest.mark.parametrize("module", [nn.Embedding(5, 6), nn.Conv2d(2, 3, 3), nn.MultiheadAttention(8, 2)])
@@ -207,37 +164,11 @@ def test_functions_that_combine_adapters_or_share_their_layers(tmp_path):
     model = layers()
     inject(model, dora(), "second")
     save_adapter(model, tmp_path / "adapter", "default")
-    with pytest.raises(ValueError, match="'0' has adapters with use_dora already"):
+    with pytest.raises(ValueError, match="'0' has adapters .* with use_dora: True, and one with False"):
         AdapterPool(model, tmp_path, r=4, target_modules=["0"], max_bytes=10_000)
     plain = inject(nn.Sequential(nn.Linear(24, 40)), LoraConfig(r=4, lora_alpha=10, target_modules=["0"]))
     with pytest.raises(ValueError, match="use_dora=True"):
         load_adapter(plain, tmp_path / "adapter")
-
-
-def test_a_negative_alpha_of_a_file_keeps_the_magnitudes(tmp_path):
-    model = layers()
-    save_adapter(model, tmp_path)
-    config = (tmp_path / "adapter_config.json").read_text()
-    (tmp_path / "adapter_config.json").write_text(config.replace('"lora_alpha": 10', '"lora_alpha": -10'))
-    first, second, third = (nn.Sequential(copy.deepcopy(model[0].base_layer)) for _ in range(3))
-    loaded, theirs = load_adapter(first, tmp_path).eval(), peft.PeftModel.from_pretrained(second, tmp_path).eval()
-    x = torch.randn(5, 24)
-    torch.testing.assert_close(loaded(x), theirs(x))
-    save_adapter(loaded, tmp_path / "again")
-    assert torch.equal(load_adapter(third, tmp_path / "again").eval()(x), loaded(x))
-
-
-def test_as_a_method(tmp_path):
-    method = new_method("lora+prefix-embed", r=2, target_modules=["query"], use_dora=True)
-    base = bert()
-    model = make_random(apply_method(copy.deepcopy(base), method)).eval()
-    width, blocks, head = base.config.hidden_size, base.config.num_hidden_layers, base.classifier
-    assert method.count(base) == blocks * (2 * 2 * width + width) + 8 * width
-    of_head = sum(parameter.numel() for parameter in head.parameters())
-    assert adapters.trainable_parameter_counts(model)[0] == method.count(base) + of_head
-    save_method(model, tmp_path)
-    ids = torch.arange(12).view(2, 6)
-    assert torch.equal(load_method(base, tmp_path).eval()(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_weights_that_zero_3_partitions(monkeypatch):
@@ -251,9 +182,8 @@ def test_weights_that_zero_3_partitions(monkeypatch):
         model(torch.randn(2, 6))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_inputs_of_another_dtype_or_size(dropout):
-    model = layers(lora_dropout=dropout).train()
+def test_inputs_of_another_dtype_or_size():
+    model = layers()
     with pytest.raises(TypeError, match="lora_linear: weight has dtype float32 but x has float64"):
         model(torch.randn(2, 24, dtype=torch.float64))
     with pytest.raises(ValueError, match="lora_linear: weight has in_features=24 but x has 23"):

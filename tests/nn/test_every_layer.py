@@ -29,15 +29,14 @@ pytestmark = pytest.mark.cpu_only("makes its inputs on the CPU")
 
 
 class Attends(nn.Module):
-    """Passes one tensor, or three of other sizes, to an attention."""
+    """Passes one tensor to an attention."""
 
-    def __init__(self, **sizes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (x, x[..., :6], x[..., :6]) if self.attention.kdim == 6 else (x, x, x)
-        return self.attention(*parts)[0]
+        return self.attention(x, x, x)[0]
 
 
 class Uses(nn.Module):
@@ -82,7 +81,6 @@ KINDS = {
     "conv": Kind(oblong, WITH_BIAS, (2, 8, 5, 4)),
     "channels last": Kind(lambda: oblong().to(memory_format=torch.channels_last), WITH_BIAS, (2, 8, 5, 4)),
     "attention": Kind(Attends, {"target_modules": ["attention"], "lora_bias": True}, (2, 5, 8)),
-    "separate attention": Kind(lambda: Attends(kdim=6, vdim=6), {"target_modules": ["attention"]}, (2, 5, 8)),
     "experts": Kind(lambda: Uses(False), {"target_parameters": ["0.up", "0.mix"]}),
     "transposed experts": Kind(lambda: Uses(True), {"target_parameters": ["0.up", "0.mix"]}),
 }
@@ -225,6 +223,17 @@ def test_16_bits_with_float32_factors_lose_no_more_than_the_base_layer(kind, dty
     assert y.dtype == dtype and relative_error(y, best) <= 2 * max(of_base, eps / 4)
     for mine, theirs in zip(gradients, best_gradients, strict=True):
         assert mine.dtype == torch.float32 and relative_error(mine, theirs) <= 4 * eps
+
+
+def test_a_state_is_refused_where_something_else_is_merged(kind):
+    plain = adapted(kind)
+    merged = merge(copy.deepcopy(plain))
+    twice = "in the state, where the update would count twice"
+    for target, other, place in ((plain, merged, twice), (merged, plain, "in the model"), (merged, merged, twice)):
+        for options in ({}, {"strict": False}, {"assign": True}):
+            text = f"load_state_dict: adapters are merged into .*{place}; call unmerge"
+            with pytest.raises(RuntimeError, match=text):
+                target.load_state_dict(other.state_dict(), **options)
 
 
 @of_kinds(WITH_DROPOUT)

@@ -135,21 +135,6 @@ def test_several_adapters(family, implementation):
     torch.testing.assert_close(model(input_ids=ids).logits, y, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(implementation, reentrant):
-    model, ids = adapted(mixture("qwen3", implementation)), token_ids()
-    gradients = []
-    for checkpoints in (False, True):
-        if checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        model.train().zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert len(gradients[0]) == 8
-    torch.testing.assert_close(*gradients)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast_and_16_bits(implementation, dtype):
     """A bfloat16 model with float32 factors, and a float32 one under autocast: the error is that of merged weights."""
@@ -164,20 +149,13 @@ def test_autocast_and_16_bits(implementation, dtype):
     assert (ours - exact).norm() < 2 * (merged - exact).norm() + 1e-3 * exact.norm()
 
 
-def test_copies_pickles_and_hooks(implementation, tmp_path):
-    model, ids = adapted(mixture("mixtral", implementation)), token_ids()
-    expected = model(input_ids=ids).logits
-    torch.save(model, tmp_path / "model.pt")
-    copies = copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)
-    assert all(same_bits(other(input_ids=ids).logits, expected) for other in copies)
-    experts = model.model.layers[0].mlp.experts.module
-    seen = []
-    experts.register_forward_pre_hook(
-        lambda module, args: seen.append((module.down_proj.shape, module.down_proj.dtype))
-    )
+def test_hooks(implementation):
+    model, ids, seen = adapted(mixture("mixtral", implementation)), token_ids(), []
+    expected, experts = model(input_ids=ids).logits, model.model.layers[0].mlp.experts.module
+    experts.register_forward_pre_hook(lambda module, args: seen.append(module.down_proj.shape))
     experts.register_forward_hook(lambda module, args, y: y + 1)
     assert not torch.allclose(model(input_ids=ids).logits, expected)
-    assert seen == [(torch.Size([4, 16, 24]), torch.float32)]
+    assert seen == [torch.Size([4, 16, 24])]
 
 
 def test_threads(implementation):
@@ -206,21 +184,6 @@ def test_threads(implementation):
 
 
 # --- torch.func and graphs --------------------------------------------------------------------------------------------
-
-
-def test_gradients_of_torch_func(implementation):
-    model, ids = adapted(mixture("gpt_oss", implementation)), token_ids()[:1, :2]
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def loss(values: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(model, values, (), {"input_ids": ids, "labels": ids}).loss
-
-    expected = torch.autograd.grad(loss(trained), list(trained.values()))
-    with LargestTensor() as largest:
-        found = torch.func.grad(loss)({name: p.detach() for name, p in trained.items()})
-    torch.testing.assert_close(list(found.values()), list(expected))
-    assert len(found) == 8 and all(gradient.abs().max() > 0 for gradient in found.values())
-    assert implementation == "batched_mm" or largest.numel < 4 * 16 * 24  # which gathers a matrix for each choice
 
 
 def test_gradients_of_each_sample_and_tangents():
@@ -275,16 +238,6 @@ def test_a_model_is_one_graph_with_the_numbers_of_uncompiled_calls(family, dtype
     assert len(found) == 9 and all(gradient.abs().max() > 0 for gradient in found)
     tolerance = TOLERANCES[dtype] if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
     torch.testing.assert_close(found, expected, **tolerance)
-
-
-@pytest.mark.full
-def test_the_compiled_loop_over_experts():
-    """It breaks every graph, with or without an adapter."""
-    torch._dynamo.reset()
-    model, ids = adapted(mixture("qwen3", "eager").bfloat16()).train(), token_ids()
-    expected, found = results(model, model, ids), results(torch.compile(model, backend="eager"), model, ids)
-    assert len(found) == 9
-    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
 
 
 class Reads(nn.Module):

@@ -51,8 +51,8 @@ def of_tokens(tied: bool, indices: Any, **more: Any) -> Case:
     return Case(lambda: llama(tied), options, ids, False)
 
 
-def of_dora(make: Callable[[], nn.Module], targets: list[str]) -> Case:
-    return Case(make, {"target_modules": targets, "use_dora": True}, ids)
+def of_dora(make: Callable[[], nn.Module], targets: list[str], **more: Any) -> Case:
+    return Case(make, {"target_modules": targets, "use_dora": True} | more, ids)
 
 
 def of_experts(family: str, *parameters: str) -> Case:
@@ -75,6 +75,7 @@ CASES = {
     "embedding, dropout": Case(TextNet, TEXT | {"lora_dropout": 0.5}, ids),  # which embeddings ignore, as in PEFT
     "dora llama": of_dora(llama, ["q_proj", "v_proj", "down_proj"]),
     "dora gpt2": of_dora(gpt2, ["c_attn", "c_proj"]),
+    "dora, dropout": of_dora(llama, ["q_proj", "down_proj"], lora_dropout=0.3),
     "dora bert": of_dora(bert, ["query", "dense"]),
     "mixtral": of_experts("mixtral", "experts.down_proj", "experts.gate_up_proj", "gate.weight"),
     "gpt_oss": of_experts("gpt_oss", "experts.down_proj", "experts.gate_up_proj", "router.weight"),

@@ -74,7 +74,7 @@ def test_merging_by_itself():
         ({"lora_alpha": float("inf")}, "lora_alpha is inf, want a finite number"),
         (
             {"init_lora_weights": "pissa"},
-            'init_lora_weights is \'pissa\', want True, False, "gaussian" or "orthogonal"',
+            "init_lora_weights is 'pissa', want True, False or \"gaussian\"",
         ),
     ],
 )

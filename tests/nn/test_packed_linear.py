@@ -111,24 +111,19 @@ def test_the_update_is_never_a_matrix_of_the_weights_size(monkeypatch):
     assert sizes == [((4, IN), (OUT, 4))]
 
 
-def test_adapters_of_several_kinds_in_one_layer(fused):
-    model = adapted(fused, None, "plain", lora_bias=True)
-    assert type(model.qkv) is LoraLinear
-    nn.init.normal_(model.qkv.adapters.plain.lora_bias)
-    before = model.qkv.adapters.plain
+def test_adapters_of_several_parts_in_one_layer(fused):
+    model = adapted(fused, (True, True, True), "all")
     adapted(model, (True, False, True), "qv")
-    assert type(model.qkv) is LoraPackedLinear and model.qkv.adapters.plain is before
-    adapted(model, (False, True, False), "k", r=3)
-    adapted(model.eval(), None, "other")
+    adapted(model.eval(), (False, True, False), "k", r=3)
     x, pristine = x_for(model), copy.deepcopy(model.state_dict())
-    for names in (["plain"], ["qv"], ["other"], ["k", "plain", "qv"], ["k"]):
+    for names in (["all"], ["qv"], ["k", "all", "qv"], ["k"]):
         set_adapter(model, names)
         y = model(x)
         torch.testing.assert_close(merge(model)(x), y)
         for name in names:
             unmerge(model, name)
         assert all(same_bits(value, pristine[key]) for key, value in model.state_dict().items())
-    for name in ("plain", "qv", "other"):
+    for name in ("all", "qv"):
         delete_adapter(model, name)
     torch.testing.assert_close(model(x), y)
 
@@ -184,7 +179,7 @@ def test_files_through_peft(settings, tmp_path):
 def test_files_keep_the_order_of_patterns(tmp_path):
     """The first match decides."""
     base = Fused()
-    settings = {"rank_pattern": {"qk.": 3, "q.v": 4}, "alpha_pattern": {"qkv": 5, "q.v": 6}}
+    settings = {"rank_pattern": {"q[k]v": 3, "q.v$": 4}, "alpha_pattern": {"qkv": 5, "q.v$": 6}}
     model = adapted(copy.deepcopy(base), **settings)
     assert model.qkv.adapters.default.r == 3
     save_adapter(model, tmp_path)
@@ -256,8 +251,10 @@ def test_bad_targets_of_enable_lora():
         adapted(model, (True,) * 5)
     with refused(model, ValueError, "lora_bias is True, but enable_lora adapts parts only; remove one of them"):
         adapted(model, lora_bias=True)
-    with refused(model, ValueError, "orthogonal initialisation needs plain matrices"):
-        adapted(model, init_lora_weights="orthogonal")
     adapted(model)
-    with refused(model, ValueError, "enable_lora has 2 parts for 'qkv', want 3 like the others"):
-        adapted(model, (True, False), "b")
+    for enabled, parts in ((True, False), 2), (None, 0):
+        with refused(model, ValueError, f"['default']) with parts in enable_lora: 3, and one with {parts} cannot join"):
+            adapted(model, enabled, "b")
+    model = adapted(Fused(), None)
+    with refused(model, ValueError, "with parts in enable_lora: 0, and one with 3 cannot join them"):
+        adapted(model, name="b")

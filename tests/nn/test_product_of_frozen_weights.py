@@ -62,26 +62,23 @@ def fresh_choice() -> Iterator[None]:
         choice.cache_clear()
 
 
-@pytest.mark.parametrize("own, isa, number", [("own", "avx512_bf16", 2), ("own", "avx512", 1), ("library", "amx", 0)])
+@pytest.mark.parametrize(
+    "own, isa, number, few",
+    [("own", "avx512_bf16", 2, 32), ("own", "avx512", 1, 8), ("library", "amx", 0, 8), ("library", "generic", 0, 8)],
+)
 @pytest.mark.usefixtures("fresh_choice")
-def test_many_tokens_take_the_kernel_that_the_machine_prefers(calls, monkeypatch, own, isa, number):
+def test_which_products_take_the_kernel_on_which_machine(calls, monkeypatch, own, isa, number, few):
     monkeypatch.setattr(_load, "base_product", lambda: own)
     monkeypatch.setattr(_load, "cpu_isa", lambda: isa)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         base_product.product(torch.randn(64, 65).to(dtype), torch.randn(37, 65).to(dtype), None)
     assert len(calls) == number
-
-
-@pytest.mark.parametrize("isa, tokens", [("avx512_bf16", 32), ("amx", 8), ("avx512", 8), ("generic", 8)])
-@pytest.mark.usefixtures("fresh_choice")
-def test_up_to_how_many_tokens_the_kernel_reads_a_weight_once(monkeypatch, isa, tokens):
-    monkeypatch.setattr(_load, "cpu_isa", lambda: isa)
-    assert base_product.few_tokens(torch.bfloat16) == tokens
+    assert base_product.few_tokens(torch.bfloat16) == few
     assert base_product.few_tokens(torch.float32) == 32
     assert base_product.few_tokens(torch.float16) == base_product.few_tokens(torch.float64) == 0
 
 
-def test_whoever_could_tell_the_difference_gets_pytorchs(calls):
+def test_whoever_could_tell_the_difference_gets_pytorchs(calls, monkeypatch):
     x, weight, bias = torch.randn(4, 65), torch.randn(37, 65), torch.randn(37)
     base_product.product(x, weight.t().contiguous().t(), bias)
     base_product.product(x.requires_grad_(), weight, bias).sum().backward()
@@ -96,6 +93,9 @@ def test_whoever_could_tell_the_difference_gets_pytorchs(calls):
     assert calls == []
     with torch.no_grad():
         base_product.product(x, weight, bias)
+        assert calls == [(4, 65)]
+        monkeypatch.setattr(base_product, "LEAST_ELEMENTS", 37 * 65 + 1)  # a small weight
+        base_product.product(x, weight, bias)
     assert calls == [(4, 65)]
 
 
@@ -105,12 +105,6 @@ def test_what_is_infinite_stays_so(tokens):
     x, weight = torch.randn(tokens, 65), torch.randn(37, 65)
     x[3, 5], x[-1, 64] = torch.inf, -torch.inf
     torch.testing.assert_close(base_product.product(x, weight, None), F.linear(x, weight), rtol=1e-4, atol=1e-4)
-
-
-def test_small_weights_keep_pytorchs(calls, monkeypatch):
-    monkeypatch.setattr(base_product, "LEAST_ELEMENTS", 37 * 65 + 1)
-    base_product.product(torch.randn(4, 65), torch.randn(37, 65), None)
-    assert calls == []
 
 
 def test_rows_of_a_model(calls):

@@ -12,12 +12,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.models import token_ids
 from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x, step
-from support.shared_llama import assert_shares, shared_and_alone
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import Trainer, TrainingArguments
 
 from lora_ext import LoraConfig, inject, set_adapter
 from lora_ext.adapters import unload
@@ -259,13 +256,6 @@ def test_a_checkpoint_that_calls_a_layer_again(names):
         assert_close(loss(model, run), loss(plain, lambda part, x: part(x)))
 
 
-def test_checkpointing_with_a_hook_that_goes_between_the_forwards():
-    model, x = net(), some_x()
-    expected = step(net(), x)
-    handle = model.blocks[0].k.register_forward_pre_hook(lambda *_: handle.remove())
-    assert_close(step(model, x, lambda block, x: checkpoint(block, x, use_reentrant=False)), expected)
-
-
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
 
@@ -290,51 +280,4 @@ def test_compiled_graphs_are_whole_and_an_adapter_switch_compiles_as_often_as_wi
     assert counts[0] == counts[1]
 
 
-def test_exported_programs_compute_the_same():
-    model, x = net().eval(), some_x()
-    expected = model(x)
-    for strict in (False, True):
-        program = torch.export.export(model, (x,), strict=strict)
-        torch.testing.assert_close(program.module()(x), expected)
-
-
 # --- training and generation ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.cpu_only("the Trainer chooses the device")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"gradient_accumulation_steps": 2},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"bf16": True},
-    ],
-    ids=["plain", "accumulation", "reentrant", "not reentrant", "autocast"],
-)
-def test_trainer(options, tmp_path):
-    data, models, losses = [{"input_ids": row, "labels": row} for row in token_ids(8)], shared_and_alone(), []
-    options |= {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": []}
-    for model in models:
-        arguments = TrainingArguments(str(tmp_path), use_cpu=True, **options)
-        losses.append(Trainer(model, arguments, train_dataset=data).train().training_loss)
-    assert_shares(models[0])
-    # Autocast rounds the sum of the gradients of one input once instead of twice.
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if "bf16" in options else 1e-6)
-    if "bf16" not in options:
-        torch.testing.assert_close(*(dict(model.named_parameters()) for model in models))
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("beams", [1, 2])
-def test_generate(cache, beams):
-    shared, alone = shared_and_alone()
-    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
-    if cache == "static":
-        options |= {"cache_implementation": "static", "disable_compile": True}
-    ids = token_ids()
-    for _ in range(2):
-        tokens = [model.eval().generate(ids, **options) for model in (shared, alone)]
-        assert torch.equal(*tokens)
-    assert_shares(shared)

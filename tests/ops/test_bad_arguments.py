@@ -1,141 +1,249 @@
-"""Refusals by functions and ops: they name the argument and the values, and change nothing."""
+"""Bad arguments, made from a good call of each op: the compiled op, its fake kernel and its function refuse them.
 
-import re
-from dataclasses import replace
+All three do in the same words, which name the argument, and change nothing; what they accept has the same shapes and
+dtypes. test_wrong_types.py has values of types that no argument has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support.layers import random_layer, random_siblings
-from support.op_calls import good_call as good_op_call
-from support.op_calls import tensors_of
+from support import op_table
+from support.op_calls import HAVE_KERNELS, good_call, label, op_named, tensors_of, with_entry
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lora_ext import functional
 
-SEED = torch.tensor(1)
 HERE = torch.get_default_device()
+DTYPES = [torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.int64, torch.complex64]
 
-# case -> (changes of a good call, exception, text)
-BAD_LINEAR = {
-    "in_features": ({"x": torch.randn(3, 9)}, ValueError, "weight has in_features=24 but x has 9"),
-    "no dimension": ({"x": torch.tensor(1.0)}, ValueError, "x has no dimension"),
-    "weight 1-D": ({"weight": torch.randn(24)}, ValueError, r"weight has shape \[24\], want 2 dimensions"),
-    "A in_features": ({"lora_A": torch.randn(4, 5)}, ValueError, "lora_A has in_features=5 but weight has 24"),
-    "B out_features": ({"lora_B": torch.randn(7, 4)}, ValueError, "lora_B has out_features=7 but weight has 20"),
-    "ranks": ({"lora_B": torch.randn(20, 3)}, ValueError, "lora_B has rank 3 but lora_A has 4"),
-    "rank 0": (
-        {"lora_A": torch.randn(0, 24), "lora_B": torch.randn(20, 0)},
-        ValueError,
-        "lora_A has rank 0, want at least 1",
-    ),
-    "bias": ({"bias": torch.randn(3)}, ValueError, r"bias has shape \[3\], want \[20\]"),
-    "bias 2-D": ({"bias": torch.randn(2, 20)}, ValueError, r"bias has shape \[2, 20\], want \[20\]"),
-    "x dtype": ({"x": torch.randn(3, 24).bfloat16()}, TypeError, "weight has dtype float32 but x has bfloat16"),
-    "bias dtype": ({"bias": torch.randn(20).half()}, TypeError, "bias has dtype float16 but x has float32"),
-    "factor dtypes": ({"lora_B": torch.randn(20, 4).double()}, TypeError, "lora_B has dtype float64 but lora_A has fl"),
-    "integers": ({"lora_A": torch.ones(4, 24, dtype=torch.int32)}, TypeError, "lora_A has dtype int32, want one of"),
-    "device": ({"lora_A": torch.randn(4, 24, device="meta")}, ValueError, f"lora_A is on meta but x is on {HERE}"),
-    "scaling nan": ({"scaling": float("nan")}, ValueError, "scaling is nan, want a finite number"),
-    "scaling < 0": ({"scaling": -0.5}, ValueError, "scaling is -0.5, want at least 0"),
-    "scaling inf": ({"scaling": float("inf")}, ValueError, "scaling is inf, want a finite number"),
-    "dropout 1": ({"dropout_p": 1.0, "seed": SEED}, ValueError, "dropout_p is 1.0, want 0 <= dropout_p < 1"),
-    "dropout < 0": ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1, want 0 <= dropout_p < 1"),
-    "dropout nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p is nan, want 0 <= dropout_p < 1"),
-    "seed dtype": ({"dropout_p": 0.1, "seed": torch.tensor(1.0)}, ValueError, r"seed is float32 \[\], want an int64"),
-    "seed size": ({"dropout_p": 0.1, "seed": torch.tensor([1, 2])}, ValueError, r"seed is int64 \[2\], want an int64"),
+
+def other_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor | None]]:
+    """Yields right and wrong values for a tensor argument."""
+    yield "None", None
+    for dtype in DTYPES:
+        yield str(dtype).removeprefix("torch."), tensor.to(dtype)
+    yield "one dimension more", tensor[None]
+    yield "one dimension less", tensor.flatten(0, 1) if tensor.dim() > 1 else tensor.sum()
+    yield "no dimension", tensor.flatten()[0]
+    yield "every other element", torch.stack([tensor, tensor], -1)[..., 0]
+    for dim in range(tensor.dim()):
+        yield f"longer in {dim}", torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
+        yield f"shorter in {dim}", tensor.narrow(dim, 0, tensor.shape[dim] - 1)
+        yield f"nothing in {dim}", tensor.narrow(dim, 0, 0)
+    if tensor.dim() > 1:
+        yield "turned", tensor.mT
+        yield "rows that are one", tensor[:1].expand(tensor.shape)
+
+
+OTHER_NUMBERS = {
+    "scaling": [math.nan, math.inf, -1.0, 0.0],
+    "dropout_p": [math.nan, 1.0, -0.1, 0.0, 1e-9],
+    "output_mask": [(False,) * 3, (True,) * 2, (True,) * 3, (False, True, False)],
+    "num_tokens": [-1, 0, 2**40],
+    "in_features": [-1, 0, 2**62],
 }
 
 
-NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
-LISTS = ("x", "weights", "biases", "lora_As", "lora_Bs", "scalings")
-PLURALS = dict(zip(NAMES, LISTS, strict=True))
-# Changes of the second of two siblings. Its other refusals are those above, by the names of lists.
-BAD_SIBLING = {
-    "in_features of one": (
-        {"weight": torch.randn(20, 9), "lora_A": torch.randn(4, 9)},
-        ValueError,
-        "weight has in_fea",
-    ),
-    "weight dtype": ({"weight": torch.randn(20, 24).half()}, TypeError, "weight has dtype float16 but x has float32"),
-    "factors of two dtypes": (
-        {"lora_A": torch.randn(4, 24).double(), "lora_B": torch.randn(20, 4).double()},
-        TypeError,
-        r"lora_A has dtype float64 but lora_As\[0\] has float32",
-    ),
-}
-BAD_LISTS = {
-    "no layer": ({name: [] for name in LISTS[1:]}, ValueError, "weights has 0 entries, want 1 to 8"),
-    "nine layers": (
-        {name: [torch.randn(2, 2)] * 9 for name in LISTS[1:5]} | {"scalings": [0.5] * 9},
-        ValueError,
-        "weights has 9 entries, want 1 to 8",
-    ),
-    "biases": ({"biases": [None]}, ValueError, "biases has 1 entries but weights has 2"),
-    "lora_As": ({"lora_As": [torch.randn(4, 24)]}, ValueError, "lora_As has 1 entries but weights has 2"),
-    "lora_Bs": ({"lora_Bs": [torch.randn(20, 4)] * 3}, ValueError, "lora_Bs has 3 entries but weights has 2"),
-    "scalings": ({"scalings": [0.5]}, ValueError, "scalings has 1 entries but weights has 2"),
-}
-CASES = [("lora_linear", case) for case in BAD_LINEAR]
-CASES += [("lora_linear_siblings", case) for case in (*BAD_LINEAR, *BAD_SIBLING, *BAD_LISTS)]
+def other_calls(op: str, call: dict) -> Iterator[tuple[str, dict]]:
+    yield "good", call
+    for name, i, tensor in list(tensors_of(call)):
+        for what, other in other_tensors(tensor):
+            yield f"{label(name, i)}: {what}", with_entry(call, name, i, other)
+    for name, value in call.items():
+        for other in OTHER_NUMBERS.get(name.removesuffix("s"), []):
+            yield f"{name}: {other}", call | {name: [other, *value[1:]] if isinstance(value, list) else other}
+        if isinstance(value, list):
+            yield f"{name}: one more", call | {name: [*value, value[0]]}
+            yield f"{name}: one less", call | {name: value[:-1]}
+            yield f"{name}: empty", call | {name: []}
+    many = {name: [*value, *value[:1] * 9][:9] for name, value in call.items() if isinstance(value, list)}
+    if "scalings" in many:
+        yield "nine layers", call | many
 
 
-def good_call() -> dict:
-    return dict(zip(NAMES, random_layer((3, 24, 20, 4)).args(), strict=True))
+def outcome(function: Callable, call: dict) -> tuple[str, list]:
+    """Returns the text of the refusal, or "", and what is known of the results."""
+    try:
+        results = function(**call)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return str(error), []
+    return "", [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(results)]
 
 
-def bad_call(op: str, case: str) -> tuple[dict, type[Exception], str]:
-    """Returns arguments, the exception, and its text. Of siblings the second is the layer of ``good_call``."""
-    if op == "lora_linear":
-        change, exception, text = BAD_LINEAR[case]
-        return good_call() | change, exception, text
-    siblings = random_siblings(((3, 24), ((12, 3), (20, 4))))
-    change, exception, text = (BAD_LINEAR | BAD_SIBLING | BAD_LISTS)[case]
-    of_layer = {name: value for name, value in change.items() if name in NAMES[1:]}
-    index = 1 if of_layer else 0  # x is compared with the first layer
-    text = re.sub(r"\b(weight|bias|lora_A|lora_B|scaling)\b", lambda m: rf"{PLURALS[m[1]]}\[{index}\]", text)
-    siblings.layers[1] = replace(siblings.layers[1], **of_layer)
-    others = {name: value for name, value in change.items() if name not in of_layer}
-    return dict(zip(LISTS, siblings.args(), strict=True)) | others, exception, text
+def on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-@pytest.mark.parametrize(("op", "case"), CASES)
+@pytest.mark.parametrize("op", HAVE_KERNELS)
+def test_the_op_and_its_fake_refuse_or_agree(op):
+    refused = accepted = 0
+    for what, call in other_calls(op, good_call(op)):
+        refusal, results = outcome(op_named(op), call)
+        fake = {name: pytree.tree_map_only(Tensor, on_meta, value) for name, value in call.items()}
+        fake_refusal, fake_results = outcome(op_named(op), fake)
+        if "out of memory" in refusal:  # a fake kernel needs no memory
+            continue
+        if op == "lora_merge_record_" and not refusal:  # a meta tensor cannot tell the length of a record
+            accepted += 1
+            continue
+        assert bool(refusal) == bool(fake_refusal), f"{what}:\n{refusal or 'accepted'}\n{fake_refusal or 'accepted'}"
+        assert results == fake_results, what
+        if f"lora_ext::{op}" not in refusal:  # otherwise the message is PyTorch's
+            assert refusal == fake_refusal, what
+            assert not refusal or refusal.startswith(f"{op}: "), refusal
+            assert str(Path(__file__).parents[2]) not in refusal  # no build paths
+        refused, accepted = refused + bool(refusal), accepted + (not refusal)
+    assert refused >= 10 and accepted > 1
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_refuses_and_changes_nothing(op, case, requires_grad):
-    arguments, exception, text = bad_call(op, case)
-    if requires_grad:
-        arguments["x"].requires_grad_()
-    tensors = [tensor for _, _, tensor in tensors_of(arguments) if not tensor.is_meta]
-    before = [tensor.clone() for tensor in tensors]
-    with pytest.raises(exception, match=f"^{op}: {text}"):
-        getattr(functional, op)(**arguments)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+@pytest.mark.parametrize("name", [name for name in op_table.FUNCTIONS if name != "bottleneck"])
+def test_the_function_refuses_what_the_op_refuses(name, requires_grad):
+    good = good_call(name)
+    good["x"].requires_grad_(requires_grad)
+    for what, call in other_calls(name, good):
+        if what == "seed: None":
+            continue  # it is drawn
+        if name == "lora_grouped_linear" and requires_grad and "bias: " in what and " dimension" in what:
+            continue  # F.linear broadcasts it
+        refusal, _ = outcome(op_named(name), pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), call))
+        tensors = [tensor for _, _, tensor in tensors_of(call)]
+        before = [tensor.detach().clone() for tensor in tensors]
+        if not refusal:
+            getattr(functional, name)(**pytree.tree_map_only(Tensor, torch.clone, call))
+            continue
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}: ") as error:
+            getattr(functional, name)(**call)
+        if f"lora_ext::{name}" not in refusal and " is None, " not in refusal:
+            assert str(error.value) == refusal, what
+        said = str(error.value)
+        assert isinstance(error.value, TypeError) == any(
+            w in said for w in (" has dtype ", " of type ", " is None, ")
+        ), what
+        argument = what.partition(":")[0].partition("[")[0]
+        assert argument in said or what == "nine layers" or "group_of_row" in said, what
+        assert all(map(torch.equal, tensors, before)), what
 
 
-@pytest.mark.parametrize(("op", "case"), [(op, case) for op, case in CASES if case != "device"])
-def test_the_compiled_op_refuses_by_itself(op, case):
-    """The last guard names the same argument: bad ones that pass Python's checks must not reach a pointer."""
-    arguments, _, text = bad_call(op, case)
-    with pytest.raises(RuntimeError, match=f"{op}: .*{text.split()[0]}") as error:
-        getattr(torch.ops.lora_ext, op)(**arguments)
-    assert str(Path(__file__).parents[2]) not in str(error.value)  # no build paths
+# The words of one refusal of each kind, for a call with [2, 3, 24] tokens, layers of 20 and 12, ranks 4 and 3.
+TEXTS = [
+    ("lora_linear", "x: longer in 2", "weight has in_features=24 but x has 25"),
+    ("lora_linear", "x: no dimension", "x has no dimension"),
+    ("lora_linear", "weight: one dimension less", r"weight has shape \[480\], want 2 dimensions"),
+    ("lora_linear", "lora_A: shorter in 1", "lora_A has in_features=23 but weight has 24"),
+    ("lora_linear", "lora_B: shorter in 0", "lora_B has out_features=19 but weight has 20"),
+    ("lora_linear", "lora_B: shorter in 1", "lora_B has rank 3 but lora_A has 4"),
+    ("lora_linear", "lora_A: nothing in 0", "lora_A has rank 0, want at least 1"),
+    ("lora_linear", "bias: one dimension more", r"bias has shape \[1, 20\], want \[20\]"),
+    ("lora_linear", "x: bfloat16", "weight has dtype float32 but x has bfloat16"),
+    ("lora_linear", "lora_B: float64", "lora_B has dtype float64 but lora_A has float32"),
+    ("lora_linear", "lora_A: int32", "lora_A has dtype int32, want one of"),
+    ("lora_linear", "scaling: nan", "scaling is nan, want a finite number"),
+    ("lora_linear", "scaling: -1.0", "scaling is -1.0, want at least 0"),
+    ("lora_linear", "dropout_p: 1.0", "dropout_p is 1.0, want 0 <= dropout_p < 1"),
+    ("lora_linear", "seed: float64", r"seed is float64 \[\], want an int64"),
+    ("lora_linear", "seed: None", "dropout_p is 0.3 but seed is None"),
+    ("lora_delta_", "x: longer in 0", r"x has shape \[3, 3, 24\] but y has \[2, 3, 20\]"),
+    ("lora_delta_", "y: rows that are one", r"y has strides \[0, 20, 1\], want a contiguous tensor"),
+    ("lora_linear_siblings", "weights[1]: float16", r"weights\[1\] has dtype float16 but x has float32"),
+    ("lora_linear_siblings", "lora_Bs[1]: shorter in 1", r"lora_Bs\[1\] has rank 2 but lora_As\[1\] has 3"),
+    ("lora_linear_siblings", "biases: one less", "biases has 1 entries but weights has 2"),
+    ("lora_linear_siblings", "weights: empty", "weights has 0 entries, want 1 to 8"),
+    ("lora_linear_siblings", "nine layers", "weights has 9 entries, want 1 to 8"),
+    ("lora_delta_siblings", "bases[1]: float16", r"x has dtype float32 but bases\[1\] has float16"),
+    ("lora_grouped_", "lora_Bs[0]: shorter in 0", r"lora_Bs\[0\] has 1 slots but lora_As\[0\] has 2"),
+    (
+        "lora_grouped_",
+        "lora_As[0]: one dimension less",
+        r"lora_Bs\[0\] has shape \[2, 20, 4\] but lora_As\[0\] has \[8",
+    ),
+    ("lora_grouped_", "lora_As: empty", "lora_As is empty, want at least one"),
+    ("lora_grouped_", "group_of_row: int32", "group_of_row has dtype int32, want int64"),
+    ("lora_grouped_", "scalings: shorter in 0", r"scalings has shape \[1\], want \[2\]: a number for each group"),
+    ("lora_grouped_", "ranks: longer in 0", r"ranks has shape \[3\], want \[2\]"),
+    ("lora_linear_backward", "x: None", "grad_lora_A is wanted but x is None"),
+    ("lora_linear_backward", "xa: None", "grad_lora_B is wanted but xa is None"),
+    ("lora_linear_backward", "mask: None", "dropout_p is 0.3 but mask is None"),
+    ("lora_linear_backward", "x: shorter in 0", "x has 3 tokens but grad_y has 6"),
+    ("lora_linear_backward", "grad_y: shorter in 2", "weight has out_features=20 but grad_y has 19"),
+    ("lora_linear_backward", "xa: float16", "xa has dtype float16, want the accumulation dtype float32"),
+    ("lora_linear_backward", "mask: shorter in 1", r"mask must be uint8 \[6, 8\]"),
+    ("lora_linear_siblings_backward", "xa: shorter in 1", r"xa must be \[num_tokens, total_rank\] = \[6, 7\]"),
+    ("lora_linear_siblings_backward", "grad_ys[1]: longer in 0", r"grad_ys\[1\] has 9 tokens but grad_ys\[0\] has 6"),
+    ("lora_shrink", "lora_A: longer in 1", "lora_A has in_features=25 but x has 24"),
+    ("lora_expand", "xa: shorter in 2", "lora_B has rank=4 but xa"),
+    ("lora_expand", "xa: shorter in 0", "xa has 3 tokens but base has 6"),
+    ("lora_shrink_backward", "base: longer in 1", r"base has shape \[2, 4, 24\] but x has"),
+    ("lora_shrink_backward", "output_mask: (True, True, True)", "output_mask has 3 entries, want 2"),
+]
 
 
-def test_seed_is_required_by_the_op():
-    with pytest.raises(RuntimeError, match="dropout_p is 0.1 but seed is None"):
-        torch.ops.lora_ext.lora_linear(**good_call(), dropout_p=0.1)
+@pytest.mark.parametrize(("op", "what", "text"), TEXTS)
+def test_the_words(op, what, text):
+    call = dict(other_calls(op, good_call(op)))[what]
+    with pytest.raises(RuntimeError, match=f"{op}: {text}"):
+        op_named(op)(**call)
 
 
-def test_a_number_in_place_of_a_list():
-    arguments, _, _ = bad_call("lora_linear_siblings", "scalings")
+# --- functions that are no ops, and lists -----------------------------------------------------------------------------
+
+
+def test_numbers_and_lists_of_other_forms():
+    call = op_table.siblings().call
     with pytest.raises(TypeError, match="^lora_linear_siblings: scalings is 0.5 of type float, want a list of numbers"):
-        functional.lora_linear_siblings(**arguments | {"scalings": 0.5})
+        functional.lora_linear_siblings(**call | {"scalings": 0.5})
+    call = op_table.grouped().call
+    with pytest.raises(
+        ValueError, match=r"^lora_grouped_: scalings has shape \[1\], want \[4\]: a number for each gro"
+    ):
+        functional.lora_grouped_(**call | {"scalings": [1.0]})
 
 
 @pytest.mark.parametrize("op", ["lora_linear", "lora_linear_siblings"])
 def test_under_compile_the_message_survives(op):
-    arguments, _, text = bad_call(op, "A in_features")
-    with pytest.raises(Exception, match=text):
-        torch.compile(getattr(functional, op), backend="eager", fullgraph=True)(**arguments)
+    call = dict(other_calls(op, good_call(op)))["x: longer in 2"]
+    with pytest.raises(Exception, match=r"has in_features=24 but x has 25"):
+        torch.compile(getattr(functional, op), backend="eager", fullgraph=True)(**call)
+
+
+BAD_BOTTLENECK = {
+    "x: longer in 1": "down_weight has in_features=24 but x has 25",
+    "x: no dimension": "x has no dimension",
+    "down_weight: one dimension less": r"down_weight has shape \[96\], want 2 dimensions",
+    "up_weight: shorter in 1": "up_weight has size 3 but down_weight has 4",
+    "up_weight: shorter in 0": "up_weight has out_features=19 but residual has 20",
+    "residual: None": "up_weight has out_features=20 but x has 24",
+    "residual: longer in 0": r"residual has shape \[7, 20\] but x has \[6, 24\]",
+    "down_bias: longer in 0": r"down_bias has shape \[5\], want \[4\]",
+    "up_bias: shorter in 0": r"up_bias has shape \[19\], want \[20\]",
+    "x: int64": "x has dtype int64, want one of",
+    "residual: float64": "residual has dtype float64 but x has float32",
+    "activation: tanh": "activation is 'tanh', want one of relu, gelu, silu, identity",
+    **{
+        f"{name}: meta": f"{name} is on meta but x is on {HERE}"  # PyTorch's += takes a bias and does nothing
+        for name in ("down_weight", "down_bias", "up_weight", "up_bias", "residual")
+    },
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("what", BAD_BOTTLENECK)
+def test_a_bottleneck_refuses(what, requires_grad):
+    good = op_table.bottleneck().call
+    calls = dict(other_calls("bottleneck", good)) | {"activation: tanh": good | {"activation": "tanh"}}
+    calls |= {f"{name}: meta": with_entry(good, name, None, t.to("meta")) for name, _, t in tensors_of(good)}
+    call = calls[what]
+    if call["x"].is_floating_point():
+        call["x"] = call["x"].detach().requires_grad_(requires_grad)
+    with pytest.raises(TypeError if " dtype " in BAD_BOTTLENECK[what] else ValueError) as error:
+        functional.bottleneck(**call)
+    assert error.match(f"^bottleneck: {BAD_BOTTLENECK[what]}")
 
 
 BAD_MERGE = {
@@ -151,58 +259,13 @@ BAD_MERGE = {
 @pytest.mark.parametrize("case", BAD_MERGE)
 def test_lora_merge_refuses_and_changes_nothing(case):
     change, exception, text = BAD_MERGE[case]
-    arguments = {key: value for key, value in good_call().items() if key not in ("x", "bias")} | change
-    before = arguments["weight"].clone()
+    call = {key: value for key, value in op_table.linear().call.items() if key not in ("x", "bias")} | change
+    before = call["weight"].clone()
     with pytest.raises(exception, match=f"^lora_merge_: {text}"):
-        functional.lora_merge_(**arguments)
+        functional.lora_merge_(**call)
     if "scaling" not in change:  # the op's lora_B is already multiplied by it
-        lists = [arguments["weight"]], [arguments["lora_A"]], [arguments["lora_B"]]
+        lists = [call["weight"]], [call["lora_A"]], [call["lora_B"]]
         for op, record in {"lora_merge_": (), "lora_merge_record_": (), "lora_unmerge_": ([], [])}.items():
             with pytest.raises(RuntimeError, match=rf"{op}: (weight|lora_[AB])s\[0\] "):
-                getattr(torch.ops.lora_ext, op)(*lists, *record)
-    assert torch.equal(arguments["weight"], before)
-
-
-# Changes of a good call of a backward of 6 tokens, and the text. {rank}, {total}: its name and size.
-BAD_BACKWARD = {
-    "x missing": (lambda call: {"x": None}, "grad_lora_A is wanted but x is None"),
-    "xa missing": (lambda call: {"xa": None}, "grad_lora_B is wanted but xa is None"),
-    "mask missing": (lambda call: {"mask": None}, "dropout_p is 0.3 but mask is None"),
-    "xa shape": (lambda call: {"xa": call["xa"][:, 1:]}, r"xa must be \[num_tokens, {rank}\] = \[6, {total}\]"),
-    "xa dtype": (lambda call: {"xa": call["xa"].half()}, "xa has dtype float16, want the accumulation dtype float32"),
-    "mask shape": (lambda call: {"mask": call["mask"][:, 1:]}, r"mask must be uint8 \[6, 8\]"),
-    "mask length": (lambda call: {"output_mask": (True, True)}, "output_mask has 2 entries, want 3|expected|bool"),
-}
-BAD_BACKWARDS = {
-    "lora_linear_backward": {
-        "x tokens": (lambda call: {"x": torch.randn(5, 24)}, "x has 5 tokens but grad_y has 6"),
-        "grad_y": (lambda call: {"grad_y": torch.randn(6, 7)}, "weight has out_features=20 but grad_y has 7"),
-    },
-    "lora_linear_siblings_backward": {
-        "x tokens": (lambda call: {"x": torch.randn(5, 24)}, r"x has 5 tokens but grad_ys\[0\] has 6"),
-        "tokens": (
-            lambda call: {"grad_ys": [torch.randn(6, 20), torch.randn(4, 12)]},
-            r"grad_ys\[1\] has 4 tokens but grad_ys\[0\] has 6",
-        ),
-        "grad_y": (
-            lambda call: {"grad_ys": [torch.randn(6, 20), torch.randn(6, 7)]},
-            r"weights\[1\] has out_features=12 but grad_ys\[1\] has 7",
-        ),
-        "lengths": (lambda call: {"grad_ys": call["grad_ys"][:1]}, "grad_ys has 1 entries but weights has 2"),
-    },
-    "lora_delta_backward": {
-        "grad_y": (lambda call: {"grad_y": torch.randn(6, 7)}, "lora_B has out_features=20 but grad_y has 7"),
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("op", "case"), [(op, case) for op, own in BAD_BACKWARDS.items() for case in BAD_BACKWARD | own]
-)
-def test_backward_refuses(op, case):
-    call = good_op_call(op)
-    change, text = (BAD_BACKWARD | BAD_BACKWARDS[op])[case]
-    names = {"rank": "total_rank" if "siblings" in op else "rank", "total": call["xa"].shape[1]}
-    start = "" if case == "mask length" else f"{op}: "  # PyTorch refuses some lengths before the op does
-    with pytest.raises(RuntimeError, match=start + text.format(**names)):
-        getattr(torch.ops.lora_ext, op)(**call | change(call))
+                op_named(op)(*lists, *record)
+    assert torch.equal(call["weight"], before)

@@ -10,13 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import layers
-from support.layers import (
-    assert_as_good_as_torch,
-    forward_backward_siblings,
-    random_layer,
-    random_layers,
-    random_siblings,
-)
+from support.layers import forward_backward_siblings, random_layer, random_siblings
 from support.processes import run_python
 from torch import Tensor
 
@@ -26,50 +20,6 @@ pytestmark = pytest.mark.cpu_only("is about a CPU kernel")
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 DTYPES = [pair for pair in layers.DTYPES if pair[0] in (torch.float32, torch.bfloat16)]
-# Sums and columns on both sides of a vector, a panel, all panels of a group and the lanes of a panel; the fewest
-# tokens; whole tiles and others; more rows than are packed together.
-SHAPES = [
-    (33, 16, 32, 16),
-    (33, 1, 1, 1),
-    (61, 70, 40, 8),
-    (65, 31, 33, 17),
-    (71, 1030, 40, 3),
-    (72, 40, 1030, 40),
-    (96, 2051, 15, 65),
-    (97, 15, 300, 8),
-    (1100, 33, 50, 9),
-]
-
-
-@pytest.mark.pairs
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_good_as_torch(shape, dtypes, dropout_p):
-    assert_as_good_as_torch(random_layers(shape, dtypes, bias=shape[1] % 2 == 0), dropout_p, SEED)
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_siblings_equal_layers_one_by_one(dtypes, dropout_p):
-    siblings = random_siblings(((130, 70), [(40, 5), (1027, 20), (33, 1)]), dtypes)
-    ys = functional.lora_linear_siblings(*siblings.args(), dropout_p, SEED)
-    for y, layer in zip(ys, siblings.layers, strict=True):
-        assert torch.equal(y, functional.lora_linear(siblings.x, *layer.args()[1:], dropout_p, SEED))
-
-
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_gradients_of_siblings_are_those_of_float64(dtypes):
-    siblings = random_siblings(((130, 70), [(40, 5), (1027, 20), (33, 1)]), dtypes)
-    grad_x = forward_backward_siblings(functional.lora_linear_siblings, siblings, 0.3, SEED)["grad_x"]
-    exact = torch.zeros(130, 70, dtype=torch.float64)
-    for layer in siblings.layers:
-        doubled = layer.to(torch.float64)
-        x = siblings.x.double().requires_grad_()
-        y = functional.lora_linear(x, *doubled.args()[1:], 0.3, SEED)
-        exact += torch.autograd.grad(y, x, doubled.grad_y)[0]
-    tolerance = 4 * torch.finfo(dtypes[0]).eps
-    torch.testing.assert_close(grad_x.double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -237,21 +187,6 @@ def test_a_single_column_is_passed_to_the_library_without_gaps():
     if not products:
         pytest.skip("bfloat16 is not multiplied by oneDNN here")
     assert not any(":2x1:" in line for line in products), products
-
-
-def test_gradients_one_by_one():
-    layer = random_layer((90, 33, 50, 5))
-    every = [t.clone().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B)]
-
-    def gradients(leaves):
-        x, A, B = leaves
-        y = functional.lora_linear(x, layer.weight, layer.bias, A, B, 0.7, 0.3, SEED)
-        return torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], layer.grad_y)
-
-    together = gradients(every)
-    for i in range(3):
-        (alone,) = gradients([t.detach().requires_grad_(i == j) for j, t in enumerate(every)])
-        torch.testing.assert_close(alone, together[i], rtol=1e-6, atol=1e-5)
 
 
 def test_an_unknown_choice_fails_the_import():

@@ -1,90 +1,52 @@
-"""lora_grouped_: rows that choose their adapters."""
+"""Rows that choose their adapters: the bits of lora_delta_, forms of the factors, a pool's slots, groups of no rows.
+
+test_values.py has the arithmetic of lora_grouped_ and lora_grouped_linear.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.groups import Grouped, random_groups
-from support.layers import DTYPES, assert_errors_as_plain, saved_bytes
+from support.layers import DTYPES
+from support.op_table import (
+    FLOAT,
+    OPS,
+    SEED,
+    assert_as_good_as_plain,
+    assert_bits,
+    assert_close,
+    grouped,
+    grouped_linear,
+    of_groups,
+    results,
+)
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lora_ext import functional, reference
 
+OP, LINEAR = OPS["lora_grouped_"], OPS["lora_grouped_linear"]
 of_delta = pytest.mark.cpu_only("only the CPU's kernels sum as lora_delta_ does")
-
-SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
-DOUBLE = (torch.float64, torch.float64)
+reads_values = pytest.mark.cpu_only("CUDA kernels cannot refuse: the rows become NaN (test_cuda_grouped.py)")
 
 
-def ours(case: Grouped, y: Tensor, x: Tensor, *factors: Tensor, dropout_p: float = 0.0) -> Tensor:
-    n = len(factors) // 2
-    return functional.lora_grouped_(y.clone(), x, factors[:n], factors[n:], *case.choice(), dropout_p, SEED)
-
-
-def plain(case: Grouped, y: Tensor, x: Tensor, *factors: Tensor, dropout_p: float = 0.0) -> Tensor:
-    n = len(factors) // 2
-    return (y + reference.lora_grouped(x, factors[:n], factors[n:], *case.choice(), dropout_p, SEED)).to(y.dtype)
-
-
-def results(function, case: Grouped, dropout_p: float = 0.0) -> dict[str, Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in (case.y, case.x, *case.lora_As, *case.lora_Bs)]
-    y = function(case, *leaves, dropout_p=dropout_p)
-    grads = torch.autograd.grad(y, leaves, case.grad_y, materialize_grads=True)
-    n = len(case.lora_As)
-    found = {"y": y.detach(), "grad_y": grads[0], "grad_x": grads[1]}
-    found |= {f"grad_A{i}": grad for i, grad in enumerate(grads[2 : 2 + n])}
-    return found | {f"grad_B{i}": grad for i, grad in enumerate(grads[2 + n :])}
-
-
-def assert_as_good_as_torch(case: Grouped, dropout_p: float = 0.0) -> None:
-    """The error of each result is judged over all factors: those of few rows can be exact by chance."""
-    compared = (
-        results(ours, case, dropout_p),
-        results(plain, case.to(torch.float64), dropout_p),
-        results(plain, case, dropout_p),
-    )
-    joint = []
-    for found in compared:
-        names = {name.rstrip("0123456789") for name in found}
-        parts = {name: [v for key, v in found.items() if key.rstrip("0123456789") == name] for name in names}
-        joint.append({name: torch.cat([value.flatten() for value in values]) for name, values in parts.items()})
-    assert_errors_as_plain([tuple(joint)], case.x.dtype, case.lora_As[0].dtype)
-
-
-def all_of(group: int, num_tokens: int) -> Tensor:
-    return torch.full((num_tokens,), group)
-
-
-CASES = {
-    "no rows": lambda dtypes: random_groups(0, (24, 20), [4, 3], dtypes),
-    "one row": lambda dtypes: random_groups(1, (24, 20), [4], dtypes, groups=all_of(0, 1)),
-    "one row of none": lambda dtypes: random_groups(1, (24, 20), [4], dtypes, groups=all_of(-1, 1)),
-    "all of none": lambda dtypes: random_groups(9, (24, 20), [4, 3], dtypes, groups=all_of(-1, 9)),
-    "matrices": lambda dtypes: random_groups(33, (63, 130), [1, 8, 17, 3], dtypes),
-    "a stack": lambda dtypes: random_groups(70, (97, 131), [(5, 8)], dtypes),
-    "ranks of a stack": lambda dtypes: random_groups(40, (64, 48), [(6, 16)], dtypes, ranks=True),
-    "stacks and matrices": lambda dtypes: random_groups(
-        50, (40, 24), [(3, 8), 5, (0, 2), (2, 16), 1], dtypes, ranks=True
-    ),
-    "a large rank": lambda dtypes: random_groups(37, (320, 257), [300, 2], dtypes),
-    "panels and items": lambda dtypes: random_groups(
-        700, (70, 40), [5, 3], dtypes, groups=(torch.arange(700) % 5 == 0) * 1
-    ),
-    "empty groups": lambda dtypes: random_groups(20, (24, 20), [3] * 9, dtypes, groups=torch.tensor([7, 2] * 10)),
-}
-
-
-@pytest.mark.pairs
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name, dtypes, dropout_p):
-    assert_as_good_as_torch(CASES[name](dtypes), dropout_p)
+def found_in(case: Grouped, dropout_p: float = 0.0) -> dict[str, Tensor]:
+    sample = of_groups(case).with_dropout(dropout_p)
+    return results(OP.run, sample, OP.leaves(sample))
 
 
 def test_a_thousand_groups():
-    case = random_groups(1500, (16, 24), [(600, 4), *[2] * 400])
-    assert_as_good_as_torch(case)
+    assert_as_good_as_plain(
+        OP, lambda d: grouped(d, tokens=1500, features=(16, 24), entries=[(600, 4), *[2] * 400]), FLOAT
+    )
+
+
+@pytest.mark.cpu_only("the kernel is the CPU's")
+@pytest.mark.parametrize("num_tokens", [5, 33])
+def test_many_groups_and_wide_layers(num_tokens):
+    sample = grouped_linear(tokens=num_tokens, features=(2050, 1030), entries=((200, 64),))
+    assert_close(results(LINEAR.run, sample, []), results(LINEAR.plain, sample, []), rtol=1e-4, atol=1e-3)
 
 
 # --- the bits of lora_delta_ ------------------------------------------------------------------------------------------
@@ -104,54 +66,54 @@ def test_rows_have_the_bits_of_lora_delta(rows, dtypes, dropout_p):
     if rows == "few":
         groups = torch.arange(-1, 6).repeat_interleave(torch.tensor([1, 2, 3, 4, 5, 1, 1]))[torch.randperm(17)]
     case = random_groups(len(groups), (515, 257), [8, 17, (3, 40), 100], dtypes, ranks=True, groups=groups)
-    found = results(ours, case, dropout_p)
+    found = found_in(case, dropout_p)
+    y, grad_x = found["result 0"], found["grad of x"]
     for g, (A, B) in enumerate(case.pairs()):
         rows = case.group_of_row == g
         if len(A) == 0:
-            assert torch.equal(found["y"][rows], case.y[rows]) and not found["grad_x"][rows].any()
+            assert torch.equal(y[rows], case.y[rows]) and not grad_x[rows].any()
             continue
-        x, A, B = (t.detach().clone().requires_grad_() for t in (case.x, A, B))
-        y = functional.lora_delta_(case.y.clone(), x, A, B, float(case.scalings[g]), dropout_p, SEED)
-        (grad_x,) = torch.autograd.grad(y, x, case.grad_y)
-        assert torch.equal(found["y"][rows], y[rows]) and torch.equal(found["grad_x"][rows], grad_x[rows])
+        x = case.x.detach().requires_grad_()
+        expected = functional.lora_delta_(case.y.clone(), x, A, B, float(case.scalings[g]), dropout_p, SEED)
+        (expected_grad,) = torch.autograd.grad(expected, x, case.grad_y)
+        assert torch.equal(y[rows], expected[rows]) and torch.equal(grad_x[rows], expected_grad[rows])
     rows = case.group_of_row == -1
-    assert torch.equal(found["y"][rows], case.y[rows]) and not found["grad_x"][rows].any()
+    assert torch.equal(y[rows], case.y[rows]) and not grad_x[rows].any()
 
 
 @of_delta
 @pytest.mark.parametrize("dtypes", DTYPES[:5], ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 def test_gradients_of_factors_of_few_rows_have_the_bits_of_lora_delta(dtypes):
     case = random_groups(90, (130, 70), [8, 17, 3], dtypes, groups=torch.arange(90) % 3)
-    found = results(ours, case)
+    found = found_in(case)
     for g, (A, B) in enumerate(case.pairs()):
         rows = case.group_of_row == g
         A, B = (t.detach().clone().requires_grad_() for t in (A, B))
         y = functional.lora_delta_(case.y[rows], case.x[rows], A, B, float(case.scalings[g]))
         grads = torch.autograd.grad(y, (A, B), case.grad_y[rows])
-        assert torch.equal(found[f"grad_A{g}"], grads[0]) and torch.equal(found[f"grad_B{g}"], grads[1])
+        assert torch.equal(found[f"grad of lora_As[{g}]"], grads[0])
+        assert torch.equal(found[f"grad of lora_Bs[{g}]"], grads[1])
 
 
 def test_the_mask_is_that_of_all_rows():
     case = random_groups(40, (70, 20), [4, 3])
     _, mask = torch.ops.lora_ext.lora_grouped_(*case.args(), 0.3, SEED)
     expected = torch.ops.lora_ext.lora_dropout_mask(SEED, 40, 70, 0.3)
-    keep = [reference.unpack_mask(bits, 70) for bits in (mask, expected)]
-    assert torch.equal(*keep)
+    assert torch.equal(*(reference.unpack_mask(bits, 70) for bits in (mask, expected)))
 
 
 @pytest.mark.cpu_only("about threads of the CPU's kernels")
 def test_the_same_bits_with_any_number_of_threads():
     case = random_groups(900, (70, 40), [5, (2, 3)], groups=torch.arange(900) // 450)
-    found = []
-    threads = torch.get_num_threads()
+    found, threads = [], torch.get_num_threads()
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            found.append(results(ours, case, 0.3))
+            found.append(found_in(case, 0.3))
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(other[name], value) for name, value in found[0].items())
+    assert_bits(found[1], found[0])
+    assert_bits(found[2], found[0])
 
 
 # --- forms of the arguments -------------------------------------------------------------------------------------------
@@ -160,25 +122,35 @@ def test_the_same_bits_with_any_number_of_threads():
 def test_a_stack_and_a_list_of_its_slots_are_the_same():
     case = random_groups(30, (24, 20), [(4, 8)])
     listed = Grouped(**vars(case) | {"lora_As": list(case.lora_As[0]), "lora_Bs": list(case.lora_Bs[0])})
-    of_stack, of_list = results(ours, case), results(ours, listed)
-    assert torch.equal(of_stack["y"], of_list["y"]) and torch.equal(of_stack["grad_x"], of_list["grad_x"])
-    for name in ("grad_A", "grad_B"):
-        assert torch.equal(of_stack[f"{name}0"], torch.stack([of_list[f"{name}{i}"] for i in range(4)]))
-    y = functional.lora_grouped_(case.y.clone(), case.x, case.lora_As[0], case.lora_Bs[0], *case.choice())
-    assert torch.equal(y, of_stack["y"])
-    scalings = case.scalings.tolist()
-    y = functional.lora_grouped_(case.y.clone(), case.x, case.lora_As, case.lora_Bs, case.group_of_row, scalings)
-    assert torch.equal(y, of_stack["y"])
+    of_stack, of_list = found_in(case), found_in(listed)
+    for what in ("lora_As", "lora_Bs"):
+        of_list[f"grad of {what}[0]"] = torch.stack([of_list.pop(f"grad of {what}[{i}]") for i in range(4)])
+    assert_bits(of_list, of_stack)
+    for As, Bs, scalings in (
+        (case.lora_As[0], case.lora_Bs[0], case.scalings),
+        (case.lora_As, case.lora_Bs, case.scalings.tolist()),
+    ):
+        y = functional.lora_grouped_(case.y.clone(), case.x, As, Bs, case.group_of_row, scalings)
+        assert torch.equal(y, of_stack["result 0"])
 
 
-def test_padding_of_slots_is_not_read():
-    case = random_groups(30, (24, 20), [(4, 8)], ranks=True)
-    expected = results(ours, case)
-    for g, rank in enumerate(case.ranks.tolist()):
-        case.lora_As[0][g, rank:] = torch.nan
-        case.lora_Bs[0][g, :, rank:] = torch.nan
-    for name, value in results(ours, case).items():
-        assert torch.equal(value, expected[name]), name
+@pytest.mark.parametrize("op", [OP, LINEAR], ids=lambda op: op.name)
+def test_padding_of_slots_is_not_read(op):
+    sample = (grouped if op is OP else grouped_linear)(tokens=30, entries=[(4, 8)], ranks=True)
+    expected = results(op.run, sample, op.leaves(sample))
+    for g, rank in enumerate(sample.call["ranks"].tolist()):
+        sample.call["lora_As"][0][g, rank:] = torch.nan
+        sample.call["lora_Bs"][0][g, :, rank:] = torch.nan
+    assert_bits(results(op.run, sample, op.leaves(sample)), expected)
+
+
+def test_what_no_row_chooses_may_be_anything():
+    """A slot of a pool may hold garbage while it is filled."""
+    call = grouped(groups=torch.tensor([3, 0, -1, 0, 0, 3]), ranks=True).call
+    expected = functional.lora_grouped_(**call | {"y": call["y"].clone()})
+    call["scalings"][1], call["ranks"][2] = torch.nan, 99
+    call["lora_As"][0][1:] = torch.nan
+    assert torch.equal(functional.lora_grouped_(**call), expected)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 3), (4, 3, 2)], ids=str)
@@ -186,31 +158,16 @@ def test_group_of_row_has_the_first_dimensions_of_x(shape):
     group = torch.randint(-1, 3, shape)
     case = random_groups(0, (24, 20), [4, 3, 2], leading=(4, 3, 2), groups=group)
     whole = group.reshape(*shape, *[1] * (3 - len(shape))).expand(4, 3, 2)
-    each = Grouped(**vars(case) | {"group_of_row": whole})
-    expected = results(ours, each, 0.3)
-    for name, value in results(ours, case, 0.3).items():
-        assert torch.equal(value, expected[name]), name
-    assert_as_good_as_torch(case, 0.3)
+    assert_bits(found_in(case, 0.3), found_in(Grouped(**vars(case) | {"group_of_row": whole}), 0.3))
+    assert_as_good_as_plain(OP, lambda _: of_groups(case), FLOAT, 0.3)
 
 
-def test_tensors_of_any_strides():
+def test_choices_of_any_strides():
     case = random_groups(30, (24, 20), [(4, 8), 3], groups=torch.randint(-1, 5, (30,)))
-    expected = results(ours, case, 0.3)
-    n = len(case.lora_As)
-    x = case.x.T.contiguous().T
-    wide = case.grad_y.repeat(1, 2)[:, :20]
-    As = [case.lora_As[0].mT.contiguous().mT, case.lora_As[1].repeat(2, 2)[:3, :24]]
-    Bs = [case.lora_Bs[0].permute(1, 2, 0).contiguous().permute(2, 0, 1), case.lora_Bs[1].repeat(1, 2)[:, :3]]
-    choice = case.group_of_row.repeat_interleave(2)[::2], case.scalings.repeat_interleave(2)[::2]
-    leaves = [t.detach().requires_grad_() for t in (x, *As, *Bs)]
-    y = functional.lora_grouped_(
-        case.y.clone(), leaves[0], leaves[1 : 1 + n], leaves[1 + n :], *choice, None, 0.3, SEED
-    )
-    grads = torch.autograd.grad(y, leaves, wide)
-    names = ["grad_x", *(f"grad_A{i}" for i in range(n)), *(f"grad_B{i}" for i in range(n))]
-    assert torch.equal(y, expected["y"])
-    for name, grad in zip(names, grads, strict=True):
-        assert torch.equal(grad, expected[name]), name
+    expected = found_in(case, 0.3)
+    case.group_of_row = case.group_of_row.repeat_interleave(2)[::2]
+    case.scalings = case.scalings.repeat_interleave(2)[::2]
+    assert_bits(found_in(case, 0.3), expected)
 
 
 def test_slots_that_are_part_of_wider_storage_are_not_copied():
@@ -233,38 +190,11 @@ def test_groups_of_no_rows():
     assert grads[0].shape == (3, 0, 24) and not any(grad.any() for grad in (*grads[1], *grads[2]))
 
 
-def test_no_features():
-    assert_as_good_as_torch(random_groups(9, (0, 20), [4, 3]))
-    assert_as_good_as_torch(random_groups(9, (24, 0), [4, 3]))
-
-
-# --- what is kept and computed ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wanted", [(i >> 0 & 1, i >> 1 & 1, i >> 2 & 1, i >> 3 & 1, i >> 4 & 1) for i in range(1, 32)])
-def test_only_what_is_wanted_is_computed_and_kept(wanted):
-    case = random_groups(12, (24, 20), [4, 3], DOUBLE)
-    leaves = [case.y, case.x, *case.lora_As, *case.lora_Bs]
-    for leaf, is_wanted in zip((case.x, *case.lora_As, *case.lora_Bs), wanted, strict=True):
-        leaf.requires_grad_(bool(is_wanted))
-    used = [leaf for leaf in leaves if leaf.requires_grad]
-    outputs = []
-    saved = saved_bytes(lambda: outputs.append(ours(case, *leaves, dropout_p=0.3)))
-    expected = plain(case, *leaves, dropout_p=0.3)
-    torch.testing.assert_close(outputs[0], expected)
-    grads = [torch.autograd.grad(y, used, case.grad_y, materialize_grads=True) for y in (outputs[0], expected)]
-    torch.testing.assert_close(*grads)
-    shapes = [shape for shape, _ in saved]
-    assert (tuple(case.x.shape) in shapes) == any(wanted[1:3])
-    assert ((12, 4) in shapes) == any(wanted[3:])  # xa
-    assert tuple(case.grad_y.shape) not in shapes  # y is not kept
-
-
 def test_the_gradient_of_a_group_without_rows_is_zero():
-    case = random_groups(8, (24, 20), [4, (2, 3)], groups=all_of(1, 8))
-    found = results(ours, case)
-    assert not found["grad_A0"].any() and not found["grad_B0"].any()
-    assert found["grad_A1"][0].any() and not found["grad_A1"][1].any() and not found["grad_B1"][1].any()
+    found = found_in(random_groups(8, (24, 20), [4, (2, 3)], groups=torch.full((8,), 1)))
+    A, B, stack_A, stack_B = (found[f"grad of lora_{n}s[{i}]"] for i in (0, 1) for n in "AB")
+    assert not A.any() and not B.any()
+    assert stack_A[0].any() and not stack_A[1].any() and not stack_B[1].any()
 
 
 def test_xa_is_zero_beyond_the_rank():
@@ -274,4 +204,70 @@ def test_xa_is_zero_beyond_the_rank():
     assert xa.shape == (30, 8) and not xa[torch.arange(8) >= ranks[:, None]].any()
 
 
-# --- every instruction set --------------------------------------------------------------------------------------------
+def test_a_pool_of_slots_changes_without_another_graph():
+    case = random_groups(6, (24, 20), [(3, 4)], ranks=True, groups=torch.randint(-1, 3, (6,)))
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda y, x, *rest: functional.lora_grouped_(y * 1, x, *rest), backend=counter)
+    for _ in range(3):
+        case.lora_As[0].normal_(), case.lora_Bs[0].normal_(), case.scalings.uniform_()
+        case.ranks.copy_(torch.randint(5, (3,))), case.group_of_row.copy_(torch.randint(-1, 3, (6,)))
+        expected = functional.lora_grouped_(*case.args())
+        torch.testing.assert_close(compiled(*case.args()), expected)
+    assert counter.frame_count == 1
+
+
+# --- refusals of values and of shared memory; test_bad_arguments.py has the others ------------------------------------
+
+BAD_VALUES = {
+    "group too large": ({"group_of_row": torch.tensor([4, 0, 0, 0, 0, 0])}, r"group_of_row\[0\] is 4, want -1 \(none"),
+    "group too small": ({"group_of_row": torch.tensor([0, 0, -2, 0, 0, 0])}, r"group_of_row\[2\] is -2, want -1 \(non"),
+    "one group": ({"group_of_row": torch.tensor(9)}, r"group_of_row is 9, want -1 \(none\) to 3"),
+    "a scaling": ({"scalings": 1 / torch.tensor([1, 1, 0, 1]).double()}, r"scalings\[2\] is inf, want a finite"),
+    "a rank": ({"ranks": torch.tensor([4, 4, 4, 3])}, r"ranks\[3\] is 3, want 0 to 2, the rank of lora_As\[1\]"),
+    "a negative rank": ({"ranks": torch.tensor([-1, 4, 4, 2])}, r"ranks\[0\] is -1, want 0 to 4"),
+}
+
+
+@reads_values
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("op", [OP, LINEAR], ids=lambda op: op.name)
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_values_are_refused_and_nothing_changes(case, op, requires_grad):
+    change, text = BAD_VALUES[case]
+    make = grouped if op is OP else grouped_linear
+    call = make(groups=torch.tensor([3, 0, -1, 2, 0, 1]), ranks=True).call | change
+    call["x"].requires_grad_(requires_grad)
+    before = call["y"].clone() if "y" in call else None
+    with pytest.raises(ValueError, match=f"^lora_grouped_(linear)?: {text}"):
+        getattr(functional, op.name)(**call)
+    with pytest.raises((RuntimeError, ValueError), match="lora_grouped_(linear)?: "):
+        getattr(torch.ops.lora_ext, op.name)(**call)
+    assert before is None or torch.equal(call["y"], before)
+
+
+@reads_values
+def test_the_position_of_a_bad_group_has_every_dimension():
+    call = grouped(leading=(2, 3)).call
+    with pytest.raises(ValueError, match=r"group_of_row\[1, 2\] is 5, want"):
+        functional.lora_grouped_(**call | {"group_of_row": torch.tensor([[0, 1, 2], [3, -1, 5]])})
+
+
+@pytest.mark.parametrize("op", [OP, LINEAR], ids=lambda op: op.name)
+def test_scalings_that_require_a_gradient_are_refused(op):
+    call = (grouped if op is OP else grouped_linear)().call
+    call["scalings"].requires_grad_()
+    for function in (getattr(functional, op.name), getattr(torch.ops.lora_ext, op.name)):
+        with pytest.raises(RuntimeError, match="scalings requires grad, but the op computes no gradient of it; detach"):
+            function(**call)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_y_that_shares_memory_is_refused(requires_grad):
+    square, A, B = torch.randn(6, 20), torch.randn(4, 20, requires_grad=requires_grad), torch.randn(20, 4)
+    row = torch.randn(1, 80)
+    choice = torch.zeros(6, dtype=torch.int64), torch.ones(1).double()
+    with pytest.raises(ValueError, match="lora_grouped_: y shares memory with x"):
+        functional.lora_grouped_(square, square, [A], [B], *choice)
+    with pytest.raises(ValueError, match=r"lora_grouped_: y shares memory with lora_Bs\[0\]"):
+        functional.lora_grouped_(row[:, :20], torch.randn(1, 20), [A], [row.view(20, 4)], choice[0][:1], choice[1])

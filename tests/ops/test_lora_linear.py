@@ -1,84 +1,17 @@
-"""torch.ops.lora_ext.lora_linear and its backward: results, and that nothing unneeded is computed.
-
-Strides, threads and what is kept are in test_lora_linear_siblings.py, as siblings must do the same.
-"""
+"""lora_linear: float32 gradients over 16 bits, and its dropout mask, which all ops share. The rest: test_values.py."""
 
 import pytest
 import torch
 from support.layers import (
-    DTYPES,
-    SHAPES,
-    assert_as_good_as_torch,
     forward_backward,
     random_layer,
-    random_layers,
     relative_error,
 )
 from support.processes import run_forked
-from support.properties import given, settings, st
 
 from lora_ext import functional, reference
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
-
-
-@pytest.mark.pairs
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(shape, dtypes, dropout_p):
-    assert_as_good_as_torch(random_layers(shape, dtypes, bias=shape[1] % 2 == 0), dropout_p, SEED)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    shape=st.tuples(st.integers(0, 70), st.integers(1, 300), st.integers(1, 300), st.integers(1, 40)),
-    dtypes=st.sampled_from(DTYPES),
-    dropout_p=st.sampled_from([0.0, 0.1, 0.5]),
-    seed=st.integers(0, 2**63 - 1),
-)
-def test_any_shape(shape, dtypes, dropout_p, seed):
-    torch.manual_seed(seed)
-    assert_as_good_as_torch(random_layers(shape, dtypes), dropout_p, torch.tensor(seed))
-
-
-def test_one_dimension():
-    layer = random_layer((1, 20, 12, 4))
-    y = functional.lora_linear(layer.x[0], *layer.args()[1:])
-    torch.testing.assert_close(y, reference.lora_linear(*layer.args())[0])
-
-
-@pytest.mark.parametrize("wanted", [(0,), (3,), (4,), (0, 3), (3, 4), (0, 1, 2, 3, 4)], ids=str)
-def test_each_gradient_alone_equals_its_part_of_all(wanted):
-    layer = random_layer((40, 33, 50, 5))
-    every = [t.clone().requires_grad_() for t in (layer.x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)]
-    some = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(every)]
-    all_grads = torch.autograd.grad(functional.lora_linear(*every, 0.7, 0.3, SEED), every, layer.grad_y)
-    y = functional.lora_linear(*some, 0.7, 0.3, SEED)
-    grads = torch.autograd.grad(y, [some[i] for i in wanted], layer.grad_y)
-    for i, grad in zip(wanted, grads, strict=True):
-        torch.testing.assert_close(grad, all_grads[i], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "output_mask", [(False, False, False), (True, False, False), (False, True, False), (False, False, True)], ids=str
-)
-def test_backward_returns_only_what_is_asked(output_mask):
-    layer = random_layer((5, 20, 12, 4))
-    _, xa, mask = torch.ops.lora_ext.lora_linear(*layer.args(), 0.3, SEED)
-    grads = torch.ops.lora_ext.lora_linear_backward(
-        layer.grad_y,
-        layer.x if output_mask[1] else None,
-        layer.weight,
-        layer.lora_A,
-        layer.lora_B,
-        xa if output_mask[2] else None,
-        mask,
-        layer.scaling,
-        0.3,
-        output_mask,
-    )
-    assert tuple(grad is not None for grad in grads) == output_mask
 
 
 def test_frozen_weight_is_never_written_or_given_a_gradient():
@@ -168,23 +101,6 @@ def test_dropout_is_unbiased():
     exact = functional.lora_linear(*layer.args())[0].double()
     standard_error = dropped.std(0) / 4000**0.5
     assert ((dropped.mean(0) - exact).abs() < 5 * standard_error).all()
-
-
-# --- threads and memory ------------------------------------------------------------------------------------------
-
-
-def test_concurrent_callers():
-    """Scratch memory belongs to the calling thread."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    layers = [random_layer((60, 50 + i, 70 - i, 1 + i)) for i in range(8)]
-    expected = [forward_backward(functional.lora_linear, layer, 0.3, SEED) for layer in layers]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
-            results = pool.map(lambda layer: forward_backward(functional.lora_linear, layer, 0.3, SEED), layers)
-            for result, wanted in zip(results, expected, strict=True):
-                for name in wanted:
-                    torch.testing.assert_close(result[name], wanted[name])
 
 
 @pytest.mark.full

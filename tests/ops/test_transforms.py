@@ -1,12 +1,15 @@
 """The functions under torch.func, forward mode, gradients of gradients and batched gradients; nested tensors."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
-from support.groups import random_groups
-from support.layers import assert_errors_as_plain, random_layer, random_siblings
+from support import op_table
+from support.layers import assert_errors_as_plain, random_layer
+from support.op_calls import with_entry
+from support.op_table import DOUBLE, OPS, Op, Sample, entry_of
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -14,16 +17,25 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from lora_ext import functional, reference
 
 SEED = torch.tensor(77)
-DOUBLE = (torch.float64, torch.float64)
 
 
-@dataclass
 class Case:
-    """A function of tensors, the same in plain PyTorch, and arguments."""
+    """A function of the tensors of a sample that have gradients, the same in plain PyTorch, and the tensors."""
 
-    ours: Callable[..., Sequence[Tensor]]
-    plain: Callable[..., Sequence[Tensor]]
-    arguments: tuple[Tensor, ...]
+    def __init__(self, op: Op, sample: Sample) -> None:
+        places = op.leaves(sample, with_frozen=True)
+        self.arguments = tuple(entry_of(sample.call, *place) for place in places)
+
+        def of_tensors(function):
+            def called(*tensors):
+                call = sample.call
+                for place, tensor in zip(places, tensors, strict=True):
+                    call = with_entry(call, *place, tensor)
+                return function(**call)
+
+            return called
+
+        self.ours, self.plain = of_tensors(CHANGED.get(op.name, op.run)), of_tensors(op.plain)
 
     def leaves(self) -> tuple[Tensor, ...]:
         return tuple(argument.clone().requires_grad_() for argument in self.arguments)
@@ -32,96 +44,35 @@ class Case:
         return tuple(lambda *a, f=f: sum(y.pow(3).mean() for y in f(*a)) for f in (self.ours, self.plain))
 
 
-def linear(dropout_p: float) -> Case:
-    layer = random_layer((3, 5, 4, 2), DOUBLE)
-    last = 0.75, dropout_p, SEED
-    return Case(
-        lambda *tensors: [functional.lora_linear(*tensors, *last)],
-        lambda *tensors: [reference.lora_linear(*tensors, *last)],
-        layer.args()[:5],
-    )
+def _added_to_a_batch(y, x, lora_As, lora_Bs, **call):
+    y = y * 1 + 0 * sum(t.sum() for t in (x, *lora_As, *lora_Bs))  # vmap changes in place what has its batch
+    return [functional.lora_grouped_(y, x, lora_As, lora_Bs, **call)]
 
 
-def delta(dropout_p: float) -> Case:
-    layer = random_layer((3, 5, 4, 2), DOUBLE)
-    last = 0.75, dropout_p, SEED
-    return Case(
-        lambda y, *tensors: [functional.plus_lora_delta(y * 1, *tensors, *last)],
-        lambda y, *tensors: [y + reference.lora_delta(*tensors, *last)],
-        (layer.grad_y, layer.x, layer.lora_A, layer.lora_B),
-    )
-
-
-def grouped(dropout_p: float) -> Case:
-    case = random_groups(5, (5, 4), [2, (2, 3)], DOUBLE, ranks=True, groups=torch.tensor([2, -1, 0, 2, 1]))
-    last = *case.choice(), dropout_p, SEED
-
-    def added(y, x, A, C, B, D):
-        y = y * 1 + 0 * (x.sum() + A.sum() + B.sum() + C.sum() + D.sum())  # vmap changes in place what has its batch
-        return [functional.lora_grouped_(y, x, [A, C], [B, D], *last)]
-
-    return Case(
-        added,
-        lambda y, x, A, C, B, D: [y + reference.lora_grouped(x, [A, C], [B, D], *last)],
-        (case.y, case.x, *case.lora_As, *case.lora_Bs),
-    )
-
-
-def siblings(dropout_p: float) -> Case:
-    x, (W, V), (bias, _), As, Bs, scalings = random_siblings(((3, 5), ((4, 2), (3, 3))), DOUBLE).args()
-
-    def calling(function):
-        return lambda x, W, V, bias, A, C, B, D: function(
-            x, [W, V], [bias, None], [A, C], [B, D], scalings, dropout_p, SEED
-        )
-
-    functions = calling(functional.lora_linear_siblings), calling(reference.lora_linear_siblings)
-    return Case(*functions, (x, W, V, bias, *As, *Bs))
-
-
-def delta_siblings(dropout_p: float) -> Case:
-    group = random_siblings(((3, 5), ((4, 2), (3, 3))), DOUBLE)
-    x, _, _, As, Bs, scalings = group.args()
-    last = scalings, dropout_p, SEED
-
-    def plain(x, y, z, A, C, B, D):
-        layers = zip((y, z), (A, C), (B, D), scalings, strict=True)
-        return [base + reference.lora_delta(x, *layer, dropout_p, SEED) for base, *layer in layers]
-
-    return Case(
-        lambda x, y, z, A, C, B, D: functional.lora_delta_siblings([y, z], x, [A, C], [B, D], *last),
-        plain,
-        (x, *group.grad_ys(), *As, *Bs),
-    )
-
-
-def bottleneck(activation: str, width: int = 5, residual: bool = False) -> Case:
-    shapes = [(3, 5), (2, 5), (2,), (width, 2), (width,)] + [(3, width)] * residual
-    return Case(
-        lambda *tensors: [functional.bottleneck(*tensors[:5], activation, *tensors[5:])],
-        lambda *tensors: [reference.bottleneck(*tensors[:5], activation, *tensors[5:])],
-        tuple(torch.randn(shape).double() for shape in shapes),
-    )
-
-
-MAKES = {
-    "linear": lambda: linear(0.0),
-    "linear, dropout": lambda: linear(0.4),
-    "delta": lambda: delta(0.0),
-    "delta, dropout": lambda: delta(0.4),
-    "siblings": lambda: siblings(0.0),
-    "siblings, dropout": lambda: siblings(0.4),
-    "delta siblings": lambda: delta_siblings(0.0),
-    "delta siblings, dropout": lambda: delta_siblings(0.4),
-    "bottleneck, relu": lambda: bottleneck("relu"),
-    "bottleneck, gelu": lambda: bottleneck("gelu", 6, residual=True),
-    "bottleneck, silu": lambda: bottleneck("silu"),
-    "bottleneck, identity": lambda: bottleneck("identity"),
+CHANGED = {
+    "lora_delta_": lambda y, **call: [functional.plus_lora_delta(y * 1, **call)],
+    "lora_grouped_": _added_to_a_batch,
 }
-
-
-if torch.get_default_device().type == "cpu":  # lora_grouped_ has no CUDA kernels yet
-    MAKES |= {"grouped": lambda: grouped(0.0), "grouped, dropout": lambda: grouped(0.4)}
+_LAYERS = ((3, 5), ((4, 2), (3, 3)))
+_GROUPED = dict(tokens=5, features=(5, 4), entries=[2, (2, 3)], ranks=True, groups=torch.tensor([2, -1, 0, 2, 1]))
+SMALL: dict[str, tuple[str, Callable[[], Sample]]] = {
+    "linear": ("lora_linear", lambda: op_table.linear(DOUBLE, size=(3, 5, 4, 2), bias=True)),
+    "delta": ("lora_delta_", lambda: op_table.delta(DOUBLE, size=(3, 5, 4, 2))),
+    "siblings": ("lora_linear_siblings", lambda: op_table.siblings(DOUBLE, size=_LAYERS)),
+    "delta siblings": ("lora_delta_siblings", lambda: op_table.delta_siblings(DOUBLE, size=_LAYERS)),
+    "grouped": ("lora_grouped_", lambda: op_table.grouped(DOUBLE, **_GROUPED)),
+}
+MAKES = {name: lambda op=op, make=make: Case(OPS[op], make()) for name, (op, make) in SMALL.items()}
+MAKES |= {
+    f"{name}, dropout": lambda op=op, make=make: Case(OPS[op], make().with_dropout(0.4))
+    for name, (op, make) in SMALL.items()
+}
+MAKES |= {
+    f"bottleneck, {activation}": lambda a=activation, r=residual: Case(
+        OPS["bottleneck"], op_table.bottleneck(DOUBLE, size=(3, 5, 6, 2), activation=a, residual=r)
+    )
+    for activation, residual in (("relu", False), ("gelu", True), ("silu", False), ("identity", False))
+}
 
 
 @pytest.fixture(params=MAKES.values(), ids=MAKES.keys())
@@ -338,11 +289,10 @@ def test_nested_tensors_compute_by_values(layout, dropout_p):
 
 
 def test_a_bottleneck_of_nested_tensors():
-    case = bottleneck("gelu")
-    x, *rest = case.arguments
-    nested = torch.nested.nested_tensor(list(x.split([2, 1])), layout=torch.jagged)
-    y = functional.bottleneck(nested, *rest, "gelu")
-    torch.testing.assert_close(y.values(), case.plain(x, *rest)[0])
+    call = op_table.bottleneck(DOUBLE, residual=False).call
+    nested = torch.nested.nested_tensor(list(call["x"].split([2, 4])), layout=torch.jagged)
+    y = functional.bottleneck(**call | {"x": nested})
+    torch.testing.assert_close(y.values(), reference.bottleneck(**call))
     assert (y + nested).shape == nested.shape
 
 

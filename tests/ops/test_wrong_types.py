@@ -10,57 +10,29 @@ from typing import get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from support.layers import random_layer, random_siblings
+from support import op_table
+from support.op_calls import good_call
 from torch import Tensor
 
 from lora_ext import functional
 from lora_ext._common.arguments import rule
 
-SEED = torch.tensor(7)
-
 
 def good_calls() -> dict[str, dict]:
-    layer = random_layer((6, 24, 20, 4))
-    siblings = random_siblings(((6, 24), ((20, 4), (12, 3))))
-    x, weights, biases, As, Bs, scalings = siblings.args()
-    factors = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
-    dropout = {"dropout_p": 0.3, "seed": SEED}
-    lists = {"weights": weights, "biases": biases, "lora_As": As, "lora_Bs": Bs, "scalings": scalings}
-    grouped = {
-        "lora_As": [layer.lora_A],
-        "lora_Bs": [layer.lora_B],
-        "group_of_row": torch.tensor([0, -1, 0, 0, -1, 0]),
-        "scalings": torch.tensor([0.5], dtype=torch.float64),
-        "ranks": torch.tensor([3]),
-    }
-    narrow = {"down_weight": torch.randn(3, 24), "down_bias": torch.randn(3), "up_weight": torch.randn(24, 3)}
-    merged = layer.weight.clone()
-    record = functional.lora_merge_(merged, layer.lora_A, layer.lora_B, 0.5)
-    return {
-        "lora_linear": {"x": layer.x, "weight": layer.weight, "bias": layer.bias, **factors, "scaling": 0.5} | dropout,
-        "lora_delta_": {"y": layer.grad_y, "x": layer.x, **factors, "scaling": 0.5} | dropout,
-        "lora_grouped_": {"y": layer.grad_y, "x": layer.x, **grouped} | dropout,
-        "lora_grouped_linear": {"x": layer.x, "weight": layer.weight, "bias": layer.bias, **grouped},
-        "lora_linear_siblings": {"x": x} | lists | dropout,
-        "lora_delta_siblings": {
-            "bases": siblings.grad_ys(),
-            "x": x,
-            **{name: lists[name] for name in ("lora_As", "lora_Bs", "scalings")},
-            **dropout,
-        },
-        "bottleneck": {"x": layer.x, **narrow, "up_bias": torch.randn(24), "activation": "relu", "residual": layer.x},
-        "lora_merge_": {"weight": layer.weight, **factors, "scaling": 0.5, "record": True},
-        "lora_unmerge_": {"weight": merged, "record": record},
-    }
+    """Returns a call of each public function with every argument, in their order."""
+    calls = {name: good_call(name) for name in op_table.FUNCTIONS if name != "bottleneck"}
+    calls["bottleneck"] = op_table.bottleneck(activation="relu").call
+    call = {name: value for name, value in op_table.linear().call.items() if name not in ("x", "bias")}
+    calls["lora_merge_"] = call | {"record": True}
+    merged = call["weight"].clone()
+    calls["lora_unmerge_"] = {"weight": merged, "record": functional.lora_merge_(**call | {"weight": merged})}
+    return calls
 
 
 # draw_seed takes a device, as torch.empty does.
 FUNCTIONS = [
     name for name in functional.__all__ if inspect.isfunction(getattr(functional, name)) and name != "draw_seed"
 ]
-if torch.get_default_device().type != "cpu":
-    FUNCTIONS.remove("lora_grouped_")  # it has no CUDA kernels yet
-    FUNCTIONS.remove("lora_grouped_linear")
 PLACES = [
     (name, argument) for name in FUNCTIONS for argument in inspect.signature(getattr(functional, name)).parameters
 ]

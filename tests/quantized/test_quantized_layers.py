@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import io
-import pickle
 import warnings
 
 import pytest
@@ -12,7 +11,6 @@ from support.optional import bitsandbytes
 from support.quantized import QUANTIZE, quantized_copy, stored, unchanged_bytes
 from support.rows import use
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8WeightOnlyConfig,
@@ -99,19 +97,8 @@ def test_output_and_gradients(format, dtype):
 
 
 @pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
-def test_checkpointing_and_compilation(format):
-    model = inject(net(format), dataclasses.replace(CONFIG, lora_dropout=0.3))
-    x, results = torch.randn(6, 64), []
-    for run in (
-        model,
-        lambda x: checkpoint(model, x, use_reentrant=False),
-        lambda x: checkpoint(model, x, use_reentrant=True),
-    ):
-        torch.manual_seed(3)
-        results.append(step(run, model, x))
-    assert_same(results[1], results[0])
-    assert_same(results[2], results[0])
-    model, base = inject(net(format), CONFIG), net(format)
+def test_compilation(format):
+    model, base, x = inject(net(format), CONFIG), net(format), torch.randn(6, 64)
     torch._dynamo.reset()
     breaks = torch._dynamo.explain(base)(x).graph_break_count
     torch._dynamo.reset()
@@ -158,19 +145,13 @@ def test_the_scales_of_a_packed_weight_keep_their_order(unpacked, format):
     torch.testing.assert_close(model(x), x @ found.T + model[0].base_layer.bias, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_copies(format, how):
     model, x = inject(net(format), CONFIG), torch.randn(6, 64)
     other = copy.deepcopy(model)  # bitsandbytes itself loads no int8 state into a layer that was called
     expected = step(model, model, x)
-    if how == "pickle":
-        try:
-            pickle.loads(pickle.dumps(net(format)))(x)
-        except Exception as error:
-            pytest.skip(f"the base model alone cannot be pickled: {error}")
-        other = pickle.loads(pickle.dumps(model))
-    elif how == "torch.save":
+    if how == "torch.save":
         file = io.BytesIO()
         torch.save(model.state_dict(), file)
         file.seek(0)
@@ -300,10 +281,9 @@ class Packed(nn.Module):
 
 def test_all_linear_tells_of_the_quantised_layers_that_it_leaves_out():
     model = nn.Sequential(nn.Linear(4, 4), Packed(4, 4), Packed(4, 4))
-    left_out = r"leaves out \['1', '2'\] of Sequential; it is quantised .*Packed has a qweight"
-    with pytest.warns(UserWarning, match=left_out):
+    with pytest.warns(UserWarning, match=r"leaves out \['1', '2'\] of Sequential; name them in target_modules"):
         inject(model, LoraConfig(r=2, target_modules="all-linear"))
-    with pytest.raises(ValueError, match="no linear layer to adapt .*; 0 cannot be adapted: it is quantised"):
+    with pytest.raises(ValueError, match="nothing is left to adapt .*; name a layer in target_modules to see why"):
         inject(nn.Sequential(Packed(4, 4)), LoraConfig(r=2, target_modules="all-linear"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

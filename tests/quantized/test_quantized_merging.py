@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import logging
 import pickle
 import warnings
 
@@ -47,7 +46,7 @@ def net(format: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_merging_adds_the_update_and_reports_the_error(format, caplog):
+def test_merging_adds_the_update_and_reports_the_error(format):
     model, x = net(format), torch.randn(9, 64)
     set_adapter(model, ["a", "b"])
     want = {}
@@ -58,9 +57,7 @@ def test_merging_adds_the_update_and_reports_the_error(format, caplog):
     y = model(x)
     with unchanged_bytes(model):
         tried = merge_errors(model)
-    with caplog.at_level(logging.INFO, "lora_ext.adapters"):
-        merge(model)
-    assert "2 weights were quantised again" in caplog.text
+    merge(model)
     errors = merge_errors(model)
     assert errors == tried and errors.keys() == {"up", "down"}
     for name, error in errors.items():

@@ -4,17 +4,14 @@ product.
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from support.layers import saved_bytes
 from support.quantized import QUANTIZE, quantized_copy, unchanged_bytes
 from support.shared_inputs import compute_alone, counted_calls, groups, step
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lora_ext import LoraConfig, inject, merge, unmerge
+from lora_ext import LoraConfig, inject
 
 NAMES = ["q", "k", "v", "o"]
 FEW = ["nf4-double", "int8", "torchao-int8"]
@@ -107,38 +104,6 @@ def test_autograd_keeps_one_mask_and_one_xa_for_a_group(format):
     config = LoraConfig(r=3, target_modules=NAMES, lora_dropout=0.3)
     assert activations(inject(base(format), config)) == [(5, 3), (5, 8), (5, 8), (5, 9)]
     assert activations(inject(base(format), config, share_inputs=False)) == [(5, 3)] * 4 + [(5, 8)] * 4
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("format", FEW)
-def test_activation_checkpointing(format, reentrant):
-    model = net(format)
-    expected = step(copy.deepcopy(model), some_x())
-
-    def run(block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(lambda x: block(x + 0), x, use_reentrant=reentrant)
-
-    for _ in range(3):
-        assert_same(step(model, some_x(), run), expected)
-    assert groups(model) == {"qkv"}
-
-
-@pytest.mark.parametrize("format", FEW)
-def test_evaluation_merging_and_copies(format, calls):
-    model, x = net(format).eval(), some_x()
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            expected = model(x)
-            torch.testing.assert_close(copy.deepcopy(model)(x), expected)
-    calls.clear()
-    model(x)
-    assert calls == [3, 1] * 2
-    with pytest.warns(UserWarning, match="merg") if "4" in format else torch.no_grad():
-        merge(model)
-    assert groups(model) == set()
-    unmerge(model)
-    torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(torch.func.functional_call(model, {}, (x,)), expected)
 
 
 def test_what_falls_back(calls):

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject
-from lora_ext.adapters import (
-    lora_modules,
-    unload,
-)
+from lora_ext.adapters import lora_modules, unload
 
 E, H, N, L, S = 12, 3, 2, 5, 4
 ALIVE = {"r": 2, "lora_alpha": 3, "init_lora_weights": False}
@@ -52,16 +49,16 @@ def merged_copy(model: Wrapper) -> Wrapper:
     return unload(plain)
 
 
-def inputs(kind: str, batch_first: bool, batched: bool, kdim: int = E, vdim: int = E) -> tuple[Tensor, ...]:
-    def tensor(length: int, features: int) -> Tensor:
-        shape = (length, features) if not batched else (N, length, features) if batch_first else (length, N, features)
+def inputs(kind: str, batch_first: bool, batched: bool) -> tuple[Tensor, ...]:
+    def tensor(length: int) -> Tensor:
+        shape = (length, E) if not batched else (N, length, E) if batch_first else (length, N, E)
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
-    query = tensor(L, E)
+    query = tensor(L)
     if kind == "self":
         return query, query, query
-    key = tensor(S, kdim)
-    return query, key, key if kind == "memory" else tensor(S, vdim)
+    key = tensor(S)
+    return query, key, key if kind == "memory" else tensor(S)
 
 
 def assert_same(ours: nn.Module, plain: nn.Module, tensors: tuple[Tensor, ...], **kwargs: Any) -> None:

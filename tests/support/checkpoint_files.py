@@ -22,14 +22,14 @@ from torch import Tensor, nn
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
 EVERY_LAYER = {
-    "target_modules": ["attn", "conv1d", "conv2d", "conv3d", "lin", "square", "embed"],
+    "target_modules": ["conv1d", "conv2d", "conv3d", "lin", "square", "embed"],
     "target_parameters": ["experts.gate_up", "experts.down", "single.weight"],
     "modules_to_save": ["head"],
 }
 
 
 class EveryLayer(nn.Module):
-    """A model with a layer of each type that PEFT adapts."""
+    """A model with a layer of each type that is merged on disk, and an attention."""
 
     def __init__(self) -> None:
         super().__init__()

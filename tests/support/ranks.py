@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from support.models import token_ids
 from support.processes import context
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -133,20 +132,3 @@ def shard(model: nn.Module, apart: str = "", **options: Any) -> nn.Module:
     for block in model.model.layers:
         fully_shard(block, **options)
     return fully_shard(model, **options)
-
-
-def assert_trains_alike(rank: int, outer: nn.Module, model: nn.Module, alone: nn.Module) -> None:
-    """Trains two steps: ``outer``, which wraps ``model``, on this rank's part of the batches, ``alone`` on all."""
-    ranks = torch.distributed.get_world_size()
-    optimizers = [torch.optim.AdamW(trained(one).values(), lr=1e-2) for one in (model, alone)]
-    for _ in range(2):
-        batches = token_ids(2 * ranks).unflatten(0, (ranks, 2))  # the same on all ranks
-        loss, losses = loss_of(outer, batches[rank]), [loss_of(alone, ids) for ids in batches]
-        torch.testing.assert_close(loss.detach(), losses[rank].detach())
-        loss.backward()
-        (sum(losses) / ranks).backward()
-        assert_same(*({name: p.grad for name, p in trained(one).items()} for one in (model, alone)))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_same(trained(model), trained(alone))

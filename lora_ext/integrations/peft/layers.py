@@ -27,15 +27,15 @@ class _Conv(ExactMerging):
 
 
 class Conv1d(_Conv, peft_layers.Conv1d):
-    """Over ``nn.Conv1d``: merge and unmerge only."""
+    pass
 
 
 class Conv2d(_Conv, peft_layers.Conv2d):
-    """Over ``nn.Conv2d``: merge and unmerge only."""
+    pass
 
 
 class Conv3d(_Conv, peft_layers.Conv3d):
-    """Over ``nn.Conv3d``: merge and unmerge only."""
+    pass
 
 
 class ParamWrapper(ParameterForward, peft_layers.ParamWrapper):

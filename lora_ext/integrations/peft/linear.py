@@ -23,9 +23,9 @@ from lora_ext.quantized import quantized_weight
 class LinearForward(SharesInputs):
     """Overrides ``forward`` of a LoRA layer whose base maps ``[..., in_features]`` to ``[..., out_features]``.
 
-    If the base is a plain matrix product, one op computes it with the active adapters, as far as they can be one update
-    (:func:`~lora_ext.nn.joined.joined`); others are added in place. Other base layers (quantised, with hooks, ...) are
-    called, and all adapters are added to a copy of their result, which the base layer may keep.
+    If the base is a plain matrix product, one op computes it with the active adapters that can be one update
+    (:func:`~lora_ext.nn.joined.joined`). Other base layers (quantised, with hooks, ...) are called, and the adapters
+    are added to a copy of their result, which the base layer may keep.
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -90,7 +90,8 @@ class LinearForward(SharesInputs):
     def _forward_invoked(self, x: Tensor, adapters: list[PeftAdapter], offsets: list[int | None]) -> Tensor:
         """The forward of active adapters of which one or more act on the last ``offsets`` tokens of each row only."""
         names, before = ("active",) * len(x), tuple(_before(offsets, x))
-        y = self._base_output(x)
+        plain = self._plain(x)
+        y = own_copy(self, self.base_layer(x)) if plain is None else base_product.product(x, *plain)
         x = x.to(y.dtype)
         for adapter in adapters:
             acts = (frozenset(names), before, x.shape[1]) if adapter.is_invoked else ()
@@ -111,14 +112,8 @@ class LinearForward(SharesInputs):
     def _plain(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The base layer's weight and bias, if all that it does with ``x`` is to multiply."""
         plain = plain_linear(self.base_layer)
-        if plain is None or (x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type)):
-            return None
-        return plain
-
-    def _base_output(self, x: Tensor) -> Tensor:
-        """The base layer's output, to be changed in place."""
-        plain = self._plain(x)
-        return own_copy(self, self.base_layer(x)) if plain is None else base_product.product(x, *plain)
+        fits = plain is not None and (x.dtype == plain[0].dtype or torch.is_autocast_enabled(x.device.type))
+        return plain if fits else None
 
     def operands(self) -> Operands | None:
         adapters = active_adapters(self)
@@ -155,13 +150,7 @@ def _choice_of(
 
 
 class _TokenChoice(RowChoice):
-    """The adapters of rows of which some act on the last tokens only (aLoRA).
-
-    Args:
-        invoked: their names.
-        before: for each row how many tokens come before those.
-        length: tokens of a row.
-    """
+    """The adapters of rows of ``length`` tokens; those of ``invoked`` act from token ``before[row]`` on (aLoRA)."""
 
     def __init__(self, names: tuple[str, ...], invoked: frozenset[str], before: tuple[int, ...], length: int) -> None:
         super().__init__(names)

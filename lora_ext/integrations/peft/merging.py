@@ -10,7 +10,7 @@ changed, PEFT's subtraction removes the adapter.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -31,17 +31,10 @@ from lora_ext.quantized import QuantizedWeight, quantized_weight
 from lora_ext.quantized.rescaled import RescaledWeight
 
 _MERGES = "_lora_ext_merges"  # key in the layer's __dict__ while merged, so that copies and pickles have it
-_NO_BIAS = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."  # PEFT's words
 
 
-@dataclasses.dataclass(eq=False)
-class ExactMerge:
-    """An adapter merged into a weight, and into a bias with lora_bias.
-
-    Attributes:
-        records: how to restore the weight and the bias.
-        checksums: checksums of both after the merge.
-    """
+class ExactMerge(NamedTuple):
+    """An adapter merged into a weight, and into a bias with lora_bias: how to restore both, and their checksums."""
 
     records: list[MergeRecord | QuantizedRecord]
     checksums: list[int]
@@ -58,7 +51,7 @@ class ExactMerging:
                 "merge in one process, or on disk (lora-ext merge)"
             )
         for name in check_adapters_to_merge(self, adapter_names) or ():
-            if has_adapter(self, name) and not _merge_exactly(self, name):
+            if (name in self.lora_A or name in self.lora_embedding_A) and not _merge_exactly(self, name):
                 super().merge(safe_merge=safe_merge, adapter_names=[name])
 
     @one_at_a_time
@@ -82,12 +75,13 @@ def merge_obstacle(layer: LoraLayer, name: str) -> str:
     base = layer.get_base_layer()
     weight = base._parameters.get("weight")
     variant = variant_of(layer, name)
-    if variant and variant != DORA:
+    if variant == DORA:
+        if layer.merged_adapters and name not in layer.merged_adapters:
+            return f"now: adapter {name!r} is DoRA, and {layer.merged_adapters} are merged"
+        if getattr(layer, "fan_in_fan_out", False) != is_conv1d(base):
+            return f"adapter {name!r} is DoRA, and fan_in_fan_out does not fit the base layer"
+    elif variant:
         return f"adapter {name!r} is a variant of LoRA ({variant})"
-    if variant and layer.merged_adapters and name not in layer.merged_adapters:
-        return f"now: adapter {name!r} is DoRA, and {layer.merged_adapters} are merged"
-    if variant and getattr(layer, "fan_in_fan_out", False) != is_conv1d(base):
-        return f"adapter {name!r} is DoRA, and fan_in_fan_out does not fit the base layer"
     if (quantized := quantized_weight(base)) is not None:
         reason = quantized.why_not_quantize()
         return reason and f"the base layer's weight cannot be quantised again: {reason}"
@@ -108,10 +102,6 @@ def merge_obstacle(layer: LoraLayer, name: str) -> str:
 def has_exact_merges(layer: nn.Module) -> bool:
     """Returns whether the layer has exact merges, which only its unmerge() restores bit by bit."""
     return _MERGES in layer.__dict__
-
-
-def has_adapter(layer: LoraLayer, name: str) -> bool:
-    return name in layer.lora_A or name in layer.lora_embedding_A
 
 
 def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
@@ -143,8 +133,8 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
         factor = scale_of_rows(layer.lora_magnitude_vector[name].weight, norms)
         weights, updates = [RescaledWeight(base, quantized, factor)], [(A, factor.unsqueeze(1) * B, scaling)]
     elif lora_bias is not None:
-        if base.bias is None:
-            raise RuntimeError(_NO_BIAS)
+        if base.bias is None:  # in PEFT's words
+            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         weights.append(_matrix(base.bias))
         updates.append((lora_bias.unsqueeze(0), lora_bias.new_ones(1, 1), scaling))
     try:

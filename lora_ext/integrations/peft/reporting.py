@@ -25,11 +25,9 @@ _ATTENTION = "PEFT's MultiheadAttention merges before and unmerges after each fo
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One LoRA layer.
+    """One LoRA layer, by its path in the model and PEFT's class, for example ``"Linear"``.
 
     Attributes:
-        path: path in the model.
-        kind: PEFT's class, for example ``"Linear"``.
         forward: why calls run PEFT's forward now, or "" if they run the ops. Reasons that begin with "now:" depend on
             the layer's state, such as merged or disabled adapters.
         merge: why ``merge`` and ``unmerge`` are PEFT's, or "" if they are exact.
@@ -48,12 +46,7 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All LoRA layers of a model, in its order; ``print`` shows a summary.
-
-    Attributes:
-        layers: one entry for each layer.
-        groups: which layers that may read one tensor are computed together.
-    """
+    """All LoRA layers of a model, in its order, and which are computed together; ``print`` shows a summary."""
 
     layers: tuple[LayerReport, ...]
     groups: InputGroups
@@ -95,8 +88,8 @@ def _of_layer(path: str, layer: LoraLayer) -> LayerReport:
     if not is_accelerated(layer):
         reason = _NOT_ACCELERATED
         if accelerated_class(type(layer)) is None:
-            reason = f"lora_ext has no counterpart of {type(layer).__module__}.{kind}"
-            reason = _ATTENTION if kind == "MultiheadAttention" else reason
+            module = type(layer).__module__
+            reason = _ATTENTION if kind == "MultiheadAttention" else f"lora_ext has no counterpart of {module}.{kind}"
         return LayerReport(path, kind, reason, reason)
     if "forward" in vars(layer):
         forward = "the layer's forward was replaced on the instance, for example by a hook"
@@ -104,11 +97,8 @@ def _of_layer(path: str, layer: LoraLayer) -> LayerReport:
         forward = "belongs to a MultiheadAttention, which reads the weight and does not call the layer"
     else:
         forward = layer.forward_obstacle()
-    return LayerReport(path, kind, forward, _merge(layer))
-
-
-def _merge(layer: LoraLayer) -> str:
-    if not isinstance(layer, ExactMerging):
-        return "PEFT adds the update to the base layer's parameter (target_parameters)"
-    obstacles = (merge_obstacle(layer, name) for name in sorted({*layer.lora_A, *layer.lora_embedding_A}))
-    return next(filter(None, obstacles), "")
+    merge = "PEFT adds the update to the base layer's parameter (target_parameters)"
+    if isinstance(layer, ExactMerging):
+        names = sorted({*layer.lora_A, *layer.lora_embedding_A})
+        merge = next(filter(None, (merge_obstacle(layer, name) for name in names)), "")
+    return LayerReport(path, kind, forward, merge)

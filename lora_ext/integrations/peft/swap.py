@@ -37,24 +37,19 @@ _peft_inject: Callable[..., None] | None = None
 def accelerate(model: Model | None = None, *, share_inputs: bool = True) -> Model | None:
     """Makes the LoRA layers of a model adapted by PEFT run on lora_ext's ops, or those of all future models.
 
-    Forward, backward, merge and unmerge of eligible layers use the ops, with results equal to PEFT's except rounding.
-    Everything else stays PEFT's code: adapters, config, state dict, saving, ``add_adapter``, ``set_adapter``, mixed
-    batches. :func:`report` says which layers are eligible, and why others are not.
+    Forward, backward, merge and unmerge of eligible layers use the ops; results equal PEFT's except rounding. The rest
+    stays PEFT's code. :func:`report` says which layers are eligible, and why others are not.
 
-    Differences: dropout masks come from lora_ext's generator, which PyTorch's seeds (``torch.manual_seed`` reproduces a
-    run, but not PEFT's masks), one mask for all layers that read one tensor; ``unmerge`` restores every bit of the
-    weight, from a record in the merged layer (0.03 to 0.25 bytes per element and the factors; none is kept by
-    ``merge_and_unload``).
+    Two things differ. Dropout masks come from lora_ext's generator, which ``torch.manual_seed`` seeds: one mask for all
+    layers that read one tensor, and not PEFT's. ``unmerge`` restores every bit of the weight from a record in the
+    merged layer (0.03 to 0.25 bytes per element and the factors; ``merge_and_unload`` keeps none).
 
     Args:
-        model: a ``PeftModel`` or any module with PEFT LoRA layers, changed in place: the class of every layer becomes a
-            subclass of itself. Layers that PEFT creates later need another call. None: all LoRA layers that PEFT
-            creates from now on.
-        share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op, with one dropout mask. They are
-            found while the model runs; :func:`report` names them.
-
-    Returns:
-        ``model``.
+        model: a ``PeftModel`` or any module with PEFT LoRA layers, changed in place and returned: the class of every
+            layer becomes a subclass of itself. Layers that PEFT creates later need another call. None: all LoRA layers
+            that PEFT creates from now on.
+        share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op. They are found while the model
+            runs; :func:`report` names them.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -81,9 +76,6 @@ def restore(model: Model | None = None) -> Model | None:
     """Undoes :func:`accelerate`: ``model``, or without a model future layers, run PEFT's code again.
 
     Models accelerated by ``accelerate()`` without a model stay accelerated until they are restored.
-
-    Returns:
-        ``model``.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.

@@ -1,0 +1,270 @@
+"""All ops under PyTorch's machinery: opcheck, compile, autocast, modes, checkpointing, meta tensors, threads."""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from support import op_table
+from support.op_calls import HAVE_KERNELS, good_call, op_named, tensors_of, with_entry
+from support.op_table import DOUBLE, FLOAT, OPS, Op, Sample, assert_bits, assert_close, entry_of, results
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from lora_ext import functional
+from lora_ext.nn import LoraAdapter, LoraLinear
+
+HERE = torch.get_default_device()
+OF_X = ("x", "weight", "weights", "bias", "biases", "base", "bases", "y", "grad_y", "grad_ys", "residual")
+FORWARDS = ("lora_linear", "lora_linear_siblings", "lora_delta_siblings", "lora_shrink", "lora_expand")
+each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+trains_or_not = pytest.mark.parametrize("trains", [False, True])
+
+
+@pytest.mark.pairs
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize("op", [op for op in HAVE_KERNELS if "merge" not in op])
+def test_opcheck(op, dtype, dropout_p):
+    """Factors are float32; a backward gets only what its wanted gradients read. test_merge_ops.py has the merges."""
+    call = good_call(op)
+    for name, i, tensor in list(tensors_of(call)):
+        tensor = tensor.to(dtype) if name in OF_X else tensor
+        trained = op in FORWARDS and (name in ("x", "xa", "base", "bases") or "lora_" in name)
+        call = with_entry(call, name, i, tensor.detach().requires_grad_(trained))
+    if "dropout_p" in call:
+        call |= {"dropout_p": dropout_p} | ({"mask": None} if "mask" in call and not dropout_p else {})
+    calls = [call]
+    if "output_mask" in call:
+        entries = len(call["output_mask"])
+        unread = {"x": None} if entries == 3 else {}
+        calls += [call | unread | {"output_mask": (True, False, True)[:entries]}]
+        calls += [call | {"output_mask": (False, True, False)[:entries]}]
+        calls += [call | {"xa": None, "output_mask": (True, entries == 3, False)[:entries]}] if "xa" in call else []
+        calls += [call | {"base": None}] if "base" in call else []
+    for variant in calls:
+        torch.library.opcheck(op_named(op), (), variant)
+
+
+@pytest.mark.parametrize(
+    "output_mask", [(False, False, False), (True, False, False), (False, True, False), (False, False, True)], ids=str
+)
+@pytest.mark.parametrize("op", [op for op in HAVE_KERNELS if op.endswith("backward") and "grouped" not in op])
+def test_a_backward_returns_only_what_is_asked(op, output_mask):
+    call = good_call(op)
+    output_mask = output_mask[: len(call["output_mask"])]
+    grads = op_named(op)(**call | {"output_mask": output_mask})
+    assert [bool(grad) if isinstance(grad, list) else grad is not None for grad in grads] == list(output_mask)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@trains_or_not
+@each_op
+def test_compiled_whole_for_any_number_of_tokens(op, trains, backend):
+    """One graph for every number of tokens from the second on, for all results or the last one."""
+    counter, graphs, sizes = CompileCounterWithBackend(backend), set(), (5, 8, 13)
+    torch._dynamo.reset()
+    compiled = torch.compile(op.run, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in sizes:
+        sample = op.small(DOUBLE, (tokens, 3)).with_dropout(0.3 if op.has_dropout else 0.0)
+        leaves = op.leaves(sample) if trains else []
+        assert_close(results(compiled, sample, leaves), results(op.run, sample, leaves))
+        graphs.add(counter.frame_count)
+        last = Sample(sample.call, sample.grads[-1:])
+        assert_close(*(results(lambda f=f, **call: f(**call)[-1:], last, leaves) for f in (compiled, op.run)))
+    assert len(graphs) == 1
+
+
+def test_dropout_compiled_by_inductor_is_determined_by_the_seed():
+    """Inductor draws from its own generator: the mask differs from eager's."""
+    sample = OPS["lora_linear"].small()
+    compiled = torch.compile(lambda: functional.lora_linear(**sample.call, dropout_p=0.3), fullgraph=True)
+    torch.manual_seed(1)
+    first = compiled()
+    torch.manual_seed(1)
+    assert torch.equal(compiled(), first) and not torch.equal(compiled(), first)
+
+
+class Adapted(nn.Module):
+    """An op with its tensors as parameters, as a function of x."""
+
+    def __init__(self, op: Op, call: dict) -> None:
+        super().__init__()
+        self.op, self.call = op, call
+        self.tensors = nn.ParameterDict({name: nn.Parameter(t) for name, _, t in tensors_of(call) if name != "x"})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op.run(**self.call | dict(self.tensors) | {"x": x})[0]
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "bottleneck"])
+def test_export(name):
+    call = OPS[name].small().call if name == "lora_linear" else op_table.bottleneck(residual=False).call
+    module, x = Adapted(OPS[name], call), torch.randn(9, 24)
+    program = torch.export.export(module, (call["x"],), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
+    assert any("lora_ext.lora_" in str(node.target) for node in program.graph.nodes)
+    exported = program.module()
+    torch.testing.assert_close(exported(x), module(x))
+    grads = [torch.autograd.grad(m(x).sum(), list(m.parameters())) for m in (exported, module)]
+    torch.testing.assert_close(*grads)
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lora_linear", "lora_linear_siblings", "lora_grouped_linear"])
+def test_autocast_casts_as_a_linear_layer_and_keeps_the_adapter(name, dtype):
+    """To the bit what the op does with x, weight and bias of that dtype; gradients have the arguments' dtype."""
+    op = OPS[name]
+    sample = op.small(leading=(6,)).with_dropout(0.3 if op.has_dropout else 0.0)
+    narrow, leaves = sample.call, op.leaves(sample)
+    for place in [(n, i) for n, i, _ in tensors_of(sample.call) if n in OF_X]:
+        narrow = with_entry(narrow, *place, entry_of(narrow, *place).to(dtype))
+    grads = [grad.to(dtype) for grad in sample.grads]
+    with torch.autocast(HERE.type, dtype=dtype):
+        ours = results(op.run, Sample(sample.call, grads), leaves)
+    expected = results(op.run, Sample(narrow, grads), leaves)
+    assert ours["result 0"].dtype == dtype
+    for place_name, value in ours.items():
+        torch.testing.assert_close(value, expected[place_name].to(value.dtype), rtol=2e-2, atol=2e-2)
+        assert "grad" not in place_name or value.dtype == torch.float32
+    assert torch.equal(ours["result 0"], expected["result 0"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lora_delta_", "lora_delta_siblings", "lora_grouped_"])
+def test_autocast_casts_x_to_what_the_base_layers_returned(name, dtype):
+    op = OPS[name]
+    sample = op.small()
+    what = "bases" if "siblings" in name else "y"
+    for place in [place for place in op.leaves(sample) if place[0] == what]:
+        sample.call = with_entry(sample.call, *place, entry_of(sample.call, *place).to(dtype))
+    sample.grads = [grad.to(dtype) for grad in sample.grads]
+    with torch.autocast(HERE.type, dtype=dtype):
+        ours = results(op.run, sample, op.leaves(sample))
+    narrow = Sample(sample.call | {"x": sample.call["x"].to(dtype)}, sample.grads)
+    expected = results(op.run, narrow, op.leaves(narrow))
+    assert ours["result 0"].dtype == dtype and ours["grad of x"].dtype == torch.float32
+    assert_bits(ours, expected | {"grad of x": expected["grad of x"].float()})
+
+
+@each_op
+def test_autocast_leaves_float64_and_narrow_products_alone(op):
+    """lora_shrink, lora_expand and a bottleneck are bound by memory: they compute as without autocast."""
+    is_narrow = op.name in ("lora_shrink", "lora_expand", "bottleneck")
+    sample = op.small(FLOAT if is_narrow else DOUBLE)
+    with torch.autocast(HERE.type, dtype=torch.bfloat16):
+        ours = results(op.run, sample, op.leaves(sample))
+    assert_bits(ours, results(op.run, sample, op.leaves(sample)))
+
+
+@each_op
+def test_meta_tensors(op):
+    sample = op.small(leading=(2, 3)).with_dropout(0.1 if op.has_dropout else 0.0)
+    call = sample.call
+    for name, i, tensor in list(tensors_of(call)):
+        call = with_entry(call, name, i, tensor.to("meta"))
+    ys = op.run(**call)
+    assert all(y.is_meta and y.shape == grad.shape for y, grad in zip(ys, sample.grads, strict=True))
+
+
+# --- modes, threads, recomputing --------------------------------------------------------------------------------------
+
+MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@each_op
+def test_without_gradients_nothing_is_kept(op, mode):
+    sample = op.small(leading=(6,)).with_dropout(0.3 if op.has_dropout else 0.0)
+    expected = {f"result {i}": y.detach() for i, y in enumerate(op.run(**sample.call))}
+    call = sample.call
+    if mode != "grad":
+        for place in op.leaves(sample):
+            call = with_entry(call, *place, entry_of(call, *place).detach().requires_grad_())
+        call = call | {"y": call["y"].detach()} if "y" in call else call
+    with MODES[mode]():
+        ys = op.run(**call)
+    assert all(y.grad_fn is None and not y.requires_grad for y in ys)
+    assert_bits({f"result {i}": y for i, y in enumerate(ys)}, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@each_op
+def test_checkpointing_recomputes_the_same_mask(op, reentrant):
+    """Also where the mask is drawn: the generator's state is restored."""
+    sample = op.small()
+    dropout = {"dropout_p": 0.5} if op.has_dropout else {}
+
+    def run(**call):
+        torch.manual_seed(4)
+        places = op.leaves(sample)
+
+        def from_leaves(*tensors):
+            for place, tensor in zip(places, tensors, strict=True):
+                nonlocal call
+                call = with_entry(call, *place, tensor)
+            return tuple(op.run(**call, **dropout))
+
+        return checkpoint(from_leaves, *(entry_of(call, *place) for place in places), use_reentrant=reentrant)
+
+    def plain(**call):
+        torch.manual_seed(4)
+        return op.run(**call, **dropout)
+
+    leaves = op.leaves(sample)
+    expected = results(plain, sample, leaves)
+    call, tensors = sample.call, []
+    for place in leaves:
+        tensors.append(entry_of(call, *place).detach().clone().requires_grad_())
+        call = with_entry(call, *place, tensors[-1])
+    torch.autograd.backward(run(**call), sample.grads)
+    found = [value for name, value in expected.items() if name.startswith("grad")]
+    assert all(torch.equal(tensor.grad, value) for tensor, value in zip(tensors, found, strict=True))
+
+
+@each_op
+def test_concurrent_callers(op):
+    """Scratch memory belongs to the calling thread."""
+    samples = [op.small(leading=(20 + i,)).with_dropout(0.3 if op.has_dropout else 0.0) for i in range(6)]
+    run = lambda sample: results(op.run, sample, op.leaves(sample))  # noqa: E731
+    expected = [run(sample) for sample in samples]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            for found, wanted in zip(pool.map(run, samples), expected, strict=True):
+                assert_bits(found, wanted)
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.is_registered])
+def test_the_function_and_the_op_give_the_same_bits(name):
+    op = OPS[name]
+
+    def registered(**call):
+        call = call | {"y": call["y"].clone()} if "y" in call else call
+        found = op_named(name)(**call)
+        if "y" in call:
+            return [call["y"]]
+        first = found if isinstance(found, torch.Tensor) else found[0]
+        return [first] if isinstance(first, torch.Tensor) else first
+
+    for dropout_p in (0.0, 0.4) if op.has_dropout else (0.0,):
+        sample = op.small().with_dropout(dropout_p)
+        for leaves in ([], *([place] for place in op.leaves(sample, with_frozen=True))):
+            assert_bits(results(op.run, sample, leaves), results(registered, sample, leaves))
+
+
+def test_functional_call_with_other_factors():
+    module = LoraLinear(nn.Linear(24, 20), LoraAdapter(24, 20, 4, 8, init_lora_weights=False))
+    other = {name: torch.randn_like(p) for name, p in module.named_parameters() if "lora_" in name}
+    x = torch.randn(5, 24)
+    y = torch.func.functional_call(module, other, (x,))
+    A, B = other["adapters.default.lora_A"], other["adapters.default.lora_B"]
+    torch.testing.assert_close(y, module.base_layer(x) + module.adapters.default.scaling * (x @ A.T @ B.T))

@@ -1,0 +1,474 @@
+"""The table of the ops as users call them: how each is called, what it computes, and samples of its arguments.
+
+The tests of tests/ops go over it. An op that is given a row here has tests of values, gradients, forms, machinery and
+bad arguments. ``support.op_calls`` has a call of every registered op, backward ops and merges included.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from support.groups import Grouped, random_groups
+from support.layers import assert_errors_as_plain, random_layer, random_siblings
+from support.op_calls import label, tensors_of, with_entry
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_ext import functional, reference
+from lora_ext._ops.checks import accumulation_dtype
+
+SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
+FLOAT, DOUBLE = (torch.float32,) * 2, (torch.float64,) * 2
+Dtypes = tuple[torch.dtype, torch.dtype]
+"""Of x and of the factors."""
+
+
+@dataclass
+class Sample:
+    """Arguments of an op by name, without dropout, and gradients of its results."""
+
+    call: dict[str, Any]
+    grads: list[Tensor]
+
+    def double(self) -> Sample:
+        call = self.call
+        for name, i, tensor in list(tensors_of(call)):
+            call = with_entry(call, name, i, tensor.double() if tensor.is_floating_point() else tensor)
+        return Sample(call, [grad.double() for grad in self.grads])
+
+    def with_dropout(self, dropout_p: float, seed: Tensor | None = SEED) -> Sample:
+        return replace(self, call=self.call | {"dropout_p": dropout_p, "seed": seed}) if dropout_p else self
+
+    def smallest(self) -> int:
+        """Returns the number of elements of the smallest tensor."""
+        tensors = [t for name, _, t in tensors_of(self.call) if t.is_floating_point() and name != "scalings"]
+        return min(tensor.numel() for tensor in [*tensors, *self.grads])
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op.
+
+    Attributes:
+        name: of the function in ``lora_ext.functional``, or of the registered op.
+        run: called with a sample's arguments by name; returns the results. Changes none of the arguments.
+        plain: the same in plain PyTorch.
+        trained: the arguments with gradients, "" for the weight and bias, which are usually frozen.
+        keeps: what the backward reads, and the arguments whose gradients read it.
+        small: makes a sample from dtypes and leading dimensions, for tests of everything but the arithmetic.
+        samples: makers of samples from dtypes, for the tests of the arithmetic.
+        empty: the same, with sizes of zero.
+        is_registered: whether ``torch.ops.lora_ext`` has it.
+    """
+
+    name: str
+    run: Callable[..., list[Tensor]]
+    plain: Callable[..., list[Tensor]]
+    trained: tuple[str, ...]
+    small: Callable[..., Sample]
+    samples: dict[str, Callable[[Dtypes], Sample]]
+    empty: dict[str, Callable[[Dtypes], Sample]]
+    frozen: tuple[str, ...] = ()
+    keeps: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    has_dropout: bool = True
+    is_registered: bool = True
+
+    def leaves(self, sample: Sample, with_frozen: bool = False) -> list[tuple[str, int | None]]:
+        """Returns the places of the tensors with gradients."""
+        names = self.trained + self.frozen * with_frozen
+        return [(name, i) for name, i, _ in tensors_of(sample.call) if name in names]
+
+
+def entry_of(call: dict[str, Any], name: str, i: int | None) -> Any:
+    return call[name] if i is None else call[name][i]
+
+
+def results(
+    function: Callable[..., list[Tensor]], sample: Sample, leaves: list[tuple[str, int | None]]
+) -> dict[str, Tensor]:
+    """Returns the results of a call and the gradients of its leaves, zero if unused. Views of arguments stay views."""
+    call, tensors = sample.call, []
+    for name, i in leaves:
+        tensors.append(entry_of(call, name, i).detach().requires_grad_())
+        call = with_entry(call, name, i, tensors[-1])
+    ys = function(**call)
+    outputs = [(y, grad) for y, grad in zip(ys, sample.grads, strict=True) if y.requires_grad]
+    grads = list(map(torch.zeros_like, tensors))
+    if outputs and tensors:
+        ys_used, grad_ys = zip(*outputs, strict=True)
+        grads = torch.autograd.grad(ys_used, tensors, grad_ys, materialize_grads=True)
+    named = {f"grad of {label(*leaf)}": grad for leaf, grad in zip(leaves, grads, strict=True)}
+    return {f"result {i}": y.detach() for i, y in enumerate(ys)} | named
+
+
+def _joined(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Joins the gradients of a list of factors: those of few rows can be exact by chance."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, value in found.items():
+        parts.setdefault(name.partition("[")[0], []).append(value.flatten())
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def assert_as_good_as_plain(
+    op: Op,
+    make: Callable[[Dtypes], Sample],
+    dtypes: Dtypes,
+    dropout_p: float = 0.0,
+    seed: Tensor = SEED,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Checks that errors against float64 are at most twice those of plain PyTorch at the same dtypes.
+
+    Several samples are judged by their joint error, until each result has two hundred elements. ``names``: of the
+    arguments with gradients; None: all.
+    """
+    dropout_p = dropout_p if op.has_dropout else 0.0
+    samples = [make(dtypes).with_dropout(dropout_p, seed)]
+    samples += [make(dtypes).with_dropout(dropout_p, seed) for _ in range(199 // max(samples[0].smallest(), 1))]
+    if samples[0].smallest() == 0:
+        samples = samples[:1]
+    compared = []
+    for sample in samples:
+        leaves = [place for place in op.leaves(sample) if names is None or place[0] in names]
+        runs = ((op.run, sample), (op.plain, sample.double()), (op.plain, sample))
+        found = tuple(results(function, of, leaves) for function, of in runs)
+        compared.append(tuple(map(_joined, found)) if "grouped" in op.name else found)
+        assert all(value.isfinite().all() for value in found[0].values())
+    assert_errors_as_plain(compared, *dtypes)
+
+
+def assert_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], but: str = "") -> None:
+    """Checks that results are equal to the bit, except the one named ``but``."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        if name != but:
+            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerances: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        said = lambda m, n=name: f"{n}: {m}"  # noqa: E731
+        torch.testing.assert_close(actual[name], expected[name], msg=said, **tolerances)
+
+
+# --- how the ops are called -------------------------------------------------------------------------------------------
+
+
+def _plain_delta(y: Tensor, x: Tensor, *rest: Any, **dropout: Any) -> Tensor:
+    return (y + reference.lora_delta(x, *rest, **dropout)).to(y.dtype)
+
+
+def _plain_grouped(y: Tensor, x: Tensor, *, ranks: Tensor | None = None, **call: Any) -> list[Tensor]:
+    return [(y + reference.lora_grouped(x, **call, ranks=ranks)).to(y.dtype)]
+
+
+def _plain_shrink(x: Tensor, lora_A: Tensor) -> list[Tensor]:
+    wide = torch.promote_types(x.dtype, lora_A.dtype)
+    return [(x.to(wide) @ lora_A.to(wide).T).to(accumulation_dtype(x.dtype))]
+
+
+def _plain_expand(base: Tensor, xa: Tensor, lora_B: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+    y = base + xa @ lora_B.to(xa.dtype).T
+    return [(y if bias is None else y + bias).to(base.dtype)]
+
+
+def one_by_one(x: Tensor, lora_As, lora_Bs, scalings, weights=(), biases=(), bases=(), **dropout) -> list[Tensor]:
+    """Computes layers that share x, with a call for each."""
+    if bases:
+        layers = zip(bases, lora_As, lora_Bs, scalings, strict=True)
+        return [functional.lora_delta_(base.clone(), x, *layer, **dropout) for base, *layer in layers]
+    layers = zip(weights, biases, lora_As, lora_Bs, scalings, strict=True)
+    return [functional.lora_linear(x, *layer, **dropout) for layer in layers]
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+_LAYER = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
+_LAYERS = ("x", "weights", "biases", "lora_As", "lora_Bs", "scalings")
+
+
+def linear(dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4), bias: bool | None = None) -> Sample:
+    layer = random_layer(size, dtypes, size[1] % 2 == 0 if bias is None else bias, leading)
+    return Sample(dict(zip(_LAYER, layer.args(), strict=True)), [layer.grad_y])
+
+
+def delta(dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4)) -> Sample:
+    layer = random_layer(size, dtypes, leading=leading)
+    names = ("x", "lora_A", "lora_B", "scaling")
+    return Sample({"y": torch.randn_like(layer.grad_y)} | {n: getattr(layer, n) for n in names}, [layer.grad_y])
+
+
+SIBLINGS = ((6, 24), ((20, 4), (12, 3)))
+
+
+def siblings(dtypes: Dtypes = FLOAT, leading=(), size=SIBLINGS) -> Sample:
+    group = random_siblings(size, dtypes, leading)
+    return Sample(dict(zip(_LAYERS, group.args(), strict=True)), group.grad_ys())
+
+
+def delta_siblings(dtypes: Dtypes = FLOAT, leading=(), size=SIBLINGS) -> Sample:
+    sample = siblings(dtypes, leading, size)
+    rest = {name: value for name, value in sample.call.items() if name not in ("weights", "biases")}
+    return Sample({"bases": [torch.randn_like(grad) for grad in sample.grads]} | rest, sample.grads)
+
+
+def of_groups(case: Grouped) -> Sample:
+    names = ("y", "x", "lora_As", "lora_Bs", "group_of_row", "scalings")
+    call = {name: getattr(case, name) for name in names}
+    return Sample(call | ({} if case.ranks is None else {"ranks": case.ranks}), [case.grad_y])
+
+
+def grouped(dtypes: Dtypes = FLOAT, leading=(), tokens=6, features=(24, 20), entries=((3, 4), 2), **options) -> Sample:
+    return of_groups(random_groups(tokens, features, list(entries), dtypes, leading=leading, **options))
+
+
+def grouped_linear(dtypes: Dtypes = FLOAT, leading=(), bias: bool = True, **options) -> Sample:
+    sample = grouped(dtypes, leading, **options)
+    out_features, in_features = sample.call.pop("y").shape[-1], sample.call["x"].shape[-1]
+    weight = (torch.randn(out_features, in_features) / max(in_features, 1) ** 0.5).to(dtypes[0])
+    own = {"weight": weight, "bias": torch.randn(out_features).to(dtypes[0]) if bias else None}
+    return Sample({"x": sample.call.pop("x")} | own | sample.call, sample.grads)
+
+
+def bottleneck(
+    dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4), activation="silu", residual=True, bias=True
+) -> Sample:
+    tokens, in_features, out_features, narrow = size
+    lead, out_features = leading or (tokens,), out_features if residual else in_features
+    x = torch.randn(*lead, in_features).to(dtypes[0])
+    down = (torch.randn(narrow, in_features) / max(in_features, 1) ** 0.5).to(dtypes[1])
+    down_bias, up_bias = (torch.randn(n).to(dtypes[1]) if bias else None for n in (narrow, out_features))
+    if activation == "relu":  # tokens near the kink, where rounding could flip the gradient
+        hidden = F.linear(x.double(), down.double(), None if down_bias is None else down_bias.double())
+        x[hidden.abs().amin(-1) < 0.02] = 0.0
+    call = {"x": x, "down_weight": down, "down_bias": down_bias}
+    call |= {"up_weight": torch.randn(out_features, narrow).to(dtypes[1]), "up_bias": up_bias, "activation": activation}
+    call |= {"residual": torch.randn(*lead, out_features).to(dtypes[0])} if residual else {}
+    return Sample(call, [torch.randn(*lead, out_features).to(dtypes[0])])
+
+
+def shrink(dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4)) -> Sample:
+    call = delta(dtypes, leading, size).call
+    x, A = call["x"], call["lora_A"]
+    return Sample({"x": x, "lora_A": A}, [torch.randn(*x.shape[:-1], len(A)).to(accumulation_dtype(x.dtype))])
+
+
+def expand(dtypes: Dtypes = FLOAT, leading=(), size=(6, 24, 20, 4)) -> Sample:
+    sample = delta(dtypes, leading, size)
+    base, rank = sample.call["y"], size[3]
+    xa = torch.randn(*base.shape[:-1], rank).to(accumulation_dtype(base.dtype))
+    bias = torch.randn(base.shape[-1]).to(base.dtype)
+    return Sample({"base": base, "xa": xa, "lora_B": sample.call["lora_B"], "bias": bias}, sample.grads)
+
+
+def _of_sizes(make: Callable[..., Sample], sizes, key: str = "size", **options) -> dict[str, Callable]:
+    return {str(size): partial(make, **{key: size}, **options) for size in sizes}
+
+
+# num_tokens, in_features, out_features, rank: no rows, one row, odd tails, ranks that are not multiples of 16, and
+# sizes that cross every block boundary of the kernels.
+SIZES = [
+    (0, 5, 3, 2),
+    (1, 1, 1, 1),
+    (1, 64, 48, 8),
+    (7, 5, 3, 2),
+    (31, 63, 130, 3),
+    (33, 64, 48, 17),
+    (70, 97, 131, 8),
+    (100, 515, 257, 100),
+    (40, 384, 384, 16),
+]
+# Both sides of every width in which kernels stream few tokens, and one token more. With one or two tokens a GPU's
+# library takes other kernels, and some releases pass it one pointer as bias and output.
+FEW = [(n, *size) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 24, 32, 33) for size in ((70, 130, 20), (512, 48, 16))]
+FEW += [(n, *size) for n in (1, 2) for size in ((256, 384, 16), (384, 128, 3), (33, 19, 1))]
+# Our product of many tokens: sums and columns on both sides of a vector, a panel, all panels of a group and the lanes
+# of a panel; the fewest tokens; whole tiles and others; more rows than are packed together.
+MANY = [
+    (33, 16, 32, 16),
+    (33, 1, 1, 1),
+    (61, 70, 40, 8),
+    (65, 31, 33, 17),
+    (71, 1030, 40, 3),
+    (72, 40, 1030, 40),
+    (96, 2051, 15, 65),
+    (97, 15, 300, 8),
+    (1100, 33, 50, 9),
+]
+# num_tokens and in_features, and the layers' out_features and rank: one to eight layers, ranks that fill no vector
+# alone or together, no rows, one row, odd tails, and sizes across every block boundary.
+OF_SIBLINGS = [
+    ((0, 5), ((3, 2), (4, 1))),
+    ((1, 1), ((1, 1), (1, 1))),
+    ((1, 64), ((48, 8), (48, 8), (48, 8))),
+    ((2, 256), ((256, 16), (64, 16), (384, 5))),
+    ((7, 5), ((3, 2), (130, 3), (1, 1))),
+    ((33, 64), ((48, 17), (64, 16))),
+    ((70, 97), ((131, 8), (64, 3), (5, 17))),
+    ((100, 515), ((257, 100),)),
+    ((40, 384), ((384, 16), (128, 16), (128, 16))),
+    ((35, 300), tuple((40 + 30 * i, 1 + i) for i in range(8))),
+    ((130, 70), ((40, 5), (1027, 20), (33, 1))),
+]
+EMPTY = [(*sizes, rank) for sizes in ((37, 72, 0), (2, 72, 0), (37, 0, 40), (2, 0, 40), (37, 0, 0)) for rank in (3, 40)]
+EMPTY += [(0, 72, 40, 3), (0, 0, 0, 3)]
+EMPTY_SIBLINGS = [((37, 72), sizes) for sizes in itertools.permutations(((0, 4), (40, 20), (33, 3)))]
+EMPTY_SIBLINGS += [((37, 72), ((0, 4), (0, 40))), ((37, 0), ((40, 20), (33, 3))), ((37, 0), ((0, 4), (33, 3)))]
+EMPTY_SIBLINGS += [((0, 72), ((40, 20), (33, 3))), ((0, 0), ((0, 20), (33, 3)))]
+
+_GROUPS = {
+    "one row": dict(tokens=1, entries=[4], groups=torch.tensor([0])),
+    "matrices": dict(tokens=33, features=(63, 130), entries=[1, 8, 17, 3]),
+    "a stack": dict(tokens=70, features=(97, 131), entries=[(5, 8)]),
+    "ranks of a stack": dict(tokens=40, features=(64, 48), entries=[(6, 16)], ranks=True),
+    "stacks and matrices": dict(tokens=50, features=(40, 24), entries=[(3, 8), 5, (2, 16), 1], ranks=True),
+    "a large rank": dict(tokens=37, features=(320, 257), entries=[300, 2]),
+    "panels and items": dict(tokens=700, features=(70, 40), entries=[5, 3], groups=(torch.arange(700) % 5 == 0) * 1),
+    "empty groups": dict(tokens=20, entries=[3] * 9, groups=torch.tensor([7, 2] * 10)),
+}
+_NO_GROUPS = {
+    "no rows": dict(tokens=0, entries=[4, 3]),
+    "one row of none": dict(tokens=1, entries=[4], groups=torch.tensor([-1])),
+    "all of none": dict(tokens=9, entries=[4, 3], groups=torch.full((9,), -1)),
+    "no features come in": dict(tokens=9, features=(0, 20), entries=[4, 3]),
+    "none go out": dict(tokens=9, features=(24, 0), entries=[4, 3]),
+    "a stack of none": dict(tokens=50, features=(40, 24), entries=[(3, 8), (0, 2), 1]),
+}
+_TOKENS = [1, 2, 7, 8, 9, 31, 32, 33, 130, 1100]  # few and many: kernels of their own, and groups of few and many rows
+_SOME_GROUPS = dict(features=(70, 37), entries=((5, 16), 3, 40))
+
+_SAVED = {"x": ("lora_A", "weight"), "xa": ("lora_B",), "mask": ("x", "lora_A")}
+_BOTTLENECK = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "residual")
+_SAVED_SIBLINGS = {"x": ("lora_As", "weights"), "xa": ("lora_Bs",), "mask": ("x", "lora_As")}
+
+OPS = {
+    op.name: op
+    for op in (
+        Op(
+            "lora_linear",
+            lambda **call: [functional.lora_linear(**call)],
+            lambda **call: [reference.lora_linear(**call)],
+            ("x", "lora_A", "lora_B"),
+            partial(linear, bias=True),
+            _of_sizes(linear, dict.fromkeys(SIZES + FEW + MANY)),
+            _of_sizes(linear, EMPTY),
+            ("weight", "bias"),
+            _SAVED,
+        ),
+        Op(
+            "lora_delta_",
+            lambda y, **call: [functional.lora_delta_(y.clone(), **call)],
+            lambda **call: [_plain_delta(**call)],
+            ("y", "x", "lora_A", "lora_B"),
+            delta,
+            _of_sizes(delta, SIZES),
+            _of_sizes(delta, EMPTY),
+            keeps=_SAVED,
+        ),
+        Op(
+            "lora_linear_siblings",
+            lambda **call: functional.lora_linear_siblings(**call),
+            lambda **call: reference.lora_linear_siblings(**call),
+            ("x", "lora_As", "lora_Bs"),
+            siblings,
+            _of_sizes(siblings, OF_SIBLINGS),
+            _of_sizes(siblings, EMPTY_SIBLINGS),
+            ("weights", "biases"),
+            _SAVED_SIBLINGS,
+        ),
+        Op(
+            "lora_delta_siblings",
+            lambda **call: functional.lora_delta_siblings(**call),
+            lambda bases, x, lora_As, lora_Bs, scalings, **dropout: [
+                _plain_delta(base, x, *layer, **dropout)
+                for base, *layer in zip(bases, lora_As, lora_Bs, scalings, strict=True)
+            ],
+            ("bases", "x", "lora_As", "lora_Bs"),
+            delta_siblings,
+            _of_sizes(delta_siblings, OF_SIBLINGS),
+            _of_sizes(delta_siblings, EMPTY_SIBLINGS),
+            keeps=_SAVED_SIBLINGS,
+        ),
+        Op(
+            "lora_grouped_",
+            lambda y, **call: [functional.lora_grouped_(y.clone(), **call)],
+            _plain_grouped,
+            ("y", "x", "lora_As", "lora_Bs"),
+            partial(grouped, ranks=True),
+            {name: partial(grouped, **options) for name, options in _GROUPS.items()},
+            {name: partial(grouped, **options) for name, options in _NO_GROUPS.items()},
+            keeps=_SAVED_SIBLINGS,
+        ),
+        Op(
+            "lora_grouped_linear",
+            lambda **call: [functional.lora_grouped_linear(**call)],
+            lambda x, weight, bias, **call: _plain_grouped(F.linear(x, weight, bias), x, **call),
+            ("x", "lora_As", "lora_Bs"),
+            partial(grouped_linear, ranks=True),
+            {
+                f"{n}, {bias}": partial(grouped_linear, tokens=n, bias=bias, ranks=n % 2 == 1, **_SOME_GROUPS)
+                for n in _TOKENS
+                for bias in (True, False)
+            },
+            {name: partial(grouped_linear, **options) for name, options in _NO_GROUPS.items()},
+            ("weight", "bias"),
+            has_dropout=False,
+        ),
+        Op(
+            "bottleneck",
+            lambda **call: [functional.bottleneck(**call)],
+            lambda **call: [reference.bottleneck(**call)],
+            _BOTTLENECK,
+            bottleneck,
+            {
+                f"{size}, {residual}": partial(bottleneck, size=size, residual=residual, activation="gelu")
+                for size in SIZES
+                for residual in (True, False)
+            }
+            | {
+                f"{activation}, {bias}": partial(bottleneck, size=(70, 97, 131, 8), activation=activation, bias=bias)
+                for activation in ("relu", "silu", "identity")
+                for bias in (True, False)
+            },
+            _of_sizes(bottleneck, EMPTY),
+            keeps={"x": ("x", "down_weight"), "xa": _BOTTLENECK},
+            has_dropout=False,
+            is_registered=False,
+        ),
+        Op(
+            "lora_shrink",
+            lambda **call: [torch.ops.lora_ext.lora_shrink(**call)],
+            _plain_shrink,
+            ("x", "lora_A"),
+            shrink,
+            _of_sizes(shrink, SIZES),
+            _of_sizes(shrink, EMPTY),
+            keeps={"x": ("x", "lora_A")},
+            has_dropout=False,
+        ),
+        Op(
+            "lora_expand",
+            lambda **call: [torch.ops.lora_ext.lora_expand(**call)],
+            _plain_expand,
+            ("base", "xa", "lora_B", "bias"),
+            expand,
+            _of_sizes(expand, SIZES),
+            _of_sizes(expand, EMPTY),
+            keeps={"xa": ("lora_B",)},
+            has_dropout=False,
+        ),
+    )
+}
+FUNCTIONS = [name for name in OPS if hasattr(functional, name)]
+
+
+def subsets(places: list) -> Iterator[list]:
+    """Yields every part of the list, except none."""
+    for bits in range(1, 1 << len(places)):
+        yield [place for i, place in enumerate(places) if bits >> i & 1]
