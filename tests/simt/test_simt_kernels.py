@@ -11,7 +11,14 @@ from itertools import product
 
 import pytest
 import torch
-from support.layers import Siblings, assert_errors_as_plain, misaligned, random_siblings
+from support.layers import (
+    Siblings,
+    assert_errors_as_plain,
+    in_dtypes_of,
+    misaligned,
+    random_siblings,
+    with_rounded_factors,
+)
 from torch import Tensor
 
 from lora_ext import reference
@@ -89,9 +96,10 @@ def run_reference(
 def assert_as_good_as_torch(siblings: Siblings, dropout_p: float = 0.0, **options) -> dict[str, Tensor]:
     ours = run_kernels(siblings, dropout_p, **options)
     add_to = options.get("add_to")
-    exact = run_reference(siblings.to(torch.float64), dropout_p, add_to)
-    plain = run_reference(siblings, dropout_p, add_to)
-    assert_errors_as_plain([(ours, exact, plain)], siblings.x.dtype, siblings.layers[0].lora_A.dtype)
+    read = with_rounded_factors(siblings)
+    exact = run_reference(read.to(torch.float64), dropout_p, add_to)
+    plain = in_dtypes_of(run_reference(read, dropout_p, add_to), ours)
+    assert_errors_as_plain([(ours, exact, plain)], siblings.x.dtype, siblings.x.dtype)
     return ours
 
 

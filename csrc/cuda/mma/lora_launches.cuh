@@ -134,60 +134,60 @@ inline void add_gradients(const LoraShrinkBackwardParams& p, const ShrinkBackwar
   }
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace, const GpuStream& stream) {
-  launch_xa_pass<T, kParts>(p, plan, workspace, stream).add_partials(stream);
+  launch_xa_pass<T>(p, plan, workspace, stream).add_partials(stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace, const GpuStream& stream) {
-  launch_y_pass<T, kParts>(p, complete_sums(p.xa, p.num_tokens, p.total_rank), plan, workspace, stream);
+  launch_y_pass<T>(p, complete_sums(p.xa, p.num_tokens, p.total_rank), plan, workspace, stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraForwardParams& p, const ForwardWorkspace& plan, char* workspace, const GpuStream& stream) {
-  const LowRankSums xa = launch_xa_pass<T, kParts>(p.shrink, plan.shrink, workspace, stream);
-  launch_y_pass<T, kParts>(p.expand, xa, plan.expand, workspace, stream);
+  const LowRankSums xa = launch_xa_pass<T>(p.shrink, plan.shrink, workspace, stream);
+  launch_y_pass<T>(p.expand, xa, plan.expand, workspace, stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraStreamedParams& p, const ShrinkWorkspace& plan, char* workspace, const GpuStream& stream) {
-  launch_few_tokens<T>(p, launch_xa_pass<T, kParts>(p.forward.shrink, plan, workspace, stream), stream);
+  launch_few_tokens<T>(p, launch_xa_pass<T>(p.forward.shrink, plan, workspace, stream), stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
-  launch_grad_y_passes<T, kParts>(p, static_cast<float*>(p.grad_xa), plan, workspace, stream).add_partials(stream);
+  launch_grad_y_passes<T>(p, static_cast<float*>(p.grad_xa), plan, workspace, stream).add_partials(stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};
   add_gradients(p, plan, workspace, stream.multiprocessors, sums);
   launch_gradient_sums(sums, stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
   const LowRankSums grad_xa = complete_sums(p.grad_xa, p.num_tokens, p.total_rank);
-  if (p.wants_grad_x) launch_grad_x_pass<T, kParts>(p, grad_xa, plan, workspace, stream);
-  if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T, kParts>(p, grad_xa.sums, plan, workspace, stream);
+  if (p.wants_grad_x) launch_grad_x_pass<T>(p, grad_xa, plan, workspace, stream);
+  if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T>(p, grad_xa.sums, plan, workspace, stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};
   add_gradients(p, plan, workspace, stream.multiprocessors, sums);
   launch_gradient_sums(sums, stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraBackwardParams& p, const BackwardWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
   float* sums = reinterpret_cast<float*>(workspace + plan.grad_xa_offset);
-  LowRankSums grad_xa = launch_grad_y_passes<T, kParts>(p.expand, sums, plan.expand, workspace, stream);
+  LowRankSums grad_xa = launch_grad_y_passes<T>(p.expand, sums, plan.expand, workspace, stream);
   // grad_x comes before grad_lora_A, because its kernel adds the partial sums of grad_xa on the way.
   if (p.shrink.wants_grad_x) {
-    launch_grad_x_pass<T, kParts>(p.shrink, grad_xa, plan.shrink, workspace, stream);
+    launch_grad_x_pass<T>(p.shrink, grad_xa, plan.shrink, workspace, stream);
   } else if (p.shrink.wants_grad_lora_A) {
     grad_xa.add_partials(stream);
   }
   if (p.shrink.wants_grad_lora_A) {
-    launch_grad_lora_A_pass<T, kParts>(p.shrink, sums, plan.shrink, workspace, stream);
+    launch_grad_lora_A_pass<T>(p.shrink, sums, plan.shrink, workspace, stream);
   }
   GradientSumsParams gradients{.dtype = p.expand.factor_dtype};
   add_gradients(p.shrink, plan.shrink, workspace, stream.multiprocessors, gradients);
@@ -207,7 +207,7 @@ void launch_kernels(Params p, char* workspace, const GpuStream& stream) {
   PackFactorsParams pack{.dtype = dtypes_of(&p).dtype};
   add_factors(p, plan, kParts, workspace, pack);
   launch_pack_factors<kParts>(pack, stream);
-  launch_passes<T, kParts>(p, plan, workspace, stream);
+  launch_passes<T>(p, plan, workspace, stream);
 }
 
 }  // namespace mma

@@ -1,5 +1,5 @@
-// Factors of another dtype than x, rounded to x's dtype as autocast rounds them: all of a call in one launch, before the
-// kernels that read them. Gradients are still sums in float32, rounded to the factors' own dtype.
+// Factors of another dtype than x, rounded to x's dtype as autocast rounds them: all of a call in one launch, before
+// the kernels that read them. Gradients are still sums in float32, rounded to the factors' own dtype.
 #pragma once
 
 #include <algorithm>
