@@ -1,4 +1,4 @@
-"""Exported programs run in a process that cannot import lora_ext: with our ops and their library, or plain PyTorch."""
+"""Exported programs run without lora_ext, with our ops and their library or plain PyTorch; decoders export, too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from architectures.table import ARCHITECTURES
+from support.ways import WAYS, adapted, save_random_adapter
 from torch import Tensor, nn
+from torch.export import Dim
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from lora_ext import LoraConfig, functional, inject, set_adapter
 from lora_ext.adapters import merge_and_unload
@@ -20,7 +25,7 @@ from lora_ext.functional import bottleneck, lora_linear_siblings
 pytestmark = [pytest.mark.cpu_only("the subprocesses compute on the CPU"), pytest.mark.full]
 
 ALIVE = {"r": 2, "lora_alpha": 6, "init_lora_weights": False}
-BATCH = torch.export.Dim("batch", min=2)
+BATCH = Dim("batch", min=2)
 
 RUN = """
 import sys
@@ -189,3 +194,59 @@ def test_aotinductor(plain, tmp_path):
         program = exported(model, torch.randint(20, (3, 7)))
     torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
     run_elsewhere(tmp_path, "package", ids, model(ids), [] if plain else library_paths())
+
+
+# --- decoders: prompts of any length, a static cache ------------------------------------------------------------------
+
+ROWS = {row.name: row for row in ARCHITECTURES}
+
+
+def decoder(name: str, directory, way: str = "inject") -> nn.Module:
+    base = ROWS[name].build()
+    save_random_adapter(base, directory, target_modules="all-linear")
+    return adapted(WAYS[way], base, directory).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "strict", "plain"),
+    [
+        ("Llama", "inject", True, False),
+        ("Gemma3", "inject", False, False),
+        ("Qwen2", "inject", False, True),
+        ("Llama", "accelerate", False, False),
+    ],
+)
+def test_prompts_of_any_length(name, way, strict, plain, tmp_path):
+    model, ids = decoder(name, tmp_path, way), ROWS[name].inputs()["input_ids"]
+    dynamic = {"input_ids": {0: BATCH, 1: Dim("length", min=2, max=32)}, "use_cache": None}
+    if way == "accelerate":  # PEFT's wrapper has no signature that names the arguments
+        model = model.get_base_model()
+    with plain_pytorch() if plain else contextlib.nullcontext():
+        inputs = {"input_ids": ids, "use_cache": False}
+        program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=strict)
+    assert our_ops(program) == (set() if plain or way == "accelerate" else {"lora_ext.lora_linear.default"})
+    other = torch.randint(3, 64, (5, 13))
+    expected = model(input_ids=other).logits
+    torch.testing.assert_close(program.module()(input_ids=other, use_cache=False).logits, expected)
+
+
+@torch.no_grad()
+def test_a_static_cache(tmp_path):
+    """Transformers' recipe for devices: one token a call, the cache in the program."""
+    model, prompt = decoder("Llama", tmp_path).float(), [5, 9, 3, 17]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(torch.tensor([prompt]), **options)[0].tolist()
+    cache = {"batch_size": 1, "max_cache_len": 16}
+    model.generation_config = transformers.GenerationConfig(
+        use_cache=True, cache_implementation="static", cache_config=cache
+    )
+    exportable = TorchExportableModuleForDecoderOnlyLM(model, **cache)
+    program = exportable.export(input_ids=torch.tensor([[5]]), cache_position=torch.tensor([0]))
+    assert our_ops(program) == {"lora_ext.lora_linear.default"}
+    run, tokens = program.module(), list(prompt)
+    for position in range(len(prompt) + 5):
+        token = torch.tensor([[tokens[position]]])
+        last = run(input_ids=token, cache_position=torch.tensor([position]))[0, -1]
+        if position >= len(prompt) - 1:
+            tokens.append(last.argmax().item())
+    assert tokens == expected

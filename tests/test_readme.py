@@ -95,7 +95,7 @@ def test_python_of_adapters_md(in_tmp_path, capsys):
     assert adapter_names(run(finetuned)["model"]) == ["default"]
     assert capsys.readouterr().out.strip() in ("negative", "neutral", "positive")
     names = run(several, model=bare_model())
-    assert adapter_names(names["model"]) == ["first", "second", "both"]
+    assert adapter_names(names["model"]) == ["first", "second", "third", "both"]
 
 
 def test_python_of_peft_md(in_tmp_path):

@@ -20,13 +20,6 @@ def without_wrapper(module: nn.Module) -> nn.Module | None:
     return parts.get(COMPILED, parts.get(_CHECKPOINTED))
 
 
-def plain_path(path: str) -> str:
-    """``path``, or a key of a state, without the names of wrappers around parts of the model."""
-    if COMPILED not in path and _CHECKPOINTED not in path:
-        return path
-    return ".".join(name for name in path.split(".") if name not in (COMPILED, _CHECKPOINTED))
-
-
 def root_module(model: nn.Module) -> nn.Module:
     """``model``, or the module inside all wrappers: paths must not depend on them."""
     while True:

@@ -23,10 +23,6 @@ from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_IN_ONE_BATCH = (
-    "To train both in one batch (adapter_names), activate one and call requires_grad_() on the other's parameters"
-)
-
 
 @checked
 @one_at_a_time
@@ -59,7 +55,10 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
         together = [name for name in names if name in layer.adapters]
         if len(together) > 1 and isinstance(layer, DoraLinear | TrainedModule):
             what = "has the DoRA adapters" if isinstance(layer, DoraLinear) else "is trained in full by"
-            raise ValueError(f"set_adapter: {path!r} {what} {together}; use only one of them. {_IN_ONE_BATCH}")
+            raise ValueError(
+                f"set_adapter: {path!r} {what} {together}; use only one of them. To train both in one batch "
+                "(adapter_names), activate one and call requires_grad_() on the other's parameters"
+            )
     adapters.switch(names, trainable)
     return model
 
@@ -122,10 +121,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     adapters.check_names("delete_adapter", [name])
     if name in adapters.active.names:
         others = sorted(adapters.configs.keys() - {name})
-        remedy = f"call set_adapter(model, ...) first, with one of {others}"
-        raise RuntimeError(
-            f"delete_adapter: {name!r} is active; {remedy if others else 'it is the last one: call unload(model)'}"
-        )
+        raise RuntimeError(f"delete_adapter: {name!r} is active; call set_adapter with one of {others}, or unload")
     check_unmerged("delete_adapter", model, name)
     adapters.active.check_unused("delete_adapter", [name])
     adapters.remove(name)
@@ -232,14 +228,14 @@ def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def check_unmerged(caller: str, model: nn.Module, name: str | None = None) -> None:
     """Raises a RuntimeError if adapter ``name``, or for None any, is merged into a layer of ``model``."""
-    if name is None:
-        merged = [repr(path) for path, layer in lora_modules(model) if layer.is_merged]
-        what, unmerge = "adapters are", "unmerge(model)"
-    else:
-        merged = [repr(path) for path, layer in lora_modules(model) if name in layer.merged_adapters]
-        what, unmerge = f"{name!r} is", f"unmerge(model, {name!r})"
+    merged = [
+        repr(path)
+        for path, layer in lora_modules(model)
+        if (layer.is_merged if name is None else name in layer.merged_adapters)
+    ]
     if merged:
-        raise RuntimeError(f"{caller}: {what} merged into {first_of(merged)}; call {unmerge} first")
+        what, unmerge = ("adapters are", "") if name is None else (f"{name!r} is", f", {name!r}")
+        raise RuntimeError(f"{caller}: {what} merged into {first_of(merged)}; call unmerge(model{unmerge}) first")
 
 
 def check_low_rank(caller: str, adapter: Adapter) -> None:

@@ -260,13 +260,10 @@ def _chosen(caller: str, layers: dict[str, LoraLayer], names: set[str] | None, a
         return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
     chosen = {path: (layer, set(layer.active_adapters)) for path, layer in layers.items() if layer.active_adapters}
     if not chosen and not allow_none:
-        if any(layer.active.is_disabled for layer in layers.values()):
-            remedy = "leave disable_adapters first"
-        elif any(len(layer.adapters) for layer in layers.values()):
-            remedy = "call set_adapter(model, ...) first"
-        else:
-            remedy = "adapters of a pool are not merged: load_adapter(model, directory) first"
-        raise RuntimeError(f"{caller}: no adapter is active in {first_of(map(repr, layers))}; {remedy}")
+        raise RuntimeError(
+            f"{caller}: no adapter is active in {first_of(map(repr, layers))}; call set_adapter(model, ...) or "
+            "load_adapter first, outside disable_adapters"
+        )
     return chosen
 
 
@@ -275,7 +272,7 @@ def _where(wanted: Chosen) -> dict[LoraLayer, str]:
 
 
 def _merge_next_to_merged(wanted: Chosen) -> list[MergeError]:
-    """Merges the adapters ``wanted``, in addition to those that are merged. Returns the errors of quantising again."""
+    """Merges ``wanted`` in addition to what is merged. Returns the errors of quantising again."""
     names_of = {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}
     change_merged("merge", names_of, _where(wanted))
     return [layer._merged.error for layer in names_of if layer._merged.error is not None]
@@ -301,8 +298,7 @@ def _warn_of_errors(caller: str, errors: Collection[MergeError]) -> None:
 
 def _check_mergeable(caller: str, wanted: Chosen) -> None:
     """Checks that adding to the weights does what the layers' forwards do."""
-    problems = [f"{path}: {reason}" for path, (layer, names) in wanted.items() if (reason := layer.why_not_merge())]
-    if problems:
+    if problems := [f"{path}: {why}" for path, (layer, _) in wanted.items() if (why := layer.why_not_merge())]:
         raise ValueError(f"{caller}: updates cannot be merged into{listed(problems)}")
 
 

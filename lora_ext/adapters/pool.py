@@ -123,15 +123,11 @@ class AdapterPool:
         with self._changed:
             return list(self._held)
 
-    def knows(self, name: str) -> bool:
-        """Returns whether the pool holds the adapter, or can find it."""
-        with self._changed:
-            return name in self._held or self._path_of(name) is not None
-
-    def check_known(self, names: Iterable[str], caller: str, adapters_of_model: Iterable[str] = ()) -> None:
+    def check_known(self, names: Iterable[str], caller: str, adapters_of_model: Iterable[str]) -> None:
         """Raises a KeyError if the pool neither holds an adapter nor can find it."""
+        held = {*self.resident()}
         for name in names:
-            if not self.knows(name):
+            if name not in held and self._path_of(name) is None:
                 known = first_of(map(repr, [*adapters_of_model, *self.names()]), _SHOWN)
                 raise KeyError(f"{caller}: there is no adapter {name!r}; the adapters are [{known}]")
 
@@ -155,16 +151,13 @@ class AdapterPool:
         with self._changed:
             fits = self._changed.wait_for(lambda: len(names) > self._num_slots or self._fit(names), self._timeout)
             if self.is_closed:
-                raise RuntimeError("AdapterPool: the pool is closed, and holds no adapters; make another one")
-            if len(names) > self._num_slots:
+                raise RuntimeError("AdapterPool: the pool is closed; make another one")
+            if not fits or len(names) > self._num_slots:
+                wanted = first_of(map(repr, names), _SHOWN)
                 raise RuntimeError(
-                    f"AdapterPool: {len(names)} adapters are wanted at once, but the pool has {self._num_slots} slots; "
-                    "raise max_bytes, or split the batch"
-                )
-            if not fits:
-                raise RuntimeError(
-                    f"AdapterPool: running calls use the slots that {first_of(map(repr, names), _SHOWN)} need; raise "
-                    "max_bytes or timeout, or run fewer calls at the same time"
+                    f"AdapterPool: {len(names)} adapters are wanted at once ({wanted}), and running calls use "
+                    f"{len(self._users)} of {self._num_slots} slots; raise max_bytes or timeout, split the batch, or "
+                    "run fewer calls at the same time"
                 )
             self._users.update(names)
             try:
@@ -261,10 +254,6 @@ class AdapterPool:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an AdapterPool cannot be pickled; call close() first")
 
-    def __repr__(self) -> str:
-        gib = self._num_slots * self._slot_bytes / 2**30
-        return f"AdapterPool({len(self._held)} of {self._num_slots} slots, r={self._shape.r}, {gib:.2f} GiB)"
-
 
 # --- the layers of a model --------------------------------------------------------------------------------------------
 
@@ -283,7 +272,7 @@ def _layers_of(model: nn.Module, config: LoraConfig) -> Adapter:
         adapters = adapter_set(model)
     taken = () if adapters is None else adapters.configs
     name = next(name for i in range(len(taken) + 1) if (name := f"pool{i}") not in taken)
-    adapter, _ = Injection(model, config, name).build_without_memory()
+    adapter = Injection(model, config, name).build(torch.device("meta"))
     others = [part for part in adapter.parts if not isinstance(part.layer, LoraLinear)]
     if others:
         raise TypeError(

@@ -66,19 +66,12 @@ def find_changes(
     fan_in_fan_out: bool | None = None,
     weights: Sequence[float] | None = None,
 ) -> dict[str, TensorChange]:
-    """Matches the contents of adapters with the tensors of ``base``.
+    """Matches adapters with the tensors of ``base``; returns the tensors of the result, the base's first, in its order.
 
-    A tied head is stored apart if an adapter changes only the head or only the embedding.
+    A tied head is stored apart if an adapter changes only the head or only the embedding. ``fan_in_fan_out`` and
+    ``weights`` are those of :func:`~lora_ext.checkpoints.merge`.
 
-    Args:
-        fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
-        weights: factor of each adapter's updates.
-
-    Returns:
-        The tensors of the result by key: the base's first, in its order.
-
-    Raises:
-        ValueError: parts of an adapter have no place in the base, or do not fit it; the message lists all of them.
+    ValueError: parts of an adapter have no place in the base, or do not fit it; the message lists all of them.
     """
     changes = {key: TensorChange(base.info(key).shape, base.info(key).dtype, key) for key in base}
     problems: list[str] = []

@@ -39,10 +39,8 @@ class Checkpoint:
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Opens ``path``: a directory with an index and its files, a directory with one safetensors file, or a file.
 
-        Raises:
-            FileNotFoundError: a file is missing; the message names it.
-            ValueError: a file is corrupted or no regular file; the index is wrong, or leads out of the directory, or
-                disagrees with the files.
+        FileNotFoundError: a file is missing. ValueError: a file is corrupted or not regular; the index is wrong, leads
+        out of the directory, or disagrees with the files.
         """
         path = Path(path)
         if path.exists() and not path.is_dir():

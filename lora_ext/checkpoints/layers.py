@@ -59,14 +59,10 @@ class Layer(NamedTuple):
 def find_layers(
     adapters: Sequence[AdapterContents], base: Checkpoint | None, *, fan_in_fan_out: bool | None = None
 ) -> list[Layer]:
-    """Finds the layers that adapters update, in the order of the adapters' files. Reads no tensor.
+    """Finds the layers that adapters update by low-rank factors, in the order of the adapters' files; reads no tensor.
 
-    Ignores tensors that an adapter replaces in full, biases, and rows of embeddings. ``fan_in_fan_out`` is that of
-    :func:`~lora_ext.checkpoints.merge`.
-
-    Raises:
-        ValueError: an adapter does not fit ``base``, or the adapters do not fit each other (the message lists all
-            misfits); an adapter rescales weights (DoRA).
+    ValueError: an adapter does not fit ``base``, or the adapters do not fit each other (the message lists all misfits);
+    an adapter rescales weights (DoRA).
     """
     factors: dict[str, dict[int, LayerFactors]] = {}
     weights: dict[str, dict[int, LayerWeight]] = {}

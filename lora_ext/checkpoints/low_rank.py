@@ -23,9 +23,8 @@ class LayerError:
 def approximate(delta: Tensor, rank: int, energy: float | None = None) -> tuple[Tensor, Tensor, LayerError]:
     """Computes a truncated singular value decomposition of ``delta [out, in]``, and overwrites it by the remainder.
 
-    Small matrices are decomposed in full. For larger ones a randomised method (Halko, Martinsson, Tropp, arXiv
-    0909.4061, algorithm 4.4) finds the leading part at a cost that grows with the rank, not with the smaller side. With
-    twice as many random vectors as the rank and four iterations, the error is within 1 % of the best one.
+    Small matrices are decomposed in full, larger ones by a randomised method (Halko, Martinsson, Tropp, arXiv
+    0909.4061, algorithm 4.4): with twice as many vectors as the rank, the error is within 1 % of the best one.
 
     Args:
         rank: largest rank; the smaller side of the matrix is a limit too.

@@ -37,11 +37,7 @@ class Prefix(NamedTuple):
 
 
 def find_prefix(keys: Collection[str], names: Sequence[str]) -> Prefix:
-    """Finds the prefix with which most of ``names`` are ``keys``. Names that fit as they are, or none, need none.
-
-    Raises:
-        ValueError: two prefixes fit equally well.
-    """
+    """Finds the prefix with which most of ``names`` are ``keys``, if none is as it is. ValueError: two fit equally."""
     if not names or any(name in keys for name in names):
         return Prefix()
     name = names[0]
@@ -65,11 +61,7 @@ class Tie(NamedTuple):
 
 
 def find_tie(checkpoint: Checkpoint) -> Tie | None:
-    """Finds the tie of a language model, by its config, if the embedding is stored and the head is not.
-
-    Raises:
-        ValueError: the config is wrong.
-    """
+    """Finds the tie of a language model whose embedding is stored and whose head is not. ValueError: a bad config."""
     config = checkpoint.config()
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from lora_ext._common.embeddings import input_embeddings
@@ -79,11 +80,12 @@ def adapt(model: PreTrainedModel, options: TaskOptions, drawn: Collection[str]) 
 
     CommandError: the method does not fit the model, an option is wrong, or drawn weights would stay untrained.
     """
+    modules_to_save = _modules_to_save(model, options)
     values = {
         **vars(options),
-        **lora_targets(model, options.lora_targets),
+        **lora_targets(model, options.lora_targets, modules_to_save or ()),
         "r": options.lora_r,
-        "modules_to_save": _modules_to_save(model, options),
+        "modules_to_save": modules_to_save,
         "base_model_name_or_path": options.model,
     }
     saved = tuple(values["modules_to_save"] or ())
@@ -109,8 +111,8 @@ def _modules_to_save(model: PreTrainedModel, options: TaskOptions) -> list[str] 
     return ["pooler"] if weights and all(weight.is_floating_point() for weight in weights) else None
 
 
-def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
-    """Returns the fields of ``LoraConfig`` for ``text``.
+def lora_targets(model: PreTrainedModel, text: str, saved: Collection[str] = ()) -> dict[str, Any]:
+    """Returns the fields of ``LoraConfig`` for ``text``; ``saved`` are the names of modules that are trained in full.
 
     ``q``, ``k``, ``v`` and ``o`` are the attention's projections if the architecture is known; parts of a packed
     projection become ``enable_lora``. ``embeddings`` is the model's input embedding. Text with a character that no name
@@ -131,7 +133,22 @@ def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
     if "embeddings" in names and embedding is None:
         names.remove("embeddings")
         print(f"{type(model).__name__} tells no input embeddings: LoRA adapts {', '.join(names)} alone")
-    return {"target_modules": [embedding if name == "embeddings" else name for name in names]}
+        return lora_targets(model, ",".join(names), saved)
+    found = {"embeddings": [embedding], "all-linear": _linear_layers(model, saved)}
+    return {"target_modules": [path for name in names for path in found.get(name, [name])]}
+
+
+def _linear_layers(model: PreTrainedModel, saved: Collection[str]) -> list[str]:
+    """Returns the linear layers that are neither in a head nor in a module of ``saved``: "all-linear" in a list."""
+    last, heads = model.get_output_embeddings(), {name.rpartition(".")[0] for name in head_parameters(model)}
+    trained = {path for path, _ in model.named_modules() if saved and path.endswith(tuple(saved))} | heads
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not last
+        and not f"{path}.".startswith(tuple(f"{one}." for one in trained))
+    ]
 
 
 def checkpoint_bytes(model: PreTrainedModel) -> int:

@@ -13,7 +13,7 @@ from lora_ext.commands.results import tell, to_json
 def main(argv: list[str]) -> None:
     parser = Parser(
         prog="lora-ext merge",
-        description="Merges adapters into a checkpoint of safetensors files, and holds one tensor in memory at a time.",
+        description="Merges adapters into a checkpoint of safetensors files, and holds 8 MB of it in memory at a time.",
     )
     add = parser.add_argument
     add("--base", type=Path, required=True, metavar="DIR", help="the checkpoint: a directory, or one safetensors file")

@@ -80,9 +80,9 @@ class AdapterFile:
 
 
 def read_method_note(directory: Path) -> tuple[str, str | None]:
-    """Reads the names of the methods that saved an adapter, joined by +, and the pooling of the model, if noted.
+    """Reads the names of the methods that saved an adapter, joined by +, and the model's pooling; "" without a note.
 
-    ``""`` and None without :data:`METHOD_FILE`. ValueError: it is damaged. OSError: it cannot be read.
+    ValueError: it is damaged. OSError: it cannot be read.
     """
     path = directory / METHOD_FILE
     try:

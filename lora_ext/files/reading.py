@@ -77,10 +77,8 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 def read_json(path: Path, caller: str = "", limit: int = LARGEST_CONFIG) -> dict[str, Any]:
     """Reads the JSON object in the regular file ``path``, in UTF-8.
 
-    Raises:
-        OSError: as ``open``.
-        ValueError: the file is larger than ``limit`` bytes or not regular, or :func:`parse_json` refuses it. The
-            message begins with ``caller``.
+    OSError: as ``open``. ValueError, which begins with ``caller``: the file is larger than ``limit`` bytes or not
+    regular, or :func:`parse_json` refuses it.
     """
     begin = f"{caller}: " if caller else ""
     try:
@@ -96,29 +94,24 @@ def read_json(path: Path, caller: str = "", limit: int = LARGEST_CONFIG) -> dict
 def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     """Parses the JSON object in ``text``, which has a bounded size; bytes are UTF-8.
 
-    Args:
-        source: prefix of error messages that says where the text is from.
-
-    Raises:
-        ValueError: it is not JSON, not an object or deeper than 64 levels, a key is repeated, or a string is not
-            Unicode, so that no file or terminal takes it.
+    ValueError, which begins with ``source``: it is not JSON, not an object or deeper than 64 levels, a key is repeated,
+    or a string is not Unicode, so that no file or terminal takes it.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         values = json.loads(text, object_pairs_hook=_without_repetition)
         _check_depth(values, _DEEPEST)
+        json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"{source} is nested too deeply: it has more than {_DEEPEST} levels") from None
+    except UnicodeEncodeError as error:
+        part = error.object[max(error.start - 20, 0) : error.start + 20]
+        raise ValueError(f"{source} has a string that is not Unicode: {part!r}") from None
     except ValueError as error:
         raise ValueError(f"{source} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds a {type(values).__name__}, want an object")
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        part = error.object[max(error.start - 20, 0) : error.start + 20]
-        raise ValueError(f"{source} has a string that is not Unicode: {part!r}") from None
     return values
 
 
@@ -216,14 +209,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Reads the index of tensors that are spread over several safetensors files in one directory.
+    """Reads the index of tensors in several safetensors files of one directory, and the names of these files.
 
-    Returns:
-        The index, whose ``weight_map`` maps keys to names of files, and these names.
-
-    Raises:
-        FileNotFoundError: a file that it names is missing.
-        ValueError: it is no index, or a name in it is not one of a safetensors file in the directory.
+    FileNotFoundError: a file that it names is missing. ValueError: it has no ``weight_map`` from keys to names of
+    safetensors files in the directory.
     """
     index = read_json(path, limit=_LARGEST_INDEX)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +34,7 @@ from lora_ext.files.hub import download_adapter
 from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
 from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.writing import write_files
+from lora_ext.injection.build import give_memory
 from lora_ext.injection.inject import Injection, apply_injection, lora_modules
 from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter, find_adapters
 from lora_ext.model.adapter_state import warn_of_lost_parameters
@@ -197,7 +197,7 @@ def load_opened(
             adapters.check_enabled("load_adapter")
         adapter = find_adapter(model, "load_adapter", adapter_name)
         check_same_kind(adapter, config, file)
-        _fill_checked(model, file, adapter, None, activate)
+        _fill_checked(model, file, adapter, False, activate)
         return
     activate = activate or adapters is None or not adapters.configs
     if trainable and not activate:
@@ -213,19 +213,16 @@ def load_opened(
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"load_adapter: {file.directory / CONFIG_FILE}: {error}") from error
     with injection.values_gathered():
-        # Memory is allocated only after the file's shapes have been checked against the config's.
-        adapter, give_memory = injection.build_without_memory()
-        _fill_checked(model, file, adapter, give_memory, activate)
+        adapter = injection.build(torch.device("meta"))  # memory comes after the file's shapes have been checked
+        _fill_checked(model, file, adapter, True, activate)
 
 
-def _fill_checked(
-    model: nn.Module, file: AdapterFile, adapter: Adapter, give_memory: Callable[[], Adapter] | None, activate: bool
-) -> None:
+def _fill_checked(model: nn.Module, file: AdapterFile, adapter: Adapter, is_new: bool, activate: bool) -> None:
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
     check_expert_layout(adapter, file)
     check_fits(_targets(model, adapter, file), file)
-    if give_memory is not None:
-        adapter = give_memory()
+    if is_new:
+        give_memory(adapter)
     targets = _targets(model, adapter, file)
     check_places(targets, file)
     file.warn_of_damage(targets)
@@ -237,7 +234,7 @@ def _fill_checked(
             local(target).copy_(part_like(target, values) if is_sharded(target) else values)
         for key, scale in adapter.file_scales().items():
             targets[f"{KEY_PREFIX}{key}"].div_(scale)
-        if give_memory is not None:
+        if is_new:
             apply_injection(model, adapter, activate)
         elif activate:
             adapter.into.switch((adapter.name,))

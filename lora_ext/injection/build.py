@@ -12,7 +12,7 @@ from torch import nn
 from lora_ext.config import LoraConfig
 from lora_ext.injection.targets import Targets
 from lora_ext.matching.path_names import Parents
-from lora_ext.model.adapter_set import AdapterSet, Part, complete_parts
+from lora_ext.model.adapter_set import Adapter, AdapterSet, Part, complete_parts
 from lora_ext.model.bare_model import BareModel, file_path
 from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import LORA_LAYERS, AdapterLayer, DoraLinear, LoraLayer, LoraPackedLinear, LoraParameter
@@ -53,7 +53,7 @@ def attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None
 class PartsBuilder:
     """Builds the parts of one adapter for a model that holds the adapters ``into`` already.
 
-    The adapter's tensors are on ``device`` if given; on the meta device they have shapes and take no memory.
+    Its low-rank factors are on ``device`` if given: on the meta device they take no memory until :func:`give_memory`.
     """
 
     def __init__(
@@ -62,24 +62,11 @@ class PartsBuilder:
         self.bare, self.config, self.active, self.device = bare, config, into.active, device
         self.untrained = {key: bias for biases in into.biases.values() for key, bias in biases.originals().items()}
         self.made: dict[tuple[str, Callable], AdapterLayer] = {}
-        self.low_rank: list[Part] | None = None
 
     def parts(self, targets: Targets) -> tuple[Part, ...]:
-        if self.low_rank is None:
-            self.low_rank = [*self.lora_parts(targets), *self.parameter_parts(targets)]
-        parts = [*self.low_rank, *self.trained_parts(targets)]
+        parts = [*self.lora_parts(targets), *self.parameter_parts(targets), *self.trained_parts(targets)]
         replaced = {old: new for part in parts for old, new in part.replaced.items()}
         return complete_parts((*parts, *self.token_parts(targets, replaced)))
-
-    def give_memory(self) -> None:
-        """Allocates meta factors on their base layers' devices, in place; :meth:`parts` now allocates there too."""
-        self.device = None
-        for part in self.low_rank or ():
-            device = execution_device(innermost(part.layer)) or part.layer.weight.device
-            for module in part.adapter.modules():
-                for name, factor in module._parameters.items():
-                    if factor is not None and factor.is_meta:
-                        module._parameters[name] = nn.Parameter(torch.empty_like(factor, device=device))
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
         for path, module, setting in adapted_modules(self.bare, targets, self.config):
@@ -107,12 +94,6 @@ class PartsBuilder:
 
     def trained_parts(self, targets: Targets) -> Iterator[Part]:
         copied: dict = dict(self.untrained)  # a shared deepcopy memo: copies of tied modules stay tied
-        for path in targets.trained if self.device is not None else ():
-            for parameter in self.bare.modules[path].parameters():
-                empty = torch.empty_like(parameter, device=self.device)
-                copied.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
-            for buffer in self.bare.modules[path].buffers():
-                copied.setdefault(id(buffer), torch.empty_like(buffer, device=self.device))
         inside = Parents(targets.trained)
         for path, around in reversed(self.bare.layers.items()):  # copies must not contain other adapters
             if path in inside:
@@ -125,8 +106,7 @@ class PartsBuilder:
     def token_parts(self, targets: Targets, replaced: Mapping[nn.Module, nn.Module]) -> Iterator[Part]:
         """Builds the parts that train token rows. ``replaced``: the modules that other parts replace, and by what."""
         rows: dict[str, TokenRows | TiedRows] = {
-            path: TokenRows(self.bare.modules[path].weight, tokens, self.device)
-            for path, tokens in targets.tokens.items()
+            path: TokenRows(self.bare.modules[path].weight, tokens) for path, tokens in targets.tokens.items()
         }
         rows |= {path: TiedRows(rows[source]) for path, source in targets.tied.items()}
         for path, adapter in rows.items():
@@ -164,3 +144,11 @@ class PartsBuilder:
             if self.config.bias == "all" or path in num_layers:
                 owners[file_path(path, num_layers) + ".base_layer" * num_layers[path]] = module
         return TrainedBiases(owners)
+
+
+@torch.inference_mode(False)
+def give_memory(adapter: Adapter) -> None:
+    """Allocates the factors that are on the meta device on their base layers' devices, uninitialised, in place."""
+    for part in adapter.parts:
+        if isinstance(part.layer, LoraLayer):
+            part.adapter.to_empty(device=execution_device(innermost(part.layer)) or part.layer.weight.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lora_ext._common.printable import listed, shown
 from lora_ext.config import LoraConfig
 from lora_ext.injection.all_linear import why_bypassed_at
@@ -23,25 +25,38 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
         TypeError: targets are of unsupported kinds; all are listed.
         ValueError: a token does not exist; values to train are offloaded; or a module has adapters of another kind.
     """
-    _check_modules(bare, targets, config)
-    _check_trained(bare, targets)
+    if problems := list(_of_unsupported_kinds(bare, targets, config)):
+        kinds = ", ".join(kind.base_kinds for kind in LORA_LAYERS)
+        raise TypeError(
+            f"inject: the config names parts that cannot be adapted; supported are {kinds}, and parameters. Narrow the "
+            f"settings that name them, or add to exclude_modules:{listed(problems)}"
+        )
     _check_tokens(bare, targets)
-    _check_parameters(bare, targets)
     _check_present_adapters(bare, targets, config)
     _check_offloaded(bare, targets, config)
 
 
-def _check_modules(bare: BareModel, targets: Targets, config: LoraConfig) -> None:
-    problems = []
+def _of_unsupported_kinds(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[str]:
+    """Yields each part that cannot be adapted or trained, and why."""
     for path, module, setting in adapted_modules(bare, targets, config):
-        if (problem := _why_not(bare, config, path, setting)) is not None:
-            problems.append(f"{path} ({type(module).__name__}): {problem}")
-    if problems:
-        kinds = ", ".join(kind.base_kinds for kind in LORA_LAYERS)
-        raise TypeError(
-            f"inject: target_modules matches modules that cannot be adapted; supported are {kinds}. Narrow "
-            f"target_modules, or add to exclude_modules:{listed(problems)}"
-        )
+        if (why := _why_not(bare, config, path, setting)) is not None:
+            yield f"{path} ({type(module).__name__}): {why}"
+    inside = Parents(targets.trained)
+    for path, module in bare.modules.items():
+        if path in inside and (quantized_weight(module, any_kind=True) or why_unsupported(module)) is not None:
+            yield (
+                f"{path} ({type(module).__name__}): modules_to_save would train its quantised weight; adapt it by "
+                "target_modules, or leave it unquantised (llm_int8_skip_modules, modules_to_not_convert)"
+            )
+    for path, name in ((path, name) for path, names in targets.parameters.items() for name in names):
+        why = LoraParameter.why_not_parameter(bare.modules[path], name) or why_bypassed_at(bare, path)
+        if why is None and attention_around(bare, path) is not None:
+            why = f"nn.MultiheadAttention reads it and never calls its module; name {path!r} in target_modules"
+        if why is not None:
+            yield f"{path}.{name}: {why}"
+    for path in (*targets.tokens, *targets.tied):
+        if (why := TrainableTokens.why_not(bare.modules[path])) is not None:
+            yield f"{path} ({type(bare.modules[path]).__name__}): trainable_token_indices cannot train its rows: {why}"
 
 
 def _why_not(bare: BareModel, config: LoraConfig, path: str, setting: str) -> str | None:
@@ -66,45 +81,16 @@ def _why_not(bare: BareModel, config: LoraConfig, path: str, setting: str) -> st
     return why and f"nn.MultiheadAttention reads its weight and never calls it, and {why}"
 
 
-def _check_trained(bare: BareModel, targets: Targets) -> None:
-    """Refuses to train quantised weights in full: they are integers."""
-    inside, problems = Parents(targets.trained), []
-    for path, module in bare.modules.items():
-        if path in inside and (quantized_weight(module, any_kind=True) or why_unsupported(module)) is not None:
-            problems.append(f"{path} ({type(module).__name__})")
-    if problems:
-        raise TypeError(
-            "inject: modules_to_save would train quantised weights. Adapt them by target_modules, or leave them "
-            f"unquantised (llm_int8_skip_modules, modules_to_not_convert):{listed(problems)}"
-        )
-
-
 def _check_tokens(bare: BareModel, targets: Targets) -> None:
-    for path in (*targets.tokens, *targets.tied):
-        module, tokens = bare.modules[path], targets.tokens.get(path)
-        if problem := TrainableTokens.why_not(module):
-            raise TypeError(
-                f"inject: trainable_token_indices cannot train rows of {path!r} ({type(module).__name__}): {problem}"
-            )
-        if tokens == ():
+    for path, tokens in targets.tokens.items():
+        size = len(bare.modules[path].weight)
+        if not tokens:
             raise ValueError(f"inject: trainable_token_indices names no token of {path!r}; leave it out")
-        if wrong := [token for token in tokens or () if token >= len(module.weight)]:
+        if wrong := [token for token in tokens if token >= size]:
             raise ValueError(
-                f"inject: trainable_token_indices names the tokens {shown(wrong)}, but {path!r} has "
-                f"{len(module.weight)}; resize the embedding first (resize_token_embeddings)"
+                f"inject: trainable_token_indices names the tokens {shown(wrong)}, but {path!r} has {size}; resize the "
+                "embedding first (resize_token_embeddings)"
             )
-
-
-def _check_parameters(bare: BareModel, targets: Targets) -> None:
-    problems = []
-    for path, name in ((path, name) for path, names in targets.parameters.items() for name in names):
-        reason = LoraParameter.why_not_parameter(bare.modules[path], name) or why_bypassed_at(bare, path)
-        if reason is None and attention_around(bare, path) is not None:
-            reason = f"nn.MultiheadAttention reads it and never calls its module; name {path!r} in target_modules"
-        if reason is not None:
-            problems.append(f"{path}.{name}: {reason}")
-    if problems:
-        raise TypeError(f"inject: target_parameters matches parameters that cannot be adapted:{listed(problems)}")
 
 
 def _check_present_adapters(bare: BareModel, targets: Targets, config: LoraConfig) -> None:

@@ -1,14 +1,13 @@
 """Adapts a model in place: replaces its target layers by layers that hold adapters.
 
 Everything that can fail happens before the model changes; :func:`apply_injection` then only swaps modules and sets
-``requires_grad``. lora_ext/injection/targets.py finds the layers that a config names, by PEFT's rules;
-lora_ext/injection/check_targets.py refuses what cannot be adapted, lora_ext/injection/build.py makes the new layers.
+``requires_grad``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -48,12 +47,8 @@ def inject(
     Targets can be linear layers (also quantised ones), embeddings, convolutions, attention and single parameters. The
     first call freezes all parameters; trainable are those of the adapter, ``config.modules_to_save`` and
     ``config.bias``. The output stays the same until the adapter is trained. An adapter is on its base layer's device,
-    in its dtype, or in float32 if that has 16 bits. A layer in several places of the model is replaced in all of them
-    by one new layer, named by the first path. ``nn.TransformerEncoder``'s inference fast path is switched off: it reads
-    weights without calling their layers.
-
-    Another call with another name adds a second adapter, on the same or on other layers, and makes it the active one;
-    :func:`lora_ext.adapters.set_adapter` switches back.
+    in its dtype, or in float32 if that has 16 bits. A layer in several places of the model is replaced in all of them.
+    Another call with another name adds a second adapter, and makes it the active one.
 
     Args:
         model: any module; weights may be on the meta device.
@@ -66,14 +61,13 @@ def inject(
         ``model``, the same object.
 
     Raises:
-        ValueError: a setting matches nothing (close matches are named) or does not go together with another one, an
-            adapter or the state of the model, such as merged adapters or a wrapper of ``DistributedDataParallel``.
+        ValueError: a setting matches nothing, or does not go together with another one or the state of the model.
         TypeError: targets of unsupported kinds (all are named).
         The model is then unchanged.
 
     Warns:
-        UserWarning: an entry matches nothing while others do; the trained copy of a module in ``modules_to_save`` no
-            longer shares a parameter with the rest of the model; or "all-linear" leaves out parts of the model.
+        UserWarning: an entry matches nothing while others do; a trained copy (``modules_to_save``) no longer shares a
+            parameter with the rest of the model; or "all-linear" leaves out parts of it.
     """
     if not isinstance(config, LoraConfig):
         config = LoraConfig.from_peft(config)
@@ -120,27 +114,10 @@ class Injection:
             parameters += [bias for module in modules.values() if (bias := module._parameters.get("bias")) is not None]
         return gathered(parameters)
 
-    def build(self) -> Adapter:
-        """Builds the initialised adapter."""
-        return self._adapter(PartsBuilder(self._bare, self._config, self._into))
-
-    def build_without_memory(self) -> tuple[Adapter, Callable[[], Adapter]]:
-        """Builds the adapter on the meta device (shapes only), and returns it with a function that allocates memory.
-
-        That function returns the adapter on the base layers' devices; low-rank factors are uninitialised.
-        """
-        builder = PartsBuilder(self._bare, self._config, self._into, torch.device("meta"))
-        adapter = self._adapter(builder)
-
-        def give_memory() -> Adapter:
-            with torch.inference_mode(False):
-                builder.give_memory()  # low-rank factors, in place; copies of modules and rows are made again below
-            return self._adapter(builder) if self._targets.trained or self._targets.tokens else adapter
-
-        return adapter, give_memory
-
-    def _adapter(self, builder: PartsBuilder) -> Adapter:
+    def build(self, device: torch.device | None = None) -> Adapter:
+        """Builds the initialised adapter; low-rank factors on ``device``, or where their base layers are."""
         with torch.inference_mode(False):  # autograd would refuse parameters that are made there, also later
+            builder = PartsBuilder(self._bare, self._config, self._into, device)
             parts = builder.parts(self._targets)
             return Adapter(self._name, self._config, self._into, parts, builder.biases(parts))
 
@@ -169,8 +146,7 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     """Sets what a model needs whose layers have changed: groups of layers, hooks, and methods in place of its own."""
     root = root_module(model)
     form_input_groups(root, adapters.share_inputs, (LoraLinear,))
-    _switch_off_fast_path(root)
-    prepare_quantized(root)
+    prepare_modules(root)
     guard_against_trainers(root)
     serve_adapter_names(root, adapters)
     serve_files(root)
@@ -191,11 +167,10 @@ def remove_empty_layers(model: nn.Module, adapters: AdapterSet) -> None:
 
 def forget_injection(model: nn.Module) -> None:
     """Removes the attributes and hooks that :func:`apply_injection` set on the modules of ``model``."""
-    release_quantized(model)
+    release_modules(model)
     for module in model.modules():
         forget_adapter_set(module)
         forget_adapter_names(module)
-        _restore(module, *(attribute for _, attribute, _ in _FAST_PATH))
         remove_guard(module)
     stop_serving_files(root_module(model))
 
@@ -222,12 +197,9 @@ def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
     """Checks the name of a new adapter. ValueError: it is taken or invalid."""
     check_adapter_name(caller, name)
     if adapters is not None and name in adapters.configs:
-        remove = (
-            "unload(model)" if caller == "inject" and len(adapters.configs) == 1 else f"delete_adapter(model, {name!r})"
-        )
         raise ValueError(
             f"{caller}: adapter {name!r} exists already; the adapters are {sorted(adapters.configs)}. Choose another "
-            f"name, or {remove} first (lora_ext.adapters)"
+            f"name, or delete_adapter(model, {name!r}) or unload(model) first (lora_ext.adapters)"
         )
 
 
@@ -267,46 +239,30 @@ def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfi
 
 # --- attributes of modules --------------------------------------------------------------------------------------------
 
-# In eval mode these modules pass linear1.weight and linear2.weight to a fused kernel, unless this attribute is off.
-_FAST_PATH: tuple[tuple[type[nn.Module], str, int | bool], ...] = (
+# Attributes that are off while a model has adapters. In eval mode PyTorch's encoder passes weights to a fused kernel,
+# without calling their layers. Transformers' Trainer refuses a model that is marked as quantised unless PEFT adapts it.
+_OFF: tuple[tuple[type[nn.Module], str, int | bool], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),  # only the fused kernel takes nested tensors
+    (nn.Module, "is_quantized", False),
 )
-_QUANTIZED = "is_quantized"
 _BEFORE = "_{}_before_lora"  # the attribute that keeps another one's value
 
 
-def _change(module: nn.Module, attribute: str, value: int | bool) -> None:
-    vars(module).setdefault(_BEFORE.format(attribute), getattr(module, attribute))
-    setattr(module, attribute, value)
-
-
-def _restore(module: nn.Module, *attributes: str) -> None:
-    for attribute in attributes:
-        if _BEFORE.format(attribute) in vars(module):
-            setattr(module, attribute, vars(module).pop(_BEFORE.format(attribute)))
-
-
-def _switch_off_fast_path(root: nn.Module) -> None:
-    for module in root.modules():
-        for kind, attribute, off in _FAST_PATH:
-            if isinstance(module, kind) and any(adapter_layers(module)):
-                _change(module, attribute, off)
-
-
-def prepare_quantized(model: nn.Module) -> None:
-    """Keeps the quantised layers of ``model`` from rewriting their weights in calls, and makes trainers accept it.
-
-    Transformers' Trainer refuses a model that is marked as quantised unless PEFT adapts it: the mark is taken off.
-    """
+def prepare_modules(model: nn.Module) -> None:
+    """Switches off what bypasses adapters or refuses them, and keeps quantised layers from rewriting their weights."""
     keep_stored(model)
     for module in model.modules():
-        if vars(module).get(_QUANTIZED) is True:
-            _change(module, _QUANTIZED, False)
+        for kind, attribute, off in _OFF:
+            is_on = isinstance(module, kind) and bool(getattr(module, attribute, False))
+            if is_on and (kind is nn.Module or any(adapter_layers(module))):
+                vars(module)[_BEFORE.format(attribute)] = getattr(module, attribute)
+                setattr(module, attribute, off)
 
 
-def release_quantized(model: nn.Module) -> None:
-    """Undoes :func:`prepare_quantized`."""
+def release_modules(model: nn.Module) -> None:
+    """Undoes :func:`prepare_modules`."""
     stop_keeping_stored(model)
     for module in model.modules():
-        _restore(module, _QUANTIZED)
+        for attribute in (attribute for _, attribute, _ in _OFF if _BEFORE.format(attribute) in vars(module)):
+            setattr(module, attribute, vars(module).pop(_BEFORE.format(attribute)))

@@ -14,7 +14,6 @@ from typing import NoReturn
 
 from torch import nn
 
-from lora_ext.model.bare_model import adapter_layers
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter_layer import INSTEAD_OF_PEFT
 
@@ -26,14 +25,10 @@ _WITHOUT_REFERENCE = {"sft", "reward-trainer"}  # TRL's names of the methods tha
 class NoPeftConfigs(dict):
     """The configs of PEFT's adapters in an injected model: none, and none can be added."""
 
-    def __setitem__(self, name: str, config: object) -> NoReturn:
+    def update(self, *configs: object) -> NoReturn:
         raise ValueError(f"PEFT cannot adapt an injected model: {INSTEAD_OF_PEFT}")
 
-    def __missing__(self, name: str) -> NoReturn:
-        raise KeyError(f"PEFT has no adapter {name!r} in an injected model; call save_adapter or load_adapter")
-
-    def update(self, configs: object) -> NoReturn:
-        self["default"] = configs
+    __setitem__ = update
 
 
 def guard_against_trainers(root: nn.Module) -> None:
@@ -54,26 +49,17 @@ def remove_guard(module: nn.Module) -> None:
 def add_model_tags(model: nn.Module, tags: list[str] | str) -> None:  # this name: a bound method is pickled by its name
     """Replaces the method of this name of a Transformers model.
 
-    Raises:
-        RuntimeError: a trainer of TRL whose method may need a reference model, or the output head is adapted.
+    RuntimeError: a trainer of TRL whose method may need a reference model, or the output head is adapted.
     """
     if "trl" in tags:
         if not _WITHOUT_REFERENCE & {*tags}:
             raise RuntimeError(
-                f"inject: TRL's trainer ({', '.join(tags)}) makes its reference of a PeftModel's adapters, and would "
-                "load another checkpoint for an injected model; let PEFT adapt the plain model, and call "
-                "lora_ext.integrations.peft.accelerate on it"
+                f"inject: TRL's trainer ({', '.join(tags)}) would make its reference of the checkpoint, without the "
+                "adapters; let PEFT adapt the plain model, and call lora_ext.integrations.peft.accelerate on it"
             )
-        _check_head(model)
+        if isinstance(model.get_output_embeddings(), LoraLayer):
+            raise RuntimeError(
+                "inject: the output head has an adapter, but TRL reads the head's weight without calling it; leave it "
+                "out of target_modules, or train it in full (modules_to_save)"
+            )
     getattr(type(model), _METHOD)(model, tags)
-
-
-def _check_head(model: nn.Module) -> None:
-    head = model.get_output_embeddings()
-    if isinstance(head, LoraLayer):
-        path = next((path for path, layer in adapter_layers(model) if layer is head), "")
-        raise RuntimeError(
-            f"inject: {path!r} has an adapter, but TRL reads the head's weight without calling the head, and the "
-            f"adapter would have no effect. Leave {path!r} out of target_modules, or train it in full: "
-            f"modules_to_save=[{path!r}]"
-        )

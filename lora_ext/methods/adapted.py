@@ -11,7 +11,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import gathered
 from lora_ext.adapters.merge_model import unload
-from lora_ext.injection.inject import Injection, apply_injection, prepare_quantized, release_quantized
+from lora_ext.injection.inject import Injection, apply_injection, prepare_modules, release_modules
 from lora_ext.methods.base import Inserted, Insertion, Method, head_paths, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, check_not_managed, root_module
@@ -74,7 +74,7 @@ def carry_out(model: nn.Module, method: Method, insertions: list[Insertion], ada
         apply_injection(model, adapter)
     elif adapter_set(model) is None:
         root.requires_grad_(False)
-        prepare_quantized(root)
+        prepare_modules(root)
     for insertion in insertions:
         insert(insertion)
     vars(root)[_ATTRIBUTE] = method
@@ -115,7 +115,7 @@ def remove_method(model: ModelT) -> ModelT:
         unload(model)
     root = root_module(model)
     remove_inserted(root)
-    release_quantized(root)
+    release_modules(root)
     delattr(root, _ATTRIBUTE)
     stop_serving_files(root)
     weights = [quantized_weight(module) for module in model.modules()]

@@ -150,14 +150,11 @@ class AdapterSet:
             raise RuntimeError(f"{caller}: the adapters are disabled; leave disable_adapters first")
 
     def check_names(self, caller: str, names: Iterable[str]) -> None:
-        """Checks that the model has these adapters itself. KeyError: it has not; the message says if a pool has."""
+        """Checks that the model has these adapters itself. KeyError: it has not; the message lists them."""
+        known = sorted(self.configs)
         for name in names:
-            if name not in self.configs and self.pool is not None and self.pool.knows(name):
-                raise KeyError(
-                    f"{caller}: {name!r} is an adapter of the model's AdapterPool, which rows name (adapter_names); "
-                    f"for one of the model itself, call load_adapter(model, directory, adapter_name={name!r})"
-                )
-        check_names(caller, self.configs, names)
+            if name not in known:
+                raise KeyError(f"{caller}: there is no adapter {name!r}; the adapters are {known}")
 
     def add(self, adapter: Adapter) -> None:
         """Registers an adapter whose parts are attached. Until it is active, it is frozen, without its biases."""
@@ -242,12 +239,10 @@ def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
     """The adapters of an injected model. ValueError: it is not injected."""
     adapters = adapter_set(model)
     if adapters is None:
-        root = root_module(model)
-        inner = next((path for path, module in root.named_modules() if _ATTRIBUTE in vars(module)), None)
-        remedy = "call lora_ext.inject on it (on this module, not on a part of it)"
-        if inner is not None:
-            remedy = f"its part {inner!r} is: pass model.{inner}"
-        raise ValueError(f"{caller}: {type(root).__name__} is not injected; {remedy}")
+        raise ValueError(
+            f"{caller}: {type(root_module(model)).__name__} is not injected; call lora_ext.inject on it, or pass the "
+            "part of it that was injected"
+        )
     return adapters
 
 
@@ -279,10 +274,3 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
                 "the model, which leaves them on the device that computes"
             )
     return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))
-
-
-def check_names(caller: str, known: Mapping[str, object] | Iterable[str], names: Iterable[str]) -> None:
-    known = sorted(known)
-    for name in names:
-        if name not in known:
-            raise KeyError(f"{caller}: there is no adapter {name!r}; the adapters are {known}")

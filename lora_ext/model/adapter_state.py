@@ -54,18 +54,11 @@ def warn_of_lost_parameters(
     lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in kept]
     if not lost:
         return
-    if method is None:
-        owner, loader = "belongs to no adapter", "load_adapter"
-        remedy = (
-            "name its module in modules_to_save, call save_adapter(..., save_embedding_layers=True) for an embedding "
-            "or head, or lora_ext.methods.save_method if a method trains it"
-        )
-    else:
-        owner, loader = f"does not belong to {method.name}", "load_method"
-        remedy = "freeze it, or save it yourself"
+    owner, loader = ("no adapter", "load_adapter") if method is None else (f"no part of {method.name}", "load_method")
     warn_user(
-        f"{caller}: {shown(lost[0])} requires a gradient but {owner} (one of {len(lost)} parameters): {loader} will "
-        f"not restore it; {remedy}"
+        f"{caller}: {shown(lost[0])} requires a gradient but belongs to {owner} (one of {len(lost)} parameters): "
+        f"{loader} will not restore it; freeze it, save it yourself, name its module in modules_to_save, or call "
+        "save_adapter(..., save_embedding_layers=True) for an embedding or head, save_method if a method trains it"
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.hooks import has_pre_hook, remove_hooks
 from lora_ext._common.printable import shown
-from lora_ext.model.adapter_set import AdapterSet, adapter_set, check_names
+from lora_ext.model.adapter_set import AdapterSet, adapter_set
 from lora_ext.model.bare_model import adapter_layers, output_head, root_module
 from lora_ext.model.replaced_method import ReplacedMethod
 from lora_ext.nn import AdapterLayer
@@ -162,7 +162,7 @@ def choice_of(
     if pooled:
         adapters.pool.check_known(pooled, caller, adapters.configs)
     else:
-        check_names(caller, adapters.configs, used)
+        adapters.check_names(caller, used)
     first = _first_rows(root, values)
     if first is not None and len(first[1]) != len(names):
         raise ValueError(

@@ -28,6 +28,7 @@ class FactorsAtHand(NamedTuple):
     r: int
     scaling: float
     lora_dropout: float
+    lora_magnitude_vector: Tensor | None  # of DoRA
 
 
 class LoraAdapter(nn.Module):
@@ -156,7 +157,9 @@ class LoraAdapter(nn.Module):
                 f"{type(self).__name__}: the factors are offloaded, and would get no gradient; inject after you "
                 "dispatch or offload the model, which leaves them on the device that computes"
             )
-        return FactorsAtHand(self.lora_A, self.lora_B, self.lora_bias, self.r, self.scaling, self.lora_dropout)
+        factors = self.lora_A, self.lora_B, self.lora_bias
+        magnitude = self.lora_magnitude_vector if self.has_magnitude else None
+        return FactorsAtHand(*factors, self.r, self.scaling, self.lora_dropout, magnitude)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, scaling={self.scaling:g}"

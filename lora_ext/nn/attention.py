@@ -22,9 +22,9 @@ from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, row_choice
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
 
-_SEPARATE = (
-    "its query, key and value weights are separate (kdim or vdim); name them in target_parameters, as for PEFT: "
-    "'<path>.q_proj_weight' and so on"
+_UNUSUAL = (
+    "it has separate weights (kdim, vdim) or further keys (add_bias_kv, add_zero_attn); name its weights in "
+    "target_parameters, as for PEFT: '<path>.in_proj_weight', or '<path>.q_proj_weight' and so on"
 )
 _HOOKED = "it has hooks or another forward, which adapters would bypass; remove them, or leave the attention out"
 
@@ -57,8 +57,8 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             return "its forward is not nn.MultiheadAttention's"
         if has_hooks(module):
             return _HOOKED
-        if not module._qkv_same_embed_dim:
-            return _SEPARATE
+        if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
+            return _UNUSUAL
         return why_weight_unusable(module, "in_proj_weight", at_hand=True)
 
     @classmethod
@@ -118,12 +118,11 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
 
         is_batched = query.dim() == 3
         q, k, v = (self._split_heads(y) for y in self._project((query, key, value), choice, names))
-        k, v, num_extra = self._extend(k, v)
         is_causal = is_causal and key_padding_mask is None
         if is_causal and not need_weights:
             mask = None  # the hint says it all
         else:
-            mask, is_causal = self._additive_mask(q, attn_mask, key_padding_mask, num_extra), False
+            mask, is_causal = self._additive_mask(q, attn_mask, key_padding_mask), False
         y, weights = self._attend(q, k, v, mask, is_causal, need_weights)
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
@@ -217,22 +216,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             return y.transpose(0, 1).unsqueeze(0)
         return y.transpose(1, 2) if self.base_layer.batch_first else y.permute(1, 2, 0, 3)
 
-    def _extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Appends the positions of ``add_bias_kv`` and ``add_zero_attn``; returns how many they are, too."""
-        base, extra = self.base_layer, []
-        N, H, _, D = k.shape
-        if base.bias_k is not None:
-            extra.append([b.view(1, H, 1, D).expand(N, -1, -1, -1).to(k.dtype) for b in (base.bias_k, base.bias_v)])
-        if base.add_zero_attn:
-            extra.append([k.new_zeros(N, H, 1, D)] * 2)
-        if not extra:
-            return k, v, 0
-        more_k, more_v = zip(*extra, strict=True)
-        return torch.cat([k, *more_k], dim=2), torch.cat([v, *more_v], dim=2), len(extra)
-
-    def _additive_mask(
-        self, q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_extra: int
-    ) -> Tensor | None:
+    def _additive_mask(self, q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
         """Returns the sum of both masks, ``[batch or 1, num_heads or 1, queries or 1, keys]``, or None."""
         N, H, _, _ = q.shape
         if attn_mask is not None:
@@ -244,7 +228,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
             total = mask.to(q.dtype) if total is None else total + mask.to(q.dtype)
-        return total if total is None or num_extra == 0 else F.pad(total, (0, num_extra))
+        return total
 
     def extra_repr(self) -> str:
         return self._repr_of_state()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,6 @@ from lora_ext.quantized.rescaled import RescaledWeight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
-
-
-class DoraFactors(NamedTuple):
-    """The attributes of a :class:`DoraAdapter` that a forward reads."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_magnitude_vector: Tensor
-    scaling: float
-    lora_dropout: float
 
 
 class DoraAdapter(LoraAdapter):
@@ -58,10 +48,6 @@ class DoraAdapter(LoraAdapter):
         """Sets the magnitudes to the norms of the rows of ``weight + scaling * lora_B @ lora_A``."""
         norms = row_norms(weight, self.lora_A.to(weight.device), self.lora_B.to(weight.device), self.scaling)
         self.lora_magnitude_vector.copy_(norms)
-
-    def forward(self) -> DoraFactors:
-        super().forward()  # refuses factors that would not train
-        return DoraFactors(self.lora_A, self.lora_B, self.lora_magnitude_vector, self.scaling, self.lora_dropout)
 
 
 class DoraLinear(OverLinear):

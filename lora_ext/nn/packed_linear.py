@@ -33,8 +33,6 @@ class PackedAdapter(LoraAdapter):
         Others as in :class:`LoraAdapter`.
     """
 
-    has_plain_rank = False
-
     @checked
     def __init__(
         self,
@@ -70,9 +68,8 @@ class PackedAdapter(LoraAdapter):
 class LoraPackedLinear(LoraLinear):
     """A linear layer whose weight packs ``num_parts`` equal projections: GPT-2's ``c_attn``, fused qkv.
 
-    Adapters are :class:`PackedAdapter`, which update some of the parts, or plain ones, which update all together. Both
-    run the op of :class:`LoraLinear`: ``lora_B`` is expanded to a small block-diagonal matrix, ``[out_features, r *
-    num_enabled]``. Merging writes the enabled parts only.
+    Adapters are :class:`PackedAdapter`. They run the op of :class:`LoraLinear`: ``lora_B`` is expanded to a small
+    block-diagonal matrix, ``[out_features, r * num_enabled]``. Merging writes the enabled parts only.
 
     Args:
         base_layer, adapter, adapter_name, active: as in :class:`LoraLinear`.
@@ -87,7 +84,7 @@ class LoraPackedLinear(LoraLinear):
         self,
         base_layer: nn.Module,
         num_parts: int,
-        adapter: LoraAdapter | None = None,
+        adapter: PackedAdapter | None = None,
         adapter_name: str = "default",
         active: ActiveAdapters | None = None,
     ) -> None:
@@ -101,18 +98,15 @@ class LoraPackedLinear(LoraLinear):
 
     @classmethod
     def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
-        enable_lora = config.enable_lora_for(path)
-        if enable_lora is None:
-            return super().new_adapter(base_layer, config, path, device)
-        sizes = linear_sizes(base_layer)
+        sizes, enable_lora = linear_sizes(base_layer), config.enable_lora_for(path)
         return PackedAdapter.from_config(config, path, *sizes, base_layer.weight, device, enable_lora=enable_lora)
 
     def operands(self) -> None:
         return None  # lora_B is expanded for a call
 
-    def factor_shapes(self, adapter: LoraAdapter) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, adapter: PackedAdapter) -> dict[str, tuple[int, ...]]:
         if not isinstance(adapter, PackedAdapter):
-            return super().factor_shapes(adapter)
+            raise TypeError(f"LoraPackedLinear: the adapter is a {type(adapter).__name__}, want a PackedAdapter")
         if len(adapter.enable_lora) != self.num_parts:
             raise ValueError(
                 f"LoraPackedLinear: enable_lora has {len(adapter.enable_lora)} parts, want {self.num_parts}"
@@ -134,24 +128,19 @@ class LoraPackedLinear(LoraLinear):
     def factors(self, name: str) -> dict[str, tuple[Tensor, Tensor, float]]:
         adapter = self.adapters[name]
         if quantized_weight(self.base_layer) is not None:
-            whole = (adapter.lora_A, self._full_lora_B(name, adapter.lora_B), adapter.scaling)
-            return {"weight": whole, **self._bias_factors(adapter)}
-        if isinstance(adapter, PackedAdapter):
-            parts = adapter.parts()
-        else:
-            parts = {i: (adapter.lora_A, B) for i, B in enumerate(adapter.lora_B.chunk(self.num_parts))}
+            return {"weight": (adapter.lora_A, self._full_lora_B(name, adapter.lora_B), adapter.scaling)}
+        parts = adapter.parts()
         if self.stores_transposed:
             parts = {i: (B.T, A.T) for i, (A, B) in parts.items()}
         factors = {f"weight[{i}]": (A, B, adapter.scaling) for i, (A, B) in parts.items()}
-        return {**factors, **self._bias_factors(adapter)}
+        return factors
 
     @property
     def _parts_dim(self) -> int:
         return 1 if self.stores_transposed else 0
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
-        adapter = self.adapters[name]
-        return spread_blocks(lora_B, adapter.enable_lora) if isinstance(adapter, PackedAdapter) else lora_B
+        return spread_blocks(lora_B, self.adapters[name].enable_lora)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_parts={self.num_parts}"

@@ -22,20 +22,13 @@ class TokenRows(nn.Module):
     Attributes:
         rows: ``[num_tokens, embedding_dim]``, initially the weight's rows; float32 if the weight has 16 bits.
         tokens: the token number of each row.
-
-    Args:
-        device: of the rows; on another device than the weight's they are uninitialised.
     """
 
-    def __init__(self, weight: Tensor, tokens: tuple[int, ...], device: torch.device | None = None) -> None:
+    def __init__(self, weight: Tensor, tokens: tuple[int, ...]) -> None:
         super().__init__()
         self.tokens = tokens
-        dtype = accumulation_dtype(weight.dtype)
-        if device is None or device == weight.device:
-            rows = weight.detach()[torch.tensor(tokens, device=weight.device)].to(dtype)
-        else:
-            rows = torch.empty(len(tokens), weight.shape[1], dtype=dtype, device=device)
-        self.rows = nn.Parameter(rows)
+        rows = weight.detach()[torch.tensor(tokens, device=weight.device)]
+        self.rows = nn.Parameter(rows.to(accumulation_dtype(weight.dtype)))
         self._lookup = self._make_lookup()
 
     def _make_lookup(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.models import VOCABULARY, Net, llama, refused, token_ids
+from support.models import VOCABULARY, Net, llama, refused
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
@@ -104,26 +104,6 @@ def test_the_output_projection_of_an_attention_that_another_adapter_trains_in_fu
     assert type(unload(model).attn) is nn.MultiheadAttention
 
 
-@pytest.mark.parametrize("saved_first", [False, True])
-def test_a_copy_trained_in_full_has_no_rows_of_another_adapter(saved_first):
-    ids, model = token_ids(), llama().eval()
-    tokens = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=list(range(VOCABULARY)))
-    saving = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    for name, config in sorted({"tokens": tokens, "saving": saving}.items(), reverse=not saved_first):
-        inject(model, config, name)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if path.endswith("adapters.tokens.rows"):
-                parameter.fill_(5.0)
-            elif path.endswith("adapters.saving.weight"):
-                parameter.fill_(7.0)
-    embedded = {
-        names: set_adapter(model, names).model.embed_tokens(ids) for names in [("tokens",), ("tokens", "saving")]
-    }
-    assert (embedded["tokens",] == 5).all()
-    assert (embedded["tokens", "saving"] == 7).all()
-
-
 def test_a_bias_in_two_modules_is_switched_once(tmp_path):
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     model = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **size)).eval()
@@ -174,15 +154,6 @@ def test_unloading_for_good_checks_trained_rows_before_it_merges():
     set_adapter(randomized(model), ["a", "b"])
     with refused(model, ValueError, "train rows for the tokens [1, 2]"):
         merge_and_unload(model)
-
-
-def test_the_model_is_plain_again_without_its_last_adapter():
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
-    before = vars(model).keys(), {key: value for key, value in vars(model[0]).items() if not key.startswith("_")}
-    set_adapter(inject(model, LoraConfig(target_modules=["linear1"]), "a"), ())
-    delete_adapter(model, "a")
-    assert before == (vars(model).keys(), {k: v for k, v in vars(model[0]).items() if not k.startswith("_")})
-    assert not any("lora" in key for key in (*vars(model), *vars(model[0])))
 
 
 # --- misuse -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -79,10 +80,40 @@ def test_every_kind_of_layer(kind, options):
         assert_rows_equal(model, lambda **names: model(x, **names))
 
 
-def test_packed_projections():
-    model, ids = with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora={"c_attn": [True, False, True]}), token_ids(5)
-    with torch.no_grad():
-        assert_rows_equal(model, lambda **names: model(ids, **names).logits)
+def packed() -> nn.Module:
+    return with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora={"c_attn": [True, False, True]})
+
+
+def in_16_bits(factors: torch.dtype) -> nn.Module:
+    model = with_adapters(llama().to(torch.bfloat16), ["q_proj", "up_proj"])
+    for path, parameter in model.named_parameters():
+        if ".adapters." in path:
+            parameter.data = parameter.data.to(factors)
+    return model
+
+
+def hooked() -> nn.Module:
+    model = with_adapters(llama(), ["q_proj", "embed_tokens", "lm_head"])
+    model.lm_head.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
+    return model
+
+
+TRANSFORMERS = {
+    "packed": (packed, nullcontext, {}),
+    "embedding and a head with a hook": (hooked, torch.no_grad, {}),
+    "16 bits": (lambda: in_16_bits(torch.bfloat16), torch.no_grad, {"rtol": 0.05, "atol": 0.02}),
+    "factors in 32 bits": (lambda: in_16_bits(torch.float32), torch.no_grad, {"rtol": 0.05, "atol": 0.02}),
+    "inference mode": (hooked, torch.inference_mode, {}),
+    "autocast": (hooked, lambda: torch.autocast("cpu", torch.bfloat16), {"rtol": 0.05, "atol": 0.05}),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_transformers(kind):
+    make, mode, tolerance = TRANSFORMERS[kind]
+    model, ids = make(), token_ids(5)
+    with mode():
+        assert_rows_equal(model, lambda **names: model(ids, **names).logits.detach(), **tolerance)
 
 
 @pytest.mark.parametrize("whole_first", [True, False])
@@ -107,22 +138,6 @@ def test_a_module_that_one_adapter_trains_in_full_and_another_has_layers_in(whol
             assert_rows_equal(model, lambda **chosen: model(ids, **chosen).logits, names)
 
 
-def test_output_heads():
-    model, ids = with_adapters(llama(), ["q_proj", "embed_tokens", "lm_head"]), token_ids(5)
-    with torch.no_grad():
-        assert_rows_equal(model, lambda **names: model(ids, **names).logits)
-
-
-@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
-def test_16_bit_models(factors):
-    model, ids = with_adapters(llama().to(torch.bfloat16), ["q_proj", "up_proj"]), token_ids(5)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(factors)
-    with torch.no_grad():
-        assert_rows_equal(model, lambda **names: model(ids, **names).logits, rtol=0.05, atol=0.02)
-
-
 def test_peft_computes_the_same(tmp_path):
     model, ids = with_adapters(llama(), ["q_proj", "down_proj"]), token_ids(5)
     theirs = unload(copy.deepcopy(model))
@@ -135,20 +150,6 @@ def test_peft_computes_the_same(tmp_path):
         torch.testing.assert_close(model(ids, adapter_names=NAMES).logits, theirs(ids, adapter_names=NAMES).logits)
         generate = {"adapter_names": NAMES, "max_new_tokens": 4, "num_beams": 2, "pad_token_id": 0}
         assert torch.equal(model.generate(ids, **generate), theirs.generate(input_ids=ids, **generate))
-
-
-def test_layers_with_hooks_are_called():
-    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
-    model.head.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
-    with torch.no_grad():
-        assert_rows_equal(model, lambda **names: model(x, **names))
-
-
-@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_modes(mode):
-    model, x = with_adapters(Net(), ["up", "head"]), torch.randn(5, 6)
-    with mode():
-        assert_rows_equal(model, lambda **names: model(x, **names), rtol=0.05, atol=0.05)
 
 
 def test_which_adapters_are_active_has_no_influence():
@@ -191,16 +192,6 @@ def test_generate_with_left_padding(beams, cache):
     for i, name in enumerate(NAMES):
         assert torch.equal(tokens[i], alone(model, name, lambda: model.generate(ids, **options, **cache))[i])
     assert _current.get() is None
-
-
-def test_generate_several_sequences():
-    model, ids = with_adapters(llama(), ["q_proj", "v_proj"]), token_ids(5)
-    options = {"max_new_tokens": 3, "num_return_sequences": 2, "do_sample": True, "pad_token_id": 0}
-    options |= {"output_logits": True, "return_dict_in_generate": True, "attention_mask": torch.ones_like(ids)}
-    first = model.generate(ids, adapter_names=NAMES, **options).logits[0].view(5, 2, -1)
-    for i, name in enumerate(NAMES):
-        expected = alone(model, name, lambda: model(ids).logits)[i, -1]
-        torch.testing.assert_close(first[i], torch.stack([expected, expected]))
 
 
 def test_generate_of_an_encoder_and_a_decoder():

@@ -29,10 +29,8 @@ def test_unknown_names(base, root, tmp_path):
             model(x, adapter_names=[name])
     inject(model, LoraConfig(r=2, target_modules=["head"]))
     for change in (set_adapter, delete_adapter):
-        with refused(model, KeyError, f"{change.__name__}: 'n1' is an adapter of the model's AdapterPool"):
+        with refused(model, KeyError, f"{change.__name__}: there is no adapter 'n1'; the adapters are ['default']"):
             change(model, "n1")
-        with refused(model, KeyError, f"{change.__name__}: there is no adapter 'n9'; the adapters are ['default']"):
-            change(model, "n9")
 
 
 A, B = "base_model.model.head.lora_A.weight", "base_model.model.head.lora_B.weight"
@@ -104,10 +102,10 @@ def test_adapters_that_do_not_fit(base, root, how):
 def test_too_few_slots(base, root):
     model, x = copy.deepcopy(base), torch.randn(4, 6)
     pool = pool_of(model, root, timeout=0.05)
-    with refused(model, RuntimeError, "4 adapters are wanted at once, but the pool has 3 slots; raise max_bytes"):
+    with refused(model, RuntimeError, "4 adapters are wanted at once", "use 0 of 3 slots; raise max_bytes"):
         model(x, adapter_names=NAMES[:4])
     slots = pool.acquire(["n0", "n1"])  # a call that does not end
-    with pytest.raises(RuntimeError, match="running calls use the slots that 'n2', 'n3' need"):
+    with pytest.raises(RuntimeError, match="'n2', 'n3'.*running calls use 2 of 3 slots"):
         model(x, adapter_names=["n2", "n3", "n2", "n3"])
     with pytest.raises(RuntimeError, match="'n1' is used by a running call"):
         pool.evict("n3", "n1")

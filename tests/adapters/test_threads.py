@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 import re
@@ -46,36 +45,6 @@ def run_together(*actions: Callable[[], object], seconds: float = 20.0) -> list[
         return [future.result(timeout=seconds) for future in futures]  # a hang is a failure
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-@pytest.fixture
-def slow(monkeypatch):
-    """Delays a change between its checks and its writes, to give other threads time."""
-    plan = merged_module.prepare_unmerge
-
-    def planned(*args, **kwargs):
-        launches = plan(*args, **kwargs)
-        time.sleep(0.05)
-        return launches
-
-    monkeypatch.setattr(merged_module, "prepare_unmerge", planned)
-
-
-def test_of_two_merges_one_is_refused(slow):
-    model = hard_model([torch.float32, torch.bfloat16])
-    pristine = weights(model)
-    once = copy.deepcopy(model)
-    merge(once, "a")
-    errors = run_together(lambda: merge(model, "a"), lambda: merge(model, "a"))
-    assert sorted(str(error) for error in errors if error) == [
-        "merge: adapters are already merged into 'layer0', 'layer1'"
-    ]
-    assert all_same(weights(model), weights(once))
-    errors = run_together(lambda: unmerge(model), lambda: unmerge(model))
-    assert sorted(str(error) for error in errors if error) == [
-        "unmerge: the adapters are not merged into 'layer0', 'layer1'"
-    ]
-    assert all_same(weights(model), pristine)
 
 
 def test_merges_and_unmerges_in_any_order():
@@ -128,7 +97,7 @@ def test_files_hold_one_state(tmp_path):
         assert len(values) == 1, i
 
 
-def test_one_model_is_injected_once(slow):
+def test_one_model_is_injected_once():
     model = Net()
     errors = run_together(*[lambda: inject(model, CONFIG, "a")] * 4)
     assert errors.count(None) == 1

@@ -44,7 +44,7 @@ def logits_by_peft(model: nn.Module, adapter: Path) -> torch.Tensor:
 # --- the approximation ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(30, 50), (700, 600), (600, 1100)])
+@pytest.mark.parametrize("shape", [(30, 50), (600, 1100)])
 def test_the_error_is_that_of_the_best_approximation(shape):
     rank = 8
     U, _ = torch.linalg.qr(torch.randn(shape[0], min(shape)))

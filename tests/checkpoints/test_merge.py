@@ -224,6 +224,9 @@ def test_one_of_two_tied_weights_is_stored_apart(target, tmp_path):
     assert merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out").added == 1
     merged = type(model).from_pretrained(tmp_path / "out")
     assert merged.config.tie_word_embeddings is False
+    tensors, metadata = tensors_of(tmp_path / "out"), json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]
+    assert metadata["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert metadata["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert_close_to(dict(merged.state_dict()), merged_by_peft(adapted))
 
 

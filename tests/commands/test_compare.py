@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.command_lines import mistake
+from support.command_lines import metrics_of, mistake
 
 from lora_ext.commands.compare import planned
 from lora_ext.commands.comparison_table import table_rows, tabulate
@@ -19,12 +19,7 @@ pytestmark = [pytest.mark.cpu_only("runs are processes of their own"), pytest.ma
 
 def test_specs():
     runs = planned("lora:r=1,2:targets=q,v:name=small", [0, 7], Path("out"), ["--max_steps", "3"])
-    assert [(run.label, run.seed) for run in runs] == [
-        ("small:r=1", 0),
-        ("small:r=1", 7),
-        ("small:r=2", 0),
-        ("small:r=2", 7),
-    ]
+    assert [(run.label, run.seed) for run in runs] == [(f"small:r={r}", seed) for r in (1, 2) for seed in (0, 7)]
     assert runs[0].options == {"lora_r": "1", "lora_targets": "q,v"}
     assert runs[0].arguments == [
         *("--max_steps", "3", "--method", "lora", "--lora_r", "1", "--lora_targets", "q,v", "--seed", "0"),
@@ -47,17 +42,11 @@ def test_a_comparison_from_specs_to_tables(command, words, tmp_path):
     assert "6 runs, 0 of them finished before" in said
     content = json.loads((tmp_path / "compare.json").read_text())
     rows = {row["label"]: row for row in content["rows"]}
-    assert list(rows) == [
-        "full:learning_rate=1e-3",
-        "lora:r=1:targets=query,value",
-        "lora:r=4:targets=query,value",
-    ]
+    assert list(rows) == ["full:learning_rate=1e-3", *(f"lora:r={r}:targets=query,value" for r in (1, 4))]
     assert content["baseline"] == "full:learning_rate=1e-3" and content["metric"] == "accuracy"
     lora = rows["lora:r=4:targets=query,value"]
     assert lora["seeds"] == [0, 1] and lora["trainable_parameters"] == 2 * 2 * 4 * (32 + 32) + 66
-    scores = [
-        json.loads((tmp_path / f"lora_r=4_targets=query,value-seed{seed}/metrics.json").read_text()) for seed in (0, 1)
-    ]
+    scores = [metrics_of(tmp_path / f"lora_r=4_targets=query,value-seed{seed}") for seed in (0, 1)]
     assert lora["mean"] == pytest.approx(np.mean([one["test"]["accuracy"] for one in scores]))
     assert lora["interval"][0] <= lora["difference"] <= lora["interval"][1]
     assert rows["full:learning_rate=1e-3"]["interval"] is None
@@ -117,11 +106,10 @@ def _run(tmp_path: Path, label: str, seed: int, answers: str) -> tuple[SimpleNam
     """A finished run whose predictions are right where ``answers`` has a 1."""
     out = tmp_path / f"{label}-{seed}"
     out.mkdir()
-    lines = [
-        {"text": f"{at:04}", "label": "yes", "predicted": "yes" if one == "1" else "no"}
-        for at, one in enumerate(answers)
-    ]
-    (out / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (out / "predictions.jsonl").open("w") as file:
+        for at, one in enumerate(answers):
+            line = {"text": f"{at:04}", "label": "yes", "predicted": "yes" if one == "1" else "no"}
+            file.write(json.dumps(line) + "\n")
     costs = {"train_seconds": 2.0, "tokens_per_second": 10.0, "peak_memory_bytes": 2**20, "adapter_bytes": 10**6}
     test = {"accuracy": answers.count("1") / len(answers), "macro_f1": 0.5}
     metrics = {"method": label, "options": {}, "trainable_parameters": 7, "test": test, **costs}
@@ -137,8 +125,6 @@ def test_intervals_pair_texts_and_seeds(tmp_path):
     low, high = rows["better"]["interval"]
     # A quarter of 400 texts gain: a standard error of sqrt(0.25 * 0.75 / 400) = 0.0217
     assert rows["better"]["difference"] == pytest.approx(0.25)
-    assert low == pytest.approx(0.25 - 1.96 * 0.0217, abs=0.012) and high == pytest.approx(
-        0.25 + 1.96 * 0.0217, abs=0.012
-    )
+    assert [low, high] == pytest.approx([0.25 - 1.96 * 0.0217, 0.25 + 1.96 * 0.0217], abs=0.012)
     _, cells, _ = tabulate(list(rows.values()), "accuracy")
     assert cells[2][:4] == ["better", "2", "75.00", "0.00"] and cells[2][4].startswith("+25.00 (+2")

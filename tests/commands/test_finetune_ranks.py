@@ -28,18 +28,18 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     model = tiny_classifier.save_model(top / "model", **tiny_classifier.NO_DROPOUT)
     data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(100))
     words = [
-        "--model",
-        model,
-        "--data",
-        data,
         "--max_length",
         "32",
         "--lora_dropout",
         "0",
         "--lora_targets",
         "all-linear",
+        "--lora_r",
+        "2",
+        "--lora_plus_ratio",
+        "4",
     ]
-    return [*map(str, words), "--lora_r", "2", "--lora_plus_ratio", "4", "--learning_rate", "0.01"]
+    return ["--model", str(model), "--data", str(data), *words, "--learning_rate", "0.01"]
 
 
 def test_two_processes_give_what_one_gives(options, tmp_path):

@@ -25,13 +25,9 @@ def test_a_file_has_config_tensors_and_metadata(tmp_path):
     assert file.config["r"] == 2 and file.metadata == {"format": "pt"}
     assert file.path == tmp_path / "adapter_model.safetensors"
     assert sorted(file.tensors) == sorted(expected)
-    for key, tensor in expected.items():
-        assert key in file.tensors
-        assert (tuple(file.tensors[key].shape), file.tensors[key].dtype) == (tuple(tensor.shape), tensor.dtype)
-        assert torch.equal(file.tensors[key], tensor)
     file.path.unlink()  # a file that is replaced does not change the tensors
     save_file({key: tensor + 1 for key, tensor in expected.items()}, file.path)
-    assert all(torch.equal(file.tensors[key], tensor) for key, tensor in expected.items())
+    torch.testing.assert_close(file.tensors, expected, rtol=0, atol=0)
 
 
 def test_opening_reads_no_tensor(tmp_path):

@@ -60,7 +60,7 @@ def trained_by_peft(base: Path, directory: Path) -> Tensor:
 
 
 WAYS = {
-    "save_adapter": lambda model, directory: save_adapter(model, directory),
+    "save_adapter": save_adapter,
     "save_pretrained": lambda model, directory: model.save_pretrained(directory),
     "of a copy": lambda model, directory: save_adapter(copy.deepcopy(model), directory),
 }
@@ -91,6 +91,8 @@ def test_they_belong_to_the_adapter_that_brought_them(base, tmp_path):
     assert EMBEDDING in keys(tmp_path / "default")
     save_adapter(model, tmp_path / "without", "default", save_embedding_layers=False)
     assert EMBEDDING not in keys(tmp_path / "without")
+    save_adapter(inject(plain(base), LoraConfig(**SETTINGS)), tmp_path / "all", save_embedding_layers=True)
+    assert {EMBEDDING, HEAD} <= keys(tmp_path / "all")
 
 
 CONFIGS = {
@@ -151,21 +153,21 @@ def test_a_vocabulary_that_was_not_resized_is_not_saved(base, tmp_path):
         assert not {EMBEDDING, HEAD} & keys(tmp_path / name)
 
 
-@pytest.mark.parametrize("first", ["rows", "lora"])
-@pytest.mark.parametrize("saved", ["rows", "lora"])
-def test_another_adapter_around_the_embedding_hides_nothing(first, saved, base, tmp_path):
+@pytest.mark.parametrize("names", [("rows", "lora"), ("lora", "rows")])
+def test_another_adapter_around_the_embedding_hides_nothing(names, base, tmp_path):
     configs = {
         "rows": {**SETTINGS, "trainable_token_indices": [1, 2]},
         "lora": {**SETTINGS, "target_modules": ["q_proj", "embed_tokens"]},
     }
     model = resized(base, 0)
-    for name in (first, *(configs.keys() - {first})):
+    for name in names:
         inject(model, LoraConfig(**configs[name]), name)
-    with pytest.warns(UserWarning, match="was resized"):
-        save_adapter(model, tmp_path / "saved", saved)
-    set_adapter(model, saved)
-    again = load_adapter(resized(base, 9), tmp_path / "saved")
-    torch.testing.assert_close(answer(again, IDS), answer(model, IDS))
+    for name in names:
+        set_adapter(model, name)
+        with pytest.warns(UserWarning, match="was resized"):
+            save_adapter(model, tmp_path / name, name)
+        again = load_adapter(resized(base, 9), tmp_path / name)
+        torch.testing.assert_close(answer(again, IDS), answer(model, IDS))
 
 
 @pytest.mark.parametrize("name", ["lora+prefix-embed", "lora", "prefix-embed"])
@@ -180,15 +182,6 @@ def test_files_of_methods_hold_them_too_or_say_that_they_do_not(name, base, tmp_
         torch.testing.assert_close(answer(again, IDS), answer(model, IDS))
         save_method(again, tmp_path / "again")
         assert keys(tmp_path / "again") == keys(tmp_path / "saved") >= {EMBEDDING}
-
-
-def test_embeddings_are_saved_on_demand(base, tmp_path):
-    model = inject(plain(base), LoraConfig(**SETTINGS))
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(2)
-    save_adapter(model, tmp_path / "out", save_embedding_layers=True)
-    again = load_adapter(plain(base), tmp_path / "out")
-    torch.testing.assert_close(answer(again, OLD), answer(model, OLD))
 
 
 def test_a_base_layer_with_a_merged_adapter_is_refused(tmp_path):

@@ -39,40 +39,25 @@ def online(repository, tmp_path, monkeypatch):
         yield fetched
 
 
-def test_an_adapter_is_downloaded_when_asked_for(repository, online):
-    base, expected, _ = repository
-    torch.testing.assert_close(answer(load_adapter(copy.deepcopy(base), "org/adapter", download=True)), expected)
-    assert sorted(online) == ["adapter_config.json", "adapter_model.safetensors"]
-    load_adapter(copy.deepcopy(base), "org/adapter", download=True, revision=COMMIT)
-    assert len(online) == 2  # from the cache
+def test_an_adapter_is_downloaded_when_asked_for_and_then_in_the_cache(repository, online, monkeypatch):
+    base, expected, directory = repository
 
+    def loaded(name: str, **options) -> nn.Module:
+        return load_adapter(copy.deepcopy(base), name, download=True, **options)
 
-def test_an_adapter_in_a_subfolder(repository, online):
-    """As save_pretrained writes adapters with other names than "default"."""
-    base, _, directory = repository
     model = inject(copy.deepcopy(base), LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False), "b")
     model.save_pretrained(directory / "more")
-    expected = answer(model)
-    loaded = load_adapter(copy.deepcopy(base), "org/adapter", download=True, subfolder="more/b/")
-    torch.testing.assert_close(answer(loaded), expected)
-    assert sorted(online) == ["more/b/adapter_config.json", "more/b/adapter_model.safetensors"]
-    local = load_adapter(copy.deepcopy(base), directory, subfolder="more/b")
-    torch.testing.assert_close(answer(local), expected)
-    with refused(base, FileNotFoundError, "none/adapter_config.json is missing"):
-        load_adapter(base, "org/adapter", download=True, subfolder="none")
-    with refused(base, ValueError, "subfolder is '../x', want one within the directory"):
-        load_adapter(base, directory, subfolder="../x")
-
-
-def test_offline_mode_takes_the_cache_and_asks_nobody(repository, online, monkeypatch):
-    base, expected, _ = repository
-    load_adapter(copy.deepcopy(base), "org/adapter", download=True)
-    count = len(online)
+    torch.testing.assert_close(answer(loaded("org/adapter")), expected)
+    torch.testing.assert_close(answer(loaded("org/adapter", subfolder="more/b/")), answer(model))
+    wanted = [f"{folder}adapter_{name}" for folder in ("", "more/b/") for name in ("config.json", "model.safetensors")]
+    assert sorted(online) == wanted
+    loaded("org/adapter", revision=COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    torch.testing.assert_close(answer(load_adapter(copy.deepcopy(base), "org/adapter", download=True)), expected)
+    torch.testing.assert_close(answer(loaded("org/adapter")), expected)
     with refused(base, OSError, "load_adapter: 'org/other' cannot be downloaded: "):
         load_adapter(base, "org/other", download=True)
-    assert len(online) == count
+    assert sorted(online) == wanted  # nothing more
+    torch.testing.assert_close(answer(load_adapter(base, directory, subfolder="more/b")), answer(model))
 
 
 def test_what_is_not_on_the_hub_is_refused(repository, online):
@@ -84,6 +69,8 @@ def test_what_is_not_on_the_hub_is_refused(repository, online):
     (directory / "adapter_model.safetensors").unlink()
     with refused(base, FileNotFoundError, "adapter_model.safetensors is missing"):
         load_adapter(base, "org/adapter", download=True)
+    with refused(base, FileNotFoundError, "none/adapter_config.json is missing"):
+        load_adapter(base, "org/adapter", download=True, subfolder="none")
 
 
 def test_nothing_is_fetched_unless_asked_for(repository, online, monkeypatch):
@@ -93,6 +80,8 @@ def test_nothing_is_fetched_unless_asked_for(repository, online, monkeypatch):
         load_adapter(base, "org/adapter")
     with refused(base, ValueError, "revision is 'v1', but nothing is downloaded"):
         load_adapter(base, directory, revision="v1")
+    with refused(base, ValueError, "subfolder is '../x', want one within the directory"):
+        load_adapter(base, directory, subfolder="../x")
     assert not online
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with refused(base, ImportError, "download=True needs huggingface_hub", "hub"):

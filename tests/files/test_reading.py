@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
-from support.header_mutations import mutated
+from support.file_mutations import mutated_tensors
 
 from lora_ext.files.reading import (
     DTYPE_NAMES,
@@ -142,7 +142,7 @@ def test_mutated_headers_are_accepted_exactly_if_the_library_accepts_them(tmp_pa
     rng, path = random.Random(1), tmp_path / "x.safetensors"
     accepted, cases = 0, 2000
     for case in range(cases):
-        content = mutated(rng)
+        content = mutated_tensors(rng)
         expected = by_library(content)
         found = by_us(path, content)
         assert found == expected or (found is None and unusable(expected)), (case, content)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
-import torch
 from support.models import Net, adapter_of_net, refused
-from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
-from lora_ext.files import adapter_content
-from lora_ext.files.adapter_file import AdapterFile
+from lora_ext.files import adapter_content, adapter_file
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
@@ -46,37 +42,17 @@ def test_an_error_while_writing_keeps_the_old_pair(error, tmp_path, monkeypatch)
     assert contents(tmp_path) == before
 
 
-def test_no_reader_finds_the_weights_of_another_save(tmp_path):
-    """It finds one save, or an error: the config is taken away before the weights are replaced."""
-
-    def saved(alpha: int) -> nn.Module:
-        model = inject(nn.Sequential(nn.Linear(64, 64)), LoraConfig(r=8, lora_alpha=alpha, target_modules=["0"]))
-        with torch.no_grad():
-            for parameter in model[0].adapters.parameters():
-                parameter.fill_(alpha)
-        return model
-
-    models, done = [saved(alpha) for alpha in (3, 5)], threading.Event()
-    save_adapter(models[0], tmp_path)
-
-    def save() -> None:
-        for i in range(60):
-            save_adapter(models[i % 2], tmp_path)
-        done.set()
-
-    thread = threading.Thread(target=save)
-    thread.start()
-    found = set()
-    while not done.is_set():
-        try:
-            file = AdapterFile.open(tmp_path, caller="test")
-        except (FileNotFoundError, ValueError):
-            continue
-        alpha = file.config["lora_alpha"]
-        assert all(torch.equal(tensor, torch.full_like(tensor, alpha)) for tensor in file.tensors.values())
-        found.add(alpha)
-    thread.join()
-    assert found
+def test_no_reader_finds_the_weights_of_another_save(tmp_path, monkeypatch):
+    """The config is read first, and is another one when the weights have been replaced."""
+    adapter_of_net(tmp_path)
+    read = adapter_file.read_tensors
+    monkeypatch.setattr(
+        adapter_file, "read_tensors", lambda path: adapter_of_net(tmp_path, lora_alpha=5) and read(path)
+    )
+    with pytest.raises(ValueError, match=f"test: {tmp_path} was replaced while it was read; read it again"):
+        adapter_file.AdapterFile.open(tmp_path, caller="test")
+    monkeypatch.undo()
+    assert adapter_file.AdapterFile.open(tmp_path, caller="test").config["lora_alpha"] == 5
 
 
 def test_links_of_the_user_are_followed_or_replaced(tmp_path):

@@ -103,29 +103,19 @@ def test_trains_as_peft_does(tmp_path):
     torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-12)
 
 
-def test_tied_modules_to_save_round_trip_through_peft(tmp_path):
+def test_tied_modules_to_save_round_trip_and_stay_tied(tmp_path):
     base, ids = llama(tied=True).double().eval(), token_ids()
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
     ours = inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE))
     shake(ours)
     save_adapter(ours, tmp_path)
-    expected = output(ours, ids)
-    torch.testing.assert_close(output(load_adapter(copy.deepcopy(base), tmp_path), ids), expected)
-    torch.testing.assert_close(output(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), ids), expected)
+    for read in (load_adapter, peft.PeftModel.from_pretrained):
+        torch.testing.assert_close(output(read(copy.deepcopy(base), tmp_path), ids), output(ours, ids))
     head = "base_model.model.lm_head.weight"  # PEFT unties them
     save_file(tensors_of(tmp_path) | {head: tensors_of(tmp_path)[head] + 1}, tmp_path / WEIGHTS)
     text = "tied to base_model.model.model.embed_tokens.weight in the model, but they differ in the file"
     with refused(base, ValueError, text):
         load_adapter(base, tmp_path)
-
-
-def test_a_base_layer_in_the_file_is_loaded_as_peft_does(tmp_path):
-    base, ids = llama().double().eval(), token_ids()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["lm_head"], **ALIVE)).eval()
-    with torch.no_grad():
-        theirs.base_model.model.lm_head.base_layer.weight.mul_(2)
-    theirs.save_pretrained(tmp_path)
-    torch.testing.assert_close(output(load_adapter(base, tmp_path), ids), output(theirs, ids))
 
 
 # --- effects of loading and saving ------------------------------------------------------------------------------------
@@ -183,7 +173,7 @@ def test_wrappers_do_not_change_the_keys(tmp_path):
     load_adapter(torch.compile(Net(), backend="aot_eager"), tmp_path)
     assert "base_model.model.blocks.0.up.lora_A.weight" in tensors_of(tmp_path)
     average = AveragedModel(model)
-    with pytest.raises(ValueError, match=r"AveragedModel is not injected; its part 'module' is: pass model\.module"):
+    with pytest.raises(ValueError, match="AveragedModel is not injected; .*pass the part"):
         save_adapter(average, tmp_path)
     save_adapter(average.module, tmp_path)
 
@@ -246,10 +236,9 @@ def test_every_mismatch_is_listed(model, tmp_path):
         load_adapter(model, tmp_path)
 
 
-@pytest.mark.parametrize("change", [lambda content: b"", lambda content: content[:-8], lambda content: content + b"\0"])
-def test_corrupted_weights(model, change, tmp_path):
+def test_corrupted_weights(model, tmp_path):
     path = adapter_of_net(tmp_path) / WEIGHTS
-    path.write_bytes(change(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:-8])
     with refused(model, ValueError, f"{WEIGHTS} is corrupted or not a safetensors file"):
         load_adapter(model, tmp_path)
 
@@ -271,18 +260,19 @@ def test_missing_files(model, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "adapter_config.json is not JSON"),
         ("\xff", "adapter_config.json is not JSON"),
         ("[]", "holds a list, want an object"),
         ("{}", "peft_type is None, want 'LORA'"),
-        ('{"peft_type": "LORA", "target_modules": ["up"], "use_qalora": true}', "use_qalora=True not supported"),
         ('{"peft_type": "LORA", "target_modules": ["up"], "r": "8"}', "r is '8' of type str"),
+        ('{"peft_type": "LORA", "target_modules": ["up"], "layers_to_transform": [7]}', "layers_to_transform"),
+        ('{"peft_type": "LORA", "target_modules": ["up"], "exclude_modules": ["up"]}', "exclude_modules"),
     ],
 )
-def test_bad_and_foreign_configs(model, text, message, tmp_path):
+def test_a_bad_config_is_named(text, message, tmp_path):
     adapter_of_net(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
-    with refused(model, ValueError, f"{tmp_path}/adapter_config.json", message):
+    (tmp_path / CONFIG).write_text(text, encoding="latin-1")
+    model = Net()
+    with refused(model, ValueError, f"load_adapter: {tmp_path}/{CONFIG}", message):
         load_adapter(model, tmp_path)
 
 
@@ -300,14 +290,3 @@ def test_an_injected_model_with_another_config(other, message, tmp_path):
     net = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"], **ALIVE))
     with refused(net, ValueError, message):
         load_adapter(net, adapter_of_net(tmp_path, **other))
-
-
-@pytest.mark.parametrize(
-    "values", [{"layers_to_transform": [7]}, {"target_modules": ["up"], "exclude_modules": ["up"]}]
-)
-def test_a_config_that_fits_no_layer_is_named(values, tmp_path):
-    adapter_of_net(tmp_path)
-    path, net = tmp_path / "adapter_config.json", Net()
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    with refused(net, ValueError, f"load_adapter: {path}: ", *values):
-        load_adapter(net, tmp_path)

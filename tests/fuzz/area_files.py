@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from support.checkpoint_files import save_checkpoint
+from support.file_mutations import mutate_file
 from support.models import Net
 from support.public_calls import state
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ from lora_ext.files.reading import read_json, read_tensor, tensor_table
 from .cases import CannotTell, Case, Finding, Outcome, WrongResult, finding, judge_exception
 from .choices import Choices
 from .compare import same_bits
-from .file_mutations import mutate_file
 
 _PEAK_BYTES = 150 << 20  # limit for files of two megabytes
 SECONDS = 8.0  # limit of processor time, several times what any reader takes for the largest files

@@ -19,9 +19,7 @@ from .cases import Case, WrongResult
 from .choices import Choices
 from .values import TensorValue
 
-
-def crashes(x: Tensor) -> Tensor:
-    return ctypes.string_at(0)
+_CALLS = itertools.count()
 
 
 def hangs(x: Tensor) -> Tensor:
@@ -29,54 +27,25 @@ def hangs(x: Tensor) -> Tensor:
         pass
 
 
-def leaves_garbage(x: Tensor) -> Tensor:
-    return torch.empty(1 << 16)  # large enough to be new memory
+def raises(text: str) -> Any:
+    raise ValueError(text)
 
 
-def is_wrong(x: Tensor) -> Tensor:
-    return x + 1
-
-
-def raises_what_is_not_ours(x: Tensor) -> Tensor:
-    return x.no_such_attribute
-
-
-def names_nothing(x: Tensor) -> Tensor:
-    raise ValueError("something is wrong")
-
-
-def changes_and_refuses(x: Tensor) -> Tensor:
-    x.add_(1)
-    raise ValueError("changes_and_refuses: x is wrong")
-
-
-def changes_its_argument(x: Tensor) -> Tensor:
-    return x.add_(1)
-
-
-def changes_without_a_trace(x: Tensor) -> Tensor:
-    x.data.view(-1)[:1] += 1  # does not increment the version
-    return x.clone()
-
-
-_CALLS = itertools.count()
-
-
-def is_never_the_same(x: Tensor) -> Tensor:
-    return x * (1 + next(_CALLS) % 2 * 1e-5)
-
-
-OPS: dict[Callable[[Tensor], Tensor], str] = {
-    leaves_garbage: "uninitialised",
-    is_wrong: "wrong result",
-    raises_what_is_not_ours: "wrong exception",
-    names_nothing: "unclear message",
-    changes_and_refuses: "changed after a refusal",
-    changes_its_argument: "changed argument",
-    changes_without_a_trace: "changed argument",
-    is_never_the_same: "not reproducible",
-    crashes: "crash",
-    hangs: "hang",
+# Each by its name, with the kind of finding that it must be.
+OPS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "leaves_garbage": ("uninitialised", lambda x: torch.empty(1 << 16)),  # large enough to be new memory
+    "is_wrong": ("wrong result", lambda x: x + 1),
+    "raises_what_is_not_ours": ("wrong exception", lambda x: x.no_such_attribute),
+    "names_nothing": ("unclear message", lambda x: raises("something is wrong")),
+    "changes_and_refuses": (
+        "changed after a refusal",
+        lambda x: (x.add_(1), raises("changes_and_refuses: x is wrong")),
+    ),
+    "changes_its_argument": ("changed argument", lambda x: x.add_(1)),
+    "changes_without_a_trace": ("changed argument", lambda x: (x.data.view(-1)[:1].add_(1), x.clone())[1]),
+    "is_never_the_same": ("not reproducible", lambda x: x * (1 + next(_CALLS) % 2 * 1e-5)),
+    "crashes": ("crash", lambda x: ctypes.string_at(0)),
+    "hangs": ("hang", hangs),
 }
 
 
@@ -84,10 +53,6 @@ def takes_seconds(path: Path) -> None:
     begin = time.process_time()
     while time.process_time() < begin + 0.6:  # the limit of these cases is 0.5
         pass
-
-
-def takes_memory(path: Path) -> int:
-    return len(b"x" * (300 << 20))
 
 
 def leaves_a_file(path: Path) -> None:
@@ -100,23 +65,20 @@ def waits_for_ever(path: Path) -> None:
     path.with_suffix(".fifo").read_bytes()
 
 
-def finds_nothing(path: Path) -> list:
-    return []
-
-
-READERS: dict[Callable[[Path], Any], str] = {
-    takes_seconds: "slow",
-    takes_memory: "memory",
-    leaves_a_file: "changed after a refusal",
-    waits_for_ever: "hang",
-    finds_nothing: "wrong result",
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "takes_seconds": ("slow", takes_seconds),
+    "takes_memory": ("memory", lambda path: len(b"x" * (300 << 20))),
+    "leaves_a_file": ("changed after a refusal", leaves_a_file),
+    "waits_for_ever": ("hang", waits_for_ever),
+    "finds_nothing": ("wrong result", lambda path: []),
 }
-FUNCTIONS = [*OPS, *READERS]
+KINDS = {name: kind for name, (kind, _) in (OPS | READERS).items()}
+NAMES = [*KINDS]
 
 LIBRARY = torch.library.Library("lora_ext_planted", "DEF")
-for _function in OPS:
-    LIBRARY.define(f"{_function.__name__}(Tensor x) -> Tensor")
-    LIBRARY.impl(_function.__name__, _function, "CompositeExplicitAutograd")
+for _name, (_, _function) in OPS.items():
+    LIBRARY.define(f"{_name}(Tensor x) -> Tensor")
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 def _check_op(before: Any, result: Tensor, after: Any) -> None:
@@ -130,14 +92,14 @@ def _check_reader(files: Path, result: Any, model: None) -> None:
 
 
 def make(choices: Choices) -> Case:
-    function = choices.pick(FUNCTIONS)
-    if function in OPS:
+    name = choices.pick(NAMES)
+    if name in OPS:
         values = {"x": TensorValue((5, 3))}
-        return Call(f"torch.ops.lora_ext_planted.{function.__name__}", values, _check_op).case(repeat=True)
+        return Call(f"torch.ops.lora_ext_planted.{name}", values, _check_op).case(repeat=True)
     area_files.SECONDS = 0.5
 
     def read(files: Path, model: None) -> Any:
-        return function(files / "adapter" / "adapter_config.json")
+        return READERS[name][1](files / "adapter" / "adapter_config.json")
 
-    reader = area_files.Reader(function.__name__, ("adapter/adapter_config.json",), read, _check_reader)
+    reader = area_files.Reader(name, ("adapter/adapter_config.json",), read, _check_reader)
     return area_files.make(choices, (reader,))

@@ -224,14 +224,10 @@ def _backward(choices: Choices, function: str) -> Call:
         "dropout_p": literal(p),
         "output_mask": ListValue([*map(literal, wants)]),
     }
-    return backward_call(function, values, lambda **a: _backward_formula(**_listed(a)))
 
-
-def backward_call(function: str, values: dict[str, Value], formula: Callable) -> Call:
     def oracle(before: Mapping[str, Any], result: Any, after: Mapping[str, Any]) -> None:
-        first = next(iter(before.values()))
-        dtype = before["x"].dtype if "grad_xa" in before else tensors_in(first)[0].dtype
-        against_formula(formula, before, tensors_in(list(result)), {}, dtype)
+        dtype = tensors_in(next(iter(before.values())))[0].dtype
+        against_formula(lambda **a: _backward_formula(**_listed(a)), before, tensors_in(list(result)), {}, dtype)
 
     return Call(function, values, oracle)
 
@@ -262,78 +258,45 @@ def _backward_formula(
 # --- the halves of an update, and the rest ----------------------------------------------------------------------------
 
 
-@maker(OPS)
-def lora_shrink(choices: Choices, function: str) -> Call:
+@maker(OPS, names=["lora_shrink", "lora_expand"])
+def _half(choices: Choices, function: str) -> Call:
     dtype, factors = choices.pick(DTYPES)
-    lead, size_in, rank = tokens_shape(choices), choices.pick(SIZES), choices.pick(RANKS)
-    values = {"x": tensor(choices, (*lead, size_in), dtype), "lora_A": tensor(choices, (rank, size_in), factors)}
+    lead, size, rank = tokens_shape(choices), choices.pick(SIZES), choices.pick(RANKS)
+    if function.endswith("shrink"):
+        values = {"x": tensor(choices, (*lead, size), dtype), "lora_A": tensor(choices, (rank, size), factors)}
+    else:
+        values = {
+            "base": tensor(choices, (*lead, size), dtype),
+            "xa": tensor(choices, (*lead, rank), acc_name(dtype)),
+            "lora_B": tensor(choices, (size, rank), factors),
+            "bias": maybe(choices, tensor(choices, (size,), dtype)),
+        }
 
-    def oracle(before, result, after):
-        against_formula(lambda x, lora_A: [x @ lora_A.T], before, [result], after, before["x"].dtype)
-
-    return Call(function, with_history(choices, values), oracle, differentiated="[result]")
-
-
-@maker(OPS)
-def lora_expand(choices: Choices, function: str) -> Call:
-    dtype, factors = choices.pick(DTYPES)
-    lead, size_out, rank = tokens_shape(choices), choices.pick(SIZES), choices.pick(RANKS)
-    values = {
-        "base": tensor(choices, (*lead, size_out), dtype),
-        "xa": tensor(choices, (*lead, rank), acc_name(dtype)),
-        "lora_B": tensor(choices, (size_out, rank), factors),
-        "bias": maybe(choices, tensor(choices, (size_out,), dtype)),
-    }
-
-    def formula(base, xa, lora_B, bias=None):
+    def expanded(base, xa, lora_B, bias=None):
         y = base + xa.reshape(*base.shape[:-1], xa.shape[-1]) @ lora_B.T
         return [y if bias is None else y + bias]
 
     def oracle(before, result, after):
-        against_formula(formula, before, [result], after, before["base"].dtype)
+        formula = (lambda x, lora_A: [x @ lora_A.T]) if "x" in before else expanded
+        against_formula(formula, before, [result], after, before["x" if "x" in before else "base"].dtype)
 
     return Call(function, with_history(choices, values), oracle, differentiated="[result]")
 
 
-@maker(OPS)
-def lora_shrink_backward(choices: Choices, function: str) -> Call:
+@maker(OPS, names=["lora_shrink_backward", "lora_expand_backward"])
+def _half_backward(choices: Choices, function: str) -> Call:
+    """Compared through the gradients of the forward."""
     dtype, factors = choices.pick(DTYPES)
-    lead, size_in, rank = tokens_shape(choices), choices.pick(SIZES), choices.pick(RANKS)
-    values = {
-        "grad_xa": tensor(choices, (*lead, rank), acc_name(dtype)),
-        "x": tensor(choices, (*lead, size_in), dtype),
-        "lora_A": tensor(choices, (rank, size_in), factors),
-        "base": maybe(choices, tensor(choices, (*lead, size_in), dtype)),
-        "output_mask": ListValue([*map(literal, wanted(choices, 2))]),
-    }
-
-    def formula(grad_xa, x, lora_A, base, output_mask):
-        grad_x = (rows_of(grad_xa) @ lora_A).reshape(x.shape)
-        grad_x = grad_x if base is None else grad_x + base.reshape(x.shape)
-        grads = grad_x, rows_of(grad_xa).T @ rows_of(x)
-        return [grad for grad, is_wanted in zip(grads, output_mask, strict=True) if is_wanted]
-
-    return backward_call(function, values, formula)
-
-
-@maker(OPS)
-def lora_expand_backward(choices: Choices, function: str) -> Call:
-    dtype, factors = choices.pick(DTYPES)
-    lead, size_out, rank = tokens_shape(choices), choices.pick(SIZES), choices.pick(RANKS)
+    lead, size, rank = tokens_shape(choices), choices.pick(SIZES), choices.pick(RANKS)
     wants = wanted(choices, 2)
-    values = {
-        "grad_y": tensor(choices, (*lead, size_out), dtype),
-        "xa": maybe(choices, tensor(choices, (*lead, rank), acc_name(dtype)), wants[1]),
-        "lora_B": tensor(choices, (size_out, rank), factors),
-        "output_mask": ListValue([*map(literal, wants)]),
-    }
-
-    def formula(grad_y, xa, lora_B, output_mask):
-        rows = rows_of(grad_y)
-        results = [(rows @ lora_B).reshape(*grad_y.shape[:-1], lora_B.shape[1])] if output_mask[0] else []
-        return [*results, rows.T @ rows_of(xa)] if output_mask[1] else results
-
-    return backward_call(function, values, formula)
+    wide, narrow = tensor(choices, (*lead, size), dtype), tensor(choices, (*lead, rank), acc_name(dtype))
+    if function.endswith("shrink_backward"):
+        base = maybe(choices, tensor(choices, (*lead, size), dtype))
+        values = {"grad_xa": narrow, "x": wide, "lora_A": tensor(choices, (rank, size), factors), "base": base}
+    else:
+        values = {"grad_y": wide, "xa": maybe(choices, narrow, wants[1])}
+        values["lora_B"] = tensor(choices, (size, rank), factors)
+    return Call(function, values | {"output_mask": ListValue([*map(literal, wants)])})
 
 
 @maker(OPS)

@@ -84,13 +84,13 @@ def _no_sharing(before: Mapping[str, Any]) -> None:
         raise CannotTell
 
 
-@maker(OPS)
-def lora_merge_(choices: Choices, function: str) -> Call:
+@maker(OPS, names=["lora_merge_", "lora_merge_check"])
+def _merge(choices: Choices, function: str) -> Call:
     def oracle(before, result, after):
         _no_sharing({name: after[name] for name in before})
         _check_merged(before, after["weights"])
 
-    return Call(function, _values(choices), oracle, changes=("weights",))
+    return Call(function, _values(choices), oracle, changes=("weights",))  # the second has no CPU kernel
 
 
 @maker(OPS)
@@ -135,11 +135,6 @@ def lora_unmerge_(choices: Choices, function: str) -> Call:
 
     call.oracle = oracle
     return call
-
-
-@maker(OPS)
-def lora_merge_check(choices: Choices, function: str) -> Call:
-    return Call(function, _values(choices))  # has no CPU kernel
 
 
 # --- one weight -------------------------------------------------------------------------------------------------------

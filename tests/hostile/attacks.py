@@ -192,7 +192,7 @@ def weights() -> dict[str, tuple[bytes, str]]:
         "other shape": (_file({KEY: _nothing([0, WIDTH])}), "shape of base_model"),
         "integers": (_of_zeros(2 * WIDTH, "U8"), "dtype of base_model"),
         "complex": (_of_zeros(16 * WIDTH, "C64"), "dtype of base_model"),
-        "half bytes": (_of_zeros(WIDTH, "F4"), "has a dtype that torch"),
+        "half bytes": (_of_zeros(WIDTH, "F4"), "the dtype F4, which PyTorch cannot hold"),
         "unknown dtype": (_of_zeros(2 * WIDTH, "F9"), wrong),
         "deep": (_file(b'{"a":' + b"[" * (MEGABYTE // 2)), wrong),
         "length": (struct.pack("<Q", 2**63) + b"{}", wrong),
@@ -203,7 +203,7 @@ def weights() -> dict[str, tuple[bytes, str]]:
         "blocks": (_with_note({"blocks": blocks, "config": config}), "the file has no tensor 'n0'"),
         "parts of a block": (
             _with_note({"blocks": {KEY: [True] * (MEGABYTE // 6)}, "config": config}),
-            "has shape [0], which does not divide into blocks",
+            "has shape [0], which has no blocks",
         ),
         "numbers as parts": (_with_note({"blocks": {KEY: [1, 2]}, "config": config}), "want bools"),
         "config in the note": (

@@ -73,7 +73,7 @@ def test_injected_before_offloading_it_computes_and_does_not_train_silently(tmp_
         (
             {"trainable_token_indices": {"word_embeddings": [1]}, "target_modules": ["query"]},
             TypeError,
-            "cannot train rows of 'bert.embeddings.word_embeddings' (Embedding): its weight is offloaded",
+            "bert.embeddings.word_embeddings (Embedding): trainable_token_indices cannot train its rows: its weight",
         ),
         ({"target_parameters": ["pooler.dense.weight"], "target_modules": []}, TypeError, "its weight is offloaded"),
     ],

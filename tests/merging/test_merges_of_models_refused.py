@@ -239,13 +239,13 @@ def test_blocks_of_columns_of_one_matrix(cuts, overlap):
 
 def test_without_an_active_adapter_the_message_says_why(tmp_path):
     model = inject(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with disable_adapters(model), pytest.raises(RuntimeError, match="leave disable_adapters first"):
+    with disable_adapters(model), pytest.raises(RuntimeError, match="no adapter is active .*outside disable_adapters"):
         merge(model)
     set_adapter(model, [])
-    with pytest.raises(RuntimeError, match=r"call set_adapter\(model, \.\.\.\) first"):
+    with pytest.raises(RuntimeError, match="call set_adapter"):
         merge(model)
     model = llama()
     with AdapterPool(model, tmp_path, target_modules=["q_proj"], r=2, max_bytes=10**6):
         for function in (merge, merge_and_unload):
-            with pytest.raises(RuntimeError, match="adapters of a pool are not merged: load_adapter"):
+            with pytest.raises(RuntimeError, match="no adapter is active .*load_adapter"):
                 function(model)

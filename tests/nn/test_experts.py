@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import peft
 import pytest
@@ -16,14 +15,12 @@ import transformers
 from safetensors.torch import load_file
 from support.merging import same_bits
 from support.mixtures import FAMILIES, IMPLEMENTATIONS, LargestTensor, mixture
-from support.models import VOCABULARY, token_ids
+from support.models import token_ids
 from support.versions import before
 from torch import Tensor, nn
-from torch.export import Dim
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import disable_adapters, lora_modules, merge_and_unload, set_adapter
-from lora_ext.export import plain_pytorch
 
 SETTINGS = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -258,19 +255,3 @@ def test_a_module_that_reads_its_parameter_otherwise():
     found = torch.compile(layer, backend="eager", fullgraph=True)(x)
     torch.testing.assert_close(found, layer(x))
     assert not torch.allclose(found, layer.base_layer(x))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("family", "implementation", "dtype", "plain"),
-    [("gpt_oss", "grouped_mm", torch.float32, True), ("qwen3", "batched_mm", torch.bfloat16, False)],
-)
-def test_exported_programs(family, implementation, dtype, plain):
-    model, inputs = adapted(mixture(family, implementation).to(dtype)), torch.randint(VOCABULARY, (2, 5))
-    dynamic = {"input_ids": {0: Dim("batch", min=2)}, "use_cache": None}
-    with plain_pytorch() if plain else nullcontext():
-        program = torch.export.export(model, (), {"input_ids": inputs, "use_cache": False}, dynamic_shapes=dynamic)
-    ids = torch.randint(VOCABULARY, (3, 5))
-    tolerance = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    found = program.module()(input_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(found, model(ids).logits, **tolerance)

@@ -134,12 +134,10 @@ def test_a_layer_without_inject():
     assert not adapter.lora_B.any() and adapter.lora_A.any() and "num_parts=2" in repr(layer)
     x = torch.randn(3, IN)
     torch.testing.assert_close(layer(x), layer.base_layer(x))
-    for make, text in (
-        (lambda: layer.add_adapter("b", PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3)), "has 3 parts, want 2"),
-        (lambda: layer.add_adapter("b", LoraAdapter(IN, OUT + 1, 2, 4)), "lora_B has shape"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            make()
+    with pytest.raises(ValueError, match="has 3 parts, want 2"):
+        layer.add_adapter("b", PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3))
+    with pytest.raises(TypeError, match="the adapter is a LoraAdapter, want a PackedAdapter"):
+        layer.add_adapter("b", LoraAdapter(IN, OUT, 2, 4))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -176,19 +174,6 @@ def test_files_through_peft(settings, tmp_path):
     torch.testing.assert_close(plain(input_ids=ids).logits, expected)
 
 
-def test_files_keep_the_order_of_patterns(tmp_path):
-    """The first match decides."""
-    base = Fused()
-    settings = {"rank_pattern": {"q[k]v": 3, "q.v$": 4}, "alpha_pattern": {"qkv": 5, "q.v$": 6}}
-    model = adapted(copy.deepcopy(base), **settings)
-    assert model.qkv.adapters.default.r == 3
-    save_adapter(model, tmp_path)
-    again = load_adapter(copy.deepcopy(base), tmp_path)
-    assert (again.qkv.adapters.default.r, again.qkv.adapters.default.lora_alpha) == (3, 5)
-    x = x_for(base)
-    torch.testing.assert_close(again(x), model(x))
-
-
 def test_values_are_replaced_in_place(tmp_path):
     base = Fused()
     model = adapted(copy.deepcopy(base))
@@ -216,7 +201,7 @@ KEY = "base_model.model.qkv.lora_B.weight"
         (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside the blocks [True, False, True]"),
         (
             lambda tensors, note: note["blocks"].update({KEY: [True] * 5}),
-            "has shape [12, 4], which does not divide into blocks",
+            "has shape [12, 4], which has no blocks",
         ),
         (lambda tensors, note: note["blocks"].update({KEY: [False] * 3}), "want bools, at least one of them true"),
         (lambda tensors, note: note["blocks"].update({KEY: 3}), "do not match it"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x, step
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from lora_ext import LoraConfig, inject, set_adapter
 from lora_ext.adapters import unload
@@ -180,22 +180,6 @@ def test_layers_in_a_reentrant_part_share(calls):
         calls.clear()
         assert_close(step(model, x, run), expected)
     assert calls == [3, 1] * 4
-
-
-def test_selective_checkpointing():
-    """Selective checkpointing replays the operations of the first forward by their order."""
-
-    def policy(_, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mul.Tensor else CheckpointPolicy.PREFER_RECOMPUTE
-
-    def run(block: nn.Module, x: Tensor) -> Tensor:
-        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
-
-    model, x = net(2, lora_dropout=0.3), some_x()
-    expected = step(net(2, lora_dropout=0.3), x)
-    for _ in range(3):
-        assert_close(step(model, x, run), expected)
 
 
 class InParts(nn.Module):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import layers
-from support.layers import forward_backward_siblings, random_layer, random_siblings
+from support import layers, op_table
+from support.layers import random_layer, random_siblings
+from support.op_table import OPS, results
 from support.processes import run_python
 from torch import Tensor
 
@@ -51,18 +52,19 @@ def skip_unless_own(dtype: torch.dtype) -> None:
 def test_outputs_have_the_same_bits_with_any_number_of_threads(dtype, columns):
     """So do the gradients of x; those of the factors are sums over the threads' tokens."""
     skip_unless_own(dtype)
-    siblings = random_siblings(((1100, 50), [(columns, 7), (31, 3)]), (dtype, dtype))
+    op = OPS["lora_linear_siblings"]
+    sample = op_table.siblings((dtype, dtype), size=((1100, 50), ((columns, 7), (31, 3)))).with_dropout(0.2)
     threads = torch.get_num_threads()
     try:
         found = []
         for number in (1, 2, 3, 7, 40):
             torch.set_num_threads(number)
-            found.append(forward_backward_siblings(functional.lora_linear_siblings, siblings, 0.2, SEED))
+            found.append(results(op.run, sample, op.leaves(sample)))
     finally:
         torch.set_num_threads(threads)
     for several in found:
         for name, first in found[0].items():
-            if name in ("y[0]", "y[1]", "grad_x"):
+            if name in ("result 0", "result 1", "grad of x"):
                 assert torch.equal(several[name], first), name
             else:
                 torch.testing.assert_close(several[name], first, rtol=0.02, atol=0.02 * first.abs().max().item())

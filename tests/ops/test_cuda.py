@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
 from support.layers import (
     DTYPES,
     Layer,
-    assert_as_good_as_torch,
-    forward_backward,
     random_layer,
-    random_layers,
     relative_error,
 )
+from support.op_table import OPS, assert_as_good_as_plain, linear, results
 from torch import Tensor
 
 from lora_ext import functional, reference
@@ -40,7 +39,7 @@ def step(layer: Layer, dropout_p: float = 0.1, seed: Tensor | None = None) -> li
     return [y.detach(), *torch.autograd.grad(y, leaves, layer.grad_y)]
 
 
-# Shapes that fill several blocks of every kernel and cover the rank buckets; more in test_lora_linear.
+# Shapes that fill several blocks of every kernel and cover the rank buckets; more in test_values.py.
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def step(layer: Layer, dropout_p: float = 0.1, seed: Tensor | None = None) -> li
     ids=str,
 )
 def test_as_good_as_pytorch_against_float64(shape, dtypes, dropout_p):
-    assert_as_good_as_torch(random_layers(shape, dtypes), dropout_p, seed_tensor())
+    assert_as_good_as_plain(OPS["lora_linear"], partial(linear, size=shape), dtypes, dropout_p, seed_tensor())
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
@@ -108,14 +107,6 @@ def test_views_of_one_element_offset_into_a_merge():
     torch.testing.assert_close(weight, expected)
     weight.copy_(before[3:70, 1:130])
     assert torch.equal(whole, before)
-
-
-def test_opcheck():
-    layer = random_layer((6, 24, 20, 4), BF16, leading=(2, 3))
-    for tensor in (layer.x, layer.lora_A, layer.lora_B):
-        tensor.requires_grad_()
-    torch.library.opcheck(torch.ops.lora_ext.lora_linear.default, (*layer.args(), 0.3, seed_tensor()))
-    torch.library.opcheck(torch.ops.lora_ext.lora_dropout_mask.default, (seed_tensor(), 5, 20, 0.3))
 
 
 # --- streams and graphs -----------------------------------------------------------------------------------------------
@@ -200,27 +191,6 @@ def test_merge_in_a_graph():
     graph.replay()
     result = weight.clone()
     assert torch.equal(merge()[0], result)
-
-
-@pytest.mark.skipif(
-    not torch._C._dispatch_has_kernel_for_dispatch_key("lora_ext::lora_grouped_", "CUDA"),
-    reason="lora_grouped_ has no CUDA kernels",
-)
-def test_a_captured_graph_reads_the_scalings_of_lora_grouped():
-    layer = random_layer((12, 64, 40, 8), BF16)
-    x = layer.x
-    rows, scalings = torch.zeros(x.shape[0], dtype=torch.int64), torch.tensor([0.5], dtype=torch.float64)
-
-    def forward() -> list[Tensor]:
-        y = torch.nn.functional.linear(x, layer.weight, layer.bias)
-        return [functional.lora_grouped_(y, x, [layer.lora_A], [layer.lora_B], rows, scalings)]
-
-    with torch.no_grad():
-        graph, (y,) = captured(forward)
-        for scaling in (0.5, -0.25):
-            scalings.fill_(scaling)
-            graph.replay()
-            assert torch.equal(y, forward()[0])
 
 
 def test_a_merge_that_waits_is_not_captured():
@@ -380,8 +350,7 @@ def test_a_merge_beyond_32_bits():
 @pytest.mark.large
 def test_many_tokens_and_few_features():
     """A grid has at most 65535 blocks in y and z, so they must not grow with the tokens."""
-    layer = random_layer((2**21 + 7, 24, 17, 3), (torch.float32, torch.float32))
-    result = forward_backward(functional.lora_linear, layer)
-    expected = forward_backward(reference.lora_linear, layer)
+    op, sample = OPS["lora_linear"], linear(size=(2**21 + 7, 24, 17, 3))
+    result, expected = (results(function, sample, op.leaves(sample)) for function in (op.run, op.plain))
     for name in result:
         assert relative_error(result[name], expected[name]) < 1e-4, name

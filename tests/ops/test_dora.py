@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.layers import DTYPES, SHAPES, random_layer
+from support.layers import DTYPES, random_layer
+from support.op_table import SIZES
 
 from lora_ext import reference
 from lora_ext._ops import dora as arithmetic
@@ -17,7 +18,7 @@ def exact_norms(layer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SIZES)
 def test_norms(shape, dtypes):
     layer = random_layer(shape, dtypes)
     norms = row_norms(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
@@ -98,6 +99,17 @@ def test_gradients_of_gradients():
 
     tensors = tuple(t.requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B, torch.rand(4).double()))
     assert torch.autograd.gradcheck(output, tensors) and torch.autograd.gradgradcheck(output, tensors)
+
+
+@pytest.mark.parametrize("kind", ["none", "bias", "whole"])
+def test_rescaling_compiled_and_under_vmap(kind):
+    z, factor = torch.randn(3, 4, 6), torch.randn(6)
+    base = {"none": None, "bias": torch.randn(6), "whole": torch.randn(3, 4, 6)}[kind]
+    expected = rescale(z, factor, base)
+    compiled = torch.compile(rescale, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z, factor, base), expected)
+    dims = (0, None, 0 if kind == "whole" else None)
+    torch.testing.assert_close(torch.func.vmap(rescale, dims)(z, factor, base), expected)
 
 
 def test_only_wanted_gradients_are_kept_or_computed():

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from support.layers import (
-    forward_backward,
     random_layer,
     relative_error,
 )
+from support.op_table import OPS, linear, results
 from support.processes import run_forked
 
 from lora_ext import functional, reference
+from lora_ext._ops import composite
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 
@@ -26,12 +27,12 @@ def test_frozen_weight_is_never_written_or_given_a_gradient():
 
 def test_float32_adapters_over_16_bits_keep_float32_gradients():
     """A float32 adapter must get gradients finer than bfloat16's rounding."""
-    layer = random_layer((64, 96, 80, 4), (torch.bfloat16, torch.float32))
-    exact = forward_backward(reference.lora_linear, layer.to(torch.float64))
-    ours = forward_backward(functional.lora_linear, layer)
-    assert ours["grad_A"].dtype == ours["grad_B"].dtype == torch.float32
-    assert relative_error(ours["grad_A"], exact["grad_A"]) < 1e-5
-    assert relative_error(ours["grad_B"], exact["grad_B"]) < 1e-5
+    op, sample = OPS["lora_linear"], linear((torch.bfloat16, torch.float32), size=(64, 96, 80, 4))
+    leaves = op.leaves(sample)
+    ours, exact = results(op.run, sample, leaves), results(op.plain, sample.double(), leaves)
+    assert ours["grad of lora_A"].dtype == ours["grad of lora_B"].dtype == torch.float32
+    assert relative_error(ours["grad of lora_A"], exact["grad of lora_A"]) < 1e-5
+    assert relative_error(ours["grad of lora_B"], exact["grad of lora_B"]) < 1e-5
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -86,6 +87,17 @@ def test_mask_does_not_depend_on_threads_dtype_or_strides():
             assert torch.equal(reference.unpack_mask(mask(x, threads), 130), expected)
 
 
+@pytest.mark.parametrize("begin", [(0, 0, 0), (1, 2, 8), (0, 1, 5), (1, 0, 63)], ids=str)
+def test_a_part_of_x_has_that_part_of_the_mask(begin):
+    """As in a layer whose tokens or features are on several devices."""
+    x = torch.randn(2, 4, 130)
+    part = x[begin[0] : begin[0] + 1, begin[1] : begin[1] + 2, begin[2] : begin[2] + 67]
+    found = composite.dropped_part(part, 0.3, SEED, x.shape, begin)
+    whole = composite.dropped(x, 0.3, SEED)
+    assert torch.equal(found, whole[begin[0] : begin[0] + 1, begin[1] : begin[1] + 2, begin[2] : begin[2] + 67])
+    assert composite.dropped_part(part, 0.0, SEED, x.shape, begin) is part
+
+
 @pytest.mark.parametrize("dropout_p", [1e-9, 0.0])
 def test_dropout_below_the_resolution_is_none(dropout_p):
     layer = random_layer((5, 20, 12, 4))
@@ -109,6 +121,7 @@ def test_recovers_from_running_out_of_memory():
     code = """if True:
         import resource, torch
         from lora_ext import functional, reference
+from lora_ext._ops import composite
         def call(rank):
             x, weight, A, B = (torch.randn(size) for size in ((40, 8), (6, 8), (rank, 8), (6, rank)))
             torch.testing.assert_close(

@@ -44,29 +44,33 @@ def test_is_the_correctly_rounded_sum_of_the_reference(shape, dtypes):
         assert (layer.weight != expected).float().mean() < 0.01
 
 
-def test_merged_weight_gives_the_layer_output():
-    layer = random_layer((30, 64, 48, 8))
-    expected = functional.lora_linear(*layer.args())
-    functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
-    torch.testing.assert_close(torch.nn.functional.linear(layer.x, layer.weight, layer.bias), expected)
-
-
 # --- restoring --------------------------------------------------------------------------------------------------------
 
 SIZES = [1e-30, 1e-6, 0.005, 0.1, 1.0, 30.0, 1e3]  # of the update, relative to the weight
 
 
+def assert_comes_back(weight: torch.Tensor, *factors: object) -> functional.MergeRecord:
+    before = weight.clone()
+    record = functional.lora_merge_(weight, *factors)
+    assert functional.lora_unmerge_(weight, record) is weight
+    assert same_bits(weight, before)
+    return record
+
+
+def extra_bytes(record: functional.MergeRecord) -> int:
+    return record.nbytes - record.lora_A.nbytes - record.lora_B.nbytes
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_every_bit_comes_back(dtype, size):
+    """Also of whole rows of outliers, of zeros of either sign, of ties."""
     weight = hard_weight(70, 600, dtype)
-    before = weight.clone()
-    A, B, scaling = update_factors(weight, 5, size)
-    record = functional.lora_merge_(weight, A, B, scaling)
-    assert functional.lora_unmerge_(weight, record) is weight
-    assert same_bits(weight, before)
-    extra = record.nbytes - record.lora_A.nbytes - record.lora_B.nbytes
-    assert extra <= weight.nbytes + 2 * 70 * 3  # at most the weight's bytes and two bytes per segment
+    record = assert_comes_back(weight, *update_factors(weight, 5, size))
+    assert extra_bytes(record) <= weight.nbytes + 2 * 70 * 3  # at most the weight's bytes and two for each segment
+    for value in (0.0, -0.0, 1.0):
+        weight = torch.full((9, 300), value, dtype=dtype)
+        assert_comes_back(weight, *update_factors(weight, 3, min(size, 1.0)))
 
 
 @settings(max_examples=150, deadline=None)
@@ -118,18 +122,6 @@ def test_any_bit_patterns(dtype, seed):
     assert same_bits(weight, before)
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0])
-def test_constant_weights(dtype, value):
-    """Whole rows of outliers, of zeros of either sign, of ties."""
-    weight = torch.full((9, 300), value, dtype=dtype)
-    before = weight.clone()
-    for size in (1e-9, 1e-3, 1.0):
-        record = functional.lora_merge_(weight, *update_factors(weight, 3, size))
-        functional.lora_unmerge_(weight, record)
-        assert same_bits(weight, before)
-
-
 def test_a_scaling_of_zero_and_no_corrections():
     weight = torch.randn(8, 300)
     before = weight.clone()
@@ -145,11 +137,8 @@ def test_a_scaling_of_zero_and_no_corrections():
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_a_thousand_cycles(dtype):
     weight = hard_weight(6, 270, dtype)
-    before = weight.clone()
     for cycle in range(1000):
-        record = functional.lora_merge_(weight, *update_factors(weight, 3, 10.0 ** (cycle % 7 - 5)))
-        functional.lora_unmerge_(weight, record)
-    assert same_bits(weight, before)
+        assert_comes_back(weight, *update_factors(weight, 3, 10.0 ** (cycle % 7 - 5)))
 
 
 @pytest.mark.parametrize("update, most", [(0.005, 0.05), (0.03, 0.13), (0.1, 0.27)])
@@ -157,8 +146,7 @@ def test_the_record_is_small(update, most):
     weight = torch.randn(512, 1024) * 0.02
     A, B, scaling = update_factors(weight, 8, 0.02 * update)
     record = functional.lora_merge_(weight, A, B, scaling)
-    extra = record.nbytes - record.lora_A.nbytes - record.lora_B.nbytes
-    assert 0 < extra / weight.numel() < most
+    assert 0 < extra_bytes(record) / weight.numel() < most
 
 
 def test_flushing_subnormals_in_between_changes_nothing():
@@ -172,25 +160,6 @@ def test_flushing_subnormals_in_between_changes_nothing():
     finally:
         torch.set_flush_denormal(False)
     assert flushes and same_bits(weight, before)
-
-
-def test_without_a_record():
-    weight, other = torch.randn(8, 300), torch.randn(8, 300)
-    other.copy_(weight)
-    A, B, scaling = update_factors(weight, 3, 0.1)
-    assert functional.lora_merge_(weight, A, B, scaling, record=False) is None
-    functional.lora_merge_(other, A, B, scaling)
-    assert same_bits(weight, other)
-
-
-def test_the_record_is_independent_of_its_origin():
-    weight = torch.randn(8, 300)
-    before = weight.clone()
-    A, B, scaling = update_factors(weight, 3, 0.1)
-    record = functional.lora_merge_(weight, A, B, scaling)
-    A.zero_(), B.zero_()
-    functional.lora_unmerge_(weight, record)
-    assert same_bits(weight, before)
 
 
 def test_row_strides_and_untouched_neighbours():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.merging import hard_weight, same_bits, update_factors
 
-from lora_ext import functional
 from lora_ext.merging.weights import merge_all_, pack_factors
 
 
@@ -143,35 +142,3 @@ def test_more_rows_or_columns_than_the_kernels_count():
         )
         with pytest.raises(ValueError, match=r"weights\[0\] has shape .*, want at most 2\*\*30 rows and columns"):
             torch.ops.lora_ext.lora_merge_([weight.to("meta")], [A], [B])
-
-
-def test_saved_weight_is_detected_as_changed():
-    """Stable-ABI kernels do not tell autograd about mutation; the ops' autograd kernels do."""
-    weight, A, B = torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2)
-    for op, record in {"lora_merge_": (), "lora_unmerge_": ([], []), "lora_merge_record_": ()}.items():
-        x = torch.randn(3, 5, requires_grad=True)
-        y = x @ weight.T
-        getattr(torch.ops.lora_ext, op)([weight], [A], [B], *record)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-
-
-def test_weight_that_requires_grad_is_refused():
-    weight = torch.randn(4, 5, requires_grad=True)
-    before = weight.detach().clone()
-    A, B = torch.randn(2, 5), torch.randn(4, 2)
-    for merge in (
-        lambda: functional.lora_merge_(weight, A, B, 1.0),
-        lambda: torch.ops.lora_ext.lora_merge_([weight], [A], [B]),
-        lambda: torch.ops.lora_ext.lora_merge_record_([weight], [A], [B]),
-    ):
-        with pytest.raises(RuntimeError, match=r"weight requires grad.*requires_grad_\(False\)"):
-            merge()
-    assert torch.equal(weight, before)
-    with torch.no_grad():
-        record = functional.lora_merge_(weight, A, B, 1.0)
-    with pytest.raises(RuntimeError, match="lora_unmerge_: weight requires grad"):
-        functional.lora_unmerge_(weight, record)
-    with torch.no_grad():
-        functional.lora_unmerge_(weight, record)
-    assert same_bits(weight, before)

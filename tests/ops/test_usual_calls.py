@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from support.groups import random_groups
 from support.layers import random_layer
+from support.op_table import OPS
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,72 +91,32 @@ assert is_usual_state()
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_modes_and_subclasses_see_the_op(trains):
-    layer = random_layer((3, 8, 5, 2))
-    layer.lora_A.requires_grad_(trains)
-    expected = functional.lora_linear(*layer.args())
-    for mode in (FunctionMode(), DispatchMode()):
-        with mode:
-            y = functional.lora_linear(*layer.args())
-        assert torch.equal(y, expected) and y.requires_grad == trains
-        assert any("lora_linear" in name for name in mode.seen)
-    Subclass.seen.clear()
-    y = functional.lora_linear(layer.x.as_subclass(Subclass), *layer.args()[1:])
-    assert torch.equal(y.as_subclass(Tensor), expected) and y.requires_grad == trains
-    assert any("lora_linear" in name for name in Subclass.seen)
+@pytest.mark.parametrize("name", ["lora_linear", "lora_grouped_", "lora_grouped_linear"])
+def test_modes_and_subclasses_see_the_op(name, trains):
+    op = OPS[name]
+    call = op.small().call
+    leaf = call["lora_A"] if "lora_A" in call else call["lora_As"][0]
+    leaf.requires_grad_(trains)
+    seen_as = "lora_grouped_" if trains and name == "lora_grouped_linear" else name  # its two parts
 
-
-def test_modes_and_subclasses_see_lora_grouped():
-    case = random_groups(5, (8, 6), [2, 3])
-
-    def added(x: Tensor) -> Tensor:
-        y = case.y.clone()
-        version = y._version
-        functional.lora_grouped_(y, x, case.lora_As, case.lora_Bs, *case.choice())
-        assert y._version == version + 1  # a change that autograd must know of
+    def output(**call) -> Tensor:
+        if "y" not in call:
+            return op.run(**call)[0]
+        y = call["y"].clone()
+        functional.lora_grouped_(**call | {"y": y})
+        assert y._version == 1  # a change that autograd must know of
         return y
 
-    expected = added(case.x)
+    expected = output(**call)
     for mode in (FunctionMode(), DispatchMode()):
         with mode:
-            y = added(case.x)
-        assert torch.equal(y, expected)
-        assert any("lora_grouped_" in name for name in mode.seen)
+            y = output(**call)
+        assert torch.equal(y, expected) and y.requires_grad == trains
+        assert any(seen_as in name for name in mode.seen)
     Subclass.seen.clear()
-    assert torch.equal(added(case.x.as_subclass(Subclass)), expected)
-    assert any("lora_grouped_" in name for name in Subclass.seen)
-
-
-@pytest.mark.cpu_only("the op has a kernel on the CPU only")
-def test_modes_and_subclasses_see_lora_grouped_linear():
-    case, weight = random_groups(5, (8, 6), [2, 3]), torch.randn(6, 8)
-
-    def output(x: Tensor) -> Tensor:
-        return functional.lora_grouped_linear(x, weight, None, case.lora_As, case.lora_Bs, *case.choice())
-
-    expected = output(case.x)
-    for mode in (FunctionMode(), DispatchMode()):
-        with mode:
-            y = output(case.x)
-        assert torch.equal(y, expected)
-        assert any("lora_grouped_linear" in name for name in mode.seen)
-    Subclass.seen.clear()
-    assert torch.equal(output(case.x.as_subclass(Subclass)).as_subclass(Tensor), expected)
-    assert any("lora_grouped_linear" in name for name in Subclass.seen)
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("wanted", ["", "x", "lora_A", "lora_B", "weight", "bias"])
-def test_both_ways_give_the_same_bits(wanted, dropout_p):
-    layer = random_layer((70, 24, 20, 4))
-    if wanted:
-        getattr(layer, wanted).requires_grad_()
-    arguments = (*layer.args(), dropout_p, torch.tensor(3))
-    ys = functional.lora_linear(*arguments), torch.ops.lora_ext.lora_linear(*arguments)[0]
-    assert torch.equal(*ys) and ys[0].requires_grad == ys[1].requires_grad == bool(wanted)
-    if wanted:
-        grads = [torch.autograd.grad(y, getattr(layer, wanted), layer.grad_y)[0] for y in ys]
-        assert torch.equal(*grads)
+    y = output(**call | {"x": call["x"].as_subclass(Subclass)})
+    assert torch.equal(y.as_subclass(Tensor), expected) and y.requires_grad == trains
+    assert any(seen_as in name for name in Subclass.seen)
 
 
 def test_a_tensor_left_by_a_transform_keeps_its_gradient():

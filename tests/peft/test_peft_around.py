@@ -38,7 +38,7 @@ def test_peft_on_top_is_refused_before_anything_changes(options):
 def test_functions_of_peft_on_states_name_ours():
     model = inject(llama(), LoraConfig(target_modules=["q_proj"]))
     for function in (peft.get_peft_model_state_dict, lambda model: peft.set_peft_model_state_dict(model, {})):
-        with refused(model, KeyError, "PEFT has no adapter 'default' in an injected model; call save_adapter"):
+        with refused(model, KeyError, "default"):
             function(model)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.layers import saved_bytes
 from support.quantized import QUANTIZE, quantized_copy, unchanged_bytes
-from support.shared_inputs import compute_alone, counted_calls, groups, step
+from support.shared_inputs import Net, compute_alone, counted_calls, groups, step
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject
@@ -17,31 +17,9 @@ NAMES = ["q", "k", "v", "o"]
 FEW = ["nf4-double", "int8", "torchao-int8"]
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 32, bias=False)
-        self.o = nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = self.q(x) * torch.cat([self.k(x), self.v(x)], -1)
-        return self.o(torch.tanh(mixed))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Attention() for _ in range(2))
-
-    def forward(self, x: Tensor, run=lambda block, x: block(x)) -> Tensor:
-        for block in self.blocks:
-            x = run(block, x + 0)
-        return x
-
-
 def base(format: str, dtype: torch.dtype = torch.float32, skip: tuple[str, ...] = ()) -> nn.Module:
     torch.manual_seed(0)
-    return quantized_copy(Net().to(dtype), format, skip)
+    return quantized_copy(Net(2, 64).to(dtype), format, skip)
 
 
 def net(format: str, dtype: torch.dtype = torch.float32, skip: tuple[str, ...] = (), **options) -> nn.Module:
@@ -128,5 +106,5 @@ def test_a_change_between_the_calls_has_effect():
         elif change == "weight":
             block.k.base_layer.weight.mul_(0)
         else:
-            block.k.base_layer = QUANTIZE["int8"](nn.Linear(64, 32))
+            block.k.base_layer = QUANTIZE["int8"](nn.Linear(64, 64))
         assert torch.equal(block.k(one), block.k(x + 0)), change

@@ -8,8 +8,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from lora_ext import functional, reference
-
 # dtypes of x and the factors: the usual pairs, and two unusual ones.
 DTYPES = [
     (torch.float64, torch.float64),
@@ -20,20 +18,6 @@ DTYPES = [
     (torch.float16, torch.float32),
     (torch.float32, torch.bfloat16),
     (torch.float64, torch.float32),
-]
-
-# (num_tokens, in_features, out_features, rank): no rows, one row, odd tails, ranks that are not multiples of 16, and
-# sizes that cross every block boundary of the kernels.
-SHAPES = [
-    (0, 5, 3, 2),
-    (1, 1, 1, 1),
-    (1, 64, 48, 8),
-    (7, 5, 3, 2),
-    (31, 63, 130, 3),
-    (33, 64, 48, 17),
-    (70, 97, 131, 8),
-    (100, 515, 257, 100),
-    (40, 384, 384, 16),
 ]
 
 
@@ -72,33 +56,10 @@ def random_layer(shape, dtypes=(torch.float32, torch.float32), bias: bool = True
     )
 
 
-def forward_backward(function, layer: Layer, dropout_p: float = 0.0, seed: Tensor | None = None) -> dict[str, Tensor]:
-    """Returns y and the gradients of x, lora_A and lora_B."""
-    x, A, B = (t.detach().clone().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B))
-    y = function(x, layer.weight, layer.bias, A, B, layer.scaling, dropout_p, seed)
-    grads = torch.autograd.grad(y, (x, A, B), layer.grad_y)
-    return dict(zip(("y", "grad_x", "grad_A", "grad_B"), (y.detach(), *grads), strict=True))
-
-
 def relative_error(value: Tensor, exact: Tensor) -> float:
     if exact.numel() == 0:
         return 0.0
     return ((value.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)).item()
-
-
-def assert_as_good_as_torch(layers: Layer | list[Layer], dropout_p: float = 0.0, seed: Tensor | None = None) -> None:
-    """Checks that ``lora_linear``'s error against float64 is at most twice plain PyTorch's at the same dtypes.
-
-    Several layers are judged by their joint error, because either side can be exact by chance for few numbers.
-    """
-    layers = [layers] if isinstance(layers, Layer) else layers
-    results = []
-    for layer in layers:
-        ours = forward_backward(functional.lora_linear, layer, dropout_p, seed)
-        exact = forward_backward(reference.lora_linear, layer.to(torch.float64), dropout_p, seed)
-        plain = forward_backward(reference.lora_linear, layer, dropout_p, seed)
-        results.append((ours, exact, plain))
-    assert_errors_as_plain(results, layers[0].x.dtype, layers[0].lora_A.dtype)
 
 
 def assert_errors_as_plain(
@@ -143,18 +104,6 @@ def misaligned(matrix: Tensor) -> Tensor:
     return view.copy_(matrix)
 
 
-def number_of_layers(smallest: int) -> int:
-    """Returns how many random layers have a hundred elements in their smallest result; 1 if that is empty."""
-    return -(-100 // smallest) if smallest else 1
-
-
-def random_layers(shape, *args, **kwargs) -> list[Layer]:
-    """Makes enough layers of a shape for each result to have a hundred elements in total."""
-    num_tokens, in_features, out_features, rank = shape
-    number = number_of_layers(min(num_tokens, rank) * min(in_features, out_features))
-    return [random_layer(shape, *args, **kwargs) for _ in range(number)]
-
-
 def saved_bytes(function: Callable[[], object]) -> list[tuple[tuple, int]]:
     """Returns shapes and bytes of the tensors that autograd keeps for the backward, without parameters."""
     saved = []
@@ -195,19 +144,6 @@ def random_siblings(shape, dtypes=(torch.float32, torch.float32), leading: tuple
         layer = random_layer((num_tokens, in_features, out_features, rank), dtypes, bias=i % 2 == 0, leading=leading)
         layers.append(replace(layer, scaling=0.75 + i / 2))
     return Siblings(layers[0].x, layers)
-
-
-def forward_backward_siblings(
-    function: Callable, siblings: Siblings, dropout_p: float = 0.0, seed: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Returns the outputs and the gradients of x, lora_As and lora_Bs."""
-    x, weights, biases, As, Bs, scalings = siblings.args()
-    x, As, Bs = x.detach().clone().requires_grad_(), *([t.clone().requires_grad_() for t in ts] for ts in (As, Bs))
-    ys = function(x, weights, biases, As, Bs, scalings, dropout_p, seed)
-    grads = torch.autograd.grad(ys, (x, *As, *Bs), siblings.grad_ys())
-    names = [f"{name}[{i}]" for name in ("y", "grad_A", "grad_B") for i in range(len(ys))]
-    results = dict(zip(names, (*ys, *grads[1:]), strict=True))
-    return {name: result.detach() for name, result in results.items()} | {"grad_x": grads[0]}
 
 
 def delta_of(layer: nn.Module, name: str = "default") -> Tensor:

@@ -320,7 +320,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.add_weighted_adapter, {"model": merged}, ValueError, "adapters are merged into 'blocks.0.up'; call unme"),
     (adapters.delete_adapter, *BARE),
     (adapters.delete_adapter, {"name": "x"}, KeyError, NO_ADAPTER),
-    (adapters.delete_adapter, {"name": "b"}, RuntimeError, "'b' is active; call set_adapter(model, ...) first, with o"),
+    (adapters.delete_adapter, {"name": "b"}, RuntimeError, "'b' is active; call set_adapter with one of ['a'], or u"),
     (adapters.delete_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge"),
     (adapters.delete_adapter, {"model": disabled}, RuntimeError, "the adapters are disabled"),
     (adapters.rename_adapter, *BARE),

@@ -19,9 +19,9 @@ WIDTH = 8
 class Attention(nn.Module):
     """Like an attention: o has as many in_features as q, k and v, and reads another tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         memory = x if memory is None else memory
@@ -29,9 +29,9 @@ class Attention(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, layers: int = 1) -> None:
+    def __init__(self, layers: int = 1, width: int = WIDTH) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Attention() for _ in range(layers))
+        self.blocks = nn.ModuleList(Attention(width) for _ in range(layers))
 
     def forward(self, x: Tensor, run: Callable = lambda block, x: block(x)) -> Tensor:
         for block in self.blocks:
