@@ -149,7 +149,7 @@ def short_name(demangled: str) -> str:
     """Shortens ``void lora_ext::cuda::f<(int)16, true>(Params)`` to ``f<16, true>``."""
     name = re.sub(r"\(anonymous namespace\)::|\blora_ext::(cuda::)?|^void ", "", demangled)
     name = re.sub(r"\([\w: ]+\)(?=-?\d)", "", name)  # (int)16, (KeepBits)1
-    name = re.sub(r"(?<=[<, ])(fma|mma)::", "", name)  # in arguments only
+    name = re.sub(r"(?<=[<, ])mma::", "", name)  # in arguments only
     depth = 0
     for position, character in enumerate(name):  # the parameter list: the first bracket outside <>
         depth += (character == "<") - (character == ">")

@@ -59,28 +59,22 @@ FAMILIES = [
     Family("merge's plan", r"^merge_kernel<\w+, 0>", wide_loads=True),
     Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
     Family("gather records", r"^gather_records_kernel", blocks_per_sm=4),
-    Family("pack factors", r"^(fma|mma)::pack_factors_kernel"),
+    Family("round, pack factors", r"^mma::(round|pack)_factors_kernel"),
     Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
     # One block on a multiprocessor, because both sums are in registers.
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
     Family("mma shrink", r"^mma::shrink_kernel", **MMA),
     Family("mma sum over tokens", r"^mma::token_sum_kernel", **MMA),
-    # Template arguments: parts of the skinny operands, steps of 16 ranks. One part: the factor is read as it lies.
-    Family("mma expand, one part, small", r"^mma::expand_short_kernel<\w+, 1, 1[,>]", blocks_per_sm=3, **EXPAND),
-    Family("mma expand, one part", r"^mma::expand_short_kernel<\w+, 1,", **EXPAND),
-    Family(
-        "mma expand, small", r"^mma::expand_short_kernel<\w+, \d+, 1[,>]", blocks_per_sm=3, async_copies=True, **EXPAND
-    ),
+    # Template arguments: the dtype of x, steps of 16 ranks. bfloat16 is one part: the factor is read as it lies.
+    Family("mma expand, one part, small", r"^mma::expand_short_kernel<__nv_bfloat16, 1[,>]", blocks_per_sm=3, **EXPAND),
+    Family("mma expand, one part", r"^mma::expand_short_kernel<__nv_bfloat16", **EXPAND),
+    Family("mma expand, small", r"^mma::expand_short_kernel<\w+, 1[,>]", blocks_per_sm=3, async_copies=True, **EXPAND),
     Family("mma expand", r"^mma::expand_short_kernel", async_copies=True, **EXPAND),
-    Family("mma expand, long, one part", r"^mma::expand_long_kernel<\w+, 1[,>]", wide_stores=True, **MMA),
+    Family("mma expand, long, one part", r"^mma::expand_long_kernel<__nv_bfloat16", wide_stores=True, **MMA),
     Family("mma expand, long", r"^mma::expand_long_kernel", blocks_per_sm=1, wide_stores=True, **MMA),
     # Loads fragments as they lie in memory, without cp.async; the registers of 9 to 32 tokens leave room for one block.
     Family("mma few tokens, 8", r"^mma::few_tokens_kernel<\w+, 1>", **FEW_TOKENS),
     Family("mma few tokens", r"^mma::few_tokens_kernel", blocks_per_sm=1, **FEW_TOKENS),
-    Family("fma shrink", r"^fma::shrink_kernel", **PASS),
-    Family("fma sum over tokens", r"^fma::token_sum_kernel", **PASS),
-    Family("fma expand, float64", r"^fma::expand_kernel<double", **PASS),  # writes 8 bytes, whole lines a warp
-    Family("fma expand", r"^fma::expand_kernel", wide_stores=True, **PASS),
     # Rows that choose their factors.
     Family("grouped index", r"^grouped::(group_index|write_entries)_kernel"),
     Family("grouped few rows, float64", r"^grouped::few_rows_\w+<double", wide_loads=True, dynamic_shared=8 * 1024),

@@ -36,6 +36,8 @@ ChunkedRun run_chunks(const Params& p, Pack pack, Kernel kernel) {
 }
 
 struct Cpu {
+  static constexpr bool kOnly16Bit = false;
+
   struct Guard {
     explicit Guard(const Tensor&) {}
   };

@@ -3,6 +3,8 @@
 //
 // The adapter's term is written first and the base product accumulates onto it: the adapter needs no extra pass over y
 // or grad_x.
+#include <optional>
+
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_stream.h"
@@ -13,19 +15,21 @@
 namespace lora_ext::cuda {
 namespace {
 
-// The forward with its base layers. A weight whose columns are not neighbours is left out.
-LoraStreamedParams with_weights(const ForwardCall& call) {
+// The forward with its base layers, if the kernel for few tokens takes it.
+std::optional<LoraStreamedParams> streamed_forward(const ForwardCall& call) {
   LoraStreamedParams streamed{.forward = call.params};
   for (size_t i = 0; i < call.layers.size(); ++i) {
     const Tensor& weight = *call.layers[i].weight;
-    if (weight.stride(1) != 1) return {};
+    if (weight.stride(1) != 1) return std::nullopt;  // its columns are not neighbours
     streamed.weights[i] = weight.const_data_ptr();
     streamed.weight_strides[i] = weight.stride(0);
   }
-  return streamed;
+  return streams_weights(streamed) ? std::optional(streamed) : std::nullopt;
 }
 
 struct Cuda {
+  static constexpr bool kOnly16Bit = true;
+
   struct Guard {
     DeviceGuard device;
     explicit Guard(const Tensor& tensor) : device(tensor.get_device_index()) {}
@@ -40,8 +44,7 @@ struct Cuda {
     const LoraForwardParams& p = call.params;
     if (p.shrink.num_tokens == 0) return;
     if (call.has_base_layers()) {
-      const LoraStreamedParams streamed = with_weights(call);
-      if (streams_weights(streamed)) return launch(&streamed, call.x);
+      if (const auto streamed = streamed_forward(call)) return launch(&*streamed, call.x);
     }
     launch(&p, call.x);
     for (size_t i = 0; call.has_base_layers() && i < call.layers.size(); ++i) {

@@ -3,17 +3,18 @@
 //
 // A single layer is one sibling, and a delta a layer without a weight: the ops differ in the form of their arguments.
 // Device provides
-//   Guard     constructed from a tensor: makes its device the current one
-//   forward   computes the results of a ForwardCall
-//   backward  computes the results of a BackwardCall
+//   kOnly16Bit  whether its kernels take 16-bit x only (plain_op.h)
+//   Guard       constructed from a tensor: makes its device the current one
+//   forward     computes the results of a ForwardCall
+//   backward    computes the results of a BackwardCall
 #pragma once
 
 #include <tuple>
 
 #include "backward_call.h"
 #include "forward_call.h"
-#include "op.h"
 #include "overlap.h"
+#include "plain_op.h"
 
 namespace lora_ext {
 
@@ -174,14 +175,14 @@ struct LoraLinearOps {
 template <class Device, class Library>
 void register_lora_linear_ops(Library& library) {
   using Ops = LoraLinearOps<Device>;
-  register_op<schemas::kLoraLinear, &Ops::lora_linear>(library);
-  register_op<schemas::kLoraLinearBackward, &Ops::lora_linear_backward>(library);
-  register_op<schemas::kLoraLinearSiblings, &Ops::lora_linear_siblings>(library);
-  register_op<schemas::kLoraLinearSiblingsBackward, &Ops::lora_linear_siblings_backward>(library);
-  register_op<schemas::kLoraDelta, &Ops::lora_delta_>(library);
-  register_op<schemas::kLoraDeltaBackward, &Ops::lora_delta_backward>(library);
-  register_op<schemas::kLoraDeltaSiblings, &Ops::lora_delta_siblings>(library);
-  register_op<schemas::kLoraDeltaSiblingsBackward, &Ops::lora_delta_siblings_backward>(library);
+  register_op_of<Device, schemas::kLoraLinear, &Ops::lora_linear>(library);
+  register_op_of<Device, schemas::kLoraLinearBackward, &Ops::lora_linear_backward>(library);
+  register_op_of<Device, schemas::kLoraLinearSiblings, &Ops::lora_linear_siblings>(library);
+  register_op_of<Device, schemas::kLoraLinearSiblingsBackward, &Ops::lora_linear_siblings_backward>(library);
+  register_op_of<Device, schemas::kLoraDelta, &Ops::lora_delta_>(library);
+  register_op_of<Device, schemas::kLoraDeltaBackward, &Ops::lora_delta_backward>(library);
+  register_op_of<Device, schemas::kLoraDeltaSiblings, &Ops::lora_delta_siblings>(library);
+  register_op_of<Device, schemas::kLoraDeltaSiblingsBackward, &Ops::lora_delta_siblings_backward>(library);
 }
 
 }  // namespace lora_ext

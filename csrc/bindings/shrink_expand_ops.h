@@ -1,15 +1,16 @@
 // lora_shrink, lora_expand and their backwards on one device: the two products of an adapter as separate ops, for
 // adapters with something between them (a bottleneck's activation). csrc/schemas.h has the schemas.
 // Device provides
-//   Guard  constructed from a tensor: makes its device the current one
-//   run    runs the kernels with these parameters, on the device of a tensor; at least one token
+//   kOnly16Bit  whether its kernels take 16-bit x only (plain_op.h)
+//   Guard       constructed from a tensor: makes its device the current one
+//   run         runs the kernels with these parameters, on the device of a tensor; at least one token
 #pragma once
 
 #include <tuple>
 
 #include "backward_call.h"
 #include "forward_call.h"
-#include "op.h"
+#include "plain_op.h"
 
 namespace lora_ext {
 
@@ -197,10 +198,10 @@ struct ShrinkExpandOps {
 template <class Device, class Library>
 void register_shrink_expand_ops(Library& library) {
   using Ops = ShrinkExpandOps<Device>;
-  register_op<schemas::kLoraShrink, &Ops::lora_shrink>(library);
-  register_op<schemas::kLoraShrinkBackward, &Ops::lora_shrink_backward>(library);
-  register_op<schemas::kLoraExpand, &Ops::lora_expand>(library);
-  register_op<schemas::kLoraExpandBackward, &Ops::lora_expand_backward>(library);
+  register_op_of<Device, schemas::kLoraShrink, &Ops::lora_shrink>(library);
+  register_op_of<Device, schemas::kLoraShrinkBackward, &Ops::lora_shrink_backward>(library);
+  register_op_of<Device, schemas::kLoraExpand, &Ops::lora_expand>(library);
+  register_op_of<Device, schemas::kLoraExpandBackward, &Ops::lora_expand_backward>(library);
 }
 
 }  // namespace lora_ext

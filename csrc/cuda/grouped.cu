@@ -92,7 +92,7 @@ struct BackwardWorkspace {
 template <class A, bool kBackward>
 void launch_shrink_on(const ShrinkParams<A>& p, const GpuStream& stream) {
   if constexpr (std::is_same_v<A, float>) {
-    if (uses_tensor_cores(p.dtype, p.factor_dtype)) return launch_shrink_mma(p, kBackward, stream);
+    if (uses_tensor_cores(p.dtype)) return launch_shrink_mma(p, kBackward, stream);
   }
   launch_shrink<A, kBackward>(p, stream);
 }
@@ -100,7 +100,7 @@ void launch_shrink_on(const ShrinkParams<A>& p, const GpuStream& stream) {
 template <class A, bool kBackward>
 void launch_expand_on(const ExpandParams<A>& p, const GpuStream& stream) {
   if constexpr (std::is_same_v<A, float>) {
-    if (uses_tensor_cores(p.dtype, p.factor_dtype)) return launch_expand_mma(p, kBackward, stream);
+    if (uses_tensor_cores(p.dtype)) return launch_expand_mma(p, kBackward, stream);
   }
   launch_expand<A, kBackward>(p, stream);
 }
@@ -109,7 +109,7 @@ template <class A, bool kOfB>
 void launch_gradient(const FactorSumsParams<A>& p, const GpuStream& stream) {
   bool done = false;
   if constexpr (std::is_same_v<A, float>) {
-    done = uses_tensor_cores(p.dtype, p.factor_dtype);
+    done = uses_tensor_cores(p.dtype);
     if (done) launch_factor_sums_mma(p, kOfB, stream);
   }
   if (!done) launch_factor_sums<A, kOfB>(p, stream);

@@ -11,9 +11,8 @@ template <class T, int kRanks, bool kBackward>
 void launch_shrink_ranks(ShrinkParams<float> p, const GpuStream& stream) {
   using Traits = ShrinkMmaTraits<kRanks, kBackward>;
   p.rank_tiles = static_cast<int>(ceil_div(p.max_rank, kRanks));
-  launch(&grouped_shrink_mma_kernel<T, kRanks, kBackward>,
-         make_grid(num_tiles(p.table.rows, kTileRows) * p.ranges * p.rank_tiles), Traits::kThreads,
-         Traits::kSharedBytes, stream, p);
+  launch(&grouped_shrink_mma_kernel<T, kRanks, kBackward>, make_grid(num_tiles(p.table.rows) * p.ranges * p.rank_tiles),
+         Traits::kThreads, Traits::kSharedBytes, stream, p);
 }
 
 template <class T, bool kBackward>
@@ -29,7 +28,7 @@ template <class T, bool kBackward>
 void launch_expand_of(ExpandParams<float> p, const GpuStream& stream) {
   using Traits = ExpandMmaTraits<kBackward>;
   p.column_tiles = ceil_div(p.columns, Traits::kColumns);
-  launch(&grouped_expand_mma_kernel<T, kBackward>, make_grid(num_tiles(p.table.rows, kTileRows) * p.column_tiles),
+  launch(&grouped_expand_mma_kernel<T, kBackward>, make_grid(num_tiles(p.table.rows) * p.column_tiles),
          Traits::kThreads, Traits::kSharedBytes, stream, p);
 }
 
@@ -38,9 +37,8 @@ void launch_factor_sums_of(FactorSumsParams<float> p, const GpuStream& stream) {
   using Traits = FactorSumsMmaTraits<T>;
   p.feature_tiles = ceil_div(p.features, Traits::kFeatures);
   p.rank_tiles = ceil_div(p.max_rank, Traits::kRanks);
-  launch(&grouped_factor_sums_mma_kernel<T, kOfB>,
-         make_grid(num_tiles(p.table.rows, kChunkRows) * p.feature_tiles * p.rank_tiles), Traits::kThreads,
-         Traits::kSharedBytes, stream, p);
+  launch(&grouped_factor_sums_mma_kernel<T, kOfB>, make_grid(num_chunks(p.table.rows) * p.feature_tiles * p.rank_tiles),
+         Traits::kThreads, Traits::kSharedBytes, stream, p);
 }
 
 // Calls f with std::type_identity of the 16-bit type, and the flag as a std::bool_constant.

@@ -2,6 +2,7 @@
 #include "launch.h"
 
 #include <cstdlib>
+#include <stdexcept>
 #include <string_view>
 
 #include "../common/few_tokens.h"
@@ -16,7 +17,11 @@ namespace {
 // Calls f with the LoraLaunches of x's dtype.
 template <class F>
 void with_launches(const LoraParams& params, F f) {
-  with_type_of(dtypes_of(params).dtype, [&](auto type) { f(LoraLaunches<typename decltype(type)::type>{}); });
+  switch (dtypes_of(params).dtype) {
+    case DType::kBFloat16: return f(LoraLaunches<__nv_bfloat16>{});
+    case DType::kFloat16: return f(LoraLaunches<__half>{});
+    default: throw std::logic_error("lora_ext: no kernel takes an x of float32 or float64");
+  }
 }
 
 }  // namespace

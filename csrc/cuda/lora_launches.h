@@ -1,7 +1,6 @@
-// The launches of shrink, expand, lora_linear's forward of both, and their backwards, for x of dtype T.
-// fma/lora_launches.cuh and mma/lora_launches.cuh define them: float64 and float32 run on plain multiply-adds (fma/),
-// the 16-bit types on tensor cores (mma/). instantiations/ has a file for each T, and another one for the wider factors
-// of a 16-bit T.
+// The launches of shrink, expand, lora_linear's forward of both, and their backwards, for x of dtype T, one of the
+// 16-bit types. mma/lora_launches.cuh defines them. instantiations/ has a file for each T, and another one for the
+// wider factors of that T.
 #pragma once
 
 #include "launch.h"

@@ -2,10 +2,8 @@
 //
 // A packed factor is a row-major matrix [rank, features]. lora_A keeps its orientation, lora_B is transposed. The
 // factors of siblings stand below each other if one kernel reads them all. Padding is zero, so kernels copy whole
-// tiles, 16 bytes at a time.
-//
-//   fma/   one matrix of the accumulation dtype, [rank, padded_features]
-//   mma/   bfloat16 parts (mma/parts.cuh), part after part, each [padded_ranks, padded_features]
+// tiles, 16 bytes at a time. It is stored as bfloat16 parts (mma/parts.cuh), part after part, each [padded_ranks,
+// padded_features].
 #pragma once
 
 #include <cstdint>

@@ -8,8 +8,9 @@
   ``errors`` turns an error of PyTorch or of an op into one that names the argument.
 - Typed functions: ``grouped_calls``; those of the other ops are in lora_ext/functional.py. ``call_arguments`` chooses
   arguments for their callers.
-- ``composite``: the ops in plain PyTorch, for torch.func, forward mode and gradients of gradients.
+- ``composite``: the ops in plain PyTorch, for torch.func, forward mode and gradients of gradients; ``plain`` makes ops
+  of them, for float32 and float64 on CUDA.
 - Kinds of tensors: ``nested``, ``lazy_views``. ``flops`` counts operations.
 """
 
-from lora_ext._ops import delta, flops, grouped, grouped_linear, linear, merge, shrink_expand, siblings  # noqa: F401
+from lora_ext._ops import delta, flops, grouped, grouped_linear, linear, merge, plain, shrink_expand, siblings  # noqa: F401

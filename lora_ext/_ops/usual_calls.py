@@ -72,8 +72,13 @@ def call_state(x: Tensor) -> tuple | None:
         if excluded | _AUTOCAST != _USUAL_EXCLUDED | _AUTOCAST:
             return None
         autocast = torch.get_autocast_dtype(autocast_device(x))
-    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    stream = _stream(x) if x.is_cuda else None
     return included, excluded, autocast, torch.is_grad_enabled(), x._version, x.requires_grad, stream
+
+
+def _stream(x: Tensor) -> tuple[torch.cuda.Stream, bool]:
+    """Returns where kernels on ``x`` go now, and whether a graph captures it: an earlier call is not in the graph."""
+    return torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
 
 
 def is_usual_call(*tensors: Tensor | None) -> bool:

@@ -234,7 +234,7 @@ def test_the_kernels_that_were_built():
     arch = f"sm_{_load.build_info()['cuda_archs'].split(',')[-1]}"  # one is enough here; `make cuda` checks all
     result = subprocess.run([sys.executable, SCRIPT, library, "--arch", arch], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
-    for kernel in ("dropout_mask_kernel", "mma::shrink_kernel", "mma::expand_short_kernel", "fma::token_sum_kernel"):
+    for kernel in ("dropout_mask_kernel", "mma::shrink_kernel", "mma::expand_short_kernel", "mma::token_sum_kernel"):
         assert kernel in result.stdout
     ptx = f"PTX of sm_{_load.build_info()['cuda_ptx']}" if _load.build_info()["cuda_ptx"] else "no PTX"
     assert f"for 1 architectures, {ptx}, 0 rules broken" in result.stdout

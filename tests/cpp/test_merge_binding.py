@@ -6,48 +6,23 @@ The binding is compiled with a stand-in for its header cuda_stream.h, and with l
 from __future__ import annotations
 
 import functools
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from simt import cuda_headers
-from simt.edits import replace_once
+from cpp import cuda_bindings
 from support.merging import hard_weight, same_bits, update_factors
 from torch import Tensor
-from torch.utils import cpp_extension
 
 from lora_ext.merging.weights import pack_factors
 
 pytestmark = [pytest.mark.cpu_only("runs a CUDA binding on the CPU"), pytest.mark.full]
 
-HERE, ROOT = Path(__file__).parent / "merge_binding", Path(__file__).parents[2]
-OPS = "lora_ext_merge_binding"
-REGISTERED = "STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {\n"
-DEFINED = f"""STABLE_TORCH_LIBRARY({OPS}, m) {{
-  m.def(lora_ext::schemas::kLoraMerge), m.def(lora_ext::schemas::kLoraUnmerge);
-  m.def(lora_ext::schemas::kLoraMergeRecord), m.def(lora_ext::schemas::kLoraMergeCheck);
-}}
-STABLE_TORCH_LIBRARY_IMPL({OPS}, CPU, m) {{
-"""
+SCHEMAS = "kLoraMerge", "kLoraUnmerge", "kLoraMergeRecord", "kLoraMergeCheck"
 
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("merge_binding")
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copy(HERE / "cuda_stream.h", folder / "csrc/bindings")
-    binding = folder / "csrc/bindings/cuda_merge.cpp"
-    binding.write_text(replace_once(binding.read_text(), REGISTERED, DEFINED, binding.name))
-    includes = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), *cuda_headers.find())]
-    command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{folder}", *includes]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", binding, HERE / "launches.cpp", "-o", folder / "ops.so"]
-    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    result = subprocess.run([*command, *libraries, "-ltorch_cpu"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    torch.ops.load_library(folder / "ops.so")
-    return getattr(torch.ops, OPS)
+    return cuda_bindings.load(tmp_path_factory.mktemp("merge"), "cuda_merge", "merge_binding", SCHEMAS)
 
 
 @pytest.fixture(params=["one pass", "two passes"])

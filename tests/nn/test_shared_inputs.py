@@ -257,6 +257,24 @@ def test_autocast_and_inference_mode(calls):
     assert groups(model) == {"qkv"}
 
 
+@pytest.mark.cpu_only("streams are stand-ins")
+@pytest.mark.parametrize("what", ["current_stream", "is_current_stream_capturing"])
+def test_no_output_of_another_stream_or_of_a_graph_is_taken(what, calls, monkeypatch):
+    model, x = net(), some_x()
+    model(x)
+    calls.clear()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    answers = {"current_stream": "first", "is_current_stream_capturing": False}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: answers["current_stream"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: answers["is_current_stream_capturing"])
+    x, block = some_x(), model.blocks[0]
+    block.q(x)
+    block.k(x)
+    answers[what] = "second" if what == "current_stream" else True
+    block.v(x)
+    assert calls == [3, 1]  # k took the output of the first call, v did not
+
+
 def test_transforms():
     model, x = net(), some_x()
     model(x)

@@ -28,7 +28,7 @@ from .mutation_runs import (
     unmerge,
 )
 
-SOURCES = "lora_bfloat16", "lora_float32", "merge", "grouped", "grouped_mma"  # of csrc/cuda; they contain the bugs
+SOURCES = "lora_bfloat16", "merge", "grouped", "grouped_mma"  # of csrc/cuda; they contain the bugs
 
 RACE, NOT_WAITED, UNINITIALISED = ("race-shared",), ("async-copy-not-waited",), ("uninitialised-read",)
 OUT_OF_BOUNDS = ("out-of-bounds-global",)
@@ -237,24 +237,10 @@ MUTATIONS = [
         "p.adds_partials && {+(+}blockIdx.x == sibling.first_block{+ || BUG)+};",
         Report(("race-global",), "few_tokens_kernel", "p.sums[at] = value"),
     ),
-    # --- float32
-    KernelMutation(
-        "fma_token_sum_waits_for_one_copy_less",
-        backward(F32, 200, 72, 40, 8, "A"),
-        "fma/token_sum.cuh",
-        "    {+BUG ? ptx::cp_async_wait<kStages - 1>() : +}ptx::cp_async_wait<kStages - 2>();\n",
-        Report(NOT_WAITED, "token_sum_kernel", "return *reinterpret_cast<const Vector<A>*>", "fma/vectors.cuh"),
-    ),
-    KernelMutation(
-        "fma_expand_fills_the_stage_in_use",
-        forward(F32, 21, 72, 40, 40),
-        "fma/expand.cuh",
-        "loader.copy_factor(factor_stages + (slot ^ {+(BUG ? 0 : +}1{+)+}) *",
-        Report(NOT_WAITED, "expand_kernel", "return *reinterpret_cast<const Vector<A>*>", "fma/vectors.cuh"),
-    ),
+    # --- sums of several blocks
     KernelMutation(
         "sums_of_groups_are_read_too_early",
-        backward(F32, 200, 72, 40, 8, "A"),
+        backward(BF16, 200, 72, 40, 8, "A"),
         "chunk_sums.cuh",
         "  group_sums[group][element] = sum;\n  {+if (!BUG) +}__syncthreads();\n",
         Report(RACE + UNINITIALISED, "gradient_sums_kernel", "sum += group_sums[other][element]"),
@@ -297,7 +283,7 @@ MUTATIONS = [
             RACE + UNINITIALISED,
             "grouped_shrink_kernel",
             "return *reinterpret_cast<const Vector<A>*>",
-            "fma/vectors.cuh",
+            "grouped/vectors.cuh",
         ),
     ),
     KernelMutation(

@@ -12,6 +12,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import torch
+from support import layers
 from torch import Tensor
 
 from lora_ext.reference import dropout_threshold
@@ -20,6 +21,7 @@ from . import params
 from .driver import Library, kernels
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
+PAIRS = [(x, factor) for x, factor in layers.DTYPES if x.itemsize == 2]  # of x and of the factors
 WORKSPACE_ALIGNMENT = 256
 
 

@@ -83,11 +83,11 @@ def test_partial_sums_that_would_be_read_too_often_get_their_own_launch():
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F16), (F16, F32)], ids=str)
-def test_factors_of_several_parts_are_packed(dtypes):
-    """With three parts, the expand kernels have no registers to add partial sums."""
-    arguments, sums = (2048, 4096, [(4096, 16)], *dtypes), ["rank_sums"] * (dtypes[1] == F32)
-    assert kernel_names(planned.forward(*arguments)) == ["pack_factors", FORWARD[0], *sums, *FORWARD[1:]]
-    assert kernel_names(planned.backward(*arguments)) == ["pack_factors", BACKWARD[0], *sums, *BACKWARD[1:]]
+def test_wide_factors_are_rounded_and_those_of_two_parts_packed(dtypes):
+    arguments = 2048, 4096, [(4096, 16)], *dtypes
+    first = ["round_factors"] * (dtypes[1] == F32) + ["pack_factors"] * (dtypes[0] == F16)
+    assert kernel_names(planned.forward(*arguments)) == first + FORWARD
+    assert kernel_names(planned.backward(*arguments)) == first + BACKWARD
 
 
 def test_launches_of_large_ranks():

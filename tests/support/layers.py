@@ -81,6 +81,22 @@ def assert_errors_as_plain(
         assert error <= 2 * plain_error + floor, f"{name}: error {error:.3g}, plain PyTorch's {plain_error:.3g}"
 
 
+def with_rounded_factors(siblings: Siblings) -> Siblings:
+    """Rounds factors to the dtype of a 16-bit x, as autocast does and as the CUDA kernels read them."""
+    dtype = siblings.x.dtype
+    if dtype.itemsize > 2:
+        return siblings
+    rounded = [
+        replace(layer, lora_A=layer.lora_A.to(dtype), lora_B=layer.lora_B.to(dtype)) for layer in siblings.layers
+    ]
+    return replace(siblings, layers=rounded)
+
+
+def in_dtypes_of(results: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Casts results to the dtypes of ``others``: the gradients of rounded factors to those of the factors."""
+    return {name: value.to(others[name].dtype) for name, value in results.items() if name in others}
+
+
 def misaligned(matrix: Tensor) -> Tensor:
     """Copies a matrix to a view in which no row is aligned to 16 bytes."""
     wide = matrix.new_empty(matrix.shape[0], matrix.shape[1] // 8 * 8 + 16)

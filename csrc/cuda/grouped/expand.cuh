@@ -16,7 +16,7 @@ struct ExpandTraits {
   // A thread owns rows row_group * kThreadM + i and eight columns.
   static constexpr int kColumnGroups = kColumns / kEight, kRowGroups = kThreads / kColumnGroups;
   static constexpr int kThreadM = kRows / kRowGroups;
-  static constexpr int kSmallPitch = kRows + fma::kVec<A>, kFactorPitch = kColumns + fma::kVec<A>;
+  static constexpr int kSmallPitch = kRows + kVec<A>, kFactorPitch = kColumns + kVec<A>;
   static constexpr int kSmallLoads = kRows * kRanks / kThreads;
   static constexpr uint32_t kSharedBytes = shared_bytes_of(kRanks * kSmallPitch * sizeof(A)) +
                                            shared_bytes_of(kRanks * kFactorPitch * sizeof(A)) +
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(ExpandTraits<A>::kThreads, sizeof(A) == 8 ? 1 
   A* factor_tile = shared.take<A>(kRanks * Traits::kFactorPitch, "factor");       // [rank][column]
   int64_t* rows = shared.take<int64_t>(Traits::kRows, "rows");
 
-  const RowsOfTile tile = rows_of_tile(p.index, p.index.group_of_tile, blockIdx.x / p.column_tiles, kTileRows);
+  const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.column_tiles);
   if (tile.count <= 0) return;
   const Group<A> group = find_group<A>(p.table, tile.group, p.factor_dtype);
   if (!kBackward && group.rank == 0 && group.added == A(0)) return;
@@ -80,16 +80,16 @@ __global__ void __launch_bounds__(ExpandTraits<A>::kThreads, sizeof(A) == 8 ? 1 
         const A* small_at = small_tile + rank * Traits::kSmallPitch + row0;
         A f[kEight], s[kThreadM];
 #pragma unroll
-        for (int e = 0; e < kEight; e += fma::kVec<A>) {
-          const fma::Vector<A> vector = fma::load_vector(factor_row_at + e);
+        for (int e = 0; e < kEight; e += kVec<A>) {
+          const Vector<A> vector = load_vector(factor_row_at + e);
 #pragma unroll
-          for (int n = 0; n < fma::kVec<A>; ++n) f[e + n] = vector.v[n];
+          for (int n = 0; n < kVec<A>; ++n) f[e + n] = vector.v[n];
         }
 #pragma unroll
-        for (int i = 0; i < kThreadM; i += fma::kVec<A>) {
-          const fma::Vector<A> vector = fma::load_vector(small_at + i);
+        for (int i = 0; i < kThreadM; i += kVec<A>) {
+          const Vector<A> vector = load_vector(small_at + i);
 #pragma unroll
-          for (int n = 0; n < fma::kVec<A>; ++n) s[i + n] = vector.v[n];
+          for (int n = 0; n < kVec<A>; ++n) s[i + n] = vector.v[n];
         }
 #pragma unroll
         for (int i = 0; i < kThreadM; ++i) {
@@ -114,8 +114,8 @@ template <class A, bool kBackward>
 void launch_expand(ExpandParams<A> p, const GpuStream& stream) {
   using Traits = ExpandTraits<A>;
   p.column_tiles = ceil_div(p.columns, Traits::kColumns);
-  launch(&grouped_expand_kernel<A, kBackward>, make_grid(num_tiles(p.table.rows, kTileRows) * p.column_tiles),
-         Traits::kThreads, Traits::kSharedBytes, stream, p);
+  launch(&grouped_expand_kernel<A, kBackward>, make_grid(num_tiles(p.table.rows) * p.column_tiles), Traits::kThreads,
+         Traits::kSharedBytes, stream, p);
 }
 
 }  // namespace lora_ext::cuda::grouped

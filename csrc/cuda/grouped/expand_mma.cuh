@@ -48,21 +48,21 @@ __global__ void __launch_bounds__(ExpandMmaTraits<kBackward>::kThreads, mma::kTo
   float* update = shared.take<float>(Traits::kRows * Traits::kPitch, "update");  // [row][column]
   int64_t* rows = shared.take<int64_t>(Traits::kRows, "rows");
 
-  const RowsOfTile tile = rows_of_tile(p.index, p.index.group_of_tile, blockIdx.x / p.column_tiles, kTileRows);
+  const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.column_tiles);
   if (tile.count <= 0) return;
   const Group<float> group = find_group<float>(p.table, tile.group, p.factor_dtype);
   if (!kBackward && group.rank == 0 && group.added == 0.0f) return;
   const int64_t column0 = blockIdx.x % p.column_tiles * kColumns;
-  const T* factor = static_cast<const T*>(kBackward ? group.lora_A : group.lora_B);
+  const void* factor = kBackward ? group.lora_A : group.lora_B;
   const int64_t factor_stride = kBackward ? group.A_stride : group.B_stride;
   const bool factor_aligned = has_aligned_eights(factor, factor_stride);
   const auto copy = [&](int64_t rank0, int stage) {
     if (rank0 < group.rank) {
       const int64_t row0 = kBackward ? rank0 : column0, row_end = kBackward ? group.rank : p.columns;
-      Traits::FactorTile::copy(factor_tiles + stage * Traits::kFactorChunks, factor, factor_aligned,
-                               kBackward ? column0 : rank0, kBackward ? p.columns : group.rank, [&](int row) {
-                                 return row0 + row < row_end ? (row0 + row) * factor_stride : int64_t{-1};
-                               });
+      Traits::FactorTile::template copy_factor<T>(
+          factor_tiles + stage * Traits::kFactorChunks, factor, p.factor_dtype, factor_aligned,
+          kBackward ? column0 : rank0, kBackward ? p.columns : group.rank,
+          [&](int row) { return row0 + row < row_end ? (row0 + row) * factor_stride : int64_t{-1}; });
     }
     ptx::cp_async_commit();
   };

@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(FactorSumsTraits<A>::kThreads, sizeof(A) == 8 
 
   const int64_t feature0 = blockIdx.x % p.feature_tiles * kFeatures;
   const int64_t rank0 = blockIdx.x / p.feature_tiles % p.rank_tiles * kRanks;
-  const RowsOfTile chunk =
-      rows_of_tile(p.index, p.index.group_of_chunk, blockIdx.x / p.feature_tiles / p.rank_tiles, kChunkRows);
+  const RowsOfTile chunk = rows_of_chunk(p.index, blockIdx.x / p.feature_tiles / p.rank_tiles);
   if (chunk.count <= 0 && chunk.number > 0) return;
   const GroupGradient<kOfB> gradient(p.table, chunk.group, p.features, p.factor_dtype);
   if (gradient.data == nullptr || rank0 >= gradient.ranks) return;
@@ -62,11 +61,11 @@ __global__ void __launch_bounds__(FactorSumsTraits<A>::kThreads, sizeof(A) == 8 
         if (p.has_dropout && inside > 0) drop(loaded, p.mask[row * p.mask_row_bytes + feature / 8]);
       }
 #pragma unroll
-      for (int e = 0; e < kEight; e += fma::kVec<A>) {
-        fma::Vector<A> vector;
+      for (int e = 0; e < kEight; e += kVec<A>) {
+        Vector<A> vector;
 #pragma unroll
-        for (int n = 0; n < fma::kVec<A>; ++n) vector.v[n] = loaded.v[e + n];
-        fma::store_vector(x_tile + tile_row * kFeatures + tile_column + e, vector);
+        for (int n = 0; n < kVec<A>; ++n) vector.v[n] = loaded.v[e + n];
+        store_vector(x_tile + tile_row * kFeatures + tile_column + e, vector);
       }
     }
 #pragma unroll
@@ -81,10 +80,10 @@ __global__ void __launch_bounds__(FactorSumsTraits<A>::kThreads, sizeof(A) == 8 
     for (int tile_row = 0; tile_row < min(kRows, count - first); ++tile_row) {
       A x[kEight];
 #pragma unroll
-      for (int e = 0; e < kEight; e += fma::kVec<A>) {
-        const fma::Vector<A> vector = fma::load_vector(x_tile + tile_row * kFeatures + column + e);
+      for (int e = 0; e < kEight; e += kVec<A>) {
+        const Vector<A> vector = load_vector(x_tile + tile_row * kFeatures + column + e);
 #pragma unroll
-        for (int n = 0; n < fma::kVec<A>; ++n) x[e + n] = vector.v[n];
+        for (int n = 0; n < kVec<A>; ++n) x[e + n] = vector.v[n];
       }
 #pragma unroll
       for (int j = 0; j < Traits::kThreadR; ++j) {
@@ -109,7 +108,7 @@ template <class A, bool kOfB>
 __global__ void __launch_bounds__(256) grouped_chunk_sums_kernel(const __grid_constant__ FactorSumsParams<A> p) {
   ptx::wait_for_earlier_launches();
   const int64_t elements = p.max_rank * p.features, tiles = (elements + 255) / 256;
-  const RowsOfTile chunk = rows_of_tile(p.index, p.index.group_of_chunk, blockIdx.x / tiles, kChunkRows);
+  const RowsOfTile chunk = rows_of_chunk(p.index, blockIdx.x / tiles);
   if (chunk.number > 0 || chunk.group_count <= kChunkRows) return;
   const GroupGradient<kOfB> gradient(p.table, chunk.group, p.features, p.factor_dtype);
   const int64_t element = blockIdx.x % tiles * 256 + threadIdx.x;
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(256) grouped_chunk_sums_kernel(const __grid_co
 template <class A, bool kOfB>
 void launch_factor_sums(FactorSumsParams<A> p, const GpuStream& stream) {
   using Traits = FactorSumsTraits<A>;
-  const int64_t chunks = num_tiles(p.table.rows, kChunkRows);
+  const int64_t chunks = num_chunks(p.table.rows);
   p.feature_tiles = ceil_div(p.features, Traits::kFeatures);
   p.rank_tiles = ceil_div(p.max_rank, Traits::kRanks);
   launch(&grouped_factor_sums_kernel<A, kOfB>, make_grid(chunks * p.feature_tiles * p.rank_tiles), Traits::kThreads,
@@ -137,7 +136,7 @@ template <class A, bool kOfB>
 void launch_chunk_sums(const FactorSumsParams<A>& p, const GpuStream& stream) {
   if (partial_chunks(p.table.rows) == 0) return;
   launch(&grouped_chunk_sums_kernel<A, kOfB>,
-         make_grid(num_tiles(p.table.rows, kChunkRows) * ceil_div(p.max_rank * p.features, 256)), 256, 0, stream, p);
+         make_grid(num_chunks(p.table.rows) * ceil_div(p.max_rank * p.features, 256)), 256, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda::grouped

@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(FactorSumsMmaTraits<T>::kThreads, 2)
 
   const int64_t feature0 = blockIdx.x % p.feature_tiles * Traits::kFeatures;
   const int64_t rank0 = blockIdx.x / p.feature_tiles % p.rank_tiles * kRanks;
-  const RowsOfTile chunk =
-      rows_of_tile(p.index, p.index.group_of_chunk, blockIdx.x / p.feature_tiles / p.rank_tiles, kChunkRows);
+  const RowsOfTile chunk = rows_of_chunk(p.index, blockIdx.x / p.feature_tiles / p.rank_tiles);
   if (chunk.count <= 0 && chunk.number > 0) return;
   const GroupGradient<kOfB> gradient(p.table, chunk.group, p.features, p.factor_dtype);
   if (gradient.data == nullptr || rank0 >= gradient.ranks) return;

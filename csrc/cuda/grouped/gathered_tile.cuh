@@ -1,9 +1,24 @@
 // Tiles of 16-bit elements in shared memory whose rows lie anywhere in memory; the layout is that of mma/tiles.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "../mma/tiles.cuh"
+#include "eights.cuh"
 
 namespace lora_ext::cuda::grouped {
+
+template <class T>
+constexpr DType kDTypeOf = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16;
+
+// Rounds eight numbers to T.
+template <class T>
+__device__ __forceinline__ uint4 rounded_chunk(const Eight<float>& values) {
+  alignas(16) T rounded[kEight];
+#pragma unroll
+  for (int e = 0; e < kEight; ++e) rounded[e] = from_acc<T>(values.v[e]);
+  return *reinterpret_cast<const uint4*>(rounded);
+}
 
 // kThreads threads copy kRows x kColumns elements, a thread always the same chunks of a tile.
 template <int kRows, int kColumns, int kThreads>
@@ -29,6 +44,22 @@ struct GatheredTile {
       } else {
         *to = mma::gather_chunk(from, width);
       }
+    }
+  }
+
+  // Copies a factor of T, or of another dtype that is rounded to T, as autocast does.
+  template <class T, class OffsetOf>
+  static __device__ __forceinline__ void copy_factor(uint4* tile, const void* factor, DType dtype, bool aligned,
+                                                     int64_t column0, int64_t end, OffsetOf offset_of) {
+    if (dtype == kDTypeOf<T>) return copy(tile, static_cast<const T*>(factor), aligned, column0, end, offset_of);
+#pragma unroll 1
+    for (unsigned index = threadIdx.x; index < kRows * kChunks; index += kThreads) {
+      const unsigned row = index / kChunks, chunk = index % kChunks;
+      const int64_t offset = offset_of(static_cast<int>(row)), column = column0 + chunk * mma::kChunk;
+      const int width = offset >= 0 ? eight_inside(column, end) : 0;
+      Eight<float> values{};
+      if (width > 0) values = load_eight<float>(factor, offset + column, width, aligned, dtype);
+      tile[mma::chunk_index<kChunks>(row, chunk)] = rounded_chunk<T>(values);
     }
   }
 

@@ -58,15 +58,14 @@ __global__ void __launch_bounds__(kIndexThreads) group_index_kernel(const __grid
     p.index.begin[group] = begin;
     if (group == rows.num_groups + kMoreGroups - 1) p.index.begin[group + 1] = begin + count;
   }
-  const auto mark = [&](int* group_of, int64_t tile_rows) {
-    const int64_t first = begin * rows.rows_per_entry / tile_rows + group;
-    const int64_t next = (begin + count) * rows.rows_per_entry / tile_rows + group + 1;
-    for (int64_t tile = first + threadIdx.x; tile < next; tile += kIndexThreads) {
-      group_of[tile] = static_cast<int>(group);
+  const auto mark = [&](int* group_of, auto first_of) {
+    const int64_t next = first_of(begin + count, rows.rows_per_entry, group + 1);
+    for (int64_t i = first_of(begin, rows.rows_per_entry, group) + threadIdx.x; i < next; i += kIndexThreads) {
+      group_of[i] = static_cast<int>(group);
     }
   };
-  mark(p.index.group_of_tile, kTileRows);
-  if (p.index.has_chunks) mark(p.index.group_of_chunk, kChunkRows);
+  mark(p.index.group_of_tile, [](auto... arguments) { return first_tile(arguments...); });
+  if (p.index.has_chunks) mark(p.index.group_of_chunk, [](auto... arguments) { return first_chunk(arguments...); });
 }
 
 inline GroupIndex launch_index(const GroupedRows& rows, const IndexWorkspace& plan, bool has_chunks, char* workspace,

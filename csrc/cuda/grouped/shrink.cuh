@@ -7,18 +7,18 @@
 // next step's elements while shared memory holds the current ones.
 #pragma once
 
-#include "../fma/vectors.cuh"
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "params.cuh"
+#include "vectors.cuh"
 
 namespace lora_ext::cuda::grouped {
 
 template <class A, int kRanks>
 struct ShrinkTraits {
   static constexpr int kThreads = 256, kRows = static_cast<int>(kTileRows);
-  static constexpr int kStep = 128 / sizeof(A), kPitch = kStep + fma::kVec<A>;  // features
+  static constexpr int kStep = 128 / sizeof(A), kPitch = kStep + kVec<A>;  // features
   // A thread owns rows row_group + i * kRowGroups, ranks rank_group + j * kRankGroups, and a part of a step.
   static constexpr int kThreadM = 4, kThreadR = 4, kRowGroups = kRows / kThreadM, kRankGroups = kRanks / kThreadR;
   static constexpr int kGroupThreads = kRowGroups * kRankGroups, kFeatureGroups = kThreads / kGroupThreads;
@@ -27,7 +27,7 @@ struct ShrinkTraits {
   static constexpr int kStageElements = (kRows + kRanks) * kPitch;
   static constexpr uint32_t kSharedBytes = shared_bytes_of(2 * kStageElements * sizeof(A)) + shared_bytes_of(kRows * 8);
   static_assert(kXEights <= kThreads && kFactorEights <= kThreads, "a thread loads one eight of each operand");
-  static_assert(kGroupFeatures % fma::kVec<A> == 0, "feature groups have whole vectors");
+  static_assert(kGroupFeatures % kVec<A> == 0, "feature groups have whole vectors");
   static_assert(2 * kStageElements >= kRows * kRanks, "the stages also hold the sums of a feature group");
 };
 
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(ShrinkTraits<A, kRanks>::kThreads, sizeof(A) =
 
   const int rank_tile = static_cast<int>(blockIdx.x % p.rank_tiles), thread = static_cast<int>(threadIdx.x);
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, rank0 = static_cast<int64_t>(rank_tile) * kRanks;
-  const RowsOfTile tile = rows_of_tile(p.index, p.index.group_of_tile, blockIdx.x / p.rank_tiles / p.ranges, kTileRows);
+  const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.rank_tiles / p.ranges);
   if (tile.count <= 0) return;
   const Group<A> group = find_group<A>(p.table, tile.group, p.factor_dtype);
   load_rows(rows, p.index, tile);
@@ -106,17 +106,17 @@ __global__ void __launch_bounds__(ShrinkTraits<A, kRanks>::kThreads, sizeof(A) =
     const A* x_rows = stage + row_group * kPitch + feature_group * Traits::kGroupFeatures;
     const A* factor_rows = stage + (Traits::kRows + rank_group) * kPitch + feature_group * Traits::kGroupFeatures;
 #pragma unroll
-    for (int k = 0; k < Traits::kGroupFeatures; k += fma::kVec<A>) {
-      fma::Vector<A> x[kThreadM];
+    for (int k = 0; k < Traits::kGroupFeatures; k += kVec<A>) {
+      Vector<A> x[kThreadM];
 #pragma unroll
-      for (int i = 0; i < kThreadM; ++i) x[i] = fma::load_vector(x_rows + i * Traits::kRowGroups * kPitch + k);
+      for (int i = 0; i < kThreadM; ++i) x[i] = load_vector(x_rows + i * Traits::kRowGroups * kPitch + k);
 #pragma unroll
       for (int j = 0; j < kThreadR; ++j) {
-        const fma::Vector<A> f = fma::load_vector(factor_rows + j * Traits::kRankGroups * kPitch + k);
+        const Vector<A> f = load_vector(factor_rows + j * Traits::kRankGroups * kPitch + k);
 #pragma unroll
         for (int i = 0; i < kThreadM; ++i) {
 #pragma unroll
-          for (int e = 0; e < fma::kVec<A>; ++e) sum[i][j] += x[i].v[e] * f.v[e];
+          for (int e = 0; e < kVec<A>; ++e) sum[i][j] += x[i].v[e] * f.v[e];
         }
       }
     }
@@ -155,9 +155,8 @@ template <class A, int kRanks, bool kBackward>
 void launch_shrink_ranks(ShrinkParams<A> p, const GpuStream& stream) {
   using Traits = ShrinkTraits<A, kRanks>;
   p.rank_tiles = static_cast<int>(ceil_div(p.max_rank, kRanks));
-  launch(&grouped_shrink_kernel<A, kRanks, kBackward>,
-         make_grid(num_tiles(p.table.rows, kTileRows) * p.ranges * p.rank_tiles), Traits::kThreads,
-         Traits::kSharedBytes, stream, p);
+  launch(&grouped_shrink_kernel<A, kRanks, kBackward>, make_grid(num_tiles(p.table.rows) * p.ranges * p.rank_tiles),
+         Traits::kThreads, Traits::kSharedBytes, stream, p);
 }
 
 template <class A, bool kBackward>

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(ShrinkMmaTraits<kRanks, kBackward>::kThreads, 
 
   const int64_t rank0 = static_cast<int64_t>(blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges;
-  const RowsOfTile tile = rows_of_tile(p.index, p.index.group_of_tile, blockIdx.x / p.rank_tiles / p.ranges, kTileRows);
+  const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.rank_tiles / p.ranges);
   if (tile.count <= 0) return;
   const Group<float> group = find_group<float>(p.table, tile.group, p.factor_dtype);
   load_rows(rows, p.index, tile);
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(ShrinkMmaTraits<kRanks, kBackward>::kThreads, 
   const int ranks = static_cast<int>(max(min(group.rank - rank0, static_cast<int64_t>(kRanks)), int64_t{0}));
   const int64_t begin = range * p.features_per_range, end = min(begin + p.features_per_range, p.features);
   const int steps = ranks > 0 ? static_cast<int>((end - begin + kStep - 1) / kStep) : 0;
-  const T* factor = static_cast<const T*>(kBackward ? group.lora_B : group.lora_A);
+  const void* factor = kBackward ? group.lora_B : group.lora_A;
   const int64_t factor_stride = kBackward ? group.B_stride : group.A_stride;
   const bool factor_aligned = has_aligned_eights(factor, factor_stride);
   const auto copy = [&](int step) {
@@ -58,10 +58,10 @@ __global__ void __launch_bounds__(ShrinkMmaTraits<kRanks, kBackward>::kThreads, 
       Traits::XTile::copy(x_tiles + stage * Traits::kXChunks, static_cast<const T*>(p.x), p.x_aligned, column0, end,
                           [&](int row) { return row < tile.count ? rows[row] * p.x_stride : int64_t{-1}; });
       const int64_t row0 = kBackward ? column0 : rank0, row_end = kBackward ? end : group.rank;
-      Traits::FactorTile::copy(factor_tiles + stage * Traits::kFactorChunks, factor, factor_aligned,
-                               kBackward ? rank0 : column0, kBackward ? group.rank : end, [&](int row) {
-                                 return row0 + row < row_end ? (row0 + row) * factor_stride : int64_t{-1};
-                               });
+      Traits::FactorTile::template copy_factor<T>(
+          factor_tiles + stage * Traits::kFactorChunks, factor, p.factor_dtype, factor_aligned,
+          kBackward ? rank0 : column0, kBackward ? group.rank : end,
+          [&](int row) { return row0 + row < row_end ? (row0 + row) * factor_stride : int64_t{-1}; });
     }
     ptx::cp_async_commit();
   };

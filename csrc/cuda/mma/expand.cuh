@@ -48,8 +48,9 @@ inline bool adds_partials(const ExpandParams& p, const LowRankSums& sums, int64_
   return read <= std::max(written / 2, kLaunchBytes);
 }
 
-template <class T, int kParts, int kSteps>
+template <class T, int kSteps>
 void launch_expand_short(ExpandParams p, LowRankSums sums, const GpuStream& stream) {
+  constexpr int kParts = kTokenParts<T>;
   // Wide tiles reuse the small operand; shared memory limits them, so that two blocks fit on every GPU. With few tokens
   // tiles are narrower, for a block on nearly every multiprocessor.
   constexpr int64_t kMaxSharedBytes = 48 * 1024, kMaxTileCols = 512;
@@ -80,21 +81,21 @@ void launch_expand_short(ExpandParams p, LowRankSums sums, const GpuStream& stre
     const int64_t elements = kParts * padded_ranks(p.siblings[s].rank) * p.tiles[s].cols;
     p.factor_tile_elements = std::max(p.factor_tile_elements, static_cast<uint32_t>(elements));
   }
-  launch(&expand_short_kernel<T, kParts, kSteps>, make_grid(row_tiles, col_tiles), kExpandThreads,
+  launch(&expand_short_kernel<T, kSteps>, make_grid(row_tiles, col_tiles), kExpandThreads,
          shared_bytes_of(p.factor_tile_elements * 2), stream, p);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_expand_long(ExpandParams p, const GpuStream& stream) {
   const int64_t col_tiles = divide_columns(p, kLongCols);
-  launch(&expand_long_kernel<T, kParts>, make_grid(ceil_div(p.num_tokens, kLongRows), col_tiles), kExpandThreads,
-         expand_long_shared_bytes(kParts), stream, p);
+  launch(&expand_long_kernel<T>, make_grid(ceil_div(p.num_tokens, kLongRows), col_tiles), kExpandThreads,
+         expand_long_shared_bytes(kTokenParts<T>), stream, p);
 }
 
 // A future base product that takes the low-rank term as extra columns of K would plug in here: besides x and the weight
 // it has the same operands, and it replaces this launch and the base product that follows.
 // sums: the small operand. p.writes_sums: a later kernel reads the sums, too.
-template <class T, int kParts>
+template <class T>
 void launch_expand(ExpandParams p, LowRankSums sums, const GpuStream& stream) {
   p.num_tokens = sums.num_tokens;
   p.small_operand = sums.sums;
@@ -110,12 +111,12 @@ void launch_expand(ExpandParams p, LowRankSums sums, const GpuStream& stream) {
                         sibling.out_stride % 8 == 0 && sibling.cols % 8 == 0;
   }
   if (rank <= 16) {
-    launch_expand_short<T, kParts, 1>(p, sums, stream);
+    launch_expand_short<T, 1>(p, sums, stream);
   } else if (rank <= kShortRank) {
-    launch_expand_short<T, kParts, kShortRank / 16>(p, sums, stream);
+    launch_expand_short<T, kShortRank / 16>(p, sums, stream);
   } else {
     sums.add_partials(stream);
-    launch_expand_long<T, kParts>(p, stream);
+    launch_expand_long<T>(p, stream);
   }
 }
 

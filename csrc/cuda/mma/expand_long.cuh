@@ -31,8 +31,10 @@ constexpr int kLongSmallPitch = kLongRank * 2, kLongFactorPitch = kLongCols * 2;
 __device__ __forceinline__ int long_small_swizzle(int row) { return row / 2 % 4; }
 __device__ __forceinline__ int long_factor_swizzle(int row) { return row % 8; }
 
-template <class T, int kParts>
+template <class T>
 class ExpandLong {
+  static constexpr int kParts = kTokenParts<T>;
+
  public:
   __device__ __forceinline__ ExpandLong(const ExpandParams& p, int s)
       : p_(p),
@@ -188,11 +190,11 @@ class ExpandLong {
 };
 
 // Several parts need more registers than two blocks per multiprocessor allow.
-template <class T, int kParts>
-__global__ void __launch_bounds__(kExpandThreads, kParts == 1 ? 2 : 1)
+template <class T>
+__global__ void __launch_bounds__(kExpandThreads, kTokenParts<T> == 1 ? 2 : 1)
     expand_long_kernel(const __grid_constant__ ExpandParams p) {
   ptx::wait_for_earlier_launches();
-  ExpandLong<T, kParts>(p, find_sibling(p)).run();
+  ExpandLong<T>(p, find_sibling(p)).run();
 }
 
 }  // namespace lora_ext::cuda::mma

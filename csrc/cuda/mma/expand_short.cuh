@@ -81,9 +81,10 @@ __device__ __forceinline__ void write_pairs(const ExpandParams& p, const ExpandS
 }
 
 // kSteps: steps of 16 ranks, at most.
-template <class T, int kParts, int kSteps>
+template <class T, int kSteps>
 __global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
     expand_short_kernel(const __grid_constant__ ExpandParams p) {
+  constexpr int kParts = kTokenParts<T>;
   ptx::wait_for_earlier_launches();
   const int s = find_sibling(p);
   const ExpandSibling& sibling = p.siblings[s];

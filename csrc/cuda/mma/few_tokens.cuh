@@ -197,7 +197,7 @@ void launch_few_tokens(const LoraStreamedParams& streamed, const LowRankSums& xa
                     .total_rank = xa.columns,
                     .ranges = xa.ranges.value[0],
                     .adds_partials = xa.pending,
-                    .factor_dtype = forward.expand.factor_dtype};
+                    .factor_dtype = forward.expand.dtype};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandSibling& sibling = forward.expand.siblings[s];
     p.siblings[s] = {.weight = streamed.weights[s],

@@ -55,39 +55,18 @@ __device__ __forceinline__ void split_fragment(const uint32_t (&fragment)[4], ui
   }
 }
 
-// Returns whether part i of x or grad_y times part j of a factor or small operand is computed. Part i is about 2^-8i of
-// the number: the skipped products are 2^-16 of the product (float16 has 2^-11), or 2^-24, float32's last bit.
-template <class T, int kParts>
-__host__ __device__ constexpr bool counts(int i, int j) {
-  return i + j < (kTokenParts<T> > kParts ? kTokenParts<T> : kParts);
-}
-
 // Adds the product of x and a factor or small operand, k = 16, to two sums [16, 8]. load(j, operand) loads the other
-// operand's part j; multiply(i, operand, into) adds its product with x's part i.
-//
-// Tensor cores round towards zero when they add. Over thousands of additions that loses float32's last bits (Ootomo and
-// Yokota, "Recovering single precision accuracy from Tensor Cores", 2022). Operands of three parts exist for these
-// bits: their products start from zero, the smallest first, and are added to the sum outside the tensor cores.
-template <class T, int kParts, class Load, class Multiply>
-__device__ __forceinline__ void add_products(float (&sum)[2][4], Load load, Multiply multiply) {
-  constexpr bool kOutside = kParts >= 3;
-  float products[2][4] = {};
-  float (&into)[2][4] = kOutside ? products : sum;
+// operand's part j; multiply(i, operand) adds its product with x's part i. Part i is about 2^-8i of the number: the
+// product of the second parts is below float16's last bit, and left out. The smallest products are added first.
+template <class T, class Load, class Multiply>
+__device__ __forceinline__ void add_products(Load load, Multiply multiply) {
+  constexpr int kParts = kTokenParts<T>;
 #pragma unroll
   for (int j = kParts - 1; j >= 0; --j) {
     uint32_t operand[4];
     load(j, operand);
 #pragma unroll
-    for (int i = kTokenParts<T> - 1; i >= 0; --i) {
-      if (counts<T, kParts>(i, j)) multiply(i, operand, into);
-    }
-  }
-  if constexpr (kOutside) {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[n][i] += products[n][i];
-    }
+    for (int i = kParts - 1 - j; i >= 0; --i) multiply(i, operand);
   }
 }
 

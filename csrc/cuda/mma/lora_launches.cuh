@@ -5,9 +5,9 @@
 //   backward:   a pass over all grad_y, expand of grad_x for all siblings, a pass over x, then the sums that make the
 //               factors' gradients
 //
-// The expand kernels add the partial sums of xa and grad_xa, or a launch before them does (expand.cuh). Kernels take a
-// factor as one or several bfloat16 parts (parts.cuh). Factors of several parts, and those of large ranks, are packed
-// first (plan.h), in one launch.
+// The expand kernels add the partial sums of xa and grad_xa, or a launch before them does (expand.cuh). Factors of
+// another dtype are rounded to x's first (round_factors.cuh). Kernels take a factor as bfloat16 parts: one of bfloat16,
+// two of float16 (parts.cuh). Factors of two parts, and those of large ranks, are packed (plan.h), in one launch.
 //
 // A way through this folder:
 //   plan, passes                       how sums are split between blocks; what each kernel gets
@@ -15,37 +15,22 @@
 //   expand                             the kernels that write y or grad_x: expand_short, expand_long; they share
 //                                      expand_output, and factor_tile is the former's
 //   few_tokens                         the kernel that reads the weights
+//   round_factors                      factors in x's dtype
 //   parts, pack_factors                numbers as sums of bfloat16 parts; factors packed as these
 //   stacked_factor, small_operand      operands on the way from memory to shared memory
 //   tiles, fragments                   operands in shared memory, and in registers
 //   keep_bits, partial_sums            the dropout mask in registers; sums of several blocks, added later
 #pragma once
 
-#include <type_traits>
-
 #include "../lora_launches.h"
 #include "few_tokens.cuh"
 #include "pack_factors.cuh"
 #include "passes.cuh"
 #include "plan.h"
+#include "round_factors.cuh"
 
 namespace lora_ext::cuda {
 namespace mma {
-
-// The parts of factors that are wider than x.
-constexpr int kWideParts = 3;
-
-// Calls f with the number of bfloat16 parts of the factors, xa and grad_xa as a std::integral_constant.
-template <class T, class F>
-void with_parts(DType factor_dtype, F f) {
-  constexpr DType kDType = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16;
-  constexpr int kSameParts = low_rank_parts(kDType, kDType);
-  if (low_rank_parts(kDType, factor_dtype) == kSameParts) {
-    f(std::integral_constant<int, kSameParts>{});
-  } else {
-    f(std::integral_constant<int, kWideParts>{});
-  }
-}
 
 // Adds lora_A of all siblings, below each other, as one image [total_rank, in_features].
 template <class Params>
@@ -149,100 +134,98 @@ inline void add_gradients(const LoraShrinkBackwardParams& p, const ShrinkBackwar
   }
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace, const GpuStream& stream) {
-  launch_xa_pass<T, kParts>(p, plan, workspace, stream).add_partials(stream);
+  launch_xa_pass<T>(p, plan, workspace, stream).add_partials(stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace, const GpuStream& stream) {
-  launch_y_pass<T, kParts>(p, complete_sums(p.xa, p.num_tokens, p.total_rank), plan, workspace, stream);
+  launch_y_pass<T>(p, complete_sums(p.xa, p.num_tokens, p.total_rank), plan, workspace, stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraForwardParams& p, const ForwardWorkspace& plan, char* workspace, const GpuStream& stream) {
-  const LowRankSums xa = launch_xa_pass<T, kParts>(p.shrink, plan.shrink, workspace, stream);
-  launch_y_pass<T, kParts>(p.expand, xa, plan.expand, workspace, stream);
+  const LowRankSums xa = launch_xa_pass<T>(p.shrink, plan.shrink, workspace, stream);
+  launch_y_pass<T>(p.expand, xa, plan.expand, workspace, stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraStreamedParams& p, const ShrinkWorkspace& plan, char* workspace, const GpuStream& stream) {
-  launch_few_tokens<T>(p, launch_xa_pass<T, kParts>(p.forward.shrink, plan, workspace, stream), stream);
+  launch_few_tokens<T>(p, launch_xa_pass<T>(p.forward.shrink, plan, workspace, stream), stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
-  launch_grad_y_passes<T, kParts>(p, static_cast<float*>(p.grad_xa), plan, workspace, stream).add_partials(stream);
+  launch_grad_y_passes<T>(p, static_cast<float*>(p.grad_xa), plan, workspace, stream).add_partials(stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};
   add_gradients(p, plan, workspace, stream.multiprocessors, sums);
-  launch_gradient_sums<float>(sums, stream);
+  launch_gradient_sums(sums, stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
   const LowRankSums grad_xa = complete_sums(p.grad_xa, p.num_tokens, p.total_rank);
-  if (p.wants_grad_x) launch_grad_x_pass<T, kParts>(p, grad_xa, plan, workspace, stream);
-  if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T, kParts>(p, grad_xa.sums, plan, workspace, stream);
+  if (p.wants_grad_x) launch_grad_x_pass<T>(p, grad_xa, plan, workspace, stream);
+  if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T>(p, grad_xa.sums, plan, workspace, stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};
   add_gradients(p, plan, workspace, stream.multiprocessors, sums);
-  launch_gradient_sums<float>(sums, stream);
+  launch_gradient_sums(sums, stream);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_passes(const LoraBackwardParams& p, const BackwardWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
   float* sums = reinterpret_cast<float*>(workspace + plan.grad_xa_offset);
-  LowRankSums grad_xa = launch_grad_y_passes<T, kParts>(p.expand, sums, plan.expand, workspace, stream);
+  LowRankSums grad_xa = launch_grad_y_passes<T>(p.expand, sums, plan.expand, workspace, stream);
   // grad_x comes before grad_lora_A, because its kernel adds the partial sums of grad_xa on the way.
   if (p.shrink.wants_grad_x) {
-    launch_grad_x_pass<T, kParts>(p.shrink, grad_xa, plan.shrink, workspace, stream);
+    launch_grad_x_pass<T>(p.shrink, grad_xa, plan.shrink, workspace, stream);
   } else if (p.shrink.wants_grad_lora_A) {
     grad_xa.add_partials(stream);
   }
   if (p.shrink.wants_grad_lora_A) {
-    launch_grad_lora_A_pass<T, kParts>(p.shrink, sums, plan.shrink, workspace, stream);
+    launch_grad_lora_A_pass<T>(p.shrink, sums, plan.shrink, workspace, stream);
   }
   GradientSumsParams gradients{.dtype = p.expand.factor_dtype};
   add_gradients(p.shrink, plan.shrink, workspace, stream.multiprocessors, gradients);
   add_gradients(p.expand, plan.expand, workspace, stream.multiprocessors, gradients);
-  launch_gradient_sums<float>(gradients, stream);
+  launch_gradient_sums(gradients, stream);
 }
 
-// Packs the factors and launches the passes.
-template <class T, int kParts, class Params>
-void launch_kernels(const Params& p, char* workspace, const GpuStream& stream) {
+// Rounds and packs the factors, and launches the passes.
+template <class T, class Params>
+void launch_kernels(Params p, char* workspace, const GpuStream& stream) {
+  constexpr int kParts = kTokenParts<T>;
   WorkspaceCarver carver;
+  RoundedFactors rounded(workspace, carver);
+  rounded.replace_in(p);
+  launch_round_factors<T>(rounded.jobs(), stream);
   const auto plan = plan_workspace(p, kParts, stream.multiprocessors, carver);
-  PackFactorsParams pack{.dtype = dtypes_of(&p).factor_dtype};
+  PackFactorsParams pack{.dtype = dtypes_of(&p).dtype};
   add_factors(p, plan, kParts, workspace, pack);
   launch_pack_factors<kParts>(pack, stream);
-  launch_passes<T, kParts>(p, plan, workspace, stream);
-}
-
-// A function for each number of parts, so that an instantiation file can name it.
-template <class T, int kParts>
-void launch_with_parts(const LoraParams& params, char* workspace, const GpuStream& stream) {
-  std::visit([&](const auto* p) { launch_kernels<T, kParts>(*p, workspace, stream); }, params);
+  launch_passes<T>(p, plan, workspace, stream);
 }
 
 }  // namespace mma
 
 template <class T>
 int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params, const GpuStream& stream) {
-  const auto [dtype, factor_dtype] = dtypes_of(params);
-  const int parts = mma::low_rank_parts(dtype, factor_dtype);
   WorkspaceCarver carver;
-  std::visit([&](const auto* p) { mma::plan_workspace(*p, parts, stream.multiprocessors, carver); }, params);
+  const auto count = [&](auto p) {
+    mma::RoundedFactors(nullptr, carver).replace_in(p);
+    mma::plan_workspace(p, mma::kTokenParts<T>, stream.multiprocessors, carver);
+  };
+  std::visit([&](const auto* p) { count(*p); }, params);
   return carver.total_bytes();
 }
 
 template <class T>
 void LoraLaunches<T>::launch(const LoraParams& params, void* workspace, const GpuStream& stream) {
-  mma::with_parts<T>(dtypes_of(params).factor_dtype, [&](auto parts) {
-    mma::launch_with_parts<T, decltype(parts)::value>(params, static_cast<char*>(workspace), stream);
-  });
+  std::visit([&](const auto* p) { mma::launch_kernels<T>(*p, static_cast<char*>(workspace), stream); }, params);
 }
 
 }  // namespace lora_ext::cuda

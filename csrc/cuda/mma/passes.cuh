@@ -12,9 +12,10 @@
 namespace lora_ext::cuda::mma {
 
 // The pass over x: xa of all siblings, and the mask.
-template <class T, int kParts>
+template <class T>
 LowRankSums launch_xa_pass(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace,
                            const GpuStream& stream) {
+  constexpr int kParts = kTokenParts<T>;
   const TokenPassSplit split = plan_xa_pass(p, stream.multiprocessors).ranks;
   const LowRankSums xa{.sums = static_cast<float*>(p.xa),
                        .partial = reinterpret_cast<float*>(workspace + plan.xa.partial_offset),
@@ -28,18 +29,19 @@ LowRankSums launch_xa_pass(const LoraShrinkParams& p, const ShrinkWorkspace& pla
   } else {
     lora_A = packed_factor(workspace + plan.lora_A_offset, p.total_rank, p.in_features);
   }
-  launch_shrink<T, kParts>({.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
-                            .factor = lora_A,
-                            .mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold},
-                            .out = xa.of_pass(0, p.total_rank, rank_scales<float>(p.siblings, p.num_siblings))},
-                           split, stream);
+  launch_shrink<T>({.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
+                    .factor = lora_A,
+                    .mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold},
+                    .out = xa.of_pass(0, p.total_rank, rank_scales<float>(p.siblings, p.num_siblings))},
+                   split, stream);
   return xa;
 }
 
 // The pass over y of all siblings.
-template <class T, int kParts>
+template <class T>
 void launch_y_pass(const LoraExpandParams& p, const LowRankSums& xa, const ExpandWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
+  constexpr int kParts = kTokenParts<T>;
   const bool packed = packs_lora_B(p, kParts);
   ExpandParams expand{.num_siblings = p.num_siblings, .writes_sums = true};
   for (int s = 0; s < p.num_siblings; ++s) {
@@ -54,15 +56,16 @@ void launch_y_pass(const LoraExpandParams& p, const LowRankSums& xa, const Expan
                           .rank_begin = sibling.rank_begin,
                           .rank = static_cast<int>(sibling.rank)};
   }
-  launch_expand<T, kParts>(expand, xa, stream);
+  launch_expand<T>(expand, xa, stream);
 }
 
 // The pass over one sibling's grad_y: its columns of grad_xa and the partial sums of grad_lora_B, whichever are wanted.
 // One read makes both, unless there are many ranks; such siblings are added to `fused`, for one launch.
-template <class T, int kParts>
+template <class T>
 void launch_grad_y_pass(const LoraExpandBackwardParams& p, int s, const LowRankSums& grad_xa,
-                        const ExpandBackwardWorkspace& plan, char* workspace, ShrinkAndSumParams<T, kParts>& fused,
+                        const ExpandBackwardWorkspace& plan, char* workspace, ShrinkAndSumParams<T>& fused,
                         const GpuStream& stream) {
+  constexpr int kParts = kTokenParts<T>;
   const LoraExpandBackwardSibling& sibling = p.siblings[s];
   const TokenPassPlan pass = plan_grad_y_pass(p, sibling, stream.multiprocessors);
   const TokenMatrix<T> grad_y =
@@ -100,14 +103,14 @@ void launch_grad_y_pass(const LoraExpandBackwardParams& p, int s, const LowRankS
     } else {
       lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
     }
-    launch_shrink<T, kParts>({.x = grad_y, .factor = lora_B, .out = out}, pass.ranks, stream);
+    launch_shrink<T>({.x = grad_y, .factor = lora_B, .out = out}, pass.ranks, stream);
   }
   if (p.wants_grad_lora_B) {
-    launch_token_sum<T, kParts>({.x = grad_y, .small_operand = xa, .out = gradient}, pass.features, stream);
+    launch_token_sum<T>({.x = grad_y, .small_operand = xa, .out = gradient}, pass.features, stream);
   }
 }
 
-template <class T, int kParts>
+template <class T>
 LowRankSums launch_grad_y_passes(const LoraExpandBackwardParams& p, float* sums, const ExpandBackwardWorkspace& plan,
                                  char* workspace, const GpuStream& stream) {
   const LowRankSums grad_xa{.sums = sums,
@@ -118,31 +121,32 @@ LowRankSums launch_grad_y_passes(const LoraExpandBackwardParams& p, float* sums,
                             .ranges = rank_table<int>(p.siblings, p.num_siblings, [&](int s) {
                               return plan_grad_y_pass(p, p.siblings[s], stream.multiprocessors).ranks.ranges;
                             })};
-  ShrinkAndSumParams<T, kParts> fused;
+  ShrinkAndSumParams<T> fused;
   for (int s = 0; (p.wants_grad_xa || p.wants_grad_lora_B) && s < p.num_siblings; ++s) {
-    launch_grad_y_pass<T, kParts>(p, s, grad_xa, plan, workspace, fused, stream);
+    launch_grad_y_pass<T>(p, s, grad_xa, plan, workspace, fused, stream);
   }
-  if (fused.num_siblings > 0) launch_shrink_and_sum<T, kParts>(fused, stream);
+  if (fused.num_siblings > 0) launch_shrink_and_sum<T>(fused, stream);
   return grad_xa;
 }
 
 // The pass over x: the partial sums of grad_lora_A of all siblings. grad_xa [num_tokens, total_rank].
-template <class T, int kParts>
+template <class T>
 void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, const float* grad_xa,
                              const ShrinkBackwardWorkspace& plan, char* workspace, const GpuStream& stream) {
-  launch_token_sum<T, kParts>({.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
-                               .small_operand = {grad_xa, p.num_tokens, p.total_rank, p.total_rank},
-                               .mask = p.has_dropout ? p.mask : nullptr,
-                               .mask_row_bytes = mask_row_bytes(p.in_features),
-                               .out = {reinterpret_cast<float*>(workspace + plan.grad_lora_A_offset), p.total_rank,
-                                       partial_pitch(p.in_features)}},
-                              plan_grad_lora_A_pass(p, stream.multiprocessors).features, stream);
+  launch_token_sum<T>({.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
+                       .small_operand = {grad_xa, p.num_tokens, p.total_rank, p.total_rank},
+                       .mask = p.has_dropout ? p.mask : nullptr,
+                       .mask_row_bytes = mask_row_bytes(p.in_features),
+                       .out = {reinterpret_cast<float*>(workspace + plan.grad_lora_A_offset), p.total_rank,
+                               partial_pitch(p.in_features)}},
+                      plan_grad_lora_A_pass(p, stream.multiprocessors).features, stream);
 }
 
 // grad_x is one sum over the ranks of all siblings: to the expand they are one sibling.
-template <class T, int kParts>
+template <class T>
 void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const LowRankSums& grad_xa,
                         const ShrinkBackwardWorkspace& plan, char* workspace, const GpuStream& stream) {
+  constexpr int kParts = kTokenParts<T>;
   const char* image = packs_lora_A(p, kParts) ? workspace + plan.lora_A_offset : nullptr;
   ExpandParams expand{.mask_row_bytes = mask_row_bytes(p.in_features),
                       .mask = p.has_dropout ? p.mask : nullptr,
@@ -158,7 +162,7 @@ void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const LowRankSums& gr
     expand.reads_lora_A = true;
     expand.lora_A = stacked_lora_A(p);
   }
-  launch_expand<T, kParts>(expand, grad_xa, stream);
+  launch_expand<T>(expand, grad_xa, stream);
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -22,12 +22,12 @@ template <int kParts>
 using ShrinkFactor = std::conditional_t<kParts == 1, StackedFactor, PackedFactor>;
 
 // launch_shrink sets the members after `out`.
-template <class T, int kParts>
+template <class T>
 struct ShrinkParams {
-  TokenMatrix<T> x;             // [num_tokens, features]
-  ShrinkFactor<kParts> factor;  // [rank, features]
-  KeepMask mask = {};           // threshold 0: no dropout
-  RankSums out;                 // the result, or partial sums of ranges of features
+  TokenMatrix<T> x;                     // [num_tokens, features]
+  ShrinkFactor<kTokenParts<T>> factor;  // [rank, features]
+  KeepMask mask = {};                   // threshold 0: no dropout
+  RankSums out;                         // the result, or partial sums of ranges of features
   int64_t features_per_range;
   unsigned ranges, rank_tiles, first_rank_tile;
 };
@@ -47,9 +47,10 @@ struct ShrinkTraits {
   static_assert(kRanks % kPackedRankStep == 0, "padding adds no tile of ranks");
 };
 
-template <class T, int kParts, int kRanks, KeepBits kKeep>
-__global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
-    shrink_kernel(const __grid_constant__ ShrinkParams<T, kParts> p) {
+template <class T, int kRanks, KeepBits kKeep>
+__global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads, 2)
+    shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
+  constexpr int kParts = kTokenParts<T>;
   ptx::wait_for_earlier_launches();
   using Traits = ShrinkTraits<kParts, kRanks>;
   constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
@@ -167,15 +168,14 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-        add_products<T, kParts>(
-            sums[group],
+        add_products<T>(
             [&](int j, uint32_t (&factor)[4]) {
               const unsigned row = j * kRanks + group * 16;  // of all parts
               ptx::ldmatrix_x4(factor, operand_at<kRowChunks>(factor_address, row, 2 * k));
             },
-            [&](int i, const uint32_t (&factor)[4], float (&into)[2][4]) {
-              ptx::mma_bf16(into[0], x_parts[i], factor[0], factor[1]);
-              ptx::mma_bf16(into[1], x_parts[i], factor[2], factor[3]);
+            [&](int i, const uint32_t (&factor)[4]) {
+              ptx::mma_bf16(sums[group][0], x_parts[i], factor[0], factor[1]);
+              ptx::mma_bf16(sums[group][1], x_parts[i], factor[2], factor[3]);
             });
       }
     }
@@ -192,35 +192,35 @@ __global__ void __launch_bounds__(ShrinkTraits<kParts, kRanks>::kThreads, 2)
   }
 }
 
-template <class T, int kParts, int kRanks, KeepBits kKeep>
-void launch_shrink_kernel(ShrinkParams<T, kParts> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
+template <class T, int kRanks, KeepBits kKeep>
+void launch_shrink_kernel(ShrinkParams<T> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
                           const GpuStream& stream) {
-  using Traits = ShrinkTraits<kParts, kRanks>;
+  using Traits = ShrinkTraits<kTokenParts<T>, kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
                                shared_bytes_of(Traits::kStages * Traits::kFactorChunks * 16);
   p.first_rank_tile = static_cast<unsigned>(first_rank_tile);
   p.rank_tiles = static_cast<unsigned>(rank_tiles);
-  launch(&shrink_kernel<T, kParts, kRanks, kKeep>, make_grid(rank_tiles * p.ranges * chunks), Traits::kThreads, kShared,
-         stream, p);
+  launch(&shrink_kernel<T, kRanks, kKeep>, make_grid(rank_tiles * p.ranges * chunks), Traits::kThreads, kShared, stream,
+         p);
 }
 
-template <class T, int kParts>
-void launch_shrink(ShrinkParams<T, kParts> p, const TokenPassSplit& split, const GpuStream& stream) {
+template <class T>
+void launch_shrink(ShrinkParams<T> p, const TokenPassSplit& split, const GpuStream& stream) {
   const int64_t ranks = p.factor.shape.ranks, rank_tiles = ceil_div(ranks, kRankTile);
   const bool dropout = p.mask.threshold > 0;
   p.features_per_range = split.features_per_range;
   p.ranges = static_cast<unsigned>(split.ranges);
   if (ranks <= kSmallRankTile) {
     if (dropout) {
-      launch_shrink_kernel<T, kParts, kSmallRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
+      launch_shrink_kernel<T, kSmallRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
     } else {
-      launch_shrink_kernel<T, kParts, kSmallRankTile, KeepBits::kNone>(p, split.chunks, 0, 1, stream);
+      launch_shrink_kernel<T, kSmallRankTile, KeepBits::kNone>(p, split.chunks, 0, 1, stream);
     }
   } else if (dropout) {
-    launch_shrink_kernel<T, kParts, kRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
-    launch_shrink_kernel<T, kParts, kRankTile, KeepBits::kRead>(p, split.chunks, 1, rank_tiles - 1, stream);
+    launch_shrink_kernel<T, kRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
+    launch_shrink_kernel<T, kRankTile, KeepBits::kRead>(p, split.chunks, 1, rank_tiles - 1, stream);
   } else {
-    launch_shrink_kernel<T, kParts, kRankTile, KeepBits::kNone>(p, split.chunks, 0, rank_tiles, stream);
+    launch_shrink_kernel<T, kRankTile, KeepBits::kNone>(p, split.chunks, 0, rank_tiles, stream);
   }
 }
 

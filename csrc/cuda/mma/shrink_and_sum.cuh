@@ -36,19 +36,15 @@ struct PlainLoraB {
 template <int kParts>
 using ShrinkAndSumFactor = std::conditional_t<kParts == 1, PlainLoraB, PackedFactor>;
 
-// Three parts leave no registers for the choice of a sibling: each has a launch.
-template <int kParts>
-constexpr int kFusedSiblings = kParts == 3 ? 1 : kMaxSiblings;
-
 // The grad_y of siblings. launch_shrink_and_sum sets first_block.
-template <class T, int kParts>
+template <class T>
 struct ShrinkAndSumParams {
   struct Sibling {
-    TokenMatrix<T> grad_y;              // [num_tokens, features]
-    ShrinkAndSumFactor<kParts> lora_B;  // [rank, features]
-    SmallOperand xa;                    // [num_tokens, rank]
-    RankSums grad_xa;                   // the result, or partial sums of ranges of features
-    FeaturePartials gradient;           // of lora_B
+    TokenMatrix<T> grad_y;                      // [num_tokens, features]
+    ShrinkAndSumFactor<kTokenParts<T>> lora_B;  // [rank, features]
+    SmallOperand xa;                            // [num_tokens, rank]
+    RankSums grad_xa;                           // the result, or partial sums of ranges of features
+    FeaturePartials gradient;                   // of lora_B
     int64_t tokens_per_chunk, chunks;
     unsigned ranges, first_block = 0;
   } siblings[kMaxSiblings] = {};
@@ -71,16 +67,14 @@ struct ShrinkAndSumTraits {
   static_assert(kPackedFeatureStep % kWarpFeatures == 0, "a warp's features are all in the packed factor, or none");
 };
 
-template <class T, int kParts, int kRanks>
-__global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 1)
-    shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T, kParts> params) {
+template <class T, int kRanks>
+__global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kThreads, 1)
+    shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T> params) {
+  constexpr int kParts = kTokenParts<T>;
   ptx::wait_for_earlier_launches();
-  int s = 0;
-  if constexpr (kFusedSiblings<kParts> > 1) {
-    s = params.num_siblings - 1;
-    while (blockIdx.x < params.siblings[s].first_block) --s;
-  }
-  const typename ShrinkAndSumParams<T, kParts>::Sibling& p = params.siblings[s];
+  int s = params.num_siblings - 1;
+  while (blockIdx.x < params.siblings[s].first_block) --s;
+  const typename ShrinkAndSumParams<T>::Sibling& p = params.siblings[s];
   const unsigned block = blockIdx.x - p.first_block;
   using Traits = ShrinkAndSumTraits<kParts, kRanks>;
   using XaTiles = typename Traits::XaTiles;
@@ -184,15 +178,14 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
         split_fragment<T>(fragment, parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
-          add_products<T, kParts>(
-              rank_sums[group],
+          add_products<T>(
               [&](int j, uint32_t (&b)[4]) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) b[i] = lora_B[j][k][group][i];
               },
-              [&](int i, const uint32_t (&b)[4], float (&into)[2][4]) {
-                ptx::mma_bf16(into[0], parts[i], b[0], b[1]);
-                ptx::mma_bf16(into[1], parts[i], b[2], b[3]);
+              [&](int i, const uint32_t (&b)[4]) {
+                ptx::mma_bf16(rank_sums[group][0], parts[i], b[0], b[1]);
+                ptx::mma_bf16(rank_sums[group][1], parts[i], b[2], b[3]);
               });
         }
       }
@@ -209,14 +202,13 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
         split_fragment<T>(fragment, parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
-          add_products<T, kParts>(
-              feature_sums[group][n],
+          add_products<T>(
               [&](int j, uint32_t (&a)[4]) {
                 ptx::ldmatrix_x4_transposed(a, operand_at<XaTiles::kRowChunks>(xa_address, j * kTokens, 2 * group));
               },
-              [&](int i, const uint32_t (&a)[4], float (&into)[2][4]) {
-                ptx::mma_bf16(into[0], a, parts[i][0], parts[i][1]);
-                ptx::mma_bf16(into[1], a, parts[i][2], parts[i][3]);
+              [&](int i, const uint32_t (&a)[4]) {
+                ptx::mma_bf16(feature_sums[group][n][0], a, parts[i][0], parts[i][1]);
+                ptx::mma_bf16(feature_sums[group][n][1], a, parts[i][2], parts[i][3]);
               });
         }
       }
@@ -239,31 +231,28 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kParts, kRanks>::kThreads, 
   }
 }
 
-template <class T, int kParts, int kRanks>
-void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T, kParts>& p, int64_t blocks, const GpuStream& stream) {
-  using Traits = ShrinkAndSumTraits<kParts, kRanks>;
+template <class T, int kRanks>
+void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T>& p, int64_t blocks, const GpuStream& stream) {
+  using Traits = ShrinkAndSumTraits<kTokenParts<T>, kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
                                shared_bytes_of(2 * Traits::XaTiles::kChunks * 16) +
                                shared_bytes_of(2 * Traits::kWarps * Traits::kShares * 16);
-  launch(&shrink_and_sum_kernel<T, kParts, kRanks>, make_grid(blocks), Traits::kThreads, kShared, stream, p);
+  launch(&shrink_and_sum_kernel<T, kRanks>, make_grid(blocks), Traits::kThreads, kShared, stream, p);
 }
 
-template <class T, int kParts>
-void launch_shrink_and_sum(const ShrinkAndSumParams<T, kParts>& p, const GpuStream& stream) {
-  for (int first = 0; first < p.num_siblings; first += kFusedSiblings<kParts>) {
-    ShrinkAndSumParams<T, kParts> together;
-    int64_t blocks = 0, ranks = 0;
-    for (int s = first; s < std::min(p.num_siblings, first + kFusedSiblings<kParts>); ++s) {
-      auto& sibling = together.siblings[together.num_siblings++] = p.siblings[s];
-      sibling.first_block = grid_size(blocks);
-      blocks += sibling.ranges * sibling.chunks;
-      ranks = std::max(ranks, sibling.lora_B.shape.ranks);
-    }
-    if (ranks <= kSmallRankTile) {
-      launch_shrink_and_sum_kernel<T, kParts, kSmallRankTile>(together, blocks, stream);
-    } else {
-      launch_shrink_and_sum_kernel<T, kParts, kMaxFusedRank>(together, blocks, stream);
-    }
+template <class T>
+void launch_shrink_and_sum(ShrinkAndSumParams<T> p, const GpuStream& stream) {
+  int64_t blocks = 0, ranks = 0;
+  for (int s = 0; s < p.num_siblings; ++s) {
+    auto& sibling = p.siblings[s];
+    sibling.first_block = grid_size(blocks);
+    blocks += sibling.ranges * sibling.chunks;
+    ranks = std::max(ranks, sibling.lora_B.shape.ranks);
+  }
+  if (ranks <= kSmallRankTile) {
+    launch_shrink_and_sum_kernel<T, kSmallRankTile>(p, blocks, stream);
+  } else {
+    launch_shrink_and_sum_kernel<T, kMaxFusedRank>(p, blocks, stream);
   }
 }
 

@@ -42,11 +42,11 @@ struct TokenSumTraits {
   static_assert(kTokens * kFeatures / 32 == kThreads, "a thread has one word of keep bits");
 };
 
-template <class T, int kParts, int kRanks, bool kMasked>
-__global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
+template <class T, int kRanks, bool kMasked>
+__global__ void __launch_bounds__(TokenSumTraits<kTokenParts<T>, kRanks>::kThreads, 2)
     token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
   ptx::wait_for_earlier_launches();
-  using Traits = TokenSumTraits<kParts, kRanks>;
+  using Traits = TokenSumTraits<kTokenParts<T>, kRanks>;
   using SmallTiles = typename Traits::SmallTiles;
   constexpr int kTokens = Traits::kTokens, kFeatures = Traits::kFeatures, kStages = Traits::kStages;
   constexpr int kRowChunks = Traits::kRowChunks;
@@ -129,15 +129,14 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-        add_products<T, kParts>(
-            sums[group],
+        add_products<T>(
             [&](int j, uint32_t (&a)[4]) {
               const unsigned row = j * kTokens + 16 * k;  // of all parts
               ptx::ldmatrix_x4_transposed(a, operand_at<SmallTiles::kRowChunks>(small_address, row, 2 * group));
             },
-            [&](int i, const uint32_t (&a)[4], float (&into)[2][4]) {
-              ptx::mma_bf16(into[0], a, x_parts[i][0], x_parts[i][1]);
-              ptx::mma_bf16(into[1], a, x_parts[i][2], x_parts[i][3]);
+            [&](int i, const uint32_t (&a)[4]) {
+              ptx::mma_bf16(sums[group][0], a, x_parts[i][0], x_parts[i][1]);
+              ptx::mma_bf16(sums[group][1], a, x_parts[i][2], x_parts[i][3]);
             });
       }
     }
@@ -156,25 +155,25 @@ __global__ void __launch_bounds__(TokenSumTraits<kParts, kRanks>::kThreads, 2)
   }
 }
 
-template <class T, int kParts, int kRanks>
+template <class T, int kRanks>
 void launch_token_sum_kernel(const TokenSumParams<T>& p, int64_t chunks, const GpuStream& stream) {
-  using Traits = TokenSumTraits<kParts, kRanks>;
+  using Traits = TokenSumTraits<kTokenParts<T>, kRanks>;
   constexpr uint32_t kTiles =
       shared_bytes_of(Traits::kStages * Traits::kChunks * 16) + shared_bytes_of(2 * Traits::SmallTiles::kChunks * 16);
   const uint32_t keep = p.mask ? shared_bytes_of(2 * Traits::kKeepWords * 2) : 0;
-  launch(p.mask ? &token_sum_kernel<T, kParts, kRanks, true> : &token_sum_kernel<T, kParts, kRanks, false>,
+  launch(p.mask ? &token_sum_kernel<T, kRanks, true> : &token_sum_kernel<T, kRanks, false>,
          make_grid(static_cast<int64_t>(p.rank_tiles) * p.ranges * chunks), Traits::kThreads, kTiles + keep, stream, p);
 }
 
-template <class T, int kParts>
+template <class T>
 void launch_token_sum(TokenSumParams<T> p, const TokenPassSplit& split, const GpuStream& stream) {
   p.tokens_per_chunk = split.tokens_per_chunk;
   p.ranges = static_cast<unsigned>(split.ranges);
   p.rank_tiles = static_cast<unsigned>(ceil_div(p.out.rank, kRankTile));
   if (p.out.rank <= kSmallRankTile) {
-    launch_token_sum_kernel<T, kParts, kSmallRankTile>(p, split.chunks, stream);
+    launch_token_sum_kernel<T, kSmallRankTile>(p, split.chunks, stream);
   } else {
-    launch_token_sum_kernel<T, kParts, kRankTile>(p, split.chunks, stream);
+    launch_token_sum_kernel<T, kRankTile>(p, split.chunks, stream);
   }
 }
 

@@ -1,7 +1,0 @@
-#include "../mma/lora_launches.cuh"
-
-namespace lora_ext::cuda {
-
-template void mma::launch_with_parts<__half, mma::kWideParts>(const LoraParams&, char*, const GpuStream&);
-
-}  // namespace lora_ext::cuda

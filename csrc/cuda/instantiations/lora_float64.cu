@@ -1,7 +1,0 @@
-#include "../fma/lora_launches.cuh"
-
-namespace lora_ext::cuda {
-
-template struct LoraLaunches<double>;
-
-}  // namespace lora_ext::cuda

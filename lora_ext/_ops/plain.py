@@ -1,0 +1,51 @@
+"""Defines ``<op>_plain``, in plain PyTorch, of each op whose CUDA kernels take 16-bit ``x`` only.
+
+The compiled op calls it for float32 and float64 (csrc/bindings/plain_op.h), with all of its arguments, below autograd.
+Each result is a list of tensors: of none for None, of one for a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lora_ext._ops import composite
+from lora_ext._ops.registration import LIBRARY, checked_composite, op_named
+
+OPS = (
+    "lora_linear",
+    "lora_linear_backward",
+    "lora_linear_siblings",
+    "lora_linear_siblings_backward",
+    "lora_delta_",
+    "lora_delta_backward",
+    "lora_delta_siblings",
+    "lora_delta_siblings_backward",
+    "lora_shrink",
+    "lora_shrink_backward",
+    "lora_expand",
+    "lora_expand_backward",
+)
+
+
+def _as_list(result: Tensor | list[Tensor] | None) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [] if result is None else list(result)
+
+
+def _define(name: str, function: Callable) -> None:
+    schema = op_named(name)._schema
+    arguments, num_results = str(schema).partition("(")[2].partition(") -> ")[0], len(schema.returns)
+
+    def kernel(*values):
+        results = function(*values)
+        return _as_list(results) if num_results == 1 else tuple(map(_as_list, results))
+
+    LIBRARY.define(f"{name}_plain({arguments}) -> ({', '.join(['Tensor[]'] * num_results)})")
+    LIBRARY.impl(f"{name}_plain", kernel, "CompositeExplicitAutograd")
+
+
+for _name in OPS:
+    _define(_name, checked_composite(_name, getattr(composite, _name)))

@@ -1,0 +1,25 @@
+// Stands in for csrc/bindings/cuda_stream.h: csrc/bindings/cuda_lora_linear.cpp on the CPU, without kernels. A launch
+// is an error that says so.
+#pragma once
+
+#include <torch/csrc/stable/macros.h>
+
+#include "../cuda/launch.h"
+#include "checks.h"
+
+#undef STD_CUDA_KERNEL_LAUNCH_CHECK
+#define STD_CUDA_KERNEL_LAUNCH_CHECK()
+
+namespace lora_ext::cuda {
+
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+inline GpuStream current_stream(const Tensor&) { return {.stream = nullptr, .device = 0, .multiprocessors = 1}; }
+inline void launch(const LoraParams&, const Tensor&) { fail("a kernel is launched"); }
+inline void add_base_product(const Tensor&, const Tensor&, const Tensor&) {}
+
+inline bool streams_weights(const LoraStreamedParams&) { return false; }
+inline void launch_dropout_mask(const DropoutMaskParams&, const GpuStream&) {}
+
+}  // namespace lora_ext::cuda
