@@ -71,7 +71,7 @@ void launch_rank_sums(const RankSumsParams<A>& p, const GpuStream& stream) {
 // dtype here and nowhere else.
 struct GradientSumsParams {
   struct Gradient {
-    const void* partial;  // [chunks, rank, pitch], float32; chunks chunk_stride apart, columns beyond features unused
+    const void* partial;  // [chunks, rank, pitch], acc; chunks chunk_stride apart, columns beyond features unused
     void* grad;           // [rank, features], or [features, rank] when transposed; dtype
     int64_t chunks, chunk_stride, rank, features, pitch;
     bool transposed;
@@ -81,27 +81,28 @@ struct GradientSumsParams {
 };
 
 // blockIdx.y is the gradient.
-inline __global__ void __launch_bounds__(kSumThreads)
-    gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {
+template <class A>
+__global__ void __launch_bounds__(kSumThreads) gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {
   ptx::wait_for_earlier_launches();
-  __shared__ GroupSums<float> group_sums;
+  __shared__ GroupSums<A> group_sums;
   const GradientSumsParams::Gradient& gradient = p.gradients[blockIdx.y];
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;
   const bool inside = index < gradient.rank * gradient.pitch;
   const int64_t rank = inside ? index / gradient.pitch : 0, feature = inside ? index % gradient.pitch : 0;
   const bool wanted = inside && feature < gradient.features;
-  const float sum = sum_chunks<float>(group_sums, static_cast<const float*>(gradient.partial) + index,
-                                      gradient.chunk_stride, wanted ? gradient.chunks : int64_t{0});
+  const A sum = sum_chunks<A>(group_sums, static_cast<const A*>(gradient.partial) + index, gradient.chunk_stride,
+                              wanted ? gradient.chunks : int64_t{0});
   if (threadIdx.x >= kSumElements || !wanted) return;
   const int64_t to = gradient.transposed ? feature * gradient.rank + rank : rank * gradient.features + feature;
   store_as(gradient.grad, to, p.dtype, sum);
 }
 
-inline void launch_gradient_sums(const GradientSumsParams& p, const GpuStream& stream) {
+template <class A>
+void launch_gradient_sums(const GradientSumsParams& p, const GpuStream& stream) {
   int64_t largest = 0;
   for (int i = 0; i < p.num_gradients; ++i) largest = std::max(largest, p.gradients[i].rank * p.gradients[i].pitch);
   const dim3 grid = make_grid(ceil_div(largest, kSumElements), p.num_gradients);
-  launch(&gradient_sums_kernel, grid, kSumThreads, 0, stream, p);
+  launch(&gradient_sums_kernel<A>, grid, kSumThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda

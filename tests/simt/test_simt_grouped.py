@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from support.groups import Grouped, random_groups
@@ -42,12 +40,11 @@ def ours(case: Grouped, dropout_p: float, **options) -> dict[str, Tensor]:
 
 
 def check(case: Grouped, dropout_p: float = 0.0, **options) -> None:
-    found, dtypes = ours(case, dropout_p, **options), (case.x.dtype, case.lora_As[0].dtype)
-    if case.x.dtype.itemsize == 2:  # as the kernels read the factors
-        case = replace(case, **{n: [t.to(case.x.dtype) for t in getattr(case, n)] for n in ("lora_As", "lora_Bs")})
-        dtypes = case.x.dtype, case.x.dtype
+    found = ours(case, dropout_p, **options)
+    case = case.as_cuda_reads()
     expected = in_dtypes_of(plain(case, dropout_p), found)
-    assert_errors_as_plain([(found, plain(case.to(F64), dropout_p), expected)], *dtypes)
+    compared = found, plain(case.to(F64), dropout_p), expected
+    assert_errors_as_plain([compared], case.x.dtype, case.lora_As[0].dtype)
 
 
 def all_of(group: int, num_tokens: int) -> Tensor:

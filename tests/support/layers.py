@@ -81,15 +81,18 @@ def assert_errors_as_plain(
         assert error <= 2 * plain_error + floor, f"{name}: error {error:.3g}, plain PyTorch's {plain_error:.3g}"
 
 
+def as_cuda_reads(factor: Tensor, x_dtype: torch.dtype) -> Tensor:
+    """Returns a factor in the dtype of a 16-bit x: CUDA kernels round wider ones, as autocast does."""
+    return factor.to(x_dtype) if x_dtype.itemsize == 2 else factor
+
+
 def with_rounded_factors(siblings: Siblings) -> Siblings:
-    """Rounds factors to the dtype of a 16-bit x, as autocast does and as the CUDA kernels read them."""
-    dtype = siblings.x.dtype
-    if dtype.itemsize > 2:
-        return siblings
-    rounded = [
-        replace(layer, lora_A=layer.lora_A.to(dtype), lora_B=layer.lora_B.to(dtype)) for layer in siblings.layers
+    """Returns siblings with factors as CUDA kernels read them."""
+    layers = [
+        replace(layer, **{name: as_cuda_reads(getattr(layer, name), layer.x.dtype) for name in ("lora_A", "lora_B")})
+        for layer in siblings.layers
     ]
-    return replace(siblings, layers=rounded)
+    return replace(siblings, layers=layers)
 
 
 def in_dtypes_of(results: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:

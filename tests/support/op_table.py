@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from support.groups import Grouped, random_groups
-from support.layers import assert_errors_as_plain, random_layer, random_siblings
+from support.layers import as_cuda_reads, assert_errors_as_plain, in_dtypes_of, random_layer, random_siblings
 from support.merging import hard_weight, update_factors
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,6 +67,14 @@ class Sample:
         for name, i, tensor in list(tensors_of(call)):
             call = with_entry(call, name, i, tensor.double() if tensor.is_floating_point() else tensor)
         return Sample(call, [grad.double() for grad in self.grads])
+
+    def as_read(self, x_dtype: torch.dtype) -> Sample:
+        """Returns the sample with factors as the kernels read them."""
+        call = self.call
+        for name, i, tensor in list(tensors_of(call)) if self.grads[0].is_cuda else ():
+            if name.startswith(("lora_A", "lora_B")):
+                call = with_entry(call, name, i, as_cuda_reads(tensor, x_dtype))
+        return Sample(call, self.grads)
 
     def with_dropout(self, dropout_p: float, seed: Tensor | None = SEED) -> Sample:
         return replace(self, call=self.call | {"dropout_p": dropout_p, "seed": seed}) if dropout_p else self
@@ -156,11 +164,14 @@ def assert_as_good_as_plain(
     compared = []
     for sample in samples:
         leaves = [place for place in op.leaves(sample) if names is None or place[0] in names]
-        runs = ((op.run, sample), (op.plain, sample.double()), (op.plain, sample))
-        found = tuple(results(function, of, leaves) for function, of in runs)
-        compared.append(tuple(map(_joined, found)) if "grouped" in op.name else found)
+        read = sample.as_read(dtypes[0])
+        runs = ((op.run, sample), (op.plain, read.double()), (op.plain, read))
+        found = [results(function, of, leaves) for function, of in runs]
+        found[2] = in_dtypes_of(found[2], found[0])
+        compared.append(tuple(map(_joined, found)) if "grouped" in op.name else tuple(found))
         assert all(value.isfinite().all() for value in found[0].values())
-    assert_errors_as_plain(compared, *dtypes)
+    factor = next(tensor for name, _, tensor in tensors_of(read.call) if name.startswith(("lora_A", "lora_B")))
+    assert_errors_as_plain(compared, dtypes[0], factor.dtype)
 
 
 def assert_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], but: str = "") -> None:

@@ -161,7 +161,7 @@ void launch_passes(const LoraExpandBackwardParams& p, const ExpandBackwardWorksp
   launch_grad_y_passes<T>(p, static_cast<float*>(p.grad_xa), plan, workspace, stream).add_partials(stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};
   add_gradients(p, plan, workspace, stream.multiprocessors, sums);
-  launch_gradient_sums(sums, stream);
+  launch_gradient_sums<float>(sums, stream);
 }
 
 template <class T>
@@ -172,7 +172,7 @@ void launch_passes(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorksp
   if (p.wants_grad_lora_A) launch_grad_lora_A_pass<T>(p, grad_xa.sums, plan, workspace, stream);
   GradientSumsParams sums{.dtype = p.factor_dtype};
   add_gradients(p, plan, workspace, stream.multiprocessors, sums);
-  launch_gradient_sums(sums, stream);
+  launch_gradient_sums<float>(sums, stream);
 }
 
 template <class T>
@@ -192,7 +192,7 @@ void launch_passes(const LoraBackwardParams& p, const BackwardWorkspace& plan, c
   GradientSumsParams gradients{.dtype = p.expand.factor_dtype};
   add_gradients(p.shrink, plan.shrink, workspace, stream.multiprocessors, gradients);
   add_gradients(p.expand, plan.expand, workspace, stream.multiprocessors, gradients);
-  launch_gradient_sums(gradients, stream);
+  launch_gradient_sums<float>(gradients, stream);
 }
 
 // Rounds and packs the factors, and launches the passes.
