@@ -1,5 +1,5 @@
-// Ops whose kernels on a device take 16-bit values only. Float32 and float64 run as the op "<name>_plain", which
-// lora_ext/_ops/plain.py defines in plain PyTorch, with the same arguments.
+// Ops whose kernels on a device take 16-bit values only. Float32 and float64 run as the op "lora_ext_plain::<name>",
+// which lora_ext/_ops/plain.py defines in plain PyTorch, with the same arguments.
 #pragma once
 
 #include <algorithm>
@@ -81,7 +81,7 @@ inline StableIValue on_stack(const std::vector<bool>& argument) {  // its elemen
 template <const auto& kSchema, class Result, class... Arguments>
 Result call_plain(const Arguments&... arguments) {
   std::array<StableIValue, std::max(sizeof...(Arguments), Results<Result>::kCount)> stack{on_stack(arguments)...};
-  const std::string name = "lora_ext::" + std::string(op_name(kSchema)) + "_plain";
+  const std::string name = "lora_ext_plain::" + std::string(op_name(kSchema));
   LORA_EXT_CALL_TORCH(torch_call_dispatcher, name.c_str(), "", stack.data(), TORCH_ABI_VERSION);
   return Results<Result>::take(stack.data());
 }

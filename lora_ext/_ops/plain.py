@@ -1,4 +1,4 @@
-"""Defines ``<op>_plain``, in plain PyTorch, of each op whose CUDA kernels take 16-bit ``x`` only.
+"""Defines ``lora_ext_plain::<op>``, in plain PyTorch, of each op whose CUDA kernels take 16-bit ``x`` only.
 
 The compiled op calls it for float32 and float64 (csrc/bindings/plain_op.h), with all of its arguments, below autograd.
 Each result is a list of tensors: of none for None, of one for a tensor.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lora_ext._ops import composite
-from lora_ext._ops.registration import LIBRARY, checked_composite, op_named
+from lora_ext._ops.registration import checked_composite, op_named
+
+_PLAIN = torch.library.Library("lora_ext_plain", "DEF")
 
 OPS = (
     "lora_linear",
@@ -43,8 +46,8 @@ def _define(name: str, function: Callable) -> None:
         results = function(*values)
         return _as_list(results) if num_results == 1 else tuple(map(_as_list, results))
 
-    LIBRARY.define(f"{name}_plain({arguments}) -> ({', '.join(['Tensor[]'] * num_results)})")
-    LIBRARY.impl(f"{name}_plain", kernel, "CompositeExplicitAutograd")
+    _PLAIN.define(f"{name}({arguments}) -> ({', '.join(['Tensor[]'] * num_results)})")
+    _PLAIN.impl(name, kernel, "CompositeExplicitAutograd")
 
 
 for _name in OPS:

@@ -241,3 +241,11 @@ def test_without_the_demo_the_rest_is_measured(run, monkeypatch, capsys):
     result = run("bench_finetune", *TINY)
     assert "the demo model is NOT measured: cannot fetch the demo data: no network" in capsys.readouterr().out
     assert len(result["rows"]) == 7 * 5 and "losses" not in result
+
+
+def test_rounded_factors_err_as_autocast_does():
+    errors = importlib.import_module("bench_factor_rounding").errors(tokens=64, width=64, rank=4)
+    assert all(len(values) == 4 and max(values) < 0.01 for values in errors.values())
+    exact, rounded, autocast = errors["lora_ext on the CPU"], errors["rounded once"], errors["PEFT under autocast"]
+    assert max(exact[2:]) < 1e-5 < min(rounded[2:])
+    assert all(value < 1.2 * other for value, other in zip(rounded, autocast, strict=True))

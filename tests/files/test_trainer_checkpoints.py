@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.models import bert, llama, token_ids
 from support.stock_trainer import Spoil, assert_same, trained, trainer
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from lora_ext import LoraConfig, inject, load_adapter
 
@@ -25,6 +27,18 @@ CASES = {
     "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
 }
 MORE = ("biases", "tied tokens")
+
+
+@pytest.fixture
+def warned(caplog):
+    """What Transformers warns about, whatever other tests have set."""
+    library, level = logging.getLogger("transformers"), transformers_logging.get_verbosity()
+    propagates = library.propagate
+    transformers_logging.set_verbosity_warning()
+    library.propagate = True
+    yield caplog
+    library.propagate = propagates
+    transformers_logging.set_verbosity(level)
 
 
 def injected(base: nn.Module, **options) -> nn.Module:
@@ -92,7 +106,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     assert_same(trained(model), kept[run.state.best_global_step])
 
 
-def test_a_checkpoint_has_the_bytes_of_the_adapter(tmp_path, caplog):
+def test_a_checkpoint_has_the_bytes_of_the_adapter(tmp_path, warned):
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
     base = BertForSequenceClassification(BertConfig(vocab_size=2000, num_labels=3, **sizes))
     model = injected(base, target_modules=["query", "value"], task_type="SEQ_CLS")
@@ -105,19 +119,19 @@ def test_a_checkpoint_has_the_bytes_of_the_adapter(tmp_path, caplog):
     again = load_adapter(copy.deepcopy(base), checkpoint)
     ids = token_ids()
     assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
-    with caplog.at_level("WARNING"):
+    with warned.at_level("WARNING"):
         trainer(injected(base, target_modules=["query", "value"], task_type="SEQ_CLS"), tmp_path / "run").train(
             resume_from_checkpoint=str(checkpoint)
         )
-    assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
+    assert "missing keys" not in warned.text and "unexpected keys" not in warned.text
 
 
-def test_a_run_that_resumes_with_other_adapters_reports_what_the_checkpoint_lacks(tmp_path, caplog):
+def test_a_run_that_resumes_with_other_adapters_reports_what_the_checkpoint_lacks(tmp_path, warned):
     base = bert()
     trainer(injected(base, target_modules=["query"]), tmp_path / "run", max_steps=1).train()
     other = injected(base, target_modules=["key"])
-    with caplog.at_level("WARNING"):
+    with warned.at_level("WARNING"):
         trainer(other, tmp_path / "run", max_steps=1).train(resume_from_checkpoint=True)
-    missing = next(line for line in caplog.messages if "missing keys" in line)
+    missing = next(line for line in warned.messages if "missing keys" in line)
     assert "key.adapters.default.lora_A" in missing and "embeddings" not in missing
-    assert any("unexpected keys" in line and "query.adapters.default.lora_A" in line for line in caplog.messages)
+    assert any("unexpected keys" in line and "query.adapters.default.lora_A" in line for line in warned.messages)

@@ -121,7 +121,6 @@ def test_recovers_from_running_out_of_memory():
     code = """if True:
         import resource, torch
         from lora_ext import functional, reference
-from lora_ext._ops import composite
         def call(rank):
             x, weight, A, B = (torch.randn(size) for size in ((40, 8), (6, 8), (rank, 8), (6, rank)))
             torch.testing.assert_close(

@@ -349,14 +349,14 @@ NOT_RUN = {
     "grouped.cu": ["f(std::type_identity<double>{})"],
     "grouped_mma.cu": ["with_flag(std::type_identity<__half>{})"],
     "mma/shrink.cuh": [
-        f"launch_shrink_kernel<T, kParts, {tile}, KeepBits::{bits}>(p, split.chunks, {tiles}, stream)"
+        f"launch_shrink_kernel<T, {tile}, KeepBits::{bits}>(p, split.chunks, {tiles}, stream)"
         for tile, bits, tiles in (
             ("kSmallRankTile", "kDraw", "0, 1"),
             ("kRankTile", "kDraw", "0, 1"),
             ("kRankTile", "kRead", "1, rank_tiles - 1"),
         )
     ],
-    "mma/token_sum.cuh": ["p.mask ? &token_sum_kernel<T, kParts, kRanks, true> : "],
+    "mma/token_sum.cuh": ["p.mask ? &token_sum_kernel<T, kRanks, true> : "],
     "mma/few_tokens.cuh": [f"launch_few_tokens_tiles<T, {tiles}>(p, stream)" for tiles in (2, 4)],
 }
 
