@@ -257,8 +257,8 @@ MUTATIONS = [
         "tiles_without_rows_have_no_group",
         grouped(F32, [30, 50], (24, 20), 4),
         "grouped/index_rows.cuh",
-        "/ tile_rows + group + {+(BUG ? 0 : +}1{+)+};",
-        Report(UNINITIALISED, "grouped_shrink_kernel", "group = group_of[tile];", "grouped/group_index.cuh"),
+        "first_of(begin + count, rows.rows_per_entry, group + {+(BUG ? 0 : +}1{+)+});",
+        Report(UNINITIALISED, "grouped_shrink_kernel", "group = index.group_of_tile[tile];", "grouped/group_index.cuh"),
     ),
     KernelMutation(
         "few_rows_read_xa_too_early",
