@@ -17,7 +17,7 @@ namespace {
 // Calls f with the LoraLaunches of x's dtype.
 template <class F>
 void with_launches(const LoraParams& params, F f) {
-  switch (dtypes_of(params).dtype) {
+  switch (dtype_of(params)) {
     case DType::kBFloat16: return f(LoraLaunches<__nv_bfloat16>{});
     case DType::kFloat16: return f(LoraLaunches<__half>{});
     default: throw std::logic_error("lora_ext: no kernel takes an x of float32 or float64");

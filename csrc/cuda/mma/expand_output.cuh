@@ -25,8 +25,7 @@ struct ExpandSibling {
   int rank;
 };
 
-// How launch_expand divides a sibling's output. In an array of its own: with these members in ExpandSibling, the kernel
-// of three parts spills registers on sm_100.
+// How launch_expand divides a sibling's output.
 struct ExpandTiles {
   int64_t begin;  // the sibling's first value of blockIdx.y
   int cols;       // columns of a tile, a multiple of kPackedFeatureStep
@@ -210,9 +209,8 @@ class ExpandOutput {
   // Elements from column `col` to the end in row g + 8 * i; 0 if there is no such row.
   __device__ __forceinline__ int count(int i, int col) const { return 8 * i < rows_ ? cols_ - col : 0; }
 
-  // The steps of 8 rows, computed from the kernel's parameters each time: as members they would take registers that the
-  // kernels of wide factors do not have. They fit: a row has at most 2^25 columns, since a grid has at most 65535
-  // tiles.
+  // The steps of 8 rows, computed from the kernel's parameters each time: as members they would take registers. They
+  // fit: a row has at most 2^25 columns, since a grid has at most 65535 tiles.
   __device__ __forceinline__ int out_step() const { return static_cast<int>(8 * sibling_.out_stride); }
   __device__ __forceinline__ int mask_step() const { return static_cast<int>(8 * p_.mask_row_bytes); }
 

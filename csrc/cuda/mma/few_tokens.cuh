@@ -21,7 +21,7 @@ namespace lora_ext::cuda::mma {
 struct FewTokensParams {
   struct Sibling {
     const void* weight;  // [cols, in_features], rows weight_stride apart, T
-    const void* lora_B;  // [cols, rank], contiguous, factor_dtype
+    const void* lora_B;  // [cols, rank], contiguous, T
     const void* bias;    // [cols], T; null: none
     void* y;             // [num_tokens, cols], contiguous, T
     int64_t cols, weight_stride, first_block;
@@ -35,7 +35,6 @@ struct FewTokensParams {
   int64_t total_rank;
   int ranges;
   bool adds_partials;
-  DType factor_dtype;
 };
 
 template <int kTokenTiles>
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(FewTokensTraits<kTokenTiles>::kThreads, kToken
   }
   for (int i = thread; i < rows * sibling.rank; i += kThreads) {
     const int row = i / sibling.rank, r = i % sibling.rank;
-    lora_B_tile[row * kRankPitch + r] = load_as<float>(sibling.lora_B, row0 * sibling.rank + i, p.factor_dtype);
+    lora_B_tile[row * kRankPitch + r] = to_acc(static_cast<const T*>(sibling.lora_B)[row0 * sibling.rank + i]);
   }
   __syncthreads();
 
@@ -196,8 +195,7 @@ void launch_few_tokens(const LoraStreamedParams& streamed, const LowRankSums& xa
                     .sums = xa.sums,
                     .total_rank = xa.columns,
                     .ranges = xa.ranges.value[0],
-                    .adds_partials = xa.pending,
-                    .factor_dtype = forward.expand.dtype};
+                    .adds_partials = xa.pending};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandSibling& sibling = forward.expand.siblings[s];
     p.siblings[s] = {.weight = streamed.weights[s],

@@ -204,9 +204,9 @@ void launch_kernels(Params p, char* workspace, const GpuStream& stream) {
   rounded.replace_in(p);
   launch_round_factors<T>(rounded.jobs(), stream);
   const auto plan = plan_workspace(p, kParts, stream.multiprocessors, carver);
-  PackFactorsParams pack{.dtype = dtypes_of(&p).dtype};
+  PackFactorsParams pack;
   add_factors(p, plan, kParts, workspace, pack);
-  launch_pack_factors<kParts>(pack, stream);
+  launch_pack_factors<T>(pack, stream);
   launch_passes<T>(p, plan, workspace, stream);
 }
 

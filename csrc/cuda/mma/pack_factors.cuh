@@ -14,7 +14,7 @@ namespace lora_ext::cuda::mma {
 
 // A factor, and its place in an image.
 struct PackSource {
-  const void* from;  // [rank, features], or [features, rank] when transposed; contiguous
+  const void* from;  // [rank, features], or [features, rank] when transposed; contiguous, x's dtype
   int64_t rank, features;
   bool transposed = false;
 };
@@ -42,7 +42,6 @@ struct PackJob {
 };
 
 struct PackFactorsParams {
-  DType dtype;
   int num_jobs = 0;
   PackJob jobs[kMaxPackJobs] = {};
 
@@ -70,10 +69,10 @@ __device__ __forceinline__ int interleaved_column(int position) {
 }
 
 // Loads a tile of the image. Neighbouring threads read neighbouring elements of the factor.
-template <class F>
+template <class T>
 __device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t row0, int64_t col0,
                                                float (&tile)[kPackRows][kPackPitch]) {
-  const F* from = static_cast<const F*>(source.from);
+  const T* from = static_cast<const T*>(source.from);
 #pragma unroll
   for (int i = 0; i < kPackRows * kPackCols / kPackThreads; ++i) {
     const int element = static_cast<int>(threadIdx.x) + i * kPackThreads;
@@ -82,13 +81,14 @@ __device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t
     const int64_t row = row0 + r, col = col0 + c;
     const bool inside = row < source.rank && col < source.features;
     const int64_t index = source.transposed ? col * source.rank + row : row * source.features + col;
-    tile[r][c] = inside ? static_cast<float>(to_acc(from[index])) : 0.0f;
+    tile[r][c] = inside ? to_acc(from[index]) : 0.0f;
   }
 }
 
 // blockIdx.y is the job, blockIdx.x its tile.
-template <int kParts>
+template <class T>
 __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
+  constexpr int kParts = kTokenParts<T>;
   ptx::wait_for_earlier_launches();
   alignas(16) __shared__ float tile[kPackRows][kPackPitch];
   const PackJob& job = p.jobs[blockIdx.y];
@@ -96,12 +96,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid
   const int64_t col_tiles = job.num_cols / kPackCols;
   const int64_t row0 = blockIdx.x / col_tiles * kPackRows, col0 = blockIdx.x % col_tiles * kPackCols;
 
-  switch (p.dtype) {
-    case DType::kFloat64: load_pack_tile<double>(job.source, row0, col0, tile); break;
-    case DType::kFloat32: load_pack_tile<float>(job.source, row0, col0, tile); break;
-    case DType::kBFloat16: load_pack_tile<__nv_bfloat16>(job.source, row0, col0, tile); break;
-    case DType::kFloat16: load_pack_tile<__half>(job.source, row0, col0, tile); break;
-  }
+  load_pack_tile<T>(job.source, row0, col0, tile);
   __syncthreads();
 
   // A warp writes the 128 bytes of a row, in pairs that are neighbours both in the image and in the factor.
@@ -122,11 +117,11 @@ __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid
   }
 }
 
-template <int kParts>
+template <class T>
 void launch_pack_factors(const PackFactorsParams& p, const GpuStream& stream) {
   int64_t tiles = 0;
   for (int i = 0; i < p.num_jobs; ++i) tiles = std::max(tiles, p.jobs[i].tiles);
-  launch(&pack_factors_kernel<kParts>, make_grid(tiles, p.num_jobs), kPackThreads, 0, stream, p);
+  launch(&pack_factors_kernel<T>, make_grid(tiles, p.num_jobs), kPackThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda::mma
