@@ -22,7 +22,8 @@ def load(folder: Path, name: str, stand_in: str, schemas: Iterable[str]) -> torc
     ``stand_in``: a folder here with cuda_stream.h, and with more sources.
     """
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copy(HERE / stand_in / "cuda_stream.h", folder / "csrc/bindings")
+    for header in (HERE / stand_in / "cuda_stream.h", HERE / "device_stand_in.h"):
+        shutil.copy(header, folder / "csrc/bindings")
     binding, namespace = folder / f"csrc/bindings/{name}.cpp", f"lora_ext_{stand_in}"
     defined = "".join(f"  m.def(lora_ext::schemas::{schema});\n" for schema in schemas)
     registered = f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{\n"

@@ -4,13 +4,12 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
 #include <string>
 
-#include "../cuda/gpu_stream.h"
+#include "device_stand_in.h"
 
 namespace lora_ext::cuda {
 
@@ -37,16 +36,5 @@ inline AOTITorchError allocate(int64_t dims, const int64_t* sizes, const int64_t
 #define aoti_torch_empty_strided lora_ext::cuda::allocate
 #define aoti_torch_cuda_cat aoti_torch_cpu_cat
 #define aoti_torch_cuda_cumsum aoti_torch_cpu_cumsum
-#undef STD_CUDA_KERNEL_LAUNCH_CHECK
-#define STD_CUDA_KERNEL_LAUNCH_CHECK()
 
 #include "checks.h"  // allocates
-
-namespace lora_ext::cuda {
-
-struct DeviceGuard {
-  explicit DeviceGuard(int) {}
-};
-inline GpuStream current_stream(const Tensor&) { return {.stream = nullptr, .device = 0, .multiprocessors = 1}; }
-
-}  // namespace lora_ext::cuda
