@@ -117,7 +117,7 @@ def test_several_adapters_compute_and_train_as_in_peft(family, tmp_path):
 
 
 def test_flags_of_adapters_that_the_user_changes():
-    """Those of single factors stay; an adapter that was frozen as a whole trains again. Others: test_life_cycle.py."""
+    """Factors that the user froze one by one stay frozen; an adapter that was frozen as a whole trains again."""
     model = set_adapter(three(), ["a", "b"])
 
     def trainable() -> set[str]:

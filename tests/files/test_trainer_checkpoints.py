@@ -31,7 +31,7 @@ MORE = ("biases", "tied tokens")
 
 @pytest.fixture
 def warned(caplog):
-    """What Transformers warns about, whatever other tests have set."""
+    """Captures the warnings of Transformers, also if another test has silenced them."""
     library, level = logging.getLogger("transformers"), transformers_logging.get_verbosity()
     propagates = library.propagate
     transformers_logging.set_verbosity_warning()

@@ -190,7 +190,7 @@ def test_few_rows_take_one_launch_pair():
 
 
 def test_a_pool_has_tiles_for_its_rows_not_for_its_slots():
-    """Of 300 slots, 70 rows use three."""
+    """70 rows choose among three of the 300 slots of a pool, or none."""
     groups = torch.tensor([7, 150, 299, -1])[torch.arange(70) % 4]
     case = random_groups(70, (24, 20), [(300, 4)], groups=groups)
     check(case)

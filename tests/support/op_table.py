@@ -28,7 +28,7 @@ ops = torch.ops.lora_ext
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 FLOAT, DOUBLE = (torch.float32,) * 2, (torch.float64,) * 2
 Dtypes = tuple[torch.dtype, torch.dtype]
-"""Of x and of the factors."""
+"""The dtypes of x and of the factors."""
 
 
 def tensors_of(call: dict[str, Any]) -> Iterator[tuple[str, int | None, Tensor]]:
