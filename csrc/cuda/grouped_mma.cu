@@ -34,7 +34,7 @@ void launch_expand_of(ExpandParams<float> p, const GpuStream& stream) {
 
 template <class T, bool kOfB>
 void launch_factor_sums_of(FactorSumsParams<float> p, const GpuStream& stream) {
-  using Traits = FactorSumsMmaTraits<T>;
+  using Traits = FactorSumsMmaTraits;
   p.feature_tiles = ceil_div(p.features, Traits::kFeatures);
   p.rank_tiles = ceil_div(p.max_rank, Traits::kRanks);
   launch(&grouped_factor_sums_mma_kernel<T, kOfB>, make_grid(num_chunks(p.table.rows) * p.feature_tiles * p.rank_tiles),

@@ -2,8 +2,7 @@
 //
 // A packed factor is a row-major matrix [rank, features]. lora_A keeps its orientation, lora_B is transposed. The
 // factors of siblings stand below each other if one kernel reads them all. Padding is zero, so kernels copy whole
-// tiles, 16 bytes at a time. It is stored as bfloat16 parts (mma/parts.cuh), part after part, each [padded_ranks,
-// padded_features].
+// tiles, 16 bytes at a time. Elements have x's dtype.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +23,7 @@ __host__ __device__ constexpr int64_t padded_features(int64_t features) {
 
 namespace mma {
 
-// The shape of every part, padding included.
+// With padding.
 struct PackedShape {
   int64_t ranks = 0, features = 0;
 
@@ -32,8 +31,7 @@ struct PackedShape {
   __host__ __device__ constexpr PackedShape(int64_t rank, int64_t num_features)
       : ranks(padded_ranks(rank)), features(padded_features(num_features)) {}
 
-  __host__ __device__ constexpr int64_t part_stride() const { return ranks * features; }
-  __host__ __device__ constexpr int64_t bytes(int parts) const { return parts * part_stride() * 2; }
+  constexpr int64_t bytes() const { return ranks * features * 2; }
 };
 
 }  // namespace mma

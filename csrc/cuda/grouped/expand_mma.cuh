@@ -1,5 +1,5 @@
-// expand of rows that choose their factors, on tensor cores: expand.cuh has the formula. As in mma/expand.cuh, the
-// small operand and the factor are sums of bfloat16 parts: one of bfloat16, two of float16.
+// expand of rows that choose their factors, on tensor cores: expand.cuh has the formula. The small operand is rounded
+// to x's dtype.
 //
 // A block has a tile of rows of one group and 128 columns; a warp has 16 rows and 64 columns. The sums go through
 // shared memory, so that a row's neighbouring columns are written together.
@@ -13,20 +13,6 @@
 
 namespace lora_ext::cuda::grouped {
 
-// Adds the products of two operands in bfloat16 parts; `right` is for two products (mma/fragments.cuh).
-template <int kParts>
-__device__ __forceinline__ void multiply_parts(float (&sum)[2][4], const uint32_t (&left)[kParts][4],
-                                               const uint32_t (&right)[kParts][4]) {
-#pragma unroll
-  for (int i = kParts - 1; i >= 0; --i) {
-#pragma unroll
-    for (int j = kParts - 1 - i; j >= 0; --j) {
-      ptx::mma_bf16(sum[0], left[i], right[j][0], right[j][1]);
-      ptx::mma_bf16(sum[1], left[i], right[j][2], right[j][3]);
-    }
-  }
-}
-
 template <bool kBackward>
 struct ExpandMmaTraits {
   static constexpr int kThreads = 256, kRows = static_cast<int>(kTileRows), kColumns = 128, kRanks = 16;
@@ -38,11 +24,11 @@ struct ExpandMmaTraits {
 };
 
 template <class T, bool kBackward>
-__global__ void __launch_bounds__(ExpandMmaTraits<kBackward>::kThreads, mma::kTokenParts<T> == 1 ? 2 : 1)
+__global__ void __launch_bounds__(ExpandMmaTraits<kBackward>::kThreads, 2)
     grouped_expand_mma_kernel(const __grid_constant__ ExpandParams<float> p) {
   ptx::wait_for_earlier_launches();
   using Traits = ExpandMmaTraits<kBackward>;
-  constexpr int kParts = mma::kTokenParts<T>, kRanks = Traits::kRanks, kColumns = Traits::kColumns;
+  constexpr int kRanks = Traits::kRanks, kColumns = Traits::kColumns;
   SharedMemory shared;
   uint4* factor_tiles = shared.take<uint4>(2 * Traits::kFactorChunks, "factor_tiles");
   float* update = shared.take<float>(Traits::kRows * Traits::kPitch, "update");  // [row][column]
@@ -81,17 +67,14 @@ __global__ void __launch_bounds__(ExpandMmaTraits<kBackward>::kThreads, mma::kTo
   float sums[kColumns / 32][2][4] = {};  // [16 rows, 8 columns] each
   int stage = 0;
   for (int64_t rank0 = 0; rank0 < group.rank; rank0 += kRanks) {
-    uint32_t small[kParts][4];
+    uint32_t small[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t rank = rank0 + i / 2 * 8 + lane % 4 * 2;
       const float* from = small_rows[i % 2];
       const float first = from != nullptr && rank < group.rank ? from[rank] : 0.0f;
       const float second = from != nullptr && rank + 1 < group.rank ? from[rank + 1] : 0.0f;
-      uint32_t part[kParts];
-      mma::split_pair(make_float2(first, second), part);
-#pragma unroll
-      for (int j = 0; j < kParts; ++j) small[j][i] = part[j];
+      small[i] = mma::rounded_pair<T>(first, second);
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // this tile is complete, the other one is free
@@ -104,14 +87,14 @@ __global__ void __launch_bounds__(ExpandMmaTraits<kBackward>::kThreads, mma::kTo
 #pragma unroll
       for (unsigned n = 0; n < kColumns / 32; ++n) {
         const unsigned column = half * (kColumns / 2) + n * 16;
-        uint32_t b[4], parts[kParts][4];
+        uint32_t b[4];
         if constexpr (kBackward) {
           ptx::ldmatrix_x4_transposed(b, mma::operand_at<kColumnChunks>(address, 0, column / mma::kChunk));
         } else {
           ptx::ldmatrix_x4(b, mma::operand_at<kRankChunks>(address, column, 0));
         }
-        mma::split_fragment<T>(b, parts);
-        multiply_parts<kParts>(sums[n], small, parts);
+        mma::multiply<T>(sums[n][0], small, b[0], b[1]);
+        mma::multiply<T>(sums[n][1], small, b[2], b[3]);
       }
     }
     stage ^= 1;

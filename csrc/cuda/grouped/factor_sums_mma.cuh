@@ -1,5 +1,5 @@
-// Gradients of the factors on tensor cores: factor_sums.cuh has the formulas. The small operand is split into bfloat16
-// parts: one for bfloat16, two for float16.
+// Gradients of the factors on tensor cores: factor_sums.cuh has the formulas. The small operand is rounded to x's
+// dtype.
 //
 // A block has a chunk of a group's rows, 256 features and 16 ranks, a warp 32 of the features. cp.async copies x or
 // grad_y kStages - 1 steps of 32 rows ahead.
@@ -9,11 +9,10 @@
 
 namespace lora_ext::cuda::grouped {
 
-template <class T>
 struct FactorSumsMmaTraits {
   static constexpr int kThreads = 256, kFeatures = 256, kRanks = 16, kRows = 32, kStages = 3;
-  static constexpr int kParts = mma::kTokenParts<T>, kChunks = kFeatures / mma::kChunk, kXChunks = kRows * kChunks;
-  static constexpr int kSmallChunks = kParts * kRows * kRanks / mma::kChunk;
+  static constexpr int kChunks = kFeatures / mma::kChunk, kXChunks = kRows * kChunks;
+  static constexpr int kSmallChunks = kRows * kRanks / mma::kChunk;
   using XTile = GatheredTile<kRows, kFeatures, kThreads>;
   static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kXChunks * 16) +
                                            shared_bytes_of(2 * kSmallChunks * 16) +
@@ -22,15 +21,15 @@ struct FactorSumsMmaTraits {
 };
 
 template <class T, bool kOfB>
-__global__ void __launch_bounds__(FactorSumsMmaTraits<T>::kThreads, 2)
+__global__ void __launch_bounds__(FactorSumsMmaTraits::kThreads, 2)
     grouped_factor_sums_mma_kernel(const __grid_constant__ FactorSumsParams<float> p) {
   ptx::wait_for_earlier_launches();
-  using Traits = FactorSumsMmaTraits<T>;
-  constexpr int kParts = Traits::kParts, kRows = Traits::kRows, kRanks = Traits::kRanks, kStages = Traits::kStages;
+  using Traits = FactorSumsMmaTraits;
+  constexpr int kRows = Traits::kRows, kRanks = Traits::kRanks, kStages = Traits::kStages;
   constexpr int kRankChunks = kRanks / mma::kChunk;
   SharedMemory shared;
   uint4* x_tiles = shared.take<uint4>(kStages * Traits::kXChunks, "x_tiles");
-  uint4* small_tiles = shared.take<uint4>(2 * Traits::kSmallChunks, "small_tiles");  // [part][row][rank]
+  uint4* small_tiles = shared.take<uint4>(2 * Traits::kSmallChunks, "small_tiles");  // [row][rank]
   int64_t* rows = shared.take<int64_t>(static_cast<uint32_t>(kChunkRows), "rows");
 
   const int64_t feature0 = blockIdx.x % p.feature_tiles * Traits::kFeatures;
@@ -79,14 +78,8 @@ __global__ void __launch_bounds__(FactorSumsMmaTraits<T>::kThreads, 2)
       });
     }
     uint4* small_tile = small_tiles + step % 2 * Traits::kSmallChunks;
-    uint32_t part[kParts];
-    mma::split_pair(pair, part);
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      uint4* to =
-          small_tile + i * kRows * kRankChunks + mma::chunk_index<kRankChunks>(small_row, small_rank / mma::kChunk);
-      reinterpret_cast<uint32_t*>(to)[small_rank % mma::kChunk / 2] = part[i];
-    }
+    uint4* to = small_tile + mma::chunk_index<kRankChunks>(small_row, small_rank / mma::kChunk);
+    reinterpret_cast<uint32_t*>(to)[small_rank % mma::kChunk / 2] = mma::rounded_pair<T>(pair.x, pair.y);
     ptx::cp_async_wait<kStages - 2>();
     if (p.has_dropout) Traits::XTile::clear(x_tile, kept);
     __syncthreads();  // this step's tiles are complete, the last step's tiles are free
@@ -96,17 +89,14 @@ __global__ void __launch_bounds__(FactorSumsMmaTraits<T>::kThreads, 2)
     const uint32_t small_address = mma::right_address<kRankChunks>(small_tile, lane);
 #pragma unroll
     for (unsigned k = 0; k < kRows; k += 16) {
-      uint32_t small[kParts][4];
-#pragma unroll
-      for (unsigned i = 0; i < kParts; ++i) {
-        ptx::ldmatrix_x4_transposed(small[i], mma::operand_at<kRankChunks>(small_address, i * kRows + k, 0));
-      }
+      uint32_t small[4];
+      ptx::ldmatrix_x4_transposed(small, mma::operand_at<kRankChunks>(small_address, k, 0));
 #pragma unroll
       for (unsigned n = 0; n < 2; ++n) {
-        uint32_t x[4], parts[kParts][4];
+        uint32_t x[4];
         ptx::ldmatrix_x4_transposed(x, mma::operand_at<Traits::kChunks>(x_address, k, warp * 4 + 2 * n));
-        mma::split_fragment<T>(x, parts);
-        multiply_parts<kParts>(sums[n], small, parts);
+        mma::multiply<T>(sums[n][0], small, x[0], x[1]);
+        mma::multiply<T>(sums[n][1], small, x[2], x[3]);
       }
     }
   }

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "../launch.cuh"
-#include "../mma/few_tokens.cuh"
 #include "../mma/fragments.cuh"
 #include "gathered_tile.cuh"
 #include "params.cuh"
@@ -100,8 +99,8 @@ __global__ void __launch_bounds__(ShrinkMmaTraits<kRanks, kBackward>::kThreads, 
         } else {
           ptx::ldmatrix_x4(b, mma::operand_at<kChunks>(factor_address, n * 16, 2 * k));
         }
-        mma::multiply_16<T>(sums[n][0], x, b[0], b[1]);
-        mma::multiply_16<T>(sums[n][1], x, b[2], b[3]);
+        mma::multiply<T>(sums[n][0], x, b[0], b[1]);
+        mma::multiply<T>(sums[n][1], x, b[2], b[3]);
       }
     }
   }

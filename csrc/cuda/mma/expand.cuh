@@ -50,7 +50,6 @@ inline bool adds_partials(const ExpandParams& p, const LowRankSums& sums, int64_
 
 template <class T, int kSteps>
 void launch_expand_short(ExpandParams p, LowRankSums sums, const GpuStream& stream) {
-  constexpr int kParts = kTokenParts<T>;
   // Wide tiles reuse the small operand; shared memory limits them, so that two blocks fit on every GPU. With few tokens
   // tiles are narrower, for a block on nearly every multiprocessor.
   constexpr int64_t kMaxSharedBytes = 48 * 1024, kMaxTileCols = 512;
@@ -60,7 +59,7 @@ void launch_expand_short(ExpandParams p, LowRankSums sums, const GpuStream& stre
   const int64_t row_tiles = ceil_div(p.num_tokens, p.row_warps * kPieceRows);
 
   int64_t rows = 0;
-  for (int s = 0; s < p.num_siblings; ++s) rows = std::max(rows, kParts * padded_ranks(p.siblings[s].rank));
+  for (int s = 0; s < p.num_siblings; ++s) rows = std::max(rows, padded_ranks(p.siblings[s].rank));
   int64_t tile_cols = std::min(kMaxTileCols, kMaxSharedBytes / (rows * 2) / kPackedFeatureStep * kPackedFeatureStep);
   int64_t col_tiles = divide_columns(p, tile_cols);
   while (tile_cols > kPackedFeatureStep && row_tiles * col_tiles < target_blocks) {
@@ -68,7 +67,7 @@ void launch_expand_short(ExpandParams p, LowRankSums sums, const GpuStream& stre
     col_tiles = divide_columns(p, tile_cols);
   }
 
-  p.adds_partials = kAddsPartials<kParts, kSteps> && adds_partials(p, sums, tile_cols);
+  p.adds_partials = adds_partials(p, sums, tile_cols);
   if (p.adds_partials) {
     p.small_operand = sums.partial;
     p.ranges = sums.ranges;
@@ -78,7 +77,7 @@ void launch_expand_short(ExpandParams p, LowRankSums sums, const GpuStream& stre
   }
   p.factor_tile_elements = 0;
   for (int s = 0; s < p.num_siblings; ++s) {
-    const int64_t elements = kParts * padded_ranks(p.siblings[s].rank) * p.tiles[s].cols;
+    const int64_t elements = padded_ranks(p.siblings[s].rank) * p.tiles[s].cols;
     p.factor_tile_elements = std::max(p.factor_tile_elements, static_cast<uint32_t>(elements));
   }
   launch(&expand_short_kernel<T, kSteps>, make_grid(row_tiles, col_tiles), kExpandThreads,
@@ -89,7 +88,7 @@ template <class T>
 void launch_expand_long(ExpandParams p, const GpuStream& stream) {
   const int64_t col_tiles = divide_columns(p, kLongCols);
   launch(&expand_long_kernel<T>, make_grid(ceil_div(p.num_tokens, kLongRows), col_tiles), kExpandThreads,
-         expand_long_shared_bytes(kTokenParts<T>), stream, p);
+         kLongSharedBytes, stream, p);
 }
 
 // A future base product that takes the low-rank term as extra columns of K would plug in here: besides x and the weight

@@ -1,11 +1,11 @@
-// The common part of the expand kernels: their parameters, the split of the small operand into bfloat16 parts, and a
-// warp's way from sums to the output.
+// The common part of the expand kernels: their parameters, loads of the small operand, and a warp's way from sums to
+// the output.
 #pragma once
 
 #include "../../common/params.h"
 #include "../elements.cuh"
 #include "../launch.cuh"
-#include "parts.cuh"
+#include "fragments.cuh"
 #include "stacked_factor.cuh"
 
 namespace lora_ext::cuda::mma {
@@ -14,9 +14,9 @@ namespace lora_ext::cuda::mma {
 //
 // The columns of the output are cut into tiles, sibling after sibling; blockIdx.y counts through all tiles.
 struct ExpandSibling {
-  // Packed (packed_factor.h), columns interleaved (pack_factors.cuh). The short kernel of one part reads lora_B [cols,
-  // rank] here, or ExpandParams::lora_A.
-  const __nv_bfloat16* factor = nullptr;
+  // The short kernel's lora_B [cols, rank], where it does not read ExpandParams::lora_A; the long kernel's packed
+  // factor (packed_factor.h), columns interleaved (pack_factors.cuh).
+  const uint16_t* factor = nullptr;
   const void* bias = nullptr;  // [cols], T; null: none
   const void* base;            // [num_tokens, cols], with out's stride, T; null: zero; may be out
   void* out;                   // [num_tokens, cols], T
@@ -40,7 +40,7 @@ struct ExpandParams {
   const uint8_t* mask = nullptr;  // [num_tokens, mask_row_bytes]; null: everything is kept
   int num_siblings;
   ExpandSibling siblings[kMaxSiblings] = {};
-  bool reads_lora_A = false;  // for the short kernel of one part: grad_x reads lora_A, y reads lora_B
+  bool reads_lora_A = false;  // the short kernel: for grad_x it reads lora_A, for y lora_B
   StackedFactor lora_A = {};
   // The short kernel adds partial sums: [largest of ranges, num_tokens, small_operand_stride].
   bool adds_partials = false, writes_sums = false;
@@ -75,23 +75,10 @@ __device__ __forceinline__ float2 load_rank_pair(const float* from, int count, b
   return pair;
 }
 
-// Splits a pair into one register of an mma fragment per part.
-template <int kParts>
-__device__ __forceinline__ void split_pair(float2 pair, uint32_t (&part)[kParts]) {
-  __nv_bfloat16 first[kParts], second[kParts];
-  split(pair.x, first);
-  split(pair.y, second);
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) part[i] = join(first[i], second[i]);
-}
-
 // Eight neighbouring elements of a row, two to a word.
 struct Eight {
   uint32_t word[4];
 };
-
-__device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
-__device__ __forceinline__ uint16_t bits_of(__half value) { return __half_as_ushort(value); }
 
 template <class T>
 __device__ __forceinline__ float element_of(const Eight& eight, int e) {
@@ -129,7 +116,7 @@ __device__ __forceinline__ void store_eight(T* to, const float (&value)[8]) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    word[i] = bits_of(from_acc<T>(value[2 * i])) | static_cast<uint32_t>(bits_of(from_acc<T>(value[2 * i + 1]))) << 16;
+    word[i] = rounded_pair<T>(value[2 * i], value[2 * i + 1]);
   }
   *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
 }

@@ -14,6 +14,7 @@
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
+#include "fragments.cuh"
 #include "partial_sums.cuh"
 
 namespace lora_ext::cuda::mma {
@@ -57,15 +58,6 @@ struct StreamedOperands {
   uint4 weight[kRowTiles][2][2];  // [tile][row g, g + 8][half]
   uint4 x[kTokenTiles][2];        // [tile][half]
 };
-
-template <class T>
-__device__ __forceinline__ void multiply_16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    ptx::mma_f16(sum, a, b0, b1);
-  } else {
-    ptx::mma_bf16(sum, a, b0, b1);
-  }
-}
 
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(FewTokensTraits<kTokenTiles>::kThreads, kTokenTiles == 1 ? 2 : 1)
@@ -124,8 +116,8 @@ __global__ void __launch_bounds__(FewTokensTraits<kTokenTiles>::kThreads, kToken
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
           const uint4& tokens = operands.x[n][half];
-          multiply_16<T>(sum[m][n], {upper.x, lower.x, upper.y, lower.y}, tokens.x, tokens.y);
-          multiply_16<T>(sum[m][n], {upper.z, lower.z, upper.w, lower.w}, tokens.z, tokens.w);
+          multiply<T>(sum[m][n], {upper.x, lower.x, upper.y, lower.y}, tokens.x, tokens.y);
+          multiply<T>(sum[m][n], {upper.z, lower.z, upper.w, lower.w}, tokens.z, tokens.w);
         }
       }
     }

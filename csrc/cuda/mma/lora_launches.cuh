@@ -6,8 +6,8 @@
 //               factors' gradients
 //
 // The expand kernels add the partial sums of xa and grad_xa, or a launch before them does (expand.cuh). Factors of
-// another dtype are rounded to x's first (round_factors.cuh). Kernels take a factor as bfloat16 parts: one of bfloat16,
-// two of float16 (parts.cuh). Factors of two parts, and those of large ranks, are packed (plan.h), in one launch.
+// another dtype are rounded to x's first (round_factors.cuh). Factors of large ranks are packed (plan.h), in one
+// launch.
 //
 // A way through this folder:
 //   plan, passes                       how sums are split between blocks; what each kernel gets
@@ -16,7 +16,7 @@
 //                                      expand_output, and factor_tile is the former's
 //   few_tokens                         the kernel that reads the weights
 //   round_factors                      factors in x's dtype
-//   parts, pack_factors                numbers as sums of bfloat16 parts; factors packed as these
+//   pack_factors                       factors in the order in which kernels copy them
 //   stacked_factor, small_operand      operands on the way from memory to shared memory
 //   tiles, fragments                   operands in shared memory, and in registers
 //   keep_bits, partial_sums            the dropout mask in registers; sums of several blocks, added later
@@ -58,45 +58,37 @@ void add_lora_B(const Sibling& sibling, void* image, bool interleaved, PackFacto
 }
 
 // Params: LoraShrinkParams, Workspace: ShrinkWorkspace, and so on. Adds the factors that kernels read packed.
-inline void add_factors(const LoraShrinkParams& p, const ShrinkWorkspace& plan, int parts, char* workspace,
-                        PackFactorsParams& pack) {
-  if (packs_lora_A(p, parts)) {
-    add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/false, pack);
-  }
-}
+inline void add_factors(const LoraShrinkParams&, const ShrinkWorkspace&, char*, PackFactorsParams&) {}
 
-inline void add_factors(const LoraExpandParams& p, const ExpandWorkspace& plan, int parts, char* workspace,
+inline void add_factors(const LoraExpandParams& p, const ExpandWorkspace& plan, char* workspace,
                         PackFactorsParams& pack) {
-  for (int s = 0; packs_lora_B(p, parts) && s < p.num_siblings; ++s) {
+  for (int s = 0; packs_lora_B(p) && s < p.num_siblings; ++s) {
     add_lora_B(p.siblings[s], workspace + plan.lora_B_offset[s], /*interleaved=*/true, pack);
   }
 }
 
-inline void add_factors(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, int parts,
-                        char* workspace, PackFactorsParams& pack) {
+inline void add_factors(const LoraExpandBackwardParams& p, const ExpandBackwardWorkspace& plan, char* workspace,
+                        PackFactorsParams& pack) {
   for (int s = 0; s < p.num_siblings; ++s) {
-    if (packs_lora_B(p, p.siblings[s], parts)) {
+    if (packs_lora_B(p, p.siblings[s])) {
       add_lora_B(p.siblings[s], workspace + plan.lora_B_offset[s], /*interleaved=*/false, pack);
     }
   }
 }
 
-inline void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, int parts,
-                        char* workspace, PackFactorsParams& pack) {
-  if (packs_lora_A(p, parts)) add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/true, pack);
+inline void add_factors(const LoraShrinkBackwardParams& p, const ShrinkBackwardWorkspace& plan, char* workspace,
+                        PackFactorsParams& pack) {
+  if (packs_lora_A(p)) add_stacked_lora_A(p, workspace + plan.lora_A_offset, /*interleaved=*/true, pack);
 }
 
-inline void add_factors(const LoraStreamedParams& p, const ShrinkWorkspace& plan, int parts, char* workspace,
-                        PackFactorsParams& pack) {
-  add_factors(p.forward.shrink, plan, parts, workspace, pack);
-}
+inline void add_factors(const LoraStreamedParams&, const ShrinkWorkspace&, char*, PackFactorsParams&) {}
 
 // Both factors of a forward or a backward.
 template <class Params, class Workspace>
   requires requires(Params p) { p.shrink, p.expand; }
-void add_factors(const Params& p, const Workspace& plan, int parts, char* workspace, PackFactorsParams& pack) {
-  add_factors(p.shrink, plan.shrink, parts, workspace, pack);
-  add_factors(p.expand, plan.expand, parts, workspace, pack);
+void add_factors(const Params& p, const Workspace& plan, char* workspace, PackFactorsParams& pack) {
+  add_factors(p.shrink, plan.shrink, workspace, pack);
+  add_factors(p.expand, plan.expand, workspace, pack);
 }
 
 // All gradients of factors, from their partial sums, in one launch.
@@ -198,14 +190,13 @@ void launch_passes(const LoraBackwardParams& p, const BackwardWorkspace& plan, c
 // Rounds and packs the factors, and launches the passes.
 template <class T, class Params>
 void launch_kernels(Params p, char* workspace, const GpuStream& stream) {
-  constexpr int kParts = kTokenParts<T>;
   WorkspaceCarver carver;
   RoundedFactors rounded(workspace, carver);
   rounded.replace_in(p);
   launch_round_factors<T>(rounded.jobs(), stream);
-  const auto plan = plan_workspace(p, kParts, stream.multiprocessors, carver);
+  const auto plan = plan_workspace(p, stream.multiprocessors, carver);
   PackFactorsParams pack;
-  add_factors(p, plan, kParts, workspace, pack);
+  add_factors(p, plan, workspace, pack);
   launch_pack_factors<T>(pack, stream);
   launch_passes<T>(p, plan, workspace, stream);
 }
@@ -217,7 +208,7 @@ int64_t LoraLaunches<T>::workspace_bytes(const LoraParams& params, const GpuStre
   WorkspaceCarver carver;
   const auto count = [&](auto p) {
     mma::RoundedFactors(nullptr, carver).replace_in(p);
-    mma::plan_workspace(p, mma::kTokenParts<T>, stream.multiprocessors, carver);
+    mma::plan_workspace(p, stream.multiprocessors, carver);
   };
   std::visit([&](const auto* p) { count(*p); }, params);
   return carver.total_bytes();

@@ -15,7 +15,6 @@ namespace lora_ext::cuda::mma {
 template <class T>
 LowRankSums launch_xa_pass(const LoraShrinkParams& p, const ShrinkWorkspace& plan, char* workspace,
                            const GpuStream& stream) {
-  constexpr int kParts = kTokenParts<T>;
   const TokenPassSplit split = plan_xa_pass(p, stream.multiprocessors).ranks;
   const LowRankSums xa{.sums = static_cast<float*>(p.xa),
                        .partial = reinterpret_cast<float*>(workspace + plan.xa.partial_offset),
@@ -23,14 +22,8 @@ LowRankSums launch_xa_pass(const LoraShrinkParams& p, const ShrinkWorkspace& pla
                        .columns = p.total_rank,
                        .pending = plan.xa.pending,
                        .ranges = same_for_all_ranks(static_cast<int>(split.ranges))};
-  ShrinkFactor<kParts> lora_A;
-  if constexpr (kParts == 1) {
-    lora_A = stacked_lora_A(p);
-  } else {
-    lora_A = packed_factor(workspace + plan.lora_A_offset, p.total_rank, p.in_features);
-  }
   launch_shrink<T>({.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride),
-                    .factor = lora_A,
+                    .factor = stacked_lora_A(p),
                     .mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold},
                     .out = xa.of_pass(0, p.total_rank, rank_scales<float>(p.siblings, p.num_siblings))},
                    split, stream);
@@ -41,13 +34,12 @@ LowRankSums launch_xa_pass(const LoraShrinkParams& p, const ShrinkWorkspace& pla
 template <class T>
 void launch_y_pass(const LoraExpandParams& p, const LowRankSums& xa, const ExpandWorkspace& plan, char* workspace,
                    const GpuStream& stream) {
-  constexpr int kParts = kTokenParts<T>;
-  const bool packed = packs_lora_B(p, kParts);
+  const bool packed = packs_lora_B(p);
   ExpandParams expand{.num_siblings = p.num_siblings, .writes_sums = true};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandSibling& sibling = p.siblings[s];
     const void* factor = packed ? workspace + plan.lora_B_offset[s] : sibling.lora_B;
-    expand.siblings[s] = {.factor = static_cast<const __nv_bfloat16*>(factor),
+    expand.siblings[s] = {.factor = static_cast<const uint16_t*>(factor),
                           .bias = sibling.bias,
                           .base = sibling.base,
                           .out = sibling.y,
@@ -65,7 +57,6 @@ template <class T>
 void launch_grad_y_pass(const LoraExpandBackwardParams& p, int s, const LowRankSums& grad_xa,
                         const ExpandBackwardWorkspace& plan, char* workspace, ShrinkAndSumParams<T>& fused,
                         const GpuStream& stream) {
-  constexpr int kParts = kTokenParts<T>;
   const LoraExpandBackwardSibling& sibling = p.siblings[s];
   const TokenPassPlan pass = plan_grad_y_pass(p, sibling, stream.multiprocessors);
   const TokenMatrix<T> grad_y =
@@ -77,15 +68,10 @@ void launch_grad_y_pass(const LoraExpandBackwardParams& p, int s, const LowRankS
   const FeaturePartials gradient{reinterpret_cast<float*>(workspace + plan.grad_lora_B_offset[s]), sibling.rank,
                                  partial_pitch(sibling.out_features)};
   if (pass.fused) {
-    ShrinkAndSumFactor<kParts> lora_B;
-    if constexpr (kParts == 1) {
-      lora_B = {.data = static_cast<const __nv_bfloat16*>(sibling.lora_B),
-                .shape = PackedShape(sibling.rank, sibling.out_features),
-                .rank = sibling.rank,
-                .features = sibling.out_features};
-    } else {
-      lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
-    }
+    const PlainLoraB lora_B{.data = static_cast<const uint16_t*>(sibling.lora_B),
+                            .shape = PackedShape(sibling.rank, sibling.out_features),
+                            .rank = sibling.rank,
+                            .features = sibling.out_features};
     fused.siblings[fused.num_siblings++] = {.grad_y = grad_y,
                                             .lora_B = lora_B,
                                             .xa = xa,
@@ -97,12 +83,7 @@ void launch_grad_y_pass(const LoraExpandBackwardParams& p, int s, const LowRankS
     return;
   }
   if (p.wants_grad_xa) {
-    ShrinkFactor<kParts> lora_B;
-    if constexpr (kParts == 1) {
-      lora_B = stacked_image(lora_B_image, sibling.rank, sibling.out_features);
-    } else {
-      lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
-    }
+    const StackedFactor lora_B = packed_factor(lora_B_image, sibling.rank, sibling.out_features);
     launch_shrink<T>({.x = grad_y, .factor = lora_B, .out = out}, pass.ranks, stream);
   }
   if (p.wants_grad_lora_B) {
@@ -146,22 +127,19 @@ void launch_grad_lora_A_pass(const LoraShrinkBackwardParams& p, const float* gra
 template <class T>
 void launch_grad_x_pass(const LoraShrinkBackwardParams& p, const LowRankSums& grad_xa,
                         const ShrinkBackwardWorkspace& plan, char* workspace, const GpuStream& stream) {
-  constexpr int kParts = kTokenParts<T>;
-  const char* image = packs_lora_A(p, kParts) ? workspace + plan.lora_A_offset : nullptr;
+  const char* image = packs_lora_A(p) ? workspace + plan.lora_A_offset : nullptr;
   ExpandParams expand{.mask_row_bytes = mask_row_bytes(p.in_features),
                       .mask = p.has_dropout ? p.mask : nullptr,
                       .num_siblings = 1,
-                      .siblings = {{.factor = reinterpret_cast<const __nv_bfloat16*>(image),
+                      .siblings = {{.factor = reinterpret_cast<const uint16_t*>(image),
                                     .base = p.base,
                                     .out = p.grad_x,
                                     .cols = p.in_features,
                                     .out_stride = p.in_features,
                                     .rank = static_cast<int>(p.total_rank)}},
                       .writes_sums = p.wants_grad_lora_A};
-  if constexpr (kParts == 1) {
-    expand.reads_lora_A = true;
-    expand.lora_A = stacked_lora_A(p);
-  }
+  expand.reads_lora_A = true;
+  expand.lora_A = stacked_lora_A(p);
   launch_expand<T>(expand, grad_xa, stream);
 }
 

@@ -145,8 +145,8 @@ inline TokenPassPlan plan_grad_lora_A_pass(const LoraShrinkBackwardParams& p, in
 
 // --- which factors are packed ---
 //
-// Kernels of one part read bfloat16 factors as they lie, with two exceptions: expand's kernel of large ranks, and a
-// shrink of grad_y, which would read lora_B by columns.
+// Kernels read factors as they lie, with two exceptions: expand's kernel of large ranks, and a shrink of grad_y, which
+// would read lora_B by columns.
 
 constexpr int64_t kShortRank = 64;  // of expand's kernel that reads factors as they lie
 
@@ -157,14 +157,10 @@ int64_t largest_rank(const Params& p) {
   return rank;
 }
 
-inline bool packs_lora_A(const LoraShrinkParams&, int parts) { return parts > 1; }
-inline bool packs_lora_A(const LoraShrinkBackwardParams& p, int parts) {
-  return p.wants_grad_x && (parts > 1 || p.total_rank > kShortRank);
-}
-inline bool packs_lora_B(const LoraExpandParams& p, int parts) { return parts > 1 || largest_rank(p) > kShortRank; }
-inline bool packs_lora_B(const LoraExpandBackwardParams& p, const LoraExpandBackwardSibling& sibling, int parts) {
-  if (!p.wants_grad_xa) return false;
-  return parts > 1 || !is_fused(sibling.rank, {.ranks = true, .features = p.wants_grad_lora_B});
+inline bool packs_lora_A(const LoraShrinkBackwardParams& p) { return p.wants_grad_x && p.total_rank > kShortRank; }
+inline bool packs_lora_B(const LoraExpandParams& p) { return largest_rank(p) > kShortRank; }
+inline bool packs_lora_B(const LoraExpandBackwardParams& p, const LoraExpandBackwardSibling& sibling) {
+  return p.wants_grad_xa && !is_fused(sibling.rank, {.ranks = true, .features = p.wants_grad_lora_B});
 }
 
 // --- the workspace ---
@@ -192,15 +188,11 @@ RankSumsWorkspace plan_rank_partials(int64_t num_tokens, int64_t total_rank, int
 }
 
 struct ShrinkWorkspace {
-  int64_t lora_A_offset;  // packed, of all siblings: [total_rank, in_features]
   RankSumsWorkspace xa;
 };
 
-inline ShrinkWorkspace plan_workspace(const LoraShrinkParams& p, int parts, int64_t multiprocessors,
-                                      WorkspaceCarver& carver) {
+inline ShrinkWorkspace plan_workspace(const LoraShrinkParams& p, int64_t multiprocessors, WorkspaceCarver& carver) {
   ShrinkWorkspace plan{};
-  const int64_t bytes = packs_lora_A(p, parts) ? PackedShape(p.total_rank, p.in_features).bytes(parts) : 0;
-  plan.lora_A_offset = carver.take(bytes);
   const int64_t ranges = plan_xa_pass(p, multiprocessors).ranks.ranges;
   plan.xa = plan_rank_partials(p.num_tokens, p.total_rank, p.num_siblings, [&](int) { return ranges; }, carver);
   return plan;
@@ -210,10 +202,10 @@ struct ExpandWorkspace {
   int64_t lora_B_offset[kMaxSiblings];  // packed and transposed: [rank, out_features]
 };
 
-inline ExpandWorkspace plan_workspace(const LoraExpandParams& p, int parts, int64_t, WorkspaceCarver& carver) {
+inline ExpandWorkspace plan_workspace(const LoraExpandParams& p, int64_t, WorkspaceCarver& carver) {
   ExpandWorkspace plan{};
-  for (int s = 0; packs_lora_B(p, parts) && s < p.num_siblings; ++s) {
-    plan.lora_B_offset[s] = carver.take(PackedShape(p.siblings[s].rank, p.siblings[s].out_features).bytes(parts));
+  for (int s = 0; packs_lora_B(p) && s < p.num_siblings; ++s) {
+    plan.lora_B_offset[s] = carver.take(PackedShape(p.siblings[s].rank, p.siblings[s].out_features).bytes());
   }
   return plan;
 }
@@ -224,13 +216,13 @@ struct ExpandBackwardWorkspace {
   int64_t grad_lora_B_offset[kMaxSiblings];  // partial sums
 };
 
-inline ExpandBackwardWorkspace plan_workspace(const LoraExpandBackwardParams& p, int parts, int64_t multiprocessors,
+inline ExpandBackwardWorkspace plan_workspace(const LoraExpandBackwardParams& p, int64_t multiprocessors,
                                               WorkspaceCarver& carver) {
   ExpandBackwardWorkspace plan{};
   for (int s = 0; s < p.num_siblings; ++s) {
     const LoraExpandBackwardSibling& sibling = p.siblings[s];
-    if (packs_lora_B(p, sibling, parts)) {
-      plan.lora_B_offset[s] = carver.take(PackedShape(sibling.rank, sibling.out_features).bytes(parts));
+    if (packs_lora_B(p, sibling)) {
+      plan.lora_B_offset[s] = carver.take(PackedShape(sibling.rank, sibling.out_features).bytes());
     }
     plan.grad_lora_B_offset[s] = carver.take(plan_grad_y_pass(p, sibling, multiprocessors).feature_partial_bytes);
   }
@@ -247,9 +239,9 @@ struct ShrinkBackwardWorkspace {
   int64_t grad_lora_A_offset;  // partial sums
 };
 
-inline ShrinkBackwardWorkspace plan_workspace(const LoraShrinkBackwardParams& p, int parts, int64_t multiprocessors,
+inline ShrinkBackwardWorkspace plan_workspace(const LoraShrinkBackwardParams& p, int64_t multiprocessors,
                                               WorkspaceCarver& carver) {
-  const int64_t bytes = packs_lora_A(p, parts) ? PackedShape(p.total_rank, p.in_features).bytes(parts) : 0;
+  const int64_t bytes = packs_lora_A(p) ? PackedShape(p.total_rank, p.in_features).bytes() : 0;
   const int64_t lora_A_offset = carver.take(bytes);
   return {.lora_A_offset = lora_A_offset,
           .grad_lora_A_offset = carver.take(plan_grad_lora_A_pass(p, multiprocessors).feature_partial_bytes)};
@@ -260,16 +252,14 @@ struct ForwardWorkspace {
   ExpandWorkspace expand;
 };
 
-inline ForwardWorkspace plan_workspace(const LoraForwardParams& p, int parts, int64_t multiprocessors,
-                                       WorkspaceCarver& carver) {
-  const ShrinkWorkspace shrink = plan_workspace(p.shrink, parts, multiprocessors, carver);
-  return {.shrink = shrink, .expand = plan_workspace(p.expand, parts, multiprocessors, carver)};
+inline ForwardWorkspace plan_workspace(const LoraForwardParams& p, int64_t multiprocessors, WorkspaceCarver& carver) {
+  const ShrinkWorkspace shrink = plan_workspace(p.shrink, multiprocessors, carver);
+  return {.shrink = shrink, .expand = plan_workspace(p.expand, multiprocessors, carver)};
 }
 
 // The kernel for few tokens reads lora_B as it lies.
-inline ShrinkWorkspace plan_workspace(const LoraStreamedParams& p, int parts, int64_t multiprocessors,
-                                      WorkspaceCarver& carver) {
-  return plan_workspace(p.forward.shrink, parts, multiprocessors, carver);
+inline ShrinkWorkspace plan_workspace(const LoraStreamedParams& p, int64_t multiprocessors, WorkspaceCarver& carver) {
+  return plan_workspace(p.forward.shrink, multiprocessors, carver);
 }
 
 struct BackwardWorkspace {
@@ -278,11 +268,10 @@ struct BackwardWorkspace {
   int64_t grad_xa_offset;  // float32 [num_tokens, total_rank]
 };
 
-inline BackwardWorkspace plan_workspace(const LoraBackwardParams& p, int parts, int64_t multiprocessors,
-                                        WorkspaceCarver& carver) {
+inline BackwardWorkspace plan_workspace(const LoraBackwardParams& p, int64_t multiprocessors, WorkspaceCarver& carver) {
   const int64_t grad_xa_elements = p.expand.wants_grad_xa ? p.expand.num_tokens * p.expand.total_rank : 0;
-  const ExpandBackwardWorkspace expand = plan_workspace(p.expand, parts, multiprocessors, carver);
-  const ShrinkBackwardWorkspace shrink = plan_workspace(p.shrink, parts, multiprocessors, carver);
+  const ExpandBackwardWorkspace expand = plan_workspace(p.expand, multiprocessors, carver);
+  const ShrinkBackwardWorkspace shrink = plan_workspace(p.shrink, multiprocessors, carver);
   return {.expand = expand,
           .shrink = shrink,
           .grad_xa_offset = carver.take(grad_xa_elements * static_cast<int64_t>(sizeof(float)))};

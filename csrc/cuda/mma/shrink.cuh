@@ -17,28 +17,24 @@
 
 namespace lora_ext::cuda::mma {
 
-// A factor of one part is read as it lies.
-template <int kParts>
-using ShrinkFactor = std::conditional_t<kParts == 1, StackedFactor, PackedFactor>;
-
 // launch_shrink sets the members after `out`.
 template <class T>
 struct ShrinkParams {
-  TokenMatrix<T> x;                     // [num_tokens, features]
-  ShrinkFactor<kTokenParts<T>> factor;  // [rank, features]
-  KeepMask mask = {};                   // threshold 0: no dropout
-  RankSums out;                         // the result, or partial sums of ranges of features
+  TokenMatrix<T> x;      // [num_tokens, features]
+  StackedFactor factor;  // [rank, features]
+  KeepMask mask = {};    // threshold 0: no dropout
+  RankSums out;          // the result, or partial sums of ranges of features
   int64_t features_per_range;
   unsigned ranges, rank_tiles, first_rank_tile;
 };
 
-template <int kParts, int kRanks>
+template <int kRanks>
 struct ShrinkTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kTokens = static_cast<int>(kShrinkTokens), kWarpTokens = kTokens / kWarps;
   static constexpr int kFeatures = static_cast<int>(kShrinkFeatures), kRowChunks = kFeatures / kChunk;
   static constexpr int kWarpChunks = kWarpTokens * kRowChunks;  // of a tile of x
-  static constexpr int kFactorChunks = kParts * kRanks * kRowChunks;
+  static constexpr int kFactorChunks = kRanks * kRowChunks;
   // As many as fit in 96 KiB: two blocks on a multiprocessor of 228 KiB, one where a block gets 99 KiB.
   static constexpr int kStages = std::clamp(96 * 1024 / 16 / (kWarps * kWarpChunks + kFactorChunks), 2, 4);
   static_assert(kWarpTokens == 16, "a warp has the rows of one left operand");
@@ -48,11 +44,10 @@ struct ShrinkTraits {
 };
 
 template <class T, int kRanks, KeepBits kKeep>
-__global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads, 2)
+__global__ void __launch_bounds__(ShrinkTraits<kRanks>::kThreads, 2)
     shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
-  constexpr int kParts = kTokenParts<T>;
   ptx::wait_for_earlier_launches();
-  using Traits = ShrinkTraits<kParts, kRanks>;
+  using Traits = ShrinkTraits<kRanks>;
   constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
   constexpr int kThreads = Traits::kThreads, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
   constexpr unsigned kFactorCopies = (Traits::kFactorChunks + kThreads - 1) / kThreads;
@@ -74,13 +69,11 @@ __global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads
   const int whole_steps = whole_rows ? static_cast<int>(min(p.features_per_range, p.x.columns - begin) / kFeatures) : 0;
   using Copy = TileCopy<kWarpTokens, kFeatures, 32>;
   const T* x_from = p.x.data + (token0 * p.x.stride + begin) + Copy::first_element(p.x.stride, lane);
-  const __nv_bfloat16* factor_rows[kFactorCopies];  // of a factor as it lies: the thread's rows
-  if constexpr (kParts == 1) {
+  const uint16_t* factor_rows[kFactorCopies];  // the thread's
 #pragma unroll
-    for (unsigned i = 0; i < kFactorCopies; ++i) {
-      const int64_t rank = rank0 + i * (kThreads / kRowChunks) + thread / kRowChunks;
-      factor_rows[i] = rank < p.factor.rank ? p.factor.row(rank) + thread % kRowChunks * kChunk : nullptr;
-    }
+  for (unsigned i = 0; i < kFactorCopies; ++i) {
+    const int64_t rank = rank0 + i * (kThreads / kRowChunks) + thread / kRowChunks;
+    factor_rows[i] = rank < p.factor.rank ? p.factor.row(rank) + thread % kRowChunks * kChunk : nullptr;
   }
   auto copy = [&](int step) {
     if (step < steps) {
@@ -97,23 +90,15 @@ __global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads
       const unsigned chunk = thread % kRowChunks;
 #pragma unroll
       for (unsigned i = 0; i < kFactorCopies; ++i) {
-        const unsigned tile_row = i * (kThreads / kRowChunks) + thread / kRowChunks;  // of all parts
-        const unsigned part = tile_row / kRanks, row = tile_row % kRanks;
-        if (part >= kParts || static_cast<int>(row) >= ranks) continue;
-        uint4* to = factor_tile + chunk_index<kRowChunks>(tile_row, chunk);
-        if constexpr (kParts == 1) {
-          const int width = factor_rows[i] ? inside<kChunk>(column0 + chunk * kChunk, p.factor.features) : 0;
-          if (p.factor.in_chunks) {
-            const __nv_bfloat16* from = width > 0 ? factor_rows[i] + column0 : p.factor.factors.value[0];
-            ptx::cp_async_16(ptx::shared_address(to), from, width * 2);
-          } else {
-            *to = gather_chunk(factor_rows[i] + column0, width);
-          }
+        const unsigned row = i * (kThreads / kRowChunks) + thread / kRowChunks;
+        if (static_cast<int>(row) >= ranks) continue;
+        uint4* to = factor_tile + chunk_index<kRowChunks>(row, chunk);
+        const int width = factor_rows[i] ? inside<kChunk>(column0 + chunk * kChunk, p.factor.features) : 0;
+        if (p.factor.in_chunks) {
+          const uint16_t* from = width > 0 ? factor_rows[i] + column0 : p.factor.factors.value[0];
+          ptx::cp_async_16(ptx::shared_address(to), from, width * 2);
         } else {
-          const __nv_bfloat16* from =
-              p.factor.data + column0 +
-              ((part * p.factor.shape.ranks + rank0 + row) * p.factor.shape.features + chunk * kChunk);
-          ptx::cp_async_16(ptx::shared_address(to), from, 16);
+          *to = gather_chunk(factor_rows[i] + column0, width);
         }
       }
     }
@@ -157,26 +142,19 @@ __global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads
         right_address<kRowChunks>(factor_tiles + step % kStages * Traits::kFactorChunks, lane);
 #pragma unroll
     for (int k = 0; k < kFeatures / 16; ++k) {
-      uint32_t x[4], x_parts[kTokenParts<T>][4];
+      uint32_t x[4], factor[4];
       ptx::ldmatrix_x4(x, operand_at<kRowChunks>(x_address, 0, 2 * k));
       if constexpr (kKeep != KeepBits::kNone) {
         const uint32_t row_0 = __shfl_sync(0xFFFFFFFFu, keep, k / 2 * 2, 4);
         const uint32_t row_8 = __shfl_sync(0xFFFFFFFFu, keep, k / 2 * 2 + 1, 4);
         drop_left(x, row_0, row_8, k % 2 * 2, lane);
       }
-      split_fragment<T>(x, x_parts);
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-        add_products<T>(
-            [&](int j, uint32_t (&factor)[4]) {
-              const unsigned row = j * kRanks + group * 16;  // of all parts
-              ptx::ldmatrix_x4(factor, operand_at<kRowChunks>(factor_address, row, 2 * k));
-            },
-            [&](int i, const uint32_t (&factor)[4]) {
-              ptx::mma_bf16(sums[group][0], x_parts[i], factor[0], factor[1]);
-              ptx::mma_bf16(sums[group][1], x_parts[i], factor[2], factor[3]);
-            });
+        ptx::ldmatrix_x4(factor, operand_at<kRowChunks>(factor_address, group * 16, 2 * k));
+        multiply<T>(sums[group][0], x, factor[0], factor[1]);
+        multiply<T>(sums[group][1], x, factor[2], factor[3]);
       }
     }
     keep = next_keep;
@@ -195,7 +173,7 @@ __global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads
 template <class T, int kRanks, KeepBits kKeep>
 void launch_shrink_kernel(ShrinkParams<T> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
                           const GpuStream& stream) {
-  using Traits = ShrinkTraits<kTokenParts<T>, kRanks>;
+  using Traits = ShrinkTraits<kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
                                shared_bytes_of(Traits::kStages * Traits::kFactorChunks * 16);
   p.first_rank_tile = static_cast<unsigned>(first_rank_tile);

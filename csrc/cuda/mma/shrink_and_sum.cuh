@@ -19,45 +19,41 @@ namespace lora_ext::cuda::mma {
 
 // lora_B as it lies in memory.
 struct PlainLoraB {
-  const __nv_bfloat16* data;  // [features, rank]
-  PackedShape shape;          // as if it were packed
+  const uint16_t* data;  // [features, rank]
+  PackedShape shape;     // as if it were packed
   int64_t rank, features;
 
   // Two neighbouring features of a rank in one register. Outside the matrix there are zeros.
   __device__ __forceinline__ uint32_t pair(int64_t r, int64_t feature) const {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(data) + (feature * rank + r);
+    const uint16_t* from = data + (feature * rank + r);
     const uint32_t first = r < rank && feature < features ? from[0] : 0u;
     const uint32_t second = r < rank && feature + 1 < features ? from[rank] : 0u;
     return first | second << 16;
   }
 };
 
-// Packed factors are transposed: [rank, features].
-template <int kParts>
-using ShrinkAndSumFactor = std::conditional_t<kParts == 1, PlainLoraB, PackedFactor>;
-
 // The grad_y of siblings. launch_shrink_and_sum sets first_block.
 template <class T>
 struct ShrinkAndSumParams {
   struct Sibling {
-    TokenMatrix<T> grad_y;                      // [num_tokens, features]
-    ShrinkAndSumFactor<kTokenParts<T>> lora_B;  // [rank, features]
-    SmallOperand xa;                            // [num_tokens, rank]
-    RankSums grad_xa;                           // the result, or partial sums of ranges of features
-    FeaturePartials gradient;                   // of lora_B
+    TokenMatrix<T> grad_y;     // [num_tokens, features]
+    PlainLoraB lora_B;         // [features, rank]
+    SmallOperand xa;           // [num_tokens, rank]
+    RankSums grad_xa;          // the result, or partial sums of ranges of features
+    FeaturePartials gradient;  // of lora_B
     int64_t tokens_per_chunk, chunks;
     unsigned ranges, first_block = 0;
   } siblings[kMaxSiblings] = {};
   int num_siblings = 0;
 };
 
-template <int kParts, int kRanks>
+template <class T, int kRanks>
 struct ShrinkAndSumTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kTokens = static_cast<int>(kFusedTokens), kFeatures = static_cast<int>(kFusedFeatures);
   static constexpr int kWarpFeatures = kFeatures / kWarps, kRowChunks = kWarpFeatures / kChunk;
   static constexpr int kWarpChunks = kTokens * kRowChunks;  // of a warp's tile of grad_y
-  using XaTiles = SmallOperandTiles<kParts, kTokens, kRanks, kThreads>;
+  using XaTiles = SmallOperandTiles<T, kTokens, kRanks, kThreads>;
   static constexpr int kShares = kTokens * kRanks / 4;  // of a warp's share of the rank sums: four numbers each
   // As many as fit in 99 KiB.
   static constexpr int kStages =
@@ -68,15 +64,14 @@ struct ShrinkAndSumTraits {
 };
 
 template <class T, int kRanks>
-__global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kThreads, 1)
+__global__ void __launch_bounds__(ShrinkAndSumTraits<T, kRanks>::kThreads, 1)
     shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T> params) {
-  constexpr int kParts = kTokenParts<T>;
   ptx::wait_for_earlier_launches();
   int s = params.num_siblings - 1;
   while (blockIdx.x < params.siblings[s].first_block) --s;
   const typename ShrinkAndSumParams<T>::Sibling& p = params.siblings[s];
   const unsigned block = blockIdx.x - p.first_block;
-  using Traits = ShrinkAndSumTraits<kParts, kRanks>;
+  using Traits = ShrinkAndSumTraits<T, kRanks>;
   using XaTiles = typename Traits::XaTiles;
   constexpr int kThreads = Traits::kThreads, kWarps = Traits::kWarps, kTokens = Traits::kTokens;
   constexpr int kWarpFeatures = Traits::kWarpFeatures, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
@@ -133,27 +128,16 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
   xa.fetch();
   store_xa(0);
 
-  uint32_t lora_B[kParts][kSteps16][kRanks / 16][4];  // right operands of two products: [16 features, 16 ranks] each
+  uint32_t lora_B[kSteps16][kRanks / 16][4];  // right operands of two products: [16 features, 16 ranks] each
   if (warp < busy_warps) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int k = 0; k < kSteps16; ++k) {
 #pragma unroll
-      for (int k = 0; k < kSteps16; ++k) {
-#pragma unroll
-        for (int n = 0; n < kRanks / 8; ++n) {
-          const int64_t rank = n * 8 + lane / 4, feature = feature0 + 16 * k + lane % 4 * 2;
-          uint32_t* registers = lora_B[part][k][n / 2] + n % 2 * 2;
-          if constexpr (kParts == 1) {
-            registers[0] = p.lora_B.pair(rank, feature);
-            registers[1] = p.lora_B.pair(rank, feature + 8);
-          } else {
-            const PackedShape& shape = p.lora_B.shape;
-            const __nv_bfloat16* from = p.lora_B.data + (part * shape.ranks + rank) * shape.features + feature;
-            const bool inside = rank < shape.ranks;
-            registers[0] = inside ? *reinterpret_cast<const uint32_t*>(from) : 0u;
-            registers[1] = inside ? *reinterpret_cast<const uint32_t*>(from + 8) : 0u;
-          }
-        }
+      for (int n = 0; n < kRanks / 8; ++n) {
+        const int64_t rank = n * 8 + lane / 4, feature = feature0 + 16 * k + lane % 4 * 2;
+        uint32_t* registers = lora_B[k][n / 2] + n % 2 * 2;
+        registers[0] = p.lora_B.pair(rank, feature);
+        registers[1] = p.lora_B.pair(rank, feature + 8);
       }
     }
   }
@@ -173,20 +157,13 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
       float rank_sums[kRanks / 16][2][4] = {};  // [16 tokens, 8 ranks] each
 #pragma unroll
       for (int k = 0; k < kSteps16; ++k) {
-        uint32_t fragment[4], parts[kTokenParts<T>][4];
+        uint32_t fragment[4];
         ptx::ldmatrix_x4(fragment, operand_at<kRowChunks>(grad_y_address, 0, 2 * k));
-        split_fragment<T>(fragment, parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
-          add_products<T>(
-              [&](int j, uint32_t (&b)[4]) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) b[i] = lora_B[j][k][group][i];
-              },
-              [&](int i, const uint32_t (&b)[4]) {
-                ptx::mma_bf16(rank_sums[group][0], parts[i], b[0], b[1]);
-                ptx::mma_bf16(rank_sums[group][1], parts[i], b[2], b[3]);
-              });
+          const uint32_t (&b)[4] = lora_B[k][group];
+          multiply<T>(rank_sums[group][0], fragment, b[0], b[1]);
+          multiply<T>(rank_sums[group][1], fragment, b[2], b[3]);
         }
       }
       float4* share = shares + (step % 2 * kWarps + warp) * Traits::kShares;
@@ -197,19 +174,13 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
       }
 #pragma unroll
       for (int n = 0; n < kSteps16; ++n) {
-        uint32_t fragment[4], parts[kTokenParts<T>][4];
+        uint32_t fragment[4], a[4];
         ptx::ldmatrix_x4_transposed(fragment, operand_at<kRowChunks>(grad_y_address, 0, 2 * n));
-        split_fragment<T>(fragment, parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
-          add_products<T>(
-              [&](int j, uint32_t (&a)[4]) {
-                ptx::ldmatrix_x4_transposed(a, operand_at<XaTiles::kRowChunks>(xa_address, j * kTokens, 2 * group));
-              },
-              [&](int i, const uint32_t (&a)[4]) {
-                ptx::mma_bf16(feature_sums[group][n][0], a, parts[i][0], parts[i][1]);
-                ptx::mma_bf16(feature_sums[group][n][1], a, parts[i][2], parts[i][3]);
-              });
+          ptx::ldmatrix_x4_transposed(a, operand_at<XaTiles::kRowChunks>(xa_address, 0, 2 * group));
+          multiply<T>(feature_sums[group][n][0], a, fragment[0], fragment[1]);
+          multiply<T>(feature_sums[group][n][1], a, fragment[2], fragment[3]);
         }
       }
     }
@@ -233,7 +204,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
 
 template <class T, int kRanks>
 void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T>& p, int64_t blocks, const GpuStream& stream) {
-  using Traits = ShrinkAndSumTraits<kTokenParts<T>, kRanks>;
+  using Traits = ShrinkAndSumTraits<T, kRanks>;
   constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
                                shared_bytes_of(2 * Traits::XaTiles::kChunks * 16) +
                                shared_bytes_of(2 * Traits::kWarps * Traits::kShares * 16);

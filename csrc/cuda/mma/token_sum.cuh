@@ -28,12 +28,12 @@ struct TokenSumParams {
   unsigned ranges, rank_tiles;
 };
 
-template <int kParts, int kRanks>
+template <class T, int kRanks>
 struct TokenSumTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kTokens = static_cast<int>(kSumTokens), kFeatures = static_cast<int>(kSumFeatures);
   static constexpr int kRowChunks = kFeatures / kChunk, kChunks = kTokens * kRowChunks;  // of a tile of x
-  using SmallTiles = SmallOperandTiles<kParts, kTokens, kRanks, kThreads>;
+  using SmallTiles = SmallOperandTiles<T, kTokens, kRanks, kThreads>;
   // Keep bits of a warp's 16 features, one number per token. Rows start 16 bytes apart in banks: writes do not
   // conflict.
   static constexpr int kKeepPitch = kTokens + 8, kKeepWords = kWarps * kKeepPitch;
@@ -43,10 +43,10 @@ struct TokenSumTraits {
 };
 
 template <class T, int kRanks, bool kMasked>
-__global__ void __launch_bounds__(TokenSumTraits<kTokenParts<T>, kRanks>::kThreads, 2)
+__global__ void __launch_bounds__(TokenSumTraits<T, kRanks>::kThreads, 2)
     token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
   ptx::wait_for_earlier_launches();
-  using Traits = TokenSumTraits<kTokenParts<T>, kRanks>;
+  using Traits = TokenSumTraits<T, kRanks>;
   using SmallTiles = typename Traits::SmallTiles;
   constexpr int kTokens = Traits::kTokens, kFeatures = Traits::kFeatures, kStages = Traits::kStages;
   constexpr int kRowChunks = Traits::kRowChunks;
@@ -118,26 +118,19 @@ __global__ void __launch_bounds__(TokenSumTraits<kTokenParts<T>, kRanks>::kThrea
         right_address<SmallTiles::kRowChunks>(small_tiles + step % 2 * SmallTiles::kChunks, lane);
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
-      uint32_t x[4], x_parts[kTokenParts<T>][4];
+      uint32_t x[4], small[4];
       ptx::ldmatrix_x4_transposed(x, operand_at<kRowChunks>(x_address, 16 * k, 0));
       if constexpr (kMasked) {
         const uint16_t* keep =
             keep_tiles + step % 2 * Traits::kKeepWords + warp * Traits::kKeepPitch + 16 * k + lane % 4 * 2;
         drop_right(x, *reinterpret_cast<const uint32_t*>(keep), *reinterpret_cast<const uint32_t*>(keep + 8), lane);
       }
-      split_fragment<T>(x, x_parts);
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-        add_products<T>(
-            [&](int j, uint32_t (&a)[4]) {
-              const unsigned row = j * kTokens + 16 * k;  // of all parts
-              ptx::ldmatrix_x4_transposed(a, operand_at<SmallTiles::kRowChunks>(small_address, row, 2 * group));
-            },
-            [&](int i, const uint32_t (&a)[4]) {
-              ptx::mma_bf16(sums[group][0], a, x_parts[i][0], x_parts[i][1]);
-              ptx::mma_bf16(sums[group][1], a, x_parts[i][2], x_parts[i][3]);
-            });
+        ptx::ldmatrix_x4_transposed(small, operand_at<SmallTiles::kRowChunks>(small_address, 16 * k, 2 * group));
+        multiply<T>(sums[group][0], small, x[0], x[1]);
+        multiply<T>(sums[group][1], small, x[2], x[3]);
       }
     }
     if (step + 1 < steps) store(step + 1);
@@ -157,7 +150,7 @@ __global__ void __launch_bounds__(TokenSumTraits<kTokenParts<T>, kRanks>::kThrea
 
 template <class T, int kRanks>
 void launch_token_sum_kernel(const TokenSumParams<T>& p, int64_t chunks, const GpuStream& stream) {
-  using Traits = TokenSumTraits<kTokenParts<T>, kRanks>;
+  using Traits = TokenSumTraits<T, kRanks>;
   constexpr uint32_t kTiles =
       shared_bytes_of(Traits::kStages * Traits::kChunks * 16) + shared_bytes_of(2 * Traits::SmallTiles::kChunks * 16);
   const uint32_t keep = p.mask ? shared_bytes_of(2 * Traits::kKeepWords * 2) : 0;
