@@ -102,7 +102,7 @@ if CUDA_HOME:
     gencode += [f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"] if PTX_ARCH else []
     cuda_extension = Extension(
         "lora_ext.liblora_ext_cuda",
-        sources("bindings/cuda_*.cpp", "cuda/**/*.cu"),
+        sources("bindings/cuda_*.cpp", "cuda/*.cpp", "cuda/**/*.cu"),
         include_dirs=[str(CUDA_HOME / "include")],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *TORCH_FLAGS, "-DUSE_CUDA"],

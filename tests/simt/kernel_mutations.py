@@ -107,12 +107,12 @@ MUTATIONS = [
         "  {+if (!BUG || threadIdx.x < 128) +}ptx::wait_for_earlier_launches();",
         Report(("earlier-launch-not-waited",), "gradient_sums_kernel", "gradient_sums_kernel(const"),
     ),
-    # --- the workspace
+    # --- the scratch memory
     KernelMutation(
-        "the_workspace_is_half_as_large",
+        "partial_sums_begin_in_the_middle_of_the_scratch_memory",
         forward(BF16, 40, 840, 40, 8),
-        "workspace.h",
-        "int64_t total_bytes() const { return total_bytes_{+ / (BUG ? 2 : 1)+}; }",
+        "mma/run_plan.cuh",
+        "reinterpret_cast<V*>(scratch_ + offset{+ + (BUG ? plan_.scratch.bytes / 2 : 0)+});",
         Report(OUT_OF_BOUNDS, "shrink_kernel", "data[range * range_stride", "mma/partial_sums.cuh"),
     ),
     # --- token passes
@@ -348,16 +348,15 @@ NOT_RUN = {
     ],
     "grouped.cu": ["f(std::type_identity<double>{})"],
     "grouped_mma.cu": ["with_flag(std::type_identity<__half>{})"],
-    "mma/shrink.cuh": [
-        f"launch_shrink_kernel<T, {tile}, KeepBits::{bits}>(p, split.chunks, {tiles}, stream)"
-        for tile, bits, tiles in (
-            ("kSmallRankTile", "kDraw", "0, 1"),
-            ("kRankTile", "kDraw", "0, 1"),
-            ("kRankTile", "kRead", "1, rank_tiles - 1"),
-        )
+    "mma/run_plan.cuh": [
+        "keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw>\n                                           : ",
+        "keep == KeepBits::kDraw   ? &shrink_kernel<T, kRanks, KeepBits::kDraw>\n          : ",
+        "keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead>\n                                    : ",
+        "masked ? &token_sum_kernel<T, kSmallRanks, true> : ",
+        "masked ? &token_sum_kernel<T, kRanks, true> : ",
+        "launch.variant == 4   ? &few_tokens_kernel<T, 4, 2>\n          : ",
+        "launch.variant == 2 ? &few_tokens_kernel<T, 2, 2>\n                                : ",
     ],
-    "mma/token_sum.cuh": ["p.mask ? &token_sum_kernel<T, kRanks, true> : "],
-    "mma/few_tokens.cuh": [f"launch_few_tokens_tiles<T, {tiles}>(p, stream)" for tiles in (2, 4)],
 }
 
 

@@ -14,7 +14,6 @@
 #include <algorithm>
 
 #include "../launch.cuh"
-#include "../workspace.h"
 #include "group_table.cuh"
 
 namespace lora_ext::cuda::grouped {

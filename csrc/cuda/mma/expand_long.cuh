@@ -5,23 +5,17 @@
 // with the factor, and registers hold the small operand, which is rounded when it goes to shared memory.
 #pragma once
 
-#include "../packed_factor.h"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "expand_output.cuh"
 
 namespace lora_ext::cuda::mma {
 
-constexpr int kLongRows = 128, kLongCols = 128, kLongRank = 32;
-constexpr int kLongRowWarps = 4;                                 // warps along the rows; 2 along the columns
-constexpr int kLongRowPieces = 2, kLongColPieces = 2;            // of a warp
-constexpr int kLongPairRows = kExpandThreads / (kLongRank / 2);  // rows of the small operand, read at once
-constexpr int kLongPairs = kLongRows / 2 / kLongPairRows;        // pairs of the small operand, per thread
-constexpr uint32_t kLongSmallElements = kLongRows * kLongRank, kLongFactorElements = kLongRank * kLongCols;
+constexpr int kLongRowWarps = 4;                           // warps along the rows; 2 along the columns
+constexpr int kLongRowPieces = 2, kLongColPieces = 2;      // of a warp
+constexpr int kLongPairRows = kThreads / (kLongRank / 2);  // rows of the small operand, read at once
+constexpr int kLongPairs = kLongRows / 2 / kLongPairRows;  // pairs of the small operand, per thread
 static_assert(kPackedFeatureStep % 8 == 0, "a group of 8 columns is all in the packed factor, or none of it");
-
-constexpr uint32_t kLongSharedBytes =
-    shared_bytes_of(2 * kLongSmallElements * 2) + shared_bytes_of(2 * kLongFactorElements * 2);
 
 // Shared memory holds the small operand as [row][32 ranks] and the factor as [rank][128 columns], both in groups of 16
 // bytes. Group g of a row is stored in place g ^ swizzle(row), so that eight rows at one column, which ldmatrix reads,
@@ -85,7 +79,7 @@ class ExpandLong {
 
  private:
   __device__ __forceinline__ void load_factor(int buffer, int step) {
-    constexpr int kGroups = kLongCols / 8, kRows = kExpandThreads / kGroups;  // read at once
+    constexpr int kGroups = kLongCols / 8, kRows = kThreads / kGroups;  // read at once
     const int row = static_cast<int>(threadIdx.x) / kGroups, group = static_cast<int>(threadIdx.x) % kGroups;
     const uint32_t to =
         factor_ + buffer * kLongFactorElements * 2 + row * kLongFactorPitch + (group ^ long_factor_swizzle(row)) * 16;
@@ -170,7 +164,7 @@ class ExpandLong {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kExpandThreads, 2) expand_long_kernel(const __grid_constant__ ExpandParams p) {
+__global__ void __launch_bounds__(kThreads, 2) expand_long_kernel(const __grid_constant__ ExpandParams p) {
   ptx::wait_for_earlier_launches();
   ExpandLong<T>(p, find_sibling(p)).run();
 }

@@ -15,7 +15,7 @@ namespace lora_ext::cuda::mma {
 // The columns of the output are cut into tiles, sibling after sibling; blockIdx.y counts through all tiles.
 struct ExpandSibling {
   // The short kernel's lora_B [cols, rank], where it does not read ExpandParams::lora_A; the long kernel's packed
-  // factor (packed_factor.h), columns interleaved (pack_factors.cuh).
+  // factor (pack_factors.cuh), columns interleaved.
   const uint16_t* factor = nullptr;
   const void* bias = nullptr;  // [cols], T; null: none
   const void* base;            // [num_tokens, cols], with out's stride, T; null: zero; may be out
@@ -25,7 +25,7 @@ struct ExpandSibling {
   int rank;
 };
 
-// How launch_expand divides a sibling's output.
+// How a sibling's output is divided.
 struct ExpandTiles {
   int64_t begin;  // the sibling's first value of blockIdx.y
   int cols;       // columns of a tile, a multiple of kPackedFeatureStep
@@ -44,16 +44,12 @@ struct ExpandParams {
   StackedFactor lora_A = {};
   // The short kernel adds partial sums: [largest of ranges, num_tokens, small_operand_stride].
   bool adds_partials = false, writes_sums = false;
-  RankTable<int> ranges = {};  // of every column of the small operand
-  float* sums = nullptr;       // [num_tokens, small_operand_stride], where there is a later reader
-  // Set by launch_expand; the first two for the short kernel:
-  uint32_t factor_tile_elements;  // of the largest tile of a factor in shared memory
-  int row_warps;                  // warps of a block that have different rows; the others share out the columns
+  RankTable<int> ranges = {};     // of every column of the small operand
+  float* sums = nullptr;          // [num_tokens, small_operand_stride], where there is a later reader
+  uint32_t factor_tile_elements;  // the short kernel: of the largest tile of a factor in shared memory
+  int row_warps;                  // the short kernel: warps of a block that have different rows
   ExpandTiles tiles[kMaxSiblings];
 };
-
-constexpr int kExpandThreads = 256, kExpandWarps = kExpandThreads / 32;
-constexpr int kPieceRows = 16, kPieceCols = 32;  // a warp's piece of output: its sums are 16 registers
 
 // Returns the sibling that the block's columns belong to.
 __device__ __forceinline__ int find_sibling(const ExpandParams& p) {

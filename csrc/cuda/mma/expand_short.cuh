@@ -5,7 +5,6 @@
 // piece after piece of output, without a barrier, and the loads and stores of many pieces overlap.
 #pragma once
 
-#include "../packed_factor.h"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "expand_output.cuh"
@@ -78,7 +77,7 @@ __device__ __forceinline__ void write_pairs(const ExpandParams& p, const ExpandS
 
 // kSteps: steps of 16 ranks, at most.
 template <class T, int kSteps>
-__global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kSteps == 1 ? 3 : 2)
     expand_short_kernel(const __grid_constant__ ExpandParams p) {
   ptx::wait_for_earlier_launches();
   const int s = find_sibling(p);
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
       }
     }
   }
-  const int column_warps = kExpandWarps / row_warps;
+  const int column_warps = kWarps / row_warps;
   const int pieces =
       static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(tiles.cols)) + kPieceCols - 1) / kPieceCols;
   int piece = warp / row_warps;

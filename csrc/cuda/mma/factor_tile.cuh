@@ -5,7 +5,6 @@
 // interleaved on the way: a few hundred columns per block, once.
 #pragma once
 
-#include "../packed_factor.h"
 #include "../ptx.cuh"
 #include "expand_output.cuh"
 
@@ -23,7 +22,7 @@ __device__ __forceinline__ void load_lora_A_tile(uint16_t* tile, const StackedFa
                                                  int64_t col0, int cols) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, groups = cols / 8;
   uint32_t* words = reinterpret_cast<uint32_t*>(tile);
-  for (int row = warp; row < rank_rows; row += kExpandWarps) {
+  for (int row = warp; row < rank_rows; row += kWarps) {
     const uint16_t* from = row < factor.rank ? factor.row(row) + col0 : nullptr;
 #pragma unroll 2
     for (int chunk = lane; chunk < groups; chunk += 32) {
@@ -42,7 +41,7 @@ __device__ __forceinline__ void load_lora_B_tile(uint16_t* tile, const ExpandSib
   const int groups = cols / 8;
   for (int row = 0; row < rank_rows; row += kChunk) {
 #pragma unroll 2
-    for (int col = static_cast<int>(threadIdx.x); col < cols; col += kExpandThreads) {
+    for (int col = static_cast<int>(threadIdx.x); col < cols; col += kThreads) {
       const int width = col0 + col < sibling.cols ? min(max(sibling.rank - row, 0), kChunk) : 0;
       const uint4 loaded = load_chunk(sibling.factor + (col0 + col) * sibling.rank + row, width, in_chunks);
       const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};

@@ -1,12 +1,16 @@
-// Packs the factors of a call that kernels do not read as they lie (packed_factor.h), in one launch. They have rank *
-// (in_features + out_features) elements per layer, few compared with x.
+// Packs the factors of a call that kernels do not read as they lie, in one launch. They have rank * (in_features +
+// out_features) elements per layer, few compared with x.
+//
+// A packed factor is a row-major matrix [rank, features]. lora_A keeps its orientation, lora_B is transposed. The
+// factors of siblings stand below each other if one kernel reads them all. Padding is zero, so kernels copy whole
+// tiles, 16 bytes at a time. Elements have x's dtype.
 #pragma once
 
 #include <algorithm>
 
 #include "../launch.cuh"
 #include "../ptx.cuh"
-#include "../packed_factor.h"
+#include "tile_sizes.h"
 
 namespace lora_ext::cuda::mma {
 
@@ -25,18 +29,16 @@ struct PackTarget {
 };
 
 constexpr int kMaxPackJobs = 2 * kMaxSiblings;
-constexpr int kPackThreads = 256;
-constexpr int kPackRows = kPackedRankStep, kPackCols = kPackedFeatureStep;  // of the image, per block
 constexpr int kPackPitch = kPackCols + 2;  // lanes of a transposed write are in different banks
 static_assert(kPackCols % 32 == 0, "columns are interleaved within 32");
-static_assert(kPackRows * kPackCols % (2 * kPackThreads) == 0, "every thread packs the same number of pairs");
+static_assert(kPackRows * kPackCols % (2 * kThreads) == 0, "every thread packs the same number of pairs");
 
 struct PackJob {
   PackSource source;
   bool interleaved;
   uint16_t* packed;            // [num_rows, num_cols]: from the job's first row on
   int64_t num_rows, num_cols;  // with padding
-  int64_t tiles;
+  int64_t tiles;               // of kPackRows x kPackCols, a block's
 };
 
 struct PackFactorsParams {
@@ -70,8 +72,8 @@ __device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t
                                                uint16_t (&tile)[kPackRows][kPackPitch]) {
   const uint16_t* from = static_cast<const uint16_t*>(source.from);
 #pragma unroll
-  for (int i = 0; i < kPackRows * kPackCols / kPackThreads; ++i) {
-    const int element = static_cast<int>(threadIdx.x) + i * kPackThreads;
+  for (int i = 0; i < kPackRows * kPackCols / kThreads; ++i) {
+    const int element = static_cast<int>(threadIdx.x) + i * kThreads;
     const int r = source.transposed ? element % kPackRows : element / kPackCols;
     const int c = source.transposed ? element / kPackRows : element % kPackCols;
     const int64_t row = row0 + r, col = col0 + c;
@@ -83,7 +85,7 @@ __device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t
 
 // blockIdx.y is the job, blockIdx.x its tile.
 template <class T>
-__global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
+__global__ void __launch_bounds__(kThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
   ptx::wait_for_earlier_launches();
   __shared__ uint16_t tile[kPackRows][kPackPitch];
   const PackJob& job = p.jobs[blockIdx.y];
@@ -96,21 +98,14 @@ __global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid
 
   // A warp writes the 128 bytes of a row, in pairs that are neighbours both in the image and in the factor.
 #pragma unroll
-  for (int i = 0; i < kPackRows * kPackCols / (2 * kPackThreads); ++i) {
-    const int pair = static_cast<int>(threadIdx.x) + i * kPackThreads;
+  for (int i = 0; i < kPackRows * kPackCols / (2 * kThreads); ++i) {
+    const int pair = static_cast<int>(threadIdx.x) + i * kThreads;
     const int r = pair / (kPackCols / 2), position = pair % (kPackCols / 2) * 2;
     if (row0 + r >= job.num_rows) continue;
     const int c = job.interleaved ? interleaved_column(position) : position;
     *reinterpret_cast<uint32_t*>(job.packed + (row0 + r) * job.num_cols + col0 + position) =
         tile[r][c] | static_cast<uint32_t>(tile[r][c + 1]) << 16;
   }
-}
-
-template <class T>
-void launch_pack_factors(const PackFactorsParams& p, const GpuStream& stream) {
-  int64_t tiles = 0;
-  for (int i = 0; i < p.num_jobs; ++i) tiles = std::max(tiles, p.jobs[i].tiles);
-  launch(&pack_factors_kernel<T>, make_grid(tiles, p.num_jobs), kPackThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -17,7 +17,6 @@
 
 namespace lora_ext::cuda::mma {
 
-// launch_shrink sets the members after `out`.
 template <class T>
 struct ShrinkParams {
   TokenMatrix<T> x;      // [num_tokens, features]
@@ -26,39 +25,28 @@ struct ShrinkParams {
   RankSums out;          // the result, or partial sums of ranges of features
   int64_t features_per_range;
   unsigned ranges, rank_tiles, first_rank_tile;
-};
 
-template <int kRanks>
-struct ShrinkTraits {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kTokens = static_cast<int>(kShrinkTokens), kWarpTokens = kTokens / kWarps;
-  static constexpr int kFeatures = static_cast<int>(kShrinkFeatures), kRowChunks = kFeatures / kChunk;
-  static constexpr int kWarpChunks = kWarpTokens * kRowChunks;  // of a tile of x
-  static constexpr int kFactorChunks = kRanks * kRowChunks;
-  // As many as fit in 96 KiB: two blocks on a multiprocessor of 228 KiB, one where a block gets 99 KiB.
-  static constexpr int kStages = std::clamp(96 * 1024 / 16 / (kWarps * kWarpChunks + kFactorChunks), 2, 4);
-  static_assert(kWarpTokens == 16, "a warp has the rows of one left operand");
-  static_assert(kPackedFeatureStep % kFeatures == 0, "a packed factor is whole tiles of features");
-  static_assert(kPackedRankStep % 16 == 0, "a packed factor is whole operands of 16 ranks");
-  static_assert(kRanks % kPackedRankStep == 0, "padding adds no tile of ranks");
+  void set_split(const PassSplit& split) {
+    features_per_range = split.features_per_range;
+    ranges = static_cast<unsigned>(split.ranges);
+  }
 };
 
 template <class T, int kRanks, KeepBits kKeep>
-__global__ void __launch_bounds__(ShrinkTraits<kRanks>::kThreads, 2)
-    shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
   ptx::wait_for_earlier_launches();
-  using Traits = ShrinkTraits<kRanks>;
-  constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
-  constexpr int kThreads = Traits::kThreads, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
-  constexpr unsigned kFactorCopies = (Traits::kFactorChunks + kThreads - 1) / kThreads;
+  using Tiles = ShrinkTiles<kRanks>;
+  constexpr int kWarpTokens = Tiles::kWarpTokens, kFeatures = Tiles::kFeatures;
+  constexpr int kRowChunks = Tiles::kRowChunks, kStages = Tiles::kStages;
+  constexpr unsigned kFactorCopies = (Tiles::kFactorChunks + kThreads - 1) / kThreads;
   SharedMemory shared;
-  uint4* x_tiles = shared.take<uint4>(kStages * kWarps * Traits::kWarpChunks, "x_tiles");
-  uint4* factor_tiles = shared.take<uint4>(kStages * Traits::kFactorChunks, "factor_tiles");
+  uint4* x_tiles = shared.take<uint4>(kStages * kWarps * Tiles::kWarpChunks, "x_tiles");
+  uint4* factor_tiles = shared.take<uint4>(kStages * Tiles::kFactorChunks, "factor_tiles");
 
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t rank0 = static_cast<int64_t>(p.first_rank_tile + blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
-  const int64_t token0 = chunk * Traits::kTokens + warp * kWarpTokens;
+  const int64_t token0 = chunk * Tiles::kTokens + warp * kWarpTokens;
   const bool has_tokens = token0 < p.x.rows;  // the same in all lanes
   const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.factor.shape.ranks - rank0));
   const int64_t begin = range * p.features_per_range;
@@ -79,14 +67,14 @@ __global__ void __launch_bounds__(ShrinkTraits<kRanks>::kThreads, 2)
     if (step < steps) {
       const int stage = step % kStages;
       const int64_t column0 = begin + static_cast<int64_t>(step) * kFeatures;
-      uint4* x_tile = x_tiles + (stage * kWarps + warp) * Traits::kWarpChunks;
+      uint4* x_tile = x_tiles + (stage * kWarps + warp) * Tiles::kWarpChunks;
       if (step < whole_steps) {
         Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(lane)), x_from, p.x.stride);
         x_from += kFeatures;
       } else if (has_tokens) {
         Copy::edge(x_tile, p.x, token0, column0, lane);
       }
-      uint4* factor_tile = factor_tiles + stage * Traits::kFactorChunks;
+      uint4* factor_tile = factor_tiles + stage * Tiles::kFactorChunks;
       const unsigned chunk = thread % kRowChunks;
 #pragma unroll
       for (unsigned i = 0; i < kFactorCopies; ++i) {
@@ -137,9 +125,9 @@ __global__ void __launch_bounds__(ShrinkTraits<kRanks>::kThreads, 2)
     uint32_t next_keep = 0;
     if (kKeep != KeepBits::kNone && step + 1 < steps) next_keep = keep_word(step + 1);
     const uint32_t x_address =
-        left_address<kRowChunks>(x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks, lane);
+        left_address<kRowChunks>(x_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks, lane);
     const uint32_t factor_address =
-        right_address<kRowChunks>(factor_tiles + step % kStages * Traits::kFactorChunks, lane);
+        right_address<kRowChunks>(factor_tiles + step % kStages * Tiles::kFactorChunks, lane);
 #pragma unroll
     for (int k = 0; k < kFeatures / 16; ++k) {
       uint32_t x[4], factor[4];
@@ -167,38 +155,6 @@ __global__ void __launch_bounds__(ShrinkTraits<kRanks>::kThreads, 2)
       const int64_t token = token0 + lane / 4 + i / 2 * 8, rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
       p.out.store(range, token, rank, p.out.scales.of(rank) * sums[n / 2][n % 2][i]);
     }
-  }
-}
-
-template <class T, int kRanks, KeepBits kKeep>
-void launch_shrink_kernel(ShrinkParams<T> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
-                          const GpuStream& stream) {
-  using Traits = ShrinkTraits<kRanks>;
-  constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
-                               shared_bytes_of(Traits::kStages * Traits::kFactorChunks * 16);
-  p.first_rank_tile = static_cast<unsigned>(first_rank_tile);
-  p.rank_tiles = static_cast<unsigned>(rank_tiles);
-  launch(&shrink_kernel<T, kRanks, kKeep>, make_grid(rank_tiles * p.ranges * chunks), Traits::kThreads, kShared, stream,
-         p);
-}
-
-template <class T>
-void launch_shrink(ShrinkParams<T> p, const TokenPassSplit& split, const GpuStream& stream) {
-  const int64_t ranks = p.factor.shape.ranks, rank_tiles = ceil_div(ranks, kRankTile);
-  const bool dropout = p.mask.threshold > 0;
-  p.features_per_range = split.features_per_range;
-  p.ranges = static_cast<unsigned>(split.ranges);
-  if (ranks <= kSmallRankTile) {
-    if (dropout) {
-      launch_shrink_kernel<T, kSmallRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
-    } else {
-      launch_shrink_kernel<T, kSmallRankTile, KeepBits::kNone>(p, split.chunks, 0, 1, stream);
-    }
-  } else if (dropout) {
-    launch_shrink_kernel<T, kRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
-    launch_shrink_kernel<T, kRankTile, KeepBits::kRead>(p, split.chunks, 1, rank_tiles - 1, stream);
-  } else {
-    launch_shrink_kernel<T, kRankTile, KeepBits::kNone>(p, split.chunks, 0, rank_tiles, stream);
   }
 }
 

@@ -32,7 +32,7 @@ struct PlainLoraB {
   }
 };
 
-// The grad_y of siblings. launch_shrink_and_sum sets first_block.
+// The grad_y of siblings.
 template <class T>
 struct ShrinkAndSumParams {
   struct Sibling {
@@ -41,50 +41,34 @@ struct ShrinkAndSumParams {
     SmallOperand xa;           // [num_tokens, rank]
     RankSums grad_xa;          // the result, or partial sums of ranges of features
     FeaturePartials gradient;  // of lora_B
-    int64_t tokens_per_chunk, chunks;
+    int64_t tokens_per_chunk;
     unsigned ranges, first_block = 0;
   } siblings[kMaxSiblings] = {};
   int num_siblings = 0;
 };
 
 template <class T, int kRanks>
-struct ShrinkAndSumTraits {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kTokens = static_cast<int>(kFusedTokens), kFeatures = static_cast<int>(kFusedFeatures);
-  static constexpr int kWarpFeatures = kFeatures / kWarps, kRowChunks = kWarpFeatures / kChunk;
-  static constexpr int kWarpChunks = kTokens * kRowChunks;  // of a warp's tile of grad_y
-  using XaTiles = SmallOperandTiles<T, kTokens, kRanks, kThreads>;
-  static constexpr int kShares = kTokens * kRanks / 4;  // of a warp's share of the rank sums: four numbers each
-  // As many as fit in 99 KiB.
-  static constexpr int kStages =
-      std::min(5, (99 * 1024 / 16 - 2 * XaTiles::kChunks - 2 * kWarps * kShares) / (kWarps * kWarpChunks));
-  static_assert(kTokens == 16, "a tile has the tokens of one product over tokens");
-  static_assert(kStages >= 3, "two tiles are copied while one is multiplied");
-  static_assert(kPackedFeatureStep % kWarpFeatures == 0, "a warp's features are all in the packed factor, or none");
-};
-
-template <class T, int kRanks>
-__global__ void __launch_bounds__(ShrinkAndSumTraits<T, kRanks>::kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T> params) {
   ptx::wait_for_earlier_launches();
   int s = params.num_siblings - 1;
   while (blockIdx.x < params.siblings[s].first_block) --s;
   const typename ShrinkAndSumParams<T>::Sibling& p = params.siblings[s];
   const unsigned block = blockIdx.x - p.first_block;
-  using Traits = ShrinkAndSumTraits<T, kRanks>;
-  using XaTiles = typename Traits::XaTiles;
-  constexpr int kThreads = Traits::kThreads, kWarps = Traits::kWarps, kTokens = Traits::kTokens;
-  constexpr int kWarpFeatures = Traits::kWarpFeatures, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
+  using Tiles = ShrinkAndSumTiles<kRanks>;
+  constexpr int kTokens = Tiles::kTokens;
+  using XaTiles = SmallOperandTiles<T, kTokens, kRanks>;
+  constexpr int kWarpFeatures = Tiles::kWarpFeatures, kRowChunks = Tiles::kRowChunks, kStages = Tiles::kStages;
   constexpr int kSteps16 = kWarpFeatures / 16;
   SharedMemory shared;
-  uint4* grad_y_tiles = shared.take<uint4>(kStages * kWarps * Traits::kWarpChunks, "grad_y_tiles");
-  uint4* xa_tiles = shared.take<uint4>(2 * XaTiles::kChunks, "xa_tiles");
-  float4* shares = shared.take<float4>(2 * kWarps * Traits::kShares, "shares");
+  uint4* grad_y_tiles = shared.take<uint4>(kStages * kWarps * Tiles::kWarpChunks, "grad_y_tiles");
+  uint4* xa_tiles = shared.take<uint4>(2 * Tiles::kXaChunks, "xa_tiles");
+  float4* shares = shared.take<float4>(2 * kWarps * Tiles::kShares, "shares");
 
   const unsigned thread = threadIdx.x, lane = thread % 32;
   const int warp = static_cast<int>(thread / 32);
   const int64_t range = block % p.ranges, chunk = block / p.ranges;
-  const int64_t block_feature0 = range * Traits::kFeatures, feature0 = block_feature0 + warp * kWarpFeatures;
+  const int64_t block_feature0 = range * Tiles::kFeatures, feature0 = block_feature0 + warp * kWarpFeatures;
   const int64_t remaining_features = p.lora_B.shape.features - block_feature0;
   const int busy_warps = static_cast<int>(min(static_cast<int64_t>(kWarps), remaining_features / kWarpFeatures));
   const int64_t begin = chunk * p.tokens_per_chunk;
@@ -98,7 +82,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<T, kRanks>::kThreads, 1)
   const TokenMatrix<T>& grad_y = p.grad_y;
   const T* from = grad_y.data + (begin * grad_y.stride + feature0) + Copy::first_element(grad_y.stride, lane);
   auto copy = [&](int step) {
-    uint4* tile = grad_y_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks;
+    uint4* tile = grad_y_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks;
     if (step < whole_steps) {
       Copy::whole(ptx::shared_address(tile + Copy::first_chunk(lane)), from, grad_y.stride);
       from += kTokens * grad_y.stride;
@@ -108,17 +92,17 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<T, kRanks>::kThreads, 1)
     ptx::cp_async_commit();
   };
   XaTiles xa(p.xa, begin, 0, thread);
-  auto store_xa = [&](int step) { xa.store(xa_tiles + step % 2 * XaTiles::kChunks); };
+  auto store_xa = [&](int step) { xa.store(xa_tiles + step % 2 * Tiles::kXaChunks); };
 
   // Adds the warps' shares of a step's rank sums. Element i is number i % 4 of lane i / 4 % 32 in the result of product
   // i / 128, which has 8 ranks.
   auto add_shares = [&](int step) {
-    const float* warp_share = reinterpret_cast<const float*>(shares + step % 2 * kWarps * Traits::kShares);
+    const float* warp_share = reinterpret_cast<const float*>(shares + step % 2 * kWarps * Tiles::kShares);
 #pragma unroll
     for (unsigned i = thread; i < kTokens * kRanks; i += kThreads) {
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += w < busy_warps ? warp_share[w * Traits::kShares * 4 + i] : 0.0f;
+      for (int w = 0; w < kWarps; ++w) sum += w < busy_warps ? warp_share[w * Tiles::kShares * 4 + i] : 0.0f;
       const unsigned token = i / 16 % 8 + i % 4 / 2 * 8, rank = i / 128 * 8 + i / 4 % 4 * 2 + i % 2;
       p.grad_xa.store(range, begin + step * kTokens + token, rank, p.grad_xa.scales.value[0] * sum);
     }
@@ -152,8 +136,8 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<T, kRanks>::kThreads, 1)
     if (warp < busy_warps) {
       // One address serves both: grad_y as a left operand, and transposed as a right one.
       const uint32_t grad_y_address =
-          left_address<kRowChunks>(grad_y_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks, lane);
-      const uint32_t xa_address = right_address<XaTiles::kRowChunks>(xa_tiles + step % 2 * XaTiles::kChunks, lane);
+          left_address<kRowChunks>(grad_y_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks, lane);
+      const uint32_t xa_address = right_address<XaTiles::kRowChunks>(xa_tiles + step % 2 * Tiles::kXaChunks, lane);
       float rank_sums[kRanks / 16][2][4] = {};  // [16 tokens, 8 ranks] each
 #pragma unroll
       for (int k = 0; k < kSteps16; ++k) {
@@ -166,7 +150,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<T, kRanks>::kThreads, 1)
           multiply<T>(rank_sums[group][1], fragment, b[2], b[3]);
         }
       }
-      float4* share = shares + (step % 2 * kWarps + warp) * Traits::kShares;
+      float4* share = shares + (step % 2 * kWarps + warp) * Tiles::kShares;
 #pragma unroll
       for (int n = 0; n < kRanks / 8; ++n) {
         const float (&sum)[4] = rank_sums[n / 2][n % 2];
@@ -199,31 +183,6 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<T, kRanks>::kThreads, 1)
       p.gradient.store(chunk, rank, feature, sum[0], sum[1]);
       p.gradient.store(chunk, rank + 8, feature, sum[2], sum[3]);
     }
-  }
-}
-
-template <class T, int kRanks>
-void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T>& p, int64_t blocks, const GpuStream& stream) {
-  using Traits = ShrinkAndSumTraits<T, kRanks>;
-  constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
-                               shared_bytes_of(2 * Traits::XaTiles::kChunks * 16) +
-                               shared_bytes_of(2 * Traits::kWarps * Traits::kShares * 16);
-  launch(&shrink_and_sum_kernel<T, kRanks>, make_grid(blocks), Traits::kThreads, kShared, stream, p);
-}
-
-template <class T>
-void launch_shrink_and_sum(ShrinkAndSumParams<T> p, const GpuStream& stream) {
-  int64_t blocks = 0, ranks = 0;
-  for (int s = 0; s < p.num_siblings; ++s) {
-    auto& sibling = p.siblings[s];
-    sibling.first_block = grid_size(blocks);
-    blocks += sibling.ranges * sibling.chunks;
-    ranks = std::max(ranks, sibling.lora_B.shape.ranks);
-  }
-  if (ranks <= kSmallRankTile) {
-    launch_shrink_and_sum_kernel<T, kSmallRankTile>(p, blocks, stream);
-  } else {
-    launch_shrink_and_sum_kernel<T, kMaxFusedRank>(p, blocks, stream);
   }
 }
 

@@ -11,13 +11,13 @@ struct SmallOperand {
   int64_t rows, columns, stride;
 };
 
-// kThreads threads make tiles [kTokens][kRanks] of T, one after the other, starting at (token0, rank0). A tile takes
-// two steps: fetch() starts the loads early; store() writes the tile once its place is free. A thread has pairs of
-// ranks of tokens kTokenStep apart. Elements outside the matrix are zero.
-template <class T, int kTokens, int kRanks, int kThreads>
+// The threads of a block make tiles [kTokens][kRanks] of T, one after the other, starting at (token0, rank0). A tile
+// takes two steps: fetch() starts the loads early; store() writes the tile once its place is free. A thread has pairs
+// of ranks of tokens kTokenStep apart. Elements outside the matrix are zero.
+template <class T, int kTokens, int kRanks>
 class SmallOperandTiles {
  public:
-  static constexpr int kRowChunks = kRanks / kChunk, kChunks = kTokens * kRowChunks;
+  static constexpr int kRowChunks = kRanks / kChunk;
 
   __device__ __forceinline__ SmallOperandTiles(const SmallOperand& matrix, int64_t token0, int64_t rank0,
                                                unsigned thread)

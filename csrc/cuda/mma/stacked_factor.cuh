@@ -1,7 +1,6 @@
 // A 16-bit factor as it lies in memory, which kernels only copy: they need not know which 16-bit type it has.
 #pragma once
 
-#include "../packed_factor.h"
 #include "../rank_table.cuh"
 #include "tiles.cuh"
 
@@ -19,22 +18,6 @@ struct StackedFactor {
     return factors.value[s] + (s > 0 ? r - factors.rank_end[s - 1] : r) * features;
   }
 };
-
-// Params: LoraShrinkParams or LoraShrinkBackwardParams.
-template <class Params>
-StackedFactor stacked_lora_A(const Params& p) {
-  StackedFactor stacked{
-      .shape = PackedShape(p.total_rank, p.in_features),
-      .rank = p.total_rank,
-      .features = p.in_features,
-      .factors = rank_table<const uint16_t*>(p.siblings, p.num_siblings,
-                                             [&](int s) { return static_cast<const uint16_t*>(p.siblings[s].lora_A); }),
-      .in_chunks = p.in_features % kChunk == 0};
-  for (int s = 0; s < p.num_siblings; ++s) {
-    stacked.in_chunks = stacked.in_chunks && reinterpret_cast<uintptr_t>(p.siblings[s].lora_A) % 16 == 0;
-  }
-  return stacked;
-}
 
 // A packed factor in the same form.
 inline StackedFactor packed_factor(const void* packed, int64_t rank, int64_t features) {

@@ -8,10 +8,9 @@
 
 namespace lora_ext::cuda {
 
-inline void launch(const LoraParams&, const Tensor&) { fail("a kernel is launched"); }
+inline Plan plan_and_run(const LoraCall&, const Tensor&) { fail("a kernel is launched"); }
 inline void add_base_product(const Tensor&, const Tensor&, const Tensor&) {}
 
-inline bool streams_weights(const LoraStreamedParams&) { return false; }
 inline void launch_dropout_mask(const DropoutMaskParams&, const GpuStream&) {}
 
 }  // namespace lora_ext::cuda
