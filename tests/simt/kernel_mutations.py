@@ -349,7 +349,7 @@ NOT_RUN = {
     "grouped.cu": ["f(std::type_identity<double>{})"],
     "grouped_mma.cu": ["with_flag(std::type_identity<__half>{})"],
     "mma/run_plan.cuh": [
-        "keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw>\n                                           : ",
+        "keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw>\n" + " " * 43 + ": ",
         "keep == KeepBits::kDraw   ? &shrink_kernel<T, kRanks, KeepBits::kDraw>\n          : ",
         "keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead>\n                                    : ",
         "masked ? &token_sum_kernel<T, kSmallRanks, true> : ",

@@ -397,10 +397,12 @@ class PlanRunner {
     params.reads_lora_A = true;
     params.lora_A = stacked_lora_A(p);
     params.siblings[0] = {.factor = at<uint16_t>(plan_.scratch.packed_A),
+                          .bias = nullptr,
                           .base = p.base,
                           .out = p.grad_x,
                           .cols = p.in_features,
                           .out_stride = p.in_features,
+                          .rank_begin = 0,
                           .rank = static_cast<int>(p.total_rank)};
   }
 
