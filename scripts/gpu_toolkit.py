@@ -10,18 +10,19 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 from timed_parts import ROOT
 
 PACKAGE = ROOT / "lora_ext"
-LIBRARIES = ("liblora_ext.so", "liblora_ext_cuda.so")
+LIBRARIES = ("liblora_ext.so", "liblora_ext_cuda.so", f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
 MIN_NVCC = (12, 8)  # setup.py's
 
 # What pip installs, by what is looked for. A program next to the interpreter counts as found.
 TO_RUN = {"torch": "torch>=2.11", "safetensors": "safetensors[torch]>=0.6.1", "regex": "regex>=2025.10.22"}
-TO_BUILD = {"setuptools": "setuptools>=77", "ninja": "ninja>=1.11", "numpy": "numpy"}
+TO_BUILD = {"setuptools": "setuptools>=77", "ninja": "ninja>=1.11", "numpy": "numpy", "pybind11": "pybind11>=2.13"}
 TO_TEST = {"pytest": "pytest>=8", "xdist": "pytest-xdist>=3.5"}
 
 
@@ -140,7 +141,7 @@ def runs_on(archs: str, ptx: str, capability: tuple[int, int]) -> bool:
 
 
 def install_library(source: Path) -> None:
-    """Puts the two compiled libraries into the package: from a wheel, from a folder, or from next to one of them.
+    """Puts the compiled libraries into the package: from a wheel of this Python, from a folder, or from next to one.
 
     Raises:
         SystemExit: one of them is missing.
@@ -155,7 +156,7 @@ def install_library(source: Path) -> None:
         files = {name: next((p / name for p in places if (p / name).is_file()), None) for name in LIBRARIES}
         contents = {name: path.read_bytes() for name, path in files.items() if path}
     if absent := [name for name in LIBRARIES if name not in contents]:
-        sys.exit(f"gpu_check: --library {source}: no {' and no '.join(absent)}; want a wheel, or a folder with both")
+        sys.exit(f"gpu_check: --library {source}: no {' and no '.join(absent)}; want a wheel of this Python, or a folder with all of them")
     for name, data in contents.items():
         target = PACKAGE / name
         if not target.exists() or target.read_bytes() != data:

@@ -527,15 +527,6 @@ std::string describe(const PassSplit& split) {
               number(split.tokens_per_chunk), number(split.ranges), number(split.features_per_range));
 }
 
-const char* dtype_name(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64: return "float64";
-    case DType::kFloat32: return "float32";
-    case DType::kBFloat16: return "bfloat16";
-    default: return "float16";
-  }
-}
-
 template <class Siblings, class Features>
 std::string sizes_of(const Siblings& siblings, int num_siblings, Features features) {
   std::string sizes;
