@@ -156,7 +156,9 @@ def install_library(source: Path) -> None:
         files = {name: next((p / name for p in places if (p / name).is_file()), None) for name in LIBRARIES}
         contents = {name: path.read_bytes() for name, path in files.items() if path}
     if absent := [name for name in LIBRARIES if name not in contents]:
-        sys.exit(f"gpu_check: --library {source}: no {' and no '.join(absent)}; want a wheel of this Python, or a folder with all of them")
+        sys.exit(
+            f"gpu_check: --library {source}: no {' and no '.join(absent)}; want a wheel of this Python, or a folder with all of them"
+        )
     for name, data in contents.items():
         target = PACKAGE / name
         if not target.exists() or target.read_bytes() != data:

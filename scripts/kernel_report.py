@@ -47,7 +47,7 @@ class Family:
 
 PASS = dict(async_copies=True, wide_loads=True, dynamic_shared=MAX_BLOCK_SHARED)  # over a tall matrix
 MMA = dict(tensor_cores=True, **PASS)
-FEW_TOKENS = dict(tensor_cores=True, wide_loads=True, dynamic_shared=60 * 1024)
+FEW_TOKENS = dict(tensor_cores=True, wide_loads=True, dynamic_shared=84 * 1024)
 EXPAND = dict(tensor_cores=True, wide_loads=True, wide_stores=True, dynamic_shared=48 * 1024)
 GROUPED = dict(wide_loads=True, dynamic_shared=40 * 1024)
 
@@ -70,7 +70,7 @@ FAMILIES = [
     Family("mma expand", r"^mma::expand_short_kernel", **EXPAND),
     Family("mma expand, long", r"^mma::expand_long_kernel", wide_stores=True, **MMA),
     # Loads fragments as they lie in memory, without cp.async; the registers of 9 to 32 tokens leave room for one block.
-    Family("mma few tokens, 8", r"^mma::few_tokens_kernel<\w+, 1>", **FEW_TOKENS),
+    Family("mma few tokens, 8", r"^mma::few_tokens_kernel<\w+, 1,", **FEW_TOKENS),
     Family("mma few tokens", r"^mma::few_tokens_kernel", blocks_per_sm=1, **FEW_TOKENS),
     # Rows that choose their factors.
     Family("grouped index", r"^grouped::(group_index|write_entries)_kernel"),

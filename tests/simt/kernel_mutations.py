@@ -354,8 +354,8 @@ NOT_RUN = {
         "keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead>\n                                    : ",
         "masked ? &token_sum_kernel<T, kSmallRanks, true> : ",
         "masked ? &token_sum_kernel<T, kRanks, true> : ",
-        "launch.variant == 4   ? &few_tokens_kernel<T, 4, 2>\n          : ",
-        "launch.variant == 2 ? &few_tokens_kernel<T, 2, 2>\n                                : ",
+        "case 2: return start(launch, larger ? &few_tokens_kernel<T, 2, 3> : &few_tokens_kernel<T, 2, 2>, params);",
+        "default: return start(launch, larger ? &few_tokens_kernel<T, 4, 3> : &few_tokens_kernel<T, 4, 2>, params);",
     ],
 }
 

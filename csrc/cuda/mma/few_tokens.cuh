@@ -2,7 +2,7 @@
 //
 //   y [num_tokens, cols] = x [num_tokens, in_features] @ weight [cols, in_features]^T + bias + xa @ lora_B^T
 //
-// Reading the weights takes all of the time. A block has 16 or 32 rows of a weight, and its warps share out the
+// Reading the weights takes all of the time. A block has 16 to 48 rows of a weight, and its warps share out the
 // in_features, 64 at a time: a warp loads fragments from memory as they are, without shared memory. Sums are float32
 // and rounded once.
 #pragma once

@@ -432,11 +432,12 @@ class PlanRunner {
                             .rank_begin = static_cast<int>(sibling.rank_begin),
                             .rank = static_cast<int>(sibling.rank)};
     }
-    start(launch,
-          launch.variant == 4   ? &few_tokens_kernel<T, 4, 2>
-          : launch.variant == 2 ? &few_tokens_kernel<T, 2, 2>
-                                : &few_tokens_kernel<T, 1, 1>,
-          params);
+    const bool larger = plan_.row_tiles > (launch.variant == 1 ? 1 : 2);
+    switch (launch.variant) {
+      case 1: return start(launch, larger ? &few_tokens_kernel<T, 1, 2> : &few_tokens_kernel<T, 1, 1>, params);
+      case 2: return start(launch, larger ? &few_tokens_kernel<T, 2, 3> : &few_tokens_kernel<T, 2, 2>, params);
+      default: return start(launch, larger ? &few_tokens_kernel<T, 4, 3> : &few_tokens_kernel<T, 4, 2>, params);
+    }
   }
 
   const LoraCall& call_;
