@@ -140,7 +140,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
 
     def get_ext_filename(self, name):
-        if name.rpartition(".")[2].startswith("lib"):  # without the Python ABI that extension modules have in their names
+        if name.rpartition(".")[2].startswith(
+            "lib"
+        ):  # without the Python ABI that extension modules have in their names
             return name.replace(".", os.sep) + ".so"
         return super().get_ext_filename(name)
 

@@ -58,7 +58,9 @@ def gather() -> dict[str, object]:
     }
 
 
-def plan(num_tokens: int, in_features: int, out_features: int, rank: int = 16, multiprocessors: int | None = None) -> str:
+def plan(
+    num_tokens: int, in_features: int, out_features: int, rank: int = 16, multiprocessors: int | None = None
+) -> str:
     """Prints the launches of a layer's forward and backward on CUDA: bfloat16, factors of float32, with dropout.
 
     ``multiprocessors``: of the GPU; None: an H100's. Neither a GPU nor the CUDA kernels are needed.

@@ -150,6 +150,8 @@ def test_a_library_comes_from_a_wheel_or_a_folder(tmp_path, monkeypatch):
     gpu_toolkit.install_library(folder / names[1])
     assert installed() == [f"folder {name}" for name in names]
     (folder / names[0]).unlink()
-    with pytest.raises(SystemExit, match=r"no liblora_ext.so; want a wheel of this Python, or a folder with all of them"):
+    with pytest.raises(
+        SystemExit, match=r"no liblora_ext.so; want a wheel of this Python, or a folder with all of them"
+    ):
         gpu_toolkit.install_library(folder)
     assert installed() == [f"folder {name}" for name in names]

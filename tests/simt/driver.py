@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import math
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,18 +121,6 @@ class Library:
             kernel = re.search(r"(\w+_kernel)\b", c.kernel.decode())[1]
             found.append(Launch(kernel, math.prod(c.grid), c.threads, c.shared_bytes))
         return found
-
-    @contextlib.contextmanager
-    def recording(self, multiprocessors: int) -> Iterator[Library]:
-        """Records launches for a GPU of so many multiprocessors and does not execute them: for sizes of real layers."""
-        recorder = Library(self.path)
-        recorder.multiprocessors = multiprocessors
-        recorder.reset()
-        self.c.simt_only_record(1)
-        try:
-            yield recorder
-        finally:
-            self.c.simt_only_record(0)
 
     def check(self) -> None:
         """Raises SimtError if the runs since `reset` had reports."""
