@@ -44,9 +44,6 @@ class TrainedBiases:
         for owner in self._owners.values():
             yield owner.bias
 
-    def owns(self, parameter: Tensor) -> bool:
-        return any(owner.bias is parameter for owner in self._owners.values())
-
     def originals(self) -> dict[int, nn.Parameter]:
         """The original values by parameter ``id``; empty if they are in place."""
         used = self._owners.items() if self.used else ()

@@ -83,8 +83,7 @@ def test_quantised_weights(format, tmp_path):
         assert 0.0 < error.relative < 0.2 and (model(x) - y).norm() < 0.2 * y.norm()
     unmerge(model)
     assert all(torch.equal(tensor, bytes_before[name]) for name, tensor in stored(model).items())
-    plain = adapters.merge_and_unload(model, dequantize=True)
-    assert (plain(x) - y).norm() < 0.02 * y.norm()
+    assert torch.equal(model(x), y)
 
 
 def test_rows_choose():

@@ -169,7 +169,7 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
     adapters.input_groups: lambda _: {"model": injected()},
     adapters.trainable_parameter_counts: lambda _: {"model": injected()},
     adapters.merge_record_bytes: lambda _: {"model": merged()},
-    adapters.merge_errors: lambda _: {"model": injected(), "adapter_names": "a"},
+    adapters.merge_errors: lambda _: {"model": injected()},
     adapters.set_adapter: lambda _: {"model": injected(), "names": ["a"], "trainable": False},
     adapters.add_weighted_adapter: lambda _: {
         "model": injected(),
@@ -187,7 +187,7 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
     # merging
     merge: lambda _: {"model": injected(), "adapter_names": ["a"]},
     unmerge: lambda _: {"model": merged(), "adapter_names": ["a"]},
-    adapters.merge_and_unload: lambda _: {"model": injected(), "adapter_names": ["a"], "dequantize": False},
+    adapters.merge_and_unload: lambda _: {"model": injected(), "adapter_names": ["a"]},
     adapters.unload: lambda _: {"model": injected()},
     # methods
     methods.new_method: lambda _: {"name": "adapter-h", "bottleneck_size": 4},
@@ -300,9 +300,6 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (AdapterPool, {"dtype": torch.int8}, ValueError, "AdapterPool: dtype is torch.int8, want one of torch.float64"),
     (AdapterPool, {"directory": "none"}, ValueError, "AdapterPool: directory is 'none', which is not a directory"),
     (AdapterPool, {"model": merged}, ValueError, "adapters are merged into"),
-    (adapters.merge_errors, *NO_LAYER),
-    (adapters.merge_errors, *NO_NAME),
-    (adapters.merge_errors, *NONE_ACTIVE),
     (adapters.set_adapter, *BARE),
     (adapters.set_adapter, {"names": ["a", "x"]}, KeyError, f"set_adapter: there is {NO_ADAPTER}"),
     (adapters.set_adapter, {"names": [1]}, TypeError, "names is [1] of type list, want a string or a list of strings"),
@@ -364,8 +361,6 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.merge_and_unload, *NO_NAMES),
     (adapters.merge_and_unload, *NO_NAME),
     (adapters.merge_and_unload, *NONE_ACTIVE),
-    (adapters.merge_and_unload, {"dequantize": True}, ValueError, "FUNCTION: dequantize is set, but Net has no quanti"),
-    (adapters.merge_and_unload, {"dequantize": torch.int8}, ValueError, "FUNCTION: dequantize is torch.int8, want Tru"),
     (adapters.merge_and_unload, {"model": with_nan, "adapter_names": "b"}, ValueError, "the adapter has NaN or infini"),
     (adapters.merge_and_unload, {"model": disabled}, RuntimeError, "the adapters are disabled"),
     (adapters.unload, *NO_LAYER),
