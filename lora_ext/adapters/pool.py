@@ -61,12 +61,10 @@ class AdapterPool:
         max_bytes: of the storage on the model's device. The memory is reserved at once; an operating system gives pages
             of host memory as slots are filled.
         dtype: of the factors; None: that of the layers, or float32 if that has 16 bits.
-        timeout: seconds that a call waits for slots which other calls use.
 
     Raises:
         ValueError, TypeError: as :func:`lora_ext.inject`; or the model has a pool already, ``max_bytes`` is less than a
-            slot, targets are no linear layers, ``directory`` is none, or ``timeout`` is negative. The model is then
-            unchanged.
+            slot, targets are no linear layers, or ``directory`` is none. The model is then unchanged.
     """
 
     @checked
@@ -80,10 +78,7 @@ class AdapterPool:
         r: int,
         max_bytes: int,
         dtype: torch.dtype | None = None,
-        timeout: float = 60.0,
     ) -> None:
-        if not timeout >= 0:
-            raise ValueError(f"AdapterPool: timeout is {timeout}, want 0 or more")
         self._directory = Path(directory).absolute()  # the current one may change
         if not self._directory.is_dir():
             raise ValueError(
@@ -102,8 +97,8 @@ class AdapterPool:
             )
         bare = BareModel(root_module(model))
         head = next((path for path, module in bare.modules.items() if module is bare.head), None)
-        self._shape, self._timeout = PoolShape(shapes, r, head), timeout
-        self._changed = threading.Condition()  # its lock guards what follows
+        self._shape = PoolShape(shapes, r, head)
+        self._lock = threading.RLock()  # guards what follows
         self._held: OrderedDict[str, int] = OrderedDict()  # slots by name, the least recently used first
         self._free = list(range(self._num_slots))[::-1]
         self._users: Counter[str] = Counter()  # running calls, by name
@@ -120,7 +115,7 @@ class AdapterPool:
 
     def resident(self) -> list[str]:
         """The names that have a slot, the least recently used first."""
-        with self._changed:
+        with self._lock:
             return list(self._held)
 
     def check_known(self, names: Iterable[str], caller: str, adapters_of_model: Iterable[str]) -> None:
@@ -148,16 +143,16 @@ class AdapterPool:
             RuntimeError: there are more names than slots, running calls leave too few, or the pool is closed.
             KeyError, OSError, ValueError: an adapter is gone, cannot be read, or does not fit.
         """
-        with self._changed:
-            fits = self._changed.wait_for(lambda: len(names) > self._num_slots or self._fit(names), self._timeout)
+        with self._lock:
             if self.is_closed:
                 raise RuntimeError("AdapterPool: the pool is closed; make another one")
-            if not fits or len(names) > self._num_slots:
+            in_use = {name for name in self._held if self._users[name] and name not in names}
+            if len(names) + len(in_use) > self._num_slots:
                 wanted = first_of(map(repr, names), _SHOWN)
                 raise RuntimeError(
                     f"AdapterPool: {len(names)} adapters are wanted at once ({wanted}), and running calls use "
-                    f"{len(self._users)} of {self._num_slots} slots; raise max_bytes or timeout, split the batch, or "
-                    "run fewer calls at the same time"
+                    f"{len(self._users)} of {self._num_slots} slots; raise max_bytes, split the batch, or run fewer "
+                    "calls at the same time"
                 )
             self._users.update(names)
             try:
@@ -171,11 +166,6 @@ class AdapterPool:
                 self.release(names)
                 raise
             return {name: self._held[name] for name in names}
-
-    def _fit(self, names: Sequence[str]) -> bool:
-        """Returns whether slots for all names are free, theirs already, or those of adapters that no call uses."""
-        in_use = {name for name in self._held if self._users[name] and name not in names}
-        return len(names) + len(in_use) <= self._num_slots
 
     def _load(self, name: str) -> None:
         """Reads an adapter into a free slot, or into that of the least recently used one that no call uses."""
@@ -196,10 +186,9 @@ class AdapterPool:
 
     def release(self, names: Sequence[str]) -> None:
         """Undoes :meth:`acquire`."""
-        with self._changed:
+        with self._lock:
             self._users.subtract(names)
             self._users = +self._users
-            self._changed.notify_all()
 
     @checked
     def evict(self, *names: str) -> None:
@@ -207,14 +196,14 @@ class AdapterPool:
 
         RuntimeError: one is used by a running call; nothing is changed.
         """
-        with self._changed:
+        with self._lock:
             for name in names:
                 if self._users[name]:
                     raise RuntimeError(f"AdapterPool.evict: {name!r} is used by a running call")
             self._free += [self._held.pop(name) for name in dict.fromkeys(names) if name in self._held]
 
     def stats(self) -> PoolStats:
-        with self._changed:
+        with self._lock:
             counts = len(self._held), len(self._users), self._hits, self._loads, self._evictions
             return PoolStats(self._num_slots, self._slot_bytes, *counts)
 
@@ -228,13 +217,12 @@ class AdapterPool:
 
         RuntimeError: running calls use it.
         """
-        with self._changed:
+        with self._lock:
             if self._users:
                 raise RuntimeError("AdapterPool.close: running calls use the pool; wait for their end")
             self._num_slots, self._layers = 0, {}
             self._held.clear()
             self._free.clear()
-            self._changed.notify_all()
         if (model := self._model()) is not None:
             _detach(model, self)
 
