@@ -19,7 +19,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
-from lora_ext.injection.inject import apply_injection, check_new_name, check_none_merged
+from lora_ext.injection.inject import apply_injection, check_new_name, check_unmerged
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter, find_adapters
 from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
 from lora_ext.nn import LoraAdapter
@@ -73,12 +73,12 @@ def add_weighted_adapter(
         KeyError: there is no such adapter; the message lists them. Nothing is changed.
     """
     check_not_parallel(_CALLER, model)
-    check_not_sharded(_CALLER, model, "call add_weighted_adapter before you shard it")
+    check_not_sharded(_CALLER, model, "combine before you shard it, or in one process, and load the file here")
     held = find_adapters(model, _CALLER)
     held.check_enabled(_CALLER)
     held.check_names(_CALLER, adapters)
     check_new_name(_CALLER, adapter_name, held)
-    check_none_merged(_CALLER, root_module(model))
+    check_unmerged(_CALLER, model)
     _check_settings(combination_type, weights, len(adapters), svd_rank)
     kind = combination_type if len(adapters) > 1 else "linear"
     sources = [find_adapter(model, _CALLER, name) for name in adapters]

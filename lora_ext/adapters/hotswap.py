@@ -18,11 +18,12 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_shape, listed
 from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.adapters.life_cycle import check_low_rank, check_unmerged
+from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import misfits
 from lora_ext.files.save_load import read_adapter
+from lora_ext.injection.inject import check_unmerged
 from lora_ext.model.adapter_set import UNSCALED, Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 

@@ -17,8 +17,7 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_of, listed
 from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
-from lora_ext.adapters.life_cycle import check_unmerged
-from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
+from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
 from lora_ext.matching.path_names import Parents
 from lora_ext.merging.layers import change_merged, merge_for_good, stored_matrices
 from lora_ext.merging.quantized import MergeError
@@ -27,7 +26,6 @@ from lora_ext.model.bare_model import (
     BareModel,
     adapter_layers,
     check_not_parallel,
-    check_not_partitioned,
     check_not_sharded,
     parameter_paths,
     root_module,
@@ -195,7 +193,7 @@ def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
     if not layers:
         raise ValueError(f"{caller}: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
     remedy = "call save_adapter on all ranks, and merge in one process, or on disk (lora-ext merge)"
-    check_not_partitioned(caller, model, remedy)
+    check_not_sharded(caller, model, remedy, fsdp_may=True, split_may=True)
     prepare_shards(caller, model)
     return layers
 
@@ -318,7 +316,7 @@ def _check_biases(model: nn.Module, wanted: Chosen) -> None:
 
 def _check_can_unload(caller: str, model: nn.Module, remedy: str) -> None:
     check_not_parallel(caller, model)
-    check_not_sharded(caller, model, remedy, split=True)
+    check_not_sharded(caller, model, remedy, split_may=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
         adapters.active.check_unused(caller, adapters.configs)

@@ -164,7 +164,7 @@ class Life:
 
     def add(self) -> None:
         name, config = self.draw.choice(NAMES), self.draw.choice(CONFIGS)
-        error = ValueError if self.merged or name in self.deltas else None
+        error = ValueError if name in self.deltas else RuntimeError if self.merged else None
         adapter = LoraConfig(**config, init_lora_weights=False)
         if self.attempt("inject", lambda: inject(self.model, adapter, name), error):
             self.took(name, config)
@@ -271,7 +271,8 @@ class Life:
         first, second = self.there(), self.draw.choice(list(self.deltas))
         if first == second:
             return
-        error = KeyError if first == "x" else ValueError if self.merged or name in self.deltas else None
+        error = ValueError if name in self.deltas else RuntimeError if self.merged else None
+        error = KeyError if first == "x" else error
 
         def change() -> None:
             add_weighted_adapter(self.model, [first, second], [weight, 1.0], name, "cat")
