@@ -38,8 +38,7 @@ def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
     root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
     root.register_forward_hook(end_call, always_call=True)
     for name in _METHODS:
-        if callable(getattr(type(root), name, None)):
-            setattr(root, name, MethodWithNames(name, root, adapters))
+        MethodWithNames.put(name, root, adapters)
 
 
 def refuse_adapter_names(root: nn.Module, part: nn.Module) -> None:
