@@ -31,7 +31,7 @@ class NoPeftConfigs(dict):
 
 
 class TagsOfTrainers(ReplacedMethod):
-    """The ``add_model_tags`` of a Transformers model. RuntimeError: TRL's method needs a reference, or reads the head."""
+    """The ``add_model_tags`` of a model. RuntimeError: TRL's method may need a reference, or the head is adapted."""
 
     def __call__(self, tags: list[str] | str) -> None:
         if "trl" in tags and not _WITHOUT_REFERENCE & {*tags}:

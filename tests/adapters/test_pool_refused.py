@@ -143,7 +143,7 @@ def test_other_layers_second_pools_and_training_are_refused(base, root):
     with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):
         pool_of(model, root)
     for other in {"use_dora": True}, {"enable_lora": {"up": (True, False)}}:
-        with refused(model, ValueError, "has adapters (those of an AdapterPool) with", "pool.close()"):
+        with refused(model, ValueError, "has adapters (those of an AdapterPool) in a LoraLinear", "pool.close()"):
             inject(model, LoraConfig(r=2, target_modules=["up"], **other))
     model.train()
     with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):
