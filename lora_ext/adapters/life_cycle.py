@@ -32,15 +32,13 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
     have effect until unmerged, active or not.
 
     Args:
-        model: an injected model.
         names: one or several adapter names; an empty list activates none (the base model).
         trainable: True or False makes the adapters trainable or frozen from now on.
 
     Raises:
         ValueError: the model is not injected or wrapped by ``DistributedDataParallel``; a name is given twice; or two
             adapters train the same module in full (``modules_to_save``), or are DoRA adapters of one layer.
-        KeyError: there is no adapter of that name; the message lists them.
-        RuntimeError: within :func:`disable_adapters`. Nothing is changed.
+        KeyError: there is no adapter of that name. RuntimeError: within :func:`disable_adapters`. Nothing is changed.
     """
     check_not_parallel("set_adapter", model)
     adapters = find_adapters(model, "set_adapter")
@@ -64,8 +62,7 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
 @checked
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of a model's adapters, in the order of addition; empty if it is not injected."""
-    adapters = adapter_set(model)
-    return list(adapters.configs) if adapters is not None else []
+    return [] if (adapters := adapter_set(model)) is None else list(adapters.configs)
 
 
 @checked
@@ -76,9 +73,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     The end of the outermost context restores the active adapters, so adapters cannot be added, switched, renamed or
     removed meanwhile. Forwards in other threads use the base model too.
 
-    Raises:
-        ValueError: the model is not injected.
-        RuntimeError: an adapter is merged, so the base weights contain it.
+    ValueError: the model is not injected. RuntimeError: an adapter is merged, so the base weights contain it.
     """
     adapters = find_adapters(model, "disable_adapters")
     check_unmerged("disable_adapters", model)
@@ -105,10 +100,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     """Removes an inactive adapter. A layer without adapters becomes the plain base layer again.
 
     Raises:
-        ValueError: the model is not injected.
-        KeyError: there is no such adapter; the message lists them.
-        RuntimeError: it is active or merged, rows of a running call use it, or adapters are disabled. Nothing is
-            changed.
+        ValueError: the model is not injected. KeyError: there is no such adapter.
+        RuntimeError: it is active or merged, rows of a running call use it, or adapters are disabled. Nothing changes.
     """
     adapters = find_adapters(model, "delete_adapter")
     adapters.check_enabled("delete_adapter")
@@ -132,8 +125,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     """Renames an adapter. Files do not contain the name and stay valid.
 
     Raises:
-        ValueError: the model is not injected, or ``new`` is taken or cannot be a name.
-        KeyError: there is no adapter ``old``; the message lists them.
+        ValueError: the model is not injected, or ``new`` is taken or no name. KeyError: there is no adapter ``old``.
         RuntimeError: it is merged, rows of a running call use it, or adapters are disabled. Nothing is changed.
     """
     adapters = find_adapters(model, "rename_adapter")

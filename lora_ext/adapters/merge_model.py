@@ -50,11 +50,10 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     weight is dequantised, and the sum is quantised again in the same format, which loses some of the update
     (:func:`merge_errors` says how much); its stored bytes are kept.
 
-    All layers are checked before the first is changed: all of them are merged, or none. Every other function that
-    changes a model waits for the end, in any thread; a forward in another thread does not, and must not run meanwhile.
+    All layers are checked before the first is changed: all of them are merged, or none. A forward in another thread
+    must not run meanwhile.
 
     Args:
-        model: a model with LoRA layers.
         adapter_names: the adapters to merge, in the layers that have them; None: the active ones. Adapters merged
             earlier stay merged.
 
@@ -89,7 +88,6 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
     Once a layer has no merged adapter, every bit of its weight is as it was before the first merge.
 
     Args:
-        model: a model with merged LoRA layers.
         adapter_names: the adapters to take out, in the layers that have them; None: all merged ones.
 
     Raises:
@@ -139,14 +137,9 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     in full (``modules_to_save``) replaces the original. Parameters keep their ``requires_grad``: the base stays frozen.
     Quantised weights stay so, as by :func:`merge`; Transformers' ``model.dequantize()`` makes a plain model before.
 
-    Args:
-        model: a model with LoRA layers.
-        adapter_names: the adapters to merge; None: the active ones.
-
     Raises:
-        The errors of :func:`merge`, except that adapters may be merged already.
-        RuntimeError: the model has an :class:`~lora_ext.AdapterPool`.
-        The model is then unchanged.
+        The errors of :func:`merge`, except that adapters may be merged already; also RuntimeError: the model has an
+        :class:`~lora_ext.AdapterPool`. The model is then unchanged.
     """
     caller = "merge_and_unload"
     layers = _all_lora_modules(caller, model)
@@ -173,9 +166,7 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
 def unload(model: ModelT) -> ModelT:
     """Removes all adapters: the model is as before :func:`lora_ext.inject`, except that it stays frozen.
 
-    Raises:
-        ValueError: there is no adapter layer.
-        RuntimeError: an adapter is merged.
+    ValueError: there is no adapter layer. RuntimeError: an adapter is merged.
     """
     if not any(adapter_layers(model)):
         raise ValueError(f"unload: {type(model).__name__} has no LoRA layer; call inject(model, config) first")

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import first_of, listed
-from lora_ext.adapters.pool_files import PoolShape, read_adapter
+from lora_ext._common.printable import first_of, first_shape, listed
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import holds_adapter
+from lora_ext.files.adapter_file import AdapterFile, holds_adapter
+from lora_ext.files.misfits import misfits
+from lora_ext.injection.all_linear import is_all_linear
 from lora_ext.injection.inject import Injection, attach_layers, remove_empty_layers, serve_adapters
+from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.nn import LoraLinear
@@ -28,6 +31,7 @@ from lora_ext.nn.base_layer import execution_device
 from lora_ext.nn.rows import BASE, LayerSlots
 
 _SHOWN = 8  # names in a message
+_OTHER_PARTS = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "use_dora")
 
 
 class PoolStats(NamedTuple):
@@ -51,7 +55,7 @@ class AdapterPool:
     by several threads at the same time; one reads at a time.
 
     A pool holds low-rank updates of linear layers (also quantised ones), for inference. Adapters of the model itself
-    (:func:`lora_ext.inject`, :func:`lora_ext.load_adapter`) stay, and come first where a name is both.
+    stay, and come first where a name is both.
 
     Args:
         model: the model, bare or injected; on the device that computes. It is frozen as by :func:`lora_ext.inject`.
@@ -86,9 +90,10 @@ class AdapterPool:
                 "holds the adapters' directories"
             )
         adapter = _layers_of(model, LoraConfig(r=r, target_modules=target_modules))
-        shapes = {part.path: (part.layer.in_features, part.layer.out_features) for part in adapter.parts}
+        self._r = r
+        self._sizes = {part.path: (part.layer.in_features, part.layer.out_features) for part in adapter.parts}
         dtypes = {part.path: dtype or part.adapter.lora_A.dtype for part in adapter.parts}
-        slot_bytes = sum(r * sum(sizes) * dtypes[path].itemsize + 16 for path, sizes in shapes.items())
+        slot_bytes = sum(r * sum(sizes) * dtypes[path].itemsize + 16 for path, sizes in self._sizes.items())
         self._num_slots, self._slot_bytes = max_bytes // slot_bytes, slot_bytes
         if self._num_slots < 1:
             raise ValueError(
@@ -96,8 +101,7 @@ class AdapterPool:
                 "or choose a smaller r or fewer target_modules"
             )
         bare = BareModel(root_module(model))
-        head = next((path for path, module in bare.modules.items() if module is bare.head), None)
-        self._shape = PoolShape(shapes, r, head)
+        self._head = next((path for path, module in bare.modules.items() if module is bare.head), None)
         self._lock = threading.RLock()  # guards what follows
         self._held: OrderedDict[str, int] = OrderedDict()  # slots by name, the least recently used first
         self._free = list(range(self._num_slots))[::-1]
@@ -171,7 +175,7 @@ class AdapterPool:
         """Reads an adapter into a free slot, or into that of the least recently used one that no call uses."""
         if (path := self._path_of(name)) is None:
             raise KeyError(f"AdapterPool: there is no adapter {name!r} any more")
-        updates = read_adapter(path, self._shape)
+        updates = self._read(path)
         if not self._free:
             self._free.append(self._held.pop(next(held for held in self._held if not self._users[held])))
             self._evictions += 1
@@ -183,6 +187,48 @@ class AdapterPool:
                 storage.clear(slot)
         self._held[name] = self._free.pop()
         self._loads += 1
+
+    def _read(self, directory: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Returns the adapter in ``directory`` by the paths of its layers: ``lora_A``, ``lora_B`` and the scaling.
+
+        Raises:
+            OSError: a file is missing or cannot be read.
+            ValueError: a file is corrupted, its config is not supported, or the adapter does not fit the pool: other
+                layers, shapes, a larger rank, or parts that are no low-rank updates. The message lists what.
+        """
+        file = AdapterFile.open(directory, caller="AdapterPool")
+        config = file.lora_config("AdapterPool")
+        parts = [name for name in _OTHER_PARTS if getattr(config, name)] + ["bias"] * (config.bias != "none")
+        problems = [f"{name}: a pool holds low-rank updates of linear layers" for name in parts]
+        keys, targets = {}, {}
+        for path in self._named(config):  # a whole file has factors of these layers and no others
+            in_features, out_features = self._sizes[path]
+            if (rank := config.rank_for(path)) > self._r:
+                problems.append(f"rank of {path}: {rank}, above the pool's {self._r}")
+            keys[path] = A, B = f"{KEY_PREFIX}{path}.lora_A.weight", f"{KEY_PREFIX}{path}.lora_B.weight"
+            targets[A] = torch.empty(rank, in_features, device="meta")
+            targets[B] = torch.empty(out_features, rank, device="meta")
+        problems += [f"missing key: {key}" for key in targets if key not in file.tensors]
+        problems += [f"unexpected key: {key}" for key in file.tensors if key not in targets]
+        problems += misfits(targets, file.tensors)
+        if problems or not targets:
+            base = file.config.get("base_model_name_or_path")
+            raise ValueError(
+                f"AdapterPool: {file.path} does not fit the pool of rank {self._r} (its base model is {base!r}); load "
+                "it with load_adapter, or make a pool with its layers and rank:"
+                f"{listed(first_shape(problems or ['it has no factors']))}"
+            )
+        file.warn_of_damage(targets)
+        return {path: (file.tensors[A], file.tensors[B], config.scaling_for(path)) for path, (A, B) in keys.items()}
+
+    def _named(self, config: LoraConfig) -> list[str]:
+        """Returns those of the pool's layers that ``config`` targets."""
+        is_every, matches = is_all_linear(config), PathMatcher("target_modules", config.target_modules)
+        is_excluded = PathMatcher("exclude_modules", config.exclude_modules)
+        whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
+        numbers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
+        targets = (path for path in self._sizes if (path != self._head if is_every else matches(path)))
+        return [path for path in targets if path in numbers and not is_excluded(path)]
 
     def release(self, names: Sequence[str]) -> None:
         """Undoes :meth:`acquire`."""
@@ -257,10 +303,7 @@ def _layers_of(model: nn.Module, config: LoraConfig) -> Adapter:
         if not adapters.pool.is_closed:
             raise ValueError("AdapterPool: the model has a pool already; close that first")
         _detach(model, adapters.pool)  # closed by the model that this one is a copy of
-        adapters = adapter_set(model)
-    taken = () if adapters is None else adapters.configs
-    name = next(name for i in range(len(taken) + 1) if (name := f"pool{i}") not in taken)
-    adapter = Injection(model, config, name).build(torch.device("meta"))
+    adapter = Injection(model, config, "AdapterPool").build(torch.device("meta"))
     others = [part for part in adapter.parts if not isinstance(part.layer, LoraLinear)]
     if others:
         raise TypeError(

@@ -1,6 +1,6 @@
 """The adapters that a model holds, and the model as it is without them.
 
-- ``adapter_set``: the configs of the adapters, and which are active. ``trained_biases``: the model's own biases.
+- ``adapter_set``: the configs of the adapters, which are active, and the model's own biases that they train.
 - ``bare_model``: paths and modules without adapter layers.
 - ``adapter_state``: the state of adapters and methods alone, and what ``load_state_dict`` takes; ``saver``: in place of
   ``save_pretrained``.

@@ -185,7 +185,7 @@ def test_spellings_of_initialisations_that_peft_takes(theirs, ours, tmp_path):
     assert LoraConfig.from_dict(file).init_lora_weights == ours
 
 
-# Keys that a PEFT release from 0.3 to 0.21 writes and that are no fields: an error names the key once it has this value,
+# Keys that a release of PEFT writes and that are no fields: an error names the key once it has this value,
 # or it has no effect on what an adapter computes and is written back as it was read.
 REFUSED = {
     "alora_invocation_tokens": [1, 2],
