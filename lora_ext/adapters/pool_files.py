@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import first_shape, listed
+from lora_ext._common.printable import listed
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile
@@ -56,15 +56,13 @@ def read_adapter(directory: Path, shape: PoolShape) -> dict[str, tuple[Tensor, T
         keys[path] = f"{KEY_PREFIX}{path}.lora_A.weight", f"{KEY_PREFIX}{path}.lora_B.weight"
         for key, sizes in zip(keys[path], ((rank, in_features), (out_features, rank)), strict=True):
             targets[key] = torch.empty(sizes, device="meta")
-    problems += [f"missing key: {key}" for key in targets if key not in file.tensors]
-    problems += [f"unexpected key: {key}" for key in file.tensors if key not in targets]
     problems += misfits(targets, file.tensors)
     if problems or not targets:
         base = file.config.get("base_model_name_or_path")
         raise ValueError(
             f"AdapterPool: {file.path} does not fit the pool of rank {shape.r} (its base model is {base!r}); load it "
             "with load_adapter, or make a pool with its layers and rank:"
-            f"{listed(first_shape(problems or ['it has no factors']))}"
+            f"{listed(problems or ['it has no factors'])}"
         )
     file.warn_of_damage(targets)
     return {path: (file.tensors[A], file.tensors[B], config.scaling_for(path)) for path, (A, B) in keys.items()}

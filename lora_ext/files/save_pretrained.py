@@ -18,8 +18,8 @@ from torch import nn
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import is_elsewhere, is_fully_sharded, prepare_shards
 from lora_ext._common.warnings import warn_user
-from lora_ext.files.adapter_content import AdapterContent, adapter_content
-from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, holds_adapter
+from lora_ext.files.adapter_content import adapter_content
+from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile, holds_adapter
 from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.writing import write_files, write_tensors
 from lora_ext.model.adapter_set import adapter_set, find_adapter
@@ -121,7 +121,7 @@ def _save_adapters(name: str, directory: Path, module: nn.Module, method: Method
                 f"{name}: {path} holds weights of a whole model, which adapters must not replace; choose another "
                 "directory, or merge(model) first"
             )
-    contents: dict[str, AdapterContent] = {}
+    contents: dict[str, AdapterFile] = {}
     base = []
     adapters = adapter_set(module)
     for adapter_name in () if adapters is None else adapters.configs:

@@ -55,29 +55,16 @@ def test_quantised_bases_are_refused(llama_files, tmp_path, name):
     refuses(tmp_path / name, [llama_files[1]], tmp_path / "out", words, "dequantise the base first")
 
 
-def test_a_part_of_a_method_is_refused(tmp_path):
+def test_what_was_trained_with_more_than_the_adapter_is_refused(tmp_path):
     """The merged checkpoint would lack the rest, and answer otherwise than the trained model."""
     bert().save_pretrained(tmp_path / "base")
-    base, out = tmp_path / "base", tmp_path / "out"
-    both = new_method("lora+prefix-embed", r=2, target_modules=["query"])
-    save_method(apply_method(bert(), both), tmp_path / "both")
-    refuses(base, [tmp_path / "both"], out, "both holds the low-rank part of lora+prefix-embed", "load_method")
-    (tmp_path / "both" / "adapter_config.json").unlink()
-    words = "adapter_config.json is missing", "method.json there is of a method without LoRA"
-    refuses(base, [tmp_path / "both"], out, *words, error=FileNotFoundError)
-
-
-def test_a_pooling_that_the_base_does_not_name_is_refused(tmp_path):
-    model = bert()
-    model.save_pretrained(tmp_path / "base")
-    lora = new_method("lora", r=2, target_modules=["query"])
-    save_method(apply_method(set_pooling(model, "mean"), lora), tmp_path / "lora")
-    words = "trained with --pooling mean", '"classifier_pooling": "mean" into', "config.json"
-    refuses(tmp_path / "base", [tmp_path / "lora"], tmp_path / "out", *words)
-    path = tmp_path / "base" / "config.json"
-    path.write_text(path.read_text().replace("{", '{"classifier_pooling": "mean",', 1))
-    merge(tmp_path / "base", [tmp_path / "lora"], tmp_path / "out")
-    assert '"classifier_pooling": "mean"' in (tmp_path / "out" / "config.json").read_text()
+    lora = {"r": 2, "target_modules": ["query"]}
+    save_method(apply_method(bert(), new_method("lora+prefix-embed", **lora)), tmp_path / "both")
+    save_method(apply_method(set_pooling(bert(), "mean"), new_method("lora", **lora)), tmp_path / "mean")
+    for name, words in (("both", "prefix-embed"), ("mean", "trained with --pooling mean")):
+        refuses(tmp_path / "base", [tmp_path / name], tmp_path / "out", words, "load_method")
+    (tmp_path / "both" / "method.json").write_text('{"methods": [{"name": "lora", "options": {}}]}')
+    merge(tmp_path / "base", [tmp_path / "both"], tmp_path / "out")
 
 
 def test_names_with_several_places_are_refused(tmp_path):
