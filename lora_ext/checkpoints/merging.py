@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ from torch import Tensor
 from lora_ext._common.printable import shown
 from lora_ext._common.progress import Progress
 from lora_ext.checkpoints.changes import TensorChange, find_changes
-from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
+from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, write_json
 from lora_ext.checkpoints.contents import AdapterContents, open_adapter
 from lora_ext.files.adapter_file import METHOD_FILE
 from lora_ext.files.reading import open_tensors, read_json
@@ -101,12 +100,12 @@ def merge(
             if "total_parameters" in sized:
                 sized["total_parameters"] = sum(math.prod(shape) for _, shape in table.values())
             weight_map = {key: name for name, keys in shards.items() for key in keys}
-            _write_json(staging / INDEX_FILE, {"metadata": sized, "weight_map": dict(sorted(weight_map.items()))})
+            write_json(staging / INDEX_FILE, {"metadata": sized, "weight_map": dict(sorted(weight_map.items()))})
         for name in copied:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, staging / name)
         _write_config(staging / CONFIG_FILE, checkpoint, changes, dtype)
-    replaced = [bool(change.replacement or change.rows) for change in changes.values()]
+    replaced = [change.replacement is not None or bool(change.rows) for change in changes.values()]
     merged = [bool(change.terms) for change in changes.values()]
     return MergeReport(
         merged=sum(merged),
@@ -148,12 +147,12 @@ def _source(change: TensorChange, base: Checkpoint, columns: int, begin: int, en
     if change.replacement is None:
         block = base.rows(change.source, columns, begin, end)
     else:
-        file, name = change.replacement
-        block = file.tensors[name].flatten()[begin * columns : end * columns].view(-1, columns)
+        block = change.replacement.flatten()[begin * columns : end * columns].view(-1, columns)
         block = block.to(change.dtype, copy=True)
-    for indices, values in change.rows:
+    for rows in change.rows:
+        indices = torch.tensor(rows.indices, dtype=torch.long)
         here = (begin <= indices) & (indices < end)
-        block[indices[here] - begin] = values[here].to(block.dtype)
+        block[indices[here] - begin] = rows.values[here].to(block.dtype)
     return block
 
 
@@ -206,11 +205,7 @@ def _write_config(path: Path, base: Checkpoint, changes: Mapping[str, TensorChan
         _set_dtype(config, str(dtype).removeprefix("torch."))
     if is_untied:
         config["tie_word_embeddings"] = False
-    _write_json(path, config)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config)
 
 
 def _set_dtype(values: dict[str, Any], dtype: str) -> None:

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -94,13 +94,13 @@ def read_json(path: Path, caller: str = "", limit: int = LARGEST_CONFIG) -> dict
 def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     """Parses the JSON object in ``text``, which has a bounded size; bytes are UTF-8.
 
-    ValueError, which begins with ``source``: it is not JSON, not an object or deeper than 64 levels, a key is repeated,
-    or a string is not Unicode, so that no file or terminal takes it.
+    ValueError, which begins with ``source``: it is not JSON, not an object or deeper than 64 levels, or a string is not
+    Unicode, so that no file or terminal takes it.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        values = json.loads(text, object_pairs_hook=_without_repetition)
+        values = json.loads(text)
         _check_depth(values, _DEEPEST)
         json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
@@ -123,15 +123,6 @@ def _check_depth(value: Any, levels: int) -> None:
         raise RecursionError
     for inner in value.values() if isinstance(value, dict) else value:
         _check_depth(inner, levels - 1)
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"the key {key[:100]!r} occurs twice")
-        values[key] = value
-    return values
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -208,11 +199,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 # --- the index of several files ---------------------------------------------------------------------------------------
 
 
-def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Reads the index of tensors in several safetensors files of one directory, and the names of these files.
+def read_index(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, TensorInfo]]]:
+    """Reads an index of tensors in several safetensors files of its directory, and the tables of these files, by name.
 
     FileNotFoundError: a file that it names is missing. ValueError: it has no ``weight_map`` from keys to names of
-    safetensors files in the directory.
+    safetensors files in the directory, or the files hold other tensors.
     """
     index = read_json(path, limit=_LARGEST_INDEX)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
@@ -228,14 +219,11 @@ def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"{path} is not an index of a checkpoint: it names no file")
     if missing := [name for name in names if not (path.parent / name).exists()]:
         raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
-    return index, names
-
-
-def check_shards(path: Path, weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]) -> None:
-    """Raises ValueError if the files ``shards`` (name -> keys) do not hold what the index ``path`` says; names all."""
-    counts = Counter(key for keys in shards.values() for key in keys)
+    shards = {name: tensor_table(path.parent / name) for name in names}
+    counts = Counter(key for table in shards.values() for key in table)
     problems = [f"twice: {key}" for key, count in counts.items() if count > 1]
     problems += [f"not in {name}: {key}" for key, name in weight_map.items() if key not in shards[name]]
     problems += [f"not in the index: {key}" for key in counts if key not in weight_map]
     if problems:
         raise ValueError(f"{path} and its files disagree:{listed(problems)}")
+    return index, shards

@@ -53,7 +53,6 @@ WRONG = {
     "[1]": "holds a list, want an object",
     "1": "holds a int, want an object",
     "null": "holds a NoneType, want an object",
-    '{"a": 1, "b": {"c": 1, "c": 2}}': "is not JSON: the key 'c' occurs twice",
     '{"a": ' + "9" * 5000 + "}": "is not JSON: Exceeds the limit",
     '{"a": "\\ud800"}': "has a string that is not Unicode: ",
     '{"a": [["\\udfff"]]}': "has a string that is not Unicode: ",

@@ -106,7 +106,6 @@ def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]
         "infinite alpha": (json.dumps(SMALL).replace('_alpha": 2', '_alpha": 1e400'), "lora_alpha is inf"),
         "deep lists": ('{"auto_mapping": ' + "[" * (MEGABYTE // 2) + "]" * (MEGABYTE // 2) + "}", "levels"),
         "deep objects": ('{"a":' * (MEGABYTE // 6) + "1" + "}" * (MEGABYTE // 6), "levels"),
-        "a key twice": ('{"peft_type": "LORA", "r": 1, "r": 2}', "the key 'r' occurs twice"),
         "half a character": ('{"peft_type": "LORA", "target_modules": ["\\ud800"]}', "not Unicode"),
         "empty": ("", "is not JSON"),
         "list": ("[]", "holds a list"),
