@@ -22,7 +22,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import VERSION_KEY, has_present_layout, stacked_experts
-from lora_ext.files.reading import LARGEST_CONFIG, parse_json
+from lora_ext.files.reading import parse_json
 from lora_ext.model.adapter_set import Adapter, Part
 from lora_ext.model.bare_model import root_module
 from lora_ext.nn import LoraLayer
@@ -89,12 +89,10 @@ def with_options(file: AdapterFile, caller: str) -> AdapterFile:
     """Gives a file the options that its metadata hold. ValueError: they hold something else."""
     if _METADATA_KEY not in file.metadata:
         return file
-    source, text = f"{caller}: {file.path}: its metadata {_METADATA_KEY!r}", file.metadata[_METADATA_KEY]
-    if len(text) > LARGEST_CONFIG:
-        raise ValueError(f"{source} have {len(text)} characters, want at most {LARGEST_CONFIG}")
-    options = parse_json(text, source).get("config")
+    source = f"{caller}: {file.path}: its entry {_METADATA_KEY!r}"
+    options = parse_json(file.metadata[_METADATA_KEY], source).get("config")
     if not isinstance(options, dict) or options.keys() != {*_RESTORED}:
-        raise ValueError(f"{source} hold the config {shown(options)}, want {', '.join(_RESTORED)}")
+        raise ValueError(f"{source} holds the config {shown(options)}, want {', '.join(_RESTORED)}")
     return dataclasses.replace(file, config=file.config | options)
 
 

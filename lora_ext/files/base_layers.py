@@ -5,7 +5,6 @@ Their keys are ``base_model.model.<path>.weight``, or ``base_model.model.<path>.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -58,17 +57,6 @@ def base_tensors_to_save(
                 "unmerge(model), or keep the layer on a device"
             )
     return {key: tensors[key] for key in sorted(wanted)}
-
-
-def warn_of_resized_vocabulary(caller: str, model: nn.Module, held: Iterable[Tensor]) -> None:
-    """Warns if the vocabulary was resized and the embedding is not among the tensors ``held`` by the files."""
-    bare, held = BareModel(root_module(model)), {id(tensor) for tensor in held}
-    lacks_it = bare.embedding is not None and any(id(p) not in held for p in bare.embedding.parameters())
-    if lacks_it and (resized := _resizing(bare.root)):
-        warn_user(
-            f"{caller}: {resized}, and the files do not hold the embedding and the output head: save the base model, "
-            "too"
-        )
 
 
 def _resizing(root: nn.Module) -> str:

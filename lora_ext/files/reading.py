@@ -74,40 +74,26 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, caller: str = "", limit: int = LARGEST_CONFIG) -> dict[str, Any]:
-    """Reads the JSON object in the regular file ``path``, in UTF-8.
+def read_json(path: Path, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """Reads the JSON object in the regular file ``path``, in UTF-8. OSError: as ``open``. ValueError: as parse_json."""
+    with open_regular(path) as file:
+        return parse_json(file.read(limit + 1), str(path), limit)
 
-    OSError: as ``open``. ValueError, which begins with ``caller``: the file is larger than ``limit`` bytes or not
-    regular, or :func:`parse_json` refuses it.
+
+def parse_json(text: str | bytes, source: str, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """Parses the JSON object in ``text``; bytes are UTF-8.
+
+    ValueError, which begins with ``source``: it is longer than ``limit``, not JSON, not an object or deeper than 64
+    levels, or a string is not Unicode, so that no file or terminal takes it.
     """
-    begin = f"{caller}: " if caller else ""
+    if len(text) > limit:
+        raise ValueError(f"{source} is larger than {limit} bytes, the limit for it")
     try:
-        with open_regular(path) as file:
-            raw = file.read(limit + 1)
-    except ValueError as error:
-        raise ValueError(f"{begin}{error}") from error
-    if len(raw) > limit:
-        raise ValueError(f"{begin}{path} is larger than {limit} bytes, the limit for such a file")
-    return parse_json(raw, f"{begin}{path}")
-
-
-def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
-    """Parses the JSON object in ``text``, which has a bounded size; bytes are UTF-8.
-
-    ValueError, which begins with ``source``: it is not JSON, not an object or deeper than 64 levels, or a string is not
-    Unicode, so that no file or terminal takes it.
-    """
-    try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        values = json.loads(text)
+        values = json.loads(text.decode() if isinstance(text, bytes) else text)
         _check_depth(values, _DEEPEST)
         json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"{source} is nested too deeply: it has more than {_DEEPEST} levels") from None
-    except UnicodeEncodeError as error:
-        part = error.object[max(error.start - 20, 0) : error.start + 20]
-        raise ValueError(f"{source} has a string that is not Unicode: {part!r}") from None
     except ValueError as error:
         raise ValueError(f"{source} is not JSON: {error}") from error
     if not isinstance(values, dict):

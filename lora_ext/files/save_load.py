@@ -1,8 +1,6 @@
-"""Saves adapters of a model as PEFT's files, ``adapter_config.json`` and ``adapter_model.safetensors``, and loads them.
+"""Saves adapters of a model as PEFT's files, and loads them.
 
-Keys are ``base_model.model.<path>.lora_A.weight`` and ``.lora_B.weight`` for the factors of a linear layer, the names
-of ``file_tensors`` for other layers, and ``base_model.model.<path>.<name>`` for the parameters and buffers of a module
-trained in full.
+Keys are ``base_model.model.`` and the names of each layer's ``file_tensors``, such as ``<path>.lora_A.weight``.
 """
 
 from __future__ import annotations
@@ -51,8 +49,8 @@ def save_adapter(
 ) -> None:
     """Saves an adapter of an injected ``model`` to ``directory``, where PEFT's ``from_pretrained`` can read it.
 
-    Makes the directory if needed, replaces an adapter in it and keeps other files. Each file appears whole, the config
-    last. All ranks of a sharded model (FSDP2, ZeRO-3) must call it: they gather the factors, and the first one writes.
+    Replaces an adapter in it and keeps other files. Each file appears whole, the config last. All ranks of a sharded
+    model (FSDP2, ZeRO-3) must call it: they gather the factors, and the first one writes.
 
     Args:
         adapter_name: the adapter to save; None: the active one, if no other one trains.

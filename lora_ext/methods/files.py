@@ -20,7 +20,7 @@ from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.files.adapter_content import adapter_content, base_name
 from lora_ext.files.adapter_file import ADAPTER_FILES, METHOD_FILE, AdapterFile, read_tensors
-from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_vocabulary
+from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.misfits import misfits
 from lora_ext.files.reading import read_json
 from lora_ext.files.save_load import eval_unless_training, load_opened, read_adapter
@@ -98,8 +98,6 @@ def _files(model: nn.Module, method: Method) -> MethodFiles:
         }
         if (pooling := pooling_of(model)) is not None:
             content["pooling"] = pooling
-        if not has_adapter:
-            warn_of_resized_vocabulary("save_method", model, trained().values())
         tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained().items()}
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})

@@ -43,7 +43,7 @@ def test_an_object_is_read(values, tmp_path):
     for ensure_ascii in (True, False):
         path = tmp_path / "x.json"
         path.write_text(json.dumps(values, ensure_ascii=ensure_ascii), encoding="utf-8")
-        assert read_json(path, "test", 10**7) == values
+        assert read_json(path, 10**7) == values
     assert parse_json('{"a": ' + "[" * 63 + "]" * 63 + "}", "the largest depth")
 
 
@@ -54,9 +54,9 @@ WRONG = {
     "1": "holds a int, want an object",
     "null": "holds a NoneType, want an object",
     '{"a": ' + "9" * 5000 + "}": "is not JSON: Exceeds the limit",
-    '{"a": "\\ud800"}': "has a string that is not Unicode: ",
-    '{"a": [["\\udfff"]]}': "has a string that is not Unicode: ",
-    '{"\\ud800": 1}': "has a string that is not Unicode: ",
+    '{"a": "\\ud800"}': "surrogates not allowed",
+    '{"a": [["\\udfff"]]}': "surrogates not allowed",
+    '{"\\ud800": 1}': "surrogates not allowed",
     '{"a": ' + "[" * 64 + "]" * 64 + "}": "more than 64 levels",
     '{"a": ' * 65 + "1" + "}" * 65: "more than 64 levels",
     '{"a": ' + "[" * 10**5 + "]" * 10**5 + "}": "more than 64 levels",
@@ -69,10 +69,10 @@ WRONG = {
 def test_bad_json_is_refused_in_one_line(text, message, tmp_path):
     path = tmp_path / "x.json"
     path.write_text(text, encoding="utf-8")
-    for read in (lambda: read_json(path, "test", 10**7), lambda: parse_json(text, f"test: {path}")):
+    for read in (lambda: read_json(path, 10**7), lambda: parse_json(text, str(path))):
         with pytest.raises(ValueError) as caught:
             read()
-        assert str(caught.value).startswith(f"test: {path} ") and message in str(caught.value)
+        assert str(caught.value).startswith(f"{path} ") and message in str(caught.value)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 300
 
 
@@ -83,9 +83,9 @@ def test_bytes_that_are_not_text_and_files_above_the_limit(tmp_path):
         with pytest.raises(ValueError, match=r"x\.json is not JSON"):
             read_json(path)
     path.write_text('{"a": 1}')
-    assert read_json(path, "test", 8) == {"a": 1}
-    with pytest.raises(ValueError, match=r"test: .*x\.json is larger than 7 bytes"):
-        read_json(path, "test", 7)
+    assert read_json(path, 8) == {"a": 1}
+    with pytest.raises(ValueError, match=r"x\.json is larger than 7 bytes"):
+        read_json(path, 7)
 
 
 @pytest.mark.parametrize("read", [read_json, tensor_table])

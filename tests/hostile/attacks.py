@@ -106,7 +106,7 @@ def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]
         "infinite alpha": (json.dumps(SMALL).replace('_alpha": 2', '_alpha": 1e400'), "lora_alpha is inf"),
         "deep lists": ('{"auto_mapping": ' + "[" * (MEGABYTE // 2) + "]" * (MEGABYTE // 2) + "}", "levels"),
         "deep objects": ('{"a":' * (MEGABYTE // 6) + "1" + "}" * (MEGABYTE // 6), "levels"),
-        "half a character": ('{"peft_type": "LORA", "target_modules": ["\\ud800"]}', "not Unicode"),
+        "half a character": ('{"peft_type": "LORA", "target_modules": ["\\ud800"]}', "surrogates not allowed"),
         "empty": ("", "is not JSON"),
         "list": ("[]", "holds a list"),
         "BOM": ("\ufeff" + json.dumps(SMALL), "is not JSON"),
@@ -197,6 +197,6 @@ def weights() -> dict[str, tuple[bytes, str]]:
         "short": (b"\0" * 7, wrong),
         "deep note": (_with_note('{"a":' * (MEGABYTE // 6) + "1" + "}" * (MEGABYTE // 6)), "levels"),
         "list as note": (_with_note([]), "holds a list"),
-        "note of others": (_with_note({"config": {"x": "x" * MEGABYTE}}), "hold the config {'x'"),
+        "note of others": (_with_note({"config": {"x": "x" * MEGABYTE}}), "holds the config {'x'"),
         "config in the note": (_with_note({"config": config | {"rank_pattern": "x"}}), "rank_pattern is 'x'"),
     }

@@ -205,9 +205,9 @@ KEY = "base_model.model.qkv.lora_B.weight"
         ),
         (
             lambda tensors, note: note.pop("config"),
-            "its metadata 'lora_ext' hold the config None, want enable_",
+            "its entry 'lora_ext' holds the config None, want enable_",
         ),
-        (lambda tensors, note: note["config"].pop("enable_lora"), "its metadata 'lora_ext' hold the config {"),
+        (lambda tensors, note: note["config"].pop("enable_lora"), "its entry 'lora_ext' holds the config {"),
     ],
 )
 def test_damaged_metadata(damage, text, tmp_path):
