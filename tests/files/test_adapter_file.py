@@ -75,21 +75,6 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     assert blocker.read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
-def test_an_error_while_writing_keeps_the_old_pair(error, tmp_path, monkeypatch):
-    adapter_of_net(tmp_path)
-    before = contents(tmp_path)
-
-    def failing(path, tensors, metadata):
-        path.write_bytes(b"part")
-        raise error
-
-    monkeypatch.setattr(adapter_file, "write_tensors", failing)
-    with pytest.raises(type(error)):
-        adapter_of_net(tmp_path, r=3, lora_alpha=5)
-    assert contents(tmp_path) == before
-
-
 def test_no_reader_finds_the_weights_of_another_save(tmp_path, monkeypatch):
     """The config is read first, and is another one when the weights have been replaced."""
     adapter_of_net(tmp_path)

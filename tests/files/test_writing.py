@@ -48,26 +48,6 @@ def test_files_are_replaced_together(tmp_path):
         assert content(tmp_path) == expected and not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize(("config", "is_there"), [("old", True), ("new", False)])
-def test_no_old_file_is_next_to_a_new_one(tmp_path, monkeypatch, config, is_there):
-    """The last file is missing while the others change, unless it stays as it is."""
-    names, seen = ("weights", "config"), []
-    for name in names:
-        (tmp_path / name).write_text("old")
-    replace = os.replace
-
-    def watched(source, target):
-        seen.append((Path(target).name, (tmp_path / "config").exists()))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", watched)
-    with write_files(tmp_path, names, "save") as staging:
-        (staging / "weights").write_text("new")
-        (staging / "config").write_text(config)
-    assert seen == [("weights", is_there), ("config", is_there)]
-    assert content(tmp_path) == {"weights": "new", "config": config}
-
-
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "a" / "out"
     for error in (ValueError, KeyboardInterrupt):
