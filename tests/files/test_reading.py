@@ -44,48 +44,15 @@ def test_an_object_is_read(values, tmp_path):
         path = tmp_path / "x.json"
         path.write_text(json.dumps(values, ensure_ascii=ensure_ascii), encoding="utf-8")
         assert read_json(path, 10**7) == values
-    assert parse_json('{"a": ' + "[" * 63 + "]" * 63 + "}", "the largest depth")
 
 
-WRONG = {
-    "": "is not JSON",
-    "{": "is not JSON",
-    "[1]": "holds a list, want an object",
-    "1": "holds a int, want an object",
-    "null": "holds a NoneType, want an object",
-    '{"a": ' + "9" * 5000 + "}": "is not JSON: Exceeds the limit",
-    '{"a": "\\ud800"}': "surrogates not allowed",
-    '{"a": [["\\udfff"]]}': "surrogates not allowed",
-    '{"\\ud800": 1}': "surrogates not allowed",
-    '{"a": ' + "[" * 64 + "]" * 64 + "}": "more than 64 levels",
-    '{"a": ' * 65 + "1" + "}" * 65: "more than 64 levels",
-    '{"a": ' + "[" * 10**5 + "]" * 10**5 + "}": "more than 64 levels",
-    '{"a": "\n"}': "is not JSON",
-    "\ufeff{}": "is not JSON",
-}
-
-
-@pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=range(len(WRONG)))
-def test_bad_json_is_refused_in_one_line(text, message, tmp_path):
+def test_the_limits_of_a_size_and_a_depth(tmp_path):
     path = tmp_path / "x.json"
-    path.write_text(text, encoding="utf-8")
-    for read in (lambda: read_json(path, 10**7), lambda: parse_json(text, str(path))):
-        with pytest.raises(ValueError) as caught:
-            read()
-        assert str(caught.value).startswith(f"{path} ") and message in str(caught.value)
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 300
-
-
-def test_bytes_that_are_not_text_and_files_above_the_limit(tmp_path):
-    path = tmp_path / "x.json"
-    for raw in (b"\xff{}", b'{"a": "\xed\xa0\x80"}', b"\0" * 10):
-        path.write_bytes(raw)
-        with pytest.raises(ValueError, match=r"x\.json is not JSON"):
-            read_json(path)
     path.write_text('{"a": 1}')
     assert read_json(path, 8) == {"a": 1}
     with pytest.raises(ValueError, match=r"x\.json is larger than 7 bytes"):
         read_json(path, 7)
+    assert parse_json('{"a": ' + "[" * 63 + "]" * 63 + "}", "the largest depth")
 
 
 @pytest.mark.parametrize("read", [read_json, tensor_table])
@@ -158,25 +125,6 @@ def test_a_header_that_is_too_long_or_missing(tmp_path):
         file.truncate(100_000_009)
     with pytest.raises(ValueError, match="header too large"):
         tensor_table(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "shape", "message"),
-    [
-        ('"a\\u001b[31m\\nfake: error"', "U8", "[2]", r"cannot be printed: 'a\\x1b\[31m\\nfake: error'"),
-        (f'"{"x" * 501}"', "U8", "[2]", "a name of 501 characters"),
-        ('"a"', "U8", "[4611686018427387904,0]", r"a has a shape that PyTorch cannot hold: \[4611686018427387904, 0\]"),
-        ('"a"', "U8", f"[{','.join(['1'] * 64)},2]", "a has a shape that PyTorch cannot hold"),
-        ('"a"', "F4", "[4]", "a has the dtype F4, which PyTorch cannot hold"),
-    ],
-)
-def test_what_pytorch_cannot_hold_or_a_message_not_name(name, dtype, shape, message, tmp_path):
-    nbytes = 0 if shape.endswith("0]") else 2
-    header = f'{{{name}:{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,{nbytes}]}}}}'.encode()
-    (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header + b"ab"[:nbytes])
-    with pytest.raises(ValueError, match=message) as caught:
-        tensor_table(tmp_path / "x")
-    assert str(caught.value).isprintable()
 
 
 def test_files_of_the_library_are_read(tmp_path):
