@@ -117,15 +117,6 @@ def test_square_experts_need_to_be_told(tmp_path, transposed):
     check_as_by_peft(model, tmp_path, settings, fan_in_fan_out=transposed)
 
 
-def test_grouped_convolutions_are_refused(tmp_path):
-    """An update reaches across the groups, as in PEFT."""
-    model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
-    save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
-    peft_adapter(model, tmp_path / "adapter", target_modules=["conv"], r=4)
-    with pytest.raises(ValueError, match=r"rank of conv: .*reaches across the groups"):
-        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
-
-
 def test_prefixes_of_the_base_may_differ(tmp_path):
     whole = bert()
     for name, model, adapted in (("longer", whole.bert, whole), ("shorter", whole, whole.bert)):

@@ -179,11 +179,7 @@ def _kinds(directory: Path) -> Iterator[Case]:
 
 def _checkpoints(folder: Path) -> Iterator[Case]:
     """Yields every function on checkpoints for every damage, which must write nothing."""
-    tensors = {
-        f"{layer}.{name}": torch.ones(7, 9)[0 if name == "bias" else slice(None)]
-        for layer in "abc"
-        for name in ("weight", "bias")
-    }
+    tensors = {f"{layer}.weight": torch.ones(7, 9) for layer in "abc"} | {"a.bias": torch.ones(7)}
     base, bad, out = save_checkpoint(tensors, folder / "good", shards=2), folder / "bad", folder / "out"
     readers = {
         "merge": lambda: merge(bad, [folder / "adapter"], out),
