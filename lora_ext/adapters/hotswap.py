@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import first_shape, listed
+from lora_ext._common.printable import listed
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
@@ -89,11 +89,10 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
     check_low_rank("hotswap_adapter", adapter)
     targets = _in_file(adapter.tensors())
     values = {key: tensor for part in adapter.parts for key, tensor in _values_of(part, config, file).items()}
-    problems = [f"missing key: {key}" for key in targets if key not in values]
-    if problems := problems + misfits(targets, values) + _other_keys(adapter, file, targets):
+    if problems := misfits(targets, values) + _other_keys(adapter, file, targets):
         raise ValueError(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
-            f"prepare_hotswap first):{listed(first_shape(problems))}"
+            f"prepare_hotswap first):{listed(problems)}"
         )
     file.warn_of_damage(key for key in values if key in file.tensors)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import first_of, first_shape, listed
+from lora_ext._common.printable import first_of, listed
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, holds_adapter
@@ -208,15 +208,13 @@ class AdapterPool:
             keys[path] = A, B = f"{KEY_PREFIX}{path}.lora_A.weight", f"{KEY_PREFIX}{path}.lora_B.weight"
             targets[A] = torch.empty(rank, in_features, device="meta")
             targets[B] = torch.empty(out_features, rank, device="meta")
-        problems += [f"missing key: {key}" for key in targets if key not in file.tensors]
-        problems += [f"unexpected key: {key}" for key in file.tensors if key not in targets]
         problems += misfits(targets, file.tensors)
         if problems or not targets:
             base = file.config.get("base_model_name_or_path")
             raise ValueError(
                 f"AdapterPool: {file.path} does not fit the pool of rank {self._r} (its base model is {base!r}); load "
                 "it with load_adapter, or make a pool with its layers and rank:"
-                f"{listed(first_shape(problems or ['it has no factors']))}"
+                f"{listed(problems or ['it has no factors'])}"
             )
         file.warn_of_damage(targets)
         return {path: (file.tensors[A], file.tensors[B], config.scaling_for(path)) for path, (A, B) in keys.items()}

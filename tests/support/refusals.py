@@ -149,9 +149,6 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
         "trainable": True,
         "adapter_name": "c",
         "activate": False,
-        "download": False,
-        "revision": None,
-        "subfolder": "",
     },
     AdapterPool: lambda path: {
         "model": Net(),
@@ -269,9 +266,12 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
         "the active adapters are ['a', 'b'], want exactly one, or a name",
     ),
     (save_adapter, {"directory": lambda path: saved(path) / "adapter_config.json"}, OSError, "adapter_config.json"),
-    (load_adapter, {"subfolder": "../b"}, ValueError, "subfolder is '../b', want one within the directory"),
-    (load_adapter, {"revision": "main"}, ValueError, "revision is 'main', but nothing is downloaded; set download=Tru"),
-    (load_adapter, {"directory": "org/name"}, FileNotFoundError, "on the Hugging Face hub: load_adapter(..., download"),
+    (
+        load_adapter,
+        {"directory": "org/name"},
+        FileNotFoundError,
+        "that huggingface_hub.snapshot_download",
+    ),
     (
         load_adapter,
         {"directory": lambda path: damaged(path, "adapter_config.json", b"{")},
