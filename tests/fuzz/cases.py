@@ -24,7 +24,8 @@ _NEVER = re.compile(
 _CLEAR = re.compile(
     r"can't allocate memory: you tried to allocate|Storage size calculation overflowed|Overflow when unpa|"
     r"its data is not allocated yet|Inference tensors cannot be saved for backward|"
-    r"are out of bounds for storage of size|cannot be represented as a SymInt|Device (string|index) must|error unpacking string as utf-8|embedded null byte"
+    r"are out of bounds for storage of size|"
+    r"cannot be represented as a SymInt|Device (string|index) must|error unpacking string as utf-8|embedded null byte"
 )
 
 
