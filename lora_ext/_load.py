@@ -30,12 +30,8 @@ def _remedy() -> str:
         return _REBUILD
     places = (Path(entry).resolve() / _HERE.name for entry in sys.path)
     installed = next((place for place in places if (place / LIBRARY.name).exists()), None)
-    if installed is None:
-        return f"This is a checkout without a build, and no built package is installed: run `make build` in {checkout}."
-    return (
-        f"This is a checkout without a build, and Python found it before the package that is installed in {installed}: "
-        f"run `make build` in {checkout}, or start Python in another folder."
-    )
+    hides = f", or start Python in another folder: it hides the one installed in {installed}" if installed else ""
+    return f"This is a checkout without a build: run `make build` in {checkout}{hides}."
 
 
 def _load_cpu() -> None:
@@ -70,10 +66,7 @@ def _member(name: str) -> Any:
     try:
         return getattr(_C, name)
     except AttributeError:
-        raise ImportError(
-            f"lora_ext: the compiled module _C in {_HERE} was built from other sources than this Python package: it "
-            f"has no {name}. {_REBUILD}"
-        ) from None
+        raise _from_other_sources("the compiled module _C", name) from None
 
 
 def _load_cuda() -> str:
@@ -89,18 +82,22 @@ def _load_cuda() -> str:
     return ""
 
 
-def _check_isa() -> None:
+def _check_choices() -> None:
     if not cpu_isa():
+        wanted = f"one of {', '.join(available_cpu_isas())} on this machine"
         raise ImportError(
-            f"lora_ext: LORA_EXT_CPU_ISA is {os.environ['LORA_EXT_CPU_ISA']!r}, want one of "
-            f"{', '.join(available_cpu_isas())} on this machine, or unset it"
+            f"lora_ext: LORA_EXT_CPU_ISA is {os.environ['LORA_EXT_CPU_ISA']!r}, want {wanted}, or unset it"
         )
-
-
-def _check_base_product() -> None:
     if not base_product():
         value = os.environ["LORA_EXT_BASE_PRODUCT"]
         raise ImportError(f"lora_ext: LORA_EXT_BASE_PRODUCT is {value!r}, want own or library, or unset it")
+
+
+def _from_other_sources(file: str, lacks: str) -> ImportError:
+    return ImportError(
+        f"lora_ext: {file} in {_HERE} was built from other sources than this Python package: it has no {lacks}. "
+        f"{_REBUILD}"
+    )
 
 
 def op_named(name: str) -> torch._ops.OpOverload:
@@ -108,10 +105,7 @@ def op_named(name: str) -> torch._ops.OpOverload:
     try:
         return getattr(torch.ops.lora_ext, name).default
     except AttributeError:
-        raise ImportError(
-            f"lora_ext: {LIBRARY.name} in {_HERE} was built from other sources than this Python package: it has no op "
-            f"{name}. {_REBUILD}"
-        ) from None
+        raise _from_other_sources(LIBRARY.name, f"op {name}") from None
 
 
 def check_kernels_exist(op: str, device: torch.device) -> None:
@@ -129,6 +123,5 @@ cpu_isa, available_cpu_isas = _member("cpu_isa"), _member("available_cpu_isas")
 base_product = _member("base_product")
 streams_weight, plan_forward, plan_backward = map(_member, ("streams_weight", "plan_forward", "plan_backward"))
 refusals = _member("refusals")
-_check_isa()
-_check_base_product()
+_check_choices()
 cuda_unavailable_reason: str = _load_cuda()

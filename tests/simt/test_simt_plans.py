@@ -1,4 +1,4 @@
-"""Tests the plans of the CUDA kernels at the sizes of real layers (``lora_ext._C``), and that the kernels follow them."""
+"""Tests the plans of the CUDA kernels (``lora_ext._C``) at the sizes of real layers, and that kernels follow them."""
 
 from __future__ import annotations
 
