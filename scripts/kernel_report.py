@@ -49,7 +49,6 @@ PASS = dict(async_copies=True, wide_loads=True, dynamic_shared=MAX_BLOCK_SHARED)
 MMA = dict(tensor_cores=True, **PASS)
 FEW_TOKENS = dict(tensor_cores=True, wide_loads=True, dynamic_shared=84 * 1024)
 EXPAND = dict(tensor_cores=True, wide_loads=True, wide_stores=True, dynamic_shared=48 * 1024)
-GROUPED = dict(wide_loads=True, dynamic_shared=40 * 1024)
 
 FAMILIES = [
     Family("dropout mask", r"^dropout_mask_kernel"),
@@ -74,14 +73,10 @@ FAMILIES = [
     Family("mma few tokens", r"^mma::few_tokens_kernel", blocks_per_sm=1, **FEW_TOKENS),
     # Rows that choose their factors.
     Family("grouped index", r"^grouped::(group_index|write_entries)_kernel"),
-    Family("grouped few rows, float64", r"^grouped::few_rows_\w+<double", wide_loads=True, dynamic_shared=8 * 1024),
-    Family("grouped few rows", r"^grouped::few_rows_", blocks_per_sm=4, wide_loads=True, dynamic_shared=8 * 1024),
+    Family("grouped few rows", r"^grouped::few_rows_", blocks_per_sm=4, wide_loads=True, dynamic_shared=4 * 1024),
     Family("grouped sums of chunks", r"^grouped::grouped_chunk_sums_kernel"),
-    Family("grouped mma shrink and sums", r"^grouped::grouped_(shrink|factor_sums)_mma_kernel", **MMA),
-    Family("grouped mma expand", r"^grouped::grouped_expand_mma_kernel", wide_stores=True, **MMA),
-    Family("grouped fma, float64", r"^grouped::grouped_\w+_kernel<double", 1, **GROUPED),
-    Family("grouped fma expand", r"^grouped::grouped_expand_kernel", wide_stores=True, **GROUPED),
-    Family("grouped fma", r"^grouped::grouped_\w+_kernel", **GROUPED),
+    Family("grouped shrink and sums", r"^grouped::grouped_(shrink|factor_sums)_kernel", **MMA),
+    Family("grouped expand", r"^grouped::grouped_expand_kernel", wide_stores=True, **MMA),
 ]
 
 

@@ -56,6 +56,15 @@ inline Plan plan_and_run(const LoraCall& call, const Tensor& like) {
   return plan;
 }
 
+inline void plan_and_run(const GroupedCall& call, const Tensor& like) {
+  const GpuStream stream = current_stream(like);
+  const GroupedPlan plan = make_plan(call, {stream.multiprocessors});
+  const Tensor scratch = empty_bytes({plan.scratch_bytes}, like);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();  // another library's error, before anything changes
+  run_plan(call, plan, scratch.mutable_data_ptr(), stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 // out [m, n] += a [m, k] @ b [k, n] on the current stream. The shim bypasses autograd and autocast.
 inline void add_base_product(const Tensor& out, const Tensor& a, const Tensor& b) {
   LORA_EXT_CALL_TORCH(aoti_torch_cuda_addmm_out, out.get(), out.get(), a.get(), b.get(), 1.0, 1.0);

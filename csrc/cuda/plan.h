@@ -17,8 +17,10 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "../common/params.h"
+#include "grouped.h"
 
 namespace lora_ext::cuda {
 
@@ -46,6 +48,21 @@ struct LoraCall {
   DType dtype() const;  // of x
 };
 
+// A call of lora_grouped_ or of its backward: one of the first two is not null.
+struct GroupedCall {
+  const LoraGroupedForwardParams* forward = nullptr;
+  const LoraGroupedBackwardParams* backward = nullptr;
+  const GroupedRows& rows;
+  std::span<const GroupedEntry> entries;
+
+  GroupedCall(const LoraGroupedForwardParams& p, const GroupedRows& r, std::span<const GroupedEntry> e)
+      : forward(&p), rows(r), entries(e) {}
+  GroupedCall(const LoraGroupedBackwardParams& p, const GroupedRows& r, std::span<const GroupedEntry> e)
+      : backward(&p), rows(r), entries(e) {}
+
+  DType dtype() const { return forward ? forward->dtype : backward->dtype; }  // of x
+};
+
 enum class Kernel : uint8_t {
   kRoundFactors,
   kPackFactors,
@@ -57,11 +74,21 @@ enum class Kernel : uint8_t {
   kExpandLong,
   kFewTokens,
   kGradientSums,
+  // of lora_grouped_:
+  kWriteEntries,
+  kDropoutMask,
+  kGroupIndex,
+  kFewRowsShrink,
+  kFewRowsExpand,
+  kGroupedShrink,
+  kGroupedExpand,
+  kGroupedFactorSums,
+  kGroupedChunkSums,
 };
 const char* name_of(Kernel kernel);  // of the function, without "_kernel"
 
 // What a launch makes. shrink_and_sum makes grad_lora_B, too.
-enum class Result : uint8_t { kFactors, kXa, kY, kGradXa, kGradX, kGradLoraA, kGradLoraB, kGradients };
+enum class Result : uint8_t { kFactors, kXa, kY, kGradXa, kGradX, kGradLoraA, kGradLoraB, kGradients, kMask, kIndex };
 const char* name_of(Result result);
 
 struct PlannedLaunch {
@@ -73,6 +100,8 @@ struct PlannedLaunch {
   uint32_t shared_bytes = 0;
   int sibling = 0;                          // of a pass over one grad_y
   int first_rank_tile = 0, rank_tiles = 1;  // of a pass
+  int64_t feature_tiles = 1;                // of a grouped expand or sum
+  int64_t first_entry = 0;                  // of write_entries
 };
 
 // How a pass is divided into blocks.
@@ -128,6 +157,19 @@ struct Plan {
 };
 
 Plan make_plan(const LoraCall& call, const Gpu& gpu);
+
+// The plan of a GroupedCall. Grids have a size that suits every choice of the rows.
+struct GroupedPlan {
+  PassSplit shrink;               // ranges of features, of xa or grad_xa
+  int64_t entries = 0;            // byte offsets, as in Scratch: the table of many entries
+  int64_t order = 0, begin = 0;   // the index: entries sorted by group, and where groups begin
+  int64_t tiles = 0, chunks = 0;  // the index: groups of tiles and of chunks
+  int64_t rank_partials = Scratch::kNone, grad_xa = Scratch::kNone, factor_partials = Scratch::kNone;
+  int64_t scratch_bytes = 0;
+  std::vector<PlannedLaunch> launches;
+};
+
+GroupedPlan make_plan(const GroupedCall& call, const Gpu& gpu);
 
 std::string to_string(const LoraCall& call, const Plan& plan, const Gpu& gpu);
 // The blocks of one launch: "64 chunks of 128 tokens x 2 ranges of 2048 features".

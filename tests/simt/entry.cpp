@@ -1,6 +1,5 @@
-// Exports the kernels' launch functions (csrc/cuda/launch.h, grouped.h, merge.h) to Python. To add one: a line here and
+// Exports the kernels' launch functions (csrc/cuda/launch.h, merge.h) to Python. To add one: a line here and
 // a function in ops.py.
-#include "../../csrc/cuda/grouped.h"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/merge.h"
 
@@ -54,13 +53,14 @@ EXPORT void run_gather_records(const MergeParams* p, const MergeLayer* layers, i
 
 // entries [num_entries]
 #define EXPORT_GROUPED(Params)                                                                                         \
-  EXPORT int64_t workspace_bytes_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries,       \
-                                          int64_t num_entries, int multiprocessors) {                                  \
-    return grouped_workspace_bytes(*p, *rows, {entries, entries + num_entries}, stream_of(multiprocessors));           \
+  EXPORT int64_t scratch_bytes_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries,         \
+                                        int64_t num_entries, int multiprocessors) {                                    \
+    return make_plan({*p, *rows, {entries, entries + num_entries}}, {multiprocessors}).scratch_bytes;                  \
   }                                                                                                                    \
   EXPORT void run_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries, int64_t num_entries, \
-                           void* workspace, int multiprocessors) {                                                     \
-    launch_grouped(*p, *rows, {entries, entries + num_entries}, workspace, stream_of(multiprocessors));                \
+                           void* scratch, int multiprocessors) {                                                       \
+    const GroupedCall call(*p, *rows, {entries, entries + num_entries});                                               \
+    run_plan(call, make_plan(call, {multiprocessors}), scratch, stream_of(multiprocessors));                           \
   }
 
 EXPORT_GROUPED(LoraGroupedForwardParams)

@@ -22,7 +22,7 @@ from .driver import Library, kernels
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
 PAIRS = [(x, factor) for x, factor in layers.DTYPES if x.itemsize == 2]  # of x and of the factors
-WORKSPACE_ALIGNMENT = 256
+SCRATCH_ALIGNMENT = 256
 
 
 @dataclass
@@ -68,7 +68,7 @@ def run(p: ctypes.Structure, library: Library, weights: ctypes.Structure | None 
     if scratch_bytes := getattr(library.c, f"scratch_bytes_{name}", None):
         scratch_bytes.restype = ctypes.c_int64
         num_bytes = scratch_bytes(*arguments, library.multiprocessors)
-        scratch = library.allocate(num_bytes, "scratch", WORKSPACE_ALIGNMENT)
+        scratch = library.allocate(num_bytes, "scratch", SCRATCH_ALIGNMENT)
     getattr(library.c, f"run_{name}")(*arguments, ctypes.c_void_p(scratch), library.multiprocessors)
     library.check()
 
