@@ -745,6 +745,25 @@ std::string title(const LoraCall& call) {
   return describe("backward of shrink", p, sizes_of(p.siblings, p.num_siblings, in(p.in_features)));
 }
 
+template <class PlanType>
+std::string printed(const std::string& heading, const PlanType& plan, std::span<const PlannedLaunch> launches,
+                    int64_t scratch_bytes, const Gpu& gpu) {
+  std::string lines = text("%s\n%lld launches on %d multiprocessors, %lld bytes of scratch memory", heading.c_str(),
+                           number(static_cast<int64_t>(launches.size())), gpu.multiprocessors, number(scratch_bytes));
+  for (const PlannedLaunch& launch : launches) {
+    const std::string kernel =
+        launch.variant > 0 ? text("%s<%d>", name_of(launch.kernel), launch.variant) : name_of(launch.kernel);
+    const std::string grid = launch.grid_y == 1 ? text("%lld", number(launch.grid_x))
+                                                : text("%lld x %lld", number(launch.grid_x), number(launch.grid_y));
+    lines += text("\n  %-19s %-11s %11s blocks of %d threads", kernel.c_str(), name_of(launch.result), grid.c_str(),
+                  launch.threads);
+    if (launch.shared_bytes > 0) lines += text(", %6u bytes shared", launch.shared_bytes);
+    const std::string detail = describe(plan, launch);
+    if (!detail.empty()) lines += "; " + detail;
+  }
+  return lines;
+}
+
 }  // namespace
 
 DType LoraCall::dtype() const {
@@ -821,21 +840,27 @@ std::string describe(const Plan& plan, const PlannedLaunch& launch) {
   }
 }
 
-std::string to_string(const LoraCall& call, const Plan& plan, const Gpu& gpu) {
-  std::string lines = text("%s\n%d launches on %d multiprocessors, %lld bytes of scratch memory", title(call).c_str(),
-                           plan.num_launches, gpu.multiprocessors, number(plan.scratch.bytes));
-  for (const PlannedLaunch& launch : plan.launches()) {
-    const std::string kernel =
-        launch.variant > 0 ? text("%s<%d>", name_of(launch.kernel), launch.variant) : name_of(launch.kernel);
-    const std::string grid = launch.grid_y == 1 ? text("%lld", number(launch.grid_x))
-                                                : text("%lld x %lld", number(launch.grid_x), number(launch.grid_y));
-    lines += text("\n  %-18s %-11s %11s blocks of %d threads", kernel.c_str(), name_of(launch.result), grid.c_str(),
-                  launch.threads);
-    lines += launch.shared_bytes > 0 ? text(", %6u bytes shared", launch.shared_bytes) : std::string();
-    const std::string detail = describe(plan, launch);
-    lines += detail.empty() ? "" : "; " + detail;
+std::string describe(const GroupedPlan& plan, const PlannedLaunch& launch) {
+  switch (launch.kernel) {
+    case Kernel::kFewRowsShrink:
+    case Kernel::kGroupedShrink:
+      return text("%lld ranges of %lld features", number(plan.shrink.ranges), number(plan.shrink.features_per_range));
+    default: return "";
   }
-  return lines;
+}
+
+std::string to_string(const LoraCall& call, const Plan& plan, const Gpu& gpu) {
+  return printed(title(call), plan, plan.launches(), plan.scratch.bytes, gpu);
+}
+
+std::string to_string(const GroupedCall& call, const GroupedPlan& plan, const Gpu& gpu) {
+  const auto title = [&](const char* what, const auto& p) {
+    return text("grouped %s of %lld rows, %lld -> %lld (rank up to %lld), %lld groups, %s, factors %s", what,
+                number(call.rows.num_tokens), number(p.in_features), number(p.out_features), number(p.max_rank),
+                number(call.rows.num_groups), dtype_name(p.dtype), dtype_name(p.factor_dtype));
+  };
+  const std::string heading = call.forward ? title("forward", *call.forward) : title("backward", *call.backward);
+  return printed(heading, plan, plan.launches, plan.scratch_bytes, gpu);
 }
 
 }  // namespace lora_ext::cuda
