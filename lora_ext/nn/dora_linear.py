@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,6 @@ from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.base_layer import is_conv1d, plain_linear, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import Matrix
 from lora_ext.nn.linear import OverLinear, linear_sizes
-from lora_ext.nn.rows import RowChoice, call_by_rows, row_choice
 from lora_ext.nn.tensor_parallel import split_dim
 from lora_ext.quantized import QuantizedWeight, quantized_weight
 from lora_ext.quantized.rescaled import RescaledWeight
@@ -93,33 +91,23 @@ class DoraLinear(OverLinear):
     # --- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (choice := row_choice(self.active)) is not None:
-            return self._forward_rows(choice, x, *args, **kwargs)
-        names = self._applied()
+        names = self._applied_to_all()
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if len(names) > 1:
             raise RuntimeError(f"DoraLinear: {list(names)} are active; use one DoRA adapter at a time (set_adapter)")
-        return self._output(names[0], x, *args, **kwargs)
-
-    def _output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = self.base_layer._parameters.get("weight")
         if is_elsewhere(weight) or is_sharded(weight):
             raise RuntimeError(
                 "DoraLinear: ZeRO-3 has partitioned the weight, or FSDP2 shards the base layer apart, but the norms of "
                 "rows need the whole weight; use ZeRO-2, or call fully_shard on the layer or a module around it"
             )
-        update = self._update(name)
+        update = self._update(names[0])
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             return dora.output(x, *plain, update)
         call = (lambda given: self.base_layer(given, *args, **kwargs)) if args or kwargs else self.base_layer
         return dora.output(x, _values(self.base_layer), self.bias, update, call)
-
-    def _forward_rows(self, choice: RowChoice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Computes the forward; each row uses the adapter that ``choice`` gives it."""
-        outputs = {name: partial(self._output, name) for name in self._applied(choice)}
-        return call_by_rows(choice, self, outputs, self.base_layer, (x, *args), kwargs)
 
     def _update(self, name: str) -> dora.DoraUpdate:
         held = at_hand(self.adapters[name])

@@ -50,3 +50,11 @@ def _concatenated(updates: list[Update], rank_dim: int) -> Update:
     lora_Bs = [u.lora_B if u.scaling == scaling else u.lora_B * (u.scaling / scaling) for u in updates]
     lora_A = torch.cat([update.lora_A for update in updates], rank_dim)
     return Update(lora_A, torch.cat(lora_Bs, 1), scaling, updates[0].dropout_p)
+
+
+def sum_of_biases(bias: Tensor | None, scaled: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """Adds the scaled biases of adapters to ``bias``, out of place; the sum is rounded to ``dtype`` once."""
+    total = bias
+    for update in scaled:
+        total = update if total is None else total + update
+    return bias if total is bias else total.to(dtype)

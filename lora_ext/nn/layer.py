@@ -177,6 +177,14 @@ class LoraLayer(AdapterLayer):
             )
         return tuple(name for name in self.active_adapters if name not in merged)
 
+    def _applied_to_all(self) -> tuple[str, ...]:
+        """Returns :meth:`_applied` of a layer that computes all rows alike. ValueError: rows have chosen one of its."""
+        choice = row_choice(self.active)
+        names = self._applied(choice)
+        if names and choice is not None:
+            raise ValueError(f"{type(self).__name__}: adapter_names: all rows are computed with one adapter")
+        return names
+
     # --- merging -----------------------------------------------------------------------------------------------------
 
     @property

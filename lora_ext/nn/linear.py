@@ -13,7 +13,7 @@ from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
 from lora_ext.nn import base_product
 from lora_ext.nn.adapter import Device, FactorsAtHand, LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
-from lora_ext.nn.joined import Update, joined
+from lora_ext.nn.joined import Update, joined, sum_of_biases
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.rows import LayerSlots, RowChoice, RowUpdates, add_chosen, linear_with_chosen, row_choice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, compute_alone, frozen_product, neighbours_of
@@ -28,7 +28,6 @@ class OverLinear(LoraLayer):
     """Says which linear layers can be adapted and what their sizes are; LoRA and DoRA add what they compute."""
 
     base_kinds = "an nn.Linear or Conv1D"
-    rows_choose = True
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -75,6 +74,7 @@ class LoraLinear(SharesInputs, OverLinear):
         active: names of the adapters in use, shared with other layers; by default the first adapter's name.
     """
 
+    rows_choose = True
     slots: LayerSlots | None = None  # adapters of a pool
 
     @classmethod
@@ -126,7 +126,7 @@ class LoraLinear(SharesInputs, OverLinear):
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             weight, bias = plain
-            bias = add_lora_biases(bias, weight.dtype, adapters)
+            bias = sum_of_biases(bias, scaled_biases(adapters), weight.dtype)
             return add_updates(x, weight, bias, joined(self._updates(names, adapters)))
         return self._add_to_output(x, self.base_layer(x, *args, **kwargs), names, adapters)
 
@@ -172,7 +172,7 @@ class LoraLinear(SharesInputs, OverLinear):
             for adapter in adapters:
                 y = add_split_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
             return y
-        if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
+        if (bias := sum_of_biases(None, scaled_biases(adapters), y.dtype)) is not None:
             y = y + bias  # not in place: samples of torch.func.vmap may share y
         x = x.to(device=y.device, dtype=y.dtype)
         for update in joined(self._updates(names, adapters)):
@@ -219,14 +219,8 @@ class LoraLinear(SharesInputs, OverLinear):
         return lora_B
 
 
-def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: Sequence[LoraAdapter]) -> Tensor | None:
-    """Adds the scaled biases of the adapters to ``bias``, out of place; the sum is rounded to ``dtype`` once."""
-    total = bias
-    for adapter in adapters:
-        if adapter.lora_bias is not None:
-            scaled = adapter.scaling * adapter.lora_bias
-            total = scaled if total is None else total + scaled
-    return bias if total is bias else total.to(dtype)
+def scaled_biases(adapters: Sequence[LoraAdapter]) -> list[Tensor]:
+    return [adapter.scaling * adapter.lora_bias for adapter in adapters if adapter.lora_bias is not None]
 
 
 def add_updates(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]) -> Tensor:

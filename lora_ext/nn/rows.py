@@ -440,31 +440,21 @@ def add_by_rows(
 
 
 def call_by_rows(
-    choice: RowChoice,
-    layer: AdapterLayer,
-    modules: Mapping[str, Callable[..., Tensor]],
-    base: nn.Module,
-    args: tuple,
-    kwargs: dict,
-) -> Tensor:
+    choice: RowChoice, layer: AdapterLayer, modules: Mapping[str, nn.Module], base: nn.Module, args: tuple, kwargs: dict
+) -> Any:
     """Calls for each row the module of its adapter, or ``base``; every module once, with all its rows.
 
     If ``base`` is or has layers with adapters, it gets all rows of the batch.
 
     Raises:
-        ValueError: the first argument is no tensor with a row for each name, or a module returns something else.
+        ValueError: rows have chosen several, and the call is not of one tensor, or returns another thing than a tensor
+            with a row for each of its rows.
     """
-    if not args or not isinstance(args[0], Tensor):
-        raise ValueError(f"{type(layer).__name__}: adapter_names needs a tensor as the first argument of the layer")
-    x, times = choice.aligned(layer, args[0])
     if choice.is_uniform:
         return modules.get(next(iter(choice.names), BASE), base)(*args, **kwargs)
-
-    def call(module: Callable[..., Tensor], index: Tensor) -> Tensor:
-        values = [x, *args[1:], *kwargs.values()]
-        of_rows = [v[index] if isinstance(v, Tensor) and v.dim() and len(v) == len(x) else v for v in values]
-        return module(*of_rows[: len(args)], **dict(zip(kwargs, of_rows[len(args) :], strict=True)))
-
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        raise ValueError(f"{type(layer).__name__}: adapter_names needs a module that is called with one tensor")
+    x, times = choice.aligned(layer, args[0])
     present = tuple(name for name in choice.names if name in modules)
     groups = choice.groups(present, times, x.device)
     outputs, order = [], []
@@ -472,16 +462,15 @@ def call_by_rows(
         index = (groups == i).nonzero().squeeze(1)
         if not len(index):
             continue
-        if i < 0 and any(isinstance(part, AdapterLayer) for part in base.modules()):
-            y = base(x, *args[1:], **kwargs)  # its layers choose by themselves, from names for all rows
-            y = y[index] if isinstance(y, Tensor) else y
-        else:
-            y = call(module, index)
-        if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != len(index):
+        # Layers inside choose by themselves, from names for all rows.
+        takes_all = i < 0 and any(isinstance(part, AdapterLayer) for part in base.modules())
+        rows = x if takes_all else x[index]
+        y = module(rows)
+        if not isinstance(y, Tensor) or not y.dim() or len(y) != len(rows):
             raise ValueError(
                 f"{type(layer).__name__}: adapter_names needs a module that returns a tensor with a row for each "
                 f"row of its input, not a {type(y).__name__}"
             )
-        outputs.append(y)
+        outputs.append(y[index] if takes_all else y)
         order.append(index)
     return torch.cat(outputs)[torch.cat(order).argsort()]

@@ -209,7 +209,9 @@ def _refused(rank: int) -> None:
     for name, plan in layouts.items():  # sequence parallelism
         block = parallelize_module(Net().blocks[0], mesh, {name: plan})
         layer = getattr(inject(block, LoraConfig(**LORA | {"target_modules": [name]})), name)
-        with pytest.raises(ValueError, match=r"and the same tokens; leave .*\(SequenceParallel\), out of target_modules"):
+        with pytest.raises(
+            ValueError, match=r"and the same tokens; leave .*\(SequenceParallel\), out of target_modules"
+        ):
             layer(torch.randn(2, 4, layer.weight.to_local().shape[1]))
     for caller, call in {
         "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["default"], [1.0], "sum"),

@@ -87,17 +87,6 @@ def test_quantised_weights(format, tmp_path):
     assert (plain(x) - y).norm() < 0.02 * y.norm()
 
 
-def test_rows_choose():
-    model = layers()
-    inject(model, dora(r=2, init_lora_weights=False), "second")
-    x, names = torch.randn(4, 3, 24), ["second", "__base__", "default", "second"]
-    want = []
-    for name, row in zip(names, x, strict=True):
-        adapters.set_adapter(model, [] if name == "__base__" else name)
-        want.append(model(row))
-    torch.testing.assert_close(model(x, adapter_names=names), torch.stack(want))
-
-
 def test_one_at_a_time():
     model = layers()
     inject(model, dora(r=2), "second")

@@ -286,6 +286,19 @@ def test_copies_are_apart(kind, how):
     assert all(any(part is base for part in plain.modules()) for base in bases) and not list(lora_modules(plain))
 
 
+def test_rows_choose_their_adapters_or_are_refused(kind):
+    model, x = adapted(kind, *kind.names), input_for(kind)
+    chosen = [(*kind.names, "__base__")[i % 3 % (len(kind.names) + 1)] for i in range(len(x))]
+    if kind in (KINDS[name] for name in KINDS if "dora" in name or "attention" in name or "experts" in name):
+        with pytest.raises(ValueError, match="cannot be chosen by a row: .* computes all rows with one adapter"):
+            model(x, adapter_names=chosen)
+        chosen = ["__base__"] * len(x)
+    y = model(x, adapter_names=chosen)
+    for i, name in enumerate(chosen):
+        set_adapter(model, [] if name == "__base__" else name)
+        torch.testing.assert_close(y[i], model(x)[i])
+
+
 @of_kinds(TOGETHER)
 def test_files_do_not_depend_on_the_other_adapters(kind, tmp_path):
     model, x = adapted(kind, "a", "b"), input_for(kind)
