@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_ext._common.printable import shown
 from lora_ext._common.sharded import full_shape, is_elsewhere, is_partitioned
 from lora_ext.model.bare_model import adapter_layers
-from lora_ext.nn.state import MERGED_KEY
+from lora_ext.nn.layer import MERGED_KEY
 
 
 @contextmanager

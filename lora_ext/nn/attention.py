@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.base_layer import has_forward_of, has_hooks, runs_alone, why_not_merge, why_weight_unusable
-from lora_ext.nn.joined import Update, joined, sum_of_biases
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_updates
+from lora_ext.nn.updates import Update, joined, sum_of_biases
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

@@ -19,11 +19,15 @@ from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
 from lora_ext.nn.base_layer import own_copy, runs_alone, tensor_of, why_weight_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
-from lora_ext.nn.state import MERGED_KEY, check_nothing_merged
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
+
+
+MERGED_KEY = "_extra_state"
+"""Marks a layer with merged adapters in a ``state_dict``, so that no update is counted twice or lost. It is PyTorch's
+name for state that is not a parameter, which torch.distributed.checkpoint knows."""
 
 
 class Matrix(NamedTuple):
@@ -282,8 +286,15 @@ class LoraLayer(AdapterLayer):
             destination[prefix + MERGED_KEY] = torch.ones((), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_nothing_merged(self, state_dict, prefix)
-        state_dict.pop(prefix + MERGED_KEY, None)  # PyTorch would call it unexpected
+        in_state = state_dict.pop(prefix + MERGED_KEY, None) is not None  # PyTorch would call it unexpected
+        # The record that unmerges a weight is not in the state.
+        if (in_state or self.is_merged) and any(prefix + path in state_dict for path in self.merged_into()):
+            where = repr(prefix.removesuffix(".") or type(self).__name__)
+            place = "the state, where the update would count twice" if in_state else "the model"
+            raise RuntimeError(
+                f"load_state_dict: adapters are merged into {where} in {place}; call unmerge(model) before taking or "
+                "loading a state_dict"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _bias_factors(self, adapter: LoraAdapter) -> Mapping[str, tuple[Tensor, Tensor, float]]:

@@ -13,11 +13,11 @@ from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
 from lora_ext.nn import base_product
 from lora_ext.nn.adapter import Device, FactorsAtHand, LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
-from lora_ext.nn.joined import Update, joined, sum_of_biases
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.rows import LayerSlots, RowChoice, RowUpdates, add_chosen, linear_with_chosen, row_choice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, compute_alone, frozen_product, neighbours_of
 from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
+from lora_ext.nn.updates import Update, joined, sum_of_biases
 from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class LoraLinear(SharesInputs, OverLinear):
     """``base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` with the base layer frozen, in fused kernels.
 
     Active adapters are computed together with the base layer, as one update, if they have one dropout and one dtype
-    (:func:`~lora_ext.nn.joined.joined`); each further kind takes another pass over the output. With ``lora_bias`` an
+    (:func:`~lora_ext.nn.updates.joined`); each further kind takes another pass over the output. With ``lora_bias`` an
     adapter also adds ``scaling * lora_bias``.
 
     If a call of the base layer would do more than multiply by its weight (:mod:`lora_ext.nn.base_layer`), or if its
@@ -224,7 +224,7 @@ def scaled_biases(adapters: Sequence[LoraAdapter]) -> list[Tensor]:
 
 
 def add_updates(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]) -> Tensor:
-    """Returns ``x @ weight.T + bias`` plus one or more updates (see :func:`~lora_ext.nn.joined.joined`)."""
+    """Returns ``x @ weight.T + bias`` plus one or more updates (see :func:`~lora_ext.nn.updates.joined`)."""
     first, *others = updates
     y = functional.lora_linear(x, weight, bias, *first)
     for update in others:

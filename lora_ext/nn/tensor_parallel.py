@@ -23,7 +23,7 @@ from lora_ext._common.sharded import is_sharded, local
 from lora_ext._ops import composite
 from lora_ext.nn.adapter import FactorsAtHand, LoraAdapter
 from lora_ext.nn.base_layer import splits_tensors
-from lora_ext.nn.expand import expand_onto
+from lora_ext.nn.updates import expand_onto
 
 ROWS, COLUMNS = 0, 1
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle, variant_of
-from lora_ext.nn.expand import expand_onto
-from lora_ext.nn.joined import Update, joined
+from lora_ext.nn.updates import Update, expand_onto, joined
 
 
 class EmbeddingForward:

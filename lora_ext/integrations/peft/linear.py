@@ -14,9 +14,9 @@ from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import PeftAdapter, active_adapters, adapters_named, is_eligible_call
 from lora_ext.nn import base_product, dora
 from lora_ext.nn.base_layer import own_copy, plain_linear, runs_quantized_product
-from lora_ext.nn.joined import Update, joined, sum_of_biases
 from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, linear_with_chosen
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, neighbours_of
+from lora_ext.nn.updates import Update, joined, sum_of_biases
 from lora_ext.quantized import quantized_weight
 
 
@@ -24,7 +24,7 @@ class LinearForward(SharesInputs):
     """Overrides ``forward`` of a LoRA layer whose base maps ``[..., in_features]`` to ``[..., out_features]``.
 
     If the base is a plain matrix product, one op computes it with the active adapters that can be one update
-    (:func:`~lora_ext.nn.joined.joined`). Other base layers (quantised, with hooks, ...) are called, and the adapters
+    (:func:`~lora_ext.nn.updates.joined`). Other base layers (quantised, with hooks, ...) are called, and the adapters
     are added to a copy of their result, which the base layer may keep.
     """
 
