@@ -14,7 +14,7 @@ from lora_ext.nn import base_product
 from lora_ext.nn.adapter import Device, FactorsAtHand, LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.rows import LayerSlots, RowChoice, RowUpdates, add_chosen, linear_with_chosen, row_choice
+from lora_ext.nn.rows import LayerSlots, RowChoice, RowUpdate, add_chosen, linear_with_chosen, row_choice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, compute_alone, frozen_product, neighbours_of
 from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
 from lora_ext.nn.updates import Update, joined, sum_of_biases
@@ -203,15 +203,14 @@ class LoraLinear(SharesInputs, OverLinear):
     def is_needed(self) -> bool:
         return super().is_needed or self.slots is not None
 
-    def _row_updates(self, names: tuple[str, ...]) -> RowUpdates:
-        adapters, training, updates = self._modules["adapters"]._modules, self.training, RowUpdates()
+    def _row_updates(self, names: tuple[str, ...]) -> list[RowUpdate]:
+        adapters, training, updates = self._modules["adapters"]._modules, self.training, []
         for name in names:
             adapter = adapters[name]
             lora_A, lora_B, bias = factors_at_hand(adapter)
             scaling, dropout_p = adapter.scaling, adapter.lora_dropout if training else 0.0
-            if bias is not None:
-                bias = scaling * bias
-            updates.add(name, lora_A, self._full_lora_B(name, lora_B), scaling, dropout_p, bias)
+            bias = None if bias is None else scaling * bias
+            updates.append(RowUpdate(name, lora_A, self._full_lora_B(name, lora_B), scaling, dropout_p, bias))
         return updates
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:

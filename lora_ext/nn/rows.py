@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -264,50 +264,30 @@ def _choice_of_backward(active: ActiveAdapters, task: int) -> RowChoice | None:
 # --- one op for all adapters ------------------------------------------------------------------------------------------
 
 
-class RowUpdates:
-    """Adapters' updates of a linear layer, in columns: arguments of :func:`lora_ext.functional.lora_grouped_`.
+class RowUpdate(NamedTuple):
+    """The update of an adapter of a linear layer, for the rows that choose it; ``bias`` is scaled already."""
 
-    ``biases`` are by name, and scaled already.
-    """
+    name: str
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float
+    bias: Tensor | None = None
 
-    __slots__ = ("biases", "dropouts", "lora_As", "lora_Bs", "names", "scalings")
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.lora_As: list[Tensor] = []
-        self.lora_Bs: list[Tensor] = []
-        self.scalings: list[float] = []
-        self.dropouts: list[float] = []
-        self.biases: dict[str, Tensor] = {}
-
-    def add(
-        self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, bias: Tensor | None = None
-    ) -> None:
-        self.names.append(name)
-        self.lora_As.append(lora_A)
-        self.lora_Bs.append(lora_B)
-        self.scalings.append(scaling)
-        self.dropouts.append(dropout_p)
-        if bias is not None:
-            self.biases[name] = bias
-
-    def alike(self) -> list[RowUpdates]:
-        """Splits them, without biases, into those that one op can compute: of one dropout and one dtype."""
-        kinds = [(p, lora_A.dtype) for p, lora_A in zip(self.dropouts, self.lora_As, strict=True)]
-        if len(set(kinds)) == 1:
-            return [self]
-        parts = {kind: RowUpdates() for kind in kinds}
-        columns = zip(self.names, self.lora_As, self.lora_Bs, self.scalings, self.dropouts, strict=True)
-        for kind, entries in zip(kinds, columns, strict=True):
-            parts[kind].add(*entries)
-        return list(parts.values())
+def _alike(updates: Sequence[RowUpdate]) -> list[list[RowUpdate]]:
+    """Splits them into those that one op can compute: of one dropout and one dtype."""
+    kinds: dict[tuple, list[RowUpdate]] = {}
+    for update in updates:
+        kinds.setdefault((update.dropout_p, update.lora_A.dtype), []).append(update)
+    return list(kinds.values())
 
 
 def add_chosen(
     y: Tensor,
     x: Tensor,
     choice: RowChoice,
-    updates: RowUpdates,
+    updates: Sequence[RowUpdate],
     times: int,
     seeds: Callable[[float], Tensor | None] | None = None,
 ) -> Tensor:
@@ -318,13 +298,12 @@ def add_chosen(
         times: consecutive rows for each name.
         seeds: gives the dropout seed for a probability; None: each op draws one.
     """
-    for part in updates.alike():
-        dropout_p = part.dropouts[0]
-        groups = choice.groups(tuple(part.names), times, x.device)
-        scalings = choice.scalings(tuple(part.scalings), x.device)
+    for alike in _alike(updates):
+        names, lora_As, lora_Bs, scalings, (dropout_p, *_), _ = zip(*alike, strict=True)
+        groups, scalings = choice.groups(names, times, x.device), choice.scalings(scalings, x.device)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
-        y = functional.lora_grouped_(y, x, part.lora_As, part.lora_Bs, groups, scalings, None, dropout_p, seed)
-    return _add_biases(y, choice, updates.biases, times)
+        y = functional.lora_grouped_(y, x, lora_As, lora_Bs, groups, scalings, None, dropout_p, seed)
+    return _add_biases(y, choice, updates, times)
 
 
 def linear_with_chosen(
@@ -332,26 +311,26 @@ def linear_with_chosen(
     weight: Tensor,
     bias: Tensor | None,
     choice: RowChoice,
-    updates: RowUpdates,
+    updates: Sequence[RowUpdate],
     times: int,
     seeds: Callable[[float], Tensor | None] | None = None,
 ) -> Tensor:
     """Returns ``F.linear(x, weight, bias)`` with what :func:`add_chosen` adds: in one call, if one op can do it all."""
-    if any(updates.dropouts) or len(updates.alike()) != 1:
+    if any(update.dropout_p for update in updates) or len(_alike(updates)) != 1:
         y = base_product.product(x, weight, bias)
         return add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
-    groups = choice.groups(tuple(updates.names), times, x.device)
-    scalings = choice.scalings(tuple(updates.scalings), x.device)
-    y = functional.lora_grouped_linear(x, weight, bias, updates.lora_As, updates.lora_Bs, groups, scalings)
-    return _add_biases(y, choice, updates.biases, times)
+    names, lora_As, lora_Bs, scalings, *_ = zip(*updates, strict=True)
+    groups, scalings = choice.groups(names, times, x.device), choice.scalings(scalings, x.device)
+    y = functional.lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, groups, scalings)
+    return _add_biases(y, choice, updates, times)
 
 
-def _add_biases(y: Tensor, choice: RowChoice, scaled: dict[str, Tensor], times: int) -> Tensor:
-    if not scaled:
+def _add_biases(y: Tensor, choice: RowChoice, updates: Sequence[RowUpdate], times: int) -> Tensor:
+    biases = {update.name: update.bias.to(y.dtype) for update in updates if update.bias is not None}
+    if not biases:
         return y
-    biases = [bias.to(y.dtype) for bias in scaled.values()]
-    table = torch.stack([*biases, torch.zeros_like(biases[0])])
-    groups = choice.groups(tuple(scaled), times, y.device)
+    table = torch.stack([*biases.values(), torch.zeros_like(next(iter(biases.values())))])
+    groups = choice.groups(tuple(biases), times, y.device)
     of_row = table[groups]  # index -1: zeros
     return y + of_row.view(*groups.shape, *[1] * (y.dim() - groups.dim() - 1), -1)
 

@@ -14,7 +14,7 @@ from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import PeftAdapter, active_adapters, adapters_named, is_eligible_call
 from lora_ext.nn import base_product, dora
 from lora_ext.nn.base_layer import own_copy, plain_linear, runs_quantized_product
-from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, linear_with_chosen
+from lora_ext.nn.rows import RowChoice, RowUpdate, add_chosen, linear_with_chosen
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, neighbours_of
 from lora_ext.nn.updates import Update, joined, sum_of_biases
 from lora_ext.quantized import quantized_weight
@@ -171,11 +171,8 @@ class _TokenChoice(RowChoice):
         return found
 
 
-def _updates_of(adapters: Mapping[str, PeftAdapter]) -> RowUpdates:
-    updates = RowUpdates()
-    for name, a in adapters.items():
-        updates.add(name, a.lora_A, a.lora_B, a.scaling, a.dropout_p, a.bias)
-    return updates
+def _updates_of(adapters: Mapping[str, PeftAdapter]) -> list[RowUpdate]:
+    return [RowUpdate(name, a.lora_A, a.lora_B, a.scaling, a.dropout_p, a.bias) for name, a in adapters.items()]
 
 
 def _operands(adapters: list[PeftAdapter], base_layer: nn.Module) -> Operands | None:
