@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from contracts.kinds import Accelerated, input_of, of_kinds
 from support.models import llama, refused
 from support.peft_pairs import TARGETS, config, pair
 from torch import nn
@@ -57,6 +58,18 @@ def test_merged_layers_are_not_restored():
     model.unmerge_adapter()
     restore(model)
     assert not any(layer.accelerated for layer in report(model))
+
+
+@of_kinds(Accelerated)
+def test_restore_returns_pefts_model(kind):
+    theirs, ours = pair(nn.Sequential(kind.make()), config(**kind.options))
+    assert repr(ours) == repr(theirs) and list(ours.state_dict()) == list(theirs.state_dict())
+    x = input_of(kind, torch.float32)
+    ours(x)
+    assert restore(ours) is ours and restore(ours) is ours
+    for one, other in zip(theirs.modules(), ours.modules(), strict=True):
+        assert type(one) is type(other) and vars(one).keys() == vars(other).keys()
+    assert torch.equal(ours(x), theirs(x))
 
 
 def _lora_layers(model):
