@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.merging import same_bits
-from support.models import VOCABULARY, llama, refused, token_ids
+from support.models import VOCABULARY, llama, token_ids
 from support.small_nets import TextNet
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.nn import EmbeddingAdapter, LoraEmbedding
@@ -76,27 +76,3 @@ def test_gradients_are_dense_on_a_sparse_base_layer():
     assert gradient.layout == torch.strided and gradient.any(1).nonzero().flatten().tolist() == [3, 7]
     for A in (gradient, copy.deepcopy(layer).adapters.default.lora_A):  # a token's row is contiguous
         assert A.shape == (30, 4) and A.is_contiguous()
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------
-
-
-class Positions(nn.Embedding):
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids + 2)
-
-
-@pytest.mark.parametrize(
-    ("embedding", "settings", "reason"),
-    [
-        (nn.Embedding(10, 8, max_norm=1.0), {}, "it has max_norm, which changes the frozen weight in every forward"),
-        (Positions(12, 8), {}, "its forward is not nn.Embedding's"),
-        (nn.Embedding(10, 8), {"lora_bias": True}, "an embedding's adapter has no bias; set lora_bias=False"),
-        (nn.EmbeddingBag(10, 8), {}, "no LoRA layer adapts EmbeddingBag"),
-    ],
-)
-def test_embeddings_that_cannot_be_adapted(embedding, settings, reason):
-    model = TextNet()
-    model.positions = embedding
-    with refused(model, TypeError, f"positions ({type(embedding).__name__}): {reason}", "an nn.Embedding"):
-        inject(model, LoraConfig(target_modules=["positions", "head"], **settings))

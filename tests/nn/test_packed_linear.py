@@ -223,23 +223,3 @@ def test_damaged_metadata(damage, text, tmp_path):
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-
-
-def test_bad_targets_of_enable_lora():
-    model = Fused()
-    model.embedding = nn.Embedding(5, 6)
-    with refused(
-        model, TypeError, "embedding (Embedding): enable_lora names it, but supports only an nn.Linear or Conv1D"
-    ):
-        inject(model, LoraConfig(target_modules=["embedding"], enable_lora={"embedding": (True, False)}))
-    with refused(model, ValueError, "enable_lora has 5 parts, want a divisor of out_features=12"):
-        adapted(model, (True,) * 5)
-    with refused(model, ValueError, "lora_bias is True, but enable_lora adapts parts only; remove one of them"):
-        adapted(model, lora_bias=True)
-    adapted(model)
-    for enabled, parts in ((True, False), 2), (None, 0):
-        with refused(model, ValueError, f"['default']) with parts in enable_lora: 3, and one with {parts} cannot join"):
-            adapted(model, enabled, "b")
-    model = adapted(Fused(), None)
-    with refused(model, ValueError, "with parts in enable_lora: 0, and one with 3 cannot join them"):
-        adapted(model, name="b")

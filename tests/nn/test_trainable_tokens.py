@@ -233,28 +233,6 @@ def test_an_update_of_the_embedding_is_merged_below_the_rows_of_another_adapter(
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("embedding", "error", "fragments"),
-    [
-        (nn.Embedding(50, 8), ValueError, ["names no token of 'tokens'; leave it out"]),
-        (
-            nn.Embedding(50, 8, max_norm=1.0),
-            TypeError,
-            ["tokens (Embedding)", "train its rows: it has max_norm"],
-        ),
-        (nn.Embedding(50, 8, scale_grad_by_freq=True), TypeError, ["it has scale_grad_by_freq"]),
-        (nn.EmbeddingBag(50, 8), TypeError, ["tokens (EmbeddingBag)", "rows: want an nn.Embedding or nn.Linear"]),
-        (nn.Embedding(31, 8), ValueError, ["the tokens [31], but 'tokens' has 31", "resize the embedding first"]),
-    ],
-)
-def test_embeddings_whose_rows_cannot_be_trained(embedding, error, fragments):
-    model = TextNet()
-    model.tokens = embedding
-    with refused(model, error, "inject: ", "trainable_token_indices", *fragments):
-        tokens = [] if "no token" in fragments[0] else TOKENS
-        inject(model, LoraConfig(target_modules=["head"], trainable_token_indices={"tokens": tokens}))
-
-
 def test_a_file_with_other_tokens(tmp_path):
     save_adapter(tuned(True), tmp_path)
     model = tuned(True, trainable_token_indices=[1, 2, 3])
