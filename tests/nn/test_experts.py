@@ -268,10 +268,7 @@ def test_a_version_of_transformers_without_a_grouped_product(monkeypatch):
         def forward(self, x: Tensor) -> Tensor:
             return x @ (self.weight * 2.0).t()
 
-    model, x = (
-        inject(nn.Sequential(Doubled()), LoraConfig(**SETTINGS, target_parameters=["0.weight"])),
-        torch.randn(5, 4),
-    )
+    model, x = adapted(nn.Sequential(Doubled()), target_parameters=["0.weight"]), torch.randn(5, 4)
     expected = model(x)
     monkeypatch.setattr(torch.ops, "transformers", types.SimpleNamespace())
     assert torch.equal(model(x), expected)

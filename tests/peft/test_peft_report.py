@@ -192,16 +192,3 @@ def test_a_long_report_names_the_first_layers_of_each_reason():
     assert text.startswith("forward and backward: 0 of 6 LoRA layers on lora_ext's ops\n")
     assert text.count("q_proj (Linear)") == 4 and text.count("    and 2 more") == 2
     assert "\nmerge and unmerge: 0 of 6 LoRA layers" in text and "with adapter_names" in text
-
-
-# --- base layers without a plain weight -------------------------------------------------------------------------------
-
-
-def test_hooks_on_the_base_layer_run_and_keep_their_results():
-    theirs, ours = pair(nn.Sequential(nn.Linear(6, 10)), config(target_modules=["0"]))
-    seen = []
-    for model in (theirs, ours):
-        layer_of(model).base_layer.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
-    x = torch.randn(2, 6)
-    torch.testing.assert_close(ours(x), theirs(x))
-    assert len(seen) == 2 and torch.equal(*seen) and report(ours).layers[0].accelerated
