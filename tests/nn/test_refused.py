@@ -95,13 +95,11 @@ CASES = {
     "positions": case(one(Positions, 12, 8), "a (Positions): its forward is not nn.Embedding's"),
     "biased embedding": case(one(nn.Embedding, 9, 8), "adapter has no bias; set lora_bias=False", lora_bias=True),
     "bag": case(one(nn.EmbeddingBag, 9, 8), "a (EmbeddingBag): no LoRA layer adapts EmbeddingBag", "an nn.Embedding"),
-    "no tokens": rows(nn.Embedding(50, 8), "names no token of 'tokens'; leave it out", tokens=(), error=ValueError),
+    "no tokens": rows(nn.Embedding(50, 8), "tokens: trainable_token_indices names none of its tokens", tokens=()),
     "rows, max_norm": rows(nn.Embedding(50, 8, max_norm=1.0), "tokens (Embedding)", "train its rows: it has max_norm"),
     "rows, frequencies": rows(nn.Embedding(50, 8, scale_grad_by_freq=True), "it has scale_grad_by_freq"),
     "rows of a bag": rows(nn.EmbeddingBag(50, 8), "tokens (EmbeddingBag)", "rows: want an nn.Embedding or nn.Linear"),
-    "unknown rows": rows(
-        nn.Embedding(31, 8), "the tokens [31], but 'tokens' has 31", "resize the embedding first", error=ValueError
-    ),
+    "unknown rows": rows(nn.Embedding(31, 8), "the tokens [31], but it has 31", "resize the embedding first"),
     "attention": case(one(OwnForward, E, H), "a (OwnForward): its forward is not nn.MultiheadAttention's"),
     "its out_proj": case(one(OwnForward, E, H), "never calls it, and its forward is not", target_modules=["out_proj"]),
     "vdim": case(one(*ATTENTION, vdim=5), BY_WEIGHTS),
@@ -154,16 +152,16 @@ PARAMETER = {"target_modules": [], "target_parameters": ["a.weight"]}
 @pytest.mark.parametrize(
     ("first", "second", "text"),
     [
-        (PARTS, {"enable_lora": {"a": (True, False)}}, "parts in enable_lora: 3, and one with 2 cannot join them"),
-        (PARTS, {}, "parts in enable_lora: 3, and one with 0"),
-        ({}, PARTS, "parts in enable_lora: 0, and one with 3"),
-        ({"use_dora": True}, {}, "use_dora: True, and one with False"),
-        ({}, {"use_dora": True}, "use_dora: False, and one with True"),
-        (PARAMETER, {}, "target_parameters: True, and one with False"),
-        ({}, PARAMETER, "target_parameters: False, and one with True"),
+        (PARTS, {"enable_lora": {"a": (True, False)}}, "in a LoraPackedLinear, which the new one cannot join"),
+        (PARTS, {}, "in a LoraPackedLinear, which"),
+        ({}, PARTS, "in a LoraLinear, which"),
+        ({"use_dora": True}, {}, "in a DoraLinear, which"),
+        ({}, {"use_dora": True}, "in a LoraLinear, which"),
+        (PARAMETER, {}, "in a LoraParameter, which"),
+        ({}, PARAMETER, "in a LoraLinear, which"),
     ],
 )
 def test_adapters_of_one_layer_are_of_one_kind(first, second, text):
     model = inject(one(nn.Linear, 9, 12)(), LoraConfig(**{"target_modules": ["a"]} | first))
-    with refused(model, ValueError, f"'a' has adapters (['default']) with {text}"):
+    with refused(model, ValueError, f"'a' has adapters (['default']) {text}"):
         inject(model, LoraConfig(**{"target_modules": ["a"]} | second), "b")

@@ -98,7 +98,7 @@ def test_starts_as_the_model_and_trains_only_the_rows(tied):
     assert trainable == {"model.embed_tokens.adapters.default.rows"}
     assert trainable_parameter_counts(model)[1] == trainable_parameter_counts(llama(tied))[1] + 3 * 16 + 2 * 2 * 2 * 16
     status = {entry.layer: entry for entry in adapter_status(model)}["model.embed_tokens"]
-    assert status.kind == "TrainableTokens" and status.parameters == 48 and status.r is None
+    assert status.kind == "TrainableTokens" and status.r is None
 
 
 def test_scaled_embeddings_and_padding():
