@@ -17,7 +17,7 @@ from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
-from lora_ext.nn.base_layer import own_copy, runs_alone, tensor_of, why_weight_unusable
+from lora_ext.nn.base_layer import runs_alone, tensor_of, why_weight_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 from lora_ext.quantized import QuantizedWeight
 
@@ -345,14 +345,11 @@ class AddsToOutput(TransparentLayer, LoraLayer):
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
-        y = self.base_layer(x)
-        given, (x, times) = x, choice.aligned(self, x)
-        y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
             return self._add(y, x, [at_hand(self.adapters[name])], may_change=False)
 
-        return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, add)
+        return add_by_rows(self, x, choice, self._applied(choice), add)
 
     def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter], may_change: bool) -> Tensor:
         """Returns ``y``, which may be overwritten if ``may_change``, plus the updates of ``adapters`` for ``x``."""

@@ -2,7 +2,7 @@
 
 :mod:`lora_ext.model.mixed_batch` checks the names of a call and makes a :class:`RowChoice` current; layers ask for it
 (:func:`row_choice`) and add the chosen updates, by a grouped op (:func:`add_chosen`, :func:`linear_with_chosen`,
-:class:`LayerSlots`) or, where there is none, adapter by adapter (:func:`add_by_rows`, :func:`call_by_rows`).
+:class:`LayerSlots`) or, where there is none, adapter by adapter (:func:`add_by_rows`).
 
 The choice belongs to a call and its thread: a context variable holds it, and the model does not change. Activation
 checkpointing runs layers again in the backward, when the call is over; then the autograd node that runs tells which
@@ -19,13 +19,14 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lora_ext import functional
 from lora_ext._ops.checks import FLOATING
 from lora_ext.nn import base_product
 from lora_ext.nn.adapter_layer import AdapterLayer
+from lora_ext.nn.base_layer import own_copy
 
 if TYPE_CHECKING:
     from lora_ext.nn.active import ActiveAdapters
@@ -397,59 +398,30 @@ class LayerSlots:
 
 
 def add_by_rows(
-    y: Tensor,
+    layer: AdapterLayer,
     x: Tensor,
     choice: RowChoice,
-    present: tuple[str, ...],
-    times: int,
+    names: tuple[str, ...],
     add: Callable[[Tensor, Tensor, str], Tensor],
 ) -> Tensor:
-    """Replaces the rows of ``y`` that belong to an adapter by ``add(rows of y, rows of x, name)``, in place.
+    """Returns the base layer's output, in which ``add(rows of it, rows of x, name)`` replaces those of each adapter.
 
-    Args:
-        y, x: output and input of a layer, row by row.
-        present: the adapters that the layer has; rows of other names stay as they are.
-        times: consecutive rows for each name.
+    ``names`` are the chosen adapters that the layer has; rows of others stay as they are.
+
+    Raises:
+        TypeError, ValueError: the base layer returns no tensor, or another number of rows than ``x`` has.
     """
-    groups = choice.groups(present, times, x.device)
-    for i, name in enumerate(present):
+    y = layer.base_layer(x)
+    given, (x, times) = x, choice.aligned(layer, x)
+    y = own_copy(layer, y if x is given else y.expand(len(x), *y.shape[1:]))
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"{type(layer).__name__}: adapter_names needs a module that returns a row for each row of its input, but "
+            f"{list(x.shape)} became {list(y.shape)}"
+        )
+    x = x.to(y.device)
+    groups = choice.groups(names, times, x.device)
+    for i, name in enumerate(names):
         rows = (groups == i).nonzero().squeeze(1)
         y = y.index_copy_(0, rows, add(y[rows], x[rows], name))
     return y
-
-
-def call_by_rows(
-    choice: RowChoice, layer: AdapterLayer, modules: Mapping[str, nn.Module], base: nn.Module, args: tuple, kwargs: dict
-) -> Any:
-    """Calls for each row the module of its adapter, or ``base``; every module once, with all its rows.
-
-    If ``base`` is or has layers with adapters, it gets all rows of the batch.
-
-    Raises:
-        ValueError: rows have chosen several, and the call is not of one tensor, or returns another thing than a tensor
-            with a row for each of its rows.
-    """
-    if choice.is_uniform:
-        return modules.get(next(iter(choice.names), BASE), base)(*args, **kwargs)
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-        raise ValueError(f"{type(layer).__name__}: adapter_names needs a module that is called with one tensor")
-    x, times = choice.aligned(layer, args[0])
-    present = tuple(name for name in choice.names if name in modules)
-    groups = choice.groups(present, times, x.device)
-    outputs, order = [], []
-    for i, module in enumerate([base, *(modules[name] for name in present)], start=-1):
-        index = (groups == i).nonzero().squeeze(1)
-        if not len(index):
-            continue
-        # Layers inside choose by themselves, from names for all rows.
-        takes_all = i < 0 and any(isinstance(part, AdapterLayer) for part in base.modules())
-        rows = x if takes_all else x[index]
-        y = module(rows)
-        if not isinstance(y, Tensor) or not y.dim() or len(y) != len(rows):
-            raise ValueError(
-                f"{type(layer).__name__}: adapter_names needs a module that returns a tensor with a row for each "
-                f"row of its input, not a {type(y).__name__}"
-            )
-        outputs.append(y[index] if takes_all else y)
-        order.append(index)
-    return torch.cat(outputs)[torch.cat(order).argsort()]
