@@ -60,17 +60,22 @@ def ids_with_tokens() -> Tensor:
 # --- against PEFT -----------------------------------------------------------------------------------------------------
 
 
-def test_we_compute_the_same_from_pefts_file_with_the_embedding(tmp_path):
+@pytest.mark.parametrize(
+    "options", [{"trainable_token_indices": TOKENS}, {"target_modules": ["embed_tokens", "q_proj"]}]
+)
+def test_pefts_files_may_hold_the_embedding(options, tmp_path):
     base, ids = llama(True).double().eval(), ids_with_tokens()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(trainable_token_indices=TOKENS, **ALIVE)).eval()
-    nn.init.normal_(theirs.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**ALIVE | options)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "tokens_delta" in name:
+            nn.init.normal_(parameter)
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     ours = load_adapter(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
     save_adapter(ours, tmp_path / "again")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     first = load_file(tmp_path / "adapter_model.safetensors")
-    assert again.keys() == first.keys()
+    assert again.keys() == first.keys()  # the frozen table, too
     assert all(same_bits(tensor, first[key]) for key, tensor in again.items())
     load_adapter(ours, tmp_path)  # replaces the present values
 
