@@ -285,6 +285,18 @@ def test_what_a_hook_saw_is_not_overwritten(kind):
     assert all(torch.equal(y, kept) and not torch.equal(y, expected) for y, kept in seen) and len(seen) >= 2
 
 
+@of_kinds(Injected, without=("linear", "packed", "dora", "conv1d", "experts"))
+def test_a_model_reads_the_attributes_of_its_layer(kind):
+    """Whisper asks for the stride, MobileNetV2 pads by kernel size, Udop clamps ids by the number of embeddings."""
+    base, model = kind.make(), adapted(kind)
+    _, layer = next(lora_modules(model))
+    base = getattr(base, "attention", base)
+    names = [name for name, value in vars(base).items() if name[0] != "_" and not isinstance(value, bool)]
+    assert len(names) > 1 and all(getattr(layer, name) == getattr(base, name) for name in names)
+    with pytest.raises(AttributeError, match=f"'{type(base).__name__}' object has no attribute 'strides'"):
+        _ = layer.strides
+
+
 class Doubled(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         return 2 * value

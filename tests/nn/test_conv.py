@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from support.models import refused
@@ -18,17 +16,6 @@ ALIVE = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
 
 def adapted(name: str, **settings) -> nn.Module:
     return inject(ConvNet(name).double(), LoraConfig(**{"target_modules": ["conv", "head"]} | ALIVE | settings))
-
-
-def test_a_model_reads_the_sizes_of_its_convolution():
-    """Whisper asks for the stride, MobileNetV2 pads by kernel size and dilation."""
-    settings = {"kernel_size": 3, "stride": 2, "dilation": (1, 2), "padding": 1}
-    base = nn.Conv2d(6, 8, **settings)
-    layer = inject(nn.Sequential(copy.deepcopy(base)), LoraConfig(target_modules=["0"]))[0]
-    for name in (*settings, "groups", "padding_mode", "in_channels", "out_channels"):
-        assert getattr(layer, name) == getattr(base, name)
-    with pytest.raises(AttributeError, match="'Conv2d' object has no attribute 'strides'"):
-        _ = layer.strides
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

@@ -7,7 +7,6 @@ import copy
 import peft
 import pytest
 import torch
-from support.models import VOCABULARY, token_ids
 from support.small_nets import TextNet
 from torch import nn
 
@@ -25,25 +24,6 @@ def test_starts_as_pefts(init):
     ours = inject(TextNet(), LoraConfig(**config)).tokens.adapters.default
     for mine, yours in ((ours.file_A, theirs.lora_embedding_A.default), (ours.lora_B, theirs.lora_embedding_B.default)):
         assert mine.shape == yours.shape and mine.std().item() == pytest.approx(yours.std().item(), rel=0.15)
-
-
-def test_a_model_reads_the_sizes_of_its_embedding():
-    """Udop clamps ids by the number of embeddings."""
-    model = inject(TextNet(), LoraConfig(target_modules=["tokens"]))
-    assert (model.tokens.num_embeddings, model.tokens.embedding_dim, model.tokens.padding_idx) == (VOCABULARY, 8, 0)
-    assert model.tokens.embed_scale == 8**0.5
-
-
-def test_a_hook_on_the_base_layer_runs_and_its_output_is_not_overwritten():
-    model, ids, seen = TextNet(), token_ids(), []
-    model.tokens.register_forward_hook(lambda *args: args[2].requires_grad_())  # enable_input_require_grads
-    model.tokens.register_forward_hook(lambda *args: seen.append(args[2]))
-    bare = model.tokens(ids).detach()
-    inject(model, LoraConfig(target_modules=["tokens"], **ALIVE))
-    y = model.tokens(ids)
-    y.sum().backward()
-    assert torch.equal(seen[1], bare) and not torch.equal(y, bare)
-    assert seen[1].grad is not None and model.tokens.adapters.default.lora_A.grad is not None
 
 
 def test_gradients_are_dense_on_a_sparse_base_layer():

@@ -73,7 +73,8 @@ def train(model, batch: torch.Tensor, steps: int = 3) -> tuple[list[float], dict
 def test_train_save_load_merge_and_generate(checkpoint, quantization, tmp_path):
     model, batch = inject(load(checkpoint, quantization), LoraConfig(**OPTIONS)), ids()
     with unchanged_bytes(model):
-        train(model, batch)
+        losses, _ = train(model, batch)
+        assert losses[-1] < losses[0]
         model.eval()
         with torch.no_grad():
             y = model(batch).logits
