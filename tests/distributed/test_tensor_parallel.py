@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from support.models import Net
-from support.ranks import assert_same, trained, whole
+from support.ranks import assert_merges_alike, assert_same, trained, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import add_weighted_adapter, lora_modules, merge_and_unload, prepare_hotswap
 
 pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
@@ -114,17 +114,10 @@ def test_dropout_is_that_of_one_process_and_repeats_by_seed(ranks):
 def _files(rank: int, directory: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     model, alone = _adapted(mesh)
-    before = {key: value.clone() for key, value in alone.state_dict().items()}
     save_adapter(model, directory / "split")
     if rank == 0:
         save_adapter(alone, directory / "alone")
-    for function in (merge, unmerge):
-        for one in (model, alone):
-            function(one)
-        for key, value in alone.state_dict().items():
-            split = model.state_dict()[key]
-            assert torch.equal(whole(split), value), key
-    assert all(torch.equal(alone.state_dict()[key], value) for key, value in before.items())
+    assert_merges_alike(model, alone)
     torch.distributed.barrier()
     load_adapter(model, directory / "alone", adapter_name="again")
     x = torch.randn(1, 3, 6)
@@ -150,15 +143,7 @@ def _two_dimensions(rank: int) -> None:
         _run(model, batches[rank // 2]).square().mean().backward()
         _run(alone, batches.flatten(0, 1)).square().mean().backward()
         assert_same(_gradients(model), _gradients(alone))
-    before = {name: value.full_tensor() for name, value in model.state_dict().items() if hasattr(value, "full_tensor")}
-    merge(model.eval())
-    merge(alone.eval())
-    for key, value in alone.state_dict().items():
-        split = model.state_dict()[key]
-        assert torch.equal(whole(split), value), key
-    unmerge(model)
-    state = model.state_dict()
-    assert all(torch.equal(state[name].full_tensor(), value) for name, value in before.items())
+    assert_merges_alike(model, alone)
 
 
 def test_two_dimensions_with_fsdp2(ranks):

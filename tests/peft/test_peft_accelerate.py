@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+from contracts.kinds import Accelerated, input_of, of_kinds
 from support.layers import relative_error
 from support.peft_pairs import assert_same_step, config, factors, pair, set_active
 from torch import nn
@@ -125,6 +126,16 @@ def test_hot_swap_into_a_compiled_model_without_recompilation(tmp_path):
         hotswap_adapter(ours, tmp_path, "default", torch_device=x.device.type)
         torch.testing.assert_close(compiled(x), expected)
     assert all(layer.accelerated for layer in report(ours))
+
+
+@of_kinds(Accelerated, without=("dora",))
+def test_scalings_may_be_tensors(kind):
+    """As PEFT's prepare_model_for_compiled_hotswap leaves them."""
+    theirs, ours = pair(nn.Sequential(kind.make()), config(**kind.options))
+    for model in (theirs, ours):
+        model.base_model.model[0].scaling["default"] = torch.tensor(-0.7)
+    x = input_of(kind, torch.float32)
+    assert_same_step(theirs, ours, lambda model: model(x))
 
 
 def test_transforms_that_look_inside_run_pefts_code(ops_calls):

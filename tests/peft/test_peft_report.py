@@ -6,7 +6,8 @@ import peft
 import pytest
 import torch
 from contracts.kinds import Accelerated, input_of, of_kinds
-from support.models import llama, refused
+from peft.tuners.tuners_utils import BaseTuner
+from support.models import llama, logits, refused, token_ids
 from support.peft_pairs import TARGETS, config, pair
 from torch import nn
 
@@ -16,9 +17,11 @@ from lora_ext.integrations.peft import layers as ours_layers
 
 @pytest.fixture
 def accelerated_from_now_on():
+    inject_adapter = BaseTuner.inject_adapter
     accelerate()
     yield
     restore()
+    assert BaseTuner.inject_adapter is inject_adapter
 
 
 def adapted(**options) -> peft.PeftModel:
@@ -86,6 +89,11 @@ def test_models_created_afterwards(accelerated_from_now_on):
     assert kinds == {"q_proj": False, "v_proj": False, "down_proj": False, "up_proj": True}
     injected = peft.inject_adapter_in_model(config(target_modules=["0"]), nn.Sequential(nn.Conv2d(3, 4, 1)))
     assert type(injected[0]) is ours_layers.Conv2d
+    for share_inputs in (True, False):
+        accelerate(share_inputs=share_inputs)
+        model_of_groups = peft.get_peft_model(llama(), config(target_modules=["q_proj", "k_proj"]))
+        logits(model_of_groups, token_ids())
+        assert bool(report(model_of_groups).groups.together) == share_inputs
     restore()
     assert not any(layer.accelerated for layer in report(adapted()))
     restore()
