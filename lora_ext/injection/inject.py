@@ -62,7 +62,8 @@ def inject(
         ``model``, the same object.
 
     Raises:
-        ValueError: a setting matches nothing, or does not go together with another one or the state of the model.
+        ValueError, RuntimeError: a setting matches nothing, or does not go together with another one or the state of
+            the model.
         TypeError: targets of unsupported kinds (all are named).
         The model is then unchanged.
 
