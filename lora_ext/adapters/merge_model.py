@@ -193,11 +193,10 @@ def _chosen(
     names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
     if not names:
         raise ValueError(f"{caller}: adapter_names is empty; name at least one adapter, or pass None for the default")
-    held = {path: {*layer.adapters, *layer.merged_adapters} for path, layer in layers.items()}
-    known = {name for in_layer in held.values() for name in in_layer}
+    known = {name for layer in layers.values() for name in layer.adapters}
     if unknown := names - known:
         raise KeyError(f"{caller}: no layer has an adapter {sorted(unknown)[0]!r}; the adapters are {sorted(known)}")
-    return {path: (layer, names & held[path]) for path, layer in layers.items() if names & held[path]}
+    return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
 
 
 def _check_some_are_active(caller: str, layers: dict[str, LoraLayer], chosen: Chosen) -> None:
