@@ -16,10 +16,7 @@ from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, TokenRows
 from lora_ext.checkpoints.names import Tie, find_prefix, find_tie
 
-_DEQUANTISE = (
-    "want float64, float32, bfloat16 or float16: dequantise the base first, or load both and call "
-    "merge_and_unload(model, dequantize=True)"
-)
+_DEQUANTISE = "want float64, float32, bfloat16 or float16: dequantise the base first (Transformers: model.dequantize())"
 _IN_MEMORY = "load base and adapter as a model (load_adapter), and call merge_and_unload and save_pretrained there"
 
 

@@ -30,7 +30,7 @@ from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensor
 from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
 from lora_ext.files.writing import write_files
 from lora_ext.injection.build import give_memory
-from lora_ext.injection.inject import Injection, apply_injection, lora_modules
+from lora_ext.injection.inject import Injection, apply_injection, check_unmerged
 from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter, find_adapters
 from lora_ext.model.adapter_state import warn_of_lost_parameters
 from lora_ext.model.bare_model import check_not_managed, check_not_parallel, root_module
@@ -167,9 +167,7 @@ def load_opened(
         )
     check_not_managed("load_adapter", model, "load before deepspeed.initialize (before Trainer.train)")
     prepare_shards("load_adapter", model)
-    merged = [path for path, layer in lora_modules(model) if layer.is_merged]
-    if merged:
-        raise RuntimeError(f"load_adapter: an adapter is merged into {merged[0]!r}; call unmerge(model) first")
+    check_unmerged("load_adapter", model)
     adapters = adapter_set(model)
     if adapters is not None and adapter_name in adapters.configs:
         if activate:

@@ -23,10 +23,15 @@ from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.reading import tensor_table
 from lora_ext.files.writing import write_files, write_tensors
 from lora_ext.model.adapter_set import adapter_set, find_adapter
-from lora_ext.model.adapter_state import MARKER, adapter_state, trained_ids, warn_of_lost_parameters
+from lora_ext.model.adapter_state import (
+    MARKER,
+    MethodFiles,
+    adapter_state,
+    trained_ids,
+    warn_of_lost_parameters,
+    with_values,
+)
 from lora_ext.model.bare_model import adapter_layers
-from lora_ext.model.given_state import with_values
-from lora_ext.model.method_files import MethodFiles
 from lora_ext.model.saver import SavePretrained
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.state import base_keys
@@ -38,8 +43,8 @@ _FOR_MODELS = ("push_to_hub", "distributed_checkpoint", "variant")  # options th
 
 
 @one_at_a_time
-def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
-    """Saves ``saver.module`` so that what is written can be loaded. ``options`` are the arguments by name.
+def save_adapted(saver: SavePretrained, directory: Path, options: dict[str, Any]) -> Any:
+    """Saves ``saver.module`` so that what is written can be loaded. ``options`` are its arguments.
 
     Raises:
         ValueError: some of the active adapters are merged and others are not; the directory holds a whole model, or for
@@ -48,11 +53,10 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
         OSError: the directory cannot be written.
     """
     module, name = saver.module, f"{type(saver.module).__name__}.save_pretrained"
-    directory = Path(next(iter(options.values())))
     method = MethodFiles.of(saver.root)
     if trained_ids(module, method).isdisjoint(map(id, (*module.parameters(), *module.buffers()))):
         with base_keys():  # layers may be left without adapters, for a pool
-            return saver.original(**options)
+            return saver.original(directory, **options)
     prepare_shards(name, module)
     given = options.pop("state_dict", None)
     if given == {}:  # Trainer's placeholder under DeepSpeed, which it removes
@@ -78,7 +82,7 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
     with with_values(name, module, given):
         if is_merged:
             with base_keys():
-                return saver.original(**options)
+                return saver.original(directory, **options)
         if module is not saver.root:
             raise ValueError(
                 f"{name}: it is a part of the adapted {type(saver.root).__name__}; save that by save_adapter or "

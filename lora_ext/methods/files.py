@@ -31,9 +31,8 @@ from lora_ext.methods.lora import Lora
 from lora_ext.methods.pooling import POOLINGS, with_pooling
 from lora_ext.methods.registry import METHODS, combined, new_method
 from lora_ext.model.adapter_set import adapter_set, find_adapter
-from lora_ext.model.adapter_state import warn_of_lost_parameters
+from lora_ext.model.adapter_state import MethodFiles, warn_of_lost_parameters
 from lora_ext.model.bare_model import BareModel, root_module
-from lora_ext.model.method_files import MethodFiles
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -57,7 +56,7 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     method = applied_method(model, "save_method")
     files = _files(model, method)
-    if any(is_sharded(tensor) or is_elsewhere(tensor) for tensor in files.tensors.values()):
+    if any(is_sharded(tensor) or is_elsewhere(tensor) for tensor in files.find_tensors().values()):
         raise ValueError(
             "save_method: the model is sharded; gather its state_dict (torch.distributed.checkpoint.state_dict, "
             "full_state_dict=True; with DeepSpeed accelerator.get_state_dict(engine)) and pass it to "
@@ -111,7 +110,7 @@ def _needed_files(module: nn.Module) -> MethodFiles | None:
     if (method := method_of(module)) is None:
         return None
     files = _files(module, method)
-    has_both = files.has_adapter and files.tensors and adapter_set(module) is not None
+    has_both = files.has_adapter and files.find_tensors() and adapter_set(module) is not None
     return files if files.inserts or has_both else None
 
 

@@ -103,7 +103,7 @@ def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]
         "NUL": ({"target_modules": ["quer\0y"]}, r"target_modules ['quer\x00y'] matches"),
         "terminal": ({"\x1b[2J": "\x1b[2J"}, r"\x1b[2J='\x1b[2J' not supported"),
         "empty name": ({"target_modules": [""]}, "want non-empty strings"),
-        "object of targets": ({"target_modules": {"query": 1}}, "want a list of module names"),
+        "object of targets": ({"target_modules": {"query": 1}}, "want a list of non-empty strings"),
         "list as r": ({"r": [2]}, "r is [2] of type list"),
         "text as r": ({"r": "8"}, "r is '8' of type str"),
         "another type": ({"peft_type": None}, "peft_type is None, want 'LORA'"),
