@@ -29,7 +29,7 @@ help:
 	@echo 'make asan       C++ tests, op tests and op fuzzer under AddressSanitizer, with every instruction set of this machine'
 	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; all also try planted bugs'
 	@echo 'make sanitize-quick  a part of all three'
-	@echo 'make fuzz       malformed and extreme calls of ops, corrupted files, lives of models (SECONDS=60, AREAS="ops files", SEED=1)'
+	@echo 'make fuzz       malformed and extreme calls of ops, corrupted files (SECONDS=60, AREAS="ops.lora_linear files", SEED=1)'
 	@echo 'make soak       eight threads use, load and evict a hundred adapters of a pool for ten minutes (SECONDS=600)'
 	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
 	@echo 'make adapterhub-conformance  compare bottleneck adapters with AdapterHub, which runs in a separate environment'

@@ -12,7 +12,6 @@ import bench_siblings
 import pytest
 import torch
 from harness import contestants, report, whole_models
-from support import small_benchmarks
 from torch import nn
 
 import lora_ext
@@ -85,7 +84,7 @@ CASES = {
         "peft and lora_ext disagree by .*",
     ),
     "experts": (
-        *("bench_experts", small_benchmarks.EXPERTS),
+        *("bench_experts", ("--experts=4", "--hidden=64", "--intermediate=128", "--tokens=8", "--top=2", "--rank=4")),
         lambda patch: patch.setattr(bench_experts, "make_contestants", wrong_experts),
         "lora_ext and peft disagree by .*",
     ),

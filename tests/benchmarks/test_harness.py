@@ -11,7 +11,6 @@ import torch
 from harness import machine_isa, machine_load, own_process, report, timing
 from harness.machine_folder import machine_folder
 from harness.shapes import Shape
-from support import small_benchmarks
 
 from lora_ext import _load
 
@@ -82,9 +81,18 @@ def test_without_a_gpu_cuda_is_refused(script, monkeypatch):
 
 @pytest.mark.skipif("avx2" not in _load.available_cpu_isas(), reason="no AVX2 here")
 def test_an_instruction_set_binds_the_whole_process(tmp_path):
-    command = [sys.executable, BENCHMARKS / "roofline.py", *small_benchmarks.ROOFLINE, "--rounds", "2", "--write"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "bench_layer.py",
+        "--shapes",
+        "8x16x24",
+        "--no-compile",
+        "--rounds",
+        "2",
+        "--write",
+    ]
     subprocess.run([*command, "--machine-isa", "avx2", "--results", tmp_path], check=True, capture_output=True)
-    result = json.loads((tmp_path / "roofline_cpu_avx2.json").read_text())
+    result = json.loads((tmp_path / "layer_cpu_avx2.json").read_text())
     assert result["info"]["cpu"]["isa"] == "avx2"
     assert result["info"]["torch_cpu"] == {"onednn_limit": "AVX2", "mkl_limit": "AVX2", "aten": "AVX2", "amx": False}
     assert "limited to AVX2, without AMX" in result["heading"]

@@ -6,6 +6,7 @@ result must agree with what the safetensors library and Python read.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import json
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from support.checkpoint_files import save_checkpoint
-from support.file_mutations import mutate_file
+from support.file_mutations import mutated
 from support.models import Net
 from support.public_calls import state
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ def _net() -> nn.Module:
 @functools.cache
 def _original() -> Path:
     """Makes an adapter with several kinds of entries, and a checkpoint in two files with an adapter of it."""
-    made, model = Path(tempfile.mkdtemp(dir=Path.cwd())), _net()
+    made, model = Path(tempfile.mkdtemp()), _net()
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
     for config, name in ((_CONFIG, "adapter"), (LoraConfig(r=2, target_modules=["up", "down"]), "plain")):
         adapted = inject(copy.deepcopy(model), config)
         with torch.no_grad():
@@ -162,7 +164,7 @@ def _merge(files: Path, _: None) -> None:
     merge(files / "base", [files / "plain"], files / "out")
 
 
-_READERS = (
+READERS = (
     Reader("load_adapter", ("adapter/*",), _load, _check_adapter, _net),
     Reader("load_adapter again", ("adapter/*",), _load, _check_adapter, lambda: inject(_net(), _CONFIG)),
     Reader("tensor_table", ("base/*.safetensors",), _read_all, _check_tensors),
@@ -174,25 +176,24 @@ _READERS = (
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
-def make(choices: Choices, readers: tuple[Reader, ...] = _READERS) -> Case:
-    reader = choices.pick(readers)
-    work = Path(tempfile.mkdtemp(dir=Path.cwd()))
-    files = Path(shutil.copytree(_original(), work / "files"))
-    changed: dict[Path, str] = {}
-    if not choices.chance(15):
-        candidates = sorted(path for pattern in reader.changed for path in files.glob(pattern))
-        for path in choices.sample(candidates, min(choices.between(1, 2), len(candidates))):
-            mutate_file(choices, path, [other for other in candidates if other != path])
-            changed[path] = repr(path.read_bytes()[:3000])
-    source = "".join(f"{path.relative_to(files)}: {content}\n" for path, content in changed.items())
-    return Case(reader.function, source, lambda: _run(reader, work, set(changed)))
+def make(choices: Choices, name: str = "", readers: tuple[Reader, ...] = READERS) -> Case:
+    reader = choices.choice([reader for reader in readers if name in ("", reader.function)])
+    original, changed = _original(), {}
+    if choices.chance(85):
+        candidates = sorted(path for pattern in reader.changed for path in original.glob(pattern))
+        for path in choices.some(candidates, 1, 2):
+            others = [other.read_bytes() for other in candidates if other != path]
+            changed[path.relative_to(original)] = mutated(choices, path.suffix, path.read_bytes(), others)
+    source = "".join(f"{path}: {content[:3000]!r}\n" for path, content in changed.items())
+    return Case(reader.function, source, lambda: _run(reader, changed))
 
 
-def _run(reader: Reader, work: Path, changed: set[Path]) -> Outcome:
-    try:
-        return _read(reader, work, changed)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _run(reader: Reader, changed: dict[Path, bytes]) -> Outcome:
+    with tempfile.TemporaryDirectory() as work:
+        files = Path(shutil.copytree(_original(), Path(work, "files")))
+        for path, content in changed.items():
+            (files / path).write_bytes(content)
+        return _read(reader, Path(work), {files / path for path in changed})
 
 
 def _read(reader: Reader, work: Path, changed: set[Path]) -> Outcome:

@@ -7,7 +7,6 @@ import math
 import random
 import re
 import struct
-from pathlib import Path
 from typing import Any
 
 DTYPES = {"F64": 64, "F32": 32, "BF16": 16, "U8": 8, "BOOL": 8, "I64": 64, "F8_E4M3": 8, "F8_E8M0": 8}
@@ -41,18 +40,17 @@ BYTES = [b"", b"\0", b"{}", b"[]", b"\xff\xfe", b"PK\x03\x04", b"{" * 50_000, b"
 MOST_BYTES = 1 << 21  # of a changed file
 
 
-def mutate_file(rng: random.Random, path: Path, others: list[Path]) -> None:
-    """Changes a file in one to three ways; tests/hostile replaces files by pipes, devices and links."""
-    content = path.read_bytes()
+def mutated(rng: random.Random, suffix: str, content: bytes, others: list[bytes]) -> bytes:
+    """Changes the content of a file in one to three ways. ``others``: contents of other files."""
     for _ in range(rng.randint(1, 3)):
         aware = rng.random() < 0.7
-        if aware and path.suffix == ".json":
+        if aware and suffix == ".json":
             content = _changed_json(rng, content)
-        elif aware and path.suffix == ".safetensors":
+        elif aware and suffix == ".safetensors":
             content = _changed_tensors(rng, content)
         else:
             content = _changed_bytes(rng, content, others)
-    path.write_bytes(content[:MOST_BYTES])
+    return content[:MOST_BYTES]
 
 
 def valid_header(rng: random.Random) -> tuple[dict[str, Any], int]:
@@ -97,7 +95,7 @@ def _with_changes(rng: random.Random, header: Any, data: bytes) -> bytes:
     return content[: rng.randrange(len(content))] if rng.random() < 0.03 else content
 
 
-def _changed_bytes(rng: random.Random, content: bytes, others: list[Path]) -> bytes:
+def _changed_bytes(rng: random.Random, content: bytes, others: list[bytes]) -> bytes:
     at = rng.randrange(len(content) + 1)
     length = min(rng.choice((1, 2, 8, 64, 1000)), len(content) - at)
     begin, part, end = content[:at], content[at : at + length], content[at + length :]
@@ -109,7 +107,7 @@ def _changed_bytes(rng: random.Random, content: bytes, others: list[Path]) -> by
         begin + rng.randbytes(length) + end,
         begin + bytes(length) + end,
         content + bytes(length),
-        begin + (rng.choice(others).read_bytes()[at:] if others else b""),
+        begin + (rng.choice(others)[at:] if others else b""),
         rng.choice(BYTES),
     )
     return rng.choice(options)
