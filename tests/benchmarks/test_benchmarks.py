@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-from pathlib import Path
 
 import bench_finetune
 import bench_grouped
@@ -23,15 +22,6 @@ pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.f
 
 PEERS = list(contestants.LAYERS)
 bench_language_model = importlib.import_module("bench_language_model")  # after the optional packages that it imports
-
-
-def test_every_benchmark_is_run_by_a_test():
-    tests = Path(__file__).parents[1]
-    texts = "\n".join(path.read_text() for path in (tests / "benchmarks").glob("*.py"))
-    texts += (tests / "building" / "test_kernel_stages.py").read_text()  # needs a GPU; its parts are tested there
-    scripts = {path.stem for path in (tests.parent / "benchmarks").glob("bench_*.py")}
-    assert scripts
-    assert not {script for script in scripts if script not in texts}, "run these at a small size in this file"
 
 
 DTYPES = ("--dtype=float32", "--dtype=bfloat16")
