@@ -116,7 +116,7 @@ def test_python_of_peft_md(in_tmp_path):
 
 def test_python_of_quantized_md(in_tmp_path):
     (block,) = python_blocks("docs/quantized.md")
-    model = run(block)["model"]
+    model = run(block)["plain"]
     assert not any(lora_modules(model))
     assert type(AutoModelForSequenceClassification.from_pretrained("plain-model")) is type(model)
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.printable import first_of
 from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
@@ -203,11 +204,16 @@ def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
         )
 
 
-def check_none_merged(caller: str, root: nn.Module) -> None:
-    """Raises a ValueError if adapters are merged into a layer: a new one becomes active and would come on top."""
-    for path, layer in lora_modules(root):
-        if layer.is_merged:
-            raise ValueError(f"{caller}: adapters are merged into {path!r}; call unmerge(model) first")
+def check_unmerged(caller: str, model: nn.Module, name: str | None = None) -> None:
+    """Raises a RuntimeError if adapter ``name``, or for None any, is merged into a layer of ``model``."""
+    merged = [
+        repr(path)
+        for path, layer in lora_modules(model)
+        if (layer.is_merged if name is None else name in layer.merged_adapters)
+    ]
+    if merged:
+        what, unmerge = ("adapters are", "") if name is None else (f"{name!r} is", f", {name!r}")
+        raise RuntimeError(f"{caller}: {what} merged into {first_of(merged)}; call unmerge(model{unmerge}) first")
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -228,7 +234,7 @@ def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfi
                 f"inject: {type(root).__name__} has LoRA layers already ({path!r}), but was not injected as a whole; "
                 "call lora_ext.adapters.merge_and_unload(model) first, or inject into a fresh model"
             )
-    check_none_merged("inject", root)
+    check_unmerged("inject", root)  # a new adapter becomes active and would come on top
     if adapters is not None and adapters.biases and config.bias != "none":
         (owner,) = adapters.biases
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The adapters of one model: their configs, and which of them are active."""
+"""The adapters of one model: their configs, which are active, and the model's own biases that they train."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_ext.config import LoraConfig
 from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
-from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.base_layer import is_offloaded
 
@@ -120,6 +120,49 @@ class Adapter:
         return tensors
 
 
+class TrainedBiases:
+    """Biases that an adapter trains in place, and their original values, which PEFT loses.
+
+    Args:
+        owners: maps paths in file keys to modules with a ``bias``.
+    """
+
+    def __init__(self, owners: Mapping[str, nn.Module]) -> None:
+        self.used = True
+        first: dict[int, str] = {}
+        # Maps every path to the first path with the same parameter: BERT's head has one bias in two modules.
+        self._first = {path: first.setdefault(id(owner.bias), path) for path, owner in owners.items()}
+        self._owners = {path: owners[path] for path in first.values()}
+        # The values not in place now: the original ones while the trained ones are used, and the reverse.
+        self._others = {path: owner.bias.detach().clone() for path, owner in self._owners.items()}
+
+    @torch.no_grad()
+    def use(self, used: bool) -> None:
+        """Puts the trained values (``used``) or the original ones in place."""
+        if used == self.used:
+            return
+        for path, owner in self._owners.items():
+            other = self._others[path].to(owner.bias)
+            self._others[path] = owner.bias.detach().clone()
+            owner.bias.copy_(other)
+        self.used = used
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters that the biases are in, whatever values they have now."""
+        for owner in self._owners.values():
+            yield owner.bias
+
+    def originals(self) -> dict[int, nn.Parameter]:
+        """The original values by parameter ``id``; empty if they are in place."""
+        used = self._owners.items() if self.used else ()
+        return {id(owner.bias): nn.Parameter(self._others[path].clone().to(owner.bias)) for path, owner in used}
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The trained values by their file keys."""
+        values = {path: owner.bias for path, owner in self._owners.items()} if self.used else self._others
+        return {f"{path}.bias": values[first] for path, first in self._first.items()}
+
+
 class AdapterSet:
     """The named adapters of an injected model: an attribute of its root, copied and pickled with it.
 
@@ -217,8 +260,8 @@ class AdapterSet:
                     except RuntimeError:
                         if parameter.is_floating_point():  # a module to save may have integer parameters
                             raise
-        if (biases := self.biases.get(name)) is not None:
-            biases.requires_grad_(requires_grad)
+        for bias in self.biases[name].parameters() if name in self.biases else ():
+            bias.requires_grad = requires_grad
 
 
 def adapter_set(model: nn.Module) -> AdapterSet | None:

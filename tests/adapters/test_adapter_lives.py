@@ -182,7 +182,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(name=NEW, config=st.sampled_from(CONFIGS))
     def add(self, name: str, config: dict) -> None:
-        error = ValueError if self.merged or name in self.deltas else None
+        error = ValueError if name in self.deltas else RuntimeError if self.merged else None
         adapter = LoraConfig(**config, init_lora_weights=False)
         if self.attempt("inject", lambda: inject(self.model, adapter, name), error):
             self.took(name, config)
@@ -287,7 +287,7 @@ class Life(RuleBasedStateMachine):
         if first == second:
             return
         error = KeyError if {first, second} - self.deltas.keys() else None
-        error = error or (ValueError if self.merged or name in self.deltas else None)
+        error = error or (ValueError if name in self.deltas else RuntimeError if self.merged else None)
 
         def change() -> None:
             add_weighted_adapter(self.model, [first, second], [weight, 1.0], name, "cat")

@@ -44,8 +44,8 @@ def test_the_keys_identify_every_layer_type(directory: Path):
         ("square", "linear"),
     ]
     assert sorted(contents.replaced) == ["head.bias", "head.weight"]
-    named = [key for update in contents.updates for key in (update.lora_A, update.lora_B)]
-    assert sorted([*named, *contents.replaced.values()]) == sorted(contents.file.tensors)
+    named = [id(tensor) for update in contents.updates for tensor in (update.lora_A, update.lora_B)]
+    assert sorted([*named, *map(id, contents.replaced.values())]) == sorted(map(id, contents.file.tensors.values()))
 
 
 def test_biases_tokens_and_copies_of_the_base(tmp_path: Path):
@@ -116,14 +116,6 @@ def test_a_checkpoint_and_a_file(tmp_path):
     assert (found["bytes"], len(found["files"])) == (88, 2)
     assert found["tensors"]["b"] == {"dtype": "I64", "shape": [5], "bytes": 40}
     assert inspect(tmp_path / "base" / next(iter(found["files"])))["parameters"] in (12, 5)
-
-
-def test_what_is_trained_next_to_the_factors_counts(tmp_path):
-    model = nn.ModuleDict({"a": nn.Linear(9, 7)})
-    for option in ("use_dora", "lora_bias"):
-        peft_adapter(model, tmp_path / option, target_modules=["a"], **{option: True})
-        (layer,) = inspect(tmp_path / option)["layers"]
-        assert layer["parameters"] == layer["r"] * (9 + 7) + 7
 
 
 # --- what the analysis reads ------------------------------------------------------------------------------------------

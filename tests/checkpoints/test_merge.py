@@ -14,7 +14,6 @@ from support.checkpoint_files import (
     INDEX,
     EveryLayer,
     assert_same_bits,
-    edit_tensors,
     merged_by_peft,
     peft_adapter,
     save_checkpoint,
@@ -116,19 +115,6 @@ def test_square_experts_need_to_be_told(tmp_path, transposed):
     with pytest.raises(ValueError, match=r"experts\.gate is square, and may be \[out, in\] or \[in, out\]"):
         check_as_by_peft(model, tmp_path / "not told", settings)
     check_as_by_peft(model, tmp_path, settings, fan_in_fan_out=transposed)
-
-
-def test_grouped_convolutions_are_refused(tmp_path):
-    """An update reaches across the groups, as in PEFT."""
-    model = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
-    save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
-    peft_adapter(model, tmp_path / "adapter", target_modules=["conv"], r=4)
-    with pytest.raises(ValueError, match=r"shape of conv\.weight: \[6, 2, 3, 3\].*reaches across the groups"):
-        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
-    within = {"base_model.model.conv.lora_A.weight": torch.randn(4, 2, 3, 3)}  # as no library writes it
-    edit_tensors(tmp_path / "adapter", lambda tensors: tensors.update(within))
-    with pytest.raises(ValueError, match=r"shape of conv\.weight: \[6, 2, 3, 3\]"):
-        merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
 
 
 def test_prefixes_of_the_base_may_differ(tmp_path):

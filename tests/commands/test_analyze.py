@@ -278,7 +278,7 @@ def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(fil
         ),
         (
             "--adapter broken --no-base",
-            "model.layers.1.mlp.up_proj in broken/adapter_model.safetensors: factored_svd: ",
+            "model.layers.1.mlp.up_proj in broken: factored_svd: ",
         ),
         ("--adapter four --base infinite", "model.layers.0.mlp.up_proj.weight of infinite: "),
         ("--adapter dora --no-base", "is a DoRA adapter (use_dora), which rescales the weights"),

@@ -99,7 +99,7 @@ def test_remarks_are_read_and_kept(tmp_path):
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text()).items() >= remarks.items()
 
 
-REMARK = "If it is only a remark, remove it"
+REMARK = "if it is only a remark, remove it"
 REFUSED = [
     ({"lora_alpha": -6}, "want a positive finite number"),
     ({"alpha_pattern": {"v_proj": -3}}, "want a positive finite number"),

@@ -83,8 +83,7 @@ def test_quantised_weights(format, tmp_path):
         assert 0.0 < error.relative < 0.2 and (model(x) - y).norm() < 0.2 * y.norm()
     unmerge(model)
     assert all(torch.equal(tensor, bytes_before[name]) for name, tensor in stored(model).items())
-    plain = adapters.merge_and_unload(model, dequantize=True)
-    assert (plain(x) - y).norm() < 0.02 * y.norm()
+    assert torch.equal(model(x), y)
 
 
 def test_rows_choose():
@@ -129,7 +128,7 @@ def test_other_layers_may_have_other_adapters():
     for first, second in ((dora(), LoraConfig(target_modules=["0"])), (LoraConfig(target_modules=["0"]), dora())):
         model = inject(copy.deepcopy(base), first)
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match="'0' has adapters .* with use_dora: "):
+        with pytest.raises(ValueError, match="'0' has adapters .* in a .*use_dora"):
             inject(model, second, "second")
         assert model.state_dict().keys() == before.keys()
     with pytest.raises(TypeError, match="the adapter is a LoraAdapter, want a DoraAdapter"):
@@ -164,7 +163,7 @@ def test_functions_that_combine_adapters_or_share_their_layers(tmp_path):
     model = layers()
     inject(model, dora(), "second")
     save_adapter(model, tmp_path / "adapter", "default")
-    with pytest.raises(ValueError, match="'0' has adapters .* with use_dora: True, and one with False"):
+    with pytest.raises(ValueError, match="'0' has adapters .* in a DoraLinear, which the new one cannot join"):
         AdapterPool(model, tmp_path, r=4, target_modules=["0"], max_bytes=10_000)
     plain = inject(nn.Sequential(nn.Linear(24, 40)), LoraConfig(r=4, lora_alpha=10, target_modules=["0"]))
     with pytest.raises(ValueError, match="use_dora=True"):

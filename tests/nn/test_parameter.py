@@ -110,10 +110,10 @@ def test_parameters_that_cannot_be_adapted():
 
 def test_one_module_as_both_kinds_of_target():
     model = adapted(Mixture(), ["head.weight"], "a")
-    with refused(model, ValueError, "'head' has adapters (['a']) with target_parameters: True, and one with False"):
+    with refused(model, ValueError, "'head' has adapters (['a']) in a LoraParameter, which"):
         inject(model, LoraConfig(target_modules=["head"]), "b")
     model = inject(Mixture(), LoraConfig(target_modules=["head"]), "a")
-    with refused(model, ValueError, "'head' has adapters (['a']) with target_parameters: False, and one with True"):
+    with refused(model, ValueError, "'head' has adapters (['a']) in a LoraLinear, which"):
         adapted(model, ["head.weight"], "b")
 
 

@@ -98,7 +98,7 @@ def test_starts_as_the_model_and_trains_only_the_rows(tied):
     assert trainable == {"model.embed_tokens.adapters.default.rows"}
     assert trainable_parameter_counts(model)[1] == trainable_parameter_counts(llama(tied))[1] + 3 * 16 + 2 * 2 * 2 * 16
     status = {entry.layer: entry for entry in adapter_status(model)}["model.embed_tokens"]
-    assert status.kind == "TrainableTokens" and status.parameters == 48 and status.r is None
+    assert status.kind == "TrainableTokens" and status.r is None
 
 
 def test_scaled_embeddings_and_padding():
@@ -234,24 +234,23 @@ def test_an_update_of_the_embedding_is_merged_below_the_rows_of_another_adapter(
 
 
 @pytest.mark.parametrize(
-    ("embedding", "error", "fragments"),
+    ("embedding", "fragments"),
     [
-        (nn.Embedding(50, 8), ValueError, ["names no token of 'tokens'; leave it out"]),
+        (nn.Embedding(50, 8), ["names none of its tokens; leave it out"]),
         (
             nn.Embedding(50, 8, max_norm=1.0),
-            TypeError,
             ["tokens (Embedding)", "train its rows: it has max_norm"],
         ),
-        (nn.Embedding(50, 8, scale_grad_by_freq=True), TypeError, ["it has scale_grad_by_freq"]),
-        (nn.EmbeddingBag(50, 8), TypeError, ["tokens (EmbeddingBag)", "rows: want an nn.Embedding or nn.Linear"]),
-        (nn.Embedding(31, 8), ValueError, ["the tokens [31], but 'tokens' has 31", "resize the embedding first"]),
+        (nn.Embedding(50, 8, scale_grad_by_freq=True), ["it has scale_grad_by_freq"]),
+        (nn.EmbeddingBag(50, 8), ["tokens (EmbeddingBag)", "rows: want an nn.Embedding or nn.Linear"]),
+        (nn.Embedding(31, 8), ["the tokens [31], but it has 31", "resize the embedding first"]),
     ],
 )
-def test_embeddings_whose_rows_cannot_be_trained(embedding, error, fragments):
+def test_embeddings_whose_rows_cannot_be_trained(embedding, fragments):
     model = TextNet()
     model.tokens = embedding
-    with refused(model, error, "inject: ", "trainable_token_indices", *fragments):
-        tokens = [] if "no token" in fragments[0] else TOKENS
+    with refused(model, TypeError, "inject: ", "trainable_token_indices", *fragments):
+        tokens = [] if "none of" in fragments[0] else TOKENS
         inject(model, LoraConfig(target_modules=["head"], trainable_token_indices={"tokens": tokens}))
 
 

@@ -71,12 +71,6 @@ def valid_header(rng: random.Random) -> tuple[dict[str, Any], int]:
     return dict(rng.sample(list(tensors.items()), len(tensors))), end
 
 
-def mutated_tensors(rng: random.Random) -> bytes:
-    """Makes a whole safetensors file; its header is a valid one with zero to some changes."""
-    header, size = valid_header(rng)
-    return _with_changes(rng, header, rng.randbytes(size))
-
-
 def _with_changes(rng: random.Random, header: Any, data: bytes) -> bytes:
     """Makes a file of a header, with zero to some changes in its values and its text, and the data of its tensors."""
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
