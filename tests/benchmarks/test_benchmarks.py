@@ -74,12 +74,6 @@ def test_what_rows_say_about_memory_and_sizes(run):
     assert all(row["gb_s"]["op alone"] > 0 for row in run("bench_grouped", *GROUPED, "forward")["rows"])
 
 
-def test_stages(run):
-    rows = run("bench_stages", "--shapes", "40x48x64", "--rank", "4")["rows"]
-    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
-    assert all(row["us"]["forward"] > 0 and row["gflop_s"] > 0 for row in rows)
-
-
 def test_a_machine_that_cannot_compile_measures_the_others(run, monkeypatch, capsys):
     class NotCompiled(contestants.HandWritten):
         def forward(self, x):
