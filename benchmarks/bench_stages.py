@@ -46,8 +46,8 @@ def stages(shape: Shape, dtype: torch.dtype, device: str, rank: int) -> dict[str
         return lambda: ops.lora_delta_.default(y, x, A, B, 1.0, p, seed if p else None)
 
     def backward(want_x, want_A, want_B, p=0.0):
-        return lambda: ops.lora_delta_backward.default(
-            grad_y, x, A, B, xa, mask if p else None, 1.0, p, (want_x, want_A, want_B)
+        return lambda: ops.lora_linear_backward.default(
+            grad_y, x, None, A, B, xa, mask if p else None, 1.0, p, (want_x, want_A, want_B)
         )
 
     return {

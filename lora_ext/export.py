@@ -61,7 +61,6 @@ _NAMES = (
     "lora_linear",
     "lora_linear_siblings",
     "lora_delta_",
-    "lora_delta_siblings",
     "lora_grouped_",
     "lora_grouped_linear",
     "lora_shrink",

@@ -535,7 +535,7 @@ def _layer_call(name: str) -> dict[str, Any]:
         sample = OPS[forward if forward in OPS else f"{forward}_"].small(leading=leading)
     call = sample.call | {"dropout_p": 0.3, "seed": SEED.clone()}
     if "siblings" in name and "weights" in call:
-        call["biases"] = [torch.randn(20), torch.randn(12)]
+        call |= {"biases": [torch.randn(20), torch.randn(12)], "bases": []}
     if forward == name:
         return call
     grads = {"grad_y": sample.grads[0], "grad_ys": sample.grads, "grad_xa": sample.grads[0]}
