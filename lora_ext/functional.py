@@ -256,7 +256,7 @@ def lora_delta_siblings(
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
-        if not bases:
+        if isinstance(bases, (list, tuple)) and not bases:
             raise refusal("lora_delta_siblings", "length", "bases", 0, "1 to 8")
         if x.dtype != bases[0].dtype:
             x = cast_to(bases[0], x)
