@@ -2,8 +2,8 @@
 
     python benchmarks/plots.py [--results DIR] [--device cpu] [--machine-isa avx2]
 
-layer: bars against the frozen layer. curves: cost by rank, tokens and width. decode: cost by tokens. roofline: achieved
-rates against the machine's ceilings. A picture whose JSON file is missing is left out and reported.
+layer: bars against the frozen layer. decode: cost by tokens. A picture whose JSON file is missing is left out and
+reported.
 """
 
 from __future__ import annotations
@@ -57,12 +57,6 @@ def _frozen_line(axes: Axes) -> None:
     axes.axhline(1.0, color=COLOURS["frozen"], linewidth=1.0, linestyle="--")
 
 
-def _powers_of_two(axes: Axes, values: list[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(values, [str(value) for value in values], fontsize=8)
-    axes.minorticks_off()
-
-
 # --- bars -------------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +93,7 @@ def layer(result: dict) -> Figure:
     return figure
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------
+# --- lines -----------------------------------------------------------------------------------------------------------
 
 
 def _lines(axes: Axes, points: list[tuple[int, dict]], names: list[str]) -> None:
@@ -112,7 +106,9 @@ def _lines(axes: Axes, points: list[tuple[int, dict]], names: list[str]) -> None
         middle, low, high = zip(*(values for _, values in measured), strict=True)
         axes.fill_between(xs, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
         axes.plot(xs, middle, marker="o", markersize=3.5, linewidth=1.5, color=COLOURS[name], label=name)
-    _powers_of_two(axes, [x for x, _ in points])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([x for x, _ in points], [str(x) for x, _ in points], fontsize=8)
+    axes.minorticks_off()
     _clean(axes)
     _frozen_line(axes)
     axes.margins(x=0.05)
@@ -131,125 +127,35 @@ def _name_lines(axes: Axes) -> None:
         )
 
 
-def _grid(
-    figure: Figure, rows: list[dict], columns: list, points_of: Callable[[dict, object], tuple[int, dict] | None]
-) -> list[list[Axes]]:
-    """Draws a panel per dtype and column; a dtype shares its scale. points_of: a row's point in a column, or None."""
-    dtypes, names = _dtypes(rows), list(dict.fromkeys(name for row in rows for name in row["ratio"]))
-    grid = figure.subplots(len(dtypes), len(columns), squeeze=False, sharey="row")
+def decode(result: dict) -> Figure:
+    """Draws a row of panels for each dtype, which share a scale, and a column for each width."""
+    rows, dtypes = result["rows"], _dtypes(result["rows"])
+    widths = list(dict.fromkeys(tuple(row["shape"][1:]) for row in rows))
+    names = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
+    title = "Decoding with an unmerged adapter, times the frozen layer"
+    figure = _figure(1.1 + 2.3 * len(dtypes), title, result["heading"])
+    grid = figure.subplots(len(dtypes), len(widths), squeeze=False, sharey="row")
     for dtype, line in zip(dtypes, grid, strict=True):
         of_dtype = [row for row in rows if row["dtype"] == dtype]
-        for column, axes in zip(columns, line, strict=True):
-            points = [point for row in of_dtype if (point := points_of(row, column))]
+        for width, axes in zip(widths, line, strict=True):
+            axes.set_xlabel("tokens  ({} → {})".format(*width), fontsize=9)
+            points = [(row["shape"][0], row["ratio"]) for row in of_dtype if tuple(row["shape"][1:]) == width]
             if points:
                 _lines(axes, points, names)
             else:
                 axes.set_axis_off()
-        highest = max(values[0] for row in of_dtype for values in row["ratio"].values())
-        lowest = min(values[0] for row in of_dtype for values in row["ratio"].values())
-        room = max(highest - 1, 0.05) * 0.12
-        line[0].set_ylim(min(lowest, 1) - room, highest + room)
+        medians = [values[0] for row in of_dtype for values in row["ratio"].values()]
+        margin = max(max(medians) - 1, 0.05) * 0.12
+        line[0].set_ylim(min(*medians, 1) - margin, max(medians) + margin)
         line[0].set_ylabel(f"{dtype}\ntimes the frozen layer", fontsize=9)
         for axes in line:
             _name_lines(axes)
-    return grid
-
-
-def curves(result: dict) -> Figure:
-    """Draws a column for each size that varies."""
-    fixed = result["fixed"]
-    title = "Cost of an adapter in forward + backward, times the frozen layer"
-    figure = _figure(1.1 + 2.3 * len(_dtypes(result["rows"])), title, result["heading"])
-
-    def point(row: dict, axis: object) -> tuple[int, dict] | None:
-        return (row[axis], row["ratio"]) if row["axis"] == axis else None
-
-    for line in _grid(figure, result["rows"], list(fixed), point):
-        for axis, axes in zip(fixed, line, strict=True):
-            others = ", ".join(f"{other} {value}" for other, value in fixed.items() if other != axis)
-            axes.set_xlabel(f"{axis}  ({others})", fontsize=9)
-    return figure
-
-
-def decode(result: dict) -> Figure:
-    """Draws a column for each width."""
-    rows = result["rows"]
-    widths = list(dict.fromkeys(tuple(row["shape"][1:]) for row in rows))
-    title = "Decoding with an unmerged adapter, times the frozen layer"
-    figure = _figure(1.1 + 2.3 * len(_dtypes(rows)), title, result["heading"])
-
-    def point(row: dict, width: object) -> tuple[int, dict] | None:
-        return (row["shape"][0], row["ratio"]) if tuple(row["shape"][1:]) == width else None
-
-    for line in _grid(figure, rows, widths, point):
-        for width, axes in zip(widths, line, strict=True):
-            axes.set_xlabel("tokens  ({} → {})".format(*width), fontsize=9)
-    return figure
-
-
-# --- roofline ---------------------------------------------------------------------------------------------------------
-
-MARKERS = {"forward": "o", "forward + backward": "s", "decode": "^", "merge": "D"}
-
-
-def roofline(result: dict) -> Figure:
-    """Draws a panel for each dtype: operations a second by operations per byte, below the measured ceilings."""
-    rows, rates = result["rows"], result["ceilings"]
-    dtypes = _dtypes(rows)
-    figure = _figure(4.9, "Achieved rates against the machine's ceilings", result["heading"])
-    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
-        shown = [row for row in rows if row["dtype"] == dtype]
-        product = rates[f"matrix_{dtype}"]
-        low = min(row["flops_per_byte"] for row in shown) / 2
-        high = max(max(row["flops_per_byte"] for row in shown) * 2, 2 * product / rates["copy"])
-        for key, label, style in (("copy", "copy", "-"), ("copy_in_cache", "copy in cache", ":")):
-            if key in rates:
-                ridge = product / rates[key]
-                axes.plot([low, ridge], [low * rates[key], product], style, color="black", linewidth=1.2)
-                text = f"{label}, {rates[key] / 1e9:.0f} GB/s"
-                if key == "copy":  # label right of its foot, the other's left of its head: no line passes there
-                    axes.annotate(text, (low, low * rates[key]), (14, -2), textcoords="offset points", fontsize=8)
-                else:
-                    place = {"xytext": (-36, -2), "textcoords": "offset points", "ha": "right", "fontsize": 8}
-                    axes.annotate(text.replace(", ", "\n"), (ridge, product), va="top", **place)
-        ridge = product / max(rates[key] for key in ("copy", "copy_in_cache") if key in rates)
-        axes.plot([ridge, high], [product, product], "-", color="black", linewidth=1.2)
-        text = f"product, {product / 1e9:,.0f} GFLOP/s"
-        axes.annotate(text, (high, product), (0, 5), textcoords="offset points", fontsize=8, ha="right")
-        for row in shown:
-            colour = COLOURS[row["contestant"]]
-            filled = row["contestant"] != "frozen"
-            axes.plot(
-                row["flops_per_byte"],
-                row["flop_s"],
-                MARKERS[row["what"]],
-                markersize=6,
-                markerfacecolor=colour if filled else "none",
-                markeredgecolor=colour,
-                alpha=0.9,
-            )
-            if filled and row["what"] in ("decode", "merge"):
-                tokens = row["shape"][0]
-                text = "merge" if row["what"] == "merge" else f"{tokens} token{'s' if tokens > 1 else ''}"
-                place = row["flops_per_byte"], row["flop_s"]
-                axes.annotate(text, place, (7, -4), textcoords="offset points", fontsize=8, color=colour)
-        axes.set(xscale="log", yscale="log", xlabel=f"FLOP per byte ({dtype})", ylabel="FLOP/s")
-        _clean(axes)
-        for what in dict.fromkeys(row["what"] for row in shown):
-            axes.plot([], [], MARKERS[what], color=COLOURS["lora_ext"], label=what)
-        axes.plot([], [], "o", markerfacecolor="none", markeredgecolor=COLOURS["frozen"], label="frozen layer")
-        axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-PICTURES: dict[str, Callable[[dict], Figure]] = {
-    "layer": layer,
-    "curves": curves,
-    "decode": decode,
-    "roofline": roofline,
-}
+PICTURES: dict[str, Callable[[dict], Figure]] = {"layer": layer, "decode": decode}
 
 
 def draw(results: Path, suffix: str, say: Callable[[str], None] = print) -> list[Path]:

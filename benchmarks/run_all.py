@@ -1,4 +1,4 @@
-"""Runs every benchmark of this folder, then draws the pictures, in about fourteen minutes; `make bench` calls it.
+"""Runs every benchmark of this folder, then draws the pictures, in about twelve minutes; `make bench` calls it.
 
     python benchmarks/run_all.py [--device cpu] [--machine-isa avx2] [--only layer,decode] [--results DIR]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from harness import machine_isa, report
 
 HERE = Path(__file__).parent
-# No case starts after this number of seconds; with start-up times, all take about fourteen minutes on two cores.
+# No case starts after this number of seconds; with start-up times, all take about twelve minutes on two cores.
 SCRIPTS = {
     "layer": ["bench_layer.py", "--seconds", "75"],
     "siblings": ["bench_siblings.py", "--seconds", "20"],
@@ -31,8 +31,6 @@ SCRIPTS = {
     "merge": ["bench_merge.py", "--rounds", "20"],
     "inject": ["bench_inject.py", "--rounds", "7", "--imports", "3"],
     "finetune": ["bench_finetune.py", "--seconds", "330"],
-    "curves": ["bench_curves.py", "--seconds", "50"],
-    "roofline": ["roofline.py", "--seconds", "32"],
 }
 
 

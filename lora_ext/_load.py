@@ -28,12 +28,8 @@ def _remedy() -> str:
         return _REBUILD
     places = (Path(entry).resolve() / _HERE.name for entry in sys.path)
     installed = next((place for place in places if (place / LIBRARY.name).exists()), None)
-    if installed is None:
-        return f"This is a checkout without a build, and no built package is installed: run `make build` in {checkout}."
-    return (
-        f"This is a checkout without a build, and Python found it before the package that is installed in {installed}: "
-        f"run `make build` in {checkout}, or start Python in another folder."
-    )
+    hides = f", or start Python in another folder: it hides the one installed in {installed}" if installed else ""
+    return f"This is a checkout without a build: run `make build` in {checkout}{hides}."
 
 
 def _load_cpu() -> None:
@@ -61,18 +57,22 @@ def _load_cuda() -> str:
     return ""
 
 
-def _check_isa() -> None:
+def _check_choices() -> None:
     if not cpu_isa():
+        wanted = f"one of {', '.join(available_cpu_isas())} on this machine"
         raise ImportError(
-            f"lora_ext: LORA_EXT_CPU_ISA is {os.environ['LORA_EXT_CPU_ISA']!r}, want one of "
-            f"{', '.join(available_cpu_isas())} on this machine, or unset it"
+            f"lora_ext: LORA_EXT_CPU_ISA is {os.environ['LORA_EXT_CPU_ISA']!r}, want {wanted}, or unset it"
         )
-
-
-def _check_base_product() -> None:
     if not base_product():
         value = os.environ["LORA_EXT_BASE_PRODUCT"]
         raise ImportError(f"lora_ext: LORA_EXT_BASE_PRODUCT is {value!r}, want own or library, or unset it")
+
+
+def _from_other_sources(lacks: str) -> ImportError:
+    return ImportError(
+        f"lora_ext: {LIBRARY.name} in {_HERE} was built from other sources than this Python package: it has no "
+        f"{lacks}. {_REBUILD}"
+    )
 
 
 def _function(name: str) -> ctypes._CFuncPtr:
@@ -80,10 +80,7 @@ def _function(name: str) -> ctypes._CFuncPtr:
     try:
         return getattr(ctypes.CDLL(str(LIBRARY)), f"lora_ext_{name}")
     except AttributeError:
-        raise ImportError(
-            f"lora_ext: {LIBRARY.name} in {_HERE} was built from other sources than this Python package: it has no "
-            f"lora_ext_{name}. {_REBUILD}"
-        ) from None
+        raise _from_other_sources(f"lora_ext_{name}") from None
 
 
 def _fact(name: str) -> str:
@@ -97,10 +94,7 @@ def op_named(name: str) -> torch._ops.OpOverload:
     try:
         return getattr(torch.ops.lora_ext, name).default
     except AttributeError:
-        raise ImportError(
-            f"lora_ext: {LIBRARY.name} in {_HERE} was built from other sources than this Python package: it has no op "
-            f"{name}. {_REBUILD}"
-        ) from None
+        raise _from_other_sources(f"op {name}") from None
 
 
 def build_info() -> dict[str, str]:
@@ -146,6 +140,5 @@ def check_kernels_exist(op: str, device: torch.device) -> None:
 
 
 _load_cpu()
-_check_isa()
-_check_base_product()
+_check_choices()
 cuda_unavailable_reason: str = _load_cuda()

@@ -45,16 +45,10 @@ _REMARKS = re.compile(
     r"|(created|updated|saved|trained)_(at|by|on|with)"
     r"|(accelerate|axolotl|datasets|diffusers|library|python|safetensors|torch|transformers|trl|unsloth)_version"
 )
-# Options of PEFT 0.21 that this package does not have.
-_PEFT_ONLY = {
-    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
-    *("megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
-}
 
 # Initialisations of files. The update that they begin with is zero: the base weights stay.
 _KEEPS_THE_BASE = ("eva", "mica", "orthogonal")
 _CHANGES_THE_BASE = re.compile("pissa(_niter_[0-9]+)?|olora|corda|lora_ga|loftq")
-_USE_PEFT = "Use PEFT for it, with lora_ext.integrations.peft.accelerate"
 
 
 @runtime_checkable
@@ -103,11 +97,6 @@ def _value(types: Any, want: str, is_valid: Callable[[Any], bool] = lambda value
     return check
 
 
-_rank = _value(int, "an integer of at least 1 and below 2**31", lambda r: 1 <= r < 2**31)
-_alpha = _value(int | float, "a positive finite number", lambda alpha: 0 < alpha < math.inf)
-_probability = _value(int | float, "0 <= lora_dropout < 1", lambda p: 0 <= p < 1)
-
-
 def _one_of(*choices: Any) -> Check:
     def check(key: str, value: Any) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -118,38 +107,51 @@ def _one_of(*choices: Any) -> Check:
     return check
 
 
+def _list_of(kind: type, want: str, is_valid: Callable[[Any], bool]) -> Check:
+    def check(key: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple, set, frozenset)):
+            raise _wrong_type(key, value, f"a list of {want}")
+        for entry in value:
+            if not isinstance(entry, kind) or (isinstance(entry, bool) and kind is not bool) or not is_valid(entry):
+                error = ValueError if type(entry) is kind else TypeError
+                raise error(f"LoraConfig: {key} has the entry {shown(entry)}, want {want}")
+        return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+
+    return check
+
+
+def _dict_of(check: Check) -> Check:
+    def check_dict(key: str, value: Any) -> FrozenDict:
+        if not isinstance(value, Mapping):
+            raise _wrong_type(key, value, "a dict")
+        _names(key, list(value))
+        return FrozenDict({name: check(f"{key}[{shown(name)}]", entry) for name, entry in value.items()})
+
+    return check_dict
+
+
+def _or_none(check: Check) -> Check:
+    return lambda key, value: None if value is None else check(key, value)
+
+
+_rank = _value(int, "an integer of at least 1 and below 2**31", lambda r: 1 <= r < 2**31)
+_alpha = _value(int | float, "a positive finite number", lambda alpha: 0 < alpha < math.inf)
+_probability = _value(int | float, "0 <= lora_dropout < 1", lambda p: 0 <= p < 1)
 _flag = _one_of(True, False)
 _initialisation = _one_of(True, False, "gaussian")
+_names = _list_of(str, "non-empty strings", bool)
+_numbers = _list_of(int, "whole numbers, at least 0", lambda number: number >= 0)
+_flags = _list_of(bool, "True and False", lambda flag: True)
 
 
-def _sequence(key: str, value: Any, what: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple, set, frozenset)):
-        raise _wrong_type(key, value, f"a list of {what}")
-    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
-
-
-def _names(key: str, value: Any) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    values = _sequence(key, value, "module names")
-    for name in values:
-        _check_name(key, name)
-    return values
-
-
-def _check_name(key: str, name: Any) -> None:
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"LoraConfig: {key} has the entry {shown(name)}, want non-empty strings")
-
-
-def _names_or_expression(key: str, value: Any) -> tuple[str, ...] | str | None:
+def _names_or_expression(key: str, value: Any) -> tuple[str, ...] | str:
     if not isinstance(value, str):
         return _names(key, value)
     check_expressions(key, [value])
     return value
 
 
-def _layers_pattern(key: str, value: Any) -> tuple[str, ...] | str | None:
+def _layers_pattern(key: str, value: Any) -> tuple[str, ...] | str:
     value = _names_or_expression(key, value)
     if value:
         check_expressions(key, as_tuple(value))  # for the message
@@ -157,62 +159,33 @@ def _layers_pattern(key: str, value: Any) -> tuple[str, ...] | str | None:
     return value
 
 
-def _whole_numbers(key: str, value: Any) -> tuple[int, ...]:
-    want = "whole numbers, at least 0"
-    values = _sequence(key, value, want)
-    for number in values:
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"LoraConfig: {key} has the entry {shown(number)}, want {want}")
-        if number < 0:
-            raise ValueError(f"LoraConfig: {key} has the entry {shown(number)}, want {want}")
-    return values
-
-
-def _layer_numbers(key: str, value: Any) -> tuple[int, ...] | int | None:
-    if isinstance(value, int):
-        return _whole_numbers(key, [value])[0]
-    return None if value is None else _whole_numbers(key, value)
-
-
-def _mapping(key: str, value: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise _wrong_type(key, value, f"a dict of {what}")
-    for name in value:
-        _check_name(key, name)
-    return value
+def _layer_numbers(key: str, value: Any) -> tuple[int, ...] | int:
+    return _numbers(key, [value])[0] if isinstance(value, int) else _numbers(key, value)
 
 
 def _pattern(check: Check) -> Check:
     def check_pattern(key: str, value: Any) -> FrozenDict:
-        value = _mapping(key, {} if value is None else value, "path patterns")  # some files have null
+        value = _dict_of(check)(key, {} if value is None else value)  # some files have null
         check_expressions(key, value)
-        return FrozenDict({path: check(f"{key}[{shown(path)}]", number) for path, number in value.items()})
+        return value
 
     return check_pattern
 
 
-def _token_indices(key: str, value: Any) -> tuple[int, ...] | FrozenDict | None:
-    if value is None:
-        return None
+def _token_indices(key: str, value: Any) -> tuple[int, ...] | FrozenDict:
     if isinstance(value, Mapping):
-        named = _mapping(key, value, "token numbers")
-        return FrozenDict({name: _token_indices(f"{key}[{shown(name)}]", tokens) for name, tokens in named.items()})
-    tokens = _whole_numbers(key, value)
+        return _dict_of(_token_indices)(key, value)
+    tokens = _numbers(key, value)
     if twice := sorted(token for token, count in Counter(tokens).items() if count > 1):
         raise ValueError(f"LoraConfig: {key} has {shown(twice)} more than once; name each token once")
     return tokens
 
 
-def _enabled_parts(key: str, value: Any) -> FrozenDict | None:
-    if value is None:
-        return None
-    parts = {}
-    for name, flags in _mapping(key, value, "one bool for each part").items():
-        is_list = isinstance(flags, (list, tuple)) and all(isinstance(flag, bool) for flag in flags)
-        if not is_list or not any(flags):
-            raise ValueError(f"LoraConfig: {key}[{shown(name)}] is {shown(flags)}, want bools, at least one True")
-        parts[name] = tuple(flags)
-    return FrozenDict(parts)
+def _parts(key: str, value: Any) -> tuple[bool, ...]:
+    flags = _flags(key, value)
+    if not any(flags):
+        raise ValueError(f"LoraConfig: {key} is {shown(flags)}, want at least one True")
+    return flags
 
 
 def _metadata(key: str, value: Any) -> FrozenDict:
@@ -232,21 +205,19 @@ class LoraConfig:
         r: rank of the update, at least 1.
         lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``); positive.
         lora_dropout: dropout probability on the adapter's input while training, in [0, 1).
-        target_modules: the modules to adapt: a list of names, each equal to a module's path or to its end after a dot;
-            a regular expression for the whole path; or ``"all-linear"``. May be None or empty with
-            ``target_parameters``: no module is adapted (for None PEFT chooses by type).
-        exclude_modules: modules never to adapt; a list or a regular expression, matched in the same way.
-        target_parameters: bare parameters to adapt (a mixture's experts): names of the form ``module.parameter``, each
-            equal to a parameter's path or to its end after a dot.
+        target_modules: a list of names, each equal to a module's path or to its end after a dot; a regular expression
+            for the whole path; or ``"all-linear"``. None or empty with ``target_parameters``: no module is adapted.
+        exclude_modules: modules never to adapt, matched in the same way.
+        target_parameters: bare parameters to adapt (a mixture's experts), each by its path or the end after a dot.
         layers_to_transform: adapt only layers with these numbers (one or a list; an empty list means all); needs
             ``target_modules`` as a list, whose entries hold in any layer if they are whole paths. A path's layer is its
             first number with two names before it: 1 in ``model.layers.1.mlp``, none in ``layers.1.mlp``.
         layers_pattern: name (a regular expression, or a list of them) of the ``nn.ModuleList`` whose numbers
-            ``layers_to_transform`` means, such as ``"layers"`` or ``"h"``; the first that occurs in the path decides.
+            ``layers_to_transform`` means; the first that occurs in the path decides.
         rank_pattern, alpha_pattern: other ranks and ``lora_alpha`` for some targets, by a name or a regular expression
             for a path or its end after a dot; the first match decides.
-        modules_to_save: modules to train in full and to save with the adapter (a new head): each entry matches modules
-            whose path ends with it. Nothing inside them is adapted.
+        modules_to_save: modules to train in full and to save with the adapter: each entry matches modules whose path
+            ends with it. Nothing inside them is adapted.
         trainable_token_indices: train only these rows of an embedding: token numbers for the input embedding, or a dict
             from an embedding's name (the end of its path) to such a list. A head tied to the input embedding follows
             it, unless the dict gives it other tokens.
@@ -271,22 +242,22 @@ class LoraConfig:
     r: Annotated[int, _rank] = 8
     lora_alpha: Annotated[float, _alpha] = 8
     lora_dropout: Annotated[float, _probability] = 0.0
-    target_modules: Annotated[Names | str | None, _names_or_expression] = None
-    exclude_modules: Annotated[Names | str | None, _names_or_expression] = None
-    target_parameters: Annotated[Names | None, _names] = None
-    layers_to_transform: Annotated[Numbers | int | None, _layer_numbers] = None
-    layers_pattern: Annotated[Names | str | None, _layers_pattern] = None
+    target_modules: Annotated[Names | str | None, _or_none(_names_or_expression)] = None
+    exclude_modules: Annotated[Names | str | None, _or_none(_names_or_expression)] = None
+    target_parameters: Annotated[Names | None, _or_none(_names)] = None
+    layers_to_transform: Annotated[Numbers | int | None, _or_none(_layer_numbers)] = None
+    layers_pattern: Annotated[Names | str | None, _or_none(_layers_pattern)] = None
     rank_pattern: Annotated[Mapping[str, int], _pattern(_rank)] = field(default_factory=FrozenDict)
     alpha_pattern: Annotated[Mapping[str, float], _pattern(_alpha)] = field(default_factory=FrozenDict)
-    modules_to_save: Annotated[Names | None, _names] = None
-    trainable_token_indices: Annotated[Numbers | Mapping[str, Numbers] | None, _token_indices] = None
+    modules_to_save: Annotated[Names | None, _or_none(_names)] = None
+    trainable_token_indices: Annotated[Numbers | Mapping[str, Numbers] | None, _or_none(_token_indices)] = None
     bias: Annotated[str, _one_of("none", "all", "lora_only")] = "none"
     lora_bias: Annotated[bool, _flag] = False
     use_rslora: Annotated[bool, _flag] = False
     use_dora: Annotated[bool, _flag] = False
     fan_in_fan_out: Annotated[bool, _flag] = False
     init_lora_weights: Annotated[bool | str, _initialisation] = True
-    enable_lora: Annotated[Mapping[str, tuple[bool, ...] | list[bool]] | None, _enabled_parts] = None
+    enable_lora: Annotated[Mapping[str, tuple[bool, ...] | list[bool]] | None, _or_none(_dict_of(_parts))] = None
     task_type: Annotated[str | None, _one_of(None, *TASK_HEADS)] = None
     base_model_name_or_path: Annotated[str | None, _value(str | None, "a string or None")] = None
     inference_mode: Annotated[bool, _flag] = False
@@ -299,37 +270,34 @@ class LoraConfig:
         object.__setattr__(self, "_alphas", PathPatterns("alpha_pattern", self.alpha_pattern))
         object.__setattr__(self, "_parts", EndTable(self.enable_lora or ()))
         self._check_targets()
-        self._check_layers()
-        self._check_initialisation()
         if self.target_parameters:
             why = "a bare parameter's adapter knows neither input nor output"
-            self._refuse_next_to("target_parameters is set", why, "lora_dropout", "lora_bias", "fan_in_fan_out")
+            self._refuse_next_to("target_parameters", why, "lora_dropout", "lora_bias", "fan_in_fan_out")
         if self.use_dora:
-            others = "lora_bias", "target_parameters", "enable_lora"
-            self._refuse_next_to("use_dora is True", "DoRA goes without it", *others)
+            self._refuse_next_to("use_dora", "DoRA goes without it", "lora_bias", "target_parameters", "enable_lora")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            self._refuse_next_to("lora_bias", "only True and False set the bias", "init_lora_weights")
 
     def _refuse_next_to(self, setting: str, why: str, *keys: str) -> None:
         for key in keys:
             if value := getattr(self, key):
                 raise ValueError(
-                    f"LoraConfig: {setting}, but {key} is {shown(value)}; {why}: leave {key} at its default"
+                    f"LoraConfig: {setting} is set, but {key} is {shown(value)}; {why}: leave {key} at its default"
                 )
 
     def _check_targets(self) -> None:
-        if not (self.target_modules or self.target_parameters):
+        targets = self.target_modules
+        if not (targets or self.target_parameters):
             raise ValueError(
-                f"LoraConfig: target_modules is {shown(self.target_modules)}; name the layers to adapt, e.g. "
+                f"LoraConfig: target_modules is {shown(targets)}; name the layers to adapt, e.g. "
                 '["query", "value"], or "all-linear"'
             )
-        if not isinstance(self.target_modules, str) and ALL_LINEAR in (self.target_modules or ()):
+        if not isinstance(targets, str) and ALL_LINEAR in (targets or ()):
             raise ValueError(
                 f'LoraConfig: target_modules lists "{ALL_LINEAR}", a name for PEFT; write it alone, or name the layers'
             )
-
-    def _check_layers(self) -> None:
         for key in ("layers_to_transform", "layers_pattern"):
-            value, targets = getattr(self, key), self.target_modules
-            if value not in (None, ()) and isinstance(targets, str):
+            if (value := getattr(self, key)) not in (None, ()) and isinstance(targets, str):
                 raise ValueError(
                     f"LoraConfig: {key} is {shown(value)}, but target_modules is {shown(targets)}; give target_modules "
                     "as a list of names, or put the layers into the regular expression"
@@ -339,11 +307,6 @@ class LoraConfig:
                 f"LoraConfig: layers_pattern is {shown(self.layers_pattern)}, but layers_to_transform is None; "
                 "set layers_to_transform to the numbers of the layers"
             )
-
-    def _check_initialisation(self) -> None:
-        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            why = "only init_lora_weights True and False set the bias"
-            self._refuse_next_to("lora_bias is True", why, "init_lora_weights")
 
     @property
     def task_heads(self) -> tuple[str, ...]:
@@ -388,7 +351,7 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``adapter_config.json``: PEFT's keys, tuples as lists, unsupported keys as they were read."""
         names = [f.name for f in fields(self) if f.name not in ("metadata", "enable_lora")]
-        values = {**self.metadata, **{name: _thaw(getattr(self, name)) for name in names}, "peft_type": "LORA"}
+        values = {**self.metadata, **{name: _plain(getattr(self, name)) for name in names}, "peft_type": "LORA"}
         # PEFT would choose modules by the model's type for None.
         return values | {"target_modules": values["target_modules"] or []}
 
@@ -397,8 +360,7 @@ class LoraConfig:
         """Reads the content of an ``adapter_config.json`` that PEFT or :meth:`to_dict` wrote.
 
         Keys without a field that have no effect (null, false, empty, or informational, like ``peft_version``) are kept
-        as metadata. An initialisation that leaves the base weights as they are (``"eva"``, ``"mica"``) does not matter
-        for weights that are in a file, and becomes True.
+        as metadata. An initialisation that leaves the base weights as they are does not matter, and becomes True.
 
         Raises:
             ValueError: ``peft_type`` is not LORA; keys ask for unsupported features (all of them are named); or the
@@ -409,9 +371,7 @@ class LoraConfig:
             raise TypeError(f"LoraConfig: the values are of type {type(values).__name__}, want a dict")
         if values.get("peft_type") != "LORA":
             kind = shown(values.get("peft_type"))
-            raise ValueError(
-                f"LoraConfig: peft_type is {kind}, want 'LORA'; other adaptation methods are not supported"
-            )
+            raise ValueError(f"LoraConfig: peft_type is {kind}, want 'LORA'; other methods are not supported")
         supported = {f.name for f in fields(cls)} - {"metadata"}
         metadata = {key: value for key, value in values.items() if key not in supported and key != "peft_type"}
         _check_other_keys(metadata)
@@ -426,9 +386,8 @@ class LoraConfig:
     def from_peft(cls, config: PeftConfig) -> LoraConfig:
         """Converts PEFT's ``LoraConfig``, key by key.
 
-        Raises:
-            ValueError, TypeError: as :meth:`from_dict`; or the config asks for an initialisation from data or from the
-                weight, has custom modules, or leaves the choice of modules next to ``target_parameters`` to PEFT.
+        ValueError, TypeError: as :meth:`from_dict`; or the config asks for an initialisation from data or from the
+        weight, has custom modules, or leaves the choice of modules to PEFT.
         """
         values = {key: _plain(value) for key, value in config.to_dict().items()}
         if values.get("peft_type") == "LORA":
@@ -451,24 +410,20 @@ _CHECKS = {key: hint.__metadata__[0] for key, hint in get_type_hints(LoraConfig,
 
 def _check_other_keys(values: Mapping[str, Any]) -> None:
     """Checks the keys of a config that have no field. ValueError: a key asks for an unsupported feature."""
-    # Not `if value`: 0 is falsy too, but a valid layer index.
-    unsupported = {
-        key: value
+    settings = ", ".join(
+        f"{escaped(key)}={shown(value)}"
         for key, value in values.items()
-        if not (key in _INFORMATIONAL or _REMARKS.fullmatch(key) or value is None or value is False)
+        if not (key in _INFORMATIONAL or _REMARKS.fullmatch(key))
+        and value is not None
+        and value is not False  # not `if value`: 0 is falsy too, but a valid layer index
         and value not in ([], {}, "")
-    }
-    if not unsupported:
-        return
-    settings = ", ".join(f"{escaped(key)}={shown(value)}" for key, value in unsupported.items())
-    settings = settings if len(settings) <= 2000 else f"{settings[:2000]}... ({len(unsupported)} keys)"
-    remedy = "If it is only a remark, remove it from the config"
-    if unsupported.keys() <= _PEFT_ONLY:
-        remedy = (
-            f"{_USE_PEFT}; an adapter that PEFT has merged (merge_and_unload), or converted to plain LoRA "
-            "(peft.save_as_lora), can be used here"
+    )
+    if settings:
+        raise ValueError(
+            f"LoraConfig: {settings[:2000]} not supported; it would change what the adapter computes. Use PEFT for it, "
+            "with lora_ext.integrations.peft.accelerate, or merge it there (merge_and_unload) or convert it to plain "
+            "LoRA (peft.save_as_lora); if it is only a remark, remove it from the config"
         )
-    raise ValueError(f"LoraConfig: {settings} not supported; it would change what the adapter computes. {remedy}")
 
 
 def _spelled_as_here(value: Any) -> Any:
@@ -491,20 +446,15 @@ def _initialisation_of_file(value: Any) -> Any:
     return value
 
 
-def _thaw(value: Any) -> Any:
-    """Converts frozen values to JSON types: tuples to lists, mappings to dicts."""
-    if isinstance(value, tuple):
-        return [_thaw(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {key: _thaw(entry) for key, entry in value.items()}
-    return value
-
-
 def _plain(value: Any) -> Any:
-    """Converts a value of a PEFT config to JSON types: an enum to its value, a set to a sorted list."""
+    """Converts a value to JSON types: tuples and sets to lists, mappings to dicts, an enum to its value."""
     if isinstance(value, Enum):
         return value.value
-    return sorted(value) if isinstance(value, (set, frozenset)) else value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return {key: _plain(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
 
 
 def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

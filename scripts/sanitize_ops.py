@@ -34,7 +34,7 @@ CASES = [  # (num_tokens, in_features, out_features, rank), dtypes of x and the 
     ((33, 97, 131, 70), FLOAT),
     ((70, 97, 131, 8), (torch.float64, torch.float64)),
 ]
-STOPPED_IN_TIME = 75  # timed_parts.py's
+STOPPED_IN_TIME = 75  # gpu_check.py's
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import broken_gpu
 
 # Two threads on any machine: tests run in parallel, and results must not depend on the machine's size.
 torch.set_num_threads(2)
@@ -22,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="without the files and tests marked full")
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests create their tensors")
-    parser.addoption("--lives", type=int, default=30, help="number of models that go through random operations")
+    parser.addoption("--lives", type=int, default=60, help="number of models that go through random operations")
 
 
 def no_cuda_reason() -> str:
@@ -40,7 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "pairs: on the CPU without --slow, every pair of values, not the product")
     config.addinivalue_line("markers", "large: wants gigabytes of memory; a GPU check runs these one at a time")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
-    config.pluginmanager.register(broken_gpu)
     if config.getoption("--device") == "cuda":
         if reason := no_cuda_reason():
             raise pytest.UsageError(f"--device cuda: {reason}")

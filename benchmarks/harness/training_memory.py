@@ -18,21 +18,15 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", 
 STEPS = 2  # in the second, the optimizer's state exists from the start
 
 
-def growth(method: str, batch_size: int, seq_len: int, r: int = 8, threads: int = 1, gives_back: bool = True) -> int:
-    """Bytes by which the resident memory of a new, training process grows.
+def growths(cases: list[tuple[str, int, int, int]], threads: int = 1, gives_back: bool = True) -> list[int]:
+    """Bytes by which the resident memory of a new, training process grows, for each case.
+
+    The processes are forked from one, because the imports take as long as a case.
 
     Args:
-        r: LoRA's rank.
+        cases: method, batch_size, seq_len, and LoRA's rank.
         gives_back: freed tensors leave the resident memory; otherwise the C library's allocator decides.
     """
-    return growths([(method, batch_size, seq_len, r)], threads, gives_back)[0]
-
-
-Case = tuple[str, int, int, int]  # method, batch_size, seq_len, r
-
-
-def growths(cases: list[Case], threads: int = 1, gives_back: bool = True) -> list[int]:
-    """:func:`growth` of each case; their processes are forked from one, because the imports take as long as a case."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment |= GIVES_BACK if gives_back else {}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])

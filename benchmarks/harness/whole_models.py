@@ -38,14 +38,7 @@ def bert(
     return BertForSequenceClassification(config).to(dtype)
 
 
-def llama(
-    dtype: torch.dtype,
-    layers: int = 4,
-    width: int = 1024,
-    heads: int = 16,
-    kv_heads: int = 4,
-    vocabulary: int = LLAMA_VOCABULARY,
-) -> nn.Module:
+def llama(dtype: torch.dtype, layers: int = 4, width: int = 1024) -> nn.Module:
     """A Llama with random weights for causal language modelling; its MLP is 2.75 times as wide, as in Llama-2-7B.
 
     The output head is 15 % of the products, between those of Llama-3.2-1B (21 %) and Llama-3-8B (7 %).

@@ -44,18 +44,6 @@ def first_lines(texts: Iterable[str], count: int = 4) -> list[str]:
     return [f"    {text}" for text in texts[:count]] + ([f"    and {more:,} more"] if more > 0 else [])
 
 
-_SHAPE = "shape of "  # how a problem with a tensor's shape begins
-
-
-def first_shape(problems: Iterable[str]) -> list[str]:
-    """Returns the problems, of wrong shapes only the first and how many others there are: they have one cause."""
-    problems = list(problems)
-    shapes = [problem for problem in problems if problem.startswith(_SHAPE)]
-    more = f" (and {len(shapes) - 1} other shapes)" if len(shapes) > 1 else ""
-    others = [problem for problem in problems if not problem.startswith(_SHAPE)]
-    return [*others, *(f"{shape}{more}" for shape in shapes[:1])]
-
-
 def listed(problems: Sequence[str]) -> str:
     """Returns the problems, escaped, one per line, for the end of a message."""
     more = len(problems) - _MOST_PROBLEMS

@@ -1,6 +1,6 @@
 """Combines several adapters of a model into a new one, with weights, by three kinds of PEFT's ``add_weighted_adapter``.
 
-None of them forms an ``[out, in]`` update: ``svd`` takes the QR decompositions of the factors.
+None of them forms an ``[out, in]`` update.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
-from lora_ext.injection.inject import apply_injection, check_new_name, check_none_merged
+from lora_ext.injection.inject import apply_injection, check_new_name, check_unmerged
 from lora_ext.model.adapter_set import Adapter, Part, find_adapter, find_adapters
 from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
 from lora_ext.nn import LoraAdapter
@@ -59,27 +59,34 @@ def add_weighted_adapter(
     Each layer combines the adapters that it has. Biases of the adapters (``lora_bias``) add up, weighted.
 
     Args:
-        model: an injected model.
         adapters, weights: one or more adapter names, and a weight for each; negative ones subtract.
-        adapter_name: name of the new adapter.
-        combination_type: one of :data:`COMBINATIONS`.
-        svd_rank: rank of ``svd``, by default the largest of the adapters'. Above the sum's own rank, the factors are
-            padded with zeros.
+        svd_rank: rank of ``svd``, by default the largest of the adapters'; above the sum's own, zeros are added.
 
     Raises:
-        ValueError: the model is not injected, the name is taken, adapters are merged, a setting is wrong, ranks differ
-            but factors are added, or an adapter has more than low-rank updates of linear layers, convolutions without
-            groups and embeddings.
-        KeyError: there is no such adapter; the message lists them. Nothing is changed.
+        ValueError: the model is not injected, the name is taken, a setting is wrong, ranks differ but factors are
+            added, or an adapter has more than low-rank updates of linear layers, convolutions without groups and
+            embeddings.
+        KeyError: there is no such adapter.
+        RuntimeError: adapters are merged or disabled. Nothing is changed.
     """
     check_not_parallel(_CALLER, model)
-    check_not_sharded(_CALLER, model, "call add_weighted_adapter before you shard it")
+    check_not_sharded(_CALLER, model, "combine before you shard it, or in one process, and load the file here")
     held = find_adapters(model, _CALLER)
     held.check_enabled(_CALLER)
     held.check_names(_CALLER, adapters)
     check_new_name(_CALLER, adapter_name, held)
-    check_none_merged(_CALLER, root_module(model))
-    _check_settings(combination_type, weights, len(adapters), svd_rank)
+    check_unmerged(_CALLER, model)
+    if combination_type not in COMBINATIONS:
+        raise ValueError(
+            f"{_CALLER}: combination_type is {combination_type!r}, want one of {', '.join(COMBINATIONS)}; for the "
+            "others use PEFT: peft's add_weighted_adapter"
+        )
+    if not adapters or len(weights) != len(adapters):
+        raise ValueError(f"{_CALLER}: {len(weights)} weights for {len(adapters)} adapters; want one each, at least one")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"{_CALLER}: weights are {list(weights)}, want finite numbers")
+    if svd_rank is not None and svd_rank < 1:
+        raise ValueError(f"{_CALLER}: svd_rank is {svd_rank}, want None or an integer of at least 1")
     kind = combination_type if len(adapters) > 1 else "linear"
     sources = [find_adapter(model, _CALLER, name) for name in adapters]
     for source in sources:
@@ -94,27 +101,18 @@ def add_weighted_adapter(
 def combine_factors(
     kind: str, factors: Sequence[Factors], weights: Sequence[float], svd_rank: int | None = None
 ) -> Factors:
-    """Combines the adapters of one layer.
+    """Combines the adapters of one layer, whose factors are ``[r, in, *kernel]`` and ``[out, r, *ones]``.
 
-    Args:
-        kind: one of :data:`COMBINATIONS`.
-        factors: for each adapter: ``lora_A [r, in, *kernel]`` and ``lora_B [out, r, *ones]``, floating point, and
-            scaling.
-        weights: one per adapter; negative ones subtract.
-        svd_rank: rank of ``svd``; None: the largest of the adapters'.
+    Returns factors in the first adapter's dtype, and the scaling, 1. Arithmetic is at least in float32.
 
-    Returns:
-        ``lora_A``, ``lora_B`` in the first adapter's dtype, and the scaling, 1. Arithmetic is at least in float32.
-
-    Raises:
-        ValueError: ranks differ, but the kind adds factors.
+    ValueError: ranks differ, but the kind adds factors.
     """
     first_A, first_B, _ = factors[0]
     ranks = [lora_A.shape[0] for lora_A, _, _ in factors]
     scales = [weight * scaling for weight, (_, _, scaling) in zip(weights, factors, strict=True)]
     dtype = torch.promote_types(first_A.dtype, torch.float32)
-    lora_As = [lora_A.to(dtype) for lora_A, _, _ in factors]
-    lora_Bs = [lora_B.to(dtype) for _, lora_B, _ in factors]
+    lora_As = [lora_A.to(dtype).flatten(1) for lora_A, _, _ in factors]
+    lora_Bs = [lora_B.to(dtype).flatten(1) for _, lora_B, _ in factors]
     if kind == "linear":
         if len(set(ranks)) != 1:
             raise ValueError(
@@ -124,12 +122,11 @@ def combine_factors(
         roots = [math.sqrt(abs(scale)) for scale in scales]
         new_A = sum(math.copysign(root, s) * A for root, s, A in zip(roots, scales, lora_As, strict=True))
         new_B = sum(root * B for root, B in zip(roots, lora_Bs, strict=True))
-        return new_A.to(first_A.dtype), new_B.to(first_B.dtype), 1.0
-
-    new_A = torch.cat([scale * lora_A.flatten(1) for scale, lora_A in zip(scales, lora_As, strict=True)])
-    new_B = torch.cat([lora_B.flatten(1) for lora_B in lora_Bs], dim=1)
-    if kind == "svd":
-        new_A, new_B = _truncated(new_A, new_B, svd_rank or max(ranks))
+    else:
+        new_A = torch.cat([scale * lora_A for scale, lora_A in zip(scales, lora_As, strict=True)])
+        new_B = torch.cat(lora_Bs, dim=1)
+        if kind == "svd":
+            new_A, new_B = _truncated(new_A, new_B, svd_rank or max(ranks))
     new_A = new_A.view(-1, *first_A.shape[1:])
     new_B = new_B.view(len(first_B), -1, *first_B.shape[2:])
     return new_A.to(first_A.dtype), new_B.to(first_B.dtype), 1.0
@@ -147,22 +144,6 @@ def _truncated(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tenso
     new_A = Vh[:rank] @ Q_A.T
     new_B = Q_B @ (U[:, :rank] * S[:rank])
     return nn.functional.pad(new_A, (0, 0, 0, missing)), nn.functional.pad(new_B, (0, missing))
-
-
-def _check_settings(kind: str, weights: Sequence[float], num_adapters: int, svd_rank: int | None) -> None:
-    if kind not in COMBINATIONS:
-        raise ValueError(
-            f"{_CALLER}: combination_type is {kind!r}, want one of {', '.join(COMBINATIONS)}; for the others use PEFT: "
-            "peft's add_weighted_adapter"
-        )
-    if not num_adapters:
-        raise ValueError(f"{_CALLER}: adapters is empty; name at least one")
-    if len(weights) != num_adapters:
-        raise ValueError(f"{_CALLER}: weights has {len(weights)} entries for {num_adapters} adapters; want one each")
-    if not all(map(math.isfinite, weights)):
-        raise ValueError(f"{_CALLER}: weights are {list(weights)}, want finite numbers")
-    if svd_rank is not None and svd_rank < 1:
-        raise ValueError(f"{_CALLER}: svd_rank is {svd_rank}, want None or an integer of at least 1")
 
 
 def _combined_parts(

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import first_shape, listed
+from lora_ext._common.printable import listed
 from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.adapters.life_cycle import check_low_rank, check_unmerged
+from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import misfits
 from lora_ext.files.save_load import read_adapter
+from lora_ext.injection.inject import check_unmerged
 from lora_ext.model.adapter_set import UNSCALED, Adapter, Part, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
 
@@ -37,32 +38,21 @@ def prepare_hotswap(model: ModelT, r: int, adapter_name: str | None = None) -> M
     """Pads an adapter to rank ``r`` with zeros, so that adapters up to that rank can be swapped in.
 
     Call it before ``torch.compile``, graph capture and the creation of an optimizer: it makes new parameters. The
-    model's output does not change, and training keeps the zeros. A saved file has rank ``r``.
-
-    Args:
-        model: an injected model.
-        r: the largest rank to come.
-        adapter_name: the adapter to pad; None: the active one.
+    model's output does not change, and training keeps the zeros. A saved file has rank ``r``. None: the active adapter.
 
     Raises:
         ValueError: the model is not injected, a layer's rank is above ``r``, or the adapter has more than low-rank
             updates of linear layers, convolutions without groups and embeddings.
-        KeyError: there is no such adapter.
-        RuntimeError: it is merged. Nothing is changed.
+        KeyError: there is no such adapter. RuntimeError: it is merged. Nothing is changed.
     """
     check_not_parallel("prepare_hotswap", model)
     check_not_sharded("prepare_hotswap", model, "call prepare_hotswap before you shard it")
     adapter = find_adapter(model, "prepare_hotswap", adapter_name)
     check_unmerged("prepare_hotswap", model, adapter.name)
     check_low_rank("prepare_hotswap", adapter)
-    if r < 1:
-        raise ValueError(f"prepare_hotswap: r is {r}, want an integer of at least 1")
-    for part in adapter.parts:
-        if part.adapter.r > r:
-            raise ValueError(
-                f"prepare_hotswap: r is {r}, but {part.path!r} has rank {part.adapter.r}; choose at least "
-                f"{part.adapter.r}"
-            )
+    largest = max(adapter.parts, key=lambda part: part.adapter.r)
+    if r < (least := largest.adapter.r):
+        raise ValueError(f"prepare_hotswap: r is {r}, but {largest.path!r} has rank {least}; choose at least {least}")
     alphas = {part.target: part.adapter.scaling * r for part in adapter.parts}
     alpha = max(alphas.values(), key=list(alphas.values()).count)
     patterns = {"rank_pattern": {}, "alpha_pattern": exact_patterns(alphas, alpha)}
@@ -85,17 +75,11 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
     Layers that the file does not adapt get an update of zero. For ranks above the present one, call
     :func:`prepare_hotswap` first.
 
-    Args:
-        model: an injected model, compiled or not.
-        directory: an adapter written by :func:`lora_ext.save_adapter` or PEFT.
-        adapter_name: the adapter whose values to replace; None: the active one.
-
     Raises:
         FileNotFoundError, ValueError: as in :func:`lora_ext.load_adapter`; or the adapter is none that
             :func:`prepare_hotswap` takes; or the file adapts other layers, or a layer with a rank above the present
             one, or holds other values of a base layer; all of them are listed.
-        KeyError: there is no such adapter.
-        RuntimeError: it is merged. The model is then unchanged.
+        KeyError: there is no such adapter. RuntimeError: it is merged. The model is then unchanged.
     """
     check_not_sharded("hotswap_adapter", model, "load_adapter replaces an adapter's values")
     file = read_adapter(directory, "hotswap_adapter")
@@ -105,11 +89,10 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
     check_low_rank("hotswap_adapter", adapter)
     targets = _in_file(adapter.tensors())
     values = {key: tensor for part in adapter.parts for key, tensor in _values_of(part, config, file).items()}
-    problems = [f"missing key: {key}" for key in targets if key not in values]
-    if problems := problems + misfits(targets, values) + _other_keys(adapter, file, targets):
+    if problems := misfits(targets, values) + _other_keys(adapter, file, targets):
         raise ValueError(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
-            f"prepare_hotswap first):{listed(first_shape(problems))}"
+            f"prepare_hotswap first):{listed(problems)}"
         )
     file.warn_of_damage(key for key in values if key in file.tensors)
     with torch.no_grad():
@@ -137,7 +120,7 @@ def _values_of(part: Part, config: LoraConfig, file: AdapterFile) -> dict[str, T
 
 
 def _other_keys(adapter: Adapter, file: AdapterFile, targets: dict[str, Tensor]) -> list[str]:
-    """Returns what else ``file`` has that the model lacks. PEFT also saves the base layer of an adapted embedding."""
+    """Returns what else ``file`` has. PEFT also saves the base layer of an adapted embedding."""
     problems, base = [], _in_file(adapter.base_tensors())
     for key in file.tensors.keys() - targets.keys():
         if key not in base:

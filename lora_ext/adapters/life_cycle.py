@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-import torch
 from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import first_of, listed
-from lora_ext.injection.inject import check_new_name, lora_modules, remove_empty_layers
-from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapters
+from lora_ext._common.printable import listed
+from lora_ext.injection.inject import check_new_name, check_unmerged, remove_empty_layers
+from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, find_adapters
 from lora_ext.model.bare_model import adapter_layers, check_not_parallel
 from lora_ext.nn import ActiveAdapters, DoraLinear, LoraConv, LoraEmbedding, LoraLayer, LoraLinear
 from lora_ext.nn.trained import TrainedModule
@@ -34,15 +32,13 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
     have effect until unmerged, active or not.
 
     Args:
-        model: an injected model.
         names: one or several adapter names; an empty list activates none (the base model).
         trainable: True or False makes the adapters trainable or frozen from now on.
 
     Raises:
         ValueError: the model is not injected or wrapped by ``DistributedDataParallel``; a name is given twice; or two
             adapters train the same module in full (``modules_to_save``), or are DoRA adapters of one layer.
-        KeyError: there is no adapter of that name; the message lists them.
-        RuntimeError: within :func:`disable_adapters`. Nothing is changed.
+        KeyError: there is no adapter of that name. RuntimeError: within :func:`disable_adapters`. Nothing is changed.
     """
     check_not_parallel("set_adapter", model)
     adapters = find_adapters(model, "set_adapter")
@@ -66,8 +62,7 @@ def set_adapter(model: ModelT, names: str | Iterable[str], trainable: bool | Non
 @checked
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of a model's adapters, in the order of addition; empty if it is not injected."""
-    adapters = adapter_set(model)
-    return list(adapters.configs) if adapters is not None else []
+    return [] if (adapters := adapter_set(model)) is None else list(adapters.configs)
 
 
 @checked
@@ -78,30 +73,24 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     The end of the outermost context restores the active adapters, so adapters cannot be added, switched, renamed or
     removed meanwhile. Forwards in other threads use the base model too.
 
-    Raises:
-        ValueError: there is no LoRA layer.
-        RuntimeError: an adapter is merged, so the base weights contain it.
+    ValueError: the model is not injected. RuntimeError: an adapter is merged, so the base weights contain it.
     """
-    shared = {layer.active for _, layer in adapter_layers(model)}
-    if not shared:
-        raise ValueError(
-            f"disable_adapters: {type(model).__name__} has no LoRA layer; call inject(model, config) first"
-        )
+    adapters = find_adapters(model, "disable_adapters")
     check_unmerged("disable_adapters", model)
-    _change(model, shared, ActiveAdapters.disable)
+    held = {adapters.active, *(layer.active for _, layer in adapter_layers(model))}  # layers may be made by hand
+    _change(adapters, held, ActiveAdapters.disable)
     try:
         yield
     finally:
-        _change(model, shared, ActiveAdapters.enable)
+        _change(adapters, held, ActiveAdapters.enable)
 
 
 @one_at_a_time
-def _change(model: nn.Module, shared: set[ActiveAdapters], change: Callable[[ActiveAdapters], None]) -> None:
+def _change(adapters: AdapterSet, held: set[ActiveAdapters], change: Callable[[ActiveAdapters], None]) -> None:
     """Disables or enables adapters; the model gets its own biases, or those of the active adapter."""
-    for active in shared:
+    for active in held:
         change(active)
-    adapters = adapter_set(model)
-    for name, biases in adapters.biases.items() if adapters is not None else ():
+    for name, biases in adapters.biases.items():
         biases.use(name in adapters.active.names)
 
 
@@ -111,10 +100,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     """Removes an inactive adapter. A layer without adapters becomes the plain base layer again.
 
     Raises:
-        ValueError: the model is not injected.
-        KeyError: there is no such adapter; the message lists them.
-        RuntimeError: it is active or merged, rows of a running call use it, or adapters are disabled. Nothing is
-            changed.
+        ValueError: the model is not injected. KeyError: there is no such adapter.
+        RuntimeError: it is active or merged, rows of a running call use it, or adapters are disabled. Nothing changes.
     """
     adapters = find_adapters(model, "delete_adapter")
     adapters.check_enabled("delete_adapter")
@@ -138,8 +125,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     """Renames an adapter. Files do not contain the name and stay valid.
 
     Raises:
-        ValueError: the model is not injected, or ``new`` is taken or cannot be a name.
-        KeyError: there is no adapter ``old``; the message lists them.
+        ValueError: the model is not injected, or ``new`` is taken or no name. KeyError: there is no adapter ``old``.
         RuntimeError: it is merged, rows of a running call use it, or adapters are disabled. Nothing is changed.
     """
     adapters = find_adapters(model, "rename_adapter")
@@ -158,33 +144,17 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
     return model
 
 
-@dataclasses.dataclass(frozen=True)
-class AdapterStatus:
-    """The state of one adapter in one layer.
+class AdapterStatus(NamedTuple):
+    """The state of one adapter in one layer."""
 
-    Attributes:
-        layer: the layer's path.
-        kind: the layer's class.
-        adapter: the adapter's name.
-        r, scaling: of a low-rank update; None for a module trained in full.
-        active: whether the adapter is active.
-        merged: whether the base weight contains it.
-        trainable: True if all its parameters require a gradient, False if none does, None if some do.
-        dtype, device: of its parameters; None if it has none.
-        parameters: number of parameter elements.
-    """
-
-    layer: str
-    kind: str
+    layer: str  # its path
+    kind: str  # its class
     adapter: str
-    r: int | None
-    scaling: float | None
+    r: int | None  # of a low-rank update; None for a module, or rows, trained in full
+    scaling: float | None  # the same
     active: bool
     merged: bool
-    trainable: bool | None
-    dtype: torch.dtype | None
-    device: torch.device | None
-    parameters: int
+    trainable: bool  # whether some parameter requires a gradient
 
 
 @checked
@@ -193,24 +163,12 @@ def adapter_status(model: nn.Module) -> list[AdapterStatus]:
     status = []
     for path, layer in adapter_layers(model):
         for name, adapter in layer.adapters.items():
-            parameters = sorted(adapter.parameters(), key=lambda parameter: not parameter.is_floating_point())
-            flags = {parameter.requires_grad for parameter in parameters if parameter.is_floating_point()}
-            low_rank = isinstance(layer, LoraLayer)
-            status.append(
-                AdapterStatus(
-                    layer=path,
-                    kind=type(layer).__name__,
-                    adapter=name,
-                    r=adapter.r if low_rank else None,
-                    scaling=adapter.scaling if low_rank else None,
-                    active=name in layer.active.names,
-                    merged=low_rank and name in layer.merged_adapters,
-                    trainable=flags.pop() if len(flags) == 1 else None,
-                    dtype=parameters[0].dtype if parameters else None,
-                    device=parameters[0].device if parameters else None,
-                    parameters=sum(parameter.numel() for parameter in parameters),
-                )
-            )
+            is_low_rank = isinstance(layer, LoraLayer)
+            size = (adapter.r, adapter.scaling) if is_low_rank else (None, None)
+            is_merged = is_low_rank and name in layer.merged_adapters
+            trains = any(parameter.requires_grad for parameter in adapter.parameters())
+            kind, is_active = type(layer).__name__, name in layer.active.names
+            status.append(AdapterStatus(path, kind, name, *size, is_active, is_merged, trains))
     return status
 
 
@@ -224,18 +182,6 @@ def trainable_parameter_counts(model: nn.Module) -> tuple[int, int]:
     packed = {id(weight.module.weight): math.prod(weight.shape) for weight in weights}
     sizes = [(packed.get(id(p), p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
-
-
-def check_unmerged(caller: str, model: nn.Module, name: str | None = None) -> None:
-    """Raises a RuntimeError if adapter ``name``, or for None any, is merged into a layer of ``model``."""
-    merged = [
-        repr(path)
-        for path, layer in lora_modules(model)
-        if (layer.is_merged if name is None else name in layer.merged_adapters)
-    ]
-    if merged:
-        what, unmerge = ("adapters are", "") if name is None else (f"{name!r} is", f", {name!r}")
-        raise RuntimeError(f"{caller}: {what} merged into {first_of(merged)}; call unmerge(model{unmerge}) first")
 
 
 def check_low_rank(caller: str, adapter: Adapter) -> None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from lora_ext._common.arguments import checked
@@ -18,10 +17,7 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_of, listed
 from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
-from lora_ext._ops.checks import FLOATING
-from lora_ext.adapters.dequantized import dequantized, forget_quantization
-from lora_ext.adapters.life_cycle import check_unmerged
-from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
+from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
 from lora_ext.matching.path_names import Parents
 from lora_ext.merging.layers import change_merged, merge_for_good, stored_matrices
 from lora_ext.merging.quantized import MergeError
@@ -30,7 +26,6 @@ from lora_ext.model.bare_model import (
     BareModel,
     adapter_layers,
     check_not_parallel,
-    check_not_partitioned,
     check_not_sharded,
     parameter_paths,
     root_module,
@@ -53,13 +48,12 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     :func:`unmerge` restores every bit of the weights. The bits that rounding loses are kept: 0.03 to 0.25 bytes per
     float32 weight for updates of 0.5 % to 10 % of its size; :func:`merge_record_bytes` returns how many. A quantised
     weight is dequantised, and the sum is quantised again in the same format, which loses some of the update
-    (:func:`merge_errors`); its stored bytes are kept.
+    (:func:`merge_errors` says how much); its stored bytes are kept.
 
-    All layers are checked before the first is changed: all of them are merged, or none. Every other function that
-    changes a model waits for the end, in any thread; a forward in another thread does not, and must not run meanwhile.
+    All layers are checked before the first is changed: all of them are merged, or none. A forward in another thread
+    must not run meanwhile.
 
     Args:
-        model: a model with LoRA layers.
         adapter_names: the adapters to merge, in the layers that have them; None: the active ones. Adapters merged
             earlier stay merged.
 
@@ -75,7 +69,8 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
             weights share memory.
     """
     layers = _all_lora_modules("merge", model)
-    wanted = _chosen("merge", layers, _names("merge", adapter_names))
+    wanted = _chosen("merge", layers, adapter_names, "active_adapters")
+    _check_some_are_active("merge", layers, wanted)
     if twice := [path for path, (layer, names) in wanted.items() if names & {*layer.merged_adapters}]:
         raise RuntimeError(f"merge: adapters are already merged into {first_of(map(repr, twice))}")
     _check_mergeable("merge", wanted)
@@ -94,7 +89,6 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
     Once a layer has no merged adapter, every bit of its weight is as it was before the first merge.
 
     Args:
-        model: a model with merged LoRA layers.
         adapter_names: the adapters to take out, in the layers that have them; None: all merged ones.
 
     Raises:
@@ -104,20 +98,12 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
         Other errors as in :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
     """
     layers = _all_lora_modules("unmerge", model)
-    names = _names("unmerge", adapter_names)
-    if names is None:
-        wanted = {path: (layer, set[str]()) for path, layer in layers.items() if layer.is_merged}
-        wrong = [] if wanted else list(layers)
-    else:
-        # An adapter may have been removed from its layer since it was merged.
-        known = {path: {*layer.adapters, *layer.merged_adapters} for path, layer in layers.items()}
-        _check_known("unmerge", known, names)
-        chosen = {path: layer for path, layer in layers.items() if names & known[path]}
-        wanted = {path: (layer, set(layer.merged_adapters) - names) for path, layer in chosen.items()}
-        wrong = [path for path, layer in chosen.items() if names & layer.adapters.keys() - {*layer.merged_adapters}]
-    if wrong:
-        raise RuntimeError(f"unmerge: the adapters are not merged into {first_of(map(repr, wrong))}")
-    change_merged("unmerge", dict(wanted.values()), _where(wanted))
+    chosen = _chosen("unmerge", layers, adapter_names, "merged_adapters")
+    wrong = [path for path, (layer, names) in chosen.items() if names - {*layer.merged_adapters}]
+    if wrong or not chosen:
+        raise RuntimeError(f"unmerge: the adapters are not merged into {first_of(map(repr, wrong or layers))}")
+    left = {layer: {*layer.merged_adapters} - names for layer, names in chosen.values()}
+    change_merged("unmerge", left, _where(chosen))
     return model
 
 
@@ -129,59 +115,31 @@ def merge_record_bytes(model: nn.Module) -> int:
 
 
 @checked
-@one_at_a_time
-def merge_errors(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> dict[str, MergeError]:
-    """Returns the rounding error of merging into each quantised layer, by path.
-
-    For layers with merged adapters these are the errors of that merge. In other layers the merge of ``adapter_names``
-    (None: the active ones) is tried and undone. Raises the errors of :func:`merge`; the model is never changed.
-    """
-    layers = _all_lora_modules("merge_errors", model)
-    some_merged = any(layer.is_merged for layer in layers.values())
-    chosen = _chosen("merge_errors", layers, _names("merge_errors", adapter_names), allow_none=some_merged)
-    quantized = {path: (layer, names) for path, (layer, names) in chosen.items() if _is_quantized(layer)}
-    _check_mergeable("merge_errors", {path: held for path, held in quantized.items() if not held[0].is_merged})
-    where, errors = _where(quantized), {}
-    for path, (layer, names) in quantized.items():
-        was_merged = layer.is_merged
-        if not was_merged:
-            change_merged("merge_errors", {layer: names}, where)
-        errors[path] = layer._merged.error
-        if not was_merged:
-            change_merged("merge_errors", {layer: ()}, where)
-    return errors
+def merge_errors(model: nn.Module) -> dict[str, MergeError]:
+    """Returns, by path, what quantising again lost of the updates that are merged into quantised layers now."""
+    merged = {path: layer._merged for path, layer in lora_modules(model) if layer._merged is not None}
+    return {path: state.error for path, state in merged.items() if state.error is not None}
 
 
 @checked
 @one_at_a_time
-def merge_and_unload(
-    model: ModelT, adapter_names: str | Iterable[str] | None = None, *, dequantize: bool | torch.dtype = False
-) -> ModelT:
+def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
     """Merges adapters for good and puts each base layer back, which gives a plain model.
 
     No record is kept, so nothing can be unmerged. Adapters merged earlier stay in. The active copy of a module trained
     in full (``modules_to_save``) replaces the original. Parameters keep their ``requires_grad``: the base stays frozen.
-
-    Args:
-        model: a model with LoRA layers.
-        adapter_names: the adapters to merge; None: the active ones.
-        dequantize: makes every quantised layer of the model a plain one, adapted or not: the updates are added in
-            float32, and the sum is rounded once, to the dtype that the weight had before it was quantised, or to the
-            dtype given here. False: quantised weights are merged as by :func:`merge`.
+    Quantised weights stay so, as by :func:`merge`; Transformers' ``model.dequantize()`` makes a plain model before.
 
     Raises:
-        The errors of :func:`merge`, except that adapters may be merged already.
-        RuntimeError: the model has an :class:`~lora_ext.AdapterPool`.
-        ValueError: ``dequantize`` is set, and a quantised layer cannot be dequantised, or there is none.
-        The model is then unchanged.
+        The errors of :func:`merge`, except that adapters may be merged already; also RuntimeError: the model has an
+        :class:`~lora_ext.AdapterPool`. The model is then unchanged.
     """
     caller = "merge_and_unload"
-    if isinstance(dequantize, torch.dtype) and dequantize not in FLOATING:
-        floating = ", ".join(map(str, FLOATING))
-        raise ValueError(f"{caller}: dequantize is {dequantize}, want True, False or one of {floating}")
     layers = _all_lora_modules(caller, model)
     some_merged = any(layer.is_merged for layer in layers.values())
-    chosen = _chosen(caller, layers, _names(caller, adapter_names), allow_none=some_merged)
+    chosen = _chosen(caller, layers, adapter_names, "active_adapters")
+    if not some_merged:
+        _check_some_are_active(caller, layers, chosen)
     missing = {path: (layer, names - {*layer.merged_adapters}) for path, (layer, names) in chosen.items()}
     wanted = {path: (layer, names) for path, (layer, names) in missing.items() if names}
     _check_mergeable(caller, wanted)
@@ -189,21 +147,11 @@ def merge_and_unload(
     if (adapters := adapter_set(model)) is not None and adapters.pool is not None:
         raise RuntimeError(f"{caller}: the model has an AdapterPool; call pool.close() first, and make one again after")
     _check_untied(caller, model, wanted, unloads=True)
-    root, plain = root_module(model), {}
-    if dequantize is not False:
-        dtype = None if dequantize is True else dequantize
-        quantized = {path: (layer, set[str]()) for path, layer in layers.items() if _is_quantized(layer)}
-        quantized |= {path: held for path, held in missing.items() if path in quantized}
-        plain = dequantized(caller, root, quantized, dtype)
-        wanted = {path: held for path, held in wanted.items() if path not in quantized}
     if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
         errors = _merge_next_to_merged(wanted)
     else:
         errors = merge_for_good("merge", dict(wanted.values()), _where(wanted))
-    replace_modules(root, plain)
     _unload(model, merged=True)
-    if plain:
-        forget_quantization(root)
     _warn_of_errors(caller, errors)
     return model
 
@@ -213,9 +161,7 @@ def merge_and_unload(
 def unload(model: ModelT) -> ModelT:
     """Removes all adapters: the model is as before :func:`lora_ext.inject`, except that it stays frozen.
 
-    Raises:
-        ValueError: there is no adapter layer.
-        RuntimeError: an adapter is merged.
+    ValueError: there is no adapter layer. RuntimeError: an adapter is merged.
     """
     if not any(adapter_layers(model)):
         raise ValueError(f"unload: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
@@ -233,38 +179,32 @@ def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
     if not layers:
         raise ValueError(f"{caller}: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
     remedy = "call save_adapter on all ranks, and merge in one process, or on disk (lora-ext merge)"
-    check_not_partitioned(caller, model, remedy)
+    check_not_sharded(caller, model, remedy, fsdp_may=True, split_may=True)
     prepare_shards(caller, model)
     return layers
 
 
-def _names(caller: str, adapter_names: str | Iterable[str] | None) -> set[str] | None:
+def _chosen(
+    caller: str, layers: dict[str, LoraLayer], adapter_names: str | Iterable[str] | None, default: str
+) -> Chosen:
+    """Returns the layers that have some of the adapters, with the names they have. None: the names in ``default``."""
     if adapter_names is None:
-        return None
-    names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        return {path: (layer, {*getattr(layer, default)}) for path, layer in layers.items() if getattr(layer, default)}
+    names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
     if not names:
         raise ValueError(f"{caller}: adapter_names is empty; name at least one adapter, or pass None for the default")
-    return names
-
-
-def _check_known(caller: str, by_layer: Mapping[str, Collection[str]], names: set[str]) -> None:
-    known = {name for held in by_layer.values() for name in held}
+    known = {name for layer in layers.values() for name in layer.adapters}
     if unknown := names - known:
         raise KeyError(f"{caller}: no layer has an adapter {sorted(unknown)[0]!r}; the adapters are {sorted(known)}")
+    return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
 
 
-def _chosen(caller: str, layers: dict[str, LoraLayer], names: set[str] | None, allow_none: bool = False) -> Chosen:
-    """Returns the layers that have some of the adapters (None: the active ones), with the names they have."""
-    if names is not None:
-        _check_known(caller, {path: layer.adapters.keys() for path, layer in layers.items()}, names)
-        return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
-    chosen = {path: (layer, set(layer.active_adapters)) for path, layer in layers.items() if layer.active_adapters}
-    if not chosen and not allow_none:
+def _check_some_are_active(caller: str, layers: dict[str, LoraLayer], chosen: Chosen) -> None:
+    if not chosen:
         raise RuntimeError(
             f"{caller}: no adapter is active in {first_of(map(repr, layers))}; call set_adapter(model, ...) or "
             "load_adapter first, outside disable_adapters"
         )
-    return chosen
 
 
 def _where(wanted: Chosen) -> dict[LoraLayer, str]:
@@ -278,10 +218,6 @@ def _merge_next_to_merged(wanted: Chosen) -> list[MergeError]:
     return [layer._merged.error for layer in names_of if layer._merged.error is not None]
 
 
-def _is_quantized(layer: LoraLayer) -> bool:
-    return any(matrix.quantized is not None and matrix.quantized.rounds for matrix in layer.matrices().values())
-
-
 def _warn_of_errors(caller: str, errors: Collection[MergeError]) -> None:
     """Warns if quantising again lost a large part of an update."""
     of_update = [error.of_update for error in errors]
@@ -289,7 +225,7 @@ def _warn_of_errors(caller: str, errors: Collection[MergeError]) -> None:
         warn_user(
             f"{caller}: {len(errors)} weights were quantised again, with errors of {statistics.median(of_update):.0%} "
             f"of the update (median; at most {max(of_update):.0%}); merge_errors(model) has them by layer. To lose "
-            "nothing, run unmerged, or merge_and_unload(model, dequantize=True)"
+            "nothing, run unmerged, or load the adapter into the dequantised model (model.dequantize())"
         )
 
 
@@ -345,14 +281,14 @@ def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool =
 def _check_biases(model: nn.Module, wanted: Chosen) -> None:
     """Checks that no update would be merged into a bias that an adapter trains: switching adapters replaces it."""
     adapters = adapter_set(model)
-    for trainer, biases in adapters.biases.items() if adapters is not None else ():
-        for path, (layer, names) in wanted.items():
-            biased = any(layer.adapters[name].lora_bias is not None for name in names)
-            if biased and layer.bias is not None and biases.owns(layer.bias):
-                raise ValueError(
-                    f"merge: the lora_bias of {path!r} would go into a bias that {trainer!r} trains and that is "
-                    "switched with that adapter; run unmerged, or merge for good (merge_and_unload)"
-                )
+    biased = [
+        path for path, (layer, names) in wanted.items() if any(layer.adapters[n].lora_bias is not None for n in names)
+    ]
+    if adapters is not None and adapters.biases and biased:
+        raise ValueError(
+            f"merge: the lora_bias of {biased[0]!r} would go into a bias that {next(iter(adapters.biases))!r} trains "
+            "and that is switched with that adapter; run unmerged, or merge for good (merge_and_unload)"
+        )
 
 
 # --- the plain model --------------------------------------------------------------------------------------------------
@@ -360,7 +296,7 @@ def _check_biases(model: nn.Module, wanted: Chosen) -> None:
 
 def _check_can_unload(caller: str, model: nn.Module, remedy: str) -> None:
     check_not_parallel(caller, model)
-    check_not_sharded(caller, model, remedy, split=True)
+    check_not_sharded(caller, model, remedy, split_may=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
         adapters.active.check_unused(caller, adapters.configs)

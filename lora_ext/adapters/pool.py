@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_of, listed
-from lora_ext.adapters.pool_files import PoolShape, read_adapter
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import holds_adapter
+from lora_ext.files.adapter_file import AdapterFile, holds_adapter
+from lora_ext.files.misfits import misfits
+from lora_ext.injection.all_linear import is_all_linear
 from lora_ext.injection.inject import Injection, attach_layers, remove_empty_layers, serve_adapters
+from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.nn import LoraLinear
@@ -28,6 +31,7 @@ from lora_ext.nn.base_layer import execution_device
 from lora_ext.nn.rows import BASE, LayerSlots
 
 _SHOWN = 8  # names in a message
+_OTHER_PARTS = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "use_dora")
 
 
 class PoolStats(NamedTuple):
@@ -51,7 +55,7 @@ class AdapterPool:
     by several threads at the same time; one reads at a time.
 
     A pool holds low-rank updates of linear layers (also quantised ones), for inference. Adapters of the model itself
-    (:func:`lora_ext.inject`, :func:`lora_ext.load_adapter`) stay, and come first where a name is both.
+    stay, and come first where a name is both.
 
     Args:
         model: the model, bare or injected; on the device that computes. It is frozen as by :func:`lora_ext.inject`.
@@ -61,12 +65,10 @@ class AdapterPool:
         max_bytes: of the storage on the model's device. The memory is reserved at once; an operating system gives pages
             of host memory as slots are filled.
         dtype: of the factors; None: that of the layers, or float32 if that has 16 bits.
-        timeout: seconds that a call waits for slots which other calls use.
 
     Raises:
         ValueError, TypeError: as :func:`lora_ext.inject`; or the model has a pool already, ``max_bytes`` is less than a
-            slot, targets are no linear layers, ``directory`` is none, or ``timeout`` is negative. The model is then
-            unchanged.
+            slot, targets are no linear layers, or ``directory`` is none. The model is then unchanged.
     """
 
     @checked
@@ -80,10 +82,7 @@ class AdapterPool:
         r: int,
         max_bytes: int,
         dtype: torch.dtype | None = None,
-        timeout: float = 60.0,
     ) -> None:
-        if not timeout >= 0:
-            raise ValueError(f"AdapterPool: timeout is {timeout}, want 0 or more")
         self._directory = Path(directory).absolute()  # the current one may change
         if not self._directory.is_dir():
             raise ValueError(
@@ -91,9 +90,10 @@ class AdapterPool:
                 "holds the adapters' directories"
             )
         adapter = _layers_of(model, LoraConfig(r=r, target_modules=target_modules))
-        shapes = {part.path: (part.layer.in_features, part.layer.out_features) for part in adapter.parts}
+        self._r = r
+        self._sizes = {part.path: (part.layer.in_features, part.layer.out_features) for part in adapter.parts}
         dtypes = {part.path: dtype or part.adapter.lora_A.dtype for part in adapter.parts}
-        slot_bytes = sum(r * sum(sizes) * dtypes[path].itemsize + 16 for path, sizes in shapes.items())
+        slot_bytes = sum(r * sum(sizes) * dtypes[path].itemsize + 16 for path, sizes in self._sizes.items())
         self._num_slots, self._slot_bytes = max_bytes // slot_bytes, slot_bytes
         if self._num_slots < 1:
             raise ValueError(
@@ -101,9 +101,8 @@ class AdapterPool:
                 "or choose a smaller r or fewer target_modules"
             )
         bare = BareModel(root_module(model))
-        head = next((path for path, module in bare.modules.items() if module is bare.head), None)
-        self._shape, self._timeout = PoolShape(shapes, r, head), timeout
-        self._changed = threading.Condition()  # its lock guards what follows
+        self._head = next((path for path, module in bare.modules.items() if module is bare.head), None)
+        self._lock = threading.RLock()  # guards what follows
         self._held: OrderedDict[str, int] = OrderedDict()  # slots by name, the least recently used first
         self._free = list(range(self._num_slots))[::-1]
         self._users: Counter[str] = Counter()  # running calls, by name
@@ -120,7 +119,7 @@ class AdapterPool:
 
     def resident(self) -> list[str]:
         """The names that have a slot, the least recently used first."""
-        with self._changed:
+        with self._lock:
             return list(self._held)
 
     def check_known(self, names: Iterable[str], caller: str, adapters_of_model: Iterable[str]) -> None:
@@ -148,16 +147,16 @@ class AdapterPool:
             RuntimeError: there are more names than slots, running calls leave too few, or the pool is closed.
             KeyError, OSError, ValueError: an adapter is gone, cannot be read, or does not fit.
         """
-        with self._changed:
-            fits = self._changed.wait_for(lambda: len(names) > self._num_slots or self._fit(names), self._timeout)
+        with self._lock:
             if self.is_closed:
                 raise RuntimeError("AdapterPool: the pool is closed; make another one")
-            if not fits or len(names) > self._num_slots:
+            in_use = {name for name in self._held if self._users[name] and name not in names}
+            if len(names) + len(in_use) > self._num_slots:
                 wanted = first_of(map(repr, names), _SHOWN)
                 raise RuntimeError(
                     f"AdapterPool: {len(names)} adapters are wanted at once ({wanted}), and running calls use "
-                    f"{len(self._users)} of {self._num_slots} slots; raise max_bytes or timeout, split the batch, or "
-                    "run fewer calls at the same time"
+                    f"{len(self._users)} of {self._num_slots} slots; raise max_bytes, split the batch, or run fewer "
+                    "calls at the same time"
                 )
             self._users.update(names)
             try:
@@ -172,16 +171,11 @@ class AdapterPool:
                 raise
             return {name: self._held[name] for name in names}
 
-    def _fit(self, names: Sequence[str]) -> bool:
-        """Returns whether slots for all names are free, theirs already, or those of adapters that no call uses."""
-        in_use = {name for name in self._held if self._users[name] and name not in names}
-        return len(names) + len(in_use) <= self._num_slots
-
     def _load(self, name: str) -> None:
         """Reads an adapter into a free slot, or into that of the least recently used one that no call uses."""
         if (path := self._path_of(name)) is None:
             raise KeyError(f"AdapterPool: there is no adapter {name!r} any more")
-        updates = read_adapter(path, self._shape)
+        updates = self._read(path)
         if not self._free:
             self._free.append(self._held.pop(next(held for held in self._held if not self._users[held])))
             self._evictions += 1
@@ -194,12 +188,51 @@ class AdapterPool:
         self._held[name] = self._free.pop()
         self._loads += 1
 
+    def _read(self, directory: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Returns the adapter in ``directory`` by the paths of its layers: ``lora_A``, ``lora_B`` and the scaling.
+
+        Raises:
+            OSError: a file is missing or cannot be read.
+            ValueError: a file is corrupted, its config is not supported, or the adapter does not fit the pool: other
+                layers, shapes, a larger rank, or parts that are no low-rank updates. The message lists what.
+        """
+        file = AdapterFile.open(directory, caller="AdapterPool")
+        config = file.lora_config("AdapterPool")
+        parts = [name for name in _OTHER_PARTS if getattr(config, name)] + ["bias"] * (config.bias != "none")
+        problems = [f"{name}: a pool holds low-rank updates of linear layers" for name in parts]
+        keys, targets = {}, {}
+        for path in self._named(config):  # a whole file has factors of these layers and no others
+            in_features, out_features = self._sizes[path]
+            if (rank := config.rank_for(path)) > self._r:
+                problems.append(f"rank of {path}: {rank}, above the pool's {self._r}")
+            keys[path] = A, B = f"{KEY_PREFIX}{path}.lora_A.weight", f"{KEY_PREFIX}{path}.lora_B.weight"
+            targets[A] = torch.empty(rank, in_features, device="meta")
+            targets[B] = torch.empty(out_features, rank, device="meta")
+        problems += misfits(targets, file.tensors)
+        if problems or not targets:
+            base = file.config.get("base_model_name_or_path")
+            raise ValueError(
+                f"AdapterPool: {file.path} does not fit the pool of rank {self._r} (its base model is {base!r}); load "
+                "it with load_adapter, or make a pool with its layers and rank:"
+                f"{listed(problems or ['it has no factors'])}"
+            )
+        file.warn_of_damage(targets)
+        return {path: (file.tensors[A], file.tensors[B], config.scaling_for(path)) for path, (A, B) in keys.items()}
+
+    def _named(self, config: LoraConfig) -> list[str]:
+        """Returns those of the pool's layers that ``config`` targets."""
+        is_every, matches = is_all_linear(config), PathMatcher("target_modules", config.target_modules)
+        is_excluded = PathMatcher("exclude_modules", config.exclude_modules)
+        whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
+        numbers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
+        targets = (path for path in self._sizes if (path != self._head if is_every else matches(path)))
+        return [path for path in targets if path in numbers and not is_excluded(path)]
+
     def release(self, names: Sequence[str]) -> None:
         """Undoes :meth:`acquire`."""
-        with self._changed:
+        with self._lock:
             self._users.subtract(names)
             self._users = +self._users
-            self._changed.notify_all()
 
     @checked
     def evict(self, *names: str) -> None:
@@ -207,14 +240,14 @@ class AdapterPool:
 
         RuntimeError: one is used by a running call; nothing is changed.
         """
-        with self._changed:
+        with self._lock:
             for name in names:
                 if self._users[name]:
                     raise RuntimeError(f"AdapterPool.evict: {name!r} is used by a running call")
             self._free += [self._held.pop(name) for name in dict.fromkeys(names) if name in self._held]
 
     def stats(self) -> PoolStats:
-        with self._changed:
+        with self._lock:
             counts = len(self._held), len(self._users), self._hits, self._loads, self._evictions
             return PoolStats(self._num_slots, self._slot_bytes, *counts)
 
@@ -228,13 +261,12 @@ class AdapterPool:
 
         RuntimeError: running calls use it.
         """
-        with self._changed:
+        with self._lock:
             if self._users:
                 raise RuntimeError("AdapterPool.close: running calls use the pool; wait for their end")
             self._num_slots, self._layers = 0, {}
             self._held.clear()
             self._free.clear()
-            self._changed.notify_all()
         if (model := self._model()) is not None:
             _detach(model, self)
 
@@ -269,10 +301,7 @@ def _layers_of(model: nn.Module, config: LoraConfig) -> Adapter:
         if not adapters.pool.is_closed:
             raise ValueError("AdapterPool: the model has a pool already; close that first")
         _detach(model, adapters.pool)  # closed by the model that this one is a copy of
-        adapters = adapter_set(model)
-    taken = () if adapters is None else adapters.configs
-    name = next(name for i in range(len(taken) + 1) if (name := f"pool{i}") not in taken)
-    adapter = Injection(model, config, name).build(torch.device("meta"))
+    adapter = Injection(model, config, "AdapterPool").build(torch.device("meta"))
     others = [part for part in adapter.parts if not isinstance(part.layer, LoraLinear)]
     if others:
         raise TypeError(

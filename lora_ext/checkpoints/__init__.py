@@ -1,16 +1,15 @@
 """Adapters and checkpoints on disk, without a model.
 
-- Commands: ``merging``; ``extraction`` by ``low_rank``; ``inspection``; ``layers`` for ``lora-ext analyze``.
+- Commands: ``merging``, ``extraction``, ``inspection``; ``layers`` for ``lora-ext analyze``.
 - Reading: ``checkpoint``, ``contents`` of an adapter.
 - What an adapter changes: ``changes``, from ``names``.
 """
 
 from lora_ext.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, open_adapter
-from lora_ext.checkpoints.extraction import ExtractReport, extract
+from lora_ext.checkpoints.extraction import ExtractReport, LayerError, extract
 from lora_ext.checkpoints.inspection import inspect
 from lora_ext.checkpoints.layers import Layer, find_layers
-from lora_ext.checkpoints.low_rank import LayerError
 from lora_ext.checkpoints.merging import MergeReport, merge
 
 __all__ = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,28 +14,22 @@ from lora_ext._common.printable import listed, shown
 from lora_ext._ops.checks import FLOATING
 from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, TokenRows
-from lora_ext.checkpoints.names import find_prefix, find_tie
-from lora_ext.files.adapter_file import AdapterFile
+from lora_ext.checkpoints.names import Tie, find_prefix, find_tie
 
-_DEQUANTISE = (
-    "want float64, float32, bfloat16 or float16: dequantise the base first, or load both and call "
-    "merge_and_unload(model, dequantize=True)"
-)
+_DEQUANTISE = "want float64, float32, bfloat16 or float16: dequantise the base first (Transformers: model.dequantize())"
 _IN_MEMORY = "load base and adapter as a model (load_adapter), and call merge_and_unload and save_pretrained there"
 
 
-@dataclasses.dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """One low-rank update of one tensor."""
 
-    file: AdapterFile
     update: LowRankUpdate
     scaling: float  # the update's, times the adapter's weight
     transposed: bool  # the tensor is [in, out]
 
     def read(self) -> list[tuple[Tensor, Tensor, float]]:
         """Reads ``(lora_A, lora_B, scaling)`` for each matrix, in the layout of the tensor."""
-        pairs = self.update.split(self.file.tensors[self.update.lora_A], self.file.tensors[self.update.lora_B])
+        pairs = self.update.factors()
         return [(B.T, A.T, self.scaling) if self.transposed else (A, B, self.scaling) for A, B in pairs]
 
 
@@ -45,8 +40,8 @@ class TensorChange:
     shape: tuple[int, ...]
     dtype: torch.dtype  # of the source
     source: str | None  # key in the base; None if there is only the replacement
-    replacement: tuple[AdapterFile, str] | None = None  # a tensor of an adapter
-    rows: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)  # indices [n] and values [n, columns]
+    replacement: Tensor | None = None
+    rows: list[TokenRows] = dataclasses.field(default_factory=list)
     terms: list[Term] = dataclasses.field(default_factory=list)
 
     @property
@@ -57,6 +52,11 @@ class TensorChange:
     def dtype_as(self, wanted: torch.dtype | None) -> torch.dtype:
         """The dtype of the result, if ``wanted`` is; indices and quantised weights keep theirs."""
         return wanted if wanted is not None and self.is_floating else self.dtype
+
+    def equals(self, other: TensorChange) -> bool:
+        """Returns whether both make the same tensor of the same source."""
+        same_rows = [*map(id, self.rows)] == [*map(id, other.rows)]
+        return same_rows and not self.terms + other.terms and _are_equal(self.replacement, other.replacement)
 
 
 def find_changes(
@@ -73,15 +73,20 @@ def find_changes(
 
     ValueError: parts of an adapter have no place in the base, or do not fit it; the message lists all of them.
     """
-    changes = {key: TensorChange(base.info(key).shape, base.info(key).dtype, key) for key in base}
+    changes = {key: TensorChange(info.shape, info.dtype, key) for key, info in base.items()}
+    tie = find_tie(base)
+    if tie is not None:  # a tensor of its own, until it turns out to be equal
+        changes[tie.head] = dataclasses.replace(changes[tie.embedding], rows=[], terms=[])
     problems: list[str] = []
     for contents, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
-        problems += _AdapterChanges(base, changes, contents, fan_in_fan_out, weight).problems
+        problems += _AdapterChanges(changes, tie, contents, fan_in_fan_out, weight).problems
     for key, tensor in changes.items():
         problems += _wrong_dtypes(key, tensor)
     if problems:
         directories = ", ".join(str(contents.file.directory) for contents in adapters)
         raise ValueError(f"{directories} does not fit {base.directory}:{listed(list(dict.fromkeys(problems)))}")
+    if tie is not None and changes[tie.head].equals(changes[tie.embedding]):
+        del changes[tie.head]
     return changes
 
 
@@ -90,50 +95,32 @@ class _AdapterChanges:
 
     def __init__(
         self,
-        base: Checkpoint,
         changes: dict[str, TensorChange],
+        tie: Tie | None,
         contents: AdapterContents,
         fan_in_fan_out: bool | None,
         weight: float,
     ) -> None:
-        self.changes, self.file, self.weight = changes, contents.file, weight
-        self.fan_in_fan_out, self.tie = fan_in_fan_out, find_tie(base)
-        self.problems: list[str] = []
-        updates, replaced, tokens = contents.updates, dict(contents.replaced), contents.tokens
-        if self.tie is not None and self.tie.head not in changes and self._are_equal(replaced):
-            del replaced[self.tie.head]
-            self.tie = None
-        low_rank = {update: f"{update.path}.weight" for update in updates if update.kind != "parameter"}
-        parameters = [update for update in updates if update.kind == "parameter"]
-        whole = [f"{rows.path}.weight" for rows in tokens] + [*replaced]
+        self.changes, self.config, self.weight = changes, contents.file.config, weight
+        self.problems = [
+            f"{contents.file.directory} was trained with {option}; {_IN_MEMORY}" for option in sorted(contents.options)
+        ]
+        whole = [f"{rows.path}.weight" for rows in contents.tokens] + [*contents.replaced]
         if weight != 1.0 and whole:
             self.problems.append(f"weight {weight}: the adapter replaces tensors, which have no strength: {whole[0]}")
-        for option in ("use_dora", "lora_bias"):
-            if self.file.config.get(option) or any(option in update.others for update in updates):
-                self.problems.append(f"{self.file.directory} was trained with {option}; {_IN_MEMORY}")
+        low_rank = {update: f"{update.path}.weight" for update in contents.updates if update.kind != "parameter"}
+        parameters = [update for update in contents.updates if update.kind == "parameter"]
         names = [*low_rank.values(), *whole]
         names += [f"{update.path}.{name}" for update in parameters for name in update.parameters]
-        self.prefix = find_prefix({*changes, *(self.tie or ())}, names)
-        for name, key in replaced.items():
-            self._replace(name, key)
-        self._replace_rows(tokens)
-        self._add(low_rank | self._parameter_names(parameters))
-
-    def _are_equal(self, replaced: Mapping[str, str]) -> bool:
-        """Returns whether the adapter replaces an embedding and its tied head by one value, so that both stay tied."""
-        both = [self.file.tensors[replaced[name]] for name in self.tie if name in replaced]
-        return len(both) == 2 and torch.equal(*both)
+        self.prefix = find_prefix(changes, names)
+        for name, tensor in contents.replaced.items():
+            self._replace(name, tensor)
+        self._replace_rows(contents.tokens, tie)
+        self._add(low_rank | self._parameter_names(parameters), fan_in_fan_out)
 
     def _find(self, name: str) -> str | None:
-        """The key of a tensor of the base, which a problem is noted for if it is missing.
-
-        A tied head is stored apart if it or its embedding is asked for.
-        """
-        key = self.prefix.key(name)
-        if self.tie is not None and key in self.tie and self.tie.head not in self.changes:
-            tied = self.changes[self.tie.embedding]
-            self.changes[self.tie.head] = dataclasses.replace(tied, rows=[*tied.rows], terms=[*tied.terms])
-        if key in self.changes:
+        """The key of a tensor of the base; None, and a problem is noted, if it is missing."""
+        if (key := self.prefix.key(name)) in self.changes:
             return key
         # The parts of a quantised weight, or several projections, may stand in its place.
         layer, _, last = name.rpartition(".")
@@ -142,54 +129,46 @@ class _AdapterChanges:
         self.problems.append(f"not in the base: {name}" + (f"; it has {parts[0]}, {_DEQUANTISE}" if parts else ""))
         return None
 
-    def _replace(self, name: str, key: str) -> None:
+    def _replace(self, name: str, given: Tensor) -> None:
         """Replaces a tensor of the base, or adds one that it lacks if its names have the adapter's prefix."""
-        given = self.file.tensors[key]
-        shape = tuple(given.shape)
-        if self.prefix.key(name) not in {*self.changes, *(self.tie or ())}:
+        target = self.prefix.key(name)
+        if target not in self.changes:
             if any(self.prefix):
                 text = "not in the base, whose names have another prefix, so it cannot be added"
                 self.problems.append(f"{text}: {name}; {_IN_MEMORY}")
             else:
-                self.changes[name] = TensorChange(shape, given.dtype, None, (self.file, key))
+                self.changes[name] = TensorChange(tuple(given.shape), given.dtype, None, given)
             return
-        target = self._find(name)
         tensor = self.changes[target]
-        if tensor.shape != shape:
-            self.problems.append(f"shape of {target}: {list(tensor.shape)} in the base, {list(shape)} in the adapter")
-            return
-        if tensor.replacement is not None:
-            other, other_key = tensor.replacement
-            if not torch.equal(other.tensors[other_key], given):
-                self.problems.append(f"{target}: replaced by two adapters, which differ")
-        tensor.replacement = (self.file, key)
+        if tensor.shape != given.shape:
+            shapes = f"{list(tensor.shape)} in the base, {list(given.shape)} in the adapter"
+            self.problems.append(f"shape of {target}: {shapes}")
+        elif tensor.replacement is not None and not _are_equal(tensor.replacement, given):
+            self.problems.append(f"{target}: replaced by two adapters, which differ")
+        tensor.replacement = given
 
-    def _replace_rows(self, tokens: Sequence[TokenRows]) -> None:
+    def _replace_rows(self, tokens: Sequence[TokenRows], tie: Tie | None) -> None:
         """Replaces rows of an embedding; in the tied head too, as PEFT does, unless the head has its own rows."""
-        tie = self.tie
-        follows = tie is not None and tie.head not in (self.prefix.key(f"{rows.path}.weight") for rows in tokens)
-        self.tie = None if follows else tie
-        for rows in tokens:
-            if (target := self._find(f"{rows.path}.weight")) is None:
-                continue
-            is_both = follows and target == tie.embedding and tie.head in self.changes
-            for key in tie if is_both else [target]:
-                self._replace_rows_of(key, rows)
-        self.tie = tie
+        targets = [self._find(f"{rows.path}.weight") for rows in tokens]
+        for target, rows in zip(targets, tokens, strict=True):
+            follows = tie is not None and target == tie.embedding and tie.head not in targets
+            for key in tie if follows else [target]:
+                if key is not None:
+                    self._replace_rows_of(key, rows)
 
     def _replace_rows_of(self, target: str, rows: TokenRows) -> None:
-        tensor, values = self.changes[target], self.file.tensors[rows.key]
+        tensor = self.changes[target]
         shape, indices = tensor.shape, rows.indices
-        if len(shape) != 2 or tuple(values.shape) != (len(indices), shape[1]):
-            text = f"{list(shape)}, but {len(indices)} rows of it are {list(values.shape)}"
+        if len(shape) != 2 or rows.values.shape != (len(indices), shape[1]):
+            text = f"{list(shape)}, but {len(indices)} rows of it are {list(rows.values.shape)}"
             self.problems.append(f"shape of {target}: {text}")
         elif not all(type(index) is int and 0 <= index < shape[0] for index in indices):
             text = f"{shown(list(indices))}, want rows of {target} {list(shape)}"
             self.problems.append(f"trainable_token_indices: {text}")
         else:
-            tensor.rows.append((torch.tensor(indices, dtype=torch.long), values))
-            replaced = torch.cat([one for one, _ in tensor.rows])
-            if len(replaced.unique()) < len(replaced):
+            tensor.rows.append(rows)
+            replaced = [index for one in tensor.rows for index in one.indices]
+            if len({*replaced}) < len(replaced):
                 self.problems.append(f"rows of {target}: replaced more than once")
 
     def _parameter_names(self, updates: Sequence[LowRankUpdate]) -> dict[LowRankUpdate, str]:
@@ -210,7 +189,7 @@ class _AdapterChanges:
                 self.problems += [_misfit(update, name, tensor) for name, tensor in tensors.items()]
         return found
 
-    def _add(self, names: Mapping[LowRankUpdate, str]) -> None:
+    def _add(self, names: Mapping[LowRankUpdate, str], fan_in_fan_out: bool | None) -> None:
         """Adds each update to the tensor of its name, in the layout that fits.
 
         A square weight has the layout of others of its name, or of its kind; then ``fan_in_fan_out`` of the adapter's
@@ -225,31 +204,34 @@ class _AdapterChanges:
                 certain[update.kind] |= layouts
         for update, key in targets.items():
             layouts = fitting[update]
+            if len(layouts) > 1 and fan_in_fan_out is not None:
+                layouts = {fan_in_fan_out}
+            elif len(layouts) > 1:
+                unknown = layouts if update.kind == "parameter" else {bool(self.config.get("fan_in_fan_out"))}
+                layouts = certain[_last_name(update)] or certain[update.kind] or unknown
             if not layouts:
                 self.problems.append(_misfit(update, key, self.changes[key]))
-                continue
-            if len(layouts) > 1 and self.fan_in_fan_out is not None:
-                layouts = {self.fan_in_fan_out}
             elif len(layouts) > 1:
-                unknown = layouts if update.kind == "parameter" else {bool(self.file.config.get("fan_in_fan_out"))}
-                layouts = certain.get(_last_name(update)) or certain.get(update.kind) or unknown
-            if len(layouts) > 1:
                 self.problems.append(f"{key} is square, and may be [out, in] or [in, out]: say which (fan_in_fan_out)")
-                continue
-            term = Term(self.file, update, update.scaling * self.weight, *layouts)
-            self.changes[key].terms.append(term)
+            else:
+                self.changes[key].terms.append(Term(update, update.scaling * self.weight, *layouts))
 
 
 def _last_name(update: LowRankUpdate) -> str:
     return f"{update.kind} {update.path.rpartition('.')[2]}"
 
 
+def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
 def _wrong_dtypes(key: str, tensor: TensorChange) -> list[str]:
     if (tensor.terms or tensor.rows) and not tensor.is_floating:
         return [f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}"]
     if tensor.replacement is not None:
-        file, name = tensor.replacement
-        given = file.tensors[name].dtype
+        given = tensor.replacement.dtype
         if tensor.dtype != given and not (tensor.is_floating and given in FLOATING):  # quantised numbers need scales
             return [f"dtype of {key}: {tensor.dtype}, which the adapter's {given} is not"]
     return []
@@ -258,8 +240,5 @@ def _wrong_dtypes(key: str, tensor: TensorChange) -> list[str]:
 def _misfit(update: LowRankUpdate, key: str, tensor: TensorChange) -> str:
     if not tensor.is_floating:  # two codes in a byte have another shape
         return f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}"
-    A, B, shape = update.shape_A, update.shape_B, tensor.shape
-    text = f"shape of {key}: {list(shape)}, but the update's lora_A is {list(A)} and lora_B {list(B)}"
-    if update.kind == "conv" and update.matrices > 1:
-        text += "; it reaches across the groups of the convolution, which no weight of it can hold"
-    return text
+    A, B = list(update.lora_A.shape), list(update.lora_B.shape)
+    return f"shape of {key}: {list(tensor.shape)}, but the update's lora_A is {A} and lora_B {B}"

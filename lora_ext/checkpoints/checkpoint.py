@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lora_ext.files.reading import TensorInfo, check_shards, read_index, read_json, read_tensor, tensor_table
+from lora_ext.files.reading import TensorInfo, read_index, read_json, read_tensor, tensor_table
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -23,16 +24,22 @@ _OTHER_WEIGHTS = re.compile(
 )
 
 
-class Checkpoint:
-    """The tensors of a directory, or of one file. Opening it reads only the files' headers."""
+class Checkpoint(Mapping[str, TensorInfo]):
+    """The tensors of a directory, or of one file: dtype, shape and place by name. Opening it reads only headers.
 
-    def __init__(self, directory: Path, names: list[str], index: dict[str, Any] | None, is_directory: bool) -> None:
+    Attributes:
+        index: content of the index file; None for a single file.
+        shards: the tensors of each file, in the order of their bytes.
+    """
+
+    def __init__(self, directory: Path, names: list[str], is_directory: bool = True) -> None:
         self.directory = directory
-        self.index = index  # content of the index file; None for a single file
-        self.is_directory = is_directory  # False if one file was opened: others next to it may be unrelated
-        self.shards = {name: tensor_table(directory / name) for name in names}  # in the order of their bytes
-        if index is not None:
-            check_shards(directory / INDEX_FILE, index["weight_map"], self.shards)
+        self._is_directory = is_directory  # False if one file was opened: others next to it may be unrelated
+        self.index: dict[str, Any] | None = None
+        if names == [INDEX_FILE]:
+            self.index, self.shards = read_index(directory / INDEX_FILE)
+        else:
+            self.shards = {name: tensor_table(directory / name) for name in names}
         self._shard_of = {key: name for name, tensors in self.shards.items() for key in tensors}
 
     @classmethod
@@ -44,25 +51,25 @@ class Checkpoint:
         """
         path = Path(path)
         if path.exists() and not path.is_dir():
-            return cls(path.parent, [path.name], None, is_directory=False)
+            return cls(path.parent, [path.name], is_directory=False)
         try:
             files = sorted(os.listdir(path))
         except FileNotFoundError as error:
             text = f"{path} is missing; want a directory with {SINGLE_FILE} or {INDEX_FILE}"
             raise FileNotFoundError(text) from error
-        names = [file for file in files if file.endswith(".safetensors")]
-        names = [file for file in names if not file.startswith(("adapter_model", "."))]
-        if SINGLE_FILE in names:  # before an index, as in Transformers
-            return cls(path, [SINGLE_FILE], None, is_directory=True)
-        if INDEX_FILE in files:
-            index, names = read_index(path / INDEX_FILE)
-            return cls(path, names, index, is_directory=True)
+        for name in (SINGLE_FILE, INDEX_FILE):  # in the order of Transformers
+            if name in files:
+                return cls(path, [name])
+        names = [file for file in files if re.fullmatch(r"(?!adapter_model|\.).*\.safetensors", file)]
         if len(names) == 1:
-            return cls(path, names, None, is_directory=True)
+            return cls(path, names)
         found = f"has {len(names)} safetensors files and no index" if names else f"has no {SINGLE_FILE}"
         if others := [file for file in files if file.endswith((".bin", ".gguf"))]:
             found += f"; {others[0]} is there: save it again as safetensors"
         raise FileNotFoundError(f"{path} {found}")
+
+    def __getitem__(self, key: str) -> TensorInfo:
+        return self.shards[self._shard_of[key]][key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shard_of)
@@ -70,25 +77,18 @@ class Checkpoint:
     def __len__(self) -> int:
         return len(self._shard_of)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._shard_of
-
-    def info(self, key: str) -> TensorInfo:
-        """The tensor's dtype, shape and place in its file."""
-        return self.shards[self._shard_of[key]][key]
-
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(info.nbytes for tensors in self.shards.values() for info in tensors.values())
+        return sum(info.nbytes for info in self.values())
 
     def tensor(self, key: str) -> Tensor:
         """Reads a tensor into new memory."""
-        return read_tensor(self.directory / self._shard_of[key], self.info(key))
+        return read_tensor(self.directory / self._shard_of[key], self[key])
 
     def rows(self, key: str, columns: int, begin: int, end: int) -> Tensor:
         """Reads rows of a tensor, seen as a matrix with ``columns``: ``[end - begin, columns]`` in new memory."""
-        dtype, _, place = self.info(key)
+        dtype, _, place = self[key]
         place += begin * columns * dtype.itemsize
         return read_tensor(self.directory / self._shard_of[key], TensorInfo(dtype, (end - begin, columns), place))
 
@@ -102,9 +102,14 @@ class Checkpoint:
     def other_files(self) -> tuple[list[str], list[str]]:
         """Lists the files to copy beside the weights, and those to leave out because they hold the weights again."""
         found: dict[bool, list[str]] = {False: [], True: []}
-        for file in sorted(self.directory.rglob("*")) if self.is_directory else ():
+        for file in sorted(self.directory.rglob("*")) if self._is_directory else ():
             name = file.relative_to(self.directory)
             is_hidden = any(part.startswith(".") for part in name.parts)
             if not is_hidden and file.is_file() and str(name) not in (*self.shards, INDEX_FILE):
                 found[_OTHER_WEIGHTS.fullmatch(file.name) is not None].append(str(name))
         return found[False], found[True]
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes values of a config or an index."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The layers that an adapter's file changes, read from its keys alone.
+"""What an adapter's file changes, told from its keys and its config alone.
 
 PEFT's keys, after ``base_model.model.``. ``.base_layer`` may follow any module that is wrapped:
 
@@ -18,7 +18,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -32,78 +32,73 @@ Kind = Literal["linear", "embedding", "conv", "parameter"]
 _FACTOR = re.compile(
     r"(?:(?P<path>.*)\.)?lora_(?P<side>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B|magnitude_vector)"
 )
-_OTHERS = {"B.bias": "lora_bias", "magnitude_vector": "use_dora"}  # what an option trains next to the factors
+_OPTIONS = {"B.bias": "lora_bias", "magnitude_vector": "use_dora"}  # what an option trains next to the factors
 _TOKENS = re.compile(r"(?P<path>.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
 _MOST_PARAMETERS = 4  # with updates, in one module; real ones have up to 3
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LowRankUpdate:
-    """One pair of factors."""
+    """One pair of factors. They are mapped: their bytes are read when they are used."""
 
     path: str  # of the module, without ``.base_layer``
     kind: Kind  # conv: by the number of dimensions; parameter: by the config
-    lora_A: str
-    lora_B: str
-    # [r, in] and [out, r]; of a conv [r, in, *kernel] and [out, r / groups, 1...]; of an embedding [r, num_embeddings]
-    # and [dim, r]; of a parameter [matrices * r, in] and [out, r * matrices].
-    shape_A: tuple[int, ...]
-    shape_B: tuple[int, ...]
+    key: str  # of lora_A
+    # [r, in] and [out, r]; of a conv [r, in, *kernel] and [out, r, 1...]; of an embedding [r, num_embeddings] and
+    # [dim, r]; of a parameter [matrices * r, in] and [out, r * matrices].
+    lora_A: Tensor
+    lora_B: Tensor
     r: int
     scaling: float
-    matrices: int = 1  # that have factors each: experts, or groups of a convolution
-    others: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)  # key of what an option trains, too
+    matrices: int = 1  # of a parameter: experts, which have factors each
     parameters: tuple[str, ...] = ()  # for a parameter, the names that it may have: no key says which
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of one matrix."""
-        out = self.shape_B[0] if self.kind == "parameter" else self.shape_B[0] // self.matrices
-        return out, math.prod(self.shape_A[1:])
+        return self.lora_B.shape[0], math.prod(self.lora_A.shape[1:])
 
     def layouts(self, shape: tuple[int, ...]) -> set[bool]:
         """The layouts in which the update fits a tensor of ``shape``: False for ``[out, in]``, True for ``[in, out]``.
 
         Conv1D and Embedding are ``[in, out]``.
         """
-        A, B = self.shape_A, self.shape_B
-        if self.kind == "conv":  # with groups, lora_A reaches across them
-            return {False} if shape == (B[0], *A[1:]) and self.matrices == 1 else set()
+        if self.kind == "conv":
+            return {False} if shape == (self.lora_B.shape[0], *self.lora_A.shape[1:]) else set()
+        if self.kind == "embedding":
+            return {True} if shape == self.shape[::-1] else set()
         if self.kind == "parameter" and len(shape) == 3 and shape[0] == self.matrices:
             shape = shape[1:]
         elif self.matrices != 1:
             return set()
-        if self.kind == "embedding":
-            return {True} if shape == (A[1], B[0]) else set()
         return {transposed for transposed in (False, True) if shape == (self.shape[::-1] if transposed else self.shape)}
 
-    def split(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Splits the file's factors into ``(lora_A [r, in], lora_B [out, r])`` for each matrix."""
-        if self.kind == "parameter":  # the matrix is the slower index of A's rows and the faster one of B's columns
-            As = A.reshape(self.matrices, -1, A.shape[-1]).unbind()
-            Bs = B.reshape(B.shape[0], -1, self.matrices).unbind(-1)
-        else:
-            As, Bs = A.flatten(1).chunk(self.matrices), B.flatten(1).chunk(self.matrices)
-        return list(zip(As, Bs, strict=True))
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """``(lora_A [r, in], lora_B [out, r])`` of each matrix."""
+        A, B = self.lora_A.flatten(1), self.lora_B.flatten(1)
+        if self.kind != "parameter":
+            return [(A, B)]
+        # The matrix is the slower index of A's rows and the faster one of B's columns.
+        return list(zip(A.chunk(self.matrices), B.unflatten(1, (-1, self.matrices)).unbind(-1), strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenRows:
-    """Rows that replace those of an embedding: the tensor ``key [len(indices), dim]``."""
+class TokenRows(NamedTuple):
+    """Rows that replace those of an embedding: ``values [len(indices), dim]``."""
 
     path: str
-    key: str
     indices: tuple[int, ...]
+    values: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterContents:
-    """The contents of an adapter file. Each of its keys is in one entry."""
+    """The contents of an adapter file."""
 
     file: AdapterFile
     updates: list[LowRankUpdate]
     tokens: list[TokenRows]
-    replaced: dict[str, str]  # path and name of a base tensor -> key in the file of the tensor that replaces it
+    replaced: dict[str, Tensor]  # by path and name of the base's tensor
+    options: frozenset[str]  # use_dora, lora_bias: they train more than the updates
 
 
 def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapter") -> AdapterContents:
@@ -119,19 +114,19 @@ def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapt
     config = file.lora_config(caller)
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
     tokens: list[TokenRows] = []
-    replaced: dict[str, str] = {}
+    replaced: dict[str, Tensor] = {}
     problems: list[str] = []
-    for key in file.tensors:
+    for key, tensor in file.tensors.items():
         name = key.removeprefix(KEY_PREFIX)
         if match := _FACTOR.fullmatch(name):
             factors.setdefault(match["path"] or "", {})[match["side"]] = key
         elif match := _TOKENS.fullmatch(name):
             path = _without_base_layer(match["path"])
-            tokens.append(TokenRows(path, key, _token_indices(file, path)))
+            tokens.append(TokenRows(path, _token_indices(file, path), tensor))
         elif "lora_" in name:
             problems.append(f"unknown key: {key}")
         elif not is_duplicate(name):
-            replaced[_without_base_layer(name)] = key
+            replaced[_without_base_layer(name)] = tensor
     updates = []
     parameters = _target_parameters(file, config)
     for wrapped, sides in factors.items():
@@ -143,9 +138,11 @@ def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapt
     problems += [f"{path} has two updates, and no target_parameters" for path, count in paths.items() if count > 1]
     if problems:
         raise ValueError(f"{file.path} is not an adapter that can be used here:{listed(problems)}")
-    if not updates and not tokens and not replaced:
+    if not (updates or tokens or replaced):
         raise ValueError(f"{file.path} holds no tensor")
-    return AdapterContents(file, updates, tokens, replaced)
+    options = {_OPTIONS[side] for sides in factors.values() for side in sides if side in _OPTIONS}
+    options |= {option for option in _OPTIONS.values() if file.config.get(option)}
+    return AdapterContents(file, updates, tokens, replaced, frozenset(options))
 
 
 def _without_base_layer(path: str) -> str:
@@ -160,35 +157,29 @@ def _update(
     sides: Mapping[str, str],
 ) -> LowRankUpdate:
     is_embedding = "embedding_A" in sides or "embedding_B" in sides
-    A, B = (sides.get(side) for side in (("embedding_A", "embedding_B") if is_embedding else ("A.weight", "B.weight")))
-    if A is None or B is None:
+    keys = [sides.get(side) for side in (("embedding_A", "embedding_B") if is_embedding else ("A.weight", "B.weight"))]
+    if None in keys:
         raise ValueError(f"missing key: the other half of {next(iter(sides.values()))}")
-    factor_A, factor_B = file.tensors[A], file.tensors[B]
-    shape_A, shape_B = tuple(factor_A.shape), tuple(factor_B.shape)
-    if len(shape_A) < 2 or len(shape_B) != len(shape_A) or 0 in shape_A + shape_B or set(shape_B[2:]) - {1}:
-        raise ValueError(f"shapes of {path}: lora_A {shown(list(shape_A))}, lora_B {shown(list(shape_B))}")
-    if not (factor_A.is_floating_point() and factor_B.is_floating_point()):
-        raise ValueError(f"dtypes of {path}: lora_A {factor_A.dtype}, lora_B {factor_B.dtype}, want floating point")
+    A, B = (file.tensors[key] for key in keys)
+    if A.dim() < 2 or B.dim() != A.dim() or 0 in A.shape + B.shape or set(B.shape[2:]) - {1}:
+        raise ValueError(f"shapes of {path}: lora_A {shown(list(A.shape))}, lora_B {shown(list(B.shape))}")
+    if not (A.is_floating_point() and B.is_floating_point()):
+        raise ValueError(f"dtypes of {path}: lora_A {A.dtype}, lora_B {B.dtype}, want floating point")
     targets = dict.fromkeys(name for end in _ends(path) for name in parameters_of.get(end, ()))
-    parameters = [] if is_embedding else list(targets)
+    parameters = () if is_embedding else tuple(targets)
     names = [f"{path}.{name}" for name in parameters] or [path]
     settings = {(config.rank_for(name), config.scaling_for(name)) for name in names}
     if len(settings) > 1:
         raise ValueError(f"{path}: rank_pattern or alpha_pattern tell its parameters {shown(parameters)} apart")
     r, scaling = settings.pop()
-    if parameters:
-        kind, matrices = "parameter", shape_A[0] // r
-        fits = shape_A[0] == shape_B[1] == matrices * r
-    else:
-        kind = "embedding" if is_embedding else "linear" if len(shape_A) == 2 else "conv"
-        matrices = r // shape_B[1] if kind == "conv" else 1
-        fits = shape_A[0] == shape_B[1] * matrices == r
-    if not fits:
-        raise ValueError(
-            f"rank of {path}: lora_A {list(shape_A)} and lora_B {list(shape_B)}, but the config gives it r={r}"
-        )
-    others = {option: sides[side] for side, option in _OTHERS.items() if side in sides}
-    return LowRankUpdate(path, kind, A, B, shape_A, shape_B, r, scaling, matrices, others, tuple(parameters))
+    kind = "parameter" if parameters else "embedding" if is_embedding else "linear" if A.dim() == 2 else "conv"
+    matrices = A.shape[0] // r if parameters else 1
+    if not A.shape[0] == B.shape[1] == matrices * r:
+        text = f"lora_A {list(A.shape)} and lora_B {list(B.shape)}, but the config gives it r={r}"
+        if kind == "conv":
+            text += "; an update of a grouped convolution reaches across the groups, which no weight of it can hold"
+        raise ValueError(f"rank of {path}: {text}")
+    return LowRankUpdate(path, kind, keys[0], A, B, r, scaling, matrices, parameters)
 
 
 def _target_parameters(file: AdapterFile, config: LoraConfig) -> dict[str, dict[str, None]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import os
 import re
 import time
@@ -18,19 +18,30 @@ from lora_ext._common.printable import listed
 from lora_ext._common.progress import Progress
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
-from lora_ext.checkpoints.checkpoint import Checkpoint
-from lora_ext.checkpoints.low_rank import LayerError, approximate
+from lora_ext.checkpoints.checkpoint import Checkpoint, write_json
 from lora_ext.checkpoints.names import find_tie, is_embedding
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.writing import check_new, new_directory, stream_tensors
+
+_EXACT_SIZE = 512  # up to this size the full decomposition takes well under a second
+_ITERATIONS = 4  # slowly falling singular values, as after fine-tuning, need more than one subspace iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerError:
+    """The error of a layer's approximation."""
+
+    r: int  # rank of the factors
+    norm: float  # Frobenius norm of the difference
+    error: float  # norm of what the factors leave over the difference's norm
 
 
 @dataclasses.dataclass(frozen=True)
 class ExtractReport:
     """The result of an extraction."""
 
-    layers: dict[str, LayerError]  # path -> approximation of each layer that differs and is adapted
-    errors: dict[int, float]  # rank -> relative error of these together; a layer of lower rank counts with its best
+    layers: dict[str, LayerError]  # by path, the layers that differ and are adapted
+    error: float  # relative error of these together
     saved: list[str]  # modules that differ and are saved in full
     unchanged: int  # number of equal tensors
     nbytes: int  # of the adapter's weights
@@ -43,7 +54,6 @@ def extract(
     out: str | os.PathLike[str],
     *,
     rank: int = 16,
-    energy: float | None = None,
     fan_in_fan_out: bool = False,
     dtype: torch.dtype = torch.float32,
     show_progress: bool = False,
@@ -51,13 +61,12 @@ def extract(
     """Writes an adapter in PEFT's format to ``out`` that turns ``base`` into ``tuned``, up to the error in the report.
 
     Each matrix that differs, except embeddings, is approximated by a truncated singular value decomposition of its
-    difference (:func:`~lora_ext.checkpoints.low_rank.approximate`); the scaling is 1. One tensor of each checkpoint is
-    in memory at a time, next to the adapter. Biases of adapted layers are saved in full (``bias="lora_only"``), and so
-    are other modules that differ (``modules_to_save``), with the head that shares the weight of a saved embedding.
+    difference; the scaling is 1. One tensor of each checkpoint is in memory at a time, next to the adapter. Biases of
+    adapted layers are saved in full (``bias="lora_only"``), and so are other modules that differ
+    (``modules_to_save``), with the head that shares the weight of a saved embedding.
 
     Args:
-        rank: largest rank of a layer.
-        energy: in (0, 1]: each layer gets the smallest rank that keeps this part of its difference's squared norm.
+        rank: of all layers; the smaller side of a matrix is a limit too.
         fan_in_fan_out: matrices are ``[in, out]``, as in Conv1D (GPT-2).
         dtype: dtype of the factors.
 
@@ -69,8 +78,6 @@ def extract(
     begin = time.perf_counter()
     if rank < 1:
         raise ValueError(f"extract: rank is {rank}, want at least 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"extract: energy is {energy}, want 0 < energy <= 1")
     old, new, out = Checkpoint.open(base), Checkpoint.open(tuned), Path(out).absolute()
     check_new(out, "extract")
     layers: dict[str, LayerError] = {}
@@ -79,12 +86,12 @@ def extract(
         differing = []
         for key in new:
             differing += [key] if _differ(old, new, key) else []
-            shown.advance(new.info(key).nbytes)
+            shown.advance(new[key].nbytes)
         targets, saved = _sort(old, new, differing)
         for path in targets:
             shown.note(path)
             delta = _difference(old, new, f"{path}.weight")
-            A, B, layers[path] = approximate(delta.T.contiguous() if fan_in_fan_out else delta, rank, energy)
+            A, B, layers[path] = approximate(delta.T.contiguous() if fan_in_fan_out else delta, rank)
             tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = A.to(dtype)
             tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = B.to(dtype)
     whole = {f"{KEY_PREFIX}{key}": key for key in new if key.rpartition(".")[0] in saved}
@@ -95,27 +102,53 @@ def extract(
     if tie is not None and tie.embedding.rpartition(".")[0] in saved:  # the head would keep the base's values
         whole[f"{KEY_PREFIX}{tie.head}"] = tie.embedding
         saved.append(tie.head.rpartition(".")[0])
-    config = _config(new, layers, rank) | {
-        "modules_to_save": saved or None,
-        "bias": "lora_only" if has_biases else "none",
-        "fan_in_fan_out": fan_in_fan_out,
-    }
     table = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    table |= {key: (new.info(source).dtype, new.info(source).shape) for key, source in whole.items()}
+    table |= {key: (new[source].dtype, new[source].shape) for key, source in whole.items()}
 
     def values(key: str) -> list[Tensor]:
         return [tensors[key] if key in tensors else new.tensor(whole[key])]
 
     with new_directory(out, "extract") as staging:
         stream_tensors(staging / WEIGHTS_FILE, table, {"format": "pt"}, values)
-        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(staging / CONFIG_FILE, _config(layers, rank, saved, has_biases, fan_in_fan_out))
     unchanged, nbytes = len(new) - len(differing), (out / WEIGHTS_FILE).stat().st_size
-    return ExtractReport(layers, _overall(layers), saved, unchanged, nbytes, time.perf_counter() - begin)
+    norm = math.hypot(*(layer.norm for layer in layers.values())) or 1.0
+    error = math.hypot(*(layer.norm * layer.error for layer in layers.values())) / norm
+    return ExtractReport(layers, error, saved, unchanged, nbytes, time.perf_counter() - begin)
+
+
+def approximate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, LayerError]:
+    """Computes a truncated singular value decomposition of ``delta [out, in]``, and overwrites it by the remainder.
+
+    Small matrices are decomposed in full, larger ones by a randomised method (Halko, Martinsson, Tropp, arXiv
+    0909.4061, algorithm 4.4): with twice as many vectors as the rank, the error is within 1 % of the best one.
+
+    Returns:
+        ``lora_A [r, in]`` and ``lora_B [out, r]``, each with the roots of the singular values, and the error.
+    """
+    rank = min(rank, *delta.shape)
+    norm = torch.linalg.vector_norm(delta, dtype=torch.float64).item()
+    vectors = 2 * max(rank, 8)
+    if min(delta.shape) <= max(_EXACT_SIZE, 2 * vectors):
+        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # so that the same files give the same adapter
+            U, S, V = torch.svd_lowrank(delta, q=vectors, niter=_ITERATIONS)
+        Vh = V.T
+    root = S[:rank].sqrt()
+    A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
+    # The norm of the actual remainder: a difference of squares would lose one that is small next to the norm.
+    left = torch.linalg.vector_norm(delta.addmm_(B, A, alpha=-1), dtype=torch.float64).item()
+    return A.contiguous(), B.contiguous(), LayerError(rank, norm, left / (norm or 1.0))
+
+
+# --- what differs -----------------------------------------------------------------------------------------------------
 
 
 def _differ(old: Checkpoint, new: Checkpoint, key: str) -> bool:
     """Returns whether a tensor of ``new`` is not in ``old``, or has another shape or values; not only another dtype."""
-    if key not in old or old.info(key).shape != new.info(key).shape:
+    if key not in old or old[key].shape != new[key].shape:
         return True
     before, after = old.tensor(key), new.tensor(key)
     if before.dtype == after.dtype:
@@ -127,18 +160,18 @@ def _differ(old: Checkpoint, new: Checkpoint, key: str) -> bool:
 
 
 def _sort(old: Checkpoint, new: Checkpoint, differing: Collection[str]) -> tuple[list[str], list[str]]:
-    """The modules to adapt, and the modules to save in full."""
+    """Returns the modules to adapt, and the modules to save in full."""
     problems = [f"only in the base: {key}" for key in old if key not in new]
     targets: dict[str, None] = {}
     others: list[str] = []
     for key in differing:
         path, _, name = key.rpartition(".")
-        shape = new.info(key).shape
-        if key in old and old.info(key).shape != shape:
-            problems.append(f"shape of {key}: {list(old.info(key).shape)} in the base, {list(shape)} in the other")
+        shape = new[key].shape
+        if key in old and old[key].shape != shape:
+            problems.append(f"shape of {key}: {list(old[key].shape)} in the base, {list(shape)} in the other")
             continue
         is_matrix = key in old and name == "weight" and len(shape) == 2 and not is_embedding(path)
-        if is_matrix and {old.info(key).dtype, new.info(key).dtype} <= set(FLOATING):
+        if is_matrix and {old[key].dtype, new[key].dtype} <= set(FLOATING):
             targets[path] = None
         else:
             others.append(key)
@@ -184,11 +217,10 @@ def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
     return delta
 
 
-def _config(new: Checkpoint, layers: dict[str, LayerError], rank: int) -> dict[str, Any]:
+def _config(
+    layers: dict[str, LayerError], rank: int, saved: list[str], has_biases: bool, fan_in_fan_out: bool
+) -> dict[str, Any]:
     """Builds the adapter's config. ``lora_alpha`` is the rank everywhere, so the scaling is 1."""
-    ends = {path.rpartition(".")[2] for path in layers}
-    matrices = {key.removesuffix(".weight") for key in new if key.endswith(".weight") and len(new.info(key).shape) == 2}
-    is_every = set(layers) == {path for path in matrices if path.rpartition(".")[2] in ends}
     other_ranks = {re.escape(path): layer.r for path, layer in layers.items() if layer.r != rank}
     return {
         "peft_type": "LORA",
@@ -196,20 +228,12 @@ def _config(new: Checkpoint, layers: dict[str, LayerError], rank: int) -> dict[s
         "lora_alpha": rank,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "target_modules": sorted(ends) if is_every else sorted(layers),
+        "target_modules": sorted(layers),
+        "modules_to_save": saved or None,
+        "bias": "lora_only" if has_biases else "none",
+        "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "lora_dropout": 0.0,
         "task_type": None,
         "base_model_name_or_path": None,
     }
-
-
-def _overall(layers: dict[str, LayerError]) -> dict[int, float]:
-    """Rank -> relative error of all layers together."""
-    total = sum(layer.norm**2 for layer in layers.values())
-    ranks = sorted({r for layer in layers.values() for r in layer.errors})
-
-    def left(layer: LayerError, rank: int) -> float:
-        return layer.norm * layer.errors[max((r for r in layer.errors if r <= rank), default=min(layer.errors))]
-
-    return {rank: (sum(left(layer, rank) ** 2 for layer in layers.values()) / total) ** 0.5 for rank in ranks}

@@ -12,7 +12,7 @@ import torch
 
 from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, open_adapter
-from lora_ext.files.adapter_file import AdapterFile, holds_adapter
+from lora_ext.files.adapter_file import holds_adapter
 from lora_ext.files.reading import DTYPE_NAMES
 
 
@@ -28,15 +28,13 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError, ValueError: ``path`` is neither, or is corrupted, or its adaptation method is not supported.
     """
     path = Path(path)
-    if holds_adapter(path):
-        return _adapter(open_adapter(path, caller="inspect"))
-    return _checkpoint(Checkpoint.open(path))
+    return _adapter(open_adapter(path, caller="inspect")) if holds_adapter(path) else _checkpoint(Checkpoint.open(path))
 
 
 def _adapter(contents: AdapterContents) -> dict[str, Any]:
-    file, tensors = contents.file, contents.file.tensors
+    tensors = contents.file.tensors.values()
     dtypes: Counter[str] = Counter()
-    for tensor in tensors.values():
+    for tensor in tensors:
         dtypes[_name(tensor.dtype)] += tensor.numel()
     layers = [
         {
@@ -44,28 +42,27 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
             "kind": update.kind,
             "r": update.r,
             "scaling": update.scaling,
-            "dtype": _name(tensors[update.lora_A].dtype),
-            "parameters": sum(tensors[key].numel() for key in (update.lora_A, update.lora_B, *update.others.values())),
-            "norm": _norm(file, update),
+            "dtype": _name(update.lora_A.dtype),
+            "parameters": update.lora_A.numel() + update.lora_B.numel(),
+            "norm": _norm(update),
         }
         for update in contents.updates
     ]
-    saved = contents.replaced | {f"{rows.path}.weight[{len(rows.indices)} rows]": rows.key for rows in contents.tokens}
+    saved = contents.replaced | {f"{path}.weight[{len(indices)} rows]": rows for path, indices, rows in contents.tokens}
     return {
         "kind": "adapter",
         "parameters": sum(dtypes.values()),
-        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
         "dtypes": dict(dtypes),
         "layers": layers,
-        "saved": {name: list(tensors[key].shape) for name, key in saved.items()},
-        "config": file.config,
+        "saved": {name: list(tensor.shape) for name, tensor in saved.items()},
+        "config": contents.file.config,
     }
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    infos = {key: checkpoint.info(key) for key in checkpoint}
     dtypes: Counter[str] = Counter()
-    for info in infos.values():
+    for info in checkpoint.values():
         dtypes[DTYPE_NAMES[info.dtype]] += math.prod(info.shape)
     return {
         "kind": "checkpoint",
@@ -75,18 +72,18 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": {name: (checkpoint.directory / name).stat().st_size for name in checkpoint.shards},
         "tensors": {
             key: {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "bytes": info.nbytes}
-            for key, info in infos.items()
+            for key, info in checkpoint.items()
         },
     }
 
 
-def _norm(file: AdapterFile, update: LowRankUpdate) -> float:
+def _norm(update: LowRankUpdate) -> float:
     """``||scaling * lora_B @ lora_A||`` (Frobenius norm), from the factors' QR decompositions, without the product."""
     square = 0.0
-    for A, B in update.split(file.tensors[update.lora_A].double(), file.tensors[update.lora_B].double()):
+    for A, B in update.factors():
         if not (A.isfinite().all() and B.isfinite().all()):
             return math.nan
-        left, right = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.T, mode="r").R
+        left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.T))
         square += torch.linalg.matrix_norm(left @ right.T).item() ** 2
     return abs(update.scaling) * math.sqrt(square)
 

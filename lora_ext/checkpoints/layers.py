@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,7 +14,6 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.checkpoints.changes import find_changes
 from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate
-from lora_ext.files.adapter_file import AdapterFile
 
 
 class LayerWeight(NamedTuple):
@@ -29,6 +28,10 @@ class LayerWeight(NamedTuple):
     index: int
     transposed: bool
 
+    @property
+    def layout(self) -> str:
+        return "[in, out]" if self.transposed else "[out, in]"
+
     def read(self) -> Tensor:
         """Reads the matrix as stored, into new memory."""
         rows, columns = self.shape
@@ -36,16 +39,11 @@ class LayerWeight(NamedTuple):
 
 
 class LayerFactors(NamedTuple):
-    """One adapter's update of a layer: the matrix number ``index`` of the stack that ``update`` names in ``file``."""
+    """One adapter's update of a layer, without the scaling: mapped factors, which are read when they are used."""
 
-    file: AdapterFile
     update: LowRankUpdate
-    index: int
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Reads ``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
-        pairs = self.update.split(self.file.tensors[self.update.lora_A], self.file.tensors[self.update.lora_B])
-        return pairs[self.index]
+    lora_A: Tensor  # [r, in]
+    lora_B: Tensor  # [out, r]
 
 
 class Layer(NamedTuple):
@@ -64,51 +62,46 @@ def find_layers(
     ValueError: an adapter does not fit ``base``, or the adapters do not fit each other (the message lists all misfits);
     an adapter rescales weights (DoRA).
     """
-    factors: dict[str, dict[int, LayerFactors]] = {}
-    weights: dict[str, dict[int, LayerWeight]] = {}
+    layers: dict[str, Layer] = {}
+    problems = []
     for number, contents in enumerate(adapters):
-        if contents.file.config.get("use_dora"):
+        if "use_dora" in contents.options:
             raise ValueError(
                 f"{contents.file.directory} is a DoRA adapter (use_dora), which rescales the weights that it is added "
                 "to; give one without it"
             )
-        found = _weights(contents, base, fan_in_fan_out) if base is not None else {}
-        for name, one in _named(contents):
-            factors.setdefault(name, {})[number] = one
-            if one.update.lora_A in found:
-                weights.setdefault(name, {})[number] = found[one.update.lora_A][one.index]
-    problems = []
-    for name, by_adapter in factors.items():
-        shapes = {one.update.shape for one in by_adapter.values()}
-        places = {(one.key, one.transposed) for one in weights.get(name, {}).values()}
-        if len(shapes) > 1:
-            problems.append(f"{name} has the shapes {shown(sorted(map(list, shapes)))}")
-        elif len(places) > 1:
-            found = " and ".join(f"{key} {'[in, out]' if flag else '[out, in]'}" for key, flag in sorted(places))
-            problems.append(f"{name} is {found}: say which (--fan-in-fan-out)")
+        weights = {} if base is None else _weights(contents, base, fan_in_fan_out)
+        counts = Counter(update.path for update in contents.updates)
+        for update in contents.updates:
+            path = update.path
+            if counts[path] > 1:  # several parameters of one module: the depth of wrapping distinguishes them
+                path = update.key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
+            for index, (A, B) in enumerate(update.factors()):
+                name = f"{path}[{index}]" if update.matrices > 1 else path
+                weight = weights[update][index] if update in weights else None
+                layer = layers.setdefault(name, Layer(name, {}, weight))
+                layer.factors[number] = LayerFactors(update, A, B)
+                shapes = {one.update.shape for one in layer.factors.values()}
+                if len(shapes) > 1:
+                    problems.append(f"{name} has the shapes {shown(sorted(map(list, shapes)))}")
+                elif layer.weight != weight:
+                    found = " and ".join(sorted(f"{one.key} {one.layout}" for one in (layer.weight, weight)))
+                    problems.append(f"{name} is {found}: say which (--fan-in-fan-out)")
     if problems:
         raise ValueError(f"the adapters are not of one model:{listed(problems)}")
-    return [Layer(name, by, next(iter(weights.get(name, {}).values()), None)) for name, by in factors.items()]
+    return [*layers.values()]
 
 
-def _weights(contents: AdapterContents, base: Checkpoint, fan_in_fan_out: bool | None) -> dict[str, list[LayerWeight]]:
-    """The matrices that the adapter updates, by the key of ``lora_A``."""
-    updates = [dataclasses.replace(update, others={}) for update in contents.updates]
-    factors = [AdapterContents(contents.file, updates, [], {})]
-    found: dict[str, list[LayerWeight]] = {}
-    for change in find_changes(base, factors, fan_in_fan_out=fan_in_fan_out).values():
-        for term in change.terms:
-            shape = term.update.shape[::-1] if term.transposed else term.update.shape
-            count = range(term.update.matrices)
-            found[term.update.lora_A] = [LayerWeight(base, change.source, shape, i, term.transposed) for i in count]
+def _weights(
+    contents: AdapterContents, base: Checkpoint, fan_in_fan_out: bool | None
+) -> dict[LowRankUpdate, list[LayerWeight]]:
+    """The matrices that the adapter updates."""
+    factors = dataclasses.replace(contents, tokens=[], replaced={}, options=frozenset())
+    found = {}
+    for change in find_changes(base, [factors], fan_in_fan_out=fan_in_fan_out).values():
+        for update, _, transposed in change.terms:
+            shape = update.shape[::-1] if transposed else update.shape
+            found[update] = [
+                LayerWeight(base, change.source, shape, index, transposed) for index in range(update.matrices)
+            ]
     return found
-
-
-def _named(contents: AdapterContents) -> Iterator[tuple[str, LayerFactors]]:
-    counts = Counter(update.path for update in contents.updates)
-    for update in contents.updates:
-        name = update.path
-        if counts[name] > 1:  # several parameters of one module: the file distinguishes them by their depth of wrapping
-            name = update.lora_A.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
-        for index in range(update.matrices):
-            yield (f"{name}[{index}]" if update.matrices > 1 else name), LayerFactors(contents.file, update, index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -15,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._common.printable import shown
 from lora_ext._common.progress import Progress
 from lora_ext.checkpoints.changes import TensorChange, find_changes
-from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
+from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, write_json
 from lora_ext.checkpoints.contents import AdapterContents, open_adapter
-from lora_ext.files.adapter_file import read_method_note
-from lora_ext.files.reading import open_tensors
+from lora_ext.files.adapter_file import METHOD_FILE
+from lora_ext.files.reading import open_tensors, read_json
 from lora_ext.files.writing import check_new, new_directory, stream_tensors
 from lora_ext.merging.weights import merge_all_, pack_factors
 
@@ -75,7 +75,7 @@ def merge(
     """
     begin = time.perf_counter()
     checkpoint, out = Checkpoint.open(base), Path(out).absolute()
-    contents = _open_adapters(checkpoint, adapters, weights)
+    contents = _open_adapters(adapters, weights)
     changes = find_changes(checkpoint, contents, fan_in_fan_out=fan_in_fan_out, weights=weights)
     check_new(out, "merge")
     table = {key: (change.dtype_as(dtype), change.shape) for key, change in changes.items()}
@@ -100,12 +100,12 @@ def merge(
             if "total_parameters" in sized:
                 sized["total_parameters"] = sum(math.prod(shape) for _, shape in table.values())
             weight_map = {key: name for name, keys in shards.items() for key in keys}
-            _write_json(staging / INDEX_FILE, {"metadata": sized, "weight_map": dict(sorted(weight_map.items()))})
+            write_json(staging / INDEX_FILE, {"metadata": sized, "weight_map": dict(sorted(weight_map.items()))})
         for name in copied:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, staging / name)
         _write_config(staging / CONFIG_FILE, checkpoint, changes, dtype)
-    replaced = [bool(change.replacement or change.rows) for change in changes.values()]
+    replaced = [change.replacement is not None or bool(change.rows) for change in changes.values()]
     merged = [bool(change.terms) for change in changes.values()]
     return MergeReport(
         merged=sum(merged),
@@ -147,12 +147,12 @@ def _source(change: TensorChange, base: Checkpoint, columns: int, begin: int, en
     if change.replacement is None:
         block = base.rows(change.source, columns, begin, end)
     else:
-        file, name = change.replacement
-        block = file.tensors[name].flatten()[begin * columns : end * columns].view(-1, columns)
+        block = change.replacement.flatten()[begin * columns : end * columns].view(-1, columns)
         block = block.to(change.dtype, copy=True)
-    for indices, values in change.rows:
+    for rows in change.rows:
+        indices = torch.tensor(rows.indices, dtype=torch.long)
         here = (begin <= indices) & (indices < end)
-        block[indices[here] - begin] = values[here].to(block.dtype)
+        block[indices[here] - begin] = rows.values[here].to(block.dtype)
     return block
 
 
@@ -168,32 +168,31 @@ def _converted(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:
 
 
 def _open_adapters(
-    base: Checkpoint,
-    adapters: Sequence[str | os.PathLike[str]],
-    weights: Sequence[float] | None,
+    adapters: Sequence[str | os.PathLike[str]], weights: Sequence[float] | None
 ) -> list[AdapterContents]:
     """Opens the adapters, and refuses those that a merged checkpoint cannot hold."""
     if not adapters:
         raise ValueError("merge: no adapter is given")
     if weights is not None and (len(weights) != len(adapters) or not all(map(math.isfinite, weights))):
-        wanted = f"want {len(adapters)} finite numbers, one for each adapter"
-        raise ValueError(f"merge: weights is {list(weights)}, {wanted}")
-    opened = [open_adapter(one, caller="merge") for one in adapters]
-    for contents in opened:
-        directory = contents.file.directory
-        method, pooling = read_method_note(directory)
-        if method not in ("", "lora"):
-            raise ValueError(
-                f"merge: {directory} holds the low-rank part of {method}, and the checkpoint would lack the rest; "
-                "load it into the model (lora_ext.methods.load_method), and run it unmerged"
-            )
-        config = base.config()
-        if pooling == "mean" and config and config.get("classifier_pooling") != "mean":
-            raise ValueError(
-                f"merge: {directory} was trained with --pooling mean, and the checkpoint would not say so; write "
-                f'"classifier_pooling": "mean" into {base.directory / CONFIG_FILE} first'
-            )
-    return opened
+        raise ValueError(
+            f"merge: weights is {list(weights)}, want {len(adapters)} finite numbers, one for each adapter"
+        )
+    for directory in map(Path, adapters):
+        _check_method(directory)
+    return [open_adapter(one, caller="merge") for one in adapters]
+
+
+def _check_method(directory: Path) -> None:
+    """Refuses an adapter that was trained with more than it holds."""
+    try:
+        note = read_json(directory / METHOD_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if note.get("methods") != [{"name": "lora", "options": {}}] or note.get("pooling") == "mean":
+        raise ValueError(
+            f"merge: {directory} is a part of {shown(note.get('methods'))}, or was trained with --pooling mean, which "
+            "the checkpoint would not say; load it into the model (lora_ext.methods.load_method), and save that"
+        )
 
 
 def _write_config(path: Path, base: Checkpoint, changes: Mapping[str, TensorChange], dtype: torch.dtype | None) -> None:
@@ -206,11 +205,7 @@ def _write_config(path: Path, base: Checkpoint, changes: Mapping[str, TensorChan
         _set_dtype(config, str(dtype).removeprefix("torch."))
     if is_untied:
         config["tie_word_embeddings"] = False
-    _write_json(path, config)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config)
 
 
 def _set_dtype(values: dict[str, Any], dtype: str) -> None:

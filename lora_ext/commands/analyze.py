@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         with Progress("analyze", len(layers), unit="layer") as shown:
             for layer in layers:
                 shown.note(layer.name)
-                updates += _measure(layer, similar)
+                updates += _measure(layer, args.adapter, similar)
                 shown.advance(1)
     steps = [step | {"adapter": update["adapter"]} for update in updates for step in update["projections"]]
     result = made_by("analyze", argv) | {
@@ -152,12 +152,12 @@ def _layers(args: argparse.Namespace, adapters: Sequence[AdapterContents], base:
 _Similar = dict[tuple[int, int, str], list[Tensor]]
 
 
-def _measure(layer: Layer, similar: _Similar) -> list[dict[str, Any]]:
+def _measure(layer: Layer, paths: Sequence[Path], similar: _Similar) -> list[dict[str, Any]]:
     """Reads a layer's factors and weight. Returns an entry of ``updates`` per adapter, and adds to ``similar``."""
-    factors = {number: stored.read() for number, stored in layer.factors.items()}
+    factors = {number: (stored.lora_A, stored.lora_B) for number, stored in layer.factors.items()}
     svds = {}
     for number, (A, B) in factors.items():
-        with refusing(f"{layer.name} in {layer.factors[number].file.path}"):
+        with refusing(f"{layer.name} in {paths[number]}"):
             svds[number] = analysis.factored_svd(A, B, layer.factors[number].update.scaling)
     tables = _projections(layer, svds)
     if len(factors) > 1:

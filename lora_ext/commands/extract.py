@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_ext.checkpoints import ExtractReport, extract
+from lora_ext.checkpoints import extract
 from lora_ext.commands.options import Parser, dtype, refusing
 from lora_ext.commands.results import columns, tell, to_json
 
@@ -12,15 +12,13 @@ from lora_ext.commands.results import columns, tell, to_json
 def main(argv: list[str]) -> None:
     parser = Parser(
         prog="lora-ext extract",
-        description="Approximates the changes of fine-tuning by low-rank matrices, and shows the error at each rank.",
+        description="Approximates the changes of fine-tuning by low-rank matrices, and shows the errors.",
     )
     add = parser.add_argument
     add("--base", type=Path, required=True, metavar="DIR", help="the checkpoint before fine-tuning")
     add("--tuned", type=Path, required=True, metavar="DIR", help="the checkpoint after fine-tuning")
     add("--out", type=Path, required=True, metavar="DIR", help="new directory for the adapter, in PEFT's format")
-    add("--r", type=int, default=16, dest="rank", metavar="RANK", help="largest rank of a layer")
-    text = "give each layer the smallest rank that keeps this part of the squared norm"
-    add("--energy", type=float, metavar="PART", help=text)
+    add("--r", type=int, default=16, dest="rank", metavar="RANK", help="rank of the layers")
     add("--fan-in-fan-out", action="store_true", help="matrices are [in, out], as in Conv1D of GPT-2")
     add("--dtype", type=dtype, default="float32", help="dtype of the factors: float32, bfloat16 or float16")
     add("--json", action="store_true", help="print the result as JSON")
@@ -31,18 +29,11 @@ def main(argv: list[str]) -> None:
     if as_json:
         print(to_json(report), end="")
         return
-    tell(columns(_errors(report)))
+    rows = [["layer", "r", "norm", "relative error"]]
+    rows += [[path, str(one.r), f"{one.norm:.3g}", f"{one.error:.2e}"] for path, one in report.layers.items()]
+    tell(columns([*rows, ["all", "", "", f"{report.error:.2e}"]]))
     saved = f", saved in full: {', '.join(report.saved)}" if report.saved else ""
     tell(
         f"{options['out']}: {len(report.layers)} layers adapted{saved}; {report.unchanged} tensors do not differ; "
         f"{report.nbytes / 1e6:.1f} MB, {report.seconds:.1f} s"
     )
-
-
-def _errors(report: ExtractReport) -> list[list[str]]:
-    """Returns a table: the relative error of each layer at each rank."""
-    errors = {path: layer.errors for path, layer in report.layers.items()} | {"all": report.errors}
-    rows = [["relative error at rank", *map(str, report.errors)]]
-    for name, by_rank in errors.items():
-        rows.append([name, *(f"{by_rank[rank]:.2e}" if rank in by_rank else "" for rank in report.errors)])
-    return rows

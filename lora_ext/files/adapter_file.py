@@ -1,8 +1,9 @@
-"""Reads PEFT's adapter format, ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory."""
+"""PEFT's adapter format: ``adapter_config.json`` and ``adapter_model.safetensors`` in a directory."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from lora_ext._common.printable import first_of, shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.reading import open_tensors, read_json
+from lora_ext.files.writing import write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -26,20 +28,24 @@ METHOD_FILE = "method.json"
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """An adapter on disk. Its tensors are mapped: their bytes are read when they are used."""
+    """The content of an adapter's files. Tensors that were read are mapped: their bytes are read when they are used."""
 
-    directory: Path
-    path: Path  # of the tensors' file
-    config: dict[str, Any]  # content of adapter_config.json; its values are not checked
+    config: dict[str, Any]  # of adapter_config.json; its values are not checked
     tensors: dict[str, Tensor]  # by the keys of PEFT's files, on the CPU
-    metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of the tensors' file
+    metadata: dict[str, str]  # of the tensors' file
+    directory: Path = Path()  # where it was read
+
+    @property
+    def path(self) -> Path:
+        """The tensors' file."""
+        return self.directory / WEIGHTS_FILE
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, caller: str) -> AdapterFile:
         """Opens the adapter in ``directory``. ``caller`` is the prefix of error messages.
 
         Raises:
-            FileNotFoundError: a file is missing, or the tensors are pickled or in several files; the message names it.
+            FileNotFoundError: a file is missing; the message names it.
             OSError: a file cannot be read.
             ValueError: a file is corrupted, has the wrong content, is too large (16 MiB for the config) or is not
                 regular, such as a pipe.
@@ -50,7 +56,8 @@ class AdapterFile:
             version = _version(directory)
             config = _read_config(directory)
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing{_other_weights(directory)}")
+                others = "pickles and adapters in several files are not read: save it by PEFT, with max_shard_size"
+                raise FileNotFoundError(f"{path} is missing; {others}")
             tensors, metadata = read_tensors(path)
             if _version(directory) != version:  # the tensors may be of another save than the config
                 raise ValueError(f"{directory} was replaced while it was read; read it again")
@@ -60,7 +67,14 @@ class AdapterFile:
         except OSError as error:
             reason = f"{caller}: cannot be read ({error.strerror or error})"
             raise OSError(error.errno, reason, os.fspath(error.filename or directory)) from error
-        return cls(directory, path, config, tensors, metadata)
+        return cls(config, tensors, metadata, directory)
+
+    def write(self, directory: Path) -> None:
+        """Writes both files into an existing directory."""
+        # Only the outer keys are sorted: the first matching pattern counts.
+        config = {key: self.config[key] for key in sorted(self.config)}
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(directory / WEIGHTS_FILE, self.tensors, self.metadata)
 
     def lora_config(self, caller: str) -> LoraConfig:
         """Returns the config. ValueError: it is wrong or not supported."""
@@ -79,21 +93,6 @@ class AdapterFile:
             )
 
 
-def read_method_note(directory: Path) -> tuple[str, str | None]:
-    """Reads the names of the methods that saved an adapter, joined by +, and the model's pooling; "" without a note.
-
-    ValueError: it is damaged. OSError: it cannot be read.
-    """
-    path = directory / METHOD_FILE
-    try:
-        content = read_json(path, limit=1 << 20)
-        return "+".join(part["name"] for part in content["methods"]), content.get("pooling")
-    except FileNotFoundError:
-        return "", None
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: it names no methods") from error
-
-
 def holds_adapter(directory: Path) -> bool:
     """Returns whether the directory has an adapter config, valid or not."""
     return os.path.lexists(os.path.join(directory, CONFIG_FILE))
@@ -105,12 +104,7 @@ def is_duplicate(key: str) -> bool:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Maps the tensors of the safetensors file ``path``, and reads its metadata.
-
-    Raises:
-        OSError: as ``open``.
-        ValueError: the file is corrupted or not regular, or PyTorch cannot hold a tensor.
-    """
+    """Maps the tensors of a safetensors file, and reads its metadata. Errors as :func:`~.reading.open_tensors`."""
     with open_tensors(path) as (file, table):
         return {key: file.get_tensor(key) for key in table}, file.metadata() or {}
 
@@ -120,11 +114,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
         return read_json(directory / CONFIG_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         wanted = "want a directory that save_adapter or PEFT wrote"
-        if not directory.exists():
-            wanted += "; for an adapter on the Hugging Face hub: load_adapter(..., download=True)"
         if (directory / METHOD_FILE).is_file():
             wanted += f"; {METHOD_FILE} there is of a method without LoRA, which lora_ext.methods.load_method loads"
-        if inside := sorted(directory.glob(f"*/{CONFIG_FILE}")):  # of a run of finetune, or a pool's directory
+        elif not directory.exists():
+            wanted += "; of an adapter on a hub, the directory that huggingface_hub.snapshot_download returns"
+        elif inside := sorted(directory.glob(f"*/{CONFIG_FILE}")):  # of a run of finetune, or a pool's directory
             wanted += f", such as {shown(str(inside[0].parent))}"
         raise FileNotFoundError(f"{directory / CONFIG_FILE} is missing; {wanted}") from error
 
@@ -136,17 +130,6 @@ def _version(directory: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _other_weights(directory: Path) -> str:
-    """Says which weights the directory has instead, which are not read."""
-    others = [*directory.glob("adapter_model.bin"), *sorted(directory.glob("adapter_model-*.safetensors"))]
-    if not others:
-        return ""
-    return (
-        f"; {others[0].name} is there, and pickles and one of several files are not read: load it with PEFT, and save "
-        "it as one safetensors file (max_shard_size)"
-    )
 
 
 def _is_finite(tensor: Tensor) -> bool:

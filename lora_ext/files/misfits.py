@@ -1,14 +1,14 @@
-"""Checks that an adapter file fits a model: kinds, keys, shapes, dtypes, tied values, the layout of experts."""
+"""Checks that an adapter file fits a model: options, keys, shapes, dtypes, tied values, the layout of experts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import first_shape, listed, shown
+from lora_ext._common.printable import listed, shown
 from lora_ext._common.sharded import is_partitioned, is_sharded
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
@@ -16,6 +16,7 @@ from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile, is_duplicate
 from lora_ext.model.adapter_set import Adapter, Part
 from lora_ext.nn.parameter import LoraParameter
 
+VERSION_KEY = "peft_version"
 _NOT_IN_SHAPES = (
     *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "enable_lora"),
     "trainable_token_indices",
@@ -33,36 +34,39 @@ def check_same_kind(adapter: Adapter, config: LoraConfig, file: AdapterFile) -> 
             )
 
 
-def check_fits(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
-    """Compares keys, shapes and dtypes of ``targets`` with the file's. ValueError: they differ; all are listed."""
-    keys = [key for key in file.tensors if not is_duplicate(key)]
-    missing = [f"missing key: {key}" for key in targets if key not in file.tensors]
-    unexpected = [f"unexpected key: {key}" for key in keys if key not in targets]
-    remedies = []
-    if missing and len(unexpected) == len(keys):
-        remedies.append(
-            "all layers have other names: the file is of another model, of a part of it (load it into that), or of "
-            "another Transformers, as with one adapter for each expert. PEFT converts some of these: "
-            "PeftModel.from_pretrained(model, directory).save_pretrained(another)"
-        )
-    _refuse([*remedies, *missing, *unexpected, *misfits(targets, file.tensors)], file)
-
-
 def misfits(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Describes the tensors whose shape or kind of dtype differs from that of the model's ``targets``, a line each."""
-    problems = []
-    for key, target in targets.items():
-        if key not in tensors:
-            continue
-        shape, dtype = list(tensors[key].shape), tensors[key].dtype
+    """Describes how a file's ``tensors`` differ from the model's ``targets`` in keys, shapes and kinds of dtypes.
+
+    Of wrong shapes it has the first and how many others there are: they have one cause.
+    """
+    problems = [f"missing key: {key}" for key in targets if key not in tensors]
+    problems += [f"unexpected key: {key}" for key in tensors if key not in targets]
+    shapes = []
+    for key in (key for key in targets if key in tensors):
+        target, shape, dtype = targets[key], list(tensors[key].shape), tensors[key].dtype
         if is_partitioned(target):
             problems.append(f"{key}: DeepSpeed's ZeRO-3 has partitioned it in the model; load before that")
             continue
         if shape != list(target.shape):
-            problems.append(f"shape of {key}: {shown(shape)} in the file, {list(target.shape)} in the model")
+            shapes.append(f"shape of {key}: {shown(shape)} in the file, {list(target.shape)} in the model")
         if dtype.is_floating_point != target.is_floating_point() or dtype.is_complex:
             problems.append(f"dtype of {key}: {dtype} in the file, {target.dtype} in the model")
-    return problems
+    more = f" (and {len(shapes) - 1} other shapes)" if len(shapes) > 1 else ""
+    return problems + [shape + more for shape in shapes[:1]]
+
+
+def check_fits(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
+    """Compares keys, shapes and dtypes of ``targets`` with the file's. ValueError: they differ; all are listed."""
+    tensors = {key: tensor for key, tensor in file.tensors.items() if key in targets or not is_duplicate(key)}
+    problems = misfits(targets, tensors)
+    if targets.keys().isdisjoint(tensors):
+        problems.insert(
+            0,
+            "all layers have other names: the file is of another model, of a part of it (load it into that), or of "
+            "another Transformers, as with one adapter for each expert. PEFT converts some of these: "
+            "PeftModel.from_pretrained(model, directory).save_pretrained(another)",
+        )
+    _refuse(problems, file)
 
 
 def check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
@@ -79,7 +83,12 @@ def check_places(targets: Mapping[str, Tensor], file: AdapterFile) -> None:
     _refuse(problems, file)
 
 
-VERSION_KEY = "peft_version"
+def _refuse(problems: Sequence[str], file: AdapterFile) -> None:
+    if problems:
+        raise ValueError(f"load_adapter: {file.path} does not fit the model:{listed(problems)}")
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
 
 
 def check_expert_layout(adapter: Adapter, file: AdapterFile) -> None:
@@ -89,10 +98,9 @@ def check_expert_layout(adapter: Adapter, file: AdapterFile) -> None:
     before 0.19.1 exchanged the two sizes for some parameters. Then the shapes do not fit, except those of squares.
     """
     version = file.config.get(VERSION_KEY)
-    for part in stacked_experts(adapter):
+    for part in () if has_present_layout(version) else stacked_experts(adapter):
         key = f"{KEY_PREFIX}{part.file_path}.lora_A.weight"
-        is_square = part.adapter.lora_A.shape[1] == part.adapter.lora_B.shape[0]
-        if is_square and key in file.tensors and not has_present_layout(version):
+        if key in file.tensors and part.adapter.lora_A.shape[1] == part.adapter.lora_B.shape[0]:
             raise ValueError(
                 f"load_adapter: {file.path}: {key} is of square experts, whose factors PEFT exchanged before 0.19.1; "
                 f'{VERSION_KEY} in {CONFIG_FILE} is {shown(version)}: merge it with that PEFT, or set "0.19.1" if a '
@@ -107,11 +115,5 @@ def stacked_experts(adapter: Adapter) -> Iterator[Part]:
 
 def has_present_layout(version: object) -> bool:
     """Returns whether ``version`` is a release of PEFT, from 0.19.1 on."""
-    text = version if isinstance(version, str) else ""
-    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?!\.?(dev|rc|a|b))", text)
+    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})(?!\.?(dev|rc|a|b))", str(version))
     return found is not None and tuple(map(int, found.groups()[:3])) >= (0, 19, 1)
-
-
-def _refuse(problems: Iterable[str], file: AdapterFile) -> None:
-    if problems:
-        raise ValueError(f"load_adapter: {file.path} does not fit the model:{listed(first_shape(problems))}")

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -74,40 +74,26 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, caller: str = "", limit: int = LARGEST_CONFIG) -> dict[str, Any]:
-    """Reads the JSON object in the regular file ``path``, in UTF-8.
+def read_json(path: Path, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """Reads the JSON object in the regular file ``path``, in UTF-8. OSError: as ``open``. ValueError: as parse_json."""
+    with open_regular(path) as file:
+        return parse_json(file.read(limit + 1), str(path), limit)
 
-    OSError: as ``open``. ValueError, which begins with ``caller``: the file is larger than ``limit`` bytes or not
-    regular, or :func:`parse_json` refuses it.
+
+def parse_json(text: str | bytes, source: str, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """Parses the JSON object in ``text``; bytes are UTF-8.
+
+    ValueError, which begins with ``source``: it is longer than ``limit``, not JSON, not an object or deeper than 64
+    levels, or a string is not Unicode, so that no file or terminal takes it.
     """
-    begin = f"{caller}: " if caller else ""
+    if len(text) > limit:
+        raise ValueError(f"{source} is larger than {limit} bytes, the limit for it")
     try:
-        with open_regular(path) as file:
-            raw = file.read(limit + 1)
-    except ValueError as error:
-        raise ValueError(f"{begin}{error}") from error
-    if len(raw) > limit:
-        raise ValueError(f"{begin}{path} is larger than {limit} bytes, the limit for such a file")
-    return parse_json(raw, f"{begin}{path}")
-
-
-def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
-    """Parses the JSON object in ``text``, which has a bounded size; bytes are UTF-8.
-
-    ValueError, which begins with ``source``: it is not JSON, not an object or deeper than 64 levels, a key is repeated,
-    or a string is not Unicode, so that no file or terminal takes it.
-    """
-    try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        values = json.loads(text, object_pairs_hook=_without_repetition)
+        values = json.loads(text.decode() if isinstance(text, bytes) else text)
         _check_depth(values, _DEEPEST)
         json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"{source} is nested too deeply: it has more than {_DEEPEST} levels") from None
-    except UnicodeEncodeError as error:
-        part = error.object[max(error.start - 20, 0) : error.start + 20]
-        raise ValueError(f"{source} has a string that is not Unicode: {part!r}") from None
     except ValueError as error:
         raise ValueError(f"{source} is not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -123,15 +109,6 @@ def _check_depth(value: Any, levels: int) -> None:
         raise RecursionError
     for inner in value.values() if isinstance(value, dict) else value:
         _check_depth(inner, levels - 1)
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"the key {key[:100]!r} occurs twice")
-        values[key] = value
-    return values
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -208,11 +185,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 # --- the index of several files ---------------------------------------------------------------------------------------
 
 
-def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Reads the index of tensors in several safetensors files of one directory, and the names of these files.
+def read_index(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, TensorInfo]]]:
+    """Reads an index of tensors in several safetensors files of its directory, and the tables of these files, by name.
 
     FileNotFoundError: a file that it names is missing. ValueError: it has no ``weight_map`` from keys to names of
-    safetensors files in the directory.
+    safetensors files in the directory, or the files hold other tensors.
     """
     index = read_json(path, limit=_LARGEST_INDEX)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
@@ -228,14 +205,11 @@ def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"{path} is not an index of a checkpoint: it names no file")
     if missing := [name for name in names if not (path.parent / name).exists()]:
         raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
-    return index, names
-
-
-def check_shards(path: Path, weight_map: Mapping[str, str], shards: Mapping[str, Collection[str]]) -> None:
-    """Raises ValueError if the files ``shards`` (name -> keys) do not hold what the index ``path`` says; names all."""
-    counts = Counter(key for keys in shards.values() for key in keys)
+    shards = {name: tensor_table(path.parent / name) for name in names}
+    counts = Counter(key for table in shards.values() for key in table)
     problems = [f"twice: {key}" for key, count in counts.items() if count > 1]
     problems += [f"not in {name}: {key}" for key, name in weight_map.items() if key not in shards[name]]
     problems += [f"not in the index: {key}" for key in counts if key not in weight_map]
     if problems:
         raise ValueError(f"{path} and its files disagree:{listed(problems)}")
+    return index, shards

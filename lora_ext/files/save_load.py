@@ -1,15 +1,12 @@
-"""Saves adapters of a model as PEFT's files, ``adapter_config.json`` and ``adapter_model.safetensors``, and loads them.
+"""Saves adapters of a model as PEFT's files, and loads them.
 
-Keys are ``base_model.model.<path>.lora_A.weight`` and ``.lora_B.weight`` for the factors of a linear layer, the names
-of ``file_tensors`` for other layers, and ``base_model.model.<path>.<name>`` for the parameters and buffers of a module
-trained in full.
+Keys are ``base_model.model.`` and the names of each layer's ``file_tensors``, such as ``<path>.lora_A.weight``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,15 +24,13 @@ from lora_ext._common.sharded import (
     prepare_shards,
 )
 from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.files.adapter_content import adapter_content
+from lora_ext.files.adapter_content import adapter_content, with_blocks, with_options
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile
 from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
-from lora_ext.files.hub import download_adapter
 from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
-from lora_ext.files.packed_projection import from_peft_form
 from lora_ext.files.writing import write_files
 from lora_ext.injection.build import give_memory
-from lora_ext.injection.inject import Injection, apply_injection, lora_modules
+from lora_ext.injection.inject import Injection, apply_injection, check_unmerged
 from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter, find_adapters
 from lora_ext.model.adapter_state import warn_of_lost_parameters
 from lora_ext.model.bare_model import check_not_managed, check_not_parallel, root_module
@@ -54,8 +49,8 @@ def save_adapter(
 ) -> None:
     """Saves an adapter of an injected ``model`` to ``directory``, where PEFT's ``from_pretrained`` can read it.
 
-    Makes the directory if needed, replaces an adapter in it and keeps other files. Each file appears whole, the config
-    last. All ranks of a sharded model (FSDP2, ZeRO-3) must call it: they gather the factors, and the first one writes.
+    Replaces an adapter in it and keeps other files. Each file appears whole, the config last. All ranks of a sharded
+    model (FSDP2, ZeRO-3) must call it: they gather the factors, and the first one writes.
 
     Args:
         adapter_name: the adapter to save; None: the active one, if no other one trains.
@@ -108,9 +103,6 @@ def load_adapter(
     adapter_name: str = "default",
     *,
     activate: bool = False,
-    download: bool = False,
-    revision: str | None = None,
-    subfolder: str = "",
 ) -> ModelT:
     """Loads an adapter, saved by :func:`save_adapter` or PEFT, into ``model`` under a name.
 
@@ -120,21 +112,17 @@ def load_adapter(
     parameters that they fill. A model in which nothing trains afterwards is put into eval mode.
 
     Args:
-        directory: of the files. With ``download``, the name of a repository on the Hugging Face hub.
+        directory: of the two files. ``save_pretrained`` puts adapters with other names than "default" into subfolders.
         trainable: whether the adapter requires gradients. An adapter whose values are replaced keeps its flags.
         adapter_name: name of the adapter in the model.
         activate: makes it the active adapter, as :func:`lora_ext.set_adapter` does; the first one is in any case.
-        download: fetch the files into huggingface_hub's cache, or find them there. Without it, nothing is fetched.
-        revision: with ``download``, a branch, tag or commit of the repository.
-        subfolder: of ``directory`` or the repository, where ``save_pretrained`` writes adapters with other names than
-            "default".
 
     Returns:
         ``model``, the same object.
 
     Raises:
         FileNotFoundError: a file is missing; the message names it.
-        OSError: a file cannot be read, or the download failed.
+        OSError: a file cannot be read.
         ValueError: a file is corrupted; its config is not supported or differs from that of the adapter to replace; or
             its tensors do not fit the model: the message lists missing and unexpected keys, wrong shapes and dtypes.
             No memory is allocated for the adapter before this check. Or a further adapter is ``trainable`` without
@@ -145,14 +133,6 @@ def load_adapter(
     Warns:
         UserWarning: the file has NaN or infinite values.
     """
-    if download:
-        directory = download_adapter(str(directory), revision, subfolder, caller="load_adapter")
-    elif revision is not None:
-        raise ValueError(f"load_adapter: revision is {revision!r}, but nothing is downloaded; set download=True")
-    if subfolder:
-        directory = Path(directory) / subfolder.strip("/")
-        if ".." in Path(subfolder).parts:
-            raise ValueError(f"load_adapter: subfolder is {subfolder!r}, want one within the directory")
     load_opened(model, read_adapter(directory, "load_adapter"), trainable, adapter_name, activate)
     if not trainable:
         eval_unless_training(model)
@@ -160,8 +140,8 @@ def load_adapter(
 
 
 def read_adapter(directory: str | os.PathLike[str], caller: str) -> AdapterFile:
-    """Reads an adapter's files for a model, in the model's form of packed projections."""
-    return from_peft_form(AdapterFile.open(directory, caller=caller), caller)
+    """Reads an adapter's files for a model, with options that PEFT does not support."""
+    return with_options(AdapterFile.open(directory, caller=caller), caller)
 
 
 def eval_unless_training(model: nn.Module) -> None:
@@ -187,9 +167,7 @@ def load_opened(
         )
     check_not_managed("load_adapter", model, "load before deepspeed.initialize (before Trainer.train)")
     prepare_shards("load_adapter", model)
-    merged = [path for path, layer in lora_modules(model) if layer.is_merged]
-    if merged:
-        raise RuntimeError(f"load_adapter: an adapter is merged into {merged[0]!r}; call unmerge(model) first")
+    check_unmerged("load_adapter", model)
     adapters = adapter_set(model)
     if adapters is not None and adapter_name in adapters.configs:
         if activate:
@@ -219,6 +197,7 @@ def load_opened(
 
 def _fill_checked(model: nn.Module, file: AdapterFile, adapter: Adapter, is_new: bool, activate: bool) -> None:
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
+    file = with_blocks(file, adapter)
     check_expert_layout(adapter, file)
     check_fits(_targets(model, adapter, file), file)
     if is_new:

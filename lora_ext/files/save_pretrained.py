@@ -12,24 +12,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import is_elsewhere, is_fully_sharded, prepare_shards
 from lora_ext._common.warnings import warn_user
-from lora_ext.files.adapter_content import AdapterContent, adapter_content
-from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, holds_adapter
+from lora_ext.files.adapter_content import adapter_content
+from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile, holds_adapter
 from lora_ext.files.base_layers import base_tensors_to_save
+from lora_ext.files.reading import tensor_table
 from lora_ext.files.writing import write_files, write_tensors
 from lora_ext.model.adapter_set import adapter_set, find_adapter
-from lora_ext.model.adapter_state import MARKER, adapter_state, trained_ids, warn_of_lost_parameters
+from lora_ext.model.adapter_state import (
+    MARKER,
+    MethodFiles,
+    adapter_state,
+    trained_ids,
+    warn_of_lost_parameters,
+    with_values,
+)
 from lora_ext.model.bare_model import adapter_layers
-from lora_ext.model.given_state import with_values
-from lora_ext.model.method_files import MethodFiles
 from lora_ext.model.saver import SavePretrained
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.state import base_keys
+from lora_ext.nn.adapter_layer import base_keys
 
 _DEFAULT = "default"  # the adapter that PEFT saves in the directory itself
 _STATE_FILE = "model.safetensors"
@@ -38,8 +43,8 @@ _FOR_MODELS = ("push_to_hub", "distributed_checkpoint", "variant")  # options th
 
 
 @one_at_a_time
-def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
-    """Saves ``saver.module`` so that what is written can be loaded. ``options`` are the arguments by name.
+def save_adapted(saver: SavePretrained, directory: Path, options: dict[str, Any]) -> Any:
+    """Saves ``saver.module`` so that what is written can be loaded. ``options`` are its arguments.
 
     Raises:
         ValueError: some of the active adapters are merged and others are not; the directory holds a whole model, or for
@@ -48,11 +53,10 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
         OSError: the directory cannot be written.
     """
     module, name = saver.module, f"{type(saver.module).__name__}.save_pretrained"
-    directory = Path(next(iter(options.values())))
     method = MethodFiles.of(saver.root)
     if trained_ids(module, method).isdisjoint(map(id, (*module.parameters(), *module.buffers()))):
         with base_keys():  # layers may be left without adapters, for a pool
-            return saver.original(**options)
+            return saver.original(directory, **options)
     prepare_shards(name, module)
     given = options.pop("state_dict", None)
     if given == {}:  # Trainer's placeholder under DeepSpeed, which it removes
@@ -64,19 +68,28 @@ def save_adapted(saver: SavePretrained, options: dict[str, Any]) -> Any:
             "ranks, or gather the state and pass it, as Trainer does: save_pretrained(directory, "
             "state_dict=accelerator.get_state_dict(model))"
         )
+    is_merged = _is_merged(name, module)
+    if is_merged and method is not None and method.inserts:
+        raise ValueError(
+            f"{name}: adapters are merged, but {method.name} inserted modules that files of the base model cannot "
+            "hold; call unmerge(model), or lora_ext.methods.save_method"
+        )
+    if is_merged and holds_adapter(directory):
+        raise ValueError(
+            f"{name}: {directory} holds an adapter ({CONFIG_FILE}), which would be loaded on top of the merged weights;"
+            " choose another directory, or delete it"
+        )
     with with_values(name, module, given):
-        if _is_merged(name, module):
-            _check_can_save_merged(name, directory, method)
+        if is_merged:
             with base_keys():
-                return saver.original(**options)
+                return saver.original(directory, **options)
         if module is not saver.root:
             raise ValueError(
                 f"{name}: it is a part of the adapted {type(saver.root).__name__}; save that by save_adapter or "
                 "save_pretrained, merge(model) first, or inject the part alone"
             )
-        for option in _FOR_MODELS:
-            if options.get(option):
-                raise ValueError(f"{name}: {option}={options[option]!r} is for whole models; merge(model) first")
+        if given_options := [f"{option}={options[option]!r}" for option in _FOR_MODELS if options.get(option)]:
+            raise ValueError(f"{name}: {given_options[0]} is for whole models; merge(model) first")
         _save_adapters(name, directory, module, method, writes=options.get("is_main_process", True))
     return None
 
@@ -97,19 +110,6 @@ def _is_merged(name: str, module: nn.Module) -> bool:
     return bool(merged)
 
 
-def _check_can_save_merged(name: str, directory: Path, method: MethodFiles | None) -> None:
-    if method is not None and method.inserts:
-        raise ValueError(
-            f"{name}: adapters are merged, but {method.name} inserted modules that files of the base model cannot "
-            "hold; call unmerge(model), or lora_ext.methods.save_method"
-        )
-    if holds_adapter(directory):
-        raise ValueError(
-            f"{name}: {directory} holds an adapter ({CONFIG_FILE}), which would be loaded on top of the merged weights;"
-            " choose another directory, or delete it"
-        )
-
-
 def _save_adapters(name: str, directory: Path, module: nn.Module, method: MethodFiles | None, writes: bool) -> None:
     """Writes the files of the method and of all adapters, and the state from which Trainer resumes.
 
@@ -121,7 +121,7 @@ def _save_adapters(name: str, directory: Path, module: nn.Module, method: Method
                 f"{name}: {path} holds weights of a whole model, which adapters must not replace; choose another "
                 "directory, or merge(model) first"
             )
-    contents: dict[str, AdapterContent] = {}
+    contents: dict[str, AdapterFile] = {}
     base = []
     adapters = adapter_set(module)
     for adapter_name in () if adapters is None else adapters.configs:
@@ -144,25 +144,21 @@ def _save_adapters(name: str, directory: Path, module: nn.Module, method: Method
             "trained; load all of it into the base model by lora_ext.methods.load_method(model, directory), then the "
             "other adapters by load_adapter"
         )
-    default = contents.pop(_DEFAULT, None)
-    if method is not None or default is not None:
-        with write_files(directory, ADAPTER_FILES if method is None else method.names, name) as staging:
-            for part in (default, method):
-                if part is not None:
-                    part.write(staging)
+    default = [contents.pop(_DEFAULT)] if _DEFAULT in contents else []
+    parts = default if method is None else [*default, method]
+    names = (ADAPTER_FILES if default else ()) if method is None else method.names
+    with write_files(directory, (_STATE_FILE, *names), name) as staging:
+        write_tensors(staging / _STATE_FILE, state, {"format": "pt"})
+        for part in parts:
+            part.write(staging)
     for adapter_name, content in contents.items():
         with write_files(directory / adapter_name, ADAPTER_FILES, name) as staging:
             content.write(staging)
-    with write_files(directory, (_STATE_FILE,), name) as staging:
-        write_tensors(staging / _STATE_FILE, state, {"format": "pt"})
 
 
 def _is_state(path: Path) -> bool:
     """Returns whether a save of adapters wrote the file."""
-    if path.name != _STATE_FILE:
-        return False
     try:
-        with safe_open(path, "pt") as file:
-            return MARKER in file.keys()  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError):
+        return MARKER in tensor_table(path)
+    except (OSError, ValueError):
         return False

@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.printable import first_of
 from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext._common.wrapped import COMPILED
 from lora_ext.config import LoraConfig, PeftConfig
@@ -26,7 +27,7 @@ from lora_ext.injection.targets import find_targets
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
-from lora_ext.model.mixed_batch import forget_adapter_names, refuse_adapter_names, serve_adapter_names
+from lora_ext.model.mixed_batch import forget_adapter_names, serve_adapter_names
 from lora_ext.model.saver import savers, serve_files, stop_serving_files
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft
@@ -61,7 +62,8 @@ def inject(
         ``model``, the same object.
 
     Raises:
-        ValueError: a setting matches nothing, or does not go together with another one or the state of the model.
+        ValueError, RuntimeError: a setting matches nothing, or does not go together with another one or the state of
+            the model.
         TypeError: targets of unsupported kinds (all are named).
         The model is then unchanged.
 
@@ -148,10 +150,8 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     form_input_groups(root, adapters.share_inputs, (LoraLinear,))
     prepare_modules(root)
     guard_against_trainers(root)
-    serve_adapter_names(root, adapters)
     serve_files(root)
-    for module in savers(root):
-        refuse_adapter_names(root, module)
+    serve_adapter_names(root, adapters, savers(root))
 
 
 def remove_empty_layers(model: nn.Module, adapters: AdapterSet) -> None:
@@ -203,11 +203,16 @@ def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
         )
 
 
-def check_none_merged(caller: str, root: nn.Module) -> None:
-    """Raises a ValueError if adapters are merged into a layer: a new one becomes active and would come on top."""
-    for path, layer in lora_modules(root):
-        if layer.is_merged:
-            raise ValueError(f"{caller}: adapters are merged into {path!r}; call unmerge(model) first")
+def check_unmerged(caller: str, model: nn.Module, name: str | None = None) -> None:
+    """Raises a RuntimeError if adapter ``name``, or for None any, is merged into a layer of ``model``."""
+    merged = [
+        repr(path)
+        for path, layer in lora_modules(model)
+        if (layer.is_merged if name is None else name in layer.merged_adapters)
+    ]
+    if merged:
+        what, unmerge = ("adapters are", "") if name is None else (f"{name!r} is", f", {name!r}")
+        raise RuntimeError(f"{caller}: {what} merged into {first_of(merged)}; call unmerge(model{unmerge}) first")
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -228,7 +233,7 @@ def _check_state(root: nn.Module, adapters: AdapterSet | None, config: LoraConfi
                 f"inject: {type(root).__name__} has LoRA layers already ({path!r}), but was not injected as a whole; "
                 "call lora_ext.adapters.merge_and_unload(model) first, or inject into a fresh model"
             )
-    check_none_merged("inject", root)
+    check_unmerged("inject", root)  # a new adapter becomes active and would come on top
     if adapters is not None and adapters.biases and config.bias != "none":
         (owner,) = adapters.biases
         raise ValueError(

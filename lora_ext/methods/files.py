@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import first_shape, listed, shown
+from lora_ext._common.printable import listed, shown
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.files.adapter_content import adapter_content, base_name
 from lora_ext.files.adapter_file import ADAPTER_FILES, METHOD_FILE, AdapterFile, read_tensors
-from lora_ext.files.base_layers import base_tensors_to_save, warn_of_resized_vocabulary
+from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.misfits import misfits
 from lora_ext.files.reading import read_json
 from lora_ext.files.save_load import eval_unless_training, load_opened, read_adapter
@@ -31,9 +31,8 @@ from lora_ext.methods.lora import Lora
 from lora_ext.methods.pooling import POOLINGS, with_pooling
 from lora_ext.methods.registry import METHODS, combined, new_method
 from lora_ext.model.adapter_set import adapter_set, find_adapter
-from lora_ext.model.adapter_state import warn_of_lost_parameters
+from lora_ext.model.adapter_state import MethodFiles, warn_of_lost_parameters
 from lora_ext.model.bare_model import BareModel, root_module
-from lora_ext.model.method_files import MethodFiles
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -57,7 +56,7 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     method = applied_method(model, "save_method")
     files = _files(model, method)
-    if any(is_sharded(tensor) or is_elsewhere(tensor) for tensor in files.tensors.values()):
+    if any(is_sharded(tensor) or is_elsewhere(tensor) for tensor in files.find_tensors().values()):
         raise ValueError(
             "save_method: the model is sharded; gather its state_dict (torch.distributed.checkpoint.state_dict, "
             "full_state_dict=True; with DeepSpeed accelerator.get_state_dict(engine)) and pass it to "
@@ -98,8 +97,6 @@ def _files(model: nn.Module, method: Method) -> MethodFiles:
         }
         if (pooling := pooling_of(model)) is not None:
             content["pooling"] = pooling
-        if not has_adapter:
-            warn_of_resized_vocabulary("save_method", model, trained().values())
         tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained().items()}
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
@@ -113,7 +110,7 @@ def _needed_files(module: nn.Module) -> MethodFiles | None:
     if (method := method_of(module)) is None:
         return None
     files = _files(module, method)
-    has_both = files.has_adapter and files.tensors and adapter_set(module) is not None
+    has_both = files.has_adapter and files.find_tensors() and adapter_set(module) is not None
     return files if files.inserts or has_both else None
 
 
@@ -216,13 +213,11 @@ class _Saved:
         path = self.directory / TENSORS_FILE
         if self.tensors is None:
             raise FileNotFoundError(f"load_method: there is no {path}; save_method writes it next to {METHOD_FILE}")
-        problems = [f"missing key: {key}" for key in targets if key not in self.tensors]
-        problems += [f"unexpected key: {key}" for key in self.tensors if key not in targets]
-        problems += misfits(targets, self.tensors)
+        problems = misfits(targets, self.tensors)
         if any(target.is_meta for target in targets.values()):
             problems.append("the model is on the meta device; give it memory (to_empty) first")
         if problems:
-            raise ValueError(f"load_method: {path} does not fit the model:{listed(first_shape(problems))}")
+            raise ValueError(f"load_method: {path} does not fit the model:{listed(problems)}")
         return {key: self.tensors[key] for key in targets}
 
 

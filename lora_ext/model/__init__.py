@@ -1,8 +1,8 @@
 """The adapters that a model holds, and the model as it is without them.
 
-- ``adapter_set``: the configs of the adapters, and which are active. ``trained_biases``: the model's own biases.
+- ``adapter_set``: the configs of the adapters, which are active, and the model's own biases that they train.
 - ``bare_model``: paths and modules without adapter layers.
-- ``adapter_state``: the state of adapters alone, and what ``load_state_dict`` takes; ``given_state``: values that a
-  caller gathered; ``saver``: in place of ``save_pretrained``; ``method_files``: what a method trains.
+- ``adapter_state``: the state of adapters and methods alone, and what ``load_state_dict`` takes; ``saver``: in place of
+  ``save_pretrained``.
 - ``mixed_batch``: ``adapter_names`` in the model's calls. ``replaced_method``: in place of a model's own.
 """

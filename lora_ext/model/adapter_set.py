@@ -1,4 +1,4 @@
-"""The adapters of one model: their configs, and which of them are active."""
+"""The adapters of one model: their configs, which are active, and the model's own biases that they train."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_ext.config import LoraConfig
 from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
-from lora_ext.model.trained_biases import TrainedBiases
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
 from lora_ext.nn.base_layer import is_offloaded
 
@@ -22,28 +22,19 @@ UNSCALED = (".lora_A.weight", ".lora_embedding_A", ".lora_magnitude_vector")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One layer's part of an adapter.
+    """One layer's part of an adapter."""
 
-    Attributes:
-        path: the layer's path in the bare model.
-        file_path: its path in file keys, from :func:`~lora_ext.model.bare_model.file_paths`.
-        layer: the layer that holds the adapter, or will hold it.
-        adapter: the parameters.
-        replaced: maps modules of the model to their replacements, ``layer`` among these; empty if it is in place.
-        target: the path to match with the patterns of a config.
-        file_scale: the factor of the update in files.
-    """
-
-    path: str
-    file_path: str
-    layer: AdapterLayer
-    adapter: nn.Module
-    replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)
-    target: str = ""
-    file_scale: float = 1.0
+    path: str  # in the bare model
+    file_path: str  # in file keys, from file_paths
+    layer: AdapterLayer  # holds the adapter, or will hold it
+    adapter: nn.Module  # the parameters
+    replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(
+        default_factory=dict
+    )  # modules by others, layer among them
+    target: str = ""  # the path to match with the patterns of a config
+    file_scale: float = 1.0  # the factor of the update in files, which loading divides by
 
     def file_scale_of(self, key: str) -> float:
-        """The factor for the tensor ``key`` when it is saved; loading divides by it."""
         return 1.0 if key.endswith(UNSCALED) else self.file_scale
 
 
@@ -73,19 +64,13 @@ def complete_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter with all its parts, whether attached to its model or not.
-
-    Attributes:
-        into: the adapters of the model that it is for; they have it once it is attached.
-        parts: one for each layer, in the model's order.
-        biases: the model's biases that it trains, or None.
-    """
+    """One adapter with all its parts, whether attached to its model or not."""
 
     name: str
     config: LoraConfig
-    into: AdapterSet
-    parts: tuple[Part, ...]
-    biases: TrainedBiases | None = None
+    into: AdapterSet  # of the model that it is for; has it once it is attached
+    parts: tuple[Part, ...]  # one for each layer, in the model's order
+    biases: TrainedBiases | None = None  # the model's biases that it trains
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by their file keys, without the common prefix."""
@@ -118,6 +103,49 @@ class Adapter:
         for part in self.parts:
             tensors |= part.layer.file_tensors_of_base(part.file_path, part.adapter)
         return tensors
+
+
+class TrainedBiases:
+    """Biases that an adapter trains in place, and their original values, which PEFT loses.
+
+    Args:
+        owners: maps paths in file keys to modules with a ``bias``.
+    """
+
+    def __init__(self, owners: Mapping[str, nn.Module]) -> None:
+        self.used = True
+        first: dict[int, str] = {}
+        # Maps every path to the first path with the same parameter: BERT's head has one bias in two modules.
+        self._first = {path: first.setdefault(id(owner.bias), path) for path, owner in owners.items()}
+        self._owners = {path: owners[path] for path in first.values()}
+        # The values not in place now: the original ones while the trained ones are used, and the reverse.
+        self._others = {path: owner.bias.detach().clone() for path, owner in self._owners.items()}
+
+    @torch.no_grad()
+    def use(self, used: bool) -> None:
+        """Puts the trained values (``used``) or the original ones in place."""
+        if used == self.used:
+            return
+        for path, owner in self._owners.items():
+            other = self._others[path].to(owner.bias)
+            self._others[path] = owner.bias.detach().clone()
+            owner.bias.copy_(other)
+        self.used = used
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters that the biases are in, whatever values they have now."""
+        for owner in self._owners.values():
+            yield owner.bias
+
+    def originals(self) -> dict[int, nn.Parameter]:
+        """The original values by parameter ``id``; empty if they are in place."""
+        used = self._owners.items() if self.used else ()
+        return {id(owner.bias): nn.Parameter(self._others[path].clone().to(owner.bias)) for path, owner in used}
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The trained values by their file keys."""
+        values = {path: owner.bias for path, owner in self._owners.items()} if self.used else self._others
+        return {f"{path}.bias": values[first] for path, first in self._first.items()}
 
 
 class AdapterSet:
@@ -217,8 +245,8 @@ class AdapterSet:
                     except RuntimeError:
                         if parameter.is_floating_point():  # a module to save may have integer parameters
                             raise
-        if (biases := self.biases.get(name)) is not None:
-            biases.requires_grad_(requires_grad)
+        for bias in self.biases[name].parameters() if name in self.biases else ():
+            bias.requires_grad = requires_grad
 
 
 def adapter_set(model: nn.Module) -> AdapterSet | None:
@@ -249,10 +277,7 @@ def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
 def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adapter:
     """The adapter ``name`` of an injected model; None: the active one.
 
-    Raises:
-        ValueError: the model is not injected, or ``name`` is None and the number of active adapters is not 1.
-        KeyError: there is no such adapter.
-        RuntimeError: accelerate keeps its values elsewhere.
+    ValueError: the model is not injected, or ``name`` is None and not one adapter is active. KeyError: there is none.
     """
     adapters = find_adapters(model, caller)
     if name is None:
@@ -270,7 +295,6 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
     for part in parts:
         if any(is_offloaded(module, key) for module in part.adapter.modules() for key in module._parameters):
             raise RuntimeError(
-                f"{caller}: the factors of {part.path!r} are offloaded; inject or load after you dispatch or offload "
-                "the model, which leaves them on the device that computes"
+                f"{caller}: the factors of {part.path!r} are offloaded; inject or load after you offload the model"
             )
     return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))

@@ -7,18 +7,21 @@ model's keys. What a method of lora_ext.methods trains is saved and loaded in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext._common.printable import shown
-from lora_ext._common.sharded import whole
+from lora_ext._common.sharded import full_shape, is_elsewhere, is_partitioned, whole
 from lora_ext._common.warnings import warn_user
 from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import adapter_layers
-from lora_ext.model.method_files import MethodFiles
+from lora_ext.nn.layer import MERGED_KEY
 
 MARKER = (
     "this file holds what was trained: load the base model, then call lora_ext.load_adapter(model, directory), or "
@@ -27,6 +30,31 @@ MARKER = (
 """A key that loaders print among the unexpected ones."""
 
 _GUARD = "_lora_state_guard"  # the attribute that holds the hook
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodFiles:
+    """The state of an applied method of lora_ext.methods, for code that may not import that package.
+
+    Attributes:
+        name: the method's name.
+        inserts: whether it inserted modules, which the base model lacks.
+        has_adapter: whether the low-rank adapter "default" is a part of it.
+        find_tensors: finds the live tensors that it trains or that change, by path in the bare model, except the
+            adapter's.
+        names: the files of ``write`` and of an adapter, in the order of :func:`~lora_ext.files.writing.write_files`.
+        write: writes the method's files, except the adapter's, to a directory.
+    """
+
+    name: str
+    inserts: bool
+    has_adapter: bool
+    find_tensors: Callable[[], Mapping[str, Tensor]]
+    names: tuple[str, ...]
+    write: Callable[[Path], None]
+
+    of: ClassVar[Callable[[nn.Module], MethodFiles | None]] = staticmethod(lambda root: None)
+    """Returns the method of a module that neither base model nor adapter files can hold, or None; methods/ sets it."""
 
 
 def adapter_state(module: nn.Module, method: MethodFiles | None, also: Iterable[Tensor] = ()) -> dict[str, Tensor]:
@@ -72,7 +100,7 @@ def trained_ids(module: nn.Module, method: MethodFiles | None) -> set[int]:
     adapters = adapter_set(module)
     for biases in () if adapters is None else adapters.biases.values():
         tensors += biases.parameters() if biases.used else ()
-    tensors += () if method is None else method.tensors.values()
+    tensors += () if method is None else method.find_tensors().values()
     return {id(tensor) for tensor in tensors}
 
 
@@ -102,3 +130,43 @@ def _complete(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [
         key for key in incompatible.missing_keys if not key.startswith(prefix) or id(tensors.get(key)) in wanted
     ]
+
+
+@contextmanager
+def with_values(caller: str, module: nn.Module, given: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Gives ``module`` the tensors of the ``state_dict`` that a caller gathered, e.g. from FSDP's shards, and back.
+
+    Of a model that ZeRO-3 partitions, Trainer gathers for PEFT's saving only what trains: base layers become empty.
+
+    ValueError: ``given`` lacks keys of ``module``.
+    """
+    if given is None:
+        yield
+        return
+    state = module.state_dict(keep_vars=True)
+    wanted = {key: tensor for key, tensor in state.items() if not key.endswith(MERGED_KEY)}
+    of_adapters = {id(parameter) for _, layer in adapter_layers(module) for parameter in layer.adapters.parameters()}
+    given = dict(given) | {
+        key: torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta") if is_elsewhere(tensor) else tensor
+        for key, tensor in wanted.items()
+        if is_partitioned(tensor) and key not in given and id(tensor) not in of_adapters
+    }
+    if missing := [key for key in wanted if key not in given]:
+        raise ValueError(
+            f"{caller}: state_dict lacks {len(missing)} keys of model.state_dict(), {shown(missing[0])} for one; pass "
+            "all of them, or none; compile in place by model.compile() or TrainingArguments(torch_compile=True), as "
+            "torch.compile(model) changes the keys"
+        )
+    values = {
+        id(tensor): nn.Parameter(given[key], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else given[key]
+        for key, tensor in wanted.items()
+    }
+    places = [held for part in module.modules() for held in (part._parameters, part._buffers)]
+    before = [dict(held) for held in places]
+    try:
+        for held in places:
+            held.update({name: values[id(tensor)] for name, tensor in held.items() if id(tensor) in values})
+        yield
+    finally:
+        for held, tensors in zip(places, before, strict=True):
+            held.update(tensors)

@@ -24,21 +24,6 @@ def check_not_parallel(caller: str, model: nn.Module) -> None:
         )
 
 
-def check_not_sharded(caller: str, model: nn.Module, remedy: str, *, split: bool = False) -> None:
-    """Checks that no engine manages the parameters of ``model``, and unless ``split``, that none is a DTensor.
-
-    ValueError: one does, FSDP2 or ZeRO-3, or a parameter is; ``remedy`` is for the first case.
-    """
-    check_not_managed(caller, model, remedy)
-    if any(is_fully_sharded(module) for module in model.modules()):
-        raise ValueError(f"{caller}: the model is sharded (fully_shard), which manages the parameters it had; {remedy}")
-    if not split and any(is_sharded(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            f"{caller}: layers of the model are split over devices (tensor parallelism); do it in one process, "
-            "save_adapter, and load_adapter here"
-        )
-
-
 def check_not_managed(caller: str, model: nn.Module, remedy: str) -> None:
     """Checks that no DeepSpeed engine with ZeRO-3 manages the parameters of ``model``. ValueError: one does."""
     if is_managed(model):
@@ -47,13 +32,22 @@ def check_not_managed(caller: str, model: nn.Module, remedy: str) -> None:
         )
 
 
-def check_not_partitioned(caller: str, model: nn.Module, remedy: str) -> None:
-    """Checks that ZeRO-3 has not partitioned the parameters of ``model``, if only as it was loaded.
+def check_not_sharded(
+    caller: str, model: nn.Module, remedy: str, *, fsdp_may: bool = False, split_may: bool = False
+) -> None:
+    """Checks that ranks do not hold parts of the parameters of ``model``. ValueError: they do.
 
-    ValueError: it has.
+    ``fsdp_may``: FSDP2's are allowed; ``split_may``: those of tensor parallelism.
     """
-    if any(is_partitioned(parameter) for parameter in model.parameters()):
-        raise ValueError(f"{caller}: DeepSpeed's ZeRO-3 has partitioned parameters of the model; {remedy}")
+    if any(map(is_partitioned, model.parameters())):
+        how = "DeepSpeed's ZeRO-3 has partitioned parameters of the model"
+    elif not fsdp_may and any(map(is_fully_sharded, model.modules())):
+        how = "the model is sharded (fully_shard), which manages the parameters it had"
+    elif not split_may and any(map(is_sharded, model.parameters())):
+        how = "layers of the model are split over devices (tensor parallelism)"
+    else:
+        return
+    raise ValueError(f"{caller}: {how}; {remedy}")
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
@@ -103,6 +97,11 @@ class BareModel:
         for name, child in module._modules.items():
             if child is not None:
                 self._visit(f"{path}.{name}" if path else name, child, seen)
+
+    def parent(self, path: str) -> nn.Module:
+        """Returns the module around the one at ``path``."""
+        above = path.rpartition(".")[0]
+        return self.modules[above] if above else self.root
 
 
 def output_head(root: nn.Module) -> nn.Module | None:

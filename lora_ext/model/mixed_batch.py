@@ -8,7 +8,7 @@ A hook before the model's forward takes the names out of the arguments, as most 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,27 +31,25 @@ _METHODS = "generate", "generate_batch"
 # --- into a model and out of it ---------------------------------------------------------------------------------------
 
 
-def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
-    """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
-    if has_pre_hook(root, take_adapter_names) or NAMES in inspect.signature(root.forward).parameters:
+def serve_adapter_names(root: nn.Module, adapters: AdapterSet, parts: Iterable[nn.Module]) -> None:
+    """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name.
+
+    ``parts`` of it refuse them, as their forwards would swallow them in ``**kwargs``.
+    """
+    if NAMES in inspect.signature(root.forward).parameters:
         return
-    root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
-    root.register_forward_hook(end_call, always_call=True)
-    for name in _METHODS:
-        if callable(getattr(type(root), name, None)):
-            setattr(root, name, MethodWithNames(name, root, adapters))
-
-
-def refuse_adapter_names(root: nn.Module, part: nn.Module) -> None:
-    """Makes a model inside ``root`` refuse names, which its forward would swallow in its ``**kwargs``."""
-    has_own = has_pre_hook(part, take_adapter_names) or has_pre_hook(part, refuse_names)
-    if part is not root and not has_own and has_pre_hook(root, take_adapter_names):
-        part.register_forward_pre_hook(refuse_names, with_kwargs=True)
+    for module in (root, *parts):
+        if not has_pre_hook(module, take_adapter_names):
+            module.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
+    if end_call not in root._forward_hooks.values():
+        root.register_forward_hook(end_call, always_call=True)
+        for name in _METHODS:
+            MethodWithNames.put(name, root, adapters)
 
 
 def forget_adapter_names(module: nn.Module) -> None:
-    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`."""
-    remove_hooks(module, take_adapter_names, end_call, refuse_names)
+    """Undoes :func:`serve_adapter_names`."""
+    remove_hooks(module, take_adapter_names, end_call)
     for name in _METHODS:
         MethodWithNames.restore(name, module)
 
@@ -63,6 +61,13 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     """Takes ``adapter_names`` out of the arguments and makes the choice current; a hook before the forward."""
     adapters = adapter_set(module)
     rest, names = kwargs, kwargs.get(NAMES)
+    if adapters is None:
+        if names is not None:
+            raise ValueError(
+                f"{type(module).__name__}: {NAMES} is for calls of the injected model, and this is a part of it, which "
+                "would ignore it; call that model"
+            )
+        return None
     if NAMES in kwargs:
         rest = {key: value for key, value in kwargs.items() if key != NAMES}
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -89,15 +94,6 @@ def end_call(module: nn.Module, args: Any, output: Any) -> None:
     choice = chosen(adapter_set(module).active)
     if choice is not None and choice.repeats is None:
         leave(choice, output)
-
-
-def refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses names in a call of a part of an injected model; a hook before the forward. ValueError: it has some."""
-    if kwargs.get(NAMES) is not None:
-        raise ValueError(
-            f"{type(module).__name__}: {NAMES} is for calls of the injected model, and this is a part of it, which "
-            "would ignore it; call that model"
-        )
 
 
 def drop_interrupted(adapters: AdapterSet) -> None:
@@ -170,9 +166,7 @@ def choice_of(
             "row"
         )
     is_uniform = len(set(names)) == 1
-    keys = {name: name if name in adapters.configs else None for name in used}  # None: in the pool
-    has_media = any(name.startswith(_MEDIA) for name, _ in _tensors(values))
-    _unsupported(root, adapters).check(caller, keys, not is_uniform, has_media)
+    _check_supported(root, adapters, used, values, caller, is_uniform)
     if pooled and root.training and torch.is_grad_enabled():
         raise ValueError(
             f"{caller}: {NAMES}: {pooled[0]!r} is in a pool, whose adapters do not train; call model.eval(), or "
@@ -233,64 +227,60 @@ def _first_rows(root: nn.Module, values: Mapping[str, Any]) -> tuple[str, Tensor
 # --- what rows cannot choose ------------------------------------------------------------------------------------------
 
 
-class Unsupported:
-    """Reasons why rows cannot choose: any adapter (or ""), or by name an adapter; None stands for those of a pool.
-
-    Attributes:
-        for_rows: adapters that no row can choose.
-        for_several: those that only all rows together can choose.
-        with_media: those that only all rows together can choose in a call with images or sounds.
-    """
-
-    def __init__(self, root: nn.Module, adapters: AdapterSet) -> None:
-        self.for_all = ""
-        self.for_rows: dict[str | None, str] = {}
-        self.for_several: dict[str | None, str] = {}
-        self.with_media: dict[str | None, str] = {}
-        parts, of_text = dict(root_module(root).named_modules()), _modules_of_text(root)
-        for path, layer in adapter_layers(root):
-            reasons = (
-                (self.for_rows, "" if layer.rows_choose else "computes all rows with one adapter"),
-                (self.for_several, _why_same_for_all(path, layer, parts)),
-                (self.with_media, "computes images or sounds" if of_text and id(layer) not in of_text else ""),
+def _check_supported(
+    root: nn.Module, adapters: AdapterSet, used: Iterable[str], values: Mapping[str, Any], caller: str, is_uniform: bool
+) -> None:
+    """Checks that rows can choose the adapters ``used``. ValueError: they cannot; the message has the remedy."""
+    for name, biases in adapters.biases.items():
+        if biases.used:
+            raise ValueError(
+                f"{caller}: {NAMES}: the active adapter {name!r} has changed the model's biases for all rows; activate "
+                "another one (set_adapter), or none"
             )
-            for name in (*layer.adapters, *([] if getattr(layer, "slots", None) is None else [None])):
-                for held, reason in reasons:
-                    if reason:
-                        held.setdefault(name, f"{path!r} ({type(layer).__name__}) {reason}")
-        for name, biases in adapters.biases.items():
-            self.for_rows[name] = "it trains the model's biases, which all rows share (lora_bias=True trains its own)"
-            if biases.used:
-                self.for_all = f"the active adapter {name!r} has changed the model's biases for all rows"
-
-    def check(self, caller: str, names: Mapping[str, str | None], several: bool, media: bool) -> None:
-        """Checks that rows can choose the adapters; ``names`` maps them to themselves, or to None.
-
-        ValueError: they cannot; the message has the remedy.
-        """
-        if self.for_all:
-            raise ValueError(f"{caller}: {NAMES}: {self.for_all}; activate another one (set_adapter), or none")
-        for name, key in names.items():
-            reason = self.for_rows.get(key)
-            if several:
-                reason = reason or self.for_several.get(key) or (self.with_media.get(key) if media else None)
-            if reason:
-                raise ValueError(
-                    f"{caller}: {NAMES}: {name!r} cannot be chosen by a row: {reason}; leave that out of the adapter, "
-                    "or call the model once for it (set_adapter)"
-                )
+    found = _reasons(root, adapters)
+    kinds = [_ALWAYS] if is_uniform else [_ALWAYS, _IF_SEVERAL]
+    kinds += [_WITH_MEDIA] * (not is_uniform and any(name.startswith(_MEDIA) for name, _ in _tensors(values)))
+    for name in used:
+        key = name if name in adapters.configs else None
+        if (reason := next((found[kind, key] for kind in kinds if (kind, key) in found), None)) is not None:
+            raise ValueError(
+                f"{caller}: {NAMES}: {name!r} cannot be chosen by a row: {reason}; leave that out of the adapter, or "
+                "call the model once for it (set_adapter)"
+            )
 
 
-def _unsupported(root: nn.Module, adapters: AdapterSet) -> Unsupported:
-    """Walks the model once after every change of its adapters."""
+# When a reason holds: for any names, if they differ, or if they differ next to images or sounds.
+_ALWAYS, _IF_SEVERAL, _WITH_MEDIA = range(3)
+Reasons = dict[tuple[int, str | None], str]
+
+
+def _reasons(root: nn.Module, adapters: AdapterSet) -> Reasons:
+    """Returns why rows cannot choose, by when and by adapter (None: those of a pool).
+
+    Walks the model once after every change of its adapters.
+    """
     known = adapters.active.unsupported_rows
     return known[1] if known is not None and known[0] == adapters.active.changes else _found(root, adapters)
 
 
 @one_at_a_time  # another thread may be adding layers
-def _found(root: nn.Module, adapters: AdapterSet) -> Unsupported:
-    adapters.active.unsupported_rows = adapters.active.changes, Unsupported(root, adapters)
-    return adapters.active.unsupported_rows[1]
+def _found(root: nn.Module, adapters: AdapterSet) -> Reasons:
+    found: Reasons = {}
+    parts, of_text = dict(root_module(root).named_modules()), _modules_of_text(root)
+    for path, layer in adapter_layers(root):
+        reasons = (
+            "" if layer.rows_choose else "computes all rows with one adapter",
+            _why_same_for_all(path, layer, parts),
+            "computes images or sounds" if of_text and id(layer) not in of_text else "",
+        )
+        for name in (*layer.adapters, *([] if getattr(layer, "slots", None) is None else [None])):
+            for kind, reason in enumerate(reasons):
+                if reason:
+                    found.setdefault((kind, name), f"{path!r} ({type(layer).__name__}) {reason}")
+    for name in adapters.biases:
+        found[_ALWAYS, name] = "it trains the model's biases, which all rows share (lora_bias=True trains its own)"
+    adapters.active.unsupported_rows = adapters.active.changes, found
+    return found
 
 
 # Layers of these models of Transformers get [tokens, rows, features]. With as many tokens as rows, nothing would tell.
@@ -298,12 +288,8 @@ _TOKENS_FIRST = {"xlnet", "longformer", "led", "fsmt"}
 # Embeddings of T5, MPNet, WavLM, W2V-BERT, Phi4, DETR and models with their code, which look up positions, or pairs of
 # them, once for all rows: the same.
 _OF_POSITIONS = {
-    "relative_attention_bias",
-    "rel_attn_embed",
-    "distance_embedding",
-    "bias_values",
-    "row_embeddings",
-    "column_embeddings",
+    *("relative_attention_bias", "rel_attn_embed", "distance_embedding"),
+    *("bias_values", "row_embeddings", "column_embeddings"),
 }
 
 

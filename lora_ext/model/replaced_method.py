@@ -10,7 +10,7 @@ from torch import nn
 
 
 class ReplacedMethod:
-    """Stands for the method ``name`` of ``module``, if ``put`` there; copied and pickled with it.
+    """Stands for the method ``name`` of ``module``; copied and pickled with it.
 
     Attributes:
         replaced: what the instance had under this name, or None.
@@ -27,6 +27,12 @@ class ReplacedMethod:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original)
+
+    @classmethod
+    def put(cls, name: str, module: nn.Module, *arguments: Any) -> None:
+        """Replaces the method, if the class of ``module`` has one and it is not replaced yet."""
+        if callable(getattr(type(module), name, None)) and not isinstance(vars(module).get(name), cls):
+            setattr(module, name, cls(name, module, *arguments))
 
     @classmethod
     def restore(cls, name: str, module: nn.Module) -> None:

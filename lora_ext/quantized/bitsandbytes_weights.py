@@ -14,26 +14,7 @@ _NOT_YET = "it is not quantised yet; move the model to its device first (model.t
 _REPACKS, _REPACKS_BEFORE = "support_avx512bf16_for_cpu", "_support_avx512bf16_for_cpu_before_lora"
 
 
-class _BitsandbytesWeight(QuantizedWeight):
-    def dense(self, values: Tensor) -> nn.Module:
-        old = self.module
-        is_conv1d = getattr(old, "source_cls", nn.Linear).__name__ == "Conv1D"  # Transformers quantised its transpose
-        if is_conv1d:
-            new = old.source_cls(old.out_features, old.in_features)
-            values = values.T.contiguous()
-        else:
-            new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-        new._parameters["weight"] = nn.Parameter(values, requires_grad=False)
-        if old.bias is not None:
-            # bitsandbytes converts the bias of a layer to the dtype of its input.
-            new._parameters["bias"] = nn.Parameter(old.bias.detach().to(values.dtype), requires_grad=False)
-        for name, hooks in vars(old).items():
-            if name.startswith(("_forward", "_backward")):
-                vars(new)[name] = hooks
-        return new.train(old.training)
-
-
-class Linear4bitWeight(_BitsandbytesWeight):
+class Linear4bitWeight(QuantizedWeight):
     """Codes of 4 bits; a scale for each block, quantised again to 8 bits with double quantisation.
 
     On CPUs with AVX512-BF16 a call in eval mode packs the weight for a bfloat16 product: it rounds the scales, and the
@@ -57,10 +38,6 @@ class Linear4bitWeight(_BitsandbytesWeight):
     @property
     def shape(self) -> tuple[int, int]:
         return self.module.out_features, self.module.in_features
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return self.module.weight.dtype if self._state is None else self._state.dtype
 
     def stored(self) -> dict[str, Tensor]:
         self._unpack()
@@ -121,7 +98,7 @@ class Linear4bitWeight(_BitsandbytesWeight):
             state.absmax = state.absmax.T.flatten().float()
 
 
-class Linear8bitWeight(_BitsandbytesWeight):
+class Linear8bitWeight(QuantizedWeight):
     """Codes of 8 bits and a scale for each row. In eval mode the layer also quantises its input, row by row."""
 
     @classmethod
@@ -135,10 +112,6 @@ class Linear8bitWeight(_BitsandbytesWeight):
     @property
     def shape(self) -> tuple[int, int]:
         return self.module.out_features, self.module.in_features
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return None
 
     @property
     def _scales(self) -> Tensor | None:

@@ -42,10 +42,6 @@ class RescaledWeight(QuantizedWeight):
         rows, columns = self.module.weight.shape
         return (columns, rows) if self._is_transposed else (rows, columns)
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return self.module.weight.dtype if self.inner is None else self.inner.dtype
-
     def stored(self) -> dict[str, Tensor]:
         return {"weight": self.module.weight.detach()} if self.inner is None else self.inner.stored()
 

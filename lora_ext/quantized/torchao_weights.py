@@ -27,10 +27,6 @@ class _TorchaoWeight(QuantizedWeight):
     def shape(self) -> tuple[int, int]:
         return tuple(self._weight.shape)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weight.dtype
-
     def stored(self) -> dict[str, Tensor]:
         names, _ = self._weight.__tensor_flatten__()
         return {name: getattr(self._weight, name) for name in names}

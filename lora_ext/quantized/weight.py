@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -40,11 +39,6 @@ class QuantizedWeight(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, int]:
         """``(out_features, in_features)``."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype | None:
-        """The dtype that the weight had before it was quantised, or None if the format does not keep it."""
 
     @abstractmethod
     def stored(self) -> dict[str, Tensor]:
@@ -87,15 +81,6 @@ class QuantizedWeight(ABC):
     def stop_keeping_stored(self) -> None:
         """Undoes :meth:`keep_stored`."""
         return
-
-    def dense(self, values: Tensor) -> nn.Module:
-        """A layer like :attr:`module` with the plain weight ``values``, frozen. :attr:`module` is unchanged."""
-        module = copy.copy(self.module)
-        vars(module).pop("extra_repr", None)  # torchao's, which describes the quantised weight
-        module._parameters = self.module._parameters | {"weight": nn.Parameter(values, requires_grad=False)}
-        if (bias := module._parameters.get("bias")) is not None:
-            module._parameters["bias"] = nn.Parameter(bias.detach().to(values.dtype), requires_grad=False)
-        return module
 
 
 def class_names(thing: Any, library: str) -> set[str]:

@@ -154,13 +154,3 @@ def test_unloading_for_good_checks_trained_rows_before_it_merges():
     set_adapter(randomized(model), ["a", "b"])
     with refused(model, ValueError, "train rows for the tokens [1, 2]"):
         merge_and_unload(model)
-
-
-# --- misuse -----------------------------------------------------------------------------------------------------------
-
-
-def test_two_adapters_that_train_one_module_in_full_are_not_used_together():
-    model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]), "a")
-    inject(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]), "b")
-    with refused(model, ValueError, "set_adapter: 'head' is trained in full by ['a', 'b']; use only one of them"):
-        set_adapter(model, ["a", "b"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import peft
 import pytest
@@ -206,12 +205,3 @@ def test_ranks_that_differ_are_not_added():
     inject(model, LoraConfig(r=3, target_modules=["up"]), "b")
     with refused(model, ValueError, "at 'blocks.0.up': the adapters have ranks [2, 3], but linear adds"):
         add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "linear")
-
-
-def test_other_kinds_of_peft_are_refused():
-    model = inject(Net(), LoraConfig(target_modules=["up"]), "a")
-    for kind in ("ties", "dare_linear_svd", "magnitude_prune"):
-        with refused(model, ValueError, f"combination_type is {kind!r}", "use PEFT: peft's add_weighted_adapter"):
-            add_weighted_adapter(model, ["a"], [1.0], "c", kind)
-    with refused(model, TypeError, "unexpected keyword argument 'density'"):
-        add_weighted_adapter(model, ["a"], [math.pi], "c", density=0.5)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
-import peft
 import pytest
 import torch
 from support.models import Net, llama, refused, shaken, token_ids
 from support.rows import NAMES, assert_rows_equal, with_adapters
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
 from lora_ext.adapters import unload
 from lora_ext.nn.rows import RowChoice, _current, choosing
 
@@ -54,6 +51,39 @@ def test_adapters_that_act_on_all_rows_are_refused():
     assert_rows_equal(model, lambda **names: model(x, **names).detach())
 
 
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0, mean: bool = False) -> Tensor:
+        y = scale * self.proj(x)
+        return y.mean(0, keepdim=True) if mean else y
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda head, x: head(x, scale=2.0), "adapter_names needs a module that is called with one tensor"),
+        (lambda head, x: head(torch.cat([x, x, x[:1]])), "adapter_names has 5 names, but the layer's input has"),
+        (lambda head, x: setattr(head.base_layer, "forward", lambda x: x[:2]) or head(x), "became [2, 6]"),
+    ],
+)
+def test_modules_trained_in_full_take_and_return_a_row_for_each_name(call, text):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.head = nn.Linear(6, 6), Head()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(self.head, self.up(x))
+
+    model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]), "a")
+    with pytest.raises(ValueError) as caught:
+        model(torch.randn(5, 6), adapter_names=["a", "__base__", "a", "a", "a"])
+    assert text in str(caught.value)
+
+
 class RoutesTokens(nn.Module):
     """Calls its layer with some of the tokens, as experts are called."""
 
@@ -94,7 +124,7 @@ def test_compiled_models_refuse(compiled):
         model.blocks[1].compile(backend="eager")
     else:
         call = torch.compile(model, backend="eager", fullgraph=compiled == "fullgraph")
-    torch.testing.assert_close(call(x), plain)
+    torch.testing.assert_close(call(x, adapter_names=None), plain)
     with pytest.raises((ValueError, RuntimeError), match="adapter_names|refuse_compiled"):
         call(x, adapter_names=NAMES)
     assert _current.get() is None
@@ -123,15 +153,3 @@ def test_continuous_batching_is_refused():
         model.generate_batch([[1, 2]], adapter_names=["a"])
     with refused(model, ValueError, "LlamaForCausalLM: there is no adapter_lengths"):
         model(token_ids(2), adapter_names=["a", "b"], adapter_lengths=[7, 7])
-
-
-def test_alora_is_refused(tmp_path):
-    model, invoked = llama(), {"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}
-    text = "alora_invocation_tokens=[3] not supported", "Use PEFT for it, with lora_ext.integrations.peft.accelerate"
-    with refused(model, ValueError, *text):
-        inject(model, peft.LoraConfig(target_modules=["q_proj"], **invoked))
-    save_adapter(inject(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | invoked))
-    with refused(model, ValueError, *text):
-        load_adapter(model, tmp_path)

@@ -197,19 +197,3 @@ def test_threads_train_one_model(how):
         for _ in range(10):
             for found, want in zip(pool.map(grads, range(len(batches))), expected, strict=True):
                 torch.testing.assert_close(found, want)
-
-
-def test_a_checkpoint_of_two_models():
-    one, two = (checkpointed(None) for _ in range(2))
-    head = nn.Linear(3, 6)
-    leaves = [p for model in (one, two) for p in model.parameters() if p.requires_grad]
-
-    def both(x: Tensor) -> Tensor:
-        return two(head(one(x, adapter_names=NAMES)), adapter_names=OTHER).square().sum()
-
-    expected = torch.autograd.grad(both(X), leaves)
-    for reentrant in (True, False):
-        for leaf in leaves:
-            leaf.grad = None
-        checkpoint(both, X, use_reentrant=reentrant).backward()
-        torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))

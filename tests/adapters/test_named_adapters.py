@@ -59,15 +59,6 @@ def by_hand(model: Net, x: torch.Tensor, *names: str) -> torch.Tensor:
 # --- adding and switching ---------------------------------------------------------------------------------------------
 
 
-def test_switching_a_compiled_model():
-    model, x = three(), torch.randn(5, 6)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        for names in (("a",), ("b", "c"), ("a",), ()):
-            set_adapter(compiled, names)
-            torch.testing.assert_close(compiled(x), by_hand(model, x, *names))
-
-
 TARGETS = {
     bert: {"one": ["query", "value"], "two": ["query", "dense"]},
     llama: {"one": ["q_proj", "v_proj"], "two": ["q_proj", "down_proj"]},
@@ -169,20 +160,6 @@ def test_a_further_adapter_leaves_the_one_in_training_unless_it_is_activated(fil
     assert model.training and all(".third." in path for path, p in model.named_parameters() if p.requires_grad)
 
 
-# --- merging ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_failure_midway_unmerges_what_was_merged():
-    model = inject(Net(), FIRST)
-    before = [layer.weight.clone() for _, layer in lora_modules(model)]
-    # The op refuses this shape; merge() does not check it.
-    model.blocks[1].down.adapters["default"].lora_A = nn.Parameter(torch.zeros(2, 11))
-    with pytest.raises(ValueError, match="lora_A has in_features=11 but weight has 10"):
-        merge(model)
-    assert not any(layer.is_merged for _, layer in lora_modules(model))
-    torch.testing.assert_close([layer.weight for _, layer in lora_modules(model)], before)
-
-
 # --- disabling, unloading ---------------------------------------------------------------------------------------------
 
 
@@ -217,20 +194,6 @@ def test_the_plain_model(end, merged):
     assert [(path, type(module)) for path, module in model.named_modules()] == modules
     assert sorted(vars(model)) == sorted(vars(base))
     inject(model, FIRST)  # and again
-
-
-@pytest.mark.cpu_only("a default device switches the encoder's fast path off")
-def test_unloading_switches_the_encoder_fast_path_on_again():
-    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).eval()
-    inject(model, LoraConfig(r=2, target_modules=["linear1"], **ALIVE))
-    x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    with torch.no_grad():
-        expected = model(x, src_key_padding_mask=mask)
-        assert (expected[mask] != 0).all()
-        actual = merge_and_unload(model)(x, src_key_padding_mask=mask)
-    assert (actual[mask] == 0).all()  # only the fast path zeroes padded positions
-    torch.testing.assert_close(actual[~mask], expected[~mask])
 
 
 def test_a_part_of_a_model_can_be_injected_and_the_whole_unloaded():
@@ -289,12 +252,11 @@ def test_status():
     assert len(status) == 4 + 2 + 2 + 1
     entry = status["blocks.1.up", "b"]
     assert (entry.kind, entry.r, entry.active, entry.merged, entry.trainable) == ("LoraLinear", 3, False, True, False)
-    assert (entry.dtype, entry.device.type, entry.parameters) == (torch.float32, "cpu", 3 * (6 + 10))
     assert entry.scaling == pytest.approx(8 / 3)
     entry = status["blocks.0.down", "c"]
     assert (entry.active, entry.merged, entry.trainable, entry.scaling) == (True, False, True, 8.0)
     head = status["head", "a"]
-    assert (head.kind, head.r, head.scaling, head.merged, head.parameters) == ("TrainedModule", None, None, False, 21)
+    assert (head.kind, head.r, head.scaling, head.merged, head.trainable) == ("TrainedModule", None, None, False, False)
     assert adapter_status(Net()) == [] and adapter_names(Net()) == []
 
 

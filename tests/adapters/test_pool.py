@@ -6,8 +6,6 @@ import copy
 import json
 import os
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -120,18 +118,6 @@ def test_directories_that_move(base, root, tmp_path, monkeypatch):
     pool.evict("n0")
     with pytest.raises(KeyError, match=r"there is no adapter 'n0'; the adapters are \[\]"):
         model(x, adapter_names=["link", "n0"])
-
-
-def test_calls_wait_for_slots(base, root):
-    model, x = copy.deepcopy(base), torch.randn(2, 6)
-    pool = pool_of(model, root)
-    pool.acquire(["n0", "n1"])
-    with ThreadPoolExecutor(1) as threads:
-        call = threads.submit(model, x, adapter_names=["n2", "n3"])
-        time.sleep(0.2)
-        assert not call.done() and pool.resident() == ["n0", "n1"]
-        pool.release(["n0", "n1"])
-        assert torch.equal(call.result(20), model(x, adapter_names=["n2", "n3"]))
 
 
 @pytest.mark.parametrize(("on_disk", "slots"), [(2_000, 200), pytest.param(10_000, 1_000, marks=pytest.mark.slow)])

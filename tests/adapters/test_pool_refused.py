@@ -101,7 +101,7 @@ def test_adapters_that_do_not_fit(base, root, how):
 
 def test_too_few_slots(base, root):
     model, x = copy.deepcopy(base), torch.randn(4, 6)
-    pool = pool_of(model, root, timeout=0.05)
+    pool = pool_of(model, root)
     with refused(model, RuntimeError, "4 adapters are wanted at once", "use 0 of 3 slots; raise max_bytes"):
         model(x, adapter_names=NAMES[:4])
     slots = pool.acquire(["n0", "n1"])  # a call that does not end
@@ -121,8 +121,6 @@ BAD = [
     ({"r": 0}, ValueError, "r is 0"),
     ({"target_modules": ["nothing"]}, ValueError, "nothing"),
     ({"target_modules": ["norm"]}, TypeError, "norm"),
-    ({"timeout": -1.0}, ValueError, "AdapterPool: timeout is -1.0, want 0 or more"),
-    ({"timeout": float("nan")}, ValueError, "AdapterPool: timeout is nan, want 0 or more"),
     ({"host_bytes": 1}, TypeError, "unexpected keyword argument 'host_bytes'"),
     ({"modules_to_save": ["head"]}, TypeError, "unexpected keyword argument 'modules_to_save'"),
     ({"max_bytes": "1GB"}, TypeError, "AdapterPool: max_bytes is '1GB' of type str, want an integer"),
@@ -145,7 +143,7 @@ def test_other_layers_second_pools_and_training_are_refused(base, root):
     with refused(model, ValueError, "AdapterPool: the model has a pool already; close that first"):
         pool_of(model, root)
     for other in {"use_dora": True}, {"enable_lora": {"up": (True, False)}}:
-        with refused(model, ValueError, "has adapters (those of an AdapterPool) with", "pool.close()"):
+        with refused(model, ValueError, "has adapters (those of an AdapterPool) in a LoraLinear", "pool.close()"):
             inject(model, LoraConfig(r=2, target_modules=["up"], **other))
     model.train()
     with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):

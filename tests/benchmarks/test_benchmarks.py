@@ -2,20 +2,17 @@
 
 import functools
 import importlib
-from pathlib import Path
 
-import bench_analyze
 import bench_finetune
 import bench_grouped
 import bench_host
 import bench_inject
 import bench_merge
 import bench_offline_merge
-import bench_plan
 import pytest
 import torch
 from harness import contestants, own_process
-from support import small_benchmarks, tiny_decoder
+from support import tiny_decoder
 from support.optional import datasets, matplotlib, trl  # noqa: F401
 from support.tiny_classifier import reviews, save_model, save_reviews
 
@@ -27,17 +24,10 @@ PEERS = list(contestants.LAYERS)
 bench_language_model = importlib.import_module("bench_language_model")  # after the optional packages that it imports
 
 
-def test_every_benchmark_is_run_by_a_test():
-    tests = Path(__file__).parents[1]
-    texts = "\n".join(path.read_text() for path in (tests / "benchmarks").glob("*.py"))
-    texts += (tests / "building" / "test_kernel_stages.py").read_text()  # needs a GPU; its parts are tested there
-    scripts = {path.stem for path in (tests.parent / "benchmarks").glob("bench_*.py")}
-    assert scripts
-    assert not {script for script in scripts if script not in texts}, "run these at a small size in this file"
-
-
 DTYPES = ("--dtype=float32", "--dtype=bfloat16")
 LAYER = ("--shapes", "8x16x24")
+EXPERTS = ("--experts=4", "--hidden=64", "--intermediate=128", "--tokens=8", "--top=2", "--rank=4")
+EXPERTS += ("--implementation=grouped_mm", "--implementation=eager")
 ROWS = ("--cases", "3x1@64,4x5@128", "--adapters", "3", "--rank", "4")
 GROUPED = ("--shapes", "6x16x24", "--adapters", "4", "--rank", "4", "--only")
 TRAINED_ROWS = ["frozen", *bench_grouped.TRAINED]
@@ -55,7 +45,7 @@ CASES = {
         ["frozen", "adapter_names", "pool", "peft", "peft accelerated"],
     ),
     "rows, training": ("bench_rows", (*ROWS, "--training"), 4, ["adapter_names"]),
-    "experts": ("bench_experts", (*small_benchmarks.EXPERTS, *DTYPES), 4, ["frozen", "peft accelerated", "lora_ext"]),
+    "experts": ("bench_experts", (*EXPERTS, *DTYPES), 4, ["frozen", "peft accelerated", "lora_ext"]),
     "decode": ("bench_decode", ("--tokens", "1,3", "--widths", "64x128", "--stack-mib", "1"), 4, PEERS),
 }
 
@@ -76,18 +66,12 @@ def test_layers_are_measured_next_to_their_peers(name, run, monkeypatch):
 
 
 def test_what_rows_say_about_memory_and_sizes(run):
-    for row in run("bench_experts", *small_benchmarks.EXPERTS, *DTYPES)["rows"]:
+    for row in run("bench_experts", *EXPERTS, *DTYPES)["rows"]:
         itemsize = getattr(torch, row["dtype"]).itemsize
         assert row["peak_bytes"]["peft"] > 4 * 64 * 128 * itemsize and row["peak_ratio"]["lora_ext"] < 0.5
     rows = run("bench_decode", "--tokens", "1,3", "--widths", "64x128", "--stack-mib", "1")["rows"]
     assert [row["layers"] for row in rows] == [32, 32, 64, 64]  # 1 MiB of weights
     assert all(row["gb_s"]["op alone"] > 0 for row in run("bench_grouped", *GROUPED, "forward")["rows"])
-
-
-def test_stages(run):
-    rows = run("bench_stages", "--shapes", "40x48x64", "--rank", "4")["rows"]
-    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
-    assert all(row["us"]["forward"] > 0 and row["gflop_s"] > 0 for row in rows)
 
 
 def test_a_machine_that_cannot_compile_measures_the_others(run, monkeypatch, capsys):
@@ -132,32 +116,6 @@ def test_offline_merge(run, monkeypatch):
     assert all(row["seconds"] > 0 and row["beyond_torch_bytes"] < result["bound_bytes"] for row in result["rows"])
 
 
-def test_plan(run, monkeypatch):
-    """Replaces the training, which takes processes of their own."""
-    asked = []
-    monkeypatch.setattr(bench_plan.training_memory, "growth", lambda *arguments: asked.append(arguments) or 2 * 10**8)
-    rows = run("bench_plan", "--batch-size", "2", "--seq-len", "16")["rows"]
-    assert [row["method"] for row in rows] == ["full", "lora", "adapter-h", "bitfit"]
-    assert asked == [(row["method"], 2, 16, 8, 2, gives_back) for row in rows for gives_back in (True, False)]
-    assert all(row["measured"] == {"given_back": 2 * 10**8, "as_it_is": 2 * 10**8} for row in rows)
-    assert rows[0]["predicted"]["peak"] > rows[1]["predicted"]["peak"] > 9 * 10**7  # the weights alone
-
-
-@pytest.mark.usefixtures("one_round")
-def test_analyze(run, monkeypatch):
-    for name, size in {"HIDDEN": 32, "INTERMEDIATE": 48, "KEY_VALUE": 8}.items():
-        monkeypatch.setattr(bench_analyze, name, size)
-    monkeypatch.delitem(bench_analyze.CONTESTANTS, "analyze, without the weights")  # imports for seconds
-    result = run("bench_analyze", "--rank", "2")
-    ours, full = result["rows"]
-    assert (ours["name"], full["name"]) == ("analyze", "one layer in full")
-    assert ours["extrapolated_seconds"] == pytest.approx(32 * ours["seconds"])
-    # A block has two layers of 32 x 32, two of 8 x 32 and three of 48 x 32.
-    cost = 2 * 32**3 + 2 * 8 * 8 * 32 + 3 * 48 * 32**2
-    assert full["extrapolated_seconds"] == pytest.approx(32 * cost / 32**3 * full["seconds"])
-    assert result["nbytes"] == 2 * (2 * 32 * 32 + 2 * 8 * 32 + 3 * 48 * 32)
-
-
 def test_inject(run, monkeypatch):
     measured = functools.cache(bench_inject.seconds_to_import)
     monkeypatch.setattr(bench_inject, "seconds_to_import", lambda m: 9.0 if m == "peft" else measured(m))  # slow
@@ -167,24 +125,6 @@ def test_inject(run, monkeypatch):
     assert {row["contestant"] for row in rows} >= {"lora_ext", "get_peft_model", "peft"}
     with pytest.raises(SystemExit, match="import no_such_module failed: ModuleNotFoundError"):
         measured("no_such_module")
-
-
-def test_curves(run):
-    result = run("bench_curves", *small_benchmarks.CURVES)
-    points = [(row["axis"], row[row["axis"]]) for row in result["rows"][::2]]
-    assert points == [("rank", 2), ("rank", 4), ("tokens", 3), ("width", 16), ("width", 24)]
-    assert result["fixed"] == {"rank": 16, "tokens": 5, "width": 8}
-
-
-def test_roofline(run):
-    result = run("roofline", *small_benchmarks.ROOFLINE)
-    assert set(result["ceilings"]) == {"copy", "read", "copy_in_cache", "matrix_float32", "matrix_bfloat16"}
-    rows = [row for row in result["rows"] if row["dtype"] == "float32" and row["contestant"] == "lora_ext"]
-    assert [row["what"] for row in rows] == ["forward", "forward + backward", "decode", "merge"]
-    x, weight, factors = 8 * 64, 64 * 64, 16 * 2 * 64
-    flops, numbers = 2 * 8 * (weight + factors), 2 * x + weight + factors
-    assert rows[0]["flops_per_byte"] == pytest.approx(flops / (4 * numbers))
-    assert rows[3]["flops_per_byte"] == pytest.approx(2 * 16 * weight / (4 * (2 * weight + factors)))
 
 
 TINY = ("--layers", "1", "--width", "64", "--bert-batch", "2", "--length", "8")

@@ -10,7 +10,6 @@ from support.optional import Image, matplotlib  # noqa: F401
 import plots
 import pytest
 import run_all
-from support import small_benchmarks
 
 pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.full]
 
@@ -19,15 +18,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def test_pictures_are_drawn_from_the_json_files_alone(run, tmp_path, capsys):
     run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
-    run("bench_curves", *small_benchmarks.CURVES)
-    run("roofline", *small_benchmarks.ROOFLINE)
-    drawn = plots.draw(tmp_path, "cpu")
-    assert [path.name for path in drawn] == ["layer_cpu.png", "curves_cpu.png", "roofline_cpu.png"]
+    (path,) = plots.draw(tmp_path, "cpu")
+    assert path.name == "layer_cpu.png"
     assert "decode_cpu.json is missing: no picture of it" in capsys.readouterr().out
-    for path in drawn:
-        with Image.open(path) as image:
-            assert image.width == plots.WIDTH * plots.DPI and len(image.getcolors()) > 2
-        assert path.stat().st_size < 100_000
+    with Image.open(path) as image:
+        assert image.width == plots.WIDTH * plots.DPI and len(image.getcolors()) > 2
+    assert path.stat().st_size < 100_000
 
 
 def test_decode_is_drawn_with_gaps(tmp_path):

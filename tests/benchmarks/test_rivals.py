@@ -71,21 +71,21 @@ def install(tmp_path, monkeypatch):
         file.write_text(source)
 
     yield write
-    for name in [name for name in sys.modules if name.partition(".")[0] in rivals.NAMES]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in rivals.RIVALS]:
         del sys.modules[name]
 
 
 def test_rivals_that_are_not_installed_are_left_out_by_name(capsys):
     assert rivals.load_all() == {}
     said = capsys.readouterr().out.splitlines()
-    assert said == [f"{name}: not measured, {name} is not installed" for name in rivals.NAMES]
+    assert said == [f"{name}: not measured, {name} is not installed" for name in rivals.RIVALS]
 
 
 def test_each_rival_is_measured_where_it_computes(install):
     for path, source in SOURCES.items():
         install(path, source)
     found = rivals.load_all()
-    assert tuple(found) == rivals.NAMES
+    assert found.keys() == rivals.RIVALS.keys()
     modules = rivals.on_same_weights(SHAPE, torch.float32, "cpu", 16, [0.0, 0.1], found)
     assert {dropout: list(layers) for dropout, layers in modules.items()} == {
         0.0: [FROZEN, LORA_EXT, "unsloth", "axolotl"],
@@ -96,12 +96,6 @@ def test_each_rival_is_measured_where_it_computes(install):
     for name, differs in (("unsloth", False), ("axolotl", True)):
         layer = (modules[0.1] | {"unsloth": modules[0.0]["unsloth"]})[name]
         assert bool((layer(x) != layer(x)).any()) == differs
-
-
-def test_an_old_release_without_dropout(install):
-    install("axolotl/kernels/lora.py", UNSLOTH)
-    modules = rivals.on_same_weights(SHAPE, torch.float32, "cpu", 16, [0.0, 0.1], rivals.load_all(["axolotl"]))
-    assert "axolotl" in modules[0.0] and "axolotl" not in modules[0.1]
 
 
 def test_a_rival_that_cannot_be_used_is_left_out_with_the_reason(install, capsys):

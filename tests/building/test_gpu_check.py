@@ -1,8 +1,12 @@
-"""Tests scripts/gpu_check.py and its parts as far as they need no GPU."""
+"""Tests scripts/gpu_check.py as far as it needs no GPU."""
 
 import json
 import signal
+import subprocess
 import sys
+import textwrap
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,126 +17,160 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 import gpu_check  # noqa: E402
-import gpu_parts  # noqa: E402
 import gpu_report  # noqa: E402
-import gpu_toolkit  # noqa: E402
-import timed_parts  # noqa: E402
-from timed_parts import FAILED, NOT_RUN, PASSED, TIMED_OUT, Outcome, Part  # noqa: E402
+import sanitize_ops  # noqa: E402
+from gpu_check import FAILED, NOT_FINISHED, NOT_RUN, OUT_OF_TIME, PASSED, Part  # noqa: E402
 
 pytestmark = [pytest.mark.cpu_only("tests a script"), pytest.mark.full]
 
-FACTS = {"card": "NVIDIA H100 80GB HBM3", "arch": "90a", "driver": "580.1", "torch": "2.11.0+cu130", "cuda": "13.0"}
-FACTS |= {"python": "3.12.3", "commit": "0123456789abcdef", "date": "2026-11-25T10:00:00+00:00", "nvcc": "13.0.48"}
+FACTS = {"card": "NVIDIA H100 80GB HBM3", "arch": "90a", "driver": "580.1", "torch": "2.11.0+cu130"}
+FACTS |= {"python": "3.12.3", "commit": "0123456789abcdef", "date": "2026-11-25T10:00:00+00:00"}
 
 
 @pytest.fixture(autouse=True)
 def logs(tmp_path, monkeypatch):
-    for module in (timed_parts, gpu_report, gpu_parts):
-        monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(gpu_check, "LOGS", tmp_path / "logs")
     (tmp_path / "logs").mkdir()
     return tmp_path / "logs"
+
+
+def python(code: str, **more) -> Part:
+    return Part("p", [sys.executable, "-c", textwrap.dedent(code)], 60, **more)
 
 
 # --- the list of parts ------------------------------------------------------------------------------------------------
 
 
-def test_all_parts_fit():
-    parts = gpu_parts.list_parts(FACTS, Path("/usr/local/cuda"), 16)
+def test_the_parts(monkeypatch):
+    parts = gpu_check.list_parts(FACTS, Path("/usr/local/cuda"), 16)
     names = [part.name for part in parts]
     assert names[:5] == ["build", "golden", "small", "ops", "large"]  # the tests of the ops come first
     assert names[5:] == ["kernels", "layer", "siblings", "host", "grouped", "memcheck", "racecheck", "tests", "rivals"]
-    assert sum(part.least_s for part in parts) < 400 < 465 < 480
-    assert parts[0].environment["LORA_EXT_CUDA_ARCHS"] == "90a"
-    by_name = {part.name: part for part in parts}
-    commands = {name: timed_parts.shown(part.command) for name, part in by_name.items()}
-    assert commands["build"] == "python setup.py build_ext --inplace"
-    assert commands["kernels"].startswith("python benchmarks/bench_kernels.py --json ")
-    assert commands["kernels"].endswith("kernels.json --seconds 45")
-    assert "tests/ops -m not large" in commands["ops"] and "--ignore=tests/ops" in commands["tests"]
-    assert "-m large" in commands["large"] and commands["large"].endswith(" -n 1")  # one at a time
-    assert commands["ops"].endswith(" -n 8")
-    assert "tests/ops/test_cuda.py" in commands["large"]
-    assert not any(str(ROOT) in command for command in commands.values())
-    for name in ("memcheck", "racecheck"):
-        limit = by_name[name].limit_s
-        assert f"--seconds {gpu_parts.SANITIZER_S}" in commands[name] and limit > gpu_parts.SANITIZER_S + 30
-        assert "--report-api-errors no" in commands[name]  # torch asks CUDA for functions that a driver may lack
+    assert parts[0].environment == {"LORA_EXT_CUDA": "1", "LORA_EXT_CUDA_ARCHS": "90a", "MAX_JOBS": "16"} | {
+        "CUDA_HOME": "/usr/local/cuda"
+    }
+    commands = {part.name: " ".join(part.command) for part in parts}
+    assert "tests/ops -m not large" in commands["ops"] and commands["ops"].endswith(" -n 8")
+    assert "--ignore=tests/ops" in commands["tests"]
+    assert "tests/ops/test_cuda.py" in commands["large"] and commands["large"].endswith(" -n 1")  # one at a time
+    # Without nvcc, libraries that were built before are checked; without those, setup.py says what is missing.
+    for libraries, first in ((("torch",), "library"), ((), "build")):
+        monkeypatch.setattr(gpu_check, "LIBRARIES", ["__init__.py"] if libraries else ["no.so"])
+        parts = gpu_check.list_parts(FACTS, None, 2)
+        assert parts[0].name == first and parts[1].not_run.startswith("no nvcc")
 
 
-def test_without_nvcc(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_parts, "PACKAGE", tmp_path)
-    parts = gpu_parts.list_parts(FACTS, None, 2)
-    assert parts[0].not_run.startswith("no CUDA toolkit of 12.8 or newer for torch's CUDA 13.0: set CUDA_HOME, or give")
-    outcomes = timed_parts.run_all(parts, 400, run_part=lambda p, s: timed_parts.run(p, s) if p.not_run else 1 / 0)
-    assert {o.status for o in outcomes} == {NOT_RUN}
-    assert [o.detail for o in outcomes if o.name in ("ops", "layer")] == ["build was not run"] * 2
-    assert timed_parts.exit_status(parts, outcomes) == 1
-
-    with_library = gpu_parts.list_parts(FACTS, None, 2, tmp_path / "x.whl")
-    assert timed_parts.shown(with_library[0].command).endswith(f"gpu_check.py --check-library {tmp_path / 'x.whl'}")
-    assert with_library[1].not_run == "no nvcc, which compiles tests/simt/golden.cu" and with_library[1].optional
-    assert {part.needs for part in with_library[2:]} == {("library",)}
-    # A library in the package was built before, or came by --library.
-    for name in gpu_toolkit.LIBRARIES:
-        (tmp_path / name).touch()
-    assert gpu_parts.list_parts(FACTS, None, 2)[0].command[-1] == "--check-library"
-    assert gpu_parts.list_parts(FACTS, Path("/usr/local/cuda"), 2)[0].name == "build"
+@pytest.mark.parametrize("capability, arch", [((8, 0), "80"), ((9, 0), "90a"), ((10, 0), "100"), ((12, 0), "120")])
+def test_architecture_of_the_card(capability, arch):
+    assert gpu_check.arch_of(capability) == arch
 
 
-def parts_named(*names: str) -> list[Part]:
-    return [Part(name, ["true"], 100, 20) for name in names]
+def test_a_wheel_brings_the_libraries(tmp_path):
+    for names in (gpu_check.LIBRARIES, gpu_check.LIBRARIES[:1]):
+        with zipfile.ZipFile(wheel := tmp_path / "lora_ext.whl", "w") as archive:
+            for name in names:
+                archive.writestr(f"lora_ext/{name}", f"{len(names)} {name}")
+        if len(names) == 2:
+            gpu_check.install_library(wheel, tmp_path)
+        else:
+            with pytest.raises(SystemExit, match=r"lora_ext\.whl: no liblora_ext_cuda\.so"):
+                gpu_check.install_library(wheel, tmp_path)
+    assert [(tmp_path / name).read_text() for name in gpu_check.LIBRARIES] == [f"2 {n}" for n in gpu_check.LIBRARIES]
 
 
-def test_parts_can_be_chosen():
-    parts = parts_named("a", "b", "c")
-    assert [p.name for p in gpu_parts.chosen(parts, "c,a")] == ["a", "c"]
-    with pytest.raises(SystemExit, match=r"gpu_check: no part x; there are a, b, c"):
-        gpu_parts.chosen(parts, "a,x")
+# --- a part -----------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_processes_with_limits(logs):
+    good = gpu_check.run(python("print('===== 3 passed, 1 skipped in 2 s ====='); print('done')"), 60)
+    assert (good["status"], good["detail"]) == (PASSED, "3 passed, 1 skipped in 2 s")
+    bad = gpu_check.run(python("print('WRONG'); raise SystemExit(99)"), 60)
+    assert (bad["status"], bad["detail"]) == (FAILED, "WRONG")
+    absent = gpu_check.run(Part("q", ["/no/such/program"], 60), 60)
+    assert absent["status"] == FAILED and "/no/such/program" in absent["detail"]
+    assert gpu_check.run(python(""), 3)["detail"].startswith("no time left")
+    assert gpu_check.run(python("", not_run="no tool"), 60)["detail"] == "no tool"
+    # It is asked first; a grandchild, which would keep the GPU, ends, too; what was measured stays.
+    (logs / "p.json").write_text("[0]")  # of an earlier run
+    code = f"""
+        import pathlib, subprocess, time
+        subprocess.Popen(["sh", "-c", "trap '' INT; exec sleep 619"])
+        pathlib.Path({str(logs)!r}, "p.json").write_text("[1, 2]")
+        try:
+            time.sleep(600)
+        except KeyboardInterrupt:
+            print("2 passed")
+    """
+    slow = gpu_check.run(python(code, measures=True), 6)
+    assert (slow["status"], slow["detail"], slow["measured"]) == (OUT_OF_TIME, "2 passed", [1, 2])
+    assert slow["seconds"] < 30 and not subprocess.run(["pgrep", "-f", "sleep 619"], capture_output=True).stdout
+    assert gpu_check.run(python("raise SystemExit(1)", measures=True), 60)["measured"] is None
+
+
+def test_ctrl_c_ends_the_part(tmp_path):
+    """Also in a background job of a shell, where Ctrl-C is ignored by default."""
+    code = f"""
+        import signal, sys
+        sys.path.insert(0, {str(ROOT / "scripts")!r})
+        from pathlib import Path
+        import gpu_check
+        gpu_check.LOGS = Path({str(tmp_path)!r})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sleep = [sys.executable, "-c", "import time; print('3 passed', flush=True); time.sleep(600)"]
+        try:
+            gpu_check.run(gpu_check.Part("first", sleep, 600), 600)
+        except KeyboardInterrupt as error:
+            print(error.args[0]["status"], error.args[0]["detail"])
+    """
+    ignores = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=ignores)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "first.log").exists() or "passed" not in (tmp_path / "first.log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=90)[0].startswith("interrupted ")
+
+
+@pytest.mark.parametrize(
+    "text, code, status",
+    [
+        ("9 cases, 0 wrong\n========= ERROR SUMMARY: 0 errors", 0, PASSED),
+        ("not finished: 5 of 9 cases in 40 s, 0 wrong\n========= ERROR SUMMARY: 0 errors", 75, NOT_FINISHED),
+        ("", 124, NOT_FINISHED),  # torch was still being imported
+        ("========= Invalid __global__ read of size 4 bytes", 137, FAILED),
+        ("========= Error: Race reported between Write access at f and Read access at g", 75, FAILED),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 99, FAILED),
+        ("(1, 2) bfloat16: error 3e-1, WRONG", 124, FAILED),
+        ("Error: Device not supported", 1, NOT_RUN),
+        ("Traceback", 1, FAILED),
+    ],
+)
+def test_a_sanitizer_without_time_is_not_finished(text, code, status):
+    assert gpu_check.status_of(python("", sanitizer=True), code, text) == status
+
+
+def test_sanitized_ops_have_a_budget_beside_the_imports(monkeypatch, capsys):
+    now = iter(range(0, 1000, 30))
+    monkeypatch.setattr(sanitize_ops.time, "monotonic", lambda: next(now))
+    for options, error, status, said in (
+        (["--seconds", "40"], 0.0, gpu_check.STOPPED_IN_TIME, "not finished: 1 of 9 cases in 40 s, 0 wrong"),
+        (["--seconds", "40"], 1.0, 1, "1 wrong"),
+        ([], 0.0, 0, "9 cases, 0 wrong"),
+    ):
+        monkeypatch.setattr(sanitize_ops, "worst_error", lambda shape, dtypes, error=error: error)
+        assert sanitize_ops.main(options) == status and said in capsys.readouterr().out
 
 
 # --- the result file --------------------------------------------------------------------------------------------------
 
 
-def test_each_part_writes_its_entry_at_once(tmp_path, logs):
-    path = tmp_path / "results" / "gpu_check.json"
-    (logs / "layer.json").write_text("[3]")
-    gpu_report.add_outcome(path, FACTS, Outcome("layer", PASSED, 9.0, "python", "good"), "layer.json")
-    later = FACTS | {"commit": "f" * 40, "date": "2026-11-26T10:00:00+00:00"}
-    gpu_report.add_outcome(path, later, Outcome("ops", FAILED, 5.0, "pytest", "1 failed", ["tests/a.py::test_b"]))
-    result = json.loads(path.read_text())
-    assert result["card"] == FACTS["card"] and list(result["parts"]) == ["layer", "ops"]
-    assert (
-        result["parts"]["layer"]["measured"] == [3] and result["parts"]["layer"]["facts"]["commit"] == FACTS["commit"]
-    )
-    assert result["parts"]["ops"]["failures"] == ["tests/a.py::test_b"]
-    # A part that did not start replaces no figures.
-    for outcome in (Outcome("layer", NOT_RUN, 0.0, "", "build was not run"), Outcome("layer", TIMED_OUT, 0.0, "", "")):
-        gpu_report.add_outcome(path, later, outcome, "layer.json")
-    result = gpu_report.read_result(path)
-    assert result["parts"]["layer"]["measured"] == [3]
-    result["parts"]["layer"]["measured"] = None
-    text = gpu_report.format_report(result, later, ["build", "ops", "layer"])
-    assert "| build | not run | 0 | not in this run, nor before |" in text
-    assert f"| layer | passed | 9 | (commit {FACTS['commit'][:12]}) good |" in text
-    assert "| ops | failed | 5 | 1 failed |\n| | | | failed: tests/a.py::test_b |" in text
-    path.write_text('{"parts": {"a"')  # a broken file is begun again
-    gpu_report.add_outcome(path, FACTS, Outcome("ops", PASSED, 5.0, "pytest", ""))
-    assert list(gpu_report.read_result(path)["parts"]) == ["ops"]
+def entry(status: str = PASSED, seconds: float = 61.2, measured=None, failures=()) -> dict:
+    return {"status": status, "seconds": seconds, "detail": "well", "failures": [*failures], "measured": measured}
 
 
-def test_a_run_is_continued(tmp_path):
-    path = tmp_path / "gpu_check.json"
-    for name, status in (("build", PASSED), ("ops", FAILED), ("large", TIMED_OUT), ("layer", PASSED)):
-        facts = FACTS | ({"torch": "2.12.0"} if name == "layer" else {})
-        gpu_report.add_outcome(path, facts, Outcome(name, status, 5.0, "", ""))
-    parts = parts_named("build", "ops", "large", "layer", "host")
-    result = gpu_report.read_result(path)
-    assert [p.name for p in gpu_report.not_yet_passed(parts, result, FACTS)] == ["ops", "large", "layer", "host"]
-    changed = FACTS | {"commit": FACTS["commit"] + "+changes"}
-    assert gpu_report.not_yet_passed(parts, result, changed) == parts
-
-
-def test_report_and_json(tmp_path, logs):
+def test_entries_and_their_report(tmp_path, monkeypatch):
     case = "8192 x 4096 -> 4096, r=16, bfloat16, p=0.1"
     kernel = {"case": case, "stage": "expand", "us": 25.0, "gb_s": 2700.0, "of_copy": 0.9, "of_floor": 0.91}
     kernel |= {"bytes": 67764224, "flops": 1073741824, "launches": 1}
@@ -151,11 +189,19 @@ def test_report_and_json(tmp_path, logs):
     }
     path = tmp_path / "gpu_check.json"
     for name, measured in figures.items():
-        (logs / f"{name}.json").write_text(json.dumps(measured))
-        gpu_report.add_outcome(path, FACTS, Outcome(name, PASSED, 61.2, "python", "measured"), f"{name}.json")
-    text = gpu_report.format_report(gpu_report.read_result(path), FACTS, list(figures))
+        gpu_report.add_entry(path, FACTS, name, entry(measured=measured))
+    later = FACTS | {"commit": "f" * 40}
+    gpu_report.add_entry(path, later, "ops", entry(FAILED, failures=["tests/a.py::test_b"]))
+    gpu_report.add_entry(path, later, "layer", entry(NOT_RUN, 0.0))  # replaces no figures
+    result = gpu_report.read_result(path)
+    assert [gpu_report.has_passed(name, result, FACTS) for name in ("layer", "ops", "build")] == [True, False, False]
+    assert not gpu_report.has_passed("layer", result, FACTS | {"torch": "2.12.0"})
+    text = gpu_report.format_report(result, FACTS, ["build", *figures])
     for expected in (
-        "NVIDIA H100 80GB HBM3, driver 580.1, torch 2.11.0+cu130, nvcc 13.0.48, commit 0123456789ab",
+        "NVIDIA H100 80GB HBM3, driver 580.1, torch 2.11.0+cu130, commit 0123456789ab",
+        "| build | not run | 0 | not in this run, nor before |",
+        "| layer | passed | 61 | well |",
+        "| ops | failed | 61 | (commit ffffffffffff) well |\n| | | | failed: tests/a.py::test_b |",
         "copy 3000 GB/s; matrix products, TFLOP/s: bfloat16 790",
         f"| {case} | expand | 25.0 | 2700 | 90% | 91% |",
         "axolotl",
@@ -168,24 +214,12 @@ def test_report_and_json(tmp_path, logs):
         "| forward | 12 | 50 | 60 |",
     ):
         assert expected in text, f"{expected}\n\n{text}"
-    # Another card: the rates that were measured in the run; none: no predictions.
-    other = FACTS | {"card": "NVIDIA L40S"}
-    text = gpu_report.format_report(gpu_report.read_result(path), other, list(figures))
-    assert "NVIDIA L40S at 3.00 TB/s, 790 TFLOP/s" in text
-    empty = gpu_report.format_report({"parts": {}}, other, ["build"])
-    assert "predicted" not in empty and "| build | not run |" in empty
-
-
-def test_a_failed_build_is_reported_though_lora_ext_cannot_be_imported(tmp_path, logs, monkeypatch):
-    """The benchmarks, which format the tables, import lora_ext."""
-    monkeypatch.setitem(sys.modules, "bench_grouped", None)
-    path = tmp_path / "gpu_check.json"
-    gpu_report.add_outcome(path, FACTS, Outcome("build", FAILED, 5.0, "python setup.py", "nvcc: error"))
-    (logs / "layer.json").write_text("[3]")  # from an earlier run
-    gpu_report.add_outcome(path, FACTS, Outcome("layer", PASSED, 9.0, "python", "good"), "layer.json")
-    text = gpu_report.format_report(gpu_report.read_result(path), FACTS, ["build", "layer"])
-    assert "| build | failed | 5 | nvcc: error |" in text
-    assert "| layer | passed | 9 | good |\n\nNo tables of the figures, which are in the result file: " in text
+    other = FACTS | {"card": "NVIDIA L40S"}  # the rates that were measured in the run
+    assert "NVIDIA L40S at 3.00 TB/s, 790 TFLOP/s" in gpu_report.format_report(result, other, list(figures))
+    monkeypatch.setitem(sys.modules, "bench_grouped", None)  # the benchmarks import lora_ext, whose build failed
+    assert "No tables of the figures, which are in the result file: " in gpu_report.format_report(result, FACTS, [])
+    path.write_text('{"parts": {"a"')  # a broken file is begun again
+    assert gpu_report.read_result(path) == {"parts": {}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -195,36 +229,34 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_a_dry_run_goes_from_the_options_to_the_result_file(tmp_path, logs, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "LOGS", logs)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    arguments = ["--dry", "--results", str(tmp_path), "--seconds", "300", "--only", "rivals"]
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry", "--results", str(tmp_path), "--only", "rivals"])
     try:
         assert gpu_check.main() == 0, capsys.readouterr().out
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    entry = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["rivals"]
-    assert (entry["status"], entry["detail"]) == (PASSED, "no rival can be measured")
+        signal.signal(signal.SIGINT, handler)
+    found = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["rivals"]
+    assert (found["status"], found["detail"]) == (PASSED, "no rival can be measured")
     assert "unsloth: not measured, unsloth is not installed" in (logs / "rivals.log").read_text()
     said = capsys.readouterr().out
-    for expected in ("| golden | not run | 0 | not in this run, nor before |", "| rivals | passed |"):
-        assert expected in said, said
+    assert "| golden | not run | 0 | not in this run, nor before |" in said and "| rivals | passed |" in said
     assert "predicted" not in said  # nothing was measured on a GPU
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry", "--only", "rivals,x"])
+    with pytest.raises(SystemExit, match="no part x; there are golden, layer"):
+        gpu_check.main()
 
 
-def measuring(code: str, limit: float) -> Outcome:
-    return timed_parts.run(Part("p", [sys.executable, "-c", code], limit, 0, measures="m.json"), limit)
-
-
-def test_what_was_measured_before_the_limit_is_kept(logs, tmp_path):
-    """The figures that a part wrote are in the result file, though it was interrupted."""
-    code = f"import pathlib, time; pathlib.Path({str(logs)!r}, 'm.json').write_text('[1, 2]'); time.sleep(600)"
-    (logs / "m.json").write_text("[0]")  # of an earlier run
-    outcome = measuring(code, 8)
-    assert outcome.status == TIMED_OUT
-    gpu_report.add_outcome(tmp_path / "r.json", FACTS, outcome, "m.json")
-    assert gpu_report.measured(gpu_report.read_result(tmp_path / "r.json"), "p") == [1, 2]
-    outcome = measuring("raise SystemExit(1)", 60)  # measured nothing
-    gpu_report.add_outcome(tmp_path / "r.json", FACTS, outcome, "m.json")
-    assert gpu_report.measured(gpu_report.read_result(tmp_path / "r.json"), "p") is None
+def test_failures_are_read_from_a_log_that_was_cut():
+    log = """
+tests/ops/test_a.py::test_one[(1, 2)-bfloat16] FAILED            [ 12%]
+tests/ops/test_a.py::test_two PASSED                             [ 13%]
+[gw3] [ 14%] FAILED tests/ops/test_b.py::test_three[a b]
+[gw1] [ 15%] PASSED tests/ops/test_b.py::test_four
+ERROR tests/nn/test_c.py - ImportError: no module
+FAILED tests/ops/test_a.py::test_one[(1, 2)-bfloat16] - AssertionError: 1 - 2
+"""
+    assert {*gpu_check.failed_tests(log)} == {
+        "tests/nn/test_c.py",
+        "tests/ops/test_a.py::test_one[(1, 2)-bfloat16]",
+        "tests/ops/test_b.py::test_three[a b]",
+    }

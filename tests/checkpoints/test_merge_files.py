@@ -64,7 +64,7 @@ def test_what_is_no_plain_number_is_copied(dtype, small_files, tmp_path):
     assert merge(tmp_path / "base", [small_files / "adapter"], tmp_path / "out", dtype=dtype).copied == 6
     before, after = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "out")
     for key in ("scales", "blocks"):
-        assert (after.info(key).dtype, after.info(key).shape) == (before.info(key).dtype, before.info(key).shape)
+        assert after[key][:2] == before[key][:2]
         assert torch.equal(before.tensor(key).view(torch.uint8), after.tensor(key).view(torch.uint8))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,66 +35,79 @@ def test_tensors_that_do_not_fit_are_listed(llama_files, tmp_path):
     refuses(tmp_path / "wider", [adapter], tmp_path / "out", "shape of model.layers.1.mlp.up_proj.weight: [25, 16]")
 
 
-PATH = "model.layers.0.self_attn.q_proj"
-QUANTISED = {  # name and value of the weight -> what is said
-    "int8": ("weight", lambda weight: weight.to(torch.int8), f"dtype of {PATH}.weight: torch.int8"),
-    "nf4": ("weight", lambda weight: weight.view(-1, 2)[:, :1].to(torch.uint8), f"dtype of {PATH}.weight: torch.uint8"),
+WEIGHT = "model.layers.0.self_attn.q_proj.weight"
+DATA = WEIGHT.replace(".weight", "._weight_qdata")
+QUERY, LAYER, EXPERTS = {"target_modules": ["q_proj"]}, {"target_modules": ["a"]}, ["experts.gate", "experts.up"]
+SAVED, STACK = LAYER | {"modules_to_save": ["b"]}, {"target_modules": [], "target_parameters": EXPERTS}
+CONV = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2)})
+ATTENTION = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+TWO = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
+STACKS = nn.ModuleDict({"experts": nn.Module()})
+for stack in ("gate", "up"):
+    setattr(STACKS.experts, stack, nn.Parameter(torch.randn(3, 10, 8)))
+
+
+def cast(key: str, dtype: torch.dtype) -> Callable[[dict], dict]:
+    return lambda tensors: tensors | {key: tensors[key].to(dtype)}
+
+
+def only(*parts: str, named: str = "") -> Callable[[dict], dict]:
+    """Leaves the tensors that have one of these in their names, and takes ``named`` from the names."""
+    return lambda t: {key.removeprefix(named): t[key] for key in t if any(part in key for part in parts)}
+
+
+BASES = {  # model, settings of its adapter, what the base has instead of the model's tensors, words
+    "int8": (llama(), QUERY, cast(WEIGHT, torch.int8), f"dtype of {WEIGHT}: torch.int8, want float64, float32"),
+    "nf4": (llama(), QUERY, lambda t: t | {WEIGHT: t[WEIGHT].byte()[:, ::2]}, f"dtype of {WEIGHT}: torch.uint8, want"),
     "torchao": (
-        "_weight_qdata",
-        lambda weight: weight.to(torch.int8),
-        f"not in the base: {PATH}.weight; it has {PATH}._weight_qdata, want float64",
+        llama(),
+        QUERY,
+        lambda t: {(DATA if key == WEIGHT else key): tensor for key, tensor in t.items()},
+        f"not in the base: {WEIGHT}; it has {DATA}, want float64, float32, bfloat16 or float16: dequantise",
     ),
+    "two places": (TWO, LAYER, lambda t: {f"{i}.a.weight": t["a.weight"] for i in "xy"}, "any of x.a.weight, y.a.weig"),
+    "other prefix": (
+        bert(),
+        {"target_modules": ["query"], "task_type": "SEQ_CLS"},
+        only("bert", named="bert."),
+        "it cannot be added: classifier.weight; load base and adapter as a model (load_adapter)",
+    ),
+    "attention": (ATTENTION, {"target_modules": ["attn"]}, dict, "attn.weight; it has attn.in_proj_weight, want"),
+    "grouped": (CONV, {"target_modules": ["conv"], "r": 4}, dict, "a grouped convolution reaches across the groups"),
+    # A quantised weight needs its scales: numbers rounded to its dtype would be wrong.
+    "saved int8": (TWO, SAVED, cast("b.weight", torch.int8), "which the adapter's torch.float32 is not"),
+    "saved float8": (TWO, SAVED, cast("b.weight", torch.float8_e4m3fn), "which the adapter's torch.float32 is not"),
+    "like experts": (
+        STACKS,
+        STACK,
+        dict,
+        "shapes do not say which layer an update belongs to: experts.gate, experts.u",
+    ),
+    "one of two": (STACKS, STACK, only("gate"), "shapes do not say which layer an update belongs to: experts.gate; m"),
+    "many names": (STACKS, STACK, dict, "names too many parameters of 'experts', want at most 4"),
 }
 
 
-@pytest.mark.parametrize("name", QUANTISED)
-def test_quantised_bases_are_refused(llama_files, tmp_path, name):
-    last, quantise, words = QUANTISED[name]
-    tensors = llama().state_dict()
-    tensors[f"{PATH}.{last}"] = quantise(tensors.pop(f"{PATH}.weight"))
-    save_checkpoint(tensors, tmp_path / name)
-    refuses(tmp_path / name, [llama_files[1]], tmp_path / "out", words, "dequantise the base first")
+@pytest.mark.parametrize("name", BASES)
+def test_bases_that_an_adapter_cannot_change(name, tmp_path):
+    model, settings, change, words = BASES[name]
+    peft_adapter(model, tmp_path / "adapter", **settings)
+    if name == "many names":
+        edit_config(tmp_path / "adapter", target_parameters=[f"experts.p{i}" for i in range(5)])
+    save_checkpoint(change(dict(model.state_dict())), tmp_path / "base", shards=1)
+    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", words)
 
 
-def test_a_part_of_a_method_is_refused(tmp_path):
+def test_what_was_trained_with_more_than_the_adapter_is_refused(tmp_path):
     """The merged checkpoint would lack the rest, and answer otherwise than the trained model."""
     bert().save_pretrained(tmp_path / "base")
-    base, out = tmp_path / "base", tmp_path / "out"
-    both = new_method("lora+prefix-embed", r=2, target_modules=["query"])
-    save_method(apply_method(bert(), both), tmp_path / "both")
-    refuses(base, [tmp_path / "both"], out, "both holds the low-rank part of lora+prefix-embed", "load_method")
-    (tmp_path / "both" / "adapter_config.json").unlink()
-    words = "adapter_config.json is missing", "method.json there is of a method without LoRA"
-    refuses(base, [tmp_path / "both"], out, *words, error=FileNotFoundError)
-
-
-def test_a_pooling_that_the_base_does_not_name_is_refused(tmp_path):
-    model = bert()
-    model.save_pretrained(tmp_path / "base")
-    lora = new_method("lora", r=2, target_modules=["query"])
-    save_method(apply_method(set_pooling(model, "mean"), lora), tmp_path / "lora")
-    words = "trained with --pooling mean", '"classifier_pooling": "mean" into', "config.json"
-    refuses(tmp_path / "base", [tmp_path / "lora"], tmp_path / "out", *words)
-    path = tmp_path / "base" / "config.json"
-    path.write_text(path.read_text().replace("{", '{"classifier_pooling": "mean",', 1))
-    merge(tmp_path / "base", [tmp_path / "lora"], tmp_path / "out")
-    assert '"classifier_pooling": "mean"' in (tmp_path / "out" / "config.json").read_text()
-
-
-def test_names_with_several_places_are_refused(tmp_path):
-    model = nn.ModuleDict({"lin": nn.Linear(4, 4)})
-    peft_adapter(model, tmp_path / "adapter", target_modules=["lin"])
-    weights = {f"{name}.lin.weight": torch.ones(4, 4) for name in ("left", "right")}
-    save_checkpoint(weights, tmp_path / "base", shards=1)
-    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", "lin.weight may be any of left.lin.weight, ri")
-
-
-def test_a_head_is_not_added_under_another_prefix(tmp_path):
-    model = bert()
-    model.bert.save_pretrained(tmp_path / "encoder")  # without "bert." in front of its names
-    peft_adapter(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
-    words = "it cannot be added: classifier.weight; load base and adapter as a model (load_adapter)"
-    refuses(tmp_path / "encoder", [tmp_path / "adapter"], tmp_path / "out", words)
+    lora = {"r": 2, "target_modules": ["query"]}
+    save_method(apply_method(bert(), new_method("lora+prefix-embed", **lora)), tmp_path / "both")
+    save_method(apply_method(set_pooling(bert(), "mean"), new_method("lora", **lora)), tmp_path / "mean")
+    for name, words in (("both", "prefix-embed"), ("mean", "trained with --pooling mean")):
+        refuses(tmp_path / "base", [tmp_path / name], tmp_path / "out", words, "load_method")
+    (tmp_path / "both" / "method.json").write_text('{"methods": [{"name": "lora", "options": {}}]}')
+    merge(tmp_path / "base", [tmp_path / "both"], tmp_path / "out")
 
 
 def test_adapters_that_replace_the_same_are_refused(tmp_path):
@@ -172,14 +186,6 @@ def test_what_is_trained_next_to_factors_is_merged_in_memory(small_files, tmp_pa
     refuses(small_files / "base", [tmp_path / "adapter"], tmp_path / "out", words)
 
 
-def test_attentions_are_merged_in_memory(tmp_path):
-    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
-    save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
-    peft_adapter(model, tmp_path / "adapter", target_modules=["attn"])
-    words = "not in the base: attn.weight; it has attn.in_proj_weight", "merge_and_unload"
-    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", *words)
-
-
 def test_whole_tensors_and_rows_have_no_weight(tmp_path):
     model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "a": nn.Linear(4, 4)})
     save_checkpoint(model.state_dict(), tmp_path / "base")
@@ -199,30 +205,3 @@ def test_adapters_with_invocation_tokens_are_refused(llama_files, tmp_path):
     base, adapter = llama_files
     edit_config(adapter, alora_invocation_tokens=[5])
     refuses(base, [adapter], tmp_path / "out", "alora_invocation_tokens")
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_tensors_of_another_dtype_are_not_replaced_by_numbers(tmp_path, dtype):
-    """A quantised weight needs its scales: numbers rounded to its dtype would be wrong."""
-    model = nn.ModuleDict({name: nn.Linear(9, 7) for name in "ab"})
-    peft_adapter(model, tmp_path / "adapter", target_modules=["a"], modules_to_save=["b"])
-    tensors = dict(model.state_dict())
-    save_checkpoint(tensors | {"b.weight": tensors["b.weight"].to(dtype)}, tmp_path / "base", shards=1)
-    words = "dtype of b.weight: ", "which the adapter's torch.float32 is not"
-    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", *words)
-
-
-def test_parameters_that_shapes_do_not_tell_apart(tmp_path):
-    model = nn.ModuleDict({"experts": nn.Module()})
-    for name in ("gate", "up"):
-        setattr(model.experts, name, nn.Parameter(torch.randn(3, 10, 8)))
-    names = ["experts.gate", "experts.up"]
-    peft_adapter(model, tmp_path / "adapter", target_modules=[], target_parameters=names)
-    save_checkpoint(model.state_dict(), tmp_path / "base", shards=1)
-    save_checkpoint({"experts.gate": model.experts.gate}, tmp_path / "half", shards=1)
-    for base, found in (("base", "experts.gate, experts.up"), ("half", "experts.gate")):
-        words = f"shapes do not say which layer an update belongs to: {found}; merge in memory"
-        refuses(tmp_path / base, [tmp_path / "adapter"], tmp_path / "out", words)
-    edit_config(tmp_path / "adapter", target_parameters=[*names, *(f"experts.p{i}" for i in range(5))])
-    words = "names too many parameters of 'experts', want at most 4"
-    refuses(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out", words)

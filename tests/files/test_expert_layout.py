@@ -86,20 +86,17 @@ def test_the_present_layout_is_read(transposed, version, is_exchanged, sizes, tm
 
 
 @pytest.mark.parametrize(("transposed", "version", "is_exchanged"), EXCHANGED + OLD)
-def test_square_experts_of_an_old_peft_are_refused(transposed, version, is_exchanged, tmp_path):
+def test_square_experts_of_an_old_peft_are_refused_and_shapes_tell_others(transposed, version, is_exchanged, tmp_path):
     model = base(transposed, *SQUARE)
     saved(tmp_path / "square", model, version, is_exchanged)
     words = "square experts", f"peft_version in adapter_config.json is {version!r}"
     with refused(model, ValueError, "load_adapter: ", *words):
         load_adapter(model, tmp_path / "square")
-
-
-@pytest.mark.parametrize(("transposed", "version", "is_exchanged"), EXCHANGED)
-def test_the_shapes_say_that_a_layout_is_older(transposed, version, is_exchanged, tmp_path):
-    model = base(transposed, *RECTANGULAR)
-    saved(tmp_path / "file", model, version, is_exchanged)
-    with refused(model, ValueError, "shape of base_model.model.experts.base_layer.lora_A.weight: [6, "):
-        load_adapter(model, tmp_path / "file")
+    if (transposed, version, is_exchanged) in EXCHANGED:
+        model = base(transposed, *RECTANGULAR)
+        saved(tmp_path / "file", model, version, is_exchanged)
+        with refused(model, ValueError, "shape of base_model.model.experts.base_layer.lora_A.weight: [6, "):
+            load_adapter(model, tmp_path / "file")
 
 
 def test_one_adapter_for_each_expert_is_refused(tmp_path):

@@ -1,33 +1,19 @@
-"""Files that strangers wrote: JSON, safetensors headers, and what is no regular file; the messages and the cost."""
+"""JSON and safetensors files that strangers wrote; tests/hostile has damaged ones."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 import struct
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
-from support.file_mutations import mutated_tensors
 
-from lora_ext.files.reading import (
-    DTYPE_NAMES,
-    DTYPES,
-    open_tensors,
-    parse_json,
-    read_json,
-    read_tensor,
-    tensor_table,
-)
+from lora_ext.files.reading import DTYPES, open_tensors, parse_json, read_json, read_tensor, tensor_table
 
 pytestmark = pytest.mark.cpu_only("is about files")
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -43,50 +29,16 @@ def test_an_object_is_read(values, tmp_path):
     for ensure_ascii in (True, False):
         path = tmp_path / "x.json"
         path.write_text(json.dumps(values, ensure_ascii=ensure_ascii), encoding="utf-8")
-        assert read_json(path, "test", 10**7) == values
-    assert parse_json('{"a": ' + "[" * 63 + "]" * 63 + "}", "the largest depth")
+        assert read_json(path, 10**7) == values
 
 
-WRONG = {
-    "": "is not JSON",
-    "{": "is not JSON",
-    "[1]": "holds a list, want an object",
-    "1": "holds a int, want an object",
-    "null": "holds a NoneType, want an object",
-    '{"a": 1, "b": {"c": 1, "c": 2}}': "is not JSON: the key 'c' occurs twice",
-    '{"a": ' + "9" * 5000 + "}": "is not JSON: Exceeds the limit",
-    '{"a": "\\ud800"}': "has a string that is not Unicode: ",
-    '{"a": [["\\udfff"]]}': "has a string that is not Unicode: ",
-    '{"\\ud800": 1}': "has a string that is not Unicode: ",
-    '{"a": ' + "[" * 64 + "]" * 64 + "}": "more than 64 levels",
-    '{"a": ' * 65 + "1" + "}" * 65: "more than 64 levels",
-    '{"a": ' + "[" * 10**5 + "]" * 10**5 + "}": "more than 64 levels",
-    '{"a": "\n"}': "is not JSON",
-    "\ufeff{}": "is not JSON",
-}
-
-
-@pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=range(len(WRONG)))
-def test_bad_json_is_refused_in_one_line(text, message, tmp_path):
+def test_the_limits_of_a_size_and_a_depth(tmp_path):
     path = tmp_path / "x.json"
-    path.write_text(text, encoding="utf-8")
-    for read in (lambda: read_json(path, "test", 10**7), lambda: parse_json(text, f"test: {path}")):
-        with pytest.raises(ValueError) as caught:
-            read()
-        assert str(caught.value).startswith(f"test: {path} ") and message in str(caught.value)
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 300
-
-
-def test_bytes_that_are_not_text_and_files_above_the_limit(tmp_path):
-    path = tmp_path / "x.json"
-    for raw in (b"\xff{}", b'{"a": "\xed\xa0\x80"}', b"\0" * 10):
-        path.write_bytes(raw)
-        with pytest.raises(ValueError, match=r"x\.json is not JSON"):
-            read_json(path)
     path.write_text('{"a": 1}')
-    assert read_json(path, "test", 8) == {"a": 1}
-    with pytest.raises(ValueError, match=r"test: .*x\.json is larger than 7 bytes"):
-        read_json(path, "test", 7)
+    assert read_json(path, 8) == {"a": 1}
+    with pytest.raises(ValueError, match=r"x\.json is larger than 7 bytes"):
+        read_json(path, 7)
+    assert parse_json('{"a": ' + "[" * 63 + "]" * 63 + "}", "the largest depth")
 
 
 @pytest.mark.parametrize("read", [read_json, tensor_table])
@@ -103,91 +55,26 @@ def test_only_regular_files_are_opened_and_none_is_waited_for(read, tmp_path):
         read(tmp_path / "none")
 
 
-# --- safetensors ------------------------------------------------------------------------------------------------------
-
-Found = dict[str, tuple[str, list[int], bytes]]  # name -> dtype, shape and bytes
-
-
-def by_library(content: bytes) -> Found | None:
-    """The tensors in a file; None if it is refused."""
-    try:
-        return {name: (one["dtype"], list(one["shape"]), bytes(one["data"])) for name, one in deserialize(content)}
-    except SafetensorError:
-        return None
-
-
-def by_us(path: Path, content: bytes) -> Found | None:
-    path.write_bytes(content)
-    try:
-        table = tensor_table(path)
-    except ValueError as error:
-        text = str(error).replace(str(path), "")
-        assert text.isprintable() and len(text) < 700, text
-        return None
-    return {
-        name: (DTYPE_NAMES[info.dtype], list(info.shape), content[info.begin : info.begin + info.nbytes])
-        for name, info in table.items()
-    }
-
-
-def unusable(tensors: Found) -> bool:
-    """Returns whether PyTorch could not hold a tensor, or a message could not name it."""
-    return not all(map(str.isprintable, tensors)) or any(
-        dtype not in DTYPES or torch.Size([max(size, 1) for size in shape]).numel() > 2**59 or len(shape) > 64
-        for dtype, shape, _ in tensors.values()
-    )
-
-
-def test_mutated_headers_are_accepted_exactly_if_the_library_accepts_them(tmp_path):
-    rng, path = random.Random(1), tmp_path / "x.safetensors"
-    accepted, cases = 0, 2000
-    for case in range(cases):
-        content = mutated_tensors(rng)
-        expected = by_library(content)
-        found = by_us(path, content)
-        assert found == expected or (found is None and unusable(expected)), (case, content)
-        accepted += found is not None
-    assert 0.15 < accepted / cases < 0.6  # enough of both kinds to test something
-
-
-def test_a_header_that_is_too_long_or_missing(tmp_path):
-    path = tmp_path / "x"
-    for content in (b"", b"\0" * 7, b"\0" * 8, struct.pack("<Q", 2**64 - 1) + b"{}", struct.pack("<Q", 100) + b"{}"):
-        assert by_library(content) is None and by_us(path, content) is None
-    with open(path, "wb") as file:  # a sparse file
+def test_a_header_that_is_too_long(tmp_path):
+    with open(tmp_path / "x", "wb") as file:  # a sparse file
         file.write(struct.pack("<Q", 100_000_001) + b"{}")
         file.truncate(100_000_009)
     with pytest.raises(ValueError, match="header too large"):
-        tensor_table(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "shape", "message"),
-    [
-        ('"a\\u001b[31m\\nfake: error"', "U8", "[2]", r"cannot be printed: 'a\\x1b\[31m\\nfake: error'"),
-        (f'"{"x" * 501}"', "U8", "[2]", "a name of 501 characters"),
-        ('"a"', "U8", "[4611686018427387904,0]", r"a has a shape that PyTorch cannot hold: \[4611686018427387904, 0\]"),
-        ('"a"', "U8", f"[{','.join(['1'] * 64)},2]", "a has a shape that PyTorch cannot hold"),
-        ('"a"', "F4", "[4]", "a has the dtype F4, which PyTorch cannot hold"),
-    ],
-)
-def test_what_pytorch_cannot_hold_or_a_message_not_name(name, dtype, shape, message, tmp_path):
-    nbytes = 0 if shape.endswith("0]") else 2
-    header = f'{{{name}:{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,{nbytes}]}}}}'.encode()
-    (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header + b"ab"[:nbytes])
-    with pytest.raises(ValueError, match=message) as caught:
         tensor_table(tmp_path / "x")
-    assert str(caught.value).isprintable()
 
 
 def test_files_of_the_library_are_read(tmp_path):
-    tensors = {"b": torch.arange(6).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16), "none": torch.ones(0, 4)}
+    tensors = {name: torch.arange(6).to(dtype).reshape(2, 3) for name, dtype in DTYPES.items()}
+    tensors |= {"none": torch.ones(0, 4), "scalar": torch.tensor(3.0)}
     save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
     with open_tensors(tmp_path / "x") as (file, table):
         assert file.metadata() == {"format": "pt"}
     assert table.keys() == tensors.keys()
-    assert all(torch.equal(read_tensor(tmp_path / "x", info), tensors[name]) for name, info in table.items())
+    for name, info in table.items():
+        read = read_tensor(tmp_path / "x", info)
+        assert (read.dtype, read.shape) == (tensors[name].dtype, tensors[name].shape), name
+        assert torch.equal(read.view(-1).view(torch.uint8), tensors[name].view(-1).view(torch.uint8)), name
     with open(tmp_path / "x", "r+b") as file:
-        file.truncate(table["a"].begin + 1)
+        file.truncate(table["F32"].begin + 1)
     with pytest.raises(ValueError, match="x became shorter while it was read"):
-        read_tensor(tmp_path / "x", table["a"])
+        read_tensor(tmp_path / "x", table["F32"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoint_files import tensors_of
-from support.models import ALIVE, FAMILIES, Net, adapter_of_net, bert, llama, refused, shaken, token_ids
+from support.models import ALIVE, FAMILIES, Net, adapter_of_net, llama, refused, shaken, token_ids
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -54,53 +54,22 @@ def shake(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("family", "settings"), ADAPTERS)
-def test_peft_loads_what_we_save(family, settings, tmp_path):
-    base, inputs = FAMILIES[family]().double().eval(), inputs_for(family)
-    ours = inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE))
-    shake(ours)
-    save_adapter(ours, tmp_path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter|key).*")
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
-    assert (output(ours, inputs) - output(base, inputs)).abs().max() > 1e-2
-    torch.testing.assert_close(output(theirs, inputs), output(ours, inputs))
-    # PEFT also saves the base weight of an adapted output head.
-    keys = {key for key in peft.get_peft_model_state_dict(theirs) if ".base_layer." not in key}
-    assert keys == tensors_of(tmp_path).keys()
-
-
-@pytest.mark.parametrize(("family", "settings"), ADAPTERS)
-def test_we_load_what_peft_saves(family, settings, tmp_path):
+def test_files_go_to_peft_and_back(family, settings, tmp_path):
     base, inputs = FAMILIES[family]().double().eval(), inputs_for(family)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings, **ALIVE)).eval()
     shake(theirs)
-    theirs.save_pretrained(tmp_path)
-    ours = load_adapter(copy.deepcopy(base), tmp_path)
-    assert (output(theirs, inputs) - output(base, inputs)).abs().max() > 1e-2
-    torch.testing.assert_close(output(ours, inputs), output(theirs, inputs))
-    save_adapter(ours, tmp_path / "again")
-    torch.testing.assert_close(tensors_of(tmp_path / "again"), tensors_of(tmp_path), rtol=0, atol=0)
-
-
-def test_trains_as_peft_does(tmp_path):
-    base = bert().double()
-    settings = {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "use_rslora": True} | ALIVE
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
-    theirs.save_pretrained(tmp_path / "start")
-    ours = load_adapter(copy.deepcopy(base), tmp_path / "start", trainable=True)
-    ids, labels = token_ids(8), torch.randint(3, (8,))
-    for model in (ours, theirs):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-        model.train()
-        for _ in range(4):
-            optimizer.zero_grad()
-            model(input_ids=ids, labels=labels).loss.backward()
-            optimizer.step()
-    save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
-    start, mine, want = (tensors_of(tmp_path / name) for name in ("start", "ours", "theirs"))
-    assert not any(torch.equal(start[key], want[key]) for key in want)
-    torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-12)
+    expected = output(theirs, inputs)
+    assert (expected - output(base, inputs)).abs().max() > 1e-2
+    torch.testing.assert_close(output(load_adapter(copy.deepcopy(base), tmp_path / "theirs"), inputs), expected)
+    ours = inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE)).eval()
+    load_adapter(ours, tmp_path / "theirs")  # in place of new values
+    save_adapter(ours, tmp_path / "ours")
+    torch.testing.assert_close(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"), rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter|key).*")
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(output(again, inputs), expected)
 
 
 def test_tied_modules_to_save_round_trip_and_stay_tied(tmp_path):
@@ -136,10 +105,9 @@ def test_loading_into_an_injected_model_replaces_values_in_place(tmp_path):
     config = LoraConfig(target_modules=["up"], modules_to_save=["head"], lora_dropout=0.1, **ALIVE)
     source, model = inject(Net().eval(), config), inject(Net().eval(), config)
     save_adapter(source, tmp_path)
-    identities = [id(p) for p in model.parameters()]
+    identities, state = [id(p) for p in model.parameters()], source.state_dict()
     assert load_adapter(model, str(tmp_path)) is model
     assert [id(p) for p in model.parameters()] == identities
-    state = source.state_dict()
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) > 4 and all(torch.equal(model.state_dict()[name], state[name]) for name in trained)
     half = load_adapter(Net().half(), tmp_path)  # values are cast to the adapter, which is in float32
@@ -269,13 +237,6 @@ def test_every_mismatch_is_listed(model, tmp_path):
         load_adapter(model, tmp_path)
 
 
-def test_corrupted_weights(model, tmp_path):
-    path = adapter_of_net(tmp_path) / WEIGHTS
-    path.write_bytes(path.read_bytes()[:-8])
-    with refused(model, ValueError, f"{WEIGHTS} is corrupted or not a safetensors file"):
-        load_adapter(model, tmp_path)
-
-
 def test_missing_files(model, tmp_path):
     with refused(model, FileNotFoundError, f"load_adapter: {tmp_path}/none/{CONFIG} is missing"):
         load_adapter(model, tmp_path / "none")
@@ -285,28 +246,8 @@ def test_missing_files(model, tmp_path):
     weights = adapter_of_net(tmp_path) / WEIGHTS
     for name in ("nothing", "adapter_model.bin", "adapter_model-00001-of-00002.safetensors"):
         weights = weights.rename(tmp_path / name)
-        words = [] if name == "nothing" else [f"{name} is there", "are not read: load it with PEFT", "max_shard_size"]
-        with refused(model, FileNotFoundError, f"{WEIGHTS} is missing", *words):
+        with refused(model, FileNotFoundError, f"{WEIGHTS} is missing; pickles and", "max_shard_size"):
             load_adapter(model, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("\xff", "adapter_config.json is not JSON"),
-        ("[]", "holds a list, want an object"),
-        ("{}", "peft_type is None, want 'LORA'"),
-        ('{"peft_type": "LORA", "target_modules": ["up"], "r": "8"}', "r is '8' of type str"),
-        ('{"peft_type": "LORA", "target_modules": ["up"], "layers_to_transform": [7]}', "layers_to_transform"),
-        ('{"peft_type": "LORA", "target_modules": ["up"], "exclude_modules": ["up"]}', "exclude_modules"),
-    ],
-)
-def test_a_bad_config_is_named(text, message, tmp_path):
-    adapter_of_net(tmp_path)
-    (tmp_path / CONFIG).write_text(text, encoding="latin-1")
-    model = Net()
-    with refused(model, ValueError, f"load_adapter: {tmp_path}/{CONFIG}", message):
-        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize(

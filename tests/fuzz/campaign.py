@@ -1,7 +1,8 @@
-"""Runs the cases of an area in a process of their own, which is started again after a crash; counts and collects."""
+"""Cases that hypothesis draws and shrinks; each runs in a process of its own, which is started again after a crash."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,126 +10,144 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import hypothesis
+from hypothesis import strategies as st
 from support.processes import Forked
 
-from .cases import Finding
+from .cases import Case, Finding, Outcome, make_case
+from .choices import Choices
 from .worker import is_sanitized
 
 _TESTS = Path(__file__).parents[1]
 
 
 @dataclass
-class Found:
-    """A kind of finding: its first case, and how many there are."""
-
-    finding: Finding
-    seed: int
-    source: str
-    count: int = 0
-
-    def text(self) -> str:
-        return f"{self.finding.signature}\n  {self.finding.detail}\n  first with seed {self.seed}\n{self.source}"
-
-
-@dataclass
 class Campaign:
-    """The result of many cases: how often each function had which outcome, and the findings by their signature."""
+    """How often each function had which outcome, and a text of each kind of finding, from its smallest case."""
 
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    found: dict[str, Found] = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict)
+    programs: dict[str, str] = field(default_factory=dict)
 
     def total(self, *kinds: str) -> int:
         """Number of cases with these outcomes, or of all."""
         return sum(n for counter in self.counts.values() for kind, n in counter.items() if not kinds or kind in kinds)
 
     def table(self) -> str:
-        """Formats how often each function was called, with which outcomes."""
-        return "\n".join(f"{function}: {dict(counter)}" for function, counter in sorted(self.counts.items()))
-
-    def texts(self) -> str:
-        return "\n".join(found.text() for found in self.found.values())
-
-
-class Ended(Exception):
-    """Raised if the process has ended."""
+        """Formats how often each function was called, with which outcomes, and the findings."""
+        lines = [f"{function}: {dict(counter)}" for function, counter in sorted(self.counts.items())]
+        return "\n".join([*lines, *self.found.values()])
 
 
 class _Worker:
+    """Runs cases in a process of its own, which it starts when there is none."""
+
     def __init__(self, area: str, folder: str, seconds: tuple[int, int]) -> None:
-        variables = {"PYTHONFAULTHANDLER": "1", "OMP_WAIT_POLICY": "passive"}
-        arguments = "-m", "fuzz.worker", area, *map(str, seconds)
-        self._errors: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  open as long as the process
-        how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "cwd": folder, "text": True}
+        self._arguments, self._folder = ("-m", "fuzz.worker", area, *map(str, seconds)), folder
+        self._process: subprocess.Popen | Forked | None = None
+        self._errors: IO[str]
+
+    def _start(self) -> None:
+        variables = {"PYTHONFAULTHANDLER": "1", "OMP_WAIT_POLICY": "passive", "TMPDIR": self._folder}
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  open as long as the process
+        how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "text": True}
         if is_sanitized():
             path = [str(_TESTS), os.getcwd(), os.environ.get("PYTHONPATH", "")]  # the second has its library
             variables = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-            self._process = subprocess.Popen([sys.executable, *arguments], env=variables, **how)
+            self._process = subprocess.Popen([sys.executable, *self._arguments], env=variables, cwd=self._folder, **how)
         else:
-            self._process = Forked(*arguments, **how, **variables)
+            self._process = Forked(*self._arguments, cwd=self._folder, **how, **variables)
 
-    def ask(self, seed: int) -> None:
-        self._process.stdin.write(f"{seed}\n")
-        self._process.stdin.flush()
-
-    def reply(self) -> dict:
-        line = self._process.stdout.readline()
+    def run(self, function: str, drawn: list[int]) -> Outcome:
+        if self._process is None:
+            self._start()
+        try:
+            self._process.stdin.write(f"{json.dumps(drawn)}\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
-            raise Ended
-        return json.loads(line)
+            finding = _ended(function, *self.end())
+            return Outcome(finding.kind, [finding])
+        reply = json.loads(line)
+        return Outcome(reply["kind"], [Finding(**entry) for entry in reply["findings"]])
 
     def end(self) -> tuple[int, str]:
-        """Waits for the end of the process; returns its exit code and the last that it printed."""
-        self._process.stdin.close()
+        """Lets the process end by itself, so that a sanitizer can report; returns its exit code and its last output."""
+        if self._process is None:
+            return 0, ""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         code = self._process.wait()
         self._errors.seek(0)
+        self._process = None
         return code, self._errors.read()[-20000:]
+
+
+@st.composite
+def _cases(draw: st.DrawFn, area: str) -> tuple[Case, list[int]]:
+    drawn: list[int] = []
+
+    def one_of(count: int) -> int:
+        drawn.append(draw(st.integers(0, count - 1)))
+        return drawn[-1]
+
+    return make_case(area, Choices(one_of)), drawn
 
 
 def run(
     area: str,
-    seeds: Iterable[int],
-    tell: Callable[[str], None] = lambda text: None,
+    cases: int,
+    seed: int = 0,
     only: Sequence[str] | None = None,
-    end: float = float("inf"),
     seconds: tuple[int, int] = (30, 120),
+    shrink: bool = True,
 ) -> Campaign:
-    """Runs the cases of all seeds, or those that start before ``end`` of the monotonic clock.
+    """Runs cases of an area until one finds something, which is then made as small as it can be.
 
     ``only``: kinds of findings to report. ``seconds``: limits of a case, of processor time because other processes can
     delay this one, and of time for a case that waits.
     """
-    campaign, worker = Campaign(), None
+    campaign = Campaign()
+    kinds: dict[str, type[Exception]] = {}  # of one class each, which hypothesis tells apart
+
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        for seed in seeds:
-            if time.monotonic() > end:
-                break
-            worker = worker or _Worker(area, folder, seconds)
-            case = {"function": "?", "source": ""}
-            try:
-                worker.ask(seed)
-                case = worker.reply()
-                done = worker.reply()
-                kind, findings = done["kind"], [Finding(**entry) for entry in done["findings"]]
-            except (Ended, BrokenPipeError):
-                findings = [_ended(case["function"], *worker.end())]
-                kind, worker = findings[0].kind, None
-            campaign.counts[case["function"]][kind] += 1
+        worker = _Worker(area, folder, seconds)
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(
+            max_examples=cases,
+            database=None,
+            deadline=None,
+            phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(_cases(area))
+        def examine(made: tuple[Case, list[int]]) -> None:
+            case, drawn = made
+            outcome = worker.run(case.function, drawn)
+            campaign.counts[case.function][outcome.kind] += 1
+            findings = [finding for finding in outcome.findings if only is None or finding.kind in only]
             for finding in findings:
-                if only is None or finding.kind in only:
-                    new = finding.signature not in campaign.found
-                    found = campaign.found.setdefault(finding.signature, Found(finding, seed, case["source"]))
-                    found.count += 1
-                    if new:
-                        tell(found.text())
-        if worker:
-            worker.end()  # by itself, so that a sanitizer can report
+                name = finding.signature
+                campaign.found[name] = f"{name}\n  {finding.detail}\n  with the seed {seed}\n{case.source}"
+                campaign.programs[name] = case.source
+            if findings:
+                raise kinds.setdefault(name, type(name, (Exception,), {}))
+
+        try:
+            examine()
+        except Exception:
+            if not campaign.found:
+                raise
+        worker.end()
     return campaign
 
 

@@ -14,7 +14,6 @@ from .choices import Choices
 
 AREAS = {
     "ops": "every compiled op, and lora_ext.functional",
-    "models": "lives of models: inject, switch, merge, unmerge, save, load",
     "files": "adapters and checkpoints on disk, with changes in their files",
 }
 _OURS = (ValueError, TypeError, KeyError, RuntimeError, MemoryError)
@@ -25,6 +24,7 @@ _NEVER = re.compile(
 _CLEAR = re.compile(
     r"can't allocate memory: you tried to allocate|Storage size calculation overflowed|Overflow when unpa|"
     r"its data is not allocated yet|Inference tensors cannot be saved for backward|"
+    r"are out of bounds for storage of size|"
     r"cannot be represented as a SymInt|Device (string|index) must|error unpacking string as utf-8|embedded null byte"
 )
 
@@ -79,8 +79,10 @@ class Case:
     run: Callable[[], Outcome]
 
 
-def make_case(area: str, seed: int) -> Case:
-    return importlib.import_module(f"fuzz.area_{area}").make(Choices(seed))
+def make_case(area: str, choices: Choices) -> Case:
+    """Makes a case of an area, or of one function: "ops" or "ops.lora_linear"."""
+    module, _, name = area.partition(".")
+    return importlib.import_module(f"fuzz.area_{module}").make(choices, name)
 
 
 def judge_exception(function: str, names: Sequence[str], error: Exception, with_files: bool = False) -> list[Finding]:

@@ -24,15 +24,15 @@ _OTHERS = (  # noqa: SIM905
 def mutate(choices: Choices, arguments: dict[str, Value]) -> tuple[dict[str, Value], list[str]]:
     """Returns a copy of the arguments with one to three changes, and the names of the changed ones."""
     arguments, changed = dict(arguments), []
-    for _ in range(choices.between(1, 3)):
+    for _ in range(choices.randint(1, 3)):
         if not arguments:
             break
-        name = choices.pick(list(arguments))
+        name = choices.choice(list(arguments))
         changed.append(name)
         if choices.chance(3):
             del arguments[name]
         elif choices.chance(12):
-            other = choices.pick(list(arguments))
+            other = choices.choice(list(arguments))
             changed.append(other)
             arguments[name] = _aliased(choices, arguments[name], other, arguments[other])
         else:
@@ -61,10 +61,10 @@ def _alias_of(value: Value) -> str:
 
 def _aliased(choices: Choices, value: Value, name: str, other: Value) -> Value:
     if isinstance(value, ListValue) and isinstance(other, ListValue) and value.entries and other.entries:
-        entries, part = list(value.entries), f"{name}_{choices.integer(len(other.entries))}"
-        entries[choices.integer(len(entries))] = Alias(name, choices.pick((part, f"{part}[:1]", f"{part}.T")))
+        entries, part = list(value.entries), f"{name}_{choices.randrange(len(other.entries))}"
+        entries[choices.randrange(len(entries))] = Alias(name, choices.choice((part, f"{part}[:1]", f"{part}.T")))
         return ListValue(entries)
-    return Alias(name, choices.pick((name, f"{name}[:1]", f"{name}[..., :1]", f"{name}.T", f"{name}[0]")))
+    return Alias(name, choices.choice((name, f"{name}[:1]", f"{name}[..., :1]", f"{name}.T", f"{name}[0]")))
 
 
 def _mutated(choices: Choices, value: Value, name: str) -> Value:
@@ -74,50 +74,50 @@ def _mutated(choices: Choices, value: Value, name: str) -> Value:
         return _mutated_list(choices, value, name)
     is_number = value.text.lstrip("-")[:1].isdigit() or "float" in value.text or "torch." in value.text
     if choices.chance(25) or not is_number:
-        return Source(choices.pick(_OTHERS))
-    return Source(choices.pick(_INTEGERS if value.text.lstrip("-").isdigit() else _NUMBERS))
+        return Source(choices.choice(_OTHERS))
+    return Source(choices.choice(_INTEGERS if value.text.lstrip("-").isdigit() else _NUMBERS))
 
 
 def _mutated_tensor(choices: Choices, value: TensorValue) -> Value:
     shape = list(value.shape)
-    what = choices.integer(9)
+    what = choices.randrange(9)
     if what == 0 and shape:  # another size
-        at = choices.integer(len(shape))
-        shape[at] = choices.pick((max(shape[at] - 1, 0), shape[at] + 1, *_SIZES))
+        at = choices.randrange(len(shape))
+        shape[at] = choices.choice((max(shape[at] - 1, 0), shape[at] + 1, *_SIZES))
         return replace(value, shape=tuple(shape), steps=[])
     if what == 1:  # another number of dimensions
-        at = choices.integer(len(shape) + 1)
+        at = choices.randrange(len(shape) + 1)
         if shape and choices.chance(50):
             del shape[min(at, len(shape) - 1)]
         else:
-            shape.insert(at, choices.pick((1, 2, 0)))
+            shape.insert(at, choices.choice((1, 2, 0)))
         return replace(value, shape=tuple(shape), steps=[])
     if what == 2:
-        return replace(value, dtype=choices.pick((*FLOATING, *OTHER_DTYPES)), steps=list(value.steps))
+        return replace(value, dtype=choices.choice((*FLOATING, *OTHER_DTYPES)), steps=list(value.steps))
     if what in (3, 4):
-        return replace(value, steps=[*value.steps, KINDS[choices.pick(list(KINDS))]])
+        return replace(value, steps=[*value.steps, KINDS[choices.choice(list(KINDS))]])
     if what == 5:
         steps = {**LAYOUTS, **OVERLAPS}
-        return replace(value, steps=[*value.steps, steps[choices.pick(list(steps))]])
+        return replace(value, steps=[*value.steps, steps[choices.choice(list(steps))]])
     if what == 6:
-        return replace(value, fill=choices.pick(FILLS), steps=list(value.steps))
+        return replace(value, fill=choices.choice(FILLS), steps=list(value.steps))
     if what == 7:
-        return replace(value, shape=tuple(choices.pick(_SIZES[:6]) for _ in range(choices.integer(4))), steps=[])
-    return Source(choices.pick(_OTHERS)) if choices.chance(50) else ListValue([value])
+        return replace(value, shape=tuple(choices.choice(_SIZES[:6]) for _ in range(choices.randrange(4))), steps=[])
+    return Source(choices.choice(_OTHERS)) if choices.chance(50) else ListValue([value])
 
 
 def _mutated_list(choices: Choices, value: ListValue, name: str) -> Value:
     entries = list(value.entries)
-    what = choices.integer(7)
+    what = choices.randrange(7)
     if what <= 2 and entries:
-        at = choices.integer(len(entries))
+        at = choices.randrange(len(entries))
         entries[at] = _mutated(choices, entries[at], f"{name}_{at}")
     elif what == 3 and entries:
-        del entries[choices.integer(len(entries))]
+        del entries[choices.randrange(len(entries))]
     elif what == 4 and entries:
-        entries.append(Source(f"{name}_{choices.integer(len(entries))}"))  # the same tensor twice
+        entries.append(Source(f"{name}_{choices.randrange(len(entries))}"))  # the same tensor twice
     elif what == 5:
-        entries = entries * choices.pick((0, 2, 9, 100))
+        entries = entries * choices.choice((0, 2, 9, 100))
     else:
-        return Source(choices.pick(_OTHERS)) if not entries or choices.chance(50) else entries[0]
+        return Source(choices.choice(_OTHERS)) if not entries or choices.chance(50) else entries[0]
     return ListValue(entries)

@@ -15,8 +15,20 @@ from .calls import Call
 from .cases import CannotTell, WrongResult
 from .choices import Choices
 from .compare import check_close, same_bits, share_memory
-from .ops import FUNCTIONS, IN_PLACE, OPS, RANKS, SCALINGS, acc_name, maker
-from .values import ListValue, Source, TensorValue, Value, literal, tensor
+from .values import (
+    FUNCTIONS,
+    IN_PLACE,
+    OPS,
+    RANKS,
+    SCALINGS,
+    ListValue,
+    Source,
+    TensorValue,
+    Value,
+    acc_name,
+    literal,
+    tensor,
+)
 
 _SIZES = (3, 1, 0, 2, 8, 17, 33, 64, 100, 255, 256, 257, 300, 520)
 _LAYOUTS = ("gaps between rows", *IN_PLACE)
@@ -38,14 +50,14 @@ _RECORDS = (
 
 
 def _layer(choices: Choices, dtype: str, factors: str) -> tuple[Value, Value, Value]:
-    size_out, size_in, rank = choices.pick(_SIZES), choices.pick(_SIZES), choices.pick(RANKS)
+    size_out, size_in, rank = choices.choice(_SIZES), choices.choice(_SIZES), choices.choice(RANKS)
     weight = tensor(choices, (size_out, size_in), dtype, _LAYOUTS)
     return weight, tensor(choices, (rank, size_in), factors), tensor(choices, (size_out, rank), factors)
 
 
 def _values(choices: Choices) -> dict[str, Value]:
-    dtype = choices.pick(_DTYPES)
-    layers = [_layer(choices, dtype, acc_name(dtype)) for _ in range(choices.pick((1, 2, 3)))]
+    dtype = choices.choice(_DTYPES)
+    layers = [_layer(choices, dtype, acc_name(dtype)) for _ in range(choices.choice((1, 2, 3)))]
     names = ("weights", "lora_As", "lora_Bs")
     return {name: ListValue(list(of)) for name, of in zip(names, zip(*layers, strict=True), strict=True)}
 
@@ -84,7 +96,6 @@ def _no_sharing(before: Mapping[str, Any]) -> None:
         raise CannotTell
 
 
-@maker(OPS, names=["lora_merge_", "lora_merge_check"])
 def _merge(choices: Choices, function: str) -> Call:
     def oracle(before, result, after):
         _no_sharing({name: after[name] for name in before})
@@ -93,8 +104,7 @@ def _merge(choices: Choices, function: str) -> Call:
     return Call(function, _values(choices), oracle, changes=("weights",))  # the second has no CPU kernel
 
 
-@maker(OPS)
-def lora_merge_record_(choices: Choices, function: str) -> Call:
+def _merge_record(choices: Choices, function: str) -> Call:
     def oracle(before, result, after):
         _no_sharing({name: after[name] for name in before})
         non_finite, words, corrections = result
@@ -118,10 +128,9 @@ def _copied(name: str) -> str:
     return f"({name}.clone() if {name}.untyped_storage().nbytes() else {name})"
 
 
-@maker(OPS)
-def lora_unmerge_(choices: Choices, function: str) -> Call:
+def _unmerge(choices: Choices, function: str) -> Call:
     values = _values(choices)
-    words, corrections = record = choices.pick(_RECORDS) if choices.chance(30) else _RECORDS[0]
+    words, corrections = record = choices.choice(_RECORDS) if choices.chance(30) else _RECORDS[0]
     original = f"[{_copied('weight')} for weight in weights]"
     merge = "torch.ops.lora_ext.lora_merge_record_(weights, lora_As, lora_Bs)"
     values["words"] = Source(f"((original := {original}), (recorded := {merge}), {words})[2]")
@@ -141,13 +150,12 @@ def lora_unmerge_(choices: Choices, function: str) -> Call:
 
 
 def _one(choices: Choices) -> dict[str, Value]:
-    dtype = choices.pick(_DTYPES)
-    factors = choices.pick((acc_name(dtype), dtype, "float32", "bfloat16", "float64"))
+    dtype = choices.choice(_DTYPES)
+    factors = choices.choice((acc_name(dtype), dtype, "float32", "bfloat16", "float64"))
     values = dict(zip(("weight", "lora_A", "lora_B"), _layer(choices, dtype, factors), strict=True))
-    return values | {"scaling": literal(choices.pick((*SCALINGS, -1.0)))}
+    return values | {"scaling": literal(choices.choice((*SCALINGS, -1.0)))}
 
 
-@maker(FUNCTIONS, names=["lora_merge_"])
 def _merge_one(choices: Choices, function: str) -> Call:
     def oracle(before, result, after):
         _no_sharing({name: after[name] for name in before})
@@ -161,7 +169,6 @@ def _merge_one(choices: Choices, function: str) -> Call:
     return Call(function, _one(choices) | {"record": literal(not choices.chance(30))}, oracle, changes=("weight",))
 
 
-@maker(FUNCTIONS, names=["lora_unmerge_"])
 def _unmerge_one(choices: Choices, function: str) -> Call:
     values = {name if name == "weight" else f"_{name}": value for name, value in _one(choices).items()}
     record, dtype = f"{FUNCTIONS}lora_merge_(weight, _lora_A, _lora_B, _scaling)", values["weight"].dtype
@@ -183,14 +190,24 @@ def _unmerge_one(choices: Choices, function: str) -> Call:
 
 
 def _forged(choices: Choices, shape: tuple[int, ...]) -> dict[str, Value]:
-    words = TensorValue((shape[0], (shape[1] + 255) // 256), "int16", choices.integer(1000), low=-1, high=4)
-    corrections = TensorValue((choices.pick((0, 1, 5, 40)),), "int16", choices.integer(1000), low=-100, high=100)
+    words = TensorValue((shape[0], (shape[1] + 255) // 256), "int16", choices.randrange(1000), low=-1, high=4)
+    corrections = TensorValue((choices.choice((0, 1, 5, 40)),), "int16", choices.randrange(1000), low=-100, high=100)
     return {"words": words, "corrections": corrections}
 
 
-@maker(FUNCTIONS)
-def MergeRecord(choices: Choices, function: str) -> Call:
-    dtype = choices.pick(_DTYPES)
+def _forged_record(choices: Choices, function: str) -> Call:
+    dtype = choices.choice(_DTYPES)
     weight, lora_A, lora_B = _layer(choices, dtype, acc_name(dtype))
     forged = {k: v if choices.chance(60) else Source("None") for k, v in _forged(choices, weight.shape).items()}
     return Call(function, {"lora_A": lora_A, "lora_B": lora_B, "dtype": Source(f"torch.{dtype}"), **forged})
+
+
+MAKERS = {
+    f"{OPS}lora_merge_": _merge,
+    f"{OPS}lora_merge_check": _merge,
+    f"{OPS}lora_merge_record_": _merge_record,
+    f"{OPS}lora_unmerge_": _unmerge,
+    f"{FUNCTIONS}lora_merge_": _merge_one,
+    f"{FUNCTIONS}lora_unmerge_": _unmerge_one,
+    f"{FUNCTIONS}MergeRecord": _forged_record,
+}

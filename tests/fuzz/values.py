@@ -10,6 +10,10 @@ from dataclasses import dataclass, field, replace
 
 from .choices import Choices
 
+OPS, FUNCTIONS = "torch.ops.lora_ext.", "lora_ext.functional."
+RANKS = (2, 1, 3, 4, 8, 11, 16, 17, 33, 70)
+SCALINGS = (1.0, 0.5, 2.0, 0.0, 1e-30, 1e4)
+IN_PLACE = ("unaligned", "the middle of a storage")  # layouts of tensors that are written to
 FLOATING = ("float32", "float64", "bfloat16", "float16")
 OTHER_DTYPES = (  # noqa: SIM905
     "int64 int32 int16 uint8 int8 bool complex64 complex128 complex32 float8_e4m3fn float8_e5m2 uint16 uint32 uint64"
@@ -122,24 +126,24 @@ class Source:
 Value = TensorValue | ListValue | Source
 
 
+def acc_name(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
+
+
 def literal(value: object) -> Source:
     if isinstance(value, float) and not math.isfinite(value):
         return Source(f'float("{value}")')
     return Source(repr(value))
 
 
-def with_step(value: TensorValue, step: str) -> TensorValue:
-    return replace(value, steps=[*value.steps, step])
-
-
 def tensor(choices: Choices, shape: tuple[int, ...], dtype: str, layouts: tuple[str, ...] = tuple(LAYOUTS)) -> Value:
     """Makes a tensor that an op must accept: with any contents, in any of these layouts."""
-    value = TensorValue(shape, dtype, choices.integer(1000))
+    value = TensorValue(shape, dtype, choices.randrange(1000))
     if choices.chance(15):
-        value.fill = choices.pick(FILLS)
+        value.fill = choices.choice(FILLS)
     if layouts and choices.chance(30):
-        layout = choices.pick(layouts)
+        layout = choices.choice(layouts)
         needs = 2 if layout == "transposed" else 1
         if len(shape) >= needs and (layout != "the middle of a storage" or shape[0] > 0):
-            value = with_step(value, LAYOUTS[layout])
+            value = replace(value, steps=[LAYOUTS[layout]])
     return value

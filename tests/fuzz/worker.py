@@ -1,9 +1,9 @@
-"""A process that runs the cases whose seeds come on its standard input, a line each.
+"""A process that runs the cases whose choices come on its standard input, a list of numbers a line.
 
     python -m fuzz.worker AREA PROCESSOR_SECONDS CLOCK_SECONDS
 
-A line of JSON before a case describes it, and another one after it gives the outcome. The kernel ends the process at a
-case that crashes, takes all memory, computes for too long or waits for too long.
+Answers each with the outcome as a line of JSON. The kernel ends the process at a case that crashes, takes all memory,
+computes for too long or waits for too long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 import warnings
-from typing import Any
 
 POISON = 0xFE
 """Value of every byte of new memory; malloc_fill_byte sets it under a sanitizer."""
@@ -48,26 +47,21 @@ def main() -> None:
     import torch
 
     from .cases import make_case
+    from .choices import Choices, repeated
 
     torch.set_num_threads(2)
-
-    def say(**reply: Any) -> None:
-        out.write(json.dumps(reply) + "\n")
-
-    make_case(area, 0)  # imports the area's modules
+    make_case(area, Choices(lambda count: 0))  # imports the area's modules
     _limit_memory()
     for limit in (signal.SIGXCPU, signal.SIGALRM):
         faulthandler.register(limit, chain=True)  # prints the stack
     for line in sys.stdin:
-        case = make_case(area, int(line))
-        say(function=case.function, source=case.source)
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (int(time.process_time()) + 1 + processor_seconds, resource.RLIM_INFINITY)
-        )
+        case = make_case(area, repeated(json.loads(line)))
+        used = int(time.process_time()) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (used + processor_seconds, resource.RLIM_INFINITY))
         signal.alarm(clock_seconds)
         outcome = case.run()
         signal.alarm(0)
-        say(kind=outcome.kind, findings=[dataclasses.asdict(finding) for finding in outcome.findings])
+        out.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hostile contents of an adapter's files, of about a megabyte: they cost time or memory, or confuse.
+"""One table of damaged and hostile files of adapters and checkpoints; many have a megabyte, and cost time or memory.
 
 Each function returns contents and words of the error, by kind of attack; "": the file loads; None: either is fine.
 """
@@ -6,8 +6,13 @@ Each function returns contents and words of the error, by kind of attack; "": th
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from support.checkpoint_files import INDEX, SHARD, add_tensor
 
 MEGABYTE = 1_000_000
 WIDTH = 12  # of the model, which has BERT-base's names
@@ -47,19 +52,19 @@ def _texts(found: dict[str, tuple[Any, str | None]]) -> dict[str, tuple[str | by
     return {k: (v if isinstance(v, str | bytes) else json.dumps(v), words) for k, (v, words) in found.items()}
 
 
-def _expressions(every: bool) -> dict[str, tuple[Any, None]]:
+def _expressions() -> dict[str, tuple[Any, None]]:
+    """Each expression under one of the keys, in turn: they share what bounds their time."""
     found = {}
     for i, (name, expression) in enumerate(CATASTROPHIC.items()):
-        for j, key in enumerate(_EXPRESSION_KEYS):
-            if every or i % len(_EXPRESSION_KEYS) == j:
-                value = {expression: 4} if key in ("rank_pattern", "alpha_pattern") else expression
-                more = {"layers_to_transform": [1]} if key == "layers_pattern" else {}
-                found[f"{key}, {name}"] = SMALL | more | {key: value}, None
+        key = _EXPRESSION_KEYS[i % len(_EXPRESSION_KEYS)]
+        value = {expression: 4} if key in ("rank_pattern", "alpha_pattern") else expression
+        more = {"layers_to_transform": [1]} if key == "layers_pattern" else {}
+        found[f"{key}, {name}"] = SMALL | more | {key: value}, None
     return found
 
 
-def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]:
-    """``adapter_config.json``; ``every_expression``: each one with every key, instead of one of the five."""
+def configs() -> dict[str, tuple[str | bytes, str | None]]:
+    """``adapter_config.json``."""
     numbers = list(range(100_000, 100_000 + MEGABYTE // 8))
     slow = CATASTROPHIC["alternatives"]
     small: dict[str, tuple[dict[str, Any], str]] = {  # what SMALL has in addition
@@ -98,23 +103,35 @@ def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]
         "NUL": ({"target_modules": ["quer\0y"]}, r"target_modules ['quer\x00y'] matches"),
         "terminal": ({"\x1b[2J": "\x1b[2J"}, r"\x1b[2J='\x1b[2J' not supported"),
         "empty name": ({"target_modules": [""]}, "want non-empty strings"),
-        "object of targets": ({"target_modules": {"query": 1}}, "want a list of module names"),
+        "object of targets": ({"target_modules": {"query": 1}}, "want a list of non-empty strings"),
         "list as r": ({"r": [2]}, "r is [2] of type list"),
+        "text as r": ({"r": "8"}, "r is '8' of type str"),
+        "another type": ({"peft_type": None}, "peft_type is None, want 'LORA'"),
+        "no such layer": ({"layers_to_transform": [12]}, "layers_to_transform"),
+        "everything excluded": ({"exclude_modules": ["query"]}, "exclude_modules"),
     }
     whole: dict[str, tuple[str | bytes, str]] = {
         "digits": ('{"peft_type": "LORA", "r": ' + "9" * MEGABYTE + "}", "digits"),
+        "5000 digits": ('{"r": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
         "infinite alpha": (json.dumps(SMALL).replace('_alpha": 2', '_alpha": 1e400'), "lora_alpha is inf"),
         "deep lists": ('{"auto_mapping": ' + "[" * (MEGABYTE // 2) + "]" * (MEGABYTE // 2) + "}", "levels"),
         "deep objects": ('{"a":' * (MEGABYTE // 6) + "1" + "}" * (MEGABYTE // 6), "levels"),
-        "a key twice": ('{"peft_type": "LORA", "r": 1, "r": 2}', "the key 'r' occurs twice"),
-        "half a character": ('{"peft_type": "LORA", "target_modules": ["\\ud800"]}', "not Unicode"),
+        "65 lists": ('{"auto_mapping": ' + "[" * 64 + "]" * 64 + "}", "more than 64 levels"),
+        "65 objects": ('{"a": ' * 65 + "1" + "}" * 65, "more than 64 levels"),
+        "half a character": ('{"peft_type": "LORA", "target_modules": ["\\ud800"]}', "surrogates not allowed"),
+        "half a character as a key": ('{"\\udfff": 1}', "surrogates not allowed"),
+        "no text": (b'{"a": "\xed\xa0\x80"}', "is not JSON"),
+        "a line in a text": ('{"a": "\n"}', "is not JSON"),
         "empty": ("", "is not JSON"),
+        "half": ("{", "is not JSON"),
+        "number": ("1", "holds a int, want an object"),
+        "null": ("null", "holds a NoneType, want an object"),
         "list": ("[]", "holds a list"),
         "BOM": ("\ufeff" + json.dumps(SMALL), "is not JSON"),
         "UTF-16": (json.dumps(SMALL).encode("utf-16"), "is not JSON"),
         "17 MB": (b" " * (17 << 20), "larger than"),
     }
-    return _texts(_expressions(every_expression) | {k: (SMALL | v, words) for k, (v, words) in small.items()} | whole)
+    return _texts(_expressions() | {k: (SMALL | v, words) for k, (v, words) in small.items()} | whole)
 
 
 def methods() -> dict[str, tuple[str | bytes, str | None]]:
@@ -178,17 +195,18 @@ def weights() -> dict[str, tuple[bytes, str]]:
     """``adapter_model.safetensors``, with headers of about a megabyte."""
     config = {"enable_lora": None, "rank_pattern": {}, "alpha_pattern": {}}
     tokens = {f"n{i:06}.trainable_tokens_delta": _nothing([0, 0]) for i in range(MEGABYTE // 100)}
-    blocks = {f"n{i}": [True] for i in range(MEGABYTE // 18)}
     cannot, wrong = "a shape that PyTorch cannot hold", "not a safetensors file"
     return {
         "factors": (_file({f"{KEY}{i:06}": _nothing([0, 0]) for i in range(MEGABYTE // 130)}), "unexpected key"),
         "rows": (_file(tokens), "unexpected key"),
         "one long key": (_file({"x" * MEGABYTE: _nothing([0])}), "characters, want at most 500"),
+        "501 letters": (_file({"x" * 501: _nothing([0])}), "a name of 501 characters, want at most 500"),
         "terminal": (_file({"\x1b[2J": _nothing([0])}), "characters that cannot be printed"),
         "lines": (_file({"a\nb": _nothing([0])}), "characters that cannot be printed"),
         "dimensions": (_file({KEY: _nothing([0] + [1] * (MEGABYTE // 3))}), cannot),
         "sizes": (_file({KEY: _nothing([0] + [2**62] * (MEGABYTE // 21))}), cannot),
         "one size": (_file({KEY: _nothing([0, 2**62])}), cannot),
+        "65 dimensions": (_file({KEY: _nothing([0] + [1] * 64)}), cannot),
         "other shape": (_file({KEY: _nothing([0, WIDTH])}), "shape of base_model"),
         "integers": (_of_zeros(2 * WIDTH, "U8"), "dtype of base_model"),
         "complex": (_of_zeros(16 * WIDTH, "C64"), "dtype of base_model"),
@@ -197,17 +215,59 @@ def weights() -> dict[str, tuple[bytes, str]]:
         "deep": (_file(b'{"a":' + b"[" * (MEGABYTE // 2)), wrong),
         "length": (struct.pack("<Q", 2**63) + b"{}", wrong),
         "short": (b"\0" * 7, wrong),
+        "cut": (_of_zeros(8 * WIDTH, "F32")[:-1], wrong),
         "deep note": (_with_note('{"a":' * (MEGABYTE // 6) + "1" + "}" * (MEGABYTE // 6)), "levels"),
         "list as note": (_with_note([]), "holds a list"),
-        "note of others": (_with_note({"blocks": [], "config": {}}), "blocks or config are missing"),
-        "blocks": (_with_note({"blocks": blocks, "config": config}), "the file has no tensor 'n0'"),
-        "parts of a block": (
-            _with_note({"blocks": {KEY: [True] * (MEGABYTE // 6)}, "config": config}),
-            "has shape [0], which has no blocks",
-        ),
-        "numbers as parts": (_with_note({"blocks": {KEY: [1, 2]}, "config": config}), "want bools"),
-        "config in the note": (
-            _with_note({"blocks": {}, "config": config | {"rank_pattern": "x"}}),
-            "rank_pattern is 'x'",
-        ),
+        "note of others": (_with_note({"config": {"x": "x" * MEGABYTE}}), "holds the config {'x'"),
+        "config in the note": (_with_note({"config": config | {"rank_pattern": "x"}}), "rank_pattern is 'x'"),
     }
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+Damage = Callable[[Path], object]
+FILE_NAMES = [[], {"a": 1}, 3, "../../etc/passwd", "/etc/passwd", "a/b.safetensors", "..", "..\\x", ""]
+FILE_NAMES += ["c:x.safetensors", "config.json", ".x.safetensors", "\x1b[31m.safetensors", "a\nb.safetensors"]
+FILE_NAMES += ["a\0b.safetensors", "a" * 300 + ".safetensors", "a" * 10**6 + ".safetensors"]
+
+
+def checkpoints() -> dict[str, tuple[str, Damage, str]]:
+    """Damages of a checkpoint in two files with tensors such as ``a.weight``: the file, the damage, words."""
+
+    def index(change: Callable[[dict[str, Any]], object]) -> Damage:
+        def damage(directory: Path) -> None:
+            content = json.loads((directory / INDEX).read_text())
+            change(content)
+            (directory / INDEX).write_text(json.dumps(content))
+
+        return damage
+
+    def named(name: object, key: str = "a.weight") -> Damage:
+        return index(lambda content: content["weight_map"].update({key: name}))
+
+    def content(name: str, raw: bytes) -> Damage:
+        return lambda directory: (directory / name).write_bytes(raw)
+
+    def pipe(name: str) -> Damage:
+        return lambda directory: (directory / name).unlink() or os.mkfifo(directory / name)
+
+    config = "config.json"
+    found: dict[str, tuple[str, Damage, str]] = {
+        "no weight_map": (INDEX, index(lambda c: c.pop("weight_map")), "weight_map is None, want an object"),
+        "weight_map empty": (INDEX, index(lambda c: c.update(weight_map={})), "it names no file"),
+        "metadata list": (INDEX, index(lambda c: c.update(metadata=[1])), "metadata is [1], want an object"),
+        "no object": (INDEX, content(INDEX, b"[]"), "holds a list, want an object"),
+        "index pipe": (INDEX, pipe(INDEX), "is a pipe, want a regular file"),
+        "file missing": (INDEX, named("x.safetensors"), "names files that are missing"),
+        "tensor missing": (INDEX, named(SHARD, "x\x1b\n"), rf"not in {SHARD}: x\x1b\n"),
+        "tensor not named": (INDEX, index(lambda c: c["weight_map"].pop("a.weight")), "not in the index: a"),
+        "cut": (SHARD, lambda path: os.truncate(path / SHARD, 300), "is corrupted or not a safetensors file: "),
+        "shard pipe": (SHARD, pipe(SHARD), "is a pipe, want a regular file"),
+        "name newline": (SHARD, lambda path: add_tensor(path, "x\nlora-ext: fake"), r"'x\nlora-ext: fake'"),
+        "four bits": (SHARD, lambda path: add_tensor(path, "x", "F4", (2,), 1), "the dtype F4, which PyTorch"),
+        "config list": (config, content(config, b"[]"), "holds a list, want an object"),
+        "config large": (config, content(config, b'{"a": "' + b"x" * (16 << 20) + b'"}'), "larger than 16777216 bytes"),
+        "config numbers": (config, content(config, b'{"architectures": [1]}'), "architectures is [1], want a list of"),
+    }
+    words = "want a name without a path of up to 255"
+    return found | {f"file name {i}": (INDEX, named(name), words) for i, name in enumerate(FILE_NAMES)}

@@ -1,7 +1,7 @@
-"""Reads hostile files in forked processes with limited memory and processor time.
+"""Reads damaged and hostile files: here, or in forked processes with limited memory and processor time.
 
-Arguments: a directory, the file of the results, and the kinds of attacks ("config", "every expression", "weights",
-"method" or "kinds").
+As a program it prints what went wrong. Arguments: a directory, and the kinds of attacks ("config", "weights", "method",
+"kinds" or "checkpoint").
 """
 
 from __future__ import annotations
@@ -15,61 +15,92 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from support.checkpoint_files import save_checkpoint
+from support.checkpoint_files import snapshot as files_of
+from support.public_calls import state
 from transformers import BertConfig, BertForSequenceClassification
 
-from hostile.attacks import SMALL, WIDTH, configs, methods, weights
+from hostile.attacks import SMALL, WIDTH, checkpoints, configs, methods, weights
 from lora_ext import LoraConfig, inject, load_adapter
 from lora_ext.adapters import hotswap_adapter
-from lora_ext.checkpoints import inspect, merge
+from lora_ext.checkpoints import extract, inspect, merge
 from lora_ext.methods import load_method
 
 SECONDS = 10  # a hang; the promise is one second
-directory, attacks = Path(sys.argv[1]), sys.argv[3:]
-warnings.simplefilter("ignore")
-
-
-def model() -> torch.nn.Module:
-    """Makes a small model with BERT-base's names and vocabulary."""
-    return BertForSequenceClassification(BertConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH))
-
-
 Case = tuple[str, str | None, Callable[[], object]]
 """A name, words of the error ("": no error; None: any or none), and the action."""
 
 
-def limited(cases: list[Case]) -> Iterator[tuple]:
-    """Runs each case in a forked process of its own; yields its name, its words and its report."""
+def bare() -> torch.nn.Module:
+    """Makes a small model with BERT-base's names and vocabulary."""
+    return BertForSequenceClassification(BertConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH))
+
+
+def adapted() -> torch.nn.Module:
+    return inject(bare(), LoraConfig.from_dict(SMALL))
+
+
+def into(make: Callable[[], torch.nn.Module], read: Callable[..., object], directory: Path) -> Callable[[], None]:
+    """Returns the action that reads the directory into a model, which an error must not change."""
+
+    def action() -> None:
+        model = make()
+        before = state(model)
+        try:
+            read(model, directory)
+        except Exception:
+            assert state(model) == before, "the model was changed"
+            raise
+
+    return action
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def problems_in_forks(cases: Iterable[Case]) -> Iterator[str]:
+    """Runs each case in a forked process of its own, with limits; yields what is wrong."""
     gc.freeze()  # a child's collections leave this process's objects alone, and so share their memory
     for name, words, action in cases:
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             try:
-                os.write(writing, json.dumps(_run(action)).encode())
+                before = _peak(reset=True)
+                limit = int(time.process_time()) + SECONDS + 1
+                resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+                problem = problem_of(words, action)
+                if (grown := _peak() - before) > 100:
+                    problem += f"; {grown:.0f} MB"
+                os.write(writing, json.dumps(problem).encode())
             finally:
                 os._exit(1)
         os.close(writing)
         with os.fdopen(reading) as pipe:
             said = pipe.read()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        yield name, words, json.loads(said) if said else {"error": f"ended with {code}", "message": "", "trace": ""}
+        if problem := json.loads(said) if said else f"ended with {code}":
+            yield f"{name}: {problem}"
 
 
-def _run(action: Callable[[], object]) -> dict:
-    begin, before = time.process_time(), _peak(reset=True)
-    limit = int(begin) + SECONDS + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-    report = {"error": "", "message": "", "trace": ""}
+def problem_of(words: str | None, action: Callable[[], object]) -> str:
+    """Runs an action; returns what is wrong with its error or its lack of one, or ""."""
     try:
         action()
+    except (ValueError, TypeError, OSError) as error:
+        message = str(error)
+        if words == "" or (words is not None and words not in message):
+            return f"want {words!r}, not {type(error).__name__} {message[:300]!r}"
+        if len(message) > 15_000 or not message.replace("\n", "").isprintable():
+            return f"a message of {len(message)} characters: {message[:300]!r}"
+        return ""
     except BaseException as error:
-        lines = traceback.format_exception(error, limit=-3)
-        report = {"error": type(error).__name__, "message": str(error), "trace": "".join(lines)[-2000:]}
-    return report | {"seconds": time.process_time() - begin, "megabytes": _peak() - before}
+        return "".join(traceback.format_exception(error, limit=-3))[-2000:]
+    return f"no error, want {words!r}" if words else ""
 
 
 def _peak(reset: bool = False) -> float:
@@ -80,81 +111,100 @@ def _peak(reset: bool = False) -> float:
     return int(line.split()[1]) / 1024
 
 
-def factors() -> dict[str, torch.Tensor]:
-    """Makes the tensors that belong to the config ``SMALL``."""
-    names = [f"base_model.model.bert.encoder.layer.{i}.attention.self.query.lora_" for i in range(12)]
-    tensors = {f"{name}A.weight": torch.zeros(2, WIDTH) for name in names}
-    return tensors | {f"{name}B.weight": torch.zeros(WIDTH, 2) for name in names}
+# --- the cases --------------------------------------------------------------------------------------------------------
 
 
-def merge_again(base: Path) -> None:
-    shutil.rmtree(base.parent / "out", ignore_errors=True)
-    merge(base, [directory], base.parent / "out")
-
-
-def attacks_of(attacked: str) -> Iterator[list[Case]]:
-    """Yields the cases of an attack, which change different objects."""
+def cases_of(attacked: str, folder: Path, largest: int = 1 << 30) -> Iterator[Case]:
+    """Yields the cases of an attack with files of up to ``largest`` bytes. Each is to be run before the next."""
+    directory = folder / "adapter"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     config, tensors = directory / "adapter_config.json", directory / "adapter_model.safetensors"
-    bare = model()
-    save_file(factors(), tensors)
+    names = [f"base_model.model.bert.encoder.layer.{i}.attention.self.query.lora_" for i in range(12)]
+    factors = {f"{name}A.weight": torch.zeros(2, WIDTH) for name in names}
+    save_file(factors | {f"{name}B.weight": torch.zeros(WIDTH, 2) for name in names}, tensors)
     config.write_text(json.dumps(SMALL))
-    if attacked in ("config", "every expression"):
-        for name, (content, words) in configs(attacked == "every expression").items():
-            config.write_bytes(content if isinstance(content, bytes) else content.encode())
-            cases = [(name, words, lambda: load_adapter(bare, directory))]
-            if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # inspect matches no model
-                cases.append((f"inspect: {name}", None, lambda: inspect(directory)))
-            yield cases
+    load = into(bare, load_adapter, directory)
+    if attacked == "config":
+        for name, (content, words) in configs().items():
+            if len(content) <= largest:
+                config.write_bytes(content if isinstance(content, bytes) else content.encode())
+                yield name, words, load
+                if not name.startswith(("target_modules", "exclude_modules", "layers_pattern")):  # it matches no model
+                    yield f"inspect: {name}", None, lambda: inspect(directory)
     elif attacked == "weights":
-        adapted, base = inject(model(), LoraConfig.from_dict(SMALL)), directory.parent / "base"
-        base.mkdir(exist_ok=True)
-        save_file(bare.state_dict(), base / "model.safetensors")
+        (folder / "base").mkdir()
+        save_file(bare().state_dict(), folder / "base" / "model.safetensors")
         for name, (content, words) in weights().items():
-            tensors.write_bytes(content)
-            yield [
-                (name, words, lambda: load_adapter(bare, directory)),
-                (f"hotswap: {name}", None, lambda: hotswap_adapter(adapted, directory)),
-                (f"merge: {name}", None, lambda: merge_again(base)),
-                (f"inspect: {name}", None, lambda: inspect(directory)),
-            ]
+            if len(content) <= largest:
+                tensors.write_bytes(content)
+                yield name, words, load
+                yield f"hotswap: {name}", None, into(adapted, hotswap_adapter, directory)
+                yield f"merge: {name}", None, lambda name=name: merge(folder / "base", [directory], folder / name)
+                yield f"inspect: {name}", None, lambda: inspect(directory)
     elif attacked == "method":
         config.unlink()
         for name, (content, words) in methods().items():
-            (directory / "method.json").write_text(content)
-            yield [(name, words, lambda: load_method(bare, directory))]
+            if len(content) <= largest:
+                (directory / "method.json").write_text(content)
+                yield name, words, into(bare, load_method, directory)
+    elif attacked == "kinds":
+        yield from _kinds(directory)
     else:
-        yield from _kinds(bare)
+        yield from _checkpoints(folder)
 
 
-def _kinds(bare: torch.nn.Module) -> Iterator[list[Case]]:
+def _kinds(directory: Path) -> Iterator[Case]:
     """Yields attacks that replace files by directories, pipes, devices and links."""
     (directory / "method.json").write_text(json.dumps({"methods": [{"name": "bitfit", "options": {}}]}))
     save_file({"a": torch.zeros(1)}, directory / "method.safetensors")
-    readers = {
-        "adapter_config.json": (load_adapter, inspect),
-        "adapter_model.safetensors": (load_adapter, inspect),
-        "method.json": (load_method,),
-        "method.safetensors": (load_method,),
-    }
+    readers = {"inspect": lambda: inspect(directory)}
+    readers |= {read.__name__: into(bare, read, directory) for read in (load_adapter, load_method)}
     kinds = {
         "pipe": (os.mkfifo, "is a pipe, want a regular file"),
         "directory": (os.mkdir, "is a directory, want a regular file"),
         "device": (lambda path: os.symlink("/dev/zero", path), "is a device, want a regular file"),
         "loop": (lambda path: os.symlink(path.name, path), None),
     }
-    for name, functions in readers.items():
-        path = directory / name
+    for file in ("adapter_config.json", "adapter_model.safetensors", "method.json", "method.safetensors"):
+        path = directory / file
         path.rename(directory / "kept")
         for kind, (make, words) in kinds.items():
             make(path)
-            for reader in functions:
-                read = (lambda r=reader: r(directory)) if reader is inspect else (lambda r=reader: r(bare, directory))
-                yield [(f"{reader.__name__}: {name} is a {kind}", words, read)]
+            for reader in ("load_method",) if file.startswith("method") else ("load_adapter", "inspect"):
+                yield f"{reader}: {file} is a {kind}", words, readers[reader]
             os.rmdir(path) if kind == "directory" else path.unlink()
         (directory / "kept").rename(path)
 
 
-results = [result for attacked in attacks for cases in attacks_of(attacked) for result in limited(cases)]
-Path(sys.argv[2]).write_text(json.dumps(results))
+def _checkpoints(folder: Path) -> Iterator[Case]:
+    """Yields every function on checkpoints for every damage, which must write nothing."""
+    tensors = {f"{layer}.weight": torch.ones(7, 9) for layer in "abc"} | {"a.bias": torch.ones(7)}
+    base, bad, out = save_checkpoint(tensors, folder / "good", shards=2), folder / "bad", folder / "out"
+    readers = {
+        "merge": lambda: merge(bad, [folder / "adapter"], out),
+        "extract": lambda: extract(base, bad, out),
+        "inspect": lambda: inspect(bad),
+    }
+
+    def checked(read: Callable[[], object]) -> None:
+        before = files_of(folder)
+        try:
+            read()
+        finally:
+            assert files_of(folder) == before, "files were changed"
+
+    for name, (file, damage, words) in checkpoints().items():
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(base, bad)
+        damage(bad)
+        for reader, read in readers.items():
+            if file != "config.json" or reader == "merge":
+                yield f"{reader}: {name}", words, lambda read=read: checked(read)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    for attack in sys.argv[2:]:
+        for problem in problems_in_forks(cases_of(attack, Path(sys.argv[1]))):
+            print(problem)

@@ -6,13 +6,10 @@ import copy
 import math
 import warnings
 
-import peft
 import pytest
 import torch
-import torch.distributed as dist
-from support.models import FAMILIES, Block, Net, bert, llama, refused, token_ids
+from support.models import Block, Net, bert, refused, token_ids
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import lora_modules, trainable_parameter_counts
@@ -20,35 +17,6 @@ from lora_ext.nn import LoraLinear
 
 # With init_lora_weights=False the adapter changes the output at once.
 ALIVE = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
-
-
-# --- selection --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("bert", {"target_modules": "All-Linear", "modules_to_save": ["classifier"], "exclude_modules": ["dense"]}),
-        ("roberta", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
-    ],
-)
-def test_selects_the_same_layers_as_peft(family, settings):
-    model = FAMILIES[family]()
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
-    adapted = {path.removeprefix("base_model.model.") for path, m in theirs.named_modules() if hasattr(m, "lora_A")}
-    saved = {
-        path.removeprefix("base_model.model.").replace(".modules_to_save.default", ".adapters.default")
-        for path, parameter in theirs.named_parameters()
-        if parameter.requires_grad and "modules_to_save" in path
-    }
-    inject(model, LoraConfig(**settings))
-    assert {path for path, _ in lora_modules(model)} == adapted
-    trainable = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == saved | {
-        f"{path}.adapters.default.{factor}" for path in adapted for factor in ("lora_A", "lora_B")
-    }
-    assert trainable_parameter_counts(model)[0] == theirs.get_nb_trainable_parameters()[0]
 
 
 def test_keeps_object_class_mode_and_output():
@@ -160,48 +128,6 @@ def test_every_unsupported_target_is_listed():
     assert {path: id(module) for path, module in zoo.named_modules()} == before
 
 
-def test_sharded_weights():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = fully_shard(Net(), mesh=dist.init_device_mesh("cpu", (1,)))
-        with pytest.raises(
-            TypeError, match=r"blocks\.0\.up \(Linear\): its weight is sharded \(DTensor\); inject before"
-        ):
-            inject(model, LoraConfig(target_modules=["up"]))
-        x = torch.randn(4, 6)
-        model = inject(Net().eval(), LoraConfig(target_modules=["up", "down"], **ALIVE))
-        expected = model(x)
-        torch.testing.assert_close(fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))(x), expected)
-    finally:
-        dist.destroy_process_group()
-
-
-LEFT = "nothing is left to adapt in BertForSequenceClassification"
-BAD_TARGETS = [
-    (
-        {"target_modules": ["querry", "valeu"]},
-        "target_modules ['querry', 'valeu'] matches no module of BertForSequenceClassification; "
-        "close matches: 'query', 'self.query', 'value'",
-    ),
-    ({"target_modules": "query"}, "a string is an expression for whole paths, write names as a list"),
-    ({"target_modules": ["uery"]}, "target_modules ['uery'] matches no module of"),
-    ({"target_modules": ["query"], "modules_to_save": ["clasifier"]}, "modules_to_save ['clasifier'] matches no modu"),
-    ({"target_modules": ["query"], "exclude_modules": ".*query"}, f"{LEFT}: target_modules matches ['bert.encoder.la"),
-    (
-        {"target_modules": ["classifier"], "modules_to_save": ["classifier"]},
-        "without those of exclude_modules, modules",
-    ),
-]
-
-
-@pytest.mark.parametrize(("settings", "text"), BAD_TARGETS)
-def test_bad_targets_are_named_and_change_nothing(settings, text):
-    model = bert()
-    model.bert.pooler.requires_grad_(False)
-    with refused(model, ValueError, text):
-        inject(model, LoraConfig(**settings))
-
-
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "modules_to_save"])
 def test_an_entry_without_a_match_is_warned_about(key):
     settings = {"target_modules": ["up"], "modules_to_save": ["head"]}
@@ -236,24 +162,6 @@ def test_a_layer_in_several_places_is_one_lora_layer_everywhere():
 
 
 # --- an injected model is an ordinary module --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_over_frozen_embeddings(use_reentrant):
-    model = inject(llama().double(), LoraConfig(target_modules="all-linear", **ALIVE)).train()
-    ids = token_ids()
-
-    def gradients() -> list[torch.Tensor]:
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
-
-    expected = gradients()
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": use_reentrant})
-    model.enable_input_require_grads()
-    torch.testing.assert_close(gradients(), expected)
-    assert all(grad.abs().sum() > 0 for grad in expected)
 
 
 def test_a_model_that_is_compiled_already():

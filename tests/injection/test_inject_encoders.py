@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ext import LoraConfig, inject
+from lora_ext import LoraConfig, inject, merge_and_unload
 
 ALIVE = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
 
@@ -33,6 +33,10 @@ def test_transformer_encoder_uses_the_adapter_in_eval_mode(norm_first, masked):
         trained = model.train()(x, src_key_padding_mask=mask)
     assert (evaluated - bare)[kept].abs().max() > 1e-2
     torch.testing.assert_close(evaluated[kept], trained[kept])
+    with torch.no_grad():
+        again = merge_and_unload(model.eval())(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(again[kept], evaluated[kept])
+    assert not masked or norm_first or (again[~kept] == 0).all()  # the fast path is on again
 
 
 def test_transformer_encoder_passes_gradients_in_eval_mode():

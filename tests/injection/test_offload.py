@@ -68,8 +68,12 @@ def test_injected_before_offloading_it_computes_and_does_not_train_silently(tmp_
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
-        ({"modules_to_save": ["classifier"]}, ValueError, "modules_to_save trains the weight of 'classifier', which"),
-        ({"bias": "all"}, ValueError, "bias trains the bias of 'bert.embeddings.LayerNorm', which is offloaded"),
+        (
+            {"modules_to_save": ["classifier"]},
+            TypeError,
+            "classifier.weight: modules_to_save trains it, but it is offl",
+        ),
+        ({"bias": "all"}, TypeError, "bert.embeddings.LayerNorm.bias: bias trains it, but it is offloaded"),
         (
             {"trainable_token_indices": {"word_embeddings": [1]}, "target_modules": ["query"]},
             TypeError,

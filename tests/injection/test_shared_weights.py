@@ -33,17 +33,6 @@ def test_both_have_adapters_of_their_own_and_do_not_merge_into_one_weight():
     torch.testing.assert_close(answer(merge(model)), expected)
 
 
-@pytest.mark.parametrize("targets", [["embed_tokens"], ["q_proj"]])
-def test_one_adapter_for_both_is_pefts(targets):
-    """PEFT ties more than our layers would: refused, also where nothing is tied."""
-    config = peft.LoraConfig(target_modules=targets, ensure_weight_tying=True)
-    model = llama(tied=True)
-    with refused(model, ValueError, "ensure_weight_tying=True not supported", "Use PEFT for it"):
-        inject(model, config)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'ensure_weight_tying'"):
-        LoraConfig(target_modules=targets, ensure_weight_tying=True)
-
-
 def test_copies_of_both_that_are_trained_in_full_stay_tied():
     model = tied_llama("q_proj", modules_to_save=["lm_head", "embed_tokens"])
     copies = model.lm_head.in_use, model.model.embed_tokens.in_use

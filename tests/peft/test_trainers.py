@@ -229,6 +229,6 @@ def test_the_guard_goes_with_the_last_adapter_and_survives_copies():
     model = inject(tiny_chat.model(), LoraConfig(r=2, target_modules=TARGETS))
     model.add_model_tags(["mine"])
     twin = copy.deepcopy(model)
-    assert vars(twin)["add_model_tags"].__self__ is twin
+    assert vars(twin)["add_model_tags"].module is twin
     assert pickle.loads(pickle.dumps(model)).model_tags == ["mine"]
     assert "add_model_tags" not in vars(unload(model))

@@ -55,11 +55,10 @@ def test_merging_adds_the_update_and_reports_the_error(format):
         update = layer.delta_weight("a") + layer.delta_weight("b")
         want[name] = quantized_weight(layer.base_layer).dequantize() + update.detach(), update.detach()
     y = model(x)
-    with unchanged_bytes(model):
-        tried = merge_errors(model)
+    assert merge_errors(model) == {}
     merge(model)
     errors = merge_errors(model)
-    assert errors == tried and errors.keys() == {"up", "down"}
+    assert errors.keys() == {"up", "down"}
     for name, error in errors.items():
         merged = quantized_weight(getattr(model, name).base_layer).dequantize()
         total, update = want[name]
@@ -116,34 +115,8 @@ def test_merge_and_unload_leaves_a_quantised_model(format):
     torch.testing.assert_close(model(x), other(x), rtol=0, atol=0.02 * other(x).abs().max().item())
 
 
-@pytest.mark.pairs
-@pytest.mark.parametrize("merged_first", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("format", FORMATS)
-def test_dequantised_models_have_the_update_rounded_once(format, dtype, merged_first):
-    model = net(format, dtype)
-    set_adapter(model, ["a", "b"])
-    want = {}
-    for name in ("up", "down"):
-        layer = getattr(model, name)
-        update = layer.delta_weight("a").double() + layer.delta_weight("b").double()
-        want[name] = quantized_weight(layer.base_layer).dequantize().double() + update
-    want["skip"] = quantized_weight(model.skip).dequantize().double()
-    if merged_first:
-        merge(model, "a")
-    merge_and_unload(model, dequantize=True)
-    assert all(type(module) is nn.Linear for module in model.children())
-    for name, values in want.items():
-        weight = getattr(model, name).weight
-        assert type(weight) is nn.Parameter and weight.dtype == dtype and not weight.requires_grad
-        # A float32 sum, rounded once.
-        error = (weight.double() - values).abs()
-        assert (error <= 0.5 * torch.finfo(dtype).eps * values.abs() * 1.01 + 1e-6).all(), error.max()
-    assert not stored(model)
-
-
 @pytest.mark.parametrize("format", ["nf4", "int8", "torchao-int8"])
-def test_lora_biases_are_merged_and_dequantised_into_another_dtype(format):
+def test_lora_biases_are_merged(format):
     model, x = net(format, lora_bias=True, target_modules=["up", "down"]), torch.randn(9, 64)
     with torch.no_grad():
         for layer in (model.up, model.down):
@@ -154,41 +127,25 @@ def test_lora_biases_are_merged_and_dequantised_into_another_dtype(format):
         assert not torch.equal(model.up.base_layer.bias, bias)
         unmerge(model)
     assert torch.equal(model.up.base_layer.bias, bias) and torch.equal(model(x), y)
-    y = model.train()(x)  # LLM.int8 quantises the input in eval mode
-    merge_and_unload(model, dequantize=torch.float64)
-    assert model.up.weight.dtype == model.up.bias.dtype == torch.float64
-    torch.testing.assert_close(model.float()(x), y, rtol=1e-4, atol=1e-4)
 
 
 # --- all or nothing ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", [merge, merge_errors, merge_and_unload, "dequantize"])
+@pytest.mark.parametrize("operation", [merge, merge_and_unload])
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_update_that_is_not_finite_changes_nothing(format, operation):
     model = net(format)
     with torch.no_grad():
         model.down.adapters["b"].lora_B[3, 1] = torch.nan
-    run = operation if callable(operation) else lambda model: merge_and_unload(model, dequantize=True)
     with (
         unchanged_bytes(model),
         pytest.raises(ValueError, match=r"of the weight of 'down' NaN or infinite: the adapter has NaN or infinite"),
     ):
-        run(model)
+        operation(model)
     assert not model.up.is_merged and not model.down.is_merged and not model.head.is_merged
     set_adapter(model, "a")
     merge(model)
-
-
-def test_a_merged_model_that_is_not_dequantised_stays_merged():
-    model = net("nf4-double")
-    merge(model, "a")
-    with torch.no_grad():
-        model.down.adapters["b"].lora_B[3, 1] = 1e30
-    with unchanged_bytes(model), pytest.raises(ValueError, match="the weight of 'down' overflows torch.float16"):
-        merge_and_unload(model, dequantize=torch.float16)
-    assert model.up.merged_adapters == model.down.merged_adapters == ("a",)
-    unmerge(model)
 
 
 @pytest.mark.pairs
@@ -230,7 +187,7 @@ def test_weights_that_cannot_be_quantised_again_are_refused_before_anything_chan
         weight.qdata, weight.scale, weight.block_size, weight.dtype, weight.zero_point, act_pre_scale=torch.ones(128)
     )
     model.down.base_layer.weight = nn.Parameter(scaled, requires_grad=False)
-    for run in (merge, lambda model: merge_and_unload(model, dequantize=True)):
+    for run in (merge, merge_and_unload):
         with unchanged_bytes(model), pytest.raises(ValueError, match=r"down: its input is scaled before the product"):
             run(model)
 
@@ -244,14 +201,6 @@ def test_weights_that_cannot_be_quantised_again_are_refused_before_anything_chan
     model.up.base_layer.register_forward_hook(lambda *_: None)
     with unchanged_bytes(model), pytest.raises(ValueError, match="up: its hooks may change what it computes"):
         merge(model)
-
-
-def test_models_that_cannot_be_dequantised_are_refused():
-    model = net("nf4")
-    model.table = bitsandbytes.nn.Embedding4bit(4, 64)
-    with unchanged_bytes(model), pytest.raises(ValueError, match=r"cannot dequantise.*\n.*table: .* Embedding4bit"):
-        merge_and_unload(model, dequantize=True)
-    assert model.up.adapters
 
 
 def test_a_weight_that_was_quantised_again_while_merged_is_not_unmerged():
@@ -276,5 +225,5 @@ def test_large_errors_warn_and_small_ones_do_not():
                 layer.adapters["b"].lora_B.mul_(1e-3)
         merge(model)
     (warning,) = [w for w in caught if "quantised again" in str(w.message)]
-    assert "merge_and_unload(model, dequantize=True)" in str(warning.message) and warning.filename == __file__
+    assert "load the adapter into the dequantised model" in str(warning.message) and warning.filename == __file__
     assert all(error.of_update > 0.9 for error in merge_errors(model).values())  # rounding hides so small an update

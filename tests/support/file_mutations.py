@@ -7,11 +7,8 @@ import math
 import random
 import re
 import struct
-from pathlib import Path
 from typing import Any
 
-DTYPES = {"F64": 64, "F32": 32, "BF16": 16, "U8": 8, "BOOL": 8, "I64": 64, "F8_E4M3": 8, "F8_E8M0": 8}
-DTYPES |= {"F4": 4, "F6_E2M3": 6}
 # Replacements of a word of JSON text; some are no JSON.
 WORDS = ["-0", "0", "-1", "1.0", "1e0", "1E2", "2e", "01", "0x1", "+1", "1_0", "4", "1e999"]
 WORDS += ["NaN", "Infinity", "-Infinity", str(2**62), str(2**63), str(2**64 - 1), str(2**64)]
@@ -41,42 +38,17 @@ BYTES = [b"", b"\0", b"{}", b"[]", b"\xff\xfe", b"PK\x03\x04", b"{" * 50_000, b"
 MOST_BYTES = 1 << 21  # of a changed file
 
 
-def mutate_file(rng: random.Random, path: Path, others: list[Path]) -> None:
-    """Changes a file in one to three ways; tests/hostile replaces files by pipes, devices and links."""
-    content = path.read_bytes()
+def mutated(rng: random.Random, suffix: str, content: bytes, others: list[bytes]) -> bytes:
+    """Changes the content of a file in one to three ways. ``others``: contents of other files."""
     for _ in range(rng.randint(1, 3)):
         aware = rng.random() < 0.7
-        if aware and path.suffix == ".json":
+        if aware and suffix == ".json":
             content = _changed_json(rng, content)
-        elif aware and path.suffix == ".safetensors":
+        elif aware and suffix == ".safetensors":
             content = _changed_tensors(rng, content)
         else:
             content = _changed_bytes(rng, content, others)
-    path.write_bytes(content[:MOST_BYTES])
-
-
-def valid_header(rng: random.Random) -> tuple[dict[str, Any], int]:
-    """Makes a header of tensors, some empty, some of dtypes smaller than a byte; returns it and their bytes."""
-    tensors: dict[str, Any] = {}
-    end = 0
-    for i in range(rng.randrange(5)):
-        name = rng.choice(["a", "layer.weight", "\u00e9\u6f22", "", " ", "x" * 50]) + str(i)
-        dtype, bits = rng.choice(list(DTYPES.items()))
-        shape = [rng.choice([0, 1, 2, 4, 8]) for _ in range(rng.randrange(4))]
-        if bits * math.prod(shape) % 8:
-            shape.append(4)
-        size = bits * math.prod(shape) // 8
-        tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    if rng.random() < 0.5:
-        tensors["__metadata__"] = {"format": "pt", "note": '\u00e9 \\ " \n'} if rng.random() < 0.7 else {}
-    return dict(rng.sample(list(tensors.items()), len(tensors))), end
-
-
-def mutated_tensors(rng: random.Random) -> bytes:
-    """Makes a whole safetensors file; its header is a valid one with zero to some changes."""
-    header, size = valid_header(rng)
-    return _with_changes(rng, header, rng.randbytes(size))
+    return content[:MOST_BYTES]
 
 
 def _with_changes(rng: random.Random, header: Any, data: bytes) -> bytes:
@@ -103,7 +75,7 @@ def _with_changes(rng: random.Random, header: Any, data: bytes) -> bytes:
     return content[: rng.randrange(len(content))] if rng.random() < 0.03 else content
 
 
-def _changed_bytes(rng: random.Random, content: bytes, others: list[Path]) -> bytes:
+def _changed_bytes(rng: random.Random, content: bytes, others: list[bytes]) -> bytes:
     at = rng.randrange(len(content) + 1)
     length = min(rng.choice((1, 2, 8, 64, 1000)), len(content) - at)
     begin, part, end = content[:at], content[at : at + length], content[at + length :]
@@ -115,7 +87,7 @@ def _changed_bytes(rng: random.Random, content: bytes, others: list[Path]) -> by
         begin + rng.randbytes(length) + end,
         begin + bytes(length) + end,
         content + bytes(length),
-        begin + (rng.choice(others).read_bytes()[at:] if others else b""),
+        begin + (rng.choice(others)[at:] if others else b""),
         rng.choice(BYTES),
     )
     return rng.choice(options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ def state(value: Any) -> Any:
         modules = snapshot(value)
         return modules | {
             "values": {path: state(tensor) for path, tensor in modules["values"].items()},
-            "adapters": [dataclasses.astuple(status) for status in adapter_status(value)],
+            "adapters": adapter_status(value),
             "record": merge_record_bytes(value),
         }
     if isinstance(value, Tensor):
