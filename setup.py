@@ -1,6 +1,7 @@
-"""Builds the compiled part: liblora_ext.so and, if nvcc is found, liblora_ext_cuda.so.
+"""Builds the compiled part: liblora_ext.so, the module _C and, if nvcc is found, liblora_ext_cuda.so.
 
-Both depend on torch's stable ABI and on no Python: one wheel serves every Python and every torch from 2.11 on.
+The libraries depend on torch's stable ABI and on no Python, the module on no torch: a wheel serves one Python, with
+every torch from 2.11 on.
 
 Environment variables:
     LORA_EXT_CUDA        0: never build the CUDA part; 1: fail without it; unset: build it if nvcc is found
@@ -17,9 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
@@ -90,10 +91,17 @@ FACTS = {
 extensions = [
     Extension(
         "lora_ext.liblora_ext",
-        sources("library.cpp", "facts.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
+        sources("library.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
         extra_compile_args={"cxx": [*CXX_FLAGS, *TORCH_FLAGS]},
         extra_link_args=["-ltorch_cpu", "-Wl,-z,defs"],
         **COMMON,
+    ),
+    Extension(
+        "lora_ext._C",
+        sources("python.cpp", "cuda/plan.cpp"),
+        depends=HEADERS,
+        language="c++",
+        extra_compile_args={"cxx": [*CXX_FLAGS, f"-isystem{pybind11.get_include()}"]},
     ),
 ]
 if CUDA_HOME:
@@ -102,7 +110,7 @@ if CUDA_HOME:
     gencode += [f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"] if PTX_ARCH else []
     cuda_extension = Extension(
         "lora_ext.liblora_ext_cuda",
-        sources("bindings/cuda_*.cpp", "cuda/**/*.cu"),
+        sources("bindings/cuda_*.cpp", "cuda/*.cpp", "cuda/**/*.cu"),
         include_dirs=[str(CUDA_HOME / "include")],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *TORCH_FLAGS, "-DUSE_CUDA"],
@@ -117,9 +125,9 @@ if CUDA_HOME:
 
 
 def write_facts() -> None:
-    """Writes build/facts.h for csrc/facts.cpp, if it changed."""
-    lines = "".join(json.dumps(f"{name}\t{fact}\n") for name, fact in FACTS.items())
-    text, header = f"#define LORA_EXT_BUILD_INFO {lines}\n", ROOT / "build" / "facts.h"
+    """Writes build/facts.h for csrc/python.cpp, if it changed."""
+    pairs = "".join(f"{{{json.dumps(name)}, {json.dumps(fact)}}}, " for name, fact in FACTS.items())
+    text, header = f"#define LORA_EXT_BUILD_INFO {pairs}\n", ROOT / "build" / "facts.h"
     if not header.exists() or header.read_text() != text:
         header.parent.mkdir(exist_ok=True)
         header.write_text(text)
@@ -132,10 +140,14 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
 
     def get_ext_filename(self, name):
-        return name.replace(".", os.sep) + ".so"  # without the Python ABI that extension modules have in their names
+        if name.rpartition(".")[2].startswith(
+            "lib"
+        ):  # without the Python ABI that extension modules have in their names
+            return name.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(name)
 
     def build_extensions(self):
-        if any(extension.name == "lora_ext.liblora_ext" for extension in self.extensions):
+        if any(extension.name == "lora_ext._C" for extension in self.extensions):
             write_facts()
         # nvcc writes no dependency file for ninja: rebuild every CUDA object that is older than a header.
         newest = max(os.path.getmtime(ROOT / header) for header in HEADERS)
@@ -158,10 +170,4 @@ class BuildCuda(BuildExtension):  # for `make cuda`: the CUDA library alone, nex
         self.extensions = [extension for extension in self.extensions if extension.name.endswith("_cuda")]
 
 
-class PlatformWheel(bdist_wheel):
-    def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
-
-
-COMMANDS = {"build_ext": BuildExtension, "build_cuda": BuildCuda, "bdist_wheel": PlatformWheel}
-setup(ext_modules=extensions, cmdclass=COMMANDS)
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension, "build_cuda": BuildCuda})

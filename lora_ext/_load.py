@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+import importlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -44,6 +46,29 @@ def _load_cpu() -> None:
         ) from error
 
 
+def _load_module() -> ModuleType:
+    """Returns lora_ext._C (csrc/python.cpp)."""
+    try:
+        return importlib.import_module("lora_ext._C")
+    except ImportError as error:
+        if error.name == "lora_ext._C":
+            others = ", ".join(sorted(path.name for path in _HERE.glob("_C.*.so")))
+            has = f" (it has {others}, of another Python)" if others else ""
+            raise ImportError(
+                f"lora_ext: the compiled module _C of Python {sys.version_info[0]}.{sys.version_info[1]} is missing "
+                f"from {_HERE}{has}. {_remedy()}"
+            ) from None
+        raise ImportError(f"lora_ext: {_HERE / '_C'} does not load: {error}. {_REBUILD}") from error
+
+
+def _member(name: str) -> Any:
+    """Returns a function of lora_ext._C. ImportError: it was built from other sources."""
+    try:
+        return getattr(_C, name)
+    except AttributeError:
+        raise _from_other_sources("the compiled module _C", name) from None
+
+
 def _load_cuda() -> str:
     """Loads the CUDA kernels if they can run. Returns the reason if not, or ""."""
     if reason := build_info()["no_cuda_reason"]:
@@ -68,25 +93,11 @@ def _check_choices() -> None:
         raise ImportError(f"lora_ext: LORA_EXT_BASE_PRODUCT is {value!r}, want own or library, or unset it")
 
 
-def _from_other_sources(lacks: str) -> ImportError:
+def _from_other_sources(file: str, lacks: str) -> ImportError:
     return ImportError(
-        f"lora_ext: {LIBRARY.name} in {_HERE} was built from other sources than this Python package: it has no "
-        f"{lacks}. {_REBUILD}"
+        f"lora_ext: {file} in {_HERE} was built from other sources than this Python package: it has no {lacks}. "
+        f"{_REBUILD}"
     )
-
-
-def _function(name: str) -> ctypes._CFuncPtr:
-    """Returns a function of csrc/facts.cpp. ImportError: the library was built from other sources."""
-    try:
-        return getattr(ctypes.CDLL(str(LIBRARY)), f"lora_ext_{name}")
-    except AttributeError:
-        raise _from_other_sources(f"lora_ext_{name}") from None
-
-
-def _fact(name: str) -> str:
-    function = _function(name)
-    function.restype = ctypes.c_char_p
-    return function().decode()
 
 
 def op_named(name: str) -> torch._ops.OpOverload:
@@ -94,41 +105,7 @@ def op_named(name: str) -> torch._ops.OpOverload:
     try:
         return getattr(torch.ops.lora_ext, name).default
     except AttributeError:
-        raise _from_other_sources(f"op {name}") from None
-
-
-def build_info() -> dict[str, str]:
-    """Returns how the binary was built: version, torch, compiler, CUDA. Strings, empty where they do not apply."""
-    return dict(line.split("\t") for line in _fact("build_info").splitlines())
-
-
-def cpu_isa() -> str:
-    """Returns the name of the instruction set whose CPU kernels run here; "" if LORA_EXT_CPU_ISA names none."""
-    return _fact("cpu_isa")
-
-
-def available_cpu_isas() -> list[str]:
-    """Returns the names of the instruction sets that this machine can run, best first."""
-    return _fact("available_cpu_isas").split(",")
-
-
-def base_product() -> str:
-    """Returns who multiplies many tokens by a frozen weight on the CPU: "own" (csrc/cpu/base_product.inc) or "library".
-
-    An empty string if LORA_EXT_BASE_PRODUCT says neither.
-    """
-    return _fact("base_product")
-
-
-def streams_weight(num_tokens: int, in_features: int, rank: int) -> bool:
-    """Returns whether the CUDA kernel for few tokens takes a layer of 16-bit weights (csrc/common/few_tokens.h)."""
-    return bool(_function("streams_weight")(*map(ctypes.c_int64, (num_tokens, in_features, rank))))
-
-
-def refusals() -> dict[str, tuple[str, str]]:
-    """Returns the refusals of csrc/refusals.h: name -> (name of the exception, text, in which {} stands for a part)."""
-    lines = (line.split("\t") for line in _fact("refusals").splitlines())
-    return {name: (error, text) for name, error, text in lines}
+        raise _from_other_sources(LIBRARY.name, f"op {name}") from None
 
 
 def check_kernels_exist(op: str, device: torch.device) -> None:
@@ -140,5 +117,11 @@ def check_kernels_exist(op: str, device: torch.device) -> None:
 
 
 _load_cpu()
+_C = _load_module()
+build_info = _member("build_info")
+cpu_isa, available_cpu_isas = _member("cpu_isa"), _member("available_cpu_isas")
+base_product = _member("base_product")
+streams_weight, plan_forward, plan_backward = map(_member, ("streams_weight", "plan_forward", "plan_backward"))
+refusals = _member("refusals")
 _check_choices()
 cuda_unavailable_reason: str = _load_cuda()

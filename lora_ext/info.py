@@ -58,12 +58,18 @@ def gather() -> dict[str, object]:
     }
 
 
-def plan(num_tokens: int, in_features: int, out_features: int, rank: int = 16) -> str:
-    """Says which kernels the CUDA forward of a layer of bfloat16 takes, and in how many launches."""
-    shape = f"{num_tokens} x {in_features} -> {out_features}, rank {rank}, bfloat16, on CUDA"
-    if _load.streams_weight(num_tokens, in_features, rank):
-        return f"{shape}: our kernel reads the weight once, with the adapter in it (2 launches: shrink, few_tokens)"
-    return f"{shape}: our kernels make the adapter's term, the library's product adds to it"
+def plan(
+    num_tokens: int, in_features: int, out_features: int, rank: int = 16, multiprocessors: int | None = None
+) -> str:
+    """Prints the launches of a layer's forward and backward on CUDA: bfloat16, factors of float32, with dropout.
+
+    ``multiprocessors``: of the GPU; None: an H100's. Neither a GPU nor the CUDA kernels are needed.
+    """
+    gpu = {} if multiprocessors is None else {"multiprocessors": multiprocessors}
+    sizes = num_tokens, in_features, [(out_features, rank)]
+    forward, backward = _load.plan_forward(*sizes, **gpu), _load.plan_backward(*sizes, **gpu)
+    base = "" if forward.streams_weights else "\n  then the library's product with the frozen weight adds to y"
+    return f"{forward}{base}\n\n{backward}\n  then the library's product with the frozen weight adds to grad_x"
 
 
 def info(json: bool = False) -> str:

@@ -47,9 +47,8 @@ class Family:
 
 PASS = dict(async_copies=True, wide_loads=True, dynamic_shared=MAX_BLOCK_SHARED)  # over a tall matrix
 MMA = dict(tensor_cores=True, **PASS)
-FEW_TOKENS = dict(tensor_cores=True, wide_loads=True, dynamic_shared=60 * 1024)
+FEW_TOKENS = dict(tensor_cores=True, wide_loads=True, dynamic_shared=84 * 1024)
 EXPAND = dict(tensor_cores=True, wide_loads=True, wide_stores=True, dynamic_shared=48 * 1024)
-GROUPED = dict(wide_loads=True, dynamic_shared=40 * 1024)
 
 FAMILIES = [
     Family("dropout mask", r"^dropout_mask_kernel"),
@@ -65,27 +64,19 @@ FAMILIES = [
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
     Family("mma shrink", r"^mma::shrink_kernel", **MMA),
     Family("mma sum over tokens", r"^mma::token_sum_kernel", **MMA),
-    # Template arguments: the dtype of x, steps of 16 ranks. bfloat16 is one part: the factor is read as it lies.
-    Family("mma expand, one part, small", r"^mma::expand_short_kernel<__nv_bfloat16, 1[,>]", blocks_per_sm=3, **EXPAND),
-    Family("mma expand, one part", r"^mma::expand_short_kernel<__nv_bfloat16", **EXPAND),
-    Family("mma expand, small", r"^mma::expand_short_kernel<\w+, 1[,>]", blocks_per_sm=3, async_copies=True, **EXPAND),
-    Family("mma expand", r"^mma::expand_short_kernel", async_copies=True, **EXPAND),
-    Family("mma expand, long, one part", r"^mma::expand_long_kernel<__nv_bfloat16", wide_stores=True, **MMA),
-    Family("mma expand, long", r"^mma::expand_long_kernel", blocks_per_sm=1, wide_stores=True, **MMA),
+    # Template arguments: the dtype of x, steps of 16 ranks.
+    Family("mma expand, small", r"^mma::expand_short_kernel<\w+, 1[,>]", blocks_per_sm=3, **EXPAND),
+    Family("mma expand", r"^mma::expand_short_kernel", **EXPAND),
+    Family("mma expand, long", r"^mma::expand_long_kernel", wide_stores=True, **MMA),
     # Loads fragments as they lie in memory, without cp.async; the registers of 9 to 32 tokens leave room for one block.
-    Family("mma few tokens, 8", r"^mma::few_tokens_kernel<\w+, 1>", **FEW_TOKENS),
+    Family("mma few tokens, 8", r"^mma::few_tokens_kernel<\w+, 1,", **FEW_TOKENS),
     Family("mma few tokens", r"^mma::few_tokens_kernel", blocks_per_sm=1, **FEW_TOKENS),
     # Rows that choose their factors.
     Family("grouped index", r"^grouped::(group_index|write_entries)_kernel"),
-    Family("grouped few rows, float64", r"^grouped::few_rows_\w+<double", wide_loads=True, dynamic_shared=8 * 1024),
-    Family("grouped few rows", r"^grouped::few_rows_", blocks_per_sm=4, wide_loads=True, dynamic_shared=8 * 1024),
+    Family("grouped few rows", r"^grouped::few_rows_", blocks_per_sm=4, wide_loads=True, dynamic_shared=4 * 1024),
     Family("grouped sums of chunks", r"^grouped::grouped_chunk_sums_kernel"),
-    Family("grouped mma shrink and sums", r"^grouped::grouped_(shrink|factor_sums)_mma_kernel", **MMA),
-    Family("grouped mma expand, float16", r"^grouped::grouped_expand_mma_kernel<__half", 1, wide_stores=True, **MMA),
-    Family("grouped mma expand", r"^grouped::grouped_expand_mma_kernel", wide_stores=True, **MMA),
-    Family("grouped fma, float64", r"^grouped::grouped_\w+_kernel<double", 1, **GROUPED),
-    Family("grouped fma expand", r"^grouped::grouped_expand_kernel", wide_stores=True, **GROUPED),
-    Family("grouped fma", r"^grouped::grouped_\w+_kernel", **GROUPED),
+    Family("grouped shrink and sums", r"^grouped::grouped_(shrink|factor_sums)_kernel", **MMA),
+    Family("grouped expand", r"^grouped::grouped_expand_kernel", wide_stores=True, **MMA),
 ]
 
 

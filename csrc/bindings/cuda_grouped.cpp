@@ -1,12 +1,12 @@
-// lora_grouped_ and its backward on CUDA. csrc/schemas.h has the schemas, csrc/cuda/grouped.h the kernels' interface.
+// lora_grouped_ and its backward on CUDA, for 16-bit x; wider ones take plain PyTorch (plain_op.h). csrc/schemas.h has
+// the schemas.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
-#include "../cuda/grouped.h"
 #include "cuda_stream.h"
 #include "grouped_call.h"
-#include "op.h"
+#include "plain_op.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -52,15 +52,6 @@ std::vector<GroupedEntry> list_entries(const Groups& groups) {
   return entries;
 }
 
-template <class Params>
-void run(const Params& params, const GroupedRows& rows, const std::vector<GroupedEntry>& entries, const Tensor& like) {
-  const GpuStream stream = current_stream(like);
-  const Tensor workspace = empty_bytes({grouped_workspace_bytes(params, rows, entries, stream)}, like);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();  // another library's error, before anything changes
-  launch_grouped(params, rows, entries, workspace.mutable_data_ptr(), stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const std::vector<Tensor>& lora_As,
                                          const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row,
                                          const Tensor& scalings, const std::optional<Tensor>& ranks, double dropout_p,
@@ -70,7 +61,8 @@ std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const
       prepare_grouped_forward(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed);
   const Choice choice(call.groups, group_of_row, scalings, ranks, call.num_tokens,
                       dropout_rescale(call.params.threshold));
-  if (call.num_tokens > 0) run(call.params, choice.rows, list_entries(call.groups), y);
+  const std::vector<GroupedEntry> entries = list_entries(call.groups);
+  if (call.num_tokens > 0) plan_and_run(GroupedCall(call.params, choice.rows, entries), y);
   return {std::move(call.xa), std::move(call.mask)};
 }
 
@@ -96,15 +88,20 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
       assign(call.grad_lora_As, call.A_index[i], entries[i].grad_lora_A, entries[i].wants_grad_A);
       assign(call.grad_lora_Bs, call.B_index[i], entries[i].grad_lora_B, entries[i].wants_grad_B);
     }
-    run(call.params, choice.rows, entries, grad_y);
+    plan_and_run(GroupedCall(call.params, choice.rows, entries), grad_y);
   }
   return {std::move(call.grad_x), std::move(call.grad_lora_As), std::move(call.grad_lora_Bs)};
 }
+
+struct Grouped {
+  static constexpr bool kOnly16Bit = true;
+};
 
 }  // namespace
 }  // namespace lora_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
-  lora_ext::register_op<lora_ext::schemas::kLoraGrouped, &lora_ext::cuda::lora_grouped_>(m);
-  lora_ext::register_op<lora_ext::schemas::kLoraGroupedBackward, &lora_ext::cuda::lora_grouped_backward>(m);
+  using namespace lora_ext;
+  register_op_of<cuda::Grouped, schemas::kLoraGrouped, &cuda::lora_grouped_>(m);
+  register_op_of<cuda::Grouped, schemas::kLoraGroupedBackward, &cuda::lora_grouped_backward>(m);
 }

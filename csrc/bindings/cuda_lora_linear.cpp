@@ -15,16 +15,16 @@
 namespace lora_ext::cuda {
 namespace {
 
-// The forward with its base layers, if the kernel for few tokens takes it.
-std::optional<LoraStreamedParams> streamed_forward(const ForwardCall& call) {
-  LoraStreamedParams streamed{.forward = call.params};
+// The weights of the base layers, if their columns are neighbours.
+std::optional<BaseWeights> base_weights(const ForwardCall& call) {
+  BaseWeights weights;
   for (size_t i = 0; i < call.layers.size(); ++i) {
     const Tensor& weight = *call.layers[i].weight;
-    if (weight.stride(1) != 1) return std::nullopt;  // its columns are not neighbours
-    streamed.weights[i] = weight.const_data_ptr();
-    streamed.weight_strides[i] = weight.stride(0);
+    if (weight.stride(1) != 1) return std::nullopt;
+    weights.data[i] = weight.const_data_ptr();
+    weights.strides[i] = weight.stride(0);
   }
-  return streams_weights(streamed) ? std::optional(streamed) : std::nullopt;
+  return weights;
 }
 
 struct Cuda {
@@ -37,17 +37,16 @@ struct Cuda {
 
   template <class Params>
   static void run(const Params& p, const Tensor& like) {
-    launch(&p, like);
+    plan_and_run(p, like);
   }
 
   static void forward(ForwardCall& call) {
     const LoraForwardParams& p = call.params;
     if (p.shrink.num_tokens == 0) return;
-    if (call.has_base_layers()) {
-      if (const auto streamed = streamed_forward(call)) return launch(&*streamed, call.x);
-    }
-    launch(&p, call.x);
-    for (size_t i = 0; call.has_base_layers() && i < call.layers.size(); ++i) {
+    const auto weights = call.has_base_layers() ? base_weights(call) : std::nullopt;
+    const Plan plan = plan_and_run({p, weights ? &*weights : nullptr}, call.x);
+    if (!call.has_base_layers() || plan.streams_weights) return;
+    for (size_t i = 0; i < call.layers.size(); ++i) {
       if (p.shrink.in_features == 0 || p.expand.siblings[i].out_features == 0) continue;
       add_base_product(call.y_rows(i), call.x, transposed(*call.layers[i].weight));
     }
@@ -60,7 +59,7 @@ struct Cuda {
       for (Tensor& grad : call.grad_lora_B) torch::stable::zero_(grad);
       return;
     }
-    launch(&p, call.grad_y[0]);
+    plan_and_run(p, call.grad_y[0]);
     if (!call.has_base_layers() || !call.grad_x || p.shrink.in_features == 0) return;
     const Tensor grad_x_rows = call.grad_x_rows();
     for (size_t i = 0; i < call.layers.size(); ++i) {

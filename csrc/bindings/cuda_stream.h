@@ -45,12 +45,23 @@ inline GpuStream current_stream(const Tensor& tensor) {
           .overlaps_launches = overlaps_launches};
 }
 
-// Launches kernels on the current stream of a tensor's device. The workspace is freed when the binding returns, while
-// kernels may still use it: the caching allocator reuses it only for later work on the same stream.
-inline void launch(const LoraParams& params, const Tensor& like) {
+// Plans a call and starts its launches on the current stream of a tensor's device. The scratch memory is freed on
+// return, while kernels may still use it: the caching allocator reuses it only for later work on the same stream.
+inline Plan plan_and_run(const LoraCall& call, const Tensor& like) {
   const GpuStream stream = current_stream(like);
-  const Tensor workspace = empty_bytes({workspace_bytes(params, stream)}, like);
-  launch_lora(params, workspace.mutable_data_ptr(), stream);
+  const Plan plan = make_plan(call, {stream.multiprocessors});
+  const Tensor scratch = empty_bytes({plan.scratch.bytes}, like);
+  run_plan(call, plan, scratch.mutable_data_ptr(), stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return plan;
+}
+
+inline void plan_and_run(const GroupedCall& call, const Tensor& like) {
+  const GpuStream stream = current_stream(like);
+  const GroupedPlan plan = make_plan(call, {stream.multiprocessors});
+  const Tensor scratch = empty_bytes({plan.scratch_bytes}, like);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();  // another library's error, before anything changes
+  run_plan(call, plan, scratch.mutable_data_ptr(), stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -78,7 +78,6 @@ inline std::string dtype_name(int32_t code) {
   return "number " + std::to_string(code) + " of PyTorch";
 }
 inline std::string dtype_name(const Tensor& tensor) { return dtype_name(dtype_code(tensor)); }
-inline std::string dtype_name(DType dtype) { return dtype_name(dtype_code(dtype)); }
 
 // A tensor's device. The index is ignored for the CPU and for meta tensors.
 struct DeviceOf {

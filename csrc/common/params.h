@@ -61,6 +61,12 @@ struct LoraForwardParams {
   LoraExpandParams expand;
 };
 
+// The weights of its base layers: [out_features, in_features], rows `strides` elements apart, dtype.
+struct BaseWeights {
+  const void* data[kMaxSiblings] = {};
+  int64_t strides[kMaxSiblings] = {};
+};
+
 // Gradients of an expand: grad_xa = scale * grad_y @ lora_B, grad_lora_B = grad_y^T @ xa
 struct LoraExpandBackwardSibling {
   int64_t out_features, rank, rank_begin = 0;

@@ -12,7 +12,7 @@ namespace lora_ext::cuda {
 
 // A block sums kSumElements neighbouring elements; kSumGroups groups of threads share the chunks, so that no thread
 // walks through many chunks alone if there are few elements (decode).
-constexpr int kSumThreads = 256, kSumElements = 64, kSumGroups = kSumThreads / kSumElements;
+constexpr int kSumThreads = 256, kSumGroups = kSumThreads / kSumElements;
 
 // Shared memory of a block for its groups' sums.
 template <class A>

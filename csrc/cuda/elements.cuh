@@ -53,6 +53,9 @@ __device__ __forceinline__ T from_acc(A value) {
   }
 }
 
+__device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
+__device__ __forceinline__ uint16_t bits_of(__half value) { return __half_as_ushort(value); }
+
 // Loads an element of an array whose dtype is known at run time only: for the factors, which are small.
 template <class A>
 __device__ __forceinline__ A load_as(const void* array, int64_t index, DType dtype) {

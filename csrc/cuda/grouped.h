@@ -1,4 +1,4 @@
-// The interface of the CUDA kernels of lora_grouped_ for the bindings. Includes no torch header.
+// What the CUDA kernels of lora_grouped_ get, besides the parameters of all devices.
 //
 // Which row has which group, the ranks and the scalings are read on the device only: nothing here waits for it, and a
 // CUDA graph that captured a call follows their later values. Grids have a size that suits every choice. So a number
@@ -6,10 +6,8 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 
 #include "../common/params.h"
-#include "gpu_stream.h"
 
 namespace lora_ext::cuda {
 
@@ -36,16 +34,5 @@ struct GroupedRows {
 
 // The largest number of rows that the index takes.
 constexpr int64_t kMostGroupedRows = 2147483647;
-
-// Bytes of `workspace`, which must be aligned to 16 bytes. Depends on shapes, the wanted results and the number of
-// multiprocessors only.
-int64_t grouped_workspace_bytes(const LoraGroupedForwardParams& params, const GroupedRows& rows,
-                                std::span<const GroupedEntry> entries, const GpuStream& stream);
-int64_t grouped_workspace_bytes(const LoraGroupedBackwardParams& params, const GroupedRows& rows,
-                                std::span<const GroupedEntry> entries, const GpuStream& stream);
-void launch_grouped(const LoraGroupedForwardParams& params, const GroupedRows& rows,
-                    std::span<const GroupedEntry> entries, void* workspace, const GpuStream& stream);
-void launch_grouped(const LoraGroupedBackwardParams& params, const GroupedRows& rows,
-                    std::span<const GroupedEntry> entries, void* workspace, const GpuStream& stream);
 
 }  // namespace lora_ext::cuda

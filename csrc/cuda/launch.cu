@@ -5,50 +5,22 @@
 #include <stdexcept>
 #include <string_view>
 
-#include "../common/few_tokens.h"
 #include "dropout_mask.cuh"
 #include "elements.cuh"
-#include "lora_launches.h"
 
 namespace lora_ext::cuda {
 
-namespace {
+namespace mma {
+template <class T>  // mma/run_plan.cuh; lora_bfloat16.cu and lora_float16.cu instantiate it
+void run_launches(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream);
+}
 
-// Calls f with the LoraLaunches of x's dtype.
-template <class F>
-void with_launches(const LoraParams& params, F f) {
-  switch (dtype_of(params)) {
-    case DType::kBFloat16: return f(LoraLaunches<__nv_bfloat16>{});
-    case DType::kFloat16: return f(LoraLaunches<__half>{});
+void run_plan(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream) {
+  switch (call.dtype()) {
+    case DType::kBFloat16: return mma::run_launches<__nv_bfloat16>(call, plan, scratch, stream);
+    case DType::kFloat16: return mma::run_launches<__half>(call, plan, scratch, stream);
     default: throw std::logic_error("lora_ext: no kernel takes an x of float32 or float64");
   }
-}
-
-}  // namespace
-
-int64_t workspace_bytes(const LoraParams& params, const GpuStream& stream) {
-  int64_t bytes = 0;
-  with_launches(params, [&](auto launches) { bytes = launches.workspace_bytes(params, stream); });
-  return bytes;
-}
-
-void launch_lora(const LoraParams& params, void* workspace, const GpuStream& stream) {
-  with_launches(params, [&](auto launches) { launches.launch(params, workspace, stream); });
-}
-
-bool streams_weights(const LoraStreamedParams& params) {
-  const LoraShrinkParams& shrink = params.forward.shrink;
-  const auto aligned = [](const void* pointer, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % kFewTokensStep == 0;
-  };
-  if (dtype_size(shrink.dtype) != 2 || !aligned(shrink.x, shrink.x_stride)) return false;
-  for (int s = 0; s < shrink.num_siblings; ++s) {
-    const LoraExpandSibling& sibling = params.forward.expand.siblings[s];
-    const bool suits = streams_weight(shrink.num_tokens, shrink.in_features, sibling.rank) &&
-                       sibling.out_features > 0 && sibling.base == nullptr;
-    if (!suits || !aligned(params.weights[s], params.weight_strides[s])) return false;
-  }
-  return true;
 }
 
 void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& stream) {

@@ -14,10 +14,9 @@
 #include <limits>
 
 #include "gpu_stream.h"
+#include "sizes.h"
 
 namespace lora_ext::cuda {
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A size beyond the hardware's limit becomes one that the launch refuses, so that the launch check reports it.
 inline unsigned grid_size(int64_t blocks) {

@@ -1,17 +1,15 @@
-// The interface of the CUDA kernels for the bindings: the scratch memory of a call, and the launch. Includes no torch
-// header.
+// The interface of the CUDA kernels for the bindings, next to plan.h. Includes no torch header.
 //
-// Every launch_* only enqueues work on `stream`. It does not synchronise or allocate, and reads the dropout seed on the
-// device, so that a CUDA graph can capture it. An error stays in cudaGetLastError() for the caller.
+// run_plan and launch_* only enqueue work on `stream`. They do not synchronise or allocate, and read the dropout seed
+// on the device, so that a CUDA graph can capture it. An error stays in cudaGetLastError() for the caller.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <variant>
 
-#include "../common/params.h"
 #include "gpu_stream.h"
+#include "plan.h"
 
 namespace lora_ext::cuda {
 
@@ -23,25 +21,9 @@ struct DropoutMaskParams {
   uint32_t threshold;
 };
 
-// A forward with its base layers, for few tokens: y is written once, by one read of the weights. y has no base.
-struct LoraStreamedParams {
-  LoraForwardParams forward;
-  const void* weights[kMaxSiblings] = {};  // of every sibling [out_features, in_features], dtype
-  int64_t weight_strides[kMaxSiblings] = {};
-};
-
-// Whether the kernel for few tokens takes a forward: shapes and alignments.
-bool streams_weights(const LoraStreamedParams& params);
-
-// The parameters of lora_linear's adapters, of one of their products, or of a backward.
-using LoraParams = std::variant<const LoraShrinkParams*, const LoraExpandParams*, const LoraForwardParams*,
-                                const LoraExpandBackwardParams*, const LoraShrinkBackwardParams*,
-                                const LoraBackwardParams*, const LoraStreamedParams*>;
-
-// Bytes of `workspace`, which must be aligned to 16 bytes. Depends on the shapes, the wanted results and the number of
-// multiprocessors only.
-int64_t workspace_bytes(const LoraParams& params, const GpuStream& stream);
-void launch_lora(const LoraParams& params, void* workspace, const GpuStream& stream);
+// Starts the launches of a plan. scratch: plan.scratch.bytes, aligned to 16 bytes.
+void run_plan(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream);
+void run_plan(const GroupedCall& call, const GroupedPlan& plan, void* scratch, const GpuStream& stream);
 void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& stream);
 
 // Whether launches may overlap on the current device: kernels that were compiled for an older architecture do not wait

@@ -31,8 +31,6 @@ __device__ __forceinline__ T element_of(Word<T> word) {
 }
 __device__ __forceinline__ uint64_t bits_of(double v) { return static_cast<uint64_t>(__double_as_longlong(v)); }
 __device__ __forceinline__ uint32_t bits_of(float v) { return __float_as_uint(v); }
-__device__ __forceinline__ uint16_t bits_of(__half v) { return __half_as_ushort(v); }
-__device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
 
 template <class T>
 __device__ __forceinline__ Word<T> word_of(T element) {

@@ -6,15 +6,7 @@
 
 #include <cstdint>
 
-namespace lora_ext::cuda {
-
-constexpr uint32_t kSharedAlignment = 128;  // of every array: 8 rows of 16 bytes, for ldmatrix and swizzles
-
-__host__ __device__ constexpr uint32_t shared_bytes_of(uint32_t bytes) {
-  return (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
-}
-
-}  // namespace lora_ext::cuda
+#include "sizes.h"
 
 #if !defined(__CUDACC__)
 #include "simt_shared_memory.h"  // the same class, which also knows where every array ends

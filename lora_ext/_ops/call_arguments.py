@@ -8,6 +8,7 @@ from torch import Tensor, distributed
 from lora_ext._ops.usual_calls import autocast_device
 
 _INT64_MAX = torch.iinfo(torch.int64).max
+_RANGE = 2**62  # of the seeds of a rank other than 0
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15  # spreads consecutive ranks over all bits
 
 
@@ -17,12 +18,14 @@ def draw_seed(device: torch.device, rank: int | None = None) -> Tensor:
     In a process group the rank is mixed in: ranks seeded alike, as trainers do, still draw different masks. Rank 0
     draws the masks of a single process. ``rank``: another number to mix in.
     """
-    seed = torch.randint(_INT64_MAX, (), dtype=torch.int64, device=device)
     if rank is None:
         rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    if rank:
-        seed = seed.bitwise_xor(rank * _GOLDEN_RATIO % _INT64_MAX)
-    return seed
+    if rank == 0:
+        low, high = 0, _INT64_MAX
+    else:  # one kernel: a range that begins elsewhere
+        low = rank * _GOLDEN_RATIO % _RANGE
+        high = low + _RANGE
+    return torch.randint(low, high, (), dtype=torch.int64, device=device)
 
 
 def drawn(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_ext._ops import composite
+from lora_ext._ops import composite, plain_grouped
 from lora_ext._ops.registration import op_named
 
 _PLAIN = torch.library.Library("lora_ext_plain", "DEF")
@@ -28,6 +28,7 @@ OPS = (
     "lora_expand",
     "lora_expand_backward",
 )
+GROUPED_OPS = "lora_grouped_", "lora_grouped_backward"
 
 
 def _as_list(result: Tensor | list[Tensor] | None) -> list[Tensor]:
@@ -48,5 +49,6 @@ def _define(name: str, function: Callable) -> None:
     _PLAIN.impl(name, kernel, "CompositeExplicitAutograd")
 
 
-for _name in OPS:
-    _define(_name, getattr(composite, _name))
+for _module, _names in ((composite, OPS), (plain_grouped, GROUPED_OPS)):
+    for _name in _names:
+        _define(_name, getattr(_module, _name))

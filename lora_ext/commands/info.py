@@ -11,7 +11,8 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="lora-ext info", description="Shows what was built, and which kernels run on this machine.")
     add = parser.add_argument
     add("--json", action="store_true", help="print JSON")
-    add("--plan", metavar="M,K,N[,RANK]", help="print which CUDA kernels a layer K -> N takes for M tokens, and exit")
+    add("--plan", metavar="M,K,N[,RANK]", help="print the CUDA launches of a layer K -> N for M tokens, and exit")
+    add("--multiprocessors", metavar="SMS", help="the GPU of --plan; the default is an H100's 132")
     args = parser.parse_args(argv)
     if args.plan is None:
         tell(info.info(json=args.json))
@@ -19,4 +20,7 @@ def main(argv: list[str]) -> None:
     numbers = args.plan.split(",")
     if len(numbers) not in (3, 4) or not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
         raise CommandError(f"--plan is {args.plan!r}, want M,K,N or M,K,N,RANK: positive numbers")
-    tell(info.plan(*map(int, numbers)))
+    if args.multiprocessors is not None and not (args.multiprocessors.isdecimal() and int(args.multiprocessors) > 0):
+        raise CommandError(f"--multiprocessors is {args.multiprocessors!r}, want a positive number")
+    gpu = None if args.multiprocessors is None else int(args.multiprocessors)
+    tell(info.plan(*map(int, numbers), multiprocessors=gpu))

@@ -31,9 +31,14 @@ def test_no_unstable_torch_symbol_is_used(library):
     symbols = subprocess.run(["nm", "-DuC", path], capture_output=True, text=True, check=True).stdout
     assert "aoti_torch_" in symbols
     assert not [line for line in symbols.splitlines() if re.search(r"\b(c10|at|torch)::", line)]
-    # One library serves every Python.
+    # The ops need no Python.
     assert not re.search(r"\b_?Py[A-Z_]\w+", symbols)
     assert "libpython" not in subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_module_of_facts_and_plans_needs_no_torch():
+    needed = subprocess.run(["ldd", _load._C.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libtorch" not in needed and "libc10" not in needed
 
 
 def test_the_message_about_an_old_torch_names_the_binarys_minimum():
@@ -42,7 +47,8 @@ def test_the_message_about_an_old_torch_names_the_binarys_minimum():
 
 def test_no_build_paths_in_the_binary():
     # Error messages contain file names; these must not tell where the package was built.
-    assert str(ROOT).encode() not in (PACKAGE / "liblora_ext.so").read_bytes()
+    for binary in (PACKAGE / "liblora_ext.so", Path(_load._C.__file__)):
+        assert str(ROOT).encode() not in binary.read_bytes()
 
 
 def test_info_tells_the_facts():
@@ -84,24 +90,34 @@ def import_error(directory, before: str = "") -> str:
 
 
 OTHER = "was built from other sources than this Python package: it has no "
+OPS, FACTS = "liblora_ext.so", Path(_load._C.__file__).name
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("file", "change", "message"),
     [
-        (lambda content: None, "the compiled library liblora_ext.so is missing"),
-        (lambda content: b"not a library", r"liblora_ext.so does not load with torch.*(invalid ELF|file too short)"),
-        (lambda content: content.replace(b"\0lora_ext_cpu_isa\0", b"\0lora_ext_cpu_was\0"), OTHER + "lora_ext_cpu_isa"),
-        (lambda content: content.replace(b"lora_dropout_mask(", b"lora_dropout_was_("), OTHER + "op lora_dropout_mask"),
+        (OPS, lambda content: None, "the compiled library liblora_ext.so is missing"),
+        (OPS, lambda content: b"not a library", r"liblora_ext.so does not load with torch.*(invalid ELF|too short)"),
+        (OPS, lambda content: content.replace(b"lora_dropout_mask(", b"lora_dropout_was_("), OTHER + "op lora_dropout"),
+        (FACTS, lambda content: None, r"the compiled module _C of Python 3\.\d+ is missing from"),
+        (FACTS, lambda content: b"not a library", r"_C does not load: .*(invalid ELF|too short)"),
+        (FACTS, lambda content: content.replace(b"\0cpu_isa\0", b"\0cpu_was\0"), OTHER + "cpu_isa"),
     ],
-    ids=["missing", "damaged", "another function", "another op"],
+    ids=["missing", "damaged", "another op", "no module", "damaged module", "another function"],
 )
-def test_a_library_that_does_not_fit_fails_the_import(change, message, tmp_path):
+def test_a_library_that_does_not_fit_fails_the_import(file, change, message, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "lora_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    library = tmp_path / "lora_ext" / "liblora_ext.so"
+    library = tmp_path / "lora_ext" / file
     content = change(library.read_bytes())
     library.unlink() if content is None else library.write_bytes(content)
     assert re.search(f"ImportError: lora_ext: .*{message}", import_error(tmp_path), re.S)
+
+
+def test_a_module_of_another_python_is_named(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "lora_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    other = "_C.cpython-39-x86_64-linux-gnu.so"
+    (tmp_path / "lora_ext" / FACTS).rename(tmp_path / "lora_ext" / other)
+    assert f"(it has {other}, of another Python)" in import_error(tmp_path)
 
 
 @pytest.mark.parametrize("is_installed", [True, False])

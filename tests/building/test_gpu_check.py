@@ -70,12 +70,12 @@ def test_a_wheel_brings_the_libraries(tmp_path):
         with zipfile.ZipFile(wheel := tmp_path / "lora_ext.whl", "w") as archive:
             for name in names:
                 archive.writestr(f"lora_ext/{name}", f"{len(names)} {name}")
-        if len(names) == 2:
+        if names == gpu_check.LIBRARIES:
             gpu_check.install_library(wheel, tmp_path)
         else:
             with pytest.raises(SystemExit, match=r"lora_ext\.whl: no liblora_ext_cuda\.so"):
                 gpu_check.install_library(wheel, tmp_path)
-    assert [(tmp_path / name).read_text() for name in gpu_check.LIBRARIES] == [f"2 {n}" for n in gpu_check.LIBRARIES]
+    assert [(tmp_path / name).read_text() for name in gpu_check.LIBRARIES] == [f"3 {n}" for n in gpu_check.LIBRARIES]
 
 
 # --- a part -----------------------------------------------------------------------------------------------------------

@@ -203,9 +203,15 @@ def test_numbers_that_json_lacks_are_null(tmp_path, capsys):
     ("plan", "ours"),
     [("1,4096,4096", True), ("32,4096,1024,64", True), ("33,4096,4096", False), ("1,4096,9,65", False)],
 )
-def test_info_prints_the_kernels_of_a_shape(capsys, plan, ours):
+def test_info_prints_the_launches_of_a_shape(capsys, plan, ours):
     assert main(["info", "--plan", plan]) == 0
-    assert ("our kernel reads the weight once" in capsys.readouterr().out) == ours
+    forward, backward = capsys.readouterr().out.split("\n\n")
+    assert ("few_tokens" in forward) == ours == ("library's product" not in forward)
+    assert "launches on 132 multiprocessors" in forward and "  shrink" in forward and "  token_sum" in backward
+    assert main(["info", "--plan", plan, "--multiprocessors", "58"]) == 0
+    assert "launches on 58 multiprocessors" in capsys.readouterr().out
+    assert main(["info", "--plan", plan, "--multiprocessors", "0"]) == 2
+    assert "--multiprocessors is '0', want a positive number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("plan", ["1,2", "1,2,x", "0,8,8", "1,2,3,4,5"])

@@ -1,13 +1,14 @@
-"""Runs csrc/bindings/cuda_lora_linear.cpp on the CPU: float32 and float64 become plain PyTorch, 16-bit x a launch."""
+"""Runs CUDA bindings on the CPU: float32 and float64 become plain PyTorch, 16-bit x a launch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from cpp import cuda_bindings
+from support.groups import random_groups
 from torch import Tensor
 
-from lora_ext._ops.plain import OPS
+from lora_ext._ops.plain import GROUPED_OPS, OPS
 
 pytestmark = [pytest.mark.cpu_only("runs a CUDA binding on the CPU"), pytest.mark.full]
 
@@ -73,6 +74,42 @@ def test_wide_dtypes_take_plain_pytorch(ops, op, dtype):
 def test_16_bit_values_take_the_kernels(ops, op):
     with pytest.raises(RuntimeError, match=f"^{op}: a kernel is launched$"):
         getattr(ops, op)(*arguments_of(op, torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def grouped_ops(tmp_path_factory):
+    schemas, folder = ("kLoraGrouped", "kLoraGroupedBackward"), tmp_path_factory.mktemp("grouped")
+    return cuda_bindings.load(folder, "cuda_grouped", "linear_binding", schemas, "lora_ext_grouped_binding")
+
+
+def grouped_arguments(op: str, dtype: torch.dtype) -> tuple:
+    case = random_groups(12, (24, 9), [2, (2, 3)], (dtype, dtype))
+    y, x, *choice = case.args()
+    xa, mask = (
+        torch.randn(12, 3, dtype=ACC[dtype]),
+        torch.ops.lora_ext.lora_dropout_mask(torch.tensor([5]), 12, 24, 0.3),
+    )
+    if op == "lora_grouped_":
+        return y, x, *choice, 0.3, torch.tensor(5)
+    return case.grad_y, x, *choice, xa, mask, 0.3, [True] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("op", GROUPED_OPS)
+def test_wide_rows_that_choose_take_plain_pytorch(grouped_ops, op, dtype):
+    ours = grouped_arguments(op, dtype)
+    expected = (ours[0].clone(), *ours[1:])
+    results, wanted = getattr(grouped_ops, op)(*ours), getattr(torch.ops.lora_ext, op)(*expected)
+    if op == "lora_grouped_":
+        results, wanted = (ours[0], *results), (expected[0], *wanted)
+    for result, of_kernel in zip(flat(results), flat(wanted), strict=True):
+        torch.testing.assert_close(result, of_kernel, rtol=0, atol=200 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("op", GROUPED_OPS)
+def test_16_bit_rows_that_choose_take_the_kernels(grouped_ops, op):
+    with pytest.raises(RuntimeError, match=f"^{op}: a kernel is launched$"):
+        getattr(grouped_ops, op)(*grouped_arguments(op, torch.bfloat16))
 
 
 def test_wrong_arguments_are_named(ops):

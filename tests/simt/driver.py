@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import math
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,18 +122,6 @@ class Library:
             found.append(Launch(kernel, math.prod(c.grid), c.threads, c.shared_bytes))
         return found
 
-    @contextlib.contextmanager
-    def recording(self, multiprocessors: int) -> Iterator[Library]:
-        """Records launches for a GPU of so many multiprocessors and does not execute them: for sizes of real layers."""
-        recorder = Library(self.path)
-        recorder.multiprocessors = multiprocessors
-        recorder.reset()
-        self.c.simt_only_record(1)
-        try:
-            yield recorder
-        finally:
-            self.c.simt_only_record(0)
-
     def check(self) -> None:
         """Raises SimtError if the runs since `reset` had reports."""
         if reports := self.reports():
@@ -210,7 +196,7 @@ class Library:
 def kernel_library(name: str, instead: dict[str, Path], more: tuple[Path, ...] = ()) -> Library:
     """Builds the kernels of csrc/cuda. instead: replaces sources, by name; more: sources that are not kernels."""
     sources = [instead.get(path.name, path) for path in sorted((ROOT / "csrc/cuda").rglob("*.cu"))]
-    others = [SIMT / "entry.cpp", params.layout_check(CACHE / "layout_check.cpp"), *more]
+    others = [SIMT / "entry.cpp", ROOT / "csrc/cuda/plan.cpp", params.layout_check(CACHE / "layout_check.cpp"), *more]
     return Library(build_library(name, sources, others))
 
 

@@ -1,6 +1,5 @@
-// Exports the kernels' launch functions (csrc/cuda/launch.h, grouped.h, merge.h) to Python. To add one: a line here and
+// Exports the kernels' launch functions (csrc/cuda/launch.h, merge.h) to Python. To add one: a line here and
 // a function in ops.py.
-#include "../../csrc/cuda/grouped.h"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/merge.h"
 
@@ -13,22 +12,31 @@ static GpuStream stream_of(int multiprocessors) {
   return {.stream = nullptr, .device = 0, .multiprocessors = multiprocessors, .overlaps_launches = true};
 }
 
-#define EXPORT_LAUNCH(Params)                                                       \
-  EXPORT int64_t workspace_bytes_##Params(const Params* p, int multiprocessors) {   \
-    return workspace_bytes(p, stream_of(multiprocessors));                          \
-  }                                                                                 \
-  EXPORT void run_##Params(const Params* p, void* workspace, int multiprocessors) { \
-    launch_lora(p, workspace, stream_of(multiprocessors));                          \
+#define EXPORT_PLAN(Params)                                                              \
+  EXPORT int64_t scratch_bytes_##Params(const Params* p, int multiprocessors) {          \
+    return make_plan(*p, {multiprocessors}).scratch.bytes;                               \
+  }                                                                                      \
+  EXPORT void run_##Params(const Params* p, void* scratch, int multiprocessors) {        \
+    run_plan(*p, make_plan(*p, {multiprocessors}), scratch, stream_of(multiprocessors)); \
   }
 
-EXPORT_LAUNCH(LoraShrinkParams)
-EXPORT_LAUNCH(LoraExpandParams)
-EXPORT_LAUNCH(LoraForwardParams)
-EXPORT_LAUNCH(LoraExpandBackwardParams)
-EXPORT_LAUNCH(LoraShrinkBackwardParams)
-EXPORT_LAUNCH(LoraBackwardParams)
-EXPORT_LAUNCH(LoraStreamedParams)
-EXPORT bool streams(const LoraStreamedParams* p) { return streams_weights(*p); }
+EXPORT_PLAN(LoraShrinkParams)
+EXPORT_PLAN(LoraExpandParams)
+EXPORT_PLAN(LoraForwardParams)
+EXPORT_PLAN(LoraExpandBackwardParams)
+EXPORT_PLAN(LoraShrinkBackwardParams)
+EXPORT_PLAN(LoraBackwardParams)
+
+// Forwards with their base layers, for few tokens.
+EXPORT bool streams(const LoraForwardParams* p, const BaseWeights* weights) {
+  return make_plan({*p, weights}, {}).streams_weights;
+}
+EXPORT int64_t scratch_bytes_streamed(const LoraForwardParams* p, const BaseWeights* weights, int multiprocessors) {
+  return make_plan({*p, weights}, {multiprocessors}).scratch.bytes;
+}
+EXPORT void run_streamed(const LoraForwardParams* p, const BaseWeights* weights, void* scratch, int multiprocessors) {
+  run_plan({*p, weights}, make_plan({*p, weights}, {multiprocessors}), scratch, stream_of(multiprocessors));
+}
 EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*, int multiprocessors) {
   launch_dropout_mask(*p, stream_of(multiprocessors));
 }
@@ -45,13 +53,14 @@ EXPORT void run_gather_records(const MergeParams* p, const MergeLayer* layers, i
 
 // entries [num_entries]
 #define EXPORT_GROUPED(Params)                                                                                         \
-  EXPORT int64_t workspace_bytes_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries,       \
-                                          int64_t num_entries, int multiprocessors) {                                  \
-    return grouped_workspace_bytes(*p, *rows, {entries, entries + num_entries}, stream_of(multiprocessors));           \
+  EXPORT int64_t scratch_bytes_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries,         \
+                                        int64_t num_entries, int multiprocessors) {                                    \
+    return make_plan({*p, *rows, {entries, entries + num_entries}}, {multiprocessors}).scratch_bytes;                  \
   }                                                                                                                    \
   EXPORT void run_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries, int64_t num_entries, \
-                           void* workspace, int multiprocessors) {                                                     \
-    launch_grouped(*p, *rows, {entries, entries + num_entries}, workspace, stream_of(multiprocessors));                \
+                           void* scratch, int multiprocessors) {                                                       \
+    const GroupedCall call(*p, *rows, {entries, entries + num_entries});                                               \
+    run_plan(call, make_plan(call, {multiprocessors}), scratch, stream_of(multiprocessors));                           \
   }
 
 EXPORT_GROUPED(LoraGroupedForwardParams)

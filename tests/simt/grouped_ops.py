@@ -13,7 +13,7 @@ from lora_ext.reference import dropout_threshold
 
 from . import params
 from .driver import Library, kernels
-from .ops import DTYPES, WORKSPACE_ALIGNMENT, accumulation_dtype, mask_row_bytes
+from .ops import DTYPES, SCRATCH_ALIGNMENT, accumulation_dtype, mask_row_bytes
 
 
 @dataclass
@@ -70,11 +70,11 @@ def _entries(case: Grouped, library: Library, wanted_As=(), wanted_Bs=()) -> cty
 def _run(p: ctypes.Structure, rows: ctypes.Structure, entries: ctypes.Array, library: Library) -> None:
     name = type(p).__name__
     arguments = ctypes.byref(p), ctypes.byref(rows), entries, ctypes.c_int64(len(entries))
-    workspace_bytes = getattr(library.c, f"workspace_bytes_{name}")
-    workspace_bytes.restype = ctypes.c_int64
-    num_bytes = workspace_bytes(*arguments, library.multiprocessors)
-    workspace = library.allocate(num_bytes, "workspace", WORKSPACE_ALIGNMENT)
-    getattr(library.c, f"run_{name}")(*arguments, ctypes.c_void_p(workspace), library.multiprocessors)
+    scratch_bytes = getattr(library.c, f"scratch_bytes_{name}")
+    scratch_bytes.restype = ctypes.c_int64
+    num_bytes = scratch_bytes(*arguments, library.multiprocessors)
+    scratch = library.allocate(num_bytes, "scratch", SCRATCH_ALIGNMENT)
+    getattr(library.c, f"run_{name}")(*arguments, ctypes.c_void_p(scratch), library.multiprocessors)
     library.check()
 
 

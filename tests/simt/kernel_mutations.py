@@ -16,7 +16,6 @@ from .driver import FEW_MULTIPROCESSORS, Library
 from .edits import Edit, edited_kernels
 from .mutation_runs import (
     BF16,
-    F32,
     KernelMutation,
     Report,
     backward,
@@ -28,7 +27,7 @@ from .mutation_runs import (
     unmerge,
 )
 
-SOURCES = "lora_bfloat16", "merge", "grouped", "grouped_mma"  # of csrc/cuda; they contain the bugs
+SOURCES = "lora_bfloat16", "merge", "grouped"  # of csrc/cuda; they contain the bugs
 
 RACE, NOT_WAITED, UNINITIALISED = ("race-shared",), ("async-copy-not-waited",), ("uninitialised-read",)
 OUT_OF_BOUNDS = ("out-of-bounds-global",)
@@ -107,12 +106,12 @@ MUTATIONS = [
         "  {+if (!BUG || threadIdx.x < 128) +}ptx::wait_for_earlier_launches();",
         Report(("earlier-launch-not-waited",), "gradient_sums_kernel", "gradient_sums_kernel(const"),
     ),
-    # --- the workspace
+    # --- the scratch memory
     KernelMutation(
-        "the_workspace_is_half_as_large",
+        "partial_sums_begin_in_the_middle_of_the_scratch_memory",
         forward(BF16, 40, 840, 40, 8),
-        "workspace.h",
-        "int64_t total_bytes() const { return total_bytes_{+ / (BUG ? 2 : 1)+}; }",
+        "mma/run_plan.cuh",
+        "reinterpret_cast<V*>(scratch_ + offset{+ + (BUG ? plan_.scratch.bytes / 2 : 0)+});",
         Report(OUT_OF_BOUNDS, "shrink_kernel", "data[range * range_stride", "mma/partial_sums.cuh"),
     ),
     # --- token passes
@@ -248,90 +247,78 @@ MUTATIONS = [
     # --- rows that choose their factors
     KernelMutation(
         "index_adds_counts_too_early",
-        grouped(F32, [30, 50], (24, 20), 4),
-        "grouped/index_rows.cuh",
+        grouped(BF16, [30, 50], (24, 20), 4),
+        "grouped/group_index.cuh",
         "  {+if (!BUG) +}__syncthreads();\n",
         Report(RACE + UNINITIALISED, "group_index_kernel", "_of_warp[w]"),
     ),
     KernelMutation(
         "tiles_without_rows_have_no_group",
-        grouped(F32, [30, 50], (24, 20), 4),
-        "grouped/index_rows.cuh",
+        grouped(BF16, [30, 50], (24, 20), 4),
+        "grouped/group_index.cuh",
         "first_of(begin + count, rows.rows_per_entry, group + {+(BUG ? 0 : +}1{+)+});",
         Report(UNINITIALISED, "grouped_shrink_kernel", "group = index.group_of_tile[tile];", "grouped/group_index.cuh"),
     ),
     KernelMutation(
         "few_rows_read_xa_too_early",
-        grouped(F32, [3, 2], (24, 20), 4),
+        grouped(BF16, [3, 2], (24, 20), 4),
         "grouped/few_rows.cuh",
         "  {+if (!BUG) +}__syncthreads();\n",
         Report(RACE + UNINITIALISED, "few_rows_expand_kernel", "sum += xa[rank + e]"),
     ),
     KernelMutation(
         "few_rows_read_beyond_the_last_feature",
-        grouped(F32, [1], (76, 20), 4),
+        grouped(BF16, [1], (76, 20), 4),
         "grouped/few_rows.cuh",
         "{+BUG ? kEight : +}eight_inside(column, end);",
         Report(OUT_OF_BOUNDS, "few_rows_shrink_kernel", "values.v[i] = i < inside", "grouped/eights.cuh"),
     ),
     KernelMutation(
-        "grouped_shrink_multiplies_too_early",
-        grouped(F32, [30, 50], (840, 20), 4),
-        "grouped/shrink.cuh",
-        "    {+if (!BUG) +}__syncthreads();  // the stage is full",
-        Report(
-            RACE + UNINITIALISED,
-            "grouped_shrink_kernel",
-            "return *reinterpret_cast<const Vector<A>*>",
-            "grouped/vectors.cuh",
-        ),
-    ),
-    KernelMutation(
         "grouped_expand_forgets_the_last_rows",
-        grouped(F32, [30, 50], (24, 20), 4),
+        grouped(BF16, [30, 50], (24, 20), 4),
         "grouped/expand.cuh",
-        "if (row0 + i >= tile.count{+ && !BUG+}) return;",
-        Report(UNINITIALISED, "grouped_expand_kernel", "rows[row0 + i]"),
+        "i < {+(BUG ? Tiles::kRows : +}tile.count{+)+} * kRowEights; i += kThreads",
+        Report(UNINITIALISED, "grouped_expand_kernel", "finish_eight<kBackward>("),
     ),
     KernelMutation(
         "chunks_of_two_groups_share_partial_sums",
-        grouped(F32, [600, 600], (24, 20), 4, is_backward=True),
-        "grouped/params.cuh",
+        grouped(BF16, [600, 600], (24, 20), 4, is_backward=True),
+        "grouped/factor_sums.cuh",
         "chunk.group_begin / ({+BUG ? kChunkRows : +}kChunkRows / 2) + chunk.number;",
         Report(("race-global",), "grouped_factor_sums_kernel", "p.partial[(place"),
     ),
     KernelMutation(
-        "grouped_shrink_mma_waits_for_one_copy_less",
+        "grouped_shrink_waits_for_one_copy_less",
         grouped(BF16, [30, 50], (840, 20), 4),
-        "grouped/shrink_mma.cuh",
+        "grouped/shrink.cuh",
         "    {+BUG ? ptx::cp_async_wait<kStages - 1>() : +}ptx::cp_async_wait<kStages - 2>();\n",
-        Report(NOT_WAITED, "grouped_shrink_mma_kernel", "ptx::ldmatrix_x4(x, "),
+        Report(NOT_WAITED, "grouped_shrink_kernel", "ptx::ldmatrix_x4(x, "),
     ),
     KernelMutation(
-        "grouped_expand_mma_fills_the_tile_in_use",
+        "grouped_expand_fills_the_tile_in_use",
         grouped(BF16, [30, 50], (24, 136), 40),
-        "grouped/expand_mma.cuh",
+        "grouped/expand.cuh",
         "copy(rank0 + kRanks, stage ^ {+(BUG ? 0 : +}1){+)+};",
-        Report(RACE + NOT_WAITED, "grouped_expand_mma_kernel", "ptx::ldmatrix_x4(b, "),
+        Report(RACE + NOT_WAITED, "grouped_expand_kernel", "ptx::ldmatrix_x4(b, "),
     ),
     KernelMutation(
-        "grouped_factor_sums_mma_reads_rows_too_early",
+        "grouped_factor_sums_reads_rows_too_early",
         grouped(BF16, [30, 50], (24, 20), 4, is_backward=True),
-        "grouped/factor_sums_mma.cuh",
+        "grouped/factor_sums.cuh",
         "  load_rows(rows, p.index, chunk);\n  {+if (!BUG) +}__syncthreads();\n",
-        Report(RACE + UNINITIALISED, "grouped_factor_sums_mma_kernel", "rows[at] * p."),
+        Report(RACE + UNINITIALISED, "grouped_factor_sums_kernel", "rows[at] * p."),
     ),
     KernelMutation(
-        "grouped_factor_sums_mma_waits_for_one_copy_less",
+        "grouped_factor_sums_waits_for_one_copy_less",
         grouped(BF16, [120], (24, 20), 4, is_backward=True),
-        "grouped/factor_sums_mma.cuh",
+        "grouped/factor_sums.cuh",
         "    {+BUG ? ptx::cp_async_wait<kStages - 1>() : +}ptx::cp_async_wait<kStages - 2>();\n",
-        Report(NOT_WAITED, "grouped_factor_sums_mma_kernel", "ptx::ldmatrix_x4_transposed(x, "),
+        Report(NOT_WAITED, "grouped_factor_sums_kernel", "ptx::ldmatrix_x4_transposed(x, "),
     ),
     KernelMutation(
         "entries_are_written_beyond_the_last",
-        grouped(F32, [1] * 33, (24, 20), 4),
-        "grouped/write_table.cuh",
+        grouped(BF16, [1] * 33, (24, 20), 4),
+        "grouped/group_table.cuh",
         "if (i < p.count{+ || BUG+})",
         Report(OUT_OF_BOUNDS, "write_entries_kernel", "p.to[i] = p.entries[i]"),
     ),
@@ -346,18 +333,16 @@ NOT_RUN = {
         "f(std::type_identity<__nv_bfloat16>{})",
         "f(std::type_identity<__half>{})",
     ],
-    "grouped.cu": ["f(std::type_identity<double>{})"],
-    "grouped_mma.cu": ["with_flag(std::type_identity<__half>{})"],
-    "mma/shrink.cuh": [
-        f"launch_shrink_kernel<T, {tile}, KeepBits::{bits}>(p, split.chunks, {tiles}, stream)"
-        for tile, bits, tiles in (
-            ("kSmallRankTile", "kDraw", "0, 1"),
-            ("kRankTile", "kDraw", "0, 1"),
-            ("kRankTile", "kRead", "1, rank_tiles - 1"),
-        )
+    "grouped.cu": ["return grouped::run_launches<__half>(call, plan, scratch, stream);"],
+    "mma/run_plan.cuh": [
+        "keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw>\n" + " " * 43 + ": ",
+        "keep == KeepBits::kDraw   ? &shrink_kernel<T, kRanks, KeepBits::kDraw>\n          : ",
+        "keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead>\n                                    : ",
+        "masked ? &token_sum_kernel<T, kSmallRanks, true> : ",
+        "masked ? &token_sum_kernel<T, kRanks, true> : ",
+        "case 2: return start(launch, larger ? &few_tokens_kernel<T, 2, 3> : &few_tokens_kernel<T, 2, 2>, params);",
+        "default: return start(launch, larger ? &few_tokens_kernel<T, 4, 3> : &few_tokens_kernel<T, 4, 2>, params);",
     ],
-    "mma/token_sum.cuh": ["p.mask ? &token_sum_kernel<T, kRanks, true> : "],
-    "mma/few_tokens.cuh": [f"launch_few_tokens_tiles<T, {tiles}>(p, stream)" for tiles in (2, 4)],
 }
 
 

@@ -22,7 +22,7 @@ from .driver import Library, kernels
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
 PAIRS = [(x, factor) for x, factor in layers.DTYPES if x.itemsize == 2]  # of x and of the factors
-WORKSPACE_ALIGNMENT = 256
+SCRATCH_ALIGNMENT = 256
 
 
 @dataclass
@@ -57,15 +57,19 @@ def mask_row_bytes(in_features: int) -> int:
     return (in_features + 63) // 64 * 8
 
 
-def run(p: ctypes.Structure, library: Library) -> None:
-    """Launches the kernels for these parameters, with a workspace of exactly the bytes they ask for."""
-    name, pointer, workspace = type(p).__name__, ctypes.byref(p), None
-    workspace_bytes = getattr(library.c, f"workspace_bytes_{name}", None) if name != "DropoutMaskParams" else None
-    if workspace_bytes:
-        workspace_bytes.restype = ctypes.c_int64
-        num_bytes = workspace_bytes(pointer, library.multiprocessors)
-        workspace = library.allocate(num_bytes, "workspace", WORKSPACE_ALIGNMENT)
-    getattr(library.c, f"run_{name}")(pointer, ctypes.c_void_p(workspace), library.multiprocessors)
+def run(p: ctypes.Structure, library: Library, weights: ctypes.Structure | None = None) -> None:
+    """Launches the kernels for these parameters, with scratch memory of exactly the bytes that the plan asks for.
+
+    weights: BaseWeights, of a forward that also computes the base layers.
+    """
+    name = "streamed" if weights else type(p).__name__
+    arguments = [ctypes.byref(part) for part in (p, weights) if part is not None]
+    scratch = None
+    if scratch_bytes := getattr(library.c, f"scratch_bytes_{name}", None):
+        scratch_bytes.restype = ctypes.c_int64
+        num_bytes = scratch_bytes(*arguments, library.multiprocessors)
+        scratch = library.allocate(num_bytes, "scratch", SCRATCH_ALIGNMENT)
+    getattr(library.c, f"run_{name}")(*arguments, ctypes.c_void_p(scratch), library.multiprocessors)
     library.check()
 
 
@@ -103,8 +107,8 @@ def lora_forward(
     """
     library = library or kernels()
     library.reset(schedule)
-    p = params.LoraStreamedParams() if weights else params.LoraForwardParams()
-    shrink, expand = (p.forward.shrink, p.forward.expand) if weights else (p.shrink, p.expand)
+    p, base = params.LoraForwardParams(), params.BaseWeights() if weights else None
+    shrink, expand = p.shrink, p.expand
     for part in (shrink, expand):
         _fill_common(part, x, siblings)
     shrink.in_features, shrink.x_stride, shrink.threshold = x.shape[1], x.stride(0), dropout_threshold(dropout_p)
@@ -125,10 +129,10 @@ def lora_forward(
         s.y = library.upload(ys[i], "y") if ys else library.allocate(x.shape[0] * s.out_features * x.itemsize, "y")
         s.base = s.y if ys else None
         if weights:
-            p.weights[i], p.weight_strides[i] = library.upload(weights[i], "weight"), weights[i].stride(0)
+            base.data[i], base.strides[i] = library.upload(weights[i], "weight"), weights[i].stride(0)
     if weights:
-        assert library.c.streams(ctypes.byref(p)), "the kernel for few tokens does not take this"
-    run(p, library)
+        assert library.c.streams(ctypes.byref(p), ctypes.byref(base)), "the kernel for few tokens does not take this"
+    run(p, library, base)
     results = [library.download(s.y, (len(x), s.out_features), x.dtype, "y") for s in expand.siblings[: len(siblings)]]
     xa = library.download(shrink.xa, (shrink.num_tokens, shrink.total_rank), acc, "xa")
     has_mask = shrink.threshold > 0

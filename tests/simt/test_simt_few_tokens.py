@@ -50,6 +50,21 @@ def test_few_tokens(dtypes, tokens, in_features, dropout_p, sizes):
     assert_errors_as_plain([(ours, exact, plain)], dtypes[0], dtypes[0])
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (F16, F16)], ids=str)
+@pytest.mark.parametrize("sizes", [[(96, 8)], [(30, 5), (50, 64)]], ids=["one", "two"])
+@pytest.mark.parametrize("tokens", [3, 9, 20])
+def test_larger_blocks_that_save_a_wave(tokens, sizes, dtypes):
+    siblings = random_siblings(((tokens, 600), sizes), dtypes)
+    weights = [layer.weight for layer in siblings.layers]
+    operands = [ops.Sibling(layer.lora_A, layer.lora_B, layer.scaling, layer.bias) for layer in siblings.layers]
+    ops.lora_forward(siblings.x, operands, 0.0, SEED, weights=weights, library=few_blocks())
+    rows = 32 if tokens <= 8 else 48
+    assert few_blocks().launches()[-1].blocks == sum(-(-out_features // rows) for out_features, _ in sizes)
+    ours = run_kernel(siblings, 0.0, library=few_blocks())
+    exact, plain = run_reference(siblings.to(torch.float64), 0.0), run_reference(siblings, 0.0)
+    assert_errors_as_plain([(ours, exact, plain)], dtypes[0], dtypes[0])
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_weights_and_x_with_gaps_between_rows(tokens):
     siblings = random_siblings(((tokens, 72), [(40, 8)]), (BF16, BF16))

@@ -1,51 +1,67 @@
-"""Tests the kernels' plans at the sizes of real layers: how many launches, how many blocks."""
+"""Tests the plans of the CUDA kernels (``lora_ext._C``) at the sizes of real layers, and that kernels follow them."""
 
 from __future__ import annotations
 
+import functools
+import re
+
 import pytest
 import torch
+from support.layers import random_siblings
 
-from simt import planned
-from simt.planned import kernel_names
+from lora_ext import _load
+from simt import ops
+from simt.driver import Launch, few_blocks, kernels
 
 pytestmark = [pytest.mark.cpu_only("plans of the CUDA kernels, made on the CPU"), pytest.mark.full]
 
 GPUS = {"A100": 108, "H100 PCIe": 114, "H100": 132, "B200": 148, "L4": 58}
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-PASSES = ("shrink_kernel", "shrink_and_sum_kernel", "token_sum_kernel")  # read x or grad_y
+BF16, F16, F32 = "bfloat16", "float16", "float32"
+PASSES = ("shrink", "shrink_and_sum", "token_sum")  # read x or grad_y
+Q_K_V = [(4096, 16), (1024, 16), (1024, 16)]
+
+# The launches of the adapters alone.
+plan_forward = functools.partial(_load.plan_forward, factor_dtype=BF16, base_layers=False)
+plan_backward = functools.partial(_load.plan_backward, factor_dtype=BF16)
+
+
+def names(plan) -> list[str]:
+    return [launch.kernel for launch in plan.launches]
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("tokens", [2048, 8192])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_the_blocks_of_a_pass_fit_the_multiprocessors(dtype, tokens, gpu):
-    """A pass that does not fill its last round of blocks leaves multiprocessors idle."""
-    arguments = tokens, 4096, [(4096, 16)], dtype, dtype
-    launches = planned.forward(*arguments, multiprocessors=GPUS[gpu])
-    launches += planned.backward(*arguments, multiprocessors=GPUS[gpu])
+    """A pass that does not fill its last wave of blocks leaves multiprocessors idle."""
+    sizes, options = (tokens, 4096, [(4096, 16)]), dict(dtype=dtype, factor_dtype=dtype, multiprocessors=GPUS[gpu])
+    launches = plan_forward(*sizes, **options).launches + plan_backward(*sizes, **options).launches
     passes = [launch for launch in launches if launch.kernel in PASSES]
     assert [launch.kernel for launch in passes] == list(PASSES)
     for launch in passes:
-        resident = GPUS[gpu] * (1 if launch.kernel == "shrink_and_sum_kernel" else 2)
-        rounds = -(-launch.blocks // resident)
-        used = launch.blocks / (rounds * resident)
-        assert used > 0.8 or (rounds == 1 and launch.blocks > 0.8 * GPUS[gpu]), launch
+        resident = GPUS[gpu] * (1 if launch.kernel == "shrink_and_sum" else 2)
+        waves = -(-launch.blocks // resident)
+        used = launch.blocks / (waves * resident)
+        assert used > 0.8 or (waves == 1 and launch.blocks > 0.8 * GPUS[gpu]), launch
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("sizes", [[(4096, 16), (1024, 16), (1024, 16)], [(14336, 16)] * 2], ids=["q/k/v", "gate/up"])
-def test_the_blocks_of_siblings_fit_the_multiprocessors(sizes, gpu):
+@pytest.mark.parametrize("layers", [Q_K_V, [(14336, 16)] * 2], ids=["q/k/v", "gate/up"])
+def test_the_blocks_of_siblings_fit_the_multiprocessors(layers, gpu):
     """One block of the pass over grad_y runs on a multiprocessor."""
-    pass_ = planned.backward(8192, 4096, sizes, multiprocessors=GPUS[gpu])[0]
-    rounds = -(-pass_.blocks // GPUS[gpu])
-    assert pass_.kernel == "shrink_and_sum_kernel" and pass_.blocks / (rounds * GPUS[gpu]) > 0.75, pass_
+    pass_ = plan_backward(8192, 4096, layers, multiprocessors=GPUS[gpu]).launches[0]
+    waves = -(-pass_.blocks // GPUS[gpu])
+    assert pass_.kernel == "shrink_and_sum" and pass_.blocks / (waves * GPUS[gpu]) > 0.75, pass_
 
 
 def test_one_gpu_has_one_plan():
-    first, second = (planned.backward(300, 4096, [(4096, 16)]) for _ in range(2))
+    first, second = (repr(plan_backward(300, 4096, [(4096, 16)])) for _ in range(2))
     assert first == second
-    assert first != planned.backward(300, 4096, [(4096, 16)], multiprocessors=20)
-    assert kernel_names(first)
+    blocks = [
+        [launch.blocks for launch in plan_backward(300, 4096, [(4096, 16)], multiprocessors=sms).launches]
+        for sms in (132, 20)
+    ]
+    assert blocks[0] != blocks[1]
 
 
 FORWARD = ["shrink", "expand_short"]
@@ -56,45 +72,43 @@ BACKWARD = ["shrink_and_sum", "expand_short", "token_sum", "gradient_sums"]
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_launches_of_a_bfloat16_layer(rank, tokens):
     """Two forward and four backward, next to the base products and the draw of a seed."""
-    arguments = tokens, 4096, [(4096, rank)]
-    assert kernel_names(planned.forward(*arguments)) == FORWARD
-    assert kernel_names(planned.backward(*arguments)) == BACKWARD
+    sizes = tokens, 4096, [(4096, rank)]
+    assert names(plan_forward(*sizes)) == FORWARD
+    assert names(plan_backward(*sizes)) == BACKWARD
 
 
 def test_launches_of_siblings():
-    q_k_v = [(4096, 16), (1024, 16), (1024, 16)]
-    assert kernel_names(planned.forward(8192, 4096, q_k_v)) == FORWARD
-    assert kernel_names(planned.backward(2048, 4096, q_k_v)) == BACKWARD
-    names = kernel_names(planned.backward(8192, 4096, q_k_v))
-    assert names == ["shrink_and_sum", "rank_sums", *BACKWARD[1:]]
+    assert names(plan_forward(8192, 4096, Q_K_V)) == FORWARD
+    assert names(plan_backward(2048, 4096, Q_K_V)) == BACKWARD
+    assert names(plan_backward(8192, 4096, Q_K_V)) == ["shrink_and_sum", "rank_sums", *BACKWARD[1:]]
 
 
 @pytest.mark.parametrize("output_mask", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
 def test_launches_where_less_is_wanted(output_mask):
-    names = kernel_names(planned.backward(8192, 4096, [(4096, 16)], output_mask=output_mask))
-    assert "pack_factors" not in names or not output_mask[2]
-    assert ("expand_short" in names, "token_sum" in names) == output_mask[:2]
+    found = names(plan_backward(8192, 4096, [(4096, 16)], output_mask=output_mask))
+    assert "pack_factors" not in found or not output_mask[2]
+    assert ("expand_short" in found, "token_sum" in found) == output_mask[:2]
 
 
 def test_partial_sums_that_would_be_read_too_often_get_their_own_launch():
     """28 ranges of 512 columns, read by each of 8 tiles of columns."""
-    names = kernel_names(planned.backward(8192, 4096, [(14336, 16)]))
-    assert names == ["shrink_and_sum", "rank_sums", "expand_short", "token_sum", "gradient_sums"]
+    found = names(plan_backward(8192, 4096, [(14336, 16)]))
+    assert found == ["shrink_and_sum", "rank_sums", "expand_short", "token_sum", "gradient_sums"]
 
 
-@pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F16), (F16, F32)], ids=str)
-def test_wide_factors_are_rounded_and_those_of_two_parts_packed(dtypes):
-    arguments = 2048, 4096, [(4096, 16)], *dtypes
-    first = ["round_factors"] * (dtypes[1] == F32) + ["pack_factors"] * (dtypes[0] == F16)
-    assert kernel_names(planned.forward(*arguments)) == first + FORWARD
-    assert kernel_names(planned.backward(*arguments)) == first + BACKWARD
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)], ids=str)
+def test_wide_factors_are_rounded_and_no_factor_of_a_small_rank_is_packed(dtypes):
+    sizes, options = (2048, 4096, [(4096, 16)]), dict(zip(("dtype", "factor_dtype"), dtypes, strict=True))
+    first = ["round_factors"] * (dtypes[1] == F32)
+    assert names(plan_forward(*sizes, **options)) == first + FORWARD
+    assert names(plan_backward(*sizes, **options)) == first + BACKWARD
 
 
 def test_launches_of_large_ranks():
     """From rank 33 on, grad_y is read twice; from 65 on, factors are packed."""
     half, large = [(4096, 64)], [(4096, 256)]
-    assert kernel_names(planned.forward(2048, 4096, half)) == ["shrink", "rank_sums", "expand_short"]
-    assert kernel_names(planned.backward(2048, 4096, half, output_mask=(True, False, True))) == [
+    assert names(plan_forward(2048, 4096, half)) == ["shrink", "rank_sums", "expand_short"]
+    assert names(plan_backward(2048, 4096, half, output_mask=(True, False, True))) == [
         "pack_factors",
         "shrink",
         "token_sum",
@@ -102,5 +116,78 @@ def test_launches_of_large_ranks():
         "expand_short",
         "gradient_sums",
     ]
-    names = kernel_names(planned.forward(2048, 4096, large))
-    assert names == ["pack_factors", "shrink", "shrink", "rank_sums", "expand_long"]
+    assert names(plan_forward(2048, 4096, large)) == ["pack_factors", "shrink", "shrink", "rank_sums", "expand_long"]
+
+
+@pytest.mark.parametrize("gpu", ["H100", "B200"])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32])
+def test_few_tokens_of_siblings_take_one_wave(tokens, gpu):
+    """Two blocks run on a multiprocessor for up to 8 tokens, one for more."""
+    plan = plan_forward(tokens, 4096, Q_K_V, base_layers=True, multiprocessors=GPUS[gpu])
+    assert plan.streams_weights
+    rows = 48 if tokens > 8 else 32
+    assert plan.launches[-1].kernel == "few_tokens" and plan.launches[-1].blocks == sum(-(-n // rows) for n, _ in Q_K_V)
+    assert f"{rows} rows of a weight in a block" in plan.launches[-1].detail
+    assert plan.launches[-1].blocks <= GPUS[gpu] * (2 if tokens <= 8 else 1)
+
+
+@pytest.mark.parametrize(("layers", "rows"), [([(4096, 16)], 32), ([(14336, 16)] * 2, 32), ([(1024, 16)], 32)])
+def test_few_tokens_of_other_layers_keep_small_blocks(layers, rows):
+    """Smaller blocks are better where larger ones save no wave."""
+    blocks = plan_forward(16, 4096, layers, base_layers=True).launches[-1].blocks
+    assert blocks == sum(-(-out_features // rows) for out_features, _ in layers)
+
+
+def test_a_plan_prints_itself():
+    text = repr(_load.plan_forward(2048, 4096, Q_K_V, multiprocessors=58))
+    assert text.startswith(
+        "forward of 2048 tokens, 4096 -> 4096 (rank 16), 1024 (rank 16), 1024 (rank 16), bfloat16, factors float32\n"
+        "3 launches on 58 multiprocessors, "
+    )
+    assert re.search(
+        r"\n  shrink<64> +xa +\d+ blocks of 256 threads, .*; 16 chunks of 128 tokens x \d+ ranges of", text
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 8, [(8, 4)]), "a size is negative"),
+        ((1, 8, []), "there are 0 layers, want 1 to 8"),
+        ((1, 8, [(8, 0)]), "rank at least 1"),
+        ((1, 8, [(8, 4)], "float64"), "x has dtype float64, but CUDA kernels take bfloat16 and float16"),
+        ((1, 8, [(8, 4)], "int8"), "there is no dtype int8"),
+        ((1, 8, [(8, 4)], "float16", 0), "a GPU has at least one multiprocessor"),
+    ],
+)
+def test_impossible_plans_are_refused(arguments, message):
+    sizes, options = arguments[:3], dict(zip(("dtype", "multiprocessors"), arguments[3:], strict=False))
+    with pytest.raises(ValueError, match=message):
+        plan_forward(*sizes, **options)
+
+
+def launched(library) -> list[tuple[str, int, int, int]]:
+    def facts(launch: Launch) -> tuple[str, int, int, int]:
+        return launch.kernel.removesuffix("_kernel"), launch.blocks, launch.threads, launch.shared_bytes
+
+    return [facts(launch) for launch in library.launches()]
+
+
+def facts_of(plan) -> list[tuple[str, int, int, int]]:
+    return [(launch.kernel, launch.blocks, launch.threads, launch.shared_bytes) for launch in plan.launches]
+
+
+@pytest.mark.parametrize("library", [kernels, few_blocks])
+@pytest.mark.parametrize("layers", [[(40, 8)], [(136, 20), (70, 40)], [(72, 100)]], ids=["one", "two", "large"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
+def test_the_kernels_are_launched_as_planned(dtypes, layers, library):
+    library, (tokens, in_features) = library(), (150, 840)
+    siblings = random_siblings(((tokens, in_features), layers), dtypes)
+    operands = [ops.Sibling(layer.lora_A, layer.lora_B, layer.scaling) for layer in siblings.layers]
+    dtype, factor_dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    options = dict(dtype=dtype, factor_dtype=factor_dtype, multiprocessors=library.multiprocessors)
+    forward = ops.lora_forward(siblings.x, operands, 0.1, library=library)
+    assert launched(library) == facts_of(plan_forward(tokens, in_features, layers, **options))
+    grad_ys = [torch.randn(tokens, out_features).to(dtypes[0]) for out_features, _ in layers]
+    ops.lora_backward(grad_ys, siblings.x, operands, forward.xa, forward.mask, 0.1, library=library)
+    assert launched(library) == facts_of(plan_backward(tokens, in_features, layers, **options))

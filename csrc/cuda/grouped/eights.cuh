@@ -4,19 +4,17 @@
 
 #include "../elements.cuh"
 #include "../ptx.cuh"
+#include "tile_sizes.h"
 
 namespace lora_ext::cuda::grouped {
-
-constexpr int kEight = 8;
 
 // dtype_size is a function of the host.
 __device__ __forceinline__ int64_t element_bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-template <class A>
 struct Eight {
-  A v[kEight];
+  float v[kEight];
 };
 
 // Whether the eights of all rows of a matrix allow 16-byte accesses; stride: in elements.
@@ -35,78 +33,63 @@ __device__ __forceinline__ float half_bits(uint32_t bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-template <class T, class A>
-__device__ __forceinline__ Eight<A> load_plain(const T* from, int inside) {
-  Eight<A> values;
+template <class T>
+__device__ __forceinline__ Eight load_plain(const T* from, int inside) {
+  Eight values;
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) values.v[i] = i < inside ? static_cast<A>(to_acc(from[i])) : A(0);
+  for (int i = 0; i < kEight; ++i) values.v[i] = i < inside ? static_cast<float>(to_acc(from[i])) : 0.0f;
   return values;
 }
 
 // Loads the first `inside` elements, the others are zero. aligned: of all eights of the matrix.
-template <class A>
-__device__ __forceinline__ Eight<A> load_eight(const void* matrix, int64_t at, int inside, bool aligned, DType dtype) {
+__device__ __forceinline__ Eight load_eight(const void* matrix, int64_t at, int inside, bool aligned, DType dtype) {
   const bool whole = aligned && inside == kEight;
-  Eight<A> values;
+  Eight values;
   switch (dtype) {
     case DType::kFloat64:
-      return load_plain<double, A>(ptx::in_global_memory(static_cast<const double*>(matrix) + at), inside);
+      return load_plain<double>(ptx::in_global_memory(static_cast<const double*>(matrix) + at), inside);
     case DType::kFloat32: {
       const float* from = ptx::in_global_memory(static_cast<const float*>(matrix) + at);
-      if (!whole) return load_plain<float, A>(from, inside);
+      if (!whole) return load_plain<float>(from, inside);
       const float4 first = reinterpret_cast<const float4*>(from)[0], second = reinterpret_cast<const float4*>(from)[1];
-      return {{A(first.x), A(first.y), A(first.z), A(first.w), A(second.x), A(second.y), A(second.z), A(second.w)}};
+      return {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
     }
     case DType::kBFloat16: {
       const __nv_bfloat16* from = ptx::in_global_memory(static_cast<const __nv_bfloat16*>(matrix) + at);
-      if (!whole) return load_plain<__nv_bfloat16, A>(from, inside);
+      if (!whole) return load_plain<__nv_bfloat16>(from, inside);
       const uint4 loaded = *reinterpret_cast<const uint4*>(from);
       const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) values.v[i] = static_cast<A>(bfloat16_bits(pairs[i / 2] >> (16 * (i % 2))));
+      for (int i = 0; i < kEight; ++i) values.v[i] = static_cast<float>(bfloat16_bits(pairs[i / 2] >> (16 * (i % 2))));
       return values;
     }
     default: {
       const __half* from = ptx::in_global_memory(static_cast<const __half*>(matrix) + at);
-      if (!whole) return load_plain<__half, A>(from, inside);
+      if (!whole) return load_plain<__half>(from, inside);
       const uint4 loaded = *reinterpret_cast<const uint4*>(from);
       const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) values.v[i] = static_cast<A>(half_bits(pairs[i / 2] >> (16 * (i % 2))));
+      for (int i = 0; i < kEight; ++i) values.v[i] = static_cast<float>(half_bits(pairs[i / 2] >> (16 * (i % 2))));
       return values;
     }
   }
 }
 
-// Stores the first `inside` elements.
-template <class A>
-__device__ __forceinline__ void store_eight(void* matrix, int64_t at, const Eight<A>& values, int inside, bool aligned,
+// Stores the first `inside` elements, of a 16-bit dtype.
+__device__ __forceinline__ void store_eight(void* matrix, int64_t at, const Eight& values, int inside, bool aligned,
                                             DType dtype) {
-  if constexpr (sizeof(A) == 4) {
-    if (aligned && inside == kEight && element_bytes(dtype) == 2) {
-      uint32_t words[4];
+  if (aligned && inside == kEight) {
+    uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const A low = values.v[2 * i], high = values.v[2 * i + 1];
-        const uint32_t low_bits = dtype == DType::kBFloat16 ? __bfloat16_as_ushort(from_acc<__nv_bfloat16>(low))
-                                                            : __half_as_ushort(from_acc<__half>(low));
-        const uint32_t high_bits = dtype == DType::kBFloat16 ? __bfloat16_as_ushort(from_acc<__nv_bfloat16>(high))
-                                                             : __half_as_ushort(from_acc<__half>(high));
-        words[i] = low_bits | high_bits << 16;
-      }
-      ptx::store_global_16(static_cast<uint16_t*>(matrix) + at, words);
-      return;
+    for (int i = 0; i < 4; ++i) {
+      const float low = values.v[2 * i], high = values.v[2 * i + 1];
+      const uint32_t low_bits =
+          dtype == DType::kBFloat16 ? bits_of(from_acc<__nv_bfloat16>(low)) : bits_of(from_acc<__half>(low));
+      const uint32_t high_bits =
+          dtype == DType::kBFloat16 ? bits_of(from_acc<__nv_bfloat16>(high)) : bits_of(from_acc<__half>(high));
+      words[i] = low_bits | high_bits << 16;
     }
-    if (aligned && inside == kEight && dtype == DType::kFloat32) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = __float_as_uint(values.v[half * 4 + i]);
-        ptx::store_global_16(static_cast<float*>(matrix) + at + half * 4, words);
-      }
-      return;
-    }
+    return ptx::store_global_16(static_cast<uint16_t*>(matrix) + at, words);
   }
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
@@ -115,11 +98,10 @@ __device__ __forceinline__ void store_eight(void* matrix, int64_t at, const Eigh
 }
 
 // Zeroes the dropped elements. Bit i of `bits`: element i is kept.
-template <class A>
-__device__ __forceinline__ void drop(Eight<A>& values, uint32_t bits) {
+__device__ __forceinline__ void drop(Eight& values, uint32_t bits) {
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    if ((bits >> i & 1) == 0) values.v[i] = A(0);
+    if ((bits >> i & 1) == 0) values.v[i] = 0.0f;
   }
 }
 

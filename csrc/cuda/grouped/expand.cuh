@@ -1,121 +1,147 @@
-// expand of rows that choose their factors, on plain multiply-adds.
+// expand of rows that choose their factors.
 //
-//   out [num_tokens, columns] = base + mask o (small [num_tokens, rank] @ factor [rank, columns])
+//   out [num_tokens, columns] = base + mask o (small @ factor)
 //
-// Computes y (small: xa, factor: lora_B [columns, rank], base: y itself) and grad_x (small: grad_xa, factor: lora_A
-// [rank, columns], no base; zero for rows without a group). A block has a tile of rows of one group and 128 columns.
+// Computes y (small: xa, factor: lora_B^T) and grad_x (small: grad_xa, factor: lora_A, with a mask and without a base).
+// The small operand is rounded to x's dtype.
+//
+// A block has a tile of rows of one group and 128 columns; a warp has 16 rows and 64 columns. The sums go through
+// shared memory, so that a row's neighbouring columns are written together.
 #pragma once
 
-#include "shrink.cuh"
+#include "../launch.cuh"
+#include "../mma/fragments.cuh"
+#include "gathered_tile.cuh"
+#include "group_index.cuh"
+#include "tile_sizes.h"
 
 namespace lora_ext::cuda::grouped {
 
-template <class A>
-struct ExpandTraits {
-  static constexpr int kThreads = 256, kRows = static_cast<int>(kTileRows), kColumns = 128, kRanks = 16;
-  // A thread owns rows row_group * kThreadM + i and eight columns.
-  static constexpr int kColumnGroups = kColumns / kEight, kRowGroups = kThreads / kColumnGroups;
-  static constexpr int kThreadM = kRows / kRowGroups;
-  static constexpr int kSmallPitch = kRows + kVec<A>, kFactorPitch = kColumns + kVec<A>;
-  static constexpr int kSmallLoads = kRows * kRanks / kThreads;
-  static constexpr uint32_t kSharedBytes = shared_bytes_of(kRanks * kSmallPitch * sizeof(A)) +
-                                           shared_bytes_of(kRanks * kFactorPitch * sizeof(A)) +
-                                           shared_bytes_of(kRows * 8);
-  static_assert(kRanks * kColumns / kEight == kThreads, "a thread loads one eight of the factor");
+struct ExpandParams {
+  GroupTable table;
+  GroupIndex index;
+  const float* small;   // [num_tokens, max_rank]
+  const uint8_t* mask;  // [num_tokens, mask_row_bytes], where there is dropout
+  void* out;            // [num_tokens, columns], dtype
+  int64_t columns, mask_row_bytes, max_rank, column_tiles;
+  DType dtype, factor_dtype;
+  bool has_dropout, out_aligned;
 };
 
-template <class A, bool kBackward>
-__global__ void __launch_bounds__(ExpandTraits<A>::kThreads, sizeof(A) == 8 ? 1 : 2)
-    grouped_expand_kernel(const __grid_constant__ ExpandParams<A> p) {
+// Adds the update of eight elements of a row to y, or stores them as grad_x.
+template <bool kBackward>
+__device__ __forceinline__ void finish_eight(const ExpandParams& p, const Group& group, int64_t row, int64_t column,
+                                             int inside, Eight result) {
+  const int64_t at = row * p.columns + column;
+  if (kBackward && p.has_dropout) drop(result, p.mask[row * p.mask_row_bytes + column / 8]);
+  if (!kBackward) {
+    const Eight base = load_eight(p.out, at, inside, p.out_aligned, p.dtype);
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) result.v[e] += base.v[e];
+  }
+#pragma unroll
+  for (int e = 0; e < kEight; ++e) result.v[e] += group.added;
+  store_eight(p.out, at, result, inside, p.out_aligned, p.dtype);
+}
+
+template <class T, bool kBackward>
+__global__ void __launch_bounds__(kThreads, 2) grouped_expand_kernel(const __grid_constant__ ExpandParams p) {
   ptx::wait_for_earlier_launches();
-  using Traits = ExpandTraits<A>;
-  constexpr int kRanks = Traits::kRanks, kColumns = Traits::kColumns, kThreadM = Traits::kThreadM;
+  using Tiles = ExpandTiles;
+  using FactorTile = std::conditional_t<kBackward, GatheredTile<Tiles::kRanks, Tiles::kColumns, kThreads>,  // lora_A
+                                        GatheredTile<Tiles::kColumns, Tiles::kRanks, kThreads>>;            // lora_B
+  constexpr int kRanks = Tiles::kRanks, kColumns = Tiles::kColumns;
   SharedMemory shared;
-  A* small_tile = shared.take<A>(kRanks * Traits::kSmallPitch, "small operand");  // [rank][row]
-  A* factor_tile = shared.take<A>(kRanks * Traits::kFactorPitch, "factor");       // [rank][column]
-  int64_t* rows = shared.take<int64_t>(Traits::kRows, "rows");
+  uint4* factor_tiles = shared.take<uint4>(2 * Tiles::kFactorChunks, "factor_tiles");
+  float* update = shared.take<float>(Tiles::kRows * Tiles::kPitch, "update");  // [row][column]
+  int64_t* rows = shared.take<int64_t>(Tiles::kRows, "rows");
 
   const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.column_tiles);
   if (tile.count <= 0) return;
-  const Group<A> group = find_group<A>(p.table, tile.group, p.factor_dtype);
-  if (!kBackward && group.rank == 0 && group.added == A(0)) return;
-  load_rows(rows, p.index, tile);
-  __syncthreads();
-
-  const int thread = static_cast<int>(threadIdx.x);
-  const int row0 = thread / Traits::kColumnGroups * kThreadM, column_in_tile = thread % Traits::kColumnGroups * kEight;
+  const Group group = find_group(p.table, tile.group, p.factor_dtype);
+  if (!kBackward && group.rank == 0 && group.added == 0.0f) return;
   const int64_t column0 = blockIdx.x % p.column_tiles * kColumns;
   const void* factor = kBackward ? group.lora_A : group.lora_B;
   const int64_t factor_stride = kBackward ? group.A_stride : group.B_stride;
   const bool factor_aligned = has_aligned_eights(factor, factor_stride);
-  constexpr int kFactorRowEights = (kBackward ? kColumns : kRanks) / kEight;
-  const int factor_row = thread / kFactorRowEights, factor_column = thread % kFactorRowEights * kEight;
+  const auto copy = [&](int64_t rank0, int stage) {
+    if (rank0 < group.rank) {
+      const int64_t row0 = kBackward ? rank0 : column0, row_end = kBackward ? group.rank : p.columns;
+      FactorTile::template copy_factor<T>(
+          factor_tiles + stage * Tiles::kFactorChunks, factor, p.factor_dtype, factor_aligned,
+          kBackward ? column0 : rank0, kBackward ? p.columns : group.rank,
+          [&](int row) { return row0 + row < row_end ? (row0 + row) * factor_stride : int64_t{-1}; });
+    }
+    ptx::cp_async_commit();
+  };
+  copy(0, 0);
+  load_rows(rows, p.index, tile);
+  __syncthreads();
 
-  Eight<A> sum[kThreadM] = {};
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_group = warp % 4, half = warp / 4;
+  const int lane_row = static_cast<int>(row_group * 16 + lane / 4);
+  const bool has_rows = static_cast<int>(row_group) * 16 < tile.count;
+  const float* small_rows[2];  // of rows lane_row and lane_row + 8
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    small_rows[i] = lane_row + 8 * i < tile.count ? p.small + rows[lane_row + 8 * i] * p.max_rank : nullptr;
+  }
+  float sums[kColumns / 32][2][4] = {};  // [16 rows, 8 columns] each
+  int stage = 0;
   for (int64_t rank0 = 0; rank0 < group.rank; rank0 += kRanks) {
-    if (rank0 > 0) __syncthreads();  // every thread has left the last ranks
+    uint32_t small[4];
 #pragma unroll
-    for (int i = 0; i < Traits::kSmallLoads; ++i) {
-      const int element = i * Traits::kThreads + thread, tile_row = element / kRanks, r = element % kRanks;
-      const bool inside = tile_row < tile.count && rank0 + r < group.rank;
-      small_tile[r * Traits::kSmallPitch + tile_row] = inside ? p.small[rows[tile_row] * p.max_rank + rank0 + r] : A(0);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t rank = rank0 + i / 2 * 8 + lane % 4 * 2;
+      const float* from = small_rows[i % 2];
+      const float first = from != nullptr && rank < group.rank ? from[rank] : 0.0f;
+      const float second = from != nullptr && rank + 1 < group.rank ? from[rank + 1] : 0.0f;
+      small[i] = mma::rounded_pair<T>(first, second);
     }
-    const int64_t r = rank0 + (kBackward ? factor_row : factor_column);
-    const int64_t column = column0 + (kBackward ? factor_column : factor_row);
-    const int inside = kBackward ? (r < group.rank ? eight_inside(column, p.columns) : 0)
-                                 : (column < p.columns ? eight_inside(r, group.rank) : 0);
-    const int64_t at = kBackward ? r * factor_stride + column : column * factor_stride + r;
-    const Eight<A> loaded = load_eight<A>(factor, at, inside, factor_aligned, p.factor_dtype);
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this tile is complete, the other one is free
+    copy(rank0 + kRanks, stage ^ 1);
+    if (has_rows) {
+      const uint4* factor_tile = factor_tiles + stage * Tiles::kFactorChunks;
+      constexpr int kColumnChunks = kColumns / mma::kChunk, kRankChunks = kRanks / mma::kChunk;
+      const uint32_t address = kBackward ? mma::left_address<kColumnChunks>(factor_tile, lane)
+                                         : mma::right_address<kRankChunks>(factor_tile, lane);
 #pragma unroll
-    for (int e = 0; e < kEight; ++e) {
-      const int tile_rank = kBackward ? factor_row : factor_column + e;
-      factor_tile[tile_rank * Traits::kFactorPitch + (kBackward ? factor_column + e : factor_row)] = loaded.v[e];
-    }
-    __syncthreads();
-    const int ranks = static_cast<int>(min(group.rank - rank0, static_cast<int64_t>(kRanks)));
-    if (row0 < tile.count) {
-#pragma unroll 4
-      for (int rank = 0; rank < ranks; ++rank) {
-        const A* factor_row_at = factor_tile + rank * Traits::kFactorPitch + column_in_tile;
-        const A* small_at = small_tile + rank * Traits::kSmallPitch + row0;
-        A f[kEight], s[kThreadM];
-#pragma unroll
-        for (int e = 0; e < kEight; e += kVec<A>) {
-          const Vector<A> vector = load_vector(factor_row_at + e);
-#pragma unroll
-          for (int n = 0; n < kVec<A>; ++n) f[e + n] = vector.v[n];
+      for (unsigned n = 0; n < kColumns / 32; ++n) {
+        const unsigned column = half * (kColumns / 2) + n * 16;
+        uint32_t b[4];
+        if constexpr (kBackward) {
+          ptx::ldmatrix_x4_transposed(b, mma::operand_at<kColumnChunks>(address, 0, column / mma::kChunk));
+        } else {
+          ptx::ldmatrix_x4(b, mma::operand_at<kRankChunks>(address, column, 0));
         }
-#pragma unroll
-        for (int i = 0; i < kThreadM; i += kVec<A>) {
-          const Vector<A> vector = load_vector(small_at + i);
-#pragma unroll
-          for (int n = 0; n < kVec<A>; ++n) s[i + n] = vector.v[n];
-        }
-#pragma unroll
-        for (int i = 0; i < kThreadM; ++i) {
-#pragma unroll
-          for (int e = 0; e < kEight; ++e) sum[i].v[e] += s[i] * f[e];
-        }
+        mma::multiply<T>(sums[n][0], small, b[0], b[1]);
+        mma::multiply<T>(sums[n][1], small, b[2], b[3]);
       }
     }
+    stage ^= 1;
   }
+  ptx::cp_async_wait<0>();
 
-  const int64_t column = column0 + column_in_tile;
-  const int inside = eight_inside(column, p.columns);
-  if (inside == 0) return;
 #pragma unroll
-  for (int i = 0; i < kThreadM; ++i) {
-    if (row0 + i >= tile.count) return;
-    finish_eight<kBackward>(p, group, rows[row0 + i], column, inside, sum[i]);
+  for (int n = 0; n < kColumns / 16; ++n) {
+    const float (&sum)[4] = sums[n / 2][n % 2];
+    float* to = update + lane_row * Tiles::kPitch + half * (kColumns / 2) + n * 8 + lane % 4 * 2;
+    *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
+    *reinterpret_cast<float2*>(to + 8 * Tiles::kPitch) = make_float2(sum[2], sum[3]);
   }
-}
-
-template <class A, bool kBackward>
-void launch_expand(ExpandParams<A> p, const GpuStream& stream) {
-  using Traits = ExpandTraits<A>;
-  p.column_tiles = ceil_div(p.columns, Traits::kColumns);
-  launch(&grouped_expand_kernel<A, kBackward>, make_grid(num_tiles(p.table.rows) * p.column_tiles), Traits::kThreads,
-         Traits::kSharedBytes, stream, p);
+  __syncthreads();
+  constexpr int kRowEights = kColumns / kEight;
+#pragma unroll 2
+  for (int i = static_cast<int>(threadIdx.x); i < tile.count * kRowEights; i += kThreads) {
+    const int row = i / kRowEights, column = i % kRowEights * kEight;
+    const int inside = eight_inside(column0 + column, p.columns);
+    if (inside == 0) continue;
+    Eight result;
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) result.v[e] = update[row * Tiles::kPitch + column + e];
+    finish_eight<kBackward>(p, group, rows[row], column0 + column, inside, result);
+  }
 }
 
 }  // namespace lora_ext::cuda::grouped

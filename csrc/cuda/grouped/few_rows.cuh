@@ -1,4 +1,5 @@
-// The forward of few rows (decode) in one launch pair: every row by itself, without an index.
+// The forward of few rows (decode) in one launch pair: every row by itself, without an index. Included once: its
+// kernels are no templates.
 //
 //   partial [ranges, num_tokens, max_rank] = scale * (mask o x) @ lora_A^T, for ranges of features
 //   y += xa @ lora_B^T, xa = the sum of partial over the ranges
@@ -7,64 +8,55 @@
 // second-level cache: 64 rows of rank 16 and 4096 features read 8 MiB of each factor.
 #pragma once
 
-#include <algorithm>
-
 #include "../../common/dropout.h"
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "eights.cuh"
 #include "group_table.cuh"
+#include "tile_sizes.h"
 
 namespace lora_ext::cuda::grouped {
 
-constexpr int64_t kFewRows = 64, kFewRowsRank = 1024;
-constexpr int kFewRowsThreads = 256, kFewRowsWarps = kFewRowsThreads / 32;
-constexpr int64_t kRangeStep = 32 * kEight;  // features that a warp reads at a time
-
-template <class A>
 struct FewRowsParams {
   GroupTable table;
   const void* x;        // [num_tokens, in_features], dtype
   const uint8_t* mask;  // [num_tokens, mask_row_bytes], where there is dropout
   void* y;              // [num_tokens, out_features], dtype
-  A* partial;           // [ranges, num_tokens, max_rank]
-  A* xa;                // [num_tokens, max_rank]
+  float* partial;       // [ranges, num_tokens, max_rank]
+  float* xa;            // [num_tokens, max_rank]
   int64_t in_features, out_features, max_rank, x_stride, mask_row_bytes, features_per_range, column_tiles;
   int ranges;
   DType dtype, factor_dtype;
   bool has_dropout, x_aligned;
 };
 
-template <class A>
-__device__ __forceinline__ Group<A> group_of_row(const FewRowsParams<A>& p, int64_t row) {
+__device__ __forceinline__ Group group_of_row(const FewRowsParams& p, int64_t row) {
   const GroupedRows& rows = p.table.rows;
-  return find_group<A>(p.table, group_number(rows, rows.group_of_row[row / rows.rows_per_entry]), p.factor_dtype);
+  return find_group(p.table, group_number(rows, rows.group_of_row[row / rows.rows_per_entry]), p.factor_dtype);
 }
 
 // The grid: rows, and ranges of features. A warp has the ranks warp and warp + 8 of every 16.
-template <class A>
-__global__ void __launch_bounds__(kFewRowsThreads, sizeof(A) == 8 ? 2 : 4)
-    few_rows_shrink_kernel(const __grid_constant__ FewRowsParams<A> p) {
+__global__ void __launch_bounds__(kThreads, 4) few_rows_shrink_kernel(const __grid_constant__ FewRowsParams p) {
   ptx::wait_for_earlier_launches();
   const int64_t row = blockIdx.x / p.ranges, range = blockIdx.x % p.ranges;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const Group<A> group = group_of_row(p, row);
+  const Group group = group_of_row(p, row);
   const bool aligned = has_aligned_eights(group.lora_A, group.A_stride);
   const int64_t begin = range * p.features_per_range, end = min(begin + p.features_per_range, p.in_features);
-  A* out = p.partial + (range * p.table.rows.num_tokens + row) * p.max_rank;
-  for (int64_t rank0 = warp; rank0 < group.rank; rank0 += 2 * kFewRowsWarps) {
-    const bool has_second = rank0 + kFewRowsWarps < group.rank;
-    A sum[2] = {};
+  float* out = p.partial + (range * p.table.rows.num_tokens + row) * p.max_rank;
+  for (int64_t rank0 = warp; rank0 < group.rank; rank0 += 2 * kWarps) {
+    const bool has_second = rank0 + kWarps < group.rank;
+    float sum[2] = {};
     for (int64_t column = begin + lane * kEight; column < end; column += kRangeStep) {
       const int inside = eight_inside(column, end);
-      Eight<A> x = load_eight<A>(p.x, row * p.x_stride + column, inside, p.x_aligned, p.dtype);
+      Eight x = load_eight(p.x, row * p.x_stride + column, inside, p.x_aligned, p.dtype);
       if (p.has_dropout) drop(x, p.mask[row * p.mask_row_bytes + column / 8]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (i == 1 && !has_second) break;
-        const int64_t at = (rank0 + i * kFewRowsWarps) * group.A_stride + column;
-        const Eight<A> factor = load_eight<A>(group.lora_A, at, inside, aligned, p.factor_dtype);
+        const int64_t at = (rank0 + i * kWarps) * group.A_stride + column;
+        const Eight factor = load_eight(group.lora_A, at, inside, aligned, p.factor_dtype);
 #pragma unroll
         for (int e = 0; e < kEight; ++e) sum[i] += x.v[e] * factor.v[e];
       }
@@ -73,22 +65,20 @@ __global__ void __launch_bounds__(kFewRowsThreads, sizeof(A) == 8 ? 2 : 4)
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int partner = 16; partner > 0; partner /= 2) sum[i] += __shfl_xor_sync(0xFFFFFFFFu, sum[i], partner);
-      if (lane == 0 && (i == 0 || has_second)) out[rank0 + i * kFewRowsWarps] = group.scale * sum[i];
+      if (lane == 0 && (i == 0 || has_second)) out[rank0 + i * kWarps] = group.scale * sum[i];
     }
   }
 }
 
 // The grid: rows, and tiles of columns. A thread has a column.
-template <class A>
-__global__ void __launch_bounds__(kFewRowsThreads, sizeof(A) == 8 ? 2 : 4)
-    few_rows_expand_kernel(const __grid_constant__ FewRowsParams<A> p) {
+__global__ void __launch_bounds__(kThreads, 4) few_rows_expand_kernel(const __grid_constant__ FewRowsParams p) {
   ptx::wait_for_earlier_launches();
   SharedMemory shared;
-  A* xa = shared.take<A>(static_cast<uint32_t>(p.max_rank), "xa of a row");
+  float* xa = shared.take<float>(static_cast<uint32_t>(p.max_rank), "xa of a row");
   const int64_t row = blockIdx.x / p.column_tiles, tile = blockIdx.x % p.column_tiles;
-  const Group<A> group = group_of_row(p, row);
-  for (int64_t rank = threadIdx.x; rank < p.max_rank; rank += kFewRowsThreads) {
-    A sum = 0;
+  const Group group = group_of_row(p, row);
+  for (int64_t rank = threadIdx.x; rank < p.max_rank; rank += kThreads) {
+    float sum = 0;
     if (rank < group.rank) {
 #pragma unroll 4
       for (int range = 0; range < p.ranges; ++range) {
@@ -99,60 +89,21 @@ __global__ void __launch_bounds__(kFewRowsThreads, sizeof(A) == 8 ? 2 : 4)
     if (tile == 0) p.xa[row * p.max_rank + rank] = sum;
   }
   __syncthreads();
-  const int64_t column = tile * kFewRowsThreads + threadIdx.x;
-  if (column >= p.out_features || (group.rank == 0 && group.added == A(0))) return;
+  const int64_t column = tile * kThreads + threadIdx.x;
+  if (column >= p.out_features || (group.rank == 0 && group.added == 0.0f)) return;
   const bool aligned = has_aligned_eights(group.lora_B, group.B_stride);
-  A sum = group.added;
+  float sum = group.added;
 #pragma unroll 2
   for (int64_t rank = 0; rank < group.rank; rank += kEight) {
     const int inside = eight_inside(rank, group.rank);
-    const Eight<A> factor =
-        load_eight<A>(group.lora_B, column * group.B_stride + rank, inside, aligned, p.factor_dtype);
+    const Eight factor = load_eight(group.lora_B, column * group.B_stride + rank, inside, aligned, p.factor_dtype);
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
       if (e < inside) sum += xa[rank + e] * factor.v[e];
     }
   }
   const int64_t at = row * p.out_features + column;
-  store_as(p.y, at, p.dtype, load_as<A>(p.y, at, p.dtype) + sum);
-}
-
-inline bool is_few_rows(const LoraGroupedForwardParams& p, const GroupedRows& rows) {
-  return rows.num_tokens <= kFewRows && p.max_rank <= kFewRowsRank;
-}
-
-// Ranges of features for about two blocks on every multiprocessor.
-inline int64_t few_rows_range(const LoraGroupedForwardParams& p, const GroupedRows& rows, const GpuStream& stream) {
-  const int64_t wanted = ceil_div(2 * stream.multiprocessors, std::max<int64_t>(rows.num_tokens, 1));
-  return std::max<int64_t>(ceil_div(ceil_div(p.in_features, wanted), kRangeStep), 1) * kRangeStep;
-}
-
-template <class A>
-void launch_few_rows(const LoraGroupedForwardParams& p, const GroupTable& table, void* partial,
-                     const GpuStream& stream) {
-  const int64_t features_per_range = few_rows_range(p, table.rows, stream);
-  const int64_t ranges = ceil_div(p.in_features, features_per_range), rows = table.rows.num_tokens;
-  const FewRowsParams<A> few{.table = table,
-                             .x = p.x,
-                             .mask = p.mask,
-                             .y = p.y,
-                             .partial = static_cast<A*>(partial),
-                             .xa = static_cast<A*>(p.xa),
-                             .in_features = p.in_features,
-                             .out_features = p.out_features,
-                             .max_rank = p.max_rank,
-                             .x_stride = p.x_stride,
-                             .mask_row_bytes = mask_row_bytes(p.in_features),
-                             .features_per_range = features_per_range,
-                             .column_tiles = std::max<int64_t>(ceil_div(p.out_features, kFewRowsThreads), 1),
-                             .ranges = static_cast<int>(ranges),
-                             .dtype = p.dtype,
-                             .factor_dtype = p.factor_dtype,
-                             .has_dropout = p.threshold > 0,
-                             .x_aligned = has_aligned_eights(p.x, p.x_stride)};
-  launch(&few_rows_shrink_kernel<A>, make_grid(rows * ranges), kFewRowsThreads, 0, stream, few);
-  launch(&few_rows_expand_kernel<A>, make_grid(rows * few.column_tiles), kFewRowsThreads,
-         shared_bytes_of(static_cast<uint32_t>(p.max_rank * sizeof(A))), stream, few);
+  store_as(p.y, at, p.dtype, load_as<float>(p.y, at, p.dtype) + sum);
 }
 
 }  // namespace lora_ext::cuda::grouped

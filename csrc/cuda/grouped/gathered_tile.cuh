@@ -13,7 +13,7 @@ constexpr DType kDTypeOf = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 :
 
 // Rounds eight numbers to T.
 template <class T>
-__device__ __forceinline__ uint4 rounded_chunk(const Eight<float>& values) {
+__device__ __forceinline__ uint4 rounded_chunk(const Eight& values) {
   alignas(16) T rounded[kEight];
 #pragma unroll
   for (int e = 0; e < kEight; ++e) rounded[e] = from_acc<T>(values.v[e]);
@@ -57,8 +57,8 @@ struct GatheredTile {
       const unsigned row = index / kChunks, chunk = index % kChunks;
       const int64_t offset = offset_of(static_cast<int>(row)), column = column0 + chunk * mma::kChunk;
       const int width = offset >= 0 ? eight_inside(column, end) : 0;
-      Eight<float> values{};
-      if (width > 0) values = load_eight<float>(factor, offset + column, width, aligned, dtype);
+      Eight values{};
+      if (width > 0) values = load_eight(factor, offset + column, width, aligned, dtype);
       tile[mma::chunk_index<kChunks>(row, chunk)] = rounded_chunk<T>(values);
     }
   }

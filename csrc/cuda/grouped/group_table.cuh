@@ -5,12 +5,12 @@
 // holds no address of host memory.
 #pragma once
 
-#include "../grouped.h"
+#include "../launch.cuh"
+#include "../plan.h"
 #include "eights.cuh"
+#include "tile_sizes.h"
 
 namespace lora_ext::cuda::grouped {
-
-constexpr int kInlineEntries = 32;
 
 struct GroupTable {
   GroupedEntry inline_entries[kInlineEntries];
@@ -36,30 +36,25 @@ struct GroupTable {
 
 static_assert(sizeof(GroupTable) <= 3 * 1024, "the parameters of a kernel fit in 4 KiB, which every driver takes");
 
-// Two more numbers, so that all rows belong to a group: rows of -1, and rows of numbers that do not exist.
-constexpr int64_t kMoreGroups = 2;
-
 __device__ __forceinline__ int64_t group_number(const GroupedRows& rows, int64_t given) {
   if (given >= 0 && given < rows.num_groups) return given;
   return given == -1 ? rows.num_groups : rows.num_groups + 1;
 }
 
-template <class A>
 struct Group {
   int64_t number, rank = 0, most_ranks = 0;  // most_ranks: of its matrices
   const void* lora_A = nullptr;              // [rank, in_features]
   const void* lora_B = nullptr;              // [out_features, rank]
   int64_t A_stride = 0, B_stride = 0;
-  A scale = 0;
-  A added = 0;  // to every result: NaN for a number or a rank that does not exist
+  float scale = 0;
+  float added = 0;  // to every result: NaN for a number or a rank that does not exist
 };
 
 // number: of group_number.
-template <class A>
-__device__ __forceinline__ Group<A> find_group(const GroupTable& table, int64_t number, DType factor_dtype) {
+__device__ __forceinline__ Group find_group(const GroupTable& table, int64_t number, DType factor_dtype) {
   const GroupedRows& rows = table.rows;
-  Group<A> group{.number = number};
-  const A nan = static_cast<A>(__uint_as_float(0x7FC00000u));
+  Group group{.number = number};
+  const float nan = static_cast<float>(__uint_as_float(0x7FC00000u));
   if (number >= rows.num_groups) {
     if (number > rows.num_groups) group.added = nan;
     return group;
@@ -76,8 +71,20 @@ __device__ __forceinline__ Group<A> find_group(const GroupTable& table, int64_t 
   group.lora_B = static_cast<const char*>(entry.lora_B) + slot * entry.B_slot_stride * size;
   group.A_stride = entry.A_stride;
   group.B_stride = entry.B_stride;
-  group.scale = static_cast<A>(rows.scalings[number] * rows.rescale);
+  group.scale = static_cast<float>(rows.scalings[number] * rows.rescale);
   return group;
+}
+
+struct WriteEntriesParams {
+  GroupedEntry entries[kInlineEntries];
+  GroupedEntry* to;
+  int count;
+};
+
+__global__ void __launch_bounds__(kInlineEntries) write_entries_kernel(const __grid_constant__ WriteEntriesParams p) {
+  ptx::wait_for_earlier_launches();
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < p.count) p.to[i] = p.entries[i];
 }
 
 }  // namespace lora_ext::cuda::grouped

@@ -1,170 +1,141 @@
-// shrink of rows that choose their factors, on plain multiply-adds.
+// shrink of rows that choose their factors.
 //
 //   out [ranges, num_tokens, max_rank] = scale * (mask o x) @ factor^T, for ranges of features
 //
 // Computes xa (factor: lora_A [rank, features]) and grad_xa (x: grad_y, factor: lora_B [features, rank]); zero beyond
-// the rank of a row. A block has a tile of rows of one group, some ranks and a range of features; registers hold the
-// next step's elements while shared memory holds the current ones.
+// the rank of a row.
+//
+// A block has a tile of rows of one group, some ranks and a range of features. Four warps have 16 rows each of one half
+// of every step's features, four those of the other half. cp.async copies kStages - 1 steps ahead.
 #pragma once
 
 #include "../launch.cuh"
-#include "../ptx.cuh"
-#include "../shared_memory.cuh"
-#include "params.cuh"
-#include "vectors.cuh"
+#include "../mma/fragments.cuh"
+#include "gathered_tile.cuh"
+#include "group_index.cuh"
+#include "tile_sizes.h"
 
 namespace lora_ext::cuda::grouped {
 
-template <class A, int kRanks>
-struct ShrinkTraits {
-  static constexpr int kThreads = 256, kRows = static_cast<int>(kTileRows);
-  static constexpr int kStep = 128 / sizeof(A), kPitch = kStep + kVec<A>;  // features
-  // A thread owns rows row_group + i * kRowGroups, ranks rank_group + j * kRankGroups, and a part of a step.
-  static constexpr int kThreadM = 4, kThreadR = 4, kRowGroups = kRows / kThreadM, kRankGroups = kRanks / kThreadR;
-  static constexpr int kGroupThreads = kRowGroups * kRankGroups, kFeatureGroups = kThreads / kGroupThreads;
-  static constexpr int kGroupFeatures = kStep / kFeatureGroups;
-  static constexpr int kXEights = kRows * kStep / kEight, kFactorEights = kRanks * kStep / kEight;
-  static constexpr int kStageElements = (kRows + kRanks) * kPitch;
-  static constexpr uint32_t kSharedBytes = shared_bytes_of(2 * kStageElements * sizeof(A)) + shared_bytes_of(kRows * 8);
-  static_assert(kXEights <= kThreads && kFactorEights <= kThreads, "a thread loads one eight of each operand");
-  static_assert(kGroupFeatures % kVec<A> == 0, "feature groups have whole vectors");
-  static_assert(2 * kStageElements >= kRows * kRanks, "the stages also hold the sums of a feature group");
+struct ShrinkParams {
+  GroupTable table;
+  GroupIndex index;
+  const void* x;        // [num_tokens, features], dtype
+  const uint8_t* mask;  // [num_tokens, mask_row_bytes], where there is dropout
+  float* out;           // [ranges, num_tokens, max_rank]
+  int64_t features, x_stride, mask_row_bytes, max_rank, features_per_range;
+  int ranges, rank_tiles;
+  DType dtype, factor_dtype;
+  bool has_dropout, x_aligned;
 };
 
-template <class A, int kRanks, bool kBackward>
-__global__ void __launch_bounds__(ShrinkTraits<A, kRanks>::kThreads, sizeof(A) == 8 ? 1 : 2)
-    grouped_shrink_kernel(const __grid_constant__ ShrinkParams<A> p) {
+template <class T, int kRanks, bool kBackward>
+__global__ void __launch_bounds__(kThreads, 2) grouped_shrink_kernel(const __grid_constant__ ShrinkParams p) {
   ptx::wait_for_earlier_launches();
-  using Traits = ShrinkTraits<A, kRanks>;
-  constexpr int kStep = Traits::kStep, kPitch = Traits::kPitch, kThreadM = Traits::kThreadM;
-  constexpr int kThreadR = Traits::kThreadR, kGroupThreads = Traits::kGroupThreads;
+  using Tiles = ShrinkTiles<kRanks>;
+  using XTile = GatheredTile<Tiles::kRows, Tiles::kStep, kThreads>;
+  using FactorTile = std::conditional_t<kBackward, GatheredTile<Tiles::kStep, kRanks, kThreads>,  // lora_B
+                                        GatheredTile<kRanks, Tiles::kStep, kThreads>>;            // lora_A
+  constexpr int kStages = Tiles::kStages, kStep = Tiles::kStep, kChunks = Tiles::kChunks;
   SharedMemory shared;
-  A* stages = shared.take<A>(2 * Traits::kStageElements, "shrink stages");
-  int64_t* rows = shared.take<int64_t>(Traits::kRows, "rows");
+  uint4* x_tiles = shared.take<uint4>(kStages * Tiles::kXChunks, "x_tiles");
+  uint4* factor_tiles = shared.take<uint4>(kStages * Tiles::kFactorChunks, "factor_tiles");
+  int64_t* rows = shared.take<int64_t>(Tiles::kRows, "rows");
 
-  const int rank_tile = static_cast<int>(blockIdx.x % p.rank_tiles), thread = static_cast<int>(threadIdx.x);
-  const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, rank0 = static_cast<int64_t>(rank_tile) * kRanks;
+  const int64_t rank0 = static_cast<int64_t>(blockIdx.x % p.rank_tiles) * kRanks;
+  const int64_t range = blockIdx.x / p.rank_tiles % p.ranges;
   const RowsOfTile tile = rows_of_tile(p.index, blockIdx.x / p.rank_tiles / p.ranges);
   if (tile.count <= 0) return;
-  const Group<A> group = find_group<A>(p.table, tile.group, p.factor_dtype);
+  const Group group = find_group(p.table, tile.group, p.factor_dtype);
   load_rows(rows, p.index, tile);
   __syncthreads();
 
   const int ranks = static_cast<int>(max(min(group.rank - rank0, static_cast<int64_t>(kRanks)), int64_t{0}));
   const int64_t begin = range * p.features_per_range, end = min(begin + p.features_per_range, p.features);
   const int steps = ranks > 0 ? static_cast<int>((end - begin + kStep - 1) / kStep) : 0;
-
-  // A thread loads eight elements of a row of x, and eight of a row of lora_A or lora_B.
-  constexpr int kRowEights = kStep / kEight, kFactorRowEights = (kBackward ? kRanks : kStep) / kEight;
-  const int x_row = thread / kRowEights, x_column = thread % kRowEights * kEight;
-  const int factor_row = thread / kFactorRowEights, factor_column = thread % kFactorRowEights * kEight;
-  const bool loads_x = thread < Traits::kXEights && x_row < tile.count, loads_factor = thread < Traits::kFactorEights;
-  const int64_t row = loads_x ? rows[x_row] : 0;
   const void* factor = kBackward ? group.lora_B : group.lora_A;
   const int64_t factor_stride = kBackward ? group.B_stride : group.A_stride;
   const bool factor_aligned = has_aligned_eights(factor, factor_stride);
-  Eight<A> next_x = {}, next_factor = {};
-  const auto load = [&](int step) {
-    const int64_t column0 = begin + static_cast<int64_t>(step) * kStep, column = column0 + x_column;
-    if (loads_x) {
-      const int inside = eight_inside(column, end);
-      next_x = load_eight<A>(p.x, row * p.x_stride + column, inside, p.x_aligned, p.dtype);
-      if (p.has_dropout && inside > 0) drop(next_x, p.mask[row * p.mask_row_bytes + column / 8]);
+  const auto copy = [&](int step) {
+    if (step < steps) {
+      const int stage = step % kStages;
+      const int64_t column0 = begin + static_cast<int64_t>(step) * kStep;
+      XTile::copy(x_tiles + stage * Tiles::kXChunks, static_cast<const T*>(p.x), p.x_aligned, column0, end,
+                  [&](int row) { return row < tile.count ? rows[row] * p.x_stride : int64_t{-1}; });
+      const int64_t row0 = kBackward ? column0 : rank0, row_end = kBackward ? end : group.rank;
+      FactorTile::template copy_factor<T>(
+          factor_tiles + stage * Tiles::kFactorChunks, factor, p.factor_dtype, factor_aligned,
+          kBackward ? rank0 : column0, kBackward ? group.rank : end,
+          [&](int row) { return row0 + row < row_end ? (row0 + row) * factor_stride : int64_t{-1}; });
     }
-    if (loads_factor) {
-      const int64_t r = kBackward ? rank0 + factor_column : rank0 + factor_row;
-      const int64_t feature = column0 + (kBackward ? factor_row : factor_column);
-      const int inside = kBackward ? (feature < end ? eight_inside(r, group.rank) : 0)
-                                   : (r < group.rank ? eight_inside(feature, end) : 0);
-      const int64_t at = kBackward ? feature * factor_stride + r : r * factor_stride + feature;
-      next_factor = load_eight<A>(factor, at, inside, factor_aligned, p.factor_dtype);
-    }
-  };
-  const auto store = [&](A* stage) {
-    if (thread < Traits::kXEights) {
-#pragma unroll
-      for (int e = 0; e < kEight; ++e) stage[x_row * kPitch + x_column + e] = next_x.v[e];
-    }
-    if (!loads_factor) return;
-    A* tile_of_factor = stage + Traits::kRows * kPitch;
-#pragma unroll
-    for (int e = 0; e < kEight; ++e) {
-      const int r = kBackward ? factor_column + e : factor_row, k = kBackward ? factor_row : factor_column + e;
-      tile_of_factor[r * kPitch + k] = next_factor.v[e];
-    }
+    ptx::cp_async_commit();
   };
 
-  const int feature_group = thread / kGroupThreads, row_group = thread % kGroupThreads % Traits::kRowGroups;
-  const int rank_group = thread % kGroupThreads / Traits::kRowGroups;
-  A sum[kThreadM][kThreadR] = {};
-  if (steps > 0) load(0);
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_group = warp % 4, half = warp / 4;
+  const bool has_rows = static_cast<int>(row_group) * 16 < tile.count;
+  float sums[kRanks / 16][2][4] = {};  // [16 rows, 8 ranks] each
+  for (int step = 0; step < kStages - 1; ++step) copy(step);
   for (int step = 0; step < steps; ++step) {
-    A* stage = stages + step % 2 * Traits::kStageElements;
-    store(stage);
-    __syncthreads();  // the stage is full; every thread has left the one before it
-    if (step + 1 < steps) load(step + 1);
-    const A* x_rows = stage + row_group * kPitch + feature_group * Traits::kGroupFeatures;
-    const A* factor_rows = stage + (Traits::kRows + rank_group) * kPitch + feature_group * Traits::kGroupFeatures;
+    uint4* x_tile = x_tiles + step % kStages * Tiles::kXChunks;
+    uint8_t kept[XTile::kCopies];
+    if (p.has_dropout) {
+      XTile::load_bits(kept, p.mask, begin + static_cast<int64_t>(step) * kStep, end,
+                       [&](int row) { return row < tile.count ? rows[row] * p.mask_row_bytes : int64_t{-1}; });
+    }
+    ptx::cp_async_wait<kStages - 2>();
+    if (p.has_dropout) XTile::clear(x_tile, kept);
+    __syncthreads();  // this step's tiles are complete, the last step's tiles are free
+    copy(step + kStages - 1);
+    if (!has_rows) continue;
+    const uint4* factor_tile = factor_tiles + step % kStages * Tiles::kFactorChunks;
+    const uint32_t x_address = mma::left_address<kChunks>(x_tile + row_group * 16 * kChunks, lane);
+    constexpr int kRankChunks = kRanks / mma::kChunk;
+    const uint32_t factor_address =
+        kBackward ? mma::left_address<kRankChunks>(factor_tile, lane) : mma::right_address<kChunks>(factor_tile, lane);
 #pragma unroll
-    for (int k = 0; k < Traits::kGroupFeatures; k += kVec<A>) {
-      Vector<A> x[kThreadM];
+    for (unsigned i = 0; i < kStep / 32; ++i) {
+      const unsigned k = half * (kStep / 32) + i;
+      uint32_t x[4], b[4];
+      ptx::ldmatrix_x4(x, mma::operand_at<kChunks>(x_address, 0, 2 * k));
 #pragma unroll
-      for (int i = 0; i < kThreadM; ++i) x[i] = load_vector(x_rows + i * Traits::kRowGroups * kPitch + k);
-#pragma unroll
-      for (int j = 0; j < kThreadR; ++j) {
-        const Vector<A> f = load_vector(factor_rows + j * Traits::kRankGroups * kPitch + k);
-#pragma unroll
-        for (int i = 0; i < kThreadM; ++i) {
-#pragma unroll
-          for (int e = 0; e < kVec<A>; ++e) sum[i][j] += x[i].v[e] * f.v[e];
+      for (unsigned n = 0; n < kRanks / 16; ++n) {
+        if (n > 0 && static_cast<int>(n) * 16 >= ranks) break;
+        if constexpr (kBackward) {
+          ptx::ldmatrix_x4_transposed(b, mma::operand_at<kRankChunks>(factor_address, k * 16, 2 * n));
+        } else {
+          ptx::ldmatrix_x4(b, mma::operand_at<kChunks>(factor_address, n * 16, 2 * k));
         }
+        mma::multiply<T>(sums[n][0], x, b[0], b[1]);
+        mma::multiply<T>(sums[n][1], x, b[2], b[3]);
       }
     }
   }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
 
-  // The first feature group adds the others' sums in order.
+  // The warps of the first half add the sums of the second.
+  float* others = reinterpret_cast<float*>(x_tiles);
 #pragma unroll
-  for (int other = 1; other < Traits::kFeatureGroups; ++other) {
-    A* sums = stages + thread % kGroupThreads;
-    __syncthreads();
-    if (feature_group == other) {
+  for (int turn = 0; turn < 2; ++turn) {
 #pragma unroll
-      for (int n = 0; n < kThreadM * kThreadR; ++n) sums[n * kGroupThreads] = sum[n / kThreadR][n % kThreadR];
+    for (int n = 0; n < kRanks / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int tile_row = static_cast<int>(row_group * 16 + lane / 4) + i / 2 * 8;
+        const int rank_in_tile = n * 8 + static_cast<int>(lane) % 4 * 2 + i % 2;
+        float& other = others[tile_row * Tiles::kSumPitch + rank_in_tile];
+        if (turn == 0) {
+          if (half == 1) other = sums[n / 2][n % 2][i];
+          continue;
+        }
+        const int64_t rank = rank0 + rank_in_tile;
+        if (half == 1 || tile_row >= tile.count || rank >= p.max_rank) continue;
+        p.out[(range * p.table.rows.num_tokens + rows[tile_row]) * p.max_rank + rank] =
+            rank < group.rank ? group.scale * (sums[n / 2][n % 2][i] + other) : 0.0f;
+      }
     }
-    __syncthreads();
-    if (feature_group == 0) {
-#pragma unroll
-      for (int n = 0; n < kThreadM * kThreadR; ++n) sum[n / kThreadR][n % kThreadR] += sums[n * kGroupThreads];
-    }
+    if (turn == 0) __syncthreads();
   }
-  if (feature_group != 0) return;
-#pragma unroll
-  for (int i = 0; i < kThreadM; ++i) {
-    const int tile_row = row_group + i * Traits::kRowGroups;
-    if (tile_row >= tile.count) continue;
-    A* out = p.out + (range * p.table.rows.num_tokens + rows[tile_row]) * p.max_rank;
-#pragma unroll
-    for (int j = 0; j < kThreadR; ++j) {
-      const int64_t rank = rank0 + rank_group + j * Traits::kRankGroups;
-      if (rank < p.max_rank) out[rank] = rank < group.rank ? group.scale * sum[i][j] : A(0);
-    }
-  }
-}
-
-template <class A, int kRanks, bool kBackward>
-void launch_shrink_ranks(ShrinkParams<A> p, const GpuStream& stream) {
-  using Traits = ShrinkTraits<A, kRanks>;
-  p.rank_tiles = static_cast<int>(ceil_div(p.max_rank, kRanks));
-  launch(&grouped_shrink_kernel<A, kRanks, kBackward>, make_grid(num_tiles(p.table.rows) * p.ranges * p.rank_tiles),
-         Traits::kThreads, Traits::kSharedBytes, stream, p);
-}
-
-template <class A, bool kBackward>
-void launch_shrink(const ShrinkParams<A>& p, const GpuStream& stream) {
-  if constexpr (sizeof(A) == 4) {
-    if (p.max_rank > 16) return launch_shrink_ranks<A, 64, kBackward>(p, stream);
-  }
-  launch_shrink_ranks<A, 16, kBackward>(p, stream);
 }
 
 }  // namespace lora_ext::cuda::grouped

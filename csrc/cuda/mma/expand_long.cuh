@@ -2,27 +2,20 @@
 // time than writing the output.
 //
 // A block walks along the rank 32 at a time with two buffers. While it multiplies from one, cp.async fills the other
-// with the factor, and registers hold the small operand, which is split when it goes to shared memory.
+// with the factor, and registers hold the small operand, which is rounded when it goes to shared memory.
 #pragma once
 
-#include "../packed_factor.h"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "expand_output.cuh"
 
 namespace lora_ext::cuda::mma {
 
-constexpr int kLongRows = 128, kLongCols = 128, kLongRank = 32;
-constexpr int kLongRowWarps = 4;                                 // warps along the rows; 2 along the columns
-constexpr int kLongRowPieces = 2, kLongColPieces = 2;            // of a warp
-constexpr int kLongPairRows = kExpandThreads / (kLongRank / 2);  // rows of the small operand, read at once
-constexpr int kLongPairs = kLongRows / 2 / kLongPairRows;        // pairs of the small operand, per thread
-constexpr uint32_t kLongSmallElements = kLongRows * kLongRank, kLongFactorElements = kLongRank * kLongCols;
+constexpr int kLongRowWarps = 4;                           // warps along the rows; 2 along the columns
+constexpr int kLongRowPieces = 2, kLongColPieces = 2;      // of a warp
+constexpr int kLongPairRows = kThreads / (kLongRank / 2);  // rows of the small operand, read at once
+constexpr int kLongPairs = kLongRows / 2 / kLongPairRows;  // pairs of the small operand, per thread
 static_assert(kPackedFeatureStep % 8 == 0, "a group of 8 columns is all in the packed factor, or none of it");
-
-constexpr uint32_t expand_long_shared_bytes(int parts) {
-  return shared_bytes_of(2 * parts * kLongSmallElements * 2) + shared_bytes_of(2 * parts * kLongFactorElements * 2);
-}
 
 // Shared memory holds the small operand as [row][32 ranks] and the factor as [rank][128 columns], both in groups of 16
 // bytes. Group g of a row is stored in place g ^ swizzle(row), so that eight rows at one column, which ldmatrix reads,
@@ -33,8 +26,6 @@ __device__ __forceinline__ int long_factor_swizzle(int row) { return row % 8; }
 
 template <class T>
 class ExpandLong {
-  static constexpr int kParts = kTokenParts<T>;
-
  public:
   __device__ __forceinline__ ExpandLong(const ExpandParams& p, int s)
       : p_(p),
@@ -44,8 +35,8 @@ class ExpandLong {
         row0_(static_cast<int64_t>(blockIdx.x) * kLongRows),
         col0_((blockIdx.y - tiles_.begin) * kLongCols) {
     SharedMemory memory;
-    small_operand_ = memory.take<uint32_t>(2 * kParts * kLongSmallElements / 2, "small operand");
-    factor_ = ptx::shared_address(memory.take<__nv_bfloat16>(2 * kParts * kLongFactorElements, "factor"));
+    small_operand_ = memory.take<uint32_t>(2 * kLongSmallElements / 2, "small operand");
+    factor_ = ptx::shared_address(memory.take<uint16_t>(2 * kLongFactorElements, "factor"));
     const int row = static_cast<int>(threadIdx.x) / (kLongRank / 2);
     rank_ = static_cast<int>(threadIdx.x) % (kLongRank / 2) * 2;
     rows_ = static_cast<int>(min(p_.num_tokens - row0_, static_cast<int64_t>(kLongRows))) - row;
@@ -69,7 +60,7 @@ class ExpandLong {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (more) load_small_operand(step + 1, half);
-        multiply(buffer, half, sum);
+        multiply_half(buffer, half, sum);
         if (more) store_small_operand(1 - buffer, half);
       }
     }
@@ -88,23 +79,19 @@ class ExpandLong {
 
  private:
   __device__ __forceinline__ void load_factor(int buffer, int step) {
-    constexpr int kGroups = kLongCols / 8, kRows = kExpandThreads / kGroups;  // read at once
+    constexpr int kGroups = kLongCols / 8, kRows = kThreads / kGroups;  // read at once
     const int row = static_cast<int>(threadIdx.x) / kGroups, group = static_cast<int>(threadIdx.x) % kGroups;
-    const uint32_t to = factor_ + buffer * kParts * kLongFactorElements * 2 + row * kLongFactorPitch +
-                        (group ^ long_factor_swizzle(row)) * 16;
+    const uint32_t to =
+        factor_ + buffer * kLongFactorElements * 2 + row * kLongFactorPitch + (group ^ long_factor_swizzle(row)) * 16;
     const int64_t col = col0_ + group * 8;
     // The packed ranks starting at this thread's first; 0 if the columns lie outside the factor.
     const int ranks = col < shape_.features ? static_cast<int>(shape_.ranks) - row - step * kLongRank : 0;
-    const __nv_bfloat16* from = sibling_.factor + (row + step * kLongRank) * shape_.features + col;
+    const uint16_t* from = sibling_.factor + (row + step * kLongRank) * shape_.features + col;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (int i = 0; i < kLongRank; i += kRows) {
-        const bool inside = i < ranks;
-        ptx::cp_async_16(to + (part * kLongRank + i) * kLongFactorPitch,
-                         inside ? from + (part * shape_.ranks + i) * shape_.features : sibling_.factor,
-                         inside ? 16 : 0);
-      }
+    for (int i = 0; i < kLongRank; i += kRows) {
+      const bool inside = i < ranks;
+      ptx::cp_async_16(to + i * kLongFactorPitch, inside ? from + i * shape_.features : sibling_.factor,
+                       inside ? 16 : 0);
     }
     ptx::cp_async_commit();
   }
@@ -128,51 +115,38 @@ class ExpandLong {
 
   __device__ __forceinline__ void store_small_operand(int buffer, int half) {
     const int row = static_cast<int>(threadIdx.x) / (kLongRank / 2), pair = threadIdx.x % (kLongRank / 2);
-    uint32_t* to = small_operand_ + buffer * kParts * kLongSmallElements / 2 + row * kLongSmallPitch / 4 +
+    uint32_t* to = small_operand_ + buffer * kLongSmallElements / 2 + row * kLongSmallPitch / 4 +
                    (pair / 4 ^ long_small_swizzle(row)) * 4 + pair % 4;
 #pragma unroll
     for (int i = 0; i < kLongPairs; ++i) {
-      uint32_t part[kParts];
-      split_pair(loaded_[i], part);
-#pragma unroll
-      for (int j = 0; j < kParts; ++j)
-        to[(j * kLongRows + half * kLongRows / 2 + i * kLongPairRows) * kLongSmallPitch / 4] = part[j];
+      to[(half * kLongRows / 2 + i * kLongPairRows) * kLongSmallPitch / 4] =
+          rounded_pair<T>(loaded_[i].x, loaded_[i].y);
     }
   }
 
-  __device__ __forceinline__ void multiply(int buffer, int half, float (&sum)[kLongRowPieces][kLongColPieces][4][4]) {
+  __device__ __forceinline__ void multiply_half(int buffer, int half,
+                                                float (&sum)[kLongRowPieces][kLongColPieces][4][4]) {
     // A lane's addresses for ldmatrix: row lane % 16; lanes 16 to 31 have the next group.
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const uint32_t small_operand = ptx::shared_address(small_operand_) + buffer * kParts * kLongSmallElements * 2 +
+    const uint32_t small_operand = ptx::shared_address(small_operand_) + buffer * kLongSmallElements * 2 +
                                    (warp % kLongRowWarps * kLongRowPieces * kPieceRows + lane % 16) * kLongSmallPitch;
-    const uint32_t factor = factor_ + buffer * kParts * kLongFactorElements * 2 + lane % 16 * kLongFactorPitch +
+    const uint32_t factor = factor_ + buffer * kLongFactorElements * 2 + lane % 16 * kLongFactorPitch +
                             warp / kLongRowWarps * kLongColPieces * kPieceCols * 2;
     const int small_group = lane / 16 ^ long_small_swizzle(lane % 16);
     const int factor_group = lane / 16 ^ long_factor_swizzle(lane % 16);
-    uint32_t a[kLongRowPieces][kParts][4];
+    uint32_t a[kLongRowPieces][4];
 #pragma unroll
     for (int m = 0; m < kLongRowPieces; ++m) {
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        const int row = i * kLongRows + m * kPieceRows;
-        ptx::ldmatrix_x4(a[m][i], small_operand + row * kLongSmallPitch + (half * 2 ^ small_group) * 16);
-      }
+      ptx::ldmatrix_x4(a[m], small_operand + m * kPieceRows * kLongSmallPitch + (half * 2 ^ small_group) * 16);
     }
 #pragma unroll
-    for (int j = 0; j < kParts; ++j) {
-      const int row = j * kLongRank + half * 16;
+    for (int n = 0; n < 4 * kLongColPieces; n += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_transposed(b, factor + half * 16 * kLongFactorPitch + (n ^ factor_group) * 16);
 #pragma unroll
-      for (int n = 0; n < 4 * kLongColPieces; n += 2) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4_transposed(b, factor + row * kLongFactorPitch + (n ^ factor_group) * 16);
-#pragma unroll
-        for (int m = 0; m < kLongRowPieces; ++m) {
-#pragma unroll
-          for (int i = 0; i + j < kParts; ++i) {  // as in expand_short.cuh
-            ptx::mma_bf16(sum[m][n / 4][n % 4], a[m][i], b[0], b[1]);
-            ptx::mma_bf16(sum[m][n / 4][n % 4 + 1], a[m][i], b[2], b[3]);
-          }
-        }
+      for (int m = 0; m < kLongRowPieces; ++m) {
+        multiply<T>(sum[m][n / 4][n % 4], a[m], b[0], b[1]);
+        multiply<T>(sum[m][n / 4][n % 4 + 1], a[m], b[2], b[3]);
       }
     }
   }
@@ -182,17 +156,15 @@ class ExpandLong {
   const ExpandTiles& tiles_;
   const PackedShape shape_;
   const int64_t row0_, col0_;
-  uint32_t* small_operand_;  // [2 buffers][kParts][kLongRows][kLongRank] bfloat16, in pairs
-  uint32_t factor_;          // [2 buffers][kParts][kLongRank][kLongCols] bfloat16
+  uint32_t* small_operand_;  // [2 buffers][kLongRows][kLongRank] T, in pairs
+  uint32_t factor_;          // [2 buffers][kLongRank][kLongCols] T
   const float* from_;        // this thread's first pair of the small operand
   int rank_, rows_;          // its rank, and the number of rows starting at it
   float2 loaded_[kLongPairs];
 };
 
-// Several parts need more registers than two blocks per multiprocessor allow.
 template <class T>
-__global__ void __launch_bounds__(kExpandThreads, kTokenParts<T> == 1 ? 2 : 1)
-    expand_long_kernel(const __grid_constant__ ExpandParams p) {
+__global__ void __launch_bounds__(kThreads, 2) expand_long_kernel(const __grid_constant__ ExpandParams p) {
   ptx::wait_for_earlier_launches();
   ExpandLong<T>(p, find_sibling(p)).run();
 }

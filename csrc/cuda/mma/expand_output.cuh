@@ -1,11 +1,11 @@
-// The common part of the expand kernels: their parameters, the split of the small operand into bfloat16 parts, and a
-// warp's way from sums to the output.
+// The common part of the expand kernels: their parameters, loads of the small operand, and a warp's way from sums to
+// the output.
 #pragma once
 
 #include "../../common/params.h"
 #include "../elements.cuh"
 #include "../launch.cuh"
-#include "parts.cuh"
+#include "fragments.cuh"
 #include "stacked_factor.cuh"
 
 namespace lora_ext::cuda::mma {
@@ -14,9 +14,9 @@ namespace lora_ext::cuda::mma {
 //
 // The columns of the output are cut into tiles, sibling after sibling; blockIdx.y counts through all tiles.
 struct ExpandSibling {
-  // Packed (packed_factor.h), columns interleaved (pack_factors.cuh). The short kernel of one part reads lora_B [cols,
-  // rank] here, or ExpandParams::lora_A.
-  const __nv_bfloat16* factor = nullptr;
+  // The short kernel's lora_B [cols, rank], where it does not read ExpandParams::lora_A; the long kernel's packed
+  // factor (pack_factors.cuh), columns interleaved.
+  const uint16_t* factor = nullptr;
   const void* bias = nullptr;  // [cols], T; null: none
   const void* base;            // [num_tokens, cols], with out's stride, T; null: zero; may be out
   void* out;                   // [num_tokens, cols], T
@@ -25,7 +25,7 @@ struct ExpandSibling {
   int rank;
 };
 
-// How launch_expand divides a sibling's output.
+// How a sibling's output is divided.
 struct ExpandTiles {
   int64_t begin;  // the sibling's first value of blockIdx.y
   int cols;       // columns of a tile, a multiple of kPackedFeatureStep
@@ -40,20 +40,16 @@ struct ExpandParams {
   const uint8_t* mask = nullptr;  // [num_tokens, mask_row_bytes]; null: everything is kept
   int num_siblings;
   ExpandSibling siblings[kMaxSiblings] = {};
-  bool reads_lora_A = false;  // for the short kernel of one part: grad_x reads lora_A, y reads lora_B
+  bool reads_lora_A = false;  // the short kernel: for grad_x it reads lora_A, for y lora_B
   StackedFactor lora_A = {};
   // The short kernel adds partial sums: [largest of ranges, num_tokens, small_operand_stride].
   bool adds_partials = false, writes_sums = false;
-  RankTable<int> ranges = {};  // of every column of the small operand
-  float* sums = nullptr;       // [num_tokens, small_operand_stride], where there is a later reader
-  // Set by launch_expand; the first two for the short kernel:
-  uint32_t factor_tile_elements;  // of the largest tile of a factor in shared memory
-  int row_warps;                  // warps of a block that have different rows; the others share out the columns
+  RankTable<int> ranges = {};     // of every column of the small operand
+  float* sums = nullptr;          // [num_tokens, small_operand_stride], where there is a later reader
+  uint32_t factor_tile_elements;  // the short kernel: of the largest tile of a factor in shared memory
+  int row_warps;                  // the short kernel: warps of a block that have different rows
   ExpandTiles tiles[kMaxSiblings];
 };
-
-constexpr int kExpandThreads = 256, kExpandWarps = kExpandThreads / 32;
-constexpr int kPieceRows = 16, kPieceCols = 32;  // a warp's piece of output: its sums are 16 registers
 
 // Returns the sibling that the block's columns belong to.
 __device__ __forceinline__ int find_sibling(const ExpandParams& p) {
@@ -75,23 +71,10 @@ __device__ __forceinline__ float2 load_rank_pair(const float* from, int count, b
   return pair;
 }
 
-// Splits a pair into one register of an mma fragment per part.
-template <int kParts>
-__device__ __forceinline__ void split_pair(float2 pair, uint32_t (&part)[kParts]) {
-  __nv_bfloat16 first[kParts], second[kParts];
-  split(pair.x, first);
-  split(pair.y, second);
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) part[i] = join(first[i], second[i]);
-}
-
 // Eight neighbouring elements of a row, two to a word.
 struct Eight {
   uint32_t word[4];
 };
-
-__device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
-__device__ __forceinline__ uint16_t bits_of(__half value) { return __half_as_ushort(value); }
 
 template <class T>
 __device__ __forceinline__ float element_of(const Eight& eight, int e) {
@@ -129,7 +112,7 @@ __device__ __forceinline__ void store_eight(T* to, const float (&value)[8]) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    word[i] = bits_of(from_acc<T>(value[2 * i])) | static_cast<uint32_t>(bits_of(from_acc<T>(value[2 * i + 1]))) << 16;
+    word[i] = rounded_pair<T>(value[2 * i], value[2 * i + 1]);
   }
   *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
 }

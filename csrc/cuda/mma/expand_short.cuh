@@ -1,11 +1,10 @@
 // expand for ranks up to 64: writing the output takes most of the time.
 //
 // A block copies the factor's part for a few hundred columns into shared memory once. A warp loads the small operand of
-// its 16 rows into registers once, adds its partial sums, and splits it into parts. After that warps are independent:
-// each makes piece after piece of output, without a barrier, and the loads and stores of many pieces overlap.
+// its 16 rows into registers once, adds its partial sums, and rounds it. After that warps are independent: each makes
+// piece after piece of output, without a barrier, and the loads and stores of many pieces overlap.
 #pragma once
 
-#include "../packed_factor.h"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "expand_output.cuh"
@@ -22,15 +21,11 @@ static_assert(kPackedRankStep == 16, "the short kernel knows the rows of a facto
 template <int kSteps>
 using RankPairs = float2[kSteps][4];
 
-// Whether the kernel can add partial sums: factors of several parts leave few registers for it.
-template <int kParts, int kSteps>
-constexpr bool kAddsPartials = kParts == 1 || (kParts == 2 && kSteps == 1);
-
 // Adds partial sums, several at a time, in their order. Siblings may have different numbers of them.
-template <int kParts, int kSteps>
+template <int kSteps>
 __device__ __forceinline__ void add_partial_pairs(const ExpandParams& p, const ExpandSibling& sibling, bool aligned,
                                                   int64_t row0, int lane, RankPairs<kSteps>& pairs) {
-  constexpr int kTogether = kSteps > 1 ? 1 : kParts == 1 ? 4 : 2;  // as registers allow
+  constexpr int kTogether = kSteps > 1 ? 1 : 4;  // as registers allow
   const int64_t range_stride = p.num_tokens * p.small_operand_stride;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -82,9 +77,8 @@ __device__ __forceinline__ void write_pairs(const ExpandParams& p, const ExpandS
 
 // kSteps: steps of 16 ranks, at most.
 template <class T, int kSteps>
-__global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kSteps == 1 ? 3 : 2)
     expand_short_kernel(const __grid_constant__ ExpandParams p) {
-  constexpr int kParts = kTokenParts<T>;
   ptx::wait_for_earlier_launches();
   const int s = find_sibling(p);
   const ExpandSibling& sibling = p.siblings[s];
@@ -98,20 +92,18 @@ __global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
   const int padded_cols = static_cast<int>(min(static_cast<int64_t>(tiles.cols), shape.features - col0));
 
   SharedMemory memory;
-  __nv_bfloat16* factor_tile = memory.take<__nv_bfloat16>(p.factor_tile_elements, "factor");
-  if constexpr (kParts > 1) {
-    copy_packed_tile<kParts>(factor_tile, sibling, shape, col0, padded_cols);
-  } else if (p.reads_lora_A) {
+  uint16_t* factor_tile = memory.take<uint16_t>(p.factor_tile_elements, "factor");
+  if (p.reads_lora_A) {
     load_lora_A_tile(factor_tile, p.lora_A, rank_rows, col0, padded_cols);
   } else {
     load_lora_B_tile(factor_tile, sibling, tiles.chunks, rank_rows, col0, padded_cols);
   }
   const uint32_t factor = ptx::shared_address(factor_tile);
 
-  // All loads come before the first split, so that they overlap.
+  // All loads come before the first rounding, so that they overlap.
   RankPairs<kSteps> pairs = {};
-  if (kAddsPartials<kParts, kSteps> && p.adds_partials) {
-    add_partial_pairs<kParts, kSteps>(p, sibling, tiles.pairs, row0, lane, pairs);
+  if (p.adds_partials) {
+    add_partial_pairs<kSteps>(p, sibling, tiles.pairs, row0, lane, pairs);
     const bool first_of_rows = blockIdx.y == tiles.begin && warp < row_warps;
     if (p.writes_sums && first_of_rows) write_pairs<kSteps>(p, sibling, row0, lane, pairs);
   } else {
@@ -127,24 +119,18 @@ __global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
       }
     }
   }
-  const int column_warps = kExpandWarps / row_warps;
+  const int column_warps = kWarps / row_warps;
   const int pieces =
       static_cast<int>(min(sibling.cols - col0, static_cast<int64_t>(tiles.cols)) + kPieceCols - 1) / kPieceCols;
   int piece = warp / row_warps;
   const ExpandOutput<T> output(p, sibling, tiles.eights, row0, col0, tiles.cols);
   ExpandAddends next = output.prefetch(piece * kPieceCols);
-  uint32_t small_operand[kSteps][kParts][4];
+  uint32_t small_operand[kSteps][4];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t part[kParts];
-      split_pair(pairs[step][i], part);
-#pragma unroll
-      for (int j = 0; j < kParts; ++j) small_operand[step][j][i] = part[j];
-    }
+    for (int i = 0; i < 4; ++i) small_operand[step][i] = rounded_pair<T>(pairs[step][i].x, pairs[step][i].y);
   }
-  if constexpr (kParts > 1) ptx::cp_async_wait<0>();
   __syncthreads();
   if (row0 >= p.num_tokens) return;
 
@@ -159,19 +145,11 @@ __global__ void __launch_bounds__(kExpandThreads, kSteps == 1 ? 3 : 2)
     for (int step = 0; step < kSteps; ++step) {
       if (step * 16 >= rank_rows) break;
 #pragma unroll
-      for (int j = 0; j < kParts; ++j) {
-        const uint32_t rows = factor_lane + (j * rank_rows + step * 16) * pitch;
-#pragma unroll
-        for (int n = 0; n < 4; n += 2) {
-          uint32_t b[4];
-          ptx::ldmatrix_x4_transposed(b, rows + ((piece * 4 + n) ^ group_lane) * 16);
-          // A part is 2^-8 of the part before: products below the last part are skipped.
-#pragma unroll
-          for (int i = 0; i + j < kParts; ++i) {
-            ptx::mma_bf16(sum[n], small_operand[step][i], b[0], b[1]);
-            ptx::mma_bf16(sum[n + 1], small_operand[step][i], b[2], b[3]);
-          }
-        }
+      for (int n = 0; n < 4; n += 2) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_transposed(b, factor_lane + step * 16 * pitch + ((piece * 4 + n) ^ group_lane) * 16);
+        multiply<T>(sum[n], small_operand[step], b[0], b[1]);
+        multiply<T>(sum[n + 1], small_operand[step], b[2], b[3]);
       }
     }
     output.finish(piece * kPieceCols, sum, addends);

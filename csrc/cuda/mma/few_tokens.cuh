@@ -2,18 +2,16 @@
 //
 //   y [num_tokens, cols] = x [num_tokens, in_features] @ weight [cols, in_features]^T + bias + xa @ lora_B^T
 //
-// Reading the weights takes all of the time. A block has 16 or 32 rows of a weight, and its warps share out the
+// Reading the weights takes all of the time. A block has 16 to 48 rows of a weight, and its warps share out the
 // in_features, 64 at a time: a warp loads fragments from memory as they are, without shared memory. Sums are float32
 // and rounded once.
 #pragma once
 
-#include <algorithm>
-
-#include "../../common/few_tokens.h"
 #include "../elements.cuh"
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
+#include "fragments.cuh"
 #include "partial_sums.cuh"
 
 namespace lora_ext::cuda::mma {
@@ -37,18 +35,6 @@ struct FewTokensParams {
   bool adds_partials;
 };
 
-template <int kTokenTiles>
-struct FewTokensTraits {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32, kStep = 64;  // in_features of a warp's step
-  static constexpr int kRowTiles = kTokenTiles == 1 ? 1 : 2;
-  static constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles;
-  static constexpr int kPitch = kTokens + 8;  // of a row of sums: pairs of eight rows are in different banks
-  static constexpr int kRankPitch = static_cast<int>(kFewTokensRank) + 1;
-  static constexpr uint32_t kSharedBytes = shared_bytes_of(kWarps * kRows * kPitch * 4) +
-                                           shared_bytes_of(kTokens * kRankPitch * 4) +
-                                           shared_bytes_of(kRows * kRankPitch * 4);
-};
-
 // A lane's operands of a step. Lane 4 * g + t has rows g and g + 8 of a tile of 16 rows of the weight, and token g of a
 // tile of 8 tokens; of these, columns 8 * t to 8 * t + 7 of each half of 32. The order of the columns within a product
 // does not matter, as long as it is the same for both operands.
@@ -58,23 +44,13 @@ struct StreamedOperands {
   uint4 x[kTokenTiles][2];        // [tile][half]
 };
 
-template <class T>
-__device__ __forceinline__ void multiply_16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    ptx::mma_f16(sum, a, b0, b1);
-  } else {
-    ptx::mma_bf16(sum, a, b0, b1);
-  }
-}
-
-template <class T, int kTokenTiles>
-__global__ void __launch_bounds__(FewTokensTraits<kTokenTiles>::kThreads, kTokenTiles == 1 ? 2 : 1)
+template <class T, int kTokenTiles, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 2 : 1)
     few_tokens_kernel(const __grid_constant__ FewTokensParams p) {
   ptx::wait_for_earlier_launches();
-  using Traits = FewTokensTraits<kTokenTiles>;
-  constexpr int kThreads = Traits::kThreads, kWarps = Traits::kWarps, kRowTiles = Traits::kRowTiles;
-  constexpr int kRows = Traits::kRows, kTokens = Traits::kTokens, kPitch = Traits::kPitch;
-  constexpr int kRankPitch = Traits::kRankPitch;
+  using Tiles = FewTokensTiles<kTokenTiles, kRowTiles>;
+  constexpr int kRows = Tiles::kRows, kTokens = Tiles::kTokens, kPitch = Tiles::kPitch;
+  constexpr int kRankPitch = Tiles::kRankPitch;
   SharedMemory memory;
   float* shares = memory.take<float>(kWarps * kRows * kPitch, "shares");  // [warp][row][token]
   float* xa_tile = memory.take<float>(kTokens * kRankPitch, "xa");        // [token][rank]
@@ -111,11 +87,11 @@ __global__ void __launch_bounds__(FewTokensTraits<kTokenTiles>::kThreads, kToken
 
   float sum[kRowTiles][kTokenTiles][4] = {};
   StreamedOperands<kRowTiles, kTokenTiles> next;
-  load_operands(warp * Traits::kStep, next);
+  load_operands(warp * Tiles::kStep, next);
 #pragma unroll 1
-  for (int64_t step0 = warp * Traits::kStep; step0 < p.in_features; step0 += kWarps * Traits::kStep) {
+  for (int64_t step0 = warp * Tiles::kStep; step0 < p.in_features; step0 += kWarps * Tiles::kStep) {
     const StreamedOperands<kRowTiles, kTokenTiles> operands = next;
-    load_operands(step0 + kWarps * Traits::kStep, next);  // zeros beyond the end
+    load_operands(step0 + kWarps * Tiles::kStep, next);  // zeros beyond the end
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -124,8 +100,8 @@ __global__ void __launch_bounds__(FewTokensTraits<kTokenTiles>::kThreads, kToken
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
           const uint4& tokens = operands.x[n][half];
-          multiply_16<T>(sum[m][n], {upper.x, lower.x, upper.y, lower.y}, tokens.x, tokens.y);
-          multiply_16<T>(sum[m][n], {upper.z, lower.z, upper.w, lower.w}, tokens.z, tokens.w);
+          multiply<T>(sum[m][n], {upper.x, lower.x, upper.y, lower.y}, tokens.x, tokens.y);
+          multiply<T>(sum[m][n], {upper.z, lower.z, upper.w, lower.w}, tokens.z, tokens.w);
         }
       }
     }
@@ -169,51 +145,6 @@ __global__ void __launch_bounds__(FewTokensTraits<kTokenTiles>::kThreads, kToken
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) value += shares[(w * kRows + row) * kPitch + token];
     static_cast<T*>(sibling.y)[token * sibling.cols + row0 + row] = from_acc<T>(value + low_rank);
-  }
-}
-
-template <class T, int kTokenTiles>
-void launch_few_tokens_tiles(FewTokensParams p, const GpuStream& stream) {
-  using Traits = FewTokensTraits<kTokenTiles>;
-  int64_t blocks = 0;
-  for (int s = 0; s < p.num_siblings; ++s) {
-    p.siblings[s].first_block = blocks;
-    blocks += ceil_div(p.siblings[s].cols, Traits::kRows);
-  }
-  launch(&few_tokens_kernel<T, kTokenTiles>, make_grid(blocks), Traits::kThreads, Traits::kSharedBytes, stream, p);
-}
-
-template <class T>
-void launch_few_tokens(const LoraStreamedParams& streamed, const LowRankSums& xa, const GpuStream& stream) {
-  const LoraForwardParams& forward = streamed.forward;
-  FewTokensParams p{.x = forward.shrink.x,
-                    .in_features = forward.shrink.in_features,
-                    .x_stride = forward.shrink.x_stride,
-                    .num_tokens = static_cast<int>(forward.shrink.num_tokens),
-                    .num_siblings = forward.expand.num_siblings,
-                    .xa = xa.pending ? xa.partial : xa.sums,
-                    .sums = xa.sums,
-                    .total_rank = xa.columns,
-                    .ranges = xa.ranges.value[0],
-                    .adds_partials = xa.pending};
-  for (int s = 0; s < p.num_siblings; ++s) {
-    const LoraExpandSibling& sibling = forward.expand.siblings[s];
-    p.siblings[s] = {.weight = streamed.weights[s],
-                     .lora_B = sibling.lora_B,
-                     .bias = sibling.bias,
-                     .y = sibling.y,
-                     .cols = sibling.out_features,
-                     .weight_stride = streamed.weight_strides[s],
-                     .first_block = 0,
-                     .rank_begin = static_cast<int>(sibling.rank_begin),
-                     .rank = static_cast<int>(sibling.rank)};
-  }
-  if (p.num_tokens <= 8) {
-    launch_few_tokens_tiles<T, 1>(p, stream);
-  } else if (p.num_tokens <= 16) {
-    launch_few_tokens_tiles<T, 2>(p, stream);
-  } else {
-    launch_few_tokens_tiles<T, 4>(p, stream);
   }
 }
 

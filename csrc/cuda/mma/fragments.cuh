@@ -1,11 +1,13 @@
-// Fragments of mma.m16n8k16 from tiles in shared memory, and products of operands that are sums of bfloat16 parts.
+// Fragments of mma.m16n8k16 from tiles in shared memory, and their products.
 //
 // ptx.cuh says which lane holds which elements. "Left" and "right" are the operands of one mma. A left operand has 16
 // rows and 16 columns in four registers. A right operand is loaded for two products, 16 columns together: registers 0
 // and 1 hold the first eight columns, 2 and 3 the others.
 #pragma once
 
-#include "parts.cuh"
+#include <type_traits>
+
+#include "../elements.cuh"
 #include "tiles.cuh"
 
 namespace lora_ext::cuda::mma {
@@ -34,40 +36,21 @@ __device__ __forceinline__ uint32_t operand_at(uint32_t address, unsigned row, u
   return (address ^ chunk % 8 * 16) + chunk / 8 * 128 + row * (kChunks * 16);
 }
 
-__device__ __forceinline__ float2 half_pair(uint32_t bits) {
-  return {__half2float(__ushort_as_half(static_cast<unsigned short>(bits))),
-          __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> 16)))};
-}
-
-// Splits a fragment of x or grad_y into parts. bfloat16 is a single part. float16 becomes the upper 8 bits and the
-// lower 3 bits of its significand, both exact; the remainder of an infinite number is NaN.
+// sum [16, 8] += left [16, 16] @ right [16, 8]. Products of 16-bit numbers are exact in float32.
 template <class T>
-__device__ __forceinline__ void split_fragment(const uint32_t (&fragment)[4], uint32_t (&parts)[kTokenParts<T>][4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kTokenParts<T> == 1) {
-      parts[0][i] = fragment[i];
-    } else {
-      const float2 all = half_pair(fragment[i]), upper = half_pair(fragment[i] & 0xFFF8FFF8u);
-      parts[0][i] = join(__float2bfloat16_rn(upper.x), __float2bfloat16_rn(upper.y));
-      parts[1][i] = join(__float2bfloat16_rn(all.x - upper.x), __float2bfloat16_rn(all.y - upper.y));
-    }
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    ptx::mma_f16(sum, left, right0, right1);
+  } else {
+    ptx::mma_bf16(sum, left, right0, right1);
   }
 }
 
-// Adds the product of x and a factor or small operand, k = 16, to two sums [16, 8]. load(j, operand) loads the other
-// operand's part j; multiply(i, operand) adds its product with x's part i. Part i is about 2^-8i of the number: the
-// product of the second parts is below float16's last bit, and left out. The smallest products are added first.
-template <class T, class Load, class Multiply>
-__device__ __forceinline__ void add_products(Load load, Multiply multiply) {
-  constexpr int kParts = kTokenParts<T>;
-#pragma unroll
-  for (int j = kParts - 1; j >= 0; --j) {
-    uint32_t operand[4];
-    load(j, operand);
-#pragma unroll
-    for (int i = kParts - 1 - j; i >= 0; --i) multiply(i, operand);
-  }
+// Rounds two neighbours, of xa or grad_xa, to one register of a fragment, the first in the low half. float16 ends at
+// 65504: a larger number becomes infinite, as in plain PyTorch.
+template <class T>
+__device__ __forceinline__ uint32_t rounded_pair(float first, float second) {
+  return bits_of(from_acc<T>(first)) | static_cast<uint32_t>(bits_of(from_acc<T>(second))) << 16;
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -1,14 +1,16 @@
-// Packs every factor of a call (packed_factor.h) in one launch. The factors have rank * (in_features + out_features)
-// elements per layer, few compared with x.
+// Packs the factors of a call that kernels do not read as they lie, in one launch. They have rank * (in_features +
+// out_features) elements per layer, few compared with x.
+//
+// A packed factor is a row-major matrix [rank, features]. lora_A keeps its orientation, lora_B is transposed. The
+// factors of siblings stand below each other if one kernel reads them all. Padding is zero, so kernels copy whole
+// tiles, 16 bytes at a time. Elements have x's dtype.
 #pragma once
 
 #include <algorithm>
 
-#include "../elements.cuh"
 #include "../launch.cuh"
 #include "../ptx.cuh"
-#include "../packed_factor.h"
-#include "parts.cuh"
+#include "tile_sizes.h"
 
 namespace lora_ext::cuda::mma {
 
@@ -19,7 +21,7 @@ struct PackSource {
   bool transposed = false;
 };
 struct PackTarget {
-  void* image;  // [parts, shape.ranks, shape.features]
+  void* image;  // [shape.ranks, shape.features]
   PackedShape shape;
   int64_t rank;           // rows of the image without padding
   int64_t row_begin = 0;  // the factor's first row in the image
@@ -27,18 +29,16 @@ struct PackTarget {
 };
 
 constexpr int kMaxPackJobs = 2 * kMaxSiblings;
-constexpr int kPackThreads = 256;
-constexpr int kPackRows = kPackedRankStep, kPackCols = kPackedFeatureStep;  // of the image, per block
 constexpr int kPackPitch = kPackCols + 2;  // lanes of a transposed write are in different banks
 static_assert(kPackCols % 32 == 0, "columns are interleaved within 32");
-static_assert(kPackRows * kPackCols % (2 * kPackThreads) == 0, "every thread packs the same number of pairs");
+static_assert(kPackRows * kPackCols % (2 * kThreads) == 0, "every thread packs the same number of pairs");
 
 struct PackJob {
   PackSource source;
   bool interleaved;
-  __nv_bfloat16* packed;                    // [parts][num_rows, num_cols]: the job's first row in the first part
-  int64_t num_rows, num_cols, part_stride;  // with padding
-  int64_t tiles;
+  uint16_t* packed;            // [num_rows, num_cols]: from the job's first row on
+  int64_t num_rows, num_cols;  // with padding
+  int64_t tiles;               // of kPackRows x kPackCols, a block's
 };
 
 struct PackFactorsParams {
@@ -51,10 +51,9 @@ struct PackFactorsParams {
     const int64_t rows = last ? target.shape.ranks - target.row_begin : source.rank;
     jobs[num_jobs++] = {.source = source,
                         .interleaved = target.interleaved,
-                        .packed = static_cast<__nv_bfloat16*>(target.image) + target.row_begin * target.shape.features,
+                        .packed = static_cast<uint16_t*>(target.image) + target.row_begin * target.shape.features,
                         .num_rows = rows,
                         .num_cols = target.shape.features,
-                        .part_stride = target.shape.part_stride(),
                         .tiles = ceil_div(rows, kPackRows) * (target.shape.features / kPackCols)};
   }
 };
@@ -69,59 +68,44 @@ __device__ __forceinline__ int interleaved_column(int position) {
 }
 
 // Loads a tile of the image. Neighbouring threads read neighbouring elements of the factor.
-template <class T>
 __device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t row0, int64_t col0,
-                                               float (&tile)[kPackRows][kPackPitch]) {
-  const T* from = static_cast<const T*>(source.from);
+                                               uint16_t (&tile)[kPackRows][kPackPitch]) {
+  const uint16_t* from = static_cast<const uint16_t*>(source.from);
 #pragma unroll
-  for (int i = 0; i < kPackRows * kPackCols / kPackThreads; ++i) {
-    const int element = static_cast<int>(threadIdx.x) + i * kPackThreads;
+  for (int i = 0; i < kPackRows * kPackCols / kThreads; ++i) {
+    const int element = static_cast<int>(threadIdx.x) + i * kThreads;
     const int r = source.transposed ? element % kPackRows : element / kPackCols;
     const int c = source.transposed ? element / kPackRows : element % kPackCols;
     const int64_t row = row0 + r, col = col0 + c;
     const bool inside = row < source.rank && col < source.features;
     const int64_t index = source.transposed ? col * source.rank + row : row * source.features + col;
-    tile[r][c] = inside ? to_acc(from[index]) : 0.0f;
+    tile[r][c] = inside ? from[index] : uint16_t{0};
   }
 }
 
 // blockIdx.y is the job, blockIdx.x its tile.
 template <class T>
-__global__ void __launch_bounds__(kPackThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
-  constexpr int kParts = kTokenParts<T>;
+__global__ void __launch_bounds__(kThreads) pack_factors_kernel(const __grid_constant__ PackFactorsParams p) {
   ptx::wait_for_earlier_launches();
-  alignas(16) __shared__ float tile[kPackRows][kPackPitch];
+  __shared__ uint16_t tile[kPackRows][kPackPitch];
   const PackJob& job = p.jobs[blockIdx.y];
   if (blockIdx.x >= job.tiles) return;  // jobs differ in size
   const int64_t col_tiles = job.num_cols / kPackCols;
   const int64_t row0 = blockIdx.x / col_tiles * kPackRows, col0 = blockIdx.x % col_tiles * kPackCols;
 
-  load_pack_tile<T>(job.source, row0, col0, tile);
+  load_pack_tile(job.source, row0, col0, tile);
   __syncthreads();
 
   // A warp writes the 128 bytes of a row, in pairs that are neighbours both in the image and in the factor.
 #pragma unroll
-  for (int i = 0; i < kPackRows * kPackCols / (2 * kPackThreads); ++i) {
-    const int pair = static_cast<int>(threadIdx.x) + i * kPackThreads;
+  for (int i = 0; i < kPackRows * kPackCols / (2 * kThreads); ++i) {
+    const int pair = static_cast<int>(threadIdx.x) + i * kThreads;
     const int r = pair / (kPackCols / 2), position = pair % (kPackCols / 2) * 2;
     if (row0 + r >= job.num_rows) continue;
     const int c = job.interleaved ? interleaved_column(position) : position;
-    __nv_bfloat16 first[kParts], second[kParts];
-    split(tile[r][c], first);
-    split(tile[r][c + 1], second);
-    __nv_bfloat16* to = job.packed + (row0 + r) * job.num_cols + col0 + position;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      *reinterpret_cast<uint32_t*>(to + part * job.part_stride) = join(first[part], second[part]);
-    }
+    *reinterpret_cast<uint32_t*>(job.packed + (row0 + r) * job.num_cols + col0 + position) =
+        tile[r][c] | static_cast<uint32_t>(tile[r][c + 1]) << 16;
   }
-}
-
-template <class T>
-void launch_pack_factors(const PackFactorsParams& p, const GpuStream& stream) {
-  int64_t tiles = 0;
-  for (int i = 0; i < p.num_jobs; ++i) tiles = std::max(tiles, p.jobs[i].tiles);
-  launch(&pack_factors_kernel<T>, make_grid(tiles, p.num_jobs), kPackThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -17,53 +17,36 @@
 
 namespace lora_ext::cuda::mma {
 
-// A factor of one part is read as it lies.
-template <int kParts>
-using ShrinkFactor = std::conditional_t<kParts == 1, StackedFactor, PackedFactor>;
-
-// launch_shrink sets the members after `out`.
 template <class T>
 struct ShrinkParams {
-  TokenMatrix<T> x;                     // [num_tokens, features]
-  ShrinkFactor<kTokenParts<T>> factor;  // [rank, features]
-  KeepMask mask = {};                   // threshold 0: no dropout
-  RankSums out;                         // the result, or partial sums of ranges of features
+  TokenMatrix<T> x;      // [num_tokens, features]
+  StackedFactor factor;  // [rank, features]
+  KeepMask mask = {};    // threshold 0: no dropout
+  RankSums out;          // the result, or partial sums of ranges of features
   int64_t features_per_range;
   unsigned ranges, rank_tiles, first_rank_tile;
-};
 
-template <int kParts, int kRanks>
-struct ShrinkTraits {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kTokens = static_cast<int>(kShrinkTokens), kWarpTokens = kTokens / kWarps;
-  static constexpr int kFeatures = static_cast<int>(kShrinkFeatures), kRowChunks = kFeatures / kChunk;
-  static constexpr int kWarpChunks = kWarpTokens * kRowChunks;  // of a tile of x
-  static constexpr int kFactorChunks = kParts * kRanks * kRowChunks;
-  // As many as fit in 96 KiB: two blocks on a multiprocessor of 228 KiB, one where a block gets 99 KiB.
-  static constexpr int kStages = std::clamp(96 * 1024 / 16 / (kWarps * kWarpChunks + kFactorChunks), 2, 4);
-  static_assert(kWarpTokens == 16, "a warp has the rows of one left operand");
-  static_assert(kPackedFeatureStep % kFeatures == 0, "a packed factor is whole tiles of features");
-  static_assert(kPackedRankStep % 16 == 0, "a packed factor is whole operands of 16 ranks");
-  static_assert(kRanks % kPackedRankStep == 0, "padding adds no tile of ranks");
+  void set_split(const PassSplit& split) {
+    features_per_range = split.features_per_range;
+    ranges = static_cast<unsigned>(split.ranges);
+  }
 };
 
 template <class T, int kRanks, KeepBits kKeep>
-__global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads, 2)
-    shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
-  constexpr int kParts = kTokenParts<T>;
+__global__ void __launch_bounds__(kThreads, 2) shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
   ptx::wait_for_earlier_launches();
-  using Traits = ShrinkTraits<kParts, kRanks>;
-  constexpr int kWarps = Traits::kWarps, kWarpTokens = Traits::kWarpTokens, kFeatures = Traits::kFeatures;
-  constexpr int kThreads = Traits::kThreads, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
-  constexpr unsigned kFactorCopies = (Traits::kFactorChunks + kThreads - 1) / kThreads;
+  using Tiles = ShrinkTiles<kRanks>;
+  constexpr int kWarpTokens = Tiles::kWarpTokens, kFeatures = Tiles::kFeatures;
+  constexpr int kRowChunks = Tiles::kRowChunks, kStages = Tiles::kStages;
+  constexpr unsigned kFactorCopies = (Tiles::kFactorChunks + kThreads - 1) / kThreads;
   SharedMemory shared;
-  uint4* x_tiles = shared.take<uint4>(kStages * kWarps * Traits::kWarpChunks, "x_tiles");
-  uint4* factor_tiles = shared.take<uint4>(kStages * Traits::kFactorChunks, "factor_tiles");
+  uint4* x_tiles = shared.take<uint4>(kStages * kWarps * Tiles::kWarpChunks, "x_tiles");
+  uint4* factor_tiles = shared.take<uint4>(kStages * Tiles::kFactorChunks, "factor_tiles");
 
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t rank0 = static_cast<int64_t>(p.first_rank_tile + blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
-  const int64_t token0 = chunk * Traits::kTokens + warp * kWarpTokens;
+  const int64_t token0 = chunk * Tiles::kTokens + warp * kWarpTokens;
   const bool has_tokens = token0 < p.x.rows;  // the same in all lanes
   const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.factor.shape.ranks - rank0));
   const int64_t begin = range * p.features_per_range;
@@ -74,46 +57,36 @@ __global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads
   const int whole_steps = whole_rows ? static_cast<int>(min(p.features_per_range, p.x.columns - begin) / kFeatures) : 0;
   using Copy = TileCopy<kWarpTokens, kFeatures, 32>;
   const T* x_from = p.x.data + (token0 * p.x.stride + begin) + Copy::first_element(p.x.stride, lane);
-  const __nv_bfloat16* factor_rows[kFactorCopies];  // of a factor as it lies: the thread's rows
-  if constexpr (kParts == 1) {
+  const uint16_t* factor_rows[kFactorCopies];  // the thread's
 #pragma unroll
-    for (unsigned i = 0; i < kFactorCopies; ++i) {
-      const int64_t rank = rank0 + i * (kThreads / kRowChunks) + thread / kRowChunks;
-      factor_rows[i] = rank < p.factor.rank ? p.factor.row(rank) + thread % kRowChunks * kChunk : nullptr;
-    }
+  for (unsigned i = 0; i < kFactorCopies; ++i) {
+    const int64_t rank = rank0 + i * (kThreads / kRowChunks) + thread / kRowChunks;
+    factor_rows[i] = rank < p.factor.rank ? p.factor.row(rank) + thread % kRowChunks * kChunk : nullptr;
   }
   auto copy = [&](int step) {
     if (step < steps) {
       const int stage = step % kStages;
       const int64_t column0 = begin + static_cast<int64_t>(step) * kFeatures;
-      uint4* x_tile = x_tiles + (stage * kWarps + warp) * Traits::kWarpChunks;
+      uint4* x_tile = x_tiles + (stage * kWarps + warp) * Tiles::kWarpChunks;
       if (step < whole_steps) {
         Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(lane)), x_from, p.x.stride);
         x_from += kFeatures;
       } else if (has_tokens) {
         Copy::edge(x_tile, p.x, token0, column0, lane);
       }
-      uint4* factor_tile = factor_tiles + stage * Traits::kFactorChunks;
+      uint4* factor_tile = factor_tiles + stage * Tiles::kFactorChunks;
       const unsigned chunk = thread % kRowChunks;
 #pragma unroll
       for (unsigned i = 0; i < kFactorCopies; ++i) {
-        const unsigned tile_row = i * (kThreads / kRowChunks) + thread / kRowChunks;  // of all parts
-        const unsigned part = tile_row / kRanks, row = tile_row % kRanks;
-        if (part >= kParts || static_cast<int>(row) >= ranks) continue;
-        uint4* to = factor_tile + chunk_index<kRowChunks>(tile_row, chunk);
-        if constexpr (kParts == 1) {
-          const int width = factor_rows[i] ? inside<kChunk>(column0 + chunk * kChunk, p.factor.features) : 0;
-          if (p.factor.in_chunks) {
-            const __nv_bfloat16* from = width > 0 ? factor_rows[i] + column0 : p.factor.factors.value[0];
-            ptx::cp_async_16(ptx::shared_address(to), from, width * 2);
-          } else {
-            *to = gather_chunk(factor_rows[i] + column0, width);
-          }
+        const unsigned row = i * (kThreads / kRowChunks) + thread / kRowChunks;
+        if (static_cast<int>(row) >= ranks) continue;
+        uint4* to = factor_tile + chunk_index<kRowChunks>(row, chunk);
+        const int width = factor_rows[i] ? inside<kChunk>(column0 + chunk * kChunk, p.factor.features) : 0;
+        if (p.factor.in_chunks) {
+          const uint16_t* from = width > 0 ? factor_rows[i] + column0 : p.factor.factors.value[0];
+          ptx::cp_async_16(ptx::shared_address(to), from, width * 2);
         } else {
-          const __nv_bfloat16* from =
-              p.factor.data + column0 +
-              ((part * p.factor.shape.ranks + rank0 + row) * p.factor.shape.features + chunk * kChunk);
-          ptx::cp_async_16(ptx::shared_address(to), from, 16);
+          *to = gather_chunk(factor_rows[i] + column0, width);
         }
       }
     }
@@ -152,31 +125,24 @@ __global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads
     uint32_t next_keep = 0;
     if (kKeep != KeepBits::kNone && step + 1 < steps) next_keep = keep_word(step + 1);
     const uint32_t x_address =
-        left_address<kRowChunks>(x_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks, lane);
+        left_address<kRowChunks>(x_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks, lane);
     const uint32_t factor_address =
-        right_address<kRowChunks>(factor_tiles + step % kStages * Traits::kFactorChunks, lane);
+        right_address<kRowChunks>(factor_tiles + step % kStages * Tiles::kFactorChunks, lane);
 #pragma unroll
     for (int k = 0; k < kFeatures / 16; ++k) {
-      uint32_t x[4], x_parts[kTokenParts<T>][4];
+      uint32_t x[4], factor[4];
       ptx::ldmatrix_x4(x, operand_at<kRowChunks>(x_address, 0, 2 * k));
       if constexpr (kKeep != KeepBits::kNone) {
         const uint32_t row_0 = __shfl_sync(0xFFFFFFFFu, keep, k / 2 * 2, 4);
         const uint32_t row_8 = __shfl_sync(0xFFFFFFFFu, keep, k / 2 * 2 + 1, 4);
         drop_left(x, row_0, row_8, k % 2 * 2, lane);
       }
-      split_fragment<T>(x, x_parts);
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-        add_products<T>(
-            [&](int j, uint32_t (&factor)[4]) {
-              const unsigned row = j * kRanks + group * 16;  // of all parts
-              ptx::ldmatrix_x4(factor, operand_at<kRowChunks>(factor_address, row, 2 * k));
-            },
-            [&](int i, const uint32_t (&factor)[4]) {
-              ptx::mma_bf16(sums[group][0], x_parts[i], factor[0], factor[1]);
-              ptx::mma_bf16(sums[group][1], x_parts[i], factor[2], factor[3]);
-            });
+        ptx::ldmatrix_x4(factor, operand_at<kRowChunks>(factor_address, group * 16, 2 * k));
+        multiply<T>(sums[group][0], x, factor[0], factor[1]);
+        multiply<T>(sums[group][1], x, factor[2], factor[3]);
       }
     }
     keep = next_keep;
@@ -189,38 +155,6 @@ __global__ void __launch_bounds__(ShrinkTraits<kTokenParts<T>, kRanks>::kThreads
       const int64_t token = token0 + lane / 4 + i / 2 * 8, rank = rank0 + n * 8 + lane % 4 * 2 + i % 2;
       p.out.store(range, token, rank, p.out.scales.of(rank) * sums[n / 2][n % 2][i]);
     }
-  }
-}
-
-template <class T, int kRanks, KeepBits kKeep>
-void launch_shrink_kernel(ShrinkParams<T> p, int64_t chunks, int64_t first_rank_tile, int64_t rank_tiles,
-                          const GpuStream& stream) {
-  using Traits = ShrinkTraits<kTokenParts<T>, kRanks>;
-  constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
-                               shared_bytes_of(Traits::kStages * Traits::kFactorChunks * 16);
-  p.first_rank_tile = static_cast<unsigned>(first_rank_tile);
-  p.rank_tiles = static_cast<unsigned>(rank_tiles);
-  launch(&shrink_kernel<T, kRanks, kKeep>, make_grid(rank_tiles * p.ranges * chunks), Traits::kThreads, kShared, stream,
-         p);
-}
-
-template <class T>
-void launch_shrink(ShrinkParams<T> p, const TokenPassSplit& split, const GpuStream& stream) {
-  const int64_t ranks = p.factor.shape.ranks, rank_tiles = ceil_div(ranks, kRankTile);
-  const bool dropout = p.mask.threshold > 0;
-  p.features_per_range = split.features_per_range;
-  p.ranges = static_cast<unsigned>(split.ranges);
-  if (ranks <= kSmallRankTile) {
-    if (dropout) {
-      launch_shrink_kernel<T, kSmallRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
-    } else {
-      launch_shrink_kernel<T, kSmallRankTile, KeepBits::kNone>(p, split.chunks, 0, 1, stream);
-    }
-  } else if (dropout) {
-    launch_shrink_kernel<T, kRankTile, KeepBits::kDraw>(p, split.chunks, 0, 1, stream);
-    launch_shrink_kernel<T, kRankTile, KeepBits::kRead>(p, split.chunks, 1, rank_tiles - 1, stream);
-  } else {
-    launch_shrink_kernel<T, kRankTile, KeepBits::kNone>(p, split.chunks, 0, rank_tiles, stream);
   }
 }
 

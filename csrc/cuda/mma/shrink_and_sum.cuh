@@ -19,77 +19,56 @@ namespace lora_ext::cuda::mma {
 
 // lora_B as it lies in memory.
 struct PlainLoraB {
-  const __nv_bfloat16* data;  // [features, rank]
-  PackedShape shape;          // as if it were packed
+  const uint16_t* data;  // [features, rank]
+  PackedShape shape;     // as if it were packed
   int64_t rank, features;
 
   // Two neighbouring features of a rank in one register. Outside the matrix there are zeros.
   __device__ __forceinline__ uint32_t pair(int64_t r, int64_t feature) const {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(data) + (feature * rank + r);
+    const uint16_t* from = data + (feature * rank + r);
     const uint32_t first = r < rank && feature < features ? from[0] : 0u;
     const uint32_t second = r < rank && feature + 1 < features ? from[rank] : 0u;
     return first | second << 16;
   }
 };
 
-// Packed factors are transposed: [rank, features].
-template <int kParts>
-using ShrinkAndSumFactor = std::conditional_t<kParts == 1, PlainLoraB, PackedFactor>;
-
-// The grad_y of siblings. launch_shrink_and_sum sets first_block.
+// The grad_y of siblings.
 template <class T>
 struct ShrinkAndSumParams {
   struct Sibling {
-    TokenMatrix<T> grad_y;                      // [num_tokens, features]
-    ShrinkAndSumFactor<kTokenParts<T>> lora_B;  // [rank, features]
-    SmallOperand xa;                            // [num_tokens, rank]
-    RankSums grad_xa;                           // the result, or partial sums of ranges of features
-    FeaturePartials gradient;                   // of lora_B
-    int64_t tokens_per_chunk, chunks;
+    TokenMatrix<T> grad_y;     // [num_tokens, features]
+    PlainLoraB lora_B;         // [features, rank]
+    SmallOperand xa;           // [num_tokens, rank]
+    RankSums grad_xa;          // the result, or partial sums of ranges of features
+    FeaturePartials gradient;  // of lora_B
+    int64_t tokens_per_chunk;
     unsigned ranges, first_block = 0;
   } siblings[kMaxSiblings] = {};
   int num_siblings = 0;
 };
 
-template <int kParts, int kRanks>
-struct ShrinkAndSumTraits {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kTokens = static_cast<int>(kFusedTokens), kFeatures = static_cast<int>(kFusedFeatures);
-  static constexpr int kWarpFeatures = kFeatures / kWarps, kRowChunks = kWarpFeatures / kChunk;
-  static constexpr int kWarpChunks = kTokens * kRowChunks;  // of a warp's tile of grad_y
-  using XaTiles = SmallOperandTiles<kParts, kTokens, kRanks, kThreads>;
-  static constexpr int kShares = kTokens * kRanks / 4;  // of a warp's share of the rank sums: four numbers each
-  // As many as fit in 99 KiB.
-  static constexpr int kStages =
-      std::min(5, (99 * 1024 / 16 - 2 * XaTiles::kChunks - 2 * kWarps * kShares) / (kWarps * kWarpChunks));
-  static_assert(kTokens == 16, "a tile has the tokens of one product over tokens");
-  static_assert(kStages >= 3, "two tiles are copied while one is multiplied");
-  static_assert(kPackedFeatureStep % kWarpFeatures == 0, "a warp's features are all in the packed factor, or none");
-};
-
 template <class T, int kRanks>
-__global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     shrink_and_sum_kernel(const __grid_constant__ ShrinkAndSumParams<T> params) {
-  constexpr int kParts = kTokenParts<T>;
   ptx::wait_for_earlier_launches();
   int s = params.num_siblings - 1;
   while (blockIdx.x < params.siblings[s].first_block) --s;
   const typename ShrinkAndSumParams<T>::Sibling& p = params.siblings[s];
   const unsigned block = blockIdx.x - p.first_block;
-  using Traits = ShrinkAndSumTraits<kParts, kRanks>;
-  using XaTiles = typename Traits::XaTiles;
-  constexpr int kThreads = Traits::kThreads, kWarps = Traits::kWarps, kTokens = Traits::kTokens;
-  constexpr int kWarpFeatures = Traits::kWarpFeatures, kRowChunks = Traits::kRowChunks, kStages = Traits::kStages;
+  using Tiles = ShrinkAndSumTiles<kRanks>;
+  constexpr int kTokens = Tiles::kTokens;
+  using XaTiles = SmallOperandTiles<T, kTokens, kRanks>;
+  constexpr int kWarpFeatures = Tiles::kWarpFeatures, kRowChunks = Tiles::kRowChunks, kStages = Tiles::kStages;
   constexpr int kSteps16 = kWarpFeatures / 16;
   SharedMemory shared;
-  uint4* grad_y_tiles = shared.take<uint4>(kStages * kWarps * Traits::kWarpChunks, "grad_y_tiles");
-  uint4* xa_tiles = shared.take<uint4>(2 * XaTiles::kChunks, "xa_tiles");
-  float4* shares = shared.take<float4>(2 * kWarps * Traits::kShares, "shares");
+  uint4* grad_y_tiles = shared.take<uint4>(kStages * kWarps * Tiles::kWarpChunks, "grad_y_tiles");
+  uint4* xa_tiles = shared.take<uint4>(2 * Tiles::kXaChunks, "xa_tiles");
+  float4* shares = shared.take<float4>(2 * kWarps * Tiles::kShares, "shares");
 
   const unsigned thread = threadIdx.x, lane = thread % 32;
   const int warp = static_cast<int>(thread / 32);
   const int64_t range = block % p.ranges, chunk = block / p.ranges;
-  const int64_t block_feature0 = range * Traits::kFeatures, feature0 = block_feature0 + warp * kWarpFeatures;
+  const int64_t block_feature0 = range * Tiles::kFeatures, feature0 = block_feature0 + warp * kWarpFeatures;
   const int64_t remaining_features = p.lora_B.shape.features - block_feature0;
   const int busy_warps = static_cast<int>(min(static_cast<int64_t>(kWarps), remaining_features / kWarpFeatures));
   const int64_t begin = chunk * p.tokens_per_chunk;
@@ -103,7 +82,7 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
   const TokenMatrix<T>& grad_y = p.grad_y;
   const T* from = grad_y.data + (begin * grad_y.stride + feature0) + Copy::first_element(grad_y.stride, lane);
   auto copy = [&](int step) {
-    uint4* tile = grad_y_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks;
+    uint4* tile = grad_y_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks;
     if (step < whole_steps) {
       Copy::whole(ptx::shared_address(tile + Copy::first_chunk(lane)), from, grad_y.stride);
       from += kTokens * grad_y.stride;
@@ -113,17 +92,17 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
     ptx::cp_async_commit();
   };
   XaTiles xa(p.xa, begin, 0, thread);
-  auto store_xa = [&](int step) { xa.store(xa_tiles + step % 2 * XaTiles::kChunks); };
+  auto store_xa = [&](int step) { xa.store(xa_tiles + step % 2 * Tiles::kXaChunks); };
 
   // Adds the warps' shares of a step's rank sums. Element i is number i % 4 of lane i / 4 % 32 in the result of product
   // i / 128, which has 8 ranks.
   auto add_shares = [&](int step) {
-    const float* warp_share = reinterpret_cast<const float*>(shares + step % 2 * kWarps * Traits::kShares);
+    const float* warp_share = reinterpret_cast<const float*>(shares + step % 2 * kWarps * Tiles::kShares);
 #pragma unroll
     for (unsigned i = thread; i < kTokens * kRanks; i += kThreads) {
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += w < busy_warps ? warp_share[w * Traits::kShares * 4 + i] : 0.0f;
+      for (int w = 0; w < kWarps; ++w) sum += w < busy_warps ? warp_share[w * Tiles::kShares * 4 + i] : 0.0f;
       const unsigned token = i / 16 % 8 + i % 4 / 2 * 8, rank = i / 128 * 8 + i / 4 % 4 * 2 + i % 2;
       p.grad_xa.store(range, begin + step * kTokens + token, rank, p.grad_xa.scales.value[0] * sum);
     }
@@ -133,27 +112,16 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
   xa.fetch();
   store_xa(0);
 
-  uint32_t lora_B[kParts][kSteps16][kRanks / 16][4];  // right operands of two products: [16 features, 16 ranks] each
+  uint32_t lora_B[kSteps16][kRanks / 16][4];  // right operands of two products: [16 features, 16 ranks] each
   if (warp < busy_warps) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int k = 0; k < kSteps16; ++k) {
 #pragma unroll
-      for (int k = 0; k < kSteps16; ++k) {
-#pragma unroll
-        for (int n = 0; n < kRanks / 8; ++n) {
-          const int64_t rank = n * 8 + lane / 4, feature = feature0 + 16 * k + lane % 4 * 2;
-          uint32_t* registers = lora_B[part][k][n / 2] + n % 2 * 2;
-          if constexpr (kParts == 1) {
-            registers[0] = p.lora_B.pair(rank, feature);
-            registers[1] = p.lora_B.pair(rank, feature + 8);
-          } else {
-            const PackedShape& shape = p.lora_B.shape;
-            const __nv_bfloat16* from = p.lora_B.data + (part * shape.ranks + rank) * shape.features + feature;
-            const bool inside = rank < shape.ranks;
-            registers[0] = inside ? *reinterpret_cast<const uint32_t*>(from) : 0u;
-            registers[1] = inside ? *reinterpret_cast<const uint32_t*>(from + 8) : 0u;
-          }
-        }
+      for (int n = 0; n < kRanks / 8; ++n) {
+        const int64_t rank = n * 8 + lane / 4, feature = feature0 + 16 * k + lane % 4 * 2;
+        uint32_t* registers = lora_B[k][n / 2] + n % 2 * 2;
+        registers[0] = p.lora_B.pair(rank, feature);
+        registers[1] = p.lora_B.pair(rank, feature + 8);
       }
     }
   }
@@ -168,28 +136,21 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
     if (warp < busy_warps) {
       // One address serves both: grad_y as a left operand, and transposed as a right one.
       const uint32_t grad_y_address =
-          left_address<kRowChunks>(grad_y_tiles + (step % kStages * kWarps + warp) * Traits::kWarpChunks, lane);
-      const uint32_t xa_address = right_address<XaTiles::kRowChunks>(xa_tiles + step % 2 * XaTiles::kChunks, lane);
+          left_address<kRowChunks>(grad_y_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks, lane);
+      const uint32_t xa_address = right_address<XaTiles::kRowChunks>(xa_tiles + step % 2 * Tiles::kXaChunks, lane);
       float rank_sums[kRanks / 16][2][4] = {};  // [16 tokens, 8 ranks] each
 #pragma unroll
       for (int k = 0; k < kSteps16; ++k) {
-        uint32_t fragment[4], parts[kTokenParts<T>][4];
+        uint32_t fragment[4];
         ptx::ldmatrix_x4(fragment, operand_at<kRowChunks>(grad_y_address, 0, 2 * k));
-        split_fragment<T>(fragment, parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
-          add_products<T>(
-              [&](int j, uint32_t (&b)[4]) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) b[i] = lora_B[j][k][group][i];
-              },
-              [&](int i, const uint32_t (&b)[4]) {
-                ptx::mma_bf16(rank_sums[group][0], parts[i], b[0], b[1]);
-                ptx::mma_bf16(rank_sums[group][1], parts[i], b[2], b[3]);
-              });
+          const uint32_t (&b)[4] = lora_B[k][group];
+          multiply<T>(rank_sums[group][0], fragment, b[0], b[1]);
+          multiply<T>(rank_sums[group][1], fragment, b[2], b[3]);
         }
       }
-      float4* share = shares + (step % 2 * kWarps + warp) * Traits::kShares;
+      float4* share = shares + (step % 2 * kWarps + warp) * Tiles::kShares;
 #pragma unroll
       for (int n = 0; n < kRanks / 8; ++n) {
         const float (&sum)[4] = rank_sums[n / 2][n % 2];
@@ -197,19 +158,13 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
       }
 #pragma unroll
       for (int n = 0; n < kSteps16; ++n) {
-        uint32_t fragment[4], parts[kTokenParts<T>][4];
+        uint32_t fragment[4], a[4];
         ptx::ldmatrix_x4_transposed(fragment, operand_at<kRowChunks>(grad_y_address, 0, 2 * n));
-        split_fragment<T>(fragment, parts);
 #pragma unroll
         for (int group = 0; group < kRanks / 16; ++group) {
-          add_products<T>(
-              [&](int j, uint32_t (&a)[4]) {
-                ptx::ldmatrix_x4_transposed(a, operand_at<XaTiles::kRowChunks>(xa_address, j * kTokens, 2 * group));
-              },
-              [&](int i, const uint32_t (&a)[4]) {
-                ptx::mma_bf16(feature_sums[group][n][0], a, parts[i][0], parts[i][1]);
-                ptx::mma_bf16(feature_sums[group][n][1], a, parts[i][2], parts[i][3]);
-              });
+          ptx::ldmatrix_x4_transposed(a, operand_at<XaTiles::kRowChunks>(xa_address, 0, 2 * group));
+          multiply<T>(feature_sums[group][n][0], a, fragment[0], fragment[1]);
+          multiply<T>(feature_sums[group][n][1], a, fragment[2], fragment[3]);
         }
       }
     }
@@ -228,31 +183,6 @@ __global__ void __launch_bounds__(ShrinkAndSumTraits<kTokenParts<T>, kRanks>::kT
       p.gradient.store(chunk, rank, feature, sum[0], sum[1]);
       p.gradient.store(chunk, rank + 8, feature, sum[2], sum[3]);
     }
-  }
-}
-
-template <class T, int kRanks>
-void launch_shrink_and_sum_kernel(const ShrinkAndSumParams<T>& p, int64_t blocks, const GpuStream& stream) {
-  using Traits = ShrinkAndSumTraits<kTokenParts<T>, kRanks>;
-  constexpr uint32_t kShared = shared_bytes_of(Traits::kStages * Traits::kWarps * Traits::kWarpChunks * 16) +
-                               shared_bytes_of(2 * Traits::XaTiles::kChunks * 16) +
-                               shared_bytes_of(2 * Traits::kWarps * Traits::kShares * 16);
-  launch(&shrink_and_sum_kernel<T, kRanks>, make_grid(blocks), Traits::kThreads, kShared, stream, p);
-}
-
-template <class T>
-void launch_shrink_and_sum(ShrinkAndSumParams<T> p, const GpuStream& stream) {
-  int64_t blocks = 0, ranks = 0;
-  for (int s = 0; s < p.num_siblings; ++s) {
-    auto& sibling = p.siblings[s];
-    sibling.first_block = grid_size(blocks);
-    blocks += sibling.ranges * sibling.chunks;
-    ranks = std::max(ranks, sibling.lora_B.shape.ranks);
-  }
-  if (ranks <= kSmallRankTile) {
-    launch_shrink_and_sum_kernel<T, kSmallRankTile>(p, blocks, stream);
-  } else {
-    launch_shrink_and_sum_kernel<T, kMaxFusedRank>(p, blocks, stream);
   }
 }
 

@@ -1,4 +1,4 @@
-// Tiles of xa or grad_xa, the small operand of a sum over tokens: float32 in memory, bfloat16 parts in shared memory.
+// Tiles of xa or grad_xa, the small operand of a sum over tokens: float32 in memory, x's dtype in shared memory.
 #pragma once
 
 #include "fragments.cuh"
@@ -11,14 +11,13 @@ struct SmallOperand {
   int64_t rows, columns, stride;
 };
 
-// kThreads threads make tiles [kParts][kTokens][kRanks], one after the other, starting at (token0, rank0). A tile takes
-// two steps: fetch() starts the loads early; store() writes the tile once its place is free. A thread has pairs of
-// ranks of tokens kTokenStep apart. Elements outside the matrix are zero.
-template <int kParts, int kTokens, int kRanks, int kThreads>
+// The threads of a block make tiles [kTokens][kRanks] of T, one after the other, starting at (token0, rank0). A tile
+// takes two steps: fetch() starts the loads early; store() writes the tile once its place is free. A thread has pairs
+// of ranks of tokens kTokenStep apart. Elements outside the matrix are zero.
+template <class T, int kTokens, int kRanks>
 class SmallOperandTiles {
  public:
-  static constexpr int kRowChunks = kRanks / kChunk, kPartChunks = kTokens * kRowChunks;
-  static constexpr int kChunks = kParts * kPartChunks;
+  static constexpr int kRowChunks = kRanks / kChunk;
 
   __device__ __forceinline__ SmallOperandTiles(const SmallOperand& matrix, int64_t token0, int64_t rank0,
                                                unsigned thread)
@@ -46,14 +45,8 @@ class SmallOperandTiles {
     for (int i = 0; i < kPairs; ++i) {
       const unsigned token = token_ + i * kTokenStep;
       if (token >= kTokens) break;  // only if there are more threads than pairs
-      __nv_bfloat16 first[kParts], second[kParts];
-      split(values_[i][0], first);
-      split(values_[i][1], second);
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        uint4* chunk = tile + part * kPartChunks + chunk_index<kRowChunks>(token, rank_ / kChunk);
-        reinterpret_cast<uint32_t*>(chunk)[rank_ % kChunk / 2] = join(first[part], second[part]);
-      }
+      uint4* chunk = tile + chunk_index<kRowChunks>(token, rank_ / kChunk);
+      reinterpret_cast<uint32_t*>(chunk)[rank_ % kChunk / 2] = rounded_pair<T>(values_[i][0], values_[i][1]);
     }
   }
 

@@ -11,10 +11,9 @@
 
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
+#include "tile_sizes.h"
 
 namespace lora_ext::cuda::mma {
-
-constexpr int kChunk = 8;  // elements of a chunk
 
 // Returns the index of a chunk in a tile whose rows have kChunks chunks. Unsigned: divisions are shifts and masks.
 template <int kChunks>

@@ -16,7 +16,6 @@
 
 namespace lora_ext::cuda::mma {
 
-// launch_token_sum sets the members after `out`.
 template <class T>
 struct TokenSumParams {
   TokenMatrix<T> x;               // [num_tokens, features]
@@ -28,32 +27,17 @@ struct TokenSumParams {
   unsigned ranges, rank_tiles;
 };
 
-template <int kParts, int kRanks>
-struct TokenSumTraits {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kTokens = static_cast<int>(kSumTokens), kFeatures = static_cast<int>(kSumFeatures);
-  static constexpr int kRowChunks = kFeatures / kChunk, kChunks = kTokens * kRowChunks;  // of a tile of x
-  using SmallTiles = SmallOperandTiles<kParts, kTokens, kRanks, kThreads>;
-  // Keep bits of a warp's 16 features, one number per token. Rows start 16 bytes apart in banks: writes do not
-  // conflict.
-  static constexpr int kKeepPitch = kTokens + 8, kKeepWords = kWarps * kKeepPitch;
-  static constexpr int kStages = std::min(4, (97 * 1024 / 16 - 2 * SmallTiles::kChunks) / kChunks);
-  static_assert(kFeatures == 16 * kWarps, "a warp has the columns of two right operands");
-  static_assert(kTokens * kFeatures / 32 == kThreads, "a thread has one word of keep bits");
-};
-
 template <class T, int kRanks, bool kMasked>
-__global__ void __launch_bounds__(TokenSumTraits<kTokenParts<T>, kRanks>::kThreads, 2)
-    token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
   ptx::wait_for_earlier_launches();
-  using Traits = TokenSumTraits<kTokenParts<T>, kRanks>;
-  using SmallTiles = typename Traits::SmallTiles;
-  constexpr int kTokens = Traits::kTokens, kFeatures = Traits::kFeatures, kStages = Traits::kStages;
-  constexpr int kRowChunks = Traits::kRowChunks;
+  using Tiles = TokenSumTiles<kRanks>;
+  using SmallTiles = SmallOperandTiles<T, Tiles::kTokens, kRanks>;
+  constexpr int kTokens = Tiles::kTokens, kFeatures = Tiles::kFeatures, kStages = Tiles::kStages;
+  constexpr int kRowChunks = Tiles::kRowChunks;
   SharedMemory shared;
-  uint4* x_tiles = shared.take<uint4>(kStages * Traits::kChunks, "x_tiles");
-  uint4* small_tiles = shared.take<uint4>(2 * SmallTiles::kChunks, "small_tiles");
-  uint16_t* keep_tiles = shared.take<uint16_t>(kMasked ? 2 * Traits::kKeepWords : 0, "keep_tiles");
+  uint4* x_tiles = shared.take<uint4>(kStages * Tiles::kChunks, "x_tiles");
+  uint4* small_tiles = shared.take<uint4>(2 * Tiles::kSmallChunks, "small_tiles");
+  uint16_t* keep_tiles = shared.take<uint16_t>(kMasked ? 2 * Tiles::kKeepWords : 0, "keep_tiles");
 
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t rank0 = static_cast<int64_t>(blockIdx.x % p.rank_tiles) * kRanks;
@@ -66,11 +50,11 @@ __global__ void __launch_bounds__(TokenSumTraits<kTokenParts<T>, kRanks>::kThrea
   // Whole tiles come first.
   const bool whole_columns = p.x.in_chunks && feature0 + kFeatures <= p.x.columns;
   const int whole_steps = whole_columns ? tokens / kTokens : 0;
-  using Copy = TileCopy<kTokens, kFeatures, Traits::kThreads>;
+  using Copy = TileCopy<kTokens, kFeatures, kThreads>;
   const T* x_from = p.x.data + (begin * p.x.stride + feature0) + Copy::first_element(p.x.stride, thread);
   auto copy = [&](int step) {
     if (step < steps) {
-      uint4* x_tile = x_tiles + step % kStages * Traits::kChunks;
+      uint4* x_tile = x_tiles + step % kStages * Tiles::kChunks;
       if (step < whole_steps) {
         Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(thread)), x_from, p.x.stride);
         x_from += kTokens * p.x.stride;
@@ -95,11 +79,11 @@ __global__ void __launch_bounds__(TokenSumTraits<kTokenParts<T>, kRanks>::kThrea
     }
   };
   auto store = [&](int step) {
-    small_operand.store(small_tiles + step % 2 * SmallTiles::kChunks);
+    small_operand.store(small_tiles + step % 2 * Tiles::kSmallChunks);
     if constexpr (kMasked) {
-      uint16_t* keep = keep_tiles + step % 2 * Traits::kKeepWords + thread % 4 * 2 * Traits::kKeepPitch + thread / 4;
+      uint16_t* keep = keep_tiles + step % 2 * Tiles::kKeepWords + thread % 4 * 2 * Tiles::kKeepPitch + thread / 4;
       keep[0] = static_cast<uint16_t>(keep_word);
-      keep[Traits::kKeepPitch] = static_cast<uint16_t>(keep_word >> 16);
+      keep[Tiles::kKeepPitch] = static_cast<uint16_t>(keep_word >> 16);
     }
   };
 
@@ -113,31 +97,24 @@ __global__ void __launch_bounds__(TokenSumTraits<kTokenParts<T>, kRanks>::kThrea
     copy(step + kStages - 1);
     if (step + 1 < steps) fetch(step + 1);
     const uint32_t x_address =
-        operand_at<kRowChunks>(left_address<kRowChunks>(x_tiles + step % kStages * Traits::kChunks, lane), 0, 2 * warp);
+        operand_at<kRowChunks>(left_address<kRowChunks>(x_tiles + step % kStages * Tiles::kChunks, lane), 0, 2 * warp);
     const uint32_t small_address =
-        right_address<SmallTiles::kRowChunks>(small_tiles + step % 2 * SmallTiles::kChunks, lane);
+        right_address<SmallTiles::kRowChunks>(small_tiles + step % 2 * Tiles::kSmallChunks, lane);
 #pragma unroll
     for (int k = 0; k < kTokens / 16; ++k) {
-      uint32_t x[4], x_parts[kTokenParts<T>][4];
+      uint32_t x[4], small[4];
       ptx::ldmatrix_x4_transposed(x, operand_at<kRowChunks>(x_address, 16 * k, 0));
       if constexpr (kMasked) {
         const uint16_t* keep =
-            keep_tiles + step % 2 * Traits::kKeepWords + warp * Traits::kKeepPitch + 16 * k + lane % 4 * 2;
+            keep_tiles + step % 2 * Tiles::kKeepWords + warp * Tiles::kKeepPitch + 16 * k + lane % 4 * 2;
         drop_right(x, *reinterpret_cast<const uint32_t*>(keep), *reinterpret_cast<const uint32_t*>(keep + 8), lane);
       }
-      split_fragment<T>(x, x_parts);
 #pragma unroll
       for (int group = 0; group < kRanks / 16; ++group) {
         if (group > 0 && group * 16 >= ranks) break;
-        add_products<T>(
-            [&](int j, uint32_t (&a)[4]) {
-              const unsigned row = j * kTokens + 16 * k;  // of all parts
-              ptx::ldmatrix_x4_transposed(a, operand_at<SmallTiles::kRowChunks>(small_address, row, 2 * group));
-            },
-            [&](int i, const uint32_t (&a)[4]) {
-              ptx::mma_bf16(sums[group][0], a, x_parts[i][0], x_parts[i][1]);
-              ptx::mma_bf16(sums[group][1], a, x_parts[i][2], x_parts[i][3]);
-            });
+        ptx::ldmatrix_x4_transposed(small, operand_at<SmallTiles::kRowChunks>(small_address, 16 * k, 2 * group));
+        multiply<T>(sums[group][0], small, x[0], x[1]);
+        multiply<T>(sums[group][1], small, x[2], x[3]);
       }
     }
     if (step + 1 < steps) store(step + 1);
@@ -152,28 +129,6 @@ __global__ void __launch_bounds__(TokenSumTraits<kTokenParts<T>, kRanks>::kThrea
       p.out.store(chunk, rank, feature, sum[0], sum[1]);
       p.out.store(chunk, rank + 8, feature, sum[2], sum[3]);
     }
-  }
-}
-
-template <class T, int kRanks>
-void launch_token_sum_kernel(const TokenSumParams<T>& p, int64_t chunks, const GpuStream& stream) {
-  using Traits = TokenSumTraits<kTokenParts<T>, kRanks>;
-  constexpr uint32_t kTiles =
-      shared_bytes_of(Traits::kStages * Traits::kChunks * 16) + shared_bytes_of(2 * Traits::SmallTiles::kChunks * 16);
-  const uint32_t keep = p.mask ? shared_bytes_of(2 * Traits::kKeepWords * 2) : 0;
-  launch(p.mask ? &token_sum_kernel<T, kRanks, true> : &token_sum_kernel<T, kRanks, false>,
-         make_grid(static_cast<int64_t>(p.rank_tiles) * p.ranges * chunks), Traits::kThreads, kTiles + keep, stream, p);
-}
-
-template <class T>
-void launch_token_sum(TokenSumParams<T> p, const TokenPassSplit& split, const GpuStream& stream) {
-  p.tokens_per_chunk = split.tokens_per_chunk;
-  p.ranges = static_cast<unsigned>(split.ranges);
-  p.rank_tiles = static_cast<unsigned>(ceil_div(p.out.rank, kRankTile));
-  if (p.out.rank <= kSmallRankTile) {
-    launch_token_sum_kernel<T, kSmallRankTile>(p, split.chunks, stream);
-  } else {
-    launch_token_sum_kernel<T, kRankTile>(p, split.chunks, stream);
   }
 }
 

@@ -57,7 +57,6 @@ EXPORT void simt_get_report(int index, CReport* out) {
   memcpy(out->thread, report.thread, sizeof out->thread);
 }
 
-EXPORT void simt_only_record(int only) { simt::set_only_record(only != 0); }
 
 EXPORT int simt_num_launches() { return static_cast<int>(simt::launches().size()); }
 

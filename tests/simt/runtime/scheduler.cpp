@@ -31,7 +31,6 @@ constexpr uint32_t kMaxSharedBytes = 99 << 10;
 constexpr unsigned kMaxGridYZ = 65535;
 
 uint64_t schedule_seed = 0;
-bool only_record = false;
 std::mt19937_64 random_number;
 uint32_t generations = 0;
 
@@ -159,7 +158,6 @@ bool within_limits(const Launch& launch, const LaunchShape& shape) {
 const LaunchState* current_launch() { return running ? &running->state : nullptr; }
 Thread& thread_at(int index) { return *threads[index]; }
 void set_schedule(uint64_t seed) { schedule_seed = seed; }
-void set_only_record(bool only) { only_record = only; }
 std::vector<PastLaunch>& launches() {
   static std::vector<PastLaunch> all;
   return all;
@@ -168,7 +166,6 @@ std::vector<PastLaunch>& launches() {
 void launch(const Launch& launch, const LaunchShape& shape) {
   if (!reports().empty() || !within_limits(launch, shape)) return;
   launches().push_back({launch.kernel, shape});
-  if (only_record) return;
   Running run{{launch.kernel, {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, shape.overlaps}, &launch};
   run.state.launch_generation = ++generations;
   running = &run;

@@ -62,9 +62,6 @@ struct PastLaunch {
 };
 std::vector<PastLaunch>& launches();
 
-// Records launches and does not execute them: for sizes that would take too long.
-void set_only_record(bool only);
-
 // 0: warps and lanes in order. Any other number: blocks, warps and lanes shuffled, and some warps run ahead of others.
 void set_schedule(uint64_t seed);
 

@@ -1,0 +1,72 @@
+// The sizes of tiles and blocks of the kernels of lora_grouped_: plans (plan.cpp) and kernels read them. Includes no
+// header of CUDA.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../grouped.h"
+#include "../sizes.h"
+
+namespace lora_ext::cuda::grouped {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of every kernel here but write_entries
+constexpr int kEight = 8;           // neighbouring elements: a byte of the dropout mask has their bits
+constexpr int kInlineEntries = 32;  // that travel with a kernel's parameters (group_table.cuh)
+
+// --- rows sorted by their groups (group_index.cuh) ---
+
+// Two more numbers, so that all rows belong to a group: rows of -1, and rows of numbers that do not exist.
+constexpr int64_t kMoreGroups = 2;
+constexpr int64_t kTileRows = 64;    // of a tile of shrink and expand
+constexpr int64_t kChunkRows = 512;  // of a chunk whose sums over rows one block makes
+
+inline int64_t num_tiles(const GroupedRows& rows) {
+  return rows.num_tokens / kTileRows + std::min(rows.num_entries, rows.num_groups + kMoreGroups);
+}
+
+inline int64_t num_chunks(const GroupedRows& rows) {
+  return rows.num_tokens / kChunkRows + rows.num_groups + kMoreGroups;
+}
+
+// Chunks of groups of several: only these have partial sums.
+inline int64_t partial_chunks(const GroupedRows& rows) {
+  return rows.num_tokens > kChunkRows ? rows.num_tokens / (kChunkRows / 2) : 0;
+}
+
+// --- kernels ---
+
+constexpr int64_t kFewRows = 64, kFewRowsRank = 1024;  // that few_rows takes
+constexpr int64_t kRangeStep = 32 * kEight;            // features that a warp of few_rows reads at a time
+
+constexpr int kSmallRanks = 16, kLargeRanks = 64;  // of a block of shrink
+
+// kRanks: ranks of a block
+template <int kRanks>
+struct ShrinkTiles {
+  static constexpr int kRows = static_cast<int>(kTileRows), kStep = 64, kStages = 4;
+  static constexpr int kChunks = kStep / kEight, kXChunks = kRows * kChunks, kFactorChunks = kRanks * kChunks;
+  static constexpr int kSumPitch = kRanks + 4;
+  static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kXChunks * 16) +
+                                           shared_bytes_of(kStages * kFactorChunks * 16) + shared_bytes_of(kRows * 8);
+  static_assert(kRows * kSumPitch * 4 <= kStages * (kXChunks + kFactorChunks) * 16, "sums fit in the tiles of x");
+};
+
+struct ExpandTiles {
+  static constexpr int kRows = static_cast<int>(kTileRows), kColumns = 128, kRanks = 16;
+  static constexpr int kFactorChunks = kRanks * kColumns / kEight, kPitch = kColumns + 4;
+  static constexpr uint32_t kSharedBytes =
+      shared_bytes_of(2 * kFactorChunks * 16) + shared_bytes_of(kRows * kPitch * 4) + shared_bytes_of(kRows * 8);
+};
+
+struct FactorSumsTiles {
+  static constexpr int kFeatures = 256, kRanks = 16, kRows = 32, kStages = 3;
+  static constexpr int kChunks = kFeatures / kEight, kXChunks = kRows * kChunks;
+  static constexpr int kSmallChunks = kRows * kRanks / kEight;
+  static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kXChunks * 16) +
+                                           shared_bytes_of(2 * kSmallChunks * 16) +
+                                           shared_bytes_of(static_cast<uint32_t>(kChunkRows) * 8);
+  static_assert(kRows * kRanks / 2 == kThreads, "a thread has a pair of ranks of a row");
+};
+
+}  // namespace lora_ext::cuda::grouped

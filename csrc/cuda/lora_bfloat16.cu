@@ -1,0 +1,3 @@
+#include "mma/run_plan.cuh"
+
+template void lora_ext::cuda::mma::run_launches<__nv_bfloat16>(const LoraCall&, const Plan&, void*, const GpuStream&);

@@ -1,0 +1,459 @@
+// Runs the launches of a plan (plan.h) for 16-bit x, on tensor cores: fills the parameters of each kernel. Nothing is
+// decided here but which instruction reads an operand, by its alignment.
+//
+//   forward:    shrink of all siblings, expand of all siblings
+//   few tokens: shrink, then the base layers with the adapters in one read of the weights
+//   backward:   a pass over all grad_y, expand of grad_x for all siblings, a pass over x, then the sums that make the
+//               factors' gradients
+//
+// A way through this folder:
+//   tile_sizes                         tiles and blocks of each kernel
+//   shrink, token_sum, shrink_and_sum  the kernels that read x or grad_y
+//   expand_short, expand_long          the kernels that write y or grad_x; they share expand_output, and factor_tile is
+//                                      the former's
+//   few_tokens                         the kernel that reads the weights
+//   round_factors                      factors in x's dtype
+//   pack_factors                       factors in the order in which kernels copy them
+//   stacked_factor, small_operand      operands on the way from memory to shared memory
+//   tiles, fragments                   operands in shared memory, and in registers
+//   keep_bits, partial_sums            the dropout mask in registers; sums of several blocks, added later
+#pragma once
+
+#include "../plan.h"
+#include "expand_long.cuh"
+#include "expand_short.cuh"
+#include "few_tokens.cuh"
+#include "pack_factors.cuh"
+#include "partial_sums.cuh"
+#include "round_factors.cuh"
+#include "shrink.cuh"
+#include "shrink_and_sum.cuh"
+#include "token_sum.cuh"
+
+namespace lora_ext::cuda::mma {
+
+inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+template <class T>
+class PlanRunner {
+ public:
+  PlanRunner(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream)
+      : call_(call), plan_(plan), scratch_(static_cast<char*>(scratch)), stream_(stream) {
+    partials_ = at<float>(plan.scratch.rank_partials);
+    if (call.shrink) {
+      const LoraShrinkParams& p = *call.shrink;
+      set_sums(p, p.xa, [&](int) { return plan.xa.ranges; });
+    } else if (call.expand) {
+      set_sums(*call.expand, call.expand->xa, [](int) { return 1; });
+    } else if (call.expand_backward) {
+      const LoraExpandBackwardParams& p = *call.expand_backward;
+      set_sums(p, call.shrink_backward ? at<void>(plan.scratch.grad_xa) : p.grad_xa,
+               [&](int s) { return plan.grad_y[s].ranks.ranges; });
+    } else {
+      set_sums(*call.shrink_backward, call.shrink_backward->grad_xa, [](int) { return 1; });
+    }
+  }
+
+  void run(const PlannedLaunch& launch) {
+    switch (launch.kernel) {
+      case Kernel::kRoundFactors: return start(launch, &round_factors_kernel<T>, round_params());
+      case Kernel::kPackFactors: return start(launch, &pack_factors_kernel<T>, pack_params());
+      case Kernel::kShrink: return run_shrink(launch);
+      case Kernel::kShrinkAndSum: return run_shrink_and_sum(launch);
+      case Kernel::kTokenSum: return run_token_sum(launch);
+      case Kernel::kRankSums: return start(launch, &rank_sums_kernel<float>, rank_sums_params());
+      case Kernel::kExpandShort:
+        return start(launch, launch.variant == 1 ? &expand_short_kernel<T, 1> : &expand_short_kernel<T, kShortSteps>,
+                     expand_params(launch.result));
+      case Kernel::kExpandLong: return start(launch, &expand_long_kernel<T>, expand_params(launch.result));
+      case Kernel::kFewTokens: return run_few_tokens(launch);
+      case Kernel::kGradientSums: return start(launch, &gradient_sums_kernel<float>, gradient_params());
+    }
+  }
+
+ private:
+  static constexpr int kShortSteps = static_cast<int>(kShortRank / 16);
+  static constexpr int kSmallRanks = static_cast<int>(kSmallRankTile), kRanks = static_cast<int>(kRankTile);
+  static constexpr int kFusedRanks = static_cast<int>(kMaxFusedRank);
+
+  template <class Params>
+  void start(const PlannedLaunch& planned, void (*kernel)(Params), const Params& params) {
+    launch(kernel, make_grid(planned.grid_x, planned.grid_y), planned.threads, planned.shared_bytes, stream_, params);
+  }
+
+  template <class V>
+  V* at(int64_t offset) const {
+    return offset == Scratch::kNone ? nullptr : reinterpret_cast<V*>(scratch_ + offset);
+  }
+
+  // sums: xa or grad_xa, of all siblings.
+  template <class Params, class RangesOf>
+  void set_sums(const Params& p, const void* sums, RangesOf ranges_of) {
+    num_tokens_ = p.num_tokens;
+    total_rank_ = p.total_rank;
+    sums_ = static_cast<float*>(const_cast<void*>(sums));
+    ranges_ = rank_table<int>(p.siblings, p.num_siblings, ranges_of);
+  }
+
+  // Where a pass writes the columns [begin, begin + count) of xa or grad_xa.
+  RankSums rank_sums(int64_t begin, int64_t count, const RankScales<float>& scales) const {
+    float* data = partials_ ? partials_ : sums_;
+    return {.data = data ? data + begin : nullptr,
+            .num_tokens = num_tokens_,
+            .columns = count,
+            .stride = total_rank_,
+            .range_stride = num_tokens_ * total_rank_,
+            .scales = scales};
+  }
+
+  // --- factors: as they are, rounded or packed ---
+
+  template <class Params>
+  StackedFactor stacked_lora_A(const Params& p) const {
+    StackedFactor stacked{
+        .shape = PackedShape(p.total_rank, p.in_features),
+        .rank = p.total_rank,
+        .features = p.in_features,
+        .factors = rank_table<const uint16_t*>(p.siblings, p.num_siblings, [&](int s) { return lora_A(p, s); }),
+        .in_chunks = p.in_features % kChunk == 0};
+    for (int s = 0; s < p.num_siblings; ++s) {
+      stacked.in_chunks = stacked.in_chunks && is_aligned(stacked.factors.value[s], 16);
+    }
+    return stacked;
+  }
+
+  template <class Params>
+  const uint16_t* lora_A(const Params& p, int s) const {
+    const uint16_t* rounded = at<uint16_t>(plan_.scratch.rounded_A[s]);
+    return rounded ? rounded : static_cast<const uint16_t*>(p.siblings[s].lora_A);
+  }
+
+  template <class Params>
+  const uint16_t* lora_B(const Params& p, int s) const {
+    const uint16_t* rounded = at<uint16_t>(plan_.scratch.rounded_B[s]);
+    return rounded ? rounded : static_cast<const uint16_t*>(p.siblings[s].lora_B);
+  }
+
+  RoundFactorsParams round_params() const {
+    RoundFactorsParams jobs{};
+    const auto add = [&](const auto* p, const auto& offsets, auto factor_of, auto count_of) {
+      for (int s = 0; p && s < p->num_siblings; ++s) {
+        if (offsets[s] == Scratch::kNone) continue;
+        jobs.dtype = p->factor_dtype;
+        const auto& sibling = p->siblings[s];
+        jobs.factors[jobs.num_factors++] = {
+            .from = factor_of(sibling), .to = at<void>(offsets[s]), .count = count_of(*p, sibling)};
+      }
+    };
+    const auto A_of = [](const auto& sibling) { return sibling.lora_A; };
+    const auto B_of = [](const auto& sibling) { return sibling.lora_B; };
+    const auto count_A = [](const auto& p, const auto& sibling) { return sibling.rank * p.in_features; };
+    const auto count_B = [](const auto&, const auto& sibling) { return sibling.rank * sibling.out_features; };
+    add(call_.shrink, plan_.scratch.rounded_A, A_of, count_A);
+    add(call_.expand, plan_.scratch.rounded_B, B_of, count_B);
+    add(call_.shrink_backward, plan_.scratch.rounded_A, A_of, count_A);
+    add(call_.expand_backward, plan_.scratch.rounded_B, B_of, count_B);
+    return jobs;
+  }
+
+  PackFactorsParams pack_params() const {
+    PackFactorsParams jobs;
+    // expand's kernels read columns interleaved, shrink as they are.
+    const auto add_B = [&](const auto* p, bool interleaved) {
+      for (int s = 0; p && s < p->num_siblings; ++s) {
+        if (plan_.scratch.packed_B[s] == Scratch::kNone) continue;
+        const auto& [out_features, rank] = std::pair(p->siblings[s].out_features, p->siblings[s].rank);
+        jobs.add({.from = lora_B(*p, s), .rank = rank, .features = out_features, .transposed = true},
+                 {.image = at<void>(plan_.scratch.packed_B[s]),
+                  .shape = PackedShape(rank, out_features),
+                  .rank = rank,
+                  .interleaved = interleaved});
+      }
+    };
+    add_B(call_.expand, true);
+    add_B(call_.expand_backward, false);
+    if (plan_.scratch.packed_A == Scratch::kNone) return jobs;
+    const LoraShrinkBackwardParams& p = *call_.shrink_backward;
+    for (int s = 0; s < p.num_siblings; ++s) {
+      jobs.add({.from = lora_A(p, s), .rank = p.siblings[s].rank, .features = p.in_features},
+               {.image = at<void>(plan_.scratch.packed_A),
+                .shape = PackedShape(p.total_rank, p.in_features),
+                .rank = p.total_rank,
+                .row_begin = p.siblings[s].rank_begin,
+                .interleaved = true});
+    }
+    return jobs;
+  }
+
+  // --- passes over x and grad_y ---
+
+  TokenMatrix<T> grad_y(int s) const {
+    const LoraExpandBackwardSibling& sibling = call_.expand_backward->siblings[s];
+    return token_matrix<T>(sibling.grad_y, num_tokens_, sibling.out_features, sibling.grad_y_stride);
+  }
+
+  void run_shrink(const PlannedLaunch& launch) {
+    ShrinkParams<T> params{};
+    KeepBits keep = KeepBits::kNone;
+    if (launch.result == Result::kXa) {
+      const LoraShrinkParams& p = *call_.shrink;
+      if (p.threshold > 0) keep = launch.first_rank_tile == 0 ? KeepBits::kDraw : KeepBits::kRead;
+      params.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride);
+      params.factor = stacked_lora_A(p);
+      params.mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold};
+      params.out = rank_sums(0, p.total_rank, rank_scales<float>(p.siblings, p.num_siblings));
+      params.set_split(plan_.xa);
+    } else {
+      const LoraExpandBackwardSibling& sibling = call_.expand_backward->siblings[launch.sibling];
+      params.x = grad_y(launch.sibling);
+      params.factor =
+          packed_factor(at<void>(plan_.scratch.packed_B[launch.sibling]), sibling.rank, sibling.out_features);
+      params.out = rank_sums(sibling.rank_begin, sibling.rank, single_scale<float>(sibling.scale));
+      params.set_split(plan_.grad_y[launch.sibling].ranks);
+    }
+    params.first_rank_tile = static_cast<unsigned>(launch.first_rank_tile);
+    params.rank_tiles = static_cast<unsigned>(launch.rank_tiles);
+    if (launch.variant == kSmallRanks) {  // one tile of ranks: none reads the mask
+      return start(launch,
+                   keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw>
+                                           : &shrink_kernel<T, kSmallRanks, KeepBits::kNone>,
+                   params);
+    }
+    start(launch,
+          keep == KeepBits::kDraw   ? &shrink_kernel<T, kRanks, KeepBits::kDraw>
+          : keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead>
+                                    : &shrink_kernel<T, kRanks, KeepBits::kNone>,
+          params);
+  }
+
+  SmallOperand saved_xa(int s) const {
+    const LoraExpandBackwardParams& p = *call_.expand_backward;
+    const float* xa = static_cast<const float*>(p.xa) + p.siblings[s].rank_begin;
+    return {xa, p.num_tokens, p.siblings[s].rank, p.total_rank};
+  }
+
+  FeaturePartials grad_B_partials(int s) const {
+    const LoraExpandBackwardSibling& sibling = call_.expand_backward->siblings[s];
+    return {at<float>(plan_.scratch.partial_B[s]), sibling.rank, partial_pitch(sibling.out_features)};
+  }
+
+  void run_shrink_and_sum(const PlannedLaunch& launch) {
+    const LoraExpandBackwardParams& p = *call_.expand_backward;
+    ShrinkAndSumParams<T> params;
+    for (int s = 0; s < p.num_siblings; ++s) {
+      const GradYPass& pass = plan_.grad_y[s];
+      if (!pass.fused) continue;
+      const LoraExpandBackwardSibling& sibling = p.siblings[s];
+      params.siblings[params.num_siblings++] = {
+          .grad_y = grad_y(s),
+          .lora_B = {.data = lora_B(p, s),
+                     .shape = PackedShape(sibling.rank, sibling.out_features),
+                     .rank = sibling.rank,
+                     .features = sibling.out_features},
+          .xa = saved_xa(s),
+          .grad_xa = rank_sums(sibling.rank_begin, sibling.rank, single_scale<float>(sibling.scale)),
+          .gradient = grad_B_partials(s),
+          .tokens_per_chunk = pass.features.tokens_per_chunk,
+          .ranges = static_cast<unsigned>(pass.features.ranges),
+          .first_block = grid_size(pass.first_block)};
+    }
+    start(
+        launch,
+        launch.variant == kSmallRanks ? &shrink_and_sum_kernel<T, kSmallRanks> : &shrink_and_sum_kernel<T, kFusedRanks>,
+        params);
+  }
+
+  void run_token_sum(const PlannedLaunch& launch) {
+    TokenSumParams<T> params{};
+    const PassSplit* split = &plan_.grad_A;
+    if (launch.result == Result::kGradLoraA) {
+      const LoraShrinkBackwardParams& p = *call_.shrink_backward;
+      params.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride);
+      params.small_operand = {sums_, p.num_tokens, p.total_rank, p.total_rank};
+      params.mask = p.has_dropout ? p.mask : nullptr;
+      params.mask_row_bytes = mask_row_bytes(p.in_features);
+      params.out = {at<float>(plan_.scratch.partial_A), p.total_rank, partial_pitch(p.in_features)};
+    } else {
+      split = &plan_.grad_y[launch.sibling].features;
+      params.x = grad_y(launch.sibling);
+      params.small_operand = saved_xa(launch.sibling);
+      params.out = grad_B_partials(launch.sibling);
+    }
+    params.tokens_per_chunk = split->tokens_per_chunk;
+    params.ranges = static_cast<unsigned>(split->ranges);
+    params.rank_tiles = static_cast<unsigned>(launch.rank_tiles);
+    const bool masked = params.mask != nullptr;
+    if (launch.variant == kSmallRanks) {
+      return start(launch, masked ? &token_sum_kernel<T, kSmallRanks, true> : &token_sum_kernel<T, kSmallRanks, false>,
+                   params);
+    }
+    start(launch, masked ? &token_sum_kernel<T, kRanks, true> : &token_sum_kernel<T, kRanks, false>, params);
+  }
+
+  // --- the sums of the blocks ---
+
+  RankSumsParams<float> rank_sums_params() const {
+    RankSumsParams<float> params{.num_tokens = num_tokens_,
+                                 .total_rank = total_rank_,
+                                 .partial = partials_,
+                                 .out = sums_,
+                                 .scales = {ranges_.num_siblings, {}, {}}};  // passes have scaled the partial sums
+    for (int s = 0; s < ranges_.num_siblings; ++s) {
+      params.scales.rank_end[s] = ranges_.rank_end[s];
+      params.scales.value[s] = 1.0f;
+      params.ranges[s] = ranges_.value[s];
+    }
+    return params;
+  }
+
+  GradientSumsParams gradient_params() const {
+    GradientSumsParams sums{};
+    if (const auto* p = call_.shrink_backward; p && p->wants_grad_lora_A) {
+      sums.dtype = p->factor_dtype;
+      const int64_t pitch = partial_pitch(p->in_features);
+      for (int s = 0; s < p->num_siblings; ++s) {
+        const LoraShrinkBackwardSibling& sibling = p->siblings[s];
+        sums.gradients[sums.num_gradients++] = {
+            .partial = at<float>(plan_.scratch.partial_A) + sibling.rank_begin * pitch,
+            .grad = sibling.grad_lora_A,
+            .chunks = plan_.grad_A.chunks,
+            .chunk_stride = p->total_rank * pitch,
+            .rank = sibling.rank,
+            .features = p->in_features,
+            .pitch = pitch,
+            .transposed = false};
+      }
+    }
+    if (const auto* p = call_.expand_backward; p && p->wants_grad_lora_B) {
+      sums.dtype = p->factor_dtype;
+      for (int s = 0; s < p->num_siblings; ++s) {
+        const LoraExpandBackwardSibling& sibling = p->siblings[s];
+        const int64_t pitch = partial_pitch(sibling.out_features);
+        sums.gradients[sums.num_gradients++] = {.partial = at<float>(plan_.scratch.partial_B[s]),
+                                                .grad = sibling.grad_lora_B,
+                                                .chunks = plan_.grad_y[s].features.chunks,
+                                                .chunk_stride = sibling.rank * pitch,
+                                                .rank = sibling.rank,
+                                                .features = sibling.out_features,
+                                                .pitch = pitch,
+                                                .transposed = true};
+      }
+    }
+    return sums;
+  }
+
+  // --- expand: y, grad_x ---
+
+  ExpandParams expand_params(Result result) const {
+    ExpandParams params{};
+    result == Result::kY ? set_y(params) : set_grad_x(params);
+    const ExpandSplit& split = result == Result::kY ? plan_.y : plan_.grad_x;
+    params.num_tokens = num_tokens_;
+    params.small_operand_stride = total_rank_;
+    params.small_operand = split.adds_partials ? partials_ : sums_;
+    params.adds_partials = split.adds_partials;
+    params.ranges = ranges_;
+    params.sums = sums_;
+    params.row_warps = split.row_warps;
+    params.factor_tile_elements = split.factor_tile_elements;
+    for (int s = 0; s < params.num_siblings; ++s) {
+      const ExpandSibling& sibling = params.siblings[s];
+      params.tiles[s] = {
+          .begin = split.tile_begin[s],
+          .cols = split.tile_cols[s],
+          .pairs = is_aligned(sums_, 8) && total_rank_ % 2 == 0 && sibling.rank_begin % 2 == 0 && sibling.rank % 2 == 0,
+          .eights = is_aligned(sibling.out, 16) && is_aligned(sibling.base, 16) && is_aligned(sibling.bias, 16) &&
+                    sibling.out_stride % 8 == 0 && sibling.cols % 8 == 0,
+          .chunks = is_aligned(sibling.factor, 16) && sibling.rank % 8 == 0};
+    }
+    return params;
+  }
+
+  void set_y(ExpandParams& params) const {
+    const LoraExpandParams& p = *call_.expand;
+    params.num_siblings = p.num_siblings;
+    params.writes_sums = true;
+    for (int s = 0; s < p.num_siblings; ++s) {
+      const LoraExpandSibling& sibling = p.siblings[s];
+      const uint16_t* packed = at<uint16_t>(plan_.scratch.packed_B[s]);
+      params.siblings[s] = {.factor = packed ? packed : lora_B(p, s),
+                            .bias = sibling.bias,
+                            .base = sibling.base,
+                            .out = sibling.y,
+                            .cols = sibling.out_features,
+                            .out_stride = sibling.out_features,
+                            .rank_begin = sibling.rank_begin,
+                            .rank = static_cast<int>(sibling.rank)};
+    }
+  }
+
+  // grad_x is one sum over the ranks of all siblings: to the expand they are one sibling.
+  void set_grad_x(ExpandParams& params) const {
+    const LoraShrinkBackwardParams& p = *call_.shrink_backward;
+    params.mask_row_bytes = mask_row_bytes(p.in_features);
+    params.mask = p.has_dropout ? p.mask : nullptr;
+    params.num_siblings = 1;
+    params.writes_sums = p.wants_grad_lora_A;
+    params.reads_lora_A = true;
+    params.lora_A = stacked_lora_A(p);
+    params.siblings[0] = {.factor = at<uint16_t>(plan_.scratch.packed_A),
+                          .bias = nullptr,
+                          .base = p.base,
+                          .out = p.grad_x,
+                          .cols = p.in_features,
+                          .out_stride = p.in_features,
+                          .rank_begin = 0,
+                          .rank = static_cast<int>(p.total_rank)};
+  }
+
+  // --- few tokens ---
+
+  void run_few_tokens(const PlannedLaunch& launch) {
+    const LoraShrinkParams& shrink = *call_.shrink;
+    FewTokensParams params{.x = shrink.x,
+                           .in_features = shrink.in_features,
+                           .x_stride = shrink.x_stride,
+                           .num_tokens = static_cast<int>(num_tokens_),
+                           .num_siblings = shrink.num_siblings,
+                           .xa = plan_.y.adds_partials ? partials_ : sums_,
+                           .sums = sums_,
+                           .total_rank = total_rank_,
+                           .ranges = ranges_.value[0],
+                           .adds_partials = plan_.y.adds_partials};
+    for (int s = 0; s < params.num_siblings; ++s) {
+      const LoraExpandSibling& sibling = call_.expand->siblings[s];
+      params.siblings[s] = {.weight = call_.weights->data[s],
+                            .lora_B = lora_B(*call_.expand, s),
+                            .bias = sibling.bias,
+                            .y = sibling.y,
+                            .cols = sibling.out_features,
+                            .weight_stride = call_.weights->strides[s],
+                            .first_block = plan_.first_block[s],
+                            .rank_begin = static_cast<int>(sibling.rank_begin),
+                            .rank = static_cast<int>(sibling.rank)};
+    }
+    const bool larger = plan_.row_tiles > (launch.variant == 1 ? 1 : 2);
+    switch (launch.variant) {
+      case 1: return start(launch, larger ? &few_tokens_kernel<T, 1, 2> : &few_tokens_kernel<T, 1, 1>, params);
+      case 2: return start(launch, larger ? &few_tokens_kernel<T, 2, 3> : &few_tokens_kernel<T, 2, 2>, params);
+      default: return start(launch, larger ? &few_tokens_kernel<T, 4, 3> : &few_tokens_kernel<T, 4, 2>, params);
+    }
+  }
+
+  const LoraCall& call_;
+  const Plan& plan_;
+  char* const scratch_;
+  const GpuStream& stream_;
+  int64_t num_tokens_ = 0, total_rank_ = 0;
+  float* sums_ = nullptr;      // xa or grad_xa [num_tokens, total_rank]
+  float* partials_ = nullptr;  // [largest of ranges, num_tokens, total_rank], scaled; null: passes write the sums
+  RankTable<int> ranges_;      // of every rank
+};
+
+template <class T>
+void run_launches(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream) {
+  PlanRunner<T> runner(call, plan, scratch, stream);
+  for (const PlannedLaunch& launch : plan.launches()) runner.run(launch);
+}
+
+}  // namespace lora_ext::cuda::mma

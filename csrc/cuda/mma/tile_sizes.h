@@ -1,0 +1,121 @@
+// The sizes of tiles and blocks of the kernels for 16-bit x: plans (plan.cpp) and kernels read them. Includes no header
+// of CUDA.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../../common/few_tokens.h"
+#include "../sizes.h"
+
+namespace lora_ext::cuda::mma {
+
+constexpr int kChunk = 8;               // elements of 16 bytes, the unit of ldmatrix
+constexpr int64_t kRankTile = 64;       // ranks of one read of x or grad_y
+constexpr int64_t kSmallRankTile = 16;  // enough for most ranks in use; leaves room for more tiles of x
+constexpr int64_t kMaxFusedRank = 32;   // of shrink_and_sum: both sums of more ranks do not fit in registers
+constexpr int64_t kShortRank = 64;      // of expand_short
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of every kernel here
+
+// --- packed factors (pack_factors.cuh) ---
+
+constexpr int64_t kPackedRankStep = 16;     // the ranks of one tensor-core operand
+constexpr int64_t kPackedFeatureStep = 64;  // the columns of one word of the dropout mask
+
+LORA_EXT_HOST_DEVICE constexpr int64_t padded_ranks(int64_t rank) {
+  return ceil_div(rank, kPackedRankStep) * kPackedRankStep;
+}
+LORA_EXT_HOST_DEVICE constexpr int64_t padded_features(int64_t features) {
+  return ceil_div(features, kPackedFeatureStep) * kPackedFeatureStep;
+}
+
+// With padding.
+struct PackedShape {
+  int64_t ranks = 0, features = 0;
+
+  constexpr PackedShape() = default;
+  LORA_EXT_HOST_DEVICE constexpr PackedShape(int64_t rank, int64_t num_features)
+      : ranks(padded_ranks(rank)), features(padded_features(num_features)) {}
+
+  constexpr int64_t bytes() const { return ranks * features * 2; }
+};
+
+constexpr int kPackRows = static_cast<int>(kPackedRankStep), kPackCols = static_cast<int>(kPackedFeatureStep);
+
+// --- kernels that read x or grad_y [num_tokens, features]; kRanks: ranks of a block ---
+
+template <int kRanks>
+struct ShrinkTiles {
+  static constexpr int kTokens = 128, kFeatures = 64, kWarpTokens = kTokens / kWarps, kRowChunks = kFeatures / kChunk;
+  static constexpr int kWarpChunks = kWarpTokens * kRowChunks;  // of a tile of x
+  static constexpr int kFactorChunks = kRanks * kRowChunks;
+  // As many as fit in 96 KiB: two blocks on a multiprocessor of 228 KiB, one where a block gets 99 KiB.
+  static constexpr int kStages = std::clamp(96 * 1024 / 16 / (kWarps * kWarpChunks + kFactorChunks), 2, 4);
+  static constexpr uint32_t kSharedBytes =
+      shared_bytes_of(kStages * kWarps * kWarpChunks * 16) + shared_bytes_of(kStages * kFactorChunks * 16);
+  static_assert(kWarpTokens == 16, "a warp has the rows of one left operand");
+  static_assert(kPackedFeatureStep % kFeatures == 0, "a packed factor is whole tiles of features");
+  static_assert(kPackedRankStep % 16 == 0, "a packed factor is whole operands of 16 ranks");
+  static_assert(kRanks % kPackedRankStep == 0, "padding adds no tile of ranks");
+};
+
+template <int kRanks>
+struct TokenSumTiles {
+  static constexpr int kTokens = 64, kFeatures = 128, kRowChunks = kFeatures / kChunk;
+  static constexpr int kChunks = kTokens * kRowChunks;            // of a tile of x
+  static constexpr int kSmallChunks = kTokens * kRanks / kChunk;  // of a tile of the small operand
+  // Keep bits of a warp's 16 features, one number per token. Rows start 16 bytes apart in banks: writes do not
+  // conflict.
+  static constexpr int kKeepPitch = kTokens + 8, kKeepWords = kWarps * kKeepPitch;
+  static constexpr int kStages = std::min(4, (97 * 1024 / 16 - 2 * kSmallChunks) / kChunks);
+  static constexpr uint32_t kSharedBytes =
+      shared_bytes_of(kStages * kChunks * 16) + shared_bytes_of(2 * kSmallChunks * 16);
+  static constexpr uint32_t kKeepBytes = shared_bytes_of(2 * kKeepWords * 2);  // where there is a mask
+  static_assert(kFeatures == 16 * kWarps, "a warp has the columns of two right operands");
+  static_assert(kTokens * kFeatures / 32 == kThreads, "a thread has one word of keep bits");
+};
+
+template <int kRanks>
+struct ShrinkAndSumTiles {
+  static constexpr int kTokens = 16, kFeatures = 512, kWarpFeatures = kFeatures / kWarps;
+  static constexpr int kRowChunks = kWarpFeatures / kChunk, kWarpChunks = kTokens * kRowChunks;  // of grad_y, a warp's
+  static constexpr int kXaChunks = kTokens * kRanks / kChunk;
+  static constexpr int kShares = kTokens * kRanks / 4;  // of a warp's share of the rank sums: four numbers each
+  // As many as fit in 99 KiB.
+  static constexpr int kStages =
+      std::min(5, (99 * 1024 / 16 - 2 * kXaChunks - 2 * kWarps * kShares) / (kWarps * kWarpChunks));
+  static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kWarps * kWarpChunks * 16) +
+                                           shared_bytes_of(2 * kXaChunks * 16) +
+                                           shared_bytes_of(2 * kWarps * kShares * 16);
+  static_assert(kTokens == 16, "a tile has the tokens of one product over tokens");
+  static_assert(kStages >= 3, "two tiles are copied while one is multiplied");
+  static_assert(kPackedFeatureStep % kWarpFeatures == 0, "a warp's features are all in the packed factor, or none");
+};
+
+// Partial sums over tokens are written in pairs.
+constexpr int64_t partial_pitch(int64_t features) { return ceil_div(features, 2) * 2; }
+
+// --- kernels that write y or grad_x [num_tokens, cols] ---
+
+constexpr int kPieceRows = 16, kPieceCols = 32;  // a warp's piece of output: its sums are 16 registers
+// Wide tiles reuse the small operand; shared memory limits them, so that two blocks fit on every GPU.
+constexpr int64_t kShortSharedBytes = 48 * 1024, kShortMaxCols = 512;
+
+constexpr int kLongRows = 128, kLongCols = 128, kLongRank = 32;
+constexpr uint32_t kLongSmallElements = kLongRows * kLongRank, kLongFactorElements = kLongRank * kLongCols;
+constexpr uint32_t kLongSharedBytes =
+    shared_bytes_of(2 * kLongSmallElements * 2) + shared_bytes_of(2 * kLongFactorElements * 2);
+
+// kTokenTiles: of 8 tokens; kRowTiles: of 16 rows of a weight
+template <int kTokenTiles, int kRowTiles>
+struct FewTokensTiles {
+  static constexpr int kStep = 64;  // in_features of a warp's step
+  static constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles;
+  static constexpr int kPitch = kTokens + 8;  // of a row of sums: pairs of eight rows are in different banks
+  static constexpr int kRankPitch = static_cast<int>(kFewTokensRank) + 1;
+  static constexpr uint32_t kSharedBytes = shared_bytes_of(kWarps * kRows * kPitch * 4) +
+                                           shared_bytes_of(kTokens * kRankPitch * 4) +
+                                           shared_bytes_of(kRows * kRankPitch * 4);
+};
+
+}  // namespace lora_ext::cuda::mma

@@ -1,0 +1,841 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "grouped/tile_sizes.h"
+#include "mma/tile_sizes.h"
+#include "../common/dropout.h"
+#include "sizes.h"
+
+namespace lora_ext::cuda {
+namespace {
+
+using namespace mma;
+
+constexpr int64_t kFloat = sizeof(float);
+
+// --- how a pass is split between blocks ---
+
+// Returns into how many pieces `blocks` blocks are cut each, so that they fill the multiprocessors: about one block on
+// each, or two, which overlap better, if partial sums of so many pieces are affordable. Nothing between: a second wave
+// of blocks that is nearly empty takes as long as a full one.
+int64_t pieces_of_blocks(int64_t blocks, int64_t affordable, int64_t multiprocessors) {
+  const int64_t two = 2 * multiprocessors / blocks, one = multiprocessors / blocks;
+  if (affordable >= two) return two;
+  return 5 * one * blocks >= 4 * multiprocessors ? one : ceil_div(multiprocessors, blocks);
+}
+
+// Returns the steps in one piece when `count` steps are cut into at most `pieces` equal pieces.
+int64_t steps_per_piece(int64_t count, int64_t pieces) {
+  return std::max<int64_t>(ceil_div(count, std::clamp<int64_t>(pieces, 1, std::max<int64_t>(count, 1))), 1);
+}
+
+PassSplit split_rank_sums(int64_t num_tokens, int64_t features, int64_t rank, const Gpu& gpu) {
+  using Tiles = ShrinkTiles<static_cast<int>(kRankTile)>;
+  const int64_t chunks = ceil_div(num_tokens, Tiles::kTokens);
+  const int64_t blocks = std::max<int64_t>(chunks * ceil_div(rank, kRankTile), 1);
+  // A range costs 8 * rank bytes a token; it may cost an eighth of its part of the matrix, 2 * features / ranges.
+  const int64_t affordable = features / (32 * std::max<int64_t>(rank, 1));
+  const int64_t ranges = pieces_of_blocks(blocks, affordable, gpu.multiprocessors);
+  // With few tokens a range still has enough steps for the pipeline: expand's blocks read all partial sums of a row.
+  constexpr int64_t kLeastSteps = 4;
+  const int64_t steps = ceil_div(features, Tiles::kFeatures);
+  const int64_t per_range = steps_per_piece(steps, std::min(ranges, ceil_div(steps, kLeastSteps)));
+  return {ceil_div(steps, per_range), per_range * Tiles::kFeatures, chunks, Tiles::kTokens};
+}
+
+PassSplit split_feature_sums(int64_t num_tokens, int64_t features, int64_t rank, const Gpu& gpu) {
+  using Tiles = TokenSumTiles<static_cast<int>(kRankTile)>;
+  const int64_t ranges = ceil_div(features, Tiles::kFeatures);
+  const int64_t blocks = std::max<int64_t>(ranges * ceil_div(rank, kRankTile), 1);
+  // A chunk costs 8 * rank bytes a feature; it may cost an eighth of its part of the matrix, 2 * num_tokens / chunks.
+  const int64_t affordable = num_tokens / (32 * std::max<int64_t>(rank, 1));
+  const int64_t chunks = pieces_of_blocks(blocks, affordable, gpu.multiprocessors);
+  const int64_t steps = ceil_div(num_tokens, Tiles::kTokens), per_chunk = steps_per_piece(steps, chunks);
+  return {ranges, Tiles::kFeatures, ceil_div(steps, per_chunk), per_chunk * Tiles::kTokens};
+}
+
+using FusedTiles = ShrinkAndSumTiles<static_cast<int>(kMaxFusedRank)>;
+
+// Partial sums cost 8 * rank * (ranges * num_tokens + chunks * features) bytes, which is least when both terms are
+// equal. At 8192 x 4096, rank 16, they add about an eighth to the bytes that the pass reads, and are read again from
+// L2. Hence one block per multiprocessor. Siblings share the launch: all_ranges counts theirs, too.
+PassSplit split_fused_sums(int64_t num_tokens, int64_t features, int64_t all_ranges, const Gpu& gpu) {
+  const int64_t blocks = std::max<int64_t>(all_ranges, 1), least = std::max<int64_t>(gpu.multiprocessors / blocks, 1);
+  // The time is the waves of blocks times the tokens of a chunk. A few more chunks help where one wave is half empty.
+  const auto waves = [&](int64_t chunks) { return ceil_div(blocks * chunks, gpu.multiprocessors); };
+  int64_t chunks = least;
+  for (int64_t more = least + 1; more <= least + 2; ++more) {
+    if (waves(more) * chunks < waves(chunks) * more) chunks = more;
+  }
+  const int64_t ranges = ceil_div(features, FusedTiles::kFeatures);
+  const int64_t steps = ceil_div(num_tokens, FusedTiles::kTokens), per_chunk = steps_per_piece(steps, chunks);
+  return {ranges, FusedTiles::kFeatures, ceil_div(steps, per_chunk), per_chunk * FusedTiles::kTokens};
+}
+
+uint32_t shrink_shared_bytes(int64_t ranks) {
+  return ranks == kSmallRankTile ? ShrinkTiles<kSmallRankTile>::kSharedBytes : ShrinkTiles<kRankTile>::kSharedBytes;
+}
+
+uint32_t token_sum_shared_bytes(int64_t ranks, bool has_mask) {
+  using Small = TokenSumTiles<kSmallRankTile>;
+  const uint32_t tiles = ranks == kSmallRankTile ? Small::kSharedBytes : TokenSumTiles<kRankTile>::kSharedBytes;
+  return tiles + (has_mask ? Small::kKeepBytes : 0);  // the same for all ranks
+}
+
+uint32_t shrink_and_sum_shared_bytes(int64_t ranks) {
+  return ranks == kSmallRankTile ? ShrinkAndSumTiles<kSmallRankTile>::kSharedBytes : FusedTiles::kSharedBytes;
+}
+
+template <int kTokenTiles>
+uint32_t few_tokens_shared_bytes(int row_tiles) {
+  return row_tiles == 1   ? FewTokensTiles<kTokenTiles, 1>::kSharedBytes
+         : row_tiles == 2 ? FewTokensTiles<kTokenTiles, 2>::kSharedBytes
+                          : FewTokensTiles<kTokenTiles, 3>::kSharedBytes;
+}
+
+// The output of an expand: one sibling's y, or grad_x, to which all siblings are one of the sum of their ranks.
+struct ExpandOutputShape {
+  int64_t cols, rank;
+  int64_t row_partials;  // the partial sums of a row of its small operand
+};
+
+class Planner {
+ public:
+  Planner(const LoraCall& call, const Gpu& gpu) : call_(call), gpu_(gpu) {
+    plan_.scratch.rounded_A.fill(Scratch::kNone);
+    plan_.scratch.rounded_B.fill(Scratch::kNone);
+    plan_.scratch.packed_B.fill(Scratch::kNone);
+    plan_.scratch.partial_B.fill(Scratch::kNone);
+  }
+
+  Plan plan() {
+    plan_round();
+    plan_.streams_weights = streams_weights();
+    if (call_.expand_backward) split_grad_y();
+    plan_pack();
+    if (call_.shrink) plan_xa();
+    if (call_.expand) plan_.streams_weights ? plan_few_tokens() : plan_y();
+    if (call_.expand_backward) plan_grad_y();
+    if (call_.shrink_backward) plan_shrink_backward();
+    if (call_.expand_backward || call_.shrink_backward) plan_gradients();
+    plan_.scratch.bytes = carver_.total_bytes();
+    return plan_;
+  }
+
+ private:
+  void add(const PlannedLaunch& launch) {
+    if (launch.grid_x > 0 && launch.grid_y > 0) plan_.all_launches[plan_.num_launches++] = launch;
+  }
+
+  // --- factors of another dtype than x, and packed ones ---
+
+  template <class Params, class CountOf>
+  void round_factors(const Params* p, bool reads_factors, std::array<int64_t, kMaxSiblings>& offsets,
+                     CountOf count_of) {
+    if (p == nullptr || p->dtype == p->factor_dtype || !reads_factors) return;
+    for (int s = 0; s < p->num_siblings; ++s) {
+      const int64_t count = count_of(p->siblings[s]);
+      if (count == 0) continue;
+      offsets[s] = carver_.take(count * 2);
+      most_rounded_ = std::max(most_rounded_, count);
+      ++num_rounded_;
+    }
+  }
+
+  void plan_round() {
+    const auto count_A = [](int64_t in_features) {
+      return [in_features](const auto& sibling) { return sibling.rank * in_features; };
+    };
+    const auto count_B = [](const auto& sibling) { return sibling.rank * sibling.out_features; };
+    Scratch& scratch = plan_.scratch;
+    if (const auto* p = call_.shrink) round_factors(p, true, scratch.rounded_A, count_A(p->in_features));
+    round_factors(call_.expand, true, scratch.rounded_B, count_B);
+    if (const auto* p = call_.shrink_backward) {
+      round_factors(p, p->wants_grad_x, scratch.rounded_A, count_A(p->in_features));
+    }
+    if (const auto* p = call_.expand_backward) round_factors(p, p->wants_grad_xa, scratch.rounded_B, count_B);
+    add({.kernel = Kernel::kRoundFactors,
+         .result = Result::kFactors,
+         .grid_x = ceil_div(most_rounded_, kThreads),
+         .grid_y = num_rounded_,
+         .threads = kThreads});
+  }
+
+  void pack(int64_t& offset, int64_t rank, int64_t features) {
+    const PackedShape shape(rank, features);
+    offset = carver_.take(shape.bytes());
+  }
+
+  void pack_job(int64_t rows, int64_t features) {
+    most_pack_tiles_ = std::max(most_pack_tiles_, ceil_div(rows, kPackRows) * (padded_features(features) / kPackCols));
+    ++num_packed_;
+  }
+
+  // Kernels read factors as they lie, with two exceptions: expand_long, and a shrink of grad_y, which would read lora_B
+  // by columns.
+  void plan_pack() {
+    if (const auto* p = call_.expand; p && !plan_.streams_weights && largest_rank(*p) > kShortRank) {
+      for (int s = 0; s < p->num_siblings; ++s) pack_B(s, p->siblings[s]);
+    }
+    if (const auto* p = call_.expand_backward; p && p->wants_grad_xa) {
+      for (int s = 0; s < p->num_siblings; ++s) {
+        if (!plan_.grad_y[s].fused) pack_B(s, p->siblings[s]);
+      }
+    }
+    if (const auto* p = call_.shrink_backward; p && p->wants_grad_x && p->total_rank > kShortRank) {
+      pack(plan_.scratch.packed_A, p->total_rank, p->in_features);
+      for (int s = 0; s < p->num_siblings; ++s) {
+        const bool is_last = s + 1 == p->num_siblings;  // it writes the padding, too
+        const int64_t end = is_last ? padded_ranks(p->total_rank) : p->siblings[s].rank_begin + p->siblings[s].rank;
+        pack_job(end - p->siblings[s].rank_begin, p->in_features);
+      }
+    }
+    add({.kernel = Kernel::kPackFactors,
+         .result = Result::kFactors,
+         .grid_x = most_pack_tiles_,
+         .grid_y = num_packed_,
+         .threads = kThreads});
+  }
+
+  template <class Sibling>
+  void pack_B(int s, const Sibling& sibling) {
+    pack(plan_.scratch.packed_B[s], sibling.rank, sibling.out_features);
+    pack_job(padded_ranks(sibling.rank), sibling.out_features);
+  }
+
+  template <class Params>
+  static int64_t largest_rank(const Params& p) {
+    int64_t rank = 0;
+    for (int s = 0; s < p.num_siblings; ++s) rank = std::max(rank, p.siblings[s].rank);
+    return rank;
+  }
+
+  // --- rank sums: xa, grad_xa ---
+
+  // Rank sums are partial unless every pass that makes them has one range. ranges_of(s): of sibling s.
+  template <class Params, class RangesOf>
+  void plan_partials(const Params& p, RangesOf ranges_of) {
+    int64_t most = 0;
+    bool partial = false;
+    for (int s = 0; s < p.num_siblings; ++s) {
+      partial = partial || ranges_of(s) != 1;
+      most = std::max(most, ranges_of(s));
+    }
+    if (partial) plan_.scratch.rank_partials = carver_.take(most * p.num_tokens * p.total_rank * kFloat);
+    pending_ = partial;
+  }
+
+  // Adds the partial sums of xa or grad_xa, if they are still to be added.
+  template <class Params>
+  void add_partials(const Params& p, Result result) {
+    if (!pending_) return;
+    pending_ = false;
+    add({.kernel = Kernel::kRankSums,
+         .result = result,
+         .grid_x = ceil_div(p.num_tokens * p.total_rank, kSumElements),
+         .threads = kThreads});
+  }
+
+  void add_shrink(Result result, const PassSplit& split, int64_t rank, bool draws, int sibling) {
+    const int64_t tiles = ceil_div(padded_ranks(rank), kRankTile);
+    const int64_t ranks = rank <= kSmallRankTile ? kSmallRankTile : kRankTile;
+    const auto add_tiles = [&](int64_t first, int64_t count) {
+      add({.kernel = Kernel::kShrink,
+           .result = result,
+           .variant = static_cast<int>(ranks),
+           .grid_x = count * split.ranges * split.chunks,
+           .threads = kThreads,
+           .shared_bytes = shrink_shared_bytes(ranks),
+           .sibling = sibling,
+           .first_rank_tile = static_cast<int>(first),
+           .rank_tiles = static_cast<int>(count)});
+    };
+    if (draws) {  // the first tile of ranks draws the mask, the others read it
+      add_tiles(0, std::min<int64_t>(tiles, 1));
+      add_tiles(1, tiles - 1);
+    } else {
+      add_tiles(0, tiles);
+    }
+  }
+
+  void plan_xa() {
+    const LoraShrinkParams& p = *call_.shrink;
+    plan_.xa = split_rank_sums(p.num_tokens, p.in_features, p.total_rank, gpu_);
+    plan_partials(p, [&](int) { return plan_.xa.ranges; });
+    add_shrink(Result::kXa, plan_.xa, p.total_rank, p.threshold > 0, 0);
+    if (!call_.expand) add_partials(p, Result::kXa);
+  }
+
+  // --- expand: y, grad_x ---
+
+  // Cuts the columns of every output into equally wide tiles of at most tile_cols columns. Returns the number of tiles.
+  static int64_t divide_columns(std::span<const ExpandOutputShape> outputs, int64_t tile_cols, ExpandSplit& split) {
+    int64_t num_tiles = 0;
+    for (size_t s = 0; s < outputs.size(); ++s) {
+      const int64_t count = ceil_div(outputs[s].cols, tile_cols);
+      const int64_t steps = ceil_div(ceil_div(outputs[s].cols, kPackedFeatureStep), std::max<int64_t>(count, 1));
+      split.tile_begin[s] = num_tiles;
+      split.tile_cols[s] = static_cast<int>(steps * kPackedFeatureStep);
+      num_tiles += count;
+    }
+    return num_tiles;
+  }
+
+  // Returns whether expand_short adds the small operand's partial sums itself: every block adds those of its rows, so a
+  // sum is read once for each tile of columns, mostly from L2. That may cost half of the bytes that the kernel writes,
+  // or as much time as a launch.
+  static bool may_add_partials(std::span<const ExpandOutputShape> outputs, int64_t num_tokens, int64_t tile_cols) {
+    constexpr int64_t kLaunchBytes = 16 << 20;  // predicted: read in as long as a launch takes
+    int64_t read = 0, written = 0;
+    for (const ExpandOutputShape& output : outputs) {
+      if (output.cols == 0) return false;  // no block has its ranks
+      read += num_tokens * output.row_partials * kFloat * ceil_div(output.cols, tile_cols);
+      written += num_tokens * output.cols * 2;
+    }
+    return read <= std::max(written / 2, kLaunchBytes);
+  }
+
+  template <class Params>
+  void plan_expand(const Params& p, std::span<const ExpandOutputShape> outputs, Result result, Result small_operand,
+                   ExpandSplit& split) {
+    int64_t rank = 0;
+    for (const ExpandOutputShape& output : outputs) rank = std::max(rank, output.rank);
+    if (rank > kShortRank) {
+      add_partials(p, small_operand);
+      const int64_t col_tiles = divide_columns(outputs, kLongCols, split);
+      return add({.kernel = Kernel::kExpandLong,
+                  .result = result,
+                  .grid_x = ceil_div(p.num_tokens, kLongRows),
+                  .grid_y = col_tiles,
+                  .threads = kThreads,
+                  .shared_bytes = kLongSharedBytes});
+    }
+    split.row_warps = 1;
+    while (split.row_warps < kWarps && split.row_warps * kPieceRows < p.num_tokens) split.row_warps *= 2;
+    const int64_t row_tiles = ceil_div(p.num_tokens, split.row_warps * kPieceRows);
+    // With few tokens tiles are narrower, for a block on nearly every multiprocessor.
+    const int64_t target_blocks = static_cast<int64_t>(gpu_.multiprocessors) * 7 / 8;
+    const int64_t bytes_of_column = padded_ranks(rank) * 2;
+    int64_t tile_cols =
+        std::min(kShortMaxCols, kShortSharedBytes / bytes_of_column / kPackedFeatureStep * kPackedFeatureStep);
+    int64_t col_tiles = divide_columns(outputs, tile_cols, split);
+    while (tile_cols > kPackedFeatureStep && row_tiles * col_tiles < target_blocks) {
+      tile_cols = padded_features(tile_cols / 2);
+      col_tiles = divide_columns(outputs, tile_cols, split);
+    }
+    split.adds_partials = pending_ && may_add_partials(outputs, p.num_tokens, tile_cols);
+    if (split.adds_partials) {
+      pending_ = false;
+    } else {
+      add_partials(p, small_operand);
+    }
+    for (size_t s = 0; s < outputs.size(); ++s) {
+      const int64_t elements = padded_ranks(outputs[s].rank) * split.tile_cols[s];
+      split.factor_tile_elements = std::max(split.factor_tile_elements, static_cast<uint32_t>(elements));
+    }
+    add({.kernel = Kernel::kExpandShort,
+         .result = result,
+         .variant = rank <= 16 ? 1 : static_cast<int>(kShortRank / 16),
+         .grid_x = row_tiles,
+         .grid_y = col_tiles,
+         .threads = kThreads,
+         .shared_bytes = shared_bytes_of(split.factor_tile_elements * 2)});
+  }
+
+  void plan_y() {
+    const LoraExpandParams& p = *call_.expand;
+    std::array<ExpandOutputShape, kMaxSiblings> outputs;
+    for (int s = 0; s < p.num_siblings; ++s) {
+      const LoraExpandSibling& sibling = p.siblings[s];
+      outputs[s] = {sibling.out_features, sibling.rank, sibling.rank * plan_.xa.ranges};
+    }
+    plan_expand(p, {outputs.data(), static_cast<size_t>(p.num_siblings)}, Result::kY, Result::kXa, plan_.y);
+  }
+
+  // --- few tokens ---
+
+  // Whether few_tokens takes the base layers: shapes and alignments.
+  bool streams_weights() const {
+    if (call_.weights == nullptr) return false;
+    const LoraShrinkParams& shrink = *call_.shrink;
+    const auto aligned = [](const void* pointer, int64_t stride) {
+      return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % kFewTokensStep == 0;
+    };
+    if (!aligned(shrink.x, shrink.x_stride)) return false;
+    for (int s = 0; s < shrink.num_siblings; ++s) {
+      const LoraExpandSibling& sibling = call_.expand->siblings[s];
+      const bool suits = streams_weight(shrink.num_tokens, shrink.in_features, sibling.rank) &&
+                         sibling.out_features > 0 && sibling.base == nullptr;
+      if (!suits || !aligned(call_.weights->data[s], call_.weights->strides[s])) return false;
+    }
+    return true;
+  }
+
+  // Chooses how many rows of a weight a block has, 16 or 32, or one tile more: where the blocks of 16 or 32 rows begin
+  // a wave that they leave mostly empty, as those of q/k/v do, larger blocks may take one wave less. The time is about
+  // the waves times the rows of a block. Returns the number of blocks.
+  int64_t divide_rows(int token_tiles) {
+    const LoraExpandParams& p = *call_.expand;
+    const auto blocks_of = [&](int row_tiles) {
+      int64_t blocks = 0;
+      for (int s = 0; s < p.num_siblings; ++s) blocks += ceil_div(p.siblings[s].out_features, 16 * row_tiles);
+      return blocks;
+    };
+    const int64_t resident = gpu_.multiprocessors * (token_tiles == 1 ? 2 : 1);
+    const auto rows_in_turn = [&](int row_tiles) { return ceil_div(blocks_of(row_tiles), resident) * row_tiles; };
+    const int least = token_tiles == 1 ? 1 : 2;
+    const bool larger = ceil_div(blocks_of(least), resident) > 1 && rows_in_turn(least + 1) <= rows_in_turn(least);
+    plan_.row_tiles = larger ? least + 1 : least;
+    int64_t first = 0;
+    for (int s = 0; s < p.num_siblings; ++s) {
+      plan_.first_block[s] = first;
+      first += ceil_div(p.siblings[s].out_features, 16 * plan_.row_tiles);
+    }
+    return first;
+  }
+
+  void plan_few_tokens() {
+    const LoraExpandParams& p = *call_.expand;
+    const int token_tiles = p.num_tokens <= 8 ? 1 : p.num_tokens <= 16 ? 2 : 4;
+    const int64_t blocks = divide_rows(token_tiles);
+    const auto shared_bytes = token_tiles == 1   ? &few_tokens_shared_bytes<1>
+                              : token_tiles == 2 ? &few_tokens_shared_bytes<2>
+                                                 : &few_tokens_shared_bytes<4>;
+    plan_.y.adds_partials = pending_;
+    pending_ = false;
+    add({.kernel = Kernel::kFewTokens,
+         .result = Result::kY,
+         .variant = token_tiles,
+         .grid_x = blocks,
+         .threads = kThreads,
+         .shared_bytes = shared_bytes(plan_.row_tiles)});
+  }
+
+  // --- the backward ---
+
+  bool is_fused(int64_t rank) const {
+    const LoraExpandBackwardParams& p = *call_.expand_backward;
+    return p.wants_grad_xa && p.wants_grad_lora_B && rank <= kMaxFusedRank;
+  }
+
+  void split_grad_y() {
+    const LoraExpandBackwardParams& p = *call_.expand_backward;
+    int64_t all_ranges = 0;
+    for (int s = 0; s < p.num_siblings; ++s) {
+      if (is_fused(p.siblings[s].rank)) all_ranges += ceil_div(p.siblings[s].out_features, FusedTiles::kFeatures);
+    }
+    for (int s = 0; s < p.num_siblings; ++s) {
+      const int64_t features = p.siblings[s].out_features, rank = p.siblings[s].rank;
+      GradYPass& pass = plan_.grad_y[s];
+      pass.fused = is_fused(rank);
+      if (pass.fused) {
+        pass.ranks = pass.features = split_fused_sums(p.num_tokens, features, all_ranges, gpu_);
+        continue;
+      }
+      if (p.wants_grad_xa) pass.ranks = split_rank_sums(p.num_tokens, features, rank, gpu_);
+      if (p.wants_grad_lora_B) pass.features = split_feature_sums(p.num_tokens, features, rank, gpu_);
+    }
+  }
+
+  void add_token_sum(Result result, const PassSplit& split, int64_t rank, bool has_mask, int sibling) {
+    const int64_t tiles = ceil_div(rank, kRankTile), ranks = rank <= kSmallRankTile ? kSmallRankTile : kRankTile;
+    add({.kernel = Kernel::kTokenSum,
+         .result = result,
+         .variant = static_cast<int>(ranks),
+         .grid_x = tiles * split.ranges * split.chunks,
+         .threads = kThreads,
+         .shared_bytes = token_sum_shared_bytes(ranks, has_mask),
+         .sibling = sibling,
+         .rank_tiles = static_cast<int>(tiles)});
+  }
+
+  // The sums of a gradient's chunks. Partial sums over tokens are written in pairs.
+  int64_t take_partials(const PassSplit& split, int64_t rank, int64_t features) {
+    return carver_.take(split.chunks * rank * partial_pitch(features) * kFloat);
+  }
+
+  // One read of grad_y makes both sums, in one launch for all siblings, unless there are many ranks.
+  void plan_grad_y() {
+    const LoraExpandBackwardParams& p = *call_.expand_backward;
+    if (p.wants_grad_xa) plan_partials(p, [&](int s) { return plan_.grad_y[s].ranks.ranges; });
+    if (p.wants_grad_xa && call_.shrink_backward) {
+      plan_.scratch.grad_xa = carver_.take(p.num_tokens * p.total_rank * kFloat);
+    }
+    int64_t blocks = 0, ranks = 0;
+    for (int s = 0; s < p.num_siblings; ++s) {
+      const LoraExpandBackwardSibling& sibling = p.siblings[s];
+      GradYPass& pass = plan_.grad_y[s];
+      if (p.wants_grad_lora_B) {
+        plan_.scratch.partial_B[s] = take_partials(pass.features, sibling.rank, sibling.out_features);
+      }
+      if (pass.fused) {
+        pass.first_block = blocks;
+        blocks += pass.ranks.ranges * pass.ranks.chunks;
+        ranks = std::max(ranks, sibling.rank);
+        continue;
+      }
+      if (p.wants_grad_xa) add_shrink(Result::kGradXa, pass.ranks, sibling.rank, false, s);
+      if (p.wants_grad_lora_B) add_token_sum(Result::kGradLoraB, pass.features, sibling.rank, false, s);
+    }
+    const int64_t variant = ranks <= kSmallRankTile ? kSmallRankTile : kMaxFusedRank;
+    add({.kernel = Kernel::kShrinkAndSum,
+         .result = Result::kGradXa,
+         .variant = static_cast<int>(variant),
+         .grid_x = blocks,
+         .threads = kThreads,
+         .shared_bytes = shrink_and_sum_shared_bytes(variant)});
+    if (!call_.shrink_backward) add_partials(p, Result::kGradXa);
+  }
+
+  // grad_x comes before grad_lora_A, because its kernel adds the partial sums of grad_xa on the way.
+  void plan_shrink_backward() {
+    const LoraShrinkBackwardParams& p = *call_.shrink_backward;
+    if (p.wants_grad_x) {
+      int64_t row_partials = 0;
+      for (int s = 0; s < p.num_siblings; ++s) row_partials += p.siblings[s].rank * plan_.grad_y[s].ranks.ranges;
+      const ExpandOutputShape output{p.in_features, p.total_rank, row_partials};
+      plan_expand(p, {&output, 1}, Result::kGradX, Result::kGradXa, plan_.grad_x);
+    }
+    if (!p.wants_grad_lora_A) return;
+    add_partials(p, Result::kGradXa);
+    plan_.grad_A = split_feature_sums(p.num_tokens, p.in_features, p.total_rank, gpu_);
+    plan_.scratch.partial_A = take_partials(plan_.grad_A, p.total_rank, p.in_features);
+    add_token_sum(Result::kGradLoraA, plan_.grad_A, p.total_rank, p.has_dropout, 0);
+  }
+
+  // All gradients of factors, from their partial sums, in one launch.
+  void plan_gradients() {
+    int64_t largest = 0, count = 0;
+    const auto gradient = [&](int64_t rank, int64_t features) {
+      largest = std::max(largest, rank * partial_pitch(features));
+      ++count;
+    };
+    if (const auto* p = call_.shrink_backward; p && p->wants_grad_lora_A) {
+      for (int s = 0; s < p->num_siblings; ++s) gradient(p->siblings[s].rank, p->in_features);
+    }
+    if (const auto* p = call_.expand_backward; p && p->wants_grad_lora_B) {
+      for (int s = 0; s < p->num_siblings; ++s) gradient(p->siblings[s].rank, p->siblings[s].out_features);
+    }
+    add({.kernel = Kernel::kGradientSums,
+         .result = Result::kGradients,
+         .grid_x = ceil_div(largest, kSumElements),
+         .grid_y = count,
+         .threads = kThreads});
+  }
+
+  const LoraCall& call_;
+  const Gpu& gpu_;
+  Plan plan_;
+  WorkspaceCarver carver_;
+  bool pending_ = false;  // the partial sums of xa or grad_xa are still to be added
+  int64_t most_rounded_ = 0, num_rounded_ = 0, most_pack_tiles_ = 0, num_packed_ = 0;
+};
+
+// --- lora_grouped_ ---
+
+//   few rows:  [mask,] shrink, expand
+//   forward:   [mask,] index, shrink, [sums of the ranges,] expand
+//   backward:  index, shrink of grad_y, [sums,] expand of grad_x, sums over rows for lora_A, for lora_B
+class GroupedPlanner {
+ public:
+  GroupedPlanner(const GroupedCall& call, const Gpu& gpu) : call_(call), rows_(call.rows), gpu_(gpu) {}
+
+  GroupedPlan plan() {
+    const auto num_entries = static_cast<int64_t>(call_.entries.size());
+    if (num_entries > grouped::kInlineEntries) {
+      plan_.entries = carver_.take(num_entries * static_cast<int64_t>(sizeof(GroupedEntry)));
+      for (int64_t first = 0; first < num_entries; first += grouped::kInlineEntries) {
+        add({.kernel = Kernel::kWriteEntries,
+             .result = Result::kFactors,
+             .grid_x = 1,
+             .threads = grouped::kInlineEntries,
+             .first_entry = first});
+      }
+    }
+    call_.forward ? plan_forward(*call_.forward) : plan_backward(*call_.backward);
+    plan_.scratch_bytes = carver_.total_bytes();
+    return std::move(plan_);
+  }
+
+ private:
+  void add(const PlannedLaunch& launch) {
+    if (launch.grid_x > 0) plan_.launches.push_back(launch);
+  }
+
+  void plan_forward(const LoraGroupedForwardParams& p) {
+    if (p.threshold > 0) {
+      add({.kernel = Kernel::kDropoutMask,
+           .result = Result::kMask,
+           .grid_x = ceil_div(rows_.num_tokens * mask_row_bytes(p.in_features), grouped::kThreads),
+           .threads = grouped::kThreads});
+    }
+    if (rows_.num_tokens <= grouped::kFewRows && p.max_rank <= grouped::kFewRowsRank) return plan_few_rows(p);
+    plan_index(false);
+    plan_shrink(Result::kXa, p.in_features, p.max_rank);
+    plan_expand(Result::kY, p.out_features);
+  }
+
+  // Every row by itself. Ranges of features for about two blocks on every multiprocessor.
+  void plan_few_rows(const LoraGroupedForwardParams& p) {
+    const int64_t wanted = ceil_div(2 * gpu_.multiprocessors, std::max<int64_t>(rows_.num_tokens, 1));
+    split_features(p.in_features, wanted, grouped::kRangeStep, 0);
+    plan_.rank_partials = carver_.take(rows_.num_tokens * p.max_rank * plan_.shrink.ranges * kFloat);
+    add({.kernel = Kernel::kFewRowsShrink,
+         .result = Result::kXa,
+         .grid_x = rows_.num_tokens * plan_.shrink.ranges,
+         .threads = grouped::kThreads});
+    const int64_t tiles = std::max<int64_t>(ceil_div(p.out_features, grouped::kThreads), 1);
+    add({.kernel = Kernel::kFewRowsExpand,
+         .result = Result::kY,
+         .grid_x = rows_.num_tokens * tiles,
+         .threads = grouped::kThreads,
+         .shared_bytes = shared_bytes_of(static_cast<uint32_t>(p.max_rank * kFloat)),
+         .feature_tiles = tiles});
+  }
+
+  void plan_index(bool has_chunks) {
+    plan_.order = carver_.take(rows_.num_entries * 4);
+    plan_.begin = carver_.take((rows_.num_groups + grouped::kMoreGroups + 1) * 4);
+    plan_.tiles = carver_.take(grouped::num_tiles(rows_) * 4);
+    plan_.chunks = carver_.take(has_chunks ? grouped::num_chunks(rows_) * 4 : 0);
+    add({.kernel = Kernel::kGroupIndex,
+         .result = Result::kIndex,
+         .grid_x = rows_.num_groups + grouped::kMoreGroups,
+         .threads = grouped::kThreads});
+  }
+
+  void split_features(int64_t features, int64_t wanted, int64_t step, int64_t least) {
+    PassSplit& split = plan_.shrink;
+    split.features_per_range = std::max<int64_t>(ceil_div(ceil_div(features, wanted), step), 1) * step;
+    split.ranges = std::max<int64_t>(ceil_div(features, split.features_per_range), least);
+  }
+
+  // Ranges of features, so that a few tiles of rows make blocks for every multiprocessor. Every range costs a partial
+  // sum of num_tokens * max_rank.
+  void plan_shrink(Result result, int64_t features, int64_t max_rank) {
+    constexpr int64_t kMostRanges = 16, kStep = 64;
+    const int64_t tiles = std::max<int64_t>(ceil_div(rows_.num_tokens, grouped::kTileRows), 1);
+    split_features(features, std::clamp<int64_t>(2 * gpu_.multiprocessors / tiles, 1, kMostRanges), kStep, 1);
+    const int64_t sums = rows_.num_tokens * max_rank;
+    if (plan_.shrink.ranges > 1) plan_.rank_partials = carver_.take(sums * plan_.shrink.ranges * kFloat);
+    const bool is_small = max_rank <= grouped::kSmallRanks;
+    const int ranks = is_small ? grouped::kSmallRanks : grouped::kLargeRanks;
+    const int64_t rank_tiles = ceil_div(max_rank, ranks);
+    add({.kernel = Kernel::kGroupedShrink,
+         .result = result,
+         .variant = ranks,
+         .grid_x = grouped::num_tiles(rows_) * plan_.shrink.ranges * rank_tiles,
+         .threads = grouped::kThreads,
+         .shared_bytes = is_small ? grouped::ShrinkTiles<grouped::kSmallRanks>::kSharedBytes
+                                  : grouped::ShrinkTiles<grouped::kLargeRanks>::kSharedBytes,
+         .rank_tiles = static_cast<int>(rank_tiles)});
+    if (plan_.shrink.ranges > 1) {
+      add({.kernel = Kernel::kRankSums,
+           .result = result,
+           .grid_x = ceil_div(sums, kSumElements),
+           .threads = grouped::kThreads});
+    }
+  }
+
+  void plan_expand(Result result, int64_t columns) {
+    const int64_t tiles = ceil_div(columns, grouped::ExpandTiles::kColumns);
+    add({.kernel = Kernel::kGroupedExpand,
+         .result = result,
+         .grid_x = grouped::num_tiles(rows_) * tiles,
+         .threads = grouped::kThreads,
+         .shared_bytes = grouped::ExpandTiles::kSharedBytes,
+         .feature_tiles = tiles});
+  }
+
+  void plan_backward(const LoraGroupedBackwardParams& p) {
+    bool wants_A = false, wants_B = false;
+    for (const GroupedEntry& entry : call_.entries) {
+      wants_A = wants_A || entry.wants_grad_A;
+      wants_B = wants_B || entry.wants_grad_B;
+    }
+    plan_index(true);
+    if (p.wants_grad_x || wants_A) {
+      plan_.grad_xa = carver_.take(rows_.num_tokens * p.max_rank * kFloat);
+      plan_shrink(Result::kGradXa, p.out_features, p.max_rank);
+    }
+    if (p.wants_grad_x) plan_expand(Result::kGradX, p.in_features);
+    const int64_t features = std::max(wants_A ? p.in_features : 0, wants_B ? p.out_features : 0);
+    plan_.factor_partials = carver_.take(grouped::partial_chunks(rows_) * p.max_rank * features * kFloat);
+    if (wants_A) plan_factor_sums(Result::kGradLoraA, p.in_features, p.max_rank);
+    if (wants_B) plan_factor_sums(Result::kGradLoraB, p.out_features, p.max_rank);
+  }
+
+  void plan_factor_sums(Result result, int64_t features, int64_t max_rank) {
+    using Tiles = grouped::FactorSumsTiles;
+    const int64_t feature_tiles = ceil_div(features, Tiles::kFeatures), rank_tiles = ceil_div(max_rank, Tiles::kRanks);
+    add({.kernel = Kernel::kGroupedFactorSums,
+         .result = result,
+         .grid_x = grouped::num_chunks(rows_) * feature_tiles * rank_tiles,
+         .threads = grouped::kThreads,
+         .shared_bytes = Tiles::kSharedBytes,
+         .rank_tiles = static_cast<int>(rank_tiles),
+         .feature_tiles = feature_tiles});
+    if (grouped::partial_chunks(rows_) == 0) return;
+    add({.kernel = Kernel::kGroupedChunkSums,
+         .result = result,
+         .grid_x = grouped::num_chunks(rows_) * ceil_div(max_rank * features, grouped::kThreads),
+         .threads = grouped::kThreads});
+  }
+
+  const GroupedCall& call_;
+  const GroupedRows& rows_;
+  const Gpu& gpu_;
+  GroupedPlan plan_;
+  WorkspaceCarver carver_;
+};
+
+// --- printing ---
+
+template <class... Arguments>
+std::string text(const char* format, Arguments... arguments) {
+  char line[512];
+  const int length = std::snprintf(line, sizeof(line), format, arguments...);
+  return {line, static_cast<size_t>(std::min<int>(length, sizeof(line) - 1))};
+}
+
+long long number(int64_t value) { return value; }
+
+std::string describe(const PassSplit& split) {
+  return text("%lld chunks of %lld tokens x %lld ranges of %lld features", number(split.chunks),
+              number(split.tokens_per_chunk), number(split.ranges), number(split.features_per_range));
+}
+
+template <class Siblings, class Features>
+std::string sizes_of(const Siblings& siblings, int num_siblings, Features features) {
+  std::string sizes;
+  for (int s = 0; s < num_siblings; ++s) {
+    sizes += text("%s%lld (rank %lld)", s > 0 ? ", " : "", number(features(siblings[s])), number(siblings[s].rank));
+  }
+  return sizes;
+}
+
+std::string title(const LoraCall& call) {
+  const auto out = [](const auto& sibling) { return sibling.out_features; };
+  const auto describe = [](const char* what, const auto& p, const std::string& sizes) {
+    return text("%s of %lld tokens, %s, %s, factors %s", what, number(p.num_tokens), sizes.c_str(), dtype_name(p.dtype),
+                dtype_name(p.factor_dtype));
+  };
+  if (call.shrink && call.expand) {
+    return describe("forward", *call.shrink,
+                    text("%lld -> ", number(call.shrink->in_features)) +
+                        sizes_of(call.expand->siblings, call.expand->num_siblings, out));
+  }
+  if (call.shrink_backward && call.expand_backward) {
+    const auto& expand = *call.expand_backward;
+    return describe("backward", expand,
+                    text("%lld -> ", number(call.shrink_backward->in_features)) +
+                        sizes_of(expand.siblings, expand.num_siblings, out));
+  }
+  const auto in = [](int64_t features) { return [features](const auto&) { return features; }; };
+  if (const auto* p = call.shrink) {
+    return describe("shrink", *p, sizes_of(p->siblings, p->num_siblings, in(p->in_features)));
+  }
+  if (const auto* p = call.expand) return describe("expand", *p, sizes_of(p->siblings, p->num_siblings, out));
+  if (const auto* p = call.expand_backward) {
+    return describe("backward of expand", *p, sizes_of(p->siblings, p->num_siblings, out));
+  }
+  const auto& p = *call.shrink_backward;
+  return describe("backward of shrink", p, sizes_of(p.siblings, p.num_siblings, in(p.in_features)));
+}
+
+}  // namespace
+
+DType LoraCall::dtype() const {
+  if (shrink) return shrink->dtype;
+  if (expand) return expand->dtype;
+  return expand_backward ? expand_backward->dtype : shrink_backward->dtype;
+}
+
+const char* name_of(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kRoundFactors: return "round_factors";
+    case Kernel::kPackFactors: return "pack_factors";
+    case Kernel::kShrink: return "shrink";
+    case Kernel::kShrinkAndSum: return "shrink_and_sum";
+    case Kernel::kTokenSum: return "token_sum";
+    case Kernel::kRankSums: return "rank_sums";
+    case Kernel::kExpandShort: return "expand_short";
+    case Kernel::kExpandLong: return "expand_long";
+    case Kernel::kFewTokens: return "few_tokens";
+    case Kernel::kGradientSums: return "gradient_sums";
+    case Kernel::kWriteEntries: return "write_entries";
+    case Kernel::kDropoutMask: return "dropout_mask";
+    case Kernel::kGroupIndex: return "group_index";
+    case Kernel::kFewRowsShrink: return "few_rows_shrink";
+    case Kernel::kFewRowsExpand: return "few_rows_expand";
+    case Kernel::kGroupedShrink: return "grouped_shrink";
+    case Kernel::kGroupedExpand: return "grouped_expand";
+    case Kernel::kGroupedFactorSums: return "grouped_factor_sums";
+    case Kernel::kGroupedChunkSums: return "grouped_chunk_sums";
+  }
+  return "";
+}
+
+const char* name_of(Result result) {
+  switch (result) {
+    case Result::kFactors: return "factors";
+    case Result::kXa: return "xa";
+    case Result::kY: return "y";
+    case Result::kGradXa: return "grad_xa";
+    case Result::kGradX: return "grad_x";
+    case Result::kGradLoraA: return "grad_lora_A";
+    case Result::kGradLoraB: return "grad_lora_B";
+    case Result::kGradients: return "gradients";
+    case Result::kMask: return "mask";
+    case Result::kIndex: return "index";
+  }
+  return "";
+}
+
+Plan make_plan(const LoraCall& call, const Gpu& gpu) { return Planner(call, gpu).plan(); }
+GroupedPlan make_plan(const GroupedCall& call, const Gpu& gpu) { return GroupedPlanner(call, gpu).plan(); }
+
+std::string describe(const Plan& plan, const PlannedLaunch& launch) {
+  const GradYPass& grad_y = plan.grad_y[launch.sibling];
+  switch (launch.kernel) {
+    case Kernel::kShrink: return describe(launch.result == Result::kXa ? plan.xa : grad_y.ranks);
+    case Kernel::kTokenSum: return describe(launch.result == Result::kGradLoraA ? plan.grad_A : grad_y.features);
+    case Kernel::kShrinkAndSum: {
+      std::string parts;
+      for (const GradYPass& pass : plan.grad_y) {
+        if (pass.fused) parts += (parts.empty() ? "" : "; ") + describe(pass.ranks);
+      }
+      return parts;
+    }
+    case Kernel::kFewTokens: return text("the base layers, too: %d rows of a weight in a block", 16 * plan.row_tiles);
+    case Kernel::kExpandShort: {
+      const ExpandSplit& split = launch.result == Result::kY ? plan.y : plan.grad_x;
+      return text("%d rows x up to %d columns%s", split.row_warps * kPieceRows,
+                  *std::max_element(split.tile_cols.begin(), split.tile_cols.end()),
+                  split.adds_partials ? ", adds partial sums" : "");
+    }
+    case Kernel::kExpandLong: return text("%d rows x up to %d columns", kLongRows, kLongCols);
+    default: return "";
+  }
+}
+
+std::string to_string(const LoraCall& call, const Plan& plan, const Gpu& gpu) {
+  std::string lines = text("%s\n%d launches on %d multiprocessors, %lld bytes of scratch memory", title(call).c_str(),
+                           plan.num_launches, gpu.multiprocessors, number(plan.scratch.bytes));
+  for (const PlannedLaunch& launch : plan.launches()) {
+    const std::string kernel =
+        launch.variant > 0 ? text("%s<%d>", name_of(launch.kernel), launch.variant) : name_of(launch.kernel);
+    const std::string grid = launch.grid_y == 1 ? text("%lld", number(launch.grid_x))
+                                                : text("%lld x %lld", number(launch.grid_x), number(launch.grid_y));
+    lines += text("\n  %-18s %-11s %11s blocks of %d threads", kernel.c_str(), name_of(launch.result), grid.c_str(),
+                  launch.threads);
+    lines += launch.shared_bytes > 0 ? text(", %6u bytes shared", launch.shared_bytes) : std::string();
+    const std::string detail = describe(plan, launch);
+    lines += detail.empty() ? "" : "; " + detail;
+  }
+  return lines;
+}
+
+}  // namespace lora_ext::cuda

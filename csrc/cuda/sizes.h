@@ -1,0 +1,41 @@
+// Arithmetic on sizes that plans and kernels share. Includes no header of CUDA.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LORA_EXT_HOST_DEVICE __host__ __device__
+#else
+#define LORA_EXT_HOST_DEVICE
+#endif
+
+namespace lora_ext::cuda {
+
+LORA_EXT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Dynamic shared memory. A block gets 99 KiB on every architecture.
+constexpr uint32_t kSharedAlignment = 128;  // of every array: 8 rows of 16 bytes, for ldmatrix and swizzles
+
+LORA_EXT_HOST_DEVICE constexpr uint32_t shared_bytes_of(uint32_t bytes) {
+  return (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+}
+
+constexpr int kSumElements = 64;  // of a block that adds partial sums
+
+// Divides the scratch memory of a call into parts.
+class WorkspaceCarver {
+ public:
+  // Returns the byte offset of the next `bytes` bytes.
+  int64_t take(int64_t bytes) {
+    constexpr int64_t kAlignment = 256;  // the alignment of the caching allocator's blocks
+    const int64_t offset = total_bytes_;
+    total_bytes_ += ceil_div(bytes, kAlignment) * kAlignment;
+    return offset;
+  }
+  int64_t total_bytes() const { return total_bytes_; }
+
+ private:
+  int64_t total_bytes_ = 0;
+};
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,203 @@
+// lora_ext._C: facts about this build, the texts of refusals, and the plans of CUDA calls, as Python objects. Includes
+// no torch header. The ops are in libraries of their own, which need no Python (csrc/library.cpp).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../build/facts.h"  // written by setup.py
+#include "common/few_tokens.h"
+#include "cpu/isa.h"
+#include "cuda/plan.h"
+#include "refusals.h"
+
+namespace py = pybind11;
+
+namespace lora_ext {
+namespace {
+
+std::map<std::string, std::string> build_info() { return {LORA_EXT_BUILD_INFO{"compiler", __VERSION__}}; }
+
+std::string cpu_isa() {
+  cpu::Isa isa;
+  return cpu::select_isa(&isa) ? cpu::isa_name(isa) : "";
+}
+
+std::vector<std::string> available_cpu_isas() {
+  std::vector<std::string> names;
+  for (const cpu::Isa isa : cpu::kBestFirst) {
+    if (cpu::runs_here(isa)) names.emplace_back(cpu::isa_name(isa));
+  }
+  return names;
+}
+
+std::string base_product() {
+  bool is_own;
+  return !cpu::select_base_product(&is_own) ? "" : is_own ? "own" : "library";
+}
+
+std::map<std::string, std::pair<std::string, std::string>> all_refusals() {
+  std::map<std::string, std::pair<std::string, std::string>> texts;
+  for (const refusals::Refusal* refusal : refusals::kAll) texts[refusal->name] = {refusal->error, refusal->text};
+  return texts;
+}
+
+// --- plans ---
+
+struct Launch {
+  std::string kernel, result, detail;
+  int variant, threads;
+  std::pair<int64_t, int64_t> grid;
+  uint32_t shared_bytes;
+
+  int64_t blocks() const { return grid.first * grid.second; }
+};
+
+struct Plan {
+  std::vector<Launch> launches;
+  int64_t scratch_bytes;
+  bool streams_weights;
+  std::string text;
+};
+
+DType dtype_named(const std::string& name) {
+  for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  throw py::value_error("plan: there is no dtype " + name + ", want bfloat16, float16, float32 or float64");
+}
+
+Plan finished_plan(const cuda::LoraCall& call, const cuda::Gpu& gpu) {
+  const cuda::Plan plan = cuda::make_plan(call, gpu);
+  Plan result{{}, plan.scratch.bytes, plan.streams_weights, cuda::to_string(call, plan, gpu)};
+  for (const cuda::PlannedLaunch& launch : plan.launches()) {
+    result.launches.push_back({cuda::name_of(launch.kernel),
+                               cuda::name_of(launch.result),
+                               cuda::describe(plan, launch),
+                               launch.variant,
+                               launch.threads,
+                               {launch.grid_x, launch.grid_y},
+                               launch.shared_bytes});
+  }
+  return result;
+}
+
+// Siblings: (out_features, rank) of every layer that reads x.
+using Layers = std::vector<std::pair<int64_t, int64_t>>;
+
+// The fields that the parameters of all kernels have. Addresses are null: they are aligned.
+template <class Params>
+void set_sizes(Params& p, int64_t num_tokens, const Layers& layers, const std::string& dtype,
+               const std::string& factor_dtype) {
+  p.num_tokens = num_tokens;
+  p.num_siblings = static_cast<int>(layers.size());
+  p.dtype = dtype_named(dtype);
+  p.factor_dtype = dtype_named(factor_dtype);
+  int64_t begin = 0;
+  for (size_t s = 0; s < layers.size(); ++s) {
+    p.siblings[s].rank = layers[s].second;
+    p.siblings[s].rank_begin = begin;
+    if constexpr (requires { p.siblings[s].out_features; }) p.siblings[s].out_features = layers[s].first;
+    begin += layers[s].second;
+  }
+  p.total_rank = begin;
+}
+
+void check(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
+           int multiprocessors) {
+  if (num_tokens < 0 || in_features < 0) throw py::value_error("plan: a size is negative");
+  if (layers.empty() || layers.size() > kMaxSiblings) {
+    throw py::value_error("plan: there are " + std::to_string(layers.size()) + " layers, want 1 to " +
+                          std::to_string(kMaxSiblings));
+  }
+  for (const auto& [out_features, rank] : layers) {
+    if (out_features < 0 || rank < 1)
+      throw py::value_error("plan: want layers of (out_features, rank), rank at least 1");
+  }
+  if (dtype_size(dtype_named(dtype)) != 2) {
+    throw py::value_error("plan: x has dtype " + dtype + ", but CUDA kernels take bfloat16 and float16");
+  }
+  if (multiprocessors < 1) throw py::value_error("plan: a GPU has at least one multiprocessor");
+}
+
+Plan plan_forward(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
+                  const std::string& factor_dtype, bool dropout, bool base_layers, int multiprocessors) {
+  check(num_tokens, in_features, layers, dtype, multiprocessors);
+  LoraForwardParams p{};
+  set_sizes(p.shrink, num_tokens, layers, dtype, factor_dtype);
+  set_sizes(p.expand, num_tokens, layers, dtype, factor_dtype);
+  p.shrink.in_features = p.shrink.x_stride = in_features;
+  p.shrink.threshold = dropout ? 1 : 0;
+  BaseWeights weights;
+  std::fill(std::begin(weights.strides), std::end(weights.strides), in_features);
+  return finished_plan({p, base_layers ? &weights : nullptr}, {multiprocessors});
+}
+
+Plan plan_backward(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
+                   const std::string& factor_dtype, bool dropout, const std::array<bool, 3>& output_mask,
+                   int multiprocessors) {
+  check(num_tokens, in_features, layers, dtype, multiprocessors);
+  LoraBackwardParams p{};
+  set_sizes(p.expand, num_tokens, layers, dtype, factor_dtype);
+  set_sizes(p.shrink, num_tokens, layers, dtype, factor_dtype);
+  p.shrink.in_features = p.shrink.x_stride = in_features;
+  p.shrink.has_dropout = dropout;
+  p.shrink.wants_grad_x = output_mask[0];
+  p.shrink.wants_grad_lora_A = output_mask[1];
+  p.expand.wants_grad_lora_B = output_mask[2];
+  p.expand.wants_grad_xa = output_mask[0] || output_mask[1];
+  return finished_plan(p, {multiprocessors});
+}
+
+}  // namespace
+}  // namespace lora_ext
+
+PYBIND11_MODULE(_C, m) {
+  using namespace lora_ext;
+  using namespace py::literals;
+  m.doc() = "Facts about the compiled part of lora_ext, and the plans of its CUDA kernels. Needs no torch and no GPU.";
+  m.def("build_info", &build_info, "How the binary was built. Values are empty where they do not apply.");
+  m.def("cpu_isa", &cpu_isa, "The instruction set whose CPU kernels run here; \"\" if LORA_EXT_CPU_ISA names none.");
+  m.def("available_cpu_isas", &available_cpu_isas, "The instruction sets that this machine can run, best first.");
+  m.def(
+      "base_product", &base_product,
+      "Who computes base products of many tokens, \"own\" or \"library\"; \"\" if LORA_EXT_BASE_PRODUCT says neither.");
+  m.def("streams_weight", &streams_weight, "num_tokens"_a, "in_features"_a, "rank"_a,
+        "Whether the CUDA kernel for few tokens takes a layer of 16-bit weights.");
+  m.def("refusals", &all_refusals, "name -> (exception, text), of csrc/refusals.h; {} stands for a part.");
+
+  py::class_<Launch>(m, "Launch", "One launch of a plan.")
+      .def_readonly("kernel", &Launch::kernel, "The kernel's name.")
+      .def_readonly("variant", &Launch::variant, "Its size: ranks of a block, or tiles; 0: it has one.")
+      .def_readonly("result", &Launch::result, "What it makes: xa, y, grad_xa, ...")
+      .def_readonly("grid", &Launch::grid, "Blocks along x and y.")
+      .def_property_readonly("blocks", &Launch::blocks, "All blocks.")
+      .def_readonly("threads", &Launch::threads, "Threads of a block.")
+      .def_readonly("shared_bytes", &Launch::shared_bytes, "Dynamic shared memory of a block.")
+      .def_readonly("detail", &Launch::detail, "What a block has.")
+      .def("__repr__", [](const Launch& launch) {
+        return "<" + launch.kernel + ": " + launch.result + ", " + std::to_string(launch.blocks()) + " blocks of " +
+               std::to_string(launch.threads) + " threads>";
+      });
+  py::class_<Plan>(m, "Plan", "The launches of a call on CUDA (csrc/cuda/plan.h).")
+      .def_readonly("launches", &Plan::launches, "In order.")
+      .def_readonly("scratch_bytes", &Plan::scratch_bytes, "Scratch memory of the call.")
+      .def_readonly("streams_weights", &Plan::streams_weights, "The launches compute the base layers, too.")
+      .def("__repr__", [](const Plan& plan) { return plan.text; });
+
+  const int h100 = cuda::Gpu{}.multiprocessors;
+  m.def("plan_forward", &plan_forward, "num_tokens"_a, "in_features"_a, "layers"_a, py::kw_only(),
+        "dtype"_a = "bfloat16", "factor_dtype"_a = "float32", "dropout"_a = true, "base_layers"_a = true,
+        "multiprocessors"_a = h100,
+        "The plan of a forward of layers, a list of (out_features, rank), that read one x. base_layers: with the\n"
+        "products by the frozen weights, which a kernel for few tokens can compute, too.");
+  m.def("plan_backward", &plan_backward, "num_tokens"_a, "in_features"_a, "layers"_a, py::kw_only(),
+        "dtype"_a = "bfloat16", "factor_dtype"_a = "float32", "dropout"_a = true,
+        "output_mask"_a = std::array{true, true, true}, "multiprocessors"_a = h100,
+        "The plan of a backward. output_mask: whether grad_x, the grad_lora_A and the grad_lora_B are wanted.");
+}
