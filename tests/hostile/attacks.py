@@ -205,7 +205,7 @@ def weights() -> dict[str, tuple[bytes, str]]:
         "lines": (_file({"a\nb": _nothing([0])}), "characters that cannot be printed"),
         "dimensions": (_file({KEY: _nothing([0] + [1] * (MEGABYTE // 3))}), cannot),
         "sizes": (_file({KEY: _nothing([0] + [2**62] * (MEGABYTE // 21))}), cannot),
-        "one size": (_file({KEY: _nothing([0, 2**62])}), cannot),
+        "one size": (_file({KEY: _nothing([0, 2**59 + 1])}), cannot),
         "65 dimensions": (_file({KEY: _nothing([0] + [1] * 64)}), cannot),
         "other shape": (_file({KEY: _nothing([0, WIDTH])}), "shape of base_model"),
         "integers": (_of_zeros(2 * WIDTH, "U8"), "dtype of base_model"),
