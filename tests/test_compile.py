@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from accelerate.utils import compile_regions
-from architectures.compare import output
 from architectures.table import ARCHITECTURES
+from contracts.compare import output
 from support.versions import before, needs
 from support.ways import PEFT, WAYS, adapted, save_random_adapter
 from torch import Tensor, nn

@@ -34,7 +34,7 @@ from lora_ext.model.adapter_state import (
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.model.saver import SavePretrained
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.state import base_keys
+from lora_ext.nn.adapter_layer import base_keys
 
 _DEFAULT = "default"  # the adapter that PEFT saves in the directory itself
 _STATE_FILE = "model.safetensors"

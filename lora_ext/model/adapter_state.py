@@ -21,7 +21,7 @@ from lora_ext._common.sharded import full_shape, is_elsewhere, is_partitioned, w
 from lora_ext._common.warnings import warn_user
 from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import adapter_layers
-from lora_ext.nn.state import MERGED_KEY
+from lora_ext.nn.layer import MERGED_KEY
 
 MARKER = (
     "this file holds what was trained: load the base model, then call lora_ext.load_adapter(model, directory), or "

@@ -1,13 +1,11 @@
 """Modules that hold a frozen base layer and its adapters.
 
 - Layers: ``linear`` (with cases of its own for ``tensor_parallel`` weights and ``base_product``), ``packed_linear``,
-  ``dora_linear`` (``dora`` has its arithmetic), ``conv``, ``embedding``, ``attention``, ``parameter`` (a bare one, or
-  experts: ``parameter_view`` stands in for it). ``trained`` trains a module in full, ``trainable_tokens`` rows of an
-  embedding.
+  ``dora``, ``conv``, ``embedding``, ``attention``, ``parameter`` (a bare one, or experts: ``parameter_view`` stands in
+  for it). ``trained`` trains a module in full, ``trainable_tokens`` rows of an embedding.
 - What layers are made of: ``layer`` on ``adapter_layer``, their base classes; ``adapter``, one low-rank update;
-  ``active``, the names in use; ``joined``, several of them as one update; ``base_layer``, what may be assumed of the
-  frozen layer, and what it cannot be; ``expand``, an up-projection added to its output; ``state``, what ``state_dict``
-  says of all this.
+  ``active``, the names in use; ``updates``, several of them as one, added to an output; ``base_layer``, what may be
+  assumed of the frozen layer, and what it cannot be.
 - Layers that read one tensor: ``shared_inputs`` computes them together, ``input_groups`` finds and reports them.
 - Mixed batches, whose rows name their adapters: ``rows``; ``compiled_rows`` refuses them in compiled code.
 """
@@ -17,7 +15,7 @@ from lora_ext.nn.adapter import LoraAdapter
 from lora_ext.nn.adapter_layer import AdapterLayer
 from lora_ext.nn.attention import LoraMultiheadAttention
 from lora_ext.nn.conv import LoraConv
-from lora_ext.nn.dora_linear import DoraAdapter, DoraLinear
+from lora_ext.nn.dora import DoraAdapter, DoraLinear
 from lora_ext.nn.embedding import EmbeddingAdapter, LoraEmbedding
 from lora_ext.nn.layer import LoraLayer
 from lora_ext.nn.linear import LoraLinear

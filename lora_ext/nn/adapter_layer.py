@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext.nn.active import ActiveAdapters
-from lora_ext.nn.state import uses_base_keys
 
 # Accelerate sets these on a module that it hooks, and deletes them where it finds them.
 _OF_HOOKS = frozenset({"_hf_hook", "_old_forward"})
-
 
 _OF_PEFT = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
 INSTEAD_OF_PEFT = (
@@ -26,6 +27,22 @@ INSTEAD_OF_PEFT = (
 def is_of_peft(module: object) -> bool:
     """Returns whether ``module`` is a layer of PEFT, by its classes' names: PEFT may not be installed."""
     return any(kind.__name__ in _OF_PEFT and kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
+_uses_base_keys: ContextVar[bool] = ContextVar("lora_ext_base_keys", default=False)
+
+
+@contextmanager
+def base_keys() -> Iterator[None]:
+    """Gives ``state_dict`` of adapted models the base model's keys and no adapter's, in this thread.
+
+    The values are those that the model computes with, except for updates that are not merged.
+    """
+    token = _uses_base_keys.set(True)
+    try:
+        yield
+    finally:
+        _uses_base_keys.reset(token)
 
 
 class AdapterLayer(nn.Module):
@@ -97,8 +114,8 @@ class AdapterLayer(nn.Module):
         return self.base_layer
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Returns the state, with the base layer's keys within :func:`~lora_ext.nn.state.base_keys`."""
-        if not uses_base_keys():
+        """Returns the state, with the base layer's keys within :func:`base_keys`."""
+        if not _uses_base_keys.get():
             return super().state_dict(*args, **kwargs)
         return self._base_state_dict(**dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)), **kwargs)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import starmap
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.base_layer import has_forward_of, has_hooks, runs_alone, why_not_merge, why_weight_unusable
-from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.linear import add_updates
-from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, row_choice
+from lora_ext.nn.updates import Update, joined, sum_of_biases
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -43,7 +41,6 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
     """
 
     base_kinds = "nn.MultiheadAttention"
-    rows_choose = True
     adapted_along = ("out_proj",)
     weight_name = "in_proj_weight"
 
@@ -105,10 +102,9 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is in use.
             RuntimeError: the base attention has hooks or another forward.
         """
-        base, choice = self.base_layer, row_choice(self.active)
-        names, out_proj = self._applied(choice), base.out_proj
+        base, names = self.base_layer, self._applied_to_all()
         arguments = query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        if choice is None and not names and not any(layer._applied() for layer in _layers_of(out_proj)):
+        if not names and not any(layer._applied_to_all() for layer in _layers_of(base.out_proj)):
             return base(*arguments)
         if not runs_alone(base) and (has_hooks(base) or not has_forward_of(base, nn.MultiheadAttention)):
             raise RuntimeError(f"{type(self).__name__}: base_layer: {_HOOKED}")
@@ -117,7 +113,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             raise ValueError(f"{type(self).__name__}: is_causal is a hint about attn_mask, which is None; pass it")
 
         is_batched = query.dim() == 3
-        q, k, v = (self._split_heads(y) for y in self._project((query, key, value), choice, names))
+        q, k, v = (self._split_heads(y) for y in self._project((query, key, value), names))
         is_causal = is_causal and key_padding_mask is None
         if is_causal and not need_weights:
             mask = None  # the hint says it all
@@ -128,12 +124,9 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if is_batched else weights.squeeze(0)
 
-        if choice is not None:  # out_proj takes rows first
-            y = out_proj(y.transpose(1, 2).flatten(-2))
-            return y if base.batch_first else y.transpose(0, 1), weights
         y = y.transpose(1, 2) if base.batch_first or not is_batched else y.permute(2, 0, 1, 3)
         y = y.flatten(-2)
-        return out_proj(y if is_batched else y.squeeze(0)), weights
+        return base.out_proj(y if is_batched else y.squeeze(0)), weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Tensor | None]) -> None:
         """ValueError, TypeError: the shapes do not match, a mask has another dtype, or a tensor is nested."""
@@ -169,45 +162,26 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p)
         return weights @ v, weights
 
-    def _project(
-        self, inputs: tuple[Tensor, Tensor, Tensor], choice: RowChoice | None, names: tuple[str, ...]
-    ) -> Iterator[Tensor]:
+    def _project(self, inputs: tuple[Tensor, Tensor, Tensor], names: tuple[str, ...]) -> Iterator[Tensor]:
         """Yields the projections of the inputs, each ``[..., embed_dim]``; equal inputs are read once."""
         begin, E = 0, self.base_layer.embed_dim
         for end in range(1, 4):
             if end == 3 or inputs[end] is not inputs[begin]:
-                yield from self._product(inputs[begin], slice(begin * E, end * E), choice, names).split(E, dim=-1)
+                yield from self._product(inputs[begin], slice(begin * E, end * E), names).split(E, dim=-1)
                 begin = end
 
-    def _product(self, x: Tensor, part: slice, choice: RowChoice | None, names: tuple[str, ...]) -> Tensor:
+    def _product(self, x: Tensor, part: slice, names: tuple[str, ...]) -> Tensor:
         """Returns the product of ``x`` and the rows ``part`` of the weight, with the adapters ``names``."""
-        weight, bias, updates = self.weight[part], self.bias, RowUpdates()
+        weight, bias, updates, biases = self.weight[part], self.bias, [], []
         bias = None if bias is None else bias[part]
-        for name in names:
-            held = at_hand(self.adapters[name])
-            scaled = None if held.lora_bias is None else held.scaling * held.lora_bias[part]
+        for held in [at_hand(self.adapters[name]) for name in names]:
             dropout_p = held.lora_dropout if self.training else 0.0
-            updates.add(name, held.lora_A, held.lora_B[part], held.scaling, dropout_p, scaled)
-        if choice is not None:
-            return self._product_by_rows(x, weight, bias, choice, updates)
+            updates.append(Update(held.lora_A, held.lora_B[part], held.scaling, dropout_p))
+            if held.lora_bias is not None:
+                biases.append(held.scaling * held.lora_bias[part])
         if not names:
             return F.linear(x, weight, bias)
-        if updates.biases:  # rounded once
-            bias = sum(updates.biases.values(), 0 if bias is None else bias).to(weight.dtype)
-        columns = updates.lora_As, updates.lora_Bs, updates.scalings, updates.dropouts
-        return add_updates(x, weight, bias, joined([*starmap(Update, zip(*columns, strict=True))]))
-
-    def _product_by_rows(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, choice: RowChoice, updates: RowUpdates
-    ) -> Tensor:
-        """Returns the product of ``x`` and ``weight``; each row of the batch uses the adapter that it has chosen."""
-        if x.dim() != 3:
-            raise ValueError(f"{type(self).__name__}: adapter_names needs a batch, but query has no such dimension")
-        first = self.base_layer.batch_first
-        x, times = choice.aligned(self, x if first else x.transpose(0, 1))
-        y = F.linear(x, weight, bias).contiguous()
-        y = add_chosen(y, x.to(y.dtype), choice, updates, times)
-        return y if first else y.transpose(0, 1)
+        return add_updates(x, weight, sum_of_biases(bias, biases, weight.dtype), joined(updates))
 
     def _split_heads(self, y: Tensor) -> Tensor:
         """Reshapes to ``[batch, num_heads, length, head_dim]``."""

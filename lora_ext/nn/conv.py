@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from lora_ext.nn.adapter import Device, LoraAdapter
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.base_layer import why_not_merge
-from lora_ext.nn.expand import expand_onto
-from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import AddsToOutput, Matrix
 from lora_ext.nn.rows import RowChoice
+from lora_ext.nn.updates import Update, expand_onto, joined
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

@@ -12,9 +12,8 @@ from lora_ext._common.sharded import full_shape
 from lora_ext.nn.adapter import Device, LoraAdapter
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.base_layer import has_forward_of, why_not_merge, why_weight_unusable
-from lora_ext.nn.expand import expand_onto
-from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import AddsToOutput
+from lora_ext.nn.updates import Update, expand_onto, joined
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

@@ -17,13 +17,17 @@ from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
 from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
 from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
-from lora_ext.nn.base_layer import own_copy, runs_alone, tensor_of, why_weight_unusable
+from lora_ext.nn.base_layer import runs_alone, tensor_of, why_weight_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
-from lora_ext.nn.state import MERGED_KEY, check_nothing_merged
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
+
+
+MERGED_KEY = "_extra_state"
+"""Marks a layer with merged adapters in a ``state_dict``, so that no update is counted twice or lost. It is PyTorch's
+name for state that is not a parameter, which torch.distributed.checkpoint knows."""
 
 
 class Matrix(NamedTuple):
@@ -177,6 +181,14 @@ class LoraLayer(AdapterLayer):
             )
         return tuple(name for name in self.active_adapters if name not in merged)
 
+    def _applied_to_all(self) -> tuple[str, ...]:
+        """Returns :meth:`_applied` of a layer that computes all rows alike. ValueError: rows have chosen one of its."""
+        choice = row_choice(self.active)
+        names = self._applied(choice)
+        if names and choice is not None:
+            raise ValueError(f"{type(self).__name__}: adapter_names: all rows are computed with one adapter")
+        return names
+
     # --- merging -----------------------------------------------------------------------------------------------------
 
     @property
@@ -274,8 +286,15 @@ class LoraLayer(AdapterLayer):
             destination[prefix + MERGED_KEY] = torch.ones((), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        check_nothing_merged(self, state_dict, prefix)
-        state_dict.pop(prefix + MERGED_KEY, None)  # PyTorch would call it unexpected
+        in_state = state_dict.pop(prefix + MERGED_KEY, None) is not None  # PyTorch would call it unexpected
+        # The record that unmerges a weight is not in the state.
+        if (in_state or self.is_merged) and any(prefix + path in state_dict for path in self.merged_into()):
+            where = repr(prefix.removesuffix(".") or type(self).__name__)
+            place = "the state, where the update would count twice" if in_state else "the model"
+            raise RuntimeError(
+                f"load_state_dict: adapters are merged into {where} in {place}; call unmerge(model) before taking or "
+                "loading a state_dict"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _bias_factors(self, adapter: LoraAdapter) -> Mapping[str, tuple[Tensor, Tensor, float]]:
@@ -326,14 +345,11 @@ class AddsToOutput(TransparentLayer, LoraLayer):
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
-        y = self.base_layer(x)
-        given, (x, times) = x, choice.aligned(self, x)
-        y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
             return self._add(y, x, [at_hand(self.adapters[name])], may_change=False)
 
-        return add_by_rows(y, x.to(y.device), choice, self._applied(choice), times, add)
+        return add_by_rows(self, x, choice, self._applied(choice), add)
 
     def _add(self, y: Tensor, x: Tensor, adapters: list[LoraAdapter], may_change: bool) -> Tensor:
         """Returns ``y``, which may be overwritten if ``may_change``, plus the updates of ``adapters`` for ``x``."""

@@ -13,11 +13,11 @@ from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
 from lora_ext.nn import base_product
 from lora_ext.nn.adapter import Device, FactorsAtHand, LoraAdapter, at_hand, factors_at_hand
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
-from lora_ext.nn.joined import Update, joined
 from lora_ext.nn.layer import LoraLayer, Matrix
-from lora_ext.nn.rows import LayerSlots, RowChoice, RowUpdates, add_chosen, linear_with_chosen, row_choice
+from lora_ext.nn.rows import LayerSlots, RowChoice, RowUpdate, add_chosen, linear_with_chosen, row_choice
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, compute_alone, frozen_product, neighbours_of
 from lora_ext.nn.tensor_parallel import add_split_update, split_dim, split_factors
+from lora_ext.nn.updates import Update, joined, sum_of_biases
 from lora_ext.quantized import quantized_weight
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ class OverLinear(LoraLayer):
     """Says which linear layers can be adapted and what their sizes are; LoRA and DoRA add what they compute."""
 
     base_kinds = "an nn.Linear or Conv1D"
-    rows_choose = True
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -61,7 +60,7 @@ class LoraLinear(SharesInputs, OverLinear):
     """``base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` with the base layer frozen, in fused kernels.
 
     Active adapters are computed together with the base layer, as one update, if they have one dropout and one dtype
-    (:func:`~lora_ext.nn.joined.joined`); each further kind takes another pass over the output. With ``lora_bias`` an
+    (:func:`~lora_ext.nn.updates.joined`); each further kind takes another pass over the output. With ``lora_bias`` an
     adapter also adds ``scaling * lora_bias``.
 
     If a call of the base layer would do more than multiply by its weight (:mod:`lora_ext.nn.base_layer`), or if its
@@ -75,6 +74,7 @@ class LoraLinear(SharesInputs, OverLinear):
         active: names of the adapters in use, shared with other layers; by default the first adapter's name.
     """
 
+    rows_choose = True
     slots: LayerSlots | None = None  # adapters of a pool
 
     @classmethod
@@ -126,7 +126,7 @@ class LoraLinear(SharesInputs, OverLinear):
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             weight, bias = plain
-            bias = add_lora_biases(bias, weight.dtype, adapters)
+            bias = sum_of_biases(bias, scaled_biases(adapters), weight.dtype)
             return add_updates(x, weight, bias, joined(self._updates(names, adapters)))
         return self._add_to_output(x, self.base_layer(x, *args, **kwargs), names, adapters)
 
@@ -172,7 +172,7 @@ class LoraLinear(SharesInputs, OverLinear):
             for adapter in adapters:
                 y = add_split_update(self, y, x, weight, adapter, adapter.lora_dropout if self.training else 0.0)
             return y
-        if (bias := add_lora_biases(None, y.dtype, adapters)) is not None:
+        if (bias := sum_of_biases(None, scaled_biases(adapters), y.dtype)) is not None:
             y = y + bias  # not in place: samples of torch.func.vmap may share y
         x = x.to(device=y.device, dtype=y.dtype)
         for update in joined(self._updates(names, adapters)):
@@ -203,15 +203,14 @@ class LoraLinear(SharesInputs, OverLinear):
     def is_needed(self) -> bool:
         return super().is_needed or self.slots is not None
 
-    def _row_updates(self, names: tuple[str, ...]) -> RowUpdates:
-        adapters, training, updates = self._modules["adapters"]._modules, self.training, RowUpdates()
+    def _row_updates(self, names: tuple[str, ...]) -> list[RowUpdate]:
+        adapters, training, updates = self._modules["adapters"]._modules, self.training, []
         for name in names:
             adapter = adapters[name]
             lora_A, lora_B, bias = factors_at_hand(adapter)
             scaling, dropout_p = adapter.scaling, adapter.lora_dropout if training else 0.0
-            if bias is not None:
-                bias = scaling * bias
-            updates.add(name, lora_A, self._full_lora_B(name, lora_B), scaling, dropout_p, bias)
+            bias = None if bias is None else scaling * bias
+            updates.append(RowUpdate(name, lora_A, self._full_lora_B(name, lora_B), scaling, dropout_p, bias))
         return updates
 
     def _full_lora_B(self, name: str, lora_B: Tensor) -> Tensor:
@@ -219,18 +218,12 @@ class LoraLinear(SharesInputs, OverLinear):
         return lora_B
 
 
-def add_lora_biases(bias: Tensor | None, dtype: torch.dtype, adapters: Sequence[LoraAdapter]) -> Tensor | None:
-    """Adds the scaled biases of the adapters to ``bias``, out of place; the sum is rounded to ``dtype`` once."""
-    total = bias
-    for adapter in adapters:
-        if adapter.lora_bias is not None:
-            scaled = adapter.scaling * adapter.lora_bias
-            total = scaled if total is None else total + scaled
-    return bias if total is bias else total.to(dtype)
+def scaled_biases(adapters: Sequence[LoraAdapter]) -> list[Tensor]:
+    return [adapter.scaling * adapter.lora_bias for adapter in adapters if adapter.lora_bias is not None]
 
 
 def add_updates(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Update]) -> Tensor:
-    """Returns ``x @ weight.T + bias`` plus one or more updates (see :func:`~lora_ext.nn.joined.joined`)."""
+    """Returns ``x @ weight.T + bias`` plus one or more updates (see :func:`~lora_ext.nn.updates.joined`)."""
     first, *others = updates
     y = functional.lora_linear(x, weight, bias, *first)
     for update in others:

@@ -21,7 +21,6 @@ from lora_ext.nn.parameter_view import (
     call_with_updates,
     call_with_value,
 )
-from lora_ext.nn.rows import RowChoice, row_choice
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig
@@ -129,9 +128,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if (choice := row_choice(self.active)) is not None:
-            return self._forward_rows(choice, *args, **kwargs)
-        names = self._applied()
+        names = self._applied_to_all()
         if not names:
             return self.base_layer(*args, **kwargs)
         module = self.module
@@ -148,11 +145,6 @@ class LoraParameter(TransparentLayer, LoraLayer):
                 return call_with_value(self.base_layer, module, name, updated, args, kwargs)
             substitute = {self._path_from_base_layer(): updated}
             return torch.func.functional_call(self.base_layer, substitute, args, kwargs, tie_weights=False)
-
-    def _forward_rows(self, choice: RowChoice, *args: Any, **kwargs: Any) -> Any:
-        if self._applied(choice):
-            raise ValueError(f"{type(self).__name__}: adapter_names: all rows are computed with one adapter")
-        return self.base_layer(*args, **kwargs)
 
     def _stacked_factors(self, adapter: LoraAdapter) -> tuple[Tensor, Tensor]:
         """``lora_A [num_experts, r, in_features]`` and ``lora_B [num_experts, out_features, r]``."""

@@ -2,7 +2,7 @@
 
 :mod:`lora_ext.model.mixed_batch` checks the names of a call and makes a :class:`RowChoice` current; layers ask for it
 (:func:`row_choice`) and add the chosen updates, by a grouped op (:func:`add_chosen`, :func:`linear_with_chosen`,
-:class:`LayerSlots`) or, where there is none, adapter by adapter (:func:`add_by_rows`, :func:`call_by_rows`).
+:class:`LayerSlots`) or, where there is none, adapter by adapter (:func:`add_by_rows`).
 
 The choice belongs to a call and its thread: a context variable holds it, and the model does not change. Activation
 checkpointing runs layers again in the backward, when the call is over; then the autograd node that runs tells which
@@ -16,16 +16,17 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lora_ext import functional
 from lora_ext._ops.checks import FLOATING
 from lora_ext.nn import base_product
 from lora_ext.nn.adapter_layer import AdapterLayer
+from lora_ext.nn.base_layer import own_copy
 
 if TYPE_CHECKING:
     from lora_ext.nn.active import ActiveAdapters
@@ -264,50 +265,30 @@ def _choice_of_backward(active: ActiveAdapters, task: int) -> RowChoice | None:
 # --- one op for all adapters ------------------------------------------------------------------------------------------
 
 
-class RowUpdates:
-    """Adapters' updates of a linear layer, in columns: arguments of :func:`lora_ext.functional.lora_grouped_`.
+class RowUpdate(NamedTuple):
+    """The update of an adapter of a linear layer, for the rows that choose it; ``bias`` is scaled already."""
 
-    ``biases`` are by name, and scaled already.
-    """
+    name: str
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float
+    bias: Tensor | None = None
 
-    __slots__ = ("biases", "dropouts", "lora_As", "lora_Bs", "names", "scalings")
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.lora_As: list[Tensor] = []
-        self.lora_Bs: list[Tensor] = []
-        self.scalings: list[float] = []
-        self.dropouts: list[float] = []
-        self.biases: dict[str, Tensor] = {}
-
-    def add(
-        self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, bias: Tensor | None = None
-    ) -> None:
-        self.names.append(name)
-        self.lora_As.append(lora_A)
-        self.lora_Bs.append(lora_B)
-        self.scalings.append(scaling)
-        self.dropouts.append(dropout_p)
-        if bias is not None:
-            self.biases[name] = bias
-
-    def alike(self) -> list[RowUpdates]:
-        """Splits them, without biases, into those that one op can compute: of one dropout and one dtype."""
-        kinds = [(p, lora_A.dtype) for p, lora_A in zip(self.dropouts, self.lora_As, strict=True)]
-        if len(set(kinds)) == 1:
-            return [self]
-        parts = {kind: RowUpdates() for kind in kinds}
-        columns = zip(self.names, self.lora_As, self.lora_Bs, self.scalings, self.dropouts, strict=True)
-        for kind, entries in zip(kinds, columns, strict=True):
-            parts[kind].add(*entries)
-        return list(parts.values())
+def _alike(updates: Sequence[RowUpdate]) -> list[list[RowUpdate]]:
+    """Splits them into those that one op can compute: of one dropout and one dtype."""
+    kinds: dict[tuple, list[RowUpdate]] = {}
+    for update in updates:
+        kinds.setdefault((update.dropout_p, update.lora_A.dtype), []).append(update)
+    return list(kinds.values())
 
 
 def add_chosen(
     y: Tensor,
     x: Tensor,
     choice: RowChoice,
-    updates: RowUpdates,
+    updates: Sequence[RowUpdate],
     times: int,
     seeds: Callable[[float], Tensor | None] | None = None,
 ) -> Tensor:
@@ -318,13 +299,12 @@ def add_chosen(
         times: consecutive rows for each name.
         seeds: gives the dropout seed for a probability; None: each op draws one.
     """
-    for part in updates.alike():
-        dropout_p = part.dropouts[0]
-        groups = choice.groups(tuple(part.names), times, x.device)
-        scalings = choice.scalings(tuple(part.scalings), x.device)
+    for alike in _alike(updates):
+        names, lora_As, lora_Bs, scalings, (dropout_p, *_), _ = zip(*alike, strict=True)
+        groups, scalings = choice.groups(names, times, x.device), choice.scalings(scalings, x.device)
         seed = seeds(dropout_p) if seeds is not None and dropout_p else None
-        y = functional.lora_grouped_(y, x, part.lora_As, part.lora_Bs, groups, scalings, None, dropout_p, seed)
-    return _add_biases(y, choice, updates.biases, times)
+        y = functional.lora_grouped_(y, x, lora_As, lora_Bs, groups, scalings, None, dropout_p, seed)
+    return _add_biases(y, choice, updates, times)
 
 
 def linear_with_chosen(
@@ -332,26 +312,26 @@ def linear_with_chosen(
     weight: Tensor,
     bias: Tensor | None,
     choice: RowChoice,
-    updates: RowUpdates,
+    updates: Sequence[RowUpdate],
     times: int,
     seeds: Callable[[float], Tensor | None] | None = None,
 ) -> Tensor:
     """Returns ``F.linear(x, weight, bias)`` with what :func:`add_chosen` adds: in one call, if one op can do it all."""
-    if any(updates.dropouts) or len(updates.alike()) != 1:
+    if any(update.dropout_p for update in updates) or len(_alike(updates)) != 1:
         y = base_product.product(x, weight, bias)
         return add_chosen(y, x.to(y.dtype), choice, updates, times, seeds)
-    groups = choice.groups(tuple(updates.names), times, x.device)
-    scalings = choice.scalings(tuple(updates.scalings), x.device)
-    y = functional.lora_grouped_linear(x, weight, bias, updates.lora_As, updates.lora_Bs, groups, scalings)
-    return _add_biases(y, choice, updates.biases, times)
+    names, lora_As, lora_Bs, scalings, *_ = zip(*updates, strict=True)
+    groups, scalings = choice.groups(names, times, x.device), choice.scalings(scalings, x.device)
+    y = functional.lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, groups, scalings)
+    return _add_biases(y, choice, updates, times)
 
 
-def _add_biases(y: Tensor, choice: RowChoice, scaled: dict[str, Tensor], times: int) -> Tensor:
-    if not scaled:
+def _add_biases(y: Tensor, choice: RowChoice, updates: Sequence[RowUpdate], times: int) -> Tensor:
+    biases = {update.name: update.bias.to(y.dtype) for update in updates if update.bias is not None}
+    if not biases:
         return y
-    biases = [bias.to(y.dtype) for bias in scaled.values()]
-    table = torch.stack([*biases, torch.zeros_like(biases[0])])
-    groups = choice.groups(tuple(scaled), times, y.device)
+    table = torch.stack([*biases.values(), torch.zeros_like(next(iter(biases.values())))])
+    groups = choice.groups(tuple(biases), times, y.device)
     of_row = table[groups]  # index -1: zeros
     return y + of_row.view(*groups.shape, *[1] * (y.dim() - groups.dim() - 1), -1)
 
@@ -418,70 +398,30 @@ class LayerSlots:
 
 
 def add_by_rows(
-    y: Tensor,
+    layer: AdapterLayer,
     x: Tensor,
     choice: RowChoice,
-    present: tuple[str, ...],
-    times: int,
+    names: tuple[str, ...],
     add: Callable[[Tensor, Tensor, str], Tensor],
 ) -> Tensor:
-    """Replaces the rows of ``y`` that belong to an adapter by ``add(rows of y, rows of x, name)``, in place.
+    """Returns the base layer's output, in which ``add(rows of it, rows of x, name)`` replaces those of each adapter.
 
-    Args:
-        y, x: output and input of a layer, row by row.
-        present: the adapters that the layer has; rows of other names stay as they are.
-        times: consecutive rows for each name.
+    ``names`` are the chosen adapters that the layer has; rows of others stay as they are.
+
+    Raises:
+        TypeError, ValueError: the base layer returns no tensor, or another number of rows than ``x`` has.
     """
-    groups = choice.groups(present, times, x.device)
-    for i, name in enumerate(present):
+    y = layer.base_layer(x)
+    given, (x, times) = x, choice.aligned(layer, x)
+    y = own_copy(layer, y if x is given else y.expand(len(x), *y.shape[1:]))
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"{type(layer).__name__}: adapter_names needs a module that returns a row for each row of its input, but "
+            f"{list(x.shape)} became {list(y.shape)}"
+        )
+    x = x.to(y.device)
+    groups = choice.groups(names, times, x.device)
+    for i, name in enumerate(names):
         rows = (groups == i).nonzero().squeeze(1)
         y = y.index_copy_(0, rows, add(y[rows], x[rows], name))
     return y
-
-
-def call_by_rows(
-    choice: RowChoice,
-    layer: AdapterLayer,
-    modules: Mapping[str, Callable[..., Tensor]],
-    base: nn.Module,
-    args: tuple,
-    kwargs: dict,
-) -> Tensor:
-    """Calls for each row the module of its adapter, or ``base``; every module once, with all its rows.
-
-    If ``base`` is or has layers with adapters, it gets all rows of the batch.
-
-    Raises:
-        ValueError: the first argument is no tensor with a row for each name, or a module returns something else.
-    """
-    if not args or not isinstance(args[0], Tensor):
-        raise ValueError(f"{type(layer).__name__}: adapter_names needs a tensor as the first argument of the layer")
-    x, times = choice.aligned(layer, args[0])
-    if choice.is_uniform:
-        return modules.get(next(iter(choice.names), BASE), base)(*args, **kwargs)
-
-    def call(module: Callable[..., Tensor], index: Tensor) -> Tensor:
-        values = [x, *args[1:], *kwargs.values()]
-        of_rows = [v[index] if isinstance(v, Tensor) and v.dim() and len(v) == len(x) else v for v in values]
-        return module(*of_rows[: len(args)], **dict(zip(kwargs, of_rows[len(args) :], strict=True)))
-
-    present = tuple(name for name in choice.names if name in modules)
-    groups = choice.groups(present, times, x.device)
-    outputs, order = [], []
-    for i, module in enumerate([base, *(modules[name] for name in present)], start=-1):
-        index = (groups == i).nonzero().squeeze(1)
-        if not len(index):
-            continue
-        if i < 0 and any(isinstance(part, AdapterLayer) for part in base.modules()):
-            y = base(x, *args[1:], **kwargs)  # its layers choose by themselves, from names for all rows
-            y = y[index] if isinstance(y, Tensor) else y
-        else:
-            y = call(module, index)
-        if not isinstance(y, Tensor) or not y.dim() or y.shape[0] != len(index):
-            raise ValueError(
-                f"{type(layer).__name__}: adapter_names needs a module that returns a tensor with a row for each "
-                f"row of its input, not a {type(y).__name__}"
-            )
-        outputs.append(y)
-        order.append(index)
-    return torch.cat(outputs)[torch.cat(order).argsort()]

@@ -9,8 +9,7 @@ its output. One collective of ``[tokens, r]`` is needed:
 | rows split (column-wise) | whole | rows split | whole; its gradient is a sum | all-reduce in the backward |
 | columns split (row-wise) | columns split | whole | a sum over devices | all-reduce in the forward |
 
-If tokens are split outside of such a pair of layers (sequence parallelism), the column-wise layer gathers xa and the
-row-wise one scatters its sum. The gradient of the whole factor is then a sum over devices, too, ``[r, features]``.
+Tokens that are split, too (sequence parallelism), are refused in the forward.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from lora_ext._common.sharded import is_sharded, local
 from lora_ext._ops import composite
 from lora_ext.nn.adapter import FactorsAtHand, LoraAdapter
 from lora_ext.nn.base_layer import splits_tensors
-from lora_ext.nn.expand import expand_onto
+from lora_ext.nn.updates import expand_onto
 
 ROWS, COLUMNS = 0, 1
 
@@ -63,7 +62,7 @@ def add_split_update(
     """Adds the update of ``adapter`` to ``y``, this device's part of the output.
 
     Args:
-        x: the input of the base layer, before its wrapper: whole for a column-wise layer, or split along its tokens.
+        x: the input of the base layer, before its wrapper: whole for a column-wise layer.
 
     ValueError: x and y are not this device's parts as in the table above.
     """
@@ -75,86 +74,56 @@ def add_split_update(
     group = weight.device_mesh.get_group()
     A, B = local(adapter.lora_A), local(adapter.lora_B)
     bias = None if adapter.lora_bias is None else local(adapter.lora_bias)
-    x, size, rank = local(x), group.size(), group.rank()
-    dim = _split_tokens(layer, x, y, size, by_rows, (A.shape[1], B.shape[0]))
-    if dim is not None and by_rows:  # every device has gradients of its own tokens only
-        A = _Collective.apply(A, _SUM_OF_GRADIENTS, dim, group)
-    elif dim is not None:
-        B = _Collective.apply(B, _SUM_OF_GRADIENTS, dim, group)
-        bias = None if bias is None else _Collective.apply(bias, _SUM_OF_GRADIENTS, dim, group)
+    x, size = local(x), group.size()
+    if (x.shape[-1], y.shape[-1]) != (A.shape[1], B.shape[0]) or x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"{type(layer).__name__}: a weight whose {'rows' if by_rows else 'columns'} are split over {size} devices "
+            f"turned {list(x.shape)} into {list(y.shape)}; want {[A.shape[1], B.shape[0]]} features and the same "
+            "tokens; leave other layers, such as heads that gather their output or get split tokens "
+            "(SequenceParallel), out of target_modules"
+        )
     if dropout_p > 0.0:
         # The devices draw alike if they are seeded alike: the mask of the whole input, of which each takes its part.
         seed = functional.draw_seed(x.device, torch.distributed.get_global_rank(group, 0))
         whole, begin = list(x.shape), [0] * x.dim()
         if not by_rows:
             whole[-1] = weight.shape[COLUMNS]
-            begin[-1] = min(rank * -(-whole[-1] // size), whole[-1])  # as torch.chunk splits
-        elif dim is not None:
-            whole[dim], begin[dim] = size * x.shape[dim], rank * x.shape[dim]
+            begin[-1] = min(group.rank() * -(-whole[-1] // size), whole[-1])  # as torch.chunk splits
         x = composite.dropped_part(x, dropout_p, seed, whole, begin)
     with torch.autocast(x.device.type, enabled=False):
         xa = F.linear(x.to(A.dtype), A)
-    of_all_tokens, of_split_ones = (_SUM_OF_GRADIENTS, _GATHERED) if by_rows else (_SUM, _SCATTERED)
-    xa = _Collective.apply(xa, of_all_tokens if dim is None else of_split_ones, dim, group)
+    xa = (_SumOfGradients if by_rows else _Sum).apply(xa, group)
     if bias is not None:
         y = y + (adapter.scaling * bias).to(y.dtype)
     return expand_onto(y, xa, B, composite.scale(adapter.scaling, dropout_p))
 
 
-def _split_tokens(
-    layer: nn.Module, x: Tensor, y: Tensor, size: int, by_rows: bool, features: tuple[int, int]
-) -> int | None:
-    """Returns the dimension along which the tokens outside of the layers are split, or None.
-
-    ``features``: this device's in- and output features.
-    """
-    few, all_ = (x.shape[:-1], y.shape[:-1]) if by_rows else (y.shape[:-1], x.shape[:-1])
-    if (x.shape[-1], y.shape[-1]) == features and len(few) == len(all_):
-        if few == all_:
-            return None
-        differ = [dim for dim in range(len(few)) if few[dim] != all_[dim]]
-        if len(differ) == 1 and size * few[differ[0]] == all_[differ[0]]:
-            return differ[0]
-    split = "rows" if by_rows else "columns"
-    raise ValueError(
-        f"{type(layer).__name__}: a weight whose {split} are split over {size} devices turned "
-        f"{list(x.shape)} into {list(y.shape)}; want {list(features)} features, and the same tokens, or tokens split "
-        "equally outside of the layer (SequenceParallel); leave other layers, such as heads that gather their output, "
-        "out of target_modules"
-    )
-
-
-def _collective(name: str, tensor: Tensor, dim: int | None, group) -> Tensor:
-    """Runs a collective, by its name, and waits for it. Whoever made the DTensors has loaded the module."""
-    if name == "none":
-        return tensor.view_as(tensor)
+def _all_reduce(tensor: Tensor, group) -> Tensor:
+    """Sums over devices. Whoever made the DTensors has loaded the module."""
     collectives = torch.distributed._functional_collectives
-    arguments = {
-        "all_reduce": ("sum", group),
-        "all_gather_tensor": (dim, group),
-        "reduce_scatter_tensor": ("sum", dim, group),
-    }
-    return collectives.wait_tensor(getattr(collectives, name)(tensor.contiguous(), *arguments[name]))
+    return collectives.wait_tensor(collectives.all_reduce(tensor.contiguous(), "sum", group))
 
 
-class _Collective(torch.autograd.Function):
-    """Runs one collective in the forward and another one in the backward."""
+class _Sum(torch.autograd.Function):
+    """Sums over devices; the gradient is the same on all of them."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, names: tuple[str, str], dim: int | None, group) -> Tensor:
-        ctx.arguments = names[1], dim, group
-        return _collective(names[0], tensor, dim, group)
+    def forward(ctx, tensor: Tensor, group) -> Tensor:
+        return _all_reduce(tensor, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        name, dim, group = ctx.arguments
-        return _collective(name, grad, dim, group), None, None, None
+        return grad, None
 
 
-_SUM = "all_reduce", "none"  # its gradient is the same on all devices
-_SUM_OF_GRADIENTS = (
-    "none",
-    "all_reduce",
-)  # a tensor that is the same on all devices, with a part of its gradient on each
-_GATHERED = "all_gather_tensor", "reduce_scatter_tensor"  # the tokens of all devices
-_SCATTERED = "reduce_scatter_tensor", "all_gather_tensor"  # sums over devices, of this device's tokens
+class _SumOfGradients(torch.autograd.Function):
+    """Passes on a tensor that is the same on all devices, and sums its gradient, of which each has a part."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _all_reduce(grad, ctx.group), None

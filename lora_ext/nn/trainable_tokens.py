@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_ext._common.sharded import bring_for_calls
 from lora_ext._ops.checks import accumulation_dtype
 from lora_ext.nn.adapter_layer import TransparentLayer, freeze, innermost
-from lora_ext.nn.base_layer import has_forward_of, own_copy, why_weight_unusable
+from lora_ext.nn.base_layer import has_forward_of, why_weight_unusable
 from lora_ext.nn.embedding import scaled_rows, why_embedding_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
 
@@ -140,15 +140,11 @@ class TrainableTokens(TransparentLayer):
 
     def _forward_rows(self, choice: RowChoice, x: Tensor) -> Tensor:
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
-        y = self.base_layer(x)
-        given, (x, times) = x, choice.aligned(self, x)
-        y = own_copy(self, y if x is given else y.expand(len(x), *y.shape[1:]))
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
             return self._replace(y, x, _rows_of(self.adapters[name]))
 
-        present = tuple(name for name in choice.names if name in self.adapters)
-        return add_by_rows(y, x, choice, present, times, add)
+        return add_by_rows(self, x, choice, tuple(name for name in choice.names if name in self.adapters), add)
 
     def _replace(self, y: Tensor, x: Tensor, rows: TokenRows) -> Tensor:
         base = self.inner_layer

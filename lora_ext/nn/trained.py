@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext.nn.adapter_layer import TransparentLayer
-from lora_ext.nn.rows import call_by_rows, row_choice
+from lora_ext.nn.rows import add_by_rows, row_choice
 
 
 class TrainedModule(TransparentLayer):
@@ -38,10 +38,15 @@ class TrainedModule(TransparentLayer):
         return self._modules["base_layer"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if (choice := row_choice(self.active)) is not None:
-            modules = {name: self.adapters[name] for name in choice.names if name in self.adapters}
-            return call_by_rows(choice, self, modules, self.base_layer, args, kwargs)
-        return self.in_use(*args, **kwargs)
+        if (choice := row_choice(self.active)) is None:
+            return self.in_use(*args, **kwargs)
+        adapters = self.adapters
+        names = tuple(name for name in choice.names if name in adapters)
+        if choice.is_uniform or not names:
+            return (adapters[names[0]] if names else self.base_layer)(*args, **kwargs)
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise ValueError(f"{type(self).__name__}: adapter_names needs a module that is called with one tensor")
+        return add_by_rows(self, args[0], choice, names, lambda y, x, name: adapters[name](x).to(y.dtype))
 
     def _base_state_dict(self, **kwargs: Any) -> dict[str, Any]:
         return self.in_use.state_dict(**kwargs)

@@ -44,28 +44,10 @@ class Positions(nn.Module):
         return self.head(x.flatten(0, 1)).view(*ids.shape, -1)
 
 
-class Attention(nn.Module):
-    def __init__(self, batch_first: bool, need_weights: bool) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
-        self.need_weights = need_weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        attention = self.attention
-        x = x if attention.batch_first else x.transpose(0, 1)
-        y, weights = attention(x, x, x, need_weights=self.need_weights)
-        y = y if attention.batch_first else y.transpose(0, 1)
-        return y if weights is None else torch.cat([y, weights], dim=-1)
-
-
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str], Callable[[], Tensor]]] = {
     "linear": (Net, ["up", "head"], lambda: torch.randn(5, 6)),
     "convolution": (Convolutions, ["one", "two", "grouped"], lambda: torch.randn(5, 3, 8)),
     "embedding": (Positions, ["token", "position", "head"], lambda: torch.randint(9, (5, 7))),
-    "attention": (lambda: Attention(True, False), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "weights": (lambda: Attention(True, True), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "length first": (lambda: Attention(False, False), ["attention"], lambda: torch.randn(5, 4, 8)),
-    "out_proj": (lambda: Attention(False, False), ["out_proj"], lambda: torch.randn(5, 4, 8)),
 }
 
 

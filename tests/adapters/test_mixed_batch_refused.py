@@ -51,6 +51,39 @@ def test_adapters_that_act_on_all_rows_are_refused():
     assert_rows_equal(model, lambda **names: model(x, **names).detach())
 
 
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0, mean: bool = False) -> Tensor:
+        y = scale * self.proj(x)
+        return y.mean(0, keepdim=True) if mean else y
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda head, x: head(x, scale=2.0), "adapter_names needs a module that is called with one tensor"),
+        (lambda head, x: head(torch.cat([x, x, x[:1]])), "adapter_names has 5 names, but the layer's input has"),
+        (lambda head, x: setattr(head.base_layer, "forward", lambda x: x[:2]) or head(x), "became [2, 6]"),
+    ],
+)
+def test_modules_trained_in_full_take_and_return_a_row_for_each_name(call, text):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.head = nn.Linear(6, 6), Head()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(self.head, self.up(x))
+
+    model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]), "a")
+    with pytest.raises(ValueError) as caught:
+        model(torch.randn(5, 6), adapter_names=["a", "__base__", "a", "a", "a"])
+    assert text in str(caught.value)
+
+
 class RoutesTokens(nn.Module):
     """Calls its layer with some of the tokens, as experts are called."""
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from contracts.compare import ALIVE, compare, output
 from support.versions import needs
 
-from architectures.compare import ALIVE, compare, output
 from architectures.table import ARCHITECTURES, SIMILAR
 from lora_ext import LoraConfig, inject, merge
 from lora_ext.adapters import merge_and_unload
@@ -20,6 +20,9 @@ pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.f
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+# Of other kinds than text encoders.
+ACCELERATED = {"Mixtral", "Gemma3", "T5", "Switch", "LLaVA", "Qwen2-VL", "Whisper", "Wav2Vec2"}
+ACCELERATED |= {"UNet (Stable Diffusion)"}
 NOT_MERGED = {name for name in BY_NAME for known in BY_NAME[name].known if known[:2] == ("usual", "merge")}
 
 
@@ -35,8 +38,12 @@ def cases(names, ways):
 @pytest.mark.parametrize("targets", ["all-linear", "usual"])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SIMILAR else n for n in BY_NAME])
 def test_equal_to_peft(name, targets):
-    differences = compare(BY_NAME[name], targets)
-    known = {check for known in BY_NAME[name].known if known.targets == targets for check in known.checks.split()}
+    row = BY_NAME[name]
+    options = {"doors": "inject accelerate" if name in ACCELERATED else "inject", "generates": row.generates}
+    names = targets if targets == "all-linear" else row.targets.split()
+    torch.manual_seed(1)
+    differences = compare(row.build(), row.inputs(), **options, target_modules=names)
+    known = {check for known in row.known if known.targets == targets for check in known.checks.split()}
     assert differences.keys() == known, differences
 
 

@@ -7,10 +7,10 @@ import copy
 import peft
 import pytest
 import torch
+from contracts.compare import ALIVE, assert_all_near, output
 from support.versions import needs
 from torch import Tensor, nn
 
-from architectures.compare import ALIVE, assert_all_near, output
 from architectures.table import ARCHITECTURES
 from lora_ext import LoraConfig, inject
 from lora_ext.adapters import input_groups

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.models import Net, llama, token_ids
-from support.ranks import loss_of, shard, trained, whole
+from support.ranks import assert_bits, assert_merges_alike, loss_of, shard, trained, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -87,25 +87,18 @@ def _merging(rank: int, directory: Path) -> None:
             model(x)  # the root keeps its whole parameters
             merge(model, names)
             merge(alone, names)
-            _check_bits(model, alone.state_dict())
+            assert_bits(model, alone.state_dict())
             torch.testing.assert_close(model(x), alone(x))
         total = torch.tensor(merge_record_bytes(model))
         torch.distributed.all_reduce(total)
         assert total >= merge_record_bytes(alone)
         unmerge(model, "default")
         unmerge(alone, "default")
-        _check_bits(model, alone.state_dict())
+        assert_bits(model, alone.state_dict())
         unmerge(model)
-        _check_bits(model, before)
+        assert_bits(model, before)
         if dtype is torch.float32:
             _refused(model, before, rank, directory)
-
-
-def _check_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    state = model.state_dict()
-    assert state.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(whole(state[key]), value), key
 
 
 def _refused(model: nn.Module, before: dict[str, Tensor], rank: int, directory: Path) -> None:
@@ -120,7 +113,7 @@ def _refused(model: nn.Module, before: dict[str, Tensor], rank: int, directory: 
         merge(model, "default")
     with torch.no_grad():
         weight.copy_(kept)
-    _check_bits(model, before)
+    assert_bits(model, before)
     for caller, call in {
         "merge_and_unload": merge_and_unload,
         "unload": unload,
@@ -138,18 +131,13 @@ def test_merged_bits_shard_by_shard(ranks, number, tmp_path):
 
 
 def _merging_apart(rank: int, apart: str) -> None:
-    model = _adapted().eval()
+    model = _adapted()
     alone = copy.deepcopy(model)
-    before = {key: value.clone() for key, value in alone.state_dict().items()}
     if apart == "columns":
         fully_shard(model, shard_placement_fn=lambda parameter: Shard(1) if parameter.dim() == 2 else None)
     else:
         shard(model, apart)
-    merge(model)
-    merge(alone)
-    _check_bits(model, alone.state_dict())
-    unmerge(model)
-    _check_bits(model, before)
+    assert_merges_alike(model, alone)
 
 
 @pytest.mark.parametrize("apart", ["base", "layer", "adapter", "whole", "columns"])
@@ -170,7 +158,7 @@ def _files(rank: int, directory: Path) -> None:
                 parameter.zero_()
         torch.distributed.barrier()
         load_adapter(model, directory / f"alone{way}")
-        _check_bits(model, alone.state_dict())
+        assert_bits(model, alone.state_dict())
         if way == "":
             (directory / "file").touch()
             with pytest.raises((OSError, RuntimeError), match="cannot write there|another rank could not write"):

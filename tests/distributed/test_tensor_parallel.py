@@ -11,16 +11,16 @@ from unittest import mock
 import pytest
 import torch
 from support.models import Net
-from support.ranks import assert_same, trained, whole
+from support.ranks import assert_merges_alike, assert_same, trained, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
 from lora_ext.adapters import add_weighted_adapter, lora_modules, merge_and_unload, prepare_hotswap
 
 pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
@@ -28,23 +28,17 @@ pytestmark = [pytest.mark.full, pytest.mark.cpu_only("processes with gloo")]
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["up", "down"], "init_lora_weights": False}
 
 
-def _plan(sequence: bool = False) -> dict[str, Any]:
-    """The plan for blocks of ``x + down(tanh(up(x)))``; with ``sequence``, x is split along its tokens."""
-    outside = Shard(1) if sequence else Replicate()
-    return {
-        "blocks.*.up": ColwiseParallel(input_layouts=outside),
-        "blocks.*.down": RowwiseParallel(output_layouts=outside),
-    }
+PLAN = {"blocks.*.up": ColwiseParallel(), "blocks.*.down": RowwiseParallel()}
 
 
-def _adapted(mesh, sequence: bool = False, **options: Any) -> tuple[nn.Module, nn.Module]:
+def _adapted(mesh, **options: Any) -> tuple[nn.Module, nn.Module]:
     """A model that is split and then adapted, and one with the same adapter in one piece; only the blocks are run."""
     torch.manual_seed(2)
     base = Net().blocks
     holder = nn.Module()
     holder.blocks = base
     alone = inject(copy.deepcopy(holder), LoraConfig(**LORA | options))
-    model = inject(parallelize_module(holder, mesh, _plan(sequence)), LoraConfig(**LORA | options))
+    model = inject(parallelize_module(holder, mesh, PLAN), LoraConfig(**LORA | options))
     state = alone.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -64,86 +58,66 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(p.grad) for name, p in trained(model).items()}
 
 
-def _compare(rank: int, sequence: bool, options: dict[str, Any]) -> None:
-    ranks = torch.distributed.get_world_size()
-    mesh = init_device_mesh("cpu", (ranks,))
-    model, alone = _adapted(mesh, sequence, **options)
-    whole = torch.randn(2, 4 * ranks, 6)
-    x = whole.chunk(ranks, 1)[rank] if sequence else whole
-    xs = [tensor.clone().requires_grad_() for tensor in (x, whole)]
-    ys = [_run(one, tensor) for one, tensor in zip((model, alone), xs, strict=True)]
-    part = (lambda tensor: tensor.chunk(ranks, 1)[rank]) if sequence else (lambda tensor: tensor)
-    torch.testing.assert_close(ys[0], part(ys[1]))
+def _compare(rank: int, options: dict[str, Any]) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    models, x = _adapted(mesh, **options), torch.randn(2, 8, 6)
+    xs = [x.clone().requires_grad_() for _ in models]
+    ys = [_run(one, x) for one, x in zip(models, xs, strict=True)]
+    torch.testing.assert_close(*ys)
     for y in ys:
         y.square().sum().backward()
-    torch.testing.assert_close(xs[0].grad, part(xs[1].grad))
-    assert_same(_gradients(model), _gradients(alone))
+    torch.testing.assert_close(xs[0].grad, xs[1].grad)
+    assert_same(*map(_gradients, models))
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_bias": True, "target_modules": ["up"]}], ids=["", "lora_bias"])
-@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
-def test_outputs_and_gradients(ranks, sequence, options):
-    ranks(2, _compare, sequence, options)
+def test_outputs_and_gradients(ranks, options):
+    ranks(2, _compare, options)
 
 
 def _count(rank: int) -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    x, counts = torch.randn(2, 8, 6), {}
-    for sequence in (False, True):
-        mine = (x.chunk(2, 1)[rank] if sequence else x).clone()
-        torch.manual_seed(2)
-        holder = nn.Module()
-        holder.blocks = Net().blocks
-        bare = parallelize_module(holder, mesh, _plan(sequence)).requires_grad_(False)
-        model, _ = _adapted(mesh, sequence)
-        for name, one in (("bare", bare), ("adapted", model)):
-            with CommDebugMode() as collectives:
-                _run(one, mine.clone().requires_grad_()).sum().backward()
-            counts[name] = collectives.get_total_counts()
-        # Each of four layers: an all-reduce; of split tokens a gather, a scatter, and the sum of a factor's gradient.
-        assert counts["adapted"] - counts["bare"] == (12 if sequence else 4), (sequence, counts)
+    mesh, counts = init_device_mesh("cpu", (2,)), []
+    torch.manual_seed(2)
+    holder = nn.Module()
+    holder.blocks = Net().blocks
+    bare = parallelize_module(holder, mesh, PLAN).requires_grad_(False)
+    for one in (bare, _adapted(mesh)[0]):
+        with CommDebugMode() as collectives:
+            _run(one, torch.randn(2, 8, 6).requires_grad_()).sum().backward()
+        counts.append(collectives.get_total_counts())
+    assert counts[1] - counts[0] == 4, counts  # an all-reduce for each of four layers
 
 
 def test_one_collective_for_each_layer(ranks):
     ranks(2, _count)
 
 
-def _dropout_of_one_process(rank: int, sequence: bool) -> list[Tensor]:
-    ranks = torch.distributed.get_world_size()
-    model, alone = _adapted(init_device_mesh("cpu", (ranks,)), sequence, lora_dropout=0.5)
-    whole, ys = torch.randn(2, 4 * ranks, 6), []
-    part = (lambda tensor: tensor.chunk(ranks, 1)[rank]) if sequence else (lambda tensor: tensor)
+def _dropout_of_one_process(rank: int) -> list[Tensor]:
+    model, alone = _adapted(init_device_mesh("cpu", (2,)), lora_dropout=0.5)
+    x, ys = torch.randn(2, 8, 6), []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        ys.append(_run(model, part(whole)).detach())
+        ys.append(_run(model, x).detach())
         torch.manual_seed(seed)
         with mock.patch("torch.distributed.get_rank", return_value=0):  # draws as one process does
-            torch.testing.assert_close(ys[-1], part(_run(alone, whole)).detach())
+            torch.testing.assert_close(ys[-1], _run(alone, x).detach())
     return ys
 
 
-@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
-def test_dropout_is_that_of_one_process_and_repeats_by_seed(ranks, sequence):
-    first, second = ranks(2, _dropout_of_one_process, sequence)
+def test_dropout_is_that_of_one_process_and_repeats_by_seed(ranks):
+    first, second = ranks(2, _dropout_of_one_process)
     for ys in (first, second):
         assert torch.equal(ys[0], ys[1]) and not torch.equal(ys[0], ys[2])
-    assert sequence or all(map(torch.equal, first, second))
+    assert all(map(torch.equal, first, second))
 
 
 def _files(rank: int, directory: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     model, alone = _adapted(mesh)
-    before = {key: value.clone() for key, value in alone.state_dict().items()}
     save_adapter(model, directory / "split")
     if rank == 0:
         save_adapter(alone, directory / "alone")
-    for function in (merge, unmerge):
-        for one in (model, alone):
-            function(one)
-        for key, value in alone.state_dict().items():
-            split = model.state_dict()[key]
-            assert torch.equal(whole(split), value), key
-    assert all(torch.equal(alone.state_dict()[key], value) for key, value in before.items())
+    assert_merges_alike(model, alone)
     torch.distributed.barrier()
     load_adapter(model, directory / "alone", adapter_name="again")
     x = torch.randn(1, 3, 6)
@@ -169,15 +143,7 @@ def _two_dimensions(rank: int) -> None:
         _run(model, batches[rank // 2]).square().mean().backward()
         _run(alone, batches.flatten(0, 1)).square().mean().backward()
         assert_same(_gradients(model), _gradients(alone))
-    before = {name: value.full_tensor() for name, value in model.state_dict().items() if hasattr(value, "full_tensor")}
-    merge(model.eval())
-    merge(alone.eval())
-    for key, value in alone.state_dict().items():
-        split = model.state_dict()[key]
-        assert torch.equal(whole(split), value), key
-    unmerge(model)
-    state = model.state_dict()
-    assert all(torch.equal(state[name].full_tensor(), value) for name, value in before.items())
+    assert_merges_alike(model, alone)
 
 
 def test_two_dimensions_with_fsdp2(ranks):
@@ -224,6 +190,14 @@ def _refused(rank: int) -> None:
     model = inject(parallelize_module(holder, mesh, plan), LoraConfig(**LORA))
     with pytest.raises(ValueError, match="returned a DTensor; parallelize it with use_local_output=True"):
         _run(model, torch.randn(2, 6))
+    layouts = {"up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel(output_layouts=Shard(1))}
+    for name, plan in layouts.items():  # sequence parallelism
+        block = parallelize_module(Net().blocks[0], mesh, {name: plan})
+        layer = getattr(inject(block, LoraConfig(**LORA | {"target_modules": [name]})), name)
+        with pytest.raises(
+            ValueError, match=r"and the same tokens; leave .*\(SequenceParallel\), out of target_modules"
+        ):
+            layer(torch.randn(2, 4, layer.weight.to_local().shape[1]))
     for caller, call in {
         "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["default"], [1.0], "sum"),
         "prepare_hotswap": lambda model: prepare_hotswap(model, 8),

@@ -13,7 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file
 from support.attention import ALIVE, E, H, L, N, S, Wrapper, adapted, assert_same, encoder, inputs, merged_copy
 from support.models import refused
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from lora_ext import functional, load_adapter, merge, save_adapter, set_adapter
@@ -83,14 +83,6 @@ def test_attention_dropout_draws_the_same_mask(need_weights):
     x = inputs("self", True, True)
     assert_same(model, merged_copy(model), x, need_weights=need_weights)
     assert not torch.equal(model(*x)[0], model(*x)[0])
-
-
-def test_lora_dropout_of_the_projections():
-    model = adapted(Wrapper(), lora_dropout=0.5).train()
-    model.attention.base_layer.out_proj.adapters.default.lora_dropout = 0.0
-    tensors = inputs("all", False, True)
-    assert not torch.equal(model(*tensors)[0], model(*tensors)[0])
-    assert torch.equal(model.eval()(*tensors)[0], model(*tensors)[0])
 
 
 def test_separate_passes_read_shared_inputs_once(monkeypatch):
@@ -234,31 +226,6 @@ def test_an_adapter_of_out_proj_next_to_one_of_the_attention(tmp_path):
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-
-
-class OwnForward(nn.MultiheadAttention):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def test_attention_that_cannot_be_adapted():
-    for model, targets, fragment in (
-        (nn.ModuleDict({"a": OwnForward(E, H)}), ["a"], "a (OwnForward): its forward is not nn.MultiheadAttention's"),
-        (nn.ModuleDict({"a": OwnForward(E, H)}), ["out_proj"], "never calls it, and its forward is not"),
-        *(
-            (nn.ModuleDict({"a": nn.MultiheadAttention(E, H, **unusual)}), ["a"], "name its weights in target_param")
-            for unusual in ({"vdim": 5}, {"add_bias_kv": True}, {"add_zero_attn": True})
-        ),
-        (
-            nn.MultiheadAttention(E, H),
-            ["out_proj"],
-            "out_proj (NonDynamicallyQuantizableLinear): nn.MultiheadAttention"
-            " reads its weight and never calls it, and it is the model itself",
-        ),
-        (nn.ModuleDict({"a": nn.MultiheadAttention(E, H).to(torch.complex64)}), ["a"], "in_proj_weight is"),
-    ):
-        with refused(model, TypeError, fragment):
-            adapted(model, targets)
 
 
 @pytest.mark.parametrize(

@@ -7,34 +7,13 @@ import copy
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.merging import same_bits
-from support.models import VOCABULARY, llama, refused, token_ids
 from support.small_nets import TextNet
-from torch import Tensor, nn
+from torch import nn
 
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
+from lora_ext import LoraConfig, inject
 from lora_ext.nn import EmbeddingAdapter, LoraEmbedding
 
 ALIVE = {"r": 3, "lora_alpha": 6, "init_lora_weights": False}
-
-
-def test_we_compute_the_same_from_pefts_file(tmp_path):
-    base, ids = llama().double().eval(), token_ids()
-    theirs = peft.get_peft_model(
-        copy.deepcopy(base), peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], **ALIVE)
-    ).eval()
-    with pytest.warns(UserWarning, match="save_embedding_layers"):
-        theirs.save_pretrained(tmp_path)
-    ours = load_adapter(copy.deepcopy(base), tmp_path)
-    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
-    save_adapter(ours, tmp_path / "again")
-    again, first = (
-        load_file(tmp_path / "again" / "adapter_model.safetensors"),
-        load_file(tmp_path / "adapter_model.safetensors"),
-    )
-    assert again.keys() == first.keys()  # the frozen table, too
-    assert all(same_bits(tensor, first[key]) for key, tensor in again.items())
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", False])
@@ -47,25 +26,6 @@ def test_starts_as_pefts(init):
         assert mine.shape == yours.shape and mine.std().item() == pytest.approx(yours.std().item(), rel=0.15)
 
 
-def test_a_model_reads_the_sizes_of_its_embedding():
-    """Udop clamps ids by the number of embeddings."""
-    model = inject(TextNet(), LoraConfig(target_modules=["tokens"]))
-    assert (model.tokens.num_embeddings, model.tokens.embedding_dim, model.tokens.padding_idx) == (VOCABULARY, 8, 0)
-    assert model.tokens.embed_scale == 8**0.5
-
-
-def test_a_hook_on_the_base_layer_runs_and_its_output_is_not_overwritten():
-    model, ids, seen = TextNet(), token_ids(), []
-    model.tokens.register_forward_hook(lambda *args: args[2].requires_grad_())  # enable_input_require_grads
-    model.tokens.register_forward_hook(lambda *args: seen.append(args[2]))
-    bare = model.tokens(ids).detach()
-    inject(model, LoraConfig(target_modules=["tokens"], **ALIVE))
-    y = model.tokens(ids)
-    y.sum().backward()
-    assert torch.equal(seen[1], bare) and not torch.equal(y, bare)
-    assert seen[1].grad is not None and model.tokens.adapters.default.lora_A.grad is not None
-
-
 def test_gradients_are_dense_on_a_sparse_base_layer():
     base, ids = nn.Embedding(30, 16, sparse=True), torch.tensor([3, 3, 7])
     layer = LoraEmbedding(base, EmbeddingAdapter(30, 16, 4, 8, init_lora_weights=False))
@@ -76,27 +36,3 @@ def test_gradients_are_dense_on_a_sparse_base_layer():
     assert gradient.layout == torch.strided and gradient.any(1).nonzero().flatten().tolist() == [3, 7]
     for A in (gradient, copy.deepcopy(layer).adapters.default.lora_A):  # a token's row is contiguous
         assert A.shape == (30, 4) and A.is_contiguous()
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------
-
-
-class Positions(nn.Embedding):
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids + 2)
-
-
-@pytest.mark.parametrize(
-    ("embedding", "settings", "reason"),
-    [
-        (nn.Embedding(10, 8, max_norm=1.0), {}, "it has max_norm, which changes the frozen weight in every forward"),
-        (Positions(12, 8), {}, "its forward is not nn.Embedding's"),
-        (nn.Embedding(10, 8), {"lora_bias": True}, "an embedding's adapter has no bias; set lora_bias=False"),
-        (nn.EmbeddingBag(10, 8), {}, "no LoRA layer adapts EmbeddingBag"),
-    ],
-)
-def test_embeddings_that_cannot_be_adapted(embedding, settings, reason):
-    model = TextNet()
-    model.positions = embedding
-    with refused(model, TypeError, f"positions ({type(embedding).__name__}): {reason}", "an nn.Embedding"):
-        inject(model, LoraConfig(target_modules=["positions", "head"], **settings))

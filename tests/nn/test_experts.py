@@ -6,21 +6,24 @@ from __future__ import annotations
 
 import copy
 import threading
+import types
 from collections.abc import Callable
 
 import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from contracts.compare import compare
+from contracts.kinds import Uses
 from support.merging import same_bits
 from support.mixtures import FAMILIES, IMPLEMENTATIONS, LargestTensor, mixture
 from support.models import token_ids
 from support.versions import before
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
-from lora_ext.adapters import disable_adapters, lora_modules, merge_and_unload, set_adapter
+from lora_ext import LoraConfig, inject, load_adapter, merge
+from lora_ext.adapters import disable_adapters, lora_modules, set_adapter
+from lora_ext.nn import LoraAdapter, LoraParameter
 
 SETTINGS = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -32,14 +35,6 @@ TOLERANCES = {
     torch.float64: {"rtol": 1e-7, "atol": 1e-7},
     torch.float32: {"rtol": 1e-3, "atol": 1e-5},
 }
-
-
-def theirs_of(base: nn.Module, directory, **settings) -> peft.PeftModel:
-    """``base`` adapted by PEFT, whose adapter is saved to ``directory``."""
-    config = peft.LoraConfig(**SETTINGS | {"target_parameters": EXPERTS} | settings)
-    theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    theirs.save_pretrained(directory)
-    return theirs
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -57,44 +52,11 @@ def adapted(base: nn.Module, name: str = "default", **settings) -> nn.Module:
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=[pytest.mark.full] if name in LIKE_OTHERS else []) for name in FAMILIES]
 )
-def test_losses_gradients_merges_and_files_are_pefts(family, implementation, tmp_path):
-    dtype = DTYPES[implementation]
-    base, ids = mixture(family, implementation).to(dtype), token_ids()
-    theirs = theirs_of(base, tmp_path / "theirs").train()
-    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs", trainable=True).train()
-    losses = [model(input_ids=ids, labels=ids).loss for model in (ours, theirs)]
-    assert abs(losses[0] - base(input_ids=ids, labels=ids).loss) > 1e-3
-    torch.testing.assert_close(*losses, **TOLERANCES[dtype])
-    for loss in losses:
-        loss.backward()
-    wanted = {
-        name.replace(".default", "").removesuffix(".weight"): parameter.grad
-        for name, parameter in theirs.named_parameters()
-        if parameter.requires_grad
-    }
-    found = {
-        f"base_model.model.{name.replace('.adapters.default', '')}": parameter.grad
-        for name, parameter in ours.named_parameters()
-        if parameter.requires_grad
-    }
-    assert found.keys() == wanted.keys() and len(found) == 8
-    for name, gradient in found.items():
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(gradient, wanted[name], **TOLERANCES[dtype])
-
-    save_adapter(ours, tmp_path / "ours")
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
-    torch.testing.assert_close(*files, rtol=0, atol=0)
-    with torch.no_grad():
-        expected = ours.eval()(input_ids=ids).logits
-        merge(ours)
-        torch.testing.assert_close(ours(input_ids=ids).logits, expected, **TOLERANCES[dtype])
-    unmerge(ours)
-    for path, layer in lora_modules(ours):
-        pristine = getattr(base.get_submodule(path.replace(".base_layer", "")), layer.parameter_name)
-        assert same_bits(layer.weight, pristine)
-    plain = [dict(merged.named_parameters()) for merged in (merge_and_unload(ours), theirs.merge_and_unload())]
-    torch.testing.assert_close(*plain, **TOLERANCES[dtype])
+def test_equal_to_peft(family, implementation):
+    torch.manual_seed(1)
+    base = mixture(family, implementation).to(DTYPES[implementation])
+    differences = compare(base, {"input_ids": token_ids()}, target_modules=[], target_parameters=EXPERTS)
+    assert not differences, differences
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -255,3 +217,58 @@ def test_a_module_that_reads_its_parameter_otherwise():
     found = torch.compile(layer, backend="eager", fullgraph=True)(x)
     torch.testing.assert_close(found, layer(x))
     assert not torch.allclose(found, layer.base_layer(x))
+
+
+# --- bare parameters --------------------------------------------------------------------------------------------------
+
+
+def test_an_error_in_the_module_leaves_its_parameters_in_place():
+    model = adapted(nn.ModuleDict({"m": Uses(False)}), target_parameters=["m.up", "m.mix"])["m"]
+    before = dict(model.named_parameters())
+    with pytest.raises(RuntimeError):
+        model(torch.randn(4, 5))
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is p for name, p in before.items())
+
+
+def test_a_layer_without_inject():
+    module, x = Uses(False), torch.randn(4, 8)
+    module.shift = nn.Parameter(torch.zeros(6))
+    layer = LoraParameter(module, "up", LoraAdapter(8, 5, 2, 4, init_lora_weights=False, shapes=((6, 8), (5, 6))))
+    assert (layer(x) - module(x)).abs().max() > 1e-2
+    assert layer.delta_weight(key="weight[1]").shape == (5, 8)
+    outer = LoraParameter(layer, "mix", LoraAdapter(5, 6, 2, 4))
+    assert all(p.requires_grad == ("adapters" in name) for name, p in outer.named_parameters())
+    assert layer.shift is module.shift and "parameter_name='up'" in repr(layer)
+    for name, text in (("shift", "its shift has 1 dimensions, want 2, or 3"), ("nothing", "its nothing is computed")):
+        with pytest.raises(TypeError, match=text):
+            LoraParameter(module, name)
+
+
+def test_an_attention_by_its_parameters(tmp_path):
+    """Target parameters are how PEFT adapts an attention with separate query, key and value weights."""
+    base = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, kdim=5, vdim=6, dtype=torch.float64)})
+    names = [f"a.{name}_proj_weight" for name in "qkv"]
+    q, k, v = (torch.randn(3, n, dtype=torch.float64) for n in (8, 5, 6))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**SETTINGS | {"target_parameters": names}))
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(copy.deepcopy(base), tmp_path)
+    assert (ours["a"](q, k, v)[0] - base["a"](q, k, v)[0]).abs().max() > 1e-3
+    torch.testing.assert_close(ours["a"](q, k, v), theirs.base_model.model["a"](q, k, v))
+
+
+def test_a_version_of_transformers_without_a_grouped_product(monkeypatch):
+    """Transformers 5.0 has the module of the experts, but not the op grouped_mm_fallback."""
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.weight * 2.0).t()
+
+    model, x = adapted(nn.Sequential(Doubled()), target_parameters=["0.weight"]), torch.randn(5, 4)
+    expected = model(x)
+    monkeypatch.setattr(torch.ops, "transformers", types.SimpleNamespace())
+    assert torch.equal(model(x), expected)

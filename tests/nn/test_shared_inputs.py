@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
-from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x, step
+from support.layers import saved_bytes
+from support.shared_inputs import WIDTH, Net, assert_close, assert_near, counted_calls, groups, net, some_x, step
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization as parametrized
 
 from lora_ext import LoraConfig, inject, merge, set_adapter, unmerge
 from lora_ext.adapters import delete_adapter, disable_adapters, input_groups
@@ -15,17 +17,41 @@ from lora_ext.adapters import delete_adapter, disable_adapters, input_groups
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
+FORMATS = ["nf4", "nf4-double", "fp4", "int8", "torchao-int8", "torchao-int8-group", "torchao-int4", "torchao-float8"]
+FEW = ["nf4-double", "int8", "torchao-int8"]
+CASES = [(None, torch.float64, 0.0), (None, torch.float64, 0.3)]
+CASES += [(format, torch.float32, 0.3) for format in FORMATS]
+CASES += [(format, dtype, 0.3) for format in FEW for dtype in (torch.bfloat16, torch.float16)]
+OPS, OF_QUANTIZED = ("lora_linear_siblings", "lora_linear"), ("lora_delta_siblings", "plus_lora_delta")
+
+
 @pytest.mark.parametrize("lora_bias", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_results_are_those_of_separate_layers(dropout, lora_bias, calls, each_alone):
-    model, x = net(2, lora_dropout=dropout, lora_bias=lora_bias).double(), some_x().double()
+@pytest.mark.parametrize(("format", "dtype", "dropout"), CASES, ids=str)
+def test_results_are_those_of_separate_layers(format, dtype, dropout, lora_bias, each_alone, monkeypatch):
+    """Next to quantised weights, each layer computes its own product, and one op adds the updates."""
+    calls = counted_calls(monkeypatch, *(OPS if format is None else OF_QUANTIZED))
+    model, x = net(2, format=format, dtype=dtype, lora_dropout=dropout, lora_bias=lora_bias), some_x(format, dtype)
     first, second = step(model, x), step(model, x)
     assert calls == [4, 1] * 2 + [3, 1] * 2  # o is in the first guess
     # The guess changes no bit, so that a run that is resumed in a new process equals one that is not.
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert groups(model) == {"qkv"} and len(first) == 2 + 2 * 4 * (3 if lora_bias else 2)
     each_alone()
-    assert_close(first, step(model, x))
+    tolerance = 4 * torch.finfo(dtype).eps if dtype.itemsize == 2 else {torch.float32: 1e-5}.get(dtype, 1e-10)
+    assert_near(first, step(model, x), tolerance)  # with the masks of the layers by themselves
     assert calls[8:] == [1] * 8
+
+
+@pytest.mark.parametrize("format", FEW)
+def test_autograd_keeps_one_mask_and_one_xa_for_a_group_of_quantised_layers(format):
+    def activations(model: nn.Module) -> list[tuple[int, ...]]:
+        model(some_x(format))
+        kept = saved_bytes(lambda: model.blocks[0](some_x(format)))
+        return sorted(shape for shape, _ in kept if shape in ((5, 8), (5, 3), (5, 9)))
+
+    options = {"format": format, "r": 3, "lora_dropout": 0.3, "init_lora_weights": True}
+    assert activations(net(2, **options)) == [(5, 3), (5, 8), (5, 8), (5, 9)]
+    assert activations(net(2, share_inputs=False, **options)) == [(5, 3)] * 4 + [(5, 8)] * 4
 
 
 def test_layers_of_different_ranks_and_sizes_share(calls, each_alone):
@@ -90,9 +116,10 @@ def dora(model: Net) -> None:
         ("qv", dora, [2, 1]),  # the second is the DoRA layer's own
         ("qkv", lambda model: model.blocks[0].k.compile(backend="eager"), [2, 1]),
         ("qkv", lambda model: setattr(model.blocks[0].k.adapters.default, "lora_dropout", 0.3), [2, 1]),
+        ("qkv", lambda model: parametrized(model.blocks[0].k.adapters.default, "lora_A", nn.Identity()), [2, 1]),
         ("qkv", lambda model: model.blocks[0].k.base_layer.register_forward_hook(lambda *_: None), [2]),
     ],
-    ids=["DoRA", "compiled", "other dropout", "hook on a base layer"],
+    ids=["DoRA", "compiled", "other dropout", "parametrized", "hook on a base layer"],
 )
 def test_a_layer_that_computes_otherwise_is_left_out(targets, change, expected, calls):
     model = net(target_modules=list(targets))
@@ -201,6 +228,31 @@ def test_merged_and_disabled(calls):
     calls.clear()
     torch.testing.assert_close(model(x), expected)
     assert calls == [3, 1]
+
+
+def test_quantised_layers_that_share_nothing():
+    model, seen = net(2, format="nf4", skip=("v",)), []
+    for block in model.blocks:
+        block.k.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(2):
+        model(some_x("nf4"))
+    assert len(seen) == 4  # the hooks see their layers' calls, and no others
+    assert groups(model) == set()
+
+
+@pytest.mark.parametrize("change", ["eval", "weight", "base_layer"])
+def test_a_change_of_a_quantised_layer_between_the_calls_has_effect(change):
+    model, x = net(2, format="int8"), some_x("int8")
+    model(x)
+    block, one = model.blocks[0], x + 0
+    block.q(one)
+    if change == "eval":
+        block.k.base_layer.eval()
+    elif change == "weight":
+        block.k.base_layer.weight.mul_(0)
+    else:
+        block.k.base_layer = block.v.base_layer
+    assert torch.equal(block.k(one), block.k(x + 0))
 
 
 CHANGES = ["lora_A", "lora_B", "weight", "bias", "frozen", "x", "grad", "autocast", "adapter", "replaced", "eval"]

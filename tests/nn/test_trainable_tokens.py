@@ -60,17 +60,22 @@ def ids_with_tokens() -> Tensor:
 # --- against PEFT -----------------------------------------------------------------------------------------------------
 
 
-def test_we_compute_the_same_from_pefts_file_with_the_embedding(tmp_path):
+@pytest.mark.parametrize(
+    "options", [{"trainable_token_indices": TOKENS}, {"target_modules": ["embed_tokens", "q_proj"]}]
+)
+def test_pefts_files_may_hold_the_embedding(options, tmp_path):
     base, ids = llama(True).double().eval(), ids_with_tokens()
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(trainable_token_indices=TOKENS, **ALIVE)).eval()
-    nn.init.normal_(theirs.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**ALIVE | options)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "tokens_delta" in name:
+            nn.init.normal_(parameter)
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     ours = load_adapter(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(logits(ours, ids), logits(theirs, ids))
     save_adapter(ours, tmp_path / "again")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     first = load_file(tmp_path / "adapter_model.safetensors")
-    assert again.keys() == first.keys()
+    assert again.keys() == first.keys()  # the frozen table, too
     assert all(same_bits(tensor, first[key]) for key, tensor in again.items())
     load_adapter(ours, tmp_path)  # replaces the present values
 
@@ -231,27 +236,6 @@ def test_an_update_of_the_embedding_is_merged_below_the_rows_of_another_adapter(
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("embedding", "fragments"),
-    [
-        (nn.Embedding(50, 8), ["names none of its tokens; leave it out"]),
-        (
-            nn.Embedding(50, 8, max_norm=1.0),
-            ["tokens (Embedding)", "train its rows: it has max_norm"],
-        ),
-        (nn.Embedding(50, 8, scale_grad_by_freq=True), ["it has scale_grad_by_freq"]),
-        (nn.EmbeddingBag(50, 8), ["tokens (EmbeddingBag)", "rows: want an nn.Embedding or nn.Linear"]),
-        (nn.Embedding(31, 8), ["the tokens [31], but it has 31", "resize the embedding first"]),
-    ],
-)
-def test_embeddings_whose_rows_cannot_be_trained(embedding, fragments):
-    model = TextNet()
-    model.tokens = embedding
-    with refused(model, TypeError, "inject: ", "trainable_token_indices", *fragments):
-        tokens = [] if "none of" in fragments[0] else TOKENS
-        inject(model, LoraConfig(target_modules=["head"], trainable_token_indices={"tokens": tokens}))
 
 
 def test_a_file_with_other_tokens(tmp_path):

@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+from contracts.kinds import Accelerated, input_of, of_kinds
 from support.layers import relative_error
 from support.peft_pairs import assert_same_step, config, factors, pair, set_active
 from torch import nn
@@ -127,20 +128,24 @@ def test_hot_swap_into_a_compiled_model_without_recompilation(tmp_path):
     assert all(layer.accelerated for layer in report(ours))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True, "lora_dropout": 0.3}], ids=str)
-def test_transforms_that_look_inside_run_pefts_code(options, ops_calls):
-    theirs, ours = mlp_pair(options)
-    x, tangent = torch.randn(5, 12), torch.randn(5, 12)
-    expected = torch.func.jvp(theirs, (x,), (tangent,))
-    actual = torch.func.jvp(ours, (x,), (tangent,))
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(torch.func.jacrev(ours)(x), torch.func.jacrev(theirs)(x))
+@of_kinds(Accelerated, without=("dora",))
+def test_scalings_may_be_tensors(kind):
+    """As PEFT's prepare_model_for_compiled_hotswap leaves them."""
+    theirs, ours = pair(nn.Sequential(kind.make()), config(**kind.options))
+    for model in (theirs, ours):
+        model.base_model.model[0].scaling["default"] = torch.tensor(-0.7)
+    x = input_of(kind, torch.float32)
+    assert_same_step(theirs, ours, lambda model: model(x))
+
+
+def test_transforms_that_look_inside_run_pefts_code(ops_calls):
+    """The contract has their numbers."""
+    _, ours = mlp_pair()
+    x = torch.randn(5, 12)
+    torch.func.jvp(ours, (x,), (x,))
+    torch.func.vmap(ours)(x)
     with torch.autograd.forward_ad.dual_level():
-        y = ours(torch.autograd.forward_ad.make_dual(x, tangent))
-        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, expected[1])
-    if options:
-        return
-    torch.testing.assert_close(torch.func.vmap(ours)(x), theirs(x))
+        ours(torch.autograd.forward_ad.make_dual(x, x))
     traced = torch.jit.trace(ours, x, check_trace=False)
     assert "lora_linear" not in str(traced.inlined_graph)
     for strict in (False, True):

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from support.groups import watch_calls
-from support.peft_pairs import alora_prompts, config, model_pair
+from support.peft_pairs import alora_prompts, config, gradients, model_pair
 from torch import Tensor, nn
 
 from lora_ext.integrations.peft import accelerate
@@ -74,6 +74,16 @@ def test_mixed_batches(calls):
         model.base_model.set_adapter(["1", "default"])
     expected, actual = logits(models, ids, mask)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    (_, model), (ids, mask) = model_pair("llama", **INVOKED), alora_prompts()
+    model.train().enable_input_require_grads()
+    expected = gradients(model, lambda model: model(input_ids=ids, attention_mask=mask).logits)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = gradients(model, lambda model: model(input_ids=ids, attention_mask=mask).logits)
+    torch.testing.assert_close(found, expected)
 
 
 def test_what_stays_pefts():

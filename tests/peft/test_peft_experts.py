@@ -7,10 +7,10 @@ import copy
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.merging import same_bits
 from support.mixtures import IMPLEMENTATIONS, LargestTensor, mixture
 from support.models import token_ids
+from support.peft_pairs import gradients
 from torch import nn
 
 from lora_ext.integrations.peft import accelerate, report, restore
@@ -27,27 +27,17 @@ def pair(base: nn.Module) -> tuple[peft.PeftModel, peft.PeftModel]:
     return theirs, accelerate(copy.deepcopy(theirs))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_losses_and_gradients(family, implementation, tmp_path):
-    theirs, ours = pair(mixture(family, implementation))
+def test_several_adapters(implementation):
+    theirs, ours = pair(mixture("mixtral", implementation))
+    for model in (theirs, ours):
+        model.base_model.set_adapter(["default", "other"])
     ids = token_ids()
-    for names in (["default"], ["default", "other"]):
-        gradients = []
-        for model in (ours, theirs):
-            model.base_model.set_adapter(names)
-            model.train().zero_grad()
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"": loss})
-        assert len(gradients[0]) == 8 * len(names) + 1
-        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    found, expected = (gradients(model, lambda model: model(input_ids=ids).logits) for model in (ours, theirs))
+    assert len(found) == 17
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert all(layer.kind == "ParamWrapper" and layer.accelerated for layer in report(ours))
     assert "target_parameters" in report(ours).layers[0].merge
-    for name, model in {"ours": ours, "theirs": theirs}.items():
-        model.save_pretrained(tmp_path / name)
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
-    assert files[0].keys() == files[1].keys() and all(same_bits(files[0][key], files[1][key]) for key in files[0])
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -36,22 +36,6 @@ def test_pefts_own_unmerge_does_not_restore_every_bit():
     assert changed_elements(theirs, before) > 0
 
 
-CONVOLUTIONS = {"1d": (nn.Conv1d, (4, 3, 9)), "2d": (nn.Conv2d, (4, 3, 9, 9)), "3d": (nn.Conv3d, (2, 3, 5, 5, 5))}
-
-
-@pytest.mark.parametrize("kind, kernel", [("1d", 1), ("1d", 3), ("2d", 1), ("2d", 3), ("3d", 3)])
-def test_convolutions(kind, kernel):  # PEFT itself cannot merge a Conv3d of kernel size 1
-    cls, shape = CONVOLUTIONS[kind]
-    theirs, ours = pair(nn.Sequential(cls(3, 8, kernel)).bfloat16(), config(target_modules=["0"]))
-    before, x = weights(ours), torch.randn(shape).bfloat16()
-    assert torch.equal(ours(x), theirs(x))
-    for model in (theirs, ours):
-        model.merge_adapter()
-    torch.testing.assert_close(ours(x), theirs(x), rtol=0.02, atol=0.02)
-    ours.unmerge_adapter()
-    assert changed_elements(ours, before) == 0
-
-
 def test_a_tied_weight_with_two_updates_is_unmerged_as_in_peft():
     """Neither layer finds the result of its merge."""
     theirs, ours = pair(llama(True).bfloat16(), config(target_modules=["embed_tokens", "lm_head", "q_proj"]))

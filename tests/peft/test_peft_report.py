@@ -5,7 +5,9 @@ import copy
 import peft
 import pytest
 import torch
-from support.models import llama, refused
+from contracts.kinds import Accelerated, input_of, of_kinds
+from peft.tuners.tuners_utils import BaseTuner
+from support.models import llama, logits, refused, token_ids
 from support.peft_pairs import TARGETS, config, pair
 from torch import nn
 
@@ -15,9 +17,11 @@ from lora_ext.integrations.peft import layers as ours_layers
 
 @pytest.fixture
 def accelerated_from_now_on():
+    inject_adapter = BaseTuner.inject_adapter
     accelerate()
     yield
     restore()
+    assert BaseTuner.inject_adapter is inject_adapter
 
 
 def adapted(**options) -> peft.PeftModel:
@@ -59,6 +63,18 @@ def test_merged_layers_are_not_restored():
     assert not any(layer.accelerated for layer in report(model))
 
 
+@of_kinds(Accelerated)
+def test_restore_returns_pefts_model(kind):
+    theirs, ours = pair(nn.Sequential(kind.make()), config(**kind.options))
+    assert repr(ours) == repr(theirs) and list(ours.state_dict()) == list(theirs.state_dict())
+    x = input_of(kind, torch.float32)
+    ours(x)
+    assert restore(ours) is ours and restore(ours) is ours
+    for one, other in zip(theirs.modules(), ours.modules(), strict=True):
+        assert type(one) is type(other) and vars(one).keys() == vars(other).keys()
+    assert torch.equal(ours(x), theirs(x))
+
+
 def _lora_layers(model):
     return [(path, module) for path, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
 
@@ -73,6 +89,11 @@ def test_models_created_afterwards(accelerated_from_now_on):
     assert kinds == {"q_proj": False, "v_proj": False, "down_proj": False, "up_proj": True}
     injected = peft.inject_adapter_in_model(config(target_modules=["0"]), nn.Sequential(nn.Conv2d(3, 4, 1)))
     assert type(injected[0]) is ours_layers.Conv2d
+    for share_inputs in (True, False):
+        accelerate(share_inputs=share_inputs)
+        model_of_groups = peft.get_peft_model(llama(), config(target_modules=["q_proj", "k_proj"]))
+        logits(model_of_groups, token_ids())
+        assert bool(report(model_of_groups).groups.together) == share_inputs
     restore()
     assert not any(layer.accelerated for layer in report(adapted()))
     restore()
@@ -179,16 +200,3 @@ def test_a_long_report_names_the_first_layers_of_each_reason():
     assert text.startswith("forward and backward: 0 of 6 LoRA layers on lora_ext's ops\n")
     assert text.count("q_proj (Linear)") == 4 and text.count("    and 2 more") == 2
     assert "\nmerge and unmerge: 0 of 6 LoRA layers" in text and "with adapter_names" in text
-
-
-# --- base layers without a plain weight -------------------------------------------------------------------------------
-
-
-def test_hooks_on_the_base_layer_run_and_keep_their_results():
-    theirs, ours = pair(nn.Sequential(nn.Linear(6, 10)), config(target_modules=["0"]))
-    seen = []
-    for model in (theirs, ours):
-        layer_of(model).base_layer.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
-    x = torch.randn(2, 6)
-    torch.testing.assert_close(ours(x), theirs(x))
-    assert len(seen) == 2 and torch.equal(*seen) and report(ours).layers[0].accelerated

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from support.models import llama, logits, token_ids
 from support.peft_pairs import assert_same_step, config, pair
 from torch import nn
 
-from lora_ext.integrations.peft import accelerate, report, restore
+from lora_ext.integrations.peft import report, restore
 
 OPTIONS = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
 IDS = token_ids()
@@ -74,16 +72,3 @@ def test_a_variant_and_several_adapters():
     assert groups(ours) == set()
     with theirs.disable_adapter(), ours.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS))
-
-
-def test_models_created_afterwards():
-    inject_adapter = BaseTuner.inject_adapter
-    try:
-        for share_inputs in (True, False):
-            accelerate(share_inputs=share_inputs)
-            model = peft.get_peft_model(llama(), config(**OPTIONS))
-            logits(model, IDS)
-            assert groups(model) == ({"qkv"} if share_inputs else set())
-    finally:
-        restore()
-    assert BaseTuner.inject_adapter is inject_adapter

@@ -1,6 +1,5 @@
 """Models that Transformers quantised: inject, train, save, load, merge, export to a plain checkpoint; against PEFT."""
 
-import copy
 import warnings
 
 import peft
@@ -17,8 +16,6 @@ with warnings.catch_warnings():
 import lora_ext
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import merge_and_unload, unload
-from lora_ext.injection.inject import lora_modules
-from lora_ext.integrations.peft import accelerate
 
 _QUIET = pytest.mark.filterwarnings("ignore:.*were quantised again", "ignore::DeprecationWarning")
 pytestmark = [pytest.mark.full, _QUIET]
@@ -73,30 +70,11 @@ def train(model, batch: torch.Tensor, steps: int = 3) -> tuple[list[float], dict
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_the_same_losses_and_gradients_as_peft(checkpoint, quantization, tmp_path):
-    ours = inject(load(checkpoint, quantization), LoraConfig(**OPTIONS, init_lora_weights=False))
-    save_adapter(ours, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(load(checkpoint, quantization), tmp_path, is_trainable=True)
-    fast = accelerate(copy.deepcopy(theirs))
-    batch = ids()
-    results = [train(model, batch) for model in (ours, theirs, fast)]
-    for losses, gradients in results:
-        assert losses[-1] < losses[0]
-        assert losses == pytest.approx(results[1][0], rel=1e-4)
-        assert len(gradients) == 2 * 2 * len(TARGETS)
-    for mine, same in zip(results[2][1].items(), results[1][1].items(), strict=True):
-        torch.testing.assert_close(mine[1], same[1], rtol=1e-3, atol=1e-5, msg=mine[0])
-    for path, layer in lora_modules(ours):  # by PEFT's names
-        adapter, peer = layer.adapters["default"], theirs.get_submodule(f"base_model.model.{path}")
-        torch.testing.assert_close(adapter.lora_A, peer.lora_A.default.weight, rtol=1e-2, atol=1e-4)
-        torch.testing.assert_close(adapter.lora_B, peer.lora_B.default.weight, rtol=1e-2, atol=1e-4)
-
-
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_train_save_load_merge_and_generate(checkpoint, quantization, tmp_path):
     model, batch = inject(load(checkpoint, quantization), LoraConfig(**OPTIONS)), ids()
     with unchanged_bytes(model):
-        train(model, batch)
+        losses, _ = train(model, batch)
+        assert losses[-1] < losses[0]
         model.eval()
         with torch.no_grad():
             y = model(batch).logits

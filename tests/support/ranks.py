@@ -15,6 +15,7 @@ from support.processes import context
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from lora_ext import merge, unmerge
 from lora_ext.adapters import lora_modules
 
 SECONDS = 400.0
@@ -116,6 +117,23 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(whole(ours[name]), tensor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_merges_alike(model: nn.Module, alone: nn.Module) -> None:
+    """Merges and unmerges both: every bit of the sharded ``model`` is that of the other, and in the end as before."""
+    before = {key: value.clone() for key, value in alone.state_dict().items()}
+    for change in (merge, unmerge):
+        for one in (model, alone):
+            change(one.eval())
+        assert_bits(model, alone.state_dict())
+    assert_bits(model, before)
+
+
+def assert_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(whole(state[key]), value), key
 
 
 def shard(model: nn.Module, apart: str = "", **options: Any) -> nn.Module:

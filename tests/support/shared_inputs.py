@@ -39,14 +39,32 @@ class Net(nn.Module):
         return x
 
 
-def net(layers: int = 1, share_inputs: bool = True, **options) -> Net:
+def net(
+    layers: int = 1,
+    share_inputs: bool = True,
+    format: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    skip: tuple[str, ...] = (),
+    **options: Any,
+) -> Net:
+    """A model with adapters; ``format``: of its quantised weights, except those of the layers ``skip``."""
     torch.manual_seed(0)
+    model = Net(layers, width_of(format)).to(dtype)
+    if format is not None:
+        from support.quantized import quantized_copy  # skips the test where its library is not installed
+
+        model = quantized_copy(model, format, skip)
     config = LoraConfig(**{"target_modules": ["q", "k", "v", "o"], "r": 2, "init_lora_weights": False} | options)
-    return inject(Net(layers), config, share_inputs=share_inputs)
+    return inject(model, config, share_inputs=share_inputs)
 
 
-def some_x() -> Tensor:
-    return torch.randn(5, WIDTH, generator=torch.Generator(torch.get_default_device()).manual_seed(1))
+def width_of(format: str | None) -> int:
+    return WIDTH if format is None else 64  # what the formats need
+
+
+def some_x(format: str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+    return torch.randn(5, width_of(format), generator=generator).to(dtype)
 
 
 def step(
@@ -57,7 +75,7 @@ def step(
     torch.manual_seed(0)
     x = x.clone().requires_grad_()
     y = (model if compiled is None else compiled)(x, *() if run is None else (run,))
-    y.square().sum().backward()
+    y.float().square().sum().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {"y": y.detach(), "x": x.grad} | grads
 
@@ -66,6 +84,15 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Compares the norms of the differences."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype
+        error = (actual[name].double() - tensor.double()).norm()
+        assert error <= tolerance * tensor.double().norm(), (name, error, tensor.norm())
 
 
 def groups(model: nn.Module) -> set[str]:

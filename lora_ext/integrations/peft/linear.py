@@ -14,9 +14,9 @@ from lora_ext.functional import lora_delta_, lora_linear
 from lora_ext.integrations.peft.eligibility import PeftAdapter, active_adapters, adapters_named, is_eligible_call
 from lora_ext.nn import base_product, dora
 from lora_ext.nn.base_layer import own_copy, plain_linear, runs_quantized_product
-from lora_ext.nn.joined import Update, joined
-from lora_ext.nn.rows import RowChoice, RowUpdates, add_chosen, linear_with_chosen
+from lora_ext.nn.rows import RowChoice, RowUpdate, add_chosen, linear_with_chosen
 from lora_ext.nn.shared_inputs import Operands, SharesInputs, frozen_product, neighbours_of
+from lora_ext.nn.updates import Update, joined, sum_of_biases
 from lora_ext.quantized import quantized_weight
 
 
@@ -24,7 +24,7 @@ class LinearForward(SharesInputs):
     """Overrides ``forward`` of a LoRA layer whose base maps ``[..., in_features]`` to ``[..., out_features]``.
 
     If the base is a plain matrix product, one op computes it with the active adapters that can be one update
-    (:func:`~lora_ext.nn.joined.joined`). Other base layers (quantised, with hooks, ...) are called, and the adapters
+    (:func:`~lora_ext.nn.updates.joined`). Other base layers (quantised, with hooks, ...) are called, and the adapters
     are added to a copy of their result, which the base layer may keep.
     """
 
@@ -53,13 +53,14 @@ class LinearForward(SharesInputs):
             if operands is not None:
                 return neighbours.output(self, x, operands)
         updates = joined([Update(a.lora_A, a.lora_B, a.scaling, a.dropout_p) for a in adapters])
+        biases = [adapter.bias for adapter in adapters if adapter.bias is not None]
         if plain is not None:
             weight, bias = plain
             first, *others = updates
-            y = lora_linear(x, weight, _sum_of_biases(bias, adapters, weight.dtype), *first)
+            y = lora_linear(x, weight, sum_of_biases(bias, biases, weight.dtype), *first)
         else:
             others, y = updates, self.base_layer(x)
-            bias = _sum_of_biases(None, adapters, y.dtype)
+            bias = sum_of_biases(None, biases, y.dtype)
             y = own_copy(self, y) if bias is None else (y + bias).contiguous()
         if others and x.dtype != y.dtype:
             x = x.to(y.dtype)
@@ -170,20 +171,8 @@ class _TokenChoice(RowChoice):
         return found
 
 
-def _updates_of(adapters: Mapping[str, PeftAdapter]) -> RowUpdates:
-    updates = RowUpdates()
-    for name, a in adapters.items():
-        updates.add(name, a.lora_A, a.lora_B, a.scaling, a.dropout_p, a.bias)
-    return updates
-
-
-def _sum_of_biases(bias: Tensor | None, adapters: list[PeftAdapter], dtype: torch.dtype) -> Tensor | None:
-    """Returns the sum, rounded to ``dtype`` once."""
-    total = bias
-    for adapter in adapters:
-        if adapter.bias is not None:
-            total = adapter.bias if total is None else total + adapter.bias
-    return bias if total is bias else total.to(dtype)
+def _updates_of(adapters: Mapping[str, PeftAdapter]) -> list[RowUpdate]:
+    return [RowUpdate(name, a.lora_A, a.lora_B, a.scaling, a.dropout_p, a.bias) for name, a in adapters.items()]
 
 
 def _operands(adapters: list[PeftAdapter], base_layer: nn.Module) -> Operands | None:

@@ -1,144 +1,31 @@
-"""What holds for layers of every kind: values, gradients, several adapters, merging, copies, states, files, graphs."""
+"""What holds for layers of every kind, through both doors: values, gradients, merges, copies, states, files, graphs."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 from support.layers import relative_error
 from support.merging import same_bits
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, spectral_norm
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
-from lora_ext.adapters import (
-    disable_adapters,
-    lora_modules,
-    merge_and_unload,
-    merge_record_bytes,
-    unload,
-)
+from contracts.kinds import KINDS, Injected, Uses, adapted, frozen, input_of, of_kinds, step, trained
+from lora_ext import load_adapter, merge, save_adapter, set_adapter, unmerge
+from lora_ext.adapters import disable_adapters, lora_modules, merge_record_bytes
 
 pytestmark = pytest.mark.cpu_only("makes its inputs on the CPU")
 
 
-class Attends(nn.Module):
-    """Passes one tensor to an attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x)[0]
-
-
-class Uses(nn.Module):
-    """Multiplies by three experts, in either layout, and by a matrix."""
-
-    def __init__(self, is_transposed: bool) -> None:
-        super().__init__()
-        self.is_transposed = is_transposed
-        self.up = nn.Parameter(torch.randn((3, 8, 5) if is_transposed else (3, 5, 8)) / 3)
-        self.mix = nn.Parameter(torch.randn(6, 5) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ (self.up if self.is_transposed else self.up.mT)).sum(0) @ self.mix.T
-
-
-class Kind(NamedTuple):
-    make: Callable[[], nn.Module]
-    options: dict[str, Any]
-    shape: tuple[int, ...] = (4, 8)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Adapters that can be in use at the same time."""
-        return ("default",) if "use_dora" in self.options else ("a", "b")
-
-
-def oblong() -> nn.Module:
-    return nn.Conv2d(8, 6, (3, 2), padding=1)
-
-
-WITH_BIAS = {"target_modules": ["0"], "lora_bias": True}
-PACKED = {"target_modules": ["0"], "enable_lora": {"0": (True, False, True)}}
-DORA = {"target_modules": ["0"], "use_dora": True}
-KINDS = {
-    "linear": Kind(lambda: nn.Linear(8, 6), WITH_BIAS),
-    "conv1d": Kind(lambda: Conv1D(6, 8), {"target_modules": ["0"]}),
-    "packed": Kind(lambda: nn.Linear(8, 6), PACKED),
-    "packed conv1d": Kind(lambda: Conv1D(6, 8), PACKED),
-    "dora": Kind(lambda: nn.Linear(8, 6), DORA),
-    "dora conv1d": Kind(lambda: Conv1D(6, 8), DORA),
-    "embedding": Kind(lambda: nn.Embedding(20, 8), {"target_modules": ["0"]}),
-    "conv": Kind(oblong, WITH_BIAS, (2, 8, 5, 4)),
-    "channels last": Kind(lambda: oblong().to(memory_format=torch.channels_last), WITH_BIAS, (2, 8, 5, 4)),
-    "attention": Kind(Attends, {"target_modules": ["attention"], "lora_bias": True}, (2, 5, 8)),
-    "experts": Kind(lambda: Uses(False), {"target_parameters": ["0.up", "0.mix"]}),
-    "transposed experts": Kind(lambda: Uses(True), {"target_parameters": ["0.up", "0.mix"]}),
-}
-WITH_DROPOUT = [name for name in KINDS if "experts" not in name and name != "embedding"]
-WHOLE = [name for name in KINDS if "experts" not in name and "attention" not in name]  # the target is the whole model
-TOGETHER = [name for name in KINDS if "dora" not in name]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request) -> Kind:
-    return KINDS[request.param]
-
-
-def of_kinds(names: list[str]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("kind", names, indirect=True)
-
-
-def adapted(kind: Kind, *names: str, dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
-    """A model with adapters ``names`` of different ranks, all in use."""
-    torch.manual_seed(0)
-    model = nn.Sequential(kind.make()).to(dtype).eval()
-    for i, name in enumerate(names or ("default",)):
-        options = {"r": 2 + i, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []} | kind.options | more
-        inject(model, LoraConfig(**options), name)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("lora_bias"):
-                parameter.normal_()
-            elif parameter_name.endswith("magnitude_vector"):
-                parameter *= torch.linspace(0.4, 2.0, len(parameter))
-    return set_adapter(model, list(names or ("default",)))
-
-
-def input_for(kind: Kind, dtype: torch.dtype = torch.float64) -> Tensor:
-    if kind.make().__class__ is nn.Embedding:
-        return torch.randint(20, kind.shape)
-    return torch.randn(kind.shape).to(dtype)
-
-
-def frozen(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if ".adapters." not in name}
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.requires_grad_() for name, p in model.named_parameters() if ".adapters." in name}
-
-
-def step(model: nn.Module, x: Tensor, run: Callable | None = None) -> list[Tensor]:
-    """The output and the gradients of the adapters."""
-    torch.manual_seed(1)
-    y = (run or model)(x)
-    return [y, *torch.autograd.grad(y.float().square().sum(), list(trained(model).values()))]
-
-
-@of_kinds(TOGETHER)  # a DoRA layer's norm counts as a constant in the backward, as in PEFT
+@of_kinds(without=("dora", "peft experts"))  # a DoRA layer's norm counts as a constant in the backward, as in PEFT
 def test_gradients(kind):
     """Also gradients of gradients, forward mode, and gradients of several losses at once."""
-    model, x = adapted(kind, *kind.names), input_for(kind)
+    model, x = adapted(kind, *kind.names), input_of(kind)
     leaves = trained(model)
 
     def output(x: Tensor, *values: Tensor) -> Tensor:
@@ -149,58 +36,88 @@ def test_gradients(kind):
     assert torch.autograd.gradgradcheck(output, inputs, fast_mode=True)
 
 
+@of_kinds()
 def test_new_adapters_change_nothing_and_follow_the_mode(kind):
-    model, x = adapted(kind, *kind.names, init_lora_weights=True), input_for(kind)
-    assert all(p.requires_grad == (".adapters." in name) for name, p in model.named_parameters())
+    model, x = adapted(kind, *kind.names, init_lora_weights=True), input_of(kind)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
     assert not any(part.training for part in model.modules())
     assert all(part.training for part in model.train().modules())
-    base = unload(copy.deepcopy(model))
+    base = kind.door.unload(copy.deepcopy(model))
     if "use_dora" not in kind.options and "lora_bias" not in kind.options:  # which adapted() makes random
         torch.testing.assert_close(model(x), base(x))
 
 
-@of_kinds(TOGETHER)
+@of_kinds(without=("dora",))
 def test_sets_of_adapters_compute_what_their_merged_weights_do(kind):
-    model, x = adapted(kind, "a", "b", "c"), input_for(kind)
+    model, x = adapted(kind, "a", "b", "c"), input_of(kind)
     outputs = []
     for names in (["a"], ["b"], ["c", "a"], ["a", "b", "c"]):
-        set_adapter(model, names)
+        kind.door.use(model, names)
         outputs.append(model(x))
-        torch.testing.assert_close(outputs[-1], merge_and_unload(copy.deepcopy(model))(x))
-    bare = unload(copy.deepcopy(model))(x)
+        torch.testing.assert_close(outputs[-1], kind.door.merge_and_unload(copy.deepcopy(model))(x))
+    bare = kind.door.unload(copy.deepcopy(model))(x)
     assert all(not torch.allclose(one, other) for one in outputs for other in (bare, *outputs) if one is not other)
-    with disable_adapters(model):
+    with disable_adapters(model) if kind.door is Injected else model.disable_adapter():
         assert torch.equal(model(x), bare)
 
 
+def hooked() -> nn.Module:
+    layer = nn.Linear(8, 6)
+    layer.register_forward_hook(lambda module, arguments, y: None)
+    return layer
+
+
+LINEAR = [kind for name, kind in KINDS.items() if name in ("linear", "conv1d", "packed", "embedding", "conv")]
+LINEAR += [KINDS["linear"]._replace(make=hooked), KINDS["conv"]._replace(make=lambda: nn.Conv2d(8, 6, 3, groups=2))]
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_adapters_of_other_scalings_and_dtypes_add_up(kind):
+    model, x = adapted(kind, "a", "b", "c", "d", dtype=torch.float32, r=4), input_of(kind, torch.float32)
+    layer = model[0]
+    for name in ("b", "d"):
+        layer.adapters[name].double()
+    layer.adapters["b"].scaling *= 3
+    layer.adapters["c"].scaling = 0.0
+    base = layer.base_layer(x)
+    alone = [set_adapter(model, name)(x) - base for name in "abcd"]
+    torch.testing.assert_close(set_adapter(model, list("abcd"))(x), base + sum(alone), rtol=1e-4, atol=1e-5)
+    assert [update.abs().max() > 1e-2 for update in alone] == [True, True, False, True]
+    assert alone[2].abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@of_kinds(without=("peft experts",))
 def test_unmerging_restores_every_bit(kind, dtype):
-    model, x = adapted(kind, *kind.names, dtype=dtype), input_for(kind, dtype)
+    model, x = adapted(kind, *kind.names, dtype=dtype), input_of(kind, dtype)
     pristine, expected, outputs = {name: p.clone() for name, p in frozen(model).items()}, model(x), []
     for name in reversed(kind.names):
-        merge(model, name)
-        outputs.append(model(x))  # at first one is merged, one not
+        kind.door.merge(model, name)
+        if kind.door is Injected or name == kind.names[0]:  # PEFT's model with a merged adapter ignores the others
+            outputs.append(model(x))
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
     torch.testing.assert_close(outputs, [expected] * len(outputs), **tolerance)
     changed = [name for name, p in frozen(model).items() if not same_bits(p, pristine[name])]
     assert changed and all("base_layer" in name for name in changed)
-    assert merge_record_bytes(model) == sum(layer.merge_record_bytes for _, layer in lora_modules(model)) > 0
-    with pytest.raises(RuntimeError, match="merged and would not train"):
-        model.train()(x)
-    model.eval()
-    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    plain = merge_and_unload(copy.deepcopy(model))
-    assert torch.equal(plain(x), outputs[-1]) and not list(lora_modules(plain))
-    unmerge(model, kind.names[-1])
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    plain = kind.door.merge_and_unload(copy.deepcopy(model))
+    assert torch.equal(plain(x), outputs[-1])
+    if kind.door is Injected:
+        assert not list(lora_modules(plain))
+        assert merge_record_bytes(model) == sum(layer.merge_record_bytes for _, layer in lora_modules(model)) > 0
+        with pytest.raises(RuntimeError, match="merged and would not train"):
+            model.train()(x)
+        unmerge(model.eval(), kind.names[-1])
     for one in (model, *copies):
-        if merge_record_bytes(one):
-            unmerge(one)
+        if kind.door is not Injected or merge_record_bytes(one):
+            kind.door.unmerge(one)
         assert all(same_bits(p, pristine[name]) for name, p in frozen(one).items())
         assert torch.equal(one(x), expected)
 
 
+@of_kinds()
 def test_frozen_values_are_neither_written_nor_trained(kind):
-    model, x = adapted(kind, dtype=torch.bfloat16).train(), input_for(kind, torch.bfloat16)
+    model, x = adapted(kind, dtype=torch.bfloat16).train(), input_of(kind, torch.bfloat16)
     before = {name: (p.clone(), p._version) for name, p in frozen(model).items()}
     model(x).float().square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -211,12 +128,13 @@ def test_frozen_values_are_neither_written_nor_trained(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@of_kinds(without=("peft experts",))
 def test_16_bits_with_float32_factors_lose_no_more_than_the_base_layer(kind, dtype):
-    model, x = adapted(kind, *kind.names, dtype=dtype), input_for(kind, dtype)
+    model, x = adapted(kind, *kind.names, dtype=dtype), input_of(kind, dtype)
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
     exact, doubled = copy.deepcopy(model).double(), x.double() if x.is_floating_point() else x
     assert {p.dtype for p in exact.parameters()} == {torch.float64}
-    bases = unload(copy.deepcopy(model)), unload(copy.deepcopy(exact))
+    bases = kind.door.unload(copy.deepcopy(model)), kind.door.unload(copy.deepcopy(exact))
     eps = torch.finfo(dtype).eps
     of_base = relative_error(bases[0](x), bases[1](doubled))
     (y, *gradients), (best, *best_gradients) = step(model, x), step(exact, doubled)
@@ -225,6 +143,7 @@ def test_16_bits_with_float32_factors_lose_no_more_than_the_base_layer(kind, dty
         assert mine.dtype == torch.float32 and relative_error(mine, theirs) <= 4 * eps
 
 
+@of_kinds(Injected)
 def test_a_state_is_refused_where_something_else_is_merged(kind):
     plain = adapted(kind)
     merged = merge(copy.deepcopy(plain))
@@ -236,23 +155,24 @@ def test_a_state_is_refused_where_something_else_is_merged(kind):
                 target.load_state_dict(other.state_dict(), **options)
 
 
-@of_kinds(WITH_DROPOUT)
+@of_kinds(without=("embedding", "experts"))
 def test_dropout_only_while_training(kind):
-    model, x = adapted(kind, lora_dropout=0.5), input_for(kind)
+    model, x = adapted(kind, lora_dropout=0.5), input_of(kind)
     exact, without = model(x), adapted(kind)(x)
     assert torch.equal(exact, without)
     ys = torch.stack([model.train()(x).detach() for _ in range(400)])
     assert not torch.equal(ys[0], ys[1])
     torch.testing.assert_close(step(model, x), step(model, x), rtol=0, atol=0)
     # Softmax is not linear, so that the mean of an attention is near, not equal.
-    nearness = 0.5 if "attention" in kind.options["target_modules"] else 0.2
+    nearness = 0.5 if kind is KINDS["attention"] else 0.2
     assert (ys.mean(0) - exact).norm() < nearness * (ys - exact).flatten(1).norm(dim=1).mean()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@of_kinds()
 def test_checkpointing(kind, reentrant):
     dropout = {} if "target_parameters" in kind.options else {"lora_dropout": 0.5}
-    model, x = adapted(kind, **dropout).train(), input_for(kind)
+    model, x = adapted(kind, **dropout).train(), input_of(kind)
     one = torch.ones((), requires_grad=True)  # the reentrant kind wants an input that requires grad
 
     def run(x: Tensor) -> Tensor:
@@ -268,8 +188,9 @@ def test_checkpointing(kind, reentrant):
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@of_kinds()
 def test_copies_are_apart(kind, how):
-    model, x = adapted(kind), input_for(kind)
+    model, x = adapted(kind), input_of(kind)
     bases = [part for part in model.modules() if type(part) in (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d, Uses)]
     twin, expected = how(model), model(x)
     assert torch.equal(twin(x), expected)
@@ -282,29 +203,46 @@ def test_copies_are_apart(kind, how):
     file.seek(0)
     twin.load_state_dict(torch.load(file))
     assert torch.equal(twin(x), expected) and all(p.is_contiguous() for p in trained(twin).values())
-    plain = unload(model)
-    assert all(any(part is base for part in plain.modules()) for base in bases) and not list(lora_modules(plain))
+    plain = kind.door.unload(model)
+    if kind.door is Injected:
+        assert all(any(part is base for part in plain.modules()) for base in bases) and not list(lora_modules(plain))
 
 
-@of_kinds(TOGETHER)
+@of_kinds(Injected)
+def test_rows_choose_their_adapters_or_are_refused(kind):
+    model, x = adapted(kind, *kind.names), input_of(kind)
+    chosen = [(*kind.names, "__base__")[i % 3 % (len(kind.names) + 1)] for i in range(len(x))]
+    if not kind.rows_choose:
+        with pytest.raises(ValueError, match="cannot be chosen by a row: .* computes all rows with one adapter"):
+            model(x, adapter_names=chosen)
+        chosen = ["__base__"] * len(x)
+    y = model(x, adapter_names=chosen)
+    for i, name in enumerate(chosen):
+        set_adapter(model, [] if name == "__base__" else name)
+        torch.testing.assert_close(y[i], model(x)[i])
+
+
+@of_kinds(Injected, without=("dora",))
 def test_files_do_not_depend_on_the_other_adapters(kind, tmp_path):
-    model, x = adapted(kind, "a", "b"), input_for(kind)
-    base = unload(copy.deepcopy(model))
+    model, x = adapted(kind, "a", "b"), input_of(kind)
+    base = kind.door.unload(copy.deepcopy(model))
     for name in "ab":
         save_adapter(model, tmp_path / name, name)
         alone = load_adapter(copy.deepcopy(base), tmp_path / name)
         torch.testing.assert_close(alone(x), set_adapter(model, name)(x))
 
 
+@of_kinds(without=("peft experts",))  # which PEFT's code computes in a graph
 def test_compiles_as_one_graph(kind):
-    model, x = adapted(kind, *kind.names, dtype=torch.float32), input_for(kind, torch.float32)
+    model, x = adapted(kind, *kind.names, dtype=torch.float32), input_of(kind, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(step(model, x, compiled), step(model, x))
 
 
+@of_kinds(without=("peft dora", "peft experts"))
 def test_vmap_over_samples_and_over_adapters(kind):
-    model, x = adapted(kind, *kind.names), input_for(kind)
+    model, x = adapted(kind, *kind.names), input_of(kind)
     values = {name: p.detach() for name, p in trained(model).items()}
 
     def loss(values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,24 +261,71 @@ def test_vmap_over_samples_and_over_adapters(kind):
         torch.testing.assert_close((losses[i], ys[i]), one)
 
 
+@of_kinds()
 def test_autocast(kind):
-    model, x = adapted(kind, dtype=torch.float32), input_for(kind, torch.float32)
+    model, x = adapted(kind, dtype=torch.float32), input_of(kind, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
     y.float().sum().backward()
     torch.testing.assert_close(y.float(), model(x), rtol=0.1, atol=0.1)
-    assert all(p.grad is not None for name, p in model.named_parameters() if ".adapters." in name)
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-@of_kinds(WHOLE)
+@of_kinds(without=("experts", "attention"))
 def test_what_a_hook_saw_is_not_overwritten(kind):
-    model, x, seen = adapted(kind), input_for(kind), []
+    model, x, seen = adapted(kind), input_of(kind), []
     expected = model(x)
     with torch.no_grad():  # where no hook looks, updates may be added in place
         torch.testing.assert_close(model(x), expected)
-    model[0].base_layer.register_forward_hook(lambda module, inputs, y: seen.append((y, y.clone())))
+    kind.door.layer(model).base_layer.register_forward_hook(lambda module, inputs, y: seen.append((y, y.clone())))
     for grads in (True, False):
         with torch.set_grad_enabled(grads):
             torch.testing.assert_close(model(x), expected)
-    assert all(torch.equal(y, kept) and not torch.equal(y, expected) for y, kept in seen) and len(seen) == 2
+    assert all(torch.equal(y, kept) and not torch.equal(y, expected) for y, kept in seen) and len(seen) >= 2
+
+
+@of_kinds(Injected, without=("linear", "packed", "dora", "conv1d", "experts"))
+def test_a_model_reads_the_attributes_of_its_layer(kind):
+    """Whisper asks for the stride, MobileNetV2 pads by kernel size, Udop clamps ids by the number of embeddings."""
+    base, model = kind.make(), adapted(kind)
+    _, layer = next(lora_modules(model))
+    base = getattr(base, "attention", base)
+    names = [name for name, value in vars(base).items() if name[0] != "_" and not isinstance(value, bool)]
+    assert len(names) > 1 and all(getattr(layer, name) == getattr(base, name) for name in names)
+    with pytest.raises(AttributeError, match=f"'{type(base).__name__}' object has no attribute 'strides'"):
+        _ = layer.strides
+
+
+class Doubled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2 * value
+
+
+@pytest.mark.parametrize("compute", ["parametrized", "spectral_norm", "pruned"])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@of_kinds(Injected)
+def test_factors_are_computed_in_every_call(kind, factor, compute):
+    """By torch.nn.utils: they are then no parameters of the adapter."""
+    model, plain, x = adapted(kind), adapted(kind), input_of(kind)
+    stored = []
+    for (_, layer), (_, other) in zip(lora_modules(model), lora_modules(plain), strict=True):
+        adapter = layer.adapters["default"]
+        if compute == "parametrized":
+            parametrize.register_parametrization(adapter, factor, Doubled())
+            stored.append(adapter.parametrizations[factor].original)
+            getattr(other.adapters["default"], factor).data.mul_(2)
+        else:
+            prune.l1_unstructured(adapter, factor, 0.5) if compute == "pruned" else spectral_norm(adapter, factor)
+            stored.append(getattr(adapter, f"{factor}_orig"))
+    if compute == "parametrized":
+        torch.testing.assert_close(model(x), plain(x))
+    for _ in range(2):  # a factor that is computed once has one backward
+        model.zero_grad()
+        model(x).square().sum().backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in stored)
+        before = model(x)
+        with torch.no_grad():
+            for parameter in stored:
+                parameter.copy_(torch.randn_like(parameter))
+        assert not torch.allclose(model(x), before)

@@ -1,4 +1,4 @@
-"""Compares an injected model with PEFT's: targets, outputs, merged weights, files, tokens, gradients, a step."""
+"""Compares a model with PEFT's, through both doors: targets, outputs, merges, files, tokens, gradients, a step."""
 
 from __future__ import annotations
 
@@ -8,34 +8,46 @@ import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from architectures.table import Architecture
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora_ext.adapters import merge_and_unload, trainable_parameter_counts
+from lora_ext.integrations.peft import accelerate, report
 
 ALIVE = {"r": 2, "lora_alpha": 6, "init_lora_weights": False}
 NEW_TOKENS = 4
+OF_BASE = ("lora_bias", "lora_B.default.bias", "tokens_delta.default", "magnitude_vector.default.weight")
 
 
-def compare(architecture: Architecture, targets: str) -> dict[str, str]:
-    """Runs every check on models of ``architecture``; one that fails does not stop the others.
+def compare(
+    base: nn.Module,
+    inputs: Any,
+    *,
+    doors: str = "inject accelerate",
+    generates: bool = False,
+    trains: bool = False,
+    **options: Any,
+) -> dict[str, str]:
+    """Runs every check on adapted copies of ``base``; one that fails does not stop the others.
 
     Args:
-        architecture: a row of the table.
-        targets: "all-linear", or "usual" for those in the row.
+        inputs: of a forward, a tensor or keyword arguments.
+        doors: which of ``inject`` and ``accelerate`` are compared with PEFT.
+        trains: the models are in training mode, except to be merged.
+        options: of the config, for both libraries.
 
     Returns:
         A check's name -> how the two differ. {}: they are equal, or both refuse.
     """
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(1)
-        pair = _Pair(architecture, targets if targets == "all-linear" else architecture.targets.split(), directory)
+        pair = _Pair(base, inputs, ALIVE | options, Path(directory))
+        pair.doors, pair.generates, pair.trains = doors, generates, trains
         try:
             pair.output(pair.theirs)
         except (ValueError, AttributeError) as error:
@@ -50,16 +62,16 @@ def compare(architecture: Architecture, targets: str) -> dict[str, str]:
 
 
 class _Pair:
-    """One model adapted twice with the same factors: ``theirs`` by PEFT, ``ours`` loaded from PEFT's file."""
+    """A model with the same adapter: ``theirs`` by PEFT, ``ours`` loaded from its file, ``fast`` accelerated."""
 
-    def __init__(self, architecture: Architecture, targets: str | list[str], directory: str) -> None:
-        self.architecture, self.targets, self.directory = architecture, targets, Path(directory)
-        self.base, self.inputs = architecture.build(), architecture.inputs()
+    def __init__(self, base: nn.Module, inputs: Any, options: dict[str, Any], directory: Path) -> None:
+        self.base, self.inputs, self.options, self.directory = base, inputs, options, directory
+        self.doors, self.generates, self.trains = "", False, False
 
     @cached_property
     def theirs(self) -> peft.PeftModel:
-        config = peft.LoraConfig(target_modules=self.targets, **ALIVE)
-        return peft.get_peft_model(copy.deepcopy(self.base), config).eval()
+        model = peft.get_peft_model(copy.deepcopy(self.base), peft.LoraConfig(**self.options))
+        return _spread(_with_settings_that_peft_drops(model)).train(self.trains)
 
     @cached_property
     def file(self) -> dict[str, Tensor]:
@@ -70,12 +82,27 @@ class _Pair:
     @cached_property
     def ours(self) -> nn.Module:
         assert self.file
-        return load_adapter(copy.deepcopy(self.base), self.directory / "theirs", trainable=True)
+        model = load_adapter(copy.deepcopy(self.base), self.directory / "theirs", trainable=True)
+        return model.train(self.trains)
+
+    @cached_property
+    def fast(self) -> peft.PeftModel:
+        model = accelerate(copy.deepcopy(self.theirs))
+        assert any(layer.accelerated for layer in report(model)), report(model)
+        return model
+
+    @property
+    def injects(self) -> bool:
+        return "inject" in self.doors
+
+    @property
+    def both(self) -> list[nn.Module]:
+        return [getattr(self, {"inject": "ours", "accelerate": "fast"}[door]) for door in self.doors.split()]
 
     @cached_property
     def injected(self) -> nn.Module:
         """Our model, adapted by the config instead of PEFT's file."""
-        return inject(copy.deepcopy(self.base), LoraConfig(target_modules=self.targets, **ALIVE))
+        return inject(copy.deepcopy(self.base), LoraConfig(**self.options)).train(self.trains)
 
     def refused(self) -> bool:
         try:
@@ -84,6 +111,7 @@ class _Pair:
             return True
 
     def output(self, model: nn.Module) -> Tensor:
+        torch.manual_seed(3)
         return output(model, self.inputs)
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
@@ -109,8 +137,28 @@ class _Pair:
         return gradients
 
 
-def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    outputs = model(**inputs)
+def _with_settings_that_peft_drops(model: nn.Module) -> nn.Module:
+    for layer in model.modules():
+        if hasattr(layer, "lora_A") and isinstance(getattr(layer, "base_layer", None), nn.modules.conv._ConvNd):
+            for convolution in layer.lora_A.values():
+                for setting in ("dilation", "padding_mode", "_reversed_padding_repeated_twice"):
+                    setattr(convolution, setting, getattr(layer.base_layer, setting))
+    return model
+
+
+@torch.no_grad()
+def _spread(model: nn.Module) -> nn.Module:
+    """Changes what starts with the values of the base layer, so that it has an effect."""
+    for path, parameter in model.named_parameters():
+        if path.endswith(OF_BASE):
+            parameter.add_(torch.randn_like(parameter) / 3)
+    return model
+
+
+def output(model: nn.Module, inputs: dict[str, Tensor] | Tensor) -> Tensor:
+    outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    if isinstance(outputs, Tensor):
+        return outputs
     return next(outputs[key] for key in ("logits", "logits_per_image", "sample") if key in outputs)
 
 
@@ -132,6 +180,8 @@ def assert_all_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 def check_targets(pair: _Pair) -> None:
+    if not pair.injects:
+        return
     ours, theirs = (
         {key: tensor.shape for key, tensor in file.items()} for file in (pair.values(pair.injected), pair.file)
     )
@@ -144,43 +194,60 @@ def check_targets(pair: _Pair) -> None:
 def check_outputs(pair: _Pair) -> None:
     expected, without = pair.output(pair.theirs), pair.output(pair.base)
     assert (expected - without).abs().max() > 1e-3 * without.abs().max(), "the adapter changes nothing"
-    assert_near(pair.output(pair.ours), expected, "output")
+    for model in pair.both:
+        assert_near(pair.output(model), expected, "output")
 
 
 @torch.no_grad()
 def check_merge(pair: _Pair) -> None:
-    model = copy.deepcopy(pair.ours)
-    adapted = pair.output(model)
-    merge(model)
-    assert_near(pair.output(model), adapted, "output of the merged model")
-    unmerge(model)
-    unmerged, state = model.state_dict(), pair.ours.state_dict()
-    assert unmerged.keys() == state.keys()
-    assert all(torch.equal(unmerged[name], state[name]) for name in state), "unmerging does not restore the weights"
-    ours, theirs = merge_and_unload(model), copy.deepcopy(pair.theirs).merge_and_unload()
+    theirs = copy.deepcopy(pair.theirs).eval()
+    theirs.merge_adapter()
+    for model in map(copy.deepcopy, pair.both):
+        of_peft = isinstance(model.eval(), peft.PeftModel)
+        expected = pair.output(model)
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        model.merge_adapter() if of_peft else merge(model)
+        assert_near(pair.output(model), expected, "output of the merged model")
+        if of_peft:
+            assert_all_near(model.state_dict(), theirs.state_dict())
+        model.unmerge_adapter() if of_peft else unmerge(model)
+        after = model.state_dict()
+        changed = [key for key in state if not torch.equal(after[key], state[key])]
+        allowed = (".experts", ".gate", ".router") if of_peft else ()  # PEFT's code merges bare parameters
+        assert after.keys() == state.keys() and all(any(a in key for a in allowed) for key in changed), changed
+    if not pair.injects:
+        return
+    ours, theirs = merge_and_unload(copy.deepcopy(pair.ours).eval()), theirs.merge_and_unload()
     assert_near(pair.output(ours), pair.output(theirs), "output of merge_and_unload")
     assert_all_near(ours.state_dict(), theirs.state_dict())
 
 
 @torch.no_grad()
 def check_files(pair: _Pair) -> None:
-    again = pair.values(pair.ours)
-    assert again.keys() == pair.file.keys(), sorted(again.keys() ^ pair.file.keys())
-    assert all(torch.equal(again[key], pair.file[key]) for key in again), "the file changes when loaded and saved"
+    for model in pair.both:
+        again = pair.values(model)
+        assert again.keys() == pair.file.keys(), sorted(again.keys() ^ pair.file.keys())
+        assert all(torch.equal(again[key], pair.file[key]) for key in again), "the file changes when loaded and saved"
+    if not pair.injects:
+        return
+    _spread(pair.injected)
     save_adapter(pair.injected, pair.directory / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pair.base), pair.directory / "ours").eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|adapter key).*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pair.base), pair.directory / "ours")
+    theirs = _with_settings_that_peft_drops(theirs).train(pair.trains)
     assert_all_near(pair.values(theirs), pair.values(pair.injected))
     assert_near(pair.output(theirs), pair.output(pair.injected), "output of PEFT with our file")
 
 
 @torch.no_grad()
 def check_tokens(pair: _Pair) -> None:
-    if not pair.architecture.generates:
+    if not pair.generates:
         return
     inputs = {name: tensor for name, tensor in pair.inputs.items() if name != "decoder_input_ids"}
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     expected = pair.theirs.generate(**inputs, **options)
-    for model in (pair.ours, merge(copy.deepcopy(pair.ours))):
+    for model in (*pair.both, *([merge(copy.deepcopy(pair.ours))] if pair.injects else [])):
         tokens = model.generate(**inputs, **options)
         assert torch.equal(tokens, expected), f"{tokens.tolist()}, PEFT generates {expected.tolist()}"
 
@@ -188,13 +255,14 @@ def check_tokens(pair: _Pair) -> None:
 def check_gradients(pair: _Pair) -> None:
     expected = pair.gradients(pair.theirs)
     assert any(gradient.count_nonzero() for gradient in expected.values()), "all gradients are zero"
-    assert_all_near(pair.gradients(pair.ours), expected)
+    for model in pair.both:
+        assert_all_near(pair.gradients(model), expected)
 
 
 def check_step(pair: _Pair) -> None:
-    """Trains a step in training mode, where layers such as batch norm behave otherwise; dropout masks are the same."""
-    losses = []
-    for model in (pair.theirs, pair.ours):
+    """Trains a step; dropout masks are the same."""
+    losses, models = [], (pair.theirs, *pair.both)
+    for model in models:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.zero_grad(set_to_none=True)
         loss = pair.output(model).square().mean()
@@ -203,10 +271,10 @@ def check_step(pair: _Pair) -> None:
         torch.optim.SGD(trained, lr=0.1).step()
         with torch.no_grad():
             losses.append(torch.stack([loss.detach(), norm, pair.output(model).square().mean()]))
-    theirs, ours = losses
-    assert ours[2] < ours[0], f"the loss rises from {ours[0]} to {ours[2]}"
-    assert_near(ours, theirs, "loss, norm of the gradients, loss after the step")
-    assert_all_near(pair.values(pair.ours), pair.values(pair.theirs))
+    for model, ours in zip(models, losses, strict=True):
+        assert ours[2] < ours[0], f"the loss rises from {ours[0]} to {ours[2]}"
+        assert_near(ours, losses[0], "loss, norm of the gradients, loss after the step")
+        assert_all_near(pair.values(model), pair.values(pair.theirs))
 
 
 CHECKS: dict[str, Callable[[_Pair], None]] = {
