@@ -253,9 +253,8 @@ def checkpoints() -> dict[str, tuple[str, Damage, str]]:
 
     config = "config.json"
     found: dict[str, tuple[str, Damage, str]] = {
-        "no weight_map": (INDEX, index(lambda c: c.pop("weight_map")), "weight_map is None, want an object"),
-        "weight_map empty": (INDEX, index(lambda c: c.update(weight_map={})), "it names no file"),
-        "metadata list": (INDEX, index(lambda c: c.update(metadata=[1])), "metadata is [1], want an object"),
+        "no weight_map": (INDEX, index(lambda c: c.pop("weight_map")), "weight_map is None, want file names"),
+        "weight_map empty": (INDEX, index(lambda c: c.update(weight_map={})), "weight_map is {}, want file names"),
         "no object": (INDEX, content(INDEX, b"[]"), "holds a list, want an object"),
         "index pipe": (INDEX, pipe(INDEX), "is a pipe, want a regular file"),
         "file missing": (INDEX, named("x.safetensors"), "names files that are missing"),
