@@ -205,21 +205,19 @@ class LoraConfig:
         r: rank of the update, at least 1.
         lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``); positive.
         lora_dropout: dropout probability on the adapter's input while training, in [0, 1).
-        target_modules: the modules to adapt: a list of names, each equal to a module's path or to its end after a dot;
-            a regular expression for the whole path; or ``"all-linear"``. May be None or empty with
-            ``target_parameters``: no module is adapted (for None PEFT chooses by type).
-        exclude_modules: modules never to adapt; a list or a regular expression, matched in the same way.
-        target_parameters: bare parameters to adapt (a mixture's experts): names of the form ``module.parameter``, each
-            equal to a parameter's path or to its end after a dot.
+        target_modules: a list of names, each equal to a module's path or to its end after a dot; a regular expression
+            for the whole path; or ``"all-linear"``. None or empty with ``target_parameters``: no module is adapted.
+        exclude_modules: modules never to adapt, matched in the same way.
+        target_parameters: bare parameters to adapt (a mixture's experts), each by its path or the end after a dot.
         layers_to_transform: adapt only layers with these numbers (one or a list; an empty list means all); needs
             ``target_modules`` as a list, whose entries hold in any layer if they are whole paths. A path's layer is its
             first number with two names before it: 1 in ``model.layers.1.mlp``, none in ``layers.1.mlp``.
         layers_pattern: name (a regular expression, or a list of them) of the ``nn.ModuleList`` whose numbers
-            ``layers_to_transform`` means, such as ``"layers"`` or ``"h"``; the first that occurs in the path decides.
+            ``layers_to_transform`` means; the first that occurs in the path decides.
         rank_pattern, alpha_pattern: other ranks and ``lora_alpha`` for some targets, by a name or a regular expression
             for a path or its end after a dot; the first match decides.
-        modules_to_save: modules to train in full and to save with the adapter (a new head): each entry matches modules
-            whose path ends with it. Nothing inside them is adapted.
+        modules_to_save: modules to train in full and to save with the adapter: each entry matches modules whose path
+            ends with it. Nothing inside them is adapted.
         trainable_token_indices: train only these rows of an embedding: token numbers for the input embedding, or a dict
             from an embedding's name (the end of its path) to such a list. A head tied to the input embedding follows
             it, unless the dict gives it other tokens.
@@ -362,8 +360,7 @@ class LoraConfig:
         """Reads the content of an ``adapter_config.json`` that PEFT or :meth:`to_dict` wrote.
 
         Keys without a field that have no effect (null, false, empty, or informational, like ``peft_version``) are kept
-        as metadata. An initialisation that leaves the base weights as they are (``"eva"``, ``"mica"``) does not matter
-        for weights that are in a file, and becomes True.
+        as metadata. An initialisation that leaves the base weights as they are does not matter, and becomes True.
 
         Raises:
             ValueError: ``peft_type`` is not LORA; keys ask for unsupported features (all of them are named); or the
@@ -374,9 +371,7 @@ class LoraConfig:
             raise TypeError(f"LoraConfig: the values are of type {type(values).__name__}, want a dict")
         if values.get("peft_type") != "LORA":
             kind = shown(values.get("peft_type"))
-            raise ValueError(
-                f"LoraConfig: peft_type is {kind}, want 'LORA'; other adaptation methods are not supported"
-            )
+            raise ValueError(f"LoraConfig: peft_type is {kind}, want 'LORA'; other methods are not supported")
         supported = {f.name for f in fields(cls)} - {"metadata"}
         metadata = {key: value for key, value in values.items() if key not in supported and key != "peft_type"}
         _check_other_keys(metadata)
@@ -391,9 +386,8 @@ class LoraConfig:
     def from_peft(cls, config: PeftConfig) -> LoraConfig:
         """Converts PEFT's ``LoraConfig``, key by key.
 
-        Raises:
-            ValueError, TypeError: as :meth:`from_dict`; or the config asks for an initialisation from data or from the
-                weight, has custom modules, or leaves the choice of modules next to ``target_parameters`` to PEFT.
+        ValueError, TypeError: as :meth:`from_dict`; or the config asks for an initialisation from data or from the
+        weight, has custom modules, or leaves the choice of modules to PEFT.
         """
         values = {key: _plain(value) for key, value in config.to_dict().items()}
         if values.get("peft_type") == "LORA":

@@ -7,8 +7,7 @@ measured. Each part writes its entry of benchmarks/results/<card>/gpu_check.json
 with --only or --continue. Prints the tables at the end, measured figures next to predicted ones, and keeps each part's
 output in build/gpu_check/.
 
---dry runs what needs no GPU, for the arch of --arch: does it compile, are all tests collected where optional packages
-are missing, do the benchmarks run?
+--dry runs what needs no GPU, for the arch of --arch: does it compile, do the benchmarks run?
 
 Exit status 0: every part passed, except optional ones that cannot run here (compute-sanitizer, rivals), and sanitizers
 that found nothing in their time.
@@ -104,13 +103,14 @@ def gather_facts(dry_arch: str = "") -> dict[str, str]:
 
 
 def install_library(wheel: Path, package: Path = ROOT / "lora_ext") -> None:
-    """Puts the two compiled libraries of a wheel into the package. SystemExit: the wheel lacks one."""
+    """Puts the compiled libraries of a wheel into the package. SystemExit: the wheel lacks one."""
     with zipfile.ZipFile(wheel) as archive:
-        if missing := [name for name in LIBRARIES if f"lora_ext/{name}" not in archive.namelist()]:
+        entries = {Path(entry).name: entry for entry in archive.namelist() if entry.endswith(".so")}
+        if missing := [name for name in LIBRARIES if name not in entries]:
             sys.exit(f"gpu_check: --library {wheel}: no {' and no '.join(missing)}")
-        for name in LIBRARIES:
+        for name, entry in entries.items():
             part = package / f"{name}.part"
-            part.write_bytes(archive.read(f"lora_ext/{name}"))
+            part.write_bytes(archive.read(entry))
             part.replace(package / name)  # a process may have the old one open
 
 
@@ -127,8 +127,7 @@ def list_parts(facts: dict[str, str], home: Path | None, cores: int) -> list[Par
     sanitizer = shutil.which("compute-sanitizer") or (home and shutil.which("compute-sanitizer", path=home / "bin"))
 
     def pytest(name: str, limit_s: float, *arguments: str, jobs: int = min(8, cores)) -> Part:
-        # -v: a line for every test at once, so that a run that has to be killed has told what failed. -n: also one at a
-        # time in a process of its own, so that after a stray access another one runs the tests that are left.
+        # -v: a line for every test at once, so that a run that has to be killed has told what failed.
         command = [python, "-m", "pytest", "--device", "cuda", "-v", "-p", "no:cacheprovider", "--tb=short"]
         command += ["--continue-on-collection-errors", "-o", "faulthandler_timeout=120", *arguments, "-n", str(jobs)]
         return Part(name, command, limit_s, {"OMP_WAIT_POLICY": "passive"})
@@ -177,7 +176,7 @@ def list_parts(facts: dict[str, str], home: Path | None, cores: int) -> list[Par
 
 
 def list_dry_parts(facts: dict[str, str], home: Path | None) -> list[Part]:
-    """Lists the parts that run without a GPU: compiling, collecting the tests, and the benchmarks on the CPU."""
+    """Lists the parts that run without a GPU: compiling, and the benchmarks on the CPU."""
     python = sys.executable
 
     def bench(script: str, *arguments: str, name: str = "") -> Part:
@@ -186,10 +185,8 @@ def list_dry_parts(facts: dict[str, str], home: Path | None) -> list[Part]:
         return Part(name, [*command, *arguments], 200, measures=True)
 
     golden = [python, "scripts/gpu_check.py", "--golden", str(home), facts["arch"], "--dry"]
-    collect = [python, "-m", "pytest", "-p", "support.gpu_machine", "-p", "no:cacheprovider", "-q", "--collect-only"]
     return [
         Part("golden", golden, 200, not_run="" if home else "no nvcc", optional=True),
-        Part("collect", collect, 300, {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}),
         bench("layer", "--no-compile", "--shapes", "8x16x24"),
         bench("siblings", "--shapes", "8x16x24+8"),
         bench("host"),

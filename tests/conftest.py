@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import broken_gpu
 
 # Two threads on any machine: tests run in parallel, and results must not depend on the machine's size.
 torch.set_num_threads(2)
@@ -40,7 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "pairs: on the CPU without --slow, every pair of values, not the product")
     config.addinivalue_line("markers", "large: wants gigabytes of memory; a GPU check runs these one at a time")
     config.addinivalue_line("markers", "cpu_only(reason): skipped under --device cuda")
-    config.pluginmanager.register(broken_gpu)
     if config.getoption("--device") == "cuda":
         if reason := no_cuda_reason():
             raise pytest.UsageError(f"--device cuda: {reason}")

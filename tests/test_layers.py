@@ -133,22 +133,3 @@ def test_kernels_include_no_torch_header():
         if path.is_file() and torch_header.search(path.read_text(encoding="utf-8"))
     }
     assert folders == {"bindings", "library.cpp"}
-
-
-def maps() -> dict[Path, set[str]]:
-    """The folders whose ``__init__.py`` lists their files, and the names in these lists."""
-    found = {}
-    for init in PACKAGE.rglob("__init__.py"):
-        docstring = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
-        lists = [line for line in docstring.splitlines() if line.startswith(("- ", "  "))]
-        if any(line.startswith("- ") for line in lists):
-            found[init.parent] = set(re.findall(r"``(\w+)``", "\n".join(lists)))
-    return found
-
-
-def test_lists_of_files_are_complete():
-    assert maps()
-    for folder, named in maps().items():
-        modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-        unlisted = modules - named - {"__init__"}
-        assert not unlisted, f"name it, and what it is for, in the docstring of {folder / '__init__.py'}"

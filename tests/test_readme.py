@@ -159,28 +159,6 @@ def test_python_of_decisions_md():
         torch.testing.assert_close(found[name], functional.lora_linear(x, weight, bias, A, B, scaling))
 
 
-def test_no_python_is_left_out():
-    run_here = {
-        "README.md",
-        *(
-            f"docs/{name}.md"
-            for name in (
-                "adapters",
-                "decisions",
-                "export",
-                "language-models",
-                "many-adapters",
-                "methods",
-                "peft",
-                "quantized",
-            )
-        ),
-    }
-    with_python = {name for name in DOCUMENTS if python_blocks(name)}
-    assert not with_python - run_here, "write a test that runs the Python of these pages"
-    assert with_python == run_here
-
-
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -278,15 +256,3 @@ def named(name: str) -> list[Path]:
 def test_files_named_exist(name):
     missing = [path for path in (*linked(name), *named(name)) if not path.exists()]
     assert not missing, f"{name} names files that do not exist"
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_headings_linked_exist(name):
-    for target, heading in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", TEXTS[name]):
-        if "://" not in target:
-            text = ((ROOT / name).parent / target).read_text(encoding="utf-8") if target else TEXTS[name]
-            headings = {
-                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-                for heading in re.findall(r"^#+ (.+)$", text, re.M)
-            }
-            assert heading in headings, f"{name} links to {target}#{heading}, and there is no such heading"

@@ -120,7 +120,7 @@ def _values_of(part: Part, config: LoraConfig, file: AdapterFile) -> dict[str, T
 
 
 def _other_keys(adapter: Adapter, file: AdapterFile, targets: dict[str, Tensor]) -> list[str]:
-    """Returns what else ``file`` has that the model lacks. PEFT also saves the base layer of an adapted embedding."""
+    """Returns what else ``file`` has. PEFT also saves the base layer of an adapted embedding."""
     problems, base = [], _in_file(adapter.base_tensors())
     for key in file.tensors.keys() - targets.keys():
         if key not in base:

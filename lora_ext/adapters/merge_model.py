@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -69,7 +69,8 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
             weights share memory.
     """
     layers = _all_lora_modules("merge", model)
-    wanted = _chosen("merge", layers, _names("merge", adapter_names))
+    wanted = _chosen("merge", layers, adapter_names, "active_adapters")
+    _check_some_are_active("merge", layers, wanted)
     if twice := [path for path, (layer, names) in wanted.items() if names & {*layer.merged_adapters}]:
         raise RuntimeError(f"merge: adapters are already merged into {first_of(map(repr, twice))}")
     _check_mergeable("merge", wanted)
@@ -97,20 +98,12 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
         Other errors as in :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
     """
     layers = _all_lora_modules("unmerge", model)
-    names = _names("unmerge", adapter_names)
-    if names is None:
-        wanted = {path: (layer, set[str]()) for path, layer in layers.items() if layer.is_merged}
-        wrong = [] if wanted else list(layers)
-    else:
-        # An adapter may have been removed from its layer since it was merged.
-        known = {path: {*layer.adapters, *layer.merged_adapters} for path, layer in layers.items()}
-        _check_known("unmerge", known, names)
-        chosen = {path: layer for path, layer in layers.items() if names & known[path]}
-        wanted = {path: (layer, set(layer.merged_adapters) - names) for path, layer in chosen.items()}
-        wrong = [path for path, layer in chosen.items() if names & layer.adapters.keys() - {*layer.merged_adapters}]
-    if wrong:
-        raise RuntimeError(f"unmerge: the adapters are not merged into {first_of(map(repr, wrong))}")
-    change_merged("unmerge", dict(wanted.values()), _where(wanted))
+    chosen = _chosen("unmerge", layers, adapter_names, "merged_adapters")
+    wrong = [path for path, (layer, names) in chosen.items() if names - {*layer.merged_adapters}]
+    if wrong or not chosen:
+        raise RuntimeError(f"unmerge: the adapters are not merged into {first_of(map(repr, wrong or layers))}")
+    left = {layer: {*layer.merged_adapters} - names for layer, names in chosen.values()}
+    change_merged("unmerge", left, _where(chosen))
     return model
 
 
@@ -144,7 +137,9 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     caller = "merge_and_unload"
     layers = _all_lora_modules(caller, model)
     some_merged = any(layer.is_merged for layer in layers.values())
-    chosen = _chosen(caller, layers, _names(caller, adapter_names), allow_none=some_merged)
+    chosen = _chosen(caller, layers, adapter_names, "active_adapters")
+    if not some_merged:
+        _check_some_are_active(caller, layers, chosen)
     missing = {path: (layer, names - {*layer.merged_adapters}) for path, (layer, names) in chosen.items()}
     wanted = {path: (layer, names) for path, (layer, names) in missing.items() if names}
     _check_mergeable(caller, wanted)
@@ -189,33 +184,27 @@ def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
     return layers
 
 
-def _names(caller: str, adapter_names: str | Iterable[str] | None) -> set[str] | None:
+def _chosen(
+    caller: str, layers: dict[str, LoraLayer], adapter_names: str | Iterable[str] | None, default: str
+) -> Chosen:
+    """Returns the layers that have some of the adapters, with the names they have. None: the names in ``default``."""
     if adapter_names is None:
-        return None
-    names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        return {path: (layer, {*getattr(layer, default)}) for path, layer in layers.items() if getattr(layer, default)}
+    names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
     if not names:
         raise ValueError(f"{caller}: adapter_names is empty; name at least one adapter, or pass None for the default")
-    return names
-
-
-def _check_known(caller: str, by_layer: Mapping[str, Collection[str]], names: set[str]) -> None:
-    known = {name for held in by_layer.values() for name in held}
+    known = {name for layer in layers.values() for name in layer.adapters}
     if unknown := names - known:
         raise KeyError(f"{caller}: no layer has an adapter {sorted(unknown)[0]!r}; the adapters are {sorted(known)}")
+    return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
 
 
-def _chosen(caller: str, layers: dict[str, LoraLayer], names: set[str] | None, allow_none: bool = False) -> Chosen:
-    """Returns the layers that have some of the adapters (None: the active ones), with the names they have."""
-    if names is not None:
-        _check_known(caller, {path: layer.adapters.keys() for path, layer in layers.items()}, names)
-        return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
-    chosen = {path: (layer, set(layer.active_adapters)) for path, layer in layers.items() if layer.active_adapters}
-    if not chosen and not allow_none:
+def _check_some_are_active(caller: str, layers: dict[str, LoraLayer], chosen: Chosen) -> None:
+    if not chosen:
         raise RuntimeError(
             f"{caller}: no adapter is active in {first_of(map(repr, layers))}; call set_adapter(model, ...) or "
             "load_adapter first, outside disable_adapters"
         )
-    return chosen
 
 
 def _where(wanted: Chosen) -> dict[LoraLayer, str]:

@@ -39,14 +39,11 @@ class LayerWeight(NamedTuple):
 
 
 class LayerFactors(NamedTuple):
-    """One adapter's update of a layer: the matrix number ``index`` of the stack that ``update`` is for."""
+    """One adapter's update of a layer, without the scaling: mapped factors, which are read when they are used."""
 
     update: LowRankUpdate
-    index: int
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Reads ``lora_A [r, in]`` and ``lora_B [out, r]``, without the scaling."""
-        return self.update.factors()[self.index]
+    lora_A: Tensor  # [r, in]
+    lora_B: Tensor  # [out, r]
 
 
 class Layer(NamedTuple):
@@ -79,11 +76,11 @@ def find_layers(
             path = update.path
             if counts[path] > 1:  # several parameters of one module: the depth of wrapping distinguishes them
                 path = update.key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
-            for index in range(update.matrices):
+            for index, (A, B) in enumerate(update.factors()):
                 name = f"{path}[{index}]" if update.matrices > 1 else path
                 weight = weights[update][index] if update in weights else None
                 layer = layers.setdefault(name, Layer(name, {}, weight))
-                layer.factors[number] = LayerFactors(update, index)
+                layer.factors[number] = LayerFactors(update, A, B)
                 shapes = {one.update.shape for one in layer.factors.values()}
                 if len(shapes) > 1:
                     problems.append(f"{name} has the shapes {shown(sorted(map(list, shapes)))}")

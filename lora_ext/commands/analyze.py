@@ -154,7 +154,7 @@ _Similar = dict[tuple[int, int, str], list[Tensor]]
 
 def _measure(layer: Layer, paths: Sequence[Path], similar: _Similar) -> list[dict[str, Any]]:
     """Reads a layer's factors and weight. Returns an entry of ``updates`` per adapter, and adds to ``similar``."""
-    factors = {number: stored.read() for number, stored in layer.factors.items()}
+    factors = {number: (stored.lora_A, stored.lora_B) for number, stored in layer.factors.items()}
     svds = {}
     for number, (A, B) in factors.items():
         with refusing(f"{layer.name} in {paths[number]}"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_ext._common.printable import shown
 from lora_ext._common.sharded import class_of, gathered, whole
 from lora_ext._common.wrapped import KEY_PREFIX
+from lora_ext._ops.checks import FLOATING
 from lora_ext.config import exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import VERSION_KEY, has_present_layout, stacked_experts
@@ -98,16 +99,16 @@ def with_options(file: AdapterFile, caller: str) -> AdapterFile:
 
 def with_blocks(file: AdapterFile, adapter: Adapter) -> AdapterFile:
     """Gives the tensors of packed projections the model's form. ValueError: they have more than the enabled parts."""
-    gathered_tensors = {}
+    found = {}
     for key, part in _packed(adapter):
-        tensor, enabled, layer = file.tensors.get(key), part.adapter.enable_lora, part.layer
-        if tensor is None or list(tensor.shape) != [layer.out_features, part.adapter.r * sum(enabled)]:
-            continue  # check_fits says so
-        try:
-            gathered_tensors[key] = gather_blocks(tensor, enabled)
-        except ValueError as error:
-            raise ValueError(f"load_adapter: {file.path}: {key}: {error} {list(enabled)}") from error
-    return dataclasses.replace(file, tensors=file.tensors | gathered_tensors)
+        tensor, enabled = file.tensors.get(key), part.adapter.enable_lora
+        shape = (part.layer.out_features, part.adapter.r * sum(enabled))
+        if tensor is not None and tensor.shape == shape and tensor.dtype in FLOATING:  # check_fits refuses others
+            try:
+                found[key] = gather_blocks(tensor, enabled)
+            except ValueError as error:
+                raise ValueError(f"load_adapter: {file.path}: {key}: {error} {list(enabled)}") from error
+    return dataclasses.replace(file, tensors=file.tensors | found)
 
 
 def _packed(adapter: Adapter) -> Iterator[tuple[str, Part]]:

@@ -60,8 +60,7 @@ def linear_layers(bare: BareModel) -> list[str]:
 
 def why_bypassed_at(bare: BareModel, path: str) -> str | None:
     """Returns why an adapter of the module at ``path`` would have no effect, or None if that is not known."""
-    parent, _, name = path.rpartition(".")
-    return why_bypassed(bare.modules[parent] if parent else bare.root, name)
+    return why_bypassed(bare.parent(path), path.rpartition(".")[2])
 
 
 def expand_all_linear(config: LoraConfig, bare: BareModel) -> LoraConfig:

@@ -31,22 +31,24 @@ def lora_layer_for(module: nn.Module, config: LoraConfig, path: str) -> type[Lor
     return next((kind for kind in LORA_LAYERS if kind.adapts(module)), None)
 
 
-def adapted_modules(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yields ``(path, module, path that sets the rank)`` of the targets and of modules adapted along."""
+Kind = type[LoraLayer] | None
+
+
+def adapted_modules(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[tuple[str, str, Kind]]:
+    """Yields ``(path, path that sets the rank, class of layer)`` of the targets and of modules adapted along."""
     seen, trained = set(), Parents(targets.trained)
     for target, module in targets.modules.items():
         along = getattr(lora_layer_for(module, config, target), "adapted_along", ())
         for path in (target, *(f"{target}.{name}" for name in along)):
             if path not in seen and path not in trained:
                 seen.add(path)
-                yield path, bare.modules[path], target
+                yield path, target, lora_layer_for(bare.modules[path], config, target)
 
 
 def attention_around(bare: BareModel, path: str) -> nn.MultiheadAttention | None:
     """The attention whose ``out_proj`` is at ``path``, or None."""
-    parent, _, name = path.rpartition(".")
-    module = bare.modules[parent] if parent else bare.root
-    return module if isinstance(module, nn.MultiheadAttention) and name == "out_proj" else None
+    parent = bare.parent(path)
+    return parent if isinstance(parent, nn.MultiheadAttention) and path.endswith("out_proj") else None
 
 
 class PartsBuilder:
@@ -68,8 +70,8 @@ class PartsBuilder:
         return complete_parts((*parts, *self.token_parts(targets, replaced)))
 
     def lora_parts(self, targets: Targets) -> Iterator[Part]:
-        for path, module, setting in adapted_modules(self.bare, targets, self.config):
-            kind = lora_layer_for(module, self.config, setting)
+        for path, setting, kind in adapted_modules(self.bare, targets, self.config):
+            module = self.bare.modules[path]
             adapter = kind.new_adapter(module, self.config, setting, self.device or execution_device(module))
             packed = {"num_parts": len(self.config.enable_lora_for(setting))} if kind is LoraPackedLinear else {}
             layer, replaced = self._layer(path, module, kind, **packed)

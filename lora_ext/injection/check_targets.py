@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lora_ext._common.printable import listed, shown
 from lora_ext.config import LoraConfig
 from lora_ext.injection.all_linear import why_bypassed_at
-from lora_ext.injection.build import adapted_modules, attention_around, lora_layer_for
+from lora_ext.injection.build import Kind, adapted_modules, attention_around, lora_layer_for
 from lora_ext.injection.targets import Targets
 from lora_ext.matching.path_names import Parents
 from lora_ext.model.bare_model import BareModel
@@ -41,14 +41,14 @@ def check_targets(bare: BareModel, targets: Targets, config: LoraConfig) -> None
 
 
 def _of_layers(bare: BareModel, targets: Targets, config: LoraConfig) -> Iterator[str]:
-    for path, module, setting in adapted_modules(bare, targets, config):
-        if (why := _why_not(bare, config, path, setting)) is not None:
-            yield f"{path} ({type(module).__name__}): {why}"
+    for path, setting, kind in adapted_modules(bare, targets, config):
+        if (why := _why_not(bare, config, path, setting, kind)) is not None:
+            yield f"{path} ({type(bare.modules[path]).__name__}): {why}"
 
 
-def _why_not(bare: BareModel, config: LoraConfig, path: str, setting: str) -> str | None:
+def _why_not(bare: BareModel, config: LoraConfig, path: str, setting: str, kind: Kind) -> str | None:
     """Returns why the module at ``path``, whose rank is set by the path ``setting``, cannot be adapted, or None."""
-    module, kind = bare.modules[path], lora_layer_for(bare.modules[path], config, setting)
+    module = bare.modules[path]
     only_linear = f"use_dora supports only {DoraLinear.base_kinds}"
     if quantized_weight(module) is None:
         if kind is None and config.enable_lora_for(setting) is not None:

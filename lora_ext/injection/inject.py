@@ -27,7 +27,7 @@ from lora_ext.injection.targets import find_targets
 from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
-from lora_ext.model.mixed_batch import forget_adapter_names, refuse_adapter_names, serve_adapter_names
+from lora_ext.model.mixed_batch import forget_adapter_names, serve_adapter_names
 from lora_ext.model.saver import savers, serve_files, stop_serving_files
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft
@@ -62,7 +62,8 @@ def inject(
         ``model``, the same object.
 
     Raises:
-        ValueError: a setting matches nothing, or does not go together with another one or the state of the model.
+        ValueError, RuntimeError: a setting matches nothing, or does not go together with another one or the state of
+            the model.
         TypeError: targets of unsupported kinds (all are named).
         The model is then unchanged.
 
@@ -149,10 +150,8 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     form_input_groups(root, adapters.share_inputs, (LoraLinear,))
     prepare_modules(root)
     guard_against_trainers(root)
-    serve_adapter_names(root, adapters)
     serve_files(root)
-    for module in savers(root):
-        refuse_adapter_names(root, module)
+    serve_adapter_names(root, adapters, savers(root))
 
 
 def remove_empty_layers(model: nn.Module, adapters: AdapterSet) -> None:

@@ -27,57 +27,44 @@ _TOKENS = "trainable_token_indices"
 
 @dataclass(frozen=True)
 class Targets:
-    """The parts to adapt and to train, by path, in the model's order.
+    """The parts to adapt and to train, by path, in the model's order."""
 
-    Attributes:
-        modules: modules to adapt.
-        parameters: bare parameters to adapt: module path -> names. PEFT nests one wrapper per name around the module,
-            the first innermost, and its file keys follow that order.
-        trained: modules to train in full.
-        tokens: embeddings with trained rows: path -> token numbers.
-        tied: modules that share the input embedding's weight and its trained rows: path -> the embedding's path, which
-            is in ``tokens``.
-    """
-
-    modules: dict[str, nn.Module]
-    parameters: dict[str, tuple[str, ...]]
-    trained: dict[str, nn.Module]
-    tokens: dict[str, tuple[int, ...]]
-    tied: dict[str, str]
+    modules: dict[str, nn.Module]  # to adapt
+    parameters: dict[str, tuple[str, ...]]  # bare ones to adapt, by the module's path, in the order of PEFT's keys
+    trained: dict[str, nn.Module]  # to train in full
+    tokens: dict[str, tuple[int, ...]]  # of embeddings with trained rows
+    tied: dict[str, str]  # modules that share the input embedding's weight and its rows: the embedding's path
 
 
 def find_targets(config: LoraConfig, bare: BareModel) -> Targets:
     """Finds the parts of a model that ``config`` names.
 
-    Raises:
-        ValueError: nothing matches (names close matches), or a part is named for two purposes.
+    ValueError: nothing matches (names close matches), or a part is named for two purposes.
 
-    Warns:
-        UserWarning: an entry matches nothing while others do (PEFT is silent, and a misspelt layer is not adapted);
-            a module to save shares a parameter with a module that is not saved.
+    Warns of an entry that matches nothing while others do (PEFT is silent, and a misspelt layer is not adapted), and of
+    a module to save that shares a parameter with a module that is not saved.
     """
     search = _Search(config, bare)
     trained = search.find_trained()
     parameters = search.find_parameters(trained)
     modules = search.find_modules(trained, parameters)
     tokens, tied = search.find_tokens(trained, modules)
-    search.check_settings({*modules, *(f"{path}.{name}" for path in parameters for name in parameters[path])})
+    adapted = {*modules, *(f"{path}.{name}" for path in parameters for name in parameters[path])}
+    for key, unused in config.unused_settings(adapted).items():
+        if unused:
+            search.warnings.append(f"inject: {key} {shown(unused)} matches nothing adapted in {search.root_name}")
     for message in search.warnings:
         warn_user(message)
     return Targets(modules, parameters, trained, tokens, tied)
 
 
 class _Search:
-    """The steps of one search: what one finds, the later ones leave out or refuse.
-
-    Attributes:
-        warnings: issued at the end, when nothing can fail any more.
-    """
+    """The steps of one search: what one finds, the later ones leave out or refuse."""
 
     def __init__(self, config: LoraConfig, bare: BareModel) -> None:
         self.config, self.bare, self.modules = config, bare, bare.modules
         self.root_name = type(bare.root).__name__
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  # issued at the end, when nothing can fail any more
 
     def find_trained(self) -> dict[str, nn.Module]:
         """Modules to train in full: those whose path ends with an entry, after a dot or not."""
@@ -189,12 +176,6 @@ class _Search:
                 _refuse_twice(twin, f"{_TOKENS}, with {embedding!r} that it follows,", "modules_to_save")
             tokens.pop(twin, None)
         return tokens, dict.fromkeys(twins, embedding)
-
-    def check_settings(self, adapted: set[str]) -> None:
-        """Warns about settings without effect."""
-        for key, unused in self.config.unused_settings(adapted).items():
-            if unused:
-                self.warnings.append(f"inject: {key} {shown(unused)} matches nothing adapted in {self.root_name}")
 
     def report_unmatched(self, key: str, unmatched: list[str], *, fatal: bool) -> None:
         """Refuses, or warns about, entries that match nothing; the message names close matches."""

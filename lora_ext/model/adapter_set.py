@@ -22,28 +22,19 @@ UNSCALED = (".lora_A.weight", ".lora_embedding_A", ".lora_magnitude_vector")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One layer's part of an adapter.
+    """One layer's part of an adapter."""
 
-    Attributes:
-        path: the layer's path in the bare model.
-        file_path: its path in file keys, from :func:`~lora_ext.model.bare_model.file_paths`.
-        layer: the layer that holds the adapter, or will hold it.
-        adapter: the parameters.
-        replaced: maps modules of the model to their replacements, ``layer`` among these; empty if it is in place.
-        target: the path to match with the patterns of a config.
-        file_scale: the factor of the update in files.
-    """
-
-    path: str
-    file_path: str
-    layer: AdapterLayer
-    adapter: nn.Module
-    replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)
-    target: str = ""
-    file_scale: float = 1.0
+    path: str  # in the bare model
+    file_path: str  # in file keys, from file_paths
+    layer: AdapterLayer  # holds the adapter, or will hold it
+    adapter: nn.Module  # the parameters
+    replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(
+        default_factory=dict
+    )  # modules by others, layer among them
+    target: str = ""  # the path to match with the patterns of a config
+    file_scale: float = 1.0  # the factor of the update in files, which loading divides by
 
     def file_scale_of(self, key: str) -> float:
-        """The factor for the tensor ``key`` when it is saved; loading divides by it."""
         return 1.0 if key.endswith(UNSCALED) else self.file_scale
 
 
@@ -73,19 +64,13 @@ def complete_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter with all its parts, whether attached to its model or not.
-
-    Attributes:
-        into: the adapters of the model that it is for; they have it once it is attached.
-        parts: one for each layer, in the model's order.
-        biases: the model's biases that it trains, or None.
-    """
+    """One adapter with all its parts, whether attached to its model or not."""
 
     name: str
     config: LoraConfig
-    into: AdapterSet
-    parts: tuple[Part, ...]
-    biases: TrainedBiases | None = None
+    into: AdapterSet  # of the model that it is for; has it once it is attached
+    parts: tuple[Part, ...]  # one for each layer, in the model's order
+    biases: TrainedBiases | None = None  # the model's biases that it trains
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by their file keys, without the common prefix."""
@@ -292,10 +277,7 @@ def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
 def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adapter:
     """The adapter ``name`` of an injected model; None: the active one.
 
-    Raises:
-        ValueError: the model is not injected, or ``name`` is None and the number of active adapters is not 1.
-        KeyError: there is no such adapter.
-        RuntimeError: accelerate keeps its values elsewhere.
+    ValueError: the model is not injected, or ``name`` is None and not one adapter is active. KeyError: there is none.
     """
     adapters = find_adapters(model, caller)
     if name is None:
@@ -313,7 +295,6 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
     for part in parts:
         if any(is_offloaded(module, key) for module in part.adapter.modules() for key in module._parameters):
             raise RuntimeError(
-                f"{caller}: the factors of {part.path!r} are offloaded; inject or load after you dispatch or offload "
-                "the model, which leaves them on the device that computes"
+                f"{caller}: the factors of {part.path!r} are offloaded; inject or load after you offload the model"
             )
     return Adapter(name, adapters.configs[name], adapters, parts, adapters.biases.get(name))

@@ -98,6 +98,11 @@ class BareModel:
             if child is not None:
                 self._visit(f"{path}.{name}" if path else name, child, seen)
 
+    def parent(self, path: str) -> nn.Module:
+        """Returns the module around the one at ``path``."""
+        above = path.rpartition(".")[0]
+        return self.modules[above] if above else self.root
+
 
 def output_head(root: nn.Module) -> nn.Module | None:
     """The output embeddings of a Transformers model, without adapter layers, or None."""

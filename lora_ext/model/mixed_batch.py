@@ -31,26 +31,25 @@ _METHODS = "generate", "generate_batch"
 # --- into a model and out of it ---------------------------------------------------------------------------------------
 
 
-def serve_adapter_names(root: nn.Module, adapters: AdapterSet) -> None:
-    """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name."""
-    if has_pre_hook(root, take_adapter_names) or NAMES in inspect.signature(root.forward).parameters:
+def serve_adapter_names(root: nn.Module, adapters: AdapterSet, parts: Iterable[nn.Module]) -> None:
+    """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name.
+
+    ``parts`` of it refuse them, as their forwards would swallow them in ``**kwargs``.
+    """
+    if NAMES in inspect.signature(root.forward).parameters:
         return
-    root.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
-    root.register_forward_hook(end_call, always_call=True)
-    for name in _METHODS:
-        MethodWithNames.put(name, root, adapters)
-
-
-def refuse_adapter_names(root: nn.Module, part: nn.Module) -> None:
-    """Makes a model inside ``root`` refuse names, which its forward would swallow in its ``**kwargs``."""
-    has_own = has_pre_hook(part, take_adapter_names) or has_pre_hook(part, refuse_names)
-    if part is not root and not has_own and has_pre_hook(root, take_adapter_names):
-        part.register_forward_pre_hook(refuse_names, with_kwargs=True)
+    for module in (root, *parts):
+        if not has_pre_hook(module, take_adapter_names):
+            module.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
+    if end_call not in root._forward_hooks.values():
+        root.register_forward_hook(end_call, always_call=True)
+        for name in _METHODS:
+            MethodWithNames.put(name, root, adapters)
 
 
 def forget_adapter_names(module: nn.Module) -> None:
-    """Undoes :func:`serve_adapter_names` and :func:`refuse_adapter_names`."""
-    remove_hooks(module, take_adapter_names, end_call, refuse_names)
+    """Undoes :func:`serve_adapter_names`."""
+    remove_hooks(module, take_adapter_names, end_call)
     for name in _METHODS:
         MethodWithNames.restore(name, module)
 
@@ -62,6 +61,13 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     """Takes ``adapter_names`` out of the arguments and makes the choice current; a hook before the forward."""
     adapters = adapter_set(module)
     rest, names = kwargs, kwargs.get(NAMES)
+    if adapters is None:
+        if names is not None:
+            raise ValueError(
+                f"{type(module).__name__}: {NAMES} is for calls of the injected model, and this is a part of it, which "
+                "would ignore it; call that model"
+            )
+        return None
     if NAMES in kwargs:
         rest = {key: value for key, value in kwargs.items() if key != NAMES}
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -88,15 +94,6 @@ def end_call(module: nn.Module, args: Any, output: Any) -> None:
     choice = chosen(adapter_set(module).active)
     if choice is not None and choice.repeats is None:
         leave(choice, output)
-
-
-def refuse_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses names in a call of a part of an injected model; a hook before the forward. ValueError: it has some."""
-    if kwargs.get(NAMES) is not None:
-        raise ValueError(
-            f"{type(module).__name__}: {NAMES} is for calls of the injected model, and this is a part of it, which "
-            "would ignore it; call that model"
-        )
 
 
 def drop_interrupted(adapters: AdapterSet) -> None:

@@ -39,7 +39,7 @@ class SavePretrained(ReplacedMethod):
 
 
 def savers(root: nn.Module) -> list[nn.Module]:
-    """Returns ``root`` and the modules in it that have a ``save_pretrained`` and adapters inside."""
+    """Returns the modules in ``root``, and it, that have a ``save_pretrained`` and adapters inside."""
     has_method = (module for module in root.modules() if callable(getattr(type(module), _METHOD, None)))
     return [module for module in has_method if any(adapter_layers(module))]
 

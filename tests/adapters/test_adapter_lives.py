@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed; make test installs it")
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -340,6 +340,7 @@ def test_any_order_of_operations(request):
         database=None,
         deadline=None,
         derandomize=True,
+        phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(Life, settings=lives)

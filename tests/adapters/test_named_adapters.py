@@ -59,15 +59,6 @@ def by_hand(model: Net, x: torch.Tensor, *names: str) -> torch.Tensor:
 # --- adding and switching ---------------------------------------------------------------------------------------------
 
 
-def test_switching_a_compiled_model():
-    model, x = three(), torch.randn(5, 6)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        for names in (("a",), ("b", "c"), ("a",), ()):
-            set_adapter(compiled, names)
-            torch.testing.assert_close(compiled(x), by_hand(model, x, *names))
-
-
 TARGETS = {
     bert: {"one": ["query", "value"], "two": ["query", "dense"]},
     llama: {"one": ["q_proj", "v_proj"], "two": ["q_proj", "down_proj"]},

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-from pathlib import Path
 
 import bench_finetune
 import bench_grouped
@@ -23,15 +22,6 @@ pytestmark = [pytest.mark.cpu_only("runs the scripts on the CPU"), pytest.mark.f
 
 PEERS = list(contestants.LAYERS)
 bench_language_model = importlib.import_module("bench_language_model")  # after the optional packages that it imports
-
-
-def test_every_benchmark_is_run_by_a_test():
-    tests = Path(__file__).parents[1]
-    texts = "\n".join(path.read_text() for path in (tests / "benchmarks").glob("*.py"))
-    texts += (tests / "building" / "test_kernel_stages.py").read_text()  # needs a GPU; its parts are tested there
-    scripts = {path.stem for path in (tests.parent / "benchmarks").glob("bench_*.py")}
-    assert scripts
-    assert not {script for script in scripts if script not in texts}, "run these at a small size in this file"
 
 
 DTYPES = ("--dtype=float32", "--dtype=bfloat16")
@@ -82,12 +72,6 @@ def test_what_rows_say_about_memory_and_sizes(run):
     rows = run("bench_decode", "--tokens", "1,3", "--widths", "64x128", "--stack-mib", "1")["rows"]
     assert [row["layers"] for row in rows] == [32, 32, 64, 64]  # 1 MiB of weights
     assert all(row["gb_s"]["op alone"] > 0 for row in run("bench_grouped", *GROUPED, "forward")["rows"])
-
-
-def test_stages(run):
-    rows = run("bench_stages", "--shapes", "40x48x64", "--rank", "4")["rows"]
-    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
-    assert all(row["us"]["forward"] > 0 and row["gflop_s"] > 0 for row in rows)
 
 
 def test_a_machine_that_cannot_compile_measures_the_others(run, monkeypatch, capsys):

@@ -1,14 +1,12 @@
-"""Contestants that compute something else are not timed."""
+"""Contestants that compute something else are not timed: one script for each function that compares them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import bench_bottleneck
-import bench_dora
 import bench_experts
 import bench_grouped
-import bench_siblings
 import pytest
 import torch
 from harness import contestants, report, whole_models
@@ -40,13 +38,6 @@ class WrongGroups(bench_grouped.Grouped):
         return super().forward(x) + 1
 
 
-@torch.no_grad()
-def wrong_dora(*arguments):
-    layer = bench_dora.make_peft(*arguments)
-    layer.lora_magnitude_vector["default"].weight.mul_(1.1)
-    return layer
-
-
 def wrong_experts(block, rank, make=bench_experts.make_contestants):
     modules = make(block, rank)
     with torch.no_grad():
@@ -58,30 +49,17 @@ def of_layer(wrong: type[nn.Module]) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda patch: patch.setitem(contestants.LAYERS, "wrong", wrong)
 
 
-LAYER = ("--shapes", "8x16x24")
-DECODE = ("--tokens", "1", "--widths", "64x128", "--stack-mib", "1")
-WRONG = {kind.__name__: kind for kind in (WrongOutput, WrongGradient, NotANumber)}
+LAYER = ("--shapes", "8x16x24", "--no-compile")
 # Script and options, what makes a contestant wrong, and what is said.
 CASES = {
     **{
-        f"{script}, {name}": (script, options, of_layer(wrong), "wrong and lora_ext disagree by .*")
-        for script, options in (("bench_layer", (*LAYER, "--no-compile")), ("bench_decode", DECODE))
-        for name, wrong in WRONG.items()
+        wrong.__name__: ("bench_layer", LAYER, of_layer(wrong), "wrong and lora_ext disagree by .*")
+        for wrong in (WrongOutput, WrongGradient, NotANumber)
     },
-    "siblings": (
-        *("bench_siblings", LAYER),
-        lambda patch: patch.setitem(bench_siblings.CONTESTANTS, "wrong", bench_siblings.separate(WrongGradient)),
-        "wrong and siblings disagree by .*",
-    ),
     "groups": (
         *("bench_grouped", ("--shapes", "6x16x24", "--only", "forward")),
         lambda patch: patch.setitem(bench_grouped.CONTESTANTS, "wrong", WrongGroups),
         "wrong and stack disagree by .*",
-    ),
-    "dora": (
-        *("bench_dora", LAYER),
-        lambda patch: patch.setitem(bench_dora.MAKES, bench_dora.PEFT, wrong_dora),
-        "peft and lora_ext disagree by .*",
     ),
     "experts": (
         *("bench_experts", ("--experts=4", "--hidden=64", "--intermediate=128", "--tokens=8", "--top=2", "--rank=4")),

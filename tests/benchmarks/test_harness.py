@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import machine_isa, machine_load, own_process, report, timing
+from harness import report, timing
 from harness.machine_folder import machine_folder
 from harness.shapes import Shape
 
@@ -44,18 +44,6 @@ def test_slow_calls_warm_up_once_and_stop_early(monkeypatch):
     assert seconds == {"a": [10.0] * 5} and now[0] == 60.0
 
 
-def test_processes_take_turns_and_a_row_has_the_median_and_the_maximum(capsys):
-    asked = []
-
-    def measure_one(name):
-        asked.append(name)
-        return {"seconds": float(len(asked)), "resident_bytes": 100 - len(asked), "torch_bytes": 10 * len(asked)}
-
-    row, _ = own_process.measure_all(["a", "b"], 3, measure_one)
-    assert asked == ["a", "b"] * 3
-    assert row == {"name": "a", "rounds": 3, "seconds": 3.0, "resident_bytes": 99, "beyond_torch_bytes": 89}
-
-
 def test_options_are_checked(capsys):
     parser = report.parser("A question?", "name")
     report.add_shapes(parser)
@@ -81,35 +69,13 @@ def test_without_a_gpu_cuda_is_refused(script, monkeypatch):
 
 @pytest.mark.skipif("avx2" not in _load.available_cpu_isas(), reason="no AVX2 here")
 def test_an_instruction_set_binds_the_whole_process(tmp_path):
-    command = [
-        sys.executable,
-        BENCHMARKS / "bench_layer.py",
-        "--shapes",
-        "8x16x24",
-        "--no-compile",
-        "--rounds",
-        "2",
-        "--write",
-    ]
-    subprocess.run([*command, "--machine-isa", "avx2", "--results", tmp_path], check=True, capture_output=True)
+    options = ["--shapes", "8x16x24", "--no-compile", "--rounds", "2", "--write", "--results", tmp_path]
+    command = [sys.executable, BENCHMARKS / "bench_layer.py", *options, "--machine-isa", "avx2"]
+    subprocess.run(command, check=True, capture_output=True)
     result = json.loads((tmp_path / "layer_cpu_avx2.json").read_text())
     assert result["info"]["cpu"]["isa"] == "avx2"
     assert result["info"]["torch_cpu"] == {"onednn_limit": "AVX2", "mkl_limit": "AVX2", "aten": "AVX2", "amx": False}
     assert "limited to AVX2, without AMX" in result["heading"]
-
-
-def test_amx_is_used_unless_forbidden(monkeypatch):
-    for limit, permitted in (("AVX512_CORE_BF16", False), ("AVX2", False), ("AVX512_CORE_AMX", True), ("ALL", True)):
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        facts = machine_isa.facts()
-        assert facts["onednn_limit"] == limit and (permitted or not facts["amx"])
-
-
-def test_the_load_of_others_excludes_this_process(monkeypatch):
-    # all time, busy time, this process's time: others used 10 of 40 s
-    readings = iter([(100.0, 50.0, 3.0), (140.0, 65.0, 8.0)])
-    monkeypatch.setattr(machine_load.MachineLoad, "_seconds", staticmethod(lambda: next(readings)))
-    assert machine_load.MachineLoad().of_others() == pytest.approx(0.25)
 
 
 def test_results_go_to_the_folder_of_the_machine(monkeypatch, tmp_path):

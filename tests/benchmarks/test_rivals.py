@@ -98,12 +98,6 @@ def test_each_rival_is_measured_where_it_computes(install):
         assert bool((layer(x) != layer(x)).any()) == differs
 
 
-def test_an_old_release_without_dropout(install):
-    install("axolotl/kernels/lora.py", UNSLOTH)
-    modules = rivals.on_same_weights(SHAPE, torch.float32, "cpu", 16, [0.0, 0.1], rivals.load_all(["axolotl"]))
-    assert "axolotl" in modules[0.0] and "axolotl" not in modules[0.1]
-
-
 def test_a_rival_that_cannot_be_used_is_left_out_with_the_reason(install, capsys):
     install("unsloth/kernels/fast_lora.py", "raise NotImplementedError('Unsloth needs a GPU')")
     install("axolotl/kernels/lora.py", AXOLOTL.replace("+ s * (", "+ 2 * s * ("))

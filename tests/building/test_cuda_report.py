@@ -166,23 +166,6 @@ def test_each_rule_can_be_broken(good, change, text):
     assert re.search(text, found), found
 
 
-def test_fewer_blocks_where_a_multiprocessor_has_less_shared_memory(good, monkeypatch):
-    family = kernel_report.Family("tiles", r"^tile_kernel", dynamic_shared=99 * 1024)
-    monkeypatch.setattr(kernel_report, "FAMILIES", [family])
-    for arch, blocks in (("sm_90a", 2), ("sm_80", 1), ("sm_120", 1)):
-        small = cuda_binary.Kernel(**{**vars(good), "arch": arch, "shared": 0})
-        assert kernel_report.violations(small) == [] and small.blocks_per_sm(family.dynamic_shared) == blocks
-
-
-def test_loads_may_be_wide_with_or_without_cp_async(good, monkeypatch):
-    family = kernel_report.Family("tiles", r"^tile_kernel", wide_loads=True)
-    monkeypatch.setattr(kernel_report, "FAMILIES", [family])
-    for column in ("LDGSTS.128", "LDG.128"):
-        assert kernel_report.violations(good) == []
-        good.instructions[column] = 0
-    assert kernel_report.violations(good) == ["reads nothing 16 bytes wide (LDG or LDGSTS .128)"]
-
-
 @pytest.mark.parametrize(
     "arch, registers, threads, shared, blocks",
     [

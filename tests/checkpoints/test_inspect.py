@@ -125,7 +125,7 @@ def test_a_checkpoint_and_a_file(tmp_path):
 def files(tmp_path):
     torch.manual_seed(0)
     model = EveryLayer()
-    settings = {"target_modules": ["lin", "square", "embed"], "target_parameters": ["experts.gate_up"]}
+    settings = {"target_modules": ["lin", "square", "embed"], "target_parameters": ["experts.gate_up", "experts.down"]}
     save_checkpoint(model.state_dict(), tmp_path / "base")
     peft_adapter(model, tmp_path / "adapter", **settings)
     return tmp_path / "base", tmp_path / "adapter"
@@ -136,16 +136,15 @@ def test_factors_of_a_layer_make_the_merged_weight(files, tmp_path):
     merge(base, [adapter], tmp_path / "merged")
     merged, contents = Checkpoint.open(tmp_path / "merged"), open_adapter(adapter)
     layers = find_layers([contents], Checkpoint.open(base))
-    names = ["embed", "experts[0]", "experts[1]", "experts[2]", "lin", "square"]
-    assert sorted(layer.name for layer in layers) == names
+    names = [f"{path}[{i}]" for path in ("experts", "experts.base_layer") for i in range(3)]
+    assert sorted(layer.name for layer in layers) == sorted(["embed", "lin", "square", *names])
     for layer in layers:
-        factors, weight = layer.factors[0], layer.weight
-        A, B = factors.read()
-        assert factors.update.shape == (len(B), A.shape[1]) and weight.transposed == (layer.name == "embed")
-        update = factors.update.scaling * B @ A
+        (update, A, B), weight = layer.factors[0], layer.weight
+        assert update.shape == (len(B), A.shape[1]) and weight.transposed == (layer.name == "embed")
+        delta = update.scaling * B @ A
         actual = merged.tensor(weight.key)
         actual = actual[weight.index] if actual.dim() == 3 else actual
-        expected = weight.read() + (update.T if weight.transposed else update)
+        expected = weight.read() + (delta.T if weight.transposed else delta)
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
         assert not torch.equal(actual, weight.read())
     assert find_layers([contents], None)[0].weight is None

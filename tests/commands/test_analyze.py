@@ -217,13 +217,6 @@ def test_the_base_that_the_adapter_names(files, tmp_path, monkeypatch, capsys, n
     assert not (tmp_path / "5").exists()
 
 
-def test_kinds_of_layers():
-    assert analyze.kind_of("model.layers.3.mlp.up_proj") == "model.layers.*.mlp.up_proj"
-    assert analyze.kind_of("layers.0.experts.7.w1") == "layers.*.experts.*.w1"
-    assert analyze.kind_of("experts.gate_up[2]") == "experts.gate_up[*]"
-    assert analyze.kind_of("lm_head") == "lm_head"
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

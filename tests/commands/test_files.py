@@ -199,14 +199,6 @@ def test_numbers_that_json_lacks_are_null(tmp_path, capsys):
 # --- info -------------------------------------------------------------------------------------------------------------
 
 
-def test_info(capsys):
-    assert main(["info"]) == 0
-    printed = capsys.readouterr().out
-    assert f"torch        {torch.__version__} " in printed and "CPU kernels" in printed and "CUDA built" in printed
-    assert main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["cpu"]["threads"] == torch.get_num_threads()
-
-
 @pytest.mark.parametrize(
     ("plan", "ours"),
     [("1,4096,4096", True), ("32,4096,1024,64", True), ("33,4096,4096", False), ("1,4096,9,65", False)],

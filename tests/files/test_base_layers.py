@@ -118,7 +118,7 @@ def test_resized_embeddings_are_saved_with_a_warning(name, base, tmp_path):
         peft.get_peft_model(resized(base, 1), peft.LoraConfig(**settings)).save_pretrained(tmp_path / "peft")
         assert keys(tmp_path / "ours") == keys(tmp_path / "peft")
     shapes = rf"{NEW}(, 16)?\] in the file, \[(2, )?{VOCABULARY}(, 16)?\] in the model"
-    with pytest.raises(ValueError, match=rf"{shapes}|resize_token_embeddings"):
+    with pytest.raises((TypeError, ValueError), match=rf"{shapes}|resize_token_embeddings"):
         load_adapter(plain(base), tmp_path / "ours")
 
 

@@ -31,11 +31,9 @@ from torch import Tensor, nn
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import adapter_names
 from lora_ext.checkpoints import merge
-from lora_ext.files.reading import read_json, read_tensor, tensor_table
 
 from .cases import CannotTell, Case, Finding, Outcome, WrongResult, finding, judge_exception
 from .choices import Choices
-from .compare import same_bits
 
 _PEAK_BYTES = 150 << 20  # limit for files of two megabytes
 SECONDS = 8.0  # limit of processor time, several times what any reader takes for the largest files
@@ -111,26 +109,6 @@ def _check_adapter(files: Path, result: Any, model: nn.Module) -> None:
         raise WrongResult(f"{missing[0]} of the file was left out")
 
 
-def _read_all(files: Path, _: None) -> dict[str, Tensor]:
-    tables = [(path, tensor_table(path)) for path in sorted(files.glob("base/*.safetensors"))]
-    return {key: read_tensor(path, info) for path, table in tables for key, info in table.items()}
-
-
-def _check_tensors(files: Path, ours: dict[str, Tensor], _: None) -> None:
-    theirs = _by_library(*files.glob("base/*.safetensors"))
-    if theirs.keys() != ours.keys():
-        raise WrongResult(f"{sorted(theirs.keys() ^ ours.keys())} differ")
-    for key, tensor in theirs.items():
-        if ours[key].shape != tensor.shape or not same_bits(ours[key], tensor):
-            raise WrongResult(f"{key} differs from what the library reads")
-
-
-def _check_objects(files: Path, ours: list[dict[str, Any]], _: None) -> None:
-    for path, values in zip(sorted(files.glob("base/*.json")), ours, strict=True):
-        if repr(json.loads(path.read_bytes())) != repr(values):
-            raise WrongResult(f"{path.name} differs from what Python reads")
-
-
 def _check_merged(files: Path, result: Any, _: None) -> None:
     """Checks that every tensor is the base's plus the adapter's update, multiplied out here."""
     base, out = (_by_library(*(files / name).glob("*.safetensors")) for name in ("base", "out"))
@@ -156,10 +134,6 @@ def _load(files: Path, model: nn.Module) -> None:
     load_adapter(model, files / "adapter")
 
 
-def _read_objects(files: Path, _: None) -> list[dict[str, Any]]:
-    return [read_json(path) for path in sorted(files.glob("base/*.json"))]
-
-
 def _merge(files: Path, _: None) -> None:
     merge(files / "base", [files / "plain"], files / "out")
 
@@ -167,8 +141,6 @@ def _merge(files: Path, _: None) -> None:
 READERS = (
     Reader("load_adapter", ("adapter/*",), _load, _check_adapter, _net),
     Reader("load_adapter again", ("adapter/*",), _load, _check_adapter, lambda: inject(_net(), _CONFIG)),
-    Reader("tensor_table", ("base/*.safetensors",), _read_all, _check_tensors),
-    Reader("read_json", ("base/*.json",), _read_objects, _check_objects),
     Reader("merge", ("base/*", "plain/*"), _merge, _check_merged),
 )
 

@@ -38,7 +38,7 @@ def test_every_function_is_called():
     assert area_ops.MAKERS.keys() > {f"lora_ext.functional.{name}" for name in functional.__all__}
 
 
-@pytest.mark.parametrize("name", area_planted.NAMES)
+@pytest.mark.parametrize("name", area_planted.KINDS)
 def test_a_planted_bug_is_found(name):
     result = campaign.run(f"planted.{name}", cases=1, seconds=(1, 3), shrink=False)
     assert area_planted.KINDS[name] in [text.partition(":")[0] for text in result.found], result.table()

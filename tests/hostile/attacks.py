@@ -52,19 +52,19 @@ def _texts(found: dict[str, tuple[Any, str | None]]) -> dict[str, tuple[str | by
     return {k: (v if isinstance(v, str | bytes) else json.dumps(v), words) for k, (v, words) in found.items()}
 
 
-def _expressions(every: bool) -> dict[str, tuple[Any, None]]:
+def _expressions() -> dict[str, tuple[Any, None]]:
+    """Each expression under one of the keys, in turn: they share what bounds their time."""
     found = {}
     for i, (name, expression) in enumerate(CATASTROPHIC.items()):
-        for j, key in enumerate(_EXPRESSION_KEYS):
-            if every or i % len(_EXPRESSION_KEYS) == j:
-                value = {expression: 4} if key in ("rank_pattern", "alpha_pattern") else expression
-                more = {"layers_to_transform": [1]} if key == "layers_pattern" else {}
-                found[f"{key}, {name}"] = SMALL | more | {key: value}, None
+        key = _EXPRESSION_KEYS[i % len(_EXPRESSION_KEYS)]
+        value = {expression: 4} if key in ("rank_pattern", "alpha_pattern") else expression
+        more = {"layers_to_transform": [1]} if key == "layers_pattern" else {}
+        found[f"{key}, {name}"] = SMALL | more | {key: value}, None
     return found
 
 
-def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]:
-    """``adapter_config.json``; ``every_expression``: each one with every key, instead of one of the five."""
+def configs() -> dict[str, tuple[str | bytes, str | None]]:
+    """``adapter_config.json``."""
     numbers = list(range(100_000, 100_000 + MEGABYTE // 8))
     slow = CATASTROPHIC["alternatives"]
     small: dict[str, tuple[dict[str, Any], str]] = {  # what SMALL has in addition
@@ -131,7 +131,7 @@ def configs(every_expression: bool) -> dict[str, tuple[str | bytes, str | None]]
         "UTF-16": (json.dumps(SMALL).encode("utf-16"), "is not JSON"),
         "17 MB": (b" " * (17 << 20), "larger than"),
     }
-    return _texts(_expressions(every_expression) | {k: (SMALL | v, words) for k, (v, words) in small.items()} | whole)
+    return _texts(_expressions() | {k: (SMALL | v, words) for k, (v, words) in small.items()} | whole)
 
 
 def methods() -> dict[str, tuple[str | bytes, str | None]]:

@@ -1,7 +1,7 @@
 """Reads damaged and hostile files: here, or in forked processes with limited memory and processor time.
 
-As a program it prints what went wrong. Arguments: a directory, and the kinds of attacks ("config", "every expression",
-"weights", "method", "kinds" or "checkpoint").
+As a program it prints what went wrong. Arguments: a directory, and the kinds of attacks ("config", "weights", "method",
+"kinds" or "checkpoint").
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def cases_of(attacked: str, folder: Path, largest: int = 1 << 30) -> Iterator[Ca
     save_file(factors | {f"{name}B.weight": torch.zeros(WIDTH, 2) for name in names}, tensors)
     config.write_text(json.dumps(SMALL))
     load = into(bare, load_adapter, directory)
-    if attacked in ("config", "every expression"):
-        for name, (content, words) in configs(attacked == "every expression").items():
+    if attacked == "config":
+        for name, (content, words) in configs().items():
             if len(content) <= largest:
                 config.write_bytes(content if isinstance(content, bytes) else content.encode())
                 yield name, words, load

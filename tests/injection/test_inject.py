@@ -6,10 +6,9 @@ import copy
 import math
 import warnings
 
-import peft
 import pytest
 import torch
-from support.models import FAMILIES, Block, Net, bert, llama, refused, token_ids
+from support.models import Block, Net, bert, refused, token_ids
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
@@ -18,35 +17,6 @@ from lora_ext.nn import LoraLinear
 
 # With init_lora_weights=False the adapter changes the output at once.
 ALIVE = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
-
-
-# --- selection --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("bert", {"target_modules": "All-Linear", "modules_to_save": ["classifier"], "exclude_modules": ["dense"]}),
-        ("roberta", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
-    ],
-)
-def test_selects_the_same_layers_as_peft(family, settings):
-    model = FAMILIES[family]()
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
-    adapted = {path.removeprefix("base_model.model.") for path, m in theirs.named_modules() if hasattr(m, "lora_A")}
-    saved = {
-        path.removeprefix("base_model.model.").replace(".modules_to_save.default", ".adapters.default")
-        for path, parameter in theirs.named_parameters()
-        if parameter.requires_grad and "modules_to_save" in path
-    }
-    inject(model, LoraConfig(**settings))
-    assert {path for path, _ in lora_modules(model)} == adapted
-    trainable = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == saved | {
-        f"{path}.adapters.default.{factor}" for path in adapted for factor in ("lora_A", "lora_B")
-    }
-    assert trainable_parameter_counts(model)[0] == theirs.get_nb_trainable_parameters()[0]
 
 
 def test_keeps_object_class_mode_and_output():
@@ -192,24 +162,6 @@ def test_a_layer_in_several_places_is_one_lora_layer_everywhere():
 
 
 # --- an injected model is an ordinary module --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_over_frozen_embeddings(use_reentrant):
-    model = inject(llama().double(), LoraConfig(target_modules="all-linear", **ALIVE)).train()
-    ids = token_ids()
-
-    def gradients() -> list[torch.Tensor]:
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
-
-    expected = gradients()
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": use_reentrant})
-    model.enable_input_require_grads()
-    torch.testing.assert_close(gradients(), expected)
-    assert all(grad.abs().sum() > 0 for grad in expected)
 
 
 def test_a_model_that_is_compiled_already():

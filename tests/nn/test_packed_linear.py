@@ -168,14 +168,9 @@ KEY = "base_model.model.qkv.lora_B.weight"
     ("damage", "text"),
     [
         (lambda tensors, note: tensors[KEY].fill_(1.0), "there are numbers outside the blocks [True, False, True]"),
-        (
-            lambda tensors, note: tensors.update({KEY: torch.ones(12, 3)}),
-            f"shape of {KEY}: [12, 3] in the file, ",
-        ),
-        (
-            lambda tensors, note: note.pop("config"),
-            "its entry 'lora_ext' holds the config None, want enable_",
-        ),
+        (lambda tensors, note: tensors.update({KEY: torch.ones(12, 3)}), f"shape of {KEY}: [12, 3] in the file, "),
+        (lambda tensors, note: tensors.update({KEY: tensors[KEY].to(torch.uint16)}), f"shape of {KEY}: [12, 4] in the"),
+        (lambda tensors, note: note.pop("config"), "its entry 'lora_ext' holds the config None, want enable_"),
         (lambda tensors, note: note["config"].pop("enable_lora"), "its entry 'lora_ext' holds the config {"),
     ],
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from support.object_cache import ROOT, ObjectCache
 
-from .planted import PLANTED_HEADER, PlantedBug
+from .planted import SOURCE, PlantedBug
 from .sanitizers import Sanitizer, compiler
 
 FOLDER = ROOT / "build" / "sanitize"
@@ -48,20 +48,16 @@ class Build:
         """The folder to import lora_ext from."""
         return self._package("package", self.objects)
 
-    def planted_package(self, bugs: list[PlantedBug]) -> Path:
-        """Builds :attr:`package` with all these bugs in the library, each enabled by an environment variable."""
+    def planted_package(self, bug: PlantedBug) -> Path:
+        """Builds :attr:`package` with a bug in the library."""
         folder = self.folder / "planted-sources"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cuda"))
-        for bug in bugs:
-            path = folder / bug.edit.path
-            path.write_text(bug.edit.applied(path.read_text(), bug.name))
-        (folder / "planted.h").write_text(PLANTED_HEADER)
-        command = [*self._command(folder), "-include", str(folder / "planted.h")]
-        changed = sorted({bug.source for bug in bugs})
+        path = folder / bug.path
+        path.write_text(bug.applied(path.read_text()))
         with self.cache.locked("objects"):
-            made = self.cache.compile_all([(folder / source, command) for source in changed])
-        return self._package("planted", {**self.objects, **dict(zip(changed, made, strict=True))})
+            made = self.cache.compile(folder / SOURCE, self._command(folder))
+        return self._package("planted", {**self.objects, SOURCE: made})
 
     @functools.cached_property
     def cpp_tests(self) -> Path:

@@ -23,7 +23,6 @@ _OPTIONS = [
     "--headless",
     "--no-sandbox",  # root cannot use the sandbox
     "--disable-gpu",
-    "--disable-quic",
     "--disable-dev-shm-usage",
     "--no-first-run",
     "--disable-background-networking",
@@ -96,13 +95,12 @@ class Page:
             raise RuntimeError(f"{method}: {answer['error']['message']}")
         return answer["result"]
 
-    def open(self, path: Path, width: int = 1280, *, dark: bool = False, scripts: bool = True, media: str = "") -> None:
+    def open(self, path: Path, width: int, dark: bool) -> None:
         """Loads a file in a window of this width; clears errors and requests of the last page."""
         self.errors.clear()
         self.requests.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
-        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self._loaded = False
         self.call("Page.navigate", url=path.resolve().as_uri())
@@ -111,10 +109,7 @@ class Page:
 
     def evaluate(self, expression: str) -> Any:
         """Evaluates a JavaScript expression in the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        if "exceptionDetails" in result:
-            raise RuntimeError(f"{expression}: {result['exceptionDetails']}")
-        return result["result"].get("value")
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
 
     def screenshot(self) -> np.ndarray:
         """Renders the whole page, ``[height, width, 3]`` uint8."""

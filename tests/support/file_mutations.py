@@ -9,8 +9,6 @@ import re
 import struct
 from typing import Any
 
-DTYPES = {"F64": 64, "F32": 32, "BF16": 16, "U8": 8, "BOOL": 8, "I64": 64, "F8_E4M3": 8, "F8_E8M0": 8}
-DTYPES |= {"F4": 4, "F6_E2M3": 6}
 # Replacements of a word of JSON text; some are no JSON.
 WORDS = ["-0", "0", "-1", "1.0", "1e0", "1E2", "2e", "01", "0x1", "+1", "1_0", "4", "1e999"]
 WORDS += ["NaN", "Infinity", "-Infinity", str(2**62), str(2**63), str(2**64 - 1), str(2**64)]
@@ -51,24 +49,6 @@ def mutated(rng: random.Random, suffix: str, content: bytes, others: list[bytes]
         else:
             content = _changed_bytes(rng, content, others)
     return content[:MOST_BYTES]
-
-
-def valid_header(rng: random.Random) -> tuple[dict[str, Any], int]:
-    """Makes a header of tensors, some empty, some of dtypes smaller than a byte; returns it and their bytes."""
-    tensors: dict[str, Any] = {}
-    end = 0
-    for i in range(rng.randrange(5)):
-        name = rng.choice(["a", "layer.weight", "\u00e9\u6f22", "", " ", "x" * 50]) + str(i)
-        dtype, bits = rng.choice(list(DTYPES.items()))
-        shape = [rng.choice([0, 1, 2, 4, 8]) for _ in range(rng.randrange(4))]
-        if bits * math.prod(shape) % 8:
-            shape.append(4)
-        size = bits * math.prod(shape) // 8
-        tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    if rng.random() < 0.5:
-        tensors["__metadata__"] = {"format": "pt", "note": '\u00e9 \\ " \n'} if rng.random() < 0.7 else {}
-    return dict(rng.sample(list(tensors.items()), len(tensors))), end
 
 
 def _with_changes(rng: random.Random, header: Any, data: bytes) -> bytes:
