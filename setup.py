@@ -98,7 +98,7 @@ extensions = [
     ),
     Extension(
         "lora_ext._C",
-        sources("python.cpp", "cuda/plan.cpp"),
+        sources("python.cpp", "cuda/*.cpp"),
         depends=HEADERS,
         language="c++",
         extra_compile_args={"cxx": [*CXX_FLAGS, f"-isystem{pybind11.get_include()}"]},

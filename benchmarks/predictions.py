@@ -44,7 +44,7 @@ HOST_CALL_US = {"forward": 14.0, "backward": 100.0}
 FROZEN_CALL_US = {"forward": 6.0, "backward": 21.0}
 
 MAIN = Case(Shape(8192, 4096, 4096))
-FEW_ROWS = 64  # csrc/cuda/grouped/few_rows.cuh
+FEW_ROWS = 64  # csrc/cuda/grouped/tile_sizes.h
 ROWS_OVER_ADAPTERS = [(1, 1), (16, 1), (16, 16), (64, 8), (64, 64)]
 DECODING = [replace(MAIN, shape=Shape(tokens, 4096, 4096), dropout=0.0) for tokens in (1, 16, 64)]
 

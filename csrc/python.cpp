@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -72,19 +73,30 @@ DType dtype_named(const std::string& name) {
   throw py::value_error("plan: there is no dtype " + name + ", want bfloat16, float16, float32 or float64");
 }
 
+template <class PlanType>
+std::vector<Launch> list_launches(const PlanType& plan, std::span<const cuda::PlannedLaunch> launches) {
+  std::vector<Launch> list;
+  for (const cuda::PlannedLaunch& launch : launches) {
+    list.push_back({cuda::name_of(launch.kernel),
+                    cuda::name_of(launch.result),
+                    cuda::describe(plan, launch),
+                    launch.variant,
+                    launch.threads,
+                    {launch.grid_x, launch.grid_y},
+                    launch.shared_bytes});
+  }
+  return list;
+}
+
 Plan finished_plan(const cuda::LoraCall& call, const cuda::Gpu& gpu) {
   const cuda::Plan plan = cuda::make_plan(call, gpu);
-  Plan result{{}, plan.scratch.bytes, plan.streams_weights, cuda::to_string(call, plan, gpu)};
-  for (const cuda::PlannedLaunch& launch : plan.launches()) {
-    result.launches.push_back({cuda::name_of(launch.kernel),
-                               cuda::name_of(launch.result),
-                               cuda::describe(plan, launch),
-                               launch.variant,
-                               launch.threads,
-                               {launch.grid_x, launch.grid_y},
-                               launch.shared_bytes});
-  }
-  return result;
+  return {list_launches(plan, plan.launches()), plan.scratch.bytes, plan.streams_weights,
+          cuda::to_string(call, plan, gpu)};
+}
+
+Plan finished_plan(const cuda::GroupedCall& call, const cuda::Gpu& gpu) {
+  const cuda::GroupedPlan plan = cuda::make_plan(call, gpu);
+  return {list_launches(plan, plan.launches), plan.scratch_bytes, false, cuda::to_string(call, plan, gpu)};
 }
 
 // Siblings: (out_features, rank) of every layer that reads x.
@@ -154,6 +166,40 @@ Plan plan_backward(int64_t num_tokens, int64_t in_features, const Layers& layers
   return finished_plan(p, {multiprocessors});
 }
 
+// Rows that choose among the groups of one stack of factors.
+Plan plan_grouped(int64_t num_tokens, int64_t in_features, int64_t out_features, int64_t groups, int64_t rank,
+                  bool backward, const std::string& dtype, const std::string& factor_dtype, bool dropout,
+                  int multiprocessors) {
+  check(num_tokens, in_features, {{out_features, rank}}, dtype, multiprocessors);
+  if (groups < 0) throw py::value_error("plan: a size is negative");
+  const cuda::GroupedRows rows{.num_tokens = num_tokens,
+                               .num_groups = groups,
+                               .num_entries = num_tokens,
+                               .rows_per_entry = 1,
+                               .group_of_row = nullptr,
+                               .scalings = nullptr,
+                               .ranks = nullptr,
+                               .rescale = 1.0,
+                               .has_ranks = false};
+  cuda::GroupedEntry stack{};
+  stack.rank = rank;
+  stack.wants_grad_A = stack.wants_grad_B = backward;
+  const auto finish = [&](auto p) {
+    p.in_features = in_features;
+    p.out_features = out_features;
+    p.max_rank = rank;
+    p.dtype = dtype_named(dtype);
+    p.factor_dtype = dtype_named(factor_dtype);
+    return finished_plan(cuda::GroupedCall(p, rows, {&stack, 1}), {multiprocessors});
+  };
+  LoraGroupedForwardParams forward_params{};
+  forward_params.threshold = dropout ? 1 : 0;
+  LoraGroupedBackwardParams backward_params{};
+  backward_params.wants_grad_x = true;
+  backward_params.has_dropout = dropout;
+  return backward ? finish(backward_params) : finish(forward_params);
+}
+
 }  // namespace
 }  // namespace lora_ext
 
@@ -200,4 +246,8 @@ PYBIND11_MODULE(_C, m) {
         "dtype"_a = "bfloat16", "factor_dtype"_a = "float32", "dropout"_a = true,
         "output_mask"_a = std::array{true, true, true}, "multiprocessors"_a = h100,
         "The plan of a backward. output_mask: whether grad_x, the grad_lora_A and the grad_lora_B are wanted.");
+  m.def("plan_grouped", &plan_grouped, "num_tokens"_a, "in_features"_a, "out_features"_a, "groups"_a, "rank"_a,
+        py::kw_only(), "backward"_a = false, "dtype"_a = "bfloat16", "factor_dtype"_a = "float32", "dropout"_a = false,
+        "multiprocessors"_a = h100,
+        "The plan of lora_grouped_ or of its backward, for rows that choose among the groups of one stack.");
 }

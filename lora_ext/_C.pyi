@@ -56,3 +56,16 @@ def plan_backward(
     output_mask: tuple[bool, bool, bool] = (True, True, True),
     multiprocessors: int = 132,
 ) -> Plan: ...
+def plan_grouped(
+    num_tokens: int,
+    in_features: int,
+    out_features: int,
+    groups: int,
+    rank: int,
+    *,
+    backward: bool = False,
+    dtype: str = "bfloat16",
+    factor_dtype: str = "float32",
+    dropout: bool = False,
+    multiprocessors: int = 132,
+) -> Plan: ...

@@ -3,7 +3,7 @@
 #include <stdexcept>
 
 #include "../common/dropout.h"
-#include "chunk_sums.cuh"
+#include "sums.cuh"
 #include "grouped/expand.cuh"
 #include "grouped/factor_sums.cuh"
 #include "grouped/few_rows.cuh"

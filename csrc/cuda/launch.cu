@@ -5,7 +5,9 @@
 #include <stdexcept>
 #include <string_view>
 
-#include "dropout_mask.cuh"
+#include "../common/dropout.h"
+#include "launch.cuh"
+#include "ptx.cuh"
 #include "elements.cuh"
 
 namespace lora_ext::cuda {
@@ -21,6 +23,18 @@ void run_plan(const LoraCall& call, const Plan& plan, void* scratch, const GpuSt
     case DType::kFloat16: return mma::run_launches<__half>(call, plan, scratch, stream);
     default: throw std::logic_error("lora_ext: no kernel takes an x of float32 or float64");
   }
+}
+
+constexpr int kMaskThreads = 256;
+
+// Every thread writes one byte, from one Philox call.
+__global__ void __launch_bounds__(kMaskThreads) dropout_mask_kernel(const __grid_constant__ DropoutMaskParams p) {
+  ptx::wait_for_earlier_launches();
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
+  if (index >= p.num_tokens * p.row_bytes) return;
+  const int64_t row = index / p.row_bytes;
+  const uint32_t block = static_cast<uint32_t>(index % p.row_bytes);
+  p.mask[index] = dropout_mask_byte(static_cast<uint64_t>(*p.seed), row, block, p.threshold);
 }
 
 void launch_dropout_mask(const DropoutMaskParams& params, const GpuStream& stream) {

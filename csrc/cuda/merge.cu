@@ -1,6 +1,5 @@
 // Splits a list of layers into launches of the merge kernels, compiled for each dtype of the weights.
 #include "elements.cuh"
-#include "gather_records.cuh"
 #include "merge.cuh"
 
 namespace lora_ext::cuda {

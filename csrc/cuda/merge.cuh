@@ -7,11 +7,31 @@
 #pragma once
 
 #include "elements.cuh"
+#include "launch.cuh"
+#include "merge.h"
 #include "ptx.cuh"
 #include "merge_elements.cuh"
-#include "merge_launch.cuh"
 
 namespace lora_ext::cuda {
+
+constexpr int kMaxMergeLayers = 32;  // in one launch: as many as fit in 4 KB of kernel parameters
+
+struct MergeLaunch {
+  struct Layer : MergeLayer {
+    unsigned first_block;
+    bool aligned;  // 16-byte accesses are aligned
+  };
+  MergeParams params;
+  int num_layers, tiles_per_block;
+  Layer layers[kMaxMergeLayers];
+};
+static_assert(sizeof(MergeLaunch) <= 4096, "a kernel takes 4 KB of parameters before CUDA 12.1 and on older GPUs");
+
+__device__ __forceinline__ int layer_of_block(const MergeLaunch& p) {
+  int index = 0;
+  while (index + 1 < p.num_layers && blockIdx.x >= p.layers[index + 1].first_block) ++index;
+  return index;
+}
 
 template <class T>
 struct MergeTraits {
@@ -368,6 +388,50 @@ void launch_merge_of(MergeMode mode, const MergeParams& params, const MergeLayer
                       : mode == MergeMode::kMergeSlots  ? &merge_kernel<T, MergeMode::kMergeSlots>
                                                         : &merge_kernel<T, MergeMode::kUnmerge>;
   launch(kernel, make_grid(num_blocks), MergeTraits<T>::kThreads, 0, stream, p);
+}
+
+// --- records: from their slots to their final place. csrc/common/merge_params.h says where slots are ---
+
+constexpr int kGatherThreads = 256, kGatherWarps = kGatherThreads / 32;
+constexpr int kGatherSegments = 4;  // of a warp: the latencies of their reads overlap
+
+template <int kElementWords>
+__global__ void __launch_bounds__(kGatherThreads, 4) gather_records_kernel(const __grid_constant__ MergeLaunch p) {
+  ptx::wait_for_earlier_launches();
+  const MergeLaunch::Layer& layer = p.layers[layer_of_block(p)];
+  const int64_t segments = layer.out_features * merge_segments(layer.in_features);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t first = ((blockIdx.x - layer.first_block) * kGatherWarps + warp) * int64_t{kGatherSegments};
+  const uint16_t* from[kGatherSegments];
+  RecordRange range[kGatherSegments];
+#pragma unroll
+  for (int i = 0; i < kGatherSegments; ++i) {
+    range[i] = first + i < segments ? record_range(p.params, layer, first + i) : RecordRange{0, 0};
+    from[i] = layer.slots + slot_begin(layer, first + i, kElementWords);
+  }
+#pragma unroll
+  for (int i = 0; i < kGatherSegments; ++i) {
+    const int words = static_cast<int>(range[i].end - range[i].begin);
+    for (int at = lane; at < words; at += 32) layer.corrections[range[i].begin + at] = from[i][at];
+  }
+}
+
+inline void launch_gather_records_of(const MergeParams& params, const MergeLayer* layers, int64_t num_layers,
+                                     const GpuStream& stream) {
+  MergeLaunch p{};
+  p.params = params;
+  int64_t num_blocks = 0;
+  for (int64_t i = 0; i < num_layers; ++i) {
+    if (layers[i].num_corrections == 0) continue;
+    p.layers[p.num_layers++] = {layers[i], grid_size(num_blocks), false};
+    num_blocks +=
+        ceil_div(layers[i].out_features * merge_segments(layers[i].in_features), kGatherWarps * kGatherSegments);
+  }
+  const int64_t element_words = dtype_size(params.dtype) / 2;
+  const auto kernel = element_words == 1   ? &gather_records_kernel<1>
+                      : element_words == 2 ? &gather_records_kernel<2>
+                                           : &gather_records_kernel<4>;
+  launch(kernel, make_grid(num_blocks), kGatherThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda

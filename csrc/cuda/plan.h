@@ -172,7 +172,9 @@ struct GroupedPlan {
 GroupedPlan make_plan(const GroupedCall& call, const Gpu& gpu);
 
 std::string to_string(const LoraCall& call, const Plan& plan, const Gpu& gpu);
+std::string to_string(const GroupedCall& call, const GroupedPlan& plan, const Gpu& gpu);
 // The blocks of one launch: "64 chunks of 128 tokens x 2 ranges of 2048 features".
 std::string describe(const Plan& plan, const PlannedLaunch& launch);
+std::string describe(const GroupedPlan& plan, const PlannedLaunch& launch);
 
 }  // namespace lora_ext::cuda

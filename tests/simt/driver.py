@@ -196,7 +196,12 @@ class Library:
 def kernel_library(name: str, instead: dict[str, Path], more: tuple[Path, ...] = ()) -> Library:
     """Builds the kernels of csrc/cuda. instead: replaces sources, by name; more: sources that are not kernels."""
     sources = [instead.get(path.name, path) for path in sorted((ROOT / "csrc/cuda").rglob("*.cu"))]
-    others = [SIMT / "entry.cpp", ROOT / "csrc/cuda/plan.cpp", params.layout_check(CACHE / "layout_check.cpp"), *more]
+    others = [
+        SIMT / "entry.cpp",
+        *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
+        params.layout_check(CACHE / "layout_check.cpp"),
+        *more,
+    ]
     return Library(build_library(name, sources, others))
 
 

@@ -72,14 +72,14 @@ MUTATIONS = [
     KernelMutation(
         "records_are_gathered_from_the_next_slot",
         merge_slots(5, 600, 3),
-        "gather_records.cuh",
+        "merge.cuh",
         "from[i] = layer.slots + slot_begin(layer, first + i{+ + (BUG ? 1 : 0)+}, kElementWords);",
         Report(UNINITIALISED + OUT_OF_BOUNDS, "gather_records_kernel", "layer.corrections["),
     ),
     KernelMutation(
         "records_are_gathered_a_word_too_far",
         merge_slots(5, 600, 3),
-        "gather_records.cuh",
+        "merge.cuh",
         "for (int at = lane; at < words{+ + (BUG ? 1 : 0)+}; at += 32)",
         Report(UNINITIALISED + OUT_OF_BOUNDS + ("race-global",), "gather_records_kernel", "layer.corrections["),
     ),
@@ -101,7 +101,7 @@ MUTATIONS = [
     KernelMutation(
         "gradient_sums_end_without_waiting",
         backward(BF16, 40, 72, 40, 8, "A"),
-        "chunk_sums.cuh",
+        "sums.cuh",
         "gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {\n"
         "  {+if (!BUG || threadIdx.x < 128) +}ptx::wait_for_earlier_launches();",
         Report(("earlier-launch-not-waited",), "gradient_sums_kernel", "gradient_sums_kernel(const"),
@@ -112,7 +112,7 @@ MUTATIONS = [
         forward(BF16, 40, 840, 40, 8),
         "mma/run_plan.cuh",
         "reinterpret_cast<V*>(scratch_ + offset{+ + (BUG ? plan_.scratch.bytes / 2 : 0)+});",
-        Report(OUT_OF_BOUNDS, "shrink_kernel", "data[range * range_stride", "mma/partial_sums.cuh"),
+        Report(OUT_OF_BOUNDS, "shrink_kernel", "data[range * range_stride", "sums.cuh"),
     ),
     # --- token passes
     KernelMutation(
@@ -182,14 +182,14 @@ MUTATIONS = [
     KernelMutation(
         "lora_B_is_read_beyond_its_last_row",
         forward(BF16, 21, 72, 140, 8),
-        "mma/factor_tile.cuh",
+        "mma/expand_short.cuh",
         "col0 + col < sibling.cols {+|| BUG +}?",
         Report(OUT_OF_BOUNDS, "expand_short_kernel", "return *reinterpret_cast<const uint4*>(from);"),
     ),
     KernelMutation(
         "lora_A_is_read_beyond_its_last_column",
         backward(BF16, 21, 72, 40, 8, "x"),
-        "mma/factor_tile.cuh",
+        "mma/expand_short.cuh",
         "from ?{+ (BUG ? kChunk :+} inside<kChunk>(col0 + chunk * kChunk, factor.features){+)+} : 0;",
         Report(OUT_OF_BOUNDS, "expand_short_kernel", "return *reinterpret_cast<const uint4*>(from);"),
     ),
@@ -240,7 +240,7 @@ MUTATIONS = [
     KernelMutation(
         "sums_of_groups_are_read_too_early",
         backward(BF16, 200, 72, 40, 8, "A"),
-        "chunk_sums.cuh",
+        "sums.cuh",
         "  group_sums[group][element] = sum;\n  {+if (!BUG) +}__syncthreads();\n",
         Report(RACE + UNINITIALISED, "gradient_sums_kernel", "sum += group_sums[other][element]"),
     ),

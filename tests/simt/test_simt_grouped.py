@@ -8,7 +8,7 @@ from support.groups import Grouped, random_groups
 from support.layers import assert_errors_as_plain, in_dtypes_of
 from torch import Tensor
 
-from lora_ext import reference
+from lora_ext import _load, reference
 from simt import grouped_ops
 from simt.driver import few_blocks, kernels
 from simt.ops import PAIRS
@@ -183,18 +183,42 @@ def test_the_mask_is_that_of_all_rows(num_tokens):
     assert torch.equal(reference.unpack_mask(grouped_ops.forward(case, 0.3, SEED).mask, 70), expected)
 
 
-def test_few_rows_take_one_launch_pair():
-    library = kernels()
-    for num_tokens, names in ((1, 2), (64, 2), (65, 3)):
-        grouped_ops.forward(random_groups(num_tokens, (24, 20), [4, (5, 3)], dtypes=(BF16, BF16)), library=library)
-        assert len(library.launches()) == names, [launch.kernel for launch in library.launches()]
+@pytest.mark.parametrize(
+    ("num_tokens", "kernels"),
+    [
+        (1, ["few_rows_shrink", "few_rows_expand"]),
+        (64, ["few_rows_shrink", "few_rows_expand"]),
+        (65, ["group_index", "grouped_shrink", "rank_sums", "grouped_expand"]),
+        (65536, ["group_index", "grouped_shrink", "grouped_expand"]),
+    ],
+)
+def test_few_rows_take_one_launch_pair(num_tokens, kernels):
+    assert [launch.kernel for launch in _load.plan_grouped(num_tokens, 4096, 4096, 10, 16).launches] == kernels
+    assert _load.plan_grouped(num_tokens, 4096, 4096, 10, 16, dropout=True).launches[0].kernel == "dropout_mask"
 
 
 def test_a_pool_has_tiles_for_its_rows_not_for_its_slots():
-    """70 rows choose among three of the 300 slots of a pool, or none."""
+    """Rows choose among the slots of a pool, or none: at most every row has a tile of its own."""
+    blocks = {slots: _load.plan_grouped(128, 24, 20, slots, 4).launches[-1].blocks for slots in (3, 1000)}
+    assert blocks == {3: 2 + 3 + 2, 1000: 2 + 128}
     groups = torch.tensor([7, 150, 299, -1])[torch.arange(70) % 4]
-    case = random_groups(70, (24, 20), [(300, 4)], groups=groups, dtypes=(BF16, BF16))
-    check(case)
-    grouped_ops.forward(case)
-    blocks = {launch.kernel: launch.blocks for launch in kernels().launches()}
-    assert blocks["grouped_shrink_kernel"] == blocks["grouped_expand_kernel"] == 1 + 70
+    check(random_groups(70, (24, 20), [(300, 4)], groups=groups, dtypes=(BF16, BF16)))
+
+
+@pytest.mark.parametrize("library", [kernels, few_blocks])
+@pytest.mark.parametrize("num_tokens", [20, 90, 1100])
+def test_the_kernels_are_launched_as_planned(num_tokens, library):
+    case, library = random_groups(num_tokens, (140, 70), [(3, 20)], dtypes=(BF16, F32)), library()
+
+    def launched() -> list[tuple[str, int, int]]:
+        return [(r.kernel.removesuffix("_kernel"), r.blocks, r.shared_bytes) for r in library.launches()]
+
+    def planned(backward: bool) -> list[tuple[str, int, int]]:
+        options = dict(backward=backward, dropout=True, multiprocessors=library.multiprocessors)
+        plan = _load.plan_grouped(num_tokens, 140, 70, 3, 20, **options)
+        return [(launch.kernel, launch.blocks, launch.shared_bytes) for launch in plan.launches]
+
+    forward = grouped_ops.forward(case, 0.1, SEED, library=library)
+    assert launched() == planned(False)
+    grouped_ops.backward(case, forward.xa, forward.mask, 0.1, library=library)
+    assert launched() == planned(True)

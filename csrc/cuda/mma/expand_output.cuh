@@ -6,7 +6,7 @@
 #include "../elements.cuh"
 #include "../launch.cuh"
 #include "fragments.cuh"
-#include "stacked_factor.cuh"
+#include "operands.cuh"
 
 namespace lora_ext::cuda::mma {
 

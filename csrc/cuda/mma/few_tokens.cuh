@@ -12,7 +12,7 @@
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "fragments.cuh"
-#include "partial_sums.cuh"
+#include "../sums.cuh"
 
 namespace lora_ext::cuda::mma {
 

@@ -9,22 +9,24 @@
 // A way through this folder:
 //   tile_sizes                         tiles and blocks of each kernel
 //   shrink, token_sum, shrink_and_sum  the kernels that read x or grad_y
-//   expand_short, expand_long          the kernels that write y or grad_x; they share expand_output, and factor_tile is
-//                                      the former's
+//   expand_short, expand_long          the kernels that write y or grad_x; they share expand_output
 //   few_tokens                         the kernel that reads the weights
 //   round_factors                      factors in x's dtype
 //   pack_factors                       factors in the order in which kernels copy them
-//   stacked_factor, small_operand      operands on the way from memory to shared memory
+//   operands                           factors, xa and grad_xa on the way from memory to shared memory
 //   tiles, fragments                   operands in shared memory, and in registers
-//   keep_bits, partial_sums            the dropout mask in registers; sums of several blocks, added later
+//   keep_bits                          the dropout mask in registers
+// ../sums.cuh has the sums of several blocks, which are added later.
 #pragma once
+
+#include <stdexcept>
 
 #include "../plan.h"
 #include "expand_long.cuh"
 #include "expand_short.cuh"
 #include "few_tokens.cuh"
 #include "pack_factors.cuh"
-#include "partial_sums.cuh"
+#include "../sums.cuh"
 #include "round_factors.cuh"
 #include "shrink.cuh"
 #include "shrink_and_sum.cuh"
@@ -68,6 +70,7 @@ class PlanRunner {
       case Kernel::kExpandLong: return start(launch, &expand_long_kernel<T>, expand_params(launch.result));
       case Kernel::kFewTokens: return run_few_tokens(launch);
       case Kernel::kGradientSums: return start(launch, &gradient_sums_kernel<float>, gradient_params());
+      default: throw std::logic_error("lora_ext: a plan has a launch of another plan");
     }
   }
 

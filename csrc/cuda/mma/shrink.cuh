@@ -12,8 +12,8 @@
 #include "../ptx.cuh"
 #include "fragments.cuh"
 #include "keep_bits.cuh"
-#include "partial_sums.cuh"
-#include "stacked_factor.cuh"
+#include "../sums.cuh"
+#include "operands.cuh"
 
 namespace lora_ext::cuda::mma {
 

@@ -12,8 +12,8 @@
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "fragments.cuh"
-#include "partial_sums.cuh"
-#include "small_operand.cuh"
+#include "../sums.cuh"
+#include "operands.cuh"
 
 namespace lora_ext::cuda::mma {
 

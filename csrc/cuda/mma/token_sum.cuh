@@ -11,8 +11,8 @@
 #include "../ptx.cuh"
 #include "fragments.cuh"
 #include "keep_bits.cuh"
-#include "partial_sums.cuh"
-#include "small_operand.cuh"
+#include "../sums.cuh"
+#include "operands.cuh"
 
 namespace lora_ext::cuda::mma {
 

@@ -1,14 +1,99 @@
-// Adds the partial sums of several blocks in a fixed order, without atomics: the same bits on every run. The passes
-// over x and grad_y make the partial sums.
+// Sums that several blocks make: where the passes over x and grad_y write their partial sums, and the kernels that add
+// these in a fixed order, without atomics: the same bits on every run.
 #pragma once
+
+#include <cstdint>
 
 #include "../common/params.h"
 #include "elements.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
-#include "rank_table.cuh"
 
 namespace lora_ext::cuda {
+
+// --- a value for every rank. Siblings' ranks stand side by side; each sibling has its own value, such as its scale ---
+
+template <class V>
+struct RankTable {
+  int num_siblings;
+  int64_t rank_end[kMaxSiblings];  // ascending
+  V value[kMaxSiblings];
+
+  __host__ __device__ __forceinline__ int sibling_of(int64_t rank) const {
+    int sibling = 0;
+    while (sibling + 1 < num_siblings && rank >= rank_end[sibling]) ++sibling;
+    return sibling;
+  }
+  __host__ __device__ __forceinline__ V of(int64_t rank) const { return value[sibling_of(rank)]; }
+};
+
+// Siblings: an array of structs with rank and rank_begin. value_of(s): the value of sibling s.
+template <class V, class Siblings, class F>
+RankTable<V> rank_table(const Siblings& siblings, int num_siblings, F value_of) {
+  RankTable<V> table{.num_siblings = num_siblings, .rank_end = {}, .value = {}};
+  for (int s = 0; s < num_siblings; ++s) {
+    table.rank_end[s] = siblings[s].rank_begin + siblings[s].rank;
+    table.value[s] = static_cast<V>(value_of(s));
+  }
+  return table;
+}
+
+template <class V>
+RankTable<V> same_for_all_ranks(V value) {
+  return {.num_siblings = 1, .rank_end = {}, .value = {value}};
+}
+
+// A: the dtype of the sums that are scaled.
+template <class A>
+using RankScales = RankTable<A>;
+
+// Siblings: an array of LoraShrinkSibling or LoraExpandBackwardSibling.
+template <class A, class Siblings>
+RankScales<A> rank_scales(const Siblings& siblings, int num_siblings) {
+  return rank_table<A>(siblings, num_siblings, [&](int s) { return siblings[s].scale; });
+}
+
+template <class A>
+RankScales<A> single_scale(double scale) {
+  return same_for_all_ranks(static_cast<A>(scale));
+}
+
+// --- where passes write ---
+
+namespace mma {
+
+// --- rank sums, over features: xa and grad_xa ---
+
+// Where a pass writes: some columns of the sums, or of their partial sums, one for each range of features.
+struct RankSums {
+  float* data = nullptr;  // [ranges, num_tokens, columns]; rows `stride` and ranges `range_stride` elements apart
+  int64_t num_tokens, columns, stride, range_stride = 0;
+  RankScales<float> scales;
+
+  // Writes nothing outside the matrix.
+  __device__ __forceinline__ void store(int64_t range, int64_t token, int64_t column, float value) const {
+    if (token >= num_tokens || column >= columns) return;
+    data[range * range_stride + token * stride + column] = value;
+  }
+};
+
+// --- feature sums, over tokens: grad_lora_A and grad_lora_B ---
+
+// The partial sums, one for each chunk of tokens. Padding up to `pitch` is zero.
+struct FeaturePartials {
+  float* data;  // [chunks, rank, pitch]
+  int64_t rank, pitch;
+
+  // Writes two neighbours, nothing outside the matrix. feature: even.
+  __device__ __forceinline__ void store(int64_t chunk, int64_t row, int64_t feature, float first, float second) const {
+    if (row >= rank || feature >= pitch) return;
+    *reinterpret_cast<float2*>(data + (chunk * rank + row) * pitch + feature) = make_float2(first, second);
+  }
+};
+
+}  // namespace mma
+
+// --- adding partial sums ---
 
 // A block sums kSumElements neighbouring elements; kSumGroups groups of threads share the chunks, so that no thread
 // walks through many chunks alone if there are few elements (decode).
@@ -61,12 +146,6 @@ __global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_con
   }
 }
 
-template <class A>
-void launch_rank_sums(const RankSumsParams<A>& p, const GpuStream& stream) {
-  const int64_t blocks = ceil_div(p.num_tokens * p.total_rank, kSumElements);
-  launch(&rank_sums_kernel<A>, make_grid(blocks), kSumThreads, 0, stream, p);
-}
-
 // All gradients of factors in one launch: grad = sum over the token chunks of partial. Sums are rounded to the factor's
 // dtype here and nowhere else.
 struct GradientSumsParams {
@@ -95,14 +174,6 @@ __global__ void __launch_bounds__(kSumThreads) gradient_sums_kernel(const __grid
   if (threadIdx.x >= kSumElements || !wanted) return;
   const int64_t to = gradient.transposed ? feature * gradient.rank + rank : rank * gradient.features + feature;
   store_as(gradient.grad, to, p.dtype, sum);
-}
-
-template <class A>
-void launch_gradient_sums(const GradientSumsParams& p, const GpuStream& stream) {
-  int64_t largest = 0;
-  for (int i = 0; i < p.num_gradients; ++i) largest = std::max(largest, p.gradients[i].rank * p.gradients[i].pitch);
-  const dim3 grid = make_grid(ceil_div(largest, kSumElements), p.num_gradients);
-  launch(&gradient_sums_kernel<A>, grid, kSumThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda
