@@ -87,9 +87,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_scaling(op: str, scaling: float) -> None:
+def check_scaling(op: str, scaling: float, name: str = "scaling") -> None:
     if not -_LARGEST <= scaling <= _LARGEST:
-        raise refusal(op, "not_finite", "scaling", scaling)
+        raise refusal(op, "not_finite", name, scaling)
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from lora_ext import _load
 from lora_ext._common.arguments import check_types
 from lora_ext._ops import tensor_arguments
+from lora_ext._ops.checks import check_scaling
 from lora_ext._ops.refusals import refusal_of_op
 
 # The exceptions that wrong arguments cause. Others are not explained: torch.utils.checkpoint, for example, stops a
@@ -53,6 +54,9 @@ def explain(
     tensor_arguments.check_tensors(name, arguments)
     check_memory(error)
     tensor_arguments.explain_inference(name, arguments, error)
+    for label, value in arguments.items():  # PyTorch cannot convert Python's larger integers
+        if isinstance(value, int) and not isinstance(value, bool):
+            check_scaling(name, value, label)
     if check_values is not None:
         check_values(**arguments)
     if refused := refusal_of_op(error, name):

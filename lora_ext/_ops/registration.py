@@ -29,8 +29,11 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 NumCast = int | Callable[..., int]
 
 
+arguments_by_name: dict[str, Callable[..., dict[str, object]]] = {}
+"""For each op of :func:`register_op`: returns all arguments of a call by name."""
+
 checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
-"""For each op of :func:`register_op`: checks the arguments of a call and returns all of them by name."""
+"""The same, after a check of the arguments."""
 
 
 def call_backward(op: Callable, *arguments: object) -> tuple:
@@ -77,15 +80,17 @@ def register_op(name: str) -> Callable[[Callable], Callable]:
     schema = op_named(name)._schema.arguments
     names, defaults = [a.name for a in schema], {a.name: a.default_value for a in schema if a.has_default_value()}
 
-    def checked(*values, **named) -> dict[str, object]:
-        """Returns all arguments by name."""
+    def by_name(*values, **named) -> dict[str, object]:
         given = {**defaults, **dict(zip(names, values, strict=False)), **named}
-        arguments = {argument: given[argument] for argument in names}
+        return {argument: given[argument] for argument in names}
+
+    def checked(*values, **named) -> dict[str, object]:
+        arguments = by_name(*values, **named)
         check_tensors(name, arguments)
         check_arguments(name, list(arguments.values()))
         return arguments
 
-    checked_arguments[name] = checked
+    arguments_by_name[name], checked_arguments[name] = by_name, checked
 
     def register(kernel: Callable) -> Callable:
         torch.library.register_fake(f"lora_ext::{name}")(lambda *values, **named: kernel(**checked(*values, **named)))
