@@ -1,7 +1,7 @@
 // The text of every refusal of an argument: this table is the only place. {} stands for a part that the check fills in.
 //
-// The bindings throw a refusal with refuse() (bindings/refuse.h). csrc/python.cpp exports the table, and the checks in
-// Python (lora_ext/_ops/checks.py) raise the same text with refusal() of lora_ext/_ops/refusals.py.
+// The bindings throw a refusal with refuse() (bindings/refuse.h). csrc/python.cpp exports the table, by which
+// lora_ext/_ops/refusals.py tells which exception a text is.
 #pragma once
 
 namespace lora_ext::refusals {

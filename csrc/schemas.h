@@ -13,49 +13,38 @@ inline constexpr char kLoraLinear[] =
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
     "float dropout_p=0.0, Tensor? seed=None) -> (Tensor y, Tensor xa, Tensor mask)";
 
-// Gradients of x, lora_A and lora_B, where output_mask asks for them. x is read only for grad_lora_A, xa only for
-// grad_lora_B; each may be None if its gradient is not wanted.
+// Gradients of x, lora_A and lora_B, where output_mask asks for them. weight None: the gradient of x is the adapter's
+// alone (lora_delta_). x is read only for grad_lora_A, xa only for grad_lora_B; each may be None if its gradient is not
+// wanted.
 inline constexpr char kLoraLinearBackward[] =
-    "lora_linear_backward(Tensor grad_y, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? xa, "
+    "lora_linear_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? xa, "
     "Tensor? mask, float scaling, float dropout_p, bool[3] output_mask) "
     "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)";
 
 // The same for 1 to 8 layers that read one x (q/k/v, gate/up): x is read once, and they share one dropout mask. Ranks,
 // widths and scalings may differ. xa concatenates their ranks: [num_tokens, total_rank].
+//
+// Base layers of another kind (quantised, ...) have been called: weights and biases are empty then, and bases[i] is
+// what layer i returned: ys[i] = bases[i] + scalings[i] * dropout(x) @ lora_As[i]^T @ lora_Bs[i]^T. Out of place writes
+// y once; a copy of bases[i] and an update of the copy would write it twice.
 inline constexpr char kLoraLinearSiblings[] =
-    "lora_linear_siblings(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
-    "float[] scalings, float dropout_p=0.0, Tensor? seed=None) -> (Tensor[] ys, Tensor xa, Tensor mask)";
+    "lora_linear_siblings(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] bases, Tensor[] lora_As, "
+    "Tensor[] lora_Bs, float[] scalings, float dropout_p=0.0, Tensor? seed=None) "
+    "-> (Tensor[] ys, Tensor xa, Tensor mask)";
 
-// As lora_linear_backward; grad_x is summed over the layers. A list that output_mask does not ask for is empty.
+// As lora_linear_backward; grad_x is summed over the layers, and weights is empty if the base layers were called. A
+// list that output_mask does not ask for is empty.
 inline constexpr char kLoraLinearSiblingsBackward[] =
     "lora_linear_siblings_backward(Tensor[] grad_ys, Tensor? x, Tensor[] weights, Tensor[] lora_As, "
     "Tensor[] lora_Bs, Tensor? xa, Tensor? mask, float[] scalings, float dropout_p, bool[3] output_mask) "
     "-> (Tensor? grad_x, Tensor[] grad_lora_As, Tensor[] grad_lora_Bs)";
 
 // The adapter of a base layer of any kind (quantised, convolution, tensor-parallel) whose output is y:
-// y += scaling * dropout(x) @ lora_A^T @ lora_B^T in place. xa and mask as above.
+// y += scaling * dropout(x) @ lora_A^T @ lora_B^T in place. xa and mask as above; lora_linear_backward without a weight
+// is its backward.
 inline constexpr char kLoraDelta[] =
     "lora_delta_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling, float dropout_p=0.0, "
     "Tensor? seed=None) -> (Tensor xa, Tensor mask)";
-
-// As lora_linear_backward, without a base layer: the gradient of y is grad_y itself.
-inline constexpr char kLoraDeltaBackward[] =
-    "lora_delta_backward(Tensor grad_y, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor? xa, Tensor? mask, "
-    "float scaling, float dropout_p, bool[3] output_mask) "
-    "-> (Tensor? grad_x, Tensor? grad_lora_A, Tensor? grad_lora_B)";
-
-// lora_delta_ for 1 to 8 layers that read one x, out of place. bases[i] is what the base layer i returned:
-// ys[i] = bases[i] + scalings[i] * dropout(x) @ lora_As[i]^T @ lora_Bs[i]^T. Out of place writes y once; a copy of
-// bases[i] and an update of the copy would write it twice.
-inline constexpr char kLoraDeltaSiblings[] =
-    "lora_delta_siblings(Tensor[] bases, Tensor x, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, "
-    "float dropout_p=0.0, Tensor? seed=None) -> (Tensor[] ys, Tensor xa, Tensor mask)";
-
-// As lora_linear_siblings_backward, without base layers: the gradient of bases[i] is grad_ys[i] itself.
-inline constexpr char kLoraDeltaSiblingsBackward[] =
-    "lora_delta_siblings_backward(Tensor[] grad_ys, Tensor? x, Tensor[] lora_As, Tensor[] lora_Bs, Tensor? xa, "
-    "Tensor? mask, float[] scalings, float dropout_p, bool[3] output_mask) "
-    "-> (Tensor? grad_x, Tensor[] grad_lora_As, Tensor[] grad_lora_Bs)";
 
 // lora_delta_ with an adapter for each row. With g = group_of_row[i], the group of row i:
 // y[i] += scalings[g] * dropout(x)[i] @ A_g^T @ B_g^T; a group of -1 adds nothing. Groups are the matrices of lora_As
@@ -132,12 +121,17 @@ inline constexpr char kLoraMergeCheck[] =
 inline constexpr char kLoraDropoutMask[] =
     "lora_dropout_mask(Tensor seed, SymInt num_tokens, SymInt in_features, float dropout_p) -> Tensor";
 
-inline constexpr const char* kAll[] = {
-    kLoraLinear,  kLoraLinearBackward,  kLoraLinearSiblings, kLoraLinearSiblingsBackward,
-    kLoraDelta,   kLoraDeltaBackward,   kLoraDeltaSiblings,  kLoraDeltaSiblingsBackward,
-    kLoraGrouped, kLoraGroupedBackward, kLoraGroupedLinear,  kLoraShrink,
-    kLoraExpand,  kLoraShrinkBackward,  kLoraExpandBackward, kLoraMerge,
-    kLoraUnmerge, kLoraMergeRecord,     kLoraMergeCheck,     kLoraDropoutMask,
+template <const auto&... kSchemas>
+struct SchemaList {
+  template <class F>
+  static void for_each(F function) {
+    (function.template operator()<kSchemas>(), ...);
+  }
 };
+
+using All =
+    SchemaList<kLoraLinear, kLoraLinearBackward, kLoraLinearSiblings, kLoraLinearSiblingsBackward, kLoraDelta,
+               kLoraGrouped, kLoraGroupedBackward, kLoraGroupedLinear, kLoraShrink, kLoraShrinkBackward, kLoraExpand,
+               kLoraExpandBackward, kLoraMerge, kLoraUnmerge, kLoraMergeRecord, kLoraMergeCheck, kLoraDropoutMask>;
 
 }  // namespace lora_ext::schemas

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from lora_ext import _load, reference
 from lora_ext._ops import composite
-from lora_ext._ops.registration import checked_arguments, op_named
+from lora_ext._ops.registration import arguments_by_name, op_named
 
 
 def library_paths() -> list[Path]:
@@ -46,7 +46,7 @@ class _PlainPyTorch(TorchFunctionMode):
                     with self:
                         return kind.__torch_function__(func, types, args, kwargs)
             return func(*args, **kwargs or {})
-        arguments = checked_arguments[name](*args, **kwargs or {})
+        arguments = arguments_by_name[name](*args, **kwargs or {})
         dropout_p = arguments.get("dropout_p", 0.0)
         if reference.dropout_threshold(dropout_p) > 0:
             raise ValueError(
@@ -61,7 +61,6 @@ _NAMES = (
     "lora_linear",
     "lora_linear_siblings",
     "lora_delta_",
-    "lora_delta_siblings",
     "lora_grouped_",
     "lora_grouped_linear",
     "lora_shrink",

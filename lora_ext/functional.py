@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext._ops import checks, composite, errors, linear, siblings
+from lora_ext._ops import composite, errors, linear, siblings
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.call_arguments import cast_to, draw_seed, drawn
 from lora_ext._ops.grouped_calls import lora_grouped_, lora_grouped_linear
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
+from lora_ext._ops.refusals import refusal
 from lora_ext.merging.weights import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [
@@ -78,7 +79,7 @@ def lora_linear(
     except errors.UNEXPLAINED as error:
         arguments = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
         arguments |= {"dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_linear, arguments, checks.check_lora_linear, autocast=True)
+        errors.explain(error, lora_linear, arguments)
         raise
 
 
@@ -133,7 +134,7 @@ def lora_delta_(
     except errors.UNEXPLAINED as error:
         arguments = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
         arguments |= {"dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_delta_, arguments, checks.check_lora_delta)
+        errors.explain(error, lora_delta_, arguments)
         raise
     return y
 
@@ -205,15 +206,15 @@ def lora_linear_siblings(
     if torch.compiler.is_compiling():
         seed = drawn(x, dropout_p, seed)
         op = torch.ops.lora_ext.lora_linear_siblings
-        return op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
+        return op(x, weights, biases, [], lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
-        return siblings.lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+        return siblings.lora_linear_siblings(x, weights, biases, [], lora_As, lora_Bs, scalings, dropout_p, seed)
     except errors.UNEXPLAINED as error:
         arguments = {"x": x, "weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs}
         arguments |= {"scalings": scalings, "dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_linear_siblings, arguments, checks.check_lora_linear_siblings, autocast=True)
+        errors.explain(error, lora_linear_siblings, arguments)
         raise
 
 
@@ -250,16 +251,18 @@ def lora_delta_siblings(
     """
     if torch.compiler.is_compiling():
         seed = drawn(x, dropout_p, seed)
-        op = torch.ops.lora_ext.lora_delta_siblings
-        return op(bases, cast_to(bases[0], x), lora_As, lora_Bs, scalings, dropout_p, seed)[0]
+        op = torch.ops.lora_ext.lora_linear_siblings
+        return op(cast_to(bases[0], x), [], [], bases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
-        if bases and x.dtype != bases[0].dtype:
+        if isinstance(bases, (list, tuple)) and not bases:
+            raise refusal("lora_delta_siblings", "length", "bases", 0, "1 to 8")
+        if x.dtype != bases[0].dtype:
             x = cast_to(bases[0], x)
-        return siblings.lora_delta_siblings(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
+        return siblings.lora_linear_siblings(x, [], [], bases, lora_As, lora_Bs, scalings, dropout_p, seed)
     except errors.UNEXPLAINED as error:
         arguments = {"bases": bases, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
         arguments |= {"dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_delta_siblings, arguments, checks.check_lora_delta_siblings)
+        errors.explain(error, lora_delta_siblings, arguments)
         raise

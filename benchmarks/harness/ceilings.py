@@ -27,12 +27,6 @@ def copy_rate(size: int, device: str, clock: Clock) -> float:
     return 2 * size / _least_seconds(lambda: target.copy_(source), clock)
 
 
-def read_rate(size: int, device: str, clock: Clock) -> float:
-    """Bytes a second of summing ``size`` bytes of float32."""
-    source = torch.ones(size // 4, device=device)
-    return source.nbytes / _least_seconds(source.sum, clock)
-
-
 def matrix_rate(dtype: torch.dtype, n: int, device: str, clock: Clock) -> float:
     """Floating-point operations a second of the product of two random ``[n, n]`` matrices."""
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))

@@ -1,5 +1,5 @@
-// The part of a backward that is the same on every device: checks the arguments, allocates the outputs, fills in the
-// kernels' parameters. A binding adds scratch memory and the launches.
+// The part of a backward that is the same on every device: allocates the outputs, fills in the kernels' parameters. A
+// binding adds scratch memory and the launches.
 #pragma once
 
 #include <algorithm>
@@ -32,81 +32,9 @@ inline std::optional<Tensor> only(std::vector<Tensor>& grads) {
   return grads.empty() ? std::optional<Tensor>() : std::optional<Tensor>(std::move(grads[0]));
 }
 
-inline void check_output_mask(const std::vector<bool>& output_mask, size_t entries) {
-  if (output_mask.size() != entries) refuse<refusals::kLength>("output_mask", output_mask.size(), entries);
-}
-
-// Checks that what only one gradient reads is there where that gradient is wanted.
-inline void check_is_saved(const char* name, const std::optional<Tensor>& tensor, bool is_wanted,
-                           const char* gradient) {
-  if (is_wanted && !tensor) refuse<refusals::kNotSaved>(gradient, name);
-}
-
-// The sizes of a backward that its saved tensors must have.
-struct SavedSizes {
-  int64_t num_tokens, in_features, total_rank;
-};
-
-// Checks that xa and mask have the dtypes and shapes that the forward saved. dtype: that of the layer.
-inline void check_saved(const Names& names, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
-                        DType dtype, const SavedSizes& sizes, double dropout_p, const std::vector<bool>& output_mask) {
-  check_is_saved("xa", xa, output_mask[2], "grad_lora_B");
-  if (output_mask[2]) {
-    if (xa->dim() != 2 || xa->size(0) != sizes.num_tokens || xa->size(1) != sizes.total_rank) {
-      refuse<refusals::kSavedXa>(names.takes_lists ? "total_rank" : "rank",
-                                 sizes_text(std::initializer_list<int64_t>{sizes.num_tokens, sizes.total_rank}));
-    }
-    check_accumulation_dtype({"xa"}, *xa, dtype);
-  }
-  if ((output_mask[0] || output_mask[1]) && dropout_threshold(dropout_p) > 0) {
-    if (!mask) refuse<refusals::kNoMask>(number_text(dropout_p));
-    check_contiguous_matrix({"mask"}, *mask, aoti_torch_dtype_uint8(), sizes.num_tokens,
-                            mask_row_bytes(sizes.in_features));
-  }
-}
-
-inline void check_backward(const Names& names, const std::optional<Tensor>& x, std::span<const BackwardLayer> layers,
-                           const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double dropout_p,
-                           const std::vector<bool>& output_mask) {
-  const Tensor& first_weight = *layers[0].weight;
-  const ArgumentName first_weight_name = names.argument("weight", 0);
-  const ArgumentName first_grad_y_name = names.argument("grad_y", 0);
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const BackwardLayer& layer = layers[i];
-    const ArgumentName weight_name = names.argument("weight", i);
-    check_factors(*layer.weight, layer.lora_A, layer.lora_B, weight_name.index);
-    check_scaling(layer.scaling, names.argument("scaling", i));
-    if (layer.weight->size(1) != first_weight.size(1)) {
-      refuse<refusals::kFeatures>(weight_name, "in_features", layer.weight->size(1), first_weight_name,
-                                  first_weight.size(1));
-    }
-    check_same_dtype(weight_name, *layer.weight, first_weight_name, first_weight);
-    check_same_dtype(names.argument("lora_A", i), layer.lora_A, names.argument("lora_A", 0), layers[0].lora_A);
-  }
-  const int64_t num_tokens = count_tokens(layers[0].grad_y);
-  int64_t total_rank = 0;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const BackwardLayer& layer = layers[i];
-    const ArgumentName grad_y_name = names.argument("grad_y", i);
-    check_tokens(grad_y_name, layer.grad_y, names.argument("weight", i), *layer.weight, layer.weight->size(0),
-                 "out_features");
-    check_num_tokens(grad_y_name, layer.grad_y, first_grad_y_name, num_tokens);
-    total_rank += layer.lora_A.size(0);
-  }
-  check_dropout(dropout_p);
-  check_output_mask(output_mask, 3);
-  check_is_saved("x", x, output_mask[1], "grad_lora_A");
-  if (output_mask[1]) {
-    check_tokens({"x"}, *x, first_weight_name, first_weight, first_weight.size(1), "in_features");
-    check_num_tokens({"x"}, *x, first_grad_y_name, num_tokens);
-  }
-  check_saved(names, xa, mask, dtype_of(first_weight), {num_tokens, first_weight.size(1), total_rank}, dropout_p,
-              output_mask);
-}
-
-inline BackwardCall fill_backward(const std::optional<Tensor>& x, std::span<const BackwardLayer> layers,
-                                  const std::optional<Tensor>& xa, const std::optional<Tensor>& mask, double dropout_p,
-                                  const std::vector<bool>& output_mask) {
+inline BackwardCall prepare_backward(const std::optional<Tensor>& x, std::span<const BackwardLayer> layers,
+                                     const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
+                                     double dropout_p, const std::vector<bool>& output_mask) {
   const bool want_x = output_mask[0];
   const bool want_A = output_mask[1];
   const bool want_B = output_mask[2];
@@ -180,14 +108,6 @@ inline BackwardCall fill_backward(const std::optional<Tensor>& x, std::span<cons
     rank_begin += rank;
   }
   return call;
-}
-
-inline BackwardCall prepare_backward(const Names& names, const std::optional<Tensor>& x,
-                                     std::span<const BackwardLayer> layers, const std::optional<Tensor>& xa,
-                                     const std::optional<Tensor>& mask, double dropout_p,
-                                     const std::vector<bool>& output_mask) {
-  check_backward(names, x, layers, xa, mask, dropout_p, output_mask);
-  return fill_backward(x, layers, xa, mask, dropout_p, output_mask);
 }
 
 }  // namespace lora_ext

@@ -56,8 +56,7 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
     const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row, const Tensor& scalings,
     const std::optional<Tensor>& ranks, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
     double dropout_p, const std::vector<bool>& output_mask) {
-  GroupedBackwardCall call = prepare_grouped_backward(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa,
-                                                      mask, dropout_p, output_mask);
+  GroupedBackwardCall call = prepare_grouped_backward(grad_y, x, lora_As, lora_Bs, xa, mask, dropout_p, output_mask);
   if (!call.has_nothing_to_write()) {
     const LoraGroupedBackwardParams& p = call.params;
     const DType acc = accumulation_dtype(p.dtype);

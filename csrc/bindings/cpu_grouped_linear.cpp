@@ -30,7 +30,7 @@ void multiply_base(const Tensor& y, const Tensor& weight, const Tensor* bias, co
   }
   const Tensor no_A = empty({0, in_features}, dtype, x), no_B = empty({out_features, 0}, dtype, x);
   const ForwardLayer layer{&weight, bias, no_A, no_B, 0.0, &y_rows};
-  ForwardCall call = fill_forward(x, {&layer, 1}, 0.0, std::nullopt, true);
+  ForwardCall call = prepare_forward(x, {&layer, 1}, 0.0, std::nullopt, true);
   if (has_own_product(kernels, call)) return multiply_forward(kernels, call);
   use_library();
 }
@@ -38,7 +38,6 @@ void multiply_base(const Tensor& y, const Tensor& weight, const Tensor* bias, co
 Tensor lora_grouped_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
                            const Tensor& group_of_row, const Tensor& scalings, const std::optional<Tensor>& ranks) {
-  check_grouped_base(x, weight, bias, lora_As, lora_Bs);
   Tensor y = empty(sizes_with_last(x, weight.size(0)), dtype_of(x), x);
   const GroupedForwardCall call =
       prepare_grouped_forward(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, 0.0, std::nullopt);

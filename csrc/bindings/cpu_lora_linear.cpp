@@ -1,5 +1,5 @@
-// lora_linear, lora_linear_siblings, lora_delta_, lora_delta_siblings, lora_shrink, lora_expand, their backwards and
-// the dropout mask on the CPU. csrc/schemas.h has the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_, lora_shrink, lora_expand, their backwards and the dropout mask on the
+// CPU. csrc/schemas.h has the schemas.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu_base_product.h"
@@ -118,7 +118,7 @@ struct Cpu {
 };
 
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
-  const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features, dropout_p);
+  const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features);
   if (mask.numel() == 0) return mask;  // the number of empty rows may be too large to loop over
   const Kernels& kernels = checked_kernels();
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));

@@ -72,8 +72,7 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
     const std::optional<Tensor>& ranks, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
     double dropout_p, const std::vector<bool>& output_mask) {
   const DeviceGuard guard(grad_y.get_device_index());
-  GroupedBackwardCall call = prepare_grouped_backward(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa,
-                                                      mask, dropout_p, output_mask);
+  GroupedBackwardCall call = prepare_grouped_backward(grad_y, x, lora_As, lora_Bs, xa, mask, dropout_p, output_mask);
   if (call.num_tokens == 0) {
     for (Tensor& grad : call.grad_lora_As) torch::stable::zero_(grad);
     for (Tensor& grad : call.grad_lora_Bs) torch::stable::zero_(grad);

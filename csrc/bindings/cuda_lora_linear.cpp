@@ -1,5 +1,5 @@
-// lora_linear, lora_linear_siblings, lora_delta_, lora_delta_siblings, lora_shrink, lora_expand, their backwards and
-// the dropout mask on CUDA. csrc/schemas.h has the schemas.
+// lora_linear, lora_linear_siblings, lora_delta_, lora_shrink, lora_expand, their backwards and the dropout mask on
+// CUDA. csrc/schemas.h has the schemas.
 //
 // The adapter's term is written first and the base product accumulates onto it: the adapter needs no extra pass over y
 // or grad_x.
@@ -71,7 +71,7 @@ struct Cuda {
 
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
   const DeviceGuard guard(seed.get_device_index());
-  const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features, dropout_p);
+  const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features);
   if (mask.numel() == 0) return mask;
   DropoutMaskParams p{};
   p.num_tokens = num_tokens;

@@ -1,5 +1,5 @@
-// The part of a forward that is the same on every device: checks the arguments, allocates the outputs, fills in the
-// kernels' parameters. A binding adds scratch memory and the launches.
+// The part of a forward that is the same on every device: allocates the outputs, fills in the kernels' parameters. A
+// binding adds scratch memory and the launches.
 #pragma once
 
 #include "layer_arguments.h"
@@ -20,32 +20,9 @@ struct ForwardCall {
   }
 };
 
-inline void check_forward(const Names& names, const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
-                          const std::optional<Tensor>& seed) {
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const ForwardLayer& layer = layers[i];
-    const Tensor& weight = *layer.weight;
-    const ArgumentName weight_name = names.argument("weight", i);
-    const ArgumentName scaling_name = names.argument("scaling", i);
-    check_factors(weight, layer.lora_A, layer.lora_B, weight_name.index);
-    check_has_dimension({"x"}, x, "in_features");
-    check_num_features({"x"}, x, weight_name, weight.size(1), "in_features");
-    check_same_dtype(weight_name, weight, {"x"}, x);
-    if (layer.bias) {
-      const ArgumentName bias_name = names.argument("bias", i);
-      check_same_dtype(bias_name, *layer.bias, {"x"}, x);
-      check_bias(bias_name, *layer.bias, weight.size(0));
-    }
-    check_scaling(layer.scaling, scaling_name);
-    if (layer.scaling < 0.0) refuse<refusals::kNegative>(scaling_name, number_text(layer.scaling));
-    check_same_dtype(names.argument("lora_A", i), layer.lora_A, names.argument("lora_A", 0), layers[0].lora_A);
-  }
-  check_dropout_and_seed(dropout_p, seed);
-}
-
 // in_place: the adapters are added to the tensors that the base layers returned. Else all results are new tensors.
-inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
-                                const std::optional<Tensor>& seed, bool in_place = false) {
+inline ForwardCall prepare_forward(const Tensor& x, std::span<const ForwardLayer> layers, double dropout_p,
+                                   const std::optional<Tensor>& seed, bool in_place = false) {
   const DType dtype = dtype_of(x);
   const DType factor_dtype = dtype_of(layers[0].lora_A);
   const uint32_t threshold = dropout_threshold(dropout_p);
@@ -103,12 +80,6 @@ inline ForwardCall fill_forward(const Tensor& x, std::span<const ForwardLayer> l
     rank_begin += rank;
   }
   return call;
-}
-
-inline ForwardCall prepare_forward(const Names& names, const Tensor& x, std::span<const ForwardLayer> layers,
-                                   double dropout_p, const std::optional<Tensor>& seed) {
-  check_forward(names, x, layers, dropout_p, seed);
-  return fill_forward(x, layers, dropout_p, seed);
 }
 
 }  // namespace lora_ext

@@ -1,5 +1,5 @@
-// The part of lora_grouped_ and of its backward that is the same on every device: the checks of the arguments that need
-// no values, and the list of groups. lora_ext/_ops/checks_grouped.py checks the same.
+// The part of lora_grouped_ and of its backward that is the same on every device: the list of groups, the outputs and
+// the kernels' parameters.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 
 #include "backward_call.h"
 #include "layer_arguments.h"
+#include "op_checks.h"
 #include "overlap.h"
 
 namespace lora_ext {
@@ -31,103 +32,6 @@ struct Groups {
     return static_cast<size_t>(after - entries.begin()) - 1;
   }
 };
-
-// The last `from_end`-th size.
-inline int64_t size_from_end(const Tensor& tensor, int64_t from_end) { return tensor.size(tensor.dim() - from_end); }
-
-inline void check_factor(const ArgumentName& name, const Tensor& tensor) {
-  if (tensor.dim() != 2 && tensor.dim() != 3) refuse<refusals::kDimensions>(name, sizes_text(tensor.sizes()), "2 or 3");
-  check_dtype(name, tensor);
-}
-
-inline void check_entries(const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs) {
-  if (lora_As.empty()) refuse<refusals::kEmptyList>("lora_As");
-  if (lora_Bs.size() != lora_As.size()) {
-    refuse<refusals::kLengthLike>("lora_Bs", lora_Bs.size(), "lora_As", lora_As.size());
-  }
-  const ArgumentName first_A{"lora_A", 0};
-  const ArgumentName first_B{"lora_B", 0};
-  for (size_t i = 0; i < lora_As.size(); ++i) {
-    const Tensor& A = lora_As[i];
-    const Tensor& B = lora_Bs[i];
-    const ArgumentName A_name{"lora_A", static_cast<int>(i)};
-    const ArgumentName B_name{"lora_B", static_cast<int>(i)};
-    check_factor(A_name, A);
-    check_factor(B_name, B);
-    check_same_dtype(A_name, A, first_A, lora_As[0]);
-    check_same_dtype(B_name, B, A_name, A);
-    if (B.dim() != A.dim()) {
-      refuse<refusals::kOtherDimensions>(B_name, sizes_text(B.sizes()), A_name, sizes_text(A.sizes()));
-    }
-    if (A.dim() == 3 && B.size(0) != A.size(0)) refuse<refusals::kSlots>(B_name, B.size(0), A_name, A.size(0));
-    if (size_from_end(B, 1) != size_from_end(A, 2)) {
-      refuse<refusals::kRank>(B_name, size_from_end(B, 1), A_name, size_from_end(A, 2));
-    }
-    if (size_from_end(A, 1) != size_from_end(lora_As[0], 1)) {
-      refuse<refusals::kFeatures>(A_name, "in_features", size_from_end(A, 1), first_A, size_from_end(lora_As[0], 1));
-    }
-    if (size_from_end(B, 2) != size_from_end(lora_Bs[0], 2)) {
-      refuse<refusals::kFeatures>(B_name, "out_features", size_from_end(B, 2), first_B, size_from_end(lora_Bs[0], 2));
-    }
-  }
-}
-
-// The base layer of a grouped call, and its factors.
-inline void check_grouped_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                               const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs) {
-  check_entries(lora_As, lora_Bs);
-  check_matrix({"weight"}, weight);
-  const ArgumentName first_A{"lora_A", 0};
-  const ArgumentName first_B{"lora_B", 0};
-  if (size_from_end(lora_As[0], 1) != weight.size(1)) {
-    refuse<refusals::kFeatures>(first_A, "in_features", size_from_end(lora_As[0], 1), "weight", weight.size(1));
-  }
-  if (size_from_end(lora_Bs[0], 2) != weight.size(0)) {
-    refuse<refusals::kFeatures>(first_B, "out_features", size_from_end(lora_Bs[0], 2), "weight", weight.size(0));
-  }
-  check_tokens({"x"}, x, {"weight"}, weight, weight.size(1), "in_features");
-  if (bias) {
-    check_same_dtype({"bias"}, *bias, {"x"}, x);
-    check_bias({"bias"}, *bias, weight.size(0));
-  }
-}
-
-// tensor: y or grad_y, [..., out_features]
-inline void check_grouped(const ArgumentName& name, const Tensor& tensor, const Tensor* x,
-                          const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
-                          const Tensor& group_of_row, const Tensor& scalings, const std::optional<Tensor>& ranks) {
-  check_entries(lora_As, lora_Bs);
-  check_has_dimension(name, tensor, "out_features");
-  check_dtype(name, tensor);
-  check_num_features(name, tensor, {"lora_B", 0}, size_from_end(lora_Bs[0], 2), "out_features");
-  if (x) {
-    check_leading_shape({"x"}, *x, name, tensor);
-    check_num_features({"x"}, *x, {"lora_A", 0}, size_from_end(lora_As[0], 1), "in_features");
-    check_same_dtype({"x"}, *x, name, tensor);
-  }
-  const int32_t int64 = aoti_torch_dtype_int64();
-  const auto check_wanted_dtype = [](const char* argument, const Tensor& given, int32_t dtype) {
-    if (dtype_code(given) != dtype) refuse<refusals::kWantedDtype>(argument, dtype_name(given), dtype_name(dtype));
-  };
-  check_wanted_dtype("group_of_row", group_of_row, int64);
-  bool is_first_dimensions = group_of_row.dim() < tensor.dim();
-  for (int64_t i = 0; is_first_dimensions && i < group_of_row.dim(); ++i) {
-    is_first_dimensions = group_of_row.size(i) == tensor.size(i);
-  }
-  if (!is_first_dimensions) {
-    refuse<refusals::kGroupOfRow>(sizes_text(group_of_row.sizes()), name, sizes_text(tensor.sizes()));
-  }
-  int64_t num_groups = 0;
-  for (const Tensor& A : lora_As) num_groups += A.dim() == 3 ? A.size(0) : 1;
-  const auto check_numbers = [&](const char* argument, const Tensor& given, int32_t dtype) {
-    check_wanted_dtype(argument, given, dtype);
-    if (given.dim() == 1 && given.size(0) == num_groups) return;
-    refuse<refusals::kGroupNumbers>(argument, sizes_text(given.sizes()),
-                                    sizes_text(std::initializer_list<int64_t>{num_groups}));
-  };
-  check_numbers("scalings", scalings, aoti_torch_dtype_float64());
-  if (ranks) check_numbers("ranks", *ranks, int64);
-}
 
 // A factor whose rows the kernels can read: a contiguous copy, where the columns are not neighbours.
 inline Tensor with_unit_column_stride(const Tensor& factor) {
@@ -166,9 +70,6 @@ inline GroupedForwardCall prepare_grouped_forward(const Tensor& y, const Tensor&
                                                   const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row,
                                                   const Tensor& scalings, const std::optional<Tensor>& ranks,
                                                   double dropout_p, const std::optional<Tensor>& seed) {
-  check_grouped({"y"}, y, &x, lora_As, lora_Bs, group_of_row, scalings, ranks);
-  check_dropout_and_seed(dropout_p, seed);
-  if (!y.is_contiguous()) refuse<refusals::kNotContiguous>("y", sizes_text(y.strides()));
   std::vector<MemoryRegion> regions;
   add_region(regions, {"y"}, y, true);
   add_region(regions, {"x"}, x, false);
@@ -226,24 +127,14 @@ struct GroupedBackwardCall {
 
 inline GroupedBackwardCall prepare_grouped_backward(const Tensor& grad_y, const std::optional<Tensor>& x,
                                                     const std::vector<Tensor>& lora_As,
-                                                    const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row,
-                                                    const Tensor& scalings, const std::optional<Tensor>& ranks,
-                                                    const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
-                                                    double dropout_p, const std::vector<bool>& output_mask) {
+                                                    const std::vector<Tensor>& lora_Bs, const std::optional<Tensor>& xa,
+                                                    const std::optional<Tensor>& mask, double dropout_p,
+                                                    const std::vector<bool>& output_mask) {
   const size_t entries = lora_As.size();
-  check_output_mask(output_mask, 1 + 2 * entries);
-  const bool want_x = output_mask[0];
-  const auto As_wanted = output_mask.begin() + 1;
-  const auto Bs_wanted = As_wanted + static_cast<std::ptrdiff_t>(entries);
-  const bool want_A = std::find(As_wanted, Bs_wanted, true) != Bs_wanted;
-  const bool want_B = std::find(Bs_wanted, output_mask.end(), true) != output_mask.end();
-  check_is_saved("x", x, want_A, "grad_lora_A");
-  check_grouped({"grad_y"}, grad_y, want_A ? &*x : nullptr, lora_As, lora_Bs, group_of_row, scalings, ranks);
-  check_dropout(dropout_p);
+  const std::vector<bool> wanted = wanted_of_groups(output_mask, entries);
+  const bool want_x = wanted[0], want_A = wanted[1], want_B = wanted[2];
   GroupedBackwardCall call{.groups = list_groups(lora_As, lora_Bs), .num_tokens = count_tokens(grad_y)};
   const Groups& groups = call.groups;
-  check_saved({.takes_lists = false}, xa, mask, dtype_of(grad_y),
-              {call.num_tokens, groups.in_features, groups.max_rank}, dropout_p, {want_x, want_A, want_B});
 
   const DType dtype = dtype_of(grad_y);
   const uint32_t threshold = dropout_threshold(dropout_p);

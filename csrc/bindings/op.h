@@ -1,7 +1,7 @@
-// Registers an op's function, with checks of all its tensors and with the op's name in errors.
+// Registers an op's function, with its check (op_checks.h), checks of all its tensors, and the op's name in errors.
 //
 // The op's schema gives the names and number of the arguments, and the function's type says which are tensors: no
-// argument can be forgotten. lora_ext/_ops/tensor_arguments.py does the same for the fake kernels.
+// argument can be forgotten.
 #pragma once
 
 #include <array>
@@ -16,6 +16,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../schemas.h"
+#include "op_checks.h"
 #include "refuse.h"
 #include "tensors.h"
 
@@ -143,6 +144,12 @@ class TensorArguments {
   DeviceOf first_device_{};
 };
 
+// The text of an error, with the op's name.
+template <const auto& kSchema>
+std::string with_op_name(const std::string& text) {
+  return std::string(op_name(kSchema)) + ": " + text;
+}
+
 template <const auto& kSchema, auto kFunction>
 struct CheckedOp;
 
@@ -150,30 +157,55 @@ template <const auto& kSchema, class Result, class... Arguments, Result (*kFunct
 struct CheckedOp<kSchema, kFunction> {
   static_assert(count_arguments(kSchema) == sizeof...(Arguments), "the function has the schema's arguments");
 
+  static void check(const Arguments&... arguments) {
+    TensorArguments tensors(kSchema);
+    (tensors.check(arguments), ...);
+    kCheckOf<kSchema>(arguments...);
+  }
+
   static Result call(Arguments... arguments) {
     try {
-      TensorArguments tensors(kSchema);
-      (tensors.check(arguments), ...);
+      check(arguments...);
       return kFunction(arguments...);
     } catch (const OpError& error) {
-      throw std::runtime_error(std::string(op_name(kSchema)) + ": " + error.text);
+      throw std::runtime_error(with_op_name<kSchema>(error.text));
     } catch (const std::bad_alloc&) {
-      throw std::runtime_error(std::string(op_name(kSchema)) + ": " + kOutOfMemory);
+      throw std::runtime_error(with_op_name<kSchema>(kOutOfMemory));
+    }
+  }
+
+  // The op's refusal of its arguments, or an empty text. Not an exception: PyTorch logs those of fake kernels.
+  static std::string refusal(Arguments... arguments) {
+    try {
+      check(arguments...);
+      return "";
+    } catch (const OpError& error) {
+      return with_op_name<kSchema>(error.text);
     }
   }
 };
+
+// The name of the op of kSchema, which ends: the library's functions take a C string.
+template <const auto& kSchema>
+inline constexpr auto kOpName = [] {
+  constexpr std::string_view kText = op_name(kSchema);
+  std::array<char, kText.size() + 1> name{};
+  for (size_t i = 0; i < kText.size(); ++i) name[i] = kText[i];
+  return name;
+}();
 
 // Registers kFunction as the op of kSchema, one of schemas.h, in `library`: STABLE_TORCH_LIBRARY_IMPL's.
 template <const auto& kSchema, auto kFunction, class Library>
 void register_op(Library& library) {
   constexpr auto kCall = &CheckedOp<kSchema, kFunction>::call;
-  static constexpr auto kName = [] {
-    constexpr std::string_view kText = op_name(kSchema);
-    std::array<char, kText.size() + 1> name{};
-    for (size_t i = 0; i < kText.size(); ++i) name[i] = kText[i];
-    return name;
-  }();
-  library.impl(kName.data(), TORCH_BOX(kCall));
+  library.impl(kOpName<kSchema>.data(), TORCH_BOX(kCall));
+}
+
+// Registers the check of the op of kSchema as an op, which returns the refusal.
+template <const auto& kSchema, class Library>
+void register_check(Library& library) {
+  constexpr auto kRefusal = &CheckedOp<kSchema, kCheckOf<kSchema>>::refusal;
+  library.impl(kOpName<kSchema>.data(), TORCH_BOX(kRefusal));
 }
 
 }  // namespace lora_ext

@@ -22,7 +22,7 @@ namespace lora_ext {
 
 // The arguments that have the dtype of x, by which an op chooses. Every schema has one of them.
 constexpr bool is_of_x(std::string_view name) {
-  for (const char* known : {"x", "y", "base", "bases", "grad_y", "grad_ys"}) {
+  for (const char* known : {"x", "y", "base", "grad_y", "grad_ys"}) {
     if (is_same(name, known)) return true;
   }
   return false;

@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._common.arguments import check_types
-from lora_ext._ops import checks, errors
+from lora_ext._ops import errors
+from lora_ext._ops.checks import FLOATING, accumulation_dtype, check_floating, check_matrix, dtype_name
 from lora_ext._ops.nested import by_values
+from lora_ext._ops.refusals import refusal
 from lora_ext._ops.registration import any_requires_grad, bias_gradient, is_transformed
 
 
@@ -70,7 +72,7 @@ def bottleneck(
         raise ValueError(f"bottleneck: activation is {activation!r}, want one of {', '.join(ACTIVATIONS)}")
     tensors = (x, down_weight, down_bias, up_weight, up_bias, residual)
     if torch.compiler.is_compiling() and not x.is_nested:
-        checks.check_bottleneck(x, down_weight, down_bias, up_weight, up_bias, activation, residual)
+        _check(*tensors)
         return _forward(*tensors, activation)[0]
     try:
         if x.is_nested and (residual is None or residual is x):
@@ -87,13 +89,52 @@ def bottleneck(
     except errors.UNEXPLAINED as error:
         arguments = {"x": x, "down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight}
         arguments |= {"up_bias": up_bias, "activation": activation, "residual": residual}
-        errors.explain(error, bottleneck, arguments, checks.check_bottleneck)
+        errors.explain(error, bottleneck, arguments, _check)
         raise
+
+
+def _check(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    **others: object,
+) -> None:
+    op = "bottleneck"
+    base_name, base = ("x", x) if residual is None else ("residual", residual)
+    for name, tensor in (("x", x), (base_name, base)):
+        check_floating(op, name, tensor)
+        if tensor.dim() == 0:
+            raise refusal(op, "no_dimension", name, "features")
+    for name, weight in (("down_weight", down_weight), ("up_weight", up_weight)):
+        check_matrix(op, name, weight)
+    size, in_features = down_weight.shape
+    out_features = up_weight.shape[0]
+    if size == 0:
+        raise ValueError(f"{op}: down_weight has size 0, want at least 1")
+    if up_weight.shape[1] != size:
+        raise ValueError(f"{op}: up_weight has size {up_weight.shape[1]} but down_weight has {size}")
+    if x.shape[-1] != in_features:
+        raise refusal(op, "features", "down_weight", "in_features", in_features, "x", x.shape[-1])
+    if base.shape[-1] != out_features:
+        raise refusal(op, "features", "up_weight", "out_features", out_features, base_name, base.shape[-1])
+    if base.shape[:-1] != x.shape[:-1]:
+        raise refusal(op, "leading_shape", "residual", list(base.shape), "x", list(x.shape))
+    if accumulation_dtype(base.dtype) != accumulation_dtype(x.dtype):
+        raise refusal(op, "other_dtype", "residual", dtype_name(base.dtype), "x", dtype_name(x.dtype))
+    for name, bias, length in (("down_bias", down_bias, size), ("up_bias", up_bias, out_features)):
+        if bias is None:
+            continue
+        check_floating(op, name, bias)
+        if tuple(bias.shape) != (length,):
+            raise refusal(op, "shape", name, list(bias.shape), [length])
 
 
 def _fits(bias: Tensor | None, weight: Tensor) -> bool:
     return bias is None or (
-        bias.dtype in checks.FLOATING
+        bias.dtype in FLOATING
         and bias.layout is torch.strided
         and bias.shape == weight.shape[:1]
         and bias.device == weight.device

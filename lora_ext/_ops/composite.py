@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._ops.checks import accumulation_dtype, count_tokens
-from lora_ext._ops.checks_grouped import largest_rank
 from lora_ext._ops.registration import rows_of
 from lora_ext.reference import dropout_threshold, unpack_mask
 
@@ -73,13 +72,16 @@ def _update(y: Tensor, xa: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-    (y,), xa, mask = lora_linear_siblings(x, [weight], [bias], [lora_A], [lora_B], [scaling], dropout_p, seed)
+    (y,), xa, mask = lora_linear_siblings(x, [weight], [bias], [], [lora_A], [lora_B], [scaling], dropout_p, seed)
     return y, xa, mask
 
 
-def lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
-    ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return lora_delta_siblings(ys, x, lora_As, lora_Bs, scalings, dropout_p, seed)
+def lora_linear_siblings(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed):
+    bases = bases or [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    mask = draw_mask(x, dropout_p, seed)
+    xas = [xa_of(x, A, mask, scaling, dropout_p) for A, scaling in zip(lora_As, scalings, strict=True)]
+    ys = [(y + _update(y, xa, B)).to(y.dtype) for y, xa, B in zip(bases, xas, lora_Bs, strict=True)]
+    return ys, torch.cat(xas, dim=1).detach(), mask
 
 
 def lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed):
@@ -89,44 +91,15 @@ def lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed):
     return xa.detach(), mask
 
 
-def lora_delta_siblings(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed):
-    mask = draw_mask(x, dropout_p, seed)
-    xas = [xa_of(x, A, mask, scaling, dropout_p) for A, scaling in zip(lora_As, scalings, strict=True)]
-    ys = [(y + _update(y, xa, B)).to(y.dtype) for y, xa, B in zip(bases, xas, lora_Bs, strict=True)]
-    return ys, torch.cat(xas, dim=1).detach(), mask
-
-
 def lora_linear_backward(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
-    grad_x, *grads = _backward([grad_y], x, [weight], [lora_A], [lora_B], xa, mask, [scaling], dropout_p, output_mask)
+    weights = [] if weight is None else [weight]
+    grad_x, *grads = lora_linear_siblings_backward(
+        [grad_y], x, weights, [lora_A], [lora_B], xa, mask, [scaling], dropout_p, output_mask
+    )
     return grad_x, *((grad[0] if grad else None) for grad in grads)
 
 
-def lora_delta_backward(grad_y, x, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
-    return lora_linear_backward(grad_y, x, None, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask)
-
-
 def lora_linear_siblings_backward(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
-    return _backward(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask)
-
-
-def lora_delta_siblings_backward(grad_ys, x, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
-    weights = [None] * len(grad_ys)
-    return _backward(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask)
-
-
-def _backward(
-    grad_ys: Sequence[Tensor],
-    x: Tensor | None,
-    weights: Sequence[Tensor | None],
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    xa: Tensor | None,
-    mask: Tensor | None,
-    scalings: Sequence[float],
-    dropout_p: float,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Computes the gradients of x and of the factors. A weight of None: the base layer is not part of the op."""
     want_x, want_A, want_B = output_mask
     mask = mask if dropout_threshold(dropout_p) else None
     ys = [_rows(grad_y) for grad_y in grad_ys]
@@ -137,9 +110,8 @@ def _backward(
     if want_x:
         updates = (grad_xa @ A.to(grad_xa.dtype) for grad_xa, A in zip(grad_xas, lora_As, strict=True))
         total = _dropped(sum(updates), mask)
-        for grad_y, weight in zip(grad_ys, weights, strict=True):
-            if weight is not None:
-                total = total + _rows(grad_y @ weight)
+        for grad_y, weight in zip(grad_ys, weights, strict=True) if weights else ():
+            total = total + _rows(grad_y @ weight)
         grad_x = total.reshape(*grad_ys[0].shape[:-1], lora_As[0].shape[1]).to(grad_ys[0].dtype)
     if want_A:
         rows = _dropped(_rows(x), mask)
@@ -148,6 +120,10 @@ def _backward(
         xas = xa.split([A.shape[0] for A in lora_As], dim=1)
         grad_Bs = [(y.T @ xa).to(B.dtype) for y, xa, B in zip(ys, xas, lora_Bs, strict=True)]
     return grad_x, grad_As, grad_Bs
+
+
+def largest_rank(lora_As: Sequence[Tensor]) -> int:
+    return max(lora_A.shape[-2] for lora_A in lora_As)
 
 
 # --- groups: one adapter of all groups' ranks, whose xa is zero outside of a row's group ------------------------------

@@ -1,7 +1,5 @@
 """Explains why a public function failed: turns an error of PyTorch or of a compiled op into one that names the
-argument.
-
-In eager mode the compiled op checks first, at no Python cost; the checks in Python run only once it has refused.
+argument. Nothing is checked in Python before a call has failed.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import torch
 from lora_ext import _load
 from lora_ext._common.arguments import check_types
 from lora_ext._ops import tensor_arguments
+from lora_ext._ops.checks import check_scaling
 from lora_ext._ops.refusals import refusal_of_op
 
 # The exceptions that wrong arguments cause. Others are not explained: torch.utils.checkpoint, for example, stops a
@@ -35,15 +34,12 @@ def explain(
     error: Exception,
     function: Callable,
     arguments: Mapping[str, object],
-    check_values: Callable[..., None],
-    autocast: bool = False,
+    check_values: Callable[..., None] | None = None,
 ) -> None:
     """Raises a better error than ``error``, if there is one, for a call of a public function.
 
     Args:
-        check_values: Called with the arguments once their types are right.
-        autocast: Whether the op sees other dtypes than the arguments' under autocast; ``check_values`` is not called
-            then.
+        check_values: of a function that is more than one op, called with the arguments once their types are right.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -58,9 +54,11 @@ def explain(
     tensor_arguments.check_tensors(name, arguments)
     check_memory(error)
     tensor_arguments.explain_inference(name, arguments, error)
-    device = next(filter(_is_tensor, arguments.values())).device
-    if not (autocast and torch.is_autocast_enabled(device.type)):
+    for label, value in arguments.items():  # PyTorch cannot convert Python's larger integers
+        if isinstance(value, int) and not isinstance(value, bool):
+            check_scaling(name, value, label)
+    if check_values is not None:
         check_values(**arguments)
-    _load.check_kernels_exist(name, device)
-    if refused := refusal_of_op(error):
+    if refused := refusal_of_op(error, name):
         raise refused from None
+    _load.check_kernels_exist(name, next(filter(_is_tensor, arguments.values())).device)

@@ -54,18 +54,11 @@ _FORMULAS = {
     "lora_linear_backward": lambda grad_y, x, W, A, B, xa, mask, scaling, dropout_p, wanted, **_: _layer_backward(
         grad_y, [W], [A], [B], wanted
     ),
-    "lora_linear_siblings": lambda x, Ws, biases, As, Bs, *_, **__: _layer_forward(x, Ws, As, Bs),
+    "lora_linear_siblings": lambda x, Ws, biases, bases, As, Bs, *_, **__: _layer_forward(x, Ws, As, Bs),
     "lora_linear_siblings_backward": lambda grad_ys, x, Ws, As, Bs, xa, mask, scalings, dropout_p, wanted, **_: (
         _layer_backward(grad_ys[0], Ws, As, Bs, wanted)
     ),
     "lora_delta_": lambda y, x, A, B, *_, **__: _layer_forward(x, [None], [A], [B]),
-    "lora_delta_backward": lambda grad_y, x, A, B, xa, mask, scaling, dropout_p, wanted, **_: _layer_backward(
-        grad_y, [None], [A], [B], wanted
-    ),
-    "lora_delta_siblings": lambda bases, x, As, Bs, *_, **__: _layer_forward(x, [], As, Bs),
-    "lora_delta_siblings_backward": lambda grad_ys, x, As, Bs, xa, mask, scalings, dropout_p, wanted, **_: (
-        _layer_backward(grad_ys[0], [], As, Bs, wanted)
-    ),
     "lora_grouped_": lambda y, x, As, Bs, *_, **__: 2 * prod(x[:-1]) * (_largest(As) + _largest(Bs)),
     "lora_grouped_backward": lambda grad_y, x, As, Bs, groups, scalings, ranks, xa, mask, p, wanted, **_: (
         _grouped_backward(grad_y, As, Bs, wanted)

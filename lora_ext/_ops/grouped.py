@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lora_ext._ops import checks_grouped, composite
+from lora_ext._ops import composite
+from lora_ext._ops.checks import check_arguments
 from lora_ext._ops.in_place import check_inference, check_recorded_change, check_saved, count_change
 from lora_ext._ops.registration import (
     LIBRARY,
@@ -25,12 +26,12 @@ from lora_ext._ops.usual_calls import is_usual_call
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
 
-@register_op("lora_grouped_", checks_grouped.check_lora_grouped)
+@register_op("lora_grouped_")
 def _(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed):
-    return fake_saved(x, checks_grouped.largest_rank(lora_As), dropout_p)
+    return fake_saved(x, composite.largest_rank(lora_As), dropout_p)
 
 
-@register_op("lora_grouped_backward", checks_grouped.check_lora_grouped_backward)
+@register_op("lora_grouped_backward")
 def _(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask):
     want_x, *wanted = output_mask
     factors = [factor for factor, is_wanted in zip((*lora_As, *lora_Bs), wanted, strict=True) if is_wanted]
@@ -135,7 +136,8 @@ def _lora_grouped_autograd(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks
     if has_tangent(y, x, *factors):
         return _composite(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
     if any_requires_grad(y, x, *factors):
-        checks_grouped.check_entries("lora_grouped_", lora_As, lora_Bs)  # or they cannot be told apart
+        if len(lora_As) != len(lora_Bs):  # they cannot be told apart
+            check_arguments("lora_grouped_", (y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed))
         check_recorded_change("lora_grouped_", "y", y)
         for name, tensors in (("lora_As", lora_As), ("lora_Bs", lora_Bs)):
             for i, tensor in enumerate(tensors):

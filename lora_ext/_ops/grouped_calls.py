@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext._ops import checks_grouped, composite, errors, grouped, grouped_linear
+from lora_ext._ops import composite, errors, grouped, grouped_linear
 from lora_ext._ops.call_arguments import cast_to, draw_seed, drawn
+from lora_ext._ops.checks import check_arguments
 
 
 def lora_grouped_(
@@ -85,7 +86,7 @@ def lora_grouped_(
     except errors.UNEXPLAINED as error:
         arguments = {"y": y, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "group_of_row": group_of_row}
         arguments |= {"scalings": scalings, "ranks": ranks, "dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_grouped_, arguments, checks_grouped.check_lora_grouped)
+        errors.explain(error, lora_grouped_, arguments)
         raise
     return y
 
@@ -149,11 +150,17 @@ def lora_grouped_linear(
         if y is not None:
             return y
         if bias is not None and bias.shape != weight.shape[:1]:  # F.linear would broadcast it
-            checks_grouped.check_lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
+            _check_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
         y = F.linear(x, weight, bias)
         return lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks)
     except errors.UNEXPLAINED as error:
         arguments = {"x": x, "weight": weight, "bias": bias, "lora_As": lora_As, "lora_Bs": lora_Bs}
         arguments |= {"group_of_row": group_of_row, "scalings": scalings, "ranks": ranks}
-        errors.explain(error, lora_grouped_linear, arguments, checks_grouped.check_lora_grouped_linear, autocast=True)
+        errors.explain(error, lora_grouped_linear, arguments, _check_linear)
         raise
+
+
+def _check_linear(x: Tensor, *others: object, **named: object) -> None:
+    """Checks the call as a whole: with gradients it is two ops. Under autocast these see other dtypes."""
+    if not torch.is_autocast_enabled(x.device.type):
+        check_arguments("lora_grouped_linear", (x, *others, *named.values()))

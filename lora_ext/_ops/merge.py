@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from lora_ext._ops import checks_merge
+from lora_ext._ops.checks import merge_segments
 from lora_ext._ops.in_place import register_in_place
 from lora_ext._ops.registration import LIBRARY, below_autograd, op_named, register_op
 
 
-def _check_merge_of(op: str):
-    def check(weights, lora_As, lora_Bs, words=(), corrections=()) -> None:
-        checks_merge.check_merge(op, weights, lora_As, lora_Bs)
-        checks_merge.check_record(op, weights, words, corrections)
-
-    return check
-
-
-@register_op("lora_merge_check", _check_merge_of("lora_merge_check"))
+@register_op("lora_merge_check")
 def _(weights, lora_As, lora_Bs):
     return weights[0].new_empty((len(weights),), dtype=torch.int64)
 
 
-@register_op("lora_merge_record_", _check_merge_of("lora_merge_record_"))
+@register_op("lora_merge_record_")
 def _(weights, lora_As, lora_Bs):
     num_corrections = [torch.library.get_ctx().new_dynamic_size() for _ in weights]
     return (
         weights[0].new_empty((len(weights),), dtype=torch.int64),
-        [w.new_empty((w.shape[0], checks_merge.merge_segments(w.shape[1])), dtype=torch.int16) for w in weights],
+        [w.new_empty((w.shape[0], merge_segments(w.shape[1])), dtype=torch.int16) for w in weights],
         [w.new_empty((count,), dtype=torch.int16) for w, count in zip(weights, num_corrections, strict=True)],
     )
 
 
 for _name in ("lora_merge_", "lora_unmerge_"):
-    register_op(_name, _check_merge_of(_name))(lambda **arguments: None)
+    register_op(_name)(lambda **arguments: None)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Defines ``lora_ext_plain::<op>``, in plain PyTorch, of each op whose CUDA kernels take 16-bit ``x`` only.
 
-The compiled op calls it for float32 and float64 (csrc/bindings/plain_op.h), with all of its arguments, below autograd.
+The compiled op calls it for float32 and float64 (csrc/bindings/plain_op.h), with all of its arguments, which it has
+checked, below autograd.
 Each result is a list of tensors: of none for None, of one for a tensor.
 """
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._ops import composite, plain_grouped
-from lora_ext._ops.registration import checked_composite, op_named
+from lora_ext._ops.registration import op_named
 
 _PLAIN = torch.library.Library("lora_ext_plain", "DEF")
 
@@ -22,9 +23,6 @@ OPS = (
     "lora_linear_siblings",
     "lora_linear_siblings_backward",
     "lora_delta_",
-    "lora_delta_backward",
-    "lora_delta_siblings",
-    "lora_delta_siblings_backward",
     "lora_shrink",
     "lora_shrink_backward",
     "lora_expand",
@@ -53,4 +51,4 @@ def _define(name: str, function: Callable) -> None:
 
 for _module, _names in ((composite, OPS), (plain_grouped, GROUPED_OPS)):
     for _name in _names:
-        _define(_name, checked_composite(_name, getattr(_module, _name)))
+        _define(_name, getattr(_module, _name))

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_ext._ops.checks_grouped import largest_rank
-from lora_ext._ops.composite import draw_mask, scale
+from lora_ext._ops.composite import draw_mask, largest_rank, scale
 from lora_ext._ops.registration import rows_of
 from lora_ext.reference import dropout_threshold, unpack_mask
 

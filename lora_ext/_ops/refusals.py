@@ -16,10 +16,13 @@ def refusal(op: str, name: str, *parts: object) -> Exception:
     return error(f"{op}: {text.format(*parts)}")
 
 
-def refusal_of_op(error: Exception) -> Exception | None:
-    """Returns the exception for a refusal that a compiled op raised as a RuntimeError; None for any other error."""
+def refusal_of_op(error: Exception, caller: str | None = None) -> Exception | None:
+    """Returns the exception for a refusal that a compiled op raised as a RuntimeError; None for any other error.
+
+    ``caller``: the function to name in place of the op.
+    """
     for kind, text in _REFUSALS.values():
         pattern = ".*".join(re.escape(part) for part in text.split("{}"))
-        if re.fullmatch(rf"\w+: {pattern}", str(error), re.DOTALL):
-            return kind(str(error))
+        if refused := re.fullmatch(rf"(\w+): ({pattern})", str(error), re.DOTALL):
+            return kind(f"{caller or refused[1]}: {refused[2]}")
     return None

@@ -20,17 +20,20 @@ from torch.autograd import forward_ad
 
 from lora_ext import reference
 from lora_ext._load import op_named
-from lora_ext._ops.checks import accumulation_dtype, count_tokens, mask_row_bytes
+from lora_ext._ops.checks import accumulation_dtype, check_arguments, count_tokens, mask_row_bytes
 from lora_ext._ops.lazy_views import check_not_lazy, resolved
-from lora_ext._ops.refusals import refusal
 from lora_ext._ops.tensor_arguments import check_memory_is_there, check_tensors, tensors_of
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
+NumCast = int | Callable[..., int]
 
+
+arguments_by_name: dict[str, Callable[..., dict[str, object]]] = {}
+"""For each op of :func:`register_op`: returns all arguments of a call by name."""
 
 checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
-"""For each op of :func:`register_op`: checks the arguments of a call and returns all of them by name."""
+"""The same, after a check of the arguments."""
 
 
 def call_backward(op: Callable, *arguments: object) -> tuple:
@@ -68,28 +71,26 @@ class ChangedArguments:
         return found
 
 
-def register_op(name: str, check_values: Callable[..., None]) -> Callable[[Callable], Callable]:
+def register_op(name: str) -> Callable[[Callable], Callable]:
     """Registers an op's fake (meta) kernel, and kernels that resolve lazy views.
 
-    The decorated function is the fake kernel, which returns results of the right shapes and dtypes. Before it, the
-    arguments are checked as the compiled op checks them; ``check_values`` takes the op's arguments.
+    The decorated function is the fake kernel, which takes the op's arguments by name and returns results of the right
+    shapes and dtypes. Before it, the arguments are checked as the compiled op checks them.
     """
     schema = op_named(name)._schema.arguments
     names, defaults = [a.name for a in schema], {a.name: a.default_value for a in schema if a.has_default_value()}
-    required = [a.name for a in schema if str(a.type) == "Tensor"]
+
+    def by_name(*values, **named) -> dict[str, object]:
+        given = {**defaults, **dict(zip(names, values, strict=False)), **named}
+        return {argument: given[argument] for argument in names}
 
     def checked(*values, **named) -> dict[str, object]:
-        """Returns all arguments by name."""
-        given = {**defaults, **dict(zip(names, values, strict=False)), **named}
-        arguments = {argument: given[argument] for argument in names}
-        for argument in required:
-            if arguments[argument] is None:
-                raise refusal(name, "missing_tensor", argument)
+        arguments = by_name(*values, **named)
         check_tensors(name, arguments)
-        check_values(**arguments)
+        check_arguments(name, list(arguments.values()))
         return arguments
 
-    checked_arguments[name] = checked
+    arguments_by_name[name], checked_arguments[name] = by_name, checked
 
     def register(kernel: Callable) -> Callable:
         torch.library.register_fake(f"lora_ext::{name}")(lambda *values, **named: kernel(**checked(*values, **named)))
@@ -121,6 +122,15 @@ def fake_saved(x: Tensor, total_rank: int, dropout_p: float) -> tuple[Tensor, Te
         x.new_empty((num_tokens, total_rank), dtype=accumulation_dtype(x.dtype)),
         x.new_empty((num_tokens, mask_row_bytes(x.shape[-1])) if has_mask else (0,), dtype=torch.uint8),
     )
+
+
+def fake_layer_gradients(
+    grad_y: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], output_mask: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Returns the gradients of x and of the factors without values, where ``output_mask`` asks for them."""
+    want_x, want_A, want_B = output_mask
+    grad_x = grad_y.new_empty((*grad_y.shape[:-1], lora_As[0].shape[-1])) if want_x else None
+    return grad_x, fake_gradients(lora_As) if want_A else [], fake_gradients(lora_Bs) if want_B else []
 
 
 def fake_gradients(factors: Sequence[Tensor]) -> list[Tensor]:
@@ -180,7 +190,7 @@ def checked_composite(name: str, composite: Callable) -> Callable:
     return call
 
 
-def register_composite(name: str, composite: Callable, num_cast: int = 0) -> Callable:
+def register_composite(name: str, composite: Callable, num_cast: NumCast = 0) -> Callable:
     """Registers an op in plain PyTorch (:mod:`lora_ext._ops.composite`) for the transforms of torch.func.
 
     While a transform is active (grad, vmap, jvp, ..., in any nesting), calls reach FuncTorchDynamicLayerFrontMode
@@ -202,9 +212,8 @@ def register_composite(name: str, composite: Callable, num_cast: int = 0) -> Cal
         if not torch.is_autocast_enabled(device):
             return call(*values)
         dtype = torch.get_autocast_dtype(device)
-        cast = [_cast(value, dtype) for value in values[:num_cast]]
         with torch.autocast(device, enabled=False):
-            return call(*cast, *values[num_cast:])
+            return call(*_with_cast(values, num_cast, dtype))
 
     for key in ("FuncTorchDynamicLayerFrontMode", "VmapMode"):
         LIBRARY.impl(name, kernel, key)
@@ -239,23 +248,28 @@ def _cast(argument: Tensor | list | None, dtype: torch.dtype) -> Tensor | list |
     return argument.to(dtype) if eligible else argument
 
 
-def _autocast_kernel(op: Callable, device_type: str, dispatch_key: str, num_cast: int) -> Callable:
+def _with_cast(arguments: Sequence, num_cast: NumCast, dtype: torch.dtype) -> list:
+    """Returns the arguments, of which the first ``num_cast`` are cast."""
+    count = num_cast if isinstance(num_cast, int) else num_cast(*arguments)
+    return [*(_cast(argument, dtype) for argument in arguments[:count]), *arguments[count:]]
+
+
+def _autocast_kernel(op: Callable, device_type: str, dispatch_key: str, num_cast: NumCast) -> Callable:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
     def kernel(*arguments):
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [_cast(argument, dtype) for argument in arguments[:num_cast]]
+        cast = _with_cast(arguments, num_cast, torch.get_autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return op(*cast, *arguments[num_cast:])
+            return op(*cast)
 
     return kernel
 
 
-def register_autocast(name: str, num_cast: int) -> None:
+def register_autocast(name: str, num_cast: NumCast) -> None:
     """Registers autocast: the op's first ``num_cast`` arguments are cast to autocast's dtype, the others keep theirs.
 
-    Zero is for a backward: the forward determined its dtypes, but without a kernel here the products inside it would be
-    autocast again.
+    ``num_cast`` may be a function of the arguments. Zero is for a backward: the forward determined its dtypes, but
+    without a kernel here the products inside it would be autocast again.
     """
     op = op_named(name)
     for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

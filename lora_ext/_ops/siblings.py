@@ -1,20 +1,19 @@
-"""Fake (meta), autograd and autocast registrations of the ops for layers that read one x: lora_linear_siblings, and
-lora_delta_siblings, whose base layers were called.
-"""
+"""Fake (meta), autograd and autocast registrations of lora_linear_siblings, for layers that read one x."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lora_ext._ops import checks, checks_backward, composite
+from lora_ext._ops import composite
+from lora_ext._ops.checks import check_arguments
 from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
     below_autograd,
     bias_gradient,
     call_backward,
-    fake_gradients,
+    fake_layer_gradients,
     fake_saved,
     has_tangent,
     op_named,
@@ -29,36 +28,15 @@ from lora_ext._ops.usual_calls import is_usual_call, lean_apply
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
 
-@register_op("lora_linear_siblings", checks.check_lora_linear_siblings)
-def _(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed):
-    ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+@register_op("lora_linear_siblings")
+def _(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed):
+    ys = [x.new_empty((*x.shape[:-1], lora_B.shape[0])) for lora_B in lora_Bs]
     return ys, *fake_saved(x, sum(lora_A.shape[0] for lora_A in lora_As), dropout_p)
 
 
-@register_op("lora_linear_siblings_backward", checks_backward.check_lora_linear_siblings_backward)
+@register_op("lora_linear_siblings_backward")
 def _(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
-    want_x, want_A, want_B = output_mask
-    return (
-        grad_ys[0].new_empty((*grad_ys[0].shape[:-1], weights[0].shape[1])) if want_x else None,
-        fake_gradients(lora_As) if want_A else [],
-        fake_gradients(lora_Bs) if want_B else [],
-    )
-
-
-@register_op("lora_delta_siblings", checks.check_lora_delta_siblings)
-def _(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed):
-    ys = [base.new_empty(base.shape) for base in bases]
-    return ys, *fake_saved(x, sum(lora_A.shape[0] for lora_A in lora_As), dropout_p)
-
-
-@register_op("lora_delta_siblings_backward", checks_backward.check_lora_delta_siblings_backward)
-def _(grad_ys, x, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
-    want_x, want_A, want_B = output_mask
-    return (
-        grad_ys[0].new_empty((*grad_ys[0].shape[:-1], lora_As[0].shape[1])) if want_x else None,
-        fake_gradients(lora_As) if want_A else [],
-        fake_gradients(lora_Bs) if want_B else [],
-    )
+    return fake_layer_gradients(grad_ys[0], lora_As, lora_Bs, output_mask)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -67,8 +45,8 @@ def _(grad_ys, x, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
 class _Siblings(torch.autograd.Function):
     """Autograd sees tensors only outside of lists: x, weights, biases, lora_As and lora_Bs come one after the other.
 
-    Without weights, the biases are the outputs of base layers. Returns only the ys; the other results of the op are
-    appended to ``results``.
+    Where base layers were called, their outputs are in place of the biases, and the weights are None. Returns only the
+    ys; the other results of the op are appended to ``results``.
     """
 
     @staticmethod
@@ -76,11 +54,9 @@ class _Siblings(torch.autograd.Function):
         x, *layers, scalings, dropout_p, seed, results = arguments
         n = len(scalings)
         weights, biases, lora_As, lora_Bs = (layers[i : i + n] for i in range(0, 4 * n, n))
+        base = (weights, biases, []) if weights[0] is not None else ([], [], biases)
         with below_autograd():
-            if weights[0] is None:
-                ys, xa, mask = _delta_op(biases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
-            else:
-                ys, xa, mask = _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+            ys, xa, mask = _op(x, *base, lora_As, lora_Bs, scalings, dropout_p, seed)
         if results is not None:
             results += xa, mask
         ctx.set_materialize_grads(False)
@@ -134,7 +110,7 @@ def _gradients_of_used(
     has_weights = weights[0] is not None
     want_x, want_A, want_B = wanted
     if want_B and torch.is_grad_enabled():
-        op = "lora_linear_siblings" if has_weights else "lora_delta_siblings"
+        op = "lora_linear_siblings"
         xa = composite.xa_to_differentiate(op, xa, x, want_x, lora_As, mask, ctx.scalings, ctx.dropout_p)
     if want_B and len(used) < len(grad_ys):
         columns = xa.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
@@ -144,10 +120,10 @@ def _gradients_of_used(
         return [entries[i] for i in used]
 
     return call_backward(
-        _backward_op if has_weights else _delta_backward_op,
+        _backward_op,
         of_used(grad_ys),
         x if want_A else None,
-        *([of_used(weights)] if has_weights else []),
+        of_used(weights) if has_weights else [],
         of_used(lora_As),
         of_used(lora_Bs),
         xa if want_B else None,
@@ -166,73 +142,45 @@ def _split_wanted(ctx) -> tuple[bool, tuple, tuple, tuple, tuple]:
 
 
 _op, _backward_op = op_named("lora_linear_siblings"), op_named("lora_linear_siblings_backward")
-_delta_op, _delta_backward_op = op_named("lora_delta_siblings"), op_named("lora_delta_siblings_backward")
 _lean_apply = lean_apply(_Siblings, num_tensors=-4)
 
 
-def lora_linear_siblings(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
+def lora_linear_siblings(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
     """Calls the op for the ys alone; a usual call skips the dispatcher's round through the autograd kernel below."""
-    layers = (*weights, *biases, *lora_As, *lora_Bs)
-    same_number = len(weights) == len(biases) == len(lora_As) == len(lora_Bs) == len(scalings)
-    if not (same_number and weights and is_usual_call(x, *layers)):
-        return _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
-    if any_requires_grad(*lora_As, x, *layers):
-        return list(_lean_apply(x, *layers, scalings, dropout_p, seed, None))
-    with below_autograd():
-        return _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
+    n = len(scalings)
+    layers = (*(weights or [None] * n), *(biases or bases), *lora_As, *lora_Bs)
+    # Lists of other lengths cannot be told apart, and are left for the op to refuse.
+    has_base = len(bases) == n and not (weights or biases) if bases else len(weights) == len(biases) == n
+    if has_base and n == len(lora_As) == len(lora_Bs) > 0 and is_usual_call(x, *layers):
+        if any_requires_grad(*lora_As, x, *layers):
+            return list(_lean_apply(x, *layers, scalings, dropout_p, seed, None))
+        with below_autograd():
+            return _op(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
+    return _op(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
 
 
-def _lora_linear_siblings_autograd(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
-    layers = (*weights, *biases, *lora_As, *lora_Bs)
-    if has_tangent(x, *layers):
-        return _composite(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
-    if any_requires_grad(x, *layers):
-        _check_num(weights, biases, lora_As, lora_Bs, scalings)
+def _lora_linear_siblings_autograd(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
+    tensors = (x, *weights, *biases, *bases, *lora_As, *lora_Bs)
+    if has_tangent(*tensors):
+        return _composite(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed)
+    if any_requires_grad(*tensors):
+        check_arguments(
+            "lora_linear_siblings", (x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed)
+        )
+        layers = (*(weights or [None] * len(bases)), *(biases or bases), *lora_As, *lora_Bs)
         results: list = []
         ys = _Siblings.apply(x, *layers, scalings, dropout_p, seed, results)
         return list(ys), *results
     with below_autograd():
-        return _op(x, weights, biases, lora_As, lora_Bs, scalings, dropout_p, seed)
+        return _op(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed)
 
 
-def _check_num(weights, biases, lora_As, lora_Bs, scalings) -> None:
-    """Checks that every list has as many entries as there are layers, or they cannot be told apart."""
-    lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
-    checks.check_num_siblings("lora_linear_siblings", "weights", weights, **lists)
+def _num_cast(x, weights, *others) -> int:
+    """Without weights the dtype was settled by the base layers, and functional.lora_delta_siblings casts x to it."""
+    return 3 if weights else 0
 
 
-def lora_delta_siblings(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
-    """Adds the updates of layers that read one ``x`` to ``bases``, the outputs of their base layers, out of place."""
-    tensors = (*bases, *lora_As, *lora_Bs)
-    same_number = len(bases) == len(lora_As) == len(lora_Bs) == len(scalings)
-    if not (same_number and bases and is_usual_call(x, *tensors)):
-        return _delta_op(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
-    if any_requires_grad(*lora_As, x, *tensors):
-        return list(_lean_apply(x, *[None] * len(bases), *tensors, scalings, dropout_p, seed, None))
-    with below_autograd():
-        return _delta_op(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
-
-
-def _lora_delta_siblings_autograd(bases, x, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
-    tensors = (*bases, *lora_As, *lora_Bs)
-    if has_tangent(x, *tensors):
-        return _delta_composite(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
-    if any_requires_grad(x, *tensors):
-        lists = {"lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
-        checks.check_num_siblings("lora_delta_siblings", "bases", bases, **lists)
-        results: list = []
-        ys = _Siblings.apply(x, *[None] * len(bases), *tensors, scalings, dropout_p, seed, results)
-        return list(ys), *results
-    with below_autograd():
-        return _delta_op(bases, x, lora_As, lora_Bs, scalings, dropout_p, seed)
-
-
-_composite = register_composite("lora_linear_siblings", composite.lora_linear_siblings, num_cast=3)
+_composite = register_composite("lora_linear_siblings", composite.lora_linear_siblings, _num_cast)
 LIBRARY.impl("lora_linear_siblings", _lora_linear_siblings_autograd, "Autograd")
 register_backward("lora_linear_siblings_backward", composite.lora_linear_siblings_backward)
-register_autocast("lora_linear_siblings", num_cast=3)
-
-_delta_composite = register_composite("lora_delta_siblings", composite.lora_delta_siblings)
-LIBRARY.impl("lora_delta_siblings", _lora_delta_siblings_autograd, "Autograd")
-register_backward("lora_delta_siblings_backward", composite.lora_delta_siblings_backward)
-register_autocast("lora_delta_siblings", num_cast=0)  # as lora_delta_
+register_autocast("lora_linear_siblings", _num_cast)

@@ -26,7 +26,9 @@ def tensors_of(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_tensors(op: str, arguments: Mapping[str, object]) -> None:
-    """Raises TypeError for a tensor that is not dense, ValueError for one on another device than the first tensor."""
+    """Raises TypeError for a tensor that is not dense or that PyTorch quantised, ValueError for one on another device
+    than the first tensor.
+    """
     first: tuple[str, Tensor] | None = None
     for label, tensor in tensors_of(arguments):
         if tensor.is_nested:
@@ -35,6 +37,8 @@ def check_tensors(op: str, arguments: Mapping[str, object]) -> None:
             raise TypeError(
                 f"{op}: {label} has layout {str(tensor.layout).removeprefix('torch.')}, want a dense tensor"
             )
+        if tensor.is_quantized:
+            raise refusal(op, "dtype", label, str(tensor.dtype).removeprefix("torch."))
         first = first or (label, tensor)
         if not _is_same(tensor.device, first[1].device):
             raise refusal(op, "device", label, tensor.device, first[0], first[1].device)

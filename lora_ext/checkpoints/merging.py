@@ -96,7 +96,8 @@ def merge(
                 metadata = file.metadata() or {"format": "pt"}
             stream_tensors(staging / name, {key: table[key] for key in keys}, metadata, blocks)
         if checkpoint.index is not None:
-            sized = dict(checkpoint.index.get("metadata") or {}) | {"total_size": total}
+            metadata = checkpoint.index.get("metadata")
+            sized = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
             if "total_parameters" in sized:
                 sized["total_parameters"] = sum(math.prod(shape) for _, shape in table.values())
             weight_map = {key: name for name, keys in shards.items() for key in keys}

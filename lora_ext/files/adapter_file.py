@@ -64,9 +64,6 @@ class AdapterFile:
         except (FileNotFoundError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"{caller}: {error}") from error
-        except OSError as error:
-            reason = f"{caller}: cannot be read ({error.strerror or error})"
-            raise OSError(error.errno, reason, os.fspath(error.filename or directory)) from error
         return cls(config, tensors, metadata, directory)
 
     def write(self, directory: Path) -> None:

@@ -192,17 +192,14 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, TensorIn
     safetensors files in the directory, or the files hold other tensors.
     """
     index = read_json(path, limit=_LARGEST_INDEX)
-    weight_map, metadata = index.get("weight_map"), index.get("metadata")
-    for part, values, wanted in (("weight_map", weight_map, dict), ("metadata", metadata, dict | None)):
-        if not isinstance(values, wanted):
-            raise ValueError(f"{path} is not an index of a checkpoint: {part} is {shown(values)}, want an object")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} is not an index of a checkpoint: weight_map is {shown(weight_map)}, want file names")
     for name in weight_map.values():
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or not name.isprintable():
             wanted = "want a name without a path of up to 255 characters that ends with .safetensors"
             raise ValueError(f"{path} names the file {shown(name)}, {wanted}; nothing was read from it")
     names = list(dict.fromkeys(weight_map.values()))
-    if not names:
-        raise ValueError(f"{path} is not an index of a checkpoint: it names no file")
     if missing := [name for name in names if not (path.parent / name).exists()]:
         raise FileNotFoundError(f"{path} names files that are missing:{listed(missing)}")
     shards = {name: tensor_table(path.parent / name) for name in names}

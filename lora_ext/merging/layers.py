@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._common.sharded import any_rank, is_sharded, local, part_like, whole
-from lora_ext._ops.checks_merge import check_merge_layer
+from lora_ext._ops.checks import check_merge_layer
 from lora_ext.merging.quantized import (
     MergeError,
     QuantizedRecord,

@@ -96,7 +96,10 @@ def test_metadata_of_each_file_is_kept(small_files, tmp_path):
     paths = sorted((tmp_path / "base").glob("*.safetensors"))
     for number, path in enumerate(paths):
         save_file(load_file(path), path, metadata={"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"})
+    index = json.loads((tmp_path / "base" / INDEX).read_text())
+    (tmp_path / "base" / INDEX).write_text(json.dumps(index | {"metadata": [1]}))  # nobody's format
     merge(tmp_path / "base", [small_files / "adapter"], tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / INDEX).read_text()) == index
     for number, path in enumerate(paths):
         with safe_open(tmp_path / "merged" / path.name, "pt") as file:
             assert file.metadata() == {"format": "pt", "number": str(number), "\u00e9": "\n\x1b\u6f22"}

@@ -155,7 +155,7 @@ def of_kinds(door: type | None = None, without: tuple[str, ...] = ()) -> pytest.
 
 
 def adapted(kind: Kind, *names: str, dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
-    """A model with adapters ``names`` of different ranks, all in use."""
+    """A model with adapters ``names`` of different ranks, all in use if the kind allows it, or the first."""
     torch.manual_seed(0)
     model = nn.Sequential(kind.make()).to(dtype)
     for i, name in enumerate(names or ("default",)):
@@ -169,7 +169,8 @@ def adapted(kind: Kind, *names: str, dtype: torch.dtype = torch.float64, **more:
                 parameter *= torch.linspace(0.4, 2.0, len(parameter))
             elif dtype.itemsize == 2:
                 parameter.data = parameter.data.float()
-    return kind.door.use(model.eval(), list(names or ("default",)))
+    in_use = list(names or ("default",))
+    return kind.door.use(model.eval(), in_use if len(kind.names) > 1 else in_use[:1])
 
 
 def frozen(model: nn.Module) -> dict[str, Tensor]:

@@ -42,12 +42,9 @@ def arguments_of(op: str, dtype: torch.dtype) -> tuple:
     return {
         "lora_linear": (x, weight, biases[0], A, B, 0.5, dropout_p, seed),
         "lora_linear_backward": (y, x, weight, A, B, of_first, mask, 0.5, dropout_p, all_wanted),
-        "lora_linear_siblings": (x, weights, biases, As, Bs, scalings, dropout_p, seed),
+        "lora_linear_siblings": (x, weights, biases, [], As, Bs, scalings, dropout_p, seed),
         "lora_linear_siblings_backward": (ys, x, weights, As, Bs, xa, mask, scalings, dropout_p, all_wanted),
         "lora_delta_": (y.clone(), x, A, B, 0.5, dropout_p, seed),
-        "lora_delta_backward": (y, x, A, B, of_first, mask, 0.5, dropout_p, all_wanted),
-        "lora_delta_siblings": (ys, x, As, Bs, scalings, dropout_p, seed),
-        "lora_delta_siblings_backward": (ys, x, As, Bs, xa, mask, scalings, dropout_p, all_wanted),
         "lora_shrink": (x, A),
         "lora_shrink_backward": (low_rank, x, A, None, [True, True]),
         "lora_expand": (y, low_rank, B, biases[0]),
@@ -123,5 +120,5 @@ def test_wrong_arguments_are_named(ops):
     with pytest.raises(RuntimeError, match="weight has dtype bfloat16 but x has float32"):
         ops.lora_linear(x.float(), *rest)
     As = [A, A]
-    with pytest.raises(RuntimeError, match="bases has 0 entries"):
-        ops.lora_delta_siblings([], x.float(), As, As, [1.0, 1.0], 0.0, None)
+    with pytest.raises(RuntimeError, match="weights has 0 entries"):
+        ops.lora_linear_siblings(x.float(), [], [], [], As, As, [1.0, 1.0], 0.0, None)

@@ -34,7 +34,7 @@ def test_a_scaling_of_zero_gives_the_base_layer(dtypes, dropout_p):
     zeros = [torch.zeros_like(lora_A) for lora_A in lora_As]
     base = functional.lora_linear_siblings(x, weights, biases, zeros, lora_Bs, [1.0, 1.0], dropout_p, SEED)
     assert torch.equal(ys[0], base[0]) and not torch.equal(ys[1], base[1])
-    outputs, xa, mask = op(x, weights, biases, lora_As, lora_Bs, [0.0, 0.0], dropout_p, SEED)
+    outputs, xa, mask = op(x, weights, biases, [], lora_As, lora_Bs, [0.0, 0.0], dropout_p, SEED)
     assert torch.equal(outputs[0], base[0]) and torch.equal(outputs[1], base[1])
     assert xa.shape == (130, 25) and not xa.any()
     expected = torch.ops.lora_ext.lora_dropout_mask(SEED, 130, 70, dropout_p)

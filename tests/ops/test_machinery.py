@@ -21,6 +21,7 @@ from support.op_table import (
     entry_of,
     good_call,
     op_named,
+    op_of_function,
     results,
     tensors_of,
     with_entry,
@@ -34,7 +35,13 @@ from lora_ext.nn import LoraAdapter, LoraLinear
 
 HERE = torch.get_default_device()
 OF_X = ("x", "weight", "weights", "bias", "biases", "base", "bases", "y", "grad_y", "grad_ys", "residual")
-FORWARDS = ("lora_linear", "lora_linear_siblings", "lora_delta_siblings", "lora_shrink", "lora_expand")
+FORWARDS = (
+    "lora_linear",
+    "lora_linear_siblings",
+    "lora_linear_siblings of bases",
+    "lora_shrink",
+    "lora_expand",
+)
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 trains_or_not = pytest.mark.parametrize("trains", [False, True])
 
@@ -264,7 +271,8 @@ def test_the_function_and_the_op_give_the_same_bits(name):
 
     def registered(**call):
         call = call | {"y": call["y"].clone()} if "y" in call else call
-        found = op_named(name)(**call)
+        registered_op, arguments = op_of_function(name, call)
+        found = registered_op(**arguments)
         if "y" in call:
             return [call["y"]]
         first = found if isinstance(found, torch.Tensor) else found[0]

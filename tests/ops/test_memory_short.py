@@ -64,7 +64,7 @@ def test_a_backward_that_has_nothing_to_write_ends():
     for grad_x, *_ in (
         ops.lora_linear_backward(grad_y, None, weight, A, B, None, None, 1.0, 0.0, only_x),
         ops.lora_linear_siblings_backward(*lists, 0.0, only_x),
-        ops.lora_delta_backward(grad_y, None, A, B, None, None, 1.0, 0.0, only_x),
-        ops.lora_delta_siblings_backward([grad_y], None, [A], [B], None, None, [1.0], 0.0, only_x),
+        ops.lora_linear_backward(grad_y, None, None, A, B, None, None, 1.0, 0.0, only_x),
+        ops.lora_linear_siblings_backward([grad_y], None, [], [A], [B], None, None, [1.0], 0.0, only_x),
     ):
         assert grad_x.shape == (MANY, 0)

@@ -58,7 +58,7 @@ def test_no_output_used():
 
 def test_the_layers_share_the_mask_of_a_single_layer():
     call = siblings(size=((40, 100), ((12, 4), (9, 3)))).with_dropout(0.3).call
-    ys, xa, mask = torch.ops.lora_ext.lora_linear_siblings(**call)
+    ys, xa, mask = torch.ops.lora_ext.lora_linear_siblings(**call, bases=[])
     standalone = torch.ops.lora_ext.lora_dropout_mask(SEED, 40, 100, 0.3)
     assert torch.equal(reference.unpack_mask(mask, 100), reference.unpack_mask(standalone, 100))
     assert len(ys) == 2 and xa.shape == (40, 7)

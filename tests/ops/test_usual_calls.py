@@ -168,4 +168,4 @@ def test_seeds_follow_pytorch_s_generator():
 
 
 def test_the_functions_that_are_called_are_the_op_s():
-    assert linear._op is torch.ops.lora_ext.lora_linear.default
+    assert linear._linear_op is torch.ops.lora_ext.lora_linear.default

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import op_table
-from support.op_table import good_call
+from support.op_table import good_function_call
 from torch import Tensor
 
 from lora_ext import functional
@@ -20,7 +20,7 @@ from lora_ext._common.arguments import rule
 
 def good_calls() -> dict[str, dict]:
     """Returns a call of each public function with every argument, in their order."""
-    calls = {name: good_call(name) for name in op_table.FUNCTIONS if name != "bottleneck"}
+    calls = {name: good_function_call(name) for name in op_table.FUNCTIONS if name != "bottleneck"}
     calls["bottleneck"] = op_table.bottleneck(activation="relu").call
     call = {name: value for name, value in op_table.linear().call.items() if name not in ("x", "bias")}
     calls["lora_merge_"] = call | {"record": True}

@@ -6,6 +6,7 @@ bad arguments. :func:`good_call` has a call of every registered op, backward ops
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,7 @@ from support.merging import hard_weight, update_factors
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext import functional, reference
-from lora_ext._load import op_named
+from lora_ext import _load, functional, reference
 from lora_ext._ops.checks import accumulation_dtype
 from lora_ext.merging.weights import merge_all_, pack_factors
 
@@ -511,10 +511,37 @@ HAVE_KERNELS = [
     for name in REGISTERED
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{name}", HERE.type.upper())
 ]
+# The form of these ops for base layers that were called.
+OF_BASES = " of bases"
+HAVE_KERNELS += [
+    f"{name}{OF_BASES}" for name in ("lora_linear_backward", "lora_linear_siblings", "lora_linear_siblings_backward")
+]
+
+
+def op_named(name: str) -> torch._ops.OpOverload:
+    """Returns a registered op; of :data:`HAVE_KERNELS` also by the name of a form."""
+    return _load.op_named(name.removesuffix(OF_BASES))
+
+
+def good_function_call(name: str) -> dict[str, Any]:
+    """Returns the arguments of a function of lora_ext.functional by name, with every optional tensor."""
+    call = _layer_call(name)
+    return {argument: call[argument] for argument in inspect.signature(getattr(functional, name)).parameters}
+
+
+def op_of_function(name: str, call: dict[str, Any]) -> tuple[torch._ops.OpOverload, dict[str, Any]]:
+    """Returns the op that a function of lora_ext.functional calls, and its arguments."""
+    if name == "lora_delta_siblings":
+        return op_named("lora_linear_siblings"), call | {"weights": [], "biases": []}
+    return op_named(name), call | ({"bases": []} if name == "lora_linear_siblings" else {})
 
 
 def good_call(name: str) -> dict[str, Any]:
     """Returns the op's arguments by name, with every optional tensor: 6 tokens, 24 -> 20 (and 12), rank 4 (and 3)."""
+    if name.endswith(OF_BASES):
+        call = good_call(name.removesuffix(OF_BASES))
+        bases = {"weight": None, "weights": [], "biases": [], "bases": delta_siblings(leading=(2, 3)).call["bases"]}
+        return call | {argument: value for argument, value in bases.items() if argument in call}
     call = _merge_call(name) if "merge" in name else _layer_call(name)
     missing = [argument.name for argument in op_named(name)._schema.arguments if argument.name not in call]
     assert not missing, f"give good_call in tests/support/op_table.py the arguments {missing} of {name}"
@@ -535,7 +562,7 @@ def _layer_call(name: str) -> dict[str, Any]:
         sample = OPS[forward if forward in OPS else f"{forward}_"].small(leading=leading)
     call = sample.call | {"dropout_p": 0.3, "seed": SEED.clone()}
     if "siblings" in name and "weights" in call:
-        call["biases"] = [torch.randn(20), torch.randn(12)]
+        call |= {"biases": [torch.randn(20), torch.randn(12)], "bases": []}
     if forward == name:
         return call
     grads = {"grad_y": sample.grads[0], "grad_ys": sample.grads, "grad_xa": sample.grads[0]}
