@@ -57,7 +57,6 @@ EXPORT void simt_get_report(int index, CReport* out) {
   memcpy(out->thread, report.thread, sizeof out->thread);
 }
 
-
 EXPORT int simt_num_launches() { return static_cast<int>(simt::launches().size()); }
 
 EXPORT void simt_get_launch(int index, CLaunch* out) {
