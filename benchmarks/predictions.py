@@ -43,7 +43,18 @@ HOST_LAUNCH_US, HOST_ALLOCATION_US = 4.0, 1.0
 HOST_CALL_US = {"forward": 14.0, "backward": 100.0}
 FROZEN_CALL_US = {"forward": 6.0, "backward": 21.0}
 
+# A kernel of a skinny product reads a tall matrix at this share of a large copy's rate.
+SKINNY_SHARE = 0.85
+
 MAIN = Case(Shape(8192, 4096, 4096))
+DOWN = replace(MAIN, shape=Shape(8192, 14336, 4096))
+# The linear layers of a Llama-3-8B layer, by the tensor that they read.
+LLAMA_LAYER = [
+    SiblingShape(8192, 4096, (4096, 1024, 1024)),
+    SiblingShape(8192, 4096, (4096,)),
+    SiblingShape(8192, 4096, (14336, 14336)),
+    SiblingShape(8192, 14336, (4096,)),
+]
 FEW_ROWS = 64  # csrc/cuda/grouped/tile_sizes.h
 ROWS_OVER_ADAPTERS = [(1, 1), (16, 1), (16, 16), (64, 8), (64, 64)]
 DECODING = [replace(MAIN, shape=Shape(tokens, 4096, 4096), dropout=0.0) for tokens in (1, 16, 64)]
@@ -51,7 +62,12 @@ DECODING = [replace(MAIN, shape=Shape(tokens, 4096, 4096), dropout=0.0) for toke
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a call. hidden: its bytes may be read while something else runs, at best without taking time."""
+    """One step of a call.
+
+    Attributes:
+        hidden: its bytes may be read while something else runs, at best without taking time.
+        skinny: a kernel of ours reads a tall matrix, at :data:`SKINNY_SHARE` of the copy's rate.
+    """
 
     phase: str  # forward or backward
     name: str
@@ -60,9 +76,11 @@ class Step:
     launches: int = 0
     allocations: int = 0
     hidden: bool = False
+    skinny: bool = False
 
     def microseconds(self, card: Card) -> float:
-        return 1e6 * max(self.bytes / card.bytes_s, self.flops / card.flops_s) + GAP_US * self.launches
+        bytes_s = card.bytes_s * (SKINNY_SHARE if self.skinny else 1.0)
+        return 1e6 * max(self.bytes / bytes_s, self.flops / card.flops_s) + GAP_US * self.launches
 
     def host_microseconds(self) -> float:
         return HOST_LAUNCH_US * self.launches + HOST_ALLOCATION_US * self.allocations
@@ -94,10 +112,12 @@ def frozen_steps(layers: list[Case], training: bool) -> list[Step]:
     return steps
 
 
-def steps_of(layers: list[Case], training: bool) -> list[Step]:
+def steps_of(layers: list[Case], training: bool, wide_factors: bool = True) -> list[Step]:
     """The steps of one call of the layers with adapters, in the order of the launches.
 
-    layers: they read one x; their adapters have one rank.
+    Args:
+        layers: they read one x; their adapters have one rank.
+        wide_factors: the factors are float32, as by default, and are rounded first.
     """
     first = layers[0]
     tokens, features, _ = first.shape
@@ -115,15 +135,21 @@ def steps_of(layers: list[Case], training: bool) -> list[Step]:
         cases = [together] if name in ("shrink", "grad_a", "grad_x") else layers
         moved, flops = (sum(count(case)[name] for case in cases) for count in (stage_bytes, stage_flops))
         allocations = stages.ALLOCATIONS[phase] if name in ("shrink", "grad_b") else 0
-        return Step(phase, name, moved, flops, launches, allocations)
+        return Step(phase, name, moved, flops, launches, allocations, skinny=True)
 
-    steps = [step("forward", name) for name in forward if first.dropout or name != "seed"]
+    def rounding(phase: str) -> list[Step]:
+        elements = sum(case.rank * (case.shape.in_features + case.shape.out_features) for case in layers)
+        moved = elements * (4 + first.dtype.itemsize)
+        return [Step(phase, "round factors", moved, launches=stages.ROUND_LAUNCHES)] if wide_factors else []
+
+    steps = [step("forward", "seed")] if first.dropout else []
+    steps += rounding("forward") + [step("forward", name) for name in forward if name != "seed"]
     element = first.dtype.itemsize
     y = sum(case.shape.num_tokens * case.shape.out_features * element for case in layers)
     if "product" in forward:
         steps.append(Step("forward", "product reads y", y, hidden=True))
     if training:
-        steps += [step("backward", name) for name in stages.BACKWARD_LAUNCHES]
+        steps += rounding("backward") + [step("backward", name) for name in stages.BACKWARD_LAUNCHES]
         steps.append(Step("backward", "product reads grad_x", tokens * features * element * len(layers), hidden=True))
     return steps
 
@@ -138,13 +164,22 @@ def rows_steps(case: Case, adapters: int) -> list[Step]:
     return [
         *frozen_steps([case], False),
         *index,
-        Step("forward", "shrink", factor * features + element * tokens * features + sums, flops * features, 1, 3),
+        Step(
+            "forward",
+            "shrink",
+            factor * features + element * tokens * features + sums,
+            flops * features,
+            launches=1,
+            allocations=3,
+            skinny=True,
+        ),
         Step(
             "forward",
             "expand",
             factor * out_features + 2 * element * tokens * out_features + sums,
             flops * out_features,
-            1,
+            launches=1,
+            skinny=True,
         ),
     ]
 
@@ -159,10 +194,16 @@ def total(steps: Iterable[Step], card: Card, hidden: bool) -> float:
     return sum(step.microseconds(card) for step in steps if hidden or not step.hidden)
 
 
-def ratio(layers: list[Case], card: Card, training: bool) -> tuple[float, float]:
+def ratio(layers: list[Case], card: Card, training: bool, wide_factors: bool = True) -> tuple[float, float]:
     """Predicts the time with adapters as a multiple of the frozen layers': at best and at worst."""
-    frozen = total(frozen_steps(layers, training), card, True)
-    return tuple(total(steps_of(layers, training), card, hidden) / frozen for hidden in (False, True))
+    return ratio_of_calls([layers], card, training, wide_factors)
+
+
+def ratio_of_calls(calls: Sequence[list[Case]], card: Card, training: bool, wide_factors: bool) -> tuple[float, float]:
+    """The same for several calls, one after the other."""
+    frozen = sum(total(frozen_steps(layers, training), card, True) for layers in calls)
+    times = (sum(total(steps_of(c, training, wide_factors), card, hidden) for c in calls) for hidden in (False, True))
+    return tuple(time / frozen for time in times)
 
 
 def host(steps: Iterable[Step], calls: dict[str, float], phase: str) -> float:
@@ -205,17 +246,22 @@ def steps_table() -> str:
 
 def ratios_table() -> str:
     """Formats the predicted ratios of whole calls."""
-    cases: list[tuple[str, list[Case], bool]] = [(f"one layer, {MAIN}: training", [MAIN], True)]
-    cases += [(f"{siblings}, p=0.1: training", layers_of(siblings), True) for siblings in LLAMA_SIBLINGS]
-    cases += [(f"decoding, {case}", [case], False) for case in DECODING]
+    cases: list[tuple[str, list[list[Case]], bool]] = [
+        ("**a Llama-3-8B layer, 8192 tokens, p=0.1: training**", [layers_of(shape) for shape in LLAMA_LAYER], True)
+    ]
+    cases += [(f"one layer, {case}: training", [[case]], True) for case in (MAIN, DOWN)]
+    cases += [(f"{siblings}, p=0.1: training", [layers_of(siblings)], True) for siblings in LLAMA_SIBLINGS]
+    cases += [(f"decoding, {case}", [[case]], False) for case in DECODING]
     rows = []
-    for name, layers, training in cases:
-        rows.append([name, *(range_text(*ratio(layers, card, training)) for card in CARDS)])
+    for name, calls, training in cases:
+        numbers = [range_text(*ratio_of_calls(calls, card, training, wide)) for card in CARDS for wide in (True, False)]
+        rows.append([name, *numbers])
     for tokens, adapters in ROWS_OVER_ADAPTERS:
         case = replace(MAIN, shape=Shape(tokens, 4096, 4096), dropout=0.0)
-        numbers = [f"{rows_ratio(case, adapters, card):.2f}" for card in CARDS]
+        numbers = [text for card in CARDS for text in ("-", f"{rows_ratio(case, adapters, card):.2f}")]
         rows.append([f"decoding over {adapters} adapter{'s' * (adapters > 1)}, {case}", *numbers])
-    return report.markdown(["predicted, times the frozen layers", *(card.name for card in CARDS)], rows)
+    factors = [f"{card.name}, {kind} factors" for card in CARDS for kind in ("float32", "16-bit")]
+    return report.markdown(["predicted, times the frozen layers", *factors], rows)
 
 
 def document_part() -> str:
@@ -223,6 +269,8 @@ def document_part() -> str:
     rates = "; ".join(f"{c.name} {c.bytes_s / 1e12:g} TB/s, {c.flops_s / 1e12:.0f} TFLOP/s" for c in CARDS)
     return (
         f"Predicted for {MAIN}, from assumed rates\n({rates}) and a gap of {GAP_US:g} us a launch.\n"
+        f"Kernels of skinny products read at {SKINNY_SHARE:.0%} of a copy's rate. Factors are float32, the default, "
+        "where nothing else is said.\n"
         f"The host's {HOST_LAUNCH_US:g} us a launch and {HOST_ALLOCATION_US:g} us an allocation are assumed, too; "
         "its sums also have\nwhat Python, autograd and the dispatcher take, as measured on a CPU "
         "([results.md](results.md#host-time)).\n\n"

@@ -18,6 +18,9 @@ from harness.shapes import Shape
 FORWARD_LAUNCHES = {"seed": 1, "shrink": 1, "expand": 1, "product": 1}
 BACKWARD_LAUNCHES = {"grad_b": 1, "grad_x": 1, "grad_a": 2, "product": 1}
 PER_LAYER = ("product",)
+# Factors of another dtype than x are rounded to it first, those of all layers in one launch of the forward and one of
+# the backward.
+ROUND_LAUNCHES = 1
 # The forward of at most FEW_TOKENS tokens: one kernel has both the product and the adapter (csrc/common/few_tokens.h).
 FEW_TOKENS, FEW_TOKENS_LAUNCHES = 32, {"seed": 1, "shrink": 1, "few_tokens": 1}
 ALLOCATIONS = {"forward": 4, "backward": 4}  # results and workspace of a call of one layer

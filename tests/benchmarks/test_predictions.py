@@ -6,6 +6,8 @@ from harness import stages
 from harness.shapes import SiblingShape
 from predictions import MAIN, Card
 
+from lora_ext import _C
+
 pytestmark = pytest.mark.cpu_only("is arithmetic")
 
 H100, A100 = predictions.CARDS
@@ -17,7 +19,7 @@ def test_the_main_shape():
     frozen = predictions.frozen_steps([MAIN], training=True)
     assert [(step.phase, step.launches) for step in frozen] == [("forward", 1), ("backward", 1)]
     assert predictions.total(frozen, H100, True) == pytest.approx(2 * (2 * 8192 * 4096**2 / 790e6 + 2))
-    steps = predictions.steps_of([MAIN], training=True)
+    steps = predictions.steps_of([MAIN], training=True, wide_factors=False)
     by_name = {(step.phase, step.name): step for step in steps}
     for name, count in stages.stage_bytes(MAIN).items():
         if name not in ("merge", "unmerge", "few_tokens"):
@@ -29,9 +31,25 @@ def test_the_main_shape():
         "forward": sum(stages.FORWARD_LAUNCHES.values()),
         "backward": sum(stages.BACKWARD_LAUNCHES.values()),
     }
-    low, high = predictions.ratio([MAIN], H100, True)
-    assert (round(low, 2), round(high, 2)) == (1.19, 1.25)
+    low, high = predictions.ratio([MAIN], H100, True, wide_factors=False)
+    assert (round(low, 2), round(high, 2)) == (1.22, 1.28)
     assert high - low == pytest.approx(2 * 2**26 / 3e6 / predictions.total(frozen, H100, True))
+
+
+@pytest.mark.parametrize("wide_factors", [True, False])
+@pytest.mark.parametrize("case", [MAIN, predictions.DOWN, *predictions.DECODING], ids=str)
+def test_launches_are_those_of_the_plan(case, wide_factors):
+    tokens, in_features, out_features = case.shape
+    layer, factors = [(out_features, case.rank)], "float32" if wide_factors else "bfloat16"
+    options = {"factor_dtype": factors, "dropout": case.dropout > 0}
+    planned = {
+        "forward": len(_C.plan_forward(tokens, in_features, layer, **options).launches),
+        "backward": len(_C.plan_backward(tokens, in_features, layer, **options).launches),
+    }
+    steps = predictions.steps_of([case], True, wide_factors)
+    for phase, launches in planned.items():
+        ours = [step for step in steps if step.phase == phase and step.name not in ("seed", "product")]
+        assert sum(step.launches for step in ours) == launches
 
 
 def test_siblings_share_the_passes_over_x():
