@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         (functional, "lora_linear_siblings"),
         (functional, "lora_delta_siblings"),
         (parameter, "call_with_updates"),
-        (embedding, "_add_product"),
+        (embedding, "expand_onto"),
         (merging, "merge_all_"),
         (merging, "merge_quantized_"),
         (merging, "unmerge_all_"),

@@ -185,11 +185,17 @@ def _make(choices: Choices, function: str) -> Call:
             entries = [_of_layer(choices, _SINGULAR[parameter], sizes, layer, name) for layer in layers]
             values[parameter] = ListValue(entries)
         elif parameter in _PLURALS:
-            values[parameter] = _of_layer(choices, parameter, sizes, layers[0], name)
+            value = _of_layer(choices, parameter, sizes, layers[0], name)
+            values[parameter] = _maybe(choices, value) if parameter == "weight" and is_optional else value
         else:
             value = _of_call(choices, parameter, sizes, name, rank)
             values[parameter] = _maybe(choices, value, needed.get(parameter, False)) if is_optional else value
     values = {parameter: values[parameter] for parameter in parameters}
+    # Base layers that were called have no weights; only their forward gets bases.
+    if "bases" in values and "weights" in values and choices.chance(50):
+        values["bases"] = ListValue([])
+    elif "weights" in values and function.startswith(OPS) and choices.chance(50 if "backward" in name else 100):
+        values |= {other: ListValue([]) for other in ("weights", "biases") if other in values}
     oracle = ORACLES.get(name) and partial(ORACLES[name], function)
     if "backward" in name or name == "lora_dropout_mask":
         return Call(function, values, oracle)
@@ -241,7 +247,7 @@ def _forward(formula: Callable[..., list[Tensor]], function: str, before: Any, r
 def _layers_formula(**arguments: Any) -> list[Tensor]:
     a = _listed(arguments)
     bases = a.pop("bases", None)
-    if bases is None:
+    if not bases:
         return list(reference.lora_linear_siblings(**a))
     layers = zip(bases, a["lora_As"], a["lora_Bs"], a["scalings"], strict=True)
     rest = a.get("dropout_p", 0.0), a.get("seed")
@@ -289,7 +295,7 @@ def _backward_formula(
     results = []
     if want_x:
         grad_x = sum(keep * (g @ A) for g, A in zip(grad_xas, lora_As, strict=True))
-        if weights is not None:
+        if weights and weights[0] is not None:
             grad_x = grad_x + sum(g @ W for g, W in zip(rows, weights, strict=True))
         results.append(grad_x.reshape(*grad_ys[0].shape[:-1], size_in))
     if want_A:
