@@ -73,7 +73,7 @@ def test_invalid_expressions_are_named(source):
         check_expressions("exclude_modules", [source])
 
 
-# --- time and memory; tests/hostile/test_hostile_adapters.py measures seconds and bytes -------------------------------
+# --- time and memory; tests/hostile measures seconds and bytes -------------------------------
 
 
 def test_time_is_bounded_for_all_matches_together():

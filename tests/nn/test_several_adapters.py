@@ -1,4 +1,4 @@
-"""Several active adapters of a layer are one update where they can be (lora_ext/nn/joined.py)."""
+"""Several active adapters of a layer are one update where they can be (lora_ext/nn/updates.py)."""
 
 from __future__ import annotations
 
