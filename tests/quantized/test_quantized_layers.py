@@ -96,6 +96,17 @@ def test_output_and_gradients(format, dtype):
         torch.testing.assert_close(model(x), model.down.base_layer(torch.tanh(model.up.base_layer(x))))
 
 
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
+def test_an_adapter_with_a_bias(format, trains):
+    model, x = net(format), torch.randn(5, 64)
+    inject(model, LoraConfig(r=4, lora_alpha=6, target_modules=["up"], init_lora_weights=False, lora_bias=True))
+    adapter = model.up.adapters["default"].requires_grad_(trains)
+    torch.nn.init.normal_(adapter.lora_bias)
+    update = adapter.scaling * (x @ adapter.lora_A.T @ adapter.lora_B.T + adapter.lora_bias)
+    torch.testing.assert_close(model.up(x), model.up.base_layer(x) + update, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("format", ["nf4-double", "int8", "torchao-int8"])
 def test_compilation(format):
     model, base, x = inject(net(format), CONFIG), net(format), torch.randn(6, 64)
