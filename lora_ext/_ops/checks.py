@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from lora_ext._ops.refusals import refusal, refusal_of_op
-from lora_ext._ops.tensor_arguments import check_tensors
+from lora_ext._ops.tensor_arguments import check_tensors, is_wrapper, tensors_of
 
 _LARGEST = torch.finfo(torch.float64).max  # Python's integers may be larger
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-MERGE_SEGMENT = 256  # columns that share a record: csrc/common/merge_record.h
+_MERGE_SEGMENT = 256  # columns that share a record: csrc/common/merge_record.h
 _MAX_MERGED_SIZE = 2**30  # of rows and of columns, which the kernels count in 32 bits
-_functorch = torch._C._functorch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,7 +32,7 @@ def mask_row_bytes(in_features: int) -> int:
 
 
 def merge_segments(in_features: int) -> int:
-    return (in_features + MERGE_SEGMENT - 1) // MERGE_SEGMENT
+    return (in_features + _MERGE_SEGMENT - 1) // _MERGE_SEGMENT
 
 
 def count_tokens(x: Tensor) -> int:
@@ -49,24 +48,15 @@ def check_arguments(name: str, values: Sequence[object]) -> None:
 
     Sizes that are symbols (``dynamic=True``) are left for the compiled op to refuse.
     """
-    tensors = [t for value in values for t in (value if isinstance(value, (list, tuple)) else (value,)) if _is(t)]
+    tensors = [tensor for _, tensor in tensors_of(dict(enumerate(values)))]
     if any(type(size) is torch.SymInt for tensor in tensors for size in (*tensor.shape, *tensor.stride())):
         return
     if any(type(value) in (torch.SymInt, torch.SymFloat) for value in values):
         return
-    if any(_is_wrapper(tensor) for tensor in tensors):
+    if any(map(is_wrapper, tensors)):
         values = [_described(value) for value in values]
     if text := getattr(torch.ops.lora_ext_check, name).default(*values):
         raise refusal_of_op(RuntimeError(text)) or RuntimeError(text)
-
-
-def _is(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _is_wrapper(tensor: Tensor) -> bool:
-    """Returns whether it is a batch or a level of torch.func, which no kernel reads."""
-    return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
 def _described(value: object) -> object:
@@ -75,7 +65,7 @@ def _described(value: object) -> object:
         return [_described(entry) for entry in value]
     if not isinstance(value, Tensor):
         return value
-    if _is_wrapper(value):
+    if is_wrapper(value):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from lora_ext._ops import composite
-from lora_ext._ops.checks import check_arguments
 from lora_ext._ops.in_place import check_inference, check_recorded_change, check_saved, count_change
 from lora_ext._ops.registration import (
     LIBRARY,
@@ -135,9 +134,8 @@ def _lora_grouped_autograd(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks
         raise RuntimeError("lora_grouped_: scalings requires grad, but the op computes no gradient of it; detach it")
     if has_tangent(y, x, *factors):
         return _composite(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
-    if any_requires_grad(y, x, *factors):
-        if len(lora_As) != len(lora_Bs):  # they cannot be told apart
-            check_arguments("lora_grouped_", (y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed))
+    # Lists of other lengths cannot be told apart, and are left for the op to refuse.
+    if len(lora_As) == len(lora_Bs) and any_requires_grad(y, x, *factors):
         check_recorded_change("lora_grouped_", "y", y)
         for name, tensors in (("lora_As", lora_As), ("lora_Bs", lora_Bs)):
             for i, tensor in enumerate(tensors):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lora_ext._ops import composite
-from lora_ext._ops.checks import check_arguments
 from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
@@ -147,11 +146,8 @@ _lean_apply = lean_apply(_Siblings, num_tensors=-4)
 
 def lora_linear_siblings(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
     """Calls the op for the ys alone; a usual call skips the dispatcher's round through the autograd kernel below."""
-    n = len(scalings)
-    layers = (*(weights or [None] * n), *(biases or bases), *lora_As, *lora_Bs)
-    # Lists of other lengths cannot be told apart, and are left for the op to refuse.
-    has_base = len(bases) == n and not (weights or biases) if bases else len(weights) == len(biases) == n
-    if has_base and n == len(lora_As) == len(lora_Bs) > 0 and is_usual_call(x, *layers):
+    layers = _one_after_the_other(weights, biases, bases, lora_As, lora_Bs, scalings)
+    if layers is not None and is_usual_call(x, *layers):
         if any_requires_grad(*lora_As, x, *layers):
             return list(_lean_apply(x, *layers, scalings, dropout_p, seed, None))
         with below_autograd():
@@ -159,15 +155,24 @@ def lora_linear_siblings(x, weights, biases, bases, lora_As, lora_Bs, scalings, 
     return _op(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
 
 
+def _one_after_the_other(weights, biases, bases, lora_As, lora_Bs, scalings) -> tuple[Tensor | None, ...] | None:
+    """Returns the tensors of the layers as ``_Siblings`` takes them.
+
+    None if the lengths of the lists do not fit: the layers cannot be told apart, and the op refuses them.
+    """
+    n = len(scalings)
+    has_base = len(bases) == n and not (weights or biases) if bases else len(weights) == len(biases) == n
+    if not has_base or not n == len(lora_As) == len(lora_Bs) > 0:
+        return None
+    return (*(weights or [None] * n), *(biases or bases), *lora_As, *lora_Bs)
+
+
 def _lora_linear_siblings_autograd(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p=0.0, seed=None):
     tensors = (x, *weights, *biases, *bases, *lora_As, *lora_Bs)
     if has_tangent(*tensors):
         return _composite(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed)
-    if any_requires_grad(*tensors):
-        check_arguments(
-            "lora_linear_siblings", (x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed)
-        )
-        layers = (*(weights or [None] * len(bases)), *(biases or bases), *lora_As, *lora_Bs)
+    layers = _one_after_the_other(weights, biases, bases, lora_As, lora_Bs, scalings)
+    if layers is not None and any_requires_grad(*tensors):
         results: list = []
         ys = _Siblings.apply(x, *layers, scalings, dropout_p, seed, results)
         return list(ys), *results

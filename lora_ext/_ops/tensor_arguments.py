@@ -25,6 +25,11 @@ def tensors_of(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}[{i}]", entry) for i, entry in enumerate(value) if isinstance(entry, Tensor))
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Returns whether it is a batch or a level of torch.func, which has no storage and which no kernel reads."""
+    return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
 def check_tensors(op: str, arguments: Mapping[str, object]) -> None:
     """Raises TypeError for a tensor that is not dense or that PyTorch quantised, ValueError for one on another device
     than the first tensor.
@@ -49,8 +54,8 @@ def check_memory_is_there(op: str, arguments: Mapping[str, object]) -> None:
     for label, tensor in tensors_of(arguments):
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
             continue
-        if _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor):
-            continue  # a batch or a level of torch.func, without a storage
+        if is_wrapper(tensor):
+            continue
         if tensor._is_zerotensor():
             continue
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
