@@ -119,14 +119,6 @@ inline void check_factors(const Tensor& weight, const Tensor& lora_A, const Tens
   }
 }
 
-// tensor [..., features] in weight's dtype
-inline void check_tokens(const ArgumentName& name, const Tensor& tensor, const ArgumentName& weight_name,
-                         const Tensor& weight, int64_t features, const char* features_name) {
-  check_has_dimension(name, tensor, features_name);
-  check_num_features(name, tensor, weight_name, features, features_name);
-  check_same_dtype(name, tensor, weight_name, weight);
-}
-
 inline void check_bias(const ArgumentName& name, const Tensor& bias, int64_t out_features) {
   if (bias.dim() == 1 && bias.size(0) == out_features) return;
   refuse<refusals::kShape>(name, sizes_text(bias.sizes()), sizes_text(std::initializer_list<int64_t>{out_features}));
