@@ -220,12 +220,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Launch>(m, "Launch", "One launch of a plan.")
       .def_readonly("kernel", &Launch::kernel, "The kernel's name.")
       .def_readonly("variant", &Launch::variant, "Its size: ranks of a block, or tiles; 0: it has one.")
-      .def_readonly("result", &Launch::result, "What it makes: xa, y, grad_xa, ...")
+      .def_readonly("result", &Launch::result, "The result that it computes: xa, y, grad_xa, ...")
       .def_readonly("grid", &Launch::grid, "Blocks along x and y.")
       .def_property_readonly("blocks", &Launch::blocks, "All blocks.")
       .def_readonly("threads", &Launch::threads, "Threads of a block.")
       .def_readonly("shared_bytes", &Launch::shared_bytes, "Dynamic shared memory of a block.")
-      .def_readonly("detail", &Launch::detail, "What a block has.")
+      .def_readonly("detail", &Launch::detail, "How the launch is divided into blocks.")
       .def("__repr__", [](const Launch& launch) {
         return "<" + launch.kernel + ": " + launch.result + ", " + std::to_string(launch.blocks()) + " blocks of " +
                std::to_string(launch.threads) + " threads>";

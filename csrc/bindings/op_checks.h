@@ -36,7 +36,8 @@ inline void check_like_first(const Names& names, size_t i, const Tensor& lora_A,
   refuse<refusals::kFeatures>(A_name, "in_features", lora_A.size(1), first_name, first_A.size(1));
 }
 
-// What base layer i returned, the argument `singular`: [..., out_features]. x [..., in_features]: the same tokens.
+// Checks the output of a called base layer, the argument `name`: [..., out_features] for the tokens of x, which is
+// [..., in_features].
 inline void check_base_output(const ArgumentName& name, const Tensor& tensor, const Tensor& x,
                               const ForwardLayer& layer) {
   check_has_dimension(name, tensor, "out_features");

@@ -1,4 +1,4 @@
-// What the CUDA kernels of lora_grouped_ get, besides the parameters of all devices.
+// Parameters of the CUDA kernels of lora_grouped_, besides those that all devices share.
 //
 // Which row has which group, the ranks and the scalings are read on the device only: nothing here waits for it, and a
 // CUDA graph that captured a call follows their later values. Grids have a size that suits every choice. So a number

@@ -24,7 +24,7 @@
 
 namespace lora_ext::cuda {
 
-// What plans know of a GPU, or of its MIG slice.
+// The properties of a GPU, or of its MIG slice, that plans depend on.
 struct Gpu {
   int multiprocessors = 132;  // of an H100
 };
@@ -87,7 +87,7 @@ enum class Kernel : uint8_t {
 };
 const char* name_of(Kernel kernel);  // of the function, without "_kernel"
 
-// What a launch makes. shrink_and_sum makes grad_lora_B, too.
+// The result that a launch computes. shrink_and_sum computes grad_lora_B, too.
 enum class Result : uint8_t { kFactors, kXa, kY, kGradXa, kGradX, kGradLoraA, kGradLoraB, kGradients, kMask, kIndex };
 const char* name_of(Result result);
 

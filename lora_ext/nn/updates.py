@@ -13,7 +13,7 @@ from lora_ext._ops.registration import rows_of
 
 
 class Update(NamedTuple):
-    """What an op adds to a layer's output: ``scaling * dropout(x) @ lora_A.T @ lora_B.T``."""
+    """The low-rank update that an op adds to a layer's output: ``scaling * dropout(x) @ lora_A.T @ lora_B.T``."""
 
     lora_A: Tensor
     lora_B: Tensor
