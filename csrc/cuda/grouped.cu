@@ -43,7 +43,11 @@ class PlanRunner {
       case Kernel::kWriteEntries: return start(launch, &write_entries_kernel, write_params(launch));
       case Kernel::kDropoutMask: return launch_dropout_mask(mask_params(), stream_);
       case Kernel::kGroupIndex:
-        return start(launch, &group_index_kernel, GroupIndexParams{.rows = call_.rows, .index = index_});
+        return start(launch, &group_index_kernel,
+                     GroupIndexParams{.rows = call_.rows,
+                                      .index = index_,
+                                      .counts = at<int>(plan_.counts),
+                                      .warps = index_warps(call_.rows)});
       case Kernel::kFewRowsShrink: return start(launch, &few_rows_shrink_kernel, few_rows_params(1));
       case Kernel::kFewRowsExpand: return start(launch, &few_rows_expand_kernel, few_rows_params(launch.feature_tiles));
       case Kernel::kGroupedShrink: return run_shrink(launch, backward);

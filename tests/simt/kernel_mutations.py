@@ -250,17 +250,31 @@ MUTATIONS = [
     ),
     # --- rows that choose their factors
     KernelMutation(
-        "index_adds_counts_too_early",
+        "index_reads_counts_of_other_warps_too_early",
         grouped(BF16, [30, 50], (24, 20), 4),
         "grouped/group_index.cuh",
-        "  {+if (!BUG) +}__syncthreads();\n",
-        Report(RACE + UNINITIALISED, "group_index_kernel", "_of_warp[w]"),
+        "  entries.visit(lane, [](int, int) {});\n  {+if (!BUG) +}__syncthreads();\n",
+        Report(("race-global",), "group_index_kernel", "count"),
+    ),
+    KernelMutation(
+        "index_counts_while_other_lanes_read",
+        grouped(BF16, [30, 50], (24, 20), 4),
+        "grouped/group_index.cuh",
+        "        {+if (!BUG) +}__syncwarp();  // all lanes have read the counter",
+        Report(("race-global",), "group_index_kernel", "*count"),
+    ),
+    KernelMutation(
+        "index_adds_sums_of_warps_too_early",
+        grouped(BF16, [30, 50], (24, 20), 4),
+        "grouped/group_index.cuh",
+        "sum_of_warp[warp] = sum;\n  {+if (!BUG) +}__syncthreads();\n",
+        Report(RACE + UNINITIALISED, "group_index_kernel", "sum += sum_of_warp[w]"),
     ),
     KernelMutation(
         "tiles_without_rows_have_no_group",
         grouped(BF16, [30, 50], (24, 20), 4),
         "grouped/group_index.cuh",
-        "first_of(begin + count, rows.rows_per_entry, group + {+(BUG ? 0 : +}1{+)+});",
+        "first_tile(next, rows_per_entry, group + {+(BUG ? 0 : +}1{+)+}));",
         Report(UNINITIALISED, "grouped_shrink_kernel", "group = index.group_of_tile[tile];", "grouped/group_index.cuh"),
     ),
     KernelMutation(
