@@ -144,14 +144,12 @@ class PlanRunner : Launcher {
           params);
   }
 
-  RankSumsParams<float> rank_sums_params() const {
-    RankSumsParams<float> params{.num_tokens = call_.rows.num_tokens,
-                                 .total_rank = max_rank(),
-                                 .partial = partials_,
-                                 .out = sums_,
-                                 .scales = single_scale<float>(1.0)};
-    params.ranges[0] = plan_.shrink.ranges;
-    return params;
+  RankSumsParams rank_sums_params() const {
+    return {.num_tokens = call_.rows.num_tokens,
+            .total_rank = max_rank(),
+            .partial = partials_,
+            .out = sums_,
+            .ranges = same_for_all_ranks(static_cast<int>(plan_.shrink.ranges))};
   }
 
   // y, or grad_x.

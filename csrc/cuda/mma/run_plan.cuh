@@ -86,7 +86,7 @@ class PlanRunner : Launcher {
   }
 
   // Where a pass writes the columns [begin, begin + count) of xa or grad_xa.
-  RankSums rank_sums(int64_t begin, int64_t count, const RankScales<float>& scales) const {
+  RankSums rank_sums(int64_t begin, int64_t count, const RankTable<float>& scales) const {
     float* data = partials_ ? partials_ : sums_;
     return {.data = data ? data + begin : nullptr,
             .num_tokens = num_tokens_,
@@ -153,7 +153,8 @@ class PlanRunner : Launcher {
     params.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride);
     params.factor = stacked_lora_A(p);
     params.mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold};
-    params.out = rank_sums(0, p.total_rank, rank_scales<float>(p.siblings, p.num_siblings));
+    params.out = rank_sums(0, p.total_rank,
+                           rank_table<float>(p.siblings, p.num_siblings, [&](int s) { return p.siblings[s].scale; }));
     if (p.threshold == 0) return start_shrink<KeepBits::kNone>(launch, plan_.xa, params);
     if (launch.first_rank_tile == 0) return start_shrink<KeepBits::kDraw>(launch, plan_.xa, params);
     start_shrink<KeepBits::kRead>(launch, plan_.xa, params);
@@ -170,7 +171,7 @@ class PlanRunner : Launcher {
                      .stride = sibling.rank,
                      .dtype = call_.expand_backward->factor_dtype,
                      .in_chunks = is_aligned(sibling.lora_B, 16) && sibling.rank % kChunk == 0};
-    params.out = rank_sums(sibling.rank_begin, sibling.rank, single_scale<float>(sibling.scale));
+    params.out = rank_sums(sibling.rank_begin, sibling.rank, same_for_all_ranks(static_cast<float>(sibling.scale)));
     start_shrink<KeepBits::kNone>(launch, plan_.grad_y[launch.sibling].ranks, params);
   }
 
@@ -219,7 +220,7 @@ class PlanRunner : Launcher {
                      .features = sibling.out_features,
                      .dtype = p.factor_dtype},
           .xa = saved_xa(s),
-          .grad_xa = rank_sums(sibling.rank_begin, sibling.rank, single_scale<float>(sibling.scale)),
+          .grad_xa = rank_sums(sibling.rank_begin, sibling.rank, same_for_all_ranks(static_cast<float>(sibling.scale))),
           .gradient = grad_B_partials(s),
           .tokens_per_chunk = pass.features.tokens_per_chunk,
           .ranges = static_cast<unsigned>(pass.features.ranges),
@@ -260,19 +261,7 @@ class PlanRunner : Launcher {
 
   // --- the sums of the blocks ---
 
-  RankSumsParams<float> rank_sums_params() const {
-    RankSumsParams<float> params{.num_tokens = num_tokens_,
-                                 .total_rank = total_rank_,
-                                 .partial = partials_,
-                                 .out = sums_,
-                                 .scales = {ranges_.num_siblings, {}, {}}};  // passes have scaled the partial sums
-    for (int s = 0; s < ranges_.num_siblings; ++s) {
-      params.scales.rank_end[s] = ranges_.rank_end[s];
-      params.scales.value[s] = 1.0f;
-      params.ranges[s] = ranges_.value[s];
-    }
-    return params;
-  }
+  RankSumsParams rank_sums_params() const { return {num_tokens_, total_rank_, partials_, sums_, ranges_}; }
 
   GradientSumsParams gradient_params() const {
     GradientSumsParams sums{};
