@@ -48,6 +48,7 @@ def test_bytes_follow_the_case():
     assert of("expand", dtype=torch.float32) - of("expand") == 2 * (64 * 200 + 4 * 200)
     assert of("expand", dtype=torch.float64) == 8 * (64 * 200 + 4 * 200 + 64 * 4)  # sums in float64, too
     assert of("grad_a", shape=Shape(64, 100, 999)) == of("grad_a")
+    assert of("grad_b", factor_dtype=torch.float32) - of("grad_b") == 2 * 2 * 4 * 200  # lora_B, and its gradient
 
 
 def test_floor_is_the_longer_of_bytes_and_products():
