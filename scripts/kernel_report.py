@@ -72,7 +72,8 @@ FAMILIES = [
     Family("mma few tokens, 8", r"^mma::few_tokens_kernel<\w+, 1,", **FEW_TOKENS),
     Family("mma few tokens", r"^mma::few_tokens_kernel", blocks_per_sm=1, **FEW_TOKENS),
     # Rows that choose their factors.
-    Family("grouped index", r"^grouped::(group_index|write_entries)_kernel"),
+    Family("grouped index", r"^grouped::group_index_kernel", blocks_per_sm=1),  # the only block of its launch
+    Family("grouped entries", r"^grouped::write_entries_kernel"),
     Family("grouped few rows", r"^grouped::few_rows_", blocks_per_sm=4, wide_loads=True, dynamic_shared=4 * 1024),
     Family("grouped sums of chunks", r"^grouped::grouped_chunk_sums_kernel"),
     Family("grouped shrink and sums", r"^grouped::grouped_(shrink|factor_sums)_kernel", **MMA),

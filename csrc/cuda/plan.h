@@ -162,6 +162,7 @@ struct GroupedPlan {
   int64_t entries = 0;            // byte offsets, as in Scratch: the table of many entries
   int64_t order = 0, begin = 0;   // the index: entries sorted by group, and where groups begin
   int64_t tiles = 0, chunks = 0;  // the index: groups of tiles and of chunks
+  int64_t counts = 0;             // from which it is made
   int64_t rank_partials = Scratch::kNone, grad_xa = Scratch::kNone, factor_partials = Scratch::kNone;
   int64_t scratch_bytes = 0;
   std::vector<PlannedLaunch> launches;

@@ -110,8 +110,8 @@ MUTATIONS = [
     KernelMutation(
         "partial_sums_begin_in_the_middle_of_the_scratch_memory",
         forward(BF16, 40, 840, 40, 8),
-        "mma/run_plan.cuh",
-        "reinterpret_cast<V*>(scratch_ + offset{+ + (BUG ? plan_.scratch.bytes / 2 : 0)+});",
+        "launch.cuh",
+        "reinterpret_cast<V*>(scratch_ + offset{+ + (BUG ? 4096 : 0)+});",
         Report(OUT_OF_BOUNDS, "shrink_kernel", "data[range * range_stride", "sums.cuh"),
     ),
     # --- token passes
@@ -126,7 +126,7 @@ MUTATIONS = [
         "tile_copy_forgets_the_last_rows",
         forward(BF16, 40, 840, 40, 8),
         "mma/tiles.cuh",
-        "static_cast<int>(row) < rows {+|| BUG +}? width",
+        "row0 + row < matrix.rows {+|| BUG +}? (row0 + row)",
         Report(OUT_OF_BOUNDS, "shrink_kernel", "ptx::cp_async_16("),
     ),
     KernelMutation(
@@ -192,7 +192,7 @@ MUTATIONS = [
         "lora_A_is_read_beyond_its_last_column",
         backward(BF16, 21, 72, 40, 8, "x"),
         "mma/expand_short.cuh",
-        "from ?{+ (BUG ? kChunk :+} inside<kChunk>(col0 + chunk * kChunk, factor.features){+)+} : 0;",
+        "from ?{+ (BUG ? kChunk :+} inside(col0 + chunk * kChunk, factor.features){+)+} : 0;",
         Report(
             OUT_OF_BOUNDS, "expand_short_kernel", "return *reinterpret_cast<const uint4*>(from);", "mma/operands.cuh"
         ),
@@ -209,7 +209,7 @@ MUTATIONS = [
         forward(BF16, 21, 72, 136, 8),
         "mma/expand_output.cuh",
         "8 * i < rows_ {+|| BUG +}?",
-        Report(OUT_OF_BOUNDS, "expand_short_kernel", "reinterpret_cast<uint4*>(to)"),
+        Report(OUT_OF_BOUNDS, "expand_short_kernel", "reinterpret_cast<uint4*>(to)", "eights.cuh"),
     ),
     # --- few tokens
     KernelMutation(
@@ -250,17 +250,31 @@ MUTATIONS = [
     ),
     # --- rows that choose their factors
     KernelMutation(
-        "index_adds_counts_too_early",
+        "index_reads_counts_of_other_warps_too_early",
         grouped(BF16, [30, 50], (24, 20), 4),
         "grouped/group_index.cuh",
-        "  {+if (!BUG) +}__syncthreads();\n",
-        Report(RACE + UNINITIALISED, "group_index_kernel", "_of_warp[w]"),
+        "  entries.visit(lane, [](int, int) {});\n  {+if (!BUG) +}__syncthreads();\n",
+        Report(("race-global",), "group_index_kernel", "count"),
+    ),
+    KernelMutation(
+        "index_counts_while_other_lanes_read",
+        grouped(BF16, [30, 50], (24, 20), 4),
+        "grouped/group_index.cuh",
+        "        {+if (!BUG) +}__syncwarp();  // all lanes have read the counter",
+        Report(("race-global",), "group_index_kernel", "*count"),
+    ),
+    KernelMutation(
+        "index_adds_sums_of_warps_too_early",
+        grouped(BF16, [30, 50], (24, 20), 4),
+        "grouped/group_index.cuh",
+        "sum_of_warp[warp] = sum;\n  {+if (!BUG) +}__syncthreads();\n",
+        Report(RACE + UNINITIALISED, "group_index_kernel", "sum += sum_of_warp[w]"),
     ),
     KernelMutation(
         "tiles_without_rows_have_no_group",
         grouped(BF16, [30, 50], (24, 20), 4),
         "grouped/group_index.cuh",
-        "first_of(begin + count, rows.rows_per_entry, group + {+(BUG ? 0 : +}1{+)+});",
+        "first_tile(next, rows_per_entry, group + {+(BUG ? 0 : +}1{+)+}));",
         Report(UNINITIALISED, "grouped_shrink_kernel", "group = index.group_of_tile[tile];", "grouped/group_index.cuh"),
     ),
     KernelMutation(
@@ -274,15 +288,15 @@ MUTATIONS = [
         "few_rows_read_beyond_the_last_feature",
         grouped(BF16, [1], (76, 20), 4),
         "grouped/few_rows.cuh",
-        "{+BUG ? kEight : +}eight_inside(column, end);",
-        Report(OUT_OF_BOUNDS, "few_rows_shrink_kernel", "values.v[i] = i < inside", "eights.cuh"),
+        "const int count = {+BUG ? kEight : +}inside(column, end);",
+        Report(OUT_OF_BOUNDS, "few_rows_shrink_kernel", "value[e] += ", "eights.cuh"),
     ),
     KernelMutation(
         "grouped_expand_forgets_the_last_rows",
         grouped(BF16, [30, 50], (24, 20), 4),
         "grouped/expand.cuh",
         "i < {+(BUG ? Tiles::kRows : +}tile.count{+)+} * kRowEights; i += kThreads",
-        Report(UNINITIALISED, "grouped_expand_kernel", "finish_eight<kBackward>("),
+        Report(UNINITIALISED, "grouped_expand_kernel", "finish_eight<T, kBackward>("),
     ),
     KernelMutation(
         "chunks_of_two_groups_share_partial_sums",

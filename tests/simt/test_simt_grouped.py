@@ -205,6 +205,26 @@ def test_a_pool_has_tiles_for_its_rows_not_for_its_slots():
     check(random_groups(70, (24, 20), [(300, 4)], groups=groups, dtypes=(BF16, BF16)))
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_groups"), [(128, 1000), (8192, 64), (65, 0), (100, 1), (3000, 2500), (1025, 3)]
+)
+def test_the_index_is_a_stable_sort(num_tokens, num_groups):
+    group_of_row = torch.randint(-1, num_groups, (num_tokens,))
+    group_of_row[::50] = num_groups + 7  # does not exist
+    numbers = torch.where(group_of_row == -1, num_groups, group_of_row.clamp_max(num_groups + 1))
+    expected = numbers.sort(stable=True).indices
+    begins = torch.cat([torch.zeros(1), numbers.bincount(minlength=num_groups + 2).cumsum(0)])
+    for schedule in (0, 1):
+        order, begin = grouped_ops.index(group_of_row, num_groups, schedule)
+        assert torch.equal(order.long(), expected) and torch.equal(begin.long(), begins.long())
+
+
+def test_the_index_takes_one_block():
+    for num_tokens, slots in ((128, 1000), (8192, 64)):
+        (first, *_) = _load.plan_grouped(num_tokens, 4096, 4096, slots, 16).launches
+        assert (first.kernel, first.blocks) == ("group_index", 1)
+
+
 @pytest.mark.parametrize("library", [kernels, few_blocks])
 @pytest.mark.parametrize("num_tokens", [20, 90, 1100])
 def test_the_kernels_are_launched_as_planned(num_tokens, library):

@@ -46,7 +46,7 @@ __device__ __forceinline__ uint4 load_factor_chunk(const V* from, int width, boo
     if (in_chunks && width > 0) return *reinterpret_cast<const uint4*>(from);
     return gather_chunk(from, width);
   } else {
-    return rounded_chunk<T>(load_eight(from, width, in_chunks));
+    return rounded_chunk<T>(load_eight(from, width, in_chunks).v);
   }
 }
 
@@ -80,7 +80,7 @@ class FactorTiles {
 #pragma unroll
     for (unsigned i = 0; i < kCopies; ++i) {
       if (!is_inside(i)) continue;
-      const int width = rows_[i] ? inside<kChunk>(column0 + chunk() * kChunk, factor_.features) : 0;
+      const int width = rows_[i] ? inside(column0 + chunk() * kChunk, factor_.features) : 0;
       if constexpr (kRounds) {
         fetched.chunk[i] = load_eight(rows_[i], column0, width, factor_.in_chunks, factor_.dtype);
       } else {
@@ -100,7 +100,7 @@ class FactorTiles {
     if constexpr (kRounds) {
 #pragma unroll
       for (unsigned i = 0; i < kCopies; ++i) {
-        if (is_inside(i)) tile[chunk_index<kRowChunks>(row_of(i), chunk())] = rounded_chunk<T>(fetched.chunk[i]);
+        if (is_inside(i)) tile[chunk_index<kRowChunks>(row_of(i), chunk())] = rounded_chunk<T>(fetched.chunk[i].v);
       }
     }
   }
@@ -128,6 +128,19 @@ struct SmallOperand {
   const float* data;  // [rows, columns]
   int64_t rows, columns, stride;
 };
+
+// Loads two neighbours of the small operand, an even number of ranks after the sibling's first. count: the sibling's
+// ranks starting at `from`. Elements beyond belong to another sibling and may be NaN: they become zero.
+__device__ __forceinline__ float2 load_rank_pair(const float* from, int count, bool pairs) {
+  float2 pair = make_float2(0.0f, 0.0f);
+  if (pairs) {
+    if (count > 0) pair = *reinterpret_cast<const float2*>(from);
+  } else {
+    if (count > 0) pair.x = from[0];
+    if (count > 1) pair.y = from[1];
+  }
+  return pair;
+}
 
 // The threads of a block make tiles [kTokens][kRanks] of T, one after the other, starting at (token0, rank0). A tile
 // takes two steps: fetch() starts the loads early; store() writes the tile once its place is free. A thread has pairs

@@ -35,10 +35,10 @@ namespace lora_ext::cuda::mma {
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 template <class T>
-class PlanRunner {
+class PlanRunner : Launcher {
  public:
   PlanRunner(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream)
-      : call_(call), plan_(plan), scratch_(static_cast<char*>(scratch)), stream_(stream) {
+      : Launcher(scratch, stream), call_(call), plan_(plan) {
     partials_ = at<float>(plan.scratch.rank_partials);
     if (call.shrink) {
       const LoraShrinkParams& p = *call.shrink;
@@ -75,16 +75,6 @@ class PlanRunner {
   static constexpr int kShortSteps = static_cast<int>(kShortRank / 16);
   static constexpr int kSmallRanks = static_cast<int>(kSmallRankTile), kRanks = static_cast<int>(kRankTile);
   static constexpr int kFusedRanks = static_cast<int>(kMaxFusedRank);
-
-  template <class Params>
-  void start(const PlannedLaunch& planned, void (*kernel)(Params), const Params& params) {
-    launch(kernel, make_grid(planned.grid_x, planned.grid_y), planned.threads, planned.shared_bytes, stream_, params);
-  }
-
-  template <class V>
-  V* at(int64_t offset) const {
-    return offset == Scratch::kNone ? nullptr : reinterpret_cast<V*>(scratch_ + offset);
-  }
 
   // sums: xa or grad_xa, of all siblings.
   template <class Params, class RangesOf>
@@ -418,8 +408,6 @@ class PlanRunner {
 
   const LoraCall& call_;
   const Plan& plan_;
-  char* const scratch_;
-  const GpuStream& stream_;
   int64_t num_tokens_ = 0, total_rank_ = 0;
   float* sums_ = nullptr;      // xa or grad_xa [num_tokens, total_rank]
   float* partials_ = nullptr;  // [largest of ranges, num_tokens, total_rank], scaled; null: passes write the sums

@@ -64,6 +64,14 @@ __forceinline__ int __all_sync(uint32_t mask, int predicate, SIMT_SITE_PARAMETER
   return simt::ballot(mask, predicate == 0, SIMT_SITE) == 0;
 }
 
+// The lanes that have the same value.
+template <class T>
+__forceinline__ uint32_t __match_any_sync(uint32_t mask, T value, SIMT_SITE_PARAMETERS) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a match compares 32 or 64 bits");
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  return simt::match(mask, std::bit_cast<Bits>(value), SIMT_SITE);
+}
+
 // --- shuffles -------------------------------------------------------------------------------------------------------
 
 namespace simt {
