@@ -147,6 +147,7 @@ def test_infinite_inputs_leave_the_gradients_of_unused_ranks_zero(dtypes):
     found = grouped_ops.backward(case, forward.xa, forward.mask, 0.0)
     grad_A, grad_B = found.grad_As[0][0], found.grad_Bs[0][0]
     assert not grad_A[3:].any() and not grad_B[:, 3:].any() and grad_A[:3].isnan().any()
+    assert not forward.xa[case.group_of_row == 0, 3:].any() and forward.xa[0, :3].isinf().all()
 
 
 @pytest.mark.pairs

@@ -252,6 +252,18 @@ def test_same_bits_in_every_order_of_threads(dtypes, shape, count, blocks):
             assert torch.equal(result, first[name]), f"{name} in schedule {schedule}"
 
 
+@pytest.mark.parametrize(("num_tokens", "rank"), [(3, 5), (20, 35), (3, 71)])
+def test_infinite_factors_of_one_layer_leave_the_others_as_they_are(num_tokens, rank):
+    siblings = siblings_of(3, (num_tokens, 600, 40, rank), (BF16, BF16))
+    expected = run_kernels(siblings)
+    for factor in (siblings.layers[1].lora_A, siblings.layers[1].lora_B):
+        factor.fill_(torch.inf)
+    found = run_kernels(siblings)
+    for name in ("y[0]", "A[0]", "B[0]", "y[2]", "A[2]", "B[2]"):
+        assert torch.equal(found[name], expected[name]), name
+    assert not found["y[1]"].isfinite().any()
+
+
 @pytest.mark.parametrize("schedule", [0, 1])
 @pytest.mark.parametrize(("num_tokens", "in_features"), [(0, 8), (1, 1), (37, 200), (3, 1000)])
 def test_dropout_mask(num_tokens, in_features, schedule):
