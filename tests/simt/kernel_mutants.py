@@ -190,7 +190,7 @@ def main() -> int:
     planted, library = build_mutants(options.number, options.seed)
     driver.kernel_library = lambda *_: library
     campaign = Campaign(library, planted, options.only)
-    arguments = ["-q", "-s", "-p", "no:cacheprovider", "--tb=no", str(build.SIMT)]
+    arguments = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:timeout", "--tb=no", str(build.SIMT)]
     if pytest.main(arguments, plugins=[campaign]) not in (0, 5):
         return 1
     print_score(campaign.results)

@@ -81,6 +81,25 @@ def test_dropout(name, dtypes):
     check(CASES[name](dtypes), 0.3)
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, F64), (F16, BF16)], ids=str)
+@pytest.mark.parametrize("name", ["few rows", "matrices"])
+def test_factors_of_other_dtypes(name, dtypes):
+    check(CASES[name](dtypes))
+
+
+@pytest.mark.parametrize("num_tokens", [13, 90])
+def test_the_smallest_dropout(num_tokens):
+    """Of 117,000 elements of x, the one or two that are dropped are those that matter."""
+    p, seed = 2.0**-16, 3
+    case = random_groups(num_tokens, (117_000 // num_tokens, 20), [4, 3], dtypes=(BF16, BF16))
+    dropped = ~reference.dropout_keep(seed, *case.x.shape, p)
+    assert 0 < dropped.sum() < 10
+    case.x[dropped] = 1000.0
+    forward = grouped_ops.forward(case, p, seed)
+    case.x[dropped] = 0.0
+    assert torch.equal(forward.y, grouped_ops.forward(case).y)
+
+
 @pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16)], ids=str)
 def test_chunks_of_a_large_group(dtypes):
     """Groups 0 and 2 have two chunks of rows, group 1 has one."""

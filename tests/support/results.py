@@ -7,14 +7,7 @@ from typing import Any
 
 from lora_ext.commands.results import to_json
 
-MACHINE = {
-    "platform": "Linux",
-    "processor": "A CPU",
-    "threads": 2,
-    "gpu": None,
-    "python": "3.11.7",
-    "torch": "2.13.0",
-}
+MACHINE = {"platform": "Linux", "processor": "A CPU", "threads": 2, "gpu": None, "python": "3.11.7", "torch": "2.13.0"}
 
 
 def made_by(*command: str) -> dict[str, Any]:
