@@ -89,15 +89,15 @@ def test_factors_of_other_dtypes(name, dtypes):
 
 @pytest.mark.parametrize("num_tokens", [13, 90])
 def test_the_smallest_dropout(num_tokens):
-    """Of 117,000 elements of x, the one or two that are dropped are those that matter."""
-    p, seed = 2.0**-16, 3
+    """Of 117,000 elements of x, the two that are dropped are those that matter."""
+    p, seed = 2.0**-16, 5
     case = random_groups(num_tokens, (117_000 // num_tokens, 20), [4, 3], dtypes=(BF16, BF16))
     dropped = ~reference.dropout_keep(seed, *case.x.shape, p)
-    assert 0 < dropped.sum() < 10
+    assert dropped.sum() == 2
     case.x[dropped] = 1000.0
     forward = grouped_ops.forward(case, p, seed)
     case.x[dropped] = 0.0
-    assert torch.equal(forward.y, grouped_ops.forward(case).y)
+    torch.testing.assert_close(forward.y, grouped_ops.forward(case).y)
 
 
 @pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16)], ids=str)

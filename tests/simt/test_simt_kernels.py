@@ -123,6 +123,7 @@ def test_dtypes_and_ranks(dtypes, rank, count):
         ((65, 63, 130, 16), 0.5),  # one more or less than a tile
         ((40, 136, 72, 12), 0.1),  # multiples of 8, not of a tile
         ((33, 64, 64, 16), 0.0),
+        ((9, 70, 33, 4), 2.0**-16),  # the smallest threshold
     ],
     ids=str,
 )
