@@ -58,7 +58,7 @@ FAMILIES = [
     Family("merge's plan", r"^merge_kernel<\w+, 0>", wide_loads=True),
     Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
     Family("gather records", r"^gather_records_kernel", blocks_per_sm=4),
-    Family("round, pack factors", r"^mma::(round|pack)_factors_kernel"),
+    Family("pack factors", r"^mma::pack_factors_kernel"),
     Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
     # One block on a multiprocessor, because both sums are in registers.
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),

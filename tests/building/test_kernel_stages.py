@@ -38,6 +38,9 @@ def test_bytes_of_the_main_shape():
     float64 = Case(Shape(64, 100, 200), rank=4, dtype=torch.float64, dropout=0.0)
     assert stages.stage_bytes(float64)["expand"] == 8 * (64 * 200 + 4 * 200 + 64 * 4)  # sums in float64, too
     assert stages.floor_seconds(case, "expand", 3e12, 8e14) == stages.stage_bytes(case)["expand"] / 3e12
+    small = {"shape": Shape(64, 100, 200), "rank": 4}
+    wide, narrow = (stages.stage_bytes(Case(**small, factor_dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    assert wide["grad_b"] - narrow["grad_b"] == 2 * 2 * 4 * 200  # lora_B, and its gradient
     assert stages.floor_seconds(case, "expand", 3e12, 1e12) == 2 * 8192 * 4096 * 16 / 1e12
 
 

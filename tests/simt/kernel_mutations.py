@@ -132,15 +132,15 @@ MUTATIONS = [
     KernelMutation(
         "shrink_reads_lora_A_beyond_its_last_rank",
         forward(BF16, 40, 840, 40, 8),
-        "mma/shrink.cuh",
-        "rank < p.factor.rank{+ || BUG+} ? p.factor.row(rank)",
-        Report(OUT_OF_BOUNDS, "shrink_kernel", "ptx::cp_async_16(ptx::shared_address(to), from, width * 2)"),
+        "mma/operands.cuh",
+        "rank < factor.rank{+ || BUG+} ? factor.row(rank, bytes)",
+        Report(OUT_OF_BOUNDS, "shrink_kernel", "ptx::cp_async_16(ptx::shared_address(to), width > 0 ? from"),
     ),
     KernelMutation(
         "shrink_and_sum_reads_lora_B_beyond_its_last_feature",
         backward(BF16, 40, 72, 136, 16, "xB"),
         "mma/shrink_and_sum.cuh",
-        "r < rank && {+(+}feature < features{+ || BUG)+} ? from[0]",
+        "r < rank && {+(+}feature < features{+ || BUG)+} ? bits_of(rounded<T>(from[0]))",
         Report(OUT_OF_BOUNDS, "shrink_and_sum_kernel", "from[0]"),
     ),
     KernelMutation(
@@ -184,14 +184,18 @@ MUTATIONS = [
         forward(BF16, 21, 72, 140, 8),
         "mma/expand_short.cuh",
         "col0 + col < sibling.cols {+|| BUG +}?",
-        Report(OUT_OF_BOUNDS, "expand_short_kernel", "return *reinterpret_cast<const uint4*>(from);"),
+        Report(
+            OUT_OF_BOUNDS, "expand_short_kernel", "return *reinterpret_cast<const uint4*>(from);", "mma/operands.cuh"
+        ),
     ),
     KernelMutation(
         "lora_A_is_read_beyond_its_last_column",
         backward(BF16, 21, 72, 40, 8, "x"),
         "mma/expand_short.cuh",
         "from ?{+ (BUG ? kChunk :+} inside<kChunk>(col0 + chunk * kChunk, factor.features){+)+} : 0;",
-        Report(OUT_OF_BOUNDS, "expand_short_kernel", "return *reinterpret_cast<const uint4*>(from);"),
+        Report(
+            OUT_OF_BOUNDS, "expand_short_kernel", "return *reinterpret_cast<const uint4*>(from);", "mma/operands.cuh"
+        ),
     ),
     KernelMutation(
         "expand_long_fills_the_buffer_in_use",
@@ -271,7 +275,7 @@ MUTATIONS = [
         grouped(BF16, [1], (76, 20), 4),
         "grouped/few_rows.cuh",
         "{+BUG ? kEight : +}eight_inside(column, end);",
-        Report(OUT_OF_BOUNDS, "few_rows_shrink_kernel", "values.v[i] = i < inside", "grouped/eights.cuh"),
+        Report(OUT_OF_BOUNDS, "few_rows_shrink_kernel", "values.v[i] = i < inside", "eights.cuh"),
     ),
     KernelMutation(
         "grouped_expand_forgets_the_last_rows",
@@ -335,9 +339,10 @@ NOT_RUN = {
     ],
     "grouped.cu": ["return grouped::run_launches<__half>(call, plan, scratch, stream);"],
     "mma/run_plan.cuh": [
-        "keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw>\n" + " " * 43 + ": ",
-        "keep == KeepBits::kDraw   ? &shrink_kernel<T, kRanks, KeepBits::kDraw>\n          : ",
-        "keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead>\n                                    : ",
+        "rounds ? shrink_kernel_of<true>(launch, keep) : ",
+        "keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw, kRounds>\n" + " " * 37 + ": ",
+        "keep == KeepBits::kDraw   ? &shrink_kernel<T, kRanks, KeepBits::kDraw, kRounds>\n           : ",
+        "keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead, kRounds>\n" + " " * 37 + ": ",
         "masked ? &token_sum_kernel<T, kSmallRanks, true> : ",
         "masked ? &token_sum_kernel<T, kRanks, true> : ",
         "case 2: return start(launch, larger ? &few_tokens_kernel<T, 2, 3> : &few_tokens_kernel<T, 2, 2>, params);",

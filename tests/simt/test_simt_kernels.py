@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pyte
 
 SIBLINGS = [1, 3]
 SEED = 0x1234_5678_9ABC_DEF0 >> 1
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MAIN_DTYPES = [(BF16, BF16), (F16, F16)]
 
 
@@ -157,6 +157,23 @@ def test_pipelines_go_round(dtypes, rank, aligned):
         layer = replace(layer, x=misaligned(layer.x), grad_y=misaligned(layer.grad_y))
         siblings = Siblings(layer.x, [layer])
     assert_as_good_as_torch(siblings, 0.1, library=few_blocks())
+
+
+@pytest.mark.parametrize("in_features", [840, 71], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("rank", [8, 20, 40, 100])
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F32), (BF16, F64), (F16, BF16)], ids=dtype_name)
+def test_factors_of_another_dtype_are_rounded_as_they_are_read(dtypes, rank, in_features):
+    """The results are those of factors that were rounded before, halfway cases included, to the bit."""
+    siblings = siblings_of(2, (37, in_features, 136, rank), dtypes)
+    for layer in siblings.layers:
+        for factor in (layer.lora_A, layer.lora_B):
+            steps = torch.arange(factor.shape[1]) % 4 + 0.5
+            factor[0] = 1 + torch.finfo(dtypes[0]).eps * steps
+    found = run_kernels(siblings, 0.1, library=few_blocks())
+    for name, expected in run_kernels(with_rounded_factors(siblings), 0.1, library=few_blocks()).items():
+        if name[0] in "AB" and dtypes[1].itemsize == 2:
+            continue  # the gradient is rounded to another dtype
+        assert torch.equal(found[name].to(expected.dtype), expected), name
 
 
 @pytest.mark.parametrize("count", SIBLINGS)

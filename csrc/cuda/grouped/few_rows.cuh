@@ -12,7 +12,7 @@
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
-#include "eights.cuh"
+#include "../eights.cuh"
 #include "group_table.cuh"
 #include "tile_sizes.h"
 

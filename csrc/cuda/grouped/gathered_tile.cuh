@@ -4,21 +4,12 @@
 #include <type_traits>
 
 #include "../mma/tiles.cuh"
-#include "eights.cuh"
+#include "../eights.cuh"
 
 namespace lora_ext::cuda::grouped {
 
 template <class T>
 constexpr DType kDTypeOf = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16;
-
-// Rounds eight numbers to T.
-template <class T>
-__device__ __forceinline__ uint4 rounded_chunk(const Eight& values) {
-  alignas(16) T rounded[kEight];
-#pragma unroll
-  for (int e = 0; e < kEight; ++e) rounded[e] = from_acc<T>(values.v[e]);
-  return *reinterpret_cast<const uint4*>(rounded);
-}
 
 // kThreads threads copy kRows x kColumns elements, a thread always the same chunks of a tile.
 template <int kRows, int kColumns, int kThreads>

@@ -11,8 +11,7 @@
 namespace lora_ext::cuda::grouped {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;  // of every kernel here but write_entries
-constexpr int kEight = 8;           // neighbouring elements: a byte of the dropout mask has their bits
-constexpr int kInlineEntries = 32;  // that travel with a kernel's parameters (group_table.cuh)
+constexpr int kInlineEntries = 32;                     // that travel with a kernel's parameters (group_table.cuh)
 
 // --- rows sorted by their groups (group_index.cuh) ---
 

@@ -14,9 +14,9 @@ namespace lora_ext::cuda::mma {
 //
 // The columns of the output are cut into tiles, sibling after sibling; blockIdx.y counts through all tiles.
 struct ExpandSibling {
-  // The short kernel's lora_B [cols, rank], where it does not read ExpandParams::lora_A; the long kernel's packed
-  // factor (pack_factors.cuh), columns interleaved.
-  const uint16_t* factor = nullptr;
+  // The short kernel's lora_B [cols, rank], factor_dtype, where it does not read ExpandParams::lora_A; the long
+  // kernel's packed factor (pack_factors.cuh), columns interleaved.
+  const void* factor = nullptr;
   const void* bias = nullptr;  // [cols], T; null: none
   const void* base;            // [num_tokens, cols], with out's stride, T; null: zero; may be out
   void* out;                   // [num_tokens, cols], T
@@ -42,6 +42,7 @@ struct ExpandParams {
   ExpandSibling siblings[kMaxSiblings] = {};
   bool reads_lora_A = false;  // the short kernel: for grad_x it reads lora_A, for y lora_B
   StackedFactor lora_A = {};
+  DType factor_dtype;
   // The short kernel adds partial sums: [largest of ranges, num_tokens, small_operand_stride].
   bool adds_partials = false, writes_sums = false;
   RankTable<int> ranges = {};     // of every column of the small operand
@@ -71,14 +72,14 @@ __device__ __forceinline__ float2 load_rank_pair(const float* from, int count, b
   return pair;
 }
 
-// Eight neighbouring elements of a row, two to a word.
-struct Eight {
+// A chunk of a row, two elements to a word.
+struct Chunk {
   uint32_t word[4];
 };
 
 template <class T>
-__device__ __forceinline__ float element_of(const Eight& eight, int e) {
-  const uint16_t bits = static_cast<uint16_t>(eight.word[e / 2] >> (e % 2 * 16));
+__device__ __forceinline__ float element_of(const Chunk& chunk, int e) {
+  const uint16_t bits = static_cast<uint16_t>(chunk.word[e / 2] >> (e % 2 * 16));
   if constexpr (std::is_same_v<T, __half>) {
     return to_acc(__ushort_as_half(bits));
   } else {
@@ -87,7 +88,7 @@ __device__ __forceinline__ float element_of(const Eight& eight, int e) {
 }
 
 template <class T>
-__device__ __forceinline__ Eight load_eight(const T* from) {
+__device__ __forceinline__ Chunk load_chunk(const T* from) {
   const uint4 words = *reinterpret_cast<const uint4*>(from);
   return {{words.x, words.y, words.z, words.w}};
 }
@@ -102,13 +103,13 @@ __device__ __forceinline__ void add_single(float (&value)[8], const T* from, int
 }
 
 template <class T>
-__device__ __forceinline__ void add_eight(float (&value)[8], const Eight& eight) {
+__device__ __forceinline__ void add_chunk(float (&value)[8], const Chunk& chunk) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) value[e] += element_of<T>(eight, e);
+  for (int e = 0; e < 8; ++e) value[e] += element_of<T>(chunk, e);
 }
 
 template <class T>
-__device__ __forceinline__ void store_eight(T* to, const float (&value)[8]) {
+__device__ __forceinline__ void store_chunk(T* to, const float (&value)[8]) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -128,7 +129,7 @@ __device__ __forceinline__ void store_single(T* to, const float (&value)[8], int
 // A lane's inputs for a piece besides the sums: eight elements of base and a byte of the mask, for each of its two
 // rows.
 struct ExpandAddends {
-  Eight base[2] = {};
+  Chunk base[2] = {};
   uint32_t keep = 0;
 };
 
@@ -157,7 +158,7 @@ class ExpandOutput {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (count(i, col) <= 0) continue;
-      if (sibling_.base && eights_) addends.base[i] = load_eight(base_of(out_ + i * out_step() + col));
+      if (sibling_.base && eights_) addends.base[i] = load_chunk(base_of(out_ + i * out_step() + col));
       if (mask_) addends.keep |= static_cast<uint32_t>(mask_[i * mask_step() + col / 8]) << (8 * i);
     }
     return addends;
@@ -177,9 +178,9 @@ class ExpandOutput {
       }
       T* out = out_ + i * out_step() + col;
       if (eights_) {
-        if (sibling_.bias) add_eight<T>(value, load_eight(bias_of(col)));  // mostly from the first-level cache
-        if (sibling_.base) add_eight<T>(value, addends.base[i]);
-        store_eight(out, value);
+        if (sibling_.bias) add_chunk<T>(value, load_chunk(bias_of(col)));  // mostly from the first-level cache
+        if (sibling_.base) add_chunk<T>(value, addends.base[i]);
+        store_chunk(out, value);
       } else {
         if (sibling_.bias) add_single(value, bias_of(col), elements);
         if (sibling_.base) add_single(value, base_of(out), elements);

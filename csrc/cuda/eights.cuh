@@ -1,12 +1,11 @@
-// Eight neighbouring elements of a matrix whose dtype is known at run time only: a byte of the dropout mask has their
-// bits. The choice of the dtype costs a branch for eight elements, so one kernel serves all dtypes.
+// Eight neighbouring elements of a row: 16 bytes of a 16-bit dtype, and the bits of one byte of the dropout mask.
 #pragma once
 
-#include "../elements.cuh"
-#include "../ptx.cuh"
-#include "tile_sizes.h"
+#include "elements.cuh"
+#include "ptx.cuh"
+#include "sizes.h"
 
-namespace lora_ext::cuda::grouped {
+namespace lora_ext::cuda {
 
 // dtype_size is a function of the host.
 __device__ __forceinline__ int64_t element_bytes(DType dtype) {
@@ -28,51 +27,49 @@ __device__ __forceinline__ int eight_inside(int64_t begin, int64_t end) {
   return remaining >= kEight ? kEight : remaining > 0 ? static_cast<int>(remaining) : 0;
 }
 
-__device__ __forceinline__ float bfloat16_bits(uint32_t bits) { return __uint_as_float(bits << 16); }
-__device__ __forceinline__ float half_bits(uint32_t bits) {
+__device__ __forceinline__ float element_of_bits(uint32_t bits, const __nv_bfloat16*) {
+  return __uint_as_float(bits << 16);
+}
+__device__ __forceinline__ float element_of_bits(uint32_t bits, const __half*) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-template <class T>
-__device__ __forceinline__ Eight load_plain(const T* from, int inside) {
+// Loads the first `inside` elements, the others are zero. aligned: of all eights of the matrix.
+template <class V>
+__device__ __forceinline__ Eight load_eight(const V* from, int inside, bool aligned) {
   Eight values;
+  from = ptx::in_global_memory(from);
+  if constexpr (std::is_same_v<V, float>) {
+    if (aligned && inside == kEight) {
+      const float4 first = reinterpret_cast<const float4*>(from)[0], second = reinterpret_cast<const float4*>(from)[1];
+      return {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
+    }
+  } else if constexpr (sizeof(V) == 2) {
+    if (aligned && inside == kEight) {
+      const uint4 loaded = *reinterpret_cast<const uint4*>(from);
+      const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) values.v[i] = element_of_bits(pairs[i / 2] >> (16 * (i % 2)), from);
+      return values;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kEight; ++i) values.v[i] = i < inside ? static_cast<float>(to_acc(from[i])) : 0.0f;
   return values;
 }
 
-// Loads the first `inside` elements, the others are zero. aligned: of all eights of the matrix.
+// The same of a matrix whose dtype is known at run time only, at an element.
 __device__ __forceinline__ Eight load_eight(const void* matrix, int64_t at, int inside, bool aligned, DType dtype) {
-  const bool whole = aligned && inside == kEight;
-  Eight values;
-  switch (dtype) {
-    case DType::kFloat64:
-      return load_plain<double>(ptx::in_global_memory(static_cast<const double*>(matrix) + at), inside);
-    case DType::kFloat32: {
-      const float* from = ptx::in_global_memory(static_cast<const float*>(matrix) + at);
-      if (!whole) return load_plain<float>(from, inside);
-      const float4 first = reinterpret_cast<const float4*>(from)[0], second = reinterpret_cast<const float4*>(from)[1];
-      return {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
-    }
-    case DType::kBFloat16: {
-      const __nv_bfloat16* from = ptx::in_global_memory(static_cast<const __nv_bfloat16*>(matrix) + at);
-      if (!whole) return load_plain<__nv_bfloat16>(from, inside);
-      const uint4 loaded = *reinterpret_cast<const uint4*>(from);
-      const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+  return with_elements(matrix, dtype, [&](const auto* elements) { return load_eight(elements + at, inside, aligned); });
+}
+
+// Rounds eight numbers to T.
+template <class T>
+__device__ __forceinline__ uint4 rounded_chunk(const Eight& values) {
+  alignas(16) T rounded[kEight];
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) values.v[i] = static_cast<float>(bfloat16_bits(pairs[i / 2] >> (16 * (i % 2))));
-      return values;
-    }
-    default: {
-      const __half* from = ptx::in_global_memory(static_cast<const __half*>(matrix) + at);
-      if (!whole) return load_plain<__half>(from, inside);
-      const uint4 loaded = *reinterpret_cast<const uint4*>(from);
-      const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-      for (int i = 0; i < kEight; ++i) values.v[i] = static_cast<float>(half_bits(pairs[i / 2] >> (16 * (i % 2))));
-      return values;
-    }
-  }
+  for (int e = 0; e < kEight; ++e) rounded[e] = from_acc<T>(values.v[e]);
+  return *reinterpret_cast<const uint4*>(rounded);
 }
 
 // Stores the first `inside` elements, of a 16-bit dtype.
@@ -105,4 +102,4 @@ __device__ __forceinline__ void drop(Eight& values, uint32_t bits) {
   }
 }
 
-}  // namespace lora_ext::cuda::grouped
+}  // namespace lora_ext::cuda
