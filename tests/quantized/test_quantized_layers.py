@@ -247,7 +247,7 @@ def test_a_format_describes_its_weight(format, dtype):
     x = torch.randn(5, 128).to(dtype)
     y = weight.module.train()(x)
     expected = x.float() @ weight.dequantize().T + bias
-    rtol, atol = (1e-4, 1e-3) if format in QUANTIZE else (0.02, 1e-5 if dtype == torch.float32 else 0.02)
+    rtol, atol = (1e-4, 1e-3) if format in QUANTIZE else (1e-4, 1e-5) if dtype == torch.float32 else (0.02, 0.02)
     torch.testing.assert_close(y.float(), expected, rtol=rtol, atol=atol)
 
 
