@@ -81,6 +81,25 @@ def test_dropout(name, dtypes):
     check(CASES[name](dtypes), 0.3)
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, F64), (F16, BF16)], ids=str)
+@pytest.mark.parametrize("name", ["few rows", "matrices"])
+def test_factors_of_other_dtypes(name, dtypes):
+    check(CASES[name](dtypes))
+
+
+@pytest.mark.parametrize("num_tokens", [13, 90])
+def test_the_smallest_dropout(num_tokens):
+    """Of 117,000 elements of x, the two that are dropped are those that matter."""
+    p, seed = 2.0**-16, 5
+    case = random_groups(num_tokens, (117_000 // num_tokens, 20), [4, 3], dtypes=(BF16, BF16))
+    dropped = ~reference.dropout_keep(seed, *case.x.shape, p)
+    assert dropped.sum() == 2
+    case.x[dropped] = 1000.0
+    forward = grouped_ops.forward(case, p, seed)
+    case.x[dropped] = 0.0
+    torch.testing.assert_close(forward.y, grouped_ops.forward(case).y)
+
+
 @pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16)], ids=str)
 def test_chunks_of_a_large_group(dtypes):
     """Groups 0 and 2 have two chunks of rows, group 1 has one."""
@@ -147,6 +166,7 @@ def test_infinite_inputs_leave_the_gradients_of_unused_ranks_zero(dtypes):
     found = grouped_ops.backward(case, forward.xa, forward.mask, 0.0)
     grad_A, grad_B = found.grad_As[0][0], found.grad_Bs[0][0]
     assert not grad_A[3:].any() and not grad_B[:, 3:].any() and grad_A[:3].isnan().any()
+    assert not forward.xa[case.group_of_row == 0, 3:].any() and forward.xa[0, :3].isinf().all()
 
 
 @pytest.mark.pairs

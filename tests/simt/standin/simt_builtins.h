@@ -37,11 +37,6 @@ void* memset(void*, int, std::size_t) noexcept __asm__("simt_memset");
 #define SIMT_SITE \
   ::simt::Site { site_file, site_line }
 
-namespace simt {
-// Returns whether this bug is active. Defined only in libraries with bugs planted by ../kernel_mutations.py.
-bool planted(const char* bug);
-}  // namespace simt
-
 // Defined by the runtime, which sets them at every switch of threads.
 extern const uint3 threadIdx, blockIdx;
 extern const dim3 blockDim, gridDim;
