@@ -112,6 +112,14 @@ def test_dtypes_and_ranks(dtypes, rank, count):
     assert_as_good_as_torch(siblings_of(count, (21, 72, 40, rank), dtypes), 0.3 * (rank % 2))
 
 
+@pytest.mark.parametrize(("rank", "dtypes"), [(3, (BF16, F32)), (35, (F16, F16))], ids=str)
+def test_as_many_layers_as_a_call_takes(rank, dtypes):
+    siblings = random_siblings(((21, 520), [(24 + i, rank) for i in range(8)]), dtypes)
+    for layer in siblings.layers:
+        layer.weight.zero_()
+    assert_as_good_as_torch(siblings, 0.1)
+
+
 @pytest.mark.pairs
 @pytest.mark.parametrize("count", SIBLINGS)
 @pytest.mark.parametrize(
