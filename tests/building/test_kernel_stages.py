@@ -76,7 +76,7 @@ def test_kernels_are_assigned_to_stages():
     expected = ["pack", "grad_b", "grad_b", "grad_b", "grad_x", "grad_a", "grad_a"]
     assert bench_kernels.backward_stages(named(*split, "token_sum_kernel", "gradient_sums_kernel")) == expected
     assert bench_kernels.merge_stages("merge", named("merge_kernel", "merge_kernel")) == ["plan", "merge"]
-    assert bench_kernels.merge_stages("merge", named("merge_kernel", "gather_records_kernel")) == ["merge", "gather"]
+    assert bench_kernels.merge_stages("unmerge", named("merge_kernel")) == ["unmerge"]
 
     # The predictions count the same launches, and PyTorch's seed and product.
     for table, found in (

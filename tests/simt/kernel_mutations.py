@@ -23,7 +23,7 @@ from .mutation_runs import (
     forward,
     grouped,
     merge,
-    merge_slots,
+    merge_record,
     unmerge,
 )
 
@@ -63,25 +63,18 @@ MUTATIONS = [
         Report(OUT_OF_BOUNDS, "merge_kernel", "", "merge_elements.cuh"),
     ),
     KernelMutation(
-        "slots_of_a_row_overlap",
-        merge_slots(5, 600, 3),
+        "records_of_segments_overlap",
+        merge_record(5, 600, 3),
         "merge.cuh",
-        "record = layer.slots + place.slot{+ / (BUG ? 16 : 1)+};",
+        "uint16_t* const record = layer.corrections + range.begin{+ / (BUG ? 16 : 1)+};",
         Report(("race-global",), "merge_kernel", "record"),
     ),
     KernelMutation(
-        "records_are_gathered_from_the_next_slot",
-        merge_slots(5, 600, 3),
+        "a_record_is_written_a_word_too_far",
+        merge_record(5, 600, 3),
         "merge.cuh",
-        "from[i] = layer.slots + slot_begin(layer, first + i{+ + (BUG ? 1 : 0)+}, kElementWords);",
-        Report(UNINITIALISED + OUT_OF_BOUNDS, "gather_records_kernel", "layer.corrections["),
-    ),
-    KernelMutation(
-        "records_are_gathered_a_word_too_far",
-        merge_slots(5, 600, 3),
-        "merge.cuh",
-        "for (int at = lane; at < words{+ + (BUG ? 1 : 0)+}; at += 32)",
-        Report(UNINITIALISED + OUT_OF_BOUNDS + ("race-global",), "gather_records_kernel", "layer.corrections["),
+        "if (at < words) record[at{+ + (BUG ? 1 : 0)+}] =",
+        Report(OUT_OF_BOUNDS + ("race-global",), "merge_kernel", "record[at"),
     ),
     KernelMutation(
         "unmerge_corrects_before_others_have_written",

@@ -105,15 +105,17 @@ def merge(rows: int, cols: int, rank: int):
     return run
 
 
-def merge_slots(rows: int, cols: int, rank: int):
+def merge_record(rows: int, cols: int, rank: int):
     def run(library: Library, schedule: int) -> None:
-        merge_ops.merge_slots([_random(rows, cols)], [_random(rank, cols)], [_random(rows, rank)], schedule, library)
+        layers = [_random(rows, cols)], [_random(rank, cols)], [_random(rows, rank)]
+        _, words = merge_ops.plan(*layers, schedule, library)
+        merge_ops.merge_record(*layers, words.cumsum(0), [int(words.sum())], schedule, library)
 
     return run
 
 
 def unmerge(library: Library, schedule: int) -> None:
-    """Unmerges a row in which every element has a correction; some are outliers."""
+    """Unmerges a row in which every element has a correction."""
     cols = 256
     words = torch.arange(cols, dtype=torch.int16) + 256
     arguments = [_random(1, cols)], [_random(2, cols)], [_random(1, 2)]
