@@ -15,7 +15,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full asan ubsan tsan sanitize-quick fuzz soak peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full test-emulator coverage asan ubsan tsan sanitize-quick mutants fuzz soak peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -26,9 +26,13 @@ help:
 	@echo 'make test       the test suite; a part of it: PYTEST_ARGS=tests/nn, or PYTEST_ARGS="tests/nn -k conv"'
 	@echo 'make test-quick whether a change broke something, in two minutes on two cores (PYTEST_ARGS as above)'
 	@echo 'make test-full  also the tests that take minutes each'
+	@echo 'make test-emulator  the CUDA kernels on the CPU: after a change to csrc/cuda, csrc/common or $(EMULATOR)'
+	@echo 'make coverage   which lines of lora_ext the tests run, in build/coverage; not a gate (PYTEST_ARGS as above)'
 	@echo 'make asan       C++ tests, op tests and op fuzzer under AddressSanitizer, with every instruction set of this machine'
 	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; all also try a planted bug'
 	@echo 'make sanitize-quick  a part of all three'
+	@echo 'make mutants    how many of 240 small faults planted in the CUDA kernels the tests of tests/simt find, and which they miss;'
+	@echo '                half an hour on one core (NUMBER=240, SEED=1; results in build/mutants.json)'
 	@echo 'make fuzz       malformed and extreme calls of ops, corrupted files (SECONDS=60, AREAS="ops.lora_linear files", SEED=1)'
 	@echo 'make soak       eight threads use, load and evict a hundred adapters of a pool for ten minutes (SECONDS=600)'
 	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
@@ -63,21 +67,36 @@ build/e5-small/config.json: scripts/convert_e5.py | $(VENV)/.finetune $(VENV)/.b
 	rm -rf build/e5-small
 	$(BIN)/python scripts/convert_e5.py build/e5-small
 
-# Waiting threads sleep instead of spinning, because the test processes share the cores.
+# Waiting threads sleep instead of spinning, because the test processes share the cores. The emulator's tests have a
+# target of their own; a path in PYTEST_ARGS may name them.
+EMULATOR := tests/simt
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+SELECTED = $(if $(findstring tests/,$(PYTEST_ARGS)),,--ignore=$(EMULATOR)) $(PYTEST_ARGS)
+
 test: $(VENV)/.test $(VENV)/.built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) $(SELECTED)
 
 test-quick: $(VENV)/.test $(VENV)/.built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --quick $(PYTEST_ARGS)
+	$(PYTEST) --quick $(SELECTED)
 
 test-full: $(VENV)/.test $(VENV)/.built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal --slow $(PYTEST_ARGS)
+	$(PYTEST) --slow $(SELECTED)
+
+test-emulator: $(VENV)/.test $(VENV)/.built
+	$(PYTEST) $(EMULATOR) $(PYTEST_ARGS)
+
+coverage: $(VENV)/.test $(VENV)/.built $(VENV)/.coverage
+	$(PYTEST) --cov=lora_ext --cov-report=html:build/coverage --cov-report=term:skip-covered $(SELECTED)
 
 asan ubsan tsan: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m sanitize $@
 
 sanitize-quick: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m sanitize asan ubsan tsan --quick
+
+mutants: $(VENV)/.test $(VENV)/.built
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m simt.kernel_mutants --out build/mutants.json \
+		$(addprefix --number ,$(NUMBER)) $(addprefix --seed ,$(SEED))
 
 fuzz: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(AREAS) --seconds $(or $(SECONDS),60) $(addprefix --seed ,$(SEED))
@@ -152,6 +171,10 @@ $(VENV)/.torch: $(VENV)/.created
 # Tools that read compiled kernels; any version reads those of older compilers.
 $(VENV)/.cuda: $(VENV)/.torch
 	@$(BIN)/pip install --quiet 'nvidia-cuda-cuobjdump>=13' 'nvidia-cuda-nvdisasm>=13'
+	@touch $@
+
+$(VENV)/.coverage: $(VENV)/.test
+	@$(BIN)/pip install --quiet 'pytest-cov>=5'
 	@touch $@
 
 # Packages that PEFT's tests import.

@@ -117,8 +117,9 @@ def steps_of(layers: list[Case], training: bool, wide_factors: bool = True) -> l
 
     Args:
         layers: they read one x; their adapters have one rank.
-        wide_factors: the factors are float32, as by default, and are rounded first.
+        wide_factors: the factors are float32, as by default.
     """
+    layers = [replace(case, factor_dtype=torch.float32) for case in layers] if wide_factors else layers
     first = layers[0]
     tokens, features, _ = first.shape
     few = tokens <= stages.FEW_TOKENS
@@ -137,19 +138,14 @@ def steps_of(layers: list[Case], training: bool, wide_factors: bool = True) -> l
         allocations = stages.ALLOCATIONS[phase] if name in ("shrink", "grad_b") else 0
         return Step(phase, name, moved, flops, launches, allocations, skinny=True)
 
-    def rounding(phase: str) -> list[Step]:
-        elements = sum(case.rank * (case.shape.in_features + case.shape.out_features) for case in layers)
-        moved = elements * (4 + first.dtype.itemsize)
-        return [Step(phase, "round factors", moved, launches=stages.ROUND_LAUNCHES)] if wide_factors else []
-
     steps = [step("forward", "seed")] if first.dropout else []
-    steps += rounding("forward") + [step("forward", name) for name in forward if name != "seed"]
+    steps += [step("forward", name) for name in forward if name != "seed"]
     element = first.dtype.itemsize
     y = sum(case.shape.num_tokens * case.shape.out_features * element for case in layers)
     if "product" in forward:
         steps.append(Step("forward", "product reads y", y, hidden=True))
     if training:
-        steps += rounding("backward") + [step("backward", name) for name in stages.BACKWARD_LAUNCHES]
+        steps += [step("backward", name) for name in stages.BACKWARD_LAUNCHES]
         steps.append(Step("backward", "product reads grad_x", tokens * features * element * len(layers), hidden=True))
     return steps
 

@@ -18,9 +18,6 @@ from harness.shapes import Shape
 FORWARD_LAUNCHES = {"seed": 1, "shrink": 1, "expand": 1, "product": 1}
 BACKWARD_LAUNCHES = {"grad_b": 1, "grad_x": 1, "grad_a": 2, "product": 1}
 PER_LAYER = ("product",)
-# Factors of another dtype than x are rounded to it first, those of all layers in one launch of the forward and one of
-# the backward.
-ROUND_LAUNCHES = 1
 # The forward of at most FEW_TOKENS tokens: one kernel has both the product and the adapter (csrc/common/few_tokens.h).
 FEW_TOKENS, FEW_TOKENS_LAUNCHES = 32, {"seed": 1, "shrink": 1, "few_tokens": 1}
 ALLOCATIONS = {"forward": 4, "backward": 4}  # results and workspace of a call of one layer
@@ -32,6 +29,7 @@ class Case:
     rank: int = 16
     dtype: torch.dtype = torch.bfloat16
     dropout: float = 0.1
+    factor_dtype: torch.dtype | None = None  # None: that of x
 
     def __str__(self) -> str:
         dropout = f", p={self.dropout}" if self.dropout else ""
@@ -51,7 +49,7 @@ def stage_bytes(case: Case) -> dict[str, int]:
     element = case.dtype.itemsize
     mask = tokens * (-(-features // 64) * 8) if case.dropout else 0
     x, y, skinny = tokens * features * element, tokens * outputs * element, tokens * case.rank * wide
-    A, B = case.rank * features * element, case.rank * outputs * element
+    A, B = (case.rank * width * (case.factor_dtype or case.dtype).itemsize for width in (features, outputs))
     return {
         "shrink": x + mask + A + skinny,
         "expand": y + B + skinny,

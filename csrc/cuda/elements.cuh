@@ -53,18 +53,46 @@ __device__ __forceinline__ T from_acc(A value) {
   }
 }
 
+// Rounds an element of a factor to T, x's dtype, to nearest even, as autocast does.
+template <class T, class V>
+__device__ __forceinline__ T rounded(V element) {
+  if constexpr (std::is_same_v<T, V>) {
+    return element;
+  } else {
+    return from_acc<T>(to_acc(element));
+  }
+}
+
 __device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
 __device__ __forceinline__ uint16_t bits_of(__half value) { return __half_as_ushort(value); }
 
-// Loads an element of an array whose dtype is known at run time only: for the factors, which are small.
+// Rounds two neighbours to one word, the first in the low half. float16 ends at 65504: a larger number becomes
+// infinite, as in plain PyTorch.
+template <class T>
+__device__ __forceinline__ uint32_t rounded_pair(float first, float second) {
+  return bits_of(from_acc<T>(first)) | static_cast<uint32_t>(bits_of(from_acc<T>(second))) << 16;
+}
+
+// dtype_size is a function of the host.
+__device__ __forceinline__ int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Returns f of an array whose dtype is known at run time only, as a pointer to its elements: for the factors, which are
+// small. Loads overlap if a loop over them is inside f, not around it.
+template <class F>
+__device__ __forceinline__ auto with_elements(const void* array, DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(static_cast<const double*>(array));
+    case DType::kFloat32: return f(static_cast<const float*>(array));
+    case DType::kBFloat16: return f(static_cast<const __nv_bfloat16*>(array));
+    default: return f(static_cast<const __half*>(array));
+  }
+}
+
 template <class A>
 __device__ __forceinline__ A load_as(const void* array, int64_t index, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64: return static_cast<A>(static_cast<const double*>(array)[index]);
-    case DType::kFloat32: return static_cast<A>(static_cast<const float*>(array)[index]);
-    case DType::kBFloat16: return static_cast<A>(to_acc(static_cast<const __nv_bfloat16*>(array)[index]));
-    default: return static_cast<A>(to_acc(static_cast<const __half*>(array)[index]));
-  }
+  return with_elements(array, dtype, [&](const auto* elements) { return static_cast<A>(to_acc(elements[index])); });
 }
 
 template <class A>

@@ -14,13 +14,12 @@ namespace lora_ext::cuda {
 namespace grouped {
 
 template <class T>
-class PlanRunner {
+class PlanRunner : Launcher {
  public:
   PlanRunner(const GroupedCall& call, const GroupedPlan& plan, void* scratch, const GpuStream& stream)
-      : call_(call),
+      : Launcher(scratch, stream),
+        call_(call),
         plan_(plan),
-        scratch_(static_cast<char*>(scratch)),
-        stream_(stream),
         table_{.inline_entries = {},
                .all_entries = at<const GroupedEntry>(plan.entries),
                .num_entries = static_cast<int>(call.entries.size()),
@@ -43,7 +42,11 @@ class PlanRunner {
       case Kernel::kWriteEntries: return start(launch, &write_entries_kernel, write_params(launch));
       case Kernel::kDropoutMask: return launch_dropout_mask(mask_params(), stream_);
       case Kernel::kGroupIndex:
-        return start(launch, &group_index_kernel, GroupIndexParams{.rows = call_.rows, .index = index_});
+        return start(launch, &group_index_kernel,
+                     GroupIndexParams{.rows = call_.rows,
+                                      .index = index_,
+                                      .counts = at<int>(plan_.counts),
+                                      .warps = index_warps(call_.rows)});
       case Kernel::kFewRowsShrink: return start(launch, &few_rows_shrink_kernel, few_rows_params(1));
       case Kernel::kFewRowsExpand: return start(launch, &few_rows_expand_kernel, few_rows_params(launch.feature_tiles));
       case Kernel::kGroupedShrink: return run_shrink(launch, backward);
@@ -66,16 +69,6 @@ class PlanRunner {
   }
 
  private:
-  template <class Params>
-  void start(const PlannedLaunch& planned, void (*kernel)(Params), const Params& params) {
-    launch(kernel, make_grid(planned.grid_x), planned.threads, planned.shared_bytes, stream_, params);
-  }
-
-  template <class V>
-  V* at(int64_t offset) const {
-    return offset == Scratch::kNone ? nullptr : reinterpret_cast<V*>(scratch_ + offset);
-  }
-
   WriteEntriesParams write_params(const PlannedLaunch& launch) const {
     WriteEntriesParams params{.entries = {}, .to = at<GroupedEntry>(plan_.entries) + launch.first_entry, .count = 0};
     const auto first = static_cast<size_t>(launch.first_entry);
@@ -130,7 +123,6 @@ class PlanRunner {
                         .features_per_range = plan_.shrink.features_per_range,
                         .ranges = static_cast<int>(plan_.shrink.ranges),
                         .rank_tiles = launch.rank_tiles,
-                        .dtype = call_.dtype(),
                         .factor_dtype = factor_dtype(),
                         .has_dropout = false,
                         .x_aligned = false};
@@ -181,7 +173,6 @@ class PlanRunner {
                         .mask_row_bytes = 0,
                         .max_rank = max_rank(),
                         .column_tiles = launch.feature_tiles,
-                        .dtype = call_.dtype(),
                         .factor_dtype = factor_dtype(),
                         .has_dropout = false,
                         .out_aligned = false};
@@ -214,7 +205,6 @@ class PlanRunner {
                             .max_rank = p.max_rank,
                             .feature_tiles = launch.feature_tiles,
                             .rank_tiles = launch.rank_tiles,
-                            .dtype = p.dtype,
                             .factor_dtype = p.factor_dtype,
                             .has_dropout = p.has_dropout && !of_B,
                             .x_aligned = false};
@@ -227,8 +217,6 @@ class PlanRunner {
 
   const GroupedCall& call_;
   const GroupedPlan& plan_;
-  char* const scratch_;
-  const GpuStream& stream_;
   GroupTable table_;
   GroupIndex index_;
   float* const partials_;  // [ranges, num_tokens, max_rank]; null: the shrink writes the sums

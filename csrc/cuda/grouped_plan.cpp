@@ -78,10 +78,8 @@ class GroupedPlanner {
     plan_.begin = carver_.take((rows_.num_groups + grouped::kMoreGroups + 1) * 4);
     plan_.tiles = carver_.take(grouped::num_tiles(rows_) * 4);
     plan_.chunks = carver_.take(has_chunks ? grouped::num_chunks(rows_) * 4 : 0);
-    add({.kernel = Kernel::kGroupIndex,
-         .result = Result::kIndex,
-         .grid_x = rows_.num_groups + grouped::kMoreGroups,
-         .threads = grouped::kThreads});
+    plan_.counts = carver_.take((rows_.num_groups + grouped::kMoreGroups) * grouped::index_warps(rows_) * 4);
+    add({.kernel = Kernel::kGroupIndex, .result = Result::kIndex, .grid_x = 1, .threads = grouped::kIndexThreads});
   }
 
   void split_features(int64_t features, int64_t wanted, int64_t step, int64_t least) {

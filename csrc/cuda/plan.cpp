@@ -101,14 +101,11 @@ struct ExpandOutputShape {
 class Planner {
  public:
   Planner(const LoraCall& call, const Gpu& gpu) : call_(call), gpu_(gpu) {
-    plan_.scratch.rounded_A.fill(Scratch::kNone);
-    plan_.scratch.rounded_B.fill(Scratch::kNone);
     plan_.scratch.packed_B.fill(Scratch::kNone);
     plan_.scratch.partial_B.fill(Scratch::kNone);
   }
 
   Plan plan() {
-    plan_round();
     plan_.streams_weights = streams_weights();
     if (call_.expand_backward) split_grad_y();
     plan_pack();
@@ -126,39 +123,7 @@ class Planner {
     if (launch.grid_x > 0 && launch.grid_y > 0) plan_.all_launches[plan_.num_launches++] = launch;
   }
 
-  // --- factors of another dtype than x, and packed ones ---
-
-  template <class Params, class CountOf>
-  void round_factors(const Params* p, bool reads_factors, std::array<int64_t, kMaxSiblings>& offsets,
-                     CountOf count_of) {
-    if (p == nullptr || p->dtype == p->factor_dtype || !reads_factors) return;
-    for (int s = 0; s < p->num_siblings; ++s) {
-      const int64_t count = count_of(p->siblings[s]);
-      if (count == 0) continue;
-      offsets[s] = carver_.take(count * 2);
-      most_rounded_ = std::max(most_rounded_, count);
-      ++num_rounded_;
-    }
-  }
-
-  void plan_round() {
-    const auto count_A = [](int64_t in_features) {
-      return [in_features](const auto& sibling) { return sibling.rank * in_features; };
-    };
-    const auto count_B = [](const auto& sibling) { return sibling.rank * sibling.out_features; };
-    Scratch& scratch = plan_.scratch;
-    if (const auto* p = call_.shrink) round_factors(p, true, scratch.rounded_A, count_A(p->in_features));
-    round_factors(call_.expand, true, scratch.rounded_B, count_B);
-    if (const auto* p = call_.shrink_backward) {
-      round_factors(p, p->wants_grad_x, scratch.rounded_A, count_A(p->in_features));
-    }
-    if (const auto* p = call_.expand_backward) round_factors(p, p->wants_grad_xa, scratch.rounded_B, count_B);
-    add({.kernel = Kernel::kRoundFactors,
-         .result = Result::kFactors,
-         .grid_x = ceil_div(most_rounded_, kThreads),
-         .grid_y = num_rounded_,
-         .threads = kThreads});
-  }
+  // --- packed factors ---
 
   void pack(int64_t& offset, int64_t rank, int64_t features) {
     const PackedShape shape(rank, features);
@@ -527,7 +492,7 @@ class Planner {
   Plan plan_;
   WorkspaceCarver carver_;
   bool pending_ = false;  // the partial sums of xa or grad_xa are still to be added
-  int64_t most_rounded_ = 0, num_rounded_ = 0, most_pack_tiles_ = 0, num_packed_ = 0;
+  int64_t most_pack_tiles_ = 0, num_packed_ = 0;
 };
 
 }  // namespace

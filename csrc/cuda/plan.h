@@ -64,7 +64,6 @@ struct GroupedCall {
 };
 
 enum class Kernel : uint8_t {
-  kRoundFactors,
   kPackFactors,
   kShrink,
   kShrinkAndSum,
@@ -130,12 +129,11 @@ struct ExpandSplit {
 // Byte offsets in the scratch memory.
 struct Scratch {
   static constexpr int64_t kNone = -1;
-  std::array<int64_t, kMaxSiblings> rounded_A, rounded_B;  // factors in x's dtype; kNone: as they are
-  int64_t packed_A = kNone;                                // of all siblings, for grad_x: [total_rank, in_features]
-  std::array<int64_t, kMaxSiblings> packed_B;              // transposed: [rank, out_features]
-  int64_t rank_partials = kNone;  // of xa or grad_xa: float32 [largest of ranges, num_tokens, total_rank]
-  int64_t grad_xa = kNone;        // of a backward: float32 [num_tokens, total_rank]
-  int64_t partial_A = kNone;      // of grad_lora_A: float32 [chunks, total_rank, partial_pitch(in_features)]
+  int64_t packed_A = kNone;                    // of all siblings, for grad_x: [total_rank, in_features]
+  std::array<int64_t, kMaxSiblings> packed_B;  // transposed: [rank, out_features]
+  int64_t rank_partials = kNone;               // of xa or grad_xa: float32 [largest of ranges, num_tokens, total_rank]
+  int64_t grad_xa = kNone;                     // of a backward: float32 [num_tokens, total_rank]
+  int64_t partial_A = kNone;  // of grad_lora_A: float32 [chunks, total_rank, partial_pitch(in_features)]
   std::array<int64_t, kMaxSiblings> partial_B;
   int64_t bytes = 0;
 };
@@ -151,7 +149,7 @@ struct Plan {
 
   // The launches, in order.
   std::span<const PlannedLaunch> launches() const { return {all_launches.data(), static_cast<size_t>(num_launches)}; }
-  static constexpr int kMostLaunches = 8 + 2 * kMaxSiblings;
+  static constexpr int kMostLaunches = 7 + 2 * kMaxSiblings;
   std::array<PlannedLaunch, kMostLaunches> all_launches = {};
   int num_launches = 0;
 };
@@ -164,6 +162,7 @@ struct GroupedPlan {
   int64_t entries = 0;            // byte offsets, as in Scratch: the table of many entries
   int64_t order = 0, begin = 0;   // the index: entries sorted by group, and where groups begin
   int64_t tiles = 0, chunks = 0;  // the index: groups of tiles and of chunks
+  int64_t counts = 0;             // from which it is made
   int64_t rank_partials = Scratch::kNone, grad_xa = Scratch::kNone, factor_partials = Scratch::kNone;
   int64_t scratch_bytes = 0;
   std::vector<PlannedLaunch> launches;

@@ -85,7 +85,6 @@ std::string printed(const std::string& heading, const PlanType& plan, std::span<
 
 const char* name_of(Kernel kernel) {
   switch (kernel) {
-    case Kernel::kRoundFactors: return "round_factors";
     case Kernel::kPackFactors: return "pack_factors";
     case Kernel::kShrink: return "shrink";
     case Kernel::kShrinkAndSum: return "shrink_and_sum";

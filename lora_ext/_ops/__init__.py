@@ -14,3 +14,5 @@
 """
 
 from lora_ext._ops import flops, grouped, grouped_linear, linear, merge, plain, shrink_expand, siblings  # noqa: F401
+
+flops.register_formulas()

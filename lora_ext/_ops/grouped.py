@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_ext._ops import composite
+from lora_ext._ops import composite, flops
 from lora_ext._ops.in_place import check_inference, check_recorded_change, check_saved, count_change
 from lora_ext._ops.registration import (
     LIBRARY,
@@ -25,12 +25,22 @@ from lora_ext._ops.usual_calls import is_usual_call
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
 
-@register_op("lora_grouped_")
+def _forward_flops(y, x, As, Bs, *_, **__) -> int:
+    return flops.of_forward(x, [None], [flops.largest_matrix(As)], [flops.largest_matrix(Bs)])
+
+
+def _backward_flops(grad_y, x, As, Bs, groups, scalings, ranks, xa, mask, dropout_p, wanted, **_) -> int:
+    want_x, *of_factors = wanted
+    wanted = want_x, any(of_factors[: len(As)]), any(of_factors[len(As) :])
+    return flops.of_backward(grad_y, [None], [flops.largest_matrix(As)], [flops.largest_matrix(Bs)], wanted)
+
+
+@register_op("lora_grouped_", flops=_forward_flops)
 def _(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed):
     return fake_saved(x, composite.largest_rank(lora_As), dropout_p)
 
 
-@register_op("lora_grouped_backward")
+@register_op("lora_grouped_backward", flops=_backward_flops)
 def _(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask):
     want_x, *wanted = output_mask
     factors = [factor for factor, is_wanted in zip((*lora_As, *lora_Bs), wanted, strict=True) if is_wanted]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext._ops import composite
+from lora_ext._ops import composite, flops
 from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
@@ -24,7 +24,11 @@ from lora_ext._ops.registration import (
 from lora_ext._ops.usual_calls import is_usual_call
 
 
-@register_op("lora_grouped_linear")
+def _flops(x, weight, bias, As, Bs, *_, **__) -> int:
+    return flops.of_forward(x, [weight], [flops.largest_matrix(As)], [flops.largest_matrix(Bs)])
+
+
+@register_op("lora_grouped_linear", flops=_flops)
 def _(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_ext._ops import checks, composite
+from lora_ext._ops import checks, composite, flops
 from lora_ext._ops.in_place import check_inference, check_recorded_change, check_saved, count_change
 from lora_ext._ops.registration import (
     LIBRARY,
@@ -32,23 +32,27 @@ from lora_ext._ops.usual_calls import is_usual_call, lean_apply
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
 
-@register_op("lora_linear")
+@register_op("lora_linear", flops=lambda x, W, bias, A, B, *_, **__: flops.of_forward(x, [W], [A], [B]))
 def _(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     return x.new_empty((*x.shape[:-1], weight.shape[0])), *fake_saved(x, lora_A.shape[0], dropout_p)
 
 
-@register_op("lora_delta_")
+@register_op("lora_delta_", flops=lambda y, x, A, B, *_, **__: flops.of_forward(x, [None], [A], [B]))
 def _(y, x, lora_A, lora_B, scaling, dropout_p, seed):
     return fake_saved(x, lora_A.shape[0], dropout_p)
 
 
-@register_op("lora_linear_backward")
+def _backward_flops(grad_y, x, W, A, B, xa, mask, scaling, dropout_p, wanted, **_) -> int:
+    return flops.of_backward(grad_y, [W], [A], [B], wanted)
+
+
+@register_op("lora_linear_backward", flops=_backward_flops)
 def _(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, output_mask):
     grad_x, *factors = fake_layer_gradients(grad_y, [lora_A], [lora_B], output_mask)
     return grad_x, *(grads[0] if grads else None for grads in factors)
 
 
-@register_op("lora_dropout_mask")
+@register_op("lora_dropout_mask", flops=lambda *_, **__: 0)
 def _(seed, num_tokens, in_features, dropout_p):
     return seed.new_empty((num_tokens, checks.mask_row_bytes(in_features)), dtype=torch.uint8)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from lora_ext._ops.checks import merge_segments
@@ -9,12 +11,16 @@ from lora_ext._ops.in_place import register_in_place
 from lora_ext._ops.registration import LIBRARY, below_autograd, op_named, register_op
 
 
-@register_op("lora_merge_check")
+def _flops(weights, lora_As, *_, **__) -> int:
+    return sum(2 * prod(weight) * A[0] for weight, A in zip(weights, lora_As, strict=True))
+
+
+@register_op("lora_merge_check", flops=_flops)
 def _(weights, lora_As, lora_Bs):
     return weights[0].new_empty((len(weights),), dtype=torch.int64)
 
 
-@register_op("lora_merge_record_")
+@register_op("lora_merge_record_", flops=_flops)
 def _(weights, lora_As, lora_Bs):
     num_corrections = [torch.library.get_ctx().new_dynamic_size() for _ in weights]
     return (
@@ -25,7 +31,7 @@ def _(weights, lora_As, lora_Bs):
 
 
 for _name in ("lora_merge_", "lora_unmerge_"):
-    register_op(_name)(lambda **arguments: None)
+    register_op(_name, flops=_flops)(lambda **arguments: None)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

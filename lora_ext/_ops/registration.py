@@ -2,7 +2,7 @@
 
 The file of an op (``linear.py``, ...) calls them and registers its autograd:
 
-- :func:`register_op`: the fake kernel, with checks of the arguments, and kernels for lazy views;
+- :func:`register_op`: the fake kernel, with checks of the arguments, kernels for lazy views, and a count of operations;
 - :func:`register_composite`: the op in plain PyTorch, for torch.func;
 - :func:`register_autocast`: which arguments autocast casts;
 - :func:`register_backward`: autograd, torch.func and autocast of a backward op.
@@ -34,6 +34,9 @@ arguments_by_name: dict[str, Callable[..., dict[str, object]]] = {}
 
 checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
 """The same, after a check of the arguments."""
+
+flop_formulas: dict[str, Callable[..., int]] = {}
+"""For each op the number of its operations, for :mod:`lora_ext._ops.flops`."""
 
 
 def call_backward(op: Callable, *arguments: object) -> tuple:
@@ -71,11 +74,14 @@ class ChangedArguments:
         return found
 
 
-def register_op(name: str) -> Callable[[Callable], Callable]:
-    """Registers an op's fake (meta) kernel, and kernels that resolve lazy views.
+def register_op(name: str, flops: Callable[..., int]) -> Callable[[Callable], Callable]:
+    """Registers an op's fake (meta) kernel, kernels that resolve lazy views, and the number of its operations.
 
     The decorated function is the fake kernel, which takes the op's arguments by name and returns results of the right
     shapes and dtypes. Before it, the arguments are checked as the compiled op checks them.
+
+    Args:
+        flops: Takes the op's arguments with shapes in place of tensors; counts two for each multiply-add, as PyTorch.
     """
     schema = op_named(name)._schema.arguments
     names, defaults = [a.name for a in schema], {a.name: a.default_value for a in schema if a.has_default_value()}
@@ -90,7 +96,7 @@ def register_op(name: str) -> Callable[[Callable], Callable]:
         check_arguments(name, list(arguments.values()))
         return arguments
 
-    arguments_by_name[name], checked_arguments[name] = by_name, checked
+    arguments_by_name[name], checked_arguments[name], flop_formulas[name] = by_name, checked, flops
 
     def register(kernel: Callable) -> Callable:
         torch.library.register_fake(f"lora_ext::{name}")(lambda *values, **named: kernel(**checked(*values, **named)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 
 from lora_ext._ops import composite
 from lora_ext._ops.checks import accumulation_dtype
+from lora_ext._ops.flops import Shape
 from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
@@ -23,23 +25,27 @@ from lora_ext._ops.registration import (
 from lora_ext._ops.tensor_arguments import explain_inference
 
 
-@register_op("lora_shrink")
+def _flops(rows: Shape, factor: Shape, products: int = 1) -> int:
+    return 2 * products * prod(rows[:-1]) * prod(factor)
+
+
+@register_op("lora_shrink", flops=lambda x, A, **_: _flops(x, A))
 def _(x, lora_A):
     return x.new_empty((*x.shape[:-1], lora_A.shape[0]), dtype=accumulation_dtype(x.dtype))
 
 
-@register_op("lora_expand")
+@register_op("lora_expand", flops=lambda base, xa, B, *_, **__: _flops(base, B))
 def _(base, xa, lora_B, bias):
     return base.new_empty(base.shape)
 
 
-@register_op("lora_shrink_backward")
+@register_op("lora_shrink_backward", flops=lambda grad_xa, x, A, base, wanted, **_: _flops(x, A, sum(wanted)))
 def _(grad_xa, x, lora_A, base, output_mask):
     want_x, want_A = output_mask
     return x.new_empty(x.shape) if want_x else None, *(fake_gradients([lora_A]) if want_A else [None])
 
 
-@register_op("lora_expand_backward")
+@register_op("lora_expand_backward", flops=lambda grad_y, xa, B, wanted, **_: _flops(grad_y, B, sum(wanted)))
 def _(grad_y, xa, lora_B, output_mask):
     want_xa, want_B = output_mask
     shape = (*grad_y.shape[:-1], lora_B.shape[1])

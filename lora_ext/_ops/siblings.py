@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_ext._ops import composite
+from lora_ext._ops import composite, flops
 from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
@@ -27,13 +27,19 @@ from lora_ext._ops.usual_calls import is_usual_call, lean_apply
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
 
-@register_op("lora_linear_siblings")
+@register_op(
+    "lora_linear_siblings", flops=lambda x, Ws, biases, bases, As, Bs, *_, **__: flops.of_forward(x, Ws, As, Bs)
+)
 def _(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed):
     ys = [x.new_empty((*x.shape[:-1], lora_B.shape[0])) for lora_B in lora_Bs]
     return ys, *fake_saved(x, sum(lora_A.shape[0] for lora_A in lora_As), dropout_p)
 
 
-@register_op("lora_linear_siblings_backward")
+def _backward_flops(grad_ys, x, Ws, As, Bs, xa, mask, scalings, dropout_p, wanted, **_) -> int:
+    return flops.of_backward(grad_ys[0], Ws, As, Bs, wanted)
+
+
+@register_op("lora_linear_siblings_backward", flops=_backward_flops)
 def _(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
     return fake_layer_gradients(grad_ys[0], lora_As, lora_Bs, output_mask)
 

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter
-from lora_ext.adapters import (
-    delete_adapter,
-    disable_adapters,
-    merge_and_unload,
-    set_adapter,
-    unload,
-)
+from lora_ext.adapters import delete_adapter, disable_adapters, merge_and_unload, set_adapter, unload
 
 
 def randomized(model: nn.Module) -> nn.Module:

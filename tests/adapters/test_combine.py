@@ -12,13 +12,7 @@ from support.properties import given, settings, st
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, add_weighted_adapter, inject, load_adapter, save_adapter, set_adapter
-from lora_ext.adapters import (
-    adapter_names,
-    hotswap_adapter,
-    lora_modules,
-    prepare_hotswap,
-    trainable_parameter_counts,
-)
+from lora_ext.adapters import adapter_names, hotswap_adapter, lora_modules, prepare_hotswap, trainable_parameter_counts
 from lora_ext.adapters.combine import COMBINATIONS, combine_factors
 
 ALIVE = {"lora_alpha": 8, "init_lora_weights": False}
@@ -112,8 +106,8 @@ def test_as_in_peft(family, kind, weights, tmp_path):
     ours, theirs = pair(base, tmp_path, config, config)
     combine_both(ours, theirs, weights, kind)
     result, expected = call(ours, ids), call(theirs, ids)
-    # PEFT computes the factors of embeddings and convolutions in float32.
-    assert (result - expected).norm() / expected.norm() < (1e-7 if family == "bert" else 2e-6)
+    # PEFT rounds the weights of linear and svd to float32, and the factors of embeddings and convolutions.
+    assert (result - expected).norm() / expected.norm() < (1e-7 if (family, kind) == ("bert", "cat") else 2e-6)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("cat", {}), ("svd", {}), ("svd", {"svd_rank": 1})])
@@ -123,7 +117,9 @@ def test_adapters_with_different_layers_and_ranks(kind, options, tmp_path):
     second = {"r": 5, "target_modules": ["c_fc", "c_attn"], "fan_in_fan_out": True, "use_rslora": True}
     ours, theirs = pair(base, tmp_path, first, second)
     combine_both(ours, theirs, (0.6, 1.5), kind, **options)
-    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    result, expected = ours(input_ids=ids).logits, theirs(input_ids=ids).logits
+    # PEFT rounds the weights of svd to float32, and near ones of the singular values that are kept and cut enlarge it.
+    assert (result - expected).norm() / expected.norm() < (1e-7 if kind == "cat" else 1e-5)
     if kind == "cat":  # no unused rank in a layer with only one of the two
         ranks = {path.rpartition(".")[2]: layer.adapters["both"].r for path, layer in lora_modules(ours)}
         assert ranks == {"c_attn": 7, "c_proj": 2, "c_fc": 5}

@@ -8,19 +8,7 @@ import pytest
 import torch
 import transformers
 from architectures.inputs import IMAGE_TOKEN
-from architectures.table import (
-    DEBERTA,
-    ENCODER,
-    LED,
-    LLAVA,
-    OPT,
-    SWIN,
-    SWITCH,
-    T5,
-    VISION,
-    W2V_BERT,
-    XLNET,
-)
+from architectures.table import DEBERTA, ENCODER, LED, LLAVA, OPT, SWIN, SWITCH, T5, VISION, W2V_BERT, XLNET
 from support.models import refused
 from support.pools import write_adapters
 from support.rows import assert_rows_equal, use, with_adapters

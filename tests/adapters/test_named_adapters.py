@@ -21,13 +21,7 @@ from lora_ext import (
     set_adapter,
     unmerge,
 )
-from lora_ext.adapters import (
-    adapter_names,
-    adapter_status,
-    lora_modules,
-    trainable_parameter_counts,
-    unload,
-)
+from lora_ext.adapters import adapter_names, adapter_status, lora_modules, trainable_parameter_counts, unload
 from lora_ext.nn import LoraAdapter, LoraLinear
 
 ALIVE = {"lora_alpha": 8, "init_lora_weights": False}

@@ -17,10 +17,7 @@ from support.models import Net
 from torch import nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
-from lora_ext.adapters import (
-    hotswap_adapter,
-    lora_modules,
-)
+from lora_ext.adapters import hotswap_adapter, lora_modules
 from lora_ext.merging import layers as merged_module
 
 pytestmark = pytest.mark.full
@@ -133,4 +130,5 @@ def test_a_fork_waits_for_a_change(monkeypatch):
             os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     thread.join(20)
+    assert not thread.is_alive()
     assert all_same(weights(unmerge(model)), pristine)

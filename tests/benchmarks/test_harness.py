@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import report, timing
+from harness import report
 from harness.machine_folder import machine_folder
-from harness.shapes import Shape
 
 from lora_ext import _load
 
@@ -30,33 +29,6 @@ def test_cases_share_the_time(monkeypatch, capsys):
         now[0] += spent
     assert shares == [20.0, 20.0, 12.5]  # at most 20 of 22.5 and 28.3; half of 25
     assert "out of time: 1 cases are not measured" in capsys.readouterr().out
-
-
-def test_slow_calls_warm_up_once_and_stop_early(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-
-    def clock(call):
-        now[0] += 10.0
-        return 10.0
-
-    seconds = timing.interleaved({"a": None}, rounds=60, budget_s=20.0, clock=clock)
-    assert seconds == {"a": [10.0] * 5} and now[0] == 60.0
-
-
-def test_options_are_checked(capsys):
-    parser = report.parser("A question?", "name")
-    report.add_shapes(parser)
-    for options, message in (
-        (["--rounds", "1"], "'1', want an integer of at least 2"),
-        (["--shapes", "1x2"], "'1x2' is not TOKENSxINxOUT"),
-        (["--shapes", "0x2x3"], "'0x2x3' is not TOKENSxINxOUT"),
-        (["--machine-isa", "mmx"], "'mmx'"),
-    ):
-        with pytest.raises(SystemExit):
-            parser.parse_args(options)
-        assert message in capsys.readouterr().err
-    assert parser.parse_args(["--shapes", "1x2x3,4x5x6"]).shapes == [Shape(1, 2, 3), Shape(4, 5, 6)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

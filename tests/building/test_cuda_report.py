@@ -98,20 +98,6 @@ def test_reads_resources_and_instructions():
     assert cuda_binary.parse_ptx(PTX.splitlines()) == {"80": {"_Z1f6Params", "_Z1h6Params"}, "90a": {"_Z1g6Params"}}
 
 
-@pytest.mark.parametrize(
-    "demangled, short",
-    [
-        ("lora_ext::cuda::dropout_mask_kernel(lora_ext::cuda::DropoutMaskParams)", "dropout_mask_kernel"),
-        ("void lora_ext::cuda::f<__half, (int)2, (bool)1>(P<(int)2>)", "f<__half, 2, 1>"),
-        ("void lora_ext::cuda::(anonymous namespace)::f<lora_ext::cuda::Mode<3> >(P)", "f<Mode<3> >"),
-        ("void lora_ext::cuda::mma::f<__half, (lora_ext::cuda::mma::Bits)2>(P)", "mma::f<__half, 2>"),
-        ("_Z9unmangled", "_Z9unmangled"),
-    ],
-)
-def test_short_names(demangled, short):
-    assert cuda_binary.short_name(demangled) == short
-
-
 # --- the rules, on an invented family ---------------------------------------------------------------------------------
 
 

@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
 import gpu_check  # noqa: E402
 import gpu_report  # noqa: E402
-import sanitize_ops  # noqa: E402
 from gpu_check import FAILED, NOT_FINISHED, NOT_RUN, OUT_OF_TIME, PASSED, Part  # noqa: E402
 
 pytestmark = [pytest.mark.cpu_only("tests a script"), pytest.mark.full]
@@ -60,24 +57,6 @@ def test_the_parts(monkeypatch):
         assert parts[0].name == first and parts[1].not_run.startswith("no nvcc")
 
 
-@pytest.mark.parametrize("capability, arch", [((8, 0), "80"), ((9, 0), "90a"), ((10, 0), "100"), ((12, 0), "120")])
-def test_architecture_of_the_card(capability, arch):
-    assert gpu_check.arch_of(capability) == arch
-
-
-def test_a_wheel_brings_the_libraries(tmp_path):
-    for names in (gpu_check.LIBRARIES, gpu_check.LIBRARIES[:1]):
-        with zipfile.ZipFile(wheel := tmp_path / "lora_ext.whl", "w") as archive:
-            for name in names:
-                archive.writestr(f"lora_ext/{name}", f"{len(names)} {name}")
-        if names == gpu_check.LIBRARIES:
-            gpu_check.install_library(wheel, tmp_path)
-        else:
-            with pytest.raises(SystemExit, match=r"lora_ext\.whl: no liblora_ext_cuda\.so"):
-                gpu_check.install_library(wheel, tmp_path)
-    assert [(tmp_path / name).read_text() for name in gpu_check.LIBRARIES] == [f"3 {n}" for n in gpu_check.LIBRARIES]
-
-
 # --- a part -----------------------------------------------------------------------------------------------------------
 
 
@@ -107,32 +86,6 @@ def test_parts_are_processes_with_limits(logs):
     assert gpu_check.run(python("raise SystemExit(1)", measures=True), 60)["measured"] is None
 
 
-def test_ctrl_c_ends_the_part(tmp_path):
-    """Also in a background job of a shell, where Ctrl-C is ignored by default."""
-    code = f"""
-        import signal, sys
-        sys.path.insert(0, {str(ROOT / "scripts")!r})
-        from pathlib import Path
-        import gpu_check
-        gpu_check.LOGS = Path({str(tmp_path)!r})
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sleep = [sys.executable, "-c", "import time; print('3 passed', flush=True); time.sleep(600)"]
-        try:
-            gpu_check.run(gpu_check.Part("first", sleep, 600), 600)
-        except KeyboardInterrupt as error:
-            print(error.args[0]["status"], error.args[0]["detail"])
-    """
-    ignores = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=ignores)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "first.log").exists() or "passed" not in (tmp_path / "first.log").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=90)[0].startswith("interrupted ")
-
-
 @pytest.mark.parametrize(
     "text, code, status",
     [
@@ -149,18 +102,6 @@ def test_ctrl_c_ends_the_part(tmp_path):
 )
 def test_a_sanitizer_without_time_is_not_finished(text, code, status):
     assert gpu_check.status_of(python("", sanitizer=True), code, text) == status
-
-
-def test_sanitized_ops_have_a_budget_beside_the_imports(monkeypatch, capsys):
-    now = iter(range(0, 1000, 30))
-    monkeypatch.setattr(sanitize_ops.time, "monotonic", lambda: next(now))
-    for options, error, status, said in (
-        (["--seconds", "40"], 0.0, gpu_check.STOPPED_IN_TIME, "not finished: 1 of 9 cases in 40 s, 0 wrong"),
-        (["--seconds", "40"], 1.0, 1, "1 wrong"),
-        ([], 0.0, 0, "9 cases, 0 wrong"),
-    ):
-        monkeypatch.setattr(sanitize_ops, "worst_error", lambda shape, dtypes, error=error: error)
-        assert sanitize_ops.main(options) == status and said in capsys.readouterr().out
 
 
 # --- the result file --------------------------------------------------------------------------------------------------
@@ -244,19 +185,3 @@ def test_a_dry_run_goes_from_the_options_to_the_result_file(tmp_path, logs, monk
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry", "--only", "rivals,x"])
     with pytest.raises(SystemExit, match="no part x; there are golden, layer"):
         gpu_check.main()
-
-
-def test_failures_are_read_from_a_log_that_was_cut():
-    log = """
-tests/ops/test_a.py::test_one[(1, 2)-bfloat16] FAILED            [ 12%]
-tests/ops/test_a.py::test_two PASSED                             [ 13%]
-[gw3] [ 14%] FAILED tests/ops/test_b.py::test_three[a b]
-[gw1] [ 15%] PASSED tests/ops/test_b.py::test_four
-ERROR tests/nn/test_c.py - ImportError: no module
-FAILED tests/ops/test_a.py::test_one[(1, 2)-bfloat16] - AssertionError: 1 - 2
-"""
-    assert {*gpu_check.failed_tests(log)} == {
-        "tests/nn/test_c.py",
-        "tests/ops/test_a.py::test_one[(1, 2)-bfloat16]",
-        "tests/ops/test_b.py::test_three[a b]",
-    }

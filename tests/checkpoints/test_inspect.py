@@ -7,13 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoint_files import (
-    EVERY_LAYER,
-    EveryLayer,
-    merged_by_peft,
-    peft_adapter,
-    save_checkpoint,
-)
+from support.checkpoint_files import EVERY_LAYER, EveryLayer, merged_by_peft, peft_adapter, save_checkpoint
 from support.models import llama
 from torch import nn
 

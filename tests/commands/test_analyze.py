@@ -265,14 +265,8 @@ def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(fil
         ("--adapter four --base bert", "not in the base: model.layers.0.mlp.up_proj.weight; not in the base: "),
         ("--adapter four --base bert", "and 1 more; --base names another checkpoint, and --no-base goes without one"),
         ("--adapter four query --no-base", "have no layer in common; analyze each by itself"),
-        (
-            "--adapter four wide --no-base",
-            "not of one model: model.layers.0.self_attn.q_proj has the shapes",
-        ),
-        (
-            "--adapter broken --no-base",
-            "model.layers.1.mlp.up_proj in broken: factored_svd: ",
-        ),
+        ("--adapter four wide --no-base", "not of one model: model.layers.0.self_attn.q_proj has the shapes"),
+        ("--adapter broken --no-base", "model.layers.1.mlp.up_proj in broken: factored_svd: "),
         ("--adapter four --base infinite", "model.layers.0.mlp.up_proj.weight of infinite: "),
         ("--adapter dora --no-base", "is a DoRA adapter (use_dora), which rescales the weights"),
     ],

@@ -99,7 +99,7 @@ def test_parameters_of_phobert(tmp_path):
 # --- the demo model ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.full
+@pytest.mark.slow  # trains the demo in two processes; tests/planner compares tensors with plans
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of resident memory")
 def test_the_demo_takes_the_memory_that_is_planned():
     """The plan is within 15 % of the growth of a process that trains it and returns freed memory."""

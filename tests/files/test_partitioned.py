@@ -13,13 +13,7 @@ from support.models import bert, llama, token_ids
 from support.partitioned import partition
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
-from lora_ext.adapters import (
-    add_weighted_adapter,
-    disable_adapters,
-    hotswap_adapter,
-    prepare_hotswap,
-    unload,
-)
+from lora_ext.adapters import add_weighted_adapter, disable_adapters, hotswap_adapter, prepare_hotswap, unload
 from lora_ext.methods import apply_method, new_method, save_method
 
 pytestmark = pytest.mark.cpu_only("one process with gloo")

@@ -27,7 +27,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERS = [
     ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     ("bert", {"target_modules": r".*\.layer\.1\..*(query|dense)", "modules_to_save": ["pooler", "classifier"]}),
-    ("roberta", {"target_modules": ["dense"], "exclude_modules": ["pooler"], "task_type": "SEQ_CLS"}),
+    ("roberta", {"target_modules": ["dense"], "exclude_modules": ["intermediate.dense"], "task_type": "SEQ_CLS"}),
     ("llama", {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "use_rslora": True}),
     ("llama", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}),
     ("net", {"target_modules": ["up", "down"], "modules_to_save": ["norm", "head"]}),

@@ -41,10 +41,7 @@ CASES = {
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"]}),
     "packed": (gpt2, {"target_modules": ["c_attn"], "enable_lora": {"c_attn": (True, False, True)}}),
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
-    "tied": (
-        lambda: llama(tied=True),
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    ),
+    "tied": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
     # Files of this model have the experts one by one; Transformers converts them.
     "experts": (

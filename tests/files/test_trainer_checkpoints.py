@@ -20,10 +20,7 @@ pytestmark = pytest.mark.cpu_only("the Trainer chooses the device")
 CASES = {
     "head": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
     "biases": (bert, {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
-    "tied": (
-        lambda: llama(tied=True),
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    ),
+    "tied": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
     "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
 }
 MORE = ("biases", "tied tokens")

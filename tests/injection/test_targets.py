@@ -102,10 +102,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"target_modules": ATTENTION, "exclude_modules": r".*\.1\..*"}),
     ("bert", {"target_modules": r".*layer\.1\..*(query|dense)"}),
     ("bert", {"target_modules": ATTENTION, "layers_to_transform": [1], "layers_pattern": ["block", "lay.r"]}),
-    (
-        "bert",
-        {"target_modules": ["query", "bert.encoder.layer.0.attention.self.value"], "layers_to_transform": 1},
-    ),
+    ("bert", {"target_modules": ["query", "bert.encoder.layer.0.attention.self.value"], "layers_to_transform": 1}),
     ("bert", {"target_modules": ["query"], "modules_to_save": ["LayerNorm", "classifier"]}),
     ("roberta", {"target_modules": ["dense", "out_proj"], "modules_to_save": ["classifier.out_proj"]}),
     ("bert", {"target_modules": ["query"], "trainable_token_indices": [3, 1]}),
@@ -212,16 +209,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"target_modules": [], "target_parameters": ["experts.upp"]},
         "target_parameters ['experts.upp'] matches no parameter of Mixture; close matches: 'experts.up'",
     ),
-    (
-        "mixture",
-        {TOKENS: {"embedd": [0]}},
-        f"{TOKENS} ['embedd'] matches no ... close matches: 'embed'",
-    ),
-    (
-        "bert",
-        {"layers_to_transform": [3], "layers_pattern": "layer"},
-        f"{LEFT} ... other layers_to_transform",
-    ),
+    ("mixture", {TOKENS: {"embedd": [0]}}, f"{TOKENS} ['embedd'] matches no ... close matches: 'embed'"),
+    ("bert", {"layers_to_transform": [3], "layers_pattern": "layer"}, f"{LEFT} ... other layers_to_transform"),
     ("mixture", {"target_parameters": ["gate.weight"]}, "names 'body.layers.0.experts.gate', and so does target_modul"),
     (
         "mixture",

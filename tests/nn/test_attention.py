@@ -27,13 +27,7 @@ from lora_ext.nn import LoraLinear, LoraMultiheadAttention
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [
-        ("self", {}),
-        ("self", {"bias": False}),
-        ("memory", {}),
-        ("all", {}),
-        ("all", {"bias": False}),
-    ],
+    [("self", {}), ("self", {"bias": False}), ("memory", {}), ("all", {}), ("all", {"bias": False})],
 )
 def test_equals_the_attention_with_merged_weights(kind, settings, batch_first, batched, need_weights):
     base = Wrapper(batch_first=batch_first, **settings)

@@ -61,7 +61,7 @@ def test_a_merge_that_overflows_changes_nothing():
     with torch.no_grad():
         model[0].adapters["default"].lora_magnitude_vector[3] = 1e9
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="NaN or infinite|overflow"):
+    with pytest.raises(ValueError, match="elements of the weight of '0' infinite: the sum overflows"):
         merge(model)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 

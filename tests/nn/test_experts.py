@@ -31,10 +31,7 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # PyTorch has no grouped product in float64. The others are compared in float64, to rounding.
 DTYPES = {"eager": torch.float64, "batched_mm": torch.float64, "grouped_mm": torch.float32}
 LIKE_OTHERS = ("qwen2", "deepseek_v2")
-TOLERANCES = {
-    torch.float64: {"rtol": 1e-7, "atol": 1e-7},
-    torch.float32: {"rtol": 1e-3, "atol": 1e-5},
-}
+TOLERANCES = {torch.float64: {"rtol": 1e-7, "atol": 1e-7}, torch.float32: {"rtol": 1e-3, "atol": 1e-5}}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

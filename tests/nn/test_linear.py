@@ -72,10 +72,7 @@ def test_merging_by_itself():
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, want a finite number of at least 0"),
         ({"lora_alpha": -1.0}, "lora_alpha is -1.0, want a finite number of at least 0"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf, want a finite number"),
-        (
-            {"init_lora_weights": "pissa"},
-            "init_lora_weights is 'pissa', want True, False or \"gaussian\"",
-        ),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', want True, False or \"gaussian\""),
     ],
 )
 def test_adapter_refuses(arguments, text):

@@ -9,12 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.layers import (
-    DTYPES,
-    Layer,
-    random_layer,
-    relative_error,
-)
+from support.layers import DTYPES, Layer, random_layer, relative_error
 from support.op_table import OPS, assert_as_good_as_plain, linear, results
 from torch import Tensor
 

@@ -39,7 +39,13 @@ TESTS = {
 }
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+ISAS = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
+LOWEST_AND_HIGHEST = ("generic", [isa for isa in ISAS if isa in _load.available_cpu_isas()][-1])
+
+
+@pytest.mark.parametrize(
+    "isa", [isa if isa in LOWEST_AND_HIGHEST else pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS]
+)
 def test_ops(isa):
     if isa not in _load.available_cpu_isas():
         pytest.skip(f"this machine does not run {isa}")

@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from support.layers import (
-    random_layer,
-    relative_error,
-)
+from support.layers import random_layer, relative_error
 from support.op_table import OPS, linear, results
 from support.processes import run_forked
 

@@ -314,11 +314,7 @@ def test_a_record_of_other_things():
         ({"words": "lora"}, TypeError, "MergeRecord: words is 'lora' of type str, want a torch.Tensor or None"),
         ({"dtype": "float32"}, TypeError, "MergeRecord: dtype is 'float32' of type str, want a torch.dtype"),
         ({"lora_A": torch.randn(4)}, ValueError, r"lora_unmerge_: the record's lora_A has shape \[4\], want 2 dimens"),
-        (
-            {"lora_B": torch.tensor(1.0)},
-            ValueError,
-            r"lora_unmerge_: the record's lora_B has shape \[\], want 2 dim",
-        ),
+        ({"lora_B": torch.tensor(1.0)}, ValueError, r"lora_unmerge_: the record's lora_B has shape \[\], want 2 dim"),
     ):
         with pytest.raises(error, match=message):
             values = {"lora_A": A, "lora_B": B, "dtype": weight.dtype} | wrong

@@ -35,13 +35,7 @@ from lora_ext.nn import LoraAdapter, LoraLinear
 
 HERE = torch.get_default_device()
 OF_X = ("x", "weight", "weights", "bias", "biases", "base", "bases", "y", "grad_y", "grad_ys", "residual")
-FORWARDS = (
-    "lora_linear",
-    "lora_linear_siblings",
-    "lora_linear_siblings of bases",
-    "lora_shrink",
-    "lora_expand",
-)
+FORWARDS = ("lora_linear", "lora_linear_siblings", "lora_linear_siblings of bases", "lora_shrink", "lora_expand")
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 trains_or_not = pytest.mark.parametrize("trains", [False, True])
 

@@ -45,6 +45,7 @@ def test_lora_at_a_float_s_mercy():
 """
 
 
+@pytest.mark.slow  # three runs of pytest, which import PEFT's tests' libraries
 def test_a_difference_fails_and_rounding_is_tried_again(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_custom_models.py").write_text(TESTS + ONLY_PEFT + ROUNDING)

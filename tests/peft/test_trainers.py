@@ -115,7 +115,7 @@ def test_autocast_to_bfloat16_costs_no_more_than_with_peft(way, start, tmp_path)
         losses.append(torch.tensor(logged(trainer, "loss")))
     exact, theirs, ours = losses
     assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
-    assert (exact[0] - exact[-1]).abs() > 0.5
+    assert exact[0] - exact[-1] > 0.1
 
 
 def loop(way: Way, start: Start) -> list[float]:

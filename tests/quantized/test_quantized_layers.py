@@ -203,7 +203,7 @@ def test_int4_of_torchao_is_refused_by_name():
 def test_refusals():
     with pytest.raises(TypeError, match=r"down \(Linear4bit\): modules_to_save would train its quantised weight"):
         inject(net("nf4"), LoraConfig(target_modules=["up"], modules_to_save=["down"]))
-    with pytest.raises(TypeError, match=r"up\.weight: .*bitsandbytes|up\.weight"):
+    with pytest.raises(TypeError, match=r"up\.weight: it is quantised as bitsandbytes"):
         inject(net("nf4"), LoraConfig(target_modules=[], target_parameters=["up.weight"]))
 
 
@@ -247,7 +247,7 @@ def test_a_format_describes_its_weight(format, dtype):
     x = torch.randn(5, 128).to(dtype)
     y = weight.module.train()(x)
     expected = x.float() @ weight.dequantize().T + bias
-    rtol, atol = (1e-4, 1e-3) if format in QUANTIZE else (0.02, 1e-5 if dtype == torch.float32 else 0.02)
+    rtol, atol = (1e-4, 1e-3) if format in QUANTIZE else (1e-4, 1e-5) if dtype == torch.float32 else (0.02, 0.02)
     torch.testing.assert_close(y.float(), expected, rtol=rtol, atol=atol)
 
 

@@ -112,7 +112,8 @@ def test_merge_and_unload_leaves_a_quantised_model(format):
     merge_and_unload(model)
     assert type(model.up) is type(other.up.base_layer)
     assert all(torch.equal(a, b) for a, b in zip(stored(model).values(), stored(other).values(), strict=True))
-    torch.testing.assert_close(model(x), other(x), rtol=0, atol=0.02 * other(x).abs().max().item())
+    near = 1e-5 if format.startswith("torchao") else 0.02  # bitsandbytes computes in another dtype without our layer
+    torch.testing.assert_close(model(x), other(x), rtol=0, atol=near * other(x).abs().max().item())
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8", "torchao-int8"])

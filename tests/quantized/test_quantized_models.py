@@ -88,7 +88,8 @@ def test_train_save_load_merge_and_generate(checkpoint, quantization, tmp_path):
     theirs = peft.PeftModel.from_pretrained(load(checkpoint, quantization), tmp_path / "ours").eval()
     with torch.no_grad():
         # bitsandbytes computes in bfloat16 in PEFT's model in eval mode.
-        torch.testing.assert_close(theirs(batch).logits, y, rtol=0, atol=0.03 * y.abs().max().item())
+        near = 1e-5 if quantization.startswith("torchao") else 0.03
+        torch.testing.assert_close(theirs(batch).logits, y, rtol=0, atol=near * y.abs().max().item())
     theirs.save_pretrained(tmp_path / "theirs")
     again = load_adapter(load(checkpoint, quantization), tmp_path / "theirs").eval()
     with torch.no_grad(), unchanged_bytes(model):
@@ -107,7 +108,7 @@ def test_train_save_load_merge_and_generate(checkpoint, quantization, tmp_path):
     here, there = stored(merge_and_unload(model)), stored(again)
     assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
     with torch.no_grad():
-        torch.testing.assert_close(again(batch).logits, merged, rtol=0, atol=0.03 * merged.abs().max().item())
+        torch.testing.assert_close(again(batch).logits, merged, rtol=0, atol=near * merged.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

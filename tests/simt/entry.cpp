@@ -60,3 +60,14 @@ EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, 
 
 EXPORT_GROUPED(LoraGroupedForwardParams)
 EXPORT_GROUPED(LoraGroupedBackwardParams)
+
+// Makes the index alone. places: the byte offsets of order and begin in the scratch memory.
+EXPORT void run_group_index(const LoraGroupedForwardParams* p, const GroupedRows* rows, void* scratch,
+                            int64_t* places) {
+  const GroupedCall call(*p, *rows, {});
+  GroupedPlan plan = make_plan(call, {});
+  std::erase_if(plan.launches, [](const PlannedLaunch& launch) { return launch.kernel != Kernel::kGroupIndex; });
+  run_plan(call, plan, scratch, stream_of(1));
+  places[0] = plan.order;
+  places[1] = plan.begin;
+}

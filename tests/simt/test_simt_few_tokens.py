@@ -48,6 +48,9 @@ def test_few_tokens(dtypes, tokens, in_features, dropout_p, sizes):
     read = with_rounded_factors(siblings)
     exact, plain = run_reference(read.to(torch.float64), dropout_p), run_reference(read, dropout_p)
     assert_errors_as_plain([(ours, exact, plain)], dtypes[0], dtypes[0])
+    if dtypes[0] != dtypes[1]:
+        rounded_before = run_kernel(read, dropout_p)
+        assert all(torch.equal(ours[name], y) for name, y in rounded_before.items())
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F16, F16)], ids=str)

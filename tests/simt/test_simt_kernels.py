@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pyte
 
 SIBLINGS = [1, 3]
 SEED = 0x1234_5678_9ABC_DEF0 >> 1
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MAIN_DTYPES = [(BF16, BF16), (F16, F16)]
 
 
@@ -123,6 +123,7 @@ def test_dtypes_and_ranks(dtypes, rank, count):
         ((65, 63, 130, 16), 0.5),  # one more or less than a tile
         ((40, 136, 72, 12), 0.1),  # multiples of 8, not of a tile
         ((33, 64, 64, 16), 0.0),
+        ((9, 70, 33, 4), 2.0**-16),  # the smallest threshold
     ],
     ids=str,
 )
@@ -157,6 +158,23 @@ def test_pipelines_go_round(dtypes, rank, aligned):
         layer = replace(layer, x=misaligned(layer.x), grad_y=misaligned(layer.grad_y))
         siblings = Siblings(layer.x, [layer])
     assert_as_good_as_torch(siblings, 0.1, library=few_blocks())
+
+
+@pytest.mark.parametrize("in_features", [840, 71], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("rank", [8, 20, 40, 100])
+@pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F32), (BF16, F64), (F16, BF16)], ids=dtype_name)
+def test_factors_of_another_dtype_are_rounded_as_they_are_read(dtypes, rank, in_features):
+    """The results are those of factors that were rounded before, halfway cases included, to the bit."""
+    siblings = siblings_of(2, (37, in_features, 136, rank), dtypes)
+    for layer in siblings.layers:
+        for factor in (layer.lora_A, layer.lora_B):
+            steps = torch.arange(factor.shape[1]) % 4 + 0.5
+            factor[0] = 1 + torch.finfo(dtypes[0]).eps * steps
+    found = run_kernels(siblings, 0.1, library=few_blocks())
+    for name, expected in run_kernels(with_rounded_factors(siblings), 0.1, library=few_blocks()).items():
+        if name[0] in "AB" and dtypes[1].itemsize == 2:
+            continue  # the gradient is rounded to another dtype
+        assert torch.equal(found[name].to(expected.dtype), expected), name
 
 
 @pytest.mark.parametrize("count", SIBLINGS)
@@ -250,6 +268,18 @@ def test_same_bits_in_every_order_of_threads(dtypes, shape, count, blocks):
     for schedule in (1, 2):
         for name, result in run_kernels(siblings, 0.1, schedule, library=library).items():
             assert torch.equal(result, first[name]), f"{name} in schedule {schedule}"
+
+
+@pytest.mark.parametrize(("num_tokens", "rank"), [(3, 5), (20, 35), (3, 71)])
+def test_infinite_factors_of_one_layer_leave_the_others_as_they_are(num_tokens, rank):
+    siblings = siblings_of(3, (num_tokens, 600, 40, rank), (BF16, BF16))
+    expected = run_kernels(siblings)
+    for factor in (siblings.layers[1].lora_A, siblings.layers[1].lora_B):
+        factor.fill_(torch.inf)
+    found = run_kernels(siblings)
+    for name in ("y[0]", "A[0]", "B[0]", "y[2]", "A[2]", "B[2]"):
+        assert torch.equal(found[name], expected[name]), name
+    assert not found["y[1]"].isfinite().any()
 
 
 @pytest.mark.parametrize("schedule", [0, 1])

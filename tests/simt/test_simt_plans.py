@@ -97,11 +97,10 @@ def test_partial_sums_that_would_be_read_too_often_get_their_own_launch():
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)], ids=str)
-def test_wide_factors_are_rounded_and_no_factor_of_a_small_rank_is_packed(dtypes):
+def test_no_factor_of_a_small_rank_is_rounded_or_packed_in_a_launch_of_its_own(dtypes):
     sizes, options = (2048, 4096, [(4096, 16)]), dict(zip(("dtype", "factor_dtype"), dtypes, strict=True))
-    first = ["round_factors"] * (dtypes[1] == F32)
-    assert names(plan_forward(*sizes, **options)) == first + FORWARD
-    assert names(plan_backward(*sizes, **options)) == first + BACKWARD
+    assert names(plan_forward(*sizes, **options)) == FORWARD
+    assert names(plan_backward(*sizes, **options)) == BACKWARD
 
 
 def test_launches_of_large_ranks():
@@ -142,7 +141,7 @@ def test_a_plan_prints_itself():
     text = repr(_load.plan_forward(2048, 4096, Q_K_V, multiprocessors=58))
     assert text.startswith(
         "forward of 2048 tokens, 4096 -> 4096 (rank 16), 1024 (rank 16), 1024 (rank 16), bfloat16, factors float32\n"
-        "3 launches on 58 multiprocessors, "
+        "2 launches on 58 multiprocessors, "
     )
     assert re.search(
         r"\n  shrink<64> +xa +\d+ blocks of 256 threads, .*; 16 chunks of 128 tokens x \d+ ranges of", text

@@ -266,12 +266,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
         "the active adapters are ['a', 'b'], want exactly one, or a name",
     ),
     (save_adapter, {"directory": lambda path: saved(path) / "adapter_config.json"}, OSError, "adapter_config.json"),
-    (
-        load_adapter,
-        {"directory": "org/name"},
-        FileNotFoundError,
-        "that huggingface_hub.snapshot_download",
-    ),
+    (load_adapter, {"directory": "org/name"}, FileNotFoundError, "that huggingface_hub.snapshot_download"),
     (
         load_adapter,
         {"directory": lambda path: damaged(path, "adapter_config.json", b"{")},

@@ -13,7 +13,7 @@
 #pragma once
 
 #include "../launch.cuh"
-#include "../mma/fragments.cuh"
+#include "../mma/operands.cuh"
 #include "gathered_tile.cuh"
 #include "group_index.cuh"
 #include "tile_sizes.h"
@@ -23,12 +23,12 @@ namespace lora_ext::cuda::grouped {
 struct FactorSumsParams {
   GroupTable table;
   GroupIndex index;
-  const void* x;        // [num_tokens, features]: x or grad_y, dtype
+  const void* x;        // [num_tokens, features]: x or grad_y, T
   const uint8_t* mask;  // [num_tokens, mask_row_bytes], where there is dropout
   const float* small;   // [num_tokens, max_rank]: grad_xa or xa
   float* partial;       // [num_tokens / (kChunkRows / 2), max_rank, features]
   int64_t features, x_stride, mask_row_bytes, max_rank, feature_tiles, rank_tiles;
-  DType dtype, factor_dtype;
+  DType factor_dtype;
   bool has_dropout, x_aligned;
 };
 
@@ -71,7 +71,7 @@ template <class T, bool kOfB>
 __global__ void __launch_bounds__(kThreads, 2) grouped_factor_sums_kernel(const __grid_constant__ FactorSumsParams p) {
   ptx::wait_for_earlier_launches();
   using Tiles = FactorSumsTiles;
-  using XTile = GatheredTile<Tiles::kRows, Tiles::kFeatures, kThreads>;
+  using XTile = GatheredTile<Tiles::kRows, Tiles::kFeatures>;
   constexpr int kRows = Tiles::kRows, kRanks = Tiles::kRanks, kStages = Tiles::kStages;
   constexpr int kRankChunks = kRanks / mma::kChunk;
   SharedMemory shared;
@@ -92,11 +92,11 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_factor_sums_kernel(const 
   const int count = rank0 < group.rank ? chunk.count : 0, steps = (count + kRows - 1) / kRows;
   const auto copy = [&](int step) {
     if (step < steps) {
-      XTile::copy(x_tiles + step % kStages * Tiles::kXChunks, static_cast<const T*>(p.x), p.x_aligned, feature0,
-                  p.features, [&](int row) {
-                    const int at = step * kRows + row;
-                    return at < count ? rows[at] * p.x_stride : int64_t{-1};
-                  });
+      XTile::gather(x_tiles + step % kStages * Tiles::kXChunks, static_cast<const T*>(p.x), p.x_aligned, feature0,
+                    p.features, threadIdx.x, [&](int row) {
+                      const int at = step * kRows + row;
+                      return at < count ? rows[at] * p.x_stride : int64_t{-1};
+                    });
     }
     ptx::cp_async_commit();
   };
@@ -107,8 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_factor_sums_kernel(const 
     const int at = step * kRows + small_row;
     const int64_t rank = rank0 + small_rank;
     const float* from = at < count ? p.small + rows[at] * p.max_rank + rank : nullptr;
-    pair.x = from != nullptr && rank < group.rank ? from[0] : 0.0f;
-    pair.y = from != nullptr && rank + 1 < group.rank ? from[1] : 0.0f;
+    pair = mma::load_rank_pair(from, at < count ? static_cast<int>(group.rank - rank) : 0, false);
   };
 
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_factor_sums_kernel(const 
     }
     uint4* small_tile = small_tiles + step % 2 * Tiles::kSmallChunks;
     uint4* to = small_tile + mma::chunk_index<kRankChunks>(small_row, small_rank / mma::kChunk);
-    reinterpret_cast<uint32_t*>(to)[small_rank % mma::kChunk / 2] = mma::rounded_pair<T>(pair.x, pair.y);
+    reinterpret_cast<uint32_t*>(to)[small_rank % mma::kChunk / 2] = rounded_pair<T>(pair.x, pair.y);
     ptx::cp_async_wait<kStages - 2>();
     if (p.has_dropout) XTile::clear(x_tile, kept);
     __syncthreads();  // this step's tiles are complete, the last step's tiles are free

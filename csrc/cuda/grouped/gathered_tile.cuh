@@ -1,65 +1,38 @@
-// Tiles of 16-bit elements in shared memory whose rows lie anywhere in memory; the layout is that of mma/tiles.cuh.
+// Tiles of rows that lie anywhere in memory: factors that are rounded on the way, and rows of x with dropout.
 #pragma once
 
 #include <type_traits>
 
 #include "../mma/tiles.cuh"
-#include "eights.cuh"
+#include "tile_sizes.h"
 
 namespace lora_ext::cuda::grouped {
 
 template <class T>
 constexpr DType kDTypeOf = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16;
 
-// Rounds eight numbers to T.
-template <class T>
-__device__ __forceinline__ uint4 rounded_chunk(const Eight& values) {
-  alignas(16) T rounded[kEight];
-#pragma unroll
-  for (int e = 0; e < kEight; ++e) rounded[e] = from_acc<T>(values.v[e]);
-  return *reinterpret_cast<const uint4*>(rounded);
-}
+// The threads of a block copy kRows x kColumns elements.
+template <int kRows, int kColumns>
+struct GatheredTile : mma::TileCopy<kRows, kColumns, kThreads> {
+  using Copy = mma::TileCopy<kRows, kColumns, kThreads>;
+  using Copy::kChunks, Copy::kCopies;
 
-// kThreads threads copy kRows x kColumns elements, a thread always the same chunks of a tile.
-template <int kRows, int kColumns, int kThreads>
-struct GatheredTile {
-  static constexpr unsigned kChunks = kColumns / mma::kChunk;
-  static constexpr unsigned kCopies = (kRows * kChunks + kThreads - 1) / kThreads;
-
-  // Copies columns [column0, column0 + kColumns) before `end`. offset_of(row): of its first element from `matrix`, or
-  // -1 for a row that does not exist. What does not exist becomes zero.
-  template <class T, class OffsetOf>
-  static __device__ __forceinline__ void copy(uint4* tile, const T* matrix, bool aligned, int64_t column0, int64_t end,
-                                              OffsetOf offset_of) {
-#pragma unroll
-    for (unsigned i = 0; i < kCopies; ++i) {
-      const unsigned index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
-      if (index >= kRows * kChunks) break;
-      const int64_t offset = offset_of(static_cast<int>(row)), column = column0 + chunk * mma::kChunk;
-      const int width = offset >= 0 ? mma::inside<mma::kChunk>(column, end) : 0;
-      uint4* to = tile + mma::chunk_index<kChunks>(row, chunk);
-      const T* from = width > 0 ? matrix + offset + column : matrix;
-      if (aligned) {
-        ptx::cp_async_16(ptx::shared_address(to), from, static_cast<uint32_t>(width) * 2);
-      } else {
-        *to = mma::gather_chunk(from, width);
-      }
-    }
-  }
-
-  // Copies a factor of T, or of another dtype that is rounded to T, as autocast does.
+  // Copies a factor of T, or of another dtype that is rounded to T, as autocast does. The arguments are those of
+  // gather.
   template <class T, class OffsetOf>
   static __device__ __forceinline__ void copy_factor(uint4* tile, const void* factor, DType dtype, bool aligned,
                                                      int64_t column0, int64_t end, OffsetOf offset_of) {
-    if (dtype == kDTypeOf<T>) return copy(tile, static_cast<const T*>(factor), aligned, column0, end, offset_of);
+    if (dtype == kDTypeOf<T>) {
+      return Copy::gather(tile, static_cast<const T*>(factor), aligned, column0, end, threadIdx.x, offset_of);
+    }
 #pragma unroll 1
     for (unsigned index = threadIdx.x; index < kRows * kChunks; index += kThreads) {
       const unsigned row = index / kChunks, chunk = index % kChunks;
-      const int64_t offset = offset_of(static_cast<int>(row)), column = column0 + chunk * mma::kChunk;
-      const int width = offset >= 0 ? eight_inside(column, end) : 0;
-      Eight values{};
+      const int64_t offset = offset_of(row), column = column0 + chunk * mma::kChunk;
+      const int width = offset >= 0 ? inside(column, end) : 0;
+      Eight values;
       if (width > 0) values = load_eight(factor, offset + column, width, aligned, dtype);
-      tile[mma::chunk_index<kChunks>(row, chunk)] = rounded_chunk<T>(values);
+      tile[mma::chunk_index<kChunks>(row, chunk)] = rounded_chunk<T>(values.v);
     }
   }
 
@@ -71,7 +44,7 @@ struct GatheredTile {
     for (unsigned i = 0; i < kCopies; ++i) {
       const unsigned index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
       const int64_t column = column0 + chunk * mma::kChunk;
-      const int64_t offset = index < kRows * kChunks && column < end ? offset_of(static_cast<int>(row)) : -1;
+      const int64_t offset = index < kRows * kChunks && column < end ? offset_of(row) : -1;
       kept[i] = offset >= 0 ? mask[offset + column / 8] : uint8_t{0};
     }
   }

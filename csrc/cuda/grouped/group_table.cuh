@@ -7,7 +7,7 @@
 
 #include "../launch.cuh"
 #include "../plan.h"
-#include "eights.cuh"
+#include "../eights.cuh"
 #include "tile_sizes.h"
 
 namespace lora_ext::cuda::grouped {

@@ -20,12 +20,12 @@ namespace lora_ext::cuda::grouped {
 struct ShrinkParams {
   GroupTable table;
   GroupIndex index;
-  const void* x;        // [num_tokens, features], dtype
+  const void* x;        // [num_tokens, features], T
   const uint8_t* mask;  // [num_tokens, mask_row_bytes], where there is dropout
   float* out;           // [ranges, num_tokens, max_rank]
   int64_t features, x_stride, mask_row_bytes, max_rank, features_per_range;
   int ranges, rank_tiles;
-  DType dtype, factor_dtype;
+  DType factor_dtype;
   bool has_dropout, x_aligned;
 };
 
@@ -33,9 +33,9 @@ template <class T, int kRanks, bool kBackward>
 __global__ void __launch_bounds__(kThreads, 2) grouped_shrink_kernel(const __grid_constant__ ShrinkParams p) {
   ptx::wait_for_earlier_launches();
   using Tiles = ShrinkTiles<kRanks>;
-  using XTile = GatheredTile<Tiles::kRows, Tiles::kStep, kThreads>;
-  using FactorTile = std::conditional_t<kBackward, GatheredTile<Tiles::kStep, kRanks, kThreads>,  // lora_B
-                                        GatheredTile<kRanks, Tiles::kStep, kThreads>>;            // lora_A
+  using XTile = GatheredTile<Tiles::kRows, Tiles::kStep>;
+  using FactorTile = std::conditional_t<kBackward, GatheredTile<Tiles::kStep, kRanks>,  // lora_B
+                                        GatheredTile<kRanks, Tiles::kStep>>;            // lora_A
   constexpr int kStages = Tiles::kStages, kStep = Tiles::kStep, kChunks = Tiles::kChunks;
   SharedMemory shared;
   uint4* x_tiles = shared.take<uint4>(kStages * Tiles::kXChunks, "x_tiles");
@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_shrink_kernel(const __gri
     if (step < steps) {
       const int stage = step % kStages;
       const int64_t column0 = begin + static_cast<int64_t>(step) * kStep;
-      XTile::copy(x_tiles + stage * Tiles::kXChunks, static_cast<const T*>(p.x), p.x_aligned, column0, end,
-                  [&](int row) { return row < tile.count ? rows[row] * p.x_stride : int64_t{-1}; });
+      XTile::gather(x_tiles + stage * Tiles::kXChunks, static_cast<const T*>(p.x), p.x_aligned, column0, end,
+                    threadIdx.x, [&](int row) { return row < tile.count ? rows[row] * p.x_stride : int64_t{-1}; });
       const int64_t row0 = kBackward ? column0 : rank0, row_end = kBackward ? end : group.rank;
       FactorTile::template copy_factor<T>(
           factor_tiles + stage * Tiles::kFactorChunks, factor, p.factor_dtype, factor_aligned,

@@ -10,9 +10,8 @@
 
 namespace lora_ext::cuda::grouped {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // of every kernel here but write_entries
-constexpr int kEight = 8;           // neighbouring elements: a byte of the dropout mask has their bits
-constexpr int kInlineEntries = 32;  // that travel with a kernel's parameters (group_table.cuh)
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of kernels without a number of their own
+constexpr int kInlineEntries = 32;                     // that travel with a kernel's parameters (group_table.cuh)
 
 // --- rows sorted by their groups (group_index.cuh) ---
 
@@ -20,6 +19,12 @@ constexpr int kInlineEntries = 32;  // that travel with a kernel's parameters (g
 constexpr int64_t kMoreGroups = 2;
 constexpr int64_t kTileRows = 64;    // of a tile of shrink and expand
 constexpr int64_t kChunkRows = 512;  // of a chunk whose sums over rows one block makes
+constexpr int kIndexThreads = 1024;  // of the one block that makes the index
+
+// Warps that share the entries: a warp takes 32 at a time.
+inline int index_warps(const GroupedRows& rows) {
+  return static_cast<int>(std::clamp<int64_t>(ceil_div(rows.num_entries, 32), 1, kIndexThreads / 32));
+}
 
 inline int64_t num_tiles(const GroupedRows& rows) {
   return rows.num_tokens / kTileRows + std::min(rows.num_entries, rows.num_groups + kMoreGroups);

@@ -86,12 +86,13 @@ class ExpandLong {
     const int64_t col = col0_ + group * 8;
     // The packed ranks starting at this thread's first; 0 if the columns lie outside the factor.
     const int ranks = col < shape_.features ? static_cast<int>(shape_.ranks) - row - step * kLongRank : 0;
-    const uint16_t* from = sibling_.factor + (row + step * kLongRank) * shape_.features + col;
+    const uint16_t* from =
+        static_cast<const uint16_t*>(sibling_.factor) + (row + step * kLongRank) * shape_.features + col;
 #pragma unroll
     for (int i = 0; i < kLongRank; i += kRows) {
       const bool inside = i < ranks;
-      ptx::cp_async_16(to + i * kLongFactorPitch, inside ? from + i * shape_.features : sibling_.factor,
-                       inside ? 16 : 0);
+      const void* row_from = inside ? from + i * shape_.features : sibling_.factor;
+      ptx::cp_async_16(to + i * kLongFactorPitch, row_from, inside ? 16 : 0);
     }
     ptx::cp_async_commit();
   }

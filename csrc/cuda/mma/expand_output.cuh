@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../../common/params.h"
-#include "../elements.cuh"
+#include "../eights.cuh"
 #include "../launch.cuh"
 #include "fragments.cuh"
 #include "operands.cuh"
@@ -14,9 +14,9 @@ namespace lora_ext::cuda::mma {
 //
 // The columns of the output are cut into tiles, sibling after sibling; blockIdx.y counts through all tiles.
 struct ExpandSibling {
-  // The short kernel's lora_B [cols, rank], where it does not read ExpandParams::lora_A; the long kernel's packed
-  // factor (pack_factors.cuh), columns interleaved.
-  const uint16_t* factor = nullptr;
+  // The short kernel's lora_B [cols, rank], factor_dtype, where it does not read ExpandParams::lora_A; the long
+  // kernel's packed factor (pack_factors.cuh), columns interleaved.
+  const void* factor = nullptr;
   const void* bias = nullptr;  // [cols], T; null: none
   const void* base;            // [num_tokens, cols], with out's stride, T; null: zero; may be out
   void* out;                   // [num_tokens, cols], T
@@ -42,6 +42,7 @@ struct ExpandParams {
   ExpandSibling siblings[kMaxSiblings] = {};
   bool reads_lora_A = false;  // the short kernel: for grad_x it reads lora_A, for y lora_B
   StackedFactor lora_A = {};
+  DType factor_dtype;
   // The short kernel adds partial sums: [largest of ranges, num_tokens, small_operand_stride].
   bool adds_partials = false, writes_sums = false;
   RankTable<int> ranges = {};     // of every column of the small operand
@@ -58,77 +59,10 @@ __device__ __forceinline__ int find_sibling(const ExpandParams& p) {
   return sibling;
 }
 
-// Loads two neighbours of the small operand, an even number of ranks after the sibling's first. count: the sibling's
-// ranks starting at `from`. Elements beyond belong to another sibling and may be NaN: they become zero.
-__device__ __forceinline__ float2 load_rank_pair(const float* from, int count, bool pairs) {
-  float2 pair = make_float2(0.0f, 0.0f);
-  if (pairs) {
-    if (count > 0) pair = *reinterpret_cast<const float2*>(from);
-  } else {
-    if (count > 0) pair.x = from[0];
-    if (count > 1) pair.y = from[1];
-  }
-  return pair;
-}
-
-// Eight neighbouring elements of a row, two to a word.
-struct Eight {
-  uint32_t word[4];
-};
-
-template <class T>
-__device__ __forceinline__ float element_of(const Eight& eight, int e) {
-  const uint16_t bits = static_cast<uint16_t>(eight.word[e / 2] >> (e % 2 * 16));
-  if constexpr (std::is_same_v<T, __half>) {
-    return to_acc(__ushort_as_half(bits));
-  } else {
-    return to_acc(__ushort_as_bfloat16(bits));
-  }
-}
-
-template <class T>
-__device__ __forceinline__ Eight load_eight(const T* from) {
-  const uint4 words = *reinterpret_cast<const uint4*>(from);
-  return {{words.x, words.y, words.z, words.w}};
-}
-
-// value[e] += from[e], for rows without aligned groups.
-template <class T>
-__device__ __forceinline__ void add_single(float (&value)[8], const T* from, int count) {
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (e < count) value[e] += to_acc(from[e]);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void add_eight(float (&value)[8], const Eight& eight) {
-#pragma unroll
-  for (int e = 0; e < 8; ++e) value[e] += element_of<T>(eight, e);
-}
-
-template <class T>
-__device__ __forceinline__ void store_eight(T* to, const float (&value)[8]) {
-  uint32_t word[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    word[i] = rounded_pair<T>(value[2 * i], value[2 * i + 1]);
-  }
-  *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
-}
-
-template <class T>
-__device__ __forceinline__ void store_single(T* to, const float (&value)[8], int count) {
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (e < count) to[e] = from_acc<T>(value[e]);
-  }
-}
-
 // A lane's inputs for a piece besides the sums: eight elements of base and a byte of the mask, for each of its two
 // rows.
 struct ExpandAddends {
-  Eight base[2] = {};
+  Chunk base[2] = {};
   uint32_t keep = 0;
 };
 
@@ -157,7 +91,7 @@ class ExpandOutput {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (count(i, col) <= 0) continue;
-      if (sibling_.base && eights_) addends.base[i] = load_eight(base_of(out_ + i * out_step() + col));
+      if (sibling_.base && eights_) addends.base[i] = load_chunk(base_of(out_ + i * out_step() + col));
       if (mask_) addends.keep |= static_cast<uint32_t>(mask_[i * mask_step() + col / 8]) << (8 * i);
     }
     return addends;
@@ -177,9 +111,9 @@ class ExpandOutput {
       }
       T* out = out_ + i * out_step() + col;
       if (eights_) {
-        if (sibling_.bias) add_eight<T>(value, load_eight(bias_of(col)));  // mostly from the first-level cache
-        if (sibling_.base) add_eight<T>(value, addends.base[i]);
-        store_eight(out, value);
+        if (sibling_.bias) add_chunk<T>(value, load_chunk(bias_of(col)));  // mostly from the first-level cache
+        if (sibling_.base) add_chunk<T>(value, addends.base[i]);
+        store_chunk(out, value);
       } else {
         if (sibling_.bias) add_single(value, bias_of(col), elements);
         if (sibling_.base) add_single(value, base_of(out), elements);

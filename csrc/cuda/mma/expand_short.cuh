@@ -16,7 +16,7 @@ static_assert(kPackedRankStep == 16, "the short kernel knows the rows of a facto
 
 // --- the factor in shared memory ---
 //
-// [padded ranks][tile columns], x's dtype.
+// [padded ranks][tile columns], T; V: the factor's dtype.
 //
 // Columns are interleaved within 32 (pack_factors.cuh), and 16-byte groups of a row are exchanged within 128 bytes so
 // that eight rows at one column, which ldmatrix reads, lie in different banks. Factors are read as they lie, and
@@ -24,22 +24,18 @@ static_assert(kPackedRankStep == 16, "the short kernel knows the rows of a facto
 
 __device__ __forceinline__ int factor_group(int row, int group, int groups) { return row * groups + (group ^ row % 8); }
 
-__device__ __forceinline__ uint4 load_chunk(const uint16_t* from, int width, bool aligned) {
-  if (aligned && width > 0) return *reinterpret_cast<const uint4*>(from);
-  return gather_chunk(from, width);
-}
-
 // lora_A of all siblings, for grad_x. Eight columns of a rank are four pairs, which go to four groups.
+template <class T, class V>
 __device__ __forceinline__ void load_lora_A_tile(uint16_t* tile, const StackedFactor& factor, int rank_rows,
                                                  int64_t col0, int cols) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, groups = cols / 8;
   uint32_t* words = reinterpret_cast<uint32_t*>(tile);
   for (int row = warp; row < rank_rows; row += kWarps) {
-    const uint16_t* from = row < factor.rank ? factor.row(row) + col0 : nullptr;
+    const V* from = row < factor.rank ? factor.row<V>(row) + col0 : nullptr;
 #pragma unroll 2
     for (int chunk = lane; chunk < groups; chunk += 32) {
-      const int width = from ? inside<kChunk>(col0 + chunk * kChunk, factor.features) : 0;
-      const uint4 loaded = load_chunk(from + chunk * kChunk, width, factor.in_chunks);
+      const int width = from ? inside(col0 + chunk * kChunk, factor.features) : 0;
+      const uint4 loaded = load_factor_chunk<T>(from + chunk * kChunk, width, factor.in_chunks);
       const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) words[factor_group(row, chunk / 4 * 4 + j, groups) * 4 + chunk % 4] = pairs[j];
@@ -48,14 +44,16 @@ __device__ __forceinline__ void load_lora_A_tile(uint16_t* tile, const StackedFa
 }
 
 // lora_B of one sibling [cols, rank], for y. Eight ranks of a column go to eight rows.
+template <class T, class V>
 __device__ __forceinline__ void load_lora_B_tile(uint16_t* tile, const ExpandSibling& sibling, bool in_chunks,
                                                  int rank_rows, int64_t col0, int cols) {
+  const V* factor = static_cast<const V*>(sibling.factor);
   const int groups = cols / 8;
   for (int row = 0; row < rank_rows; row += kChunk) {
 #pragma unroll 2
     for (int col = static_cast<int>(threadIdx.x); col < cols; col += kThreads) {
       const int width = col0 + col < sibling.cols ? min(max(sibling.rank - row, 0), kChunk) : 0;
-      const uint4 loaded = load_chunk(sibling.factor + (col0 + col) * sibling.rank + row, width, in_chunks);
+      const uint4 loaded = load_factor_chunk<T>(factor + (col0 + col) * sibling.rank + row, width, in_chunks);
       const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
       const int group = col / 32 * 4 + col % 8 / 2, element = col % 32 / 8 * 2 + col % 2;
 #pragma unroll
@@ -147,11 +145,13 @@ __global__ void __launch_bounds__(kThreads, kSteps == 1 ? 3 : 2)
 
   SharedMemory memory;
   uint16_t* factor_tile = memory.take<uint16_t>(p.factor_tile_elements, "factor");
-  if (p.reads_lora_A) {
-    load_lora_A_tile(factor_tile, p.lora_A, rank_rows, col0, padded_cols);
-  } else {
-    load_lora_B_tile(factor_tile, sibling, tiles.chunks, rank_rows, col0, padded_cols);
-  }
+  with_elements(sibling.factor, p.factor_dtype, [&]<class V>(const V*) {
+    if (p.reads_lora_A) {
+      load_lora_A_tile<T, V>(factor_tile, p.lora_A, rank_rows, col0, padded_cols);
+    } else {
+      load_lora_B_tile<T, V>(factor_tile, sibling, tiles.chunks, rank_rows, col0, padded_cols);
+    }
+  });
   const uint32_t factor = ptx::shared_address(factor_tile);
 
   // All loads come before the first rounding, so that they overlap.

@@ -19,7 +19,7 @@ namespace lora_ext::cuda::mma {
 struct FewTokensParams {
   struct Sibling {
     const void* weight;  // [cols, in_features], rows weight_stride apart, T
-    const void* lora_B;  // [cols, rank], contiguous, T
+    const void* lora_B;  // [cols, rank], contiguous, factor_dtype
     const void* bias;    // [cols], T; null: none
     void* y;             // [num_tokens, cols], contiguous, T
     int64_t cols, weight_stride, first_block;
@@ -33,6 +33,7 @@ struct FewTokensParams {
   int64_t total_rank;
   int ranges;
   bool adds_partials;
+  DType factor_dtype;
 };
 
 // A lane's operands of a step. Lane 4 * g + t has rows g and g + 8 of a tile of 16 rows of the weight, and token g of a
@@ -130,7 +131,8 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 2 : 1)
   }
   for (int i = thread; i < rows * sibling.rank; i += kThreads) {
     const int row = i / sibling.rank, r = i % sibling.rank;
-    lora_B_tile[row * kRankPitch + r] = to_acc(static_cast<const T*>(sibling.lora_B)[row0 * sibling.rank + i]);
+    const float element = load_as<float>(sibling.lora_B, row0 * sibling.rank + i, p.factor_dtype);
+    lora_B_tile[row * kRankPitch + r] = to_acc(from_acc<T>(element));
   }
   __syncthreads();
 

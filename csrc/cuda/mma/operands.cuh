@@ -1,35 +1,125 @@
 // The small operands of the kernels, on their way from memory to shared memory: factors, xa and grad_xa.
 #pragma once
 
+#include "../eights.cuh"
 #include "../sums.cuh"
 #include "fragments.cuh"
 
 namespace lora_ext::cuda::mma {
 
-// --- factors: 16-bit, which kernels only copy, so that they need not know which 16-bit type it is ---
+// --- factors: of x's dtype T in shared memory and in registers, to which others are rounded on the way ---
 
 // lora_A of all siblings, below each other: [rank, features].
 struct StackedFactor {
   PackedShape shape;  // as if it were packed: padding reads as zero
   int64_t rank, features;
-  RankTable<const uint16_t*> factors;  // of every sibling [its rank, features], contiguous
-  bool in_chunks;                      // every row is aligned to 16 bytes
+  RankTable<const void*> factors;  // of every sibling [its rank, features], contiguous, dtype
+  DType dtype;
+  bool in_chunks;  // every row is aligned to 16 bytes
 
-  __device__ __forceinline__ const uint16_t* row(int64_t r) const {
+  template <class V>
+  __device__ __forceinline__ const V* row(int64_t r) const {
+    return reinterpret_cast<const V*>(row(r, sizeof(V)));
+  }
+  __device__ __forceinline__ const char* row(int64_t r, int64_t bytes_of_element) const {
     const int s = factors.sibling_of(r);
-    return factors.value[s] + (s > 0 ? r - factors.rank_end[s - 1] : r) * features;
+    const int64_t first = (s > 0 ? r - factors.rank_end[s - 1] : r) * features;
+    return static_cast<const char*>(factors.value[s]) + first * bytes_of_element;
   }
 };
 
 // A packed factor in the same form.
-inline StackedFactor packed_factor(const void* packed, int64_t rank, int64_t features) {
+inline StackedFactor packed_factor(const void* packed, int64_t rank, int64_t features, DType dtype) {
   const PackedShape shape(rank, features);
   return {.shape = shape,
           .rank = shape.ranks,
           .features = shape.features,
-          .factors = same_for_all_ranks(static_cast<const uint16_t*>(packed)),
+          .factors = same_for_all_ranks(packed),
+          .dtype = dtype,
           .in_chunks = true};
 }
+
+// Loads a chunk of a row, the first `width` elements: all of them, or none, if rows are in chunks.
+template <class T, class V>
+__device__ __forceinline__ uint4 load_factor_chunk(const V* from, int width, bool in_chunks) {
+  if constexpr (std::is_same_v<T, V>) {
+    if (in_chunks && width > 0) return *reinterpret_cast<const uint4*>(from);
+    return gather_chunk(from, width);
+  } else {
+    return rounded_chunk<T>(load_eight(from, width, in_chunks).v);
+  }
+}
+
+// The threads of a block make tiles [kRanks][kFeatures] of a stacked factor, one after the other, starting at rank0.
+// fetch() copies a tile of x's dtype, by cp.async. kRounds: it only starts the loads of another dtype; store() rounds
+// them, later.
+template <class T, int kRanks, int kFeatures, bool kRounds>
+class FactorTiles {
+  static constexpr int kRowChunks = kFeatures / kChunk;
+  static constexpr unsigned kCopies = (kRanks * kRowChunks + kThreads - 1) / kThreads;
+  struct Loaded {
+    Eight chunk[kCopies];
+  };
+  struct Nothing {};
+
+ public:
+  using Fetched = std::conditional_t<kRounds, Loaded, Nothing>;  // a thread's part of a tile
+
+  // Copies nothing beyond the first `ranks` ranks of a tile.
+  __device__ __forceinline__ FactorTiles(const StackedFactor& factor, int64_t rank0, int ranks, unsigned thread)
+      : factor_(factor), ranks_(ranks), thread_(thread) {
+    const int64_t bytes = kRounds ? element_bytes(factor.dtype) : sizeof(T);
+#pragma unroll
+    for (unsigned i = 0; i < kCopies; ++i) {
+      const int64_t rank = rank0 + row_of(i);
+      rows_[i] = rank < factor.rank ? factor.row(rank, bytes) + chunk() * kChunk * bytes : nullptr;
+    }
+  }
+
+  __device__ __forceinline__ void fetch(uint4* tile, int64_t column0, Fetched& fetched) const {
+#pragma unroll
+    for (unsigned i = 0; i < kCopies; ++i) {
+      if (!is_inside(i)) continue;
+      const int width = rows_[i] ? inside(column0 + chunk() * kChunk, factor_.features) : 0;
+      if constexpr (kRounds) {
+        fetched.chunk[i] = load_eight(rows_[i], column0, width, factor_.in_chunks, factor_.dtype);
+      } else {
+        uint4* to = tile + chunk_index<kRowChunks>(row_of(i), chunk());
+        const T* from = reinterpret_cast<const T*>(rows_[i]) + column0;
+        if (factor_.in_chunks) {
+          const void* any = factor_.factors.value[0];
+          ptx::cp_async_16(ptx::shared_address(to), width > 0 ? from : any, width * 2);
+        } else {
+          *to = gather_chunk(from, width);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(uint4* tile, const Fetched& fetched) const {
+    if constexpr (kRounds) {
+#pragma unroll
+      for (unsigned i = 0; i < kCopies; ++i) {
+        if (is_inside(i)) tile[chunk_index<kRowChunks>(row_of(i), chunk())] = rounded_chunk<T>(fetched.chunk[i].v);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ unsigned chunk() const { return thread_ % kRowChunks; }
+  __device__ __forceinline__ unsigned row_of(unsigned i) const {
+    return i * (kThreads / kRowChunks) + thread_ / kRowChunks;
+  }
+  __device__ __forceinline__ bool is_inside(unsigned i) const {
+    // The remainder changes no row that is copied; it saves the kernel 8 registers (nvcc 13.0).
+    return row_of(i) < kRanks && static_cast<int>(row_of(i) % kRanks) < ranks_;
+  }
+
+  const StackedFactor& factor_;
+  const int ranks_;
+  const unsigned thread_;
+  const char* rows_[kCopies];  // the thread's first chunk of each row; null: zeros
+};
 
 // --- xa or grad_xa: float32 in memory, rounded to x's dtype in shared memory ---
 
@@ -38,6 +128,19 @@ struct SmallOperand {
   const float* data;  // [rows, columns]
   int64_t rows, columns, stride;
 };
+
+// Loads two neighbours of the small operand, an even number of ranks after the sibling's first. count: the sibling's
+// ranks starting at `from`. Elements beyond belong to another sibling and may be NaN: they become zero.
+__device__ __forceinline__ float2 load_rank_pair(const float* from, int count, bool pairs) {
+  float2 pair = make_float2(0.0f, 0.0f);
+  if (pairs) {
+    if (count > 0) pair = *reinterpret_cast<const float2*>(from);
+  } else {
+    if (count > 0) pair.x = from[0];
+    if (count > 1) pair.y = from[1];
+  }
+  return pair;
+}
 
 // The threads of a block make tiles [kTokens][kRanks] of T, one after the other, starting at (token0, rank0). A tile
 // takes two steps: fetch() starts the loads early; store() writes the tile once its place is free. A thread has pairs

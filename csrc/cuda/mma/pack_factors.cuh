@@ -3,11 +3,12 @@
 //
 // A packed factor is a row-major matrix [rank, features]. lora_A keeps its orientation, lora_B is transposed. The
 // factors of siblings stand below each other if one kernel reads them all. Padding is zero, so kernels copy whole
-// tiles, 16 bytes at a time. Elements have x's dtype.
+// tiles, 16 bytes at a time. Elements have x's dtype, to which those of another are rounded.
 #pragma once
 
 #include <algorithm>
 
+#include "../elements.cuh"
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "tile_sizes.h"
@@ -16,7 +17,7 @@ namespace lora_ext::cuda::mma {
 
 // A factor, and its place in an image.
 struct PackSource {
-  const void* from;  // [rank, features], or [features, rank] when transposed; contiguous, x's dtype
+  const void* from;  // [rank, features], or [features, rank] when transposed; contiguous, dtype
   int64_t rank, features;
   bool transposed = false;
 };
@@ -44,6 +45,7 @@ struct PackJob {
 struct PackFactorsParams {
   int num_jobs = 0;
   PackJob jobs[kMaxPackJobs] = {};
+  DType dtype;
 
   void add(const PackSource& source, const PackTarget& target) {
     // The image's last factor also writes the padding rows below it, with zeros.
@@ -67,10 +69,10 @@ __device__ __forceinline__ int interleaved_column(int position) {
   return position / 32 * 32 + 8 * (n / 2) + 2 * tile + n % 2;
 }
 
-// Loads a tile of the image. Neighbouring threads read neighbouring elements of the factor.
-__device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t row0, int64_t col0,
+// Loads a tile of the image. Neighbouring threads read neighbouring elements of the factor. from: source.from.
+template <class T, class V>
+__device__ __forceinline__ void load_pack_tile(const PackSource& source, const V* from, int64_t row0, int64_t col0,
                                                uint16_t (&tile)[kPackRows][kPackPitch]) {
-  const uint16_t* from = static_cast<const uint16_t*>(source.from);
 #pragma unroll
   for (int i = 0; i < kPackRows * kPackCols / kThreads; ++i) {
     const int element = static_cast<int>(threadIdx.x) + i * kThreads;
@@ -79,7 +81,7 @@ __device__ __forceinline__ void load_pack_tile(const PackSource& source, int64_t
     const int64_t row = row0 + r, col = col0 + c;
     const bool inside = row < source.rank && col < source.features;
     const int64_t index = source.transposed ? col * source.rank + row : row * source.features + col;
-    tile[r][c] = inside ? from[index] : uint16_t{0};
+    tile[r][c] = inside ? bits_of(rounded<T>(from[index])) : uint16_t{0};
   }
 }
 
@@ -93,7 +95,8 @@ __global__ void __launch_bounds__(kThreads) pack_factors_kernel(const __grid_con
   const int64_t col_tiles = job.num_cols / kPackCols;
   const int64_t row0 = blockIdx.x / col_tiles * kPackRows, col0 = blockIdx.x % col_tiles * kPackCols;
 
-  load_pack_tile(job.source, row0, col0, tile);
+  with_elements(job.source.from, p.dtype,
+                [&](const auto* from) { load_pack_tile<T>(job.source, from, row0, col0, tile); });
   __syncthreads();
 
   // A warp writes the 128 bytes of a row, in pairs that are neighbours both in the image and in the factor.

@@ -11,7 +11,6 @@
 //   shrink, token_sum, shrink_and_sum  the kernels that read x or grad_y
 //   expand_short, expand_long          the kernels that write y or grad_x; they share expand_output
 //   few_tokens                         the kernel that reads the weights
-//   round_factors                      factors in x's dtype
 //   pack_factors                       factors in the order in which kernels copy them
 //   operands                           factors, xa and grad_xa on the way from memory to shared memory
 //   tiles, fragments                   operands in shared memory, and in registers
@@ -27,7 +26,6 @@
 #include "few_tokens.cuh"
 #include "pack_factors.cuh"
 #include "../sums.cuh"
-#include "round_factors.cuh"
 #include "shrink.cuh"
 #include "shrink_and_sum.cuh"
 #include "token_sum.cuh"
@@ -37,10 +35,10 @@ namespace lora_ext::cuda::mma {
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 template <class T>
-class PlanRunner {
+class PlanRunner : Launcher {
  public:
   PlanRunner(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream)
-      : call_(call), plan_(plan), scratch_(static_cast<char*>(scratch)), stream_(stream) {
+      : Launcher(scratch, stream), call_(call), plan_(plan) {
     partials_ = at<float>(plan.scratch.rank_partials);
     if (call.shrink) {
       const LoraShrinkParams& p = *call.shrink;
@@ -58,7 +56,6 @@ class PlanRunner {
 
   void run(const PlannedLaunch& launch) {
     switch (launch.kernel) {
-      case Kernel::kRoundFactors: return start(launch, &round_factors_kernel<T>, round_params());
       case Kernel::kPackFactors: return start(launch, &pack_factors_kernel<T>, pack_params());
       case Kernel::kShrink: return run_shrink(launch);
       case Kernel::kShrinkAndSum: return run_shrink_and_sum(launch);
@@ -78,16 +75,6 @@ class PlanRunner {
   static constexpr int kShortSteps = static_cast<int>(kShortRank / 16);
   static constexpr int kSmallRanks = static_cast<int>(kSmallRankTile), kRanks = static_cast<int>(kRankTile);
   static constexpr int kFusedRanks = static_cast<int>(kMaxFusedRank);
-
-  template <class Params>
-  void start(const PlannedLaunch& planned, void (*kernel)(Params), const Params& params) {
-    launch(kernel, make_grid(planned.grid_x, planned.grid_y), planned.threads, planned.shared_bytes, stream_, params);
-  }
-
-  template <class V>
-  V* at(int64_t offset) const {
-    return offset == Scratch::kNone ? nullptr : reinterpret_cast<V*>(scratch_ + offset);
-  }
 
   // sums: xa or grad_xa, of all siblings.
   template <class Params, class RangesOf>
@@ -109,7 +96,7 @@ class PlanRunner {
             .scales = scales};
   }
 
-  // --- factors: as they are, rounded or packed ---
+  // --- factors: as they are, or packed ---
 
   template <class Params>
   StackedFactor stacked_lora_A(const Params& p) const {
@@ -117,7 +104,8 @@ class PlanRunner {
         .shape = PackedShape(p.total_rank, p.in_features),
         .rank = p.total_rank,
         .features = p.in_features,
-        .factors = rank_table<const uint16_t*>(p.siblings, p.num_siblings, [&](int s) { return lora_A(p, s); }),
+        .factors = rank_table<const void*>(p.siblings, p.num_siblings, [&](int s) { return p.siblings[s].lora_A; }),
+        .dtype = p.factor_dtype,
         .in_chunks = p.in_features % kChunk == 0};
     for (int s = 0; s < p.num_siblings; ++s) {
       stacked.in_chunks = stacked.in_chunks && is_aligned(stacked.factors.value[s], 16);
@@ -125,48 +113,16 @@ class PlanRunner {
     return stacked;
   }
 
-  template <class Params>
-  const uint16_t* lora_A(const Params& p, int s) const {
-    const uint16_t* rounded = at<uint16_t>(plan_.scratch.rounded_A[s]);
-    return rounded ? rounded : static_cast<const uint16_t*>(p.siblings[s].lora_A);
-  }
-
-  template <class Params>
-  const uint16_t* lora_B(const Params& p, int s) const {
-    const uint16_t* rounded = at<uint16_t>(plan_.scratch.rounded_B[s]);
-    return rounded ? rounded : static_cast<const uint16_t*>(p.siblings[s].lora_B);
-  }
-
-  RoundFactorsParams round_params() const {
-    RoundFactorsParams jobs{};
-    const auto add = [&](const auto* p, const auto& offsets, auto factor_of, auto count_of) {
-      for (int s = 0; p && s < p->num_siblings; ++s) {
-        if (offsets[s] == Scratch::kNone) continue;
-        jobs.dtype = p->factor_dtype;
-        const auto& sibling = p->siblings[s];
-        jobs.factors[jobs.num_factors++] = {
-            .from = factor_of(sibling), .to = at<void>(offsets[s]), .count = count_of(*p, sibling)};
-      }
-    };
-    const auto A_of = [](const auto& sibling) { return sibling.lora_A; };
-    const auto B_of = [](const auto& sibling) { return sibling.lora_B; };
-    const auto count_A = [](const auto& p, const auto& sibling) { return sibling.rank * p.in_features; };
-    const auto count_B = [](const auto&, const auto& sibling) { return sibling.rank * sibling.out_features; };
-    add(call_.shrink, plan_.scratch.rounded_A, A_of, count_A);
-    add(call_.expand, plan_.scratch.rounded_B, B_of, count_B);
-    add(call_.shrink_backward, plan_.scratch.rounded_A, A_of, count_A);
-    add(call_.expand_backward, plan_.scratch.rounded_B, B_of, count_B);
-    return jobs;
-  }
-
   PackFactorsParams pack_params() const {
-    PackFactorsParams jobs;
+    PackFactorsParams jobs{};
     // expand's kernels read columns interleaved, shrink as they are.
     const auto add_B = [&](const auto* p, bool interleaved) {
       for (int s = 0; p && s < p->num_siblings; ++s) {
         if (plan_.scratch.packed_B[s] == Scratch::kNone) continue;
-        const auto& [out_features, rank] = std::pair(p->siblings[s].out_features, p->siblings[s].rank);
-        jobs.add({.from = lora_B(*p, s), .rank = rank, .features = out_features, .transposed = true},
+        jobs.dtype = p->factor_dtype;
+        const int64_t rank = p->siblings[s].rank, out_features = p->siblings[s].out_features;
+        const void* const from = p->siblings[s].lora_B;
+        jobs.add({.from = from, .rank = rank, .features = out_features, .transposed = true},
                  {.image = at<void>(plan_.scratch.packed_B[s]),
                   .shape = PackedShape(rank, out_features),
                   .rank = rank,
@@ -177,8 +133,9 @@ class PlanRunner {
     add_B(call_.expand_backward, false);
     if (plan_.scratch.packed_A == Scratch::kNone) return jobs;
     const LoraShrinkBackwardParams& p = *call_.shrink_backward;
+    jobs.dtype = p.factor_dtype;
     for (int s = 0; s < p.num_siblings; ++s) {
-      jobs.add({.from = lora_A(p, s), .rank = p.siblings[s].rank, .features = p.in_features},
+      jobs.add({.from = p.siblings[s].lora_A, .rank = p.siblings[s].rank, .features = p.in_features},
                {.image = at<void>(plan_.scratch.packed_A),
                 .shape = PackedShape(p.total_rank, p.in_features),
                 .rank = p.total_rank,
@@ -209,24 +166,26 @@ class PlanRunner {
     } else {
       const LoraExpandBackwardSibling& sibling = call_.expand_backward->siblings[launch.sibling];
       params.x = grad_y(launch.sibling);
-      params.factor =
-          packed_factor(at<void>(plan_.scratch.packed_B[launch.sibling]), sibling.rank, sibling.out_features);
+      params.factor = packed_factor(at<void>(plan_.scratch.packed_B[launch.sibling]), sibling.rank,
+                                    sibling.out_features, call_.dtype());
       params.out = rank_sums(sibling.rank_begin, sibling.rank, single_scale<float>(sibling.scale));
       params.set_split(plan_.grad_y[launch.sibling].ranks);
     }
     params.first_rank_tile = static_cast<unsigned>(launch.first_rank_tile);
     params.rank_tiles = static_cast<unsigned>(launch.rank_tiles);
+    const bool rounds = params.factor.dtype != call_.dtype();
+    start(launch, rounds ? shrink_kernel_of<true>(launch, keep) : shrink_kernel_of<false>(launch, keep), params);
+  }
+
+  template <bool kRounds>
+  static auto shrink_kernel_of(const PlannedLaunch& launch, KeepBits keep) {
     if (launch.variant == kSmallRanks) {  // one tile of ranks: none reads the mask
-      return start(launch,
-                   keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw>
-                                           : &shrink_kernel<T, kSmallRanks, KeepBits::kNone>,
-                   params);
+      return keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw, kRounds>
+                                     : &shrink_kernel<T, kSmallRanks, KeepBits::kNone, kRounds>;
     }
-    start(launch,
-          keep == KeepBits::kDraw   ? &shrink_kernel<T, kRanks, KeepBits::kDraw>
-          : keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead>
-                                    : &shrink_kernel<T, kRanks, KeepBits::kNone>,
-          params);
+    return keep == KeepBits::kDraw   ? &shrink_kernel<T, kRanks, KeepBits::kDraw, kRounds>
+           : keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead, kRounds>
+                                     : &shrink_kernel<T, kRanks, KeepBits::kNone, kRounds>;
   }
 
   SmallOperand saved_xa(int s) const {
@@ -249,10 +208,11 @@ class PlanRunner {
       const LoraExpandBackwardSibling& sibling = p.siblings[s];
       params.siblings[params.num_siblings++] = {
           .grad_y = grad_y(s),
-          .lora_B = {.data = lora_B(p, s),
+          .lora_B = {.data = sibling.lora_B,
                      .shape = PackedShape(sibling.rank, sibling.out_features),
                      .rank = sibling.rank,
-                     .features = sibling.out_features},
+                     .features = sibling.out_features,
+                     .dtype = p.factor_dtype},
           .xa = saved_xa(s),
           .grad_xa = rank_sums(sibling.rank_begin, sibling.rank, single_scale<float>(sibling.scale)),
           .gradient = grad_B_partials(s),
@@ -375,11 +335,12 @@ class PlanRunner {
   void set_y(ExpandParams& params) const {
     const LoraExpandParams& p = *call_.expand;
     params.num_siblings = p.num_siblings;
+    params.factor_dtype = p.factor_dtype;
     params.writes_sums = true;
     for (int s = 0; s < p.num_siblings; ++s) {
       const LoraExpandSibling& sibling = p.siblings[s];
-      const uint16_t* packed = at<uint16_t>(plan_.scratch.packed_B[s]);
-      params.siblings[s] = {.factor = packed ? packed : lora_B(p, s),
+      const void* packed = at<void>(plan_.scratch.packed_B[s]);
+      params.siblings[s] = {.factor = packed ? packed : sibling.lora_B,
                             .bias = sibling.bias,
                             .base = sibling.base,
                             .out = sibling.y,
@@ -396,6 +357,7 @@ class PlanRunner {
     params.mask_row_bytes = mask_row_bytes(p.in_features);
     params.mask = p.has_dropout ? p.mask : nullptr;
     params.num_siblings = 1;
+    params.factor_dtype = p.factor_dtype;
     params.writes_sums = p.wants_grad_lora_A;
     params.reads_lora_A = true;
     params.lora_A = stacked_lora_A(p);
@@ -422,11 +384,12 @@ class PlanRunner {
                            .sums = sums_,
                            .total_rank = total_rank_,
                            .ranges = ranges_.value[0],
-                           .adds_partials = plan_.y.adds_partials};
+                           .adds_partials = plan_.y.adds_partials,
+                           .factor_dtype = shrink.factor_dtype};
     for (int s = 0; s < params.num_siblings; ++s) {
       const LoraExpandSibling& sibling = call_.expand->siblings[s];
       params.siblings[s] = {.weight = call_.weights->data[s],
-                            .lora_B = lora_B(*call_.expand, s),
+                            .lora_B = sibling.lora_B,
                             .bias = sibling.bias,
                             .y = sibling.y,
                             .cols = sibling.out_features,
@@ -445,8 +408,6 @@ class PlanRunner {
 
   const LoraCall& call_;
   const Plan& plan_;
-  char* const scratch_;
-  const GpuStream& stream_;
   int64_t num_tokens_ = 0, total_rank_ = 0;
   float* sums_ = nullptr;      // xa or grad_xa [num_tokens, total_rank]
   float* partials_ = nullptr;  // [largest of ranges, num_tokens, total_rank], scaled; null: passes write the sums

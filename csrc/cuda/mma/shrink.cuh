@@ -32,13 +32,14 @@ struct ShrinkParams {
   }
 };
 
-template <class T, int kRanks, KeepBits kKeep>
+// kRounds: the factor has another dtype than x.
+template <class T, int kRanks, KeepBits kKeep, bool kRounds>
 __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
   ptx::wait_for_earlier_launches();
   using Tiles = ShrinkTiles<kRanks>;
   constexpr int kWarpTokens = Tiles::kWarpTokens, kFeatures = Tiles::kFeatures;
   constexpr int kRowChunks = Tiles::kRowChunks, kStages = Tiles::kStages;
-  constexpr unsigned kFactorCopies = (Tiles::kFactorChunks + kThreads - 1) / kThreads;
+  using Factor = FactorTiles<T, kRanks, kFeatures, kRounds>;
   SharedMemory shared;
   uint4* x_tiles = shared.take<uint4>(kStages * kWarps * Tiles::kWarpChunks, "x_tiles");
   uint4* factor_tiles = shared.take<uint4>(kStages * Tiles::kFactorChunks, "factor_tiles");
@@ -57,39 +58,19 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(const __grid_consta
   const int whole_steps = whole_rows ? static_cast<int>(min(p.features_per_range, p.x.columns - begin) / kFeatures) : 0;
   using Copy = TileCopy<kWarpTokens, kFeatures, 32>;
   const T* x_from = p.x.data + (token0 * p.x.stride + begin) + Copy::first_element(p.x.stride, lane);
-  const uint16_t* factor_rows[kFactorCopies];  // the thread's
-#pragma unroll
-  for (unsigned i = 0; i < kFactorCopies; ++i) {
-    const int64_t rank = rank0 + i * (kThreads / kRowChunks) + thread / kRowChunks;
-    factor_rows[i] = rank < p.factor.rank ? p.factor.row(rank) + thread % kRowChunks * kChunk : nullptr;
-  }
-  auto copy = [&](int step) {
+  const Factor factor_rows(p.factor, rank0, ranks, thread);
+  const auto factor_tile = [&](int step) { return factor_tiles + step % kStages * Tiles::kFactorChunks; };
+  auto copy = [&](int step, typename Factor::Fetched& fetched) {
     if (step < steps) {
-      const int stage = step % kStages;
       const int64_t column0 = begin + static_cast<int64_t>(step) * kFeatures;
-      uint4* x_tile = x_tiles + (stage * kWarps + warp) * Tiles::kWarpChunks;
+      uint4* x_tile = x_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks;
       if (step < whole_steps) {
         Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(lane)), x_from, p.x.stride);
         x_from += kFeatures;
       } else if (has_tokens) {
         Copy::edge(x_tile, p.x, token0, column0, lane);
       }
-      uint4* factor_tile = factor_tiles + stage * Tiles::kFactorChunks;
-      const unsigned chunk = thread % kRowChunks;
-#pragma unroll
-      for (unsigned i = 0; i < kFactorCopies; ++i) {
-        const unsigned row = i * (kThreads / kRowChunks) + thread / kRowChunks;
-        // The remainder changes no row that is copied; it saves the kernel 8 registers (nvcc 13.0).
-        if (row >= kRanks || static_cast<int>(row % kRanks) >= ranks) continue;
-        uint4* to = factor_tile + chunk_index<kRowChunks>(row, chunk);
-        const int width = factor_rows[i] ? inside<kChunk>(column0 + chunk * kChunk, p.factor.features) : 0;
-        if (p.factor.in_chunks) {
-          const uint16_t* from = width > 0 ? factor_rows[i] + column0 : p.factor.factors.value[0];
-          ptx::cp_async_16(ptx::shared_address(to), from, width * 2);
-        } else {
-          *to = gather_chunk(factor_rows[i] + column0, width);
-        }
-      }
+      factor_rows.fetch(factor_tile(step), column0, fetched);
     }
     ptx::cp_async_commit();
   };
@@ -114,21 +95,28 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(const __grid_consta
     }
   };
 
-  for (int step = 0; step < kStages - 1; ++step) copy(step);
+  typename Factor::Fetched fetched[kStages - 1];  // in registers
+#pragma unroll kRounds ? kStages - 1 : 1
+  for (int step = 0; step < kStages - 1; ++step) copy(step, fetched[step]);
+#pragma unroll kRounds ? kStages - 1 : 1
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) factor_rows.store(factor_tile(step), fetched[step]);
+  }
   uint32_t keep = 0;
   if (kKeep != KeepBits::kNone && has_tokens) keep = keep_word(0);
   float sums[kRanks / 16][2][4] = {};  // [16 tokens, 8 ranks] each
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // this step's tiles are complete, the last step's tiles are free
-    copy(step + kStages - 1);
+    // What the last step has fetched goes to its tile, whose first readers are behind another barrier.
+    if (step > 0 && step + kStages - 2 < steps) factor_rows.store(factor_tile(step + kStages - 2), fetched[0]);
+    copy(step + kStages - 1, fetched[0]);
     if (!has_tokens) continue;
     uint32_t next_keep = 0;
     if (kKeep != KeepBits::kNone && step + 1 < steps) next_keep = keep_word(step + 1);
     const uint32_t x_address =
         left_address<kRowChunks>(x_tiles + (step % kStages * kWarps + warp) * Tiles::kWarpChunks, lane);
-    const uint32_t factor_address =
-        right_address<kRowChunks>(factor_tiles + step % kStages * Tiles::kFactorChunks, lane);
+    const uint32_t factor_address = right_address<kRowChunks>(factor_tile(step), lane);
 #pragma unroll
     for (int k = 0; k < kFeatures / 16; ++k) {
       uint32_t x[4], factor[4];

@@ -19,15 +19,18 @@ namespace lora_ext::cuda::mma {
 
 // lora_B as it lies in memory.
 struct PlainLoraB {
-  const uint16_t* data;  // [features, rank]
-  PackedShape shape;     // as if it were packed
+  const void* data;   // [features, rank], dtype
+  PackedShape shape;  // as if it were packed
   int64_t rank, features;
+  DType dtype;
 
-  // Two neighbouring features of a rank in one register. Outside the matrix there are zeros.
-  __device__ __forceinline__ uint32_t pair(int64_t r, int64_t feature) const {
-    const uint16_t* from = data + (feature * rank + r);
-    const uint32_t first = r < rank && feature < features ? from[0] : 0u;
-    const uint32_t second = r < rank && feature + 1 < features ? from[rank] : 0u;
+  // Two neighbouring features of a rank in one register, rounded to T. elements: data. Outside the matrix there are
+  // zeros.
+  template <class T, class V>
+  __device__ __forceinline__ uint32_t pair(const V* elements, int64_t r, int64_t feature) const {
+    const V* from = elements + (feature * rank + r);
+    const uint32_t first = r < rank && feature < features ? bits_of(rounded<T>(from[0])) : 0u;
+    const uint32_t second = r < rank && feature + 1 < features ? bits_of(rounded<T>(from[rank])) : 0u;
     return first | second << 16;
   }
 };
@@ -113,18 +116,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   store_xa(0);
 
   uint32_t lora_B[kSteps16][kRanks / 16][4];  // right operands of two products: [16 features, 16 ranks] each
-  if (warp < busy_warps) {
+  const auto load_lora_B = [&](const auto* elements) {
 #pragma unroll
     for (int k = 0; k < kSteps16; ++k) {
 #pragma unroll
       for (int n = 0; n < kRanks / 8; ++n) {
         const int64_t rank = n * 8 + lane / 4, feature = feature0 + 16 * k + lane % 4 * 2;
         uint32_t* registers = lora_B[k][n / 2] + n % 2 * 2;
-        registers[0] = p.lora_B.pair(rank, feature);
-        registers[1] = p.lora_B.pair(rank, feature + 8);
+        registers[0] = p.lora_B.template pair<T>(elements, rank, feature);
+        registers[1] = p.lora_B.template pair<T>(elements, rank, feature + 8);
       }
     }
-  }
+  };
+  if (warp < busy_warps) with_elements(p.lora_B.data, p.lora_B.dtype, load_lora_B);
 
   float feature_sums[kRanks / 16][kSteps16][2][4] = {};  // [16 ranks, 8 features] each
   for (int step = 0; step < steps; ++step) {

@@ -55,7 +55,7 @@ def is_eligible_call(x: object) -> bool:
     )
 
 
-def state_obstacle(layer: LoraLayer) -> str:
+def why_not_now(layer: LoraLayer) -> str:
     """Returns why the layer runs only its base, or ""."""
     return DISABLED if layer.disable_adapters else MERGED if layer.merged_adapters else ""
 
@@ -74,7 +74,7 @@ def active_adapters(layer: LoraLayer) -> list[PeftAdapter] | str:
 
 def adapters_named(layer: LoraLayer, names: Iterable[str], with_dora: bool = False) -> dict[str, PeftAdapter] | str:
     """Returns those of the adapters ``names`` that a linear layer has, or why PEFT's forward runs instead."""
-    if reason := state_obstacle(layer):
+    if reason := why_not_now(layer):
         return reason
     if not layer.cast_input_dtype_enabled:
         return NOT_CAST
@@ -89,7 +89,7 @@ def adapters_named(layer: LoraLayer, names: Iterable[str], with_dora: bool = Fal
             return f"adapter {name!r} is a variant of LoRA ({variant})"
         lora_A, lora_B, dropout = lora_As[name], lora_Bs[name], dropouts[name]
         for role, module in (("lora_A", lora_A), ("lora_B", lora_B)):
-            if reason := _module_obstacle(module):
+            if reason := _why_not_module(module):
                 return f"{role} of adapter {name!r} {reason}"
         A, B = lora_A._parameters["weight"], lora_B._parameters["weight"]
         if A.dtype != B.dtype or A.dtype not in FLOATING:
@@ -128,7 +128,7 @@ def variant_of(layer: LoraLayer, name: str) -> str:
     return "" if kind in _PLAIN else kind
 
 
-def _module_obstacle(module: nn.Module) -> str:
+def _why_not_module(module: nn.Module) -> str:
     """Returns why a factor's weight cannot be used without calling its module, or ""."""
     if type(module) is not nn.Linear:
         return f"is a {type(module).__name__}, not an nn.Linear"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle, variant_of
+from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, variant_of, why_not_now
 from lora_ext.nn.updates import Update, expand_onto, joined
 
 
@@ -15,7 +15,7 @@ class EmbeddingForward:
     """Overrides ``forward`` of a LoRA layer over ``nn.Embedding``: ids ``[...]`` to ``[..., embedding_dim]``."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if args or kwargs or not is_eligible_call(x) or x.dim() == 0 or self.forward_obstacle():
+        if args or kwargs or not is_eligible_call(x) or x.dim() == 0 or self.why_not_forward():
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x)
         updates = []
@@ -29,9 +29,9 @@ class EmbeddingForward:
             y = expand_onto(y, xa, B, scaling)
         return y
 
-    def forward_obstacle(self) -> str:
+    def why_not_forward(self) -> str:
         """Returns why calls run PEFT's code, or ""."""
-        if reason := state_obstacle(self):
+        if reason := why_not_now(self):
             return reason
         active = [name for name in self.active_adapters if name in self.lora_embedding_A]
         for name in active:

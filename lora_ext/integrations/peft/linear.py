@@ -122,7 +122,7 @@ class LinearForward(SharesInputs):
             return None  # FSDP2 gathers parameters for its own call only
         return _operands(adapters, self.base_layer)
 
-    def forward_obstacle(self) -> str:
+    def why_not_forward(self) -> str:
         """Returns why calls run PEFT's code, or ""."""
         adapters = active_adapters(self)
         return adapters if isinstance(adapters, str) else ""

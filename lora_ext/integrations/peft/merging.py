@@ -68,7 +68,7 @@ class ExactMerging:
         del self.__dict__[_MERGES]
 
 
-def merge_obstacle(layer: LoraLayer, name: str) -> str:
+def why_not_merge(layer: LoraLayer, name: str) -> str:
     """Returns why PEFT's code merges adapter ``name``, or ""."""
     base = layer.get_base_layer()
     weight = base._parameters.get("weight")
@@ -118,7 +118,7 @@ def _matrix(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def _merge_exactly(layer: LoraLayer, name: str) -> bool:
     """Merges exactly; returns False, with nothing changed, if PEFT's code must merge (non-finite results, ...)."""
-    if merge_obstacle(layer, name):
+    if why_not_merge(layer, name):
         return False
     base, scaling, norms = layer.get_base_layer(), float(layer.scaling[name]), None
     quantized = quantized_weight(base)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext._ops.checks import FLOATING
-from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, state_obstacle
+from lora_ext.integrations.peft.eligibility import NONE_ACTIVE, is_eligible_call, why_not_now
 from lora_ext.nn.base_layer import runs_alone
 from lora_ext.nn.parameter_view import ExpertUpdate, NeedsWholeError, call_with_updates
 
@@ -30,7 +30,7 @@ class ParameterForward:
         except NeedsWholeError:
             return super().forward(x, *args, **kwargs)
 
-    def forward_obstacle(self) -> str:
+    def why_not_forward(self) -> str:
         """Returns why calls run PEFT's code, or ""."""
         updates = _updates(self)
         return updates if isinstance(updates, str) else ""
@@ -38,7 +38,7 @@ class ParameterForward:
 
 def _updates(layer: nn.Module) -> list[ExpertUpdate] | str:
     """Returns the updates of the active adapters, or why PEFT's forward runs instead."""
-    if reason := state_obstacle(layer):
+    if reason := why_not_now(layer):
         return reason
     weight = layer.get_base_layer()._parameters.get(layer.parameter_name)
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:

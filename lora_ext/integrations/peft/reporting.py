@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.printable import first_lines
-from lora_ext.integrations.peft.merging import ExactMerging, merge_obstacle
+from lora_ext.integrations.peft.merging import ExactMerging, why_not_merge
 from lora_ext.integrations.peft.swap import accelerated_class, is_accelerated, lora_layers
 from lora_ext.nn.input_groups import InputGroups, input_groups
 
@@ -96,9 +96,9 @@ def _of_layer(path: str, layer: LoraLayer) -> LayerReport:
     elif type(layer.get_base_layer()) is nn.modules.linear.NonDynamicallyQuantizableLinear:
         forward = "belongs to a MultiheadAttention, which reads the weight and does not call the layer"
     else:
-        forward = layer.forward_obstacle()
+        forward = layer.why_not_forward()
     merge = "PEFT adds the update to the base layer's parameter (target_parameters)"
     if isinstance(layer, ExactMerging):
         names = sorted({*layer.lora_A, *layer.lora_embedding_A})
-        merge = next(filter(None, (merge_obstacle(layer, name) for name in names)), "")
+        merge = next(filter(None, (why_not_merge(layer, name) for name in names)), "")
     return LayerReport(path, kind, forward, merge)
