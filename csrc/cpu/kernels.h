@@ -101,8 +101,8 @@ struct MergedRows {
 constexpr int64_t kMergeBlockRows = 32;  // rows that share a panel of lora_A in the first-level cache
 
 // Room beyond the records: sparse forms are written before they are compared with the whole segment, and records are
-// copied in whole vectors.
-constexpr int64_t kMergeSlack = kMergeSegment * (1 + sizeof(double) / 2) + 32;
+// written and copied in whole vectors.
+constexpr int64_t kMergeSlack = kMergeSegment + 32;
 constexpr int64_t most_record_words(DType dtype, int64_t rows, int64_t in_features) {
   return rows * in_features * (dtype_size(dtype) / 2) + kMergeSlack;
 }
