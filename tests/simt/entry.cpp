@@ -46,11 +46,6 @@ EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, 
                       int multiprocessors) {
   launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, stream_of(multiprocessors));
 }
-EXPORT void run_gather_records(const MergeParams* p, const MergeLayer* layers, int64_t num_layers,
-                               int multiprocessors) {
-  launch_gather_records(*p, {layers, layers + num_layers}, stream_of(multiprocessors));
-}
-
 // entries [num_entries]
 #define EXPORT_GROUPED(Params)                                                                                         \
   EXPORT int64_t scratch_bytes_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries,         \
