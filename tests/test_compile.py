@@ -172,7 +172,7 @@ def test_a_compiled_step_is_pefts(way, build):
             losses.append(loss.item())
         steps.append(losses)
     assert steps[0] == pytest.approx(steps[1], rel=1e-6)
-    assert abs(steps[0][0] - steps[0][2]) > 1e-3
+    assert abs(steps[0][0] - steps[0][2]) > 1e-4
 
 
 def test_regions_share_their_graphs_as_those_of_the_bare_model_do(way, build):

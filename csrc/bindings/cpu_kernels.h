@@ -97,9 +97,10 @@ Workspace make_workspace(const Params& p, int64_t num_chunks, ScratchParts parts
   const int64_t total_rank = p.shrink.total_rank, panel_ranks = max_padded_ranks(total_rank);
   const int64_t in_row = padded_columns(p.shrink.in_features), size = dtype_size(accumulation_dtype(p.shrink.dtype));
   Workspace workspace{};
+  workspace.panel_blocks = layer_panel_blocks(total_rank);
   workspace.panel_ranks = panel_ranks;
   parts.add(&workspace.lora_A, {panel_ranks, in_row, size});
-  parts.add(&workspace.panels, {num_chunks, kPanelParts, kBlockRows, panel_ranks, size});
+  parts.add(&workspace.panels, {num_chunks, kPanelParts, workspace.panel_blocks * kBlockRows, panel_ranks, size});
   if constexpr (kIsBackward) {
     if (p.shrink.wants_grad_lora_A) parts.add(&workspace.grad_A, {num_chunks, total_rank, in_row, size});
   }

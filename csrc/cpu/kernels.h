@@ -22,12 +22,16 @@ constexpr int64_t max_padded_ranks(int64_t ranks) { return (ranks + kMaxWidth - 
 // Scratch memory is 64-byte aligned; its sizes are in numbers of acc. The kernels decide how they pack factors: as
 // numbers of acc, or as bfloat16 where the instruction set multiplies bfloat16.
 //
-// A panel of rows has xa or grad_xa in a few layouts, and a piece of a packed factor (passes.inc). A layer's panel is a
-// block. A thread processes a panel of a group's rows together, so that each factor is packed once for all of them; a
-// group is split into items for several threads only if it is large.
+// A panel of rows has xa or grad_xa in a few layouts, and a piece of a packed factor (passes.inc). A thread processes a
+// panel of a group's rows together, so that each factor is packed once for all of them; a group is split into items for
+// several threads only if it is large.
 constexpr int64_t kPanelParts = 6;
 constexpr int64_t kPanelBlocks = 8;
 constexpr int64_t kPanelRows = kPanelBlocks * kBlockRows;
+
+// Blocks of a layer's panel. Of few ranks a factor and its gradient's sums stay in the cache from block to block; of
+// many they do not, and a piece of them serves all blocks of a panel.
+constexpr int64_t layer_panel_blocks(int64_t ranks) { return ranks < 64 ? 1 : kPanelBlocks; }
 constexpr int64_t kMostPackedColumns = kPanelRows;  // of a factor, packed together: the piece is one of the parts
 
 // Scratch memory of one call of a layer or siblings. Factors and sums that a call does not need take no memory.
@@ -36,7 +40,8 @@ struct Workspace {
   void* lora_B_t[kMaxSiblings];  // [max_padded_ranks, padded_columns(out_features)] each: lora_B transposed, packed
   void* grad_A;                  // [num_chunks, total_rank, padded_columns(in_features)]
   void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded_columns(out_features)] each
-  void* panels;                  // [num_chunks, kPanelParts, kBlockRows, panel_ranks]
+  void* panels;                  // [num_chunks, kPanelParts, panel_blocks * kBlockRows, panel_ranks]
+  int64_t panel_blocks;          // layer_panel_blocks(total_rank)
   int64_t panel_ranks;           // max_padded_ranks(total_rank)
 };
 

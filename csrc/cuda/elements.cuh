@@ -24,6 +24,9 @@ void with_type_of(DType dtype, F f) {
   }
 }
 
+template <class T>
+constexpr DType kDTypeOf = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16;
+
 // The accumulation dtype: float64 for float64, otherwise float32.
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -97,6 +97,7 @@ struct PlannedLaunch {
   int64_t grid_x, grid_y = 1;
   int threads;
   uint32_t shared_bytes = 0;
+  bool is_masked = false;                   // of a grouped sum
   int sibling = 0;                          // of a pass over one grad_y
   int first_rank_tile = 0, rank_tiles = 1;  // of a pass
   int64_t feature_tiles = 1;                // of a grouped expand or sum

@@ -11,7 +11,7 @@ from contracts.compare import ALIVE, assert_all_near, output
 from support.versions import needs
 from torch import Tensor, nn
 
-from architectures.table import ARCHITECTURES
+from architectures.table import ARCHITECTURES, SIMILAR
 from lora_ext import LoraConfig, inject
 from lora_ext.adapters import input_groups
 from lora_ext.integrations.peft import accelerate, report
@@ -49,7 +49,11 @@ def accelerated(base: nn.Module, targets: str | list[str]) -> tuple[nn.Module, n
 
 
 CASES = [(name, adapt) for name in GROUPS for adapt in (injected, accelerated)]
-CASES += [pytest.param(name, injected, marks=pytest.mark.full) for name in BY_NAME if name not in GROUPS]
+CASES += [
+    pytest.param(name, injected, marks=pytest.mark.slow if name in SIMILAR else pytest.mark.full)
+    for name in BY_NAME
+    if name not in GROUPS
+]
 
 
 @pytest.mark.parametrize(("name", "adapt"), CASES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import hashlib
 import json
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from support import browser, results
 from support.analyzed import save_files
@@ -226,11 +228,14 @@ def leaves(value: Any, change: Callable[[Any], Any]) -> Iterator[Any]:
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:No artists with labels")  # a legend of nothing
 @pytest.mark.parametrize("replacement", [None, "text", {}, -1, 1e400, [[1]]])
 @pytest.mark.parametrize("name", ["run", "chat", "compare", "plan"])
 def test_damaged_results_are_refused_or_shown(tmp_path, capsys, monkeypatch, name, replacement):
     """None gives a traceback."""
-    monkeypatch.setattr(pictures, "svg", lambda figure: "")  # is the longest part
+    # The longest parts of hundreds of pages.
+    monkeypatch.setattr(pictures, "svg", lambda figure: "")
+    monkeypatch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
     save(tmp_path, **{name: everything()[name]})
     (path,) = tmp_path.glob("*/*.json")
     seen = set()

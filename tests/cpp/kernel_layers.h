@@ -49,7 +49,9 @@ struct Scratch {
     };
     workspace.lora_A = room(lora_A, max_padded_ranks(kTotalRank) * padded_columns(kIn));
     workspace.panel_ranks = max_padded_ranks(kTotalRank);
-    workspace.panels = room(panels, num_chunks * kPanelParts * kBlockRows * workspace.panel_ranks);
+    workspace.panel_blocks = layer_panel_blocks(kTotalRank);
+    workspace.panels =
+        room(panels, num_chunks * kPanelParts * workspace.panel_blocks * kBlockRows * workspace.panel_ranks);
     if (want_gradients) workspace.grad_A = room(grad_A, num_chunks * kTotalRank * padded_columns(kIn));
     for (int i = 0; i < kNumLayers; ++i) {
       const auto [out, rank] = kLayers[i];

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,10 @@ WRAPPED = [
     ("condition true", r" && ", "||"),
     ("condition false", r" \|\| ", "&& !"),
 ]
-# What the compiler evaluates, or what is no statement.
-LEFT_OUT = re.compile(r"\b(constexpr|static_assert|template|using|alignas|__shared__|throw|case|default|operator)\b")
+# What the compiler evaluates or is told, or what is no statement.
+LEFT_OUT = re.compile(
+    r"\b(constexpr|static_assert|template|using|alignas|__shared__|throw|case|default|operator|in_global_memory)\b"
+)
 # Template arguments, the sizes of an array that is declared, and members that are set later.
 CONSTANT = re.compile(
     r"(?<=\w)<(?=\S)(?:[^<>;]|<(?=\S)[^<>;]*>)*>"
@@ -68,6 +71,11 @@ class Fault:
     kind: str
     text: str  # the line, with brackets around what changes
     edits: tuple[Edit, ...]
+
+    @property
+    def name(self) -> str:
+        """Names the fault as mutants/equivalent.txt does: edits of other lines do not change it."""
+        return f"{self.path}: {self.kind}: {self.text}"
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.kind}: {self.text}"
@@ -98,6 +106,7 @@ def choose(count: int, seed: int) -> list[Fault]:
 
 def plant(faults: list[Fault], folder: Path) -> None:
     """Copies the sources to ``folder`` with these faults. Fault number N is faults[N]."""
+    shutil.rmtree(folder / "csrc", ignore_errors=True)
     for path in [*(ROOT / "csrc/cuda").rglob("*.*"), *(ROOT / "csrc/common").glob("*.h")]:
         text, relative = path.read_text(), str(path.relative_to(ROOT))
         edits = [

@@ -73,7 +73,7 @@ def _lines_with_errors() -> set[tuple[str, int]]:
 
 
 class Campaign:
-    """A pytest plugin: runs the collected tests once, then those of each fault."""
+    """A pytest plugin: runs the collected tests once, then those of each fault that is not known to change nothing."""
 
     def __init__(self, library: driver.Library, planted: list[Fault], only: list[int] | None):
         self.library, self.planted = library, planted
@@ -81,7 +81,7 @@ class Campaign:
         self.results: list[dict] = []
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        items = session.items
+        items, known = session.items, equivalents()
         print(f"{len(items)} tests, {len(self.numbers)} faults", flush=True)
         status, runs = in_child(lambda send: send([self._run(item) for item in items]))
         assert status == 0, "the tests crash without a fault"
@@ -89,15 +89,16 @@ class Campaign:
         assert not failed, f"tests fail without a fault: {failed}"
         for number in self.numbers:
             fault = self.planted[number]
-            tests = sorted((seconds, i) for i, (_, seconds, reached) in enumerate(runs) if number in reached)
-            start = time.monotonic()
-            status, last = in_child(functools.partial(self._hunt, number, items, tests))
-            seconds = round(time.monotonic() - start, 1)
-            result = dict(file=fault.path, line=fault.line, kind=fault.kind, text=fault.text, found=status != 0)
-            by = items[last].nodeid if status else ""
-            result |= dict(by=by, how=ENDS.get(status, "crashed"), tests=len(tests), seconds=seconds)
+            result = dict(file=fault.path, line=fault.line, kind=fault.kind, text=fault.text)
+            if fault.name in known:
+                result |= dict(end="equivalent", by=known[fault.name], tests=0)
+            else:
+                tests = sorted((seconds, i) for i, (_, seconds, reached) in enumerate(runs) if number in reached)
+                status, last = in_child(functools.partial(self._hunt, number, items, tests))
+                by = items[last].nodeid if status else ""
+                result |= dict(end=ENDS.get(status, "crashed"), by=by, tests=len(tests))
             self.results.append(result)
-            print(number, "found " if status else "MISSED", fault, f"({seconds} s of {len(tests)} tests)", flush=True)
+            print(number, result["end"], fault, result["by"], flush=True)
         return True
 
     def _run(self, item: pytest.Item) -> tuple[bool, float, list[int]]:
@@ -147,7 +148,7 @@ def in_child(run: Callable) -> tuple[int, object]:
 
 
 def equivalents() -> dict[str, str]:
-    """Returns the faults that change no result, as a missed fault is printed, and the reason."""
+    """Returns the names of faults that change no result, and the reasons."""
     reasons, reason = {}, ""
     for line in (build.SIMT / "mutants/equivalent.txt").read_text().splitlines():
         if line.startswith("  "):
@@ -158,26 +159,22 @@ def equivalents() -> dict[str, str]:
 
 
 def print_score(results: list[dict]) -> None:
-    missed = [r for r in results if not r["found"]]
-    known = equivalents()
-    same = [r for r in missed if name_of(r) in known]
-    counts = [Counter(r["file"] for r in some) for some in (results, missed, same)]
+    planted, missed, same = Counter(), Counter(), Counter()
+    for result in results:
+        file, end = result["file"], result["end"]
+        planted[file] += 1
+        missed[file] += end == "missed"
+        same[file] += end == "equivalent"
     print(f"\n{'file':40} planted  found  equivalent")
-    for file in sorted(counts[0]):
-        planted, lost, equivalent = (count[file] for count in counts)
-        print(f"{file:40} {planted:7} {planted - lost:6} {equivalent:11}")
-    for r in same:
-        print(f"equivalent, {known[name_of(r)]}: {r['line']}: {name_of(r)}")
-    for r in missed:
-        if r not in same:
-            print(f"missed{'' if r['tests'] else ' (no test runs it)'}: {r['line']}: {name_of(r)}")
-    found, planted = len(results) - len(missed), len(results)
-    print(f"\n{found} of {planted} faults found: {100 * found / planted:.1f} %")
-    print(f"{found} of {planted - len(same)} without equivalent ones: {100 * found / (planted - len(same)):.1f} %")
-
-
-def name_of(result: dict) -> str:
-    return f"{result['file']}: {result['kind']}: {result['text']}"
+    for file in sorted(planted):
+        print(f"{file:40} {planted[file]:7} {planted[file] - missed[file] - same[file]:6} {same[file]:11}")
+    for result in results:
+        if result["end"] == "missed":
+            unseen = "" if result["tests"] else " (no test runs it)"
+            print(f"missed{unseen}: line {result['line']} of {result['file']}: {result['kind']}: {result['text']}")
+    found = len(results) - missed.total() - same.total()
+    for count, what in ((len(results), "all faults"), (len(results) - same.total(), "those that change a result")):
+        print(f"{found} of {count} found: {100 * found / count:.1f} % of {what}")
 
 
 def main() -> int:
@@ -185,12 +182,13 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=240, help="of faults")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a file for the results, as JSON")
+    parser.add_argument("--tests", nargs="+", default=[str(build.SIMT)])
     parser.add_argument("--only", type=int, nargs="*", help="numbers of faults to try again")
     options = parser.parse_args()
     planted, library = build_mutants(options.number, options.seed)
     driver.kernel_library = lambda *_: library
     campaign = Campaign(library, planted, options.only)
-    arguments = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:timeout", "--tb=no", str(build.SIMT)]
+    arguments = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:timeout", "--tb=no", *options.tests]
     if pytest.main(arguments, plugins=[campaign]) not in (0, 5):
         return 1
     print_score(campaign.results)

@@ -112,6 +112,16 @@ def test_dtypes_and_ranks(dtypes, rank, count):
     assert_as_good_as_torch(siblings_of(count, (21, 72, 40, rank), dtypes), 0.3 * (rank % 2))
 
 
+@pytest.mark.parametrize(("rank", "dtypes"), [(1, (BF16, F32)), (35, (F16, F16))], ids=str)
+def test_as_many_layers_as_a_call_takes(rank, dtypes):
+    """Layers whose ranks begin at an odd column of xa, and one that is larger: it has more partial sums of grad_xa."""
+    sizes = [(24 + 600 * (i == 1), rank + i % 2) for i in range(8)]
+    siblings = random_siblings(((21, 520), sizes), dtypes)
+    for layer in siblings.layers:
+        layer.weight.zero_()
+    assert_as_good_as_torch(siblings, 0.1)
+
+
 @pytest.mark.pairs
 @pytest.mark.parametrize("count", SIBLINGS)
 @pytest.mark.parametrize(

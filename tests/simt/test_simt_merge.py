@@ -255,6 +255,17 @@ def test_a_record_that_does_not_fit_touches_nothing_outside(dtype, garbage):
         merge_ops.unmerge(results, As, Bs, ends, record, garbage=True)
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
+def test_a_record_that_is_a_word_short(dtype):
+    """The last correction has no place, and is not written behind the others."""
+    weight, A, B = layer_of_records(dtype, 1)
+    layer = [weight[:, 256:512].contiguous()], [A[:, 256:512].contiguous()], [B]  # a few corrections of one unit
+    words = merge_ops.plan(*layer)[1].long()
+    assert 1 < words < 256
+    results, _ = merge_ops.merge_record(*layer, words - 1, [random_words(int(words) - 1)], garbage=True)
+    assert same_bits(results[0], merge_ops.merge(*layer)[0])
+
+
 def random_words(count: int) -> Tensor:
     return torch.randint(-(2**15), 2**15, (count,), dtype=torch.int16)
 

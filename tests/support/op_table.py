@@ -158,9 +158,8 @@ def assert_as_good_as_plain(
     """
     dropout_p = dropout_p if op.has_dropout else 0.0
     samples = [make(dtypes).with_dropout(dropout_p, seed)]
-    samples += [make(dtypes).with_dropout(dropout_p, seed) for _ in range(199 // max(samples[0].smallest(), 1))]
-    if samples[0].smallest() == 0:
-        samples = samples[:1]
+    if smallest := samples[0].smallest():
+        samples += [make(dtypes).with_dropout(dropout_p, seed) for _ in range(199 // smallest)]
     compared = []
     for sample in samples:
         leaves = [place for place in op.leaves(sample) if names is None or place[0] in names]

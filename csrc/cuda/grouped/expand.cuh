@@ -11,7 +11,6 @@
 
 #include "../launch.cuh"
 #include "../mma/operands.cuh"
-#include "gathered_tile.cuh"
 #include "group_index.cuh"
 #include "tile_sizes.h"
 
@@ -41,12 +40,32 @@ __device__ __forceinline__ void finish_eight(const ExpandParams& p, const Group&
   whole ? store_chunk(out, value) : store_single(out, value, count);
 }
 
+// Copies a tile of a factor, rows [row0, row_end) and columns [column0, column_end) of it, rounded to T.
+template <class T, int kRows, int kColumns>
+__device__ __forceinline__ void copy_factor(uint4* tile, const mma::MatrixFactor& factor, int64_t row0, int64_t row_end,
+                                            int64_t column0, int64_t column_end) {
+  using Copy = mma::TileCopy<kRows, kColumns, kThreads>;
+  const auto offset_of = [&](unsigned row) {
+    return row0 + row < row_end ? (row0 + row) * factor.stride : int64_t{-1};
+  };
+  if (factor.dtype == kDTypeOf<T>) {
+    return Copy::gather(tile, static_cast<const T*>(factor.data), factor.in_chunks, column0, column_end, threadIdx.x,
+                        offset_of);
+  }
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < kRows * Copy::kChunks; i += kThreads) {
+    const unsigned row = i / Copy::kChunks, chunk = i % Copy::kChunks;
+    const int64_t offset = offset_of(row), column = column0 + chunk * kEight;
+    const int width = offset >= 0 ? inside(column, column_end) : 0;
+    const Eight values = load_eight(factor.data, offset + column, width, factor.in_chunks, factor.dtype);
+    tile[mma::chunk_index<Copy::kChunks>(row, chunk)] = rounded_chunk<T>(values.v);
+  }
+}
+
 template <class T, bool kBackward>
 __global__ void __launch_bounds__(kThreads, 2) grouped_expand_kernel(const __grid_constant__ ExpandParams p) {
   ptx::wait_for_earlier_launches();
   using Tiles = ExpandTiles;
-  using FactorTile = std::conditional_t<kBackward, GatheredTile<Tiles::kRanks, Tiles::kColumns>,  // lora_A
-                                        GatheredTile<Tiles::kColumns, Tiles::kRanks>>;            // lora_B
   constexpr int kRanks = Tiles::kRanks, kColumns = Tiles::kColumns;
   SharedMemory shared;
   uint4* factor_tiles = shared.take<uint4>(2 * Tiles::kFactorChunks, "factor_tiles");
@@ -58,16 +77,15 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_expand_kernel(const __gri
   const Group group = find_group(p.table, tile.group, p.factor_dtype);
   if (!kBackward && group.rank == 0 && group.added == 0.0f) return;
   const int64_t column0 = blockIdx.x % p.column_tiles * kColumns;
-  const void* factor = kBackward ? group.lora_A : group.lora_B;
-  const int64_t factor_stride = kBackward ? group.A_stride : group.B_stride;
-  const bool factor_aligned = has_aligned_eights(factor, factor_stride);
+  const mma::MatrixFactor factor = group.factor(!kBackward, p.columns, p.factor_dtype);
   const auto copy = [&](int64_t rank0, int stage) {
     if (rank0 < group.rank) {
-      const int64_t row0 = kBackward ? rank0 : column0, row_end = kBackward ? group.rank : p.columns;
-      FactorTile::template copy_factor<T>(
-          factor_tiles + stage * Tiles::kFactorChunks, factor, p.factor_dtype, factor_aligned,
-          kBackward ? column0 : rank0, kBackward ? p.columns : group.rank,
-          [&](int row) { return row0 + row < row_end ? (row0 + row) * factor_stride : int64_t{-1}; });
+      uint4* tile = factor_tiles + stage * Tiles::kFactorChunks;
+      if constexpr (kBackward) {
+        copy_factor<T, kRanks, kColumns>(tile, factor, rank0, group.rank, column0, p.columns);
+      } else {
+        copy_factor<T, kColumns, kRanks>(tile, factor, column0, p.columns, rank0, group.rank);
+      }
     }
     ptx::cp_async_commit();
   };

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../grouped.h"
+#include "../mma/tile_sizes.h"
 #include "../sizes.h"
 
 namespace lora_ext::cuda::grouped {
@@ -46,15 +47,12 @@ constexpr int64_t kRangeStep = 32 * kEight;            // features that a warp o
 
 constexpr int kSmallRanks = 16, kLargeRanks = 64;  // of a block of shrink
 
-// kRanks: ranks of a block
+constexpr int kShrinkWarps = static_cast<int>(kTileRows / 16), kShrinkThreads = 32 * kShrinkWarps;
+
 template <int kRanks>
-struct ShrinkTiles {
-  static constexpr int kRows = static_cast<int>(kTileRows), kStep = 64, kStages = 4;
-  static constexpr int kChunks = kStep / kEight, kXChunks = kRows * kChunks, kFactorChunks = kRanks * kChunks;
-  static constexpr int kSumPitch = kRanks + 4;
-  static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kXChunks * 16) +
-                                           shared_bytes_of(kStages * kFactorChunks * 16) + shared_bytes_of(kRows * 8);
-  static_assert(kRows * kSumPitch * 4 <= kStages * (kXChunks + kFactorChunks) * 16, "sums fit in the tiles of x");
+struct ShrinkTiles : mma::ShrinkTiles<kRanks, kShrinkWarps> {
+  using Tiles = mma::ShrinkTiles<kRanks, kShrinkWarps>;
+  static constexpr uint32_t kSharedBytes = Tiles::kSharedBytes + shared_bytes_of(Tiles::kTokens * 8);  // rows
 };
 
 struct ExpandTiles {
@@ -64,14 +62,10 @@ struct ExpandTiles {
       shared_bytes_of(2 * kFactorChunks * 16) + shared_bytes_of(kRows * kPitch * 4) + shared_bytes_of(kRows * 8);
 };
 
-struct FactorSumsTiles {
-  static constexpr int kFeatures = 256, kRanks = 16, kRows = 32, kStages = 3;
-  static constexpr int kChunks = kFeatures / kEight, kXChunks = kRows * kChunks;
-  static constexpr int kSmallChunks = kRows * kRanks / kEight;
-  static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kXChunks * 16) +
-                                           shared_bytes_of(2 * kSmallChunks * 16) +
-                                           shared_bytes_of(static_cast<uint32_t>(kChunkRows) * 8);
-  static_assert(kRows * kRanks / 2 == kThreads, "a thread has a pair of ranks of a row");
+struct FactorSumsTiles : mma::TokenSumTiles<16> {
+  static constexpr int kRanks = 16;
+  static constexpr uint32_t kSharedBytes =
+      mma::TokenSumTiles<kRanks>::kSharedBytes + shared_bytes_of(static_cast<uint32_t>(kChunkRows) * 8);  // rows
 };
 
 }  // namespace lora_ext::cuda::grouped

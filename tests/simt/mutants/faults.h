@@ -26,8 +26,8 @@ __forceinline__ constexpr T faulty_max(int fault, T first, T second) {
   return is_planted(fault) ? std::min(first, second) : std::max(first, second);
 }
 
-// `a + Plus{N} * b` would be wrong, `a + Plus{N} + b` is a + b, or a - b if fault N is active: an operator on both
-// sides of the fault keeps the precedence.
+// `a + Plus{N} + b` is a + b, or a - b if fault N is active. The operator on both sides keeps the precedence, so that a
+// text of operands need not be found.
 #define SIMT_FAULTY(Name, original, mutated)                                                   \
   struct Name {                                                                                \
     int fault;                                                                                 \
