@@ -15,7 +15,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full test-emulator coverage asan ubsan tsan sanitize-quick fuzz soak peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full test-emulator coverage asan ubsan tsan sanitize-quick mutants fuzz soak peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -31,6 +31,8 @@ help:
 	@echo 'make asan       C++ tests, op tests and op fuzzer under AddressSanitizer, with every instruction set of this machine'
 	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; all also try a planted bug'
 	@echo 'make sanitize-quick  a part of all three'
+	@echo 'make mutants    how many of 240 small faults planted in the CUDA kernels the tests of tests/simt find, and which they miss;'
+	@echo '                half an hour on one core (NUMBER=240, SEED=1; results in build/mutants.json)'
 	@echo 'make fuzz       malformed and extreme calls of ops, corrupted files (SECONDS=60, AREAS="ops.lora_linear files", SEED=1)'
 	@echo 'make soak       eight threads use, load and evict a hundred adapters of a pool for ten minutes (SECONDS=600)'
 	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
@@ -91,6 +93,10 @@ asan ubsan tsan: $(VENV)/.test $(VENV)/.built
 
 sanitize-quick: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m sanitize asan ubsan tsan --quick
+
+mutants: $(VENV)/.test $(VENV)/.built
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m simt.kernel_mutants --out build/mutants.json \
+		$(addprefix --number ,$(NUMBER)) $(addprefix --seed ,$(SEED))
 
 fuzz: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(AREAS) --seconds $(or $(SECONDS),60) $(addprefix --seed ,$(SEED))

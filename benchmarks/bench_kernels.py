@@ -83,11 +83,9 @@ def backward_stages(kernels: list[str]) -> list[str]:
 
 
 def merge_stages(stage: str, kernels: list[str]) -> list[str]:
-    """Returns the stages of one merge or unmerge: one kernel writes the weight; one before it may plan the record, one
-    after it may gather the record."""
-    names = [_short(kernel) for kernel in kernels]
-    last = max(i for i, name in enumerate(names) if name.startswith("merge"))
-    return ["gather" if name.startswith("gather") else stage if i == last else "plan" for i, name in enumerate(names)]
+    """Returns the stages of one merge or unmerge: the last kernel writes the weight; one before it may plan the
+    record."""
+    return ["plan"] * (len(kernels) - 1) + [stage]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -107,8 +107,7 @@ inline constexpr char kLoraUnmerge[] =
 
 // A merge with a record. non_finite int64 [layers] counts results that are NaN or infinite. If there are any, the
 // weights stay as they were, and there is no record; on the CPU the layers after the first such layer are not counted.
-// Takes one pass: on CUDA, with scratch memory as large as the weights; without it, two. On CUDA it waits for the GPU:
-// the host allocates the record.
+// Takes one pass, on CUDA two: it waits for the GPU in between, because the host allocates the record.
 inline constexpr char kLoraMergeRecord[] =
     "lora_merge_record_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs) "
     "-> (Tensor non_finite, Tensor[] words, Tensor[] corrections)";

@@ -57,7 +57,6 @@ FAMILIES = [
     Family("merge, float64", r"^merge_kernel<double, ", blocks_per_sm=1, wide_loads=True, wide_stores=True),
     Family("merge's plan", r"^merge_kernel<\w+, 0>", wide_loads=True),
     Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
-    Family("gather records", r"^gather_records_kernel", blocks_per_sm=4),
     Family("pack factors", r"^mma::pack_factors_kernel"),
     Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
     # One block on a multiprocessor, because both sums are in registers.
@@ -72,7 +71,8 @@ FAMILIES = [
     Family("mma few tokens, 8", r"^mma::few_tokens_kernel<\w+, 1,", **FEW_TOKENS),
     Family("mma few tokens", r"^mma::few_tokens_kernel", blocks_per_sm=1, **FEW_TOKENS),
     # Rows that choose their factors.
-    Family("grouped index", r"^grouped::(group_index|write_entries)_kernel"),
+    Family("grouped index", r"^grouped::group_index_kernel", blocks_per_sm=1),  # the only block of its launch
+    Family("grouped entries", r"^grouped::write_entries_kernel"),
     Family("grouped few rows", r"^grouped::few_rows_", blocks_per_sm=4, wide_loads=True, dynamic_shared=4 * 1024),
     Family("grouped sums of chunks", r"^grouped::grouped_chunk_sums_kernel"),
     Family("grouped shrink and sums", r"^grouped::grouped_(shrink|factor_sums)_kernel", **MMA),

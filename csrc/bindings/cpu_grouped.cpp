@@ -70,26 +70,32 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
       const int64_t row_bytes = p.in_features * dtype_size(p.dtype);
       for_each_skipped_run(sorted, [&](int64_t begin, int64_t end) { zero_rows(p.grad_x, begin, end, row_bytes); });
     }
-    run.for_each_item(sorted, [&](const Item& item, const GroupRows& rows, const GroupedScratch& scratch) {
-      const LoraGroup& group = sorted.groups[item.group];
-      run.kernels.grouped_backward(p, group, rows, scratch);
-      if (item.count == 1) run.kernels.reduce_group(p, group, rows, 1, 0, 0, 0, 1);
-    });
     // The sums of a split group follow each other in memory.
-    for (size_t i = 0; i < run.items.size(); ++i) {
-      const Item& item = run.items[i];
-      if (item.count == 1 || item.index != 0) continue;
-      const GroupRows &first = run.item_sums[i], &second = run.item_sums[i + 1];
+    const auto gradients = [&](const Item& item, const GroupRows& first, const GroupRows& second) {
+      const LoraGroup& g = sorted.groups[item.group];
       const auto step = [&](const void* from, const void* to) {
         return (static_cast<const char*>(to) - static_cast<const char*>(from)) / dtype_size(acc);
       };
-      constexpr int64_t kParts = 64;
-      torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) {
-          run.kernels.reduce_group(p, sorted.groups[item.group], first, item.count, step(first.grad_A, second.grad_A),
-                                   step(first.grad_B_t, second.grad_B_t), part, kParts);
-        }
-      });
+      std::vector<GradientSum> wanted;
+      if (g.wants_grad_A) {
+        wanted.push_back({first.grad_A, item.count, step(first.grad_A, second.grad_A), g.grad_lora_A, g.rank,
+                          p.in_features, p.in_features, 1, p.factor_dtype, acc});
+      }
+      if (g.wants_grad_B) {
+        wanted.push_back({first.grad_B_t, item.count, step(first.grad_B_t, second.grad_B_t), g.grad_lora_B, g.rank,
+                          p.out_features, 1, g.grad_B_stride, p.factor_dtype, acc});
+      }
+      return wanted;
+    };
+    run.for_each_item(sorted, [&](const Item& item, const GroupRows& rows, void* scratch) {
+      run.kernels.grouped_backward(p, sorted.groups[item.group], rows, scratch);
+      if (item.count > 1) return;
+      for (const GradientSum& g : gradients(item, rows, rows)) run.kernels.sum_gradient(g, 0, g.columns);
+    });
+    for (size_t i = 0; i < run.items.size(); ++i) {
+      const Item& item = run.items[i];
+      if (item.count == 1 || item.index != 0) continue;
+      sum_gradients(run.kernels, gradients(item, run.item_sums[i], run.item_sums[i + 1]));
     }
   }
   return {std::move(call.grad_x), std::move(call.grad_lora_As), std::move(call.grad_lora_Bs)};

@@ -2,9 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu_base_product.h"
-#include "cpu_few_tokens.h"
 #include "cpu_grouped_rows.h"
-#include "cpu_library_product.h"
 #include "op.h"
 
 namespace lora_ext::cpu {
@@ -24,14 +22,31 @@ void multiply_base(const Tensor& y, const Tensor& weight, const Tensor* bias, co
   const Tensor y_rows = as_rows(y, tokens, out_features);
   const auto use_library = [&] { library_product(y_rows, bias, x, transposed(weight)); };
   if (tokens <= kMostFewTokens && weight.numel() < kLeastElements) return use_library();
-  if (tokens <= kernels.few_tokens(dtype, dtype) && in_features > 0 && weight.stride(1) == 1) {
-    return stream_base_layer(kernels, x, weight, bias == nullptr ? nullptr : bias->const_data_ptr(),
-                             y.mutable_data_ptr());
-  }
-  const Tensor no_A = empty({0, in_features}, dtype, x), no_B = empty({out_features, 0}, dtype, x);
-  const ForwardLayer layer{&weight, bias, no_A, no_B, 0.0, &y_rows};
-  ForwardCall call = prepare_forward(x, {&layer, 1}, 0.0, std::nullopt, true);
-  if (has_own_product(kernels, call)) return multiply_forward(kernels, call);
+  // A call without adapters.
+  const LoraForwardParams p{.shrink = {.num_tokens = tokens,
+                                       .in_features = in_features,
+                                       .total_rank = 0,
+                                       .x = x.const_data_ptr(),
+                                       .xa = nullptr,
+                                       .x_stride = x.stride(0),
+                                       .dtype = dtype,
+                                       .factor_dtype = dtype,
+                                       .num_siblings = 0},
+                            .expand = {.num_tokens = tokens,
+                                       .total_rank = 0,
+                                       .xa = nullptr,
+                                       .dtype = dtype,
+                                       .factor_dtype = dtype,
+                                       .num_siblings = 1,
+                                       .siblings = {{.out_features = out_features,
+                                                     .rank = 0,
+                                                     .lora_B = nullptr,
+                                                     .bias = bias == nullptr ? nullptr : bias->const_data_ptr(),
+                                                     .base = nullptr,
+                                                     .y = y.mutable_data_ptr()}}}};
+  const FrozenWeights weights{{&weight}};
+  if (has_few_tokens(kernels, p, weights)) return multiply_few_tokens(kernels, p, weights);
+  if (has_own_product(kernels, p.expand, weights)) return multiply_forward(kernels, p, weights);
   use_library();
 }
 

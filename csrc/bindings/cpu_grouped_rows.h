@@ -135,21 +135,6 @@ inline std::vector<Item> make_items(const SortedRows& sorted) {
   return items;
 }
 
-// Scratch memory in elements of the accumulation dtype, divided into parts of multiples of 64 bytes.
-struct Divider {
-  char* next = nullptr;
-  int64_t bytes = 0;
-  int64_t element_size;
-
-  char* take(int64_t elements) {
-    const int64_t size = (product({elements, element_size}) + 63) / 64 * 64;
-    if (__builtin_add_overflow(bytes, size, &bytes)) fail("sizes are too large for scratch memory");
-    char* const part = next;
-    if (next != nullptr) next += size;
-    return part;
-  }
-};
-
 // The sums for the gradients of the factors of a group: of each thread for groups that are one item, and of each item
 // for others.
 struct GroupSums {
@@ -159,20 +144,33 @@ struct GroupSums {
 struct GroupedRun {
   const Kernels& kernels;
   std::vector<Item> items;
-  int64_t num_threads = 0;
-  std::vector<GroupedScratch> scratch;  // [num_threads]
-  std::vector<GroupRows> thread_sums;   // [num_threads]
-  std::vector<GroupRows> item_sums;     // [items]: where the sums of an item go, if its group is split
+  int64_t num_threads;
+  std::vector<void*> scratch;          // [num_threads]
+  std::vector<GroupRows> thread_sums;  // [num_threads]
+  std::vector<GroupRows> item_sums;    // [items]: where the sums of an item go, if its group is split
 
   GroupedRun(const SortedRows& sorted, DType acc, GroupSums sums)
-      : kernels(checked_kernels()), items(make_items(sorted)) {
+      : kernels(checked_kernels()),
+        items(make_items(sorted)),
+        num_threads(std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(items.size()))),
+        scratch(static_cast<size_t>(num_threads)),
+        thread_sums(scratch.size(), GroupRows{nullptr, 0}),
+        item_sums(items.size(), GroupRows{nullptr, 0}) {
     int64_t max_rank = 0;
     for (const LoraGroup& group : sorted.groups) max_rank = std::max(max_rank, group.rank);
-    num_threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(items.size()));
-    Divider sizes{.element_size = dtype_size(acc)};
-    divide(sizes, max_rank, sums);
-    Divider memory{.next = scratch_memory(sizes.bytes), .element_size = dtype_size(acc)};
-    divide(memory, max_rank, sums);
+    ScratchParts parts;
+    const auto add_sums = [&](GroupRows& rows) {
+      parts.add(&rows.grad_A, {max_rank, sums.A, dtype_size(acc)});
+      parts.add(&rows.grad_B_t, {max_rank, sums.B, dtype_size(acc)});
+    };
+    for (size_t t = 0; t < scratch.size(); ++t) {
+      parts.add(&scratch[t], {kPanelParts, kPanelRows, max_padded_ranks(max_rank), dtype_size(acc)});
+      add_sums(thread_sums[t]);
+    }
+    for (size_t i = 0; i < items.size(); ++i) {
+      if (items[i].count > 1) add_sums(item_sums[i]);
+    }
+    parts.allocate();
   }
 
   // Calls f(item, its rows, scratch) for all items, in any order and in parallel.
@@ -194,28 +192,6 @@ struct GroupedRun {
         }
       }
     });
-  }
-
- private:
-  void divide(Divider& memory, int64_t max_rank, GroupSums sums) {
-    const int64_t padded = max_padded_ranks(max_rank);
-    const int64_t operand = product({kPanelBlocks, block_lanes(max_rank)});
-    scratch.clear();
-    thread_sums.clear();
-    item_sums.clear();
-    const auto take_sums = [&] {
-      char* const A = memory.take(product({max_rank, sums.A}));
-      return GroupRows{.at = nullptr, .count = 0, .grad_A = A, .grad_B_t = memory.take(product({max_rank, sums.B}))};
-    };
-    for (int64_t t = 0; t < num_threads; ++t) {
-      scratch.push_back({.sums = memory.take(product({kPanelRows, padded})),
-                         .saved_xa = memory.take(product({kPanelRows, padded})),
-                         .along_ranks = memory.take(operand),
-                         .along_rows = memory.take(2 * operand),
-                         .packed = memory.take(product({kMostPackedColumns, padded}))});
-      thread_sums.push_back(take_sums());
-    }
-    for (const Item& item : items) item_sums.push_back(item.count > 1 ? take_sums() : GroupRows{nullptr, 0});
   }
 };
 
@@ -254,7 +230,7 @@ inline void add_updates(const GroupedForwardCall& call, const SortedRows& sorted
       run.kernels.dropout_mask(static_cast<uint64_t>(*p.seed), p.threshold, p.in_features, begin, end, p.mask);
     }
   });
-  run.for_each_item(sorted, [&](const Item& item, const GroupRows& rows, const GroupedScratch& scratch) {
+  run.for_each_item(sorted, [&](const Item& item, const GroupRows& rows, void* scratch) {
     run.kernels.grouped_forward(p, sorted.groups[item.group], rows, scratch);
   });
 }

@@ -2,9 +2,12 @@
 // chunks.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "../cpu/kernels.h"
 #include "checks.h"
@@ -58,136 +61,130 @@ inline char* scratch_memory(int64_t bytes) {
   return scratch.at_least(bytes);
 }
 
-// The sizes that decide how much scratch memory a call needs. A shrink has in_features, an expand out_features.
-struct WorkspaceSizes {
-  DType acc{};
-  int num_siblings = 0;
-  int64_t in_features = 0;
-  int64_t ranks[kMaxSiblings] = {};
-  int64_t out_features[kMaxSiblings] = {};
-  bool wants_grad_A = false;
-  bool wants_grad_B = false;
-  int64_t grad_xa_rows = 0;  // that the workspace holds
-  int64_t product_bytes = 0;
-
-  // Adds those of one kernel's parameters.
-  template <class Params>
-  void add(const Params& p) {
-    acc = accumulation_dtype(p.dtype);
-    num_siblings = p.num_siblings;
-    if constexpr (requires { p.in_features; }) in_features = p.in_features;
-    if constexpr (requires { p.wants_grad_lora_A; }) wants_grad_A = p.wants_grad_lora_A;
-    if constexpr (requires { p.wants_grad_lora_B; }) wants_grad_B = p.wants_grad_lora_B;
-    for (int i = 0; i < num_siblings; ++i) {
-      ranks[i] = p.siblings[i].rank;
-      if constexpr (requires { p.siblings[i].out_features; }) out_features[i] = p.siblings[i].out_features;
+// Divides one piece of scratch memory into parts of whole cache lines.
+class ScratchParts {
+ public:
+  ScratchParts() { parts_.reserve(16); }  // allocates once in most calls
+  // `pointer` gets the address of a part when all are known.
+  void add(void** pointer, std::initializer_list<int64_t> sizes) {
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = product(sizes);
+    parts_.push_back({pointer, total_});
+    if (__builtin_add_overflow(total_, bytes, &total_) || total_ > INT64_MAX - kLine) {
+      fail("sizes are too large for scratch memory");
     }
+    total_ = (total_ + kLine - 1) / kLine * kLine;
   }
-};
+  // Valid until this thread's next call.
+  void allocate() const {
+    char* const memory = scratch_memory(total_);
+    for (const Part& part : parts_) *part.pointer = memory + part.begin;
+  }
 
-// One piece of memory for all parts of a workspace. Valid until this thread's next call.
-inline Workspace make_workspace(const WorkspaceSizes& sizes, int64_t num_chunks) {
-  Workspace workspace{};
+ private:
   struct Part {
     void** pointer;
-    int64_t count;
+    int64_t begin;
   };
-  constexpr int kSharedParts = 6;
-  Part parts[kSharedParts + 2 * kMaxSiblings];
-  int num_parts = kSharedParts;
-  int64_t total_rank = 0;
-  for (int i = 0; i < sizes.num_siblings; ++i) {
-    const int64_t rank = sizes.ranks[i];
-    const int64_t out_row = padded_columns(sizes.out_features[i]);
-    total_rank += rank;
-    workspace.partial_stride += max_padded_ranks(rank);
-    parts[num_parts++] = {&workspace.lora_B_t[i], product({max_padded_ranks(rank), out_row})};
-    parts[num_parts++] = {&workspace.grad_B_t[i], sizes.wants_grad_B ? product({num_chunks, rank, out_row}) : 0};
-  }
-  const int64_t in_row = padded_columns(sizes.in_features);
-  parts[0] = {&workspace.lora_A, product({max_padded_ranks(total_rank), in_row})};
-  parts[1] = {&workspace.partial_sum, product({num_chunks, kBlockRows, workspace.partial_stride})};
-  parts[2] = {&workspace.small_operands, product({num_chunks, kSmallOperands, block_lanes(total_rank)})};
-  parts[3] = {&workspace.grad_A, sizes.wants_grad_A ? product({num_chunks, total_rank, in_row}) : 0};
+  std::vector<Part> parts_;
+  int64_t total_ = 0;
+};
 
-  const int64_t acc_bytes = dtype_size(sizes.acc);
-  parts[4] = {&workspace.grad_xa, packed_row_bytes(product({sizes.grad_xa_rows, total_rank, acc_bytes})) / acc_bytes};
-  parts[5] = {&workspace.product, packed_row_bytes(sizes.product_bytes) / acc_bytes};
-
-  int64_t total = 0;
-  for (int i = 0; i < num_parts; ++i) {
-    const int64_t bytes = product({parts[i].count, dtype_size(sizes.acc)});  // a multiple of 64
-    if (__builtin_add_overflow(total, bytes, &total)) fail("sizes are too large: in_features=", sizes.in_features);
+// The workspace of a forward or a backward, after parts that the caller has added.
+template <class Params>
+Workspace make_workspace(const Params& p, int64_t num_chunks, ScratchParts parts = {}) {
+  constexpr bool kIsBackward = std::is_same_v<Params, LoraBackwardParams>;
+  const int64_t total_rank = p.shrink.total_rank, panel_ranks = max_padded_ranks(total_rank);
+  const int64_t in_row = padded_columns(p.shrink.in_features), size = dtype_size(accumulation_dtype(p.shrink.dtype));
+  Workspace workspace{};
+  workspace.panel_blocks = layer_panel_blocks(total_rank);
+  workspace.panel_ranks = panel_ranks;
+  parts.add(&workspace.lora_A, {panel_ranks, in_row, size});
+  parts.add(&workspace.panels, {num_chunks, kPanelParts, workspace.panel_blocks * kBlockRows, panel_ranks, size});
+  if constexpr (kIsBackward) {
+    if (p.shrink.wants_grad_lora_A) parts.add(&workspace.grad_A, {num_chunks, total_rank, in_row, size});
   }
-  char* next = scratch_memory(total);
-  for (int i = 0; i < num_parts; ++i) {
-    *parts[i].pointer = next;
-    next += parts[i].count * dtype_size(sizes.acc);
+  for (int i = 0; i < p.expand.num_siblings; ++i) {
+    const auto& s = p.expand.siblings[i];
+    const int64_t out_row = padded_columns(s.out_features);
+    parts.add(&workspace.lora_B_t[i], {max_padded_ranks(s.rank), out_row, size});
+    if constexpr (kIsBackward) {
+      if (p.expand.wants_grad_lora_B) parts.add(&workspace.grad_B_t[i], {num_chunks, s.rank, out_row, size});
+    }
   }
+  parts.allocate();
   return workspace;
 }
 
-// The workspace of kernels with these parameters.
-template <class... Params>
-Workspace make_workspace(int64_t num_chunks, const Params&... params) {
-  WorkspaceSizes sizes;
-  (sizes.add(params), ...);
-  return make_workspace(sizes, num_chunks);
-}
-
-// Runs pack(i) for each of `count` factors, in parallel.
-template <class Pack>
-void pack_factors(int count, const Pack& pack) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pack(static_cast<int>(i));
-  });
-}
-
-// Both factors of all siblings, as the forward reads them.
-inline void pack_factors(const Kernels& kernels, const LoraForwardParams& p, const Workspace& workspace) {
-  pack_factors(2 * p.shrink.num_siblings, [&](int i) {
-    i % 2 == 0 ? kernels.pack_shrink(p.shrink, workspace, i / 2) : kernels.pack_expand(p.expand, workspace, i / 2);
-  });
-}
-
-// As the backward reads them.
-inline void pack_factors(const Kernels& kernels, const LoraBackwardParams& p, const Workspace& workspace) {
-  pack_factors(2 * p.shrink.num_siblings, [&](int i) {
-    i % 2 == 0 ? kernels.pack_shrink_backward(p.shrink, workspace, i / 2)
-               : kernels.pack_expand_backward(p.expand, workspace, i / 2);
-  });
-}
-
-// Runs f(chunk) for every chunk, in parallel. Kernels do not throw.
-template <class F>
-void for_chunks(int64_t num_chunks, const F& f) {
-  torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk);
-  });
-}
-
-// Runs kernel(params, workspace, chunk, num_chunks) for every chunk, in parallel.
+// Packs all factors, in parallel.
 template <class Params>
-void run_chunks(void (*kernel)(const Params&, const Workspace&, int64_t, int64_t), const Params& p, const Workspace& w,
-                int64_t num_chunks) {
-  for_chunks(num_chunks, [&](int64_t chunk) { kernel(p, w, chunk, num_chunks); });
+void pack_factors(void (*pack)(const Params&, const Workspace&, int), const Params& p, const Workspace& workspace) {
+  torch::stable::parallel_for(0, p.shrink.num_siblings + p.expand.num_siblings, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pack(p, workspace, static_cast<int>(i));
+  });
 }
 
-// Sums the chunks' gradients, for a range of ranks in each thread.
-template <class Reduce>
-void reduce_ranks(int64_t total_rank, const Reduce& reduce) {
-  constexpr int64_t kRanksPerThread = 4;
-  torch::stable::parallel_for(0, total_rank, kRanksPerThread, reduce);
+// Runs kernel(params, workspace, rows, chunk, num_chunks) for every chunk, in parallel. Kernels do not throw.
+template <class Params>
+void run_chunks(void (*kernel)(const Params&, const Workspace&, const LayerRows&, int64_t, int64_t), const Params& p,
+                const Workspace& w, const LayerRows& rows, int64_t num_chunks) {
+  torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) kernel(p, w, rows, chunk, num_chunks);
+  });
+}
+
+// Sums gradients, a part of each in every thread.
+inline void sum_gradients(const Kernels& kernels, const std::vector<GradientSum>& gradients) {
+  constexpr int64_t kParts = 64, kNumbersPerThread = 1 << 14;
+  int64_t numbers = 0;
+  for (const GradientSum& g : gradients) numbers += g.rank * g.columns;
+  const int64_t grain = kParts * kNumbersPerThread / std::max(numbers, kNumbersPerThread);
+  torch::stable::parallel_for(0, kParts, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
+    for (const GradientSum& g : gradients) {
+      const int64_t blocks = padded_columns(g.columns) / kPadding;
+      kernels.sum_gradient(g, blocks * begin / kParts * kPadding,
+                           std::min(blocks * end / kParts * kPadding, g.columns));
+    }
+  });
 }
 
 // Both factors' gradients, whichever are wanted.
-inline void reduce_gradients(const Kernels& kernels, const LoraBackwardParams& p, const Workspace& workspace,
-                             int64_t num_chunks) {
-  if (!p.shrink.wants_grad_lora_A && !p.expand.wants_grad_lora_B) return;
-  reduce_ranks(p.shrink.total_rank, [&](int64_t begin, int64_t end) {
-    if (p.shrink.wants_grad_lora_A) kernels.reduce_grad_A(p.shrink, workspace, num_chunks, begin, end);
-    if (p.expand.wants_grad_lora_B) kernels.reduce_grad_B(p.expand, workspace, num_chunks, begin, end);
-  });
+inline void sum_gradients(const Kernels& kernels, const LoraBackwardParams& p, const Workspace& w, int64_t num_chunks) {
+  const DType acc = accumulation_dtype(p.shrink.dtype), dtype = p.shrink.factor_dtype;
+  const int64_t in_features = p.shrink.in_features, in_row = padded_columns(in_features);
+  std::vector<GradientSum> gradients;
+  for (int i = 0; i < p.shrink.num_siblings && p.shrink.wants_grad_lora_A; ++i) {
+    const LoraShrinkBackwardSibling& s = p.shrink.siblings[i];
+    const char* sums = static_cast<char*>(w.grad_A) + s.rank_begin * in_row * dtype_size(acc);
+    gradients.push_back({sums, num_chunks, p.shrink.total_rank * in_row, s.grad_lora_A, s.rank, in_features,
+                         in_features, 1, dtype, acc});
+  }
+  for (int i = 0; i < p.expand.num_siblings && p.expand.wants_grad_lora_B; ++i) {
+    const LoraExpandBackwardSibling& s = p.expand.siblings[i];
+    gradients.push_back({w.grad_B_t[i], num_chunks, s.rank * padded_columns(s.out_features), s.grad_lora_B, s.rank,
+                         s.out_features, 1, s.rank, dtype, acc});
+  }
+  if (!gradients.empty()) sum_gradients(kernels, gradients);
+}
+
+// Runs a forward or a backward of the adapters alone on all rows.
+inline void run_layer(const LoraForwardParams& p) {
+  const Kernels& kernels = checked_kernels();
+  const int64_t num_chunks = count_chunks(p.shrink.num_tokens);
+  const Workspace workspace = make_workspace(p, num_chunks);
+  pack_factors(kernels.pack_forward, p, workspace);
+  run_chunks(kernels.forward, p, workspace, {0, p.shrink.num_tokens}, num_chunks);
+}
+
+// grad_xa [num_tokens, total_rank]: of a backward that is a shrink's or an expand's only.
+inline void run_layer(const LoraBackwardParams& p, void* grad_xa = nullptr) {
+  const Kernels& kernels = checked_kernels();
+  const int64_t num_chunks = count_chunks(p.shrink.num_tokens);  // zero chunks sum to zero gradients
+  const Workspace workspace = make_workspace(p, num_chunks);
+  pack_factors(kernels.pack_backward, p, workspace);
+  run_chunks(kernels.backward, p, workspace, {.first = 0, .count = p.shrink.num_tokens, .grad_xa = grad_xa},
+             num_chunks);
+  sum_gradients(kernels, p, workspace, num_chunks);
 }
 
 }  // namespace lora_ext::cpu

@@ -70,106 +70,31 @@ Tensor lora_merge_check(const std::vector<Tensor>& weights, const std::vector<Te
   return non_finite;
 }
 
-// Scratch memory for the slots of all layers, or nothing where it does not fit.
-std::optional<Tensor> attach_slots(MergeCall& call, const Tensor& like) {
-  int64_t bytes = 0;
-  for (const MergeLayer& layer : call.layers) {
-    bytes += product({layer.out_features, layer.in_features, dtype_size(call.params.dtype)});
-  }
-  const int64_t stride = 1;
-  AtenTensorHandle handle;
-  if (aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(),
-                               like.get_device_index(), &handle) != 0) {
-    return std::nullopt;
-  }
-  const Tensor slots(handle);
-  uint8_t* next = static_cast<uint8_t*>(slots.mutable_data_ptr());
-  for (MergeLayer& layer : call.layers) {
-    layer.slots = reinterpret_cast<uint16_t*>(next);
-    next += layer.out_features * layer.in_features * dtype_size(call.params.dtype);
-  }
-  return slots;
-}
-
-// A merge with a record: in one pass with slots, in two without.
-class RecordedMerge {
- public:
-  RecordedMerge(MergeCall& call, const Tensor& like)
-      : call_(call), like_(like), counts_(zero_counts(2 * call.layers.size(), like)), slots_(attach_slots(call, like)) {
-    int64_t* const counts = static_cast<int64_t*>(counts_.mutable_data_ptr());
-    for (size_t i = 0; i < call.layers.size(); ++i) {
-      MergeLayer& layer = call.layers[i];
-      words_.push_back(empty_int16({layer.out_features, merge_segments(layer.in_features)}, like));
-      layer.words = static_cast<int16_t*>(words_.back().mutable_data_ptr());
-      layer.non_finite = counts + i;
-      layer.num_words = counts + call.layers.size() + i;
-    }
-  }
-
-  // Waits for the GPU. Restores the weights where a result is not finite, or something fails.
-  std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> merge() {
-    run(call_, slots_ ? MergeMode::kMergeSlots : MergeMode::kPlan, like_);
-    try {
-      const auto num_layers = static_cast<int64_t>(call_.layers.size());
-      const Tensor non_finite = torch::stable::narrow(counts_, 0, 0, num_layers);
-      const Tensor host_counts = torch::stable::to(counts_, torch::stable::Device(torch::stable::DeviceType::CPU));
-      const int64_t* const counts = static_cast<const int64_t*>(host_counts.const_data_ptr());
-      if (std::any_of(counts, counts + num_layers, [](int64_t count) { return count > 0; })) {
-        restore();
-        return {non_finite, {}, {}};
-      }
-      std::vector<Tensor> corrections;
-      std::optional<Tensor> ends;
-      const auto allocate = [&] {
-        corrections.clear();
-        for (int64_t i = 0; i < num_layers; ++i) corrections.push_back(empty_int16({counts[num_layers + i]}, like_));
-        ends = attach_record(call_, words_, corrections);
-      };
-      try {
-        allocate();
-      } catch (...) {  // no room for the record next to the slots: two passes need no slots
-        if (!slots_) throw;
-        restore();
-        drop_slots();
-        allocate();
-      }
-      if (slots_) {
-        launch_gather_records(call_.params, call_.layers, current_stream(like_));
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-      } else {
-        run(call_, MergeMode::kMergeRecord, like_);
-      }
-      return {non_finite, words_, corrections};
-    } catch (...) {
-      restore();
-      throw;
-    }
-  }
-
- private:
-  // Does nothing without slots: until the last launch, the weights are as they were.
-  void restore() {
-    if (slots_) run(call_, MergeMode::kUnmerge, like_);
-  }
-
-  void drop_slots() {
-    slots_.reset();
-    for (MergeLayer& layer : call_.layers) layer.slots = nullptr;
-  }
-
-  MergeCall& call_;
-  const Tensor& like_;
-  Tensor counts_;  // int64 [2 * layers]: results that are not finite, then words
-  std::optional<Tensor> slots_;
-  std::vector<Tensor> words_;
-};
-
+// Two passes: the first counts the words of the records, whose memory the host allocates. Waits for the GPU in between.
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(const std::vector<Tensor>& weights,
                                                                                 const std::vector<Tensor>& lora_As,
                                                                                 const std::vector<Tensor>& lora_Bs) {
   MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   const DeviceGuard guard(weights[0].get_device_index());
-  return RecordedMerge(call, weights[0]).merge();
+  const auto num_layers = static_cast<int64_t>(call.layers.size());
+  const Tensor counts = zero_counts(2 * call.layers.size(), weights[0]);  // results that are not finite, then words
+  std::vector<Tensor> words, corrections;
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    MergeLayer& layer = call.layers[i];
+    words.push_back(empty_int16({layer.out_features, merge_segments(layer.in_features)}, weights[0]));
+    layer.words = static_cast<int16_t*>(words.back().mutable_data_ptr());
+    layer.non_finite = static_cast<int64_t*>(counts.mutable_data_ptr()) + i;
+    layer.num_words = layer.non_finite + num_layers;
+  }
+  run(call, MergeMode::kPlan, weights[0]);
+  const Tensor non_finite = torch::stable::narrow(counts, 0, 0, num_layers);
+  const Tensor host_counts = torch::stable::to(counts, torch::stable::Device(torch::stable::DeviceType::CPU));
+  const int64_t* const count = static_cast<const int64_t*>(host_counts.const_data_ptr());
+  if (std::any_of(count, count + num_layers, [](int64_t n) { return n > 0; })) return {non_finite, {}, {}};
+  for (int64_t i = 0; i < num_layers; ++i) corrections.push_back(empty_int16({count[num_layers + i]}, weights[0]));
+  const auto ends = attach_record(call, words, corrections);
+  run(call, MergeMode::kMergeRecord, weights[0]);
+  return {non_finite, words, corrections};
 }
 
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,

@@ -25,8 +25,7 @@ enum class MergeMode {
   kPlan,         // counts results that are NaN or infinite, and the words of a record; the weight does not change
   kMerge,        // weight becomes merged
   kMergeRecord,  // weight becomes merged, and corrections are written at the positions that ends gives
-  kMergeSlots,   // kPlan and kMergeRecord in one pass: every segment's record is written into its slot
-  kUnmerge,      // weight becomes candidate + correction, its value before the merge; the record may be in slots
+  kUnmerge,      // weight becomes candidate + correction, its value before the merge
 };
 
 // Parameters of a launch. On CUDA all blocks start at once, so ends gives the position of each segment's record.
@@ -41,20 +40,13 @@ struct MergeLayer {
   const void* lora_A;     // [rank, in_features], contiguous, acc
   const void* lora_B;     // [out_features, rank], contiguous, acc, scaling included
   uint16_t* corrections;  // [num_corrections]: the record; written by kMergeRecord, read by kUnmerge
-  // On CUDA. A slot is as large as its segment, and lies where the segment would in a contiguous weight.
-  uint16_t* slots;      // [out_features, in_features], dtype: records before their final place is known; null: none
+  // On CUDA, written by kPlan:
   int16_t* words;       // [out_features, segments]: length of each segment's record in 16-bit words
-  int64_t* non_finite;  // [1]: kPlan and kMergeSlots add the number of results that are NaN or infinite
-  int64_t* num_words;   // [1]: kPlan and kMergeSlots add the sum of words
+  int64_t* non_finite;  // [1]: the number of results that are NaN or infinite is added
+  int64_t* num_words;   // [1]: the sum of words is added
   int64_t weight_stride, num_corrections;
   int64_t first_segment;  // index of this layer's first segment in ends
 };
-
-// Where the slot of a segment begins, in 16-bit words.
-LORA_EXT_HOST_DEVICE inline int64_t slot_begin(const MergeLayer& layer, int64_t segment, int element_words) {
-  const int64_t segments = merge_segments(layer.in_features), row = segment / segments;
-  return (row * layer.in_features + (segment - row * segments) * kMergeSegment) * element_words;
-}
 
 // The range of a segment's record in its layer's corrections.
 struct RecordRange {

@@ -5,11 +5,11 @@
 // segments.
 //
 //   no words          the segment needs no correction
-//   sparse            one word per correction of -127 to 127, in the order of the columns: the segment's column in
-//                     the low byte, the correction in the high byte. Then the outliers, last column first: a word
-//                     whose high byte is -128, then the original element, low word first.
-//   whole segment     the original elements, if they take no more words than the sparse form. A sparse form of exactly
-//                     that length is never written, so the length distinguishes the two.
+//   sparse            one word for each correction, in the order of the columns: the segment's column in the low byte,
+//                     the correction, -127 to 127, in the high byte
+//   whole segment     the original elements: if a correction does not fit in a word, or if they take no more words than
+//                     the sparse form. A sparse form of exactly that length is never written, so the length
+//                     distinguishes the two.
 //
 // A record therefore never takes more than the weight itself, plus 2 bytes per segment. The ordered integers of
 // neighbouring floating-point numbers differ by one, also those of -0.0 and 0.0: signs of zero are restored.
@@ -23,7 +23,6 @@ namespace lora_ext {
 
 constexpr int kMergeSegment = 256;  // columns; a position fits in a byte
 constexpr int kLargestCorrection = 127;
-constexpr int kOutlierMark = -kLargestCorrection - 1;  // replaces the correction
 
 LORA_EXT_HOST_DEVICE constexpr int64_t merge_segments(int64_t in_features) {
   return (in_features + kMergeSegment - 1) / kMergeSegment;
@@ -61,12 +60,15 @@ LORA_EXT_HOST_DEVICE inline uint16_t correction_word(int col, int correction) {
 }
 LORA_EXT_HOST_DEVICE inline int word_column(uint16_t word) { return word & 0xFF; }
 LORA_EXT_HOST_DEVICE inline int word_correction(uint16_t word) { return static_cast<int8_t>(word >> 8); }
-LORA_EXT_HOST_DEVICE inline bool is_outlier_word(uint16_t word) { return word_correction(word) == kOutlierMark; }
 
-// Length of the record of a segment of `cols` columns, whose sparse form takes `sparse` words: one per correction, and
-// element_words more per outlier.
-LORA_EXT_HOST_DEVICE inline int64_t record_words(int64_t sparse, int64_t cols, int element_words) {
-  return sparse < cols * element_words ? sparse : cols * element_words;
+template <class Integer>
+LORA_EXT_HOST_DEVICE constexpr bool fits_in_a_word(Integer correction) {
+  return correction >= -kLargestCorrection && correction <= kLargestCorrection;
+}
+
+// Length of the record of a segment of `cols` columns with so many corrections, all of which fit in a word or not.
+LORA_EXT_HOST_DEVICE inline int64_t record_words(int64_t corrections, bool fit, int64_t cols, int element_words) {
+  return fit && corrections < cols * element_words ? corrections : cols * element_words;
 }
 
 }  // namespace lora_ext

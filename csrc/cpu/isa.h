@@ -91,7 +91,7 @@ inline const char* available_isas() {
   return names.c_str();
 }
 
-// Who multiplies many tokens by a frozen weight: our kernel (base_product.inc) or the library behind nn.Linear.
+// Who multiplies many tokens by a frozen weight: our kernel (gemm/many_tokens.inc) or the library behind nn.Linear.
 // Measured on AMD's processors with AVX-512 only (benchmarks/NOTES.md), so everywhere else it is the library, unless
 // the environment variable LORA_EXT_BASE_PRODUCT says "own". Once per process; false if the variable says something
 // else.

@@ -24,6 +24,9 @@ void with_type_of(DType dtype, F f) {
   }
 }
 
+template <class T>
+constexpr DType kDTypeOf = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16;
+
 // The accumulation dtype: float64 for float64, otherwise float32.
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -65,6 +68,18 @@ __device__ __forceinline__ T rounded(V element) {
 
 __device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
 __device__ __forceinline__ uint16_t bits_of(__half value) { return __half_as_ushort(value); }
+
+// Rounds two neighbours to one word, the first in the low half. float16 ends at 65504: a larger number becomes
+// infinite, as in plain PyTorch.
+template <class T>
+__device__ __forceinline__ uint32_t rounded_pair(float first, float second) {
+  return bits_of(from_acc<T>(first)) | static_cast<uint32_t>(bits_of(from_acc<T>(second))) << 16;
+}
+
+// dtype_size is a function of the host.
+__device__ __forceinline__ int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 // Returns f of an array whose dtype is known at run time only, as a pointer to its elements: for the factors, which are
 // small. Loads overlap if a loop over them is inside f, not around it.

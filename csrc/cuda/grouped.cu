@@ -14,13 +14,12 @@ namespace lora_ext::cuda {
 namespace grouped {
 
 template <class T>
-class PlanRunner {
+class PlanRunner : Launcher {
  public:
   PlanRunner(const GroupedCall& call, const GroupedPlan& plan, void* scratch, const GpuStream& stream)
-      : call_(call),
+      : Launcher(scratch, stream),
+        call_(call),
         plan_(plan),
-        scratch_(static_cast<char*>(scratch)),
-        stream_(stream),
         table_{.inline_entries = {},
                .all_entries = at<const GroupedEntry>(plan.entries),
                .num_entries = static_cast<int>(call.entries.size()),
@@ -43,39 +42,28 @@ class PlanRunner {
       case Kernel::kWriteEntries: return start(launch, &write_entries_kernel, write_params(launch));
       case Kernel::kDropoutMask: return launch_dropout_mask(mask_params(), stream_);
       case Kernel::kGroupIndex:
-        return start(launch, &group_index_kernel, GroupIndexParams{.rows = call_.rows, .index = index_});
+        return start(launch, &group_index_kernel,
+                     GroupIndexParams{.rows = call_.rows,
+                                      .index = index_,
+                                      .counts = at<int>(plan_.counts),
+                                      .warps = index_warps(call_.rows)});
       case Kernel::kFewRowsShrink: return start(launch, &few_rows_shrink_kernel, few_rows_params(1));
       case Kernel::kFewRowsExpand: return start(launch, &few_rows_expand_kernel, few_rows_params(launch.feature_tiles));
-      case Kernel::kGroupedShrink: return run_shrink(launch, backward);
+      case Kernel::kGroupedShrink: return run_shrink(launch);
       case Kernel::kRankSums: return start(launch, &rank_sums_kernel<float>, rank_sums_params());
       case Kernel::kGroupedExpand:
         return start(launch, backward ? &grouped_expand_kernel<T, true> : &grouped_expand_kernel<T, false>,
                      expand_params(launch));
       case Kernel::kGroupedFactorSums:
         return start(launch,
-                     launch.result == Result::kGradLoraB ? &grouped_factor_sums_kernel<T, true>
-                                                         : &grouped_factor_sums_kernel<T, false>,
+                     launch.is_masked ? &grouped_factor_sums_kernel<T, true> : &grouped_factor_sums_kernel<T, false>,
                      factor_sums_params(launch));
-      case Kernel::kGroupedChunkSums:
-        return start(
-            launch,
-            launch.result == Result::kGradLoraB ? &grouped_chunk_sums_kernel<true> : &grouped_chunk_sums_kernel<false>,
-            factor_sums_params(launch));
+      case Kernel::kGroupedChunkSums: return start(launch, &grouped_chunk_sums_kernel<T>, factor_sums_params(launch));
       default: throw std::logic_error("lora_ext: a grouped plan has a launch of another plan");
     }
   }
 
  private:
-  template <class Params>
-  void start(const PlannedLaunch& planned, void (*kernel)(Params), const Params& params) {
-    launch(kernel, make_grid(planned.grid_x), planned.threads, planned.shared_bytes, stream_, params);
-  }
-
-  template <class V>
-  V* at(int64_t offset) const {
-    return offset == Scratch::kNone ? nullptr : reinterpret_cast<V*>(scratch_ + offset);
-  }
-
   WriteEntriesParams write_params(const PlannedLaunch& launch) const {
     WriteEntriesParams params{.entries = {}, .to = at<GroupedEntry>(plan_.entries) + launch.first_entry, .count = 0};
     const auto first = static_cast<size_t>(launch.first_entry);
@@ -117,57 +105,51 @@ class PlanRunner {
   }
 
   // xa of x, or grad_xa of grad_y.
-  void run_shrink(const PlannedLaunch& launch, bool backward) {
-    ShrinkParams params{.table = table_,
-                        .index = index_,
-                        .x = nullptr,
-                        .mask = nullptr,
-                        .out = partials_ ? partials_ : sums_,
-                        .features = 0,
-                        .x_stride = 0,
-                        .mask_row_bytes = 0,
-                        .max_rank = max_rank(),
-                        .features_per_range = plan_.shrink.features_per_range,
-                        .ranges = static_cast<int>(plan_.shrink.ranges),
-                        .rank_tiles = launch.rank_tiles,
-                        .dtype = call_.dtype(),
-                        .factor_dtype = factor_dtype(),
-                        .has_dropout = false,
-                        .x_aligned = false};
-    if (backward) {
-      const LoraGroupedBackwardParams& p = *call_.backward;
-      params.x = p.grad_y;
-      params.features = p.out_features;
-      params.x_stride = p.grad_y_stride;
-    } else {
-      const LoraGroupedForwardParams& p = *call_.forward;
-      params.x = p.x;
-      params.features = p.in_features;
-      params.x_stride = p.x_stride;
-      params.mask = p.mask;
-      params.mask_row_bytes = mask_row_bytes(p.in_features);
-      params.has_dropout = p.threshold > 0;
+  void run_shrink(const PlannedLaunch& launch) {
+    ShrinkParams<T> params{.table = table_,
+                           .index = index_,
+                           .x = {},
+                           .mask = {},
+                           .out = partials_ ? partials_ : sums_,
+                           .max_rank = max_rank(),
+                           .features_per_range = plan_.shrink.features_per_range,
+                           .ranges = static_cast<int>(plan_.shrink.ranges),
+                           .rank_tiles = launch.rank_tiles,
+                           .factor_dtype = factor_dtype()};
+    const int64_t num_tokens = call_.rows.num_tokens;
+    if (const auto* p = call_.backward) {
+      params.x = mma::token_matrix<T>(p->grad_y, num_tokens, p->out_features, p->grad_y_stride);
+      return start_shrink<mma::KeepBits::kNone, true>(launch, params);
     }
-    params.x_aligned = has_aligned_eights(params.x, params.x_stride);
+    const LoraGroupedForwardParams& p = *call_.forward;
+    params.x = mma::token_matrix<T>(p.x, num_tokens, p.in_features, p.x_stride);
+    if (p.threshold == 0) return start_shrink<mma::KeepBits::kNone, false>(launch, params);
+    params.mask.bits = p.mask;
+    params.mask.row_bytes = mask_row_bytes(p.in_features);
+    start_shrink<mma::KeepBits::kRead, false>(launch, params);
+  }
+
+  template <mma::KeepBits kKeep, bool kOfB>
+  void start_shrink(const PlannedLaunch& launch, const ShrinkParams<T>& params) {
+    const bool rounds = factor_dtype() != call_.dtype();
     if (launch.variant == kSmallRanks) {
-      return start(
-          launch,
-          backward ? &grouped_shrink_kernel<T, kSmallRanks, true> : &grouped_shrink_kernel<T, kSmallRanks, false>,
-          params);
+      return start(launch,
+                   rounds ? &grouped_shrink_kernel<T, kSmallRanks, kKeep, true, kOfB>
+                          : &grouped_shrink_kernel<T, kSmallRanks, kKeep, false, kOfB>,
+                   params);
     }
     start(launch,
-          backward ? &grouped_shrink_kernel<T, kLargeRanks, true> : &grouped_shrink_kernel<T, kLargeRanks, false>,
+          rounds ? &grouped_shrink_kernel<T, kLargeRanks, kKeep, true, kOfB>
+                 : &grouped_shrink_kernel<T, kLargeRanks, kKeep, false, kOfB>,
           params);
   }
 
-  RankSumsParams<float> rank_sums_params() const {
-    RankSumsParams<float> params{.num_tokens = call_.rows.num_tokens,
-                                 .total_rank = max_rank(),
-                                 .partial = partials_,
-                                 .out = sums_,
-                                 .scales = single_scale<float>(1.0)};
-    params.ranges[0] = plan_.shrink.ranges;
-    return params;
+  RankSumsParams rank_sums_params() const {
+    return {.num_tokens = call_.rows.num_tokens,
+            .total_rank = max_rank(),
+            .partial = partials_,
+            .out = sums_,
+            .ranges = same_for_all_ranks(static_cast<int>(plan_.shrink.ranges))};
   }
 
   // y, or grad_x.
@@ -181,7 +163,6 @@ class PlanRunner {
                         .mask_row_bytes = 0,
                         .max_rank = max_rank(),
                         .column_tiles = launch.feature_tiles,
-                        .dtype = call_.dtype(),
                         .factor_dtype = factor_dtype(),
                         .has_dropout = false,
                         .out_aligned = false};
@@ -199,27 +180,22 @@ class PlanRunner {
     return params;
   }
 
-  FactorSumsParams factor_sums_params(const PlannedLaunch& launch) const {
+  FactorSumsParams<T> factor_sums_params(const PlannedLaunch& launch) const {
     const LoraGroupedBackwardParams& p = *call_.backward;
     const bool of_B = launch.result == Result::kGradLoraB;
-    FactorSumsParams params{.table = table_,
-                            .index = index_,
-                            .x = of_B ? p.grad_y : p.x,
-                            .mask = p.mask,
-                            .small = of_B ? static_cast<const float*>(p.xa) : sums_,
-                            .partial = at<float>(plan_.factor_partials),
-                            .features = of_B ? p.out_features : p.in_features,
-                            .x_stride = of_B ? p.grad_y_stride : p.x_stride,
-                            .mask_row_bytes = mask_row_bytes(p.in_features),
-                            .max_rank = p.max_rank,
-                            .feature_tiles = launch.feature_tiles,
-                            .rank_tiles = launch.rank_tiles,
-                            .dtype = p.dtype,
-                            .factor_dtype = p.factor_dtype,
-                            .has_dropout = p.has_dropout && !of_B,
-                            .x_aligned = false};
-    params.x_aligned = has_aligned_eights(params.x, params.x_stride);
-    return params;
+    const int64_t num_tokens = call_.rows.num_tokens;
+    return {.table = table_,
+            .index = index_,
+            .x = of_B ? mma::token_matrix<T>(p.grad_y, num_tokens, p.out_features, p.grad_y_stride)
+                      : mma::token_matrix<T>(p.x, num_tokens, p.in_features, p.x_stride),
+            .small = {of_B ? static_cast<const float*>(p.xa) : sums_, num_tokens, p.max_rank, p.max_rank},
+            .mask = p.mask,
+            .partial = at<float>(plan_.factor_partials),
+            .mask_row_bytes = mask_row_bytes(p.in_features),
+            .feature_tiles = launch.feature_tiles,
+            .rank_tiles = launch.rank_tiles,
+            .factor_dtype = p.factor_dtype,
+            .of_B = of_B};
   }
 
   int64_t max_rank() const { return call_.forward ? call_.forward->max_rank : call_.backward->max_rank; }
@@ -227,8 +203,6 @@ class PlanRunner {
 
   const GroupedCall& call_;
   const GroupedPlan& plan_;
-  char* const scratch_;
-  const GpuStream& stream_;
   GroupTable table_;
   GroupIndex index_;
   float* const partials_;  // [ranges, num_tokens, max_rank]; null: the shrink writes the sums

@@ -78,10 +78,8 @@ class GroupedPlanner {
     plan_.begin = carver_.take((rows_.num_groups + grouped::kMoreGroups + 1) * 4);
     plan_.tiles = carver_.take(grouped::num_tiles(rows_) * 4);
     plan_.chunks = carver_.take(has_chunks ? grouped::num_chunks(rows_) * 4 : 0);
-    add({.kernel = Kernel::kGroupIndex,
-         .result = Result::kIndex,
-         .grid_x = rows_.num_groups + grouped::kMoreGroups,
-         .threads = grouped::kThreads});
+    plan_.counts = carver_.take((rows_.num_groups + grouped::kMoreGroups) * grouped::index_warps(rows_) * 4);
+    add({.kernel = Kernel::kGroupIndex, .result = Result::kIndex, .grid_x = 1, .threads = grouped::kIndexThreads});
   }
 
   void split_features(int64_t features, int64_t wanted, int64_t step, int64_t least) {
@@ -105,7 +103,7 @@ class GroupedPlanner {
          .result = result,
          .variant = ranks,
          .grid_x = grouped::num_tiles(rows_) * plan_.shrink.ranges * rank_tiles,
-         .threads = grouped::kThreads,
+         .threads = grouped::kShrinkThreads,
          .shared_bytes = is_small ? grouped::ShrinkTiles<grouped::kSmallRanks>::kSharedBytes
                                   : grouped::ShrinkTiles<grouped::kLargeRanks>::kSharedBytes,
          .rank_tiles = static_cast<int>(rank_tiles)});
@@ -147,12 +145,14 @@ class GroupedPlanner {
 
   void plan_factor_sums(Result result, int64_t features, int64_t max_rank) {
     using Tiles = grouped::FactorSumsTiles;
+    const bool is_masked = call_.backward->has_dropout && result == Result::kGradLoraA;
     const int64_t feature_tiles = ceil_div(features, Tiles::kFeatures), rank_tiles = ceil_div(max_rank, Tiles::kRanks);
     add({.kernel = Kernel::kGroupedFactorSums,
          .result = result,
          .grid_x = grouped::num_chunks(rows_) * feature_tiles * rank_tiles,
          .threads = grouped::kThreads,
-         .shared_bytes = Tiles::kSharedBytes,
+         .shared_bytes = Tiles::kSharedBytes + (is_masked ? Tiles::kKeepBytes : 0),
+         .is_masked = is_masked,
          .rank_tiles = static_cast<int>(rank_tiles),
          .feature_tiles = feature_tiles});
     if (grouped::partial_chunks(rows_) == 0) return;

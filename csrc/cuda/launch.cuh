@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "gpu_stream.h"
+#include "plan.h"
 #include "sizes.h"
 
 namespace lora_ext::cuda {
@@ -62,3 +63,26 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, uint32_t shared_byte
 
 }  // namespace lora_ext::cuda
 #endif
+
+namespace lora_ext::cuda {
+
+// Starts the launches of a plan, which have a part of the scratch memory.
+class Launcher {
+ protected:
+  Launcher(void* scratch, const GpuStream& stream) : scratch_(static_cast<char*>(scratch)), stream_(stream) {}
+
+  template <class Params>
+  void start(const PlannedLaunch& planned, void (*kernel)(Params), const Params& params) const {
+    launch(kernel, make_grid(planned.grid_x, planned.grid_y), planned.threads, planned.shared_bytes, stream_, params);
+  }
+
+  template <class V>
+  V* at(int64_t offset) const {
+    return offset == Scratch::kNone ? nullptr : reinterpret_cast<V*>(scratch_ + offset);
+  }
+
+  char* const scratch_;
+  const GpuStream& stream_;
+};
+
+}  // namespace lora_ext::cuda

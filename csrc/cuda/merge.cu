@@ -26,9 +26,4 @@ void launch_merge(MergeMode mode, const MergeParams& params, const std::vector<M
   });
 }
 
-void launch_gather_records(const MergeParams& params, const std::vector<MergeLayer>& layers, const GpuStream& stream) {
-  for_launches(layers,
-               [&](const MergeLayer* first, int64_t count) { launch_gather_records_of(params, first, count, stream); });
-}
-
 }  // namespace lora_ext::cuda

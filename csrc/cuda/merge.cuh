@@ -62,9 +62,7 @@ constexpr int lanes_in_a_bank() {
 // Rows of the next tile that a warp loads in advance. None where its registers are full: another block is on the
 // multiprocessor, too.
 template <class T, MergeMode kMode>
-constexpr int kRowsAhead =
-    sizeof(T) == 2 && (kMode == MergeMode::kMergeRecord || kMode == MergeMode::kMergeSlots) ? 0
-                                                                                            : MergeTraits<T>::kWarpRows;
+constexpr int kRowsAhead = sizeof(T) == 2 && kMode == MergeMode::kMergeRecord ? 0 : MergeTraits<T>::kWarpRows;
 
 // Returns the place of a column in a row of lora_A's tile: in the order in which lanes read it, 16 bytes each, chunk by
 // chunk.
@@ -91,19 +89,18 @@ __device__ __forceinline__ void add_count(int64_t* total, int count) {
   atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
 }
 
-// Counts a lane's elements of one row's segment [cols]. Low half: words of the sparse record, at most 5 per element.
-// High half: results that are not finite.
+// Counts a lane's elements of one row's segment [cols], in ten bits each: corrections, those of them that do not fit in
+// a word, and results that are not finite.
 template <class T>
 __device__ __forceinline__ int count_lane(const LaneElements<T>& original, const LaneElements<T>& merged,
                                           const Acc<T> (&update)[8], int cols, int lane) {
-  constexpr int kElementWords = sizeof(T) / 2;
   int counts = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const Word<T> was = original.word(i), candidate = word_of<T>(element_of<T>(merged.word(i)), -update[i]);
-    if (was != candidate) counts += 1 + (is_outlier(correction_of(was, candidate)) ? kElementWords : 0);
+    if (was != candidate) counts += fits_in_a_word(correction_of(was, candidate)) ? 1 : 1 + (1 << 10);
     // Beyond cols lora_A is zero, but infinity times zero is NaN.
-    if (!is_finite_word<T>(merged.word(i)) && LaneElements<T>::column(lane, i) < cols) counts += 1 << 16;
+    if (!is_finite_word<T>(merged.word(i)) && LaneElements<T>::column(lane, i) < cols) counts += 1 << 20;
   }
   return counts;
 }
@@ -112,91 +109,51 @@ __device__ __forceinline__ int count_lane(const LaneElements<T>& original, const
 template <class T>
 __device__ __forceinline__ void write_record(uint16_t* record, int words, const LaneElements<T>& original,
                                              const LaneElements<T>& merged, const Acc<T> (&update)[8], int lane) {
-  constexpr int kVec = LaneElements<T>::kVec, kOutlierWords = 1 + static_cast<int>(sizeof(T)) / 2;
-  int front = 0, outliers = 0;  // corrections and outliers of earlier columns
+  constexpr int kVec = LaneElements<T>::kVec;
+  int front = 0;  // corrections of earlier columns
 #pragma unroll
   for (int group = 0; group < 8 / kVec; ++group) {
-    int correction[kVec], counts = 0;
+    int correction[kVec], count = 0;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const Word<T> was = original.word(group * kVec + i);
       const Word<T> candidate = word_of<T>(element_of<T>(merged.word(group * kVec + i)), -update[group * kVec + i]);
-      const auto difference = correction_of(was, candidate);
-      correction[i] = is_outlier(difference) ? kOutlierMark : static_cast<int>(difference);
-      counts += correction[i] == 0 ? 0 : correction[i] == kOutlierMark ? 1 << 16 : 1;
+      correction[i] = static_cast<int>(correction_of(was, candidate));
+      count += was != candidate;
     }
     int total;
-    const int before = exclusive_sum(counts, lane, &total);
-    int at = front + (before & 0xFFFF), outlier = outliers + (before >> 16);
+    int at = front + exclusive_sum(count, lane, &total);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       if (correction[i] == 0) continue;
-      const int col = LaneElements<T>::column(lane, group * kVec + i);
-      const uint16_t word = correction_word(col, correction[i]);
-      if (correction[i] != kOutlierMark) {
-        if (at < words) record[at] = word;  // always true for the weight that the plan was made for
-        ++at;
-      } else {
-        ++outlier;
-        const int begin = words - outlier * kOutlierWords;
-        if (begin < 0) continue;
-        record[begin] = word;
-        store_words(record + begin + 1, original.word(group * kVec + i));
-      }
+      // at < words is always true for the weight that the plan was made for
+      if (at < words) record[at] = correction_word(LaneElements<T>::column(lane, group * kVec + i), correction[i]);
+      ++at;
     }
-    front += total & 0xFFFF;
-    outliers += total >> 16;
+    front += total;
   }
-}
-
-// A row's segment: its number in the layer, and where its slot begins, in 16-bit words.
-struct SegmentPlace {
-  int64_t segment, slot;
-};
-
-// A segment's record, in its slot or among the layer's corrections.
-struct SegmentRecord {
-  uint16_t* begin;
-  int words;
-};
-template <bool kMayBeInSlot>
-__device__ __forceinline__ SegmentRecord segment_record(const MergeParams& p, const MergeLaunch::Layer& layer,
-                                                        const SegmentPlace& place) {
-  if (kMayBeInSlot && layer.slots != nullptr) return {layer.slots + place.slot, layer.words[place.segment]};
-  const RecordRange range = record_range(p, layer, place.segment);
-  return {layer.corrections + range.begin, static_cast<int>(range.end - range.begin)};
 }
 
 // Turns candidates in memory into the original weight, if the record of the row's segment is sparse.
 template <class T>
-__device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLaunch::Layer& layer,
-                                             const SegmentPlace& place, T* weight, int cols, int lane) {
-  constexpr int kElementWords = sizeof(T) / 2, kOutlierWords = 1 + kElementWords;
-  const auto [record, words] = segment_record<true>(p, layer, place);
-  if (words == cols * kElementWords) return;
-  int first_outlier = words;
-  for (int begin = 0; begin < first_outlier; begin += 32) {
-    const int index = begin + lane;
-    const uint16_t word = index < words ? record[index] : uint16_t{0};
-    const unsigned marks = __ballot_sync(0xFFFFFFFFu, index < words && is_outlier_word(word));
-    if (marks != 0) first_outlier = begin + __ffs(static_cast<int>(marks)) - 1;
-    const int col = word_column(word);
-    if (index < first_outlier && col < cols) {
-      weight[col] = element_of<T>(corrected(word_of<T>(weight[col]), word_correction(word)));
-    }
-  }
-  for (int at = first_outlier + lane * kOutlierWords; at + kOutlierWords <= words; at += 32 * kOutlierWords) {
+__device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
+                                             T* weight, int cols, int lane) {
+  const RecordRange range = record_range(p, layer, segment);
+  const uint16_t* const record = layer.corrections + range.begin;
+  const int words = static_cast<int>(range.end - range.begin);
+  if (words == cols * static_cast<int>(sizeof(T) / 2)) return;
+  for (int at = lane; at < words; at += 32) {
     const int col = word_column(record[at]);
-    if (col < cols) weight[col] = element_of<T>(load_words<T>(record + at + 1));
+    if (col < cols) weight[col] = element_of<T>(corrected(word_of<T>(weight[col]), word_correction(record[at])));
   }
 }
 
 // Counts, merges or unmerges one row's segment with its updates. weight [cols]: the row's place in memory, original:
 // its elements. Returns the words that it counted for the segment's record.
 template <class T, MergeMode kMode>
-__device__ __forceinline__ int finish_row(const MergeParams& p, const MergeLaunch::Layer& layer,
-                                          const SegmentPlace& place, T* weight, int cols,
-                                          const LaneElements<T>& original, const Acc<T> (&update)[8], int lane) {
+__device__ __forceinline__ int finish_row(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
+                                          T* weight, int cols, const LaneElements<T>& original,
+                                          const Acc<T> (&update)[8], int lane) {
   constexpr int kElementWords = sizeof(T) / 2;
   LaneElements<T> result;
 #pragma unroll
@@ -204,40 +161,32 @@ __device__ __forceinline__ int finish_row(const MergeParams& p, const MergeLaunc
     const T element = element_of<T>(original.word(i));
     result.set(i, word_of<T>(element, kMode == MergeMode::kUnmerge ? -update[i] : update[i]));
   }
-
-  if constexpr (kMode == MergeMode::kMerge) {
-    result.store(weight, cols, layer.aligned, lane);
-    return 0;
-  }
-  uint16_t* record = nullptr;
-  int words = 0;
-  if constexpr (kMode == MergeMode::kPlan || kMode == MergeMode::kMergeSlots) {
+  if constexpr (kMode == MergeMode::kPlan) {
     int counts = count_lane(original, result, update, cols, lane);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) counts += __shfl_xor_sync(0xFFFFFFFFu, counts, step);
-    words = static_cast<int>(record_words(counts & 0xFFFF, cols, kElementWords));
-    // Restored from the original elements: an operation on two NaNs may return the bits of either.
-    if (kMode == MergeMode::kMergeSlots && counts >> 16) words = cols * kElementWords;
+    const int words = static_cast<int>(record_words(counts & 0x3FF, (counts >> 10 & 0x3FF) == 0, cols, kElementWords));
     if (lane == 0) {
-      if (layer.words != nullptr) layer.words[place.segment] = static_cast<int16_t>(words);
-      if (counts >> 16) add_count(layer.non_finite, counts >> 16);
+      if (layer.words != nullptr) layer.words[segment] = static_cast<int16_t>(words);
+      if (counts >> 20) add_count(layer.non_finite, counts >> 20);
     }
-    if constexpr (kMode == MergeMode::kPlan) return words;
-    record = layer.slots + place.slot;
-  } else {
-    const SegmentRecord known = segment_record<kMode == MergeMode::kUnmerge>(p, layer, place);
-    record = known.begin, words = known.words;
+    return words;
   }
-  const bool is_whole = words == cols * kElementWords;
-  if constexpr (kMode == MergeMode::kUnmerge) {
-    if (is_whole) result.load_from_words(record, cols, lane);
-  } else if (is_whole) {
-    original.store_as_words(record, cols, lane);
-  } else if (words > 0) {
-    write_record(record, words, original, result, update, lane);
+  if constexpr (kMode != MergeMode::kMerge) {
+    const RecordRange range = record_range(p, layer, segment);
+    uint16_t* const record = layer.corrections + range.begin;
+    const int words = static_cast<int>(range.end - range.begin);
+    const bool is_whole = words == cols * kElementWords;
+    if constexpr (kMode == MergeMode::kUnmerge) {
+      if (is_whole) result.load_from_words(record, cols, lane);
+    } else if (is_whole) {
+      original.store_as_words(record, cols, lane);
+    } else if (words > 0) {
+      write_record(record, words, original, result, update, lane);
+    }
   }
   result.store(weight, cols, layer.aligned, lane);
-  return words;
+  return 0;
 }
 
 template <class T, MergeMode kMode>
@@ -272,10 +221,7 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
   };
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) load_row(first_tile * kTileRows + warp * kWarpRows + i, next[i]);
-  auto place_of = [&](int row) {
-    return SegmentPlace{static_cast<int64_t>(row) * segments + block % segments,
-                        (row * layer.in_features + col0) * static_cast<int64_t>(sizeof(T) / 2)};
-  };
+  auto segment_of = [&](int row) { return static_cast<int64_t>(row) * segments + block % segments; };
 
   for (int tile = 0; tile < p.tiles_per_block; ++tile) {
     const int tile_row = (first_tile + tile) * kTileRows, warp_row = tile_row + warp * kWarpRows;
@@ -330,24 +276,23 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
     }
 
     int words = 0;  // of the records of this warp's segments
-    SegmentPlace place = place_of(warp_row);
+    int64_t segment = segment_of(warp_row);
     T* row = weight;
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i, row += layer.weight_stride) {
       if (warp_row + i < out_features) {
-        words += finish_row<T, kMode>(p.params, layer, place, row, cols, original[i], update[i], lane);
-        place.segment += segments;  // step by step: four places at once would not fit in registers
-        place.slot += layer.in_features * static_cast<int64_t>(sizeof(T) / 2);
+        words += finish_row<T, kMode>(p.params, layer, segment, row, cols, original[i], update[i], lane);
+        segment += segments;  // step by step: four at once would not fit in registers
       }
     }
-    if constexpr (kMode == MergeMode::kPlan || kMode == MergeMode::kMergeSlots) {
+    if constexpr (kMode == MergeMode::kPlan) {
       if (lane == 0 && words > 0 && layer.num_words != nullptr) add_count(layer.num_words, words);
     }
     if constexpr (kMode == MergeMode::kUnmerge) {
       __syncwarp();  // the candidates are visible to all lanes
 #pragma unroll 1
       for (int i = 0; i < min(kWarpRows, out_features - warp_row); ++i) {
-        apply_record(p.params, layer, place_of(warp_row + i), weight + i * layer.weight_stride, cols, lane);
+        apply_record(p.params, layer, segment_of(warp_row + i), weight + i * layer.weight_stride, cols, lane);
       }
     }
   }
@@ -385,53 +330,8 @@ void launch_merge_of(MergeMode mode, const MergeParams& params, const MergeLayer
   const auto kernel = mode == MergeMode::kPlan          ? &merge_kernel<T, MergeMode::kPlan>
                       : mode == MergeMode::kMerge       ? &merge_kernel<T, MergeMode::kMerge>
                       : mode == MergeMode::kMergeRecord ? &merge_kernel<T, MergeMode::kMergeRecord>
-                      : mode == MergeMode::kMergeSlots  ? &merge_kernel<T, MergeMode::kMergeSlots>
                                                         : &merge_kernel<T, MergeMode::kUnmerge>;
   launch(kernel, make_grid(num_blocks), MergeTraits<T>::kThreads, 0, stream, p);
-}
-
-// --- records: from their slots to their final place. csrc/common/merge_params.h says where slots are ---
-
-constexpr int kGatherThreads = 256, kGatherWarps = kGatherThreads / 32;
-constexpr int kGatherSegments = 4;  // of a warp: the latencies of their reads overlap
-
-template <int kElementWords>
-__global__ void __launch_bounds__(kGatherThreads, 4) gather_records_kernel(const __grid_constant__ MergeLaunch p) {
-  ptx::wait_for_earlier_launches();
-  const MergeLaunch::Layer& layer = p.layers[layer_of_block(p)];
-  const int64_t segments = layer.out_features * merge_segments(layer.in_features);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t first = ((blockIdx.x - layer.first_block) * kGatherWarps + warp) * int64_t{kGatherSegments};
-  const uint16_t* from[kGatherSegments];
-  RecordRange range[kGatherSegments];
-#pragma unroll
-  for (int i = 0; i < kGatherSegments; ++i) {
-    range[i] = first + i < segments ? record_range(p.params, layer, first + i) : RecordRange{0, 0};
-    from[i] = layer.slots + slot_begin(layer, first + i, kElementWords);
-  }
-#pragma unroll
-  for (int i = 0; i < kGatherSegments; ++i) {
-    const int words = static_cast<int>(range[i].end - range[i].begin);
-    for (int at = lane; at < words; at += 32) layer.corrections[range[i].begin + at] = from[i][at];
-  }
-}
-
-inline void launch_gather_records_of(const MergeParams& params, const MergeLayer* layers, int64_t num_layers,
-                                     const GpuStream& stream) {
-  MergeLaunch p{};
-  p.params = params;
-  int64_t num_blocks = 0;
-  for (int64_t i = 0; i < num_layers; ++i) {
-    if (layers[i].num_corrections == 0) continue;
-    p.layers[p.num_layers++] = {layers[i], grid_size(num_blocks), false};
-    num_blocks +=
-        ceil_div(layers[i].out_features * merge_segments(layers[i].in_features), kGatherWarps * kGatherSegments);
-  }
-  const int64_t element_words = dtype_size(params.dtype) / 2;
-  const auto kernel = element_words == 1   ? &gather_records_kernel<1>
-                      : element_words == 2 ? &gather_records_kernel<2>
-                                           : &gather_records_kernel<4>;
-  launch(kernel, make_grid(num_blocks), kGatherThreads, 0, stream, p);
 }
 
 }  // namespace lora_ext::cuda

@@ -15,7 +15,4 @@ namespace lora_ext::cuda {
 void launch_merge(MergeMode mode, const MergeParams& params, const std::vector<MergeLayer>& layers,
                   const GpuStream& stream);
 
-// Copies the records from their slots to the positions in corrections that ends gives.
-void launch_gather_records(const MergeParams& params, const std::vector<MergeLayer>& layers, const GpuStream& stream);
-
 }  // namespace lora_ext::cuda

@@ -51,11 +51,6 @@ __device__ __forceinline__ bool is_finite_word(Word<T> word) {
   return (word & kExponent) != kExponent;
 }
 
-template <class Integer>
-__device__ __forceinline__ bool is_outlier(Integer correction) {
-  return correction < -kLargestCorrection || correction > kLargestCorrection;
-}
-
 // --- an element in a record: 16-bit words, low word first ---
 
 template <class W>

@@ -135,15 +135,12 @@ class Planner {
     ++num_packed_;
   }
 
-  // Kernels read factors as they lie, with two exceptions: expand_long, and a shrink of grad_y, which would read lora_B
-  // by columns.
+  // Kernels read factors as they lie, except expand_long.
   void plan_pack() {
     if (const auto* p = call_.expand; p && !plan_.streams_weights && largest_rank(*p) > kShortRank) {
-      for (int s = 0; s < p->num_siblings; ++s) pack_B(s, p->siblings[s]);
-    }
-    if (const auto* p = call_.expand_backward; p && p->wants_grad_xa) {
       for (int s = 0; s < p->num_siblings; ++s) {
-        if (!plan_.grad_y[s].fused) pack_B(s, p->siblings[s]);
+        pack(plan_.scratch.packed_B[s], p->siblings[s].rank, p->siblings[s].out_features);
+        pack_job(padded_ranks(p->siblings[s].rank), p->siblings[s].out_features);
       }
     }
     if (const auto* p = call_.shrink_backward; p && p->wants_grad_x && p->total_rank > kShortRank) {
@@ -159,12 +156,6 @@ class Planner {
          .grid_x = most_pack_tiles_,
          .grid_y = num_packed_,
          .threads = kThreads});
-  }
-
-  template <class Sibling>
-  void pack_B(int s, const Sibling& sibling) {
-    pack(plan_.scratch.packed_B[s], sibling.rank, sibling.out_features);
-    pack_job(padded_ranks(sibling.rank), sibling.out_features);
   }
 
   template <class Params>

@@ -97,6 +97,7 @@ struct PlannedLaunch {
   int64_t grid_x, grid_y = 1;
   int threads;
   uint32_t shared_bytes = 0;
+  bool is_masked = false;                   // of a grouped sum
   int sibling = 0;                          // of a pass over one grad_y
   int first_rank_tile = 0, rank_tiles = 1;  // of a pass
   int64_t feature_tiles = 1;                // of a grouped expand or sum
@@ -162,6 +163,7 @@ struct GroupedPlan {
   int64_t entries = 0;            // byte offsets, as in Scratch: the table of many entries
   int64_t order = 0, begin = 0;   // the index: entries sorted by group, and where groups begin
   int64_t tiles = 0, chunks = 0;  // the index: groups of tiles and of chunks
+  int64_t counts = 0;             // from which it is made
   int64_t rank_partials = Scratch::kNone, grad_xa = Scratch::kNone, factor_partials = Scratch::kNone;
   int64_t scratch_bytes = 0;
   std::vector<PlannedLaunch> launches;

@@ -43,21 +43,6 @@ RankTable<V> same_for_all_ranks(V value) {
   return {.num_siblings = 1, .rank_end = {}, .value = {value}};
 }
 
-// A: the dtype of the sums that are scaled.
-template <class A>
-using RankScales = RankTable<A>;
-
-// Siblings: an array of LoraShrinkSibling or LoraExpandBackwardSibling.
-template <class A, class Siblings>
-RankScales<A> rank_scales(const Siblings& siblings, int num_siblings) {
-  return rank_table<A>(siblings, num_siblings, [&](int s) { return siblings[s].scale; });
-}
-
-template <class A>
-RankScales<A> single_scale(double scale) {
-  return same_for_all_ranks(static_cast<A>(scale));
-}
-
 // --- where passes write ---
 
 namespace mma {
@@ -68,7 +53,7 @@ namespace mma {
 struct RankSums {
   float* data = nullptr;  // [ranges, num_tokens, columns]; rows `stride` and ranges `range_stride` elements apart
   int64_t num_tokens, columns, stride, range_stride = 0;
-  RankScales<float> scales;
+  RankTable<float> scales;
 
   // Writes nothing outside the matrix.
   __device__ __forceinline__ void store(int64_t range, int64_t token, int64_t column, float value) const {
@@ -100,17 +85,15 @@ struct FeaturePartials {
 constexpr int kSumThreads = 256, kSumGroups = kSumThreads / kSumElements;
 
 // Shared memory of a block for its groups' sums.
-template <class A>
-using GroupSums = A[kSumGroups][kSumElements];
+using GroupSums = float[kSumGroups][kSumElements];
 
 // Returns the sum over chunks of partial[chunk * chunk_stride] in group 0; the other groups return garbage. Every
 // thread of the block must call it; threads with nothing to sum pass chunks = 0.
-template <class A>
-__device__ __forceinline__ A sum_chunks(GroupSums<A>& group_sums, const A* partial, int64_t chunk_stride,
-                                        int64_t chunks) {
+__device__ __forceinline__ float sum_chunks(GroupSums& group_sums, const float* partial, int64_t chunk_stride,
+                                            int64_t chunks) {
   const int element = static_cast<int>(threadIdx.x) % kSumElements;
   const int group = static_cast<int>(threadIdx.x) / kSumElements;
-  A sum = 0;
+  float sum = 0;
 #pragma unroll 4
   for (int64_t chunk = group; chunk < chunks; chunk += kSumGroups) sum += partial[chunk * chunk_stride];
   group_sums[group][element] = sum;
@@ -122,36 +105,32 @@ __device__ __forceinline__ A sum_chunks(GroupSums<A>& group_sums, const A* parti
   return sum;
 }
 
-// xa or grad_xa: out = scale * (sum over the feature ranges of partial)
-template <class A>
+// xa or grad_xa: out = sum over the feature ranges of partial
 struct RankSumsParams {
   int64_t num_tokens, total_rank;
-  const void* partial;  // [largest of ranges, num_tokens, total_rank], acc
-  void* out;            // [num_tokens, total_rank], acc
-  RankScales<A> scales;
-  int64_t ranges[kMaxSiblings] = {};  // of every sibling
+  const float* partial;   // [largest of ranges, num_tokens, total_rank]
+  float* out;             // [num_tokens, total_rank]
+  RankTable<int> ranges;  // of every sibling
 };
 
-template <class A>
-__global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_constant__ RankSumsParams<A> p) {
+// The kernels are templates so that several sources can include them. Sum: float
+template <class Sum>
+__global__ void __launch_bounds__(kSumThreads) rank_sums_kernel(const __grid_constant__ RankSumsParams p) {
   ptx::wait_for_earlier_launches();
-  __shared__ GroupSums<A> group_sums;
+  __shared__ GroupSums group_sums;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;
   const int64_t count = p.num_tokens * p.total_rank;
-  const int sibling = p.scales.sibling_of(index % p.total_rank);
-  const A sum = sum_chunks<A>(group_sums, static_cast<const A*>(p.partial) + index, count,
-                              index < count ? p.ranges[sibling] : int64_t{0});
-  if (threadIdx.x < kSumElements && index < count) {
-    static_cast<A*>(p.out)[index] = p.scales.value[sibling] * sum;
-  }
+  const int64_t ranges = index < count ? p.ranges.of(index % p.total_rank) : 0;
+  const Sum sum = sum_chunks(group_sums, p.partial + index, count, ranges);
+  if (threadIdx.x < kSumElements && index < count) p.out[index] = sum;
 }
 
 // All gradients of factors in one launch: grad = sum over the token chunks of partial. Sums are rounded to the factor's
 // dtype here and nowhere else.
 struct GradientSumsParams {
   struct Gradient {
-    const void* partial;  // [chunks, rank, pitch], acc; chunks chunk_stride apart, columns beyond features unused
-    void* grad;           // [rank, features], or [features, rank] when transposed; dtype
+    const float* partial;  // [chunks, rank, pitch]; chunks chunk_stride apart, columns beyond features unused
+    void* grad;            // [rank, features], or [features, rank] when transposed; dtype
     int64_t chunks, chunk_stride, rank, features, pitch;
     bool transposed;
   } gradients[2 * kMaxSiblings] = {};
@@ -160,17 +139,17 @@ struct GradientSumsParams {
 };
 
 // blockIdx.y is the gradient.
-template <class A>
+template <class Sum>
 __global__ void __launch_bounds__(kSumThreads) gradient_sums_kernel(const __grid_constant__ GradientSumsParams p) {
   ptx::wait_for_earlier_launches();
-  __shared__ GroupSums<A> group_sums;
+  __shared__ GroupSums group_sums;
   const GradientSumsParams::Gradient& gradient = p.gradients[blockIdx.y];
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumElements + threadIdx.x % kSumElements;
   const bool inside = index < gradient.rank * gradient.pitch;
   const int64_t rank = inside ? index / gradient.pitch : 0, feature = inside ? index % gradient.pitch : 0;
   const bool wanted = inside && feature < gradient.features;
-  const A sum = sum_chunks<A>(group_sums, static_cast<const A*>(gradient.partial) + index, gradient.chunk_stride,
-                              wanted ? gradient.chunks : int64_t{0});
+  const Sum sum =
+      sum_chunks(group_sums, gradient.partial + index, gradient.chunk_stride, wanted ? gradient.chunks : int64_t{0});
   if (threadIdx.x >= kSumElements || !wanted) return;
   const int64_t to = gradient.transposed ? feature * gradient.rank + rank : rank * gradient.features + feature;
   store_as(gradient.grad, to, p.dtype, sum);

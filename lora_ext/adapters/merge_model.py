@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -17,8 +17,10 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import first_of, listed
 from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
+from lora_ext.adapters.calibration import Batch, collect_inputs
 from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
 from lora_ext.matching.path_names import Parents
+from lora_ext.merging.feedback import LayerInputs
 from lora_ext.merging.layers import change_merged, merge_for_good, stored_matrices
 from lora_ext.merging.quantized import MergeError
 from lora_ext.model.adapter_set import adapter_set
@@ -42,7 +44,9 @@ Chosen = dict[str, tuple[LoraLayer, set[str]]]  # by path: a layer, and the adap
 
 @checked
 @one_at_a_time
-def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
+def merge(
+    model: ModelT, adapter_names: str | Iterable[str] | None = None, *, calibration: Iterable[object] | None = None
+) -> ModelT:
     """Adds adapters to their base weights in place: the model then runs at the base model's speed.
 
     :func:`unmerge` restores every bit of the weights. The bits that rounding loses are kept: 0.03 to 0.25 bytes per
@@ -56,14 +60,20 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     Args:
         adapter_names: the adapters to merge, in the layers that have them; None: the active ones. Adapters merged
             earlier stay merged.
+        calibration: batches of the adapter's task, about 1,000 tokens, each what the model is called with: by name (a
+            dict), a tensor, or a tuple of them. Quantised weights are then rounded so that the layers' outputs on them
+            change least (error feedback; Frantar et al. 2022, arXiv 2210.17323), which keeps most of an update that
+            nearest rounding loses. The model runs on them in eval mode; a copy of every layer's input is held.
 
     Warns:
-        UserWarning: in a quantised layer the error is more than a tenth of the update.
+        UserWarning: in a quantised layer the error is more than a tenth of the update; or no batch reaches a layer,
+            whose weight is then rounded to nearest.
 
     Raises:
         ValueError: there is no LoRA layer; a base layer has hooks or a forward of its own; a base weight is tied to
             another module, which would change with it (a language model's head and embedding); an element would
-            become NaN or infinite; a ``lora_bias`` would go into a trained bias (``bias``).
+            become NaN or infinite; a ``lora_bias`` would go into a trained bias (``bias``); ``calibration`` is empty,
+            gives a layer NaN, or no weight is quantised.
         KeyError: no layer has an adapter of that name.
         RuntimeError: an adapter is merged already, or disabled; a parametrization computes a base weight; two base
             weights share memory.
@@ -76,7 +86,7 @@ def merge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> Mo
     _check_mergeable("merge", wanted)
     _check_untied("merge", model, wanted)
     _check_biases(model, wanted)
-    errors = _merge_next_to_merged(wanted)
+    errors = _merge_next_to_merged(wanted, _inputs("merge", model, wanted, calibration))
     _warn_of_errors("merge", errors)
     return model
 
@@ -123,7 +133,9 @@ def merge_errors(model: nn.Module) -> dict[str, MergeError]:
 
 @checked
 @one_at_a_time
-def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> ModelT:
+def merge_and_unload(
+    model: ModelT, adapter_names: str | Iterable[str] | None = None, *, calibration: Iterable[object] | None = None
+) -> ModelT:
     """Merges adapters for good and puts each base layer back, which gives a plain model.
 
     No record is kept, so nothing can be unmerged. Adapters merged earlier stay in. The active copy of a module trained
@@ -147,10 +159,11 @@ def merge_and_unload(model: ModelT, adapter_names: str | Iterable[str] | None = 
     if (adapters := adapter_set(model)) is not None and adapters.pool is not None:
         raise RuntimeError(f"{caller}: the model has an AdapterPool; call pool.close() first, and make one again after")
     _check_untied(caller, model, wanted, unloads=True)
+    inputs = _inputs(caller, model, wanted, calibration)
     if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
-        errors = _merge_next_to_merged(wanted)
+        errors = _merge_next_to_merged(wanted, inputs)
     else:
-        errors = merge_for_good("merge", dict(wanted.values()), _where(wanted))
+        errors = merge_for_good("merge", dict(wanted.values()), _where(wanted), inputs)
     _unload(model, merged=True)
     _warn_of_errors(caller, errors)
     return model
@@ -211,10 +224,36 @@ def _where(wanted: Chosen) -> dict[LoraLayer, str]:
     return {layer: f" of {path!r}" for path, (layer, _) in wanted.items()}
 
 
-def _merge_next_to_merged(wanted: Chosen) -> list[MergeError]:
+def _inputs(
+    caller: str, model: nn.Module, wanted: Chosen, calibration: Iterable[Batch] | None
+) -> dict[LoraLayer, LayerInputs]:
+    """Returns the inputs of the layers whose quantised weights change, for ``calibration``."""
+    if calibration is None:
+        return {}
+    idle = [path for path, (layer, names) in wanted.items() if names - {*layer.active_adapters}]
+    if idle:
+        raise ValueError(
+            f"{caller}: calibration runs the model with its active adapters, but others are to be merged into "
+            f"{first_of(map(repr, idle))}; activate them first (set_adapter)"
+        )
+    layers = {
+        path: layer
+        for path, (layer, _) in wanted.items()
+        for matrix in layer.matrices().values()
+        if matrix.quantized is not None and matrix.quantized.has_grid
+    }
+    if not layers:
+        raise ValueError(
+            f"{caller}: calibration is for weights that are quantised as NF4, FP4 or int8, and none to merge into is; "
+            "leave it out"
+        )
+    return collect_inputs(caller, model, layers, calibration)
+
+
+def _merge_next_to_merged(wanted: Chosen, inputs: Mapping[LoraLayer, LayerInputs]) -> list[MergeError]:
     """Merges ``wanted`` in addition to what is merged. Returns the errors of quantising again."""
     names_of = {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}
-    change_merged("merge", names_of, _where(wanted))
+    change_merged("merge", names_of, _where(wanted), inputs)
     return [layer._merged.error for layer in names_of if layer._merged.error is not None]
 
 
@@ -224,8 +263,9 @@ def _warn_of_errors(caller: str, errors: Collection[MergeError]) -> None:
     if max(of_update, default=0.0) > _LARGE_ERROR:
         warn_user(
             f"{caller}: {len(errors)} weights were quantised again, with errors of {statistics.median(of_update):.0%} "
-            f"of the update (median; at most {max(of_update):.0%}); merge_errors(model) has them by layer. To lose "
-            "nothing, run unmerged, or load the adapter into the dequantised model (model.dequantize())"
+            f"of the update (median; at most {max(of_update):.0%}); merge_errors(model) has them by layer. Batches of "
+            "the task (calibration=) keep more of it; to lose nothing, run unmerged, or load the adapter into the "
+            "dequantised model (model.dequantize())"
         )
 
 

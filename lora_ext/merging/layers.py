@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lora_ext._common.sharded import any_rank, is_sharded, local, part_like, whole
 from lora_ext._ops.checks import check_merge_layer
+from lora_ext.merging.feedback import LayerInputs
 from lora_ext.merging.quantized import (
     MergeError,
     QuantizedRecord,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from lora_ext.nn.layer import Matrix
 
 Factors = tuple[Tensor, Tensor, float]  # lora_A [r, cols], lora_B [rows, r], scaling
+Inputs = Mapping["Mergeable", LayerInputs]
 
 
 class Mergeable(Protocol):
@@ -132,11 +135,16 @@ class _Target:
 
 
 @torch.no_grad()
-def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]) -> None:
+def change_merged(
+    caller: str,
+    wanted: Mapping[Mergeable, Collection[str]],
+    where: Mapping[Mergeable, str],
+    inputs: Inputs = MappingProxyType({}),
+) -> None:
     """Merges exactly the adapters ``wanted`` into each layer; on an error, all layers stay as they are.
 
     Adapters that stay merged keep the values they were merged with. ``where`` names each layer in messages, after "the
-    weight": " of 'path'", or nothing.
+    weight": " of 'path'", or nothing. ``inputs``: of layers whose quantised weights are rounded for these inputs.
 
     Raises:
         ValueError: a result would be NaN or infinite, or an update cannot be merged.
@@ -154,7 +162,7 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
     for layer in wanted:
         layer._merged = None
     try:
-        _merge(caller, targets)
+        _merge(caller, targets, inputs)
     except BaseException:  # nothing was merged: restore the previous state
         remerge(launches)
         restore(merged.quantized, merged_bytes)
@@ -172,7 +180,10 @@ def change_merged(caller: str, wanted: Mapping[Mergeable, Collection[str]], wher
 
 @torch.no_grad()
 def merge_for_good(
-    caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]
+    caller: str,
+    wanted: Mapping[Mergeable, Collection[str]],
+    where: Mapping[Mergeable, str],
+    inputs: Inputs = MappingProxyType({}),
 ) -> list[MergeError]:
     """Merges the adapters ``wanted`` into each layer, without a record. No layer has merged adapters yet.
 
@@ -182,7 +193,7 @@ def merge_for_good(
     Errors are those of :func:`change_merged`; all layers are then unchanged.
     """
     targets = _find_targets(caller, wanted, where)
-    _merge(caller, targets, record=False)
+    _merge(caller, targets, inputs, record=False)
     records = [target.record for target in targets]
     return [record.error for record in records if isinstance(record, QuantizedRecord) and record.error is not None]
 
@@ -243,14 +254,14 @@ def _find_targets(
     return targets
 
 
-def _merge(caller: str, targets: list[_Target], record: bool = True) -> None:
+def _merge(caller: str, targets: list[_Target], inputs: Inputs, record: bool = True) -> None:
     """Merges into all matrices, on all ranks, or into none; sets their records.
 
     Quantised matrices always have a record, which holds the error; sharded ones too, because another rank may fail.
     """
     sharded = [target.sharded for target in targets if target.sharded is not None]
     try:
-        _merge_here(caller, targets, record or bool(sharded))
+        _merge_here(caller, targets, inputs, record or bool(sharded))
     except BaseException:
         any_rank(sharded, True)
         raise
@@ -260,10 +271,10 @@ def _merge(caller: str, targets: list[_Target], record: bool = True) -> None:
         raise ValueError(f"{caller}: another rank cannot merge into its part of the weights; its message says why")
 
 
-def _merge_here(caller: str, targets: list[_Target], record: bool) -> None:
+def _merge_here(caller: str, targets: list[_Target], inputs: Inputs, record: bool) -> None:
     quantized = [target for target in targets if isinstance(target.view, QuantizedWeight)]
     dense = [target for target in targets if not isinstance(target.view, QuantizedWeight)]
-    made = merge_quantized_(caller, *_arguments(quantized))
+    made = merge_quantized_(caller, *_arguments(quantized), [inputs.get(target.layer) for target in quantized])
     try:
         others = merge_all_(caller, *_arguments(dense), record=record)
     except BaseException:

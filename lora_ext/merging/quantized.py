@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_ext.merging.feedback import LayerInputs, quantize_for
 from lora_ext.quantized import QuantizedWeight
 
 
@@ -54,18 +55,27 @@ def merge_quantized_(
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     labels: Sequence[str],
+    inputs: Sequence[LayerInputs | None] = (),
 ) -> list[QuantizedRecord]:
     """Merges factors of :func:`~lora_ext.merging.weights.pack_factors` into all of the weights, or into none.
+
+    Args:
+        inputs: of each weight's layer, for which the sum is quantised by error feedback; None: to nearest.
 
     Raises:
         ValueError: an element would become NaN or infinite, or an update does not fit its weight. All weights then have
             the bytes they had.
     """
     records: list[QuantizedRecord] = []
+    inputs = inputs or [None] * len(weights)
     try:
-        for weight, A, B, label in zip(weights, lora_As, lora_Bs, labels, strict=True):
+        for i, (weight, A, B, label, of_layer) in enumerate(
+            zip(weights, lora_As, lora_Bs, labels, inputs, strict=True)
+        ):
             values = updated(caller, weight, A, B, label)
-            new = weight.quantize(values)
+            new = weight.quantize(values) if of_layer is None else quantize_for(weight, values, of_layer)
+            if of_layer is not None and of_layer not in inputs[i + 1 : i + 2]:
+                of_layer.forget()  # layers that share inputs follow each other
             if not weight.rounds and not all(tensor.isfinite().all() for tensor in new.values()):
                 raise ValueError(f"{caller}: merging would make elements of {label} infinite: the sum overflows")
             record = QuantizedRecord(A, B, copied(weight), None)

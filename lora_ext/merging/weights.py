@@ -5,9 +5,8 @@ float64 weights), added in that dtype, and the sum rounded to the weight's. Roun
 wherever ``round(merged - d)`` is not ``W``, it holds the difference in units in the last place.
 csrc/common/merge_params.h defines every bit, the same on all devices; csrc/common/merge_record.h the record's layout.
 
-A merge takes one pass, which restores the weights from the record if a result is NaN or infinite. On CUDA a record
-needs scratch memory as large as the weight until its length is known; where that does not fit, a first pass finds the
-length and such results. One op call takes a list of weights.
+On the CPU a merge takes one pass, which restores the weights from the record if a result is NaN or infinite. On CUDA a
+first pass finds such results and the length of the record, if there is to be one. One op call takes a list of weights.
 
 On CUDA a merge with a record waits for the GPU once. A merge without one never does, and a CUDA graph can capture it:
 then nobody sees whether a result is finite, unless the caller asks for a check, which reads the weights once more.
@@ -16,7 +15,6 @@ then nobody sees whether a result is finite, unless the caller asks for a check,
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,10 +30,6 @@ from lora_ext._ops.in_place import check_inference
 from lora_ext._ops.lazy_views import check_not_lazy
 from lora_ext._ops.merge import refuse_weight_that_requires_grad
 from lora_ext._ops.tensor_arguments import check_tensors
-
-# Scratch memory of a merge with a record on CUDA. Each part of this size waits for the GPU once: 0.8 ms,
-# predicted at 3 TB/s.
-SCRATCH_BYTES = 1 << 30
 
 
 class Unmerge(NamedTuple):
@@ -199,7 +193,7 @@ def merge_all_(
             else they are always refused.
     """
     labels = ["weight"] * len(weights) if labels is None else labels
-    parts = _parts(caller, weights, labels, record)
+    parts = list(_groups(caller, weights, labels).values())
     merges = [_Merge(*([tensors[i] for i in part] for tensors in (weights, lora_A, lora_B))) for part in parts]
     if record or check:
         for part, merge in zip(parts, merges, strict=True):
@@ -228,24 +222,6 @@ def merge_all_(
         run_unmerge(done)
         raise
     return records
-
-
-def _parts(caller: str, weights: Sequence[Tensor], labels: Sequence[str], record: bool) -> list[list[int]]:
-    """Returns the indices of the weights for one op call each: of one device and dtype.
-
-    On CUDA with a record, also of at most ``SCRATCH_BYTES``; a larger weight is a part by itself.
-    """
-    parts: list[list[int]] = []
-    for (device, _), group in _groups(caller, weights, labels).items():
-        total = math.inf  # scratch bytes of the present part
-        for i in group:
-            scratch = weights[i].nbytes if record and device.type != "cpu" else 0
-            if total + scratch > SCRATCH_BYTES:
-                parts.append([])
-                total = 0
-            parts[-1].append(i)
-            total += scratch
-    return parts
 
 
 def _refuse_capture(caller: str) -> None:

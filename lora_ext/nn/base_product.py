@@ -15,12 +15,12 @@ LEAST_ELEMENTS = 1 << 20
 """Elements of a weight for few tokens. For smaller ones the call takes as long as what the kernel saves."""
 
 MANY_TOKENS = 33
-"""Least tokens for which the CPU may have a product that packs the weight (csrc/cpu/base_product.inc)."""
+"""Least tokens for which the CPU may have a product that packs the weight (csrc/cpu/gemm/many_tokens.inc)."""
 
 
 @functools.cache
 def few_tokens(dtype: torch.dtype) -> int:
-    """Returns for how many tokens this machine's kernel reads the weight once (csrc/cpu/few_tokens.inc); 0: none."""
+    """Returns for how many tokens this machine's kernel reads the weight once (csrc/cpu/gemm); 0: none."""
     if dtype == torch.float32 or _multiplies_pairs(dtype):
         return 32
     return 8 if dtype == torch.bfloat16 else 0

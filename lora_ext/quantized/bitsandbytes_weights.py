@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext.quantized.grid import Grid
 from lora_ext.quantized.weight import QuantizedWeight, class_names
 
 _NOT_YET = "it is not quantised yet; move the model to its device first (model.to(...))"
@@ -20,6 +22,8 @@ class Linear4bitWeight(QuantizedWeight):
     On CPUs with AVX512-BF16 a call in eval mode packs the weight for a bfloat16 product: it rounds the scales, and the
     next training step fails or passes no gradient. :meth:`keep_stored` switches that off.
     """
+
+    has_grid = True
 
     @classmethod
     def holds(cls, module: nn.Module) -> bool:
@@ -67,6 +71,29 @@ class Linear4bitWeight(QuantizedWeight):
         tensors = {"weight": codes.view(self.module.weight.shape), "absmax": new.absmax}
         return tensors | ({"offset": new.offset, "nested_absmax": new.state2.absmax} if state.nested else {})
 
+    def grid(self, quantized: Mapping[str, Tensor]) -> Grid:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        state, (rows, columns) = self._state, self.shape
+        scales = quantized["absmax"]
+        if state.nested:
+            nested = copy.copy(state.state2)
+            nested.absmax = quantized["nested_absmax"]
+            scales = dequantize_blockwise(scales, nested) + quantized["offset"]
+        group = state.blocksize
+        if columns % group:  # then blocks begin anywhere in a row
+            scales, group = scales.repeat_interleave(group)[: rows * columns], 1
+        scale = scales.float().view(rows, -1).T.contiguous()
+        table, code_at = state.code.float().sort()
+
+        def pack(positions: Tensor) -> dict[str, Tensor]:
+            codes = code_at[positions.long()].to(torch.uint8).flatten()
+            codes = nn.functional.pad(codes, (0, len(codes) % 2))
+            stored = self.module.weight
+            return {**quantized, "weight": (codes[::2] << 4 | codes[1::2]).view(stored.dtype).view(stored.shape)}
+
+        return Grid(scale, 1 / scale.clamp(min=1e-38), group, pack, table=table)
+
     def why_not_quantize(self) -> str | None:
         return _NOT_YET if self._state is None or self.module.weight.is_meta else None
 
@@ -100,6 +127,8 @@ class Linear4bitWeight(QuantizedWeight):
 
 class Linear8bitWeight(QuantizedWeight):
     """Codes of 8 bits and a scale for each row. In eval mode the layer also quantises its input, row by row."""
+
+    has_grid = True
 
     @classmethod
     def holds(cls, module: nn.Module) -> bool:
@@ -135,6 +164,15 @@ class Linear8bitWeight(QuantizedWeight):
         scales = values.abs().amax(dim=1)
         codes = (values * (127 / scales).nan_to_num(posinf=0)[:, None]).round().to(torch.int8)
         return dict.fromkeys(self.stored(), codes) | {"SCB": scales.to(self._scales.dtype)}
+
+    def grid(self, quantized: Mapping[str, Tensor]) -> Grid:
+        scales = quantized["SCB"].float()[None]
+
+        def pack(codes: Tensor) -> dict[str, Tensor]:
+            return dict.fromkeys(quantized, codes.to(torch.int8)) | {"SCB": quantized["SCB"]}
+
+        inverse = (127 / scales).nan_to_num(posinf=0)
+        return Grid(scales / 127, inverse, self.shape[1], pack, limits=(-127, 127))
 
     def why_not_adapt(self) -> str | None:
         if self.module.state.has_fp16_weights:

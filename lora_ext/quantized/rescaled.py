@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from lora_ext.quantized.grid import Grid
 from lora_ext.quantized.weight import QuantizedWeight
 
 
@@ -22,7 +25,7 @@ class RescaledWeight(QuantizedWeight):
     def __init__(self, module: nn.Module, inner: QuantizedWeight | None, factor: Tensor | None = None) -> None:
         super().__init__(module)
         self.inner, self.factor = inner, factor
-        self.rounds = inner is not None
+        self.rounds, self.has_grid = inner is not None, inner is not None and inner.has_grid
         weight = module._parameters["weight"]
         self._is_transposed = inner is None and type(module).__name__ == "Conv1D"
         self.sum_dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
@@ -61,6 +64,9 @@ class RescaledWeight(QuantizedWeight):
         if self.inner is not None:
             return self.inner.quantize(values)
         return {"weight": (values.T if self._is_transposed else values).to(self.module.weight.dtype)}
+
+    def grid(self, quantized: Mapping[str, Tensor]) -> Grid:
+        return self.inner.grid(quantized)
 
     def why_not_quantize(self) -> str | None:
         return None if self.inner is None else self.inner.why_not_quantize()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext.quantized.grid import Grid
 from lora_ext.quantized.weight import QuantizedWeight, class_names
 
 _INPUT_SETTINGS = ("act_quant_kwargs", "activation_quantization")  # how the input is quantised, or None
@@ -68,6 +70,7 @@ class Int8Weight(_TorchaoWeight):
     """``Int8WeightOnlyConfig``: codes of 8 bits, a scale for each row, group or tensor."""
 
     tensor_class = "Int8Tensor"
+    has_grid = True
 
     @property
     def name(self) -> str:
@@ -85,6 +88,20 @@ class Int8Weight(_TorchaoWeight):
         if self._weight.zero_point is not None:
             how["zero_point"] = chosen.zero_point
         return self._tensors_of(Int8Tensor.from_hp(values, self._granularity, **how))
+
+    def grid(self, quantized: Mapping[str, Tensor]) -> Grid:
+        rows, columns = self.shape
+        scale = quantized["scale"].float().expand(rows, -1).T.contiguous()
+        zero = quantized.get("zero_point")
+        if zero is not None:
+            zero = zero.float().expand(rows, -1).T.contiguous()
+        limits = (-64, 63) if self._weight.reduce_range else (-128, 127)
+        inverse = (1 / scale).nan_to_num(posinf=0)
+
+        def pack(codes: Tensor) -> dict[str, Tensor]:
+            return {**quantized, "qdata": codes.to(torch.int8)}
+
+        return Grid(scale, inverse, columns // len(scale), pack, limits, zero)
 
 
 class IntxWeight(_TorchaoWeight):

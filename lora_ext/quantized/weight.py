@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext.quantized.grid import Grid
+
 
 class QuantizedWeight(ABC):
     """The quantised weight of a linear layer, ``[out_features, in_features]``, in the format of its library.
@@ -20,6 +22,7 @@ class QuantizedWeight(ABC):
     """
 
     rounds: bool = True  # whether quantising again loses more than rounding to a dtype
+    has_grid: bool = False  # whether :meth:`grid` returns one
     sum_dtype: torch.dtype = torch.float32  # in which updates are added
 
     def __init__(self, module: nn.Module) -> None:
@@ -55,6 +58,10 @@ class QuantizedWeight(ABC):
     @abstractmethod
     def quantize(self, values: Tensor) -> dict[str, Tensor]:
         """Quantises float32 ``values`` in the format of this weight; keys, shapes and dtypes as in :meth:`stored`."""
+
+    def grid(self, quantized: Mapping[str, Tensor]) -> Grid:
+        """Returns the values that the weight can have with the scales of ``quantized``, made by :meth:`quantize`."""
+        raise NotImplementedError
 
     def write(self, stored: Mapping[str, Tensor]) -> None:
         """Copies the bytes of ``stored`` into the weight, in place."""

@@ -70,8 +70,8 @@ def test_the_kernels_of_a_plan_are_assigned_to_stages(tokens, rank, factors):
 
 def test_other_kernels_and_merges():
     assert not bench_kernels.is_ours("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64")
-    kernels = named(["merge", "merge", "gather_records"])
-    assert bench_kernels.merge_stages("merge", kernels) == ["plan", "merge", "gather"]
+    assert bench_kernels.merge_stages("merge", named(["merge", "merge"])) == ["plan", "merge"]
+    assert bench_kernels.merge_stages("unmerge", named(["merge"])) == ["unmerge"]
 
 
 def test_a_profile_is_split_into_its_calls():

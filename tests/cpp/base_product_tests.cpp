@@ -1,5 +1,5 @@
-// Forwards and backwards whose base product is our kernel's (csrc/cpu/base_product.inc), against plain loops in double.
-// Rows are packed in two parts, and every piece of memory has exactly its stated size.
+// Forwards and backwards whose base product is our kernel's (csrc/cpu/gemm/many_tokens.inc), against plain loops in
+// double. Rows are packed in two parts, and every piece of memory has exactly its stated size.
 #include <algorithm>
 
 #include "kernel_layers.h"
@@ -14,7 +14,7 @@ struct Part {
 // The memory of a product of kTokens rows, and the loops of a binding.
 struct Product {
   const Kernels& kernels;
-  ProductTiles tiles = kernels.product_tiles(DType::kFloat32);
+  GemmTile tiles = kernels.gemm_tile(DType::kFloat32);
   std::vector<float> packed[kNumLayers], ranks;
 
   int64_t num_tiles(int64_t rows) const { return (rows + tiles.rows - 1) / tiles.rows; }
@@ -27,24 +27,24 @@ struct Product {
     const int64_t first = num_tiles(kTokens / 2) * tiles.rows;
     return {{0, first}, {first, kTokens - first}};
   }
-  ProductRows rows(int term, const float* from, int64_t sum, Part part) {
+  GemmRows rows(int term, const float* from, int64_t sum, Part part) {
     packed[term] = room(sum * 4, part.count);
     return {part.count, sum, from + part.first * sum, sum, packed[term].data()};
   }
-  void multiply(BaseProduct& p) {
+  void multiply(ManyTokensGemm& p) {
     ranks = room(p.rank * 4, p.num_rows);
     p.packed_low_rank = ranks.data();
     p.dtype = p.factor_dtype = DType::kFloat32;
     const int64_t row_tiles = num_tiles(p.num_rows), panels = (p.columns + tiles.columns - 1) / tiles.columns;
-    kernels.pack_product_ranks(p, 0, 1);
-    kernels.pack_product_ranks(p, 1, row_tiles);
+    kernels.pack_gemm_ranks(p, 0, 1);
+    kernels.pack_gemm_ranks(p, 1, row_tiles);
     const int64_t groups = (panels + kPanelsTogether - 1) / kPanelsTogether;
     in_threads(2 * groups, [&](int64_t item) {
       const int64_t begin = item / 2 * kPanelsTogether, end = std::min(panels, begin + kPanelsTogether);
       const int64_t from = item % 2 == 0 ? 0 : row_tiles / 2, to = item % 2 == 0 ? row_tiles / 2 : row_tiles;
       std::vector<float> panel(static_cast<size_t>((end - begin) * kPanelLanes * tiles.columns), NAN);
       std::vector<float> sums(static_cast<size_t>((end - begin) * (to - from) * tiles.rows * tiles.columns), NAN);
-      kernels.multiply_panels(p, begin, end, from, to, panel.data(), sums.data());
+      kernels.gemm_panels(p, begin, end, from, to, panel.data(), sums.data());
     });
   }
 };
@@ -59,25 +59,22 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   const LoraExpandParams& expand = params.expand;
   for (int i = 0; i < kNumLayers; ++i) weight[i] = random_values(kLayers[i].out * kIn);
   const Scratch scratch(num_chunks, false);
-  for (int i = 0; i < kNumLayers; ++i) {
-    kernels.pack_shrink(shrink, scratch.workspace, i);
-    kernels.pack_expand(expand, scratch.workspace, i);
-  }
+  for (int i = 0; i < 2 * kNumLayers; ++i) kernels.pack_forward(params, scratch.workspace, i);
   for (const Part part : run.parts()) {
-    const ProductRows x = run.rows(0, layers.x.data(), kIn, part);
+    const GemmRows x = run.rows(0, layers.x.data(), kIn, part);
     in_threads(num_chunks, [&](int64_t chunk) {
-      kernels.shrink_and_pack(shrink, scratch.workspace, x, part.first, chunk, num_chunks);
+      kernels.forward(params, scratch.workspace, {part.first, part.count, &x}, chunk, num_chunks);
     });
     for (int i = 0; i < kNumLayers; ++i) {
       const LoraExpandSibling& s = expand.siblings[i];
-      BaseProduct p{.num_rows = part.count,
-                    .columns = s.out_features,
-                    .rank = s.rank,
-                    .low_rank = xa.data() + part.first * kTotalRank + s.rank_begin,
-                    .low_rank_stride = kTotalRank,
-                    .factor_t = scratch.workspace.lora_B_t[i],
-                    .bias = s.bias,
-                    .out = y[i].data() + part.first * s.out_features};
+      ManyTokensGemm p{.num_rows = part.count,
+                       .columns = s.out_features,
+                       .rank = s.rank,
+                       .low_rank = xa.data() + part.first * kTotalRank + s.rank_begin,
+                       .low_rank_stride = kTotalRank,
+                       .factor_t = scratch.workspace.lora_B_t[i],
+                       .bias = s.bias,
+                       .out = y[i].data() + part.first * s.out_features};
       p.terms[p.num_terms++] = {kIn, x.packed, weight[i].data(), kIn, 1};
       run.multiply(p);
     }
@@ -153,34 +150,34 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
     params.shrink.siblings[i] = {
         .rank = rank, .rank_begin = rank_begin, .lora_A = layers.A[i].data(), .grad_lora_A = nullptr};
   }
-  Scratch scratch(num_chunks, true);
-  for (int i = 0; i < kNumLayers; ++i) {
-    kernels.pack_expand_backward(params.expand, scratch.workspace, i);
-    kernels.pack_shrink_backward(params.shrink, scratch.workspace, i);
-  }
+  const Scratch scratch(num_chunks, true);
+  for (int i = 0; i < 2 * kNumLayers; ++i) kernels.pack_backward(params, scratch.workspace, i);
   for (const Part part : run.parts()) {
     std::vector<float> grad_xa(static_cast<size_t>(part.count * kTotalRank), NAN);
-    scratch.workspace.grad_xa = grad_xa.data();
-    ProductRows grad_ys[kNumLayers];
+    GemmRows grad_ys[kNumLayers];
     for (int i = 0; i < kNumLayers; ++i) grad_ys[i] = run.rows(i, layers.grad_y[i].data(), kLayers[i].out, part);
     in_threads(num_chunks, [&](int64_t chunk) {
-      kernels.backward_and_pack(params, scratch.workspace, grad_ys, part.first, chunk, num_chunks);
+      kernels.backward(params, scratch.workspace, {part.first, part.count, grad_ys, grad_xa.data()}, chunk, num_chunks);
     });
-    BaseProduct p{.num_rows = part.count,
-                  .columns = kIn,
-                  .rank = kTotalRank,
-                  .low_rank = grad_xa.data(),
-                  .low_rank_stride = kTotalRank,
-                  .factor_t = scratch.workspace.lora_A,
-                  .mask = mask.data() + part.first * mask_row_bytes(kIn),
-                  .mask_stride = mask_row_bytes(kIn),
-                  .out = grad_x.data() + part.first * kIn};
+    ManyTokensGemm p{.num_rows = part.count,
+                     .columns = kIn,
+                     .rank = kTotalRank,
+                     .low_rank = grad_xa.data(),
+                     .low_rank_stride = kTotalRank,
+                     .factor_t = scratch.workspace.lora_A,
+                     .mask = mask.data() + part.first * mask_row_bytes(kIn),
+                     .mask_stride = mask_row_bytes(kIn),
+                     .out = grad_x.data() + part.first * kIn};
     for (int i = 0; i < kNumLayers; ++i) {
       p.terms[p.num_terms++] = {kLayers[i].out, grad_ys[i].packed, weight[i].data(), 1, kIn};
     }
     run.multiply(p);
   }
-  kernels.reduce_grad_B(params.expand, scratch.workspace, num_chunks, 0, kTotalRank);
+  for (int i = 0; i < kNumLayers; ++i) {
+    const auto [out, rank] = kLayers[i];
+    sum_in_halves(kernels, {scratch.grad_B_t[i].data(), num_chunks, rank * padded_columns(out), grad_B[i].data(), rank,
+                            out, 1, rank, DType::kFloat32, DType::kFloat32});
+  }
 
   check_close(grad_x, expected, isa, "grad_x of the base product", 0);
   for (int i = 0; i < kNumLayers; ++i) {
@@ -201,7 +198,7 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
 }  // namespace
 
 void test_base_products(const Kernels& kernels, const char* isa) {
-  CHECK(kernels.product_tiles(DType::kFloat64).rows == 0, "%s: there is no product of float64", isa);
+  CHECK(kernels.gemm_tile(DType::kFloat64).rows == 0, "%s: there is no product of float64", isa);
   for (const int64_t num_chunks : {1, 2}) {
     forward_follows_its_formula(kernels, isa, num_chunks);
     backward_follows_its_formula(kernels, isa, num_chunks);

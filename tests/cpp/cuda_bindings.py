@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from simt import cuda_headers
-from simt.edits import replace_once
 from torch.utils import cpp_extension
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -30,7 +29,9 @@ def load(
     defined = "".join(f"  m.def(lora_ext::schemas::{schema});\n" for schema in schemas)
     registered = f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{\n"
     on_cpu = f"STABLE_TORCH_LIBRARY({namespace}, m) {{\n{defined}}}\n{registered}"
-    binding.write_text(replace_once(binding.read_text(), _REGISTERED, on_cpu, binding.name))
+    text = binding.read_text()
+    assert text.count(_REGISTERED) == 1, f"{binding.name} does not register its ops once"
+    binding.write_text(text.replace(_REGISTERED, on_cpu))
     includes = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), *cuda_headers.find())]
     sources = [binding, *(HERE / stand_in).glob("*.cpp")]
     command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{folder}", *includes]

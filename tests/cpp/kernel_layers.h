@@ -18,7 +18,7 @@ inline constexpr struct {
   int64_t out, rank;
 } kLayers[] = {{270, 11}, {33, 3}};  // siblings: they read one x
 inline constexpr int kNumLayers = 2;
-inline constexpr int64_t kTotalRank = 14, kPartialStride = kNumLayers * max_padded_ranks(1);  // ranks up to one vector
+inline constexpr int64_t kTotalRank = 14;
 inline constexpr uint64_t kSeed = 0x0123456789ABCDEFull;
 
 inline float random_value() { return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f; }
@@ -40,7 +40,7 @@ void in_threads(int64_t num_chunks, const F& f) {
 // The scratch memory of a call; every piece has exactly its stated size.
 struct Scratch {
   Workspace workspace{};
-  std::vector<float> lora_A, partial, small_operands, grad_A, lora_B_t[kNumLayers], grad_B_t[kNumLayers];
+  std::vector<float> lora_A, panels, grad_A, lora_B_t[kNumLayers], grad_B_t[kNumLayers];
 
   Scratch(int64_t num_chunks, bool want_gradients) {
     const auto room = [](std::vector<float>& piece, int64_t count) -> void* {
@@ -48,9 +48,10 @@ struct Scratch {
       return piece.data();
     };
     workspace.lora_A = room(lora_A, max_padded_ranks(kTotalRank) * padded_columns(kIn));
-    workspace.partial_sum = room(partial, num_chunks * kBlockRows * kPartialStride);
-    workspace.small_operands = room(small_operands, num_chunks * kSmallOperands * block_lanes(kTotalRank));
-    workspace.partial_stride = kPartialStride;
+    workspace.panel_ranks = max_padded_ranks(kTotalRank);
+    workspace.panel_blocks = layer_panel_blocks(kTotalRank);
+    workspace.panels =
+        room(panels, num_chunks * kPanelParts * workspace.panel_blocks * kBlockRows * workspace.panel_ranks);
     if (want_gradients) workspace.grad_A = room(grad_A, num_chunks * kTotalRank * padded_columns(kIn));
     for (int i = 0; i < kNumLayers; ++i) {
       const auto [out, rank] = kLayers[i];
@@ -59,6 +60,11 @@ struct Scratch {
     }
   }
 };
+
+inline void sum_in_halves(const Kernels& kernels, const GradientSum& sum) {
+  const int64_t half = padded_columns(sum.columns / 2);
+  in_threads(2, [&](int64_t i) { kernels.sum_gradient(sum, i * half, i == 0 ? half : sum.columns); });
+}
 
 inline void check_close(const std::vector<float>& values, const std::vector<double>& expected, const char* isa,
                         const char* what, int layer) {
@@ -119,6 +125,15 @@ struct Layers {
     return grad_xa;
   }
 };
+
+// Without layers, as the half of a call that is not wanted.
+template <class Params>
+Params no_layers(Params p) {
+  p.num_siblings = 0;
+  if constexpr (requires { p.wants_grad_x; }) p.wants_grad_x = p.wants_grad_lora_A = false;
+  if constexpr (requires { p.wants_grad_xa; }) p.wants_grad_xa = p.wants_grad_lora_B = false;
+  return p;
+}
 
 // Columns [begin, begin + count) of a matrix with rows of `stride` numbers.
 inline std::vector<float> columns(const std::vector<float>& matrix, int64_t stride, int64_t begin, int64_t count) {

@@ -38,15 +38,16 @@ void forward_follows_its_formula(const Kernels& kernels, const char* isa, int64_
   const LoraShrinkParams& shrink = params.shrink;
   const LoraExpandParams& expand = params.expand;
   const Scratch scratch(num_chunks, false);
-  for (int i = 0; i < kNumLayers; ++i) {
-    kernels.pack_shrink(shrink, scratch.workspace, i);
-    kernels.pack_expand(expand, scratch.workspace, i);
-  }
+  for (int i = 0; i < 2 * kNumLayers; ++i) kernels.pack_forward(params, scratch.workspace, i);
+  const auto run = [&](const LoraForwardParams& p) {
+    in_threads(num_chunks,
+               [&](int64_t chunk) { kernels.forward(p, scratch.workspace, {0, kTokens}, chunk, num_chunks); });
+  };
   if (together) {
-    in_threads(num_chunks, [&](int64_t chunk) { kernels.forward(params, scratch.workspace, chunk, num_chunks); });
+    run(params);
   } else {
-    in_threads(num_chunks, [&](int64_t chunk) { kernels.shrink(shrink, scratch.workspace, chunk, num_chunks); });
-    in_threads(num_chunks, [&](int64_t chunk) { kernels.expand(expand, scratch.workspace, chunk, num_chunks); });
+    run({.shrink = shrink, .expand = no_layers(expand)});
+    run({.shrink = no_layers(shrink), .expand = expand});
   }
 
   for (int i = 0; i < kNumLayers; ++i) {
@@ -77,7 +78,6 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
   LoraExpandBackwardParams expand{.num_tokens = kTokens,
                                   .total_rank = kTotalRank,
                                   .xa = xa.data(),
-                                  .grad_xa = together ? nullptr : grad_xa_rows.data(),
                                   .dtype = DType::kFloat32,
                                   .factor_dtype = DType::kFloat32,
                                   .wants_grad_xa = true,
@@ -87,7 +87,6 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
   LoraShrinkBackwardParams shrink{.num_tokens = kTokens,
                                   .in_features = kIn,
                                   .total_rank = kTotalRank,
-                                  .grad_xa = expand.grad_xa,
                                   .x = layers.x.data(),
                                   .mask = mask.data(),
                                   .base = nullptr,
@@ -128,23 +127,26 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
   }
   const Scratch scratch(num_chunks, true);
   const Workspace& workspace = scratch.workspace;
-  for (int i = 0; i < kNumLayers; ++i) {
-    kernels.pack_expand_backward(expand, workspace, i);
-    kernels.pack_shrink_backward(shrink, workspace, i);
-  }
+  const LoraBackwardParams params{.expand = expand, .shrink = shrink};
+  for (int i = 0; i < 2 * kNumLayers; ++i) kernels.pack_backward(params, workspace, i);
+  const auto run = [&](const LoraBackwardParams& p, void* grad_xa) {
+    const LayerRows rows{.first = 0, .count = kTokens, .grad_xa = grad_xa};
+    in_threads(num_chunks, [&](int64_t chunk) { kernels.backward(p, workspace, rows, chunk, num_chunks); });
+  };
   if (together) {
-    const LoraBackwardParams p{.expand = expand, .shrink = shrink};
-    in_threads(num_chunks, [&](int64_t chunk) { kernels.backward(p, workspace, chunk, num_chunks); });
+    run(params, nullptr);
   } else {
-    in_threads(num_chunks, [&](int64_t chunk) { kernels.expand_backward(expand, workspace, chunk, num_chunks); });
-    in_threads(num_chunks, [&](int64_t chunk) { kernels.shrink_backward(shrink, workspace, chunk, num_chunks); });
+    run({.expand = expand, .shrink = no_layers(shrink)}, grad_xa_rows.data());
+    run({.expand = no_layers(expand), .shrink = shrink}, grad_xa_rows.data());
   }
-  in_threads(2, [&](int64_t half) {
-    const int64_t begin = half * kTotalRank / 2;
-    const int64_t end = (half + 1) * kTotalRank / 2;
-    kernels.reduce_grad_A(shrink, workspace, num_chunks, begin, end);
-    kernels.reduce_grad_B(expand, workspace, num_chunks, begin, end);
-  });
+  for (int i = 0; i < kNumLayers; ++i) {
+    const int64_t in_row = padded_columns(kIn), out_row = padded_columns(kLayers[i].out), rank = kLayers[i].rank;
+    const float* A_sums = scratch.grad_A.data() + shrink.siblings[i].rank_begin * in_row;
+    sum_in_halves(kernels, {A_sums, num_chunks, kTotalRank * in_row, grad_A[i].data(), rank, kIn, kIn, 1,
+                            DType::kFloat32, DType::kFloat32});
+    sum_in_halves(kernels, {scratch.grad_B_t[i].data(), num_chunks, rank * out_row, grad_B[i].data(), rank,
+                            kLayers[i].out, 1, rank, DType::kFloat32, DType::kFloat32});
+  }
 
   check_close(grad_x, expected_grad_x, isa, "grad_x", 0);
   for (int i = 0; i < kNumLayers; ++i) {

@@ -175,13 +175,3 @@ def test_what_waits_for_the_gpu(cuda, monkeypatch, captured):
     with pytest.raises(error, match=text):
         merge_all_("test", [weight], [A], [B], record=False)
     assert cuda.ours() == ([] if captured else ["lora_merge_check"])  # and not yet lora_merge_
-
-
-@pytest.mark.parametrize(
-    ("limit", "parts"), [(10**9, [[0, 1, 2, 3]]), (1, [[0], [1], [2], [3]]), (60, [[0, 1], [2], [3]])]
-)
-def test_scratch_memory_is_limited(cuda, monkeypatch, limit, parts):
-    monkeypatch.setattr(weights_module, "SCRATCH_BYTES", limit)
-    sizes = [torch.empty(1, numel) for numel in (5, 10, 30, 1)]  # 20, 40, 120 and 4 bytes
-    assert weights_module._parts("test", sizes, ["weight"] * 4, record=True) == parts
-    assert weights_module._parts("test", sizes, ["weight"] * 4, record=False) == [[0, 1, 2, 3]]

@@ -1,4 +1,4 @@
-"""Many tokens: our product of x and the frozen weight has the adapter in it (csrc/cpu/base_product.inc).
+"""Many tokens: our product of x and the frozen weight has the adapter in it (csrc/cpu/gemm/many_tokens.inc).
 
 Which machines use it is a choice (``_load.base_product()``); test_instruction_sets.py runs these tests with it, for
 every instruction set, and with PyTorch's product.

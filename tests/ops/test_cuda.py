@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 
 import pytest
@@ -15,7 +14,6 @@ from support.op_table import OPS, assert_as_good_as_plain, linear, results
 from torch import Tensor
 
 from lora_ext import functional, reference
-from lora_ext.merging import weights
 
 SEED = 0x0123_4567_89AB_CDEF
 BF16 = (torch.bfloat16, torch.bfloat16)
@@ -200,36 +198,6 @@ def test_a_merge_that_waits_is_not_captured():
             ]
         )
     assert torch.equal(layer.weight, pristine)
-
-
-@pytest.mark.parametrize("room", [30, 40], ids=["no slots", "slots and no record"])  # MiB; a weight has 32
-@pytest.mark.parametrize("scratch", [weights.SCRATCH_BYTES, 1], ids=["together", "one by one"])
-def test_one_pass_and_two_make_the_same_record(monkeypatch, scratch, room):
-    """Without room for the slots, or for the record next to them, the op takes two passes."""
-    monkeypatch.setattr(weights, "SCRATCH_BYTES", scratch)
-    layers = [random_layer((1, k, n, 8), BF16) for k, n in ((300, 70), (4096, 4096), (17, 3))]
-    factors = [weights.pack_factors(layer.weight.dtype, [(layer.lora_A, layer.lora_B, 0.5)]) for layer in layers]
-    arguments = [layer.weight for layer in layers], [A for A, _ in factors], [B for _, B in factors]
-    before = [weight.clone() for weight in arguments[0]]
-    records = weights.merge_all_("test", *arguments)
-    weights.unmerge_all_("test", arguments[0], records)
-    assert all(map(torch.equal, arguments[0], before))
-    torch.cuda.empty_cache()
-    _, total = torch.cuda.mem_get_info()
-    held = []  # what the allocator has free in blocks that it keeps
-    try:
-        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
-        with contextlib.suppress(torch.OutOfMemoryError):
-            while True:
-                held.append(torch.empty(2**20, dtype=torch.uint8, device="cuda"))
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room * 2**20) / total)
-        failed = torch.cuda.memory_stats()["num_ooms"]
-        again = weights.merge_all_("test", *arguments)
-        assert torch.cuda.memory_stats()["num_ooms"] > failed
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    for one, two in zip(records, again, strict=True):
-        assert torch.equal(one.words, two.words) and torch.equal(one.corrections, two.corrections)
 
 
 def test_never_waits_for_the_gpu():

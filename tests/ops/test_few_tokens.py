@@ -1,4 +1,4 @@
-"""Few tokens: a product of lora_ext streams the weight (csrc/cpu/stream.inc); other calls use ATen's."""
+"""Few tokens: a product of lora_ext streams the weight (csrc/cpu/gemm/few_tokens.inc); other calls use ATen's."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ x, weight, A, B = (torch.randn(size) for size in ((100, 70), (40, 70), (5, 70), 
 for _ in range(20):  # one thread may do the work of both before the other wakes up, and then there is no race
     functional.lora_linear(x, weight, None, A, B, 1.0, 0.5)
 """
-_CHUNKS = "csrc/cpu/shrink_expand_chunks.inc"
+_CHUNKS = "csrc/cpu/layer.inc"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def _compiler() -> str:
     raise RuntimeError("tests/simt needs g++ (11 or newer) on PATH")
 
 
-def _command(flags: list[str]) -> list[str]:
+def command(flags: list[str]) -> list[str]:
     headers = [f"-isystem{path}" for path in cuda_headers.find()]
     return [_compiler(), *flags, f"-I{SIMT / 'standin'}", f"-I{ROOT}", *headers]
 
@@ -45,9 +45,7 @@ def build_library(name: str, kernels: list[Path], others: Sequence[Path] = ()) -
     """Builds a shared library of the runtime, of kernels (instrumented) and of `others` (not instrumented)."""
     with locked(name):
         plain = [*sorted((SIMT / "runtime").glob("*.cpp")), *others]
-        jobs = [(path, _command(KERNEL_FLAGS)) for path in kernels] + [
-            (path, _command(RUNTIME_FLAGS)) for path in plain
-        ]
+        jobs = [(path, command(KERNEL_FLAGS)) for path in kernels] + [(path, command(RUNTIME_FLAGS)) for path in plain]
         library = _OBJECTS.link(name, _OBJECTS.compile_all(jobs), [_compiler(), "-shared", "-Wl,-z,defs"], ["-ldl"])
         _OBJECTS.remove_old()
         return library

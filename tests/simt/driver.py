@@ -193,22 +193,21 @@ class Library:
         return tensor
 
 
-def kernel_library(name: str, instead: dict[str, Path], more: tuple[Path, ...] = ()) -> Library:
-    """Builds the kernels of csrc/cuda. instead: replaces sources, by name; more: sources that are not kernels."""
-    sources = [instead.get(path.name, path) for path in sorted((ROOT / "csrc/cuda").rglob("*.cu"))]
+def kernel_library(name: str, folder: Path = ROOT / "csrc/cuda", more: tuple[Path, ...] = ()) -> Library:
+    """Builds the kernels of a folder. more: sources that are not kernels."""
     others = [
         SIMT / "entry.cpp",
         *sorted((ROOT / "csrc/cuda").glob("*.cpp")),
         params.layout_check(CACHE / "layout_check.cpp"),
         *more,
     ]
-    return Library(build_library(name, sources, others))
+    return Library(build_library(name, sorted(folder.rglob("*.cu")), others))
 
 
 @functools.cache
 def kernels() -> Library:
     """Returns the kernels of csrc/cuda, built on first use."""
-    return kernel_library("kernels", {})
+    return kernel_library("kernels")
 
 
 @functools.cache

@@ -46,11 +46,6 @@ EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, 
                       int multiprocessors) {
   launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, stream_of(multiprocessors));
 }
-EXPORT void run_gather_records(const MergeParams* p, const MergeLayer* layers, int64_t num_layers,
-                               int multiprocessors) {
-  launch_gather_records(*p, {layers, layers + num_layers}, stream_of(multiprocessors));
-}
-
 // entries [num_entries]
 #define EXPORT_GROUPED(Params)                                                                                         \
   EXPORT int64_t scratch_bytes_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries,         \
@@ -65,3 +60,14 @@ EXPORT void run_gather_records(const MergeParams* p, const MergeLayer* layers, i
 
 EXPORT_GROUPED(LoraGroupedForwardParams)
 EXPORT_GROUPED(LoraGroupedBackwardParams)
+
+// Makes the index alone. places: the byte offsets of order and begin in the scratch memory.
+EXPORT void run_group_index(const LoraGroupedForwardParams* p, const GroupedRows* rows, void* scratch,
+                            int64_t* places) {
+  const GroupedCall call(*p, *rows, {});
+  GroupedPlan plan = make_plan(call, {});
+  std::erase_if(plan.launches, [](const PlannedLaunch& launch) { return launch.kernel != Kernel::kGroupIndex; });
+  run_plan(call, plan, scratch, stream_of(1));
+  places[0] = plan.order;
+  places[1] = plan.begin;
+}

@@ -114,6 +114,7 @@ __global__ void golden_warp_kernel(const __grid_constant__ GoldenParams p) {
   // Every half-warp separately.
   const uint32_t half = lane < 16 ? 0x0000FFFFu : 0xFFFF0000u;
   put(__ballot_sync(half, value & 2));
+  put(__match_any_sync(half, static_cast<int>(value & 3)));
 }
 
 // in: one number per lane. out [row][lane].

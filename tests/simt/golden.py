@@ -109,6 +109,7 @@ def warp() -> tuple[Tensor, Tensor]:
         [1] * 32,
         [0] * 32,
         [ballot(half[i // 16], 2) for i in WARP],
+        [sum(1 << j for j in WARP if j // 16 == i // 16 and (value[j] ^ value[i]) & 3 == 0) for i in WARP],
     ]
     return words(value), words(rows)
 

@@ -107,6 +107,26 @@ def forward(
     )
 
 
+def index(group_of_row: Tensor, num_groups: int, schedule: int = 0) -> tuple[Tensor, Tensor]:
+    """Returns the rows sorted by group, and where each group begins: those of no group come last, then unknown ones."""
+    library = kernels()
+    library.reset(schedule)
+    rows = params.GroupedRows(num_tokens=len(group_of_row), num_groups=num_groups, num_entries=len(group_of_row))
+    rows.rows_per_entry, rows.group_of_row = 1, library.upload(group_of_row, "group_of_row")
+    p = params.LoraGroupedForwardParams(in_features=8, out_features=8, max_rank=4, dtype=DTYPES[torch.bfloat16])
+    arguments, places = (ctypes.byref(p), ctypes.byref(rows)), (ctypes.c_int64 * 2)()
+    scratch_bytes = library.c.scratch_bytes_LoraGroupedForwardParams
+    scratch_bytes.restype = ctypes.c_int64
+    scratch = library.allocate(scratch_bytes(*arguments, None, ctypes.c_int64(0), 132), "scratch", SCRATCH_ALIGNMENT)
+    library.c.run_group_index(*arguments, ctypes.c_void_p(scratch), places)
+    library.check()
+    order, begin = (scratch + place for place in places)
+    return (
+        library.download(order, (len(group_of_row),), torch.int32, "order"),
+        library.download(begin, (num_groups + 3,), torch.int32, "begin"),
+    )
+
+
 def backward(
     case: Grouped,
     xa: Tensor,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from enum import IntEnum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ SEGMENT = 256  # columns; csrc/common/merge_record.h
 
 
 class Mode(IntEnum):  # csrc/common/merge_params.h
-    PLAN, MERGE, MERGE_RECORD, MERGE_SLOTS, UNMERGE = range(5)
+    PLAN, MERGE, MERGE_RECORD, UNMERGE = range(4)
 
 
 def num_segments(weight: Tensor) -> int:
@@ -50,41 +49,6 @@ def check(
         layer.non_finite = non_finite + 8 * i
     run.launch(Mode.PLAN)
     return run.library.download(non_finite, (len(weights),), torch.int64, "non_finite")
-
-
-def merge_slots(
-    weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
-) -> SlotMerge:
-    """Merges in one pass, as ``lora_merge_record_`` does where slots fit: gathers the records, or restores the weights
-    if a result is not finite."""
-    run = _Run(weights, As, Bs, schedule, library)
-    run.count_words()
-    for layer, weight in zip(run.layers, weights, strict=True):
-        layer.slots = run.library.allocate(weight.numel() * weight.element_size(), "slots", alignment=2)
-    merged = run.launch(Mode.MERGE_SLOTS)
-    non_finite, words = run.counts()
-    if non_finite.any():
-        return SlotMerge(non_finite, words, merged, run.launch(Mode.UNMERGE), [])
-    run.set_record(words.cumsum(0), run.num_words().tolist(), garbage=False)
-    run.gather()
-    return SlotMerge(non_finite, words, merged, None, run.corrections())
-
-
-class SlotMerge(NamedTuple):
-    """Results of :func:`merge_slots`.
-
-    Attributes:
-        non_finite, words: as those of :func:`plan`.
-        merged: the weights after the first launch.
-        restored: the weights after they were restored from the slots, if a result is not finite.
-        corrections: the layers' records, otherwise.
-    """
-
-    non_finite: Tensor
-    words: Tensor
-    merged: list[Tensor]
-    restored: list[Tensor] | None
-    corrections: list[Tensor]
 
 
 def merge(
@@ -188,12 +152,6 @@ class _Run:
             self.library.download(layer.corrections, (layer.num_corrections,), torch.int16, "corrections")
             for layer in self.layers
         ]
-
-    def gather(self) -> None:
-        run = self.library.c.run_gather_records
-        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        run(ctypes.byref(self.params), self.layers, len(self.layers), self.library.multiprocessors)
-        self.library.check()
 
     def launch(self, mode: Mode) -> list[Tensor]:
         """Returns the weights after the launch."""

@@ -81,6 +81,25 @@ def test_dropout(name, dtypes):
     check(CASES[name](dtypes), 0.3)
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, F64), (F16, BF16)], ids=str)
+@pytest.mark.parametrize("name", ["few rows", "matrices"])
+def test_factors_of_other_dtypes(name, dtypes):
+    check(CASES[name](dtypes))
+
+
+@pytest.mark.parametrize("num_tokens", [13, 90])
+def test_the_smallest_dropout(num_tokens):
+    """Of 117,000 elements of x, the two that are dropped are those that matter."""
+    p, seed = 2.0**-16, 5
+    case = random_groups(num_tokens, (117_000 // num_tokens, 20), [4, 3], dtypes=(BF16, BF16))
+    dropped = ~reference.dropout_keep(seed, *case.x.shape, p)
+    assert dropped.sum() == 2
+    case.x[dropped] = 1000.0
+    forward = grouped_ops.forward(case, p, seed)
+    case.x[dropped] = 0.0
+    torch.testing.assert_close(forward.y, grouped_ops.forward(case).y)
+
+
 @pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16)], ids=str)
 def test_chunks_of_a_large_group(dtypes):
     """Groups 0 and 2 have two chunks of rows, group 1 has one."""
@@ -147,6 +166,7 @@ def test_infinite_inputs_leave_the_gradients_of_unused_ranks_zero(dtypes):
     found = grouped_ops.backward(case, forward.xa, forward.mask, 0.0)
     grad_A, grad_B = found.grad_As[0][0], found.grad_Bs[0][0]
     assert not grad_A[3:].any() and not grad_B[:, 3:].any() and grad_A[:3].isnan().any()
+    assert not forward.xa[case.group_of_row == 0, 3:].any() and forward.xa[0, :3].isinf().all()
 
 
 @pytest.mark.pairs
@@ -203,6 +223,26 @@ def test_a_pool_has_tiles_for_its_rows_not_for_its_slots():
     assert blocks == {3: 2 + 3 + 2, 1000: 2 + 128}
     groups = torch.tensor([7, 150, 299, -1])[torch.arange(70) % 4]
     check(random_groups(70, (24, 20), [(300, 4)], groups=groups, dtypes=(BF16, BF16)))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_groups"), [(128, 1000), (8192, 64), (65, 0), (100, 1), (3000, 2500), (1025, 3)]
+)
+def test_the_index_is_a_stable_sort(num_tokens, num_groups):
+    group_of_row = torch.randint(-1, num_groups, (num_tokens,))
+    group_of_row[::50] = num_groups + 7  # does not exist
+    numbers = torch.where(group_of_row == -1, num_groups, group_of_row.clamp_max(num_groups + 1))
+    expected = numbers.sort(stable=True).indices
+    begins = torch.cat([torch.zeros(1), numbers.bincount(minlength=num_groups + 2).cumsum(0)])
+    for schedule in (0, 1):
+        order, begin = grouped_ops.index(group_of_row, num_groups, schedule)
+        assert torch.equal(order.long(), expected) and torch.equal(begin.long(), begins.long())
+
+
+def test_the_index_takes_one_block():
+    for num_tokens, slots in ((128, 1000), (8192, 64)):
+        (first, *_) = _load.plan_grouped(num_tokens, 4096, 4096, slots, 16).launches
+        assert (first.kernel, first.blocks) == ("group_index", 1)
 
 
 @pytest.mark.parametrize("library", [kernels, few_blocks])

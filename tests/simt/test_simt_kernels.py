@@ -112,6 +112,16 @@ def test_dtypes_and_ranks(dtypes, rank, count):
     assert_as_good_as_torch(siblings_of(count, (21, 72, 40, rank), dtypes), 0.3 * (rank % 2))
 
 
+@pytest.mark.parametrize(("rank", "dtypes"), [(1, (BF16, F32)), (35, (F16, F16))], ids=str)
+def test_as_many_layers_as_a_call_takes(rank, dtypes):
+    """Layers whose ranks begin at an odd column of xa, and one that is larger: it has more partial sums of grad_xa."""
+    sizes = [(24 + 600 * (i == 1), rank + i % 2) for i in range(8)]
+    siblings = random_siblings(((21, 520), sizes), dtypes)
+    for layer in siblings.layers:
+        layer.weight.zero_()
+    assert_as_good_as_torch(siblings, 0.1)
+
+
 @pytest.mark.pairs
 @pytest.mark.parametrize("count", SIBLINGS)
 @pytest.mark.parametrize(
@@ -123,6 +133,7 @@ def test_dtypes_and_ranks(dtypes, rank, count):
         ((65, 63, 130, 16), 0.5),  # one more or less than a tile
         ((40, 136, 72, 12), 0.1),  # multiples of 8, not of a tile
         ((33, 64, 64, 16), 0.0),
+        ((9, 70, 33, 4), 2.0**-16),  # the smallest threshold
     ],
     ids=str,
 )
@@ -267,6 +278,18 @@ def test_same_bits_in_every_order_of_threads(dtypes, shape, count, blocks):
     for schedule in (1, 2):
         for name, result in run_kernels(siblings, 0.1, schedule, library=library).items():
             assert torch.equal(result, first[name]), f"{name} in schedule {schedule}"
+
+
+@pytest.mark.parametrize(("num_tokens", "rank"), [(3, 5), (20, 35), (3, 71)])
+def test_infinite_factors_of_one_layer_leave_the_others_as_they_are(num_tokens, rank):
+    siblings = siblings_of(3, (num_tokens, 600, 40, rank), (BF16, BF16))
+    expected = run_kernels(siblings)
+    for factor in (siblings.layers[1].lora_A, siblings.layers[1].lora_B):
+        factor.fill_(torch.inf)
+    found = run_kernels(siblings)
+    for name in ("y[0]", "A[0]", "B[0]", "y[2]", "A[2]", "B[2]"):
+        assert torch.equal(found[name], expected[name]), name
+    assert not found["y[1]"].isfinite().any()
 
 
 @pytest.mark.parametrize("schedule", [0, 1])

@@ -10,8 +10,7 @@
 #pragma once
 
 #include "../launch.cuh"
-#include "../mma/fragments.cuh"
-#include "gathered_tile.cuh"
+#include "../mma/operands.cuh"
 #include "group_index.cuh"
 #include "tile_sizes.h"
 
@@ -22,34 +21,51 @@ struct ExpandParams {
   GroupIndex index;
   const float* small;   // [num_tokens, max_rank]
   const uint8_t* mask;  // [num_tokens, mask_row_bytes], where there is dropout
-  void* out;            // [num_tokens, columns], dtype
+  void* out;            // [num_tokens, columns], T
   int64_t columns, mask_row_bytes, max_rank, column_tiles;
-  DType dtype, factor_dtype;
+  DType factor_dtype;
   bool has_dropout, out_aligned;
 };
 
-// Adds the update of eight elements of a row to y, or stores them as grad_x.
-template <bool kBackward>
+// Adds the update of eight elements of a row to y, or stores them as grad_x. count: how many exist.
+template <class T, bool kBackward>
 __device__ __forceinline__ void finish_eight(const ExpandParams& p, const Group& group, int64_t row, int64_t column,
-                                             int inside, Eight result) {
-  const int64_t at = row * p.columns + column;
-  if (kBackward && p.has_dropout) drop(result, p.mask[row * p.mask_row_bytes + column / 8]);
-  if (!kBackward) {
-    const Eight base = load_eight(p.out, at, inside, p.out_aligned, p.dtype);
+                                             int count, float (&value)[kEight]) {
+  T* out = static_cast<T*>(p.out) + (row * p.columns + column);
+  const bool whole = p.out_aligned && count == kEight;
+  if (kBackward && p.has_dropout) drop(value, p.mask[row * p.mask_row_bytes + column / 8]);
+  if (!kBackward) whole ? add_chunk<T>(value, load_chunk(out)) : add_single(value, out, count);
 #pragma unroll
-    for (int e = 0; e < kEight; ++e) result.v[e] += base.v[e];
+  for (int e = 0; e < kEight; ++e) value[e] += group.added;
+  whole ? store_chunk(out, value) : store_single(out, value, count);
+}
+
+// Copies a tile of a factor, rows [row0, row_end) and columns [column0, column_end) of it, rounded to T.
+template <class T, int kRows, int kColumns>
+__device__ __forceinline__ void copy_factor(uint4* tile, const mma::MatrixFactor& factor, int64_t row0, int64_t row_end,
+                                            int64_t column0, int64_t column_end) {
+  using Copy = mma::TileCopy<kRows, kColumns, kThreads>;
+  const auto offset_of = [&](unsigned row) {
+    return row0 + row < row_end ? (row0 + row) * factor.stride : int64_t{-1};
+  };
+  if (factor.dtype == kDTypeOf<T>) {
+    return Copy::gather(tile, static_cast<const T*>(factor.data), factor.in_chunks, column0, column_end, threadIdx.x,
+                        offset_of);
   }
-#pragma unroll
-  for (int e = 0; e < kEight; ++e) result.v[e] += group.added;
-  store_eight(p.out, at, result, inside, p.out_aligned, p.dtype);
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < kRows * Copy::kChunks; i += kThreads) {
+    const unsigned row = i / Copy::kChunks, chunk = i % Copy::kChunks;
+    const int64_t offset = offset_of(row), column = column0 + chunk * kEight;
+    const int width = offset >= 0 ? inside(column, column_end) : 0;
+    const Eight values = load_eight(factor.data, offset + column, width, factor.in_chunks, factor.dtype);
+    tile[mma::chunk_index<Copy::kChunks>(row, chunk)] = rounded_chunk<T>(values.v);
+  }
 }
 
 template <class T, bool kBackward>
 __global__ void __launch_bounds__(kThreads, 2) grouped_expand_kernel(const __grid_constant__ ExpandParams p) {
   ptx::wait_for_earlier_launches();
   using Tiles = ExpandTiles;
-  using FactorTile = std::conditional_t<kBackward, GatheredTile<Tiles::kRanks, Tiles::kColumns, kThreads>,  // lora_A
-                                        GatheredTile<Tiles::kColumns, Tiles::kRanks, kThreads>>;            // lora_B
   constexpr int kRanks = Tiles::kRanks, kColumns = Tiles::kColumns;
   SharedMemory shared;
   uint4* factor_tiles = shared.take<uint4>(2 * Tiles::kFactorChunks, "factor_tiles");
@@ -61,16 +77,15 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_expand_kernel(const __gri
   const Group group = find_group(p.table, tile.group, p.factor_dtype);
   if (!kBackward && group.rank == 0 && group.added == 0.0f) return;
   const int64_t column0 = blockIdx.x % p.column_tiles * kColumns;
-  const void* factor = kBackward ? group.lora_A : group.lora_B;
-  const int64_t factor_stride = kBackward ? group.A_stride : group.B_stride;
-  const bool factor_aligned = has_aligned_eights(factor, factor_stride);
+  const mma::MatrixFactor factor = group.factor(!kBackward, p.columns, p.factor_dtype);
   const auto copy = [&](int64_t rank0, int stage) {
     if (rank0 < group.rank) {
-      const int64_t row0 = kBackward ? rank0 : column0, row_end = kBackward ? group.rank : p.columns;
-      FactorTile::template copy_factor<T>(
-          factor_tiles + stage * Tiles::kFactorChunks, factor, p.factor_dtype, factor_aligned,
-          kBackward ? column0 : rank0, kBackward ? p.columns : group.rank,
-          [&](int row) { return row0 + row < row_end ? (row0 + row) * factor_stride : int64_t{-1}; });
+      uint4* tile = factor_tiles + stage * Tiles::kFactorChunks;
+      if constexpr (kBackward) {
+        copy_factor<T, kRanks, kColumns>(tile, factor, rank0, group.rank, column0, p.columns);
+      } else {
+        copy_factor<T, kColumns, kRanks>(tile, factor, column0, p.columns, rank0, group.rank);
+      }
     }
     ptx::cp_async_commit();
   };
@@ -94,9 +109,9 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_expand_kernel(const __gri
     for (int i = 0; i < 4; ++i) {
       const int64_t rank = rank0 + i / 2 * 8 + lane % 4 * 2;
       const float* from = small_rows[i % 2];
-      const float first = from != nullptr && rank < group.rank ? from[rank] : 0.0f;
-      const float second = from != nullptr && rank + 1 < group.rank ? from[rank + 1] : 0.0f;
-      small[i] = mma::rounded_pair<T>(first, second);
+      const int ranks = from != nullptr ? static_cast<int>(group.rank - rank) : 0;
+      const float2 pair = mma::load_rank_pair(from + rank, ranks, false);
+      small[i] = rounded_pair<T>(pair.x, pair.y);
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // this tile is complete, the other one is free
@@ -135,12 +150,12 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_expand_kernel(const __gri
 #pragma unroll 2
   for (int i = static_cast<int>(threadIdx.x); i < tile.count * kRowEights; i += kThreads) {
     const int row = i / kRowEights, column = i % kRowEights * kEight;
-    const int inside = eight_inside(column0 + column, p.columns);
-    if (inside == 0) continue;
-    Eight result;
+    const int count = inside(column0 + column, p.columns);
+    if (count == 0) continue;
+    float value[kEight];
 #pragma unroll
-    for (int e = 0; e < kEight; ++e) result.v[e] = update[row * Tiles::kPitch + column + e];
-    finish_eight<kBackward>(p, group, rows[row], column0 + column, inside, result);
+    for (int e = 0; e < kEight; ++e) value[e] = update[row * Tiles::kPitch + column + e];
+    finish_eight<T, kBackward>(p, group, rows[row], column0 + column, count, value);
   }
 }
 

@@ -49,14 +49,14 @@ __global__ void __launch_bounds__(kThreads, 4) few_rows_shrink_kernel(const __gr
     const bool has_second = rank0 + kWarps < group.rank;
     float sum[2] = {};
     for (int64_t column = begin + lane * kEight; column < end; column += kRangeStep) {
-      const int inside = eight_inside(column, end);
-      Eight x = load_eight(p.x, row * p.x_stride + column, inside, p.x_aligned, p.dtype);
-      if (p.has_dropout) drop(x, p.mask[row * p.mask_row_bytes + column / 8]);
+      const int count = inside(column, end);
+      Eight x = load_eight(p.x, row * p.x_stride + column, count, p.x_aligned, p.dtype);
+      if (p.has_dropout) drop(x.v, p.mask[row * p.mask_row_bytes + column / 8]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (i == 1 && !has_second) break;
         const int64_t at = (rank0 + i * kWarps) * group.A_stride + column;
-        const Eight factor = load_eight(group.lora_A, at, inside, aligned, p.factor_dtype);
+        const Eight factor = load_eight(group.lora_A, at, count, aligned, p.factor_dtype);
 #pragma unroll
         for (int e = 0; e < kEight; ++e) sum[i] += x.v[e] * factor.v[e];
       }
@@ -95,11 +95,11 @@ __global__ void __launch_bounds__(kThreads, 4) few_rows_expand_kernel(const __gr
   float sum = group.added;
 #pragma unroll 2
   for (int64_t rank = 0; rank < group.rank; rank += kEight) {
-    const int inside = eight_inside(rank, group.rank);
-    const Eight factor = load_eight(group.lora_B, column * group.B_stride + rank, inside, aligned, p.factor_dtype);
+    const int count = inside(rank, group.rank);
+    const Eight factor = load_eight(group.lora_B, column * group.B_stride + rank, count, aligned, p.factor_dtype);
 #pragma unroll
     for (int e = 0; e < kEight; ++e) {
-      if (e < inside) sum += xa[rank + e] * factor.v[e];
+      if (e < count) sum += xa[rank + e] * factor.v[e];
     }
   }
   const int64_t at = row * p.out_features + column;

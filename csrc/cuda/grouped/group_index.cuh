@@ -1,10 +1,9 @@
 // The rows sorted by their groups, and tiles and chunks of rows of one group. Included once: its kernel is no template.
 //
-// Where a group's chunks begin must not depend on how many chunks the groups before it take, which no block of the
-// kernel that makes the index knows. With chunks of C rows, group g, whose rows begin at position b, has the chunks
-// from b / C + g on: b / C + g + ceil(count / C) <= (b + count) / C + g + 1, where the chunks of the next group begin.
-// Between them there may be one without rows. So every group has a chunk, even without rows (its gradient is zero), and
-// there are at most num_tokens / C + groups.
+// Where a group's chunks begin follows from where its rows begin. With chunks of C rows, group g, whose rows begin at
+// position b, has the chunks from b / C + g on: b / C + g + ceil(count / C) <= (b + count) / C + g + 1, where the
+// chunks of the next group begin. Between them there may be one without rows. So every group has a chunk, even without
+// rows (its gradient is zero), and there are at most num_tokens / C + groups.
 //
 // Tiles need no group without rows. They begin at b / C + min(e, g), where e <= b is the number of entries before the
 // group: every group with rows has one entry, and there are at most num_tokens / C + min(entries, groups). A pool of
@@ -77,64 +76,119 @@ __device__ __forceinline__ void load_rows(int64_t* rows, const GroupIndex& index
   }
 }
 
-// --- making it ---
+// --- making it: a counting sort in one block ---
+//
+// The entries are shared out among warps. Each counts its entries of every group; running sums, over the groups and
+// over the warps within a group, say where its entries begin; then it writes them, in order. Groups without entries
+// cost a few steps of one thread, so that the work is that of groups + entries.
 
 struct GroupIndexParams {
   GroupedRows rows;
   GroupIndex index;
+  int* counts;  // [warps, groups]: how many entries a warp has; then, where its next one goes
+  int warps;    // that have entries
 };
 
-__global__ void __launch_bounds__(kThreads) group_index_kernel(const __grid_constant__ GroupIndexParams p) {
-  ptx::wait_for_earlier_launches();
-  __shared__ int smaller_of_warp[kWarps], equal_of_warp[kWarps];
-  const GroupedRows& rows = p.rows;
-  const int64_t group = blockIdx.x;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t warp_entries = (rows.num_entries + kThreads - 1) / kThreads * 32;
-  const int64_t warp_begin = warp * warp_entries, warp_end = min(warp_begin + warp_entries, rows.num_entries);
-  const auto number_at = [&](int64_t entry) {  // beyond the end: greater than any group
-    return entry < warp_end ? group_number(rows, rows.group_of_row[entry]) : rows.num_groups + kMoreGroups;
-  };
+// A warp's entries, 32 at a time, in order.
+class WarpEntries {
+ public:
+  __device__ __forceinline__ WarpEntries(const GroupIndexParams& p, int warp)
+      : rows_(p.rows), counts_(p.counts + warp * (p.rows.num_groups + kMoreGroups)) {
+    const int64_t entries = ceil_div(rows_.num_entries, p.warps * int64_t{32}) * 32;
+    begin_ = warp * entries;
+    end_ = warp < p.warps ? min(begin_ + entries, rows_.num_entries) : begin_;
+  }
 
-  int smaller = 0, equal = 0;
-#pragma unroll 4
-  for (int64_t entry = warp_begin; entry < warp_end; entry += 32) {
-    const int64_t number = number_at(entry + lane);
-    smaller += __popc(__ballot_sync(0xFFFFFFFFu, number < group));
-    equal += __popc(__ballot_sync(0xFFFFFFFFu, number == group));
-  }
-  if (lane == 0) {
-    smaller_of_warp[warp] = smaller;
-    equal_of_warp[warp] = equal;
-  }
-  __syncthreads();
-  int begin = 0, count = 0, position = 0;
+  // Counts every entry, and calls f(entry, place) in its lane: what its group's counter was before.
+  template <class F>
+  __device__ __forceinline__ void visit(int lane, F f) const {
+    constexpr int kTogether = 4;  // loads that overlap
+    for (int64_t first = begin_; first < end_; first += 32 * kTogether) {
+      int number[kTogether];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    begin += smaller_of_warp[w];
-    if (w == warp) position = count;
-    count += equal_of_warp[w];
-  }
-  position += begin;
-
-  for (int64_t entry = warp_begin; equal > 0 && entry < warp_end; entry += 32) {
-    const bool mine = number_at(entry + lane) == group;
-    const unsigned all = __ballot_sync(0xFFFFFFFFu, mine);
-    if (mine) p.index.order[position + __popc(all & ((1u << lane) - 1u))] = static_cast<int>(entry) + lane;
-    position += __popc(all);
-  }
-  if (threadIdx.x == 0) {
-    p.index.begin[group] = begin;
-    if (group == rows.num_groups + kMoreGroups - 1) p.index.begin[group + 1] = begin + count;
-  }
-  const auto mark = [&](int* group_of, auto first_of) {
-    const int64_t next = first_of(begin + count, rows.rows_per_entry, group + 1);
-    for (int64_t i = first_of(begin, rows.rows_per_entry, group) + threadIdx.x; i < next; i += kThreads) {
-      group_of[i] = static_cast<int>(group);
+      for (int i = 0; i < kTogether; ++i) {
+        const int64_t entry = first + i * 32 + lane;
+        number[i] = entry < end_ ? static_cast<int>(group_number(rows_, rows_.group_of_row[entry])) : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const unsigned same = __match_any_sync(0xFFFFFFFFu, number[i]);
+        int* count = counts_ + number[i];
+        const int before = number[i] >= 0 ? *count : 0;
+        __syncwarp();  // all lanes have read the counter
+        if (number[i] >= 0 && __ffs(static_cast<int>(same)) - 1 == lane) *count = before + __popc(same);
+        __syncwarp();  // the counter is complete
+        if (number[i] >= 0) f(static_cast<int>(first) + i * 32 + lane, before + __popc(same & ((1u << lane) - 1u)));
+      }
     }
-  };
-  mark(p.index.group_of_tile, [](auto... arguments) { return first_tile(arguments...); });
-  if (p.index.has_chunks) mark(p.index.group_of_chunk, [](auto... arguments) { return first_chunk(arguments...); });
+  }
+
+ private:
+  const GroupedRows& rows_;
+  int* const counts_;
+  int64_t begin_, end_;
+};
+
+// Returns the sum of the values of all threads before this one. Every thread of the block must call it.
+__device__ __forceinline__ int sum_before(int value, int (&sum_of_warp)[kIndexThreads / 32]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  int sum = value;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(0xFFFFFFFFu, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  if (lane == 31) sum_of_warp[warp] = sum;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) sum += sum_of_warp[w];
+  return sum - value;
+}
+
+__global__ void __launch_bounds__(kIndexThreads) group_index_kernel(const __grid_constant__ GroupIndexParams p) {
+  ptx::wait_for_earlier_launches();
+  __shared__ int sum_of_warp[kIndexThreads / 32];
+  const int64_t num_groups = p.rows.num_groups + kMoreGroups;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  for (int64_t i = thread; i < num_groups * p.warps; i += kIndexThreads) p.counts[i] = 0;
+  __syncthreads();
+  const WarpEntries entries(p, warp);
+  entries.visit(lane, [](int, int) {});
+  __syncthreads();
+
+  // A thread has some neighbouring groups.
+  const int64_t groups = ceil_div(num_groups, kIndexThreads), first = thread * groups;
+  const int64_t end = min(first + groups, num_groups);
+  int sum = 0;
+  for (int64_t group = first; group < end; ++group) {
+#pragma unroll 4
+    for (int w = 0; w < p.warps; ++w) sum += p.counts[w * num_groups + group];
+  }
+  int position = sum_before(sum, sum_of_warp);
+  for (int64_t group = first; group < end; ++group) {
+    p.index.begin[group] = position;
+#pragma unroll 4
+    for (int w = 0; w < p.warps; ++w) {
+      int& count = p.counts[w * num_groups + group];
+      const int counted = count;
+      count = position;
+      position += counted;
+    }
+  }
+  if (thread == 0) p.index.begin[num_groups] = static_cast<int>(p.rows.num_entries);
+  __syncthreads();
+
+  entries.visit(lane, [&](int entry, int place) { p.index.order[place] = entry; });
+  const int64_t rows_per_entry = p.rows.rows_per_entry;
+  for (int64_t group = warp; group < num_groups; group += kIndexThreads / 32) {
+    const int64_t begin = p.index.begin[group], next = p.index.begin[group + 1];
+    const auto mark = [&](int* group_of, int64_t from, int64_t to) {
+      for (int64_t i = from + lane; i < to; i += 32) group_of[i] = static_cast<int>(group);
+    };
+    mark(p.index.group_of_tile, first_tile(begin, rows_per_entry, group), first_tile(next, rows_per_entry, group + 1));
+    if (!p.index.has_chunks) continue;
+    mark(p.index.group_of_chunk, first_chunk(begin, rows_per_entry, group),
+         first_chunk(next, rows_per_entry, group + 1));
+  }
 }
 
 }  // namespace lora_ext::cuda::grouped

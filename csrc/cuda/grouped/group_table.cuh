@@ -7,7 +7,7 @@
 
 #include "../launch.cuh"
 #include "../plan.h"
-#include "../eights.cuh"
+#include "../mma/operands.cuh"
 #include "tile_sizes.h"
 
 namespace lora_ext::cuda::grouped {
@@ -48,6 +48,19 @@ struct Group {
   int64_t A_stride = 0, B_stride = 0;
   float scale = 0;
   float added = 0;  // to every result: NaN for a number or a rank that does not exist
+
+  // lora_B, or lora_A.
+  __device__ __forceinline__ mma::MatrixFactor factor(bool of_B, int64_t features, DType dtype) const {
+    const void* data = of_B ? lora_B : lora_A;
+    const int64_t stride = of_B ? B_stride : A_stride;
+    return {.shape = {},
+            .rank = rank,
+            .features = features,
+            .data = data,
+            .stride = stride,
+            .dtype = dtype,
+            .in_chunks = has_aligned_eights(data, stride)};
+  }
 };
 
 // number: of group_number.

@@ -6,11 +6,12 @@
 #include <cstdint>
 
 #include "../grouped.h"
+#include "../mma/tile_sizes.h"
 #include "../sizes.h"
 
 namespace lora_ext::cuda::grouped {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // of every kernel here but write_entries
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of kernels without a number of their own
 constexpr int kInlineEntries = 32;                     // that travel with a kernel's parameters (group_table.cuh)
 
 // --- rows sorted by their groups (group_index.cuh) ---
@@ -19,6 +20,12 @@ constexpr int kInlineEntries = 32;                     // that travel with a ker
 constexpr int64_t kMoreGroups = 2;
 constexpr int64_t kTileRows = 64;    // of a tile of shrink and expand
 constexpr int64_t kChunkRows = 512;  // of a chunk whose sums over rows one block makes
+constexpr int kIndexThreads = 1024;  // of the one block that makes the index
+
+// Warps that share the entries: a warp takes 32 at a time.
+inline int index_warps(const GroupedRows& rows) {
+  return static_cast<int>(std::clamp<int64_t>(ceil_div(rows.num_entries, 32), 1, kIndexThreads / 32));
+}
 
 inline int64_t num_tiles(const GroupedRows& rows) {
   return rows.num_tokens / kTileRows + std::min(rows.num_entries, rows.num_groups + kMoreGroups);
@@ -40,15 +47,12 @@ constexpr int64_t kRangeStep = 32 * kEight;            // features that a warp o
 
 constexpr int kSmallRanks = 16, kLargeRanks = 64;  // of a block of shrink
 
-// kRanks: ranks of a block
+constexpr int kShrinkWarps = static_cast<int>(kTileRows / 16), kShrinkThreads = 32 * kShrinkWarps;
+
 template <int kRanks>
-struct ShrinkTiles {
-  static constexpr int kRows = static_cast<int>(kTileRows), kStep = 64, kStages = 4;
-  static constexpr int kChunks = kStep / kEight, kXChunks = kRows * kChunks, kFactorChunks = kRanks * kChunks;
-  static constexpr int kSumPitch = kRanks + 4;
-  static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kXChunks * 16) +
-                                           shared_bytes_of(kStages * kFactorChunks * 16) + shared_bytes_of(kRows * 8);
-  static_assert(kRows * kSumPitch * 4 <= kStages * (kXChunks + kFactorChunks) * 16, "sums fit in the tiles of x");
+struct ShrinkTiles : mma::ShrinkTiles<kRanks, kShrinkWarps> {
+  using Tiles = mma::ShrinkTiles<kRanks, kShrinkWarps>;
+  static constexpr uint32_t kSharedBytes = Tiles::kSharedBytes + shared_bytes_of(Tiles::kTokens * 8);  // rows
 };
 
 struct ExpandTiles {
@@ -58,14 +62,10 @@ struct ExpandTiles {
       shared_bytes_of(2 * kFactorChunks * 16) + shared_bytes_of(kRows * kPitch * 4) + shared_bytes_of(kRows * 8);
 };
 
-struct FactorSumsTiles {
-  static constexpr int kFeatures = 256, kRanks = 16, kRows = 32, kStages = 3;
-  static constexpr int kChunks = kFeatures / kEight, kXChunks = kRows * kChunks;
-  static constexpr int kSmallChunks = kRows * kRanks / kEight;
-  static constexpr uint32_t kSharedBytes = shared_bytes_of(kStages * kXChunks * 16) +
-                                           shared_bytes_of(2 * kSmallChunks * 16) +
-                                           shared_bytes_of(static_cast<uint32_t>(kChunkRows) * 8);
-  static_assert(kRows * kRanks / 2 == kThreads, "a thread has a pair of ranks of a row");
+struct FactorSumsTiles : mma::TokenSumTiles<16> {
+  static constexpr int kRanks = 16;
+  static constexpr uint32_t kSharedBytes =
+      mma::TokenSumTiles<kRanks>::kSharedBytes + shared_bytes_of(static_cast<uint32_t>(kChunkRows) * 8);  // rows
 };
 
 }  // namespace lora_ext::cuda::grouped

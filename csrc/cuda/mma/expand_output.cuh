@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../../common/params.h"
-#include "../elements.cuh"
+#include "../eights.cuh"
 #include "../launch.cuh"
 #include "fragments.cuh"
 #include "operands.cuh"
@@ -57,73 +57,6 @@ __device__ __forceinline__ int find_sibling(const ExpandParams& p) {
   int sibling = p.num_siblings - 1;
   while (blockIdx.y < p.tiles[sibling].begin) --sibling;
   return sibling;
-}
-
-// Loads two neighbours of the small operand, an even number of ranks after the sibling's first. count: the sibling's
-// ranks starting at `from`. Elements beyond belong to another sibling and may be NaN: they become zero.
-__device__ __forceinline__ float2 load_rank_pair(const float* from, int count, bool pairs) {
-  float2 pair = make_float2(0.0f, 0.0f);
-  if (pairs) {
-    if (count > 0) pair = *reinterpret_cast<const float2*>(from);
-  } else {
-    if (count > 0) pair.x = from[0];
-    if (count > 1) pair.y = from[1];
-  }
-  return pair;
-}
-
-// A chunk of a row, two elements to a word.
-struct Chunk {
-  uint32_t word[4];
-};
-
-template <class T>
-__device__ __forceinline__ float element_of(const Chunk& chunk, int e) {
-  const uint16_t bits = static_cast<uint16_t>(chunk.word[e / 2] >> (e % 2 * 16));
-  if constexpr (std::is_same_v<T, __half>) {
-    return to_acc(__ushort_as_half(bits));
-  } else {
-    return to_acc(__ushort_as_bfloat16(bits));
-  }
-}
-
-template <class T>
-__device__ __forceinline__ Chunk load_chunk(const T* from) {
-  const uint4 words = *reinterpret_cast<const uint4*>(from);
-  return {{words.x, words.y, words.z, words.w}};
-}
-
-// value[e] += from[e], for rows without aligned groups.
-template <class T>
-__device__ __forceinline__ void add_single(float (&value)[8], const T* from, int count) {
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (e < count) value[e] += to_acc(from[e]);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void add_chunk(float (&value)[8], const Chunk& chunk) {
-#pragma unroll
-  for (int e = 0; e < 8; ++e) value[e] += element_of<T>(chunk, e);
-}
-
-template <class T>
-__device__ __forceinline__ void store_chunk(T* to, const float (&value)[8]) {
-  uint32_t word[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    word[i] = rounded_pair<T>(value[2 * i], value[2 * i + 1]);
-  }
-  *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
-}
-
-template <class T>
-__device__ __forceinline__ void store_single(T* to, const float (&value)[8], int count) {
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (e < count) to[e] = from_acc<T>(value[e]);
-  }
 }
 
 // A lane's inputs for a piece besides the sums: eight elements of base and a byte of the mask, for each of its two

@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_lora_A_tile(uint16_t* tile, const StackedFa
     const V* from = row < factor.rank ? factor.row<V>(row) + col0 : nullptr;
 #pragma unroll 2
     for (int chunk = lane; chunk < groups; chunk += 32) {
-      const int width = from ? inside<kChunk>(col0 + chunk * kChunk, factor.features) : 0;
+      const int width = from ? inside(col0 + chunk * kChunk, factor.features) : 0;
       const uint4 loaded = load_factor_chunk<T>(from + chunk * kChunk, width, factor.in_chunks);
       const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll

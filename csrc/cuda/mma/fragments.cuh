@@ -46,11 +46,4 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&left)
   }
 }
 
-// Rounds two neighbours, of xa or grad_xa, to one register of a fragment, the first in the low half. float16 ends at
-// 65504: a larger number becomes infinite, as in plain PyTorch.
-template <class T>
-__device__ __forceinline__ uint32_t rounded_pair(float first, float second) {
-  return bits_of(from_acc<T>(first)) | static_cast<uint32_t>(bits_of(from_acc<T>(second))) << 16;
-}
-
 }  // namespace lora_ext::cuda::mma

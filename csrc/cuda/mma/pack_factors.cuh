@@ -26,7 +26,6 @@ struct PackTarget {
   PackedShape shape;
   int64_t rank;           // rows of the image without padding
   int64_t row_begin = 0;  // the factor's first row in the image
-  bool interleaved;       // the order of columns, see interleaved_column()
 };
 
 constexpr int kMaxPackJobs = 2 * kMaxSiblings;
@@ -36,7 +35,6 @@ static_assert(kPackRows * kPackCols % (2 * kThreads) == 0, "every thread packs t
 
 struct PackJob {
   PackSource source;
-  bool interleaved;
   uint16_t* packed;            // [num_rows, num_cols]: from the job's first row on
   int64_t num_rows, num_cols;  // with padding
   int64_t tiles;               // of kPackRows x kPackCols, a block's
@@ -52,7 +50,6 @@ struct PackFactorsParams {
     const bool last = source.rank + target.row_begin == target.rank;
     const int64_t rows = last ? target.shape.ranks - target.row_begin : source.rank;
     jobs[num_jobs++] = {.source = source,
-                        .interleaved = target.interleaved,
                         .packed = static_cast<uint16_t*>(target.image) + target.row_begin * target.shape.features,
                         .num_rows = rows,
                         .num_cols = target.shape.features,
@@ -105,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) pack_factors_kernel(const __grid_con
     const int pair = static_cast<int>(threadIdx.x) + i * kThreads;
     const int r = pair / (kPackCols / 2), position = pair % (kPackCols / 2) * 2;
     if (row0 + r >= job.num_rows) continue;
-    const int c = job.interleaved ? interleaved_column(position) : position;
+    const int c = interleaved_column(position);
     *reinterpret_cast<uint32_t*>(job.packed + (row0 + r) * job.num_cols + col0 + position) =
         tile[r][c] | static_cast<uint32_t>(tile[r][c + 1]) << 16;
   }

@@ -35,10 +35,10 @@ namespace lora_ext::cuda::mma {
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 template <class T>
-class PlanRunner {
+class PlanRunner : Launcher {
  public:
   PlanRunner(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream)
-      : call_(call), plan_(plan), scratch_(static_cast<char*>(scratch)), stream_(stream) {
+      : Launcher(scratch, stream), call_(call), plan_(plan) {
     partials_ = at<float>(plan.scratch.rank_partials);
     if (call.shrink) {
       const LoraShrinkParams& p = *call.shrink;
@@ -76,16 +76,6 @@ class PlanRunner {
   static constexpr int kSmallRanks = static_cast<int>(kSmallRankTile), kRanks = static_cast<int>(kRankTile);
   static constexpr int kFusedRanks = static_cast<int>(kMaxFusedRank);
 
-  template <class Params>
-  void start(const PlannedLaunch& planned, void (*kernel)(Params), const Params& params) {
-    launch(kernel, make_grid(planned.grid_x, planned.grid_y), planned.threads, planned.shared_bytes, stream_, params);
-  }
-
-  template <class V>
-  V* at(int64_t offset) const {
-    return offset == Scratch::kNone ? nullptr : reinterpret_cast<V*>(scratch_ + offset);
-  }
-
   // sums: xa or grad_xa, of all siblings.
   template <class Params, class RangesOf>
   void set_sums(const Params& p, const void* sums, RangesOf ranges_of) {
@@ -96,7 +86,7 @@ class PlanRunner {
   }
 
   // Where a pass writes the columns [begin, begin + count) of xa or grad_xa.
-  RankSums rank_sums(int64_t begin, int64_t count, const RankScales<float>& scales) const {
+  RankSums rank_sums(int64_t begin, int64_t count, const RankTable<float>& scales) const {
     float* data = partials_ ? partials_ : sums_;
     return {.data = data ? data + begin : nullptr,
             .num_tokens = num_tokens_,
@@ -125,22 +115,14 @@ class PlanRunner {
 
   PackFactorsParams pack_params() const {
     PackFactorsParams jobs{};
-    // expand's kernels read columns interleaved, shrink as they are.
-    const auto add_B = [&](const auto* p, bool interleaved) {
-      for (int s = 0; p && s < p->num_siblings; ++s) {
-        if (plan_.scratch.packed_B[s] == Scratch::kNone) continue;
-        jobs.dtype = p->factor_dtype;
-        const int64_t rank = p->siblings[s].rank, out_features = p->siblings[s].out_features;
-        const void* const from = p->siblings[s].lora_B;
-        jobs.add({.from = from, .rank = rank, .features = out_features, .transposed = true},
-                 {.image = at<void>(plan_.scratch.packed_B[s]),
-                  .shape = PackedShape(rank, out_features),
-                  .rank = rank,
-                  .interleaved = interleaved});
-      }
-    };
-    add_B(call_.expand, true);
-    add_B(call_.expand_backward, false);
+    for (int s = 0; call_.expand && s < call_.expand->num_siblings; ++s) {
+      if (plan_.scratch.packed_B[s] == Scratch::kNone) continue;
+      const LoraExpandSibling& sibling = call_.expand->siblings[s];
+      const int64_t rank = sibling.rank, out_features = sibling.out_features;
+      jobs.dtype = call_.expand->factor_dtype;
+      jobs.add({.from = sibling.lora_B, .rank = rank, .features = out_features, .transposed = true},
+               {.image = at<void>(plan_.scratch.packed_B[s]), .shape = PackedShape(rank, out_features), .rank = rank});
+    }
     if (plan_.scratch.packed_A == Scratch::kNone) return jobs;
     const LoraShrinkBackwardParams& p = *call_.shrink_backward;
     jobs.dtype = p.factor_dtype;
@@ -149,8 +131,7 @@ class PlanRunner {
                {.image = at<void>(plan_.scratch.packed_A),
                 .shape = PackedShape(p.total_rank, p.in_features),
                 .rank = p.total_rank,
-                .row_begin = p.siblings[s].rank_begin,
-                .interleaved = true});
+                .row_begin = p.siblings[s].rank_begin});
     }
     return jobs;
   }
@@ -163,39 +144,54 @@ class PlanRunner {
   }
 
   void run_shrink(const PlannedLaunch& launch) {
-    ShrinkParams<T> params{};
-    KeepBits keep = KeepBits::kNone;
-    if (launch.result == Result::kXa) {
-      const LoraShrinkParams& p = *call_.shrink;
-      if (p.threshold > 0) keep = launch.first_rank_tile == 0 ? KeepBits::kDraw : KeepBits::kRead;
-      params.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride);
-      params.factor = stacked_lora_A(p);
-      params.mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold};
-      params.out = rank_sums(0, p.total_rank, rank_scales<float>(p.siblings, p.num_siblings));
-      params.set_split(plan_.xa);
-    } else {
-      const LoraExpandBackwardSibling& sibling = call_.expand_backward->siblings[launch.sibling];
-      params.x = grad_y(launch.sibling);
-      params.factor = packed_factor(at<void>(plan_.scratch.packed_B[launch.sibling]), sibling.rank,
-                                    sibling.out_features, call_.dtype());
-      params.out = rank_sums(sibling.rank_begin, sibling.rank, single_scale<float>(sibling.scale));
-      params.set_split(plan_.grad_y[launch.sibling].ranks);
-    }
+    launch.result == Result::kXa ? shrink_x(launch) : shrink_grad_y(launch);
+  }
+
+  void shrink_x(const PlannedLaunch& launch) {
+    const LoraShrinkParams& p = *call_.shrink;
+    ShrinkParams<T, false> params{};
+    params.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride);
+    params.factor = stacked_lora_A(p);
+    params.mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold};
+    params.out = rank_sums(0, p.total_rank,
+                           rank_table<float>(p.siblings, p.num_siblings, [&](int s) { return p.siblings[s].scale; }));
+    if (p.threshold == 0) return start_shrink<KeepBits::kNone>(launch, plan_.xa, params);
+    if (launch.first_rank_tile == 0) return start_shrink<KeepBits::kDraw>(launch, plan_.xa, params);
+    start_shrink<KeepBits::kRead>(launch, plan_.xa, params);
+  }
+
+  void shrink_grad_y(const PlannedLaunch& launch) {
+    const LoraExpandBackwardSibling& sibling = call_.expand_backward->siblings[launch.sibling];
+    ShrinkParams<T, true> params{};
+    params.x = grad_y(launch.sibling);
+    params.factor = {.shape = PackedShape(sibling.rank, sibling.out_features),
+                     .rank = sibling.rank,
+                     .features = sibling.out_features,
+                     .data = sibling.lora_B,
+                     .stride = sibling.rank,
+                     .dtype = call_.expand_backward->factor_dtype,
+                     .in_chunks = is_aligned(sibling.lora_B, 16) && sibling.rank % kChunk == 0};
+    params.out = rank_sums(sibling.rank_begin, sibling.rank, same_for_all_ranks(static_cast<float>(sibling.scale)));
+    start_shrink<KeepBits::kNone>(launch, plan_.grad_y[launch.sibling].ranks, params);
+  }
+
+  template <KeepBits kKeep, bool kOfB>
+  void start_shrink(const PlannedLaunch& launch, const PassSplit& split, ShrinkParams<T, kOfB>& params) {
+    params.features_per_range = split.features_per_range;
+    params.ranges = static_cast<unsigned>(split.ranges);
     params.first_rank_tile = static_cast<unsigned>(launch.first_rank_tile);
     params.rank_tiles = static_cast<unsigned>(launch.rank_tiles);
     const bool rounds = params.factor.dtype != call_.dtype();
-    start(launch, rounds ? shrink_kernel_of<true>(launch, keep) : shrink_kernel_of<false>(launch, keep), params);
-  }
-
-  template <bool kRounds>
-  static auto shrink_kernel_of(const PlannedLaunch& launch, KeepBits keep) {
-    if (launch.variant == kSmallRanks) {  // one tile of ranks: none reads the mask
-      return keep == KeepBits::kDraw ? &shrink_kernel<T, kSmallRanks, KeepBits::kDraw, kRounds>
-                                     : &shrink_kernel<T, kSmallRanks, KeepBits::kNone, kRounds>;
+    if constexpr (kKeep != KeepBits::kRead) {  // one tile of ranks reads no mask
+      if (launch.variant == kSmallRanks) {
+        return start(launch,
+                     rounds ? &shrink_kernel<T, kSmallRanks, kKeep, true, kOfB>
+                            : &shrink_kernel<T, kSmallRanks, kKeep, false, kOfB>,
+                     params);
+      }
     }
-    return keep == KeepBits::kDraw   ? &shrink_kernel<T, kRanks, KeepBits::kDraw, kRounds>
-           : keep == KeepBits::kRead ? &shrink_kernel<T, kRanks, KeepBits::kRead, kRounds>
-                                     : &shrink_kernel<T, kRanks, KeepBits::kNone, kRounds>;
+    start(launch, rounds ? &shrink_kernel<T, kRanks, kKeep, true, kOfB> : &shrink_kernel<T, kRanks, kKeep, false, kOfB>,
+          params);
   }
 
   SmallOperand saved_xa(int s) const {
@@ -224,7 +220,7 @@ class PlanRunner {
                      .features = sibling.out_features,
                      .dtype = p.factor_dtype},
           .xa = saved_xa(s),
-          .grad_xa = rank_sums(sibling.rank_begin, sibling.rank, single_scale<float>(sibling.scale)),
+          .grad_xa = rank_sums(sibling.rank_begin, sibling.rank, same_for_all_ranks(static_cast<float>(sibling.scale))),
           .gradient = grad_B_partials(s),
           .tokens_per_chunk = pass.features.tokens_per_chunk,
           .ranges = static_cast<unsigned>(pass.features.ranges),
@@ -265,19 +261,7 @@ class PlanRunner {
 
   // --- the sums of the blocks ---
 
-  RankSumsParams<float> rank_sums_params() const {
-    RankSumsParams<float> params{.num_tokens = num_tokens_,
-                                 .total_rank = total_rank_,
-                                 .partial = partials_,
-                                 .out = sums_,
-                                 .scales = {ranges_.num_siblings, {}, {}}};  // passes have scaled the partial sums
-    for (int s = 0; s < ranges_.num_siblings; ++s) {
-      params.scales.rank_end[s] = ranges_.rank_end[s];
-      params.scales.value[s] = 1.0f;
-      params.ranges[s] = ranges_.value[s];
-    }
-    return params;
-  }
+  RankSumsParams rank_sums_params() const { return {num_tokens_, total_rank_, partials_, sums_, ranges_}; }
 
   GradientSumsParams gradient_params() const {
     GradientSumsParams sums{};
@@ -418,8 +402,6 @@ class PlanRunner {
 
   const LoraCall& call_;
   const Plan& plan_;
-  char* const scratch_;
-  const GpuStream& stream_;
   int64_t num_tokens_ = 0, total_rank_ = 0;
   float* sums_ = nullptr;      // xa or grad_xa [num_tokens, total_rank]
   float* partials_ = nullptr;  // [largest of ranges, num_tokens, total_rank], scaled; null: passes write the sums

@@ -44,15 +44,17 @@ constexpr int kPackRows = static_cast<int>(kPackedRankStep), kPackCols = static_
 
 // --- kernels that read x or grad_y [num_tokens, features]; kRanks: ranks of a block ---
 
-template <int kRanks>
+template <int kRanks, int kBlockWarps = kWarps>
 struct ShrinkTiles {
-  static constexpr int kTokens = 128, kFeatures = 64, kWarpTokens = kTokens / kWarps, kRowChunks = kFeatures / kChunk;
+  static constexpr int kWarpTokens = 16, kTokens = kWarpTokens * kBlockWarps, kFeatures = 64;
+  static constexpr int kRowChunks = kFeatures / kChunk;
   static constexpr int kWarpChunks = kWarpTokens * kRowChunks;  // of a tile of x
   static constexpr int kFactorChunks = kRanks * kRowChunks;
   // As many as fit in 96 KiB: two blocks on a multiprocessor of 228 KiB, one where a block gets 99 KiB.
-  static constexpr int kStages = std::clamp(96 * 1024 / 16 / (kWarps * kWarpChunks + kFactorChunks), 2, 4);
+  static constexpr int kStages = std::clamp(96 * 1024 / 16 / (kBlockWarps * kWarpChunks + kFactorChunks), 2, 4);
   static constexpr uint32_t kSharedBytes =
-      shared_bytes_of(kStages * kWarps * kWarpChunks * 16) + shared_bytes_of(kStages * kFactorChunks * 16);
+      shared_bytes_of(kStages * kBlockWarps * kWarpChunks * 16) + shared_bytes_of(kStages * kFactorChunks * 16);
+  static_assert(kStages >= 3, "a tile that was fetched in one step is stored in the next, and read after that");
   static_assert(kWarpTokens == 16, "a warp has the rows of one left operand");
   static_assert(kPackedFeatureStep % kFeatures == 0, "a packed factor is whole tiles of features");
   static_assert(kPackedRankStep % 16 == 0, "a packed factor is whole operands of 16 ranks");

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../eights.cuh"
 #include "../ptx.cuh"
 #include "../shared_memory.cuh"
 #include "tile_sizes.h"
@@ -51,20 +52,12 @@ __device__ __forceinline__ uint4 gather_chunk(const T* from, int width) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Returns how many of the kCount rows or columns starting at `begin` lie before `end`.
-template <int kCount>
-__device__ __forceinline__ int inside(int64_t begin, int64_t end) {
-  const int64_t remaining = end - begin;
-  return remaining >= kCount ? kCount : remaining > 0 ? static_cast<int>(remaining) : 0;
-}
-
 // Copies kRows x kColumns elements with kThreads threads. A thread copies the same chunk of rows kRowStep apart.
 template <int kRows, int kColumns, int kThreads>
 struct TileCopy {
-  static constexpr unsigned kChunks = kColumns / kChunk, kRowStep = kThreads / kChunks, kCopies = kRows / kRowStep;
-  static_assert(kThreads % kChunks == 0 && kRows % kRowStep == 0, "every thread copies the same number of chunks");
-  static_assert((kRowStep & (kRowStep - 1)) == 0,
-                "a row step changes bits of the row that the first row does not have");
+  static constexpr unsigned kChunks = kColumns / kChunk, kRowStep = kThreads / kChunks;
+  static constexpr unsigned kCopies = (kRows + kRowStep - 1) / kRowStep;
+  static_assert(kThreads % kChunks == 0, "a thread copies the same chunk of every row");
 
   // A thread's first chunk: its index in the tile, and the offset of its first element from the tile's in the matrix.
   static __device__ __forceinline__ unsigned first_chunk(unsigned thread) {
@@ -77,6 +70,9 @@ struct TileCopy {
   // Copies a tile inside the matrix, with aligned chunks: almost every tile. to, from: of the thread's first chunk.
   template <class T>
   static __device__ __forceinline__ void whole(uint32_t to, const T* from, int64_t stride) {
+    static_assert(kRows % kRowStep == 0, "every thread copies the same number of chunks");
+    static_assert((kRowStep & (kRowStep - 1)) == 0,
+                  "a row step changes bits of the row that the first row does not have");
     constexpr uint32_t kBytes = kChunk * sizeof(T);
 #pragma unroll
     for (unsigned i = 0; i < kCopies; ++i) {  // the same as chunk_index of these rows, from fewer instructions
@@ -87,26 +83,36 @@ struct TileCopy {
     }
   }
 
-  // Copies any tile. Elements outside the matrix become zero.
-  template <class T>
-  static __device__ __forceinline__ void edge(uint4* tile, const TokenMatrix<T>& matrix, int64_t row0, int64_t column0,
-                                              unsigned thread) {
-    const unsigned chunk = thread % kChunks, row_begin = thread / kChunks;
+  // Copies columns [column0, column0 + kColumns) before `end` of rows that lie anywhere. offset_of(row): of its first
+  // element from `matrix`, or -1 for a row that does not exist. What does not exist becomes zero.
+  template <int kUnroll = kCopies, class T, class OffsetOf>
+  static __device__ __forceinline__ void gather(uint4* tile, const T* matrix, bool in_chunks, int64_t column0,
+                                                int64_t end, unsigned thread, OffsetOf offset_of) {
+    const unsigned chunk = thread % kChunks;
     const int64_t column = column0 + chunk * kChunk;
-    const int rows = inside<kRows>(row0, matrix.rows), width = inside<kChunk>(column, matrix.columns);
-    const T* from = matrix.data + (row0 + row_begin) * matrix.stride + column;
-#pragma unroll 1
-    for (unsigned row = row_begin; row < kRows; row += kRowStep) {
-      const int row_width = static_cast<int>(row) < rows ? width : 0;
+    const int width = inside(column, end);
+#pragma unroll kUnroll
+    for (unsigned i = 0; i < kCopies; ++i) {
+      const unsigned row = i * kRowStep + thread / kChunks;
+      if (kRows % kRowStep != 0 && row >= kRows) break;
+      const int64_t offset = offset_of(row);
+      const int row_width = offset >= 0 ? width : 0;
+      const T* from = row_width > 0 ? matrix + offset + column : matrix;
       uint4* to = tile + chunk_index<kChunks>(row, chunk);
-      if (matrix.in_chunks) {
-        ptx::cp_async_16(ptx::shared_address(to), row_width > 0 ? from : matrix.data,
-                         row_width * static_cast<uint32_t>(sizeof(T)));
+      if (in_chunks) {
+        ptx::cp_async_16(ptx::shared_address(to), from, row_width * static_cast<uint32_t>(sizeof(T)));
       } else {
         *to = gather_chunk(from, row_width);
       }
-      from += kRowStep * matrix.stride;
     }
+  }
+
+  // Copies any tile of a matrix.
+  template <class T>
+  static __device__ __forceinline__ void edge(uint4* tile, const TokenMatrix<T>& matrix, int64_t row0, int64_t column0,
+                                              unsigned thread) {
+    gather<1>(tile, matrix.data, matrix.in_chunks, column0, matrix.columns, thread,
+              [&](unsigned row) { return row0 + row < matrix.rows ? (row0 + row) * matrix.stride : int64_t{-1}; });
   }
 };
 

@@ -5,6 +5,7 @@
 // Computes grad_lora_A (small operand: grad_xa of all siblings; with a mask), and grad_lora_B^T (small operand: xa, x:
 // grad_y) if shrink_and_sum does not make it. A block has 128 features, a warp 16 of them, and walks through the tokens
 // of a chunk. Every 64 ranks read x once; their blocks follow each other and find x in the second-level cache.
+// ../grouped/factor_sums.cuh computes both for rows that choose their factors.
 #pragma once
 
 #include "../launch.cuh"
@@ -15,6 +16,146 @@
 #include "operands.cuh"
 
 namespace lora_ext::cuda::mma {
+
+// --- the tokens of a block ---
+
+// Tokens that follow each other, from `begin` on.
+template <class T, int kTokens, int kFeatures>
+class NeighbourTokens {
+  using Copy = TileCopy<kTokens, kFeatures, kThreads>;
+
+ public:
+  __device__ __forceinline__ NeighbourTokens(const TokenMatrix<T>& x, int64_t begin, int tokens, int64_t feature0)
+      : x_(x), begin_(begin), feature0_(feature0) {
+    const bool whole_columns = x.in_chunks && feature0 + kFeatures <= x.columns;
+    whole_steps_ = whole_columns ? tokens / kTokens : 0;
+    from_ = x.data + (begin * x.stride + feature0) + Copy::first_element(x.stride, threadIdx.x);
+  }
+
+  __device__ __forceinline__ int64_t token(int at) const { return begin_ + at; }
+
+  // Copies a tile of x; steps follow each other. Whole tiles come first.
+  __device__ __forceinline__ void copy(uint4* tile, int step) {
+    if (step < whole_steps_) {
+      Copy::whole(ptx::shared_address(tile + Copy::first_chunk(threadIdx.x)), from_, x_.stride);
+      from_ += kTokens * x_.stride;
+    } else {
+      Copy::edge(tile, x_, begin_ + static_cast<int64_t>(step) * kTokens, feature0_, threadIdx.x);
+    }
+  }
+
+  template <class SmallTiles>
+  __device__ __forceinline__ void fetch(SmallTiles& small_operand, int) const {
+    small_operand.fetch();
+  }
+
+ private:
+  const TokenMatrix<T>& x_;
+  const int64_t begin_, feature0_;
+  int whole_steps_;
+  const T* from_;
+};
+
+// --- the products ---
+
+// The sums of a warp, [16 ranks, 8 features] each.
+template <int kRanks>
+using TokenSums = float[kRanks / 16][2][4];
+
+// A block's tiles of the small operand.
+template <class T, int kRanks>
+using TokenSumOperand = SmallOperandTiles<T, TokenSumTiles<kRanks>::kTokens, kRanks>;
+
+// Adds the products of a block's tokens. ranks: in its tile. mask: [all tokens, mask_row_bytes].
+template <class T, int kRanks, bool kMasked, class Tokens>
+__device__ __forceinline__ void sum_tokens(SharedMemory& shared, Tokens& tokens, int count,
+                                           TokenSumOperand<T, kRanks>& small_operand, const uint8_t* mask,
+                                           int64_t mask_row_bytes, int64_t feature0, int ranks,
+                                           TokenSums<kRanks>& sums) {
+  using Tiles = TokenSumTiles<kRanks>;
+  constexpr int kTokens = Tiles::kTokens, kStages = Tiles::kStages;
+  constexpr int kRowChunks = Tiles::kRowChunks, kRankChunks = kRanks / kChunk;
+  uint4* x_tiles = shared.take<uint4>(kStages * Tiles::kChunks, "x_tiles");
+  uint4* small_tiles = shared.take<uint4>(2 * Tiles::kSmallChunks, "small_tiles");
+  uint16_t* keep_tiles = shared.take<uint16_t>(kMasked ? 2 * Tiles::kKeepWords : 0, "keep_tiles");
+  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int steps = (count + kTokens - 1) / kTokens;
+  auto copy = [&](int step) {
+    if (step < steps) tokens.copy(x_tiles + step % kStages * Tiles::kChunks, step);
+    ptx::cp_async_commit();
+  };
+
+  // A thread has the keep bits of 32 features of a token.
+  const int64_t keep_byte = feature0 / 8 + thread % 4 * 4;
+  uint32_t keep_word = 0;
+  auto fetch = [&](int step) {
+    tokens.fetch(small_operand, step);
+    if constexpr (kMasked) {
+      const int at = step * kTokens + static_cast<int>(thread / 4);
+      const bool inside = at < count && keep_byte < mask_row_bytes;
+      keep_word =
+          inside ? *reinterpret_cast<const uint32_t*>(mask + (tokens.token(at) * mask_row_bytes + keep_byte)) : 0u;
+    }
+  };
+  auto store = [&](int step) {
+    small_operand.store(small_tiles + step % 2 * Tiles::kSmallChunks);
+    if constexpr (kMasked) {
+      uint16_t* keep = keep_tiles + step % 2 * Tiles::kKeepWords + thread % 4 * 2 * Tiles::kKeepPitch + thread / 4;
+      keep[0] = static_cast<uint16_t>(keep_word);
+      keep[Tiles::kKeepPitch] = static_cast<uint16_t>(keep_word >> 16);
+    }
+  };
+
+  for (int step = 0; step < kStages - 1; ++step) copy(step);
+  fetch(0);
+  store(0);
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // this step's tiles are complete, the last step's tiles are free
+    copy(step + kStages - 1);
+    if (step + 1 < steps) fetch(step + 1);
+    const uint32_t x_address =
+        operand_at<kRowChunks>(left_address<kRowChunks>(x_tiles + step % kStages * Tiles::kChunks, lane), 0, 2 * warp);
+    const uint32_t small_address = right_address<kRankChunks>(small_tiles + step % 2 * Tiles::kSmallChunks, lane);
+#pragma unroll
+    for (int k = 0; k < kTokens / 16; ++k) {
+      uint32_t x[4], small[4];
+      ptx::ldmatrix_x4_transposed(x, operand_at<kRowChunks>(x_address, 16 * k, 0));
+      if constexpr (kMasked) {
+        const uint16_t* keep =
+            keep_tiles + step % 2 * Tiles::kKeepWords + warp * Tiles::kKeepPitch + 16 * k + lane % 4 * 2;
+        drop_right(x, *reinterpret_cast<const uint32_t*>(keep), *reinterpret_cast<const uint32_t*>(keep + 8), lane);
+      }
+#pragma unroll
+      for (int group = 0; group < kRanks / 16; ++group) {
+        if (group > 0 && group * 16 >= ranks) break;
+        ptx::ldmatrix_x4_transposed(small, operand_at<kRankChunks>(small_address, 16 * k, 2 * group));
+        multiply<T>(sums[group][0], small, x[0], x[1]);
+        multiply<T>(sums[group][1], small, x[2], x[3]);
+      }
+    }
+    if (step + 1 < steps) store(step + 1);
+  }
+}
+
+// Calls f(rank, feature, first, second) for a lane's sums of a rank and of two neighbouring features, in the block's
+// tile.
+template <int kRanks, class F>
+__device__ __forceinline__ void for_each_pair(const TokenSums<kRanks>& sums, F f) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int group = 0; group < kRanks / 16; ++group) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float (&sum)[4] = sums[group][n];
+      const unsigned rank = group * 16 + lane / 4, feature = warp * 16 + n * 8 + lane % 4 * 2;
+      f(rank, feature, sum[0], sum[1]);
+      f(rank + 8, feature, sum[2], sum[3]);
+    }
+  }
+}
+
+// --- the kernel ---
 
 template <class T>
 struct TokenSumParams {
@@ -31,105 +172,19 @@ template <class T, int kRanks, bool kMasked>
 __global__ void __launch_bounds__(kThreads, 2) token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
   ptx::wait_for_earlier_launches();
   using Tiles = TokenSumTiles<kRanks>;
-  using SmallTiles = SmallOperandTiles<T, Tiles::kTokens, kRanks>;
-  constexpr int kTokens = Tiles::kTokens, kFeatures = Tiles::kFeatures, kStages = Tiles::kStages;
-  constexpr int kRowChunks = Tiles::kRowChunks;
   SharedMemory shared;
-  uint4* x_tiles = shared.take<uint4>(kStages * Tiles::kChunks, "x_tiles");
-  uint4* small_tiles = shared.take<uint4>(2 * Tiles::kSmallChunks, "small_tiles");
-  uint16_t* keep_tiles = shared.take<uint16_t>(kMasked ? 2 * Tiles::kKeepWords : 0, "keep_tiles");
-
-  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t rank0 = static_cast<int64_t>(blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
-  const int64_t feature0 = range * kFeatures, begin = chunk * p.tokens_per_chunk;
+  const int64_t feature0 = range * Tiles::kFeatures, begin = chunk * p.tokens_per_chunk;
   const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.out.rank - rank0));
-  const int tokens = static_cast<int>(min(p.tokens_per_chunk, p.x.rows - begin));
-  const int steps = (tokens + kTokens - 1) / kTokens;
-
-  // Whole tiles come first.
-  const bool whole_columns = p.x.in_chunks && feature0 + kFeatures <= p.x.columns;
-  const int whole_steps = whole_columns ? tokens / kTokens : 0;
-  using Copy = TileCopy<kTokens, kFeatures, kThreads>;
-  const T* x_from = p.x.data + (begin * p.x.stride + feature0) + Copy::first_element(p.x.stride, thread);
-  auto copy = [&](int step) {
-    if (step < steps) {
-      uint4* x_tile = x_tiles + step % kStages * Tiles::kChunks;
-      if (step < whole_steps) {
-        Copy::whole(ptx::shared_address(x_tile + Copy::first_chunk(thread)), x_from, p.x.stride);
-        x_from += kTokens * p.x.stride;
-      } else {
-        Copy::edge(x_tile, p.x, begin + static_cast<int64_t>(step) * kTokens, feature0, thread);
-      }
-    }
-    ptx::cp_async_commit();
-  };
-
-  // A thread has the keep bits of 32 features of a token.
-  SmallTiles small_operand(p.small_operand, begin, rank0, thread);
-  const int64_t keep_byte = feature0 / 8 + thread % 4 * 4;
-  const uint8_t* keep_from = kMasked ? p.mask + ((begin + thread / 4) * p.mask_row_bytes + keep_byte) : nullptr;
-  uint32_t keep_word = 0;
-  auto fetch = [&](int step) {
-    small_operand.fetch();
-    if constexpr (kMasked) {
-      const bool inside = static_cast<int>(thread / 4) < tokens - step * kTokens && keep_byte < p.mask_row_bytes;
-      keep_word = inside ? *reinterpret_cast<const uint32_t*>(keep_from) : 0u;
-      keep_from += kTokens * p.mask_row_bytes;
-    }
-  };
-  auto store = [&](int step) {
-    small_operand.store(small_tiles + step % 2 * Tiles::kSmallChunks);
-    if constexpr (kMasked) {
-      uint16_t* keep = keep_tiles + step % 2 * Tiles::kKeepWords + thread % 4 * 2 * Tiles::kKeepPitch + thread / 4;
-      keep[0] = static_cast<uint16_t>(keep_word);
-      keep[Tiles::kKeepPitch] = static_cast<uint16_t>(keep_word >> 16);
-    }
-  };
-
-  for (int step = 0; step < kStages - 1; ++step) copy(step);
-  fetch(0);
-  store(0);
-  float sums[kRanks / 16][2][4] = {};  // [16 ranks, 8 features] each
-  for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<kStages - 2>();
-    __syncthreads();  // this step's tiles are complete, the last step's tiles are free
-    copy(step + kStages - 1);
-    if (step + 1 < steps) fetch(step + 1);
-    const uint32_t x_address =
-        operand_at<kRowChunks>(left_address<kRowChunks>(x_tiles + step % kStages * Tiles::kChunks, lane), 0, 2 * warp);
-    const uint32_t small_address =
-        right_address<SmallTiles::kRowChunks>(small_tiles + step % 2 * Tiles::kSmallChunks, lane);
-#pragma unroll
-    for (int k = 0; k < kTokens / 16; ++k) {
-      uint32_t x[4], small[4];
-      ptx::ldmatrix_x4_transposed(x, operand_at<kRowChunks>(x_address, 16 * k, 0));
-      if constexpr (kMasked) {
-        const uint16_t* keep =
-            keep_tiles + step % 2 * Tiles::kKeepWords + warp * Tiles::kKeepPitch + 16 * k + lane % 4 * 2;
-        drop_right(x, *reinterpret_cast<const uint32_t*>(keep), *reinterpret_cast<const uint32_t*>(keep + 8), lane);
-      }
-#pragma unroll
-      for (int group = 0; group < kRanks / 16; ++group) {
-        if (group > 0 && group * 16 >= ranks) break;
-        ptx::ldmatrix_x4_transposed(small, operand_at<SmallTiles::kRowChunks>(small_address, 16 * k, 2 * group));
-        multiply<T>(sums[group][0], small, x[0], x[1]);
-        multiply<T>(sums[group][1], small, x[2], x[3]);
-      }
-    }
-    if (step + 1 < steps) store(step + 1);
-  }
-
-#pragma unroll
-  for (int group = 0; group < kRanks / 16; ++group) {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float (&sum)[4] = sums[group][n];
-      const int64_t rank = rank0 + group * 16 + lane / 4, feature = feature0 + warp * 16 + n * 8 + lane % 4 * 2;
-      p.out.store(chunk, rank, feature, sum[0], sum[1]);
-      p.out.store(chunk, rank + 8, feature, sum[2], sum[3]);
-    }
-  }
+  const int count = static_cast<int>(min(p.tokens_per_chunk, p.x.rows - begin));
+  NeighbourTokens<T, Tiles::kTokens, Tiles::kFeatures> tokens(p.x, begin, count, feature0);
+  TokenSumOperand<T, kRanks> small_operand(p.small_operand, begin, rank0, threadIdx.x);
+  TokenSums<kRanks> sums = {};
+  sum_tokens<T, kRanks, kMasked>(shared, tokens, count, small_operand, p.mask, p.mask_row_bytes, feature0, ranks, sums);
+  for_each_pair<kRanks>(sums, [&](unsigned rank, unsigned feature, float first, float second) {
+    p.out.store(chunk, rank0 + rank, feature0 + feature, first, second);
+  });
 }
 
 }  // namespace lora_ext::cuda::mma

@@ -23,27 +23,22 @@ struct Segment {
   float original[kMergeSegment], merged[kMergeSegment], candidate[kMergeSegment];
 
   int correction(int col) const { return correction_of(bits(original[col]), bits(candidate[col])); }
-  bool is_outlier(int col) const { return std::abs(static_cast<int64_t>(correction(col))) > kLargestCorrection; }
   int words() const {
-    int sparse = 0;
-    for (int col = 0; col < cols; ++col) sparse += correction(col) == 0 ? 0 : is_outlier(col) ? 1 + kElementWords : 1;
-    return static_cast<int>(record_words(sparse, cols, kElementWords));
+    int corrections = 0;
+    bool fit = true;
+    for (int col = 0; col < cols; ++col) {
+      corrections += correction(col) != 0;
+      fit &= fits_in_a_word(correction(col));
+    }
+    return static_cast<int>(record_words(corrections, fit, cols, kElementWords));
   }
   void write(uint16_t* record, int words) const {
     if (words == cols * kElementWords) {
       for (int col = 0; col < cols; ++col) store(record + col * kElementWords, original[col]);
       return;
     }
-    uint16_t *front = record, *back = record + words;
     for (int col = 0; col < cols; ++col) {
-      if (correction(col) == 0) continue;
-      if (!is_outlier(col)) {
-        *front++ = correction_word(col, correction(col));
-        continue;
-      }
-      back -= 1 + kElementWords;
-      *back = correction_word(col, kOutlierMark);
-      store(back + 1, original[col]);
+      if (correction(col) != 0) *record++ = correction_word(col, correction(col));
     }
   }
 };
@@ -53,14 +48,9 @@ void apply(const uint16_t* record, int words, float* weight, int cols) {
     for (int col = 0; col < cols; ++col) weight[col] = value_of(record + col * kElementWords);
     return;
   }
-  for (int at = 0; at < words;) {
+  for (int at = 0; at < words; ++at) {
     const int col = word_column(record[at]);
-    if (is_outlier_word(record[at])) {
-      weight[col] = value_of(record + at + 1);
-      at += 1 + kElementWords;
-    } else {
-      weight[col] = std::bit_cast<float>(corrected(bits(weight[col]), word_correction(record[at++])));
-    }
+    weight[col] = std::bit_cast<float>(corrected(bits(weight[col]), word_correction(record[at])));
   }
 }
 
@@ -80,19 +70,16 @@ void merge_segment(MergeMode mode, const MergeParams& p, const MergeLayer& layer
     segment.non_finite += std::isfinite(segment.merged[col]) ? 0 : 1;
   }
   const RecordRange range = record_range(p, layer, number);
-  uint16_t* const slot = layer.slots ? layer.slots + slot_begin(layer, number, kElementWords) : nullptr;
-  int words = segment.non_finite > 0 ? segment.cols * kElementWords : segment.words();
-  if (mode == MergeMode::kPlan || mode == MergeMode::kMergeSlots) {
+  const int words = segment.words();
+  if (mode == MergeMode::kPlan) {
     *layer.non_finite += segment.non_finite;
     if (layer.num_words) *layer.num_words += words;
     if (layer.words) layer.words[number] = static_cast<int16_t>(words);
   }
   if (mode == MergeMode::kPlan) return;
-  if (mode == MergeMode::kMergeSlots) segment.write(slot, words);
   if (mode == MergeMode::kMergeRecord) segment.write(layer.corrections + range.begin, words);
   std::copy_n(mode == MergeMode::kUnmerge ? segment.candidate : segment.merged, segment.cols, weight);
   if (mode != MergeMode::kUnmerge) return;
-  if (slot) return apply(slot, layer.words[number], weight, segment.cols);
   apply(layer.corrections + range.begin, static_cast<int>(range.end - range.begin), weight, segment.cols);
 }
 
@@ -102,16 +89,6 @@ void launch_merge(MergeMode mode, const MergeParams& p, const std::vector<MergeL
   for (const MergeLayer& layer : layers) {
     for (int64_t row = 0; row < layer.out_features && layer.in_features > 0; ++row) {
       for (int64_t i = 0; i < merge_segments(layer.in_features); ++i) merge_segment(mode, p, layer, row, i);
-    }
-  }
-}
-
-void launch_gather_records(const MergeParams& p, const std::vector<MergeLayer>& layers, const GpuStream&) {
-  for (const MergeLayer& layer : layers) {
-    for (int64_t i = 0; i < layer.out_features * merge_segments(layer.in_features) && layer.num_corrections > 0; ++i) {
-      const RecordRange range = record_range(p, layer, i);
-      std::copy_n(layer.slots + slot_begin(layer, i, kElementWords), range.end - range.begin,
-                  layer.corrections + range.begin);
     }
   }
 }

@@ -35,6 +35,7 @@ void wait_for_earlier_launches();
 void sync_threads(Site site);
 void sync_warp(uint32_t mask, Site site);
 uint32_t ballot(uint32_t mask, bool predicate, Site site);
+uint32_t match(uint32_t mask, uint64_t value, Site site);
 // Returns the value of lane source_lane, or this lane's value if source_lane < 0.
 uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, const char* name, Site site);
 int lane_index();

@@ -59,6 +59,21 @@ void count_votes(const Lanes& lanes) {
   }
 }
 
+struct Match {
+  uint64_t value;
+  uint32_t result;
+};
+
+void find_equals(const Lanes& lanes) {
+  for (void* argument : lanes.argument) {
+    auto* match = static_cast<Match*>(argument);
+    for (int lane = 0; match && lane < 32; ++lane) {
+      const auto* other = static_cast<const Match*>(lanes.argument[lane]);
+      if (other && other->value == match->value) match->result |= 1u << lane;
+    }
+  }
+}
+
 }  // namespace
 
 bool same_site(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
@@ -120,6 +135,12 @@ uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, const char* nam
 uint32_t ballot(uint32_t mask, bool predicate, Site site) {
   Vote argument{predicate, 0};
   warp_collective("a vote", mask, &argument, &count_votes, site, place_of(__builtin_return_address(0)));
+  return argument.result;
+}
+
+uint32_t match(uint32_t mask, uint64_t value, Site site) {
+  Match argument{value, 0};
+  warp_collective("__match_any_sync", mask, &argument, &find_equals, site, place_of(__builtin_return_address(0)));
   return argument.result;
 }
 

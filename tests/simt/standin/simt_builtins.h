@@ -37,11 +37,6 @@ void* memset(void*, int, std::size_t) noexcept __asm__("simt_memset");
 #define SIMT_SITE \
   ::simt::Site { site_file, site_line }
 
-namespace simt {
-// Returns whether this bug is active. Defined only in libraries with bugs planted by ../kernel_mutations.py.
-bool planted(const char* bug);
-}  // namespace simt
-
 // Defined by the runtime, which sets them at every switch of threads.
 extern const uint3 threadIdx, blockIdx;
 extern const dim3 blockDim, gridDim;
@@ -62,6 +57,14 @@ __forceinline__ int __any_sync(uint32_t mask, int predicate, SIMT_SITE_PARAMETER
 }
 __forceinline__ int __all_sync(uint32_t mask, int predicate, SIMT_SITE_PARAMETERS) {
   return simt::ballot(mask, predicate == 0, SIMT_SITE) == 0;
+}
+
+// The lanes that have the same value.
+template <class T>
+__forceinline__ uint32_t __match_any_sync(uint32_t mask, T value, SIMT_SITE_PARAMETERS) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a match compares 32 or 64 bits");
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  return simt::match(mask, std::bit_cast<Bits>(value), SIMT_SITE);
 }
 
 // --- shuffles -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,125 @@
+"""Collects what a model with its adapter gives its quantised layers, to round their merged weights for it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext._common.printable import first_of
+from lora_ext._common.progress import Progress
+from lora_ext._common.warnings import warn_user
+from lora_ext.merging.feedback import LayerInputs
+from lora_ext.nn import LoraLayer
+
+Batch = Mapping[str, Any] | Tensor | tuple | list
+"""What a model is called with: by name, as the only argument, or as all positional ones."""
+
+_MASK = "attention_mask"
+
+
+@torch.no_grad()
+def collect_inputs(
+    caller: str, model: nn.Module, layers: Mapping[str, LoraLayer], batches: Iterable[Batch]
+) -> dict[LoraLayer, LayerInputs]:
+    """Runs the model in eval mode on ``batches``, and returns the inputs of ``layers``. Some share theirs.
+
+    Holds a copy of every input, in its dtype and on its device: tokens times in_features for each group of layers.
+    Padding tokens are left out where a batch has an ``attention_mask [batch, sequence]``.
+
+    Raises:
+        TypeError: ``batches`` is a single batch.
+        ValueError: there is no batch, or an input is NaN or infinite; the message names the layer.
+    Warns:
+        UserWarning: the model does not call a layer.
+    """
+    if isinstance(batches, Mapping | Tensor):
+        kind = type(batches).__name__
+        raise TypeError(f"{caller}: calibration is a {kind}, want a list of batches; for one batch, [batch]")
+    collector = _Collector(caller, layers)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with (
+            collector,
+            Progress("calibrate", len(batches) if hasattr(batches, "__len__") else 0, unit="batch") as shown,
+        ):
+            for batch in batches:
+                collector.start(batch)
+                _call(model, batch)
+                shown.advance(1)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not collector.num_batches:
+        raise ValueError(f"{caller}: calibration is empty, want about 1,000 tokens of the adapter's task")
+    return collector.inputs()
+
+
+def _call(model: nn.Module, batch: Batch) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, Tensor):
+        model(batch)
+    else:
+        model(*batch)
+
+
+class _Collector:
+    """Hooks on layers that copy their inputs, each tensor once."""
+
+    def __init__(self, caller: str, layers: Mapping[str, LoraLayer]) -> None:
+        self.num_batches = 0
+        self._caller, self._layers = caller, layers
+        self._held: dict[str, list[Tensor]] = {path: [] for path in layers}
+        self._mask: Tensor | None = None
+        self._seen: dict[int, tuple[weakref.ref, int, Tensor]] = {}  # by id, of this batch: the copies
+
+    def __enter__(self) -> None:
+        self._hooks = [
+            layer.register_forward_pre_hook(lambda layer, args, kwargs, path=path: self._take(path, args, kwargs),
+                                            with_kwargs=True)
+            for path, layer in self._layers.items()
+        ]  # fmt: skip
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def start(self, batch: Batch) -> None:
+        """Notes the padding of the next batch."""
+        self.num_batches += 1
+        self._seen.clear()
+        mask = batch.get(_MASK) if isinstance(batch, Mapping) else None
+        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _take(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        known = self._seen.get(id(x))
+        if known is not None and known[0]() is x and known[1] == x._version:
+            self._held[path].append(known[2])
+            return
+        mask = self._mask
+        is_masked = mask is not None and x.shape[:-1] == mask.shape
+        rows = x[mask.to(x.device)] if is_masked else x.reshape(-1, x.shape[-1]).clone()
+        if not rows.isfinite().all():
+            raise ValueError(
+                f"{self._caller}: calibration: batch {self.num_batches} gives {path!r} NaN or infinite inputs; leave "
+                "it out"
+            )
+        self._seen[id(x)] = weakref.ref(x), x._version, rows
+        self._held[path].append(rows)
+
+    def inputs(self) -> dict[LoraLayer, LayerInputs]:
+        """Returns the inputs of the layers that were called."""
+        if missing := [repr(path) for path, held in self._held.items() if not sum(map(len, held))]:
+            warn_user(f"{self._caller}: no calibration batch reaches {first_of(missing)}; merged to nearest there")
+        groups: dict[tuple[int, ...], LayerInputs] = {}
+        found = {}
+        for path, held in self._held.items():
+            if sum(map(len, held)):
+                found[self._layers[path]] = groups.setdefault(tuple(map(id, held)), LayerInputs(held))
+        return found
