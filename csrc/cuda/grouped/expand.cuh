@@ -37,7 +37,9 @@ __device__ __forceinline__ void finish_eight(const ExpandParams& p, const Group&
   if (!kBackward) whole ? add_chunk<T>(value, load_chunk(out)) : add_single(value, out, count);
 #pragma unroll
   for (int e = 0; e < kEight; ++e) value[e] += group.added;
-  whole ? store_chunk(out, value) : store_single(out, value, count);
+  if (!whole) return store_single(out, value, count);
+  const uint4 words = rounded_chunk<T>(value);
+  ptx::store_global_16(out, {words.x, words.y, words.z, words.w});  // the compiler splits a plain store here
 }
 
 // Copies a tile of 16 ranks and 128 columns of lora_B or lora_A. kRounds: of another dtype than T.
