@@ -77,7 +77,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
   MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   const DeviceGuard guard(weights[0].get_device_index());
   const auto num_layers = static_cast<int64_t>(call.layers.size());
-  const Tensor counts = zero_counts(2 * call.layers.size(), weights[0]);  // results that are not finite, then words
+  Tensor counts = zero_counts(2 * call.layers.size(), weights[0]);  // results that are not finite, then words
   std::vector<Tensor> words, corrections;
   for (size_t i = 0; i < call.layers.size(); ++i) {
     MergeLayer& layer = call.layers[i];

@@ -5,11 +5,11 @@
 // segments.
 //
 //   no words          the segment needs no correction
-//   sparse            one word for each correction, in the order of the columns: the segment's column in the low byte,
-//                     the correction, -127 to 127, in the high byte
-//   whole segment     the original elements: if a correction does not fit in a word, or if they take no more words than
-//                     the sparse form. A sparse form of exactly that length is never written, so the length
-//                     distinguishes the two.
+//   sparse            for each correction, in the order of the columns, the words that sum up to it: the segment's
+//   column
+//                     in the low byte, -127 to 127 in the high byte. Most corrections take one word.
+//   whole segment     the original elements, if they take no more words than the sparse form. A sparse form of exactly
+//                     that length is never written, so the length distinguishes the two.
 //
 // A record therefore never takes more than the weight itself, plus 2 bytes per segment. The ordered integers of
 // neighbouring floating-point numbers differ by one, also those of -0.0 and 0.0: signs of zero are restored.
@@ -61,14 +61,26 @@ LORA_EXT_HOST_DEVICE inline uint16_t correction_word(int col, int correction) {
 LORA_EXT_HOST_DEVICE inline int word_column(uint16_t word) { return word & 0xFF; }
 LORA_EXT_HOST_DEVICE inline int word_correction(uint16_t word) { return static_cast<int8_t>(word >> 8); }
 
+// Words that a correction takes: 0 if it is 0, and at most as many as the longest segment.
 template <class Integer>
-LORA_EXT_HOST_DEVICE constexpr bool fits_in_a_word(Integer correction) {
-  return correction >= -kLargestCorrection && correction <= kLargestCorrection;
+LORA_EXT_HOST_DEVICE constexpr int correction_words(Integer correction) {
+  constexpr int kMost = kMergeSegment * static_cast<int>(sizeof(double) / 2);
+  const Integer full = correction / kLargestCorrection;
+  if (full >= kMost || full <= -kMost) return kMost;
+  return static_cast<int>(full < 0 ? -full : full) + (correction % kLargestCorrection != 0 ? 1 : 0);
 }
 
-// Length of the record of a segment of `cols` columns with so many corrections, all of which fit in a word or not.
-LORA_EXT_HOST_DEVICE inline int64_t record_words(int64_t corrections, bool fit, int64_t cols, int element_words) {
-  return fit && corrections < cols * element_words ? corrections : cols * element_words;
+// The correction in the next word of what remains of one.
+template <class Integer>
+LORA_EXT_HOST_DEVICE constexpr int next_correction(Integer remaining) {
+  return static_cast<int>(remaining > kLargestCorrection    ? kLargestCorrection
+                          : remaining < -kLargestCorrection ? -kLargestCorrection
+                                                            : remaining);
+}
+
+// Length of the record of a segment of `cols` columns, whose sparse form takes `sparse` words.
+LORA_EXT_HOST_DEVICE inline int64_t record_words(int64_t sparse, int64_t cols, int element_words) {
+  return sparse < cols * element_words ? sparse : cols * element_words;
 }
 
 }  // namespace lora_ext

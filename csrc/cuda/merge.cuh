@@ -89,8 +89,8 @@ __device__ __forceinline__ void add_count(int64_t* total, int count) {
   atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
 }
 
-// Counts a lane's elements of one row's segment [cols], in ten bits each: corrections, those of them that do not fit in
-// a word, and results that are not finite.
+// Counts a lane's elements of one row's segment [cols]. In the low twenty bits: words of the sparse record. Above:
+// results that are not finite.
 template <class T>
 __device__ __forceinline__ int count_lane(const LaneElements<T>& original, const LaneElements<T>& merged,
                                           const Acc<T> (&update)[8], int cols, int lane) {
@@ -98,7 +98,7 @@ __device__ __forceinline__ int count_lane(const LaneElements<T>& original, const
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const Word<T> was = original.word(i), candidate = word_of<T>(element_of<T>(merged.word(i)), -update[i]);
-    if (was != candidate) counts += fits_in_a_word(correction_of(was, candidate)) ? 1 : 1 + (1 << 10);
+    counts += correction_words(correction_of(was, candidate));
     // Beyond cols lora_A is zero, but infinity times zero is NaN.
     if (!is_finite_word<T>(merged.word(i)) && LaneElements<T>::column(lane, i) < cols) counts += 1 << 20;
   }
@@ -118,17 +118,19 @@ __device__ __forceinline__ void write_record(uint16_t* record, int words, const 
     for (int i = 0; i < kVec; ++i) {
       const Word<T> was = original.word(group * kVec + i);
       const Word<T> candidate = word_of<T>(element_of<T>(merged.word(group * kVec + i)), -update[group * kVec + i]);
-      correction[i] = static_cast<int>(correction_of(was, candidate));
-      count += was != candidate;
+      correction[i] = static_cast<int>(correction_of(was, candidate));  // larger ones are not in sparse records
+      count += correction_words(correction[i]);
     }
     int total;
     int at = front + exclusive_sum(count, lane, &total);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      if (correction[i] == 0) continue;
-      // at < words is always true for the weight that the plan was made for
-      if (at < words) record[at] = correction_word(LaneElements<T>::column(lane, group * kVec + i), correction[i]);
-      ++at;
+      for (int left = correction_words(correction[i]); left > 0; --left, ++at) {
+        const int next = next_correction(correction[i]);
+        // always true for the weight that the plan was made for
+        if (at < words) record[at] = correction_word(LaneElements<T>::column(lane, group * kVec + i), next);
+        correction[i] -= next;
+      }
     }
     front += total;
   }
@@ -144,7 +146,11 @@ __device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLa
   if (words == cols * static_cast<int>(sizeof(T) / 2)) return;
   for (int at = lane; at < words; at += 32) {
     const int col = word_column(record[at]);
-    if (col < cols) weight[col] = element_of<T>(corrected(word_of<T>(weight[col]), word_correction(record[at])));
+    // The lane of a column's first word applies them all.
+    if (col >= cols || (at > 0 && word_column(record[at - 1]) == col)) continue;
+    int correction = 0;
+    for (int i = at; i < words && word_column(record[i]) == col; ++i) correction += word_correction(record[i]);
+    weight[col] = element_of<T>(corrected(word_of<T>(weight[col]), correction));
   }
 }
 
@@ -165,7 +171,7 @@ __device__ __forceinline__ int finish_row(const MergeParams& p, const MergeLaunc
     int counts = count_lane(original, result, update, cols, lane);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) counts += __shfl_xor_sync(0xFFFFFFFFu, counts, step);
-    const int words = static_cast<int>(record_words(counts & 0x3FF, (counts >> 10 & 0x3FF) == 0, cols, kElementWords));
+    const int words = static_cast<int>(record_words(counts & 0xFFFFF, cols, kElementWords));
     if (lane == 0) {
       if (layer.words != nullptr) layer.words[segment] = static_cast<int16_t>(words);
       if (counts >> 20) add_count(layer.non_finite, counts >> 20);

@@ -236,17 +236,20 @@ def _inputs(
             f"{caller}: calibration runs the model with its active adapters, but others are to be merged into "
             f"{first_of(map(repr, idle))}; activate them first (set_adapter)"
         )
-    layers = {
-        path: layer
+    weights = [
+        (path, matrix.quantized)
         for path, (layer, _) in wanted.items()
         for matrix in layer.matrices().values()
-        if matrix.quantized is not None and matrix.quantized.has_grid
-    }
+        if matrix.quantized is not None and matrix.quantized.rounds
+    ]
+    layers = {path: wanted[path][0] for path, weight in weights if weight.has_grid}
     if not layers:
         raise ValueError(
             f"{caller}: calibration is for weights that are quantised as NF4, FP4 or int8, and none to merge into is; "
             "leave it out"
         )
+    if others := [f"{path!r} ({weight.name})" for path, weight in weights if not weight.has_grid]:
+        warn_user(f"{caller}: calibration has no effect on {first_of(others)}, which are rounded to nearest")
     return collect_inputs(caller, model, layers, calibration)
 
 

@@ -23,8 +23,6 @@ class Linear4bitWeight(QuantizedWeight):
     next training step fails or passes no gradient. :meth:`keep_stored` switches that off.
     """
 
-    has_grid = True
-
     @classmethod
     def holds(cls, module: nn.Module) -> bool:
         return "Linear4bit" in class_names(module, "bitsandbytes")
@@ -34,6 +32,11 @@ class Linear4bitWeight(QuantizedWeight):
         """The library's ``QuantState``, or None before the weight is quantised."""
         weight = self.module.weight
         return getattr(weight, "quant_state", None) or self.module.quant_state
+
+    @property
+    def has_grid(self) -> bool:
+        """Where blocks are parts of rows. Of others, bitsandbytes 0.50 reads other scales on CPUs than it wrote."""
+        return self._state is not None and self.module.in_features % self._state.blocksize == 0
 
     @property
     def name(self) -> str:
@@ -74,25 +77,19 @@ class Linear4bitWeight(QuantizedWeight):
     def grid(self, quantized: Mapping[str, Tensor]) -> Grid:
         from bitsandbytes.functional import dequantize_blockwise
 
-        state, (rows, columns) = self._state, self.shape
-        scales = quantized["absmax"]
+        state, scales = self._state, quantized["absmax"]
         if state.nested:
             nested = copy.copy(state.state2)
             nested.absmax = quantized["nested_absmax"]
             scales = dequantize_blockwise(scales, nested) + quantized["offset"]
-        group = state.blocksize
-        if columns % group:  # then blocks begin anywhere in a row
-            scales, group = scales.repeat_interleave(group)[: rows * columns], 1
-        scale = scales.float().view(rows, -1).T.contiguous()
+        scale = scales.float().view(self.shape[0], -1).T.contiguous()
         table, code_at = state.code.float().sort()
 
         def pack(positions: Tensor) -> dict[str, Tensor]:
-            codes = code_at[positions.long()].to(torch.uint8).flatten()
-            codes = nn.functional.pad(codes, (0, len(codes) % 2))
-            stored = self.module.weight
+            codes, stored = code_at[positions.long()].to(torch.uint8).flatten(), self.module.weight
             return {**quantized, "weight": (codes[::2] << 4 | codes[1::2]).view(stored.dtype).view(stored.shape)}
 
-        return Grid(scale, 1 / scale.clamp(min=1e-38), group, pack, table=table)
+        return Grid(scale, 1 / scale.clamp(min=1e-38), state.blocksize, pack, table=table)
 
     def why_not_quantize(self) -> str | None:
         return _NOT_YET if self._state is None or self.module.weight.is_meta else None

@@ -64,7 +64,7 @@ def extra_bytes(record: functional.MergeRecord) -> int:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_every_bit_comes_back(dtype, size):
-    """Also of whole rows of outliers, of zeros of either sign, of ties."""
+    """Also of whole rows of large corrections, of zeros of either sign, of ties."""
     weight = hard_weight(70, 600, dtype)
     record = assert_comes_back(weight, *update_factors(weight, 5, size))
     assert extra_bytes(record) <= weight.nbytes + 2 * 70 * 3  # at most the weight's bytes and two for each segment

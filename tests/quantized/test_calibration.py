@@ -44,15 +44,25 @@ def test_inputs_in_all_directions_give_nearest_rounding_to_the_bit(format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("features", [256, 96])  # in 4 bits, blocks of 64 then begin within rows
-def test_feedback_lowers_the_error_on_the_inputs(format, features):
-    weight = quantized_weight(QUANTIZE[format](nn.Linear(features, 64)))
-    values, x = weight.dequantize() + 1e-3 * torch.randn(64, features), inputs_of(500, features)
+def test_feedback_lowers_the_error_on_the_inputs(format):
+    weight = quantized_weight(QUANTIZE[format](nn.Linear(256, 64)))
+    values, x = weight.dequantize() + 1e-3 * torch.randn(64, 256), inputs_of(500, 256)
     errors = []
     for new in (weight.quantize(values), quantize_for(weight, values, LayerInputs([x[:200], x[200:]]))):
         weight.write(new)
         errors.append(((weight.dequantize() - values) @ x.T).norm().item())
-    assert errors[1] < (0.7 if "int8" in format else 0.97) * errors[0]
+    assert errors[1] < (0.6 if "int8" in format else 0.8) * errors[0]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_grid_has_the_values_that_its_codes_stand_for(format):
+    weight = quantized_weight(QUANTIZE[format](nn.Linear(256, 64)))
+    values = weight.dequantize() + 1e-3 * torch.randn(64, 256)
+    grid = weight.grid(weight.quantize(values))
+    codes, found = grid.nearest(values.T.contiguous(), torch.arange(256))
+    weight.write(grid.pack(codes.T))
+    torch.testing.assert_close(weight.dequantize(), found.T, rtol=1e-6, atol=0)
+    assert not quantized_weight(QUANTIZE["nf4"](nn.Linear(96, 64))).has_grid  # blocks of 64 go over two rows
 
 
 def test_codes_follow_the_formula():
@@ -207,6 +217,10 @@ def test_refusals():
         merge(model, "default", calibration=batches())
     set_adapter(model, "default")
     merge(model, "default", calibration=batches())
+    mixed = quantized_copy(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 8)), "nf4")
+    inject(mixed, LoraConfig(r=2, target_modules=["0", "1"]))
+    with pytest.warns(UserWarning, match="calibration has no effect on '1' .bitsandbytes NF4., which are rounded"):
+        merge(mixed, calibration=[torch.randn(9, 64)])
     for plain in (llama(), quantized_copy(llama(), "torchao-float8")):
         inject(plain, LoraConfig(r=2, target_modules=["q_proj"]))
         with pytest.raises(ValueError, match="NF4, FP4 or int8, and none to merge into is; leave it out"):

@@ -98,32 +98,33 @@ def test_shapes_with_tails(dtype, cols):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_tiny_and_huge_updates(dtype, size):
-    """Records with no correction, a few of one unit, and whole segments, some for one large correction."""
+    """Records with no correction, a few of one unit, corrections of several words, and whole segments."""
     whole_cycle([random_layer(6, 300, 3, dtype, size)])
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
 def test_every_kind_of_record_in_a_row(dtype):
-    """One kind per segment: none, corrections, and whole segments: for a few corrections that are too large, with small
-    ones and without; for many corrections."""
+    """One kind per segment: none, corrections of one word, some of several words, these only, a whole segment."""
     layer = layer_of_records(dtype, 5)
     words = merge_ops.plan(*([tensor] for tensor in layer))[1].view(5, 5)
     whole = 256 * dtype.itemsize // 2
     assert (words[:, 0] == 0).all()
-    assert (words[:, 1] > 0).all() and (words[:, 1] < whole).all()
-    assert (words[:, 2:] == whole).all()
+    assert (words[:, 1:4] > 0).all() and (words[:, 1:4] < whole).all()
+    assert (words[:, 3] > 9).all()
+    assert (words[:, 4] == whole).all()
     whole_cycle([layer])
 
 
 def layer_of_records(dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
     weight = torch.randn(rows, 5 * 256, dtype=torch.float64).to(dtype)
-    weight[:, 768:1024:29] = 1.3  # of some random numbers the sum is nearly exact
+    for first in (512, 768):
+        weight[:, first : first + 256 : 29] = 1.3  # of some random numbers the sum is nearly exact
     A = torch.randn(1, 5 * 256)
     A[:, :256] = 0.0
     A[:, 256:768] *= 0.1
-    A[:, 512:768:29] = 1e4
+    A[:, 512:768:29] = 3000.0
     A[:, 768:1024] = 0.0
-    A[:, 768:1024:29] = 3e4  # every 29th of 256: nine
+    A[:, 768:1024:29] = 3000.0  # every 29th of 256: nine
     A[:, 1024:] = -3e4
     return weight, *pack_factors(dtype, [(A, torch.ones(rows, 1), 1.0)])
 

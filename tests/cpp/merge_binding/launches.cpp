@@ -24,13 +24,9 @@ struct Segment {
 
   int correction(int col) const { return correction_of(bits(original[col]), bits(candidate[col])); }
   int words() const {
-    int corrections = 0;
-    bool fit = true;
-    for (int col = 0; col < cols; ++col) {
-      corrections += correction(col) != 0;
-      fit &= fits_in_a_word(correction(col));
-    }
-    return static_cast<int>(record_words(corrections, fit, cols, kElementWords));
+    int sparse = 0;
+    for (int col = 0; col < cols; ++col) sparse += correction_words(correction(col));
+    return static_cast<int>(record_words(sparse, cols, kElementWords));
   }
   void write(uint16_t* record, int words) const {
     if (words == cols * kElementWords) {
@@ -38,7 +34,9 @@ struct Segment {
       return;
     }
     for (int col = 0; col < cols; ++col) {
-      if (correction(col) != 0) *record++ = correction_word(col, correction(col));
+      for (int remaining = correction(col); remaining != 0; remaining -= next_correction(remaining)) {
+        *record++ = correction_word(col, next_correction(remaining));
+      }
     }
   }
 };
