@@ -36,6 +36,7 @@ from transformers import LlamaConfig, LlamaModel
 import lora_ext
 
 ONE, ROWS, POOL, PEFT, ACCELERATED = "one adapter", "adapter_names", "pool", "peft", "peft accelerated"
+WIDTHS = 4096  # of all blocks of a model together
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -57,7 +58,7 @@ class Case(NamedTuple):
 
 def frozen_and_injected(dtype: torch.dtype, hidden: int, args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """The bare model, and a copy of it with the adapters, of which the first is active."""
-    blocks = max(1, 4096 // hidden)
+    blocks = max(1, WIDTHS // hidden)
     sizes = {"hidden_size": hidden, "intermediate_size": 11 * hidden // 4, "num_hidden_layers": blocks}
     config = LlamaConfig(vocab_size=64, num_attention_heads=max(1, hidden // 64), **sizes)
     frozen = LlamaModel(config).to(dtype=dtype, device=args.device).eval().requires_grad_(False)

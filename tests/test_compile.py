@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.f
 
 ROWS = {row.name: row for row in ARCHITECTURES}
 UNET = "UNet (Stable Diffusion)"
-COMMON = ["Llama", "Gemma3", "Qwen2", "BERT"]
+COMMON = ["Llama", "Gemma3", pytest.param("Qwen2", marks=pytest.mark.slow), "BERT"]  # Qwen2 is like Llama
 
 
 class Counting:

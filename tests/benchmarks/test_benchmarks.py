@@ -9,6 +9,7 @@ import bench_host
 import bench_inject
 import bench_merge
 import bench_offline_merge
+import bench_rows
 import pytest
 import torch
 from harness import contestants, own_process
@@ -53,6 +54,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_layers_are_measured_next_to_their_peers(name, run, monkeypatch):
     monkeypatch.setattr(bench_host, "CALLS", 2)
+    monkeypatch.setattr(bench_rows, "WIDTHS", 128)
     script, options, count, peers = CASES[name]
     rows = run(script, *options)["rows"]
     assert len(rows) == count

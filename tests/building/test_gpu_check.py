@@ -148,10 +148,10 @@ def test_entries_and_their_report(tmp_path, monkeypatch):
         "axolotl",
         "Measured next to predicted (benchmarks/predictions.py, H100 at 3.00 TB/s, 790 TFLOP/s):",
         f"| {case} | expand | 22.6 | 25.0 | 1.11 | 1 (1) |",
-        f"| forward + backward, {case} | 1.22-1.29 | 1.10 | faster than predicted |",
+        f"| forward + backward, {case} | 1.22-1.28 | 1.10 | faster than predicted |",
         "| 1.30 | slower than predicted |",
         "| 64 adapters, 64 x 4096 -> 4096, r=16, bfloat16 | 1.83 | 2.00 | slower than predicted |",
-        "| forward | lora_ext | 34 | 50 | 1.47 |",
+        "| forward | lora_ext | 30 | 50 | 1.67 |",
         "| forward | 12 | 50 | 60 |",
     ):
         assert expected in text, f"{expected}\n\n{text}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import layers, op_table
-from support.layers import random_layer, random_siblings
+from support.layers import random_layer, random_siblings, with_threads
 from support.op_table import OPS, results
 from support.processes import run_python
 from torch import Tensor
@@ -54,14 +54,7 @@ def test_outputs_have_the_same_bits_with_any_number_of_threads(dtype, columns):
     skip_unless_own(dtype)
     op = OPS["lora_linear_siblings"]
     sample = op_table.siblings((dtype, dtype), size=((1100, 50), ((columns, 7), (31, 3)))).with_dropout(0.2)
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for number in (1, 2, 3, 7, 40):
-            torch.set_num_threads(number)
-            found.append(results(op.run, sample, op.leaves(sample)))
-    finally:
-        torch.set_num_threads(threads)
+    found = with_threads((1, 2, 3, 7, 40), lambda: results(op.run, sample, op.leaves(sample)))
     for several in found:
         for name, first in found[0].items():
             if name in ("result 0", "result 1", "grad of x"):

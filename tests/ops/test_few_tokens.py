@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.layers import random_layer
+from support.layers import random_layer, with_threads
 
 from lora_ext import functional
 from lora_ext.nn.base_product import few_tokens
@@ -13,14 +13,7 @@ from lora_ext.nn.base_product import few_tokens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_the_number_of_threads(dtype):
     layer = random_layer((4, 600, 900, 16), (dtype, dtype))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            results.append(functional.lora_linear(*layer.args()))
-    finally:
-        torch.set_num_threads(threads)
+    results = with_threads((1, 2, 3), lambda: functional.lora_linear(*layer.args()))
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.groups import Grouped, random_groups
-from support.layers import DTYPES
+from support.layers import DTYPES, with_threads
 from support.op_table import (
     FLOAT,
     OPS,
@@ -105,13 +105,7 @@ def test_the_mask_is_that_of_all_rows():
 @pytest.mark.cpu_only("about threads of the CPU's kernels")
 def test_the_same_bits_with_any_number_of_threads():
     case = random_groups(900, (70, 40), [5, (2, 3)], groups=torch.arange(900) // 450)
-    found, threads = [], torch.get_num_threads()
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            found.append(found_in(case, 0.3))
-    finally:
-        torch.set_num_threads(threads)
+    found = with_threads((1, 2, 3), lambda: found_in(case, 0.3))
     assert_bits(found[1], found[0])
     assert_bits(found[2], found[0])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.layers import with_threads
 from support.op_table import DOUBLE, OPS, assert_close, grouped_linear, results
 
 from lora_ext import functional
@@ -46,13 +47,7 @@ def test_the_same_bits_with_any_number_of_threads(dtype, num_tokens, features):
     """If PyTorch multiplies by the weight (small weights, other machines), where F.linear has the same bits, too."""
     call = grouped_linear((dtype, torch.float32), tokens=num_tokens, features=features, entries=((5, 16), 3)).call
     layer = call["x"], call["weight"], call["bias"]
-    found, threads = [], torch.get_num_threads()
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            found.append((functional.lora_grouped_linear(**call), F.linear(*layer)))
-    finally:
-        torch.set_num_threads(threads)
+    found = with_threads((1, 2, 3), lambda: (functional.lora_grouped_linear(**call), F.linear(*layer)))
     for y, base in found[1:]:
         assert torch.equal(y, found[0][0]) or not (has_kernel(*layer[:2]) or torch.equal(base, found[0][1]))
 

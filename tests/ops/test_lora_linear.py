@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.layers import random_layer, relative_error
+from support.layers import random_layer, relative_error, with_threads
 from support.op_table import OPS, linear, results
 from support.processes import run_forked
 
@@ -70,18 +70,13 @@ def test_a_saved_mask_may_lie_at_any_byte(dtype):
 def test_mask_does_not_depend_on_threads_dtype_or_strides():
     layer = random_layer((200, 130, 12, 4))
 
-    def mask(x, threads):
-        torch.set_num_threads(threads)
-        try:
-            converted = layer.to(x.dtype)
-            return torch.ops.lora_ext.lora_linear(x, *converted.args()[1:], 0.3, SEED)[2]
-        finally:
-            torch.set_num_threads(2)
+    def mask(x):
+        return torch.ops.lora_ext.lora_linear(x, *layer.to(x.dtype).args()[1:], 0.3, SEED)[2]
 
     expected = reference.dropout_keep(int(SEED), 200, 130, 0.3)
     for x in (layer.x, layer.x.bfloat16(), layer.x.double(), layer.x.T.contiguous().T):
-        for threads in (1, 2, 3):
-            assert torch.equal(reference.unpack_mask(mask(x, threads), 130), expected)
+        for found in with_threads((1, 2, 3), lambda x=x: mask(x)):
+            assert torch.equal(reference.unpack_mask(found, 130), expected)
 
 
 @pytest.mark.parametrize("begin", [(0, 0, 0), (1, 2, 8), (0, 1, 5), (1, 0, 63)], ids=str)

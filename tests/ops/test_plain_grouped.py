@@ -49,7 +49,9 @@ def test_results_are_those_of_the_kernels(name, dtypes, dropout_p):
     assert len(found) == len(expected)
     for value, wanted in zip(found, expected, strict=True):
         eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
-        torch.testing.assert_close(value, wanted, rtol=2 * eps, atol=400 * torch.finfo(dtypes[0]).eps)
+        largest = wanted.abs().max().item() if wanted.numel() else 0.0
+        near = 16 * torch.finfo(dtypes[0]).eps * largest  # sums in another order
+        torch.testing.assert_close(value, wanted, rtol=2 * eps, atol=near)
 
 
 @pytest.mark.parametrize("wanted", [[True, False, False], [False, True, False], [False, False, True]], ids=str)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from support import op_table
-from support.layers import DTYPES
+from support.layers import DTYPES, with_threads
 from support.op_table import (
     DOUBLE,
     FLOAT,
@@ -120,15 +120,6 @@ def test_layers_together_have_the_bits_of_one_by_one(name, size, dtypes, dropout
     assert_bits(results(op.run, sample, leaves), results(one_by_one, sample, leaves), but)
 
 
-def threads_as(number: int, function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        return function()
-    finally:
-        torch.set_num_threads(before)
-
-
 @each_op
 def test_runs_repeat_to_the_bit(op):
     sample = list(op.samples.values())[MIDDLE](FLOAT).with_dropout(0.1 if op.has_dropout else 0.0)
@@ -141,14 +132,14 @@ def test_any_number_of_threads(op):
     """Sums over the threads' tokens differ in rounding. Layers together keep the bits of one by one."""
     make = list(op.samples.values())[MIDDLE]
     sample = make(FLOAT).with_dropout(0.3 if op.has_dropout else 0.0)
-    run = lambda: results(op.run, sample, op.leaves(sample))  # noqa: E731
-    expected = threads_as(1, run)
-    for number in (2, 3, 5):
-        assert_close(threads_as(number, run), expected, rtol=1e-4, atol=1e-4)
-        threads_as(number, lambda: assert_as_good_as_plain(op, make, FLOAT, 0.3))
-        if "siblings" in op.name:
-            alone = threads_as(number, lambda: results(one_by_one, sample, op.leaves(sample)))
-            assert_bits(threads_as(number, run), alone, "grad of x")
+    with_threads((2, 3, 5), lambda: assert_as_good_as_plain(op, make, FLOAT, 0.3))
+    expected, *others = with_threads((1, 2, 3, 5), lambda: results(op.run, sample, op.leaves(sample)))
+    for found in others:
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if "siblings" in op.name:
+        alone = with_threads((1, 2, 3, 5), lambda: results(one_by_one, sample, op.leaves(sample)))
+        for found, wanted in zip([expected, *others], alone, strict=True):
+            assert_bits(found, wanted, "grad of x")
 
 
 # --- forms of the arguments -------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 # dtypes of x and the factors: the usual pairs, and two unusual ones.
 DTYPES = [
@@ -98,6 +101,18 @@ def with_rounded_factors(siblings: Siblings) -> Siblings:
 def in_dtypes_of(results: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
     """Casts results to the dtypes of ``others``: the gradients of rounded factors to those of the factors."""
     return {name: value.to(others[name].dtype) for name, value in results.items() if name in others}
+
+
+def with_threads(numbers: Iterable[int], function: Callable[[], T]) -> list[T]:
+    """Returns what ``function`` returns with each number of threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in numbers:
+            torch.set_num_threads(number)
+            found.append(function())
+    finally:
+        torch.set_num_threads(before)
+    return found
 
 
 def misaligned(matrix: Tensor) -> Tensor:

@@ -40,26 +40,16 @@ __device__ __forceinline__ void finish_eight(const ExpandParams& p, const Group&
   whole ? store_chunk(out, value) : store_single(out, value, count);
 }
 
-// Copies a tile of a factor, rows [row0, row_end) and columns [column0, column_end) of it, rounded to T.
-template <class T, int kRows, int kColumns>
-__device__ __forceinline__ void copy_factor(uint4* tile, const mma::MatrixFactor& factor, int64_t row0, int64_t row_end,
-                                            int64_t column0, int64_t column_end) {
-  using Copy = mma::TileCopy<kRows, kColumns, kThreads>;
-  const auto offset_of = [&](unsigned row) {
-    return row0 + row < row_end ? (row0 + row) * factor.stride : int64_t{-1};
-  };
-  if (factor.dtype == kDTypeOf<T>) {
-    return Copy::gather(tile, static_cast<const T*>(factor.data), factor.in_chunks, column0, column_end, threadIdx.x,
-                        offset_of);
-  }
-#pragma unroll 1
-  for (unsigned i = threadIdx.x; i < kRows * Copy::kChunks; i += kThreads) {
-    const unsigned row = i / Copy::kChunks, chunk = i % Copy::kChunks;
-    const int64_t offset = offset_of(row), column = column0 + chunk * kEight;
-    const int width = offset >= 0 ? inside(column, column_end) : 0;
-    const Eight values = load_eight(factor.data, offset + column, width, factor.in_chunks, factor.dtype);
-    tile[mma::chunk_index<Copy::kChunks>(row, chunk)] = rounded_chunk<T>(values.v);
-  }
+// Copies a tile of 16 ranks and 128 columns of lora_B or lora_A. kRounds: of another dtype than T.
+template <class T, bool kRounds, bool kOfB>
+__device__ __forceinline__ void copy_factor(uint4* tile, const mma::MatrixFactor& factor, int64_t rank0,
+                                            int64_t column0) {
+  constexpr int kRanks = ExpandTiles::kRanks;
+  using Tiles = mma::FactorTiles<T, mma::MatrixFactor, kRanks, ExpandTiles::kColumns, kThreads, kRounds, kOfB>;
+  const Tiles tiles(factor, rank0, kRanks, threadIdx.x);
+  typename Tiles::Fetched fetched;
+  tiles.fetch(tile, column0, fetched);
+  tiles.store(tile, fetched);
 }
 
 template <class T, bool kBackward>
@@ -81,11 +71,8 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_expand_kernel(const __gri
   const auto copy = [&](int64_t rank0, int stage) {
     if (rank0 < group.rank) {
       uint4* tile = factor_tiles + stage * Tiles::kFactorChunks;
-      if constexpr (kBackward) {
-        copy_factor<T, kRanks, kColumns>(tile, factor, rank0, group.rank, column0, p.columns);
-      } else {
-        copy_factor<T, kColumns, kRanks>(tile, factor, column0, p.columns, rank0, group.rank);
-      }
+      factor.dtype == kDTypeOf<T> ? copy_factor<T, false, !kBackward>(tile, factor, rank0, column0)
+                                  : copy_factor<T, true, !kBackward>(tile, factor, rank0, column0);
     }
     ptx::cp_async_commit();
   };

@@ -42,9 +42,9 @@ __device__ __forceinline__ int64_t group_number(const GroupedRows& rows, int64_t
 }
 
 struct Group {
-  int64_t number, rank = 0, most_ranks = 0;  // most_ranks: of its matrices
-  const void* lora_A = nullptr;              // [rank, in_features]
-  const void* lora_B = nullptr;              // [out_features, rank]
+  int64_t rank = 0;
+  const void* lora_A = nullptr;  // [rank, in_features]
+  const void* lora_B = nullptr;  // [out_features, rank]
   int64_t A_stride = 0, B_stride = 0;
   float scale = 0;
   float added = 0;  // to every result: NaN for a number or a rank that does not exist
@@ -53,8 +53,7 @@ struct Group {
   __device__ __forceinline__ mma::MatrixFactor factor(bool of_B, int64_t features, DType dtype) const {
     const void* data = of_B ? lora_B : lora_A;
     const int64_t stride = of_B ? B_stride : A_stride;
-    return {.shape = {},
-            .rank = rank,
+    return {.rank = rank,
             .features = features,
             .data = data,
             .stride = stride,
@@ -66,7 +65,7 @@ struct Group {
 // number: of group_number.
 __device__ __forceinline__ Group find_group(const GroupTable& table, int64_t number, DType factor_dtype) {
   const GroupedRows& rows = table.rows;
-  Group group{.number = number};
+  Group group;
   const float nan = static_cast<float>(__uint_as_float(0x7FC00000u));
   if (number >= rows.num_groups) {
     if (number > rows.num_groups) group.added = nan;
@@ -74,7 +73,6 @@ __device__ __forceinline__ Group find_group(const GroupTable& table, int64_t num
   }
   const GroupedEntry& entry = table.entry_of(number);
   const int64_t slot = number - entry.first_group, size = element_bytes(factor_dtype);
-  group.most_ranks = entry.rank;
   group.rank = rows.has_ranks ? rows.ranks[number] : entry.rank;
   if (group.rank < 0 || group.rank > entry.rank) {
     group.rank = 0;

@@ -11,7 +11,6 @@ namespace lora_ext::cuda::mma {
 
 // lora_A of all siblings, below each other: [rank, features].
 struct StackedFactor {
-  PackedShape shape;  // as if it were packed: padding reads as zero
   int64_t rank, features;
   RankTable<const void*> factors;  // of every sibling [its rank, features], contiguous, dtype
   DType dtype;
@@ -31,7 +30,6 @@ struct StackedFactor {
 
 // One matrix: lora_A [rank, features], or lora_B [features, rank].
 struct MatrixFactor {
-  PackedShape shape;  // as if it were packed
   int64_t rank, features;
   const void* data;
   int64_t stride;  // of rows, in elements

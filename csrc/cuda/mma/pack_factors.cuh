@@ -1,9 +1,9 @@
-// Packs the factors of a call that kernels do not read as they lie, in one launch. They have rank * (in_features +
-// out_features) elements per layer, few compared with x.
+// Packs the factors that expand_long reads, in one launch. They have rank * (in_features + out_features) elements per
+// layer, few compared with x.
 //
 // A packed factor is a row-major matrix [rank, features]. lora_A keeps its orientation, lora_B is transposed. The
-// factors of siblings stand below each other if one kernel reads them all. Padding is zero, so kernels copy whole
-// tiles, 16 bytes at a time. Elements have x's dtype, to which those of another are rounded.
+// factors of siblings stand below each other for grad_x. Padding is zero, so that whole tiles are copied, 16 bytes at a
+// time. Elements have x's dtype, to which those of another are rounded.
 #pragma once
 
 #include <algorithm>

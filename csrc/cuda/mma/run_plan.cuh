@@ -11,7 +11,7 @@
 //   shrink, token_sum, shrink_and_sum  the kernels that read x or grad_y
 //   expand_short, expand_long          the kernels that write y or grad_x; they share expand_output
 //   few_tokens                         the kernel that reads the weights
-//   pack_factors                       factors in the order in which kernels copy them
+//   pack_factors                       factors in the order in which expand_long copies them
 //   operands                           factors, xa and grad_xa on the way from memory to shared memory
 //   tiles, fragments                   operands in shared memory, and in registers
 //   keep_bits                          the dropout mask in registers
@@ -101,16 +101,25 @@ class PlanRunner : Launcher {
   template <class Params>
   StackedFactor stacked_lora_A(const Params& p) const {
     StackedFactor stacked{
-        .shape = PackedShape(p.total_rank, p.in_features),
         .rank = p.total_rank,
         .features = p.in_features,
         .factors = rank_table<const void*>(p.siblings, p.num_siblings, [&](int s) { return p.siblings[s].lora_A; }),
         .dtype = p.factor_dtype,
-        .in_chunks = p.in_features % kChunk == 0};
+        .in_chunks = true};
     for (int s = 0; s < p.num_siblings; ++s) {
-      stacked.in_chunks = stacked.in_chunks && is_aligned(stacked.factors.value[s], 16);
+      stacked.in_chunks = stacked.in_chunks && has_aligned_eights(stacked.factors.value[s], p.in_features);
     }
     return stacked;
+  }
+
+  MatrixFactor lora_B(int s) const {
+    const LoraExpandBackwardSibling& sibling = call_.expand_backward->siblings[s];
+    return {.rank = sibling.rank,
+            .features = sibling.out_features,
+            .data = sibling.lora_B,
+            .stride = sibling.rank,
+            .dtype = call_.expand_backward->factor_dtype,
+            .in_chunks = has_aligned_eights(sibling.lora_B, sibling.rank)};
   }
 
   PackFactorsParams pack_params() const {
@@ -152,6 +161,7 @@ class PlanRunner : Launcher {
     ShrinkParams<T, false> params{};
     params.x = token_matrix<T>(p.x, p.num_tokens, p.in_features, p.x_stride);
     params.factor = stacked_lora_A(p);
+    params.padded = PackedShape(p.total_rank, p.in_features);
     params.mask = {p.mask, p.seed, mask_row_bytes(p.in_features), p.threshold};
     params.out = rank_sums(0, p.total_rank,
                            rank_table<float>(p.siblings, p.num_siblings, [&](int s) { return p.siblings[s].scale; }));
@@ -164,13 +174,8 @@ class PlanRunner : Launcher {
     const LoraExpandBackwardSibling& sibling = call_.expand_backward->siblings[launch.sibling];
     ShrinkParams<T, true> params{};
     params.x = grad_y(launch.sibling);
-    params.factor = {.shape = PackedShape(sibling.rank, sibling.out_features),
-                     .rank = sibling.rank,
-                     .features = sibling.out_features,
-                     .data = sibling.lora_B,
-                     .stride = sibling.rank,
-                     .dtype = call_.expand_backward->factor_dtype,
-                     .in_chunks = is_aligned(sibling.lora_B, 16) && sibling.rank % kChunk == 0};
+    params.factor = lora_B(launch.sibling);
+    params.padded = PackedShape(sibling.rank, sibling.out_features);
     params.out = rank_sums(sibling.rank_begin, sibling.rank, same_for_all_ranks(static_cast<float>(sibling.scale)));
     start_shrink<KeepBits::kNone>(launch, plan_.grad_y[launch.sibling].ranks, params);
   }
@@ -214,11 +219,7 @@ class PlanRunner : Launcher {
       const LoraExpandBackwardSibling& sibling = p.siblings[s];
       params.siblings[params.num_siblings++] = {
           .grad_y = grad_y(s),
-          .lora_B = {.data = sibling.lora_B,
-                     .shape = PackedShape(sibling.rank, sibling.out_features),
-                     .rank = sibling.rank,
-                     .features = sibling.out_features,
-                     .dtype = p.factor_dtype},
+          .lora_B = lora_B(s),
           .xa = saved_xa(s),
           .grad_xa = rank_sums(sibling.rank_begin, sibling.rank, same_for_all_ranks(static_cast<float>(sibling.scale))),
           .gradient = grad_B_partials(s),
@@ -321,7 +322,7 @@ class PlanRunner : Launcher {
           .pairs = is_aligned(sums_, 8) && total_rank_ % 2 == 0 && sibling.rank_begin % 2 == 0 && sibling.rank % 2 == 0,
           .eights = is_aligned(sibling.out, 16) && is_aligned(sibling.base, 16) && is_aligned(sibling.bias, 16) &&
                     sibling.out_stride % 8 == 0 && sibling.cols % 8 == 0,
-          .chunks = is_aligned(sibling.factor, 16) && sibling.rank % 8 == 0};
+          .chunks = has_aligned_eights(sibling.factor, sibling.rank)};
     }
     return params;
   }

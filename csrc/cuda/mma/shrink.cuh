@@ -172,6 +172,7 @@ template <class T, bool kOfB>
 struct ShrinkParams {
   TokenMatrix<T> x;  // [num_tokens, features]
   std::conditional_t<kOfB, MatrixFactor, StackedFactor> factor;
+  PackedShape padded;  // the factor's, as if it were packed: padding reads as zero
   KeepMask mask = {};  // threshold 0: no dropout
   RankSums out;        // the result, or partial sums of ranges of features
   int64_t features_per_range;
@@ -190,9 +191,9 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(const __grid_consta
   const int64_t rank0 = static_cast<int64_t>(p.first_rank_tile + blockIdx.x % p.rank_tiles) * kRanks;
   const int64_t range = blockIdx.x / p.rank_tiles % p.ranges, chunk = blockIdx.x / p.rank_tiles / p.ranges;
   const int64_t token0 = chunk * Tiles::kTokens + warp * Tiles::kWarpTokens;
-  const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.factor.shape.ranks - rank0));
+  const int ranks = static_cast<int>(min(static_cast<int64_t>(kRanks), p.padded.ranks - rank0));
   const int64_t begin = range * p.features_per_range;
-  const int steps = static_cast<int>(min(p.features_per_range, p.factor.shape.features - begin) / Tiles::kFeatures);
+  const int steps = static_cast<int>(min(p.features_per_range, p.padded.features - begin) / Tiles::kFeatures);
   NeighbourRows<T, Tiles::kFeatures> rows(p.x, token0, begin, begin + p.features_per_range, lane);
   const Factor factor(p.factor, rank0, ranks, thread);
   ShrinkSums<kRanks> sums = {};

@@ -17,30 +17,24 @@
 
 namespace lora_ext::cuda::mma {
 
-// lora_B as it lies in memory.
-struct PlainLoraB {
-  const void* data;   // [features, rank], dtype
-  PackedShape shape;  // as if it were packed
-  int64_t rank, features;
-  DType dtype;
-
-  // Two neighbouring features of a rank in one register, rounded to T. elements: data. Outside the matrix there are
-  // zeros.
-  template <class T, class V>
-  __device__ __forceinline__ uint32_t pair(const V* elements, int64_t r, int64_t feature) const {
-    const V* from = elements + (feature * rank + r);
-    const uint32_t first = r < rank && feature < features ? bits_of(rounded<T>(from[0])) : 0u;
-    const uint32_t second = r < rank && feature + 1 < features ? bits_of(rounded<T>(from[rank])) : 0u;
-    return first | second << 16;
-  }
-};
+// Two neighbouring features of a rank of lora_B in one register, rounded to T. data: its elements. Outside the matrix
+// there are zeros.
+template <class T, class V>
+__device__ __forceinline__ uint32_t feature_pair(const MatrixFactor& lora_B, const V* data, int64_t r,
+                                                 int64_t feature) {
+  const V* from = data + (feature * lora_B.rank + r);
+  const uint32_t first = r < lora_B.rank && feature < lora_B.features ? bits_of(rounded<T>(from[0])) : 0u;
+  const uint32_t second =
+      r < lora_B.rank && feature + 1 < lora_B.features ? bits_of(rounded<T>(from[lora_B.rank])) : 0u;
+  return first | second << 16;
+}
 
 // The grad_y of siblings.
 template <class T>
 struct ShrinkAndSumParams {
   struct Sibling {
     TokenMatrix<T> grad_y;     // [num_tokens, features]
-    PlainLoraB lora_B;         // [features, rank]
+    MatrixFactor lora_B;       // [features, rank]
     SmallOperand xa;           // [num_tokens, rank]
     RankSums grad_xa;          // the result, or partial sums of ranges of features
     FeaturePartials gradient;  // of lora_B
@@ -72,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = static_cast<int>(thread / 32);
   const int64_t range = block % p.ranges, chunk = block / p.ranges;
   const int64_t block_feature0 = range * Tiles::kFeatures, feature0 = block_feature0 + warp * kWarpFeatures;
-  const int64_t remaining_features = p.lora_B.shape.features - block_feature0;
+  const int64_t remaining_features = padded_features(p.lora_B.features) - block_feature0;
   const int busy_warps = static_cast<int>(min(static_cast<int64_t>(kWarps), remaining_features / kWarpFeatures));
   const int64_t begin = chunk * p.tokens_per_chunk;
   const int tokens = static_cast<int>(min(p.tokens_per_chunk, p.grad_y.rows - begin));
@@ -123,8 +117,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int n = 0; n < kRanks / 8; ++n) {
         const int64_t rank = n * 8 + lane / 4, feature = feature0 + 16 * k + lane % 4 * 2;
         uint32_t* registers = lora_B[k][n / 2] + n % 2 * 2;
-        registers[0] = p.lora_B.template pair<T>(elements, rank, feature);
-        registers[1] = p.lora_B.template pair<T>(elements, rank, feature + 8);
+        registers[0] = feature_pair<T>(p.lora_B, elements, rank, feature);
+        registers[1] = feature_pair<T>(p.lora_B, elements, rank, feature + 8);
       }
     }
   };

@@ -34,8 +34,7 @@ struct TokenMatrix {
 
 template <class T>
 TokenMatrix<T> token_matrix(const void* data, int64_t rows, int64_t columns, int64_t stride) {
-  const bool in_chunks = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kChunk == 0;
-  return {static_cast<const T*>(data), rows, columns, stride, in_chunks};
+  return {static_cast<const T*>(data), rows, columns, stride, has_aligned_eights(data, stride)};
 }
 
 // Loads a chunk of which the first `width` elements exist, one by one: for matrices that are not aligned.
