@@ -113,23 +113,24 @@ __device__ __forceinline__ void write_record(uint16_t* record, int words, const 
   int front = 0;  // corrections of earlier columns
 #pragma unroll
   for (int group = 0; group < 8 / kVec; ++group) {
-    int correction[kVec], count = 0;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const Word<T> was = original.word(group * kVec + i);
+    // Computed twice: eight corrections more would not fit in registers. Larger ones are not in sparse records.
+    const auto correction_at = [&](int i) {
       const Word<T> candidate = word_of<T>(element_of<T>(merged.word(group * kVec + i)), -update[group * kVec + i]);
-      correction[i] = static_cast<int>(correction_of(was, candidate));  // larger ones are not in sparse records
-      count += correction_words(correction[i]);
-    }
+      return static_cast<int>(correction_of(original.word(group * kVec + i), candidate));
+    };
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) count += correction_words(correction_at(i));
     int total;
     int at = front + exclusive_sum(count, lane, &total);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      for (int left = correction_words(correction[i]); left > 0; --left, ++at) {
-        const int next = next_correction(correction[i]);
+      int correction = correction_at(i);
+      for (int left = correction_words(correction); left > 0; --left, ++at) {
+        const int next = next_correction(correction);
         // always true for the weight that the plan was made for
         if (at < words) record[at] = correction_word(LaneElements<T>::column(lane, group * kVec + i), next);
-        correction[i] -= next;
+        correction -= next;
       }
     }
     front += total;

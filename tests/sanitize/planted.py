@@ -37,8 +37,8 @@ class PlantedBug:
 PLANTED = {
     "asan": PlantedBug(
         _CHUNKS,
-        "f(row, smaller(rows.end - row, kBlockRows));",
-        "f(row, smaller(rows.end - row + 1, kBlockRows));",
+        "f(row, smaller(rows.end - row, together));",
+        "f(row, smaller(rows.end - row + 1, together));",
         "heap-buffer-overflow",
         "csrc/cpu/",
     ),

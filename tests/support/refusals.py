@@ -181,9 +181,9 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
     adapters.hotswap_adapter: lambda path: {"model": injected(), "directory": saved(path), "adapter_name": "a"},
     adapters.prepare_hotswap: lambda _: {"model": injected(), "r": 4, "adapter_name": "a"},
     # merging
-    merge: lambda _: {"model": injected(), "adapter_names": ["a"]},
+    merge: lambda _: {"model": injected(), "adapter_names": ["a"], "calibration": None},
     unmerge: lambda _: {"model": merged(), "adapter_names": ["a"]},
-    adapters.merge_and_unload: lambda _: {"model": injected(), "adapter_names": ["a"]},
+    adapters.merge_and_unload: lambda _: {"model": injected(), "adapter_names": ["a"], "calibration": None},
     adapters.unload: lambda _: {"model": injected()},
     # methods
     methods.new_method: lambda _: {"name": "adapter-h", "bottleneck_size": 4},
@@ -249,6 +249,7 @@ RANK_0 = {"r": 0}, ValueError, "FUNCTION: r is 0, want at least 1"
 BIAS = {"lora_bias": True}, ValueError, "FUNCTION: lora_bias is True"
 
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
+    *((take, {"calibration": []}, ValueError, "FUNCTION: calibration ") for take in (merge, adapters.merge_and_unload)),
     *((inject, {"adapter_name": bad}, ValueError, f"adapter_name is {bad!r}, want a") for bad in ("a.b", "keys", "")),
     (inject, {"model": injected}, ValueError, f"adapter 'a' {TAKEN}"),
     (inject, {"model": merged, "adapter_name": "c"}, RuntimeError, MERGED),

@@ -44,8 +44,13 @@ struct GatheredRows {
   }
 };
 
+// Blocks for each multiprocessor. 64 ranks that are rounded on the way do not fit in 128 registers on sm_86.
+template <int kRanks, bool kRounds>
+constexpr int kShrinkBlocks = kRounds && kRanks == 64 ? 3 : 4;
+
 template <class T, int kRanks, mma::KeepBits kKeep, bool kRounds, bool kOfB>
-__global__ void __launch_bounds__(kShrinkThreads, 4) grouped_shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
+__global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks<kRanks, kRounds>)
+    grouped_shrink_kernel(const __grid_constant__ ShrinkParams<T> p) {
   ptx::wait_for_earlier_launches();
   using Tiles = ShrinkTiles<kRanks>;
   constexpr int kFeatures = Tiles::kFeatures;
