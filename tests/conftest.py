@@ -54,8 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_default_device("cuda")  # before modules that create tensors are imported
 
 
-def pytest_report_header() -> str:
-    return f"order of the tests: TEST_ORDER={os.environ['TEST_ORDER']} (the variable repeats it; 0: as written)"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"TEST_ORDER={os.environ['TEST_ORDER']} repeats this order of the tests; 0: as written")
 
 
 @pytest.hookimpl(wrapper=True)
