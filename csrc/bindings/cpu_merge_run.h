@@ -166,7 +166,7 @@ class MergeRun {
     return memory;
   }
 
-  // Fewer rows than usual if a block's largest record would not fit in the second-level cache.
+  // Fewer rows than usual if a block's largest record would not fit in L2.
   int64_t block_rows(const MergeLayer& layer) const {
     constexpr int64_t kBlockBytes = 2 << 20;
     constexpr int64_t kLeastRows = 4;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lora_ext.merging.feedback import LayerInputs
 from lora_ext.nn import LoraLayer
 
 Batch = Mapping[str, Any] | Tensor | tuple | list
-"""What a model is called with: by name, as the only argument, or as all positional ones."""
+"""The arguments of one call of the model: a dict by name, a single tensor, or a tuple or list in order."""
 
 _MASK = "attention_mask"
 
@@ -80,10 +81,9 @@ class _Collector:
 
     def __enter__(self) -> None:
         self._hooks = [
-            layer.register_forward_pre_hook(lambda layer, args, kwargs, path=path: self._take(path, args, kwargs),
-                                            with_kwargs=True)
+            layer.register_forward_pre_hook(partial(self._take, path), with_kwargs=True)
             for path, layer in self._layers.items()
-        ]  # fmt: skip
+        ]
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
@@ -96,7 +96,7 @@ class _Collector:
         mask = batch.get(_MASK) if isinstance(batch, Mapping) else None
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-    def _take(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _take(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         known = self._seen.get(id(x))
         if known is not None and known[0]() is x and known[1] == x._version:

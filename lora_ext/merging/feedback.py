@@ -20,11 +20,7 @@ _BLOCK = 64  # columns whose errors reach the columns after them in one product
 
 
 class LayerInputs:
-    """Inputs of a layer, or of several that read the same tensors: ``[tokens, in_features]`` each.
-
-    Raises:
-        ValueError: see :meth:`factor`.
-    """
+    """Inputs of a layer, or of several that read the same tensors: ``[tokens, in_features]`` each."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors

@@ -68,13 +68,14 @@ def merge_quantized_(
     """
     records: list[QuantizedRecord] = []
     inputs = inputs or [None] * len(weights)
+    following = [*inputs, None][1:]
     try:
-        for i, (weight, A, B, label, of_layer) in enumerate(
-            zip(weights, lora_As, lora_Bs, labels, inputs, strict=True)
+        for weight, A, B, label, of_layer, of_next in zip(
+            weights, lora_As, lora_Bs, labels, inputs, following, strict=True
         ):
             values = updated(caller, weight, A, B, label)
             new = weight.quantize(values) if of_layer is None else quantize_for(weight, values, of_layer)
-            if of_layer is not None and of_layer not in inputs[i + 1 : i + 2]:
+            if of_layer is not None and of_layer is not of_next:
                 of_layer.forget()  # layers that share inputs follow each other
             if not weight.rounds and not all(tensor.isfinite().all() for tensor in new.values()):
                 raise ValueError(f"{caller}: merging would make elements of {label} infinite: the sum overflows")

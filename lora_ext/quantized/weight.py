@@ -61,7 +61,9 @@ class QuantizedWeight(ABC):
 
     def grid(self, quantized: Mapping[str, Tensor]) -> Grid:
         """Returns the values that the weight can have with the scales of ``quantized``, made by :meth:`quantize`."""
-        raise NotImplementedError
+        raise TypeError(
+            f"weights of {self.name} are rounded to nearest only, but {type(self).__name__}.grid was called"
+        )
 
     def write(self, stored: Mapping[str, Tensor]) -> None:
         """Copies the bytes of ``stored`` into the weight, in place."""

@@ -42,7 +42,7 @@ WRAPPED = [
     ("condition true", r" && ", "||"),
     ("condition false", r" \|\| ", "&& !"),
 ]
-# What the compiler evaluates or is told, or what is no statement.
+# Lines without a fault: constants and declarations for the compiler, and labels.
 LEFT_OUT = re.compile(
     r"\b(constexpr|static_assert|template|using|alignas|__shared__|throw|case|default|operator|in_global_memory)\b"
 )

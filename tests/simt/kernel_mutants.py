@@ -10,7 +10,6 @@ fastest first, until one fails, crashes or takes much longer than before.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import functools
 import json
@@ -20,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -128,14 +128,16 @@ def in_child(run: Callable) -> tuple[int, object]:
     """Calls ``run(send)`` in a child. Returns its exit code, or the negative signal, and what it sent last."""
     receiving, sending = os.pipe()
     if (child := os.fork()) == 0:
-        quiet = os.open(os.devnull, os.O_WRONLY)
+        quiet, shown = os.open(os.devnull, os.O_WRONLY), os.dup(2)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        with contextlib.suppress(Exception):
+        try:
             run(lambda value: os.write(sending, json.dumps(value).encode() + b"\n"))
-            os._exit(0)
-        os._exit(2)
+        except Exception:
+            os.write(shown, traceback.format_exc().encode())
+            os._exit(2)
+        os._exit(0)
     os.close(sending)
     with open(receiving) as pipe:
         lines = pipe.read().splitlines()

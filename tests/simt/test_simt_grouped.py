@@ -89,7 +89,7 @@ def test_factors_of_other_dtypes(name, dtypes):
 
 @pytest.mark.parametrize("num_tokens", [13, 90])
 def test_the_smallest_dropout(num_tokens):
-    """Of 117,000 elements of x, the two that are dropped are those that matter."""
+    """Drops two of 117,000 elements of x, which are large: y is as if they were zero."""
     p, seed = 2.0**-16, 5
     case = random_groups(num_tokens, (117_000 // num_tokens, 20), [4, 3], dtypes=(BF16, BF16))
     dropped = ~reference.dropout_keep(seed, *case.x.shape, p)

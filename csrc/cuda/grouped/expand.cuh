@@ -1,4 +1,4 @@
-// expand of rows that choose their factors.
+// expand of the rows of a mixed batch.
 //
 //   out [num_tokens, columns] = base + mask o (small @ factor)
 //

@@ -5,7 +5,7 @@
 //   y += xa @ lora_B^T, xa = the sum of partial over the ranges
 //
 // Reading the chosen factors takes all of the time. Rows of one group read them several times, mostly from the
-// second-level cache: 64 rows of rank 16 and 4096 features read 8 MiB of each factor.
+// L2: 64 rows of rank 16 and 4096 features read 8 MiB of each factor.
 #pragma once
 
 #include "../../common/dropout.h"

@@ -1,4 +1,4 @@
-// shrink of rows that choose their factors.
+// shrink of the rows of a mixed batch.
 //
 //   out [ranges, num_tokens, max_rank] = scale * (mask o x) @ factor^T, for ranges of features
 //
@@ -44,7 +44,7 @@ struct GatheredRows {
   }
 };
 
-// Blocks for each multiprocessor. 64 ranks that are rounded on the way do not fit in 128 registers on sm_86.
+// Blocks for each SM. 64 ranks that are rounded on the way do not fit in 128 registers on sm_86.
 template <int kRanks, bool kRounds>
 constexpr int kShrinkBlocks = kRounds && kRanks == 64 ? 3 : 4;
 

@@ -3,9 +3,9 @@
 //   out [num_tokens, rank] = scale * (mask o x) [num_tokens, features] @ factor [rank, features]^T
 //
 // Computes xa, with dropout and lora_A; and grad_xa, with lora_B as it lies, if shrink_and_sum does not make it.
-// ../grouped/shrink.cuh computes both for rows that choose their factors. A block has 128 tokens, a warp
+// ../grouped/shrink.cuh computes both for the rows of a mixed batch. A block has 128 tokens, a warp
 // 16 of them: it copies its rows and draws their keep bits, once, for the tile after the one it multiplies. Every 64
-// ranks read x once; their blocks follow each other and find x in the second-level cache. The first 64 ranks draw the
+// ranks read x once; their blocks follow each other and find x in L2. The first 64 ranks draw the
 // bits, in a separate launch; the others read them.
 #pragma once
 
@@ -120,7 +120,7 @@ __device__ __forceinline__ void shrink_rows(SharedMemory& shared, Rows& rows, co
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // this step's tiles are complete, the last step's tiles are free
-    // What the last step has fetched goes to its tile, whose first readers are behind another barrier.
+    // Stores the factor that the last step loaded to registers. Its tile is read after the next barrier.
     if (step > 0 && step + kStages - 2 < steps) factor.store(factor_tile(step + kStages - 2), fetched[0]);
     copy(step + kStages - 1, fetched[0]);
     if (!rows.any()) continue;

@@ -4,8 +4,8 @@
 //
 // Computes grad_lora_A (small operand: grad_xa of all siblings; with a mask), and grad_lora_B^T (small operand: xa, x:
 // grad_y) if shrink_and_sum does not make it. A block has 128 features, a warp 16 of them, and walks through the tokens
-// of a chunk. Every 64 ranks read x once; their blocks follow each other and find x in the second-level cache.
-// ../grouped/factor_sums.cuh computes both for rows that choose their factors.
+// of a chunk. Every 64 ranks read x once; their blocks follow each other and find x in L2.
+// ../grouped/factor_sums.cuh computes both for the rows of a mixed batch.
 #pragma once
 
 #include "../launch.cuh"

@@ -1,4 +1,4 @@
-// What ../faults.py writes into copies of the kernels. Fault number N does nothing until simt_plant(N).
+// Operators that ../faults.py writes into copies of the kernels. Fault number N is inactive until simt_plant(N).
 #pragma once
 
 #include <algorithm>
