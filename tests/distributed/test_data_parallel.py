@@ -77,6 +77,7 @@ def _functions(rank: int, directory: Path) -> None:
         parallel = wrap(DistributedDataParallel(model))
         save_adapter(parallel, directory / "shared")  # all ranks at once
         save_adapter(model, directory / f"alone {rank}")
+        torch.distributed.barrier()  # before a rank loads what the other one may still save
         assert adapter_names(parallel) == ["default"]
         assert trainable_parameter_counts(parallel) == trainable_parameter_counts(model)
         assert load_adapter(parallel, directory / f"alone {rank}") is parallel
