@@ -72,6 +72,11 @@ inline constexpr Refusal kNoWeights{"no_weights", kValueError, "weights is empty
 inline constexpr Refusal kMergeLengths{"merge_lengths", kValueError, "there are {} weights, but {} {} and {} {}"};
 inline constexpr Refusal kMergeDtypes{
     "merge_dtypes", kTypeError, "{} has dtype {} but {} has {}; merge weights of each dtype in a call of their own"};
+inline constexpr Refusal kMergeSeeds{"merge_seeds", kValueError,
+                                     "seeds has {} entries and first_rows has {}, want {} for {} weights"};
+inline constexpr Refusal kStochasticDtype{
+    "stochastic_dtype", kTypeError,
+    "{} has dtype {}, want bfloat16 or float16: stochastic rounding has nothing to gain there; round to nearest"};
 inline constexpr Refusal kColumnStride{"column_stride", kValueError,
                                        "{} has column stride {}, want 1; merge a contiguous one"};
 inline constexpr Refusal kRowStride{"row_stride", kValueError, "{} has row stride {} but {} columns: its rows overlap"};
@@ -125,6 +130,8 @@ inline constexpr const Refusal* kAll[] = {
     &kNoWeights,
     &kMergeLengths,
     &kMergeDtypes,
+    &kMergeSeeds,
+    &kStochasticDtype,
     &kColumnStride,
     &kRowStride,
     &kMergeSize,

@@ -98,23 +98,28 @@ inline constexpr char kLoraExpandBackward[] =
 // defines the results to the bit, csrc/common/merge_record.h the record: for each layer words, int16 [out_features,
 // ceil(in_features / 256)], the lengths of the segments' records, and corrections, an int16 vector.
 // lora_ext/merging/weights.py combines the ops.
-inline constexpr char kLoraMerge[] = "lora_merge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> ()";
+//
+// seeds: for each weight that of its random numbers, which round 16 bits stochastically (csrc/common/merge_rounding.h);
+// first_rows: which row of the whole weight its first one is. Empty lists: rounded to nearest.
+inline constexpr char kLoraMerge[] =
+    "lora_merge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, int[] seeds=[], int[] first_rows=[]) -> ()";
 
 // words and corrections are empty lists for a merge that needed no corrections.
 inline constexpr char kLoraUnmerge[] =
     "lora_unmerge_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] words, "
-    "Tensor[] corrections) -> ()";
+    "Tensor[] corrections, int[] seeds=[], int[] first_rows=[]) -> ()";
 
 // A merge with a record. non_finite int64 [layers] counts results that are NaN or infinite. If there are any, the
 // weights stay as they were, and there is no record; on the CPU the layers after the first such layer are not counted.
 // Takes one pass, on CUDA two: it waits for the GPU in between, because the host allocates the record.
 inline constexpr char kLoraMergeRecord[] =
-    "lora_merge_record_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs) "
-    "-> (Tensor non_finite, Tensor[] words, Tensor[] corrections)";
+    "lora_merge_record_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, int[] seeds=[], "
+    "int[] first_rows=[]) -> (Tensor non_finite, Tensor[] words, Tensor[] corrections)";
 
 // On CUDA: int64 [layers], the number of each layer's results that would be NaN or infinite. Changes nothing.
 inline constexpr char kLoraMergeCheck[] =
-    "lora_merge_check(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs) -> Tensor";
+    "lora_merge_check(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, int[] seeds=[], int[] first_rows=[]) "
+    "-> Tensor";
 
 // The dropout mask of lora_linear for this seed, as bits: uint8 [num_tokens, ceil(in_features / 64) * 8].
 inline constexpr char kLoraDropoutMask[] =

@@ -45,14 +45,31 @@ def dropout_threshold(dropout_p: float) -> int:
     return min(int(dropout_p * 65536.0 + 0.5), 65535)
 
 
+def random_numbers(seed: int, rows: int, cols: int, first_row: int = 0) -> Tensor:
+    """The 16-bit random numbers of the mask and of stochastic rounding: int64 ``[rows, cols]`` on the CPU."""
+    num_blocks = (cols + 7) // 8
+    block = torch.arange(num_blocks).expand(rows, num_blocks)
+    row = torch.arange(first_row, first_row + rows).unsqueeze(1).expand(rows, num_blocks)
+    words = philox4x32((block, torch.zeros_like(block), row & _U32, row >> 32), seed)
+    return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).flatten(1)[:, :cols]
+
+
 def dropout_keep(seed: int, num_tokens: int, in_features: int, dropout_p: float) -> Tensor:
     """The mask that csrc/common/dropout.h defines: bool ``[num_tokens, in_features]`` on the CPU, True = kept."""
-    num_blocks = (in_features + 7) // 8
-    block = torch.arange(num_blocks).expand(num_tokens, num_blocks)
-    row = torch.arange(num_tokens).unsqueeze(1).expand(num_tokens, num_blocks)
-    words = philox4x32((block, torch.zeros_like(block), row & _U32, row >> 32), seed)
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return halves.flatten(1)[:, :in_features] >= dropout_threshold(dropout_p)
+    return random_numbers(seed, num_tokens, in_features) >= dropout_threshold(dropout_p)
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, numbers: Tensor) -> Tensor:
+    """Rounds finite float32 ``values`` to bfloat16 or float16 with 16-bit random ``numbers`` of the same shape.
+
+    A value becomes the neighbour farther from zero if its distance from the other one, in units of their distance, plus
+    the random number / 2**16 (for float16 / 2**13, of its upper 13 bits) is at least 1.
+    """
+    exact, digits = values.double().abs(), 7 if dtype is torch.bfloat16 else 10
+    least = torch.finfo(dtype).smallest_normal
+    unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact.clamp_min(least)).exponent - 1 - digits)
+    units = (numbers.double() / 2**16) if dtype is torch.bfloat16 else (numbers >> 3).double() / 2**13
+    return (torch.floor(exact / unit + units) * unit).copysign(values.double()).to(dtype)
 
 
 def unpack_mask(mask: Tensor, in_features: int) -> Tensor:

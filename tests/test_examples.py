@@ -41,6 +41,13 @@ def test_under_peft(capsys):
     assert "14 of 14 LoRA layers on lora_ext's ops" in capsys.readouterr().out
 
 
+def test_merge_in_a_loop():
+    results = main_of("merge_in_a_loop.py")(15)
+    assert results["PEFT"][0] > 0.0
+    assert results["accelerate"][0] == results["accelerate, stochastic"][0] == 0.0
+    assert all(0.0 <= divergence < 1e-3 for _, divergence in results.values())
+
+
 @pytest.mark.full
 def test_merge_and_serve(tmp_path, capsys):
     assert main_of("merge_and_serve.py")(tmp_path) == 0

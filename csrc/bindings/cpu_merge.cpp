@@ -8,18 +8,19 @@ namespace lora_ext::cpu {
 namespace {
 
 void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
-                 const std::vector<Tensor>& lora_Bs) {
-  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
-  MergeRun run(call.params.dtype, call.layers);
+                 const std::vector<Tensor>& lora_Bs, const std::vector<int64_t>& seeds,
+                 const std::vector<int64_t>& first_rows) {
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
+  MergeRun run(call.params, call.layers);
   for (const MergeLayer& layer : call.layers) run.merge(layer);
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(const std::vector<Tensor>& weights,
-                                                                                const std::vector<Tensor>& lora_As,
-                                                                                const std::vector<Tensor>& lora_Bs) {
-  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
+    const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
+    const std::vector<int64_t>& seeds, const std::vector<int64_t>& first_rows) {
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
   const size_t num_layers = call.layers.size();
-  MergeRun run(call.params.dtype, call.layers);
+  MergeRun run(call.params, call.layers);
   Tensor non_finite = empty_int64({static_cast<int64_t>(num_layers)}, weights[0]);
   std::vector<Tensor> words, corrections;
   std::vector<int16_t*> layer_words;
@@ -64,9 +65,11 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
 
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
-                   const std::vector<Tensor>& corrections) {
-  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs, RecordArguments{words, corrections});
-  MergeRun run(call.params.dtype, call.layers);
+                   const std::vector<Tensor>& corrections, const std::vector<int64_t>& seeds,
+                   const std::vector<int64_t>& first_rows) {
+  const MergeCall call =
+      prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows, RecordArguments{words, corrections});
+  MergeRun run(call.params, call.layers);
   for (size_t i = 0; i < call.layers.size(); ++i) {
     RowRecords records{};
     if (!words.empty()) {

@@ -49,14 +49,14 @@ class RecordBuffer {
 // One call of a merge op. The constructor allocates all memory except that of records.
 class MergeRun {
  public:
-  MergeRun(DType dtype, const std::vector<MergeLayer>& layers)
-      : dtype_(dtype), kernels_(checked_kernels()), memory_(this_threads_memory()) {
+  MergeRun(const MergeParams& params, const std::vector<MergeLayer>& layers)
+      : params_(params), kernels_(checked_kernels()), memory_(this_threads_memory()) {
     int64_t panel_elements = 0;
     for (const MergeLayer& layer : layers) {
       panel_elements =
           std::max(panel_elements, product({merge_segments(layer.in_features), layer.rank, kMergeSegment}));
     }
-    panels_ = memory_.panels.at_least(product({panel_elements, dtype_size(accumulation_dtype(dtype))}));
+    panels_ = memory_.panels.at_least(product({panel_elements, dtype_size(accumulation_dtype(params.dtype))}));
     memory_.chunks.resize(std::max<size_t>(memory_.chunks.size(), torch::stable::get_num_threads()));
   }
   ~MergeRun() {
@@ -67,7 +67,7 @@ class MergeRun {
   }
 
   void merge(const MergeLayer& layer) {
-    for_rows(layer, [&](Chunk& chunk) { kernels_.merge(dtype_, layer, panels_, chunk.begin, chunk.end); });
+    for_rows(layer, [&](Chunk& chunk) { kernels_.merge(params_, layer, panels_, chunk.begin, chunk.end); });
   }
 
   // records.words: null where the layer has no record.
@@ -81,7 +81,7 @@ class MergeRun {
         chunk_records.num_corrections = std::max<int64_t>(records.num_corrections - before, 0);
         chunk_records.corrections += std::min(before, records.num_corrections);
       }
-      kernels_.unmerge(dtype_, layer, panels_, chunk.begin, chunk.end, chunk_records);
+      kernels_.unmerge(params_, layer, panels_, chunk.begin, chunk.end, chunk_records);
     });
   }
 
@@ -97,12 +97,12 @@ class MergeRun {
       chunk.records.clear();
       for (; chunk.done < chunk.end; chunk.done += std::min(block, chunk.end - chunk.done)) {
         const int64_t rows = std::min(block, chunk.end - chunk.done);
-        if (!chunk.scratch.reserve(merge_scratch_bytes(dtype_, rows, layer.in_features) / 2) ||
-            !chunk.records.reserve(most_record_words(dtype_, rows, layer.in_features))) {
+        if (!chunk.scratch.reserve(merge_scratch_bytes(params_.dtype, rows, layer.in_features) / 2) ||
+            !chunk.records.reserve(most_record_words(params_.dtype, rows, layer.in_features))) {
           break;
         }
         const NewRowRecords records{words + chunk.done * segments, chunk.records.end()};
-        const MergedRows merged = kernels_.merge_record(dtype_, layer, panels_, chunk.done, chunk.done + rows, records,
+        const MergedRows merged = kernels_.merge_record(params_, layer, panels_, chunk.done, chunk.done + rows, records,
                                                         chunk.scratch.begin());
         chunk.records.append(merged.words);
         chunk.non_finite += merged.non_finite;
@@ -145,7 +145,7 @@ class MergeRun {
     for_chunks([&](const Chunk& chunk) {
       const RowRecords records{words_ + chunk.begin * merge_segments(layer.in_features), chunk.records.begin(),
                                chunk.records.size()};
-      kernels_.unmerge(dtype_, layer, panels_, chunk.begin, chunk.done, records);
+      kernels_.unmerge(params_, layer, panels_, chunk.begin, chunk.done, records);
     });
     current_ = nullptr;
   }
@@ -170,7 +170,7 @@ class MergeRun {
   int64_t block_rows(const MergeLayer& layer) const {
     constexpr int64_t kBlockBytes = 2 << 20;
     constexpr int64_t kLeastRows = 4;
-    const int64_t fitting = kBlockBytes / std::max<int64_t>(layer.in_features * dtype_size(dtype_), 1);
+    const int64_t fitting = kBlockBytes / std::max<int64_t>(layer.in_features * dtype_size(params_.dtype), 1);
     return std::min(std::max(fitting, kLeastRows), kMergeBlockRows);
   }
 
@@ -179,7 +179,7 @@ class MergeRun {
   void for_rows(const MergeLayer& layer, const F& f) {
     constexpr int64_t kChunkElements = 32768;  // worth a thread
     torch::stable::parallel_for(0, merge_segments(layer.in_features), 8, [&](int64_t begin, int64_t end) {
-      kernels_.pack_merge(dtype_, layer, panels_, begin, end);
+      kernels_.pack_merge(params_.dtype, layer, panels_, begin, end);
     });
     const int64_t rows = layer.out_features;
     const int64_t threads = std::ssize(memory_.chunks);
@@ -205,7 +205,7 @@ class MergeRun {
     });
   }
 
-  DType dtype_;
+  const MergeParams& params_;
   const Kernels& kernels_;
   Memory& memory_;
   void* panels_;

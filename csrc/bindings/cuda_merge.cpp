@@ -46,8 +46,9 @@ std::optional<Tensor> attach_record(MergeCall& call, const std::vector<Tensor>& 
 }
 
 void lora_merge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
-                 const std::vector<Tensor>& lora_Bs) {
-  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
+                 const std::vector<Tensor>& lora_Bs, const std::vector<int64_t>& seeds,
+                 const std::vector<int64_t>& first_rows) {
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
   const DeviceGuard guard(weights[0].get_device_index());
   run(call, MergeMode::kMerge, weights[0]);
 }
@@ -59,8 +60,9 @@ Tensor zero_counts(size_t count, const Tensor& like) {
 }
 
 Tensor lora_merge_check(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
-                        const std::vector<Tensor>& lora_Bs) {
-  MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
+                        const std::vector<Tensor>& lora_Bs, const std::vector<int64_t>& seeds,
+                        const std::vector<int64_t>& first_rows) {
+  MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
   const DeviceGuard guard(weights[0].get_device_index());
   const Tensor non_finite = zero_counts(call.layers.size(), weights[0]);
   for (size_t i = 0; i < call.layers.size(); ++i) {
@@ -71,10 +73,10 @@ Tensor lora_merge_check(const std::vector<Tensor>& weights, const std::vector<Te
 }
 
 // Two passes: the first counts the words of the records, whose memory the host allocates. Waits for the GPU in between.
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(const std::vector<Tensor>& weights,
-                                                                                const std::vector<Tensor>& lora_As,
-                                                                                const std::vector<Tensor>& lora_Bs) {
-  MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
+    const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs,
+    const std::vector<int64_t>& seeds, const std::vector<int64_t>& first_rows) {
+  MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
   const DeviceGuard guard(weights[0].get_device_index());
   const auto num_layers = static_cast<int64_t>(call.layers.size());
   Tensor counts = zero_counts(2 * call.layers.size(), weights[0]);  // results that are not finite, then words
@@ -99,8 +101,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
 
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
-                   const std::vector<Tensor>& corrections) {
-  MergeCall call = prepare_merge(weights, lora_As, lora_Bs, RecordArguments{words, corrections});
+                   const std::vector<Tensor>& corrections, const std::vector<int64_t>& seeds,
+                   const std::vector<int64_t>& first_rows) {
+  MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows, RecordArguments{words, corrections});
   const DeviceGuard guard(weights[0].get_device_index());
   const auto ends = attach_record(call, words, corrections);
   run(call, MergeMode::kUnmerge, weights[0]);

@@ -22,10 +22,12 @@ struct RecordArguments {
 };
 
 inline MergeCall prepare_merge(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
-                               const std::vector<Tensor>& lora_Bs,
+                               const std::vector<Tensor>& lora_Bs, const std::vector<int64_t>& seeds,
+                               const std::vector<int64_t>& first_rows,
                                const std::optional<RecordArguments>& record = std::nullopt) {
   MergeCall call;
   std::vector<MemoryRegion> regions;
+  call.params.stochastic = !seeds.empty();
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     const int index = static_cast<int>(i);
@@ -37,6 +39,10 @@ inline MergeCall prepare_merge(const std::vector<Tensor>& weights, const std::ve
     layer.weight = weight.mutable_data_ptr();
     layer.weight_stride = weight.stride(0);
     layer.first_segment = call.num_segments;
+    if (call.params.stochastic) {
+      layer.seed = static_cast<uint64_t>(seeds[i]);
+      layer.first_row = first_rows[i];
+    }
     call.num_segments += layer.out_features * merge_segments(layer.in_features);
     // Also for a plan, which changes nothing: its result is valid for one update per weight only.
     add_region(regions, {"weight", index}, weight, true);

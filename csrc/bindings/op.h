@@ -68,7 +68,7 @@ constexpr bool is_same(std::string_view a, std::string_view b) {
   return same;
 }
 
-static_assert(count_arguments(schemas::kLoraMerge) == 3 && is_same(argument_name(schemas::kLoraMerge, 0), "weights"));
+static_assert(count_arguments(schemas::kLoraMerge) == 5 && is_same(argument_name(schemas::kLoraMerge, 0), "weights"));
 static_assert(is_same(argument_name(schemas::kLoraLinear, 6), "dropout_p"), "a default is no part of the name");
 static_assert(is_same(argument_name(schemas::kLoraLinearBackward, 9), "output_mask"), "nor is a length");
 

@@ -305,7 +305,8 @@ inline void check_merge_weight(const Tensor& weight, int index) {
 }
 
 inline void check_lora_merge(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
-                             const std::vector<Tensor>& lora_Bs) {
+                             const std::vector<Tensor>& lora_Bs, const std::vector<int64_t>& seeds,
+                             const std::vector<int64_t>& first_rows) {
   if (weights.empty()) refuse<refusals::kNoWeights>();
   if (lora_As.size() != weights.size() || lora_Bs.size() != weights.size()) {
     refuse<refusals::kMergeLengths>(weights.size(), lora_As.size(), "lora_As", lora_Bs.size(), "lora_Bs");
@@ -320,13 +321,24 @@ inline void check_lora_merge(const std::vector<Tensor>& weights, const std::vect
     }
     check_accumulation_dtype({"lora_A", index}, lora_As[i], dtype_of(weights[i]));
   }
+  if (seeds.empty() && first_rows.empty()) return;
+  if (seeds.size() != weights.size() || first_rows.size() != weights.size()) {
+    refuse<refusals::kMergeSeeds>(seeds.size(), first_rows.size(), weights.size(), weights.size());
+  }
+  if (dtype_size(dtype_of(weights[0])) != 2) {
+    refuse<refusals::kStochasticDtype>(ArgumentName{"weight", 0}, dtype_name(weights[0]));
+  }
+  for (const int64_t row : first_rows) {
+    if (row < 0) refuse<refusals::kNegative>("first_rows", row);
+  }
 }
 
 // words, corrections: each layer's, or empty lists.
 inline void check_lora_unmerge(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                                const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
-                               const std::vector<Tensor>& corrections) {
-  check_lora_merge(weights, lora_As, lora_Bs);
+                               const std::vector<Tensor>& corrections, const std::vector<int64_t>& seeds,
+                               const std::vector<int64_t>& first_rows) {
+  check_lora_merge(weights, lora_As, lora_Bs, seeds, first_rows);
   if (words.empty() && corrections.empty()) return;
   if (words.size() != weights.size() || corrections.size() != weights.size()) {
     refuse<refusals::kMergeLengths>(weights.size(), words.size(), "words", corrections.size(), "corrections");

@@ -4,9 +4,14 @@
 // concatenated along the rank.
 //
 //   update d[n, k] = fma(B[n, R-1], A[R-1, k], ... fma(B[n, 1], A[1, k], fma(B[n, 0], A[0, k], 0)))   in acc
-//   merged         = round(acc(weight) + d)                rounded to nearest even, in the weight's dtype
-//   candidate      = round(acc(merged) - d)                what unmerging computes from the merged weight
+//   merged         = round(acc(weight) + d)                in the weight's dtype
+//   candidate      = round'(acc(merged) - d)               what unmerging computes from the merged weight
 //   correction     = ordered(weight) - ordered(candidate)  in units in the last place: usually 0, sometimes +-1
+//
+// round and round' are to nearest even, or, for 16-bit weights, stochastic (merge_rounding.h): round with an element's
+// random number n, round' with 65535 - n. Where nothing else rounds, merged is weight + d plus n units of 2^-16 cut
+// off, so that merged - d plus 65535 - n of them cut off is weight again: the records of both kinds of merges are
+// short.
 //
 // Every step is one IEEE operation in a fixed order, so that all devices, instruction sets and tile sizes agree, and a
 // weight merged on one device can be unmerged on another. csrc/common/merge_record.h says how corrections are stored.
@@ -18,6 +23,7 @@
 
 #include "dtype.h"
 #include "merge_record.h"
+#include "merge_rounding.h"
 
 namespace lora_ext {
 
@@ -32,6 +38,7 @@ enum class MergeMode {
 struct MergeParams {
   const int64_t* ends;  // [segments]: running sum of words over all layers; null: no layer has corrections
   DType dtype;
+  bool stochastic;  // 16-bit weights only
 };
 
 struct MergeLayer {
@@ -46,6 +53,9 @@ struct MergeLayer {
   int64_t* num_words;   // [1]: the sum of words is added
   int64_t weight_stride, num_corrections;
   int64_t first_segment;  // index of this layer's first segment in ends
+  // Of a stochastic merge: the key of its random numbers, and the first row's place in the whole weight.
+  uint64_t seed;
+  int64_t first_row;
 };
 
 // The range of a segment's record in its layer's corrections.

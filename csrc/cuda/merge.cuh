@@ -14,7 +14,7 @@
 
 namespace lora_ext::cuda {
 
-constexpr int kMaxMergeLayers = 32;  // in one launch: as many as fit in 4 KB of kernel parameters
+constexpr int kMaxMergeLayers = 31;  // in one launch: as many as fit in 4 KB of kernel parameters
 
 struct MergeLaunch {
   struct Layer : MergeLayer {
@@ -64,6 +64,10 @@ constexpr int lanes_in_a_bank() {
 template <class T, MergeMode kMode>
 constexpr int kRowsAhead = sizeof(T) == 2 && kMode == MergeMode::kMergeRecord ? 0 : MergeTraits<T>::kWarpRows;
 
+// Rows of a tile that a warp loads only when it merges them, for the same reason: random numbers need registers, too.
+template <MergeMode kMode, class Rounding>
+constexpr int kRowsLate = std::is_same_v<Rounding, Stochastic> && kMode == MergeMode::kMergeRecord ? 2 : 0;
+
 // Returns the place of a column in a row of lora_A's tile: in the order in which lanes read it, 16 bytes each, chunk by
 // chunk.
 template <class T>
@@ -91,13 +95,13 @@ __device__ __forceinline__ void add_count(int64_t* total, int count) {
 
 // Counts a lane's elements of one row's segment [cols]. In the low twenty bits: words of the sparse record. Above:
 // results that are not finite.
-template <class T>
+template <class T, class Rounding>
 __device__ __forceinline__ int count_lane(const LaneElements<T>& original, const LaneElements<T>& merged,
-                                          const Acc<T> (&update)[8], int cols, int lane) {
+                                          const Acc<T> (&update)[8], const Rounding& rounding, int cols, int lane) {
   int counts = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const Word<T> was = original.word(i), candidate = word_of<T>(element_of<T>(merged.word(i)), -update[i]);
+    const Word<T> was = original.word(i), candidate = candidate_of<T>(merged.word(i), update[i], rounding, i);
     counts += correction_words(correction_of(was, candidate));
     // Beyond cols lora_A is zero, but infinity times zero is NaN.
     if (!is_finite_word<T>(merged.word(i)) && LaneElements<T>::column(lane, i) < cols) counts += 1 << 20;
@@ -106,17 +110,19 @@ __device__ __forceinline__ int count_lane(const LaneElements<T>& original, const
 }
 
 // Writes the sparse record of one row's segment: [words].
-template <class T>
+template <class T, class Rounding>
 __device__ __forceinline__ void write_record(uint16_t* record, int words, const LaneElements<T>& original,
-                                             const LaneElements<T>& merged, const Acc<T> (&update)[8], int lane) {
+                                             const LaneElements<T>& merged, const Acc<T> (&update)[8],
+                                             const Rounding& rounding, int lane) {
   constexpr int kVec = LaneElements<T>::kVec;
   int front = 0;  // corrections of earlier columns
 #pragma unroll
   for (int group = 0; group < 8 / kVec; ++group) {
     // Computed twice: eight corrections more would not fit in registers. Larger ones are not in sparse records.
     const auto correction_at = [&](int i) {
-      const Word<T> candidate = word_of<T>(element_of<T>(merged.word(group * kVec + i)), -update[group * kVec + i]);
-      return static_cast<int>(correction_of(original.word(group * kVec + i), candidate));
+      const int at = group * kVec + i;
+      const Word<T> candidate = candidate_of<T>(merged.word(at), update[at], rounding, at);
+      return static_cast<int>(correction_of(original.word(at), candidate));
     };
     int count = 0;
 #pragma unroll
@@ -157,19 +163,19 @@ __device__ __forceinline__ void apply_record(const MergeParams& p, const MergeLa
 
 // Counts, merges or unmerges one row's segment with its updates. weight [cols]: the row's place in memory, original:
 // its elements. Returns the words that it counted for the segment's record.
-template <class T, MergeMode kMode>
+template <class T, MergeMode kMode, class Rounding>
 __device__ __forceinline__ int finish_row(const MergeParams& p, const MergeLaunch::Layer& layer, int64_t segment,
                                           T* weight, int cols, const LaneElements<T>& original,
-                                          const Acc<T> (&update)[8], int lane) {
+                                          const Acc<T> (&update)[8], const Rounding& rounding, int lane) {
   constexpr int kElementWords = sizeof(T) / 2;
   LaneElements<T> result;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const T element = element_of<T>(original.word(i));
-    result.set(i, word_of<T>(element, kMode == MergeMode::kUnmerge ? -update[i] : update[i]));
+    result.set(i, kMode == MergeMode::kUnmerge ? candidate_of<T>(original.word(i), update[i], rounding, i)
+                                               : rounding.template round<T>(sum_of<T>(original.word(i), update[i]), i));
   }
   if constexpr (kMode == MergeMode::kPlan) {
-    int counts = count_lane(original, result, update, cols, lane);
+    int counts = count_lane(original, result, update, rounding, cols, lane);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) counts += __shfl_xor_sync(0xFFFFFFFFu, counts, step);
     const int words = static_cast<int>(record_words(counts & 0xFFFFF, cols, kElementWords));
@@ -189,14 +195,14 @@ __device__ __forceinline__ int finish_row(const MergeParams& p, const MergeLaunc
     } else if (is_whole) {
       original.store_as_words(record, cols, lane);
     } else if (words > 0) {
-      write_record(record, words, original, result, update, lane);
+      write_record(record, words, original, result, update, rounding, lane);
     }
   }
   result.store(weight, cols, layer.aligned, lane);
   return 0;
 }
 
-template <class T, MergeMode kMode>
+template <class T, MergeMode kMode, class Rounding>
 __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlocks)
     merge_kernel(const __grid_constant__ MergeLaunch p) {
   ptx::wait_for_earlier_launches();
@@ -220,7 +226,7 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
   const A* lora_A = static_cast<const A*>(layer.lora_A) + col0;
   const A* lora_B = static_cast<const A*>(layer.lora_B);
 
-  constexpr int kAhead = kRowsAhead<T, kMode>;
+  constexpr int kAhead = kRowsAhead<T, kMode>, kEarly = kWarpRows - kRowsLate<kMode, Rounding>;
   LaneElements<T> original[kWarpRows], next[kAhead > 0 ? kAhead : 1];
   auto load_row = [&](int row, LaneElements<T>& elements) {
     const T* weight = static_cast<const T*>(layer.weight) + row * layer.weight_stride + col0;
@@ -238,7 +244,7 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
     for (int i = 0; i < kWarpRows; ++i) {
       if (i < kAhead) {
         original[i] = next[i];
-      } else {
+      } else if (i < kEarly) {
         load_row(warp_row + i, original[i]);
       }
     }
@@ -288,7 +294,9 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i, row += layer.weight_stride) {
       if (warp_row + i < out_features) {
-        words += finish_row<T, kMode>(p.params, layer, segment, row, cols, original[i], update[i], lane);
+        if (i >= kEarly) load_row(warp_row + i, original[i]);
+        const Rounding rounding(layer, warp_row + i, col0 / 8 + lane);
+        words += finish_row<T, kMode>(p.params, layer, segment, row, cols, original[i], update[i], rounding, lane);
         segment += segments;  // step by step: four at once would not fit in registers
       }
     }
@@ -317,6 +325,14 @@ bool takes_16_bytes(const MergeLayer& layer) {
   return reinterpret_cast<uintptr_t>(layer.weight) % 16 == 0 && strides_fit;
 }
 
+template <class T, class Rounding>
+auto merge_kernel_of(MergeMode mode) {
+  return mode == MergeMode::kPlan          ? &merge_kernel<T, MergeMode::kPlan, Rounding>
+         : mode == MergeMode::kMerge       ? &merge_kernel<T, MergeMode::kMerge, Rounding>
+         : mode == MergeMode::kMergeRecord ? &merge_kernel<T, MergeMode::kMergeRecord, Rounding>
+                                           : &merge_kernel<T, MergeMode::kUnmerge, Rounding>;
+}
+
 template <class T>
 void launch_merge_of(MergeMode mode, const MergeParams& params, const MergeLayer* layers, int64_t num_layers,
                      const GpuStream& stream) {
@@ -334,10 +350,10 @@ void launch_merge_of(MergeMode mode, const MergeParams& params, const MergeLayer
     num_blocks += ceil_div(layers[i].out_features, MergeTraits<T>::kTileRows * p.tiles_per_block) *
                   merge_segments(layers[i].in_features);
   }
-  const auto kernel = mode == MergeMode::kPlan          ? &merge_kernel<T, MergeMode::kPlan>
-                      : mode == MergeMode::kMerge       ? &merge_kernel<T, MergeMode::kMerge>
-                      : mode == MergeMode::kMergeRecord ? &merge_kernel<T, MergeMode::kMergeRecord>
-                                                        : &merge_kernel<T, MergeMode::kUnmerge>;
+  auto kernel = merge_kernel_of<T, Nearest>(mode);
+  if constexpr (sizeof(T) == 2) {
+    if (params.stochastic) kernel = merge_kernel_of<T, Stochastic>(mode);
+  }
   launch(kernel, make_grid(num_blocks), MergeTraits<T>::kThreads, 0, stream, p);
 }
 

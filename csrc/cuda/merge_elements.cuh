@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../common/merge_record.h"
+#include "../common/merge_params.h"
 #include "elements.cuh"
 
 namespace lora_ext::cuda {
@@ -36,10 +36,70 @@ template <class T>
 __device__ __forceinline__ Word<T> word_of(T element) {
   return bits_of(element);
 }
-// round(acc(element) + update)
+
+// --- how a merge rounds its sums ---
+
+struct Nearest {
+  __device__ Nearest(const MergeLayer&, int, int) {}
+
+  template <class T>
+  __device__ __forceinline__ Word<T> round(Acc<T> sum, int) const {
+    return bits_of(from_acc<T>(sum));
+  }
+  template <class T>
+  __device__ __forceinline__ Word<T> round_back(Acc<T> sum, int) const {
+    return bits_of(from_acc<T>(sum));
+  }
+};
+
+// Keeps the compiler from computing with `value` before the stores so far: with the random numbers of the next rows at
+// hand, too, a thread's registers would not suffice.
+__device__ __forceinline__ int after_stores(int value) {
+  asm volatile("" : "+r"(value)::"memory");
+  return value;
+}
+
+// A lane's eight columns have one Philox block.
+struct Stochastic {
+  Philox4x32 words;
+
+  __device__ Stochastic(const MergeLayer& layer, int row, int block)
+      : words(rounding_words(layer.seed, layer.first_row + after_stores(row), static_cast<uint32_t>(block))) {}
+
+  // With the number n of column i, or with 65535 - n.
+  template <class T>
+  __device__ __forceinline__ Word<T> round(float sum, int i) const {
+    return round_with<T>(sum, rounding_number(words, i));
+  }
+  template <class T>
+  __device__ __forceinline__ Word<T> round_back(float sum, int i) const {
+    return round_with<T>(sum, rounding_number(words, i) ^ 0xFFFFu);
+  }
+
+  template <class T>
+  static __device__ __forceinline__ Word<T> round_with(float sum, uint32_t number) {
+    const uint32_t bits = __float_as_uint(sum), magnitude = bits & 0x7FFFFFFFu;
+    if (magnitude > 0x7F800000u) return bits_of(from_acc<T>(sum));  // NaN
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return stochastic_bfloat16(bits, number);
+    } else {
+      const float rounded = __uint_as_float(magnitude) < kLeastNormalHalf
+                                ? stochastic_small_half(__uint_as_float(magnitude), number)
+                                : __uint_as_float(stochastic_normal_half(magnitude, number));
+      return static_cast<Word<T>>(bits_of(from_acc<T>(rounded)) | (bits >> 31) << 15);
+    }
+  }
+};
+
+// acc(weight) + update
 template <class T>
-__device__ __forceinline__ Word<T> word_of(T element, Acc<T> update) {
-  return bits_of(from_acc<T>(to_acc(element) + update));
+__device__ __forceinline__ Acc<T> sum_of(Word<T> weight, Acc<T> update) {
+  return to_acc(element_of<T>(weight)) + update;
+}
+// What unmerging computes from a merged element.
+template <class T, class Rounding>
+__device__ __forceinline__ Word<T> candidate_of(Word<T> merged, Acc<T> update, const Rounding& rounding, int i) {
+  return rounding.template round_back<T>(sum_of<T>(merged, -update), i);
 }
 
 template <class T>

@@ -16,12 +16,12 @@ def _flops(weights, lora_As, *_, **__) -> int:
 
 
 @register_op("lora_merge_check", flops=_flops)
-def _(weights, lora_As, lora_Bs):
+def _(weights, lora_As, lora_Bs, seeds, first_rows):
     return weights[0].new_empty((len(weights),), dtype=torch.int64)
 
 
 @register_op("lora_merge_record_", flops=_flops)
-def _(weights, lora_As, lora_Bs):
+def _(weights, lora_As, lora_Bs, seeds, first_rows):
     num_corrections = [torch.library.get_ctx().new_dynamic_size() for _ in weights]
     return (
         weights[0].new_empty((len(weights),), dtype=torch.int64),
@@ -37,9 +37,9 @@ for _name in ("lora_merge_", "lora_unmerge_"):
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def _lora_merge_check_autograd(weights, lora_As, lora_Bs):
+def _lora_merge_check_autograd(*arguments):
     with below_autograd():  # it returns counts
-        return op_named("lora_merge_check")(weights, lora_As, lora_Bs)
+        return op_named("lora_merge_check")(*arguments)
 
 
 def refuse_weight_that_requires_grad(op: str, *weights: torch.Tensor) -> None:

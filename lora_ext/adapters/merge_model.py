@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -20,9 +20,10 @@ from lora_ext._common.warnings import warn_user
 from lora_ext.adapters.calibration import Batch, collect_inputs
 from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
 from lora_ext.matching.path_names import Parents
+from lora_ext.merging.errors import MergeError
 from lora_ext.merging.feedback import LayerInputs
-from lora_ext.merging.layers import change_merged, merge_for_good, stored_matrices
-from lora_ext.merging.quantized import MergeError
+from lora_ext.merging.layers import Outcome, change_merged, merge_error, merge_for_good, stored_matrices
+from lora_ext.merging.rounding import LayerSeed, stochastic_seed
 from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import (
     BareModel,
@@ -37,6 +38,7 @@ from lora_ext.nn.trainable_tokens import TrainableTokens
 from lora_ext.nn.trained import TrainedModule
 
 _LARGE_ERROR = 0.1  # of the update
+_LEAST_KEPT = 0.95  # of the update
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Chosen = dict[str, tuple[LoraLayer, set[str]]]  # by path: a layer, and the adapters meant in it
@@ -45,7 +47,12 @@ Chosen = dict[str, tuple[LoraLayer, set[str]]]  # by path: a layer, and the adap
 @checked
 @one_at_a_time
 def merge(
-    model: ModelT, adapter_names: str | Iterable[str] | None = None, *, calibration: Iterable[object] | None = None
+    model: ModelT,
+    adapter_names: str | Iterable[str] | None = None,
+    *,
+    calibration: Iterable[object] | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> ModelT:
     """Adds adapters to their base weights in place: the model then runs at the base model's speed.
 
@@ -64,6 +71,11 @@ def merge(
             dict), a tensor, or a tuple of them. Quantised weights are then rounded so that the layers' outputs on them
             change least (error feedback; Frantar et al. 2022, arXiv 2210.17323), which keeps most of an update that
             nearest rounding loses. The model runs on them in eval mode; a copy of every layer's input is held.
+        rounding: "nearest", or "stochastic" for bfloat16 and float16 weights: up or down at random, so that the mean
+            of the merged weights is the exact sum. Nearest rounding loses an update that is small against the weights'
+            resolution, as early in reinforcement learning.
+        seed: of "stochastic", 64 bits. The random numbers depend on it, on the layer's path and on an element's
+            position: on every device the merged bits are the same.
 
     Warns:
         UserWarning: in a quantised layer the error is more than a tenth of the update; or no batch reaches a layer,
@@ -73,11 +85,14 @@ def merge(
         ValueError: there is no LoRA layer; a base layer has hooks or a forward of its own; a base weight is tied to
             another module, which would change with it (a language model's head and embedding); an element would
             become NaN or infinite; a ``lora_bias`` would go into a trained bias (``bias``); ``calibration`` is empty,
-            gives a layer NaN, or no weight is quantised.
+            gives a layer NaN, or no weight is quantised; ``rounding`` is "stochastic" for a quantised weight, a DoRA
+            adapter or columns split over ranks.
+        TypeError: ``rounding`` is "stochastic" for float32 or float64.
         KeyError: no layer has an adapter of that name.
         RuntimeError: an adapter is merged already, or disabled; a parametrization computes a base weight; two base
             weights share memory.
     """
+    stochastic = stochastic_seed("merge", rounding, seed)
     layers = _all_lora_modules("merge", model)
     wanted = _chosen("merge", layers, adapter_names, "active_adapters")
     _check_some_are_active("merge", layers, wanted)
@@ -86,8 +101,9 @@ def merge(
     _check_mergeable("merge", wanted)
     _check_untied("merge", model, wanted)
     _check_biases(model, wanted)
-    errors = _merge_next_to_merged(wanted, _inputs("merge", model, wanted, calibration))
-    _warn_of_errors("merge", errors)
+    inputs = _inputs("merge", model, wanted, calibration)
+    outcomes = _merge_next_to_merged(wanted, inputs, _seeds(wanted, stochastic))
+    _warn_of_errors("merge", _where(wanted), outcomes)
     return model
 
 
@@ -126,15 +142,23 @@ def merge_record_bytes(model: nn.Module) -> int:
 
 @checked
 def merge_errors(model: nn.Module) -> dict[str, MergeError]:
-    """Returns, by path, what quantising again lost of the updates that are merged into quantised layers now."""
-    merged = {path: layer._merged for path, layer in lora_modules(model) if layer._merged is not None}
-    return {path: state.error for path, state in merged.items() if state.error is not None}
+    """Returns, by path, what rounding lost of the updates that are merged into the model's layers now.
+
+    Not of DoRA adapters on plain weights. Of a plain weight it takes a copy, and about the time of two merges.
+    """
+    errors = {path: merge_error(layer) for path, layer in lora_modules(model) if layer._merged is not None}
+    return {path: error for path, error in errors.items() if error is not None}
 
 
 @checked
 @one_at_a_time
 def merge_and_unload(
-    model: ModelT, adapter_names: str | Iterable[str] | None = None, *, calibration: Iterable[object] | None = None
+    model: ModelT,
+    adapter_names: str | Iterable[str] | None = None,
+    *,
+    calibration: Iterable[object] | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
 ) -> ModelT:
     """Merges adapters for good and puts each base layer back, which gives a plain model.
 
@@ -147,6 +171,7 @@ def merge_and_unload(
         :class:`~lora_ext.AdapterPool`. The model is then unchanged.
     """
     caller = "merge_and_unload"
+    stochastic = stochastic_seed(caller, rounding, seed)
     layers = _all_lora_modules(caller, model)
     some_merged = any(layer.is_merged for layer in layers.values())
     chosen = _chosen(caller, layers, adapter_names, "active_adapters")
@@ -160,12 +185,13 @@ def merge_and_unload(
         raise RuntimeError(f"{caller}: the model has an AdapterPool; call pool.close() first, and make one again after")
     _check_untied(caller, model, wanted, unloads=True)
     inputs = _inputs(caller, model, wanted, calibration)
+    seeds = _seeds(wanted, stochastic)
     if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
-        errors = _merge_next_to_merged(wanted, inputs)
+        outcomes = _merge_next_to_merged(wanted, inputs, seeds)
     else:
-        errors = merge_for_good("merge", dict(wanted.values()), _where(wanted), inputs)
+        outcomes = merge_for_good("merge", dict(wanted.values()), _where(wanted), inputs, seeds)
     _unload(model, merged=True)
-    _warn_of_errors(caller, errors)
+    _warn_of_errors(caller, _where(wanted), outcomes)
     return model
 
 
@@ -253,15 +279,21 @@ def _inputs(
     return collect_inputs(caller, model, layers, calibration)
 
 
-def _merge_next_to_merged(wanted: Chosen, inputs: Mapping[LoraLayer, LayerInputs]) -> list[MergeError]:
-    """Merges ``wanted`` in addition to what is merged. Returns the errors of quantising again."""
+def _seeds(wanted: Chosen, seed: int | None) -> dict[LoraLayer, LayerSeed | None]:
+    return {layer: None if seed is None else LayerSeed(seed, path) for path, (layer, _) in wanted.items()}
+
+
+def _merge_next_to_merged(
+    wanted: Chosen, inputs: Mapping[LoraLayer, LayerInputs], seeds: Mapping[LoraLayer, LayerSeed | None]
+) -> dict[LoraLayer, Outcome]:
+    """Merges ``wanted`` in addition to what is merged."""
     names_of = {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}
-    change_merged("merge", names_of, _where(wanted), inputs)
-    return [layer._merged.error for layer in names_of if layer._merged.error is not None]
+    return change_merged("merge", names_of, _where(wanted), inputs, seeds)
 
 
-def _warn_of_errors(caller: str, errors: Collection[MergeError]) -> None:
-    """Warns if quantising again lost a large part of an update."""
+def _warn_of_errors(caller: str, where: Mapping[LoraLayer, str], outcomes: Mapping[LoraLayer, Outcome]) -> None:
+    """Warns if rounding lost a part of an update."""
+    errors = [outcome.error for outcome in outcomes.values() if outcome.error is not None]
     of_update = [error.of_update for error in errors]
     if max(of_update, default=0.0) > _LARGE_ERROR:
         warn_user(
@@ -269,6 +301,15 @@ def _warn_of_errors(caller: str, errors: Collection[MergeError]) -> None:
             f"of the update (median; at most {max(of_update):.0%}); merge_errors(model) has them by layer. Batches of "
             "the task (calibration=) keep more of it; to lose nothing, run unmerged, or load the adapter into the "
             "dequantised model (model.dequantize())"
+        )
+    rounded = {layer: outcome for layer, outcome in outcomes.items() if outcome.error is None}
+    worst = sorted((outcome.kept, where[layer]) for layer, outcome in rounded.items() if outcome.kept < _LEAST_KEPT)
+    if worst:
+        dtype = str(next(iter(rounded.values())).dtype).removeprefix("torch.")
+        layers = ", ".join(f"{kept:.0%}{path}" for kept, path in worst[:3])
+        warn_user(
+            f"{caller}: rounding to {dtype} keeps less than {_LEAST_KEPT:.0%} of the update in {len(worst)} of "
+            f"{len(rounded)} layers ({layers}); rounding='stochastic' keeps it in the mean"
         )
 
 

@@ -22,6 +22,7 @@ from lora_ext.checkpoints.contents import AdapterContents, open_adapter
 from lora_ext.files.adapter_file import METHOD_FILE
 from lora_ext.files.reading import open_tensors, read_json
 from lora_ext.files.writing import check_new, new_directory, stream_tensors
+from lora_ext.merging.rounding import Draws, LayerSeed, draws_for, stochastic_seed
 from lora_ext.merging.weights import merge_all_, pack_factors
 
 BLOCK_BYTES = 8 << 20
@@ -50,6 +51,8 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     fan_in_fan_out: bool | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
     show_progress: bool = False,
 ) -> MergeReport:
     """Writes the checkpoint ``base`` with ``adapters`` merged into it to the new directory ``out``.
@@ -65,18 +68,22 @@ def merge(
         weights: factor of each adapter's updates; None for 1.
         dtype: convert floating-point tensors to it. Updates are added before, in the wider of the two dtypes.
         fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
+        rounding, seed: as of :func:`lora_ext.merge`. "stochastic" is for tensors that are stored as bfloat16 or
+            float16, and stay so.
 
     Raises:
         FileNotFoundError: a file is missing.
         FileExistsError: ``out`` exists, and is not an empty directory.
         ValueError: a file is corrupted; an adapter is a part of a method that has others, or does not fit (the message
-            lists every misfit); a result is not finite.
+            lists every misfit); a result is not finite; a tensor cannot be rounded stochastically.
         OSError: the disk is too small, or cannot be written.
     """
-    begin = time.perf_counter()
+    begin, stochastic = time.perf_counter(), stochastic_seed("merge", rounding, seed)
     checkpoint, out = Checkpoint.open(base), Path(out).absolute()
     contents = _open_adapters(adapters, weights)
     changes = find_changes(checkpoint, contents, fan_in_fan_out=fan_in_fan_out, weights=weights)
+    if stochastic is not None:
+        _check_rounds_stochastically(changes, dtype)
     check_new(out, "merge")
     table = {key: (change.dtype_as(dtype), change.shape) for key, change in changes.items()}
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in table.values())
@@ -86,7 +93,7 @@ def merge(
     with new_directory(out, "merge") as staging, Progress("merge", total, show=show_progress) as shown:
 
         def blocks(key: str) -> Iterator[Tensor]:
-            for block in merged_blocks(changes[key], key, checkpoint, dtype):
+            for block in merged_blocks(changes[key], key, checkpoint, dtype, stochastic):
                 yield block
                 shown.advance(block.nbytes)
 
@@ -123,8 +130,13 @@ def merge(
 # --- the values -------------------------------------------------------------------------------------------------------
 
 
-def merged_blocks(change: TensorChange, key: str, base: Checkpoint, dtype: torch.dtype | None) -> Iterator[Tensor]:
-    """Computes a tensor of the result, some rows at a time. ValueError: a result is NaN or infinite."""
+def merged_blocks(
+    change: TensorChange, key: str, base: Checkpoint, dtype: torch.dtype | None, seed: int | None
+) -> Iterator[Tensor]:
+    """Computes a tensor of the result, some rows at a time. ValueError: a result is NaN or infinite.
+
+    seed: of stochastic rounding, or None.
+    """
     stored, out = change.dtype, change.dtype_as(dtype)
     work = torch.promote_types(stored, out)
     columns = math.prod(change.shape[1:])
@@ -139,8 +151,15 @@ def merged_blocks(change: TensorChange, key: str, base: Checkpoint, dtype: torch
             part = slice(begin, min(begin + step, height))
             block = _source(change, base, columns, number * height + part.start, number * height + part.stop).to(work)
             if A is not None:
-                merge_all_("merge", [block], [A], [B[part]], [key], record=False)
+                draws = None if seed is None else [_draws(seed, key, number, len(matrices), part.start)]
+                merge_all_("merge", [block], [A], [B[part]], [key], record=False, draws=draws)
             yield _converted(block, out, key)
+
+
+def _draws(seed: int, key: str, number: int, matrices: int, first_row: int) -> Draws:
+    """Returns the random numbers of rows of a matrix: those of ``lora_ext.merge`` in the model with these names."""
+    path, _, name = key.rpartition(".")
+    return draws_for(LayerSeed(seed, path), name if matrices == 1 else f"{name}[{number}]", first_row)
 
 
 def _source(change: TensorChange, base: Checkpoint, columns: int, begin: int, end: int) -> Tensor:
@@ -181,6 +200,16 @@ def _open_adapters(
     for directory in map(Path, adapters):
         _check_method(directory)
     return [open_adapter(one, caller="merge") for one in adapters]
+
+
+def _check_rounds_stochastically(changes: Mapping[str, TensorChange], dtype: torch.dtype | None) -> None:
+    """Refuses tensors that do not stay in 16 bits."""
+    for key, change in changes.items():
+        if change.terms and not (change.dtype == change.dtype_as(dtype) and change.dtype.itemsize == 2):
+            raise ValueError(
+                f"merge: {key} is stored as {change.dtype} and becomes {change.dtype_as(dtype)}; stochastic rounding "
+                "is for tensors that stay bfloat16 or float16: leave it out, or convert the checkpoint before"
+            )
 
 
 def _check_method(directory: Path) -> None:

@@ -25,6 +25,9 @@ def main(argv: list[str]) -> None:
     add("--dtype", type=dtype, help="convert floating-point tensors: float32, bfloat16, float16 or float64")
     text = "layout of square weights that no other weight decides: [in, out] as in Conv1D, or [out, in]"
     add("--fan-in-fan-out", action=argparse.BooleanOptionalAction, help=text)
+    text = "stochastic: up or down at random, which keeps updates that are small against the weights' resolution"
+    add("--rounding", choices=("nearest", "stochastic"), default="nearest", help=text)
+    add("--seed", type=int, default=0, metavar="N", help="of --rounding stochastic (default: 0)")
     add("--json", action="store_true", help="print the report as JSON")
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from lora_ext._common.sharded import any_rank, is_sharded, local, part_like, whole
 from lora_ext._ops.checks import check_merge_layer
+from lora_ext.merging.errors import ErrorSums, MergeError, Sample, kept_by
 from lora_ext.merging.feedback import LayerInputs
 from lora_ext.merging.quantized import (
-    MergeError,
     QuantizedRecord,
     check_restorable,
     copied,
     merge_quantized_,
     restore,
 )
+from lora_ext.merging.rounding import Draws, LayerSeed, check_rounds_stochastically, draws_for
 from lora_ext.merging.weights import (
     MergeRecord,
     check_unmerge,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 Factors = tuple[Tensor, Tensor, float]  # lora_A [r, cols], lora_B [rows, r], scaling
 Inputs = Mapping["Mergeable", LayerInputs]
+Seeds = Mapping["Mergeable", LayerSeed | None]
 
 
 class Mergeable(Protocol):
@@ -93,22 +95,33 @@ class MergeState:
     Attributes:
         names: sorted.
         matrices: by key, the layer's matrices that contain an update.
+        seed: of the random numbers that rounded the weights, or None: to nearest.
         lost: why the weights can no longer be restored, or None.
     """
 
     names: tuple[str, ...]
     matrices: Mapping[str, MergedMatrix]
+    seed: LayerSeed | None = None
     lost: str | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(matrix.record.nbytes for matrix in self.matrices.values())
 
-    @property
-    def error(self) -> MergeError | None:
-        """The error of quantising the layer's weight again, or None if it is not quantised."""
-        records = (matrix.record for matrix in self.matrices.values())
-        return next((record.error for record in records if isinstance(record, QuantizedRecord)), None)
+
+class Outcome(NamedTuple):
+    """What rounding did to a layer's update.
+
+    Attributes:
+        error: of quantising its weight again, or None if it is not quantised.
+        kept: :attr:`MergeError.kept`, for 16-bit weights that are rounded to nearest an estimate from some rows of the
+            first one; 1 for others, where rounding takes nothing away.
+        dtype: the weight's.
+    """
+
+    error: MergeError | None
+    kept: float
+    dtype: torch.dtype
 
 
 @dataclasses.dataclass(eq=False)
@@ -121,7 +134,9 @@ class _Target:
         sharded: the DTensor, if the view is this rank's part of one.
         factors: the packed updates.
         ranks: by adapter name, sorted.
+        draws: the random numbers that round the matrix, or None: to nearest.
         record: restores the matrix, once it is merged.
+        kept: of a plain matrix that was sampled, the share of its update that rounding kept.
     """
 
     layer: Mergeable
@@ -131,7 +146,9 @@ class _Target:
     sharded: Tensor | None
     factors: tuple[Tensor, Tensor]
     ranks: dict[str, int]
+    draws: Draws | None
     record: MergeRecord | QuantizedRecord | None = None
+    kept: float = 1.0
 
 
 @torch.no_grad()
@@ -140,19 +157,25 @@ def change_merged(
     wanted: Mapping[Mergeable, Collection[str]],
     where: Mapping[Mergeable, str],
     inputs: Inputs = MappingProxyType({}),
-) -> None:
+    seeds: Seeds = MappingProxyType({}),
+) -> dict[Mergeable, Outcome]:
     """Merges exactly the adapters ``wanted`` into each layer; on an error, all layers stay as they are.
 
-    Adapters that stay merged keep the values they were merged with. ``where`` names each layer in messages, after "the
-    weight": " of 'path'", or nothing. ``inputs``: of layers whose quantised weights are rounded for these inputs.
+    Adapters that stay merged keep the values they were merged with.
+
+    Args:
+        where: names each layer in messages, after "the weight": " of 'path'", or nothing.
+        inputs: of layers whose quantised weights are rounded for these inputs.
+        seeds: how each layer is rounded: stochastically with this seed, or to nearest. Others as they are merged now.
 
     Raises:
         ValueError: a result would be NaN or infinite, or an update cannot be merged.
         RuntimeError: a weight was converted to another dtype while merged, is offloaded or shares memory with another
             one, or a parametrization computes it.
     """
+    seeds = {layer: seeds.get(layer, layer._merged and layer._merged.seed) for layer in wanted}
     merged = _find_merged(caller, wanted, where)
-    targets = _find_targets(caller, wanted, where)
+    targets = _find_targets(caller, wanted, where, seeds)
     before = {layer: layer._merged for layer in wanted}
     launches = prepare_unmerge(caller, merged.views, merged.records, merged.labels)
     merged_bytes = [copied(weight) for weight in merged.quantized]
@@ -173,9 +196,10 @@ def change_merged(
     for target in targets:
         matrices[target.layer][target.key] = MergedMatrix(target.ranks, target.record)
     for layer, held in matrices.items():
-        layer._merged = MergeState(tuple(sorted(wanted[layer])), held)
+        layer._merged = MergeState(tuple(sorted(wanted[layer])), held, seeds[layer])
     for layer in wanted:
         layer.active.changes += 1
+    return _outcomes(targets)
 
 
 @torch.no_grad()
@@ -184,18 +208,48 @@ def merge_for_good(
     wanted: Mapping[Mergeable, Collection[str]],
     where: Mapping[Mergeable, str],
     inputs: Inputs = MappingProxyType({}),
-) -> list[MergeError]:
+    seeds: Seeds = MappingProxyType({}),
+) -> dict[Mergeable, Outcome]:
     """Merges the adapters ``wanted`` into each layer, without a record. No layer has merged adapters yet.
-
-    Returns:
-        The errors that quantising again left, one for each quantised weight.
 
     Errors are those of :func:`change_merged`; all layers are then unchanged.
     """
-    targets = _find_targets(caller, wanted, where)
+    targets = _find_targets(caller, wanted, where, seeds)
     _merge(caller, targets, inputs, record=False)
-    records = [target.record for target in targets]
-    return [record.error for record in records if isinstance(record, QuantizedRecord) and record.error is not None]
+    return _outcomes(targets)
+
+
+def _outcomes(targets: list[_Target]) -> dict[Mergeable, Outcome]:
+    outcomes: dict[Mergeable, Outcome] = {}
+    for target in targets:  # a layer's first matrix is its weight, or a part of it
+        if isinstance(target.view, QuantizedWeight):
+            error = target.record.error
+            outcome = Outcome(error, 1.0 if error is None else error.kept, target.view.sum_dtype)
+        else:
+            outcome = Outcome(None, target.kept, target.view.dtype)
+        outcomes.setdefault(target.layer, outcome)
+    return outcomes
+
+
+@torch.no_grad()
+def merge_error(layer: Mergeable) -> MergeError | None:
+    """Returns the error of what is merged into ``layer``, or None of a DoRA adapter on a plain weight.
+
+    Of plain weights it is computed by taking the update out of a copy.
+    """
+    sums, merged = ErrorSums(), layer._merged.matrices
+    for key, _, view, label in stored_matrices("merge_errors", layer, ""):
+        if key not in merged:
+            continue
+        record = merged[key].record
+        if isinstance(record, QuantizedRecord):
+            return record.error
+        old = view.clone()
+        unmerge_all_("merge_errors", [old], [record], [label])
+        record = record.to(view.device)
+        with torch.autocast(view.device.type, enabled=False):
+            sums.add(old, old.to(record.lora_A.dtype).addmm(record.lora_B, record.lora_A), view)
+    return sums.error()
 
 
 class _Merged(NamedTuple):
@@ -231,7 +285,7 @@ def _find_merged(caller: str, layers: Iterable[Mergeable], where: Mapping[Mergea
 
 
 def _find_targets(
-    caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str]
+    caller: str, wanted: Mapping[Mergeable, Collection[str]], where: Mapping[Mergeable, str], seeds: Seeds
 ) -> list[_Target]:
     """Finds the matrices that the adapters ``wanted`` update, and packs the updates."""
     targets = []
@@ -241,17 +295,36 @@ def _find_targets(
             if not updates:
                 continue
             dtype = view.dtype if matrix.quantized is None else matrix.quantized.sum_dtype
+            into = local(layer.weight_to_merge(matrix, sorted(names)))
             target = _Target(
                 layer=layer,
                 key=key,
-                view=local(layer.weight_to_merge(matrix, sorted(names))),
+                view=into,
                 label=label,
                 sharded=matrix.view if is_sharded(matrix.view) else None,
                 factors=pack_factors(dtype, list(updates.values())),
                 ranks={name: A.shape[0] for name, (A, _, _) in updates.items()},
+                draws=None if seeds.get(layer) is None else _draws(caller, seeds[layer], key, matrix, into, label),
             )
             targets.append(target)
     return targets
+
+
+def _draws(caller: str, seed: LayerSeed, key: str, matrix: Matrix, into: Tensor | QuantizedWeight, label: str) -> Draws:
+    """Returns the random numbers of a matrix, in which this rank's part has its place. ValueError: it has none."""
+    if isinstance(into, QuantizedWeight):
+        why = "is quantised: there, calibration= keeps the update" if into.rounds else "gets a DoRA adapter"
+        raise ValueError(f"{caller}: {label} {why}; leave out rounding='stochastic'")
+    check_rounds_stochastically(caller, into.dtype, label)
+    if not is_sharded(matrix.view):
+        return draws_for(seed, key)
+    if any(getattr(placement, "dim", 0) != 0 for placement in matrix.view.placements):
+        raise ValueError(
+            f"{caller}: the columns of {label} are split over ranks, and rounding='stochastic' is for rows; round to "
+            "nearest, or merge the checkpoint on disk (lora-ext merge)"
+        )
+    rows = part_like(matrix.view, torch.arange(matrix.view.shape[0], device=into.device).unsqueeze(1), [0])
+    return draws_for(seed, key, int(rows[0]) if len(rows) else 0)
 
 
 def _merge(caller: str, targets: list[_Target], inputs: Inputs, record: bool = True) -> None:
@@ -275,13 +348,26 @@ def _merge_here(caller: str, targets: list[_Target], inputs: Inputs, record: boo
     quantized = [target for target in targets if isinstance(target.view, QuantizedWeight)]
     dense = [target for target in targets if not isinstance(target.view, QuantizedWeight)]
     made = merge_quantized_(caller, *_arguments(quantized), [inputs.get(target.layer) for target in quantized])
+    samples = _samples(dense)
     try:
-        others = merge_all_(caller, *_arguments(dense), record=record)
+        draws = [target.draws for target in dense]
+        others = merge_all_(caller, *_arguments(dense), record=record, draws=draws)
     except BaseException:
         restore([target.view for target in quantized], [record.stored for record in made])
         raise
     for target, its_record in zip([*quantized, *dense], [*made, *others], strict=True):
         target.record = its_record
+    for target, kept in zip(samples, kept_by(list(samples.values())), strict=True):
+        target.kept = kept
+
+
+def _samples(targets: list[_Target]) -> dict[_Target, Sample]:
+    """Takes samples of the weights, one of each layer, from which rounding to nearest may take the update away."""
+    firsts: dict[Mergeable, _Target] = {}
+    for target in targets:
+        firsts.setdefault(target.layer, target)
+    rounded = [target for target in firsts.values() if target.view.dtype.itemsize == 2 and target.draws is None]
+    return {target: Sample.of(target.view, *target.factors) for target in rounded}
 
 
 def _arguments(targets: list[_Target]) -> tuple[list, list[Tensor], list[Tensor], list[str]]:

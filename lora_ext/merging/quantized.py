@@ -8,23 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_ext.merging.errors import ErrorSums, MergeError
 from lora_ext.merging.feedback import LayerInputs, quantize_for
 from lora_ext.quantized import QuantizedWeight
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeError:
-    """The distance of a merged quantised weight from the sum that was merged: dequantised old weight plus update.
-
-    Attributes:
-        largest: the largest absolute difference of an element.
-        relative: Frobenius norm of the difference, over the norm of the sum.
-        of_update: the same, over the norm of the update: at 1 and above, rounding hides the update.
-    """
-
-    largest: float
-    relative: float
-    of_update: float
 
 
 @dataclasses.dataclass(eq=False)
@@ -73,6 +59,7 @@ def merge_quantized_(
         for weight, A, B, label, of_layer, of_next in zip(
             weights, lora_As, lora_Bs, labels, inputs, following, strict=True
         ):
+            old = weight.dequantize() if weight.rounds else None
             values = updated(caller, weight, A, B, label)
             new = weight.quantize(values) if of_layer is None else quantize_for(weight, values, of_layer)
             if of_layer is not None and of_layer is not of_next:
@@ -83,7 +70,9 @@ def merge_quantized_(
             records.append(record)
             weight.write(new)
             if weight.rounds:
-                record.error = _error(weight, values, A, B)
+                sums = ErrorSums()
+                sums.add(old, values, weight.dequantize())
+                record.error = sums.error()
     except BaseException:
         restore(weights[: len(records)], [record.stored for record in records])
         raise
@@ -126,13 +115,3 @@ def check_restorable(caller: str, weight: QuantizedWeight | None, record: object
 def copied(weight: QuantizedWeight) -> dict[str, Tensor]:
     """A copy of the weight's bytes."""
     return {name: tensor.detach().clone() for name, tensor in weight.stored().items()}
-
-
-def _error(weight: QuantizedWeight, values: Tensor, A: Tensor, B: Tensor) -> MergeError:
-    size = float(values.norm())
-    difference = values.sub_(weight.dequantize())
-    largest, error = float(difference.abs().max()) if difference.numel() else 0.0, float(difference.norm())
-    # The norm of B @ A by the small products: |BA|^2 = sum((B.T B) * (A A.T)).
-    products = (B.double().T @ B.double()) * (A.double() @ A.double().T)
-    update = float(products.sum().clamp(min=0).sqrt())
-    return MergeError(largest, error / size if size else 0.0, error / update if update else 0.0)

@@ -1,8 +1,9 @@
 """Merges updates into weights in place and takes them out again, restoring every bit.
 
 A merged weight is ``round(W + d)``: the update ``d = scaling * lora_B @ lora_A`` is accumulated in float32 (float64 for
-float64 weights), added in that dtype, and the sum rounded to the weight's. Rounding loses bits. The record keeps them:
-wherever ``round(merged - d)`` is not ``W``, it holds the difference in units in the last place.
+float64 weights), added in that dtype, and the sum rounded to the weight's, to nearest or stochastically
+(rounding.py). Rounding loses bits. The record keeps them: wherever ``round(merged - d)`` is not ``W``, it holds the
+difference in units in the last place.
 csrc/common/merge_params.h defines every bit, the same on all devices; csrc/common/merge_record.h the record's layout.
 
 On the CPU a merge takes one pass, which restores the weights from the record if a result is NaN or infinite. On CUDA a
@@ -30,6 +31,7 @@ from lora_ext._ops.in_place import check_inference
 from lora_ext._ops.lazy_views import check_not_lazy
 from lora_ext._ops.merge import refuse_weight_that_requires_grad
 from lora_ext._ops.tensor_arguments import check_tensors
+from lora_ext.merging.rounding import Draws, check_rounds_stochastically, check_seed
 
 
 class Unmerge(NamedTuple):
@@ -41,6 +43,7 @@ class Unmerge(NamedTuple):
         lora_B: ``[out_features, r]``, accumulation dtype, multiplied by the scaling.
         words: int16 ``[out_features, segments]``; no entries if no weight needs corrections.
         corrections: int16 ``[words.sum()]``; no entries if no weight needs corrections.
+        seeds, first_rows: of :class:`Draws`; no entries if the weights were rounded to nearest.
     """
 
     weights: list[Tensor]
@@ -48,6 +51,8 @@ class Unmerge(NamedTuple):
     lora_B: list[Tensor]
     words: list[Tensor]
     corrections: list[Tensor]
+    seeds: list[int]
+    first_rows: list[int]
 
 
 class _Merge(NamedTuple):
@@ -56,6 +61,8 @@ class _Merge(NamedTuple):
     weights: list[Tensor]
     lora_A: list[Tensor]
     lora_B: list[Tensor]
+    seeds: list[int]
+    first_rows: list[int]
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,6 +79,7 @@ class MergeRecord:
         words: int16 ``[out_features, segments]``, number of 16-bit words of each segment's corrections; None if no
             element needs a correction.
         corrections: int16 ``[words.sum()]``, or None.
+        draws: the random numbers that rounded the sums, or None: to nearest.
     """
 
     lora_A: Tensor
@@ -79,6 +87,7 @@ class MergeRecord:
     dtype: torch.dtype
     words: Tensor | None = None
     corrections: Tensor | None = None
+    draws: Draws | None = None
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +110,7 @@ MergeRecord.__init__ = checked(MergeRecord.__init__)  # type: ignore[method-assi
 
 @checked
 def lora_merge_(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, record: bool = True
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, record: bool = True, seed: int | None = None
 ) -> MergeRecord | None:
     """Computes ``weight += scaling * lora_B @ lora_A`` in place; :func:`lora_unmerge_` restores every bit.
 
@@ -115,6 +124,8 @@ def lora_merge_(
             CUDA, False is one launch that the host does not wait for, and a CUDA graph can capture it; as in
             ``weight.addmm_``, results that are not finite are then written. To have them refused, merge with a record
             and drop it.
+        seed: round bfloat16 and float16 stochastically, with the random numbers of this seed: the mean of the merged
+            weights is the exact sum, however small the update is. None: to nearest.
 
     Returns:
         The record, or None without one. In addition to the copied factors it takes 0.03 to 0.25 bytes per float32
@@ -132,8 +143,13 @@ def lora_merge_(
     checks.check_scaling(op, scaling)
     refuse_weight_that_requires_grad(op, weight)
     # float(): PyTorch cannot multiply by an integer of more than 63 bits.
+    draws = None
+    if seed is not None:
+        check_seed(op, seed)
+        check_rounds_stochastically(op, weight.dtype, "weight")
+        draws = [Draws((seed + (1 << 63)) % (1 << 64) - (1 << 63))]
     A, B = pack_factors(weight.dtype, [(lora_A, lora_B, float(scaling))])
-    return merge_all_(op, [weight], [A], [B], record=record, check=record)[0]
+    return merge_all_(op, [weight], [A], [B], record=record, check=record, draws=draws)[0]
 
 
 @checked
@@ -182,6 +198,7 @@ def merge_all_(
     labels: Sequence[str] | None = None,
     record: bool = True,
     check: bool = True,
+    draws: Sequence[Draws | None] | None = None,
 ) -> list[MergeRecord | None]:
     """Merges factors of :func:`pack_factors` into all of their weights, or into none.
 
@@ -191,10 +208,17 @@ def merge_all_(
     Args:
         check: refuse results that are not finite also on CUDA without a record, which waits for the GPU. Everywhere
             else they are always refused.
+        draws: for each weight the random numbers that round it; None: to nearest.
     """
     labels = ["weight"] * len(weights) if labels is None else labels
-    parts = list(_groups(caller, weights, labels).values())
-    merges = [_Merge(*([tensors[i] for i in part] for tensors in (weights, lora_A, lora_B))) for part in parts]
+    draws = [None] * len(weights) if draws is None else draws
+    parts = list(_groups(caller, weights, labels, draws).values())
+    merges = [
+        _Merge(
+            *([tensors[i] for i in part] for tensors in (weights, lora_A, lora_B)), *_lists([draws[i] for i in part])
+        )
+        for part in parts
+    ]
     if record or check:
         for part, merge in zip(parts, merges, strict=True):
             if merge.weights[0].is_cpu:
@@ -214,10 +238,10 @@ def merge_all_(
             non_finite, words, corrections = _run(torch.ops.lora_ext.lora_merge_record_.default, *merge)
             if not words:
                 _refuse_non_finite(caller, merge, [labels[i] for i in part], non_finite)
-            done.append(Unmerge(*merge, words, corrections))
+            done.append(Unmerge(*merge[:3], words, corrections, *merge[3:]))
             for i, *kept in zip(part, words, corrections, strict=True) if record else ():
                 kept = kept if kept[1].numel() else (None, None)
-                records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept)
+                records[i] = MergeRecord(lora_A[i], lora_B[i], weights[i].dtype, *kept, draws[i])
     except BaseException:  # the caller sees an error and must find no change
         run_unmerge(done)
         raise
@@ -251,11 +275,12 @@ def prepare_unmerge(
     for weight, record, label in zip(weights, records, labels, strict=True):
         check_unmerge(caller, weight, record, label)
     unmerges: list[Unmerge] = []
-    for members in _groups(caller, weights, labels).values():
+    for members in _groups(caller, weights, labels, [record.draws for record in records]).values():
         moved = [records[i].to(weights[i].device) for i in members]
+        drawn = _lists([r.draws for r in moved])
         arguments = [weights[i] for i in members], [r.lora_A for r in moved], [r.lora_B for r in moved]
         if all(r.words is None for r in moved):
-            unmerges.append(Unmerge(*arguments, [], []))
+            unmerges.append(Unmerge(*arguments, [], [], *drawn))
             continue
         empty = moved[0].lora_A.new_empty(0, dtype=torch.int16)
         words = [
@@ -263,7 +288,7 @@ def prepare_unmerge(
             for weight, r in zip(arguments[0], moved, strict=True)
         ]
         corrections = [empty if r.corrections is None else r.corrections for r in moved]
-        unmerges.append(Unmerge(*arguments, words, corrections))
+        unmerges.append(Unmerge(*arguments, words, corrections, *drawn))
     return unmerges
 
 
@@ -284,10 +309,16 @@ def run_unmerge(unmerges: Sequence[Unmerge]) -> None:
 def remerge(unmerges: Sequence[Unmerge]) -> None:
     """Reverts :func:`run_unmerge`, to the same bits; allocates nothing."""
     for unmerge in unmerges:
-        _run(torch.ops.lora_ext.lora_merge_.default, unmerge.weights, unmerge.lora_A, unmerge.lora_B)
+        _run(torch.ops.lora_ext.lora_merge_.default, *unmerge[:3], unmerge.seeds, unmerge.first_rows)
 
 
-def _run(op: Callable, *arguments: Sequence[Tensor]) -> Any:
+def _lists(draws: Sequence[Draws | None]) -> tuple[list[int], list[int]]:
+    """Returns the seeds and first rows of weights that all have random numbers, or empty lists."""
+    drawn = [one for one in draws if one is not None]
+    return [one.seed for one in drawn], [one.first_row for one in drawn]
+
+
+def _run(op: Callable, *arguments: Sequence) -> Any:
     try:
         return op(*arguments)
     except RuntimeError as error:
@@ -313,14 +344,16 @@ def check_unmerge(caller: str, weight: Tensor, record: MergeRecord, label: str =
     check_merge_strides(caller, weight, label)
 
 
-def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> dict[object, list[int]]:
-    """Groups the indices of the weights by device and dtype, for one op call each."""
+def _groups(
+    caller: str, weights: Sequence[Tensor], labels: Sequence[str], draws: Sequence[Draws | None]
+) -> dict[object, list[int]]:
+    """Groups the indices of the weights by device, dtype and kind of rounding, for one op call each."""
     groups: dict[object, list[int]] = defaultdict(list)
     for i, (weight, label) in enumerate(zip(weights, labels, strict=True)):
         check_inference(caller, label, weight)
         check_not_lazy(caller, label, weight)
-        groups[weight.device, weight.dtype].append(i)
-    for device, _ in groups:
+        groups[weight.device, weight.dtype, draws[i] is None].append(i)
+    for device, *_ in groups:
         _load.check_kernels_exist(caller, device)
         if device.type == "meta":
             raise RuntimeError(f"{caller}: a weight is on the meta device, where it has no values to merge into")
@@ -329,7 +362,7 @@ def _groups(caller: str, weights: Sequence[Tensor], labels: Sequence[str]) -> di
 
 def _refuse_non_finite(caller: str, merge: _Merge, labels: Sequence[str], non_finite: Tensor) -> None:
     """Raises ValueError for the first weight with a nonzero count. The weights are unchanged or restored."""
-    for weight, lora_A, lora_B, label, count in zip(*merge, labels, non_finite.tolist(), strict=True):
+    for weight, lora_A, lora_B, label, count in zip(*merge[:3], labels, non_finite.tolist(), strict=True):
         if count == 0:
             continue
         if not (lora_A.isfinite().all() and lora_B.isfinite().all()):

@@ -24,6 +24,9 @@ from torch import nn
 from lora_ext import LoraConfig, inject, merge, unmerge
 from lora_ext.adapters import lora_modules, merge_and_unload, merge_record_bytes
 
+# Some weights are far larger than their updates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*rounding to .* keeps less than")
+
 
 def dtype_id(value) -> str:
     return str(value).replace("torch.", "")

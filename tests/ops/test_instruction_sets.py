@@ -86,12 +86,12 @@ from lora_ext import functional
 for threads in (1, 2, 3):
     digest = hashlib.sha256()
     torch.set_num_threads(threads)
-    for dtype in FLOATING:
+    for dtype, seed in [*((dtype, None) for dtype in FLOATING), (torch.bfloat16, 5), (torch.float16, 5)]:
         for size in (1e-5, 0.1, 50.0):
             torch.manual_seed(3)
             weight = hard_weight(187, 531, dtype)  # enough for three threads
             before = weight.clone()
-            record = functional.lora_merge_(weight, *update_factors(weight, 7, size))
+            record = functional.lora_merge_(weight, *update_factors(weight, 7, size), seed=seed)
             for tensor in (weight, record.words, record.corrections):
                 digest.update(tensor.view(torch.int16).numpy().tobytes())
             functional.lora_unmerge_(weight, record)

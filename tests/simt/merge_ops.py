@@ -16,6 +16,7 @@ from . import params
 from .driver import Library, kernels
 from .ops import DTYPES
 
+FIRST_ROW = 3  # of layer i of a stochastic merge, times i
 SEGMENT = 256  # columns; csrc/common/merge_record.h
 
 
@@ -28,10 +29,15 @@ def num_segments(weight: Tensor) -> int:
 
 
 def plan(
-    weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
+    weights: list[Tensor],
+    As: list[Tensor],
+    Bs: list[Tensor],
+    schedule: int = 0,
+    library: Library | None = None,
+    seeds: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the number of non-finite results [layers], and the words of every segment's record [segments]."""
-    run = _Run(weights, As, Bs, schedule, library)
+    run = _Run(weights, As, Bs, schedule, library, seeds)
     run.count_words()
     weights_after = run.launch(Mode.PLAN)
     for weight, after in zip(weights, weights_after, strict=True):
@@ -40,10 +46,15 @@ def plan(
 
 
 def check(
-    weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
+    weights: list[Tensor],
+    As: list[Tensor],
+    Bs: list[Tensor],
+    schedule: int = 0,
+    library: Library | None = None,
+    seeds: list[int] | None = None,
 ) -> Tensor:
     """Returns the number of non-finite results [layers], as ``lora_merge_check`` does: without words."""
-    run = _Run(weights, As, Bs, schedule, library)
+    run = _Run(weights, As, Bs, schedule, library, seeds)
     non_finite = run.library.upload(torch.zeros(len(weights), dtype=torch.int64), "non_finite")
     for i, layer in enumerate(run.layers):
         layer.non_finite = non_finite + 8 * i
@@ -52,9 +63,14 @@ def check(
 
 
 def merge(
-    weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int = 0, library: Library | None = None
+    weights: list[Tensor],
+    As: list[Tensor],
+    Bs: list[Tensor],
+    schedule: int = 0,
+    library: Library | None = None,
+    seeds: list[int] | None = None,
 ) -> list[Tensor]:
-    return _Run(weights, As, Bs, schedule, library).launch(Mode.MERGE)
+    return _Run(weights, As, Bs, schedule, library, seeds).launch(Mode.MERGE)
 
 
 def merge_record(
@@ -66,12 +82,13 @@ def merge_record(
     schedule: int = 0,
     library: Library | None = None,
     garbage: bool = False,
+    seeds: list[int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the merged weights and their corrections.
 
     corrections: their lengths, or their initial contents. garbage: `ends` does not fit, and lanes may race.
     """
-    run = _Run(weights, As, Bs, schedule, library)
+    run = _Run(weights, As, Bs, schedule, library, seeds)
     run.set_record(ends, corrections, garbage)
     return run.launch(Mode.MERGE_RECORD), run.corrections()
 
@@ -85,9 +102,10 @@ def unmerge(
     schedule: int = 0,
     library: Library | None = None,
     garbage: bool = False,
+    seeds: list[int] | None = None,
 ) -> list[Tensor]:
     """Returns the unmerged weights. garbage: the record comes from no merge, and lanes may race."""
-    run = _Run(weights, As, Bs, schedule, library)
+    run = _Run(weights, As, Bs, schedule, library, seeds)
     if ends is not None:
         run.set_record(ends, corrections, garbage)
     return run.launch(Mode.UNMERGE)
@@ -97,12 +115,18 @@ class _Run:
     """A call: its parameters, and its layers in device memory."""
 
     def __init__(
-        self, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], schedule: int, library: Library | None
+        self,
+        weights: list[Tensor],
+        As: list[Tensor],
+        Bs: list[Tensor],
+        schedule: int,
+        library: Library | None,
+        seeds: list[int] | None,
     ):
         self.library = library or kernels()
         self.library.reset(schedule)
         self.weights = weights
-        self.params = params.MergeParams(dtype=DTYPES[weights[0].dtype])
+        self.params = params.MergeParams(dtype=DTYPES[weights[0].dtype], stochastic=seeds is not None)
         self.layers = (params.MergeLayer * len(weights))()
         first_segment = 0
         for layer, weight, A, B in zip(self.layers, weights, As, Bs, strict=True):
@@ -112,6 +136,8 @@ class _Run:
             layer.lora_A, layer.lora_B = self.library.upload(A, "lora_A"), self.library.upload(B, "lora_B")
             layer.first_segment = first_segment
             first_segment += num_segments(weight)
+        for i, (layer, seed) in enumerate(zip(self.layers, seeds or [], strict=False)):
+            layer.seed, layer.first_row = seed, FIRST_ROW * i
 
     def set_record(self, ends: Tensor, corrections: list[Tensor] | list[int], garbage: bool) -> None:
         if garbage:

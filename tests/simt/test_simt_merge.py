@@ -14,7 +14,7 @@ from simt.driver import Library, few_blocks, kernels
 pytestmark = [pytest.mark.cpu_only("emulates the CUDA kernels on the CPU"), pytest.mark.full]
 
 RANKS = [1, 3, 8, 16, 17, 64, 100]
-MAX_LAYERS_OF_A_LAUNCH = 32
+MAX_LAYERS_OF_A_LAUNCH = 31
 SIZES = [1e-30, 1e-6, 0.1, 1.0, 1e3]  # of the update, for a weight of size 1
 
 
@@ -28,17 +28,23 @@ def random_layer(rows: int, cols: int, rank: int, dtype: torch.dtype, size: floa
     return weight, *pack_factors(dtype, [update_factors(weight, rank, size)])
 
 
-def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Library | None = None) -> list[Tensor]:
+def whole_cycle(
+    layers: list[tuple[Tensor, ...]],
+    schedule: int = 0,
+    library: Library | None = None,
+    seeds: list[int] | None = None,
+) -> list[Tensor]:
     """Plans, merges with a record and without one, and unmerges. Every step equals the CPU op to the bit; the last step
     restores the first bits.
 
     Returns the merged weights.
     """
     weights, As, Bs = map(list, zip(*layers, strict=True))
-    options = {"schedule": schedule, "library": library}
+    options = {"schedule": schedule, "library": library, "seeds": seeds}
+    draws = ([], []) if seeds is None else (seeds, [merge_ops.FIRST_ROW * i for i in range(len(layers))])
     non_finite, words = merge_ops.plan(weights, As, Bs, **options)
     on_cpu = [weight.clone() for weight in weights]
-    cpu_non_finite, cpu_words, cpu_corrections = torch.ops.lora_ext.lora_merge_record_(on_cpu, As, Bs)
+    cpu_non_finite, cpu_words, cpu_corrections = torch.ops.lora_ext.lora_merge_record_(on_cpu, As, Bs, *draws)
     assert torch.equal(non_finite, cpu_non_finite) and not non_finite.any()
     assert torch.equal(words, torch.cat([layer_words.flatten() for layer_words in cpu_words]))
     lengths = [record.numel() for record in cpu_corrections]
@@ -55,7 +61,7 @@ def whole_cycle(layers: list[tuple[Tensor, ...]], schedule: int = 0, library: Li
     assert all(map(same_bits, merge_ops.unmerge(places, As, Bs, ends, corrections, **options), weights))
 
     candidates = merge_ops.unmerge(places, As, Bs, **options)
-    torch.ops.lora_ext.lora_unmerge_(on_cpu, As, Bs, [], [])
+    torch.ops.lora_ext.lora_unmerge_(on_cpu, As, Bs, [], [], *draws)
     assert all(map(same_bits, candidates, on_cpu))
     return results
 
@@ -200,6 +206,23 @@ def test_same_bits_in_every_order_of_threads(dtype, blocks, schedule):
     """With few blocks, each computes several tiles: it keeps lora_A in shared memory, or reads it for every tile."""
     layers = [random_layer(130, 260, 5, dtype), random_layer(70, 30, 17, dtype)]
     whole_cycle(layers, schedule, few_blocks() if blocks == "few blocks" else kernels())
+
+
+# --- stochastic rounding ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_rounds_stochastically_as_the_cpu_op(dtype, size):
+    """Also subnormal results, tails, misaligned weights and layers of one launch with seeds of their own."""
+    wide = hard_weight(12, 304, dtype)
+    layers = [random_layer(6, 300, 3, dtype, size), random_layer(70, 257, 17, dtype, size)]
+    layers.append((wide[:, 1:272], *pack_factors(dtype, [update_factors(wide[:, 1:272], 2, size)])))
+    for schedule in (0, 1):
+        results = whole_cycle(layers, schedule, seeds=[7, -(2**63), 2**40 + 1])
+    nearest = merge_ops.merge(*map(list, zip(*layers, strict=True)))
+    assert size > 1e-6 or all(map(same_bits, nearest, (weight for weight, _, _ in layers)))
+    assert size < 1e-6 or not all(map(same_bits, nearest, results))
 
 
 # --- invalid values and records ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ unmerges in reverse order. If a checksum shows that the weight was replaced or c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,13 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext._ops.dora import row_norms, scale_of_rows
 from lora_ext.integrations.peft.eligibility import DORA, variant_of
 from lora_ext.merging.quantized import QuantizedRecord, merge_quantized_
+from lora_ext.merging.rounding import Draws, LayerSeed, check_rounds_stochastically, draws_for
 from lora_ext.merging.weights import MergeRecord, merge_all_, pack_factors, unmerge_all_
 from lora_ext.nn.base_layer import is_conv1d
 from lora_ext.quantized import QuantizedWeight, quantized_weight
 from lora_ext.quantized.rescaled import RescaledWeight
 
+_SEED = "_lora_ext_seed"  # key in the layer's __dict__ of the seed of stochastic merges
 _MERGES = "_lora_ext_merges"  # key in the layer's __dict__ while merged, so that copies and pickles have it
 
 
@@ -97,6 +100,28 @@ def why_not_merge(layer: LoraLayer, name: str) -> str:
     return ""
 
 
+def set_rounding(
+    layers: Mapping[str, LoraLayer], seed: int | None, accelerated_class: Callable[[type], type | None]
+) -> None:
+    """Sets how merges of the layers round from now on. ValueError, TypeError: a layer cannot round stochastically.
+
+    ``layers``: by path, of PEFT's classes or accelerated. ``accelerated_class``: of PEFT's class, the one that merges
+    exactly.
+    """
+    for path, layer in layers.items() if seed is not None else ():
+        kind = type(layer) if isinstance(layer, ExactMerging) else accelerated_class(type(layer))
+        base = layer.get_base_layer()
+        is_exact = kind is not None and issubclass(kind, ExactMerging)
+        why = "" if is_exact else f"PEFT merges a {type(layer).__name__}"
+        if why := why or ("its weight is quantised" if quantized_weight(base) is not None else ""):
+            raise ValueError(f"accelerate: {path!r} cannot be merged with merge_rounding='stochastic': {why}")
+        check_rounds_stochastically("accelerate", base.weight.dtype, f"the weight of {path!r}")
+    for path, layer in layers.items():
+        layer.__dict__.pop(_SEED, None)
+        if seed is not None:
+            layer.__dict__[_SEED] = LayerSeed(seed, path.removeprefix("base_model.model."))
+
+
 def has_exact_merges(layer: nn.Module) -> bool:
     """Returns whether the layer has exact merges, which only its unmerge() restores bit by bit."""
     return _MERGES in layer.__dict__
@@ -118,7 +143,10 @@ def _matrix(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def _merge_exactly(layer: LoraLayer, name: str) -> bool:
     """Merges exactly; returns False, with nothing changed, if PEFT's code must merge (non-finite results, ...)."""
-    if why_not_merge(layer, name):
+    seed = layer.__dict__.get(_SEED)
+    if why := why_not_merge(layer, name) or ("of DoRA" if seed and variant_of(layer, name) == DORA else ""):
+        if seed is not None:
+            raise ValueError(f"merge: the weight of {seed.path!r} cannot be rounded stochastically: {why}")
         return False
     base, scaling, norms = layer.get_base_layer(), float(layer.scaling[name]), None
     quantized = quantized_weight(base)
@@ -135,9 +163,13 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         weights.append(_matrix(base.bias))
         updates.append((lora_bias.unsqueeze(0), lora_bias.new_ones(1, 1), scaling))
+    keys = [key if not layer.merged_adapters else f"{key}/{name}" for key in ("weight", "bias")[: len(weights)]]
+    draws = None if seed is None else [draws_for(seed, key) for key in keys]
     try:
-        records = _merge_all(weights, updates)
+        records = _merge_all(weights, updates, draws)
     except ValueError:
+        if seed is not None:
+            raise
         return False
     if norms is not None:
         layer._cache_store(f"{name}-weight_norm", norms)  # for PEFT's unmerge, should the weight change meanwhile
@@ -147,7 +179,9 @@ def _merge_exactly(layer: LoraLayer, name: str) -> bool:
 
 
 def _merge_all(
-    weights: list[Tensor | QuantizedWeight], updates: list[tuple[Tensor, Tensor, float]]
+    weights: list[Tensor | QuantizedWeight],
+    updates: list[tuple[Tensor, Tensor, float]],
+    draws: list[Draws] | None = None,
 ) -> list[MergeRecord | QuantizedRecord]:
     """Merges into all of the weights, or into none; only the first may be quantised."""
     first, *others = weights
@@ -155,7 +189,7 @@ def _merge_all(
     packed = [pack_factors(dtype, [update]) for dtype, update in zip(dtypes, updates, strict=True)]
     lora_As, lora_Bs = [A for A, _ in packed], [B for _, B in packed]
     if not isinstance(first, QuantizedWeight):
-        return merge_all_("merge", weights, lora_As, lora_Bs)
+        return merge_all_("merge", weights, lora_As, lora_Bs, draws=draws)
     made = merge_quantized_("merge", [first], lora_As[:1], lora_Bs[:1], ["the weight"])
     try:
         return [*made, *merge_all_("merge", others, lora_As[1:], lora_Bs[1:])]

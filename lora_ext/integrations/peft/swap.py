@@ -13,7 +13,8 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext.integrations.peft.linear import LinearForward
-from lora_ext.integrations.peft.merging import has_exact_merges
+from lora_ext.integrations.peft.merging import has_exact_merges, set_rounding
+from lora_ext.merging.rounding import stochastic_seed
 from lora_ext.nn.input_groups import form_input_groups
 from lora_ext.nn.shared_inputs import set_neighbours
 from lora_ext.quantized import keep_stored, stop_keeping_stored
@@ -33,7 +34,9 @@ _peft_inject: Callable[..., None] | None = None
 
 
 @checked
-def accelerate(model: Model | None = None, *, share_inputs: bool = True) -> Model | None:
+def accelerate(
+    model: Model | None = None, *, share_inputs: bool = True, merge_rounding: str = "nearest", merge_seed: int = 0
+) -> Model | None:
     """Makes the LoRA layers of a model adapted by PEFT run on lora_ext's ops, or those of all future models.
 
     Forward, backward, merge and unmerge of eligible layers use the ops; results equal PEFT's except rounding. The rest
@@ -49,11 +52,18 @@ def accelerate(model: Model | None = None, *, share_inputs: bool = True) -> Mode
             that PEFT creates from now on.
         share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op. They are found while the model
             runs; :func:`report` names them.
+        merge_rounding, merge_seed: how PEFT's ``merge_adapter``, ``merge_and_unload`` and ``merge`` round from now on:
+            ``rounding`` and ``seed`` of :func:`lora_ext.merge`. "stochastic" needs a model, and plain weights of 16
+            bits. A weight rounded once has the bits that :func:`lora_ext.merge` gives it.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: it has no PEFT LoRA layers.
+        TypeError: ``model`` is not an ``nn.Module``; "stochastic" for a weight of another dtype.
+        ValueError: it has no PEFT LoRA layers; "stochastic" without a model or for a layer that PEFT merges. Nothing
+            is changed.
     """
+    seed = stochastic_seed("accelerate", merge_rounding, merge_seed)
+    if model is None and seed is not None:
+        raise ValueError("accelerate: merge_rounding='stochastic' is for the layers of a model; pass the model")
     if model is None:
         _accelerate_new_layers(share_inputs)
         return None
@@ -63,6 +73,7 @@ def accelerate(model: Model | None = None, *, share_inputs: bool = True) -> Mode
             f"accelerate: {type(model).__name__} has no PEFT LoRA layers; adapt it first with get_peft_model() "
             "or inject_adapter_in_model()"
         )
+    set_rounding(dict(lora_layers(model)), seed, accelerated_class)
     for layer in layers:
         _accelerate_layer(layer)
     keep_stored(model)
