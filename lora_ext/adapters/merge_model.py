@@ -342,7 +342,7 @@ def _check_can_unload(caller: str, model: nn.Module, remedy: str) -> None:
     check_not_sharded(caller, model, remedy, split_may=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
-        adapters.active.check_unused(caller, adapters.configs)
+        adapters.active.check_unused(caller)
 
 
 def _unload(model: nn.Module, merged: bool) -> None:

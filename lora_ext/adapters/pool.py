@@ -324,7 +324,6 @@ def _attach(
     for part in adapter.parts:
         part.layer.slots = held[part.path]
     adapter.into.pool = pool
-    adapter.into.active.changes += 1
     serve_adapters(model, adapter.into)
     return held
 
@@ -336,7 +335,6 @@ def _detach(model: nn.Module, pool: AdapterPool) -> None:
     if adapters is None or adapters.pool is not pool:  # unloaded meanwhile
         return
     adapters.pool = None
-    adapters.active.changes += 1
     for _, layer in adapter_layers(model):
         if isinstance(layer, LoraLinear):
             layer.slots = None

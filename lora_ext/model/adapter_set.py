@@ -187,7 +187,6 @@ class AdapterSet:
     def add(self, adapter: Adapter) -> None:
         """Registers an adapter whose parts are attached. Until it is active, it is frozen, without its biases."""
         self.configs[adapter.name] = adapter.config
-        self.active.changes += 1
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
         if adapter.biases is not None:
@@ -198,7 +197,6 @@ class AdapterSet:
         self._set_requires_grad(adapter.name, False)
 
     def remove(self, name: str) -> None:
-        self.active.changes += 1
         del self.configs[name], self._parameters[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
@@ -206,7 +204,6 @@ class AdapterSet:
 
     def rename(self, old: str, new: str) -> None:
         """Renames an adapter; it keeps its place in the order."""
-        self.active.changes += 1
         for held in (self.configs, self._parameters, self.biases, self.loaded_base):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
@@ -217,7 +214,6 @@ class AdapterSet:
     def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
         """Activates exactly these adapters. Changes parameters only of trainable adapters whose state changes."""
         before, self.active.names = self.active.names, names
-        self.active.changes += 1
         changed = set()
         if trainable is not None:
             changed |= set(names)
