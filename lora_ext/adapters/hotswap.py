@@ -22,10 +22,9 @@ from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import misfits
-from lora_ext.files.save_load import read_adapter
 from lora_ext.injection.inject import check_unmerged
-from lora_ext.model.adapter_set import UNSCALED, Adapter, Part, find_adapter
-from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
+from lora_ext.model.adapter_set import UNSCALED, Part, find_adapter
+from lora_ext.model.bare_model import check_not_parallel, check_not_sharded, root_module
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -82,14 +81,14 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
         KeyError: there is no such adapter. RuntimeError: it is merged. The model is then unchanged.
     """
     check_not_sharded("hotswap_adapter", model, "load_adapter replaces an adapter's values")
-    file = read_adapter(directory, "hotswap_adapter")
+    file = AdapterFile.open(directory, caller="hotswap_adapter")
     config = file.lora_config("hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
     check_low_rank("hotswap_adapter", adapter)
     targets = _in_file(adapter.tensors())
     values = {key: tensor for part in adapter.parts for key, tensor in _values_of(part, config, file).items()}
-    if problems := misfits(targets, values) + _other_keys(adapter, file, targets):
+    if problems := misfits(targets, values) + _other_keys(adapter.base_tensors(root_module(model)), file, targets):
         raise ValueError(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
             f"prepare_hotswap first):{listed(problems)}"
@@ -119,9 +118,9 @@ def _values_of(part: Part, config: LoraConfig, file: AdapterFile) -> dict[str, T
     return values
 
 
-def _other_keys(adapter: Adapter, file: AdapterFile, targets: dict[str, Tensor]) -> list[str]:
+def _other_keys(base: dict[str, Tensor], file: AdapterFile, targets: dict[str, Tensor]) -> list[str]:
     """Returns what else ``file`` has. PEFT also saves the base layer of an adapted embedding."""
-    problems, base = [], _in_file(adapter.base_tensors())
+    problems, base = [], _in_file(base)
     for key in file.tensors.keys() - targets.keys():
         if key not in base:
             problems.append(f"unexpected key: {key}")

@@ -19,7 +19,7 @@ from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
 from lora_ext.adapters.calibration import Batch, collect_inputs
 from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
-from lora_ext.matching.path_names import Parents
+from lora_ext.matching import Parents
 from lora_ext.merging.feedback import LayerInputs
 from lora_ext.merging.layers import change_merged, merge_for_good, stored_matrices
 from lora_ext.merging.quantized import MergeError

@@ -22,7 +22,7 @@ from lora_ext.files.adapter_file import AdapterFile, holds_adapter
 from lora_ext.files.misfits import misfits
 from lora_ext.injection.all_linear import is_all_linear
 from lora_ext.injection.inject import Injection, attach_layers, remove_empty_layers, serve_adapters
-from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
+from lora_ext.matching import LayerNumbers, PathMatcher
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.nn import LoraLinear
@@ -223,8 +223,7 @@ class AdapterPool:
         """Returns those of the pool's layers that ``config`` targets."""
         is_every, matches = is_all_linear(config), PathMatcher("target_modules", config.target_modules)
         is_excluded = PathMatcher("exclude_modules", config.exclude_modules)
-        whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
-        numbers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
+        numbers = LayerNumbers(config)
         targets = (path for path in self._sizes if (path != self._head if is_every else matches(path)))
         return [path for path in targets if path in numbers and not is_excluded(path)]
 

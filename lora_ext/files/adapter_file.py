@@ -15,13 +15,15 @@ from torch import Tensor
 from lora_ext._common.printable import first_of, shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
-from lora_ext.files.reading import open_tensors, read_json
+from lora_ext.files.reading import open_tensors, parse_json, read_json
 from lora_ext.files.writing import write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 """The config is last, as :func:`~lora_ext.files.writing.write_files` needs: without it there is no adapter."""
+OWN_KEY, OWN_OPTIONS = "lora_ext", ("enable_lora", "rank_pattern", "alpha_pattern")
+"""The entry of a file's metadata with the options of a config that differ in PEFT's form of it, and these options."""
 METHOD_FILE = "method.json"
 """The file that :mod:`lora_ext.methods` writes, next to an adapter's files if the method has a low-rank adapter."""
 
@@ -73,10 +75,16 @@ class AdapterFile:
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_tensors(directory / WEIGHTS_FILE, self.tensors, self.metadata)
 
-    def lora_config(self, caller: str) -> LoraConfig:
-        """Returns the config. ValueError: it is wrong or not supported."""
+    def lora_config(self, caller: str, *, own: bool = False) -> LoraConfig:
+        """Returns the config; ``own``: as it was saved, not in PEFT's form. ValueError: wrong or not supported."""
+        options: Any = {}
+        if own and OWN_KEY in self.metadata:
+            source = f"{caller}: {self.path}: its entry {OWN_KEY!r}"
+            options = parse_json(self.metadata[OWN_KEY], source).get("config")
+            if not isinstance(options, dict) or options.keys() != {*OWN_OPTIONS}:
+                raise ValueError(f"{source} holds the config {shown(options)}, want {', '.join(OWN_OPTIONS)}")
         try:
-            return LoraConfig.from_dict(self.config)
+            return LoraConfig.from_dict(self.config | options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{caller}: {self.directory / CONFIG_FILE}: {error}") from error
 

@@ -24,9 +24,9 @@ from lora_ext._common.sharded import (
     prepare_shards,
 )
 from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.files.adapter_content import adapter_content, with_blocks, with_options
+from lora_ext._ops.checks import FLOATING
+from lora_ext.files.adapter_content import SaveEmbeddings, adapter_content, base_tensors_to_save, packed_parts
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile
-from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
 from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
 from lora_ext.files.writing import write_files
 from lora_ext.injection.build import give_memory
@@ -34,6 +34,7 @@ from lora_ext.injection.inject import Injection, apply_injection, check_unmerged
 from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter, find_adapters
 from lora_ext.model.adapter_state import warn_of_lost_parameters
 from lora_ext.model.bare_model import check_not_managed, check_not_parallel, root_module
+from lora_ext.nn.packed_linear import gather_blocks
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -133,15 +134,10 @@ def load_adapter(
     Warns:
         UserWarning: the file has NaN or infinite values.
     """
-    load_opened(model, read_adapter(directory, "load_adapter"), trainable, adapter_name, activate)
+    load_opened(model, AdapterFile.open(directory, caller="load_adapter"), trainable, adapter_name, activate)
     if not trainable:
         eval_unless_training(model)
     return model
-
-
-def read_adapter(directory: str | os.PathLike[str], caller: str) -> AdapterFile:
-    """Reads an adapter's files for a model, with options that PEFT does not support."""
-    return with_options(AdapterFile.open(directory, caller=caller), caller)
 
 
 def eval_unless_training(model: nn.Module) -> None:
@@ -158,8 +154,8 @@ def load_opened(
     adapter_name: str = "default",
     activate: bool = False,
 ) -> None:
-    """Loads what :func:`read_adapter` returned, like :func:`load_adapter`."""
-    config = file.lora_config("load_adapter")
+    """Loads an opened file, like :func:`load_adapter`."""
+    config = file.lora_config("load_adapter", own=True)
     if trainable and str(file.config.get("init_lora_weights")).lower() == "mica":
         raise ValueError(
             f'load_adapter: {file.directory / CONFIG_FILE}: init_lora_weights is "mica", with which PEFT trains lora_A '
@@ -197,7 +193,7 @@ def load_opened(
 
 def _fill_checked(model: nn.Module, file: AdapterFile, adapter: Adapter, is_new: bool, activate: bool) -> None:
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
-    file = with_blocks(file, adapter)
+    file = dataclasses.replace(file, tensors=file.tensors | _blocks(file, adapter))
     check_expert_layout(adapter, file)
     check_fits(_targets(model, adapter, file), file)
     if is_new:
@@ -217,7 +213,7 @@ def _fill_checked(model: nn.Module, file: AdapterFile, adapter: Adapter, is_new:
             apply_injection(model, adapter, activate)
         elif activate:
             adapter.into.switch((adapter.name,))
-        if loaded := {key for key in base_tensors(model, adapter) if f"{KEY_PREFIX}{key}" in targets}:
+        if loaded := {key for key in adapter.base_tensors(root_module(model)) if f"{KEY_PREFIX}{key}" in targets}:
             held = adapter.into.loaded_base
             held[adapter.name] = held.get(adapter.name, frozenset()) | loaded
 
@@ -225,5 +221,19 @@ def _fill_checked(model: nn.Module, file: AdapterFile, adapter: Adapter, is_new:
 def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str, Tensor]:
     """Returns the tensors of the model that the file should fill, by the file's keys."""
     targets = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.tensors().items()}
-    base = {f"{KEY_PREFIX}{key}": tensor for key, tensor in base_tensors(model, adapter).items()}
+    base = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.base_tensors(root_module(model)).items()}
     return targets | {key: tensor for key, tensor in base.items() if key in file.tensors}
+
+
+def _blocks(file: AdapterFile, adapter: Adapter) -> dict[str, Tensor]:
+    """Returns the model's form of ``lora_B`` of packed projections. ValueError: it has more than the enabled parts."""
+    found = {}
+    for key, part in packed_parts(adapter):
+        tensor, enabled = file.tensors.get(key), part.adapter.enable_lora
+        shape = (part.layer.out_features, part.adapter.r * sum(enabled))
+        if tensor is not None and tensor.shape == shape and tensor.dtype in FLOATING:  # check_fits refuses others
+            try:
+                found[key] = gather_blocks(tensor, enabled)
+            except ValueError as error:
+                raise ValueError(f"load_adapter: {file.path}: {key}: {error} {list(enabled)}") from error
+    return found

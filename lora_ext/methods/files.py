@@ -18,12 +18,11 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import listed, shown
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
-from lora_ext.files.adapter_content import adapter_content, base_name
+from lora_ext.files.adapter_content import adapter_content, base_name, base_tensors_to_save
 from lora_ext.files.adapter_file import ADAPTER_FILES, METHOD_FILE, AdapterFile, read_tensors
-from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.misfits import misfits
 from lora_ext.files.reading import read_json
-from lora_ext.files.save_load import eval_unless_training, load_opened, read_adapter
+from lora_ext.files.save_load import eval_unless_training, load_opened
 from lora_ext.files.writing import write_files, write_tensors
 from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, trained_by
 from lora_ext.methods.base import Inserted, Insertion, Method, pooling_of
@@ -232,9 +231,9 @@ def _read(directory: Path) -> _Saved:
         raise ValueError(f"load_method: {error}") from error
     adapter = lora = None
     if any(part["name"] == Lora.name for part in parts):
-        adapter = read_adapter(directory, "load_method")
+        adapter = AdapterFile.open(directory, caller="load_method")
         # inference_mode describes how a file is loaded, not the method
-        lora = Lora(dataclasses.replace(adapter.lora_config("load_method"), inference_mode=False))
+        lora = Lora(dataclasses.replace(adapter.lora_config("load_method", own=True), inference_mode=False))
     try:
         methods = [lora if part["name"] == Lora.name else new_method(part["name"], **part["options"]) for part in parts]
         return _Saved(directory, combined(methods), adapter, tensors, pooling)

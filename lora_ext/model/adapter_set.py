@@ -97,12 +97,21 @@ class Adapter:
             for key in part.layer.file_tensors(part.file_path, part.adapter)
         }
 
-    def base_tensors(self) -> dict[str, Tensor]:
-        """Frozen tensors of the base layers that a file may hold too; PEFT saves those of adapted embeddings, heads."""
-        tensors = {}
+    def base_tensors(self, root: nn.Module) -> dict[str, Tensor]:
+        """The live frozen tensors of the model ``root`` that a file may hold too, by keys like :meth:`tensors`.
+
+        PEFT saves those of adapted embeddings and heads, and of all of them if the vocabulary was resized. Their keys
+        are ``<path>.weight``, or ``<path>.base_layer.weight`` of an adapted layer.
+        """
+        tensors: dict[str, Tensor] = {}
         for part in self.parts:
             tensors |= part.layer.file_tensors_of_base(part.file_path, part.adapter)
-        return tensors
+        bare, adapted = BareModel(root), {part.path for part in self.parts}
+        for path, module in bare.modules.items():
+            if path not in adapted and (module is bare.embedding or module is bare.head):
+                tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+        in_adapter = self.tensors()
+        return {key: tensor for key, tensor in tensors.items() if key not in in_adapter}
 
 
 class TrainedBiases:
