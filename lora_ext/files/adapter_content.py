@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -31,10 +31,17 @@ from lora_ext.nn.packed_linear import PackedAdapter, spread_blocks
 SaveEmbeddings = bool | Literal["auto"]
 
 
-def adapter_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tensor]) -> AdapterFile:
-    """Returns an adapter's config and copies of its tensors on the CPU, in the form of PEFT's files.
+def adapter_content(
+    caller: str, model: nn.Module, adapter: Adapter, save_embedding_layers: SaveEmbeddings = "auto"
+) -> tuple[AdapterFile, list[Tensor]]:
+    """Returns what the files of an adapter hold, and the live tensors of base layers among it.
 
-    ``base`` are tensors of base layers, from :func:`base_tensors_to_save`. All ranks of a sharded model must call it.
+    All ranks of a sharded model must call it.
+
+    Args:
+        save_embedding_layers: see :func:`~lora_ext.save_adapter`.
+
+    RuntimeError: an adapter is merged into a base layer that belongs into the file, or that is offloaded.
     """
     values = adapter.config.to_dict() | {"inference_mode": True}  # as PEFT writes it
     if values["base_model_name_or_path"] is None:
@@ -42,17 +49,19 @@ def adapter_content(model: nn.Module, adapter: Adapter, base: Mapping[str, Tenso
     if values["task_type"] is None:  # PEFT's AutoPeftModel classes then ask for the base model's class
         kind = class_of(root_module(model))
         values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    # Copies, because tied modules share memory and the tensors of a file must not.
-    with gathered([*adapter.parameters(), *base.values()]):
-        tensors = {
-            f"{KEY_PREFIX}{key}": whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, tensor in (adapter.tensors() | dict(base)).items()
-        }
-    for key, scale in adapter.file_scales().items():
-        tensors[f"{KEY_PREFIX}{key}"] *= scale
     if any(stacked_experts(adapter)) and not has_present_layout(values.get(VERSION_KEY)):
         values[VERSION_KEY] = "0.19.1"
-    return _to_peft_form(adapter, AdapterFile(values, tensors, {"format": "pt"}))
+    with gathered(adapter.parameters()):
+        base = _base_tensors(caller, root_module(model), adapter, save_embedding_layers)
+        # Copies, because tied modules share memory and the tensors of a file must not.
+        with gathered(base.values()):
+            tensors = {
+                key: whole(tensor).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                for key, tensor in (adapter.tensors() | base).items()
+            }
+    for key, scale in adapter.file_scales().items():
+        tensors[key] *= scale
+    return _to_peft_form(adapter, AdapterFile(values, tensors, {"format": "pt"})), [*base.values()]
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -87,23 +96,19 @@ def packed_parts(adapter: Adapter) -> Iterator[tuple[str, Part]]:
     """Yields the file's key of ``lora_B`` and the part of each packed projection."""
     for part in adapter.parts:
         if isinstance(part.adapter, PackedAdapter):
-            yield f"{KEY_PREFIX}{part.file_path}.lora_B.weight", part
+            yield f"{part.file_path}.lora_B.weight", part
 
 
 # --- base layers ------------------------------------------------------------------------------------------------------
 
 
-def base_tensors_to_save(
-    caller: str, model: nn.Module, adapter: Adapter, save_embedding_layers: SaveEmbeddings = "auto"
+def _base_tensors(
+    caller: str, root: nn.Module, adapter: Adapter, save_embedding_layers: SaveEmbeddings
 ) -> dict[str, Tensor]:
-    """The tensors of base layers that belong into a file of ``adapter``; see :func:`~lora_ext.save_adapter`.
-
-    RuntimeError: an adapter is merged into one of them, or it is offloaded.
-    """
+    """Returns the tensors of base layers that belong into a file of ``adapter``, by their keys."""
     if save_embedding_layers is False:
         return {}
-    bare = BareModel(root_module(model))
-    tensors = adapter.base_tensors(bare.root)
+    tensors, bare = adapter.base_tensors(root), BareModel(root)
     wanted = tensors.keys() & adapter.into.loaded_base.get(adapter.name, ())
     resized = _resizing(bare.root) if save_embedding_layers == "auto" else ""
     if resized or save_embedding_layers is True:
@@ -117,7 +122,7 @@ def base_tensors_to_save(
         )
     merged = [path for path, around in bare.layers.items() for layer in around if getattr(layer, "is_merged", False)]
     for key in sorted(wanted):
-        if any(key.startswith(f"{path}.") for path in merged) or tensors[key].is_meta:
+        if any(key.startswith(f"{KEY_PREFIX}{path}.") for path in merged) or tensors[key].is_meta:
             raise RuntimeError(
                 f"{caller}: the file holds {key!r} of the base, which contains a merged adapter or is offloaded; call "
                 "unmerge(model), or keep the layer on a device"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from lora_ext._common.printable import first_of, shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.files.reading import open_tensors, parse_json, read_json
-from lora_ext.files.writing import write_tensors
+from lora_ext.files.writing import write_json, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -71,8 +70,7 @@ class AdapterFile:
     def write(self, directory: Path) -> None:
         """Writes both files into an existing directory."""
         # Only the outer keys are sorted: the first matching pattern counts.
-        config = {key: self.config[key] for key in sorted(self.config)}
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / CONFIG_FILE, {key: self.config[key] for key in sorted(self.config)})
         write_tensors(directory / WEIGHTS_FILE, self.tensors, self.metadata)
 
     def lora_config(self, caller: str, *, own: bool = False) -> LoraConfig:

@@ -16,16 +16,14 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import (
     first_rank_writes,
-    gathered,
     is_elsewhere,
     is_sharded,
     local,
     part_like,
     prepare_shards,
 )
-from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING
-from lora_ext.files.adapter_content import SaveEmbeddings, adapter_content, base_tensors_to_save, packed_parts
+from lora_ext.files.adapter_content import SaveEmbeddings, adapter_content, packed_parts
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile
 from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
 from lora_ext.files.writing import write_files
@@ -72,10 +70,8 @@ def save_adapter(
     if adapter_name is None:
         _check_active_trains(model)
     adapter = find_adapter(model, "save_adapter", adapter_name)
-    with gathered(adapter.parameters()):
-        base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
-        content = adapter_content(model, adapter, base)
-    warn_of_lost_parameters("save_adapter", root_module(model), saved=base.values())
+    content, base = adapter_content("save_adapter", model, adapter, save_embedding_layers)
+    warn_of_lost_parameters("save_adapter", root_module(model), saved=base)
     # Ranks agree by the parameters that ZeRO-3 has emptied, or if there are none, by the DTensors.
     elsewhere = [parameter for parameter in adapter.parameters() if is_elsewhere(parameter)]
     sharded = elsewhere or [tensor for tensor in adapter.tensors().values() if is_sharded(tensor)]
@@ -208,21 +204,20 @@ def _fill_checked(model: nn.Module, file: AdapterFile, adapter: Adapter, is_new:
             values = file.tensors[key]
             local(target).copy_(part_like(target, values) if is_sharded(target) else values)
         for key, scale in adapter.file_scales().items():
-            targets[f"{KEY_PREFIX}{key}"].div_(scale)
+            targets[key].div_(scale)
         if is_new:
             apply_injection(model, adapter, activate)
         elif activate:
             adapter.into.switch((adapter.name,))
-        if loaded := {key for key in adapter.base_tensors(root_module(model)) if f"{KEY_PREFIX}{key}" in targets}:
+        if loaded := targets.keys() & adapter.base_tensors(root_module(model)).keys():
             held = adapter.into.loaded_base
             held[adapter.name] = held.get(adapter.name, frozenset()) | loaded
 
 
 def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str, Tensor]:
     """Returns the tensors of the model that the file should fill, by the file's keys."""
-    targets = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.tensors().items()}
-    base = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.base_tensors(root_module(model)).items()}
-    return targets | {key: tensor for key, tensor in base.items() if key in file.tensors}
+    base = adapter.base_tensors(root_module(model))
+    return adapter.tensors() | {key: tensor for key, tensor in base.items() if key in file.tensors}
 
 
 def _blocks(file: AdapterFile, adapter: Adapter) -> dict[str, Tensor]:

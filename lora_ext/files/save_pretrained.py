@@ -17,7 +17,7 @@ from torch import nn
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import is_elsewhere, is_fully_sharded, prepare_shards
 from lora_ext._common.warnings import warn_user
-from lora_ext.files.adapter_content import adapter_content, base_tensors_to_save
+from lora_ext.files.adapter_content import adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile, holds_adapter
 from lora_ext.files.reading import tensor_table
 from lora_ext.files.writing import write_files, write_tensors
@@ -125,9 +125,8 @@ def _save_adapters(name: str, directory: Path, module: nn.Module, method: Method
     adapters = adapter_set(module)
     for adapter_name in () if adapters is None else adapters.configs:
         adapter = find_adapter(module, name, adapter_name)
-        tensors = base_tensors_to_save(name, module, adapter)
-        contents[adapter_name] = adapter_content(module, adapter, tensors)
-        base += tensors.values()
+        contents[adapter_name], tensors = adapter_content(name, module, adapter)
+        base += tensors
     if method is not None and method.has_adapter and _DEFAULT not in contents:
         raise ValueError(
             f"{name}: the adapter {_DEFAULT!r}, a part of {method.name}, was merged for good, removed or renamed; "

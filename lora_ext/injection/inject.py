@@ -151,7 +151,7 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     prepare_modules(root)
     guard_against_trainers(root)
     serve_files(root)
-    serve_adapter_names(root, adapters, savers(root))
+    serve_adapter_names(root, savers(root))
 
 
 def remove_empty_layers(model: nn.Module, adapters: AdapterSet) -> None:

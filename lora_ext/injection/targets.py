@@ -13,11 +13,11 @@ from typing import NoReturn
 
 from torch import nn
 
+from lora_ext._common.matching import EndTable, LayerNumbers, Parents, PathMatcher, path_ends
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.injection.all_linear import is_all_linear, linear_layers
-from lora_ext.matching import EndTable, LayerNumbers, Parents, PathMatcher, path_ends
 from lora_ext.model.bare_model import BareModel, parameter_paths
 
 _MOST_CLOSE, _LONGEST_CLOSE = 5, 100  # close matches take time per name, and help only with names written by hand

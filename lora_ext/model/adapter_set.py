@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
@@ -25,7 +26,7 @@ class Part:
     """One layer's part of an adapter."""
 
     path: str  # in the bare model
-    file_path: str  # in file keys, from file_paths
+    file_path: str  # what keys in files begin with, from file_paths
     layer: AdapterLayer  # holds the adapter, or will hold it
     adapter: nn.Module  # the parameters
     replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(
@@ -73,7 +74,7 @@ class Adapter:
     biases: TrainedBiases | None = None  # the model's biases that it trains
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors by their file keys, without the common prefix."""
+        """The live tensors by their keys in files."""
         tensors = {}
         for part in self.parts:
             tensors |= part.layer.file_tensors(part.file_path, part.adapter)
@@ -98,7 +99,7 @@ class Adapter:
         }
 
     def base_tensors(self, root: nn.Module) -> dict[str, Tensor]:
-        """The live frozen tensors of the model ``root`` that a file may hold too, by keys like :meth:`tensors`.
+        """The live frozen tensors of the model ``root`` that a file may hold too, by their keys.
 
         PEFT saves those of adapted embeddings and heads, and of all of them if the vocabulary was resized. Their keys
         are ``<path>.weight``, or ``<path>.base_layer.weight`` of an adapted layer.
@@ -109,7 +110,8 @@ class Adapter:
         bare, adapted = BareModel(root), {part.path for part in self.parts}
         for path, module in bare.modules.items():
             if path not in adapted and (module is bare.embedding or module is bare.head):
-                tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+                state = module.state_dict(keep_vars=True)
+                tensors |= {f"{KEY_PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
         in_adapter = self.tensors()
         return {key: tensor for key, tensor in tensors.items() if key not in in_adapter}
 
@@ -118,7 +120,7 @@ class TrainedBiases:
     """Biases that an adapter trains in place, and their original values, which PEFT loses.
 
     Args:
-        owners: maps paths in file keys to modules with a ``bias``.
+        owners: maps what keys in files begin with to modules with a ``bias``.
     """
 
     def __init__(self, owners: Mapping[str, nn.Module]) -> None:

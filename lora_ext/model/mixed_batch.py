@@ -30,7 +30,7 @@ _METHODS = "generate", "generate_batch"
 # --- into a model and out of it ---------------------------------------------------------------------------------------
 
 
-def serve_adapter_names(root: nn.Module, adapters: AdapterSet, parts: Iterable[nn.Module]) -> None:
+def serve_adapter_names(root: nn.Module, parts: Iterable[nn.Module]) -> None:
     """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name.
 
     ``parts`` of it refuse them, as their forwards would swallow them in ``**kwargs``.
@@ -43,7 +43,7 @@ def serve_adapter_names(root: nn.Module, adapters: AdapterSet, parts: Iterable[n
     if end_call not in root._forward_hooks.values():
         root.register_forward_hook(end_call, always_call=True)
         for name in _METHODS:
-            MethodWithNames.put(name, root, adapters)
+            MethodWithNames.put(name, root)
 
 
 def forget_adapter_names(module: nn.Module) -> None:
@@ -107,12 +107,9 @@ class MethodWithNames(ReplacedMethod):
     names: Transformers' would ignore them.
     """
 
-    def __init__(self, name: str, model: nn.Module, adapters: AdapterSet) -> None:
-        super().__init__(name, model)
-        self.adapters = adapters
-
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        _end_choice(self.adapters)
+        adapters = adapter_set(self.module)
+        _end_choice(adapters)
         if adapter_names is None:
             return self.original(*args, **kwargs)
         caller = f"{type(self.module).__name__}.{self.name}"
@@ -122,7 +119,7 @@ class MethodWithNames(ReplacedMethod):
                 "vLLM and SGLang, read the files of save_adapter"
             )
         values = _by_name(args, kwargs)
-        choice = choice_of(self.module, self.adapters, adapter_names, values, caller)
+        choice = choice_of(self.module, adapters, adapter_names, values, caller)
         config = values.get("generation_config") or getattr(self.module, "generation_config", None)
         counts = [values.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences")]
         choice.repeats = frozenset({1, *(count for count in counts if isinstance(count, int))})

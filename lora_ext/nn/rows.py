@@ -280,7 +280,7 @@ class LayerSlots:
     """Factors of many adapters of one linear layer, each in a slot of the same size: the storage of an AdapterPool.
 
     Memory is allocated once and never moves. A slot is written while no call uses it; calls that read other slots go on
-    meanwhile. Copies of the layer share the storage, as the pool fills it for all of them.
+    meanwhile.
 
     Attributes:
         lora_A, lora_B: ``[slots, r, in_features]`` and ``[slots, out_features, r]``; ranks beyond an adapter's are not
@@ -327,11 +327,8 @@ class LayerSlots:
             x, weight, bias, self.lora_A, self.lora_B, slots, self.scalings, self.ranks
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerSlots:
-        return self
-
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a model whose layers serve an AdapterPool cannot be pickled; call pool.close() first")
+        raise TypeError("a model with an AdapterPool cannot be copied or pickled; call pool.close() first")
 
 
 # --- adapter by adapter -----------------------------------------------------------------------------------------------

@@ -146,6 +146,6 @@ def test_other_layers_second_pools_and_training_are_refused(base, root):
     model.train()
     with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):
         model(x.repeat(2, 1), adapter_names=["n0", "n0"])
-    for fails in (pickle.dumps, lambda model: pickle.dumps(pool)):
+    for fails in (pickle.dumps, copy.deepcopy, lambda model: pickle.dumps(pool)):
         with pytest.raises(TypeError, match="close()"):
             fails(model)
