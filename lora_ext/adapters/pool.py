@@ -214,7 +214,6 @@ class AdapterPool:
                 "it with load_adapter, or make a pool with its layers and rank:"
                 f"{listed(problems or ['it has no factors'])}"
             )
-        file.warn_of_damage(targets)
         return {path: (file.tensors[A], file.tensors[B], config.scaling_for(path)) for path, (A, B) in keys.items()}
 
     def _named(self, config: LoraConfig) -> list[str]:

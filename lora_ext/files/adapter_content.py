@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import exact_patterns
 from lora_ext.files.adapter_file import OWN_KEY, OWN_OPTIONS, AdapterFile
 from lora_ext.files.misfits import VERSION_KEY, has_present_layout, stacked_experts
-from lora_ext.model.adapter_set import Adapter, Part
+from lora_ext.model.adapter_set import Adapter
 from lora_ext.model.bare_model import BareModel, root_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.packed_linear import PackedAdapter, spread_blocks
@@ -61,7 +60,8 @@ def adapter_content(
             }
     for key, scale in adapter.file_scales().items():
         tensors[key] *= scale
-    return _to_peft_form(adapter, AdapterFile(values, tensors, {"format": "pt"})), [*base.values()]
+    metadata = _to_peft_form(adapter, values, tensors)
+    return AdapterFile(values, tensors, metadata), [*base.values()]
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -73,30 +73,24 @@ def base_name(model: nn.Module) -> str | None:
 # --- enable_lora ------------------------------------------------------------------------------------------------------
 
 
-def _to_peft_form(adapter: Adapter, file: AdapterFile) -> AdapterFile:
-    if not any(packed_parts(adapter)):
-        return file
+def _to_peft_form(adapter: Adapter, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Changes the config and the tensors of an adapter with packed projections; returns the file's metadata."""
+    metadata = {"format": "pt"}
+    packed = [part for part in adapter.parts if isinstance(part.adapter, PackedAdapter)]
+    if not packed:
+        return metadata
     ranks, alphas = {}, {}
     for part in adapter.parts:  # every layer by name: a user's pattern may cover packed ones and others
         if isinstance(part.layer, LoraLayer):
             r = part.adapter.r * sum(getattr(part.adapter, "enable_lora", (True,)))
             ranks[part.target] = r
-            alphas[part.target] = part.adapter.scaling * (math.sqrt(r) if file.config["use_rslora"] else r)
-    patterns = {
-        "rank_pattern": exact_patterns(ranks, file.config["r"]),
-        "alpha_pattern": exact_patterns(alphas, file.config["lora_alpha"]),
-    }
-    blocks = {key: spread_blocks(file.tensors[key], part.adapter.enable_lora) for key, part in packed_parts(adapter)}
-    note = json.dumps({"config": {key: getattr(adapter.config, key) for key in OWN_OPTIONS}})
-    metadata = file.metadata | {OWN_KEY: note}
-    return AdapterFile(file.config | patterns, file.tensors | blocks, metadata)
-
-
-def packed_parts(adapter: Adapter) -> Iterator[tuple[str, Part]]:
-    """Yields the file's key of ``lora_B`` and the part of each packed projection."""
-    for part in adapter.parts:
-        if isinstance(part.adapter, PackedAdapter):
-            yield f"{part.file_path}.lora_B.weight", part
+            alphas[part.target] = part.adapter.scaling * (math.sqrt(r) if config["use_rslora"] else r)
+    config["rank_pattern"] = exact_patterns(ranks, config["r"])
+    config["alpha_pattern"] = exact_patterns(alphas, config["lora_alpha"])
+    for key, part in ((f"{part.file_path}.lora_B.weight", part) for part in packed):
+        tensors[key] = spread_blocks(tensors[key], part.adapter.enable_lora)
+    metadata[OWN_KEY] = json.dumps({"config": {key: getattr(adapter.config, key) for key in OWN_OPTIONS}})
+    return metadata
 
 
 # --- base layers ------------------------------------------------------------------------------------------------------

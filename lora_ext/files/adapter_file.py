@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lora_ext._common.printable import first_of, shown
-from lora_ext._common.warnings import warn_user
+from lora_ext._common.printable import shown
 from lora_ext.config import LoraConfig
 from lora_ext.files.reading import open_tensors, parse_json, read_json
 from lora_ext.files.writing import write_json, write_tensors
@@ -86,15 +83,6 @@ class AdapterFile:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{caller}: {self.directory / CONFIG_FILE}: {error}") from error
 
-    def warn_of_damage(self, keys: Iterable[str]) -> None:
-        """Warns if values of the tensors ``keys``, which a model is about to take, are NaN or infinite."""
-        keys = list(keys)
-        if damaged := [key for key in keys if not _is_finite(self.tensors[key])]:
-            warn_user(
-                f"{self.path} has NaN or infinite values in {len(damaged)} of {len(keys)} tensors: "
-                f"{first_of(damaged)}; the model's outputs will have them, too: use an earlier checkpoint"
-            )
-
 
 def holds_adapter(directory: Path) -> bool:
     """Returns whether the directory has an adapter config, valid or not."""
@@ -133,11 +121,3 @@ def _version(directory: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Returns whether all values are finite. The least and the largest tell, in a tenth of the time of isfinite."""
-    if not (tensor.is_floating_point() and tensor.numel()):
-        return True
-    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no order
-    return all(map(math.isfinite, tensor.aminmax()))

@@ -23,7 +23,7 @@ from lora_ext._common.sharded import (
     prepare_shards,
 )
 from lora_ext._ops.checks import FLOATING
-from lora_ext.files.adapter_content import SaveEmbeddings, adapter_content, packed_parts
+from lora_ext.files.adapter_content import SaveEmbeddings, adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile
 from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
 from lora_ext.files.writing import write_files
@@ -32,7 +32,7 @@ from lora_ext.injection.inject import Injection, apply_injection, check_unmerged
 from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter, find_adapters
 from lora_ext.model.adapter_state import warn_of_lost_parameters
 from lora_ext.model.bare_model import check_not_managed, check_not_parallel, root_module
-from lora_ext.nn.packed_linear import gather_blocks
+from lora_ext.nn.packed_linear import PackedAdapter, gather_blocks
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -126,9 +126,6 @@ def load_adapter(
             ``activate``: an adapter trains while it is active.
         RuntimeError: an adapter is merged.
         Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
-
-    Warns:
-        UserWarning: the file has NaN or infinite values.
     """
     load_opened(model, AdapterFile.open(directory, caller="load_adapter"), trainable, adapter_name, activate)
     if not trainable:
@@ -196,7 +193,6 @@ def _fill_checked(model: nn.Module, file: AdapterFile, adapter: Adapter, is_new:
         give_memory(adapter)
     targets = _targets(model, adapter, file)
     check_places(targets, file)
-    file.warn_of_damage(targets)
 
     # Nothing below fails: the adapter is filled before it is attached.
     with torch.no_grad():
@@ -223,8 +219,9 @@ def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str,
 def _blocks(file: AdapterFile, adapter: Adapter) -> dict[str, Tensor]:
     """Returns the model's form of ``lora_B`` of packed projections. ValueError: it has more than the enabled parts."""
     found = {}
-    for key, part in packed_parts(adapter):
-        tensor, enabled = file.tensors.get(key), part.adapter.enable_lora
+    for part in (part for part in adapter.parts if isinstance(part.adapter, PackedAdapter)):
+        key, enabled = f"{part.file_path}.lora_B.weight", part.adapter.enable_lora
+        tensor = file.tensors.get(key)
         shape = (part.layer.out_features, part.adapter.r * sum(enabled))
         if tensor is not None and tensor.shape == shape and tensor.dtype in FLOATING:  # check_fits refuses others
             try:

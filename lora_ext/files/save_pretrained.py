@@ -31,7 +31,7 @@ from lora_ext.model.adapter_state import (
     with_values,
 )
 from lora_ext.model.bare_model import adapter_layers
-from lora_ext.model.saver import SavePretrained
+from lora_ext.model.replaced_methods import SavePretrained
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter_layer import base_keys
 

@@ -18,7 +18,7 @@ from lora_ext._common.hooks import remove_hooks
 from lora_ext._common.printable import shown
 from lora_ext.model.adapter_set import AdapterSet, adapter_set
 from lora_ext.model.bare_model import adapter_layers, output_head
-from lora_ext.model.replaced_method import ReplacedMethod
+from lora_ext.model.replaced_methods import ReplacedMethod
 from lora_ext.nn import AdapterLayer
 from lora_ext.nn.adapter_layer import innermost
 from lora_ext.nn.rows import BASE, RowChoice, choosing, enter, leave
