@@ -120,8 +120,7 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
 @checked
 def merge_record_bytes(model: nn.Module) -> int:
     """Bytes kept to unmerge: copies of the merged factors, and the bits lost to rounding or the old quantised bytes."""
-    merged = [layer._merged for _, layer in lora_modules(model) if layer._merged is not None]
-    return sum(matrix.record.nbytes for state in merged for matrix in state.matrices.values())
+    return sum(layer.merge_record_bytes for _, layer in lora_modules(model))
 
 
 @checked
