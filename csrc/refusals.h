@@ -4,6 +4,8 @@
 // lora_ext/_ops/refusals.py tells which exception a text is.
 #pragma once
 
+#include "common/dtype.h"
+
 namespace lora_ext::refusals {
 
 // The exception in Python.
@@ -32,8 +34,7 @@ inline constexpr Refusal kNoRank{"no_rank", kValueError, "{} has rank 0, want at
 inline constexpr Refusal kNotContiguous{"not_contiguous", kValueError,
                                         "{} has strides {}, want a contiguous tensor: what a base layer returns"};
 
-inline constexpr Refusal kDtype{"dtype", kTypeError,
-                                "{} has dtype {}, want one of float64, float32, bfloat16, float16"};
+inline constexpr Refusal kDtype{"dtype", kTypeError, "{} has dtype {}, want one of " LORA_EXT_DTYPE_NAMES};
 inline constexpr Refusal kOtherDtype{"other_dtype", kTypeError, "{} has dtype {} but {} has {}"};
 inline constexpr Refusal kAccumulationDtype{"accumulation_dtype", kTypeError,
                                             "{} has dtype {}, want the accumulation dtype {}"};

@@ -36,7 +36,7 @@ constexpr int first_of_x(const char* schema) {
 
 static_assert(first_of_x(schemas::kLoraLinear) == 0 && first_of_x(schemas::kLoraShrinkBackward) == 1);
 
-inline bool is_wide(const Tensor& tensor) { return is_supported(tensor) && dtype_size(dtype_of(tensor)) > 2; }
+inline bool is_wide(const Tensor& tensor) { return is_supported(tensor) && !is_16_bit(dtype_of(tensor)); }
 inline bool is_wide(const std::vector<Tensor>& tensors) { return !tensors.empty() && is_wide(tensors[0]); }
 
 // Every result of the plain op is a list: torch_call_dispatcher (torch 2.13) mistakes the types of results that differ.

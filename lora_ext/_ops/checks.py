@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_ext import _load
 from lora_ext._ops.refusals import refusal, refusal_of_op
 from lora_ext._ops.tensor_arguments import check_tensors, is_wrapper, tensors_of
 
 _LARGEST = torch.finfo(torch.float64).max  # Python's integers may be larger
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = tuple(getattr(torch, name) for name in _load.dtypes())  # csrc/common/dtype.h
 _MERGE_SEGMENT = 256  # columns that share a record: csrc/common/merge_record.h
 _MAX_MERGED_SIZE = 2**30  # of rows and of columns, which the kernels count in 32 bits
 
