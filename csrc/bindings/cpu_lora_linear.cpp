@@ -4,7 +4,6 @@
 
 #include "cpu_base_product.h"
 #include "cpu_kernels.h"
-#include "dropout_mask_call.h"
 #include "lora_linear_ops.h"
 #include "shrink_expand_ops.h"
 
@@ -12,8 +11,8 @@ namespace lora_ext::cpu {
 namespace {
 
 // Base products of the library: in float32 and float64 the adapter's term is written first and the product accumulates
-// onto it, which saves a pass. In 16 bits the product is first, with the bias as in nn.Linear, and the adapter's term is
-// added in float32: an adapter of zeros keeps the bits of the base layer.
+// onto it, which saves a pass. In 16 bits the product is first, with the bias as in nn.Linear, and the adapter's term
+// is added in float32: an adapter of zeros keeps the bits of the base layer.
 struct Cpu {
   static constexpr bool kOnly16Bit = false;
 
@@ -101,7 +100,7 @@ struct Cpu {
 };
 
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
-  const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features);
+  const Tensor mask = empty_bytes({num_tokens, mask_row_bytes(in_features)}, seed);
   if (mask.numel() == 0) return mask;  // the number of empty rows may be too large to loop over
   const Kernels& kernels = checked_kernels();
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
