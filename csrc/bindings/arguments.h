@@ -1,6 +1,7 @@
 // An op's arguments with the names that its schema gives them: no argument can be forgotten.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -81,12 +82,21 @@ constexpr bool is_changed(const char* schema, int index) {
   return type.size() > 6 && type[6] == '(';
 }
 
-constexpr bool changes_arguments(const char* schema) {
-  for (int i = 0; i < count_arguments(schema); ++i) {
-    if (is_changed(schema, i)) return true;
+// What a schema says of an argument, found when the schema is compiled: a call must not parse it.
+struct Parameter {
+  std::string_view name;
+  bool changes;
+};
+
+template <const auto& kSchema>
+inline constexpr auto kParameters = [] {
+  std::array<Parameter, count_arguments(kSchema.text)> parameters;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const int index = static_cast<int>(i);
+    parameters[i] = {argument_name(kSchema.text, index), is_changed(kSchema.text, index)};
   }
-  return false;
-}
+  return parameters;
+}();
 
 // The C++ type of an argument.
 template <const auto& kSchema, size_t kIndex>
@@ -152,25 +162,23 @@ Argument as_argument(const std::vector<T>& list) {
   return argument;
 }
 
-// Calls f(name, tensor, index of the argument) for all tensors of an op.
+// Calls f(name, tensor, parameter) for all tensors of an op.
 template <class F>
-void for_each_tensor(const char* schema, std::span<const Argument> arguments, const F& f) {
-  for (size_t a = 0; a < arguments.size(); ++a) {
-    for (size_t i = 0; arguments[a].entry && i < arguments[a].size; ++i) {
-      const Tensor* const tensor = arguments[a].at(i);
-      const int index = static_cast<int>(a);
-      if (tensor)
-        f(ArgumentName{argument_name(schema, index), arguments[a].is_list ? static_cast<int>(i) : kNoIndex}, *tensor,
-          index);
+void for_each_tensor(std::span<const Parameter> parameters, const Argument* arguments, const F& f) {
+  for (size_t a = 0; a < parameters.size(); ++a) {
+    const Argument& argument = arguments[a];
+    for (size_t i = 0; argument.entry && i < argument.size; ++i) {
+      const ArgumentName name{parameters[a].name, argument.is_list ? static_cast<int>(i) : kNoIndex};
+      if (const Tensor* tensor = argument.at(i)) f(name, *tensor, parameters[a]);
     }
   }
 }
 
 // Every tensor must be defined, with its memory, on the device of the first.
-inline void check_tensors(const char* schema, std::span<const Argument> arguments) {
+inline void check_tensors(std::span<const Parameter> parameters, const Argument* arguments) {
   std::optional<ArgumentName> first;
   DeviceOf first_device{};
-  for_each_tensor(schema, arguments, [&](const ArgumentName& name, const Tensor& tensor, int) {
+  for_each_tensor(parameters, arguments, [&](const ArgumentName& name, const Tensor& tensor, const Parameter&) {
     bool is_there;  // Python's None arrives as an undefined tensor
     LORA_EXT_CALL_TORCH(aoti_torch_is_defined, tensor.get(), &is_there);
     if (!is_there) refuse<refusals::kMissingTensor>(name);

@@ -1,6 +1,7 @@
 // Registers an op's function, with the checks of its arguments and the op's name in errors.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <new>
 #include <stdexcept>
@@ -24,8 +25,8 @@ std::string with_op_name(const std::string& text) {
 template <const auto& kSchema, class... Arguments>
 void check_arguments(const Arguments&... arguments) {
   const Argument list[] = {as_argument(arguments)...};
-  check_tensors(kSchema.text, list);
-  ShapeChecks(kSchema.text, list).check(kShapes<kSchema>);
+  check_tensors(kParameters<kSchema>, list);
+  ShapeChecks(kParameters<kSchema>.data(), list).check(kShapes<kSchema>);
   kCheckOf<kSchema>(arguments...);
 }
 
@@ -44,9 +45,9 @@ struct CheckedOp<kSchema, kFunction> {
   static Result call(Arguments... arguments) {
     try {
       check_arguments<kSchema>(arguments...);
-      if constexpr (changes_arguments(kSchema.text)) {
+      if constexpr (std::ranges::any_of(kParameters<kSchema>, &Parameter::changes)) {
         const Argument list[] = {as_argument(arguments)...};
-        check_disjoint(kSchema.text, list);
+        check_disjoint(kParameters<kSchema>, list);
       }
       return kFunction(arguments...);
     } catch (const OpError& error) {

@@ -49,14 +49,15 @@ inline constexpr auto kShapes = [] {
 
 class ShapeChecks {
  public:
-  ShapeChecks(const char* schema, std::span<const Argument> arguments) : schema_(schema), arguments_(arguments) {}
+  ShapeChecks(const Parameter* parameters, const Argument* arguments)
+      : parameters_(parameters), arguments_(arguments) {}
 
   void check(std::span<const Shape> shapes) {
     const size_t entries = check_lengths(shapes);
     for (size_t entry = 0; entry < entries; ++entry) {
-      for (const char symbol : kOfEntry) size(symbol) = {};
+      for (const char symbol : entry > 0 ? kOfEntry : "") size(symbol) = {};
       for (const Shape& shape : shapes) {
-        const Argument& argument = arguments_[static_cast<size_t>(shape.argument)];
+        const Argument& argument = arguments_[shape.argument];
         if (entry >= argument.size || shape.sizes.empty()) continue;
         const int index = argument.is_list ? static_cast<int>(entry) : kNoIndex;
         if (const Tensor* tensor = argument.at(entry)) check(shape, {name(shape), index}, *tensor);
@@ -64,7 +65,7 @@ class ShapeChecks {
     }
     for (const Shape& shape : shapes) {
       if (!shape.is_contiguous) continue;
-      const Tensor& tensor = *arguments_[static_cast<size_t>(shape.argument)].at(0);
+      const Tensor& tensor = *arguments_[shape.argument].at(0);
       if (!tensor.is_contiguous()) refuse<refusals::kNotContiguous>(name(shape), sizes_text(tensor.strides()));
     }
   }
@@ -90,14 +91,14 @@ class ShapeChecks {
   }
 
   Size& size(char symbol) { return sizes_[kSymbols.find(symbol)]; }
-  std::string_view name(const Shape& shape) const { return argument_name(schema_, shape.argument); }
+  std::string_view name(const Shape& shape) const { return parameters_[shape.argument].name; }
 
   // Returns the number of entries of the lists; 1 if there are none.
   size_t check_lengths(std::span<const Shape> shapes) const {
     const Shape* first = nullptr;
     size_t entries = 1;
     for (const Shape& shape : shapes) {
-      const Argument& list = arguments_[static_cast<size_t>(shape.argument)];
+      const Argument& list = arguments_[shape.argument];
       if (!list.is_list || (list.size == 0 && shape.may_be_empty)) continue;
       if (list.size == 0) refuse<refusals::kEmptyList>(name(shape));
       if (first && list.size != entries) refuse<refusals::kLengthLike>(name(shape), list.size, name(*first), entries);
@@ -183,8 +184,8 @@ class ShapeChecks {
     }
   }
 
-  const char* schema_;
-  std::span<const Argument> arguments_;
+  const Parameter* parameters_;  // of each argument
+  const Argument* arguments_;
   std::array<Size, kSymbols.size()> sizes_{};
   Size tokens_{}, x_{}, factor_{};
 };

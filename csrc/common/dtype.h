@@ -37,13 +37,12 @@ inline constexpr DTypeFacts kDTypes[] = {LORA_EXT_DTYPES(LORA_EXT_FACTS, )};
 constexpr const DTypeFacts& facts_of(DType dtype) { return kDTypes[static_cast<int>(dtype)]; }
 constexpr const char* dtype_name(DType dtype) { return facts_of(dtype).name; }
 
-// Bytes of an element. A switch, because a kernel cannot read kDTypes while it runs.
+// Bytes of an element. A kernel cannot read kDTypes while it runs. The 2 at the end, which nothing reaches, saves it
+// the comparisons with the dtypes of 16 bits.
 LORA_EXT_HOST_DEVICE constexpr int64_t dtype_size(DType dtype) {
-#define LORA_EXT_CASE(constant, name, bytes, ...) \
-  case DType::constant: return bytes;
-  switch (dtype) { LORA_EXT_DTYPES(LORA_EXT_CASE, ) }
-#undef LORA_EXT_CASE
-  return 0;
+#define LORA_EXT_SIZE(constant, name, bytes, ...) dtype == DType::constant ? bytes:
+  return LORA_EXT_DTYPES(LORA_EXT_SIZE, ) 2;
+#undef LORA_EXT_SIZE
 }
 
 // Narrower than the dtype of sums. CUDA kernels take no other x.

@@ -106,30 +106,35 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, scalings, dropout_p, seed, results = arguments
-        n = len(tensors) // 4
-        biases, x, *layers = tensors[:n], *tensors[n:]
-        weights, lora_As, lora_Bs = layers[:n], layers[n : 2 * n], layers[2 * n :]
+        numbers = scalings, dropout_p, seed
         with below_autograd():
             if isinstance(scalings, (list, tuple)):
+                n = len(scalings)
+                biases, x, layers = tensors[:n], tensors[n], tensors[n + 1 :]
+                weights, lora_As, lora_Bs = layers[:n], layers[n : 2 * n], layers[2 * n :]
                 base = (weights, biases, []) if weights[0] is not None else ([], [], biases)
-                ys, xa, mask = _siblings_op(x, *base, lora_As, lora_Bs, scalings, dropout_p, seed)
-                y = tuple(ys)
-            elif weights[0] is not None:
-                y, xa, mask = _linear_op(x, weights[0], biases[0], lora_As[0], lora_Bs[0], scalings, dropout_p, seed)
+                y, xa, mask = _siblings_op(x, *base, lora_As, lora_Bs, *numbers)
+                y = tuple(y)
+                _, want_x, want_weights, want_As, want_Bs = _split_wanted(ctx, n)
+                want_weight, want_A, want_B = any(want_weights), any(want_As), any(want_Bs)
             else:
-                y = biases[0]
-                xa, mask = _delta_op(y, x, lora_As[0], lora_Bs[0], scalings, dropout_p, seed)
-                ctx.mark_dirty(y)  # counts the change, too
+                bias_or_y, x, *layers = tensors
+                weight, lora_A, lora_B = layers
+                if weight is not None:
+                    y, xa, mask = _linear_op(x, weight, bias_or_y, lora_A, lora_B, *numbers)
+                else:
+                    y = bias_or_y
+                    xa, mask = _delta_op(y, x, lora_A, lora_B, *numbers)
+                    ctx.mark_dirty(y)  # counts the change, too
+                _, want_x, want_weight, want_A, want_B, *_ = ctx.needs_input_grad
         if results is not None:
             results += xa, mask
         ctx.set_materialize_grads(False)
-        _, want_x, want_weights, want_As, want_Bs = _split_wanted(ctx, n)
-        want_A = True in want_As
         # Only what a wanted gradient reads is kept alive. x is shared with its producer; dropout(x) never exists.
         ctx.save_for_backward(
-            x if want_A or True in want_weights else None,
-            xa if True in want_Bs else None,
-            mask if mask.dim() == 2 and (want_x or want_A) else None,
+            x if want_A or want_weight else None,
+            xa if want_B else None,
+            mask if (want_x or want_A) and mask.dim() == 2 else None,
             *layers,
         )
         ctx.numbers = scalings, dropout_p
@@ -137,29 +142,28 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_ys):
-        n = len(grad_ys)
-        x, xa, mask, *layers = ctx.saved_tensors
-        weights = layers[:n]
-        want_biases, want_x, want_weights, want_As, want_Bs = _split_wanted(ctx, n)
-        grad_x = None
-        grad_weights, grad_biases, grad_As, grad_Bs = ([None] * n for _ in range(4))
-
-        # An output that the loss does not depend on has no gradient: its layer is left out.
-        used = [i for i in range(n) if grad_ys[i] is not None and (want_x or want_As[i] or want_Bs[i])]
-        if used:
-            wanted = want_x, any(want_As[i] for i in used), any(want_Bs[i] for i in used)
-            grad_x, used_grad_As, used_grad_Bs = _gradients(ctx, grad_ys, used, x, xa, mask, layers, wanted)
-            for i, grad in zip(used, used_grad_As, strict=False):  # empty where no layer wants any
-                grad_As[i] = grad if want_As[i] else None
-            for i, grad in zip(used, used_grad_Bs, strict=False):
-                grad_Bs[i] = grad if want_Bs[i] else None
-        for i, grad_y in enumerate(grad_ys):
-            # Weights and biases are frozen in LoRA; a user who unfreezes them gets the plain linear layer's gradients.
-            if grad_y is not None and want_weights[i]:
-                grad_weights[i] = weight_gradient(grad_y, x)
-            if grad_y is not None and want_biases[i]:
-                grad_biases[i] = grad_y if weights[i] is None else bias_gradient(grad_y)
-        return *grad_biases, grad_x, *grad_weights, *grad_As, *grad_Bs, None, None, None, None
+        if isinstance(ctx.numbers[0], (list, tuple)):
+            return _gradients_of_siblings(ctx, grad_ys)
+        (grad_y,), (x, xa, mask, *layer), (scaling, dropout_p) = grad_ys, ctx.saved_tensors, ctx.numbers
+        if grad_y is None:
+            return (None,) * 9
+        want_bias, want_x, want_weight, want_A, want_B, *_ = ctx.needs_input_grad
+        weight, lora_A, _ = layer
+        grad_x = grad_A = grad_B = grad_weight = grad_bias = None
+        if want_x or want_A or want_B:
+            wanted = want_x, want_A, want_B
+            if want_B and torch.is_grad_enabled():
+                op = "lora_delta_" if weight is None else "lora_linear"
+                xa = composite.xa_to_differentiate(op, xa, x, want_x, [lora_A], mask, [scaling], dropout_p)
+            grad_x, grad_A, grad_B = call_backward(
+                _linear_backward_op, grad_y, x if want_A else None, *layer, xa, mask, scaling, dropout_p, wanted
+            )
+        # Weight and bias are frozen in LoRA; a user who unfreezes them gets the plain linear layer's gradients.
+        if want_weight:
+            grad_weight = weight_gradient(grad_y, x)
+        if want_bias:
+            grad_bias = grad_y if weight is None else bias_gradient(grad_y)
+        return grad_bias, grad_x, grad_weight, grad_A, grad_B, None, None, None, None
 
 
 def _split_wanted(ctx, n: int) -> tuple[tuple, bool, tuple, tuple, tuple]:
@@ -168,31 +172,42 @@ def _split_wanted(ctx, n: int) -> tuple[tuple, bool, tuple, tuple, tuple]:
     return wanted[:n], wanted[n], *(wanted[i : i + n] for i in range(n + 1, 4 * n + 1, n))
 
 
-def _gradients(ctx, grad_ys, used: list[int], x, xa, mask, layers, wanted) -> tuple[Tensor | None, list, list]:
-    """Calls the backward op for the layers with the numbers ``used``: the gradients of x, and of their factors."""
-    n, (scalings, dropout_p), (want_x, want_A, want_B) = len(grad_ys), ctx.numbers, wanted
+def _gradients_of_siblings(ctx, grad_ys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    n, (scalings, dropout_p) = len(grad_ys), ctx.numbers
+    x, xa, mask, *layers = ctx.saved_tensors
     weights, lora_As, lora_Bs = layers[:n], layers[n : 2 * n], layers[2 * n :]
-    has_lists = isinstance(scalings, (list, tuple))
-    if want_B and torch.is_grad_enabled():
-        op = "lora_linear_siblings" if has_lists else "lora_linear" if weights[0] is not None else "lora_delta_"
-        all_scalings = scalings if has_lists else [scalings]
-        xa = composite.xa_to_differentiate(op, xa, x, want_x, lora_As, mask, all_scalings, dropout_p)
-    x, saved = x if want_A else None, (xa if want_B else None, mask)
-    if not has_lists:
-        grad_x, grad_A, grad_B = call_backward(
-            _linear_backward_op, grad_ys[0], x, weights[0], lora_As[0], lora_Bs[0], *saved, scalings, dropout_p, wanted
+    has_weights = weights[0] is not None
+    want_biases, want_x, want_weights, want_As, want_Bs = _split_wanted(ctx, n)
+    grad_x = None
+    grad_weights, grad_biases, grad_As, grad_Bs = ([None] * n for _ in range(4))
+
+    # An output that the loss does not depend on has no gradient: its layer is left out.
+    used = [i for i in range(n) if grad_ys[i] is not None and (want_x or want_As[i] or want_Bs[i])]
+    if used:
+        wanted = want_x, any(want_As[i] for i in used), any(want_Bs[i] for i in used)
+        if wanted[2] and torch.is_grad_enabled():
+            op = "lora_linear_siblings"
+            xa = composite.xa_to_differentiate(op, xa, x, want_x, lora_As, mask, scalings, dropout_p)
+        if wanted[2] and len(used) < n:
+            columns = xa.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
+            xa = torch.cat([columns[i] for i in used], dim=1)
+        ys, Ws, As, Bs, numbers = (
+            [entries[i] for i in used] for entries in (grad_ys, weights, lora_As, lora_Bs, scalings)
         )
-        return grad_x, [grad_A], [grad_B]
-    if want_B and len(used) < n:
-        columns = xa.split([lora_A.shape[0] for lora_A in lora_As], dim=1)
-        saved = torch.cat([columns[i] for i in used], dim=1), mask
-    grad_ys, weights, lora_As, lora_Bs, scalings = (
-        [entries[i] for i in used] for entries in (grad_ys, weights, lora_As, lora_Bs, scalings)
-    )
-    weights = weights if weights[0] is not None else []
-    return call_backward(
-        _siblings_backward_op, grad_ys, x, weights, lora_As, lora_Bs, *saved, scalings, dropout_p, wanted
-    )
+        saved = x if wanted[1] else None, Ws if has_weights else [], As, Bs, xa if wanted[2] else None, mask
+        grad_x, used_grad_As, used_grad_Bs = call_backward(
+            _siblings_backward_op, ys, *saved, numbers, dropout_p, wanted
+        )
+        for i, grad in zip(used, used_grad_As, strict=False):  # empty where no layer wants any
+            grad_As[i] = grad if want_As[i] else None
+        for i, grad in zip(used, used_grad_Bs, strict=False):
+            grad_Bs[i] = grad if want_Bs[i] else None
+    for i, grad_y in enumerate(grad_ys):
+        if grad_y is not None and want_weights[i]:
+            grad_weights[i] = weight_gradient(grad_y, x)
+        if grad_y is not None and want_biases[i]:
+            grad_biases[i] = bias_gradient(grad_y) if has_weights else grad_y
+    return *grad_biases, grad_x, *grad_weights, *grad_As, *grad_Bs, None, None, None, None
 
 
 _lean_apply = lean_apply(_Layers, num_tensors=-4)

@@ -215,18 +215,6 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     )
 
 
-def checked_composite(name: str, composite: Callable) -> Callable:
-    """Returns ``composite``, which checks its arguments as the op ``name`` does."""
-
-    def call(*values):
-        arguments = checked_arguments[name](*values)
-        if not torch.compiler.is_compiling():
-            check_memory_is_there(name, arguments)
-        return composite(**arguments)
-
-    return call
-
-
 def register_composite(name: str, composite: Callable, num_cast: NumCast = 0) -> Callable:
     """Registers an op in plain PyTorch (:mod:`lora_ext._ops.composite`) for the transforms of torch.func.
 
@@ -242,7 +230,13 @@ def register_composite(name: str, composite: Callable, num_cast: NumCast = 0) ->
         The kernel, which checks its arguments as the op does.
     """
 
-    composites[name], call = composite, checked_composite(name, composite)
+    composites[name] = composite
+
+    def call(*values):
+        arguments = checked_arguments[name](*values)
+        if not torch.compiler.is_compiling():
+            check_memory_is_there(name, arguments)
+        return composite(**arguments)
 
     def kernel(*values):
         device = next(tensor.device for _, tensor in tensors_of(dict(enumerate(values)))).type
