@@ -58,8 +58,8 @@ def _ends(lora_As: Sequence[Tensor], ranks: Tensor | None, device: torch.device)
 
 def _choose(rows: Tensor, lora_As, group_of_row, scalings, ranks, dropout_p) -> _Choice:
     """Returns the choice of each of the ``rows``."""
-    groups, rank, dtype = len(scalings), largest_rank(lora_As), rows.dtype
-    given = group_of_row.reshape(-1, 1).expand(-1, len(rows) // max(group_of_row.numel(), 1)).reshape(-1)
+    groups, rank, dtype = scalings.shape[0], largest_rank(lora_As), rows.dtype
+    given = group_of_row.reshape(-1, 1).expand(-1, rows.shape[0] // max(group_of_row.numel(), 1)).reshape(-1)
     exists = (given >= 0) & (given < groups)
     group = torch.where(exists, given, 0)
     ends, possible = _ends(lora_As, ranks, given.device)

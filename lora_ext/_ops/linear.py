@@ -105,28 +105,28 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, scalings, dropout_p, seed, results = arguments
-        numbers = scalings, dropout_p, seed
+        tensors = arguments[:-4]
+        scalings, dropout_p, seed, results = arguments[-4:]
         with below_autograd():
             if isinstance(scalings, (list, tuple)):
                 n = len(scalings)
                 biases, x, layers = tensors[:n], tensors[n], tensors[n + 1 :]
                 weights, lora_As, lora_Bs = layers[:n], layers[n : 2 * n], layers[2 * n :]
                 base = (weights, biases, []) if weights[0] is not None else ([], [], biases)
-                y, xa, mask = _siblings_op(x, *base, lora_As, lora_Bs, *numbers)
+                y, xa, mask = _siblings_op(x, *base, lora_As, lora_Bs, scalings, dropout_p, seed)
                 y = tuple(y)
                 _, want_x, want_weights, want_As, want_Bs = _split_wanted(ctx, n)
                 want_weight, want_A, want_B = any(want_weights), any(want_As), any(want_Bs)
             else:
-                bias_or_y, x, *layers = tensors
-                weight, lora_A, lora_B = layers
+                bias_or_y, x, weight, lora_A, lora_B = tensors
+                layers = tensors[2:]
                 if weight is not None:
-                    y, xa, mask = _linear_op(x, weight, bias_or_y, lora_A, lora_B, *numbers)
+                    y, xa, mask = _linear_op(x, weight, bias_or_y, lora_A, lora_B, scalings, dropout_p, seed)
                 else:
                     y = bias_or_y
-                    xa, mask = _delta_op(y, x, lora_A, lora_B, *numbers)
+                    xa, mask = _delta_op(y, x, lora_A, lora_B, scalings, dropout_p, seed)
                     ctx.mark_dirty(y)  # counts the change, too
-                _, want_x, want_weight, want_A, want_B, *_ = ctx.needs_input_grad
+                _, want_x, want_weight, want_A, want_B = ctx.needs_input_grad[:5]
         if results is not None:
             results += xa, mask
         ctx.set_materialize_grads(False)
@@ -142,13 +142,14 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_ys):
-        if isinstance(ctx.numbers[0], (list, tuple)):
+        scaling, dropout_p = ctx.numbers
+        if isinstance(scaling, (list, tuple)):
             return _gradients_of_siblings(ctx, grad_ys)
-        (grad_y,), (x, xa, mask, *layer), (scaling, dropout_p) = grad_ys, ctx.saved_tensors, ctx.numbers
+        (grad_y,) = grad_ys
         if grad_y is None:
             return (None,) * 9
-        want_bias, want_x, want_weight, want_A, want_B, *_ = ctx.needs_input_grad
-        weight, lora_A, _ = layer
+        x, xa, mask, weight, lora_A, lora_B = ctx.saved_tensors
+        want_bias, want_x, want_weight, want_A, want_B = ctx.needs_input_grad[:5]
         grad_x = grad_A = grad_B = grad_weight = grad_bias = None
         if want_x or want_A or want_B:
             wanted = want_x, want_A, want_B
@@ -156,7 +157,7 @@ class _Layers(torch.autograd.Function):
                 op = "lora_delta_" if weight is None else "lora_linear"
                 xa = composite.xa_to_differentiate(op, xa, x, want_x, [lora_A], mask, [scaling], dropout_p)
             grad_x, grad_A, grad_B = call_backward(
-                _linear_backward_op, grad_y, x if want_A else None, *layer, xa, mask, scaling, dropout_p, wanted
+                _linear_backward_op, grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, dropout_p, wanted
             )
         # Weight and bias are frozen in LoRA; a user who unfreezes them gets the plain linear layer's gradients.
         if want_weight:
