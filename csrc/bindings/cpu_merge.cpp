@@ -67,8 +67,7 @@ void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections, const std::vector<int64_t>& seeds,
                    const std::vector<int64_t>& first_rows) {
-  const MergeCall call =
-      prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows, RecordArguments{words, corrections});
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
   MergeRun run(call.params, call.layers);
   for (size_t i = 0; i < call.layers.size(); ++i) {
     RowRecords records{};

@@ -103,7 +103,7 @@ void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections, const std::vector<int64_t>& seeds,
                    const std::vector<int64_t>& first_rows) {
-  MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows, RecordArguments{words, corrections});
+  MergeCall call = prepare_merge(weights, lora_As, lora_Bs, seeds, first_rows);
   const DeviceGuard guard(weights[0].get_device_index());
   const auto ends = attach_record(call, words, corrections);
   run(call, MergeMode::kUnmerge, weights[0]);
