@@ -34,12 +34,12 @@ def test_specs():
 
 @pytest.fixture(scope="module")
 def words(tiny: list[str]) -> list[str]:
-    return [*tiny[:6], "--num_train_epochs", "2", "--learning_rate", "2e-2"]
+    return [*tiny[:6], "--num_train_epochs", "1", "--learning_rate", "2e-2"]
 
 
 @pytest.fixture
 def forked_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes runs in forks, which have the imports that take longer than the training; submitit's are new processes."""
+    """Makes runs in forks, which have the imports that take longer than the training."""
 
     def run(command: list[str], env: dict[str, str], **streams: object) -> SimpleNamespace:
         return SimpleNamespace(returncode=Forked(*command[1:], **streams, **env).wait())
@@ -88,9 +88,12 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command, words, tmp_path
     assert "| bitfit | 1 |" in said and "Not complete: 1 runs failed." in said
 
 
-@pytest.mark.parametrize("specs", [["bitfit"], pytest.param(["bitfit", "head-only"], marks=pytest.mark.slow)], ids=len)
-def test_submitit_runs_an_array_of_jobs(command, words, tmp_path, specs):
-    where = ["--launcher", "submitit", "--launcher_set", "cluster=local", "--launcher_set", "timeout_min=10"]
+@pytest.mark.usefixtures("forked_runs")
+@pytest.mark.parametrize("cluster", ["debug", pytest.param("local", marks=pytest.mark.slow)])
+def test_submitit_runs_an_array_of_jobs(command, words, tmp_path, cluster):
+    """With "debug" in this process; those of "local" are new processes."""
+    specs = ["bitfit", "head-only"] if cluster == "local" else ["bitfit"]
+    where = ["--launcher", "submitit", "--launcher_set", f"cluster={cluster}", "--launcher_set", "timeout_min=10"]
     status, said, messages = command("compare", *specs, "--out", tmp_path, *where, *words)
     assert status == 0, messages
     assert f"submitted {len(specs)} job" in said and (tmp_path / "compare.json").exists()
