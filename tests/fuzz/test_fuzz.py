@@ -16,11 +16,6 @@ from lora_ext import functional
 
 pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 
-# Compared through the gradients of their forward, or where it is used.
-NOT_COMPARED = {"lora_ext.functional.MergeRecord"}
-NOT_COMPARED |= {f"torch.ops.lora_ext.lora_{name}_backward" for name in ("shrink", "expand", "grouped")}
-NO_KERNEL = "torch.ops.lora_ext.lora_merge_check"  # on the CPU
-
 
 @pytest.mark.parametrize("function", area_ops.MAKERS)
 def test_nothing_is_found(function, request):
@@ -29,8 +24,9 @@ def test_nothing_is_found(function, request):
     assert not result.found and result.total() == cases, result.table()
     ((name, outcomes),) = result.counts.items()
     assert function == name
-    wanted = outcomes["accepted" if name in NOT_COMPARED else "compared"]
-    assert wanted >= 0.15 * cases or name == NO_KERNEL, result.table()
+    is_compared = name.startswith("lora_ext.functional.") and not name.endswith("MergeRecord")
+    wanted = outcomes["compared" if is_compared else "accepted"]
+    assert wanted >= 0.15 * cases or name.endswith("lora_merge_check"), result.table()  # it has no kernel on the CPU
 
 
 def test_every_function_is_called():
