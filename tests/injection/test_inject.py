@@ -19,17 +19,6 @@ from lora_ext.nn import LoraLinear
 ALIVE = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
 
 
-def test_keeps_object_class_mode_and_output():
-    for training in (True, False):
-        model = bert().train(training)
-        ids = token_ids()
-        expected = model(input_ids=ids).logits
-        injected = inject(model, LoraConfig(target_modules=["query", "dense"], lora_dropout=0.5))
-        assert injected is model and type(model).__name__ == "BertForSequenceClassification"
-        assert all(module.training is training for module in model.modules())
-        torch.testing.assert_close(model(input_ids=ids).logits, expected)
-
-
 @pytest.mark.parametrize("base", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_config_and_the_base_decide_about_every_layer(base):
     config = LoraConfig(**ALIVE | {"r": 4, "target_modules": ["up"], "lora_dropout": 0.25, "use_rslora": True})

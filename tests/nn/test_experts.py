@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import types
 from collections.abc import Callable
 
 import peft
@@ -142,25 +141,6 @@ def test_threads(implementation):
 # --- torch.func and graphs --------------------------------------------------------------------------------------------
 
 
-def test_gradients_of_each_sample_and_tangents():
-    experts = adapted(mixture("mixtral", "batched_mm")).double().model.layers[0].mlp.experts
-    x, weights = torch.randn(3, 2, 16, dtype=torch.float64), torch.rand(3, 2, 2, dtype=torch.float64)
-    choices = torch.tensor([[[0, 1], [2, 3]], [[1, 0], [3, 1]], [[2, 2], [0, 3]]])
-    trained = {name: p.detach() for name, p in experts.named_parameters() if p.requires_grad}
-
-    def loss(values: dict[str, Tensor], *args: Tensor) -> Tensor:
-        return torch.func.functional_call(experts, values, args).square().sum()
-
-    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(trained, x, choices, weights)
-    for i in range(3):
-        expected = torch.func.grad(loss)(trained, x[i], choices[i], weights[i])
-        torch.testing.assert_close({name: gradient[i] for name, gradient in found.items()}, expected)
-    direction = torch.randn_like(x[0])
-    _, tangent = torch.func.jvp(lambda x: loss(trained, x, choices[0], weights[0]), (x[0],), (direction,))
-    gradient = torch.func.grad(loss, argnums=1)(trained, x[0], choices[0], weights[0])
-    torch.testing.assert_close(tangent, (gradient * direction).sum())
-
-
 def results(call: Callable, model: nn.Module, ids: Tensor) -> list[Tensor]:
     """The loss and the gradients of the adapters."""
     model.zero_grad()
@@ -252,20 +232,3 @@ def test_an_attention_by_its_parameters(tmp_path):
     ours = load_adapter(copy.deepcopy(base), tmp_path)
     assert (ours["a"](q, k, v)[0] - base["a"](q, k, v)[0]).abs().max() > 1e-3
     torch.testing.assert_close(ours["a"](q, k, v), theirs.base_model.model["a"](q, k, v))
-
-
-def test_a_version_of_transformers_without_a_grouped_product(monkeypatch):
-    """Transformers 5.0 has the module of the experts, but not the op grouped_mm_fallback."""
-
-    class Doubled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ (self.weight * 2.0).t()
-
-    model, x = adapted(nn.Sequential(Doubled()), target_parameters=["0.weight"]), torch.randn(5, 4)
-    expected = model(x)
-    monkeypatch.setattr(torch.ops, "transformers", types.SimpleNamespace())
-    assert torch.equal(model(x), expected)

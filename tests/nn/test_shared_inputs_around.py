@@ -154,20 +154,6 @@ def test_activation_checkpointing(reentrant, forwards, calls):
         assert groups(model) == {"qkv"}
 
 
-def test_layers_in_a_reentrant_part_share(calls):
-    """They read a tensor that the part makes, as in a decoder's layer, which begins with a norm."""
-
-    def run(block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(lambda x: block(x + 0), x, use_reentrant=True)
-
-    model, x = net(2, lora_dropout=0.3), some_x()
-    expected = step(net(2, lora_dropout=0.3), x)
-    for _ in range(3):
-        calls.clear()
-        assert_close(step(model, x, run), expected)
-    assert calls == [3, 1] * 4
-
-
 class InParts(nn.Module):
     """Runs each layer within a function that may be checkpointed, as gated units of large models do."""
 
@@ -248,6 +234,3 @@ def test_compiled_graphs_are_whole_and_an_adapter_switch_compiles_as_often_as_wi
                 assert_close(step(model, x, compiled=compiled), expected)
         counts.append(len(graphs))
     assert counts[0] == counts[1]
-
-
-# --- training and generation ------------------------------------------------------------------------------------------
