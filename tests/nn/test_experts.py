@@ -11,13 +11,11 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-import transformers
 from contracts.compare import compare
 from contracts.kinds import Uses
 from support.merging import same_bits
 from support.mixtures import FAMILIES, IMPLEMENTATIONS, LargestTensor, mixture
 from support.models import token_ids
-from support.versions import before
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge
@@ -90,20 +88,6 @@ def test_several_adapters(family, implementation):
     torch.testing.assert_close(model(input_ids=ids).logits, y, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autocast_and_16_bits(implementation, dtype):
-    """A bfloat16 model with float32 factors, and a float32 one under autocast: the error is that of merged weights."""
-    model, ids = adapted(mixture("mixtral", implementation)), token_ids()
-    with torch.no_grad():
-        exact = merge(copy.deepcopy(model))(input_ids=ids).logits
-        model.to(dtype)
-        for _, layer in lora_modules(model):
-            layer.adapters.float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            ours, merged = (m(input_ids=ids).logits.float() for m in (model, merge(copy.deepcopy(model))))
-    assert (ours - exact).norm() < 2 * (merged - exact).norm() + 1e-3 * exact.norm()
-
-
 def test_hooks(implementation):
     model, ids, seen = adapted(mixture("mixtral", implementation)), token_ids(), []
     expected, experts = model(input_ids=ids).logits, model.model.layers[0].mlp.experts.module
@@ -147,33 +131,6 @@ def results(call: Callable, model: nn.Module, ids: Tensor) -> list[Tensor]:
     loss = call(input_ids=ids, labels=ids).loss
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [
-        ("mixtral", torch.bfloat16),
-        ("gpt_oss", torch.float32),
-        *(pytest.param(family, torch.bfloat16, marks=pytest.mark.slow) for family in ("qwen3", "deepseek_v3")),
-    ],
-)
-def test_a_model_is_one_graph_with_the_numbers_of_uncompiled_calls(family, dtype):
-    """Compiled graphs take the whole updated parameter."""
-    model, ids = mixture(family, "grouped_mm").to(dtype), token_ids()[:1, :2]
-    torch._dynamo.reset()
-    if before("torch", "2.13") or before("transformers", "5.24"):
-        try:
-            torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids, labels=ids).loss.backward()
-        except RuntimeError as error:  # also TorchDynamo's
-            versions = f"torch {torch.__version__} and Transformers {transformers.__version__}"
-            pytest.skip(f"{versions} do not compile this model without an adapter: {type(error).__name__}")
-        torch._dynamo.reset()
-    compiled = torch.compile(adapted(model).train(), backend="aot_eager", fullgraph=True)
-    expected, found = results(model, model, ids), results(compiled, model, ids)
-    assert len(found) == 9 and all(gradient.abs().max() > 0 for gradient in found)
-    tolerance = TOLERANCES[dtype] if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
-    torch.testing.assert_close(found, expected, **tolerance)
 
 
 class Reads(nn.Module):
