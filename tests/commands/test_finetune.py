@@ -76,7 +76,7 @@ EVERYTHING += ["--save_steps", "10", "--eval_strategy", "steps", "--eval_steps",
 EVERYTHING += ["--load_best_model_at_end", "true", "--metric_for_best_model", "macro_f1", "--early_stopping", "30"]
 
 
-@pytest.mark.parametrize("options", [[], EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow), EVERYTHING], ids=["plain", "everything"])
 def test_resuming_gives_what_not_stopping_gives(command, finetune, tiny, lora, tmp_path, monkeypatch, options):
     words = [*tiny, *lora, *options]
     whole = finetune(*words, out="whole")
