@@ -21,11 +21,12 @@ std::string check_schema(const char* schema) {
 }  // namespace lora_ext
 
 STABLE_TORCH_LIBRARY(lora_ext, m) {
-  lora_ext::schemas::All::for_each([&]<const auto & kSchema>() { m.def(kSchema); });
+  lora_ext::schemas::All::for_each([&]<const auto & kSchema>() { m.def(kSchema.text); });
 }
 
 STABLE_TORCH_LIBRARY(lora_ext_check, m) {
-  lora_ext::schemas::All::for_each([&]<const auto & kSchema>() { m.def(lora_ext::check_schema(kSchema).c_str()); });
+  lora_ext::schemas::All::for_each(
+      [&]<const auto & kSchema>() { m.def(lora_ext::check_schema(kSchema.text).c_str()); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_ext_check, CompositeExplicitAutograd, m) {

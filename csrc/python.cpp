@@ -24,6 +24,12 @@ namespace {
 
 std::map<std::string, std::string> build_info() { return {LORA_EXT_BUILD_INFO{"compiler", __VERSION__}}; }
 
+std::vector<std::string> dtypes() {
+  std::vector<std::string> names;
+  for (const DTypeFacts& facts : kDTypes) names.emplace_back(facts.name);
+  return names;
+}
+
 std::string cpu_isa() {
   cpu::Isa isa;
   return cpu::select_isa(&isa) ? cpu::isa_name(isa) : "";
@@ -67,10 +73,10 @@ struct Plan {
 };
 
 DType dtype_named(const std::string& name) {
-  for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    if (name == dtype_name(dtype)) return dtype;
+  for (const DTypeFacts& facts : kDTypes) {
+    if (name == facts.name) return facts.dtype;
   }
-  throw py::value_error("plan: there is no dtype " + name + ", want bfloat16, float16, float32 or float64");
+  throw py::value_error("plan: there is no dtype " + name + ", want one of " LORA_EXT_DTYPE_NAMES);
 }
 
 template <class PlanType>
@@ -131,8 +137,8 @@ void check(int64_t num_tokens, int64_t in_features, const Layers& layers, const 
     if (out_features < 0 || rank < 1)
       throw py::value_error("plan: want layers of (out_features, rank), rank at least 1");
   }
-  if (dtype_size(dtype_named(dtype)) != 2) {
-    throw py::value_error("plan: x has dtype " + dtype + ", but CUDA kernels take bfloat16 and float16");
+  if (!is_16_bit(dtype_named(dtype))) {
+    throw py::value_error("plan: x has dtype " + dtype + ", but CUDA kernels take dtypes of 16 bits");
   }
   if (multiprocessors < 1) throw py::value_error("plan: a GPU has at least one multiprocessor");
 }
@@ -208,6 +214,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace py::literals;
   m.doc() = "Facts about the compiled part of lora_ext, and the plans of its CUDA kernels. Needs no torch and no GPU.";
   m.def("build_info", &build_info, "How the binary was built. Values are empty where they do not apply.");
+  m.def("dtypes", &dtypes, "The names of the dtypes that the ops take.");
   m.def("cpu_isa", &cpu_isa, "The instruction set whose CPU kernels run here; \"\" if LORA_EXT_CPU_ISA names none.");
   m.def("available_cpu_isas", &available_cpu_isas, "The instruction sets that this machine can run, best first.");
   m.def(

@@ -1,8 +1,10 @@
 // The text of every refusal of an argument: this table is the only place. {} stands for a part that the check fills in.
 //
 // The bindings throw a refusal with refuse() (bindings/refuse.h). csrc/python.cpp exports the table, by which
-// lora_ext/_ops/refusals.py tells which exception a text is.
+// lora_ext/_ops/checks.py tells which exception a text is.
 #pragma once
+
+#include "common/dtype.h"
 
 namespace lora_ext::refusals {
 
@@ -22,7 +24,6 @@ inline constexpr Refusal kDevice{"device", kValueError, "{} is on {} but {} is o
 inline constexpr Refusal kDimensions{"dimensions", kValueError, "{} has shape {}, want {} dimensions"};
 inline constexpr Refusal kNoDimension{"no_dimension", kValueError, "{} has no dimension, want [..., {}]"};
 inline constexpr Refusal kShape{"shape", kValueError, "{} has shape {}, want {}"};
-inline constexpr Refusal kOtherShape{"other_shape", kValueError, "{} has shape {} but {} has {}"};
 inline constexpr Refusal kLeadingShape{"leading_shape", kValueError,
                                        "{} has shape {} but {} has {}: want the same tokens"};
 inline constexpr Refusal kNumTokens{"num_tokens", kValueError, "{} has {} tokens but {} has {}"};
@@ -32,8 +33,7 @@ inline constexpr Refusal kNoRank{"no_rank", kValueError, "{} has rank 0, want at
 inline constexpr Refusal kNotContiguous{"not_contiguous", kValueError,
                                         "{} has strides {}, want a contiguous tensor: what a base layer returns"};
 
-inline constexpr Refusal kDtype{"dtype", kTypeError,
-                                "{} has dtype {}, want one of float64, float32, bfloat16, float16"};
+inline constexpr Refusal kDtype{"dtype", kTypeError, "{} has dtype {}, want one of " LORA_EXT_DTYPE_NAMES};
 inline constexpr Refusal kOtherDtype{"other_dtype", kTypeError, "{} has dtype {} but {} has {}"};
 inline constexpr Refusal kAccumulationDtype{"accumulation_dtype", kTypeError,
                                             "{} has dtype {}, want the accumulation dtype {}"};
@@ -68,10 +68,6 @@ inline constexpr Refusal kSavedXa{"saved_xa", kValueError, "xa must be [num_toke
 inline constexpr Refusal kContiguousMatrix{"contiguous_matrix", kValueError, "{} must be {} {}, contiguous"};
 
 // Merges.
-inline constexpr Refusal kNoWeights{"no_weights", kValueError, "weights is empty, want at least one"};
-inline constexpr Refusal kMergeLengths{"merge_lengths", kValueError, "there are {} weights, but {} {} and {} {}"};
-inline constexpr Refusal kMergeDtypes{
-    "merge_dtypes", kTypeError, "{} has dtype {} but {} has {}; merge weights of each dtype in a call of their own"};
 inline constexpr Refusal kColumnStride{"column_stride", kValueError,
                                        "{} has column stride {}, want 1; merge a contiguous one"};
 inline constexpr Refusal kRowStride{"row_stride", kValueError, "{} has row stride {} but {} columns: its rows overlap"};
@@ -91,7 +87,6 @@ inline constexpr const Refusal* kAll[] = {
     &kDimensions,
     &kNoDimension,
     &kShape,
-    &kOtherShape,
     &kLeadingShape,
     &kNumTokens,
     &kFeatures,
@@ -122,9 +117,6 @@ inline constexpr const Refusal* kAll[] = {
     &kNoMask,
     &kSavedXa,
     &kContiguousMatrix,
-    &kNoWeights,
-    &kMergeLengths,
-    &kMergeDtypes,
     &kColumnStride,
     &kRowStride,
     &kMergeSize,

@@ -119,6 +119,7 @@ def check_kernels_exist(op: str, device: torch.device) -> None:
 _load_cpu()
 _C = _load_module()
 build_info = _member("build_info")
+dtypes = _member("dtypes")
 cpu_isa, available_cpu_isas = _member("cpu_isa"), _member("available_cpu_isas")
 base_product = _member("base_product")
 streams_weight = _member("streams_weight")

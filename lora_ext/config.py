@@ -14,10 +14,8 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Annotated, Any, NoReturn, Protocol, get_type_hints, runtime_checkable
 
+from lora_ext._common.matching import EndTable, PathPatterns, as_tuple, check_expressions, layer_expressions
 from lora_ext._common.printable import escaped, shown
-from lora_ext.matching.bounded_regex import check_expressions
-from lora_ext.matching.path_names import EndTable
-from lora_ext.matching.path_patterns import PathPatterns, as_tuple, layer_expressions
 
 ALL_LINEAR = "all-linear"
 """The ``target_modules`` value for every linear layer except the output head."""

@@ -10,8 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lora_ext import _load, reference
-from lora_ext._ops import composite
-from lora_ext._ops.registration import arguments_by_name, op_named
+from lora_ext._ops.registration import arguments_by_name, composites, op_named
 
 
 def library_paths() -> list[Path]:
@@ -53,7 +52,7 @@ class _PlainPyTorch(TorchFunctionMode):
                 f"plain_pytorch: dropout_p is {dropout_p}, but an exported program has no dropout; call model.eval() "
                 "first"
             )
-        return getattr(composite, name)(**arguments)
+        return composites[name](**arguments)
 
 
 # The forwards: autograd differentiates what they compute.

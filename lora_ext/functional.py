@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext._ops import composite, errors, linear, siblings
+from lora_ext._ops import composite, errors, linear
 from lora_ext._ops.bottleneck import bottleneck
 from lora_ext._ops.call_arguments import cast_to, draw_seed, drawn
+from lora_ext._ops.checks import refusal
 from lora_ext._ops.grouped_calls import lora_grouped_, lora_grouped_linear
 from lora_ext._ops.in_place import check_inference, count_change
 from lora_ext._ops.nested import by_values
-from lora_ext._ops.refusals import refusal
 from lora_ext.merging.weights import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [
@@ -210,7 +210,7 @@ def lora_linear_siblings(
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
-        return siblings.lora_linear_siblings(x, weights, biases, [], lora_As, lora_Bs, scalings, dropout_p, seed)
+        return linear.lora_linear_siblings(x, weights, biases, [], lora_As, lora_Bs, scalings, dropout_p, seed)
     except errors.UNEXPLAINED as error:
         arguments = {"x": x, "weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs}
         arguments |= {"scalings": scalings, "dropout_p": dropout_p, "seed": seed}
@@ -260,7 +260,7 @@ def lora_delta_siblings(
             raise refusal("lora_delta_siblings", "length", "bases", 0, "1 to 8")
         if x.dtype != bases[0].dtype:
             x = cast_to(bases[0], x)
-        return siblings.lora_linear_siblings(x, [], [], bases, lora_As, lora_Bs, scalings, dropout_p, seed)
+        return linear.lora_linear_siblings(x, [], [], bases, lora_As, lora_Bs, scalings, dropout_p, seed)
     except errors.UNEXPLAINED as error:
         arguments = {"bases": bases, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
         arguments |= {"dropout_p": dropout_p, "seed": seed}

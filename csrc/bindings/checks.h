@@ -1,72 +1,30 @@
-// The checks of arguments that ops have in common. csrc/refusals.h has their texts, op_checks.h the checks of each op.
+// The checks of every op's arguments beyond the shapes of its tensors (shapes.h). op.h runs them before the op, and
+// library.cpp registers them as ops of their own, lora_ext_check::<op>, which fake kernels call
+// (lora_ext/_ops/checks.py): a traced graph refuses what a call refuses, in the same words.
+//
+// They read no values and no memory. What needs these is checked later: values of groups, and arguments that overlap.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
-#include <initializer_list>
-#include <optional>
-#include <vector>
 
 #include "../common/dropout.h"
+#include "../common/merge_record.h"
 #include "../common/params.h"
-#include "refuse.h"
-#include "tensors.h"
+#include "shapes.h"
 
 namespace lora_ext {
 
-inline void check_dtype(const ArgumentName& name, const Tensor& tensor) {
-  if (!is_supported(tensor)) refuse<refusals::kDtype>(name, dtype_name(tensor));
-}
+// --- numbers ---
 
-inline void check_same_dtype(const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
-                             const Tensor& like) {
-  if (dtype_code(tensor) == dtype_code(like)) return;
-  refuse<refusals::kOtherDtype>(name, dtype_name(tensor), like_name, dtype_name(like));
-}
-
-// tensor: a matrix of a dtype that the kernels know
-inline void check_matrix(const ArgumentName& name, const Tensor& tensor) {
-  if (tensor.dim() != 2) refuse<refusals::kDimensions>(name, sizes_text(tensor.sizes()), 2);
-  check_dtype(name, tensor);
-}
-
-inline void check_rank(const ArgumentName& name, int64_t rank) {
-  if (rank < 1) refuse<refusals::kNoRank>(name);
-}
-
-inline void check_has_dimension(const ArgumentName& name, const Tensor& tensor, const char* features_name) {
-  if (tensor.dim() == 0) refuse<refusals::kNoDimension>(name, features_name);
-}
-
-// tensor [..., features] with as many features as `like`, another argument, says.
-inline void check_num_features(const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
-                               int64_t features, const char* features_name) {
-  const int64_t given = tensor.size(tensor.dim() - 1);
-  if (given != features) refuse<refusals::kFeatures>(like_name, features_name, features, name, given);
-}
-
-inline void check_num_tokens(const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
-                             int64_t num_tokens) {
-  const int64_t given = count_tokens(tensor);
-  if (given != num_tokens) refuse<refusals::kNumTokens>(name, given, like_name, num_tokens);
-}
-
-inline void check_accumulation_dtype(const ArgumentName& name, const Tensor& tensor, DType dtype) {
-  const DType acc = accumulation_dtype(dtype);
-  if (dtype_code(tensor) == dtype_code(acc)) return;
-  refuse<refusals::kAccumulationDtype>(name, dtype_name(tensor), dtype_name(acc));
-}
-
-// A tensor [rows, cols] of one dtype, contiguous: a mask, or the words of a record.
-inline void check_contiguous_matrix(const ArgumentName& name, const Tensor& tensor, int32_t dtype, int64_t rows,
-                                    int64_t cols) {
-  const bool is_good = dtype_code(tensor) == dtype && tensor.dim() == 2 && tensor.size(0) == rows &&
-                       tensor.size(1) == cols && tensor.is_contiguous();
-  if (is_good) return;
-  refuse<refusals::kContiguousMatrix>(name, dtype_name(dtype), sizes_text(std::initializer_list<int64_t>{rows, cols}));
-}
-
-inline void check_scaling(double scaling, const ArgumentName& name = {"scaling"}) {
+inline void check_scaling(const ArgumentName& name, double scaling) {
   if (!std::isfinite(scaling)) refuse<refusals::kNotFinite>(name, number_text(scaling));
+}
+
+// With a base layer's weight, as in lora_linear.
+inline void check_layer_scaling(const ArgumentName& name, double scaling) {
+  check_scaling(name, scaling);
+  if (scaling < 0.0) refuse<refusals::kNegative>(name, number_text(scaling));
 }
 
 inline void check_dropout(double dropout_p) {
@@ -85,94 +43,11 @@ inline void check_dropout_and_seed(double dropout_p, const std::optional<Tensor>
   check_seed(*seed);
 }
 
-// The names of an op's arguments: "weight" of an op on one layer, "weights[1]" of an op on lists.
-struct Names {
-  bool takes_lists;
+// --- lists of layers ---
 
-  ArgumentName argument(const char* singular, size_t i) const {
-    return {singular, takes_lists ? static_cast<int>(i) : kOnlyLayer};
-  }
-};
-
-// Two matrices: lora_A [rank, in_features], lora_B [out_features, rank]
-inline void check_factor_pair(const ArgumentName& A_name, const Tensor& lora_A, const ArgumentName& B_name,
-                              const Tensor& lora_B) {
-  check_same_dtype(B_name, lora_B, A_name, lora_A);
-  check_rank(A_name, lora_A.size(0));
-  if (lora_B.size(1) != lora_A.size(0)) refuse<refusals::kRank>(B_name, lora_B.size(1), A_name, lora_A.size(0));
-}
-
-// weight [out_features, in_features], lora_A [rank, in_features], lora_B [out_features, rank]
-inline void check_factors(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, int index = kOnlyLayer) {
-  const ArgumentName weight_name{"weight", index};
-  const ArgumentName A_name{"lora_A", index};
-  const ArgumentName B_name{"lora_B", index};
-  check_matrix(weight_name, weight);
-  check_matrix(A_name, lora_A);
-  check_matrix(B_name, lora_B);
-  check_factor_pair(A_name, lora_A, B_name, lora_B);
-  if (lora_A.size(1) != weight.size(1)) {
-    refuse<refusals::kFeatures>(A_name, "in_features", lora_A.size(1), weight_name, weight.size(1));
-  }
-  if (lora_B.size(0) != weight.size(0)) {
-    refuse<refusals::kFeatures>(B_name, "out_features", lora_B.size(0), weight_name, weight.size(0));
-  }
-}
-
-inline void check_bias(const ArgumentName& name, const Tensor& bias, int64_t out_features) {
-  if (bias.dim() == 1 && bias.size(0) == out_features) return;
-  refuse<refusals::kShape>(name, sizes_text(bias.sizes()), sizes_text(std::initializer_list<int64_t>{out_features}));
-}
-
-// tensor has the tokens of like: the same dimensions, except the last.
-inline void check_leading_shape(const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
-                                const Tensor& like) {
-  bool same_tokens = tensor.dim() == like.dim();
-  for (int64_t i = 0; same_tokens && i + 1 < like.dim(); ++i) same_tokens = tensor.size(i) == like.size(i);
-  if (same_tokens) return;
-  refuse<refusals::kLeadingShape>(name, sizes_text(tensor.sizes()), like_name, sizes_text(like.sizes()));
-}
-
-// tensor [..., features] of a dtype that the kernels know; factor has as many columns or rows.
-inline void check_features(const ArgumentName& name, const Tensor& tensor, const ArgumentName& factor, int64_t features,
-                           const char* features_name) {
-  check_has_dimension(name, tensor, features_name);
-  check_dtype(name, tensor);
-  check_num_features(name, tensor, factor, features, features_name);
-}
-
-// tensor [..., rank] in the accumulation dtype of like, with like's tokens
-inline void check_low_rank(const ArgumentName& name, const Tensor& tensor, const ArgumentName& factor, int64_t rank,
-                           const ArgumentName& like_name, const Tensor& like) {
-  check_features(name, tensor, factor, rank, "rank");
-  check_num_tokens(name, tensor, like_name, count_tokens(like));
-  check_accumulation_dtype(name, tensor, dtype_of(like));
-}
-
-// tensor has the elements and the rows of like.
-inline void check_like(const ArgumentName& name, const Tensor& tensor, const ArgumentName& like_name,
-                       const Tensor& like) {
-  const bool same_shape =
-      tensor.dim() >= 1 && tensor.numel() == like.numel() && tensor.size(tensor.dim() - 1) == like.size(like.dim() - 1);
-  if (!same_shape) {
-    refuse<refusals::kOtherShape>(name, sizes_text(tensor.sizes()), like_name, sizes_text(like.sizes()));
-  }
-  check_same_dtype(name, tensor, like_name, like);
-}
-
-struct ListLength {
-  const char* name;
-  size_t length;
-};
-
-// Checks the ops' lists: as many entries in each as in the first, and at most kMaxSiblings layers.
-inline void check_lengths(const ListLength& first, std::initializer_list<ListLength> others) {
-  if (first.length < 1 || first.length > kMaxSiblings) {
-    refuse<refusals::kLength>(first.name, first.length, "1 to " + std::to_string(kMaxSiblings));
-  }
-  for (const auto& [name, length] : others) {
-    if (length != first.length) refuse<refusals::kLengthLike>(name, length, first.name, first.length);
-  }
+inline void check_num_layers(const char* name, size_t length) {
+  if (length >= 1 && length <= kMaxSiblings) return;
+  refuse<refusals::kLength>(name, length, "1 to " + std::to_string(kMaxSiblings));
 }
 
 // --- backwards ---
@@ -187,26 +62,35 @@ inline void check_is_saved(const char* name, const std::optional<Tensor>& tensor
   if (is_wanted && !tensor) refuse<refusals::kNotSaved>(gradient, name);
 }
 
-// The sizes of a backward that its saved tensors must have.
-struct SavedSizes {
-  int64_t num_tokens, in_features, total_rank;
-};
+// A tensor [rows, cols] of one dtype, contiguous: a mask, or the words of a record.
+inline void check_contiguous_matrix(const ArgumentName& name, const Tensor& tensor, int32_t dtype, int64_t rows,
+                                    int64_t cols) {
+  const bool is_good = dtype_code(tensor) == dtype && tensor.dim() == 2 && tensor.size(0) == rows &&
+                       tensor.size(1) == cols && tensor.is_contiguous();
+  if (is_good) return;
+  refuse<refusals::kContiguousMatrix>(name, dtype_name(dtype), sizes_text(std::initializer_list<int64_t>{rows, cols}));
+}
 
-// Checks that xa and mask have the dtypes and shapes that the forward saved. dtype: that of the layer.
-inline void check_saved(const Names& names, const std::optional<Tensor>& xa, const std::optional<Tensor>& mask,
-                        DType dtype, const SavedSizes& sizes, double dropout_p, const std::vector<bool>& output_mask) {
+// Checks what the forward saved: xa [tokens of grad_y, total_rank] and the mask, where they are wanted.
+inline void check_saved(const std::optional<Tensor>& x, const std::optional<Tensor>& xa,
+                        const std::optional<Tensor>& mask, const Tensor& grad_y, int64_t in_features,
+                        const char* rank_name, int64_t rank, double dropout_p, const std::vector<bool>& output_mask) {
+  check_dropout(dropout_p);
+  check_is_saved("x", x, output_mask[1], "grad_lora_A");
   check_is_saved("xa", xa, output_mask[2], "grad_lora_B");
+  const int64_t num_tokens = count_tokens(grad_y);
   if (output_mask[2]) {
-    if (xa->dim() != 2 || xa->size(0) != sizes.num_tokens || xa->size(1) != sizes.total_rank) {
-      refuse<refusals::kSavedXa>(names.takes_lists ? "total_rank" : "rank",
-                                 sizes_text(std::initializer_list<int64_t>{sizes.num_tokens, sizes.total_rank}));
+    if (xa->dim() != 2 || xa->size(0) != num_tokens || xa->size(1) != rank) {
+      refuse<refusals::kSavedXa>(rank_name, sizes_text(std::initializer_list<int64_t>{num_tokens, rank}));
     }
-    check_accumulation_dtype({"xa"}, *xa, dtype);
+    const DType acc = accumulation_dtype(dtype_of(grad_y));
+    if (dtype_code(*xa) != dtype_code(acc)) {
+      refuse<refusals::kAccumulationDtype>("xa", dtype_name(*xa), dtype_name(acc));
+    }
   }
   if ((output_mask[0] || output_mask[1]) && dropout_threshold(dropout_p) > 0) {
     if (!mask) refuse<refusals::kNoMask>(number_text(dropout_p));
-    check_contiguous_matrix({"mask"}, *mask, aoti_torch_dtype_uint8(), sizes.num_tokens,
-                            mask_row_bytes(sizes.in_features));
+    check_contiguous_matrix({"mask"}, *mask, aoti_torch_dtype_uint8(), num_tokens, mask_row_bytes(in_features));
   }
 }
 
@@ -215,41 +99,180 @@ inline void check_saved(const Names& names, const std::optional<Tensor>& xa, con
 // The last `from_end`-th size.
 inline int64_t size_from_end(const Tensor& tensor, int64_t from_end) { return tensor.size(tensor.dim() - from_end); }
 
-inline void check_factor(const ArgumentName& name, const Tensor& tensor) {
-  if (tensor.dim() != 2 && tensor.dim() != 3) refuse<refusals::kDimensions>(name, sizes_text(tensor.sizes()), "2 or 3");
-  check_dtype(name, tensor);
+// tensor: the argument `name`, whose first dimensions are those of group_of_row.
+inline void check_groups(const char* name, const Tensor& tensor, const std::vector<Tensor>& lora_As,
+                         const Tensor& group_of_row, const Tensor& scalings, const std::optional<Tensor>& ranks) {
+  const auto check_wanted_dtype = [](const char* argument, const Tensor& given, int32_t dtype) {
+    if (dtype_code(given) != dtype) refuse<refusals::kWantedDtype>(argument, dtype_name(given), dtype_name(dtype));
+  };
+  check_wanted_dtype("group_of_row", group_of_row, aoti_torch_dtype_int64());
+  bool is_first_dimensions = group_of_row.dim() < tensor.dim();
+  for (int64_t i = 0; is_first_dimensions && i < group_of_row.dim(); ++i) {
+    is_first_dimensions = group_of_row.size(i) == tensor.size(i);
+  }
+  if (!is_first_dimensions) {
+    refuse<refusals::kGroupOfRow>(sizes_text(group_of_row.sizes()), name, sizes_text(tensor.sizes()));
+  }
+  int64_t num_groups = 0;
+  for (const Tensor& A : lora_As) num_groups += A.dim() == 3 ? A.size(0) : 1;
+  const auto check_numbers = [&](const char* argument, const Tensor& given, int32_t dtype) {
+    check_wanted_dtype(argument, given, dtype);
+    if (given.dim() == 1 && given.size(0) == num_groups) return;
+    refuse<refusals::kGroupNumbers>(argument, sizes_text(given.sizes()),
+                                    sizes_text(std::initializer_list<int64_t>{num_groups}));
+  };
+  check_numbers("scalings", scalings, aoti_torch_dtype_float64());
+  if (ranks) check_numbers("ranks", *ranks, aoti_torch_dtype_int64());
 }
 
-inline void check_entries(const std::vector<Tensor>& lora_As, const std::vector<Tensor>& lora_Bs) {
-  if (lora_As.empty()) refuse<refusals::kEmptyList>("lora_As");
-  if (lora_Bs.size() != lora_As.size()) {
-    refuse<refusals::kLengthLike>("lora_Bs", lora_Bs.size(), "lora_As", lora_As.size());
-  }
-  const ArgumentName first_A{"lora_A", 0};
-  const ArgumentName first_B{"lora_B", 0};
-  for (size_t i = 0; i < lora_As.size(); ++i) {
-    const Tensor& A = lora_As[i];
-    const Tensor& B = lora_Bs[i];
-    const ArgumentName A_name{"lora_A", static_cast<int>(i)};
-    const ArgumentName B_name{"lora_B", static_cast<int>(i)};
-    check_factor(A_name, A);
-    check_factor(B_name, B);
-    check_same_dtype(A_name, A, first_A, lora_As[0]);
-    check_same_dtype(B_name, B, A_name, A);
-    if (B.dim() != A.dim()) {
-      refuse<refusals::kOtherDimensions>(B_name, sizes_text(B.sizes()), A_name, sizes_text(A.sizes()));
-    }
-    if (A.dim() == 3 && B.size(0) != A.size(0)) refuse<refusals::kSlots>(B_name, B.size(0), A_name, A.size(0));
-    if (size_from_end(B, 1) != size_from_end(A, 2)) {
-      refuse<refusals::kRank>(B_name, size_from_end(B, 1), A_name, size_from_end(A, 2));
-    }
-    if (size_from_end(A, 1) != size_from_end(lora_As[0], 1)) {
-      refuse<refusals::kFeatures>(A_name, "in_features", size_from_end(A, 1), first_A, size_from_end(lora_As[0], 1));
-    }
-    if (size_from_end(B, 2) != size_from_end(lora_Bs[0], 2)) {
-      refuse<refusals::kFeatures>(B_name, "out_features", size_from_end(B, 2), first_B, size_from_end(lora_Bs[0], 2));
-    }
-  }
+// Which gradients a grouped backward makes: of x, of any lora_A, of any lora_B.
+inline std::vector<bool> wanted_of_groups(const std::vector<bool>& output_mask, size_t entries) {
+  const auto As = output_mask.begin() + 1;
+  const auto Bs = As + static_cast<std::ptrdiff_t>(entries);
+  return {output_mask[0], std::find(As, Bs, true) != Bs, std::find(Bs, output_mask.end(), true) != output_mask.end()};
 }
+
+// --- each op, with its arguments in order ---
+
+template <const auto& kSchema>
+inline constexpr auto kCheckOf = [](const auto&...) {};
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraLinear> =
+    [](auto&, auto&, auto&, auto&, auto&, double scaling, double dropout_p, auto& seed) {
+      check_layer_scaling({"scaling"}, scaling);
+      check_dropout_and_seed(dropout_p, seed);
+    };
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraDelta> =
+    [](auto&, auto&, auto&, auto&, double scaling, double dropout_p, auto& seed) {
+      check_scaling({"scaling"}, scaling);
+      check_dropout_and_seed(dropout_p, seed);
+    };
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraLinearSiblings> = [](auto&, auto& weights, auto& biases, auto& bases,
+                                                                  auto& lora_As, auto&, auto& scalings,
+                                                                  double dropout_p, auto& seed) {
+  const bool has_bases = weights.empty() && !bases.empty();
+  check_num_layers(has_bases ? "bases" : "weights", has_bases ? bases.size() : weights.size());
+  if (has_bases && !biases.empty()) refuse<refusals::kLength>("biases", biases.size(), "0 without weights");
+  if (!has_bases && !bases.empty()) refuse<refusals::kLength>("bases", bases.size(), "0 with weights");
+  if (!has_bases && biases.empty()) refuse<refusals::kLengthLike>("biases", 0, "weights", weights.size());
+  for (size_t i = 0; i < lora_As.size(); ++i) {
+    const ArgumentName name{"scalings", static_cast<int>(i)};
+    has_bases ? check_scaling(name, scalings[i]) : check_layer_scaling(name, scalings[i]);
+  }
+  check_dropout_and_seed(dropout_p, seed);
+};
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraLinearBackward> = [](auto& grad_y, auto& x, auto&, auto& lora_A, auto&,
+                                                                  auto& xa, auto& mask, double scaling,
+                                                                  double dropout_p, auto& output_mask) {
+  check_scaling({"scaling"}, scaling);
+  check_output_mask(output_mask, 3);
+  check_saved(x, xa, mask, grad_y, lora_A.size(1), "rank", lora_A.size(0), dropout_p, output_mask);
+};
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraLinearSiblingsBackward> = [](auto& grad_ys, auto& x, auto&, auto& lora_As,
+                                                                          auto&, auto& xa, auto& mask, auto& scalings,
+                                                                          double dropout_p, auto& output_mask) {
+  check_num_layers("grad_ys", grad_ys.size());
+  int64_t total_rank = 0;
+  for (size_t i = 0; i < lora_As.size(); ++i) {
+    check_scaling({"scalings", static_cast<int>(i)}, scalings[i]);
+    total_rank += lora_As[i].size(0);
+  }
+  check_output_mask(output_mask, 3);
+  check_saved(x, xa, mask, grad_ys[0], lora_As[0].size(1), "total_rank", total_rank, dropout_p, output_mask);
+};
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraGrouped> = [](auto& y, auto&, auto& lora_As, auto&, auto& group_of_row,
+                                                           auto& scalings, auto& ranks, double dropout_p, auto& seed) {
+  check_groups("y", y, lora_As, group_of_row, scalings, ranks);
+  check_dropout_and_seed(dropout_p, seed);
+};
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraGroupedLinear> =
+    [](auto& x, auto&, auto&, auto& lora_As, auto&, auto& group_of_row, auto& scalings, auto& ranks) {
+      check_groups("x", x, lora_As, group_of_row, scalings, ranks);
+    };
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraGroupedBackward> =
+    [](auto& grad_y, auto& x, auto& lora_As, auto&, auto& group_of_row, auto& scalings, auto& ranks, auto& xa,
+       auto& mask, double dropout_p, auto& output_mask) {
+      check_groups("grad_y", grad_y, lora_As, group_of_row, scalings, ranks);
+      check_output_mask(output_mask, 1 + 2 * lora_As.size());
+      int64_t max_rank = 0;
+      for (const Tensor& A : lora_As) max_rank = std::max(max_rank, size_from_end(A, 2));
+      check_saved(x, xa, mask, grad_y, size_from_end(lora_As[0], 1), "rank", max_rank, dropout_p,
+                  wanted_of_groups(output_mask, lora_As.size()));
+    };
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraShrinkBackward> =
+    [](auto&, auto&, auto&, auto&, auto& output_mask) { check_output_mask(output_mask, 2); };
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraExpandBackward> = [](auto&, auto& xa, auto&, auto& output_mask) {
+  check_output_mask(output_mask, 2);
+  check_is_saved("xa", xa, output_mask[1], "grad_lora_B");
+};
+
+// Weights that the kernels can merge into. lora_ext/_ops/checks.py checks the same for a single weight.
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraMerge> = [](auto& weights, auto&...) {
+  constexpr int64_t kLargest = 1ll << 30;  // the kernels count rows and columns, rounded up, in 32 bits
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const ArgumentName name{"weights", static_cast<int>(i)};
+    const Tensor& weight = weights[i];
+    const int64_t rows = weight.size(0), cols = weight.size(1);
+    if (cols > 1 && weight.stride(1) != 1) refuse<refusals::kColumnStride>(name, weight.stride(1));
+    if (rows > 1 && weight.stride(0) < cols) refuse<refusals::kRowStride>(name, weight.stride(0), cols);
+    if (rows > kLargest || cols > kLargest) refuse<refusals::kMergeSize>(name, sizes_text(weight.sizes()));
+  }
+};
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraMergeRecord> = kCheckOf<schemas::kLoraMerge>;
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraMergeCheck> = kCheckOf<schemas::kLoraMerge>;
+
+// words, corrections: each layer's, or empty lists.
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraUnmerge> =
+    [](auto& weights, auto&, auto&, auto& words, auto& corrections) {
+      kCheckOf<schemas::kLoraMerge>(weights);
+      if (words.size() != corrections.size()) {
+        refuse<refusals::kLengthLike>("words", words.size(), "corrections", corrections.size());
+      }
+      for (size_t i = 0; i < words.size(); ++i) {
+        const int index = static_cast<int>(i);
+        check_contiguous_matrix({"words", index}, words[i], aoti_torch_dtype_int16(), weights[i].size(0),
+                                merge_segments(weights[i].size(1)));
+        if (dtype_code(corrections[i]) != aoti_torch_dtype_int16() || corrections[i].dim() != 1 ||
+            !corrections[i].is_contiguous()) {
+          refuse<refusals::kInt16Vector>(ArgumentName{"corrections", index});
+        }
+      }
+    };
+
+template <>
+inline constexpr auto kCheckOf<schemas::kLoraDropoutMask> =
+    [](auto& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
+      check_seed(seed);
+      check_dropout(dropout_p);
+      if (num_tokens < 0) refuse<refusals::kNegative>("num_tokens", num_tokens);
+      if (in_features < 0) refuse<refusals::kNegative>("in_features", in_features);
+      int64_t bytes;
+      if (__builtin_mul_overflow(num_tokens, mask_row_bytes(in_features), &bytes)) {
+        refuse<refusals::kMaskTooLarge>(num_tokens, in_features);
+      }
+    };
 
 }  // namespace lora_ext

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "../common/dropout.h"
 #include "cpu_gemm.h"
 
 namespace lora_ext::cpu {

@@ -14,8 +14,7 @@ std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const
                                          const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row,
                                          const Tensor& scalings, const std::optional<Tensor>& ranks, double dropout_p,
                                          const std::optional<Tensor>& seed) {
-  GroupedForwardCall call =
-      prepare_grouped_forward(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed);
+  GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, dropout_p, seed);
   const SortedRows sorted = sort_rows(call, group_of_row, scalings, ranks);
   add_updates(call, sorted);
   return {std::move(call.xa), std::move(call.mask)};

@@ -78,7 +78,7 @@ inline SortedRows sort_rows(const Groups& groups, const Tensor& group_of_row, co
     const int64_t most = groups.entries[entry].rank;
     const int64_t rank = rank_of == nullptr ? most : rank_of[g];
     if (rank < 0 || rank > most) {
-      refuse<refusals::kGroupRank>(g, rank, most, ArgumentName{"lora_A", static_cast<int>(entry)});
+      refuse<refusals::kGroupRank>(g, rank, most, ArgumentName{"lora_As", static_cast<int>(entry)});
     }
     if (!std::isfinite(scaling_of[g])) refuse<refusals::kGroupScaling>(g, number_text(scaling_of[g]));
     if (rank == 0) {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
-#include "checks.h"
+#include "tensors.h"
 
 namespace lora_ext::cpu {
 

@@ -4,18 +4,15 @@
 
 #include "cpu_base_product.h"
 #include "cpu_kernels.h"
-#include "dropout_mask_call.h"
 #include "lora_linear_ops.h"
 #include "shrink_expand_ops.h"
 
 namespace lora_ext::cpu {
 namespace {
 
-// float32 and float64: the adapter's term is written first and the base product accumulates onto it, which saves a
-// pass. 16 bits: the base product is first, with the bias as in nn.Linear, and the adapter's term is added in float32:
-// an adapter of zeros keeps the bits of the base layer.
-bool base_product_first(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
-
+// Base products of the library: in float32 and float64 the adapter's term is written first and the product accumulates
+// onto it, which saves a pass. In 16 bits the product is first, with the bias as in nn.Linear, and the adapter's term
+// is added in float32: an adapter of zeros keeps the bits of the base layer.
 struct Cpu {
   static constexpr bool kOnly16Bit = false;
 
@@ -48,7 +45,7 @@ struct Cpu {
     if (has_own_product(kernels, p.expand, weights) && !has_zero_adapter(p.expand)) {
       return multiply_forward(kernels, p, weights);
     }
-    const bool base_first = base_product_first(p.shrink.dtype);
+    const bool base_first = is_16_bit(p.shrink.dtype);
     const auto add_base_products = [&] {
       for (size_t i = 0; i < call.layers.size(); ++i) {
         const Tensor y_rows = call.y_rows(i);
@@ -73,7 +70,7 @@ struct Cpu {
     const Kernels& kernels = checked_kernels();
     const FrozenWeights weights = weights_of(call.layers);
     if (has_own_product(kernels, p.expand, weights)) return multiply_backward(kernels, p, weights);
-    const bool base_first = base_product_first(p.shrink.dtype);
+    const bool base_first = is_16_bit(p.shrink.dtype);
     const auto add_base_products = [&] {
       if (p.shrink.num_tokens == 0) return;
       const Tensor grad_x_rows = call.grad_x_rows();
@@ -103,7 +100,7 @@ struct Cpu {
 };
 
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
-  const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features);
+  const Tensor mask = empty_bytes({num_tokens, mask_row_bytes(in_features)}, seed);
   if (mask.numel() == 0) return mask;  // the number of empty rows may be too large to loop over
   const Kernels& kernels = checked_kernels();
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));

@@ -65,7 +65,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections) {
-  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs, RecordArguments{words, corrections});
+  const MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   MergeRun run(call.params.dtype, call.layers);
   for (size_t i = 0; i < call.layers.size(); ++i) {
     RowRecords records{};

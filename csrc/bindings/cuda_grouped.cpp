@@ -57,8 +57,7 @@ std::tuple<Tensor, Tensor> lora_grouped_(const Tensor& y, const Tensor& x, const
                                          const Tensor& scalings, const std::optional<Tensor>& ranks, double dropout_p,
                                          const std::optional<Tensor>& seed) {
   const DeviceGuard guard(y.get_device_index());
-  GroupedForwardCall call =
-      prepare_grouped_forward(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed);
+  GroupedForwardCall call = prepare_grouped_forward(y, x, lora_As, lora_Bs, dropout_p, seed);
   const Choice choice(call.groups, group_of_row, scalings, ranks, call.num_tokens,
                       dropout_rescale(call.params.threshold));
   const std::vector<GroupedEntry> entries = list_entries(call.groups);

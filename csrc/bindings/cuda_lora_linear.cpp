@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_stream.h"
-#include "dropout_mask_call.h"
 #include "lora_linear_ops.h"
 #include "shrink_expand_ops.h"
 
@@ -71,7 +70,7 @@ struct Cuda {
 
 Tensor lora_dropout_mask(const Tensor& seed, int64_t num_tokens, int64_t in_features, double dropout_p) {
   const DeviceGuard guard(seed.get_device_index());
-  const Tensor mask = prepare_dropout_mask(seed, num_tokens, in_features);
+  const Tensor mask = empty_bytes({num_tokens, mask_row_bytes(in_features)}, seed);
   if (mask.numel() == 0) return mask;
   DropoutMaskParams p{};
   p.num_tokens = num_tokens;

@@ -100,7 +100,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_merge_record_(
 void lora_unmerge_(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
                    const std::vector<Tensor>& lora_Bs, const std::vector<Tensor>& words,
                    const std::vector<Tensor>& corrections) {
-  MergeCall call = prepare_merge(weights, lora_As, lora_Bs, RecordArguments{words, corrections});
+  MergeCall call = prepare_merge(weights, lora_As, lora_Bs);
   const DeviceGuard guard(weights[0].get_device_index());
   const auto ends = attach_record(call, words, corrections);
   run(call, MergeMode::kUnmerge, weights[0]);

@@ -9,7 +9,7 @@
 #include <mutex>
 
 #include "../cuda/launch.h"
-#include "checks.h"
+#include "tensors.h"
 
 namespace lora_ext::cuda {
 

@@ -6,10 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "backward_call.h"
-#include "layer_arguments.h"
-#include "op_checks.h"
-#include "overlap.h"
+#include "checks.h"
+#include "layer_call.h"
 
 namespace lora_ext {
 
@@ -67,22 +65,8 @@ struct GroupedForwardCall {
 };
 
 inline GroupedForwardCall prepare_grouped_forward(const Tensor& y, const Tensor& x, const std::vector<Tensor>& lora_As,
-                                                  const std::vector<Tensor>& lora_Bs, const Tensor& group_of_row,
-                                                  const Tensor& scalings, const std::optional<Tensor>& ranks,
-                                                  double dropout_p, const std::optional<Tensor>& seed) {
-  std::vector<MemoryRegion> regions;
-  add_region(regions, {"y"}, y, true);
-  add_region(regions, {"x"}, x, false);
-  for (size_t i = 0; i < lora_As.size(); ++i) {
-    add_region(regions, {"lora_A", static_cast<int>(i)}, lora_As[i], false);
-    add_region(regions, {"lora_B", static_cast<int>(i)}, lora_Bs[i], false);
-  }
-  add_region(regions, {"group_of_row"}, group_of_row, false);
-  add_region(regions, {"scalings"}, scalings, false);
-  if (ranks) add_region(regions, {"ranks"}, *ranks, false);
-  if (seed) add_region(regions, {"seed"}, *seed, false);
-  check_disjoint(regions);
-
+                                                  const std::vector<Tensor>& lora_Bs, double dropout_p,
+                                                  const std::optional<Tensor>& seed) {
   const DType dtype = dtype_of(x);
   const uint32_t threshold = dropout_threshold(dropout_p);
   const int64_t num_tokens = count_tokens(x);

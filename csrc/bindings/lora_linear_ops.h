@@ -1,5 +1,5 @@
 // lora_linear, lora_linear_siblings, their backwards and lora_delta_ on one device. csrc/schemas.h has the schemas,
-// op_checks.h the checks, which have been made.
+// checks.h the checks, which have been made.
 //
 // A single layer is one sibling, and a delta a layer without a weight: the ops differ in the form of their arguments. A
 // single layer has a form without lists because these cost 5 microseconds of a call's 10 (benchmarks/bench_host.py).
@@ -12,9 +12,7 @@
 
 #include <tuple>
 
-#include "backward_call.h"
-#include "forward_call.h"
-#include "overlap.h"
+#include "layer_call.h"
 #include "plain_op.h"
 
 namespace lora_ext {
@@ -65,13 +63,6 @@ struct LoraLinearOps {
   static std::tuple<Tensor, Tensor> lora_delta_(const Tensor& y, const Tensor& x, const Tensor& lora_A,
                                                 const Tensor& lora_B, double scaling, double dropout_p,
                                                 const std::optional<Tensor>& seed) {
-    std::vector<MemoryRegion> regions;
-    add_region(regions, {"y"}, y, true);
-    add_region(regions, {"x"}, x, false);
-    add_region(regions, {"lora_A"}, lora_A, false);
-    add_region(regions, {"lora_B"}, lora_B, false);
-    if (seed) add_region(regions, {"seed"}, *seed, false);
-    check_disjoint(regions);
     const ForwardLayer layer{nullptr, nullptr, lora_A, lora_B, scaling, &y};
     ForwardCall call = forward(x, {&layer, 1}, dropout_p, seed, true);
     return {std::move(call.xa), std::move(call.mask)};

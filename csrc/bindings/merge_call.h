@@ -3,9 +3,7 @@
 #pragma once
 
 #include "../common/merge_params.h"
-#include "layer_arguments.h"
 #include "op.h"
-#include "overlap.h"
 
 namespace lora_ext {
 
@@ -16,19 +14,11 @@ struct MergeCall {
   int64_t num_segments = 0;
 };
 
-// Each layer's words and corrections, or empty lists.
-struct RecordArguments {
-  const std::vector<Tensor>&words, &corrections;
-};
-
 inline MergeCall prepare_merge(const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_As,
-                               const std::vector<Tensor>& lora_Bs,
-                               const std::optional<RecordArguments>& record = std::nullopt) {
+                               const std::vector<Tensor>& lora_Bs) {
   MergeCall call;
-  std::vector<MemoryRegion> regions;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
-    const int index = static_cast<int>(i);
     call.params.dtype = dtype_of(weight);
     MergeLayer layer{};
     layer.in_features = weight.size(1);
@@ -38,21 +28,10 @@ inline MergeCall prepare_merge(const std::vector<Tensor>& weights, const std::ve
     layer.weight_stride = weight.stride(0);
     layer.first_segment = call.num_segments;
     call.num_segments += layer.out_features * merge_segments(layer.in_features);
-    // Also for a plan, which changes nothing: its result is valid for one update per weight only.
-    add_region(regions, {"weight", index}, weight, true);
-    add_region(regions, {"lora_A", index}, lora_As[i], false);
-    add_region(regions, {"lora_B", index}, lora_Bs[i], false);
     layer.lora_A = call.factors.address(as_contiguous(lora_As[i]));
     layer.lora_B = call.factors.address(as_contiguous(lora_Bs[i]));
     call.layers.push_back(layer);
   }
-  if (record) {
-    for (size_t i = 0; i < record->words.size(); ++i) {
-      add_region(regions, {"word", static_cast<int>(i)}, record->words[i], false);
-      add_region(regions, {"correction", static_cast<int>(i)}, record->corrections[i], false);
-    }
-  }
-  check_disjoint(regions);
   return call;
 }
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "checks.h"
+#include "arguments.h"
 
 namespace lora_ext {
 
@@ -41,7 +41,11 @@ inline bool share_bytes(const MemoryRegion& first, const MemoryRegion& second) {
   return column < first.row_bytes || column + second.row_bytes > first.row_stride;
 }
 
-inline void check_disjoint(std::vector<MemoryRegion>& regions) {
+inline void check_disjoint(std::span<const Parameter> parameters, const Argument* arguments) {
+  std::vector<MemoryRegion> regions;
+  for_each_tensor(parameters, arguments, [&](const ArgumentName& name, const Tensor& tensor, const Parameter& p) {
+    add_region(regions, name, tensor, p.changes);
+  });
   std::sort(regions.begin(), regions.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
   std::vector<const MemoryRegion*> reaching;  // regions that begin before this one and end after its begin
   for (const MemoryRegion& region : regions) {

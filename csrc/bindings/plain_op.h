@@ -34,9 +34,9 @@ constexpr int first_of_x(const char* schema) {
   return index;
 }
 
-static_assert(first_of_x(schemas::kLoraLinear) == 0 && first_of_x(schemas::kLoraShrinkBackward) == 1);
+static_assert(first_of_x(schemas::kLoraLinear.text) == 0 && first_of_x(schemas::kLoraShrinkBackward.text) == 1);
 
-inline bool is_wide(const Tensor& tensor) { return is_supported(tensor) && dtype_size(dtype_of(tensor)) > 2; }
+inline bool is_wide(const Tensor& tensor) { return is_supported(tensor) && !is_16_bit(dtype_of(tensor)); }
 inline bool is_wide(const std::vector<Tensor>& tensors) { return !tensors.empty() && is_wide(tensors[0]); }
 
 // Every result of the plain op is a list: torch_call_dispatcher (torch 2.13) mistakes the types of results that differ.
@@ -81,7 +81,7 @@ inline StableIValue on_stack(const std::vector<bool>& argument) {  // its elemen
 template <const auto& kSchema, class Result, class... Arguments>
 Result call_plain(const Arguments&... arguments) {
   std::array<StableIValue, std::max(sizeof...(Arguments), Results<Result>::kCount)> stack{on_stack(arguments)...};
-  const std::string name = "lora_ext_plain::" + std::string(op_name(kSchema));
+  const std::string name = "lora_ext_plain::" + std::string(op_name(kSchema.text));
   LORA_EXT_CALL_TORCH(torch_call_dispatcher, name.c_str(), "", stack.data(), TORCH_ABI_VERSION);
   return Results<Result>::take(stack.data());
 }
@@ -92,7 +92,7 @@ struct NarrowOp;
 template <const auto& kSchema, class Result, class... Arguments, Result (*kFunction)(Arguments...)>
 struct NarrowOp<kSchema, kFunction> {
   static Result call(Arguments... arguments) {
-    if (is_wide(std::get<first_of_x(kSchema)>(std::tie(arguments...)))) {
+    if (is_wide(std::get<first_of_x(kSchema.text)>(std::tie(arguments...)))) {
       return call_plain<kSchema, Result>(arguments...);
     }
     return kFunction(arguments...);

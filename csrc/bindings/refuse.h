@@ -13,18 +13,17 @@
 
 namespace lora_ext {
 
-// An argument in a message: "weight" of an op on one layer, "weights[1]" of an op on a list of them.
-constexpr int kOnlyLayer = -1;
+// An argument in a message: "weight", or "weights[1]" of a list.
+constexpr int kNoIndex = -1;
 
 struct ArgumentName {
-  const char* singular;
-  int index = kOnlyLayer;
+  std::string_view name;
+  int index = kNoIndex;
 };
 
 inline std::ostream& operator<<(std::ostream& out, const ArgumentName& name) {
-  out << name.singular;
-  if (name.index == kOnlyLayer) return out;
-  return out << (std::string_view(name.singular).back() == 's' ? "es[" : "s[") << name.index << "]";
+  out << name.name;
+  return name.index == kNoIndex ? out : out << "[" << name.index << "]";
 }
 
 // A number as Python writes it.

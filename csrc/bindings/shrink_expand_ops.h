@@ -8,8 +8,7 @@
 
 #include <tuple>
 
-#include "backward_call.h"
-#include "forward_call.h"
+#include "layer_call.h"
 #include "plain_op.h"
 
 namespace lora_ext {

@@ -25,38 +25,33 @@ inline int32_t dtype_code(const Tensor& tensor) {
 }
 
 inline int32_t dtype_code(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64: return aoti_torch_dtype_float64();
-    case DType::kFloat32: return aoti_torch_dtype_float32();
-    case DType::kBFloat16: return aoti_torch_dtype_bfloat16();
-    default: return aoti_torch_dtype_float16();
-  }
+#define LORA_EXT_CASE(constant, name, ...) \
+  case DType::constant: return aoti_torch_dtype_##name();
+  switch (dtype) { LORA_EXT_DTYPES(LORA_EXT_CASE, ) }
+#undef LORA_EXT_CASE
+  return -1;
 }
 
-inline bool is_supported(const Tensor& tensor) {
-  const int32_t code = dtype_code(tensor);
-  return code == dtype_code(DType::kFloat64) || code == dtype_code(DType::kFloat32) ||
-         code == dtype_code(DType::kBFloat16) || code == dtype_code(DType::kFloat16);
+// The facts of a PyTorch dtype that the kernels know, else null.
+inline const DTypeFacts* find_dtype(int32_t code) {
+  for (const DTypeFacts& facts : kDTypes) {
+    if (dtype_code(facts.dtype) == code) return &facts;
+  }
+  return nullptr;
 }
+
+inline bool is_supported(const Tensor& tensor) { return find_dtype(dtype_code(tensor)) != nullptr; }
 
 // Requires is_supported(tensor).
-inline DType dtype_of(const Tensor& tensor) {
-  const int32_t code = dtype_code(tensor);
-  if (code == dtype_code(DType::kFloat64)) return DType::kFloat64;
-  if (code == dtype_code(DType::kFloat32)) return DType::kFloat32;
-  return code == dtype_code(DType::kBFloat16) ? DType::kBFloat16 : DType::kFloat16;
-}
+inline DType dtype_of(const Tensor& tensor) { return find_dtype(dtype_code(tensor))->dtype; }
 
 // A dtype's name as Python has it, without "torch.".
 inline std::string dtype_name(int32_t code) {
+  if (const DTypeFacts* facts = find_dtype(code)) return facts->name;
   const struct {
     int32_t code;
     const char* name;
-  } names[] = {{aoti_torch_dtype_float64(), "float64"},
-               {aoti_torch_dtype_float32(), "float32"},
-               {aoti_torch_dtype_bfloat16(), "bfloat16"},
-               {aoti_torch_dtype_float16(), "float16"},
-               {aoti_torch_dtype_bool(), "bool"},
+  } names[] = {{aoti_torch_dtype_bool(), "bool"},
                {aoti_torch_dtype_uint8(), "uint8"},
                {aoti_torch_dtype_int8(), "int8"},
                {aoti_torch_dtype_int16(), "int16"},

@@ -36,11 +36,7 @@ __device__ __forceinline__ void add_chunk(float (&value)[kEight], const Chunk& c
 #pragma unroll
   for (int e = 0; e < kEight; ++e) {
     const uint16_t bits = static_cast<uint16_t>(chunk.word[e / 2] >> (e % 2 * 16));
-    if constexpr (std::is_same_v<T, __half>) {
-      value[e] += to_acc(__ushort_as_half(bits));
-    } else {
-      value[e] += to_acc(__ushort_as_bfloat16(bits));
-    }
+    value[e] += to_acc(element_of<T>(bits));
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <type_traits>
 
 #include "../common/dtype.h"
@@ -24,8 +25,23 @@ void with_type_of(DType dtype, F f) {
   }
 }
 
+// The same for x, whose dtypes have 16 bits.
+template <class F>
+void with_16_bit_type_of(DType dtype, F f) {
+  with_type_of(dtype, [&]<class T>(std::type_identity<T> type) {
+    if constexpr (sizeof(T) == 2) {
+      f(type);
+    } else {
+      throw std::logic_error("lora_ext: no kernel takes an x of float32 or float64");
+    }
+  });
+}
+
 template <class T>
-constexpr DType kDTypeOf = std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16;
+constexpr DType kDTypeOf = std::is_same_v<T, double>          ? DType::kFloat64
+                           : std::is_same_v<T, float>         ? DType::kFloat32
+                           : std::is_same_v<T, __nv_bfloat16> ? DType::kBFloat16
+                                                              : DType::kFloat16;
 
 // The accumulation dtype: float64 for float64, otherwise float32.
 template <class T>
@@ -66,6 +82,25 @@ __device__ __forceinline__ T rounded(V element) {
   }
 }
 
+// --- an element and its bits ---
+
+template <class T>
+using Word = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
+template <class T>
+__device__ __forceinline__ T element_of(Word<T> word) {
+  if constexpr (std::is_same_v<T, double>) {
+    return __longlong_as_double(static_cast<long long>(word));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return __uint_as_float(word);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __ushort_as_half(word);
+  } else {
+    return __ushort_as_bfloat16(word);
+  }
+}
+__device__ __forceinline__ uint64_t bits_of(double v) { return static_cast<uint64_t>(__double_as_longlong(v)); }
+__device__ __forceinline__ uint32_t bits_of(float v) { return __float_as_uint(v); }
 __device__ __forceinline__ uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
 __device__ __forceinline__ uint16_t bits_of(__half value) { return __half_as_ushort(value); }
 
@@ -74,11 +109,6 @@ __device__ __forceinline__ uint16_t bits_of(__half value) { return __half_as_ush
 template <class T>
 __device__ __forceinline__ uint32_t rounded_pair(float first, float second) {
   return bits_of(from_acc<T>(first)) | static_cast<uint32_t>(bits_of(from_acc<T>(second))) << 16;
-}
-
-// dtype_size is a function of the host.
-__device__ __forceinline__ int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 // Returns f of an array whose dtype is known at run time only, as a pointer to its elements: for the factors, which are
@@ -100,12 +130,8 @@ __device__ __forceinline__ A load_as(const void* array, int64_t index, DType dty
 
 template <class A>
 __device__ __forceinline__ void store_as(void* array, int64_t index, DType dtype, A value) {
-  switch (dtype) {
-    case DType::kFloat64: static_cast<double*>(array)[index] = from_acc<double>(value); break;
-    case DType::kFloat32: static_cast<float*>(array)[index] = from_acc<float>(value); break;
-    case DType::kBFloat16: static_cast<__nv_bfloat16*>(array)[index] = from_acc<__nv_bfloat16>(value); break;
-    default: static_cast<__half*>(array)[index] = from_acc<__half>(value); break;
-  }
+  with_elements(array, dtype,
+                [&]<class T>(const T* elements) { const_cast<T*>(elements)[index] = from_acc<T>(value); });
 }
 
 }  // namespace lora_ext::cuda

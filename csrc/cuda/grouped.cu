@@ -218,11 +218,8 @@ void run_launches(const GroupedCall& call, const GroupedPlan& plan, void* scratc
 }  // namespace grouped
 
 void run_plan(const GroupedCall& call, const GroupedPlan& plan, void* scratch, const GpuStream& stream) {
-  switch (call.dtype()) {
-    case DType::kBFloat16: return grouped::run_launches<__nv_bfloat16>(call, plan, scratch, stream);
-    case DType::kFloat16: return grouped::run_launches<__half>(call, plan, scratch, stream);
-    default: throw std::logic_error("lora_ext: no kernel takes an x of float32 or float64");
-  }
+  with_16_bit_type_of(call.dtype(),
+                      [&]<class T>(std::type_identity<T>) { grouped::run_launches<T>(call, plan, scratch, stream); });
 }
 
 }  // namespace lora_ext::cuda

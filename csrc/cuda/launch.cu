@@ -2,7 +2,6 @@
 #include "launch.h"
 
 #include <cstdlib>
-#include <stdexcept>
 #include <string_view>
 
 #include "../common/dropout.h"
@@ -13,16 +12,13 @@
 namespace lora_ext::cuda {
 
 namespace mma {
-template <class T>  // mma/run_plan.cuh; lora_bfloat16.cu and lora_float16.cu instantiate it
+template <class T>  // mma/run_plan.cuh; lora_<dtype>.cu instantiate it
 void run_launches(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream);
 }
 
 void run_plan(const LoraCall& call, const Plan& plan, void* scratch, const GpuStream& stream) {
-  switch (call.dtype()) {
-    case DType::kBFloat16: return mma::run_launches<__nv_bfloat16>(call, plan, scratch, stream);
-    case DType::kFloat16: return mma::run_launches<__half>(call, plan, scratch, stream);
-    default: throw std::logic_error("lora_ext: no kernel takes an x of float32 or float64");
-  }
+  with_16_bit_type_of(call.dtype(),
+                      [&]<class T>(std::type_identity<T>) { mma::run_launches<T>(call, plan, scratch, stream); });
 }
 
 constexpr int kMaskThreads = 256;

@@ -20,9 +20,8 @@ void for_launches(const std::vector<MergeLayer>& layers, F f) {
 void launch_merge(MergeMode mode, const MergeParams& params, const std::vector<MergeLayer>& layers,
                   const GpuStream& stream) {
   for_launches(layers, [&](const MergeLayer* first, int64_t count) {
-    with_type_of(params.dtype, [&](auto type) {
-      launch_merge_of<typename decltype(type)::type>(mode, params, first, count, stream);
-    });
+    with_type_of(params.dtype,
+                 [&]<class T>(std::type_identity<T>) { launch_merge_of<T>(mode, params, first, count, stream); });
   });
 }
 

@@ -9,28 +9,8 @@
 
 namespace lora_ext::cuda {
 
-template <class T>
-using Word = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
-
 __device__ __forceinline__ float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_rn(double a, double b, double c) { return fma(a, b, c); }
-
-// --- an element and its bits ---
-
-template <class T>
-__device__ __forceinline__ T element_of(Word<T> word) {
-  if constexpr (std::is_same_v<T, double>) {
-    return __longlong_as_double(static_cast<long long>(word));
-  } else if constexpr (std::is_same_v<T, float>) {
-    return __uint_as_float(word);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __ushort_as_half(word);
-  } else {
-    return __ushort_as_bfloat16(word);
-  }
-}
-__device__ __forceinline__ uint64_t bits_of(double v) { return static_cast<uint64_t>(__double_as_longlong(v)); }
-__device__ __forceinline__ uint32_t bits_of(float v) { return __float_as_uint(v); }
 
 template <class T>
 __device__ __forceinline__ Word<T> word_of(T element) {
@@ -44,10 +24,7 @@ __device__ __forceinline__ Word<T> word_of(T element, Acc<T> update) {
 
 template <class T>
 __device__ __forceinline__ bool is_finite_word(Word<T> word) {
-  constexpr Word<T> kExponent = std::is_same_v<T, double>          ? Word<T>(0x7FF0000000000000u)
-                                : std::is_same_v<T, float>         ? Word<T>(0x7F800000u)
-                                : std::is_same_v<T, __nv_bfloat16> ? Word<T>(0x7F80u)
-                                                                   : Word<T>(0x7C00u);
+  constexpr Word<T> kExponent = static_cast<Word<T>>(facts_of(kDTypeOf<T>).infinity);
   return (word & kExponent) != kExponent;
 }
 

@@ -1,1 +1,1 @@
-"""Helpers of the whole package: argument types, the lock for model changes, text in messages, warnings, progress."""
+"""Helpers of the whole package: argument types, the lock for model changes, names and expressions, text, progress."""

@@ -1,4 +1,4 @@
-"""Finds and removes the forward hooks that a module has of given functions."""
+"""Removes the forward hooks that a module has of given functions."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-
-
-def has_pre_hook(module: nn.Module, function: Callable[..., Any]) -> bool:
-    """Returns whether ``function`` is a hook before the module's forward."""
-    return function in module._forward_pre_hooks.values()
 
 
 def remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:

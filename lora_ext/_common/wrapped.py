@@ -29,10 +29,3 @@ def root_module(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
-
-
-def without_thin_wrappers(model: nn.Module) -> nn.Module:
-    """``model``, or the module inside wrappers that keep no list of its parameters."""
-    while (inner := getattr(model, COMPILED, None)) is not None:
-        model = inner
-    return model

@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from lora_ext._common.arguments import check_types
 from lora_ext._ops import errors
-from lora_ext._ops.checks import FLOATING, accumulation_dtype, check_floating, check_matrix, dtype_name
+from lora_ext._ops.checks import FLOATING, accumulation_dtype, check_floating, check_matrix, dtype_name, refusal
 from lora_ext._ops.nested import by_values
-from lora_ext._ops.refusals import refusal
 from lora_ext._ops.registration import any_requires_grad, bias_gradient, is_transformed
 
 

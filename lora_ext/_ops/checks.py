@@ -1,25 +1,26 @@
-"""Checks of the arguments of ops.
+"""Checks of the arguments of ops, and refusals: the texts of csrc/refusals.h, which the compiled ops share.
 
-The compiled ops check their arguments, at no Python cost (csrc/bindings/op_checks.h). The same checks are ops of their
+The compiled ops check their arguments, at no Python cost (csrc/bindings/checks.h). The same checks are ops of their
 own, ``lora_ext_check::<op>``, on every device: :func:`check_arguments` runs them where no kernel runs, in fake kernels
 and in plain PyTorch, so that a traced graph refuses what a call refuses, in the same words. Here are also the checks of
-public functions that are more than one op, with the texts of csrc/refusals.h.
+public functions that are more than one op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lora_ext._ops.refusals import refusal, refusal_of_op
-from lora_ext._ops.tensor_arguments import check_tensors, is_wrapper, tensors_of
+from lora_ext import _load
 
 _LARGEST = torch.finfo(torch.float64).max  # Python's integers may be larger
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = tuple(getattr(torch, name) for name in _load.dtypes())  # csrc/common/dtype.h
 _MERGE_SEGMENT = 256  # columns that share a record: csrc/common/merge_record.h
 _MAX_MERGED_SIZE = 2**30  # of rows and of columns, which the kernels count in 32 bits
+_functorch = torch._C._functorch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,6 +42,112 @@ def count_tokens(x: Tensor) -> int:
     for size in x.shape[:-1]:
         num_tokens = num_tokens * size
     return num_tokens
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+_ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
+_REFUSALS = {name: (_ERRORS[error], text) for name, (error, text) in _load.refusals().items()}
+
+
+def refusal(op: str, name: str, *parts: object) -> Exception:
+    """Returns the exception for a refusal of csrc/refusals.h. ``parts`` replace the ``{}`` of its text, in order."""
+    error, text = _REFUSALS[name]
+    return error(f"{op}: {text.format(*parts)}")
+
+
+def refusal_of_op(error: Exception, caller: str | None = None) -> Exception | None:
+    """Returns the exception for a refusal that a compiled op raised as a RuntimeError; None for any other error.
+
+    ``caller``: the function to name in place of the op.
+    """
+    for kind, text in _REFUSALS.values():
+        pattern = ".*".join(re.escape(part) for part in text.split("{}"))
+        if refused := re.fullmatch(rf"(\w+): ({pattern})", str(error), re.DOTALL):
+            return kind(f"{caller or refused[1]}: {refused[2]}")
+    return None
+
+
+# --- all tensors of an op, whether it uses them or not ----------------------------------------------------------------
+# PyTorch also calls the fake kernels for real tensors if one argument is a meta tensor: they would return uninitialised
+# memory. So they check every tensor of every call, as csrc/bindings/arguments.h does for the compiled ops.
+
+
+def tensors_of(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors among arguments and in lists, each with its name in messages: ``weight``, ``weights[1]``."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (list, tuple)):
+            yield from ((f"{name}[{i}]", entry) for i, entry in enumerate(value) if isinstance(entry, Tensor))
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Returns whether it is a batch or a level of torch.func, which has no storage and which no kernel reads."""
+    return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
+def check_tensors(op: str, arguments: Mapping[str, object]) -> None:
+    """Raises TypeError for a tensor that is not dense or that PyTorch quantised, ValueError for one on another device
+    than the first tensor.
+    """
+    first: tuple[str, Tensor] | None = None
+    for label, tensor in tensors_of(arguments):
+        if tensor.is_nested:
+            raise TypeError(f"{op}: {label} is a nested tensor, want a dense one")
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{op}: {label} has layout {str(tensor.layout).removeprefix('torch.')}, want a dense tensor"
+            )
+        if tensor.is_quantized:
+            raise refusal(op, "dtype", label, str(tensor.dtype).removeprefix("torch."))
+        first = first or (label, tensor)
+        if not _is_same(tensor.device, first[1].device):
+            raise refusal(op, "device", label, tensor.device, first[0], first[1].device)
+
+
+def check_memory_is_there(op: str, arguments: Mapping[str, object]) -> None:
+    """Raises RuntimeError for a tensor beyond its storage, in the words of the compiled ops; PyTorch would read it."""
+    for label, tensor in tensors_of(arguments):
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
+            continue
+        if is_wrapper(tensor):
+            continue
+        if tensor._is_zerotensor():
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        if tensor.untyped_storage().nbytes() < needed:
+            shape = list(tensor.shape)
+            raise RuntimeError(f"{op}: {label} is {shape}, but its storage has been freed or made smaller")
+
+
+_NOT_SAVED = "Inference tensors cannot be saved for backward"  # PyTorch's words
+
+
+def explain_inference(op: str, arguments: Mapping[str, object], error: Exception) -> None:
+    """Raises RuntimeError with the names of the inference tensors, if ``error`` is that autograd cannot keep one."""
+    if str(error).startswith(_NOT_SAVED):
+        names = [label for label, tensor in tensors_of(arguments) if tensor.is_inference()]
+        are = "is an inference tensor" if len(names) == 1 else "are inference tensors"
+        raise RuntimeError(
+            f"{op}: {', '.join(names)} {are}, which autograd cannot keep for the backward; "
+            f"pass {', '.join(f'{name}.clone()' for name in names)}"
+        ) from None
+
+
+def _is_same(device: torch.device, other: torch.device) -> bool:
+    """Returns whether the two are one device: cpu:0 is the CPU."""
+    return device == other or (device.type == other.type and device.type in ("cpu", "meta"))
+
+
+def check_not_lazy(op: str, label: str, tensor: Tensor) -> None:
+    """Raises ValueError if a tensor that an op would change is a lazy view."""
+    if tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor():
+        raise ValueError(f"{op}: {label} is a lazy view, whose memory holds other values; pass {label}.clone()")
+
+
+# --- the checks of the compiled ops -----------------------------------------------------------------------------------
 
 
 def check_arguments(name: str, values: Sequence[object]) -> None:

@@ -19,14 +19,14 @@ from lora_ext._ops.registration import rows_of
 from lora_ext.reference import dropout_threshold, unpack_mask
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def acc_rows(tensor: Tensor) -> Tensor:
     """Flattens the leading dimensions and casts to the accumulation dtype: ``[num_tokens, features]``."""
     return rows_of(tensor).to(accumulation_dtype(tensor.dtype))
 
 
-def _dropped(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Zeroes what the bit mask drops. A mask without rows, or None, drops nothing."""
-    return rows if mask is None or mask.dim() < 2 else rows * unpack_mask(mask, rows.shape[1])
+def dropped_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeroes what the bit mask drops, NaN too. A mask without rows, or None, drops nothing."""
+    return rows if mask is None or mask.dim() < 2 else torch.where(unpack_mask(mask, rows.shape[1]), rows, 0.0)
 
 
 def scale(scaling: float, dropout_p: float) -> float:
@@ -63,7 +63,7 @@ def draw_mask(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
 
 def xa_of(x: Tensor, lora_A: Tensor, mask: Tensor | None, scaling: float, dropout_p: float) -> Tensor:
     """Computes xa as the forwards do: ``[num_tokens, r]``, with the scaling."""
-    rows = _dropped(_rows(x), mask)
+    rows = dropped_rows(acc_rows(x), mask)
     return scale(scaling, dropout_p) * (rows @ lora_A.to(rows.dtype).T)
 
 
@@ -102,19 +102,19 @@ def lora_linear_backward(grad_y, x, weight, lora_A, lora_B, xa, mask, scaling, d
 def lora_linear_siblings_backward(grad_ys, x, weights, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask):
     want_x, want_A, want_B = output_mask
     mask = mask if dropout_threshold(dropout_p) else None
-    ys = [_rows(grad_y) for grad_y in grad_ys]
+    ys = [acc_rows(grad_y) for grad_y in grad_ys]
     grad_xas = [
         scale(scaling, dropout_p) * (y @ B.to(y.dtype)) for y, B, scaling in zip(ys, lora_Bs, scalings, strict=True)
     ]
     grad_x, grad_As, grad_Bs = None, [], []
     if want_x:
         updates = (grad_xa @ A.to(grad_xa.dtype) for grad_xa, A in zip(grad_xas, lora_As, strict=True))
-        total = _dropped(sum(updates), mask)
+        total = dropped_rows(sum(updates), mask)
         for grad_y, weight in zip(grad_ys, weights, strict=True) if weights else ():
-            total = total + _rows(grad_y @ weight)
+            total = total + acc_rows(grad_y @ weight)
         grad_x = total.reshape(*grad_ys[0].shape[:-1], lora_As[0].shape[1]).to(grad_ys[0].dtype)
     if want_A:
-        rows = _dropped(_rows(x), mask)
+        rows = dropped_rows(acc_rows(x), mask)
         grad_As = [(grad_xa.T @ rows).to(A.dtype) for grad_xa, A in zip(grad_xas, lora_As, strict=True)]
     if want_B:
         xas = xa.split([A.shape[0] for A in lora_As], dim=1)
@@ -126,122 +126,33 @@ def largest_rank(lora_As: Sequence[Tensor]) -> int:
     return max(lora_A.shape[-2] for lora_A in lora_As)
 
 
-# --- groups: one adapter of all groups' ranks, whose xa is zero outside of a row's group ------------------------------
-# Unlike in the op, a NaN or an infinity in the factors of any group reaches every row: it is multiplied by zero.
-
-
-def _stacked_A(lora_As: Sequence[Tensor], rank: int, dtype: torch.dtype) -> Tensor:
-    """Pads all matrices to ``rank`` and stacks them: ``[groups * rank, in_features]``."""
-    stacks = [A if A.dim() == 3 else A.unsqueeze(0) for A in lora_As]
-    return torch.cat([F.pad(A, (0, 0, 0, rank - A.shape[-2])).to(dtype) for A in stacks]).flatten(0, 1)
-
-
-def _stacked_B(lora_Bs: Sequence[Tensor], rank: int, dtype: torch.dtype) -> Tensor:
-    """Pads all matrices to ``rank`` and puts them next to each other: ``[out_features, groups * rank]``."""
-    stacks = [B if B.dim() == 3 else B.unsqueeze(0) for B in lora_Bs]
-    return torch.cat([F.pad(B, (0, rank - B.shape[-1])).to(dtype) for B in stacks]).permute(1, 0, 2).flatten(1)
-
-
-def _chosen(num_tokens: int, rank: int, group_of_row: Tensor, scalings: Tensor, ranks: Tensor | None) -> Tensor:
-    """Returns where a row's group has ranks, ``[num_tokens, groups, rank]`` as booleans."""
-    rows_per_entry = num_tokens // max(group_of_row.numel(), 1)
-    group = group_of_row.reshape(-1, 1).expand(-1, rows_per_entry).reshape(-1, 1)
-    chosen = (group == torch.arange(scalings.shape[0], device=group.device)).unsqueeze(-1)
-    ends = rank if ranks is None else ranks.unsqueeze(-1)
-    return chosen & (torch.arange(rank, device=group.device) < ends)
-
-
-def _scaled(chosen: Tensor, scalings: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
-    """Returns what an all-groups xa is multiplied by: ``[num_tokens, groups * rank]``."""
-    return torch.where(chosen, (scalings * scale(1.0, dropout_p)).to(dtype)[:, None], 0.0).flatten(1)
-
-
-def grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, dropout_p) -> tuple[Tensor, Tensor]:
-    """Computes xa of all groups ``[num_tokens, groups * rank]``, and of each row's group ``[num_tokens, rank]``."""
-    rows, rank = _dropped(_rows(x), mask), largest_rank(lora_As)
-    chosen = _chosen(count_tokens(x), rank, group_of_row, scalings, ranks)
-    xa = (rows @ _stacked_A(lora_As, rank, rows.dtype).T) * _scaled(chosen, scalings, dropout_p, rows.dtype)
-    return xa, xa.reshape(chosen.shape).sum(1)
-
-
-def lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed):
-    mask = draw_mask(x, dropout_p, seed)
-    update, xa = _grouped_update(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, mask, dropout_p)
-    y += update
-    return xa.detach(), mask
-
-
-def plus_lora_grouped(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks=None):
-    """Computes ``lora_grouped_`` out of place, without dropout."""
-    return (y + _grouped_update(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, None, 0.0)[0]).to(y.dtype)
-
-
-def lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks):
-    return plus_lora_grouped(F.linear(x, weight, bias), x, lora_As, lora_Bs, group_of_row, scalings, ranks)
-
-
-def _grouped_update(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, mask, dropout_p) -> tuple[Tensor, Tensor]:
-    xa_of_all, xa = grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, dropout_p)
-    return _update(y, xa_of_all, _stacked_B(lora_Bs, xa.shape[1], xa.dtype)), xa
-
-
-def lora_grouped_backward(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, dropout_p, output_mask):
-    want_x, *wanted = output_mask
-    want_As, want_Bs = wanted[: len(lora_As)], wanted[len(lora_As) :]
-    mask = mask if dropout_threshold(dropout_p) else None
-    rows, rank = _rows(grad_y), largest_rank(lora_As)
-    chosen = _chosen(len(rows), rank, group_of_row, scalings, ranks)
-    grad_xa = (rows @ _stacked_B(lora_Bs, rank, rows.dtype)) * _scaled(chosen, scalings, dropout_p, rows.dtype)
-    grad_x, grad_As, grad_Bs = None, [], []
-    if want_x:
-        grad_x = _dropped(grad_xa @ _stacked_A(lora_As, rank, rows.dtype), mask).to(grad_y.dtype)
-        grad_x = grad_x.reshape(*grad_y.shape[:-1], lora_As[0].shape[-1])
-    if any(want_As):
-        grad_As = _unstacked((grad_xa.T @ _dropped(_rows(x), mask)).reshape(*chosen.shape[1:], -1), lora_As, want_As)
-    if any(want_Bs):
-        xa_of_all = torch.where(chosen, xa.unsqueeze(1), 0.0).flatten(1)
-        gradient = (rows.T @ xa_of_all).reshape(-1, *chosen.shape[1:]).permute(1, 0, 2)
-        grad_Bs = _unstacked(gradient, lora_Bs, want_Bs)
-    return grad_x, grad_As, grad_Bs
-
-
-def _unstacked(gradient: Tensor, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    """Splits ``gradient [groups, ...]`` into those of the wanted entries, without padding."""
-    parts = gradient.split([len(factor) if factor.dim() == 3 else 1 for factor in factors])
-    return [
-        part.narrow(1, 0, factor.shape[-2]).narrow(2, 0, factor.shape[-1]).reshape(factor.shape).to(factor.dtype)
-        for part, factor, is_wanted in zip(parts, factors, wanted, strict=True)
-        if is_wanted
-    ]
-
-
 def lora_shrink(x, lora_A):
-    return _rows(x).matmul(lora_A.to(accumulation_dtype(x.dtype)).T).reshape(*x.shape[:-1], lora_A.shape[0])
+    return acc_rows(x).matmul(lora_A.to(accumulation_dtype(x.dtype)).T).reshape(*x.shape[:-1], lora_A.shape[0])
 
 
 def lora_expand(base, xa, lora_B, bias):
-    update = _update(base, _rows(xa), lora_B)
+    update = _update(base, acc_rows(xa), lora_B)
     return (base + (update if bias is None else update + bias)).to(base.dtype)
 
 
 def lora_shrink_backward(grad_xa, x, lora_A, base, output_mask):
     want_x, want_A = output_mask
-    rows, grad_x, grad_A = _rows(grad_xa), None, None
+    rows, grad_x, grad_A = acc_rows(grad_xa), None, None
     if want_x:
         grad_x = (rows @ lora_A.to(rows.dtype)).reshape(x.shape)
         grad_x = (grad_x if base is None else grad_x + base.reshape(x.shape)).to(x.dtype)
     if want_A:
-        grad_A = (rows.T @ _rows(x)).to(lora_A.dtype)
+        grad_A = (rows.T @ acc_rows(x)).to(lora_A.dtype)
     return grad_x, grad_A
 
 
 def lora_expand_backward(grad_y, xa, lora_B, output_mask):
     want_xa, want_B = output_mask
-    rows, grad_xa, grad_B = _rows(grad_y), None, None
+    rows, grad_xa, grad_B = acc_rows(grad_y), None, None
     if want_xa:
         grad_xa = (rows @ lora_B.to(rows.dtype)).reshape(*grad_y.shape[:-1], lora_B.shape[1])
     if want_B:
-        grad_B = (rows.T @ _rows(xa)).to(lora_B.dtype)
+        grad_B = (rows.T @ acc_rows(xa)).to(lora_B.dtype)
     return grad_xa, grad_B
 
 

@@ -10,9 +10,7 @@ import torch
 
 from lora_ext import _load
 from lora_ext._common.arguments import check_types
-from lora_ext._ops import tensor_arguments
-from lora_ext._ops.checks import check_scaling
-from lora_ext._ops.refusals import refusal_of_op
+from lora_ext._ops.checks import check_scaling, check_tensors, explain_inference, refusal_of_op
 
 # The exceptions that wrong arguments cause. Others are not explained: torch.utils.checkpoint, for example, stops a
 # recomputation by an exception of its own.
@@ -51,9 +49,9 @@ def explain(
         return  # it is explained already, by us or by torch.func.vmap (a random draw, a change in place)
     # PyTorch takes a tensor without dimensions for a number.
     check_types(function, {n: v for n, v in arguments.items() if not (_is_tensor(v) and v.dim() == 0)})
-    tensor_arguments.check_tensors(name, arguments)
+    check_tensors(name, arguments)
     check_memory(error)
-    tensor_arguments.explain_inference(name, arguments, error)
+    explain_inference(name, arguments, error)
     for label, value in arguments.items():  # PyTorch cannot convert Python's larger integers
         if isinstance(value, int) and not isinstance(value, bool):
             check_scaling(name, value, label)

@@ -1,16 +1,19 @@
-"""Fake (meta), autograd and autocast registrations of lora_grouped_: rows that choose their adapters."""
+"""Fake (meta), autograd and autocast registrations of lora_grouped_ and lora_grouped_linear: mixed batches."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from lora_ext._ops import composite, flops
+from lora_ext._ops import composite, composite_grouped, flops
 from lora_ext._ops.in_place import check_inference, check_recorded_change, check_saved, count_change
 from lora_ext._ops.registration import (
     LIBRARY,
     any_requires_grad,
     below_autograd,
     call_backward,
+    checked_arguments,
     fake_gradients,
     fake_saved,
     has_tangent,
@@ -48,6 +51,15 @@ def _(grad_y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, xa, mask, drop
     num_As = sum(wanted[: len(lora_As)])
     grad_x = grad_y.new_empty((*grad_y.shape[:-1], lora_As[0].shape[-1])) if want_x else None
     return grad_x, gradients[:num_As], gradients[num_As:]
+
+
+def _linear_flops(x, weight, bias, As, Bs, *_, **__) -> int:
+    return flops.of_forward(x, [weight], [flops.largest_matrix(As)], [flops.largest_matrix(Bs)])
+
+
+@register_op("lora_grouped_linear", flops=_linear_flops)
+def _(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -94,7 +106,7 @@ class _LoraGrouped(torch.autograd.Function):
                 if x is None:
                     composite.check_x_is_kept("lora_grouped_", want_x)
                 else:
-                    _, xa = composite.grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, ctx.dropout_p)
+                    xa, _ = composite_grouped.grouped_xa(x, lora_As, group_of_row, scalings, ranks, mask, ctx.dropout_p)
             grad_x, grad_As, grad_Bs = call_backward(
                 _backward_op,
                 grad_y,
@@ -165,9 +177,39 @@ def _lora_grouped_autograd(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks
     return results
 
 
-_op, _backward_op = op_named("lora_grouped_"), op_named("lora_grouped_backward")
-_composite = register_composite("lora_grouped_", composite.lora_grouped_)
+# --- a linear layer and lora_grouped_: the kernel is for inference on the CPU, autograd records the two ---------------
+
+
+def lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks) -> Tensor | None:
+    """Calls the op if it has a kernel: on the CPU, without gradients. None: it has none."""
+    tensors = x, weight, *lora_As, *lora_Bs, group_of_row, scalings, bias, ranks
+    if x.device.type != "cpu" or any_requires_grad(*tensors):
+        return None
+    if not is_usual_call(*tensors):
+        return _linear_op(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
+    with below_autograd():
+        return _linear_op(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
+
+
+def _lora_grouped_linear_autograd(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks=None):
+    tensors = x, weight, bias, *lora_As, *lora_Bs
+    if has_tangent(*tensors):
+        return _linear_composite(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
+    if any_requires_grad(*tensors, scalings):
+        checked_arguments["lora_grouped_linear"](x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
+        y = F.linear(x, weight, bias)
+        torch.ops.lora_ext.lora_grouped_.default(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks)
+        return y
+    with below_autograd():
+        return _linear_op(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
+
+
+_op, _backward_op, _linear_op = map(op_named, ("lora_grouped_", "lora_grouped_backward", "lora_grouped_linear"))
+_composite = register_composite("lora_grouped_", composite_grouped.lora_grouped_)
 LIBRARY.impl("lora_grouped_", _lora_grouped_autograd, "Autograd")
-register_backward("lora_grouped_backward", composite.lora_grouped_backward)
+register_backward("lora_grouped_backward", composite_grouped.lora_grouped_backward)
 # As lora_delta_: y's dtype was settled by the base layer, and functional.lora_grouped_ casts x to it.
 register_autocast("lora_grouped_", num_cast=0)
+_linear_composite = register_composite("lora_grouped_linear", composite_grouped.lora_grouped_linear, num_cast=3)
+LIBRARY.impl("lora_grouped_linear", _lora_grouped_linear_autograd, "Autograd")
+register_autocast("lora_grouped_linear", num_cast=3)  # as lora_linear: the adapters keep their dtype

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext._ops import composite, errors, grouped, grouped_linear
+from lora_ext._ops import composite_grouped, errors, grouped
 from lora_ext._ops.call_arguments import cast_to, draw_seed, drawn
 from lora_ext._ops.checks import check_arguments
 
@@ -100,7 +100,7 @@ def plus_lora_grouped(
     """
     if not torch._C._are_functorch_transforms_active():
         return lora_grouped_(y, x, lora_A, lora_B, group_of_row, scalings)
-    return composite.plus_lora_grouped(y, cast_to(y, x), [lora_A], [lora_B], group_of_row, scalings)
+    return composite_grouped.plus_lora_grouped(y, cast_to(y, x), [lora_A], [lora_B], group_of_row, scalings)
 
 
 def _as_numbers(x: Tensor, scalings: Tensor | Sequence[float]) -> Tensor:
@@ -146,7 +146,7 @@ def lora_grouped_linear(
         return lora_grouped_(F.linear(x, weight, bias), x, lora_As, lora_Bs, group_of_row, scalings, ranks)
     try:
         scalings = _as_numbers(x, scalings)
-        y = grouped_linear.lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
+        y = grouped.lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
         if y is not None:
             return y
         if bias is not None and bias.shape != weight.shape[:1]:  # F.linear would broadcast it

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_ext._ops import composite, plain_grouped
-from lora_ext._ops.registration import op_named
+from lora_ext._ops import grouped, linear, shrink_expand  # noqa: F401 (they register the formulas)
+from lora_ext._ops.registration import composites, op_named
 
 _PLAIN = torch.library.Library("lora_ext_plain", "DEF")
 
@@ -49,6 +49,5 @@ def _define(name: str, function: Callable) -> None:
     _PLAIN.impl(name, kernel, "CompositeExplicitAutograd")
 
 
-for _module, _names in ((composite, OPS), (plain_grouped, GROUPED_OPS)):
-    for _name in _names:
-        _define(_name, getattr(_module, _name))
+for _name in (*OPS, *GROUPED_OPS):
+    _define(_name, composites[_name])

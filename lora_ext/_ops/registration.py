@@ -20,9 +20,16 @@ from torch.autograd import forward_ad
 
 from lora_ext import reference
 from lora_ext._load import op_named
-from lora_ext._ops.checks import accumulation_dtype, check_arguments, count_tokens, mask_row_bytes
-from lora_ext._ops.lazy_views import check_not_lazy, resolved
-from lora_ext._ops.tensor_arguments import check_memory_is_there, check_tensors, tensors_of
+from lora_ext._ops.checks import (
+    accumulation_dtype,
+    check_arguments,
+    check_memory_is_there,
+    check_not_lazy,
+    check_tensors,
+    count_tokens,
+    mask_row_bytes,
+    tensors_of,
+)
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -34,6 +41,9 @@ arguments_by_name: dict[str, Callable[..., dict[str, object]]] = {}
 
 checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
 """The same, after a check of the arguments."""
+
+composites: dict[str, Callable] = {}
+"""For each op of :func:`register_composite` its formula in plain PyTorch."""
 
 flop_formulas: dict[str, Callable[..., int]] = {}
 """For each op the number of its operations, for :mod:`lora_ext._ops.flops`."""
@@ -106,7 +116,28 @@ def register_op(name: str, flops: Callable[..., int]) -> Callable[[Callable], Ca
     return register
 
 
+def _resolved(op: str, label: str, argument: object) -> object:
+    """Resolves the lazy views in an argument. Raises RuntimeError if PyTorch cannot compute one."""
+    if isinstance(argument, (list, tuple)):
+        return [_resolved(op, f"{label}[{i}]", entry) for i, entry in enumerate(argument)]
+    if not isinstance(argument, Tensor):
+        return argument
+    if argument._is_zerotensor():
+        return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+    if argument.is_quantized:  # PyTorch's own negation of one crashes
+        raise RuntimeError(f"{op}: {label} is a lazy view of a quantized tensor; pass {label}.dequantize()")
+    try:
+        return argument.resolve_neg().resolve_conj()
+    except RuntimeError as error:  # of a dtype that PyTorch does not negate
+        raise RuntimeError(f"{op}: {label} is a lazy view that PyTorch cannot compute: {error}") from error
+
+
 def _register_lazy_views(name: str) -> None:
+    """Resolves lazy views, whose memory holds other values that PyTorch negates, conjugates or clears as it reads them.
+
+    PyTorch's fallbacks resolve such arguments, except those in a list of optional tensors; if an op changes one, they
+    change a copy and then fail.
+    """
     op = op_named(name)
     changed = ChangedArguments(op)
     labels = [argument.name for argument in op._schema.arguments]
@@ -114,7 +145,7 @@ def _register_lazy_views(name: str) -> None:
     def kernel(*arguments):
         for label, tensor in changed.of(arguments):
             check_not_lazy(name, label, tensor)
-        return op(*(resolved(name, label, value) for label, value in zip(labels, arguments, strict=False)))
+        return op(*(_resolved(name, label, value) for label, value in zip(labels, arguments, strict=False)))
 
     for key in ("Negative", "Conjugate", "ZeroTensor"):
         LIBRARY.impl(name, kernel, key)
@@ -184,18 +215,6 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     )
 
 
-def checked_composite(name: str, composite: Callable) -> Callable:
-    """Returns ``composite``, which checks its arguments as the op ``name`` does."""
-
-    def call(*values):
-        arguments = checked_arguments[name](*values)
-        if not torch.compiler.is_compiling():
-            check_memory_is_there(name, arguments)
-        return composite(**arguments)
-
-    return call
-
-
 def register_composite(name: str, composite: Callable, num_cast: NumCast = 0) -> Callable:
     """Registers an op in plain PyTorch (:mod:`lora_ext._ops.composite`) for the transforms of torch.func.
 
@@ -211,7 +230,13 @@ def register_composite(name: str, composite: Callable, num_cast: NumCast = 0) ->
         The kernel, which checks its arguments as the op does.
     """
 
-    call = checked_composite(name, composite)
+    composites[name] = composite
+
+    def call(*values):
+        arguments = checked_arguments[name](*values)
+        if not torch.compiler.is_compiling():
+            check_memory_is_there(name, arguments)
+        return composite(**arguments)
 
     def kernel(*values):
         device = next(tensor.device for _, tensor in tensors_of(dict(enumerate(values)))).type

@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from lora_ext._ops import composite
-from lora_ext._ops.checks import accumulation_dtype
+from lora_ext._ops.checks import accumulation_dtype, explain_inference
 from lora_ext._ops.flops import Shape
 from lora_ext._ops.registration import (
     LIBRARY,
@@ -22,7 +22,6 @@ from lora_ext._ops.registration import (
     register_composite,
     register_op,
 )
-from lora_ext._ops.tensor_arguments import explain_inference
 
 
 def _flops(rows: Shape, factor: Shape, products: int = 1) -> int:

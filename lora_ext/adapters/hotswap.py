@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.printable import listed
-from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
 from lora_ext.files.adapter_file import AdapterFile
 from lora_ext.files.misfits import misfits
-from lora_ext.files.save_load import read_adapter
 from lora_ext.injection.inject import check_unmerged
-from lora_ext.model.adapter_set import UNSCALED, Adapter, Part, find_adapter
-from lora_ext.model.bare_model import check_not_parallel, check_not_sharded
+from lora_ext.model.adapter_set import UNSCALED, Part, find_adapter
+from lora_ext.model.bare_model import check_not_parallel, check_not_sharded, root_module
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -82,19 +80,18 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
         KeyError: there is no such adapter. RuntimeError: it is merged. The model is then unchanged.
     """
     check_not_sharded("hotswap_adapter", model, "load_adapter replaces an adapter's values")
-    file = read_adapter(directory, "hotswap_adapter")
+    file = AdapterFile.open(directory, caller="hotswap_adapter")
     config = file.lora_config("hotswap_adapter")
     adapter = find_adapter(model, "hotswap_adapter", adapter_name)
     check_unmerged("hotswap_adapter", model, adapter.name)
     check_low_rank("hotswap_adapter", adapter)
-    targets = _in_file(adapter.tensors())
+    targets = adapter.tensors()
     values = {key: tensor for part in adapter.parts for key, tensor in _values_of(part, config, file).items()}
-    if problems := misfits(targets, values) + _other_keys(adapter, file, targets):
+    if problems := misfits(targets, values) + _other_keys(adapter.base_tensors(root_module(model)), file, targets):
         raise ValueError(
             f"hotswap_adapter: {file.path} does not fit the adapter {adapter.name!r} (for a larger rank call "
             f"prepare_hotswap first):{listed(problems)}"
         )
-    file.warn_of_damage(key for key in values if key in file.tensors)
     with torch.no_grad():
         for key, tensor in values.items():
             targets[key].copy_(tensor)
@@ -103,7 +100,7 @@ def hotswap_adapter(model: ModelT, directory: str | os.PathLike[str], adapter_na
 
 def _values_of(part: Part, config: LoraConfig, file: AdapterFile) -> dict[str, Tensor]:
     """Returns a layer's new values, by key: padded and scaled; zeros, if the file has none of them."""
-    tensors = _in_file(part.layer.file_tensors(part.file_path, part.adapter))
+    tensors = part.layer.file_tensors(part.file_path, part.adapter)
     if not any(key in file.tensors for key in tensors):
         return {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
     rank, factor = config.rank_for(part.target), config.scaling_for(part.target) / part.adapter.scaling
@@ -119,19 +116,15 @@ def _values_of(part: Part, config: LoraConfig, file: AdapterFile) -> dict[str, T
     return values
 
 
-def _other_keys(adapter: Adapter, file: AdapterFile, targets: dict[str, Tensor]) -> list[str]:
+def _other_keys(base: dict[str, Tensor], file: AdapterFile, targets: dict[str, Tensor]) -> list[str]:
     """Returns what else ``file`` has. PEFT also saves the base layer of an adapted embedding."""
-    problems, base = [], _in_file(adapter.base_tensors())
+    problems = []
     for key in file.tensors.keys() - targets.keys():
         if key not in base:
             problems.append(f"unexpected key: {key}")
         elif file.tensors[key].shape != base[key].shape or not torch.equal(file.tensors[key].to(base[key]), base[key]):
             problems.append(f"base layer {key}: not the model's, and load_adapter loads it")
     return sorted(problems)
-
-
-def _in_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{KEY_PREFIX}{key}": tensor for key, tensor in tensors.items()}
 
 
 def _padded(factor: Tensor, dim: int, size: int) -> Tensor:

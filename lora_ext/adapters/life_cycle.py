@@ -101,7 +101,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
 
     Raises:
         ValueError: the model is not injected. KeyError: there is no such adapter.
-        RuntimeError: it is active or merged, rows of a running call use it, or adapters are disabled. Nothing changes.
+        RuntimeError: it is active or merged, a call has ``adapter_names``, or adapters are disabled. Nothing changes.
     """
     adapters = find_adapters(model, "delete_adapter")
     adapters.check_enabled("delete_adapter")
@@ -110,7 +110,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
         others = sorted(adapters.configs.keys() - {name})
         raise RuntimeError(f"delete_adapter: {name!r} is active; call set_adapter with one of {others}, or unload")
     check_unmerged("delete_adapter", model, name)
-    adapters.active.check_unused("delete_adapter", [name])
+    adapters.active.check_unused("delete_adapter")
     adapters.remove(name)
     for _, layer in adapter_layers(model):
         if name in layer.adapters:
@@ -126,7 +126,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
 
     Raises:
         ValueError: the model is not injected, or ``new`` is taken or no name. KeyError: there is no adapter ``old``.
-        RuntimeError: it is merged, rows of a running call use it, or adapters are disabled. Nothing is changed.
+        RuntimeError: it is merged, a running call has ``adapter_names``, or adapters are disabled. Nothing is changed.
     """
     adapters = find_adapters(model, "rename_adapter")
     adapters.check_enabled("rename_adapter")
@@ -135,7 +135,7 @@ def rename_adapter(model: ModelT, old: str, new: str) -> ModelT:
         return model
     check_new_name("rename_adapter", new, adapters)
     check_unmerged("rename_adapter", model, old)
-    adapters.active.check_unused("rename_adapter", [old])
+    adapters.active.check_unused("rename_adapter")
     for _, layer in adapter_layers(model):
         held = {new if name == old else name: adapter for name, adapter in layer.adapters.items()}
         layer.adapters.clear()

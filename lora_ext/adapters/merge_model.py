@@ -14,12 +14,12 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.matching import Parents
 from lora_ext._common.printable import first_of, listed
 from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
 from lora_ext.adapters.calibration import Batch, collect_inputs
 from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
-from lora_ext.matching.path_names import Parents
 from lora_ext.merging.feedback import LayerInputs
 from lora_ext.merging.layers import change_merged, merge_for_good, stored_matrices
 from lora_ext.merging.quantized import MergeError
@@ -120,8 +120,7 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
 @checked
 def merge_record_bytes(model: nn.Module) -> int:
     """Bytes kept to unmerge: copies of the merged factors, and the bits lost to rounding or the old quantised bytes."""
-    merged = [layer._merged for _, layer in lora_modules(model) if layer._merged is not None]
-    return sum(matrix.record.nbytes for state in merged for matrix in state.matrices.values())
+    return sum(layer.merge_record_bytes for _, layer in lora_modules(model))
 
 
 @checked
@@ -342,7 +341,7 @@ def _check_can_unload(caller: str, model: nn.Module, remedy: str) -> None:
     check_not_sharded(caller, model, remedy, split_may=True)
     if (adapters := adapter_set(model)) is not None:
         adapters.check_enabled(caller)
-        adapters.active.check_unused(caller, adapters.configs)
+        adapters.active.check_unused(caller)
 
 
 def _unload(model: nn.Module, merged: bool) -> None:

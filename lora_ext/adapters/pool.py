@@ -8,13 +8,14 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.matching import LayerNumbers, PathMatcher
 from lora_ext._common.printable import first_of, listed
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
@@ -22,7 +23,6 @@ from lora_ext.files.adapter_file import AdapterFile, holds_adapter
 from lora_ext.files.misfits import misfits
 from lora_ext.injection.all_linear import is_all_linear
 from lora_ext.injection.inject import Injection, attach_layers, remove_empty_layers, serve_adapters
-from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.nn import LoraLinear
@@ -144,12 +144,10 @@ class AdapterPool:
         """Gives every name a slot that it keeps until :meth:`release`: all or none. For the model's calls.
 
         Raises:
-            RuntimeError: there are more names than slots, running calls leave too few, or the pool is closed.
+            RuntimeError: there are more names than slots, or running calls leave too few.
             KeyError, OSError, ValueError: an adapter is gone, cannot be read, or does not fit.
         """
         with self._lock:
-            if self.is_closed:
-                raise RuntimeError("AdapterPool: the pool is closed; make another one")
             in_use = {name for name in self._held if self._users[name] and name not in names}
             if len(names) + len(in_use) > self._num_slots:
                 wanted = first_of(map(repr, names), _SHOWN)
@@ -216,15 +214,13 @@ class AdapterPool:
                 "it with load_adapter, or make a pool with its layers and rank:"
                 f"{listed(problems or ['it has no factors'])}"
             )
-        file.warn_of_damage(targets)
         return {path: (file.tensors[A], file.tensors[B], config.scaling_for(path)) for path, (A, B) in keys.items()}
 
     def _named(self, config: LoraConfig) -> list[str]:
         """Returns those of the pool's layers that ``config`` targets."""
         is_every, matches = is_all_linear(config), PathMatcher("target_modules", config.target_modules)
         is_excluded = PathMatcher("exclude_modules", config.exclude_modules)
-        whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
-        numbers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
+        numbers = LayerNumbers(config)
         targets = (path for path in self._sizes if (path != self._head if is_every else matches(path)))
         return [path for path in targets if path in numbers and not is_excluded(path)]
 
@@ -257,8 +253,6 @@ class AdapterPool:
     def close(self) -> None:
         """Takes the pool out of its model and frees the storage. Layers without other adapters become plain again.
 
-        Calls of copies of the model that name adapters of the pool are refused from then on.
-
         RuntimeError: running calls use it.
         """
         with self._lock:
@@ -270,21 +264,14 @@ class AdapterPool:
         if (model := self._model()) is not None:
             _detach(model, self)
 
-    @property
-    def is_closed(self) -> bool:
-        return self._num_slots == 0
-
     def __enter__(self) -> AdapterPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterPool:
-        return self  # a copied model uses the same storage
-
     def __reduce__(self) -> NoReturn:
-        raise TypeError("an AdapterPool cannot be pickled; call close() first")
+        raise TypeError("an AdapterPool, or a model that has one, cannot be copied or pickled; call close() first")
 
 
 # --- the layers of a model --------------------------------------------------------------------------------------------
@@ -296,11 +283,8 @@ def _layers_of(model: nn.Module, config: LoraConfig) -> Adapter:
     Returns:
         An adapter without memory, which is never attached, for its layers.
     """
-    adapters = adapter_set(model)
-    if adapters is not None and adapters.pool is not None:
-        if not adapters.pool.is_closed:
-            raise ValueError("AdapterPool: the model has a pool already; close that first")
-        _detach(model, adapters.pool)  # closed by the model that this one is a copy of
+    if (adapters := adapter_set(model)) is not None and adapters.pool is not None:
+        raise ValueError("AdapterPool: the model has a pool already; close that first")
     adapter = Injection(model, config, "AdapterPool").build(torch.device("meta"))
     others = [part for part in adapter.parts if not isinstance(part.layer, LoraLinear)]
     if others:
@@ -324,7 +308,6 @@ def _attach(
     for part in adapter.parts:
         part.layer.slots = held[part.path]
     adapter.into.pool = pool
-    adapter.into.active.changes += 1
     serve_adapters(model, adapter.into)
     return held
 
@@ -336,7 +319,6 @@ def _detach(model: nn.Module, pool: AdapterPool) -> None:
     if adapters is None or adapters.pool is not pool:  # unloaded meanwhile
         return
     adapters.pool = None
-    adapters.active.changes += 1
     for _, layer in adapter_layers(model):
         if isinstance(layer, LoraLinear):
             layer.slots = None

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from lora_ext._common.arguments import checked
 from lora_ext._ops import checks
-from lora_ext._ops.checks import accumulation_dtype
-from lora_ext._ops.tensor_arguments import check_tensors
+from lora_ext._ops.checks import accumulation_dtype, check_tensors
 
 _EXACT_SIZE = 512  # smaller side; up to this a full decomposition takes well under a second
 _OVERSAMPLING = 8  # extra directions, as Halko, Martinsson and Tropp (arXiv 0909.4061) advise

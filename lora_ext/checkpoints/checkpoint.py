@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -108,8 +107,3 @@ class Checkpoint(Mapping[str, TensorInfo]):
             if not is_hidden and file.is_file() and str(name) not in (*self.shards, INDEX_FILE):
                 found[_OTHER_WEIGHTS.fullmatch(file.name) is not None].append(str(name))
         return found[False], found[True]
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes values of a config or an index."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -17,11 +17,12 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from lora_ext._common.matching import path_ends
 from lora_ext._common.printable import listed, shown
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
@@ -165,7 +166,7 @@ def _update(
         raise ValueError(f"shapes of {path}: lora_A {shown(list(A.shape))}, lora_B {shown(list(B.shape))}")
     if not (A.is_floating_point() and B.is_floating_point()):
         raise ValueError(f"dtypes of {path}: lora_A {A.dtype}, lora_B {B.dtype}, want floating point")
-    targets = dict.fromkeys(name for end in _ends(path) for name in parameters_of.get(end, ()))
+    targets = dict.fromkeys(name for end in (*path_ends(path), "") for name in parameters_of.get(end, ()))
     parameters = () if is_embedding else tuple(targets)
     names = [f"{path}.{name}" for name in parameters] or [path]
     settings = {(config.rank_for(name), config.scaling_for(name)) for name in names}
@@ -198,15 +199,7 @@ def _token_indices(file: AdapterFile, path: str) -> tuple[int, ...]:
     """Returns the rows of the embedding ``path`` in ``trainable_token_indices``."""
     given = file.config.get("trainable_token_indices")
     if isinstance(given, dict):
-        given = next((given[end] for end in _ends(path) if end in given), None)
+        given = next((given[end] for end in path_ends(path) if end in given), None)
     if not isinstance(given, list):
         raise ValueError(f"{file.directory}: trainable_token_indices of the config does not name {path}'s rows")
     return tuple(given)
-
-
-def _ends(path: str) -> Iterator[str]:
-    """Yields ``path`` and its ends after a dot, the longest first, down to the empty one."""
-    while path:
-        yield path
-        path = path.partition(".")[2]
-    yield ""

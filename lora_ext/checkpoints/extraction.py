@@ -18,10 +18,10 @@ from lora_ext._common.printable import listed
 from lora_ext._common.progress import Progress
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
-from lora_ext.checkpoints.checkpoint import Checkpoint, write_json
+from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.names import find_tie, is_embedding
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
-from lora_ext.files.writing import check_new, new_directory, stream_tensors
+from lora_ext.files.writing import check_new, new_directory, stream_tensors, write_json
 
 _EXACT_SIZE = 512  # up to this size the full decomposition takes well under a second
 _ITERATIONS = 4  # slowly falling singular values, as after fine-tuning, need more than one subspace iteration

@@ -17,11 +17,11 @@ from torch import Tensor
 from lora_ext._common.printable import shown
 from lora_ext._common.progress import Progress
 from lora_ext.checkpoints.changes import TensorChange, find_changes
-from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, write_json
+from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from lora_ext.checkpoints.contents import AdapterContents, open_adapter
 from lora_ext.files.adapter_file import METHOD_FILE
 from lora_ext.files.reading import open_tensors, read_json
-from lora_ext.files.writing import check_new, new_directory, stream_tensors
+from lora_ext.files.writing import check_new, new_directory, stream_tensors, write_json
 from lora_ext.merging.weights import merge_all_, pack_factors
 
 BLOCK_BYTES = 8 << 20

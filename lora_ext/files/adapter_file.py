@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lora_ext._common.printable import first_of, shown
-from lora_ext._common.warnings import warn_user
+from lora_ext._common.printable import shown
 from lora_ext.config import LoraConfig
-from lora_ext.files.reading import open_tensors, read_json
-from lora_ext.files.writing import write_tensors
+from lora_ext.files.reading import open_tensors, parse_json, read_json
+from lora_ext.files.writing import write_json, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 """The config is last, as :func:`~lora_ext.files.writing.write_files` needs: without it there is no adapter."""
+OWN_KEY, OWN_OPTIONS = "lora_ext", ("enable_lora", "rank_pattern", "alpha_pattern")
+"""The entry of a file's metadata with the options of a config that differ in PEFT's form of it, and these options."""
 METHOD_FILE = "method.json"
 """The file that :mod:`lora_ext.methods` writes, next to an adapter's files if the method has a low-rank adapter."""
 
@@ -69,25 +67,21 @@ class AdapterFile:
     def write(self, directory: Path) -> None:
         """Writes both files into an existing directory."""
         # Only the outer keys are sorted: the first matching pattern counts.
-        config = {key: self.config[key] for key in sorted(self.config)}
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / CONFIG_FILE, {key: self.config[key] for key in sorted(self.config)})
         write_tensors(directory / WEIGHTS_FILE, self.tensors, self.metadata)
 
-    def lora_config(self, caller: str) -> LoraConfig:
-        """Returns the config. ValueError: it is wrong or not supported."""
+    def lora_config(self, caller: str, *, own: bool = False) -> LoraConfig:
+        """Returns the config; ``own``: as it was saved, not in PEFT's form. ValueError: wrong or not supported."""
+        options: Any = {}
+        if own and OWN_KEY in self.metadata:
+            source = f"{caller}: {self.path}: its entry {OWN_KEY!r}"
+            options = parse_json(self.metadata[OWN_KEY], source).get("config")
+            if not isinstance(options, dict) or options.keys() != {*OWN_OPTIONS}:
+                raise ValueError(f"{source} holds the config {shown(options)}, want {', '.join(OWN_OPTIONS)}")
         try:
-            return LoraConfig.from_dict(self.config)
+            return LoraConfig.from_dict(self.config | options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{caller}: {self.directory / CONFIG_FILE}: {error}") from error
-
-    def warn_of_damage(self, keys: Iterable[str]) -> None:
-        """Warns if values of the tensors ``keys``, which a model is about to take, are NaN or infinite."""
-        keys = list(keys)
-        if damaged := [key for key in keys if not _is_finite(self.tensors[key])]:
-            warn_user(
-                f"{self.path} has NaN or infinite values in {len(damaged)} of {len(keys)} tensors: "
-                f"{first_of(damaged)}; the model's outputs will have them, too: use an earlier checkpoint"
-            )
 
 
 def holds_adapter(directory: Path) -> bool:
@@ -127,11 +121,3 @@ def _version(directory: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Returns whether all values are finite. The least and the largest tell, in a tenth of the time of isfinite."""
-    if not (tensor.is_floating_point() and tensor.numel()):
-        return True
-    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no order
-    return all(map(math.isfinite, tensor.aminmax()))

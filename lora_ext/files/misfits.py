@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lora_ext._common.printable import listed, shown
 from lora_ext._common.sharded import is_partitioned, is_sharded
-from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile, is_duplicate
 from lora_ext.model.adapter_set import Adapter, Part
@@ -99,7 +98,7 @@ def check_expert_layout(adapter: Adapter, file: AdapterFile) -> None:
     """
     version = file.config.get(VERSION_KEY)
     for part in () if has_present_layout(version) else stacked_experts(adapter):
-        key = f"{KEY_PREFIX}{part.file_path}.lora_A.weight"
+        key = f"{part.file_path}.lora_A.weight"
         if key in file.tensors and part.adapter.lora_A.shape[1] == part.adapter.lora_B.shape[0]:
             raise ValueError(
                 f"load_adapter: {file.path}: {key} is of square experts, whose factors PEFT exchanged before 0.19.1; "

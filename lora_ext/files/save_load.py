@@ -16,17 +16,15 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import (
     first_rank_writes,
-    gathered,
     is_elsewhere,
     is_sharded,
     local,
     part_like,
     prepare_shards,
 )
-from lora_ext._common.wrapped import KEY_PREFIX
-from lora_ext.files.adapter_content import adapter_content, with_blocks, with_options
+from lora_ext._ops.checks import FLOATING
+from lora_ext.files.adapter_content import SaveEmbeddings, adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile
-from lora_ext.files.base_layers import SaveEmbeddings, base_tensors, base_tensors_to_save
 from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
 from lora_ext.files.writing import write_files
 from lora_ext.injection.build import give_memory
@@ -34,6 +32,7 @@ from lora_ext.injection.inject import Injection, apply_injection, check_unmerged
 from lora_ext.model.adapter_set import Adapter, adapter_set, find_adapter, find_adapters
 from lora_ext.model.adapter_state import warn_of_lost_parameters
 from lora_ext.model.bare_model import check_not_managed, check_not_parallel, root_module
+from lora_ext.nn.packed_linear import PackedAdapter, gather_blocks
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -71,10 +70,8 @@ def save_adapter(
     if adapter_name is None:
         _check_active_trains(model)
     adapter = find_adapter(model, "save_adapter", adapter_name)
-    with gathered(adapter.parameters()):
-        base = base_tensors_to_save("save_adapter", model, adapter, save_embedding_layers)
-        content = adapter_content(model, adapter, base)
-    warn_of_lost_parameters("save_adapter", root_module(model), saved=base.values())
+    content, base = adapter_content("save_adapter", model, adapter, save_embedding_layers)
+    warn_of_lost_parameters("save_adapter", root_module(model), saved=base)
     # Ranks agree by the parameters that ZeRO-3 has emptied, or if there are none, by the DTensors.
     elsewhere = [parameter for parameter in adapter.parameters() if is_elsewhere(parameter)]
     sharded = elsewhere or [tensor for tensor in adapter.tensors().values() if is_sharded(tensor)]
@@ -129,19 +126,11 @@ def load_adapter(
             ``activate``: an adapter trains while it is active.
         RuntimeError: an adapter is merged.
         Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
-
-    Warns:
-        UserWarning: the file has NaN or infinite values.
     """
-    load_opened(model, read_adapter(directory, "load_adapter"), trainable, adapter_name, activate)
+    load_opened(model, AdapterFile.open(directory, caller="load_adapter"), trainable, adapter_name, activate)
     if not trainable:
         eval_unless_training(model)
     return model
-
-
-def read_adapter(directory: str | os.PathLike[str], caller: str) -> AdapterFile:
-    """Reads an adapter's files for a model, with options that PEFT does not support."""
-    return with_options(AdapterFile.open(directory, caller=caller), caller)
 
 
 def eval_unless_training(model: nn.Module) -> None:
@@ -158,8 +147,8 @@ def load_opened(
     adapter_name: str = "default",
     activate: bool = False,
 ) -> None:
-    """Loads what :func:`read_adapter` returned, like :func:`load_adapter`."""
-    config = file.lora_config("load_adapter")
+    """Loads an opened file, like :func:`load_adapter`."""
+    config = file.lora_config("load_adapter", own=True)
     if trainable and str(file.config.get("init_lora_weights")).lower() == "mica":
         raise ValueError(
             f'load_adapter: {file.directory / CONFIG_FILE}: init_lora_weights is "mica", with which PEFT trains lora_A '
@@ -197,14 +186,13 @@ def load_opened(
 
 def _fill_checked(model: nn.Module, file: AdapterFile, adapter: Adapter, is_new: bool, activate: bool) -> None:
     """Fills ``adapter`` if the file fits; a new one first gets memory, and is then attached."""
-    file = with_blocks(file, adapter)
+    file = dataclasses.replace(file, tensors=file.tensors | _blocks(file, adapter))
     check_expert_layout(adapter, file)
     check_fits(_targets(model, adapter, file), file)
     if is_new:
         give_memory(adapter)
     targets = _targets(model, adapter, file)
     check_places(targets, file)
-    file.warn_of_damage(targets)
 
     # Nothing below fails: the adapter is filled before it is attached.
     with torch.no_grad():
@@ -212,18 +200,32 @@ def _fill_checked(model: nn.Module, file: AdapterFile, adapter: Adapter, is_new:
             values = file.tensors[key]
             local(target).copy_(part_like(target, values) if is_sharded(target) else values)
         for key, scale in adapter.file_scales().items():
-            targets[f"{KEY_PREFIX}{key}"].div_(scale)
+            targets[key].div_(scale)
         if is_new:
             apply_injection(model, adapter, activate)
         elif activate:
             adapter.into.switch((adapter.name,))
-        if loaded := {key for key in base_tensors(model, adapter) if f"{KEY_PREFIX}{key}" in targets}:
+        if loaded := targets.keys() & adapter.base_tensors(root_module(model)).keys():
             held = adapter.into.loaded_base
             held[adapter.name] = held.get(adapter.name, frozenset()) | loaded
 
 
 def _targets(model: nn.Module, adapter: Adapter, file: AdapterFile) -> dict[str, Tensor]:
     """Returns the tensors of the model that the file should fill, by the file's keys."""
-    targets = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter.tensors().items()}
-    base = {f"{KEY_PREFIX}{key}": tensor for key, tensor in base_tensors(model, adapter).items()}
-    return targets | {key: tensor for key, tensor in base.items() if key in file.tensors}
+    base = adapter.base_tensors(root_module(model))
+    return adapter.tensors() | {key: tensor for key, tensor in base.items() if key in file.tensors}
+
+
+def _blocks(file: AdapterFile, adapter: Adapter) -> dict[str, Tensor]:
+    """Returns the model's form of ``lora_B`` of packed projections. ValueError: it has more than the enabled parts."""
+    found = {}
+    for part in (part for part in adapter.parts if isinstance(part.adapter, PackedAdapter)):
+        key, enabled = f"{part.file_path}.lora_B.weight", part.adapter.enable_lora
+        tensor = file.tensors.get(key)
+        shape = (part.layer.out_features, part.adapter.r * sum(enabled))
+        if tensor is not None and tensor.shape == shape and tensor.dtype in FLOATING:  # check_fits refuses others
+            try:
+                found[key] = gather_blocks(tensor, enabled)
+            except ValueError as error:
+                raise ValueError(f"load_adapter: {file.path}: {key}: {error} {list(enabled)}") from error
+    return found

@@ -19,7 +19,6 @@ from lora_ext._common.sharded import is_elsewhere, is_fully_sharded, prepare_sha
 from lora_ext._common.warnings import warn_user
 from lora_ext.files.adapter_content import adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile, holds_adapter
-from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.reading import tensor_table
 from lora_ext.files.writing import write_files, write_tensors
 from lora_ext.model.adapter_set import adapter_set, find_adapter
@@ -32,7 +31,7 @@ from lora_ext.model.adapter_state import (
     with_values,
 )
 from lora_ext.model.bare_model import adapter_layers
-from lora_ext.model.saver import SavePretrained
+from lora_ext.model.replaced_methods import SavePretrained
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter_layer import base_keys
 
@@ -126,9 +125,8 @@ def _save_adapters(name: str, directory: Path, module: nn.Module, method: Method
     adapters = adapter_set(module)
     for adapter_name in () if adapters is None else adapters.configs:
         adapter = find_adapter(module, name, adapter_name)
-        tensors = base_tensors_to_save(name, module, adapter)
-        contents[adapter_name] = adapter_content(module, adapter, tensors)
-        base += tensors.values()
+        contents[adapter_name], tensors = adapter_content(name, module, adapter)
+        base += tensors
     if method is not None and method.has_adapter and _DEFAULT not in contents:
         raise ValueError(
             f"{name}: the adapter {_DEFAULT!r}, a part of {method.name}, was merged for good, removed or renamed; "

@@ -112,6 +112,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_json(path: Path, values: Mapping[str, object]) -> None:
+    """Writes a config, or an index of files."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 # --- safetensors ------------------------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
+from lora_ext._common.matching import Parents
 from lora_ext.config import LoraConfig
 from lora_ext.injection.targets import Targets
-from lora_ext.matching.path_names import Parents
 from lora_ext.model.adapter_set import Adapter, AdapterSet, Part, TrainedBiases, complete_parts
 from lora_ext.model.bare_model import BareModel, file_path
 from lora_ext.nn import LORA_LAYERS, AdapterLayer, DoraLinear, LoraLayer, LoraPackedLinear, LoraParameter

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lora_ext._common.matching import Parents
 from lora_ext._common.printable import listed, shown
 from lora_ext.config import LoraConfig
 from lora_ext.injection.all_linear import why_bypassed_at
 from lora_ext.injection.build import Kind, adapted_modules, attention_around, lora_layer_for
 from lora_ext.injection.targets import Targets
-from lora_ext.matching.path_names import Parents
 from lora_ext.model.bare_model import BareModel
 from lora_ext.nn import LORA_LAYERS, DoraLinear, LoraLayer, LoraPackedLinear, LoraParameter
 from lora_ext.nn.attention import LoraMultiheadAttention

@@ -28,7 +28,7 @@ from lora_ext.injection.trainers import guard_against_trainers, remove_guard
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
 from lora_ext.model.mixed_batch import forget_adapter_names, serve_adapter_names
-from lora_ext.model.saver import savers, serve_files, stop_serving_files
+from lora_ext.model.replaced_methods import savers, serve_files, stop_serving_files
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft
 from lora_ext.nn.input_groups import form_input_groups
@@ -151,7 +151,7 @@ def serve_adapters(model: nn.Module, adapters: AdapterSet) -> None:
     prepare_modules(root)
     guard_against_trainers(root)
     serve_files(root)
-    serve_adapter_names(root, adapters, savers(root))
+    serve_adapter_names(root, savers(root))
 
 
 def remove_empty_layers(model: nn.Module, adapters: AdapterSet) -> None:

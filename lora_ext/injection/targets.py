@@ -13,12 +13,11 @@ from typing import NoReturn
 
 from torch import nn
 
+from lora_ext._common.matching import EndTable, LayerNumbers, Parents, PathMatcher, path_ends
 from lora_ext._common.printable import shown
 from lora_ext._common.warnings import warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.injection.all_linear import is_all_linear, linear_layers
-from lora_ext.matching.path_names import EndTable, Parents, path_ends
-from lora_ext.matching.path_patterns import LayerNumbers, PathMatcher
 from lora_ext.model.bare_model import BareModel, parameter_paths
 
 _MOST_CLOSE, _LONGEST_CLOSE = 5, 100  # close matches take time per name, and help only with names written by hand
@@ -114,9 +113,7 @@ class _Search:
         else:
             named = self.matched("target_modules", fatal=not parameters)
         excluded = set(self.matched("exclude_modules", fatal=False))
-        whole = () if isinstance(config.target_modules, str) else config.target_modules or ()
-        layers = LayerNumbers(config.layers_to_transform, config.layers_pattern, whole)
-        inside = Parents(trained)
+        layers, inside = LayerNumbers(config), Parents(trained)
         targets = {
             path: self.modules[path] for path in named if path in layers and path not in excluded and path not in inside
         }

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from lora_ext.model.replaced_method import ReplacedMethod
+from lora_ext.model.replaced_methods import ReplacedMethod
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter_layer import INSTEAD_OF_PEFT
 

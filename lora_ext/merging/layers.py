@@ -39,7 +39,6 @@ from lora_ext.merging.weights import (
 from lora_ext.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
-    from lora_ext.nn.active import ActiveAdapters
     from lora_ext.nn.layer import Matrix
 
 Factors = tuple[Tensor, Tensor, float]  # lora_A [r, cols], lora_B [rows, r], scaling
@@ -50,7 +49,6 @@ class Mergeable(Protocol):
     """The part of :class:`~lora_ext.nn.layer.LoraLayer` that merging needs."""
 
     _merged: MergeState | None
-    active: ActiveAdapters
 
     def matrices(self) -> Mapping[str, Matrix]:
         """The matrices that adapters update: :class:`~lora_ext.nn.layer.Matrix` by key."""
@@ -174,8 +172,6 @@ def change_merged(
         matrices[target.layer][target.key] = MergedMatrix(target.ranks, target.record)
     for layer, held in matrices.items():
         layer._merged = MergeState(tuple(sorted(wanted[layer])), held)
-    for layer in wanted:
-        layer.active.changes += 1
 
 
 @torch.no_grad()

@@ -25,11 +25,15 @@ from torch import Tensor
 from lora_ext import _load
 from lora_ext._common.arguments import checked
 from lora_ext._ops import checks, errors
-from lora_ext._ops.checks import check_merge_layer, check_merge_strides, merge_segments
+from lora_ext._ops.checks import (
+    check_merge_layer,
+    check_merge_strides,
+    check_not_lazy,
+    check_tensors,
+    merge_segments,
+)
 from lora_ext._ops.in_place import check_inference
-from lora_ext._ops.lazy_views import check_not_lazy
 from lora_ext._ops.merge import refuse_weight_that_requires_grad
-from lora_ext._ops.tensor_arguments import check_tensors
 
 
 class Unmerge(NamedTuple):

@@ -15,7 +15,7 @@ from lora_ext.injection.inject import Injection, apply_injection, prepare_module
 from lora_ext.methods.base import Inserted, Insertion, Method, head_paths, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, check_not_managed, root_module
-from lora_ext.model.saver import serve_files, stop_serving_files
+from lora_ext.model.replaced_methods import serve_files, stop_serving_files
 from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

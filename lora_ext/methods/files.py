@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -20,11 +19,10 @@ from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._common.warnings import warn_user
 from lora_ext.files.adapter_content import adapter_content, base_name
 from lora_ext.files.adapter_file import ADAPTER_FILES, METHOD_FILE, AdapterFile, read_tensors
-from lora_ext.files.base_layers import base_tensors_to_save
 from lora_ext.files.misfits import misfits
 from lora_ext.files.reading import read_json
-from lora_ext.files.save_load import eval_unless_training, load_opened, read_adapter
-from lora_ext.files.writing import write_files, write_tensors
+from lora_ext.files.save_load import eval_unless_training, load_opened
+from lora_ext.files.writing import write_files, write_json, write_tensors
 from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, trained_by
 from lora_ext.methods.base import Inserted, Insertion, Method, pooling_of
 from lora_ext.methods.lora import Lora
@@ -62,12 +60,11 @@ def save_method(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "full_state_dict=True; with DeepSpeed accelerator.get_state_dict(engine)) and pass it to "
             "model.save_pretrained(directory, state_dict=...)"
         )
-    content, base = None, {}
+    content, base = None, []
     if files.has_adapter:
         adapter = find_adapter(model, "save_method", "default")  # others may have been added, and be active
-        base = base_tensors_to_save("save_method", model, adapter)
-        content = adapter_content(model, adapter, base)
-    warn_of_lost_parameters("save_method", root_module(model), files, saved=base.values())
+        content, base = adapter_content("save_method", model, adapter)
+    warn_of_lost_parameters("save_method", root_module(model), files, saved=base)
     _warn_of_other_adapters(model, files)
     with write_files(directory, files.names, "save_method") as staging:
         if content is not None:
@@ -100,7 +97,7 @@ def _files(model: nn.Module, method: Method) -> MethodFiles:
         tensors = {path: tensor.detach().to("cpu").contiguous() for path, tensor in trained().items()}
         if tensors:
             write_tensors(staging / TENSORS_FILE, tensors, {"format": "pt"})
-        (staging / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(staging / METHOD_FILE, content)
 
     return MethodFiles(method.name, inserts, has_adapter, trained, names, write)
 
@@ -232,9 +229,9 @@ def _read(directory: Path) -> _Saved:
         raise ValueError(f"load_method: {error}") from error
     adapter = lora = None
     if any(part["name"] == Lora.name for part in parts):
-        adapter = read_adapter(directory, "load_method")
+        adapter = AdapterFile.open(directory, caller="load_method")
         # inference_mode describes how a file is loaded, not the method
-        lora = Lora(dataclasses.replace(adapter.lora_config("load_method"), inference_mode=False))
+        lora = Lora(dataclasses.replace(adapter.lora_config("load_method", own=True), inference_mode=False))
     try:
         methods = [lora if part["name"] == Lora.name else new_method(part["name"], **part["options"]) for part in parts]
         return _Saved(directory, combined(methods), adapter, tensors, pooling)

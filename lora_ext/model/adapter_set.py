@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
@@ -25,7 +26,7 @@ class Part:
     """One layer's part of an adapter."""
 
     path: str  # in the bare model
-    file_path: str  # in file keys, from file_paths
+    file_path: str  # what keys in files begin with, from file_paths
     layer: AdapterLayer  # holds the adapter, or will hold it
     adapter: nn.Module  # the parameters
     replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(
@@ -73,7 +74,7 @@ class Adapter:
     biases: TrainedBiases | None = None  # the model's biases that it trains
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors by their file keys, without the common prefix."""
+        """The live tensors by their keys in files."""
         tensors = {}
         for part in self.parts:
             tensors |= part.layer.file_tensors(part.file_path, part.adapter)
@@ -97,19 +98,29 @@ class Adapter:
             for key in part.layer.file_tensors(part.file_path, part.adapter)
         }
 
-    def base_tensors(self) -> dict[str, Tensor]:
-        """Frozen tensors of the base layers that a file may hold too; PEFT saves those of adapted embeddings, heads."""
-        tensors = {}
+    def base_tensors(self, root: nn.Module) -> dict[str, Tensor]:
+        """The live frozen tensors of the model ``root`` that a file may hold too, by their keys.
+
+        PEFT saves those of adapted embeddings and heads, and of all of them if the vocabulary was resized. Their keys
+        are ``<path>.weight``, or ``<path>.base_layer.weight`` of an adapted layer.
+        """
+        tensors: dict[str, Tensor] = {}
         for part in self.parts:
             tensors |= part.layer.file_tensors_of_base(part.file_path, part.adapter)
-        return tensors
+        bare, adapted = BareModel(root), {part.path for part in self.parts}
+        for path, module in bare.modules.items():
+            if path not in adapted and (module is bare.embedding or module is bare.head):
+                state = module.state_dict(keep_vars=True)
+                tensors |= {f"{KEY_PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
+        in_adapter = self.tensors()
+        return {key: tensor for key, tensor in tensors.items() if key not in in_adapter}
 
 
 class TrainedBiases:
     """Biases that an adapter trains in place, and their original values, which PEFT loses.
 
     Args:
-        owners: maps paths in file keys to modules with a ``bias``.
+        owners: maps what keys in files begin with to modules with a ``bias``.
     """
 
     def __init__(self, owners: Mapping[str, nn.Module]) -> None:
@@ -187,7 +198,6 @@ class AdapterSet:
     def add(self, adapter: Adapter) -> None:
         """Registers an adapter whose parts are attached. Until it is active, it is frozen, without its biases."""
         self.configs[adapter.name] = adapter.config
-        self.active.changes += 1
         modules = (module for part in adapter.parts for module in part.adapter.modules())
         self._parameters[adapter.name] = [module._parameters for module in modules if module._parameters]
         if adapter.biases is not None:
@@ -198,7 +208,6 @@ class AdapterSet:
         self._set_requires_grad(adapter.name, False)
 
     def remove(self, name: str) -> None:
-        self.active.changes += 1
         del self.configs[name], self._parameters[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
@@ -206,7 +215,6 @@ class AdapterSet:
 
     def rename(self, old: str, new: str) -> None:
         """Renames an adapter; it keeps its place in the order."""
-        self.active.changes += 1
         for held in (self.configs, self._parameters, self.biases, self.loaded_base):
             entries = {new if name == old else name: value for name, value in held.items()}
             held.clear()
@@ -217,7 +225,6 @@ class AdapterSet:
     def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
         """Activates exactly these adapters. Changes parameters only of trainable adapters whose state changes."""
         before, self.active.names = self.active.names, names
-        self.active.changes += 1
         changed = set()
         if trainable is not None:
             changed |= set(names)

@@ -9,13 +9,13 @@ from torch import nn
 
 from lora_ext._common.embeddings import input_embeddings, output_embeddings
 from lora_ext._common.sharded import is_fully_sharded, is_managed, is_partitioned, is_sharded
-from lora_ext._common.wrapped import DATA_PARALLEL, root_module, without_thin_wrappers, without_wrapper
+from lora_ext._common.wrapped import COMPILED, DATA_PARALLEL, KEY_PREFIX, root_module, without_wrapper
 from lora_ext.nn import AdapterLayer, LoraLayer
 
 
 def check_not_parallel(caller: str, model: nn.Module) -> None:
     """Checks that no wrapper keeps a list of the parameters that train now. ValueError: one does."""
-    model = without_thin_wrappers(model)
+    model = getattr(model, COMPILED, model)
     if isinstance(model, DATA_PARALLEL):
         kind = type(model).__name__
         raise ValueError(
@@ -147,10 +147,13 @@ def file_paths(layers: Iterable[tuple[str, AdapterLayer]]) -> dict[AdapterLayer,
 
 
 def file_path(path: str, layers: Mapping[str, int]) -> str:
-    """Converts ``path`` to its form in file keys; ``layers`` is the number of LoRA layers at each path."""
+    """Returns what the keys in files of the tensors at ``path`` begin with.
+
+    ``layers``: the number of LoRA layers at each path.
+    """
     parts, names = [], path.split(".")
     for i, name in enumerate(names):
         parts.append(name)
         if i + 1 < len(names):
             parts += ["base_layer"] * layers.get(".".join(names[: i + 1]), 0)
-    return ".".join(parts)
+    return KEY_PREFIX + ".".join(parts)

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.hooks import has_pre_hook, remove_hooks
+from lora_ext._common.hooks import remove_hooks
 from lora_ext._common.printable import shown
 from lora_ext.model.adapter_set import AdapterSet, adapter_set
-from lora_ext.model.bare_model import adapter_layers, output_head, root_module
-from lora_ext.model.replaced_method import ReplacedMethod
+from lora_ext.model.bare_model import adapter_layers, output_head
+from lora_ext.model.replaced_methods import ReplacedMethod
 from lora_ext.nn import AdapterLayer
 from lora_ext.nn.adapter_layer import innermost
-from lora_ext.nn.rows import BASE, RowChoice, choosing, chosen, enter, leave
+from lora_ext.nn.rows import BASE, RowChoice, choosing, enter, leave
 
 NAMES = "adapter_names"
 _METHODS = "generate", "generate_batch"
@@ -31,7 +30,7 @@ _METHODS = "generate", "generate_batch"
 # --- into a model and out of it ---------------------------------------------------------------------------------------
 
 
-def serve_adapter_names(root: nn.Module, adapters: AdapterSet, parts: Iterable[nn.Module]) -> None:
+def serve_adapter_names(root: nn.Module, parts: Iterable[nn.Module]) -> None:
     """Makes ``root`` take ``adapter_names``, unless its forward has a parameter of that name.
 
     ``parts`` of it refuse them, as their forwards would swallow them in ``**kwargs``.
@@ -39,12 +38,12 @@ def serve_adapter_names(root: nn.Module, adapters: AdapterSet, parts: Iterable[n
     if NAMES in inspect.signature(root.forward).parameters:
         return
     for module in (root, *parts):
-        if not has_pre_hook(module, take_adapter_names):
+        if take_adapter_names not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(take_adapter_names, with_kwargs=True)
     if end_call not in root._forward_hooks.values():
         root.register_forward_hook(end_call, always_call=True)
         for name in _METHODS:
-            MethodWithNames.put(name, root, adapters)
+            MethodWithNames.put(name, root)
 
 
 def forget_adapter_names(module: nn.Module) -> None:
@@ -76,8 +75,8 @@ def take_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
             refuse_compiled()
     else:
-        drop_interrupted(adapters)
-        caller, outer = type(module).__name__, chosen(adapters.active)
+        _end_choice(adapters)  # of a call that Ctrl-C left without running its hook: no model calls itself
+        caller, outer = type(module).__name__, adapters.active.running.choice
         if names is not None:
             if "adapter_lengths" in rest:
                 raise ValueError(f"{caller}: there is no adapter_lengths; pass a sequence, and a name, for each row")
@@ -91,16 +90,14 @@ def end_call(module: nn.Module, args: Any, output: Any) -> None:
     """Ends the choice that the call began; a hook after the forward, which also runs after an error."""
     if torch.compiler.is_compiling():
         return
-    choice = chosen(adapter_set(module).active)
+    _end_choice(adapter_set(module), output)
+
+
+def _end_choice(adapters: AdapterSet, output: Any = None) -> None:
+    """Ends the choice of a single call, if one is current; that of ``generate`` stays."""
+    choice = adapters.active.running.choice
     if choice is not None and choice.repeats is None:
         leave(choice, output)
-
-
-def drop_interrupted(adapters: AdapterSet) -> None:
-    """Ends a call that Ctrl-C left without running its hook: another one begins, and no model calls itself."""
-    choice = chosen(adapters.active)
-    if choice is not None and choice.repeats is None:
-        leave(choice)
 
 
 class MethodWithNames(ReplacedMethod):
@@ -110,12 +107,9 @@ class MethodWithNames(ReplacedMethod):
     names: Transformers' would ignore them.
     """
 
-    def __init__(self, name: str, model: nn.Module, adapters: AdapterSet) -> None:
-        super().__init__(name, model)
-        self.adapters = adapters
-
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        drop_interrupted(self.adapters)
+        adapters = adapter_set(self.module)
+        _end_choice(adapters)
         if adapter_names is None:
             return self.original(*args, **kwargs)
         caller = f"{type(self.module).__name__}.{self.name}"
@@ -125,7 +119,7 @@ class MethodWithNames(ReplacedMethod):
                 "vLLM and SGLang, read the files of save_adapter"
             )
         values = _by_name(args, kwargs)
-        choice = choice_of(self.module, self.adapters, adapter_names, values, caller)
+        choice = choice_of(self.module, adapters, adapter_names, values, caller)
         config = values.get("generation_config") or getattr(self.module, "generation_config", None)
         counts = [values.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences")]
         choice.repeats = frozenset({1, *(count for count in counts if isinstance(count, int))})
@@ -166,7 +160,9 @@ def choice_of(
             "row"
         )
     is_uniform = len(set(names)) == 1
-    _check_supported(root, adapters, used, values, caller, is_uniform)
+    _check_biases(adapters, used, caller)
+    if not is_uniform:
+        _check_rows(root, used, values, caller)
     if pooled and root.training and torch.is_grad_enabled():
         raise ValueError(
             f"{caller}: {NAMES}: {pooled[0]!r} is in a pool, whose adapters do not train; call model.eval(), or "
@@ -225,97 +221,47 @@ def _first_rows(root: nn.Module, values: Mapping[str, Any]) -> tuple[str, Tensor
 
 
 # --- what rows cannot choose ------------------------------------------------------------------------------------------
+# Layers that compute all rows alike refuse by themselves (LoraLayer._applied_to_all), as do those whose input has no
+# row for each name (RowChoice.aligned).
 
 
-def _check_supported(
-    root: nn.Module, adapters: AdapterSet, used: Iterable[str], values: Mapping[str, Any], caller: str, is_uniform: bool
-) -> None:
-    """Checks that rows can choose the adapters ``used``. ValueError: they cannot; the message has the remedy."""
+def _check_biases(adapters: AdapterSet, used: Iterable[str], caller: str) -> None:
     for name, biases in adapters.biases.items():
         if biases.used:
             raise ValueError(
                 f"{caller}: {NAMES}: the active adapter {name!r} has changed the model's biases for all rows; activate "
                 "another one (set_adapter), or none"
             )
-    found = _reasons(root, adapters)
-    kinds = [_ALWAYS] if is_uniform else [_ALWAYS, _IF_SEVERAL]
-    kinds += [_WITH_MEDIA] * (not is_uniform and any(name.startswith(_MEDIA) for name, _ in _tensors(values)))
-    for name in used:
-        key = name if name in adapters.configs else None
-        if (reason := next((found[kind, key] for kind in kinds if (kind, key) in found), None)) is not None:
+        if name in used:
             raise ValueError(
-                f"{caller}: {NAMES}: {name!r} cannot be chosen by a row: {reason}; leave that out of the adapter, or "
-                "call the model once for it (set_adapter)"
+                f"{caller}: {NAMES}: {name!r} trains the model's biases, which all rows share (lora_bias=True trains "
+                "its own); call the model once for it (set_adapter)"
             )
 
 
-# When a reason holds: for any names, if they differ, or if they differ next to images or sounds.
-_ALWAYS, _IF_SEVERAL, _WITH_MEDIA = range(3)
-Reasons = dict[tuple[int, str | None], str]
-
-
-def _reasons(root: nn.Module, adapters: AdapterSet) -> Reasons:
-    """Returns why rows cannot choose, by when and by adapter (None: those of a pool).
-
-    Walks the model once after every change of its adapters.
-    """
-    known = adapters.active.unsupported_rows
-    return known[1] if known is not None and known[0] == adapters.active.changes else _found(root, adapters)
-
-
-@one_at_a_time  # another thread may be adding layers
-def _found(root: nn.Module, adapters: AdapterSet) -> Reasons:
-    found: Reasons = {}
-    parts, of_text = dict(root_module(root).named_modules()), _modules_of_text(root)
-    for path, layer in adapter_layers(root):
-        reasons = (
-            "" if layer.rows_choose else "computes all rows with one adapter",
-            _why_same_for_all(path, layer, parts),
-            "computes images or sounds" if of_text and id(layer) not in of_text else "",
-        )
-        for name in (*layer.adapters, *([] if getattr(layer, "slots", None) is None else [None])):
-            for kind, reason in enumerate(reasons):
-                if reason:
-                    found.setdefault((kind, name), f"{path!r} ({type(layer).__name__}) {reason}")
-    for name in adapters.biases:
-        found[_ALWAYS, name] = "it trains the model's biases, which all rows share (lora_bias=True trains its own)"
-    adapters.active.unsupported_rows = adapters.active.changes, found
-    return found
-
-
 # Layers of these models of Transformers get [tokens, rows, features]. With as many tokens as rows, nothing would tell.
-_TOKENS_FIRST = {"xlnet", "longformer", "led", "fsmt"}
-# Embeddings of T5, MPNet, WavLM, W2V-BERT, Phi4, DETR and models with their code, which look up positions, or pairs of
-# them, once for all rows: the same.
-_OF_POSITIONS = {
-    *("relative_attention_bias", "rel_attn_embed", "distance_embedding"),
-    *("bias_values", "row_embeddings", "column_embeddings"),
-}
-
-
-def _why_same_for_all(path: str, layer: AdapterLayer, parts: Mapping[str, nn.Module]) -> str:
-    """Returns why a layer's input may look as if it had a row for each name, though it has none, or ""."""
-    if path.rpartition(".")[2] in _OF_POSITIONS and isinstance(innermost(layer), nn.Embedding):
-        return "computes positions once for all rows"
-    around = path
-    while around := around.rpartition(".")[0]:
-        part = parts[around]
-        if around.rpartition(".")[2] == "experts" and isinstance(part, nn.ModuleList | nn.ModuleDict):
-            return "is in one of several experts, which get some of the tokens"
-        if type(part).__module__.removeprefix("transformers.models.").partition(".")[0] in _TOKENS_FIRST:
-            return f"is a part of {type(part).__name__}, whose layers get tokens first"
-    return ""
-
-
+_TOKENS_FIRST = ("xlnet", "longformer", "led", "fsmt")
 _MEDIA = "pixel_values", "image_pixel_values", "input_features", "input_values", "audio"
 _MEDIA_TOKENS = "image_token_id", "video_token_id", "audio_token_id"
 
 
-def _modules_of_text(root: nn.Module) -> set[int]:
-    """The ids of the modules that a model of text and media calls with the rows of the text; empty for other models.
+def _check_rows(root: nn.Module, used: Mapping[str, None], values: Mapping[str, Any], caller: str) -> None:
+    """Refuses different names where a layer's input may look as if it had a row for each, though it has none."""
+    if getattr(getattr(root, "config", None), "model_type", None) in _TOKENS_FIRST:
+        raise ValueError(f"{caller}: {NAMES}: its layers get tokens first; call the model once for each (set_adapter)")
+    has_media = any(name.startswith(_MEDIA) for name, _ in _tensors(values))
+    of_text = _modules_of_text(root) if has_media else ()
+    for path, layer in adapter_layers(root) if of_text else ():
+        is_used = not used.keys().isdisjoint(layer.adapters) or getattr(layer, "slots", None) is not None
+        if is_used and id(layer) not in of_text:
+            raise ValueError(
+                f"{caller}: {NAMES}: {path!r} ({type(layer).__name__}) computes images or sounds, those of all rows in "
+                "one batch; leave it out of the adapter, or call the model once for each (set_adapter)"
+            )
 
-    Others compute the images or sounds of all rows in one batch, so that nothing tells to which name they belong.
-    """
+
+def _modules_of_text(root: nn.Module) -> set[int]:
+    """The ids of the modules that a model of text and media calls with the rows of the text; empty for other models."""
     config, get_decoder = getattr(root, "config", None), getattr(root, "get_decoder", None)
     has_media = any(type(getattr(config, option, None)) is int for option in _MEDIA_TOKENS)
     decoder = get_decoder() if has_media and callable(get_decoder) else None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 from lora_ext._common.arguments import checked
+
+
+class _Running(threading.local):
+    choice: Any = None
 
 
 class ActiveAdapters:
@@ -14,38 +18,33 @@ class ActiveAdapters:
 
     Attributes:
         names: in the order of activation.
-        changes: how often the adapters, their merges or their use have changed.
-        mixed_calls: how many calls whose rows choose adapters are running (lora_ext/nn/rows.py).
-        pending: weak references to the choices of calls whose backward may come (lora_ext/nn/rows.py).
-        unsupported_rows: ``changes`` and what rows could not choose then (lora_ext/model/mixed_batch.py).
-        users: by name, how many running calls have rows that choose the adapter.
+        running: ``running.choice`` is what the rows of this thread's call choose, or None (lora_ext/nn/rows.py).
+        mixed_calls: how many calls whose rows choose adapters are running, in all threads.
+        pending: weak references to the choices of calls whose backward may come.
     """
 
-    changes = mixed_calls = 0
-    unsupported_rows: tuple[int, Any] | None = None
     _disabled: tuple[int, tuple[str, ...]] | None = None  # the depth, the names before
 
     @checked
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names: tuple[str, ...] = tuple(names)
+        self.running = _Running()
+        self.mixed_calls = 0
         self.pending: set[Any] = set()
-        self.users: Counter[str] = Counter()
 
-    def check_unused(self, caller: str, names: Iterable[str]) -> None:
-        """Checks that no running call has rows that choose one of the adapters, as layers ignore unknown names.
+    def check_unused(self, caller: str) -> None:
+        """Checks that no rows of a running call choose adapters, as layers ignore unknown names.
 
-        RuntimeError: a call has; also one that Ctrl-C stopped, until the model is called again.
+        RuntimeError: rows do; also those of a call that Ctrl-C stopped, until the model is called again.
         """
-        for name in names:
-            if self.users[name] > 0:
-                raise RuntimeError(
-                    f"{caller}: rows of a running call use {name!r} (adapter_names); wait for its end, or after Ctrl-C "
-                    "call the model once"
-                )
+        if self.mixed_calls > 0:
+            raise RuntimeError(
+                f"{caller}: rows of a running call choose adapters (adapter_names); wait for its end, or after Ctrl-C "
+                "call the model once"
+            )
 
-    def __getstate__(self) -> dict[str, object]:
-        # No change and no call is under way in a copy, and no enable() would reach it.
-        return {"names": self.names, "pending": set(), "users": Counter()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.names,)  # no call is under way in a copy, and no enable() would reach it
 
     @property
     def is_disabled(self) -> bool:
@@ -56,7 +55,6 @@ class ActiveAdapters:
         """Uses no adapter. Every call needs its own :meth:`enable`; the last of those restores the names."""
         depth, names = self._disabled or (0, self.names)
         self._disabled, self.names = (depth + 1, names), ()
-        self.changes += 1
 
     def enable(self) -> None:
         depth, names = self._disabled
@@ -64,4 +62,3 @@ class ActiveAdapters:
             self._disabled = depth - 1, names
         else:
             self._disabled, self.names = None, names
-        self.changes += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -56,7 +56,6 @@ class AdapterLayer(nn.Module):
     """
 
     place = 0
-    rows_choose: ClassVar[bool] = False  # whether the forward asks row_choice() (lora_ext/nn/rows.py)
 
     @checked
     def __init__(self, base_layer: nn.Module, active: ActiveAdapters | None = None) -> None:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from lora_ext.nn.rows import chosen
-
 if TYPE_CHECKING:
     from lora_ext.nn.active import ActiveAdapters
 
 
 @torch.compiler.disable
 def refuse_if_chosen(active: ActiveAdapters) -> None:
-    if chosen(active) is not None:
+    if active.running.choice is not None:
         refuse_compiled()
 
 

@@ -186,7 +186,11 @@ class LoraLayer(AdapterLayer):
         choice = row_choice(self.active)
         names = self._applied(choice)
         if names and choice is not None:
-            raise ValueError(f"{type(self).__name__}: adapter_names: all rows are computed with one adapter")
+            raise ValueError(
+                f"{type(self).__name__}: adapter_names: rows choose {', '.join(map(repr, names))}, but this layer "
+                "computes all rows with one adapter; leave it out of the adapter, or call the model once for it "
+                "(set_adapter)"
+            )
         return names
 
     # --- merging -----------------------------------------------------------------------------------------------------
@@ -273,7 +277,6 @@ class LoraLayer(AdapterLayer):
     def forget_merge(self) -> None:
         """Declares the base weight pristine: for callers that have replaced a merged weight."""
         self._merged = None
-        self.active.changes += 1
 
     def merged_into(self) -> list[str]:
         """Returns the parameters that adapters are merged into, by their names in this layer's ``state_dict``."""
@@ -324,7 +327,6 @@ class LoraLayer(AdapterLayer):
 class AddsToOutput(TransparentLayer, LoraLayer):
     """A layer that calls its base layer, and adds the updates to what that returns (:meth:`_add`)."""
 
-    rows_choose = True
     known_kinds: ClassVar[tuple[type[nn.Module], ...]]  # PyTorch's own, whose forward returns a new tensor
 
     def forward(self, x: Tensor) -> Tensor:

@@ -74,7 +74,6 @@ class LoraLinear(SharesInputs, OverLinear):
         active: names of the adapters in use, shared with other layers; by default the first adapter's name.
     """
 
-    rows_choose = True
     slots: LayerSlots | None = None  # adapters of a pool
 
     @classmethod

@@ -4,7 +4,7 @@
 (:func:`row_choice`) and add the chosen updates, by a grouped op (:func:`add_chosen`, :func:`linear_with_chosen`,
 :class:`LayerSlots`) or, where there is none, adapter by adapter (:func:`add_by_rows`).
 
-The choice belongs to a call and its thread: a context variable holds it, and the model does not change. Activation
+The choice belongs to a call and its thread (``ActiveAdapters.running``); the model does not change. Activation
 checkpointing runs layers again in the backward, when the call is over; then the autograd node that runs tells which
 call it belongs to (:func:`_choice_of_backward`).
 """
@@ -15,7 +15,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -63,13 +62,8 @@ class RowChoice:
         self.pool_names: tuple[str, ...] = ()
         self.slots: Mapping[str, int] = {}
         self._tensors: dict[tuple, Tensor] = {}  # kept for the next layer: a copy to a GPU waits for it
-        # While it is current:
-        self._outer: RowChoice | None = None  # the choice of the call around this one, which may be of another model
-        self._has_ended = False
         self._task = -1  # the backward in which the call began
-        # For a backward: the numbers of the call's autograd nodes, and by running backward the thread that entered it.
-        self._begin = self._end = -1
-        self._tasks: dict[int, int] = {}
+        self._begin = self._end = -1  # the numbers of the call's autograd nodes
 
     def aligned(self, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, int]:
         """Returns ``x`` and how many consecutive rows of it belong to each name, or to the only one.
@@ -123,8 +117,8 @@ def _tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -
 
 # --- the current choice -----------------------------------------------------------------------------------------------
 
-_current: ContextVar[RowChoice | None] = ContextVar("lora_ext_row_choice", default=None)
 _count_lock = threading.Lock()
+_KEPT = "lora_ext_row_choices"  # what autograd nodes of a call's outputs keep
 
 
 def row_choice(active: ActiveAdapters) -> RowChoice | None:
@@ -141,49 +135,41 @@ def row_choice(active: ActiveAdapters) -> RowChoice | None:
 
             refuse_if_chosen(active)
         return None
-    if _current.get() is None and not active.pending:
+    if active.mixed_calls == 0 and not active.pending:
         return None
-    choice = chosen(active)
-    task = torch._C._current_graph_task_id()
+    choice, task = active.running.choice, torch._C._current_graph_task_id()
     if task >= 0 and (choice is None or choice._task != task):
-        choice = _choice_of_backward(active, task)
+        choice = _choice_of_backward(active)
     return choice
-
-
-def chosen(active: ActiveAdapters) -> RowChoice | None:
-    """Returns the choice of the call that is running for ``active`` in this thread, or None."""
-    for choice in _chain():
-        if choice.active is active and not choice._has_ended:  # ended: in a copied context
-            return choice
-    return None
 
 
 def enter(choice: RowChoice) -> None:
     """Makes ``choice`` current until :func:`leave`. Raises what the pool does that cannot serve it."""
     if choice.pool_names:
         choice.slots = choice.pool.acquire(choice.pool_names)
-    choice._outer, choice._task = _current.get(), torch._C._current_graph_task_id()
+    choice._task = torch._C._current_graph_task_id()
     if torch.is_grad_enabled():
         choice._begin = torch.autograd._get_sequence_nr()
     with _count_lock:
         choice.active.mixed_calls += 1
-        choice.active.users.update(choice.names)
-    _current.set(choice)
+    choice.active.running.choice = choice
 
 
 def leave(choice: RowChoice, outputs: Any = None) -> None:
-    """Ends ``choice``, and those within it that Ctrl-C left without running their hooks.
-
-    ``outputs`` are those of the call: a backward from them may run its layers again.
-    """
-    chain = list(_chain())
-    if choice in chain:
-        for inner in chain[: chain.index(choice)]:
-            _end(inner)
-        _current.set(choice._outer)
-    _end(choice)
-    if choice._begin >= 0:
-        _expect_backward(choice, outputs)
+    """Ends ``choice``. ``outputs`` are those of the call: a backward from them may run its layers again."""
+    choice.active.running.choice = None
+    with _count_lock:
+        choice.active.mixed_calls -= 1
+    if choice.pool_names:
+        choice.pool.release(choice.pool_names)
+    if choice._begin < 0:
+        return
+    choice._end = torch.autograd._get_sequence_nr()
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    for tensor in tensors:  # the choice lives as long as their graph
+        tensor.grad_fn.metadata.setdefault(_KEPT, []).append(choice)
+    if tensors:
+        choice.active.pending.add(weakref.ref(choice, choice.active.pending.discard))
 
 
 @contextmanager
@@ -196,70 +182,24 @@ def choosing(choice: RowChoice) -> Iterator[None]:
         leave(choice)
 
 
-def _chain() -> Iterator[RowChoice]:
-    """Yields the choices of the calls that are running in this thread, the innermost first."""
-    choice = _current.get()
-    while choice is not None:
-        yield choice
-        choice = choice._outer
-
-
-def _end(choice: RowChoice) -> None:
-    with _count_lock:
-        if choice._has_ended:
-            return
-        choice._has_ended = True
-        choice.active.mixed_calls -= 1
-        choice.active.users.subtract(choice.names)
-        choice.active.users = +choice.active.users  # names of a pool come without end
-    if choice.pool_names:
-        choice.pool.release(choice.pool_names)
-
-
-def _expect_backward(choice: RowChoice, outputs: Any) -> None:
-    """Makes a backward that reaches ``outputs`` find the choice, which lives as long as their graph."""
-    choice._end = torch.autograd._get_sequence_nr()
-
-    def reached(_: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        if task not in choice._tasks:
-            choice._tasks[task] = threading.get_ident()
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: choice._tasks.pop(task, None))
-
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-    for tensor in tensors:
-        tensor.register_hook(reached)
-    if tensors:
-        choice.active.pending.add(weakref.ref(choice, choice.active.pending.discard))
-
-
-def _choice_of_backward(active: ActiveAdapters, task: int) -> RowChoice | None:
+def _choice_of_backward(active: ActiveAdapters) -> RowChoice | None:
     """Returns the choice of the call that a backward computes again (activation checkpointing), or None: it named none.
 
-    The autograd node that runs now, and asks for what was not saved, belongs to the call during which it was made.
+    The autograd node that runs now, and asks for what was not saved, belongs to the call during which it was made. A
+    reentrant checkpoint makes nodes of its own in the backward, of which nothing tells that.
 
-    Args:
-        task: the backward's number.
-
-    Raises:
-        RuntimeError: the call cannot be told.
+    RuntimeError: the call cannot be told.
     """
     node = torch._C._current_autograd_node()
     number = -1 if node is None else node._sequence_nr()
     pending = [choice for ref in tuple(active.pending) if (choice := ref()) is not None]
     found = [choice for choice in pending if choice._begin <= number < choice._end]
-    here = [choice for choice in found if task in choice._tasks]
-    if len(here) == 1:
-        return here[0]
-    in_progress = any(threading.get_ident() in choice._tasks.values() for choice in pending)
-    is_known = any(task in choice._tasks for choice in pending)
-    if found or (in_progress and not is_known):
+    if len(found) > 1 or (pending and type(node).__name__ == "CheckpointFunctionBackward"):
         raise RuntimeError(
             "adapter_names: activation checkpointing runs a layer again, and which call it belongs to cannot be told, "
-            "so its adapters neither; call backward on what the model returned, in one thread at a time, and use "
-            "use_reentrant=False for a checkpoint in another one"
+            "so its adapters neither; use use_reentrant=False, and train in one thread at a time"
         )
-    return None
+    return found[0] if found else None
 
 
 # --- one op for all adapters ------------------------------------------------------------------------------------------
@@ -340,7 +280,7 @@ class LayerSlots:
     """Factors of many adapters of one linear layer, each in a slot of the same size: the storage of an AdapterPool.
 
     Memory is allocated once and never moves. A slot is written while no call uses it; calls that read other slots go on
-    meanwhile. Copies of the layer share the storage, as the pool fills it for all of them.
+    meanwhile.
 
     Attributes:
         lora_A, lora_B: ``[slots, r, in_features]`` and ``[slots, out_features, r]``; ranks beyond an adapter's are not
@@ -387,11 +327,8 @@ class LayerSlots:
             x, weight, bias, self.lora_A, self.lora_B, slots, self.scalings, self.ranks
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerSlots:
-        return self
-
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a model whose layers serve an AdapterPool cannot be pickled; call pool.close() first")
+        raise TypeError("a model with an AdapterPool cannot be copied or pickled; call pool.close() first")
 
 
 # --- adapter by adapter -----------------------------------------------------------------------------------------------

@@ -79,7 +79,6 @@ class TrainableTokens(TransparentLayer):
     """
 
     base_kinds = "an nn.Embedding or nn.Linear"
-    rows_choose = True
     place = -1  # PEFT puts it inside LoRA layers
 
     @staticmethod

@@ -20,8 +20,6 @@ class TrainedModule(TransparentLayer):
         active: names of the adapters in use, shared with other layers.
     """
 
-    rows_choose = True
-
     def add_adapter(self, name: str, copy: nn.Module) -> None:
         """Adds ``copy`` under ``name`` and freezes the module itself. ValueError: the name is taken."""
         self._check_is_new(name)

@@ -32,7 +32,7 @@ def model_of(name: str, **sizes) -> nn.Module:
 
 
 IDS = torch.arange(3, 67).view(8, 8) % 60
-TOKENS_FIRST, POSITIONS, EXPERTS = "layers get tokens first", "computes positions once", "in one of several experts"
+TOKENS_FIRST = "layers get tokens first"
 SHAPE = "whose rows do not belong to one name each"
 REFUSED = {
     # As many tokens as rows: nothing in the shape tells which is which.
@@ -40,8 +40,8 @@ REFUSED = {
     "longformer": ("LongformerForMaskedLM", LONGFORMER, ["query"], IDS, TOKENS_FIRST),
     "led": ("LEDForConditionalGeneration", LED, ["query"], IDS, TOKENS_FIRST),
     "fsmt": ("FSMTForConditionalGeneration", FSMT, ["fc1"], IDS, TOKENS_FIRST),
-    "t5": ("T5ForConditionalGeneration", T5, ["relative_attention_bias"], IDS, POSITIONS),
-    "switch": ("SwitchTransformersForConditionalGeneration", SWITCH, r".*experts.*\.wi", IDS, EXPERTS),
+    "t5": ("T5ForConditionalGeneration", T5, ["relative_attention_bias"], IDS[:5], SHAPE),
+    "switch": ("SwitchTransformersForConditionalGeneration", SWITCH, r".*experts.*\.wi", IDS, SHAPE),
     # Windows of an image; positions that the model repeats for the rows by itself.
     "swin": ("SwinForImageClassification", SWIN, [SWIN_TARGET], torch.randn(2, 3, 32, 32), SHAPE),
     "deberta": ("DebertaV2ForMaskedLM", DEBERTA | {"share_att_key": False}, ["pos_key_proj"], IDS[:5], SHAPE),
@@ -55,7 +55,7 @@ def test_layers_without_a_row_for_each_name(model):
     name, sizes, targets, x, text = REFUSED[model]
     model = with_adapters(model_of(name, **sizes), targets, same=True)
     more = {"decoder_input_ids": x} if model.config.is_encoder_decoder else {}
-    with refused(model, ValueError, text, "set_adapter"):
+    with pytest.raises(ValueError, match=f"{text}.*set_adapter"):  # Switch casts its router in its forward
         model(x, **more, adapter_names=["a", "b", "a", "b", "a", "b", "a", "b"][: len(x)])
     expected = use(model, "a")(x, **more)[0]
     torch.testing.assert_close(use(model, "b")(x, **more, adapter_names=["a"] * len(x))[0], expected)
@@ -76,9 +76,7 @@ def test_a_pool_over_experts(tmp_path):
     model, x = Mixture().eval(), torch.randn(4, 6)
     write_adapters(model, tmp_path, ["n0"], ["0", "1"])
     with AdapterPool(model, tmp_path, target_modules=["0", "1"], r=4, max_bytes=2**20):
-        with pytest.raises(
-            ValueError, match="'n0' cannot be chosen by a row: 'experts.0' .LoraLinear. is in one of several"
-        ):
+        with refused(model, ValueError, SHAPE):
             model(x, adapter_names=["n0", "__base__", "n0", "n0"])
         alone = model(x, adapter_names=["n0"] * 4)
     torch.testing.assert_close(alone, load_adapter(model, tmp_path / "n0")(x))

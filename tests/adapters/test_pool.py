@@ -164,25 +164,6 @@ def test_closing_makes_the_model_plain_again(base, root):
     assert torch.equal(model(x), base(x))
 
 
-def test_copies_share_the_storage_until_the_pool_is_closed(base, root):
-    """Then nothing fills it any more, and it serves nobody."""
-    model, x = copy.deepcopy(base), torch.randn(1, 6)
-    pool = pool_of(model, root)
-    expected = model(x, adapter_names=["n0"])
-    copied = copy.deepcopy(model)
-    assert torch.equal(copied(x, adapter_names=["n0"]), expected) and pool.stats().loads == 1
-    pool.close()
-    assert pool.resident() == []
-    for name in ("n0", "n1"):
-        with refused(copied, RuntimeError, "AdapterPool: the pool is closed"):
-            copied(x, adapter_names=[name])
-    assert torch.equal(copied(x, adapter_names=["__base__"]), base(x))
-    again = pool_of(copied, root)
-    torch.testing.assert_close(copied(x, adapter_names=["n1"]), expected_rows(base, root, ["n1"], x))
-    again.close()
-    assert type(copied.head) is nn.Linear
-
-
 def test_saving_a_model_with_a_pool(tmp_path):
     base, ids = llama().eval(), token_ids(2)
     write_adapters(base, tmp_path / "pool", ["a"], ["q_proj"])

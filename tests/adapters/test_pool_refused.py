@@ -17,7 +17,6 @@ from torch import nn
 
 from lora_ext import AdapterPool, LoraConfig, inject, set_adapter
 from lora_ext.adapters import delete_adapter
-from lora_ext.nn.rows import _current
 
 
 def test_unknown_names(base, root, tmp_path):
@@ -91,7 +90,7 @@ def test_adapters_that_do_not_fit(base, root, how):
     expected = model(x, adapter_names=["n0", "n1", "n1"])
     with refused(model, ValueError, "AdapterPool: ", BROKEN[how]):
         model(x, adapter_names=["n0", "broken", "n2"])
-    assert _current.get() is None and pool.stats().in_use == 0
+    assert model._lora_adapters.active.running.choice is None and pool.stats().in_use == 0
     assert sorted(pool.resident()) == ["n0", "n1"]
     assert torch.equal(model(x, adapter_names=["n0", "n1", "n1"]), expected)
     shutil.rmtree(root / "broken")
@@ -147,6 +146,6 @@ def test_other_layers_second_pools_and_training_are_refused(base, root):
     model.train()
     with refused(model, ValueError, "'n0' is in a pool, whose adapters do not train; call model.eval()"):
         model(x.repeat(2, 1), adapter_names=["n0", "n0"])
-    for fails in (pickle.dumps, lambda model: pickle.dumps(pool)):
+    for fails in (pickle.dumps, copy.deepcopy, lambda model: pickle.dumps(pool)):
         with pytest.raises(TypeError, match="close()"):
             fails(model)

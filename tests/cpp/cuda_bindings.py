@@ -26,7 +26,7 @@ def load(
     for header in (HERE / stand_in / "cuda_stream.h", HERE / "device_stand_in.h"):
         shutil.copy(header, folder / "csrc/bindings")
     binding, namespace = folder / f"csrc/bindings/{name}.cpp", namespace or f"lora_ext_{stand_in}"
-    defined = "".join(f"  m.def(lora_ext::schemas::{schema});\n" for schema in schemas)
+    defined = "".join(f"  m.def(lora_ext::schemas::{schema}.text);\n" for schema in schemas)
     registered = f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{\n"
     on_cpu = f"STABLE_TORCH_LIBRARY({namespace}, m) {{\n{defined}}}\n{registered}"
     text = binding.read_text()

@@ -118,6 +118,5 @@ def test_wrong_arguments_are_named(ops):
     x, *rest = arguments_of("lora_linear", torch.bfloat16)
     with pytest.raises(RuntimeError, match="weight has dtype bfloat16 but x has float32"):
         ops.lora_linear(x.float(), *rest)
-    As = [A, A]
     with pytest.raises(RuntimeError, match="weights has 0 entries"):
-        ops.lora_linear_siblings(x.float(), [], [], [], As, As, [1.0, 1.0], 0.0, None)
+        ops.lora_linear_siblings(x.float(), [], [], [], [A, A], [A.T, A.T], [1.0, 1.0], 0.0, None)

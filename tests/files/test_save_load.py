@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import warnings
 
 import peft
@@ -16,9 +15,8 @@ from support.models import ALIVE, Net, adapter_of_net, llama, refused, shaken, t
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lora_ext import AdapterPool, LoraConfig, inject, load_adapter, save_adapter
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import lora_modules
-from lora_ext.adapters.hotswap import hotswap_adapter
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -155,33 +153,6 @@ def model(request) -> Net:
     if request.param == "injected":
         inject(net, LoraConfig(target_modules=["up"], modules_to_save=["head"], **ALIVE))
     return net
-
-
-@pytest.mark.parametrize(("value", "dtype"), [(math.nan, torch.float32), (-math.inf, torch.bfloat16)])
-def test_values_that_are_not_finite_give_one_warning(value, dtype, tmp_path):
-    config = LoraConfig(r=2, target_modules=["up", "down"])
-    save_adapter(inject(Net(), config), tmp_path / "a")
-    path = tmp_path / "a" / WEIGHTS
-    tensors = {key: tensor.to(dtype) for key, tensor in tensors_of(path.parent).items()}
-    for key in ("blocks.0.down.lora_A", "blocks.1.down.lora_B"):
-        tensors[f"base_model.model.{key}.weight"][1, 1] = value
-    save_file(tensors, path)
-    text = (
-        r"adapter_model.safetensors has NaN or infinite values in 2 of 8 tensors: "
-        r"base_model.model.blocks.0.down.lora_A.weight, base_model.model.blocks.1.down.lora_B.weight; "
-    )
-    model, pool = (
-        Net().eval(),
-        AdapterPool(Net().eval(), tmp_path, target_modules=["up", "down"], r=2, max_bytes=1 << 16),
-    )
-    with pytest.warns(UserWarning, match=text) as caught:
-        load_adapter(model, tmp_path / "a")
-    assert len(caught) == 1 and caught[0].filename == __file__
-    with pytest.warns(UserWarning, match=text):
-        hotswap_adapter(model, tmp_path / "a")
-    with pool, pytest.warns(UserWarning, match=text):
-        pool.acquire(["a"])
-        pool.release(["a"])
 
 
 def test_every_mismatch_is_listed(model, tmp_path):

@@ -11,8 +11,7 @@ from hostile.attacks import CATASTROPHIC
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from lora_ext import LoraConfig
-from lora_ext.matching.bounded_regex import TimeAllowance, check_expressions, compiled
-from lora_ext.matching.path_patterns import PathMatcher, PathPatterns
+from lora_ext._common.matching import PathMatcher, PathPatterns, TimeAllowance, check_expressions, compiled
 
 pytestmark = pytest.mark.cpu_only("has no tensors")
 

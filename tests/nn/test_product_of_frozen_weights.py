@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_ext import LoraConfig, _load, inject
-from lora_ext._ops import grouped_linear
+from lora_ext._ops import grouped
 from lora_ext.nn import base_product
 
 pytestmark = pytest.mark.cpu_only("the kernel is the CPU's")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cpu_only("the kernel is the CPU's")
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of x in calls of lora_grouped_linear that reach its kernel; weights of any size count as large."""
-    shapes, op = [], grouped_linear.lora_grouped_linear
+    shapes, op = [], grouped.lora_grouped_linear
 
     def counted(x: Tensor, *arguments: object) -> Tensor | None:
         y = op(x, *arguments)
@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
             shapes.append(tuple(x.shape))
         return y
 
-    monkeypatch.setattr(grouped_linear, "lora_grouped_linear", counted)
+    monkeypatch.setattr(grouped, "lora_grouped_linear", counted)
     monkeypatch.setattr(base_product, "LEAST_ELEMENTS", 0)
     return shapes
 

@@ -9,7 +9,7 @@ from support.layers import with_threads
 from support.op_table import DOUBLE, OPS, assert_close, grouped_linear, results
 
 from lora_ext import functional
-from lora_ext._ops import grouped_linear as kernel
+from lora_ext._ops import grouped as kernel
 from lora_ext.nn.base_product import has_kernel
 
 OP = OPS["lora_grouped_linear"]

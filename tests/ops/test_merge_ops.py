@@ -40,8 +40,8 @@ def test_ops_refuse_bad_records():
     bad = {
         r"words\[0\] must be int16 \[5, 2\], contiguous": (words[::-1], corrections),
         r"words\[1\] must be int16 \[3, 1\], contiguous": ([words[0], words[1].int()], corrections),
-        "there are 2 weights, but 2 words and 1 corrections": (words, corrections[:1]),
-        "there are 2 weights, but 0 words and 2 corrections": ([], corrections),
+        "corrections has 1 entries but weights has 2": (words, corrections[:1]),
+        "words has 0 entries but corrections has 2": ([], corrections),
         r"corrections\[0\] must be an int16 vector": (words, [c.int() for c in corrections]),
     }
     for text, record in bad.items():
@@ -65,7 +65,7 @@ def test_ops_refuse_lists_that_do_not_fit():
     (weights, As, Bs), *_ = op_arguments()
     bad = {
         "weights is empty, want at least one": ([], As, Bs),
-        "there are 2 weights, but 1 lora_As and 2 lora_Bs": (weights, As[:1], Bs),
+        "lora_As has 1 entries but weights has 2": (weights, As[:1], Bs),
         r"weights\[1\] has dtype float16 but weights\[0\] has float32": ([weights[0], weights[1].half()], As, Bs),
         r"lora_As\[0\] has dtype float32, want the accumulation dtype float64": ([w.double() for w in weights], As, Bs),
         r"lora_As\[1\] has in_features=20 but weights\[1\] has 19": ([weights[0], weights[1][:, 1:]], As, Bs),

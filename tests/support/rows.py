@@ -9,7 +9,6 @@ from support.models import shaken
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, set_adapter
-from lora_ext.nn.rows import _current
 
 RANKS = {"a": 2, "b": 5, "c": 3}
 NAMES = ["b", "__base__", "a", "b", "c"]
@@ -46,7 +45,7 @@ def assert_rows_equal(model: nn.Module, call: Callable[..., Tensor], names: list
         assert not torch.allclose(y[rows], other[rows], atol=1e-5)
     set_adapter(model, active)
     active = model._lora_adapters.active
-    assert _current.get() is None and active.mixed_calls == 0 and not active.users
+    assert active.running.choice is None and active.mixed_calls == 0
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

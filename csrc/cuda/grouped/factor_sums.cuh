@@ -43,7 +43,7 @@ struct GroupGradient {
     if (number >= p.table.rows.num_groups) return;
     const GroupedEntry& entry = p.table.entry_of(number);
     if (!(of_B ? entry.wants_grad_B : entry.wants_grad_A)) return;
-    const int64_t slot_bytes = entry.rank * features * element_bytes(dtype);
+    const int64_t slot_bytes = entry.rank * features * dtype_size(dtype);
     data = static_cast<char*>(of_B ? entry.grad_lora_B : entry.grad_lora_A) + (number - entry.first_group) * slot_bytes;
     ranks = entry.rank;
   }

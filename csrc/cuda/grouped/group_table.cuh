@@ -72,7 +72,7 @@ __device__ __forceinline__ Group find_group(const GroupTable& table, int64_t num
     return group;
   }
   const GroupedEntry& entry = table.entry_of(number);
-  const int64_t slot = number - entry.first_group, size = element_bytes(factor_dtype);
+  const int64_t slot = number - entry.first_group, size = dtype_size(factor_dtype);
   group.rank = rows.has_ranks ? rows.ranks[number] : entry.rank;
   if (group.rank < 0 || group.rank > entry.rank) {
     group.rank = 0;

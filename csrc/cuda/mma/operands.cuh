@@ -70,7 +70,7 @@ class FactorTiles {
 
   // Copies nothing beyond the first `ranks` ranks of a tile, with padding.
   __device__ __forceinline__ FactorTiles(const Factor& factor, int64_t rank0, int ranks, unsigned thread)
-      : factor_(factor), bytes_(kRounds ? element_bytes(factor.dtype) : sizeof(T)), ranks_(ranks), thread_(thread) {
+      : factor_(factor), bytes_(kRounds ? dtype_size(factor.dtype) : sizeof(T)), ranks_(ranks), thread_(thread) {
     if constexpr (kOfB) {
       rank_width_ = inside(rank0 + chunk() * kChunk, factor.rank);
       rows_[0] = static_cast<const char*>(factor.data) + (rank0 + chunk() * kChunk) * bytes_;
