@@ -33,9 +33,9 @@ help:
 	@echo 'make sanitize-quick  a part of all three'
 	@echo 'make mutants    how many of 240 small faults planted in the CUDA kernels the tests of tests/simt find, and which they miss;'
 	@echo '                half an hour on one core (NUMBER=240, SEED=1; results in build/mutants.json)'
-	@echo 'make fuzz       malformed and extreme calls of ops, corrupted files (SECONDS=60, AREAS="ops.lora_linear files", SEED=1)'
+	@echo 'make fuzz       malformed and extreme calls of ops (SECONDS=60, AREAS=ops.lora_linear, SEED=1)'
 	@echo 'make soak       eight threads use, load and evict a hundred adapters of a pool for ten minutes (SECONDS=600)'
-	@echo 'make peft-conformance  the LoRA tests of a peft source tree, without and with our layers (PEFT_SOURCE=path)'
+	@echo 'make peft-conformance  the LoRA tests of the installed peft, or of a source tree (PEFT_SOURCE=path), with our layers'
 	@echo 'make adapterhub-conformance  compare bottleneck adapters with AdapterHub, which runs in a separate environment'
 	@echo 'make lint       ruff and clang-format, without building anything'
 	@echo 'make format     rewrite the files with both'
@@ -104,9 +104,17 @@ fuzz: $(VENV)/.test $(VENV)/.built
 soak: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),600)
 
-# Tests that pass with PEFT must pass with our layers in place of PEFT's.
-peft-conformance: $(VENV)/.conformance $(VENV)/.built
-	$(BIN)/python scripts/peft_conformance.py "$(PEFT_SOURCE)"
+# Tests that pass with PEFT must pass with our layers in place of PEFT's. Without PEFT_SOURCE: those of the installed
+# release, from its source distribution, which lacks the file that makes them a package.
+peft-conformance: $(VENV)/.conformance $(VENV)/.built $(if $(PEFT_SOURCE),,build/peft/tests/__init__.py)
+	$(BIN)/python scripts/peft_conformance.py "$(or $(PEFT_SOURCE),build/peft)"
+
+build/peft/tests/__init__.py: | $(VENV)/.conformance
+	rm -rf build/peft && mkdir -p build/peft
+	$(BIN)/pip download --quiet --no-deps --no-build-isolation --no-binary peft --dest build/peft \
+		"peft==$$($(BIN)/python -c 'import importlib.metadata; print(importlib.metadata.version("peft"))')"
+	tar xf build/peft/peft-*.tar.gz --strip-components 1 -C build/peft
+	touch $@
 
 # AdapterHub is pinned to another release of transformers than ours.
 adapterhub-conformance: $(VENV)/.test $(VENV)/.built

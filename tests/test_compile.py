@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,8 @@ from support.versions import before, needs
 from support.ways import PEFT, WAYS, adapted, save_random_adapter
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, inject, save_adapter
-from lora_ext.adapters import disable_adapters, hotswap_adapter, prepare_hotswap
+from lora_ext import LoraConfig, inject
+from lora_ext.adapters import disable_adapters
 
 pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.full]
 
@@ -137,23 +136,6 @@ def test_merged_and_unmerged(way, build):
         torch.testing.assert_close(logits(compiled, inputs), expected)
         way.unmerge(model)
         assert backend.graphs == graphs
-
-
-@torch.no_grad()
-def test_hot_swap_compiles_nothing(tmp_path):
-    base, inputs = ROWS["Llama"].build(), ROWS["Llama"].inputs()
-    config = {"lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False}
-    small = inject(copy.deepcopy(base), LoraConfig(r=2, **config))
-    large = inject(copy.deepcopy(base), LoraConfig(r=4, **config))
-    save_adapter(small, tmp_path / "small")
-    save_adapter(large, tmp_path / "large")
-    model = prepare_hotswap(copy.deepcopy(small), 4)
-    compiled = torch.compile(model, backend=Counting(), fullgraph=True)
-    torch.testing.assert_close(logits(compiled, inputs), logits(small, inputs))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for name, source in (("large", large), ("small", small)):
-            hotswap_adapter(compiled, tmp_path / name)
-            torch.testing.assert_close(logits(compiled, inputs), logits(source, inputs))
 
 
 def test_a_compiled_step_is_pefts(way, build):

@@ -144,18 +144,6 @@ def test_cat_is_the_sum_and_survives_a_file(tmp_path):
     torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), expected)
 
 
-def test_a_layer_name_that_ends_other_names_selects_one_layer(tmp_path):
-    base = nn.Sequential()
-    base.add_module("up", nn.Linear(6, 6))
-    base.add_module("block", nn.Sequential())
-    base.block.add_module("up", nn.Linear(6, 6))
-    x = torch.randn(5, 6)
-    model = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=r"up", **ALIVE), "one")
-    set_adapter(add_weighted_adapter(model, ["one"], [2.0], "two"), "two")
-    save_adapter(model, tmp_path, "two")
-    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path)(x), model(x))
-
-
 # --- bad input; tests/support/refusals.py has settings ----------------------------------------------------------------
 
 

@@ -9,13 +9,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import PeftModel
 from support.models import Net, gpt2, llama, refused, roberta, shaken, token_ids
-from support.rows import NAMES, RANKS, alone, assert_rows_equal, use, with_adapters
+from support.rows import NAMES, alone, assert_rows_equal, use, with_adapters
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList, T5Config, T5ForConditionalGeneration
 
-from lora_ext import LoraConfig, inject, save_adapter, set_adapter
+from lora_ext import LoraConfig, inject, set_adapter
 from lora_ext.adapters import adapter_names, delete_adapter, disable_adapters, merge_and_unload, rename_adapter, unload
 
 
@@ -95,20 +94,6 @@ def test_a_module_that_one_adapter_trains_in_full_and_another_has_layers_in(whol
     with torch.no_grad():
         for names in (["a", "c", "b", "__base__", "d", "c"], list("aaabac"), list("dcdcba"), list("ccccca")):
             assert_rows_equal(model, lambda **chosen: model(ids, **chosen).logits, names)
-
-
-def test_peft_computes_the_same(tmp_path):
-    model, ids = with_adapters(llama(), ["q_proj", "down_proj"]), token_ids(5)
-    theirs = unload(copy.deepcopy(model))
-    for name in RANKS:
-        save_adapter(model, tmp_path / name, name)
-    theirs = PeftModel.from_pretrained(theirs, tmp_path / "a", "a")
-    theirs.load_adapter(tmp_path / "b", "b")
-    theirs.load_adapter(tmp_path / "c", "c")
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids, adapter_names=NAMES).logits, theirs(ids, adapter_names=NAMES).logits)
-        generate = {"adapter_names": NAMES, "max_new_tokens": 4, "num_beams": 2, "pad_token_id": 0}
-        assert torch.equal(model.generate(ids, **generate), theirs.generate(input_ids=ids, **generate))
 
 
 def test_which_adapters_are_active_has_no_influence():

@@ -61,18 +61,6 @@ def test_layers_without_a_row_for_each_name(model):
     torch.testing.assert_close(use(model, "b")(x, **more, adapter_names=["a"] * len(x))[0], expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes", "targets", "x"),
-    [
-        ("DebertaV2ForMaskedLM", DEBERTA, ["value_proj"], IDS[:5]),
-        ("Wav2Vec2BertForCTC", W2V, ["linear_q", "linear_v"], torch.randn(5, 20, 8)),
-    ],
-)
-def test_their_other_layers(name, sizes, targets, x):
-    model = with_adapters(model_of(name, **sizes), targets, same=True)
-    assert_rows_equal(model, lambda **names: model(x, **names)[0].detach(), NAMES)
-
-
 class Mixture(nn.Module):
     """Each half of the rows has an expert."""
 

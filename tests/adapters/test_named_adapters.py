@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from support.models import Net, bert, gpt2, llama, refused, token_ids
+from support.models import Net, llama, refused
 from torch import nn
 
 from lora_ext import (
@@ -19,7 +19,6 @@ from lora_ext import (
     merge_and_unload,
     save_adapter,
     set_adapter,
-    unmerge,
 )
 from lora_ext.adapters import adapter_names, adapter_status, lora_modules, trainable_parameter_counts, unload
 from lora_ext.nn import LoraAdapter, LoraLinear
@@ -51,54 +50,6 @@ def by_hand(model: Net, x: torch.Tensor, *names: str) -> torch.Tensor:
 
 
 # --- adding and switching ---------------------------------------------------------------------------------------------
-
-
-TARGETS = {
-    bert: {"one": ["query", "value"], "two": ["query", "dense"]},
-    llama: {"one": ["q_proj", "v_proj"], "two": ["q_proj", "down_proj"]},
-    gpt2: {"one": ["c_attn"], "two": ["c_attn", "c_proj"]},
-}
-
-
-@pytest.mark.parametrize("family", TARGETS)
-def test_several_adapters_compute_and_train_as_in_peft(family, tmp_path):
-    base, ids, theirs = family().double().eval(), token_ids(), None
-    options = {"fan_in_fan_out": True, "lora_bias": True} if family is gpt2 else {}
-    for name, modules in TARGETS[family].items():
-        config = peft.LoraConfig(r=len(name), target_modules=modules, **options, **ALIVE)
-        if theirs is None:
-            theirs = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=name).eval()
-        else:
-            theirs.add_adapter(name, config)
-    with torch.no_grad():
-        for path, parameter in theirs.named_parameters():
-            if "lora_B" in path and "bias" in path:
-                parameter.normal_()
-    theirs.save_pretrained(tmp_path)
-    ours = copy.deepcopy(base)
-    for name in TARGETS[family]:
-        load_adapter(ours, tmp_path / name, trainable=True, adapter_name=name, activate=True)
-    for active in (["one"], ["two"], ["one", "two"]):
-        theirs.base_model.set_adapter(active)
-        set_adapter(ours, active)
-        outputs = []
-        for model in (ours, theirs):
-            model.zero_grad()
-            outputs.append(model(input_ids=ids).logits)
-            outputs[-1].square().sum().backward()
-        torch.testing.assert_close(*outputs)
-        for path, layer in lora_modules(ours):
-            other = theirs.base_model.model.get_submodule(path)
-            for name, adapter in layer.adapters.items():
-                mine = [adapter.lora_A, adapter.lora_B, *([adapter.lora_bias] if options else [])]
-                wanted = [other.lora_A[name].weight, *other.lora_B[name].parameters()]
-                assert all((p.grad is None) == (name not in active) for p in (*mine, *wanted))
-                if name in active:
-                    torch.testing.assert_close([p.grad for p in mine], [p.grad for p in wanted])
-    before = {path: tensor.clone() for path, tensor in ours.state_dict().items()}
-    torch.testing.assert_close(merge(ours)(input_ids=ids).logits, outputs[1])
-    unmerge(ours)
-    assert all(torch.equal(tensor, before[path]) for path, tensor in ours.state_dict().items())
 
 
 def test_flags_of_adapters_that_the_user_changes():

@@ -182,15 +182,3 @@ def test_a_model_that_accelerate_offloads(base, root):
     with pool_of(model, root):
         torch.testing.assert_close(model(x[:2], adapter_names=["n0", "n1"]), expected)
     assert model.head.weight.is_meta
-
-
-def test_modes(base, root):
-    x = torch.randn(3, 6)
-    expected = expected_rows(base, root, NAMES[:3], x)
-    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        model = copy.deepcopy(base)
-        pool_of(model, root)
-        with mode():
-            torch.testing.assert_close(model(x, adapter_names=NAMES[:3]), expected)
-        with torch.no_grad():
-            torch.testing.assert_close(model(x, adapter_names=NAMES[:3]), expected)

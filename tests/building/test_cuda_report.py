@@ -1,7 +1,6 @@
-"""Tests scripts/kernel_report.py: it parses the CUDA tools' output, and a kernel that breaks a rule fails the build."""
+"""Tests scripts/kernel_report.py: a kernel that breaks a rule fails the build."""
 
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,83 +19,6 @@ sys.path.insert(0, str(SCRIPT.parent))
 
 import cuda_binary  # noqa: E402
 import kernel_report  # noqa: E402
-
-# Shortened output of cuobjdump --dump-resource-usage --dump-sass for two objects.
-CODE = """
-Fatbin elf code:
-arch = sm_90a
-Resource usage:
- Function _Z1f6Params:
-  REG:64 STACK:0 SHARED:11264 LOCAL:0 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
- Function _Z1g6Params:
-  REG:255 STACK:48 SHARED:0 LOCAL:8 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
-	code for sm_90a
-		Function : _Z1g6Params
-	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
-        /*0000*/                   LDC R1, c[0x0][0x28] ;                                /* 0x00000a00ff017b82 */
-                                                                                         /* 0x000fe20000000800 */
-        /*0010*/                   STL.64 [R1+0x8], R4 ;                                 /* 0x0000000000047919 */
-        /*0020*/               @P0 LDL R4, [R1] ;                                        /* 0x0000880000047ab9 */
-        /*0030*/                   LDG.E R4, desc[UR4][R2.64] ;                          /* 0x0000880000047ab9 */
-		Function : _Z1f6Params
-        /*0000*/                   LDGSTS.E.BYPASS.LTC128B.128 [R5], desc[UR8][R2.64] ;  /* 0x0000880000047ab9 */
-        /*0010*/              @!P1 LDG.E.128.CONSTANT R8, desc[UR8][R2.64] ;             /* 0x0000880000047ab9 */
-        /*0020*/                   LDSM.16.MT88.4 R4, [R8] ;                             /* 0x0000880000047ab9 */
-        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;                 /* 0x0000880000047ab9 */
-        /*0040*/             @UP0 HMMA.16816.F32.BF16 R4, R8, R10, R4 ;                  /* 0x0000880000047ab9 */
-       /*10050*/                   STG.E.128 desc[UR8][R2.64], R4 ;                      /* 0x0000880000047ab9 */
-        /*0060*/                   LDG.E.LTC128B.64 R4, desc[UR8][R2.64] ;               /* 0x0000880000047ab9 */
-
-Fatbin elf code:
-arch = sm_80
-Resource usage:
- Function _Z1f6Params:
-  REG:80 STACK:0 SHARED:10240 LOCAL:0 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
-	code for sm_80
-		Function : _Z1f6Params
-        /*0000*/                   EXIT ;                                                /* 0x0000880000047ab9 */
-"""
-
-ELF = """
-.nv.info._Z1f6Params
-	Attribute:	EIATTR_MAXREG_COUNT
-	Value:	0xff
-	Attribute:	EIATTR_MAX_THREADS
-	Format:	EIFMT_SVAL
-	Value:	0x20 0x8 0x1
-	Attribute:	EIATTR_CRS_STACK_SIZE
-	Value:	0x0
-.nv.info._Z1g6Params
-	Attribute:	EIATTR_CRS_STACK_SIZE
-	Value:	0x0
-"""
-
-# Shortened output of cuobjdump --dump-ptx for two objects.
-PTX = """
-Fatbin ptx code:
-.target sm_80
-.visible .entry _Z1f6Params(
-	.param .align 8 .b8 _Z1f6Params_param_0[24]
-)
-.func helper(
-.entry _Z1h6Params(
-Fatbin ptx code:
-.target sm_90a, debug
-.weak .entry _Z1g6Params(
-"""
-
-
-def test_reads_resources_and_instructions():
-    f, g, f80 = cuda_binary.parse_code(CODE.splitlines())
-    assert (f.arch, f.symbol, f.registers, f.stack, f.shared, f.local) == ("sm_90a", "_Z1f6Params", 64, 0, 11264, 0)
-    expected = {"all": 7, "HMMA": 2, "LDGSTS.128": 1, "LDG.128": 1, "STG.128": 1, "LDSM": 1}
-    assert f.instructions == expected  # LTC128B is a cache hint, not a width
-    assert (g.registers, g.stack, g.local) == (255, 48, 8)
-    assert g.instructions == {"all": 4, "local": 2}
-    assert (f80.arch, f80.registers, f80.instructions) == ("sm_80", 80, {"all": 1})
-    assert cuda_binary.parse_max_threads(ELF.splitlines()) == {"_Z1f6Params": 256}
-    assert cuda_binary.parse_ptx(PTX.splitlines()) == {"80": {"_Z1f6Params", "_Z1h6Params"}, "90a": {"_Z1g6Params"}}
-
 
 # --- the rules, on an invented family ---------------------------------------------------------------------------------
 
@@ -152,45 +74,6 @@ def test_each_rule_can_be_broken(good, change, text):
     assert re.search(text, found), found
 
 
-@pytest.mark.parametrize(
-    "arch, registers, threads, shared, blocks",
-    [
-        ("sm_80", 32, 256, 0, 8),  # as many as threads allow
-        ("sm_90a", 128, 256, 0, 2),  # 65536 registers = 2 * 256 * 128
-        ("sm_90a", 129, 256, 0, 1),  # registers are allocated in units of eight
-        ("sm_80", 32, 256, 54_000, 3),  # 164 KiB; the driver takes 1 KiB per block
-        ("sm_86", 32, 256, 54_000, 1),
-        ("sm_100", 32, 256, 57_344, 4),  # 228 KiB; the compiler's figure includes that KiB
-        ("sm_100", 32, 256, 58_400, 3),
-    ],
-)
-def test_blocks_per_multiprocessor(arch, registers, threads, shared, blocks):
-    kernel = cuda_binary.Kernel(arch, "", registers=registers, shared=shared, max_threads=threads)
-    assert kernel.blocks_per_sm(0) == blocks
-
-
-@pytest.mark.parametrize(
-    "archs, ptx, without",
-    [
-        (["sm_80", "sm_90a"], {"80": {"_Z4tile"}}, False),
-        (["sm_80", "sm_90a"], {}, True),
-        (["sm_80", "sm_90a"], {"80": {"_Z5other"}}, True),
-        (["sm_80", "sm_90a"], {"90a": {"_Z4tile"}}, True),  # fits no other card
-        (["sm_80", "sm_120"], {"120": {"_Z4tile"}}, True),  # not for cards between them
-        (["sm_120"], {"80": {"_Z4tile"}}, False),  # only one of the library's architectures is read
-        (["sm_90a"], {}, False),  # built for one card
-    ],
-    ids=str,
-)
-def test_newer_cards_need_ptx_of_every_kernel(good, archs, ptx, without):
-    kernels = [cuda_binary.Kernel(**{**vars(good), "arch": arch}) for arch in archs]
-    found = kernel_report.missing_ptx(kernels, ptx)
-    oldest = min(archs, key=len)
-    assert found == (
-        [f"tile_kernel<__half> has no PTX of {oldest} or older, so that newer cards cannot run it"] if without else []
-    )
-
-
 # --- the library that was built ---------------------------------------------------------------------------------------
 
 
@@ -207,13 +90,3 @@ def test_the_kernels_that_were_built():
         assert kernel in result.stdout
     ptx = f"PTX of sm_{_load.build_info()['cuda_ptx']}" if _load.build_info()["cuda_ptx"] else "no PTX"
     assert f"for 1 architectures, {ptx}, 0 rules broken" in result.stdout
-
-
-def test_says_what_is_missing(tmp_path):
-    if cuda_binary.find_tools() is None:
-        assert shutil.which("cuobjdump") is None
-        text = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-    else:
-        text = "`make cuda` builds it"
-    result = subprocess.run([sys.executable, SCRIPT, tmp_path / "none.so"], capture_output=True, text=True)
-    assert result.returncode == 2 and text in result.stdout

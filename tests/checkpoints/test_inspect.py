@@ -86,15 +86,6 @@ def test_an_adapters_layers_with_the_norms_of_their_updates(tmp_path):
     assert {layer["r"] for layer in found["layers"]} == {2}
 
 
-def test_a_checkpoint_and_a_file(tmp_path):
-    tensors = {"a": torch.ones(3, 4), "b": torch.ones(5, dtype=torch.int64)}
-    save_checkpoint(tensors, tmp_path / "base", shards=2)
-    found = inspect(tmp_path / "base")
-    assert (found["bytes"], len(found["files"])) == (88, 2)
-    assert found["tensors"]["b"] == {"dtype": "I64", "shape": [5], "bytes": 40}
-    assert inspect(tmp_path / "base" / next(iter(found["files"])))["parameters"] in (12, 5)
-
-
 # --- what the analysis reads ------------------------------------------------------------------------------------------
 
 

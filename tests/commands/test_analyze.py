@@ -12,7 +12,6 @@ import torch
 from support.analyzed import (
     assert_update,
     factors,
-    matrices,
     name_base,
     own_adapter,
     phi,
@@ -21,7 +20,7 @@ from support.analyzed import (
     save_misfits,
     tensors,
 )
-from support.checkpoint_files import EVERY_LAYER, EveryLayer, merged_by_peft, peft_adapter, save_checkpoint, snapshot
+from support.checkpoint_files import peft_adapter, snapshot
 from support.models import bert, gpt2, llama
 from support.optional import Image, matplotlib  # noqa: F401
 
@@ -104,29 +103,6 @@ def test_summaries_are_of_the_layers(files, tmp_path, no_pictures):
         assert table[0]["amplification"] == pytest.approx(np.mean(first), rel=1e-5)
 
 
-def test_every_kind_of_layer(tmp_path, no_pictures):
-    model = EveryLayer()
-    adapted = peft_adapter(model, tmp_path / "adapter", **EVERY_LAYER)
-    save_checkpoint(dict(model.state_dict()), tmp_path / "base")
-    result = run(tmp_path / "out", tmp_path / "adapter", base=tmp_path / "base")
-    merged, base = merged_by_peft(adapted), model.state_dict()
-    expected = {}
-    for key, weight in base.items():
-        if not key.startswith(("head", "norm")) and not torch.equal(merged[key], weight):
-            pairs = zip(matrices(merged[key] - weight, key), matrices(weight, key), strict=True)
-            expected |= {(key, index): pair for index, pair in enumerate(pairs)}
-    assert len(result["updates"]) == len(expected)
-    names = {update["layer"] for update in result["updates"]}
-    assert {"embed", "conv2d", "single", "experts[2]", "experts.base_layer[0]"} <= names
-    for (key, index), (delta, weight) in expected.items():
-        change = np.linalg.norm(delta) / np.linalg.norm(weight)
-        found = [update for update in result["updates"] if update["relative_change"] == pytest.approx(change, rel=1e-4)]
-        assert len(found) == 1, (key, index)
-        U, S, Vh = np.linalg.svd(delta, full_matrices=False)
-        assert found[0]["singular_values"][:2] == pytest.approx(S[:2].tolist(), rel=1e-4)
-        assert found[0]["delta"] == pytest.approx(np.linalg.norm(U[:, :2].T @ weight @ Vh[:2].T), rel=1e-3)
-
-
 def test_a_conv1d_is_stored_transposed_and_a_tied_head_has_its_embedding(tmp_path, no_pictures):
     model = gpt2()
     model.save_pretrained(tmp_path / "base")
@@ -164,15 +140,6 @@ def test_an_adapter_that_was_never_trained(files, tmp_path):
 
 
 # --- options and the base ---------------------------------------------------------------------------------------------
-
-
-def test_chosen_layers_have_the_same_figures(files, tmp_path, no_pictures):
-    adapters = files / "four", files / "six"
-    everything = run(tmp_path / "all", *adapters, base=files / "base")
-    some = run(tmp_path / "some", *adapters, base=files / "base", layers=r"\.1\..*q_proj$")
-    assert [update["layer"] for update in some["updates"]] == ["model.layers.1.self_attn.q_proj"] * 2
-    assert all(update in everything["updates"] for update in some["updates"])  # with the same random directions
-    assert [row["layers"] for row in some["similarity"]] == [1, 1]
 
 
 def test_without_a_base_the_rest_is_measured_and_a_note_says_so(files, tmp_path, capsys):

@@ -14,7 +14,7 @@ from support.command_lines import Run, mistake, stopped_after
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_ext.commands import main, trainer
-from lora_ext.methods import METHODS, load_method
+from lora_ext.methods import load_method
 
 pytestmark = [pytest.mark.cpu_only("the Trainer chooses the device"), pytest.mark.full]
 
@@ -76,7 +76,7 @@ EVERYTHING += ["--save_steps", "10", "--eval_strategy", "steps", "--eval_steps",
 EVERYTHING += ["--load_best_model_at_end", "true", "--metric_for_best_model", "macro_f1", "--early_stopping", "30"]
 
 
-@pytest.mark.parametrize("options", [[], EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow), EVERYTHING], ids=["plain", "everything"])
 def test_resuming_gives_what_not_stopping_gives(command, finetune, tiny, lora, tmp_path, monkeypatch, options):
     words = [*tiny, *lora, *options]
     whole = finetune(*words, out="whole")
@@ -90,8 +90,8 @@ def test_resuming_gives_what_not_stopping_gives(command, finetune, tiny, lora, t
     assert whole.metrics["test"] == parts.metrics["test"] and parts.metrics["train_seconds"] > 0
 
 
-@pytest.mark.parametrize("method", [*METHODS, "lora+prefix-embed"])
-def test_every_method_trains_and_loads(finetune, tiny, method):
+@pytest.mark.parametrize("method", ["full", "bitfit", "lora", "adapter-drop", "prefix-layer", "lora+prefix-embed"])
+def test_every_kind_of_method_trains_and_loads(finetune, tiny, method):
     words = ["--max_steps", "4"]
     words += ["--drop_layers", "1"] if method == "adapter-drop" else []
     words += ["--prefix_length", "3", "--max_length", "24"] if "prefix" in method else []
@@ -109,29 +109,15 @@ def test_every_method_trains_and_loads(finetune, tiny, method):
 @pytest.mark.parametrize(
     "options",
     [
-        "--bf16 true",
-        "--dtype bfloat16",
-        "--pooling mean",
-        "--gradient_checkpointing true --gradient_accumulation_steps 2",
-        "--optim adafactor --lr_scheduler_type cosine --label_smoothing_factor 0.1",
-        "--quantize nf4",
+        "--bf16 true --pooling mean",
+        "--dtype bfloat16 --gradient_checkpointing true --gradient_accumulation_steps 2",
+        "--optim adafactor --lr_scheduler_type cosine --label_smoothing_factor 0.1 --quantize nf4",
         "--quantize int8 --method bitfit",
         "--validation_split 0",
     ],
 )
 def test_options_of_trainer_and_ours(finetune, tiny, options):
     assert np.isfinite(finetune(*tiny, "--max_steps", "6", *options.split()).losses).all()
-
-
-def test_accumulated_batches_are_one_large_batch(finetune, tiny, lora):
-    losses = []
-    for size, steps in ((16, 1), (4, 4)):
-        words = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps, "--logging_steps", 1]
-        run = finetune(*tiny, *lora, "--lora_dropout", "0", "--max_steps", "5", *words, out=str(size))
-        losses.append(run.losses)
-    # The tiny BERT has dropout of its own, so the first loss, before any step, tells whether the batches are the same.
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=0.05)
-    assert len(losses[0]) == len(losses[1]) == 5
 
 
 def test_a_config_file_and_the_command_line(finetune, tiny, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,16 +11,15 @@ import torch
 from safetensors.torch import load_file
 from support import tiny_classifier, tiny_decoder
 from support.command_lines import metrics_of
-from support.processes import Forked, environment
+from support.processes import Forked, run_python
 
 pytestmark = [pytest.mark.cpu_only("processes with gloo"), pytest.mark.full]
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lora_ext"]
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True
-    )
+def torchrun(*arguments: object) -> list[tuple[int, str, str]]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lora_ext"]
+    done = run_python(*launcher, *arguments, OMP_NUM_THREADS="1")
+    return [(done.returncode, done.stdout, done.stderr)]
 
 
 def forked(*arguments: object) -> list[tuple[int, str, str]]:
@@ -50,16 +48,18 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--model", str(model), "--data", str(data), *words, "--learning_rate", "0.01"]
 
 
-def test_two_processes_give_what_one_gives(options, tmp_path):
+@pytest.mark.parametrize("launcher", ["forks", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes_give_what_one_gives(options, tmp_path, launcher):
     from lora_ext.commands import main
 
     one, two = tmp_path / "one", tmp_path / "two"
     more = ["--ema_decay", "0.5", "--train_sampling_strategy", "sequential", "--logging_steps", "1"]
     batch = "--per_device_train_batch_size"
     assert main(["finetune", *options, *more, batch, "8", "--output_dir", str(one)]) == 0
-    done = torchrun("finetune", *options, *more, batch, "4", "--output_dir", two)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy") == 1
+    run = {"forks": forked, "torchrun": torchrun}[launcher]
+    done = run("finetune", *options, *more, batch, "4", "--output_dir", two)
+    assert {status for status, *_ in done} == {0}, done
+    assert "".join(said for _, said, _ in done).count("test accuracy") == 1
     assert metrics_of(two)["processes"] == 2 and metrics_of(two)["global_batch_size"] == 8
     losses = [[row["loss"] for row in metrics_of(out)["history"] if "loss" in row] for out in (one, two)]
     # Batches that the processes share have the same texts in another order, and the last one may be padded.

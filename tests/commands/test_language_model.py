@@ -85,13 +85,10 @@ def test_the_loss_counts_answers_whether_the_template_marks_them(finetune, optio
 @pytest.mark.parametrize(
     "more",
     [
-        "--packing",
-        "--method bitfit",
-        "--method adapter-h",
-        "--method full",
-        "--gradient_checkpointing true --gradient_accumulation_steps 2",
+        "--packing --method full",
+        "--method bitfit --dtype bfloat16 --bf16 true",
+        "--method adapter-h --gradient_checkpointing true --gradient_accumulation_steps 2",
         "--quantize nf4",
-        "--dtype bfloat16 --bf16 true",
     ],
 )
 def test_options_of_sft_and_ours(finetune, options, tmp_path, more):

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import environment, run_python
+from support.processes import Forked, run_python
 
 import lora_ext
 from lora_ext import commands
 from lora_ext.commands import main
 from lora_ext.commands.options import CommandError, Parser, dtype, names_of, refusing, size
-from lora_ext.commands.results import columns, markdown, read_json, save_figure, tell, to_json, write_json
+from lora_ext.commands.results import read_json, save_figure, tell, write_json
 
 pytestmark = pytest.mark.cpu_only("tests the command line")
 
@@ -88,10 +88,10 @@ def test_a_full_output_is_an_error_and_a_reader_that_ends_is_none():
     full = os.open("/dev/full", os.O_WRONLY)
     ends = {}
     for output in (writing, full):
-        command = [sys.executable, "-c", RUN, "info"]
-        done = subprocess.run(command, env=environment(), stdout=output, stderr=subprocess.PIPE, text=True)
+        done = Forked("-c", RUN, "info", stdout=output, stderr=subprocess.PIPE)
         os.close(output)
-        ends[output] = done.returncode, done.stderr
+        _, errors = done.communicate()
+        ends[output] = done.returncode, errors
     assert ends == {writing: (0, ""), full: (1, "lora-ext: error: standard output: No space left on device\n")}
 
 
@@ -209,13 +209,6 @@ def test_damaged_results_are_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(CommandError, match=f"r.json holds no {what}.*remove it, or make it again"):
             read_json(path)
-
-
-def test_tables():
-    table = markdown(["layer", "r"], [["a|b", "1"], ["<b>", "\x1b"], ["`<x>`", "2"]])
-    assert table == "| layer | r |\n| --- | ---: |\n| a\\|b | 1 |\n| \\<b> | \\x1b |\n| `<x>` | 2 |\n"
-    assert columns([["layer", "r"], ["q", "16"]]) == "layer   r\n---------\nq      16"
-    assert to_json([1.5, float("inf")]) == "[\n  1.5,\n  null\n]\n"
 
 
 def test_names_that_the_output_cannot_show_are_escaped(monkeypatch):

@@ -66,31 +66,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COLUMNS = ["--text_column", "sentence", "--label_column", "sentiment", "--max_length", 20]
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter-p", "lora+prefix-layer"])
-def test_it_learns_from_its_files(finetune, model, data, method):
+def test_it_learns_from_its_files(finetune, model, data):
     words = ["--num_train_epochs", 8, "--per_device_train_batch_size", 8, "--learning_rate", "1e-2"]
-    words += ["--lora_targets", "q,v"] if "lora" in method else []
-    run = finetune("--model", model, "--data", data, *COLUMNS, *words, "--method", method)
+    run = finetune("--model", model, "--data", data, *COLUMNS, *words, "--lora_targets", "q,v")
     assert run.metrics["labels"] == ["0", "2"] and run.metrics["test"]["accuracy"] > 0.9
     assert "segment the texts first" not in run.said
-    if method == "lora":  # query and value of two layers at rank 8, and RoBERTa's head of two layers
-        assert run.metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
+    # Query and value of two layers at rank 8, and RoBERTa's head of two layers.
+    assert run.metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
 
 
 def test_texts_that_are_not_segmented_are_noticed(finetune, model, data, tmp_path):
     plain = tmp_path / "plain.csv"
     plain.write_text(data.read_text(encoding="utf-8").replace("_", " "), encoding="utf-8")
     assert "segment the texts first" in finetune("--model", model, "--data", plain, *COLUMNS, "--max_steps", 1).said
-
-
-def test_the_command_of_finetune_vi_takes_it_unchanged(finetune, model, data, tmp_path):
-    """Its head has a pooler in it."""
-    rows = data.read_text(encoding="utf-8").splitlines()
-    for name, part in (("train", rows[1:200]), ("dev", rows[200:240]), ("test", rows[240:])):
-        lines = ["text,label", *(line.rpartition(",")[0] for line in part)]
-        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    words = ["--model", model, "--data", tmp_path / "train.csv", "--validation_file", tmp_path / "dev.csv"]
-    words += ["--test_file", tmp_path / "test.csv", "--num_train_epochs", 1, "--max_length", 20]
-    words += ["--load_best_model_at_end", "true", "--metric_for_best_model", "macro_f1"]
-    metrics = finetune(*words).metrics
-    assert metrics["best_checkpoint"] is not None and list(metrics["test"]["per_class"]) == ["0", "2"]

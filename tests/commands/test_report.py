@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import base64
-import copy
-import functools
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import numpy as np
 import pytest
-from support import browser, results
+from support import results
 from support.analyzed import save_files
 from support.html_page import Page
-from support.optional import matplotlib  # noqa: F401
+from support.optional import Image, matplotlib  # noqa: F401
 
-from lora_ext.commands import main, pictures
+from lora_ext.commands import main
 
 pytestmark = pytest.mark.cpu_only("is about files")
 
@@ -101,11 +100,6 @@ def test_the_page_loads_nothing(page):
     )
 
 
-def test_equal_results_make_equal_pages(folder, page, tmp_path):
-    assert main(["report", str(folder), "--out", str(tmp_path / "again.html")]) == 0
-    assert (tmp_path / "again.html").read_text() == page.source
-
-
 def test_the_parts_and_their_order(page, tmp_path):
     headings = re.findall(r"<h2>(.*?)</h2>", page.source)
     assert headings[:3] == ["Comparison of methods", "What the adapters have learnt", "Predicted memory"]
@@ -134,13 +128,6 @@ def test_figures_of_results(page):
     assert "9,984" not in texts  # another number of parameters
 
 
-def test_a_perplexity_that_is_not_finite(tmp_path):
-    content = results.causal_lm()
-    content["test"]["perplexity"] = None  # as JSON has no infinity
-    page = report(save(tmp_path, chat=content))
-    assert ["perplexity", "14.25", "not finite"] in page.tables["Scores on the test texts"]
-
-
 def test_a_plan_and_an_analysis(folder, page):
     result = json.loads((folder / "plan" / "plan.json").read_text())
     memory, peaks = page.tables["Memory of a step, and checkpoints"], [run["peak"] for run in result["runs"].values()]
@@ -161,32 +148,6 @@ def test_a_plan_and_an_analysis(folder, page):
         row[:5] for row in page.tables["Similarity of subspaces"]
     ]
     assert sum(element.tag.endswith("}image") for element in drawn(page)) >= 4  # heat maps
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def test_pictures():
-    rows = [results.row("full", "full", 10, [7.0]), results.row("lora", "lora", 3, [8.0, 8.5], lora_r=4)]
-    axes = pictures.scores_against_parameters(rows, "perplexity").axes[0]
-    assert axes.get_ylabel() == "test perplexity" and axes.get_xlabel() == "trained parameters"
-    assert [*axes.lines[0].get_ydata()] == [7.0] and axes.get_xscale() == "log"  # no percent
-    assert pictures.ranks(rows, "perplexity") is None and pictures.matrices(rows, "perplexity") is None
-    rows = [
-        results.row(f"{targets} {r}", "lora", r * 100, [0.5 + r / 100], lora_r=r, lora_targets=targets)
-        for targets in ("q", ["q", "v"])
-        for r in (4, 1, 2)
-    ]
-    axes = pictures.ranks(rows, "accuracy").axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["q", "q, v"]
-    for line, *_ in axes.containers:
-        assert [*line.get_xdata()] == [1, 2, 4] and [*line.get_ydata()] == pytest.approx([51, 52, 54])
-    axes = pictures.loss_curve(results.history(), "Loss").axes[0]
-    training, validation = axes.lines
-    assert [*training.get_xdata()] == [0.5, 1, 1.5, 2]
-    assert [*training.get_ydata()] == pytest.approx([0.7, 0.6, 0.5, 0.4])
-    assert [*validation.get_xdata()] == [1, 2] and [*validation.get_ydata()] == [0.65, 0.48]
-    assert ElementTree.fromstring(pictures.svg(pictures.loss_curve([], "Loss"))).tag.endswith("}svg")
 
 
 # --- files from elsewhere ---------------------------------------------------------------------------------------------
@@ -214,39 +175,6 @@ def test_content_of_files_stays_text(folder, tmp_path):
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert "<script" not in page.source and "\x00" not in page.source and "\x1b" not in page.source
     assert page.text.count("<script>alert(1)</script>") > 30
-
-
-def leaves(value: Any, change: Callable[[Any], Any]) -> Iterator[Any]:
-    """Yields copies of a JSON value in which one part is replaced, of lists the first item only."""
-    yield change(value)
-    places = value if isinstance(value, dict) else range(min(len(value), 1)) if isinstance(value, list) else ()
-    for place in places:
-        for inner in leaves(value[place], change):
-            changed = copy.copy(value)
-            changed[place] = inner
-            yield changed
-
-
-@pytest.mark.full
-@pytest.mark.filterwarnings("ignore:No artists with labels")  # a legend of nothing
-@pytest.mark.parametrize("replacement", [None, "text", {}, -1, 1e400, [[1]]])
-@pytest.mark.parametrize("name", ["run", "chat", "compare", "plan"])
-def test_damaged_results_are_refused_or_shown(tmp_path, capsys, monkeypatch, name, replacement):
-    """None gives a traceback."""
-    # The longest parts of hundreds of pages.
-    monkeypatch.setattr(pictures, "svg", lambda figure: "")
-    monkeypatch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
-    save(tmp_path, **{name: everything()[name]})
-    (path,) = tmp_path.glob("*/*.json")
-    seen = set()
-    for content in leaves(everything()[name], lambda _: replacement):
-        path.write_text(json.dumps(content))
-        status = main(["report", str(tmp_path)])
-        error = capsys.readouterr().err
-        assert status == 0 or (status == 2 and error.startswith(f"lora-ext report: error: {path}")), (content, error)
-        assert error.count("\n") == (1 if status else 0), error
-        seen.add(status)
-    assert seen == {0, 2}
 
 
 def test_damaged_files_are_named_and_the_page_stays(tmp_path, capsys):
@@ -286,31 +214,22 @@ def test_mistakes(tmp_path, capsys):
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
-    if browser.executable() is None:
-        pytest.skip(browser.MISSING)
-    tab = browser.Page(tmp_path_factory.mktemp("profile"))
-    yield tab
-    tab.close()
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.mark.full
-def test_it_shows_in_light_and_dark_and_on_a_phone(folder, tab):
-    means = {}
-    for dark in (False, True):
-        for width in (1280, 390):
-            tab.open(folder / "report.html", width, dark)
-            assert tab.errors == []
-            assert [address[:5] for address in tab.requests if not address.startswith("data:")] == ["file:"]
-            # Wide tables and figures scroll by themselves.
-            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            screen, ink = tab.screenshot(), tab.evaluate("getComputedStyle(document.body).color")
-            box = "document.images[0].getBoundingClientRect()"
-            top, bottom = (int(tab.evaluate(f"{box}.{side} + scrollY")) for side in ("top", "bottom"))
-            figure = screen[top:bottom]
-            in_ink = (figure == [int(part) for part in re.findall(r"\d+", ink)]).all(axis=2)
-            assert in_ink.sum() > 200  # axes and text have the page's colour
-            means[dark] = screen.mean()
-    assert means[True] < 80 < 200 < means[False]
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_a_browser_shows_it_without_an_error(folder, tmp_path, theme):
+    """A request would break the page's policy, which the browser reports as an error."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on PATH; on Debian: apt-get install chromium")
+    command = [browser, "--headless", "--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
+    command += ["--window-size=1280,2000", "--force-color-profile=srgb", "--enable-logging=stderr"]
+    command += [f"--blink-settings=preferredColorScheme={['dark', 'light'].index(theme)}"]
+    done = subprocess.run([*command, (folder / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    with Image.open(tmp_path / "page.png") as image:
+        mean = np.asarray(image.convert("RGB")).mean()
+    assert mean < 80 if theme == "dark" else mean > 200

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import peft
 import pytest
 import torch
+from support.quantized import QUANTIZE
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -98,12 +99,16 @@ class Uses(nn.Module):
 
 
 class Kind(NamedTuple):
-    """``door`` adapts ``make()``, or a layer in it, by a config of these ``options``; inputs have the ``shape``."""
+    """``door`` adapts ``make()``, or a layer in it, by a config of these ``options``; inputs have the ``shape``.
+
+    ``dtype``: of a model where nothing else is said.
+    """
 
     make: Callable[[], nn.Module]
     options: dict[str, Any]
     shape: tuple[int, ...] = (4, 8)
     door: type = Injected
+    dtype: torch.dtype = torch.float64
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,20 +149,34 @@ KINDS = {
     "peft embedding": Kind(lambda: nn.Embedding(20, 8), {"target_modules": ["0"]}, door=Accelerated),
     "peft experts": Kind(lambda: Uses(False), {"target_parameters": ["0.up"]}, door=Accelerated),
 }
+# Quantised base layers, in float32; tests/quantized has what depends on the format.
+QUANTISED = {
+    name: Kind(lambda quantize=quantize: quantize(nn.Linear(64, 32)), WITH_BIAS, (4, 64), dtype=torch.float32)
+    for name, quantize in QUANTIZE.items()
+}
+QUANTISED |= {f"peft {name}": QUANTISED[name]._replace(door=Accelerated) for name in ("nf4", "int8")}
+# PEFT has no biases next to torchao's weights.
+QUANTISED["peft torchao-int8"] = QUANTISED["torchao-int8"]._replace(door=Accelerated, options={"target_modules": ["0"]})
 
 
-def of_kinds(door: type | None = None, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    """Runs a test for the kinds through ``door`` (default: both) whose names contain nothing of ``without``."""
+def of_kinds(door: type | None = None, without: tuple[str, ...] = (), quantised: bool = False) -> pytest.MarkDecorator:
+    """Runs a test for the kinds through ``door`` (default: both) whose names contain nothing of ``without``.
+
+    ``quantised``: also for those with quantised base layers.
+    """
+    kinds = KINDS | QUANTISED if quantised else KINDS
     names = [
-        name for name, kind in KINDS.items() if door in (None, kind.door) and not any(text in name for text in without)
+        name for name, kind in kinds.items() if door in (None, kind.door) and not any(text in name for text in without)
     ]
-    return pytest.mark.parametrize("kind", [pytest.param(KINDS[name], id=name) for name in names])
+    return pytest.mark.parametrize("kind", [pytest.param(kinds[name], id=name) for name in names])
 
 
-def adapted(kind: Kind, *names: str, dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
+def adapted(kind: Kind, *names: str, dtype: torch.dtype | None = None, **more: Any) -> nn.Module:
     """A model with adapters ``names`` of different ranks, all in use if the kind allows it, or the first."""
     torch.manual_seed(0)
-    model = nn.Sequential(kind.make()).to(dtype)
+    dtype = dtype or kind.dtype
+    model = nn.Sequential(kind.make())
+    model = model if kind in QUANTISED.values() else model.to(dtype)
     for i, name in enumerate(names or ("default",)):
         options = {"r": 2 + i, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []}
         model = kind.door.add(model, name, **options | kind.options | more)
@@ -188,7 +207,7 @@ def step(model: nn.Module, x: Tensor, run: Callable | None = None) -> list[Tenso
     return [y, *torch.autograd.grad(y.float().square().sum(), list(trained(model).values()))]
 
 
-def input_of(kind: Kind, dtype: torch.dtype = torch.float64) -> Tensor:
+def input_of(kind: Kind, dtype: torch.dtype | None = None) -> Tensor:
     if type(kind.make()) is nn.Embedding:
         return torch.randint(20, kind.shape)
-    return torch.randn(kind.shape).to(dtype)
+    return torch.randn(kind.shape).to(dtype or kind.dtype)

@@ -36,7 +36,7 @@ def test_gradients(kind):
     assert torch.autograd.gradgradcheck(output, inputs, fast_mode=True)
 
 
-@of_kinds()
+@of_kinds(quantised=True)
 def test_new_adapters_change_nothing_and_follow_the_mode(kind):
     model, x = adapted(kind, *kind.names, init_lora_weights=True), input_of(kind)
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
@@ -155,7 +155,7 @@ def test_a_state_is_refused_where_something_else_is_merged(kind):
                 target.load_state_dict(other.state_dict(), **options)
 
 
-@of_kinds(without=("embedding", "experts"))
+@of_kinds(without=("embedding", "experts"), quantised=True)
 def test_dropout_only_while_training(kind):
     model, x = adapted(kind, lora_dropout=0.5), input_of(kind)
     exact, without = model(x), adapted(kind)(x)
@@ -169,7 +169,7 @@ def test_dropout_only_while_training(kind):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@of_kinds()
+@of_kinds(quantised=True)
 def test_checkpointing(kind, reentrant):
     dropout = {} if "target_parameters" in kind.options else {"lora_dropout": 0.5}
     model, x = adapted(kind, **dropout).train(), input_of(kind)
@@ -208,7 +208,7 @@ def test_copies_are_apart(kind, how):
         assert all(any(part is base for part in plain.modules()) for base in bases) and not list(lora_modules(plain))
 
 
-@of_kinds(Injected)
+@of_kinds(Injected, quantised=True)
 def test_rows_choose_their_adapters_or_are_refused(kind):
     model, x = adapted(kind, *kind.names), input_of(kind)
     chosen = [(*kind.names, "__base__")[i % 3 % (len(kind.names) + 1)] for i in range(len(x))]
@@ -222,7 +222,7 @@ def test_rows_choose_their_adapters_or_are_refused(kind):
         torch.testing.assert_close(y[i], model(x)[i])
 
 
-@of_kinds(Injected, without=("dora",))
+@of_kinds(Injected, without=("dora",), quantised=True)
 def test_files_do_not_depend_on_the_other_adapters(kind, tmp_path):
     model, x = adapted(kind, "a", "b"), input_of(kind)
     base = kind.door.unload(copy.deepcopy(model))
@@ -261,18 +261,19 @@ def test_vmap_over_samples_and_over_adapters(kind):
         torch.testing.assert_close((losses[i], ys[i]), one)
 
 
-@of_kinds()
+@of_kinds(quantised=True)
 def test_autocast(kind):
     model, x = adapted(kind, dtype=torch.float32), input_of(kind, torch.float32)
+    dtypes = [p.dtype for p in model.parameters()]
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
     y.float().sum().backward()
     torch.testing.assert_close(y.float(), model(x), rtol=0.1, atol=0.1)
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert [p.dtype for p in model.parameters()] == dtypes
 
 
-@of_kinds(without=("experts", "attention"))
+@of_kinds(without=("experts", "attention"), quantised=True)
 def test_what_a_hook_saw_is_not_overwritten(kind):
     model, x, seen = adapted(kind), input_of(kind), []
     expected = model(x)

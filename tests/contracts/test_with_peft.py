@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.attention import E, encoder
 from support.mixtures import mixture
-from support.models import bert, gpt2, llama, token_ids
+from support.models import Net, bert, gpt2, llama, token_ids
 from support.peft_pairs import TARGETS, alora_prompts
 from support.small_nets import CONVOLUTIONS, ConvNet, TextNet, input_of
 from torch import Tensor, nn
@@ -90,6 +90,7 @@ def of_attention(*targets: str) -> Case:
     )
 
 
+STATISTICS = {"target_modules": ["up", "down"], "modules_to_save": ["norm", "head"]}
 TEXT = {"target_modules": ["tokens", "positions", "kinds"]}
 RANKS = {"use_rslora": True, "rank_pattern": {"conv|positions": 2}, "r": 4}
 DORA = {"use_dora": True, "lora_alpha": 10}
@@ -106,6 +107,7 @@ CASES = {
     "patterns": of_mlp(r=21, rank_pattern={"2": 1}, alpha_pattern={"0": 50}),
     "biases": of_mlp(bias="all"),
     "modules to save": of_mlp(modules_to_save=["2"], target_modules=["0"]),
+    "statistics to save": Case(Net, STATISTICS, lambda: torch.randn(4, 6).double()),
     **{name: of_convolution(name) for name in CONVOLUTIONS},
     **{f"{name} with bias": of_convolution(name, lora_bias=True, **RANKS) for name in CONVOLUTIONS},
     "embedding": Case(TextNet, TEXT, ids),

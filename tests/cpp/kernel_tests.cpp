@@ -1,6 +1,6 @@
 // Tests the torch-free kernels: the mask against its definition, and every instruction set of this machine against
-// plain loops; conversion_tests.cpp and base_product_tests.cpp belong to the same program. CMake (ctest) builds and
-// runs it, as tests/cpp/test_cpp.py does in the suite.
+// plain loops; conversion_tests.cpp belongs to the same program. CMake (ctest) builds and runs it, as
+// tests/cpp/test_cpp.py does in the suite. tests/ops/test_base_product.py has the products by the frozen weight.
 #include "kernel_tests.h"
 
 #include <cmath>
@@ -174,7 +174,6 @@ int main() {
   for (const Isa isa : kBestFirst) {
     if (!runs_here(isa)) continue;
     masks_follow_their_definition(kernels_of(isa), isa_name(isa));
-    test_base_products(kernels_of(isa), isa_name(isa));
     for (const int64_t num_chunks : {1, 2}) {
       for (const bool together : {true, false}) {
         forward_follows_its_formula(kernels_of(isa), isa_name(isa), num_chunks, together);

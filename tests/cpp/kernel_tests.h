@@ -22,8 +22,4 @@ inline int failures = 0;
 // conversion_tests.cpp: the numbers that all kernels are made of.
 void test_conversions();
 
-// base_product_tests.cpp: the product by the frozen weight, with the adapter in it.
-struct Kernels;
-void test_base_products(const Kernels& kernels, const char* isa);
-
 }  // namespace lora_ext::cpu

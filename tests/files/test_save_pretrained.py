@@ -244,19 +244,3 @@ def test_what_the_state_of_other_adapters_lacks_and_has_is_reported(tmp_path):
             model.load_state_dict(broken)
     whole, unknown = model.load_state_dict({}, strict=False)
     assert [*whole] == [*dict(model.named_parameters())] and not unknown
-
-
-def test_state_dicts_of_injected_models_round_trip(tmp_path):
-    base, model = made("tied", tmp_path)
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    other = inject(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=4, **CASES["tied"][1])).eval()
-    other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(answer(other), answer(model))
-    with pytest.raises(RuntimeError, match="Missing key"):
-        base.load_state_dict(torch.load(tmp_path / "state.pt"))
-    base, model = made("llama", tmp_path)
-    safetensors.torch.save_model(model, str(tmp_path / "state.safetensors"))
-    with pytest.raises(RuntimeError, match="Missing key"):
-        safetensors.torch.load_model(base, str(tmp_path / "state.safetensors"))
-    named = dict(model.named_parameters())
-    assert [*named] == [key for key in model.state_dict() if key in named]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from . import ops_merge
 from .calls import Call
 from .cases import CannotTell, Case, WrongResult
 from .choices import Choices
-from .compare import against_formula, check_close, rescale, tensors_in
+from .compare import against_formula, tensors_in
 from .mutations import mutate
 from .values import (
     FUNCTIONS,
@@ -196,7 +196,7 @@ def _make(choices: Choices, function: str) -> Call:
         values["bases"] = ListValue([])
     elif "weights" in values and function.startswith(OPS) and choices.chance(50 if "backward" in name else 100):
         values |= {other: ListValue([]) for other in ("weights", "biases") if other in values}
-    oracle = ORACLES.get(name) and partial(ORACLES[name], function)
+    oracle = ORACLES.get(name) if function.startswith(FUNCTIONS) else None
     if "backward" in name or name == "lora_dropout_mask":
         return Call(function, values, oracle)
     changes = ("y",) if name.endswith("_") else ()
@@ -215,37 +215,22 @@ def _results(function: str) -> str:
     return first if isinstance(returns[0].type, torch.ListType) else f"[{first}]"
 
 
-# --- oracles ----------------------------------------------------------------------------------------------------------
+# --- oracles: of lora_ext.functional, whose results are those of the ops ----------------------------------------------
 
 
-def _listed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes lists of the arguments of one layer, as several have them."""
-    return {_PLURALS.get(name, name): [value] if name in _PLURALS else value for name, value in arguments.items()}
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _forward(formula: Callable[..., list[Tensor]], function: str, before: Any, result: Any, after: Any) -> None:
-    """Checks the results of a forward, its gradients, and what an op saves for its backward."""
+def _forward(formula: Callable[..., list[Tensor]], before: Any, result: Any, after: Any) -> None:
+    """Checks the results of a function and its gradients."""
     if before.get("dropout_p", 0.0) > 0 and before.get("seed") is None:
         raise CannotTell  # the function drew the mask
-    in_place, ys = function.endswith("_"), result
-    if function.startswith(OPS) and isinstance(result, tuple):
-        *first, xa, mask = result
-        ys = first[0] if first else None
-    elif in_place and result is not after["y"]:
+    if "y" in after and result is not after["y"]:
         raise WrongResult("the result is not y")
-    ys = after["y"] if in_place else ys
     after = {name: value for name, value in after.items() if name != "y"}
-    against_formula(formula, before, tensors_in(ys), after, before["x"].dtype)
-    if isinstance(result, tuple) and "grouped" not in function:
-        _check_saved(_listed(before), xa, mask)
+    against_formula(formula, before, tensors_in(result), after, before["x"].dtype)
 
 
 def _layers_formula(**arguments: Any) -> list[Tensor]:
-    a = _listed(arguments)
+    # Lists of the arguments of one layer, as several have them.
+    a = {_PLURALS.get(name, name): [value] if name in _PLURALS else value for name, value in arguments.items()}
     bases = a.pop("bases", None)
     if not bases:
         return list(reference.lora_linear_siblings(**a))
@@ -259,78 +244,10 @@ def _grouped_formula(x, y=None, weight=None, bias=None, **arguments) -> list[Ten
     return [base + reference.lora_grouped(x, **arguments)]
 
 
-def _check_saved(seen: Mapping[str, Any], xa: Tensor, mask: Tensor) -> None:
-    """Checks the tensors that a forward saves for its backward: xa and the mask."""
-    x, dropout_p = seen["x"].detach(), seen.get("dropout_p", 0.0)
-    has_mask = reference.dropout_threshold(dropout_p) > 0
-    rows = _rows_of(x).double()
-    if has_mask:
-        keep = reference.dropout_keep(int(seen["seed"]), *rows.shape, dropout_p)
-        if not torch.equal(reference.unpack_mask(mask, rows.shape[1]), keep):
-            raise WrongResult("the mask is not this seed's")
-        rows = rows * keep
-    elif mask.numel():
-        raise WrongResult(f"there is a mask of {mask.numel()} bytes without dropout")
-    parts = xa.detach().split([A.shape[0] for A in seen["lora_As"]], dim=1)
-    for i, (part, A, scaling) in enumerate(zip(parts, seen["lora_As"], seen["scalings"], strict=True)):
-        A, scale = A.detach().double(), float(scaling) * rescale(dropout_p)
-        magnitude = abs(scale) * (rows.abs() @ A.abs().T)
-        check_close(f"xa of layer {i}", part, scale * (rows @ A.T), magnitude, rows.shape[1], x.dtype, not has_mask)
-
-
-def _backward(function: str, before: Mapping[str, Any], result: Any, after: Mapping[str, Any]) -> None:
-    dtype = tensors_in(next(iter(before.values())))[0].dtype
-    against_formula(lambda **a: _backward_formula(**_listed(a)), before, tensors_in(list(result)), {}, dtype)
-
-
-def _backward_formula(
-    grad_ys, x, lora_As, lora_Bs, xa, mask, scalings, dropout_p, output_mask, weights=None
-) -> list[Tensor]:
-    """Computes the requested grad_x, grad_As and grad_Bs in float64."""
-    want_x, want_A, want_B = output_mask
-    rows, size_in = [_rows_of(g) for g in grad_ys], lora_As[0].shape[1]
-    has_mask = reference.dropout_threshold(dropout_p) > 0 and (want_x or want_A)
-    keep = reference.unpack_mask(mask, size_in).double() if has_mask else 1.0
-    grad_xas = [s * rescale(dropout_p) * (g @ B) for g, B, s in zip(rows, lora_Bs, scalings, strict=True)]
-    results = []
-    if want_x:
-        grad_x = sum(keep * (g @ A) for g, A in zip(grad_xas, lora_As, strict=True))
-        if weights and weights[0] is not None:
-            grad_x = grad_x + sum(g @ W for g, W in zip(rows, weights, strict=True))
-        results.append(grad_x.reshape(*grad_ys[0].shape[:-1], size_in))
-    if want_A:
-        results += [g.T @ (_rows_of(x) * keep) for g in grad_xas]
-    if want_B:
-        parts = xa.split([A.shape[0] for A in lora_As], dim=1)
-        results += [g.T @ part for g, part in zip(rows, parts, strict=True)]
-    return results
-
-
-def _half(function: str, before: Any, result: Any, after: Any) -> None:
-    def expanded(base, xa, lora_B, bias=None):
-        y = base + xa.reshape(*base.shape[:-1], xa.shape[-1]) @ lora_B.T
-        return [y if bias is None else y + bias]
-
-    formula = (lambda x, lora_A: [x @ lora_A.T]) if "x" in before else expanded
-    against_formula(formula, before, [result], after, before["x" if "x" in before else "base"].dtype)
-
-
-def _mask(function: str, before: Any, result: Any, after: Any) -> None:
-    rows, columns, p = int(before["num_tokens"]), int(before["in_features"]), float(before["dropout_p"])
-    if max(rows, columns, rows * columns) > 1 << 22:
-        raise CannotTell
-    keep = reference.dropout_keep(int(before["seed"]), rows, columns, p)
-    if not torch.equal(reference.unpack_mask(result, columns), keep):
-        raise WrongResult("the mask is not this seed's")
-
-
 _LAYERS = ("lora_linear", "lora_linear_siblings", "lora_delta_", "lora_delta_siblings")
 ORACLES: dict[str, Callable[..., None]] = {
     **dict.fromkeys(_LAYERS, partial(_forward, _layers_formula)),
-    **{f"{name.rstrip('_')}_backward": _backward for name in _LAYERS},
     **dict.fromkeys(("lora_grouped_", "lora_grouped_linear"), partial(_forward, _grouped_formula)),
-    **dict.fromkeys(("lora_shrink", "lora_expand"), _half),
-    "lora_dropout_mask": _mask,
 }
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import area_files
 from .calls import Call
 from .cases import Case, WrongResult
 from .choices import Choices
@@ -22,11 +20,6 @@ def hangs(x: Tensor) -> Tensor:
         pass
 
 
-def leaves_a_file(path: Path) -> None:
-    path.with_suffix(".partial").write_text("half")
-    raise ValueError(f"{path} is refused")
-
-
 # Each by its name, with the kind of finding that it must be.
 OPS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "leaves_garbage": ("uninitialised", lambda x: torch.empty(1 << 16)),  # large enough to be new memory
@@ -36,7 +29,7 @@ OPS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "crashes": ("crash", lambda x: ctypes.string_at(0)),
     "hangs": ("hang", hangs),
 }
-KINDS = {name: kind for name, (kind, _) in OPS.items()} | {"leaves_a_file": "changed after a refusal"}
+KINDS = {name: kind for name, (kind, _) in OPS.items()}
 
 LIBRARY = torch.library.Library("lora_ext_planted", "DEF")
 for _name, (_, _function) in OPS.items():
@@ -50,12 +43,5 @@ def _check_op(before: Any, result: Tensor, after: Any) -> None:
 
 
 def make(choices: Choices, name: str) -> Case:
-    if name in OPS:
-        values = {"x": TensorValue((choices.randint(3, 5), choices.randint(1, 3)))}
-        return Call(f"torch.ops.lora_ext_planted.{name}", values, _check_op).case(repeat=True)
-
-    def read(files: Path, model: None) -> Any:
-        return leaves_a_file(files / "adapter" / "adapter_config.json")
-
-    reader = area_files.Reader(name, ("adapter/adapter_config.json",), read, lambda *_: None)
-    return area_files.make(choices, readers=(reader,))
+    values = {"x": TensorValue((choices.randint(3, 5), choices.randint(1, 3)))}
+    return Call(f"torch.ops.lora_ext_planted.{name or 'is_wrong'}", values, _check_op).case(repeat=True)

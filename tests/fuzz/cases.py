@@ -14,7 +14,6 @@ from .choices import Choices
 
 AREAS = {
     "ops": "every compiled op, and lora_ext.functional",
-    "files": "adapters and checkpoints on disk, with changes in their files",
 }
 _OURS = (ValueError, TypeError, KeyError, RuntimeError, MemoryError)
 _NEVER = re.compile(
@@ -85,7 +84,7 @@ def make_case(area: str, choices: Choices) -> Case:
     return importlib.import_module(f"fuzz.area_{module}").make(choices, name)
 
 
-def judge_exception(function: str, names: Sequence[str], error: Exception, with_files: bool = False) -> list[Finding]:
+def judge_exception(function: str, names: Sequence[str], error: Exception) -> list[Finding]:
     """Returns a finding unless the exception has a documented type and a message with one of ``names``."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or type(error) is MemoryError or _CLEAR.search(text):
@@ -94,8 +93,7 @@ def judge_exception(function: str, names: Sequence[str], error: Exception, with_
     last = next((f for f in reversed(frames) if "/lora_ext/" in f.filename), frames[-1])
     place = f"{type(error).__name__} in {last.filename.rpartition('/lora_ext/')[2]}:{last.name}"
     described = f"{type(error).__name__}: {text}"
-    kinds = (*_OURS, OSError) if with_files else _OURS
-    if not isinstance(error, kinds) or isinstance(error, (UnicodeError, RecursionError)):
+    if not isinstance(error, _OURS) or isinstance(error, (UnicodeError, RecursionError)):
         return [finding("wrong exception", function, described, place)]
     if _NEVER.search(text):
         return [finding("unclear message", function, described)]

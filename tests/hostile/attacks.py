@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +223,33 @@ def weights() -> dict[str, tuple[bytes, str]]:
         "note of others": (_with_note({"config": {"x": "x" * MEGABYTE}}), "holds the config {'x'"),
         "config in the note": (_with_note({"config": config | {"rank_pattern": "x"}}), "rank_pattern is 'x'"),
     }
+
+
+# --- random changes ---------------------------------------------------------------------------------------------------
+
+WORDS = ["-0", "1E2", "01", "1e999", "NaN", str(2**63), "9" * 5000, "null", "[]", "{}", '""', '"F32"', '"\\ud800"']
+WORDS += ['"\\u0000"', '"\n"', "'a'", "[0, 8]", '{"a": 1, "a": 2}', '"../x"', "[" * 100 + "]" * 100, "2", "[3, 3]"]
+
+
+def changed(content: bytes, seed: int) -> bytes:
+    """Changes words of a file's JSON, the header of its tensors included, or its bytes, in one to three places."""
+    rng = random.Random(seed)
+    for _ in range(rng.randint(1, 3)):
+        is_text = content[:1] == b"{"
+        start, end = (0, len(content)) if is_text else (8, 8 + int.from_bytes(content[:8], "little"))
+        words = list(re.finditer(rb'"[^"]*"|\d+|[{}\[\],:]', content[start:end]))
+        if words and rng.random() < 0.7:
+            word = rng.choice(words)
+            text = content[start + word.start() : start + word.end()]
+            text = rng.choice((rng.choice(WORDS).encode(), b"", text + text, text[:-1], b'"' + text + b'"'))
+            header = content[start : start + word.start()] + text + content[start + word.end() : end]
+            content = (b"" if is_text else struct.pack("<Q", len(header))) + header + content[end:]
+            continue
+        at = rng.randrange(len(content) + 1)
+        part, rest = content[at : at + rng.choice((1, 8, 300))], content[at:]
+        flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in part)
+        content = content[:at] + rng.choice((b"", rest[len(part) :], part + rest, flipped + rest[len(part) :]))
+    return content
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Reads damaged and hostile files: here, or in forked processes with limited memory and processor time.
 
 As a program it prints what went wrong. Arguments: a directory, and the kinds of attacks ("config", "weights", "method",
-"kinds" or "checkpoint").
+"kinds", "random" or "checkpoint").
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.checkpoint_files import save_checkpoint
 from support.checkpoint_files import snapshot as files_of
 from support.public_calls import state
 from transformers import BertConfig, BertForSequenceClassification
 
-from hostile.attacks import SMALL, WIDTH, checkpoints, configs, methods, weights
-from lora_ext import LoraConfig, inject, load_adapter
+from hostile.attacks import SMALL, WIDTH, changed, checkpoints, configs, methods, weights
+from lora_ext import LoraConfig, inject, load_adapter, save_adapter
 from lora_ext.adapters import hotswap_adapter
 from lora_ext.checkpoints import extract, inspect, merge
 from lora_ext.methods import load_method
@@ -150,6 +150,8 @@ def cases_of(attacked: str, folder: Path, largest: int = 1 << 30) -> Iterator[Ca
                 yield name, words, into(bare, load_method, directory)
     elif attacked == "kinds":
         yield from _kinds(directory)
+    elif attacked == "random":
+        yield from _random(folder, directory)
     else:
         yield from _checkpoints(folder)
 
@@ -175,6 +177,35 @@ def _kinds(directory: Path) -> Iterator[Case]:
                 yield f"{reader}: {file} is a {kind}", words, readers[reader]
             os.rmdir(path) if kind == "directory" else path.unlink()
         (directory / "kept").rename(path)
+
+
+def _random(folder: Path, directory: Path) -> Iterator[Case]:
+    """Yields readers of files with random changes; what they accept is what the safetensors library reads."""
+    base = save_checkpoint(bare().state_dict(), folder / "shards", shards=2)
+    good = {path: path.read_bytes() for path in [*directory.iterdir(), *base.iterdir()]}
+
+    def load(model: torch.nn.Module, source: Path) -> None:
+        load_adapter(model, source)
+        save_adapter(model, folder / "again", "default")
+        ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (folder / "again", source))
+        shutil.rmtree(folder / "again")
+        for key in theirs:
+            assert torch.equal(ours[key].nan_to_num(), theirs[key].to(ours[key].dtype).nan_to_num()), key
+
+    def merged(out: Path) -> None:
+        merge(base, [directory], out)
+        assert {key: t.shape for path in base.glob("*.safetensors") for key, t in load_file(path).items()} == {
+            key: t.shape for path in out.glob("*.safetensors") for key, t in load_file(path).items()
+        }
+
+    for seed in range(60):
+        path, content = list(good.items())[seed % len(good)]
+        path.write_bytes(changed(content, seed))
+        if path.parent == directory:
+            yield f"{seed}: {path.name}", None, into(bare, load, directory)
+            yield f"hotswap: {seed}: {path.name}", None, into(adapted, hotswap_adapter, directory)
+        yield f"merge: {seed}: {path.name}", None, lambda seed=seed: merged(folder / f"out{seed}")
+        path.write_bytes(content)
 
 
 def _checkpoints(folder: Path) -> Iterator[Case]:

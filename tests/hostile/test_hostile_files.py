@@ -8,7 +8,7 @@ from support.processes import run_forked
 from .reading import cases_of, problem_of
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
-ATTACKS = ["config", "weights", "method", "kinds", "checkpoint"]
+ATTACKS = ["config", "weights", "method", "kinds", "random", "checkpoint"]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -45,26 +45,6 @@ def test_a_class_whose_output_is_known_to_take_no_update():
     torch.testing.assert_close(merge(model.eval())(x), updated(x))
 
 
-class MambaMixer(nn.Module):
-    """Reads a weight without calling the layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dt_proj, self.in_proj = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.in_proj(x) @ self.dt_proj.weight
-
-
-def test_a_layer_that_is_known_to_be_read_is_named_by_all_linear():
-    model = nn.Sequential(MambaMixer())
-    with refused(model, TypeError, "0.dt_proj (Linear): MambaMixer reads its weight without calling it"):
-        inject(model, LoraConfig(target_modules=["dt_proj"], **ALIVE))
-    with pytest.warns(UserWarning, match=r"leaves out \['0.dt_proj'\]"):
-        inject(model, LoraConfig(target_modules="all-linear", **ALIVE))
-    assert [path for path, _ in lora_modules(model)] == ["0.in_proj"]
-
-
 class Wider(nn.Linear):
     """Appends features, as Idefics' output head does."""
 

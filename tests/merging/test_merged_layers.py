@@ -17,12 +17,10 @@ from support.merged_models import (
     weights,
 )
 from support.merging import FLOATING, merged, same_bits
-from support.models import Net
 from support.properties import given, settings, st
-from torch import nn
 
-from lora_ext import LoraConfig, inject, merge, unmerge
-from lora_ext.adapters import lora_modules, merge_and_unload, merge_record_bytes
+from lora_ext import merge, unmerge
+from lora_ext.adapters import lora_modules
 
 # Some weights are far larger than their updates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*rounding to .* keeps less than")
@@ -160,34 +158,7 @@ def test_moved_to_a_gpu_and_back(gpu):
     assert all_same(weights(model), pristine)
 
 
-@pytest.mark.parametrize("first", [(), ("a",), ("a", "c")])
-def test_merge_and_unload_leaves_the_weight_of_the_set(first):
-    model = nn.ModuleDict({"x": hard_layer(torch.float32), "y": hard_layer(torch.bfloat16)})
-    expected = copy.deepcopy(model)
-    for _, layer in lora_modules(expected):
-        layer.merge(*{*first, "c"})  # c is active: the model's output does not change
-    if first:
-        merge(model, first)
-    assert merge_and_unload(model) is model
-    assert [type(module) for module in model.values()] == [nn.Linear, nn.Linear]
-    assert all_same([module.weight for module in model.values()], weights(expected))
-
-
 # --- the record -------------------------------------------------------------------------------------------------------
-
-
-def test_bytes_are_counted():
-    model = inject(Net().eval(), LoraConfig(r=2, lora_alpha=8, target_modules=["up", "down"], init_lora_weights=False))
-    up = model.blocks[0].up
-    assert merge_record_bytes(model) == 0
-    merge(model)
-    record, factors = up._merged.matrices["weight"].record, 4 * 2 * (6 + 10)
-    kept = [tensor for tensor in (record.words, record.corrections) if tensor is not None]
-    assert up.merge_record_bytes == record.nbytes == factors + sum(tensor.nbytes for tensor in kept)
-    total = merge_record_bytes(model)
-    assert total == sum(layer.merge_record_bytes for _, layer in lora_modules(model))
-    unmerge(model)
-    assert merge_record_bytes(model) == 0 and up.merge_record_bytes == 0
 
 
 def test_layers_without_corrections_keep_only_factors():

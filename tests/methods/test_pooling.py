@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 
 import pytest
 import torch
@@ -12,14 +10,12 @@ from support.models import VOCABULARY
 from test_methods import D_MODEL, NAMES, method, model_of
 from transformers import AutoModelForSequenceClassification, GPT2Config, PreTrainedModel
 
-from lora_ext.adapters import merge_and_unload
 from lora_ext.methods import (
     apply_method,
     head_parameter_count,
     load_method,
     new_method,
     pooling_of,
-    remove_method,
     save_method,
     set_pooling,
 )
@@ -102,31 +98,6 @@ def test_prefix_tokens_are_not_part_of_the_mean():
     mask = batch()["attention_mask"][..., None]
     mean = (hidden[0][:, :7] * mask).sum(1) / mask.sum(1)
     torch.testing.assert_close(logits, model.classifier(mean))
-
-
-@pytest.mark.full
-def test_peft_reads_both(tmp_path):
-    from peft import PeftModel
-
-    for pooling in ("cls", "mean"):
-        model = adapted("lora", pooling)
-        save_method(model, tmp_path / pooling)
-        base = model_of("bert")
-        if pooling == "mean":
-            set_pooling(base, "mean")
-        theirs = PeftModel.from_pretrained(base, tmp_path / pooling).eval()
-        torch.testing.assert_close(theirs(**batch()).logits, model(**batch()).logits, rtol=1e-5, atol=1e-6)
-
-
-def test_copies_pickles_compile_and_merge():
-    model = adapted("lora", "mean")
-    expected = model(**batch()).logits
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(model, backend="eager")):
-        torch.testing.assert_close(other(**batch()).logits, expected)
-        assert pooling_of(other) == "mean"
-    torch.testing.assert_close(merge_and_unload(copy.deepcopy(model))(**batch()).logits, expected, rtol=1e-4, atol=1e-5)
-    remove_method(model)
-    assert pooling_of(model) == "mean"  # a part of the bare model, as its head
 
 
 def test_a_whole_model_notes_it_in_its_config(tmp_path):

@@ -10,7 +10,7 @@ from support.quantized import quantized_copy, stored
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ext import AdapterPool, LoraConfig, adapters, inject, load_adapter, merge, save_adapter, unmerge
+from lora_ext import LoraConfig, adapters, inject, merge, unmerge
 from lora_ext.nn import DoraAdapter, DoraLinear, LoraAdapter, LoraLinear
 
 
@@ -131,17 +131,6 @@ def test_options_that_do_not_go_with_it(other):
         dora(**other)
 
 
-def test_functions_that_combine_adapters_or_share_their_layers(tmp_path):
-    model = layers()
-    inject(model, dora(), "second")
-    save_adapter(model, tmp_path / "adapter", "default")
-    with pytest.raises(ValueError, match="'0' has adapters .* in a DoraLinear, which the new one cannot join"):
-        AdapterPool(model, tmp_path, r=4, target_modules=["0"], max_bytes=10_000)
-    plain = inject(nn.Sequential(nn.Linear(24, 40)), LoraConfig(r=4, lora_alpha=10, target_modules=["0"]))
-    with pytest.raises(ValueError, match="use_dora=True"):
-        load_adapter(plain, tmp_path / "adapter")
-
-
 def test_weights_that_zero_3_partitions(monkeypatch):
     model = nn.Sequential(nn.Linear(6, 8))
     partition(model, monkeypatch)
@@ -151,11 +140,3 @@ def test_weights_that_zero_3_partitions(monkeypatch):
     partition(model, monkeypatch, engine=True)
     with pytest.raises(RuntimeError, match="ZeRO-3 has partitioned the weight, .* use ZeRO-2"):
         model(torch.randn(2, 6))
-
-
-def test_inputs_of_another_dtype_or_size():
-    model = layers()
-    with pytest.raises(TypeError, match="lora_linear: weight has dtype float32 but x has float64"):
-        model(torch.randn(2, 24, dtype=torch.float64))
-    with pytest.raises(ValueError, match="lora_linear: weight has in_features=24 but x has 23"):
-        model(torch.randn(2, 23))

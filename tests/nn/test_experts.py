@@ -6,19 +6,16 @@ from __future__ import annotations
 
 import copy
 import threading
-import types
 from collections.abc import Callable
 
 import peft
 import pytest
 import torch
-import transformers
 from contracts.compare import compare
 from contracts.kinds import Uses
 from support.merging import same_bits
 from support.mixtures import FAMILIES, IMPLEMENTATIONS, LargestTensor, mixture
 from support.models import token_ids
-from support.versions import before
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, inject, load_adapter, merge
@@ -91,20 +88,6 @@ def test_several_adapters(family, implementation):
     torch.testing.assert_close(model(input_ids=ids).logits, y, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autocast_and_16_bits(implementation, dtype):
-    """A bfloat16 model with float32 factors, and a float32 one under autocast: the error is that of merged weights."""
-    model, ids = adapted(mixture("mixtral", implementation)), token_ids()
-    with torch.no_grad():
-        exact = merge(copy.deepcopy(model))(input_ids=ids).logits
-        model.to(dtype)
-        for _, layer in lora_modules(model):
-            layer.adapters.float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            ours, merged = (m(input_ids=ids).logits.float() for m in (model, merge(copy.deepcopy(model))))
-    assert (ours - exact).norm() < 2 * (merged - exact).norm() + 1e-3 * exact.norm()
-
-
 def test_hooks(implementation):
     model, ids, seen = adapted(mixture("mixtral", implementation)), token_ids(), []
     expected, experts = model(input_ids=ids).logits, model.model.layers[0].mlp.experts.module
@@ -142,58 +125,12 @@ def test_threads(implementation):
 # --- torch.func and graphs --------------------------------------------------------------------------------------------
 
 
-def test_gradients_of_each_sample_and_tangents():
-    experts = adapted(mixture("mixtral", "batched_mm")).double().model.layers[0].mlp.experts
-    x, weights = torch.randn(3, 2, 16, dtype=torch.float64), torch.rand(3, 2, 2, dtype=torch.float64)
-    choices = torch.tensor([[[0, 1], [2, 3]], [[1, 0], [3, 1]], [[2, 2], [0, 3]]])
-    trained = {name: p.detach() for name, p in experts.named_parameters() if p.requires_grad}
-
-    def loss(values: dict[str, Tensor], *args: Tensor) -> Tensor:
-        return torch.func.functional_call(experts, values, args).square().sum()
-
-    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(trained, x, choices, weights)
-    for i in range(3):
-        expected = torch.func.grad(loss)(trained, x[i], choices[i], weights[i])
-        torch.testing.assert_close({name: gradient[i] for name, gradient in found.items()}, expected)
-    direction = torch.randn_like(x[0])
-    _, tangent = torch.func.jvp(lambda x: loss(trained, x, choices[0], weights[0]), (x[0],), (direction,))
-    gradient = torch.func.grad(loss, argnums=1)(trained, x[0], choices[0], weights[0])
-    torch.testing.assert_close(tangent, (gradient * direction).sum())
-
-
 def results(call: Callable, model: nn.Module, ids: Tensor) -> list[Tensor]:
     """The loss and the gradients of the adapters."""
     model.zero_grad()
     loss = call(input_ids=ids, labels=ids).loss
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [
-        ("mixtral", torch.bfloat16),
-        ("gpt_oss", torch.float32),
-        *(pytest.param(family, torch.bfloat16, marks=pytest.mark.slow) for family in ("qwen3", "deepseek_v3")),
-    ],
-)
-def test_a_model_is_one_graph_with_the_numbers_of_uncompiled_calls(family, dtype):
-    """Compiled graphs take the whole updated parameter."""
-    model, ids = mixture(family, "grouped_mm").to(dtype), token_ids()[:1, :2]
-    torch._dynamo.reset()
-    if before("torch", "2.13") or before("transformers", "5.24"):
-        try:
-            torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids, labels=ids).loss.backward()
-        except RuntimeError as error:  # also TorchDynamo's
-            versions = f"torch {torch.__version__} and Transformers {transformers.__version__}"
-            pytest.skip(f"{versions} do not compile this model without an adapter: {type(error).__name__}")
-        torch._dynamo.reset()
-    compiled = torch.compile(adapted(model).train(), backend="aot_eager", fullgraph=True)
-    expected, found = results(model, model, ids), results(compiled, model, ids)
-    assert len(found) == 9 and all(gradient.abs().max() > 0 for gradient in found)
-    tolerance = TOLERANCES[dtype] if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
-    torch.testing.assert_close(found, expected, **tolerance)
 
 
 class Reads(nn.Module):
@@ -252,20 +189,3 @@ def test_an_attention_by_its_parameters(tmp_path):
     ours = load_adapter(copy.deepcopy(base), tmp_path)
     assert (ours["a"](q, k, v)[0] - base["a"](q, k, v)[0]).abs().max() > 1e-3
     torch.testing.assert_close(ours["a"](q, k, v), theirs.base_model.model["a"](q, k, v))
-
-
-def test_a_version_of_transformers_without_a_grouped_product(monkeypatch):
-    """Transformers 5.0 has the module of the experts, but not the op grouped_mm_fallback."""
-
-    class Doubled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ (self.weight * 2.0).t()
-
-    model, x = adapted(nn.Sequential(Doubled()), target_parameters=["0.weight"]), torch.randn(5, 4)
-    expected = model(x)
-    monkeypatch.setattr(torch.ops, "transformers", types.SimpleNamespace())
-    assert torch.equal(model(x), expected)

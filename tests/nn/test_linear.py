@@ -19,11 +19,6 @@ def test_starts_with_the_bits_of_its_base_layer(dtype, bias):
     assert torch.equal(layer(x), base(x))
 
 
-@pytest.mark.parametrize("r, alpha, rslora, scaling", [(8, 16, False, 2.0), (16, 8, False, 0.5), (16, 8, True, 2.0)])
-def test_scaling(r, alpha, rslora, scaling):
-    assert LoraAdapter(24, 20, r, alpha, use_rslora=rslora).scaling == scaling
-
-
 def test_gaussian_initialisation():
     adapter = LoraAdapter(4000, 20, 8, 8, init_lora_weights="gaussian")
     assert adapter.lora_A.std().item() == pytest.approx(1 / 8, rel=0.03)
@@ -44,22 +39,6 @@ def test_has_the_attributes_of_a_linear_layer():
     assert layer.weight is base.weight and layer.bias is base.bias
     assert (layer.in_features, layer.out_features) == (24, 20)
     assert "in_features=24, out_features=20, active=('default',)" in repr(layer) and "r=4" in repr(layer)
-
-
-def test_merging_by_itself():
-    layer = LoraLinear(nn.Linear(4, 4), LoraAdapter(4, 4, 1, 1, init_lora_weights=False))
-    with pytest.raises(RuntimeError, match="no adapter is merged"):
-        layer.unmerge()
-    assert layer.merge() == layer.merge_record_bytes > 0 and layer.is_merged
-    with pytest.raises(RuntimeError, match="adapter 'default' is already merged"):
-        layer.merge()
-    with pytest.raises(RuntimeError, match=r"'default' is merged and would not train; call unmerge\(model\)"):
-        layer(torch.randn(2, 4))
-    with torch.no_grad():
-        layer(torch.randn(2, 4))
-    layer.eval()(torch.randn(2, 4))
-    layer.unmerge()
-    assert layer.merge_record_bytes == 0 and not layer.is_merged
 
 
 @pytest.mark.parametrize(

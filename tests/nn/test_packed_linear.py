@@ -6,7 +6,6 @@ import copy
 import json
 import warnings
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ext import LoraConfig, functional, inject, load_adapter, merge, save_adapter
-from lora_ext.nn import LoraAdapter, LoraLinear, LoraPackedLinear, PackedAdapter
+from lora_ext.nn import LoraLinear, LoraPackedLinear
 
 IN, OUT = 10, 12
 ENABLED = [(True, False, True), (True, True, True), (False, True), (True,)]
@@ -105,18 +104,6 @@ def test_the_update_is_never_a_matrix_of_the_weights_size(monkeypatch):
     model = adapted(Fused())
     model(x_for(model))
     assert sizes == [((4, IN), (OUT, 4))]
-
-
-def test_a_layer_without_inject():
-    adapter = PackedAdapter(IN, OUT, np.int64(2), 4, enable_lora=[False, True])
-    layer = LoraPackedLinear(nn.Linear(IN, OUT), 2, adapter)
-    assert not adapter.lora_B.any() and adapter.lora_A.any() and "num_parts=2" in repr(layer)
-    x = torch.randn(3, IN)
-    torch.testing.assert_close(layer(x), layer.base_layer(x))
-    with pytest.raises(ValueError, match="has 3 parts, want 2"):
-        layer.add_adapter("b", PackedAdapter(IN, OUT, 2, 4, enable_lora=[True] * 3))
-    with pytest.raises(TypeError, match="the adapter is a LoraAdapter, want a PackedAdapter"):
-        layer.add_adapter("b", LoraAdapter(IN, OUT, 2, 4))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from support.shared_inputs import WIDTH, Net, assert_close, groups, net, some_x,
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ext import LoraConfig, inject, set_adapter
+from lora_ext import LoraConfig, inject
 from lora_ext.adapters import unload
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -154,20 +154,6 @@ def test_activation_checkpointing(reentrant, forwards, calls):
         assert groups(model) == {"qkv"}
 
 
-def test_layers_in_a_reentrant_part_share(calls):
-    """They read a tensor that the part makes, as in a decoder's layer, which begins with a norm."""
-
-    def run(block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(lambda x: block(x + 0), x, use_reentrant=True)
-
-    model, x = net(2, lora_dropout=0.3), some_x()
-    expected = step(net(2, lora_dropout=0.3), x)
-    for _ in range(3):
-        calls.clear()
-        assert_close(step(model, x, run), expected)
-    assert calls == [3, 1] * 4
-
-
 class InParts(nn.Module):
     """Runs each layer within a function that may be checkpointed, as gated units of large models do."""
 
@@ -224,30 +210,3 @@ def test_a_checkpoint_that_calls_a_layer_again(names):
     plain = copy.deepcopy(model)
     for _ in range(3):
         assert_close(loss(model, run), loss(plain, lambda part, x: part(x)))
-
-
-# --- graphs -----------------------------------------------------------------------------------------------------------
-
-
-def test_compiled_graphs_are_whole_and_an_adapter_switch_compiles_as_often_as_without_sharing():
-    counts = []
-    for share_inputs in (True, False):
-        torch._dynamo.reset()
-        model, x, graphs = net(2, share_inputs), some_x(), []
-        inject(model, LoraConfig(target_modules=["q", "k", "v", "o"], init_lora_weights=False), "second")
-
-        def backend(graph, inputs, graphs=graphs):
-            graphs.append(graph)
-            return graph.forward
-
-        compiled = torch.compile(model, fullgraph=True, backend=backend)
-        for name in ("default", "second", "default"):
-            set_adapter(model, name)
-            expected = step(model, x)
-            for _ in range(2):
-                assert_close(step(model, x, compiled=compiled), expected)
-        counts.append(len(graphs))
-    assert counts[0] == counts[1]
-
-
-# --- training and generation ------------------------------------------------------------------------------------------

@@ -59,8 +59,7 @@ def test_base_products(who):
     if who == _load.base_product():
         pytest.skip(f"{who} is in use: the tests themselves run with it")
     tests = {name: TESTS[name] for name in ("test_values", "test_base_product", "test_lora_grouped_linear")}
-    ways = Path(__file__).parents[1] / "peft" / "test_peft_ways.py"
-    run_tests(tests, ways, without=f"{OTHERS} or {WITHOUT_WEIGHT}", LORA_EXT_BASE_PRODUCT=who)
+    run_tests(tests, without=f"{OTHERS} or {WITHOUT_WEIGHT}", LORA_EXT_BASE_PRODUCT=who)
 
 
 # Ops whose kernels are those of lora_linear, of bits that test_layers_together_... compares.
@@ -70,9 +69,8 @@ OTHERS = "(test_values_and_gradients or any_number or of_any_strides) and (delta
 WITHOUT_WEIGHT = "bottleneck or (lora_grouped_ and not lora_grouped_linear)"
 
 
-def run_tests(tests: dict[str, list[str]], *files: Path, without: str = OTHERS, **environment: str) -> None:
+def run_tests(tests: dict[str, list[str]], without: str = OTHERS, **environment: str) -> None:
     paths = [f"{Path(__file__).parent / file}.py::{name}" for file, names in tests.items() for name in names]
-    paths += map(str, files)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", f"not ({without})"]
     result = run_python("-m", "pytest", *options, *paths, **environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

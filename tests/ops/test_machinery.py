@@ -80,7 +80,7 @@ def test_a_backward_returns_only_what_is_asked(op, output_mask):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @trains_or_not
 @each_op
 def test_compiled_whole_for_any_number_of_tokens(op, trains, backend):

@@ -52,19 +52,6 @@ def test_neighbours_in_a_mask_are_independent(dropout_p):
         assert abs((keep & other).double().mean() - kept**2) < limit, seed
 
 
-def test_the_numbers_of_a_mask_are_uniform():
-    """Chi-squared over the 256 values of a byte, for each byte of the words: 255 degrees of freedom."""
-    block = torch.arange(64).expand(2000, 64)
-    row = torch.arange(2000).unsqueeze(1).expand(2000, 64)
-    words = reference.philox4x32((block, torch.zeros_like(block), row, torch.zeros_like(row)), seed=7)
-    for word in words:
-        for shift in (0, 8, 16, 24):
-            counts = torch.bincount(((word >> shift) & 0xFF).flatten(), minlength=256).double()
-            expected = counts.sum() / 256
-            chi_squared = ((counts - expected) ** 2 / expected).sum()
-            assert abs(chi_squared - 255) < 5 * (2 * 255) ** 0.5, shift
-
-
 def test_without_dropout_it_is_two_linear_layers():
     base, down, up = nn.Linear(6, 5), nn.Linear(6, 2, bias=False), nn.Linear(2, 5, bias=False)
     x = torch.randn(3, 4, 6)

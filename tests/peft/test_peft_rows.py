@@ -46,26 +46,6 @@ def test_the_same_numbers(name, options, rows_added):
     torch.testing.assert_close(logits(restore(ours), ids), logits(theirs, ids))
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate(beams):
-    theirs, ours = model_with_adapters("llama")
-    options = {"adapter_names": NAMES, "num_beams": beams, "max_new_tokens": 4, "pad_token_id": 0}
-    ids = token_ids(5)
-    mask = (torch.arange(7) >= torch.tensor([[0], [2], [0], [1], [0]])).long()
-    tokens = [model.generate(input_ids=ids, attention_mask=mask, **options) for model in (theirs, ours)]
-    assert torch.equal(*tokens)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_and_16_bits(dtype):
-    theirs, ours = model_with_adapters("llama")
-    ids = token_ids(5)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
-        models = [model.to(dtype) for model in (theirs, ours)]
-        expected, actual = (model(input_ids=ids, adapter_names=NAMES).logits for model in models)
-    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.03)
-
-
 def mlp_pair(**options) -> tuple[nn.Module, nn.Module]:
     configs = [config(target_modules=["0", "2"], **options, r=r) for r in (4, 3, 2)]
     return pair(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)), *configs)

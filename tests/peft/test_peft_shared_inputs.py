@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from support.models import llama, logits, token_ids
 from support.peft_pairs import assert_same_step, config, pair
 from torch import nn
@@ -53,22 +52,3 @@ def test_layers_that_fall_back(options, change):
         change(model)
     assert_same(theirs, ours)
     assert groups(ours) == (set() if change is None else {"qv"})
-
-
-def test_a_variant_and_several_adapters():
-    theirs, ours = pair(llama(), config(**OPTIONS))
-    for model in (theirs, ours):
-        torch.manual_seed(1)
-        model.add_adapter("dora", config(target_modules=["k_proj"], use_dora=True))
-        model.add_adapter("other", config(**OPTIONS))
-    for name in ("other", "dora", "default"):
-        for model in (theirs, ours):
-            model.set_adapter(name)
-        assert_same(theirs, ours)
-        assert groups(ours) == (set() if name == "dora" else {"qkv"})
-    for model in (theirs, ours):
-        model.base_model.set_adapter(["default", "other"])
-    assert_same(theirs, ours)
-    assert groups(ours) == set()
-    with theirs.disable_adapter(), ours.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS))

@@ -128,58 +128,6 @@ def test_an_adapter_becomes_a_part_of_the_dequantised_model(checkpoint, quantiza
         torch.testing.assert_close(plain(batch).logits.float(), y, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "torchao-int8"])
-def test_trainer(checkpoint, quantization, tmp_path):
-    """Evaluates in between, loads the best model, resumes; Trainer refuses quantised models without adapters."""
-
-    every = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
-    options = {"per_device_train_batch_size": 4, "load_best_model_at_end": True, "learning_rate": 1e-2, "report_to": []}
-
-    def trainer(model, steps: int):
-        rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (16, 12), device="cpu").tolist()]
-        arguments = transformers.TrainingArguments(
-            tmp_path, max_steps=steps, use_cpu=not GPU, disable_tqdm=True, **every, **options
-        )
-        return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
-
-    bare = load(checkpoint, quantization)
-    with pytest.raises(ValueError, match="purely quantized models"):
-        trainer(bare, 4)
-    torch.manual_seed(5)
-    model = inject(bare, LoraConfig(**OPTIONS))
-    with unchanged_bytes(model):
-        torch.manual_seed(7)
-        run = trainer(model, 4)
-        run.train()
-        losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
-        assert losses[-1] < losses[0]
-        assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-3)
-    torch.manual_seed(5)
-    resumed = inject(load(checkpoint, quantization), LoraConfig(**OPTIONS))
-    torch.manual_seed(7)
-    run = trainer(resumed, 6)
-    run.train(resume_from_checkpoint=True)
-    assert run.state.global_step == 6
-    with pytest.raises(ValueError, match="purely quantized models"):
-        trainer(unload(model), 4)
-
-
-def test_gradient_checkpointing_and_kbit_preparation(checkpoint):
-    batch, results = ids(), []
-    for reentrant in (None, False, True):
-        model = load(checkpoint, "nf4")
-        if reentrant is not None:
-            how = {"use_reentrant": reentrant}
-            model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=how)
-        torch.manual_seed(0)
-        inject(model, LoraConfig(**OPTIONS, init_lora_weights=False))
-        results.append(train(model, batch))
-    expected, *others = results
-    for losses, gradients in others:
-        assert losses == pytest.approx(expected[0], rel=1e-5)
-        torch.testing.assert_close(gradients, expected[1], rtol=1e-3, atol=1e-6)
-
-
 def test_packed_conv1d_of_gpt2(tmp_path):
     """Transformers quantises the transpose of GPT-2's weights."""
     config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=1, n_head=2)

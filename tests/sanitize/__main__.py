@@ -26,6 +26,7 @@ from .sanitizers import SANITIZERS, Sanitizer, compiler
 
 OP_TESTS = (
     "ops/test_bad_arguments",
+    "ops/test_base_product",
     "ops/test_bottleneck",
     "ops/test_few_tokens",
     "ops/test_grouped",
@@ -39,7 +40,7 @@ OP_TESTS = (
     "merging/test_merges_of_models_refused",
     "nn/test_linear",
 )
-QUICK_TESTS = ("ops/test_few_tokens", "ops/test_merge_ops")
+QUICK_TESTS = ("ops/test_base_product", "ops/test_few_tokens", "ops/test_merge_ops")
 
 
 class Runner:

@@ -62,9 +62,7 @@ class Build:
     @functools.cached_property
     def cpp_tests(self) -> Path:
         """The program of tests/cpp, linked with the library's torch-free objects."""
-        sources = [
-            ROOT / "tests/cpp" / name for name in ("kernel_tests.cpp", "conversion_tests.cpp", "base_product_tests.cpp")
-        ]
+        sources = [ROOT / "tests/cpp" / name for name in ("kernel_tests.cpp", "conversion_tests.cpp")]
         kernels = [path for name, path in self.objects.items() if name.startswith("csrc/cpu/")]
         with self.cache.locked("cpp"):
             command = [compiler(), "-std=c++20", *_FLAGS, *self.sanitizer.flags, f"-I{ROOT / 'csrc'}"]

@@ -247,6 +247,14 @@ NET = {"model": Net()}, TypeError, "Net (model type None) is not supported; supp
 NO_METHOD = {"model": bert()}, ValueError, "BertForSequenceClassification is not adapted; call apply_method"
 RANK_0 = {"r": 0}, ValueError, "FUNCTION: r is 0, want at least 1"
 BIAS = {"lora_bias": True}, ValueError, "FUNCTION: lora_bias is True"
+TWO_ACTIVE = {"model": lambda: adapters.set_adapter(injected(), ["a", "b"]), "adapter_name": None}
+NO_CONFIG = {"directory": lambda path: damaged(path, "adapter_config.json", b"{")}
+NO_WEIGHTS = {"directory": lambda path: damaged(path, "adapter_model.safetensors", b"{}")}
+RANK_4 = {"model": lambda: inject(Net(), LoraConfig(r=4, target_modules=["up"]), "c")}
+RANK_1 = {"model": lambda: inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")}
+INJECTED_BERT = {"model": lambda: inject(bert(), LoraConfig(target_modules=["query"]))}
+MERGED_BERT = {"model": lambda: merge(adapted("lora", target_modules=["query"]))}
+FEW_DIRECTIONS = {"weight_svd": analysis.block_krylov_svd(torch.randn(4, 6), 1, seed=0)}
 
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     *((take, {"calibration": []}, ValueError, "FUNCTION: calibration ") for take in (merge, adapters.merge_and_unload)),
@@ -260,34 +268,14 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (save_adapter, *BARE),
     (save_adapter, {"save_embedding_layers": "yes"}, TypeError, "'yes' of type str, want True or False or 'auto'"),
     (save_adapter, {"adapter_name": "x"}, KeyError, f"save_adapter: there is {NO_ADAPTER}"),
-    (
-        save_adapter,
-        {"model": lambda: adapters.set_adapter(injected(), ["a", "b"]), "adapter_name": None},
-        ValueError,
-        "the active adapters are ['a', 'b'], want exactly one, or a name",
-    ),
+    (save_adapter, TWO_ACTIVE, ValueError, "the active adapters are ['a', 'b'], want exactly one, or a name"),
     (save_adapter, {"directory": lambda path: saved(path) / "adapter_config.json"}, OSError, "adapter_config.json"),
     (load_adapter, {"directory": "org/name"}, FileNotFoundError, "that huggingface_hub.snapshot_download"),
-    (
-        load_adapter,
-        {"directory": lambda path: damaged(path, "adapter_config.json", b"{")},
-        ValueError,
-        "adapter_config.json",
-    ),
-    (
-        load_adapter,
-        {"directory": lambda path: damaged(path, "adapter_model.safetensors", b"{}")},
-        ValueError,
-        "adapter_mode",
-    ),
+    (load_adapter, NO_CONFIG, ValueError, "adapter_config.json"),
+    (load_adapter, NO_WEIGHTS, ValueError, "adapter_mode"),
     (load_adapter, {"model": nn.Linear(2, 2)}, ValueError, "matches no module of Linear"),
     (load_adapter, {"model": injected}, ValueError, "'c' would not train; pass activate=True"),
-    (
-        load_adapter,
-        {"model": lambda: inject(Net(), LoraConfig(r=4, target_modules=["up"]), "c")},
-        ValueError,
-        "has r=2 but the model was injected with r=4",
-    ),
+    (load_adapter, RANK_4, ValueError, "has r=2 but the model was injected with r=4"),
     (load_adapter, {"model": merged}, RuntimeError, MERGED),
     (load_adapter, {"model": Net().to("meta")}, ValueError, ".0.up.lora_A.weight: the model is on the meta device"),
     (AdapterPool, {"dtype": torch.int8}, ValueError, "AdapterPool: dtype is torch.int8, want one of torch.float64"),
@@ -299,12 +287,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.set_adapter, *DISABLED),
     (adapters.add_weighted_adapter, *BARE),
     (adapters.add_weighted_adapter, {"adapters": ["a", "x"]}, KeyError, NO_ADAPTER),
-    (
-        adapters.add_weighted_adapter,
-        {"adapters": [], "weights": []},
-        ValueError,
-        "0 weights for 0 adapters; want one each",
-    ),
+    (adapters.add_weighted_adapter, {"adapters": [], "weights": []}, ValueError, "0 weights for 0 adapters; want one "),
     (adapters.add_weighted_adapter, {"weights": [1.0]}, ValueError, "1 weights for 2 adapters; want one each"),
     (adapters.add_weighted_adapter, {"weights": [1.0, NAN]}, ValueError, "weights are [1.0, nan], want finite numbers"),
     (adapters.add_weighted_adapter, {"adapter_name": "a"}, ValueError, f"adapter 'a' {TAKEN}"),
@@ -329,12 +312,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.hotswap_adapter, {"adapter_name": "x"}, KeyError, NO_ADAPTER),
     (adapters.hotswap_adapter, {"directory": lambda path: path / "none"}, FileNotFoundError, "none/adapter_config.jso"),
     (adapters.hotswap_adapter, {"model": merged}, RuntimeError, f"'a' is {MERGED}; call unmerge(model, 'a') first"),
-    (
-        adapters.hotswap_adapter,
-        {"model": lambda: inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")},
-        ValueError,
-        "rank",
-    ),
+    (adapters.hotswap_adapter, RANK_1, ValueError, "rank"),
     (adapters.prepare_hotswap, *BARE),
     (adapters.prepare_hotswap, {"adapter_name": "x"}, KeyError, NO_ADAPTER),
     (adapters.prepare_hotswap, {"r": 1}, ValueError, "r is 1, but 'blocks.0.up' has rank 2; choose at least 2"),
@@ -368,23 +346,13 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (methods.option_names, {"name": "x"}, ValueError, "name is 'x', want one of full, bitfit"),
     (methods.apply_method, *NET),
     (methods.apply_method, {"model": lambda: adapted()}, ValueError, "the model is adapted by adapter-h already"),
-    (
-        methods.apply_method,
-        {"model": lambda: inject(bert(), LoraConfig(target_modules=["query"]))},
-        ValueError,
-        "the model is injected already",
-    ),
+    (methods.apply_method, INJECTED_BERT, ValueError, "the model is injected already"),
     (methods.prepare_method, *NET),
     (methods.set_pooling, *NET),
     (methods.set_pooling, {"pooling": "max"}, ValueError, "pooling is 'max', want one of cls, mean"),
     (methods.set_pooling, {"model": lambda: methods.set_pooling(bert(), "cls")}, ValueError, "has the pooling 'cls' a"),
     (methods.remove_method, *NO_METHOD),
-    (
-        methods.remove_method,
-        {"model": lambda: merge(adapted("lora", target_modules=["query"]))},
-        RuntimeError,
-        "merged",
-    ),
+    (methods.remove_method, MERGED_BERT, RuntimeError, "merged"),
     (methods.save_method, *NO_METHOD),
     (methods.save_method, {"directory": lambda path: saved_method(path) / "method.json"}, OSError, "method.json"),
     (methods.load_method, *NET),
@@ -409,12 +377,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (analysis.block_krylov_svd, {"rank": 5}, ValueError, "block_krylov_svd: rank is 5, want 1 to 4, the smaller side"),
     (analysis.project, {"U": torch.randn(4, 2)}, ValueError, "project: U [4, 2] and V [4, 2] do not fit the weight [6"),
     (analysis.projection_table, {"weight": torch.randn(6, 4)}, ValueError, "update has shape [4, 6] but weight has [6"),
-    (
-        analysis.projection_table,
-        {"weight_svd": analysis.block_krylov_svd(torch.randn(4, 6), 1, seed=0)},
-        ValueError,
-        "weight_svd has 1 directions, want at least the 2 of update",
-    ),
+    (analysis.projection_table, FEW_DIRECTIONS, ValueError, "weight_svd has 1 directions, want at least the 2 of u"),
     (analysis.expected_random_norm, {"r": 5}, ValueError, "r is 5"),
     (analysis.expected_random_norm, {"in_features": 0}, ValueError, "in_features=0"),
     (analysis.leading_ranks, {"count": -1}, ValueError, "count is -1, want at least 0"),
@@ -422,12 +385,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (analysis.subspace_similarity, {"second": torch.eye(5)}, ValueError, "subspace_similarity: second has 5 rows but"),
     (analysis.orthonormal_columns, {"count": 5}, ValueError, "orthonormal_columns: count is 5, want 0 to dim=4"),
     (layers.LoraAdapter, {"r": True}, TypeError, "r is True of type bool, want an integer"),
-    (
-        adapters.add_weighted_adapter,
-        {"adapters": "a"},
-        TypeError,
-        "adapters is 'a' of type str, want a list of strings",
-    ),
+    (adapters.add_weighted_adapter, {"adapters": "a"}, TypeError, "adapters is 'a' of type str, want a list of strin"),
     (methods.load_method, {"trainable": 1}, TypeError, "trainable is 1 of type int, want True or False"),
     (inject, {"share_inputs": "yes"}, TypeError, "share_inputs is 'yes' of type str, want True or False"),
     (analysis.singular_basis, {"matrix": torch.zeros(2, 6).long()}, TypeError, "matrix has dtype int64, want one of"),
