@@ -55,6 +55,8 @@ OTHER_NUMBERS = {
     "scaling": [math.nan, math.inf, -1.0, 0.0],
     "dropout_p": [math.nan, 1.0, -0.1, 0.0, 1e-9],
     "output_mask": [(False,) * 3, (True,) * 2, (True,) * 3, (False, True, False)],
+    "first_row": [-1, 2**62],
+    "seed": [-(2**63), 2**64],
     "num_tokens": [-1, 0, 2**40],
     "in_features": [-1, 0, 2**62],
 }

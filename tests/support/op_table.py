@@ -577,6 +577,7 @@ def _merge_call(name: str) -> dict[str, Any]:
     weights = [hard_weight(5, 300, torch.float32), hard_weight(3, 20, torch.float32)]
     factors = [pack_factors(torch.float32, [update_factors(weight, 2, 0.1)]) for weight in weights]
     lists = {"weights": weights, "lora_As": [A for A, _ in factors], "lora_Bs": [B for _, B in factors]}
+    lists |= {"seeds": [], "first_rows": []}
     if name != "lora_unmerge_":
         return lists
     records = merge_all_("test", [weight.clone() for weight in weights], lists["lora_As"], lists["lora_Bs"])

@@ -42,6 +42,9 @@ def injected() -> Net:
     return inject(inject(Net().eval(), CONFIG, "a"), CONFIG, "b")
 
 
+NEAREST = {"rounding": "nearest", "seed": 0}
+
+
 def merged() -> Net:
     return merge(injected(), ["a"])
 
@@ -181,9 +184,9 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
     adapters.hotswap_adapter: lambda path: {"model": injected(), "directory": saved(path), "adapter_name": "a"},
     adapters.prepare_hotswap: lambda _: {"model": injected(), "r": 4, "adapter_name": "a"},
     # merging
-    merge: lambda _: {"model": injected(), "adapter_names": ["a"], "calibration": None},
+    merge: lambda _: {"model": injected(), "adapter_names": ["a"], "calibration": None} | NEAREST,
     unmerge: lambda _: {"model": merged(), "adapter_names": ["a"]},
-    adapters.merge_and_unload: lambda _: {"model": injected(), "adapter_names": ["a"], "calibration": None},
+    adapters.merge_and_unload: lambda _: {"model": injected(), "adapter_names": ["a"], "calibration": None} | NEAREST,
     adapters.unload: lambda _: {"model": injected()},
     # methods
     methods.new_method: lambda _: {"name": "adapter-h", "bottleneck_size": 4},
@@ -199,7 +202,12 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
     methods.save_method: lambda path: {"model": adapted(), "directory": path / "out"},
     methods.load_method: lambda path: {"model": bert(), "directory": saved_method(path), "trainable": False},
     methods.read_method: lambda path: {"directory": saved_method(path)},
-    integration.accelerate: lambda _: {"model": peft_model(), "share_inputs": True},
+    integration.accelerate: lambda _: {
+        "model": peft_model(),
+        "share_inputs": True,
+        "merge_rounding": "nearest",
+        "merge_seed": 0,
+    },
     integration.restore: lambda _: {"model": integration.accelerate(peft_model())},
     integration.report: lambda _: {"model": peft_model()},
     # layers
