@@ -53,9 +53,9 @@ EXPAND = dict(tensor_cores=True, wide_loads=True, wide_stores=True, dynamic_shar
 FAMILIES = [
     Family("dropout mask", r"^dropout_mask_kernel"),
     # float64 takes twice the registers, too many for two blocks.
-    Family("merge's plan, float64", r"^merge_kernel<double, 0>", blocks_per_sm=1, wide_loads=True),
+    Family("merge's plan, float64", r"^merge_kernel<double, 0,", blocks_per_sm=1, wide_loads=True),
     Family("merge, float64", r"^merge_kernel<double, ", blocks_per_sm=1, wide_loads=True, wide_stores=True),
-    Family("merge's plan", r"^merge_kernel<\w+, 0>", wide_loads=True),
+    Family("merge's plan", r"^merge_kernel<\w+, 0,", wide_loads=True),
     Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
     Family("pack factors", r"^mma::pack_factors_kernel"),
     Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
