@@ -3,7 +3,7 @@
     python benchmarks/bench_merge.py [--device cpu] [--rank 16] [--size 0.03] [--rounds 60] [--write]
 
 The times are for one weight, with Python: LoraLinear.merge() and .unmerge(), the same merge without a record (as in
-merge_and_unload), ``W.addmm_(B, A, alpha=s)`` and the same with -s, and PEFT's layer. ``--size`` is the ratio of the
+merge_and_unload), 16-bit weights rounded stochastically (with a record), ``W.addmm_(B, A, alpha=s)`` and the same with -s, and PEFT's layer. ``--size`` is the ratio of the
 update's standard deviation to the weight's. Factors are float32, as usual, for weights of either dtype; addmm_ takes
 one dtype, so its factors have the weight's. Contestants are timed only if they agree on the merged weight and unmerge
 restores every bit. A contestant's next merge starts from the result of its unmerge.
@@ -48,7 +48,7 @@ class Layers:
         self.peft = make_peft(copy.deepcopy(base), A, B, 0.0) if HAS_PEFT else None
         if self.peft:
             self.peft.base_layer.to(base.weight.dtype)  # make_peft converts it to the factors' dtype
-        self.plain, self.once = self.pristine.clone(), self.pristine.clone()
+        self.plain, self.once, self.drawn = (self.pristine.clone() for _ in range(3))
         self.factors = A, B
         self.A, self.B = A.to(self.plain.dtype), B.to(self.plain.dtype)
 
@@ -57,6 +57,12 @@ class Layers:
 
     def merge_without_record(self) -> None:
         functional.lora_merge_(self.once, *self.factors, ALPHA_OVER_R, record=False)
+
+    def merge_stochastically(self) -> None:
+        self.record = functional.lora_merge_(self.drawn, *self.factors, ALPHA_OVER_R, seed=1)
+
+    def unmerge_stochastically(self) -> None:
+        functional.lora_unmerge_(self.drawn, self.record)
 
     def check(self) -> tuple[float, float]:
         """Checks that all agree; returns record bytes per element, and the largest difference after PEFT's unmerge."""
@@ -103,6 +109,8 @@ def measure(widths: tuple[int, int], dtype: torch.dtype, args: argparse.Namespac
         "lora_ext": (layers.ours.merge, layers.ours.unmerge),
         "no record": (layers.merge_without_record, lambda: layers.once.copy_(layers.pristine)),
     }
+    if dtype.itemsize == 2:
+        pairs["stochastic"] = layers.merge_stochastically, layers.unmerge_stochastically
     if layers.peft:
         pairs["peft"] = layers.peft.merge, layers.peft.unmerge
     unmerges: dict[str, list[float]] = {name: [] for name in pairs}
@@ -118,7 +126,7 @@ def measure(widths: tuple[int, int], dtype: torch.dtype, args: argparse.Namespac
     unmerges = {name: seconds[-len(merges[name]) :] for name, seconds in unmerges.items()}  # without the warm-up
     reference = merges["addmm_"]
     columns = {f"merge, {name}": seconds for name, seconds in merges.items() if name != "addmm_"}
-    columns |= {f"unmerge, {name}": unmerges[name] for name in ("lora_ext", "peft") if name in unmerges}
+    columns |= {f"unmerge, {name}": unmerges[name] for name in ("lora_ext", "stochastic", "peft") if name in unmerges}
     return {
         "shape": [in_features, out_features],
         "dtype": report.dtype_name(dtype),
@@ -132,7 +140,7 @@ def measure(widths: tuple[int, int], dtype: torch.dtype, args: argparse.Namespac
 
 
 def table(rows: list[dict]) -> str:
-    names = list(rows[0]["ratio"])
+    names = max((list(row["ratio"]) for row in rows), key=len)
     cells = (
         ["{} -> {}".format(*row["shape"]), row["dtype"], f"{row['addmm_ms']:.3f}", *report.ratio_cells(row, names)]
         + [f"{row['record_bytes_per_element']:.3f}", f"{row['peft_leaves']:.1e}"]

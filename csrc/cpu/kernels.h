@@ -161,7 +161,8 @@ struct Kernels {
   void (*merge)(const MergeParams&, const MergeLayer&, const void* panels, int64_t begin, int64_t end);
   MergedRows (*merge_record)(const MergeParams&, const MergeLayer&, const void* panels, int64_t begin, int64_t end,
                              const NewRowRecords&, void* scratch);
-  void (*unmerge)(const MergeParams&, const MergeLayer&, const void* panels, int64_t begin, int64_t end, const RowRecords&);
+  void (*unmerge)(const MergeParams&, const MergeLayer&, const void* panels, int64_t begin, int64_t end,
+                  const RowRecords&);
 
   // Draws the mask bits of rows [begin, end): mask [num_tokens, mask_row_bytes(in_features)]
   void (*dropout_mask)(uint64_t seed, uint32_t threshold, int64_t in_features, int64_t begin, int64_t end,
