@@ -3,10 +3,11 @@
     python benchmarks/bench_merge.py [--device cpu] [--rank 16] [--size 0.03] [--rounds 60] [--write]
 
 The times are for one weight, with Python: LoraLinear.merge() and .unmerge(), the same merge without a record (as in
-merge_and_unload), 16-bit weights rounded stochastically (with a record), ``W.addmm_(B, A, alpha=s)`` and the same with -s, and PEFT's layer. ``--size`` is the ratio of the
-update's standard deviation to the weight's. Factors are float32, as usual, for weights of either dtype; addmm_ takes
-one dtype, so its factors have the weight's. Contestants are timed only if they agree on the merged weight and unmerge
-restores every bit. A contestant's next merge starts from the result of its unmerge.
+merge_and_unload), 16-bit weights rounded stochastically (with a record), ``W.addmm_(B, A, alpha=s)`` and the same with
+-s, and PEFT's layer. ``--size`` is the ratio of the update's standard deviation to the weight's. Factors are float32,
+as usual, for weights of either dtype; addmm_ takes one dtype, so its factors have the weight's. Contestants are timed
+only if they agree on the merged weight and unmerge restores every bit. A contestant's next merge starts from the result
+of its unmerge.
 
 A ratio compares the median with addmm_'s; the quartiles of the round-by-round ratios follow. A record's bytes are per
 element of the weight, without the copies of the factors. The last column is the largest difference that PEFT's unmerge
