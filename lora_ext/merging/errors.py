@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _PART_ELEMENTS = 1 << 20
-_SAMPLED_ROWS = 16
+_SAMPLED_ELEMENTS, _SAMPLED_ROWS = 1 << 13, 16  # so few that no other thread is woken for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Sample(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, A: Tensor, B: Tensor) -> Sample:
         """``weight [rows, cols]``, ``A [r, cols]``, ``B [rows, r]`` scaled."""
-        step = max(1, -(-len(weight) // _SAMPLED_ROWS))
+        rows = min(_SAMPLED_ROWS, max(1, _SAMPLED_ELEMENTS // max(1, weight.shape[1])))
+        step = max(1, -(-len(weight) // rows))
         with torch.autocast(weight.device.type, enabled=False):
             return cls(weight, step, weight[::step].to(A.dtype, copy=True), B[::step] @ A)
 
