@@ -37,7 +37,7 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     dtype = accumulation_dtype(weight.dtype)
     shrink = torch.ops.lora_ext.lora_shrink
     # In parts, because PyTorch converts 16 bits before it adds them up.
-    parts = _parts(weight) if weight.dtype is not dtype else (weight,)
+    parts = row_parts(weight) if weight.dtype is not dtype else (weight,)
     norms = [torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in parts]
     of_weight, of_both = norms[0] if len(norms) == 1 else torch.cat(norms), shrink(weight, lora_A)
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
@@ -101,8 +101,8 @@ def _rescaled(z: Tensor, factor: Tensor, base: Tensor | None) -> Tensor:
     if base is None or base.dim() < z.dim():
         bases = itertools.repeat(base if base is None else base.to(factor.dtype))
     else:
-        bases = _parts(_as_rows(base))
-    for of_z, of_y, of_base in zip(_parts(_as_rows(z)), _parts(_as_rows(y)), bases, strict=False):
+        bases = row_parts(_as_rows(base))
+    for of_z, of_y, of_base in zip(row_parts(_as_rows(z)), row_parts(_as_rows(y)), bases, strict=False):
         if of_base is None:
             torch.mul(of_z, factor, out=of_y)
         else:
@@ -115,8 +115,8 @@ def _gradients(grad_y: Tensor, z: Tensor | None, factor: Tensor, want_z: bool) -
     grad_z = torch.empty_like(grad_y, memory_format=torch.contiguous_format) if want_z else None
     grad_factor = None if z is None else torch.zeros_like(factor)
     none = itertools.repeat(None)
-    of_z, of_grad_z = (none if tensor is None else _parts(_as_rows(tensor)) for tensor in (z, grad_z))
-    for grads, values, out in zip(_parts(_as_rows(grad_y)), of_z, of_grad_z, strict=False):
+    of_z, of_grad_z = (none if tensor is None else row_parts(_as_rows(tensor)) for tensor in (z, grad_z))
+    for grads, values, out in zip(row_parts(_as_rows(grad_y)), of_z, of_grad_z, strict=False):
         grads = grads.to(factor.dtype)
         if values is not None:
             grad_factor += (grads * values).sum(0)
@@ -129,7 +129,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() != 2 else tensor
 
 
-def _parts(matrix: Tensor) -> Iterator[Tensor]:
+def row_parts(matrix: Tensor) -> Iterator[Tensor]:
     """Yields the rows of ``matrix`` in parts; in traces, all at once."""
     if torch.compiler.is_compiling():
         yield matrix

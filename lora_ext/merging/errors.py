@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_PART_ELEMENTS = 1 << 20
+from lora_ext._ops.dora import row_parts
+
 _SAMPLED_ELEMENTS, _SAMPLED_ROWS = 1 << 13, 16  # so few that no other thread is woken for them
 
 
@@ -36,26 +37,26 @@ class MergeError:
 
 
 class ErrorSums:
-    """Adds up the errors of parts of a layer's weight."""
+    """Adds up the errors of parts of a layer's weight: in the dtype of a sum within a part, in float64 over parts."""
 
     def __init__(self) -> None:
         self._sums, self._largest, self._numel = [], [], 0
 
     def add(self, old: Tensor, wanted: Tensor, new: Tensor) -> None:
-        """Adds ``[rows, cols]`` of the weight, of the sum and of the merged weight, in any dtypes."""
-        rows = max(1, _PART_ELEMENTS // max(1, old.shape[1]))
-        for before, target, after in zip(old.split(rows), wanted.split(rows), new.split(rows), strict=True):
-            before, target, after = before.double(), target.double(), after.double()
+        """Adds ``[rows, cols]`` of the weight, of the sum and of the merged weight; computes in the sum's dtype."""
+        for before, target, after in zip(*map(row_parts, (old, wanted, new)), strict=True):
+            before, after = before.to(target.dtype), after.to(target.dtype)
             update, change, error = target - before, after - before, target - after
             pairs = (change, update), (update, update), (error, error), (target, target)
-            sums = [(one * other).sum() for one, other in pairs]
-            self._sums.append(torch.stack([*sums, (change == 0).sum().double()]))
+            sums = [torch.dot(one.flatten(), other.flatten()) for one, other in pairs]
+            self._sums.append(torch.stack([*sums, (change == 0).sum().to(target.dtype)]))
             if error.numel():
-                self._largest.append(error.abs().max())
+                self._largest.append(error.abs_().max())
         self._numel += old.numel()
 
     def error(self) -> MergeError:
-        inner, update, error, total, unchanged = torch.stack(self._sums).sum(0).tolist() if self._sums else [0.0] * 5
+        sums = torch.stack(self._sums).double().sum(0).tolist() if self._sums else [0.0] * 5
+        inner, update, error, total, unchanged = sums
         return MergeError(
             largest=float(torch.stack(self._largest).max()) if self._largest else 0.0,
             relative=(error / total) ** 0.5 if total else 0.0,
