@@ -287,7 +287,7 @@ def _merge_next_to_merged(
 ) -> dict[LoraLayer, Outcome]:
     """Merges ``wanted`` in addition to what is merged."""
     names_of = {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}
-    return change_merged("merge", names_of, _where(wanted), inputs, seeds)
+    return change_merged("merge", names_of, _where(wanted), inputs, seeds, measure=True)
 
 
 def _warn_of_errors(caller: str, where: Mapping[LoraLayer, str], outcomes: Mapping[LoraLayer, Outcome]) -> None:

@@ -113,7 +113,7 @@ class Outcome(NamedTuple):
     Attributes:
         error: of quantising its weight again, or None if it is not quantised.
         kept: :attr:`MergeError.kept`, for 16-bit weights that are rounded to nearest an estimate from some rows of the
-            first one; 1 for others, where rounding takes nothing away.
+            first one. 1 for others: rounding takes nothing away, or ``error`` says what.
         dtype: the weight's.
     """
 
@@ -156,6 +156,7 @@ def change_merged(
     where: Mapping[Mergeable, str],
     inputs: Inputs = MappingProxyType({}),
     seeds: Seeds = MappingProxyType({}),
+    measure: bool = False,
 ) -> dict[Mergeable, Outcome]:
     """Merges exactly the adapters ``wanted`` into each layer; on an error, all layers stay as they are.
 
@@ -165,6 +166,7 @@ def change_merged(
         where: names each layer in messages, after "the weight": " of 'path'", or nothing.
         inputs: of layers whose quantised weights are rounded for these inputs.
         seeds: how each layer is rounded: stochastically with this seed, or to nearest. Others as they are merged now.
+        measure: return what rounding did to each layer's update; nothing otherwise.
 
     Raises:
         ValueError: a result would be NaN or infinite, or an update cannot be merged.
@@ -183,7 +185,7 @@ def change_merged(
     for layer in wanted:
         layer._merged = None
     try:
-        _merge(caller, targets, inputs)
+        _merge(caller, targets, inputs, measure=measure)
     except BaseException:  # nothing was merged: restore the previous state
         remerge(launches)
         restore(merged.quantized, merged_bytes)
@@ -195,7 +197,7 @@ def change_merged(
         matrices[target.layer][target.key] = MergedMatrix(target.ranks, target.record)
     for layer, held in matrices.items():
         layer._merged = MergeState(tuple(sorted(wanted[layer])), held, seeds[layer])
-    return _outcomes(targets)
+    return _outcomes(targets) if measure else {}
 
 
 @torch.no_grad()
@@ -219,8 +221,7 @@ def _outcomes(targets: list[_Target]) -> dict[Mergeable, Outcome]:
     outcomes: dict[Mergeable, Outcome] = {}
     for target in targets:  # a layer's first matrix is its weight, or a part of it
         if isinstance(target.view, QuantizedWeight):
-            error = target.record.error
-            outcome = Outcome(error, 1.0 if error is None else error.kept, target.view.sum_dtype)
+            outcome = Outcome(target.record.error, 1.0, target.view.sum_dtype)
         else:
             outcome = Outcome(None, target.kept, target.view.dtype)
         outcomes.setdefault(target.layer, outcome)
@@ -323,14 +324,14 @@ def _draws(caller: str, seed: LayerSeed, key: str, matrix: Matrix, into: Tensor 
     return draws_for(seed, key, int(rows[0]) if len(rows) else 0)
 
 
-def _merge(caller: str, targets: list[_Target], inputs: Inputs, record: bool = True) -> None:
+def _merge(caller: str, targets: list[_Target], inputs: Inputs, record: bool = True, measure: bool = True) -> None:
     """Merges into all matrices, on all ranks, or into none; sets their records.
 
     Quantised matrices always have a record, which holds the error; sharded ones too, because another rank may fail.
     """
     sharded = [target.sharded for target in targets if target.sharded is not None]
     try:
-        _merge_here(caller, targets, inputs, record or bool(sharded))
+        _merge_here(caller, targets, inputs, record or bool(sharded), measure)
     except BaseException:
         any_rank(sharded, True)
         raise
@@ -340,11 +341,11 @@ def _merge(caller: str, targets: list[_Target], inputs: Inputs, record: bool = T
         raise ValueError(f"{caller}: another rank cannot merge into its part of the weights; its message says why")
 
 
-def _merge_here(caller: str, targets: list[_Target], inputs: Inputs, record: bool) -> None:
+def _merge_here(caller: str, targets: list[_Target], inputs: Inputs, record: bool, measure: bool) -> None:
     quantized = [target for target in targets if isinstance(target.view, QuantizedWeight)]
     dense = [target for target in targets if not isinstance(target.view, QuantizedWeight)]
     made = merge_quantized_(caller, *_arguments(quantized), [inputs.get(target.layer) for target in quantized])
-    samples = _samples(dense)
+    samples = _samples(dense) if measure else {}
     try:
         draws = [target.draws for target in dense]
         others = merge_all_(caller, *_arguments(dense), record=record, draws=draws)
