@@ -35,17 +35,19 @@ class Draws(NamedTuple):
     first_row: int = 0
 
 
-def check_seed(caller: str, seed: int) -> None:
+def signed_seed(caller: str, seed: int) -> int:
+    """Returns the 64 bits of ``seed`` as a signed integer, as the ops take them. ValueError: it has more."""
     if not -_SEEDS // 2 <= seed < _SEEDS:
         raise ValueError(f"{caller}: seed is {seed}, want an integer of 64 bits")
+    return seed - _SEEDS if seed >= _SEEDS // 2 else seed
 
 
 def stochastic_seed(caller: str, rounding: str, seed: int) -> int | None:
     """Returns the seed of a merge that rounds stochastically, and None of one to nearest."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"{caller}: rounding is {rounding!r}, want one of {', '.join(map(repr, ROUNDINGS))}")
-    check_seed(caller, seed)
-    return seed if rounding == "stochastic" else None
+    signed = signed_seed(caller, seed)
+    return signed if rounding == "stochastic" else None
 
 
 def draws_for(layer: LayerSeed, key: str = "weight", first_row: int = 0) -> Draws:

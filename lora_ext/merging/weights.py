@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ from lora_ext._ops.checks import (
 )
 from lora_ext._ops.in_place import check_inference
 from lora_ext._ops.merge import refuse_weight_that_requires_grad
-from lora_ext.merging.rounding import Draws, check_rounds_stochastically, check_seed
+from lora_ext.merging.rounding import Draws, check_rounds_stochastically, signed_seed
 
 
 class Unmerge(NamedTuple):
@@ -146,12 +146,10 @@ def lora_merge_(
     check_merge_layer(op, weight, lora_A, lora_B)
     checks.check_scaling(op, scaling)
     refuse_weight_that_requires_grad(op, weight)
-    # float(): PyTorch cannot multiply by an integer of more than 63 bits.
-    draws = None
     if seed is not None:
-        check_seed(op, seed)
         check_rounds_stochastically(op, weight.dtype, "weight")
-        draws = [Draws((seed + (1 << 63)) % (1 << 64) - (1 << 63))]
+    draws = None if seed is None else [Draws(signed_seed(op, seed))]
+    # float(): PyTorch cannot multiply by an integer of more than 63 bits.
     A, B = pack_factors(weight.dtype, [(lora_A, lora_B, float(scaling))])
     return merge_all_(op, [weight], [A], [B], record=record, check=record, draws=draws)[0]
 
@@ -218,9 +216,7 @@ def merge_all_(
     draws = [None] * len(weights) if draws is None else draws
     parts = list(_groups(caller, weights, labels, draws).values())
     merges = [
-        _Merge(
-            *([tensors[i] for i in part] for tensors in (weights, lora_A, lora_B)), *_lists([draws[i] for i in part])
-        )
+        _Merge(*([values[i] for i in part] for values in (weights, lora_A, lora_B)), *_lists(draws[i] for i in part))
         for part in parts
     ]
     if record or check:
@@ -281,7 +277,7 @@ def prepare_unmerge(
     unmerges: list[Unmerge] = []
     for members in _groups(caller, weights, labels, [record.draws for record in records]).values():
         moved = [records[i].to(weights[i].device) for i in members]
-        drawn = _lists([r.draws for r in moved])
+        drawn = _lists(r.draws for r in moved)
         arguments = [weights[i] for i in members], [r.lora_A for r in moved], [r.lora_B for r in moved]
         if all(r.words is None for r in moved):
             unmerges.append(Unmerge(*arguments, [], [], *drawn))
@@ -316,7 +312,7 @@ def remerge(unmerges: Sequence[Unmerge]) -> None:
         _run(torch.ops.lora_ext.lora_merge_.default, *unmerge[:3], unmerge.seeds, unmerge.first_rows)
 
 
-def _lists(draws: Sequence[Draws | None]) -> tuple[list[int], list[int]]:
+def _lists(draws: Iterable[Draws | None]) -> tuple[list[int], list[int]]:
     """Returns the seeds and first rows of weights that all have random numbers, or empty lists."""
     drawn = [one for one in draws if one is not None]
     return [one.seed for one in drawn], [one.first_row for one in drawn]
