@@ -30,14 +30,9 @@ inline double dropout_rescale(uint32_t threshold) { return 65536.0 / (65536.0 - 
 
 // The mask byte of columns [8 * block, 8 * block + 8) of a row.
 LORA_EXT_HOST_DEVICE inline uint8_t dropout_mask_byte(uint64_t seed, int64_t row, uint32_t block, uint32_t threshold) {
-  const Philox4x32 words =
-      philox4x32({block, 0u, static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)},
-                 static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const Philox4x32 numbers = philox_block(seed, row, block);
   uint32_t bits = 0;
-  for (int i = 0; i < 4; ++i) {
-    bits |= static_cast<uint32_t>((words.v[i] & 0xFFFFu) >= threshold) << (2 * i);
-    bits |= static_cast<uint32_t>((words.v[i] >> 16) >= threshold) << (2 * i + 1);
-  }
+  for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(philox_number(numbers, i) >= threshold) << i;
   return static_cast<uint8_t>(bits);
 }
 

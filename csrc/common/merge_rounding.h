@@ -6,24 +6,15 @@
 // a random number is added to the bits that do not fit, which are then cut off. Nearest rounding loses an update that
 // is smaller than half of a unit in the last place; this one keeps it in the mean.
 //
-// Element (row, col) of a weight has a 16-bit random number by dropout.h's rule: number col % 8 of Philox block (row,
-// col / 8), the key of which is the weight's seed. It depends on the seed and on the position alone.
+// Element (row, col) of a weight has the 16-bit random number that it would have for a dropout mask: number col % 8 of
+// philox_block(seed, row, col / 8), with the weight's seed.
 #pragma once
 
 #include <cstdint>
 
-#include "philox.h"
+#include "philox.h"  // LORA_EXT_HOST_DEVICE
 
 namespace lora_ext {
-
-// The 16-bit random numbers of columns [8 * block, 8 * block + 8) of a row, low half of a word first.
-LORA_EXT_HOST_DEVICE inline Philox4x32 rounding_words(uint64_t seed, int64_t row, uint32_t block) {
-  return philox4x32({block, 0u, static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)},
-                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-}
-LORA_EXT_HOST_DEVICE inline uint32_t rounding_number(const Philox4x32& words, int i) {
-  return i % 2 == 0 ? words.v[i / 2] & 0xFFFFu : words.v[i / 2] >> 16;
-}
 
 // Bits of a float32 value that is not NaN -> bits of bfloat16. The carry may reach infinity.
 LORA_EXT_HOST_DEVICE inline uint16_t stochastic_bfloat16(uint32_t bits, uint32_t number) {

@@ -39,4 +39,15 @@ LORA_EXT_HOST_DEVICE inline Philox4x32 philox4x32(Philox4x32 counter, uint32_t k
   return counter;
 }
 
+// The block of columns [8 * block, 8 * block + 8) of a row: eight 16-bit numbers that depend on the seed and on the
+// position alone.
+LORA_EXT_HOST_DEVICE inline Philox4x32 philox_block(uint64_t seed, int64_t row, uint32_t block) {
+  return philox4x32({block, 0u, static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)},
+                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+// The number of column 8 * block + i: low half of a word first.
+LORA_EXT_HOST_DEVICE inline uint32_t philox_number(const Philox4x32& block, int i) {
+  return i % 2 == 0 ? block.v[i / 2] & 0xFFFFu : block.v[i / 2] >> 16;
+}
+
 }  // namespace lora_ext

@@ -27,8 +27,8 @@ struct Nearest {
     return bits_of(from_acc<T>(sum));
   }
   template <class T>
-  __device__ __forceinline__ Word<T> round_back(Acc<T> sum, int) const {
-    return bits_of(from_acc<T>(sum));
+  __device__ __forceinline__ Word<T> round_back(Acc<T> sum, int i) const {
+    return round<T>(sum, i);
   }
 };
 
@@ -39,21 +39,21 @@ __device__ __forceinline__ int after_stores(int value) {
   return value;
 }
 
-// A lane's eight columns have one Philox block.
+// A lane's eight columns are one Philox block.
 struct Stochastic {
   Philox4x32 words;
 
   __device__ Stochastic(const MergeLayer& layer, int row, int block)
-      : words(rounding_words(layer.seed, layer.first_row + after_stores(row), static_cast<uint32_t>(block))) {}
+      : words(philox_block(layer.seed, layer.first_row + after_stores(row), static_cast<uint32_t>(block))) {}
 
   // With the number n of column i, or with 65535 - n.
   template <class T>
   __device__ __forceinline__ Word<T> round(float sum, int i) const {
-    return round_with<T>(sum, rounding_number(words, i));
+    return round_with<T>(sum, philox_number(words, i));
   }
   template <class T>
   __device__ __forceinline__ Word<T> round_back(float sum, int i) const {
-    return round_with<T>(sum, rounding_number(words, i) ^ 0xFFFFu);
+    return round_with<T>(sum, philox_number(words, i) ^ 0xFFFFu);
   }
 
   template <class T>
