@@ -7,7 +7,9 @@ nothing, that nothing was written between the rows of a weight, and that every w
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,100 +30,73 @@ def num_segments(weight: Tensor) -> int:
     return weight.shape[0] * -(-weight.shape[1] // SEGMENT)
 
 
-def plan(
-    weights: list[Tensor],
-    As: list[Tensor],
-    Bs: list[Tensor],
-    schedule: int = 0,
-    library: Library | None = None,
-    seeds: list[int] | None = None,
-) -> tuple[Tensor, Tensor]:
+def plan(*layers: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     """Returns the number of non-finite results [layers], and the words of every segment's record [segments]."""
-    run = _Run(weights, As, Bs, schedule, library, seeds)
+    run = _Run(*layers, **options)
     run.count_words()
     weights_after = run.launch(Mode.PLAN)
-    for weight, after in zip(weights, weights_after, strict=True):
+    for weight, after in zip(run.weights, weights_after, strict=True):
         assert torch.equal(_bytes(weight), _bytes(after)), "the plan wrote to a weight"
     return run.counts()
 
 
-def check(
-    weights: list[Tensor],
-    As: list[Tensor],
-    Bs: list[Tensor],
-    schedule: int = 0,
-    library: Library | None = None,
-    seeds: list[int] | None = None,
-) -> Tensor:
+def check(*layers: list[Tensor], **options: Any) -> Tensor:
     """Returns the number of non-finite results [layers], as ``lora_merge_check`` does: without words."""
-    run = _Run(weights, As, Bs, schedule, library, seeds)
-    non_finite = run.library.upload(torch.zeros(len(weights), dtype=torch.int64), "non_finite")
+    run = _Run(*layers, **options)
+    non_finite = run.library.upload(torch.zeros(len(run.weights), dtype=torch.int64), "non_finite")
     for i, layer in enumerate(run.layers):
         layer.non_finite = non_finite + 8 * i
     run.launch(Mode.PLAN)
-    return run.library.download(non_finite, (len(weights),), torch.int64, "non_finite")
+    return run.library.download(non_finite, (len(run.weights),), torch.int64, "non_finite")
 
 
-def merge(
-    weights: list[Tensor],
-    As: list[Tensor],
-    Bs: list[Tensor],
-    schedule: int = 0,
-    library: Library | None = None,
-    seeds: list[int] | None = None,
-) -> list[Tensor]:
-    return _Run(weights, As, Bs, schedule, library, seeds).launch(Mode.MERGE)
+def merge(*layers: list[Tensor], **options: Any) -> list[Tensor]:
+    return _Run(*layers, **options).launch(Mode.MERGE)
 
 
 def merge_record(
-    weights: list[Tensor],
-    As: list[Tensor],
-    Bs: list[Tensor],
-    ends: Tensor,
-    corrections: list[Tensor] | list[int],
-    schedule: int = 0,
-    library: Library | None = None,
-    garbage: bool = False,
-    seeds: list[int] | None = None,
+    *layers: list[Tensor], ends: Tensor, corrections: list[Tensor] | list[int], garbage: bool = False, **options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the merged weights and their corrections.
 
     corrections: their lengths, or their initial contents. garbage: `ends` does not fit, and lanes may race.
     """
-    run = _Run(weights, As, Bs, schedule, library, seeds)
+    run = _Run(*layers, **options)
     run.set_record(ends, corrections, garbage)
     return run.launch(Mode.MERGE_RECORD), run.corrections()
 
 
 def unmerge(
-    weights: list[Tensor],
-    As: list[Tensor],
-    Bs: list[Tensor],
+    *layers: list[Tensor],
     ends: Tensor | None = None,
-    corrections: list[Tensor] = (),
-    schedule: int = 0,
-    library: Library | None = None,
+    corrections: Sequence[Tensor] = (),
     garbage: bool = False,
-    seeds: list[int] | None = None,
+    **options: Any,
 ) -> list[Tensor]:
     """Returns the unmerged weights. garbage: the record comes from no merge, and lanes may race."""
-    run = _Run(weights, As, Bs, schedule, library, seeds)
+    run = _Run(*layers, **options)
     if ends is not None:
         run.set_record(ends, corrections, garbage)
     return run.launch(Mode.UNMERGE)
 
 
 class _Run:
-    """A call: its parameters, and its layers in device memory."""
+    """A call: its parameters, and its layers in device memory.
+
+    Args:
+        weights, As, Bs: one entry for each layer, as the functions above take them.
+        schedule, library, seeds: their options. The order of threads, what runs them, and for each layer the seed of
+            its stochastic rounding.
+    """
 
     def __init__(
         self,
         weights: list[Tensor],
         As: list[Tensor],
         Bs: list[Tensor],
-        schedule: int,
-        library: Library | None,
-        seeds: list[int] | None,
+        schedule: int = 0,
+        library: Library | None = None,
+        seeds: list[int] | None = None,
     ):
         self.library = library or kernels()
         self.library.reset(schedule)

@@ -49,7 +49,7 @@ def whole_cycle(
     assert torch.equal(words, torch.cat([layer_words.flatten() for layer_words in cpu_words]))
     lengths = [record.numel() for record in cpu_corrections]
     ends = words.cumsum(0)
-    results, corrections = merge_ops.merge_record(weights, As, Bs, ends, lengths, **options)
+    results, corrections = merge_ops.merge_record(weights, As, Bs, ends=ends, corrections=lengths, **options)
     assert all(map(same_bits, results, on_cpu))
     assert all(map(same_bits, merge_ops.merge(weights, As, Bs, **options), on_cpu))
     assert all(map(torch.equal, corrections, cpu_corrections))
@@ -58,7 +58,9 @@ def whole_cycle(
     places = [weight.clone() if weight.is_contiguous() else in_place_of(weight) for weight in weights]
     for place, result in zip(places, results, strict=True):
         place.copy_(result)
-    assert all(map(same_bits, merge_ops.unmerge(places, As, Bs, ends, corrections, **options), weights))
+    assert all(
+        map(same_bits, merge_ops.unmerge(places, As, Bs, ends=ends, corrections=corrections, **options), weights)
+    )
 
     candidates = merge_ops.unmerge(places, As, Bs, **options)
     torch.ops.lora_ext.lora_unmerge_(on_cpu, As, Bs, [], [], *draws)
@@ -240,12 +242,12 @@ def test_non_finite_results_are_counted(dtype, schedule):
     layers[3][0][5, 6], layers[3][1][:, 6], layers[3][2][5] = limit, limit / 8, 4.0  # overflows
     layers[1][0][:, 256] = torch.full((9,), -1, dtype=bits(layers[1][0]).dtype).view(dtype)  # another NaN
     weights, As, Bs = map(list, zip(*layers, strict=True))
-    non_finite, words = merge_ops.plan(weights, As, Bs, schedule)
+    non_finite, words = merge_ops.plan(weights, As, Bs, schedule=schedule)
     assert non_finite.tolist() == [3, 9, 300, 1, 0]
     on_cpu = [torch.ops.lora_ext.lora_merge_record_([weight.clone()], [A], [B]) for weight, A, B in layers]
     assert [int(counts) for counts, _, _ in on_cpu] == non_finite.tolist()
     assert torch.equal(words[-18:], on_cpu[-1][1][0].flatten())  # of the finite results
-    assert torch.equal(merge_ops.check(weights, As, Bs, schedule), non_finite)
+    assert torch.equal(merge_ops.check(weights, As, Bs, schedule=schedule), non_finite)
 
 
 GARBAGE = {
@@ -269,12 +271,12 @@ def test_a_record_that_does_not_fit_touches_nothing_outside(dtype, garbage):
     lengths = [int(part.sum()) for part in words.split([merge_ops.num_segments(weight) for weight in weights])]
     ends = GARBAGE[garbage](words.cumsum(0))
     before = [random_words(length) for length in lengths]
-    results, after = merge_ops.merge_record(weights, As, Bs, ends, before, garbage=True)
+    results, after = merge_ops.merge_record(weights, As, Bs, ends=ends, corrections=before, garbage=True)
     assert all(map(same_bits, results, merge_ops.merge(weights, As, Bs)))
     if garbage in ("zeros", "negative", "huge"):
         assert all(map(torch.equal, before, after))
     for record in (before, after):
-        merge_ops.unmerge(results, As, Bs, ends, record, garbage=True)
+        merge_ops.unmerge(results, As, Bs, ends=ends, corrections=record, garbage=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
@@ -284,7 +286,8 @@ def test_a_record_that_is_a_word_short(dtype):
     layer = [weight[:, 256:512].contiguous()], [A[:, 256:512].contiguous()], [B]  # a few corrections of one unit
     words = merge_ops.plan(*layer)[1].long()
     assert 1 < words < 256
-    results, _ = merge_ops.merge_record(*layer, words - 1, [random_words(int(words) - 1)], garbage=True)
+    short = [random_words(int(words) - 1)]
+    results, _ = merge_ops.merge_record(*layer, ends=words - 1, corrections=short, garbage=True)
     assert same_bits(results[0], merge_ops.merge(*layer)[0])
 
 
