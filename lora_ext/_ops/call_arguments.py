@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-from lora_ext._ops.usual_calls import autocast_device
+from lora_ext._ops.fast_path import autocast_device
 
 _INT64_MAX = torch.iinfo(torch.int64).max
 _RANGE = 2**62  # of the seeds of a rank other than 0

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._ops import composite, composite_grouped, flops
+from lora_ext._ops.fast_path import takes_fast_path
 from lora_ext._ops.in_place import check_inference, check_recorded_change, check_saved, count_change
 from lora_ext._ops.registration import (
     LIBRARY,
@@ -23,7 +24,6 @@ from lora_ext._ops.registration import (
     register_composite,
     register_op,
 )
-from lora_ext._ops.usual_calls import is_usual_call
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
@@ -134,13 +134,13 @@ def _split_wanted(ctx) -> tuple[bool, tuple, tuple]:
 
 
 def lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed) -> None:
-    """Calls the op; a usual call without gradients skips the dispatcher's round through the autograd kernel below.
+    """Calls the op; without gradients the fast path skips the dispatcher's round through the autograd kernel below.
 
     That round converts lists of 64 factors once more, which takes 20 us.
     """
     check_inference("lora_grouped_", "y", y)
     tensors = y, x, *lora_As, *lora_Bs, group_of_row, scalings, ranks, seed
-    if is_usual_call(*tensors) and not any_requires_grad(*tensors):
+    if takes_fast_path(*tensors) and not any_requires_grad(*tensors):
         with below_autograd():
             _op(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
         count_change(y)
@@ -185,7 +185,7 @@ def lora_grouped_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scaling
     tensors = x, weight, *lora_As, *lora_Bs, group_of_row, scalings, bias, ranks
     if x.device.type != "cpu" or any_requires_grad(*tensors):
         return None
-    if not is_usual_call(*tensors):
+    if not takes_fast_path(*tensors):
         return _linear_op(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
     with below_autograd():
         return _linear_op(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)

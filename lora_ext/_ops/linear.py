@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._ops import checks, composite, flops
+from lora_ext._ops.fast_path import lean_apply, takes_fast_path
 from lora_ext._ops.in_place import check_inference, check_recorded_change, check_saved, count_change
 from lora_ext._ops.registration import (
     LIBRARY,
@@ -31,7 +32,6 @@ from lora_ext._ops.registration import (
     register_op,
     weight_gradient,
 )
-from lora_ext._ops.usual_calls import is_usual_call, lean_apply
 
 # --- fake kernels: shapes and dtypes only -----------------------------------------------------------------------------
 
@@ -215,8 +215,8 @@ _lean_apply = lean_apply(_Layers, num_tensors=-4)
 
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> Tensor:
-    """Calls the op for y alone; a usual call skips the dispatcher's round through the autograd kernel below."""
-    if not is_usual_call(x, weight, bias, lora_A, lora_B):
+    """Calls the op for y alone; the fast path skips the dispatcher's round through the autograd kernel below."""
+    if not takes_fast_path(x, weight, bias, lora_A, lora_B):
         return _linear_op(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
     if any_requires_grad(lora_A, lora_B, x, weight, bias):
         return _lean_apply(bias, x, weight, lora_A, lora_B, scaling, dropout_p, seed, None)
@@ -227,7 +227,7 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed) -> Te
 def lora_linear_siblings(x, weights, biases, bases, lora_As, lora_Bs, scalings, dropout_p, seed) -> list[Tensor]:
     """Calls the op for the ys alone, as :func:`lora_linear`."""
     tensors = _one_after_the_other(x, weights, biases, bases, lora_As, lora_Bs, scalings)
-    if tensors is not None and is_usual_call(*tensors):
+    if tensors is not None and takes_fast_path(*tensors):
         if any_requires_grad(*lora_As, *tensors):
             return list(_lean_apply(*tensors, scalings, dropout_p, seed, None))
         with below_autograd():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_ext import _load, functional
-from lora_ext._ops.usual_calls import is_usual_call
+from lora_ext._ops.fast_path import takes_fast_path
 
 LEAST_ELEMENTS = 1 << 20
 """Elements of a weight for few tokens. For smaller ones the call takes as long as what the kernel saves."""
@@ -62,7 +62,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or not has_kernel(x, weight)
         or torch.is_autocast_enabled("cpu")
         or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
-        or not is_usual_call(x, weight, bias)
+        or not takes_fast_path(x, weight, bias)
     ):
         return F.linear(x, weight, bias)
     return functional.lora_grouped_linear(x, weight, bias, *_no_adapters(*weight.shape, weight.dtype))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import functional
-from lora_ext._ops.usual_calls import autocast_device, call_state
+from lora_ext._ops.fast_path import autocast_device, call_state
 from lora_ext.nn.base_layer import plain_linear, runs_quantized_product
 
 LARGEST = 8  # layers of lora_linear_siblings

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_ext import functional
 from lora_ext._ops import linear
-from lora_ext._ops.usual_calls import is_usual_state
+from lora_ext._ops.fast_path import is_plain_state
 from lora_ext.nn import LoraAdapter, LoraLinear
 
 
@@ -60,32 +60,32 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_unusual_states_are_noticed(state):
-    assert is_usual_state()
+def test_other_states_are_noticed(state):
+    assert is_plain_state()
     with STATES[state]():
-        assert not is_usual_state()
-    assert is_usual_state()
+        assert not is_plain_state()
+    assert is_plain_state()
 
 
 def test_transforms_are_noticed():
     states = []
-    torch.func.vmap(lambda x: (states.append(is_usual_state()), x)[1])(torch.zeros(2))
-    torch.func.grad(lambda x: (states.append(is_usual_state()), x)[1])(torch.zeros(()))
+    torch.func.vmap(lambda x: (states.append(is_plain_state()), x)[1])(torch.zeros(2))
+    torch.func.grad(lambda x: (states.append(is_plain_state()), x)[1])(torch.zeros(()))
     with torch.autograd.forward_ad.dual_level():
-        states.append(is_usual_state())
+        states.append(is_plain_state())
     assert states == [False, False, False]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("context", ["torch.inference_mode()", "torch.autocast('cpu')"])
-def test_the_usual_state_is_not_the_one_of_the_import(context):
+def test_the_plain_state_is_not_the_one_of_the_import(context):
     program = f"""
 import torch
 with {context}:
     import lora_ext
-    from lora_ext._ops.usual_calls import is_usual_state
-    assert not is_usual_state()
-assert is_usual_state()
+    from lora_ext._ops.fast_path import is_plain_state
+    assert not is_plain_state()
+assert is_plain_state()
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -1,6 +1,6 @@
-"""Tells usual calls of ops apart: those that go to autograd and then to the kernel, which nothing else is to see.
+"""Finds calls for the fast path: those that go to autograd and then to the kernel, which nothing else is to see.
 
-A usual call may skip the dispatcher's way through Python, which costs microseconds. And calls of two layers in the same
+They may skip the dispatcher's way through Python, which costs microseconds. And calls of two layers in the same
 state compute the same from the same arguments, so that layers that read one tensor can be computed together.
 """
 
@@ -32,17 +32,17 @@ _named = torch._C._parse_dispatch_key("Named")  # None: newer releases have no s
 # Excluded in the backward of torch 2.11; it concerns tensors with names only.
 _NAMED = 0 if _named is None else torch._C.DispatchKeySet(_named).raw_repr()
 with ThreadPoolExecutor(1) as _new_thread:  # this one may be within autocast, inference mode, a transform, ...
-    _USUAL_INCLUDED, _USUAL_EXCLUDED = _new_thread.submit(_dispatch_state).result()
+    _PLAIN_INCLUDED, _PLAIN_EXCLUDED = _new_thread.submit(_dispatch_state).result()
 
 
-def is_usual_state() -> bool:
+def is_plain_state() -> bool:
     """Returns whether this thread's calls go to autograd and then to the kernel, and nothing else is to see them.
 
     Autocast, inference mode, modes and transforms, tracing: all of them change the dispatch keys of the thread.
     """
     return (
-        _included().raw_repr() == _USUAL_INCLUDED
-        and _excluded().raw_repr() | _NAMED == _USUAL_EXCLUDED
+        _included().raw_repr() == _PLAIN_INCLUDED
+        and _excluded().raw_repr() | _NAMED == _PLAIN_EXCLUDED
         and forward_ad._current_level < 0
     )
 
@@ -60,16 +60,16 @@ def autocast_device(tensor: Tensor) -> str:
 def call_state(x: Tensor) -> tuple | None:
     """Returns the state of ``x`` and all else that decides, next to the arguments, what a call with ``x`` computes.
 
-    None if more than autocast or a dispatch mode distinguishes the state from the usual one (:func:`is_usual_state`),
+    None if more than autocast or a dispatch mode distinguishes the state from the plain one (:func:`is_plain_state`),
     or if ``x`` is a subclass or an inference tensor.
     """
     if type(x) is not Tensor or x.is_inference() or forward_ad._current_level >= 0:
         return None
     autocast, (included, excluded) = None, _dispatch_state()
-    if included != _USUAL_INCLUDED and included & ~_MODES != _USUAL_INCLUDED:
+    if included != _PLAIN_INCLUDED and included & ~_MODES != _PLAIN_INCLUDED:
         return None
-    if excluded != _USUAL_EXCLUDED:
-        if excluded | _AUTOCAST != _USUAL_EXCLUDED | _AUTOCAST:
+    if excluded != _PLAIN_EXCLUDED:
+        if excluded | _AUTOCAST != _PLAIN_EXCLUDED | _AUTOCAST:
             return None
         autocast = torch.get_autocast_dtype(autocast_device(x))
     stream = _stream(x) if x.is_cuda else None
@@ -81,13 +81,13 @@ def _stream(x: Tensor) -> tuple[torch.cuda.Stream, bool]:
     return torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
 
 
-def is_usual_call(*tensors: Tensor | None) -> bool:
-    """Returns whether Python may decide in the dispatcher's place: :func:`is_usual_state`, and no tensor subclass."""
-    return is_usual_state() and not has_torch_function_variadic(*tensors)
+def takes_fast_path(*tensors: Tensor | None) -> bool:
+    """Returns whether Python may decide in the dispatcher's place: :func:`is_plain_state`, and no tensor subclass."""
+    return is_plain_state() and not has_torch_function_variadic(*tensors)
 
 
 def lean_apply(function: type[torch.autograd.Function], num_tensors: int) -> Callable:
-    """Returns ``function.apply`` without what that does for torch.func, for usual calls; tensors come first."""
+    """Returns ``function.apply`` without what that does for torch.func, for the fast path; tensors come first."""
     lean = super(torch.autograd.Function, function).apply
 
     def apply(*arguments):
