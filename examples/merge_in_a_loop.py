@@ -7,7 +7,6 @@ weights have drifted after the last unmerge, and how far what is sampled is from
 """
 
 import sys
-import warnings
 
 import peft
 import torch
@@ -68,7 +67,6 @@ def run(way, steps):
 
 
 def main(steps=1000):
-    warnings.filterwarnings("ignore", category=UserWarning)
     results = {}
     for way in WAYS:
         torch.manual_seed(1)

@@ -82,7 +82,7 @@ constexpr bool is_changed(const char* schema, int index) {
   return type.size() > 6 && type[6] == '(';
 }
 
-// What a schema says of an argument, found when the schema is compiled: a call must not parse it.
+// An argument's name, and whether the op changes it. Read from the schema at compile time, not in each call.
 struct Parameter {
   std::string_view name;
   bool changes;

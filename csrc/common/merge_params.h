@@ -53,7 +53,7 @@ struct MergeLayer {
   int64_t* num_words;   // [1]: the sum of words is added
   int64_t weight_stride, num_corrections;
   int64_t first_segment;  // index of this layer's first segment in ends
-  // Of a stochastic merge: the key of its random numbers, and the first row's place in the whole weight.
+  // Stochastic merges: the seed of the random numbers, and the number of the first row in the whole weight.
   uint64_t seed;
   int64_t first_row;
 };

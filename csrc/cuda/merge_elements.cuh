@@ -76,7 +76,7 @@ template <class T>
 __device__ __forceinline__ Acc<T> sum_of(Word<T> weight, Acc<T> update) {
   return to_acc(element_of<T>(weight)) + update;
 }
-// What unmerging computes from a merged element.
+// The element before the merge, up to its correction: round'(acc(merged) - update).
 template <class T, class Rounding>
 __device__ __forceinline__ Word<T> candidate_of(Word<T> merged, Acc<T> update, const Rounding& rounding, int i) {
   return rounding.template round_back<T>(sum_of<T>(merged, -update), i);

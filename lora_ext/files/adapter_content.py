@@ -1,4 +1,4 @@
-"""What the files of a model's adapter hold: its config and tensors in PEFT's form, and perhaps base layers.
+"""The content of an adapter's files: its config and tensors in PEFT's form, and base layers where they are saved, too.
 
 ``enable_lora`` is an option that PEFT does not support. Such an adapter is saved so that PEFT can load it: the stacked
 ``lora_A`` and the block-diagonal ``lora_B`` of the enabled parts are the factors of one update of the whole layer, of

@@ -108,7 +108,7 @@ class MergeState:
 
 
 class Outcome(NamedTuple):
-    """What rounding did to a layer's update.
+    """The rounding error of a layer's merge.
 
     Attributes:
         error: of quantising its weight again, or None if it is not quantised.
@@ -166,7 +166,7 @@ def change_merged(
         where: names each layer in messages, after "the weight": " of 'path'", or nothing.
         inputs: of layers whose quantised weights are rounded for these inputs.
         seeds: how each layer is rounded: stochastically with this seed, or to nearest. Others as they are merged now.
-        measure: return what rounding did to each layer's update; nothing otherwise.
+        measure: return the rounding error of each layer; otherwise the result is empty.
 
     Raises:
         ValueError: a result would be NaN or infinite, or an update cannot be merged.
