@@ -79,6 +79,7 @@ TORCH_FLAGS = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # -
 TORCH_FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast"]
 CXX_FLAGS += ["-fno-math-errno", f"-ffile-prefix-map={ROOT}/="]  # error messages carry no build paths
+LINK_FLAGS = [f"-Wl,--version-script={ROOT / 'csrc/exports.map'}"]
 COMMON = {"depends": HEADERS, "language": "c++", "library_dirs": cpp_extension.library_paths()}
 FACTS = {
     "version": VERSION,
@@ -93,18 +94,19 @@ FACTS = {
 extensions = [
     Extension(
         "lora_ext.liblora_ext",
-        sources("library.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
+        sources("library.cpp", "older_systems.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
         extra_compile_args={"cxx": [*CXX_FLAGS, *TORCH_FLAGS]},
-        extra_link_args=["-ltorch_cpu", "-Wl,-z,defs"],
+        extra_link_args=[*LINK_FLAGS, "-ltorch_cpu", "-Wl,-z,defs"],
         **COMMON,
     ),
     Extension(
         "lora_ext._C",
-        sources("python.cpp", "cuda/*.cpp"),
+        sources("python.cpp", "older_systems.cpp", "cuda/*.cpp"),
         depends=HEADERS,
         language="c++",
         py_limited_api=HAS_STABLE_ABI,
         extra_compile_args={"cxx": CXX_FLAGS},
+        extra_link_args=LINK_FLAGS,
     ),
 ]
 if CUDA_HOME:
@@ -113,14 +115,14 @@ if CUDA_HOME:
     gencode += [f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"] if PTX_ARCH else []
     cuda_extension = Extension(
         "lora_ext.liblora_ext_cuda",
-        sources("bindings/cuda_*.cpp", "cuda/*.cpp", "cuda/**/*.cu"),
+        sources("older_systems.cpp", "bindings/cuda_*.cpp", "cuda/*.cpp", "cuda/**/*.cu"),
         include_dirs=[str(CUDA_HOME / "include")],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *TORCH_FLAGS, "-DUSE_CUDA"],
             "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall", *gencode],
         },
         # libtorch.so needs libtorch_cuda.so in CUDA builds of torch, and exists in every build.
-        extra_link_args=["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state", "-ltorch_cpu"]
+        extra_link_args=[*LINK_FLAGS, "-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state", "-ltorch_cpu"]
         + [f"-L{CUDA_HOME}/lib64", f"-L{CUDA_HOME}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
         **COMMON,
     )
