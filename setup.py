@@ -7,6 +7,7 @@ wheel that it builds is for its version alone.)
 Environment variables:
     LORA_EXT_CUDA        0: never build the CUDA part; 1: fail without it; unset: build it if nvcc is found
     LORA_EXT_CUDA_ARCHS  architectures to build for, for example "90a" or "80,90a,120"
+    LORA_EXT_LABEL       1: the version says what was built, as PyTorch's does: 0.2.0+cpu, 0.2.0+cu130
     CUDA_HOME            the CUDA toolkit; default: that of nvcc on PATH, then pip's nvidia-cuda-nvcc
     MAX_JOBS             parallel compiler processes (read by torch)
 """
@@ -29,7 +30,6 @@ TORCH_TARGET = (2, 11)  # the oldest torch that the binary runs with: it uses th
 MIN_NVCC = (12, 8)  # the first with sm_120
 CUDA_ARCHS = "80,90a,100,120"  # sm_80 code also runs on sm_86 and sm_89
 
-VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
 HAS_STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
@@ -71,6 +71,9 @@ def choose_cuda() -> tuple[Path | None, str, str]:
 
 HEADERS = sources("**/*.h", "**/*.cuh", "**/*.inc")
 CUDA_HOME, NVCC_VERSION, NO_CUDA_REASON = choose_cuda()
+LABEL = f"+cu{NVCC_VERSION.replace('.', '')}" if CUDA_HOME else "+cpu"
+LABEL = LABEL if os.environ.get("LORA_EXT_LABEL") == "1" else ""
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1] + LABEL
 ARCHS = re.split(r"[,; ]+", os.environ.get("LORA_EXT_CUDA_ARCHS") or CUDA_ARCHS)
 # PTX of the oldest one, which the driver compiles for cards that are newer than all of them. That of 90a fits no other.
 PTX_ARCH = str(min(map(int, filter(str.isdigit, ARCHS)), default=""))
@@ -178,5 +181,5 @@ class BuildCuda(BuildExtension):  # for `make cuda`: the CUDA library alone, nex
         self.extensions = [extension for extension in self.extensions if extension.name.endswith("_cuda")]
 
 
-options = {"bdist_wheel": {"py_limited_api": "cp310"} if HAS_STABLE_ABI else {}}
+options = {"egg_info": {"tag_build": LABEL}, "bdist_wheel": {"py_limited_api": "cp310"} if HAS_STABLE_ABI else {}}
 setup(ext_modules=extensions, options=options, cmdclass={"build_ext": BuildExtension, "build_cuda": BuildCuda})
