@@ -1,11 +1,15 @@
-// Lets wheels run on systems of 2018 (manylinux_2_28: glibc 2.28, the libstdc++ of GCC 8): defines what the headers of
-// newer compilers leave to a newer libstdc++ or glibc. Every library contains a copy of its own, which it does not
-// export (exports.map). A compiler that wants more is found by `make wheel`: auditwheel refuses the tag.
+// Lets wheels that are built on a newer system run on those of 2018 (manylinux_2_28: glibc 2.28, the libstdc++ of GCC
+// 8): defines what GCC's headers leave to a newer libstdc++ or glibc. Every library contains a copy of its own, which
+// it does not export (exports.map). A compiler that wants more is found by `make wheel`: auditwheel refuses the tag. On
+// a system with glibc 2.28, newer compilers bring all this in a static library.
+#include <features.h>
+
 #include <new>
 #include <sstream>
 #include <string>
 
-#if defined(__GLIBCXX__)
+#if defined(__GLIBCXX__) && defined(__GLIBC_PREREQ)
+#if __GLIBC_PREREQ(2, 29)
 
 // glibc 2.32. Whether libstdc++ may count references without atomics: it never may.
 extern "C" char __libc_single_threaded;
@@ -24,4 +28,5 @@ template basic_string<char> basic_stringbuf<char>::str() &&;
 
 }  // namespace std
 
+#endif
 #endif

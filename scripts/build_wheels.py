@@ -33,7 +33,6 @@ GLIBC = (2, 28)
 POLICY = "manylinux_{}_{}".format(*GLIBC)
 # Those of the user's torch are used. The CUDA runtime is linked statically; its name is here in case it is not.
 EXCLUDED = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so", "libcudart.so.*")
-CUDA_ARCHS = "80,86,89,90a,100,120"
 CROSS_COMPILERS = [f"aarch64-linux-gnu-g++{version}" for version in ("-12", "", "-13", "-14")]
 NAMES = ("sdist", "cpu", "cuda", "aarch64")
 
@@ -74,7 +73,7 @@ def new_folder(name: str) -> Path:
 # --- linking ----------------------------------------------------------------------------------------------------------
 
 
-def link_glibc_2_28(machine: str) -> list[str]:
+def link_glibc_2_28(machine: str, compiler: str) -> list[str]:
     """Returns the flags that link against the symbols of glibc 2.28; on such a system, none are needed."""
     if machine == platform.machine() and tuple(map(int, platform.libc_ver()[1].split("."))) <= GLIBC:
         return []
@@ -90,8 +89,10 @@ def link_glibc_2_28(machine: str) -> list[str]:
         for path in sorted((folder / "zig").rglob("lib*.so.*")):  # empty libraries with the symbols of that glibc
             shutil.copy(path, folder / path.name)
             (folder / f"{path.name.partition('.so')[0]}.so").write_text(f"INPUT({folder / path.name})\n")
-        loader = f"AS_NEEDED({next(folder.glob('libld.so.*'))})"  # part of libc for compilers
-        (folder / "libc.so").write_text(f"GROUP({folder / 'libc.so.6'} {loader})\n")
+        # For compilers the loader is part of libc, and so are functions that every library copies, such as atexit.
+        copied = run(compiler, "-print-file-name=libc_nonshared.a").strip()
+        loader = next(folder.glob("libld.so.*"))
+        (folder / "libc.so").write_text(f"GROUP({folder / 'libc.so.6'} {copied} AS_NEEDED({loader}))\n")
         shutil.rmtree(folder / "zig")
     return [f"-L{folder}"]
 
@@ -126,7 +127,7 @@ def build_wheel(machine: str, settings: dict[str, str], link_flags: Sequence[str
     """``settings``: variables of setup.py and of compilers. Returns the wheel, in DIST."""
     tree = copy_tree(machine)
     linked, made = new_folder(f"{machine}-linked"), new_folder(f"{machine}-made")
-    flags = ["-s", *link_flags, *link_glibc_2_28(machine)]
+    flags = ["-s", *link_flags, *link_glibc_2_28(machine, settings.get("CXX", "c++"))]
     # Error messages carry no paths of this machine: setup.py hides the tree, this hides torch's headers.
     settings = {**settings, "CFLAGS": f"-ffile-prefix-map={sys.prefix}/=", "LDFLAGS": " ".join(flags)}
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", linked]
@@ -171,7 +172,7 @@ def build(name: str, is_labelled: bool = True) -> Path:
     if name == "cpu":
         return build_wheel(platform.machine(), settings)
     if name == "cuda":
-        return build_wheel(platform.machine(), settings | {"LORA_EXT_CUDA": "1", "LORA_EXT_CUDA_ARCHS": CUDA_ARCHS})
+        return build_wheel(platform.machine(), settings | {"LORA_EXT_CUDA": "1"})
     compiler = find_cross_compiler()
     settings |= {
         "CC": compiler.replace("g++", "gcc"),
