@@ -157,8 +157,9 @@ class BuildExtension(cpp_extension.BuildExtension):
     def build_extensions(self):
         if any(extension.name == "lora_ext._C" for extension in self.extensions):
             write_facts()
-        # nvcc writes no dependency file for ninja: rebuild every CUDA object that is older than a header.
-        newest = max(os.path.getmtime(ROOT / header) for header in HEADERS)
+        # nvcc writes no dependency file for ninja: rebuild each CUDA object that is older than one it may include.
+        included = [header for header in HEADERS if not header.startswith(("csrc/cpu/", "csrc/bindings/"))]
+        newest = max(os.path.getmtime(ROOT / header) for header in included)
         for path in Path(self.build_temp).rglob("cuda/**/*.o"):
             if path.stat().st_mtime < newest:
                 path.unlink()
