@@ -1,6 +1,6 @@
 """Installs wheels into clean environments, and imports, computes, injects and asks for info there.
 
-    python scripts/try_wheels.py WHEEL...
+    python scripts/try_wheels.py [WHEEL...]        # without names: those in dist/ for this processor that have labels
 
 The environments, in build/environments, have the oldest supported torch on the oldest Python, and the newest torch on
 the newest Python, of those that this machine has. They are downloads of gigabytes, and stay. In them are the wheel, its
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -101,8 +102,8 @@ def try_wheel(wheel: Path, environment: Path, work: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheels", nargs="+", type=Path, metavar="WHEEL")
-    wheels = parser.parse_args().wheels
+    parser.add_argument("wheels", nargs="*", type=Path, metavar="WHEEL")
+    wheels = parser.parse_args().wheels or sorted((ROOT / "dist").glob(f"*+*_{platform.machine()}.whl"))
     for case in CASES:
         environment = make_environment(case)
         for wheel in wheels:
