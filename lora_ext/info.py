@@ -69,7 +69,9 @@ def plan(
     sizes = num_tokens, in_features, [(out_features, rank)]
     forward, backward = _load.plan_forward(*sizes, **gpu), _load.plan_backward(*sizes, **gpu)
     base = "" if forward.streams_weights else "\n  then the library's product with the frozen weight adds to y"
-    return f"{forward}{base}\n\n{backward}\n  then the library's product with the frozen weight adds to grad_x"
+    return (
+        f"{forward.text}{base}\n\n{backward.text}\n  then the library's product with the frozen weight adds to grad_x"
+    )
 
 
 def info(json: bool = False) -> str:

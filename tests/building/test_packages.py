@@ -1,8 +1,7 @@
-"""The source distribution has every file, and the wheel made of it works where no checkout is."""
+"""The source distribution has every file; wheels work where there is no checkout and no compiler."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -18,66 +17,59 @@ pytestmark = [
     pytest.mark.full,
     pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout, whose tracked files would be packed"),
 ]
-PROGRAM = """
-import sys, torch, lora_ext
-from lora_ext import LoraConfig, inject, load_adapter, save_adapter
-assert lora_ext.__file__.startswith(sys.prefix), lora_ext.__file__
-config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
-base, x = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.randn(3, 8)
-inject(base, config)(x).sum().backward()
-expected = base(x)
-save_adapter(base, "adapter")
-torch.manual_seed(1)
-other = torch.nn.Sequential(torch.nn.Linear(8, 6))
-other.load_state_dict(lora_ext.adapters.unload(base).state_dict())
-torch.testing.assert_close(load_adapter(other, "adapter")(x), expected)
-"""
-
-
-def run(*command: object, **options: object) -> str:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+sys.path.insert(0, str(ROOT / "scripts"))
+import build_wheels  # noqa: E402
+import try_wheels  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def tracked() -> list[str]:
-    return run("git", "ls-files", cwd=ROOT).split("\n")[:-1]
+def sdist() -> Path:
+    return build_wheels.build("sdist")
 
 
-@pytest.fixture(scope="module")
-def sdist(tracked, tmp_path_factory) -> Path:
-    """Packs a copy of the tracked files, beside which setuptools writes."""
-    folder = tmp_path_factory.mktemp("packages")
-    for name in tracked:
-        copied = folder / "checkout" / name
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        copied.write_bytes((ROOT / name).read_bytes())
-    run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder, cwd=folder / "checkout")
-    (packed,) = folder.glob("*.tar.gz")
-    return packed
-
-
-def test_the_source_distribution_has_every_file(sdist, tracked):
+def test_the_source_distribution_has_the_tracked_files(sdist):
     with tarfile.open(sdist) as tar:
-        packed = {name.partition("/")[2] for name in tar.getnames()}
+        packed = {member.name.partition("/")[2] for member in tar.getmembers() if member.isfile()}
+    tracked = {*try_wheels.run("git", "ls-files", cwd=ROOT).split("\n")[:-1]}
     wanted = {name for name in tracked if not name.startswith((".git", ".ci"))}
     assert sorted(wanted - packed) == []
+    assert sorted(name for name in packed - tracked if ".egg-info/" not in name) == ["PKG-INFO", "setup.cfg"]
 
 
 @pytest.mark.slow  # compiles the extension
 def test_its_wheel_works_without_the_checkout(sdist, tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     environment = {"LORA_EXT_CUDA": "0", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, sdist, env=environment)
+    try_wheels.run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, sdist, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
     wanted = {"liblora_ext.so", "py.typed", "_C.pyi", "commands/report.html"}
     assert {f"lora_ext/{name}" for name in wanted} <= {*zipfile.ZipFile(wheel).namelist()}
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     # Packages of this environment, without its editable installs, which need files of their own.
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    site = Path(try_wheels.run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     (site / "others.pth").write_text(sysconfig.get_path("purelib"))
-    run(*pip, f"--python={python}", "install", "--no-deps", "--no-index", wheel)
-    run(python, "-c", PROGRAM, cwd=tmp_path)
-    assert "CPU kernels" in run(python.parent / "lora-ext", "info", cwd=tmp_path)
+    try_wheels.run(*pip, f"--python={python}", "install", "--no-deps", "--no-index", wheel)
+    try_wheels.run(python, "-c", try_wheels.PROGRAM, cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def wheels() -> list[Path]:
+    """What `make wheel` makes here, of the files as they are now."""
+    missing = {name: reason for name in ("cpu", "cuda") if (reason := build_wheels.why_not(name))}
+    if missing:
+        pytest.skip(f"wheels that cannot be built here: {missing}")
+    return [build_wheels.build(name) for name in ("cpu", "cuda")]
+
+
+@pytest.mark.slow  # compiles both wheels, and installs gigabytes
+@pytest.mark.parametrize("case", try_wheels.CASES)
+def test_wheels_work_in_clean_environments(case, wheels, tmp_path):
+    try:
+        environment = try_wheels.make_environment(case)
+    except RuntimeError as error:
+        pytest.skip(f"no environment with the {case} torch: {error}")
+    for wheel in wheels:
+        work = tmp_path / wheel.name
+        work.mkdir()
+        try_wheels.try_wheel(wheel, environment, work)
