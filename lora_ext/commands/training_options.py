@@ -19,14 +19,14 @@ from lora_ext.methods import METHODS, option_names
 RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 3.2e-2, "prefix-layer": 1.6e-2, "head-only": 5e-3}
 """Default learning rates of a classifier by method; 1e-3 for others, the smallest of the parts for a combination.
 
-Each holds on the demo's reviews and on UIT-VSFC (docs/vietnamese.md, "The other methods").
+Each holds on the demo's reviews and on UIT-VSFC (benchmarks/results/vietnamese/findings.md, "The other methods").
 """
 
 _FILES = (".csv", ".tsv", ".jsonl", ".gguf")  # endings that no hub id has
 
 WITH_EMBEDDINGS = {"lora_targets": "all-linear,embeddings", "modules_to_save": "auto", "lora_r": 4}
 """Defaults of LoRA in a classifier if no layers are named; with them go alpha = 0.2 r, a rate of 2e-4, LoRA+ at 60 and
-a moving average. It lost nothing against full fine-tuning, with less than 2 % of the parameters: docs/vietnamese.md."""
+a moving average. It lost nothing against full fine-tuning, with less than 2 % of the parameters: docs/cli.md."""
 
 
 def adapts_embeddings(options: Any) -> bool:

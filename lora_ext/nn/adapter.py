@@ -35,11 +35,13 @@ class LoraAdapter(nn.Module):
     """One (A, B, scaling) set: the trainable low-rank update ``scaling * lora_B @ lora_A`` of a weight.
 
     Args:
-        in_features, out_features: sizes of the adapted layer.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`~lora_ext.LoraConfig`.
+        in_features: of the adapted layer.
+        out_features: of the adapted layer.
+        r: rank, as ``lora_alpha`` to ``init_lora_weights`` a field of :class:`~lora_ext.LoraConfig`.
         lora_bias: a trainable bias ``[out_features]`` on ``lora_B``, scaled like the rest of the update.
         shapes: shapes of ``lora_A`` and ``lora_B`` if not ``[r, in_features]`` and ``[out_features, r]``.
-        dtype, device: of the parameters.
+        dtype: of the parameters.
+        device: of the parameters.
 
     Raises:
         ValueError, TypeError: the message names the argument and its value.

@@ -235,8 +235,8 @@ class LoraLayer(AdapterLayer):
         Raises:
             KeyError: there is no such adapter.
             RuntimeError: an adapter is merged already, or none is active.
-            ValueError: an element would become NaN or infinite, or the update cannot be merged.
-            The layer is then unchanged.
+            ValueError: an element would become NaN or infinite, or the update cannot be merged. After an error the
+                layer is unchanged.
         """
         caller = type(self).__name__
         names = names or self.active_adapters
@@ -261,8 +261,8 @@ class LoraLayer(AdapterLayer):
         Raises:
             RuntimeError: an adapter is not merged, or the dtype was converted meanwhile.
             TypeError, ValueError: the weight was replaced by one of another dtype or shape.
-            ValueError: the sum of the adapters that stay overflows the dtype, though the sum of all did not.
-            The layer is then unchanged.
+            ValueError: the sum of the adapters that stay overflows the dtype, though the sum of all did not. After an
+                error the layer is unchanged.
         """
         caller = type(self).__name__
         if self._merged is None:

@@ -42,9 +42,10 @@ class LoraParameter(TransparentLayer, LoraLayer):
     Args:
         base_layer: the module, or the layer of another of its parameters.
         parameter_name: name of a parameter of the module itself, with 2 or 3 dimensions.
-        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+        adapter: as in :class:`~lora_ext.nn.LoraLinear`, and so are ``adapter_name`` and ``active``.
 
-    TypeError: the parameter cannot be adapted.
+    Raises:
+        TypeError: the parameter cannot be adapted.
     """
 
     base_kinds = "a module with parameters"
