@@ -151,7 +151,7 @@ def steps_of(layers: list[Case], training: bool, wide_factors: bool = True) -> l
 
 
 def rows_steps(case: Case, adapters: int) -> list[Step]:
-    """The steps of a frozen layer whose rows choose among so many adapters (csrc/cuda/grouped), without autograd."""
+    """The steps of a frozen layer in a mixed batch of so many adapters (csrc/cuda/grouped), without autograd."""
     tokens, features, out_features = case.shape
     element, sums = case.dtype.itemsize, 4 * tokens * case.rank
     factor, flops = adapters * case.rank * element, 2 * tokens * case.rank

@@ -118,7 +118,7 @@ def lora_grouped_linear(
     scalings: Tensor | Sequence[float],
     ranks: Tensor | None = None,
 ) -> Tensor:
-    """Computes a linear layer whose rows choose their adapters: ``x @ weight.T + bias``, then :func:`lora_grouped_`.
+    """Computes a linear layer for a mixed batch: ``x @ weight.T + bias``, then :func:`lora_grouped_`.
 
     On the CPU, without gradients, it is one call, with our product by the weight where that is faster than PyTorch's.
     With gradients, in compiled graphs and on other devices it is the two.

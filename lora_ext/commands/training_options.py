@@ -58,7 +58,7 @@ class TaskOptions:
     lora_alpha: float | None = _help("The update is scaled by lora_alpha / lora_r.")
     lora_dropout: float | None = _help("Dropout on the adapters' input.")
     lora_targets: str | None = _help("q,k,v,o; or module names, all-linear and embeddings among them; or a regex.")
-    modules_to_save: str | None = _help("Modules to train in full beside the head; auto: the pooler, if there is one.")
+    modules_to_save: str | None = _help("Modules to train in full with the head; auto: the pooler, if there is one.")
     lora_plus_ratio: float | None = _help("Learning rate of lora_B over that of the rest (LoRA+, arXiv 2402.12354).")
     ema_decay: float | None = _help("Decay of a moving average of the trained weights, which is kept; 0: none.")
     bottleneck_size: int = _help("Hidden features of adapter-h, -l, -p and -drop.", default=16)

@@ -99,7 +99,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         """Computes the attention. The arguments are those of ``nn.MultiheadAttention.forward``.
 
         Raises:
-            ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is in use.
+            ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is active.
             RuntimeError: the base attention has hooks or another forward.
         """
         base, names = self.base_layer, self._applied_to_all()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class DoraUpdate(NamedTuple):
-    """A DoRA adapter in use.
+    """An active DoRA adapter.
 
     Attributes:
         lora_A, lora_B: ``[r, in_features]`` and ``[out_features, r]``.
@@ -108,7 +108,7 @@ class DoraLinear(OverLinear):
     ``y = factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``, where ``factor`` is the magnitude of a
     row over the norm of that row of ``weight + scaling * lora_B @ lora_A``. The gradient takes these norms for
     constants (section 4.3 of the paper). With dropout see :func:`output`. A quantised weight is
-    dequantised in every call, for the norms. One adapter is in use at a time. A merge keeps a copy of the weight.
+    dequantised in every call, for the norms. One adapter is active at a time. A merge keeps a copy of the weight.
 
     Args: as in :class:`~lora_ext.nn.LoraLinear`; adapters are :class:`DoraAdapter`.
     """

@@ -187,7 +187,7 @@ class LoraLayer(AdapterLayer):
         names = self._applied(choice)
         if names and choice is not None:
             raise ValueError(
-                f"{type(self).__name__}: adapter_names: rows choose {', '.join(map(repr, names))}, but this layer "
+                f"{type(self).__name__}: adapter_names: rows name {', '.join(map(repr, names))}, but this layer "
                 "computes all rows with one adapter; leave it out of the adapter, or call the model once for it "
                 "(set_adapter)"
             )

@@ -71,7 +71,7 @@ class LoraLinear(SharesInputs, OverLinear):
         base_layer: an ``nn.Linear`` or Transformers' ``Conv1D`` (GPT-2); kept, not copied, and frozen.
         adapter: the first adapter, or None.
         adapter_name: the first adapter's name.
-        active: names of the adapters in use, shared with other layers; by default the first adapter's name.
+        active: names of the active adapters, shared with other layers; by default the first adapter's name.
     """
 
     slots: LayerSlots | None = None  # adapters of a pool

@@ -75,7 +75,7 @@ class TrainableTokens(TransparentLayer):
 
     Args:
         base_layer: an ``nn.Embedding`` or ``nn.Linear``, possibly inside other adapter layers; kept, and frozen.
-        active: names of the adapters in use, shared with other layers.
+        active: names of the active adapters, shared with other layers.
     """
 
     base_kinds = "an nn.Embedding or nn.Linear"
