@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -20,7 +20,7 @@ from lora_ext._common.sharded import prepare_shards
 from lora_ext._common.warnings import warn_user
 from lora_ext.adapters.calibration import Batch, collect_inputs
 from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
-from lora_ext.merging.errors import MergeError
+from lora_ext.merging.errors import MergeError, poorly_kept
 from lora_ext.merging.feedback import LayerInputs
 from lora_ext.merging.layers import Outcome, change_merged, merge_error, merge_for_good, stored_matrices
 from lora_ext.merging.rounding import LayerSeed, stochastic_seed
@@ -38,7 +38,6 @@ from lora_ext.nn.trainable_tokens import TrainableTokens
 from lora_ext.nn.trained import TrainedModule
 
 _LARGE_ERROR = 0.1  # of the update
-_LEAST_KEPT = 0.95  # of the update
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Chosen = dict[str, tuple[LoraLayer, set[str]]]  # by path: a layer, and the adapters meant in it
@@ -103,7 +102,7 @@ def merge(
     _check_biases(model, wanted)
     inputs = _inputs("merge", model, wanted, calibration)
     outcomes = _merge_next_to_merged(wanted, inputs, _seeds(wanted, stochastic))
-    _warn_of_errors("merge", _where(wanted), outcomes)
+    _warn_of_errors("merge", wanted, inputs, outcomes)
     return model
 
 
@@ -190,7 +189,7 @@ def merge_and_unload(
     else:
         outcomes = merge_for_good("merge", dict(wanted.values()), _where(wanted), inputs, seeds)
     _unload(model, merged=True)
-    _warn_of_errors(caller, _where(wanted), outcomes)
+    _warn_of_errors(caller, wanted, inputs, outcomes)
     return model
 
 
@@ -268,14 +267,14 @@ def _inputs(
         if matrix.quantized is not None and matrix.quantized.rounds
     ]
     layers = {path: wanted[path][0] for path, weight in weights if weight.has_grid}
-    if not layers:
-        raise ValueError(
-            f"{caller}: calibration is for weights that are quantised as NF4, FP4 or int8, and none to merge into is; "
-            "leave it out"
-        )
+    if not weights:
+        raise ValueError(f"{caller}: calibration is for quantised weights, and none to merge into is; leave it out")
     if others := [f"{path!r} ({weight.name})" for path, weight in weights if not weight.has_grid]:
-        warn_user(f"{caller}: calibration has no effect on {first_of(others)}, which are rounded to nearest")
-    return collect_inputs(caller, model, layers, calibration)
+        warn_user(
+            f"{caller}: calibration has no effect on {first_of(others)}, which are rounded to nearest; error feedback "
+            "is for int8, and for NF4 and FP4 whose blocks end where rows do"
+        )
+    return collect_inputs(caller, model, layers, calibration) if layers else {}
 
 
 def _seeds(wanted: Chosen, seed: int | None) -> dict[LoraLayer, LayerSeed | None]:
@@ -290,26 +289,26 @@ def _merge_next_to_merged(
     return change_merged("merge", names_of, _where(wanted), inputs, seeds, measure=True)
 
 
-def _warn_of_errors(caller: str, where: Mapping[LoraLayer, str], outcomes: Mapping[LoraLayer, Outcome]) -> None:
+def _warn_of_errors(
+    caller: str, wanted: Chosen, inputs: Collection[LoraLayer], outcomes: Mapping[LoraLayer, Outcome]
+) -> None:
     """Warns if rounding lost a part of an update."""
-    errors = [outcome.error for outcome in outcomes.values() if outcome.error is not None]
-    of_update = [error.of_update for error in errors]
+    outcome_of = {path: outcomes[layer] for path, (layer, _) in wanted.items() if layer in outcomes}
+    errors = {path: outcome.error for path, outcome in outcome_of.items() if outcome.error is not None}
+    of_update = [error.of_update for error in errors.values()]
     if max(of_update, default=0.0) > _LARGE_ERROR:
+        worst = sorted(errors, key=lambda path: errors[path].kept)[:3]
+        remedy = "" if inputs else "batches of the task (calibration=) keep more of it; "
         warn_user(
             f"{caller}: {len(errors)} weights were quantised again, with errors of {statistics.median(of_update):.0%} "
-            f"of the update (median; at most {max(of_update):.0%}); merge_errors(model) has them by layer. Batches of "
-            "the task (calibration=) keep more of it; to lose nothing, run unmerged, or load the adapter into the "
-            "dequantised model (model.dequantize())"
+            f"of the update (median; at most {max(of_update):.0%}), which keeps least in "
+            f"{', '.join(f'{path!r} ({errors[path].kept:.0%})' for path in worst)}; {remedy}merge_errors(model) has "
+            "them by layer; to lose nothing, run unmerged, or load the adapter into the dequantised model "
+            "(model.dequantize())"
         )
-    rounded = {layer: outcome for layer, outcome in outcomes.items() if outcome.error is None}
-    worst = sorted((outcome.kept, where[layer]) for layer, outcome in rounded.items() if outcome.kept < _LEAST_KEPT)
-    if worst:
-        dtype = str(next(iter(rounded.values())).dtype).removeprefix("torch.")
-        layers = ", ".join(f"{kept:.0%}{path}" for kept, path in worst[:3])
-        warn_user(
-            f"{caller}: rounding to {dtype} keeps less than {_LEAST_KEPT:.0%} of the update in {len(worst)} of "
-            f"{len(rounded)} layers ({layers}); rounding='stochastic' keeps it in the mean"
-        )
+    kept = {path: outcome.kept for path, outcome in outcome_of.items() if outcome.error is None}
+    if line := poorly_kept(kept, "rounding='stochastic' keeps it in the mean"):
+        warn_user(f"{caller}: {line}")
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

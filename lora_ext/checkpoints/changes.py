@@ -13,8 +13,8 @@ from torch import Tensor
 from lora_ext._common.printable import listed, shown
 from lora_ext._ops.checks import FLOATING
 from lora_ext.checkpoints.checkpoint import Checkpoint
-from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, TokenRows
 from lora_ext.checkpoints.names import Tie, find_prefix, find_tie
+from lora_ext.files.contents import AdapterContents, LowRankUpdate, TokenRows
 
 _DEQUANTISE = "want float64, float32, bfloat16 or float16: dequantise the base first (Transformers: model.dequantize())"
 _IN_MEMORY = "load base and adapter as a model (load_adapter), and call merge_and_unload and save_pretrained there"

@@ -21,6 +21,7 @@ from lora_ext._ops.checks import FLOATING, accumulation_dtype
 from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.names import find_tie, is_embedding
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
+from lora_ext.files.normalising import padded
 from lora_ext.files.writing import check_new, new_directory, stream_tensors, write_json
 
 _EXACT_SIZE = 512  # up to this size the full decomposition takes well under a second
@@ -56,6 +57,7 @@ def extract(
     rank: int = 16,
     fan_in_fan_out: bool = False,
     dtype: torch.dtype = torch.float32,
+    normalise: bool = False,
     show_progress: bool = False,
 ) -> ExtractReport:
     """Writes an adapter in PEFT's format to ``out`` that turns ``base`` into ``tuned``, up to the error in the report.
@@ -69,6 +71,7 @@ def extract(
         rank: of all layers; the smaller side of a matrix is a limit too.
         fan_in_fan_out: matrices are ``[in, out]``, as in Conv1D (GPT-2).
         dtype: dtype of the factors.
+        normalise: give all layers the same rank in the file, by zeros, for engines that read no ``rank_pattern``.
 
     Raises:
         ValueError: nothing differs; tensors are in only one checkpoint, differ in shape, or differ and cannot be saved
@@ -92,6 +95,8 @@ def extract(
             shown.note(path)
             delta = _difference(old, new, f"{path}.weight")
             A, B, layers[path] = approximate(delta.T.contiguous() if fan_in_fan_out else delta, rank)
+            if normalise:
+                A, B = padded(A, B, rank)
             tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = A.to(dtype)
             tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = B.to(dtype)
     whole = {f"{KEY_PREFIX}{key}": key for key in new if key.rpartition(".")[0] in saved}
@@ -110,7 +115,8 @@ def extract(
 
     with new_directory(out, "extract") as staging:
         stream_tensors(staging / WEIGHTS_FILE, table, {"format": "pt"}, values)
-        write_json(staging / CONFIG_FILE, _config(layers, rank, saved, has_biases, fan_in_fan_out))
+        ranks = {path: len(tensors[f"{KEY_PREFIX}{path}.lora_A.weight"]) for path in layers}
+        write_json(staging / CONFIG_FILE, _config(ranks, rank, saved, has_biases, fan_in_fan_out))
     unchanged, nbytes = len(new) - len(differing), (out / WEIGHTS_FILE).stat().st_size
     norm = math.hypot(*(layer.norm for layer in layers.values())) or 1.0
     error = math.hypot(*(layer.norm * layer.error for layer in layers.values())) / norm
@@ -218,17 +224,17 @@ def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
 
 
 def _config(
-    layers: dict[str, LayerError], rank: int, saved: list[str], has_biases: bool, fan_in_fan_out: bool
+    ranks: dict[str, int], rank: int, saved: list[str], has_biases: bool, fan_in_fan_out: bool
 ) -> dict[str, Any]:
     """Builds the adapter's config. ``lora_alpha`` is the rank everywhere, so the scaling is 1."""
-    other_ranks = {re.escape(path): layer.r for path, layer in layers.items() if layer.r != rank}
+    other_ranks = {re.escape(path): r for path, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "target_modules": sorted(layers),
+        "target_modules": sorted(ranks),
         "modules_to_save": saved or None,
         "bias": "lora_only" if has_biases else "none",
         "fan_in_fan_out": fan_in_fan_out,

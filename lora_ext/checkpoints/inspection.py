@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from lora_ext.checkpoints.checkpoint import Checkpoint
-from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate, open_adapter
 from lora_ext.files.adapter_file import holds_adapter
+from lora_ext.files.contents import AdapterContents, LowRankUpdate, open_adapter
+from lora_ext.files.normalising import misreadings
 from lora_ext.files.reading import DTYPE_NAMES
 
 
@@ -22,7 +23,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         ``kind`` (``adapter`` or ``checkpoint``), ``parameters``, ``bytes``, ``dtypes`` (dtype -> number of elements).
         For an adapter also ``layers``, each with the Frobenius ``norm`` of its scaled update, ``saved`` (name -> shape
-        of each tensor that is saved in full), ``config``; for a checkpoint ``files`` (name -> bytes), ``tensors``.
+        of each tensor that is saved in full), ``config``, ``misreadings`` (what other programs are known to read in
+        another way); for a checkpoint ``files`` (name -> bytes), ``tensors``.
 
     Raises:
         FileNotFoundError, ValueError: ``path`` is neither, or is corrupted, or its adaptation method is not supported.
@@ -57,6 +59,7 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
         "layers": layers,
         "saved": {name: list(tensor.shape) for name, tensor in saved.items()},
         "config": contents.file.config,
+        "misreadings": misreadings(contents),
     }
 
 

@@ -13,7 +13,7 @@ from lora_ext._common.printable import listed, shown
 from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext.checkpoints.changes import find_changes
 from lora_ext.checkpoints.checkpoint import Checkpoint
-from lora_ext.checkpoints.contents import AdapterContents, LowRankUpdate
+from lora_ext.files.contents import AdapterContents, LowRankUpdate
 
 
 class LayerWeight(NamedTuple):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ from lora_ext._common.printable import shown
 from lora_ext._common.progress import Progress
 from lora_ext.checkpoints.changes import TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
-from lora_ext.checkpoints.contents import AdapterContents, open_adapter
 from lora_ext.files.adapter_file import METHOD_FILE
+from lora_ext.files.contents import AdapterContents, open_adapter
 from lora_ext.files.reading import open_tensors, read_json
 from lora_ext.files.writing import check_new, new_directory, stream_tensors, write_json
+from lora_ext.merging.errors import Sample, kept_by
 from lora_ext.merging.rounding import Draws, LayerSeed, draws_for, stochastic_seed
 from lora_ext.merging.weights import merge_all_, pack_factors
 
@@ -39,6 +41,7 @@ class MergeReport:
     copied: int  # tensors that are the base's
     files: int  # files of the checkpoint
     skipped: list[str]  # files of the base that were not copied
+    kept: dict[str, float]  # of tensors rounded to nearest in 16 bits, the share of the update left, from some rows
     nbytes: int  # of all tensors
     seconds: float
 
@@ -91,10 +94,11 @@ def merge(
     shards = {name: list(tensors) for name, tensors in checkpoint.shards.items()}
     list(shards.values())[-1].extend(key for key in changes if key not in checkpoint)
     copied, skipped = checkpoint.other_files()
+    kept: dict[str, list[float]] = {}  # by tensor, of each block
     with new_directory(out, "merge") as staging, Progress("merge", total, show=show_progress) as shown:
 
         def blocks(key: str) -> Iterator[Tensor]:
-            for block in merged_blocks(changes[key], key, checkpoint, dtype, stochastic):
+            for block in merged_blocks(changes[key], key, checkpoint, dtype, stochastic, kept.setdefault(key, [])):
                 yield block
                 shown.advance(block.nbytes)
 
@@ -123,6 +127,7 @@ def merge(
         copied=sum(not (one or other) for one, other in zip(merged, replaced, strict=True)),
         files=len(shards),
         skipped=skipped,
+        kept={key: statistics.fmean(shares) for key, shares in kept.items() if shares},
         nbytes=total,
         seconds=time.perf_counter() - begin,
     )
@@ -132,11 +137,18 @@ def merge(
 
 
 def merged_blocks(
-    change: TensorChange, key: str, base: Checkpoint, dtype: torch.dtype | None, seed: int | None
+    change: TensorChange,
+    key: str,
+    base: Checkpoint,
+    dtype: torch.dtype | None,
+    seed: int | None,
+    kept: list[float],
 ) -> Iterator[Tensor]:
     """Computes a tensor of the result, some rows at a time. ValueError: a result is NaN or infinite.
 
-    seed: of stochastic rounding, or None.
+    Args:
+        seed: of stochastic rounding; None: to nearest.
+        kept: for each block that is rounded to nearest in 16 bits, the share of the update that is left is added.
     """
     stored, out = change.dtype, change.dtype_as(dtype)
     work = torch.promote_types(stored, out)
@@ -151,10 +163,16 @@ def merged_blocks(
         for begin in range(0, height, step):
             part = slice(begin, min(begin + step, height))
             block = _source(change, base, columns, number * height + part.start, number * height + part.stop).to(work)
+            sample = None
             if A is not None:
+                if out.itemsize == 2 and seed is None:
+                    sample = Sample.of(block, A, B[part])
                 draws = None if seed is None else [_draws(seed, key, number, len(matrices), part.start)]
                 merge_all_("merge", [block], [A], [B[part]], [key], record=False, draws=draws)
-            yield _converted(block, out, key)
+            result = _converted(block, out, key)
+            if sample is not None:
+                kept += kept_by([sample._replace(weight=result)])
+            yield result
 
 
 def _draws(seed: int, key: str, number: int, matrices: int, first_row: int) -> Draws:

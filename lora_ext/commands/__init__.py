@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "show results as one HTML page",
     "merge": "merge adapters into a checkpoint on disk",
     "extract": "make an adapter from the difference of two checkpoints",
+    "normalise": "write an adapter that engines with fewer options read alike",
     "inspect": "show the contents of an adapter or a checkpoint",
     "info": "show what was built, and which kernels run on this machine",
 }

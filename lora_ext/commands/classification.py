@@ -133,6 +133,11 @@ class Run:
         }
         return {"test": test}, logits
 
+    def scores(self) -> dict[str, float]:
+        """Returns the scores of the model as it is now on the test texts."""
+        output = self.trainer.predict(self.rows["test"])
+        return summary_scores(output.predictions.argmax(-1), output.label_ids)
+
     def write_predictions(self, path: Path, logits: np.ndarray) -> None:
         """Writes one JSON object per test text: text, label, predicted label, logits in the order of the labels."""
         lines = []

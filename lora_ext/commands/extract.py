@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     add("--r", type=int, default=16, dest="rank", metavar="RANK", help="rank of the layers")
     add("--fan-in-fan-out", action="store_true", help="matrices are [in, out], as in Conv1D of GPT-2")
     add("--dtype", type=dtype, default="float32", help="dtype of the factors: float32, bfloat16 or float16")
+    add("--normalise", action="store_true", help="one rank for all layers, for engines that read no rank_pattern")
     add("--json", action="store_true", help="print the result as JSON")
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")

@@ -1,9 +1,9 @@
 """``lora-ext finetune``: Transformers' Trainer or TRL's SFTTrainer with LoRA, or another method of its paper.
 
 Every field of TrainingArguments (of SFTConfig with ``--task causal-lm``) is an option; ``--config FILE`` reads options
-from YAML or JSON. ``--output_dir`` gets adapter/ (or model/), metrics.json, loss_curve.png, predictions.jsonl and
-checkpoint-*/. ``torchrun -m lora_ext finetune ...`` and ``accelerate launch -m lora_ext finetune ...`` train with
-several processes; the batch size is that of each.
+from YAML or JSON. ``--output_dir`` gets adapter/ (or model/), metrics.json, loss_curve.png, predictions.jsonl,
+checkpoint-*/ and, if wanted, merged/. ``torchrun -m lora_ext finetune ...`` and ``accelerate launch -m lora_ext
+finetune ...`` train with several processes; the batch size is that of each.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from lora_ext.adapters import trainable_parameter_counts
 from lora_ext.commands import demo
+from lora_ext.commands.merged_model import check_mergeable, write_merged
 from lora_ext.commands.options import check_installed, is_first_process
 from lora_ext.commands.pictures import loss_curve
 from lora_ext.commands.results import made_by, readable, save_figure, tell, write_json
@@ -47,6 +48,8 @@ def fine_tune(options: TaskOptions, training: TrainingArguments, argv: Sequence[
         from lora_ext.commands import language_model as task
     else:
         from lora_ext.commands import classification as task
+    if options.merged:
+        check_mergeable(options, training)
     checkpoint = prepare_directory(options, training)
     uses_demo = options.model is None and options.data is None
     with training.main_process_first(desc="loading"):
@@ -66,6 +69,10 @@ def fine_tune(options: TaskOptions, training: TrainingArguments, argv: Sequence[
     scores, predictions = run.after()
     out = Path(training.output_dir)
     save(run, options.method, out)
+    merged = {}
+    if options.merged:
+        say("merging the adapter, and evaluating once more ...")
+        merged = {"merged": write_merged(run, out / "merged")}
     metrics = {
         **made_by("finetune", argv),
         "task": options.task,
@@ -85,6 +92,7 @@ def fine_tune(options: TaskOptions, training: TrainingArguments, argv: Sequence[
         "best_checkpoint": run.trainer.state.best_model_checkpoint,
         **before,
         **scores,
+        **merged,
     }
     if training.process_index == 0:
         run.write_predictions(out / "predictions.jsonl", predictions)
@@ -142,6 +150,7 @@ def summary(rows: list[tuple[str, str]], metrics: dict[str, Any]) -> str:
     rows = [
         ("parameters trained", f"{trained:,} of {total:,} ({trained / total:.2%})"),
         *rows,
+        *((f"merged: {name}", f"{score:.4g}") for name, score in metrics.get("merged", {}).items()),
         ("training", f"{metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s"),
         ("peak memory", readable(metrics["peak_memory_bytes"])),
         ("on disk", f"{readable(metrics['adapter_bytes'])} of {readable(metrics['full_checkpoint_bytes'])}"),

@@ -22,6 +22,8 @@ def main(argv: list[str]) -> None:
         print(to_json(found), end="")
         return
     tell(columns(_adapter(found) if found["kind"] == "adapter" else _checkpoint(found)))
+    for line in found.get("misreadings", ()):
+        tell(f"note: {line}")
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
     tell(f"{args.path}: {found['kind']}, {found['parameters']:,} parameters ({dtypes}), {found['bytes'] / 1e6:.2f} MB")
 

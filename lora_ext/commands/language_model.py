@@ -162,9 +162,12 @@ class Run:
         ]
         return {"test": self._scores(answers), "samples": predictions[:_SAMPLES]}, predictions
 
+    def scores(self) -> dict[str, float]:
+        """Returns the scores of the model as it is now that need no answers."""
+        return {"perplexity": self.perplexity()}
+
     def _scores(self, answers: list[str]) -> dict[str, float]:
-        scores = {"perplexity": self.perplexity()}
-        return {**scores, **answer_scores(answers, self.references)} if answers else scores
+        return {**self.scores(), **(answer_scores(answers, self.references) if answers else {})}
 
     @torch.no_grad()
     def perplexity(self) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_ext.checkpoints import merge
 from lora_ext.commands.options import Parser, dtype, refusing
 from lora_ext.commands.results import tell, to_json
+from lora_ext.merging.errors import poorly_kept
 
 
 def main(argv: list[str]) -> None:
@@ -41,5 +42,8 @@ def main(argv: list[str]) -> None:
         f"{options['out']}: {report.merged} tensors merged, {report.replaced} replaced{added}, {report.copied} copied; "
         f"{report.nbytes / 1e9:.2f} GB in {report.files} files, {report.seconds:.1f} s"
     )
+    remedy = "--rounding stochastic keeps it in the mean, and --dtype float32 whole"
+    if line := poorly_kept(report.kept, remedy):
+        tell(line)
     if report.skipped:
         tell(f"not copied, as they hold the base's weights: {', '.join(report.skipped)}")

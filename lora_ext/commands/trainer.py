@@ -23,7 +23,7 @@ from lora_ext.commands.training_options import TaskOptions, record_of
 RECORD = "run.json"
 """File with the options of a run; a directory that has it holds a run."""
 
-_OUTPUTS = ("metrics.json", "predictions.jsonl", "loss_curve.png", "adapter", "model")
+_OUTPUTS = ("metrics.json", "predictions.jsonl", "loss_curve.png", "adapter", "model", "merged")
 
 
 def prepare_directory(options: TaskOptions, training: TrainingArguments) -> str | None:

@@ -69,6 +69,7 @@ class TaskOptions:
     dtype: Literal["float32", "bfloat16"] = _help(
         "Of the checkpoint's weights; adapters stay float32.", default="float32"
     )
+    merged: bool = _help("Write the model with the adapter merged, too, to merged/.", default=False)
     early_stopping: int | None = _help("Stop after so many evaluations without a better --metric_for_best_model.")
     overwrite: bool = _help("Replace the run in --output_dir.", default=False)
 

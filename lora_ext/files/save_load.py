@@ -26,6 +26,7 @@ from lora_ext._ops.checks import FLOATING
 from lora_ext.files.adapter_content import SaveEmbeddings, adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile
 from lora_ext.files.misfits import check_expert_layout, check_fits, check_places, check_same_kind
+from lora_ext.files.normalising import normalised
 from lora_ext.files.writing import write_files
 from lora_ext.injection.build import give_memory
 from lora_ext.injection.inject import Injection, apply_injection, check_unmerged
@@ -45,6 +46,7 @@ def save_adapter(
     adapter_name: str | None = None,
     *,
     save_embedding_layers: SaveEmbeddings = "auto",
+    normalise: bool = False,
 ) -> None:
     """Saves an adapter of an injected ``model`` to ``directory``, where PEFT's ``from_pretrained`` can read it.
 
@@ -56,6 +58,9 @@ def save_adapter(
         save_embedding_layers: whether to save the base model's input embedding and output head, too. "auto": if the
             vocabulary was resized, as in PEFT by the config of the model's ``name_or_path``. Unless it is False, base
             layers that were loaded with the adapter are saved again.
+        normalise: fold ``lora_alpha``, rsLoRA, and the patterns of ranks and alphas into the factors, for engines that
+            read less of a config than PEFT: the file has one rank, and ``lora_alpha`` is that rank. It computes the
+            same, up to one rounding of ``lora_B``; it is for inference, as training on would take other steps.
 
     Warns:
         UserWarning: the vocabulary was resized; or parameters require gradients that the file does not hold.
@@ -71,6 +76,8 @@ def save_adapter(
         _check_active_trains(model)
     adapter = find_adapter(model, "save_adapter", adapter_name)
     content, base = adapter_content("save_adapter", model, adapter, save_embedding_layers)
+    if normalise:
+        content = normalised(content, caller="save_adapter")
     warn_of_lost_parameters("save_adapter", root_module(model), saved=base)
     # Ranks agree by the parameters that ZeRO-3 has emptied, or if there are none, by the DTensors.
     elsewhere = [parameter for parameter in adapter.parameters() if is_elsewhere(parameter)]

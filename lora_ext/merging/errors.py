@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_ext._ops.dora import row_parts
+
+LEAST_KEPT = 0.95
+"""The share of an update below which a merge into 16 bits is worth a warning."""
 
 _SAMPLED_ELEMENTS, _SAMPLED_ROWS = 1 << 13, 16  # so few that no other thread is woken for them
 
@@ -91,3 +94,19 @@ def kept_by(samples: Sequence[Sample]) -> list[float]:
         change = sample.weight[:: sample.step].to(sample.old.dtype) - sample.old
         kept.append(torch.where(size > 0, (change * sample.update).sum() / size, 1.0).cpu())
     return torch.stack(kept).tolist() if kept else []
+
+
+def poorly_kept(kept: Mapping[str, float], remedy: str) -> str | None:
+    """Returns a line on the weights where rounding to 16 bits keeps too little; None if there are none.
+
+    Args:
+        kept: the share of the update that each weight keeps, by name.
+    """
+    worst = sorted((share, name) for name, share in kept.items() if share < LEAST_KEPT)
+    if not worst:
+        return None
+    names = ", ".join(f"{share:.0%} in {name!r}" for share, name in worst[:3])
+    return (
+        f"rounding to 16 bits keeps less than {LEAST_KEPT:.0%} of the update in {len(worst)} of {len(kept)} weights "
+        f"({names}); {remedy}"
+    )

@@ -114,12 +114,10 @@ class Outcome(NamedTuple):
         error: of quantising its weight again, or None if it is not quantised.
         kept: :attr:`MergeError.kept`, for 16-bit weights that are rounded to nearest an estimate from some rows of the
             first one. 1 for others: rounding takes nothing away, or ``error`` says what.
-        dtype: the weight's.
     """
 
     error: MergeError | None
     kept: float
-    dtype: torch.dtype
 
 
 @dataclasses.dataclass(eq=False)
@@ -221,9 +219,9 @@ def _outcomes(targets: list[_Target]) -> dict[Mergeable, Outcome]:
     outcomes: dict[Mergeable, Outcome] = {}
     for target in targets:  # a layer's first matrix is its weight, or a part of it
         if isinstance(target.view, QuantizedWeight):
-            outcome = Outcome(target.record.error, 1.0, target.view.sum_dtype)
+            outcome = Outcome(target.record.error, 1.0)
         else:
-            outcome = Outcome(None, target.kept, target.view.dtype)
+            outcome = Outcome(None, target.kept)
         outcomes.setdefault(target.layer, outcome)
     return outcomes
 

@@ -114,6 +114,7 @@ def test_every_kind_of_method_trains_and_loads(finetune, tiny, method):
         "--optim adafactor --lr_scheduler_type cosine --label_smoothing_factor 0.1 --quantize nf4",
         "--quantize int8 --method bitfit",
         "--validation_split 0",
+        "--dtype bfloat16 --merged true",
     ],
 )
 def test_options_of_trainer_and_ours(finetune, tiny, options):
@@ -170,6 +171,8 @@ MISTAKES = {
     "number": (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
     "metric": (["--early_stopping", "2"], "--early_stopping goes with --load_best_model_at_end"),
     "quantised": (["--method", "full", "--quantize", "nf4"], "--quantize nf4 freezes the weights, and --method full"),
+    "merged": (["--method", "bitfit", "--merged", "true"], "--merged goes with --method lora, not with bitfit"),
+    "merged mean": (["--pooling", "mean", "--merged", "true"], "a checkpoint does not say --pooling mean"),
     "average": (["--ema_decay", "1"], "--ema_decay is 1.0, want 0 <= ema_decay < 1"),
     "config": (["--config", "nowhere.yaml"], "--config nowhere.yaml: nowhere.yaml: No such file or directory"),
     "task": (["--task", "translation"], "--task is 'translation', want classification or causal-lm"),

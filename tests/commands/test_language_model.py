@@ -97,6 +97,23 @@ def test_options_of_sft_and_ours(finetune, options, tmp_path, more):
     assert metrics["test"]["perplexity"] < metrics["before"]["perplexity"]
 
 
+@pytest.mark.filterwarnings("ignore:.*were quantised again", "ignore:.*rounding to 16 bits keeps less than")
+@pytest.mark.parametrize("more", ["", "--quantize nf4", "--quantize int8", "--dtype bfloat16 --packing"])
+def test_a_merged_model_is_written_and_scored(finetune, options, tmp_path, more):
+    wide = saved(tmp_path / "wide", hidden_size=64, intermediate_size=64, head_dim=32)  # NF4 has blocks of 64 columns
+    run = finetune(*options, *more.split(), "--model", wide, "--merged", "true", "--answers", "0", "--max_steps", "8")
+    merged = AutoModelForCausalLM.from_pretrained(run.out / "merged", dtype="auto")
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert getattr(merged.config, "quantization_config", None) is None or "quantize" in more
+    scores = run.metrics["merged"], run.metrics["test"], run.metrics["before"]
+    merged_, test, before = (one["perplexity"] for one in scores)
+    assert abs(math.log(merged_ / test)) < 0.25 * math.log(before / test), "the merge keeps most of what was learned"
+    assert "merged: perplexity" in run.said
+    ids = torch.tensor([tiny_decoder.tokenizer()("Why is the sky blue?")["input_ids"]])
+    with torch.no_grad():
+        assert merged(ids).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["completions", "texts", "chat completions"])
 def test_formats(finetune, options, tmp_path, kind):
     pairs = tiny_decoder.questions(60)

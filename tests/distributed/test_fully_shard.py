@@ -72,7 +72,11 @@ def test_refusals_of_dora(ranks):
 
 
 def _merging(rank: int, directory: Path) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, how in (
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"rounding": "stochastic", "seed": 5}),
+    ):
         torch.manual_seed(2)
         config = {"r": 2, "target_modules": ["up", "down", "head"], "lora_bias": False, "init_lora_weights": False}
         model = inject(Net().to(dtype), LoraConfig(**config))
@@ -85,8 +89,8 @@ def _merging(rank: int, directory: Path) -> None:
         before = {key: value.clone() for key, value in alone.state_dict().items()}
         for names in ("default", "second"):
             model(x)  # the root keeps its whole parameters
-            merge(model, names)
-            merge(alone, names)
+            merge(model, names, **how)
+            merge(alone, names, **how)
             assert_bits(model, alone.state_dict())
             torch.testing.assert_close(model(x), alone(x))
         total = torch.tensor(merge_record_bytes(model))
@@ -138,6 +142,14 @@ def _merging_apart(rank: int, apart: str) -> None:
     else:
         shard(model, apart)
     assert_merges_alike(model, alone)
+    if apart == "columns":
+        model.to(torch.bfloat16)
+        before = {key: whole(value).clone() for key, value in model.state_dict().items()}
+        with pytest.raises(
+            ValueError, match="the columns of .* are split over ranks, and rounding='stochastic' is for"
+        ):
+            merge(model, rounding="stochastic")
+        assert_bits(model, before)
 
 
 @pytest.mark.parametrize("apart", ["base", "layer", "adapter", "whole", "columns"])

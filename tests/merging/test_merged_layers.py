@@ -23,7 +23,7 @@ from lora_ext import merge, unmerge
 from lora_ext.adapters import lora_modules
 
 # Some weights are far larger than their updates.
-pytestmark = pytest.mark.filterwarnings("ignore:.*rounding to .* keeps less than")
+pytestmark = pytest.mark.filterwarnings("ignore:.*rounding to 16 bits keeps less than")
 
 
 def dtype_id(value) -> str:

@@ -58,7 +58,7 @@ def test_one_layer_that_would_not_be_finite_leaves_all_unchanged(spoil, already)
     assert_restores(model, pristine)
 
 
-@pytest.mark.filterwarnings("ignore:.*rounding to float16 keeps less than")
+@pytest.mark.filterwarnings("ignore:.*rounding to 16 bits keeps less than")
 def test_unmerging_some_may_overflow_and_unmerging_all_does_not():
     layer = hard_layer(torch.float16, sizes=(1.0, 1.0, 1.0))
     with torch.no_grad():

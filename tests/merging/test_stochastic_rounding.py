@@ -128,7 +128,7 @@ def test_merge_errors_say_what_is_kept_and_a_merge_warns(scaling, rounding):
     before, update = bits_of(model)["up.weight"].double(), model.up.delta_weight().detach().double()
     before = before.clone()
     loses = scaling < 1 and rounding == "nearest"
-    text = r"^merge: rounding to bfloat16 keeps less than 95% of the update in 2 of 2 layers \(.*% of '.*'\); rounding="
+    text = r"^merge: rounding to 16 bits keeps less than 95% of the update in 2 of 2 weights \(.*% in '.*'\); rounding="
     with pytest.warns(UserWarning, match=text) if loses else contextlib.nullcontext():
         merge(model, rounding=rounding)
     errors = merge_errors(model)

@@ -206,11 +206,15 @@ def test_refusals():
     inject(mixed, LoraConfig(r=2, target_modules=["0", "1"]))
     with pytest.warns(UserWarning, match="calibration has no effect on '1' .bitsandbytes NF4., which are rounded"):
         merge(mixed, calibration=[torch.randn(9, 64)])
-    for plain in (llama(), quantized_copy(llama(), "torchao-float8")):
-        inject(plain, LoraConfig(r=2, target_modules=["q_proj"]))
-        with pytest.raises(ValueError, match="NF4, FP4 or int8, and none to merge into is; leave it out"):
-            merge(plain, calibration=batches())
-        assert not next(lora_modules(plain))[1].is_merged
+    plain, other = llama(), quantized_copy(llama(), "torchao-float8")
+    for one in (plain, other):
+        inject(one, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="is for quantised weights, and none to merge into is; leave it out"):
+        merge(plain, calibration=batches())
+    assert not next(lora_modules(plain))[1].is_merged
+    with pytest.warns(UserWarning, match="calibration has no effect on 'model.* .torchao float8.*rounded to nearest"):
+        merge(other, calibration=batches())
+    assert next(lora_modules(other))[1].is_merged
 
 
 def test_ctrl_c_takes_back_the_layers_that_are_done(monkeypatch):

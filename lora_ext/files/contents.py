@@ -107,11 +107,17 @@ def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapt
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is corrupted; the adapter is not LoRA, or of a kind that is not supported; one of two factors
-            is missing; shapes of factors do not fit each other, or the rank in the config. The message begins with
-            ``caller`` and lists all of these.
+        ValueError: a file is corrupted; or the errors of :func:`contents_of`.
     """
-    file = AdapterFile.open(directory, caller=caller)
+    return contents_of(AdapterFile.open(directory, caller=caller), caller=caller)
+
+
+def contents_of(file: AdapterFile, *, caller: str) -> AdapterContents:
+    """Sorts the keys of an adapter by kind; reads no tensor.
+
+    ValueError: the adapter is not LoRA, or of a kind that is not supported; one of two factors is missing; shapes of
+    factors do not fit each other, or the rank in the config. The message begins with ``caller`` and lists all of these.
+    """
     config = file.lora_config(caller)
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
     tokens: list[TokenRows] = []
