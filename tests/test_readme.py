@@ -130,19 +130,6 @@ def test_python_of_quantized_md(in_tmp_path):
     assert type(AutoModelForSequenceClassification.from_pretrained("plain-model")) is type(model)
 
 
-def test_python_of_language_models_md(in_tmp_path):
-    from support import tiny_decoder, tiny_gguf
-
-    original = tiny_decoder.llama(intermediate_size=64)
-    tiny_gguf.save(in_tmp_path / "model.gguf", original, tiny_decoder.tokenizer())
-    (block,) = python_blocks("docs/language-models.md")
-    run(block.replace("path/to", str(in_tmp_path)))
-    saved = AutoModelForCausalLM.from_pretrained("plain-model")
-    assert not hasattr(saved.config, "quantization_config")
-    torch.testing.assert_close(saved.state_dict(), original.state_dict())
-    assert AutoTokenizer.from_pretrained("plain-model").chat_template == tiny_decoder.TEMPLATE
-
-
 def test_python_of_cli_md(in_tmp_path, capsys):
     (block,) = python_blocks("docs/cli.md")
     names = run(block, model=bare_model())
@@ -157,8 +144,8 @@ def test_python_of_the_tutorial(in_tmp_path, capsys, monkeypatch):
     """With a chat model of a few thousand weights in place of SmolLM2."""
     from support import tiny_decoder, tiny_gguf
 
-    model = tiny_decoder.llama(hidden_size=64, intermediate_size=128)  # rows of whole blocks of 64
-    tiny_gguf.save(in_tmp_path / "tiny.gguf", model, tiny_decoder.tokenizer())
+    original = tiny_decoder.llama(hidden_size=64, intermediate_size=128)  # rows of whole blocks of 64
+    tiny_gguf.save(in_tmp_path / "tiny.gguf", original, tiny_decoder.tokenizer())
     tiny_decoder.save_rows(in_tmp_path / "chats.jsonl", tiny_decoder.chats(tiny_decoder.questions(80)))
     monkeypatch.setattr(demo, "language_model", lambda: str(in_tmp_path / "tiny.gguf"))
     monkeypatch.setattr(demo, "chats", lambda: str(in_tmp_path / "chats.jsonl"))
@@ -166,6 +153,10 @@ def test_python_of_the_tutorial(in_tmp_path, capsys, monkeypatch):
     for block in python_blocks("docs/tutorial.md"):
         more = block.replace("num_train_epochs=2", "num_train_epochs=4").replace("5e-4", "4e-3")
         exec(compile(more, "tutorial", "exec"), names)
+    saved = AutoModelForCausalLM.from_pretrained("base")
+    assert not hasattr(saved.config, "quantization_config")
+    torch.testing.assert_close(saved.state_dict(), original.state_dict())
+    assert AutoTokenizer.from_pretrained("base").chat_template == tiny_decoder.TEMPLATE
     model, perplexity = names["model"], names["perplexity"]
     feedback, _ = perplexity(), unmerge(model)
     adapted, _ = perplexity(), merge(model)
@@ -260,6 +251,17 @@ def headings(path: Path) -> set[str]:
     """Returns the anchors of a page's headings, as GitHub and the site make them."""
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name.startswith("docs/") and "README" not in name])
+def test_a_page_says_first_whom_it_is_for(name):
+    title, line = TEXTS[name].split("\n\n")[:2]
+    assert title.startswith("# ") and line.startswith("For ")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/README.vi.md"])
+def test_the_front_page_is_short(name):
+    assert TEXTS[name].count("\n") <= 130
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
