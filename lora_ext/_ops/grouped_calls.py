@@ -24,7 +24,7 @@ def lora_grouped_(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Adds to each row of ``y`` the update of the adapter that the row chooses, in place.
+    """Adds to each row of ``y`` the update of the adapter that the row names, in place.
 
     ``y[i] += scalings[g] * dropout(x)[i] @ A[g].T @ B[g].T`` with ``g = group_of_row[i]``; nothing where ``g`` is -1.
 

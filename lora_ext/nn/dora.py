@@ -13,7 +13,7 @@ from lora_ext import functional
 from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._ops.dora import rescale, row_norms, scale_of_rows
-from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, materialised
 from lora_ext.nn.base_layer import is_conv1d, plain_linear, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import Matrix
 from lora_ext.nn.linear import OverLinear, linear_sizes
@@ -121,7 +121,7 @@ class DoraLinear(OverLinear):
             return "ZeRO-3 has partitioned its weight, from which use_dora takes the magnitudes"
         if (reason := super().why_not(module, config)) is not None or quantized_weight(module) is not None:
             return reason
-        return why_weight_unusable(module, at_hand=True)
+        return why_weight_unusable(module, reads_values=True)
 
     @classmethod
     def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> DoraAdapter:
@@ -164,7 +164,7 @@ class DoraLinear(OverLinear):
         return output(x, _values(self.base_layer), self.bias, update, call)
 
     def _update(self, name: str) -> DoraUpdate:
-        held = at_hand(self.adapters[name])
+        held = materialised(self.adapters[name])
         dropout_p = held.lora_dropout if self.training else 0.0
         return DoraUpdate(held.lora_A, held.lora_B, held.lora_magnitude_vector, held.scaling, dropout_p)
 

@@ -15,7 +15,7 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import bring_for_calls
 from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
-from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, materialised
 from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
 from lora_ext.nn.base_layer import runs_alone, tensor_of, why_weight_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
@@ -333,7 +333,7 @@ class AddsToOutput(TransparentLayer, LoraLayer):
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, x)
         y = self.base_layer(x)
-        adapters = [at_hand(self.adapters[name]) for name in self._applied()]
+        adapters = [materialised(self.adapters[name]) for name in self._applied()]
         return self._add(tensor_of(self, y), x.to(y.device), adapters, self._owns_output()) if adapters else y
 
     def _owns_output(self) -> bool:
@@ -349,7 +349,7 @@ class AddsToOutput(TransparentLayer, LoraLayer):
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
-            return self._add(y, x, [at_hand(self.adapters[name])], may_change=False)
+            return self._add(y, x, [materialised(self.adapters[name])], may_change=False)
 
         return add_by_rows(self, x, choice, self._applied(choice), add)
 
