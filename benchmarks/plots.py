@@ -222,8 +222,9 @@ def draw_machines(results: Path) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    # Text stays text; equal figures are equal files.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora_ext"}):
+    # Text stays text, with one font instead of a list at every label; equal figures are equal files.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "lora_ext", "font.sans-serif": ["DejaVu Sans", "sans-serif"]}
+    with matplotlib.rc_context(style):
         figure.savefig(path, transparent=True, metadata={"Date": None})
     return path
 
