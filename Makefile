@@ -178,7 +178,7 @@ $(VENV)/.lint: $(VENV)/.created
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.created
-	@$(BIN)/pip install --quiet 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'
+	@$(BIN)/pip install --quiet 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0'
 	@touch $@
 
 # Build requirements, with torch: the package is built against the torch that it will run with.
