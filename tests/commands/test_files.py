@@ -208,9 +208,9 @@ def test_info_prints_the_launches_of_a_shape(capsys, plan, ours):
     assert main(["info", "--plan", plan]) == 0
     forward, backward = capsys.readouterr().out.split("\n\n")
     assert ("few_tokens" in forward) == ours == ("cuBLAS GEMM" not in forward)
-    assert "launches on 132 multiprocessors" in forward and "  shrink" in forward and "  token_sum" in backward
+    assert "launches on 132 SMs" in forward and "  shrink" in forward and "  token_sum" in backward
     assert main(["info", "--plan", plan, "--sms", "58"]) == 0
-    assert "launches on 58 multiprocessors" in capsys.readouterr().out
+    assert "launches on 58 SMs" in capsys.readouterr().out
     assert main(["info", "--plan", plan, "--sms", "0"]) == 2
     assert "--sms is '0', want a positive number" in capsys.readouterr().err
 

@@ -140,7 +140,7 @@ def test_a_plan_prints_itself():
     text = repr(_load.plan_forward(2048, 4096, Q_K_V, multiprocessors=58))
     assert text.startswith(
         "forward of 2048 tokens, 4096 -> 4096 (rank 16), 1024 (rank 16), 1024 (rank 16), bfloat16, factors float32\n"
-        "2 launches on 58 multiprocessors, "
+        "2 launches on 58 SMs, "
     )
     assert re.search(
         r"\n  shrink<64> +xa +\d+ blocks of 256 threads, .*; 16 chunks of 128 tokens x \d+ ranges of", text
@@ -155,7 +155,7 @@ def test_a_plan_prints_itself():
         ((1, 8, [(8, 0)]), "rank at least 1"),
         ((1, 8, [(8, 4)], "float64"), "x has dtype float64, but CUDA kernels take dtypes of 16 bits"),
         ((1, 8, [(8, 4)], "int8"), "there is no dtype int8"),
-        ((1, 8, [(8, 4)], "float16", 0), "a GPU has at least one multiprocessor"),
+        ((1, 8, [(8, 4)], "float16", 0), "a GPU has at least one SM"),
     ],
 )
 def test_impossible_plans_are_refused(arguments, message):
