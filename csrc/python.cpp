@@ -140,7 +140,7 @@ void check(int64_t num_tokens, int64_t in_features, const Layers& layers, const 
   if (!is_16_bit(dtype_named(dtype))) {
     throw py::value_error("plan: x has dtype " + dtype + ", but CUDA kernels take dtypes of 16 bits");
   }
-  if (multiprocessors < 1) throw py::value_error("plan: a GPU has at least one SM");
+  if (multiprocessors < 1) throw py::value_error("plan: a GPU has at least one multiprocessor");
 }
 
 Plan plan_forward(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,

@@ -155,7 +155,7 @@ def test_a_plan_prints_itself():
         ((1, 8, [(8, 0)]), "rank at least 1"),
         ((1, 8, [(8, 4)], "float64"), "x has dtype float64, but CUDA kernels take dtypes of 16 bits"),
         ((1, 8, [(8, 4)], "int8"), "there is no dtype int8"),
-        ((1, 8, [(8, 4)], "float16", 0), "a GPU has at least one SM"),
+        ((1, 8, [(8, 4)], "float16", 0), "a GPU has at least one multiprocessor"),
     ],
 )
 def test_impossible_plans_are_refused(arguments, message):
