@@ -16,7 +16,7 @@ from lora_ext.quantized import QuantizedWeight
 from lora_ext.quantized.grid import Grid
 
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it
-_BLOCK = 64  # columns whose errors reach the columns after them in one product
+_BLOCKS = 64, 8  # columns whose errors reach the columns after them in one product, those of the block by the smaller
 
 
 class LayerInputs:
@@ -29,23 +29,22 @@ class LayerInputs:
     def factor(self) -> tuple[Tensor, Tensor]:
         """Returns ``U`` with ``U.T @ U = H^-1``, upper triangular, and the order of columns that it is for, int64.
 
-        Columns with the largest inputs come first. Sums and the factorisation are float64.
+        Columns with the largest inputs come first. The factorisation is float64.
         """
         if self._factor is None:
             first = self.tensors[0]
             hessian = torch.zeros(first.shape[1], first.shape[1], dtype=torch.float64, device=first.device)
             for tensor in self.tensors:
-                rows = tensor.double()
-                hessian.addmm_(rows.T, rows)
+                rows = tensor.float()  # rounding is far below the damping
+                hessian += rows.T @ rows
             order = hessian.diagonal().argsort(descending=True, stable=True)
             hessian = hessian[order][:, order]
             damping = float(hessian.diagonal().mean()) * _DAMPING
             hessian.diagonal().add_(damping or 1.0)  # inputs of zeros: any rounding is as good
             # H = R @ R.T with R upper triangular is the Cholesky factor in reverse order; then U = R^-1.
-            root = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
-            identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
-            upper = torch.linalg.solve_triangular(root, identity, upper=True)
-            self._factor = upper.float(), order
+            root = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1).float()
+            identity = torch.eye(len(root), device=root.device)
+            self._factor = torch.linalg.solve_triangular(root, identity, upper=True), order
         return self._factor
 
     def forget(self) -> None:
@@ -64,7 +63,7 @@ def quantize_for(weight: QuantizedWeight, values: Tensor, inputs: LayerInputs) -
     """
     grid = weight.grid(weight.quantize(values))
     columns = values.T.contiguous()
-    nearest_codes, rounded = grid.nearest(columns, torch.arange(len(columns), device=columns.device))
+    nearest_codes, rounded = grid.nearest(columns, *grid.of_columns(torch.arange(len(columns), device=columns.device)))
     codes, fed = _round_columns(columns, grid, *inputs.factor())
     if inputs.output_error(fed.sub_(columns)) < inputs.output_error(rounded.sub_(columns)):
         return grid.pack(codes.T)
@@ -73,16 +72,29 @@ def quantize_for(weight: QuantizedWeight, values: Tensor, inputs: LayerInputs) -
 
 def _round_columns(columns: Tensor, grid: Grid, upper: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds columns ``[in_features, out_features]`` with feedback: returns their codes and values."""
-    rest, numbers, n = columns[order], order.tolist(), len(order)
+    rest, n = columns[order], len(order)
     codes, values = torch.empty_like(columns, dtype=torch.int16), torch.empty_like(columns)
-    scales = (1 / upper.diagonal()).tolist()
-    errors = rest.new_empty(_BLOCK, rest.shape[1])
-    for begin in range(0, n, _BLOCK):
-        end = min(begin + _BLOCK, n)
-        for j in range(begin, end):
-            codes[numbers[j]], value = grid.nearest(rest[j], numbers[j])
-            values[numbers[j]] = value
-            error = torch.sub(rest[j], value, out=errors[j - begin]).mul_(scales[j])
-            rest[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
-        rest[end:].addmm_(upper[begin:end, end:].T, errors[: end - begin], alpha=-1)
-    return codes, values
+    errors = rest.new_empty(_BLOCKS[0], rest.shape[1])
+    weights = (1 / upper.diagonal()).tolist()
+    # Views are made once: of thousands of short columns, each operation counts.
+    rows, values_of, codes_of, errors_of = rest.unbind(), values.unbind(), codes.unbind(), errors.unbind()
+    grid_of = list(zip(*(each.expand_as(rest).unbind() for each in grid.of_columns(order)), strict=True))
+
+    def push(begin: int, end: int, last: int, first_error: int) -> None:
+        """Pushes the errors of columns [begin, end) onto [end, last)."""
+        done = errors[begin - first_error : end - first_error]
+        rest[end:last].addmm_(upper[begin:end, end:last].T, done, alpha=-1)
+
+    for block in range(0, n, _BLOCKS[0]):
+        block_end = min(block + _BLOCKS[0], n)
+        for begin in range(block, block_end, _BLOCKS[1]):
+            end = min(begin + _BLOCKS[1], block_end)
+            for j in range(begin, end):
+                code, _ = grid.nearest(rows[j], *grid_of[j], out=values_of[j])
+                codes_of[j].copy_(code)
+                torch.sub(rows[j], values_of[j], out=errors_of[j - block]).mul_(weights[j])
+                rest[j + 1 : end].addr_(upper[j, j + 1 : end], errors_of[j - block], alpha=-1)
+            push(begin, end, block_end, block)
+        push(block, block_end, n, block)
+    place = order.argsort()
+    return codes[place], values[place]

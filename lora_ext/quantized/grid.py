@@ -35,22 +35,27 @@ class Grid:
     def _borders(self) -> Tensor:
         return (self.table[1:] + self.table[:-1]) / 2
 
-    def nearest(self, values: Tensor, column: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the codes nearest to ``values`` of a column, or of columns, and the values of these codes.
+    def of_columns(self, columns: Tensor) -> tuple[Tensor, ...]:
+        """Returns what :meth:`nearest` needs of ``columns``, int64: ``[columns or 1, out_features]`` each."""
+        groups = columns // self.group if len(self.scale) > 1 else columns.new_zeros(1)
+        return tuple(each[groups] for each in (self.scale, self.inverse, self.zero) if each is not None)
+
+    def nearest(
+        self, values: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor | None = None, *, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the codes nearest to ``values [..., out_features]``, float32, and the values of these codes.
 
         Args:
-            values: ``[out_features]`` for one column, ``[columns, out_features]`` for several, float32.
-            column: its number; for several, int64 ``[columns]``.
+            scale, inverse, zero: of the values' columns.
+            out: where to write the values of the codes.
         """
-        group = column // self.group
-        scale = self.scale[group]
-        scaled = values * self.inverse[group]
+        scaled = values * inverse
         if self.table is not None:
-            codes = torch.bucketize(scaled, self._borders)
-            return codes, self.table[codes] * scale
-        if self.zero is None:
-            codes = scaled.round_().clamp_(*self.limits)
-            return codes, codes * scale
-        zero = self.zero[group]
-        codes = scaled.round_().add_(zero).clamp_(*self.limits)
-        return codes, (codes - zero) * scale
+            codes = torch.bucketize(scaled, self._borders, out_int32=True)
+            found = self.table.index_select(0, codes.flatten()).view_as(scaled)
+        elif zero is None:
+            codes = found = scaled.round_().clamp_(*self.limits)
+        else:
+            codes = scaled.round_().add_(zero).clamp_(*self.limits)
+            found = codes - zero
+        return codes, torch.mul(found, scale, out=out)

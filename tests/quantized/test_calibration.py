@@ -44,7 +44,7 @@ def test_a_grid_has_the_values_that_its_codes_stand_for(format):
     weight = quantized_weight(QUANTIZE[format](nn.Linear(256, 64)))
     values = weight.dequantize() + 1e-3 * torch.randn(64, 256)
     grid = weight.grid(weight.quantize(values))
-    codes, found = grid.nearest(values.T.contiguous(), torch.arange(256))
+    codes, found = grid.nearest(values.T.contiguous(), *grid.of_columns(torch.arange(256)))
     weight.write(grid.pack(codes.T))
     torch.testing.assert_close(weight.dequantize(), found.T, rtol=1e-6, atol=0)
     assert not quantized_weight(QUANTIZE["nf4"](nn.Linear(96, 64))).has_grid  # blocks of 64 go over two rows
