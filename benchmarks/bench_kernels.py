@@ -3,7 +3,7 @@
     python benchmarks/bench_kernels.py [--seconds 60] [--json kernels.json]
 
 Both ceilings are measured in the same run: the rate of a large copy (bytes read plus bytes written) and that of a large
-matrix product. PyTorch's profiler times the kernels inside the ops, on rotating inputs larger than the second-level
+matrix product. PyTorch's profiler times the kernels inside the ops, on rotating inputs larger than the L2
 cache. A stage is one step of the algorithm, with the second launches that add partial sums. Its bytes are those that it
 must move (stage_bytes), so that moving more lowers its GB/s. Launches do not overlap here (LORA_EXT_OVERLAP=0).
 """

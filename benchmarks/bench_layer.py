@@ -11,7 +11,7 @@ Rivals (--rivals: Unsloth, Axolotl, LoRAFusion) have tables of their own, withou
 imported only there, because importing them changes PEFT.
 
 torch.compile of the hand-written layer is a contestant at some shapes, because each takes seconds to compile. On a GPU
-the time is that between two CUDA events, after a flush of the second-level cache (timing.py).
+the time is that between two CUDA events, after a flush of the L2 cache (timing.py).
 """
 
 from __future__ import annotations

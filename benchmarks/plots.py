@@ -3,23 +3,25 @@
     python benchmarks/plots.py [--results DIR] [--device cpu] [--machine-isa avx2]
 
 layer: bars against the frozen layer. decode: cost by tokens. A picture whose JSON file is missing is left out and
-reported.
+reported. layers.svg, in benchmarks/results, shows layers of several machines: the picture of README.md.
+
+Text has a grey and the background no colour, so that the pictures are readable in light and dark themes.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
 from harness.report import results_folder
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
+INK = "#767676"  # contrast of 4.5 to white and to black
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = {
     "lora_ext": "#0072B2",
@@ -28,18 +30,23 @@ COLOURS = {
     "loralib": "#E69F00",
     "hand-written": "#009E73",
     "compiled": "#CC79A7",
-    "frozen": "#555555",
+    "frozen": INK,
 }
 DTYPES = ("float32", "bfloat16", "float16")
-DPI, WIDTH = 100, 10  # 1000 pixels
+WIDTH = 10  # inches
+MACHINES = {"AMD EPYC (Zen 4)": "amd_epyc", "Intel Xeon with AMX": "intel_xeon"}
+SHOWN = [[512, 768, 768], [1024, 2048, 2048], [2048, 4096, 4096]]  # of layers.svg
+_styled = matplotlib.rc_context(
+    dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+)
 
 
 def _figure(height: float, title: str, heading: str) -> Figure:
     """Makes a figure. heading: the result's heading: what was measured; then the machine."""
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     where = heading.partition("; ")[2].replace("; medians (quartiles)", "")
     figure.suptitle(f"{title}\n", fontsize=12)
-    figure.text(0.5, 0.985 - 0.24 / height, where, ha="center", va="top", fontsize=7, color="#555555")
+    figure.text(0.5, 0.985 - 0.24 / height, where, ha="center", va="top", fontsize=7)
     return figure
 
 
@@ -60,12 +67,12 @@ def _frozen_line(axes: Axes) -> None:
 # --- bars -------------------------------------------------------------------------------------------------------------
 
 
+@_styled
 def layer(result: dict) -> Figure:
     """Draws forward plus backward with dropout: a panel for each dtype, a group of bars for each shape."""
-    dropout = max(row["dropout"] for row in result["rows"])
-    rows = [row for row in result["rows"] if row["pass"] == "forward + backward" and row["dropout"] == dropout]
+    rows = training_rows(result)
     dtypes = _dtypes(rows)
-    title = f"One LoRA layer, forward + backward with dropout {dropout:g}, against the frozen layer"
+    title = f"One LoRA layer, forward + backward with dropout {rows[0]['dropout']:g}, against the frozen layer"
     figure = _figure(1.1 + 2.4 * len(dtypes), title, result["heading"])
     names = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
     for axes, dtype in zip(figure.subplots(len(dtypes), 1, squeeze=False)[:, 0], dtypes, strict=True):
@@ -77,7 +84,7 @@ def layer(result: dict) -> Figure:
                 x = group + (bar - (len(present) - 1) / 2) * 0.14
                 label = name if group == 0 else None
                 axes.bar(x, middle, 0.13, color=COLOURS[name], label=label)
-                axes.vlines(x, low, high, color="black", linewidth=0.7)
+                axes.vlines(x, low, high, color=INK, linewidth=0.7)
                 axes.text(x, max(middle, high), f"{middle:.2f}", ha="center", va="bottom", fontsize=7)
         labels = ["{} x {} → {}\nfrozen {:.3g} ms".format(*row["shape"], row["frozen_ms"]) for row in shown]
         axes.set_xticks(range(len(shown)), labels, fontsize=8)
@@ -91,6 +98,36 @@ def layer(result: dict) -> Figure:
         handles.setdefault(name, figure.axes[0].bar(0, 0, color=COLOURS[name]))
     figure.axes[0].legend([handles[name] for name in names], names, ncols=len(names), fontsize=8, frameon=False)
     return figure
+
+
+@_styled
+def layers_of_machines(results: dict[str, dict]) -> Figure:
+    """Draws a panel for each machine: bars of lora_ext and of PEFT for the layers of ``SHOWN`` in each dtype."""
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (machine, result) in zip(panels, results.items(), strict=True):
+        rows = [row for row in training_rows(result) if row["shape"] in SHOWN]
+        rows.sort(key=lambda row: DTYPES.index(row["dtype"]))
+        for group, row in enumerate(rows):
+            for place, name, label in ((-0.2, "lora_ext", "lora_ext"), (0.2, "peft", "PEFT")):
+                middle, low, high = row["ratio"][name]
+                axes.bar(group + place, middle, 0.38, color=COLOURS[name], label=None if group else label)
+                axes.vlines(group + place, low, high, color=INK, linewidth=0.8)
+                axes.text(group + place, high, f"{middle:.2f}", ha="center", va="bottom", fontsize=7)
+        axes.set_xticks(range(len(rows)), [f"{row['shape'][2]}\n{row['dtype']}" for row in rows], fontsize=8)
+        axes.set_xlabel("features in and out, dtype", fontsize=9)
+        axes.set_title(f"{machine}, dropout {rows[0]['dropout']:g}", fontsize=10)
+        axes.set_ylabel("time of a step, times the frozen layer", fontsize=9)
+        axes.legend(fontsize=8, frameon=False, loc="upper left")
+        _clean(axes)
+        _frozen_line(axes)
+    return figure
+
+
+def training_rows(result: dict) -> list[dict]:
+    """Returns the rows of forward and backward with dropout."""
+    dropout = max(row["dropout"] for row in result["rows"])
+    return [row for row in result["rows"] if row["pass"] == "forward + backward" and row["dropout"] == dropout]
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -127,6 +164,7 @@ def _name_lines(axes: Axes) -> None:
         )
 
 
+@_styled
 def decode(result: dict) -> Figure:
     """Draws a row of panels for each dtype, which share a scale, and a column for each width."""
     rows, dtypes = result["rows"], _dtypes(result["rows"])
@@ -159,7 +197,7 @@ PICTURES: dict[str, Callable[[dict], Figure]] = {"layer": layer, "decode": decod
 
 
 def draw(results: Path, suffix: str, say: Callable[[str], None] = print) -> list[Path]:
-    """Writes <name>_<suffix>.png next to each <name>_<suffix>.json. suffix: "cpu", "cuda", "cpu_avx2"."""
+    """Writes <name>_<suffix>.svg next to each <name>_<suffix>.json. suffix: "cpu", "cuda", "cpu_avx2"."""
     written = []
     for name, picture in PICTURES.items():
         source = results / f"{name}_{suffix}.json"
@@ -170,12 +208,25 @@ def draw(results: Path, suffix: str, say: Callable[[str], None] = print) -> list
         if not result["rows"]:
             say(f"{source.name} has no rows: no picture of it")
             continue
-        drawn = io.BytesIO()
-        picture(result).savefig(drawn)
-        # Lines and letters need only a palette, which makes the file a third of the size.
-        Image.open(drawn).convert("RGB").quantize(64).save(source.with_suffix(".png"), optimize=True)
-        written.append(source.with_suffix(".png"))
+        written.append(save(picture(result), source.with_suffix(".svg")))
     return written
+
+
+def draw_machines(results: Path) -> list[Path]:
+    """Writes layers.svg into the folder ``results`` if all machines that it shows have results there."""
+    files = {machine: results / folder / "layer_cpu.json" for machine, folder in MACHINES.items()}
+    if not all(path.is_file() for path in files.values()):
+        return []
+    figure = layers_of_machines({machine: json.loads(path.read_text()) for machine, path in files.items()})
+    return [save(figure, results / "layers.svg")]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    # Text stays text, with one font instead of a list at every label; equal figures are equal files.
+    style = {"svg.fonttype": "none", "svg.hashsalt": "lora_ext", "font.sans-serif": ["DejaVu Sans", "sans-serif"]}
+    with matplotlib.rc_context(style):
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+    return path
 
 
 def main() -> int:
@@ -186,6 +237,7 @@ def main() -> int:
     args = parser.parse_args()
     results = args.results or results_folder(args.device)
     written = draw(results, f"{args.device}_{args.machine_isa}" if args.machine_isa else args.device)
+    written += draw_machines(results.parent)
     print("\n".join(path.name for path in written))
     return 0 if written else 1
 

@@ -1,6 +1,6 @@
 """Predicts what layers with adapters cost on a GPU, from bytes, products and launches; nothing is measured.
 
-    python benchmarks/predictions.py [--write]      # prints the tables of docs/performance.md, or writes them
+    python benchmarks/predictions.py [--write]      # prints the tables, or writes the one of docs/results.md
 
 A step takes as long as its bytes at the rate of a large copy, or as its products at the rate of a large matrix product,
 whichever is longer, and a gap for each launch; steps do not overlap. harness/stages.py has the bytes and the launches.
@@ -20,7 +20,7 @@ from harness import report, stages
 from harness.shapes import LLAMA_SIBLINGS, Shape, SiblingShape
 from harness.stages import Case, stage_bytes, stage_flops
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "results.md"
 MARKS = ("<!-- predictions: begin -->\n", "<!-- predictions: end -->\n")
 
 
@@ -151,7 +151,7 @@ def steps_of(layers: list[Case], training: bool, wide_factors: bool = True) -> l
 
 
 def rows_steps(case: Case, adapters: int) -> list[Step]:
-    """The steps of a frozen layer whose rows choose among so many adapters (csrc/cuda/grouped), without autograd."""
+    """The steps of a frozen layer in a mixed batch of so many adapters (csrc/cuda/grouped), without autograd."""
     tokens, features, out_features = case.shape
     element, sums = case.dtype.itemsize, 4 * tokens * case.rank
     factor, flops = adapters * case.rank * element, 2 * tokens * case.rank
@@ -261,7 +261,7 @@ def ratios_table() -> str:
 
 
 def document_part() -> str:
-    """Formats what docs/performance.md holds between the marks."""
+    """Formats what docs/results.md holds between the marks."""
     rates = "; ".join(f"{c.name} {c.bytes_s / 1e12:g} TB/s, {c.flops_s / 1e12:.0f} TFLOP/s" for c in CARDS)
     return (
         f"Predicted for {MAIN}, from assumed rates\n({rates}) and a gap of {GAP_US:g} us a launch.\n"
@@ -269,8 +269,8 @@ def document_part() -> str:
         "where nothing else is said.\n"
         f"The host's {HOST_LAUNCH_US:g} us a launch and {HOST_ALLOCATION_US:g} us an allocation are assumed, too; "
         "its sums also have\nwhat Python, autograd and the dispatcher take, as measured on a CPU "
-        "([results.md](results.md#host-time)).\n\n"
-        f"{steps_table()}\n\n{ratios_table()}\n"
+        "([host time](#host-time)).\n\n"
+        f"{ratios_table()}\n"
     )
 
 
@@ -364,7 +364,7 @@ def main() -> None:
     if parser.parse_args().write:
         write_document()
     else:
-        print(document_part(), end="")
+        print(f"{document_part()}\n{steps_table()}")
 
 
 if __name__ == "__main__":

@@ -212,8 +212,9 @@ class LoraConfig:
             first number with two names before it: 1 in ``model.layers.1.mlp``, none in ``layers.1.mlp``.
         layers_pattern: name (a regular expression, or a list of them) of the ``nn.ModuleList`` whose numbers
             ``layers_to_transform`` means; the first that occurs in the path decides.
-        rank_pattern, alpha_pattern: other ranks and ``lora_alpha`` for some targets, by a name or a regular expression
-            for a path or its end after a dot; the first match decides.
+        rank_pattern: other ranks for some targets, by a name or a regular expression for a path or its end after a dot;
+            the first match decides.
+        alpha_pattern: other values of ``lora_alpha``, in the same way.
         modules_to_save: modules to train in full and to save with the adapter: each entry matches modules whose path
             ends with it. Nothing inside them is adapted.
         trainable_token_indices: train only these rows of an embedding: token numbers for the input embedding, or a dict

@@ -1,4 +1,4 @@
-"""Exported programs (``torch.export``, AOTInductor) that run without this package: docs/export.md."""
+"""Exported programs (``torch.export``, AOTInductor) that run without this package: docs/adapters.md."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from lora_ext import _load, reference
 from lora_ext._ops.registration import arguments_by_name, composites, op_named
+
+__all__ = ["library_paths", "plain_pytorch"]
 
 
 def library_paths() -> list[Path]:

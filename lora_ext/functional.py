@@ -104,8 +104,11 @@ def lora_delta_(
             passes through. The op that produced it must not need it for its backward (autograd checks that).
         x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``y``; any strides. Under autocast
             it is cast to the dtype that the base layer returned.
-        lora_A, lora_B, dropout_p, seed: as in :func:`lora_linear`, with the same mask for the same seed.
+        lora_A: as in :func:`lora_linear`.
+        lora_B: as in :func:`lora_linear`.
         scaling: any finite number.
+        dropout_p: as in :func:`lora_linear`.
+        seed: as in :func:`lora_linear`, with the same mask for the same seed.
 
     Returns:
         ``y``. The sum is taken in float32 (float64 for float64) and rounded once.
@@ -114,9 +117,7 @@ def lora_delta_(
         ValueError, TypeError: naming the argument and both values.
         RuntimeError: PyTorch's in-place ops would refuse ``y`` too: a leaf that requires grad, a view of one, one of
             the views that ``split`` returned, ...; or an inference tensor outside of inference mode.
-        torch.OutOfMemoryError: memory is short.
-
-        ``y`` is unchanged after an error.
+        torch.OutOfMemoryError: memory is short. ``y`` is unchanged after each of these errors.
     """
     if torch.compiler.is_compiling():
         seed = drawn(x, dropout_p, seed)
@@ -193,7 +194,8 @@ def lora_linear_siblings(
         lora_As: for each layer ``[r, in_features]``, all of one of the four dtypes; ``r`` may differ.
         lora_Bs: for each layer ``[out_features, r]``, dtype of ``lora_As``.
         scalings: for each layer, usually ``lora_alpha / r``; at least 0.
-        dropout_p, seed: as in :func:`lora_linear`, for all layers.
+        dropout_p: as in :func:`lora_linear`, for all layers.
+        seed: as in :func:`lora_linear`, for all layers.
 
     Returns:
         For each layer ``[..., out_features]``, dtype of ``x``. Products accumulate in float32 (float64 for float64).
@@ -239,8 +241,11 @@ def lora_delta_siblings(
             dtype; ``out_features`` may differ. Unchanged; their gradients pass through.
         x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``bases``; any strides. Under
             autocast it is cast to the dtype that the base layers returned.
-        lora_As, lora_Bs, dropout_p, seed: as in :func:`lora_linear_siblings`.
+        lora_As: as in :func:`lora_linear_siblings`.
+        lora_Bs: as in :func:`lora_linear_siblings`.
         scalings: for each layer any finite number.
+        dropout_p: as in :func:`lora_linear_siblings`.
+        seed: as in :func:`lora_linear_siblings`.
 
     Returns:
         For each layer a new tensor like its base. The sum is taken in float32 (float64 for float64) and rounded once.

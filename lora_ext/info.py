@@ -14,7 +14,7 @@ from lora_ext.export import library_paths
 
 BASE_PRODUCT = {
     "own": "of 33 tokens and more by our kernel, with the adapter in it, where it has the dtypes",
-    "library": "of many tokens by PyTorch's library",
+    "library": "of many tokens by PyTorch (oneDNN or MKL)",
 }
 
 
@@ -58,20 +58,16 @@ def gather() -> dict[str, object]:
     }
 
 
-def plan(
-    num_tokens: int, in_features: int, out_features: int, rank: int = 16, multiprocessors: int | None = None
-) -> str:
+def plan(num_tokens: int, in_features: int, out_features: int, rank: int = 16, sms: int | None = None) -> str:
     """Prints the launches of a layer's forward and backward on CUDA: bfloat16, factors of float32, with dropout.
 
-    ``multiprocessors``: of the GPU; None: an H100's. Neither a GPU nor the CUDA kernels are needed.
+    ``sms``: streaming multiprocessors of the GPU; None: an H100's. Neither a GPU nor the CUDA kernels are needed.
     """
-    gpu = {} if multiprocessors is None else {"multiprocessors": multiprocessors}
+    gpu = {} if sms is None else {"multiprocessors": sms}
     sizes = num_tokens, in_features, [(out_features, rank)]
     forward, backward = _load.plan_forward(*sizes, **gpu), _load.plan_backward(*sizes, **gpu)
-    base = "" if forward.streams_weights else "\n  then the library's product with the frozen weight adds to y"
-    return (
-        f"{forward.text}{base}\n\n{backward.text}\n  then the library's product with the frozen weight adds to grad_x"
-    )
+    base = "" if forward.streams_weights else "\n  then a cuBLAS GEMM with the frozen weight adds to y"
+    return f"{forward.text}{base}\n\n{backward.text}\n  then a cuBLAS GEMM with the frozen weight adds to grad_x"
 
 
 def info(json: bool = False) -> str:

@@ -133,7 +133,7 @@ def test_plain_formulas_of_every_op(dtype, strict):
 
 
 class Rows(nn.Module):
-    """The ops for rows that choose their adapters. Graphs of our function have the first only."""
+    """The ops for mixed batches. Graphs of our function have the first only."""
 
     def forward(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         weight, bias, A, B, groups, scalings = tensors.values()

@@ -28,7 +28,7 @@ ROWS = table()
 
 
 def part_of(file: str) -> str:
-    """The row's name for a file of the package: its folder at the top, or the file beside the folders."""
+    """The row's name for a file of the package: its folder at the top, or the file next to the folders."""
     folder, slash, _ = file.partition("/")
     return folder + slash
 
@@ -84,7 +84,7 @@ SOURCES = sources()
 def test_the_table_has_one_row_for_each_part_of_this_tree():
     assert len(SOURCES) > 100
     assert {part_of(file) for file in SOURCES} == ROWS.keys(), (
-        f"give each folder and each file beside them a row; {SEE}"
+        f"give each folder and each file next to them a row; {SEE}"
     )
 
 

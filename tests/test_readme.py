@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import itertools
 import re
@@ -17,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_ext import LoraConfig, functional, inject, save_adapter
+from lora_ext import LoraConfig, functional, inject, merge, save_adapter, unmerge
 from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.commands import demo
 from lora_ext.commands.options import Parser
@@ -83,15 +84,27 @@ def test_python_of_many_adapters_md(in_tmp_path):
     assert stats.slots == 0 and 2 <= stats.loads <= 3
 
 
+def test_python_of_the_vietnamese_readme():
+    """The same code as in README.md, with other comments."""
+    english, vietnamese = (
+        [ast.dump(ast.parse(block)) for block in python_blocks(name)] for name in ("README.md", "docs/README.vi.md")
+    )
+    assert english == vietnamese
+
+
 def test_python_of_adapters_md(in_tmp_path, capsys):
     run(python_blocks("README.md")[0])
-    finetuned, several = python_blocks("docs/adapters.md")
+    finetuned, several, exported = python_blocks("docs/adapters.md")
     shutil.copytree("my-adapter", "my-run/adapter")
     Path("my-run", "metrics.json").write_text('{"labels": ["negative", "neutral", "positive"]}')
     assert adapter_names(run(finetuned)["model"]) == ["default"]
     assert capsys.readouterr().out.strip() in ("negative", "neutral", "positive")
     names = run(several, model=bare_model())
     assert adapter_names(names["model"]) == ["first", "second", "third", "both"]
+    names = run(exported, model=bare_model())
+    assert "lora_ext.lora_linear" in str(names["program"].graph)
+    assert Path("program.pt2").stat().st_size > 1e6
+    assert "liblora_ext.so" in capsys.readouterr().out
 
 
 def test_python_of_peft_md(in_tmp_path):
@@ -117,42 +130,53 @@ def test_python_of_quantized_md(in_tmp_path):
     assert type(AutoModelForSequenceClassification.from_pretrained("plain-model")) is type(model)
 
 
-def test_python_of_language_models_md(in_tmp_path):
-    from support import tiny_decoder, tiny_gguf
-
-    original = tiny_decoder.llama(intermediate_size=64)
-    tiny_gguf.save(in_tmp_path / "model.gguf", original, tiny_decoder.tokenizer())
-    (block,) = python_blocks("docs/language-models.md")
-    run(block.replace("path/to", str(in_tmp_path)))
-    saved = AutoModelForCausalLM.from_pretrained("plain-model")
-    assert not hasattr(saved.config, "quantization_config")
-    torch.testing.assert_close(saved.state_dict(), original.state_dict())
-    assert AutoTokenizer.from_pretrained("plain-model").chat_template == tiny_decoder.TEMPLATE
-
-
-def test_python_of_methods_md(in_tmp_path, capsys):
-    (block,) = python_blocks("docs/methods.md")
+def test_python_of_cli_md(in_tmp_path, capsys):
+    (block,) = python_blocks("docs/cli.md")
     names = run(block, model=bare_model())
     assert method_of(names["model"]) == names["method"]
     assert capsys.readouterr().out == f"{12 * (2 * 384 * 16 + 16 + 384)}\n"
     assert (in_tmp_path / "my-adapter" / "method.safetensors").is_file()
 
 
-def test_python_of_export_md(in_tmp_path, capsys):
-    with_ops, plain = python_blocks("docs/export.md")
-    for block, has_ops in ((with_ops, True), (plain, False)):
-        names = run(block, model=bare_model())
-        assert ("lora_ext.lora_linear" in str(names["program"].graph)) == has_ops
-        assert (in_tmp_path / "program.pt2").stat().st_size > 1e6
-    assert "liblora_ext.so" in capsys.readouterr().out
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")  # TRL and torchao, which it imports, warn a lot
+def test_python_of_the_tutorial(in_tmp_path, capsys, monkeypatch):
+    """With a chat model of a few thousand weights in place of SmolLM2."""
+    from support import tiny_decoder, tiny_gguf
+
+    original = tiny_decoder.llama(hidden_size=64, intermediate_size=128)  # rows of whole blocks of 64
+    tiny_gguf.save(in_tmp_path / "tiny.gguf", original, tiny_decoder.tokenizer())
+    tiny_decoder.save_rows(in_tmp_path / "chats.jsonl", tiny_decoder.chats(tiny_decoder.questions(80)))
+    monkeypatch.setattr(demo, "language_model", lambda: str(in_tmp_path / "tiny.gguf"))
+    monkeypatch.setattr(demo, "chats", lambda: str(in_tmp_path / "chats.jsonl"))
+    names: dict[str, Any] = {}
+    for block in python_blocks("docs/tutorial.md"):
+        more = block.replace("num_train_epochs=2", "num_train_epochs=4").replace("5e-4", "4e-3")
+        exec(compile(more, "tutorial", "exec"), names)
+    saved = AutoModelForCausalLM.from_pretrained("base")
+    assert not hasattr(saved.config, "quantization_config")
+    torch.testing.assert_close(saved.state_dict(), original.state_dict())
+    assert AutoTokenizer.from_pretrained("base").chat_template == tiny_decoder.TEMPLATE
+    model, perplexity = names["model"], names["perplexity"]
+    feedback, _ = perplexity(), unmerge(model)
+    adapted, _ = perplexity(), merge(model)
+    nearest = perplexity()
+    said = capsys.readouterr().out
+    assert f"adapter {adapted:.1f}, merged to nearest {nearest:.1f}, by error feedback {feedback:.1f}" in said
+    assert adapted < 20 and abs(feedback - adapted) < abs(nearest - adapted)
 
 
 def test_python_of_decisions_md():
     (block,) = python_blocks("docs/decisions.md")
     x, weight, bias, A, B = (torch.randn(shape) for shape in ((4, 24), (20, 24), (20,), (3, 24), (20, 3)))
     found = run(block, torch=torch, x=x, weight=weight, bias=bias, lora_A=A, lora_B=B)
-    for name, scaling in (("y", 0.5), ("other", 0.25)):
-        torch.testing.assert_close(found[name], functional.lora_linear(x, weight, bias, A, B, scaling))
+    torch.testing.assert_close(found["y"], functional.lora_linear(x, weight, bias, A, B, 0.5))
+
+
+def test_every_page_with_python_is_run():
+    run_here = set(re.findall(r'python_blocks\("(.*?)"\)', Path(__file__).read_text(encoding="utf-8")))
+    with_python = {name for name in DOCUMENTS if python_blocks(name)}
+    assert with_python == run_here | {"docs/README.vi.md"}
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -221,3 +245,44 @@ def named(name: str) -> list[Path]:
 def test_files_named_exist(name):
     missing = [path for path in (*linked(name), *named(name)) if not path.exists()]
     assert not missing, f"{name} names files that do not exist"
+
+
+def headings(path: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name.startswith("docs/") and "README" not in name])
+def test_a_page_says_first_whom_it_is_for(name):
+    title, line = TEXTS[name].split("\n\n")[:2]
+    assert title.startswith("# ") and line.startswith("For ")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/README.vi.md"])
+def test_the_front_page_is_short(name):
+    assert TEXTS[name].count("\n") <= 130
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_headings_linked_exist(name):
+    missing = []
+    for target, heading in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", TEXTS[name]):
+        path = (ROOT / name).parent / target if target else ROOT / name
+        if "://" not in target and heading not in headings(path):
+            missing.append(f"{target}#{heading}")
+    assert not missing, f"{name} links to headings that do not exist"
+
+
+# --- the list of public names -----------------------------------------------------------------------------------------
+
+
+def test_the_api_page_has_every_public_module_and_name():
+    page = TEXTS["docs/api.md"]
+    shown = dict(re.findall(r"^::: ([\w.]+)\n    options: {members: \[(.*?)\]}$", page, re.M | re.S))
+    for path in sorted((ROOT / "lora_ext").rglob("*.py")):
+        if "\n__all__ = " in path.read_text(encoding="utf-8"):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            names = importlib.import_module(module).__all__
+            assert shown.pop(module).replace(",", " ").split() == sorted(names), module
+    assert not shown

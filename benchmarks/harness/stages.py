@@ -14,7 +14,7 @@ from harness.shapes import Shape
 
 # Launches of one call in bfloat16 with a rank up to 16, by stage: the only place where they are counted. A call of more
 # layers (siblings) has these once, except those in PER_LAYER, which it has for each layer. "seed" is PyTorch's random
-# number, "product" the library's product with the frozen weight. tests/simt/test_simt_plans.py counts the kernels.
+# number, "product" the cuBLAS GEMM with the frozen weight. tests/simt/test_simt_plans.py counts the kernels.
 FORWARD_LAUNCHES = {"seed": 1, "shrink": 1, "expand": 1, "product": 1}
 BACKWARD_LAUNCHES = {"grad_b": 1, "grad_x": 1, "grad_a": 2, "product": 1}
 PER_LAYER = ("product",)

@@ -20,7 +20,7 @@ def wall_clock(call: Callable[[], object]) -> float:
 
 
 class CudaClock:
-    """Seconds between two events around the call, with the second-level cache emptied of earlier calls.
+    """Seconds between two events around the call, with the L2 cache emptied of earlier calls.
 
     Overwriting the cache also keeps the GPU busy while Python launches the call. So the time of a short call is the
     GPU's, not the host's launch time; with many launches it is still the host's.

@@ -17,7 +17,7 @@ def is_sharded(tensor: object) -> bool:
 
 
 def is_partitioned(tensor: object) -> bool:
-    """Returns whether ``tensor`` is a parameter that DeepSpeed's ZeRO-3 partitions, its values at hand or not."""
+    """Returns whether ``tensor`` is a parameter that DeepSpeed's ZeRO-3 partitions, materialised or not."""
     return hasattr(tensor, "ds_id")
 
 

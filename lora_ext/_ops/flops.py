@@ -1,6 +1,6 @@
 """Registers the number of operations of every op for torch.utils.flop_counter.FlopCounterMode.
 
-The formulas stand beside the fake kernels. They are registered when that module is imported, not before: where Triton
+The formulas stand next to the fake kernels. They are registered when that module is imported, not before: where Triton
 is installed it imports Triton, and on a CUDA build without Triton it logs a warning.
 """
 

@@ -24,7 +24,7 @@ def lora_grouped_(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Adds to each row of ``y`` the update of the adapter that the row chooses, in place.
+    """Adds to each row of ``y`` the update of the adapter that the row names, in place.
 
     ``y[i] += scalings[g] * dropout(x)[i] @ A[g].T @ B[g].T`` with ``g = group_of_row[i]``; nothing where ``g`` is -1.
 
@@ -66,9 +66,7 @@ def lora_grouped_(
             chosen groups are checked. On CUDA no values are checked, since that would wait for the GPU: rows of a
             group or rank that does not exist become NaN, in ``y`` and in the gradient of ``x``.
         RuntimeError: as for :func:`lora_delta_`.
-        torch.OutOfMemoryError: memory is short.
-
-        ``y`` is unchanged after an error.
+        torch.OutOfMemoryError: memory is short. ``y`` is unchanged after each of these errors.
     """
     lora_As = [lora_As] if isinstance(lora_As, Tensor) else lora_As
     lora_Bs = [lora_Bs] if isinstance(lora_Bs, Tensor) else lora_Bs
@@ -120,7 +118,7 @@ def lora_grouped_linear(
     scalings: Tensor | Sequence[float],
     ranks: Tensor | None = None,
 ) -> Tensor:
-    """Computes a linear layer whose rows choose their adapters: ``x @ weight.T + bias``, then :func:`lora_grouped_`.
+    """Computes a linear layer for a mixed batch: ``x @ weight.T + bias``, then :func:`lora_grouped_`.
 
     On the CPU, without gradients, it is one call, with our product by the weight where that is faster than PyTorch's.
     With gradients, in compiled graphs and on other devices it is the two.
@@ -129,7 +127,11 @@ def lora_grouped_linear(
         x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any strides.
         weight: ``[out_features, in_features]``, dtype and device of ``x``.
         bias: ``[out_features]``, dtype of ``x``, or None.
-        lora_As, lora_Bs, group_of_row, scalings, ranks: as for :func:`lora_grouped_`.
+        lora_As: as for :func:`lora_grouped_`, and so are the next four.
+        lora_Bs: the second factors.
+        group_of_row: the group of each row.
+        scalings: of the groups.
+        ranks: of the groups, or None.
 
     Returns:
         ``[..., out_features]``, a new tensor. Gradients flow as through ``F.linear`` and :func:`lora_grouped_`. Bits

@@ -59,7 +59,8 @@ def add_weighted_adapter(
     Each layer combines the adapters that it has. Biases of the adapters (``lora_bias``) add up, weighted.
 
     Args:
-        adapters, weights: one or more adapter names, and a weight for each; negative ones subtract.
+        adapters: one or more adapter names.
+        weights: a weight for each; negative ones subtract.
         svd_rank: rank of ``svd``, by default the largest of the adapters'; above the sum's own, zeros are added.
 
     Raises:

@@ -99,7 +99,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             return {}
 
     def other_files(self) -> tuple[list[str], list[str]]:
-        """Lists the files to copy beside the weights, and those to leave out because they hold the weights again."""
+        """Lists the files to copy next to the weights, and those to leave out because they hold the weights again."""
         found: dict[bool, list[str]] = {False: [], True: []}
         for file in sorted(self.directory.rglob("*")) if self._is_directory else ():
             name = file.relative_to(self.directory)

@@ -71,8 +71,9 @@ def merge(
         weights: factor of each adapter's updates; None for 1.
         dtype: convert floating-point tensors to it. Updates are added before, in the wider of the two dtypes.
         fan_in_fan_out: layout of square weights that no other weight decides: True for ``[in, out]``, as in Conv1D.
-        rounding, seed: as of :func:`lora_ext.merge`. "stochastic" is for tensors that are stored as bfloat16 or
-            float16, and stay so.
+        rounding: as of :func:`lora_ext.merge`. "stochastic" is for tensors that are stored as bfloat16 or float16, and
+            stay so.
+        seed: of stochastic rounding.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -12,7 +12,7 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--json", action="store_true", help="print JSON")
     add("--plan", metavar="M,K,N[,RANK]", help="print the CUDA launches of a layer K -> N for M tokens, and exit")
-    add("--multiprocessors", metavar="SMS", help="the GPU of --plan; the default is an H100's 132")
+    add("--sms", metavar="N", help="streaming multiprocessors of the GPU of --plan; the default is an H100's 132")
     args = parser.parse_args(argv)
     if args.plan is None:
         tell(info.info(json=args.json))
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     numbers = args.plan.split(",")
     if len(numbers) not in (3, 4) or not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
         raise CommandError(f"--plan is {args.plan!r}, want M,K,N or M,K,N,RANK: positive numbers")
-    if args.multiprocessors is not None and not (args.multiprocessors.isdecimal() and int(args.multiprocessors) > 0):
-        raise CommandError(f"--multiprocessors is {args.multiprocessors!r}, want a positive number")
-    gpu = None if args.multiprocessors is None else int(args.multiprocessors)
-    tell(info.plan(*map(int, numbers), multiprocessors=gpu))
+    if args.sms is not None and not (args.sms.isdecimal() and int(args.sms) > 0):
+        raise CommandError(f"--sms is {args.sms!r}, want a positive number")
+    sms = None if args.sms is None else int(args.sms)
+    tell(info.plan(*map(int, numbers), sms=sms))

@@ -31,7 +31,7 @@ def refusing(what: str, *more: type[Exception]) -> Iterator[None]:
 
     Args:
         what: the option at fault, for the beginning of the line; "": the error says it.
-        more: classes of errors beside OSError, ValueError and ImportError. Others are bugs and keep their traceback.
+        more: classes of errors next to OSError, ValueError and ImportError. Others are bugs and keep their traceback.
     """
     try:
         yield

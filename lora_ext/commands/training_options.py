@@ -19,14 +19,14 @@ from lora_ext.methods import METHODS, option_names
 RATES = {"full": 1e-4, "bitfit": 2e-3, "prefix-embed": 3.2e-2, "prefix-layer": 1.6e-2, "head-only": 5e-3}
 """Default learning rates of a classifier by method; 1e-3 for others, the smallest of the parts for a combination.
 
-Each holds on the demo's reviews and on UIT-VSFC (docs/vietnamese.md, "The other methods").
+Each holds on the demo's reviews and on UIT-VSFC (benchmarks/results/vietnamese/findings.md, "The other methods").
 """
 
 _FILES = (".csv", ".tsv", ".jsonl", ".gguf")  # endings that no hub id has
 
 WITH_EMBEDDINGS = {"lora_targets": "all-linear,embeddings", "modules_to_save": "auto", "lora_r": 4}
 """Defaults of LoRA in a classifier if no layers are named; with them go alpha = 0.2 r, a rate of 2e-4, LoRA+ at 60 and
-a moving average. It lost nothing against full fine-tuning, with less than 2 % of the parameters: docs/vietnamese.md."""
+a moving average. It lost nothing against full fine-tuning, with less than 2 % of the parameters: docs/cli.md."""
 
 
 def adapts_embeddings(options: Any) -> bool:
@@ -58,7 +58,7 @@ class TaskOptions:
     lora_alpha: float | None = _help("The update is scaled by lora_alpha / lora_r.")
     lora_dropout: float | None = _help("Dropout on the adapters' input.")
     lora_targets: str | None = _help("q,k,v,o; or module names, all-linear and embeddings among them; or a regex.")
-    modules_to_save: str | None = _help("Modules to train in full beside the head; auto: the pooler, if there is one.")
+    modules_to_save: str | None = _help("Modules to train in full with the head; auto: the pooler, if there is one.")
     lora_plus_ratio: float | None = _help("Learning rate of lora_B over that of the rest (LoRA+, arXiv 2402.12354).")
     ema_decay: float | None = _help("Decay of a moving average of the trained weights, which is kept; 0: none.")
     bottleneck_size: int = _help("Hidden features of adapter-h, -l, -p and -drop.", default=16)

@@ -103,7 +103,7 @@ def _is_merged(name: str, module: nn.Module) -> bool:
     waiting = {adapter for layer in layers for adapter in {*layer.active_adapters} - {*layer.merged_adapters}}
     if merged and waiting:
         raise ValueError(
-            f"{name}: the adapters {sorted(merged)} are merged, {sorted(waiting)} are in use but not merged "
+            f"{name}: the adapters {sorted(merged)} are merged, {sorted(waiting)} are active but not merged "
             "everywhere; merge or unmerge all of them (lora_ext.merge, lora_ext.unmerge)"
         )
     return bool(merged)

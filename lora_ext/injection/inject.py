@@ -64,8 +64,7 @@ def inject(
     Raises:
         ValueError, RuntimeError: a setting matches nothing, or does not go together with another one or the state of
             the model.
-        TypeError: targets of unsupported kinds (all are named).
-        The model is then unchanged.
+        TypeError: targets of unsupported kinds (all are named). After an error the model is unchanged.
 
     Warns:
         UserWarning: an entry matches nothing while others do; a trained copy (``modules_to_save``) no longer shares a

@@ -139,8 +139,8 @@ def lora_merge_(
         ValueError: a result would be NaN or infinite (on CUDA only with a record); or an argument is wrong, which the
             message names.
         TypeError: a wrong dtype.
-        RuntimeError: a CUDA graph is being captured, and a record is wanted.
-        The weight is then unchanged to the bit.
+        RuntimeError: a CUDA graph is being captured, and a record is wanted. After each of these errors every bit of
+            the weight is unchanged.
     """
     op = "lora_merge_"
     check_merge_layer(op, weight, lora_A, lora_B)

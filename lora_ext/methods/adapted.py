@@ -34,8 +34,7 @@ def apply_method(model: ModelT, method: Method) -> ModelT:
     Raises:
         TypeError: the architecture is not supported (the message lists those that are), or the model has nothing for
             the method to train.
-        ValueError: the model is adapted already, or an option does not fit it.
-        After an error the model is unchanged.
+        ValueError: the model is adapted already, or an option does not fit it. After an error the model is unchanged.
     """
     carry_out(model, method, *prepare_method(model, method))
     return model

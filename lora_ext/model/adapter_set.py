@@ -164,7 +164,7 @@ class AdapterSet:
 
     Attributes:
         configs: by adapter name, in the order of addition.
-        active: the names in use; all layers of the model share this object.
+        active: the names of the active adapters; all layers of the model share this object.
         biases: by adapter name; at most one adapter trains the model's biases.
         loaded_base: by adapter name, the file keys of base layers that were loaded with it; saved again with it.
         share_inputs: whether layers that read one tensor are computed together.

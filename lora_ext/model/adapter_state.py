@@ -60,7 +60,7 @@ class MethodFiles:
 def adapter_state(module: nn.Module, method: MethodFiles | None, also: Iterable[Tensor] = ()) -> dict[str, Tensor]:
     """Returns copies on the CPU of all tensors in ``module`` that training may change, by the keys of ``state_dict``.
 
-    These are the adapters' tensors, trained biases if they are in use, those of ``method``, buffers, parameters that
+    These are the adapters' tensors, trained biases if they are active, those of ``method``, buffers, parameters that
     require gradients, and ``also``. Tensors that several modules share are there once. All ranks that share a DTensor
     must call it.
     """
@@ -91,7 +91,7 @@ def warn_of_lost_parameters(
 
 
 def trained_ids(module: nn.Module, method: MethodFiles | None) -> set[int]:
-    """Returns the ids of the tensors of adapters, of trained biases in use and of the method."""
+    """Returns the ids of the tensors of adapters, of active trained biases and of the method."""
     tensors = [
         tensor
         for _, layer in adapter_layers(module)

@@ -4,8 +4,8 @@
   ``dora``, ``conv``, ``embedding``, ``attention``, ``parameter`` (a bare one, or experts: ``parameter_view`` stands in
   for it). ``trained`` trains a module in full, ``trainable_tokens`` rows of an embedding.
 - What layers are made of: ``layer`` on ``adapter_layer``, their base classes; ``adapter``, one low-rank update;
-  ``active``, the names in use; ``updates``, several of them as one, added to an output; ``base_layer``, what may be
-  assumed of the frozen layer, and what it cannot be.
+  ``active``, the names of the active adapters; ``updates``, several of them as one, added to an output;
+  ``base_layer``, what may be assumed of the frozen layer, and what it cannot be.
 - Layers that read one tensor: ``shared_inputs`` computes them together, ``input_groups`` finds and reports them.
 - Mixed batches, whose rows name their adapters: ``rows``; ``compiled_rows`` refuses them in compiled code.
 """

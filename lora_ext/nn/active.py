@@ -14,12 +14,12 @@ class _Running(threading.local):
 
 
 class ActiveAdapters:
-    """The names of the adapters in use. All layers of a model share one object, so switching is one assignment.
+    """The names of the active adapters. All layers of a model share one object, so switching is one assignment.
 
     Attributes:
         names: in the order of activation.
         running: ``running.choice`` is what the rows of this thread's call choose, or None (lora_ext/nn/rows.py).
-        mixed_calls: how many calls whose rows choose adapters are running, in all threads.
+        mixed_calls: how many calls with mixed batches are running, in all threads.
         pending: weak references to the choices of calls whose backward may come.
     """
 
@@ -33,14 +33,14 @@ class ActiveAdapters:
         self.pending: set[Any] = set()
 
     def check_unused(self, caller: str) -> None:
-        """Checks that no rows of a running call choose adapters, as layers ignore unknown names.
+        """Checks that no mixed batch is running, as layers ignore unknown names.
 
-        RuntimeError: rows do; also those of a call that Ctrl-C stopped, until the model is called again.
+        RuntimeError: one is; also one that Ctrl-C stopped, until the model is called again.
         """
         if self.mixed_calls > 0:
             raise RuntimeError(
-                f"{caller}: rows of a running call choose adapters (adapter_names); wait for its end, or after Ctrl-C "
-                "call the model once"
+                f"{caller}: a running call names adapters for its rows (adapter_names); wait for its end, or after "
+                "Ctrl-C call the model once"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:

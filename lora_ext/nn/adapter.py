@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Device = torch.device | None
 
 
-class FactorsAtHand(NamedTuple):
+class MaterialisedFactors(NamedTuple):
     """The attributes of a :class:`LoraAdapter` that a forward reads."""
 
     lora_A: Tensor
@@ -35,11 +35,13 @@ class LoraAdapter(nn.Module):
     """One (A, B, scaling) set: the trainable low-rank update ``scaling * lora_B @ lora_A`` of a weight.
 
     Args:
-        in_features, out_features: sizes of the adapted layer.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in :class:`~lora_ext.LoraConfig`.
+        in_features: of the adapted layer.
+        out_features: of the adapted layer.
+        r: rank, as ``lora_alpha`` to ``init_lora_weights`` a field of :class:`~lora_ext.LoraConfig`.
         lora_bias: a trainable bias ``[out_features]`` on ``lora_B``, scaled like the rest of the update.
         shapes: shapes of ``lora_A`` and ``lora_B`` if not ``[r, in_features]`` and ``[out_features, r]``.
-        dtype, device: of the parameters.
+        dtype: of the parameters.
+        device: of the parameters.
 
     Raises:
         ValueError, TypeError: the message names the argument and its value.
@@ -150,8 +152,8 @@ class LoraAdapter(nn.Module):
         else:
             nn.init.zeros_(self.lora_B)
 
-    def forward(self) -> FactorsAtHand:
-        """Returns the parameters: accelerate and FSDP2 bring them for the time of a call. See :func:`at_hand`."""
+    def forward(self) -> MaterialisedFactors:
+        """Returns the parameters: accelerate and FSDP2 bring them for the time of a call. See :func:`materialised`."""
         if "forward" in self.__dict__ and self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
             raise RuntimeError(
                 f"{type(self).__name__}: the factors are offloaded, and would get no gradient; inject after you "
@@ -159,24 +161,24 @@ class LoraAdapter(nn.Module):
             )
         factors = self.lora_A, self.lora_B, self.lora_bias
         magnitude = self.lora_magnitude_vector if self.has_magnitude else None
-        return FactorsAtHand(*factors, self.r, self.scaling, self.lora_dropout, magnitude)
+        return MaterialisedFactors(*factors, self.r, self.scaling, self.lora_dropout, magnitude)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, scaling={self.scaling:g}"
 
 
-def factors_at_hand(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns ``lora_A``, ``lora_B`` and ``lora_bias`` of :func:`at_hand`: fast for parameters that are in place."""
+def materialised_factors(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns ``lora_A``, ``lora_B`` and ``lora_bias`` of :func:`materialised`; fast where parameters are in place."""
     state = adapter.__dict__
     factors = state["_parameters"]
     lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
     if lora_A is None or lora_B is None or state["_forward_pre_hooks"] or "forward" in state:
-        held = at_hand(adapter)
+        held = materialised(adapter)
         return held.lora_A, held.lora_B, held.lora_bias
     return lora_A, lora_B, adapter.lora_bias
 
 
-def at_hand(adapter: nn.Module) -> LoraAdapter | FactorsAtHand:
+def materialised(adapter: nn.Module) -> LoraAdapter | MaterialisedFactors:
     """Returns ``adapter``, or its parameters if a call must bring them. RuntimeError: FSDP2 takes them away after it.
 
     Calls bring them where FSDP2 has hooks, the forward is replaced, or a hook of ``torch.nn.utils`` (``prune``,

@@ -51,7 +51,7 @@ class AdapterLayer(nn.Module):
     Attributes:
         base_layer: the layer that this one replaces; kept, not copied.
         adapters: ``nn.ModuleDict`` by adapter name.
-        active: names of the adapters in use, shared by the layers of a model; this layer may lack some of them.
+        active: names of the active adapters, shared by the layers of a model; this layer may lack some of them.
         place: orders the layers around one module, innermost first, as in PEFT's files.
     """
 
@@ -78,7 +78,7 @@ class AdapterLayer(nn.Module):
 
     @property
     def active_adapters(self) -> tuple[str, ...]:
-        """Names of the adapters in use that this layer has, in the order of activation."""
+        """Names of the active adapters that this layer has, in the order of activation."""
         adapters = self._modules["adapters"]._modules
         return tuple([name for name in self.active.names if name in adapters])
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, materialised
 from lora_ext.nn.adapter_layer import TransparentLayer, layers_around
 from lora_ext.nn.base_layer import has_forward_of, has_hooks, runs_alone, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
@@ -56,7 +56,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
             return _HOOKED
         if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
             return _UNUSUAL
-        return why_weight_unusable(module, "in_proj_weight", at_hand=True)
+        return why_weight_unusable(module, "in_proj_weight", reads_values=True)
 
     @classmethod
     def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> LoraAdapter:
@@ -99,7 +99,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         """Computes the attention. The arguments are those of ``nn.MultiheadAttention.forward``.
 
         Raises:
-            ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is in use.
+            ValueError: shapes do not match, ``is_causal`` without a mask, or nested tensors while an adapter is active.
             RuntimeError: the base attention has hooks or another forward.
         """
         base, names = self.base_layer, self._applied_to_all()
@@ -174,7 +174,7 @@ class LoraMultiheadAttention(TransparentLayer, LoraLayer):
         """Returns the product of ``x`` and the rows ``part`` of the weight, with the adapters ``names``."""
         weight, bias, updates, biases = self.weight[part], self.bias, [], []
         bias = None if bias is None else bias[part]
-        for held in [at_hand(self.adapters[name]) for name in names]:
+        for held in [materialised(self.adapters[name]) for name in names]:
             dropout_p = held.lora_dropout if self.training else 0.0
             updates.append(Update(held.lora_A, held.lora_B[part], held.scaling, dropout_p))
             if held.lora_bias is not None:

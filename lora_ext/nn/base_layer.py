@@ -148,10 +148,10 @@ def _has_mamba_kernels() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "kernels"))
 
 
-def why_weight_unusable(module: nn.Module, name: str = "weight", *, at_hand: bool = False) -> str | None:
+def why_weight_unusable(module: nn.Module, name: str = "weight", *, reads_values: bool = False) -> str | None:
     """Returns why no update of the parameter ``name`` of ``module`` can be computed, or None.
 
-    ``at_hand``: the layer reads its values, so that they must not be offloaded.
+    ``reads_values``: the layer reads its values, so that they must not be offloaded.
     """
     weight = module._parameters.get(name)
     if weight is None:
@@ -167,7 +167,7 @@ def why_weight_unusable(module: nn.Module, name: str = "weight", *, at_hand: boo
         return f"its {name} is a {kind.__module__.partition('.')[0]} {kind.__name__}, not a plain tensor"
     if weight.dtype not in FLOATING:
         return f"its {name} is {weight.dtype}, want one of {', '.join(map(str, FLOATING))}"
-    if at_hand and is_offloaded(module, name):
+    if reads_values and is_offloaded(module, name):
         return f"its {name} is offloaded; keep this module on a device (device_map)"
     return None
 

@@ -13,7 +13,7 @@ from lora_ext import functional
 from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import is_elsewhere, is_sharded
 from lora_ext._ops.dora import rescale, row_norms, scale_of_rows
-from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, materialised
 from lora_ext.nn.base_layer import is_conv1d, plain_linear, why_not_merge, why_weight_unusable
 from lora_ext.nn.layer import Matrix
 from lora_ext.nn.linear import OverLinear, linear_sizes
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class DoraUpdate(NamedTuple):
-    """A DoRA adapter in use.
+    """An active DoRA adapter.
 
     Attributes:
         lora_A, lora_B: ``[r, in_features]`` and ``[out_features, r]``.
@@ -108,7 +108,7 @@ class DoraLinear(OverLinear):
     ``y = factor * (x @ weight.T + scaling * x @ lora_A.T @ lora_B.T) + bias``, where ``factor`` is the magnitude of a
     row over the norm of that row of ``weight + scaling * lora_B @ lora_A``. The gradient takes these norms for
     constants (section 4.3 of the paper). With dropout see :func:`output`. A quantised weight is
-    dequantised in every call, for the norms. One adapter is in use at a time. A merge keeps a copy of the weight.
+    dequantised in every call, for the norms. One adapter is active at a time. A merge keeps a copy of the weight.
 
     Args: as in :class:`~lora_ext.nn.LoraLinear`; adapters are :class:`DoraAdapter`.
     """
@@ -121,7 +121,7 @@ class DoraLinear(OverLinear):
             return "ZeRO-3 has partitioned its weight, from which use_dora takes the magnitudes"
         if (reason := super().why_not(module, config)) is not None or quantized_weight(module) is not None:
             return reason
-        return why_weight_unusable(module, at_hand=True)
+        return why_weight_unusable(module, reads_values=True)
 
     @classmethod
     def new_adapter(cls, base_layer: nn.Module, config: LoraConfig, path: str, device: Device = None) -> DoraAdapter:
@@ -164,7 +164,7 @@ class DoraLinear(OverLinear):
         return output(x, _values(self.base_layer), self.bias, update, call)
 
     def _update(self, name: str) -> DoraUpdate:
-        held = at_hand(self.adapters[name])
+        held = materialised(self.adapters[name])
         dropout_p = held.lora_dropout if self.training else 0.0
         return DoraUpdate(held.lora_A, held.lora_B, held.lora_magnitude_vector, held.scaling, dropout_p)
 

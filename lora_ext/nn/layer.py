@@ -15,7 +15,7 @@ from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import bring_for_calls
 from lora_ext.merging.layers import MergeState, change_merged
 from lora_ext.nn.active import ActiveAdapters
-from lora_ext.nn.adapter import Device, LoraAdapter, at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, materialised
 from lora_ext.nn.adapter_layer import AdapterLayer, TransparentLayer, freeze
 from lora_ext.nn.base_layer import runs_alone, tensor_of, why_weight_unusable
 from lora_ext.nn.rows import RowChoice, add_by_rows, row_choice
@@ -187,7 +187,7 @@ class LoraLayer(AdapterLayer):
         names = self._applied(choice)
         if names and choice is not None:
             raise ValueError(
-                f"{type(self).__name__}: adapter_names: rows choose {', '.join(map(repr, names))}, but this layer "
+                f"{type(self).__name__}: adapter_names: rows name {', '.join(map(repr, names))}, but this layer "
                 "computes all rows with one adapter; leave it out of the adapter, or call the model once for it "
                 "(set_adapter)"
             )
@@ -235,8 +235,8 @@ class LoraLayer(AdapterLayer):
         Raises:
             KeyError: there is no such adapter.
             RuntimeError: an adapter is merged already, or none is active.
-            ValueError: an element would become NaN or infinite, or the update cannot be merged.
-            The layer is then unchanged.
+            ValueError: an element would become NaN or infinite, or the update cannot be merged. After an error the
+                layer is unchanged.
         """
         caller = type(self).__name__
         names = names or self.active_adapters
@@ -261,8 +261,8 @@ class LoraLayer(AdapterLayer):
         Raises:
             RuntimeError: an adapter is not merged, or the dtype was converted meanwhile.
             TypeError, ValueError: the weight was replaced by one of another dtype or shape.
-            ValueError: the sum of the adapters that stay overflows the dtype, though the sum of all did not.
-            The layer is then unchanged.
+            ValueError: the sum of the adapters that stay overflows the dtype, though the sum of all did not. After an
+                error the layer is unchanged.
         """
         caller = type(self).__name__
         if self._merged is None:
@@ -333,7 +333,7 @@ class AddsToOutput(TransparentLayer, LoraLayer):
         if (choice := row_choice(self.active)) is not None:
             return self._forward_rows(choice, x)
         y = self.base_layer(x)
-        adapters = [at_hand(self.adapters[name]) for name in self._applied()]
+        adapters = [materialised(self.adapters[name]) for name in self._applied()]
         return self._add(tensor_of(self, y), x.to(y.device), adapters, self._owns_output()) if adapters else y
 
     def _owns_output(self) -> bool:
@@ -349,7 +349,7 @@ class AddsToOutput(TransparentLayer, LoraLayer):
         """Computes the forward; each row uses the adapter that ``choice`` gives it."""
 
         def add(y: Tensor, x: Tensor, name: str) -> Tensor:
-            return self._add(y, x, [at_hand(self.adapters[name])], may_change=False)
+            return self._add(y, x, [materialised(self.adapters[name])], may_change=False)
 
         return add_by_rows(self, x, choice, self._applied(choice), add)
 

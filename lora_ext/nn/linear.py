@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_ext import functional
 from lora_ext._common.sharded import full_shape, is_fully_sharded, is_sharded
 from lora_ext.nn import base_product
-from lora_ext.nn.adapter import Device, FactorsAtHand, LoraAdapter, at_hand, factors_at_hand
+from lora_ext.nn.adapter import Device, LoraAdapter, MaterialisedFactors, materialised, materialised_factors
 from lora_ext.nn.base_layer import is_conv1d, own_copy, plain_linear, why_not_merge, why_output_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
 from lora_ext.nn.rows import LayerSlots, RowChoice, RowUpdate, add_chosen, linear_with_chosen, row_choice
@@ -71,7 +71,7 @@ class LoraLinear(SharesInputs, OverLinear):
         base_layer: an ``nn.Linear`` or Transformers' ``Conv1D`` (GPT-2); kept, not copied, and frozen.
         adapter: the first adapter, or None.
         adapter_name: the first adapter's name.
-        active: names of the adapters in use, shared with other layers; by default the first adapter's name.
+        active: names of the active adapters, shared with other layers; by default the first adapter's name.
     """
 
     slots: LayerSlots | None = None  # adapters of a pool
@@ -121,7 +121,7 @@ class LoraLinear(SharesInputs, OverLinear):
         names = self._applied()
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        adapters = [at_hand(self.adapters[name]) for name in names]
+        adapters = [materialised(self.adapters[name]) for name in names]
         plain = None if args or kwargs else plain_linear(self.base_layer)
         if plain is not None:
             weight, bias = plain
@@ -154,7 +154,7 @@ class LoraLinear(SharesInputs, OverLinear):
         lora_bias, scaling = factors.get("lora_bias"), adapter.scaling
         return Operands(weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, quantized, is_training)
 
-    def _updates(self, names: Sequence[str], adapters: Sequence[LoraAdapter | FactorsAtHand]) -> list[Update]:
+    def _updates(self, names: Sequence[str], adapters: Sequence[LoraAdapter | MaterialisedFactors]) -> list[Update]:
         updates = []
         for name, adapter in zip(names, adapters, strict=True):
             dropout_p = adapter.lora_dropout if self.training else 0.0
@@ -163,7 +163,7 @@ class LoraLinear(SharesInputs, OverLinear):
         return updates
 
     def _add_to_output(
-        self, x: Tensor, y: Tensor, names: Sequence[str], adapters: Sequence[LoraAdapter | FactorsAtHand]
+        self, x: Tensor, y: Tensor, names: Sequence[str], adapters: Sequence[LoraAdapter | MaterialisedFactors]
     ) -> Tensor:
         """Adds the adapters to a copy of ``y``, the base layer's output."""
         y = own_copy(self, y)
@@ -206,7 +206,7 @@ class LoraLinear(SharesInputs, OverLinear):
         adapters, training, updates = self._modules["adapters"]._modules, self.training, []
         for name in names:
             adapter = adapters[name]
-            lora_A, lora_B, bias = factors_at_hand(adapter)
+            lora_A, lora_B, bias = materialised_factors(adapter)
             scaling, dropout_p = adapter.scaling, adapter.lora_dropout if training else 0.0
             bias = None if bias is None else scaling * bias
             updates.append(RowUpdate(name, lora_A, self._full_lora_B(name, lora_B), scaling, dropout_p, bias))

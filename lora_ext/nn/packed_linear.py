@@ -27,10 +27,10 @@ class PackedAdapter(LoraAdapter):
     factors of the enabled parts.
 
     Args:
-        in_features, out_features: of the whole layer.
+        in_features: of the whole layer.
+        out_features: of the whole layer.
         enable_lora: for each equal part, whether it is adapted.
-        r: rank of each part's update.
-        Others as in :class:`LoraAdapter`.
+        r: rank of each part's update. Other arguments are those of :class:`LoraAdapter`.
     """
 
     @checked
@@ -72,7 +72,7 @@ class LoraPackedLinear(LoraLinear):
     block-diagonal matrix, ``[out_features, r * num_enabled]``. Merging writes the enabled parts only.
 
     Args:
-        base_layer, adapter, adapter_name, active: as in :class:`LoraLinear`.
+        base_layer: as in :class:`LoraLinear`, and so are ``adapter``, ``adapter_name`` and ``active``.
         num_parts: the number of equal parts of ``out_features``.
 
     Raises:

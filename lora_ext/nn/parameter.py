@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.sharded import is_partitioned
 from lora_ext.nn.active import ActiveAdapters
-from lora_ext.nn.adapter import LoraAdapter, at_hand
+from lora_ext.nn.adapter import LoraAdapter, materialised
 from lora_ext.nn.adapter_layer import TransparentLayer, innermost, layers_around
 from lora_ext.nn.base_layer import why_weight_unusable
 from lora_ext.nn.layer import LoraLayer, Matrix
@@ -42,9 +42,10 @@ class LoraParameter(TransparentLayer, LoraLayer):
     Args:
         base_layer: the module, or the layer of another of its parameters.
         parameter_name: name of a parameter of the module itself, with 2 or 3 dimensions.
-        adapter, adapter_name, active: as in :class:`~lora_ext.nn.LoraLinear`.
+        adapter: as in :class:`~lora_ext.nn.LoraLinear`, and so are ``adapter_name`` and ``active``.
 
-    TypeError: the parameter cannot be adapted.
+    Raises:
+        TypeError: the parameter cannot be adapted.
     """
 
     base_kinds = "a module with parameters"
@@ -73,7 +74,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
     @classmethod
     def why_not_parameter(cls, module: nn.Module, name: str) -> str | None:
         """Returns why the parameter ``name`` of ``module`` cannot be adapted, or None."""
-        if (reason := why_weight_unusable(module, name, at_hand=True)) is not None:
+        if (reason := why_weight_unusable(module, name, reads_values=True)) is not None:
             return reason
         dims = module._parameters[name].dim()
         return None if dims in (2, 3) else f"its {name} has {dims} dimensions, want 2, or 3 with the experts first"
@@ -132,7 +133,7 @@ class LoraParameter(TransparentLayer, LoraLayer):
         if not names:
             return self.base_layer(*args, **kwargs)
         module = self.module
-        adapters = [at_hand(self.adapters[name]) for name in names]
+        adapters = [materialised(self.adapters[name]) for name in names]
         updates = [ExpertUpdate(*self._stacked_factors(adapter), adapter.scaling) for adapter in adapters]
         try:
             return call_with_updates(

@@ -125,11 +125,11 @@ def row_choice(active: ActiveAdapters) -> RowChoice | None:
     """Returns the current choice of layers that share ``active``, or None: the active adapters are used.
 
     Raises:
-        ValueError: the layer is compiled, and its rows choose.
+        ValueError: the layer is compiled, and the batch is mixed.
         RuntimeError: in a backward, see :func:`_choice_of_backward`.
     """
     if torch.compiler.is_compiling():
-        # Compiled code holds for all choices: it guards on whether some thread's rows choose, and then asks.
+        # Compiled code holds for all choices: it guards on whether some thread has a mixed batch, and then asks.
         if active.mixed_calls > 0:
             from lora_ext.nn.compiled_rows import refuse_if_chosen
 
@@ -206,7 +206,7 @@ def _choice_of_backward(active: ActiveAdapters) -> RowChoice | None:
 
 
 class RowUpdate(NamedTuple):
-    """The update of an adapter of a linear layer, for the rows that choose it; ``bias`` is scaled already."""
+    """The update of an adapter of a linear layer, for the rows that name it; ``bias`` is scaled already."""
 
     name: str
     lora_A: Tensor

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from lora_ext import functional
 from lora_ext._common.sharded import is_sharded, local
 from lora_ext._ops import composite
-from lora_ext.nn.adapter import FactorsAtHand, LoraAdapter
+from lora_ext.nn.adapter import LoraAdapter, MaterialisedFactors
 from lora_ext.nn.base_layer import splits_tensors
 from lora_ext.nn.updates import expand_onto
 
@@ -57,7 +57,7 @@ def split_factors(adapter: LoraAdapter, weight: Tensor) -> None:
 
 
 def add_split_update(
-    layer: nn.Module, y: Tensor, x: Tensor, weight: Tensor, adapter: LoraAdapter | FactorsAtHand, dropout_p: float
+    layer: nn.Module, y: Tensor, x: Tensor, weight: Tensor, adapter: LoraAdapter | MaterialisedFactors, dropout_p: float
 ) -> Tensor:
     """Adds the update of ``adapter`` to ``y``, this device's part of the output.
 

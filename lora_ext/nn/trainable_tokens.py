@@ -75,7 +75,7 @@ class TrainableTokens(TransparentLayer):
 
     Args:
         base_layer: an ``nn.Embedding`` or ``nn.Linear``, possibly inside other adapter layers; kept, and frozen.
-        active: names of the adapters in use, shared with other layers.
+        active: names of the active adapters, shared with other layers.
     """
 
     base_kinds = "an nn.Embedding or nn.Linear"
@@ -87,12 +87,12 @@ class TrainableTokens(TransparentLayer):
         if isinstance(module, nn.Embedding):
             if module.scale_grad_by_freq:
                 return "it has scale_grad_by_freq, which also counts tokens that are not trained"
-            return why_embedding_unusable(module) or why_weight_unusable(module, at_hand=True)
+            return why_embedding_unusable(module) or why_weight_unusable(module, reads_values=True)
         if not isinstance(module, nn.Linear):
             return "want an nn.Embedding or nn.Linear"
         if not has_forward_of(module, nn.Linear):
             return "its forward is not nn.Linear's"
-        return why_weight_unusable(module, at_hand=True)
+        return why_weight_unusable(module, reads_values=True)
 
     def add_adapter(self, name: str, rows: TokenRows | TiedRows) -> None:
         """Adds ``rows`` under ``name`` and freezes the base layer. ValueError: the name is taken."""

@@ -17,7 +17,7 @@ class TrainedModule(TransparentLayer):
 
     Args:
         base_layer: the module; kept, frozen, and used if no active adapter has a copy.
-        active: names of the adapters in use, shared with other layers.
+        active: names of the active adapters, shared with other layers.
     """
 
     def add_adapter(self, name: str, copy: nn.Module) -> None:

@@ -221,7 +221,7 @@ def test_adapters_stay_while_rows_choose(change):
     expected = model.generate(ids, adapter_names=["b", "__base__"], max_new_tokens=5)
 
     def criterion(ids: Tensor, scores: Tensor, **_) -> Tensor:
-        with refused(model, RuntimeError, f"{change}: rows of a running call choose adapters"):
+        with refused(model, RuntimeError, f"{change}: a running call names adapters for its rows"):
             CHANGES[change](model)
         return torch.zeros(len(ids), dtype=torch.bool)
 

@@ -91,7 +91,7 @@ def llava(targets) -> nn.Module:
 
 @pytest.mark.parametrize("how", ["forward", "generate"])
 def test_images_next_to_text(how):
-    """All of them are computed in one batch, so rows choose adapters of the text model only."""
+    """All of them are computed in one batch, so rows name adapters of the text model only."""
     ids = torch.randint(3, 60, (2, 11))
     ids[:, :4] = IMAGE_TOKEN
     inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32)}

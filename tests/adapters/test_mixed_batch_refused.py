@@ -37,7 +37,7 @@ def test_adapters_that_act_on_all_rows_are_refused():
         model(x, adapter_names=NAMES)
     unmerge(model)
     inject(model, LoraConfig(r=1, target_parameters=["head.weight"]), "whole")
-    with refused(model, ValueError, "LoraParameter: adapter_names: rows choose 'whole'", "set_adapter"):
+    with refused(model, ValueError, "LoraParameter: adapter_names: rows name 'whole'", "set_adapter"):
         model(x, adapter_names=["whole", "a", "a", "b", "a"])
     assert_rows_equal(model, lambda **names: model(x, **names).detach())
     inject(model, LoraConfig(r=1, target_modules=["up"], bias="lora_only"), "biased")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ LAYERS = needs("transformers", "5.24", "the table has its names of layers")
 pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.full, LAYERS]
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 # Of other kinds than text encoders.
 ACCELERATED = {"Mixtral", "Gemma3", "T5", "Switch", "LLaVA", "Qwen2-VL", "Whisper", "Wav2Vec2"}
 ACCELERATED |= {"UNet (Stable Diffusion)"}
@@ -65,9 +66,8 @@ def test_its_library_saves_and_loads_the_merged_model(name, merge_it, tmp_path):
     torch.testing.assert_close(output(loaded, inputs), expected)
 
 
-def test_the_page_names_every_architecture_and_difference():
-    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+def test_the_page_names_every_architecture():
+    page = " ".join(PAGE.read_text(encoding="utf-8").split()).partition("## Architectures")[2]
     assert len(BY_NAME) == len(ARCHITECTURES) >= 100 and BY_NAME.keys() > SIMILAR
     for architecture in ARCHITECTURES:
-        assert f" {architecture.name} (`{architecture.model}`)" in page
-        assert all(known.reason in page for known in architecture.known)
+        assert re.search(rf" {re.escape(architecture.name)}[,.]", page), architecture.name

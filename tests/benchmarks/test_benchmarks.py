@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 from pathlib import Path
 
 import bench_finetune
@@ -18,7 +19,7 @@ import run_all
 import torch
 from harness import contestants, own_process, report
 from support import tiny_decoder
-from support.optional import Image, datasets, matplotlib, trl  # noqa: F401
+from support.optional import datasets, matplotlib, trl  # noqa: F401
 from support.tiny_classifier import reviews, save_model, save_reviews
 
 from lora_ext import _C
@@ -168,8 +169,21 @@ def test_a_contestant_that_computes_something_else_is_not_timed(run, monkeypatch
 def test_pictures_are_drawn_from_the_results(run, tmp_path):
     run("bench_layer", "--shapes", "8x16x24,3x40x8", "--no-compile")
     (path,) = plots.draw(tmp_path, "cpu")
-    with Image.open(path) as image:
-        assert image.width == plots.WIDTH * plots.DPI and len(image.getcolors()) > 2
+    picture = path.read_text(encoding="utf-8")
+    assert path.suffix == ".svg" and "3 x 40 → 8" in picture and plots.COLOURS["peft"].lower() in picture
+    assert "#000000" not in picture  # readable on black
+    assert plots.draw_machines(tmp_path) == []
+
+
+def test_the_picture_of_several_machines_has_their_ratios(tmp_path):
+    row = {"pass": "forward + backward", "dropout": 0.1, "shape": [512, 768, 768], "dtype": "float32"}
+    for folder, ratio in (("amd_epyc", 1.25), ("intel_xeon", 2.5)):
+        (tmp_path / folder).mkdir()
+        rows = [row | {"ratio": {"lora_ext": [ratio] * 3, "peft": [3.75] * 3}}]
+        (tmp_path / folder / "layer_cpu.json").write_text(json.dumps({"rows": rows}))
+    (path,) = plots.draw_machines(tmp_path)
+    picture = path.read_text(encoding="utf-8")
+    assert path.name == "layers.svg" and all(number in picture for number in ("1.25", "2.50", "3.75", "dropout 0.1"))
 
 
 def test_the_whole_run_names_scripts_that_exist():

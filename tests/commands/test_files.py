@@ -207,12 +207,12 @@ def test_inspect_a_checkpoint(tmp_path, capsys):
 def test_info_prints_the_launches_of_a_shape(capsys, plan, ours):
     assert main(["info", "--plan", plan]) == 0
     forward, backward = capsys.readouterr().out.split("\n\n")
-    assert ("few_tokens" in forward) == ours == ("library's product" not in forward)
-    assert "launches on 132 multiprocessors" in forward and "  shrink" in forward and "  token_sum" in backward
-    assert main(["info", "--plan", plan, "--multiprocessors", "58"]) == 0
-    assert "launches on 58 multiprocessors" in capsys.readouterr().out
-    assert main(["info", "--plan", plan, "--multiprocessors", "0"]) == 2
-    assert "--multiprocessors is '0', want a positive number" in capsys.readouterr().err
+    assert ("few_tokens" in forward) == ours == ("cuBLAS GEMM" not in forward)
+    assert "launches on 132 SMs" in forward and "  shrink" in forward and "  token_sum" in backward
+    assert main(["info", "--plan", plan, "--sms", "58"]) == 0
+    assert "launches on 58 SMs" in capsys.readouterr().out
+    assert main(["info", "--plan", plan, "--sms", "0"]) == 2
+    assert "--sms is '0', want a positive number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("plan", ["1,2", "1,2,x", "0,8,8", "1,2,3,4,5"])

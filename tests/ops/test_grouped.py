@@ -1,4 +1,4 @@
-"""Rows that choose their adapters: the bits of lora_delta_, forms of the factors, a pool's slots, groups of no rows.
+"""Mixed batches: the bits of lora_delta_, forms of the factors, a pool's slots, groups of no rows.
 
 test_values.py has the arithmetic of lora_grouped_ and lora_grouped_linear.
 """

@@ -1,4 +1,4 @@
-"""Tests the CUDA kernels of lora_grouped_: rows that choose their adapters."""
+"""Tests the CUDA kernels of lora_grouped_, for mixed batches."""
 
 from __future__ import annotations
 

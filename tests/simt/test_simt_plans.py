@@ -140,7 +140,7 @@ def test_a_plan_prints_itself():
     text = _load.plan_forward(2048, 4096, Q_K_V, multiprocessors=58).text
     assert text.startswith(
         "forward of 2048 tokens, 4096 -> 4096 (rank 16), 1024 (rank 16), 1024 (rank 16), bfloat16, factors float32\n"
-        "2 launches on 58 multiprocessors, "
+        "2 launches on 58 SMs, "
     )
     assert re.search(
         r"\n  shrink<64> +xa +\d+ blocks of 256 threads, .*; 16 chunks of 128 tokens x \d+ ranges of", text

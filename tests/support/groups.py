@@ -1,4 +1,4 @@
-"""Makes random rows that choose among adapters, for the tests of lora_grouped_."""
+"""Makes random mixed batches for the tests of lora_grouped_."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def random_groups(
     leading: tuple = (),
     groups: Tensor | None = None,
 ) -> Grouped:
-    """Makes rows that choose among random groups, and -1.
+    """Makes rows of random groups, and -1.
 
     Args:
         entries: for each entry the rank of a matrix, or the slots and the rank of a stack.
@@ -86,7 +86,7 @@ def random_groups(
 
 
 def watch_calls(monkeypatch: pytest.MonkeyPatch, see: Callable[[dict], None]) -> None:
-    """Shows the arguments, by name, of each call for rows that choose, unless no row has an adapter."""
+    """Shows the arguments, by name, of each call for a mixed batch, unless no row has an adapter."""
 
     def watch(name: str) -> None:
         function = getattr(functional, name)

@@ -52,9 +52,10 @@ def accelerate(
             that PEFT creates from now on.
         share_inputs: compute layers that read one tensor (q/k/v, gate/up) in one op. They are found while the model
             runs; :func:`report` names them.
-        merge_rounding, merge_seed: how PEFT's ``merge_adapter``, ``merge_and_unload`` and ``merge`` round from now on:
-            ``rounding`` and ``seed`` of :func:`lora_ext.merge`. "stochastic" needs a model, and plain weights of 16
-            bits. A weight rounded once has the bits that :func:`lora_ext.merge` gives it.
+        merge_rounding: how PEFT's ``merge_adapter``, ``merge_and_unload`` and ``merge`` round from now on, as of
+            :func:`lora_ext.merge`. "stochastic" needs a model, and plain weights of 16 bits. A weight rounded once has
+            the bits that :func:`lora_ext.merge` gives it.
+        merge_seed: of stochastic rounding.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``; "stochastic" for a weight of another dtype.
