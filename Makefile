@@ -185,7 +185,7 @@ $(VENV)/.docs: $(VENV)/.created
 # Build requirements, with torch: the package is built against the torch that it will run with.
 $(VENV)/.torch: $(VENV)/.created
 	@echo 'Installing torch and the build tools; torch alone can be a download of gigabytes ...'
-	@$(BIN)/pip install --quiet 'setuptools>=77' wheel 'ninja>=1.11' numpy 'torch>=2.11' 'safetensors[torch]>=0.4'
+	@$(BIN)/pip install --quiet 'setuptools>=77' wheel 'ninja>=1.11' numpy 'pybind11>=2.13' 'torch>=2.11' 'safetensors[torch]>=0.4'
 	@touch $@
 
 # Tools that read compiled kernels; any version reads those of older compilers.

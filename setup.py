@@ -1,8 +1,7 @@
 """Builds the compiled part: liblora_ext.so, the module _C and, if nvcc is found, liblora_ext_cuda.so.
 
-The libraries depend on torch's stable ABI and on no Python, the module on Python's stable ABI and on no torch: a wheel
-serves every Python from 3.10 on, with every torch from 2.11 on. (Python without a global lock has no stable ABI yet: a
-wheel that it builds is for its version alone.)
+The libraries depend on torch's stable ABI and on no Python, the module on no torch: a wheel serves one Python, with
+every torch from 2.11 on.
 
 Environment variables:
     LORA_EXT_CUDA        0: never build the CUDA part; 1: fail without it; unset: build it if nvcc is found
@@ -18,9 +17,9 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import Extension, setup
 from torch.utils import cpp_extension
@@ -29,8 +28,6 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)  # the oldest torch that the binary runs with: it uses this version's stable ABI
 MIN_NVCC = (12, 8)  # the first with sm_120
 CUDA_ARCHS = "80,90a,100,120"  # sm_80 code also runs on sm_86 and sm_89
-
-HAS_STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def sources(*patterns: str) -> list[str]:
@@ -107,8 +104,7 @@ extensions = [
         sources("python.cpp", "older_systems.cpp", "cuda/*.cpp"),
         depends=HEADERS,
         language="c++",
-        py_limited_api=HAS_STABLE_ABI,
-        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_compile_args={"cxx": [*CXX_FLAGS, f"-isystem{pybind11.get_include()}"]},
         extra_link_args=LINK_FLAGS,
     ),
 ]
@@ -165,11 +161,9 @@ class BuildExtension(cpp_extension.BuildExtension):
                 path.unlink()
         super().build_extensions()
         for folder in (ROOT, Path(self.build_lib)):  # an older build's files must not outlive it
+            (folder / "lora_ext/_C.abi3.so").unlink(missing_ok=True)
             if not CUDA_HOME:
                 (folder / "lora_ext/liblora_ext_cuda.so").unlink(missing_ok=True)
-            for module in folder.glob("lora_ext/_C.*.so"):
-                if module.name != Path(self.get_ext_filename("lora_ext._C")).name:
-                    module.unlink()
         ptx = f" and PTX of {PTX_ARCH}" if PTX_ARCH else ""
         cuda = f"CUDA {NVCC_VERSION} for {','.join(ARCHS)}{ptx}" if CUDA_HOME else f"without CUDA: {NO_CUDA_REASON}"
         print(f"lora_ext {VERSION}: built against torch {torch.__version__}, {cuda}")
@@ -182,5 +176,5 @@ class BuildCuda(BuildExtension):  # for `make cuda`: the CUDA library alone, nex
         self.extensions = [extension for extension in self.extensions if extension.name.endswith("_cuda")]
 
 
-options = {"egg_info": {"tag_build": LABEL}, "bdist_wheel": {"py_limited_api": "cp310"} if HAS_STABLE_ABI else {}}
+options = {"egg_info": {"tag_build": LABEL}}
 setup(ext_modules=extensions, options=options, cmdclass={"build_ext": BuildExtension, "build_cuda": BuildCuda})

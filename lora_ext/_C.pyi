@@ -1,23 +1,32 @@
 """csrc/python.cpp."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-class Launch(NamedTuple):
-    kernel: str
-    variant: int
-    result: str
-    grid: tuple[int, int]
-    blocks: int
-    threads: int
-    shared_bytes: int
-    detail: str
+class Launch:
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def variant(self) -> int: ...
+    @property
+    def result(self) -> str: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+    @property
+    def detail(self) -> str: ...
 
-class Plan(NamedTuple):
-    launches: list[Launch]
-    scratch_bytes: int
-    streams_weights: bool
-    text: str
+class Plan:
+    @property
+    def launches(self) -> list[Launch]: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+    @property
+    def streams_weights(self) -> bool: ...
 
 def build_info() -> dict[str, str]: ...
 def cpu_isa() -> str: ...

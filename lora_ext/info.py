@@ -67,7 +67,7 @@ def plan(num_tokens: int, in_features: int, out_features: int, rank: int = 16, s
     sizes = num_tokens, in_features, [(out_features, rank)]
     forward, backward = _load.plan_forward(*sizes, **gpu), _load.plan_backward(*sizes, **gpu)
     base = "" if forward.streams_weights else "\n  then a cuBLAS GEMM with the frozen weight adds to y"
-    return f"{forward.text}{base}\n\n{backward.text}\n  then a cuBLAS GEMM with the frozen weight adds to grad_x"
+    return f"{forward}{base}\n\n{backward}\n  then a cuBLAS GEMM with the frozen weight adds to grad_x"
 
 
 def info(json: bool = False) -> str:

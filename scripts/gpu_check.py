@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
 from dataclasses import dataclass, field
@@ -37,8 +38,10 @@ import gpu_report
 from gpu_report import ROOT
 
 LOGS = ROOT / "build" / "gpu_check"
-LIBRARIES = ("liblora_ext.so", "liblora_ext_cuda.so", "_C.abi3.so")
-NEEDED = {"safetensors": "safetensors[torch]", "xdist": "pytest-xdist", "regex": "regex", "pytest": "pytest"}
+LIBRARIES = ("liblora_ext.so", "liblora_ext_cuda.so", f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+NEEDED = {"safetensors": "safetensors[torch]", "xdist": "pytest-xdist"} | {
+    name: name for name in ("regex", "pytest", "pybind11")
+}
 SANITIZER_S = 40  # for the ops; compute-sanitizer slows torch's import, too, which is allowed in addition
 STOPPED_IN_TIME = 75  # exit status of scripts/sanitize_ops.py that its own time budget ended
 TIMED_OUT = (124, 137)  # of timeout(1): interrupted, killed
@@ -103,7 +106,7 @@ def gather_facts(dry_arch: str = "") -> dict[str, str]:
 
 
 def install_library(wheel: Path, package: Path = ROOT / "lora_ext") -> None:
-    """Puts the compiled libraries of a wheel into the package. SystemExit: the wheel lacks one."""
+    """Puts the compiled libraries of a wheel of this Python into the package. SystemExit: the wheel lacks one."""
     with zipfile.ZipFile(wheel) as archive:
         entries = {Path(entry).name: entry for entry in archive.namelist() if entry.endswith(".so")}
         if missing := [name for name in LIBRARIES if name not in entries]:

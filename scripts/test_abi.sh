@@ -14,7 +14,7 @@ environment() { # version: makes a virtual environment with that torch, once
     echo "Installing torch $1 ..."
     "$python" -m venv "$venv"
     "$venv/bin/pip" install --quiet --upgrade pip
-    "$venv/bin/pip" install --quiet "torch==$1" numpy safetensors pytest hypothesis 'setuptools>=77' wheel ninja
+    "$venv/bin/pip" install --quiet "torch==$1" numpy safetensors pytest hypothesis 'setuptools>=77' wheel ninja pybind11
     touch "$venv/.ready"
   fi
 }

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +92,15 @@ def make_environment(case: str) -> Path:
     return folder
 
 
+def of_environment(wheels: Iterable[Path], environment: Path) -> list[Path]:
+    """Returns the wheels for an environment's Python. RuntimeError: there is none."""
+    tag = "-cp{0}-cp{0}-".format(environment.name.rpartition("-")[2].replace(".", ""))
+    found = [wheel for wheel in wheels if tag in wheel.name]
+    if not found:
+        raise RuntimeError(f"no wheel has the tag {tag.strip('-')}")
+    return found
+
+
 def try_wheel(wheel: Path, environment: Path, work: Path) -> str:
     """Installs the wheel, and runs PROGRAM in an empty folder. Returns what it prints. RuntimeError: it fails."""
     pip = [environment / "bin/pip", "--disable-pip-version-check"]
@@ -106,7 +116,7 @@ def main() -> None:
     wheels = parser.parse_args().wheels or sorted((ROOT / "dist").glob(f"*+*_{platform.machine()}.whl"))
     for case in CASES:
         environment = make_environment(case)
-        for wheel in wheels:
+        for wheel in of_environment(wheels, environment):
             work = environment / "work"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()

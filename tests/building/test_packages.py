@@ -24,7 +24,8 @@ import try_wheels  # noqa: E402
 
 @pytest.fixture(scope="module")
 def sdist() -> Path:
-    return build_wheels.build("sdist")
+    (sdist,) = build_wheels.build("sdist")
+    return sdist
 
 
 def test_the_source_distribution_has_the_tracked_files(sdist):
@@ -59,7 +60,7 @@ def wheels() -> list[Path]:
     missing = {name: reason for name in ("cpu", "cuda") if (reason := build_wheels.why_not(name))}
     if missing:
         pytest.skip(f"wheels that cannot be built here: {missing}")
-    return [build_wheels.build(name) for name in ("cpu", "cuda")]
+    return [wheel for name in ("cpu", "cuda") for wheel in build_wheels.build(name)]
 
 
 @pytest.mark.slow  # compiles both wheels, and installs gigabytes
@@ -69,7 +70,9 @@ def test_wheels_work_in_clean_environments(case, wheels, tmp_path):
         environment = try_wheels.make_environment(case)
     except RuntimeError as error:
         pytest.skip(f"no environment with the {case} torch: {error}")
-    for wheel in wheels:
+    tried = try_wheels.of_environment(wheels, environment)
+    assert len(tried) == 2, "one for CPUs and one with CUDA"
+    for wheel in tried:
         work = tmp_path / wheel.name
         work.mkdir()
         try_wheels.try_wheel(wheel, environment, work)

@@ -55,7 +55,7 @@ def test_the_blocks_of_siblings_fit_the_multiprocessors(layers, gpu):
 
 
 def test_one_gpu_has_one_plan():
-    first, second = (plan_backward(300, 4096, [(4096, 16)]).text for _ in range(2))
+    first, second = (repr(plan_backward(300, 4096, [(4096, 16)])) for _ in range(2))
     assert first == second
     blocks = [
         [launch.blocks for launch in plan_backward(300, 4096, [(4096, 16)], multiprocessors=sms).launches]
@@ -137,7 +137,7 @@ def test_few_tokens_of_other_layers_keep_small_blocks(layers, rows):
 
 
 def test_a_plan_prints_itself():
-    text = _load.plan_forward(2048, 4096, Q_K_V, multiprocessors=58).text
+    text = repr(_load.plan_forward(2048, 4096, Q_K_V, multiprocessors=58))
     assert text.startswith(
         "forward of 2048 tokens, 4096 -> 4096 (rank 16), 1024 (rank 16), 1024 (rank 16), bfloat16, factors float32\n"
         "2 launches on 58 SMs, "
