@@ -79,7 +79,7 @@ TORCH_FLAGS = [f"-isystem{path}" for path in cpp_extension.include_paths()]  # -
 TORCH_FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=fast"]
 CXX_FLAGS += ["-fno-math-errno", f"-ffile-prefix-map={ROOT}/="]  # error messages carry no build paths
-LINK_FLAGS = [f"-Wl,--version-script={ROOT / 'csrc/exports.map'}"]
+LINK_FLAGS = [f"-Wl,--version-script={ROOT / 'csrc/exports.map'}", "-ldl"]
 COMMON = {"depends": HEADERS, "language": "c++", "library_dirs": cpp_extension.library_paths()}
 FACTS = {
     "version": VERSION,

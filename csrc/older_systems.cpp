@@ -2,8 +2,10 @@
 // 8): defines what GCC's headers leave to a newer libstdc++ or glibc. Every library contains a copy of its own, which
 // it does not export (exports.map). A compiler that wants more is found by `make wheel`: auditwheel refuses the tag. On
 // a system with glibc 2.28, newer compilers bring all this in a static library.
+#include <dlfcn.h>
 #include <features.h>
 
+#include <exception>
 #include <new>
 #include <sstream>
 #include <string>
@@ -26,6 +28,25 @@ template basic_stringstream<char>::basic_stringstream();
 template basic_string<char> basic_stringbuf<char>::str() const&;
 template basic_string<char> basic_stringbuf<char>::str() &&;
 
+// GCC 12 counts references to exceptions, which pybind11 holds, by two functions of their own. Older ones do it in the
+// copy constructor and the destructor, which every libstdc++ exports.
+namespace __exception_ptr {
+
+void exception_ptr::_M_addref() noexcept {
+  using Copy = void (*)(void*, const exception_ptr*);
+  static const auto copy = reinterpret_cast<Copy>(dlsym(RTLD_DEFAULT, "_ZNSt15__exception_ptr13exception_ptrC1ERKS0_"));
+  void* counted;  // and never released
+  copy(&counted, this);
+}
+
+void exception_ptr::_M_release() noexcept {
+  using Destroy = void (*)(exception_ptr*);
+  static const auto destroy =
+      reinterpret_cast<Destroy>(dlsym(RTLD_DEFAULT, "_ZNSt15__exception_ptr13exception_ptrD1Ev"));
+  destroy(this);
+}
+
+}  // namespace __exception_ptr
 }  // namespace std
 
 #endif

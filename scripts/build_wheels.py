@@ -170,7 +170,7 @@ def with_module(wheel: Path, tree: Path, python: str, machine: str, compiler: st
     sources = [tree / "csrc/python.cpp", tree / "csrc/older_systems.cpp", *sorted(tree.glob("csrc/cuda/*.cpp"))]
     target = content / f"lora_ext/_C.cpython-3{minor}-{machine}-linux-gnu.so"
     exports = f"-Wl,--version-script={tree / 'csrc/exports.map'}"
-    run(compiler, *flags, *includes, *sources, "-o", target, exports, *link_flags)
+    run(compiler, *flags, *includes, *sources, "-o", target, *link_flags, exports, "-ldl")
     run(sys.executable, "-m", "wheel", "pack", "--dest-dir", folder, content)
     (packed,) = folder.glob("*.whl")
     tag = ("--python-tag", f"cp3{minor}", "--abi-tag", f"cp3{minor}")
