@@ -166,7 +166,13 @@ def with_module(wheel: Path, tree: Path, python: str, machine: str, compiler: st
     for module in content.glob("lora_ext/_C.*.so"):
         module.unlink()
     flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-shared", f"-ffile-prefix-map={tree}/="]
-    includes = [f"-isystem{include}", f"-isystem{pybind11.get_include()}"]
+    includes = [f"-isystem{include}", f"-isystem{pybind11.get_include()}", f"-isystem{folder / 'include'}"]
+    # Debian has a pyconfig.h for each processor. Types have the same sizes on all of 64 bits.
+    own = Path(include).parent / f"{platform.machine()}-linux-gnu" / Path(include).name / "pyconfig.h"
+    if machine != platform.machine() and own.exists():
+        place = folder / "include" / f"{machine}-linux-gnu" / own.parent.name
+        place.mkdir(parents=True)
+        shutil.copy(own, place)
     sources = [tree / "csrc/python.cpp", tree / "csrc/older_systems.cpp", *sorted(tree.glob("csrc/cuda/*.cpp"))]
     target = content / f"lora_ext/_C.cpython-3{minor}-{machine}-linux-gnu.so"
     exports = f"-Wl,--version-script={tree / 'csrc/exports.map'}"
