@@ -21,7 +21,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from lora_ext import load_adapter
-from lora_ext.checkpoints import extract, merge
+from lora_ext.checkpoints import extract, merge, open_adapter
 from lora_ext.checkpoints.extraction import approximate
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
@@ -99,6 +99,17 @@ def test_the_same_files_give_the_same_adapter(tmp_path):
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_normalised_layers_have_one_rank(tmp_path):
+    """Of rank 20, the 16 x 16 and 8 x 16 weights have less."""
+    model = llama()
+    tuned_by_adapter(model, tmp_path, target_modules="all-linear")
+    for name, normalise in (("plain", False), ("normal", True)):
+        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / name, rank=20, normalise=normalise)
+    ranks = {name: {update.r for update in open_adapter(tmp_path / name).updates} for name in ("plain", "normal")}
+    assert len(ranks["plain"]) > 1 and ranks["normal"] == {20}
+    torch.testing.assert_close(logits_by_peft(model, tmp_path / "normal"), logits_by_peft(model, tmp_path / "plain"))
 
 
 def test_changes_that_no_adapter_can_express_are_listed(tmp_path):

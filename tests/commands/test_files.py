@@ -1,4 +1,4 @@
-"""The commands on files: merge, extract, inspect, info."""
+"""The commands on files: merge, extract, normalise, inspect, info."""
 
 from __future__ import annotations
 
@@ -110,6 +110,19 @@ def test_mistakes_of_merge(files, capsys, monkeypatch, arguments, fragments):
         save_checkpoint(dict(bert().state_dict()), files / "other")
     monkeypatch.chdir(files)
     refuses(files, capsys, ["merge", *arguments.split()], *fragments)
+
+
+# --- normalise --------------------------------------------------------------------------------------------------------
+
+
+def test_normalise(files, capsys):
+    arguments = ["normalise", "--adapter", str(files / "a"), "--out", str(files / "normal")]
+    assert main(arguments) == 0
+    assert f"{files / 'normal'}: for inference" in capsys.readouterr().out
+    config = json.loads((files / "normal" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == json.loads((files / "a" / "adapter_config.json").read_text())["r"]
+    refuses(files, capsys, arguments, "normal exists; choose a new directory")
+    refuses(files, capsys, ["normalise", "--adapter", str(files / "none"), "--out", str(files / "x")], "is missing")
 
 
 # --- extract ----------------------------------------------------------------------------------------------------------

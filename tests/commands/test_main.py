@@ -35,7 +35,7 @@ def test_help_names_every_command_and_status(capsys):
     assert capsys.readouterr().out == f"lora-ext {lora_ext.__version__}\n"
 
 
-WANTED = "want one of finetune, compare, plan, analyze, report, merge, extract, inspect, info\n"
+WANTED = "want one of finetune, compare, plan, analyze, report, merge, extract, normalise, inspect, info\n"
 
 
 @pytest.mark.parametrize(

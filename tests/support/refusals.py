@@ -145,6 +145,7 @@ GOOD: dict[Callable[..., Any], Callable[[Path], dict[str, Any]]] = {
         "directory": path / "out",
         "adapter_name": "a",
         "save_embedding_layers": False,
+        "normalise": False,
     },
     load_adapter: lambda path: {
         "model": Net(),
@@ -275,6 +276,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (inject, {"model": lambda: inject(Net(), BIASED, "b"), "config": BIASED}, ValueError, "bias is 'all', but the ada"),
     (save_adapter, *BARE),
     (save_adapter, {"save_embedding_layers": "yes"}, TypeError, "'yes' of type str, want True or False or 'auto'"),
+    (save_adapter, {"normalise": "yes"}, TypeError, "normalise is 'yes' of type str, want True or False"),
     (save_adapter, {"adapter_name": "x"}, KeyError, f"save_adapter: there is {NO_ADAPTER}"),
     (save_adapter, TWO_ACTIVE, ValueError, "the active adapters are ['a', 'b'], want exactly one, or a name"),
     (save_adapter, {"directory": lambda path: saved(path) / "adapter_config.json"}, OSError, "adapter_config.json"),
