@@ -31,24 +31,24 @@ class Subclass(Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-class FunctionMode(TorchFunctionMode):
+class Recorder:
+    """Records what a mode sees."""
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def record(self, function, types, args=(), kwargs=None):
         self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-class DispatchMode(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list = []
+class FunctionMode(Recorder, TorchFunctionMode):
+    __torch_function__ = Recorder.record
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
+
+class DispatchMode(Recorder, TorchDispatchMode):
+    __torch_dispatch__ = Recorder.record
 
 
 STATES = {
