@@ -115,7 +115,7 @@ def extract(
 
     with new_directory(out, "extract") as staging:
         stream_tensors(staging / WEIGHTS_FILE, table, {"format": "pt"}, values)
-        ranks = {path: len(tensors[f"{KEY_PREFIX}{path}.lora_A.weight"]) for path in layers}
+        ranks = {path: rank if normalise else layer.r for path, layer in layers.items()}
         write_json(staging / CONFIG_FILE, _config(ranks, rank, saved, has_biases, fan_in_fan_out))
     unchanged, nbytes = len(new) - len(differing), (out / WEIGHTS_FILE).stat().st_size
     norm = math.hypot(*(layer.norm for layer in layers.values())) or 1.0

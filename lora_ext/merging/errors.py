@@ -11,9 +11,7 @@ from torch import Tensor
 
 from lora_ext._ops.dora import row_parts
 
-LEAST_KEPT = 0.95
-"""The share of an update below which a merge into 16 bits is worth a warning."""
-
+_LEAST_KEPT = 0.95  # the share of an update below which a merge into 16 bits is worth a warning
 _SAMPLED_ELEMENTS, _SAMPLED_ROWS = 1 << 13, 16  # so few that no other thread is woken for them
 
 
@@ -102,11 +100,11 @@ def poorly_kept(kept: Mapping[str, float], remedy: str) -> str | None:
     Args:
         kept: the share of the update that each weight keeps, by name.
     """
-    worst = sorted((share, name) for name, share in kept.items() if share < LEAST_KEPT)
+    worst = sorted((share, name) for name, share in kept.items() if share < _LEAST_KEPT)
     if not worst:
         return None
     names = ", ".join(f"{share:.0%} in {name!r}" for share, name in worst[:3])
     return (
-        f"rounding to 16 bits keeps less than {LEAST_KEPT:.0%} of the update in {len(worst)} of {len(kept)} weights "
+        f"rounding to 16 bits keeps less than {_LEAST_KEPT:.0%} of the update in {len(worst)} of {len(kept)} weights "
         f"({names}); {remedy}"
     )
