@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD, DIST = ROOT / "build" / "wheels", ROOT / "dist"
 GLIBC = (2, 28)
 POLICY = "manylinux_{}_{}".format(*GLIBC)
-# Those of the user's torch are used. The CUDA runtime is linked statically; its name is here in case it is not.
+# Libraries that no wheel may contain: torch's come with the user's torch, and the CUDA runtime is linked statically.
 EXCLUDED = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so", "libcudart.so.*")
 # auditwheel reads the libraries of all processors, but takes only the tags of the one that it runs on.
 AUDITWHEEL = """

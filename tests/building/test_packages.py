@@ -56,7 +56,7 @@ def test_its_wheel_works_without_the_checkout(sdist, tmp_path):
 
 @pytest.fixture(scope="module")
 def wheels() -> list[Path]:
-    """What `make wheel` makes here, of the files as they are now."""
+    """Builds the wheels of `make wheel` from the working tree."""
     missing = {name: reason for name in ("cpu", "cuda") if (reason := build_wheels.why_not(name))}
     if missing:
         pytest.skip(f"wheels that cannot be built here: {missing}")

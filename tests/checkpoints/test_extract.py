@@ -102,7 +102,7 @@ def test_the_same_files_give_the_same_adapter(tmp_path):
 
 
 def test_normalised_layers_have_one_rank(tmp_path):
-    """Of rank 20, the 16 x 16 and 8 x 16 weights have less."""
+    """The 16 x 16 and 8 x 16 weights cannot have rank 20; zeros fill it up."""
     model = llama()
     tuned_by_adapter(model, tmp_path, target_modules="all-linear")
     for name, normalise in (("plain", False), ("normal", True)):
