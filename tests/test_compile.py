@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.cpu_only("makes its inputs on the CPU"), pytest.mark.f
 
 ROWS = {row.name: row for row in ARCHITECTURES}
 UNET = "UNet (Stable Diffusion)"
-COMMON = ["Llama", "Gemma3", pytest.param("Qwen2", marks=pytest.mark.slow), "BERT"]  # Qwen2 is like Llama
 
 
 class Counting:
@@ -66,9 +65,20 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs).logits
 
 
-@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("Llama", "accelerate"),
+        ("Gemma3", "inject"),
+        ("BERT", "inject"),
+        pytest.param("Llama", "inject", marks=pytest.mark.slow),
+        pytest.param("Gemma3", "accelerate", marks=pytest.mark.slow),
+        pytest.param("BERT", "accelerate", marks=pytest.mark.slow),
+        pytest.param("Qwen2", "inject", marks=pytest.mark.slow),
+    ],
+)
 def test_one_graph_for_each_adapter_and_none_on_a_switch(name, way, build):
-    base, directory, inputs = build(name)
+    (base, directory, inputs), way = build(name), WAYS[way]
     model = adapted(way, base, directory, "a", "b")
     backend = Counting()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
