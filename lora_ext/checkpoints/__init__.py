@@ -1,6 +1,6 @@
 """Adapters and checkpoints on disk, without a model.
 
-- Commands: ``merging``, ``extraction``, ``normalisation``, ``inspection``; ``layers`` for ``lora-ext analyze``.
+- Commands: ``merging``, ``extraction``, ``inspection``; ``layers`` for ``lora-ext analyze``.
 - Reading: ``checkpoint``.
 - What an adapter changes: ``changes``, from ``names``.
 """
@@ -10,8 +10,8 @@ from lora_ext.checkpoints.extraction import ExtractReport, LayerError, extract
 from lora_ext.checkpoints.inspection import inspect
 from lora_ext.checkpoints.layers import Layer, find_layers
 from lora_ext.checkpoints.merging import MergeReport, merge
-from lora_ext.checkpoints.normalisation import normalise
 from lora_ext.files.contents import AdapterContents, open_adapter
+from lora_ext.files.normalising import normalise
 
 __all__ = [
     "INDEX_FILE",

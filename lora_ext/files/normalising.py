@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext.files.adapter_file import OWN_KEY, AdapterFile
 from lora_ext.files.contents import AdapterContents, contents_of
+from lora_ext.files.writing import check_new, new_directory
+
+
+def normalise(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Writes the adapter in ``adapter`` to the new directory ``out`` as ``save_adapter(normalise=True)`` saves it.
+
+    Raises:
+        ValueError: a file is corrupted, the adapter is not LoRA, or a factor times its scaling is too large for its
+            dtype.
+        FileNotFoundError, FileExistsError, OSError: as :func:`lora_ext.checkpoints.merge`.
+    """
+    out = Path(out).absolute()
+    file = normalised(AdapterFile.open(adapter, caller="normalise"), caller="normalise")
+    check_new(out, "normalise")
+    with new_directory(out, "normalise") as staging:
+        file.write(staging)
 
 
 def normalised(file: AdapterFile, *, caller: str) -> AdapterFile:
