@@ -61,6 +61,9 @@ FAMILIES = [
     Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
     # One block on a multiprocessor, because both sums are in registers.
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
+    # Template arguments: the dtype of x, ranks of a block. The sums of 128 ranks leave registers for one block.
+    Family("mma shrink, 128 ranks", r"^mma::shrink_kernel<\w+, 128,", blocks_per_sm=1, **MMA),
+    Family("mma sum over tokens, 128 ranks", r"^mma::token_sum_kernel<\w+, 128,", blocks_per_sm=1, **MMA),
     Family("mma shrink", r"^mma::shrink_kernel", **MMA),
     Family("mma sum over tokens", r"^mma::token_sum_kernel", **MMA),
     # Template arguments: the dtype of x, steps of 16 ranks.

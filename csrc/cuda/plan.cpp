@@ -29,9 +29,9 @@ int64_t steps_per_piece(int64_t count, int64_t pieces) {
 }
 
 PassSplit split_rank_sums(int64_t num_tokens, int64_t features, int64_t rank, const Gpu& gpu) {
-  using Tiles = ShrinkTiles<static_cast<int>(kRankTile)>;
+  using Tiles = ShrinkTiles<static_cast<int>(kRankTile)>;  // tokens and features are the same in all
   const int64_t chunks = ceil_div(num_tokens, Tiles::kTokens);
-  const int64_t blocks = std::max<int64_t>(chunks * ceil_div(rank, kRankTile), 1);
+  const int64_t blocks = std::max<int64_t>(chunks * ceil_div(rank, rank_tile(rank)), 1);
   // A range costs 8 * rank bytes a token; it may cost an eighth of its part of the matrix, 2 * features / ranges.
   const int64_t affordable = features / (32 * std::max<int64_t>(rank, 1));
   const int64_t ranges = pieces_of_blocks(blocks, affordable, gpu.multiprocessors);
@@ -45,7 +45,7 @@ PassSplit split_rank_sums(int64_t num_tokens, int64_t features, int64_t rank, co
 PassSplit split_feature_sums(int64_t num_tokens, int64_t features, int64_t rank, const Gpu& gpu) {
   using Tiles = TokenSumTiles<static_cast<int>(kRankTile)>;
   const int64_t ranges = ceil_div(features, Tiles::kFeatures);
-  const int64_t blocks = std::max<int64_t>(ranges * ceil_div(rank, kRankTile), 1);
+  const int64_t blocks = std::max<int64_t>(ranges * ceil_div(rank, rank_tile(rank)), 1);
   // A chunk costs 8 * rank bytes a feature; it may cost an eighth of its part of the matrix, 2 * num_tokens / chunks.
   const int64_t affordable = num_tokens / (32 * std::max<int64_t>(rank, 1));
   const int64_t chunks = pieces_of_blocks(blocks, affordable, gpu.multiprocessors);
@@ -71,14 +71,20 @@ PassSplit split_fused_sums(int64_t num_tokens, int64_t features, int64_t all_ran
   return {ranges, FusedTiles::kFeatures, ceil_div(steps, per_chunk), per_chunk * FusedTiles::kTokens};
 }
 
-uint32_t shrink_shared_bytes(int64_t ranks) {
-  return ranks == kSmallRankTile ? ShrinkTiles<kSmallRankTile>::kSharedBytes : ShrinkTiles<kRankTile>::kSharedBytes;
+// kSharedBytes of a kernel's tiles for `ranks` ranks.
+template <template <int> class Tiles>
+uint32_t shared_bytes_of_tiles(int64_t ranks) {
+  return ranks == kSmallRankTile ? Tiles<kSmallRankTile>::kSharedBytes
+         : ranks == kRankTile    ? Tiles<kRankTile>::kSharedBytes
+                                 : Tiles<kLargeRankTile>::kSharedBytes;
 }
 
+template <int kRanks>
+using LayerShrinkTiles = ShrinkTiles<kRanks>;
+
 uint32_t token_sum_shared_bytes(int64_t ranks, bool has_mask) {
-  using Small = TokenSumTiles<kSmallRankTile>;
-  const uint32_t tiles = ranks == kSmallRankTile ? Small::kSharedBytes : TokenSumTiles<kRankTile>::kSharedBytes;
-  return tiles + (has_mask ? Small::kKeepBytes : 0);  // the same for all ranks
+  const uint32_t keep_bytes = TokenSumTiles<kRankTile>::kKeepBytes;  // the same for all ranks
+  return shared_bytes_of_tiles<TokenSumTiles>(ranks) + (has_mask ? keep_bytes : 0);
 }
 
 uint32_t shrink_and_sum_shared_bytes(int64_t ranks) {
@@ -192,15 +198,14 @@ class Planner {
   }
 
   void add_shrink(Result result, const PassSplit& split, int64_t rank, bool draws, int sibling) {
-    const int64_t tiles = ceil_div(padded_ranks(rank), kRankTile);
-    const int64_t ranks = rank <= kSmallRankTile ? kSmallRankTile : kRankTile;
+    const int64_t ranks = rank_tile(rank), tiles = ceil_div(rank, ranks);
     const auto add_tiles = [&](int64_t first, int64_t count) {
       add({.kernel = Kernel::kShrink,
            .result = result,
            .variant = static_cast<int>(ranks),
            .grid_x = count * split.ranges * split.chunks,
            .threads = kThreads,
-           .shared_bytes = shrink_shared_bytes(ranks),
+           .shared_bytes = shared_bytes_of_tiles<LayerShrinkTiles>(ranks),
            .sibling = sibling,
            .first_rank_tile = static_cast<int>(first),
            .rank_tiles = static_cast<int>(count)});
@@ -393,7 +398,7 @@ class Planner {
   }
 
   void add_token_sum(Result result, const PassSplit& split, int64_t rank, bool has_mask, int sibling) {
-    const int64_t tiles = ceil_div(rank, kRankTile), ranks = rank <= kSmallRankTile ? kSmallRankTile : kRankTile;
+    const int64_t ranks = rank_tile(rank), tiles = ceil_div(rank, ranks);
     add({.kernel = Kernel::kTokenSum,
          .result = result,
          .variant = static_cast<int>(ranks),

@@ -105,7 +105,7 @@ def assert_as_good_as_torch(siblings: Siblings, dropout_p: float = 0.0, **option
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("count", SIBLINGS)
-@pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 100])
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 100, 129])
 @pytest.mark.parametrize("dtypes", ops.PAIRS, ids=dtype_name)
 def test_dtypes_and_ranks(dtypes, rank, count):
     """Odd ranks with dropout, even ones without."""
@@ -158,7 +158,7 @@ def test_shapes_that_many_blocks_share(dtypes, shape, dropout_p):
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("rank", [12, 40])
+@pytest.mark.parametrize("rank", [12, 40, 140])
 @pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (BF16, F32)], ids=dtype_name)
 def test_pipelines_go_round(dtypes, rank, aligned):
     """Every block has more steps than its pipeline has stages; the last step has a tail."""
@@ -171,7 +171,7 @@ def test_pipelines_go_round(dtypes, rank, aligned):
 
 
 @pytest.mark.parametrize("in_features", [840, 71], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("rank", [8, 20, 40, 100])
+@pytest.mark.parametrize("rank", [8, 20, 40, 130])
 @pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F32), (BF16, F64), (F16, BF16)], ids=dtype_name)
 def test_factors_of_another_dtype_are_rounded_as_they_are_read(dtypes, rank, in_features):
     """The results are those of factors that were rounded before, halfway cases included, to the bit."""

@@ -117,6 +117,16 @@ def test_launches_of_large_ranks():
     assert names(plan_forward(2048, 4096, large)) == ["pack_factors", "shrink", "shrink", "rank_sums", "expand_long"]
 
 
+@pytest.mark.parametrize(("rank", "reads"), [(16, 1), (64, 1), (65, 1), (128, 1), (129, 2), (256, 2)])
+def test_x_and_grad_y_are_read_once_for_every_128_ranks(rank, reads):
+    layers = [(4096, rank)]
+    for plan in (plan_forward(8192, 4096, layers), plan_backward(8192, 4096, layers)):
+        for result in {launch.result for launch in plan.launches if launch.kernel in ("shrink", "token_sum")}:
+            passes = [launch for launch in plan.launches if launch.result == result and launch.kernel in PASSES]
+            chunks, ranges = map(int, re.search(r"(\d+) chunks .* x (\d+) ranges", passes[0].detail).groups())
+            assert sum(launch.blocks for launch in passes) == reads * chunks * ranges, (result, passes)
+
+
 @pytest.mark.parametrize("gpu", ["H100", "B200"])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32])
 def test_few_tokens_of_siblings_take_one_wave(tokens, gpu):

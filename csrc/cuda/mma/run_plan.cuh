@@ -74,6 +74,7 @@ class PlanRunner : Launcher {
  private:
   static constexpr int kShortSteps = static_cast<int>(kShortRank / 16);
   static constexpr int kSmallRanks = static_cast<int>(kSmallRankTile), kRanks = static_cast<int>(kRankTile);
+  static constexpr int kLargeRanks = static_cast<int>(kLargeRankTile);
   static constexpr int kFusedRanks = static_cast<int>(kMaxFusedRank);
 
   // sums: xa or grad_xa, of all siblings.
@@ -186,16 +187,18 @@ class PlanRunner : Launcher {
     params.ranges = static_cast<unsigned>(split.ranges);
     params.first_rank_tile = static_cast<unsigned>(launch.first_rank_tile);
     params.rank_tiles = static_cast<unsigned>(launch.rank_tiles);
-    const bool rounds = params.factor.dtype != call_.dtype();
     if constexpr (kKeep != KeepBits::kRead) {  // one tile of ranks reads no mask
-      if (launch.variant == kSmallRanks) {
-        return start(launch,
-                     rounds ? &shrink_kernel<T, kSmallRanks, kKeep, true, kOfB>
-                            : &shrink_kernel<T, kSmallRanks, kKeep, false, kOfB>,
-                     params);
-      }
+      if (launch.variant == kSmallRanks) return start_shrink_of<kSmallRanks, kKeep>(launch, params);
+      if (launch.variant == kRanks) return start_shrink_of<kRanks, kKeep>(launch, params);
     }
-    start(launch, rounds ? &shrink_kernel<T, kRanks, kKeep, true, kOfB> : &shrink_kernel<T, kRanks, kKeep, false, kOfB>,
+    start_shrink_of<kLargeRanks, kKeep>(launch, params);
+  }
+
+  template <int kTileRanks, KeepBits kKeep, bool kOfB>
+  void start_shrink_of(const PlannedLaunch& launch, const ShrinkParams<T, kOfB>& params) {
+    const bool rounds = params.factor.dtype != call_.dtype();
+    start(launch,
+          rounds ? &shrink_kernel<T, kTileRanks, kKeep, true, kOfB> : &shrink_kernel<T, kTileRanks, kKeep, false, kOfB>,
           params);
   }
 
@@ -252,12 +255,15 @@ class PlanRunner : Launcher {
     params.tokens_per_chunk = split->tokens_per_chunk;
     params.ranges = static_cast<unsigned>(split->ranges);
     params.rank_tiles = static_cast<unsigned>(launch.rank_tiles);
+    if (launch.variant == kSmallRanks) return start_token_sum<kSmallRanks>(launch, params);
+    if (launch.variant == kRanks) return start_token_sum<kRanks>(launch, params);
+    start_token_sum<kLargeRanks>(launch, params);
+  }
+
+  template <int kTileRanks>
+  void start_token_sum(const PlannedLaunch& launch, const TokenSumParams<T>& params) {
     const bool masked = params.mask != nullptr;
-    if (launch.variant == kSmallRanks) {
-      return start(launch, masked ? &token_sum_kernel<T, kSmallRanks, true> : &token_sum_kernel<T, kSmallRanks, false>,
-                   params);
-    }
-    start(launch, masked ? &token_sum_kernel<T, kRanks, true> : &token_sum_kernel<T, kRanks, false>, params);
+    start(launch, masked ? &token_sum_kernel<T, kTileRanks, true> : &token_sum_kernel<T, kTileRanks, false>, params);
   }
 
   // --- the sums of the blocks ---

@@ -4,9 +4,9 @@
 //
 // Computes xa, with dropout and lora_A; and grad_xa, with lora_B as it lies, if shrink_and_sum does not make it.
 // ../grouped/shrink.cuh computes both for the rows of a mixed batch. A block has 128 tokens, a warp
-// 16 of them: it copies its rows and draws their keep bits, once, for the tile after the one it multiplies. Every 64
-// ranks read x once; their blocks follow each other and find x in L2. The first 64 ranks draw the
-// bits, in a separate launch; the others read them.
+// 16 of them: it copies its rows and draws their keep bits, once, for the tile after the one it multiplies. Every 128
+// ranks read x once; their blocks follow each other and find x in L2. The first 128 ranks draw the bits, in a separate
+// launch; the others read them.
 #pragma once
 
 #include "../launch.cuh"
@@ -181,7 +181,8 @@ struct ShrinkParams {
 
 // kRounds: the factor has another dtype than x.
 template <class T, int kRanks, KeepBits kKeep, bool kRounds, bool kOfB>
-__global__ void __launch_bounds__(kThreads, 2) shrink_kernel(const __grid_constant__ ShrinkParams<T, kOfB> p) {
+__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kRanks))
+    shrink_kernel(const __grid_constant__ ShrinkParams<T, kOfB> p) {
   ptx::wait_for_earlier_launches();
   using Tiles = ShrinkTiles<kRanks>;
   using Factor = FactorTiles<T, decltype(p.factor), kRanks, Tiles::kFeatures, kThreads, kRounds, kOfB>;

@@ -4,7 +4,7 @@
 //
 // Computes grad_lora_A (small operand: grad_xa of all siblings; with a mask), and grad_lora_B^T (small operand: xa, x:
 // grad_y) if shrink_and_sum does not make it. A block has 128 features, a warp 16 of them, and walks through the tokens
-// of a chunk. Every 64 ranks read x once; their blocks follow each other and find x in L2.
+// of a chunk. Every 128 ranks read x once; their blocks follow each other and find x in L2.
 // ../grouped/factor_sums.cuh computes both for the rows of a mixed batch.
 #pragma once
 
@@ -169,7 +169,8 @@ struct TokenSumParams {
 };
 
 template <class T, int kRanks, bool kMasked>
-__global__ void __launch_bounds__(kThreads, 2) token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
+__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kRanks))
+    token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
   ptx::wait_for_earlier_launches();
   using Tiles = TokenSumTiles<kRanks>;
   SharedMemory shared;
