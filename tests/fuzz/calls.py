@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import CannotTell, Case, Finding, Outcome, WrongResult, finding, judge_exception
+from .cases import CannotTell, Finding, Outcome, WrongResult, finding, judge_exception
 from .compare import lacks_memory, plain, tensors_in
 from .values import Value
 from .worker import POISON
@@ -37,6 +37,7 @@ class Call:
         changes: the arguments that the function may change.
         differentiated: source of the outputs to differentiate; "": none.
         mutated: the arguments that may be wrong.
+        repeat: whether it is called again, for the same bits.
     """
 
     function: str
@@ -45,10 +46,11 @@ class Call:
     changes: tuple[str, ...] = ()
     differentiated: str = ""
     mutated: list[str] = field(default_factory=list)
+    repeat: bool = False
 
     @property
     def imports(self) -> str:
-        planted = "import fuzz.area_planted\n" if "planted" in self.function else ""
+        planted = "import fuzz.planted\n" if "planted" in self.function else ""
         return f"import numpy\nimport torch\nimport lora_ext.functional\n{planted}"
 
     @property
@@ -70,9 +72,60 @@ class Call:
         names = [name for name in self.arguments if len(name) > 1 or name in "xy"]
         return [short, short.rstrip("_"), "lora_ext", *names]
 
-    def case(self, repeat: bool) -> Case:
-        """``repeat``: call again, for the same bits."""
-        return Case(self.function, self.source(), lambda: _run(self, repeat))
+    def run(self) -> Outcome:
+        """Runs the call and judges it."""
+        space: dict[str, Any] = {}
+        function = self.function
+        try:
+            exec(self.imports, space)
+            for name, value in self.arguments.items():
+                exec("\n".join(value.lines(name)), space)
+                if not function.startswith("torch.ops.") and not all(map(_is_for_pytorch, tensors_in(space[name]))):
+                    return Outcome("void")  # later arguments can depend on it
+        except Exception:
+            return Outcome("void")
+        arguments = {name: space[name] for name in self.arguments}
+        watched = Watched(arguments)
+        try:
+            before = {name: plain(value) for name, value in arguments.items()}
+        except Exception:
+            before = None
+        try:
+            exec(self.body, space)
+        except Exception as error:
+            changed = watched.findings("changed after a refusal", function, (), f" after {error}")
+            return Outcome("refused", judge_exception(function, self.names(), error) + changed)
+        found = watched.findings("changed argument", function, self.changes)
+        devices = {tensor.device.type for tensor in tensors_in(list(arguments.values()))}
+        if len(devices) > 1:
+            found.append(finding("mixed devices accepted", function, f"tensors on {sorted(devices)} were accepted"))
+        try:
+            exec(self.backward, space)
+        except Exception as error:
+            return Outcome("refused", found + judge_exception(function, [*self.names(), "grad", "backward"], error))
+        outputs = _outputs(self, space)
+        unwritten = sum(map(_poisoned, outputs))
+        if unwritten and not sum(map(_poisoned, tensors_in(list((before or {}).values())))):
+            found.append(finding("uninitialised", function, f"{unwritten} elements of the results were never written"))
+        is_nested = any(tensor.is_nested for tensor in outputs)  # tests/ops/test_transforms.py compares those
+        if self.oracle is None or before is None or len(devices) > 1 or is_nested:
+            return Outcome("accepted", found)
+        try:
+            with torch.enable_grad():
+                self.oracle(before, space["result"], {**space, **arguments})
+        except CannotTell:
+            return Outcome("accepted", found)
+        except WrongResult as wrong:
+            found.append(finding("wrong result", function, str(wrong)))
+        except Exception as error:
+            detail = f"accepted, but the reference fails: {type(error).__name__}: {error}"
+            return Outcome("accepted", [*found, finding("accepted", function, detail)])
+        if self.repeat and not found:
+            space = {}
+            exec(self.source(), space)
+            if not all(map(_same_values, outputs, _outputs(self, space))):
+                found.append(finding("not reproducible", function, "the same call gave other results the second time"))
+        return Outcome("compared", found)
 
 
 class Watched:
@@ -147,62 +200,6 @@ def _poisoned(tensor: Tensor) -> int:
     except RuntimeError:  # not a strided tensor
         return 0
     return int((bits == POISON).all(dim=1).sum())
-
-
-def _run(call: Call, repeat: bool) -> Outcome:
-    """Runs a call and judges it."""
-    space: dict[str, Any] = {}
-    function = call.function
-    try:
-        exec(call.imports, space)
-        for name, value in call.arguments.items():
-            exec("\n".join(value.lines(name)), space)
-            if not function.startswith("torch.ops.") and not all(map(_is_for_pytorch, tensors_in(space[name]))):
-                return Outcome("void")  # later arguments can depend on it
-    except Exception:
-        return Outcome("void")
-    arguments = {name: space[name] for name in call.arguments}
-    watched = Watched(arguments)
-    try:
-        before = {name: plain(value) for name, value in arguments.items()}
-    except Exception:
-        before = None
-    try:
-        exec(call.body, space)
-    except Exception as error:
-        changed = watched.findings("changed after a refusal", function, (), f" after {error}")
-        return Outcome("refused", judge_exception(function, call.names(), error) + changed)
-    found = watched.findings("changed argument", function, call.changes)
-    devices = {tensor.device.type for tensor in tensors_in(list(arguments.values()))}
-    if len(devices) > 1:
-        found.append(finding("mixed devices accepted", function, f"tensors on {sorted(devices)} were accepted"))
-    try:
-        exec(call.backward, space)
-    except Exception as error:
-        return Outcome("refused", found + judge_exception(function, [*call.names(), "grad", "backward"], error))
-    outputs = _outputs(call, space)
-    unwritten = sum(map(_poisoned, outputs))
-    if unwritten and not sum(map(_poisoned, tensors_in(list((before or {}).values())))):
-        found.append(finding("uninitialised", function, f"{unwritten} elements of the results were never written"))
-    is_nested = any(tensor.is_nested for tensor in outputs)  # tests/ops/test_transforms.py compares those
-    if call.oracle is None or before is None or len(devices) > 1 or is_nested:
-        return Outcome("accepted", found)
-    try:
-        with torch.enable_grad():
-            call.oracle(before, space["result"], {**space, **arguments})
-    except CannotTell:
-        return Outcome("accepted", found)
-    except WrongResult as wrong:
-        found.append(finding("wrong result", function, str(wrong)))
-    except Exception as error:
-        detail = f"accepted, but the reference fails: {type(error).__name__}: {error}"
-        return Outcome("accepted", [*found, finding("accepted", function, detail)])
-    if repeat and not found:
-        space = {}
-        exec(call.source(), space)
-        if not all(map(_same_values, outputs, _outputs(call, space))):
-            found.append(finding("not reproducible", function, "the same call gave other results the second time"))
-    return Outcome("compared", found)
 
 
 def _is_for_pytorch(tensor: Tensor) -> bool:

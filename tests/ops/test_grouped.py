@@ -28,7 +28,7 @@ from lora_ext import functional, reference
 
 OP, LINEAR = OPS["lora_grouped_"], OPS["lora_grouped_linear"]
 of_delta = pytest.mark.cpu_only("only the CPU's kernels sum as lora_delta_ does")
-reads_values = pytest.mark.cpu_only("CUDA kernels cannot refuse: the rows become NaN (test_cuda_grouped.py)")
+reads_values = pytest.mark.cpu_only("CUDA kernels cannot refuse: the rows become NaN (test_cuda.py)")
 
 
 def found_in(case: Grouped, dropout_p: float = 0.0) -> dict[str, Tensor]:

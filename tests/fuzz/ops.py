@@ -19,9 +19,9 @@ from torch import Tensor
 from lora_ext import functional, reference
 from lora_ext._load import op_named
 
-from . import ops_merge
+from . import ops_merge, planted
 from .calls import Call
-from .cases import CannotTell, Case, WrongResult
+from .cases import CannotTell, WrongResult
 from .choices import Choices
 from .compare import against_formula, tensors_in
 from .mutations import mutate
@@ -303,9 +303,13 @@ _SELDOM = (f"{OPS}lora_merge_check", f"{FUNCTIONS}draw_seed")
 _OFTEN = [name for name in MAKERS for _ in range(1 if name in _SELDOM else 6)]
 
 
-def make(choices: Choices, name: str = "") -> Case:
+def make(choices: Choices, name: str = "") -> Call:
+    """Makes a call of a function whose dotted name ends with ``name``, or of any."""
+    if name in planted.KINDS:
+        return planted.make(choices, name)
     function = choices.choice([found for found in _OFTEN if f".{found}".endswith(f".{name}")] if name else _OFTEN)
     call = MAKERS[function](choices, function)
     if choices.chance(50):
         call.arguments, call.mutated = mutate(choices, call.arguments)
-    return call.case(repeat=choices.chance(10))
+    call.repeat = choices.chance(10)
+    return call
