@@ -28,22 +28,19 @@ def plain(case: Grouped, dropout_p: float) -> dict[str, Tensor]:
     return joined(results(OP.plain, sample, OP.leaves(sample)))
 
 
-def flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
 def ours(case: Grouped, dropout_p: float, **options) -> dict[str, Tensor]:
     forward = grouped_ops.forward(case, dropout_p, SEED, **options)
     if dropout_p:
         keep = reference.dropout_keep(SEED, *case.x.flatten(0, -2).shape, dropout_p)
         assert torch.equal(reference.unpack_mask(forward.mask, case.x.shape[-1]), keep)
     backward = grouped_ops.backward(case, forward.xa, forward.mask, dropout_p, **options)
-    factors = {"grad of lora_As": flat(backward.grad_As), "grad of lora_Bs": flat(backward.grad_Bs)}
-    return {"result 0": forward.y, "grad of x": backward.grad_x, **factors}
+    factors = {f"grad of lora_As[{i}]": grad for i, grad in enumerate(backward.grad_As)}
+    factors |= {f"grad of lora_Bs[{i}]": grad for i, grad in enumerate(backward.grad_Bs)}
+    return joined({"result 0": forward.y, "grad of x": backward.grad_x, **factors})
 
 
 def check(case: Grouped, dropout_p: float = 0.0, **options) -> None:
-    found = joined(ours(case, dropout_p, **options))
+    found = ours(case, dropout_p, **options)
     case = case.as_cuda_reads()
     expected = in_dtypes_of(plain(case, dropout_p), found)
     compared = found, plain(case.to(F64), dropout_p), expected

@@ -19,7 +19,7 @@ def one_thread_each():
 
 
 def test_threads_and_adapters_for_a_while(tmp_path):
-    soak = Soak(tmp_path, adapters=30, slots=12)
+    soak = Soak(tmp_path, adapters=60, slots=34)
     soak.run(seconds=3)
     stats = soak.pool.stats()
     assert not soak.errors

@@ -109,7 +109,8 @@ __attribute__((no_sanitize("thread"))) T atomic_update(T* address, F update) {
 
 template <class T>
 __forceinline__ T atomicAdd(T* address, T value) {
-  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>, "CUDA adds other types otherwise");
+  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>,
+                "CUDA adds other types otherwise");
   simt::check_atomic(address, sizeof(T));
   return simt::atomic_update(address, [value](T old) { return static_cast<T>(old + value); });
 }
