@@ -33,7 +33,7 @@ help:
 	@echo 'make sanitize-quick  a part of all three'
 	@echo 'make mutants    how many of 240 small faults planted in the CUDA kernels the tests of tests/simt find, and which they miss;'
 	@echo '                half an hour on one core (NUMBER=240, SEED=1; results in build/mutants.json)'
-	@echo 'make fuzz       malformed and extreme calls of ops (SECONDS=60, AREAS=ops.lora_linear, SEED=1)'
+	@echo 'make fuzz       malformed and extreme calls of ops (SECONDS=60, FUNCTIONS=lora_linear, SEED=1)'
 	@echo 'make soak       eight threads use, load and evict a hundred adapters of a pool for ten minutes (SECONDS=600)'
 	@echo 'make peft-conformance  the LoRA tests of the installed peft, or of a source tree (PEFT_SOURCE=path), with our layers'
 	@echo 'make adapterhub-conformance  compare bottleneck adapters with AdapterHub, which runs in a separate environment'
@@ -100,7 +100,7 @@ mutants: $(VENV)/.test $(VENV)/.built
 		$(addprefix --number ,$(NUMBER)) $(addprefix --seed ,$(SEED))
 
 fuzz: $(VENV)/.test $(VENV)/.built
-	PYTHONPATH=tests $(BIN)/python -m fuzz $(AREAS) --seconds $(or $(SECONDS),60) $(addprefix --seed ,$(SEED))
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUNCTIONS) --seconds $(or $(SECONDS),60) $(addprefix --seed ,$(SEED))
 
 soak: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m soak --seconds $(or $(SECONDS),600)

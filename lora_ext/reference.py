@@ -150,7 +150,7 @@ def lora_grouped(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Returns what ``lora_grouped_`` adds to y: :func:`lora_delta` of each row's factors, row by row, with one mask.
+    """Returns what ``lora_grouped_`` adds to y: :func:`lora_delta` of each group's rows, with one mask for all.
 
     The arguments are those of :func:`lora_ext.functional.lora_grouped_`.
     """
@@ -165,18 +165,14 @@ def lora_grouped(
         keep = dropout_keep(int(seed), *rows.shape, dropout_p).to(x.device)
         rows = rows * keep * (65536.0 / (65536.0 - threshold))
     group_of_token = group_of_row.reshape(-1).repeat_interleave(len(rows) // max(group_of_row.numel(), 1))
-    updates = []
-    for row, group in zip(rows, group_of_token.tolist(), strict=True):
-        if group < 0:
-            updates.append(row.new_zeros(lora_Bs[0].shape[-2]))
-            continue
-        A, B = pairs[group]
-        rank = len(A) if ranks is None else int(ranks[group])
-        updates.append(lora_delta(row, A[:rank], B[:, :rank], float(scalings[group])))
-    if not updates:
-        return x.new_zeros(*x.shape[:-1], lora_Bs[0].shape[-2])
     wide = torch.promote_types(x.dtype, lora_As[0].dtype)
-    return torch.stack([update.to(wide) for update in updates]).reshape(*x.shape[:-1], lora_Bs[0].shape[-2])
+    chosen = [(group_of_token == group).nonzero().squeeze(1) for group in range(-1, len(pairs))]
+    updates = [rows.new_zeros(len(chosen[0]), lora_Bs[0].shape[-2], dtype=wide)]
+    for group, (A, B) in enumerate(pairs):
+        rank = len(A) if ranks is None else int(ranks[group])
+        update = lora_delta(rows[chosen[group + 1]], A[:rank], B[:, :rank], float(scalings[group]))
+        updates.append(update.to(wide))
+    return torch.cat(updates)[torch.cat(chosen).argsort()].reshape(*x.shape[:-1], lora_Bs[0].shape[-2])
 
 
 def dora_linear(

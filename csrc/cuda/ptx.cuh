@@ -29,15 +29,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, uint3
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// The same for kBytes, 4 or 8, at addresses aligned to kBytes, through the first-level cache. `read`: all bytes are
-// read; otherwise they become zero.
-template <int kBytes>
-__device__ __forceinline__ void cp_async_small(uint32_t to, const void* from, bool read) {
-  static_assert(kBytes == 4 || kBytes == 8, "cp_async_16 copies 16 bytes");
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(read ? kBytes : 0)
-               : "memory");
-}
-
 // Closes the group of copies issued since the last commit; an empty group counts as well. (9.7.9.25.3.2)
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.processes import after_torch
 
 import lora_ext
 from lora_ext import _load, info
@@ -77,61 +78,72 @@ def test_info_command_prints_text_and_json(capsys):
     assert json.loads(capsys.readouterr().out)["version"] == lora_ext.__version__
 
 
-def import_error(directory, before: str = "") -> str:
-    """Imports the copy without the finder of an editable install; returns the error output."""
-    code = (
-        f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; {before}"
-        f"sys.path.insert(0, {str(directory)!r}); import lora_ext"
-    )
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=directory)
-    assert result.returncode == 1
-    return result.stderr
-
+# --- packages that do not fit -----------------------------------------------------------------------------------------
 
 OTHER = "was built from other sources than this Python package: it has no "
 OPS, FACTS = "liblora_ext.so", Path(_load._C.__file__).name
+OTHER_PYTHON = "_C.cpython-39-x86_64-linux-gnu.so"
+# A file of the package, its other content or None, and words of the error.
+MISFITS = {
+    "missing": (OPS, lambda content: None, "the compiled library liblora_ext.so is missing"),
+    "damaged": (OPS, lambda content: b"no", r"liblora_ext.so does not load with torch.*(invalid ELF|too short)"),
+    "another op": (
+        OPS,
+        lambda content: content.replace(b"lora_dropout_mask(", b"lora_dropout_was_("),
+        OTHER + "op lora_d",
+    ),
+    "no module": (FACTS, lambda content: None, r"the compiled module _C of Python 3\.\d+ is missing from"),
+    "damaged module": (FACTS, lambda content: b"not a library", r"_C does not load: .*(invalid ELF|too short)"),
+    "another function": (FACTS, lambda content: content.replace(b"\0cpu_isa\0", b"\0cpu_was\0"), OTHER + "cpu_isa"),
+}
+# Imports the package in a directory, without the finder of an editable install.
+IMPORT = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+sys.path = ["{root}/checkout", *(path for path in sys.path if path and path != {here!r}), "{root}/site"]
+import lora_ext
+"""
 
 
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        (OPS, lambda content: None, "the compiled library liblora_ext.so is missing"),
-        (OPS, lambda content: b"not a library", r"liblora_ext.so does not load with torch.*(invalid ELF|too short)"),
-        (OPS, lambda content: content.replace(b"lora_dropout_mask(", b"lora_dropout_was_("), OTHER + "op lora_dropout"),
-        (FACTS, lambda content: None, r"the compiled module _C of Python 3\.\d+ is missing from"),
-        (FACTS, lambda content: b"not a library", r"_C does not load: .*(invalid ELF|too short)"),
-        (FACTS, lambda content: content.replace(b"\0cpu_isa\0", b"\0cpu_was\0"), OTHER + "cpu_isa"),
-    ],
-    ids=["missing", "damaged", "another op", "no module", "damaged module", "another function"],
-)
-def test_a_library_that_does_not_fit_fails_the_import(file, change, message, tmp_path):
-    shutil.copytree(PACKAGE, tmp_path / "lora_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    library = tmp_path / "lora_ext" / file
-    content = change(library.read_bytes())
-    library.unlink() if content is None else library.write_bytes(content)
-    assert re.search(f"ImportError: lora_ext: .*{message}", import_error(tmp_path), re.S)
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory) -> dict[str, str]:
+    """What the import says of each package."""
+    root = tmp_path_factory.mktemp("packages")
+    for name in (*MISFITS, "another Python"):
+        package = root / name / "checkout" / "lora_ext"
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        if name == "another Python":
+            (package / FACTS).rename(package / OTHER_PYTHON)
+            continue
+        file, change, _ = MISFITS[name]
+        content = change((package / file).read_bytes())
+        (package / file).unlink() if content is None else (package / file).write_bytes(content)
+    for name in ("hides nothing", "hides one"):
+        for place in ("checkout", "site"):
+            (root / name / place / "lora_ext").mkdir(parents=True)
+        for file in ("__init__.py", "_load.py"):
+            shutil.copy(PACKAGE / file, root / name / "checkout" / "lora_ext")
+        (root / name / "checkout" / "csrc").mkdir()
+        (root / name / "checkout" / "setup.py").touch()
+    (root / "hides one" / "site" / "lora_ext" / "liblora_ext.so").touch()
+    found = after_torch({path.name: IMPORT.format(root=path, here=str(ROOT)) for path in root.iterdir()})
+    assert {status for status, _ in found.values()} == {1}, found
+    return {name: said for name, (_, said) in found.items()}
 
 
-def test_a_module_of_another_python_is_named(tmp_path):
-    shutil.copytree(PACKAGE, tmp_path / "lora_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    other = "_C.cpython-39-x86_64-linux-gnu.so"
-    (tmp_path / "lora_ext" / FACTS).rename(tmp_path / "lora_ext" / other)
-    assert f"(it has {other}, of another Python)" in import_error(tmp_path)
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_library_that_does_not_fit_fails_the_import(name, errors):
+    assert re.search(f"ImportError: lora_ext: .*{MISFITS[name][2]}", errors[name], re.S), errors[name]
 
 
-@pytest.mark.parametrize("is_installed", [True, False])
-def test_a_checkout_without_a_build_says_what_it_hides(tmp_path, is_installed):
-    for place in ("checkout", "site"):
-        (tmp_path / place / "lora_ext").mkdir(parents=True)
-    for file in ("__init__.py", "_load.py"):
-        shutil.copy(PACKAGE / file, tmp_path / "checkout" / "lora_ext")
-    (tmp_path / "checkout" / "csrc").mkdir()
-    (tmp_path / "checkout" / "setup.py").touch()
-    if is_installed:
-        (tmp_path / "site" / "lora_ext" / "liblora_ext.so").touch()
-    message = import_error(tmp_path / "checkout", f"sys.path.append({str(tmp_path / 'site')!r}); ")
-    assert "This is a checkout without a build" in message and f"`make build` in {tmp_path / 'checkout'}" in message
-    assert ("start Python in another folder" in message) == is_installed
-    assert (f"installed in {tmp_path / 'site' / 'lora_ext'}" in message) == is_installed
+def test_a_module_of_another_python_is_named(errors):
+    assert f"(it has {OTHER_PYTHON}, of another Python)" in errors["another Python"]
+
+
+@pytest.mark.parametrize("name", ["hides nothing", "hides one"])
+def test_a_checkout_without_a_build_says_what_it_hides(name, errors):
+    message, installed = errors[name], name == "hides one"
+    assert "This is a checkout without a build" in message and re.search("`make build` in .*/checkout", message)
+    assert ("start Python in another folder" in message) == installed
+    assert bool(re.search("installed in .*/site/lora_ext", message)) == installed
     assert "--force-reinstall" not in message

@@ -86,6 +86,30 @@ def test_adapters_of_other_scalings_and_dtypes_add_up(kind):
     assert alone[2].abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", LINEAR[:-1])  # a convolution with groups adds one update after the other
+def test_many_adapters_round_once(kind):
+    """Not more often for sixteen adapters than for one with all of their ranks."""
+    kind, errors = kind._replace(shape=(64, *kind.shape[1:])), []
+    for rank, alpha, names in ((4, 8, map(str, range(16))), (64, 128, ["default"])):
+        model = adapted(kind, *names, dtype=torch.bfloat16, r=rank, lora_alpha=alpha, lora_bias=False)
+        x = input_of(kind, torch.bfloat16)
+        exact = copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x)
+        errors.append(relative_error(model(x), exact))
+    assert errors[0] <= 1.3 * errors[1]
+
+
+@of_kinds(Injected, without=("dora", "conv", "channels", "attention", "experts"))
+def test_nested_tensors(kind):
+    model, parts = adapted(kind, *kind.names), input_of(kind._replace(shape=(8, *kind.shape[1:]))).split([3, 1, 4])
+    x = torch.nested.nested_tensor(list(parts), layout=torch.jagged)
+    expected = torch.cat([model(part) for part in parts])
+    y = model(x)
+    assert y.is_nested and y.shape[:2] == x.shape[:2]
+    torch.testing.assert_close(y.values(), expected)
+    grads = (torch.autograd.grad(out.pow(3).sum(), list(trained(model).values())) for out in (y.values(), expected))
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @of_kinds(without=("peft experts",))
 def test_unmerging_restores_every_bit(kind, dtype):

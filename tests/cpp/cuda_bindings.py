@@ -15,17 +15,15 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 _REGISTERED = "STABLE_TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {\n"
 
 
-def load(
-    folder: Path, name: str, stand_in: str, schemas: Iterable[str], namespace: str = ""
-) -> torch._ops._OpNamespace:
+def load(folder: Path, name: str, stand_in: str, schemas: Iterable[str], namespace: str) -> torch._ops._OpNamespace:
     """Builds csrc/bindings/<name>.cpp in ``folder``, and returns its ops, of ``schemas`` (csrc/schemas.h).
 
-    ``stand_in``: a folder here with cuda_stream.h, and with more sources.
+    ``stand_in``: a folder here with cuda_stream.h, and with more sources. ``namespace``: of the ops.
     """
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for header in (HERE / stand_in / "cuda_stream.h", HERE / "device_stand_in.h"):
         shutil.copy(header, folder / "csrc/bindings")
-    binding, namespace = folder / f"csrc/bindings/{name}.cpp", namespace or f"lora_ext_{stand_in}"
+    binding = folder / f"csrc/bindings/{name}.cpp"
     defined = "".join(f"  m.def(lora_ext::schemas::{schema}.text);\n" for schema in schemas)
     registered = f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{\n"
     on_cpu = f"STABLE_TORCH_LIBRARY({namespace}, m) {{\n{defined}}}\n{registered}"

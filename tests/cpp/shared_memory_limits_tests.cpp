@@ -2,28 +2,21 @@
 #include "../../csrc/cuda/shared_memory_limits.h"
 
 #include <atomic>
-#include <cstdio>
 #include <thread>
 #include <vector>
 
+#include "kernel_tests.h"
+
+using lora_ext::cpu::failures;
 using lora_ext::cuda::SharedMemoryLimits;
 
 namespace {
 
-int failures = 0;
-
-void check(bool holds, const char* what) {
-  if (holds) return;
-  std::printf("failed: %s\n", what);
-  ++failures;
-}
-
 const int kernels[3] = {};  // their addresses stand for kernels
 
-void test_once_for_each_kernel_and_device() {
+void once_for_each_kernel_and_device() {
   SharedMemoryLimits limits;
   std::atomic<int> opt_ins[3][2] = {};
-  std::atomic<bool> launched_early = false;
   std::vector<std::thread> threads;
   for (int thread = 0; thread < 4; ++thread) {
     threads.emplace_back([&] {
@@ -34,39 +27,34 @@ void test_once_for_each_kernel_and_device() {
           ++opt_ins[kernel][device];
           return true;
         });
-        if (opt_ins[kernel][device] == 0) launched_early = true;
+        CHECK(opt_ins[kernel][device] > 0, "a thread launches before the opt-in");
       }
     });
   }
   for (std::thread& thread : threads) thread.join();
   for (const auto& of_kernel : opt_ins) {
-    for (const auto& count : of_kernel) check(count == 1, "one opt-in for each kernel and device");
+    for (const auto& count : of_kernel) CHECK(count == 1, "%d opt-ins", count.load());
   }
-  check(!launched_early, "no thread launches before the opt-in");
 }
 
-void test_more_bytes_and_failures_ask_again() {
+void more_bytes_and_failures_ask_again() {
   SharedMemoryLimits limits;
   int opt_ins = 0;
-  const auto allow = [&](uint32_t bytes, bool succeeds) {
-    limits.allow(&kernels[0], 0, bytes, [&] {
-      ++opt_ins;
-      return succeeds;
-    });
+  const auto allow = [&](uint32_t kilobytes, bool succeeds) {
+    limits.allow(&kernels[0], 0, kilobytes * 1024, [&] { return ++opt_ins, succeeds; });
   };
-  allow(50 * 1024, true), allow(50 * 1024, true), allow(49 * 1024, true);
-  check(opt_ins == 1, "as many bytes, or fewer, need no further opt-in");
-  allow(60 * 1024, false);
-  check(opt_ins == 2, "more bytes need an opt-in");
-  allow(60 * 1024, true), allow(60 * 1024, true);
-  check(opt_ins == 3, "a failed opt-in is tried again");
+  allow(50, true), allow(50, true), allow(49, true);
+  CHECK(opt_ins == 1, "as many bytes, or fewer, need no further opt-in");
+  allow(60, false);
+  CHECK(opt_ins == 2, "more bytes need an opt-in");
+  allow(60, true), allow(60, true);
+  CHECK(opt_ins == 3, "a failed opt-in is tried again");
 }
 
 }  // namespace
 
 int main() {
-  test_once_for_each_kernel_and_device();
-  test_more_bytes_and_failures_ask_again();
-  if (failures == 0) std::printf("all tests passed\n");
-  return failures == 0 ? 0 : 1;
+  once_for_each_kernel_and_device();
+  more_bytes_and_failures_ask_again();
+  return failures != 0;
 }

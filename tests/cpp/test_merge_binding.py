@@ -22,7 +22,9 @@ SCHEMAS = "kLoraMerge", "kLoraUnmerge", "kLoraMergeRecord", "kLoraMergeCheck"
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory):
-    return cuda_bindings.load(tmp_path_factory.mktemp("merge"), "cuda_merge", "merge_binding", SCHEMAS)
+    return cuda_bindings.load(
+        tmp_path_factory.mktemp("merge"), "cuda_merge", "merge_binding", SCHEMAS, "lora_ext_cuda_merge"
+    )
 
 
 def layers(size: float) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -1,9 +1,10 @@
-"""The command line of the fuzzers.
+"""The command line of the fuzzer.
 
-    PYTHONPATH=tests python -m fuzz [AREA ...] [--seconds S | --cases N] [--seed FIRST]
+    PYTHONPATH=tests python -m fuzz [FUNCTION ...] [--seconds S | --cases N] [--seed FIRST]
 
-An AREA can be one function, such as ops.lora_linear. Prints how often each function was called, with which outcomes,
-and each kind of finding as a small program. The exit status is 1 if anything was found; --seed finds it again.
+A FUNCTION is one of lora_ext.functional or a compiled op, such as lora_linear; default: all. Prints how often each was
+called, with which outcomes, and each kind of finding with a small call. The exit status is 1 if anything was found;
+--seed finds it again.
 """
 
 from __future__ import annotations
@@ -15,30 +16,31 @@ import sys
 import time
 
 from . import campaign
-from .cases import AREAS
+from .ops import MAKERS
 
 _CASES = 500  # with each seed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("areas", nargs="*", metavar="AREA", help=", ".join(f"{k}: {v}" for k, v in AREAS.items()))
-    parser.add_argument("--seconds", type=float, default=60.0, help="for all areas together; default: 60")
-    parser.add_argument("--cases", type=int, help="for each area, with one seed, instead of a time")
+    parser.add_argument("functions", nargs="*", metavar="FUNCTION", help="such as lora_linear; default: all")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for all functions together; default: 60")
+    parser.add_argument("--cases", type=int, help="for each function, with one seed, instead of a time")
     parser.add_argument("--seed", type=int, help="the first one; default: random")
     parser.add_argument("--only", nargs="+", metavar="KIND", help="report only these kinds of findings, such as crash")
     arguments = parser.parse_args()
-    areas = arguments.areas or list(AREAS)
-    if unknown := [area for area in areas if area.partition(".")[0] not in (*AREAS, "planted")]:
-        parser.error(f"there is no area {unknown[0]!r}, want some of {', '.join(AREAS)}")
+    functions = arguments.functions or [""]
+    for function in functions:
+        if function and not any(f".{name}".endswith(f".{function}") for name in MAKERS):
+            parser.error(f"there is no function {function!r}, want some of {', '.join(MAKERS)}")
     first = random.SystemRandom().randrange(1 << 40) if arguments.seed is None else arguments.seed
     found = 0
-    for area in areas:
-        end = time.monotonic() + arguments.seconds / len(areas)
+    for function in functions:
+        end = time.monotonic() + arguments.seconds / len(functions)
         for seed in itertools.count(first):
-            print(f"{area}: seed {seed}", flush=True)
-            result = campaign.run(area, arguments.cases or _CASES, seed, arguments.only)
-            print(f"{result.table()}\n{area}: {result.total()} cases, {len(result.found)} kinds of findings\n")
+            print(f"{function}: seed {seed}", flush=True)
+            result = campaign.run(function, arguments.cases or _CASES, seed, arguments.only)
+            print(f"{result.table()}\n{result.total()} cases, {len(result.found)} kinds of findings\n")
             found += len(result.found)
             if result.found or arguments.cases or time.monotonic() > end:
                 break

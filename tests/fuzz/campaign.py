@@ -20,8 +20,10 @@ import hypothesis
 from hypothesis import strategies as st
 from support.processes import Forked
 
-from .cases import Case, Finding, Outcome, make_case
+from .calls import Call
+from .cases import Finding, Outcome
 from .choices import Choices
+from .ops import make
 from .worker import is_sanitized
 
 _TESTS = Path(__file__).parents[1]
@@ -33,7 +35,6 @@ class Campaign:
 
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     found: dict[str, str] = field(default_factory=dict)
-    programs: dict[str, str] = field(default_factory=dict)
 
     def total(self, *kinds: str) -> int:
         """Number of cases with these outcomes, or of all."""
@@ -48,8 +49,8 @@ class Campaign:
 class _Worker:
     """Runs cases in a process of its own, which it starts when there is none."""
 
-    def __init__(self, area: str, folder: str, seconds: tuple[int, int]) -> None:
-        self._arguments, self._folder = ("-m", "fuzz.worker", area, *map(str, seconds)), folder
+    def __init__(self, function: str, folder: str, seconds: tuple[int, int]) -> None:
+        self._arguments, self._folder = ("-m", "fuzz.worker", function, *map(str, seconds)), folder
         self._process: subprocess.Popen | Forked | None = None
         self._errors: IO[str]
 
@@ -92,34 +93,34 @@ class _Worker:
 
 
 @st.composite
-def _cases(draw: st.DrawFn, area: str) -> tuple[Case, list[int]]:
+def _calls(draw: st.DrawFn, function: str) -> tuple[Call, list[int]]:
     drawn: list[int] = []
 
     def one_of(count: int) -> int:
         drawn.append(draw(st.integers(0, count - 1)))
         return drawn[-1]
 
-    return make_case(area, Choices(one_of)), drawn
+    return make(Choices(one_of), function), drawn
 
 
 def run(
-    area: str,
+    function: str,
     cases: int,
     seed: int = 0,
     only: Sequence[str] | None = None,
     seconds: tuple[int, int] = (30, 120),
     shrink: bool = True,
 ) -> Campaign:
-    """Runs cases of an area until one finds something, which is then made as small as it can be.
+    """Runs calls of a function ("": any) until one finds something, which is then made as small as it can be.
 
-    ``only``: kinds of findings to report. ``seconds``: limits of a case, of processor time because other processes can
-    delay this one, and of time for a case that waits.
+    ``cases``: their number. ``only``: kinds of findings to report. ``seconds``: limits of a case, of processor time
+    because other processes can delay this one, and of time for a case that waits.
     """
     campaign = Campaign()
     kinds: dict[str, type[Exception]] = {}  # of one class each, which hypothesis tells apart
 
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        worker = _Worker(area, folder, seconds)
+        worker = _Worker(function, folder, seconds)
 
         @hypothesis.seed(seed)
         @hypothesis.settings(
@@ -129,16 +130,15 @@ def run(
             phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])],
             suppress_health_check=list(hypothesis.HealthCheck),
         )
-        @hypothesis.given(_cases(area))
-        def examine(made: tuple[Case, list[int]]) -> None:
-            case, drawn = made
-            outcome = worker.run(case.function, drawn)
-            campaign.counts[case.function][outcome.kind] += 1
+        @hypothesis.given(_calls(function))
+        def examine(made: tuple[Call, list[int]]) -> None:
+            call, drawn = made
+            outcome = worker.run(call.function, drawn)
+            campaign.counts[call.function][outcome.kind] += 1
             findings = [finding for finding in outcome.findings if only is None or finding.kind in only]
             for finding in findings:
                 name = finding.signature
-                campaign.found[name] = f"{name}\n  {finding.detail}\n  with the seed {seed}\n{case.source}"
-                campaign.programs[name] = case.source
+                campaign.found[name] = f"{name}\n  {finding.detail}\n  with the seed {seed}\n{call.text()}"
             if findings:
                 raise kinds.setdefault(name, type(name, (Exception,), {}))
 

@@ -1,20 +1,14 @@
-"""What a case is: a program, its run, and what the run finds."""
+"""What the run of a case finds, and the judgement of an exception."""
 
 from __future__ import annotations
 
-import importlib
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .choices import Choices
-
-AREAS = {
-    "ops": "every compiled op, and lora_ext.functional",
-}
 _OURS = (ValueError, TypeError, KeyError, RuntimeError, MemoryError)
 _NEVER = re.compile(
     r"INTERNAL ASSERT|API call failed|[Rr]eport a bug|report this|std::|bad_alloc|Traceback|NoneType' object has no"
@@ -67,21 +61,6 @@ class Outcome:
 
     kind: str
     findings: Sequence[Finding] = ()
-
-
-@dataclass
-class Case:
-    """A case that is ready to run: the function under test, the case as a program, and its run."""
-
-    function: str
-    source: str
-    run: Callable[[], Outcome]
-
-
-def make_case(area: str, choices: Choices) -> Case:
-    """Makes a case of an area, or of one function: "ops" or "ops.lora_linear"."""
-    module, _, name = area.partition(".")
-    return importlib.import_module(f"fuzz.area_{module}").make(choices, name)
 
 
 def judge_exception(function: str, names: Sequence[str], error: Exception) -> list[Finding]:

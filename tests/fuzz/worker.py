@@ -1,6 +1,6 @@
 """A process that runs the cases whose choices come on its standard input, a list of numbers a line.
 
-    python -m fuzz.worker AREA PROCESSOR_SECONDS CLOCK_SECONDS
+    python -m fuzz.worker FUNCTION PROCESSOR_SECONDS CLOCK_SECONDS
 
 Answers each with the outcome as a line of JSON. The kernel ends the process at a case that crashes, takes all memory,
 computes for too long or waits for too long.
@@ -39,27 +39,26 @@ def _limit_memory() -> None:
 
 
 def main() -> None:
-    area, processor_seconds, clock_seconds = sys.argv[1], *map(int, sys.argv[2:])
+    function, processor_seconds, clock_seconds = sys.argv[1], *map(int, sys.argv[2:])
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # keeps printed text out of the replies
     warnings.simplefilter("ignore")
 
     import torch
 
-    from .cases import make_case
-    from .choices import Choices, repeated
+    from .choices import repeated
+    from .ops import make
 
     torch.set_num_threads(2)
-    make_case(area, Choices(lambda count: 0))  # imports the area's modules
     _limit_memory()
     for limit in (signal.SIGXCPU, signal.SIGALRM):
         faulthandler.register(limit, chain=True)  # prints the stack
     for line in sys.stdin:
-        case = make_case(area, repeated(json.loads(line)))
+        call = make(repeated(json.loads(line)), function)
         used = int(time.process_time()) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (used + processor_seconds, resource.RLIM_INFINITY))
         signal.alarm(clock_seconds)
-        outcome = case.run()
+        outcome = call.run()
         signal.alarm(0)
         out.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
 

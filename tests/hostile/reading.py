@@ -1,21 +1,14 @@
-"""Reads damaged and hostile files: here, or in forked processes with limited memory and processor time.
-
-As a program it prints what went wrong. Arguments: a directory, and the kinds of attacks ("config", "weights", "method",
-"kinds", "random" or "checkpoint").
-"""
+"""Reads damaged and hostile files, and measures what that costs."""
 
 from __future__ import annotations
 
-import gc
+import ctypes
 import json
 import os
-import resource
 import shutil
-import sys
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,7 +24,8 @@ from lora_ext.adapters import hotswap_adapter
 from lora_ext.checkpoints import extract, inspect, merge
 from lora_ext.methods import load_method
 
-SECONDS = 10  # a hang; the promise is one second
+SECONDS = 10  # of processor time: a hang; the promise is one second
+MEGABYTES = 100
 Case = tuple[str, str | None, Callable[[], object]]
 """A name, words of the error ("": no error; None: any or none), and the action."""
 
@@ -47,56 +41,37 @@ def adapted() -> torch.nn.Module:
 
 def into(make: Callable[[], torch.nn.Module], read: Callable[..., object], directory: Path) -> Callable[[], None]:
     """Returns the action that reads the directory into a model, which an error must not change."""
+    refused: list[torch.nn.Module] = []  # is as new
 
     def action() -> None:
-        model = make()
+        model = refused.pop() if refused else make()
         before = state(model)
         try:
             read(model, directory)
         except Exception:
             assert state(model) == before, "the model was changed"
+            refused.append(model)
             raise
 
     return action
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
-
-
-def problems_in_forks(cases: Iterable[Case]) -> Iterator[str]:
-    """Runs each case in a forked process of its own, with limits; yields what is wrong."""
-    gc.freeze()  # a child's collections leave this process's objects alone, and so share their memory
-    for name, words, action in cases:
-        if problem := _problem_in_fork(words, action):
-            yield f"{name}: {problem}"
-
-
-def _problem_in_fork(words: str | None, action: Callable[[], object]) -> str:
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size
-            before = _memory()
-            limit = int(time.process_time()) + SECONDS + 1
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-            problem = problem_of(words, action)
-            after = _memory()
-            # Pages of libraries come by 4 KiB or by 2 MiB, as the system has cached them: they are not the file's cost.
-            libraries = after["RssFile"] - before["RssFile"]
-            if (grown := after["VmHWM"] - before["VmHWM"] - libraries) > 100:
-                problem += f"; {grown:.0f} MB"
-            os.write(writing, json.dumps(problem).encode())
-        finally:
-            os._exit(1)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        said = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return json.loads(said) if said else f"ended with {code}"
-
-
 def problem_of(words: str | None, action: Callable[[], object]) -> str:
-    """Runs an action; returns what is wrong with its error or its lack of one, or ""."""
+    """Runs an action; returns what is wrong with its error, its lack of one or its cost, or ""."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size
+    before, begin = _memory(), time.process_time()
+    problem = _wrong_end(words, action)
+    if (seconds := time.process_time() - begin) > SECONDS:
+        problem += f"; {seconds:.0f} s"
+    after = _memory()
+    # Pages of libraries come by 4 KiB or by 2 MiB, as the system has cached them: they are not the file's cost.
+    if (grown := after["VmHWM"] - before["VmHWM"] - (after["RssFile"] - before["RssFile"])) > MEGABYTES:
+        problem += f"; {grown:.0f} MB"
+    return problem
+
+
+def _wrong_end(words: str | None, action: Callable[[], object]) -> str:
     try:
         action()
     except (ValueError, TypeError, OSError) as error:
@@ -106,7 +81,7 @@ def problem_of(words: str | None, action: Callable[[], object]) -> str:
         if len(message) > 15_000 or not message.replace("\n", "").isprintable():
             return f"a message of {len(message)} characters: {message[:300]!r}"
         return ""
-    except BaseException as error:
+    except Exception as error:
         return "".join(traceback.format_exception(error, limit=-3))[-2000:]
     return f"no error, want {words!r}" if words else ""
 
@@ -141,19 +116,21 @@ def cases_of(attacked: str, folder: Path, largest: int = 1 << 30) -> Iterator[Ca
     elif attacked == "weights":
         (folder / "base").mkdir()
         save_file(bare().state_dict(), folder / "base" / "model.safetensors")
+        swap = into(adapted, hotswap_adapter, directory)
         for name, (content, words) in weights().items():
             if len(content) <= largest:
                 tensors.write_bytes(content)
                 yield name, words, load
-                yield f"hotswap: {name}", None, into(adapted, hotswap_adapter, directory)
+                yield f"hotswap: {name}", None, swap
                 yield f"merge: {name}", None, lambda name=name: merge(folder / "base", [directory], folder / name)
                 yield f"inspect: {name}", None, lambda: inspect(directory)
     elif attacked == "method":
         config.unlink()
+        load = into(bare, load_method, directory)
         for name, (content, words) in methods().items():
             if len(content) <= largest:
                 (directory / "method.json").write_text(content)
-                yield name, words, into(bare, load_method, directory)
+                yield name, words, load
     elif attacked == "kinds":
         yield from _kinds(directory)
     elif attacked == "random":
@@ -204,12 +181,13 @@ def _random(folder: Path, directory: Path) -> Iterator[Case]:
             key: t.shape for path in out.glob("*.safetensors") for key, t in load_file(path).items()
         }
 
+    reads, swaps = into(bare, load, directory), into(adapted, hotswap_adapter, directory)
     for seed in range(60):
         path, content = list(good.items())[seed % len(good)]
         path.write_bytes(changed(content, seed))
         if path.parent == directory:
-            yield f"{seed}: {path.name}", None, into(bare, load, directory)
-            yield f"hotswap: {seed}: {path.name}", None, into(adapted, hotswap_adapter, directory)
+            yield f"{seed}: {path.name}", None, reads
+            yield f"hotswap: {seed}: {path.name}", None, swaps
         yield f"merge: {seed}: {path.name}", None, lambda seed=seed: merged(folder / f"out{seed}")
         path.write_bytes(content)
 
@@ -238,10 +216,3 @@ def _checkpoints(folder: Path) -> Iterator[Case]:
         for reader, read in readers.items():
             if file != "config.json" or reader == "merge":
                 yield f"{reader}: {name}", words, lambda read=read: checked(read)
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    for attack in sys.argv[2:]:
-        for problem in problems_in_forks(cases_of(attack, Path(sys.argv[1]))):
-            print(problem)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora_ext import functional
 from lora_ext.nn import ActiveAdapters, LoraAdapter, LoraLinear
 
 
@@ -97,3 +98,25 @@ def test_names_must_be_a_list():
         ActiveAdapters(torch.tensor(0.5))
     with pytest.raises(TypeError, match="ActiveAdapters: names is None, want a list of strings"):
         ActiveAdapters(None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "alphas", "rank"),
+    [
+        (torch.float32, (2, 5), 5),
+        (torch.bfloat16, (2, 3), 5),
+        (torch.bfloat16, (2, 5), 2),  # a ratio of scalings would round the factors
+    ],
+    ids=str,
+)
+def test_one_op_computes_all_adapters_that_can_be_joined(dtype, alphas, rank, monkeypatch):
+    calls, fused = [], functional.lora_linear
+    monkeypatch.setattr(functional, "lora_linear", lambda *arguments: calls.append(arguments) or fused(*arguments))
+    layer = LoraLinear(nn.Linear(6, 5))
+    for name, r, alpha in zip("ab", (2, 3), alphas, strict=True):
+        layer.add_adapter(name, LoraAdapter(6, 5, r, alpha, dtype=dtype, init_lora_weights=False))
+    layer.set_active("a", "b")
+    if rank == 5:
+        monkeypatch.setattr(functional, "plus_lora_delta", None)
+    layer(torch.randn(4, 6))
+    assert [tuple(call[3].shape) for call in calls] == [(rank, 6)]

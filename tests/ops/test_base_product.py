@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from support import layers, op_table
 from support.layers import random_layer, random_siblings, with_threads
 from support.op_table import OPS, results
-from support.processes import run_python
 from torch import Tensor
 
 from lora_ext import _load, functional, reference
@@ -151,43 +150,3 @@ def test_tensors_of_any_strides(dtype, sizes):
             assert library.isfinite().all() and library_grad.isfinite().all()
         assert_close_where_finite(y, expected, library)
         assert_close_where_finite(grad, expected_grad, library_grad)
-
-
-COLUMN_APART = """
-import torch
-from lora_ext import functional
-
-def apart(column):
-    wide = torch.full((column.shape[0], 2), float("nan"), dtype=column.dtype)
-    wide[:, 0] = column[:, 0]
-    return wide.as_strided(column.shape, (2, 2))
-
-for in_features, out_features in ((1, 40), (40, 1)):
-    x, weight, A, B, grad_y = (
-        torch.randn(shape).bfloat16()
-        for shape in ((128, in_features), (out_features, in_features), (4, in_features), (out_features, 4),
-                      (128, out_features))
-    )
-    x = (apart(x) if in_features == 1 else x).requires_grad_()
-    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-        y = functional.lora_linear(x, weight, None, A, B, 1.0)
-        (grad_x,) = torch.autograd.grad(y, x, apart(grad_y) if out_features == 1 else grad_y)
-    # With AMX the tails of the last rows are whatever lies behind the tensor, also in nn.Linear.
-    assert y[:96].isfinite().all() and grad_x[:96].isfinite().all()
-"""
-
-
-def test_a_single_column_is_passed_to_the_library_without_gaps():
-    """nn.Linear copies a column of strides (2, 2). As rows that are 2 apart, oneDNN with AMX reads the gaps."""
-    result = run_python("-c", COLUMN_APART, LORA_EXT_BASE_PRODUCT="library", ONEDNN_VERBOSE="1")
-    assert result.returncode == 0, result.stderr
-    products = [line for line in result.stdout.splitlines() if ",matmul," in line]
-    if not products:
-        pytest.skip("bfloat16 is not multiplied by oneDNN here")
-    assert not any(":2x1:" in line for line in products), products
-
-
-def test_an_unknown_choice_fails_the_import():
-    result = run_python("-c", "import lora_ext", LORA_EXT_BASE_PRODUCT="fast")
-    assert result.returncode == 1
-    assert "ImportError: lora_ext: LORA_EXT_BASE_PRODUCT is 'fast', want own or library" in result.stderr

@@ -5,18 +5,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from support.groups import random_groups
 from support.layers import DTYPES, Layer, random_layer, relative_error
-from support.op_table import OPS, assert_as_good_as_plain, linear, results
+from support.op_table import (
+    OPS,
+    Dtypes,
+    Sample,
+    assert_as_good_as_plain,
+    assert_bits,
+    entry_of,
+    grouped,
+    linear,
+    of_groups,
+    results,
+    tensors_of,
+)
 from torch import Tensor
 
 from lora_ext import functional, reference
 
 SEED = 0x0123_4567_89AB_CDEF
-BF16 = (torch.bfloat16, torch.bfloat16)
+BF16, F32, F16 = ((dtype,) * 2 for dtype in (torch.bfloat16, torch.float32, torch.float16))
+NARROW = [BF16, F32, (torch.float16, torch.float32)]
 
 pytestmark = pytest.mark.usefixtures("on_gpu")
 
@@ -25,57 +41,84 @@ def seed_tensor() -> Tensor:
     return torch.tensor(SEED)
 
 
-def step(layer: Layer, dropout_p: float = 0.1, seed: Tensor | None = None) -> list[Tensor]:
-    """Returns y and the gradients of x, lora_A and lora_B. Does not copy x: views stay views."""
-    leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lora_A, layer.lora_B)]
-    y = functional.lora_linear(leaves[0], layer.weight, layer.bias, *leaves[1:], layer.scaling, dropout_p, seed)
-    return [y.detach(), *torch.autograd.grad(y, leaves, layer.grad_y)]
+def step(name: str, sample: Sample) -> dict[str, Tensor]:
+    """Returns the results and the gradients. Does not copy the arguments: views stay views."""
+    return results(OPS[name].run, sample, OPS[name].leaves(sample))
+
+
+def layer_step(layer: Layer, seed: Tensor | None = None, dropout_p: float = 0.1) -> dict[str, Tensor]:
+    names = ("x", "weight", "bias", "lora_A", "lora_B", "scaling")
+    call = dict(zip(names, layer.args(), strict=True))
+    return step("lora_linear", Sample(call, [layer.grad_y]).with_dropout(dropout_p, seed))
+
+
+def of_sizes(*sizes: tuple) -> pytest.MarkDecorator:
+    """Runs a test for samples of lora_linear, and of lora_grouped_ by tokens, features and entries."""
+    found = []
+    for size in sizes:
+        name = "lora_linear" if len(size) == 4 else "lora_grouped_"
+        make: Callable[[Dtypes], Sample] = partial(linear, size=size)
+        if name == "lora_grouped_":
+            make = partial(grouped, **dict(zip(("tokens", "features", "entries"), size, strict=True)), ranks=True)
+        found.append(pytest.param(name, make, id=str(size)))
+    return pytest.mark.parametrize(("name", "make"), found)
+
+
+of_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 
 
 # Shapes that fill several blocks of every kernel and cover the rank buckets; more in test_values.py.
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 4096, 4096, 16),
-        (2, 4096, 4096, 16),
-        (8, 1024, 4096, 64),
-        (1000, 1030, 777, 8),
-        (2048, 2048, 1024, 16),
-        (600, 512, 640, 256),
-    ],
-    ids=str,
+@of_dtypes
+@of_sizes(
+    (1, 4096, 4096, 16),
+    (2, 4096, 4096, 16),
+    (8, 1024, 4096, 64),
+    (1000, 1030, 777, 8),
+    (2048, 2048, 1024, 16),
+    (600, 512, 640, 256),
+    (1, (4096, 4096), [(8, 16)]),
+    (64, (4096, 1024), [(100, 16)]),
+    (65, (1030, 777), [8, 4, (3, 17)]),
+    (2048, (2048, 1024), [(32, 16)]),
+    (5000, (512, 640), [16, (2, 40), 8]),
+    (1500, (300, 200), [2] * 100),
 )
-def test_as_good_as_pytorch_against_float64(shape, dtypes, dropout_p):
-    assert_as_good_as_plain(OPS["lora_linear"], partial(linear, size=shape), dtypes, dropout_p, seed_tensor())
+def test_as_good_as_pytorch_against_float64(name, make, dtypes, dropout_p):
+    assert_as_good_as_plain(OPS[name], make, dtypes, dropout_p, seed_tensor())
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
-@pytest.mark.parametrize("shape", [(4096, 1024, 768, 16), (5, 4096, 4096, 8), (3000, 300, 200, 100)], ids=str)
-def test_the_same_bits_every_run(shape, dtypes):
-    layer = random_layer(shape, dtypes)
-    first = step(layer, 0.1, seed_tensor())
-    other = torch.randn(4096, 4096)
+@of_dtypes
+@of_sizes(
+    (4096, 1024, 768, 16),
+    (5, 4096, 4096, 8),
+    (3000, 300, 200, 100),
+    (33, (1024, 768), [(20, 16), 8]),
+    (4000, (1024, 768), [(20, 16), 8]),
+)
+def test_the_same_bits_every_run(name, make, dtypes):
+    sample, other = make(dtypes).with_dropout(0.1, seed_tensor()), torch.randn(4096, 4096)
+    first = step(name, sample)
     for _ in range(5):
         other = (other @ other).clamp(-1, 1)  # different work on the GPU every time
-        for again, before in zip(step(layer, 0.1, seed_tensor()), first, strict=True):
-            assert torch.equal(again, before)
+        assert_bits(step(name, sample), first)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (33, 100), (129, 4096), (4097, 65)], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.001, 0.1, 0.5, 0.999])
 def test_the_mask_is_that_of_the_cpu(shape, dropout_p):
-    on_cpu = torch.ops.lora_ext.lora_dropout_mask(seed_tensor().cpu(), *shape, dropout_p)
-    on_gpu = torch.ops.lora_ext.lora_dropout_mask(seed_tensor(), *shape, dropout_p)
-    assert torch.equal(on_gpu.cpu(), on_cpu)
-    for dtypes in ((torch.float64,) * 2, (torch.float32,) * 2, BF16, (torch.float16, torch.float32)):
+    ops = torch.ops.lora_ext
+    on_cpu = ops.lora_dropout_mask(seed_tensor().cpu(), *shape, dropout_p)
+    assert torch.equal(ops.lora_dropout_mask(seed_tensor(), *shape, dropout_p).cpu(), on_cpu)
+    masks = [ops.lora_grouped_(*random_groups(shape[0], (shape[1], 40), [4, 8]).args(), dropout_p, seed_tensor())[1]]
+    for dtypes in ((torch.float64,) * 2, *NARROW):
         layer = random_layer((*shape, 7, 3), dtypes)
-        mask = torch.ops.lora_ext.lora_linear(*layer.args(), dropout_p, seed_tensor())[2]
+        masks.append(ops.lora_linear(*layer.args(), dropout_p, seed_tensor())[2])
+    for mask in masks:
         assert torch.equal(reference.unpack_mask(mask.cpu(), shape[1]), reference.unpack_mask(on_cpu, shape[1]))
 
 
-@pytest.mark.parametrize("dtypes", [BF16, (torch.float32,) * 2, (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize("dtypes", NARROW, ids=str)
 @pytest.mark.parametrize("column", [1, 3, 8])
 def test_unaligned_views(column, dtypes):
     """Rows start at any address: kernels must not assume 16-byte alignment."""
@@ -83,11 +126,9 @@ def test_unaligned_views(column, dtypes):
     view = random_layer((150, 133, 101, 8), dtypes)
     view.x, view.grad_y = whole.x[:, column : column + 133], whole.grad_y[:, column : column + 101]
     aligned = Layer(**{**vars(view), "x": view.x.clone(), "grad_y": view.grad_y.clone()})
-    exact = step(view.to(torch.float64), 0.3, seed_tensor())
-    for ours, copied, value in zip(
-        step(view, 0.3, seed_tensor()), step(aligned, 0.3, seed_tensor()), exact, strict=True
-    ):
-        assert relative_error(ours, value) <= 2 * relative_error(copied, value) + 1e-7
+    ours, copied, exact = (layer_step(one, seed_tensor()) for one in (view, aligned, view.to(torch.float64)))
+    for name, value in exact.items():
+        assert relative_error(ours[name], value) <= 2 * relative_error(copied[name], value) + 1e-7, name
 
 
 def test_views_of_one_element_offset_into_a_merge():
@@ -108,7 +149,7 @@ def test_views_of_one_element_offset_into_a_merge():
 def test_runs_on_the_current_stream():
     """On another stream it would read x before the sleeping stream has written it."""
     layer, stale = random_layer((512, 256, 384, 16), BF16), random_layer((512, 256, 384, 16), BF16)
-    expected = step(layer, 0.1, seed_tensor())
+    expected = layer_step(layer, seed_tensor())
     x, grad_y, seed = stale.x.clone(), stale.grad_y.clone(), seed_tensor()
     moving = Layer(**{**vars(layer), "x": x, "grad_y": grad_y})
     torch.cuda.synchronize()
@@ -116,30 +157,29 @@ def test_runs_on_the_current_stream():
         torch.cuda._sleep(200_000_000)  # about 0.1 s
         x.copy_(layer.x)
         grad_y.copy_(layer.grad_y)
-        results = step(moving, 0.1, seed)
+        found = layer_step(moving, seed)
     torch.cuda.synchronize()
-    for result, wanted in zip(results, expected, strict=True):
-        assert torch.equal(result, wanted)
+    assert_bits(found, expected)
 
 
 def test_memory_freed_on_one_stream_is_not_read_from_another():
     """Scratch memory returns to the allocator while kernels run; only the same stream may reuse it, later."""
     layers = [random_layer((700, 512, 640, 16), BF16) for _ in range(2)]
-    expected = [step(layer, 0.1, seed_tensor()) for layer in layers]
+    expected = [layer_step(layer, seed_tensor()) for layer in layers]
     seed = seed_tensor()
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in layers]
     for _ in range(20):
-        results = []
+        found = []
         for layer, stream in zip(layers, streams, strict=True):
             with torch.cuda.stream(stream):
-                results.append(step(layer, 0.1, seed))
+                found.append(layer_step(layer, seed))
         torch.cuda.synchronize()
-        for result, wanted in zip(results, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+        for result, wanted in zip(found, expected, strict=True):
+            assert_bits(result, wanted)
 
 
-def captured(function) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+def captured(function) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Captures function() as a graph; returns it and the tensors that its replay fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -153,21 +193,32 @@ def captured(function) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     return graph, outputs
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
-@pytest.mark.parametrize("shape", [(300, 256, 384, 16), (2, 4096, 1024, 64)], ids=str)
-def test_forward_and_backward_in_a_graph(shape, dtypes):
-    layer, seed = random_layer(shape, dtypes), seed_tensor()
-    graph, outputs = captured(lambda: step(layer, 0.1, seed))
+@of_dtypes
+@of_sizes(
+    (300, 256, 384, 16),
+    (2, 4096, 1024, 64),
+    (40, (256, 192), [(6, 8)]),
+    (300, (256, 192), [(6, 8)]),
+    (40, (256, 192), [8] * 50),
+    (300, (256, 192), [8] * 50),
+)
+def test_forward_and_backward_in_a_graph(name, make, dtypes):
+    """A captured call reads every tensor at every replay: the seed, groups, ranks and scalings, too."""
+    sample = make(dtypes).with_dropout(0.1, seed_tensor())
+    graph, outputs = captured(lambda: step(name, sample))
     for replay in range(3):
-        other = random_layer(shape, dtypes)
-        for name in ("x", "grad_y", "lora_A", "lora_B"):
-            getattr(layer, name).copy_(getattr(other, name))
-        seed.fill_(SEED + replay)  # read on the device: every replay may have another mask
-        for output in outputs:
-            output.fill_(float("nan"))
+        other = make(dtypes)
+        for argument, i, tensor in tensors_of(sample.call):
+            if argument not in ("weight", "bias", "seed"):
+                tensor.copy_(entry_of(other.call, argument, i))
+        sample.grads[0].copy_(other.grads[0])
+        sample.call["seed"].fill_(SEED + replay)
+        for output in outputs.values():
+            output.fill_(torch.nan)
         graph.replay()
-        for output, eager in zip(outputs, step(layer, 0.1, seed), strict=True):
-            torch.testing.assert_close(output, eager, rtol=2 * torch.finfo(output.dtype).eps, atol=1e-5)
+        for what, eager in step(name, sample).items():
+            rtol = 2 * torch.finfo(eager.dtype).eps
+            torch.testing.assert_close(outputs[what], eager, rtol=rtol, atol=1e-5, msg=lambda m, n=what: f"{n}: {m}")
 
 
 def test_merge_in_a_graph():
@@ -200,13 +251,15 @@ def test_a_merge_that_waits_is_not_captured():
     assert torch.equal(layer.weight, pristine)
 
 
-def test_never_waits_for_the_gpu():
-    layer, seed = random_layer((300, 256, 384, 16), BF16), seed_tensor()
-    step(layer, 0.1, seed)
+@of_sizes((300, 256, 384, 16), (20, (256, 192), [(6, 8), 4]), (200, (256, 192), [(6, 8), 4]))
+def test_never_waits_for_the_gpu(name, make):
+    sample, layer = make(BF16).with_dropout(0.1, seed_tensor()), random_layer((1, 64, 40, 8), BF16)
+    drawn = Sample(sample.call | {"seed": None}, sample.grads)  # on the device
+    step(name, sample)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(layer, 0.1, seed)
-        step(layer, 0.1)  # the seed drawn on the device
+        step(name, sample)
+        step(name, drawn)
         functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5, record=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -216,11 +269,42 @@ def test_never_waits_for_the_gpu():
 def test_tensors_on_another_gpu_than_the_current_one():
     with torch.device("cuda:1"):
         layer, seed = random_layer((300, 256, 384, 16), BF16), seed_tensor()
-    results = step(layer, 0.1, seed)
+    found = layer_step(layer, seed)
     functional.lora_merge_(layer.weight, layer.lora_A, layer.lora_B, 0.5)
     assert torch.cuda.current_device() == 0
-    assert {result.device.index for result in results} == {1}
-    assert all(torch.isfinite(result).all() for result in [*results, layer.weight])
+    assert {result.device.index for result in found.values()} == {1}
+    assert all(torch.isfinite(result).all() for result in [*found.values(), layer.weight])
+
+
+# --- rows that choose -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [20, 200])
+def test_numbers_that_do_not_exist_give_nan_to_their_rows_only(num_tokens):
+    case = random_groups(num_tokens, (256, 192), [(3, 8)], BF16)
+    expected = step("lora_grouped_", of_groups(case))
+    bad = torch.tensor([0, 7])
+    case.group_of_row[bad] = torch.tensor([3, -2])
+    found = step("lora_grouped_", of_groups(case))
+    others = torch.ones(num_tokens, dtype=torch.bool).index_fill_(0, bad, False)
+    for name in ("result 0", "grad of x"):
+        assert found[name][bad].isnan().all() and torch.equal(found[name][others], expected[name][others])
+    assert not any(found[name].isnan().any() for name in found if "lora_" in name)
+
+
+@pytest.mark.full
+def test_compiled_with_cuda_graphs():
+    case = random_groups(8, (256, 192), [(6, 8)], BF16)
+    base = torch.nn.Linear(256, 192, dtype=torch.bfloat16).requires_grad_(False)
+
+    @torch.no_grad()
+    def layer(x, group_of_row):
+        return functional.lora_grouped_(base(x), x, case.lora_As, case.lora_Bs, group_of_row, case.scalings)
+
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        groups = torch.randint(-1, 6, (8,))
+        torch.testing.assert_close(compiled(case.x, groups), layer(case.x, groups))
 
 
 # --- memory and sizes -------------------------------------------------------------------------------------------------
@@ -232,9 +316,9 @@ def extra_bytes(function) -> int:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    results = function()
+    found = function()
     kept = torch.cuda.memory_allocated() - before
-    del results
+    del found
     return torch.cuda.max_memory_allocated() - before - kept
 
 
@@ -258,11 +342,11 @@ def test_no_temporary_as_large_as_x_or_y(dtypes):
 
 def test_calls_leave_nothing_behind():
     layer, seed = random_layer((512, 1024, 1024, 16), BF16), seed_tensor()
-    step(layer, 0.1, seed)
+    layer_step(layer, seed)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for _ in range(10):
-        step(layer, 0.1, seed)
+        layer_step(layer, seed)
     assert torch.cuda.memory_allocated() == before
 
 
@@ -282,8 +366,8 @@ def test_more_elements_than_32_bits_count():
     layer.x = torch.randn(num_tokens, in_features, dtype=torch.bfloat16)
     layer.grad_y = torch.randn(num_tokens, 24, dtype=torch.bfloat16)
     end = Layer(**{**vars(layer), "x": layer.x[-tail:], "grad_y": layer.grad_y[-tail:]})
-    y, grad_x, grad_A, grad_B = step(layer, 0.0)
-    y_end, grad_x_end, _, _ = step(end, 0.0)
+    y, grad_x, grad_A, grad_B = layer_step(layer, dropout_p=0.0).values()
+    y_end, grad_x_end, _, _ = layer_step(end, dropout_p=0.0).values()
     torch.testing.assert_close(y[-tail:], y_end)
     torch.testing.assert_close(grad_x[-tail:], grad_x_end)
     assert torch.isfinite(grad_A).all() and torch.isfinite(grad_B).all()

@@ -73,7 +73,7 @@ def test_every_bit_comes_back(dtype, size):
         assert_comes_back(weight, *update_factors(weight, 3, min(size, 1.0)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     dtype=st.sampled_from(FLOATING),
     rows=st.integers(1, 20),
@@ -82,17 +82,18 @@ def test_every_bit_comes_back(dtype, size):
     weight_exponent=st.integers(-20, 14),
     update_exponent=st.integers(-40, 14),
     padding=st.integers(0, 3),
-    seed=st.integers(0, 2**32),
+    seed=st.integers(0, 2**64 - 1),
 )
 def test_any_weight_any_update(dtype, rows, cols, rank, weight_exponent, update_exponent, padding, seed):
-    torch.manual_seed(seed)
+    """Rounded to nearest or, of 16 bits and with odd seeds, stochastically."""
+    torch.manual_seed(seed % 2**32)
+    rounding = seed if seed % 2 and dtype.itemsize == 2 else None
     whole = torch.zeros(rows, cols + padding, dtype=dtype)
     weight = whole[:, padding:]
     weight.copy_(hard_weight(rows, cols, dtype, 2.0**weight_exponent))
     before = whole.clone()
-    A, B, scaling = update_factors(weight, rank, 2.0**update_exponent)
     try:
-        record = functional.lora_merge_(weight, A, B, scaling)
+        record = functional.lora_merge_(weight, *update_factors(weight, rank, 2.0**update_exponent), seed=rounding)
     except ValueError as error:
         assert dtype == torch.float16 and "overflows torch.float16" in str(error)
     else:

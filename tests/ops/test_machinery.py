@@ -35,6 +35,7 @@ from lora_ext.nn import LoraAdapter, LoraLinear
 
 HERE = torch.get_default_device()
 OF_X = ("x", "weight", "weights", "bias", "biases", "base", "bases", "y", "grad_y", "grad_ys", "residual")
+OPCHECKS = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
 FORWARDS = ("lora_linear", "lora_linear_siblings", "lora_linear_siblings of bases", "lora_shrink", "lora_expand")
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 trains_or_not = pytest.mark.parametrize("trains", [False, True])
@@ -43,9 +44,9 @@ trains_or_not = pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.pairs
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
-@pytest.mark.parametrize("op", [op for op in HAVE_KERNELS if "merge" not in op])
+@pytest.mark.parametrize("op", HAVE_KERNELS)
 def test_opcheck(op, dtype, dropout_p):
-    """Factors are float32; a backward gets only what its wanted gradients read. test_merge_ops.py has the merges."""
+    """Factors are float32; a backward gets only what its wanted gradients read."""
     call = good_call(op)
     for name, i, tensor in list(tensors_of(call)):
         tensor = tensor.to(dtype) if name in OF_X else tensor
@@ -61,8 +62,10 @@ def test_opcheck(op, dtype, dropout_p):
         calls += [call | {"output_mask": (False, True, False)[:entries]}]
         calls += [call | {"xa": None, "output_mask": (True, entries == 3, False)[:entries]}] if "xa" in call else []
         calls += [call | {"base": None}] if "base" in call else []
+    # Not compiled: functionalisation does not support ops that change a list and return lists.
+    without = {"test_aot_dispatch_dynamic"} if op == "lora_merge_record_" else set()
     for variant in calls:
-        torch.library.opcheck(op_named(op), (), variant)
+        torch.library.opcheck(op_named(op), (), variant, test_utils=sorted(OPCHECKS - without))
 
 
 @pytest.mark.parametrize(

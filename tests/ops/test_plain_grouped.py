@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.groups import Grouped, random_groups
+from support.op_table import OPS, Sample
 from torch import Tensor
 
 from lora_ext._ops import composite_grouped
@@ -14,19 +15,12 @@ pytestmark = pytest.mark.cpu_only("compares with the CPU's kernels, which take t
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 PLAIN, OURS = torch.ops.lora_ext_plain, torch.ops.lora_ext
 
-CASES = {
-    "one row": lambda dtypes: random_groups(1, (24, 20), [4], dtypes),
-    "one row of none": lambda dtypes: random_groups(1, (24, 20), [4], dtypes, groups=torch.tensor([-1])),
-    "few rows": lambda dtypes: random_groups(13, (60, 30), [4, (3, 8), 17], dtypes, ranks=True),
-    "a prompt each": lambda dtypes: random_groups(
-        0, (64, 48), [3, 5], dtypes, leading=(3, 30), groups=torch.tensor([1, -1, 0])
-    ),
-    "matrices": lambda dtypes: random_groups(90, (63, 130), [1, 8, 17, 3], dtypes),
-    "a stack": lambda dtypes: random_groups(600, (24, 20), [(5, 4)], dtypes, ranks=True),
-    "no rows": lambda dtypes: random_groups(0, (24, 20), [4, 3], dtypes),
-    "no inputs": lambda dtypes: random_groups(9, (0, 20), [4, 3], dtypes),
-    "no outputs": lambda dtypes: random_groups(80, (24, 0), [4, 3], dtypes),
-}
+TABLE = OPS["lora_grouped_"]
+CASES = TABLE.samples | TABLE.empty
+
+
+def case_of(sample: Sample) -> Grouped:
+    return Grouped(**{"ranks": None} | sample.call, grad_y=sample.grads[0])
 
 
 def results(ops, case: Grouped, dropout_p: float, wanted: list[bool] | None = None) -> list[Tensor]:
@@ -44,7 +38,7 @@ def results(ops, case: Grouped, dropout_p: float, wanted: list[bool] | None = No
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F64, F64), (F32, BF16)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_results_are_those_of_the_kernels(name, dtypes, dropout_p):
-    case = CASES[name](dtypes)
+    case = case_of(CASES[name](dtypes))
     found, expected = results(PLAIN, case, dropout_p), results(OURS, case, dropout_p)
     assert len(found) == len(expected)
     for value, wanted in zip(found, expected, strict=True):

@@ -57,10 +57,3 @@ def test_without_dropout_it_is_two_linear_layers():
     x = torch.randn(3, 4, 6)
     y = reference.lora_linear(x, base.weight, base.bias, down.weight, up.weight, scaling=0.5)
     torch.testing.assert_close(y, base(x) + 0.5 * up(down(x)))
-
-
-def test_merge_equals_the_layer():
-    base, A, B = nn.Linear(6, 5), torch.randn(2, 6), torch.randn(5, 2)
-    x = torch.randn(4, 6)
-    merged = reference.merge(base.weight, A, B, 0.5)
-    torch.testing.assert_close(x @ merged.T + base.bias, reference.lora_linear(x, base.weight, base.bias, A, B, 0.5))

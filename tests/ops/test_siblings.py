@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from support.layers import DTYPES
-from support.op_table import FLOAT, OPS, SEED, Sample, assert_bits, delta_siblings, one_by_one, results, siblings
+from support.op_table import FLOAT, OPS, Sample, assert_bits, delta_siblings, one_by_one, results, siblings
 
-from lora_ext import functional, reference
+from lora_ext import functional
 
 THREE = ((40, 33), ((50, 5), (20, 3), (31, 8)))
 
@@ -54,14 +54,6 @@ def test_no_output_used():
     x = call["x"].requires_grad_()
     ys = functional.lora_linear_siblings(**call)
     assert torch.autograd.grad(x.sum() + 0 * ys[0].detach().sum(), x)[0].eq(1).all()
-
-
-def test_the_layers_share_the_mask_of_a_single_layer():
-    call = siblings(size=((40, 100), ((12, 4), (9, 3)))).with_dropout(0.3).call
-    ys, xa, mask = torch.ops.lora_ext.lora_linear_siblings(**call, bases=[])
-    standalone = torch.ops.lora_ext.lora_dropout_mask(SEED, 40, 100, 0.3)
-    assert torch.equal(reference.unpack_mask(mask, 100), reference.unpack_mask(standalone, 100))
-    assert len(ys) == 2 and xa.shape == (40, 7)
 
 
 @pytest.mark.pairs

@@ -70,19 +70,6 @@ __global__ void golden_cp_async_kernel(const __grid_constant__ GoldenParams p) {
   ptx::cp_async_wait<0>();
 }
 
-// in and out: two words per lane, zeros in out if lane % 3 is 0; then one word per lane, zeros if it is 1.
-__global__ void golden_cp_async_small_kernel(const __grid_constant__ GoldenParams p) {
-  SharedMemory memory;
-  uint32_t* copied = memory.take<uint32_t>(3 * kWarp, "copied");
-  const int lane = static_cast<int>(threadIdx.x), other = lane ^ 1;
-  ptx::cp_async_small<8>(ptx::shared_address(copied + 2 * lane), p.in + 2 * lane, lane % 3 != 0);
-  ptx::cp_async_small<4>(ptx::shared_address(copied + 2 * kWarp + lane), p.in + 2 * kWarp + lane, lane % 3 != 1);
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();
-  __syncwarp();
-  for (int i = 0; i < 3; ++i) p.out[i * kWarp + other] = copied[i * kWarp + other];
-}
-
 // in: 16 bytes per lane. out: the same bytes at the neighbour's place.
 __global__ void golden_store_kernel(const __grid_constant__ GoldenParams p) {
   const uint32_t* in = p.in + 4 * threadIdx.x;
@@ -104,48 +91,25 @@ __global__ void golden_warp_kernel(const __grid_constant__ GoldenParams p) {
   put(__shfl_sync(kAll, value, lane + 1, 4));
   put(__shfl_xor_sync(kAll, value, 3));
   put(__shfl_xor_sync(kAll, value, 8, 8));
-  put(__shfl_down_sync(kAll, value, 2, 8));
   put(__shfl_up_sync(kAll, value, 3, 16));
   put(static_cast<uint32_t>(__shfl_xor_sync(kAll, wide, 1) >> 32));
   put(__float_as_uint(__shfl_xor_sync(kAll, __uint_as_float(value & 0x3FFFFFFF), 16)));
-  put(__ballot_sync(kAll, value & 1));
-  put(__any_sync(kAll, value == p.in[7]) != 0);
-  put(__all_sync(kAll, value == p.in[7]) != 0);
   // Every half-warp separately.
   const uint32_t half = lane < 16 ? 0x0000FFFFu : 0xFFFF0000u;
-  put(__ballot_sync(half, value & 2));
   put(__match_any_sync(half, static_cast<int>(value & 3)));
-}
-
-// in: one number per lane. out [row][lane].
-__global__ void golden_arithmetic_kernel(const __grid_constant__ GoldenParams p) {
-  const int lane = static_cast<int>(threadIdx.x);
-  const uint32_t value = __ldg(p.in + lane);
-  uint32_t* out = p.out + lane;
-  auto put = [&](uint32_t result) {
-    *out = result;
-    out += kWarp;
-  };
   put(static_cast<uint32_t>(__popc(value)));
-  put(static_cast<uint32_t>(__clz(static_cast<int>(value))));
   put(static_cast<uint32_t>(__ffs(static_cast<int>(value))));
-  put(__brev(value));
-  put(__umulhi(value, 0xD2511F53u));
   put(ptx::permute_bytes(value, ~value, 0x7250));
   put(ptx::permute_bytes(value, ~value, 0x9C31));
   put(__bfloat16_as_ushort(__float2bfloat16_rn(__uint_as_float(value))));
   put(__half_as_ushort(__float2half_rn(__uint_as_float(value))));
 }
 
-// out: a sum, a maximum, a union and the number of successful exchanges, over two blocks of 64 threads.
+// out: two sums over two blocks of 64 threads.
 __global__ void golden_atomics_kernel(const __grid_constant__ GoldenParams p) {
   const uint32_t value = p.in[threadIdx.x];
   atomicAdd(p.out, value);
-  atomicMax(p.out + 1, value);
-  atomicOr(p.out + 2, 1u << (value & 31));
-  if (atomicCAS(p.out + 3, 0u, value | 1u) == 0u) atomicAdd(p.out + 4, 1u);
-  auto* wide = reinterpret_cast<unsigned long long*>(p.out + 6);
-  atomicMax(wide, static_cast<unsigned long long>(value) << 20);
+  atomicAdd(reinterpret_cast<unsigned long long*>(p.out + 2), static_cast<unsigned long long>(value) << 20);
 }
 
 void run(void (*kernel)(GoldenParams), const GoldenParams& params, const GpuStream& stream, int blocks = 1,
@@ -166,12 +130,10 @@ extern "C" __attribute__((visibility("default"))) int golden(int primitive, cons
     case 1: run(&golden_ldmatrix_kernel<true>, params, on); break;
     case 2: run(&golden_mma_kernel<false>, params, on); break;
     case 3: run(&golden_cp_async_kernel, params, on); break;
-    case 4: run(&golden_cp_async_small_kernel, params, on); break;
-    case 5: run(&golden_store_kernel, params, on); break;
-    case 6: run(&golden_warp_kernel, params, on); break;
-    case 7: run(&golden_arithmetic_kernel, params, on); break;
-    case 8: run(&golden_atomics_kernel, params, on, 2, 64); break;
-    case 9: run(&golden_mma_kernel<true>, params, on); break;
+    case 4: run(&golden_store_kernel, params, on); break;
+    case 5: run(&golden_warp_kernel, params, on); break;
+    case 6: run(&golden_atomics_kernel, params, on, 2, 64); break;
+    case 7: run(&golden_mma_kernel<true>, params, on); break;
     default: return -1;
   }
 #if defined(__CUDACC__)

@@ -78,43 +78,12 @@ def cp_async() -> tuple[Tensor, Tensor]:
     return inputs, data.flatten().view(torch.int32)
 
 
-def cp_async_small() -> tuple[Tensor, Tensor]:
-    inputs = words(_random(3 * 32, 6))
-    expected, lane = inputs.clone(), torch.arange(32)
-    expected[:64].view(32, 2)[lane % 3 == 0] = 0
-    expected[64:][lane % 3 == 1] = 0
-    return inputs, expected
-
-
 def store() -> tuple[Tensor, Tensor]:
     inputs = words(_random(4 * 32, 7))
     return inputs, inputs.view(16, 2, 4).flip(1).flatten()
 
 
 def warp() -> tuple[Tensor, Tensor]:
-    value = _random(32, 3)
-    half = [0x0000FFFF, 0xFFFF0000]
-    ballot = lambda mask, bit: sum(1 << i for i in WARP if mask >> i & 1 and value[i] & bit)  # noqa: E731
-    rows = [
-        [value[5]] * 32,
-        [value[i // 4 * 4 + (i + 1) % 4] for i in WARP],
-        [value[i ^ 3] for i in WARP],
-        # Segments of 8: a lane reads from an earlier segment, but gets its previous value instead of a later segment's.
-        [value[i ^ 8] if i & 8 else value[i] for i in WARP],
-        [value[i + 2] if i % 8 < 6 else value[i] for i in WARP],
-        [value[i - 3] if i % 16 >= 3 else value[i] for i in WARP],
-        [value[i ^ 1] for i in WARP],
-        [value[i ^ 16] & 0x3FFFFFFF for i in WARP],
-        [ballot(ALL, 1)] * 32,
-        [1] * 32,
-        [0] * 32,
-        [ballot(half[i // 16], 2) for i in WARP],
-        [sum(1 << j for j in WARP if j // 16 == i // 16 and (value[j] ^ value[i]) & 3 == 0) for i in WARP],
-    ]
-    return words(value), words(rows)
-
-
-def arithmetic() -> tuple[Tensor, Tensor]:
     value = [0, 1, 2**31, ALL, 0x3F800000, 0x3F808000, 0x3F818000, 0x7F800000, 0x7F7FFFFF, 0x33800000] + _random(22, 4)
     value = [v & 0x7FFFFFFF if v & 0x7F800000 == 0x7F800000 and v & 0x7FFFFF else v for v in value]
 
@@ -133,11 +102,17 @@ def arithmetic() -> tuple[Tensor, Tensor]:
         for dtype in (torch.bfloat16, torch.float16)
     ]
     rows = [
+        [value[5]] * 32,
+        [value[i // 4 * 4 + (i + 1) % 4] for i in WARP],
+        [value[i ^ 3] for i in WARP],
+        # Segments of 8: a lane reads from an earlier segment, but gets its previous value instead of a later segment's.
+        [value[i ^ 8] if i & 8 else value[i] for i in WARP],
+        [value[i - 3] if i % 16 >= 3 else value[i] for i in WARP],
+        [value[i ^ 1] for i in WARP],
+        [value[i ^ 16] & 0x3FFFFFFF for i in WARP],
+        [sum(1 << j for j in WARP if j // 16 == i // 16 and (value[j] ^ value[i]) & 3 == 0) for i in WARP],
         [v.bit_count() for v in value],
-        [32 - v.bit_length() for v in value],
         [(v & -v).bit_length() for v in value],
-        [int(f"{v:032b}"[::-1], 2) for v in value],
-        [v * 0xD2511F53 >> 32 for v in value],
         [byte_perm(v, 0x7250) for v in value],
         [byte_perm(v, 0x9C31) for v in value],
         *narrow,
@@ -146,14 +121,10 @@ def arithmetic() -> tuple[Tensor, Tensor]:
 
 
 def atomics() -> tuple[Tensor, Tensor]:
-    """`out` starts as zeros. Word 3 depends on the order of threads: -1 stands for any number."""
+    """`out` starts as zeros."""
     value = _random(64, 5)
-    union = 0
-    for v in value:
-        union |= 1 << (v & 31)
-    largest = max(value) << 20
-    out = [2 * sum(value) & ALL, max(value), union, -1, 1, 0, largest & ALL, largest >> 32]
-    return words(value), words(out)
+    total = 2 * sum(value) << 20
+    return words(value), words([2 * sum(value) & ALL, 0, total & ALL, total >> 32 & ALL])
 
 
 def _float_bits(value: float) -> int:
@@ -166,10 +137,8 @@ PRIMITIVES = {
     "ldmatrix transposed": lambda: ldmatrix(True),
     "mma bf16": lambda: mma(torch.bfloat16),
     "cp.async": cp_async,
-    "cp.async of 4 and 8 bytes": cp_async_small,
     "store of 16 bytes": store,
-    "shuffles and votes": warp,
-    "bits and conversions": arithmetic,
+    "shuffles and bits": warp,
     "atomics": atomics,
     "mma f16": lambda: mma(torch.float16),
 }

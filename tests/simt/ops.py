@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from support import layers
+from support.layers import Layer, Siblings
 from torch import Tensor
 
 from lora_ext.reference import dropout_threshold
@@ -23,16 +24,6 @@ from .driver import Library, kernels
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
 PAIRS = [(x, factor) for x, factor in layers.DTYPES if x.itemsize == 2]  # of x and of the factors
 SCRATCH_ALIGNMENT = 256
-
-
-@dataclass
-class Sibling:
-    """One of several layers that read the same x."""
-
-    lora_A: Tensor  # [rank, in_features]
-    lora_B: Tensor  # [out_features, rank]
-    scaling: float
-    bias: Tensor | None = None  # [out_features]
 
 
 @dataclass
@@ -73,44 +64,41 @@ def run(p: ctypes.Structure, library: Library, weights: ctypes.Structure | None 
     library.check()
 
 
-def _rank_begins(siblings: list[Sibling]) -> list[int]:
-    """Returns the column of xa at which each sibling begins, then the total rank."""
-    return list(itertools.accumulate((len(sibling.lora_A) for sibling in siblings), initial=0))
+def _scale(layer: Layer, dropout_p: float) -> float:
+    return layer.scaling * 65536.0 / (65536.0 - dropout_threshold(dropout_p))
 
 
-def _scale(sibling: Sibling, dropout_p: float) -> float:
-    return sibling.scaling * 65536.0 / (65536.0 - dropout_threshold(dropout_p))
-
-
-def _fill_common(p: ctypes.Structure, like: Tensor, siblings: list[Sibling]) -> None:
+def _fill_common(p: ctypes.Structure, siblings: Siblings) -> None:
     """Fills in the fields that the parameters of all kernels have: num_tokens, ranks and dtypes."""
-    *begins, p.total_rank = _rank_begins(siblings)
-    p.num_tokens, p.num_siblings = len(like), len(siblings)
-    p.dtype, p.factor_dtype = DTYPES[like.dtype], DTYPES[siblings[0].lora_A.dtype]
-    for s, sibling, begin in zip(p.siblings, siblings, begins, strict=False):
-        s.rank, s.rank_begin = len(sibling.lora_A), begin
+    x, group = siblings.x, siblings.layers
+    # The column of xa at which each layer begins, then the total rank.
+    *begins, p.total_rank = itertools.accumulate((len(layer.lora_A) for layer in group), initial=0)
+    p.num_tokens, p.num_siblings = len(x), len(group)
+    p.dtype, p.factor_dtype = DTYPES[x.dtype], DTYPES[group[0].lora_A.dtype]
+    for s, layer, begin in zip(p.siblings, group, begins, strict=False):
+        s.rank, s.rank_begin = len(layer.lora_A), begin
 
 
 def lora_forward(
-    x: Tensor,
-    siblings: list[Sibling],
+    siblings: Siblings,
     dropout_p: float = 0.0,
     seed: int = 0,
     ys: list[Tensor] | None = None,
     schedule: int = 0,
     library: Library | None = None,
-    weights: list[Tensor] | None = None,
+    streams: bool = False,
 ) -> Forward:
     """Runs a forward. ys: the base layers' products, to which the results are added; None: y is not read.
 
-    weights: of the base layers, for the kernel for few tokens, which computes their products, too.
+    streams: by the kernel for few tokens, which computes the base layers' products, too.
     """
     library = library or kernels()
     library.reset(schedule)
-    p, base = params.LoraForwardParams(), params.BaseWeights() if weights else None
+    x = siblings.x
+    p, base = params.LoraForwardParams(), params.BaseWeights() if streams else None
     shrink, expand = p.shrink, p.expand
     for part in (shrink, expand):
-        _fill_common(part, x, siblings)
+        _fill_common(part, siblings)
     shrink.in_features, shrink.x_stride, shrink.threshold = x.shape[1], x.stride(0), dropout_threshold(dropout_p)
     shrink.x = library.upload(x, "x")
     acc = accumulation_dtype(x.dtype)
@@ -120,29 +108,28 @@ def lora_forward(
     if shrink.threshold:
         shrink.seed = library.upload(torch.tensor([seed]), "seed")
         shrink.mask = library.allocate(mask_shape[0] * mask_shape[1], "mask")
-    for i, sibling in enumerate(siblings):
-        shrink.siblings[i].lora_A = library.upload(sibling.lora_A, "lora_A")
-        shrink.siblings[i].scale = _scale(sibling, dropout_p)
+    for i, layer in enumerate(siblings.layers):
+        shrink.siblings[i].lora_A = library.upload(layer.lora_A, "lora_A")
+        shrink.siblings[i].scale = _scale(layer, dropout_p)
         s = expand.siblings[i]
-        s.out_features = len(sibling.lora_B)
-        s.lora_B, s.bias = library.upload(sibling.lora_B, "lora_B"), library.upload(sibling.bias, "bias")
+        s.out_features = len(layer.lora_B)
+        s.lora_B, s.bias = library.upload(layer.lora_B, "lora_B"), library.upload(layer.bias, "bias")
         s.y = library.upload(ys[i], "y") if ys else library.allocate(x.shape[0] * s.out_features * x.itemsize, "y")
         s.base = s.y if ys else None
-        if weights:
-            base.data[i], base.strides[i] = library.upload(weights[i], "weight"), weights[i].stride(0)
-    if weights:
+        if streams:
+            base.data[i], base.strides[i] = library.upload(layer.weight, "weight"), layer.weight.stride(0)
+    if streams:
         assert library.c.streams(ctypes.byref(p), ctypes.byref(base)), "the kernel for few tokens does not take this"
     run(p, library, base)
-    results = [library.download(s.y, (len(x), s.out_features), x.dtype, "y") for s in expand.siblings[: len(siblings)]]
+    written = expand.siblings[: len(siblings.layers)]
+    results = [library.download(s.y, (len(x), s.out_features), x.dtype, "y") for s in written]
     xa = library.download(shrink.xa, (shrink.num_tokens, shrink.total_rank), acc, "xa")
     has_mask = shrink.threshold > 0
     return Forward(results, xa, library.download(shrink.mask, mask_shape, torch.uint8, "mask") if has_mask else None)
 
 
 def lora_backward(
-    grad_ys: list[Tensor],
-    x: Tensor,
-    siblings: list[Sibling],
+    siblings: Siblings,
     xa: Tensor,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -159,10 +146,10 @@ def lora_backward(
     library = library or kernels()
     library.reset(schedule)
     want_x, want_A, want_B = output_mask
-    p = params.LoraBackwardParams()
+    x, p = siblings.x, params.LoraBackwardParams()
     expand, shrink = p.expand, p.shrink
     for part in (expand, shrink):
-        _fill_common(part, x, siblings)
+        _fill_common(part, siblings)
     shrink.in_features, shrink.x_stride, shrink.has_dropout = x.shape[1], x.stride(0), mask is not None
     shrink.wants_grad_x, shrink.wants_grad_lora_A, expand.wants_grad_lora_B = output_mask
     expand.wants_grad_xa = want_x or want_A
@@ -176,11 +163,11 @@ def lora_backward(
         num_bytes = x.numel() * x.itemsize
         shrink.grad_x = library.allocate(num_bytes, "grad_x") if grad_x is None else library.upload(grad_x, "grad_x")
         shrink.base = None if grad_x is None else shrink.grad_x
-    for i, (sibling, grad_y) in enumerate(zip(siblings, grad_ys, strict=True)):
-        A, B = sibling.lora_A, sibling.lora_B
+    for i, layer in enumerate(siblings.layers):
+        A, B, grad_y = layer.lora_A, layer.lora_B, layer.grad_y
         of_A, of_B = shrink.siblings[i], expand.siblings[i]
         of_A.lora_A, of_B.lora_B = library.upload(A, "lora_A"), library.upload(B, "lora_B")
-        of_B.out_features, of_B.scale = len(B), _scale(sibling, dropout_p)
+        of_B.out_features, of_B.scale = len(B), _scale(layer, dropout_p)
         of_B.grad_y, of_B.grad_y_stride = library.upload(grad_y, "grad_y"), grad_y.stride(0)
         if want_A:
             of_A.grad_lora_A = library.allocate(A.numel() * A.itemsize, "grad_lora_A")
@@ -188,14 +175,13 @@ def lora_backward(
             of_B.grad_lora_B = library.allocate(B.numel() * B.itemsize, "grad_lora_B")
     run(p, library)
     result = Backward(library.download(shrink.grad_x, tuple(x.shape), x.dtype, "grad_x") if want_x else None)
-    for i, sibling in enumerate(siblings):
-        A, B = sibling.lora_A, sibling.lora_B
-        if want_A:
-            grad = library.download(shrink.siblings[i].grad_lora_A, tuple(A.shape), A.dtype, "grad_lora_A")
-            result.grad_As.append(grad)
-        if want_B:
-            grad = library.download(expand.siblings[i].grad_lora_B, tuple(B.shape), B.dtype, "grad_lora_B")
-            result.grad_Bs.append(grad)
+    for name, part, wanted, grads in (
+        ("lora_A", shrink, want_A, result.grad_As),
+        ("lora_B", expand, want_B, result.grad_Bs),
+    ):
+        for s, layer in zip(part.siblings, siblings.layers if wanted else [], strict=False):
+            place, factor = getattr(s, f"grad_{name}"), getattr(layer, name)
+            grads.append(library.download(place, tuple(factor.shape), factor.dtype, f"grad_{name}"))
     return result
 
 
@@ -207,9 +193,9 @@ def _single(params_type, like: Tensor, factor: Tensor, rank: int) -> ctypes.Stru
     return p
 
 
-def shrink(x: Tensor, lora_A: Tensor, schedule: int = 0) -> Tensor:
+def shrink(x: Tensor, lora_A: Tensor) -> Tensor:
     library = kernels()
-    library.reset(schedule)
+    library.reset()
     p = _single(params.LoraShrinkParams, x, lora_A, rank=lora_A.shape[0])
     s, acc = p.siblings[0], accumulation_dtype(x.dtype)
     p.x, p.x_stride, p.in_features = library.upload(x, "x"), x.stride(0), lora_A.shape[1]
@@ -219,9 +205,9 @@ def shrink(x: Tensor, lora_A: Tensor, schedule: int = 0) -> Tensor:
     return library.download(p.xa, (p.num_tokens, p.total_rank), acc, "xa")
 
 
-def expand(base: Tensor, xa: Tensor, lora_B: Tensor, bias: Tensor | None, schedule: int = 0) -> Tensor:
+def expand(base: Tensor, xa: Tensor, lora_B: Tensor, bias: Tensor | None) -> Tensor:
     library = kernels()
-    library.reset(schedule)
+    library.reset()
     p = _single(params.LoraExpandParams, base, lora_B, rank=lora_B.shape[1])
     s = p.siblings[0]
     s.out_features = lora_B.shape[0]
@@ -233,10 +219,10 @@ def expand(base: Tensor, xa: Tensor, lora_B: Tensor, bias: Tensor | None, schedu
 
 
 def shrink_backward(
-    grad_xa: Tensor, x: Tensor, lora_A: Tensor, base: Tensor | None, output_mask: tuple[bool, bool], schedule: int = 0
+    grad_xa: Tensor, x: Tensor, lora_A: Tensor, base: Tensor | None, output_mask: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     library = kernels()
-    library.reset(schedule)
+    library.reset()
     want_x, want_A = output_mask
     p = _single(params.LoraShrinkBackwardParams, x, lora_A, rank=lora_A.shape[0])
     s = p.siblings[0]
@@ -256,10 +242,10 @@ def shrink_backward(
 
 
 def expand_backward(
-    grad_y: Tensor, xa: Tensor, lora_B: Tensor, output_mask: tuple[bool, bool], schedule: int = 0
+    grad_y: Tensor, xa: Tensor, lora_B: Tensor, output_mask: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     library = kernels()
-    library.reset(schedule)
+    library.reset()
     want_xa, want_B = output_mask
     p = _single(params.LoraExpandBackwardParams, grad_y, lora_B, rank=lora_B.shape[1])
     s, acc = p.siblings[0], accumulation_dtype(grad_y.dtype)

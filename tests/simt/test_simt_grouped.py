@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.groups import Grouped, random_groups
 from support.layers import assert_errors_as_plain, in_dtypes_of
+from support.op_table import OPS, joined, of_groups, results
 from torch import Tensor
 
 from lora_ext import _load, reference
@@ -19,25 +20,23 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 SEED = 0x1234_5678
 
 
+OP = OPS["lora_grouped_"]
+
+
 def plain(case: Grouped, dropout_p: float) -> dict[str, Tensor]:
-    n = len(case.lora_As)
-    x, *factors = (t.detach().clone().requires_grad_() for t in (case.x, *case.lora_As, *case.lora_Bs))
-    update = reference.lora_grouped(x, factors[:n], factors[n:], *case.choice(), dropout_p, torch.tensor(SEED))
-    y = (case.y.clone().requires_grad_() + update).to(case.y.dtype)
-    grad_x, *grads = torch.autograd.grad(y, (x, *factors), case.grad_y, materialize_grads=True)
-    found = {"y": y.detach(), "grad_x": grad_x, "grad_A": grads[:n], "grad_B": grads[n:]}
-    return {name: value if isinstance(value, Tensor) else flat(value) for name, value in found.items()}
-
-
-def flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
+    sample = of_groups(case).with_dropout(dropout_p, torch.tensor(SEED))
+    return joined(results(OP.plain, sample, OP.leaves(sample)))
 
 
 def ours(case: Grouped, dropout_p: float, **options) -> dict[str, Tensor]:
     forward = grouped_ops.forward(case, dropout_p, SEED, **options)
+    if dropout_p:
+        keep = reference.dropout_keep(SEED, *case.x.flatten(0, -2).shape, dropout_p)
+        assert torch.equal(reference.unpack_mask(forward.mask, case.x.shape[-1]), keep)
     backward = grouped_ops.backward(case, forward.xa, forward.mask, dropout_p, **options)
-    factors = {"grad_A": flat(backward.grad_As), "grad_B": flat(backward.grad_Bs)}
-    return {"y": forward.y, "grad_x": backward.grad_x, **factors}
+    factors = {f"grad of lora_As[{i}]": grad for i, grad in enumerate(backward.grad_As)}
+    factors |= {f"grad of lora_Bs[{i}]": grad for i, grad in enumerate(backward.grad_Bs)}
+    return joined({"result 0": forward.y, "grad of x": backward.grad_x, **factors})
 
 
 def check(case: Grouped, dropout_p: float = 0.0, **options) -> None:
@@ -140,9 +139,9 @@ def test_numbers_that_do_not_exist_give_nan_to_their_rows_only(num_tokens):
     found = ours(case, 0.0)
     rows = torch.tensor(list(spoiled))
     others = torch.ones(num_tokens, dtype=torch.bool).index_fill_(0, rows, False)
-    for name in ("y", "grad_x"):
+    for name in ("result 0", "grad of x"):
         assert found[name][rows].isnan().all() and torch.equal(found[name][others], expected[name][others])
-    assert not found["grad_A"].isnan().any() and not found["grad_B"].isnan().any()
+    assert not found["grad of lora_As"].isnan().any() and not found["grad of lora_Bs"].isnan().any()
 
 
 @pytest.mark.parametrize("rank", [-1, 9, 1 << 40])
@@ -152,9 +151,9 @@ def test_ranks_that_do_not_exist_give_nan_to_their_rows_only(num_tokens, rank):
     case.ranks = torch.tensor([4, rank, 8])
     found = ours(case, 0.0)
     bad = case.group_of_row == 1
-    for name in ("y", "grad_x"):
+    for name in ("result 0", "grad of x"):
         assert torch.equal(found[name].isnan().all(-1), bad) and torch.equal(found[name].isnan().any(-1), bad)
-    assert not found["grad_A"].isnan().any() and not found["grad_B"].isnan().any()
+    assert not found["grad of lora_As"].isnan().any() and not found["grad of lora_Bs"].isnan().any()
 
 
 @pytest.mark.parametrize("dtypes", [(F16, F16), (BF16, BF16)], ids=str)
@@ -196,13 +195,6 @@ def test_only_what_is_wanted(wanted):
         assert torch.equal(grad, all_of_them.grad_Bs[i])
 
 
-@pytest.mark.parametrize("num_tokens", [20, 90])
-def test_the_mask_is_that_of_all_rows(num_tokens):
-    case = random_groups(num_tokens, (70, 24), [4, 3], dtypes=(BF16, BF16))
-    expected = reference.dropout_keep(SEED, num_tokens, 70, 0.3)
-    assert torch.equal(reference.unpack_mask(grouped_ops.forward(case, 0.3, SEED).mask, 70), expected)
-
-
 @pytest.mark.parametrize(
     ("num_tokens", "kernels"),
     [
@@ -234,15 +226,10 @@ def test_the_index_is_a_stable_sort(num_tokens, num_groups):
     numbers = torch.where(group_of_row == -1, num_groups, group_of_row.clamp_max(num_groups + 1))
     expected = numbers.sort(stable=True).indices
     begins = torch.cat([torch.zeros(1), numbers.bincount(minlength=num_groups + 2).cumsum(0)])
+    assert _load.plan_grouped(num_tokens, 4096, 4096, num_groups, 16).launches[0].blocks == 1
     for schedule in (0, 1):
         order, begin = grouped_ops.index(group_of_row, num_groups, schedule)
         assert torch.equal(order.long(), expected) and torch.equal(begin.long(), begins.long())
-
-
-def test_the_index_takes_one_block():
-    for num_tokens, slots in ((128, 1000), (8192, 64)):
-        (first, *_) = _load.plan_grouped(num_tokens, 4096, 4096, slots, 16).launches
-        assert (first.kernel, first.blocks) == ("group_index", 1)
 
 
 @pytest.mark.parametrize("library", [kernels, few_blocks])

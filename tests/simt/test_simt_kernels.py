@@ -51,10 +51,6 @@ def siblings_of(count: int, shape, dtypes) -> Siblings:
     return siblings
 
 
-def as_operands(siblings: Siblings) -> list[ops.Sibling]:
-    return [ops.Sibling(layer.lora_A, layer.lora_B, layer.scaling, layer.bias) for layer in siblings.layers]
-
-
 def named(ys: list[Tensor], grad_x: Tensor | None, grad_As: list[Tensor], grad_Bs: list[Tensor]) -> dict[str, Tensor]:
     results = {f"{n}[{i}]": t for n, ts in (("y", ys), ("A", grad_As), ("B", grad_Bs)) for i, t in enumerate(ts)}
     return results | ({} if grad_x is None else {"grad_x": grad_x})
@@ -69,19 +65,18 @@ def run_kernels(
     library: Library | None = None,
 ) -> dict[str, Tensor]:
     """Runs forward and backward. add_to: the initial contents of y and grad_x."""
-    operands = as_operands(siblings)
     ys, grad_x = add_to or (None, None)
-    forward = ops.lora_forward(siblings.x, operands, dropout_p, SEED, ys, schedule, library)
+    forward = ops.lora_forward(siblings, dropout_p, SEED, ys, schedule, library)
     if dropout_p:
         keep = reference.dropout_keep(SEED, *siblings.x.shape, dropout_p)
         assert torch.equal(reference.unpack_mask(forward.mask, siblings.x.shape[1]), keep)
-    arguments = siblings.grad_ys(), siblings.x, operands, forward.xa, forward.mask, dropout_p
-    backward = ops.lora_backward(*arguments, output_mask, grad_x, schedule, library)
+    saved = forward.xa, forward.mask, dropout_p
+    backward = ops.lora_backward(siblings, *saved, output_mask, grad_x, schedule, library)
     return named(forward.ys, backward.grad_x, backward.grad_As, backward.grad_Bs)
 
 
 def run_reference(
-    siblings: Siblings, dropout_p: float, add_to: tuple[list[Tensor], Tensor] | None
+    siblings: Siblings, dropout_p: float, add_to: tuple[list[Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
     x, weights, biases, As, Bs, scalings = siblings.args()
     x, As, Bs = x.detach().clone().requires_grad_(), *([t.clone().requires_grad_() for t in ts] for ts in (As, Bs))
@@ -95,12 +90,15 @@ def run_reference(
 
 def assert_as_good_as_torch(siblings: Siblings, dropout_p: float = 0.0, **options) -> dict[str, Tensor]:
     ours = run_kernels(siblings, dropout_p, **options)
-    add_to = options.get("add_to")
-    read = with_rounded_factors(siblings)
+    compare(ours, siblings, dropout_p, options.get("add_to"))
+    return ours
+
+
+def compare(ours: dict[str, Tensor], siblings: Siblings, dropout_p: float = 0.0, add_to=None) -> None:
+    read, dtype = with_rounded_factors(siblings), siblings.x.dtype
     exact = run_reference(read.to(torch.float64), dropout_p, add_to)
     plain = in_dtypes_of(run_reference(read, dropout_p, add_to), ours)
-    assert_errors_as_plain([(ours, exact, plain)], siblings.x.dtype, siblings.x.dtype)
-    return ours
+    assert_errors_as_plain([(ours, exact, plain)], dtype, dtype)
 
 
 @pytest.mark.pairs
@@ -185,15 +183,6 @@ def test_factors_of_another_dtype_are_rounded_as_they_are_read(dtypes, rank, in_
         if name[0] in "AB" and dtypes[1].itemsize == 2:
             continue  # the gradient is rounded to another dtype
         assert torch.equal(found[name].to(expected.dtype), expected), name
-
-
-@pytest.mark.parametrize("count", SIBLINGS)
-@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
-def test_no_tokens(dtypes, count):
-    siblings = siblings_of(count, (0, 24, 16, 4), dtypes)
-    results = run_kernels(siblings)
-    assert all(not result.any() for result in results.values())
-    assert results["A[0]"].shape == (4, 24)
 
 
 ZEROS = {
@@ -298,3 +287,69 @@ def test_dropout_mask(num_tokens, in_features, schedule):
     mask = ops.dropout_mask(SEED, num_tokens, in_features, 0.25, schedule)
     keep = reference.dropout_keep(SEED, num_tokens, in_features, 0.25)
     assert torch.equal(reference.unpack_mask(mask, in_features), keep)
+
+
+# --- few tokens: base layers and adapters in one read of the weights --------------------------------------------------
+
+
+def run_few_tokens(siblings: Siblings, dropout_p: float = 0.0, **options) -> dict[str, Tensor]:
+    forward = ops.lora_forward(siblings, dropout_p, SEED, streams=True, **options)
+    alone = ops.lora_forward(siblings, dropout_p, SEED, **options)
+    torch.testing.assert_close(forward.xa, alone.xa)  # what the backward reads
+    assert (forward.mask is None) == (alone.mask is None)
+    return named(forward.ys, None, [], [])
+
+
+@pytest.mark.pairs
+@pytest.mark.parametrize("sizes", [[(40, 8)], [(33, 5), (16, 64), (130, 1)]], ids=["one", "three"])
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "dropout_p"),
+    [(1, 64, 0.0), (3, 72, 0.3), (8, 520, 0.0), (9, 8, 0.0), (16, 840, 0.3), (17, 136, 0.0), (32, 64, 0.0)],
+)
+@pytest.mark.parametrize("dtypes", [*MAIN_DTYPES, (BF16, F32)], ids=dtype_name)
+def test_few_tokens(dtypes, tokens, in_features, dropout_p, sizes):
+    siblings = random_siblings(((tokens, in_features), sizes), dtypes)
+    ours = run_few_tokens(siblings, dropout_p)
+    compare(ours, siblings, dropout_p)
+    if dtypes[0] != dtypes[1]:
+        rounded_before = run_few_tokens(with_rounded_factors(siblings), dropout_p)
+        assert all(torch.equal(ours[name], y) for name, y in rounded_before.items())
+
+
+@pytest.mark.parametrize("dtypes", MAIN_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("sizes", [[(96, 8)], [(30, 5), (50, 64)]], ids=["one", "two"])
+@pytest.mark.parametrize("tokens", [3, 9, 20])
+def test_larger_blocks_that_save_a_wave(tokens, sizes, dtypes):
+    siblings = random_siblings(((tokens, 600), sizes), dtypes)
+    ops.lora_forward(siblings, library=few_blocks(), streams=True)
+    rows = 32 if tokens <= 8 else 48
+    assert few_blocks().launches()[-1].blocks == sum(-(-out_features // rows) for out_features, _ in sizes)
+    compare(run_few_tokens(siblings, library=few_blocks()), siblings)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_weights_and_x_with_gaps_between_rows(tokens):
+    (layer,) = random_siblings(((tokens, 72), [(40, 8)]), (BF16, BF16)).layers
+    wide, wide_x = torch.randn(40, 88).to(BF16), torch.randn(tokens, 80).to(BF16)
+    layer = replace(layer, weight=wide[:, 8:80], x=wide_x[:, :72])
+    siblings = Siblings(layer.x, [layer])
+    compare(run_few_tokens(siblings), siblings)
+
+
+@pytest.mark.parametrize("library", [kernels, few_blocks])
+def test_same_bits_of_few_tokens_in_every_order_of_threads(library):
+    siblings = random_siblings(((5, 600), [(40, 8), (70, 3)]), (BF16, BF16))
+    first = run_few_tokens(siblings, 0.1, library=library())
+    for schedule in (1, 2):
+        again = run_few_tokens(siblings, 0.1, library=library(), schedule=schedule)
+        assert all(torch.equal(first[name], y) for name, y in again.items())
+
+
+@pytest.mark.parametrize(
+    ("what", "shape"),
+    [("tokens", (33, 64, 40, 8)), ("columns", (4, 60, 40, 8)), ("rank", (4, 64, 40, 65)), ("rows", (4, 64, 0, 8))],
+)
+def test_other_shapes_go_to_the_library(what, shape):
+    tokens, in_features, *size = shape
+    with pytest.raises(AssertionError, match="does not take this"):
+        run_few_tokens(random_siblings(((tokens, in_features), [size]), (BF16, BF16)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.merging import FLOATING, bits, hard_weight, merged, same_bits, update_factors
@@ -90,39 +92,6 @@ def test_is_the_definition_to_the_bit(dtype, shape):
 # --- the CPU op -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_ranks(dtype, rank):
-    whole_cycle([random_layer(19, 70, rank, dtype)])
-
-
-@pytest.mark.parametrize("cols", [1, 255, 256, 257, 600])
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_shapes_with_tails(dtype, cols):
-    for rows in (1, 5, 70) if cols in (1, 257) else (5,):
-        whole_cycle([random_layer(rows, cols, 3, dtype)])
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_tiny_and_huge_updates(dtype, size):
-    """Records with no correction, a few of one unit, corrections of several words, and whole segments."""
-    whole_cycle([random_layer(6, 300, 3, dtype, size)])
-
-
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_every_kind_of_record_in_a_row(dtype):
-    """One kind per segment: none, corrections of one word, some of several words, these only, a whole segment."""
-    layer = layer_of_records(dtype, 5)
-    words = merge_ops.plan(*([tensor] for tensor in layer))[1].view(5, 5)
-    whole = 256 * dtype.itemsize // 2
-    assert (words[:, 0] == 0).all()
-    assert (words[:, 1:4] > 0).all() and (words[:, 1:4] < whole).all()
-    assert (words[:, 3] > 9).all()
-    assert (words[:, 4] == whole).all()
-    whole_cycle([layer])
-
-
 def layer_of_records(dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
     weight = torch.randn(rows, 5 * 256, dtype=torch.float64).to(dtype)
     for first in (512, 768):
@@ -137,21 +106,30 @@ def layer_of_records(dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
     return weight, *pack_factors(dtype, [(A, torch.ones(rows, 1), 1.0)])
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0])
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_constant_weights(dtype, value):
+def constant_layer(dtype: torch.dtype, value: float, size: float) -> tuple[Tensor, ...]:
     weight = torch.full((3, 300), value, dtype=dtype)
-    for size in (0.0, 1e-9, 1.0):
-        whole_cycle([(weight, *pack_factors(dtype, [update_factors(weight, 2, size or 1.0)[:2] + (size,)]))])
+    A, B, _ = update_factors(weight, 2, size or 1.0)
+    return weight, *pack_factors(dtype, [(A, B, size)])
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_an_update_of_minus_zero(dtype):
+def minus_zero(dtype: torch.dtype, rank: int) -> tuple[Tensor, ...]:
     """The sign of the product of 0.0 and -1.0 survives: adding another zero would lose it."""
-    weight = torch.full((2, 20), -0.0, dtype=dtype)
-    for rank in (1, 3, 16, 17):
-        A, B = pack_factors(dtype, [(torch.zeros(rank, 20), -torch.ones(2, rank), 1.0)])
-        whole_cycle([(weight, A, B)])
+    factors = pack_factors(dtype, [(torch.zeros(rank, 20), -torch.ones(2, rank), 1.0)])
+    return torch.full((2, 20), -0.0, dtype=dtype), *factors
+
+
+def of_view(dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    weight = view(hard_weight(12, 304, dtype))
+    return weight, *pack_factors(dtype, [update_factors(weight, 3, 0.1)])
+
+
+def many_layers(dtype: torch.dtype, count: int) -> list[tuple[Tensor, ...]]:
+    shapes = [(7, 300, 3), (0, 5, 2), (40, 20, 1), (1, 1, 2), (5, 0, 2), (3, 513, 17)]
+    return [random_layer(*shapes[i % len(shapes)], dtype, 0.03 * (i + 1)) for i in range(count)]
+
+
+def nothing(dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    return [random_layer(0, 5, 1, dtype), random_layer(5, 0, 1, dtype)]
 
 
 VIEWS = {
@@ -162,39 +140,45 @@ VIEWS = {
     "every other row": lambda wide: wide[::2, :270],
     "one row": lambda wide: wide[1:2, 8:280],
 }
+SHAPES = [(1, 1), (5, 1), (70, 1), (5, 255), (5, 256), (1, 257), (5, 257), (70, 257), (5, 600)]
+# The layers of one launch, made from a dtype.
+CASES: dict[str, Callable[[torch.dtype], list[tuple[Tensor, ...]]]] = {
+    **{f"rank {rank}": lambda dtype, rank=rank: [random_layer(19, 70, rank, dtype)] for rank in RANKS},
+    **{f"{shape}": lambda dtype, shape=shape: [random_layer(*shape, 3, dtype)] for shape in SHAPES},
+    # Records with no correction, a few of one unit, corrections of several words, and whole segments.
+    **{f"updates of {size}": lambda dtype, size=size: [random_layer(6, 300, 3, dtype, size)] for size in SIZES},
+    "every kind of record in a row": lambda dtype: [layer_of_records(dtype, 5)],
+    **{
+        f"a weight of {value}": lambda dtype, value=value: [constant_layer(dtype, value, s) for s in (0.0, 1e-9, 1.0)]
+        for value in (0.0, -0.0, 1.0)
+    },
+    "updates of -0.0": lambda dtype: [minus_zero(dtype, rank) for rank in (1, 3, 16, 17)],
+    **{name: lambda dtype, view=view: [of_view(dtype, view)] for name, view in VIEWS.items()},
+    "several layers": lambda dtype: many_layers(dtype, 6),
+    "more layers than a launch takes": lambda dtype: [
+        *nothing(dtype)[:1],
+        *many_layers(dtype, MAX_LAYERS_OF_A_LAUNCH + 3),
+        *nothing(dtype)[1:],
+    ],
+    "nothing to do": nothing,
+}
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_row_strides_and_misaligned_weights(dtype, view):
-    weight = VIEWS[view](hard_weight(12, 304, dtype))
-    assert weight.storage_offset() or weight.stride(0) > weight.shape[1]
-    whole_cycle([(weight, *pack_factors(dtype, [update_factors(weight, 3, 0.1)]))])
-
-
-# --- many layers ------------------------------------------------------------------------------------------------------
-
-
-def many_layers(dtype: torch.dtype, count: int) -> list[tuple[Tensor, ...]]:
-    shapes = [(7, 300, 3), (0, 5, 2), (40, 20, 1), (1, 1, 2), (5, 0, 2), (3, 513, 17)]
-    return [random_layer(*shapes[i % len(shapes)], dtype, 0.03 * (i + 1)) for i in range(count)]
+def test_has_the_bits_of_the_cpu_op(dtype, case):
+    whole_cycle(CASES[case](dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_layers_in_one_launch(dtype):
-    whole_cycle(many_layers(dtype, 6))
-
-
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_more_layers_than_a_launch_takes(dtype):
-    layers = many_layers(dtype, MAX_LAYERS_OF_A_LAUNCH + 3)
-    layers = [random_layer(0, 5, 1, dtype), *layers, random_layer(5, 0, 1, dtype)]
-    whole_cycle(layers)
-
-
-@pytest.mark.parametrize("dtype", FLOATING, ids=dtype_id)
-def test_nothing_to_do(dtype):
-    whole_cycle([random_layer(0, 5, 1, dtype), random_layer(5, 0, 1, dtype)])
+def test_the_kinds_of_records(dtype):
+    """One kind per segment: none, corrections of one word, some of several words, these only, a whole segment."""
+    words = merge_ops.plan(*([tensor] for tensor in layer_of_records(dtype, 5)))[1].view(5, 5)
+    whole = 256 * dtype.itemsize // 2
+    assert (words[:, 0] == 0).all()
+    assert (words[:, 1:4] > 0).all() and (words[:, 1:4] < whole).all()
+    assert (words[:, 3] > 9).all()
+    assert (words[:, 4] == whole).all()
 
 
 # --- every plan, every order of threads -------------------------------------------------------------------------------
@@ -293,8 +277,3 @@ def test_a_record_that_is_a_word_short(dtype):
 
 def random_words(count: int) -> Tensor:
     return torch.randint(-(2**15), 2**15, (count,), dtype=torch.int16)
-
-
-def test_bits_are_compared():
-    """The comparison in these tests distinguishes zeros of different signs."""
-    assert not torch.equal(bits(torch.tensor([0.0])), bits(torch.tensor([-0.0])))

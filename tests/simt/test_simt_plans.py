@@ -55,66 +55,40 @@ def test_the_blocks_of_siblings_fit_the_multiprocessors(layers, gpu):
 
 
 def test_one_gpu_has_one_plan():
-    first, second = (repr(plan_backward(300, 4096, [(4096, 16)])) for _ in range(2))
-    assert first == second
-    blocks = [
-        [launch.blocks for launch in plan_backward(300, 4096, [(4096, 16)], multiprocessors=sms).launches]
-        for sms in (132, 20)
-    ]
-    assert blocks[0] != blocks[1]
+    plans = [repr(plan_backward(300, 4096, [(4096, 16)], multiprocessors=sms)) for sms in (132, 132, 20)]
+    assert plans[0] == plans[1] != plans[2]
 
 
 FORWARD = ["shrink", "expand_short"]
 BACKWARD = ["shrink_and_sum", "expand_short", "token_sum", "gradient_sums"]
+ONE, HALF, LARGE = [(4096, 16)], [(4096, 64)], [(4096, 256)]
+DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]
+# Tokens and layers, options, and the launches of the forward and the backward next to the base products and the draw of
+# a seed. None: not looked at.
+LAUNCHES = [
+    *((tokens, [(4096, r)], {}, FORWARD, BACKWARD) for r in (4, 8, 16) for tokens in (1, 64, 512, 2048, 8192, 32768)),
+    # No factor of a small rank is rounded or packed in a launch of its own.
+    *((2048, ONE, {"dtype": dtype, "factor_dtype": factor}, FORWARD, BACKWARD) for dtype, factor in DTYPES),
+    (2048, Q_K_V, {}, FORWARD, BACKWARD),
+    (8192, Q_K_V, {}, FORWARD, ["shrink_and_sum", "rank_sums", *BACKWARD[1:]]),
+    (8192, ONE, {"output_mask": (True, False, False)}, None, ["shrink", "expand_short"]),
+    (8192, ONE, {"output_mask": (False, True, False)}, None, ["shrink", "rank_sums", *BACKWARD[2:]]),
+    (8192, ONE, {"output_mask": (False, False, True)}, None, BACKWARD[2:]),
+    # 28 ranges of 512 columns, read by each of 8 tiles of columns: the sums get their own launch.
+    (8192, [(14336, 16)], {}, None, ["shrink_and_sum", "rank_sums", *BACKWARD[1:]]),
+    # From rank 33 on, grad_y is read twice; from 65 on, factors are packed.
+    (2048, HALF, {}, ["shrink", "rank_sums", "expand_short"], None),
+    (2048, HALF, {"output_mask": (True, False, True)}, None, ["shrink", "token_sum", "rank_sums", *BACKWARD[1::2]]),
+    (2048, LARGE, {}, ["pack_factors", "shrink", "shrink", "rank_sums", "expand_long"], None),
+]
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 512, 2048, 8192, 32768])
-@pytest.mark.parametrize("rank", [4, 8, 16])
-def test_launches_of_a_bfloat16_layer(rank, tokens):
-    """Two forward and four backward, next to the base products and the draw of a seed."""
-    sizes = tokens, 4096, [(4096, rank)]
-    assert names(plan_forward(*sizes)) == FORWARD
-    assert names(plan_backward(*sizes)) == BACKWARD
-
-
-def test_launches_of_siblings():
-    assert names(plan_forward(8192, 4096, Q_K_V)) == FORWARD
-    assert names(plan_backward(2048, 4096, Q_K_V)) == BACKWARD
-    assert names(plan_backward(8192, 4096, Q_K_V)) == ["shrink_and_sum", "rank_sums", *BACKWARD[1:]]
-
-
-@pytest.mark.parametrize("output_mask", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
-def test_launches_where_less_is_wanted(output_mask):
-    found = names(plan_backward(8192, 4096, [(4096, 16)], output_mask=output_mask))
-    assert "pack_factors" not in found
-    assert ("expand_short" in found, "token_sum" in found) == output_mask[:2]
-
-
-def test_partial_sums_that_would_be_read_too_often_get_their_own_launch():
-    """28 ranges of 512 columns, read by each of 8 tiles of columns."""
-    found = names(plan_backward(8192, 4096, [(14336, 16)]))
-    assert found == ["shrink_and_sum", "rank_sums", "expand_short", "token_sum", "gradient_sums"]
-
-
-@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)], ids=str)
-def test_no_factor_of_a_small_rank_is_rounded_or_packed_in_a_launch_of_its_own(dtypes):
-    sizes, options = (2048, 4096, [(4096, 16)]), dict(zip(("dtype", "factor_dtype"), dtypes, strict=True))
-    assert names(plan_forward(*sizes, **options)) == FORWARD
-    assert names(plan_backward(*sizes, **options)) == BACKWARD
-
-
-def test_launches_of_large_ranks():
-    """From rank 33 on, grad_y is read twice; from 65 on, factors are packed."""
-    half, large = [(4096, 64)], [(4096, 256)]
-    assert names(plan_forward(2048, 4096, half)) == ["shrink", "rank_sums", "expand_short"]
-    assert names(plan_backward(2048, 4096, half, output_mask=(True, False, True))) == [
-        "shrink",
-        "token_sum",
-        "rank_sums",
-        "expand_short",
-        "gradient_sums",
-    ]
-    assert names(plan_forward(2048, 4096, large)) == ["pack_factors", "shrink", "shrink", "rank_sums", "expand_long"]
+@pytest.mark.parametrize(("tokens", "layers", "options", "forward", "backward"), LAUNCHES)
+def test_launches(tokens, layers, options, forward, backward):
+    if forward is not None:
+        assert names(plan_forward(tokens, 4096, layers, **options)) == forward
+    if backward is not None:
+        assert names(plan_backward(tokens, 4096, layers, **options)) == backward
 
 
 @pytest.mark.parametrize(("rank", "reads"), [(16, 1), (64, 1), (65, 1), (128, 1), (129, 2), (256, 2)])
@@ -191,11 +165,9 @@ def facts_of(plan) -> list[tuple[str, int, int, int]]:
 def test_the_kernels_are_launched_as_planned(dtypes, layers, library):
     library, (tokens, in_features) = library(), (150, 840)
     siblings = random_siblings(((tokens, in_features), layers), dtypes)
-    operands = [ops.Sibling(layer.lora_A, layer.lora_B, layer.scaling) for layer in siblings.layers]
     dtype, factor_dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     options = dict(dtype=dtype, factor_dtype=factor_dtype, multiprocessors=library.multiprocessors)
-    forward = ops.lora_forward(siblings.x, operands, 0.1, library=library)
+    forward = ops.lora_forward(siblings, 0.1, library=library)
     assert launched(library) == facts_of(plan_forward(tokens, in_features, layers, **options))
-    grad_ys = [torch.randn(tokens, out_features).to(dtypes[0]) for out_features, _ in layers]
-    ops.lora_backward(grad_ys, siblings.x, operands, forward.xa, forward.mask, 0.1, library=library)
+    ops.lora_backward(siblings, forward.xa, forward.mask, 0.1, library=library)
     assert launched(library) == facts_of(plan_backward(tokens, in_features, layers, **options))

@@ -84,20 +84,3 @@ def test_a_part_alone_is_the_part_of_both(dtype):
     torch.testing.assert_close(
         ops.expand_backward(x, xa, B, (False, True))[1], ops.expand_backward(x, xa, B, (True,) * 2)[1]
     )
-
-
-@pytest.mark.parametrize("schedule", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_same_bits_in_every_order_of_threads(dtype, schedule):
-    x, base, xa = torch.randn(70, 130).to(dtype), torch.randn(70, 130).to(dtype), torch.randn(70, 17)
-    A, B = torch.randn(17, 130).to(dtype), torch.randn(130, 17).to(dtype)
-
-    def run(schedule: int) -> list[Tensor]:
-        return [
-            ops.shrink(x, A, schedule),
-            ops.expand(base, xa, B, None, schedule),
-            *ops.shrink_backward(xa, x, A, base, (True, True), schedule),
-            *ops.expand_backward(x, xa, B, (True, True), schedule),
-        ]
-
-    assert all(torch.equal(a, b) for a, b in zip(run(0), run(schedule), strict=True))

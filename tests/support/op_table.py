@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -80,9 +81,12 @@ class Sample:
         return replace(self, call=self.call | {"dropout_p": dropout_p, "seed": seed}) if dropout_p else self
 
     def smallest(self) -> int:
-        """Returns the number of elements of the smallest tensor."""
-        tensors = [t for name, _, t in tensors_of(self.call) if t.is_floating_point() and name != "scalings"]
-        return min(tensor.numel() for tensor in [*tensors, *self.grads])
+        """Returns the number of elements of the smallest argument or result; those of a list count together."""
+        sizes = Counter({f"result {i}": grad.numel() for i, grad in enumerate(self.grads)})
+        for name, _, tensor in tensors_of(self.call):
+            if tensor.is_floating_point() and name != "scalings":
+                sizes[name] += tensor.numel()
+        return min(sizes.values())
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,12 @@ def results(
     return {f"result {i}": y.detach() for i, y in enumerate(ys)} | named
 
 
-def _joined(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Joins the gradients of a list of factors: those of few rows can be exact by chance."""
+def joined(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Joins the gradients of a list of factors: those of few rows or of a small layer can be exact by chance."""
     parts: dict[str, list[Tensor]] = {}
     for name, value in found.items():
-        parts.setdefault(name.partition("[")[0], []).append(value.flatten())
-    return {name: torch.cat(values) for name, values in parts.items()}
+        parts.setdefault(name.partition("[")[0], []).append(value)
+    return {n: v[0] if len(v) == 1 else torch.cat([value.flatten() for value in v]) for n, v in parts.items()}
 
 
 def assert_as_good_as_plain(
@@ -153,13 +157,13 @@ def assert_as_good_as_plain(
 ) -> None:
     """Checks that errors against float64 are at most twice those of plain PyTorch at the same dtypes.
 
-    Several samples are judged by their joint error, until each result has two hundred elements. ``names``: of the
+    Several samples are judged by their joint error, until each result has a hundred elements. ``names``: of the
     arguments with gradients; None: all.
     """
     dropout_p = dropout_p if op.has_dropout else 0.0
     samples = [make(dtypes).with_dropout(dropout_p, seed)]
     if smallest := samples[0].smallest():
-        samples += [make(dtypes).with_dropout(dropout_p, seed) for _ in range(199 // smallest)]
+        samples += [make(dtypes).with_dropout(dropout_p, seed) for _ in range(99 // smallest)]
     compared = []
     for sample in samples:
         leaves = [place for place in op.leaves(sample) if names is None or place[0] in names]
@@ -167,7 +171,7 @@ def assert_as_good_as_plain(
         runs = ((op.run, sample), (op.plain, read.double()), (op.plain, read))
         found = [results(function, of, leaves) for function, of in runs]
         found[2] = in_dtypes_of(found[2], found[0])
-        compared.append(tuple(map(_joined, found)) if "grouped" in op.name else tuple(found))
+        compared.append(tuple(map(joined, found)))
         assert all(value.isfinite().all() for value in found[0].values())
     is_rounded = read.grads[0].is_cuda and dtypes[0].itemsize == 2
     assert_errors_as_plain(compared, dtypes[0], dtypes[0] if is_rounded else dtypes[1])
@@ -522,9 +526,12 @@ def op_named(name: str) -> torch._ops.OpOverload:
     return _load.op_named(name.removesuffix(OF_BASES))
 
 
-def good_function_call(name: str) -> dict[str, Any]:
-    """Returns the arguments of a function of lora_ext.functional by name, with every optional tensor."""
-    call = _layer_call(name)
+def good_function_call(name: str, **options: Any) -> dict[str, Any]:
+    """Returns the arguments of a function of lora_ext.functional by name, with every optional tensor.
+
+    ``options``: of its sample's maker: dtypes, leading, sizes.
+    """
+    call = _layer_call(name, **options)
     return {argument: call[argument] for argument in inspect.signature(getattr(functional, name)).parameters}
 
 
@@ -535,41 +542,44 @@ def op_of_function(name: str, call: dict[str, Any]) -> tuple[torch._ops.OpOverlo
     return op_named(name), call | ({"bases": []} if name == "lora_linear_siblings" else {})
 
 
-def good_call(name: str) -> dict[str, Any]:
-    """Returns the op's arguments by name, with every optional tensor: 6 tokens, 24 -> 20 (and 12), rank 4 (and 3)."""
+def good_call(name: str, **options: Any) -> dict[str, Any]:
+    """Returns the op's arguments by name, with every optional tensor: 6 tokens, 24 -> 20 (and 12), rank 4 (and 3).
+
+    ``options``: of its sample's maker.
+    """
     if name.endswith(OF_BASES):
-        call = good_call(name.removesuffix(OF_BASES))
-        bases = {"weight": None, "weights": [], "biases": [], "bases": delta_siblings(leading=(2, 3)).call["bases"]}
+        call = good_call(name.removesuffix(OF_BASES), **options)
+        bases = delta_siblings(**{"leading": (2, 3)} | options).call["bases"] if "bases" in call else []
+        bases = {"weight": None, "weights": [], "biases": [], "bases": bases}
         return call | {argument: value for argument, value in bases.items() if argument in call}
-    call = _merge_call(name) if "merge" in name else _layer_call(name)
+    call = _merge_call(name) if "merge" in name else _layer_call(name, **options)
     missing = [argument.name for argument in op_named(name)._schema.arguments if argument.name not in call]
     assert not missing, f"give good_call in tests/support/op_table.py the arguments {missing} of {name}"
     return {argument.name: call[argument.name] for argument in op_named(name)._schema.arguments}
 
 
-def _layer_call(name: str) -> dict[str, Any]:
+def _layer_call(name: str, **options: Any) -> dict[str, Any]:
     forward = name.removesuffix("_backward")
-    leading = (2, 3)
     if forward == "lora_dropout_mask":
         return {"dropout_p": 0.3, "seed": SEED.clone(), "num_tokens": 5, "in_features": 20}
-    if "grouped" in name:
-        groups = torch.tensor([[0, -1, 1], [1, 0, -1]])
-        make = grouped_linear if "linear" in name else grouped
-        sample = make(leading=leading, entries=[(2, 4)], groups=groups)
-        sample.call["ranks"] = torch.tensor([3, 4])
-    else:
-        sample = OPS[forward if forward in OPS else f"{forward}_"].small(leading=leading)
-    call = sample.call | {"dropout_p": 0.3, "seed": SEED.clone()}
+    groups = {"entries": [(2, 4)], "groups": torch.tensor([[0, -1, 1], [1, 0, -1]])} if "grouped" in name else {}
+    op = OPS[forward if forward in OPS else f"{forward}_"]
+    sample = op.small(**{"leading": (2, 3)} | groups | options)
+    call = {"ranks": None} | sample.call | {"dropout_p": 0.3, "seed": SEED.clone()}
+    if groups and "groups" not in options:
+        call["ranks"] = torch.tensor([3, 4])
     if "siblings" in name and "weights" in call:
-        call |= {"biases": [torch.randn(20), torch.randn(12)], "bases": []}
+        call |= {"biases": [torch.randn(len(W)).to(W.dtype) for W in call["weights"]], "bases": []}
     if forward == name:
         return call
+    x = call.get("x", call.get("base"))
+    tokens, acc = x.shape[:-1].numel(), accumulation_dtype(x.dtype)
     grads = {"grad_y": sample.grads[0], "grad_ys": sample.grads, "grad_xa": sample.grads[0]}
-    mask = ops.lora_dropout_mask(SEED, 6, 24, 0.3)
-    rank = sum(map(len, call["lora_As"])) if "siblings" in name else 4
-    xa = call["xa"] if "xa" in call else torch.randn(6, rank)
-    base = {"base": call["x"].clone()} if "shrink" in name else {}
-    number = 2 if "shrink" in name or "expand" in name else 3
+    ranks = [A.shape[-2] for A in call.get("lora_As", [call.get("lora_A", x)])]
+    xa = call.get("xa", torch.randn(tokens, max(ranks) if groups else sum(ranks), dtype=acc))
+    base = {"base": x.clone()} if "shrink" in name else {}
+    number = 2 if "shrink" in name or "expand" in name else 1 + 2 * len(ranks) if groups else 3
+    mask = ops.lora_dropout_mask(SEED, tokens, x.shape[-1], 0.3)
     return call | grads | base | {"xa": xa, "mask": mask, "output_mask": (True,) * number}
 
 

@@ -10,7 +10,9 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import forkserver
@@ -35,6 +37,35 @@ def run_python(*arguments: str | Path, **variables: str) -> subprocess.Completed
     """Runs a new Python to its end; whether it may fail is the caller's business."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=environment(**variables), capture_output=True, text=True)
+
+
+_FORKS = """
+import os, pathlib, sys, torch
+for path in map(pathlib.Path, sys.argv[1:]):
+    if os.fork() == 0:
+        os.dup2(said := os.open(path.with_suffix(".txt"), os.O_CREAT | os.O_WRONLY), 1)
+        os.dup2(said, 2)
+        exec(compile(path.read_text(), "program", "exec"), {"__name__": "__main__"})
+        sys.exit(0)
+    path.with_suffix(".status").write_text(str(os.waitstatus_to_exitcode(os.wait()[1])))
+"""
+
+
+def after_torch(programs: Mapping[str, str]) -> dict[str, tuple[int, str]]:
+    """Runs programs that import lora_ext for the first time, in forks of one process that has imported torch.
+
+    Returns the exit status and what was said, by name.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder, f"{i}.py") for i, name in enumerate(programs)}
+        for name, path in paths.items():
+            path.write_text(programs[name])
+        done = run_python("-c", _FORKS, *paths.values())
+        assert done.returncode == 0, done.stderr
+        return {
+            name: (int(path.with_suffix(".status").read_text()), path.with_suffix(".txt").read_text())
+            for name, path in paths.items()
+        }
 
 
 def context() -> BaseContext:

@@ -12,11 +12,13 @@
 namespace simt {
 namespace {
 
+constexpr uint32_t kSize = 16;  // bytes of a copy
+
 void finish(const AsyncCopy& copy) {
   memcpy(copy.to, copy.from, copy.bytes);
-  memset(copy.to + copy.bytes, 0, copy.size - copy.bytes);
-  Cell* cells = shared_memory().cells_of(copy.to, copy.size);
-  for (uint32_t i = 0; i < copy.size; ++i) {
+  memset(copy.to + copy.bytes, 0, kSize - copy.bytes);
+  Cell* cells = shared_memory().cells_of(copy.to, kSize);
+  for (uint32_t i = 0; i < kSize; ++i) {
     cells[i].flags &= static_cast<uint8_t>(~Cell::kPending);
     cells[i].write_stamp = clocks.now(current_thread->index);
   }
@@ -24,20 +26,20 @@ void finish(const AsyncCopy& copy) {
 
 }  // namespace
 
-void async_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t size) {
+void async_copy(uint32_t to, const void* from, uint32_t bytes) {
   const uint32_t place = place_of(__builtin_return_address(0));
-  if (to % size != 0) {
-    fail("misaligned", place, format("cp.async to shared address %#x, which is not a multiple of %u", to, size));
+  if (to % kSize != 0) {
+    fail("misaligned", place, format("cp.async to shared address %#x, which is not a multiple of %u", to, kSize));
   }
-  if (bytes > size) fail("undefined-behaviour", place, format("cp.async of %u bytes, at most %u", bytes, size));
-  check_alignment(from, size, "cp.async", place);
+  if (bytes > kSize) fail("undefined-behaviour", place, format("cp.async of %u bytes, at most %u", bytes, kSize));
+  check_alignment(from, kSize, "cp.async", place);
   if (bytes > 0) access_memory(from, bytes, AccessKind::kRead, place);
   uint8_t* pointer = shared_memory().pointer_to(to, place);
-  access_memory(pointer, size, AccessKind::kWrite, place);
-  Cell* cells = shared_memory().cells_of(pointer, size);
-  for (uint32_t i = 0; i < size; ++i) cells[i].flags |= Cell::kPending;
-  memset(pointer, 0xFF, size);
-  current_thread->open_copies.push_back({pointer, static_cast<const uint8_t*>(from), bytes, size, place});
+  access_memory(pointer, kSize, AccessKind::kWrite, place);
+  Cell* cells = shared_memory().cells_of(pointer, kSize);
+  for (uint32_t i = 0; i < kSize; ++i) cells[i].flags |= Cell::kPending;
+  memset(pointer, 0xFF, kSize);
+  current_thread->open_copies.push_back({pointer, static_cast<const uint8_t*>(from), bytes, place});
 }
 
 void async_commit() {

@@ -1,5 +1,5 @@
 // Decides which of two accesses happened before the other. __syncthreads orders all threads of a block, __syncwarp the
-// lanes in its mask. Shuffles, votes, ldmatrix and mma order nothing, and blocks are never ordered.
+// lanes in its mask. Shuffles, matches, ldmatrix and mma order nothing, and blocks are never ordered.
 //
 // This is the vector-clock algorithm, reduced to these two. `time_` counts synchronisations of any kind; an access is
 // stamped with the time of its thread's last synchronisation. Accesses older than the last __syncthreads are ordered

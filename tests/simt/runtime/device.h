@@ -31,10 +31,9 @@ void launch(const Launch& launch, const LaunchShape& shape);
 // Waits for earlier launches, in a launch that overlaps them.
 void wait_for_earlier_launches();
 
-// Barriers and votes.
+// Barriers and exchanges of a warp.
 void sync_threads(Site site);
 void sync_warp(uint32_t mask, Site site);
-uint32_t ballot(uint32_t mask, bool predicate, Site site);
 uint32_t match(uint32_t mask, uint64_t value, Site site);
 // Returns the value of lane source_lane, or this lane's value if source_lane < 0.
 uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, const char* name, Site site);
@@ -47,8 +46,8 @@ void check_atomic(const void* address, size_t bytes);
 void* take_shared(size_t index, size_t bytes, size_t reserved_bytes, const char* name);
 uint32_t shared_address(const void* pointer);
 
-// cp.async of `size` bytes: the first `bytes` are read, the others become zero.
-void async_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t size);
+// cp.async of 16 bytes: the first `bytes` are read, the others become zero.
+void async_copy(uint32_t to, const void* from, uint32_t bytes);
 void async_commit();
 void async_wait(int pending);
 

@@ -16,7 +16,7 @@ namespace simt {
 struct AsyncCopy {
   uint8_t* to;
   const uint8_t* from;
-  uint32_t bytes, size, place;
+  uint32_t bytes, place;
 };
 
 struct Thread {

@@ -43,22 +43,6 @@ void exchange(const Lanes& lanes) {
   }
 }
 
-struct Vote {
-  bool predicate;
-  uint32_t result;
-};
-
-void count_votes(const Lanes& lanes) {
-  uint32_t ballot = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    const auto* vote = static_cast<const Vote*>(lanes.argument[lane]);
-    if (vote && vote->predicate) ballot |= 1u << lane;
-  }
-  for (void* argument : lanes.argument) {
-    if (argument) static_cast<Vote*>(argument)->result = ballot;
-  }
-}
-
 struct Match {
   uint64_t value;
   uint32_t result;
@@ -129,12 +113,6 @@ void sync_warp(uint32_t mask, Site site) {
 uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane, const char* name, Site site) {
   Shuffle argument{value, value, source_lane};
   warp_collective(name, mask, &argument, &exchange, site, place_of(__builtin_return_address(0)));
-  return argument.result;
-}
-
-uint32_t ballot(uint32_t mask, bool predicate, Site site) {
-  Vote argument{predicate, 0};
-  warp_collective("a vote", mask, &argument, &count_votes, site, place_of(__builtin_return_address(0)));
   return argument.result;
 }
 

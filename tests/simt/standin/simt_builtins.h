@@ -21,6 +21,7 @@ void* memset(void*, int, std::size_t) noexcept __asm__("simt_memset");
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../runtime/device.h"
 
@@ -40,7 +41,6 @@ void* memset(void*, int, std::size_t) noexcept __asm__("simt_memset");
 // Defined by the runtime, which sets them at every switch of threads.
 extern const uint3 threadIdx, blockIdx;
 extern const dim3 blockDim, gridDim;
-constexpr int warpSize = 32;
 
 using std::fma;
 using std::max;
@@ -48,16 +48,6 @@ using std::min;
 
 __forceinline__ void __syncthreads(SIMT_SITE_PARAMETERS) { simt::sync_threads(SIMT_SITE); }
 __forceinline__ void __syncwarp(uint32_t mask = 0xFFFFFFFFu, SIMT_SITE_PARAMETERS) { simt::sync_warp(mask, SIMT_SITE); }
-
-__forceinline__ uint32_t __ballot_sync(uint32_t mask, int predicate, SIMT_SITE_PARAMETERS) {
-  return simt::ballot(mask, predicate != 0, SIMT_SITE);
-}
-__forceinline__ int __any_sync(uint32_t mask, int predicate, SIMT_SITE_PARAMETERS) {
-  return simt::ballot(mask, predicate != 0, SIMT_SITE) != 0;
-}
-__forceinline__ int __all_sync(uint32_t mask, int predicate, SIMT_SITE_PARAMETERS) {
-  return simt::ballot(mask, predicate == 0, SIMT_SITE) == 0;
-}
 
 // The lanes that have the same value.
 template <class T>
@@ -98,11 +88,6 @@ __forceinline__ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int wid
   return simt::shuffle_value(mask, value, readable ? source : -1, "__shfl_xor_sync", SIMT_SITE);
 }
 template <class T>
-__forceinline__ T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, SIMT_SITE_PARAMETERS) {
-  const int source = simt::within_segment(simt::lane_index() + static_cast<int>(delta), width);
-  return simt::shuffle_value(mask, value, source, "__shfl_down_sync", SIMT_SITE);
-}
-template <class T>
 __forceinline__ T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32, SIMT_SITE_PARAMETERS) {
   const int source = simt::within_segment(simt::lane_index() - static_cast<int>(delta), width);
   return simt::shuffle_value(mask, value, source, "__shfl_up_sync", SIMT_SITE);
@@ -122,55 +107,19 @@ __attribute__((no_sanitize("thread"))) T atomic_update(T* address, F update) {
 
 }  // namespace simt
 
-#define SIMT_ATOMIC(name, T, expression)                                                                         \
-  __forceinline__ T name(T* address, T value) {                                                                  \
-    simt::check_atomic(address, sizeof(T));                                                                      \
-    return simt::atomic_update(address, [value]([[maybe_unused]] T old) { return static_cast<T>(expression); }); \
-  }
-#define SIMT_ATOMICS(T)                                                                                    \
-  SIMT_ATOMIC(atomicMax, T, old > value ? old : value)                                                     \
-  SIMT_ATOMIC(atomicMin, T, old < value ? old : value)                                                     \
-  SIMT_ATOMIC(atomicOr, T, old | value)                                                                    \
-  SIMT_ATOMIC(atomicAnd, T, old& value)                                                                    \
-  SIMT_ATOMIC(atomicExch, T, value)                                                                        \
-  __forceinline__ T atomicCAS(T* address, T compare, T value) {                                            \
-    simt::check_atomic(address, sizeof(T));                                                                \
-    return simt::atomic_update(address, [compare, value](T old) { return old == compare ? value : old; }); \
-  }
-SIMT_ATOMICS(int)
-SIMT_ATOMICS(unsigned)
-SIMT_ATOMICS(unsigned long long)
-SIMT_ATOMIC(atomicMax, long long, old > value ? old : value)
-SIMT_ATOMIC(atomicMin, long long, old < value ? old : value)
-SIMT_ATOMIC(atomicAdd, int, static_cast<unsigned>(old) + static_cast<unsigned>(value))
-SIMT_ATOMIC(atomicAdd, unsigned, old + value)
-SIMT_ATOMIC(atomicAdd, unsigned long long, old + value)
-#undef SIMT_ATOMIC
-#undef SIMT_ATOMICS
+template <class T>
+__forceinline__ T atomicAdd(T* address, T value) {
+  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>,
+                "CUDA adds other types otherwise");
+  simt::check_atomic(address, sizeof(T));
+  return simt::atomic_update(address, [value](T old) { return static_cast<T>(old + value); });
+}
 
 // --- arithmetic and bits --------------------------------------------------------------------------------------------
 
 __forceinline__ int __popc(unsigned value) { return std::popcount(value); }
-__forceinline__ int __popcll(unsigned long long value) { return std::popcount(value); }
-__forceinline__ int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 __forceinline__ int __ffs(int value) { return __builtin_ffs(value); }
-__forceinline__ unsigned __brev(unsigned value) {
-  unsigned reversed = 0;
-  for (int i = 0; i < 32; ++i) reversed |= (value >> i & 1) << (31 - i);
-  return reversed;
-}
-__forceinline__ unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
-
 __forceinline__ unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 __forceinline__ float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
-__forceinline__ int __float_as_int(float value) { return std::bit_cast<int>(value); }
-__forceinline__ float __int_as_float(int value) { return std::bit_cast<float>(value); }
 __forceinline__ long long __double_as_longlong(double value) { return std::bit_cast<long long>(value); }
 __forceinline__ double __longlong_as_double(long long value) { return std::bit_cast<double>(value); }
-
-template <class T>
-__forceinline__ T __ldg(const T* address) {
-  return *address;
-}

@@ -16,14 +16,7 @@ __forceinline__ T* in_global_memory(T* pointer) {
 
 __forceinline__ void wait_for_earlier_launches() { simt::wait_for_earlier_launches(); }
 
-__forceinline__ void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
-  simt::async_copy(to, from, bytes, 16);
-}
-
-template <int kBytes>
-__forceinline__ void cp_async_small(uint32_t to, const void* from, bool read) {
-  simt::async_copy(to, from, read ? kBytes : 0, kBytes);
-}
+__forceinline__ void cp_async_16(uint32_t to, const void* from, uint32_t bytes) { simt::async_copy(to, from, bytes); }
 
 __forceinline__ void cp_async_commit() { simt::async_commit(); }
 
