@@ -7,6 +7,7 @@ written, and results that are not written, show.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 of_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 with_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+BFLOAT16 = (torch.bfloat16, torch.bfloat16)
 MIDDLE = 6  # of an op's samples: some sizes beyond a block, for tests of one
 SOMETIMES = ("lora_delta_", "lora_linear_siblings", "bottleneck")  # not in make test-quick
 
@@ -81,6 +83,21 @@ def test_sizes_of_zero(op, dtypes):
         for dropout_p in (0.0, 0.3) if op.has_dropout else (0.0,):
             for names in (op.trained, *((name,) for name in op.trained)):
                 assert_as_good_as_plain(op, make, dtypes, dropout_p, names=names)
+
+
+@pytest.mark.full
+@pytest.mark.pairs
+@with_dropout
+@pytest.mark.parametrize("dtypes", [FLOAT, BFLOAT16], ids=["float32-float32", "bfloat16-bfloat16"])
+@pytest.mark.parametrize("rank", [1, 2, 3, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 129, 255, 256])
+@pytest.mark.parametrize("name", ["lora_linear", "lora_grouped_"])
+def test_ranks(name, rank, dtypes, dropout_p):
+    """Ranks on both sides of whole vectors, tiles and panels, and more rows than a panel of them has."""
+    if name == "lora_linear":
+        make = partial(op_table.linear, size=(300, 97, 131, rank))
+    else:
+        make = partial(op_table.grouped, tokens=300, features=(97, 131), entries=[rank, 1])
+    assert_as_good_as_plain(OPS[name], make, dtypes, dropout_p)
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,21 +7,16 @@ build/sanitize/<sanitizer>/package is imported.
 from __future__ import annotations
 
 import functools
-import json
-import os
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+from support import extension
 from support.object_cache import ROOT, ObjectCache
 
 from .planted import SOURCE, PlantedBug
 from .sanitizers import Sanitizer, compiler
 
 FOLDER = ROOT / "build" / "sanitize"
-PACKAGE = ROOT / "lora_ext"
 # Later flags win. Reports need only -g1, and -O3 takes twice the time to compile.
 _FLAGS = ["-fPIC", "-O1", "-g1", "-fno-omit-frame-pointer", "-w"]
 
@@ -38,7 +33,7 @@ class Build:
     @functools.cached_property
     def objects(self) -> dict[str, Path]:
         """The library's objects by source path."""
-        sources = _extension().sources
+        sources = extension.describe().sources
         with self.cache.locked("objects"):
             made = self.cache.compile_all([(ROOT / source, self._command(ROOT)) for source in sources])
         return dict(zip(sources, made, strict=True))
@@ -79,46 +74,16 @@ class Build:
             return self.cache.link("openmp", [made], [compiler(), "-shared"], ["-ldl"])
 
     def _command(self, root: Path) -> list[str]:
-        flags = [*_extension().flags, *_FLAGS, f"-ffile-prefix-map={root}/="]
+        flags = [*extension.describe().flags, *_FLAGS, f"-ffile-prefix-map={root}/="]
         return [compiler(), *flags, *self.sanitizer.flags]
 
     def _package(self, name: str, objects: dict[str, Path]) -> Path:
-        extension = _extension()
-        link = [compiler(), "-shared", *self.sanitizer.flags, *(f"-L{path}" for path in extension.library_dirs)]
-        link += [f"-Wl,-rpath,{path}" for path in extension.library_dirs]
+        described = extension.describe()
+        link = described.linker(compiler(), *self.sanitizer.flags)
         with self.cache.locked("objects"):
-            library = self.cache.link(name, list(objects.values()), link, extension.link_flags)
+            library = self.cache.link(name, list(objects.values()), link, described.link_flags)
             self.cache.remove_old()
         folder = self.folder / name
         with self.cache.locked(name):
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(PACKAGE, folder / "lora_ext", ignore=shutil.ignore_patterns("__pycache__", "lib*.so"))
-            shutil.copy(library, folder / "lora_ext" / "liblora_ext.so")
+            extension.write_package(folder, library)
         return folder
-
-
-@dataclass(frozen=True)
-class Extension:
-    """setup.py's description of liblora_ext.so."""
-
-    sources: list[str]
-    flags: list[str]
-    library_dirs: list[str]
-    link_flags: list[str]
-
-
-_DESCRIBE = """
-import json, setuptools
-from distutils.core import run_setup
-extensions = {extension.name: extension for extension in run_setup("setup.py", ["-q"], "init").ext_modules}
-e = extensions["lora_ext.liblora_ext"]
-print(json.dumps([e.sources, e.extra_compile_args["cxx"], e.library_dirs, e.extra_link_args]))
-"""
-
-
-@functools.cache
-def _extension() -> Extension:
-    command = [sys.executable, "-c", _DESCRIBE]
-    environment = {**os.environ, "LORA_EXT_CUDA": "0"}
-    says = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return Extension(*json.loads(says.stdout.splitlines()[-1]))

@@ -1,0 +1,45 @@
+"""Builds lora_ext with the AMX kernels over emulated tiles (emulated_amx/), as the kernels of every machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from support import extension
+from support.object_cache import ROOT, ObjectCache
+
+SOURCES = Path(__file__).parent / "emulated_amx"
+FOLDER = ROOT / "build" / "emulated_amx"
+_CACHE = ObjectCache(FOLDER / "objects")
+_KERNELS = "csrc/cpu/isa_"
+# Later flags win. The kernels take most of the time, compiled and run; calls check their arguments in no time.
+_OPTIMIZED = {"kernels.cpp": ["-O1"], "tiles.cpp": ["-O3", "-mavx512f", "-mfma"]}
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build() -> Path:
+    """Returns the folder to import lora_ext from."""
+    described = extension.describe()
+    flags = [*described.flags, "-fPIC", "-O0", "-w", f"-I{ROOT / 'csrc'}"]
+    jobs = [(SOURCES / name, [compiler(), *flags, *more]) for name, more in _OPTIMIZED.items()]
+    jobs += [(ROOT / name, [compiler(), *flags]) for name in described.sources if not name.startswith(_KERNELS)]
+    with _CACHE.locked("build"):
+        objects = _CACHE.compile_all(jobs)
+        # Without the list of exports: a test calls a function of tiles.h.
+        libraries = [flag for flag in described.link_flags if "--version-script" not in flag]
+        library = _CACHE.link("liblora_ext", objects, described.linker(compiler()), libraries)
+        _CACHE.remove_old()
+        extension.write_package(FOLDER / "package", library)
+    return FOLDER / "package"
+
+
+def tiles_tests() -> Path:
+    """Builds the program that tests the tiles themselves."""
+    command = [compiler(), "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror"]
+    with _CACHE.locked("tests"):
+        objects = _CACHE.compile_all([(SOURCES / name, command) for name in ("tiles.cpp", "tiles_tests.cpp")])
+        return _CACHE.link("tiles_tests", objects, [compiler(), "-pthread"], suffix="")
