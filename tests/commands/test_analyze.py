@@ -17,7 +17,6 @@ from support.analyzed import (
     phi,
     right_directions,
     save_files,
-    save_misfits,
     tensors,
 )
 from support.checkpoint_files import peft_adapter, snapshot
@@ -33,11 +32,6 @@ pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), py
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module")
-def misfits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_misfits(Path(tmp_path_factory.mktemp("files") / "misfits"))
 
 
 @pytest.fixture
@@ -216,36 +210,6 @@ def test_it_writes_json_markdown_and_pictures_and_replaces_nothing_by_itself(fil
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("", "the following arguments are required: --adapter"),
-        ("--adapter nowhere", "nowhere/adapter_config.json is missing"),
-        ("--adapter four --base four", "has no model.safetensors"),
-        ("--adapter four --base base --no-base", "argument --no-base: not allowed with argument --base"),
-        ("--adapter four --layers (", "--layers '(' is no regular expression"),
-        ("--adapter four --layers k_proj", "--layers 'k_proj' matches none of the 4 layers: model.layers.0"),
-        ("--adapter four --out four/adapter_config.json", "adapter_config.json is a file; choose a directory"),
-        ("--adapter four --resume", "there is no option --resume"),
-        ("--adapter four --base bert", "not in the base: model.layers.0.mlp.up_proj.weight; not in the base: "),
-        ("--adapter four --base bert", "and 1 more; --base names another checkpoint, and --no-base goes without one"),
-        ("--adapter four query --no-base", "have no layer in common; analyze each by itself"),
-        ("--adapter four wide --no-base", "not of one model: model.layers.0.self_attn.q_proj has the shapes"),
-        ("--adapter broken --no-base", "model.layers.1.mlp.up_proj in broken: factored_svd: "),
-        ("--adapter four --base infinite", "model.layers.0.mlp.up_proj.weight of infinite: "),
-        ("--adapter dora --no-base", "is a DoRA adapter (use_dora), which rescales the weights"),
-    ],
-)
-def test_mistakes(misfits, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(misfits)
-    before = snapshot(misfits)
-    out = [] if "--out" in arguments else ["--out", "out"]
-    assert main(["analyze", *out, *arguments.split()]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("lora-ext analyze: error: ") and error.count("\n") == 1 and message in error, error
-    assert snapshot(misfits) == before
 
 
 def test_matplotlib_is_named_where_it_is_missing(tmp_path):

@@ -99,28 +99,6 @@ def test_submitit_runs_an_array_of_jobs(command, words, tmp_path, cluster):
     assert f"submitted {len(specs)} job" in said and (tmp_path / "compare.json").exists()
 
 
-MISTAKES = {
-    "no specs": (["--out", "out"], "want specs first"),
-    "method": (["lorra"], "lorra: --method lorra: there is no method 'lorra'; did you mean lora?"),
-    "option": (["lora:rank=3"], "lora:rank=3: there is no option --rank; did you mean"),
-    "seed": (["lora:seed=3"], "--seeds has the seeds"),
-    "seeds": (["lora", "--seeds", "one"], "--seeds one: invalid literal"),
-    "twice": (["lora:r=1", "lora:r=1"], "have one directory"),
-    "baseline": (["lora", "--baseline", "full"], "--baseline full: there is no such label; want one of lora"),
-    "jobs": (["lora", "--jobs", "0"], "--jobs is 0, want at least 1"),
-    "launcher": (["lora", "--launcher", "ssh"], "argument --launcher: invalid choice: 'ssh'"),
-    "parameter": (["lora", "--launcher", "submitit", "--launcher_set", "gpus=1"], "--launcher_set: "),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_found_before_the_first_run(command, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    options, expected = MISTAKES[name]
-    assert expected in mistake(command("compare", *options))
-    assert not list(tmp_path.glob("*/*seed0"))
-
-
 def _run(tmp_path: Path, label: str, seed: int, answers: str) -> tuple[SimpleNamespace, dict]:
     """A finished run whose predictions are right where ``answers`` has a 1."""
     out = tmp_path / f"{label}-{seed}"

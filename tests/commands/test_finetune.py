@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny_classifier
+from support.checkpoint_files import snapshot
 from support.command_lines import Run, mistake, stopped_after
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -150,79 +151,17 @@ def test_no_text_is_on_two_sides(finetune, tiny, tmp_path):
     assert f"{left_out} texts of train are left out, because test or validation has them, too" in run.said
 
 
-ROWS = "".join(f"the film {i} is {word},{label}\n" for i in range(20) for word, label in (("good", 1), ("bad", 0)))
-
-MISTAKES = {
-    "unknown option": (["--lora-rank", "4"], "there is no option --lora-rank; did you mean"),
-    "unknown method": (["--method", "lorra"], "there is no method 'lorra'; did you mean lora?"),
-    "other method's option": (
-        ["--method", "bitfit", "--lora_r", "4"],
-        "--lora_r goes with lora, not with --method bitf",
-    ),
-    "rank 0": (["--lora_r", "0"], "LoraConfig: r is 0"),
-    "targets": (["--lora_targets", "qeury"], "close matches: 'query'"),
-    "no model": (["--model", "/nowhere/model"], "--model /nowhere/model: there is no such file or directory"),
-    "no data": (["--data", "nowhere.csv"], "--data nowhere.csv: there is no such file or directory"),
-    "column": (["--text_column", "body"], "no column 'body' but 'text', 'label'"),
-    "too long": (["--max_length", "64"], "--max_length is 64, but"),
-    "no positions": (["--method", "prefix-embed", "--prefix_length", "26"], "--max_length is 32, but"),
-    "no test": (["--test_split", "0"], "no text is left for test"),
-    "split": (["--test_split", "1.5"], "--test_split is 1.5, want 0 <= test_split < 1"),
-    "number": (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
-    "metric": (["--early_stopping", "2"], "--early_stopping goes with --load_best_model_at_end"),
-    "quantised": (["--method", "full", "--quantize", "nf4"], "--quantize nf4 freezes the weights, and --method full"),
-    "merged": (["--method", "bitfit", "--merged", "true"], "--merged goes with --method lora, not with bitfit"),
-    "merged mean": (["--pooling", "mean", "--merged", "true"], "a checkpoint does not say --pooling mean"),
-    "average": (["--ema_decay", "1"], "--ema_decay is 1.0, want 0 <= ema_decay < 1"),
-    "config": (["--config", "nowhere.yaml"], "--config nowhere.yaml: nowhere.yaml: No such file or directory"),
-    "task": (["--task", "translation"], "--task is 'translation', want classification or causal-lm"),
-}
-
-FILES = {
-    "empty": ("data.csv", "", "the file is empty"),
-    "header": ("data.csv", "text,label\n", "holds no rows after its header"),
-    "separator": ("data.csv", "text;label\na film;1\n", "want commas between columns"),
-    "suffix": ("data.xlsx", "text,label\n", "want a file with the suffix .csv, .tsv or .jsonl"),
-    "missing label": ("data.csv", "text,label\na film,\n" + ROWS, "row 1 has no 'label'"),
-    "one label": ("data.csv", "text,label\n" + ROWS.replace(",0", ",1"), "every training text has the label '1'"),
-    "two spellings": ("data.csv", "text,label\n" + ROWS + "the plot is fine,01\n", "the labels '01' and '1' are two"),
-    "broken line": ("data.jsonl", '{"text": "a film", "label": 1}\n{"text": \n', "data.jsonl"),
-    "not utf-8": ("data.csv", b"text,label\ncaf\xe9,1\n", "data.csv"),
-    "columns": ("data.csv", "text,label\n" + ROWS + "a film, two, three,1\n", "data.csv"),
-}
-
-
-@pytest.mark.parametrize("name", [*MISTAKES, *FILES])
-def test_mistakes(command, tiny, tmp_path, name):
-    if name in MISTAKES:
-        options, expected = MISTAKES[name]
-    else:
-        file, content, expected = FILES[name]
-        options = ["--data", tmp_path / file]
-        (tmp_path / file).write_bytes(content.encode() if isinstance(content, str) else content)
-    assert expected in mistake(command("finetune", *tiny, *options, "--output_dir", tmp_path / "out"))
-    assert not (tmp_path / "out" / "run.json").exists()
-
-
-def test_mistakes_with_other_files(command, tiny, lora, trained, tmp_path):
-    test = tiny_classifier.save_reviews(tmp_path / "test.csv", [("a film", "pos"), ("the story", "mixed")])
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "letter.txt").write_text("mine")
-    before = {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file()}
-    run = (*lora, "--output_dir", trained.out)
-    no_label = "row 2 of test has the label 'mixed', which no training text has; labels are 'neg', 'pos'"
+def test_another_run_is_neither_replaced_nor_continued(command, tiny, lora, trained):
+    before = snapshot(trained.out)
     for options, expected in (
-        (["--test_file", test, "--output_dir", tmp_path / "out"], no_label),
-        (["--model", trained.out / "adapter", "--output_dir", tmp_path / "out"], "is an adapter (it holds adapter_con"),
-        (run, "holds a run; --resume_from_checkpoint true continues it, --overwrite"),
+        ([], "holds a run; --resume_from_checkpoint true continues it, --overwrite"),
         (
-            (*run, "--resume_from_checkpoint", "true", "--lora_alpha", "9"),
+            ["--resume_from_checkpoint", "true", "--lora_alpha", "9"],
             "holds a run with lora_alpha=8.0, not 9.0; resume it",
         ),
-        (["--output_dir", tmp_path / "notes"], "is not empty, and holds no run"),
     ):
-        assert expected in mistake(command("finetune", *tiny, *options))
-    assert {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file()} == before
+        assert expected in mistake(command("finetune", *tiny, *lora, "--output_dir", trained.out, *options))
+    assert snapshot(trained.out) == before
 
 
 def test_overwrite_replaces_a_run(finetune, tiny, lora):

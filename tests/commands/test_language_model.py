@@ -152,23 +152,6 @@ def test_a_gguf_file_is_a_model(command, finetune, options, tmp_path):
     assert "is a GGUF file; save it as a directory first" in line
 
 
-def test_mistakes(command, options, tmp_path):
-    rows = tiny_decoder.save_rows(tmp_path / "data.jsonl", [{"question": "Why?", "answer": "So."}] * 9)
-    text = "{% for message in messages %}{{ message['content'] }}{{ loop.length }}{% endfor %}"
-    for more, expected in (
-        (["--method", "prefix-embed"], "--method prefix-embed is not for language models, want one of full, bitfit"),
-        (["--label_column", "y"], "there is no option --label_column"),
-        (["--class_weights", "balanced"], "there is no option --class_weights"),
-        (["--data", rows], "has the columns question, answer; want messages, or prompt and completion, or 'text'"),
-        (
-            ["--model", saved(tmp_path / "model", text)],
-            "row 1: the chat template does not tell the tokens of message 2; --chat_template_path names",
-        ),
-    ):
-        assert expected in mistake(command("finetune", *options, *more, "--output_dir", tmp_path / "out"))
-        assert not (tmp_path / "out" / "run.json").exists()
-
-
 def test_scores_of_answers():
     scores = answer_scores(["the red sky", " blue ", ""], ["a red sky", "blue", "green"])
     assert scores["exact_match"] == pytest.approx(1 / 3)
