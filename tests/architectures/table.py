@@ -229,11 +229,11 @@ ROUTERS = (
     "out, with a warning."
 )
 OF_ROUTERS = (Known("all-linear", "targets", ROUTERS),)
-IN_WAVLM = (Known("all-linear", "targets outputs merge files gradients step", READ),)
-IN_JAMBA = (Known("all-linear", "targets outputs merge files tokens gradients step", READ),)
+IN_WAVLM = (Known("all-linear", "targets outputs merge files training", READ),)
+IN_JAMBA = (Known("all-linear", "targets outputs merge files tokens training", READ),)
 IN_MAMBA = (Known("all-linear", "targets", OWN_OUT_PROJ),)
 IN_SQUEEZEBERT = (Known("usual", "merge", GROUPS),)
-IN_SIGLIP = (Known("all-linear", "outputs files gradients step", OUT_PROJ),)
+IN_SIGLIP = (Known("all-linear", "outputs files training", OUT_PROJ),)
 
 _A, _F32 = Architecture, torch.float32
 ARCHITECTURES = (

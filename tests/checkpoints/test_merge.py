@@ -66,6 +66,7 @@ def block(request, monkeypatch) -> None:
     monkeypatch.setattr("lora_ext.checkpoints.merging.BLOCK_BYTES", request.param)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_merge_has_pefts_values_and_the_bits_of_a_merge_in_memory(family, settings, dtype, block, tmp_path):

@@ -73,16 +73,16 @@ def test_peft_loads_the_adapter_and_answers_the_same(trained, tiny):
 
 
 EVERYTHING = ["--ema_decay", "0.9", "--lora_plus_ratio", "4", "--class_weights", "balanced", "--save_strategy", "steps"]
-EVERYTHING += ["--save_steps", "10", "--eval_strategy", "steps", "--eval_steps", "10", "--save_total_limit", "3"]
+EVERYTHING += ["--save_steps", "8", "--eval_strategy", "steps", "--eval_steps", "8", "--save_total_limit", "3"]
 EVERYTHING += ["--load_best_model_at_end", "true", "--metric_for_best_model", "macro_f1", "--early_stopping", "30"]
 
 
 @pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow), EVERYTHING], ids=["plain", "everything"])
 def test_resuming_gives_what_not_stopping_gives(command, finetune, tiny, lora, tmp_path, monkeypatch, options):
-    words = [*tiny, *lora, *options]
+    words = [*tiny, *lora, *options, "--max_steps", "40"]
     whole = finetune(*words, out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "Clock", stopped_after(52))
+        patch.setattr(trainer, "Clock", stopped_after(27))
         assert command("finetune", *words, "--output_dir", tmp_path / "parts")[0] == 130
     assert not (tmp_path / "parts" / "metrics.json").exists()
     parts = finetune(*words, "--resume_from_checkpoint", "true", out="parts")

@@ -42,7 +42,7 @@ def forked(*arguments: object) -> list[tuple[int, str, str]]:
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     top = tmp_path_factory.mktemp("inputs")
     model = tiny_classifier.save_model(top / "model", **tiny_classifier.NO_DROPOUT)
-    data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(100))
+    data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(60))
     words = ["--max_length", "32", "--lora_dropout", "0", "--lora_targets", "all-linear", "--lora_r", "2"]
     words += ["--lora_plus_ratio", "4"]
     return ["--model", str(model), "--data", str(data), *words, "--learning_rate", "0.01"]

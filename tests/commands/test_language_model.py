@@ -132,11 +132,11 @@ def test_formats(finetune, options, tmp_path, kind):
 
 
 def test_resuming_gives_what_not_stopping_gives(command, finetune, options, tmp_path, monkeypatch):
-    words = [*options, "--packing", "--max_steps", "12", "--save_strategy", "steps", "--save_steps", "5"]
+    words = [*options, "--packing", "--max_steps", "8", "--save_strategy", "steps", "--save_steps", "3"]
     words += ["--per_device_train_batch_size", "2", "--ema_decay", "0.9", "--answers", "0"]
     whole = finetune(*words, out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "Clock", stopped_after(7))
+        patch.setattr(trainer, "Clock", stopped_after(5))
         assert command("finetune", *words, "--output_dir", tmp_path / "parts")[0] == 130
     parts = finetune(*words, "--resume_from_checkpoint", "true", out="parts")
     for name, value in whole.adapter.items():

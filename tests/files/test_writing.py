@@ -111,7 +111,7 @@ SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
 @pytest.mark.full
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=4),
     table=st.dictionaries(NAMES, st.tuples(st.sampled_from([*DTYPES.values()]), SHAPES), max_size=5),

@@ -324,8 +324,9 @@ def test_initial_values_are_tokens_that_are_not_special():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["prefix-embed", "prefix-layer"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("family", "name"), [("bert", "prefix-layer"), ("gpt2", "prefix-embed"), ("llama", "prefix-layer")]
+)
 def test_compiled_in_one_graph(family, name):
     model = adapted(family, name, NUM_PREFIX)
     ids, mask = padded("right")
