@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import pytest
 import torch
-from support.models import Net, gpt2, llama, refused, roberta, shaken, token_ids
+from support.models import Net, llama, refused, roberta, shaken, token_ids
 from support.rows import NAMES, alone, assert_rows_equal, use, with_adapters
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList, T5Config, T5ForConditionalGeneration
@@ -31,16 +29,11 @@ class Positions(nn.Module):
         return self.head(x.flatten(0, 1)).view(*ids.shape, -1)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=str)
-def test_positions_of_all_rows_and_flat_tokens(options):
+def test_positions_of_all_rows_and_flat_tokens():
     """tests/contracts has every kind of layer with a row for each name."""
-    model, x = with_adapters(Positions(), ["token", "position", "head"], **options), torch.randint(9, (5, 7))
+    model, x = with_adapters(Positions(), ["token", "position", "head"], use_rslora=True), torch.randint(9, (5, 7))
     with torch.no_grad():
         assert_rows_equal(model, lambda **names: model(x, **names))
-
-
-def packed() -> nn.Module:
-    return with_adapters(gpt2(), ["c_attn", "c_proj"], enable_lora={"c_attn": [True, False, True]})
 
 
 def in_16_bits(factors: torch.dtype) -> nn.Module:
@@ -58,8 +51,6 @@ def hooked() -> nn.Module:
 
 
 TRANSFORMERS = {
-    "packed": (packed, nullcontext, {}),
-    "embedding and a head with a hook": (hooked, torch.no_grad, {}),
     "16 bits": (lambda: in_16_bits(torch.bfloat16), torch.no_grad, {"rtol": 0.05, "atol": 0.02}),
     "factors in 32 bits": (lambda: in_16_bits(torch.float32), torch.no_grad, {"rtol": 0.05, "atol": 0.02}),
     "inference mode": (hooked, torch.inference_mode, {}),
@@ -170,22 +161,6 @@ def test_an_error_ends_the_choice(error):
         assert torch.equal(model(x), plain)
         active = model._lora_adapters.active
         assert active.running.choice is None and active.mixed_calls == 0
-
-
-def test_threads_with_different_names():
-    model, x = with_adapters(llama(), ["q_proj", "v_proj", "down_proj"]), token_ids(5)
-    set_adapter(model, "a")
-    choices = [["a"] * 5, ["b"] * 5, NAMES, NAMES[::-1], None, ["__base__", "a", "b", "c", "a"]]
-    with torch.no_grad():
-        expected = [model(x, adapter_names=names).logits for names in choices]
-
-    def run(i: int) -> bool:
-        with torch.no_grad():
-            return all(torch.equal(model(x, adapter_names=choices[i]).logits, expected[i]) for _ in range(15))
-
-    with ThreadPoolExecutor(len(choices)) as pool:
-        assert all(pool.map(run, range(len(choices))))
-    assert model._lora_adapters.active.mixed_calls == 0
 
 
 def test_a_model_inside_another():

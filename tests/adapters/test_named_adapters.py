@@ -207,14 +207,6 @@ def test_status():
     assert adapter_status(Net()) == [] and adapter_names(Net()) == []
 
 
-def test_counts():
-    model, adapter, head = inject(Net(), FIRST), 4 * 2 * (6 + 10), 6 * 3 + 3
-    total = sum(p.numel() for p in Net().parameters())
-    assert trainable_parameter_counts(model) == (adapter + head, total + adapter + head)
-    tied = llama(tied=True)
-    assert trainable_parameter_counts(tied)[1] == tied.num_parameters()
-
-
 # --- adapters that meet in one module: neither may change the other ---------------------------------------------------
 
 

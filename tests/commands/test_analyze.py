@@ -9,21 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.analyzed import (
-    assert_update,
-    factors,
-    name_base,
-    own_adapter,
-    phi,
-    right_directions,
-    save_files,
-    tensors,
-)
+from support.analyzed import factors, name_base, own_adapter, save_files, tensors
 from support.checkpoint_files import peft_adapter, snapshot
 from support.models import bert, gpt2, llama
 from support.optional import Image, matplotlib  # noqa: F401
+from torch import Tensor
 
 from lora_ext import LoraConfig, inject, save_adapter
+from lora_ext.analysis import (
+    Svd,
+    effective_rank,
+    factored_svd,
+    numerical_rank,
+    projection_table,
+    singular_basis,
+    stable_rank,
+    subspace_similarity,
+)
 from lora_ext.commands import analyze, main
 
 pytestmark = [pytest.mark.cpu_only("is about files, which hold CPU tensors"), pytest.mark.full]
@@ -48,12 +50,28 @@ def run(out: Path, *adapters: Path, **options: Any) -> dict[str, Any]:
     return json.loads((out / "analysis.json").read_text(), parse_constant=pytest.fail)
 
 
+def assert_update(found: dict[str, Any], svd: Svd, weight: Tensor) -> None:
+    """Checks the measurements of one adapter in one layer; tests/analysis has those of matrices."""
+    near, norm = {"rel": 2e-4, "abs": 1e-6}, svd.S.norm().item()
+    table = projection_table(weight.contiguous(), svd, seed=0)
+    assert (found["norm"], found["relative_change"]) == pytest.approx((norm, norm / weight.norm().item()), **near)
+    rank = numerical_rank(svd.S)
+    assert found["numerical_rank"] == rank and found["singular_values"][:rank] == pytest.approx(svd.S[:rank], **near)
+    assert found["stable_rank"] == pytest.approx(stable_rank(svd.S), **near)
+    assert found["effective_rank"] == pytest.approx(effective_rank(svd.S), **near)
+    assert [row["rank"] for row in found["projections"]] == table.ranks
+    for key in ("delta", "weight", "amplification"):
+        assert [row[key] for row in found["projections"]] == pytest.approx(getattr(table, key), rel=1e-3)
+    for key in ("delta", "weight", "random", "amplification"):
+        assert found[key] == found["projections"][-1][key]
+
+
 # --- the figures ------------------------------------------------------------------------------------------------------
 
 
 def test_two_adapters_against_whole_matrices(files, tmp_path, no_pictures):
     result = run(tmp_path / "out", files / "four", files / "six", base=files / "base")
-    weights, scalings, ranks = tensors(files / "base"), (6 / 4, 6 / 6), (4, 6)
+    weights, scalings = tensors(files / "base"), (6 / 4, 6 / 6)
     modules = [("self_attn.q_proj", 1), ("mlp.up_proj", 1)]
     modules += [("self_attn.q_proj", 2), ("self_attn.v_proj", 2), ("mlp.up_proj", 2)]
     expected = sorted((f"model.layers.{i}.{module}", adapter) for i in range(2) for module, adapter in modules)
@@ -61,9 +79,7 @@ def test_two_adapters_against_whole_matrices(files, tmp_path, no_pictures):
     for update in result["updates"]:
         number = update["adapter"] - 1
         A, B = factors(files / ("four", "six")[number], update["layer"])
-        weight = weights[f"{update['layer']}.weight"].double().numpy()
-        # An update has no more directions than the layer has outputs.
-        assert_update(update, scalings[number] * (B @ A).numpy(), weight, min(ranks[number], *weight.shape))
+        assert_update(update, factored_svd(A, B, scalings[number]), weights[f"{update['layer']}.weight"])
 
     shared = [update["layer"] for update in result["updates"] if update["adapter"] == 1]
     assert [row["factor"] for row in result["similarity"]] == ["lora_A", "lora_B"]
@@ -72,8 +88,10 @@ def test_two_adapters_against_whole_matrices(files, tmp_path, no_pictures):
         grids = []
         for name in shared:
             one, other = (factors(files / adapter, name)[side] for adapter in ("four", "six"))
-            grids.append(phi(*(right_directions(matrix.T if side else matrix) for matrix in (one, other))))
-        np.testing.assert_allclose(row["phi"], np.mean(grids, axis=0), rtol=1e-4, atol=1e-7)
+            grids.append(
+                subspace_similarity(*(singular_basis(matrix.T if side else matrix) for matrix in (one, other)))
+            )
+        torch.testing.assert_close(torch.tensor(row["phi"]).double(), sum(grids) / len(grids), rtol=1e-4, atol=1e-7)
         sizes = [weights[f"{name}.weight"].shape[0 if side else 1] for name in shared]
         for i, j in ((1, 1), (2, 1), (4, 6)):  # random subspaces: max(i, j) / n
             assert row["random"][i - 1][j - 1] == pytest.approx(np.mean([max(i, j) / n for n in sizes]), rel=1e-4)
@@ -106,9 +124,8 @@ def test_a_conv1d_is_stored_transposed_and_a_tied_head_has_its_embedding(tmp_pat
     assert {update["layer"].rpartition(".")[2] for update in result["updates"]} == {*modules}
     for update in result["updates"]:
         A, B = factors(tmp_path / "adapter", update["layer"])
-        weight = model.state_dict()[f"{update['layer']}.weight"].double()
-        weight = weight if update["layer"].startswith("lm_head") else weight.T
-        assert_update(update, (5 / 3 * B @ A).numpy(), weight.numpy(), 3)
+        weight = model.state_dict()[f"{update['layer']}.weight"]
+        assert_update(update, factored_svd(A, B, 5 / 3), weight if update["layer"].startswith("lm_head") else weight.T)
 
 
 def test_a_classifiers_adapter_fits_the_checkpoint_without_its_head(tmp_path, no_pictures):

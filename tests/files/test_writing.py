@@ -55,25 +55,22 @@ def test_files_are_replaced_together(tmp_path):
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "a" / "out"
-    for error in (ValueError, KeyboardInterrupt):
-        with pytest.raises(error), new_directory(out, "merge") as staging:
-            (staging / "x").write_text("half")
-            assert not out.exists()
-            raise error
-        assert not list(tmp_path.iterdir())
-    with new_directory(out, "merge") as staging:
-        (staging / "inner").mkdir()
-        (staging / "inner" / "x").write_text("whole")
-    assert content(tmp_path) == {"a/out/inner/x": "whole"}
+    with pytest.raises(ValueError), new_directory(out, "merge") as staging:
+        (staging / "x").write_text("half")
+        assert not out.exists()
+        raise ValueError
+    assert not list(tmp_path.iterdir())
     (tmp_path / "empty").mkdir()
-    with new_directory(tmp_path / "empty", "merge") as staging:
-        (staging / "x").write_text("1")
+    for path in (out, tmp_path / "empty"):
+        with new_directory(path, "merge") as staging:
+            (staging / "inner").mkdir()
+            (staging / "inner" / "x").write_text("whole")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path in (out, out / "inner" / "x", tmp_path / "link"):
         wanted = pytest.raises(FileExistsError, match=f"merge: {path} exists; choose a new directory")
         with wanted, new_directory(path, "merge"):
             raise AssertionError("nothing is to be written")
-    assert content(tmp_path) == {"a/out/inner/x": "whole", "empty/x": "1"}
+    assert content(tmp_path) == {"a/out/inner/x": "whole", "empty/inner/x": "whole"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.groups import watch_calls
 from support.models import logits, token_ids
-from support.peft_pairs import alora_prompts, assert_same_step, config, gradients, model_pair, pair
+from support.peft_pairs import alora_prompts, assert_same_step, config, model_pair, pair
 from torch import Tensor, nn
 
 from lora_ext.integrations.peft import accelerate, restore
@@ -146,16 +146,6 @@ def test_mixed_batches(calls):
         model.base_model.set_adapter(["1", "default"])
     expected, actual = both_logits(models, ids, mask)
     torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant):
-    (_, model), (ids, mask) = model_pair("llama", **INVOKED), alora_prompts()
-    model.train().enable_input_require_grads()
-    expected = gradients(model, lambda model: model(input_ids=ids, attention_mask=mask).logits)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    found = gradients(model, lambda model: model(input_ids=ids, attention_mask=mask).logits)
-    torch.testing.assert_close(found, expected)
 
 
 def test_what_stays_pefts():

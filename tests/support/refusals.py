@@ -398,7 +398,20 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.add_weighted_adapter, {"adapters": "a"}, TypeError, "adapters is 'a' of type str, want a list of strin"),
     (methods.load_method, {"trainable": 1}, TypeError, "trainable is 1 of type int, want True or False"),
     (inject, {"share_inputs": "yes"}, TypeError, "share_inputs is 'yes' of type str, want True or False"),
-    (analysis.singular_basis, {"matrix": torch.zeros(2, 6).long()}, TypeError, "matrix has dtype int64, want one of"),
+    *(
+        (function, {name: made.to(wrong)}, error, f"{name} {words}")
+        for wrong, error, words in (
+            ("meta", ValueError, "is on the meta device, where it has no values"),
+            (torch.int64, TypeError, "has dtype int64, want one of float64, float32"),
+        )
+        for function, name, made in (
+            (analysis.project, "V", torch.ones(4, 2)),
+            (analysis.subspace_similarity, "second", torch.ones(4, 2)),
+            (analysis.singular_basis, "matrix", torch.ones(2, 6)),
+            (analysis.block_krylov_svd, "weight", torch.ones(6, 4)),
+            (analysis.factored_svd, "lora_A", torch.ones(2, 6)),
+        )
+    ),
     *((kind, {"base_layer": nn.ReLU()}, TypeError, f"base_layer is a ReLU, want {kind.base_kinds}") for kind in BASES),
     (layers.LoraPackedLinear, {"num_parts": 4}, ValueError, "num_parts is 4, want a divisor of out_features=6"),
     (layers.LoraPackedLinear, {"num_parts": 0}, ValueError, "num_parts is 0"),
