@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from support import tiny_classifier
 from support.checkpoint_files import snapshot
 from support.command_lines import Run, mistake, stopped_after
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from lora_ext.commands import main, trainer
 from lora_ext.methods import load_method
@@ -175,3 +177,55 @@ def test_a_run_that_diverges_is_an_error(command, tiny, lora, tmp_path):
     line = mistake(command("finetune", *tiny[:-2], *lora, *words))
     assert "training diverged: no finite outputs on 31 of 31 test texts" in line
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+# --- PhoBERT, on files like UIT-VSFC's --------------------------------------------------------------------------------
+
+GOOD, BAD = ["hay", "tốt", "nhiệt_tình"], ["chán", "khó_hiểu", "tệ"]
+NOUNS = ["thầy", "giảng_viên", "môn_học", "sinh_viên", "slide", "phòng"]
+
+
+@pytest.fixture(scope="module")
+def phobert(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a model of PhoBERT's architecture, with its tokenizer and a vocabulary of whole words."""
+    directory, words = tmp_path_factory.mktemp("phobert"), [*GOOD, *BAD, *NOUNS, "rất", "là"]
+    characters = sorted({char for word in words for char in word})
+    pieces = words + [f"{char}@@" for char in characters] + characters
+    (directory / "vocab.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    merges: dict[str, None] = {}
+    for word in words:  # merges one character at a time, from the left
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        for end in range(1, len(parts)):
+            merges[f"{''.join(parts[:end])} {parts[end]} 1"] = None
+    (directory / "bpe.codes").write_text("\n".join([*merges, ""]), encoding="utf-8")
+    settings = {"tokenizer_class": "PhobertTokenizer", "model_max_length": 30}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes |= {"vocab_size": len(pieces) + 5, "max_position_embeddings": 32, "type_vocab_size": 1, "pad_token_id": 1}
+    RobertaForMaskedLM(RobertaConfig(**sizes, initializer_range=0.1)).save_pretrained(directory)
+    return ["--model", directory, "--text_column", "sentence", "--label_column", "sentiment", "--max_length", "20"]
+
+
+def feedback(path: Path, separator: str) -> Path:
+    rng, rows = random.Random(0), ["sentence,sentiment,topic"]
+    for _ in range(240):
+        label = rng.choice([0, 2])
+        nouns = " ".join(rng.choices(NOUNS, k=rng.randint(1, 4)))
+        rows.append(f"{nouns} rất {rng.choice(GOOD if label else BAD)},{label},1")
+    path.write_text("\n".join([*rows, ""]).replace("_", separator), encoding="utf-8")
+    return path
+
+
+def test_phobert_learns_from_its_files(finetune, phobert, tmp_path):
+    words = ["--num_train_epochs", 8, "--per_device_train_batch_size", 8, "--learning_rate", "1e-2"]
+    run = finetune(*phobert, "--data", feedback(tmp_path / "train.csv", "_"), *words, "--lora_targets", "q,v")
+    assert run.metrics["labels"] == ["0", "2"] and run.metrics["test"]["accuracy"] > 0.9
+    assert "segment the texts first" not in run.said
+    # Query and value of two layers at rank 8, and RoBERTa's head of two layers.
+    assert run.metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
+
+
+def test_texts_that_are_not_segmented_are_noticed(finetune, phobert, tmp_path):
+    data = feedback(tmp_path / "plain.csv", " ")
+    assert "segment the texts first" in finetune(*phobert, "--data", data, "--max_steps", 1).said

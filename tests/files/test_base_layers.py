@@ -160,9 +160,14 @@ def test_a_vocabulary_that_was_not_resized_is_not_saved(case, base, tmp_path, mo
     make, name, option = NOT_KNOWN[case]
     model = inject(make(base), LoraConfig(**SETTINGS))
     model.name_or_path = name or model.name_or_path
+    read, asked = type(model.config).get_config_dict, []
+    monkeypatch.setattr(
+        type(model.config), "get_config_dict", lambda name, **how: asked.append(how) or read(name, **how)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_adapter(model, "out", save_embedding_layers=option)
+    assert all(how["local_files_only"] for how in asked)  # it never asks the network
     assert not {EMBEDDING, HEAD} & keys(Path("out"))
 
 
