@@ -21,15 +21,10 @@ from lora_ext.adapters import lora_modules
 TARGETS = ["q_proj", "v_proj"]
 
 
-def trained(model: nn.Module) -> nn.Module:
-    """Adds noise to the trained parameters, in place of training."""
-    return shaken(model).eval()
-
-
 def adapted(base: nn.Module, **settings) -> peft.PeftModel:
     """A copy of ``base``, adapted by PEFT and trained."""
     config = peft.LoraConfig(r=4, target_modules=TARGETS, **settings)
-    return trained(peft.get_peft_model(copy.deepcopy(base), config))
+    return shaken(peft.get_peft_model(copy.deepcopy(base), config)).eval()
 
 
 def edit(directory: Path, **values) -> None:
@@ -70,7 +65,7 @@ def test_a_converted_adapter_loads_and_another_is_refused(tmp_path):
     config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa")
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
     theirs.save_pretrained(tmp_path / "initial")
-    trained(theirs)
+    shaken(theirs).eval()
     theirs.save_pretrained(kept)
     expected = answer(theirs)
     converted = tmp_path / "converted"
@@ -143,7 +138,7 @@ def test_pefts_auto_classes_find_the_base_model(task, tmp_path):
     base = llama().eval()
     base.save_pretrained(tmp_path / "base")
     model = type(base).from_pretrained(tmp_path / "base")
-    trained(inject(model, LoraConfig(target_modules=TARGETS, task_type=task)))
+    shaken(inject(model, LoraConfig(target_modules=TARGETS, task_type=task))).eval()
     save_adapter(model, tmp_path / "adapter")
     kinds = [peft.AutoPeftModelForCausalLM, *([peft.AutoPeftModel] if task is None else [])]
     for kind in kinds:

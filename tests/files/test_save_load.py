@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoint_files import tensors_of
-from support.models import ALIVE, Net, adapter_of_net, llama, refused, shaken, token_ids
-from torch import nn
+from support.models import ALIVE, Net, adapter_of_net, llama, logits, refused, shaken, token_ids
 from torch.optim.swa_utils import AveragedModel
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
@@ -23,29 +22,16 @@ pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def output(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    result = model(inputs)
-    return result if isinstance(result, torch.Tensor) else result.logits
-
-
-def shake(model: nn.Module) -> None:
-    """Changes every trainable parameter and the statistics of norms."""
-    for module in shaken(model).modules():
-        if isinstance(module, nn.BatchNorm1d) and module.weight.requires_grad:
-            module.running_mean.add_(1.0)
-
-
 # --- against PEFT -----------------------------------------------------------------------------------------------------
 
 
 def test_tied_modules_to_save_round_trip_and_stay_tied(tmp_path):
     base, ids = llama(tied=True).double().eval(), token_ids()
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
-    ours = inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE))
-    shake(ours)
+    ours = shaken(inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE)))
     save_adapter(ours, tmp_path)
     for read in (load_adapter, peft.PeftModel.from_pretrained):
-        torch.testing.assert_close(output(read(copy.deepcopy(base), tmp_path), ids), output(ours, ids))
+        torch.testing.assert_close(logits(read(copy.deepcopy(base), tmp_path), ids), logits(ours, ids))
     head = "base_model.model.lm_head.weight"  # PEFT unties them
     save_file(tensors_of(tmp_path) | {head: tensors_of(tmp_path)[head] + 1}, tmp_path / WEIGHTS)
     text = "tied to base_model.model.model.embed_tokens.weight in the model, but they differ in the file"
