@@ -260,6 +260,11 @@ TWO_ACTIVE = {"model": lambda: adapters.set_adapter(injected(), ["a", "b"]), "ad
 NO_CONFIG = {"directory": lambda path: damaged(path, "adapter_config.json", b"{")}
 NO_WEIGHTS = {"directory": lambda path: damaged(path, "adapter_model.safetensors", b"{}")}
 RANK_4 = {"model": lambda: inject(Net(), LoraConfig(r=4, target_modules=["up"]), "c")}
+TWO_RANKS = {
+    "model": lambda: inject(inject(Net(), CONFIG, "a"), LoraConfig(r=3, target_modules=["up"]), "b"),
+    "combination_type": "linear",
+    "svd_rank": None,
+}
 RANK_1 = {"model": lambda: inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")}
 INJECTED_BERT = {"model": lambda: inject(bert(), LoraConfig(target_modules=["query"]))}
 MERGED_BERT = {"model": lambda: merge(adapted("lora", target_modules=["query"]))}
@@ -288,6 +293,13 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (load_adapter, RANK_4, ValueError, "has r=2 but the model was injected with r=4"),
     (load_adapter, {"model": merged}, RuntimeError, MERGED),
     (load_adapter, {"model": Net().to("meta")}, ValueError, ".0.up.lora_A.weight: the model is on the meta device"),
+    (AdapterPool, {"max_bytes": 100}, ValueError, "AdapterPool: max_bytes is 100, but one slot of rank 2 takes"),
+    (AdapterPool, {"r": 0}, ValueError, "r is 0"),
+    (AdapterPool, {"target_modules": ["nothing"]}, ValueError, "nothing"),
+    (AdapterPool, {"target_modules": ["norm"]}, TypeError, "norm"),
+    (AdapterPool, {"host_bytes": 1}, TypeError, "unexpected keyword argument 'host_bytes'"),
+    (AdapterPool, {"modules_to_save": ["head"]}, TypeError, "unexpected keyword argument 'modules_to_save'"),
+    (AdapterPool, {"directory": "nowhere"}, ValueError, "directory is 'nowhere', which is not a directory"),
     (AdapterPool, {"dtype": torch.int8}, ValueError, "AdapterPool: dtype is torch.int8, want one of torch.float64"),
     (AdapterPool, {"model": merged}, RuntimeError, MERGED),
     (adapters.set_adapter, *BARE),
@@ -300,6 +312,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.add_weighted_adapter, {"adapters": [], "weights": []}, ValueError, "0 weights for 0 adapters; want one "),
     (adapters.add_weighted_adapter, {"weights": [1.0]}, ValueError, "1 weights for 2 adapters; want one each"),
     (adapters.add_weighted_adapter, {"weights": [1.0, NAN]}, ValueError, "weights are [1.0, nan], want finite numbers"),
+    (adapters.add_weighted_adapter, TWO_RANKS, ValueError, "'blocks.0.up': the adapters have ranks [2, 3], but linear"),
     (adapters.add_weighted_adapter, {"adapter_name": "a"}, ValueError, f"adapter 'a' {TAKEN}"),
     (adapters.add_weighted_adapter, {"combination_type": "ties"}, ValueError, "want one of linear, cat, svd; for the"),
     (adapters.add_weighted_adapter, {"svd_rank": 0}, ValueError, "svd_rank is 0, want None or an integer of at least"),
