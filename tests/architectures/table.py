@@ -360,5 +360,7 @@ SIMILAR = frozenset(
         *("XLM-R", "Mistral", "Gemma", "Cohere2", "OLMo", "SmolLM3", "GLM-4", "Nemotron", "EXAONE-4", "Helium"),
         *("Qwen2-MoE", "Granite-MoE", "GLM-4-MoE", "DeepSeek-V2", "mT5", "UMT5", "mBART", "Marian", "Pegasus"),
         *("M2M100", "BlenderBot", "DeiT", "SmolVLM", "Qwen2-VL", "HuBERT", "FalconMamba"),
+        *("RoBERTa", "ELECTRA", "MPNet", "Qwen3", "Gemma2", "StableLM", "Cohere", "OLMo2", "Granite", "StarCoder2"),
+        *("Qwen3-MoE", "OLMoE", "BEiT", "DINOv2"),
     }
 )

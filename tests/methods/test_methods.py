@@ -77,9 +77,13 @@ def method(name: str):
     return new_method(name, **OPTIONS.get(name, {}))
 
 
-# Mistral has no biases, and is like Llama otherwise, as Qwen2 is.
-LIKE_LLAMA = {"mistral": ("full", "lora", "prefix-layer"), "qwen2": ("bitfit", "lora")}
-PAIRS = [(name, family) for name in NAMES for family in CONFIGS if name in LIKE_LLAMA.get(family, NAMES)]
+# What is not as in another family: Mistral has no biases, Qwen2 some, and RoBERTa other positions and another head.
+OF_FAMILY = {
+    "mistral": ("full", "lora", "prefix-layer"),
+    "qwen2": ("bitfit", "lora"),
+    "roberta": ("full", "head-only", "lora", "prefix-embed", "prefix-layer"),
+}
+PAIRS = [(name, family) for name in NAMES for family in CONFIGS if name in OF_FAMILY.get(family, NAMES)]
 QUICK = [pair if pair[1] in ("bert", "llama") else pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS]
 
 

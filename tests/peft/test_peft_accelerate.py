@@ -13,6 +13,7 @@ from support.merging import same_bits
 from support.mixtures import LargestTensor, mixture
 from support.models import llama, logits, token_ids
 from support.peft_pairs import assert_same_step, config, factors, pair, set_active
+from support.versions import needs
 from torch import nn
 
 from lora_ext import functional
@@ -109,7 +110,7 @@ def test_adapters_are_added_and_deleted():
     assert_same_step(*models, lambda model: model(x))
 
 
-@pytest.mark.skipif(peft.__version__ < "0.20", reason="PEFT itself recompiles before 0.20")
+@needs("peft", "0.20", "PEFT itself recompiles")
 def test_hot_swap_into_a_compiled_model_without_recompilation(tmp_path):
     from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
@@ -221,6 +222,7 @@ def pair_of_experts(base: nn.Module) -> tuple[peft.PeftModel, peft.PeftModel]:
     return theirs, accelerate(copy.deepcopy(theirs))
 
 
+@needs("peft", "0.20", "target_parameters are for one adapter")
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_states_and_memory(implementation):
     theirs, ours = pair_of_experts(mixture("mixtral", implementation))

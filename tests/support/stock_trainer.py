@@ -36,7 +36,8 @@ class Spoil(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2:
+            noise = torch.Generator().manual_seed(0)  # the same in every release
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.requires_grad:
-                        parameter.add_(torch.randn_like(parameter), alpha=30)
+                        parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=30)
