@@ -32,8 +32,10 @@ BFLOAT16 = {"dtype": torch.bfloat16}  # float32 factors next to them
 KEEP = {"reshard_after_forward": False}
 
 
-def injected(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, nn.Module]:
-    alone = inject(llama().to(dtype), LoraConfig(**LORA | {"init_lora_weights": False} | options))
+def injected(dtype: torch.dtype = torch.float32, blocks: int = 2, **options: Any) -> tuple[nn.Module, nn.Module]:
+    base = llama().to(dtype)
+    base.model.layers = base.model.layers[:blocks]
+    alone = inject(base, LoraConfig(**LORA | {"init_lora_weights": False} | options))
     with torch.no_grad():
         for name, parameter in alone.named_parameters():
             if "magnitude" in name:
@@ -77,11 +79,17 @@ def fsdp2(apart: str = "") -> Callable[..., nn.Module]:
 
 ENGINES = {"DDP": DistributedDataParallel, "compiled DDP": compiled, "FSDP1": fsdp1}
 ENGINES |= {f"FSDP2 {apart}": fsdp2(apart) for apart in ("", "base", "layer", "adapter", "whole")}
-WAYS = {"inject": injected, "dora": injected_dora, "peft": of_peft, "shared inputs": shared_and_alone}
+WAYS = {
+    "inject": injected,
+    "one block": lambda: injected(blocks=1),
+    "dora": injected_dora,
+    "peft": of_peft,
+    "shared inputs": shared_and_alone,
+}
 QUICK = [("inject", "DDP", None, {}), ("peft", "DDP", None, {}), ("inject", "DDP", True, {})]
 CASES = [
     ("inject", "DDP", False, {}),
-    ("inject", "compiled DDP", None, {}),
+    ("one block", "compiled DDP", None, {}),
     ("shared inputs", "DDP", None, {}),
     ("peft", "FSDP1", None, {}),
     ("peft", "FSDP1", False, {}),
