@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="without the files and tests marked full")
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where tests create their tensors")
-    parser.addoption("--lives", type=int, default=60, help="number of models that go through random operations")
+    parser.addoption("--lives", type=int, default=40, help="number of models that go through random operations")
 
 
 def no_cuda_reason() -> str:

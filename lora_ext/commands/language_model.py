@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, Trainer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, pipeline
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template
 
@@ -235,7 +236,8 @@ def load_decoder(options: LanguageModelOptions) -> tuple[Any, PreTrainedModel, s
         if options.quantize != "none":
             raise CommandError(f"--quantize {options.quantize}: {path} is a GGUF file; save it as a directory first")
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        more = {"quantization_config": GgufConfig(dequantize=True)}
+        if hasattr(transformers, "GgufConfig"):  # earlier releases always dequantise
+            more = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     with refusing(f"--model {options.model}", KeyError):
         tokenizer = AutoTokenizer.from_pretrained(**source)
     model, drawn = load_model(AutoModelForCausalLM, options, source, **more)

@@ -94,5 +94,8 @@ def expand_onto(
 
 
 def _without_autocast(device: str) -> AbstractContextManager:
-    """Disables autocast; the meta device, on which memory is planned, has none."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    """Disables autocast; the meta device, on which memory is planned, has none.
+
+    torch 2.11 does not trace ``torch.amp.is_autocast_available``.
+    """
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

@@ -182,10 +182,3 @@ def test_other_kinds_of_adapters_are_neither_swapped_nor_combined(kind, change, 
     }
     with refused(model, ValueError, f"{change}: 'a' has more than low-rank updates", f": {kind}", "load_adapter"):
         calls[change]()
-
-
-def test_ranks_that_differ_are_not_added():
-    model = inject(Net(), LoraConfig(r=2, target_modules=["up"]), "a")
-    inject(model, LoraConfig(r=3, target_modules=["up"]), "b")
-    with refused(model, ValueError, "at 'blocks.0.up': the adapters have ranks [2, 3], but linear adds"):
-        add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "c", "linear")

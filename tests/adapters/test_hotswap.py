@@ -26,7 +26,6 @@ def saved(directory, base, **settings):
 
 
 OTHERS = [
-    {"r": 4},
     {"r": 2},
     {"r": 7, "use_rslora": True},
     {"r": 8, "lora_alpha": 3},

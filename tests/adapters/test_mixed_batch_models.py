@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from architectures.inputs import IMAGE_TOKEN
-from architectures.table import DEBERTA, ENCODER, LED, LLAVA, OPT, SWIN, SWITCH, T5, VISION, W2V_BERT, XLNET
+from architectures.table import DEBERTA, ENCODER, LED, LLAVA, OPT, SWIN, SWITCH, T5, UNET, VISION, W2V_BERT, XLNET
 from support.models import refused
+from support.optional import diffusers
 from support.pools import write_adapters
 from support.rows import assert_rows_equal, use, with_adapters
-from support.tiny_diffusion import TARGETS, unet
 from support.versions import before
 from torch import Tensor, nn
 
@@ -106,7 +106,8 @@ def test_images_next_to_text(how):
 
 
 def test_each_row_of_a_diffusion_model_however_the_arguments_are_passed():
-    model, x, text = with_adapters(unet(), list(TARGETS)), torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
+    model = with_adapters(diffusers.UNet2DConditionModel(**UNET), ["to_q", "to_k", "to_v", "to_out.0"])
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     with torch.no_grad():
         expected = torch.cat([use(model, name)(x[i : i + 1], 3, text[i : i + 1]).sample for i, name in enumerate("ab")])
         assert not torch.allclose(model(x, 3, text).sample, expected, atol=1e-5)

@@ -65,11 +65,6 @@ def test_merges_and_unmerges_in_any_order():
     assert all_same(weights(model), pristine)
 
 
-def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
 def test_files_hold_one_state(tmp_path):
     model = inject(Net().eval(), CONFIG, "a")
     kept = {}

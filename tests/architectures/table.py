@@ -229,11 +229,11 @@ ROUTERS = (
     "out, with a warning."
 )
 OF_ROUTERS = (Known("all-linear", "targets", ROUTERS),)
-IN_WAVLM = (Known("all-linear", "targets outputs merge files gradients step", READ),)
-IN_JAMBA = (Known("all-linear", "targets outputs merge files tokens gradients step", READ),)
+IN_WAVLM = (Known("all-linear", "targets outputs merge files training", READ),)
+IN_JAMBA = (Known("all-linear", "targets outputs merge files tokens training", READ),)
 IN_MAMBA = (Known("all-linear", "targets", OWN_OUT_PROJ),)
 IN_SQUEEZEBERT = (Known("usual", "merge", GROUPS),)
-IN_SIGLIP = (Known("all-linear", "outputs files gradients step", OUT_PROJ),)
+IN_SIGLIP = (Known("all-linear", "outputs files training", OUT_PROJ),)
 
 _A, _F32 = Architecture, torch.float32
 ARCHITECTURES = (
@@ -360,5 +360,7 @@ SIMILAR = frozenset(
         *("XLM-R", "Mistral", "Gemma", "Cohere2", "OLMo", "SmolLM3", "GLM-4", "Nemotron", "EXAONE-4", "Helium"),
         *("Qwen2-MoE", "Granite-MoE", "GLM-4-MoE", "DeepSeek-V2", "mT5", "UMT5", "mBART", "Marian", "Pegasus"),
         *("M2M100", "BlenderBot", "DeiT", "SmolVLM", "Qwen2-VL", "HuBERT", "FalconMamba"),
+        *("RoBERTa", "ELECTRA", "MPNet", "Qwen3", "Gemma2", "StableLM", "Cohere", "OLMo2", "Granite", "StarCoder2"),
+        *("Qwen3-MoE", "OLMoE", "BEiT", "DINOv2"),
     }
 )

@@ -84,8 +84,8 @@ def test_the_update_of_an_adapter_is_extracted(family, settings, options, tmp_pa
     torch.testing.assert_close(logits_by_peft(model, tmp_path / "out"), expected, rtol=1e-3, atol=1e-4)
 
     merge(tmp_path / "base", [tmp_path / "out"], tmp_path / "merged")
-    for key, tensor in tensors_of(tmp_path / "tuned").items():
-        torch.testing.assert_close(tensors_of(tmp_path / "merged")[key], tensor, rtol=1e-4, atol=1e-5)
+    merged, tuned = (tensors_of(tmp_path / name) for name in ("merged", "tuned"))
+    torch.testing.assert_close(merged, tuned, rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_files_give_the_same_adapter(tmp_path):

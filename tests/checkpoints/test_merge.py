@@ -30,18 +30,12 @@ from lora_ext.merging.weights import merge_all_, pack_factors
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 
 
-def assert_close_to(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key], tensor, msg=lambda text, key=key: f"{key}: {text}")
-
-
 def check_as_by_peft(model: nn.Module, folder: Path, settings: dict, base: dict[str, Tensor] | None = None, **options):
     """Merges a new adapter of ``model`` into ``base``, its tensors, and compares with PEFT; returns the report."""
     adapted = peft_adapter(model, folder / "adapter", **settings)
     save_checkpoint(base or model.state_dict(), folder / "base")
     report = merge(folder / "base", [folder / "adapter"], folder / "out", **options)
-    assert_close_to(tensors_of(folder / "out"), merged_by_peft(adapted))
+    torch.testing.assert_close(tensors_of(folder / "out"), merged_by_peft(adapted))
     return report
 
 
@@ -66,6 +60,7 @@ def block(request, monkeypatch) -> None:
     monkeypatch.setattr("lora_ext.checkpoints.merging.BLOCK_BYTES", request.param)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_merge_has_pefts_values_and_the_bits_of_a_merge_in_memory(family, settings, dtype, block, tmp_path):
@@ -80,8 +75,7 @@ def test_a_merge_has_pefts_values_and_the_bits_of_a_merge_in_memory(family, sett
     merged, expected = type(model).from_pretrained(tmp_path / "out", dtype="auto").state_dict(), merged_by_peft(adapted)
     assert any(not torch.equal(expected[key], tensor) for key, tensor in model.state_dict().items())
     near = {"rtol": 2**-7, "atol": 2**-9} if dtype.itemsize == 2 else {}  # PEFT rounds the update before it adds it
-    for key, tensor in expected.items():
-        torch.testing.assert_close(merged[key], tensor, **near)
+    torch.testing.assert_close(dict(merged), expected, **near)
     in_memory = merge_and_unload(load_adapter(copy.deepcopy(model), tmp_path / "adapter")).state_dict()
     assert_same_bits(stored, {key: in_memory[key] for key in stored})  # the state has tied weights twice
 
@@ -126,7 +120,7 @@ def test_prefixes_of_the_base_may_differ(tmp_path):
         expected = {key.removeprefix("bert."): tensor for key, tensor in merged.items()}
         actual = {key.removeprefix("bert."): t for key, t in tensors_of(tmp_path / name / "out").items()}
         shared = whole.bert.state_dict()
-        assert_close_to({key: actual[key] for key in shared}, {key: expected[key] for key in shared})
+        torch.testing.assert_close({key: actual[key] for key in shared}, {key: expected[key] for key in shared})
         key = "encoder.layer.0.attention.self.query.weight"
         assert not torch.equal(actual[key], shared[key])
 
@@ -171,7 +165,7 @@ def test_conversion_to_another_dtype(tmp_path):
     adapted = peft_adapter(model, tmp_path / "adapter", target_modules=["a"])
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "same")
     same = tensors_of(tmp_path / "same")
-    assert_close_to(same, merged_by_peft(adapted))
+    torch.testing.assert_close(same, merged_by_peft(adapted))
     for dtype in (torch.bfloat16, torch.float64):
         out = tmp_path / str(dtype)
         merge(tmp_path / "base", [tmp_path / "adapter"], out, dtype=dtype)
@@ -181,8 +175,7 @@ def test_conversion_to_another_dtype(tmp_path):
         if dtype == torch.bfloat16:
             assert_same_bits(converted, expected)
         else:  # added in the wider dtype
-            for key, tensor in expected.items():
-                torch.testing.assert_close(converted[key], tensor, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(converted, expected, rtol=1e-5, atol=1e-6)
         assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
         index = json.loads((out / INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in converted.values())
@@ -204,7 +197,7 @@ def test_one_of_two_tied_weights_is_stored_apart(target, tmp_path):
     tensors, metadata = tensors_of(tmp_path / "out"), json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]
     assert metadata["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert metadata["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
-    assert_close_to(dict(merged.state_dict()), merged_by_peft(adapted))
+    torch.testing.assert_close(dict(merged.state_dict()), merged_by_peft(adapted))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""What merge writes next to the merged tensors, what it copies as it is, and the memory that it takes."""
+"""What merge writes next to the merged tensors, what it copies, its memory, and how far it is."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from support.models import bert
 from support.processes import run_python
 from torch import nn
 
+from lora_ext._common import progress as displays
+from lora_ext._common.progress import Progress
 from lora_ext.checkpoints import Checkpoint, merge
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
@@ -108,10 +111,10 @@ def test_metadata_of_each_file_is_kept(small_files, tmp_path):
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 def test_resident_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """A merge holds blocks of 8 MB; bench_offline_merge.py measures a checkpoint of 2.2 GB."""
-    weights = {f"layers.{i}": torch.randn(2048, 4096).to(torch.bfloat16) for i in range(23)}
+    """A merge holds blocks of 8 MB; bench_offline_merge.py measures 2.2 GB."""
+    weights = {f"layers.{i}": torch.randn(2048, 4096).to(torch.bfloat16) for i in range(8)}
     weights["head"] = torch.randn(8192, 4096).to(torch.bfloat16)
-    save_checkpoint({f"{path}.weight": tensor for path, tensor in weights.items()}, tmp_path / "base", shards=6)
+    save_checkpoint({f"{path}.weight": tensor for path, tensor in weights.items()}, tmp_path / "base", shards=2)
     total = sum(tensor.nbytes for tensor in weights.values())
     factors = {}
     for path, tensor in weights.items():
@@ -131,9 +134,33 @@ def resident():
 imported = resident()
 from lora_ext.checkpoints import merge
 report = merge(sys.argv[1], [sys.argv[2]], sys.argv[3])
-assert report.merged == 24
+assert report.merged == 9
 print(resident() - imported)
 """
     done = run_python("-c", script, *(tmp_path / name for name in ("base", "adapter", "out")))
     assert done.returncode == 0, done.stderr
     assert 1024 * int(done.stdout) < 75e6 < total
+
+
+# --- the display of how far a command is ------------------------------------------------------------------------------
+
+
+def test_a_bar_shows_the_work_and_its_note(monkeypatch, capsys):
+    monkeypatch.setattr(displays, "_DELAY", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress("merge", 100) as shown:
+        shown.note("a file")
+        shown.advance(100)
+    assert "merge: 100%" in (text := capsys.readouterr().err) and "a file" in text and "100/100" in text
+
+
+@pytest.mark.parametrize("case", ["short", "not shown", "without tqdm"])
+def test_nothing_is_shown(case, monkeypatch, capsys):
+    """What ends within a second shows nothing, so that an error stays one line."""
+    if case != "short":
+        monkeypatch.setattr(displays, "_DELAY", 0.0)
+    if case == "without tqdm":
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    with Progress("merge", 100, show=case != "not shown") as shown:
+        shown.advance(100)
+    assert capsys.readouterr().err == ""

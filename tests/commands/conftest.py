@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,16 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture
-def finetune(command: Command, tmp_path: Path) -> Callable[..., Run]:
-    """Runs ``finetune`` into a directory of ``tmp_path``, and checks that it succeeds."""
+def finetune(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Run]:
+    """Runs ``finetune`` into a directory of ``tmp_path``, and checks that it succeeds.
+
+    It draws no losses, and Trainer's garbage collections pass over the imports: both take longer than the training.
+    """
+    monkeypatch.setattr("lora_ext.commands.finetune.loss_curve", lambda *_: None)
+    monkeypatch.setattr("lora_ext.commands.finetune.save_figure", lambda *_: None)
 
     def run(*options: Any, out: str = "run") -> Run:
+        gc.freeze()
         status, said, messages = command("finetune", *options, "--output_dir", tmp_path / out)
         assert status == 0, messages
         return Run(tmp_path / out, said)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -10,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny_classifier
+from support.checkpoint_files import snapshot
 from support.command_lines import Run, mistake, stopped_after
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from lora_ext.commands import main, trainer
 from lora_ext.methods import load_method
@@ -72,16 +75,16 @@ def test_peft_loads_the_adapter_and_answers_the_same(trained, tiny):
 
 
 EVERYTHING = ["--ema_decay", "0.9", "--lora_plus_ratio", "4", "--class_weights", "balanced", "--save_strategy", "steps"]
-EVERYTHING += ["--save_steps", "10", "--eval_strategy", "steps", "--eval_steps", "10", "--save_total_limit", "3"]
+EVERYTHING += ["--save_steps", "8", "--eval_strategy", "steps", "--eval_steps", "8", "--save_total_limit", "3"]
 EVERYTHING += ["--load_best_model_at_end", "true", "--metric_for_best_model", "macro_f1", "--early_stopping", "30"]
 
 
 @pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.slow), EVERYTHING], ids=["plain", "everything"])
 def test_resuming_gives_what_not_stopping_gives(command, finetune, tiny, lora, tmp_path, monkeypatch, options):
-    words = [*tiny, *lora, *options]
+    words = [*tiny, *lora, *options, "--max_steps", "40"]
     whole = finetune(*words, out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "Clock", stopped_after(52))
+        patch.setattr(trainer, "Clock", stopped_after(27))
         assert command("finetune", *words, "--output_dir", tmp_path / "parts")[0] == 130
     assert not (tmp_path / "parts" / "metrics.json").exists()
     parts = finetune(*words, "--resume_from_checkpoint", "true", out="parts")
@@ -150,79 +153,17 @@ def test_no_text_is_on_two_sides(finetune, tiny, tmp_path):
     assert f"{left_out} texts of train are left out, because test or validation has them, too" in run.said
 
 
-ROWS = "".join(f"the film {i} is {word},{label}\n" for i in range(20) for word, label in (("good", 1), ("bad", 0)))
-
-MISTAKES = {
-    "unknown option": (["--lora-rank", "4"], "there is no option --lora-rank; did you mean"),
-    "unknown method": (["--method", "lorra"], "there is no method 'lorra'; did you mean lora?"),
-    "other method's option": (
-        ["--method", "bitfit", "--lora_r", "4"],
-        "--lora_r goes with lora, not with --method bitf",
-    ),
-    "rank 0": (["--lora_r", "0"], "LoraConfig: r is 0"),
-    "targets": (["--lora_targets", "qeury"], "close matches: 'query'"),
-    "no model": (["--model", "/nowhere/model"], "--model /nowhere/model: there is no such file or directory"),
-    "no data": (["--data", "nowhere.csv"], "--data nowhere.csv: there is no such file or directory"),
-    "column": (["--text_column", "body"], "no column 'body' but 'text', 'label'"),
-    "too long": (["--max_length", "64"], "--max_length is 64, but"),
-    "no positions": (["--method", "prefix-embed", "--prefix_length", "26"], "--max_length is 32, but"),
-    "no test": (["--test_split", "0"], "no text is left for test"),
-    "split": (["--test_split", "1.5"], "--test_split is 1.5, want 0 <= test_split < 1"),
-    "number": (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
-    "metric": (["--early_stopping", "2"], "--early_stopping goes with --load_best_model_at_end"),
-    "quantised": (["--method", "full", "--quantize", "nf4"], "--quantize nf4 freezes the weights, and --method full"),
-    "merged": (["--method", "bitfit", "--merged", "true"], "--merged goes with --method lora, not with bitfit"),
-    "merged mean": (["--pooling", "mean", "--merged", "true"], "a checkpoint does not say --pooling mean"),
-    "average": (["--ema_decay", "1"], "--ema_decay is 1.0, want 0 <= ema_decay < 1"),
-    "config": (["--config", "nowhere.yaml"], "--config nowhere.yaml: nowhere.yaml: No such file or directory"),
-    "task": (["--task", "translation"], "--task is 'translation', want classification or causal-lm"),
-}
-
-FILES = {
-    "empty": ("data.csv", "", "the file is empty"),
-    "header": ("data.csv", "text,label\n", "holds no rows after its header"),
-    "separator": ("data.csv", "text;label\na film;1\n", "want commas between columns"),
-    "suffix": ("data.xlsx", "text,label\n", "want a file with the suffix .csv, .tsv or .jsonl"),
-    "missing label": ("data.csv", "text,label\na film,\n" + ROWS, "row 1 has no 'label'"),
-    "one label": ("data.csv", "text,label\n" + ROWS.replace(",0", ",1"), "every training text has the label '1'"),
-    "two spellings": ("data.csv", "text,label\n" + ROWS + "the plot is fine,01\n", "the labels '01' and '1' are two"),
-    "broken line": ("data.jsonl", '{"text": "a film", "label": 1}\n{"text": \n', "data.jsonl"),
-    "not utf-8": ("data.csv", b"text,label\ncaf\xe9,1\n", "data.csv"),
-    "columns": ("data.csv", "text,label\n" + ROWS + "a film, two, three,1\n", "data.csv"),
-}
-
-
-@pytest.mark.parametrize("name", [*MISTAKES, *FILES])
-def test_mistakes(command, tiny, tmp_path, name):
-    if name in MISTAKES:
-        options, expected = MISTAKES[name]
-    else:
-        file, content, expected = FILES[name]
-        options = ["--data", tmp_path / file]
-        (tmp_path / file).write_bytes(content.encode() if isinstance(content, str) else content)
-    assert expected in mistake(command("finetune", *tiny, *options, "--output_dir", tmp_path / "out"))
-    assert not (tmp_path / "out" / "run.json").exists()
-
-
-def test_mistakes_with_other_files(command, tiny, lora, trained, tmp_path):
-    test = tiny_classifier.save_reviews(tmp_path / "test.csv", [("a film", "pos"), ("the story", "mixed")])
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "letter.txt").write_text("mine")
-    before = {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file()}
-    run = (*lora, "--output_dir", trained.out)
-    no_label = "row 2 of test has the label 'mixed', which no training text has; labels are 'neg', 'pos'"
+def test_another_run_is_neither_replaced_nor_continued(command, tiny, lora, trained):
+    before = snapshot(trained.out)
     for options, expected in (
-        (["--test_file", test, "--output_dir", tmp_path / "out"], no_label),
-        (["--model", trained.out / "adapter", "--output_dir", tmp_path / "out"], "is an adapter (it holds adapter_con"),
-        (run, "holds a run; --resume_from_checkpoint true continues it, --overwrite"),
+        ([], "holds a run; --resume_from_checkpoint true continues it, --overwrite"),
         (
-            (*run, "--resume_from_checkpoint", "true", "--lora_alpha", "9"),
+            ["--resume_from_checkpoint", "true", "--lora_alpha", "9"],
             "holds a run with lora_alpha=8.0, not 9.0; resume it",
         ),
-        (["--output_dir", tmp_path / "notes"], "is not empty, and holds no run"),
     ):
-        assert expected in mistake(command("finetune", *tiny, *options))
-    assert {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file()} == before
+        assert expected in mistake(command("finetune", *tiny, *lora, "--output_dir", trained.out, *options))
+    assert snapshot(trained.out) == before
 
 
 def test_overwrite_replaces_a_run(finetune, tiny, lora):
@@ -236,3 +177,55 @@ def test_a_run_that_diverges_is_an_error(command, tiny, lora, tmp_path):
     line = mistake(command("finetune", *tiny[:-2], *lora, *words))
     assert "training diverged: no finite outputs on 31 of 31 test texts" in line
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+# --- PhoBERT, on files like UIT-VSFC's --------------------------------------------------------------------------------
+
+GOOD, BAD = ["hay", "tốt", "nhiệt_tình"], ["chán", "khó_hiểu", "tệ"]
+NOUNS = ["thầy", "giảng_viên", "môn_học", "sinh_viên", "slide", "phòng"]
+
+
+@pytest.fixture(scope="module")
+def phobert(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a model of PhoBERT's architecture, with its tokenizer and a vocabulary of whole words."""
+    directory, words = tmp_path_factory.mktemp("phobert"), [*GOOD, *BAD, *NOUNS, "rất", "là"]
+    characters = sorted({char for word in words for char in word})
+    pieces = words + [f"{char}@@" for char in characters] + characters
+    (directory / "vocab.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    merges: dict[str, None] = {}
+    for word in words:  # merges one character at a time, from the left
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        for end in range(1, len(parts)):
+            merges[f"{''.join(parts[:end])} {parts[end]} 1"] = None
+    (directory / "bpe.codes").write_text("\n".join([*merges, ""]), encoding="utf-8")
+    settings = {"tokenizer_class": "PhobertTokenizer", "model_max_length": 30}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes |= {"vocab_size": len(pieces) + 5, "max_position_embeddings": 32, "type_vocab_size": 1, "pad_token_id": 1}
+    RobertaForMaskedLM(RobertaConfig(**sizes, initializer_range=0.1)).save_pretrained(directory)
+    return ["--model", directory, "--text_column", "sentence", "--label_column", "sentiment", "--max_length", "20"]
+
+
+def feedback(path: Path, separator: str) -> Path:
+    rng, rows = random.Random(0), ["sentence,sentiment,topic"]
+    for _ in range(240):
+        label = rng.choice([0, 2])
+        nouns = " ".join(rng.choices(NOUNS, k=rng.randint(1, 4)))
+        rows.append(f"{nouns} rất {rng.choice(GOOD if label else BAD)},{label},1")
+    path.write_text("\n".join([*rows, ""]).replace("_", separator), encoding="utf-8")
+    return path
+
+
+def test_phobert_learns_from_its_files(finetune, phobert, tmp_path):
+    words = ["--num_train_epochs", 8, "--per_device_train_batch_size", 8, "--learning_rate", "1e-2"]
+    run = finetune(*phobert, "--data", feedback(tmp_path / "train.csv", "_"), *words, "--lora_targets", "q,v")
+    assert run.metrics["labels"] == ["0", "2"] and run.metrics["test"]["accuracy"] > 0.9
+    assert "segment the texts first" not in run.said
+    # Query and value of two layers at rank 8, and RoBERTa's head of two layers.
+    assert run.metrics["trainable_parameters"] == 4 * 8 * 64 + 32 * 32 + 32 + 2 * 32 + 2
+
+
+def test_texts_that_are_not_segmented_are_noticed(finetune, phobert, tmp_path):
+    data = feedback(tmp_path / "plain.csv", " ")
+    assert "segment the texts first" in finetune(*phobert, "--data", data, "--max_steps", 1).said

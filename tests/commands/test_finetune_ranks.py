@@ -42,7 +42,7 @@ def forked(*arguments: object) -> list[tuple[int, str, str]]:
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     top = tmp_path_factory.mktemp("inputs")
     model = tiny_classifier.save_model(top / "model", **tiny_classifier.NO_DROPOUT)
-    data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(100))
+    data = tiny_classifier.save_reviews(top / "reviews.csv", tiny_classifier.reviews(60))
     words = ["--max_length", "32", "--lora_dropout", "0", "--lora_targets", "all-linear", "--lora_r", "2"]
     words += ["--lora_plus_ratio", "4"]
     return ["--model", str(model), "--data", str(data), *words, "--learning_rate", "0.01"]
@@ -65,8 +65,7 @@ def test_two_processes_give_what_one_gives(options, tmp_path, launcher):
     # Batches that the processes share have the same texts in another order, and the last one may be padded.
     assert losses[1][:8] == pytest.approx(losses[0][:8], rel=0.02)
     weights = [load_file(out / "adapter/adapter_model.safetensors") for out in (one, two)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, atol=5e-3, rtol=5e-2)
+    torch.testing.assert_close(weights[1], weights[0], atol=5e-3, rtol=5e-2)
 
 
 def test_a_language_model_trains_in_two_processes(tmp_path):

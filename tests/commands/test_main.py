@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.processes import Forked, run_python
@@ -176,22 +177,18 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     assert (tmp_path / "new" / "a.json").read_text() == '{\n  "\\u00e9": null,\n  "path": "x"\n}\n'
     assert read_json(tmp_path / "new" / "a.json") == {"é": None, "path": "x"}
 
-    class Figure:
-        def savefig(self, part: Path, **options) -> None:
-            part.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # the error of a write does not say where
 
     (tmp_path / "loss.png").write_bytes(b"before")
-    with pytest.raises(OSError) as full:
-        save_figure(tmp_path / "loss.png", Figure())
-    assert full.value.filename == str(tmp_path / "loss.png")  # the error of a write does not say where
-
-    def write(path: Path, *arguments, **options) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="a.json"):
-        patch.setattr(Path, "write_text", write)
-        write_json(tmp_path / "new" / "a.json", {})
+    monkeypatch.setattr(Path, "write_text", fail)
+    for name, write in (
+        ("loss.png", lambda path: save_figure(path, SimpleNamespace(savefig=fail))),
+        ("new/a.json", lambda path: write_json(path, {})),
+    ):
+        with pytest.raises(OSError) as full:
+            write(tmp_path / name)
+        assert full.value.filename == str(tmp_path / name)
     assert read_json(tmp_path / "new" / "a.json") and (tmp_path / "loss.png").read_bytes() == b"before"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.json", "loss.png", "new"]
 

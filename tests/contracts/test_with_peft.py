@@ -86,7 +86,7 @@ def of_attention(*targets: str) -> Case:
         lambda: nn.Sequential(encoder(), nn.Linear(E, 3)),
         options,
         lambda: torch.randn(2, 5, E).double(),
-        "gradients step",
+        "training",
     )
 
 

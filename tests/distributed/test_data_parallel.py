@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-import socket
 from pathlib import Path
 
 import peft
@@ -13,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import Net
-from support.processes import run_python
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,26 +100,3 @@ def test_functions_on_the_wrapper(ranks, tmp_path):
     assert sorted(config["target_modules"]) == ["head", "up"]  # no path begins with "module."
     keys = load_file(tmp_path / "shared" / "adapter_model.safetensors").keys()
     assert "base_model.model.blocks.0.up.lora_A.weight" in keys
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["inject", "peft"])
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
-        # For --cpu, accelerate starts processes by MPI only.
-        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
-    ],
-    ids=["torchrun", "accelerate"],
-)
-def test_launchers(launcher, way):
-    """The example trains in two processes, and a resumed run gets the weights of a run in one piece."""
-    example = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    done = run_python("-m", *launcher, port, example, way, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    losses = re.findall(r"loss (\S+); resumed from epoch 10 (\S+)", done.stdout)
-    assert len(losses) == 1 and losses[0][0] == losses[0][1], done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -26,15 +27,21 @@ SETTINGS = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights":
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 
 
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def base(request, tmp_path) -> Path:
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request, tmp_path_factory) -> Path:
     torch.manual_seed(0)
-    llama(request.param).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    path = tmp_path_factory.mktemp("base")
+    llama(request.param).save_pretrained(path)
+    return path
+
+
+@functools.cache
+def loaded(base: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(base)
 
 
 def plain(base: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(base)
+    return copy.deepcopy(loaded(base))
 
 
 def resized(base: Path, seed: int) -> LlamaForCausalLM:
@@ -153,9 +160,14 @@ def test_a_vocabulary_that_was_not_resized_is_not_saved(case, base, tmp_path, mo
     make, name, option = NOT_KNOWN[case]
     model = inject(make(base), LoraConfig(**SETTINGS))
     model.name_or_path = name or model.name_or_path
+    read, asked = type(model.config).get_config_dict, []
+    monkeypatch.setattr(
+        type(model.config), "get_config_dict", lambda name, **how: asked.append(how) or read(name, **how)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_adapter(model, "out", save_embedding_layers=option)
+    assert all(how["local_files_only"] for how in asked)  # it never asks the network
     assert not {EMBEDDING, HEAD} & keys(Path("out"))
 
 
@@ -188,9 +200,9 @@ def test_files_of_methods_hold_them_too(name, base, tmp_path):
     assert keys(tmp_path / "again") == keys(tmp_path / "saved") >= {EMBEDDING}
 
 
-def test_a_base_layer_with_a_merged_adapter_is_refused(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    model = inject(resized(tmp_path / "base", 1), LoraConfig(**SETTINGS | {"target_modules": ["embed_tokens"]}))
+@pytest.mark.parametrize("base", [False], ids=["untied"], indirect=True)
+def test_a_base_layer_with_a_merged_adapter_is_refused(base, tmp_path):
+    model = inject(resized(base, 1), LoraConfig(**SETTINGS | {"target_modules": ["embed_tokens"]}))
     expected = answer(model, IDS)
     merge(model)
     with pytest.warns(UserWarning, match="resized"), pytest.raises(RuntimeError, match=r"embed_tokens.*unmerge"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 
 import peft
@@ -11,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoint_files import tensors_of
-from support.models import ALIVE, Net, adapter_of_net, llama, refused, shaken, token_ids
-from torch import nn
+from support.models import ALIVE, Net, adapter_of_net, llama, logits, refused, shaken, token_ids
 from torch.optim.swa_utils import AveragedModel
 
 from lora_ext import LoraConfig, inject, load_adapter, save_adapter
@@ -22,29 +22,16 @@ pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def output(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    result = model(inputs)
-    return result if isinstance(result, torch.Tensor) else result.logits
-
-
-def shake(model: nn.Module) -> None:
-    """Changes every trainable parameter and the statistics of norms."""
-    for module in shaken(model).modules():
-        if isinstance(module, nn.BatchNorm1d) and module.weight.requires_grad:
-            module.running_mean.add_(1.0)
-
-
 # --- against PEFT -----------------------------------------------------------------------------------------------------
 
 
 def test_tied_modules_to_save_round_trip_and_stay_tied(tmp_path):
     base, ids = llama(tied=True).double().eval(), token_ids()
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
-    ours = inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE))
-    shake(ours)
+    ours = shaken(inject(copy.deepcopy(base), LoraConfig(**settings, **ALIVE)))
     save_adapter(ours, tmp_path)
     for read in (load_adapter, peft.PeftModel.from_pretrained):
-        torch.testing.assert_close(output(read(copy.deepcopy(base), tmp_path), ids), output(ours, ids))
+        torch.testing.assert_close(logits(read(copy.deepcopy(base), tmp_path), ids), logits(ours, ids))
     head = "base_model.model.lm_head.weight"  # PEFT unties them
     save_file(tensors_of(tmp_path) | {head: tensors_of(tmp_path)[head] + 1}, tmp_path / WEIGHTS)
     text = "tied to base_model.model.model.embed_tokens.weight in the model, but they differ in the file"
@@ -100,12 +87,8 @@ def test_what_a_config_says_round_trips(tmp_path):
     assert saved == [path for path, _ in lora_modules(model)]
 
 
-def test_wrappers_do_not_change_the_keys(tmp_path):
-    model = inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"]))
-    save_adapter(torch.compile(model, backend="aot_eager"), tmp_path)
-    load_adapter(torch.compile(Net(), backend="aot_eager"), tmp_path)
-    assert "base_model.model.blocks.0.up.lora_A.weight" in tensors_of(tmp_path)
-    average = AveragedModel(model)
+def test_a_wrapper_that_computes_something_else_is_refused(tmp_path):
+    average = AveragedModel(inject(Net(), LoraConfig(target_modules=["up"], modules_to_save=["head"])))
     with pytest.raises(ValueError, match="AveragedModel is not injected; .*pass the part"):
         save_adapter(average, tmp_path)
     save_adapter(average.module, tmp_path)
@@ -118,11 +101,10 @@ def test_wrappers_do_not_change_the_keys(tmp_path):
 def test_an_unfrozen_model_is_noticed_through_wrappers(wrap, tmp_path):
     model = inject(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.requires_grad_(True)
-    with pytest.warns(
-        UserWarning, match=r"save_adapter: 'model\.embed_tokens.*belongs to no adapter.*save_embedding_layers=True"
-    ) as caught:
+    words = r"save_adapter: 'model\.embed_tokens.*belongs to no adapter.*save_embedding_layers=True"
+    with pytest.warns(UserWarning, match=words) as caught:
         save_adapter(wrap(model), tmp_path)
-    assert caught[0].filename == __file__  # the user's line
+    assert [w.filename for w in caught if re.match(words, str(w.message))] == [__file__]  # the user's line
 
 
 def test_what_the_file_holds_is_not_named(tmp_path):

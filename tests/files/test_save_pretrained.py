@@ -11,27 +11,17 @@ import torch
 import transformers.integrations.peft
 import transformers.models.auto.auto_factory
 from support.checkpoint_files import snapshot
+from support.mixtures import mixture
 from support.models import answer, bert, gpt2, llama, refused, shaken, token_ids
 from support.versions import before, needs
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lora_ext import LoraConfig, inject, load_adapter, merge, save_adapter, set_adapter, unmerge
 from lora_ext.adapters import delete_adapter, merge_and_unload, unload
 from lora_ext.model.adapter_state import MARKER
 
 pytestmark = pytest.mark.cpu_only("files are about the CPU")
-
-
-def mixtral() -> MixtralForCausalLM:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    return MixtralForCausalLM(MixtralConfig(vocab_size=50, num_key_value_heads=1, num_local_experts=3, **sizes))
 
 
 CASES = {
@@ -45,7 +35,7 @@ CASES = {
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
     # Files of this model have the experts one by one; Transformers converts them.
     "experts": (
-        mixtral,
+        lambda: mixture("mixtral"),
         {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     ),
     "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
@@ -137,10 +127,9 @@ def test_several_adapters_are_in_directories_by_name(tmp_path):
         assert torch.equal(answer(set_adapter(again, name)), values)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_save_themselves(how, tmp_path):
+def test_copies_save_themselves(tmp_path):
     _, model = made("llama", tmp_path)
-    other = shaken(how(model), by=0.3)
+    other = shaken(pickle.loads(pickle.dumps(copy.deepcopy(model))), by=0.3)
     expected = answer(merge(other))
     other.save_pretrained(tmp_path / "merged")
     assert torch.equal(answer(loaded(model, tmp_path / "merged")), expected)

@@ -1,29 +1,50 @@
-"""Transformers' stock Trainer on an injected model: checkpoints hold the adapters only, and are resumed from."""
+"""Transformers' stock Trainer on adapted models: checkpoints hold what is trained, and runs are resumed from them."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
 from support.models import bert, llama, token_ids
-from support.stock_trainer import assert_same, trained, trainer
+from support.stock_trainer import Spoil, assert_same, trained, trainer
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from lora_ext import LoraConfig, inject, load_adapter
+from lora_ext.methods import apply_method, load_method, method_of, new_method
 
 pytestmark = pytest.mark.cpu_only("the Trainer chooses the device")
 
-CASES = {
-    "head": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
-    "biases": (bert, {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}),
-    "tied": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
-    "tied tokens": (lambda: llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}),
+Adapt = Callable[[nn.Module], nn.Module]
+
+
+def by_lora(**options) -> Adapt:
+    return lambda base: inject(copy.deepcopy(base), LoraConfig(r=2, **options))
+
+
+def by_method(name: str, **options) -> Adapt:
+    return lambda base: apply_method(copy.deepcopy(base), new_method(name, **options))
+
+
+def tied() -> nn.Module:
+    return llama(tied=True)
+
+
+CLASSIFIES = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+CASES: dict[str, tuple[Callable[[], nn.Module], Adapt]] = {
+    "head": (bert, by_lora(**CLASSIFIES)),
+    "biases": (bert, by_lora(**CLASSIFIES, bias="all")),
+    "tied": (tied, by_lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    "tied tokens": (tied, by_lora(target_modules=["q_proj"], trainable_token_indices=[3, 1])),
+    "adapter-h": (bert, by_method("adapter-h")),
+    "lora+prefix-embed": (bert, by_method("lora+prefix-embed", target_modules=["query"])),
+    "bitfit": (bert, by_method("bitfit")),
 }
-MORE = ("biases", "tied tokens")
+MORE = ("biases", "tied tokens", "bitfit")
 
 
 @pytest.fixture
@@ -33,35 +54,41 @@ def warned(caplog):
     propagates = library.propagate
     transformers_logging.set_verbosity_warning()
     library.propagate = True
-    yield caplog
+    with caplog.at_level("WARNING"):
+        yield caplog
     library.propagate = propagates
     transformers_logging.set_verbosity(level)
 
 
-def injected(base: nn.Module, **options) -> nn.Module:
-    torch.manual_seed(0)
-    return inject(copy.deepcopy(base), LoraConfig(r=2, **options))
-
-
-@pytest.mark.parametrize("case", ["head", "tied", *(pytest.param(c, marks=pytest.mark.full) for c in MORE)])
-def test_a_resumed_run_ends_like_an_uninterrupted_one(case, tmp_path):
-    make, options = CASES[case]
+@pytest.mark.filterwarnings("ignore:.*without what .* trained")
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.full] * (c in MORE)) for c in CASES])
+def test_a_resumed_run_ends_like_an_uninterrupted_one_and_the_best_model_is_loaded(case, tmp_path, warned):
+    make, adapt = CASES[case]
     base = make()
-    whole = injected(base, **options)
+    whole = adapt(base)
+    resumed, best = copy.deepcopy(whole), copy.deepcopy(whole)
     trainer(whole, tmp_path / "run").train()
-    resumed = injected(base, **options)
     before = {name: p.detach().clone() for name, p in resumed.named_parameters() if not p.requires_grad}
     trainer(resumed, tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert "missing keys" not in warned.text and "unexpected keys" not in warned.text
     assert_same(trained(resumed), trained(whole))
-    after = dict(resumed.named_parameters())
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert_same({name: p for name, p in resumed.named_parameters() if name in before}, before)
+
+    ends_badly = trainer(best, tmp_path / "best", eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    ends_badly.add_callback(Spoil())
+    ends_badly.train()
+    if case != "bitfit":  # whose checkpoint is a whole model
+        load, ids = load_method if method_of(best) else load_adapter, token_ids()
+        again = load(copy.deepcopy(base), ends_badly.state.best_model_checkpoint)
+        assert torch.equal(again.eval()(ids).logits, best.eval()(ids).logits)
 
 
 def test_what_the_user_trains_besides_and_buffers_are_resumed_with_a_warning(tmp_path):
     base = BertWithNorm(bert().config)
 
     def made() -> nn.Module:
-        model = injected(base, target_modules=["query"])
+        torch.manual_seed(0)
+        model = by_lora(target_modules=["query"])(base)
         model.classifier.requires_grad_(True)
         return model
 
@@ -84,21 +111,12 @@ class BertWithNorm(BertForSequenceClassification):
         self.dropout = self.norm  # between the pooler and the classifier
 
 
-def test_a_checkpoint_has_the_bytes_of_the_adapter(tmp_path, warned):
+def test_a_checkpoint_has_the_bytes_of_the_adapter(tmp_path):
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
     base = BertForSequenceClassification(BertConfig(vocab_size=2000, num_labels=3, **sizes))
-    model = injected(base, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = by_lora(**CLASSIFIES)(base)
     trainer(model, tmp_path / "run", max_steps=1).train()
-    checkpoint = tmp_path / "run" / "checkpoint-1"
     adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     for name in ("adapter_model.safetensors", "model.safetensors"):
-        assert (checkpoint / name).stat().st_size < adapter + 20_000
+        assert (tmp_path / "run" / "checkpoint-1" / name).stat().st_size < adapter + 20_000
     assert sum(p.nbytes for p in base.parameters()) > 20 * adapter
-    again = load_adapter(copy.deepcopy(base), checkpoint)
-    ids = token_ids()
-    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
-    with warned.at_level("WARNING"):
-        trainer(injected(base, target_modules=["query", "value"], task_type="SEQ_CLS"), tmp_path / "run").train(
-            resume_from_checkpoint=str(checkpoint)
-        )
-    assert "missing keys" not in warned.text and "unexpected keys" not in warned.text

@@ -20,10 +20,6 @@ from lora_ext.adapters import lora_modules, trainable_parameter_counts
 SETTINGS = {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"}
 
 
-def mixtral() -> nn.Module:
-    return mixture("mixtral")
-
-
 BIAS = needs("transformers", "5.13", "the model asks PEFT's layer around the router for its bias, which it lacks")
 
 
@@ -100,10 +96,10 @@ def test_excluded_layers_stay_as_they_are_and_a_second_adapter_takes_the_same_pa
     model = inject(llama(), LoraConfig(**options, exclude_modules=["o_proj"]))
     names = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
     assert names == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
-    model = quietly(inject, mixtral(), LoraConfig(**SETTINGS, exclude_modules=["experts", "o_proj"]))
+    model = quietly(inject, mixture("mixtral"), LoraConfig(**SETTINGS, exclude_modules=["experts", "o_proj"]))
     adapted = {path.rpartition(".")[2] for path, _ in lora_modules(model)}
     assert adapted == {"q_proj", "k_proj", "v_proj", "gate"}
-    model = quietly(inject, mixtral(), LoraConfig(**SETTINGS, modules_to_save=["layers.0.mlp"]))
+    model = quietly(inject, mixture("mixtral"), LoraConfig(**SETTINGS, modules_to_save=["layers.0.mlp"]))
     assert {path for path, _ in lora_modules(model) if "mlp" in path} == {
         "model.layers.1.mlp.gate",
         "model.layers.1.mlp.experts",
@@ -118,8 +114,8 @@ def test_excluded_layers_stay_as_they_are_and_a_second_adapter_takes_the_same_pa
 def test_options_that_experts_cannot_have_are_refused_as_by_peft(setting):
     (key,) = setting
     with pytest.raises(ValueError, match=key):
-        peft.get_peft_model(mixtral(), peft.LoraConfig(**SETTINGS, **setting))
-    model = mixtral()
+        peft.get_peft_model(mixture("mixtral"), peft.LoraConfig(**SETTINGS, **setting))
+    model = mixture("mixtral")
     with refused(
         model, ValueError, f"inject: {key} is ", f"leave {key} at its default", "exclude_modules=['experts', 'gate']"
     ):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import safetensors.torch
 import torch
 from support.models import bert, llama, refused, shaken, token_ids
-from support.stock_trainer import Spoil, assert_same, trained, trainer
+from support.stock_trainer import assert_same, trained, trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import logging as transformers_logging
 
 from lora_ext import LoraConfig, inject, merge, unmerge
 from lora_ext.adapters import merge_and_unload
@@ -37,21 +35,12 @@ def on_disk(base: nn.Module, directory) -> nn.Module:
     return AUTO[type(base).__name__].from_pretrained(directory).eval()
 
 
-@pytest.fixture
-def says() -> Iterator[None]:
-    """Lets Transformers log warnings, which other tests' commands turn off."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_warning()
-    yield
-    transformers_logging.set_verbosity(before)
-
-
 @pytest.mark.parametrize(
     ("name", "make"),
     [(name, bert) for name in (*INSERTING, *WITH_ADAPTER)]
     + [("prefix-embed", llama), *(pytest.param(name, llama, marks=pytest.mark.full) for name in MORE_OF_LLAMA)],
 )
-def test_saved_files_load_by_load_method_and_by_no_from_pretrained(name, make, tmp_path, caplog, says):
+def test_saved_files_load_by_load_method_and_by_no_from_pretrained(name, make, tmp_path):
     base = on_disk(make(), tmp_path / "base")
     model = shaken(adapted(base, name), by=0.3).eval()
     saved, ids = tmp_path / "saved", token_ids()
@@ -69,28 +58,6 @@ def test_saved_files_load_by_load_method_and_by_no_from_pretrained(name, make, t
         copy.deepcopy(base).load_state_dict(state)
     again = load_method(base, saved).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
-
-
-@pytest.mark.filterwarnings("ignore:.*without what .* trained")
-@pytest.mark.parametrize("name", ["adapter-h", "lora+prefix-embed", pytest.param("bitfit", marks=pytest.mark.full)])
-def test_the_stock_trainer_resumes_and_loads_the_best_model(name, tmp_path, caplog, says):
-    base = bert()
-    torch.manual_seed(0)
-    start = adapted(base, name)
-    whole, resumed, best = (copy.deepcopy(start) for _ in range(3))
-    trainer(whole, tmp_path / "run").train()
-    with caplog.at_level("WARNING"):
-        checkpoint = tmp_path / "run" / "checkpoint-2"
-        trainer(resumed, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
-    assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
-    assert_same(trained(resumed), trained(whole))
-    ends_badly = trainer(best, tmp_path / "best", eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
-    ends_badly.add_callback(Spoil())
-    ends_badly.train()
-    if name != "bitfit":
-        again = load_method(copy.deepcopy(base), ends_badly.state.best_model_checkpoint).eval()
-        ids = token_ids()
-        assert torch.equal(again(ids).logits, best.eval()(ids).logits)
 
 
 def test_a_checkpoint_of_another_method_is_reported(tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from support.models import VOCABULARY
-from test_methods import D_MODEL, NAMES, method, model_of
+from test_methods import D_MODEL, NAMES, method, model_of, train_a_little
 from transformers import AutoModelForSequenceClassification, GPT2Config, PreTrainedModel
 
 from lora_ext.methods import (
@@ -36,12 +36,7 @@ def adapted(name: str, pooling: str, family: str = "bert", train: bool = True) -
     model = set_pooling(model_of(family), pooling)
     apply_method(model, method(name))
     if train:
-        torch.manual_seed(1)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-        for _ in range(3):
-            model(**batch(), labels=torch.tensor([0, 2])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        train_a_little(model)
     return model
 
 
@@ -62,8 +57,15 @@ def test_the_mean_is_over_the_texts_tokens(family, return_dict):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("family", "pooling"), [("bert", "cls"), ("bert", "mean"), ("roberta", "mean")])
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"full"}))
+@pytest.mark.parametrize(
+    ("family", "pooling", "name"),
+    [*(("bert", "mean", name) for name in NAMES if name != "full")]
+    + [
+        (family, pooling, name)
+        for family, pooling in (("bert", "cls"), ("roberta", "mean"))
+        for name in ("lora", "bitfit")
+    ],
+)
 def test_every_method_trains_and_files_keep_the_pooling(name, family, pooling, tmp_path):
     model = adapted(name, pooling, family)
     expected = model(**batch()).logits

@@ -1,4 +1,4 @@
-"""Accelerated PEFT layers and the rest of PEFT: several adapters, dropout, changes, hot swap, transforms."""
+"""Accelerated PEFT layers: several adapters, dropout, changes, hot swap, transforms, shared inputs, experts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import pytest
 import torch
 from contracts.kinds import Accelerated, input_of, of_kinds
 from support.layers import relative_error
+from support.merging import same_bits
+from support.mixtures import LargestTensor, mixture
+from support.models import llama, logits, token_ids
 from support.peft_pairs import assert_same_step, config, factors, pair, set_active
+from support.versions import needs
 from torch import nn
 
 from lora_ext import functional
-from lora_ext.integrations.peft import accelerate, report
+from lora_ext.integrations.peft import accelerate, report, restore
 from lora_ext.integrations.peft import linear as linear_forward
 
 
@@ -106,7 +110,7 @@ def test_adapters_are_added_and_deleted():
     assert_same_step(*models, lambda model: model(x))
 
 
-@pytest.mark.skipif(peft.__version__ < "0.20", reason="PEFT itself recompiles before 0.20")
+@needs("peft", "0.20", "PEFT itself recompiles")
 def test_hot_swap_into_a_compiled_model_without_recompilation(tmp_path):
     from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
@@ -153,3 +157,106 @@ def test_transforms_that_look_inside_run_pefts_code(ops_calls):
     assert not ops_calls
     ours(x)
     assert ops_calls == ["lora_linear"] * 2
+
+
+# --- layers that read one tensor are computed together, or fall back --------------------------------------------------
+
+
+OPTIONS = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
+IDS = token_ids()
+
+
+def assert_same(theirs: nn.Module, ours: nn.Module) -> None:
+    for _ in range(2):  # the groups are found in the first
+        assert_same_step(theirs, ours, lambda model: logits(model, IDS))
+
+
+def groups(model: nn.Module) -> set[str]:
+    """The first letters of the layers of each group that is computed together."""
+    return {"".join(path.rpartition(".")[2][0] for path in paths) for paths in report(model).groups.together}
+
+
+def test_three_layers_are_one_group():
+    theirs, ours = pair(llama(), config(**OPTIONS))
+    assert_same(theirs, ours)
+    assert groups(ours) == {"qkv"}
+    assert "shared inputs: 6 layers in 2 groups are computed together" in str(report(ours))
+    assert not report(restore(ours)).groups
+
+
+def negate(model: nn.Module) -> None:
+    for block in model.get_base_model().model.layers:
+        block.self_attn.k_proj.scaling["default"] *= -1
+
+
+def hook(model: nn.Module) -> None:
+    for block in model.get_base_model().model.layers:
+        block.self_attn.k_proj.base_layer.register_forward_hook(lambda _, inputs, y: y * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [({"lora_bias": True}, None), ({}, negate), ({}, hook)],
+    ids=["lora_bias", "negative scaling", "hook on a base layer"],
+)
+def test_layers_that_fall_back(options, change):
+    theirs, ours = pair(llama(), config(**OPTIONS | options))
+    for model in (theirs, ours) if change else ():
+        change(model)
+    assert_same(theirs, ours)
+    assert groups(ours) == (set() if change is None else {"qv"})
+
+
+# --- target_parameters: no tensor of the size of the experts ----------------------------------------------------------
+
+
+SETTINGS = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "target_modules": []}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def pair_of_experts(base: nn.Module) -> tuple[peft.PeftModel, peft.PeftModel]:
+    """The same adapted model as PEFT runs it, and accelerated; with a second adapter that is not active."""
+    config = peft.LoraConfig(**SETTINGS, target_parameters=EXPERTS)
+    theirs = peft.get_peft_model(base, config)
+    theirs.add_adapter("other", peft.LoraConfig(**SETTINGS | {"lora_alpha": -2}, target_parameters=EXPERTS))
+    return theirs, accelerate(copy.deepcopy(theirs))
+
+
+@needs("peft", "0.20", "target_parameters are for one adapter")
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_states_and_memory(implementation):
+    theirs, ours = pair_of_experts(mixture("mixtral", implementation))
+    ids = token_ids()[:1, :2]
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        with LargestTensor() as largest:
+            torch.testing.assert_close(ours(input_ids=ids).logits, expected)
+        assert largest.numel < 4 * 16 * 24
+        with ours.disable_adapter(), theirs.disable_adapter():
+            assert same_bits(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+            assert all("disabled" in layer.forward for layer in report(ours))
+        ours.merge_adapter()
+        torch.testing.assert_close(ours(input_ids=ids).logits, expected)
+        ours.unmerge_adapter()
+        restore(ours)
+        with LargestTensor() as largest:
+            torch.testing.assert_close(ours(input_ids=ids).logits, expected)
+        assert largest.numel >= 4 * 16 * 24
+        torch.testing.assert_close(ours.merge_and_unload()(input_ids=ids).logits, expected)
+
+
+def test_a_module_that_reads_its_parameter_otherwise_runs_pefts_code():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 6, 5))
+
+        def forward(self, x):
+            return torch.einsum("nd,efd->nef", x, dict(self.named_parameters()).get("weight", self.weight))
+
+    base = nn.ModuleDict({"experts": Reads()})
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**SETTINGS, target_parameters=["experts.weight"]))
+    ours = accelerate(copy.deepcopy(theirs))
+    x = torch.randn(4, 5)
+    theirs, ours_experts = theirs.base_model.model["experts"], ours.base_model.model["experts"]
+    torch.testing.assert_close(ours_experts(x), theirs(x))

@@ -39,9 +39,10 @@ OPTIONS = {
     "prefix-layer": {"prefix_length": 3},
 }
 PAIRS = [
-    *((family, method) for family in CONFIGS for method in ("full", "lora")),
+    *((family, "full") for family in CONFIGS),
+    *((family, "lora") for family in ("bert", "llama")),
     *(("bert", method) for method in ("adapter-h", "bitfit", "prefix-embed")),
-    *((family, "prefix-layer") for family in ("gpt2", "llama")),
+    ("gpt2", "prefix-layer"),
 ]
 
 
@@ -102,26 +103,24 @@ def test_gradients_of_earlier_batches_exist_from_the_start():
     assert all(parameter.grad is None for parameter in planner.model("float32").parameters())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_checkpointed_layers_keep_only_their_input(family):
-    real, batch = real_model(family, "full"), batch_for(family)
+def test_checkpointed_layers_keep_only_their_input():
+    real, batch = real_model("llama", "full"), batch_for("llama")
     enable = getattr(real, "activation_checkpointing_enable", real.gradient_checkpointing_enable)
     enable({"use_reentrant": False, "preserve_rng_state": False})
     peak = memory.peak_bytes(lambda: real(**batch).loss.backward(), "cpu")
-    planner = planner_for(family, "full")
+    planner = planner_for("llama", "full")
     planned, plain = (planner.training(Setup(BATCH, LENGTH, gradient_checkpointing=on)) for on in (True, False))
     assert planned.gradients + planned.activations == pytest.approx(peak, rel=0.005)
     assert planned.kept < plain.kept / 2
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_kernels_of_cuda_keep_bytes_of_dropout_and_no_probabilities(family):
-    cuda, cpu = (planner_for(family, "full", device).training(Setup(BATCH, LENGTH)) for device in ("cuda", "cpu"))
+def test_kernels_of_cuda_keep_bytes_of_dropout_and_no_probabilities():
+    cuda, cpu = (planner_for("gpt2", "full", device).training(Setup(BATCH, LENGTH)) for device in ("cuda", "cpu"))
     probabilities = LAYERS * 4 * BATCH * 4 * LENGTH * LENGTH
     masks = 3 * LAYERS * BATCH * LENGTH * 32  # at least: two dropouts a layer, three bytes less an element
     assert cpu.kept - cuda.kept > probabilities + masks
     checkpointed = Setup(BATCH, LENGTH, gradient_checkpointing=True)
-    assert planner_for(family, "full", "cuda").training(checkpointed).kept < cuda.kept / 2
+    assert planner_for("gpt2", "full", "cuda").training(checkpointed).kept < cuda.kept / 2
     with pytest.raises(ValueError, match="device is 'tpu', want one of cuda, cpu"):
         simulate_step(nn.Linear(1, 1), lambda model: model.weight.sum(), "tpu")
 

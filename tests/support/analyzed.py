@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_files import peft_adapter, save_checkpoint
@@ -80,45 +78,3 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 def factors(adapter: Path, layer: str) -> tuple[Tensor, Tensor]:
     found = tensors(adapter)
     return tuple(found[f"base_model.model.{layer}.lora_{side}.weight"].double() for side in "AB")
-
-
-def right_directions(matrix: Tensor) -> np.ndarray:
-    return np.linalg.svd(matrix.double().numpy(), full_matrices=False)[2].T
-
-
-def phi(U: np.ndarray, V: np.ndarray) -> np.ndarray:
-    """The paper's formula, entry by entry."""
-    grid = np.empty((U.shape[1], V.shape[1]))
-    for i in range(1, U.shape[1] + 1):
-        for j in range(1, V.shape[1] + 1):
-            grid[i - 1, j - 1] = np.linalg.norm(U[:, :i].T @ V[:, :j]) ** 2 / min(i, j)
-    return grid
-
-
-def assert_update(found: dict[str, Any], delta: np.ndarray, weight: np.ndarray, r: int) -> None:
-    """Checks the measurements of one adapter in one layer against whole matrices."""
-    U, S, Vh = np.linalg.svd(delta, full_matrices=False)
-    weight_values = np.linalg.svd(weight, compute_uv=False)
-    approx = {"rel": 2e-4, "abs": 1e-6}
-    assert found["norm"] == pytest.approx(np.linalg.norm(delta), **approx)
-    assert found["relative_change"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(weight), **approx)
-    assert found["singular_values"][:r] == pytest.approx(S[:r].tolist(), **approx)
-    assert found["numerical_rank"] == r
-    assert found["stable_rank"] == pytest.approx(np.sum(S**2) / S[0] ** 2, **approx)
-    parts = S[:r] / S[:r].sum()
-    assert found["effective_rank"] == pytest.approx(np.exp(-np.sum(parts * np.log(parts))), **approx)
-    assert found["projections"][-1]["rank"] == r
-    for row in found["projections"]:
-        rank = row["rank"]
-        projected = np.linalg.norm(U[:, :rank].T @ weight @ Vh[:rank].T)
-        assert row["delta"] == pytest.approx(projected, **approx)
-        assert row["weight"] == pytest.approx(np.linalg.norm(weight_values[:rank]), **approx)
-        assert row["amplification"] == pytest.approx(np.linalg.norm(S[:rank]) / projected, rel=1e-3)
-    for key in ("delta", "weight", "random", "amplification"):
-        assert found[key] == found["projections"][-1][key]
-
-
-def matrices(delta: Tensor, key: str) -> list[np.ndarray]:
-    """Returns a tensor's matrices, ``[out, in]`` or transposed: norms and spectra are the same."""
-    delta = delta.double()
-    return [matrix.numpy() for matrix in delta] if key.startswith("experts") else [delta.flatten(1).numpy()]

@@ -17,6 +17,7 @@ from safetensors import deserialize
 from safetensors.torch import load_file, save_file
 from support.merging import bits
 from support.models import shaken
+from support.peft_files import save_with_peft
 from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
@@ -90,7 +91,7 @@ def peft_adapter(model: nn.Module, directory: Path, **settings: Any) -> peft.Pef
         for message in ("fan_in_fan_out is set to False", "Adapter 'default': ", "Setting `save_embedding_layers`"):
             warnings.filterwarnings("ignore", message)
         adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
-        shaken(adapted).save_pretrained(directory)
+        save_with_peft(shaken(adapted), directory)
     return adapted
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,3 @@ def refused(model: nn.Module, error: type[Exception], *fragments: str) -> Iterat
     for fragment in fragments:
         assert fragment in str(caught.value), str(caught.value)
     assert_unchanged(model, before)
-
-
-FAMILIES: dict[str, Callable[[], nn.Module]] = {"bert": bert, "roberta": roberta, "llama": llama, "net": Net}

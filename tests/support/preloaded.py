@@ -10,7 +10,9 @@ import gc
 
 # First: in the other order an import's thread leaves an arena of the C library behind, and tests of a full memory
 # (tests/merging/test_merge_launches.py) fit into it.
-import lora_ext.methods  # noqa: F401  # isort: skip
+import lora_ext.methods  # isort: skip
 from transformers import Trainer  # noqa: F401
+
+import lora_ext.commands.classification  # noqa: F401  # datasets and scikit-learn, for a second
 
 gc.freeze()

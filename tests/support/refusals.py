@@ -260,6 +260,11 @@ TWO_ACTIVE = {"model": lambda: adapters.set_adapter(injected(), ["a", "b"]), "ad
 NO_CONFIG = {"directory": lambda path: damaged(path, "adapter_config.json", b"{")}
 NO_WEIGHTS = {"directory": lambda path: damaged(path, "adapter_model.safetensors", b"{}")}
 RANK_4 = {"model": lambda: inject(Net(), LoraConfig(r=4, target_modules=["up"]), "c")}
+TWO_RANKS = {
+    "model": lambda: inject(inject(Net(), CONFIG, "a"), LoraConfig(r=3, target_modules=["up"]), "b"),
+    "combination_type": "linear",
+    "svd_rank": None,
+}
 RANK_1 = {"model": lambda: inject(Net(), LoraConfig(r=1, target_modules=["up", "down"]), "a")}
 INJECTED_BERT = {"model": lambda: inject(bert(), LoraConfig(target_modules=["query"]))}
 MERGED_BERT = {"model": lambda: merge(adapted("lora", target_modules=["query"]))}
@@ -288,6 +293,13 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (load_adapter, RANK_4, ValueError, "has r=2 but the model was injected with r=4"),
     (load_adapter, {"model": merged}, RuntimeError, MERGED),
     (load_adapter, {"model": Net().to("meta")}, ValueError, ".0.up.lora_A.weight: the model is on the meta device"),
+    (AdapterPool, {"max_bytes": 100}, ValueError, "AdapterPool: max_bytes is 100, but one slot of rank 2 takes"),
+    (AdapterPool, {"r": 0}, ValueError, "r is 0"),
+    (AdapterPool, {"target_modules": ["nothing"]}, ValueError, "nothing"),
+    (AdapterPool, {"target_modules": ["norm"]}, TypeError, "norm"),
+    (AdapterPool, {"host_bytes": 1}, TypeError, "unexpected keyword argument 'host_bytes'"),
+    (AdapterPool, {"modules_to_save": ["head"]}, TypeError, "unexpected keyword argument 'modules_to_save'"),
+    (AdapterPool, {"directory": "nowhere"}, ValueError, "directory is 'nowhere', which is not a directory"),
     (AdapterPool, {"dtype": torch.int8}, ValueError, "AdapterPool: dtype is torch.int8, want one of torch.float64"),
     (AdapterPool, {"model": merged}, RuntimeError, MERGED),
     (adapters.set_adapter, *BARE),
@@ -300,6 +312,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.add_weighted_adapter, {"adapters": [], "weights": []}, ValueError, "0 weights for 0 adapters; want one "),
     (adapters.add_weighted_adapter, {"weights": [1.0]}, ValueError, "1 weights for 2 adapters; want one each"),
     (adapters.add_weighted_adapter, {"weights": [1.0, NAN]}, ValueError, "weights are [1.0, nan], want finite numbers"),
+    (adapters.add_weighted_adapter, TWO_RANKS, ValueError, "'blocks.0.up': the adapters have ranks [2, 3], but linear"),
     (adapters.add_weighted_adapter, {"adapter_name": "a"}, ValueError, f"adapter 'a' {TAKEN}"),
     (adapters.add_weighted_adapter, {"combination_type": "ties"}, ValueError, "want one of linear, cat, svd; for the"),
     (adapters.add_weighted_adapter, {"svd_rank": 0}, ValueError, "svd_rank is 0, want None or an integer of at least"),
@@ -398,7 +411,20 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] =
     (adapters.add_weighted_adapter, {"adapters": "a"}, TypeError, "adapters is 'a' of type str, want a list of strin"),
     (methods.load_method, {"trainable": 1}, TypeError, "trainable is 1 of type int, want True or False"),
     (inject, {"share_inputs": "yes"}, TypeError, "share_inputs is 'yes' of type str, want True or False"),
-    (analysis.singular_basis, {"matrix": torch.zeros(2, 6).long()}, TypeError, "matrix has dtype int64, want one of"),
+    *(
+        (function, {name: made.to(wrong)}, error, f"{name} {words}")
+        for wrong, error, words in (
+            ("meta", ValueError, "is on the meta device, where it has no values"),
+            (torch.int64, TypeError, "has dtype int64, want one of float64, float32"),
+        )
+        for function, name, made in (
+            (analysis.project, "V", torch.ones(4, 2)),
+            (analysis.subspace_similarity, "second", torch.ones(4, 2)),
+            (analysis.singular_basis, "matrix", torch.ones(2, 6)),
+            (analysis.block_krylov_svd, "weight", torch.ones(6, 4)),
+            (analysis.factored_svd, "lora_A", torch.ones(2, 6)),
+        )
+    ),
     *((kind, {"base_layer": nn.ReLU()}, TypeError, f"base_layer is a ReLU, want {kind.base_kinds}") for kind in BASES),
     (layers.LoraPackedLinear, {"num_parts": 4}, ValueError, "num_parts is 4, want a divisor of out_features=6"),
     (layers.LoraPackedLinear, {"num_parts": 0}, ValueError, "num_parts is 0"),

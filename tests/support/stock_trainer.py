@@ -11,11 +11,11 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 def rows(model: nn.Module) -> list[dict]:
     torch.manual_seed(1)
     labels = (lambda ids, i: i % 2) if isinstance(model, BertForSequenceClassification) else (lambda ids, i: ids)
-    return [{"input_ids": ids, "labels": labels(ids, i)} for i, ids in enumerate(token_ids(16).tolist())]
+    return [{"input_ids": ids, "labels": labels(ids, i)} for i, ids in enumerate(token_ids(12).tolist())]
 
 
 def trainer(model: nn.Module, directory, **options) -> Trainer:
-    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4} | options
+    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "max_steps": 3} | options
     arguments = TrainingArguments(
         str(directory), report_to=[], per_device_train_batch_size=2, disable_tqdm=True, use_cpu=True, seed=3, **options
     )
@@ -36,7 +36,8 @@ class Spoil(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2:
+            noise = torch.Generator().manual_seed(0)  # the same in every release
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.requires_grad:
-                        parameter.add_(torch.randn_like(parameter), alpha=30)
+                        parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=30)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
+from support.peft_files import save_with_peft
 from torch import nn
 
 from lora_ext import load_adapter, merge, set_adapter, unmerge
@@ -61,7 +62,7 @@ WAYS = {
 def save_random_adapter(base: nn.Module, directory: Path, **options: Any) -> Path:
     """Saves an adapter for ``base`` with both factors random, so that it changes the output. Returns ``directory``."""
     config = peft.LoraConfig(**{"r": 2, "lora_alpha": 6, "init_lora_weights": False} | options)
-    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(directory, save_embedding_layers=False)
+    save_with_peft(peft.get_peft_model(copy.deepcopy(base), config), directory, save_embedding_layers=False)
     return directory
 
 

@@ -1,18 +1,30 @@
-"""Checkpoints and adapters that merge refuses, and changes nothing on disk."""
+"""Checkpoints and adapters that commands refuse without a change on disk; tests/hostile has damaged files."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoint_files import edit_config, edit_tensors, peft_adapter, refused, save_checkpoint, snapshot
+from safetensors.torch import save_file
+from support.checkpoint_files import (
+    INDEX,
+    SHARD,
+    edit_config,
+    edit_tensors,
+    peft_adapter,
+    refused,
+    save_checkpoint,
+    snapshot,
+)
 from support.models import bert, llama
 from torch import nn
 
-from lora_ext.checkpoints import merge
+from lora_ext.checkpoints import Checkpoint, merge
+from lora_ext.commands import main
 from lora_ext.methods import apply_method, new_method, save_method, set_pooling
 
 pytestmark = pytest.mark.cpu_only("is about files, which hold CPU tensors")
@@ -205,3 +217,32 @@ def test_adapters_with_invocation_tokens_are_refused(llama_files, tmp_path):
     base, adapter = llama_files
     edit_config(adapter, alora_invocation_tokens=[5])
     refuses(base, [adapter], tmp_path / "out", "alora_invocation_tokens")
+
+
+# --- directories that are no checkpoints, and odd ones ----------------------------------------------------------------
+
+
+def test_the_longest_name_in_an_index(small_files, tmp_path):
+    shutil.copytree(small_files / "tuned", tmp_path / "good")
+    longest = "a" * (255 - len(".safetensors")) + ".safetensors"
+    (tmp_path / "good" / SHARD).rename(tmp_path / "good" / longest)
+    text = (tmp_path / "good" / INDEX).read_text()
+    (tmp_path / "good" / INDEX).write_text(text.replace(SHARD, longest))
+    assert set(Checkpoint.open(tmp_path / "good")) == set(Checkpoint.open(small_files / "tuned"))
+
+
+def test_a_single_file_is_read_before_an_index(small_files, tmp_path):
+    """As by Transformers."""
+    shutil.copytree(small_files / "tuned", tmp_path / "both")
+    save_file({"x": torch.ones(1)}, tmp_path / "both" / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "both")
+    assert list(checkpoint) == ["x"]
+    assert SHARD in checkpoint.other_files()[1] and SHARD not in checkpoint.other_files()[0]
+
+
+def test_a_name_of_other_letters(small_files, tmp_path, capsys):
+    strange = tmp_path / "ok\udcff\x1b"  # a name that the system allows
+    shutil.copytree(small_files / "base", strange)
+    main(["inspect", str(strange)])
+    out = capsys.readouterr()
+    assert (out.out + out.err).replace("\n", "").isprintable()
