@@ -15,7 +15,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full test-emulator coverage asan ubsan tsan sanitize-quick mutants fuzz soak peft-conformance adapterhub-conformance lint format docs build cuda wheel test-abi info bench clean
+.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full test-emulator coverage asan ubsan tsan sanitize-quick mutants fuzz soak peft-conformance adapterhub-conformance lint format docs build cuda cuda-report wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -42,6 +42,7 @@ help:
 	@echo 'make docs       the site in build/site, from README.md and docs/; warnings are errors, and nothing is fetched'
 	@echo 'make build      compile what changed'
 	@echo 'make cuda       compile the CUDA kernels for every architecture and check the machine code; needs no GPU'
+	@echo 'make cuda-report  check the machine code of the development build'
 	@echo 'make bench      what LoRA costs on this machine against the frozen model and the peers: tables and pictures in benchmarks/results/<machine>'
 	@echo 'make wheel      the source distribution and the wheels that this machine can build, in dist/ (WHEELS="sdist cpu cuda aarch64")'
 	@echo 'make test-abi   op tests of one wheel under other torch releases (TORCH_BUILD=2.13.0 TORCH_RUN="2.11.0 2.15.0")'
@@ -149,6 +150,9 @@ cuda: $(VENV)/.cuda
 	@LORA_EXT_CUDA=1 LORA_EXT_CUDA_ARCHS=$(CUDA_ARCHS) $(BIN)/python setup.py build_cuda >build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
 	@grep '^lora_ext ' build/cuda.log
 	@$(BIN)/python scripts/kernel_report.py build/cuda/lora_ext/liblora_ext_cuda.so
+
+cuda-report: $(VENV)/.cuda $(VENV)/.built
+	@$(BIN)/python scripts/kernel_report.py lora_ext/liblora_ext_cuda.so
 
 bench: $(VENV)/.bench $(VENV)/.built
 	$(BIN)/python benchmarks/run_all.py $(ARGS)
