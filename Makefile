@@ -15,7 +15,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CUDA_ARCHS := 80,86,89,90a,100,120
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh')
 
-.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full test-emulator coverage asan ubsan tsan sanitize-quick mutants fuzz soak peft-conformance adapterhub-conformance lint format docs build cuda cuda-report wheel test-abi info bench clean
+.PHONY: help finetune finetune-lm finetune-vi test test-quick test-full test-emulator test-oldest coverage asan ubsan tsan sanitize-quick mutants fuzz soak peft-conformance adapterhub-conformance lint format docs build cuda cuda-report wheel test-abi info bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -27,6 +27,7 @@ help:
 	@echo 'make test-quick whether a change broke something, in two minutes on two cores (PYTEST_ARGS as above)'
 	@echo 'make test-full  also the tests that take minutes each'
 	@echo 'make test-emulator  the CUDA kernels on the CPU: after a change to csrc/cuda, csrc/common or $(EMULATOR)'
+	@echo 'make test-oldest  the tests next to the oldest releases of the dependencies that pyproject.toml takes (PYTEST_ARGS as above)'
 	@echo 'make coverage   which lines of lora_ext the tests run, in build/coverage; not a gate (PYTEST_ARGS as above)'
 	@echo 'make asan       C++ tests, op tests and op fuzzer under AddressSanitizer, with every instruction set of this machine'
 	@echo 'make ubsan      the same under UndefinedBehaviorSanitizer; make tsan: under ThreadSanitizer; all also try a planted bug'
@@ -82,10 +83,13 @@ test-quick: $(VENV)/.test $(VENV)/.built
 	$(PYTEST) --quick $(SELECTED)
 
 test-full: $(VENV)/.test $(VENV)/.built
-	$(PYTEST) --slow $(SELECTED)
+	$(PYTEST) --slow --lives 200 $(SELECTED)
 
 test-emulator: $(VENV)/.test $(VENV)/.built
 	$(PYTEST) $(EMULATOR) $(PYTEST_ARGS)
+
+test-oldest: $(VENV)/.built
+	scripts/test_oldest.sh $(BIN)/python $(PYTEST_ARGS)
 
 coverage: $(VENV)/.test $(VENV)/.built $(VENV)/.coverage
 	$(PYTEST) --cov=lora_ext --cov-report=html:build/coverage --cov-report=term:skip-covered $(SELECTED)

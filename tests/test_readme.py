@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from support.versions import needs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_ext import LoraConfig, inject, merge, save_adapter, unmerge
@@ -138,6 +139,7 @@ def test_python_of_cli_md(in_tmp_path, capsys):
     assert (in_tmp_path / "my-adapter" / "method.safetensors").is_file()
 
 
+@needs("transformers", "5.18", "there is no GgufConfig")
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # TRL and torchao, which it imports, warn a lot
 def test_python_of_the_tutorial(in_tmp_path, capsys, monkeypatch):

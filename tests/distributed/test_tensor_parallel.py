@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.models import Net
 from support.ranks import assert_merges_alike, assert_same, trained, whole
+from support.versions import needs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -175,6 +176,7 @@ def _transformers(rank: int, directory: Path) -> None:
         torch.testing.assert_close(merge(model)(input_ids=ids).logits, outputs[1])
 
 
+@needs("transformers", "5.13", "DistributedConfig takes no tp_plan")
 def test_tp_plan_of_transformers(ranks, tmp_path):
     sizes = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
