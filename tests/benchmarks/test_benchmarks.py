@@ -43,6 +43,7 @@ CASES = {
     "compiled layer": ("bench_layer", (*LAYER, "--dropout", "0"), 4, [*PEERS, contestants.COMPILED]),
     "dora": ("bench_dora", LAYER, 6, ["lora_ext, LoRA", "lora_ext", "peft accelerated", "peft"]),
     "host": ("bench_host", ("--rank", "4"), len(bench_host.PASSES), PEERS),
+    "ranks": ("bench_ranks", (*LAYER, "--ranks", "4"), 4, ["peft", "lora_ext", "library"]),
     "siblings": ("bench_siblings", LAYER, 2, ["siblings", "separate", *PEERS[1:]]),
     "grouped": ("bench_grouped", (*GROUPED, "forward"), 2, ["frozen", *bench_grouped.CONTESTANTS]),
     "grouped, training": ("bench_grouped", (*GROUPED, "training", "--shapes", "40x16x24"), 2, TRAINED_ROWS),
