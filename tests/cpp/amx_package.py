@@ -10,8 +10,7 @@ from support import extension
 from support.object_cache import ROOT, ObjectCache
 
 SOURCES = Path(__file__).parent / "emulated_amx"
-FOLDER = ROOT / "build" / "emulated_amx"
-_CACHE = ObjectCache(FOLDER / "objects")
+_CACHE = ObjectCache(ROOT / "build" / "emulated_amx")
 _KERNELS = "csrc/cpu/isa_"
 # Later flags win. The kernels take most of the time, compiled and run; calls check their arguments in no time.
 _OPTIMIZED = {"kernels.cpp": ["-O1"], "tiles.cpp": ["-O3", "-mavx512f", "-mfma"]}
@@ -21,8 +20,8 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def build() -> Path:
-    """Returns the folder to import lora_ext from."""
+def build(folder: Path) -> None:
+    """Makes ``folder`` one to import lora_ext from. Each process of the tests has its own."""
     described = extension.describe()
     flags = [*described.flags, "-fPIC", "-O0", "-w", f"-I{ROOT / 'csrc'}"]
     jobs = [(SOURCES / name, [compiler(), *flags, *more]) for name, more in _OPTIMIZED.items()]
@@ -33,8 +32,7 @@ def build() -> Path:
         libraries = [flag for flag in described.link_flags if "--version-script" not in flag]
         library = _CACHE.link("liblora_ext", objects, described.linker(compiler()), libraries)
         _CACHE.remove_old()
-        extension.write_package(FOLDER / "package", library)
-    return FOLDER / "package"
+        extension.write_package(folder, library)
 
 
 def tiles_tests() -> Path:

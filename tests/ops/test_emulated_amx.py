@@ -42,9 +42,11 @@ def compiles():
 
 
 @pytest.fixture(scope="module")
-def package(compiles):
+def package(compiles, tmp_path_factory):
     """The folder to import lora_ext from."""
-    return amx_package.build()
+    folder = tmp_path_factory.mktemp("emulated_amx")
+    amx_package.build(folder)
+    return folder
 
 
 def run(package: Path, *arguments: str) -> str:
