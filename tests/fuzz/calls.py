@@ -1,8 +1,7 @@
-"""A call of a function: its run, and the judgement of what it returned, raised and changed."""
+"""A call of a function: its source, its run, and the judgement of what it returned, raised and changed."""
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-
-import lora_ext
 
 from .cases import CannotTell, Finding, Outcome, WrongResult, finding, judge_exception
 from .compare import lacks_memory, plain, tensors_in
-from .tensors import Change
+from .values import Value
 from .worker import POISON
+
+# Computes gradients of all outputs that have any, with a fixed pattern.
+_GRADIENTS = """
+outputs = [t for t in differentiated if t.requires_grad and not t.is_nested]
+if outputs:
+    patterns = [torch.linspace(-1, 1, t.numel()).to(t.dtype).view(t.shape) for t in outputs]
+    torch.autograd.backward(outputs, patterns)
+"""
 
 
 @dataclass
@@ -26,27 +30,41 @@ class Call:
 
     Attributes:
         function: the function's dotted name.
-        arguments: a valid call, by name.
-        differentiated: returns the outputs that have gradients, from the result and the arguments.
-        steps: changes that make views, contents, histories or something invalid of the arguments.
+        arguments: sources of the arguments, all passed by name. Names that start with "_" are not passed; others use
+            them.
         oracle: checks the result: ``oracle(before, result, after)`` gets the arguments before the call, the result,
             and the arguments after it. Raises :class:`WrongResult` or :class:`CannotTell`.
         changes: the arguments that the function may change.
+        differentiated: source of the outputs to differentiate; "": none.
+        mutated: the arguments that may be wrong.
         repeat: whether it is called again, for the same bits.
     """
 
     function: str
-    arguments: dict[str, Any]
+    arguments: dict[str, Value]
     oracle: Callable[[Mapping[str, Any], Any, Mapping[str, Any]], None] | None = None
     changes: tuple[str, ...] = ()
-    differentiated: Callable[[Any, Mapping[str, Any]], list[Tensor]] | None = None
-    steps: list[Change] = field(default_factory=list)
+    differentiated: str = ""
+    mutated: list[str] = field(default_factory=list)
     repeat: bool = False
 
-    def text(self) -> str:
-        """Describes the call for a report."""
-        arguments = [f"    {name}: {_described(value)}" for name, value in self.arguments.items()]
-        return "\n".join([f"{self.function} of", *arguments, *(f"    then {step}" for step in self.steps)])
+    @property
+    def imports(self) -> str:
+        planted = "import fuzz.planted\n" if "planted" in self.function else ""
+        return f"import numpy\nimport torch\nimport lora_ext.functional\n{planted}"
+
+    @property
+    def body(self) -> str:
+        passed = ", ".join(f"{name}={name}" for name in self.arguments if not name.startswith("_"))
+        return f"result = {self.function}({passed})\n"
+
+    @property
+    def backward(self) -> str:
+        return f"differentiated = {self.differentiated}\n{_GRADIENTS}" if self.differentiated else ""
+
+    def source(self) -> str:
+        lines = [line for name, value in self.arguments.items() for line in value.lines(name)]
+        return self.imports + "\n".join(lines) + f"\n{self.body}{self.backward}"
 
     def names(self) -> list[str]:
         """Returns names; a message about the call must contain one of them."""
@@ -54,43 +72,38 @@ class Call:
         names = [name for name in self.arguments if len(name) > 1 or name in "xy"]
         return [short, short.rstrip("_"), "lora_ext", *names]
 
-    def made(self) -> dict[str, Any] | None:
-        """Makes the arguments; None: PyTorch cannot."""
-        arguments = pytree.tree_map_only(Tensor, torch.clone, self.arguments)
-        try:
-            for step in self.steps:
-                if any(map(lacks_memory, tensors_in(arguments.get(step.name)))):
-                    return None  # PyTorch reads it anyway
-                step.apply(arguments)
-        except Exception:
-            return None
-        may_be = self.function.startswith("torch.ops.") or all(map(_is_for_pytorch, tensors_in([*arguments.values()])))
-        return arguments if may_be else None
-
     def run(self) -> Outcome:
         """Runs the call and judges it."""
-        function, arguments = self.function, self.made()
-        if arguments is None:
+        space: dict[str, Any] = {}
+        function = self.function
+        try:
+            exec(self.imports, space)
+            for name, value in self.arguments.items():
+                exec("\n".join(value.lines(name)), space)
+                if not function.startswith("torch.ops.") and not all(map(_is_for_pytorch, tensors_in(space[name]))):
+                    return Outcome("void")  # later arguments can depend on it
+        except Exception:
             return Outcome("void")
+        arguments = {name: space[name] for name in self.arguments}
         watched = Watched(arguments)
         try:
             before = {name: plain(value) for name, value in arguments.items()}
         except Exception:
             before = None
         try:
-            result = _resolved(function)(**arguments)
+            exec(self.body, space)
         except Exception as error:
             changed = watched.findings("changed after a refusal", function, (), f" after {error}")
             return Outcome("refused", judge_exception(function, self.names(), error) + changed)
         found = watched.findings("changed argument", function, self.changes)
-        devices = {tensor.device.type for tensor in tensors_in([*arguments.values()])}
+        devices = {tensor.device.type for tensor in tensors_in(list(arguments.values()))}
         if len(devices) > 1:
             found.append(finding("mixed devices accepted", function, f"tensors on {sorted(devices)} were accepted"))
         try:
-            self._backward(result, arguments)
+            exec(self.backward, space)
         except Exception as error:
             return Outcome("refused", found + judge_exception(function, [*self.names(), "grad", "backward"], error))
-        outputs = self._outputs(result, arguments)
+        outputs = _outputs(self, space)
         unwritten = sum(map(_poisoned, outputs))
         if unwritten and not sum(map(_poisoned, tensors_in(list((before or {}).values())))):
             found.append(finding("uninitialised", function, f"{unwritten} elements of the results were never written"))
@@ -99,7 +112,7 @@ class Call:
             return Outcome("accepted", found)
         try:
             with torch.enable_grad():
-                self.oracle(before, result, arguments)
+                self.oracle(before, space["result"], {**space, **arguments})
         except CannotTell:
             return Outcome("accepted", found)
         except WrongResult as wrong:
@@ -108,36 +121,11 @@ class Call:
             detail = f"accepted, but the reference fails: {type(error).__name__}: {error}"
             return Outcome("accepted", [*found, finding("accepted", function, detail)])
         if self.repeat and not found:
-            again = self.made()
-            result = _resolved(function)(**again)
-            self._backward(result, again)
-            if not all(map(_same_values, outputs, self._outputs(result, again))):
+            space = {}
+            exec(self.source(), space)
+            if not all(map(_same_values, outputs, _outputs(self, space))):
                 found.append(finding("not reproducible", function, "the same call gave other results the second time"))
         return Outcome("compared", found)
-
-    def _backward(self, result: Any, arguments: Mapping[str, Any]) -> None:
-        """Computes gradients of all outputs that have any, with a fixed pattern."""
-        outputs = self.differentiated(result, arguments) if self.differentiated else []
-        outputs = [output for output in outputs if output.requires_grad and not output.is_nested]
-        patterns = [torch.linspace(-1, 1, t.numel()).to(t.dtype).view(t.shape) for t in outputs]
-        if outputs:
-            torch.autograd.backward(outputs, patterns)
-
-    def _outputs(self, result: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
-        """Returns the result, the arguments that the call may change, and the gradients that it left."""
-        outputs = tensors_in([result, *(arguments[name] for name in self.changes if name in arguments)])
-        return outputs + [t.grad for t in tensors_in([*arguments.values()]) if t.is_leaf and t.grad is not None]
-
-
-def _resolved(function: str) -> Callable[..., Any]:
-    first, *names = function.split(".")
-    return functools.reduce(getattr, names, {"torch": torch, "lora_ext": lora_ext}[first])
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"[{', '.join(map(_described, value))}]" if isinstance(value, list) else repr(value)
 
 
 class Watched:
@@ -217,6 +205,13 @@ def _poisoned(tensor: Tensor) -> int:
 def _is_for_pytorch(tensor: Tensor) -> bool:
     """Whether PyTorch's ops can take it: they read missing memory, and huge tensors take for ever."""
     return not lacks_memory(tensor) and (tensor.is_nested or tensor.numel() < 1 << 24)
+
+
+def _outputs(call: Call, space: Mapping[str, Any]) -> list[Tensor]:
+    """Returns the result, the arguments that the call may change, and the gradients that it left."""
+    outputs = tensors_in([space["result"], *(space[name] for name in call.changes if name in call.arguments)])
+    arguments = tensors_in([space[name] for name in call.arguments])
+    return outputs + [tensor.grad for tensor in arguments if tensor.is_leaf and tensor.grad is not None]
 
 
 def _same_values(first: Tensor, second: Tensor) -> bool:

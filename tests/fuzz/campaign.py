@@ -138,7 +138,7 @@ def run(
             findings = [finding for finding in outcome.findings if only is None or finding.kind in only]
             for finding in findings:
                 name = finding.signature
-                campaign.found[name] = f"{name}\n  {finding.detail}\n  with the seed {seed}\n{call.text()}"
+                campaign.found[name] = f"{name}\n  {finding.detail}\n  with the seed {seed}\n{call.source()}"
             if findings:
                 raise kinds.setdefault(name, type(name, (Exception,), {}))
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from lora_ext import functional
@@ -15,63 +11,74 @@ from .calls import Call
 from .cases import CannotTell, WrongResult
 from .choices import Choices
 from .compare import check_close, same_bits, share_memory
-from .tensors import RANKS, SCALINGS, Change
+from .values import (
+    FUNCTIONS,
+    IN_PLACE,
+    OPS,
+    RANKS,
+    SCALINGS,
+    ListValue,
+    Source,
+    TensorValue,
+    Value,
+    acc_name,
+    literal,
+    tensor,
+)
 
 _SIZES = (3, 1, 0, 2, 8, 17, 33, 64, 100, 255, 256, 257, 300, 520)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-# Words and corrections of a merge's record, then forged ones.
-_RECORDS: dict[str, Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]] = {
-    "recorded": lambda words, corrections: (words, corrections),
-    "none": lambda words, corrections: ([], []),
-    "words of -1": lambda words, corrections: ([w * 0 - 1 for w in words], corrections),
-    "largest words": lambda words, corrections: ([w * 0 + 32767 for w in words], corrections),
-    "larger words": lambda words, corrections: ([w + 3 for w in words], corrections),
-    "few corrections": lambda words, corrections: (words, [c[:1] for c in corrections]),
-    "corrections of -1": lambda words, corrections: (words, [c * 0 - 1 for c in corrections]),
-    "one layer's words": lambda words, corrections: (words[:1], corrections),
-    "transposed words": lambda words, corrections: ([w.T for w in words], corrections),
-    "words of float32": lambda words, corrections: ([w.float() for w in words], corrections),
-    "corrections without data": lambda words, corrections: (words, [c.to("meta") for c in corrections]),
-}
+_LAYOUTS = ("gaps between rows", *IN_PLACE)
+_DTYPES = ("float32", "bfloat16", "float64", "float16")
+# A merge's record, then forged ones.
+_RECORDS = (
+    ("recorded[1]", "recorded[2]"),
+    ("[]", "[]"),
+    ("[words * 0 - 1 for words in recorded[1]]", "recorded[2]"),
+    ("[words * 0 + 32767 for words in recorded[1]]", "recorded[2]"),
+    ("[words + 3 for words in recorded[1]]", "recorded[2]"),
+    ("recorded[1]", "[corrections[:1] for corrections in recorded[2]]"),
+    ("recorded[1]", "[corrections * 0 - 1 for corrections in recorded[2]]"),
+    ("recorded[1][:1]", "recorded[2]"),
+    ("[words.T for words in recorded[1]]", "recorded[2]"),
+    ("[words.float() for words in recorded[1]]", "recorded[2]"),
+    ("recorded[1]", '[corrections.to("meta") for corrections in recorded[2]]'),
+)
 
 
-def _layer(choices: Choices, dtype: torch.dtype, factors: torch.dtype) -> dict[str, Tensor]:
+def _layer(choices: Choices, dtype: str, factors: str) -> tuple[Value, Value, Value]:
     size_out, size_in, rank = choices.choice(_SIZES), choices.choice(_SIZES), choices.choice(RANKS)
-    shapes = {"weight": (size_out, size_in), "lora_A": (rank, size_in), "lora_B": (size_out, rank)}
-    return {name: torch.randn(shape).to(dtype if name == "weight" else factors) for name, shape in shapes.items()}
+    weight = tensor(choices, (size_out, size_in), dtype, _LAYOUTS)
+    return weight, tensor(choices, (rank, size_in), factors), tensor(choices, (size_out, rank), factors)
+
+
+def _values(choices: Choices) -> dict[str, Value]:
+    dtype = choices.choice(_DTYPES)
+    layers = [_layer(choices, dtype, acc_name(dtype)) for _ in range(choices.choice((1, 2, 3)))]
+    names = ("weights", "lora_As", "lora_Bs")
+    return {name: ListValue(list(of)) for name, of in zip(names, zip(*layers, strict=True), strict=True)}
 
 
 def _merge(choices: Choices, function: str) -> Call:
-    dtype = choices.choice(_DTYPES)
-    layers = [_layer(choices, dtype, accumulation_dtype(dtype)) for _ in range(choices.choice((1, 2, 3)))]
-    values: dict[str, list] = {f"{name}s": [layer[name] for layer in layers] for name in layers[0]}
-    if choices.chance(20):
-        values |= {"seeds": [choices.choice((0, 1, -1, 2**63 - 1)) for _ in layers]}
-        values |= {"first_rows": [choices.choice((0, 1, 1 << 31)) for _ in layers]}
-    return Call(function, values, changes=("weights",))
+    return Call(function, _values(choices), changes=("weights",))
 
 
 def _unmerge(choices: Choices, function: str) -> Call:
-    call, forged = _merge(choices, function), choices.choice(list(_RECORDS)) if choices.chance(30) else "recorded"
-    made: list[list[Tensor]] = []
-
-    def words(_: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        merged = {name: value for name, value in arguments.items() if name not in ("words", "corrections")}
-        made[:] = _RECORDS[forged](*torch.ops.lora_ext.lora_merge_record_(**merged)[1:])
-        return made[0]
-
-    call.arguments |= {"words": [], "corrections": []}
-    call.steps = [Change(forged, "words", words), Change(forged, "corrections", lambda *_: made[1])]
-    return call
+    values = _values(choices)
+    words, corrections = choices.choice(_RECORDS) if choices.chance(30) else _RECORDS[0]
+    merge = "torch.ops.lora_ext.lora_merge_record_(weights, lora_As, lora_Bs)"
+    values["words"] = Source(f"((recorded := {merge}), {words})[1]")
+    values["corrections"] = Source(corrections)
+    return Call(function, values, changes=("weights",))
 
 
 # --- one weight -------------------------------------------------------------------------------------------------------
 
 
-def _one(choices: Choices) -> dict[str, Any]:
+def _one(choices: Choices) -> dict[str, Value]:
     dtype = choices.choice(_DTYPES)
-    factors = choices.choice((accumulation_dtype(dtype), dtype, torch.float32, torch.bfloat16, torch.float64))
-    return _layer(choices, dtype, factors) | {"scaling": choices.choice((*SCALINGS, -1.0))}
+    factors = choices.choice((acc_name(dtype), dtype, "float32", "bfloat16", "float64"))
+    values = dict(zip(("weight", "lora_A", "lora_B"), _layer(choices, dtype, factors), strict=True))
+    return values | {"scaling": literal(choices.choice((*SCALINGS, -1.0)))}
 
 
 def _assert_bits(what: str, weight: Tensor, expected: Tensor) -> None:
@@ -81,8 +88,8 @@ def _assert_bits(what: str, weight: Tensor, expected: Tensor) -> None:
 
 def _merge_one(choices: Choices, function: str) -> Call:
     def oracle(before, result, after):
-        if share_memory([after[name] for name in before]) or before["seed"] is not None:
-            raise CannotTell  # the result depends on the order of writes, or on the seed
+        if share_memory([after[name] for name in before]):
+            raise CannotTell  # the result depends on the order of writes
         W, A, B = (before[name].detach().double() for name in ("weight", "lora_A", "lora_B"))
         scaling, computed_in = float(before["scaling"]), accumulation_dtype(before["weight"].dtype)
         magnitude = W.abs() + abs(scaling) * (B.abs() @ A.abs())
@@ -92,47 +99,53 @@ def _merge_one(choices: Choices, function: str) -> Call:
             functional.lora_unmerge_(again, result)
             _assert_bits("merged and unmerged", again, before["weight"])
 
-    arguments = _one(choices) | {"record": not choices.chance(30), "seed": None}
-    return Call(function, arguments, oracle, changes=("weight",))
+    return Call(function, _one(choices) | {"record": literal(not choices.chance(30))}, oracle, changes=("weight",))
+
+
+def _copied(name: str) -> str:
+    """Returns source that copies a tensor; one without memory stays, because PyTorch reads it without a check."""
+    return f"({name}.clone() if {name}.untyped_storage().nbytes() else {name})"
 
 
 def _unmerge_one(choices: Choices, function: str) -> Call:
-    layer, is_forged, originals = _one(choices), choices.chance(30), []
-    weight, forged = layer.pop("weight"), _forged(choices, layer)
-
-    def record(_: Any, arguments: dict[str, Any]) -> functional.MergeRecord:
-        merged = arguments["weight"]
-        originals[:] = [merged.detach().clone()]
-        if is_forged:
-            return functional.MergeRecord(layer["lora_A"], layer["lora_B"], weight.dtype, **forged)
-        return functional.lora_merge_(merged, **layer)
-
-    merge = Change("forged" if is_forged else "of a merge", "record", record)
+    values = {name if name == "weight" else f"_{name}": value for name, value in _one(choices).items()}
+    record, dtype = f"{FUNCTIONS}lora_merge_(weight, _lora_A, _lora_B, _scaling)", values["weight"].dtype
+    if is_forged := choices.chance(30):
+        record = f"{FUNCTIONS}MergeRecord(_lora_A, _lora_B, torch.{dtype}, _words, _corrections)"
+        values |= {f"_{name}": value for name, value in _forged(choices, values["weight"].shape).items()}
+    values["record"] = Source(f"((original := {_copied('weight')}), {record})[1]")
+    call = Call(function, values, changes=("weight",))
 
     def oracle(before, result, after):
-        if is_forged or call.steps[-1] is not merge:
+        if is_forged or call.mutated:
             raise CannotTell
         if result is not after["weight"]:
             raise WrongResult("the result is not the weight")
-        _assert_bits("unmerged", result, originals[0])
+        _assert_bits("unmerged", result, after["original"])
 
-    call = Call(function, {"weight": weight, "record": None}, oracle, changes=("weight",), steps=[merge])
+    call.oracle = oracle
     return call
 
 
-def _forged(choices: Choices, layer: dict[str, Tensor]) -> dict[str, Tensor]:
-    rows, columns = len(layer["lora_B"]), layer["lora_A"].shape[1]
-    words = torch.randint(-1, 4, (rows, (columns + 255) // 256), dtype=torch.int16)
-    return {"words": words, "corrections": torch.randint(-100, 100, (choices.choice((0, 1, 5, 40)),)).short()}
+def _forged(choices: Choices, shape: tuple[int, ...]) -> dict[str, Value]:
+    words = TensorValue((shape[0], (shape[1] + 255) // 256), "int16", choices.randrange(1000), low=-1, high=4)
+    corrections = TensorValue((choices.choice((0, 1, 5, 40)),), "int16", choices.randrange(1000), low=-100, high=100)
+    return {"words": words, "corrections": corrections}
 
 
 def _forged_record(choices: Choices, function: str) -> Call:
     dtype = choices.choice(_DTYPES)
-    layer = _layer(choices, dtype, accumulation_dtype(dtype))
-    forged = {k: v if choices.chance(60) else None for k, v in _forged(choices, layer).items()}
-    return Call(function, {"lora_A": layer["lora_A"], "lora_B": layer["lora_B"], "dtype": dtype, **forged})
+    weight, lora_A, lora_B = _layer(choices, dtype, acc_name(dtype))
+    forged = {k: v if choices.chance(60) else Source("None") for k, v in _forged(choices, weight.shape).items()}
+    return Call(function, {"lora_A": lora_A, "lora_B": lora_B, "dtype": Source(f"torch.{dtype}"), **forged})
 
 
-# lora_merge_check has no kernel on the CPU.
-OPS = dict.fromkeys(("lora_merge_", "lora_merge_check", "lora_merge_record_"), _merge) | {"lora_unmerge_": _unmerge}
-FUNCTIONS = {"lora_merge_": _merge_one, "lora_unmerge_": _unmerge_one, "MergeRecord": _forged_record}
+MAKERS = {
+    f"{OPS}lora_merge_": _merge,
+    f"{OPS}lora_merge_check": _merge,  # without a CPU kernel
+    f"{OPS}lora_merge_record_": _merge,
+    f"{OPS}lora_unmerge_": _unmerge,
+    f"{FUNCTIONS}lora_merge_": _merge_one,
+    f"{FUNCTIONS}lora_unmerge_": _unmerge_one,
+    f"{FUNCTIONS}MergeRecord": _forged_record,
+}

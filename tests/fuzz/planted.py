@@ -12,6 +12,7 @@ from torch import Tensor
 from .calls import Call
 from .cases import WrongResult
 from .choices import Choices
+from .values import TensorValue
 
 # Each by its name, with the kind of finding that it must be.
 OPS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -33,5 +34,5 @@ def _check_op(before: Any, result: Tensor, after: Any) -> None:
 
 
 def make(choices: Choices, name: str) -> Call:
-    x = torch.randn(choices.randint(3, 5), choices.randint(1, 3))
-    return Call(f"torch.ops.lora_ext_planted.{name}", {"x": x}, _check_op)
+    values = {"x": TensorValue((choices.randint(3, 5), choices.randint(1, 3)))}
+    return Call(f"torch.ops.lora_ext_planted.{name}", values, _check_op)
