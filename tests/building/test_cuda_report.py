@@ -21,25 +21,36 @@ import cuda_binary  # noqa: E402
 import kernel_report  # noqa: E402
 
 EVERYTHING = dict(tensor_cores=True, wide_loads=True, wide_stores=True, async_copies=True)
-BROKEN = {
-    "local": (8, "uses local memory"),
-    "name": ("stray_kernel", "belongs to no family"),
-    "instructions": (Counter({"all": 900, "LDGSTS.128": 8, "LDG.128": 2, "STG.128": 4, "LDSM": 16}), "has no HMMA"),
-    "registers": (136, "fits 1 times on a multiprocessor, want 2"),
-    "shared": (62_401, "wants 101377 bytes of shared memory, at most 101376"),
-}
+INSTRUCTIONS = Counter({"all": 900, "HMMA": 64, "LDGSTS.128": 8, "LDG.128": 2, "STG.128": 4, "LDSM": 16})
+BROKEN = [
+    ({"stack": 16}, "has a stack frame of 16 bytes"),
+    ({"local": 8}, "uses local memory"),
+    ({"instructions": INSTRUCTIONS | {"local": 3}}, "uses local memory (3 LDL or STL)"),
+    ({"instructions": INSTRUCTIONS | {"all": 0}}, "has no machine code"),
+    ({"max_threads": 0}, "has no __launch_bounds__"),
+    ({"name": "stray_kernel"}, "belongs to no family"),
+    ({"instructions": INSTRUCTIONS | {"HMMA": 0}}, "has no HMMA"),
+    ({"instructions": INSTRUCTIONS | {"LDGSTS.128": 0}}, "has no cp.async of 16 bytes"),
+    ({"instructions": INSTRUCTIONS | {"STG.128": 0}}, "writes nothing 16 bytes wide"),
+    ({"registers": 136}, "fits 1 times on a multiprocessor, want 2"),
+    ({"shared": 62_401}, "wants 101377 bytes of shared memory, at most 101376"),
+    ({"arch": "sm_80", "registers": 136}, "fits 1 times on a multiprocessor, want 2"),
+    ({"arch": "sm_120", "max_threads": 1024, "registers": 32}, "fits 1 times on a multiprocessor, want 2"),
+]
 
 
 def test_a_kernel_that_breaks_a_rule_is_named(monkeypatch):
     family = kernel_report.Family("tiles", r"^tile_kernel", **EVERYTHING, dynamic_shared=40_000)
     monkeypatch.setattr(kernel_report, "FAMILIES", [family])
-    instructions = Counter({"all": 900, "HMMA": 64, "LDGSTS.128": 8, "LDG.128": 2, "STG.128": 4, "LDSM": 16})
-    good = cuda_binary.Kernel("sm_90a", "_Z4tile", 128, 0, 1024, 0, 256, instructions, "tile_kernel<__half>")
+    good = cuda_binary.Kernel("sm_90a", "_Z4tile", 128, 0, 1024, 0, 256, INSTRUCTIONS, "tile_kernel<__half>")
+    assert kernel_report.violations(good) == []
     table, broken = kernel_report.report([good, replace(good, arch="sm_100")])  # they agree and share a row
-    assert broken == [] and "tile_kernel<__half>  90a,100" in table and len(table.splitlines()) == 2
-    for name, (value, text) in BROKEN.items():
-        (found,) = kernel_report.violations(replace(good, **{name: value}))
-        assert text in found
+    assert broken == [] and "tile_kernel<__half>  90a,100" in table and "0+40000" in table
+    assert len(table.splitlines()) == 2
+    for change, text in BROKEN:
+        changed = {name: Counter(value) if name == "instructions" else value for name, value in change.items()}
+        (found,) = kernel_report.violations(replace(good, **changed))
+        assert text in found, found
 
 
 def test_the_kernels_that_were_built():

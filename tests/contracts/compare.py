@@ -265,6 +265,8 @@ def check_training(pair: _Pair) -> None:
             losses.append(torch.stack([norm, pair.output(model).square().sum()]))
         assert losses[0][1] < before, f"the loss rises from {before} to {losses[0][1]}"
         assert_near(losses[-1], losses[0], "norm of the gradients, loss after the step")
+    for model in pair.both:
+        assert_all_near(pair.values(model), pair.values(pair.theirs))
 
 
 CHECKS: dict[str, Callable[[_Pair], None]] = {

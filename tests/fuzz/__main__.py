@@ -15,7 +15,7 @@ import random
 import sys
 import time
 
-from . import campaign
+from . import campaign, planted
 from .ops import MAKERS
 
 _CASES = 500  # with each seed
@@ -31,7 +31,7 @@ def main() -> int:
     arguments = parser.parse_args()
     functions = arguments.functions or [""]
     for function in functions:
-        if function and not any(f".{name}".endswith(f".{function}") for name in MAKERS):
+        if function and not any(f".{name}".endswith(f".{function}") for name in (*MAKERS, *planted.KINDS)):
             parser.error(f"there is no function {function!r}, want some of {', '.join(MAKERS)}")
     first = random.SystemRandom().randrange(1 << 40) if arguments.seed is None else arguments.seed
     found = 0

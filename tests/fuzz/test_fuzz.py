@@ -1,12 +1,17 @@
-"""Runs the fuzzer from fixed seeds, and checks that it finds planted bugs and calls every op."""
+"""Runs the fuzzer from fixed seeds, and checks that it finds each kind of planted bug and calls every op."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+from support.processes import environment
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed; make test installs it")
 
 from fuzz import campaign, ops, planted
+from fuzz.__main__ import main as fuzz_command
 from lora_ext import functional
 
 pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
@@ -32,3 +37,16 @@ def test_every_function_is_called():
 def test_a_planted_bug_is_found(name):
     result = campaign.run(name, cases=1, seconds=(1, 3), shrink=False)
     assert planted.KINDS[name] in [text.partition(":")[0] for text in result.found], result.table()
+
+
+def test_the_program_is_small_and_fails_in_the_same_way(monkeypatch, capfd):
+    """Of five times three elements, the smallest that still crash are three."""
+    monkeypatch.setattr(sys, "argv", ["fuzz", "crashes", "--seed", "3", "--cases", "20"])
+    assert fuzz_command() == 1
+    said = capfd.readouterr().out
+    assert "crash: torch.ops.lora_ext_planted.crashes: signal SIGSEGV" in said and "with the seed 3" in said
+    (found,) = campaign.run("crashes", cases=20, seed=3).found.values()
+    program = found.partition("with the seed 3\n")[2]
+    assert program in said and "torch.randn((3, 1)" in program
+    result = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True)
+    assert result.returncode == -11
