@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext.files.adapter_file import OWN_KEY, AdapterFile
 from lora_ext.files.contents import AdapterContents, contents_of
-from lora_ext.files.writing import check_new, new_directory
+from lora_ext.files.writing import new_directory
 
 
 def normalise(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
@@ -22,9 +21,7 @@ def normalise(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> N
             dtype.
         FileNotFoundError, FileExistsError, OSError: as :func:`lora_ext.checkpoints.merge`.
     """
-    out = Path(out).absolute()
     file = normalised(AdapterFile.open(adapter, caller="normalise"), caller="normalise")
-    check_new(out, "normalise")
     with new_directory(out, "normalise") as staging:
         file.write(staging)
 
