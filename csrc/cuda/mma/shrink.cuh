@@ -181,7 +181,7 @@ struct ShrinkParams {
 
 // kRounds: the factor has another dtype than x.
 template <class T, int kRanks, KeepBits kKeep, bool kRounds, bool kOfB>
-__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kRanks))
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(kRanks))
     shrink_kernel(const __grid_constant__ ShrinkParams<T, kOfB> p) {
   ptx::wait_for_earlier_launches();
   using Tiles = ShrinkTiles<kRanks>;

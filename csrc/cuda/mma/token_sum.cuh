@@ -169,7 +169,7 @@ struct TokenSumParams {
 };
 
 template <class T, int kRanks, bool kMasked>
-__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kRanks))
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(kRanks))
     token_sum_kernel(const __grid_constant__ TokenSumParams<T> p) {
   ptx::wait_for_earlier_launches();
   using Tiles = TokenSumTiles<kRanks>;
