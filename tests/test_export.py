@@ -189,7 +189,7 @@ def test_dropout_is_refused():
 
 @pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ops", "plain"])
 def test_aotinductor(plain, tmp_path):
-    """Of linear layers alone: most of the time goes to compiling PyTorch's own operations."""
+    """Packages linear layers alone: compiling PyTorch's own operations takes most of the time."""
     model = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 5))
     inject(model, LoraConfig(target_modules="all-linear", **ALIVE)).eval()
     x = torch.randn(5, 7)

@@ -107,7 +107,7 @@ import lora_ext
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory) -> dict[str, str]:
-    """What the import says of each package."""
+    """Returns, by name, what the import of each package prints."""
     root = tmp_path_factory.mktemp("packages")
     for name in (*MISFITS, "another Python"):
         package = root / name / "checkout" / "lora_ext"

@@ -1,4 +1,4 @@
-"""What merge writes next to the merged tensors, what it copies, its memory, and how far it is."""
+"""Tests the other files that a merge writes and copies, its memory and its progress display."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_bar_shows_the_work_and_its_note(monkeypatch, capsys):
 
 @pytest.mark.parametrize("case", ["short", "not shown", "without tqdm"])
 def test_nothing_is_shown(case, monkeypatch, capsys):
-    """What ends within a second shows nothing, so that an error stays one line."""
+    """Work that ends within a second shows no bar, so that an error stays one line."""
     if case != "short":
         monkeypatch.setattr(displays, "_DELAY", 0.0)
     if case == "without tqdm":

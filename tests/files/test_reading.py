@@ -1,4 +1,4 @@
-"""What is read: JSON and safetensors files that strangers wrote, and the two files of an adapter."""
+"""Tests the reading of JSON and safetensors files that strangers wrote, and of an adapter's two files."""
 
 from __future__ import annotations
 

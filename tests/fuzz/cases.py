@@ -1,4 +1,4 @@
-"""What the run of a case finds, and the judgement of an exception."""
+"""Findings of a call, and how its exception is judged."""
 
 from __future__ import annotations
 

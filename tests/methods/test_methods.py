@@ -77,7 +77,7 @@ def method(name: str):
     return new_method(name, **OPTIONS.get(name, {}))
 
 
-# What is not as in another family: Mistral has no biases, Qwen2 some, and RoBERTa other positions and another head.
+# Only where a family differs from the others: Mistral has no biases, Qwen2 some, RoBERTa other positions and head.
 OF_FAMILY = {
     "mistral": ("full", "lora", "prefix-layer"),
     "qwen2": ("bitfit", "lora"),

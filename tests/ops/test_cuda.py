@@ -276,7 +276,7 @@ def test_tensors_on_another_gpu_than_the_current_one():
     assert all(torch.isfinite(result).all() for result in [*found.values(), layer.weight])
 
 
-# --- rows that choose -------------------------------------------------------------------------------------------------
+# --- mixed batches ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_tokens", [20, 200])

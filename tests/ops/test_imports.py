@@ -1,4 +1,4 @@
-"""What depends on the state and the environment of the process that imports lora_ext."""
+"""Tests that depend on the state and the environment of the process that imports lora_ext."""
 
 from __future__ import annotations
 
