@@ -1,10 +1,11 @@
-"""Measures the errors of a layer whose float32 factors are rounded to a bfloat16 x, as the CUDA kernels do.
+"""Measures the errors of a layer whose float32 factors are rounded to a bfloat16 x, as kernels for 16 bits do.
 
     python benchmarks/bench_factor_rounding.py [--tokens 2048] [--width 1024] [--rank 16]
 
 Prints relative errors (Frobenius norms, against float64 with unrounded factors) of the output and of the gradients of
-x and the factors: of PEFT's layer, with and without autocast; of this package on the CPU, which keeps float32 factors;
-and of factors, xa and grad_xa that are rounded once, with all sums in float32, computed here in PyTorch.
+x and the factors: of PEFT's layer, with and without autocast; of this package on the CPU, which keeps float32 factors
+without AVX512-BF16 or AMX (LORA_EXT_CPU_ISA=avx512); and of factors, xa and grad_xa that are rounded once, with all
+sums in float32, computed here in PyTorch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from lora_ext import functional
+from lora_ext import _load, functional
 
 BF16 = torch.bfloat16
 RESULTS = "y", "grad_x", "grad_A", "grad_B"
@@ -64,7 +65,7 @@ def errors(tokens: int, width: int, rank: int) -> dict[str, list[float]]:
     ways = {
         "PEFT": of_peft(x, weight, A, B, 2.0, grad_y, autocast=False),
         "PEFT under autocast": of_peft(x, weight, A, B, 2.0, grad_y, autocast=True),
-        "lora_ext on the CPU": of_lora_ext(x, weight, A, B, 2.0, grad_y),
+        f"lora_ext on the CPU, {_load.cpu_isa()}": of_lora_ext(x, weight, A, B, 2.0, grad_y),
         "rounded once": [y.to(BF16), grad_x.to(BF16), *grads],
     }
     return {

@@ -51,8 +51,9 @@ def lora_linear(
         weight: ``[out_features, in_features]``, dtype and device of ``x``. Frozen: its gradient is computed only if it
             requires one.
         bias: ``[out_features]``, dtype of ``x``, or None.
-        lora_A: ``[r, in_features]``, in any of the four dtypes. With a 16-bit ``x``, float32 factors compute in float32
-            on the CPU; on CUDA they are rounded to its dtype, as under autocast.
+        lora_A: ``[r, in_features]``, in any of the four dtypes. Where the processor multiplies the 16 bits of ``x`` (on
+            CUDA; bfloat16 with AVX512-BF16 or AMX), wider factors are rounded to its dtype as they are read, as under
+            autocast, and their gradients are float32 sums.
         lora_B: ``[out_features, r]``, dtype of ``lora_A``.
         scaling: usually ``lora_alpha / r``; at least 0.
         dropout_p: probability that an element of the adapter's input is zeroed, in [0, 1); quantised to 2**-16.

@@ -31,8 +31,7 @@ FrozenWeights weights_of(const Layers& layers) {
 
 inline bool has_few_tokens(const Kernels& kernels, const LoraForwardParams& p, const FrozenWeights& weights) {
   const LoraShrinkParams& shrink = p.shrink;
-  return shrink.threshold == 0 && shrink.in_features > 0 &&
-         shrink.num_tokens <= kernels.few_tokens(shrink.dtype, shrink.factor_dtype) &&
+  return shrink.threshold == 0 && shrink.in_features > 0 && shrink.num_tokens <= kernels.few_tokens(shrink.dtype) &&
          std::all_of(weights.of, weights.of + p.expand.num_siblings,
                      [](const Tensor* weight) { return weight->stride(1) == 1; });
 }
@@ -59,16 +58,9 @@ inline void multiply_few_tokens(const Kernels& kernels, const LoraForwardParams&
   ScratchParts parts;
   parts.add(&expand.tokens, {few_tokens_numbers(p.num_tokens, p.in_features), dtype_size(acc)});
   parts.add(&expand.low_rank, {2, few_tokens_numbers(p.num_tokens, most_ranks), dtype_size(acc)});
-  // The products with the factor may have other lanes.
-  const bool packs_twice = p.factor_dtype != p.dtype && p.num_siblings > 0;
-  if (packs_twice) parts.add(&shrink.tokens, {few_tokens_numbers(p.num_tokens, p.in_features), dtype_size(acc)});
   parts.allocate();
   kernels.pack_tokens(expand, p.x, p.x_stride);
-  if (packs_twice) {
-    kernels.pack_tokens(shrink, p.x, p.x_stride);
-  } else {
-    shrink.tokens = expand.tokens;
-  }
+  shrink.tokens = expand.tokens;
   for (int i = 0; i < params.expand.num_siblings; ++i) {
     const LoraExpandSibling& s = params.expand.siblings[i];
     expand.rank = s.rank;
@@ -120,7 +112,7 @@ bool has_own_product(const Kernels& kernels, const Params& p, const FrozenWeight
 inline void multiply_forward(const Kernels& kernels, const LoraForwardParams& p, const FrozenWeights& weights) {
   const LoraShrinkParams& shrink = p.shrink;
   const LoraExpandParams& expand = p.expand;
-  GemmRun run(kernels, shrink.dtype, shrink.factor_dtype, shrink.num_tokens);
+  GemmRun run(kernels, shrink.dtype, shrink.num_tokens);
   run.add_rows(shrink.x, shrink.x_stride, shrink.in_features);
   for (int i = 0; i < expand.num_siblings; ++i) {
     run.add_product(expand.siblings[i].out_features, expand.siblings[i].rank);
@@ -155,7 +147,7 @@ inline void multiply_forward(const Kernels& kernels, const LoraForwardParams& p,
 // With grad_x, which is the sum over the siblings.
 inline void multiply_backward(const Kernels& kernels, LoraBackwardParams p, const FrozenWeights& weights) {
   p.shrink.wants_grad_x = false;  // of the adapter alone
-  GemmRun run(kernels, p.expand.dtype, p.expand.factor_dtype, p.expand.num_tokens);
+  GemmRun run(kernels, p.expand.dtype, p.expand.num_tokens);
   for (int i = 0; i < p.expand.num_siblings; ++i) {
     const LoraExpandBackwardSibling& s = p.expand.siblings[i];
     run.add_rows(s.grad_y, s.grad_y_stride, s.out_features);

@@ -35,11 +35,10 @@ inline void run_few_tokens_gemm(const Kernels& kernels, const FewTokensGemm& p, 
 // The rows of a product's terms, its scratch memory, and how threads share the work.
 class GemmRun {
  public:
-  GemmRun(const Kernels& kernels, DType dtype, DType factor_dtype, int64_t num_rows)
+  GemmRun(const Kernels& kernels, DType dtype, int64_t num_rows)
       : kernels_(kernels),
         tile_(kernels.gemm_tile(dtype)),
         dtype_(dtype),
-        factor_dtype_(factor_dtype),
         num_rows_(num_rows),
         threads_(torch::stable::get_num_threads()) {}
 
@@ -51,7 +50,7 @@ class GemmRun {
 
   // Adds a product with all rows that were added: its scratch memory must suffice for each.
   void add_product(int64_t columns, int64_t rank) {
-    rank_bytes_ = std::max(rank_bytes_, packed_row_bytes(rank * int64_t{sizeof(float)}));
+    rank_bytes_ = std::max(rank_bytes_, packed_row_bytes(rank * dtype_size(dtype_)));
     const Share share = share_out(columns, num_tiles(most_rows()));
     const int64_t panels = (share.panels + share.groups - 1) / share.groups;
     const int64_t tiles = (share.tiles + share.parts - 1) / share.parts;
@@ -103,7 +102,6 @@ class GemmRun {
     char* const first_panel = ranks + most_rows() * rank_bytes_;
     const Share share = share_out(p.columns, num_tiles(p.num_rows));
     p.dtype = dtype_;
-    p.factor_dtype = factor_dtype_;
     p.packed_low_rank = ranks;
     kernels_.pack_gemm_ranks(p, 0, share.tiles);
     torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
@@ -136,7 +134,7 @@ class GemmRun {
 
   const Kernels& kernels_;
   GemmTile tile_;
-  DType dtype_, factor_dtype_;
+  DType dtype_;
   int64_t num_rows_, threads_;
   int num_terms_ = 0;
   GemmRows rows_[kMostTerms] = {};

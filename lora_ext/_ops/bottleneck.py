@@ -48,8 +48,8 @@ def bottleneck(
 
     Args:
         x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides.
-        down_weight: ``[size, in_features]``, in any of the four dtypes; float32 with a 16-bit ``x`` computes in
-            float32.
+        down_weight: ``[size, in_features]``, in any of the four dtypes; rounded as the factors of
+            :func:`~lora_ext.functional.lora_linear`.
         down_bias: ``[size]`` or None.
         up_weight: ``[out_features, size]``, in any of the four dtypes.
         up_bias: ``[out_features]`` or None; rounded to the dtype of the result.

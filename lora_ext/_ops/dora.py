@@ -36,10 +36,14 @@ def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     """
     dtype = accumulation_dtype(weight.dtype)
     shrink = torch.ops.lora_ext.lora_shrink
-    # In parts, because PyTorch converts 16 bits before it adds them up.
-    parts = row_parts(weight) if weight.dtype is not dtype else (weight,)
-    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=dtype) for rows in parts]
-    of_weight, of_both = norms[0] if len(norms) == 1 else torch.cat(norms), shrink(weight, lora_A)
+    # In parts, because 16 bits are converted: for their sums, and because a product rounds wider factors to them.
+    is_exact = lora_A.dtype is weight.dtype
+    norms, products = [], []
+    for rows in row_parts(weight) if weight.dtype is not dtype else (weight,):
+        wide = rows.to(dtype)
+        norms.append(torch.linalg.vector_norm(wide, dim=1))
+        products.append(shrink(rows if is_exact else wide, lora_A))
+    of_weight, of_both = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (norms, products))
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     of_update = shrink(lora_B, shrink(lora_A, lora_A))
     squares = of_weight.square() + ((2.0 * scaling * of_both + scaling * scaling * of_update) * lora_B).sum(1)

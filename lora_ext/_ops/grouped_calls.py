@@ -39,8 +39,8 @@ def lora_grouped_(
             it is cast to the dtype that the base layer returned.
         lora_As: The groups' ``lora_A``. A list whose entries are matrices ``[r, in_features]``, each a group, or stacks
             ``[slots, r, in_features]``, each as many groups as it has slots; groups are counted through the list. A
-            tensor is a list of one entry. Entries may differ in ``r``. All have one of the four dtypes; float32 factors
-            with a 16-bit ``x`` compute in float32. Entries whose last dimension is not contiguous are copied.
+            tensor is a list of one entry. Entries may differ in ``r``. All have one of the four dtypes, and are rounded
+            as in :func:`lora_linear`. Entries whose last dimension is not contiguous are copied.
         lora_Bs: The groups' ``lora_B``, entry by entry: ``[out_features, r]`` or ``[slots, out_features, r]``, dtype of
             ``lora_As``.
         group_of_row: int64, the group of each row, or -1. Its shape is that of the first dimensions of ``x``: for

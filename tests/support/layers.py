@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_ext import _load
+
 T = TypeVar("T")
 
 # dtypes of x and the factors: the usual pairs, and two unusual ones.
@@ -82,6 +84,13 @@ def assert_errors_as_plain(
         value, exact_value, plain_value = (torch.cat(parts) for parts in zip(*values, strict=True))
         error, plain_error = relative_error(value, exact_value), relative_error(plain_value, exact_value)
         assert error <= 2 * plain_error + floor, f"{name}: error {error:.3g}, plain PyTorch's {plain_error:.3g}"
+
+
+def rounds_factors(device: torch.device, x_dtype: torch.dtype) -> bool:
+    """Returns whether kernels round wider factors to the dtype of x, as autocast does: where they multiply its bits."""
+    if device.type == "cuda":
+        return x_dtype.itemsize == 2
+    return x_dtype == torch.bfloat16 and _load.cpu_isa() in ("avx512_bf16", "amx")
 
 
 def as_cuda_reads(factor: Tensor, x_dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from support.groups import Grouped, random_groups
-from support.layers import as_cuda_reads, assert_errors_as_plain, in_dtypes_of, random_layer, random_siblings
+from support.layers import assert_errors_as_plain, in_dtypes_of, random_layer, random_siblings, rounds_factors
 from support.merging import hard_weight, update_factors
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,9 +71,9 @@ class Sample:
     def as_read(self, x_dtype: torch.dtype) -> Sample:
         """Returns the sample with factors as the kernels read them."""
         call = self.call
-        for name, i, tensor in list(tensors_of(call)) if self.grads[0].is_cuda else ():
-            if name.startswith(("lora_A", "lora_B")):
-                call = with_entry(call, name, i, as_cuda_reads(tensor, x_dtype))
+        for name, i, tensor in list(tensors_of(call)) if rounds_factors(self.grads[0].device, x_dtype) else ():
+            if name.startswith(("lora_A", "lora_B", "down_weight", "up_weight")):
+                call = with_entry(call, name, i, tensor.to(x_dtype))
         return Sample(call, self.grads)
 
     def with_dropout(self, dropout_p: float, seed: Tensor | None = SEED) -> Sample:
@@ -169,7 +169,7 @@ def assert_as_good_as_plain(
         found[2] = in_dtypes_of(found[2], found[0])
         compared.append(tuple(map(joined, found)) if "grouped" in op.name else tuple(found))
         assert all(value.isfinite().all() for value in found[0].values())
-    is_rounded = read.grads[0].is_cuda and dtypes[0].itemsize == 2
+    is_rounded = rounds_factors(read.grads[0].device, dtypes[0])
     assert_errors_as_plain(compared, dtypes[0], dtypes[0] if is_rounded else dtypes[1])
 
 

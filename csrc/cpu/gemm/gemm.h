@@ -71,13 +71,13 @@ struct ManyTokensGemm {
   int64_t num_rows, columns, rank;
   const void* low_rank;  // [num_rows, rank], rows low_rank_stride apart, float32
   int64_t low_rank_stride;
-  void* packed_low_rank = nullptr;  // [tiles * GemmTile::rows] of packed_row_bytes of the ranks, as float32
+  void* packed_low_rank = nullptr;  // [tiles * GemmTile::rows] of packed_row_bytes of the ranks, as the dtype
   const void* factor_t;             // [padded lanes of rank, padded_columns(columns)] lanes along the ranks
   const void* bias = nullptr;       // [columns], dtype; null: none
   const uint8_t* mask = nullptr;    // bits of out, rows mask_stride bytes apart; null: none
   int64_t mask_stride = 0;
   void* out;  // [num_rows, columns], contiguous, dtype
-  DType dtype{}, factor_dtype{};
+  DType dtype{};
   int num_terms = 0;
   GemmTerm terms[kMostTerms] = {};
 };
