@@ -24,11 +24,11 @@ from lora_ext.injection.all_linear import expand_all_linear, is_all_linear, warn
 from lora_ext.injection.build import PartsBuilder
 from lora_ext.injection.check_targets import check_targets
 from lora_ext.injection.targets import find_targets
-from lora_ext.injection.trainers import guard_against_trainers, remove_guard
+from lora_ext.injection.trainers import guard_against_trainers
 from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, attach_adapter_set, forget_adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, check_not_managed, check_not_parallel, root_module
 from lora_ext.model.mixed_batch import forget_adapter_names, serve_adapter_names
-from lora_ext.model.replaced_methods import savers, serve_files, stop_serving_files
+from lora_ext.model.replaced_methods import put_back, replace_attribute, savers, serve_files
 from lora_ext.nn import LoraLayer, LoraLinear
 from lora_ext.nn.adapter_layer import check_adapter_name, is_of_peft
 from lora_ext.nn.input_groups import form_input_groups
@@ -166,12 +166,10 @@ def remove_empty_layers(model: nn.Module, adapters: AdapterSet) -> None:
 
 def forget_injection(model: nn.Module) -> None:
     """Removes the attributes and hooks that :func:`apply_injection` set on the modules of ``model``."""
-    release_modules(model)
     for module in model.modules():
         forget_adapter_set(module)
         forget_adapter_names(module)
-        remove_guard(module)
-    stop_serving_files(root_module(model))
+    release_modules(model)
 
 
 @checked
@@ -250,7 +248,6 @@ _OFF: tuple[tuple[type[nn.Module], str, int | bool], ...] = (
     (nn.TransformerEncoder, "use_nested_tensor", False),  # only the fused kernel takes nested tensors
     (nn.Module, "is_quantized", False),
 )
-_BEFORE = "_{}_before_lora"  # the attribute that keeps another one's value
 
 
 def prepare_modules(model: nn.Module) -> None:
@@ -260,13 +257,10 @@ def prepare_modules(model: nn.Module) -> None:
         for kind, attribute, off in _OFF:
             is_on = isinstance(module, kind) and bool(getattr(module, attribute, False))
             if is_on and (kind is nn.Module or any(adapter_layers(module))):
-                vars(module)[_BEFORE.format(attribute)] = getattr(module, attribute)
-                setattr(module, attribute, off)
+                replace_attribute(module, attribute, off)
 
 
 def release_modules(model: nn.Module) -> None:
-    """Undoes :func:`prepare_modules`."""
+    """Undoes :func:`prepare_modules`, and puts back all that was replaced, unless a method is still applied."""
     stop_keeping_stored(model)
-    for module in model.modules():
-        for attribute in (attribute for _, attribute, _ in _OFF if _BEFORE.format(attribute) in vars(module)):
-            setattr(module, attribute, vars(module).pop(_BEFORE.format(attribute)))
+    put_back(root_module(model))

@@ -47,10 +47,8 @@ def serve_adapter_names(root: nn.Module, parts: Iterable[nn.Module]) -> None:
 
 
 def forget_adapter_names(module: nn.Module) -> None:
-    """Undoes :func:`serve_adapter_names`."""
+    """Undoes :func:`serve_adapter_names`, except for methods (:func:`~lora_ext.model.replaced_methods.put_back`)."""
     remove_hooks(module, take_adapter_names, end_call)
-    for name in _METHODS:
-        MethodWithNames.restore(name, module)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -108,8 +106,8 @@ class MethodWithNames(ReplacedMethod):
     """
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        adapters = adapter_set(self.module)
-        _end_choice(adapters)
+        if (adapters := adapter_set(self.module)) is not None:
+            _end_choice(adapters)
         if adapter_names is None:
             return self.original(*args, **kwargs)
         caller = f"{type(self.module).__name__}.{self.name}"
