@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.printable import listed
 from lora_ext._ops.checks import FLOATING
 from lora_ext.checkpoints.checkpoint import Checkpoint
-from lora_ext.checkpoints.names import Tie, find_prefix, find_tie
-from lora_ext.files.contents import AdapterContents, LowRankUpdate, TokenRows
+from lora_ext.checkpoints.names import find_prefix, find_tie
+from lora_ext.files.contents import AdapterContents, LowRankUpdate
 
 _DEQUANTISE = "want float64, float32, bfloat16 or float16: dequantise the base first (Transformers: model.dequantize())"
 _IN_MEMORY = "load base and adapter as a model (load_adapter), and call merge_and_unload and save_pretrained there"
@@ -35,13 +35,12 @@ class Term(NamedTuple):
 
 @dataclasses.dataclass
 class TensorChange:
-    """The steps that make one tensor of the result: copy or replace it, then replace rows, then add updates."""
+    """The steps that make one tensor of the result: copy or replace it, then add updates."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype  # of the source
     source: str | None  # key in the base; None if there is only the replacement
     replacement: Tensor | None = None
-    rows: list[TokenRows] = dataclasses.field(default_factory=list)
     terms: list[Term] = dataclasses.field(default_factory=list)
 
     @property
@@ -55,8 +54,7 @@ class TensorChange:
 
     def equals(self, other: TensorChange) -> bool:
         """Returns whether both make the same tensor of the same source."""
-        same_rows = [*map(id, self.rows)] == [*map(id, other.rows)]
-        return same_rows and not self.terms + other.terms and _are_equal(self.replacement, other.replacement)
+        return not self.terms + other.terms and _are_equal(self.replacement, other.replacement)
 
 
 def find_changes(
@@ -76,10 +74,10 @@ def find_changes(
     changes = {key: TensorChange(info.shape, info.dtype, key) for key, info in base.items()}
     tie = find_tie(base)
     if tie is not None:  # a tensor of its own, until it turns out to be equal
-        changes[tie.head] = dataclasses.replace(changes[tie.embedding], rows=[], terms=[])
+        changes[tie.head] = dataclasses.replace(changes[tie.embedding], terms=[])
     problems: list[str] = []
     for contents, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
-        problems += _AdapterChanges(changes, tie, contents, fan_in_fan_out, weight).problems
+        problems += _AdapterChanges(changes, contents, fan_in_fan_out, weight).problems
     for key, tensor in changes.items():
         problems += _wrong_dtypes(key, tensor)
     if problems:
@@ -96,7 +94,6 @@ class _AdapterChanges:
     def __init__(
         self,
         changes: dict[str, TensorChange],
-        tie: Tie | None,
         contents: AdapterContents,
         fan_in_fan_out: bool | None,
         weight: float,
@@ -105,17 +102,18 @@ class _AdapterChanges:
         self.problems = [
             f"{contents.file.directory} was trained with {option}; {_IN_MEMORY}" for option in sorted(contents.options)
         ]
-        whole = [f"{rows.path}.weight" for rows in contents.tokens] + [*contents.replaced]
-        if weight != 1.0 and whole:
-            self.problems.append(f"weight {weight}: the adapter replaces tensors, which have no strength: {whole[0]}")
+        replaced = [*contents.replaced]
+        if weight != 1.0 and replaced:
+            self.problems.append(
+                f"weight {weight}: the adapter replaces tensors, which have no strength: {replaced[0]}"
+            )
         low_rank = {update: f"{update.path}.weight" for update in contents.updates if update.kind != "parameter"}
         parameters = [update for update in contents.updates if update.kind == "parameter"]
-        names = [*low_rank.values(), *whole]
+        names = [*low_rank.values(), *replaced]
         names += [f"{update.path}.{name}" for update in parameters for name in update.parameters]
         self.prefix = find_prefix(changes, names)
         for name, tensor in contents.replaced.items():
             self._replace(name, tensor)
-        self._replace_rows(contents.tokens, tie)
         self._add(low_rank | self._parameter_names(parameters), fan_in_fan_out)
 
     def _find(self, name: str) -> str | None:
@@ -146,30 +144,6 @@ class _AdapterChanges:
         elif tensor.replacement is not None and not _are_equal(tensor.replacement, given):
             self.problems.append(f"{target}: replaced by two adapters, which differ")
         tensor.replacement = given
-
-    def _replace_rows(self, tokens: Sequence[TokenRows], tie: Tie | None) -> None:
-        """Replaces rows of an embedding; in the tied head too, as PEFT does, unless the head has its own rows."""
-        targets = [self._find(f"{rows.path}.weight") for rows in tokens]
-        for target, rows in zip(targets, tokens, strict=True):
-            follows = tie is not None and target == tie.embedding and tie.head not in targets
-            for key in tie if follows else [target]:
-                if key is not None:
-                    self._replace_rows_of(key, rows)
-
-    def _replace_rows_of(self, target: str, rows: TokenRows) -> None:
-        tensor = self.changes[target]
-        shape, indices = tensor.shape, rows.indices
-        if len(shape) != 2 or rows.values.shape != (len(indices), shape[1]):
-            text = f"{list(shape)}, but {len(indices)} rows of it are {list(rows.values.shape)}"
-            self.problems.append(f"shape of {target}: {text}")
-        elif not all(type(index) is int and 0 <= index < shape[0] for index in indices):
-            text = f"{shown(list(indices))}, want rows of {target} {list(shape)}"
-            self.problems.append(f"trainable_token_indices: {text}")
-        else:
-            tensor.rows.append(rows)
-            replaced = [index for one in tensor.rows for index in one.indices]
-            if len({*replaced}) < len(replaced):
-                self.problems.append(f"rows of {target}: replaced more than once")
 
     def _parameter_names(self, updates: Sequence[LowRankUpdate]) -> dict[LowRankUpdate, str]:
         """Finds the parameter of each update by its shape, because keys do not say. It must be the only one to fit."""
@@ -228,7 +202,7 @@ def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _wrong_dtypes(key: str, tensor: TensorChange) -> list[str]:
-    if (tensor.terms or tensor.rows) and not tensor.is_floating:
+    if tensor.terms and not tensor.is_floating:
         return [f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}"]
     if tensor.replacement is not None:
         given = tensor.replacement.dtype

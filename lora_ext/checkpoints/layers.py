@@ -96,7 +96,7 @@ def _weights(
     contents: AdapterContents, base: Checkpoint, fan_in_fan_out: bool | None
 ) -> dict[LowRankUpdate, list[LayerWeight]]:
     """The matrices that the adapter updates."""
-    factors = dataclasses.replace(contents, tokens=[], replaced={}, options=frozenset())
+    factors = dataclasses.replace(contents, tokens={}, replaced={}, options=frozenset())
     found = {}
     for change in find_changes(base, [factors], fan_in_fan_out=fan_in_fan_out).values():
         for update, _, transposed in change.terms:

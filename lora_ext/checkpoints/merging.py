@@ -36,7 +36,7 @@ class MergeReport:
     """The result of a merge: numbers of tensors and files."""
 
     merged: int  # tensors that got updates
-    replaced: int  # tensors that an adapter replaced, in full or in part
+    replaced: int  # tensors that an adapter replaced
     added: int  # tensors that the base lacks: a new head, or one that was tied to the embedding
     copied: int  # tensors that are the base's
     files: int  # files of the checkpoint
@@ -118,7 +118,7 @@ def merge(
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, staging / name)
         _write_config(staging / CONFIG_FILE, checkpoint, changes, dtype)
-    replaced = [change.replacement is not None or bool(change.rows) for change in changes.values()]
+    replaced = [change.replacement is not None for change in changes.values()]
     merged = [bool(change.terms) for change in changes.values()]
     return MergeReport(
         merged=sum(merged),
@@ -184,15 +184,9 @@ def _draws(seed: int, key: str, number: int, matrices: int, first_row: int) -> D
 def _source(change: TensorChange, base: Checkpoint, columns: int, begin: int, end: int) -> Tensor:
     """Reads rows of the tensor to which updates are added, into new memory."""
     if change.replacement is None:
-        block = base.rows(change.source, columns, begin, end)
-    else:
-        block = change.replacement.flatten()[begin * columns : end * columns].view(-1, columns)
-        block = block.to(change.dtype, copy=True)
-    for rows in change.rows:
-        indices = torch.tensor(rows.indices, dtype=torch.long)
-        here = (begin <= indices) & (indices < end)
-        block[indices[here] - begin] = rows.values[here].to(block.dtype)
-    return block
+        return base.rows(change.source, columns, begin, end)
+    block = change.replacement.flatten()[begin * columns : end * columns].view(-1, columns)
+    return block.to(change.dtype, copy=True)
 
 
 def _converted(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:

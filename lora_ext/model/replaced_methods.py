@@ -37,7 +37,8 @@ def put_back(model: nn.Module) -> None:
         forget_guard(module)
         for name, before in vars(module).pop(_BEFORE, {}).items():
             vars(module).pop(name, None)
-            vars(module).update({name: value for value in before})
+            if before:
+                vars(module)[name] = before[0]
 
 
 class ReplacedMethod:
