@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.wrapped import KEY_PREFIX
+from lora_ext._common.modules import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer

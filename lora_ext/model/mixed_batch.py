@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.hooks import remove_hooks
+from lora_ext._common.modules import embeddings_of, remove_hooks
 from lora_ext._common.printable import shown
 from lora_ext.model.adapter_set import AdapterSet, adapter_set
-from lora_ext.model.bare_model import adapter_layers, output_head
+from lora_ext.model.bare_model import adapter_layers
 from lora_ext.model.replaced_methods import ReplacedMethod
-from lora_ext.nn import AdapterLayer
-from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.adapter_layer import layers_around
 from lora_ext.nn.rows import BASE, RowChoice, choosing, enter, leave
 
 NAMES = "adapter_names"
@@ -265,6 +264,4 @@ def _modules_of_text(root: nn.Module) -> set[int]:
     decoder = get_decoder() if has_media and callable(get_decoder) else None
     if decoder is None or decoder is root or getattr(config, "is_encoder_decoder", False):
         return set()
-    head = output_head(root)
-    heads = (module for module in root.modules() if isinstance(module, AdapterLayer) and innermost(module) is head)
-    return {id(module) for module in (*decoder.modules(), *heads)}
+    return {id(module) for module in (*decoder.modules(), *layers_around(embeddings_of(root, "output")))}
