@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.printable import first_of
+from lora_ext._common.messages import first_of, warn_user
 from lora_ext._common.progress import Progress
-from lora_ext._common.warnings import warn_user
 from lora_ext.merging.feedback import LayerInputs
 from lora_ext.nn import LoraLayer
 

@@ -15,9 +15,8 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.matching import Parents
-from lora_ext._common.printable import first_of, listed
+from lora_ext._common.messages import first_of, listed, warn_user
 from lora_ext._common.sharded import prepare_shards
-from lora_ext._common.warnings import warn_user
 from lora_ext.adapters.calibration import Batch, collect_inputs
 from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
 from lora_ext.merging.errors import MergeError, poorly_kept

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.matching import LayerNumbers, PathMatcher
+from lora_ext._common.messages import first_of, listed
 from lora_ext._common.modules import KEY_PREFIX
-from lora_ext._common.printable import first_of, listed
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, holds_adapter
 from lora_ext.files.misfits import misfits

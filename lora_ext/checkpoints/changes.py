@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import listed
+from lora_ext._common.messages import listed
 from lora_ext._ops.checks import FLOATING
 from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.checkpoints.names import find_prefix, find_tie

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._common.messages import listed
 from lora_ext._common.modules import KEY_PREFIX
-from lora_ext._common.printable import listed
 from lora_ext._common.progress import Progress
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
 from lora_ext.checkpoints.checkpoint import Checkpoint

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lora_ext._common.messages import listed, shown
 from lora_ext._common.modules import KEY_PREFIX
-from lora_ext._common.printable import listed, shown
 from lora_ext.checkpoints.changes import find_changes
 from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.files.contents import AdapterContents, LowRankUpdate

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
 from lora_ext._common.progress import Progress
 from lora_ext.checkpoints.changes import TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
 from lora_ext.checkpoints.checkpoint import CONFIG_FILE, Checkpoint
 
 _LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining|WithLM")

@@ -15,10 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lora_ext._common.messages import shown, warn_user
 from lora_ext._common.modules import KEY_PREFIX
-from lora_ext._common.printable import shown
 from lora_ext._common.sharded import class_of, gathered, whole
-from lora_ext._common.warnings import warn_user
 from lora_ext.config import exact_patterns
 from lora_ext.files.adapter_file import OWN_KEY, OWN_OPTIONS, AdapterFile
 from lora_ext.files.misfits import VERSION_KEY, has_present_layout, stacked_experts

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
 from lora_ext.config import LoraConfig
 from lora_ext.files.reading import open_tensors, parse_json, read_json
 from lora_ext.files.writing import write_json, write_tensors

@@ -23,8 +23,8 @@ from typing import Literal
 from torch import Tensor
 
 from lora_ext._common.matching import path_ends
+from lora_ext._common.messages import listed, shown
 from lora_ext._common.modules import KEY_PREFIX
-from lora_ext._common.printable import listed, shown
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, is_duplicate
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.messages import listed, shown
 from lora_ext._common.sharded import is_partitioned, is_sharded
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, AdapterFile, is_duplicate

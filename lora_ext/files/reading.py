@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_ext._common.printable import check_name, escaped, listed, shown
+from lora_ext._common.messages import check_name, escaped, listed, shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.messages import warn_user
 from lora_ext._common.sharded import is_elsewhere, is_fully_sharded, prepare_shards
-from lora_ext._common.warnings import warn_user
 from lora_ext.files.adapter_content import adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile, holds_adapter
 from lora_ext.files.reading import tensor_table

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import check_name
+from lora_ext._common.messages import check_name
 from lora_ext.files.reading import DTYPE_NAMES, tensor_bytes
 
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library

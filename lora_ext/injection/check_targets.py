@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lora_ext._common.matching import Parents
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.messages import listed, shown
 from lora_ext.config import LoraConfig
 from lora_ext.injection.all_linear import why_bypassed_at
 from lora_ext.injection.build import Kind, adapted_modules, attention_around, lora_layer_for

@@ -16,8 +16,8 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.messages import first_of
 from lora_ext._common.modules import COMPILED
-from lora_ext._common.printable import first_of
 from lora_ext._common.sharded import gathered, prepare_shards
 from lora_ext.config import LoraConfig, PeftConfig
 from lora_ext.injection.all_linear import expand_all_linear, is_all_linear, warn_of_parts_left_out

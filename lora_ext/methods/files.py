@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.messages import listed, shown, warn_user
 from lora_ext._common.sharded import is_elsewhere, is_sharded
-from lora_ext._common.warnings import warn_user
 from lora_ext.files.adapter_content import adapter_content, base_name
 from lora_ext.files.adapter_file import ADAPTER_FILES, METHOD_FILE, AdapterFile, read_tensors
 from lora_ext.files.misfits import misfits

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._common.messages import shown
 from lora_ext._common.modules import embeddings_of, remove_hooks
-from lora_ext._common.printable import shown
 from lora_ext.model.adapter_set import AdapterSet, adapter_set
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.model.replaced_methods import ReplacedMethod
