@@ -19,8 +19,7 @@ from lora_ext._common.matching import LayerNumbers, PathMatcher
 from lora_ext._common.messages import first_of, listed
 from lora_ext._common.modules import KEY_PREFIX
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import AdapterFile, holds_adapter
-from lora_ext.files.misfits import misfits
+from lora_ext.files.adapter_file import AdapterFile, holds_adapter, misfits
 from lora_ext.injection.all_linear import is_all_linear
 from lora_ext.injection.inject import Injection, attach_layers, remove_empty_layers, serve_adapters
 from lora_ext.model.adapter_set import Adapter, adapter_set

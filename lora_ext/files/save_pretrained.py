@@ -17,9 +17,9 @@ from torch import nn
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.messages import warn_user
 from lora_ext._common.sharded import is_elsewhere, is_fully_sharded, prepare_shards
-from lora_ext.files.adapter_content import adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile, holds_adapter
 from lora_ext.files.reading import tensor_table
+from lora_ext.files.save_load import adapter_content
 from lora_ext.files.writing import write_files, write_tensors
 from lora_ext.model.adapter_set import adapter_set, find_adapter
 from lora_ext.model.adapter_state import (
