@@ -18,12 +18,12 @@ from lora_ext._common.matching import Parents
 from lora_ext._common.messages import first_of, listed, warn_user
 from lora_ext._common.sharded import prepare_shards
 from lora_ext.adapters.calibration import Batch, collect_inputs
-from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
+from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
 from lora_ext.merging.errors import MergeError, poorly_kept
 from lora_ext.merging.feedback import LayerInputs
 from lora_ext.merging.layers import Outcome, change_merged, merge_error, merge_for_good, stored_matrices
 from lora_ext.merging.rounding import LayerSeed, stochastic_seed
-from lora_ext.model.adapter_set import adapter_set
+from lora_ext.model.adapter_set import adapter_set, check_unmerged
 from lora_ext.model.bare_model import (
     BareModel,
     adapter_layers,

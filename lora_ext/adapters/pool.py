@@ -21,7 +21,8 @@ from lora_ext._common.modules import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, holds_adapter, misfits
 from lora_ext.injection.all_linear import is_all_linear
-from lora_ext.injection.inject import Injection, attach_layers, remove_empty_layers, serve_adapters
+from lora_ext.injection.build import Injection
+from lora_ext.injection.inject import attach_layers, remove_empty_layers, serve_adapters
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.nn import LoraLinear

@@ -49,9 +49,9 @@ from lora_ext.files.adapter_file import (
 )
 from lora_ext.files.normalising import normalised
 from lora_ext.files.writing import write_files
-from lora_ext.injection.build import give_memory
-from lora_ext.injection.inject import Injection, apply_injection, check_unmerged
-from lora_ext.model.adapter_set import Adapter, Part, adapter_set, find_adapter, find_adapters
+from lora_ext.injection.build import Injection, give_memory
+from lora_ext.injection.inject import apply_injection
+from lora_ext.model.adapter_set import Adapter, Part, adapter_set, check_unmerged, find_adapter, find_adapters
 from lora_ext.model.adapter_state import warn_of_lost_parameters
 from lora_ext.model.bare_model import BareModel, check_not_managed, check_not_parallel, root_module
 from lora_ext.nn import LoraLayer

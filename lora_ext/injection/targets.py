@@ -1,6 +1,6 @@
 """Finds the parts of a model that a config names, by PEFT's rules: a PEFT config selects the same parts here.
 
-These are pure functions of names and modules; check_targets.py refuses parts that cannot be adapted.
+These are pure functions of names and modules; build.py refuses parts that cannot be adapted.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import gathered
 from lora_ext.adapters.merge_model import unload
-from lora_ext.injection.inject import Injection, apply_injection, prepare_modules, release_modules
+from lora_ext.injection.build import Injection
+from lora_ext.injection.inject import apply_injection, prepare_modules, release_modules
 from lora_ext.methods.base import Inserted, Insertion, Method, head_paths, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, check_not_managed, root_module

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._common.messages import first_of
 from lora_ext._common.modules import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
+from lora_ext.nn.adapter_layer import check_adapter_name
 from lora_ext.nn.base_layer import is_offloaded
 
 _ATTRIBUTE = "_lora_adapters"  # the attribute of an injected model that holds its AdapterSet
@@ -26,12 +28,12 @@ class Part:
     """One layer's part of an adapter."""
 
     path: str  # in the bare model
-    file_path: str  # what keys in files begin with, from file_paths
     layer: AdapterLayer  # holds the adapter, or will hold it
     adapter: nn.Module  # the parameters
-    replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(
-        default_factory=dict
-    )  # modules by others, layer among them
+    # Modules by others that take their place, layer among them.
+    replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)
+    # From complete_parts:
+    file_path: str = ""  # what keys in files begin with
     target: str = ""  # the path to match with the patterns of a config
     file_scale: float = 1.0  # the factor of the update in files, which loading divides by
 
@@ -281,6 +283,28 @@ def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
     return adapters
 
 
+def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
+    """Checks the name of a new adapter. ValueError: it is taken or invalid."""
+    check_adapter_name(caller, name)
+    if adapters is not None and name in adapters.configs:
+        raise ValueError(
+            f"{caller}: adapter {name!r} exists already; the adapters are {sorted(adapters.configs)}. Choose another "
+            f"name, or delete_adapter(model, {name!r}) or unload(model) first (lora_ext.adapters)"
+        )
+
+
+def check_unmerged(caller: str, model: nn.Module, name: str | None = None) -> None:
+    """Raises a RuntimeError if adapter ``name``, or for None any, is merged into a layer of ``model``."""
+    merged = [
+        repr(path)
+        for path, layer in adapter_layers(model)
+        if isinstance(layer, LoraLayer) and (layer.is_merged if name is None else name in layer.merged_adapters)
+    ]
+    if merged:
+        what, unmerge = ("adapters are", "") if name is None else (f"{name!r} is", f", {name!r}")
+        raise RuntimeError(f"{caller}: {what} merged into {first_of(merged)}; call unmerge(model{unmerge}) first")
+
+
 def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adapter:
     """The adapter ``name`` of an injected model; None: the active one.
 
@@ -298,7 +322,7 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
     root = root_module(model)
     paths = {id(layer): path for path, around in BareModel(root).layers.items() for layer in around}
     layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(root) if name in layer.adapters]
-    parts = complete_parts(Part(path, path, layer, layer.adapters[name]) for path, layer in layers)
+    parts = complete_parts(Part(path, layer, layer.adapters[name]) for path, layer in layers)
     for part in parts:
         if any(is_offloaded(module, key) for module in part.adapter.modules() for key in module._parameters):
             raise RuntimeError(
