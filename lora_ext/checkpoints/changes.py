@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,40 +92,22 @@ class _AdapterChanges:
     """Adds the changes of one adapter; ``problems`` lists what does not fit."""
 
     def __init__(
-        self,
-        changes: dict[str, TensorChange],
-        contents: AdapterContents,
-        fan_in_fan_out: bool | None,
-        weight: float,
+        self, changes: dict[str, TensorChange], contents: AdapterContents, fan_in_fan_out: bool | None, weight: float
     ) -> None:
-        self.changes, self.config, self.weight = changes, contents.file.config, weight
+        self.changes, self.weight = changes, weight
+        self.fan_in_fan_out, self.config = fan_in_fan_out, contents.file.config
         self.problems = [
             f"{contents.file.directory} was trained with {option}; {_IN_MEMORY}" for option in sorted(contents.options)
         ]
-        replaced = [*contents.replaced]
-        if weight != 1.0 and replaced:
-            self.problems.append(
-                f"weight {weight}: the adapter replaces tensors, which have no strength: {replaced[0]}"
-            )
-        low_rank = {update: f"{update.path}.weight" for update in contents.updates if update.kind != "parameter"}
-        parameters = [update for update in contents.updates if update.kind == "parameter"]
-        names = [*low_rank.values(), *replaced]
-        names += [f"{update.path}.{name}" for update in parameters for name in update.parameters]
-        self.prefix = find_prefix(changes, names)
+        if weight != 1.0 and contents.replaced:
+            first = next(iter(contents.replaced))
+            self.problems.append(f"weight {weight}: the adapter replaces tensors, which have no strength: {first}")
+        sure = [update.names[0] for update in contents.updates if not update.parameters]
+        possible = [name for update in contents.updates if update.parameters for name in update.names]
+        self.prefix = find_prefix(changes, [*sure, *contents.replaced, *possible])
         for name, tensor in contents.replaced.items():
             self._replace(name, tensor)
-        self._add(low_rank | self._parameter_names(parameters), fan_in_fan_out)
-
-    def _find(self, name: str) -> str | None:
-        """The key of a tensor of the base; None, and a problem is noted, if it is missing."""
-        if (key := self.prefix.key(name)) in self.changes:
-            return key
-        # The parts of a quantised weight, or several projections, may stand in its place.
-        layer, _, last = name.rpartition(".")
-        parts = sorted(other for other in self.changes if f".{other.rpartition('.')[0]}".endswith(f".{layer}"))
-        parts = [other for other in parts if last == "weight" and not other.endswith("bias")]
-        self.problems.append(f"not in the base: {name}" + (f"; it has {parts[0]}, {_DEQUANTISE}" if parts else ""))
-        return None
+        self._add(contents.updates)
 
     def _replace(self, name: str, given: Tensor) -> None:
         """Replaces a tensor of the base, or adds one that it lacks if its names have the adapter's prefix."""
@@ -145,50 +127,51 @@ class _AdapterChanges:
             self.problems.append(f"{target}: replaced by two adapters, which differ")
         tensor.replacement = given
 
-    def _parameter_names(self, updates: Sequence[LowRankUpdate]) -> dict[LowRankUpdate, str]:
-        """Finds the parameter of each update by its shape, because keys do not say. It must be the only one to fit."""
-        found: dict[LowRankUpdate, str] = {}
-        for update in updates:
-            names = [f"{update.path}.{name}" for name in update.parameters]
-            tensors = {name: self.changes[key] for name in names if (key := self.prefix.key(name)) in self.changes}
-            fitting = [name for name, tensor in tensors.items() if update.layouts(tensor.shape)]
-            if len(fitting) == 1 and fitting[0] not in found.values():
-                found[update] = fitting[0]
-            elif fitting:
-                text = f"shapes do not say which layer an update belongs to: {', '.join(tensors)}"
-                self.problems.append(f"{text}; merge in memory, with PEFT")
-            elif not tensors:
-                self.problems.append(f"not in the base: any of {', '.join(names)}")
-            else:
-                self.problems += [_misfit(update, name, tensor) for name, tensor in tensors.items()]
-        return found
-
-    def _add(self, names: Mapping[LowRankUpdate, str], fan_in_fan_out: bool | None) -> None:
+    def _add(self, updates: Sequence[LowRankUpdate]) -> None:
         """Adds each update to the tensor of its name, in the layout that fits.
 
         A square weight has the layout of others of its name, or of its kind; then ``fan_in_fan_out`` of the adapter's
         config counts for linear layers, though PEFT writes the value of the layer that it met last.
         """
-        targets = {update: key for update, name in names.items() if (key := self._find(name)) is not None}
-        fitting = {update: update.layouts(self.changes[key].shape) for update, key in targets.items()}
+        places: dict[str, tuple[LowRankUpdate, set[bool]]] = {}
         certain: dict[str, set[bool]] = defaultdict(set)  # name or kind -> layouts of updates that fit only one
-        for update, layouts in fitting.items():
-            if len(layouts) == 1:
-                certain[_last_name(update)] |= layouts
-                certain[update.kind] |= layouts
-        for update, key in targets.items():
-            layouts = fitting[update]
-            if len(layouts) > 1 and fan_in_fan_out is not None:
-                layouts = {fan_in_fan_out}
+        for update in updates:
+            if (key := self._place(update, places)) is not None:
+                layouts = update.layouts(self.changes[key].shape)
+                places[key] = update, layouts
+                if len(layouts) == 1:
+                    certain[_last_name(update)] |= layouts
+                    certain[update.kind] |= layouts
+        for key, (update, layouts) in places.items():
+            if len(layouts) > 1 and self.fan_in_fan_out is not None:
+                layouts = {self.fan_in_fan_out}
             elif len(layouts) > 1:
                 unknown = layouts if update.kind == "parameter" else {bool(self.config.get("fan_in_fan_out"))}
                 layouts = certain[_last_name(update)] or certain[update.kind] or unknown
-            if not layouts:
-                self.problems.append(_misfit(update, key, self.changes[key]))
-            elif len(layouts) > 1:
+            if len(layouts) > 1:
                 self.problems.append(f"{key} is square, and may be [out, in] or [in, out]: say which (fan_in_fan_out)")
             else:
                 self.changes[key].terms.append(Term(update, update.scaling * self.weight, *layouts))
+
+    def _place(self, update: LowRankUpdate, taken: Collection[str]) -> str | None:
+        """The key of the only tensor that the update fits: keys of parameters do not say. None: a problem is noted."""
+        keys = [key for name in update.names if (key := self.prefix.key(name)) in self.changes]
+        fitting = [key for key in keys if update.layouts(self.changes[key].shape)]
+        if len(fitting) == 1 and fitting[0] not in taken:
+            return fitting[0]
+        if fitting:
+            text = f"shapes do not say which layer an update belongs to: {', '.join(keys)}"
+            self.problems.append(f"{text}; merge in memory, with PEFT")
+        elif keys:
+            self.problems += [_misfit(update, key, self.changes[key]) for key in keys]
+        elif update.parameters:
+            self.problems.append(f"not in the base: any of {', '.join(update.names)}")
+        else:  # the parts of a quantised weight, or several projections, may stand in its place
+            others = (key for key in self.changes if f".{key.rpartition('.')[0]}".endswith(f".{update.path}"))
+            parts = sorted(key for key in others if not key.endswith("bias"))
+            text = f"; it has {parts[0]}, {_DEQUANTISE}" if parts else ""
+            self.problems.append(f"not in the base: {update.names[0]}{text}")
+        return None
 
 
 def _last_name(update: LowRankUpdate) -> str:

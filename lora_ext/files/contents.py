@@ -55,6 +55,11 @@ class LowRankUpdate:
     parameters: tuple[str, ...] = ()  # for a parameter, the names that it may have: no key says which
 
     @property
+    def names(self) -> list[str]:
+        """The names of the weight, or of the parameters that it may be."""
+        return [f"{self.path}.{name}" for name in self.parameters or ("weight",)]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of one matrix."""
         return self.lora_B.shape[0], math.prod(self.lora_A.shape[1:])
