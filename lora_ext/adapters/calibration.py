@@ -29,11 +29,8 @@ def collect_inputs(
     Holds a copy of every input, in its dtype and on its device: tokens times in_features for each group of layers.
     Padding tokens are left out where a batch has an ``attention_mask [batch, sequence]``.
 
-    Raises:
-        TypeError: ``batches`` is a single batch.
-        ValueError: there is no batch, or an input is NaN or infinite; the message names the layer.
-    Warns:
-        UserWarning: the model does not call a layer.
+    TypeError: ``batches`` is a single batch. ValueError: there is none, or an input is NaN or infinite. Warns of layers
+    that the model does not call.
     """
     if isinstance(batches, Mapping | Tensor):
         kind = type(batches).__name__

@@ -81,15 +81,12 @@ def merge(
             whose weight is then rounded to nearest.
 
     Raises:
-        ValueError: there is no LoRA layer; a base layer has hooks or a forward of its own; a base weight is tied to
-            another module, which would change with it (a language model's head and embedding); an element would
-            become NaN or infinite; a ``lora_bias`` would go into a trained bias (``bias``); ``calibration`` is empty,
-            gives a layer NaN, or no weight is quantised; ``rounding`` is "stochastic" for a quantised weight, a DoRA
-            adapter or columns split over ranks.
+        ValueError: there is no LoRA layer; a merge would not compute the same (a base layer has hooks or a forward of
+            its own, its weight is tied to another module, an element would become infinite); ``calibration`` or
+            ``rounding`` does not fit the weights.
         TypeError: ``rounding`` is "stochastic" for float32 or float64.
         KeyError: no layer has an adapter of that name.
-        RuntimeError: an adapter is merged already, or disabled; a parametrization computes a base weight; two base
-            weights share memory.
+        RuntimeError: an adapter is merged already, or disabled; a weight is computed, or shares memory with another.
     """
     return _merge("merge", model, adapter_names, calibration, rounding, seed)
 
@@ -104,11 +101,9 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
     Args:
         adapter_names: the adapters to take out, in the layers that have them; None: all merged ones.
 
-    Raises:
-        ValueError: there is no LoRA layer.
-        KeyError: no layer has an adapter of that name.
-        RuntimeError: an adapter is not merged, nothing is merged, or a merged layer was converted to another dtype.
-        Other errors as in :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
+    ValueError: there is no LoRA layer. KeyError: no layer has an adapter of that name. RuntimeError: an adapter is not
+    merged, or a merged layer was converted to another dtype. Other errors as in
+    :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
     """
     paths = _all_lora_modules("unmerge", model)
     chosen = _chosen("unmerge", paths, adapter_names, "merged_adapters")

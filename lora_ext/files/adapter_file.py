@@ -44,11 +44,8 @@ class AdapterFile:
     def open(cls, directory: str | os.PathLike[str], *, caller: str) -> AdapterFile:
         """Opens the adapter in ``directory``. ``caller`` is the prefix of error messages.
 
-        Raises:
-            FileNotFoundError: a file is missing; the message names it.
-            OSError: a file cannot be read.
-            ValueError: a file is corrupted, has the wrong content, is too large (16 MiB for the config) or is not
-                regular, such as a pipe.
+        FileNotFoundError: a file is missing. ValueError: one is corrupted, too large (16 MiB for the config), not
+        regular, such as a pipe, or was replaced meanwhile.
         """
         directory = Path(directory)
         path = directory / WEIGHTS_FILE

@@ -100,12 +100,7 @@ class AdapterContents:
 
 
 def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapter") -> AdapterContents:
-    """Opens an adapter's directory in PEFT's format, and sorts its keys by kind; reads no tensor.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is corrupted; or the errors of :func:`contents_of`.
-    """
+    """Opens an adapter's directory (:meth:`AdapterFile.open`), and sorts its keys (:func:`contents_of`)."""
     return contents_of(AdapterFile.open(directory, caller=caller), caller=caller)
 
 

@@ -157,10 +157,9 @@ def load_adapter(
     Raises:
         FileNotFoundError: a file is missing; the message names it.
         OSError: a file cannot be read.
-        ValueError: a file is corrupted; its config is not supported or differs from that of the adapter to replace; or
-            its tensors do not fit the model: the message lists missing and unexpected keys, wrong shapes and dtypes.
-            No memory is allocated for the adapter before this check. Or a further adapter is ``trainable`` without
-            ``activate``: an adapter trains while it is active.
+        ValueError: a file is corrupted, its config is not supported, or they do not fit the model or the adapter to
+            replace (the message lists what), before memory is allocated for the adapter; or a further adapter is
+            ``trainable`` without ``activate``: an adapter trains while it is active.
         RuntimeError: an adapter is merged.
         Also the errors of :func:`lora_ext.inject`. After an error the model is unchanged.
     """
@@ -350,9 +349,6 @@ def adapter_content(
     """Returns what the files of an adapter hold, and the live tensors of base layers among it.
 
     All ranks of a sharded model must call it.
-
-    Args:
-        save_embedding_layers: see :func:`~lora_ext.save_adapter`.
 
     RuntimeError: an adapter is merged into a base layer that belongs into the file, or that is offloaded.
     """

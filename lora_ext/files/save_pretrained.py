@@ -45,11 +45,9 @@ _FOR_MODELS = ("push_to_hub", "distributed_checkpoint", "variant")  # options th
 def save_adapted(saver: SavePretrained, directory: Path, options: dict[str, Any]) -> Any:
     """Saves ``saver.module`` so that what is written can be loaded. ``options`` are its arguments.
 
-    Raises:
-        ValueError: some of the active adapters are merged and others are not; the directory holds a whole model, or for
-            a merged model an adapter; the module is a part of the adapted model, and its adapters are not merged; the
-            model is sharded, and no ``state_dict`` is given; an option does not go with adapters.
-        OSError: the directory cannot be written.
+    ValueError: some of the active adapters are merged and others are not; the directory holds something else; the
+    module is a part of the adapted model; the model is sharded, and no ``state_dict`` is given; an option does not go
+    with adapters.
     """
     module, name = saver.module, f"{type(saver.module).__name__}.save_pretrained"
     method = MethodFiles.of(saver.root)

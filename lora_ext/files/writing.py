@@ -141,10 +141,8 @@ def stream_tensors(
         metadata: metadata of the file; the Hugging Face libraries expect ``{"format": "pt"}``.
         blocks: returns the CPU tensor of a name, in consecutive parts.
 
-    Raises:
-        OSError: as ``write``.
-        ValueError: no reader would take the file: the format lacks a dtype, a name is unprintable, too long or
-            ``__metadata__``, metadata are not Unicode, or the header exceeds 100 MB.
+    ValueError: no reader would take the file: the format lacks a dtype, a name is unprintable, too long or
+    ``__metadata__``, metadata are not Unicode, or the header exceeds 100 MB.
     """
     header: dict[str, object] = {_METADATA: dict(metadata)}
     sizes: dict[str, int] = {}

@@ -133,12 +133,9 @@ def choice_of(
 ) -> RowChoice:
     """Returns the choice of ``names`` for a call with the arguments ``values``.
 
-    Raises:
-        TypeError: ``names`` is no list of strings.
-        KeyError: there is no such adapter; the message lists them.
-        ValueError: the batch has another number of rows; or its rows cannot choose: one of the adapters has a part that
-            is the same for all rows, a layer gets something else than rows, or a pool's adapters would train. The
-            message has the remedy.
+    TypeError: ``names`` is no list of strings. KeyError: there is no such adapter. ValueError: the batch has another
+    number of rows; or its rows cannot choose: an adapter has a part that is the same for all rows, a layer gets
+    something else than rows, or a pool's adapters would train.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{caller}: {NAMES} is {shown(names)}, want a list with a name per row; {BASE!r} is none")
