@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lora_ext._common.messages import listed
 from lora_ext._ops.checks import FLOATING
-from lora_ext.checkpoints.checkpoint import Checkpoint
-from lora_ext.checkpoints.names import find_prefix, find_tie
+from lora_ext.checkpoints.checkpoint import Checkpoint, find_tie
 from lora_ext.files.contents import AdapterContents, LowRankUpdate
 
 _DEQUANTISE = "want float64, float32, bfloat16 or float16: dequantise the base first (Transformers: model.dequantize())"
 _IN_MEMORY = "load base and adapter as a model (load_adapter), and call merge_and_unload and save_pretrained there"
+
+_MOST_CANDIDATES = 16  # prefixes that are tried; real checkpoints have one
 
 
 class Term(NamedTuple):
@@ -199,3 +200,38 @@ def _misfit(update: LowRankUpdate, key: str, tensor: TensorChange) -> str:
         return f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}"
     A, B = list(update.lora_A.shape), list(update.lora_B.shape)
     return f"shape of {key}: {list(tensor.shape)}, but the update's lora_A is {A} and lora_B {B}"
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+class Prefix(NamedTuple):
+    """Turns names of an adapter into those of a checkpoint: takes one prefix away and adds another.
+
+    An adapter of ``BertForSequenceClassification`` calls ``bert.encoder...`` what a checkpoint of ``BertModel`` calls
+    ``encoder...``, and the other way round.
+    """
+
+    removed: str = ""
+    added: str = ""
+
+    def key(self, name: str) -> str | None:
+        """The name in the checkpoint; None if it has none."""
+        return self.added + name.removeprefix(self.removed) if name.startswith(self.removed) else None
+
+
+def find_prefix(keys: Collection[str], names: Sequence[str]) -> Prefix:
+    """Finds the prefix with which most of ``names`` are ``keys``, if none is as it is. ValueError: two fit equally."""
+    if not names or any(name in keys for name in names):
+        return Prefix()
+    name = names[0]
+    ends = [place + 1 for place, letter in enumerate(name) if letter == "."][:-1]  # a lone "weight" says nothing
+    candidates = [Prefix(removed=name[:end]) for end in ends if name[end:] in keys][:1]
+    candidates += [Prefix(added=key.removesuffix(name)) for key in keys if key.endswith(f".{name}")]
+    best = candidates
+    if 1 < len(candidates) <= _MOST_CANDIDATES:
+        fits = {prefix: sum(prefix.key(one) in keys for one in names) for prefix in candidates}
+        best = [prefix for prefix, count in fits.items() if count == max(fits.values())]
+    if len(best) > 1:
+        raise ValueError(f"{name} may be any of {', '.join(sorted(str(one.key(name)) for one in best)[:5])}")
+    return best[0] if best else Prefix()

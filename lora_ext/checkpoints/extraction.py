@@ -17,8 +17,7 @@ from lora_ext._common.messages import listed
 from lora_ext._common.modules import KEY_PREFIX
 from lora_ext._common.progress import Progress
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
-from lora_ext.checkpoints.checkpoint import Checkpoint
-from lora_ext.checkpoints.names import find_tie, is_embedding
+from lora_ext.checkpoints.checkpoint import Checkpoint, find_tie, is_embedding
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.normalising import padded
