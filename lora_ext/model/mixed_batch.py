@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_ext._common.messages import shown
 from lora_ext._common.modules import embeddings_of, remove_hooks
-from lora_ext.model.adapter_set import AdapterSet, adapter_set
+from lora_ext.model.adapter_set import AdapterSet, adapter_set, find_adapters
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.model.replaced_methods import ReplacedMethod
 from lora_ext.nn.adapter_layer import layers_around
@@ -110,6 +110,7 @@ class MethodWithNames(ReplacedMethod):
         if adapter_names is None:
             return self.original(*args, **kwargs)
         caller = f"{type(self.module).__name__}.{self.name}"
+        adapters = find_adapters(self.module, caller)  # a method's modules may be left in the model alone
         if self.name != "generate":
             raise ValueError(
                 f"{caller}: {NAMES} is for calls of the model and generate; servers with continuous batching, such as "
