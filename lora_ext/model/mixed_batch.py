@@ -222,15 +222,10 @@ def _first_rows(root: nn.Module, values: Mapping[str, Any]) -> tuple[str, Tensor
 
 def _check_biases(adapters: AdapterSet, used: Iterable[str], caller: str) -> None:
     for name, biases in adapters.biases.items():
-        if biases.used:
+        if biases.used or name in used:
             raise ValueError(
-                f"{caller}: {NAMES}: the active adapter {name!r} has changed the model's biases for all rows; activate "
-                "another one (set_adapter), or none"
-            )
-        if name in used:
-            raise ValueError(
-                f"{caller}: {NAMES}: {name!r} trains the model's biases, which all rows share (lora_bias=True trains "
-                "its own); call the model once for it (set_adapter)"
+                f"{caller}: {NAMES}: {name!r} trains the model's biases, which all rows share; activate another one "
+                "(set_adapter), and leave it out of the names, or give each adapter its own (lora_bias=True)"
             )
 
 
