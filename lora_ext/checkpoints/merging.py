@@ -118,13 +118,11 @@ def merge(
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, staging / name)
         _write_config(staging / CONFIG_FILE, checkpoint, changes, dtype)
-    replaced = [change.replacement is not None for change in changes.values()]
-    merged = [bool(change.terms) for change in changes.values()]
     return MergeReport(
-        merged=sum(merged),
-        replaced=sum(replaced),
+        merged=sum(bool(change.terms) for change in changes.values()),
+        replaced=sum(change.replacement is not None for change in changes.values()),
         added=len(changes) - len(checkpoint),
-        copied=sum(not (one or other) for one, other in zip(merged, replaced, strict=True)),
+        copied=sum(change.replacement is None and not change.terms for change in changes.values()),
         files=len(shards),
         skipped=skipped,
         kept={key: statistics.fmean(shares) for key, shares in kept.items() if shares},
