@@ -165,7 +165,7 @@ class AdapterSet:
     """The named adapters of an injected model: an attribute of its root, copied and pickled with it.
 
     Attributes:
-        configs: by adapter name, in the order of addition.
+        configs: by adapter name, in the order of addition; ``inference_mode``: it is not to train.
         active: the names of the active adapters; all layers of the model share this object.
         biases: by adapter name; at most one adapter trains the model's biases.
         loaded_base: by adapter name, the file keys of base layers that were loaded with it; saved again with it.
@@ -181,7 +181,6 @@ class AdapterSet:
         self.active = ActiveAdapters()
         self.biases: dict[str, TrainedBiases] = {}
         self.loaded_base: dict[str, frozenset[str]] = {}
-        self._trainable: set[str] = set()
         # By adapter name, the ``_parameters`` dicts of its modules: finding them would take most of a switch's time.
         self._parameters: dict[str, list[dict[str, nn.Parameter | None]]] = {}
 
@@ -205,15 +204,12 @@ class AdapterSet:
         if adapter.biases is not None:
             self.biases[adapter.name] = adapter.biases
             adapter.biases.use(False)
-        if not adapter.config.inference_mode:
-            self._trainable.add(adapter.name)
         self._set_requires_grad(adapter.name, False)
 
     def remove(self, name: str) -> None:
         del self.configs[name], self._parameters[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
-        self._trainable.discard(name)
 
     def rename(self, old: str, new: str) -> None:
         """Renames an adapter; it keeps its place in the order."""
@@ -222,7 +218,6 @@ class AdapterSet:
             held.clear()
             held.update(entries)
         self.active.names = tuple(new if name == old else name for name in self.active.names)
-        self._trainable = {new if name == old else name for name in self._trainable}
 
     def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
         """Activates exactly these adapters. Changes parameters only of trainable adapters whose state changes."""
@@ -230,13 +225,15 @@ class AdapterSet:
         changed = set()
         if trainable is not None:
             changed |= set(names)
-            self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
-        changed |= self._trainable & (set(before) ^ set(names))
+            for name in names:
+                self.configs[name] = dataclasses.replace(self.configs[name], inference_mode=not trainable)
+        trains = {name for name, config in self.configs.items() if not config.inference_mode}
+        changed |= trains & (set(before) ^ set(names))
         # Single factors that the user froze stay frozen; an adapter frozen as a whole (model.requires_grad_(False))
         # does not.
-        changed |= {name for name in self._trainable & set(before) & set(names) if self.is_frozen(name)}
+        changed |= {name for name in trains & set(before) & set(names) if self.is_frozen(name)}
         for name in changed:
-            self._set_requires_grad(name, name in names and name in self._trainable)
+            self._set_requires_grad(name, name in names and name in trains)
         for name, biases in self.biases.items():
             biases.use(name in names)
 
