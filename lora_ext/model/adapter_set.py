@@ -245,9 +245,12 @@ class AdapterSet:
     def _set_requires_grad(self, name: str, requires_grad: bool) -> None:
         for parameters in self._parameters[name]:
             for parameter in parameters.values():
-                # A module to save may have integer parameters.
-                if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
-                    parameter.requires_grad = requires_grad
+                if parameter is not None:
+                    try:
+                        parameter.requires_grad = requires_grad
+                    except RuntimeError:
+                        if parameter.is_floating_point():  # a module to save may have integer parameters
+                            raise
         for bias in self.biases[name].parameters() if name in self.biases else ():
             bias.requires_grad = requires_grad
 
