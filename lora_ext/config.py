@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Annotated, Any, NoReturn, Protocol, get_type_hints, runtime_checkable
 
 from lora_ext._common.matching import EndTable, PathPatterns, as_tuple, check_expressions, layer_expressions
-from lora_ext._common.printable import escaped, shown
+from lora_ext._common.messages import escaped, shown
 
 ALL_LINEAR = "all-linear"
 """The ``target_modules`` value for every linear layer except the output head."""

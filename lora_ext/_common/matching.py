@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import regex
 
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
 
 if TYPE_CHECKING:
     from lora_ext.config import LoraConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.printable import first_of
+from lora_ext._common.messages import first_of, warn_user
 from lora_ext._common.progress import Progress
-from lora_ext._common.warnings import warn_user
 from lora_ext.merging.feedback import LayerInputs
 from lora_ext.nn import LoraLayer
 
@@ -31,28 +29,31 @@ def collect_inputs(
     Holds a copy of every input, in its dtype and on its device: tokens times in_features for each group of layers.
     Padding tokens are left out where a batch has an ``attention_mask [batch, sequence]``.
 
-    Raises:
-        TypeError: ``batches`` is a single batch.
-        ValueError: there is no batch, or an input is NaN or infinite; the message names the layer.
-    Warns:
-        UserWarning: the model does not call a layer.
+    TypeError: ``batches`` is a single batch. ValueError: there is none, or an input is NaN or infinite. Warns of layers
+    that the model does not call.
     """
     if isinstance(batches, Mapping | Tensor):
         kind = type(batches).__name__
         raise TypeError(f"{caller}: calibration is a {kind}, want a list of batches; for one batch, [batch]")
     collector = _Collector(caller, layers)
     modes = {module: module.training for module in model.modules()}
+    hooks = [
+        layer.register_forward_pre_hook(partial(collector.take, path), with_kwargs=True)
+        for path, layer in layers.items()
+    ]
     model.eval()
     try:
-        with (
-            collector,
-            Progress("calibrate", len(batches) if hasattr(batches, "__len__") else 0, unit="batch") as shown,
-        ):
+        with Progress("calibrate", len(batches) if hasattr(batches, "__len__") else 0, unit="batch") as shown:
             for batch in batches:
                 collector.start(batch)
-                _call(model, batch)
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                else:
+                    model(*([batch] if isinstance(batch, Tensor) else batch))
                 shown.advance(1)
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, mode in modes.items():
             module.training = mode
     if not collector.num_batches:
@@ -60,34 +61,15 @@ def collect_inputs(
     return collector.inputs()
 
 
-def _call(model: nn.Module, batch: Batch) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    else:
-        model(*batch)
-
-
 class _Collector:
-    """Hooks on layers that copy their inputs, each tensor once."""
+    """Copies the inputs of layers, each tensor once."""
 
     def __init__(self, caller: str, layers: Mapping[str, LoraLayer]) -> None:
         self.num_batches = 0
         self._caller, self._layers = caller, layers
         self._held: dict[str, list[Tensor]] = {path: [] for path in layers}
         self._mask: Tensor | None = None
-        self._seen: dict[int, tuple[weakref.ref, int, Tensor]] = {}  # by id, of this batch: the copies
-
-    def __enter__(self) -> None:
-        self._hooks = [
-            layer.register_forward_pre_hook(partial(self._take, path), with_kwargs=True)
-            for path, layer in self._layers.items()
-        ]
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of this batch, by id and version: input, copy
 
     def start(self, batch: Batch) -> None:
         """Notes the padding of the next batch."""
@@ -96,11 +78,10 @@ class _Collector:
         mask = batch.get(_MASK) if isinstance(batch, Mapping) else None
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-    def _take(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def take(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        known = self._seen.get(id(x))
-        if known is not None and known[0]() is x and known[1] == x._version:
-            self._held[path].append(known[2])
+        if (seen := self._seen.get((id(x), x._version))) is not None:
+            self._held[path].append(seen[1])
             return
         mask = self._mask
         is_masked = mask is not None and x.shape[:-1] == mask.shape
@@ -110,7 +91,7 @@ class _Collector:
                 f"{self._caller}: calibration: batch {self.num_batches} gives {path!r} NaN or infinite inputs; leave "
                 "it out"
             )
-        self._seen[id(x)] = weakref.ref(x), x._version, rows
+        self._seen[id(x), x._version] = x, rows  # x is held, so that no other input gets its id
         self._held[path].append(rows)
 
     def inputs(self) -> dict[LoraLayer, LayerInputs]:

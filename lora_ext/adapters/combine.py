@@ -19,8 +19,8 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
-from lora_ext.injection.inject import apply_injection, check_new_name, check_unmerged
-from lora_ext.model.adapter_set import Adapter, Part, find_adapter, find_adapters
+from lora_ext.injection.inject import apply_injection
+from lora_ext.model.adapter_set import Adapter, Part, check_new_name, check_unmerged, find_adapter, find_adapters
 from lora_ext.model.bare_model import BareModel, check_not_parallel, check_not_sharded, root_module
 from lora_ext.nn import LoraAdapter
 

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import listed
+from lora_ext._common.messages import listed
 from lora_ext.adapters.life_cycle import check_low_rank
 from lora_ext.config import LoraConfig, exact_patterns
-from lora_ext.files.adapter_file import AdapterFile
-from lora_ext.files.misfits import misfits
-from lora_ext.injection.inject import check_unmerged
-from lora_ext.model.adapter_set import UNSCALED, Part, find_adapter
+from lora_ext.files.adapter_file import AdapterFile, misfits
+from lora_ext.model.adapter_set import UNSCALED, Part, check_unmerged, find_adapter
 from lora_ext.model.bare_model import check_not_parallel, check_not_sharded, root_module
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

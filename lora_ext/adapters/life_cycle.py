@@ -11,9 +11,9 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import listed
-from lora_ext.injection.inject import check_new_name, check_unmerged, remove_empty_layers
-from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, find_adapters
+from lora_ext._common.messages import listed
+from lora_ext.injection.inject import remove_empty_layers
+from lora_ext.model.adapter_set import Adapter, AdapterSet, adapter_set, check_new_name, check_unmerged, find_adapters
 from lora_ext.model.bare_model import adapter_layers, check_not_parallel
 from lora_ext.nn import ActiveAdapters, DoraLinear, LoraConv, LoraEmbedding, LoraLayer, LoraLinear
 from lora_ext.nn.trained import TrainedModule

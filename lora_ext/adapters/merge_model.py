@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -15,16 +15,15 @@ from torch import nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.matching import Parents
-from lora_ext._common.printable import first_of, listed
+from lora_ext._common.messages import first_of, listed, warn_user
 from lora_ext._common.sharded import prepare_shards
-from lora_ext._common.warnings import warn_user
 from lora_ext.adapters.calibration import Batch, collect_inputs
-from lora_ext.injection.inject import check_unmerged, forget_injection, lora_modules, replace_modules
+from lora_ext.injection.inject import forget_injection, lora_modules, replace_modules
 from lora_ext.merging.errors import MergeError, poorly_kept
 from lora_ext.merging.feedback import LayerInputs
 from lora_ext.merging.layers import Outcome, change_merged, merge_error, merge_for_good, stored_matrices
 from lora_ext.merging.rounding import LayerSeed, stochastic_seed
-from lora_ext.model.adapter_set import adapter_set
+from lora_ext.model.adapter_set import adapter_set, check_unmerged
 from lora_ext.model.bare_model import (
     BareModel,
     adapter_layers,
@@ -40,7 +39,8 @@ from lora_ext.nn.trained import TrainedModule
 _LARGE_ERROR = 0.1  # of the update
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Chosen = dict[str, tuple[LoraLayer, set[str]]]  # by path: a layer, and the adapters meant in it
+Names = dict[LoraLayer, set[str]]  # the adapters meant in each layer
+Paths = Mapping[LoraLayer, str]
 
 
 @checked
@@ -81,29 +81,14 @@ def merge(
             whose weight is then rounded to nearest.
 
     Raises:
-        ValueError: there is no LoRA layer; a base layer has hooks or a forward of its own; a base weight is tied to
-            another module, which would change with it (a language model's head and embedding); an element would
-            become NaN or infinite; a ``lora_bias`` would go into a trained bias (``bias``); ``calibration`` is empty,
-            gives a layer NaN, or no weight is quantised; ``rounding`` is "stochastic" for a quantised weight, a DoRA
-            adapter or columns split over ranks.
+        ValueError: there is no LoRA layer; a merge would not compute the same (a base layer has hooks or a forward of
+            its own, its weight is tied to another module, an element would become infinite); ``calibration`` or
+            ``rounding`` does not fit the weights.
         TypeError: ``rounding`` is "stochastic" for float32 or float64.
         KeyError: no layer has an adapter of that name.
-        RuntimeError: an adapter is merged already, or disabled; a parametrization computes a base weight; two base
-            weights share memory.
+        RuntimeError: an adapter is merged already, or disabled; a weight is computed, or shares memory with another.
     """
-    stochastic = stochastic_seed("merge", rounding, seed)
-    layers = _all_lora_modules("merge", model)
-    wanted = _chosen("merge", layers, adapter_names, "active_adapters")
-    _check_some_are_active("merge", layers, wanted)
-    if twice := [path for path, (layer, names) in wanted.items() if names & {*layer.merged_adapters}]:
-        raise RuntimeError(f"merge: adapters are already merged into {first_of(map(repr, twice))}")
-    _check_mergeable("merge", wanted)
-    _check_untied("merge", model, wanted)
-    _check_biases(model, wanted)
-    inputs = _inputs("merge", model, wanted, calibration)
-    outcomes = _merge_next_to_merged(wanted, inputs, _seeds(wanted, stochastic))
-    _warn_of_errors("merge", wanted, inputs, outcomes)
-    return model
+    return _merge("merge", model, adapter_names, calibration, rounding, seed)
 
 
 @checked
@@ -116,19 +101,17 @@ def unmerge(model: ModelT, adapter_names: str | Iterable[str] | None = None) -> 
     Args:
         adapter_names: the adapters to take out, in the layers that have them; None: all merged ones.
 
-    Raises:
-        ValueError: there is no LoRA layer.
-        KeyError: no layer has an adapter of that name.
-        RuntimeError: an adapter is not merged, nothing is merged, or a merged layer was converted to another dtype.
-        Other errors as in :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
+    ValueError: there is no LoRA layer. KeyError: no layer has an adapter of that name. RuntimeError: an adapter is not
+    merged, or a merged layer was converted to another dtype. Other errors as in
+    :meth:`~lora_ext.nn.LoraLinear.unmerge`. The model is then unchanged.
     """
-    layers = _all_lora_modules("unmerge", model)
-    chosen = _chosen("unmerge", layers, adapter_names, "merged_adapters")
-    wrong = [path for path, (layer, names) in chosen.items() if names - {*layer.merged_adapters}]
+    paths = _all_lora_modules("unmerge", model)
+    chosen = _chosen("unmerge", paths, adapter_names, "merged_adapters")
+    wrong = [layer for layer, names in chosen.items() if names - {*layer.merged_adapters}]
     if wrong or not chosen:
-        raise RuntimeError(f"unmerge: the adapters are not merged into {first_of(map(repr, wrong or layers))}")
-    left = {layer: {*layer.merged_adapters} - names for layer, names in chosen.values()}
-    change_merged("unmerge", left, _where(chosen))
+        raise RuntimeError(f"unmerge: the adapters are not merged into {_some(paths, wrong or paths)}")
+    left = {layer: {*layer.merged_adapters} - names for layer, names in chosen.items()}
+    change_merged("unmerge", left, _where(paths))
     return model
 
 
@@ -168,29 +151,7 @@ def merge_and_unload(
         The errors of :func:`merge`, except that adapters may be merged already; also RuntimeError: the model has an
         :class:`~lora_ext.AdapterPool`. The model is then unchanged.
     """
-    caller = "merge_and_unload"
-    stochastic = stochastic_seed(caller, rounding, seed)
-    layers = _all_lora_modules(caller, model)
-    some_merged = any(layer.is_merged for layer in layers.values())
-    chosen = _chosen(caller, layers, adapter_names, "active_adapters")
-    if not some_merged:
-        _check_some_are_active(caller, layers, chosen)
-    missing = {path: (layer, names - {*layer.merged_adapters}) for path, (layer, names) in chosen.items()}
-    wanted = {path: (layer, names) for path, (layer, names) in missing.items() if names}
-    _check_mergeable(caller, wanted)
-    _check_can_unload(caller, model, "merge(model) computes the same; for a plain checkpoint, lora-ext merge")
-    if (adapters := adapter_set(model)) is not None and adapters.pool is not None:
-        raise RuntimeError(f"{caller}: the model has an AdapterPool; call pool.close() first, and make one again after")
-    _check_untied(caller, model, wanted, unloads=True)
-    inputs = _inputs(caller, model, wanted, calibration)
-    seeds = _seeds(wanted, stochastic)
-    if some_merged:  # a weight is rounded once for all its adapters: those merged come out first
-        outcomes = _merge_next_to_merged(wanted, inputs, seeds)
-    else:
-        outcomes = merge_for_good("merge", dict(wanted.values()), _where(wanted), inputs, seeds)
-    _unload(model, merged=True)
-    _warn_of_errors(caller, wanted, inputs, outcomes)
-    return model
+    return _merge("merge_and_unload", model, adapter_names, calibration, rounding, seed, unloads=True)
 
 
 @checked
@@ -208,97 +169,117 @@ def unload(model: ModelT) -> ModelT:
     return model
 
 
-# --- which layers and adapters ----------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def _all_lora_modules(caller: str, model: nn.Module) -> dict[str, LoraLayer]:
-    layers = dict(lora_modules(root_module(model)))
-    if not layers:
+def _merge(
+    caller: str,
+    model: ModelT,
+    adapter_names: str | Iterable[str] | None,
+    calibration: Iterable[object] | None,
+    rounding: str,
+    seed: int,
+    unloads: bool = False,
+) -> ModelT:
+    """Merges as :func:`merge` or, if ``unloads``, as :func:`merge_and_unload`."""
+    stochastic = stochastic_seed(caller, rounding, seed)
+    paths = _all_lora_modules(caller, model)
+    some_merged = any(layer.is_merged for layer in paths)
+    chosen = _chosen(caller, paths, adapter_names, "active_adapters")
+    if not chosen and not (unloads and some_merged):
+        raise RuntimeError(
+            f"{caller}: no adapter is active in {_some(paths, paths)}; call set_adapter(model, ...) or load_adapter "
+            "first, outside disable_adapters"
+        )
+    twice = [layer for layer, names in chosen.items() if names & {*layer.merged_adapters}]
+    if twice and not unloads:
+        raise RuntimeError(f"{caller}: adapters are already merged into {_some(paths, twice)}")
+    missing = {layer: names - {*layer.merged_adapters} for layer, names in chosen.items()}
+    wanted = {layer: names for layer, names in missing.items() if names}
+    _check_mergeable(caller, model, paths, wanted, unloads)
+    if unloads:
+        _check_can_unload(caller, model, "merge(model) computes the same; for a plain checkpoint, lora-ext merge")
+        if (adapters := adapter_set(model)) is not None and adapters.pool is not None:
+            raise RuntimeError(
+                f"{caller}: the model has an AdapterPool; call pool.close() first, and make another after"
+            )
+    _check_untied(caller, model, paths, wanted, unloads)
+    inputs = _inputs(caller, model, paths, wanted, calibration)
+    seeds = {layer: None if stochastic is None else LayerSeed(stochastic, paths[layer]) for layer in wanted}
+    if unloads and not some_merged:
+        outcomes = merge_for_good(caller, wanted, _where(paths), inputs, seeds)
+    else:  # a weight is rounded once for all its adapters: those merged come out first
+        names_of = {layer: {*layer.merged_adapters, *names} for layer, names in wanted.items()}
+        outcomes = change_merged(caller, names_of, _where(paths), inputs, seeds, measure=True)
+    if unloads:
+        _unload(model, merged=True)
+    _warn_of_errors(caller, {paths[layer]: outcome for layer, outcome in outcomes.items()}, is_calibrated=bool(inputs))
+    return model
+
+
+def _all_lora_modules(caller: str, model: nn.Module) -> dict[LoraLayer, str]:
+    """Returns the paths of the LoRA layers of a model that may be merged."""
+    paths = {layer: path for path, layer in lora_modules(root_module(model))}
+    if not paths:
         raise ValueError(f"{caller}: {type(model).__name__} has no LoRA layer; call inject(model, config) first")
     remedy = "call save_adapter on all ranks, and merge in one process, or on disk (lora-ext merge)"
     check_not_sharded(caller, model, remedy, fsdp_may=True, split_may=True)
     prepare_shards(caller, model)
-    return layers
+    return paths
 
 
-def _chosen(
-    caller: str, layers: dict[str, LoraLayer], adapter_names: str | Iterable[str] | None, default: str
-) -> Chosen:
+def _chosen(caller: str, layers: Iterable[LoraLayer], adapter_names: str | Iterable[str] | None, default: str) -> Names:
     """Returns the layers that have some of the adapters, with the names they have. None: the names in ``default``."""
     if adapter_names is None:
-        return {path: (layer, {*getattr(layer, default)}) for path, layer in layers.items() if getattr(layer, default)}
+        return {layer: {*getattr(layer, default)} for layer in layers if getattr(layer, default)}
     names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
     if not names:
         raise ValueError(f"{caller}: adapter_names is empty; name at least one adapter, or pass None for the default")
-    known = {name for layer in layers.values() for name in layer.adapters}
+    known = {name for layer in layers for name in layer.adapters}
     if unknown := names - known:
         raise KeyError(f"{caller}: no layer has an adapter {sorted(unknown)[0]!r}; the adapters are {sorted(known)}")
-    return {path: (layer, held) for path, layer in layers.items() if (held := names & layer.adapters.keys())}
+    return {layer: held for layer in layers if (held := names & layer.adapters.keys())}
 
 
-def _check_some_are_active(caller: str, layers: dict[str, LoraLayer], chosen: Chosen) -> None:
-    if not chosen:
-        raise RuntimeError(
-            f"{caller}: no adapter is active in {first_of(map(repr, layers))}; call set_adapter(model, ...) or "
-            "load_adapter first, outside disable_adapters"
-        )
+def _where(paths: Paths) -> dict[LoraLayer, str]:
+    return {layer: f" of {path!r}" for layer, path in paths.items()}
 
 
-def _where(wanted: Chosen) -> dict[LoraLayer, str]:
-    return {layer: f" of {path!r}" for path, (layer, _) in wanted.items()}
+def _some(paths: Paths, layers: Iterable[LoraLayer]) -> str:
+    return first_of(repr(paths[layer]) for layer in layers)
 
 
 def _inputs(
-    caller: str, model: nn.Module, wanted: Chosen, calibration: Iterable[Batch] | None
+    caller: str, model: nn.Module, paths: Paths, wanted: Names, calibration: Iterable[Batch] | None
 ) -> dict[LoraLayer, LayerInputs]:
     """Returns the inputs of the layers whose quantised weights change, for ``calibration``."""
     if calibration is None:
         return {}
-    idle = [path for path, (layer, names) in wanted.items() if names - {*layer.active_adapters}]
-    if idle:
+    if idle := [layer for layer, names in wanted.items() if names - {*layer.active_adapters}]:
         raise ValueError(
             f"{caller}: calibration runs the model with its active adapters, but others are to be merged into "
-            f"{first_of(map(repr, idle))}; activate them first (set_adapter)"
+            f"{_some(paths, idle)}; activate them first (set_adapter)"
         )
-    weights = [
-        (path, matrix.quantized)
-        for path, (layer, _) in wanted.items()
-        for matrix in layer.matrices().values()
-        if matrix.quantized is not None and matrix.quantized.rounds
-    ]
-    layers = {path: wanted[path][0] for path, weight in weights if weight.has_grid}
+    matrices = [(layer, matrix.quantized) for layer in wanted for matrix in layer.matrices().values()]
+    weights = [(layer, weight) for layer, weight in matrices if weight is not None and weight.rounds]
     if not weights:
         raise ValueError(f"{caller}: calibration is for quantised weights, and none to merge into is; leave it out")
-    if others := [f"{path!r} ({weight.name})" for path, weight in weights if not weight.has_grid]:
+    if others := [f"{paths[layer]!r} ({weight.name})" for layer, weight in weights if not weight.has_grid]:
         warn_user(
             f"{caller}: calibration has no effect on {first_of(others)}, which are rounded to nearest; error feedback "
             "is for int8, and for NF4 and FP4 whose blocks end where rows do"
         )
+    layers = {paths[layer]: layer for layer, weight in weights if weight.has_grid}
     return collect_inputs(caller, model, layers, calibration) if layers else {}
 
 
-def _seeds(wanted: Chosen, seed: int | None) -> dict[LoraLayer, LayerSeed | None]:
-    return {layer: None if seed is None else LayerSeed(seed, path) for path, (layer, _) in wanted.items()}
-
-
-def _merge_next_to_merged(
-    wanted: Chosen, inputs: Mapping[LoraLayer, LayerInputs], seeds: Mapping[LoraLayer, LayerSeed | None]
-) -> dict[LoraLayer, Outcome]:
-    """Merges ``wanted`` in addition to what is merged."""
-    names_of = {layer: {*layer.merged_adapters, *names} for layer, names in wanted.values()}
-    return change_merged("merge", names_of, _where(wanted), inputs, seeds, measure=True)
-
-
-def _warn_of_errors(
-    caller: str, wanted: Chosen, inputs: Collection[LoraLayer], outcomes: Mapping[LoraLayer, Outcome]
-) -> None:
-    """Warns if rounding lost a part of an update."""
-    outcome_of = {path: outcomes[layer] for path, (layer, _) in wanted.items() if layer in outcomes}
-    errors = {path: outcome.error for path, outcome in outcome_of.items() if outcome.error is not None}
+def _warn_of_errors(caller: str, outcomes: Mapping[str, Outcome], is_calibrated: bool) -> None:
+    """Warns if rounding lost a part of an update. ``outcomes``: by the layers' paths."""
+    errors = {path: outcome.error for path, outcome in outcomes.items() if outcome.error is not None}
     of_update = [error.of_update for error in errors.values()]
     if max(of_update, default=0.0) > _LARGE_ERROR:
         worst = sorted(errors, key=lambda path: errors[path].kept)[:3]
-        remedy = "" if inputs else "batches of the task (calibration=) keep more of it; "
+        remedy = "" if is_calibrated else "batches of the task (calibration=) keep more of it; "
         warn_user(
             f"{caller}: {len(errors)} weights were quantised again, with errors of {statistics.median(of_update):.0%} "
             f"of the update (median; at most {max(of_update):.0%}), which keeps least in "
@@ -306,71 +287,61 @@ def _warn_of_errors(
             "them by layer; to lose nothing, run unmerged, or load the adapter into the dequantised model "
             "(model.dequantize())"
         )
-    kept = {path: outcome.kept for path, outcome in outcome_of.items() if outcome.error is None}
+    kept = {path: outcome.kept for path, outcome in outcomes.items() if outcome.error is None}
     if line := poorly_kept(kept, "rounding='stochastic' keeps it in the mean"):
         warn_user(f"{caller}: {line}")
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _check_mergeable(caller: str, wanted: Chosen) -> None:
+def _check_mergeable(caller: str, model: nn.Module, paths: Paths, wanted: Names, unloads: bool) -> None:
     """Checks that adding to the weights does what the layers' forwards do."""
-    if problems := [f"{path}: {why}" for path, (layer, _) in wanted.items() if (why := layer.why_not_merge())]:
+    if problems := [f"{paths[layer]}: {why}" for layer in wanted if (why := layer.why_not_merge())]:
         raise ValueError(f"{caller}: updates cannot be merged into{listed(problems)}")
+    adapters = adapter_set(model)
+    biased = [layer for layer, names in wanted.items() if any(layer.adapters[n].lora_bias is not None for n in names)]
+    if not unloads and biased and adapters is not None and adapters.biases:
+        (owner,) = adapters.biases
+        raise ValueError(
+            f"{caller}: the lora_bias of {paths[biased[0]]!r} would go into a bias that {owner!r} trains and that is "
+            "switched with that adapter; run unmerged, or merge for good (merge_and_unload)"
+        )
 
 
-def _check_untied(caller: str, model: nn.Module, wanted: Chosen, unloads: bool = False) -> None:
+def _check_untied(caller: str, model: nn.Module, paths: Paths, wanted: Names, unloads: bool) -> None:
     """Checks that merging changes no other module, and no trained rows.
 
     ``unloads``: trained rows are written into the weights, too, and modules trained in full replace the frozen ones.
     """
     labels: dict[int, str] = {}  # by the id of each parameter that changes
     changed_by: dict[int, list[str]] = defaultdict(list)  # the layers that may hold it
-    for path, (layer, names) in wanted.items():
-        for key, matrix, _, label in stored_matrices(caller, layer, f" of {path!r}"):
+    for layer, names in wanted.items():
+        for key, matrix, _, label in stored_matrices(caller, layer, f" of {paths[layer]!r}"):
             parameter = id(matrix.owner._parameters[matrix.name])
             if parameter not in labels and any(key in layer.factors(name) for name in names):
-                labels[parameter], changed_by[parameter] = label, [path]
+                labels[parameter], changed_by[parameter] = label, [paths[layer]]
     replaced, rows_of = [], {}
     for path, layer in adapter_layers(model):
         if isinstance(layer, TrainedModule) and unloads and layer.in_use is not layer.base_layer:
             replaced.append(f"{path}.base_layer")
         if not isinstance(layer, TrainableTokens):
             continue
-        inner = next((inner for inner, (held, _) in wanted.items() if held is layer.base_layer), None)
-        if inner is not None and isinstance(layer.inner_layer, nn.Linear):
+        if layer.base_layer in wanted and isinstance(layer.inner_layer, nn.Linear):
             raise ValueError(
-                f"{caller}: the weight of {inner!r} has trained rows (trainable_token_indices), which would lose the "
-                "update; run unmerged"
+                f"{caller}: the weight of {paths[layer.base_layer]!r} has trained rows (trainable_token_indices), "
+                "which would lose the update; run unmerged"
             )
         parameter = id(layer.inner_layer.weight)
         rows = layer.rows_in_use if unloads and parameter not in labels else []
         if rows and rows_of.setdefault(parameter, rows) == rows:  # tied modules share them
             changed_by[parameter].append(path)
-    paths = parameter_paths(root_module(model).named_modules())
+    holders = parameter_paths(root_module(model).named_modules())
     for parameter, changing in changed_by.items():
         known = Parents((*changing, *replaced))
-        others = [path for path in paths[parameter] if path not in known]
-        if others:
+        if others := [path for path in holders[parameter] if path not in known]:
             label = labels.get(parameter, f"the weight of {changing[0]!r}")
             raise ValueError(
                 f"{caller}: {label} is shared with {others[0]!r}, which would change too; untie them (give one a clone "
                 "of the weight), or run unmerged"
             )
-
-
-def _check_biases(model: nn.Module, wanted: Chosen) -> None:
-    """Checks that no update would be merged into a bias that an adapter trains: switching adapters replaces it."""
-    adapters = adapter_set(model)
-    biased = [
-        path for path, (layer, names) in wanted.items() if any(layer.adapters[n].lora_bias is not None for n in names)
-    ]
-    if adapters is not None and adapters.biases and biased:
-        raise ValueError(
-            f"merge: the lora_bias of {biased[0]!r} would go into a bias that {next(iter(adapters.biases))!r} trains "
-            "and that is switched with that adapter; run unmerged, or merge for good (merge_and_unload)"
-        )
 
 
 # --- the plain model --------------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.matching import LayerNumbers, PathMatcher
-from lora_ext._common.printable import first_of, listed
-from lora_ext._common.wrapped import KEY_PREFIX
+from lora_ext._common.messages import first_of, listed
+from lora_ext._common.modules import KEY_PREFIX
 from lora_ext.config import LoraConfig
-from lora_ext.files.adapter_file import AdapterFile, holds_adapter
-from lora_ext.files.misfits import misfits
+from lora_ext.files.adapter_file import AdapterFile, holds_adapter, misfits
 from lora_ext.injection.all_linear import is_all_linear
-from lora_ext.injection.inject import Injection, attach_layers, remove_empty_layers, serve_adapters
+from lora_ext.injection.build import Injection
+from lora_ext.injection.inject import attach_layers, remove_empty_layers, serve_adapters
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, adapter_layers, root_module
 from lora_ext.nn import LoraLinear
@@ -107,7 +107,15 @@ class AdapterPool:
         self._free = list(range(self._num_slots))[::-1]
         self._users: Counter[str] = Counter()  # running calls, by name
         self._hits = self._loads = self._evictions = 0
-        self._layers = _attach(model, adapter, self, self._num_slots, dtypes)
+        self._layers = {
+            part.path: LayerSlots(self._num_slots, r, *self._sizes[part.path], dtypes[part.path], _device(part.layer))
+            for part in adapter.parts
+        }
+        attach_layers(model, adapter)
+        for part in adapter.parts:
+            part.layer.slots = self._layers[part.path]
+        adapter.into.pool = self
+        serve_adapters(model, adapter.into)
         self._model = weakref.ref(root_module(model))
 
     # --- names --------------------------------------------------------------------------------------------------------
@@ -261,8 +269,14 @@ class AdapterPool:
             self._num_slots, self._layers = 0, {}
             self._held.clear()
             self._free.clear()
-        if (model := self._model()) is not None:
-            _detach(model, self)
+        model = self._model()
+        if model is None or (adapters := adapter_set(model)) is None or adapters.pool is not self:
+            return  # unloaded meanwhile
+        adapters.pool = None
+        for _, layer in adapter_layers(model):
+            if isinstance(layer, LoraLinear):
+                layer.slots = None
+        remove_empty_layers(model, adapters)
 
     def __enter__(self) -> AdapterPool:
         return self
@@ -272,9 +286,6 @@ class AdapterPool:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an AdapterPool, or a model that has one, cannot be copied or pickled; call close() first")
-
-
-# --- the layers of a model --------------------------------------------------------------------------------------------
 
 
 def _layers_of(model: nn.Module, config: LoraConfig) -> Adapter:
@@ -295,31 +306,5 @@ def _layers_of(model: nn.Module, config: LoraConfig) -> Adapter:
     return adapter
 
 
-def _attach(
-    model: nn.Module, adapter: Adapter, pool: AdapterPool, slots: int, dtypes: dict[str, torch.dtype]
-) -> dict[str, LayerSlots]:
-    """Puts the layers of ``adapter`` into the model, with storage for the adapters of ``pool``: returns it, by path."""
-    held = {}
-    for part in adapter.parts:
-        layer, r = part.layer, part.adapter.r
-        device = execution_device(innermost(layer)) or layer.weight.device  # a weight may be offloaded
-        held[part.path] = LayerSlots(slots, r, layer.in_features, layer.out_features, dtypes[part.path], device)
-    attach_layers(model, adapter)
-    for part in adapter.parts:
-        part.layer.slots = held[part.path]
-    adapter.into.pool = pool
-    serve_adapters(model, adapter.into)
-    return held
-
-
-@one_at_a_time
-def _detach(model: nn.Module, pool: AdapterPool) -> None:
-    """Undoes :func:`_attach`: layers without adapters are replaced by their base layers."""
-    adapters = adapter_set(model)
-    if adapters is None or adapters.pool is not pool:  # unloaded meanwhile
-        return
-    adapters.pool = None
-    for _, layer in adapter_layers(model):
-        if isinstance(layer, LoraLinear):
-            layer.slots = None
-    remove_empty_layers(model, adapters)
+def _device(layer: LoraLinear) -> torch.device:
+    return execution_device(innermost(layer)) or layer.weight.device  # a weight may be offloaded

@@ -2,7 +2,7 @@
 
 - Commands: ``merging``, ``extraction``, ``inspection``; ``layers`` for ``lora-ext analyze``.
 - Reading: ``checkpoint``.
-- What an adapter changes: ``changes``, from ``names``.
+- What an adapter changes: ``changes``.
 """
 
 from lora_ext.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint

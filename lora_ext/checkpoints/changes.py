@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.messages import listed
 from lora_ext._ops.checks import FLOATING
-from lora_ext.checkpoints.checkpoint import Checkpoint
-from lora_ext.checkpoints.names import Tie, find_prefix, find_tie
-from lora_ext.files.contents import AdapterContents, LowRankUpdate, TokenRows
+from lora_ext.checkpoints.checkpoint import Checkpoint, find_tie
+from lora_ext.files.contents import AdapterContents, LowRankUpdate
 
 _DEQUANTISE = "want float64, float32, bfloat16 or float16: dequantise the base first (Transformers: model.dequantize())"
 _IN_MEMORY = "load base and adapter as a model (load_adapter), and call merge_and_unload and save_pretrained there"
+
+_MOST_CANDIDATES = 16  # prefixes that are tried; real checkpoints have one
 
 
 class Term(NamedTuple):
@@ -35,13 +36,12 @@ class Term(NamedTuple):
 
 @dataclasses.dataclass
 class TensorChange:
-    """The steps that make one tensor of the result: copy or replace it, then replace rows, then add updates."""
+    """The steps that make one tensor of the result: copy or replace it, then add updates."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype  # of the source
     source: str | None  # key in the base; None if there is only the replacement
     replacement: Tensor | None = None
-    rows: list[TokenRows] = dataclasses.field(default_factory=list)
     terms: list[Term] = dataclasses.field(default_factory=list)
 
     @property
@@ -55,8 +55,7 @@ class TensorChange:
 
     def equals(self, other: TensorChange) -> bool:
         """Returns whether both make the same tensor of the same source."""
-        same_rows = [*map(id, self.rows)] == [*map(id, other.rows)]
-        return same_rows and not self.terms + other.terms and _are_equal(self.replacement, other.replacement)
+        return not self.terms + other.terms and _are_equal(self.replacement, other.replacement)
 
 
 def find_changes(
@@ -76,10 +75,10 @@ def find_changes(
     changes = {key: TensorChange(info.shape, info.dtype, key) for key, info in base.items()}
     tie = find_tie(base)
     if tie is not None:  # a tensor of its own, until it turns out to be equal
-        changes[tie.head] = dataclasses.replace(changes[tie.embedding], rows=[], terms=[])
+        changes[tie.head] = dataclasses.replace(changes[tie.embedding], terms=[])
     problems: list[str] = []
     for contents, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
-        problems += _AdapterChanges(changes, tie, contents, fan_in_fan_out, weight).problems
+        problems += _AdapterChanges(changes, contents, fan_in_fan_out, weight).problems
     for key, tensor in changes.items():
         problems += _wrong_dtypes(key, tensor)
     if problems:
@@ -94,40 +93,22 @@ class _AdapterChanges:
     """Adds the changes of one adapter; ``problems`` lists what does not fit."""
 
     def __init__(
-        self,
-        changes: dict[str, TensorChange],
-        tie: Tie | None,
-        contents: AdapterContents,
-        fan_in_fan_out: bool | None,
-        weight: float,
+        self, changes: dict[str, TensorChange], contents: AdapterContents, fan_in_fan_out: bool | None, weight: float
     ) -> None:
-        self.changes, self.config, self.weight = changes, contents.file.config, weight
+        self.changes, self.weight = changes, weight
+        self.fan_in_fan_out, self.config = fan_in_fan_out, contents.file.config
         self.problems = [
             f"{contents.file.directory} was trained with {option}; {_IN_MEMORY}" for option in sorted(contents.options)
         ]
-        whole = [f"{rows.path}.weight" for rows in contents.tokens] + [*contents.replaced]
-        if weight != 1.0 and whole:
-            self.problems.append(f"weight {weight}: the adapter replaces tensors, which have no strength: {whole[0]}")
-        low_rank = {update: f"{update.path}.weight" for update in contents.updates if update.kind != "parameter"}
-        parameters = [update for update in contents.updates if update.kind == "parameter"]
-        names = [*low_rank.values(), *whole]
-        names += [f"{update.path}.{name}" for update in parameters for name in update.parameters]
-        self.prefix = find_prefix(changes, names)
+        if weight != 1.0 and contents.replaced:
+            first = next(iter(contents.replaced))
+            self.problems.append(f"weight {weight}: the adapter replaces tensors, which have no strength: {first}")
+        sure = [update.names[0] for update in contents.updates if not update.parameters]
+        possible = [name for update in contents.updates if update.parameters for name in update.names]
+        self.prefix = find_prefix(changes, [*sure, *contents.replaced, *possible])
         for name, tensor in contents.replaced.items():
             self._replace(name, tensor)
-        self._replace_rows(contents.tokens, tie)
-        self._add(low_rank | self._parameter_names(parameters), fan_in_fan_out)
-
-    def _find(self, name: str) -> str | None:
-        """The key of a tensor of the base; None, and a problem is noted, if it is missing."""
-        if (key := self.prefix.key(name)) in self.changes:
-            return key
-        # The parts of a quantised weight, or several projections, may stand in its place.
-        layer, _, last = name.rpartition(".")
-        parts = sorted(other for other in self.changes if f".{other.rpartition('.')[0]}".endswith(f".{layer}"))
-        parts = [other for other in parts if last == "weight" and not other.endswith("bias")]
-        self.problems.append(f"not in the base: {name}" + (f"; it has {parts[0]}, {_DEQUANTISE}" if parts else ""))
-        return None
+        self._add(contents.updates)
 
     def _replace(self, name: str, given: Tensor) -> None:
         """Replaces a tensor of the base, or adds one that it lacks if its names have the adapter's prefix."""
@@ -147,74 +128,51 @@ class _AdapterChanges:
             self.problems.append(f"{target}: replaced by two adapters, which differ")
         tensor.replacement = given
 
-    def _replace_rows(self, tokens: Sequence[TokenRows], tie: Tie | None) -> None:
-        """Replaces rows of an embedding; in the tied head too, as PEFT does, unless the head has its own rows."""
-        targets = [self._find(f"{rows.path}.weight") for rows in tokens]
-        for target, rows in zip(targets, tokens, strict=True):
-            follows = tie is not None and target == tie.embedding and tie.head not in targets
-            for key in tie if follows else [target]:
-                if key is not None:
-                    self._replace_rows_of(key, rows)
-
-    def _replace_rows_of(self, target: str, rows: TokenRows) -> None:
-        tensor = self.changes[target]
-        shape, indices = tensor.shape, rows.indices
-        if len(shape) != 2 or rows.values.shape != (len(indices), shape[1]):
-            text = f"{list(shape)}, but {len(indices)} rows of it are {list(rows.values.shape)}"
-            self.problems.append(f"shape of {target}: {text}")
-        elif not all(type(index) is int and 0 <= index < shape[0] for index in indices):
-            text = f"{shown(list(indices))}, want rows of {target} {list(shape)}"
-            self.problems.append(f"trainable_token_indices: {text}")
-        else:
-            tensor.rows.append(rows)
-            replaced = [index for one in tensor.rows for index in one.indices]
-            if len({*replaced}) < len(replaced):
-                self.problems.append(f"rows of {target}: replaced more than once")
-
-    def _parameter_names(self, updates: Sequence[LowRankUpdate]) -> dict[LowRankUpdate, str]:
-        """Finds the parameter of each update by its shape, because keys do not say. It must be the only one to fit."""
-        found: dict[LowRankUpdate, str] = {}
-        for update in updates:
-            names = [f"{update.path}.{name}" for name in update.parameters]
-            tensors = {name: self.changes[key] for name in names if (key := self.prefix.key(name)) in self.changes}
-            fitting = [name for name, tensor in tensors.items() if update.layouts(tensor.shape)]
-            if len(fitting) == 1 and fitting[0] not in found.values():
-                found[update] = fitting[0]
-            elif fitting:
-                text = f"shapes do not say which layer an update belongs to: {', '.join(tensors)}"
-                self.problems.append(f"{text}; merge in memory, with PEFT")
-            elif not tensors:
-                self.problems.append(f"not in the base: any of {', '.join(names)}")
-            else:
-                self.problems += [_misfit(update, name, tensor) for name, tensor in tensors.items()]
-        return found
-
-    def _add(self, names: Mapping[LowRankUpdate, str], fan_in_fan_out: bool | None) -> None:
+    def _add(self, updates: Sequence[LowRankUpdate]) -> None:
         """Adds each update to the tensor of its name, in the layout that fits.
 
         A square weight has the layout of others of its name, or of its kind; then ``fan_in_fan_out`` of the adapter's
         config counts for linear layers, though PEFT writes the value of the layer that it met last.
         """
-        targets = {update: key for update, name in names.items() if (key := self._find(name)) is not None}
-        fitting = {update: update.layouts(self.changes[key].shape) for update, key in targets.items()}
+        places: dict[str, tuple[LowRankUpdate, set[bool]]] = {}
         certain: dict[str, set[bool]] = defaultdict(set)  # name or kind -> layouts of updates that fit only one
-        for update, layouts in fitting.items():
-            if len(layouts) == 1:
-                certain[_last_name(update)] |= layouts
-                certain[update.kind] |= layouts
-        for update, key in targets.items():
-            layouts = fitting[update]
-            if len(layouts) > 1 and fan_in_fan_out is not None:
-                layouts = {fan_in_fan_out}
+        for update in updates:
+            if (key := self._place(update, places)) is not None:
+                layouts = update.layouts(self.changes[key].shape)
+                places[key] = update, layouts
+                if len(layouts) == 1:
+                    certain[_last_name(update)] |= layouts
+                    certain[update.kind] |= layouts
+        for key, (update, layouts) in places.items():
+            if len(layouts) > 1 and self.fan_in_fan_out is not None:
+                layouts = {self.fan_in_fan_out}
             elif len(layouts) > 1:
                 unknown = layouts if update.kind == "parameter" else {bool(self.config.get("fan_in_fan_out"))}
                 layouts = certain[_last_name(update)] or certain[update.kind] or unknown
-            if not layouts:
-                self.problems.append(_misfit(update, key, self.changes[key]))
-            elif len(layouts) > 1:
+            if len(layouts) > 1:
                 self.problems.append(f"{key} is square, and may be [out, in] or [in, out]: say which (fan_in_fan_out)")
             else:
                 self.changes[key].terms.append(Term(update, update.scaling * self.weight, *layouts))
+
+    def _place(self, update: LowRankUpdate, taken: Collection[str]) -> str | None:
+        """The key of the only tensor that the update fits: keys of parameters do not say. None: a problem is noted."""
+        keys = [key for name in update.names if (key := self.prefix.key(name)) in self.changes]
+        fitting = [key for key in keys if update.layouts(self.changes[key].shape)]
+        if len(fitting) == 1 and fitting[0] not in taken:
+            return fitting[0]
+        if fitting:
+            text = f"shapes do not say which layer an update belongs to: {', '.join(keys)}"
+            self.problems.append(f"{text}; merge in memory, with PEFT")
+        elif keys:
+            self.problems += [_misfit(update, key, self.changes[key]) for key in keys]
+        elif update.parameters:
+            self.problems.append(f"not in the base: any of {', '.join(update.names)}")
+        else:  # the parts of a quantised weight, or several projections, may stand in its place
+            others = (key for key in self.changes if f".{key.rpartition('.')[0]}".endswith(f".{update.path}"))
+            parts = sorted(key for key in others if not key.endswith("bias"))
+            text = f"; it has {parts[0]}, {_DEQUANTISE}" if parts else ""
+            self.problems.append(f"not in the base: {update.names[0]}{text}")
+        return None
 
 
 def _last_name(update: LowRankUpdate) -> str:
@@ -228,7 +186,7 @@ def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _wrong_dtypes(key: str, tensor: TensorChange) -> list[str]:
-    if (tensor.terms or tensor.rows) and not tensor.is_floating:
+    if tensor.terms and not tensor.is_floating:
         return [f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}"]
     if tensor.replacement is not None:
         given = tensor.replacement.dtype
@@ -242,3 +200,38 @@ def _misfit(update: LowRankUpdate, key: str, tensor: TensorChange) -> str:
         return f"dtype of {key}: {tensor.dtype}, {_DEQUANTISE}"
     A, B = list(update.lora_A.shape), list(update.lora_B.shape)
     return f"shape of {key}: {list(tensor.shape)}, but the update's lora_A is {A} and lora_B {B}"
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+class Prefix(NamedTuple):
+    """Turns names of an adapter into those of a checkpoint: takes one prefix away and adds another.
+
+    An adapter of ``BertForSequenceClassification`` calls ``bert.encoder...`` what a checkpoint of ``BertModel`` calls
+    ``encoder...``, and the other way round.
+    """
+
+    removed: str = ""
+    added: str = ""
+
+    def key(self, name: str) -> str | None:
+        """The name in the checkpoint; None if it has none."""
+        return self.added + name.removeprefix(self.removed) if name.startswith(self.removed) else None
+
+
+def find_prefix(keys: Collection[str], names: Sequence[str]) -> Prefix:
+    """Finds the prefix with which most of ``names`` are ``keys``, if none is as it is. ValueError: two fit equally."""
+    if not names or any(name in keys for name in names):
+        return Prefix()
+    name = names[0]
+    ends = [place + 1 for place, letter in enumerate(name) if letter == "."][:-1]  # a lone "weight" says nothing
+    candidates = [Prefix(removed=name[:end]) for end in ends if name[end:] in keys][:1]
+    candidates += [Prefix(added=key.removesuffix(name)) for key in keys if key.endswith(f".{name}")]
+    best = candidates
+    if 1 < len(candidates) <= _MOST_CANDIDATES:
+        fits = {prefix: sum(prefix.key(one) in keys for one in names) for prefix in candidates}
+        best = [prefix for prefix, count in fits.items() if count == max(fits.values())]
+    if len(best) > 1:
+        raise ValueError(f"{name} may be any of {', '.join(sorted(str(one.key(name)) for one in best)[:5])}")
+    return best[0] if best else Prefix()

@@ -1,4 +1,4 @@
-"""A checkpoint of safetensors files, one or several, read one tensor or some rows at a time."""
+"""A checkpoint of safetensors files, one or several, read one tensor or some rows at a time; its tied output head."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lora_ext._common.messages import shown
 from lora_ext.files.reading import TensorInfo, read_index, read_json, read_tensor, tensor_table
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -20,6 +21,16 @@ CONFIG_FILE = "config.json"
 _OTHER_WEIGHTS = re.compile(
     r".*\.(safetensors|index\.json|pt|pth|ckpt|gguf|onnx|onnx_data|msgpack|h5|mlmodel)|adapter_config\.json"
     r"|(pytorch_model|tf_model|flax_model|rust_model|consolidated|adapter_model).*"
+)
+
+_LANGUAGE_MODEL = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration|ForPreTraining|WithLM")
+# Name of the embedding -> names of its head, the more specific ones first.
+_HEADS = (
+    ("embed_tokens", ("lm_head",)),
+    ("wte", ("lm_head",)),
+    ("shared", ("lm_head",)),
+    ("embed_in", ("embed_out",)),
+    ("word_embeddings", ("cls.predictions.decoder", "lm_head.decoder", "lm_head")),
 )
 
 
@@ -107,3 +118,36 @@ class Checkpoint(Mapping[str, TensorInfo]):
             if not is_hidden and file.is_file() and str(name) not in (*self.shards, INDEX_FILE):
                 found[_OTHER_WEIGHTS.fullmatch(file.name) is not None].append(str(name))
         return found[False], found[True]
+
+
+class Tie(NamedTuple):
+    """The checkpoint lacks the tensor ``head``, which is equal to its tensor ``embedding``."""
+
+    embedding: str
+    head: str
+
+
+def find_tie(checkpoint: Checkpoint) -> Tie | None:
+    """Finds the tie of a language model whose embedding is stored and whose head is not. ValueError: a bad config."""
+    config = checkpoint.config()
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        path = checkpoint.directory / CONFIG_FILE
+        raise ValueError(f"{path}: architectures is {shown(architectures)}, want a list of names")
+    if not _LANGUAGE_MODEL.search(" ".join(architectures)) or not config.get("tie_word_embeddings", True):
+        return None
+    for name, heads in _HEADS:
+        stored = [key for key in checkpoint if key == f"{name}.weight" or key.endswith(f".{name}.weight")]
+        if len(stored) != 1:
+            continue
+        if any(f"{head}.weight" in checkpoint for head in heads):
+            return None
+        # A head that contains layers (BERT's transform) stores their tensors.
+        parents = [head for head in heads if any(key.startswith(f"{head.rpartition('.')[0]}.") for key in checkpoint)]
+        return Tie(stored[0], f"{(parents or heads[-1:])[0]}.weight")
+    return None
+
+
+def is_embedding(path: str) -> bool:
+    """Returns whether the name is an embedding's: a checkpoint has nothing else to tell it from a linear layer."""
+    return re.search(r"embed|(^|\.)(wte|wpe|shared)$", path) is not None

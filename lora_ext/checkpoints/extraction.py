@@ -9,17 +9,16 @@ import re
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import listed
+from lora_ext._common.messages import listed
+from lora_ext._common.modules import KEY_PREFIX
 from lora_ext._common.progress import Progress
-from lora_ext._common.wrapped import KEY_PREFIX
 from lora_ext._ops.checks import FLOATING, accumulation_dtype
-from lora_ext.checkpoints.checkpoint import Checkpoint
-from lora_ext.checkpoints.names import find_tie, is_embedding
+from lora_ext.checkpoints.checkpoint import Checkpoint, find_tie, is_embedding
+from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_ext.files.normalising import padded
 from lora_ext.files.writing import check_new, new_directory, stream_tensors, write_json
@@ -113,10 +112,21 @@ def extract(
     def values(key: str) -> list[Tensor]:
         return [tensors[key] if key in tensors else new.tensor(whole[key])]
 
+    ranks = {} if normalise else {re.escape(path): layer.r for path, layer in layers.items() if layer.r != rank}
     with new_directory(out, "extract") as staging:
         stream_tensors(staging / WEIGHTS_FILE, table, {"format": "pt"}, values)
-        ranks = {path: rank if normalise else layer.r for path, layer in layers.items()}
-        write_json(staging / CONFIG_FILE, _config(ranks, rank, saved, has_biases, fan_in_fan_out))
+        config = LoraConfig(  # the alpha of every layer is its rank, so the scaling is 1
+            r=rank,
+            lora_alpha=rank,
+            rank_pattern=ranks,
+            alpha_pattern=ranks,
+            target_modules=sorted(layers),
+            modules_to_save=saved or None,
+            bias="lora_only" if has_biases else "none",
+            fan_in_fan_out=fan_in_fan_out,
+            inference_mode=True,
+        )
+        write_json(staging / CONFIG_FILE, config.to_dict())
     unchanged, nbytes = len(new) - len(differing), (out / WEIGHTS_FILE).stat().st_size
     norm = math.hypot(*(layer.norm for layer in layers.values())) or 1.0
     error = math.hypot(*(layer.norm * layer.error for layer in layers.values())) / norm
@@ -221,25 +231,3 @@ def _difference(old: Checkpoint, new: Checkpoint, key: str) -> Tensor:
     if not delta.isfinite().all():
         raise ValueError(f"extract: {key} has NaN or infinite values in one of the checkpoints")
     return delta
-
-
-def _config(
-    ranks: dict[str, int], rank: int, saved: list[str], has_biases: bool, fan_in_fan_out: bool
-) -> dict[str, Any]:
-    """Builds the adapter's config. ``lora_alpha`` is the rank everywhere, so the scaling is 1."""
-    other_ranks = {re.escape(path): r for path, r in ranks.items() if r != rank}
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": other_ranks,
-        "alpha_pattern": other_ranks,
-        "target_modules": sorted(ranks),
-        "modules_to_save": saved or None,
-        "bias": "lora_only" if has_biases else "none",
-        "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "task_type": None,
-        "base_model_name_or_path": None,
-    }

@@ -50,7 +50,7 @@ def _adapter(contents: AdapterContents) -> dict[str, Any]:
         }
         for update in contents.updates
     ]
-    saved = contents.replaced | {f"{path}.weight[{len(indices)} rows]": rows for path, indices, rows in contents.tokens}
+    saved = contents.replaced | {f"{path}.weight[{len(rows)} rows]": rows for path, rows in contents.tokens.items()}
     return {
         "kind": "adapter",
         "parameters": sum(dtypes.values()),

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_ext._common.printable import listed, shown
-from lora_ext._common.wrapped import KEY_PREFIX
+from lora_ext._common.messages import listed, shown
+from lora_ext._common.modules import KEY_PREFIX
 from lora_ext.checkpoints.changes import find_changes
 from lora_ext.checkpoints.checkpoint import Checkpoint
 from lora_ext.files.contents import AdapterContents, LowRankUpdate
@@ -96,7 +96,7 @@ def _weights(
     contents: AdapterContents, base: Checkpoint, fan_in_fan_out: bool | None
 ) -> dict[LowRankUpdate, list[LayerWeight]]:
     """The matrices that the adapter updates."""
-    factors = dataclasses.replace(contents, tokens=[], replaced={}, options=frozenset())
+    factors = dataclasses.replace(contents, tokens={}, replaced={}, options=frozenset())
     found = {}
     for change in find_changes(base, [factors], fan_in_fan_out=fan_in_fan_out).values():
         for update, _, transposed in change.terms:

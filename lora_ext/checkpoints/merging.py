@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
 from lora_ext._common.progress import Progress
 from lora_ext.checkpoints.changes import TensorChange, find_changes
 from lora_ext.checkpoints.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
@@ -36,7 +36,7 @@ class MergeReport:
     """The result of a merge: numbers of tensors and files."""
 
     merged: int  # tensors that got updates
-    replaced: int  # tensors that an adapter replaced, in full or in part
+    replaced: int  # tensors that an adapter replaced
     added: int  # tensors that the base lacks: a new head, or one that was tied to the embedding
     copied: int  # tensors that are the base's
     files: int  # files of the checkpoint
@@ -118,13 +118,11 @@ def merge(
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.directory / name, staging / name)
         _write_config(staging / CONFIG_FILE, checkpoint, changes, dtype)
-    replaced = [change.replacement is not None or bool(change.rows) for change in changes.values()]
-    merged = [bool(change.terms) for change in changes.values()]
     return MergeReport(
-        merged=sum(merged),
-        replaced=sum(replaced),
+        merged=sum(bool(change.terms) for change in changes.values()),
+        replaced=sum(change.replacement is not None for change in changes.values()),
         added=len(changes) - len(checkpoint),
-        copied=sum(not (one or other) for one, other in zip(merged, replaced, strict=True)),
+        copied=sum(change.replacement is None and not change.terms for change in changes.values()),
         files=len(shards),
         skipped=skipped,
         kept={key: statistics.fmean(shares) for key, shares in kept.items() if shares},
@@ -184,15 +182,9 @@ def _draws(seed: int, key: str, number: int, matrices: int, first_row: int) -> D
 def _source(change: TensorChange, base: Checkpoint, columns: int, begin: int, end: int) -> Tensor:
     """Reads rows of the tensor to which updates are added, into new memory."""
     if change.replacement is None:
-        block = base.rows(change.source, columns, begin, end)
-    else:
-        block = change.replacement.flatten()[begin * columns : end * columns].view(-1, columns)
-        block = block.to(change.dtype, copy=True)
-    for rows in change.rows:
-        indices = torch.tensor(rows.indices, dtype=torch.long)
-        here = (begin <= indices) & (indices < end)
-        block[indices[here] - begin] = rows.values[here].to(block.dtype)
-    return block
+        return base.rows(change.source, columns, begin, end)
+    block = change.replacement.flatten()[begin * columns : end * columns].view(-1, columns)
+    return block.to(change.dtype, copy=True)
 
 
 def _converted(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lora_ext._common.printable import escaped, suggestion
+from lora_ext._common.messages import escaped, suggestion
 from lora_ext.commands.options import DISK_ERRORS, CommandError, is_first_process
 
 COMMANDS = {

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from lora_ext._common.embeddings import input_embeddings
+from lora_ext._common.modules import embeddings_of
 from lora_ext.commands.options import CommandError, check_installed, names_of, refusing
 from lora_ext.commands.training_options import TaskOptions
 from lora_ext.methods import (
@@ -127,7 +127,7 @@ def lora_targets(model: PreTrainedModel, text: str) -> dict[str, Any]:
         return {"target_modules": targets}
     if names == ["all-linear"] or re.search(r"[^\w., -]", text):
         return {"target_modules": text}
-    layer = input_embeddings(model)
+    layer = embeddings_of(model, "input")
     embedding = next((path for path, one in model.named_modules() if one is layer), None)
     if "embeddings" in names and embedding is None:
         names.remove("embeddings")

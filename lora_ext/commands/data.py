@@ -13,7 +13,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
-from lora_ext._common.printable import first_of
+from lora_ext._common.messages import first_of
 from lora_ext.commands.options import CommandError, refusing
 from lora_ext.commands.training_options import TaskOptions
 

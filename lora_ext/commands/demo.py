@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_ext._common.printable import install_hint
+from lora_ext._common.messages import install_hint
 from lora_ext.commands.options import CommandError
 
 CREDITS = {

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from lora_ext._common.printable import install_hint, suggestion
+from lora_ext._common.messages import install_hint, suggestion
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no mistakes of the user: main ends with status 1
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_ext._common.printable import escaped
+from lora_ext._common.messages import escaped
 from lora_ext.commands import analyze, comparison_table, plan
 from lora_ext.commands.options import CommandError, Parser, check_installed, refusing
 from lora_ext.commands.results import measured_on, read_json, readable, tell, write_text

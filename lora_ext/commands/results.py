@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lora_ext import info
-from lora_ext._common.printable import escaped
+from lora_ext._common.messages import escaped
 from lora_ext.commands.options import CommandError
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from lora_ext._common.printable import suggestion
+from lora_ext._common.messages import suggestion
 from lora_ext.commands.options import CommandError, Parser, refusing
 from lora_ext.methods import METHODS, option_names
 

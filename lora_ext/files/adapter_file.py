@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
+from lora_ext._common.sharded import is_partitioned
 from lora_ext.config import LoraConfig
 from lora_ext.files.reading import open_tensors, parse_json, read_json
 from lora_ext.files.writing import write_json, write_tensors
@@ -42,11 +44,8 @@ class AdapterFile:
     def open(cls, directory: str | os.PathLike[str], *, caller: str) -> AdapterFile:
         """Opens the adapter in ``directory``. ``caller`` is the prefix of error messages.
 
-        Raises:
-            FileNotFoundError: a file is missing; the message names it.
-            OSError: a file cannot be read.
-            ValueError: a file is corrupted, has the wrong content, is too large (16 MiB for the config) or is not
-                regular, such as a pipe.
+        FileNotFoundError: a file is missing. ValueError: one is corrupted, too large (16 MiB for the config), not
+        regular, such as a pipe, or was replaced meanwhile.
         """
         directory = Path(directory)
         path = directory / WEIGHTS_FILE
@@ -92,6 +91,27 @@ def holds_adapter(directory: Path) -> bool:
 def is_duplicate(key: str) -> bool:
     """Returns whether PEFT wrote a bias again, as with bias="all" under its name inside a wrapper (modules_to_save)."""
     return not {"original_module", "modules_to_save"}.isdisjoint(key.split("."))
+
+
+def misfits(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Describes how a file's ``tensors`` differ from the model's ``targets`` in keys, shapes and kinds of dtypes.
+
+    Of wrong shapes it has the first and how many others there are: they have one cause.
+    """
+    problems = [f"missing key: {key}" for key in targets if key not in tensors]
+    problems += [f"unexpected key: {key}" for key in tensors if key not in targets]
+    shapes = []
+    for key in (key for key in targets if key in tensors):
+        target, shape, dtype = targets[key], list(tensors[key].shape), tensors[key].dtype
+        if is_partitioned(target):
+            problems.append(f"{key}: DeepSpeed's ZeRO-3 has partitioned it in the model; load before that")
+            continue
+        if shape != list(target.shape):
+            shapes.append(f"shape of {key}: {shown(shape)} in the file, {list(target.shape)} in the model")
+        if dtype.is_floating_point != target.is_floating_point() or dtype.is_complex:
+            problems.append(f"dtype of {key}: {dtype} in the file, {target.dtype} in the model")
+    more = f" (and {len(shapes) - 1} other shapes)" if len(shapes) > 1 else ""
+    return problems + [shape + more for shape in shapes[:1]]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

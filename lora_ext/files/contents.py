@@ -5,7 +5,7 @@ PEFT's keys, after ``base_model.model.``. ``.base_layer`` may follow any module 
     <path>.lora_A.weight, <path>.lora_B.weight       Linear, Conv1D, ConvNd
     <path>.lora_embedding_A, <path>.lora_embedding_B Embedding
     <path>.lora_A.weight, <path>.base_layer.lora_A.weight ...   target_parameters of one module, the first innermost
-    <path>.lora_B.bias, <path>.lora_magnitude_vector lora_bias and use_dora, which are merged in memory only
+    <path>.lora_B.bias, <path>.lora_magnitude_vector lora_bias and use_dora
     <path>.token_adapter.trainable_tokens_delta      rows of an Embedding
     <path>.<name>                                    a parameter or buffer that replaces the base's
 """
@@ -18,13 +18,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from torch import Tensor
 
 from lora_ext._common.matching import path_ends
-from lora_ext._common.printable import listed, shown
-from lora_ext._common.wrapped import KEY_PREFIX
+from lora_ext._common.messages import listed, shown
+from lora_ext._common.modules import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.files.adapter_file import AdapterFile, is_duplicate
 
@@ -55,6 +55,11 @@ class LowRankUpdate:
     parameters: tuple[str, ...] = ()  # for a parameter, the names that it may have: no key says which
 
     @property
+    def names(self) -> list[str]:
+        """The names of the weight, or of the parameters that it may be."""
+        return [f"{self.path}.{name}" for name in self.parameters or ("weight",)]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of one matrix."""
         return self.lora_B.shape[0], math.prod(self.lora_A.shape[1:])
@@ -83,32 +88,19 @@ class LowRankUpdate:
         return list(zip(A.chunk(self.matrices), B.unflatten(1, (-1, self.matrices)).unbind(-1), strict=True))
 
 
-class TokenRows(NamedTuple):
-    """Rows that replace those of an embedding: ``values [len(indices), dim]``."""
-
-    path: str
-    indices: tuple[int, ...]
-    values: Tensor
-
-
 @dataclasses.dataclass(frozen=True)
 class AdapterContents:
     """The contents of an adapter file."""
 
     file: AdapterFile
     updates: list[LowRankUpdate]
-    tokens: list[TokenRows]
+    tokens: dict[str, Tensor]  # trained rows of embeddings, by path; the config says which
     replaced: dict[str, Tensor]  # by path and name of the base's tensor
-    options: frozenset[str]  # use_dora, lora_bias: they train more than the updates
+    options: frozenset[str]  # use_dora, lora_bias, trainable_token_indices: merged in memory only
 
 
 def open_adapter(directory: str | os.PathLike[str], *, caller: str = "open_adapter") -> AdapterContents:
-    """Opens an adapter's directory in PEFT's format, and sorts its keys by kind; reads no tensor.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is corrupted; or the errors of :func:`contents_of`.
-    """
+    """Opens an adapter's directory (:meth:`AdapterFile.open`), and sorts its keys (:func:`contents_of`)."""
     return contents_of(AdapterFile.open(directory, caller=caller), caller=caller)
 
 
@@ -120,7 +112,7 @@ def contents_of(file: AdapterFile, *, caller: str) -> AdapterContents:
     """
     config = file.lora_config(caller)
     factors: dict[str, dict[str, str]] = {}  # by the path with its .base_layer
-    tokens: list[TokenRows] = []
+    tokens: dict[str, Tensor] = {}
     replaced: dict[str, Tensor] = {}
     problems: list[str] = []
     for key, tensor in file.tensors.items():
@@ -128,8 +120,7 @@ def contents_of(file: AdapterFile, *, caller: str) -> AdapterContents:
         if match := _FACTOR.fullmatch(name):
             factors.setdefault(match["path"] or "", {})[match["side"]] = key
         elif match := _TOKENS.fullmatch(name):
-            path = _without_base_layer(match["path"])
-            tokens.append(TokenRows(path, _token_indices(file, path), tensor))
+            tokens[_without_base_layer(match["path"])] = tensor
         elif "lora_" in name:
             problems.append(f"unknown key: {key}")
         elif not is_duplicate(name):
@@ -149,6 +140,7 @@ def contents_of(file: AdapterFile, *, caller: str) -> AdapterContents:
         raise ValueError(f"{file.path} holds no tensor")
     options = {_OPTIONS[side] for sides in factors.values() for side in sides if side in _OPTIONS}
     options |= {option for option in _OPTIONS.values() if file.config.get(option)}
+    options |= {"trainable_token_indices"} if tokens else set()
     return AdapterContents(file, updates, tokens, replaced, frozenset(options))
 
 
@@ -199,13 +191,3 @@ def _target_parameters(file: AdapterFile, config: LoraConfig) -> dict[str, dict[
             text = f"{file.directory}: target_parameters names too many parameters of {shown(module)}"
             raise ValueError(f"{text}, want at most {_MOST_PARAMETERS}")
     return names
-
-
-def _token_indices(file: AdapterFile, path: str) -> tuple[int, ...]:
-    """Returns the rows of the embedding ``path`` in ``trainable_token_indices``."""
-    given = file.config.get("trainable_token_indices")
-    if isinstance(given, dict):
-        given = next((given[end] for end in path_ends(path) if end in given), None)
-    if not isinstance(given, list):
-        raise ValueError(f"{file.directory}: trainable_token_indices of the config does not name {path}'s rows")
-    return tuple(given)

@@ -16,10 +16,8 @@ from lora_ext.files.writing import new_directory
 def normalise(adapter: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Writes the adapter in ``adapter`` to the new directory ``out`` as ``save_adapter(normalise=True)`` saves it.
 
-    Raises:
-        ValueError: a file is corrupted, the adapter is not LoRA, or a factor times its scaling is too large for its
-            dtype.
-        FileNotFoundError, FileExistsError, OSError: as :func:`lora_ext.checkpoints.merge`.
+    ValueError: the adapter is not LoRA, or a factor times its scaling is too large for its dtype. Errors of files as of
+    :func:`lora_ext.checkpoints.merge`.
     """
     file = normalised(AdapterFile.open(adapter, caller="normalise"), caller="normalise")
     with new_directory(out, "normalise") as staging:
@@ -32,8 +30,7 @@ def normalised(file: AdapterFile, *, caller: str) -> AdapterFile:
     ``lora_B`` and its bias are multiplied by their layer's scaling, and rounded to their dtype. Factors of a lower rank
     than the highest get rows and columns of zeros. ``rank_pattern``, ``alpha_pattern`` and ``use_rslora`` are empty.
 
-    Raises:
-        ValueError: as :func:`~lora_ext.files.contents.contents_of`; or a product is infinite in its dtype.
+    ValueError: as :func:`~lora_ext.files.contents.contents_of`; or a product is infinite in its dtype.
     """
     contents = contents_of(file, caller=caller)
     if not contents.updates:

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_ext._common.printable import check_name, escaped, listed, shown
+from lora_ext._common.messages import check_name, escaped, listed, shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -59,12 +59,7 @@ _FILE_NAME = re.compile(r"[^./\\:][^/\\:]{0,242}\.safetensors")
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular file, or a symbolic link to one, for reading.
-
-    Raises:
-        OSError: as ``open``.
-        ValueError: it is a directory, a pipe, a socket or a device.
-    """
+    """Opens a regular file, or a link to one, for reading. ValueError: it is a directory, pipe, socket or device."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):  # asked before it is opened, because opening a pipe waits
         raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, want a regular file")
@@ -131,10 +126,8 @@ class TensorInfo(NamedTuple):
 def open_tensors(path: Path) -> Iterator[tuple[safe_open, dict[str, TensorInfo]]]:
     """Yields the safetensors library's handle of a file, and its tensors in the order of their bytes.
 
-    Raises:
-        OSError: as ``open``.
-        ValueError: the file is corrupted, not a safetensors file or not regular; a name cannot be printed; PyTorch
-            cannot hold a dtype (4 or 6 bits) or a shape.
+    ValueError: the file is corrupted, not a safetensors file or not regular; a name cannot be printed; PyTorch cannot
+    hold a dtype (4 or 6 bits) or a shape.
     """
     with open_regular(path) as raw:
         end = 8 + int.from_bytes(raw.read(8), "little")

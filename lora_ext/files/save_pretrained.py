@@ -15,11 +15,11 @@ from typing import Any
 from torch import nn
 
 from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.messages import warn_user
 from lora_ext._common.sharded import is_elsewhere, is_fully_sharded, prepare_shards
-from lora_ext._common.warnings import warn_user
-from lora_ext.files.adapter_content import adapter_content
 from lora_ext.files.adapter_file import ADAPTER_FILES, CONFIG_FILE, AdapterFile, holds_adapter
 from lora_ext.files.reading import tensor_table
+from lora_ext.files.save_load import adapter_content
 from lora_ext.files.writing import write_files, write_tensors
 from lora_ext.model.adapter_set import adapter_set, find_adapter
 from lora_ext.model.adapter_state import (
@@ -45,11 +45,9 @@ _FOR_MODELS = ("push_to_hub", "distributed_checkpoint", "variant")  # options th
 def save_adapted(saver: SavePretrained, directory: Path, options: dict[str, Any]) -> Any:
     """Saves ``saver.module`` so that what is written can be loaded. ``options`` are its arguments.
 
-    Raises:
-        ValueError: some of the active adapters are merged and others are not; the directory holds a whole model, or for
-            a merged model an adapter; the module is a part of the adapted model, and its adapters are not merged; the
-            model is sharded, and no ``state_dict`` is given; an option does not go with adapters.
-        OSError: the directory cannot be written.
+    ValueError: some of the active adapters are merged and others are not; the directory holds something else; the
+    module is a part of the adapted model; the model is sharded, and no ``state_dict`` is given; an option does not go
+    with adapters.
     """
     module, name = saver.module, f"{type(saver.module).__name__}.save_pretrained"
     method = MethodFiles.of(saver.root)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_ext._common.printable import check_name
+from lora_ext._common.messages import check_name
 from lora_ext.files.reading import DTYPE_NAMES, tensor_bytes
 
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
@@ -141,10 +141,8 @@ def stream_tensors(
         metadata: metadata of the file; the Hugging Face libraries expect ``{"format": "pt"}``.
         blocks: returns the CPU tensor of a name, in consecutive parts.
 
-    Raises:
-        OSError: as ``write``.
-        ValueError: no reader would take the file: the format lacks a dtype, a name is unprintable, too long or
-            ``__metadata__``, metadata are not Unicode, or the header exceeds 100 MB.
+    ValueError: no reader would take the file: the format lacks a dtype, a name is unprintable, too long or
+    ``__metadata__``, metadata are not Unicode, or the header exceeds 100 MB.
     """
     header: dict[str, object] = {_METADATA: dict(metadata)}
     sizes: dict[str, int] = {}

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_ext._common.matching import EndTable, Parents, PathMatcher
-from lora_ext._common.printable import shown
-from lora_ext._common.warnings import warn_user
+from lora_ext._common.messages import shown, warn_user
 from lora_ext.config import ALL_LINEAR, LoraConfig
 from lora_ext.model.bare_model import BareModel
 from lora_ext.nn.base_layer import why_bypassed, why_output_unusable

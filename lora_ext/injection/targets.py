@@ -1,6 +1,6 @@
 """Finds the parts of a model that a config names, by PEFT's rules: a PEFT config selects the same parts here.
 
-These are pure functions of names and modules; check_targets.py refuses parts that cannot be adapted.
+These are pure functions of names and modules; build.py refuses parts that cannot be adapted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import NoReturn
 from torch import nn
 
 from lora_ext._common.matching import EndTable, LayerNumbers, Parents, PathMatcher, path_ends
-from lora_ext._common.printable import shown
-from lora_ext._common.warnings import warn_user
+from lora_ext._common.messages import shown, warn_user
 from lora_ext.config import LoraConfig
 from lora_ext.injection.all_linear import is_all_linear, linear_layers
 from lora_ext.model.bare_model import BareModel, parameter_paths

@@ -13,11 +13,10 @@ from typing import NoReturn
 
 from torch import nn
 
-from lora_ext.model.replaced_methods import ReplacedMethod
+from lora_ext.model.replaced_methods import ReplacedMethod, replace_attribute
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter_layer import INSTEAD_OF_PEFT
 
-_METHOD, _CONFIGS = "add_model_tags", "peft_config"
 _WITHOUT_REFERENCE = {"sft", "reward-trainer"}  # TRL's names of the methods that train the model that they are given
 
 
@@ -49,12 +48,5 @@ class TagsOfTrainers(ReplacedMethod):
 
 def guard_against_trainers(root: nn.Module) -> None:
     """Makes a model refuse PEFT, and a Transformers model check the TRL trainer that it is given to."""
-    vars(root).setdefault(_CONFIGS, NoPeftConfigs())
-    TagsOfTrainers.put(_METHOD, root)
-
-
-def remove_guard(module: nn.Module) -> None:
-    """Undoes :func:`guard_against_trainers`."""
-    if isinstance(vars(module).get(_CONFIGS), NoPeftConfigs):
-        del vars(module)[_CONFIGS]
-    TagsOfTrainers.restore(_METHOD, module)
+    replace_attribute(root, "peft_config", NoPeftConfigs())
+    TagsOfTrainers.put("add_model_tags", root)

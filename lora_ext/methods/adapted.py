@@ -11,11 +11,12 @@ from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
 from lora_ext._common.sharded import gathered
 from lora_ext.adapters.merge_model import unload
-from lora_ext.injection.inject import Injection, apply_injection, prepare_modules, release_modules
+from lora_ext.injection.build import Injection
+from lora_ext.injection.inject import apply_injection, prepare_modules, release_modules
 from lora_ext.methods.base import Inserted, Insertion, Method, head_paths, insert, remove_inserted
 from lora_ext.model.adapter_set import Adapter, adapter_set
 from lora_ext.model.bare_model import BareModel, check_not_managed, root_module
-from lora_ext.model.replaced_methods import serve_files, stop_serving_files
+from lora_ext.model.replaced_methods import serve_files
 from lora_ext.quantized import quantized_weight
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -114,9 +115,8 @@ def remove_method(model: ModelT) -> ModelT:
         unload(model)
     root = root_module(model)
     remove_inserted(root)
-    release_modules(root)
     delattr(root, _ATTRIBUTE)
-    stop_serving_files(root)
+    release_modules(root)
     weights = [quantized_weight(module) for module in model.modules()]
     quantized = {id(weight.module.weight) for weight in weights if weight is not None}
     for parameter in model.parameters():

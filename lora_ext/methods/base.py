@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.hooks import remove_hooks
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
+from lora_ext._common.modules import remove_hooks
 from lora_ext.config import TASK_HEADS
 from lora_ext.model.bare_model import BareModel, root_module
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
 from lora_ext._ops.bottleneck import ACTIVATIONS, bottleneck
 from lora_ext.methods.architectures import architecture_of, hidden_size, layers_of, weight_of
 from lora_ext.methods.base import Inserted, Insertion, Method, check_at_least, new_parameter_dtype

@@ -14,14 +14,11 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.printable import listed, shown
+from lora_ext._common.messages import listed, shown, warn_user
 from lora_ext._common.sharded import is_elsewhere, is_sharded
-from lora_ext._common.warnings import warn_user
-from lora_ext.files.adapter_content import adapter_content, base_name
-from lora_ext.files.adapter_file import ADAPTER_FILES, METHOD_FILE, AdapterFile, read_tensors
-from lora_ext.files.misfits import misfits
+from lora_ext.files.adapter_file import ADAPTER_FILES, METHOD_FILE, AdapterFile, misfits, read_tensors
 from lora_ext.files.reading import read_json
-from lora_ext.files.save_load import eval_unless_training, load_opened
+from lora_ext.files.save_load import adapter_content, base_name, eval_unless_training, load_opened
 from lora_ext.files.writing import write_files, write_json, write_tensors
 from lora_ext.methods.adapted import applied_method, carry_out, check_is_bare, method_of, trained_by
 from lora_ext.methods.base import Inserted, Insertion, Method, pooling_of

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.changes import one_at_a_time
-from lora_ext._common.hooks import remove_hooks
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
+from lora_ext._common.modules import remove_hooks
 from lora_ext.methods.architectures import architecture_of, base_model
 from lora_ext.methods.base import POOLING, pooling_of, task_type
 from lora_ext.methods.prefix_embed import SpecialTokens

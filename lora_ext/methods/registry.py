@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_ext._common.arguments import checked
 from lora_ext._common.matching import Parents
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown
 from lora_ext.config import LoraConfig
 from lora_ext.methods.base import Insertion, Method
 from lora_ext.methods.bottleneck import AdapterDrop, AdapterH, AdapterL, AdapterP

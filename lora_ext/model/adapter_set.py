@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.wrapped import KEY_PREFIX
+from lora_ext._common.messages import first_of
+from lora_ext._common.modules import KEY_PREFIX
 from lora_ext.config import LoraConfig
 from lora_ext.model.bare_model import BareModel, adapter_layers, file_paths, root_module
 from lora_ext.nn import ActiveAdapters, AdapterLayer, LoraLayer
+from lora_ext.nn.adapter_layer import check_adapter_name
 from lora_ext.nn.base_layer import is_offloaded
 
 _ATTRIBUTE = "_lora_adapters"  # the attribute of an injected model that holds its AdapterSet
@@ -26,12 +28,12 @@ class Part:
     """One layer's part of an adapter."""
 
     path: str  # in the bare model
-    file_path: str  # what keys in files begin with, from file_paths
     layer: AdapterLayer  # holds the adapter, or will hold it
     adapter: nn.Module  # the parameters
-    replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(
-        default_factory=dict
-    )  # modules by others, layer among them
+    # Modules by others that take their place, layer among them.
+    replaced: Mapping[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)
+    # From complete_parts:
+    file_path: str = ""  # what keys in files begin with
     target: str = ""  # the path to match with the patterns of a config
     file_scale: float = 1.0  # the factor of the update in files, which loading divides by
 
@@ -163,7 +165,7 @@ class AdapterSet:
     """The named adapters of an injected model: an attribute of its root, copied and pickled with it.
 
     Attributes:
-        configs: by adapter name, in the order of addition.
+        configs: by adapter name, in the order of addition; ``inference_mode``: it is not to train.
         active: the names of the active adapters; all layers of the model share this object.
         biases: by adapter name; at most one adapter trains the model's biases.
         loaded_base: by adapter name, the file keys of base layers that were loaded with it; saved again with it.
@@ -179,7 +181,6 @@ class AdapterSet:
         self.active = ActiveAdapters()
         self.biases: dict[str, TrainedBiases] = {}
         self.loaded_base: dict[str, frozenset[str]] = {}
-        self._trainable: set[str] = set()
         # By adapter name, the ``_parameters`` dicts of its modules: finding them would take most of a switch's time.
         self._parameters: dict[str, list[dict[str, nn.Parameter | None]]] = {}
 
@@ -203,15 +204,12 @@ class AdapterSet:
         if adapter.biases is not None:
             self.biases[adapter.name] = adapter.biases
             adapter.biases.use(False)
-        if not adapter.config.inference_mode:
-            self._trainable.add(adapter.name)
         self._set_requires_grad(adapter.name, False)
 
     def remove(self, name: str) -> None:
         del self.configs[name], self._parameters[name]
         self.biases.pop(name, None)
         self.loaded_base.pop(name, None)
-        self._trainable.discard(name)
 
     def rename(self, old: str, new: str) -> None:
         """Renames an adapter; it keeps its place in the order."""
@@ -220,7 +218,6 @@ class AdapterSet:
             held.clear()
             held.update(entries)
         self.active.names = tuple(new if name == old else name for name in self.active.names)
-        self._trainable = {new if name == old else name for name in self._trainable}
 
     def switch(self, names: tuple[str, ...], trainable: bool | None = None) -> None:
         """Activates exactly these adapters. Changes parameters only of trainable adapters whose state changes."""
@@ -228,13 +225,15 @@ class AdapterSet:
         changed = set()
         if trainable is not None:
             changed |= set(names)
-            self._trainable = self._trainable | set(names) if trainable else self._trainable - set(names)
-        changed |= self._trainable & (set(before) ^ set(names))
+            for name in names:
+                self.configs[name] = dataclasses.replace(self.configs[name], inference_mode=not trainable)
+        trains = {name for name, config in self.configs.items() if not config.inference_mode}
+        changed |= trains & (set(before) ^ set(names))
         # Single factors that the user froze stay frozen; an adapter frozen as a whole (model.requires_grad_(False))
         # does not.
-        changed |= {name for name in self._trainable & set(before) & set(names) if self.is_frozen(name)}
+        changed |= {name for name in trains & set(before) & set(names) if self.is_frozen(name)}
         for name in changed:
-            self._set_requires_grad(name, name in names and name in self._trainable)
+            self._set_requires_grad(name, name in names and name in trains)
         for name, biases in self.biases.items():
             biases.use(name in names)
 
@@ -281,6 +280,28 @@ def find_adapters(model: nn.Module, caller: str) -> AdapterSet:
     return adapters
 
 
+def check_new_name(caller: str, name: str, adapters: AdapterSet | None) -> None:
+    """Checks the name of a new adapter. ValueError: it is taken or invalid."""
+    check_adapter_name(caller, name)
+    if adapters is not None and name in adapters.configs:
+        raise ValueError(
+            f"{caller}: adapter {name!r} exists already; the adapters are {sorted(adapters.configs)}. Choose another "
+            f"name, or delete_adapter(model, {name!r}) or unload(model) first (lora_ext.adapters)"
+        )
+
+
+def check_unmerged(caller: str, model: nn.Module, name: str | None = None) -> None:
+    """Raises a RuntimeError if adapter ``name``, or for None any, is merged into a layer of ``model``."""
+    merged = [
+        repr(path)
+        for path, layer in adapter_layers(model)
+        if isinstance(layer, LoraLayer) and (layer.is_merged if name is None else name in layer.merged_adapters)
+    ]
+    if merged:
+        what, unmerge = ("adapters are", "") if name is None else (f"{name!r} is", f", {name!r}")
+        raise RuntimeError(f"{caller}: {what} merged into {first_of(merged)}; call unmerge(model{unmerge}) first")
+
+
 def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adapter:
     """The adapter ``name`` of an injected model; None: the active one.
 
@@ -298,7 +319,7 @@ def find_adapter(model: nn.Module, caller: str, name: str | None = None) -> Adap
     root = root_module(model)
     paths = {id(layer): path for path, around in BareModel(root).layers.items() for layer in around}
     layers = [(paths[id(layer)], layer) for _, layer in adapter_layers(root) if name in layer.adapters]
-    parts = complete_parts(Part(path, path, layer, layer.adapters[name]) for path, layer in layers)
+    parts = complete_parts(Part(path, layer, layer.adapters[name]) for path, layer in layers)
     for part in parts:
         if any(is_offloaded(module, key) for module in part.adapter.modules() for key in module._parameters):
             raise RuntimeError(

@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.printable import shown
+from lora_ext._common.messages import shown, warn_user
 from lora_ext._common.sharded import full_shape, is_elsewhere, is_partitioned, whole
-from lora_ext._common.warnings import warn_user
 from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.bare_model import adapter_layers
 from lora_ext.nn.layer import MERGED_KEY

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from lora_ext._common.embeddings import input_embeddings, output_embeddings
+from lora_ext._common.modules import COMPILED, DATA_PARALLEL, KEY_PREFIX, embeddings_of, root_module, without_wrapper
 from lora_ext._common.sharded import is_fully_sharded, is_managed, is_partitioned, is_sharded
-from lora_ext._common.wrapped import COMPILED, DATA_PARALLEL, KEY_PREFIX, root_module, without_wrapper
 from lora_ext.nn import AdapterLayer, LoraLayer
 
 
@@ -74,7 +73,7 @@ class BareModel:
         root: the model.
         modules: by path, without the root; a module in several places is under its first path.
         layers: by the same paths, the adapter layers around a module, the outermost first.
-        head, embedding: the output and input embeddings of a Transformers model, or None.
+        head, embedding: the output and input embeddings of a Transformers model, without layers, or None.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -82,8 +81,10 @@ class BareModel:
         self.modules: dict[str, nn.Module] = {}
         self.layers: dict[str, list[AdapterLayer]] = {}
         self._visit("", root, set())
-        self.head = output_head(root)
-        self.embedding = _without_layers(input_embeddings(root))
+        self.head, self.embedding = (
+            None if module is None else _unwrapped(module)[1]
+            for module in (embeddings_of(root, "output"), embeddings_of(root, "input"))
+        )
 
     def _visit(self, path: str, module: nn.Module, seen: set[int]) -> None:
         layers, module = _unwrapped(module)
@@ -102,15 +103,6 @@ class BareModel:
         """Returns the module around the one at ``path``."""
         above = path.rpartition(".")[0]
         return self.modules[above] if above else self.root
-
-
-def output_head(root: nn.Module) -> nn.Module | None:
-    """The output embeddings of a Transformers model, without adapter layers, or None."""
-    return _without_layers(output_embeddings(root))
-
-
-def _without_layers(module: nn.Module | None) -> nn.Module | None:
-    return None if module is None else _unwrapped(module)[1]
 
 
 def _unwrapped(module: nn.Module) -> tuple[list[AdapterLayer], nn.Module]:

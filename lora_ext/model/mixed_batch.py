@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._common.hooks import remove_hooks
-from lora_ext._common.printable import shown
-from lora_ext.model.adapter_set import AdapterSet, adapter_set
-from lora_ext.model.bare_model import adapter_layers, output_head
+from lora_ext._common.messages import shown
+from lora_ext._common.modules import embeddings_of, remove_hooks
+from lora_ext.model.adapter_set import AdapterSet, adapter_set, find_adapters
+from lora_ext.model.bare_model import adapter_layers
 from lora_ext.model.replaced_methods import ReplacedMethod
-from lora_ext.nn import AdapterLayer
-from lora_ext.nn.adapter_layer import innermost
+from lora_ext.nn.adapter_layer import layers_around
 from lora_ext.nn.rows import BASE, RowChoice, choosing, enter, leave
 
 NAMES = "adapter_names"
@@ -47,10 +46,8 @@ def serve_adapter_names(root: nn.Module, parts: Iterable[nn.Module]) -> None:
 
 
 def forget_adapter_names(module: nn.Module) -> None:
-    """Undoes :func:`serve_adapter_names`."""
+    """Undoes :func:`serve_adapter_names`, except for methods (:func:`~lora_ext.model.replaced_methods.put_back`)."""
     remove_hooks(module, take_adapter_names, end_call)
-    for name in _METHODS:
-        MethodWithNames.restore(name, module)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -108,11 +105,12 @@ class MethodWithNames(ReplacedMethod):
     """
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        adapters = adapter_set(self.module)
-        _end_choice(adapters)
+        if (adapters := adapter_set(self.module)) is not None:
+            _end_choice(adapters)
         if adapter_names is None:
             return self.original(*args, **kwargs)
         caller = f"{type(self.module).__name__}.{self.name}"
+        adapters = find_adapters(self.module, caller)  # a method's modules may be left in the model alone
         if self.name != "generate":
             raise ValueError(
                 f"{caller}: {NAMES} is for calls of the model and generate; servers with continuous batching, such as "
@@ -136,12 +134,9 @@ def choice_of(
 ) -> RowChoice:
     """Returns the choice of ``names`` for a call with the arguments ``values``.
 
-    Raises:
-        TypeError: ``names`` is no list of strings.
-        KeyError: there is no such adapter; the message lists them.
-        ValueError: the batch has another number of rows; or its rows cannot choose: one of the adapters has a part that
-            is the same for all rows, a layer gets something else than rows, or a pool's adapters would train. The
-            message has the remedy.
+    TypeError: ``names`` is no list of strings. KeyError: there is no such adapter. ValueError: the batch has another
+    number of rows; or its rows cannot choose: an adapter has a part that is the same for all rows, a layer gets
+    something else than rows, or a pool's adapters would train.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{caller}: {NAMES} is {shown(names)}, want a list with a name per row; {BASE!r} is none")
@@ -227,15 +222,10 @@ def _first_rows(root: nn.Module, values: Mapping[str, Any]) -> tuple[str, Tensor
 
 def _check_biases(adapters: AdapterSet, used: Iterable[str], caller: str) -> None:
     for name, biases in adapters.biases.items():
-        if biases.used:
+        if biases.used or name in used:
             raise ValueError(
-                f"{caller}: {NAMES}: the active adapter {name!r} has changed the model's biases for all rows; activate "
-                "another one (set_adapter), or none"
-            )
-        if name in used:
-            raise ValueError(
-                f"{caller}: {NAMES}: {name!r} trains the model's biases, which all rows share (lora_bias=True trains "
-                "its own); call the model once for it (set_adapter)"
+                f"{caller}: {NAMES}: {name!r} trains the model's biases, which all rows share; activate another one "
+                "(set_adapter), and leave it out of the names, or give each adapter its own (lora_bias=True)"
             )
 
 
@@ -267,6 +257,4 @@ def _modules_of_text(root: nn.Module) -> set[int]:
     decoder = get_decoder() if has_media and callable(get_decoder) else None
     if decoder is None or decoder is root or getattr(config, "is_encoder_decoder", False):
         return set()
-    head = output_head(root)
-    heads = (module for module in root.modules() if isinstance(module, AdapterLayer) and innermost(module) is head)
-    return {id(module) for module in (*decoder.modules(), *heads)}
+    return {id(module) for module in (*decoder.modules(), *layers_around(embeddings_of(root, "output")))}

@@ -1,7 +1,7 @@
-"""Methods that an adapted model has in place of its own, on the instance: the base class, and ``save_pretrained``.
+"""Attributes and methods that an adapted model has in place of its own, on the instance, such as ``save_pretrained``.
 
-Other libraries call ``save_pretrained``: Transformers' ``Trainer``, sentence-transformers.
-lora_ext/files/save_pretrained.py decides what it writes.
+Other libraries call the methods: Transformers' ``Trainer``, sentence-transformers, TRL.
+lora_ext/files/save_pretrained.py decides what is saved.
 """
 
 from __future__ import annotations
@@ -18,21 +18,40 @@ from lora_ext.model.adapter_set import adapter_set
 from lora_ext.model.adapter_state import MethodFiles, forget_guard, guard_loading
 from lora_ext.model.bare_model import adapter_layers
 
+_BEFORE = "_before_lora"  # by name, what an instance had itself: a list of one value, or an empty one
+
+
+def replace_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Gives ``module`` another attribute until :func:`put_back`. One that is replaced already stays as it is."""
+    before = vars(module).setdefault(_BEFORE, {})
+    if name not in before:
+        before[name] = [vars(module)[name]] if name in vars(module) else []
+        vars(module)[name] = value
+
+
+def put_back(model: nn.Module) -> None:
+    """Gives the modules of ``model`` their own attributes back, unless a method's modules are still in it."""
+    if adapter_set(model) is not None or MethodFiles.of(model) is not None:
+        return
+    for module in model.modules():
+        forget_guard(module)
+        for name, before in vars(module).pop(_BEFORE, {}).items():
+            vars(module).pop(name, None)
+            if before:
+                vars(module)[name] = before[0]
+
 
 class ReplacedMethod:
-    """Stands for the method ``name`` of ``module``; copied and pickled with it.
-
-    Attributes:
-        replaced: what the instance had under this name, or None.
-    """
+    """Stands for the method ``name`` of ``module``; copied and pickled with it."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module, self.replaced = name, module, vars(module).get(name)
+        self.name, self.module = name, module
 
     @property
     def original(self) -> Callable[..., Any]:
         """The method that the module has without adapters."""
-        return self.replaced or getattr(type(self.module), self.name).__get__(self.module)
+        before = vars(self.module)[_BEFORE][self.name]
+        return before[0] if before else getattr(type(self.module), self.name).__get__(self.module)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -40,18 +59,9 @@ class ReplacedMethod:
 
     @classmethod
     def put(cls, name: str, module: nn.Module, *arguments: Any) -> None:
-        """Replaces the method, if the class of ``module`` has one and it is not replaced yet."""
-        if callable(getattr(type(module), name, None)) and not isinstance(vars(module).get(name), cls):
-            setattr(module, name, cls(name, module, *arguments))
-
-    @classmethod
-    def restore(cls, name: str, module: nn.Module) -> None:
-        """Gives ``module`` its own method back, if it has one of this class in its place."""
-        method = vars(module).get(name)
-        if isinstance(method, cls):
-            delattr(module, name)
-            if method.replaced is not None:
-                setattr(module, name, method.replaced)
+        """Replaces the method, if the class of ``module`` has one."""
+        if callable(getattr(type(module), name, None)):
+            replace_attribute(module, name, cls(name, module, *arguments))
 
 
 _SAVE = "save_pretrained"
@@ -85,11 +95,3 @@ def serve_files(root: nn.Module) -> None:
     guard_loading(root)
     for module in root.modules():
         SavePretrained.put(_SAVE, module, root)
-
-
-def stop_serving_files(root: nn.Module) -> None:
-    """Undoes :func:`serve_files` if ``root`` has neither adapters nor a method's modules any more."""
-    if adapter_set(root) is None and MethodFiles.of(root) is None:
-        forget_guard(root)
-        for module in root.modules():
-            SavePretrained.restore(_SAVE, module)

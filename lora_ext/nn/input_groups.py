@@ -8,8 +8,8 @@ from collections import defaultdict
 from torch import nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.printable import first_lines
-from lora_ext._common.wrapped import root_module
+from lora_ext._common.messages import first_lines
+from lora_ext._common.modules import root_module
 from lora_ext.nn.shared_inputs import LARGEST, Neighbours, SharesInputs, neighbours_of, set_neighbours
 
 

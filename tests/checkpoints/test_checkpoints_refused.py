@@ -198,19 +198,15 @@ def test_what_is_trained_next_to_factors_is_merged_in_memory(small_files, tmp_pa
     refuses(small_files / "base", [tmp_path / "adapter"], tmp_path / "out", words)
 
 
-def test_whole_tensors_and_rows_have_no_weight(tmp_path):
+def test_whole_tensors_have_no_weight_and_rows_are_merged_in_memory(tmp_path):
     model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "a": nn.Linear(4, 4)})
     save_checkpoint(model.state_dict(), tmp_path / "base")
-    kinds = {"x": {"modules_to_save": ["embed"]}, "y": {"trainable_token_indices": {"embed": [3]}}}
-    for name, settings in kinds.items():
-        peft_adapter(model, tmp_path / name, target_modules=["a"], **settings)
-        words = "weight 0.5: the adapter replaces tensors, which have no strength: embed.weight"
-        refuses(tmp_path / "base", [tmp_path / name], tmp_path / "out", words, weights=[0.5])
-    edit_config(tmp_path / "y", trainable_token_indices={"embed": [9]})
-    refuses(tmp_path / "base", [tmp_path / "y"], tmp_path / "out", "trainable_token_indices: [9], want rows of embed.w")
-    edit_config(tmp_path / "y", trainable_token_indices={"embed": [2]})
-    words = "rows of embed.weight: replaced more than once"
-    refuses(tmp_path / "base", [tmp_path / "y"] * 2, tmp_path / "out", words)
+    peft_adapter(model, tmp_path / "x", target_modules=["a"], modules_to_save=["embed"])
+    words = "weight 0.5: the adapter replaces tensors, which have no strength: embed.weight"
+    refuses(tmp_path / "base", [tmp_path / "x"], tmp_path / "out", words, weights=[0.5])
+    peft_adapter(model, tmp_path / "y", target_modules=["a"], trainable_token_indices={"embed": [3]})
+    words = "y was trained with trainable_token_indices; load base and adapter as a model (load_adapter)"
+    refuses(tmp_path / "base", [tmp_path / "y"], tmp_path / "out", words)
 
 
 def test_adapters_with_invocation_tokens_are_refused(llama_files, tmp_path):

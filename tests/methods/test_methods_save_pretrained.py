@@ -105,6 +105,18 @@ def test_without_the_method_the_model_saves_itself_again(tmp_path):
         assert_same(trained(AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")), trained(model))
 
 
+def test_what_stays_of_a_method_generates_and_refuses_names():
+    model, ids = adapted(llama(), "lora+prefix-layer").eval(), token_ids(2)
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options)
+    merge_and_unload(model)
+    assert torch.equal(model.generate(ids, **options), expected)
+    with refused(model, ValueError, "LlamaForCausalLM.generate: LlamaForCausalLM is not injected"):
+        model.generate(ids, adapter_names=["default"] * 2, **options)
+    remove_method(model)
+    assert not {"generate", "save_pretrained", "peft_config"} & {*vars(model)}
+
+
 def _saved(base: nn.Module, directory):
     save_method(adapted(base, "lora+prefix-layer"), directory)
     return directory

@@ -9,7 +9,7 @@ print(report(model))
 try:
     import peft  # noqa: F401
 except ModuleNotFoundError as error:
-    from lora_ext._common.printable import install_hint
+    from lora_ext._common.messages import install_hint
 
     raise ImportError(f"lora_ext.integrations.peft needs peft ({error}): {install_hint('peft')}") from error
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lora_ext import _load
 from lora_ext._common.changes import one_at_a_time
+from lora_ext._common.messages import warn_user
 from lora_ext._common.sharded import is_elsewhere
-from lora_ext._common.warnings import warn_user
 from lora_ext._ops.checks import FLOATING
 from lora_ext._ops.dora import row_norms, scale_of_rows
 from lora_ext.integrations.peft.eligibility import DORA, variant_of

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_ext._common.arguments import checked
-from lora_ext._common.printable import first_lines
+from lora_ext._common.messages import first_lines
 from lora_ext.integrations.peft.merging import ExactMerging, why_not_merge
 from lora_ext.integrations.peft.swap import accelerated_class, is_accelerated, lora_layers
 from lora_ext.nn.input_groups import InputGroups, input_groups

@@ -1,10 +1,13 @@
-"""Text for messages: foreign text made safe (no control characters, bounded length), lists, close names, remedies."""
+"""Messages: foreign text made safe (no control characters, bounded length), lists, close names, remedies; warnings."""
 
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
+_PACKAGE = __name__.partition(".")[0]
 LONGEST_NAME = 500  # characters of a tensor's name; real models use up to 100
 _MOST_PROBLEMS, _LONGEST_PROBLEM = 100, 2000  # lines, characters per line
 
@@ -60,3 +63,11 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
 def install_hint(extra: str) -> str:
     """Returns the command that installs ``extra`` of this package."""
     return f"pip install '.[{extra}]' in a checkout of lora_ext"
+
+
+def warn_user(message: str) -> None:
+    """Issues a UserWarning located at the line that called into this package."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
