@@ -129,12 +129,12 @@ def _fake_linear(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, rank
 # --- registration -----------------------------------------------------------------------------------------------------
 
 # Autocast: as for lora_delta_ and lora_linear.
-lora_grouped_ = register("lora_grouped_", _fake, plain=plain_grouped.lora_grouped_, record=_record, num_cast=0)
+lora_grouped_ = register("lora_grouped_", _fake, plain=plain_grouped.lora_grouped_, record=_record, num_cast=0).call
 lora_grouped_linear = register(
     "lora_grouped_linear",
     _fake_linear,
     plain=plain_grouped.lora_grouped_linear,
     record=_record_linear,
     num_cast=3,
-)
+).call
 register_backward("lora_grouped_backward", _fake_backward, plain_grouped.lora_grouped_backward)

@@ -90,8 +90,8 @@ class _Siblings(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, scalings, dropout_p, seed, results = arguments
-        biases, x, weights, lora_As, lora_Bs = _split(tensors, len(scalings))
+        scalings, dropout_p, seed, results = arguments[-4:]
+        biases, x, weights, lora_As, lora_Bs = _split(arguments, len(scalings))
         base = (weights, biases, []) if weights[0] is not None else ([], [], biases)
         with below_autograd():
             ys, xa, mask = _siblings_op(x, *base, lora_As, lora_Bs, scalings, dropout_p, seed)
@@ -154,7 +154,8 @@ def _one_after_the_other(x, weights, biases, bases, lora_As, lora_Bs, n: int) ->
 
 def _split(values: Sequence, n: int) -> tuple:
     """Splits what :func:`_one_after_the_other` joins, or facts about these tensors."""
-    return values[:n], values[n], *(values[i : i + n] for i in range(n + 1, 4 * n + 1, n))
+    A, B, end = 2 * n + 1, 3 * n + 1, 4 * n + 1
+    return values[:n], values[n], values[n + 1 : A], values[A:B], values[B:end]
 
 
 _apply_layer = lean_apply(_Layer, num_tensors=-4)
@@ -241,15 +242,15 @@ def _siblings_cast(x, weights, *others) -> int:
 
 # Autocast: x, weight and bias go to autocast's dtype as in nn.Linear; the adapter keeps its own. y's dtype was settled
 # by the base layer, and x has it or is cast to it by functional.lora_delta_.
-lora_linear = register("lora_linear", _fake_linear, plain=plain.lora_linear, record=_record_linear, num_cast=3)
-lora_delta_ = register("lora_delta_", _fake_delta, plain=plain.lora_delta_, record=_record_delta, num_cast=0)
+lora_linear = register("lora_linear", _fake_linear, plain=plain.lora_linear, record=_record_linear, num_cast=3).call
+lora_delta_ = register("lora_delta_", _fake_delta, plain=plain.lora_delta_, record=_record_delta, num_cast=0).call
 lora_linear_siblings = register(
     "lora_linear_siblings",
     _fake_siblings,
     plain=plain.lora_linear_siblings,
     record=_record_siblings,
     num_cast=_siblings_cast,
-)
+).call
 register_backward("lora_linear_backward", _fake_linear_backward, plain.lora_linear_backward)
 register_backward("lora_linear_siblings_backward", _fake_siblings_backward, plain.lora_linear_siblings_backward)
 register("lora_dropout_mask", _fake_mask)

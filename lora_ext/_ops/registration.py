@@ -9,12 +9,13 @@ gradient is wanted.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 
 from lora_ext._load import op_named
 from lora_ext._ops.checks import (
@@ -45,9 +46,9 @@ class Op:
         has_changed: tells from the results whether an op in place has changed anything; None: it always has.
         overload: what PyTorch dispatches.
         names: of the arguments.
-        defaults: of the arguments that have one, by name.
+        defaults: of the arguments that have one, which are the last ones, by name.
         changed: the place of the argument that the op changes; None: it is not in place.
-        tensors: returns the tensors of a call, those in lists too.
+        tensors: returns the tensors of a call, those in lists too, but not the seed.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Op:
         arguments = self.overload._schema.arguments
         self.names = [a.name for a in arguments]
         self.defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        self.defaults_in_order = tuple(self.defaults.values())
         changed = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.changed = changed[0] if changed else None
-        self.tensors = _tensor_getter([str(a.type) for a in arguments])
+        self.tensors = _tensor_getter({a.name: str(a.type) for a in arguments})
 
     def by_name(self, *values: object, **named: object) -> dict[str, object]:
         """Returns all arguments of a call by name; those at the end may be missing or named."""
@@ -80,9 +82,9 @@ class Op:
         check_arguments(self.name, list(arguments.values()))
         return arguments
 
-    def __call__(self, *arguments: object) -> object:
+    def call(self, *arguments: object) -> object:
         """Calls the op: past the dispatcher where nothing else is to see the call, which saves microseconds."""
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return self.overload(*arguments)
         tensors = self.tensors(arguments)
         if takes_fast_path(*tensors):
@@ -135,28 +137,31 @@ class Op:
         return tensors_of({} if self.changed is None else {self.names[self.changed]: arguments[self.changed]})
 
 
-def _tensor_getter(types: Sequence[str]) -> Callable[[Sequence], Sequence[Tensor | None]]:
+def _tensor_getter(types: Mapping[str, str]) -> Callable[[Sequence], tuple[Tensor | None, ...]]:
     """Returns a function that picks the tensors of an op's arguments, which have these types; it costs little."""
-    of_lists = _getter([i for i, kind in enumerate(types) if "Tensor" in kind and "List" in kind])
-    single = _getter([i for i, kind in enumerate(types) if "Tensor" in kind and "List" not in kind])
-    if not of_lists(range(len(types))):
+    places = [(i, kind) for i, (name, kind) in enumerate(types.items()) if "Tensor" in kind and name != "seed"]
+    single = _getter([i for i, kind in places if "List" not in kind])
+    of_lists = _getter([i for i, kind in places if "List" in kind])
+    if not any("List" in kind for _, kind in places):
         return single
 
-    def tensors(arguments: Sequence) -> list[Tensor | None]:
+    def tensors(arguments: Sequence) -> tuple[Tensor | None, ...]:
         found = [*single(arguments)]
         for value in of_lists(arguments):
             if isinstance(value, Tensor):
                 raise TypeError("a tensor in place of a list: not the list of its rows")
             found += value
-        return found
+        return tuple(found)
 
     return tensors
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence], tuple]:
-    if len(places) > 1:
-        return operator.itemgetter(*places)
-    return lambda values: tuple(values[i] for i in places)
+    if not places:
+        return lambda values: ()
+    if len(places) == 1:
+        return lambda values: (values[places[0]],)
+    return operator.itemgetter(*places)
 
 
 OPS: dict[str, Op] = {}
@@ -197,8 +202,8 @@ def register_backward(name: str, fake: Callable, plain: Callable) -> Op:
 
 def _completed(op: Op, arguments: tuple) -> tuple:
     """Adds the arguments that PyTorch leaves out for kernels in Python: those at the end with default values."""
-    missing = op.names[len(arguments) :]
-    return (*arguments, *(op.defaults[name] for name in missing)) if missing else arguments
+    missing = len(op.names) - len(arguments)
+    return arguments + op.defaults_in_order[-missing:] if missing else arguments
 
 
 def _autograd_kernel(op: Op) -> Callable:

@@ -152,4 +152,4 @@ def test_seeds_follow_pytorch_s_generator():
 
 
 def test_the_functions_that_are_called_are_the_op_s():
-    assert linear.lora_linear.overload is torch.ops.lora_ext.lora_linear.default
+    assert linear.lora_linear.__self__.overload is torch.ops.lora_ext.lora_linear.default
