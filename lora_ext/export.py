@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lora_ext import _load, reference
-from lora_ext._ops.registration import arguments_by_name, composites, op_named
+from lora_ext._ops.registration import OPS
 
 __all__ = ["library_paths", "plain_pytorch"]
 
@@ -26,7 +26,7 @@ def library_paths() -> list[Path]:
 
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
-    """Computes our ops by the formulas of lora_ext/_ops/composite.py while a model is exported.
+    """Computes our ops by the formulas of lora_ext/_ops/plain.py while a model is exported.
 
     A program that ``torch.export.export`` makes here has PyTorch's ops only, and needs no library of ours. It is as
     slow as plain PyTorch, and in 16 bits it rounds more often than our ops.
@@ -40,31 +40,27 @@ def plain_pytorch() -> Iterator[None]:
 
 class _PlainPyTorch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = _OPS.get(func)
+        name = _NAME_OF.get(func)
         if name is None:
             for kind in types:
                 if not issubclass(kind, torch.Tensor):  # a parameter's stand-in: it may call our ops for this function
                     with self:
                         return kind.__torch_function__(func, types, args, kwargs)
             return func(*args, **kwargs or {})
-        arguments = arguments_by_name[name](*args, **kwargs or {})
+        arguments = OPS[name].by_name(*args, **kwargs or {})
         dropout_p = arguments.get("dropout_p", 0.0)
         if reference.dropout_threshold(dropout_p) > 0:
             raise ValueError(
                 f"plain_pytorch: dropout_p is {dropout_p}, but an exported program has no dropout; call model.eval() "
                 "first"
             )
-        return composites[name](**arguments)
+        return OPS[name].plain(**arguments)
 
 
 # The forwards: autograd differentiates what they compute.
-_NAMES = (
-    "lora_linear",
-    "lora_linear_siblings",
-    "lora_delta_",
-    "lora_grouped_",
-    "lora_grouped_linear",
-    "lora_shrink",
-    "lora_expand",
-)
-_OPS = {op: name for name in _NAMES for op in (getattr(torch.ops.lora_ext, name), op_named(name))}
+_NAME_OF = {
+    function: name
+    for name, op in OPS.items()
+    if op.plain is not None and not name.endswith("_backward")
+    for function in (op.overload, op.overload.overloadpacket)
+}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn import functional as F
 
-from lora_ext._ops import composite, errors, linear
-from lora_ext._ops.bottleneck import bottleneck
-from lora_ext._ops.call_arguments import cast_to, draw_seed, drawn
-from lora_ext._ops.checks import refusal
-from lora_ext._ops.grouped_calls import lora_grouped_, lora_grouped_linear
-from lora_ext._ops.in_place import check_inference, count_change
-from lora_ext._ops.nested import by_values
+from lora_ext._common.arguments import check_types
+from lora_ext._ops import errors, grouped, linear, plain, plain_grouped
+from lora_ext._ops.bottleneck import ACTIVATIONS, check_bottleneck, compute_bottleneck
+from lora_ext._ops.checks import check_arguments, refusal
+from lora_ext._ops.fast_path import cast_to
 from lora_ext.merging.weights import MergeRecord, lora_merge_, lora_unmerge_
 
 __all__ = [
@@ -29,6 +28,26 @@ __all__ = [
     "lora_merge_",
     "lora_unmerge_",
 ]
+
+_INT64_MAX = torch.iinfo(torch.int64).max
+_RANGE = 2**62  # of the seeds of a rank other than 0
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # spreads consecutive ranks over all bits
+
+
+def draw_seed(device: torch.device, rank: int | None = None) -> Tensor:
+    """A fresh dropout seed, int64 ``[]``, from PyTorch's default generator of ``device`` (``torch.manual_seed``).
+
+    In a process group the rank is mixed in: ranks seeded alike, as trainers do, still draw different masks. Rank 0
+    draws the masks of a single process. ``rank``: another number to mix in.
+    """
+    if rank is None:
+        rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    if rank == 0:
+        low, high = 0, _INT64_MAX
+    else:  # one kernel: a range that begins elsewhere
+        low = rank * _GOLDEN_RATIO % _RANGE
+        high = low + _RANGE
+    return torch.randint(low, high, (), dtype=torch.int64, device=device)
 
 
 def lora_linear(
@@ -67,20 +86,15 @@ def lora_linear(
         ValueError, TypeError: naming the argument and both values.
         torch.OutOfMemoryError: memory is short.
     """
-    if torch.compiler.is_compiling() and not x.is_nested:
-        seed = drawn(x, dropout_p, seed)
-        return torch.ops.lora_ext.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
         if x.is_nested:
             layer = weight, bias, lora_A, lora_B, scaling, dropout_p, seed
-            return by_values("lora_linear", x, lambda tokens: lora_linear(tokens, *layer))
-        return linear.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+            return _by_values("lora_linear", x, lambda tokens: lora_linear(tokens, *layer))
+        return linear.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)[0]
     except errors.UNEXPLAINED as error:
-        arguments = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
-        arguments |= {"dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_linear, arguments)
+        errors.explain(error, lora_linear, locals())
         raise
 
 
@@ -120,23 +134,14 @@ def lora_delta_(
             the views that ``split`` returned, ...; or an inference tensor outside of inference mode.
         torch.OutOfMemoryError: memory is short. ``y`` is unchanged after each of these errors.
     """
-    if torch.compiler.is_compiling():
-        seed = drawn(x, dropout_p, seed)
-        torch.ops.lora_ext.lora_delta_(y, cast_to(y, x), lora_A, lora_B, scaling, dropout_p, seed)
-        return y
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
         if x.dtype != y.dtype:
             x = cast_to(y, x)
-        check_inference("lora_delta_", "y", y)
-        torch.ops.lora_ext.lora_delta_.default(y, x, lora_A, lora_B, scaling, dropout_p, seed)
-        if torch.is_inference_mode_enabled() and not y.is_inference():  # there the op's autograd kernel is not called
-            count_change(y)
+        linear.lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed)
     except errors.UNEXPLAINED as error:
-        arguments = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B, "scaling": scaling}
-        arguments |= {"dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_delta_, arguments)
+        errors.explain(error, lora_delta_, locals())
         raise
     return y
 
@@ -160,11 +165,13 @@ def plus_lora_delta(
             zeros = tokens.new_zeros(*tokens.shape[:-1], len(lora_B), dtype=y.dtype)
             return lora_delta_(zeros, tokens, lora_A, lora_B, scaling, dropout_p, seed)
 
-        return y + by_values("lora_delta_", x, update)
+        return y + _by_values("lora_delta_", x, update)
     if not torch._C._are_functorch_transforms_active():
         return lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed)
-    x_dropped = composite.dropped(cast_to(y, x), dropout_p, drawn(x, dropout_p, seed))
-    xa = composite.scale(scaling, dropout_p) * torch.ops.lora_ext.lora_shrink(x_dropped, lora_A)
+    if dropout_p > 0.0 and seed is None:
+        seed = draw_seed(x.device)
+    x_dropped = plain.dropped(cast_to(y, x), dropout_p, seed)
+    xa = plain.scale(scaling, dropout_p) * torch.ops.lora_ext.lora_shrink(x_dropped, lora_A)
     return torch.ops.lora_ext.lora_expand(y, xa, lora_B)
 
 
@@ -206,18 +213,12 @@ def lora_linear_siblings(
         ValueError, TypeError: naming the argument, the layer and both values.
         torch.OutOfMemoryError: memory is short.
     """
-    if torch.compiler.is_compiling():
-        seed = drawn(x, dropout_p, seed)
-        op = torch.ops.lora_ext.lora_linear_siblings
-        return op(x, weights, biases, [], lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
-        return linear.lora_linear_siblings(x, weights, biases, [], lora_As, lora_Bs, scalings, dropout_p, seed)
+        return linear.lora_linear_siblings(x, weights, biases, [], lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     except errors.UNEXPLAINED as error:
-        arguments = {"x": x, "weights": weights, "biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs}
-        arguments |= {"scalings": scalings, "dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_linear_siblings, arguments)
+        errors.explain(error, lora_linear_siblings, locals())
         raise
 
 
@@ -255,10 +256,6 @@ def lora_delta_siblings(
         ValueError, TypeError: naming the argument, the layer and both values.
         torch.OutOfMemoryError: memory is short.
     """
-    if torch.compiler.is_compiling():
-        seed = drawn(x, dropout_p, seed)
-        op = torch.ops.lora_ext.lora_linear_siblings
-        return op(cast_to(bases[0], x), [], [], bases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     try:
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(x.device)
@@ -266,9 +263,228 @@ def lora_delta_siblings(
             raise refusal("lora_delta_siblings", "length", "bases", 0, "1 to 8")
         if x.dtype != bases[0].dtype:
             x = cast_to(bases[0], x)
-        return linear.lora_linear_siblings(x, [], [], bases, lora_As, lora_Bs, scalings, dropout_p, seed)
+        return linear.lora_linear_siblings(x, [], [], bases, lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     except errors.UNEXPLAINED as error:
-        arguments = {"bases": bases, "x": x, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
-        arguments |= {"dropout_p": dropout_p, "seed": seed}
-        errors.explain(error, lora_delta_siblings, arguments)
+        errors.explain(error, lora_delta_siblings, locals())
         raise
+
+
+def lora_grouped_(
+    y: Tensor,
+    x: Tensor,
+    lora_As: Tensor | Sequence[Tensor],
+    lora_Bs: Tensor | Sequence[Tensor],
+    group_of_row: Tensor,
+    scalings: Tensor | Sequence[float],
+    ranks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Adds to each row of ``y`` the update of the adapter that the row names, in place.
+
+    ``y[i] += scalings[g] * dropout(x)[i] @ A[g].T @ B[g].T`` with ``g = group_of_row[i]``; nothing where ``g`` is -1.
+
+    One call serves a batch whose rows belong to different adapters, or tokens that a router sends to experts. Rows may
+    choose in any order and any number of them the same group. The rows of a group are processed together, and each
+    chosen factor is read once.
+
+    Args:
+        y: ``[..., out_features]``, contiguous, float64, float32, bfloat16 or float16; changed in place as by
+            :func:`lora_delta_`.
+        x: ``[..., in_features]``, the same leading dimensions, dtype and device as ``y``; any strides. Under autocast
+            it is cast to the dtype that the base layer returned.
+        lora_As: The groups' ``lora_A``. A list whose entries are matrices ``[r, in_features]``, each a group, or stacks
+            ``[slots, r, in_features]``, each as many groups as it has slots; groups are counted through the list. A
+            tensor is a list of one entry. Entries may differ in ``r``. All have one of the four dtypes, and are rounded
+            as in :func:`lora_linear`. Entries whose last dimension is not contiguous are copied.
+        lora_Bs: The groups' ``lora_B``, entry by entry: ``[out_features, r]`` or ``[slots, out_features, r]``, dtype of
+            ``lora_As``.
+        group_of_row: int64, the group of each row, or -1. Its shape is that of the first dimensions of ``x``: for
+            ``x [batch, sequence, in_features]``, ``[batch, sequence]``, or ``[batch]`` if all tokens of a sequence
+            choose the same, or ``[]`` if all rows do. ``torch.repeat_interleave`` makes it from lengths of segments.
+        scalings: For each group, any finite number: float64 ``[groups]`` on ``x``'s device, or a sequence of numbers.
+        ranks: For each group the number of its ranks that are used, int64 ``[groups]``; None: all. With 0, a group adds
+            nothing. It lets slots of one size hold adapters of different ranks.
+        dropout_p: probability that an element of the adapters' input is zeroed, in [0, 1); quantised to 2**-16.
+        seed: int64 tensor of one element on ``x``'s device; names the dropout mask: that of :func:`lora_delta_` for all
+            of ``x``, whichever groups its rows choose. Drawn from the default generator when None.
+
+    Returns:
+        ``y``. The sum is taken in float32 (float64 for float64) and rounded once.
+
+        Gradients flow to ``y``, ``x`` and the factors; ``scalings`` has none. The gradient of a factor, or of a slot,
+        that no row chooses is zero. Sums have a fixed order: the same bits in every run, with any number of threads. On
+        the CPU, ``y`` and the gradient of ``x`` have the bits of :func:`lora_delta_` on the same rows, and so have the
+        gradients of the factors of groups of at most 32 rows; those of larger groups are sums in another order.
+
+    Raises:
+        ValueError, TypeError: naming the argument and both values. Of ``scalings`` and ``ranks``, only the values of
+            chosen groups are checked. On CUDA no values are checked, since that would wait for the GPU: rows of a
+            group or rank that does not exist become NaN, in ``y`` and in the gradient of ``x``.
+        RuntimeError: as for :func:`lora_delta_`.
+        torch.OutOfMemoryError: memory is short. ``y`` is unchanged after each of these errors.
+    """
+    lora_As = [lora_As] if isinstance(lora_As, Tensor) else lora_As
+    lora_Bs = [lora_Bs] if isinstance(lora_Bs, Tensor) else lora_Bs
+    try:
+        scalings = _as_numbers(x, scalings)
+        if dropout_p > 0.0 and seed is None:
+            seed = draw_seed(x.device)
+        if x.dtype != y.dtype:
+            x = cast_to(y, x)
+        grouped.lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)
+    except errors.UNEXPLAINED as error:
+        errors.explain(error, lora_grouped_, locals())
+        raise
+    return y
+
+
+def plus_lora_grouped(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, group_of_row: Tensor, scalings: Tensor
+) -> Tensor:
+    """Adds the rows' updates to ``y``: in place as :func:`lora_grouped_`, or out of place under torch.func.
+
+    Use what is returned.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return lora_grouped_(y, x, lora_A, lora_B, group_of_row, scalings)
+    return plain_grouped.plus_lora_grouped(y, cast_to(y, x), [lora_A], [lora_B], group_of_row, scalings)
+
+
+def _as_numbers(x: Tensor, scalings: Tensor | Sequence[float]) -> Tensor:
+    """Returns the scalings of groups as the op takes them. Anything else than a list is left for the op to refuse."""
+    if not isinstance(scalings, (list, tuple)):
+        return scalings
+    return torch.tensor(scalings, dtype=torch.float64, device=x.device)
+
+
+def lora_grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Tensor | Sequence[Tensor],
+    lora_Bs: Tensor | Sequence[Tensor],
+    group_of_row: Tensor,
+    scalings: Tensor | Sequence[float],
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """Computes a linear layer for a mixed batch: ``x @ weight.T + bias``, then :func:`lora_grouped_`.
+
+    On the CPU, without gradients, it is one call, with our product by the weight where that is faster than PyTorch's.
+    With gradients, in compiled graphs and on other devices it is the two.
+
+    Args:
+        x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any strides.
+        weight: ``[out_features, in_features]``, dtype and device of ``x``.
+        bias: ``[out_features]``, dtype of ``x``, or None.
+        lora_As: as for :func:`lora_grouped_`, and so are the next four.
+        lora_Bs: the second factors.
+        group_of_row: the group of each row.
+        scalings: of the groups.
+        ranks: of the groups, or None.
+
+    Returns:
+        ``[..., out_features]``, a new tensor. Gradients flow as through ``F.linear`` and :func:`lora_grouped_`. Bits
+        are the same with any number of threads where the product by the weight is ours. PyTorch's is used for up to 32
+        tokens and weights of less than a million elements, with gradients, and on processors where ours is not; there
+        the bits are the same as far as those of ``F.linear`` are.
+
+    Raises:
+        ValueError, TypeError, torch.OutOfMemoryError: as for :func:`lora_grouped_`.
+    """
+    lora_As = [lora_As] if isinstance(lora_As, Tensor) else lora_As
+    lora_Bs = [lora_Bs] if isinstance(lora_Bs, Tensor) else lora_Bs
+    try:
+        scalings = _as_numbers(x, scalings)
+        if torch.compiler.is_compiling():
+            return lora_grouped_(F.linear(x, weight, bias), x, lora_As, lora_Bs, group_of_row, scalings, ranks)
+        call = grouped.lora_grouped_linear if x.device.type == "cpu" else grouped.linear_and_grouped
+        return call(x, weight, bias, lora_As, lora_Bs, group_of_row, scalings, ranks)
+    except errors.UNEXPLAINED as error:
+        errors.explain(error, lora_grouped_linear, locals(), _check_linear)
+        raise
+
+
+def _check_linear(x: Tensor, *others: object, **named: object) -> None:
+    """Checks the call as a whole: with gradients it is two ops. Under autocast these see other dtypes."""
+    if not torch.is_autocast_enabled(x.device.type):
+        check_arguments("lora_grouped_linear", (x, *others, *named.values()))
+
+
+def bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str = "relu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Applies two narrow linear layers with an activation between them, and a residual connection.
+
+    ``y = residual + activation(x @ down_weight.T + down_bias) @ up_weight.T + up_bias``
+
+    The forward reads ``x`` and ``residual`` once and writes ``y`` once; no other tensor of their size exists. If ``x``
+    is the residual, the backward adds both gradients in one pass.
+
+    Args:
+        x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides.
+        down_weight: ``[size, in_features]``, in any of the four dtypes; rounded as the factors of
+            :func:`lora_linear`.
+        down_bias: ``[size]`` or None.
+        up_weight: ``[out_features, size]``, in any of the four dtypes.
+        up_bias: ``[out_features]`` or None; rounded to the dtype of the result.
+        activation: one of relu, gelu, silu, identity.
+        residual: ``[..., out_features]`` with the tokens of ``x``, and its accumulation dtype (float64 for float64,
+            else float32); None: ``x``.
+
+    Returns:
+        ``[..., out_features]``, dtype of the residual. The hidden features are float32 (float64 for float64), and so
+        are the sums, each rounded once.
+
+    Raises:
+        ValueError, TypeError: naming the argument and both values.
+        torch.OutOfMemoryError: memory is short.
+    """
+    if not isinstance(activation, str):
+        check_types(bottleneck, {"activation": activation})
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"bottleneck: activation is {activation!r}, want one of {', '.join(ACTIVATIONS)}")
+    tensors = (x, down_weight, down_bias, up_weight, up_bias, residual)
+    if torch.compiler.is_compiling() and not x.is_nested:
+        check_bottleneck(*tensors)
+        return compute_bottleneck(*tensors, activation)
+    try:
+        if x.is_nested and (residual is None or residual is x):
+            layer = down_weight, down_bias, up_weight, up_bias, activation
+            return _by_values("bottleneck", x, lambda tokens: bottleneck(tokens, *layer))
+        return compute_bottleneck(*tensors, activation)
+    except errors.UNEXPLAINED as error:
+        errors.explain(error, bottleneck, locals(), check_bottleneck)
+        raise
+
+
+def _by_values(op: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Applies ``function`` (``[..., in_features]`` to ``[..., out_features]``) to the tokens of a nested tensor.
+
+    As in nn.Linear, a jagged result shares the offsets of ``x``, so that PyTorch knows that both have one shape.
+
+    Raises:
+        ValueError: the features have different lengths.
+    """
+    if x.dim() < 2 or (x.layout is torch.jagged and x._ragged_idx == x.dim() - 1):
+        raise ValueError(f"{op}: x is a nested tensor whose last dimension is jagged, want one of features")
+    if x.layout is not torch.jagged:
+        parts = x.unbind()
+        values = function(torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]))
+        tokens = values.split([part.shape[:-1].numel() for part in parts])
+        shaped = (t.reshape(*part.shape[:-1], t.shape[-1]) for t, part in zip(tokens, parts, strict=True))
+        return torch.nested.as_nested_tensor(list(shaped))
+    return torch.nested.nested_tensor_from_jagged(
+        function(x.values()),
+        x.offsets(),
+        x.lengths(),
+        x._ragged_idx,
+        min_seqlen=x._maybe_min_seqlen,
+        max_seqlen=x._maybe_max_seqlen,
+    )

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_ext._common.arguments import check_types
-from lora_ext._ops import errors
 from lora_ext._ops.checks import FLOATING, accumulation_dtype, check_floating, check_matrix, dtype_name, refusal
-from lora_ext._ops.nested import by_values
-from lora_ext._ops.registration import any_requires_grad, bias_gradient, is_transformed
+from lora_ext._ops.fast_path import any_requires_grad, is_transformed
+from lora_ext._ops.plain import bias_gradient
 
 
 def _silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -30,69 +28,7 @@ ACTIVATIONS = {
 }
 
 
-def bottleneck(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    activation: str = "relu",
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Applies two narrow linear layers with an activation between them, and a residual connection.
-
-    ``y = residual + activation(x @ down_weight.T + down_bias) @ up_weight.T + up_bias``
-
-    The forward reads ``x`` and ``residual`` once and writes ``y`` once; no other tensor of their size exists. If ``x``
-    is the residual, the backward adds both gradients in one pass.
-
-    Args:
-        x: ``[..., in_features]``, float64, float32, bfloat16 or float16; any leading dimensions, any strides.
-        down_weight: ``[size, in_features]``, in any of the four dtypes; rounded as the factors of
-            :func:`~lora_ext.functional.lora_linear`.
-        down_bias: ``[size]`` or None.
-        up_weight: ``[out_features, size]``, in any of the four dtypes.
-        up_bias: ``[out_features]`` or None; rounded to the dtype of the result.
-        activation: one of :data:`ACTIVATIONS`.
-        residual: ``[..., out_features]`` with the tokens of ``x``, and its accumulation dtype (float64 for float64,
-            else float32); None: ``x``.
-
-    Returns:
-        ``[..., out_features]``, dtype of the residual. The hidden features are float32 (float64 for float64), and so
-        are the sums, each rounded once.
-
-    Raises:
-        ValueError, TypeError: naming the argument and both values.
-        torch.OutOfMemoryError: memory is short.
-    """
-    if not isinstance(activation, str):
-        check_types(bottleneck, {"activation": activation})
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"bottleneck: activation is {activation!r}, want one of {', '.join(ACTIVATIONS)}")
-    tensors = (x, down_weight, down_bias, up_weight, up_bias, residual)
-    if torch.compiler.is_compiling() and not x.is_nested:
-        _check(*tensors)
-        return _forward(*tensors, activation)[0]
-    try:
-        if x.is_nested and (residual is None or residual is x):
-            layer = down_weight, down_bias, up_weight, up_bias, activation
-            return by_values("bottleneck", x, lambda tokens: bottleneck(tokens, *layer))
-        if not (_fits(down_bias, down_weight) and _fits(up_bias, up_weight)):
-            # PyTorch would broadcast it, cast it or, if it is a meta tensor, leave it out.
-            raise RuntimeError("bottleneck: a bias does not fit")
-        if is_transformed(*tensors):
-            return _forward(*tensors, activation)[0]  # its ops know what to do
-        if any_requires_grad(*tensors):
-            return _Bottleneck.apply(*tensors, activation)
-        return _forward(*tensors, activation)[0]
-    except errors.UNEXPLAINED as error:
-        arguments = {"x": x, "down_weight": down_weight, "down_bias": down_bias, "up_weight": up_weight}
-        arguments |= {"up_bias": up_bias, "activation": activation, "residual": residual}
-        errors.explain(error, bottleneck, arguments, _check)
-        raise
-
-
-def _check(
+def check_bottleneck(
     x: Tensor,
     down_weight: Tensor,
     down_bias: Tensor | None,
@@ -138,6 +74,18 @@ def _fits(bias: Tensor | None, weight: Tensor) -> bool:
         and bias.shape == weight.shape[:1]
         and bias.device == weight.device
     )
+
+
+def compute_bottleneck(x, down_weight, down_bias, up_weight, up_bias, residual, activation) -> Tensor:
+    """Computes ``lora_ext.functional.bottleneck``. Arguments that are wrong are found after a failure only."""
+    if not (_fits(down_bias, down_weight) and _fits(up_bias, up_weight)):
+        # PyTorch would broadcast it, cast it or, if it is a meta tensor, leave it out.
+        raise RuntimeError("bottleneck: a bias does not fit")
+    tensors = x, down_weight, down_bias, up_weight, up_bias, residual
+    # Compilers and transforms look inside: the ops know what to do.
+    if torch.compiler.is_compiling() or is_transformed(*tensors) or not any_requires_grad(*tensors):
+        return _forward(*tensors, activation)[0]
+    return _Bottleneck.apply(*tensors, activation)
 
 
 def _forward(x, down_weight, down_bias, up_weight, up_bias, residual, activation) -> tuple[Tensor, Tensor]:

@@ -128,12 +128,16 @@ _NOT_SAVED = "Inference tensors cannot be saved for backward"  # PyTorch's words
 def explain_inference(op: str, arguments: Mapping[str, object], error: Exception) -> None:
     """Raises RuntimeError with the names of the inference tensors, if ``error`` is that autograd cannot keep one."""
     if str(error).startswith(_NOT_SAVED):
-        names = [label for label, tensor in tensors_of(arguments) if tensor.is_inference()]
-        are = "is an inference tensor" if len(names) == 1 else "are inference tensors"
-        raise RuntimeError(
-            f"{op}: {', '.join(names)} {are}, which autograd cannot keep for the backward; "
-            f"pass {', '.join(f'{name}.clone()' for name in names)}"
-        ) from None
+        refuse_to_keep(op, [label for label, tensor in tensors_of(arguments) if tensor.is_inference()])
+
+
+def refuse_to_keep(op: str, labels: Sequence[str]) -> None:
+    """Raises RuntimeError: autograd cannot keep these inference tensors."""
+    are = "is an inference tensor" if len(labels) == 1 else "are inference tensors"
+    raise RuntimeError(
+        f"{op}: {', '.join(labels)} {are}, which autograd cannot keep for the backward; "
+        f"pass {', '.join(f'{label}.clone()' for label in labels)}"
+    ) from None
 
 
 def _is_same(device: torch.device, other: torch.device) -> bool:

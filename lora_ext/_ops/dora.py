@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._ops.checks import accumulation_dtype
-from lora_ext._ops.registration import any_requires_grad, is_transformed
+from lora_ext._ops.fast_path import any_requires_grad, is_transformed
 
 # On the CPU a part fits the L2 cache of a core; on other devices parts keep temporary tensors small.
 _PART_ELEMENTS, _PART_ELEMENTS_ELSEWHERE = 1 << 17, 1 << 22

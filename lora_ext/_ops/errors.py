@@ -4,6 +4,7 @@ argument. Nothing is checked in Python before a call has failed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 
 import torch
@@ -37,6 +38,7 @@ def explain(
     """Raises a better error than ``error``, if there is one, for a call of a public function.
 
     Args:
+        arguments: by name, among other things: ``locals()`` of the function.
         check_values: of a function that is more than one op, called with the arguments once their types are right.
 
     Raises:
@@ -45,6 +47,7 @@ def explain(
         RuntimeError: there are no kernels for the device, or autograd cannot keep an inference tensor.
     """
     name = function.__name__
+    arguments = {parameter: arguments[parameter] for parameter in inspect.signature(function).parameters}
     if (isinstance(error, (TypeError, ValueError)) and str(error).startswith(f"{name}: ")) or "vmap: " in str(error):
         return  # it is explained already, by us or by torch.func.vmap (a random draw, a change in place)
     # PyTorch takes a tensor without dimensions for a number.

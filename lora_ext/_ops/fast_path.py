@@ -1,7 +1,8 @@
-"""Finds calls for the fast path: those that go to autograd and then to the kernel, which nothing else is to see.
+"""Questions about a call: who is to see it, autograd, a transform, a mode, ...; and the fast path.
 
-They may skip the dispatcher's way through Python, which costs microseconds. And calls of two layers in the same
-state compute the same from the same arguments, so that layers that read one tensor can be computed together.
+Calls that go to autograd and then to the kernel, which nothing else is to see, may skip the dispatcher's way through
+Python, which costs microseconds. And calls of two layers in the same state compute the same from the same arguments, so
+that layers that read one tensor can be computed together.
 """
 
 from __future__ import annotations
@@ -35,15 +36,17 @@ with ThreadPoolExecutor(1) as _new_thread:  # this one may be within autocast, i
     _PLAIN_INCLUDED, _PLAIN_EXCLUDED = _new_thread.submit(_dispatch_state).result()
 
 
-def is_plain_state() -> bool:
+def takes_fast_path(*tensors: Tensor | None) -> bool:
     """Returns whether this thread's calls go to autograd and then to the kernel, and nothing else is to see them.
 
-    Autocast, inference mode, modes and transforms, tracing: all of them change the dispatch keys of the thread.
+    Autocast, inference mode, modes and transforms, tracing: all of them change the dispatch keys of the thread. Tensors
+    of a subclass may see calls, too.
     """
     return (
         _included().raw_repr() == _PLAIN_INCLUDED
         and _excluded().raw_repr() | _NAMED == _PLAIN_EXCLUDED
         and forward_ad._current_level < 0
+        and not has_torch_function_variadic(*tensors)
     )
 
 
@@ -57,10 +60,15 @@ def autocast_device(tensor: Tensor) -> str:
     return "cpu" if kind == "meta" else kind
 
 
+def cast_to(y: Tensor, x: Tensor) -> Tensor:
+    """Casts ``x`` to the dtype that the base layer returned, under autocast only."""
+    return x.to(y.dtype) if x.dtype != y.dtype and torch.is_autocast_enabled(autocast_device(x)) else x
+
+
 def call_state(x: Tensor) -> tuple | None:
     """Returns the state of ``x`` and all else that decides, next to the arguments, what a call with ``x`` computes.
 
-    None if more than autocast or a dispatch mode distinguishes the state from the plain one (:func:`is_plain_state`),
+    None if more than autocast or a dispatch mode distinguishes the state from the plain one (:func:`takes_fast_path`),
     or if ``x`` is a subclass or an inference tensor.
     """
     if type(x) is not Tensor or x.is_inference() or forward_ad._current_level >= 0:
@@ -81,11 +89,6 @@ def _stream(x: Tensor) -> tuple[torch.cuda.Stream, bool]:
     return torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing()
 
 
-def takes_fast_path(*tensors: Tensor | None) -> bool:
-    """Returns whether Python may decide in the dispatcher's place: :func:`is_plain_state`, and no tensor subclass."""
-    return is_plain_state() and not has_torch_function_variadic(*tensors)
-
-
 def lean_apply(function: type[torch.autograd.Function], num_tensors: int) -> Callable:
     """Returns ``function.apply`` without what that does for torch.func, for the fast path; tensors come first."""
     lean = super(torch.autograd.Function, function).apply
@@ -100,3 +103,40 @@ def lean_apply(function: type[torch.autograd.Function], num_tensors: int) -> Cal
 
 
 _is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
+
+# --- autograd and transforms ------------------------------------------------------------------------------------------
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Returns whether autograd records an op with these tensors. A None from the user is left for the op to refuse."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # takes half the time of any()
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Returns whether one of the tensors has a tangent (forward-mode differentiation), which is lost below autograd."""
+    return forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Returns whether a function of these must use PyTorch's operations only: for a transform, batch or tangent."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or has_tangent(*tensors)
+        or any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+    )
+
+
+def call_backward(op: Callable, *arguments: object) -> tuple:
+    """Calls a backward op: below autograd if no gradient's gradient is wanted."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return op(*arguments)
+    with below_autograd():
+        return op(*arguments)

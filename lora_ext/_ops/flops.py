@@ -1,7 +1,7 @@
 """Registers the number of operations of every op for torch.utils.flop_counter.FlopCounterMode.
 
-The formulas stand next to the fake kernels. They are registered when that module is imported, not before: where Triton
-is installed it imports Triton, and on a CUDA build without Triton it logs a warning.
+The formulas are registered when that module is imported, not before: where Triton is installed it imports Triton, and
+on a CUDA build without Triton it logs a warning.
 """
 
 from __future__ import annotations
@@ -9,41 +9,62 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from lora_ext._ops.registration import flop_formulas
+from lora_ext._ops.registration import OPS, Op
 
 _MODULE = "torch.utils.flop_counter"
-Shape = tuple[int, ...]
 
 
-def of_forward(x: Shape, weights: Sequence[Shape | None], As: Sequence[Shape], Bs: Sequence[Shape]) -> int:
-    """Counts the operations of a forward. A weight of None: the base layer is not part of the op."""
-    base = sum(prod(weight) for weight in weights if weight is not None)
-    return 2 * prod(x[:-1]) * (base + sum(map(prod, As)) + sum(map(prod, Bs)))
+def count(op: str, arguments: Mapping[str, Any]) -> int:
+    """Counts two operations for each multiply-add of a call, as PyTorch does.
+
+    Args:
+        arguments: by name, with shapes in place of tensors.
+    """
+    if op == "lora_dropout_mask":
+        return 0
+    if "merge" in op:
+        return sum(
+            2 * prod(weight) * A[0] for weight, A in zip(arguments["weights"], arguments["lora_As"], strict=True)
+        )
+    base, A, B = (_num_elements(op, arguments, name) for name in ("weight", "lora_A", "lora_B"))
+    first = next(iter(arguments.values()))  # of the tokens in all ops, or a list of such tensors
+    num_tokens = prod((first[0] if _is_list(first) else first)[:-1])
+    if "output_mask" not in arguments:
+        return 2 * num_tokens * (base + A + B)
+    want_x, *wanted = arguments["output_mask"]
+    if len(wanted) == 1:  # of one factor
+        return 2 * num_tokens * (want_x + wanted[0]) * (A + B)
+    want_A, want_B = any(wanted[: len(wanted) // 2]), any(wanted[len(wanted) // 2 :])
+    return 2 * num_tokens * (want_x * (base + A) + want_A * A + (want_x or want_A) * B + want_B * B)
 
 
-def of_backward(
-    grad_y: Shape, weights: Sequence[Shape | None], As: Sequence[Shape], Bs: Sequence[Shape], wanted: Sequence[bool]
-) -> int:
-    want_x, want_A, want_B = wanted
-    base = sum(prod(weight) for weight in weights if weight is not None)
-    A, B = sum(map(prod, As)), sum(map(prod, Bs))
-    return 2 * prod(grad_y[:-1]) * (want_x * (base + A) + want_A * A + (want_x or want_A) * B + want_B * B)
+def _is_list(value: Any) -> bool:
+    return len(value) > 0 and isinstance(value[0], (list, tuple))
 
 
-def largest_matrix(factors: Sequence[Shape]) -> Shape:
-    """Returns the largest of a list of matrices and stacks: shapes do not say which rows choose which."""
-    return max((factor[-2:] for factor in factors), key=prod)
+def _num_elements(op: str, arguments: Mapping[str, Any], name: str) -> int:
+    """Counts the elements of the argument, or of all of the list with this name in the plural."""
+    value = arguments.get(name) or arguments.get(f"{name}s") or ()
+    matrices = value if _is_list(value) else [value] if value else []
+    if "grouped" in op:  # matrices and stacks, of which each row chooses one; shapes do not say which
+        return max((prod(matrix[-2:]) for matrix in matrices), default=0)
+    return sum(map(prod, matrices))
+
+
+def _formula(op: Op) -> Callable[..., int]:
+    return lambda *values, **named: count(op.name, op.by_name(*values, **named))
 
 
 def _register(flop_counter: ModuleType) -> None:
-    for name, formula in flop_formulas.items():
-        flop_counter.register_flop_formula(getattr(torch.ops.lora_ext, name))(formula)
+    for name, op in OPS.items():
+        flop_counter.register_flop_formula(getattr(torch.ops.lora_ext, name))(_formula(op))
 
 
 class _OnImport(importlib.abc.MetaPathFinder):

@@ -1,45 +1,30 @@
-"""Fake (meta) and autograd registrations of the merge ops, which lora_ext/merging/weights.py combines."""
+"""The merge ops, which lora_ext/merging/weights.py combines: fake kernels and registration."""
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Callable
 
 import torch
 
 from lora_ext._ops.checks import merge_segments
-from lora_ext._ops.in_place import register_in_place
-from lora_ext._ops.registration import LIBRARY, below_autograd, op_named, register_op
+from lora_ext._ops.registration import LIBRARY, register
 
 
-def _flops(weights, lora_As, *_, **__) -> int:
-    return sum(2 * prod(weight) * A[0] for weight, A in zip(weights, lora_As, strict=True))
-
-
-@register_op("lora_merge_check", flops=_flops)
-def _(weights, lora_As, lora_Bs, seeds, first_rows):
+def _fake_check(weights, lora_As, lora_Bs, seeds, first_rows):
     return weights[0].new_empty((len(weights),), dtype=torch.int64)
 
 
-@register_op("lora_merge_record_", flops=_flops)
-def _(weights, lora_As, lora_Bs, seeds, first_rows):
+def _fake_merge(**arguments):
+    return None
+
+
+def _fake_record(weights, lora_As, lora_Bs, seeds, first_rows):
     num_corrections = [torch.library.get_ctx().new_dynamic_size() for _ in weights]
     return (
         weights[0].new_empty((len(weights),), dtype=torch.int64),
         [w.new_empty((w.shape[0], merge_segments(w.shape[1])), dtype=torch.int16) for w in weights],
         [w.new_empty((count,), dtype=torch.int16) for w, count in zip(weights, num_corrections, strict=True)],
     )
-
-
-for _name in ("lora_merge_", "lora_unmerge_"):
-    register_op(_name, flops=_flops)(lambda **arguments: None)
-
-
-# --- autograd ---------------------------------------------------------------------------------------------------------
-
-
-def _lora_merge_check_autograd(*arguments):
-    with below_autograd():  # it returns counts
-        return op_named("lora_merge_check")(*arguments)
 
 
 def refuse_weight_that_requires_grad(op: str, *weights: torch.Tensor) -> None:
@@ -50,19 +35,20 @@ def refuse_weight_that_requires_grad(op: str, *weights: torch.Tensor) -> None:
         )
 
 
-def _register_change_of_weights(name: str) -> None:
-    def has_changed(result) -> bool:
-        return result is None or bool(result[1])  # lora_merge_record_ may have merged nothing
+def _has_changed(results: object) -> bool:
+    return results is None or bool(results[1])  # lora_merge_record_ may have merged nothing
 
-    change = register_in_place(name, has_changed)
 
-    def autograd_kernel(weights, *arguments):
+def _register_change_of_weights(name: str, fake: Callable) -> None:
+    def record(weights, *arguments):
         refuse_weight_that_requires_grad(name, *weights)
-        return change(weights, *arguments)
+        return op.change(weights, *arguments)  # gradients of other arguments: there are none
 
-    LIBRARY.impl(name, autograd_kernel, "Autograd")
+    op = register(name, fake, record=record, has_changed=_has_changed)
+    LIBRARY.impl(name, op.change, "ADInplaceOrView")  # for inference mode
 
 
-LIBRARY.impl("lora_merge_check", _lora_merge_check_autograd, "Autograd")
-for _name in ("lora_merge_", "lora_merge_record_", "lora_unmerge_"):
-    _register_change_of_weights(_name)
+_register_change_of_weights("lora_merge_", _fake_merge)
+_register_change_of_weights("lora_unmerge_", _fake_merge)
+_register_change_of_weights("lora_merge_record_", _fake_record)
+register("lora_merge_check", _fake_check)

@@ -1,119 +1,319 @@
-"""Shared by the registrations of the ops.
+"""Registers the ops of csrc/schemas.h with PyTorch: all but their kernels for CPU and CUDA.
 
-The file of an op (``linear.py``, ...) calls them and registers its autograd:
-
-- :func:`register_op`: the fake kernel, with checks of the arguments, kernels for lazy views, and a count of operations;
-- :func:`register_composite`: the op in plain PyTorch, for torch.func;
-- :func:`register_autocast`: which arguments autocast casts;
-- :func:`register_backward`: autograd, torch.func and autocast of a backward op.
-
-The other functions are questions about tensors, results of fake kernels, and gradients of a layer's weight and bias.
+:func:`register` does it for every op, forward, backward or merge: the fake kernel, autograd, torch.func, autocast, lazy
+views, and the op ``lora_ext_plain::<op>``. Autograd kernels sit on the Autograd dispatch key itself, not behind
+``torch.library.register_autograd``: that costs half as much per call, and goes straight below autograd where no
+gradient is wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 
-from lora_ext import reference
 from lora_ext._load import op_named
 from lora_ext._ops.checks import (
-    accumulation_dtype,
     check_arguments,
     check_memory_is_there,
     check_not_lazy,
     check_tensors,
-    count_tokens,
-    mask_row_bytes,
     tensors_of,
 )
+from lora_ext._ops.fast_path import any_requires_grad, below_autograd, has_tangent, takes_fast_path
+from lora_ext._ops.in_place import below_in_place, check_inference
 
 LIBRARY = torch.library.Library("lora_ext", "FRAGMENT")
-below_autograd = torch._C._AutoDispatchBelowAutograd
-NumCast = int | Callable[..., int]
+_PLAIN_LIBRARY = torch.library.Library("lora_ext_plain", "DEF")
 
 
-arguments_by_name: dict[str, Callable[..., dict[str, object]]] = {}
-"""For each op of :func:`register_op`: returns all arguments of a call by name."""
+class Op:
+    """An op of csrc/schemas.h. Its functions take all arguments, in order, where they do not say otherwise.
 
-checked_arguments: dict[str, Callable[..., dict[str, object]]] = {}
-"""The same, after a check of the arguments."""
-
-composites: dict[str, Callable] = {}
-"""For each op of :func:`register_composite` its formula in plain PyTorch."""
-
-flop_formulas: dict[str, Callable[..., int]] = {}
-"""For each op the number of its operations, for :mod:`lora_ext._ops.flops`."""
-
-
-def call_backward(op: Callable, *arguments: object) -> tuple:
-    """Calls a backward op: below autograd if no gradient's gradient is wanted."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return op(*arguments)
-    with below_autograd():
-        return op(*arguments)
-
-
-def any_requires_grad(*tensors: Tensor | None) -> bool:
-    """Returns whether autograd records an op with these tensors. A None from the user is left for the op to refuse."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:  # takes half the time of any()
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
-
-
-class ChangedArguments:
-    """The arguments that an op changes, according to its schema."""
-
-    def __init__(self, op: torch._ops.OpOverload):
-        arguments = enumerate(op._schema.arguments)
-        self._places = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
-
-    def of(self, arguments: Sequence) -> list[tuple[str, Tensor]]:
-        """Returns the changed tensors of a call, each with its name in messages."""
-        found = []
-        for i, name in self._places:
-            if isinstance(arguments[i], (list, tuple)):
-                found += [(f"{name}[{j}]", tensor) for j, tensor in enumerate(arguments[i])]
-            elif arguments[i] is not None:
-                found.append((name, arguments[i]))
-        return found
-
-
-def register_op(name: str, flops: Callable[..., int]) -> Callable[[Callable], Callable]:
-    """Registers an op's fake (meta) kernel, kernels that resolve lazy views, and the number of its operations.
-
-    The decorated function is the fake kernel, which takes the op's arguments by name and returns results of the right
-    shapes and dtypes. Before it, the arguments are checked as the compiled op checks them.
-
-    Args:
-        flops: Takes the op's arguments with shapes in place of tensors; counts two for each multiply-add, as PyTorch.
+    Attributes:
+        name: without the namespace.
+        plain: the op in plain PyTorch (plain.py, plain_grouped.py), with the op's arguments and results; None: none.
+        record: calls the op so that autograd records it, if one of the arguments requires grad; None: its results have
+            no gradients.
+        num_cast: how many arguments autocast casts to its dtype, the first ones; or a function of the arguments that
+            tells. None: autocast does not know the op. Zero is for ops whose dtypes are settled, such as backwards:
+            otherwise the products inside it would be autocast again.
+        has_changed: tells from the results whether an op in place has changed anything; None: it always has.
+        overload: what PyTorch dispatches.
+        names: of the arguments.
+        defaults: of the arguments that have one, which are the last ones, by name.
+        changed: the place of the argument that the op changes; None: it is not in place.
+        tensors: returns the tensors of a call, those in lists too, but not the seed.
     """
-    schema = op_named(name)._schema.arguments
-    names, defaults = [a.name for a in schema], {a.name: a.default_value for a in schema if a.has_default_value()}
 
-    def by_name(*values, **named) -> dict[str, object]:
-        given = {**defaults, **dict(zip(names, values, strict=False)), **named}
-        return {argument: given[argument] for argument in names}
+    def __init__(
+        self,
+        name: str,
+        plain: Callable | None = None,
+        record: Callable | None = None,
+        num_cast: int | Callable[..., int] | None = None,
+        has_changed: Callable[[object], bool] | None = None,
+    ):
+        self.name, self.plain, self.record = name, plain, record
+        self.num_cast, self.has_changed = num_cast, has_changed
+        self.overload = op_named(name)
+        arguments = self.overload._schema.arguments
+        self.names = [a.name for a in arguments]
+        self.defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        self.defaults_in_order = tuple(self.defaults.values())
+        changed = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        self.changed = changed[0] if changed else None
+        self.tensors = _tensor_getter({a.name: str(a.type) for a in arguments})
 
-    def checked(*values, **named) -> dict[str, object]:
-        arguments = by_name(*values, **named)
-        check_tensors(name, arguments)
-        check_arguments(name, list(arguments.values()))
+    def by_name(self, *values: object, **named: object) -> dict[str, object]:
+        """Returns all arguments of a call by name; those at the end may be missing or named."""
+        given = {**self.defaults, **dict(zip(self.names, values, strict=False)), **named}
+        return {argument: given[argument] for argument in self.names}
+
+    def checked(self, *values: object, **named: object) -> dict[str, object]:
+        """Returns what :meth:`by_name` does. ValueError, TypeError: the op would refuse the arguments."""
+        arguments = self.by_name(*values, **named)
+        check_tensors(self.name, arguments)
+        check_arguments(self.name, list(arguments.values()))
         return arguments
 
-    arguments_by_name[name], checked_arguments[name], flop_formulas[name] = by_name, checked, flops
+    def call(self, *arguments: object) -> object:
+        """Calls the op: past the dispatcher where nothing else is to see the call, which saves microseconds."""
+        if is_dynamo_compiling():
+            return self.overload(*arguments)
+        tensors = self.tensors(arguments)
+        if takes_fast_path(*tensors):
+            return self.below_dispatcher(arguments, tensors)
+        if self.changed is None:
+            return self.overload(*arguments)
+        counted = self.to_be_counted(arguments)
+        results = self.overload(*arguments)
+        if torch.is_inference_mode_enabled():  # there PyTorch calls no kernel of autograd
+            increment_version(counted)
+        return results
 
-    def register(kernel: Callable) -> Callable:
-        torch.library.register_fake(f"lora_ext::{name}")(lambda *values, **named: kernel(**checked(*values, **named)))
-        _register_lazy_views(name)
-        return kernel
+    def below_dispatcher(self, arguments: Sequence, tensors: Sequence[Tensor | None]) -> object:
+        """Calls the op as its autograd kernel does."""
+        if self.record is not None and any_requires_grad(*tensors):
+            return self.record(*arguments)
+        if self.changed is not None:
+            return self.change(*arguments)
+        with below_autograd():
+            return self.overload(*arguments)
 
-    return register
+    def change(self, *arguments: object) -> object:
+        """Calls an op in place without gradients, and counts the change."""
+        counted = self.to_be_counted(arguments)
+        with below_in_place():
+            results = self.overload(*arguments)
+        if self.has_changed is None or self.has_changed(results):
+            increment_version(counted)  # a backward that saved one of these fails
+        return results
+
+    def to_be_counted(self, arguments: Sequence) -> Sequence[Tensor]:
+        """Returns the tensors whose change is to be counted. RuntimeError: one of them must not change."""
+        value = arguments[self.changed]
+        tensors = value if isinstance(value, (list, tuple)) else (value,)
+        for tensor in tensors:
+            if tensor is None or tensor.is_inference():
+                return self._counted_among(self.to_change(arguments))
+        return tensors
+
+    def _counted_among(self, labelled: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+        """Does the same for a call with inference tensors, whose changes have no count."""
+        counted = []
+        for label, tensor in labelled:
+            check_inference(self.name, label, tensor)
+            counted += [] if tensor.is_inference() else [tensor]
+        return counted
+
+    def to_change(self, arguments: Sequence) -> Iterator[tuple[str, Tensor]]:
+        """Yields the tensors that a call changes, if any, each with its name in messages."""
+        return tensors_of({} if self.changed is None else {self.names[self.changed]: arguments[self.changed]})
+
+
+def _tensor_getter(types: Mapping[str, str]) -> Callable[[Sequence], tuple[Tensor | None, ...]]:
+    """Returns a function that picks the tensors of an op's arguments, which have these types; it costs little."""
+    places = [(i, kind) for i, (name, kind) in enumerate(types.items()) if "Tensor" in kind and name != "seed"]
+    single = _getter([i for i, kind in places if "List" not in kind])
+    of_lists = _getter([i for i, kind in places if "List" in kind])
+    if not any("List" in kind for _, kind in places):
+        return single
+
+    def tensors(arguments: Sequence) -> tuple[Tensor | None, ...]:
+        found = [*single(arguments)]
+        for value in of_lists(arguments):
+            if isinstance(value, Tensor):
+                raise TypeError("a tensor in place of a list: not the list of its rows")
+            found += value
+        return tuple(found)
+
+    return tensors
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence], tuple]:
+    if not places:
+        return lambda values: ()
+    if len(places) == 1:
+        return lambda values: (values[places[0]],)
+    return operator.itemgetter(*places)
+
+
+OPS: dict[str, Op] = {}
+"""The registered ops by name."""
+
+
+def register(name: str, fake: Callable, **of_op: Any) -> Op:
+    """Registers an op.
+
+    Args:
+        fake: the fake (meta) kernel, which takes the op's arguments by name, after they were checked as the compiled op
+            checks them, and returns results of the right shapes and dtypes.
+        of_op: the other arguments of :class:`Op`.
+    """
+    op = OPS[name] = Op(name, **of_op)
+    torch.library.register_fake(f"lora_ext::{name}")(lambda *values, **named: fake(**op.checked(*values, **named)))
+    LIBRARY.impl(name, _autograd_kernel(op), "Autograd")
+    for key in ("Negative", "Conjugate", "ZeroTensor"):
+        LIBRARY.impl(name, _lazy_kernel(op), key)
+    if op.plain is not None:
+        _define_plain(op)
+        for key in ("FuncTorchDynamicLayerFrontMode", "VmapMode"):
+            LIBRARY.impl(name, _transformed_kernel(op), key)
+    if op.num_cast is not None:
+        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            LIBRARY.impl(name, _autocast_kernel(op, device_type, key), key)
+    return op
+
+
+def register_backward(name: str, fake: Callable, plain: Callable) -> Op:
+    """Registers a backward op. Where its own gradient is wanted it becomes ``plain``, which autograd differentiates."""
+
+    def record(*arguments):
+        return call_plain(OPS[name], arguments)
+
+    return register(name, fake, plain=plain, record=record, num_cast=0)
+
+
+def _completed(op: Op, arguments: tuple) -> tuple:
+    """Adds the arguments that PyTorch leaves out for kernels in Python: those at the end with default values."""
+    missing = len(op.names) - len(arguments)
+    return arguments + op.defaults_in_order[-missing:] if missing else arguments
+
+
+def _autograd_kernel(op: Op) -> Callable:
+    def kernel(*arguments):
+        arguments = _completed(op, arguments)
+        tensors = op.tensors(arguments)
+        if op.plain is not None and has_tangent(*tensors):
+            return call_plain(op, arguments)
+        return op.below_dispatcher(arguments, tensors)
+
+    return kernel
+
+
+# --- plain PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def call_plain(op: Op, arguments: Sequence) -> object:
+    """Calls the op in plain PyTorch, after the checks of the op."""
+    by_name = op.checked(*arguments)
+    if not torch.compiler.is_compiling():
+        check_memory_is_there(op.name, by_name)
+    return op.plain(**by_name)
+
+
+def _transformed_kernel(op: Op) -> Callable:
+    """Returns the kernel for torch.func, which replaces the op by operations that PyTorch can transform.
+
+    While a transform is active (grad, vmap, jvp, ..., in any nesting), calls reach FuncTorchDynamicLayerFrontMode
+    before any other key, also before autocast; under ``is_grads_batched``, they reach VmapMode. All other calls pay
+    nothing for it. Autograd kernels call plain PyTorch where a tangent exists or a gradient's gradient is wanted.
+    """
+
+    def kernel(*arguments):
+        device = next(tensor for tensor in op.tensors(_completed(op, arguments)) if tensor is not None).device.type
+        if not torch.is_autocast_enabled(device):
+            return call_plain(op, arguments)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return call_plain(op, _with_cast(op, arguments, dtype))
+
+    return kernel
+
+
+def _define_plain(op: Op) -> None:
+    """Defines ``lora_ext_plain::<op>``: what CUDA's bindings call for float32 and float64 (csrc/bindings/plain_op.h).
+
+    They do so with all arguments, which they have checked, below autograd. Each result is a list of tensors: of none
+    for None, of one for a tensor.
+    """
+    schema = op.overload._schema
+    parameters, num_results = str(schema).partition("(")[2].partition(") -> ")[0], len(schema.returns)
+
+    def as_list(result: Tensor | list[Tensor] | None) -> list[Tensor]:
+        if isinstance(result, Tensor):
+            return [result]
+        return [] if result is None else list(result)
+
+    def kernel(*arguments):
+        results = op.plain(*arguments)
+        return as_list(results) if num_results == 1 else tuple(map(as_list, results))
+
+    _PLAIN_LIBRARY.define(f"{op.name}({parameters}) -> ({', '.join(['Tensor[]'] * num_results)})")
+    _PLAIN_LIBRARY.impl(op.name, kernel, "CompositeExplicitAutograd")
+
+
+# --- autocast ---------------------------------------------------------------------------------------------------------
+
+
+def _autocast_kernel(op: Op, device_type: str, dispatch_key: str) -> Callable:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
+
+    def kernel(*arguments):
+        cast = _with_cast(op, arguments, torch.get_autocast_dtype(device_type))
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op.overload(*cast)
+
+    return kernel
+
+
+def _with_cast(op: Op, arguments: Sequence, dtype: torch.dtype) -> list:
+    """Returns the arguments, of which the first ``num_cast`` are cast."""
+    count = op.num_cast(*arguments) if callable(op.num_cast) else op.num_cast or 0
+    return [*(_cast(argument, dtype) for argument in arguments[:count]), *arguments[count:]]
+
+
+def _cast(argument: Tensor | list | None, dtype: torch.dtype) -> Tensor | list | None:
+    """Casts as ATen's autocast does: all floating-point tensors except float64."""
+    if isinstance(argument, (list, tuple)):
+        return [_cast(entry, dtype) for entry in argument]
+    eligible = argument is not None and argument.is_floating_point() and argument.dtype != torch.float64
+    return argument.to(dtype) if eligible else argument
+
+
+# --- lazy views -------------------------------------------------------------------------------------------------------
+
+
+def _lazy_kernel(op: Op) -> Callable:
+    """Returns the kernel that resolves lazy views: PyTorch negates, conjugates or clears their values as it reads them.
+
+    PyTorch's fallbacks resolve such arguments, except those in a list of optional tensors; if an op changes one, they
+    change a copy and then fail.
+    """
+
+    def kernel(*arguments):
+        for label, tensor in op.to_change(arguments):
+            check_not_lazy(op.name, label, tensor)
+        labelled = zip(op.names, arguments, strict=False)
+        return op.overload(*(_resolved(op.name, label, value) for label, value in labelled))
+
+    return kernel
 
 
 def _resolved(op: str, label: str, argument: object) -> object:
@@ -130,178 +330,3 @@ def _resolved(op: str, label: str, argument: object) -> object:
         return argument.resolve_neg().resolve_conj()
     except RuntimeError as error:  # of a dtype that PyTorch does not negate
         raise RuntimeError(f"{op}: {label} is a lazy view that PyTorch cannot compute: {error}") from error
-
-
-def _register_lazy_views(name: str) -> None:
-    """Resolves lazy views, whose memory holds other values that PyTorch negates, conjugates or clears as it reads them.
-
-    PyTorch's fallbacks resolve such arguments, except those in a list of optional tensors; if an op changes one, they
-    change a copy and then fail.
-    """
-    op = op_named(name)
-    changed = ChangedArguments(op)
-    labels = [argument.name for argument in op._schema.arguments]
-
-    def kernel(*arguments):
-        for label, tensor in changed.of(arguments):
-            check_not_lazy(name, label, tensor)
-        return op(*(_resolved(name, label, value) for label, value in zip(labels, arguments, strict=False)))
-
-    for key in ("Negative", "Conjugate", "ZeroTensor"):
-        LIBRARY.impl(name, kernel, key)
-
-
-def fake_saved(x: Tensor, total_rank: int, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Returns what a forward saves for its backward, without values: xa and the bit mask."""
-    num_tokens = count_tokens(x)
-    has_mask = reference.dropout_threshold(dropout_p) > 0
-    return (
-        x.new_empty((num_tokens, total_rank), dtype=accumulation_dtype(x.dtype)),
-        x.new_empty((num_tokens, mask_row_bytes(x.shape[-1])) if has_mask else (0,), dtype=torch.uint8),
-    )
-
-
-def fake_layer_gradients(
-    grad_y: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], output_mask: Sequence[bool]
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Returns the gradients of x and of the factors without values, where ``output_mask`` asks for them."""
-    want_x, want_A, want_B = output_mask
-    grad_x = grad_y.new_empty((*grad_y.shape[:-1], lora_As[0].shape[-1])) if want_x else None
-    return grad_x, fake_gradients(lora_As) if want_A else [], fake_gradients(lora_Bs) if want_B else []
-
-
-def fake_gradients(factors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns gradients of factors without values: contiguous, even if the factors are not."""
-    return [torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors]
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """Flattens the leading dimensions: ``[num_tokens, features]``. ``flatten`` has no rule for ``is_grads_batched``."""
-    return tensor.reshape(count_tokens(tensor), tensor.shape[-1])
-
-
-def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
-    """Computes the gradient of a plain linear layer's weight, for users who unfreeze it; LoRA does not need it."""
-    return rows_of(grad_y).T @ rows_of(x)
-
-
-_CACHED = 2**17  # elements whose copy in another dtype stays in a core's cache
-
-
-def bias_gradient(grad_y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Computes a bias's gradient in ``dtype``; None: that of ``grad_y``. Sums in float32 (float64) in any case."""
-    dtype = dtype or grad_y.dtype
-    rows = rows_of(grad_y)
-    wide = torch.promote_types(rows.dtype, dtype)
-    if rows.device.type != "cpu" or rows.dtype == wide or rows.numel() <= _CACHED:
-        return rows.sum(0, dtype=wide).to(dtype)
-    # PyTorch's CPU kernel first copies its argument to the dtype of the result; of the whole tensor, 4 times as slow.
-    return sum(part.sum(0, dtype=wide) for part in rows.split(max(1, _CACHED // rows.shape[1]))).to(dtype)
-
-
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Returns whether one of the tensors has a tangent (forward-mode differentiation), which is lost below autograd."""
-    return forward_ad._current_level >= 0 and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
-
-
-def is_transformed(*tensors: Tensor | None) -> bool:
-    """Returns whether a function of these must use PyTorch's operations only: for a transform, batch or tangent."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or has_tangent(*tensors)
-        or any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
-    )
-
-
-def register_composite(name: str, composite: Callable, num_cast: NumCast = 0) -> Callable:
-    """Registers an op in plain PyTorch (:mod:`lora_ext._ops.composite`) for the transforms of torch.func.
-
-    While a transform is active (grad, vmap, jvp, ..., in any nesting), calls reach FuncTorchDynamicLayerFrontMode
-    before any other key; under ``is_grads_batched``, they reach VmapMode. The kernel here replaces the op by operations
-    that PyTorch can transform; all other calls pay nothing for it. Autograd kernels call the same kernel where a
-    tangent exists or a gradient's gradient is wanted.
-
-    Args:
-        num_cast: As for :func:`register_autocast`, whose key comes later.
-
-    Returns:
-        The kernel, which checks its arguments as the op does.
-    """
-
-    composites[name] = composite
-
-    def call(*values):
-        arguments = checked_arguments[name](*values)
-        if not torch.compiler.is_compiling():
-            check_memory_is_there(name, arguments)
-        return composite(**arguments)
-
-    def kernel(*values):
-        device = next(tensor.device for _, tensor in tensors_of(dict(enumerate(values)))).type
-        if not torch.is_autocast_enabled(device):
-            return call(*values)
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return call(*_with_cast(values, num_cast, dtype))
-
-    for key in ("FuncTorchDynamicLayerFrontMode", "VmapMode"):
-        LIBRARY.impl(name, kernel, key)
-    return kernel
-
-
-def register_backward(name: str, composite: Callable) -> None:
-    """Registers autograd, torch.func and autocast of a backward op.
-
-    Where its own gradient is wanted (``create_graph=True``) it becomes ``composite``, which autograd differentiates.
-    """
-    op = op_named(name)
-    plain = register_composite(name, composite)
-
-    def kernel(*arguments):
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            tensors = [tensor for _, tensor in tensors_of(dict(enumerate(arguments)))]
-            if any_requires_grad(*tensors) or has_tangent(*tensors):
-                return plain(*arguments)
-        with below_autograd():
-            return op(*arguments)
-
-    LIBRARY.impl(name, kernel, "Autograd")
-    register_autocast(name, num_cast=0)
-
-
-def _cast(argument: Tensor | list | None, dtype: torch.dtype) -> Tensor | list | None:
-    """Casts as ATen's autocast does: all floating-point tensors except float64."""
-    if isinstance(argument, (list, tuple)):
-        return [_cast(entry, dtype) for entry in argument]
-    eligible = argument is not None and argument.is_floating_point() and argument.dtype != torch.float64
-    return argument.to(dtype) if eligible else argument
-
-
-def _with_cast(arguments: Sequence, num_cast: NumCast, dtype: torch.dtype) -> list:
-    """Returns the arguments, of which the first ``num_cast`` are cast."""
-    count = num_cast if isinstance(num_cast, int) else num_cast(*arguments)
-    return [*(_cast(argument, dtype) for argument in arguments[:count]), *arguments[count:]]
-
-
-def _autocast_kernel(op: Callable, device_type: str, dispatch_key: str, num_cast: NumCast) -> Callable:
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
-
-    def kernel(*arguments):
-        cast = _with_cast(arguments, num_cast, torch.get_autocast_dtype(device_type))
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return op(*cast)
-
-    return kernel
-
-
-def register_autocast(name: str, num_cast: NumCast) -> None:
-    """Registers autocast: the op's first ``num_cast`` arguments are cast to autocast's dtype, the others keep theirs.
-
-    ``num_cast`` may be a function of the arguments. Zero is for a backward: the forward determined its dtypes, but
-    without a kernel here the products inside it would be autocast again.
-    """
-    op = op_named(name)
-    for device_type, dispatch_key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        LIBRARY.impl(name, _autocast_kernel(op, device_type, dispatch_key, num_cast), dispatch_key)

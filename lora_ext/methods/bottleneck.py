@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lora_ext import functional
 from lora_ext._common.messages import shown
-from lora_ext._ops.bottleneck import ACTIVATIONS, bottleneck
+from lora_ext._ops.bottleneck import ACTIVATIONS
 from lora_ext.methods.architectures import architecture_of, hidden_size, layers_of, weight_of
 from lora_ext.methods.base import Inserted, Insertion, Method, check_at_least, new_parameter_dtype
 
@@ -31,7 +32,7 @@ class Bottleneck(Inserted):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         weights = self.down.weight, self.down.bias, self.up.weight, self.up.bias
-        return bottleneck(x, *weights, self.activation, None if residual is x else residual)
+        return functional.bottleneck(x, *weights, self.activation, None if residual is x else residual)
 
     def adapted(self, h: Tensor) -> Tensor:
         """Returns the replacement of ``h``, the host's output."""

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import functional
-from lora_ext._ops.grouped_calls import plus_lora_grouped
 
 
 class ExpertUpdate(NamedTuple):
@@ -321,7 +320,7 @@ def _add_by_expert(y: Tensor, x: Tensor, view: WeightView, experts: Tensor) -> T
         factors = [ExpertUpdate(u.lora_B.mT, u.lora_A.mT, u.scaling) for u in factors]
     for A, B, scaling in factors:
         scalings = torch.full((A.shape[0],), scaling, dtype=torch.float64, device=A.device)
-        y = plus_lora_grouped(y, x, A, B, experts, scalings)
+        y = functional.plus_lora_grouped(y, x, A, B, experts, scalings)
     return y
 
 

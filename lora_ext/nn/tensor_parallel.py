@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lora_ext import functional
 from lora_ext._common.sharded import is_sharded, local
-from lora_ext._ops import composite
+from lora_ext._ops import plain
 from lora_ext.nn.adapter import LoraAdapter, MaterialisedFactors
 from lora_ext.nn.base_layer import splits_tensors
 from lora_ext.nn.updates import expand_onto
@@ -89,13 +89,13 @@ def add_split_update(
         if not by_rows:
             whole[-1] = weight.shape[COLUMNS]
             begin[-1] = min(group.rank() * -(-whole[-1] // size), whole[-1])  # as torch.chunk splits
-        x = composite.dropped_part(x, dropout_p, seed, whole, begin)
+        x = plain.dropped_part(x, dropout_p, seed, whole, begin)
     with torch.autocast(x.device.type, enabled=False):
         xa = F.linear(x.to(A.dtype), A)
     xa = (_SumOfGradients if by_rows else _Sum).apply(xa, group)
     if bias is not None:
         y = y + (adapter.scaling * bias).to(y.dtype)
-    return expand_onto(y, xa, B, composite.scale(adapter.scaling, dropout_p))
+    return expand_onto(y, xa, B, plain.scale(adapter.scaling, dropout_p))
 
 
 def _all_reduce(tensor: Tensor, group) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext._ops.registration import rows_of
+from lora_ext._ops.plain import rows_of
 
 
 class Update(NamedTuple):

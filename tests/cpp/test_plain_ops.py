@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_ext._ops.checks import accumulation_dtype
-from lora_ext._ops.plain import GROUPED_OPS, OPS
+from lora_ext._ops.registration import OPS
 
 pytestmark = [pytest.mark.cpu_only("runs a CUDA binding on the CPU"), pytest.mark.full]
-BINDINGS = {"cuda_lora_linear": [*OPS, "lora_dropout_mask"], "cuda_grouped": GROUPED_OPS}
-EACH = [*OPS, *GROUPED_OPS]
+EACH = [name for name, op in OPS.items() if op.plain is not None and name != "lora_grouped_linear"]
+GROUPED = [name for name in EACH if "grouped" in name]
+BINDINGS = {"cuda_lora_linear": {*EACH, "lora_dropout_mask"} - {*GROUPED}, "cuda_grouped": GROUPED}
 
 
 def schema_name(op: str) -> str:

@@ -8,7 +8,7 @@ from support import op_table
 from support.op_table import DOUBLE
 
 from lora_ext import functional
-from lora_ext._ops.registration import bias_gradient
+from lora_ext._ops.plain import bias_gradient
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)

@@ -10,9 +10,9 @@ pytestmark = [pytest.mark.cpu_only("starts processes"), pytest.mark.full]
 PLAIN_STATE = """
 with {context}:
     import lora_ext
-    from lora_ext._ops.fast_path import is_plain_state
-    assert not is_plain_state()
-assert is_plain_state()
+    from lora_ext._ops.fast_path import takes_fast_path
+    assert not takes_fast_path()
+assert takes_fast_path()
 """
 COUNTER = """
 {first}

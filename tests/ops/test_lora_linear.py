@@ -6,7 +6,7 @@ from support.layers import random_layer, with_threads
 from support.processes import run_forked
 
 from lora_ext import functional, reference
-from lora_ext._ops import composite
+from lora_ext._ops import plain
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0 >> 1)
 
@@ -53,10 +53,10 @@ def test_a_part_of_x_has_that_part_of_the_mask(begin):
     """As in a layer whose tokens or features are on several devices."""
     x = torch.randn(2, 4, 130)
     part = x[begin[0] : begin[0] + 1, begin[1] : begin[1] + 2, begin[2] : begin[2] + 67]
-    found = composite.dropped_part(part, 0.3, SEED, x.shape, begin)
-    whole = composite.dropped(x, 0.3, SEED)
+    found = plain.dropped_part(part, 0.3, SEED, x.shape, begin)
+    whole = plain.dropped(x, 0.3, SEED)
     assert torch.equal(found, whole[begin[0] : begin[0] + 1, begin[1] : begin[1] + 2, begin[2] : begin[2] + 67])
-    assert composite.dropped_part(part, 0.0, SEED, x.shape, begin) is part
+    assert plain.dropped_part(part, 0.0, SEED, x.shape, begin) is part
 
 
 @pytest.mark.parametrize("dropout_p", [1e-9, 0.0])

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_ext import functional
-from lora_ext._ops.registration import mask_row_bytes
+from lora_ext._ops.checks import mask_row_bytes
 from lora_ext.nn import EmbeddingAdapter, LoraEmbedding, LoraLinear
 from lora_ext.nn.trainable_tokens import TokenRows, TrainableTokens
 

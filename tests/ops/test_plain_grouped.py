@@ -8,7 +8,7 @@ from support.groups import Grouped, random_groups
 from support.op_table import OPS, Sample
 from torch import Tensor
 
-from lora_ext._ops import composite_grouped
+from lora_ext._ops import plain_grouped
 
 pytestmark = pytest.mark.cpu_only("compares with the CPU's kernels, which take these dtypes")
 
@@ -87,6 +87,6 @@ def test_a_row_meets_no_other_groups_factors():
 def test_rows_are_gathered_in_parts(monkeypatch):
     case = random_groups(20, (24, 20), [4, 3], (F32, F32))
     whole = results(PLAIN, case, 0.2)
-    monkeypatch.setattr(composite_grouped, "_ROWS", 7)
+    monkeypatch.setattr(plain_grouped, "_ROWS", 7)
     for value, wanted in zip(results(PLAIN, case, 0.2), whole, strict=True):
         torch.testing.assert_close(value, wanted)

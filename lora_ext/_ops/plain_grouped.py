@@ -1,4 +1,4 @@
-"""``lora_grouped_``, its backward and ``lora_grouped_linear`` in plain PyTorch (composite.py).
+"""``lora_grouped_``, its backward and ``lora_grouped_linear`` in plain PyTorch (plain.py).
 
 As in the kernels a row meets the factors of its own group only, numbers that do not exist make NaN of their rows, and
 nothing waits for the device: a CUDA graph can capture it.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_ext._ops.composite import acc_rows, draw_mask, dropped_rows, largest_rank, scale
+from lora_ext._ops.plain import acc_rows, draw_mask, dropped_rows, largest_rank, scale
 from lora_ext.reference import dropout_threshold
 
 _ROWS = 256  # whose factors are gathered at once
