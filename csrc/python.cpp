@@ -126,8 +126,7 @@ void set_sizes(Params& p, int64_t num_tokens, const Layers& layers, const std::s
   p.total_rank = begin;
 }
 
-void check(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
-           int multiprocessors) {
+void check(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype, int sms) {
   if (num_tokens < 0 || in_features < 0) throw py::value_error("plan: a size is negative");
   if (layers.empty() || layers.size() > kMaxSiblings) {
     throw py::value_error("plan: there are " + std::to_string(layers.size()) + " layers, want 1 to " +
@@ -140,12 +139,12 @@ void check(int64_t num_tokens, int64_t in_features, const Layers& layers, const 
   if (!is_16_bit(dtype_named(dtype))) {
     throw py::value_error("plan: x has dtype " + dtype + ", but CUDA kernels take dtypes of 16 bits");
   }
-  if (multiprocessors < 1) throw py::value_error("plan: a GPU has at least one multiprocessor");
+  if (sms < 1) throw py::value_error("plan: a GPU has at least one SM");
 }
 
 Plan plan_forward(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
-                  const std::string& factor_dtype, bool dropout, bool base_layers, int multiprocessors) {
-  check(num_tokens, in_features, layers, dtype, multiprocessors);
+                  const std::string& factor_dtype, bool dropout, bool base_layers, int sms) {
+  check(num_tokens, in_features, layers, dtype, sms);
   LoraForwardParams p{};
   set_sizes(p.shrink, num_tokens, layers, dtype, factor_dtype);
   set_sizes(p.expand, num_tokens, layers, dtype, factor_dtype);
@@ -153,13 +152,12 @@ Plan plan_forward(int64_t num_tokens, int64_t in_features, const Layers& layers,
   p.shrink.threshold = dropout ? 1 : 0;
   BaseWeights weights;
   std::fill(std::begin(weights.strides), std::end(weights.strides), in_features);
-  return finished_plan({p, base_layers ? &weights : nullptr}, {multiprocessors});
+  return finished_plan({p, base_layers ? &weights : nullptr}, {sms});
 }
 
 Plan plan_backward(int64_t num_tokens, int64_t in_features, const Layers& layers, const std::string& dtype,
-                   const std::string& factor_dtype, bool dropout, const std::array<bool, 3>& output_mask,
-                   int multiprocessors) {
-  check(num_tokens, in_features, layers, dtype, multiprocessors);
+                   const std::string& factor_dtype, bool dropout, const std::array<bool, 3>& output_mask, int sms) {
+  check(num_tokens, in_features, layers, dtype, sms);
   LoraBackwardParams p{};
   set_sizes(p.expand, num_tokens, layers, dtype, factor_dtype);
   set_sizes(p.shrink, num_tokens, layers, dtype, factor_dtype);
@@ -169,14 +167,13 @@ Plan plan_backward(int64_t num_tokens, int64_t in_features, const Layers& layers
   p.shrink.wants_grad_lora_A = output_mask[1];
   p.expand.wants_grad_lora_B = output_mask[2];
   p.expand.wants_grad_xa = output_mask[0] || output_mask[1];
-  return finished_plan(p, {multiprocessors});
+  return finished_plan(p, {sms});
 }
 
 // Rows that choose among the groups of one stack of factors.
 Plan plan_grouped(int64_t num_tokens, int64_t in_features, int64_t out_features, int64_t groups, int64_t rank,
-                  bool backward, const std::string& dtype, const std::string& factor_dtype, bool dropout,
-                  int multiprocessors) {
-  check(num_tokens, in_features, {{out_features, rank}}, dtype, multiprocessors);
+                  bool backward, const std::string& dtype, const std::string& factor_dtype, bool dropout, int sms) {
+  check(num_tokens, in_features, {{out_features, rank}}, dtype, sms);
   if (groups < 0) throw py::value_error("plan: a size is negative");
   const cuda::GroupedRows rows{.num_tokens = num_tokens,
                                .num_groups = groups,
@@ -196,7 +193,7 @@ Plan plan_grouped(int64_t num_tokens, int64_t in_features, int64_t out_features,
     p.max_rank = rank;
     p.dtype = dtype_named(dtype);
     p.factor_dtype = dtype_named(factor_dtype);
-    return finished_plan(cuda::GroupedCall(p, rows, {&stack, 1}), {multiprocessors});
+    return finished_plan(cuda::GroupedCall(p, rows, {&stack, 1}), {sms});
   };
   LoraGroupedForwardParams forward_params{};
   forward_params.threshold = dropout ? 1 : 0;
@@ -243,18 +240,18 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("streams_weights", &Plan::streams_weights, "The launches compute the base layers, too.")
       .def("__repr__", [](const Plan& plan) { return plan.text; });
 
-  const int h100 = cuda::Gpu{}.multiprocessors;
+  const int h100 = cuda::Gpu{}.sms;
   m.def("plan_forward", &plan_forward, "num_tokens"_a, "in_features"_a, "layers"_a, py::kw_only(),
         "dtype"_a = "bfloat16", "factor_dtype"_a = "float32", "dropout"_a = true, "base_layers"_a = true,
-        "multiprocessors"_a = h100,
+        "sms"_a = h100,
         "The plan of a forward of layers, a list of (out_features, rank), that read one x. base_layers: with the\n"
         "products by the frozen weights, which a kernel for few tokens can compute, too.");
   m.def("plan_backward", &plan_backward, "num_tokens"_a, "in_features"_a, "layers"_a, py::kw_only(),
         "dtype"_a = "bfloat16", "factor_dtype"_a = "float32", "dropout"_a = true,
-        "output_mask"_a = std::array{true, true, true}, "multiprocessors"_a = h100,
+        "output_mask"_a = std::array{true, true, true}, "sms"_a = h100,
         "The plan of a backward. output_mask: whether grad_x, the grad_lora_A and the grad_lora_B are wanted.");
   m.def("plan_grouped", &plan_grouped, "num_tokens"_a, "in_features"_a, "out_features"_a, "groups"_a, "rank"_a,
         py::kw_only(), "backward"_a = false, "dtype"_a = "bfloat16", "factor_dtype"_a = "float32", "dropout"_a = false,
-        "multiprocessors"_a = h100,
+        "sms"_a = h100,
         "The plan of lora_grouped_ or of its backward, for rows that choose among the groups of one stack.");
 }

@@ -43,7 +43,7 @@ def plan_forward(
     factor_dtype: str = "float32",
     dropout: bool = True,
     base_layers: bool = True,
-    multiprocessors: int = 132,
+    sms: int = 132,
 ) -> Plan: ...
 def plan_backward(
     num_tokens: int,
@@ -54,7 +54,7 @@ def plan_backward(
     factor_dtype: str = "float32",
     dropout: bool = True,
     output_mask: tuple[bool, bool, bool] = (True, True, True),
-    multiprocessors: int = 132,
+    sms: int = 132,
 ) -> Plan: ...
 def plan_grouped(
     num_tokens: int,
@@ -67,5 +67,5 @@ def plan_grouped(
     dtype: str = "bfloat16",
     factor_dtype: str = "float32",
     dropout: bool = False,
-    multiprocessors: int = 132,
+    sms: int = 132,
 ) -> Plan: ...

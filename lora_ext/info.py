@@ -63,7 +63,7 @@ def plan(num_tokens: int, in_features: int, out_features: int, rank: int = 16, s
 
     ``sms``: streaming multiprocessors of the GPU; None: an H100's. Neither a GPU nor the CUDA kernels are needed.
     """
-    gpu = {} if sms is None else {"multiprocessors": sms}
+    gpu = {} if sms is None else {"sms": sms}
     sizes = num_tokens, in_features, [(out_features, rank)]
     forward, backward = _load.plan_forward(*sizes, **gpu), _load.plan_backward(*sizes, **gpu)
     base = "" if forward.streams_weights else "\n  then a cuBLAS GEMM with the frozen weight adds to y"

@@ -31,7 +31,7 @@ class Family:
     """The rules for a family of kernels. A kernel belongs to the first family whose pattern matches its name.
 
     blocks_per_sm is the second number of __launch_bounds__, which the binary does not keep. That number must fit by
-    registers and threads everywhere, and by shared memory on multiprocessors with 228 KiB (sm_90, sm_100); smaller ones
+    registers and threads everywhere, and by shared memory on SMs with 228 KiB (sm_90, sm_100); smaller ones
     run fewer. dynamic_shared is the maximum number of bytes that the launch adds; the binary does not have it either.
     """
 
@@ -59,7 +59,7 @@ FAMILIES = [
     Family("merge", r"^merge_kernel<", wide_loads=True, wide_stores=True),
     Family("pack factors", r"^mma::pack_factors_kernel"),
     Family("sums", r"^(rank_sums|gradient_sums)_kernel"),
-    # One block on a multiprocessor, because both sums are in registers.
+    # One block on an SM, because both sums are in registers.
     Family("mma shrink and sum", r"^mma::shrink_and_sum_kernel", blocks_per_sm=1, **MMA),
     # Template arguments: the dtype of x, ranks of a block. The sums of 128 ranks leave registers for one block.
     Family("mma shrink, 128 ranks", r"^mma::shrink_kernel<\w+, 128,", blocks_per_sm=1, **MMA),
@@ -121,7 +121,7 @@ def violations(kernel: Kernel) -> list[str]:
         blocks = kernel.blocks_per_sm(family.dynamic_shared) if has_room else kernel.blocks_by_registers()
         rule(
             blocks >= family.blocks_per_sm,
-            f"fits {blocks} times on a multiprocessor, want {family.blocks_per_sm} ({kernel.registers} registers x "
+            f"fits {blocks} times on an SM, want {family.blocks_per_sm} ({kernel.registers} registers x "
             f"{kernel.max_threads} threads, {block_shared} bytes of shared memory)",
         )
     return found

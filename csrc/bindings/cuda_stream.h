@@ -16,7 +16,7 @@ namespace lora_ext::cuda {
 using torch::stable::accelerator::DeviceGuard;
 
 struct GpuFacts {
-  int multiprocessors;
+  int sms;
   bool overlaps_launches;
 };
 
@@ -27,9 +27,9 @@ inline const GpuFacts& gpu_facts(int device) {
   static GpuFacts facts[kMaxDevices];
   STD_TORCH_CHECK(device >= 0 && device < kMaxDevices, "lora_ext supports ", kMaxDevices, " GPUs");
   std::call_once(asked[device], [&] {
-    int multiprocessors = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    facts[device] = {multiprocessors, launches_may_overlap()};
+    int sms = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+    facts[device] = {sms, launches_may_overlap()};
   });
   return facts[device];
 }
@@ -38,10 +38,10 @@ inline GpuStream current_stream(const Tensor& tensor) {
   const int device = tensor.get_device_index();
   void* stream = nullptr;
   LORA_EXT_CALL_TORCH(aoti_torch_get_current_cuda_stream, device, &stream);
-  const auto& [multiprocessors, overlaps_launches] = gpu_facts(device);
+  const auto& [sms, overlaps_launches] = gpu_facts(device);
   return {.stream = static_cast<cudaStream_t>(stream),
           .device = device,
-          .multiprocessors = multiprocessors,
+          .sms = sms,
           .overlaps_launches = overlaps_launches};
 }
 
@@ -49,7 +49,7 @@ inline GpuStream current_stream(const Tensor& tensor) {
 // return, while kernels may still use it: the caching allocator reuses it only for later work on the same stream.
 inline Plan plan_and_run(const LoraCall& call, const Tensor& like) {
   const GpuStream stream = current_stream(like);
-  const Plan plan = make_plan(call, {stream.multiprocessors});
+  const Plan plan = make_plan(call, {stream.sms});
   const Tensor scratch = empty_bytes({plan.scratch.bytes}, like);
   run_plan(call, plan, scratch.mutable_data_ptr(), stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -58,7 +58,7 @@ inline Plan plan_and_run(const LoraCall& call, const Tensor& like) {
 
 inline void plan_and_run(const GroupedCall& call, const Tensor& like) {
   const GpuStream stream = current_stream(like);
-  const GroupedPlan plan = make_plan(call, {stream.multiprocessors});
+  const GroupedPlan plan = make_plan(call, {stream.sms});
   const Tensor scratch = empty_bytes({plan.scratch_bytes}, like);
   STD_CUDA_KERNEL_LAUNCH_CHECK();  // another library's error, before anything changes
   run_plan(call, plan, scratch.mutable_data_ptr(), stream);

@@ -8,9 +8,9 @@ namespace lora_ext::cuda {
 struct GpuStream {
   cudaStream_t stream;
   int device;
-  // The GPU's, or its MIG slice's. Plans cut the work into pieces for this many multiprocessors, and the order of
+  // The GPU's, or its MIG slice's. Plans cut the work into pieces for this many SMs, and the order of
   // sums follows the pieces: results are the same bits on every run on one kind of GPU.
-  int multiprocessors;
+  int sms;
   // Kernels may start before the launch before them has ended (launch.cuh). Only if they were compiled for sm_90 or
   // newer.
   bool overlaps_launches = false;

@@ -55,9 +55,9 @@ class GroupedPlanner {
     plan_expand(Result::kY, p.out_features);
   }
 
-  // Every row by itself. Ranges of features for about two blocks on every multiprocessor.
+  // Every row by itself. Ranges of features for about two blocks on every SM.
   void plan_few_rows(const LoraGroupedForwardParams& p) {
-    const int64_t wanted = ceil_div(2 * gpu_.multiprocessors, std::max<int64_t>(rows_.num_tokens, 1));
+    const int64_t wanted = ceil_div(2 * gpu_.sms, std::max<int64_t>(rows_.num_tokens, 1));
     split_features(p.in_features, wanted, grouped::kRangeStep, 0);
     plan_.rank_partials = carver_.take(rows_.num_tokens * p.max_rank * plan_.shrink.ranges * kFloat);
     add({.kernel = Kernel::kFewRowsShrink,
@@ -88,12 +88,12 @@ class GroupedPlanner {
     split.ranges = std::max<int64_t>(ceil_div(features, split.features_per_range), least);
   }
 
-  // Ranges of features, so that a few tiles of rows make blocks for every multiprocessor. Every range costs a partial
+  // Ranges of features, so that a few tiles of rows make blocks for every SM. Every range costs a partial
   // sum of num_tokens * max_rank.
   void plan_shrink(Result result, int64_t features, int64_t max_rank) {
     constexpr int64_t kMostRanges = 16, kStep = 64;
     const int64_t tiles = std::max<int64_t>(ceil_div(rows_.num_tokens, grouped::kTileRows), 1);
-    split_features(features, std::clamp<int64_t>(2 * gpu_.multiprocessors / tiles, 1, kMostRanges), kStep, 1);
+    split_features(features, std::clamp<int64_t>(2 * gpu_.sms / tiles, 1, kMostRanges), kStep, 1);
     const int64_t sums = rows_.num_tokens * max_rank;
     if (plan_.shrink.ranges > 1) plan_.rank_partials = carver_.take(sums * plan_.shrink.ranges * kFloat);
     const bool is_small = max_rank <= grouped::kSmallRanks;

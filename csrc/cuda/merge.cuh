@@ -42,7 +42,7 @@ struct MergeTraits {
   // Pads lora_B's tile: at most two lanes that write it meet in a bank, without padding eight or sixteen. The rows that
   // a warp reads stay one aligned vector.
   static constexpr int kPitchB = kTileRows + kWarpRows;
-  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // per multiprocessor: 255 registers per thread, or 128
+  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // per SM: 255 registers per thread, or 128
 };
 
 // Returns how many lanes of a warp meet in a bank of shared memory when they write lora_B's tile, one after the other.
@@ -60,7 +60,7 @@ constexpr int lanes_in_a_bank() {
 }
 
 // Rows of the next tile that a warp loads in advance. None where its registers are full: another block is on the
-// multiprocessor, too.
+// SM, too.
 template <class T, MergeMode kMode>
 constexpr int kRowsAhead = sizeof(T) == 2 && kMode == MergeMode::kMergeRecord ? 0 : MergeTraits<T>::kWarpRows;
 
@@ -314,9 +314,9 @@ __global__ void __launch_bounds__(MergeTraits<T>::kThreads, MergeTraits<T>::kBlo
 }
 
 // Returns the number of tiles per block: many tiles read lora_A less often, few fill the GPU with small layers.
-inline int plan_tiles_per_block(int64_t num_tiles, int64_t multiprocessors) {
-  constexpr int64_t kEnoughBlocks = 4;  // for each multiprocessor, two at a time
-  return static_cast<int>(std::clamp<int64_t>(num_tiles / (kEnoughBlocks * multiprocessors), 1, 4));
+inline int plan_tiles_per_block(int64_t num_tiles, int64_t sms) {
+  constexpr int64_t kEnoughBlocks = 4;  // for each SM, two at a time
+  return static_cast<int>(std::clamp<int64_t>(num_tiles / (kEnoughBlocks * sms), 1, 4));
 }
 
 template <class T>
@@ -342,7 +342,7 @@ void launch_merge_of(MergeMode mode, const MergeParams& params, const MergeLayer
   for (int64_t i = 0; i < num_layers; ++i) {
     num_tiles += ceil_div(layers[i].out_features, MergeTraits<T>::kTileRows) * merge_segments(layers[i].in_features);
   }
-  p.tiles_per_block = plan_tiles_per_block(num_tiles, stream.multiprocessors);
+  p.tiles_per_block = plan_tiles_per_block(num_tiles, stream.sms);
   int64_t num_blocks = 0;
   for (int64_t i = 0; i < num_layers; ++i) {
     if (layers[i].out_features == 0 || layers[i].in_features == 0) continue;

@@ -14,13 +14,13 @@ constexpr int64_t kFloat = sizeof(float);
 
 // --- how a pass is split between blocks ---
 
-// Returns into how many pieces `blocks` blocks are cut each, so that they fill the multiprocessors: about one block on
+// Returns into how many pieces `blocks` blocks are cut each, so that they fill the SMs: about one block on
 // each, or two, which overlap better, if partial sums of so many pieces are affordable. Nothing between: a second wave
 // of blocks that is nearly empty takes as long as a full one.
-int64_t pieces_of_blocks(int64_t blocks, int64_t affordable, int64_t multiprocessors) {
-  const int64_t two = 2 * multiprocessors / blocks, one = multiprocessors / blocks;
+int64_t pieces_of_blocks(int64_t blocks, int64_t affordable, int64_t sms) {
+  const int64_t two = 2 * sms / blocks, one = sms / blocks;
   if (affordable >= two) return two;
-  return 5 * one * blocks >= 4 * multiprocessors ? one : ceil_div(multiprocessors, blocks);
+  return 5 * one * blocks >= 4 * sms ? one : ceil_div(sms, blocks);
 }
 
 // Returns the steps in one piece when `count` steps are cut into at most `pieces` equal pieces.
@@ -34,7 +34,7 @@ PassSplit split_rank_sums(int64_t num_tokens, int64_t features, int64_t rank, co
   const int64_t blocks = std::max<int64_t>(chunks * ceil_div(rank, rank_tile(rank)), 1);
   // A range costs 8 * rank bytes a token; it may cost an eighth of its part of the matrix, 2 * features / ranges.
   const int64_t affordable = features / (32 * std::max<int64_t>(rank, 1));
-  const int64_t ranges = pieces_of_blocks(blocks, affordable, gpu.multiprocessors);
+  const int64_t ranges = pieces_of_blocks(blocks, affordable, gpu.sms);
   // With few tokens a range still has enough steps for the pipeline: expand's blocks read all partial sums of a row.
   constexpr int64_t kLeastSteps = 4;
   const int64_t steps = ceil_div(features, Tiles::kFeatures);
@@ -48,7 +48,7 @@ PassSplit split_feature_sums(int64_t num_tokens, int64_t features, int64_t rank,
   const int64_t blocks = std::max<int64_t>(ranges * ceil_div(rank, rank_tile(rank)), 1);
   // A chunk costs 8 * rank bytes a feature; it may cost an eighth of its part of the matrix, 2 * num_tokens / chunks.
   const int64_t affordable = num_tokens / (32 * std::max<int64_t>(rank, 1));
-  const int64_t chunks = pieces_of_blocks(blocks, affordable, gpu.multiprocessors);
+  const int64_t chunks = pieces_of_blocks(blocks, affordable, gpu.sms);
   const int64_t steps = ceil_div(num_tokens, Tiles::kTokens), per_chunk = steps_per_piece(steps, chunks);
   return {ranges, Tiles::kFeatures, ceil_div(steps, per_chunk), per_chunk * Tiles::kTokens};
 }
@@ -57,11 +57,11 @@ using FusedTiles = ShrinkAndSumTiles<static_cast<int>(kMaxFusedRank)>;
 
 // Partial sums cost 8 * rank * (ranges * num_tokens + chunks * features) bytes, which is least when both terms are
 // equal. At 8192 x 4096, rank 16, they add about an eighth to the bytes that the pass reads, and are read again from
-// L2. Hence one block per multiprocessor. Siblings share the launch: all_ranges counts theirs, too.
+// L2. Hence one block per SM. Siblings share the launch: all_ranges counts theirs, too.
 PassSplit split_fused_sums(int64_t num_tokens, int64_t features, int64_t all_ranges, const Gpu& gpu) {
-  const int64_t blocks = std::max<int64_t>(all_ranges, 1), least = std::max<int64_t>(gpu.multiprocessors / blocks, 1);
+  const int64_t blocks = std::max<int64_t>(all_ranges, 1), least = std::max<int64_t>(gpu.sms / blocks, 1);
   // The time is the waves of blocks times the tokens of a chunk. A few more chunks help where one wave is half empty.
-  const auto waves = [&](int64_t chunks) { return ceil_div(blocks * chunks, gpu.multiprocessors); };
+  const auto waves = [&](int64_t chunks) { return ceil_div(blocks * chunks, gpu.sms); };
   int64_t chunks = least;
   for (int64_t more = least + 1; more <= least + 2; ++more) {
     if (waves(more) * chunks < waves(chunks) * more) chunks = more;
@@ -273,8 +273,8 @@ class Planner {
     split.row_warps = 1;
     while (split.row_warps < kWarps && split.row_warps * kPieceRows < p.num_tokens) split.row_warps *= 2;
     const int64_t row_tiles = ceil_div(p.num_tokens, split.row_warps * kPieceRows);
-    // With few tokens tiles are narrower, for a block on nearly every multiprocessor.
-    const int64_t target_blocks = static_cast<int64_t>(gpu_.multiprocessors) * 7 / 8;
+    // With few tokens tiles are narrower, for a block on nearly every SM.
+    const int64_t target_blocks = static_cast<int64_t>(gpu_.sms) * 7 / 8;
     const int64_t bytes_of_column = padded_ranks(rank) * 2;
     int64_t tile_cols =
         std::min(kShortMaxCols, kShortSharedBytes / bytes_of_column / kPackedFeatureStep * kPackedFeatureStep);
@@ -341,7 +341,7 @@ class Planner {
       for (int s = 0; s < p.num_siblings; ++s) blocks += ceil_div(p.siblings[s].out_features, 16 * row_tiles);
       return blocks;
     };
-    const int64_t resident = gpu_.multiprocessors * (token_tiles == 1 ? 2 : 1);
+    const int64_t resident = gpu_.sms * (token_tiles == 1 ? 2 : 1);
     const auto rows_in_turn = [&](int row_tiles) { return ceil_div(blocks_of(row_tiles), resident) * row_tiles; };
     const int least = token_tiles == 1 ? 1 : 2;
     const bool larger = ceil_div(blocks_of(least), resident) > 1 && rows_in_turn(least + 1) <= rows_in_turn(least);

@@ -1,5 +1,5 @@
 // Plans: how a call of the kernels for 16-bit x is divided into launches, a launch into blocks, and the scratch memory
-// into parts. make_plan() decides all of it, once, from shapes and the number of multiprocessors: the binding allocates
+// into parts. make_plan() decides all of it, once, from shapes and the number of SMs: the binding allocates
 // what a plan asks for, run_plan() (launch.h) starts its launches. Results are the same bits on every run on one kind
 // of GPU. Includes no header of CUDA: lora_ext._C.plan makes plans on machines without it.
 //
@@ -26,7 +26,7 @@ namespace lora_ext::cuda {
 
 // The properties of a GPU, or of its MIG slice, that plans depend on.
 struct Gpu {
-  int multiprocessors = 132;  // of an H100
+  int sms = 132;  // of an H100
 };
 
 // The parts of a call; null: not in this one. A forward is a shrink and an expand, a backward both of their backwards.

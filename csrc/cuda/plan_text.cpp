@@ -66,7 +66,7 @@ template <class PlanType>
 std::string printed(const std::string& heading, const PlanType& plan, std::span<const PlannedLaunch> launches,
                     int64_t scratch_bytes, const Gpu& gpu) {
   std::string lines = text("%s\n%lld launches on %d SMs, %lld bytes of scratch memory", heading.c_str(),
-                           number(static_cast<int64_t>(launches.size())), gpu.multiprocessors, number(scratch_bytes));
+                           number(static_cast<int64_t>(launches.size())), gpu.sms, number(scratch_bytes));
   for (const PlannedLaunch& launch : launches) {
     const std::string kernel =
         launch.variant > 0 ? text("%s<%d>", name_of(launch.kernel), launch.variant) : name_of(launch.kernel);

@@ -32,10 +32,10 @@ BROKEN = [
     ({"instructions": INSTRUCTIONS | {"HMMA": 0}}, "has no HMMA"),
     ({"instructions": INSTRUCTIONS | {"LDGSTS.128": 0}}, "has no cp.async of 16 bytes"),
     ({"instructions": INSTRUCTIONS | {"STG.128": 0}}, "writes nothing 16 bytes wide"),
-    ({"registers": 136}, "fits 1 times on a multiprocessor, want 2"),
+    ({"registers": 136}, "fits 1 times on an SM, want 2"),
     ({"shared": 62_401}, "wants 101377 bytes of shared memory, at most 101376"),
-    ({"arch": "sm_80", "registers": 136}, "fits 1 times on a multiprocessor, want 2"),
-    ({"arch": "sm_120", "max_threads": 1024, "registers": 32}, "fits 1 times on a multiprocessor, want 2"),
+    ({"arch": "sm_80", "registers": 136}, "fits 1 times on an SM, want 2"),
+    ({"arch": "sm_120", "max_threads": 1024, "registers": 32}, "fits 1 times on an SM, want 2"),
 ]
 
 

@@ -14,8 +14,6 @@ namespace lora_ext::cuda {
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
-inline GpuStream current_stream(const torch::stable::Tensor&) {
-  return {.stream = nullptr, .device = 0, .multiprocessors = 1};
-}
+inline GpuStream current_stream(const torch::stable::Tensor&) { return {.stream = nullptr, .device = 0, .sms = 1}; }
 
 }  // namespace lora_ext::cuda

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import params
 from .build import CACHE, ROOT, SIMT, build_library
 
-FEW_MULTIPROCESSORS = 2
+FEW_SMS = 2
 STAND_IN = ("tests/simt/standin/", "tests/simt/runtime/")
 
 
@@ -77,7 +77,7 @@ class _CLaunch(ctypes.Structure):  # mirrors CLaunch of runtime/api.cpp
 class Library:
     """A built library. All runs share its device memory, so every run begins with `reset`."""
 
-    multiprocessors = 132  # of the GPU for which the kernels plan: an H100
+    sms = 132  # of the GPU for which the kernels plan: an H100
 
     def __init__(self, path: Path):
         self.path = path
@@ -212,12 +212,12 @@ def kernels() -> Library:
 
 @functools.cache
 def few_blocks() -> Library:
-    """Returns the kernels, planning for a GPU of few multiprocessors.
+    """Returns the kernels, planning for a GPU of few SMs.
 
     On a large GPU, a block has only one step at a test's sizes. With few blocks, loops and pipelines run several times.
     """
     library = Library(kernels().path)
-    library.multiprocessors = FEW_MULTIPROCESSORS
+    library.sms = FEW_SMS
     return library
 
 

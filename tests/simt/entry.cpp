@@ -8,16 +8,12 @@
 using namespace lora_ext;
 using namespace lora_ext::cuda;
 
-static GpuStream stream_of(int multiprocessors) {
-  return {.stream = nullptr, .device = 0, .multiprocessors = multiprocessors, .overlaps_launches = true};
-}
+static GpuStream stream_of(int sms) { return {.stream = nullptr, .device = 0, .sms = sms, .overlaps_launches = true}; }
 
-#define EXPORT_PLAN(Params)                                                              \
-  EXPORT int64_t scratch_bytes_##Params(const Params* p, int multiprocessors) {          \
-    return make_plan(*p, {multiprocessors}).scratch.bytes;                               \
-  }                                                                                      \
-  EXPORT void run_##Params(const Params* p, void* scratch, int multiprocessors) {        \
-    run_plan(*p, make_plan(*p, {multiprocessors}), scratch, stream_of(multiprocessors)); \
+#define EXPORT_PLAN(Params)                                                                                      \
+  EXPORT int64_t scratch_bytes_##Params(const Params* p, int sms) { return make_plan(*p, {sms}).scratch.bytes; } \
+  EXPORT void run_##Params(const Params* p, void* scratch, int sms) {                                            \
+    run_plan(*p, make_plan(*p, {sms}), scratch, stream_of(sms));                                                 \
   }
 
 EXPORT_PLAN(LoraShrinkParams)
@@ -31,31 +27,30 @@ EXPORT_PLAN(LoraBackwardParams)
 EXPORT bool streams(const LoraForwardParams* p, const BaseWeights* weights) {
   return make_plan({*p, weights}, {}).streams_weights;
 }
-EXPORT int64_t scratch_bytes_streamed(const LoraForwardParams* p, const BaseWeights* weights, int multiprocessors) {
-  return make_plan({*p, weights}, {multiprocessors}).scratch.bytes;
+EXPORT int64_t scratch_bytes_streamed(const LoraForwardParams* p, const BaseWeights* weights, int sms) {
+  return make_plan({*p, weights}, {sms}).scratch.bytes;
 }
-EXPORT void run_streamed(const LoraForwardParams* p, const BaseWeights* weights, void* scratch, int multiprocessors) {
-  run_plan({*p, weights}, make_plan({*p, weights}, {multiprocessors}), scratch, stream_of(multiprocessors));
+EXPORT void run_streamed(const LoraForwardParams* p, const BaseWeights* weights, void* scratch, int sms) {
+  run_plan({*p, weights}, make_plan({*p, weights}, {sms}), scratch, stream_of(sms));
 }
-EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*, int multiprocessors) {
-  launch_dropout_mask(*p, stream_of(multiprocessors));
+EXPORT void run_DropoutMaskParams(const DropoutMaskParams* p, void*, int sms) {
+  launch_dropout_mask(*p, stream_of(sms));
 }
 
 // mode: of MergeMode; layers [num_layers]
-EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, int64_t num_layers,
-                      int multiprocessors) {
-  launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, stream_of(multiprocessors));
+EXPORT void run_merge(int mode, const MergeParams* p, const MergeLayer* layers, int64_t num_layers, int sms) {
+  launch_merge(static_cast<MergeMode>(mode), *p, {layers, layers + num_layers}, stream_of(sms));
 }
 // entries [num_entries]
 #define EXPORT_GROUPED(Params)                                                                                         \
   EXPORT int64_t scratch_bytes_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries,         \
-                                        int64_t num_entries, int multiprocessors) {                                    \
-    return make_plan({*p, *rows, {entries, entries + num_entries}}, {multiprocessors}).scratch_bytes;                  \
+                                        int64_t num_entries, int sms) {                                                \
+    return make_plan({*p, *rows, {entries, entries + num_entries}}, {sms}).scratch_bytes;                              \
   }                                                                                                                    \
   EXPORT void run_##Params(const Params* p, const GroupedRows* rows, const GroupedEntry* entries, int64_t num_entries, \
-                           void* scratch, int multiprocessors) {                                                       \
+                           void* scratch, int sms) {                                                                   \
     const GroupedCall call(*p, *rows, {entries, entries + num_entries});                                               \
-    run_plan(call, make_plan(call, {multiprocessors}), scratch, stream_of(multiprocessors));                           \
+    run_plan(call, make_plan(call, {sms}), scratch, stream_of(sms));                                                   \
   }
 
 EXPORT_GROUPED(LoraGroupedForwardParams)

@@ -124,7 +124,7 @@ void run(void (*kernel)(GoldenParams), const GoldenParams& params, const GpuStre
 extern "C" __attribute__((visibility("default"))) int golden(int primitive, const void* in, void* out, void* stream) {
   using namespace lora_ext::cuda;
   const GoldenParams params{static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out)};
-  const GpuStream on{.stream = static_cast<cudaStream_t>(stream), .device = 0, .multiprocessors = 1};
+  const GpuStream on{.stream = static_cast<cudaStream_t>(stream), .device = 0, .sms = 1};
   switch (primitive) {
     case 0: run(&golden_ldmatrix_kernel<false>, params, on); break;
     case 1: run(&golden_ldmatrix_kernel<true>, params, on); break;

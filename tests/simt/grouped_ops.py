@@ -72,9 +72,9 @@ def _run(p: ctypes.Structure, rows: ctypes.Structure, entries: ctypes.Array, lib
     arguments = ctypes.byref(p), ctypes.byref(rows), entries, ctypes.c_int64(len(entries))
     scratch_bytes = getattr(library.c, f"scratch_bytes_{name}")
     scratch_bytes.restype = ctypes.c_int64
-    num_bytes = scratch_bytes(*arguments, library.multiprocessors)
+    num_bytes = scratch_bytes(*arguments, library.sms)
     scratch = library.allocate(num_bytes, "scratch", SCRATCH_ALIGNMENT)
-    getattr(library.c, f"run_{name}")(*arguments, ctypes.c_void_p(scratch), library.multiprocessors)
+    getattr(library.c, f"run_{name}")(*arguments, ctypes.c_void_p(scratch), library.sms)
     library.check()
 
 

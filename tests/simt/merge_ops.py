@@ -158,7 +158,7 @@ class _Run:
         """Returns the weights after the launch."""
         run = self.library.c.run_merge
         run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-        run(mode, ctypes.byref(self.params), self.layers, len(self.layers), self.library.multiprocessors)
+        run(mode, ctypes.byref(self.params), self.layers, len(self.layers), self.library.sms)
         self.library.check()
         return [
             self.library.download_rows(layer.weight, weight, "weight") if weight.numel() else weight.clone()

@@ -58,9 +58,9 @@ def run(p: ctypes.Structure, library: Library, weights: ctypes.Structure | None 
     scratch = None
     if scratch_bytes := getattr(library.c, f"scratch_bytes_{name}", None):
         scratch_bytes.restype = ctypes.c_int64
-        num_bytes = scratch_bytes(*arguments, library.multiprocessors)
+        num_bytes = scratch_bytes(*arguments, library.sms)
         scratch = library.allocate(num_bytes, "scratch", SCRATCH_ALIGNMENT)
-    getattr(library.c, f"run_{name}")(*arguments, ctypes.c_void_p(scratch), library.multiprocessors)
+    getattr(library.c, f"run_{name}")(*arguments, ctypes.c_void_p(scratch), library.sms)
     library.check()
 
 

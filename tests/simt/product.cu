@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
 extern "C" __attribute__((visibility("default"))) void run_product(const lora_ext::cuda::ProductParams* params,
                                                                    uint32_t shared_bytes) {
   using namespace lora_ext::cuda;
-  const GpuStream on{.stream = nullptr, .device = 0, .multiprocessors = 1, .overlaps_launches = true};
+  const GpuStream on{.stream = nullptr, .device = 0, .sms = 1, .overlaps_launches = true};
   const int blocks = static_cast<int>(ceil_div(params->rows, kBlockM));  // host-access
   launch(&product_kernel, make_grid(blocks), kThreads, shared_bytes ? shared_bytes : kSharedBytes, on, *params);
 }

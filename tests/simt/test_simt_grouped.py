@@ -241,7 +241,7 @@ def test_the_kernels_are_launched_as_planned(num_tokens, library):
         return [(r.kernel.removesuffix("_kernel"), r.blocks, r.shared_bytes) for r in library.launches()]
 
     def planned(backward: bool) -> list[tuple[str, int, int]]:
-        options = dict(backward=backward, dropout=True, multiprocessors=library.multiprocessors)
+        options = dict(backward=backward, dropout=True, sms=library.sms)
         plan = _load.plan_grouped(num_tokens, 140, 70, 3, 20, **options)
         return [(launch.kernel, launch.blocks, launch.shared_bytes) for launch in plan.launches]
 

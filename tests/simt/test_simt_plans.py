@@ -32,9 +32,9 @@ def names(plan) -> list[str]:
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("tokens", [2048, 8192])
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_the_blocks_of_a_pass_fit_the_multiprocessors(dtype, tokens, gpu):
-    """A pass that does not fill its last wave of blocks leaves multiprocessors idle."""
-    sizes, options = (tokens, 4096, [(4096, 16)]), dict(dtype=dtype, factor_dtype=dtype, multiprocessors=GPUS[gpu])
+def test_the_blocks_of_a_pass_fit_the_sms(dtype, tokens, gpu):
+    """A pass that does not fill its last wave of blocks leaves SMs idle."""
+    sizes, options = (tokens, 4096, [(4096, 16)]), dict(dtype=dtype, factor_dtype=dtype, sms=GPUS[gpu])
     launches = plan_forward(*sizes, **options).launches + plan_backward(*sizes, **options).launches
     passes = [launch for launch in launches if launch.kernel in PASSES]
     assert [launch.kernel for launch in passes] == list(PASSES)
@@ -47,15 +47,15 @@ def test_the_blocks_of_a_pass_fit_the_multiprocessors(dtype, tokens, gpu):
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("layers", [Q_K_V, [(14336, 16)] * 2], ids=["q/k/v", "gate/up"])
-def test_the_blocks_of_siblings_fit_the_multiprocessors(layers, gpu):
-    """One block of the pass over grad_y runs on a multiprocessor."""
-    pass_ = plan_backward(8192, 4096, layers, multiprocessors=GPUS[gpu]).launches[0]
+def test_the_blocks_of_siblings_fit_the_sms(layers, gpu):
+    """One block of the pass over grad_y runs on an SM."""
+    pass_ = plan_backward(8192, 4096, layers, sms=GPUS[gpu]).launches[0]
     waves = -(-pass_.blocks // GPUS[gpu])
     assert pass_.kernel == "shrink_and_sum" and pass_.blocks / (waves * GPUS[gpu]) > 0.75, pass_
 
 
 def test_one_gpu_has_one_plan():
-    plans = [repr(plan_backward(300, 4096, [(4096, 16)], multiprocessors=sms)) for sms in (132, 132, 20)]
+    plans = [repr(plan_backward(300, 4096, [(4096, 16)], sms=sms)) for sms in (132, 132, 20)]
     assert plans[0] == plans[1] != plans[2]
 
 
@@ -104,8 +104,8 @@ def test_x_and_grad_y_are_read_once_for_every_128_ranks(rank, reads):
 @pytest.mark.parametrize("gpu", ["H100", "B200"])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32])
 def test_few_tokens_of_siblings_take_one_wave(tokens, gpu):
-    """Two blocks run on a multiprocessor for up to 8 tokens, one for more."""
-    plan = plan_forward(tokens, 4096, Q_K_V, base_layers=True, multiprocessors=GPUS[gpu])
+    """Two blocks run on an SM for up to 8 tokens, one for more."""
+    plan = plan_forward(tokens, 4096, Q_K_V, base_layers=True, sms=GPUS[gpu])
     assert plan.streams_weights
     rows = 48 if tokens > 8 else 32
     assert plan.launches[-1].kernel == "few_tokens" and plan.launches[-1].blocks == sum(-(-n // rows) for n, _ in Q_K_V)
@@ -121,7 +121,7 @@ def test_few_tokens_of_other_layers_keep_small_blocks(layers, rows):
 
 
 def test_a_plan_prints_itself():
-    text = repr(_load.plan_forward(2048, 4096, Q_K_V, multiprocessors=58))
+    text = repr(_load.plan_forward(2048, 4096, Q_K_V, sms=58))
     assert text.startswith(
         "forward of 2048 tokens, 4096 -> 4096 (rank 16), 1024 (rank 16), 1024 (rank 16), bfloat16, factors float32\n"
         "2 launches on 58 SMs, "
@@ -139,11 +139,11 @@ def test_a_plan_prints_itself():
         ((1, 8, [(8, 0)]), "rank at least 1"),
         ((1, 8, [(8, 4)], "float64"), "x has dtype float64, but CUDA kernels take dtypes of 16 bits"),
         ((1, 8, [(8, 4)], "int8"), "there is no dtype int8"),
-        ((1, 8, [(8, 4)], "float16", 0), "a GPU has at least one multiprocessor"),
+        ((1, 8, [(8, 4)], "float16", 0), "a GPU has at least one SM"),
     ],
 )
 def test_impossible_plans_are_refused(arguments, message):
-    sizes, options = arguments[:3], dict(zip(("dtype", "multiprocessors"), arguments[3:], strict=False))
+    sizes, options = arguments[:3], dict(zip(("dtype", "sms"), arguments[3:], strict=False))
     with pytest.raises(ValueError, match=message):
         plan_forward(*sizes, **options)
 
@@ -166,7 +166,7 @@ def test_the_kernels_are_launched_as_planned(dtypes, layers, library):
     library, (tokens, in_features) = library(), (150, 840)
     siblings = random_siblings(((tokens, in_features), layers), dtypes)
     dtype, factor_dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    options = dict(dtype=dtype, factor_dtype=factor_dtype, multiprocessors=library.multiprocessors)
+    options = dict(dtype=dtype, factor_dtype=factor_dtype, sms=library.sms)
     forward = ops.lora_forward(siblings, 0.1, library=library)
     assert launched(library) == facts_of(plan_forward(tokens, in_features, layers, **options))
     ops.lora_backward(siblings, forward.xa, forward.mask, 0.1, library=library)

@@ -58,7 +58,7 @@ struct ShrinkTiles {
   static constexpr int kRowChunks = kFeatures / kChunk;
   static constexpr int kWarpChunks = kWarpTokens * kRowChunks;  // of a tile of x
   static constexpr int kFactorChunks = kRanks * kRowChunks;
-  // As many as fit in 96 KiB: two blocks on a multiprocessor of 228 KiB, one where a block gets 99 KiB.
+  // As many as fit in 96 KiB: two blocks on an SM of 228 KiB, one where a block gets 99 KiB.
   static constexpr int kStages = std::clamp(96 * 1024 / 16 / (kBlockWarps * kWarpChunks + kFactorChunks), 2, 4);
   static constexpr uint32_t kSharedBytes =
       shared_bytes_of(kStages * kBlockWarps * kWarpChunks * 16) + shared_bytes_of(kStages * kFactorChunks * 16);
