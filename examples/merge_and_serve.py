@@ -21,7 +21,7 @@ def make_checkpoint_and_adapter(base, adapter):
     """Saves the input of this example: a model saved by transformers, an adapter saved by PEFT or lora_ext."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
     model.save_pretrained(base)
     inject(model, LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False))
     save_adapter(model, adapter)
@@ -46,7 +46,7 @@ def main(directory):
     lora_ext("merge", "--base", base, "--adapter", adapter, "--out", merged)
 
     # A plain checkpoint: all code that reads the base can read it, here transformers.
-    served = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
+    served = AutoModelForCausalLM.from_pretrained(merged)
     print("with the adapter:", *generate(adapted))
     print("merged:          ", *generate(served))
 
