@@ -20,7 +20,8 @@ from lora_ext import _load
 pytestmark = [pytest.mark.cpu_only("is about CPU kernels"), pytest.mark.full]
 
 HERE = Path(__file__).parent
-BFLOAT16 = "bfloat16-bfloat16"  # the only dtypes of which these kernels differ from those of AVX512-BF16
+# The only dtypes of which these kernels differ from those of AVX512-BF16.
+BFLOAT16 = "(bfloat16-bfloat16 or bfloat16-float32)"
 TESTS_OF_PAIRS = [
     "test_values.py::test_values_and_gradients",
     "test_values.py::test_ranks",
@@ -66,12 +67,12 @@ def test_ops(package):
 
 
 COUNT = """
-import ctypes, torch
+import ctypes, sys, torch
 from lora_ext import _load
 from support.op_table import OPS, results
 product_count = ctypes.CDLL(_load.LIBRARY).lora_ext_tile_products
 product_count.restype = ctypes.c_int64
-dtypes = (torch.bfloat16, torch.bfloat16)
+dtypes = (torch.bfloat16, getattr(torch, sys.argv[1]))
 for name, sample, leaves in (
     ("lora_linear", "(40, 384, 384, 16)", False),
     ("lora_linear", "(40, 384, 384, 16)", True),
@@ -87,7 +88,9 @@ for name, sample, leaves in (
 
 
 def test_the_products_of_every_kernel_are_in_tiles(package):
-    forward, both, few_tokens, grouped_forward, grouped_both = map(int, run(package, "-c", COUNT).split())
+    counts, of_wider_factors = (run(package, "-c", COUNT, dtype).split() for dtype in ("bfloat16", "float32"))
+    assert of_wider_factors == counts
+    forward, both, few_tokens, grouped_forward, grouped_both = map(int, counts)
     assert 0 < forward < both and 0 < grouped_forward < grouped_both and few_tokens > 0
 
 
