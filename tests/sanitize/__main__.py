@@ -125,15 +125,26 @@ def check(sanitizer: Sanitizer, quick: bool) -> bool:
         partial(runner.expect_planted, planted, bug),
     ]
     for isa in sorted({isas[0], isas[-1]}) if quick else isas:
-        command = fuzzer(500 if quick else 3000)
-        steps.append(partial(runner.expect_clean, f"op fuzzer, {isa}", command, package, isa, **limits))
+        command, options = fuzzer(500 if quick else 3000), limits | stack_options(sanitizer, isa)
+        steps.append(partial(runner.expect_clean, f"op fuzzer, {isa}", command, package, isa, **options))
     for isa in isas[:1] if quick else isas:
-        steps.append(partial(runner.expect_clean, f"op tests, {isa}", op_tests(isa, tests, build), package, isa))
+        command, options = op_tests(isa, tests, build), stack_options(sanitizer, isa)
+        steps.append(partial(runner.expect_clean, f"op tests, {isa}", command, package, isa, **options))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         list(pool.map(lambda step: step(), steps))
     found = f"{runner.found} of {runner.steps} runs FOUND something" if runner.found else "nothing found"
     runner.say(f"{runner.steps} runs in {time.monotonic() - begin:.0f} s: {found}")
     return runner.found == 0
+
+
+def stack_options(sanitizer: Sanitizer, isa: str) -> dict[str, str]:
+    """Returns options of a run on an instruction set.
+
+    g++ 12.4 stores vectors of 64 bytes by aligned instructions on AddressSanitizer's stack of returned functions, whose
+    frames are aligned to 32: whether the kernels crash there depends on what ran before.
+    """
+    has_64_bytes = "512" in isa or isa == "amx"
+    return {"detect_stack_use_after_return": "0"} if sanitizer.name == "asan" and has_64_bytes else {}
 
 
 def fuzzer(cases: int) -> list[str]:
