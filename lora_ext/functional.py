@@ -50,6 +50,11 @@ def draw_seed(device: torch.device, rank: int | None = None) -> Tensor:
     return torch.randint(low, high, (), dtype=torch.int64, device=device)
 
 
+def _drawn(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+    """Returns ``seed``, or a fresh one if dropout needs one and there is none."""
+    return draw_seed(x.device) if dropout_p > 0.0 and seed is None else seed
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -87,8 +92,7 @@ def lora_linear(
         torch.OutOfMemoryError: memory is short.
     """
     try:
-        if dropout_p > 0.0 and seed is None:
-            seed = draw_seed(x.device)
+        seed = _drawn(x, dropout_p, seed)
         if x.is_nested:
             layer = weight, bias, lora_A, lora_B, scaling, dropout_p, seed
             return _by_values("lora_linear", x, lambda tokens: lora_linear(tokens, *layer))
@@ -135,8 +139,7 @@ def lora_delta_(
         torch.OutOfMemoryError: memory is short. ``y`` is unchanged after each of these errors.
     """
     try:
-        if dropout_p > 0.0 and seed is None:
-            seed = draw_seed(x.device)
+        seed = _drawn(x, dropout_p, seed)
         if x.dtype != y.dtype:
             x = cast_to(y, x)
         linear.lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed)
@@ -168,8 +171,7 @@ def plus_lora_delta(
         return y + _by_values("lora_delta_", x, update)
     if not torch._C._are_functorch_transforms_active():
         return lora_delta_(y, x, lora_A, lora_B, scaling, dropout_p, seed)
-    if dropout_p > 0.0 and seed is None:
-        seed = draw_seed(x.device)
+    seed = _drawn(x, dropout_p, seed)
     x_dropped = plain.dropped(cast_to(y, x), dropout_p, seed)
     xa = plain.scale(scaling, dropout_p) * torch.ops.lora_ext.lora_shrink(x_dropped, lora_A)
     return torch.ops.lora_ext.lora_expand(y, xa, lora_B)
@@ -214,8 +216,7 @@ def lora_linear_siblings(
         torch.OutOfMemoryError: memory is short.
     """
     try:
-        if dropout_p > 0.0 and seed is None:
-            seed = draw_seed(x.device)
+        seed = _drawn(x, dropout_p, seed)
         return linear.lora_linear_siblings(x, weights, biases, [], lora_As, lora_Bs, scalings, dropout_p, seed)[0]
     except errors.UNEXPLAINED as error:
         errors.explain(error, lora_linear_siblings, locals())
@@ -257,8 +258,7 @@ def lora_delta_siblings(
         torch.OutOfMemoryError: memory is short.
     """
     try:
-        if dropout_p > 0.0 and seed is None:
-            seed = draw_seed(x.device)
+        seed = _drawn(x, dropout_p, seed)
         if isinstance(bases, (list, tuple)) and not bases:
             raise refusal("lora_delta_siblings", "length", "bases", 0, "1 to 8")
         if x.dtype != bases[0].dtype:
@@ -328,8 +328,7 @@ def lora_grouped_(
     lora_Bs = [lora_Bs] if isinstance(lora_Bs, Tensor) else lora_Bs
     try:
         scalings = _as_numbers(x, scalings)
-        if dropout_p > 0.0 and seed is None:
-            seed = draw_seed(x.device)
+        seed = _drawn(x, dropout_p, seed)
         if x.dtype != y.dtype:
             x = cast_to(y, x)
         grouped.lora_grouped_(y, x, lora_As, lora_Bs, group_of_row, scalings, ranks, dropout_p, seed)

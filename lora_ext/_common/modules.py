@@ -1,4 +1,4 @@
-"""What other libraries put around the modules of a model, into them, or say of them: wrappers, hooks, embeddings."""
+"""Finds the model inside wrappers (DDP, torch.compile, ...) and its embeddings, and removes hooks from modules."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_a_planted_bug_is_found(name):
 
 
 def test_the_program_is_small_and_fails_in_the_same_way(monkeypatch, capfd):
-    """Of five times three elements, the smallest that still crash are three."""
+    """The program that is reported calls the planted op with its smallest input."""
     monkeypatch.setattr(sys, "argv", ["fuzz", "crashes", "--seed", "3", "--cases", "20"])
     assert fuzz_command() == 1
     said = capfd.readouterr().out

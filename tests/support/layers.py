@@ -95,7 +95,7 @@ def rounds_factors(device: torch.device, x_dtype: torch.dtype) -> bool:
 
 def as_cuda_reads(factor: Tensor, x_dtype: torch.dtype) -> Tensor:
     """Returns a factor in the dtype of a 16-bit x: CUDA kernels round wider ones, as autocast does."""
-    return factor.to(x_dtype) if x_dtype.itemsize == 2 else factor
+    return factor.to(x_dtype) if rounds_factors(torch.device("cuda"), x_dtype) else factor
 
 
 def with_rounded_factors(siblings: Siblings) -> Siblings:

@@ -13,7 +13,7 @@ namespace lora_ext::cuda::mma {
 constexpr int kChunk = 8;  // elements of 16 bytes, the unit of ldmatrix
 
 // Ranks of one read of x or grad_y, by shrink or token_sum: 16 are enough for most ranks in use, and leave room for
-// more tiles of x; of 128, one block fits on a SM, by its registers.
+// more tiles of x; of 128, one block fits on an SM, by its registers.
 constexpr int64_t kSmallRankTile = 16, kRankTile = 64, kLargeRankTile = 128;
 
 constexpr int64_t rank_tile(int64_t rank) {
