@@ -77,12 +77,12 @@ std::tuple<std::optional<Tensor>, std::vector<Tensor>, std::vector<Tensor>> lora
       };
       std::vector<GradientSum> wanted;
       if (g.wants_grad_A) {
-        wanted.push_back({first.grad_A, item.count, step(first.grad_A, second.grad_A), g.grad_lora_A, g.rank,
+        wanted.push_back({first.grad_A, item.count, step(first.grad_A, second.grad_A), 0, g.rank, g.grad_lora_A, g.rank,
                           p.in_features, p.in_features, 1, p.factor_dtype, acc});
       }
       if (g.wants_grad_B) {
-        wanted.push_back({first.grad_B_t, item.count, step(first.grad_B_t, second.grad_B_t), g.grad_lora_B, g.rank,
-                          p.out_features, 1, g.grad_B_stride, p.factor_dtype, acc});
+        wanted.push_back({first.grad_B_t, item.count, step(first.grad_B_t, second.grad_B_t), 0, g.rank, g.grad_lora_B,
+                          g.rank, p.out_features, 1, g.grad_B_stride, p.factor_dtype, acc});
       }
       return wanted;
     };

@@ -155,14 +155,13 @@ inline void sum_gradients(const Kernels& kernels, const LoraBackwardParams& p, c
   std::vector<GradientSum> gradients;
   for (int i = 0; i < p.shrink.num_siblings && p.shrink.wants_grad_lora_A; ++i) {
     const LoraShrinkBackwardSibling& s = p.shrink.siblings[i];
-    const char* sums = static_cast<char*>(w.grad_A) + s.rank_begin * in_row * dtype_size(acc);
-    gradients.push_back({sums, num_chunks, p.shrink.total_rank * in_row, s.grad_lora_A, s.rank, in_features,
-                         in_features, 1, dtype, acc});
+    gradients.push_back({w.grad_A, num_chunks, p.shrink.total_rank * in_row, s.rank_begin, p.shrink.total_rank,
+                         s.grad_lora_A, s.rank, in_features, in_features, 1, dtype, acc});
   }
   for (int i = 0; i < p.expand.num_siblings && p.expand.wants_grad_lora_B; ++i) {
     const LoraExpandBackwardSibling& s = p.expand.siblings[i];
-    gradients.push_back({w.grad_B_t[i], num_chunks, s.rank * padded_columns(s.out_features), s.grad_lora_B, s.rank,
-                         s.out_features, 1, s.rank, dtype, acc});
+    gradients.push_back({w.grad_B_t[i], num_chunks, s.rank * padded_columns(s.out_features), 0, s.rank, s.grad_lora_B,
+                         s.rank, s.out_features, 1, s.rank, dtype, acc});
   }
   if (!gradients.empty()) sum_gradients(kernels, gradients);
 }

@@ -38,8 +38,8 @@ constexpr int64_t kMostPackedColumns = kPanelRows;  // of a factor, packed toget
 struct Workspace {
   void* lora_A;                  // [max_padded_ranks, padded_columns(in_features)]: all siblings, stacked and packed
   void* lora_B_t[kMaxSiblings];  // [max_padded_ranks, padded_columns(out_features)] each: lora_B transposed, packed
-  void* grad_A;                  // [num_chunks, total_rank, padded_columns(in_features)]
-  void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded_columns(out_features)] each
+  void* grad_A;                  // [num_chunks, total_rank, padded_columns(in_features)], in pieces (passes.inc)
+  void* grad_B_t[kMaxSiblings];  // [num_chunks, rank, padded_columns(out_features)] each, in pieces
   void* panels;                  // [num_chunks, kPanelParts, panel_blocks * kBlockRows, panel_ranks]
   int64_t panel_blocks;          // layer_panel_blocks(total_rank)
   int64_t panel_ranks;           // max_padded_ranks(total_rank)
@@ -65,15 +65,16 @@ struct GroupRows {
   const int64_t* at;  // [count]
   int64_t count;
   const LoraGroup* next = nullptr;  // the group that this thread takes next, whose factors may be fetched; or null
-  void* grad_A = nullptr;           // [rank, padded_columns(in_features)], acc
-  void* grad_B_t = nullptr;         // [rank, padded_columns(out_features)], acc
+  void* grad_A = nullptr;           // [rank, padded_columns(in_features)], acc, in pieces (passes.inc)
+  void* grad_B_t = nullptr;         // [rank, padded_columns(out_features)], acc, in pieces
 };
 
-// A factor's gradient, from the sums of chunks or items for it: num_partials of [rank, padded_columns(columns)], acc,
-// partial_step numbers apart. Its number (r, col) is at r * rank_step + col * column_step.
+// A factor's gradient, from the sums of chunks or items for it: num_partials of [total_rank, padded_columns(columns)],
+// acc, in pieces, partial_step numbers apart; its ranks begin at rank_begin. Its number (r, col) is at
+// r * rank_step + col * column_step.
 struct GradientSum {
   const void* partials;
-  int64_t num_partials, partial_step;
+  int64_t num_partials, partial_step, rank_begin, total_rank;
   void* grad;
   int64_t rank, columns, rank_step, column_step;
   DType dtype, acc;  // of the gradient and of the sums

@@ -141,10 +141,9 @@ void backward_follows_its_formula(const Kernels& kernels, const char* isa, int64
   }
   for (int i = 0; i < kNumLayers; ++i) {
     const int64_t in_row = padded_columns(kIn), out_row = padded_columns(kLayers[i].out), rank = kLayers[i].rank;
-    const float* A_sums = scratch.grad_A.data() + shrink.siblings[i].rank_begin * in_row;
-    sum_in_halves(kernels, {A_sums, num_chunks, kTotalRank * in_row, grad_A[i].data(), rank, kIn, kIn, 1,
-                            DType::kFloat32, DType::kFloat32});
-    sum_in_halves(kernels, {scratch.grad_B_t[i].data(), num_chunks, rank * out_row, grad_B[i].data(), rank,
+    sum_in_halves(kernels, {scratch.grad_A.data(), num_chunks, kTotalRank * in_row, shrink.siblings[i].rank_begin,
+                            kTotalRank, grad_A[i].data(), rank, kIn, kIn, 1, DType::kFloat32, DType::kFloat32});
+    sum_in_halves(kernels, {scratch.grad_B_t[i].data(), num_chunks, rank * out_row, 0, rank, grad_B[i].data(), rank,
                             kLayers[i].out, 1, rank, DType::kFloat32, DType::kFloat32});
   }
 
