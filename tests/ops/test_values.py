@@ -92,7 +92,7 @@ def test_sizes_of_zero(op, dtypes):
 @pytest.mark.parametrize("rank", [1, 2, 3, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 129, 255, 256])
 @pytest.mark.parametrize("name", ["lora_linear", "lora_grouped_"])
 def test_ranks(name, rank, dtypes, dropout_p):
-    """Ranks on both sides of whole vectors, tiles and panels; more rows than a panel has, more columns than a piece of sums."""
+    """Ranks on both sides of whole vectors, tiles and panels; more rows than a panel, and columns than a piece."""
     if name == "lora_linear":
         make = partial(op_table.linear, size=(300, 97, 300, rank))
     else:
